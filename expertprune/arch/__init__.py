@@ -1,0 +1,8 @@
+"""Model families as data: which tensors a unit couples, where to listen, which config keys say the widths.
+
+One YAML file a family, in `families/`. No other module knows a family's name.
+"""
+
+from expertprune.arch.family import CoupledTensor, Family, bundled_models, families, family_of
+
+__all__ = ["CoupledTensor", "Family", "bundled_models", "families", "family_of"]

@@ -1,0 +1,207 @@
+"""The schema of a family's file, and what can be read off it together with a model's config."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from expertprune.errors import CheckpointError, PlanError
+from expertprune.registry import nearest
+from expertprune.units import KeptUnits, LayerShape, Segment, Structure
+
+_HERE = Path(__file__).parent
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CoupledTensor(_Data):
+    """One tensor of a layer that shrinks with its units.
+
+    `axis` of the tensor is the concatenation of `segments`. A tensor with `optional` may be absent, as biases are.
+    """
+
+    name: str
+    axis: Literal[0, 1]
+    segments: tuple[Segment, ...]
+    optional: bool = False
+
+
+class Block(_Data):
+    """The FFN or the attention of a layer: its output module, whose input channels are the units, and its tensors."""
+
+    output: str
+    tensors: tuple[CoupledTensor, ...]
+
+    @property
+    def output_weight(self) -> str:
+        return f"{self.output}.weight"
+
+
+class Rewrite(_Data):
+    """Another config that expresses the same network, for head counts which the family's own cannot."""
+
+    model_type: str
+    architectures: tuple[str, ...]
+    set: Mapping[str, Any] = Field(default_factory=dict)
+    remove: tuple[str, ...] = ()
+    requires: Mapping[str, Any] = Field(default_factory=dict)
+    zero_tensors: tuple[str, ...] = ()
+
+
+class ConfigKeys(_Data):
+    """The config's keys for the widths of a layer."""
+
+    hidden: str
+    layers: str
+    ffn: str
+    query_heads: str
+    kv_heads: str
+    head_dim: str
+
+
+class Family(_Data):
+    """A model family as data.
+
+    `residual: additive` promises that a layer's output is its input plus the outputs of the two blocks, which the
+    repair uses to aim at the residual stream.
+    """
+
+    family: str
+    model_types: tuple[str, ...]
+    layers: str
+    residual: Literal["additive", "normed"]
+    config: ConfigKeys
+    ffn: Block
+    attention: Block
+    heads_divide_hidden: bool = False
+    when_heads_change: Rewrite | None = None
+
+    def block(self, structure: Structure) -> Block:
+        return self.ffn if structure is Structure.FFN else self.attention
+
+    @property
+    def tensors(self) -> tuple[CoupledTensor, ...]:
+        return self.ffn.tensors + self.attention.tensors
+
+    def layer_prefix(self, layer: int) -> str:
+        return f"{self.layers}.{layer}."
+
+    def layer_shapes(self, config: Mapping[str, Any]) -> tuple[LayerShape, ...]:
+        """Shape of every layer from the contents of `config.json`.
+
+        Raises:
+            CheckpointError: a key is missing, or the head counts make no legal grouped-query attention.
+        """
+        keys = self.config
+
+        def read(key: str) -> int:
+            value = config.get(key)
+            if not isinstance(value, int) or value < 1:
+                raise CheckpointError(f"config.json: {key!r} must be a positive whole number, found {value!r}")
+            return value
+
+        hidden, query_heads = read(keys.hidden), read(keys.query_heads)
+        kv_heads = read(keys.kv_heads) if config.get(keys.kv_heads) is not None else query_heads
+        head_dim = read(keys.head_dim) if config.get(keys.head_dim) is not None else hidden // query_heads
+        if query_heads % kv_heads:
+            raise CheckpointError(
+                f"config.json: {keys.query_heads} ({query_heads}) is no multiple of {keys.kv_heads} ({kv_heads})"
+            )
+        shape = LayerShape(hidden, read(keys.ffn), query_heads, kv_heads, head_dim)
+        return (shape,) * read(keys.layers)
+
+    def pruned_config(self, config: Mapping[str, Any], kept: list[KeptUnits]) -> dict[str, Any]:
+        """The expert's `config.json`: the base's, with the new widths.
+
+        Raises:
+            PlanError: the family's config cannot express these widths; the message says which are legal.
+        """
+        base = self.layer_shapes(config)
+        shapes = {layer.shape(shape) for layer, shape in zip(kept, base, strict=True)}
+        if len(shapes) != 1:
+            raise PlanError("the layers keep different widths, which this family's config cannot express")
+        new, old = shapes.pop(), base[0]
+        result = dict(config)
+        if new == old:
+            return result
+        keys = self.config
+        result |= {keys.ffn: new.ffn, keys.query_heads: new.query_heads, keys.kv_heads: new.kv_heads}
+        if self.heads_changed(old, new):
+            result[keys.head_dim] = new.head_dim
+            self._check_heads(config, new)
+            if self.when_heads_change is not None:
+                result = {k: v for k, v in result.items() if k not in self.when_heads_change.remove}
+                result |= {
+                    **self.when_heads_change.set,
+                    "model_type": self.when_heads_change.model_type,
+                    "architectures": list(self.when_heads_change.architectures),
+                }
+        return result
+
+    @staticmethod
+    def heads_changed(old: LayerShape, new: LayerShape) -> bool:
+        return (old.query_heads, old.kv_heads) != (new.query_heads, new.kv_heads)
+
+    def _check_heads(self, config: Mapping[str, Any], new: LayerShape) -> None:
+        rewrite = self.when_heads_change
+        divides = self.heads_divide_hidden or (
+            rewrite is not None and family_of(rewrite.model_type).heads_divide_hidden
+        )
+        if divides and new.hidden % new.query_heads:
+            legal = [n for n in range(1, new.hidden + 1) if new.hidden % n == 0 and n % new.kv_heads == 0]
+            legal = [n for n in legal if n <= self.layer_shapes(config)[0].query_heads]
+            raise PlanError(
+                f"{new.query_heads} query heads do not divide the hidden size {new.hidden}, which the config of family "
+                f"{self.family!r} requires; with {new.kv_heads} KV groups kept, legal counts are "
+                f"{', '.join(map(str, legal)) or 'none'}"
+            )
+        if rewrite is not None:
+            for key, wanted in rewrite.requires.items():
+                if config.get(key, wanted) != wanted:
+                    raise PlanError(
+                        f"heads of this base cannot be cut: its config says {key}: {config[key]!r}, and only {wanted!r} "
+                        "can be expressed with other head counts"
+                    )
+
+
+@functools.cache
+def families() -> dict[str, Family]:
+    """Every known family by `model_type`."""
+    known: dict[str, Family] = {}
+    for path in sorted((_HERE / "families").glob("*.yaml")):
+        family = Family.model_validate(yaml.safe_load(path.read_text()))
+        for model_type in family.model_types:
+            if model_type in known:
+                raise ValueError(f"{path.name}: model_type {model_type!r} belongs to {known[model_type].family!r}")
+            known[model_type] = family
+    return known
+
+
+def family_of(model_type: str) -> Family:
+    """The family of a config's `model_type`; raises `CheckpointError` for one that is not supported."""
+    if model_type not in families():
+        raise CheckpointError(f"model_type {model_type!r} is not supported{nearest(model_type, families())}")
+    return families()[model_type]
+
+
+class BundledModel(_Data):
+    """A real model that comes as a package: GGUF `file` inside the installed `module`."""
+
+    module: str
+    file: str
+    install: str
+    licence: str
+
+
+@functools.cache
+def bundled_models() -> dict[str, BundledModel]:
+    """Models that need no hub, by name."""
+    data = yaml.safe_load((_HERE / "bundled.yaml").read_text())
+    return {name: BundledModel.model_validate(entry) for name, entry in data.items()}

@@ -1,0 +1,226 @@
+"""What lies between two stages, on disk: profiles, plans and evaluations."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from expertprune.errors import CheckpointError, PlanError
+from expertprune.files import digest_of, staged_file, write_json
+from expertprune.units import KeptUnits, LayerShape, format_indices, parse_indices
+
+PROFILE_SCHEMA = 1
+PLAN_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class ProfileKey:
+    """What a profile depends on; its digest is the profile's name."""
+
+    model: str
+    tokenizer: str
+    corpus: str
+    max_tokens: int
+    dtype: str
+
+    @property
+    def digest(self) -> str:
+        return digest_of([PROFILE_SCHEMA, asdict(self)])
+
+
+class Profile:
+    """The stored statistics of one (model, corpus) pair: one safetensors file, its description in the header.
+
+    Statistics are read one tensor at a time, so a profile larger than memory is no problem. For layer `l`:
+
+    - `ffn.l.rms` `[documents, ffn]`, float16: root mean square of each `down_proj` input over a document's tokens,
+      times `ffn.l.scale`, a power of two that puts the largest value near the top of half precision;
+    - `ffn.l.sum`, `ffn.l.square_sum` `[ffn]`, float32: over all tokens;
+    - `heads.l.rms`, `.scale`, `.sum`, `.square_sum`: the same for the channels of the `o_proj` input;
+    - `heads.l.impact` `[documents, query_heads]` and `groups.l.impact` `[documents, kv_heads]`, float32: mean squared
+      change of the attention's output without the head, without the group;
+    - `*.l.output_l1`, `*.l.output_l2` `[channels]`, float32: norms of the output projection's columns;
+    - `ffn.l.weight_norm`, `heads.l.weight_norm`, `groups.l.weight_norm` `[units]`: Frobenius norm of all that a unit owns.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with safe_open(path, framework="pt") as file:
+                self.about: dict[str, Any] = json.loads((file.metadata() or {}).get("expertprune", "{}"))
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: no such profile") from None
+        except (SafetensorError, json.JSONDecodeError, OSError) as error:
+            raise CheckpointError(f"{path}: not a readable profile ({error}); delete it and profile again") from None
+        if self.about.get("schema") != PROFILE_SCHEMA:
+            raise CheckpointError(f"{path}: a profile of schema {self.about.get('schema')}, not {PROFILE_SCHEMA}")
+
+    def read(self, name: str) -> Tensor:
+        """One statistic, as stored."""
+        with safe_open(self.path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+    @property
+    def digest(self) -> str:
+        return str(self.about["digest"])
+
+    @property
+    def corpus(self) -> str:
+        return str(self.about["corpus"])
+
+    @property
+    def documents(self) -> list[str]:
+        return list(self.about["documents"])
+
+    @property
+    def tokens(self) -> int:
+        return int(self.about["tokens"])
+
+    @property
+    def layers(self) -> list[LayerShape]:
+        return [LayerShape(**shape) for shape in self.about["layers"]]
+
+
+def save_profile(path: Path, about: dict[str, Any], statistics: dict[str, Tensor]) -> Profile:
+    """Write a profile, whole or not at all."""
+    about = {"schema": PROFILE_SCHEMA, **about}
+    with staged_file(path) as temporary:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in statistics.items()},
+            temporary,
+            metadata={"expertprune": json.dumps(about)},
+        )
+    return Profile(path)
+
+
+@dataclass
+class LayerPlan:
+    """What one layer keeps, and why.
+
+    `why` maps a structure that is cut to its numbers: `threshold` (the largest score that was dropped), `protected`
+    (kept units by the dimension, or `general`, that gave them their score) and the counts of shared and exclusive units.
+    """
+
+    kept: KeptUnits
+    why: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass
+class Plan:
+    """Which units are kept in each layer, and why: everything that `prune` needs, in a readable JSON file."""
+
+    name: str
+    base: dict[str, str]
+    spec: dict[str, Any]
+    profiles: dict[str, str]
+    shapes: list[LayerShape]
+    layers: list[LayerPlan]
+    budget: dict[str, dict[str, Any]]
+    parameters: dict[str, int]
+
+    @property
+    def kept(self) -> list[KeptUnits]:
+        return [layer.kept for layer in self.layers]
+
+    @property
+    def digest(self) -> str:
+        return digest_of(self.document())
+
+    @property
+    def cuts_nothing(self) -> bool:
+        return all(layer.kept == shape.all_kept for layer, shape in zip(self.layers, self.shapes, strict=True))
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "schema": PLAN_SCHEMA,
+            "kind": "plan",
+            "name": self.name,
+            "base": self.base,
+            "budget": self.budget,
+            "parameters": self.parameters,
+            "profiles": self.profiles,
+            "layers": [
+                {
+                    "layer": index,
+                    "of": asdict(shape),
+                    "kept": {
+                        "ffn": format_indices(layer.kept.ffn),
+                        "query_heads": format_indices(layer.kept.query_heads),
+                        "kv_groups": format_indices(layer.kept.kv_groups),
+                    },
+                    "why": layer.why,
+                }
+                for index, (layer, shape) in enumerate(zip(self.layers, self.shapes, strict=True))
+            ],
+            "spec": self.spec,
+        }
+
+    def save(self, path: Path) -> None:
+        write_json(path, self.document())
+
+
+def load_plan(path: Path) -> Plan:
+    """Read a plan; raises `PlanError` if the file is missing or is no plan."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PlanError(f"{path}: no such file") from None
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path}: not a plan: {error}") from None
+    return plan_from(data, str(path))
+
+
+def plan_from(data: Any, where: str) -> Plan:
+    """A plan from its document; raises `PlanError` naming `where` if it is none."""
+    if not isinstance(data, dict) or data.get("kind") != "plan":
+        raise PlanError(f"{where}: not a plan (its 'kind' is not 'plan')")
+    if data.get("schema") != PLAN_SCHEMA:
+        raise PlanError(f"{where}: a plan of schema {data.get('schema')}, this version reads {PLAN_SCHEMA}")
+    try:
+        shapes = [LayerShape(**layer["of"]) for layer in data["layers"]]
+        layers = [
+            LayerPlan(KeptUnits(**{key: parse_indices(text) for key, text in layer["kept"].items()}), layer["why"])
+            for layer in data["layers"]
+        ]
+        for index, (shape, layer) in enumerate(zip(shapes, layers, strict=True)):
+            _check_kept(shape, layer.kept, index)
+        return Plan(
+            data["name"], data["base"], data["spec"], data["profiles"], shapes, layers, data["budget"], data["parameters"]
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise PlanError(f"{where}: damaged plan: {error}") from None
+
+
+def _check_kept(shape: LayerShape, kept: KeptUnits, layer: int) -> None:
+    for indices, count, what in (
+        (kept.ffn, shape.ffn, "ffn"),
+        (kept.query_heads, shape.query_heads, "query_heads"),
+        (kept.kv_groups, shape.kv_heads, "kv_groups"),
+    ):
+        if not indices or indices[-1] >= count:
+            raise ValueError(f"layer {layer}: {what} must keep some of 0-{count - 1}")
+    per_group = len(kept.query_heads) // len(kept.kv_groups)
+    groups = [head // shape.heads_per_group for head in kept.query_heads]
+    if groups != [group for group in kept.kv_groups for _ in range(per_group)]:
+        raise ValueError(f"layer {layer}: the query heads are not the same number in each kept KV group")
+
+
+@dataclass
+class Evaluation:
+    """Base and expert on the same examples.
+
+    `corpora` maps a corpus to its metrics, a metric to `base`, `expert`, `retention`, `low` and `high`.
+    """
+
+    corpora: dict[str, dict[str, Any]]
+    settings: dict[str, Any]
+
+    def document(self) -> dict[str, Any]:
+        return {"kind": "evaluation", "settings": self.settings, "corpora": self.corpora}

@@ -1,0 +1,217 @@
+"""Safetensors checkpoints, read lazily shard by shard and written sliced."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from expertprune.arch import Family
+from expertprune.errors import CheckpointError
+from expertprune.units import LayerShape, Structure
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# What an ordinary folder holds beside its weights and must not be carried into an expert.
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
+_NOT_CARRIED = {"README.md", "expertprune.json", INDEX, "pytorch_model.bin.index.json", ".gitattributes"}
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "I8": torch.int8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies, its shape, and its dtype as safetensors names it."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def parameters(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+class Checkpoint:
+    """A model folder: its config and the headers of its tensors; the tensors themselves are read when asked for.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or corrupt, or holds pickled weights only.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config: dict[str, Any] = _read_json(folder / "config.json")
+        self.tensors: dict[str, TensorInfo] = {}
+        for file in self.shards:
+            with _opened(folder / file) as shard:
+                for name in shard.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                    part = shard.get_slice(name)
+                    self.tensors[name] = TensorInfo(file, tuple(part.get_shape()), part.get_dtype())
+        if (folder / INDEX).is_file():
+            listed = _read_json(folder / INDEX).get("weight_map", {})
+            if missing := sorted(set(listed) - set(self.tensors)):
+                raise CheckpointError(f"{folder / INDEX}: lists tensors that no file holds: {', '.join(missing[:3])}")
+
+    @property
+    def shards(self) -> list[str]:
+        """File names of the weights, in order."""
+        if (self.folder / INDEX).is_file():
+            listed = sorted(set(_read_json(self.folder / INDEX).get("weight_map", {}).values()))
+            for file in listed:
+                if Path(file).name != file:
+                    raise CheckpointError(f"{self.folder / INDEX}: {file!r} is no plain file name")
+            return listed
+        if (self.folder / SINGLE).is_file():
+            return [SINGLE]
+        found = [path.name for path in self.folder.glob("*") if path.suffix in (".bin", ".pt", ".pth")]
+        reason = f"only {found[0]}, which could run code when read; convert it to safetensors" if found else "no weights"
+        raise CheckpointError(f"{self.folder}: holds {reason} ({SINGLE} or {INDEX} is expected)")
+
+    @property
+    def carried_files(self) -> list[Path]:
+        """Everything that an expert takes over unchanged: tokenizer, chat template, generation config, licence."""
+        return sorted(
+            path
+            for path in self.folder.iterdir()
+            if path.is_file()
+            and path.suffix not in _WEIGHT_SUFFIXES
+            and path.name not in _NOT_CARRIED | {"config.json"}
+            and not path.name.endswith(".partial")
+        )
+
+    @property
+    def parameters(self) -> int:
+        return sum(info.parameters for info in self.tensors.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of most parameters."""
+        counts: dict[str, int] = {}
+        for info in self.tensors.values():
+            counts[info.dtype] = counts.get(info.dtype, 0) + info.parameters
+        name = max(counts, key=lambda key: counts[key])
+        if name not in DTYPES or not DTYPES[name].is_floating_point:
+            raise CheckpointError(
+                f"{self.folder}: weights are stored as {name}, so they are quantized; prune the unquantized model "
+                "first, then quantize the expert"
+            )
+        return DTYPES[name]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, read now."""
+        with _opened(self.folder / self.tensors[name].file) as shard:
+            tensor: Tensor = shard.get_tensor(name)
+            return tensor
+
+    def check_widths(self, family: Family, shapes: tuple[LayerShape, ...]) -> None:
+        """Raises `CheckpointError` where a coupled tensor is missing or disagrees with the config."""
+        problems = []
+        for layer, shape in enumerate(shapes):
+            for coupled in family.tensors:
+                name = family.layer_prefix(layer) + coupled.name
+                expected = sum(shape.segment_rows(segment) for segment in coupled.segments)
+                if name not in self.tensors:
+                    if not coupled.optional:
+                        problems.append(f"{name} is missing")
+                elif self.tensors[name].shape[coupled.axis] != expected:
+                    found = list(self.tensors[name].shape)
+                    problems.append(f"{name} is {found}, the config makes axis {coupled.axis} {expected}")
+        if problems:
+            rest = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+            raise CheckpointError(f"{self.folder}: config.json disagrees with the weights: {'; '.join(problems[:3])}{rest}")
+
+    def unit_parameters(self, family: Family, shape: LayerShape, layer: int, structure: Structure) -> int:
+        """How many parameters leave with one unit of a structure."""
+        total = 0
+        for coupled in family.block(structure).tensors:
+            info = self.tensors.get(family.layer_prefix(layer) + coupled.name)
+            if info is None:
+                continue
+            per_row = info.parameters // info.shape[coupled.axis]
+            for segment in coupled.segments:
+                rows = shape.segment_rows(segment)
+                if structure is Structure.QUERY_HEADS:
+                    total += per_row * shape.head_dim if segment == "query" else 0
+                else:
+                    total += per_row * rows // shape.units(structure)
+        return total
+
+
+def write_weights(
+    base: Checkpoint,
+    out: Path,
+    transform: Callable[[str, Tensor], Tensor | None],
+    extra: Callable[[str], Iterator[tuple[str, Tensor]]] | None = None,
+) -> None:
+    """Write the base's tensors into `out`, transformed, in the base's files.
+
+    A file of which nothing changes is copied, byte for byte.
+
+    Args:
+        transform: from a tensor's name and value to its new value, or `None` where it stays as it is.
+        extra: from a file's name to tensors that it gains.
+    """
+    weight_map: dict[str, str] = {}
+    total = 0
+    for file in base.shards:
+        names = [name for name, info in base.tensors.items() if info.file == file]
+        changed = False
+        tensors: dict[str, Tensor] = {}
+        with _opened(base.folder / file) as shard:
+            metadata = shard.metadata() or {"format": "pt"}
+            for name in names:
+                tensor = shard.get_tensor(name)
+                new = transform(name, tensor)
+                changed |= new is not None
+                tensors[name] = (tensor if new is None else new).contiguous()
+        for name, tensor in extra(file) if extra is not None else ():
+            tensors[name], changed = tensor, True
+        if changed:
+            save_file(tensors, out / file, metadata=metadata)
+        else:
+            shutil.copyfile(base.folder / file, out / file)
+        weight_map |= dict.fromkeys(tensors, file)
+        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if (base.folder / INDEX).is_file():
+        index = _read_json(base.folder / INDEX)
+        index["metadata"] = {**index.get("metadata", {}), "total_size": total}
+        if "total_parameters" in index["metadata"]:
+            index["metadata"]["total_parameters"] = sum(info.parameters for info in Checkpoint(out).tensors.values())
+        index["weight_map"] = dict(sorted(weight_map.items()))
+        (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file, though the folder's index names it") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: truncated or corrupt ({error}); fetch or copy the file again") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file, so the folder holds no model") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return data

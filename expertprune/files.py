@@ -1,0 +1,143 @@
+"""Files and folders that are written whole or not at all, their digests, and the room they need."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from platformdirs import user_cache_path
+
+from expertprune.errors import CheckpointError
+
+STORE_VARIABLE = "EXPERTPRUNE_STORE"
+
+
+def store_folder(store: str | Path | None = None) -> Path:
+    """The folder of profiles and converted bases: the argument, else `EXPERTPRUNE_STORE`, else the user's cache."""
+    if store is not None:
+        return Path(store).expanduser()
+    if os.environ.get(STORE_VARIABLE):
+        return Path(os.environ[STORE_VARIABLE]).expanduser()
+    return Path(user_cache_path("expertprune"))
+
+
+def digest_of(data: Any) -> str:
+    """SHA-256 of plain data, independent of the order of keys."""
+    text = json.dumps(data, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_digest(path: Path, store: Path) -> str:
+    """SHA-256 of a file's bytes, remembered in the store by path, size and modification time."""
+    status = path.stat()
+    key = digest_of([str(path.resolve()), status.st_size, status.st_mtime_ns])
+    remembered = store / "digests" / key
+    with contextlib.suppress(OSError):
+        text = remembered.read_text()
+        if len(text) == 64:
+            return text
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    with contextlib.suppress(CheckpointError):  # a store that cannot be written only costs the next run a second pass
+        write_file(remembered, digest.encode())
+    return digest
+
+
+@contextlib.contextmanager
+def staged_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that becomes it when the block ends well, and vanishes when it does not.
+
+    Raises:
+        CheckpointError: the disk is full, or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with _disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a whole file or nothing; raises `CheckpointError` where the disk does not allow it."""
+    with staged_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write plain data as indented JSON, whole or not at all."""
+    write_file(path, (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+@contextlib.contextmanager
+def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not.
+
+    A run that was killed leaves a folder `.NAME.partial`, which the next one for the same `out` removes.
+
+    Raises:
+        CheckpointError: `out` exists and `overwrite` is off, or the disk is full.
+    """
+    check_output(out, overwrite)
+    temporary = out.with_name(f".{out.name}.partial")
+    with _disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            if out.exists():
+                replaced = out.with_name(f".{out.name}.replaced")
+                shutil.rmtree(replaced, ignore_errors=True)
+                os.replace(out, replaced)
+                os.replace(temporary, out)
+                shutil.rmtree(replaced)
+            else:
+                os.replace(temporary, out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_output(out: Path, overwrite: bool) -> None:
+    """Raises `CheckpointError` if `out` may not be written."""
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise CheckpointError(f"{out}: exists and is not a folder")
+    if out.exists() and any(out.iterdir()):
+        if not overwrite:
+            raise CheckpointError(f"{out}: exists; choose another --out, or give --overwrite to replace it")
+        if not (out / "expertprune.json").is_file():
+            raise CheckpointError(f"{out}: is no expert (it has no expertprune.json), so --overwrite does not touch it")
+
+
+def require_room(folder: Path, needed: int) -> None:
+    """Raises `CheckpointError` unless the disk of `folder` has `needed` bytes free."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise CheckpointError(
+            f"{folder}: needs {needed / 2**20:,.0f} MiB of disk, {free / 2**20:,.0f} MiB are free; "
+            "free some, or choose a folder on another disk"
+        )
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise CheckpointError(f"{path}: no room left on the disk; nothing was written") from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+            raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
+        raise

@@ -1,0 +1,211 @@
+"""From the spec's `base` to a local folder of safetensors, and from there to a running model."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from expertprune.arch import Family, bundled_models, families, family_of
+from expertprune.checkpoint import Checkpoint
+from expertprune.errors import CheckpointError, SpecError
+from expertprune.files import digest_of, file_digest, require_room, staged_folder
+from expertprune.registry import nearest
+from expertprune.spec import Base
+from expertprune.units import LayerShape
+
+log = logging.getLogger(__name__)
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.tiktoken")
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base resolved to an ordinary local folder.
+
+    `digest` covers the config and the weights, `tokenizer_digest` the tokenizer's files.
+    """
+
+    name: str
+    folder: Path
+    checkpoint: Checkpoint
+    family: Family
+    layers: tuple[LayerShape, ...]
+    digest: str
+    tokenizer_digest: str
+    dtype: torch.dtype
+    trust_remote_code: bool = False
+
+
+def resolve_base(base: Base, store: Path) -> BaseModel:
+    """Find the base, fetch or convert it if needed, and check that it is a causal language model we can cut.
+
+    Raises:
+        SpecError: no such model.
+        CheckpointError: its folder is incomplete, quantized, of another kind, or disagrees with its config.
+    """
+    folder = _local_folder(base, store)
+    checkpoint = Checkpoint(folder)
+    family = _causal_family(checkpoint)
+    layers = family.layer_shapes(checkpoint.config)
+    checkpoint.check_widths(family, layers)
+    stored = checkpoint.dtype
+    weights = {file: file_digest(folder / file, store) for file in checkpoint.shards}
+    tokenizer = {
+        path.name: file_digest(path, store) for pattern in _TOKENIZER_FILES for path in sorted(folder.glob(pattern))
+    }
+    if not tokenizer:
+        raise CheckpointError(f"{folder}: has no tokenizer files (tokenizer.json, tokenizer_config.json)")
+    return BaseModel(
+        name=base.model,
+        folder=folder,
+        checkpoint=checkpoint,
+        family=family,
+        layers=layers,
+        digest=digest_of([checkpoint.config, weights]),
+        tokenizer_digest=digest_of(tokenizer),
+        dtype=stored if base.dtype == "auto" else getattr(torch, base.dtype),
+        trust_remote_code=base.trust_remote_code,
+    )
+
+
+def _local_folder(base: Base, store: Path) -> Path:
+    name = base.model
+    path = Path(name)
+    if name in bundled_models():
+        entry = bundled_models()[name]
+        found = importlib.util.find_spec(entry.module)
+        if found is None or found.origin is None:
+            raise SpecError(f"base.model: {name!r} comes as a package that is not installed; run: {entry.install}")
+        return _converted(Path(found.origin).parent / entry.file, base.dtype, store)
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise SpecError(f"base.model: {name}: no such file")
+        return _converted(path, base.dtype, store)
+    if path.is_dir():
+        return path.resolve()
+    if path.is_absolute():
+        raise SpecError(f"base.model: {name}: no such folder")
+    if name.count("/") != 1:
+        hint = nearest(name, bundled_models()).replace("; valid", "; bundled models")
+        raise SpecError(f"base.model: {name!r} is no folder, no hub id (owner/name) and no bundled model{hint}")
+    return _from_hub(base)
+
+
+def _from_hub(base: Base) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                base.model,
+                revision=base.revision,
+                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*"]
+                + (["*.py"] if base.trust_remote_code else []),
+            )
+        )
+    except LocalEntryNotFoundError:
+        raise SpecError(
+            f"base.model: {base.model!r} is not in the local cache and the hub cannot be reached; "
+            f"download it where there is a network, or use a folder or a bundled model{nearest('', bundled_models())}"
+        ) from None
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise SpecError(f"base.model: {base.model!r}: {str(error).splitlines()[0]}") from None
+
+
+def _causal_family(checkpoint: Checkpoint) -> Family:
+    config, where = checkpoint.config, checkpoint.folder / "config.json"
+    if "quantization_config" in config:
+        raise CheckpointError(
+            f"{where}: the model is quantized ({config['quantization_config'].get('quant_method', 'unknown')}); "
+            "prune the unquantized model first, then quantize the expert"
+        )
+    architectures = config.get("architectures") or []
+    if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
+        raise CheckpointError(f"{where}: {', '.join(architectures)} is no causal language model")
+    model_type = config.get("model_type")
+    if model_type not in families():
+        raise CheckpointError(
+            f"{where}: model_type {model_type!r} is not supported{nearest(str(model_type), families())}"
+        )
+    return family_of(model_type)
+
+
+def _converted(file: Path, dtype: str, store: Path) -> Path:
+    """A GGUF file as a folder of safetensors, converted once and kept in the store."""
+    import transformers
+
+    dtype = "bfloat16" if dtype == "auto" else dtype
+    key = digest_of([file_digest(file, store), dtype, transformers.__version__])
+    folder = store / "bases" / f"{file.stem}-{key[:16]}"
+    if (folder / "config.json").is_file():
+        return folder
+    require_room(folder, file.stat().st_size * 8)
+    log.info("converting %s to safetensors (%s), once", file.name, dtype)
+    try:
+        model = quiet_transformers().AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except (ValueError, OSError, KeyError, NotImplementedError) as error:
+        raise CheckpointError(f"{file}: transformers cannot read this GGUF file: {error}") from None
+    config = type(model.config).from_dict(
+        {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path", "name_or_path")}
+    )
+    fresh = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    fresh.load_state_dict(model.state_dict())
+    fresh.tie_weights()
+    fresh.generation_config = model.generation_config
+    with staged_folder(folder) as temporary:
+        fresh.to(getattr(torch, dtype)).save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    return folder
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_model(
+    folder: Path, dtype: torch.dtype, device: torch.device | None = None, trust_remote_code: bool = False
+) -> Any:
+    """A `transformers` causal language model in evaluation mode, without gradients."""
+    try:
+        model = quiet_transformers().AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
+        )
+    except (ValueError, OSError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
+    return model.to(device or default_device()).eval().requires_grad_(False)
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The folder's tokenizer."""
+    try:
+        return quiet_transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        raise CheckpointError(f"{folder}: the tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+@functools.cache
+def quiet_transformers() -> Any:
+    """transformers, with its progress bars and advice off unless the user asked for logs."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers
+
+    if not log.isEnabledFor(logging.INFO):
+        transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def module_at(root: nn.Module, path: str) -> nn.Module:
+    """The submodule at a dotted path."""
+    return root.get_submodule(path)

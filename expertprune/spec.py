@@ -1,0 +1,319 @@
+"""The spec: what a user writes. Unknown keys are errors, and all errors are reported at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+
+from expertprune.errors import SpecError
+from expertprune.registry import nearest
+
+Dimension = Literal["language", "domain", "task"]
+DIMENSIONS: tuple[Dimension, ...] = get_args(Dimension)
+Metric = Literal["bits_per_byte", "perplexity", "kl", "questions"]
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Names = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_listed)]
+
+
+def _amount(value: Any) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("must be a fraction such as 0.25 or a whole number of units")
+    if value < 0 or (isinstance(value, float) and value >= 1):
+        raise ValueError("a fraction is at least 0 and below 1, a count at least 0; it says what is removed")
+    return value
+
+
+# YAML's 0.25 is a fraction of the units of each layer, its 384 a count of units; both are what is *removed*.
+Amount = Annotated[
+    int | float,
+    PlainValidator(_amount),
+    WithJsonSchema(
+        {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "number", "minimum": 0, "exclusiveMaximum": 1}]}
+    ),
+]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, validate_default=True)
+
+
+class Base(_Section):
+    """The general model that is cut."""
+
+    model: str = Field(min_length=1, description="Hub id, local folder, .gguf file, or the name of a bundled model.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="What the model is run in; auto: as stored. A GGUF file is stored so too (auto: bfloat16)."
+    )
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Off unless you say so.")
+
+
+class Dimensions(_Section):
+    """What the expert is for. Several values of one dimension: it serves all of them."""
+
+    language: Names = Field(default_factory=list)
+    domain: Names = Field(default_factory=list)
+    task: Names = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _one_at_least(self) -> Dimensions:
+        if not self.chosen:
+            raise ValueError(f"name at least one of {', '.join(DIMENSIONS)}")
+        return self
+
+    @property
+    def chosen(self) -> dict[Dimension, list[str]]:
+        """The dimensions that have values, in their fixed order."""
+        return {name: values for name in DIMENSIONS if (values := getattr(self, name))}
+
+
+class Source(_Section):
+    """Where the documents of one corpus come from: a JSONL or text file (or several), or a Hugging Face dataset."""
+
+    path: Names | None = Field(None, description="JSONL or .txt file(s), relative to the spec.")
+    field: str | None = Field(None, description="Field of a row that holds the text (default: text).")
+    template: str | None = Field(None, description="Text built from several fields: 'Q: {question}\\nA: {answer}'.")
+    dataset: str | None = Field(None, description="Hugging Face dataset, streamed.")
+    config: str | None = None
+    split: str | None = Field(None, description="Split of the dataset (default: train).")
+    evaluation: Names | None = Field(None, description="File(s) of the evaluation split, read as `path` is.")
+    evaluation_split: str | None = Field(None, description="Evaluation split of the dataset.")
+    questions: str | None = Field(None, description="JSONL of multiple-choice questions: question, choices, answer.")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Source:
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("give exactly one of 'path' and 'dataset'")
+        if self.field and self.template:
+            raise ValueError("give 'field' or 'template', not both")
+        wrong = ["config", "split", "evaluation_split"] if self.path else ["evaluation"]
+        if set_here := [key for key in wrong if getattr(self, key) is not None]:
+            raise ValueError(f"{', '.join(set_here)} does not go with {'path' if self.path else 'dataset'!r}")
+        return self
+
+
+class Corpora(_Section):
+    """Where the corpora of the named values are found."""
+
+    catalogue: str | None = Field(None, description="Folder with a catalogue.yaml; default: the corpora that ship.")
+    sources: dict[str, Source] = Field(
+        default_factory=dict, description="Your own corpora, by value ('de') or by dimension and value ('language/de')."
+    )
+
+
+class Calibration(_Section):
+    """How much of each corpus is profiled."""
+
+    documents: int = Field(256, ge=1, description="At most so many documents of each corpus.")
+    max_tokens: int = Field(512, ge=2, description="Longer documents are cut at so many tokens.")
+    tokens_per_batch: int = Field(2048, ge=1, description="Speed and memory only: results do not depend on it.")
+    seed: int = Field(0, ge=0, description="Chooses the documents where a corpus has more of them.")
+
+
+class Relevance(_Section):
+    """How a unit is scored on a corpus."""
+
+    criterion: str = Field("impact", description="impact, activation, magnitude or random.")
+    seed: int = Field(0, ge=0, description="For criteria that draw random numbers.")
+
+
+class Fusion(_Section):
+    """How general and expert relevance become one score (after arXiv:2510.22489)."""
+
+    tau: float = Field(0.1, ge=0, le=1, description="Units whose activation differs by at most this are shared.")
+    lambda_: float = Field(0.5, ge=0, le=1, alias="lambda", description="Weight of the general score on shared units.")
+    beta: float = Field(0.5, ge=0, le=1, description="Weight of the general score on general-exclusive units.")
+
+
+class Compose(_Section):
+    """How the scores of several corpora become one decision per unit."""
+
+    rule: Literal["intersection", "union", "mean"] = "intersection"
+    aggregate: Literal["mean", "max"] | Annotated[float, Field(gt=0, lt=1)] = Field(
+        "mean", description="Over the documents of a corpus: mean, max, or a quantile such as 0.9."
+    )
+    scale: Literal["share", "percentile"] = Field(
+        "share", description="share: part of the corpus' total over the model; percentile: rank within the layer."
+    )
+    fusion: Fusion = Field(default_factory=Fusion)
+    allocation: Literal["uniform"] = Field("uniform", description="uniform: every layer keeps the same width.")
+
+
+class Budget(_Section):
+    """What is *removed*: of each layer a fraction (0.25) or a count (384) per structure, or a fraction of all parameters."""
+
+    ffn: Amount = Field(0, description="FFN neurons.")
+    query_heads: Amount = Field(0, description="Query heads, the same number in each KV group.")
+    kv_groups: Amount = Field(0, description="KV heads with their query heads.")
+    parameters: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="Of all parameters; FFN neurons make up what the other keys do not remove."
+    )
+    multiple_of: int = Field(64, ge=1, description="Kept FFN widths are a multiple of this.")
+    floor: float = Field(0.1, ge=0, le=1, description="At least this fraction of each structure stays in every layer.")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Budget:
+        if self.parameters is not None and self.ffn:
+            raise ValueError("give 'ffn' or 'parameters', not both: 'parameters' chooses the FFN width itself")
+        if not self.model_fields_set & {"ffn", "query_heads", "kv_groups", "parameters"}:
+            raise ValueError("name at least one of ffn, query_heads, kv_groups, parameters")
+        return self
+
+
+class Compensation(_Section):
+    """The closed-form repair of the layers that were cut."""
+
+    method: Literal["none", "least_squares"] = "least_squares"
+    damping: float = Field(0.05, gt=0, le=10, description="Ridge towards the original columns, relative to their energy.")
+
+
+class Evaluate(_Section):
+    """What is measured of base and expert. Default: the evaluation documents of every corpus that the spec names."""
+
+    corpora: Names | None = Field(None, description="Names as in dimensions and general; default: all of them.")
+    documents: int = Field(64, ge=1, description="At most so many evaluation documents of each corpus.")
+    metrics: list[Metric] = Field(default_factory=lambda: list(get_args(Metric)), min_length=1)
+    enabled: bool = True
+
+
+def _shorthand(key: str) -> BeforeValidator:
+    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
+
+
+class Spec(_Section):
+    """An expert, as its user describes it."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    base: Annotated[Base, _shorthand("model")]
+    dimensions: Dimensions
+    general: Names = Field(default_factory=lambda: ["general"], description="Corpora whose capability is retained; [] for none.")
+    corpora: Annotated[Corpora, _shorthand("catalogue")] = Field(default_factory=Corpora)
+    calibration: Calibration = Field(default_factory=Calibration)
+    relevance: Annotated[Relevance, _shorthand("criterion")] = Field(default_factory=Relevance)
+    compose: Compose = Field(default_factory=Compose)
+    budget: Budget
+    compensation: Annotated[Compensation, _shorthand("method")] = Field(default_factory=Compensation)
+    evaluate: Evaluate = Field(default_factory=Evaluate)
+
+    def document(self) -> dict[str, Any]:
+        """The spec as plain data that gives the same spec back; defaults are written out."""
+        data: dict[str, Any] = self.model_dump(mode="json", by_alias=True)
+        return data
+
+
+def load_spec(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Spec:
+    """Read and check a spec; relative paths in it become absolute.
+
+    Args:
+        path: a YAML file.
+        overrides: dotted keys and their values, such as `{"budget.ffn": 0.3}`, set before checking.
+
+    Raises:
+        SpecError: with every problem, each with file, key and the nearest valid name.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SpecError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise SpecError(f"{path}: not valid YAML: {error}") from None
+    return parse_spec(data, where=str(path), folder=path.resolve().parent, overrides=overrides)
+
+
+def parse_spec(data: Any, where: str, folder: Path, overrides: Mapping[str, Any] | None = None) -> Spec:
+    """Check a spec given as plain data; `folder` is what its relative paths are relative to. Raises `SpecError`."""
+    if not isinstance(data, dict):
+        raise SpecError(f"{where}: a spec is a mapping of keys (name, base, dimensions, budget, ...)")
+    for dotted, value in (overrides or {}).items():
+        _set(data, dotted, value)
+    try:
+        spec = Spec.model_validate(data)
+    except ValidationError as error:
+        raise SpecError([f"{where}: {problem}" for problem in _problems(error)]) from None
+    return _absolute(spec, folder)
+
+
+def _set(data: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        inner = data.get(parent)
+        if not isinstance(inner, dict):
+            shorthand = {"base": "model", "relevance": "criterion", "compensation": "method", "corpora": "catalogue"}
+            inner = {shorthand[parent]: inner} if isinstance(inner, str) and parent in shorthand else {}
+            data[parent] = inner
+        data = inner
+    data[last] = value
+
+
+def _absolute(spec: Spec, folder: Path) -> Spec:
+    spec = spec.model_copy(deep=True)
+    model = folder / Path(spec.base.model).expanduser()
+    if model.exists() or spec.base.model.startswith((".", "/", "~")) or spec.base.model.endswith(".gguf"):
+        spec.base.model = str(model.resolve())
+    if spec.corpora.catalogue is not None:
+        spec.corpora.catalogue = str((folder / Path(spec.corpora.catalogue).expanduser()).resolve())
+    for source in spec.corpora.sources.values():
+        for key in ("path", "evaluation"):
+            if (paths := getattr(source, key)) is not None:
+                setattr(source, key, [str((folder / Path(p).expanduser()).resolve()) for p in paths])
+        if source.questions is not None:
+            source.questions = str((folder / Path(source.questions).expanduser()).resolve())
+    return spec
+
+
+def _problems(error: ValidationError) -> list[str]:
+    found: dict[str, str] = {}
+    for problem in error.errors():
+        # Names of union branches are pydantic's, not the user's.
+        parts = [str(p) for p in problem["loc"] if not (isinstance(p, str) and ("[" in p or p in ("float",)))]
+        key = ".".join(parts) or "spec"
+        if problem["type"] == "extra_forbidden":
+            message = f"unknown key {key!r}{nearest(parts[-1], _keys_at(parts[:-1]))}"
+        elif problem["type"] == "missing":
+            message = f"missing key {key!r}"
+        else:
+            message = f"{key}: {problem['msg'].removeprefix('Value error, ')} (found {_short(problem['input'])})"
+        found.setdefault(key, message)
+    return list(found.values())
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _keys_at(parents: list[str]) -> list[str]:
+    model: Any = Spec
+    for parent in parents:
+        field = model.model_fields.get(parent) if isinstance(model, type) else None
+        annotation = field.annotation if field is not None else None
+        if annotation is not None and not isinstance(annotation, type):
+            inner = [a for a in get_args(annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
+            annotation = inner[0] if inner else None
+        if annotation is None:
+            continue  # the name of a dictionary's entry: its model was found one level up
+        model = annotation
+    if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        return []
+    return [field.alias or name for name, field in model.model_fields.items()]
