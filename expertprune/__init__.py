@@ -1,3 +1,44 @@
-"""expertprune: turn a general language model into a compact expert, without post-training."""
+"""expertprune: turn a general language model into a compact expert, without post-training.
+
+The verbs are functions here, under the same names as the commands: `validate`, `profile`, `compose`, `prune`, `build`,
+`evaluate`, `inspect`. They are imported at their first use, so that `import expertprune` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from expertprune.api import build, compose, evaluate, profile, prune, validate
+    from expertprune.inspection import describe as inspect
+    from expertprune.spec import Spec, load_spec
+
+_PLACES = {
+    **dict.fromkeys(("build", "compose", "evaluate", "profile", "prune", "validate"), ("expertprune.api", None)),
+    "inspect": ("expertprune.inspection", "describe"),
+    "Spec": ("expertprune.spec", None),
+    "load_spec": ("expertprune.spec", None),
+}
+
+__all__ = [
+    "Spec",
+    "__version__",
+    "build",
+    "compose",
+    "evaluate",
+    "inspect",
+    "load_spec",
+    "profile",
+    "prune",
+    "validate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'expertprune' has no attribute {name!r}")
+    module, attribute = _PLACES[name]
+    return getattr(importlib.import_module(module), attribute or name)

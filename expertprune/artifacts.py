@@ -192,7 +192,14 @@ def plan_from(data: Any, where: str) -> Plan:
         for index, (shape, layer) in enumerate(zip(shapes, layers, strict=True)):
             _check_kept(shape, layer.kept, index)
         return Plan(
-            data["name"], data["base"], data["spec"], data["profiles"], shapes, layers, data["budget"], data["parameters"]
+            data["name"],
+            data["base"],
+            data["spec"],
+            data["profiles"],
+            shapes,
+            layers,
+            data["budget"],
+            data["parameters"],
         )
     except (KeyError, TypeError, ValueError) as error:
         raise PlanError(f"{where}: damaged plan: {error}") from None

@@ -79,7 +79,9 @@ class Checkpoint:
         if (self.folder / SINGLE).is_file():
             return [SINGLE]
         found = [path.name for path in self.folder.glob("*") if path.suffix in (".bin", ".pt", ".pth")]
-        reason = f"only {found[0]}, which could run code when read; convert it to safetensors" if found else "no weights"
+        reason = (
+            f"only {found[0]}, which could run code when read; convert it to safetensors" if found else "no weights"
+        )
         raise CheckpointError(f"{self.folder}: holds {reason} ({SINGLE} or {INDEX} is expected)")
 
     @property
@@ -133,7 +135,9 @@ class Checkpoint:
                     problems.append(f"{name} is {found}, the config makes axis {coupled.axis} {expected}")
         if problems:
             rest = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-            raise CheckpointError(f"{self.folder}: config.json disagrees with the weights: {'; '.join(problems[:3])}{rest}")
+            raise CheckpointError(
+                f"{self.folder}: config.json disagrees with the weights: {'; '.join(problems[:3])}{rest}"
+            )
 
     def unit_parameters(self, family: Family, shape: LayerShape, layer: int, structure: Structure) -> int:
         """How many parameters leave with one unit of a structure."""

@@ -97,7 +97,7 @@ def catalogue_sources(folder: Path) -> dict[str, Source]:
     sources: dict[str, Source] = {}
     problems: list[str] = []
     valid = (*DIMENSIONS, "general")
-    for dimension, values in (data.items() if isinstance(data, dict) else ()):
+    for dimension, values in data.items() if isinstance(data, dict) else ():
         if dimension not in valid or not isinstance(values, dict):
             problems.append(f"{path}: {dimension!r} must be one of {', '.join(valid)}, with a mapping of values")
             continue

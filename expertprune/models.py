@@ -157,7 +157,11 @@ def _converted(file: Path, dtype: str, store: Path) -> Path:
     except (ValueError, OSError, KeyError, NotImplementedError) as error:
         raise CheckpointError(f"{file}: transformers cannot read this GGUF file: {error}") from None
     config = type(model.config).from_dict(
-        {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path", "name_or_path")}
+        {
+            k: v
+            for k, v in model.config.to_dict().items()
+            if k not in ("quantization_config", "_name_or_path", "name_or_path")
+        }
     )
     fresh = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     fresh.load_state_dict(model.state_dict())

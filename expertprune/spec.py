@@ -63,7 +63,9 @@ class Base(_Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="What the model is run in; auto: as stored. A GGUF file is stored so too (auto: bfloat16)."
     )
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Off unless you say so.")
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that comes with the model. Off unless you say so."
+    )
 
 
 class Dimensions(_Section):
@@ -182,7 +184,9 @@ class Compensation(_Section):
     """The closed-form repair of the layers that were cut."""
 
     method: Literal["none", "least_squares"] = "least_squares"
-    damping: float = Field(0.05, gt=0, le=10, description="Ridge towards the original columns, relative to their energy.")
+    damping: float = Field(
+        0.05, gt=0, le=10, description="Ridge towards the original columns, relative to their energy."
+    )
 
 
 class Evaluate(_Section):
@@ -190,6 +194,7 @@ class Evaluate(_Section):
 
     corpora: Names | None = Field(None, description="Names as in dimensions and general; default: all of them.")
     documents: int = Field(64, ge=1, description="At most so many evaluation documents of each corpus.")
+    max_tokens: int = Field(1024, ge=2, description="Longer documents are cut at so many tokens.")
     metrics: list[Metric] = Field(default_factory=lambda: list(get_args(Metric)), min_length=1)
     enabled: bool = True
 
@@ -204,7 +209,9 @@ class Spec(_Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     base: Annotated[Base, _shorthand("model")]
     dimensions: Dimensions
-    general: Names = Field(default_factory=lambda: ["general"], description="Corpora whose capability is retained; [] for none.")
+    general: Names = Field(
+        default_factory=lambda: ["general"], description="Corpora whose capability is retained; [] for none."
+    )
     corpora: Annotated[Corpora, _shorthand("catalogue")] = Field(default_factory=Corpora)
     calibration: Calibration = Field(default_factory=Calibration)
     relevance: Annotated[Relevance, _shorthand("criterion")] = Field(default_factory=Relevance)
@@ -304,16 +311,11 @@ def _short(value: Any) -> str:
 
 
 def _keys_at(parents: list[str]) -> list[str]:
-    model: Any = Spec
+    model: type[BaseModel] = Spec
     for parent in parents:
-        field = model.model_fields.get(parent) if isinstance(model, type) else None
-        annotation = field.annotation if field is not None else None
-        if annotation is not None and not isinstance(annotation, type):
-            inner = [a for a in get_args(annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
-            annotation = inner[0] if inner else None
-        if annotation is None:
-            continue  # the name of a dictionary's entry: its model was found one level up
-        model = annotation
-    if not (isinstance(model, type) and issubclass(model, BaseModel)):
-        return []
+        field = model.model_fields.get(parent)
+        candidates = [field.annotation, *get_args(field.annotation)] if field is not None else []
+        inner = [a for a in candidates if isinstance(a, type) and issubclass(a, BaseModel)]
+        if inner:  # the name of a dictionary's entry has no field: its model was found one level up
+            model = inner[0]
     return [field.alias or name for name, field in model.model_fields.items()]

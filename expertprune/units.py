@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -115,6 +116,6 @@ def parse_indices(text: str) -> tuple[int, ...]:
     for run in text.split():
         first, _, last = run.partition("-")
         indices.extend(range(int(first), int(last or first) + 1))
-    if any(b <= a for a, b in zip(indices, indices[1:], strict=False)):
+    if any(b <= a for a, b in itertools.pairwise(indices)):
         raise ValueError(f"indices are not ascending: {text[:60]!r}")
     return tuple(indices)

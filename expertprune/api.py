@@ -1,0 +1,374 @@
+"""The stages as functions: what the command line calls, and what Python users import.
+
+Every function takes a spec as a path or as a `Spec`, and says what it would do wrong before it loads a model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from expertprune.artifacts import Evaluation, Plan, Profile, load_plan
+from expertprune.budgets import resolve_budget
+from expertprune.composition import check_criterion
+from expertprune.composition import compose as compose_plan
+from expertprune.corpora import (
+    Batch,
+    Corpus,
+    CorpusName,
+    Document,
+    calibration_batches,
+    corpus_names,
+    load_corpora,
+    load_corpus,
+    make_batches,
+    tokenize,
+)
+from expertprune.errors import CheckpointError, ExpertpruneError, SpecError
+from expertprune.evaluation import batches_needed, guarded
+from expertprune.evaluation import evaluate as evaluate_models
+from expertprune.files import check_output, require_room, staged_folder, store_folder
+from expertprune.models import BaseModel, load_model, load_tokenizer, resolve_base
+from expertprune.profiling import profile_corpus, profile_key, profile_path
+from expertprune.pruning import RepairInput, bytes_needed, check_plan
+from expertprune.pruning import prune as write_expert
+from expertprune.report import EXPERT_FILE, write_card
+from expertprune.spec import Base, Evaluate, Spec, load_spec, parse_spec
+
+log = logging.getLogger(__name__)
+SpecLike = Spec | str | Path
+# A stage's name and its number of steps give a function that is called after each step.
+Track = Callable[[str, int], contextlib.AbstractContextManager[Callable[[], None]]]
+
+
+@contextlib.contextmanager
+def silent(stage: str, steps: int) -> Iterator[Callable[[], None]]:
+    """The progress of those who do not watch."""
+    yield lambda: None
+
+
+@dataclass
+class Prepared:
+    """A spec with everything it names found and checked, and nothing loaded yet."""
+
+    spec: Spec
+    base: BaseModel
+    corpora: dict[CorpusName, Corpus]
+    evaluated: list[Corpus]
+    store: Path
+
+    def __post_init__(self) -> None:
+        self._model: Any = None
+        self._tokenizer: Any = None
+        self._calibration: dict[CorpusName, tuple[list[Document], list[Batch]]] = {}
+
+    @property
+    def model(self) -> Any:
+        """The running base, loaded at its first use."""
+        if self._model is None:
+            self._model = load_model(self.base.folder, self.base.dtype, trust_remote_code=self.base.trust_remote_code)
+        return self._model
+
+    @property
+    def tokenizer(self) -> Any:
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.base.folder, self.base.trust_remote_code)
+        return self._tokenizer
+
+    def calibration(self, name: CorpusName) -> tuple[list[Document], list[Batch]]:
+        """The profiled documents of a corpus and their batches."""
+        if name not in self._calibration:
+            self._calibration[name] = calibration_batches(self.corpora[name], self.tokenizer, self.spec)
+        return self._calibration[name]
+
+    def repair_batches(self) -> list[Batch]:
+        """The calibration text of all corpora together, each document once."""
+        documents = {d.digest: d for name in self.corpora for d in self.calibration(name)[0]}
+        settings = self.spec.calibration
+        tokens = tokenize(list(documents.values()), self.tokenizer, settings.max_tokens)
+        return make_batches(tokens, settings.tokens_per_batch)
+
+
+def _spec(spec: SpecLike, overrides: Mapping[str, Any] | None = None) -> Spec:
+    if isinstance(spec, Spec):
+        return parse_spec(spec.document(), spec.name, Path.cwd(), overrides) if overrides else spec
+    return load_spec(spec, overrides)
+
+
+def validate(spec: SpecLike, overrides: Mapping[str, Any] | None = None, store: str | Path | None = None) -> Prepared:
+    """Find and check everything that a spec names: base, corpora, criterion, budget. No model is loaded.
+
+    Raises:
+        SpecError: with every problem of the spec and its corpora at once.
+        CheckpointError: the base is incomplete, damaged or of a kind that is not supported.
+        PlanError: the budget is not reachable.
+    """
+    spec = _spec(spec, overrides)
+    folder = store_folder(store)
+    problems: list[str] = []
+    corpora: dict[CorpusName, Corpus] = {}
+    evaluated: list[Corpus] = []
+    with _gathered(problems):
+        check_criterion(spec.relevance.criterion)
+    with _gathered(problems):
+        corpora = load_corpora(spec)
+        evaluated = _evaluation_corpora(spec, corpora) if spec.evaluate.enabled else []
+    base = None
+    with _gathered(problems):
+        base = resolve_base(spec.base, folder)
+    if problems or base is None:
+        raise SpecError(problems)
+    resolve_budget(spec.budget, base)
+    prepared = Prepared(spec, base, corpora, evaluated, folder)
+    for name in corpora:
+        with _gathered(problems):
+            prepared.calibration(name)
+    if problems:
+        raise SpecError(problems)
+    return prepared
+
+
+@contextlib.contextmanager
+def _gathered(problems: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except SpecError as error:
+        problems += error.problems
+
+
+def _evaluation_corpora(spec: Spec, corpora: Mapping[CorpusName, Corpus]) -> list[Corpus]:
+    """The corpora to evaluate on, guarded against leaks from every corpus that calibrates."""
+    by_name = {str(name): corpus for name, corpus in corpora.items()}
+    clean = {corpus.name: corpus for corpus in guarded(list(corpora.values()))}
+    if spec.evaluate.corpora is None:
+        return list(clean.values())
+    chosen = []
+    for wanted in spec.evaluate.corpora:
+        matches = [name for name in by_name if wanted in (name, name.partition("/")[2])]
+        if not matches:
+            raise SpecError(f"evaluate.corpora: {wanted!r} is none of the spec's corpora: {', '.join(by_name)}")
+        chosen += [clean[name] for name in matches]
+    return chosen
+
+
+def profile(
+    spec: SpecLike, store: str | Path | None = None, overrides: Mapping[str, Any] | None = None, track: Track = silent
+) -> dict[CorpusName, Profile]:
+    """The profile of every corpus of a spec; stored ones are reused, so only what is missing runs the model."""
+    return _profile(validate(spec, overrides, store), track)
+
+
+def _profile(prepared: Prepared, track: Track) -> dict[CorpusName, Profile]:
+    profiles: dict[CorpusName, Profile] = {}
+    for name in corpus_names(prepared.spec):
+        documents, batches = prepared.calibration(name)
+        key = profile_key(prepared.base, documents, prepared.spec.calibration.max_tokens)
+        path = profile_path(prepared.store, key)
+        if path.is_file():
+            profiles[name] = Profile(path)
+            continue
+        model = prepared.model
+        with track(f"profile {name}", len(prepared.base.layers)) as step:
+            profiles[name] = profile_corpus(
+                model, prepared.base, str(name), documents, batches, key, prepared.store, step
+            )
+    return profiles
+
+
+def compose(
+    spec: SpecLike, store: str | Path | None = None, overrides: Mapping[str, Any] | None = None, track: Track = silent
+) -> Plan:
+    """Decide which units are kept; profiles that are missing are made first."""
+    prepared = validate(spec, overrides, store)
+    return compose_plan(prepared.spec, prepared.base, _profile(prepared, track))
+
+
+def prune(
+    plan: Plan | str | Path,
+    out: str | Path,
+    overwrite: bool = False,
+    store: str | Path | None = None,
+    track: Track = silent,
+) -> Path:
+    """Apply a plan: cut, repair as the plan's spec says, and write the expert's folder. It is not evaluated."""
+    out = Path(out)
+    check_output(out, overwrite)
+    plan = plan if isinstance(plan, Plan) else load_plan(Path(plan))
+    spec = parse_spec(plan.spec, f"plan {plan.name!r}", Path.cwd())
+    base = resolve_base(spec.base, store_folder(store))
+    check_plan(plan, base)
+    require_room(out, bytes_needed(plan, base))
+    prepared = validate(spec, {"evaluate.enabled": False}, store)
+    prepared.spec = spec
+    with staged_folder(out, overwrite) as folder:
+        _write(prepared, plan, folder, track)
+    return out
+
+
+def _write(prepared: Prepared, plan: Plan, folder: Path, track: Track) -> None:
+    repair_input = None
+    if prepared.spec.compensation.method == "least_squares" and not plan.cuts_nothing:
+        repair_input = RepairInput(prepared.model, prepared.repair_batches(), prepared.spec.compensation.damping)
+    with track("prune and repair", len(prepared.base.layers)) as step:
+        write_expert(plan, prepared.base, folder, repair_input, step)
+    write_card(folder, _about(prepared, plan))
+
+
+def _about(prepared: Prepared, plan: Plan) -> dict[str, Any]:
+    """The contents of `expertprune.json`, without an evaluation."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors")}
+    from expertprune import __version__
+
+    return {
+        "kind": "expert",
+        "name": plan.name,
+        "base": {
+            "model": prepared.base.name,
+            "path": str(prepared.base.folder),
+            "digest": prepared.base.digest,
+            "tokenizer_digest": prepared.base.tokenizer_digest,
+            "revision": prepared.spec.base.revision,
+            "trust_remote_code": prepared.spec.base.trust_remote_code,
+        },
+        "parameters": plan.parameters,
+        "corpora": {
+            str(name): {"digest": corpus.digest, "documents": [d.digest for d in corpus.calibration]}
+            for name, corpus in prepared.corpora.items()
+        },
+        "versions": {"expertprune": __version__, **versions},
+        "criterion_paper": check_criterion(prepared.spec.relevance.criterion).paper,
+        "spec": plan.spec,
+        "plan": plan.document(),
+        "evaluation": None,
+    }
+
+
+def build(
+    spec: SpecLike,
+    out: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    store: str | Path | None = None,
+    track: Track = silent,
+) -> Path:
+    """All stages in a row: profile, compose, prune, evaluate. The folder appears when everything is done."""
+    out = Path(out)
+    check_output(out, overwrite)
+    prepared = validate(spec, overrides, store)
+    _room_for_expert(prepared, out)
+    profiles = _profile(prepared, track)
+    plan = compose_plan(prepared.spec, prepared.base, profiles)
+    with staged_folder(out, overwrite) as folder:
+        _write(prepared, plan, folder, track)
+        if prepared.spec.evaluate.enabled:
+            _evaluate(folder, prepared.model, prepared.base, prepared.evaluated, prepared.spec.evaluate, track)
+    return out
+
+
+def _room_for_expert(prepared: Prepared, out: Path) -> None:
+    size = sum((prepared.base.folder / file).stat().st_size for file in prepared.base.checkpoint.shards)
+    require_room(out, size)
+
+
+def evaluate(
+    expert: str | Path,
+    corpora: list[str] | None = None,
+    base: str | Path | None = None,
+    store: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    track: Track = silent,
+) -> Evaluation:
+    """Measure an expert against its base again, and write the result into its folder.
+
+    Args:
+        corpora: which of its spec's corpora; default: all.
+        base: the base's folder, where it is no longer at its recorded place.
+        overrides: dotted keys of the spec, such as `{"evaluate.documents": 32}`.
+
+    Raises:
+        CheckpointError: the folder is no expert, or the base is not the one that it was cut from.
+        SpecError: a document that calibrated the expert is among those to evaluate on.
+    """
+    folder = Path(expert)
+    about = load_expert(folder)
+    overrides = dict(overrides or {}) | ({"evaluate.corpora": corpora} if corpora else {})
+    if base is not None:
+        overrides["base.model"] = str(base)
+    spec = parse_spec(about["spec"], str(folder / EXPERT_FILE), Path.cwd(), overrides)
+    resolved = _recorded_base(about, spec.base, store_folder(store))
+    loaded: dict[CorpusName, Corpus] = load_corpora(spec)
+    evaluated = _not_profiled(_evaluation_corpora(spec, loaded), about)
+    model = load_model(resolved.folder, resolved.dtype, trust_remote_code=resolved.trust_remote_code)
+    return _evaluate(folder, model, resolved, evaluated, spec.evaluate, track)
+
+
+def _recorded_base(about: Mapping[str, Any], base: Base, store: Path) -> BaseModel:
+    try:
+        resolved = resolve_base(base, store)
+    except ExpertpruneError as error:
+        raise CheckpointError(
+            f"the base of this expert cannot be found ({error}); say where it is with --base"
+        ) from None
+    if resolved.digest != about["base"]["digest"]:
+        raise CheckpointError(
+            f"{resolved.folder}: is not the base of this expert (digest {resolved.digest[:12]}, "
+            f"recorded {about['base']['digest'][:12]})"
+        )
+    return resolved
+
+
+def _not_profiled(corpora: list[Corpus], about: Mapping[str, Any]) -> list[Corpus]:
+    """Raises `SpecError` if a document's digest is among those that calibrated the expert."""
+    profiled = {digest for corpus in about["corpora"].values() for digest in corpus["documents"]}
+    problems = [
+        f"corpus {corpus.name}: {bad} evaluation documents calibrated this expert; evaluate on others"
+        for corpus in corpora
+        if (bad := sum(document.digest in profiled for document in corpus.evaluation))
+    ]
+    if problems:
+        raise SpecError(problems)
+    return corpora
+
+
+def _evaluate(
+    folder: Path, base_model: Any, base: BaseModel, corpora: list[Corpus], settings: Evaluate, track: Track
+) -> Evaluation:
+    expert = load_model(folder, base.dtype, trust_remote_code=base.trust_remote_code)
+    tokenizer = load_tokenizer(folder, base.trust_remote_code)
+    with track("evaluate", batches_needed(corpora)) as step:
+        result = evaluate_models(base_model, expert, tokenizer, corpora, settings, step)
+    about = json.loads((folder / EXPERT_FILE).read_text(encoding="utf-8"))
+    write_card(folder, about | {"evaluation": result.document()})
+    return result
+
+
+def load_expert(folder: Path) -> dict[str, Any]:
+    """The contents of an expert's `expertprune.json`. Raises `CheckpointError` if the folder is no expert."""
+    path = folder / EXPERT_FILE
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: is no expert (it has no {EXPERT_FILE})") from None
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(about, dict) or about.get("kind") != "expert":
+        raise CheckpointError(f"{path}: is not an expert's description")
+    return about
+
+
+def read_corpus(spec: SpecLike, name: str) -> Corpus:
+    """One corpus of a spec, such as `"language/en"`, split into calibration and evaluation."""
+    from expertprune.corpora import find_sources
+
+    spec = _spec(spec)
+    sources = {str(key): (key, source) for key, source in find_sources(spec).items()}
+    if name not in sources:
+        raise SpecError(f"corpus {name!r} is none of the spec's: {', '.join(sources)}")
+    key, source = sources[name]
+    return load_corpus(key, source, spec)

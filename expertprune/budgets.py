@@ -1,0 +1,183 @@
+"""From what the user asks to remove to legal widths: the same in every layer, aligned, above the floor."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from expertprune.errors import PlanError
+from expertprune.models import BaseModel
+from expertprune.spec import Budget
+from expertprune.units import KeptUnits, LayerShape, Structure
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What every layer keeps, and what was asked for."""
+
+    ffn: int
+    heads_per_group: int
+    kv_groups: int
+    requested: dict[str, Any]
+
+    @property
+    def query_heads(self) -> int:
+        return self.heads_per_group * self.kv_groups
+
+    def summary(self, base: LayerShape) -> dict[str, dict[str, Any]]:
+        """Per structure: `requested`, `of`, `kept`, `removed` units of each layer."""
+        kept = {"ffn": self.ffn, "query_heads": self.query_heads, "kv_groups": self.kv_groups}
+        return {
+            structure.value: {
+                "requested": self.requested.get(structure.value, 0),
+                "of": base.units(structure),
+                "kept": kept[structure.value],
+                "removed": base.units(structure) - kept[structure.value],
+            }
+            for structure in Structure
+        }
+
+
+def resolve_budget(budget: Budget, base: BaseModel) -> Widths:
+    """Legal widths that meet a budget.
+
+    A count must be legal as it stands. A fraction goes to the nearest legal width, and is refused where that would
+    remove nothing. `parameters` is met from above by the smallest FFN cut that removes at least this fraction.
+
+    Raises:
+        PlanError: not reachable; the message names the nearest legal values.
+    """
+    shape = base.layers[0]
+    groups = _kept_groups(budget, shape)
+    heads = _kept_heads_per_group(budget, shape)
+    if budget.parameters is None:
+        ffn = _kept_ffn(budget, shape)
+    else:
+        ffn = _ffn_for_parameters(budget, base, heads, groups)
+    requested = budget.model_dump(include={"ffn", "query_heads", "kv_groups", "parameters"})
+    widths = Widths(ffn, heads, groups, requested)
+    # The family's config must be able to say these widths: asked now, before any work.
+    base.family.pruned_config(base.checkpoint.config, [_first_units(widths, shape)] * len(base.layers))
+    return widths
+
+
+def removed_parameters(base: BaseModel, widths: Widths) -> int:
+    """How many parameters leave the whole model."""
+    total = 0
+    for index, shape in enumerate(base.layers):
+        cost = {s: base.checkpoint.unit_parameters(base.family, shape, index, s) for s in Structure}
+        total += cost[Structure.FFN] * (shape.ffn - widths.ffn)
+        total += cost[Structure.KV_GROUPS] * (shape.kv_heads - widths.kv_groups)
+        total += cost[Structure.QUERY_HEADS] * widths.kv_groups * (shape.heads_per_group - widths.heads_per_group)
+    return total
+
+
+def legal_ffn(shape: LayerShape, multiple_of: int, floor: float) -> list[int]:
+    """FFN widths that may be kept, ascending; the base's own is always one of them."""
+    least = max(1, math.ceil(floor * shape.ffn - 1e-9))
+    return sorted({w for w in range(multiple_of, shape.ffn, multiple_of) if w >= least} | {shape.ffn})
+
+
+def _kept_ffn(budget: Budget, shape: LayerShape) -> int:
+    legal = legal_ffn(shape, budget.multiple_of, budget.floor)
+    removed = budget.ffn
+    if not removed:
+        return shape.ffn
+    rule = f"kept widths are multiples of {budget.multiple_of} and at least {budget.floor:g} of {shape.ffn}"
+    largest = shape.ffn - legal[0]
+    if isinstance(removed, int):
+        if shape.ffn - removed not in legal:
+            raise PlanError(
+                f"budget.ffn: {removed} neurons cannot be removed ({rule}); {_nearest_counts(removed, legal)}"
+            )
+        return shape.ffn - removed
+    if len(legal) == 1:
+        raise PlanError(f"budget.ffn: nothing can be removed from {shape.ffn} neurons ({rule}); lower multiple_of")
+    wanted = shape.ffn * (1 - removed)
+    if wanted < legal[0] - budget.multiple_of / 2:
+        raise PlanError(
+            f"budget.ffn: {removed:g} is too much ({rule}); the largest legal one is {_down(largest / shape.ffn)}"
+        )
+    kept = min(legal, key=lambda width: (abs(width - wanted), -width))
+    if kept == shape.ffn:
+        smallest = shape.ffn - legal[-2]
+        raise PlanError(
+            f"budget.ffn: {removed:g} removes nothing ({rule}); the smallest legal one is {smallest} neurons, "
+            f"{smallest / shape.ffn:.4g}, or lower budget.multiple_of"
+        )
+    return kept
+
+
+def _down(fraction: float) -> str:
+    """Rounded so that the number, typed in, is legal."""
+    return f"{math.floor(fraction * 1e4) / 1e4:g}"
+
+
+def _nearest_counts(removed: int, legal: list[int]) -> str:
+    counts = sorted(legal[-1] - width for width in legal if width != legal[-1])
+    if not counts:
+        return "nothing can be removed: lower budget.multiple_of"
+    near = sorted(sorted(counts, key=lambda count: abs(count - removed))[:2])
+    return f"legal counts near it: {' and '.join(map(str, near))}; the largest is {counts[-1]}"
+
+
+def _kept_groups(budget: Budget, shape: LayerShape) -> int:
+    return shape.kv_heads - _whole_units(budget.kv_groups, shape.kv_heads, budget.floor, "kv_groups", "KV groups")
+
+
+def _kept_heads_per_group(budget: Budget, shape: LayerShape) -> int:
+    removed, per_group = budget.query_heads, shape.heads_per_group
+    if not removed:
+        return per_group
+    if per_group == 1:
+        raise PlanError("budget.query_heads: each KV head has one query head here; use budget.kv_groups")
+    if isinstance(removed, int):
+        if removed % shape.kv_heads:
+            legal = ", ".join(str(n * shape.kv_heads) for n in range(per_group))
+            raise PlanError(
+                f"budget.query_heads: {removed} of {shape.query_heads} is not the same number in each of "
+                f"{shape.kv_heads} KV groups; legal: {legal}"
+            )
+        removed = removed // shape.kv_heads
+    return per_group - _whole_units(removed, per_group, budget.floor, "query_heads", "query heads of each KV group")
+
+
+def _whole_units(removed: int | float, of: int, floor: float, key: str, what: str) -> int:
+    """A count or fraction of `of` units as a legal count of removed ones."""
+    largest = of - max(1, math.ceil(floor * of - 1e-9))
+    count = removed if isinstance(removed, int) else round(removed * of)
+    if count > largest:
+        raise PlanError(f"budget.{key}: at most {largest} of {of} {what} can be removed ({_down(largest / of)})")
+    if removed and not count:
+        raise PlanError(
+            f"budget.{key}: {removed:g} of {of} {what} is less than half a unit and removes nothing; "
+            f"the smallest legal one is {1 / of:.4g}"
+        )
+    return count
+
+
+def _ffn_for_parameters(budget: Budget, base: BaseModel, heads: int, groups: int) -> int:
+    assert budget.parameters is not None
+    shape, total = base.layers[0], base.checkpoint.parameters
+    legal = legal_ffn(shape, budget.multiple_of, budget.floor)
+    wanted = budget.parameters * total
+    for width in reversed(legal):
+        removed = removed_parameters(base, Widths(width, heads, groups, {}))
+        if removed >= wanted:
+            return width
+    largest = removed_parameters(base, Widths(legal[0], heads, groups, {})) / total
+    raise PlanError(
+        f"budget.parameters: {budget.parameters:g} of {total:,} parameters cannot be removed; with the heads as they are, "
+        f"the largest legal one is {_down(largest)}; add budget.kv_groups, or lower budget.floor"
+    )
+
+
+def _first_units(widths: Widths, shape: LayerShape) -> KeptUnits:
+    """Any units of the right number: enough to ask whether a config can say the widths."""
+    heads = [
+        group * shape.heads_per_group + head
+        for group in range(widths.kv_groups)
+        for head in range(widths.heads_per_group)
+    ]
+    return KeptUnits(tuple(range(widths.ffn)), tuple(heads), tuple(range(widths.kv_groups)))

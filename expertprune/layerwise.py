@@ -1,0 +1,118 @@
+"""Run a decoder one layer at a time over all batches.
+
+Both passes over calibration text, profiling and repair, go this way: layer by layer, every batch through each. Only the
+hidden states of the batches and one layer's inputs are held beside the weights, and a layer is needed only while its
+turn lasts, so a model larger than memory needs another source of layers and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expertprune.arch import Family
+from expertprune.corpora import Batch
+
+Observer = Callable[[int, Tensor], None]
+
+
+@dataclass
+class Stream:
+    """The hidden states of every batch before one layer, and what the decoder hands each layer beside them.
+
+    `hidden[b]` is `[rows, tokens, hidden]`; `arguments[b][l]` are the keyword arguments of layer `l` (position
+    embeddings, masks), shared between layers where the decoder shares them.
+    """
+
+    batches: Sequence[Batch]
+    hidden: list[Tensor]
+    arguments: list[list[dict[str, Any]]]
+
+    def copy(self) -> Stream:
+        """Another stream with the same inputs; hidden states are replaced, never changed in place, so none is copied."""
+        return Stream(self.batches, list(self.hidden), self.arguments)
+
+    def run(self, layer: nn.Module, index: int, batch: int) -> Tensor:
+        """One batch through one layer: the layer's output, `[rows, tokens, hidden]`; the stream is left as it was."""
+        output = layer(self.hidden[batch], **self.arguments[batch][index])
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def real(self, batch: int, states: Tensor) -> Tensor:
+        """The states of real tokens, `[tokens, channels]`, padding left out."""
+        return real_tokens(self.batches[batch], states)
+
+
+def real_tokens(batch: Batch, states: Tensor) -> Tensor:
+    """`[rows, tokens, channels]` to `[real tokens, channels]`."""
+    if all(length == states.shape[1] for length in batch.lengths):
+        return states.flatten(0, 1)
+    return torch.cat([states[row, :length] for row, length in enumerate(batch.lengths)])
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer: notes its arguments and hands the hidden states on."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._stands_for = [layer]  # in a list, so that it is no submodule
+        self.hidden = torch.empty(0)
+        self.arguments: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # decoders read attributes such as attention_type off their layers
+            return getattr(self._stands_for[0], name)
+
+    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
+        self.hidden, self.arguments = hidden, arguments
+        return hidden
+
+
+def decoder_layers(model: Any, family: Family) -> nn.ModuleList:
+    """The model's decoder layers."""
+    layers = model.get_submodule(family.layers)
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+@torch.inference_mode()
+def start(model: Any, family: Family, batches: Sequence[Batch]) -> Stream:
+    """The stream before the first layer: embeddings, and each layer's arguments as the decoder itself makes them."""
+    layers = decoder_layers(model, family)
+    parent_path, _, name = family.layers.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    recorders = [_Recorder(layer) for layer in layers]
+    decoder, device = model.get_decoder(), next(model.parameters()).device
+    stream = Stream(batches, [], [])
+    setattr(parent, name, nn.ModuleList(recorders))
+    try:
+        for batch in batches:
+            decoder(input_ids=batch.ids.to(device), use_cache=False)
+            stream.hidden.append(recorders[0].hidden)
+            stream.arguments.append([recorder.arguments for recorder in recorders])
+    finally:
+        setattr(parent, name, layers)
+    return stream
+
+
+@contextlib.contextmanager
+def observed(layer: nn.Module, path: str, inputs: list[Tensor], outputs: list[Tensor] | None = None) -> Iterator[None]:
+    """While open, the input (and output) of the submodule at `path` are appended to the lists at each call."""
+
+    def note(_: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        inputs.append(arguments[0])
+        if outputs is not None:
+            outputs.append(output)
+
+    handle = layer.get_submodule(path).register_forward_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()

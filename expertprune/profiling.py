@@ -1,0 +1,208 @@
+"""Model and batches to a profile: one pass over a corpus, layer by layer, and every statistic that criteria need."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expertprune import layerwise
+from expertprune.arch import Family
+from expertprune.artifacts import Profile, ProfileKey, save_profile
+from expertprune.corpora import Batch, Document
+from expertprune.errors import CheckpointError
+from expertprune.files import digest_of
+from expertprune.models import BaseModel
+from expertprune.units import LayerShape
+
+log = logging.getLogger(__name__)
+Progress = Callable[[], None]
+
+
+class ChannelStatistics:
+    """Sums over tokens of each channel of an output projection's input, per document and in total.
+
+    Streaming: any way of cutting the documents into batches gives the same numbers. Per document in float32, totals in
+    float64.
+    """
+
+    def __init__(self, documents: int, channels: int) -> None:
+        self.square = torch.zeros(documents, channels)  # mean over the document's tokens
+        self.sum = torch.zeros(channels, dtype=torch.float64)
+        self.square_sum = torch.zeros(channels, dtype=torch.float64)
+
+    def add(self, document: int, values: Tensor, square_sum: Tensor) -> None:
+        """`values` is `[tokens, channels]`, float32, and `square_sum` its squares summed over tokens, `[channels]`."""
+        self.square[document] = (square_sum / values.shape[0]).cpu()
+        self.sum += values.sum(0).cpu()
+        self.square_sum += square_sum.cpu()
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """What is stored: half precision RMS with its scale, float32 totals."""
+        half, scale = to_half(self.square.sqrt())
+        return {
+            f"{prefix}.rms": half,
+            f"{prefix}.scale": scale,
+            f"{prefix}.sum": self.sum.float(),
+            f"{prefix}.square_sum": self.square_sum.float(),
+        }
+
+
+def to_half(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Values as float16 after division by a power of two that puts the largest near 2¹⁵; returns both.
+
+    Massive activations overflow half precision, and a scale leaves 29 binary orders of magnitude below the largest.
+    """
+    largest = float(values.abs().max()) if values.numel() else 0.0
+    scale = 2.0 ** (math.ceil(math.log2(largest)) - 15) if largest > 0 else 1.0
+    return (values / scale).to(torch.float16), torch.tensor(scale, dtype=torch.float32)
+
+
+class LayerCollector:
+    """The statistics of one layer, fed batch by batch with the inputs of its two output projections."""
+
+    def __init__(self, layer: nn.Module, family: Family, shape: LayerShape, documents: int) -> None:
+        self.shape = shape
+        self._weights = _weight_statistics(layer, family, shape)
+        self.ffn = ChannelStatistics(documents, shape.ffn)
+        self.heads = ChannelStatistics(documents, shape.query_heads * shape.head_dim)
+        self.head_impact = torch.zeros(documents, shape.query_heads)
+        self.group_impact = torch.zeros(documents, shape.kv_heads)
+        # Gram matrices of the output projection's columns, one per KV group: [kv_heads, group_dim, group_dim]
+        columns = layer.get_parameter(family.attention.output_weight).float()
+        columns = columns.unflatten(1, (shape.kv_heads, -1)).permute(1, 2, 0)
+        self._gram = columns @ columns.transpose(1, 2)
+
+    def update(self, batch: Batch, ffn: Tensor, heads: Tensor) -> None:
+        """`ffn` is `[rows, tokens, ffn]`, `heads` `[rows, tokens, query_heads * head_dim]`; padding is left out."""
+        shape = self.shape
+        for row, (document, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
+            values = ffn[row, :length].float()
+            self.ffn.add(document, values, torch.linalg.vector_norm(values, dim=0).square())
+            values = heads[row, :length].float()
+            grouped = values.unflatten(1, (shape.kv_heads, -1)).transpose(0, 1)  # [kv_heads, tokens, group_dim]
+            moment = grouped.transpose(1, 2) @ grouped  # [kv_heads, group_dim, group_dim]
+            self.heads.add(document, values, moment.diagonal(dim1=1, dim2=2).flatten())
+            # mean_t ‖W o_t‖² = ⟨WᵀW, mean_t o_t o_tᵀ⟩: the whole block for the group, the diagonal blocks for its heads
+            change = moment * self._gram / length
+            self.group_impact[document] = change.sum((1, 2)).cpu()
+            blocks = change.unflatten(1, (-1, shape.head_dim)).unflatten(3, (-1, shape.head_dim))
+            self.head_impact[document] = blocks.sum((2, 4)).diagonal(dim1=1, dim2=2).flatten().cpu()
+
+    def tensors(self, index: int) -> dict[str, Tensor]:
+        """Everything of this layer under its stored names."""
+        return {
+            **self.ffn.tensors(f"ffn.{index}"),
+            **self.heads.tensors(f"heads.{index}"),
+            f"heads.{index}.impact": self.head_impact,
+            f"groups.{index}.impact": self.group_impact,
+            **{name.format(layer=index): tensor for name, tensor in self._weights.items()},
+        }
+
+
+def _weight_statistics(layer: nn.Module, family: Family, shape: LayerShape) -> dict[str, Tensor]:
+    statistics: dict[str, Tensor] = {}
+    for name, block in (("ffn", family.ffn), ("heads", family.attention)):
+        weight = layer.get_parameter(block.output_weight).float()
+        statistics[f"{name}.{{layer}}.output_l1"] = weight.abs().sum(0).cpu()
+        statistics[f"{name}.{{layer}}.output_l2"] = torch.linalg.vector_norm(weight, dim=0).cpu()
+    state = dict(layer.named_parameters())
+    squares = {segment: torch.zeros(shape.segment_rows(segment)) for segment in ("ffn", "query", "key_value")}  # type: ignore[arg-type]
+    for coupled in family.tensors:
+        if coupled.name not in state:
+            continue
+        values = state[coupled.name].float().square()
+        rows = values.flatten(1).sum(1) if coupled.axis == 0 and values.dim() > 1 else values
+        rows = rows.sum(0) if coupled.axis == 1 else rows
+        parts = rows.cpu().split([shape.segment_rows(segment) for segment in coupled.segments])
+        for segment, part in zip(coupled.segments, parts, strict=True):
+            squares[segment] += part
+    queries = squares["query"].unflatten(0, (shape.query_heads, -1)).sum(1)
+    keys = squares["key_value"].unflatten(0, (shape.kv_heads, -1)).sum(1)
+    statistics["ffn.{layer}.weight_norm"] = squares["ffn"].sqrt()
+    statistics["heads.{layer}.weight_norm"] = queries.sqrt()
+    statistics["groups.{layer}.weight_norm"] = (queries.unflatten(0, (shape.kv_heads, -1)).sum(1) + keys).sqrt()
+    return statistics
+
+
+@torch.inference_mode()
+def collect(
+    model: Any,
+    family: Family,
+    shapes: Sequence[LayerShape],
+    batches: Sequence[Batch],
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """Every statistic of a corpus, by stored name (see `Profile`), from one pass.
+
+    Args:
+        batches: their `documents` number the rows of the per-document statistics.
+        progress: called after each layer.
+
+    Raises:
+        CheckpointError: the model gives activations that are not finite.
+    """
+    documents = 1 + max(document for batch in batches for document in batch.documents)
+    stream = layerwise.start(model, family, batches)
+    statistics: dict[str, Tensor] = {}
+    for index, layer in enumerate(layerwise.decoder_layers(model, family)):
+        collector = LayerCollector(layer, family, shapes[index], documents)
+        for number, batch in enumerate(batches):
+            ffn: list[Tensor] = []
+            heads: list[Tensor] = []
+            with (
+                layerwise.observed(layer, family.ffn.output, ffn),
+                layerwise.observed(layer, family.attention.output, heads),
+            ):
+                stream.hidden[number] = stream.run(layer, index, number)
+            collector.update(batch, ffn[0], heads[0])
+        if not bool(collector.ffn.square_sum.isfinite().all() and collector.heads.square_sum.isfinite().all()):
+            raise CheckpointError(
+                f"layer {index}: activations are not finite; try base.dtype: float32 or bfloat16 instead of "
+                f"{next(model.parameters()).dtype}"
+            )
+        statistics |= collector.tensors(index)
+        if progress is not None:
+            progress()
+    return statistics
+
+
+def profile_key(base: BaseModel, documents: Sequence[Document], max_tokens: int) -> ProfileKey:
+    """What the profile of these documents depends on."""
+    digests = [document.digest for document in documents]
+    dtype = str(base.dtype).removeprefix("torch.")
+    return ProfileKey(base.digest, base.tokenizer_digest, digest_of(digests), max_tokens, dtype)
+
+
+def profile_path(store: Path, key: ProfileKey) -> Path:
+    return store / "profiles" / f"{key.digest}.safetensors"
+
+
+def profile_corpus(
+    model: Any,
+    base: BaseModel,
+    corpus: str,
+    documents: Sequence[Document],
+    batches: Sequence[Batch],
+    key: ProfileKey,
+    store: Path,
+    progress: Progress | None = None,
+) -> Profile:
+    """Run the pass and store its profile under its digest."""
+    statistics = collect(model, base.family, base.layers, batches, progress)
+    about = {
+        "digest": key.digest,
+        "key": asdict(key),
+        "base": base.name,
+        "corpus": corpus,
+        "documents": [document.digest for document in documents],
+        "tokens": sum(batch.tokens for batch in batches),
+        "layers": [asdict(shape) for shape in base.layers],
+    }
+    return save_profile(profile_path(store, key), about, statistics)

@@ -1,0 +1,151 @@
+"""A plan and the base's folder to the expert's folder. Nothing is decided here."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from expertprune.artifacts import Plan
+from expertprune.checkpoint import write_weights
+from expertprune.compensation import cut_tensor, repair
+from expertprune.corpora import Batch
+from expertprune.errors import CheckpointError, PlanError
+from expertprune.files import require_room
+from expertprune.models import BaseModel
+from expertprune.units import LayerShape
+
+_SPARE = 64 * 2**20  # tokenizer, cards and index, generously
+
+
+@dataclass(frozen=True)
+class RepairInput:
+    """What least squares need beside the plan: the running base and calibration text."""
+
+    model: Any
+    batches: list[Batch]
+    damping: float
+
+
+def check_plan(plan: Plan, base: BaseModel) -> None:
+    """Raises `PlanError` if the plan was made for another base."""
+    if plan.base.get("digest") != base.digest or plan.shapes != list(base.layers):
+        raise PlanError(
+            f"the plan {plan.name!r} was made for {plan.base.get('model')} (digest {str(plan.base.get('digest'))[:12]}), "
+            f"not for {base.name} (digest {base.digest[:12]}): compose it again for this base"
+        )
+
+
+def bytes_needed(plan: Plan, base: BaseModel) -> int:
+    """Disk room for the expert, the spooled repairs included."""
+    size = torch.empty(0, dtype=base.checkpoint.dtype).element_size()
+    return int(plan.parameters["after"] * size * 1.5) + _SPARE
+
+
+def prune(
+    plan: Plan,
+    base: BaseModel,
+    folder: Path,
+    repair_input: RepairInput | None = None,
+    progress: Callable[[], None] | None = None,
+) -> None:
+    """Write the expert's model files into an existing, empty folder.
+
+    Weights are sliced shard by shard, so one shard is in memory at a time; config, tokenizer and the rest come along.
+
+    Args:
+        folder: usually a staged one, which becomes the output when everything is done.
+        repair_input: for the closed-form repair; `None` for slicing alone.
+
+    Raises:
+        PlanError: the plan belongs to another base.
+        CheckpointError: the disk has no room, or the base cannot be read.
+    """
+    check_plan(plan, base)
+    require_room(folder, bytes_needed(plan, base))
+    config = base.family.pruned_config(base.checkpoint.config, plan.kept)
+    spool = _Spool(folder / ".repair")
+    if repair_input is not None and not plan.cuts_nothing:
+        keys = base.family.config
+        shape = plan.kept[0].shape(plan.shapes[0])
+        widths = {
+            keys.ffn: shape.ffn,
+            keys.query_heads: shape.query_heads,
+            keys.kv_heads: shape.kv_heads,
+            keys.head_dim: shape.head_dim,
+        }
+        for name, tensor in repair(
+            repair_input.model, base.family, plan.shapes, plan.kept, widths, repair_input.batches, repair_input.damping,
+            progress,
+        ):  # fmt: skip
+            if not bool(tensor.isfinite().all()):
+                raise CheckpointError(f"{name}: the repair is not finite; raise compensation.damping")
+            spool.put(name, tensor)
+    owners = {
+        base.family.layer_prefix(layer) + coupled.name: (layer, coupled.name)
+        for layer in range(len(plan.shapes))
+        for coupled in base.family.tensors
+    }
+
+    def transform(name: str, tensor: Tensor) -> Tensor | None:
+        if name not in owners:
+            return None
+        layer, local = owners[name]
+        repaired = spool.take(name)
+        if repaired is not None:
+            return repaired.to(tensor.dtype)
+        cut = cut_tensor(local, tensor, base.family, plan.shapes[layer], plan.kept[layer])
+        return None if cut is tensor else cut
+
+    write_weights(base.checkpoint, folder, transform, _zero_tensors(plan, base))
+    spool.close()
+    for path in base.checkpoint.carried_files:
+        shutil.copyfile(path, folder / path.name)
+    if config == base.checkpoint.config:
+        shutil.copyfile(base.folder / "config.json", folder / "config.json")
+    else:
+        (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def _zero_tensors(plan: Plan, base: BaseModel) -> Callable[[str], Iterator[tuple[str, Tensor]]]:
+    """Tensors that the config's rewrite asks for, zero, one per layer, in the file of the output projection."""
+    family, rewrite = base.family, base.family.when_heads_change
+
+    def extra(file: str) -> Iterator[tuple[str, Tensor]]:
+        shape: LayerShape
+        for layer, (shape, kept) in enumerate(zip(plan.shapes, plan.kept, strict=True)):
+            if rewrite is None or not family.heads_changed(shape, kept.shape(shape)):
+                continue
+            anchor = base.checkpoint.tensors[family.layer_prefix(layer) + family.attention.output_weight]
+            if anchor.file == file:
+                for name in rewrite.zero_tensors:
+                    yield family.layer_prefix(layer) + name, torch.zeros(shape.hidden, dtype=base.checkpoint.dtype)
+
+    return extra
+
+
+class _Spool:
+    """Repaired weights on disk until their shard is written, so that memory holds one layer's."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[str, Path] = {}
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        self.folder.mkdir(exist_ok=True)
+        self._files[name] = self.folder / f"{len(self._files)}.safetensors"
+        save_file({"weight": tensor.cpu().contiguous()}, self._files[name])
+
+    def take(self, name: str) -> Tensor | None:
+        path = self._files.get(name)
+        return None if path is None else load_file(path)["weight"]
+
+    def close(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)

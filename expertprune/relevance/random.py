@@ -1,0 +1,13 @@
+"""The control: what pruning costs when units are chosen blindly."""
+
+import torch
+from torch import Tensor
+
+from expertprune.relevance.statistics import UnitStatistics, criterion
+
+
+@criterion("random", paper="https://arxiv.org/abs/1810.05270")
+def random(statistics: UnitStatistics) -> Tensor:
+    """Uniform random numbers from the seed, the same for every document and corpus, `[documents, units]`."""
+    generator = torch.Generator().manual_seed(statistics.seed)
+    return torch.rand(statistics.units, generator=generator).expand(statistics.documents, -1)

@@ -1,0 +1,74 @@
+"""What a criterion sees, and how one is registered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from expertprune.registry import Registry
+
+
+@dataclass(frozen=True)
+class UnitStatistics:
+    """The statistics of one structure in one layer on one corpus.
+
+    A unit owns `channels_per_unit` consecutive channels of its block's output projection: 1 for an FFN neuron,
+    `head_dim` for a query head, `heads_per_group * head_dim` for a KV group.
+
+    Attributes:
+        rms: `[documents, channels]`, root mean square of each input channel over a document's tokens.
+        impact: `[documents, units]`, mean squared norm of what the unit adds to the layer's output, or `None` for units
+            of one channel, where it follows from `rms` and `output_l2`.
+        output_l1: `[channels]`, L1 norm of each column of the output projection.
+        output_l2: `[channels]`, L2 norm of the same.
+        weight_norm: `[units]`, Frobenius norm of all weights that leave with the unit.
+        layer: position of the layer.
+        seed: for criteria that draw random numbers; differs between structures and layers.
+    """
+
+    rms: Tensor
+    impact: Tensor | None
+    output_l1: Tensor
+    output_l2: Tensor
+    weight_norm: Tensor
+    layer: int
+    seed: int
+
+    @property
+    def units(self) -> int:
+        return self.weight_norm.shape[0]
+
+    @property
+    def documents(self) -> int:
+        return self.rms.shape[0]
+
+    def per_unit(self, channels: Tensor) -> Tensor:
+        """Sum over each unit's channels: `[..., channels]` to `[..., units]`."""
+        return channels.unflatten(-1, (self.units, -1)).sum(-1)
+
+
+Scores = Callable[[UnitStatistics], Tensor]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A named way to score units: `score` gives `[documents, units]`, larger is more relevant."""
+
+    name: str
+    paper: str
+    score: Scores
+
+
+criteria: Registry[Criterion] = Registry("criterion")
+
+
+def criterion(name: str, paper: str) -> Callable[[Scores], Scores]:
+    """Register a function as the criterion `name`; `paper` is its source's address."""
+
+    def add(function: Scores) -> Scores:
+        criteria.register(name)(Criterion(name, paper, function))
+        return function
+
+    return add

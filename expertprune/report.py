@@ -1,0 +1,135 @@
+"""What people read: the retention table, the model card, and an explanation of any artifact."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from rich.table import Table
+from rich.text import Text
+
+from expertprune.files import write_file, write_json
+
+EXPERT_FILE = "expertprune.json"
+_LABELS = {
+    "bits_per_byte": "bits per byte",
+    "perplexity": "perplexity",
+    "kl": "KL to base, bits/token",
+    "questions": "accuracy",
+}
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+base_model: {{ base.model }}
+tags: [expertprune, pruned]
+---
+
+# {{ name }}
+
+An expert cut from `{{ base.model }}` for {{ purpose }}, without post-training:
+{{ "{:,}".format(parameters.after) }} of {{ "{:,}".format(parameters.before) }} parameters
+({{ "%.1f" % (100 * parameters.after / parameters.before) }}%). It loads like any other checkpoint of its architecture, in
+transformers and in vLLM.
+
+| structure | kept in each layer | of |
+|---|---|---|
+{% for structure, entry in plan.budget.items() -%}
+| {{ structure }} | {{ entry.kept }} | {{ entry.of }} |
+{% endfor %}
+Method: criterion `{{ spec.relevance.criterion }}` ({{ criterion_paper }}), rule `{{ spec.compose.rule }}` over dimensions
+(Cus-Prun, https://arxiv.org/abs/2506.02561),{% if spec.general %} shared/exclusive fusion with general relevance (after
+https://arxiv.org/abs/2510.22489),{% endif %} repair `{{ spec.compensation.method }}`.
+
+## What it kept
+
+{% if rows -%}
+Base and expert on the same held-out documents, none of which calibrated the expert. Retention is 1 where nothing was
+lost; 95% intervals are bootstrapped over documents (questions).
+
+| corpus | metric | base | expert | retention | 95% interval |
+|---|---|---|---|---|---|
+{% for row in rows -%}
+| {{ row | join(" | ") }} |
+{% endfor %}
+{%- else -%}
+Not evaluated yet: `expertprune evaluate` fills this in.
+{% endif %}
+## Provenance
+
+Base digest `{{ base.digest }}`. Calibrated on {% for corpus, entry in corpora.items() -%}
+{{ corpus }} ({{ entry.documents | length }} documents){{ ", " if not loop.last else "." }}
+{%- endfor %} Versions: {% for package, version in versions.items() -%}
+{{ package }} {{ version }}{{ ", " if not loop.last else "." }}
+{%- endfor %} The spec and the plan are in `expertprune.json`. The base's licence applies.
+"""
+
+
+def purpose(spec: Mapping[str, Any]) -> str:
+    """`"language en; domain medical; task qa"`."""
+    return "; ".join(f"{name} {', '.join(values)}" for name, values in spec["dimensions"].items() if values)
+
+
+def write_card(folder: Path, about: dict[str, Any]) -> None:
+    """Write `expertprune.json` and the model card beside it."""
+    rows = retention_rows(about["evaluation"]) if about.get("evaluation") else []
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=True)
+    text = environment.from_string(_CARD).render(**about, rows=rows, purpose=purpose(about["spec"]))
+    write_json(folder / EXPERT_FILE, about)
+    write_file(folder / "README.md", text.encode())
+
+
+def retention_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
+    """Corpus, metric, base, expert, retention and interval as text, one row per metric of each corpus."""
+    rows = []
+    for corpus, result in evaluation["corpora"].items():
+        for metric, numbers in result["metrics"].items():
+            label = _LABELS[metric] + (f" ({result['questions']} questions)" if metric == "questions" else "")
+            interval = f"{_number(numbers['low'])} to {_number(numbers['high'])}"
+            base, retention = numbers.get("base"), numbers.get("retention")
+            rows.append([corpus, label, _number(base), _number(numbers["expert"]), _number(retention), interval])
+    return rows
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return "undefined" if math.isnan(value) else f"{value:.4f}"
+
+
+def retention_table(evaluation: Mapping[str, Any]) -> Table:
+    """The retention table for the terminal."""
+    table = Table("corpus", "metric", title="What the expert kept")
+    for column in ("base", "expert", "retention", "95% interval"):
+        table.add_column(column, justify="right")
+    previous = None
+    for corpus, *cells in retention_rows(evaluation):
+        table.add_row(Text(corpus if corpus != previous else ""), *cells)
+        previous = corpus
+    return table
+
+
+def plan_table(plan: Mapping[str, Any]) -> Table:
+    """Units kept by structure, who protected them, and shared and exclusive counts, summed over layers."""
+    table = Table("structure", "kept in each layer", "protected by", "shared", "expert-exclusive", "general-exclusive")
+    for structure, entry in plan["budget"].items():
+        reasons = [layer["why"][structure] for layer in plan["layers"] if structure in layer["why"]]
+        protected: dict[str, int] = {}
+        for reason in reasons:
+            for name, count in reason["protected"].items():
+                protected[name] = protected.get(name, 0) + count
+        who = ", ".join(f"{name} {count:,}" for name, count in protected.items()) or "not cut"
+        kinds = []
+        for kind in ("shared", "expert_exclusive", "general_exclusive"):
+            of = [reason[kind] for reason in reasons if kind in reason]
+            kinds.append(f"{sum(k['kept'] for k in of):,} of {sum(k['units'] for k in of):,} kept" if of else "")
+        table.add_row(structure, f"{entry['kept']} of {entry['of']}", who, *kinds)
+    return table
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
