@@ -171,7 +171,8 @@ def write_weights(
         extra: from a file's name to tensors that it gains.
     """
     weight_map: dict[str, str] = {}
-    total = 0
+    total = parameters = 0
+    any_changed = False
     for file in base.shards:
         names = [name for name, info in base.tensors.items() if info.file == file]
         changed = False
@@ -189,15 +190,21 @@ def write_weights(
             save_file(tensors, out / file, metadata=metadata)
         else:
             shutil.copyfile(base.folder / file, out / file)
+        any_changed |= changed
         weight_map |= dict.fromkeys(tensors, file)
+        parameters += sum(tensor.numel() for tensor in tensors.values())
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    if (base.folder / INDEX).is_file():
+    if not (base.folder / INDEX).is_file():
+        return
+    if any_changed:
         index = _read_json(base.folder / INDEX)
         index["metadata"] = {**index.get("metadata", {}), "total_size": total}
         if "total_parameters" in index["metadata"]:
-            index["metadata"]["total_parameters"] = sum(info.parameters for info in Checkpoint(out).tensors.values())
+            index["metadata"]["total_parameters"] = parameters
         index["weight_map"] = dict(sorted(weight_map.items()))
         (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    else:
+        shutil.copyfile(base.folder / INDEX, out / INDEX)
 
 
 def _opened(path: Path) -> Any:

@@ -1,0 +1,48 @@
+"""Fixtures that several test modules share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from expertprune.spec import Spec, parse_spec
+from tests.tiny import save_tiny, write_corpus
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test has a profile store of its own, and never touches the user's."""
+    folder = tmp_path_factory.mktemp("store")
+    monkeypatch.setenv("EXPERTPRUNE_STORE", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama folder in several shards; not to be changed."""
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "llama", "llama", max_shard_size="20KB")
+
+
+@pytest.fixture
+def spec_data(tmp_path: Path, tiny_llama: Path) -> dict[str, Any]:
+    """A spec over the tiny model and small corpora in `tmp_path`, as plain data to change."""
+    sources = {}
+    for seed, name in enumerate(("en", "medical", "qa", "general")):
+        sources[name] = {
+            "path": str(write_corpus(tmp_path / f"{name}.jsonl", seed=2 * seed)),
+            "evaluation": str(write_corpus(tmp_path / f"{name}.evaluation.jsonl", sentences=4, seed=2 * seed + 1)),
+        }
+    return {
+        "name": "tiny",
+        "base": str(tiny_llama),
+        "dimensions": {"language": "en", "domain": "medical", "task": "qa"},
+        "corpora": {"sources": sources},
+        "budget": {"ffn": 0.25, "multiple_of": 4},
+    }
+
+
+@pytest.fixture
+def tiny_spec(spec_data: dict[str, Any], tmp_path: Path) -> Spec:
+    return parse_spec(spec_data, "spec", tmp_path)

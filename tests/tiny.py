@@ -1,0 +1,74 @@
+"""Tiny random models of every family, saved as ordinary folders: for the oracle, never for claims about quality."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+WORDS = ["the", "heart", "pumps", "blood", "a", "judge", "reads", "law", "we", "sum", "numbers", "und", "der", "Arzt", "is"]
+WIDTHS = {
+    "vocab_size": 64,
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+def tiny_model(family: str, seed: int = 0, **changes: Any) -> Any:
+    """A random causal language model of a family, float32; `changes` go into its config.
+
+    All its parameters are random, biases and norms included, so that a forgotten one shows.
+    """
+    classes = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
+    config_class, model_class = classes[family]
+    config = config_class(**{**WIDTHS, **changes})
+    torch.manual_seed(seed)
+    model = model_class(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn_like(parameter)
+            parameter.copy_(1 + 0.1 * noise if "norm" in name else 0.3 * noise)
+    return model
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of 64 ids."""
+    names = ["<s>", "</s>", "<unk>", *WORDS]
+    names += [f"w{i}" for i in range(64 - len(names))]
+    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+    )
+
+
+def save_tiny(folder: Path, family: str = "llama", max_shard_size: str = "1GB", dtype: Any = None, **changes: Any) -> Path:
+    """Save a tiny model and tokenizer into a folder; a small `max_shard_size` such as `"20KB"` makes several files."""
+    model = tiny_model(family, **changes)
+    if dtype is not None:
+        model = model.to(dtype)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_corpus(path: Path, sentences: int = 12, seed: int = 0) -> Path:
+    """A JSONL corpus of random sentences over the tiny tokenizer's words, all different."""
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = [*WORDS, *(f"w{i}" for i in range(64 - 3 - len(WORDS)))]
+    with path.open("w") as file:
+        for _ in range(sentences):
+            length = int(torch.randint(6, 20, (1,), generator=generator))
+            words = [vocabulary[int(i)] for i in torch.randint(0, len(vocabulary), (length,), generator=generator)]
+            file.write(json.dumps({"text": " ".join(words)}) + "\n")
+    return path
