@@ -308,7 +308,7 @@ def _print_expert(folder: Path, as_json: bool) -> None:
     before, after = about["parameters"]["before"], about["parameters"]["after"]
     click.echo(f"expert:     {folder} ({folder_size(folder) / 1e6:.1f} MB)")
     click.echo(f"parameters: {after:,} of {before:,} ({after / before:.1%})")
-    click.echo(f"serve it:   {sys.executable} -m vllm.entrypoints.openai.api_server --model {folder}")
+    click.echo(f"serve it:   {sys.executable} -m vllm.entrypoints.openai.api_server --host 127.0.0.1 --model {folder}")
 
 
 if __name__ == "__main__":

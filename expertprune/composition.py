@@ -58,7 +58,7 @@ def unit_statistics(profile: Profile, structure: Structure, layer: int, seed: in
     """What a criterion sees of one structure in one layer of a profile."""
     channels = "ffn" if structure is Structure.FFN else "heads"
     prefix = _PREFIX[structure]
-    rms = profile.read(f"{channels}.{layer}.rms").float() * profile.read(f"{channels}.{layer}.scale")
+    rms = profile.read(f"{channels}.{layer}.rms").float().mul_(profile.read(f"{channels}.{layer}.scale"))
     return UnitStatistics(
         rms=rms,
         impact=None if structure is Structure.FFN else profile.read(f"{prefix}.{layer}.impact"),
@@ -97,7 +97,8 @@ def corpus_scores(profile: Profile, structure: Structure, spec: Spec) -> CorpusS
     for layer in range(len(profile.layers)):
         statistics = unit_statistics(profile, structure, layer, spec.relevance.seed)
         raw.append(over_documents(criterion.score(statistics).float(), spec.compose.aggregate).double())
-        rms = statistics.per_unit(statistics.rms.square()).mean(0).sqrt()
+        square = torch.linalg.vector_norm(statistics.rms, dim=0).square() / statistics.documents
+        rms = statistics.per_unit(square).sqrt()
         activation.append((rms / rms.mean().clamp_min(1e-30)).double())
     if spec.compose.scale == "share":
         total = sum(float(scores.sum()) for scores in raw) or 1.0
@@ -214,7 +215,7 @@ def explain(kept: KeptUnits, scores: Mapping[Structure, Fused], dimensions: list
     why: dict[str, dict[str, Any]] = {}
     for structure, fused in scores.items():
         mask = torch.zeros(fused.score.numel(), dtype=torch.bool)
-        mask[list(kept.of(structure))] = True
+        mask[torch.tensor(kept.of(structure))] = True
         names = [*dimensions, "general"]
         counts = Counter(names[index] for index in fused.source[mask].tolist())
         entry: dict[str, Any] = {

@@ -61,7 +61,9 @@ class Base(_Section):
     model: str = Field(min_length=1, description="Hub id, local folder, .gguf file, or the name of a bundled model.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="What the model is run in; auto: as stored. A GGUF file is stored so too (auto: bfloat16)."
+        "auto",
+        description="What the model is run in; auto: as stored on a GPU, float32 on a CPU. "
+        "A GGUF file is also converted to it (auto: bfloat16).",
     )
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with the model. Off unless you say so."

