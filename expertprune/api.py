@@ -30,7 +30,7 @@ from expertprune.corpora import (
     make_batches,
     tokenize,
 )
-from expertprune.errors import CheckpointError, ExpertpruneError, SpecError
+from expertprune.errors import CheckpointError, ExpertpruneError, PlanError, SpecError
 from expertprune.evaluation import batches_needed, guarded
 from expertprune.evaluation import evaluate as evaluate_models
 from expertprune.files import check_output, require_room, staged_folder, store_folder
@@ -206,9 +206,20 @@ def prune(
     require_room(out, bytes_needed(plan, base))
     prepared = validate(spec, {"evaluate.enabled": False}, store)
     prepared.spec = spec
+    _check_corpora(prepared, plan)
     with staged_folder(out, overwrite) as folder:
         _write(prepared, plan, folder, track)
     return out
+
+
+def _check_corpora(prepared: Prepared, plan: Plan) -> None:
+    """Raises `PlanError` if a corpus is no longer what it was when the plan was made: the repair would mix the two."""
+    for name in prepared.corpora:
+        key = profile_key(prepared.base, prepared.calibration(name)[0], prepared.spec.calibration.max_tokens)
+        if plan.profiles.get(str(name)) != key.digest:
+            raise PlanError(
+                f"corpus {name} (or what the base is run in) has changed since the plan was made: compose it again"
+            )
 
 
 def _write(prepared: Prepared, plan: Plan, folder: Path, track: Track) -> None:
@@ -359,6 +370,9 @@ def load_expert(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
     if not isinstance(about, dict) or about.get("kind") != "expert":
         raise CheckpointError(f"{path}: is not an expert's description")
+    needed = ("name", "base", "parameters", "corpora", "versions", "spec", "plan")
+    if lacking := [key for key in needed if not about.get(key)]:
+        raise CheckpointError(f"{path}: damaged: it lacks {', '.join(lacking)}")
     return about
 
 

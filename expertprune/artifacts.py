@@ -58,6 +58,8 @@ class Profile:
             raise CheckpointError(f"{path}: no such profile") from None
         except (SafetensorError, json.JSONDecodeError, OSError) as error:
             raise CheckpointError(f"{path}: not a readable profile ({error}); delete it and profile again") from None
+        if not isinstance(self.about, dict):
+            raise CheckpointError(f"{path}: not a profile; delete it and profile again")
         if self.about.get("schema") != PROFILE_SCHEMA:
             raise CheckpointError(f"{path}: a profile of schema {self.about.get('schema')}, not {PROFILE_SCHEMA}")
 
@@ -201,7 +203,7 @@ def plan_from(data: Any, where: str) -> Plan:
             data["budget"],
             data["parameters"],
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PlanError(f"{where}: damaged plan: {error}") from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,14 +50,17 @@ def resolve_budget(budget: Budget, base: BaseModel) -> Widths:
         PlanError: not reachable; the message names the nearest legal values.
     """
     shape = base.layers[0]
-    groups = _kept_groups(budget, shape)
-    heads = _kept_heads_per_group(budget, shape)
-    if budget.parameters is None:
-        ffn = _kept_ffn(budget, shape)
-    else:
-        ffn = _ffn_for_parameters(budget, base, heads, groups)
+    groups = _kept_groups(budget, base)
+    heads = _kept_heads_per_group(budget, base, groups)
+    by_parameters = budget.parameters is not None
+    ffn = _ffn_for_parameters(budget, base, heads, groups) if by_parameters else _kept_ffn(budget, shape)
     requested = budget.model_dump(include={"ffn", "query_heads", "kv_groups", "parameters"})
     widths = Widths(ffn, heads, groups, requested)
+    if widths.query_heads < math.ceil(budget.floor * shape.query_heads - 1e-9):
+        raise PlanError(
+            f"budget: kv_groups and query_heads together leave {widths.query_heads} of {shape.query_heads} query heads, "
+            f"fewer than budget.floor ({budget.floor:g}) allows"
+        )
     # The family's config must be able to say these widths: asked now, before any work.
     base.family.pruned_config(base.checkpoint.config, [_first_units(widths, shape)] * len(base.layers))
     return widths
@@ -70,6 +74,9 @@ def removed_parameters(base: BaseModel, widths: Widths) -> int:
         total += cost[Structure.FFN] * (shape.ffn - widths.ffn)
         total += cost[Structure.KV_GROUPS] * (shape.kv_heads - widths.kv_groups)
         total += cost[Structure.QUERY_HEADS] * widths.kv_groups * (shape.heads_per_group - widths.heads_per_group)
+        if widths.query_heads != shape.query_heads or widths.kv_groups != shape.kv_heads:
+            rewrite = base.family.when_heads_change
+            total -= shape.hidden * len(rewrite.zero_tensors) if rewrite is not None else 0
     return total
 
 
@@ -122,11 +129,30 @@ def _nearest_counts(removed: int, legal: list[int]) -> str:
     return f"legal counts near it: {' and '.join(map(str, near))}; the largest is {counts[-1]}"
 
 
-def _kept_groups(budget: Budget, shape: LayerShape) -> int:
-    return shape.kv_heads - _whole_units(budget.kv_groups, shape.kv_heads, budget.floor, "kv_groups", "KV groups")
+def _expressible(base: BaseModel, heads_per_group: int, groups: int) -> bool:
+    """Whether the family's config can say these heads."""
+    shape = base.layers[0]
+    kept = _first_units(Widths(shape.ffn, heads_per_group, groups, {}), shape)
+    try:
+        base.family.pruned_config(base.checkpoint.config, [kept] * len(base.layers))
+    except PlanError:
+        return False
+    return True
 
 
-def _kept_heads_per_group(budget: Budget, shape: LayerShape) -> int:
+def _kept_groups(budget: Budget, base: BaseModel) -> int:
+    shape = base.layers[0]
+
+    def legal(removed: int) -> bool:
+        return _expressible(base, shape.heads_per_group, shape.kv_heads - removed)
+
+    return shape.kv_heads - _whole_units(
+        budget.kv_groups, shape.kv_heads, budget.floor, "kv_groups", "KV groups", legal
+    )
+
+
+def _kept_heads_per_group(budget: Budget, base: BaseModel, groups: int) -> int:
+    shape = base.layers[0]
     removed, per_group = budget.query_heads, shape.heads_per_group
     if not removed:
         return per_group
@@ -134,25 +160,32 @@ def _kept_heads_per_group(budget: Budget, shape: LayerShape) -> int:
         raise PlanError("budget.query_heads: each KV head has one query head here; use budget.kv_groups")
     if isinstance(removed, int):
         if removed % shape.kv_heads:
-            legal = ", ".join(str(n * shape.kv_heads) for n in range(per_group))
+            counts = [n for n in range(per_group) if not n or _expressible(base, per_group - n, groups)]
+            named = ", ".join(str(n * shape.kv_heads) for n in counts)
             raise PlanError(
                 f"budget.query_heads: {removed} of {shape.query_heads} is not the same number in each of "
-                f"{shape.kv_heads} KV groups; legal: {legal}"
+                f"{shape.kv_heads} KV groups; legal: {named}"
             )
         removed = removed // shape.kv_heads
-    return per_group - _whole_units(removed, per_group, budget.floor, "query_heads", "query heads of each KV group")
+
+    def legal(count: int) -> bool:
+        return _expressible(base, per_group - count, groups)
+
+    what = "query heads of each KV group"
+    return per_group - _whole_units(removed, per_group, budget.floor, "query_heads", what, legal)
 
 
-def _whole_units(removed: int | float, of: int, floor: float, key: str, what: str) -> int:
-    """A count or fraction of `of` units as a legal count of removed ones."""
+def _whole_units(removed: int | float, of: int, floor: float, key: str, what: str, legal: Callable[[int], bool]) -> int:
+    """A count or fraction of `of` units as a count of removed ones; `legal` says which the config can express."""
     largest = of - max(1, math.ceil(floor * of - 1e-9))
     count = removed if isinstance(removed, int) else round(removed * of)
     if count > largest:
         raise PlanError(f"budget.{key}: at most {largest} of {of} {what} can be removed ({_down(largest / of)})")
     if removed and not count:
+        smallest = next((n for n in range(1, largest + 1) if legal(n)), None)
+        hint = f"the smallest legal one is {smallest / of:.4g}" if smallest else "none can be removed here"
         raise PlanError(
-            f"budget.{key}: {removed:g} of {of} {what} is less than half a unit and removes nothing; "
-            f"the smallest legal one is {1 / of:.4g}"
+            f"budget.{key}: {removed:g} of {of} {what} is less than half a unit and removes nothing; {hint}"
         )
     return count
 

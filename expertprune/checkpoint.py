@@ -22,6 +22,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # What an ordinary folder holds beside its weights and must not be carried into an expert.
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
+# transformers keeps chat templates beyond the default one in a folder of their own.
+_CARRIED_FOLDERS = ("additional_chat_templates",)
 _NOT_CARRIED = {"README.md", "expertprune.json", INDEX, "pytorch_model.bin.index.json", ".gitattributes"}
 
 DTYPES = {
@@ -62,16 +64,22 @@ class Checkpoint:
                 for name in shard.keys():  # noqa: SIM118 - a safetensors handle is no mapping
                     part = shard.get_slice(name)
                     self.tensors[name] = TensorInfo(file, tuple(part.get_shape()), part.get_dtype())
-        if (folder / INDEX).is_file():
-            listed = _read_json(folder / INDEX).get("weight_map", {})
-            if missing := sorted(set(listed) - set(self.tensors)):
-                raise CheckpointError(f"{folder / INDEX}: lists tensors that no file holds: {', '.join(missing[:3])}")
+        if (folder / INDEX).is_file() and (missing := sorted(set(self._weight_map) - set(self.tensors))):
+            raise CheckpointError(f"{folder / INDEX}: lists tensors that no file holds: {', '.join(missing[:3])}")
+
+    @property
+    def _weight_map(self) -> dict[str, str]:
+        """From tensors to files, as the index says."""
+        listed = _read_json(self.folder / INDEX).get("weight_map")
+        if not isinstance(listed, dict) or not listed or not all(isinstance(file, str) for file in listed.values()):
+            raise CheckpointError(f"{self.folder / INDEX}: its weight_map does not map tensors to files")
+        return listed
 
     @property
     def shards(self) -> list[str]:
         """File names of the weights, in order."""
         if (self.folder / INDEX).is_file():
-            listed = sorted(set(_read_json(self.folder / INDEX).get("weight_map", {}).values()))
+            listed = sorted(set(self._weight_map.values()))
             for file in listed:
                 if Path(file).name != file:
                     raise CheckpointError(f"{self.folder / INDEX}: {file!r} is no plain file name")
@@ -87,9 +95,10 @@ class Checkpoint:
     @property
     def carried_files(self) -> list[Path]:
         """Everything that an expert takes over unchanged: tokenizer, chat template, generation config, licence."""
+        below = [path for name in _CARRIED_FOLDERS for path in (self.folder / name).glob("*")]
         return sorted(
             path
-            for path in self.folder.iterdir()
+            for path in [*self.folder.iterdir(), *below]
             if path.is_file()
             and path.suffix not in _WEIGHT_SUFFIXES
             and path.name not in _NOT_CARRIED | {"config.json"}
@@ -130,9 +139,12 @@ class Checkpoint:
                 if name not in self.tensors:
                     if not coupled.optional:
                         problems.append(f"{name} is missing")
-                elif self.tensors[name].shape[coupled.axis] != expected:
-                    found = list(self.tensors[name].shape)
-                    problems.append(f"{name} is {found}, the config makes axis {coupled.axis} {expected}")
+                    continue
+                found = self.tensors[name].shape
+                widths = {coupled.axis: expected} | ({1 - coupled.axis: shape.hidden} if len(found) == 2 else {})
+                for axis, width in widths.items():
+                    if axis >= len(found) or found[axis] != width:
+                        problems.append(f"{name} is {list(found)}, the config makes axis {axis} {width}")
         if problems:
             rest = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
             raise CheckpointError(

@@ -20,9 +20,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from expertprune import __version__
 from expertprune.errors import ExpertpruneError, SpecError
+from expertprune.files import check_parent, to_json
 
 F = TypeVar("F", bound=Callable[..., Any])
-output = Console(soft_wrap=False)
+output = Console()
+if not output.is_terminal:  # a pipe or a file has no width of its own
+    output = Console(width=120)
 messages = Console(stderr=True)
 
 
@@ -101,7 +104,7 @@ def _track(stage: str, steps: int) -> Iterator[Callable[[], None]]:
 
 def _print(as_json: bool, data: Any, text: Callable[[], Any]) -> None:
     if as_json:
-        click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+        click.echo(to_json(data))
     else:
         output.print(text())
 
@@ -157,7 +160,7 @@ def validate(spec: Path, overrides: dict[str, Any], store: Path | None, as_json:
     for name, entry in data["corpora"].items():  # type: ignore[attr-defined]
         lines.append(f"  corpus  {name}: {', '.join(f'{count} {what}' for what, count in entry.items() if count)}")
     if as_json:
-        click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+        click.echo(to_json(data))
     else:
         click.echo("\n".join(lines))
 
@@ -179,7 +182,7 @@ def profile(spec: Path, overrides: dict[str, Any], store: Path | None, as_json: 
     profiles = api.profile(spec, store, overrides, _track)
     data = {str(name): {"path": str(p.path), "tokens": p.tokens, "digest": p.digest} for name, p in profiles.items()}
     if as_json:
-        click.echo(json.dumps({"kind": "profiles", "profiles": data}, indent=2))
+        click.echo(to_json({"kind": "profiles", "profiles": data}))
     else:
         for name, entry in data.items():
             click.echo(f"{name}: {entry['tokens']:,} tokens, {entry['path']}")
@@ -200,6 +203,7 @@ def compose(spec: Path, out: Path, overrides: dict[str, Any], store: Path | None
     """
     from expertprune import api, inspection
 
+    check_parent(out)
     plan = api.compose(spec, store, overrides, _track)
     plan.save(out)
     _print(as_json, plan.document(), lambda: inspection.explain(plan.document()))
@@ -301,7 +305,7 @@ def _print_expert(folder: Path, as_json: bool) -> None:
 
     about = load_expert(folder)
     if as_json:
-        click.echo(json.dumps({**about, "folder": str(folder), "bytes": folder_size(folder)}, indent=2))
+        click.echo(to_json({**about, "folder": str(folder), "bytes": folder_size(folder)}))
         return
     if about["evaluation"]:
         output.print(retention_table(about["evaluation"]))

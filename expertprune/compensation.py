@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from expertprune import layerwise
 from expertprune.arch import Family
 from expertprune.corpora import Batch
+from expertprune.errors import CheckpointError
 from expertprune.units import KeptUnits, LayerShape, Structure
 
 Progress = Callable[[], None]
@@ -49,11 +50,18 @@ def least_squares(moments: Moments, damping: float) -> Tensor:
 
     `Δ = C (H + D)⁻¹` with `H` the gram, `C` the cross moment, solved in float64 by Cholesky. With nothing owed
     (`C = 0`) it is exactly zero.
+
+    Raises:
+        CheckpointError: the damping is too small for these inputs.
     """
     gram = moments.gram.double()
     energy = gram.diagonal()
     ridge = damping * energy + 1e-3 * damping * energy.median() + torch.finfo(torch.float32).tiny
-    factor = torch.linalg.cholesky(gram + torch.diag(ridge))
+    factor, failed = torch.linalg.cholesky_ex(gram + torch.diag(ridge))
+    if bool(failed):
+        raise CheckpointError(
+            f"the least squares cannot be solved with damping {damping:g}; raise compensation.damping"
+        )
     return torch.cholesky_solve(moments.cross.double().T, factor).T.float()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import string
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,12 +26,13 @@ HELD_OUT = 10  # one document in so many is set aside where a corpus has no eval
 
 @dataclass(frozen=True)
 class Document:
-    """One text; its digest ignores differences in white space only."""
+    """One text."""
 
     text: str
 
     @property
     def digest(self) -> str:
+        """What makes two documents the same for splits and leaks: the text, white space aside."""
         return hashlib.sha256(" ".join(self.text.split()).encode()).hexdigest()
 
 
@@ -171,12 +173,15 @@ def load_corpus(name: CorpusName, source: Source, spec: Spec) -> Corpus:
     else:
         everything = list(documents)
         evaluation = [] if own_split else [d for d in everything if _held_out(d)]
-        if not own_split and not evaluation and len(everything) > 1:
+        if not own_split and len(everything) == 1:
+            evaluation = []
+        elif not own_split and not evaluation and everything:
             evaluation = [min(everything, key=lambda d: d.digest)]
         aside = {d.digest for d in evaluation}
         calibration = _choose([d for d in everything if d.digest not in aside], wanted, spec.calibration.seed)
     if own_split:
-        evaluation = list(_unique(_documents(source, source.evaluation, source.evaluation_split)))
+        own = _unique(_documents(source, source.evaluation, source.evaluation_split))
+        evaluation = list(own if source.dataset is None else itertools.islice(own, evaluated))
     evaluation = _choose(evaluation, evaluated, seed=0)
     where = ", ".join(source.path) if source.path else f"dataset {source.dataset}"
     if not calibration:
@@ -225,6 +230,8 @@ def _take(documents: Iterable[Document], calibration: int, evaluation: int) -> t
 
 def _choose(documents: Sequence[Document], count: int, seed: int) -> list[Document]:
     """At most `count` documents in the order of a digest salted with the seed: the files' order does not matter."""
+    if len(documents) <= count:
+        return sorted(documents, key=lambda d: d.digest)
     return sorted(documents, key=lambda d: digest_of([seed, d.digest]))[:count]
 
 
@@ -252,20 +259,16 @@ def _read_text(path: Path) -> str:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    number = 0
-    try:
-        with jsonlines.open(path) as reader:
-            while True:
-                number += 1
-                try:
-                    row = reader.read(type=dict, skip_empty=True)
-                except EOFError:
-                    return
-                yield number, row
-    except jsonlines.InvalidLineError as error:
-        raise SpecError(f"{path}, line {error.lineno}: not a JSON object: {error.line[:60]!r}") from None
-    except UnicodeDecodeError as error:
-        raise SpecError(f"{path}, line {number}: not UTF-8 text: {error.reason}") from None
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield number, jsonlines.Reader([line.decode()]).read(type=dict)
+            except UnicodeDecodeError as error:
+                raise SpecError(f"{path}, line {number}: not UTF-8 text: {error.reason}") from None
+            except jsonlines.InvalidLineError as error:
+                raise SpecError(f"{path}, line {number}: not a JSON object: {error.line[:60]!r}") from None
 
 
 def _dataset_rows(source: Source, split: str) -> Iterator[dict[str, Any]]:
@@ -281,7 +284,12 @@ def _text(row: dict[str, Any], source: Source, where: str) -> str:
     if source.template is None:
         return str(_field(row, source.field or "text", where))
     parts = []
-    for literal, name, _, _ in string.Formatter().parse(source.template):
+    try:
+        pieces = list(string.Formatter().parse(source.template))
+    except ValueError as error:
+        problem = f"template {source.template!r}: {error}; write {{{{ for a brace that names no field"
+        raise SpecError(problem) from None
+    for literal, name, _, _ in pieces:
         parts.append(literal)
         if name is not None:
             parts.append(str(_field(row, name, where)))

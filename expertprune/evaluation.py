@@ -113,11 +113,19 @@ def score_documents(
             sums = _row_sums(mine[row, : length - 1], theirs[row, : length - 1], ids[row, 1:length])
             scores.base[document], scores.expert[document], scores.kl[document] = sums
             scores.tokens[document] = length - 1
-            text = tokenizer.decode(tokens[document][1:], skip_special_tokens=True)
-            scores.bytes[document] = len(text.encode())
+            scores.bytes[document] = _predicted_bytes(tokenizer, documents[document], max_tokens)
         if progress is not None:
             progress()
     return scores
+
+
+def _predicted_bytes(tokenizer: Any, document: Document, max_tokens: int) -> int:
+    """UTF-8 bytes of the document's text behind its first token, up to where it was cut."""
+    encoded = tokenizer(document.text, return_offsets_mapping=True)["offset_mapping"]
+    first, last = encoded[0][1], len(document.text)
+    if len(encoded) > max_tokens:
+        last = max(end for _, end in encoded[:max_tokens])
+    return len(document.text[first:last].encode())
 
 
 def _row_sums(base: Tensor, expert: Tensor, targets: Tensor) -> tuple[float, float, float]:

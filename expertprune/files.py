@@ -6,7 +6,9 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ from platformdirs import user_cache_path
 
 from expertprune.errors import CheckpointError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 STORE_VARIABLE = "EXPERTPRUNE_STORE"
 
 
@@ -60,6 +63,7 @@ def staged_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with _disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
         try:
             yield temporary
             os.replace(temporary, path)
@@ -75,40 +79,98 @@ def write_file(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, data: Any) -> None:
     """Write plain data as indented JSON, whole or not at all."""
-    write_file(path, (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
+    write_file(path, (to_json(data) + "\n").encode())
+
+
+def to_json(data: Any) -> str:
+    """Plain data as JSON that anything reads: what is not a finite number becomes null."""
+    return json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 @contextlib.contextmanager
 def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not.
 
-    A run that was killed leaves a folder `.NAME.partial`, which the next one for the same `out` removes.
+    A run that was killed leaves a folder `.NAME.PROCESS.partial`, which the next one for the same `out` removes.
 
     Raises:
         CheckpointError: `out` exists and `overwrite` is off, or the disk is full.
     """
     check_output(out, overwrite)
-    temporary = out.with_name(f".{out.name}.partial")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.partial")
     with _disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove_leftovers(out)
         temporary.mkdir()
         try:
             yield temporary
-            if out.exists():
-                replaced = out.with_name(f".{out.name}.replaced")
-                shutil.rmtree(replaced, ignore_errors=True)
-                os.replace(out, replaced)
-                os.replace(temporary, out)
-                shutil.rmtree(replaced)
-            else:
-                os.replace(temporary, out)
+            _replace_folder(temporary, out)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _replace_folder(new: Path, out: Path) -> None:
+    """Rename `new` to `out`; what was there stays until then, and comes back if the renaming fails."""
+    if not out.exists():
+        os.replace(new, out)
+        return
+    replaced = out.with_name(f".{out.name}.{os.getpid()}.replaced")
+    os.replace(out, replaced)
+    try:
+        os.replace(new, out)
+    except BaseException:
+        replaced.rename(out)
+        raise
+    shutil.rmtree(replaced)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what killed runs left of `path`; what belongs to a process that runs is left alone."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.(partial|replaced)")
+    for leftover in path.parent.iterdir():
+        match = pattern.fullmatch(leftover.name)
+        if match is None or _runs(int(match.group(1))):
+            continue
+        if match.group(2) == "replaced" and not path.exists():  # killed between the two renamings
+            leftover.rename(path)
+        elif leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def check_parent(path: Path) -> None:
+    """Raises `CheckpointError` if something above `path` is there and is no folder."""
+    for parent in path.absolute().parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise CheckpointError(f"{path}: cannot be written: {parent} is not a folder")
+            return
+
+
 def check_output(out: Path, overwrite: bool) -> None:
     """Raises `CheckpointError` if `out` may not be written."""
+    check_parent(out)
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise CheckpointError(f"{out}: exists and is not a folder")
     if out.exists() and any(out.iterdir()):
@@ -136,8 +198,13 @@ def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in _FULL:
             raise CheckpointError(f"{path}: no room left on the disk; nothing was written") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
+        raise
+    except Exception as error:  # safetensors writes files itself, and wraps the disk's error in its text
+        code = re.search(r"os error (\d+)", str(error))
+        if code is not None and int(code.group(1)) in _FULL:
+            raise CheckpointError(f"{path}: no room left on the disk; nothing was written") from error
         raise

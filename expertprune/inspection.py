@@ -47,7 +47,7 @@ def explain(about: dict[str, Any]) -> RenderableType:
 
 
 def _pairs(title: str, pairs: dict[str, Any]) -> Table:
-    table = Table(title=title, show_header=False, title_justify="left")
+    table = Table(title=Text(title), show_header=False, title_justify="left")
     for key, value in pairs.items():
         table.add_row(key, Text(str(value)))
     return table

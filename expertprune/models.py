@@ -122,10 +122,10 @@ def _from_hub(base: Base) -> Path:
 
 def _causal_family(checkpoint: Checkpoint) -> Family:
     config, where = checkpoint.config, checkpoint.folder / "config.json"
-    if "quantization_config" in config:
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise CheckpointError(
-            f"{where}: the model is quantized ({config['quantization_config'].get('quant_method', 'unknown')}); "
-            "prune the unquantized model first, then quantize the expert"
+            f"{where}: the model is quantized ({method}); prune the unquantized model first, then quantize the expert"
         )
     architectures = config.get("architectures") or []
     if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
@@ -154,8 +154,8 @@ def _converted(file: Path, dtype: str, store: Path) -> Path:
             file.parent, gguf_file=file.name, dtype=torch.float32
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except (ValueError, OSError, KeyError, NotImplementedError) as error:
-        raise CheckpointError(f"{file}: transformers cannot read this GGUF file: {error}") from None
+    except Exception as error:  # a damaged file fails anywhere in the reader, from struct.error to IndexError
+        raise CheckpointError(f"{file}: transformers cannot read this GGUF file: {error}") from error
     config = type(model.config).from_dict(
         {
             k: v

@@ -175,7 +175,7 @@ def collect(
 
 def profile_key(base: BaseModel, documents: Sequence[Document], max_tokens: int) -> ProfileKey:
     """What the profile of these documents depends on."""
-    digests = [document.digest for document in documents]
+    digests = [digest_of(document.text) for document in documents]  # tokens see white space, so it counts here
     dtype = str(base.dtype).removeprefix("torch.")
     return ProfileKey(base.digest, base.tokenizer_digest, digest_of(digests), max_tokens, dtype)
 

@@ -107,7 +107,9 @@ def prune(
     write_weights(base.checkpoint, folder, transform, _zero_tensors(plan, base))
     spool.close()
     for path in base.checkpoint.carried_files:
-        shutil.copyfile(path, folder / path.name)
+        target = folder / path.relative_to(base.folder)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
     if config == base.checkpoint.config:
         shutil.copyfile(base.folder / "config.json", folder / "config.json")
     else:

@@ -24,7 +24,7 @@ _LABELS = {
 _CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
-base_model: {{ base.model }}
+base_model: {{ base.model | tojson }}
 tags: [expertprune, pruned]
 ---
 
@@ -53,7 +53,7 @@ lost; 95% intervals are bootstrapped over documents (questions).
 | corpus | metric | base | expert | retention | 95% interval |
 |---|---|---|---|---|---|
 {% for row in rows -%}
-| {{ row | join(" | ") }} |
+| {{ row | map("replace", "|", "\\|") | join(" | ") }} |
 {% endfor %}
 {%- else -%}
 Not evaluated yet: `expertprune evaluate` fills this in.
@@ -89,15 +89,13 @@ def retention_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
         for metric, numbers in result["metrics"].items():
             label = _LABELS[metric] + (f" ({result['questions']} questions)" if metric == "questions" else "")
             interval = f"{_number(numbers['low'])} to {_number(numbers['high'])}"
-            base, retention = numbers.get("base"), numbers.get("retention")
-            rows.append([corpus, label, _number(base), _number(numbers["expert"]), _number(retention), interval])
+            cells = [_number(numbers[key]) if key in numbers else "" for key in ("base", "expert", "retention")]
+            rows.append([corpus, label, *cells, interval])
     return rows
 
 
 def _number(value: float | None) -> str:
-    if value is None:
-        return ""
-    return "undefined" if math.isnan(value) else f"{value:.4f}"
+    return "undefined" if value is None or math.isnan(value) else f"{value:.4f}"
 
 
 def retention_table(evaluation: Mapping[str, Any]) -> Table:
@@ -121,7 +119,8 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
         for reason in reasons:
             for name, count in reason["protected"].items():
                 protected[name] = protected.get(name, 0) + count
-        who = ", ".join(f"{name} {count:,}" for name, count in protected.items()) or "not cut"
+        uncut = "not cut" if entry["kept"] == entry["of"] else "left with their KV groups"
+        who = ", ".join(f"{name} {count:,}" for name, count in protected.items()) or uncut
         kinds = []
         for kind in ("shared", "expert_exclusive", "general_exclusive"):
             of = [reason[kind] for reason in reasons if kind in reason]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -30,7 +31,8 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Names = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_listed)]
+Name = Annotated[str, Field(min_length=1)]
+Names = Annotated[list[Name], BeforeValidator(_listed, json_schema_input_type=Name | list[Name])]
 
 
 def _amount(value: Any) -> int | float:
@@ -47,6 +49,23 @@ Amount = Annotated[
     PlainValidator(_amount),
     WithJsonSchema(
         {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "number", "minimum": 0, "exclusiveMaximum": 1}]}
+    ),
+]
+
+
+def _aggregate(value: Any) -> str | float:
+    if value in ("mean", "max") and isinstance(value, str):
+        return value
+    if isinstance(value, float) and 0 < value < 1:
+        return value
+    raise ValueError("must be mean, max or a quantile between 0 and 1, such as 0.9")
+
+
+Aggregate = Annotated[
+    str | float,
+    PlainValidator(_aggregate),
+    WithJsonSchema(
+        {"anyOf": [{"enum": ["mean", "max"]}, {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}]}
     ),
 ]
 
@@ -151,7 +170,7 @@ class Compose(_Section):
     """How the scores of several corpora become one decision per unit."""
 
     rule: Literal["intersection", "union", "mean"] = "intersection"
-    aggregate: Literal["mean", "max"] | Annotated[float, Field(gt=0, lt=1)] = Field(
+    aggregate: Aggregate = Field(
         "mean", description="Over the documents of a corpus: mean, max, or a quantile such as 0.9."
     )
     scale: Literal["share", "percentile"] = Field(
@@ -187,7 +206,7 @@ class Compensation(_Section):
 
     method: Literal["none", "least_squares"] = "least_squares"
     damping: float = Field(
-        0.05, gt=0, le=10, description="Ridge towards the original columns, relative to their energy."
+        0.3, gt=0, le=10, description="Ridge towards the original columns, relative to their energy."
     )
 
 
@@ -201,25 +220,28 @@ class Evaluate(_Section):
     enabled: bool = True
 
 
-def _shorthand(key: str) -> BeforeValidator:
-    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
+def _shorthand(key: str, section: type[_Section]) -> BeforeValidator:
+    """A section that may be written as the value of its first key alone."""
+    return BeforeValidator(
+        lambda value: {key: value} if isinstance(value, str) else value, json_schema_input_type=str | section
+    )
 
 
 class Spec(_Section):
     """An expert, as its user describes it."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
-    base: Annotated[Base, _shorthand("model")]
+    base: Annotated[Base, _shorthand("model", Base)]
     dimensions: Dimensions
     general: Names = Field(
         default_factory=lambda: ["general"], description="Corpora whose capability is retained; [] for none."
     )
-    corpora: Annotated[Corpora, _shorthand("catalogue")] = Field(default_factory=Corpora)
+    corpora: Annotated[Corpora, _shorthand("catalogue", Corpora)] = Field(default_factory=Corpora)
     calibration: Calibration = Field(default_factory=Calibration)
-    relevance: Annotated[Relevance, _shorthand("criterion")] = Field(default_factory=Relevance)
+    relevance: Annotated[Relevance, _shorthand("criterion", Relevance)] = Field(default_factory=Relevance)
     compose: Compose = Field(default_factory=Compose)
     budget: Budget
-    compensation: Annotated[Compensation, _shorthand("method")] = Field(default_factory=Compensation)
+    compensation: Annotated[Compensation, _shorthand("method", Compensation)] = Field(default_factory=Compensation)
     evaluate: Evaluate = Field(default_factory=Evaluate)
 
     def document(self) -> dict[str, Any]:
@@ -254,6 +276,7 @@ def parse_spec(data: Any, where: str, folder: Path, overrides: Mapping[str, Any]
     """Check a spec given as plain data; `folder` is what its relative paths are relative to. Raises `SpecError`."""
     if not isinstance(data, dict):
         raise SpecError(f"{where}: a spec is a mapping of keys (name, base, dimensions, budget, ...)")
+    data = copy.deepcopy(data)
     for dotted, value in (overrides or {}).items():
         _set(data, dotted, value)
     try:

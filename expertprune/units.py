@@ -114,8 +114,11 @@ def parse_indices(text: str) -> tuple[int, ...]:
     """The inverse of `format_indices`; raises `ValueError` if the text is not ascending runs."""
     indices: list[int] = []
     for run in text.split():
-        first, _, last = run.partition("-")
-        indices.extend(range(int(first), int(last or first) + 1))
+        first, dash, last = run.partition("-")
+        inside = range(int(first), int(last if dash else first) + 1)
+        if not inside:
+            raise ValueError(f"indices are not ascending: {run!r}")
+        indices.extend(inside)
     if any(b <= a for a, b in itertools.pairwise(indices)):
         raise ValueError(f"indices are not ascending: {text[:60]!r}")
     return tuple(indices)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +47,9 @@ def spec_data(tmp_path: Path, tiny_llama: Path) -> dict[str, Any]:
 @pytest.fixture
 def tiny_spec(spec_data: dict[str, Any], tmp_path: Path) -> Spec:
     return parse_spec(spec_data, "spec", tmp_path)
+
+
+@pytest.fixture(scope="session")
+def real_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One store for all real builds of a run; a developer may point EXPERTPRUNE_TEST_STORE at a warm one."""
+    return Path(os.environ.get("EXPERTPRUNE_TEST_STORE") or tmp_path_factory.mktemp("real-store"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import importlib
 import json
 import os
 import resource
@@ -54,7 +55,11 @@ class Server:
         atexit.register(self.close)
 
     def run(
-        self, *arguments: Any, hold: str | None = None, send: signal.Signals | None = None, file_limit: int | None = None
+        self,
+        *arguments: Any,
+        hold: str | None = None,
+        send: signal.Signals | None = None,
+        file_limit: int | None = None,
     ) -> Finished:
         """Run a command.
 
@@ -66,7 +71,7 @@ class Server:
         output = [str(self.folder / name) for name in ("stdout", "stderr")]
         request = {
             "arguments": [str(argument) for argument in arguments],
-            "store": os.environ["EXPERTPRUNE_STORE"],
+            "store": os.environ.get("EXPERTPRUNE_STORE", ""),
             "hold": hold,
             "file_limit": file_limit,
             "output": output,
@@ -94,6 +99,7 @@ class Server:
 
 @functools.cache
 def server() -> Server:
+    """The one server of this test run; the first call starts it and does not wait for it."""
     return Server()
 
 
@@ -122,16 +128,11 @@ def serve() -> None:
 
 def prepare() -> None:
     """Import what a command needs; nothing is computed, so that no thread is lost in the fork."""
-    import sklearn.feature_extraction.text
-    import transformers
-
-    import expertprune.api
-    import expertprune.cli
-    import expertprune.inspection
-
-    assert sklearn.feature_extraction.text
-    assert expertprune.cli and expertprune.inspection and expertprune.api
-    assert transformers.AutoModelForCausalLM and transformers.AutoTokenizer and transformers.LlamaForCausalLM
+    for module in ("sklearn.feature_extraction.text", "expertprune.api", "expertprune.cli", "expertprune.inspection"):
+        importlib.import_module(module)
+    transformers = importlib.import_module("transformers")
+    for name in ("AutoModelForCausalLM", "AutoTokenizer", "LlamaForCausalLM", "PreTrainedTokenizerFast"):
+        getattr(transformers, name)
 
 
 def say(descriptor: int, message: dict[str, Any]) -> None:

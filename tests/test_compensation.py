@@ -24,7 +24,7 @@ from expertprune.units import KeptUnits, LayerShape
 from tests.oracle import load, plan_of, pruned, random_plan, resolved, stored_tensors
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
-DEFAULT_DAMPING = 0.05
+DEFAULT_DAMPING = Compensation().damping
 
 
 def random_documents(count: int = 24, longest: int = 31, seed: int = 0) -> list[list[int]]:
@@ -64,7 +64,7 @@ def weighted_error(target: Tensor, states: Tensor) -> float:
 # --- least_squares and its moments
 
 
-@pytest.mark.parametrize("damping", [1e-3, DEFAULT_DAMPING, 1.0])
+@pytest.mark.parametrize("damping", [1e-3, 0.05, 1.0])
 @pytest.mark.parametrize(("tokens", "kept"), [(200, 15), (7, 15), (200, 1)])
 def test_least_squares_is_the_weighted_ridge(tokens: int, kept: int, damping: float) -> None:
     rng = np.random.default_rng(tokens + kept)
@@ -180,16 +180,13 @@ def test_linear_combinations_of_kept_inputs_are_restored(features: str, seed: in
     restored = kept @ (kept_columns + tiny).T
     assert float((restored - output).norm() / output.norm()) < 1e-3
 
-    default = least_squares(moments, DEFAULT_DAMPING)
-    assert float((owed - kept @ default.T).square().sum() / owed.square().sum()) < 0.1
-
-
-def test_default_damping_is_the_one_that_is_tested() -> None:
-    assert Compensation().damping == DEFAULT_DAMPING
+    for damping in (0.05, DEFAULT_DAMPING):
+        change = least_squares(moments, damping)
+        assert float((owed - kept @ change.T).square().sum() / owed.square().sum()) < 0.1
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("damping", [1e-3, DEFAULT_DAMPING])
+@pytest.mark.parametrize("damping", [1e-3, 0.05, DEFAULT_DAMPING])
 def test_a_massive_activation_that_leaves_does_no_harm(damping: float, seed: int) -> None:
     """One dropped input is 1e4 times the others on a few tokens, which have a target of that size."""
     generator = torch.Generator().manual_seed(seed)
@@ -492,7 +489,6 @@ def test_a_massive_neuron_can_be_cut(seed: int, tmp_path: Path, store: Path) -> 
     assert float(dense.abs().max()) > 1e3, "the neuron must be massive on these tokens"
 
 
-@pytest.mark.xfail(strict=True, reason="a damping that the spec allows ends in a raw LinAlgError of the Cholesky solve")
 def test_too_little_damping_is_solved_or_said(tmp_path: Path, store: Path) -> None:
     """Fewer tokens than kept neurons, or neurons that repeat each other, make the gram singular."""
     damping = Compensation(damping=1e-9).damping

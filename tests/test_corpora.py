@@ -150,13 +150,11 @@ def test_the_digest_of_a_document_is_of_its_words() -> None:
         pytest.param(
             b'{"text": "a"}\n\n\n{"txet": "b"}\n',
             "line 4: has no field",
-            marks=pytest.mark.xfail(strict=True, reason="blank lines are not counted"),
             id="lacks a field after blank lines",
         ),
         pytest.param(
             b'{"text": "a"}\n{"text": "b"}\n{"text": "\xff"}\n',
             "line 3: not UTF-8 text",
-            marks=pytest.mark.xfail(strict=True, reason="a whole block is decoded at the first line"),
             id="not UTF-8 on a later line",
         ),
     ],
@@ -185,7 +183,6 @@ def test_a_missing_field_names_the_nearest_one(tmp_path: Path, source: dict[str,
     assert problem.startswith(f"{path}, line 1: {words}")
 
 
-@pytest.mark.xfail(strict=True, reason="string.Formatter's ValueError is not caught")
 @pytest.mark.parametrize("template", ["Q: {text", "Q: text}", "{text"])
 def test_a_malformed_template_is_the_users_mistake(tmp_path: Path, template: str) -> None:
     assert "template" in problems_of({"path": write_rows(tmp_path / "a.jsonl", ["one"]), "template": template})[0]
@@ -305,7 +302,6 @@ UNLUCKY = next(text for text in many(100) if held_out(text))
         LUCKY,
         pytest.param(
             UNLUCKY,
-            marks=pytest.mark.xfail(strict=True, reason="held out by its digest, so that nothing calibrates"),
         ),
     ],
 )
@@ -542,7 +538,6 @@ def test_a_dataset_with_an_evaluation_split_of_its_own_reads_both_splits(hub: Hu
     assert [call[2] for call in hub.calls] == [split, "test"]
 
 
-@pytest.mark.xfail(strict=True, reason="the evaluation split is read to its end before documents are chosen")
 def test_an_evaluation_split_is_streamed_no_further_than_needed(hub: Hub) -> None:
     source = {"dataset": "owner/data", "evaluation_split": "test", "template": TEMPLATE}
     corpus = load(source, calibration={"documents": 5}, evaluate={"documents": 5})

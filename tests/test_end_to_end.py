@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,12 @@ from expertprune.report import retention_table
 
 pytestmark = pytest.mark.slow
 SPEC = Path(__file__).parent.parent / "profiles" / "english-medical-qa.yaml"
-PROMPTS = ["The heart pumps blood", "Question: What does insulin do?\nAnswer:", "The judge ruled that", "To bake bread, you"]
+PROMPTS = [
+    "The heart pumps blood",
+    "Question: What does insulin do?\nAnswer:",
+    "The judge ruled that",
+    "To bake bread, you",
+]
 
 TRANSFORMERS = """
 import json, sys
@@ -56,12 +60,6 @@ def run_script(script: str, folder: Path, dtype: str, tmp_path: Path) -> list[li
     lines = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
     assert lines, done.stderr[-3000:]
     return json.loads(lines[0].removeprefix("TOKENS "))
-
-
-@pytest.fixture(scope="session")
-def real_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One store for all real builds of a run; a developer may point EXPERTPRUNE_TEST_STORE at a warm one."""
-    return Path(os.environ.get("EXPERTPRUNE_TEST_STORE") or tmp_path_factory.mktemp("real-store"))
 
 
 @pytest.fixture(scope="session")

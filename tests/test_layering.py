@@ -152,13 +152,32 @@ def test_a_print_would_be_seen() -> None:
     assert prints("x = 1\nprint(x)\nconsole.print(x)") == [2]
 
 
-def test_importing_the_package_loads_no_heavy_library() -> None:
-    """`import expertprune` and the command line's help stay quick: torch and its like come with the first use."""
-    heavy = {"torch", "transformers", "datasets", "numpy", "sklearn"}
-    for path in (PACKAGE / "__init__.py", PACKAGE / "cli.py"):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for node in tree.body:
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
-                assert not {name.split(".")[0] for name in names} & heavy
-                assert all(name in ("expertprune", "expertprune.errors") for name in names if "expertprune" in name)
+HEAVY = {"torch", "transformers", "datasets", "numpy", "sklearn", "safetensors"}
+
+
+def at_import(path: Path, seen: set[Path]) -> set[str]:
+    """Packages that a file imports as soon as it is imported itself, through our own modules too."""
+    seen.add(path)
+    found: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+        for name in names:
+            package, *parts = name.split(".")
+            found.add(package)
+            inner = PACKAGE.joinpath(*parts)
+            file = inner / "__init__.py" if inner.is_dir() else inner.with_suffix(".py")
+            if package == "expertprune" and file not in seen:
+                found |= at_import(file, seen)
+    return found
+
+
+@pytest.mark.parametrize("name", ["__init__.py", "cli.py", "spec.py"])
+def test_importing_the_package_the_commands_or_the_spec_loads_no_heavy_library(name: str) -> None:
+    """`import expertprune`, `--help` and `schema` stay quick: torch and its like come with their first use."""
+    assert at_import(PACKAGE / name, set()) & HEAVY == set()
+
+
+def test_a_heavy_library_would_be_seen() -> None:
+    assert at_import(PACKAGE / "api.py", set()) >= {"torch", "safetensors"}

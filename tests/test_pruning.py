@@ -165,7 +165,6 @@ def test_failure_keeps_the_expert_that_was_there(
     assert list(tmp_path.iterdir()) == [out]
 
 
-@pytest.mark.xfail(strict=True, reason="safetensors reports a full disk as SafetensorError, which is not translated")
 def test_disk_that_is_really_full_is_said(tmp_path: Path, store: Path) -> None:
     """A limit on the size of files makes the real writer fail, as a full disk would."""
     base = resolved(save_tiny(tmp_path / "base"), store)
@@ -212,7 +211,6 @@ def test_other_files_are_carried_unchanged(tmp_path: Path, store: Path) -> None:
     assert loaded("the heart pumps")["input_ids"] == [3, 4, 5]
 
 
-@pytest.mark.xfail(strict=True, reason="files in folders below the base's are not carried")
 def test_named_chat_templates_are_carried(tmp_path: Path, store: Path) -> None:
     """transformers stores all but the default one in a folder of their own."""
     folder = save_tiny(tmp_path / "base")
@@ -244,7 +242,6 @@ def test_repairs_leave_nothing_behind(base: BaseModel, tmp_path: Path) -> None:
         pytest.param(
             "qwen2",
             Widths(20, 1, 2, {}),
-            marks=pytest.mark.xfail(strict=True, reason="the zero output biases that are added are not counted"),
         ),
     ],
 )

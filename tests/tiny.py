@@ -10,7 +10,23 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-WORDS = ["the", "heart", "pumps", "blood", "a", "judge", "reads", "law", "we", "sum", "numbers", "und", "der", "Arzt", "is"]
+WORDS = [
+    "the",
+    "heart",
+    "pumps",
+    "blood",
+    "a",
+    "judge",
+    "reads",
+    "law",
+    "we",
+    "sum",
+    "numbers",
+    "und",
+    "der",
+    "Arzt",
+    "is",
+]
 WIDTHS = {
     "vocab_size": 64,
     "hidden_size": 24,
@@ -52,7 +68,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_tiny(folder: Path, family: str = "llama", max_shard_size: str = "1GB", dtype: Any = None, **changes: Any) -> Path:
+def save_tiny(
+    folder: Path, family: str = "llama", max_shard_size: str = "1GB", dtype: Any = None, **changes: Any
+) -> Path:
     """Save a tiny model and tokenizer into a folder; a small `max_shard_size` such as `"20KB"` makes several files."""
     model = tiny_model(family, **changes)
     if dtype is not None:

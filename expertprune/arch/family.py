@@ -137,6 +137,7 @@ class Family(_Data):
             result[keys.head_dim] = new.head_dim
             self._check_heads(config, new)
             if self.when_heads_change is not None:
+                result = _with_defaults(result, self.when_heads_change.model_type)
                 result = {k: v for k, v in result.items() if k not in self.when_heads_change.remove}
                 result |= {
                     **self.when_heads_change.set,
@@ -156,7 +157,7 @@ class Family(_Data):
         )
         if divides and new.hidden % new.query_heads:
             legal = [n for n in range(1, new.hidden + 1) if new.hidden % n == 0 and n % new.kv_heads == 0]
-            legal = [n for n in legal if n <= self.layer_shapes(config)[0].query_heads]
+            legal = [n for n in legal if n <= new.kv_heads * self.layer_shapes(config)[0].heads_per_group]
             raise PlanError(
                 f"{new.query_heads} query heads do not divide the hidden size {new.hidden}, which the config of family "
                 f"{self.family!r} requires; with {new.kv_heads} KV groups kept, legal counts are "
@@ -169,6 +170,15 @@ class Family(_Data):
                         f"heads of this base cannot be cut: its config says {key}: {config[key]!r}, and only {wanted!r} "
                         "can be expressed with other head counts"
                     )
+
+
+def _with_defaults(config: dict[str, Any], other: str) -> dict[str, Any]:
+    """The config with what its own class means by the keys it leaves out, where another class would mean its own."""
+    from transformers import CONFIG_MAPPING
+
+    mine = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)).to_dict()
+    theirs = CONFIG_MAPPING[other]().to_dict()
+    return {key: value for key, value in mine.items() if key in theirs and key not in config} | config
 
 
 @functools.cache

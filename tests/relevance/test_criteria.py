@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,7 +15,6 @@ from expertprune.composition import check_criterion, unit_statistics
 from expertprune.corpora import make_batches
 from expertprune.errors import SpecError
 from expertprune.profiling import collect
-from expertprune.registry import Registry, nearest
 from expertprune.relevance import Criterion, UnitStatistics, criteria, criterion
 from expertprune.units import LayerShape, Structure
 from tests.tiny import tiny_model
@@ -269,19 +267,3 @@ def test_an_unknown_criterion_is_answered_with_the_nearest(name: str, answer: st
     with pytest.raises(SpecError) as error:
         check_criterion(name)
     assert str(error.value) == f"relevance.criterion: unknown criterion {name!r}{answer}"
-
-
-def test_registry_is_a_mapping_that_refuses_duplicates() -> None:
-    registry: Registry[Callable[[], int]] = Registry("thing")
-    one = registry.register("one")(lambda: 1)
-    registry.register("two")(lambda: 2)
-    with pytest.raises(ValueError, match="thing 'one' is registered twice"):
-        registry.register("one")(lambda: 3)
-    assert (list(registry), len(registry), registry["one"]) == (["one", "two"], 2, one)
-    assert "three" not in registry
-    with pytest.raises(KeyError):
-        registry["three"]
-
-
-def test_nearest_of_no_names_is_nothing() -> None:
-    assert nearest("any", []) == ""

@@ -1,0 +1,156 @@
+"""Every command and snippet in README works as it stands."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from expertprune.spec import Spec, load_spec
+from tests.readme import ROOT, blocks, commands
+
+EXPERTPRUNE = [command for command in commands() if command.startswith("expertprune ")]
+SETUP = [command for command in commands() if command.startswith((".venv/bin/", "python3 -m venv"))]
+MAKE = [command for command in commands() if command.startswith("make ")]
+SERVING = [command for command in commands() if command.startswith(("python -m vllm", "curl "))]
+
+
+def test_every_command_belongs_to_a_group_that_is_tested() -> None:
+    assert len(EXPERTPRUNE) + len(SETUP) + len(MAKE) + len(SERVING) == len(commands())
+    assert {command.split()[1] for command in EXPERTPRUNE} >= {
+        "validate", "profile", "compose", "prune", "build", "evaluate", "inspect", "schema",
+    }  # fmt: skip
+    assert len(SERVING) == 2
+
+
+@pytest.mark.parametrize("command", MAKE)
+def test_make_targets_exist(command: str) -> None:
+    done = subprocess.run([*shlex.split(command), "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_lines_without_make_are_what_make_runs() -> None:
+    """`make --always-make --dry-run demo` prints the commands that README gives to those who have no make."""
+    done = subprocess.run(
+        ["make", "--always-make", "--dry-run", "demo"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    printed = done.stdout.replace(" --quiet", "").replace(" --disable-pip-version-check", "")
+    for command in SETUP[1:]:
+        assert command in printed
+    assert any(line.endswith("-m venv .venv") for line in printed.splitlines())
+    assert SETUP[0].endswith("-m venv .venv")
+
+
+@pytest.mark.parametrize("text", blocks("yaml"))
+def test_specs_are_valid(text: str, tmp_path: Path) -> None:
+    (tmp_path / "spec.yaml").write_text(text)
+    load_spec(tmp_path / "spec.yaml")
+
+
+def test_the_spec_line_by_line_states_the_defaults(tmp_path: Path) -> None:
+    (tmp_path / "spec.yaml").write_text(blocks("yaml")[0])
+    explained = load_spec(tmp_path / "spec.yaml")
+    required = {"name", "base", "dimensions", "budget"}
+    bare = Spec.model_validate({key: value for key, value in explained.document().items() if key in required})
+    expected = bare.document()
+    expected["corpora"]["catalogue"] = explained.corpora.catalogue
+    assert explained.document() == expected
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks like the clone, where commands may leave what they write."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("profiles", "corpora"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+def environment(store: Path) -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "EXPERTPRUNE_STORE": str(store), "PATH": path}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_commands_in_their_order(workplace: Path, real_store: Path) -> None:
+    for command in EXPERTPRUNE:
+        done = subprocess.run(
+            command, shell=True, cwd=workplace, env=environment(real_store), capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+    about = json.loads((workplace / "experts" / "medical-qa" / "expertprune.json").read_text())
+    assert about["plan"]["budget"]["ffn"]["kept"] == 1088  # 0.3 of 1536 leaves 1075.2; the nearest multiple of 64
+    assert list(about["evaluation"]["corpora"]) == ["domain/medical"]
+    assert json.loads((workplace / "expertprune.schema.json").read_text())["title"] == "Spec"
+
+
+@pytest.mark.slow
+def test_the_python_snippet(workplace: Path, real_store: Path) -> None:
+    (snippet,) = blocks("python")
+    done = subprocess.run(
+        [sys.executable, "-c", snippet],
+        cwd=workplace,
+        env=environment(real_store),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    parameters, retention = done.stdout.strip().splitlines()[-2:]
+    assert parameters == "{'before': 134515008, 'after': 114608448}"
+    assert 0.5 < float(retention) < 1.1
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_the_serving_command_answers_the_curl_line(workplace: Path, real_store: Path, tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    if not (workplace / "experts" / "medical-qa").is_dir():
+        pytest.skip("the commands before it did not run")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    serve, curl = (command.replace("8000", port) for command in SERVING)
+    settings = {**environment(real_store), "VLLM_CPU_KVCACHE_SPACE": "1"}
+    arguments = [*shlex.split(serve), "--enforce-eager", "--max-model-len", "256"]
+    arguments[0] = sys.executable
+    log = (tmp_path / "server.log").open("w")
+    server = subprocess.Popen(
+        arguments, cwd=workplace, env=settings, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        wait_until_healthy(f"http://127.0.0.1:{port}/health", server, tmp_path / "server.log")
+        done = subprocess.run(curl, shell=True, cwd=workplace, capture_output=True, text=True, timeout=120, check=True)
+        assert json.loads(done.stdout)["choices"][0]["text"].strip()
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        try:
+            server.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+        log.close()
+
+
+def wait_until_healthy(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 600
+    while time.monotonic() < deadline:
+        assert server.poll() is None, log.read_text()[-3000:]
+        try:
+            with urllib.request.urlopen(url, timeout=5) as answer:
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, OSError):
+            time.sleep(1)
+    raise AssertionError(f"not healthy after 10 minutes: {log.read_text()[-3000:]}")
