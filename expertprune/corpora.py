@@ -321,6 +321,8 @@ def _questions(path: Path) -> tuple[Question, ...]:
         choices, answer = _field(row, "choices", where), _field(row, "answer", where)
         if not isinstance(choices, list) or not isinstance(answer, int) or not 0 <= answer < len(choices):
             raise SpecError(f"{where}: 'answer' must be the index of one of 'choices'")
+        if not all(str(choice).strip() for choice in choices):
+            raise SpecError(f"{where}: a choice is empty")
         questions.append(Question(str(_field(row, "question", where)), tuple(map(str, choices)), answer))
     return tuple(questions)
 

@@ -39,7 +39,8 @@ def leaked(evaluation: Sequence[Document], calibration: Sequence[Document]) -> l
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(5, 5), sublinear_tf=True)
-        known = vectorizer.fit_transform([document.text for document in calibration])
+        vectorizer.fit([document.text for document in (*calibration, *evaluation)])
+        known = vectorizer.transform([document.text for document in calibration])
         new = vectorizer.transform([document.text for document in evaluation])
         similarity = (new @ known.T).max(axis=1).toarray().ravel()
         found |= set(np.flatnonzero(similarity >= NEAR_DUPLICATE).tolist())
@@ -121,6 +122,9 @@ def score_documents(
 
 def _predicted_bytes(tokenizer: Any, document: Document, max_tokens: int) -> int:
     """UTF-8 bytes of the document's text behind its first token, up to where it was cut."""
+    if not tokenizer.is_fast:  # only fast tokenizers know where a token's text stands
+        ids = tokenize([document], tokenizer, max_tokens)[0]
+        return len(tokenizer.decode(ids[1:], skip_special_tokens=True, clean_up_tokenization_spaces=False).encode())
     encoded = tokenizer(document.text, return_offsets_mapping=True)["offset_mapping"]
     first, last = encoded[0][1], len(document.text)
     if len(encoded) > max_tokens:

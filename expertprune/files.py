@@ -109,6 +109,7 @@ def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     with _disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(out)
+        check_output(out, overwrite)  # again: an expert that a killed run had moved aside may be back
         temporary.mkdir()
         try:
             yield temporary

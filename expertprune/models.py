@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
+import io
 import logging
 import os
 from dataclasses import dataclass
@@ -148,12 +150,13 @@ def _converted(file: Path, dtype: str, store: Path) -> Path:
     if (folder / "config.json").is_file():
         return folder
     require_room(folder, file.stat().st_size * 8)
-    log.info("converting %s to safetensors (%s), once", file.name, dtype)
+    log.warning("converting %s to safetensors (%s), once; this takes a minute", file.name, dtype)
     try:
-        model = quiet_transformers().AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar knows no off switch
+            model = quiet_transformers().AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, dtype=torch.float32
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except Exception as error:  # a damaged file fails anywhere in the reader, from struct.error to IndexError
         raise CheckpointError(f"{file}: transformers cannot read this GGUF file: {error}") from error
     config = type(model.config).from_dict(

@@ -164,8 +164,8 @@ def collect(
             collector.update(batch, ffn[0], heads[0])
         if not bool(collector.ffn.square_sum.isfinite().all() and collector.heads.square_sum.isfinite().all()):
             raise CheckpointError(
-                f"layer {index}: activations are not finite; try base.dtype: float32 or bfloat16 instead of "
-                f"{next(model.parameters()).dtype}"
+                f"layer {index}: activations are not finite in {next(model.parameters()).dtype}: damaged weights, or "
+                "too narrow a base.dtype (float32 and bfloat16 are wide)"
             )
         statistics |= collector.tensors(index)
         if progress is not None:

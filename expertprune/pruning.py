@@ -46,7 +46,7 @@ def check_plan(plan: Plan, base: BaseModel) -> None:
 def bytes_needed(plan: Plan, base: BaseModel) -> int:
     """Disk room for the expert, the spooled repairs included."""
     size = torch.empty(0, dtype=base.checkpoint.dtype).element_size()
-    return int(plan.parameters["after"] * size * 1.5) + _SPARE
+    return int(plan.parameters["after"] * (size + 1.5)) + _SPARE  # repairs are in the run's dtype, up to float32
 
 
 def prune(

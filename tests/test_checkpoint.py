@@ -18,7 +18,7 @@ from expertprune.arch import family_of
 from expertprune.checkpoint import Checkpoint, write_weights
 from expertprune.errors import CheckpointError
 from expertprune.units import Structure
-from tests.oracle import pruned, random_plan, read_json, resolved, stored_tensors
+from tests.oracle import pad_headers, pruned, random_plan, read_json, resolved, stored_tensors
 from tests.tiny import save_tiny, tiny_model
 
 INDEX = "model.safetensors.index.json"
@@ -318,6 +318,7 @@ def test_unit_parameters_written_out(biases: bool, structure: Structure, expecte
 
 
 def test_only_files_with_a_changed_tensor_are_written_anew(folder: Path, tmp_path: Path) -> None:
+    pad_headers(folder)
     base, out = Checkpoint(folder), tmp_path / "out"
     out.mkdir()
     name = "model.layers.1.mlp.up_proj.weight"

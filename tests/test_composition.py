@@ -336,23 +336,28 @@ def test_several_general_corpora_count_by_their_largest(
         assert set(fused[layer].kind.tolist()) == {SHARED}
 
 
-def test_scores_are_fused_with_the_activations_of_the_dimensions(profiles: dict[CorpusName, Profile]) -> None:
+@pytest.mark.parametrize("tau", [0.05, 0.1, 0.15, 0.2, 0.3])
+def test_scores_are_fused_with_the_activations_of_the_dimensions(
+    profiles: dict[CorpusName, Profile], tau: float
+) -> None:
     """Every unit by hand, from the profiles' numbers: largest activation over values and dimensions, then the fusion."""
-    tau, weight, beta = 0.1, 0.25, 0.75
+    weight, beta = 0.25, 0.75
     spec = a_spec(
-        {"language": ["en", "de"], "domain": ["medical"]}, ["g"], fusion={"tau": tau, "lambda": weight, "beta": beta}
+        {"language": ["en", "de"], "domain": ["medical"]},
+        ["g", "h"],
+        fusion={"tau": tau, "lambda": weight, "beta": beta},
     )
     expert_of = [
         profiles[CorpusName(*name)] for name in (("language", "en"), ("language", "de"), ("domain", "medical"))
     ]
-    general_of = profiles[CorpusName("general", "g")]
+    general_of = [profiles[CorpusName("general", value)] for value in "gh"]
     fused = score_structure(spec, profiles, Structure.FFN, LAYERS)
     kinds = set()
     for layer, unit in itertools.product(range(LAYERS), range(SHAPE.ffn)):
         s_t = max(shares(profile, Structure.FFN)[layer, unit] for profile in expert_of)
         n_t = max(raw_activation(profile, Structure.FFN, layer)[unit] for profile in expert_of)
-        s_g = shares(general_of, Structure.FFN)[layer, unit]
-        n_g = raw_activation(general_of, Structure.FFN, layer)[unit]
+        s_g = max(shares(profile, Structure.FFN)[layer, unit] for profile in general_of)
+        n_g = max(raw_activation(profile, Structure.FFN, layer)[unit] for profile in general_of)
         if abs(n_g - n_t) / (n_g + n_t) <= tau:
             kind, score = SHARED, weight * s_g + (1 - weight) * s_t
         elif n_t > n_g:
@@ -364,7 +369,7 @@ def test_scores_are_fused_with_the_activations_of_the_dimensions(profiles: dict[
         assert int(fused[layer].kind[unit]) == kind
         assert (int(fused[layer].source[unit]) == 2) == (score > s_t)
         kinds.add(kind)
-    assert kinds == {SHARED, EXPERT, GENERAL}
+    assert len(kinds) > 1
 
 
 # --- fusion ---------------------------------------------------------------------------------------------------------

@@ -323,6 +323,14 @@ def test_questions_may_have_different_numbers_of_choices(base: Any, tokenizer: P
     assert answer_questions(base, tokenizer, wrong).tolist() == [0, 0, 0]
 
 
+def test_choices_are_compared_by_the_byte_not_by_the_character(base: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Both are one unknown word, and so equally likely: ten letters of one byte, or eight of two."""
+    choices = ("x" * 10, "ü" * 8)
+    one, other = likelihoods(base, tokenizer, Question("heart", choices, 0))
+    assert one == other < 0
+    assert answer_questions(base, tokenizer, [Question("heart", choices, 1)]).tolist() == [1]
+
+
 def test_question_metrics_count_flips_each_way() -> None:
     base = np.array([1.0, 1, 0, 0, 1, 1])
     expert = np.array([1.0, 0, 1, 0, 0, 1])

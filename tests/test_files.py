@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from expertprune import files
 from expertprune.errors import CheckpointError
@@ -155,6 +157,13 @@ def test_write_file_and_write_json_write_exactly_what_they_are_given(tmp_path: P
     assert text.endswith("}\n")
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_a_number_that_json_cannot_say_becomes_null(tmp_path: Path, number: float) -> None:
+    write_json(tmp_path / "data.json", {"a": [number, 0.5], "b": {"c": number}, "d": (number, "x", True)})
+    expected = {"a": [None, 0.5], "b": {"c": None}, "d": [None, "x", True]}
+    assert json.loads((tmp_path / "data.json").read_text()) == expected
+
+
 NO_ROOM = [errno.ENOSPC, errno.EDQUOT, errno.EFBIG]
 NO_RIGHT = [errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR]
 
@@ -179,6 +188,25 @@ def test_the_disks_errors_become_messages_that_name_the_path(
         fail()
     assert str(out) in str(caught.value)
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", NO_ROOM, ids=lambda number: errno.errorcode[number])
+def test_a_full_disk_that_safetensors_reports_becomes_the_same_message(tmp_path: Path, number: int) -> None:
+    def fail() -> None:
+        with staged_file(tmp_path / "out"):
+            raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})")
+
+    with pytest.raises(CheckpointError, match="no room left on the disk"):
+        fail()
+
+
+def test_another_error_of_safetensors_is_not_disguised(tmp_path: Path) -> None:
+    def fail() -> None:
+        with staged_file(tmp_path / "out"):
+            raise SafetensorError("Error while serializing: I/O error: Input/output error (os error 5)")
+
+    with pytest.raises(SafetensorError, match="os error 5"):
+        fail()
 
 
 def test_an_error_that_is_not_the_disks_is_not_disguised(tmp_path: Path) -> None:
@@ -228,6 +256,64 @@ def test_what_a_killed_run_left_is_gone_from_the_next_one(tmp_path: Path) -> Non
         assert names(temporary) == []
         (temporary / "config.json").write_text("{}")
     assert names(tmp_path) == ["expert", "expert/config.json"]
+
+
+GONE = 2**22 + 2  # beyond the largest process number, so no process has it
+
+
+def test_what_a_killed_run_left_of_a_file_is_gone_after_the_next_one(tmp_path: Path) -> None:
+    (tmp_path / f".plan.json.{GONE}.partial").write_text("half")
+    write_file(tmp_path / "plan.json", b"whole")
+    assert names(tmp_path) == ["plan.json"]
+
+
+def test_what_others_are_writing_is_left_alone(tmp_path: Path) -> None:
+    """Another run for the same output, and whatever belongs to another output or was named by somebody else."""
+    others = [f".expert.{os.getppid()}.partial", f".other.{GONE}.partial", ".expert.partial", f"expert.{GONE}.partial"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    with staged_folder(tmp_path / "expert"):
+        pass
+    assert names(tmp_path) == sorted([*others, "expert"])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_expert_that_a_killed_run_had_moved_aside_comes_back_until_it_is_replaced(
+    tmp_path: Path, fails: bool
+) -> None:
+    """Killed between its two renamings: no expert in its place, the old one under another name."""
+    out = tmp_path / "expert"
+    expert(tmp_path / f".expert.{GONE}.replaced", "old")
+
+    def overwrite() -> None:
+        with staged_folder(out, overwrite=True) as temporary:
+            (temporary / "expertprune.json").write_text("new")
+            if fails:
+                raise KeyboardInterrupt
+
+    if fails:
+        with pytest.raises(KeyboardInterrupt):
+            overwrite()
+    else:
+        overwrite()
+    assert names(tmp_path) == ["expert", "expert/expertprune.json"]
+    assert (out / "expertprune.json").read_text() == ("old" if fails else "new")
+
+
+def test_an_expert_that_had_been_moved_aside_is_not_replaced_without_overwrite(tmp_path: Path) -> None:
+    expert(tmp_path / f".expert.{GONE}.replaced", "old")
+    with pytest.raises(CheckpointError, match="--overwrite"), staged_folder(tmp_path / "expert") as temporary:
+        (temporary / "expertprune.json").write_text("new")
+    assert (tmp_path / "expert" / "expertprune.json").read_text() == "old"
+
+
+def test_an_old_expert_that_a_killed_run_had_replaced_is_removed(tmp_path: Path) -> None:
+    out = expert(tmp_path / "expert", "newer")
+    expert(tmp_path / f".expert.{GONE}.replaced", "old")
+    with staged_folder(out, overwrite=True) as temporary:
+        (temporary / "expertprune.json").write_text("newest")
+    assert names(tmp_path) == ["expert", "expert/expertprune.json"]
+    assert (out / "expertprune.json").read_text() == "newest"
 
 
 def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:

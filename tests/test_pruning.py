@@ -23,7 +23,7 @@ from expertprune.files import staged_folder
 from expertprune.models import BaseModel, load_model
 from expertprune.pruning import RepairInput, bytes_needed, check_plan, prune
 from expertprune.spec import parse_spec
-from tests.oracle import contents, plan_of, pruned, random_plan, read_json, resolved
+from tests.oracle import contents, pad_headers, plan_of, pruned, random_plan, read_json, resolved
 from tests.tiny import save_tiny, tiny_tokenizer
 
 
@@ -47,6 +47,7 @@ def test_nothing_cut_gives_the_base_byte_for_byte(
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     config = folder / "config.json"
     config.write_text(json.dumps(read_json(config), indent=1, sort_keys=False))  # not as we would write it
+    pad_headers(folder)
     base = resolved(folder, store)
     plan = plan_of(base, [shape.all_kept for shape in base.layers])
     # A model that cannot run: nothing needs repair, so it must not be touched.
