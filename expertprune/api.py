@@ -26,7 +26,6 @@ from expertprune.corpora import (
     calibration_batches,
     corpus_names,
     load_corpora,
-    load_corpus,
     make_batches,
     tokenize,
 )
@@ -374,15 +373,3 @@ def load_expert(folder: Path) -> dict[str, Any]:
     if lacking := [key for key in needed if not about.get(key)]:
         raise CheckpointError(f"{path}: damaged: it lacks {', '.join(lacking)}")
     return about
-
-
-def read_corpus(spec: SpecLike, name: str) -> Corpus:
-    """One corpus of a spec, such as `"language/en"`, split into calibration and evaluation."""
-    from expertprune.corpora import find_sources
-
-    spec = _spec(spec)
-    sources = {str(key): (key, source) for key, source in find_sources(spec).items()}
-    if name not in sources:
-        raise SpecError(f"corpus {name!r} is none of the spec's: {', '.join(sources)}")
-    key, source = sources[name]
-    return load_corpus(key, source, spec)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from expertprune.artifacts import Evaluation
-from expertprune.corpora import Batch, Corpus, Document, Question, make_batches, tokenize
+from expertprune.corpora import Corpus, Document, Question, make_batches, tokenize
 from expertprune.errors import SpecError
 from expertprune.spec import Evaluate
 
@@ -289,7 +289,3 @@ def batches_needed(corpora: Sequence[Corpus]) -> int:
     documents = sum(len(corpus.evaluation) for corpus in corpora)
     questions = sum(len(question.choices) for corpus in corpora for question in corpus.questions)
     return max(1, documents // 4 + questions // 20)
-
-
-def batch_tokens(batches: Sequence[Batch]) -> int:
-    return sum(batch.tokens for batch in batches)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from expertprune.arch import Family, bundled_models, families, family_of
 from expertprune.checkpoint import Checkpoint
@@ -219,8 +218,3 @@ def quiet_transformers() -> Any:
         transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers
-
-
-def module_at(root: nn.Module, path: str) -> nn.Module:
-    """The submodule at a dotted path."""
-    return root.get_submodule(path)
