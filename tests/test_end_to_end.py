@@ -125,7 +125,7 @@ def test_scores_of_questions_agree_with_lm_evaluation_harness(expert: Path, tmp_
         f"dataset_kwargs: {{data_files: {{test: '{questions}'}}}}\n"
         "test_split: test\n"
         "output_type: multiple_choice\n"
-        "doc_to_text: 'Question: {{question}}\\nAnswer:'\n"
+        'doc_to_text: "Question: {{question}}\\nAnswer:"\n'
         "doc_to_choice: choices\n"
         "doc_to_target: answer\n"
         "metric_list: [{metric: acc_norm, aggregation: mean, higher_is_better: true}]\n"
