@@ -141,6 +141,8 @@ def say(descriptor: int, message: dict[str, Any]) -> None:
 
 def child(request: dict[str, Any]) -> NoReturn:
     code = 70
+    # Where the suite itself runs in the background, its children inherit that interrupts are ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         protocol = os.dup(1)
         for descriptor, path in zip((1, 2), request["output"], strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -30,11 +31,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, dtype, prompts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
 tokenizer = AutoTokenizer.from_pretrained(folder)
-tokens = []
+tokens, logits = [], []
 for prompt in prompts:
     inputs = tokenizer(prompt, return_tensors="pt")
-    output = model.generate(**inputs, do_sample=False, max_new_tokens=16)
-    tokens.append(output[0, inputs.input_ids.shape[1]:].tolist())
+    output = model.generate(
+        **inputs, do_sample=False, max_new_tokens=16, output_logits=True, return_dict_in_generate=True
+    )
+    tokens.append(output.sequences[0, inputs.input_ids.shape[1]:].tolist())
+    logits.append([step[0].float().topk(2).values.tolist() for step in output.logits])
+print("LOGITS " + json.dumps(logits))
 print("TOKENS " + json.dumps(tokens))
 """
 
@@ -51,15 +56,18 @@ if __name__ == "__main__":
 """
 
 
-def run_script(script: str, folder: Path, dtype: str, tmp_path: Path) -> list[list[int]]:
-    """Greedy tokens of a script that cannot import expertprune."""
+def run_script(script: str, folder: Path, dtype: str, tmp_path: Path, what: str = "TOKENS") -> Any:
+    """What a script prints under a heading: greedy tokens of each prompt, or the two largest logits of each step.
+
+    The script runs in a process of its own and cannot import expertprune.
+    """
     path = tmp_path / "script.py"
     path.write_text(script)
     arguments = [sys.executable, str(path), str(folder), dtype, json.dumps(PROMPTS)]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=800, cwd=tmp_path, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
+    lines = [line for line in done.stdout.splitlines() if line.startswith(f"{what} ")]
     assert lines, done.stderr[-3000:]
-    return json.loads(lines[0].removeprefix("TOKENS "))
+    return json.loads(lines[0].removeprefix(f"{what} "))
 
 
 @pytest.fixture(scope="session")
@@ -154,7 +162,19 @@ def test_transformers_and_vllm_generate_the_same_in_float32(expert: Path, tmp_pa
 
 @pytest.mark.vllm
 def test_transformers_and_vllm_begin_the_same_in_bfloat16(expert: Path, tmp_path: Path) -> None:
+    """Most prompts begin with the same four tokens; one that does not parts where bfloat16 cannot tell two tokens apart.
+
+    bfloat16 has 8 significant bits, so logits between 16 and 32 lie 1/8 apart, and the two engines may round a sum to
+    either side: a difference of at most two such steps is no difference.
+    """
     pytest.importorskip("vllm")
     expected = run_script(TRANSFORMERS, expert, "bfloat16", tmp_path)
+    logits = run_script(TRANSFORMERS, expert, "bfloat16", tmp_path, what="LOGITS")
     found = run_script(VLLM, expert, "bfloat16", tmp_path)
-    assert [tokens[:4] for tokens in found] == [tokens[:4] for tokens in expected]
+    assert sum(a[:4] == b[:4] for a, b in zip(found, expected, strict=True)) >= len(PROMPTS) - 1
+    for mine, theirs, steps in zip(found, expected, logits, strict=True):
+        parting = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), None)
+        if parting is not None:
+            first, second = steps[parting]
+            spacing = 2.0 ** (math.floor(math.log2(abs(first))) - 7)
+            assert first - second <= 2 * spacing
