@@ -5,187 +5,59 @@ Every function takes a spec as a path or as a `Spec`, and says what it would do 
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from expertprune.artifacts import Evaluation, Plan, Profile, load_plan
-from expertprune.budgets import resolve_budget
-from expertprune.composition import check_criterion
-from expertprune.composition import compose as compose_plan
-from expertprune.corpora import (
-    Batch,
-    Corpus,
-    CorpusName,
-    Document,
-    calibration_batches,
-    corpus_names,
-    load_corpora,
-    make_batches,
-    tokenize,
-)
+from expertprune.corpora import Corpus, CorpusName, load_corpora
+from expertprune.deciding import decide
 from expertprune.errors import CheckpointError, ExpertpruneError, PlanError, SpecError
-from expertprune.evaluation import batches_needed, guarded
+from expertprune.evaluation import batches_needed
 from expertprune.evaluation import evaluate as evaluate_models
 from expertprune.files import check_output, require_room, staged_folder, store_folder
 from expertprune.models import BaseModel, load_model, load_tokenizer, resolve_base
-from expertprune.profiling import profile_corpus, profile_key, profile_path
+from expertprune.preparing import Prepared, SpecLike, Track, evaluation_corpora, profiles_of, silent, validate
+from expertprune.profiling import profile_key
 from expertprune.pruning import RepairInput, bytes_needed, check_plan
 from expertprune.pruning import prune as write_expert
 from expertprune.report import EXPERT_FILE, write_card
-from expertprune.spec import Base, Evaluate, Spec, load_spec, parse_spec
+from expertprune.retaining import decide_by_retention
+from expertprune.scoring import check_criterion
+from expertprune.spec import Base, Evaluate, parse_spec
 
+__all__ = ["build", "compose", "evaluate", "load_expert", "profile", "prune", "silent", "validate"]
 log = logging.getLogger(__name__)
-SpecLike = Spec | str | Path
-# A stage's name and its number of steps give a function that is called after each step.
-Track = Callable[[str, int], contextlib.AbstractContextManager[Callable[[], None]]]
-
-
-@contextlib.contextmanager
-def silent(stage: str, steps: int) -> Iterator[Callable[[], None]]:
-    """The progress of those who do not watch."""
-    yield lambda: None
-
-
-@dataclass
-class Prepared:
-    """A spec with everything it names found and checked, and nothing loaded yet."""
-
-    spec: Spec
-    base: BaseModel
-    corpora: dict[CorpusName, Corpus]
-    evaluated: list[Corpus]
-    store: Path
-
-    def __post_init__(self) -> None:
-        self._model: Any = None
-        self._tokenizer: Any = None
-        self._calibration: dict[CorpusName, tuple[list[Document], list[Batch]]] = {}
-
-    @property
-    def model(self) -> Any:
-        """The running base, loaded at its first use."""
-        if self._model is None:
-            self._model = load_model(self.base.folder, self.base.dtype, trust_remote_code=self.base.trust_remote_code)
-        return self._model
-
-    @property
-    def tokenizer(self) -> Any:
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.base.folder, self.base.trust_remote_code)
-        return self._tokenizer
-
-    def calibration(self, name: CorpusName) -> tuple[list[Document], list[Batch]]:
-        """The profiled documents of a corpus and their batches."""
-        if name not in self._calibration:
-            self._calibration[name] = calibration_batches(self.corpora[name], self.tokenizer, self.spec)
-        return self._calibration[name]
-
-    def repair_batches(self) -> list[Batch]:
-        """The calibration text of all corpora together, each document once."""
-        documents = {d.digest: d for name in self.corpora for d in self.calibration(name)[0]}
-        settings = self.spec.calibration
-        tokens = tokenize(list(documents.values()), self.tokenizer, settings.max_tokens)
-        return make_batches(tokens, settings.tokens_per_batch)
-
-
-def _spec(spec: SpecLike, overrides: Mapping[str, Any] | None = None) -> Spec:
-    if isinstance(spec, Spec):
-        return parse_spec(spec.document(), spec.name, Path.cwd(), overrides) if overrides else spec
-    return load_spec(spec, overrides)
-
-
-def validate(spec: SpecLike, overrides: Mapping[str, Any] | None = None, store: str | Path | None = None) -> Prepared:
-    """Find and check everything that a spec names: base, corpora, criterion, budget. No model is loaded.
-
-    Raises:
-        SpecError: with every problem of the spec and its corpora at once.
-        CheckpointError: the base is incomplete, damaged or of a kind that is not supported.
-        PlanError: the budget is not reachable.
-    """
-    spec = _spec(spec, overrides)
-    folder = store_folder(store)
-    problems: list[str] = []
-    corpora: dict[CorpusName, Corpus] = {}
-    evaluated: list[Corpus] = []
-    with _gathered(problems):
-        check_criterion(spec.relevance.criterion)
-    with _gathered(problems):
-        corpora = load_corpora(spec)
-        evaluated = _evaluation_corpora(spec, corpora) if spec.evaluate.enabled else []
-    base = None
-    with _gathered(problems):
-        base = resolve_base(spec.base, folder)
-    if problems or base is None:
-        raise SpecError(problems)
-    resolve_budget(spec.budget, base)
-    prepared = Prepared(spec, base, corpora, evaluated, folder)
-    for name in corpora:
-        with _gathered(problems):
-            prepared.calibration(name)
-    if problems:
-        raise SpecError(problems)
-    return prepared
-
-
-@contextlib.contextmanager
-def _gathered(problems: list[str]) -> Iterator[None]:
-    try:
-        yield
-    except SpecError as error:
-        problems += error.problems
-
-
-def _evaluation_corpora(spec: Spec, corpora: Mapping[CorpusName, Corpus]) -> list[Corpus]:
-    """The corpora to evaluate on, guarded against leaks from every corpus that calibrates."""
-    by_name = {str(name): corpus for name, corpus in corpora.items()}
-    clean = {corpus.name: corpus for corpus in guarded(list(corpora.values()))}
-    if spec.evaluate.corpora is None:
-        return list(clean.values())
-    chosen = []
-    for wanted in spec.evaluate.corpora:
-        matches = [name for name in by_name if wanted in (name, name.partition("/")[2])]
-        if not matches:
-            raise SpecError(f"evaluate.corpora: {wanted!r} is none of the spec's corpora: {', '.join(by_name)}")
-        chosen += [clean[name] for name in matches]
-    return chosen
 
 
 def profile(
     spec: SpecLike, store: str | Path | None = None, overrides: Mapping[str, Any] | None = None, track: Track = silent
 ) -> dict[CorpusName, Profile]:
     """The profile of every corpus of a spec; stored ones are reused, so only what is missing runs the model."""
-    return _profile(validate(spec, overrides, store), track)
-
-
-def _profile(prepared: Prepared, track: Track) -> dict[CorpusName, Profile]:
-    profiles: dict[CorpusName, Profile] = {}
-    for name in corpus_names(prepared.spec):
-        documents, batches = prepared.calibration(name)
-        key = profile_key(prepared.base, documents, prepared.spec.calibration.max_tokens)
-        path = profile_path(prepared.store, key)
-        if path.is_file():
-            profiles[name] = Profile(path)
-            continue
-        model = prepared.model
-        with track(f"profile {name}", len(prepared.base.layers)) as step:
-            profiles[name] = profile_corpus(
-                model, prepared.base, str(name), documents, batches, key, prepared.store, step
-            )
-    return profiles
+    return profiles_of(validate(spec, overrides, store), track)
 
 
 def compose(
-    spec: SpecLike, store: str | Path | None = None, overrides: Mapping[str, Any] | None = None, track: Track = silent
+    spec: SpecLike,
+    store: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    track: Track = silent,
+    run: bool = True,
 ) -> Plan:
-    """Decide which units are kept; profiles that are missing are made first."""
-    prepared = validate(spec, overrides, store)
-    return compose_plan(prepared.spec, prepared.base, _profile(prepared, track))
+    """Decide which units are kept.
+
+    Args:
+        run: whether profiles, or passes of them, that are missing may be made first.
+    """
+    return plan_of(validate(spec, overrides, store), track, run)
+
+
+def plan_of(prepared: Prepared, track: Track, run: bool = True) -> Plan:
+    """The plan of a prepared spec, whatever way its budget is given."""
+    return (decide if prepared.spec.budget.retention is None else decide_by_retention)(prepared, track, run)
 
 
 def prune(
@@ -223,8 +95,8 @@ def _check_corpora(prepared: Prepared, plan: Plan) -> None:
 
 def _write(prepared: Prepared, plan: Plan, folder: Path, track: Track) -> None:
     repair_input = None
-    if prepared.spec.compensation.method == "least_squares" and not plan.cuts_nothing:
-        repair_input = RepairInput(prepared.model, prepared.repair_batches(), prepared.spec.compensation.damping)
+    if prepared.spec.compensation.method != "none" and not plan.cuts_nothing:
+        repair_input = RepairInput(prepared.model, prepared.repair_batches(), prepared.spec.compensation)
     with track("prune and repair", len(prepared.base.layers)) as step:
         write_expert(plan, prepared.base, folder, repair_input, step)
     write_card(folder, _about(prepared, plan))
@@ -272,8 +144,7 @@ def build(
     check_output(out, overwrite)
     prepared = validate(spec, overrides, store)
     _room_for_expert(prepared, out)
-    profiles = _profile(prepared, track)
-    plan = compose_plan(prepared.spec, prepared.base, profiles)
+    plan = plan_of(prepared, track)
     with staged_folder(out, overwrite) as folder:
         _write(prepared, plan, folder, track)
         if prepared.spec.evaluate.enabled:
@@ -313,7 +184,7 @@ def evaluate(
     spec = parse_spec(about["spec"], str(folder / EXPERT_FILE), Path.cwd(), overrides)
     resolved = _recorded_base(about, spec.base, store_folder(store))
     loaded: dict[CorpusName, Corpus] = load_corpora(spec)
-    evaluated = _not_profiled(_evaluation_corpora(spec, loaded), about)
+    evaluated = _not_profiled(evaluation_corpora(spec, loaded), about)
     model = load_model(resolved.folder, resolved.dtype, trust_remote_code=resolved.trust_remote_code)
     return _evaluate(folder, model, resolved, evaluated, spec.evaluate, track)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -15,8 +17,18 @@ from expertprune.errors import CheckpointError, PlanError
 from expertprune.files import digest_of, staged_file, write_json
 from expertprune.units import KeptUnits, LayerShape, format_indices, parse_indices
 
-PROFILE_SCHEMA = 1
+PROFILE_SCHEMA = 2
 PLAN_SCHEMA = 1
+
+
+def halved(name: str, values: Tensor) -> dict[str, Tensor]:
+    """Values as float16 under `name`, after division by `name.scale`, a power of two that puts the largest near 2¹⁵.
+
+    Massive activations overflow half precision, and a scale leaves 29 binary orders of magnitude below the largest.
+    """
+    largest = float(values.abs().max()) if values.numel() else 0.0
+    scale = 2.0 ** (math.ceil(math.log2(largest)) - 15) if 0 < largest < math.inf else 1.0
+    return {name: (values / scale).to(torch.float16), f"{name}.scale": torch.tensor(scale, dtype=torch.float32)}
 
 
 @dataclass(frozen=True)
@@ -40,13 +52,19 @@ class Profile:
     Statistics are read one tensor at a time, so a profile larger than memory is no problem. For layer `l`:
 
     - `ffn.l.rms` `[documents, ffn]`, float16: root mean square of each `down_proj` input over a document's tokens,
-      times `ffn.l.scale`, a power of two that puts the largest value near the top of half precision;
-    - `ffn.l.sum`, `ffn.l.square_sum` `[ffn]`, float32: over all tokens;
-    - `heads.l.rms`, `.scale`, `.sum`, `.square_sum`: the same for the channels of the `o_proj` input;
+      times `ffn.l.rms.scale`, a power of two that puts the largest value near the top of half precision;
+    - `ffn.l.sum`, `ffn.l.square_sum` `[ffn]`, float64: over all tokens;
+    - `heads.l.rms`, `.rms.scale`, `.sum`, `.square_sum`: the same for the channels of the `o_proj` input;
     - `heads.l.impact` `[documents, query_heads]` and `groups.l.impact` `[documents, kv_heads]`, float32: mean squared
       change of the attention's output without the head, without the group;
     - `*.l.output_l1`, `*.l.output_l2` `[channels]`, float32: norms of the output projection's columns;
-    - `ffn.l.weight_norm`, `heads.l.weight_norm`, `groups.l.weight_norm` `[units]`: Frobenius norm of all that a unit owns.
+    - `ffn.l.weight_norm`, `heads.l.weight_norm`, `groups.l.weight_norm` `[units]`: Frobenius norm of all that a unit owns;
+    - `stream.l.square` `[documents]`: mean square of the residual stream after the layer;
+    - `tokens` `[documents]`: tokens of each document that the model predicts.
+
+    What other passes over the same corpus give lies in parts beside it, `DIGEST.PART.safetensors`, one for each pass that
+    was made: `gradient-language_model`, `gradient-kl`, `regional`, `removal`. Each holds `ffn.l.value` and `heads.l.value`,
+    `[documents, units]` in half precision with their scales (`removal`: float32 `[units]`, and `groups.l.value` too).
     """
 
     def __init__(self, path: Path) -> None:
@@ -69,6 +87,15 @@ class Profile:
             tensor: Tensor = file.get_tensor(name)
             return tensor
 
+    def part(self, name: str) -> Profile | None:
+        """What another pass over the same corpus gave, or `None` if it was not made."""
+        path = part_path(self.path, name)
+        return Profile(path) if path.is_file() else None
+
+    def read_half(self, name: str) -> Tensor:
+        """A statistic that was stored in half precision with its scale, float32."""
+        return self.read(name).float().mul_(self.read(f"{name}.scale"))
+
     @property
     def digest(self) -> str:
         return str(self.about["digest"])
@@ -88,6 +115,11 @@ class Profile:
     @property
     def layers(self) -> list[LayerShape]:
         return [LayerShape(**shape) for shape in self.about["layers"]]
+
+
+def part_path(profile: Path, part: str) -> Path:
+    """Where a part of a profile lies."""
+    return profile.with_name(f"{profile.stem}.{part}.safetensors")
 
 
 def save_profile(path: Path, about: dict[str, Any], statistics: dict[str, Tensor]) -> Profile:
@@ -126,6 +158,7 @@ class Plan:
     layers: list[LayerPlan]
     budget: dict[str, dict[str, Any]]
     parameters: dict[str, int]
+    search: list[float] = field(default_factory=list)  # fitness of each allocation that was tried, in order
 
     @property
     def kept(self) -> list[KeptUnits]:
@@ -161,6 +194,7 @@ class Plan:
                 }
                 for index, (layer, shape) in enumerate(zip(self.layers, self.shapes, strict=True))
             ],
+            **({"search": self.search} if self.search else {}),
             "spec": self.spec,
         }
 
@@ -202,6 +236,7 @@ def plan_from(data: Any, where: str) -> Plan:
             layers,
             data["budget"],
             data["parameters"],
+            data.get("search", []),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PlanError(f"{where}: damaged plan: {error}") from None

@@ -1,4 +1,4 @@
-"""From what the user asks to remove to legal widths: the same in every layer, aligned, above the floor."""
+"""From what the user asks to remove to legal widths: aligned, above the floor, and such that a config can say them."""
 
 from __future__ import annotations
 
@@ -14,69 +14,122 @@ from expertprune.units import KeptUnits, LayerShape, Structure
 
 
 @dataclass(frozen=True)
-class Widths:
-    """What every layer keeps, and what was asked for."""
+class LayerWidths:
+    """What one layer keeps, in units."""
 
     ffn: int
     heads_per_group: int
     kv_groups: int
-    requested: dict[str, Any]
 
     @property
     def query_heads(self) -> int:
         return self.heads_per_group * self.kv_groups
 
-    def summary(self, base: LayerShape) -> dict[str, dict[str, Any]]:
-        """Per structure: `requested`, `of`, `kept`, `removed` units of each layer."""
-        kept = {"ffn": self.ffn, "query_heads": self.query_heads, "kv_groups": self.kv_groups}
+    def of(self, structure: Structure) -> int:
         return {
-            structure.value: {
-                "requested": self.requested.get(structure.value, 0),
-                "of": base.units(structure),
-                "kept": kept[structure.value],
-                "removed": base.units(structure) - kept[structure.value],
-            }
-            for structure in Structure
-        }
+            Structure.FFN: self.ffn,
+            Structure.QUERY_HEADS: self.query_heads,
+            Structure.KV_GROUPS: self.kv_groups,
+        }[structure]
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What every layer keeps, and what was asked for."""
+
+    layers: tuple[LayerWidths, ...]
+    requested: dict[str, Any]
+
+    @classmethod
+    def same(cls, layer: LayerWidths, count: int, requested: dict[str, Any] | None = None) -> Widths:
+        """The same widths in `count` layers."""
+        return cls((layer,) * count, requested or {})
+
+    @property
+    def uniform(self) -> bool:
+        return len(set(self.layers)) == 1
+
+    def summary(self, base: tuple[LayerShape, ...]) -> dict[str, dict[str, Any]]:
+        """Per structure: what was `requested`, and of each layer the units it has (`of`), `kept` and `removed`.
+
+        A number where all layers agree, else a list with one number for each layer.
+        """
+        result = {}
+        for structure in Structure:
+            of = [shape.units(structure) for shape in base]
+            kept = [layer.of(structure) for layer in self.layers]
+            entries = {"of": of, "kept": kept, "removed": [a - b for a, b in zip(of, kept, strict=True)]}
+            one = len(set(of)) == len(set(kept)) == 1
+            numbers = {key: values[0] if one else values for key, values in entries.items()}
+            result[structure.value] = {"requested": self.requested.get(structure.value, 0), **numbers}
+        return result
 
 
 def resolve_budget(budget: Budget, base: BaseModel) -> Widths:
-    """Legal widths that meet a budget.
+    """Legal widths, the same in every layer, that meet a budget.
 
     A count must be legal as it stands. A fraction goes to the nearest legal width, and is refused where that would
-    remove nothing. `parameters` is met from above by the smallest FFN cut that removes at least this fraction.
+    remove nothing. `parameters` is met from above by the smallest FFN cut that removes at least this fraction;
+    `max_parameters` likewise.
 
     Raises:
         PlanError: not reachable; the message names the nearest legal values.
     """
+    if len(set(base.layers)) > 1:
+        raise PlanError(
+            "compose.allocation: the layers of this base have different widths, so the same cut cannot be made in all of "
+            "them; use allocation: global"
+        )
     shape = base.layers[0]
     groups = _kept_groups(budget, base)
     heads = _kept_heads_per_group(budget, base, groups)
-    by_parameters = budget.parameters is not None
-    ffn = _ffn_for_parameters(budget, base, heads, groups) if by_parameters else _kept_ffn(budget, shape)
-    requested = budget.model_dump(include={"ffn", "query_heads", "kv_groups", "parameters"})
-    widths = Widths(ffn, heads, groups, requested)
-    if widths.query_heads < math.ceil(budget.floor * shape.query_heads - 1e-9):
+    wanted = wanted_parameters(budget, base)
+    ffn = _kept_ffn(budget, shape) if wanted is None else _ffn_for_parameters(wanted, budget, base, heads, groups)
+    requested = budget.model_dump(include={"ffn", "query_heads", "kv_groups", "parameters", "max_parameters"})
+    layer = LayerWidths(ffn, heads, groups)
+    if layer.query_heads < math.ceil(budget.floor * shape.query_heads - 1e-9):
         raise PlanError(
-            f"budget: kv_groups and query_heads together leave {widths.query_heads} of {shape.query_heads} query heads, "
+            f"budget: kv_groups and query_heads together leave {layer.query_heads} of {shape.query_heads} query heads, "
             f"fewer than budget.floor ({budget.floor:g}) allows"
         )
     # The family's config must be able to say these widths: asked now, before any work.
-    base.family.pruned_config(base.checkpoint.config, [_first_units(widths, shape)] * len(base.layers))
-    return widths
+    base.family.pruned_config(base.checkpoint.config, [first_units(layer, shape)] * len(base.layers))
+    return Widths.same(layer, len(base.layers), requested)
+
+
+def wanted_parameters(budget: Budget, base: BaseModel) -> float | None:
+    """How many parameters are to be removed from the whole model, if the budget says so.
+
+    Raises:
+        PlanError: `max_parameters` is not below the base's own number.
+    """
+    total = base.checkpoint.parameters
+    if budget.parameters is not None:
+        return budget.parameters * total
+    if budget.max_parameters is None:
+        return None
+    if budget.max_parameters >= total:
+        raise PlanError(
+            f"budget.max_parameters: {budget.max_parameters:,} is no cut: the base has {total:,} parameters"
+        )
+    return float(total - budget.max_parameters)
 
 
 def removed_parameters(base: BaseModel, widths: Widths) -> int:
     """How many parameters leave the whole model."""
-    total = 0
-    for index, shape in enumerate(base.layers):
-        cost = {s: base.checkpoint.unit_parameters(base.family, shape, index, s) for s in Structure}
-        total += cost[Structure.FFN] * (shape.ffn - widths.ffn)
-        total += cost[Structure.KV_GROUPS] * (shape.kv_heads - widths.kv_groups)
-        total += cost[Structure.QUERY_HEADS] * widths.kv_groups * (shape.heads_per_group - widths.heads_per_group)
-        if widths.query_heads != shape.query_heads or widths.kv_groups != shape.kv_heads:
-            rewrite = base.family.when_heads_change
-            total -= shape.hidden * len(rewrite.zero_tensors) if rewrite is not None else 0
+    return sum(removed_from_layer(base, index, layer) for index, layer in enumerate(widths.layers))
+
+
+def removed_from_layer(base: BaseModel, index: int, widths: LayerWidths) -> int:
+    """How many parameters leave one layer."""
+    shape = base.layers[index]
+    cost = {s: base.checkpoint.unit_parameters(base.family, shape, index, s) for s in Structure}
+    total = cost[Structure.FFN] * (shape.ffn - widths.ffn)
+    total += cost[Structure.KV_GROUPS] * (shape.kv_heads - widths.kv_groups)
+    total += cost[Structure.QUERY_HEADS] * widths.kv_groups * (shape.heads_per_group - widths.heads_per_group)
+    if widths.query_heads != shape.query_heads or widths.kv_groups != shape.kv_heads:
+        rewrite = base.family.when_heads_change
+        total -= shape.hidden * len(rewrite.zero_tensors) if rewrite is not None else 0
     return total
 
 
@@ -129,12 +182,11 @@ def _nearest_counts(removed: int, legal: list[int]) -> str:
     return f"legal counts near it: {' and '.join(map(str, near))}; the largest is {counts[-1]}"
 
 
-def _expressible(base: BaseModel, heads_per_group: int, groups: int) -> bool:
+def expressible(base: BaseModel, heads_per_group: int, groups: int) -> bool:
     """Whether the family's config can say these heads."""
-    shape = base.layers[0]
-    kept = _first_units(Widths(shape.ffn, heads_per_group, groups, {}), shape)
+    kept = [first_units(LayerWidths(shape.ffn, heads_per_group, groups), shape) for shape in base.layers]
     try:
-        base.family.pruned_config(base.checkpoint.config, [kept] * len(base.layers))
+        base.family.pruned_config(base.checkpoint.config, kept)
     except PlanError:
         return False
     return True
@@ -144,7 +196,7 @@ def _kept_groups(budget: Budget, base: BaseModel) -> int:
     shape = base.layers[0]
 
     def legal(removed: int) -> bool:
-        return _expressible(base, shape.heads_per_group, shape.kv_heads - removed)
+        return expressible(base, shape.heads_per_group, shape.kv_heads - removed)
 
     return shape.kv_heads - _whole_units(
         budget.kv_groups, shape.kv_heads, budget.floor, "kv_groups", "KV groups", legal
@@ -160,7 +212,7 @@ def _kept_heads_per_group(budget: Budget, base: BaseModel, groups: int) -> int:
         raise PlanError("budget.query_heads: each KV head has one query head here; use budget.kv_groups")
     if isinstance(removed, int):
         if removed % shape.kv_heads:
-            counts = [n for n in range(per_group) if not n or _expressible(base, per_group - n, groups)]
+            counts = [n for n in range(per_group) if not n or expressible(base, per_group - n, groups)]
             named = ", ".join(str(n * shape.kv_heads) for n in counts)
             raise PlanError(
                 f"budget.query_heads: {removed} of {shape.query_heads} is not the same number in each of "
@@ -169,7 +221,7 @@ def _kept_heads_per_group(budget: Budget, base: BaseModel, groups: int) -> int:
         removed = removed // shape.kv_heads
 
     def legal(count: int) -> bool:
-        return _expressible(base, per_group - count, groups)
+        return expressible(base, per_group - count, groups)
 
     what = "query heads of each KV group"
     return per_group - _whole_units(removed, per_group, budget.floor, "query_heads", what, legal)
@@ -190,23 +242,35 @@ def _whole_units(removed: int | float, of: int, floor: float, key: str, what: st
     return count
 
 
-def _ffn_for_parameters(budget: Budget, base: BaseModel, heads: int, groups: int) -> int:
-    assert budget.parameters is not None
+def _ffn_for_parameters(wanted: float, budget: Budget, base: BaseModel, heads: int, groups: int) -> int:
     shape, total = base.layers[0], base.checkpoint.parameters
     legal = legal_ffn(shape, budget.multiple_of, budget.floor)
-    wanted = budget.parameters * total
+
+    def removed(width: int) -> int:
+        return removed_parameters(base, Widths.same(LayerWidths(width, heads, groups), len(base.layers)))
+
     for width in reversed(legal):
-        removed = removed_parameters(base, Widths(width, heads, groups, {}))
-        if removed >= wanted:
+        if removed(width) >= wanted:
             return width
-    largest = removed_parameters(base, Widths(legal[0], heads, groups, {})) / total
-    raise PlanError(
-        f"budget.parameters: {budget.parameters:g} of {total:,} parameters cannot be removed; with the heads as they are, "
-        f"the largest legal one is {_down(largest)}; add budget.kv_groups, or lower budget.floor"
+    raise PlanError(unreachable(wanted, removed(legal[0]), budget, total))
+
+
+def unreachable(wanted: float, largest: int, budget: Budget, total: int) -> str:
+    """The message for more parameters than can be removed."""
+    hint = "with the heads as they are" if not budget.kv_groups else "with these heads"
+    advice = "add budget.kv_groups, or lower budget.floor"
+    if budget.max_parameters is not None:
+        return (
+            f"budget.max_parameters: {budget.max_parameters:,} cannot be reached; {hint}, the smallest legal one is "
+            f"{total - largest:,}; {advice}"
+        )
+    return (
+        f"budget.parameters: {wanted / total:g} of {total:,} parameters cannot be removed; {hint}, "
+        f"the largest legal one is {_down(largest / total)}; {advice}"
     )
 
 
-def _first_units(widths: Widths, shape: LayerShape) -> KeptUnits:
+def first_units(widths: LayerWidths, shape: LayerShape) -> KeptUnits:
     """Any units of the right number: enough to ask whether a config can say the widths."""
     heads = [
         group * shape.heads_per_group + head

@@ -132,17 +132,19 @@ def validate(spec: Path, overrides: dict[str, Any], store: Path | None, as_json:
     expertprune validate profiles/english-medical-qa.yaml
     """
     from expertprune import api
-    from expertprune.budgets import removed_parameters, resolve_budget
+    from expertprune.budgets import removed_parameters
+    from expertprune.composition import foreseen_widths
 
     prepared = api.validate(spec, overrides, store)
-    widths = resolve_budget(prepared.spec.budget, prepared.base)
+    widths = foreseen_widths(prepared.spec, prepared.base)
     before = prepared.base.checkpoint.parameters
-    after = before - removed_parameters(prepared.base, widths)
+    after = before - removed_parameters(prepared.base, widths) if widths is not None else None
+    budget = widths.summary(prepared.base.layers) if widths is not None and widths.uniform else None
     data = {
         "kind": "validation",
         "name": prepared.spec.name,
         "base": {"model": prepared.base.name, "path": str(prepared.base.folder), "parameters": before},
-        "expert": {"parameters": after, "budget": widths.summary(prepared.base.layers[0])},
+        "expert": {"parameters": after, "budget": budget},
         "corpora": {
             str(name): {
                 "calibration": len(corpus.calibration),
@@ -155,7 +157,7 @@ def validate(spec: Path, overrides: dict[str, Any], store: Path | None, as_json:
     lines = [
         f"{spec}: valid",
         f"  base    {prepared.base.name}, {before:,} parameters",
-        f"  expert  {after:,} parameters",
+        "  expert  " + (f"{after:,} parameters" if after is not None else "as small as its retention allows"),
     ]
     for name, entry in data["corpora"].items():  # type: ignore[attr-defined]
         lines.append(f"  corpus  {name}: {', '.join(f'{count} {what}' for what, count in entry.items() if count)}")

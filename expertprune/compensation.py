@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from expertprune import layerwise
-from expertprune.arch import Family
+from expertprune.arch import Block, Family
 from expertprune.corpora import Batch
 from expertprune.errors import CheckpointError
-from expertprune.units import KeptUnits, LayerShape, Structure
+from expertprune.passes import backward
+from expertprune.spec import Compensation
+from expertprune.units import KeptUnits, LayerShape, Segment, Structure
 
 Progress = Callable[[], None]
 
@@ -80,11 +82,12 @@ def pruned_layer(
     """A decoder layer with the kept units only, cut from `layer`.
 
     Args:
-        config: the expert's `transformers` config, in the base's own class; it gives the new layer its widths.
+        config: the base's running `transformers` config.
     """
     parameter = next(layer.parameters())
+    small_config = family.layer_config(config, index, kept.shape(shape))
     with torch.device("meta"):
-        small = type(layer)(config, index)
+        small = type(layer)(small_config, index)
     state = {name: cut_tensor(name, tensor, family, shape, kept) for name, tensor in layer.state_dict().items()}
     small.load_state_dict(state, assign=True)
     return small.to(parameter.device).eval().requires_grad_(False)
@@ -109,100 +112,248 @@ def cut_tensor(name: str, tensor: Tensor, family: Family, shape: LayerShape, kep
     return tensor
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def repair(
     model: Any,
     family: Family,
     shapes: Sequence[LayerShape],
     plan: Sequence[KeptUnits],
-    config: dict[str, Any],
     batches: Sequence[Batch],
-    damping: float,
+    settings: Compensation,
     progress: Progress | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Repair a plan layer by layer, in the pruned prefix.
+    """Repair a plan layer by layer.
 
-    Two streams run through the model: the dense one, and the one that the expert will see. In each layer, the columns of
-    an output projection that lost inputs are solved so that the expert's residual stream comes back to the dense one:
-    target is the dense contribution plus what the prefix lost so far.
+    `least_squares`: two streams run through the model, the dense one, and the one that the expert will see. In each
+    layer, output projections (those that lost inputs, or all of them, as `settings.scope` says) are solved so that the
+    expert's residual stream comes back to the dense one: target is the dense contribution plus what the prefix lost so
+    far. `obs`: each projection's kept columns take over what the dropped ones did on the dense layer's own inputs, which
+    is where the updates of optimal brain surgeon end, in whatever order units are removed (arXiv:2302.04089).
 
     Args:
-        config: the expert's widths, by config key, in the base's own config class.
         batches: calibration text, rows of token ids.
 
     Yields:
         Full names of the repaired weights and their values, `[hidden, kept]`, in the model's dtype.
     """
-    small_config = copy.deepcopy(model.config)
-    for key, value in config.items():
-        setattr(small_config, key, value)
+    solve = _least_squares_layer if settings.method == "least_squares" else _obs_layer
+    weights = fisher_weights(model, family, batches) if settings.tokens == "fisher" else None
     dense = layerwise.start(model, family, batches)
     expert = dense.copy()
     for index, layer in enumerate(layerwise.decoder_layers(model, family)):
-        shape, kept = shapes[index], plan[index]
-        small = pruned_layer(layer, family, index, shape, kept, small_config)
-        attention_cut = len(kept.query_heads) < shape.query_heads
-        middle = _run_dense(layer, family, index, dense, wanted=attention_cut)
-        if attention_cut:
-            yield _solve(small, family, Structure.QUERY_HEADS, index, expert, middle, damping, advance=False)
-        if len(kept.ffn) < shape.ffn:
-            yield _solve(small, family, Structure.FFN, index, expert, dense.hidden, damping, advance=True)
-        else:
-            for number in range(len(batches)):
-                expert.hidden[number] = expert.run(small, index, number)
+        cut = _Cut(layer, family, index, shapes[index], plan[index])
+        yield from solve(cut, model.config, dense, expert, settings, weights[index] if weights else None)
         if progress is not None:
             progress()
 
 
-def _run_dense(layer: nn.Module, family: Family, index: int, stream: layerwise.Stream, wanted: bool) -> list[Tensor]:
-    """Advance the dense stream; returns, if wanted, the residual stream between attention and FFN, per batch."""
-    middle = []
+@dataclass
+class _Cut:
+    """A dense layer and what of it is kept."""
+
+    layer: nn.Module
+    family: Family
+    index: int
+    shape: LayerShape
+    kept: KeptUnits
+
+    def touches(self, structure: Structure) -> bool:
+        of = len(self.kept.ffn) < self.shape.ffn, len(self.kept.query_heads) < self.shape.query_heads
+        return of[0] if structure is Structure.FFN else of[1]
+
+    def weight_name(self, structure: Structure) -> str:
+        return f"{self.family.layer_prefix(self.index)}{self.family.block(structure).output_weight}"
+
+
+def fisher_weights(model: Any, family: Family, batches: Sequence[Batch]) -> list[list[Tensor]]:
+    """Per layer and batch, the mean square of the loss's gradient at the layer's output, `[rows, tokens]`.
+
+    To second order, an error `e` of a token's residual stream costs `(g · e)²`; with the direction of `g` averaged out
+    that is its energy.
+    """
+    layers = len(layerwise.decoder_layers(model, family))
+    result: list[list[Tensor]] = [[] for _ in range(layers)]
+    for layer, _, gradient, _ in backward(model, family, batches, "language_model", 0, None):
+        result[layer].append(gradient["stream"].float().square().mean(2))
+    return result
+
+
+def _weights_of(stream: layerwise.Stream, batch: int, target: Tensor, how: str, fisher: list[Tensor] | None) -> Tensor:
+    if fisher is not None:
+        return stream.real(batch, fisher[batch][..., None])[:, 0]
+    return token_weights(target) if how == "stream" else torch.ones_like(target[:, 0])
+
+
+# --- least squares in the pruned prefix -----------------------------------------------------------------------------
+
+
+def _least_squares_layer(
+    cut: _Cut,
+    config: Any,
+    dense: layerwise.Stream,
+    expert: layerwise.Stream,
+    settings: Compensation,
+    fisher: list[Tensor] | None,
+) -> Iterator[tuple[str, Tensor]]:
+    small = pruned_layer(cut.layer, cut.family, cut.index, cut.shape, cut.kept, config)
+    behind = not _same(dense, expert)
+    solved = {s: cut.touches(s) or (settings.scope == "all" and behind) for s in (Structure.QUERY_HEADS, Structure.FFN)}
+    if settings.scope == "all" and cut.touches(Structure.QUERY_HEADS):
+        solved[Structure.FFN] = True
+    passes = _run_dense(cut, dense, wanted=solved[Structure.QUERY_HEADS])
+    for structure, targets in ((Structure.QUERY_HEADS, passes.middle), (Structure.FFN, dense.hidden)):
+        if solved[structure]:
+            outputs = passes.outputs[structure]
+            yield _solve(cut, small, structure, expert, targets, outputs, settings, fisher)
+    if not solved[Structure.FFN]:
+        for number in range(len(expert.batches)):
+            expert.hidden[number] = expert.run(small, cut.index, number)
+
+
+def _same(dense: layerwise.Stream, expert: layerwise.Stream) -> bool:
+    """Whether nothing was cut so far."""
+    return all(a is b or torch.equal(a, b) for a, b in zip(dense.hidden, expert.hidden, strict=True))
+
+
+@dataclass
+class _DensePass:
+    """Per batch: the dense residual stream between attention and FFN, and what each output projection gave."""
+
+    middle: list[Tensor]
+    outputs: dict[Structure, list[Tensor]]
+
+
+def _run_dense(cut: _Cut, stream: layerwise.Stream, wanted: bool) -> _DensePass:
+    """Advance the dense stream, noting what the targets need; the middle of the layer only where wanted."""
+    family, normed = cut.family, cut.family.residual == "normed"
+    noted = _DensePass([], {Structure.QUERY_HEADS: [], Structure.FFN: []})
     for number in range(len(stream.batches)):
         before = stream.hidden[number]
-        inputs: list[Tensor] = []
-        outputs: list[Tensor] = []
-        with layerwise.observed(layer, family.attention.output, inputs, outputs):
-            stream.hidden[number] = stream.run(layer, index, number)
+        heads: list[Tensor] = []
+        ffn: list[Tensor] = []
+        with (
+            layerwise.observed(cut.layer, family.attention.output, [], heads),
+            layerwise.observed(cut.layer, family.ffn.output, [], ffn),
+        ):
+            stream.hidden[number] = stream.run(cut.layer, cut.index, number)
         if wanted:
-            middle.append(before + outputs[0])
-    return middle
+            noted.middle.append(before + _joined(cut.layer, family.attention, heads[0]))
+        if normed:
+            noted.outputs[Structure.QUERY_HEADS] += heads if wanted else []
+            noted.outputs[Structure.FFN] += ffn
+    return noted
+
+
+def _joined(layer: nn.Module, block: Block, output: Tensor) -> Tensor:
+    """What a block's output adds to the residual stream."""
+    result: Tensor = output if block.output_norm is None else layer.get_submodule(block.output_norm)(output)
+    return result
 
 
 def _solve(
+    cut: _Cut,
     small: nn.Module,
-    family: Family,
     structure: Structure,
-    index: int,
     stream: layerwise.Stream,
     targets: list[Tensor],
-    damping: float,
-    advance: bool,
+    dense: list[Tensor],
+    settings: Compensation,
+    fisher: list[Tensor] | None,
 ) -> tuple[str, Tensor]:
-    """Repair one output projection of a pruned layer; with `advance`, the stream passes the repaired layer too.
+    """Repair one output projection of a pruned layer; behind the FFN's, the stream passes the repaired layer too.
 
     Args:
         targets: the dense residual stream after the block, per batch, `[rows, tokens, hidden]`.
+        dense: what the dense output projection gave, per batch; for blocks with an output norm only.
     """
-    block = family.block(structure)
+    block, last = cut.family.block(structure), structure is Structure.FFN
     projection = small.get_submodule(block.output)
     weight = small.get_parameter(block.output_weight)
     moments = Moments.zeros(weight.shape[1], weight.shape[0], weight.device)
-    seen: list[tuple[Tensor, Tensor]] = []
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
     for number in range(len(stream.batches)):
         inputs: list[Tensor] = []
         outputs: list[Tensor] = []
         with layerwise.observed(small, block.output, inputs, outputs):
-            after = stream.run(small, index, number)
-        if not advance:  # the attention's own output: the layer's FFN comes after it
-            after = stream.hidden[number] + outputs[0]
+            after = stream.run(small, cut.index, number)
+        if not last:  # the layer's FFN comes after it
+            after = stream.hidden[number] + _joined(small, block, outputs[0])
         target = stream.real(number, targets[number]).float()
         residual = target - stream.real(number, after).float()
-        moments.add(stream.real(number, inputs[0]).float(), residual, token_weights(target))
-        if advance:
-            seen.append((after, inputs[0]))
-    repaired = (weight.float() + least_squares(moments, damping)).to(weight.dtype)
+        weights = _weights_of(stream, number, target, settings.tokens, fisher)
+        if block.output_norm is not None:
+            own, wished = (stream.real(number, x).float() for x in (outputs[0], dense[number]))
+            joined = stream.real(number, _joined(small, block, outputs[0])).float()
+            residual, scale = _before_norm(small.get_submodule(block.output_norm), residual, joined, own, wished)
+            weights = weights / scale.square()
+        moments.add(stream.real(number, inputs[0]).float(), residual, weights)
+        if last:
+            seen.append((after, inputs[0], outputs[0]))
+    repaired = (weight.float() + least_squares(moments, settings.damping)).to(weight.dtype)
     change = repaired - weight
     projection.weight = nn.Parameter(repaired, requires_grad=False)
-    for number, (after, x) in enumerate(seen):
-        stream.hidden[number] = after + x @ change.T
-    return f"{family.layer_prefix(index)}{block.output_weight}", repaired
+    for number, (after, x, output) in enumerate(seen):
+        if block.output_norm is None:
+            stream.hidden[number] = after + x @ change.T
+        else:
+            stream.hidden[number] = after - _joined(small, block, output) + _joined(small, block, output + x @ change.T)
+    return cut.weight_name(structure), repaired
+
+
+def _before_norm(
+    norm: nn.Module, residual: Tensor, joined: Tensor, own: Tensor, dense: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What is owed in front of an output norm, where the projection is linear; all `[tokens, hidden]`.
+
+    The norm maps `v` to `γ ⊙ v / rms(v)`. With the root mean square of the dense output, which the repaired one shall
+    come near to, the stream's target `c = joined + residual` needs `v = c · rms / γ`.
+
+    Returns:
+        The residual in front of the norm, and the root mean square of each token's dense output, `[tokens]`.
+    """
+    gain = norm(torch.ones(1, dense.shape[1], dtype=torch.float32, device=dense.device).to(_dtype(norm))).float()
+    least = 0.1 * gain.abs().median()
+    gain = torch.where(gain.abs() < least, torch.copysign(least, gain), gain)
+    rms = dense.square().mean(1).sqrt().clamp_min(1e-12)
+    return (joined + residual) / gain * rms[:, None] - own, rms
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
+
+
+# --- the optimal brain surgeon's update -----------------------------------------------------------------------------
+
+
+def _obs_layer(
+    cut: _Cut,
+    config: Any,
+    dense: layerwise.Stream,
+    expert: layerwise.Stream,
+    settings: Compensation,
+    fisher: list[Tensor] | None,
+) -> Iterator[tuple[str, Tensor]]:
+    structures = [s for s in (Structure.QUERY_HEADS, Structure.FFN) if cut.touches(s)]
+    blocks = {structure: cut.family.block(structure) for structure in structures}
+    moments: dict[Structure, Tensor] = {}
+    for number in range(len(dense.batches)):
+        inputs: dict[Structure, list[Tensor]] = {structure: [] for structure in structures}
+        with contextlib.ExitStack() as stack:
+            for structure, block in blocks.items():
+                stack.enter_context(layerwise.observed(cut.layer, block.output, inputs[structure]))
+            output = dense.run(cut.layer, cut.index, number)
+        weights = _weights_of(dense, number, dense.real(number, output).float(), settings.tokens, fisher)
+        for structure in structures:
+            x = dense.real(number, inputs[structure][0]).float()
+            moments[structure] = moments.get(structure, 0) + (x * weights[:, None]).T @ x
+        dense.hidden[number] = output
+    for structure in structures:
+        weight = cut.layer.get_parameter(blocks[structure].output_weight)
+        segment = Segment.FFN if structure is Structure.FFN else Segment.QUERY
+        kept = cut.kept.rows(segment, cut.shape).to(weight.device)
+        dropped = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+        dropped[kept] = False
+        gram = moments[structure]
+        owed = weight.float()[:, dropped] @ gram[dropped][:, kept]
+        change = least_squares(Moments(gram[kept][:, kept], owed), settings.damping)
+        yield cut.weight_name(structure), (weight.float()[:, kept] + change).to(weight.dtype)

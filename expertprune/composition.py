@@ -2,186 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from expertprune.allocation import Scores, global_widths, search_widths, uniform_candidates, uniform_part
 from expertprune.artifacts import LayerPlan, Plan, Profile
-from expertprune.budgets import Widths, removed_parameters, resolve_budget
+from expertprune.budgets import LayerWidths, Widths, removed_parameters, resolve_budget
 from expertprune.corpora import CorpusName, corpus_names
 from expertprune.errors import SpecError
 from expertprune.models import BaseModel
-from expertprune.registry import Registry
-from expertprune.relevance import Criterion, UnitStatistics, criteria
-from expertprune.spec import Fusion, Spec
+from expertprune.scoring import EXPERT, GENERAL, SHARED, Fused, check_criterion, score_units
+from expertprune.spec import Spec
 from expertprune.units import KeptUnits, LayerShape, Structure
 
-_PREFIX = {Structure.FFN: "ffn", Structure.QUERY_HEADS: "heads", Structure.KV_GROUPS: "groups"}
-
-Rule = Callable[[Tensor], Tensor]
-rules: Registry[Rule] = Registry("composition rule")
-
-
-@rules.register("intersection")
-def intersection(scores: Tensor) -> Tensor:
-    """Irrelevant is what is irrelevant to every dimension (Cus-Prun): `max_d s_d`, `[dimensions, ...]` to `[...]`.
-
-    A unit is in the intersection of the sets `{s_d ≤ q}` exactly when its largest score is at most `q`.
-    """
-    return scores.amax(0)
-
-
-@rules.register("union")
-def union(scores: Tensor) -> Tensor:
-    """Irrelevant is what is irrelevant to any dimension: `min_d s_d`, `[dimensions, ...]` to `[...]`."""
-    return scores.amin(0)
-
-
-@rules.register("mean")
-def mean(scores: Tensor) -> Tensor:
-    """Dimensions outweigh each other: `mean_d s_d`, `[dimensions, ...]` to `[...]`."""
-    return scores.mean(0)
-
-
-def check_criterion(name: str) -> Criterion:
-    """The criterion of a name; raises `SpecError` with the nearest one."""
-    if name not in criteria:
-        raise SpecError(f"relevance.criterion: {criteria.unknown(name)}")
-    return criteria[name]
-
-
-def unit_statistics(profile: Profile, structure: Structure, layer: int, seed: int) -> UnitStatistics:
-    """What a criterion sees of one structure in one layer of a profile."""
-    channels = "ffn" if structure is Structure.FFN else "heads"
-    prefix = _PREFIX[structure]
-    rms = profile.read(f"{channels}.{layer}.rms").float().mul_(profile.read(f"{channels}.{layer}.scale"))
-    return UnitStatistics(
-        rms=rms,
-        impact=None if structure is Structure.FFN else profile.read(f"{prefix}.{layer}.impact"),
-        output_l1=profile.read(f"{channels}.{layer}.output_l1"),
-        output_l2=profile.read(f"{channels}.{layer}.output_l2"),
-        weight_norm=profile.read(f"{prefix}.{layer}.weight_norm"),
-        layer=layer,
-        seed=(seed * 1009 + list(Structure).index(structure)) * 10007 + layer,
-    )
-
-
-def over_documents(scores: Tensor, how: str | float) -> Tensor:
-    """`[documents, units]` to `[units]`: the mean, the maximum or a quantile."""
-    if how == "mean":
-        return scores.mean(0)
-    if how == "max":
-        return scores.amax(0)
-    return torch.quantile(scores, float(how), dim=0)
-
-
-@dataclass
-class CorpusScores:
-    """Of one corpus and structure, layer by layer: scaled relevance and RMS activation over its layer mean, `[units]`."""
-
-    scaled: list[Tensor]
-    activation: list[Tensor]
-
-
-def corpus_scores(profile: Profile, structure: Structure, spec: Spec) -> CorpusScores:
-    """Score, aggregate over documents, and put on the scale that corpora share.
-
-    `share`: part of the corpus' total over the whole model. `percentile`: rank within the layer, in [0, 1].
-    """
-    criterion = check_criterion(spec.relevance.criterion)
-    raw, activation = [], []
-    for layer in range(len(profile.layers)):
-        statistics = unit_statistics(profile, structure, layer, spec.relevance.seed)
-        raw.append(over_documents(criterion.score(statistics).float(), spec.compose.aggregate).double())
-        square = torch.linalg.vector_norm(statistics.rms, dim=0).square() / statistics.documents
-        rms = statistics.per_unit(square).sqrt()
-        activation.append((rms / rms.mean().clamp_min(1e-30)).double())
-    if spec.compose.scale == "share":
-        total = sum(float(scores.sum()) for scores in raw) or 1.0
-        return CorpusScores([scores / total for scores in raw], activation)
-    return CorpusScores([percentile(scores) for scores in raw], activation)
-
-
-def percentile(scores: Tensor) -> Tensor:
-    """Rank in [0, 1], ties sharing the mean of their ranks, `[units]`."""
-    ordered = scores.sort().values
-    low = torch.searchsorted(ordered, scores, side="left")
-    high = torch.searchsorted(ordered, scores, side="right") - 1
-    return (low + high).double() / 2 / max(1, scores.numel() - 1)
-
-
-SHARED, EXPERT, GENERAL = 0, 1, 2
-
-
-@dataclass
-class Fused:
-    """One score per unit of a layer, who gave it, and which kind of unit it is (all `[units]`)."""
-
-    score: Tensor
-    source: Tensor  # index into the dimensions, or their number for `general`
-    kind: Tensor | None  # SHARED, EXPERT or GENERAL; None without general corpora
-
-
-def fuse(
-    expert: Tensor, general: Tensor, expert_rms: Tensor, general_rms: Tensor, fusion: Fusion
-) -> tuple[Tensor, Tensor]:
-    """Shared/exclusive fusion, after arXiv:2510.22489, with exposed constants.
-
-    With `δ = |n_G − n_T| / (n_G + n_T)` of the normalized activations `n`: where `δ ≤ τ` a unit is shared and scores
-    `λ s_G + (1 − λ) s_T`; otherwise it is exclusive to the expert (`n_T > n_G`), with `s_T`, or to general, with
-    `max(β s_G, s_T)`.
-
-    Args:
-        expert, general: scores `s_T`, `s_G`, `[units]`.
-        expert_rms, general_rms: RMS activation over its layer mean, `[units]`.
-
-    Returns:
-        The fused score and the kind of each unit, `[units]` each.
-    """
-    delta = (general_rms - expert_rms).abs() / (general_rms + expert_rms).clamp_min(1e-30)
-    shared = fusion.lambda_ * general + (1 - fusion.lambda_) * expert
-    exclusive = torch.where(expert_rms > general_rms, expert, torch.maximum(fusion.beta * general, expert))
-    kind = torch.where(delta <= fusion.tau, SHARED, torch.where(expert_rms > general_rms, EXPERT, GENERAL))
-    return torch.where(delta <= fusion.tau, shared, exclusive), kind
-
-
-def score_structure(
-    spec: Spec, profiles: Mapping[CorpusName, Profile], structure: Structure, layers: int
-) -> list[Fused]:
-    """The fused score of every unit of a structure, layer by layer."""
-    scores = {name: corpus_scores(profile, structure, spec) for name, profile in profiles.items()}
-    chosen = spec.dimensions.chosen
-    general = [scores[CorpusName("general", value)] for value in spec.general]
-    result = []
-    for layer in range(layers):
-        # Several values of one dimension: the expert serves all of them, so the largest counts.
-        per_dimension = torch.stack(
-            [
-                torch.stack([scores[CorpusName(dimension, value)].scaled[layer] for value in values]).amax(0)
-                for dimension, values in chosen.items()
-            ]
-        )
-        rms = torch.stack(
-            [
-                torch.stack([scores[CorpusName(dimension, value)].activation[layer] for value in values]).amax(0)
-                for dimension, values in chosen.items()
-            ]
-        )
-        expert = rules[spec.compose.rule](per_dimension)
-        source = (per_dimension - expert).abs().argmin(0)
-        if not general:
-            result.append(Fused(expert, source, None))
-            continue
-        general_score = torch.stack([corpus.scaled[layer] for corpus in general]).amax(0)
-        general_rms = torch.stack([corpus.activation[layer] for corpus in general]).amax(0)
-        fused, kind = fuse(expert, general_score, rules[spec.compose.rule](rms), general_rms, spec.compose.fusion)
-        source = torch.where(fused > expert, len(chosen), source)
-        result.append(Fused(fused, source, kind))
-    return result
+# How far a plan's kept units are from the base's predictions: smaller is better.
+PlanFitness = Callable[[Sequence[KeptUnits]], float]
 
 
 def keep_largest(scores: Tensor, count: int) -> Tensor:
@@ -189,7 +29,7 @@ def keep_largest(scores: Tensor, count: int) -> Tensor:
     return scores.argsort(descending=True, stable=True)[:count].sort().values
 
 
-def select_layer(shape: LayerShape, widths: Widths, scores: Mapping[Structure, Fused]) -> KeptUnits:
+def select_layer(shape: LayerShape, widths: LayerWidths, scores: Mapping[Structure, Fused]) -> KeptUnits:
     """Keep the highest-scoring units of one layer: groups first, then the same number of heads in each kept group."""
     everything = shape.all_kept
     ffn, groups, heads = everything.ffn, everything.kv_groups, everything.query_heads
@@ -230,34 +70,132 @@ def explain(kept: KeptUnits, scores: Mapping[Structure, Fused], dimensions: list
     return why
 
 
-def compose(spec: Spec, base: BaseModel, profiles: Mapping[CorpusName, Profile]) -> Plan:
+def foreseen_widths(spec: Spec, base: BaseModel) -> Widths | None:
+    """The widths that the budget comes to, as far as that can be said without profiles; `None` for a retention floor.
+
+    Where layers get different widths, their sum is right (but for the mix of structures), not each of them.
+
+    Raises:
+        PlanError: the budget is not reachable.
+    """
+    if spec.budget.retention is not None:
+        return None
+    if spec.compose.allocation == "uniform" or (spec.compose.allocation == "search" and spec.compose.search.uniform):
+        return resolve_budget(spec.budget, base)
+    return global_widths(spec.budget, base, _flat_scores(base))
+
+
+def _flat_scores(base: BaseModel) -> Scores:
+    """All units alike: enough to ask which widths can be reached."""
+    return {
+        structure: [
+            Fused(torch.zeros(shape.units(structure)), torch.zeros(shape.units(structure)), None)
+            for shape in base.layers
+        ]
+        for structure in Structure
+    }
+
+
+def _competing(spec: Spec) -> tuple[list[Structure], bool]:
+    """The structures to score, and whether they compete for one budget."""
+    budget, uniform = spec.budget, spec.compose.allocation == "uniform"
+    overall = budget.parameters is not None or budget.max_parameters is not None
+    named = [structure for structure in Structure if getattr(budget, structure.value)]
+    if not overall:
+        return named, False
+    if uniform or budget.kv_groups:
+        return [*named, Structure.FFN], False
+    return [*named, Structure.FFN, Structure.KV_GROUPS], True
+
+
+def choose_widths(
+    spec: Spec, base: BaseModel, scores: Scores, part: float = 1.0, fitness: PlanFitness | None = None
+) -> tuple[Widths, list[float]]:
+    """The widths of every layer, and the fitness of what a search tried.
+
+    Raises:
+        PlanError: the budget is not reachable.
+    """
+    budget, settings = spec.budget, spec.compose
+    if settings.allocation == "uniform":
+        return uniform_part(resolve_budget(budget, base), base, budget, part), []
+    if settings.allocation == "global" or part < 1:
+        return global_widths(budget, base, scores, part), []
+    assert fitness is not None
+
+    def of_widths(widths: Widths) -> float:
+        return fitness([select_layer(*each) for each in _by_layer(base, widths, scores)])
+
+    if settings.search.uniform:
+        every = uniform_candidates(budget, base)
+        trials = [of_widths(widths) for widths in every]
+        return every[trials.index(min(trials))], trials
+    starts = [global_widths(budget, base, scores)]
+    if len(set(base.layers)) == 1:
+        starts.append(resolve_budget(budget, base))
+    return search_widths(budget, base, starts, of_widths, settings.search, list(scores))
+
+
+def _by_layer(
+    base: BaseModel, widths: Widths, scores: Scores
+) -> list[tuple[LayerShape, LayerWidths, dict[Structure, Fused]]]:
+    return [
+        (shape, layer, {structure: fused[index] for structure, fused in scores.items()})
+        for index, (shape, layer) in enumerate(zip(base.layers, widths.layers, strict=True))
+    ]
+
+
+def without(scores: Scores, kept: Sequence[KeptUnits]) -> Scores:
+    """Scores in which units that an earlier round dropped stand below all others."""
+    result: dict[Structure, list[Fused]] = {}
+    for structure, layers in scores.items():
+        result[structure] = []
+        for fused, units in zip(layers, kept, strict=True):
+            score = torch.full_like(fused.score, -1e30 if bool((fused.score < 0).any()) else 0.0)
+            index = torch.tensor(units.of(structure))
+            floor = 1e-30 if not bool((fused.score < 0).any()) else 0.0
+            score[index] = fused.score[index] + floor
+            result[structure].append(Fused(score, fused.source, fused.kind))
+    return result
+
+
+def compose(
+    spec: Spec,
+    base: BaseModel,
+    profiles: Mapping[CorpusName, Profile],
+    fitness: PlanFitness | None = None,
+    earlier: Sequence[KeptUnits] | None = None,
+    part: float = 1.0,
+) -> Plan:
     """Decide which units are kept.
 
     Args:
         profiles: one for each corpus that the spec names.
+        fitness: what a search over widths minimizes; needed for `allocation: search` alone.
+        earlier: what the previous round kept; nothing that it dropped comes back.
+        part: of the budget, for cutting in rounds.
 
     Raises:
-        SpecError: unknown criterion, or a corpus without a profile.
+        SpecError: unknown criterion, or a corpus without a profile or without the pass that the criterion needs.
         PlanError: the budget cannot be met, or the family's config cannot say the widths.
     """
     check_criterion(spec.relevance.criterion)
     if missing := [str(name) for name in corpus_names(spec) if name not in profiles]:
         raise SpecError(f"no profile for {', '.join(missing)}: run the profile stage first")
-    widths = resolve_budget(spec.budget, base)
-    shape = base.layers[0]
-    cut = {
-        Structure.FFN: widths.ffn < shape.ffn,
-        Structure.KV_GROUPS: widths.kv_groups < shape.kv_heads,
-        Structure.QUERY_HEADS: widths.heads_per_group < shape.heads_per_group,
-    }
+    foreseen_widths(spec, base)
     wanted = {name: profiles[name] for name in corpus_names(spec)}
-    scores = {s: score_structure(spec, wanted, s, len(base.layers)) for s, needed in cut.items() if needed}
+    structures, together = _competing(spec)
+    scores: Scores = score_units(spec, wanted, structures, together)
+    if earlier is not None:
+        scores = without(scores, earlier)
+    widths, trials = choose_widths(spec, base, scores, part, fitness)
     layers = []
-    for index, shape in enumerate(base.layers):
-        here = {structure: fused[index] for structure, fused in scores.items()}
-        kept = select_layer(shape, widths, here)
-        layers.append(LayerPlan(kept, explain(kept, here, list(spec.dimensions.chosen))))
+    for shape, layer, here in _by_layer(base, widths, scores):
+        kept = select_layer(shape, layer, here)
+        cut = {structure: fused for structure, fused in here.items() if layer.of(structure) < shape.units(structure)}
+        layers.append(LayerPlan(kept, explain(kept, cut, list(spec.dimensions.chosen))))
     before = base.checkpoint.parameters
+    budget = widths.summary(base.layers)
     return Plan(
         name=spec.name,
         base={"model": base.name, "digest": base.digest},
@@ -265,6 +203,7 @@ def compose(spec: Spec, base: BaseModel, profiles: Mapping[CorpusName, Profile])
         profiles={str(name): profile.digest for name, profile in wanted.items()},
         shapes=list(base.layers),
         layers=layers,
-        budget=widths.summary(shape),
+        budget=budget,
         parameters={"before": before, "after": before - removed_parameters(base, widths)},
+        search=[value for value in trials if math.isfinite(value)],
     )

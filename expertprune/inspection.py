@@ -89,7 +89,11 @@ def _plan(about: dict[str, Any]) -> RenderableType:
         "parameters": _parameters(about["parameters"]),
         "rule": about["spec"]["compose"]["rule"],
         "criterion": about["spec"]["relevance"]["criterion"],
+        "allocation": about["spec"]["compose"]["allocation"],
     }
+    if about.get("search"):
+        tried = about["search"]
+        pairs["search"] = f"{len(tried)} trials, KL {tried[0]:.4f} at first, {min(tried):.4f} at best (bits per token)"
     return Group(_pairs(f"plan {about['name']}", pairs), plan_table(about))
 
 

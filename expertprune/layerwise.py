@@ -82,7 +82,7 @@ def decoder_layers(model: Any, family: Family) -> nn.ModuleList:
     return layers
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: a backward pass may go through what comes out
 def start(model: Any, family: Family, batches: Sequence[Batch]) -> Stream:
     """The stream before the first layer: embeddings, and each layer's arguments as the decoder itself makes them."""
     layers = decoder_layers(model, family)
@@ -100,6 +100,32 @@ def start(model: Any, family: Family, batches: Sequence[Batch]) -> Stream:
     finally:
         setattr(parent, name, layers)
     return stream
+
+
+@contextlib.contextmanager
+def head_only(model: Any, family: Family, hidden: Tensor) -> Iterator[None]:
+    """While open, the model's layers are left out: whatever it is called with, `hidden` goes into its output head.
+
+    So final norm, output projection, caps and scales are the model's own, and `logits_to_keep` cuts the positions.
+    """
+    parent_path, _, name = family.layers.rpartition(".")
+    parent, layers = model.get_submodule(parent_path), decoder_layers(model, family)
+    setattr(parent, name, nn.ModuleList([_Handover(layers[0], hidden)]))
+    try:
+        yield
+    finally:
+        setattr(parent, name, layers)
+
+
+class _Handover(_Recorder):
+    """Stands in for all decoder layers: whatever comes in, the given hidden states go out."""
+
+    def __init__(self, layer: nn.Module, result: Tensor) -> None:
+        super().__init__(layer)
+        self.result = result
+
+    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
+        return self.result
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import io
+import json
 import logging
 import os
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from typing import Any
 
 import torch
 
-from expertprune.arch import Family, bundled_models, families, family_of
+from expertprune.arch import PER_LAYER, Family, bundled_models, families, family_of
+from expertprune.arch.per_layer import with_layer_widths
 from expertprune.checkpoint import Checkpoint
 from expertprune.errors import CheckpointError, SpecError
 from expertprune.files import digest_of, file_digest, require_room, staged_folder
@@ -190,14 +192,25 @@ def default_device() -> torch.device:
 def load_model(
     folder: Path, dtype: torch.dtype, device: torch.device | None = None, trust_remote_code: bool = False
 ) -> Any:
-    """A `transformers` causal language model in evaluation mode, without gradients."""
+    """A `transformers` causal language model in evaluation mode, without gradients.
+
+    One whose layers have widths of their own is built by this package's code, not by the copy in its folder.
+    """
     try:
-        model = quiet_transformers().AutoModelForCausalLM.from_pretrained(
+        model = _model_class(folder).from_pretrained(
             folder, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
         )
     except (ValueError, OSError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
     return model.to(device or default_device()).eval().requires_grad_(False)
+
+
+def _model_class(folder: Path) -> Any:
+    transformers = quiet_transformers()
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if not config.get(PER_LAYER):
+        return transformers.AutoModelForCausalLM
+    return with_layer_widths(getattr(transformers, config["architectures"][0]))
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:

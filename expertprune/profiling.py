@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,12 +13,14 @@ from torch import Tensor, nn
 
 from expertprune import layerwise
 from expertprune.arch import Family
-from expertprune.artifacts import Profile, ProfileKey, save_profile
+from expertprune.artifacts import Profile, ProfileKey, halved, part_path, save_profile
 from expertprune.corpora import Batch, Document
 from expertprune.errors import CheckpointError
 from expertprune.files import digest_of
 from expertprune.models import BaseModel
-from expertprune.units import LayerShape
+from expertprune.passes import count_documents, gradient_pass, regional_pass, removal_pass
+from expertprune.relevance import Pass
+from expertprune.units import KeptUnits, LayerShape
 
 log = logging.getLogger(__name__)
 Progress = Callable[[], None]
@@ -44,24 +45,12 @@ class ChannelStatistics:
         self.square_sum += square_sum.cpu()
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """What is stored: half precision RMS with its scale, float32 totals."""
-        half, scale = to_half(self.square.sqrt())
+        """What is stored: half precision RMS with its scale, float64 totals (a variance is their small difference)."""
         return {
-            f"{prefix}.rms": half,
-            f"{prefix}.scale": scale,
-            f"{prefix}.sum": self.sum.float(),
-            f"{prefix}.square_sum": self.square_sum.float(),
+            **halved(f"{prefix}.rms", self.square.sqrt()),
+            f"{prefix}.sum": self.sum,
+            f"{prefix}.square_sum": self.square_sum,
         }
-
-
-def to_half(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Values as float16 after division by a power of two that puts the largest near 2¹⁵; returns both.
-
-    Massive activations overflow half precision, and a scale leaves 29 binary orders of magnitude below the largest.
-    """
-    largest = float(values.abs().max()) if values.numel() else 0.0
-    scale = 2.0 ** (math.ceil(math.log2(largest)) - 15) if largest > 0 else 1.0
-    return (values / scale).to(torch.float16), torch.tensor(scale, dtype=torch.float32)
 
 
 class LayerCollector:
@@ -74,15 +63,20 @@ class LayerCollector:
         self.heads = ChannelStatistics(documents, shape.query_heads * shape.head_dim)
         self.head_impact = torch.zeros(documents, shape.query_heads)
         self.group_impact = torch.zeros(documents, shape.kv_heads)
+        self.stream = torch.zeros(documents)
         # Gram matrices of the output projection's columns, one per KV group: [kv_heads, group_dim, group_dim]
         columns = layer.get_parameter(family.attention.output_weight).float()
         columns = columns.unflatten(1, (shape.kv_heads, -1)).permute(1, 2, 0)
         self._gram = columns @ columns.transpose(1, 2)
 
-    def update(self, batch: Batch, ffn: Tensor, heads: Tensor) -> None:
-        """`ffn` is `[rows, tokens, ffn]`, `heads` `[rows, tokens, query_heads * head_dim]`; padding is left out."""
+    def update(self, batch: Batch, ffn: Tensor, heads: Tensor, stream: Tensor) -> None:
+        """The inputs of both output projections and the layer's output, `[rows, tokens, channels]`; padding is left out.
+
+        Channels: `ffn`, `query_heads * head_dim`, and `hidden` for the residual stream.
+        """
         shape = self.shape
         for row, (document, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
+            self.stream[document] = stream[row, :length].float().square().mean().cpu()
             values = ffn[row, :length].float()
             self.ffn.add(document, values, torch.linalg.vector_norm(values, dim=0).square())
             values = heads[row, :length].float()
@@ -102,6 +96,7 @@ class LayerCollector:
             **self.heads.tensors(f"heads.{index}"),
             f"heads.{index}.impact": self.head_impact,
             f"groups.{index}.impact": self.group_impact,
+            f"stream.{index}.square": self.stream,
             **{name.format(layer=index): tensor for name, tensor in self._weights.items()},
         }
 
@@ -148,9 +143,12 @@ def collect(
     Raises:
         CheckpointError: the model gives activations that are not finite.
     """
-    documents = 1 + max(document for batch in batches for document in batch.documents)
+    documents = count_documents(batches)
     stream = layerwise.start(model, family, batches)
-    statistics: dict[str, Tensor] = {}
+    statistics: dict[str, Tensor] = {"tokens": torch.zeros(documents)}
+    for batch in batches:
+        for document, length in zip(batch.documents, batch.lengths, strict=True):
+            statistics["tokens"][document] = length - 1
     for index, layer in enumerate(layerwise.decoder_layers(model, family)):
         collector = LayerCollector(layer, family, shapes[index], documents)
         for number, batch in enumerate(batches):
@@ -161,7 +159,7 @@ def collect(
                 layerwise.observed(layer, family.attention.output, heads),
             ):
                 stream.hidden[number] = stream.run(layer, index, number)
-            collector.update(batch, ffn[0], heads[0])
+            collector.update(batch, ffn[0], heads[0], stream.hidden[number])
         if not bool(collector.ffn.square_sum.isfinite().all() and collector.heads.square_sum.isfinite().all()):
             raise CheckpointError(
                 f"layer {index}: activations are not finite in {next(model.parameters()).dtype}: damaged weights, or "
@@ -173,11 +171,14 @@ def collect(
     return statistics
 
 
-def profile_key(base: BaseModel, documents: Sequence[Document], max_tokens: int) -> ProfileKey:
-    """What the profile of these documents depends on."""
+def profile_key(
+    base: BaseModel, documents: Sequence[Document], max_tokens: int, kept: Sequence[KeptUnits] | None = None
+) -> ProfileKey:
+    """What the profile of these documents depends on; `kept` where the base was profiled with other units masked."""
+    model = base.digest if kept is None else digest_of([base.digest, [asdict(units) for units in kept]])
     digests = [digest_of(document.text) for document in documents]  # tokens see white space, so it counts here
     dtype = str(base.dtype).removeprefix("torch.")
-    return ProfileKey(base.digest, base.tokenizer_digest, digest_of(digests), max_tokens, dtype)
+    return ProfileKey(model, base.tokenizer_digest, digest_of(digests), max_tokens, dtype)
 
 
 def profile_path(store: Path, key: ProfileKey) -> Path:
@@ -194,9 +195,40 @@ def profile_corpus(
     store: Path,
     progress: Progress | None = None,
 ) -> Profile:
-    """Run the pass and store its profile under its digest."""
+    """Run the forward pass and store its profile under its digest."""
     statistics = collect(model, base.family, base.layers, batches, progress)
-    about = {
+    return save_profile(profile_path(store, key), _about(base, corpus, documents, batches, key), statistics)
+
+
+def profile_part(
+    model: Any,
+    base: BaseModel,
+    corpus: str,
+    documents: Sequence[Document],
+    batches: Sequence[Batch],
+    key: ProfileKey,
+    store: Path,
+    part: str,
+    progress: Progress | None = None,
+) -> Profile:
+    """Run one of the other passes (`gradient-language_model`, `gradient-kl`, `regional`, `removal`) and store its part."""
+    kind, _, loss = part.partition("-")
+    arguments = (model, base.family, base.layers, batches)
+    if kind == Pass.GRADIENT:
+        statistics = gradient_pass(*arguments, loss, progress=progress)
+    else:
+        statistics = {Pass.REGIONAL: regional_pass, Pass.REMOVAL: removal_pass}[Pass(kind)](*arguments, progress)
+    bad = [name for name, tensor in statistics.items() if not bool(tensor.isfinite().all())]
+    if bad:
+        raise CheckpointError(f"{bad[0]}: the {part} pass gave values that are not finite: try base.dtype: float32")
+    about = {**_about(base, corpus, documents, batches, key), "part": part}
+    return save_profile(part_path(profile_path(store, key), part), about, statistics)
+
+
+def _about(
+    base: BaseModel, corpus: str, documents: Sequence[Document], batches: Sequence[Batch], key: ProfileKey
+) -> dict[str, Any]:
+    return {
         "digest": key.digest,
         "key": asdict(key),
         "base": base.name,
@@ -205,4 +237,3 @@ def profile_corpus(
         "tokens": sum(batch.tokens for batch in batches),
         "layers": [asdict(shape) for shape in base.layers],
     }
-    return save_profile(profile_path(store, key), about, statistics)

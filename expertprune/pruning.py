@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from expertprune.arch import MODELING, PER_LAYER, per_layer
 from expertprune.artifacts import Plan
 from expertprune.checkpoint import write_weights
 from expertprune.compensation import cut_tensor, repair
@@ -20,6 +22,7 @@ from expertprune.corpora import Batch
 from expertprune.errors import CheckpointError, PlanError
 from expertprune.files import require_room
 from expertprune.models import BaseModel
+from expertprune.spec import Compensation
 from expertprune.units import LayerShape
 
 _SPARE = 64 * 2**20  # tokenizer, cards and index, generously
@@ -31,7 +34,7 @@ class RepairInput:
 
     model: Any
     batches: list[Batch]
-    damping: float
+    settings: Compensation
 
 
 def check_plan(plan: Plan, base: BaseModel) -> None:
@@ -73,18 +76,15 @@ def prune(
     config = base.family.pruned_config(base.checkpoint.config, plan.kept)
     spool = _Spool(folder / ".repair")
     if repair_input is not None and not plan.cuts_nothing:
-        keys = base.family.config
-        shape = plan.kept[0].shape(plan.shapes[0])
-        widths = {
-            keys.ffn: shape.ffn,
-            keys.query_heads: shape.query_heads,
-            keys.kv_heads: shape.kv_heads,
-            keys.head_dim: shape.head_dim,
-        }
         for name, tensor in repair(
-            repair_input.model, base.family, plan.shapes, plan.kept, widths, repair_input.batches, repair_input.damping,
+            repair_input.model,
+            base.family,
+            plan.shapes,
+            plan.kept,
+            repair_input.batches,
+            repair_input.settings,
             progress,
-        ):  # fmt: skip
+        ):
             if not bool(tensor.isfinite().all()):
                 raise CheckpointError(f"{name}: the repair is not finite; raise compensation.damping")
             spool.put(name, tensor)
@@ -110,10 +110,25 @@ def prune(
         target = folder / path.relative_to(base.folder)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
+    if PER_LAYER in config:
+        (folder / f"{MODELING}.py").write_text(_modeling(config["architectures"][0]))
     if config == base.checkpoint.config:
         shutil.copyfile(base.folder / "config.json", folder / "config.json")
     else:
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def _modeling(architecture: str) -> str:
+    """The code that an expert with widths of single layers carries, for users who have only transformers."""
+    lines = [
+        inspect.getsource(per_layer),
+        "",
+        f"from transformers import {architecture}  # noqa: E402",
+        "",
+        f"ExpertForCausalLM = with_layer_widths({architecture})",
+        "",
+    ]
+    return "\n".join(lines)
 
 
 def _zero_tensors(plan: Plan, base: BaseModel) -> Callable[[str], Iterator[tuple[str, Tensor]]]:

@@ -32,13 +32,17 @@ tags: [expertprune, pruned]
 
 An expert cut from `{{ base.model }}` for {{ purpose }}, without post-training:
 {{ "{:,}".format(parameters.after) }} of {{ "{:,}".format(parameters.before) }} parameters
-({{ "%.1f" % (100 * parameters.after / parameters.before) }}%). It loads like any other checkpoint of its architecture, in
-transformers and in vLLM.
+({{ "%.1f" % (100 * parameters.after / parameters.before) }}%). {% if per_layer -%}
+Its layers have widths of their own, so `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` builds it with
+`modeling_expert.py` in this folder.
+{%- else -%}
+It loads like any other checkpoint of its architecture, in transformers and in vLLM.
+{%- endif %}
 
 | structure | kept in each layer | of |
 |---|---|---|
 {% for structure, entry in plan.budget.items() -%}
-| {{ structure }} | {{ entry.kept }} | {{ entry.of }} |
+| {{ structure }} | {{ entry.kept | widths }} | {{ entry.of | widths }} |
 {% endfor %}
 Method: criterion `{{ spec.relevance.criterion }}` ({{ criterion_paper }}), rule `{{ spec.compose.rule }}` over dimensions
 (Cus-Prun, https://arxiv.org/abs/2506.02561),{% if spec.general %} shared/exclusive fusion with general relevance (after
@@ -77,7 +81,10 @@ def write_card(folder: Path, about: dict[str, Any]) -> None:
     """Write `expertprune.json` and the model card beside it."""
     rows = retention_rows(about["evaluation"]) if about.get("evaluation") else []
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=True)
-    text = environment.from_string(_CARD).render(**about, rows=rows, purpose=purpose(about["spec"]))
+    environment.filters["widths"] = widths
+    per_layer = any(isinstance(entry["kept"], list) for entry in about["plan"]["budget"].values())
+    card = environment.from_string(_CARD)
+    text = card.render(**about, rows=rows, purpose=purpose(about["spec"]), per_layer=per_layer)
     write_json(folder / EXPERT_FILE, about)
     write_file(folder / "README.md", text.encode())
 
@@ -110,6 +117,13 @@ def retention_table(evaluation: Mapping[str, Any]) -> Table:
     return table
 
 
+def widths(value: int | list[int]) -> str:
+    """A structure's width: `"1152"`, or `"640 to 1472 (mean 1152)"` where layers differ."""
+    if not isinstance(value, list):
+        return str(value)
+    return f"{min(value)} to {max(value)} (mean {sum(value) / len(value):.4g})"
+
+
 def plan_table(plan: Mapping[str, Any]) -> Table:
     """Units kept by structure, who protected them, and shared and exclusive counts, summed over layers."""
     table = Table("structure", "kept in each layer", "protected by", "shared", "expert-exclusive", "general-exclusive")
@@ -125,7 +139,7 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
         for kind in ("shared", "expert_exclusive", "general_exclusive"):
             of = [reason[kind] for reason in reasons if kind in reason]
             kinds.append(f"{sum(k['kept'] for k in of):,} of {sum(k['units'] for k in of):,} kept" if of else "")
-        table.add_row(structure, f"{entry['kept']} of {entry['of']}", who, *kinds)
+        table.add_row(structure, f"{widths(entry['kept'])} of {widths(entry['of'])}", who, *kinds)
     return table
 
 

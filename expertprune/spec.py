@@ -70,6 +70,28 @@ Aggregate = Annotated[
 ]
 
 
+_SCALES = {"k": 10**3, "m": 10**6, "b": 10**9}
+
+
+def _size(value: Any) -> int:
+    number, scale = value, 1
+    if isinstance(value, str) and value[-1:].lower() in _SCALES:
+        number, scale = value[:-1], _SCALES[value[-1].lower()]
+    try:
+        size = 0 if isinstance(value, bool) else int(float(number) * scale)
+    except (TypeError, ValueError):
+        size = 0
+    if size < 1:
+        raise ValueError("must be a number of parameters, such as 100M, 1.5B or 100000000")
+    return size
+
+
+# A number of parameters: 100000000, "100M", "1.5B".
+Size = Annotated[
+    int, PlainValidator(_size), WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string"}]})
+]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", populate_by_name=True, validate_default=True)
 
@@ -154,7 +176,14 @@ class Calibration(_Section):
 class Relevance(_Section):
     """How a unit is scored on a corpus."""
 
-    criterion: str = Field("impact", description="impact, activation, magnitude or random.")
+    criterion: str = Field(
+        "impact",
+        description="impact, activation, fluctuation, taylor, fisher, regional, obs, magnitude or random.",
+    )
+    loss: Literal["language_model", "kl"] = Field(
+        "language_model",
+        description="Of taylor and fisher: against the text's next tokens, or against the model's own predictions.",
+    )
     seed: int = Field(0, ge=0, description="For criteria that draw random numbers.")
 
 
@@ -166,6 +195,15 @@ class Fusion(_Section):
     beta: float = Field(0.5, ge=0, le=1, description="Weight of the general score on general-exclusive units.")
 
 
+class Search(_Section):
+    """The search over widths (allocation: search)."""
+
+    trials: int = Field(64, ge=1, description="Allocations that are tried, the uniform and the global one included.")
+    tokens: int = Field(4096, ge=64, description="Calibration tokens that each trial is measured on.")
+    uniform: bool = Field(False, description="Only widths that are the same in every layer: FFN against heads.")
+    seed: int = Field(0, ge=0)
+
+
 class Compose(_Section):
     """How the scores of several corpora become one decision per unit."""
 
@@ -173,38 +211,82 @@ class Compose(_Section):
     aggregate: Aggregate = Field(
         "mean", description="Over the documents of a corpus: mean, max, or a quantile such as 0.9."
     )
-    scale: Literal["share", "percentile"] = Field(
-        "share", description="share: part of the corpus' total over the model; percentile: rank within the layer."
+    scale: Literal["share", "percentile", "standard"] = Field(
+        "share",
+        description="share: part of the corpus' total over the model; percentile: rank within the layer; "
+        "standard: distance from the layer's mean in standard deviations, as FLAP ranks.",
     )
     fusion: Fusion = Field(default_factory=Fusion)
-    allocation: Literal["uniform"] = Field("uniform", description="uniform: every layer keeps the same width.")
+    allocation: Literal["uniform", "global", "search"] = Field(
+        "uniform",
+        description="uniform: every layer keeps the same width; global: one ranking over layers; "
+        "search: widths that keep the predictions, tried on calibration text.",
+    )
+    rounds: int = Field(1, ge=1, le=16, description="Cut in so many steps, profiling again between them.")
+    search: Search = Field(default_factory=Search)
+
+
+class Retention(_Section):
+    """The smallest expert that keeps at least this much, found by trying budgets on calibration text held back for it."""
+
+    expert: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="Bits per byte of the base over the expert's, on every corpus of the dimensions."
+    )
+    general: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="The same on the general corpora.")
+
+    @model_validator(mode="after")
+    def _one_at_least(self) -> Retention:
+        if self.expert is None and self.general is None:
+            raise ValueError("name at least one of expert, general")
+        return self
 
 
 class Budget(_Section):
-    """What is *removed*: of each layer a fraction (0.25) or a count (384) per structure, or a fraction of all parameters."""
+    """What is *removed*: of each layer a fraction (0.25) or a count (384) per structure, or a fraction of all parameters.
+
+    Where layers are allowed different widths, fractions and counts are of the average layer.
+    """
 
     ffn: Amount = Field(0, description="FFN neurons.")
     query_heads: Amount = Field(0, description="Query heads, the same number in each KV group.")
     kv_groups: Amount = Field(0, description="KV heads with their query heads.")
     parameters: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        None, description="Of all parameters; FFN neurons make up what the other keys do not remove."
+        None,
+        description="Of all parameters; FFN neurons make up what the other keys do not remove, or FFN neurons and KV "
+        "groups against each other where allocation is global or search.",
     )
+    max_parameters: Size | None = Field(None, description="What may be left of the whole model, such as 100M.")
+    retention: Retention | None = Field(None, description="As much as can go while this much is kept.")
     multiple_of: int = Field(64, ge=1, description="Kept FFN widths are a multiple of this.")
     floor: float = Field(0.1, ge=0, le=1, description="At least this fraction of each structure stays in every layer.")
 
     @model_validator(mode="after")
     def _one_way(self) -> Budget:
-        if self.parameters is not None and self.ffn:
-            raise ValueError("give 'ffn' or 'parameters', not both: 'parameters' chooses the FFN width itself")
-        if not self.model_fields_set & {"ffn", "query_heads", "kv_groups", "parameters"}:
-            raise ValueError("name at least one of ffn, query_heads, kv_groups, parameters")
+        ways = [name for name in ("parameters", "max_parameters", "retention") if getattr(self, name) is not None]
+        if len(ways) > 1:
+            raise ValueError(f"give one of {', '.join(ways)}, not several")
+        if ways and self.ffn:
+            raise ValueError(f"give 'ffn' or {ways[0]!r}, not both: {ways[0]!r} chooses the FFN width itself")
+        if not self.model_fields_set & {"ffn", "query_heads", "kv_groups", "parameters", "max_parameters", "retention"}:
+            raise ValueError("name at least one of ffn, query_heads, kv_groups, parameters, max_parameters, retention")
         return self
 
 
 class Compensation(_Section):
     """The closed-form repair of the layers that were cut."""
 
-    method: Literal["none", "least_squares"] = "least_squares"
+    method: Literal["none", "least_squares", "obs"] = Field(
+        "least_squares",
+        description="least_squares: in the pruned prefix, towards the dense residual stream; obs: the optimal brain "
+        "surgeon's update, each layer by itself.",
+    )
+    scope: Literal["cut", "all"] = Field(
+        "cut", description="Of least_squares: the output projections that lost inputs, or those of every block."
+    )
+    tokens: Literal["stream", "equal", "fisher"] = Field(
+        "stream",
+        description="Weight of a token: one over its stream's energy, all the same, or its loss gradient's energy.",
+    )
     damping: float = Field(
         0.3, gt=0, le=10, description="Ridge towards the original columns, relative to their energy."
     )

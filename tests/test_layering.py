@@ -16,8 +16,8 @@ PACKAGE = Path(expertprune.__file__).parent
 # A module may import what stands before it, never what stands after it. A folder counts as one module.
 ORDER = [
     "errors", "registry", "units", "files", "spec", "arch", "checkpoint", "models", "artifacts", "corpora", "relevance",
-    "layerwise", "profiling", "budgets", "composition", "compensation", "pruning", "evaluation", "report", "api",
-    "inspection", "cli",
+    "layerwise", "passes", "profiling", "scoring", "budgets", "allocation", "composition", "masking", "compensation",
+    "pruning", "evaluation", "preparing", "deciding", "retaining", "report", "api", "inspection", "cli",
 ]  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 MODULES = [path for path in SOURCES if path != PACKAGE / "__init__.py"]

@@ -3,6 +3,15 @@
 One YAML file a family, in `families/`. No other module knows a family's name.
 """
 
-from expertprune.arch.family import CoupledTensor, Family, bundled_models, families, family_of
+from expertprune.arch.family import (
+    MODELING,
+    PER_LAYER,
+    Block,
+    CoupledTensor,
+    Family,
+    bundled_models,
+    families,
+    family_of,
+)
 
-__all__ = ["CoupledTensor", "Family", "bundled_models", "families", "family_of"]
+__all__ = ["MODELING", "PER_LAYER", "Block", "CoupledTensor", "Family", "bundled_models", "families", "family_of"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ from expertprune.registry import nearest
 from expertprune.units import KeptUnits, LayerShape, Segment, Structure
 
 _HERE = Path(__file__).parent
+PER_LAYER = "per_layer_config"  # transformers' name for widths of single layers
+MODELING = "modeling_expert"  # the module in an expert's folder that builds such layers
 
 
 class _Data(BaseModel):
@@ -34,9 +37,13 @@ class CoupledTensor(_Data):
 
 
 class Block(_Data):
-    """The FFN or the attention of a layer: its output module, whose input channels are the units, and its tensors."""
+    """The FFN or the attention of a layer: its output module, whose input channels are the units, and its tensors.
+
+    `output_norm` is the norm that the block's output passes before it joins the residual stream, where there is one.
+    """
 
     output: str
+    output_norm: str | None = None
     tensors: tuple[CoupledTensor, ...]
 
     @property
@@ -70,7 +77,7 @@ class Family(_Data):
     """A model family as data.
 
     `residual: additive` promises that a layer's output is its input plus the outputs of the two blocks, which the
-    repair uses to aim at the residual stream.
+    repair uses to aim at the residual stream; with `normed` the blocks' outputs pass their `output_norm` first.
     """
 
     family: str
@@ -94,28 +101,28 @@ class Family(_Data):
         return f"{self.layers}.{layer}."
 
     def layer_shapes(self, config: Mapping[str, Any]) -> tuple[LayerShape, ...]:
-        """Shape of every layer from the contents of `config.json`.
+        """Shape of every layer from the contents of `config.json`, widths of single layers included.
 
         Raises:
             CheckpointError: a key is missing, or the head counts make no legal grouped-query attention.
         """
+        count = _positive(config, self.config.layers)
+        single = config.get(PER_LAYER) or {}
+        return tuple(
+            self._layer_shape({**config, **single.get(str(i), single.get(str(i).zfill(len(str(count - 1))), {}))})
+            for i in range(count)
+        )
+
+    def _layer_shape(self, config: Mapping[str, Any]) -> LayerShape:
         keys = self.config
-
-        def read(key: str) -> int:
-            value = config.get(key)
-            if not isinstance(value, int) or value < 1:
-                raise CheckpointError(f"config.json: {key!r} must be a positive whole number, found {value!r}")
-            return value
-
-        hidden, query_heads = read(keys.hidden), read(keys.query_heads)
-        kv_heads = read(keys.kv_heads) if config.get(keys.kv_heads) is not None else query_heads
-        head_dim = read(keys.head_dim) if config.get(keys.head_dim) is not None else hidden // query_heads
+        hidden, query_heads = _positive(config, keys.hidden), _positive(config, keys.query_heads)
+        kv_heads = _positive(config, keys.kv_heads) if config.get(keys.kv_heads) is not None else query_heads
+        head_dim = _positive(config, keys.head_dim) if config.get(keys.head_dim) is not None else hidden // query_heads
         if query_heads % kv_heads:
             raise CheckpointError(
                 f"config.json: {keys.query_heads} ({query_heads}) is no multiple of {keys.kv_heads} ({kv_heads})"
             )
-        shape = LayerShape(hidden, read(keys.ffn), query_heads, kv_heads, head_dim)
-        return (shape,) * read(keys.layers)
+        return LayerShape(hidden, _positive(config, keys.ffn), query_heads, kv_heads, head_dim)
 
     def pruned_config(self, config: Mapping[str, Any], kept: list[KeptUnits]) -> dict[str, Any]:
         """The expert's `config.json`: the base's, with the new widths.
@@ -124,27 +131,46 @@ class Family(_Data):
             PlanError: the family's config cannot express these widths; the message says which are legal.
         """
         base = self.layer_shapes(config)
-        shapes = {layer.shape(shape) for layer, shape in zip(kept, base, strict=True)}
-        if len(shapes) != 1:
-            raise PlanError("the layers keep different widths, which this family's config cannot express")
-        new, old = shapes.pop(), base[0]
+        shapes = [layer.shape(shape) for layer, shape in zip(kept, base, strict=True)]
         result = dict(config)
-        if new == old:
+        if shapes == list(base):
             return result
-        keys = self.config
-        result |= {keys.ffn: new.ffn, keys.query_heads: new.query_heads, keys.kv_heads: new.kv_heads}
-        if self.heads_changed(old, new):
-            result[keys.head_dim] = new.head_dim
+        changed = [new for new, old in zip(shapes, base, strict=True) if self.heads_changed(old, new)]
+        for new in changed:
             self._check_heads(config, new)
-            if self.when_heads_change is not None:
-                result = _with_defaults(result, self.when_heads_change.model_type)
-                result = {k: v for k, v in result.items() if k not in self.when_heads_change.remove}
-                result |= {
-                    **self.when_heads_change.set,
-                    "model_type": self.when_heads_change.model_type,
-                    "architectures": list(self.when_heads_change.architectures),
-                }
-        return result
+        result |= self._widths(max(shapes, key=lambda shape: shape.ffn))
+        if changed:
+            result[self.config.query_heads] = max(shape.query_heads for shape in shapes)
+            result[self.config.kv_heads] = max(shape.kv_heads for shape in shapes)
+        else:  # as it was, also where it was left to follow from the other keys
+            del result[self.config.head_dim]
+            result |= {key: value for key, value in config.items() if key == self.config.head_dim}
+        if changed and self.when_heads_change is not None:
+            result = _with_defaults(result, self.when_heads_change.model_type)
+            result = {k: v for k, v in result.items() if k not in self.when_heads_change.remove}
+            result |= {
+                **self.when_heads_change.set,
+                "model_type": self.when_heads_change.model_type,
+                "architectures": list(self.when_heads_change.architectures),
+            }
+        return _with_layers(result, [self._widths(shape) for shape in shapes])
+
+    def _widths(self, shape: LayerShape) -> dict[str, int]:
+        """A layer's widths under the config's keys."""
+        keys = self.config
+        return {
+            keys.ffn: shape.ffn,
+            keys.query_heads: shape.query_heads,
+            keys.kv_heads: shape.kv_heads,
+            keys.head_dim: shape.head_dim,
+        }
+
+    def layer_config(self, config: Any, index: int, shape: LayerShape) -> Any:
+        """A running model's `transformers` config with the widths of one layer, for building that layer alone."""
+        small = copy.copy(config.per_layer_config[index] if config.is_heterogeneous else config)
+        for key, value in self._widths(shape).items():
+            setattr(small, key, value)
+        return small
 
     @staticmethod
     def heads_changed(old: LayerShape, new: LayerShape) -> bool:
@@ -170,6 +196,30 @@ class Family(_Data):
                         f"heads of this base cannot be cut: its config says {key}: {config[key]!r}, and only {wanted!r} "
                         "can be expressed with other head counts"
                     )
+
+
+def _positive(config: Mapping[str, Any], key: str) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"config.json: {key!r} must be a positive whole number, found {value!r}")
+    return value
+
+
+def _with_layers(config: dict[str, Any], widths: list[dict[str, int]]) -> dict[str, Any]:
+    """The config with the widths of single layers where they are not the whole model's, and the code that reads them."""
+    layers = {
+        str(index): different
+        for index, layer in enumerate(widths)
+        if (different := {key: value for key, value in layer.items() if config.get(key, value) != value})
+    }
+    config.pop(PER_LAYER, None)
+    if layers:
+        config |= {
+            PER_LAYER: layers,
+            "allow_global_per_layer_attribute_access": True,
+            "auto_map": {"AutoModelForCausalLM": f"{MODELING}.ExpertForCausalLM"},
+        }
+    return config
 
 
 def _with_defaults(config: dict[str, Any], other: str) -> dict[str, Any]:

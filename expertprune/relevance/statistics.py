@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 
 from torch import Tensor
 
@@ -24,6 +25,13 @@ class UnitStatistics:
         output_l1: `[channels]`, L1 norm of each column of the output projection.
         output_l2: `[channels]`, L2 norm of the same.
         weight_norm: `[units]`, Frobenius norm of all weights that leave with the unit.
+        variance: `[channels]`, variance of each input channel over all tokens of the corpus.
+        tokens: `[documents]`, predicted tokens of each document.
+        gradient: `[documents, units]`, derivative of the document's mean loss with respect to the unit's mask at 1, from
+            the backward pass; `None` where that pass was not made.
+        regional: `[documents, units]`, derivative of the mean norm of the layer's output with respect to the unit's mask,
+            from one backward pass per layer; `None` where it was not made.
+        removal: `[units]`, the least squares error of each removal in greedy order; `None` where it was not computed.
         layer: position of the layer.
         seed: for criteria that draw random numbers; differs between structures and layers.
     """
@@ -35,6 +43,11 @@ class UnitStatistics:
     weight_norm: Tensor
     layer: int
     seed: int
+    variance: Tensor | None = None
+    tokens: Tensor | None = None
+    gradient: Tensor | None = None
+    regional: Tensor | None = None
+    removal: Tensor | None = None
 
     @property
     def units(self) -> int:
@@ -54,6 +67,14 @@ class UnitStatistics:
 Scores = Callable[[UnitStatistics], Tensor]
 
 
+class Pass(StrEnum):
+    """What a criterion needs beyond the forward pass that every profile has."""
+
+    GRADIENT = "gradient"  # one backward pass through the whole model
+    REGIONAL = "regional"  # one backward pass through each layer alone
+    REMOVAL = "removal"  # second moments of each output projection's inputs, and greedy removal
+
+
 @dataclass(frozen=True)
 class Criterion:
     """A named way to score units: `score` gives `[documents, units]`, larger is more relevant."""
@@ -61,16 +82,17 @@ class Criterion:
     name: str
     paper: str
     score: Scores
+    needs: Pass | None = None
 
 
 criteria: Registry[Criterion] = Registry("criterion")
 
 
-def criterion(name: str, paper: str) -> Callable[[Scores], Scores]:
-    """Register a function as the criterion `name`; `paper` is its source's address."""
+def criterion(name: str, paper: str, needs: Pass | None = None) -> Callable[[Scores], Scores]:
+    """Register a function as the criterion `name`; `paper` is its source's address, `needs` the pass beyond forward."""
 
     def add(function: Scores) -> Scores:
-        criteria.register(name)(Criterion(name, paper, function))
+        criteria.register(name)(Criterion(name, paper, function, needs))
         return function
 
     return add

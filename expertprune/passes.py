@@ -1,0 +1,259 @@
+"""Passes over a corpus beyond the forward one: through the whole model backwards, through each layer alone, removals.
+
+Each gives named tensors for a part of the profile (see `artifacts.Profile`). None needs more than one layer's graph, and
+one batch's hidden states at every layer: a layer's activations are computed again when its turn comes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expertprune import layerwise
+from expertprune.arch import Family
+from expertprune.artifacts import halved
+from expertprune.corpora import Batch
+from expertprune.relevance.obs import greedy_removal
+from expertprune.units import LayerShape
+
+Progress = Callable[[], None]
+POSITIONS = 512  # whose logits are held at a time
+
+
+class MaskGradients:
+    """`Σ_t a_tc ∂L/∂a_tc` of the channels of one layer's output projections, per document and unit.
+
+    This is the derivative with respect to a mask that multiplies the unit's channels, at 1; a KV group's is the sum over
+    its query heads, so only heads are stored.
+    """
+
+    def __init__(self, shape: LayerShape, documents: int) -> None:
+        self.shape = shape
+        self.ffn = torch.zeros(documents, shape.ffn)
+        self.heads = torch.zeros(documents, shape.query_heads)
+
+    def add(self, batch: Batch, ffn: tuple[Tensor, Tensor], heads: tuple[Tensor, Tensor]) -> None:
+        """Each pair is the input of an output projection and its gradient, `[rows, tokens, channels]`."""
+        for row, (document, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
+            part = [(a[row, :length].float() * g[row, :length].float()).sum(0).cpu() for a, g in (ffn, heads)]
+            self.ffn[document] += part[0]
+            self.heads[document] += part[1].unflatten(0, (self.shape.query_heads, -1)).sum(1)
+
+    def tensors(self, layer: int) -> dict[str, Tensor]:
+        return {**halved(f"ffn.{layer}.value", self.ffn), **halved(f"heads.{layer}.value", self.heads)}
+
+
+@contextlib.contextmanager
+def _graph(layer: nn.Module, family: Family, inputs: dict[str, Tensor], leaves: bool) -> Iterator[None]:
+    """While open, gradients are on and the inputs of both output projections are noted in `inputs`.
+
+    With `leaves`, they become the graph's leaves: the graph begins there.
+    """
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
+        def note(_: nn.Module, arguments: tuple[Any, ...]) -> Any:
+            value = arguments[0]
+            if leaves and not value.requires_grad:
+                value = value.detach().requires_grad_()
+            inputs[name] = value
+            return (value, *arguments[1:])
+
+        return note
+
+    handles = [
+        layer.get_submodule(block.output).register_forward_pre_hook(hook(name))
+        for name, block in (("ffn", family.ffn), ("heads", family.attention))
+    ]
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def count_documents(batches: Sequence[Batch]) -> int:
+    return 1 + max(document for batch in batches for document in batch.documents)
+
+
+# --- the whole model ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def gradient_pass(
+    model: Any,
+    family: Family,
+    shapes: Sequence[LayerShape],
+    batches: Sequence[Batch],
+    loss: str,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """Gradients of each document's mean loss with respect to the masks of all units.
+
+    Args:
+        loss: `language_model`, against the text's own next tokens; or `kl`, against tokens drawn from the model's own
+            predictions, whose gradients have the curvature of `KL(dense ‖ masked)` as their second moment (the gradient
+            of that divergence itself is zero at the dense model).
+        seed: of the draws; each document has its own.
+        progress: called after each batch.
+    """
+    documents = count_documents(batches)
+    gradients = [MaskGradients(shape, documents) for shape in shapes]
+    for layer, inputs, gradient, batch in backward(model, family, batches, loss, seed, progress):
+        ffn, heads = inputs["ffn"], inputs["heads"]
+        gradients[layer].add(batch, (ffn[0], gradient["ffn"]), (heads[0], gradient["heads"]))
+    return {name: tensor for layer, each in enumerate(gradients) for name, tensor in each.tensors(layer).items()}
+
+
+def backward(
+    model: Any, family: Family, batches: Sequence[Batch], loss: str, seed: int, progress: Progress | None = None
+) -> Iterator[tuple[int, dict[str, Tensor], dict[str, Tensor], Batch]]:
+    """Batch by batch, and within a batch from the last layer to the first.
+
+    Yields:
+        The layer; the inputs of its output projections (`ffn`, `heads`); the loss's gradients with respect to them and
+        (`stream`) to the layer's output; and the batch.
+    """
+    layers = layerwise.decoder_layers(model, family)
+    for batch in batches:
+        stream = layerwise.start(model, family, [batch])
+        before = []
+        for index, layer in enumerate(layers):
+            before.append(stream.hidden[0])
+            stream.hidden[0] = stream.run(layer, index, 0)
+        gradient = loss_gradient(model, family, stream.hidden[0], batch, loss, seed)
+        for index in reversed(range(len(layers))):
+            inputs: dict[str, Tensor] = {}
+            stream.hidden[0] = before.pop().detach().requires_grad_()
+            with _graph(layers[index], family, inputs, leaves=False):
+                output = stream.run(layers[index], index, 0)
+                wanted = [stream.hidden[0], inputs["ffn"], inputs["heads"]]
+                below, ffn, heads = torch.autograd.grad(output, wanted, gradient)
+            noted = {name: value.detach() for name, value in inputs.items()}
+            yield index, noted, {"ffn": ffn, "heads": heads, "stream": gradient}, batch
+            gradient = below
+        if progress is not None:
+            progress()
+
+
+def loss_gradient(model: Any, family: Family, hidden: Tensor, batch: Batch, loss: str, seed: int) -> Tensor:
+    """The gradient of the sum over rows of their mean loss, with respect to the last layer's output.
+
+    A few positions at a time, so that logits over a large vocabulary need no room; `[rows, tokens, hidden]`.
+    """
+    ids = batch.ids.to(hidden.device)
+    leaf = hidden.detach().requires_grad_()
+    generators = [torch.Generator().manual_seed(seed * 1_000_003 + document) for document in batch.documents]
+    total = torch.zeros_like(leaf)
+    step = max(1, POSITIONS // ids.shape[0])
+    for first in range(0, ids.shape[1] - 1, step):
+        positions = torch.arange(first, min(first + step, ids.shape[1] - 1), device=ids.device)
+        with torch.enable_grad(), layerwise.head_only(model, family, leaf):
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits.float()
+            losses = []
+            for row, length in enumerate(batch.lengths):
+                count = min(length - 1, int(positions[-1]) + 1) - first
+                if count < 1:
+                    continue
+                targets = ids[row, first + 1 : first + 1 + count]
+                if loss == "kl":
+                    chances = torch.softmax(logits[row, :count].detach(), -1).cpu()
+                    targets = torch.multinomial(chances, 1, generator=generators[row])[:, 0].to(ids.device)
+                each = nn.functional.cross_entropy(logits[row, :count], targets, reduction="sum")
+                losses.append(each / (length - 1))
+            if losses:
+                total += torch.autograd.grad(torch.stack(losses).sum(), leaf)[0]
+    return total
+
+
+def backward_bytes(shapes: Sequence[LayerShape], vocabulary: int, tokens: int) -> int:
+    """About what a backward pass holds at its peak beside the weights, were its activations in float32.
+
+    Every layer's hidden states, one layer's graph, the logits of a few positions.
+
+    Args:
+        tokens: of the largest batch, padding included.
+    """
+    shape = max(shapes, key=lambda each: each.ffn)
+    graph = 12 * shape.hidden + 6 * shape.ffn + 6 * shape.query_heads * shape.head_dim
+    return 4 * (tokens * ((len(shapes) + 3) * shape.hidden + graph) + 4 * POSITIONS * vocabulary)
+
+
+# --- each layer alone -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def regional_pass(
+    model: Any,
+    family: Family,
+    shapes: Sequence[LayerShape],
+    batches: Sequence[Batch],
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """Gradients of the mean norm of each layer's output with respect to the masks of that layer's units.
+
+    Forward layer by layer as a profile is; each layer's graph begins at its output projections and ends at its output, so
+    memory is that of the forward pass and one layer.
+    """
+    documents = count_documents(batches)
+    stream = layerwise.start(model, family, batches)
+    result: dict[str, Tensor] = {}
+    for index, layer in enumerate(layerwise.decoder_layers(model, family)):
+        gradients = MaskGradients(shapes[index], documents)
+        for number, batch in enumerate(batches):
+            inputs: dict[str, Tensor] = {}
+            with _graph(layer, family, inputs, leaves=True):
+                output = stream.run(layer, index, number)
+                norms = torch.linalg.vector_norm(output.float(), dim=-1)
+                means = [norms[row, :length].mean() for row, length in enumerate(batch.lengths)]
+                ffn, heads = torch.autograd.grad(torch.stack(means).sum(), [inputs["ffn"], inputs["heads"]])
+            stream.hidden[number] = output.detach()
+            gradients.add(batch, (inputs["ffn"].detach(), ffn), (inputs["heads"].detach(), heads))
+        result |= gradients.tensors(index)
+        if progress is not None:
+            progress()
+    return result
+
+
+# --- removals -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def removal_pass(
+    model: Any,
+    family: Family,
+    shapes: Sequence[LayerShape],
+    batches: Sequence[Batch],
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """The greedy removal errors of every unit (see `relevance.obs`), from second moments of the dense layers' inputs."""
+    stream = layerwise.start(model, family, batches)
+    tokens = sum(batch.tokens for batch in batches)
+    result: dict[str, Tensor] = {}
+    for index, layer in enumerate(layerwise.decoder_layers(model, family)):
+        shape = shapes[index]
+        weights = [layer.get_parameter(block.output_weight) for block in (family.ffn, family.attention)]
+        moments = [torch.zeros(weight.shape[1], weight.shape[1], device=weight.device) for weight in weights]
+        for number in range(len(batches)):
+            ffn: list[Tensor] = []
+            heads: list[Tensor] = []
+            with (
+                layerwise.observed(layer, family.ffn.output, ffn),
+                layerwise.observed(layer, family.attention.output, heads),
+            ):
+                stream.hidden[number] = stream.run(layer, index, number)
+            for moment, values in zip(moments, (ffn[0], heads[0]), strict=True):
+                real = stream.real(number, values).float()
+                moment.addmm_(real.T, real, alpha=1 / tokens)
+        result[f"ffn.{index}.value"] = greedy_removal(weights[0], moments[0], 1).cpu()
+        result[f"heads.{index}.value"] = greedy_removal(weights[1], moments[1], shape.head_dim).cpu()
+        group = shape.head_dim * shape.heads_per_group
+        result[f"groups.{index}.value"] = greedy_removal(weights[1], moments[1], group).cpu()
+        if progress is not None:
+            progress()
+    return result

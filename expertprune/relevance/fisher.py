@@ -1,0 +1,17 @@
+"""Second moment of the mask's gradient: the curvature of the loss."""
+
+from torch import Tensor
+
+from expertprune.relevance.statistics import Pass, UnitStatistics, criterion
+
+
+@criterion("fisher", paper="https://arxiv.org/abs/2204.09656", needs=Pass.GRADIENT)
+def fisher(statistics: UnitStatistics) -> Tensor:
+    """`T_d (∂L_d/∂m_u)²`, the empirical Fisher information of the unit's mask per token, `[documents, units]`.
+
+    `L_d` is the mean loss over the document's `T_d` predicted tokens; the gradients of single tokens being nearly
+    uncorrelated, `T_d` times the square of their mean estimates the mean of their squares, whatever the length.
+    """
+    assert statistics.gradient is not None
+    assert statistics.tokens is not None
+    return statistics.gradient.square() * statistics.tokens[:, None]

@@ -1,0 +1,16 @@
+"""First order: how the loss changes when a unit's mask moves."""
+
+from torch import Tensor
+
+from expertprune.relevance.statistics import Pass, UnitStatistics, criterion
+
+
+@criterion("taylor", paper="https://arxiv.org/abs/2305.11627", needs=Pass.GRADIENT)
+def taylor(statistics: UnitStatistics) -> Tensor:
+    """`|∂L_d/∂m_u|`, the first-order change of a document's mean loss when the unit goes, `[documents, units]`.
+
+    LLM-Pruner sums `w · ∂L/∂w` over a group of weights; over the weights that write a unit's output, that sum is the
+    derivative with respect to the unit's mask, which is what is taken here.
+    """
+    assert statistics.gradient is not None
+    return statistics.gradient.abs()
