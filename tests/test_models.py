@@ -136,7 +136,7 @@ def test_a_folder_that_transformers_cannot_load_is_named(tmp_path: Path, load: C
         ("/nowhere/at/all", "/nowhere/at/all: no such folder"),
         ("/nowhere/weights.gguf", "/nowhere/weights.gguf: no such file"),
         ("smollm2-135m-instrukt", "did you mean 'smollm2-135m-instruct'?"),
-        ("zzz", "no bundled model; bundled models: smollm2-135m-instruct"),
+        ("zzz", "no bundled model; bundled models: gemma-3-270m, smollm2-135m-instruct"),
         ("a/b/c", "no folder, no hub id"),
     ],
 )
