@@ -157,10 +157,16 @@ def _evaluation_corpora(spec: Spec, corpora: Mapping[CorpusName, Corpus]) -> lis
 
 
 def profile(
-    spec: SpecLike, store: str | Path | None = None, overrides: Mapping[str, Any] | None = None, track: Track = silent
+    spec: SpecLike | Prepared,
+    store: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    track: Track = silent,
 ) -> dict[CorpusName, Profile]:
-    """The profile of every corpus of a spec; stored ones are reused, so only what is missing runs the model."""
-    return _profile(validate(spec, overrides, store), track)
+    """The profile of every corpus of a spec; stored ones are reused, so only what is missing runs the model.
+
+    A spec that `validate` has prepared is not read again; `store` and `overrides` were given there.
+    """
+    return _profile(spec if isinstance(spec, Prepared) else validate(spec, overrides, store), track)
 
 
 def _profile(prepared: Prepared, track: Track) -> dict[CorpusName, Profile]:

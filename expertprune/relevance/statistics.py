@@ -56,21 +56,25 @@ Scores = Callable[[UnitStatistics], Tensor]
 
 @dataclass(frozen=True)
 class Criterion:
-    """A named way to score units: `score` gives `[documents, units]`, larger is more relevant."""
+    """A named way to score units: `score` gives `[documents, units]`, larger is more relevant.
+
+    `sees_data` is off where the scores are the same whatever the corpus.
+    """
 
     name: str
     paper: str
     score: Scores
+    sees_data: bool = True
 
 
 criteria: Registry[Criterion] = Registry("criterion")
 
 
-def criterion(name: str, paper: str) -> Callable[[Scores], Scores]:
+def criterion(name: str, paper: str, sees_data: bool = True) -> Callable[[Scores], Scores]:
     """Register a function as the criterion `name`; `paper` is its source's address."""
 
     def add(function: Scores) -> Scores:
-        criteria.register(name)(Criterion(name, paper, function))
+        criteria.register(name)(Criterion(name, paper, function, sees_data))
         return function
 
     return add
