@@ -34,10 +34,16 @@ log = logging.getLogger(__name__)
 
 
 def profile(
-    spec: SpecLike, store: str | Path | None = None, overrides: Mapping[str, Any] | None = None, track: Track = silent
+    spec: SpecLike | Prepared,
+    store: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    track: Track = silent,
 ) -> dict[CorpusName, Profile]:
-    """The profile of every corpus of a spec; stored ones are reused, so only what is missing runs the model."""
-    return profiles_of(validate(spec, overrides, store), track)
+    """The profile of every corpus of a spec; stored ones are reused, so only what is missing runs the model.
+
+    A spec that `validate` has prepared is not read again; `store` and `overrides` were given there.
+    """
+    return profiles_of(spec if isinstance(spec, Prepared) else validate(spec, overrides, store), track)
 
 
 def compose(

@@ -273,6 +273,32 @@ def evaluate(
 
 
 @main.command()
+@click.argument("specs", metavar="SPEC...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--all", "everything", is_flag=True, help="Compare with every other stored profile of the base too.")
+@click.option("--fraction", default=0.25, show_default=True, help="Which part of each layer's units is irrelevant.")
+@click.option(
+    "--structure", "structures", multiple=True, type=click.Choice(["ffn", "query_heads", "kv_groups"]),
+    help="Compare these units only [default: all three].",
+)  # fmt: skip
+@click.option("--picture", type=click.Path(path_type=Path), help="Draw heat maps into this .png or .svg file.")
+@_set
+@_store
+@_common
+@_reporting
+def compare(specs: tuple[Path, ...], overrides: dict[str, Any], as_json: bool, **options: Any) -> None:
+    """Show how much the units that corpora need have in common, and which corpora are alike.
+
+    \b
+    expertprune compare profiles/english-medical-qa.yaml --picture overlap.png
+    """
+    from expertprune import analysis
+    from expertprune.report import comparison_tables
+
+    result = analysis.compare(list(specs), overrides=overrides, track=_track, **options).document()
+    _print(as_json, result, lambda: comparison_tables(result))
+
+
+@main.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
 @_common
 @_reporting

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from rich.box import HORIZONTALS
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -140,6 +142,34 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
             of = [reason[kind] for reason in reasons if kind in reason]
             kinds.append(f"{sum(k['kept'] for k in of):,} of {sum(k['units'] for k in of):,} kept" if of else "")
         table.add_row(structure, f"{widths(entry['kept'])} of {widths(entry['of'])}", who, *kinds)
+    return table
+
+
+def comparison_tables(comparison: Mapping[str, Any]) -> Group:
+    """Pairs of corpora as one matrix per structure, in clustering order."""
+    about = (
+        f"Above the diagonal: overlap (Jaccard index) of the least relevant {comparison['fraction']:.0%} of each layer's "
+        f"units. Below it: rank correlation of their relevance ({comparison['criterion']}). Lines part clusters."
+    )
+    parts: list[RenderableType] = [Text(about)]
+    for structure, result in comparison["structures"].items():
+        size = f"{result['irrelevant']:,} of {result['units']:,} units, overlap by chance {result['chance']:.2f}"
+        parts += [Text(f"\n{structure}: {size}"), _matrix(result, [corpus["name"] for corpus in comparison["corpora"]])]
+    return Group(*parts)
+
+
+def _matrix(result: Mapping[str, Any], names: list[str]) -> Table:
+    table = Table("", box=HORIZONTALS, padding=(0, int(len(names) <= 15), 0, 0))  # 20 corpora fit into 120 columns
+    for number in range(1, len(names) + 1):
+        table.add_column(str(number), justify="right", no_wrap=True)
+    order = [names.index(name) for name in result["order"]]
+    last = {names.index(members[-1]) for members in result["clusters"]}
+    for row, corpus in enumerate(order):
+        cells = [
+            "" if row == column else f"{result['overlap' if row < column else 'rank_correlation'][corpus][other]:.2f}"
+            for column, other in enumerate(order)
+        ]
+        table.add_row(Text(f"{row + 1:>{len(str(len(names)))}} {names[corpus]}"), *cells, end_section=corpus in last)
     return table
 
 
