@@ -65,7 +65,8 @@ class Network:
         total = torch.zeros(shape.ffn, device=self.model.device)
         for coupled in self.family.ffn.tensors:
             if coupled.name in state:
-                summed = values(state[coupled.name]).movedim(coupled.axis, 0).flatten(1).sum(1)
+                rows = values(state[coupled.name]).movedim(coupled.axis, 0)
+                summed = rows.reshape(len(rows), -1).sum(1)
                 total += summed.unflatten(0, (len(coupled.segments), shape.ffn)).sum(0)
         return total
 
