@@ -13,9 +13,9 @@ from scipy.spatial.distance import squareform
 from scipy.stats import rankdata
 
 from expertprune.artifacts import Profile
-from expertprune.scoring import over_documents, unit_statistics
 from expertprune.errors import SpecError
 from expertprune.relevance import Criterion
+from expertprune.scoring import over_documents, unit_statistics
 from expertprune.units import Structure
 
 Array = NDArray[np.float64]
