@@ -15,7 +15,8 @@ import expertprune
 PACKAGE = Path(expertprune.__file__).parent
 # A module may import what stands before it, never what stands after it. A folder counts as one module.
 ORDER = [
-    "errors", "registry", "units", "files", "values", "spec", "arch", "checkpoint", "models", "artifacts", "corpora", "relevance",
+    "errors", "registry", "units", "files", "values", "spec",
+    "arch", "checkpoint", "models", "artifacts", "corpora", "relevance",
     "layerwise", "passes", "profiling", "scoring", "budgets", "allocation", "composition", "comparison", "masking",
     "compensation", "pruning", "evaluation", "preparing", "deciding", "retaining", "report", "pictures", "api",
     "analysis", "inspection", "cli",
