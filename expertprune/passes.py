@@ -105,8 +105,8 @@ def gradient_pass(
     documents = count_documents(batches)
     gradients = [MaskGradients(shape, documents) for shape in shapes]
     for layer, inputs, gradient, batch in backward(model, family, batches, loss, seed, progress):
-        ffn, heads = inputs["ffn"], inputs["heads"]
-        gradients[layer].add(batch, (ffn[0], gradient["ffn"]), (heads[0], gradient["heads"]))
+        ffn, heads = ((inputs[name], gradient[name]) for name in ("ffn", "heads"))
+        gradients[layer].add(batch, ffn, heads)
     return {name: tensor for layer, each in enumerate(gradients) for name, tensor in each.tensors(layer).items()}
 
 
