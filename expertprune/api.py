@@ -85,7 +85,7 @@ def prune(
     prepared.spec = spec
     _check_corpora(prepared, plan)
     with staged_folder(out, overwrite) as folder:
-        _write(prepared, plan, folder, track)
+        write(prepared, plan, folder, track)
     return out
 
 
@@ -99,7 +99,8 @@ def _check_corpora(prepared: Prepared, plan: Plan) -> None:
             )
 
 
-def _write(prepared: Prepared, plan: Plan, folder: Path, track: Track) -> None:
+def write(prepared: Prepared, plan: Plan, folder: Path, track: Track = silent) -> None:
+    """Cut and repair into an existing, empty folder, model card included; whoever calls sees to what stands there."""
     repair_input = None
     if prepared.spec.compensation.method != "none" and not plan.cuts_nothing:
         repair_input = RepairInput(prepared.model, prepared.repair_batches(), prepared.spec.compensation)
@@ -152,7 +153,7 @@ def build(
     _room_for_expert(prepared, out)
     plan = plan_of(prepared, track)
     with staged_folder(out, overwrite) as folder:
-        _write(prepared, plan, folder, track)
+        write(prepared, plan, folder, track)
         if prepared.spec.evaluate.enabled:
             _evaluate(folder, prepared.model, prepared.base, prepared.evaluated, prepared.spec.evaluate, track)
     return out
