@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from bench import peers
+from bench.peers.residual_slicing import slice_to
 from expertprune.arch import families
 from expertprune.corpora import Batch, make_batches
 from tests.tiny import WIDTHS, tiny_model
@@ -401,8 +401,114 @@ def test_shortgpt_removes_the_layers_of_least_influence(variant: str) -> None:
     torch.testing.assert_close(logits_of(pruned), logits_of(short), rtol=0, atol=1e-5)
 
 
+# --- SliceGPT -------------------------------------------------------------------------------------------------------
+
+
+def count(model: Any) -> int:
+    """Parameters of the model in memory, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("variant", ["plain", "biases, tied"])
+@pytest.mark.parametrize("slice_head", [False, True])
+def test_slicegpt_at_full_width_computes_the_same(variant: str, slice_head: bool) -> None:
+    model = make(variant)
+    before = copy.deepcopy(model)
+    slice_to(model, make_text(), HIDDEN, slice_head)
+    assert not torch.equal(model.model.embed_tokens.weight, before.model.embed_tokens.weight)
+    torch.testing.assert_close(logits_of(model), logits_of(before), rtol=0, atol=2e-5)
+
+
+def slow_slicegpt(model: Any, batches: list[Batch], width: int, slice_head: bool) -> Floats:
+    """Logits of the last document by the paper's construction in NumPy, with projectors in the original basis.
+
+    Slicing in a rotated basis is projecting the stream onto the kept axes wherever it changes its basis, and taking
+    the norm of the projected stream over the original width: nothing needs to be rotated to say so.
+    """
+    texts = documents(batches)
+    layers = model.model.layers
+
+    def project(streams: list[Floats], keep: int) -> list[Floats]:
+        values, vectors = np.linalg.eigh(sum(x.T @ x for x in streams))
+        axes = vectors[:, np.argsort(-values)[:keep]]
+        return [x @ axes @ axes.T for x in streams]
+
+    streams = [model.model.embed_tokens.weight[ids].double().numpy() for ids in texts]
+    streams = project(streams, width)
+    for layer in layers:
+        for block, norm in ((layer.self_attn, layer.input_layernorm), (layer.mlp, layer.post_attention_layernorm)):
+            following = []
+            for stream in streams:
+                scale = np.sqrt((stream**2).sum(1, keepdims=True) / HIDDEN + norm.variance_epsilon)
+                x = torch.tensor(stream / scale * norm.weight.double().numpy())[None].float()
+                if block is layer.mlp:
+                    out = block(x)
+                else:
+                    places = torch.arange(len(stream))[None]
+                    out = block(hidden_states=x, position_embeddings=model.model.rotary_emb(x, places))[0]
+                following.append(stream + out[0].double().numpy())
+            whole = block is layers[-1].mlp and not slice_head
+            streams = project(following, HIDDEN if whole else width)
+    norm = model.model.norm
+    last = streams[-1] / np.sqrt((streams[-1] ** 2).sum(1, keepdims=True) / HIDDEN + norm.variance_epsilon)
+    return (last * norm.weight.double().numpy()) @ model.lm_head.weight.double().numpy().T
+
+
+@pytest.mark.parametrize("variant", ["plain", "biases, tied"])
+@pytest.mark.parametrize("slice_head", [False, True])
+def test_slicegpt_projects_the_stream_onto_its_principal_axes(variant: str, slice_head: bool) -> None:
+    model, batches = make(variant), make_text()
+    with torch.no_grad():
+        expected = slow_slicegpt(copy.deepcopy(model), batches, 17, slice_head)
+    slice_to(model, batches, 17, slice_head)
+    assert model.model.embed_tokens.weight.shape == (64, 17)
+    assert model.model.layers[1].mlp.gate_proj.weight.shape == (FFN, 17)
+    np.testing.assert_allclose(logits_of(model).numpy(), expected, rtol=0, atol=1e-4)
+
+
+def test_slicegpt_takes_the_width_nearest_to_the_wanted_parameters() -> None:
+    vocabulary, attention, target = 64, 24 * 24 * 2 + 24 * 12 * 2, FFN // 2 * LAYERS * NEURON
+    for match in ("total", "blocks"):
+        for slice_head in (False, True):
+            model = make()  # untied
+            before = count(model)
+            pruned, removed = peers.slicegpt(model, make_text(), 0.5, match=match, slice_head=slice_head)
+            assert removed == before - count(pruned)
+            found = {}
+            for width in range(1, HIDDEN + 1):
+                found[width] = LAYERS * (attention + NEURON * FFN + 2 * HIDDEN)  # the layers with their norms
+                found[width] -= LAYERS * ((attention + NEURON * FFN) // HIDDEN * width + 2 * width * width)
+                if not slice_head:  # the last layer writes the whole stream
+                    found[width] -= (HIDDEN - width) * (FFN + width)
+                if match == "total":
+                    found[width] += HIDDEN + vocabulary * (HIDDEN - width) * (1 + slice_head)  # the last norm too
+            best = min(found, key=lambda width: abs(found[width] - target))
+            assert pruned.model.embed_tokens.weight.shape[1] == best
+            if match == "total":
+                assert removed == found[best]
+
+
+def test_slicegpt_counts_what_untying_adds() -> None:
+    model = make("biases, tied")
+    before, vocabulary = count(model), 64 * HIDDEN
+    slice_to(model, make_text(), HIDDEN)
+    # a head of its own, and two rotations a layer; the norms' weights are folded
+    assert count(model) - before == vocabulary + LAYERS * 2 * HIDDEN * HIDDEN - (2 * LAYERS + 1) * HIDDEN
+
+
+def test_slicegpt_refuses_a_norm_behind_the_block() -> None:
+    with pytest.raises(ValueError, match="a norm stands behind each block"):
+        peers.slicegpt(make("four norms"), make_text(), FRACTION)
+
+
 # --- every method ---------------------------------------------------------------------------------------------------
 
+CUT_ALIKE = [
+    (method, variant)
+    for method in ("wanda_sp", "flap", "llm_pruner_taylor", "shortgpt", "slicegpt")
+    for variant in ("plain", "four norms")
+    if (method, variant) != ("slicegpt", "four norms")
+]
 TEXTUAL = ["magnitude", "wanda_sp", "flap", "llm_pruner_taylor"]
 
 
@@ -426,12 +532,11 @@ def test_permuting_the_neurons_permutes_the_choice(method: str) -> None:
     torch.testing.assert_close(logits_of(other), logits_of(plain), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["wanda_sp", "flap", "llm_pruner_taylor", "shortgpt"])
-@pytest.mark.parametrize("variant", ["plain", "four norms"])
+@pytest.mark.parametrize(("method", "variant"), CUT_ALIKE)
 def test_how_the_text_is_cut_into_batches_changes_nothing(method: str, variant: str) -> None:
     results = []
-    for per_batch in (1, 40, 1000):
-        pruned, removed = peers.METHODS[method](make(variant), make_text(per_batch), FRACTION, 0)
+    for per_batch in (1, 40, 1000):  # in float64: principal axes answer float32's rounding with more than rounding
+        pruned, removed = peers.METHODS[method](make(variant).double(), make_text(per_batch), FRACTION, 0)
         results.append((removed, logits_of(pruned)))
     for removed, logits in results[1:]:
         assert removed == results[0][0]
@@ -449,8 +554,6 @@ def test_nothing_wanted_gives_the_base_back(method: str) -> None:
 
 @pytest.mark.parametrize("method", list(peers.METHODS))
 def test_what_is_left_adds_up_with_what_is_removed(method: str) -> None:
-    """The parameters of the model in memory, tied ones once."""
-    count: Callable[[Any], int] = lambda model: sum(p.numel() for p in model.parameters())  # noqa: E731
     model = make("biases, tied")
     before = count(model)
     pruned, removed = peers.METHODS[method](model, make_text(), FRACTION, 0)

@@ -13,10 +13,11 @@ All are written anew from their papers, and with their published code as the mea
 says where it deviates.
 """
 
-from .flap import flap
+from .fluctuation import flap
+from .layer_removal import shortgpt
 from .llm_pruner import llm_pruner_taylor
 from .reference import magnitude, random
-from .shortgpt import shortgpt
+from .residual_slicing import slicegpt
 from .wanda import wanda_sp
 
 METHODS = {
@@ -26,6 +27,7 @@ METHODS = {
     "flap": flap,
     "llm_pruner_taylor": llm_pruner_taylor,
     "shortgpt": shortgpt,
+    "slicegpt": slicegpt,
 }
 
 __all__ = ["METHODS", *METHODS]
