@@ -13,6 +13,8 @@ All are written anew from their papers, and with their published code as the mea
 says where it deviates.
 """
 
+import functools
+
 from .fluctuation import flap
 from .layer_removal import shortgpt
 from .llm_pruner import llm_pruner_taylor
@@ -25,6 +27,7 @@ METHODS = {
     "magnitude": magnitude,
     "wanda_sp": wanda_sp,
     "flap": flap,
+    "flap_heads": functools.partial(flap, heads=True),
     "llm_pruner_taylor": llm_pruner_taylor,
     "shortgpt": shortgpt,
     "slicegpt": slicegpt,
