@@ -224,6 +224,12 @@ def test_average_linkage_by_hand() -> None:
     assert {frozenset(members) for members in result.clusters} == {frozenset({0, 2}), frozenset({1})}
 
 
+@pytest.mark.parametrize(("height", "clusters"), [(0.69, [1, 2]), (0.71, [1, 1, 1])])
+def test_the_dendrogram_is_cut_at_7_tenths_of_its_height(height: float, clusters: list[int]) -> None:
+    distance = np.array([[0, height, 1], [height, 0, 1], [1, 1, 0]])
+    assert sorted(map(len, cluster(distance).clusters)) == clusters
+
+
 def test_corpora_that_are_equally_far_from_each_other_make_no_group() -> None:
     result = cluster(np.full((4, 4), 0.3) * (1 - np.eye(4)))
     assert sorted(map(len, result.clusters)) == [1, 1, 1, 1]
