@@ -63,7 +63,7 @@ class Profile:
     - `tokens` `[documents]`: tokens of each document that the model predicts.
 
     What other passes over the same corpus give lies in parts beside it, `DIGEST.PART.safetensors`, one for each pass that
-    was made: `gradient-language_model`, `gradient-kl`, `regional`, `removal`. Each holds `ffn.l.value` and `heads.l.value`,
+    was made: `gradient-language_model`, `gradient-kl`, `regional`, `removal`, `removal-fisher`. Each holds `ffn.l.value` and `heads.l.value`,
     `[documents, units]` in half precision with their scales (`removal`: float32 `[units]`, and `groups.l.value` too).
     """
 

@@ -141,6 +141,20 @@ def backward(
             progress()
 
 
+@torch.no_grad()
+def gradient_energies(model: Any, family: Family, batches: Sequence[Batch]) -> list[list[Tensor]]:
+    """Per layer and batch, the mean square of the loss's gradient at the layer's output, `[rows, tokens]`.
+
+    To second order, an error `e` of a token's residual stream costs `(g · e)²`; with the direction of `g` averaged out
+    that is its energy.
+    """
+    layers = len(layerwise.decoder_layers(model, family))
+    result: list[list[Tensor]] = [[] for _ in range(layers)]
+    for layer, _, gradient, _ in backward(model, family, batches, "language_model", 0, None):
+        result[layer].append(gradient["stream"].float().square().mean(2))
+    return result
+
+
 def loss_gradient(model: Any, family: Family, hidden: Tensor, batch: Batch, loss: str, seed: int) -> Tensor:
     """The gradient of the sum over rows of their mean loss, with respect to the last layer's output.
 
@@ -229,11 +243,19 @@ def removal_pass(
     family: Family,
     shapes: Sequence[LayerShape],
     batches: Sequence[Batch],
+    weights: list[list[Tensor]] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
-    """The greedy removal errors of every unit (see `relevance.obs`), from second moments of the dense layers' inputs."""
+    """The greedy removal errors of every unit (see `relevance.obs`), from second moments of the dense layers' inputs.
+
+    Args:
+        weights: of each token per layer and batch, `[rows, tokens]`, such as `gradient_energies`, with which the errors are
+            estimates of the loss and compare between layers; default: all the same.
+    """
     stream = layerwise.start(model, family, batches)
     tokens = sum(batch.tokens for batch in batches)
+    # Weights only matter relative to each other over the model; their mean is put to 1 so that no number is tiny.
+    mean = 1.0 if weights is None else float(torch.stack([w.mean() for layer in weights for w in layer]).mean())
     result: dict[str, Tensor] = {}
     for index, layer in enumerate(layerwise.decoder_layers(model, family)):
         shape = shapes[index]
@@ -249,7 +271,8 @@ def removal_pass(
                 stream.hidden[number] = stream.run(layer, index, number)
             for moment, values in zip(moments, (ffn[0], heads[0]), strict=True):
                 real = stream.real(number, values).float()
-                moment.addmm_(real.T, real, alpha=1 / tokens)
+                weight = stream.real(number, weights[index][number][..., None]) / mean if weights else 1.0
+                moment.addmm_((real * weight).T, real, alpha=1 / tokens)
         result[f"ffn.{index}.value"] = greedy_removal(weights[0], moments[0], 1).cpu()
         result[f"heads.{index}.value"] = greedy_removal(weights[1], moments[1], shape.head_dim).cpu()
         group = shape.head_dim * shape.heads_per_group

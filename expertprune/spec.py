@@ -118,6 +118,11 @@ class Relevance(_Section):
         "language_model",
         description="Of taylor and fisher: against the text's next tokens, or against the model's own predictions.",
     )
+    tokens: Literal["equal", "fisher"] = Field(
+        "equal",
+        description="Of obs: weight of a token, all the same (ZipLM) or its loss gradient's energy, which makes errors "
+        "of different layers comparable.",
+    )
     seed: int = Field(0, ge=0, description="For criteria that draw random numbers.")
 
 
