@@ -196,9 +196,7 @@ def _converted(file: Path, dtype: str, store: Path) -> Path:
             stated = _stated(file)
     except Exception as error:  # a damaged file fails anywhere in the reader, from struct.error to IndexError
         raise CheckpointError(f"{file}: transformers cannot read this GGUF file: {error}") from error
-    if stated["rope.scaling.factor"] not in (None, 1.0) and "factor" not in str(
-        model.config.to_dict()["rope_parameters"]
-    ):
+    if stated["rope.scaling.factor"] not in (None, 1.0) and not _scales_positions(model.config):
         raise CheckpointError(
             f"{file}: scales its position embeddings, which transformers does not take over from this GGUF file; use the "
             "model's folder of safetensors"
@@ -237,6 +235,12 @@ def _stated(file: Path) -> dict[str, Any]:
         "rope.scaling.factor": read(f"{read('general.architecture')}.rope.scaling.factor"),
         "tokenizer.add_bos_token": read("tokenizer.ggml.model") == "llama" if begins is None else begins,
     }
+
+
+def _scales_positions(config: Any) -> bool:
+    """Whether a config's rope parameters, of all layers or of a kind of layer, have a factor."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return any("factor" in part for part in (parameters, *parameters.values()) if isinstance(part, dict))
 
 
 def _run_dtype(wanted: str, stored: torch.dtype) -> torch.dtype:
