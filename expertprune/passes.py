@@ -243,19 +243,20 @@ def removal_pass(
     family: Family,
     shapes: Sequence[LayerShape],
     batches: Sequence[Batch],
-    weights: list[list[Tensor]] | None = None,
+    token_weights: list[list[Tensor]] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """The greedy removal errors of every unit (see `relevance.obs`), from second moments of the dense layers' inputs.
 
     Args:
-        weights: of each token per layer and batch, `[rows, tokens]`, such as `gradient_energies`, with which the errors are
+        token_weights: per layer and batch, `[rows, tokens]`, such as `gradient_energies`, with which the errors are
             estimates of the loss and compare between layers; default: all the same.
     """
     stream = layerwise.start(model, family, batches)
     tokens = sum(batch.tokens for batch in batches)
     # Weights only matter relative to each other over the model; their mean is put to 1 so that no number is tiny.
-    mean = 1.0 if weights is None else float(torch.stack([w.mean() for layer in weights for w in layer]).mean())
+    every = [each.mean() for layer in token_weights for each in layer] if token_weights else [torch.ones(())]
+    mean = float(torch.stack(every).mean())
     result: dict[str, Tensor] = {}
     for index, layer in enumerate(layerwise.decoder_layers(model, family)):
         shape = shapes[index]
@@ -271,8 +272,8 @@ def removal_pass(
                 stream.hidden[number] = stream.run(layer, index, number)
             for moment, values in zip(moments, (ffn[0], heads[0]), strict=True):
                 real = stream.real(number, values).float()
-                weight = stream.real(number, weights[index][number][..., None]) / mean if weights else 1.0
-                moment.addmm_((real * weight).T, real, alpha=1 / tokens)
+                share = stream.real(number, token_weights[index][number][..., None]) / mean if token_weights else 1.0
+                moment.addmm_((real * share).T, real, alpha=1 / tokens)
         result[f"ffn.{index}.value"] = greedy_removal(weights[0], moments[0], 1).cpu()
         result[f"heads.{index}.value"] = greedy_removal(weights[1], moments[1], shape.head_dim).cpu()
         group = shape.head_dim * shape.heads_per_group
