@@ -103,11 +103,12 @@ def wanted_parameters(budget: Budget, base: BaseModel) -> float | None:
     Raises:
         PlanError: `max_parameters` is not below the base's own number.
     """
+    if budget.parameters is None and budget.max_parameters is None:
+        return None
     total = base.checkpoint.parameters
     if budget.parameters is not None:
         return budget.parameters * total
-    if budget.max_parameters is None:
-        return None
+    assert budget.max_parameters is not None
     if budget.max_parameters >= total:
         raise PlanError(
             f"budget.max_parameters: {budget.max_parameters:,} is no cut: the base has {total:,} parameters"

@@ -243,7 +243,7 @@ ABOUT = {
 
 def statistics() -> dict[str, torch.Tensor]:
     half = torch.arange(12).reshape(6, 2).half()
-    return {"ffn.0.rms": half.T, "ffn.0.scale": torch.tensor(0.5), "ffn.0.sum": torch.arange(6.0)}
+    return {"ffn.0.rms": half.T, "ffn.0.rms.scale": torch.tensor(0.5), "ffn.0.sum": torch.arange(6.0)}
 
 
 def test_a_profile_survives_its_file(tmp_path: Path) -> None:
@@ -285,9 +285,9 @@ def test_a_file_of_something_else_is_no_profile(tmp_path: Path, content: bytes) 
 @pytest.mark.parametrize(
     ("metadata", "reason"),
     [
-        (None, "a profile of schema None, not 1"),
-        ({"format": "pt"}, "a profile of schema None, not 1"),
-        ({"expertprune": json.dumps({"schema": 2})}, "a profile of schema 2, not 1"),
+        (None, "a profile of schema None, not 2"),
+        ({"format": "pt"}, "a profile of schema None, not 2"),
+        ({"expertprune": json.dumps({"schema": 1})}, "a profile of schema 1, not 2"),
         ({"expertprune": "{"}, "not a readable profile"),
         pytest.param(
             {"expertprune": "[]"},

@@ -18,7 +18,7 @@ import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from expertprune import api, files
+from expertprune import api, files, preparing, retaining
 from expertprune.cli import main
 from tests.processes import Finished, server
 from tests.tiny import save_tiny, tiny_model, write_corpus
@@ -98,7 +98,8 @@ def refuse_to_load(*_: Any, **__: Any) -> None:
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever loads a model fails."""
-    monkeypatch.setattr(api, "load_model", refuse_to_load)
+    for module in (api, preparing, retaining):
+        monkeypatch.setattr(module, "load_model", refuse_to_load)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -525,7 +526,8 @@ def test_a_plan_that_was_made_for_another_base(workplace: Workplace, monkeypatch
     workplace.run("compose", workplace.spec, "--out", plan, code=0)
     shutil.rmtree(folder)
     save_tiny(folder, seed=1)
-    monkeypatch.setattr(api, "load_model", refuse_to_load)
+    for module in (api, preparing, retaining):
+        monkeypatch.setattr(module, "load_model", refuse_to_load)
     message = workplace.refused("prune", plan, "--out", workplace.out)
     assert "the plan 'tiny' was made for" in message
     assert "compose it again for this base" in message
@@ -537,7 +539,8 @@ def test_a_corpus_that_changed_after_the_plan(workplace: Workplace, monkeypatch:
     workplace.run("compose", workplace.spec, "--out", plan, code=0)
     path = Path(workplace.source("medical")["path"])
     path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
-    monkeypatch.setattr(api, "load_model", refuse_to_load)
+    for module in (api, preparing, retaining):
+        monkeypatch.setattr(module, "load_model", refuse_to_load)
     message = workplace.refused("prune", plan, "--out", workplace.out)
     assert "corpus domain/medical" in message
     assert "has changed since the plan was made" in message

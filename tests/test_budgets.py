@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,53 +13,16 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig
 
 from expertprune.arch import family_of
-from expertprune.budgets import Widths, legal_ffn, removed_parameters, resolve_budget
-from expertprune.checkpoint import Checkpoint, TensorInfo
+from expertprune.budgets import LayerWidths, Widths, legal_ffn, removed_parameters, resolve_budget
+from expertprune.checkpoint import Checkpoint
 from expertprune.errors import PlanError
 from expertprune.models import BaseModel
 from expertprune.spec import Budget
 from expertprune.units import KeptUnits, LayerShape
-
-CLASSES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
-
-
-def config_of(family: str, ffn: int, groups: int, per_group: int, hidden: int, **changes: Any) -> dict[str, Any]:
-    heads = groups * per_group
-    config = CLASSES[family][0](
-        vocab_size=16,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=2,
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
-        **changes,
-    ).to_dict()
-    return {**config, "head_dim": 2}
-
-
-def tensors_of(config: dict[str, Any]) -> dict[str, TensorInfo]:
-    """What transformers stores of a model with this config; nothing is allocated."""
-    config_class, model_class = CLASSES[config["model_type"]]
-    with torch.device("meta"):
-        model = model_class(config_class.from_dict(config))
-    stored = dict(model.named_parameters())  # a tied head counts once
-    return {name: TensorInfo("model.safetensors", tuple(value.shape), "F32") for name, value in stored.items()}
-
-
-@functools.cache
-def base_of(
-    family: str = "llama", ffn: int = 256, groups: int = 4, per_group: int = 4, hidden: int = 48, **changes: Any
-) -> BaseModel:
-    """A base without files: only widths and sizes matter to a budget."""
-    checkpoint = Checkpoint.__new__(Checkpoint)
-    checkpoint.folder = Path("nowhere")
-    checkpoint.config = config_of(family, ffn, groups, per_group, hidden, **changes)
-    checkpoint.tensors = tensors_of(checkpoint.config)
-    shapes = family_of(family).layer_shapes(checkpoint.config)
-    return BaseModel("base", checkpoint.folder, checkpoint, family_of(family), shapes, "d", "t", torch.float32)
+from tests.bases import base_of, tensors_of
 
 
 def bare_base(shape: LayerShape, family: str = "llama") -> BaseModel:
@@ -77,8 +40,18 @@ def bare_base(shape: LayerShape, family: str = "llama") -> BaseModel:
     return BaseModel("b", Path(), checkpoint, family_of(family), (shape, shape), "d", "t", torch.float32)
 
 
-def resolved(base: BaseModel | None = None, **budget: Any) -> Widths:
-    return resolve_budget(Budget(**budget), base or base_of())
+def resolved(base: BaseModel | None = None, **budget: Any) -> LayerWidths:
+    """What each layer keeps, the same in all of them."""
+    base = base or base_of()
+    widths = resolve_budget(Budget(**budget), base)
+    assert widths.uniform
+    assert len(widths.layers) == len(base.layers)
+    return widths.layers[0]
+
+
+def removed_everywhere(base: BaseModel, layer: LayerWidths) -> int:
+    """Parameters that leave the model when every layer keeps these widths."""
+    return removed_parameters(base, Widths.same(layer, len(base.layers)))
 
 
 def refusal(base: BaseModel | None = None, **budget: Any) -> str:
@@ -93,7 +66,7 @@ def named_number(message: str, before: str) -> float:
     return float(found[1].rstrip("."))
 
 
-def kept_first(widths: Widths, shape: LayerShape) -> KeptUnits:
+def kept_first(widths: LayerWidths, shape: LayerShape) -> KeptUnits:
     heads = [g * shape.heads_per_group + h for g in range(widths.kv_groups) for h in range(widths.heads_per_group)]
     return KeptUnits(tuple(range(widths.ffn)), tuple(heads), tuple(range(widths.kv_groups)))
 
@@ -105,7 +78,7 @@ def kept_first(widths: Widths, shape: LayerShape) -> KeptUnits:
 def test_a_budget_of_zero_removes_nothing(nothing: float) -> None:
     widths = resolved(ffn=nothing, query_heads=nothing, kv_groups=nothing)
     assert (widths.ffn, widths.heads_per_group, widths.kv_groups, widths.query_heads) == (256, 4, 4, 16)
-    assert removed_parameters(base_of(), widths) == 0
+    assert removed_everywhere(base_of(), widths) == 0
 
 
 def test_parameters_of_zero_remove_nothing() -> None:
@@ -403,7 +376,7 @@ MODELS = [
 ]
 
 
-def expert_parameters(base: BaseModel, widths: Widths) -> int:
+def expert_parameters(base: BaseModel, widths: LayerWidths) -> int:
     """The size of the model that transformers builds from the expert's config."""
     kept = [kept_first(widths, shape) for shape in base.layers]
     config = base.family.pruned_config(base.checkpoint.config, kept)
@@ -426,16 +399,16 @@ def test_removed_parameters_are_what_the_smaller_model_lacks(
 ) -> None:
     base = base_of(family, **changes)
     widths = resolved(base, **budget)
-    assert removed_parameters(base, widths) == base.checkpoint.parameters - expert_parameters(base, widths)
+    assert removed_everywhere(base, widths) == base.checkpoint.parameters - expert_parameters(base, widths)
 
 
 def test_removed_parameters_written_out() -> None:
     """Hidden 48, two layers, heads of 2: a neuron has three rows; a head two of q and o; a group two more of k and v."""
     base = base_of()
-    assert removed_parameters(base, Widths(192, 4, 4, {})) == 2 * 64 * 3 * 48
-    assert removed_parameters(base, Widths(256, 3, 4, {})) == 2 * 4 * 2 * 2 * 48
-    assert removed_parameters(base, Widths(256, 4, 3, {})) == 2 * 1 * (4 * 2 * 2 + 2 * 2) * 48
-    assert removed_parameters(base, Widths(256, 3, 3, {})) == 2 * ((4 * 2 * 2 + 2 * 2) + 3 * 2 * 2) * 48
+    assert removed_everywhere(base, LayerWidths(192, 4, 4)) == 2 * 64 * 3 * 48
+    assert removed_everywhere(base, LayerWidths(256, 3, 4)) == 2 * 4 * 2 * 2 * 48
+    assert removed_everywhere(base, LayerWidths(256, 4, 3)) == 2 * 1 * (4 * 2 * 2 + 2 * 2) * 48
+    assert removed_everywhere(base, LayerWidths(256, 3, 3)) == 2 * ((4 * 2 * 2 + 2 * 2) + 3 * 2 * 2) * 48
 
 
 @pytest.mark.parametrize("heads", [{}, {"kv_groups": 0.5}, {"query_heads": 0.5}, {"kv_groups": 2, "query_heads": 8}])
@@ -446,7 +419,7 @@ def test_a_fraction_of_parameters_is_met_by_the_smallest_cut(heads: dict[str, An
     before = base.checkpoint.parameters
 
     def removed(ffn: int) -> int:
-        return before - expert_parameters(base, Widths(ffn, widths.heads_per_group, widths.kv_groups, {}))
+        return before - expert_parameters(base, LayerWidths(ffn, widths.heads_per_group, widths.kv_groups))
 
     assert widths.ffn % 8 == 0
     assert removed(widths.ffn) >= fraction * before
@@ -462,7 +435,7 @@ def test_parameters_that_cannot_be_reached_name_the_largest_which_is_legal(heads
     largest = named_number(message, "the largest legal one is")
     widths = resolved(base, parameters=largest, floor=floor, **heads)
     least = min(w for w in (64, 128, 192, 256) if w >= floor * 256)
-    possible = 1 - expert_parameters(base, Widths(least, 4, widths.kv_groups, {})) / base.checkpoint.parameters
+    possible = 1 - expert_parameters(base, LayerWidths(least, 4, widths.kv_groups)) / base.checkpoint.parameters
     assert largest == pytest.approx(possible, abs=1e-4)
     assert largest <= possible
 
@@ -475,9 +448,60 @@ def test_heads_alone_can_meet_a_fraction_of_parameters() -> None:
 
 
 def test_the_summary_says_what_was_asked_and_what_is_done() -> None:
-    widths = resolved(ffn=0.3, kv_groups=0.5, query_heads=8)
-    assert widths.summary(base_of().layers[0]) == {
+    widths = resolve_budget(Budget(ffn=0.3, kv_groups=0.5, query_heads=8), base_of())
+    assert widths.summary(base_of().layers) == {
         "ffn": {"requested": 0.3, "of": 256, "kept": 192, "removed": 64},
         "query_heads": {"requested": 8, "of": 16, "kept": 4, "removed": 12},
         "kv_groups": {"requested": 0.5, "of": 4, "kept": 2, "removed": 2},
     }
+
+
+def test_the_summary_lists_layers_that_differ() -> None:
+    base = base_of()
+    widths = Widths((LayerWidths(192, 4, 4), LayerWidths(64, 4, 2)), {"ffn": 0.5})
+    assert not widths.uniform
+    assert widths.summary(base.layers) == {
+        "ffn": {"requested": 0.5, "of": [256, 256], "kept": [192, 64], "removed": [64, 192]},
+        "query_heads": {"requested": 0, "of": [16, 16], "kept": [16, 8], "removed": [0, 8]},
+        "kv_groups": {"requested": 0, "of": [4, 4], "kept": [4, 2], "removed": [0, 2]},
+    }
+    # A neuron has three rows of 48; a group two of k and v and eight of q and o, each twice as there are two channels.
+    assert removed_parameters(base, widths) == 64 * 3 * 48 + 192 * 3 * 48 + 2 * (4 * 2 * 2 + 2 * 2) * 48
+
+
+# --- a number of parameters that may be left ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.2, 0.5])
+def test_max_parameters_is_met_by_the_smallest_cut(fraction: float) -> None:
+    base = base_of()
+    before = base.checkpoint.parameters
+    most = int(before * (1 - fraction))
+    widths = resolved(base, max_parameters=most, multiple_of=8)
+    assert expert_parameters(base, widths) <= most
+    assert expert_parameters(base, LayerWidths(widths.ffn + 8, 4, 4)) > most
+
+
+@pytest.mark.parametrize("more", [0, 1, 10**9])
+def test_max_parameters_that_the_base_does_not_exceed_are_no_cut(more: int) -> None:
+    size = base_of().checkpoint.parameters
+    message = refusal(max_parameters=size + more)
+    assert message == f"budget.max_parameters: {size + more:,} is no cut: the base has {size:,} parameters"
+
+
+@pytest.mark.parametrize("heads", [{}, {"kv_groups": 0.5}])
+def test_max_parameters_that_cannot_be_reached_name_the_smallest_which_can(heads: dict[str, Any]) -> None:
+    base = base_of()
+    message = refusal(base, max_parameters=1000, floor=0.5, **heads)
+    found = re.search(r"the smallest legal one is ([0-9,]+);", message)
+    assert found is not None
+    smallest = int(found[1].replace(",", ""))
+    widths = resolved(base, max_parameters=smallest, floor=0.5, **heads)
+    assert expert_parameters(base, widths) == smallest
+    refusal(base, max_parameters=smallest - 1, floor=0.5, **heads)
+
+
+def test_layers_of_different_widths_have_no_uniform_cut() -> None:
+    base = base_of()
+    other = replace(base, layers=(base.layers[0], replace(base.layers[1], ffn=128)))
+    assert "use allocation: global" in refusal(other, ffn=0.5)

@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 import expertprune
-from expertprune import api
+from expertprune import api, preparing
 from expertprune.artifacts import load_plan
 from expertprune.cli import main
 from expertprune.corpora import Question
@@ -84,7 +84,7 @@ def refuse_to_load(*_: Any, **__: Any) -> None:
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever loads a model fails."""
-    monkeypatch.setattr(api, "load_model", refuse_to_load)
+    monkeypatch.setattr(preparing, "load_model", refuse_to_load)
 
 
 # --- help and usage -------------------------------------------------------------------------------------------------
@@ -409,7 +409,7 @@ def test_a_second_profile_run_does_not_run_the_model(
 ) -> None:
     first = digests(spec_file)
     before = contents(store / "profiles")
-    monkeypatch.setattr(api, "load_model", refuse_to_load)
+    monkeypatch.setattr(preparing, "load_model", refuse_to_load)
     assert digests(spec_file) == first
     assert contents(store / "profiles") == before
     plan = run_json("compose", spec_file, "--out", tmp_path / "plan.json")
@@ -506,7 +506,7 @@ def test_an_interruption_exits_with_1_and_says_what_is_left(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(api, "compose_plan", interrupted)
+    monkeypatch.setattr(api, "plan_of", interrupted)
     result = run("build", spec_file, "--out", tmp_path / "expert", code=1)
     assert "interrupted" in result.stderr
     assert result.stdout == ""
@@ -517,7 +517,7 @@ def test_a_defect_is_not_disguised_as_a_users_mistake(spec_file: Path, monkeypat
     def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr(api, "load_corpora", broken)
+    monkeypatch.setattr(preparing, "load_corpora", broken)
     result = CliRunner().invoke(main, ["validate", str(spec_file)])
     assert result.exit_code == 1
     assert isinstance(result.exception, ZeroDivisionError)

@@ -251,22 +251,20 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def repair_input(
-    base: BaseModel, damping: float = DEFAULT_DAMPING, documents: list[list[int]] | None = None, tokens: int = 256
+    base: BaseModel,
+    damping: float = DEFAULT_DAMPING,
+    documents: list[list[int]] | None = None,
+    tokens: int = 256,
+    **changes: Any,
 ) -> RepairInput:
     model = load_model(base.folder, torch.float32, torch.device("cpu"))
-    return RepairInput(model, make_batches(documents or random_documents(), tokens), damping)
+    batches = make_batches(documents or random_documents(), tokens)
+    return RepairInput(model, batches, Compensation(damping=damping, **changes))
 
 
-def repaired_weights(base: BaseModel, kept: list[KeptUnits], batches: list[Batch]) -> dict[str, Tensor]:
-    shape = kept[0].shape(base.layers[0])
-    widths = {
-        "intermediate_size": shape.ffn,
-        "num_attention_heads": shape.query_heads,
-        "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
-    }
+def repaired_weights(base: BaseModel, kept: list[KeptUnits], batches: list[Batch], **changes: Any) -> dict[str, Tensor]:
     model = load_model(base.folder, torch.float32, torch.device("cpu"))
-    return dict(repair(model, base.family, base.layers, kept, widths, batches, DEFAULT_DAMPING))
+    return dict(repair(model, base.family, base.layers, kept, batches, Compensation(**changes)))
 
 
 class Watched:

@@ -119,7 +119,7 @@ def test_a_second_build_reuses_every_profile(
     def unexpected(*_: Any, **__: Any) -> None:
         raise AssertionError("the model was run for a stored profile")
 
-    monkeypatch.setattr("expertprune.api.profile_corpus", unexpected)
+    monkeypatch.setattr("expertprune.preparing.profile_corpus", unexpected)
     plan = expertprune.compose(SPEC, store=real_store)
     assert plan.document() == expertprune.inspect(expert)["plan"]
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from expertprune import api
+from expertprune import preparing
 from expertprune.artifacts import Profile
 from expertprune.cli import main
 from tests.processes import PLACES, Finished, server
@@ -96,8 +96,8 @@ def test_an_interrupted_build_leaves_no_expert_and_the_next_one_reuses_its_profi
         profiled.append(corpus)
         return original(model, base, corpus, *rest)
 
-    original = api.profile_corpus
-    monkeypatch.setattr(api, "profile_corpus", counting)
+    original = preparing.profile_corpus
+    monkeypatch.setattr(preparing, "profile_corpus", counting)
     finish("build", spec_file, "--out", out, *UNEVALUATED)
     assert len(profiled) == 4 - STORED[place]
     assert {path: (path.stat().st_ino, path.read_bytes()) for path in stored} == before

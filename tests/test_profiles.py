@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from expertprune.arch import bundled_models
-from expertprune.composition import check_criterion
 from expertprune.corpora import find_sources, load_corpora, shipped
+from expertprune.scoring import check_criterion
 from expertprune.spec import load_spec
 
 PATHS = sorted(shipped("profiles").glob("*.yaml"))

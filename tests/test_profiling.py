@@ -14,11 +14,11 @@ from torch import Tensor
 
 from expertprune import profiling
 from expertprune.arch import family_of
-from expertprune.artifacts import Profile
+from expertprune.artifacts import Profile, halved
 from expertprune.corpora import Document, make_batches
 from expertprune.errors import CheckpointError
 from expertprune.models import BaseModel, load_model, load_tokenizer, resolve_base
-from expertprune.profiling import collect, profile_corpus, profile_key, profile_path, to_half
+from expertprune.profiling import collect, profile_corpus, profile_key, profile_path
 from expertprune.spec import Base
 from expertprune.units import LayerShape
 from tests.tiny import tiny_model
@@ -47,11 +47,18 @@ def numbers(tensor: Tensor) -> NDArray[np.float64]:
     return tensor.detach().double().numpy()
 
 
-def inputs_of_projections(model: Any, ids: list[int]) -> tuple[list[NDArray[Any]], list[NDArray[Any]]]:
-    """Of each layer, the `down_proj` and `o_proj` inputs of one document alone, `[tokens, channels]`."""
+def inputs_of_projections(model: Any, ids: list[int]) -> tuple[list[NDArray[Any]], ...]:
+    """Of each layer, the `down_proj` and `o_proj` inputs and the layer's output of one document alone.
+
+    `[tokens, channels]` each.
+    """
     ffn: list[NDArray[Any]] = []
     heads: list[NDArray[Any]] = []
-    handles = []
+    stream: list[NDArray[Any]] = []
+    handles = [
+        layer.register_forward_hook(lambda _, __, output: stream.append(numbers(output[0])))
+        for layer in model.model.layers
+    ]
     for layer in model.model.layers:
         for module, seen in ((layer.mlp.down_proj, ffn), (layer.self_attn.o_proj, heads)):
             handles.append(
@@ -61,7 +68,7 @@ def inputs_of_projections(model: Any, ids: list[int]) -> tuple[list[NDArray[Any]
         model(input_ids=torch.tensor([ids]))
     for handle in handles:
         handle.remove()
-    return ffn, heads
+    return ffn, heads, stream
 
 
 def mean_squared_norm(outputs: NDArray[Any]) -> float:
@@ -73,8 +80,11 @@ def reference(model: Any, documents: list[list[int]]) -> Arrays:
     """Every activation statistic in float64, by explicit products and loops."""
     found: dict[str, list[Any]] = {}
     for ids in documents:
-        ffn, heads = inputs_of_projections(model, ids)
+        ffn, heads, stream = inputs_of_projections(model, ids)
+        found.setdefault("tokens", []).append(len(ids) - 1)
         for index, layer in enumerate(model.model.layers):
+            assert stream[index].shape == (len(ids), SHAPE.hidden)
+            found.setdefault(f"stream.{index}.square", []).append((stream[index] ** 2).mean())
             for name, values in (("ffn", ffn[index]), ("heads", heads[index])):
                 found.setdefault(f"{name}.{index}.rms", []).append(np.sqrt((values**2).mean(0)))
                 found.setdefault(f"{name}.{index}.sum", []).append(values.sum(0))
@@ -104,14 +114,20 @@ def assert_statistic(actual: NDArray[Any], expected: NDArray[Any], relative: flo
     np.testing.assert_allclose(actual, expected, **tolerance, err_msg=name)
 
 
+def to_half(values: Tensor) -> tuple[Tensor, Tensor]:
+    stored = halved("x", values)
+    assert set(stored) == {"x", "x.scale"}
+    return stored["x"], stored["x.scale"]
+
+
 def stored_rms(statistics: dict[str, Tensor], block: str, layer: int) -> NDArray[np.float64]:
-    return numbers(statistics[f"{block}.{layer}.rms"]) * float(statistics[f"{block}.{layer}.scale"])
+    return numbers(statistics[f"{block}.{layer}.rms"]) * float(statistics[f"{block}.{layer}.rms.scale"])
 
 
 @pytest.fixture
 def exact_rms(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep per-document numbers in float32, so that they compare closer than half precision allows."""
-    monkeypatch.setattr(profiling, "to_half", lambda values: (values, torch.tensor(1.0)))
+    monkeypatch.setattr(profiling, "halved", lambda name, values: {name: values, f"{name}.scale": torch.tensor(1.0)})
 
 
 # --- activations ----------------------------------------------------------------------------------------------------
@@ -130,6 +146,19 @@ def test_statistics_equal_the_slow_reference_however_batches_are_cut(
     assert set(expected) <= set(statistics)
     for name, values in expected.items():
         assert_statistic(numbers(statistics[name]), values, 1e-5, name)
+
+
+def test_totals_are_precise_enough_for_a_variance() -> None:
+    """A channel of mean 100 and deviation 1: its variance is the small difference of two large totals."""
+    statistics = profiling.ChannelStatistics(2, 1)
+    generator = torch.Generator().manual_seed(0)
+    values = (100 + torch.randn(5000, 1, generator=generator)).split([2000, 3000])
+    for document, part in enumerate(values):
+        statistics.add(document, part, torch.linalg.vector_norm(part, dim=0).square())
+    stored = statistics.tensors("ffn.0")
+    assert stored["ffn.0.sum"].dtype == stored["ffn.0.square_sum"].dtype == torch.float64
+    variance = float(stored["ffn.0.square_sum"] / 5000 - (stored["ffn.0.sum"] / 5000) ** 2)
+    assert variance == pytest.approx(np.concatenate([numbers(part) for part in values]).var(), rel=0.01)
 
 
 def test_stored_rms_is_the_reference_to_half_precision() -> None:
@@ -161,8 +190,8 @@ def test_the_order_of_documents_only_permutes_rows() -> None:
     order = [4, 2, 0, 5, 3, 1]
     straight = collected(model, "qwen2", documents, 30)
     shuffled = collected(model, "qwen2", [documents[i] for i in order], 30)
-    per_document = [name for name in straight if name.endswith((".rms", ".impact"))]
-    assert len(per_document) == 4 * LAYERS
+    per_document = [name for name in straight if name.endswith((".rms", ".impact", ".square", "tokens"))]
+    assert len(per_document) == 5 * LAYERS + 1
     for name in straight:
         expected = numbers(straight[name])
         if name in per_document:

@@ -16,13 +16,13 @@ import torch
 from transformers import AutoTokenizer
 
 from expertprune import api, checkpoint, pruning
-from expertprune.budgets import Widths, removed_parameters
+from expertprune.budgets import LayerWidths, Widths, removed_parameters
 from expertprune.corpora import Batch
 from expertprune.errors import CheckpointError, PlanError
 from expertprune.files import staged_folder
 from expertprune.models import BaseModel, load_model
 from expertprune.pruning import RepairInput, bytes_needed, check_plan, prune
-from expertprune.spec import parse_spec
+from expertprune.spec import Compensation, parse_spec
 from tests.oracle import contents, pad_headers, plan_of, pruned, random_plan, read_json, resolved
 from tests.tiny import save_tiny, tiny_tokenizer
 
@@ -52,7 +52,7 @@ def test_nothing_cut_gives_the_base_byte_for_byte(
     base = resolved(folder, store)
     plan = plan_of(base, [shape.all_kept for shape in base.layers])
     # A model that cannot run: nothing needs repair, so it must not be touched.
-    repair_input = RepairInput(None, [], 0.05) if with_repair else None
+    repair_input = RepairInput(None, [], Compensation(damping=0.05)) if with_repair else None
     assert contents(pruned(plan, base, tmp_path / "expert", repair_input)) == contents(folder)
 
 
@@ -97,11 +97,12 @@ def test_copy_of_the_base_elsewhere_is_the_same_base(base: BaseModel, tmp_path: 
     check_plan(random_plan(base, ffn=20), moved)
 
 
-def test_layers_of_different_widths_are_refused(base: BaseModel, tmp_path: Path) -> None:
-    plan = random_plan(base, ffn=20)
-    kept = plan.layers[1].kept
-    plan.layers[1].kept = dataclasses.replace(kept, ffn=kept.ffn[:-1])
-    refused(plan, base, tmp_path / "expert", PlanError, "different widths")
+def test_head_counts_of_one_layer_that_the_config_cannot_say_are_refused(tmp_path: Path, store: Path) -> None:
+    base = resolved(save_tiny(tmp_path / "base", num_key_value_heads=6), store)
+    plan = random_plan(base)
+    first = plan.layers[1].kept
+    plan.layers[1].kept = dataclasses.replace(first, query_heads=(0, 1, 2, 4, 5), kv_groups=(0, 1, 2, 4, 5))
+    refused(plan, base, tmp_path / "expert", PlanError, "5 query heads do not divide")
 
 
 def test_head_counts_that_the_config_cannot_say_are_refused(tmp_path: Path, store: Path) -> None:
@@ -186,7 +187,7 @@ def test_repair_that_is_not_finite_is_refused(base: BaseModel, tmp_path: Path, m
     bad[3, 4] = float("nan")
     monkeypatch.setattr(pruning, "repair", lambda *arguments: iter([(name, bad)]))
     with pytest.raises(CheckpointError, match=rf"{name}: the repair is not finite; raise compensation\.damping"):
-        pruned(random_plan(base, ffn=20), base, tmp_path / "expert", RepairInput(None, [], 0.05))
+        pruned(random_plan(base, ffn=20), base, tmp_path / "expert", RepairInput(None, [], Compensation(damping=0.05)))
 
 
 # --- what comes along
@@ -230,7 +231,7 @@ def test_repairs_leave_nothing_behind(base: BaseModel, tmp_path: Path) -> None:
     model = load_model(base.folder, torch.float32, torch.device("cpu"))
     plan = random_plan(base, ffn=20)
     plain = pruned(plan, base, tmp_path / "plain")
-    repaired = pruned(plan, base, tmp_path / "repaired", RepairInput(model, batches, 0.05))
+    repaired = pruned(plan, base, tmp_path / "repaired", RepairInput(model, batches, Compensation(damping=0.05)))
     assert set(contents(repaired)) == set(contents(plain))
     assert [path for path in repaired.iterdir() if path.is_dir()] == []
 
@@ -238,20 +239,22 @@ def test_repairs_leave_nothing_behind(base: BaseModel, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "widths"),
     [
-        ("llama", Widths(20, 2, 3, {})),
-        ("llama", Widths(20, 1, 2, {})),
-        ("qwen2", Widths(20, 2, 3, {})),
+        ("llama", LayerWidths(20, 2, 3)),
+        ("llama", LayerWidths(20, 1, 2)),
+        ("qwen2", LayerWidths(20, 2, 3)),
         pytest.param(
             "qwen2",
-            Widths(20, 1, 2, {}),
+            LayerWidths(20, 1, 2),
         ),
         ("gemma3", Widths(20, 1, 2, {})),
     ],
 )
 def test_parameters_that_a_budget_promises_are_those_written(
-    family: str, widths: Widths, tmp_path: Path, store: Path
+    family: str, widths: LayerWidths, tmp_path: Path, store: Path
 ) -> None:
     base = resolved(save_tiny(tmp_path / "base", family), store)
     plan = random_plan(base, ffn=widths.ffn, heads_per_group=widths.heads_per_group, kv_groups=widths.kv_groups)
     expert = resolved(pruned(plan, base, tmp_path / "expert"), store)
-    assert expert.checkpoint.parameters == base.checkpoint.parameters - removed_parameters(base, widths)
+    assert expert.checkpoint.parameters == base.checkpoint.parameters - removed_parameters(
+        base, Widths.same(widths, len(base.layers))
+    )
