@@ -17,7 +17,8 @@ PACKAGE = Path(expertprune.__file__).parent
 ORDER = [
     "errors", "registry", "units", "files", "spec", "arch", "checkpoint", "models", "artifacts", "corpora", "relevance",
     "layerwise", "passes", "profiling", "scoring", "budgets", "allocation", "composition", "masking", "compensation",
-    "pruning", "evaluation", "preparing", "deciding", "retaining", "report", "api", "inspection", "cli",
+    "pruning", "evaluation", "preparing", "deciding", "retaining", "report", "pictures", "api",
+    "sweeping", "inspection", "cli",
 ]  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 MODULES = [path for path in SOURCES if path != PACKAGE / "__init__.py"]
