@@ -53,11 +53,12 @@ def retention_curve(points: Sequence[Mapping[str, Any]], path: Path) -> None:
         points: of a `Sweep`'s document; `expert` or `general` may be `None` where there was no text for it.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import FuncFormatter
 
     points = sorted(points, key=lambda point: point["fraction"])
-    figure = Figure(figsize=(6.4, 4.2), facecolor="white", layout="constrained")
+    figure = Figure(figsize=(6.4, 4.4), facecolor="white", layout="constrained")
     axes = figure.add_subplot()
+    axes.axhline(1.0, color=QUIET, linewidth=0.8, linestyle=":")
     labels = []
     for key, colour, marker, line in _CURVES:
         here = [(point["fraction"], point[key]) for point in points if point[key] is not None]
@@ -68,26 +69,35 @@ def retention_curve(points: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.fill_between(kept, low, high, color=colour, alpha=0.18, linewidth=0)
         axes.plot(kept, retention, color=colour, linestyle=line, linewidth=1.8)
         axes.plot(kept[:-1], retention[:-1], color=colour, linestyle="", marker=marker, markersize=6)
-        labels.append((retention[0], key, colour, kept[0]))
+        labels.append((retention[0], key, colour))
     axes.plot([1.0], [1.0], color="black", marker="D", markersize=5, linestyle="")
-    axes.annotate("base", (1.0, 1.0), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=10)
-    _label_curves(axes, labels)
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_xlabel("parameters kept, of the base")
-    axes.set_ylabel("retention in bits per byte, base over expert")
+    axes.annotate("base", (1.0, 1.0), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=10)
+    span = 1.0 - points[0]["fraction"]
+    axes.set_xlim(points[0]["fraction"] - 0.2 * span, 1.0 + 0.06 * span)
+    axes.margins(y=0.1)
+    _label_curves(axes, points[0]["fraction"] - 0.025 * span, labels)
+    budgets = axes.secondary_xaxis("top")
+    budgets.set_xticks([point["fraction"] for point in points], [f"{point['budget']:g}" for point in points])
+    budgets.set_xlabel("budget (fraction removed)", color=QUIET, fontsize=9)
+    budgets.tick_params(labelsize=9, colors=QUIET)
+    budgets.spines["top"].set_visible(False)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%"))
+    axes.set_xlabel("parameters kept")
+    axes.set_ylabel("retention (bits per byte, base over expert)")
     axes.set_title("What is kept as the expert gets smaller", loc="left", fontsize=12, fontweight="bold")
+    axes.text(0.985, 0.03, "bands: 95% intervals", transform=axes.transAxes, ha="right", fontsize=9, color=QUIET)
     axes.grid(axis="y", color="#dddddd", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.1, y=0.12)
     save_picture(figure, path)
 
 
-def _label_curves(axes: Any, labels: list[tuple[float, str, str, float]]) -> None:
-    """Each curve's name at its smallest expert, where curves lie furthest apart; never one over the other."""
-    for number, (height, name, colour, kept) in enumerate(sorted(labels)):
-        above = number == len(labels) - 1 and number > 0
-        axes.annotate(
-            name, (kept, height), xytext=(-10, 7 if above else -7), textcoords="offset points", ha="right",
-            va="bottom" if above else "top", color=colour, fontsize=11, fontweight="bold",
-        )  # fmt: skip
+def _label_curves(axes: Any, left: float, labels: list[tuple[float, str, str]]) -> None:
+    """Each curve's name beside its smallest expert, where curves lie furthest apart; moved apart where they do not."""
+    bottom, top = axes.get_ylim()
+    heights = [height for height, _, _ in labels]
+    lacking = 0.07 * (top - bottom) - (max(heights) - min(heights)) if len(labels) > 1 else 0.0
+    for height, name, colour in labels:
+        away = 1 if height == max(heights) and name == max(labels)[1] else -1
+        place = height + away * max(0.0, lacking) / 2
+        axes.text(left, place, name, ha="right", va="center", color=colour, fontsize=11, fontweight="bold")

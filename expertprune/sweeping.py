@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -103,8 +102,8 @@ def sweep(
     todo = [value for value in specs if keys[value] not in known or (keep and not _holds(places[value], plans[value]))]
     _room(prepared, [plans[value] for value in todo], folder if keep else None)
 
-    base = {"model": prepared.base.name, "digest": prepared.base.digest}
-    base["parameters"] = prepared.base.checkpoint.parameters
+    parameters = prepared.base.checkpoint.parameters
+    base = {"model": prepared.base.name, "digest": prepared.base.digest, "parameters": parameters}
     result = Sweep(spec.name, base, prepared.spec.evaluate.model_dump(mode="json"))
     answers: dict[str, Floats] = {}
     for number, (value, plan) in enumerate(plans.items(), 1):
@@ -212,8 +211,8 @@ def _point(budget: float, key: str, plan: Plan, evaluation: Evaluation, size: in
         for name, result in evaluation.corpora.items()
     }
     before, after = plan.parameters["before"], plan.parameters["after"]
-    summaries = (pooled(evaluation, general) for general in (False, True))
-    point = Point(budget, key, {"before": before, "after": after}, after / before, size, *summaries, corpora)
+    expert, general = pooled(evaluation, general=False), pooled(evaluation, general=True)
+    point = Point(budget, key, {"before": before, "after": after}, after / before, size, expert, general, corpora)
     # As it is read back from the file, where what is undefined is null: a sweep that went on equals one that ran through.
     return Point(**json.loads(to_json(asdict(point))))
 
@@ -297,6 +296,6 @@ def _room(prepared: Prepared, plans: Sequence[Plan], out: Path | None) -> None:
     """Raises `CheckpointError` unless the disk has room for all experts that are kept, or for the largest that is not."""
     needed = [bytes_needed(plan, prepared.base) for plan in plans]
     if out is not None:
-        require_room(out, math.ceil(sum(needed)))
+        require_room(out, sum(needed))
     elif needed:
         require_room(Path(tempfile.gettempdir()), max(needed))
