@@ -183,7 +183,7 @@ def _ours(prepared: Any, seconds: dict[str, float]) -> tuple[Any, int]:
         folder = Path(temporary) / "expert"
         folder.mkdir()
         begun = time.perf_counter()
-        api.write(prepared, plan, folder)
+        api.write_folder(prepared, plan, folder)
         seconds["prune"] = time.perf_counter() - begun
         model = load_model(folder, prepared.base.dtype)
     return model, plan.parameters["before"] - plan.parameters["after"]

@@ -61,7 +61,7 @@ def measure(bench: Bench, name: str, documents: int) -> dict[str, Any]:
             plan = api.plan_of(prepared, api.silent)
             (Path(temporary) / "expert").mkdir()
             start = time.perf_counter()
-            api.write(prepared, plan, Path(temporary) / "expert")
+            api.write_folder(prepared, plan, Path(temporary) / "expert")
         elif name in OURS:
             start = time.perf_counter()
             profiles_of(prepared, api.silent)

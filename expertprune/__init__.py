@@ -1,7 +1,7 @@
 """expertprune: turn a general language model into a compact expert, without post-training.
 
 The verbs are functions here, under the same names as the commands: `validate`, `profile`, `compose`, `prune`, `build`,
-`evaluate`, `inspect`, `compare`. They are imported at their first use, so that `import expertprune` is quick.
+`evaluate`, `sweep`, `compare`, `inspect`. They are imported at their first use, so that `import expertprune` is quick.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from expertprune.api import build, compose, evaluate, profile, prune, validate
     from expertprune.inspection import describe as inspect
     from expertprune.spec import Spec, load_spec
+    from expertprune.sweeping import sweep
 
 _PLACES = {
     **dict.fromkeys(("build", "compose", "evaluate", "profile", "prune", "validate"), ("expertprune.api", None)),
     "compare": ("expertprune.analysis", None),
     "inspect": ("expertprune.inspection", "describe"),
+    "sweep": ("expertprune.sweeping", None),
     "Spec": ("expertprune.spec", None),
     "load_spec": ("expertprune.spec", None),
 }
@@ -36,6 +38,7 @@ __all__ = [
     "load_spec",
     "profile",
     "prune",
+    "sweep",
     "validate",
 ]
 
