@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from expertprune.arch import PER_LAYER, Family, bundled_models, families, family_of
+from expertprune.arch import GGUF_SENTENCEPIECE, PER_LAYER, Family, bundled_models, families, family_of
 from expertprune.arch.per_layer import with_layer_widths
 from expertprune.checkpoint import Checkpoint
 from expertprune.errors import CheckpointError, SpecError
@@ -233,7 +233,7 @@ def _stated(file: Path) -> dict[str, Any]:
     begins = read("tokenizer.ggml.add_bos_token")
     return {
         "rope.scaling.factor": read(f"{read('general.architecture')}.rope.scaling.factor"),
-        "tokenizer.add_bos_token": read("tokenizer.ggml.model") == "llama" if begins is None else begins,
+        "tokenizer.add_bos_token": read("tokenizer.ggml.model") == GGUF_SENTENCEPIECE if begins is None else begins,
     }
 
 
