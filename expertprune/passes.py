@@ -162,27 +162,35 @@ def loss_gradient(model: Any, family: Family, hidden: Tensor, batch: Batch, loss
     """
     ids = batch.ids.to(hidden.device)
     leaf = hidden.detach().requires_grad_()
-    generators = [torch.Generator().manual_seed(seed * 1_000_003 + document) for document in batch.documents]
+    # Of a whole document at once, so that its draws are the same however its positions are cut into steps.
+    draws = [
+        torch.rand(length - 1, generator=torch.Generator().manual_seed(seed * 1_000_003 + document))
+        for document, length in zip(batch.documents, batch.lengths, strict=True)
+    ]
     total = torch.zeros_like(leaf)
     step = max(1, POSITIONS // ids.shape[0])
     for first in range(0, ids.shape[1] - 1, step):
         positions = torch.arange(first, min(first + step, ids.shape[1] - 1), device=ids.device)
         with torch.enable_grad(), layerwise.head_only(model, family, leaf):
             logits = model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits.float()
-            losses = []
+            targets = ids[:, first + 1 : first + 1 + positions.numel()].clone()
+            weights = torch.zeros(targets.shape, device=ids.device)
             for row, length in enumerate(batch.lengths):
-                count = min(length - 1, int(positions[-1]) + 1) - first
-                if count < 1:
-                    continue
-                targets = ids[row, first + 1 : first + 1 + count]
+                count = max(0, min(length - 1, int(positions[-1]) + 1) - first)
+                weights[row, :count] = 1 / (length - 1)
                 if loss == "kl":
-                    chances = torch.softmax(logits[row, :count].detach(), -1).cpu()
-                    targets = torch.multinomial(chances, 1, generator=generators[row])[:, 0].to(ids.device)
-                each = nn.functional.cross_entropy(logits[row, :count], targets, reduction="sum")
-                losses.append(each / (length - 1))
-            if losses:
-                total += torch.autograd.grad(torch.stack(losses).sum(), leaf)[0]
+                    chances = torch.softmax(logits[row, :count].detach(), -1)
+                    targets[row, :count] = _drawn(chances, draws[row][first : first + count].to(ids.device))
+            each = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+            total += torch.autograd.grad((each * weights.flatten()).sum(), leaf)[0]
     return total
+
+
+def _drawn(chances: Tensor, draws: Tensor) -> Tensor:
+    """The token at which the sum of the chances passes a uniform draw, `[positions, tokens]` and `[positions]`."""
+    sums = chances.cumsum(-1)
+    # right: a token without a chance is never drawn; the last sum is one only up to rounding
+    return torch.searchsorted(sums, draws[:, None] * sums[:, -1:], right=True)[:, 0].clamp_max(sums.shape[1] - 1)
 
 
 def backward_bytes(shapes: Sequence[LayerShape], vocabulary: int, tokens: int) -> int:
