@@ -59,8 +59,8 @@ class Cell:
     seed: int = 0
     overrides: Mapping[str, Any] = field(default_factory=dict)
     sets: tuple[str, ...] = ("PubMedQA", "WikiText-2", "GSM8K")
-    blocks: int = 24
-    piqa: int = 200
+    blocks: int = 16
+    piqa: int = 150
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Bench:
         settings = spec.document()
         sections = ("calibration", "relevance", "compose", "budget", "compensation", "dimensions", "general")
         about = {
-            "cell": json.loads(json.dumps(asdict(cell))),
+            "cell": {key: value for key, value in asdict(cell).items() if key != "overrides"},
             "spec": {key: settings[key] for key in sections} if cell.method == "ours" else settings["calibration"],
             "base": prepared.base.digest,
             "dtype": str(prepared.base.dtype),
@@ -140,6 +140,7 @@ class Bench:
         }
         if cell.method == "base":  # nothing calibrates it
             about = {key: about[key] for key in ("base", "dtype", "sets")} | {"method": "base", "piqa": cell.piqa}
+        about = json.loads(json.dumps(about))
         path = self.results / f"{digest_of(about)[:16]}.json"
         if not path.is_file():
             write_json(path, {"about": about, **self._compute(cell, prepared)})

@@ -1,6 +1,6 @@
 """What is kept at a given size: expertprune against its peers, its own parts, its dimensions, its fusion.
 
-    python -m bench.quality --data DATA [--table peers ...] [--quick]
+    python -m bench.quality --data DATA [--table peers ...] [--seeds 3]
 
 DATA is a folder of JSON lines: `domain/pubmedqa_*`, `general/wikitext2_*`, `general/piqa_report`, `task/gsm8k_*`,
 `language/xquad_{de,en,th}_*`, each with `_calibration.jsonl` and `_report.jsonl`. Calibration rows are profiled, report rows
@@ -27,8 +27,6 @@ import numpy as np
 from .cells import GEMMA, RESULTS, Bench, Cell, Result, threads
 from .measure import Sums, excess
 
-SEEDS = (0, 1, 2)
-PEERS = ("random", "magnitude", "wanda_sp", "llm_pruner_taylor", "shortgpt", "slicegpt", "flap")
 # Cus-Prun alone: three dimensions, exact output change, their intersection; no general corpus, no repair.
 CUS_PRUN = Cell(
     "ours",
@@ -82,37 +80,60 @@ def _columns(cell: Cell) -> list[str]:
     return columns + (["PIQA"] if cell.piqa else [])
 
 
-def peers(bench: Bench, quick: bool) -> None:
-    """A quarter of the FFN neurons (or as many parameters), every method, three seeds."""
-    shape = Cell("base", blocks=12, piqa=0) if quick else Cell("base")
+GLOBAL = {"compose.allocation": "global", "relevance.criterion": "fisher"}
+OURS: dict[str, dict[str, Any]] = {
+    "ours, no repair": UNREPAIRED,
+    "ours": {},
+    "ours, allocation global, criterion fisher": GLOBAL,
+    "ours, allocation global, criterion obs with Fisher tokens": {
+        "compose.allocation": "global", "relevance.criterion": "obs", "relevance.tokens": "fisher",
+    },
+}  # fmt: skip
+ONE_SEED = {"magnitude", "ours, no repair"}  # the first sees no data, the second is here for the repair's sake
+
+
+def peers(bench: Bench, seeds: Sequence[int]) -> None:
+    """A quarter of the FFN neurons (or as many parameters), every method, by seed of the calibration text."""
+    shape = Cell("base")
     table = Table(bench, "Against peers: 25% of the FFN neurons of SmolLM2", "method", "removed", *_columns(shape))
     base = bench.run(shape)
     table.add("base", "", *table.measured([shape], base))
-    for method in (*PEERS, "Cus-Prun alone", "ours, no repair", "ours"):
+    for method in (
+        *OURS,
+        "flap",
+        "wanda_sp",
+        "Cus-Prun alone",
+        "llm_pruner_taylor",
+        "slicegpt",
+        "shortgpt",
+        "random",
+        "magnitude",
+    ):
         cell = replace(shape, method=method)
         if method == "Cus-Prun alone":
-            cell = replace(CUS_PRUN, blocks=shape.blocks, piqa=shape.piqa, documents=40)
-        elif method.startswith("ours"):
-            cell = replace(shape, method="ours", overrides=UNREPAIRED if "no" in method else {})
-        seeds = SEEDS[:1] if quick or method in ("magnitude", "ours, no repair") else SEEDS
-        cells = [replace(cell, seed=seed) for seed in seeds]
+            cell = replace(CUS_PRUN, documents=40)
+        elif method in OURS:
+            cell = replace(shape, method="ours", overrides=OURS[method])
+        cells = [replace(cell, seed=seed) for seed in (seeds[:1] if method in ONE_SEED else seeds)]
         removed = bench.run(cells[0]).removed
         table.add(method, f"{removed / 1e6:.2f}M", *table.measured(cells, base))
 
 
-def sizes(bench: Bench, quick: bool) -> None:
+def sizes(bench: Bench, seeds: Sequence[int]) -> None:
     """The best methods at other sizes, heads included."""
     shape = Cell("base")
     table = Table(bench, "At other sizes of SmolLM2", "budget", "method", "removed", *_columns(shape))
     base = bench.run(shape)
     for fraction in (0.1, 0.2, 0.3, 0.4):
-        for method in ("wanda_sp", "flap", "ours"):
+        for method in ("flap", "ours", "ours, allocation global, criterion fisher"):
             cell = replace(shape, method=method, budget={"ffn": fraction})
+            if method in OURS:
+                cell = replace(cell, method="ours", overrides=OURS[method])
             removed = bench.run(cell).removed
             table.add(f"{fraction:.0%} of FFN", method, f"{removed / 1e6:.2f}M", *table.measured([cell], base))
     # All block parameters: 106,168,320 less norms of the 134,515,008; a quarter of them, FFN and heads together.
     share = 0.25 * 106_168_320 / 134_515_008
-    for method, overrides in (("flap_heads", {}), ("ours", {"compose.allocation": "global"})):
+    for method, overrides in (("flap_heads", {}), ("ours", GLOBAL)):
         budget = {"ffn": 0.25} if method == "flap_heads" else {"parameters": share}
         cell = replace(shape, method=method, budget=budget, overrides=overrides)
         removed = bench.run(cell).removed
@@ -135,7 +156,7 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 
 
-def parts(bench: Bench, quick: bool) -> None:
+def parts(bench: Bench, seeds: Sequence[int]) -> None:
     """Leave one out, or put one in."""
     dimensions = {"language": "encyclopedia", "domain": "abstracts", "task": "qa"}
     shape = Cell("base", dimensions=dimensions, general=("encyclopedia", "math"), documents=40)
@@ -145,7 +166,7 @@ def parts(bench: Bench, quick: bool) -> None:
         table.add(name, *table.measured([replace(shape, method="ours", overrides=overrides)], base))
 
 
-def dimensions(bench: Bench, quick: bool) -> None:
+def dimensions(bench: Bench, seeds: Sequence[int]) -> None:
     """Gemma: calibrated for one value, measured on all."""
     sets = ("XQuAD-de", "XQuAD-en", "XQuAD-th", "PubMedQA")
     shape = Cell("base", model=GEMMA, sets=sets, blocks=12, piqa=0, general=(), documents=40)
@@ -167,7 +188,7 @@ def dimensions(bench: Bench, quick: bool) -> None:
         table.add(f"composed: {name}", "15%", "least squares", *table.measured([cell], base))
 
 
-def task(bench: Bench, quick: bool) -> None:
+def task(bench: Bench, seeds: Sequence[int]) -> None:
     """Fused against general-only and task-only calibration, by criterion, unrepaired and repaired."""
     shape = Cell("base", documents=40)
     table = Table(bench, "Task-aware gain: 25% of FFN, SmolLM2, unrepaired", "criterion", "scored on", *_columns(shape))
@@ -186,7 +207,7 @@ def task(bench: Bench, quick: bool) -> None:
             table.add(criterion, name, *table.measured([cell], base))
 
 
-def tokens(bench: Bench, quick: bool) -> None:
+def tokens(bench: Bench, seeds: Sequence[int]) -> None:
     """Excess against calibration text, for ours and for FLAP; draws a picture."""
     shape = Cell("base", piqa=0)
     table = Table(bench, "How much calibration text pays (25% of FFN, SmolLM2)", "method", "tokens", *_columns(shape))
@@ -220,14 +241,14 @@ def _draw(curves: dict[str, list[tuple[int, float, float]]], path: Path) -> None
     figure.savefig(path, dpi=150)
 
 
-def cost(bench: Bench, quick: bool) -> None:
+def cost(bench: Bench, seeds: Sequence[int]) -> None:
     """Wall time of each method over a plain forward pass of the same text; see bench/cost.py, which runs each alone."""
     from .cost import table
 
     table(bench)
 
 
-TABLES: dict[str, Callable[[Bench, bool], None]] = {
+TABLES: dict[str, Callable[[Bench, Sequence[int]], None]] = {
     "peers": peers, "sizes": sizes, "parts": parts, "dimensions": dimensions, "task": task, "tokens": tokens, "cost": cost,
 }  # fmt: skip
 
@@ -236,11 +257,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--table", action="append", choices=list(TABLES), help="Which; default: all.")
-    parser.add_argument("--quick", action="store_true", help="One seed and half the blocks in the table of peers.")
+    parser.add_argument("--seeds", type=int, default=3, help="Calibration seeds of the table of peers.")
     arguments = parser.parse_args()
     bench = Bench(arguments.data.resolve())
     for name in arguments.table or TABLES:
-        TABLES[name](bench, arguments.quick)
+        TABLES[name](bench, range(arguments.seeds))
     packages = ("expertprune", "torch", "transformers")
     versions = {name: importlib.metadata.version(name) for name in packages}
     print("\n" + json.dumps({**versions, "threads": threads(), "date": datetime.date.today().isoformat()}))
