@@ -199,8 +199,8 @@ def sweep_table(sweep: Mapping[str, Any]) -> Table:
     """A sweep for the terminal."""
     title = f"{sweep['name']}: what is kept, of {sweep['base']['parameters']:,} parameters and in bits per byte"
     table = Table("removed", title=Text(title))
-    headers = ["parameters", "of base", "MB", "expert (95% interval)", "general (95% interval)"]
-    headers += [f"accuracy {name} (base {_number(base)})" for name, base in _corpora_with_questions(sweep).items()]
+    headers = ["parameters", "of base", "MB", "expert\n(95% interval)", "general\n(95% interval)"]
+    headers += [f"accuracy\n{name}\n(base {_number(base)})" for name, base in _corpora_with_questions(sweep).items()]
     for header in headers:
         table.add_column(Text(header), justify="right")
     for row in sweep_rows(sweep):
