@@ -219,7 +219,11 @@ def _converted(file: Path, dtype: str, store: Path) -> Path:
 
 
 def _stated(file: Path) -> dict[str, Any]:
-    """What a GGUF file says beside the tensors and is needed here; where it is silent, what the format means by that."""
+    """What a GGUF file says beside the tensors and is needed here.
+
+    Where it does not say whether texts begin with BOS, they do if its tokenizer has no merges, which makes it one of
+    SentencePiece's.
+    """
     from gguf import GGUFReader
 
     reader = GGUFReader(file)
@@ -228,10 +232,10 @@ def _stated(file: Path) -> dict[str, Any]:
         field = reader.get_field(key)
         return None if field is None else field.contents()
 
-    begins = read("tokenizer.ggml.add_bos_token")
+    begins, merges = read("tokenizer.ggml.add_bos_token"), reader.get_field("tokenizer.ggml.merges")
     return {
         "rope.scaling.factor": read(f"{read('general.architecture')}.rope.scaling.factor"),
-        "tokenizer.add_bos_token": read("tokenizer.ggml.model") == "llama" if begins is None else begins,
+        "tokenizer.add_bos_token": merges is None if begins is None else begins,
     }
 
 
