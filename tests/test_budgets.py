@@ -13,7 +13,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from expertprune.arch import family_of
 from expertprune.budgets import Widths, legal_ffn, removed_parameters, resolve_budget
@@ -23,7 +30,11 @@ from expertprune.models import BaseModel
 from expertprune.spec import Budget
 from expertprune.units import KeptUnits, LayerShape
 
-CLASSES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
+CLASSES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM),
+}
 
 
 def config_of(family: str, ffn: int, groups: int, per_group: int, hidden: int, **changes: Any) -> dict[str, Any]:
@@ -400,6 +411,7 @@ MODELS = [
     ("llama", {"attention_bias": True, "mlp_bias": True}),
     ("llama", {"tie_word_embeddings": True}),
     ("qwen2", {}),
+    ("gemma3_text", {}),
 ]
 
 
