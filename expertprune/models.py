@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from expertprune.arch import GGUF_SENTENCEPIECE, PER_LAYER, Family, bundled_models, families, family_of
+from expertprune.arch import PER_LAYER, Family, bundled_models, families, family_of
 from expertprune.arch.per_layer import with_layer_widths
 from expertprune.checkpoint import Checkpoint
 from expertprune.errors import CheckpointError, SpecError
@@ -221,7 +221,11 @@ def _converted(file: Path, dtype: str, store: Path) -> Path:
 
 
 def _stated(file: Path) -> dict[str, Any]:
-    """What a GGUF file says beside the tensors and is needed here; where it is silent, what the format means by that."""
+    """What a GGUF file says beside the tensors and is needed here.
+
+    Where it does not say whether texts begin with BOS, they do if its tokenizer has no merges, which makes it one of
+    SentencePiece's.
+    """
     from gguf import GGUFReader
 
     reader = GGUFReader(file)
@@ -230,10 +234,10 @@ def _stated(file: Path) -> dict[str, Any]:
         field = reader.get_field(key)
         return None if field is None else field.contents()
 
-    begins = read("tokenizer.ggml.add_bos_token")
+    begins, merges = read("tokenizer.ggml.add_bos_token"), reader.get_field("tokenizer.ggml.merges")
     return {
         "rope.scaling.factor": read(f"{read('general.architecture')}.rope.scaling.factor"),
-        "tokenizer.add_bos_token": read("tokenizer.ggml.model") == GGUF_SENTENCEPIECE if begins is None else begins,
+        "tokenizer.add_bos_token": merges is None if begins is None else begins,
     }
 
 

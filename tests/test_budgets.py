@@ -373,6 +373,7 @@ MODELS = [
     ("llama", {"attention_bias": True, "mlp_bias": True}),
     ("llama", {"tie_word_embeddings": True}),
     ("qwen2", {}),
+    ("gemma3_text", {}),
 ]
 
 

@@ -14,11 +14,7 @@ from expertprune.arch.family import (
     family_of,
 )
 
-# The GGUF format's name for SentencePiece tokenizers, which begin text with BOS unless the file says otherwise.
-GGUF_SENTENCEPIECE = "llama"
-
 __all__ = [
-    "GGUF_SENTENCEPIECE",
     "MODELING",
     "PER_LAYER",
     "Block",
