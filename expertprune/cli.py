@@ -193,11 +193,14 @@ def profile(spec: Path, overrides: dict[str, Any], store: Path | None, as_json: 
 @main.command()
 @_spec
 @click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The plan, a JSON file.")
+@click.option("--stored-only", is_flag=True, help="Fail where a profile is missing, instead of measuring it.")
 @_set
 @_store
 @_common
 @_reporting
-def compose(spec: Path, out: Path, overrides: dict[str, Any], store: Path | None, as_json: bool) -> None:
+def compose(
+    spec: Path, out: Path, stored_only: bool, overrides: dict[str, Any], store: Path | None, as_json: bool
+) -> None:
     """Decide which units are kept, and write the decision as a plan.
 
     \b
@@ -206,7 +209,7 @@ def compose(spec: Path, out: Path, overrides: dict[str, Any], store: Path | None
     from expertprune import api, inspection
 
     check_parent(out)
-    plan = api.compose(spec, store, overrides, _track)
+    plan = api.compose(spec, store, overrides, _track, run=not stored_only)
     plan.save(out)
     _print(as_json, plan.document(), lambda: inspection.explain(plan.document()))
 

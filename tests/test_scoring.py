@@ -370,7 +370,7 @@ def test_a_part_that_was_never_made_is_named(tmp_path: Path) -> None:
     profile, spec = made_profile(tmp_path, "en", 1), a_spec({"language": ["en"]}, [])
     spec.relevance.criterion, spec.relevance.loss = "taylor", "kl"
     save_part(profile, "gradient-language_model")
-    with pytest.raises(SpecError, match="the profile of en lacks the gradient-kl pass.*run the profile stage"):
+    with pytest.raises(SpecError, match=r"the profile of en lacks the gradient-kl pass.*run the profile stage"):
         one_structure(profile, Structure.FFN, spec)
 
 
