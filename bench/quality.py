@@ -1,10 +1,14 @@
-"""Perplexity of base and experts on real text: criteria with and without repair, in one run.
+"""What is kept at a given size: expertprune against its peers, its own parts, its dimensions, its fusion.
 
-    python bench/quality.py --quick --data DATA
+    python -m bench.quality --data DATA [--table peers ...] [--seeds 3]
 
-DATA is a folder with `domain/pubmedqa_{calibration,report}.jsonl` and `general/wikitext2_{calibration,report}.jsonl`
-(JSON lines; PubMedQA: text, question, long_answer; WikiText-2: text). Calibration rows are profiled, report rows are
-measured and choose nothing. Finished cells are kept in `bench/results/` and not computed again.
+DATA is a folder of JSON lines: `domain/pubmedqa_*`, `general/wikitext2_*`, `general/piqa_report`, `task/gsm8k_*`,
+`language/xquad_{de,en,th}_*`, each with `_calibration.jsonl` and `_report.jsonl`. Calibration rows are profiled, report rows
+are measured and choose nothing. A finished cell is kept in `bench/results/` by the digest of all that it depends on, so a
+run that was interrupted goes on, and the tables can be printed again without a model.
+
+Every method of one table is given the same calibration text. Perplexity is of blocks of 512 tokens; the excess is
+`ln(expert / base)`, with its 95% interval over documents (paired bootstrap).
 """
 
 from __future__ import annotations
@@ -13,141 +17,254 @@ import argparse
 import datetime
 import importlib.metadata
 import json
-import math
-import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jsonlines
-import torch
+import numpy as np
 
-import expertprune
-from expertprune import api
-from expertprune.files import digest_of, write_json
-from expertprune.models import load_model, load_tokenizer
-from expertprune.spec import Spec, parse_spec
+from .cells import GEMMA, RESULTS, Bench, Cell, Result, threads
+from .measure import Sums, excess
 
-HERE = Path(__file__).parent
-BLOCK = 512
-TEMPLATE = "{text}\nQuestion: {question}\nAnswer: {long_answer}"
-QUICK = [("random", "none"), ("magnitude", "none"), ("activation", "none"), ("impact", "none")]
-QUICK += [(criterion, "least_squares") for criterion, _ in QUICK]
-SETS = {"PubMedQA": "domain/pubmedqa_report.jsonl", "WikiText-2": "general/wikitext2_report.jsonl"}
+# Cus-Prun alone: three dimensions, exact output change, their intersection; no general corpus, no repair.
+CUS_PRUN = Cell(
+    "ours",
+    dimensions={"language": "encyclopedia", "domain": "abstracts", "task": "qa"},
+    general=(),
+    overrides={
+        "relevance.criterion": "impact", "compose.rule": "intersection", "compose.allocation": "uniform",
+        "compensation": "none",
+    },
+)  # fmt: skip
+UNREPAIRED = {"compensation": "none"}
+CRITERIA = ("magnitude", "activation", "impact", "fluctuation", "taylor", "fisher", "regional", "obs")
 
 
-def make_spec(data: Path, criterion: str, repair: str, fraction: float, documents: int) -> Spec:
-    sources = {
-        "medical": {"path": str(data / "domain/pubmedqa_calibration.jsonl"), "template": TEMPLATE},
-        "encyclopedia": {"path": str(data / "general/wikitext2_calibration.jsonl")},
+class Table:
+    """Rows of a table in Markdown, printed as they come."""
+
+    def __init__(self, bench: Bench, title: str, *columns: str) -> None:
+        self.bench = bench
+        print(f"\n### {title}\n")
+        print("| " + " | ".join(columns) + " |")
+        print("|" + "---|" * len(columns), flush=True)
+
+    def add(self, *cells: str) -> None:
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+    def measured(self, cells: Sequence[Cell], base: Result) -> list[str]:
+        """Per set: perplexity and excess; then PIQA; over all seeds together."""
+        results = [self.bench.run(cell) for cell in cells]
+        columns = []
+        for name in cells[0].sets:
+            columns += _losses([result.sums[name] for result in results], base.sums[name])
+        if cells[0].piqa:
+            columns.append(f"{np.mean([result.piqa for result in results]):.3f}")
+        return columns
+
+
+def _losses(sums: Sequence[Sums], base: Sums) -> list[str]:
+    """Perplexity, and excess with its interval over documents and, where there are several seeds, their range."""
+    mean = Sums(np.mean([each.nats for each in sums], axis=0), sums[0].tokens)
+    found = excess(base, mean)
+    text = f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
+    if len(sums) > 1:
+        values = [excess(base, each).value for each in sums]
+        text += f"; seeds {min(values):.3f} to {max(values):.3f}"
+    return [f"{mean.perplexity:.2f}", text]
+
+
+def _columns(cell: Cell) -> list[str]:
+    columns = [text for name in cell.sets for text in (name, "excess ln (95%)")]
+    return columns + (["PIQA"] if cell.piqa else [])
+
+
+GLOBAL = {"compose.allocation": "global", "relevance.criterion": "fisher"}
+OURS: dict[str, dict[str, Any]] = {
+    "ours, no repair": UNREPAIRED,
+    "ours": {},
+    "ours, allocation global, criterion fisher": GLOBAL,
+    "ours, allocation global, criterion obs with Fisher tokens": {
+        "compose.allocation": "global", "relevance.criterion": "obs", "relevance.tokens": "fisher",
+    },
+}  # fmt: skip
+ONE_SEED = {"magnitude", "ours, no repair"}  # the first sees no data, the second is here for the repair's sake
+
+
+def peers(bench: Bench, seeds: Sequence[int]) -> None:
+    """A quarter of the FFN neurons (or as many parameters), every method, by seed of the calibration text."""
+    shape = Cell("base")
+    table = Table(bench, "Against peers: 25% of the FFN neurons of SmolLM2", "method", "removed", *_columns(shape))
+    base = bench.run(shape)
+    table.add("base", "", *table.measured([shape], base))
+    for method in (
+        *OURS,
+        "flap",
+        "wanda_sp",
+        "Cus-Prun alone",
+        "llm_pruner_taylor",
+        "slicegpt",
+        "shortgpt",
+        "random",
+        "magnitude",
+    ):
+        cell = replace(shape, method=method)
+        if method == "Cus-Prun alone":
+            cell = replace(CUS_PRUN, documents=40)
+        elif method in OURS:
+            cell = replace(shape, method="ours", overrides=OURS[method])
+        cells = [replace(cell, seed=seed) for seed in (seeds[:1] if method in ONE_SEED else seeds)]
+        removed = bench.run(cells[0]).removed
+        table.add(method, f"{removed / 1e6:.2f}M", *table.measured(cells, base))
+
+
+def sizes(bench: Bench, seeds: Sequence[int]) -> None:
+    """The best methods at other sizes, heads included."""
+    shape = Cell("base")
+    table = Table(bench, "At other sizes of SmolLM2", "budget", "method", "removed", *_columns(shape))
+    base = bench.run(shape)
+    for fraction in (0.1, 0.2, 0.3, 0.4):
+        for method in ("flap", "ours", "ours, allocation global, criterion fisher"):
+            cell = replace(shape, method=method, budget={"ffn": fraction})
+            if method in OURS:
+                cell = replace(cell, method="ours", overrides=OURS[method])
+            removed = bench.run(cell).removed
+            table.add(f"{fraction:.0%} of FFN", method, f"{removed / 1e6:.2f}M", *table.measured([cell], base))
+    # All block parameters: 106,168,320 less norms of the 134,515,008; a quarter of them, FFN and heads together.
+    share = 0.25 * 106_168_320 / 134_515_008
+    for method, overrides in (("flap_heads", {}), ("ours", GLOBAL)):
+        budget = {"ffn": 0.25} if method == "flap_heads" else {"parameters": share}
+        cell = replace(shape, method=method, budget=budget, overrides=overrides)
+        removed = bench.run(cell).removed
+        what = "25% of the blocks' parameters"
+        table.add(what, method, f"{removed / 1e6:.2f}M", *table.measured([cell], base))
+
+
+PARTS: dict[str, dict[str, Any]] = {
+    "ours (all parts as by default)": {},
+    "intersection → mean": {"compose.rule": "mean"},
+    "intersection → union": {"compose.rule": "union"},
+    "fusion → largest of general and expert": {"compose.fusion": {"tau": 0, "beta": 1}},
+    "global → uniform allocation": {"compose.allocation": "uniform"},
+    "search in place of global": {"compose.allocation": "search"},
+    "no repair": {"compensation": "none"},
+    "repair of cut projections only": {"compensation.scope": "cut"},
+    "repair by the OBS update": {"compensation": "obs"},
+    "two rounds": {"compose.rounds": 2},
+    "three rounds": {"compose.rounds": 3},
+}
+
+
+def parts(bench: Bench, seeds: Sequence[int]) -> None:
+    """Leave one out, or put one in."""
+    dimensions = {"language": "encyclopedia", "domain": "abstracts", "task": "qa"}
+    shape = Cell("base", dimensions=dimensions, general=("encyclopedia", "math"), documents=40)
+    table = Table(bench, "Does every part pay? 25% of FFN, SmolLM2", "part", *_columns(shape))
+    base = bench.run(shape)
+    for name, overrides in PARTS.items():
+        table.add(name, *table.measured([replace(shape, method="ours", overrides=overrides)], base))
+
+
+def dimensions(bench: Bench, seeds: Sequence[int]) -> None:
+    """Gemma: calibrated for one value, measured on all."""
+    sets = ("XQuAD-de", "XQuAD-en", "XQuAD-th", "PubMedQA")
+    shape = Cell("base", model=GEMMA, sets=sets, blocks=12, piqa=0, general=(), documents=40)
+    table = Table(bench, "Dimensions on Gemma 3 270M: FFN cut for one value", "for", "FFN", "repair", *_columns(shape))
+    base = bench.run(shape)
+    table.add("base", "", "", *table.measured([shape], base))
+    values = {"de": "language", "en": "language", "th": "language", "medical": "domain"}
+    for fraction in (0.15, 0.25):
+        for repair in ("none", "least_squares"):
+            for value, dimension in values.items():
+                cell = replace(
+                    shape, method="ours", budget={"ffn": fraction}, dimensions={dimension: value},
+                    overrides={"compensation.method": repair},
+                )  # fmt: skip
+                table.add(value, f"{fraction:.0%}", repair.replace("_", " "), *table.measured([cell], base))
+    composed = {"language": "de", "domain": "abstracts", "task": "qa"}
+    for name, chosen in (("de + medical + qa", composed), *((v, {d: v}) for d, v in composed.items())):
+        cell = replace(shape, method="ours", budget={"ffn": 0.15}, dimensions=chosen)
+        table.add(f"composed: {name}", "15%", "least squares", *table.measured([cell], base))
+
+
+def task(bench: Bench, seeds: Sequence[int]) -> None:
+    """Fused against general-only and task-only calibration, by criterion, unrepaired and repaired."""
+    shape = Cell("base", documents=40)
+    table = Table(bench, "Task-aware gain: 25% of FFN, SmolLM2, unrepaired", "criterion", "scored on", *_columns(shape))
+    base = bench.run(shape)
+    ways = {
+        "expert only": {"general": ()},
+        "general only": {"dimensions": {"domain": "encyclopedia"}, "general": ()},
+        "both, fused": {},
     }
-    return parse_spec(
-        {
-            "name": "bench-quality",
-            "base": "smollm2-135m-instruct",
-            "dimensions": {"domain": "medical"},
-            "general": ["encyclopedia"],
-            "corpora": {"sources": sources},
-            "calibration": {"documents": documents, "max_tokens": BLOCK},
-            "relevance": {"criterion": criterion},
-            "budget": {"ffn": fraction},
-            "compensation": repair,
-            "evaluate": {"enabled": False},
-        },
-        "bench",
-        HERE,
-    )
+    for criterion in CRITERIA:
+        for name, changes in ways.items():
+            if criterion == "magnitude" and name != "both, fused":
+                continue  # it sees no data
+            overrides = {"relevance.criterion": criterion, **UNREPAIRED}
+            cell = replace(shape, method="ours", overrides=overrides, **changes)
+            table.add(criterion, name, *table.measured([cell], base))
 
 
-def blocks(path: Path, tokenizer: Any, count: int) -> torch.Tensor:
-    """`count` blocks of 512 tokens, spread evenly over the file's text in its order, `[count, 512]`."""
-    ids: list[int] = []
-    with jsonlines.open(path) as rows:
-        for row in rows:
-            text = TEMPLATE.format(**row) if "long_answer" in row else row["text"]
-            ids += tokenizer(text + "\n\n")["input_ids"]
-    every = torch.tensor(ids[: len(ids) // BLOCK * BLOCK]).view(-1, BLOCK)
-    return every[torch.linspace(0, len(every) - 1, min(count, len(every))).long()]
+def tokens(bench: Bench, seeds: Sequence[int]) -> None:
+    """Excess against calibration text, for ours and for FLAP; draws a picture."""
+    shape = Cell("base", piqa=0)
+    table = Table(bench, "How much calibration text pays (25% of FFN, SmolLM2)", "method", "tokens", *_columns(shape))
+    base = bench.run(shape)
+    curves: dict[str, list[tuple[int, float, float]]] = {}
+    for documents in (10, 20, 40, 80, 160, 320):
+        for method in ("flap", "ours"):
+            cell = replace(shape, method=method, documents=documents)
+            result = bench.run(cell)
+            count = int(result.about["tokens"])
+            values = [excess(base.sums[name], result.sums[name]).value for name in ("PubMedQA", "WikiText-2")]
+            curves.setdefault(method, []).append((count, values[0], values[1]))
+            table.add(method, f"{count:,}", *table.measured([cell], base))
+    _draw(curves, RESULTS.parent / "tokens.png")
 
 
-@torch.inference_mode()
-def losses(model: Any, data: torch.Tensor) -> list[float]:
-    """Mean negative log-likelihood (nats) of each block."""
-    result = []
-    for block in data:
-        logits = model(input_ids=block[None].to(model.device), use_cache=False).logits[0, :-1].float()
-        result.append(float(torch.nn.functional.cross_entropy(logits, block[1:].to(model.device))))
-    return result
+def _draw(curves: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    for axis, column, title in zip(axes, (1, 2), ("PubMedQA (expert)", "WikiText-2 (general)"), strict=True):
+        for (name, points), colour in zip(curves.items(), ("#b35806", "#1f4e9c"), strict=False):
+            axis.plot([p[0] for p in points], [p[column] for p in points], "o-", color=colour, label=name)
+            axis.annotate(name, (points[-1][0], points[-1][column]), xytext=(4, 4), textcoords="offset points")
+        axis.set(xscale="log", title=title, xlabel="calibration tokens")
+        axis.grid(alpha=0.3)
+    axes[0].set(ylabel="excess log-perplexity, ln(expert/base)", ylim=(0, None))
+    figure.savefig(path, dpi=150)
 
 
-def interval(base: list[float], expert: list[float]) -> tuple[float, float]:
-    """95% bootstrap interval over blocks of the excess log-perplexity."""
-    excess = torch.tensor(expert) - torch.tensor(base)
-    generator = torch.Generator().manual_seed(0)
-    means = excess[torch.randint(len(excess), (2000, len(excess)), generator=generator)].mean(1)
-    low, high = means.quantile(torch.tensor([0.025, 0.975])).tolist()
-    return low, high
+def cost(bench: Bench, seeds: Sequence[int]) -> None:
+    """Wall time of each method over a plain forward pass of the same text; see bench/cost.py, which runs each alone."""
+    from .cost import table
+
+    table(bench)
 
 
-def cell(criterion: str | None, spec: Spec, data: dict[str, torch.Tensor], key: dict[str, Any]) -> dict[str, Any]:
-    """The losses of the spec's expert, or of its base where no criterion is given; kept by the digest of `key`."""
-    path = HERE / "results" / f"{digest_of(key)[:16]}.json"
-    if path.is_file():
-        kept: dict[str, Any] = json.loads(path.read_text())
-        return kept
-    with tempfile.TemporaryDirectory() as temporary:
-        if criterion is None:
-            model = api.validate(spec).model
-        else:
-            folder = api.prune(api.compose(spec), Path(temporary) / "expert")
-            model = load_model(folder, api.validate(spec).base.dtype)
-        found = {name: losses(model, part) for name, part in data.items()}
-    result = {"key": key, "losses": found}
-    write_json(path, result)
-    return result
+TABLES: dict[str, Callable[[Bench, Sequence[int]], None]] = {
+    "peers": peers, "sizes": sizes, "parts": parts, "dimensions": dimensions, "task": task, "tokens": tokens, "cost": cost,
+}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", required=True, help="The table of bench/README.md.")
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--fraction", type=float, default=0.25)
-    parser.add_argument("--documents", type=int, default=48, help="Calibration documents of each corpus.")
-    parser.add_argument("--blocks", type=int, default=48, help="Measured blocks of 512 tokens of each set.")
+    parser.add_argument("--table", action="append", choices=list(TABLES), help="Which; default: all.")
+    parser.add_argument("--seeds", type=int, default=3, help="Calibration seeds of the table of peers.")
     arguments = parser.parse_args()
-    first = make_spec(arguments.data.resolve(), "impact", "none", arguments.fraction, arguments.documents)
-    prepared = api.validate(first)
-    tokenizer = load_tokenizer(prepared.base.folder)
-    data = {name: blocks(arguments.data / path, tokenizer, arguments.blocks) for name, path in SETS.items()}
-    about = {
-        "base": prepared.base.digest,
-        "dtype": str(prepared.base.dtype),
-        "blocks": {name: digest_of(part.tolist()) for name, part in data.items()},
-        "corpora": {str(name): corpus.digest for name, corpus in prepared.corpora.items()},
-    }
-    base = cell(None, first, data, {**about, "method": "base"})
-    lines = ["| chosen by | repair | " + " | ".join(f"{name} | excess ln (95%)" for name in data) + " |"]
-    lines.append("|---|---|" + "---|---|" * len(data))
-    row = " | ".join(f"{math.exp(sum(v) / len(v)):.2f} | " for v in base["losses"].values())
-    lines.append(f"| base | | {row} |")
-    for criterion, repair in QUICK:
-        spec = make_spec(arguments.data.resolve(), criterion, repair, arguments.fraction, arguments.documents)
-        sections = ("calibration", "relevance", "compose", "budget", "compensation")
-        settings = {section: spec.document()[section] for section in sections}
-        key = {**about, "method": settings, "version": expertprune.__version__}
-        result = cell(criterion, spec, data, key)
-        columns = []
-        for name in data:
-            mine, theirs = base["losses"][name], result["losses"][name]
-            low, high = interval(mine, theirs)
-            excess = sum(theirs) / len(theirs) - sum(mine) / len(mine)
-            columns.append(f"{math.exp(sum(theirs) / len(theirs)):.2f} | {excess:.3f} ({low:.3f} to {high:.3f})")
-        lines.append(f"| {criterion} | {repair.replace('_', ' ')} | {' | '.join(columns)} |")
-        print(lines[-1], flush=True)
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("expertprune", "torch", "transformers")
-    )
-    print("\n".join(lines))
-    print(f"\n{versions}, {about['dtype']}, {datetime.date.today().isoformat()}")
+    bench = Bench(arguments.data.resolve())
+    for name in arguments.table or TABLES:
+        TABLES[name](bench, range(arguments.seeds))
+    packages = ("expertprune", "torch", "transformers")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    print("\n" + json.dumps({**versions, "threads": threads(), "date": datetime.date.today().isoformat()}))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """expertprune: turn a general language model into a compact expert, without post-training.
 
 The verbs are functions here, under the same names as the commands: `validate`, `profile`, `compose`, `prune`, `build`,
-`evaluate`, `inspect`. They are imported at their first use, so that `import expertprune` is quick.
+`evaluate`, `sweep`, `compare`, `inspect`. They are imported at their first use, so that `import expertprune` is quick.
 """
 
 from __future__ import annotations
@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from expertprune.analysis import compare
     from expertprune.api import build, compose, evaluate, profile, prune, validate
     from expertprune.inspection import describe as inspect
     from expertprune.spec import Spec, load_spec
+    from expertprune.sweeping import sweep
 
 _PLACES = {
     **dict.fromkeys(("build", "compose", "evaluate", "profile", "prune", "validate"), ("expertprune.api", None)),
+    "compare": ("expertprune.analysis", None),
     "inspect": ("expertprune.inspection", "describe"),
+    "sweep": ("expertprune.sweeping", None),
     "Spec": ("expertprune.spec", None),
     "load_spec": ("expertprune.spec", None),
 }
@@ -27,12 +31,14 @@ __all__ = [
     "Spec",
     "__version__",
     "build",
+    "compare",
     "compose",
     "evaluate",
     "inspect",
     "load_spec",
     "profile",
     "prune",
+    "sweep",
     "validate",
 ]
 

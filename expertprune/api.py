@@ -16,7 +16,7 @@ from expertprune.artifacts import Evaluation, Plan, Profile, load_plan
 from expertprune.corpora import Corpus, CorpusName, load_corpora
 from expertprune.deciding import decide
 from expertprune.errors import CheckpointError, ExpertpruneError, PlanError, SpecError
-from expertprune.evaluation import batches_needed
+from expertprune.evaluation import Floats, batches_needed
 from expertprune.evaluation import evaluate as evaluate_models
 from expertprune.files import check_output, require_room, staged_folder, store_folder
 from expertprune.models import BaseModel, load_model, load_tokenizer, resolve_base
@@ -34,10 +34,16 @@ log = logging.getLogger(__name__)
 
 
 def profile(
-    spec: SpecLike, store: str | Path | None = None, overrides: Mapping[str, Any] | None = None, track: Track = silent
+    spec: SpecLike | Prepared,
+    store: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    track: Track = silent,
 ) -> dict[CorpusName, Profile]:
-    """The profile of every corpus of a spec; stored ones are reused, so only what is missing runs the model."""
-    return profiles_of(validate(spec, overrides, store), track)
+    """The profile of every corpus of a spec; stored ones are reused, so only what is missing runs the model.
+
+    A spec that `validate` has prepared is not read again; `store` and `overrides` were given there.
+    """
+    return profiles_of(spec if isinstance(spec, Prepared) else validate(spec, overrides, store), track)
 
 
 def compose(
@@ -79,7 +85,7 @@ def prune(
     prepared.spec = spec
     _check_corpora(prepared, plan)
     with staged_folder(out, overwrite) as folder:
-        _write(prepared, plan, folder, track)
+        write_folder(prepared, plan, folder, track)
     return out
 
 
@@ -93,7 +99,8 @@ def _check_corpora(prepared: Prepared, plan: Plan) -> None:
             )
 
 
-def _write(prepared: Prepared, plan: Plan, folder: Path, track: Track) -> None:
+def write_folder(prepared: Prepared, plan: Plan, folder: Path, track: Track = silent) -> None:
+    """Cut, repair as the spec says, and write the expert and its card into an empty folder."""
     repair_input = None
     if prepared.spec.compensation.method != "none" and not plan.cuts_nothing:
         repair_input = RepairInput(prepared.model, prepared.repair_batches(), prepared.spec.compensation)
@@ -146,9 +153,9 @@ def build(
     _room_for_expert(prepared, out)
     plan = plan_of(prepared, track)
     with staged_folder(out, overwrite) as folder:
-        _write(prepared, plan, folder, track)
+        write_folder(prepared, plan, folder, track)
         if prepared.spec.evaluate.enabled:
-            _evaluate(folder, prepared.model, prepared.base, prepared.evaluated, prepared.spec.evaluate, track)
+            evaluate_folder(folder, prepared.model, prepared.base, prepared.evaluated, prepared.spec.evaluate, track)
     return out
 
 
@@ -186,7 +193,7 @@ def evaluate(
     loaded: dict[CorpusName, Corpus] = load_corpora(spec)
     evaluated = _not_profiled(evaluation_corpora(spec, loaded), about)
     model = load_model(resolved.folder, resolved.dtype, trust_remote_code=resolved.trust_remote_code)
-    return _evaluate(folder, model, resolved, evaluated, spec.evaluate, track)
+    return evaluate_folder(folder, model, resolved, evaluated, spec.evaluate, track)
 
 
 def _recorded_base(about: Mapping[str, Any], base: Base, store: Path) -> BaseModel:
@@ -217,13 +224,25 @@ def _not_profiled(corpora: list[Corpus], about: Mapping[str, Any]) -> list[Corpu
     return corpora
 
 
-def _evaluate(
-    folder: Path, base_model: Any, base: BaseModel, corpora: list[Corpus], settings: Evaluate, track: Track
+def evaluate_folder(
+    folder: Path,
+    base_model: Any,
+    base: BaseModel,
+    corpora: list[Corpus],
+    settings: Evaluate,
+    track: Track,
+    answers: dict[str, Floats] | None = None,
 ) -> Evaluation:
+    """Measure an expert against its running base, and write the result into its folder.
+
+    Args:
+        corpora: already guarded against leaks.
+        answers: what the base answered, for the next expert of the same base (see `evaluation.evaluate`).
+    """
     expert = load_model(folder, base.dtype, trust_remote_code=base.trust_remote_code)
     tokenizer = load_tokenizer(folder, base.trust_remote_code)
     with track("evaluate", batches_needed(corpora)) as step:
-        result = evaluate_models(base_model, expert, tokenizer, corpora, settings, step)
+        result = evaluate_models(base_model, expert, tokenizer, corpora, settings, step, answers)
     about = json.loads((folder / EXPERT_FILE).read_text(encoding="utf-8"))
     write_card(folder, about | {"evaluation": result.document()})
     return result

@@ -63,8 +63,9 @@ class Profile:
     - `tokens` `[documents]`: tokens of each document that the model predicts.
 
     What other passes over the same corpus give lies in parts beside it, `DIGEST.PART.safetensors`, one for each pass that
-    was made: `gradient-language_model`, `gradient-kl`, `regional`, `removal`. Each holds `ffn.l.value` and `heads.l.value`,
-    `[documents, units]` in half precision with their scales (`removal`: float32 `[units]`, and `groups.l.value` too).
+    was made: `gradient-language_model`, `gradient-kl`, `regional`, `removal`, `removal-fisher`. Each holds `ffn.l.value` and
+    `heads.l.value`, `[documents, units]` in half precision with their scales (removals: float32 `[units]`, and
+    `groups.l.value` too).
     """
 
     def __init__(self, path: Path) -> None:

@@ -2,111 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import json
-import logging
-import signal
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
-import yaml
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from expertprune import __version__
-from expertprune.errors import ExpertpruneError, SpecError
 from expertprune.files import check_parent, to_json
-
-F = TypeVar("F", bound=Callable[..., Any])
-output = Console()
-if not output.is_terminal:  # a pipe or a file has no width of its own
-    output = Console(width=120)
-messages = Console(stderr=True)
-
-
-def _reporting(command: F) -> F:
-    """User's mistakes become a message and exit code 2, an interruption exit code 1."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        # A terminated process cleans up as an interrupted one does: staged folders vanish.
-        with contextlib.suppress(ValueError):  # not in the main thread
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            return command(*args, **kwargs)
-        except ExpertpruneError as error:
-            problems = error.problems if isinstance(error, SpecError) else [str(error)]
-            for problem in problems:
-                click.echo(f"error: {problem}", err=True)
-            sys.exit(2)
-        except KeyboardInterrupt:
-            click.echo("interrupted: nothing half-written is left; stored profiles are kept for the next run", err=True)
-            sys.exit(1)
-
-    return run  # type: ignore[return-value]
-
-
-def _common(command: F) -> F:
-    command = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, for machines.")(command)
-    return click.option("-v", "--verbose", is_flag=True, callback=_logs, expose_value=False, help="Show logs.")(command)
-
-
-def _logs(_: click.Context, __: click.Parameter, verbose: bool) -> None:
-    handler = RichHandler(console=messages, show_path=False, markup=False)
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", handlers=[handler])
-
-
-_store = click.option(
-    "--store", type=click.Path(file_okay=False, path_type=Path), envvar="EXPERTPRUNE_STORE",
-    help="Folder of stored profiles [default: EXPERTPRUNE_STORE, else the user's cache].",
-)  # fmt: skip
-_spec = click.argument("spec", type=click.Path(path_type=Path))
-_overwrite = click.option("--overwrite", is_flag=True, help="Replace an expert that is there.")
-
-
-def _settings(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
-    settings = {}
-    for value in values:
-        key, sign, text = value.partition("=")
-        if not sign or not key:
-            raise click.BadParameter(f"{value!r} is not KEY=VALUE, such as budget.ffn=0.3")
-        try:
-            settings[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise click.BadParameter(f"{text!r} is not a YAML value") from None
-    return settings
-
-
-_set = click.option(
-    "--set", "overrides", multiple=True, callback=_settings, metavar="KEY=VALUE", help="Change a key of the spec."
+from expertprune.terminal import (
+    common,
+    output,
+    overwrite_option,
+    progress_bar,
+    reporting,
+    set_option,
+    show,
+    spec_argument,
+    store_option,
 )
-
-
-@contextlib.contextmanager
-def _track(stage: str, steps: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on standard error."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=messages) as progress:
-        task = progress.add_task(stage, total=steps)
-
-        def step() -> None:
-            done = progress.tasks[0].completed + 1
-            progress.update(task, completed=done, total=max(steps, done))
-
-        yield step
-        progress.update(task, total=progress.tasks[0].completed)
-
-
-def _print(as_json: bool, data: Any, text: Callable[[], Any]) -> None:
-    if as_json:
-        click.echo(to_json(data))
-    else:
-        output.print(text())
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -120,11 +35,11 @@ def main() -> None:
 
 
 @main.command()
-@_spec
-@_set
-@_store
-@_common
-@_reporting
+@spec_argument
+@set_option
+@store_option
+@common
+@reporting
 def validate(spec: Path, overrides: dict[str, Any], store: Path | None, as_json: bool) -> None:
     """Check a spec and all that it names: base, corpora, budget.
 
@@ -168,11 +83,11 @@ def validate(spec: Path, overrides: dict[str, Any], store: Path | None, as_json:
 
 
 @main.command()
-@_spec
-@_set
-@_store
-@_common
-@_reporting
+@spec_argument
+@set_option
+@store_option
+@common
+@reporting
 def profile(spec: Path, overrides: dict[str, Any], store: Path | None, as_json: bool) -> None:
     """Measure every corpus of a spec; what is stored already is not measured again.
 
@@ -181,7 +96,7 @@ def profile(spec: Path, overrides: dict[str, Any], store: Path | None, as_json: 
     """
     from expertprune import api
 
-    profiles = api.profile(spec, store, overrides, _track)
+    profiles = api.profile(spec, store, overrides, progress_bar)
     data = {str(name): {"path": str(p.path), "tokens": p.tokens, "digest": p.digest} for name, p in profiles.items()}
     if as_json:
         click.echo(to_json({"kind": "profiles", "profiles": data}))
@@ -191,13 +106,13 @@ def profile(spec: Path, overrides: dict[str, Any], store: Path | None, as_json: 
 
 
 @main.command()
-@_spec
+@spec_argument
 @click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The plan, a JSON file.")
 @click.option("--stored-only", is_flag=True, help="Fail where a profile is missing, instead of measuring it.")
-@_set
-@_store
-@_common
-@_reporting
+@set_option
+@store_option
+@common
+@reporting
 def compose(
     spec: Path, out: Path, stored_only: bool, overrides: dict[str, Any], store: Path | None, as_json: bool
 ) -> None:
@@ -209,18 +124,18 @@ def compose(
     from expertprune import api, inspection
 
     check_parent(out)
-    plan = api.compose(spec, store, overrides, _track, run=not stored_only)
+    plan = api.compose(spec, store, overrides, progress_bar, run=not stored_only)
     plan.save(out)
-    _print(as_json, plan.document(), lambda: inspection.explain(plan.document()))
+    show(as_json, plan.document(), lambda: inspection.explain(plan.document()))
 
 
 @main.command()
 @click.argument("plan", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="The expert's folder.")
-@_overwrite
-@_store
-@_common
-@_reporting
+@overwrite_option
+@store_option
+@common
+@reporting
 def prune(plan: Path, out: Path, overwrite: bool, store: Path | None, as_json: bool) -> None:
     """Apply a plan: cut, repair, write the expert.
 
@@ -229,17 +144,17 @@ def prune(plan: Path, out: Path, overwrite: bool, store: Path | None, as_json: b
     """
     from expertprune import api
 
-    _print_expert(api.prune(plan, out, overwrite, store, _track), as_json)
+    _print_expert(api.prune(plan, out, overwrite, store, progress_bar), as_json)
 
 
 @main.command()
-@_spec
+@spec_argument
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="The expert's folder.")
-@_set
-@_overwrite
-@_store
-@_common
-@_reporting
+@set_option
+@overwrite_option
+@store_option
+@common
+@reporting
 def build(spec: Path, out: Path, overrides: dict[str, Any], overwrite: bool, store: Path | None, as_json: bool) -> None:
     """From a spec to an evaluated expert: profile, compose, prune, evaluate.
 
@@ -248,7 +163,7 @@ def build(spec: Path, out: Path, overrides: dict[str, Any], overwrite: bool, sto
     """
     from expertprune import api
 
-    _print_expert(api.build(spec, out, overrides, overwrite, store, _track), as_json)
+    _print_expert(api.build(spec, out, overrides, overwrite, store, progress_bar), as_json)
 
 
 @main.command()
@@ -256,9 +171,9 @@ def build(spec: Path, out: Path, overrides: dict[str, Any], overwrite: bool, sto
 @click.option("--corpus", "corpora", multiple=True, help="One of the spec's corpora, such as medical [default: all].")
 @click.option("--base", type=click.Path(path_type=Path), help="The base's folder, if it has moved.")
 @click.option("--documents", type=click.IntRange(min=1), help="At most so many documents of each corpus.")
-@_store
-@_common
-@_reporting
+@store_option
+@common
+@reporting
 def evaluate(
     expert: Path, corpora: tuple[str, ...], base: Path | None, documents: int | None, store: Path | None, as_json: bool
 ) -> None:
@@ -271,14 +186,96 @@ def evaluate(
     from expertprune.report import retention_table
 
     overrides = {"evaluate.documents": documents} if documents else {}
-    result = api.evaluate(expert, list(corpora), base and base.resolve(), store, overrides, _track).document()
-    _print(as_json, result, lambda: retention_table(result))
+    result = api.evaluate(expert, list(corpora), base and base.resolve(), store, overrides, progress_bar).document()
+    show(as_json, result, lambda: retention_table(result))
+
+
+def _fractions(_: click.Context, __: click.Parameter, text: str) -> list[float]:
+    fractions, wrong = [], []
+    for part in text.split(","):
+        try:
+            fractions.append(float(part))
+        except ValueError:
+            wrong.append(repr(part.strip()))
+    if wrong:
+        raise click.BadParameter(f"{', '.join(wrong)}: not a number; give fractions such as 0.1,0.25,0.5")
+    return fractions
+
+
+@main.command()
+@spec_argument
+@click.option(
+    "--budgets", required=True, callback=_fractions, metavar="FRACTIONS",
+    help="What is removed, such as 0.1,0.25,0.5: of all parameters if the spec's budget says parameters or "
+    "max_parameters, else of each structure that it names.",
+)  # fmt: skip
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for sweep.json, written after each budget; the same sweep goes on from there.",
+)  # fmt: skip
+@click.option("--keep-experts", is_flag=True, help="Keep the experts too, in OUT/NAME-BUDGET.")
+@click.option("--picture", type=click.Path(path_type=Path), help="Draw the curve into this .png or .svg file.")
+@set_option
+@store_option
+@common
+@reporting
+def sweep(
+    spec: Path,
+    budgets: list[float],
+    out: Path | None,
+    keep_experts: bool,
+    picture: Path | None,
+    overrides: dict[str, Any],
+    store: Path | None,
+    as_json: bool,
+) -> None:
+    """Show what experts of several sizes keep: one profile, many plans.
+
+    \b
+    expertprune sweep profiles/english-medical-qa.yaml --budgets 0.1,0.3,0.5 --picture sweep.png
+    """
+    from expertprune import sweeping
+    from expertprune.pictures import check_picture, retention_curve
+    from expertprune.report import sweep_table
+
+    if picture is not None:
+        check_picture(picture, made=out)
+    result = sweeping.sweep(spec, budgets, out, keep_experts, store, overrides, progress_bar).document()
+    if picture is not None:
+        retention_curve(result["points"], picture)
+    show(as_json, result, lambda: sweep_table(result))
+
+
+@main.command()
+@click.argument("specs", metavar="SPEC...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--all", "everything", is_flag=True, help="Compare with every other stored profile of the base too.")
+@click.option("--fraction", default=0.25, show_default=True, help="Which part of each layer's units is irrelevant.")
+@click.option(
+    "--structure", "structures", multiple=True, type=click.Choice(["ffn", "query_heads", "kv_groups"]),
+    help="Compare these units only [default: all three].",
+)  # fmt: skip
+@click.option("--picture", type=click.Path(path_type=Path), help="Draw heat maps into this .png or .svg file.")
+@set_option
+@store_option
+@common
+@reporting
+def compare(specs: tuple[Path, ...], overrides: dict[str, Any], as_json: bool, **options: Any) -> None:
+    """Show how much the units that corpora need have in common, and which corpora are alike.
+
+    \b
+    expertprune compare profiles/english-medical-qa.yaml --picture overlap.png
+    """
+    from expertprune import analysis
+    from expertprune.report import comparison_tables
+
+    result = analysis.compare(list(specs), overrides=overrides, track=progress_bar, **options).document()
+    show(as_json, result, lambda: comparison_tables(result))
 
 
 @main.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
-@_common
-@_reporting
+@common
+@reporting
 def inspect(artifact: Path, as_json: bool) -> None:
     """Explain a spec, a profile, a plan or an expert.
 
@@ -288,11 +285,11 @@ def inspect(artifact: Path, as_json: bool) -> None:
     from expertprune import inspection
 
     about = inspection.describe(artifact)
-    _print(as_json, about, lambda: inspection.explain(about))
+    show(as_json, about, lambda: inspection.explain(about))
 
 
 @main.command()
-@_reporting
+@reporting
 def schema() -> None:
     """Print the JSON schema of a spec, for editors.
 

@@ -14,7 +14,7 @@ from expertprune import layerwise
 from expertprune.arch import Block, Family
 from expertprune.corpora import Batch
 from expertprune.errors import CheckpointError
-from expertprune.passes import backward
+from expertprune.passes import gradient_energies
 from expertprune.spec import Compensation
 from expertprune.units import KeptUnits, LayerShape, Segment, Structure
 
@@ -137,7 +137,7 @@ def repair(
         Full names of the repaired weights and their values, `[hidden, kept]`, in the model's dtype.
     """
     solve = _least_squares_layer if settings.method == "least_squares" else _obs_layer
-    weights = fisher_weights(model, family, batches) if settings.tokens == "fisher" else None
+    weights = gradient_energies(model, family, batches) if settings.tokens == "fisher" else None
     dense = layerwise.start(model, family, batches)
     expert = dense.copy()
     for index, layer in enumerate(layerwise.decoder_layers(model, family)):
@@ -163,19 +163,6 @@ class _Cut:
 
     def weight_name(self, structure: Structure) -> str:
         return f"{self.family.layer_prefix(self.index)}{self.family.block(structure).output_weight}"
-
-
-def fisher_weights(model: Any, family: Family, batches: Sequence[Batch]) -> list[list[Tensor]]:
-    """Per layer and batch, the mean square of the loss's gradient at the layer's output, `[rows, tokens]`.
-
-    To second order, an error `e` of a token's residual stream costs `(g · e)²`; with the direction of `g` averaged out
-    that is its energy.
-    """
-    layers = len(layerwise.decoder_layers(model, family))
-    result: list[list[Tensor]] = [[] for _ in range(layers)]
-    for layer, _, gradient, _ in backward(model, family, batches, "language_model", 0, None):
-        result[layer].append(gradient["stream"].float().square().mean(2))
-    return result
 
 
 def _weights_of(stream: layerwise.Stream, batch: int, target: Tensor, how: str, fisher: list[Tensor] | None) -> Tensor:

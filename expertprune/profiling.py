@@ -18,7 +18,7 @@ from expertprune.corpora import Batch, Document
 from expertprune.errors import CheckpointError
 from expertprune.files import digest_of
 from expertprune.models import BaseModel
-from expertprune.passes import count_documents, gradient_pass, regional_pass, removal_pass
+from expertprune.passes import count_documents, gradient_energies, gradient_pass, regional_pass, removal_pass
 from expertprune.relevance import Pass
 from expertprune.units import KeptUnits, LayerShape
 
@@ -211,13 +211,16 @@ def profile_part(
     part: str,
     progress: Progress | None = None,
 ) -> Profile:
-    """Run one of the other passes (`gradient-language_model`, `gradient-kl`, `regional`, `removal`) and store its part."""
-    kind, _, loss = part.partition("-")
+    """Run one of the other passes, as their parts are named (see `Profile`), and store its part."""
+    kind, _, variant = part.partition("-")
     arguments = (model, base.family, base.layers, batches)
     if kind == Pass.GRADIENT:
-        statistics = gradient_pass(*arguments, loss, progress=progress)
+        statistics = gradient_pass(*arguments, variant, progress=progress)
+    elif kind == Pass.REMOVAL:
+        weights = gradient_energies(model, base.family, batches) if variant else None
+        statistics = removal_pass(*arguments, weights, progress)
     else:
-        statistics = {Pass.REGIONAL: regional_pass, Pass.REMOVAL: removal_pass}[Pass(kind)](*arguments, progress)
+        statistics = regional_pass(*arguments, progress)
     bad = [name for name, tensor in statistics.items() if not bool(tensor.isfinite().all())]
     if bad:
         raise CheckpointError(f"{bad[0]}: the {part} pass gave values that are not finite: try base.dtype: float32")

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from rich.box import HORIZONTALS
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -140,6 +142,69 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
             of = [reason[kind] for reason in reasons if kind in reason]
             kinds.append(f"{sum(k['kept'] for k in of):,} of {sum(k['units'] for k in of):,} kept" if of else "")
         table.add_row(structure, f"{widths(entry['kept'])} of {widths(entry['of'])}", who, *kinds)
+    return table
+
+
+def comparison_tables(comparison: Mapping[str, Any]) -> Group:
+    """Pairs of corpora as one matrix per structure, in clustering order."""
+    about = (
+        f"Above the diagonal: overlap (Jaccard index) of the least relevant {comparison['fraction']:.0%} of each layer's "
+        f"units. Below it: rank correlation of their relevance ({comparison['criterion']}). Lines part clusters."
+    )
+    parts: list[RenderableType] = [Text(about)]
+    for structure, result in comparison["structures"].items():
+        size = f"{result['irrelevant']:,} of {result['units']:,} units, overlap by chance {result['chance']:.2f}"
+        parts += [Text(f"\n{structure}: {size}"), _matrix(result, [corpus["name"] for corpus in comparison["corpora"]])]
+    return Group(*parts)
+
+
+def _matrix(result: Mapping[str, Any], names: list[str]) -> Table:
+    table = Table("", box=HORIZONTALS, padding=(0, int(len(names) <= 15), 0, 0))  # 20 corpora fit into 120 columns
+    for number in range(1, len(names) + 1):
+        table.add_column(str(number), justify="right", no_wrap=True)
+    order = [names.index(name) for name in result["order"]]
+    last = {names.index(members[-1]) for members in result["clusters"]}
+    for row, corpus in enumerate(order):
+        cells = [
+            "" if row == column else f"{result['overlap' if row < column else 'rank_correlation'][corpus][other]:.2f}"
+            for column, other in enumerate(order)
+        ]
+        table.add_row(Text(f"{row + 1:>{len(str(len(names)))}} {names[corpus]}"), *cells, end_section=corpus in last)
+    return table
+
+
+def sweep_rows(sweep: Mapping[str, Any]) -> list[list[str]]:
+    """One row per budget of a sweep: size, retention of expert and general text, accuracy where it was measured."""
+    asked = _corpora_with_questions(sweep)
+    rows = []
+    for point in sweep["points"]:
+        retention = []
+        for numbers in (point["expert"], point["general"]):
+            interval = numbers and f"({_number(numbers['low'])} to {_number(numbers['high'])})"
+            retention.append(f"{_number(numbers['retention'])} {interval}" if numbers else "")
+        accuracy = [_number(point["corpora"][name]["metrics"]["questions"]["expert"]) for name in asked]
+        size = [f"{point['parameters']['after']:,}", f"{point['fraction']:.1%}", f"{point['bytes'] / 1e6:.1f}"]
+        rows.append([f"{point['budget']:g}", *size, *retention, *accuracy])
+    return rows
+
+
+def _corpora_with_questions(sweep: Mapping[str, Any]) -> dict[str, float]:
+    """Corpora whose questions were asked, and the base's accuracy."""
+    corpora = sweep["points"][0]["corpora"] if sweep["points"] else {}
+    metrics = {name: result["metrics"] for name, result in corpora.items()}
+    return {name: numbers["questions"]["base"] for name, numbers in metrics.items() if "questions" in numbers}
+
+
+def sweep_table(sweep: Mapping[str, Any]) -> Table:
+    """A sweep for the terminal."""
+    title = f"{sweep['name']}: what is kept, of {sweep['base']['parameters']:,} parameters and in bits per byte"
+    table = Table("removed", title=Text(title))
+    headers = ["parameters", "of base", "MB", "expert\n(95% interval)", "general\n(95% interval)"]
+    headers += [f"accuracy\n{name}\n(base {_number(base)})" for name, base in _corpora_with_questions(sweep).items()]
+    for header in headers:
+        table.add_column(Text(header), justify="right")
+    for row in sweep_rows(sweep):
+        table.add_row(*row)
     return table
 
 

@@ -55,6 +55,8 @@ def part_name(relevance: Relevance) -> str | None:
     needs = check_criterion(relevance.criterion).needs
     if needs is Pass.GRADIENT:
         return f"{needs.value}-{relevance.loss}"
+    if needs is Pass.REMOVAL and relevance.tokens == "fisher":
+        return f"{needs.value}-fisher"
     return needs.value if needs is not None else None
 
 

@@ -271,6 +271,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {"family": "llama", "num_attention_heads": 12, "head_dim": 6},
     "llama, biases, tied": {"family": "llama", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     "qwen2": {"family": "qwen2"},
+    "gemma3": {"family": "gemma3"},
 }
 
 

@@ -27,7 +27,9 @@ from expertprune.evaluation import answer_questions
 from expertprune.spec import load_spec
 from tests.tiny import tiny_model, tiny_tokenizer, write_corpus
 
-COMMANDS = ["build", "compose", "evaluate", "inspect", "profile", "prune", "schema", "validate"]
+COMMANDS = [
+    "build", "compare", "compose", "evaluate", "inspect", "profile", "prune", "schema", "sweep", "validate",
+]  # fmt: skip
 CORPORA = ["language/en", "domain/medical", "task/qa", "general/general"]
 # The tiny model by hand: embeddings and output 64 × 24 each, a last norm, and three layers of four attention
 # projections (6 query and 3 KV heads of 4 channels), three FFN projections of 32 neurons and two norms.

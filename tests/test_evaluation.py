@@ -135,6 +135,13 @@ def test_bytes_are_those_of_the_text_that_is_predicted(base: Any, expert: Any) -
     assert scores.tokens.tolist() == [2, 3]
 
 
+def test_bytes_of_a_text_cut_short_with_a_token_before_it(base: Any, expert: Any) -> None:
+    """Three tokens are the one before the text and two words, both predicted."""
+    scores = score_documents(base, expert, other_tokenizer(), [Document("über heart is 日本")], max_tokens=3)
+    assert scores.bytes.tolist() == [5 + 1 + 5]
+    assert scores.tokens.tolist() == [2]
+
+
 @pytest.mark.parametrize(
     ("text", "tidy"),
     [
@@ -305,6 +312,24 @@ def test_answers_equal_a_slow_reference(
     assert answer_questions(base, tokenizer, questions).tolist() == expected
     assert 0 < sum(expected) < len(questions)
     assert expected != without_length
+
+
+def test_answers_after_a_token_that_begins_every_text(base: Any) -> None:
+    tokenizer = other_tokenizer()
+    assert tokenizer("heart")["input_ids"] == [0, 8]
+    names = ["is", "n't", ".", "über", "日本", "heart"]
+    questions = []
+    for number in range(30):
+        generator = np.random.default_rng(number)
+        choices = tuple(" ".join(generator.choice(names, int(generator.integers(1, 4)))) for _ in range(4))
+        questions.append(Question("heart is über", choices, int(generator.integers(0, 4))))
+    expected = []
+    for question in questions:
+        sums = likelihoods(base, tokenizer, question)
+        per_byte = [value / len(choice.encode()) for value, choice in zip(sums, question.choices, strict=True)]
+        expected.append(float(int(np.argmax(per_byte)) == question.answer))
+    assert answer_questions(base, tokenizer, questions).tolist() == expected
+    assert 0 < sum(expected) < len(questions)
 
 
 def test_questions_may_have_different_numbers_of_choices(base: Any, tokenizer: PreTrainedTokenizerFast) -> None:

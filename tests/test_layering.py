@@ -15,9 +15,11 @@ import expertprune
 PACKAGE = Path(expertprune.__file__).parent
 # A module may import what stands before it, never what stands after it. A folder counts as one module.
 ORDER = [
-    "errors", "registry", "units", "files", "spec", "arch", "checkpoint", "models", "artifacts", "corpora", "relevance",
-    "layerwise", "passes", "profiling", "scoring", "budgets", "allocation", "composition", "masking", "compensation",
-    "pruning", "evaluation", "preparing", "deciding", "retaining", "report", "api", "inspection", "cli",
+    "errors", "registry", "units", "files", "values", "spec",
+    "arch", "checkpoint", "models", "artifacts", "corpora", "relevance",
+    "layerwise", "passes", "profiling", "scoring", "budgets", "allocation", "composition", "comparison", "masking",
+    "compensation", "pruning", "evaluation", "preparing", "deciding", "retaining", "report", "pictures", "api",
+    "analysis", "sweeping", "inspection", "terminal", "cli",
 ]  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 MODULES = [path for path in SOURCES if path != PACKAGE / "__init__.py"]
@@ -152,7 +154,7 @@ def test_a_print_would_be_seen() -> None:
     assert prints("x = 1\nprint(x)\nconsole.print(x)") == [2]
 
 
-HEAVY = {"torch", "transformers", "datasets", "numpy", "sklearn", "safetensors"}
+HEAVY = {"torch", "transformers", "datasets", "numpy", "scipy", "sklearn", "safetensors", "matplotlib"}
 
 
 def at_import(path: Path, seen: set[Path]) -> set[str]:
@@ -177,6 +179,10 @@ def at_import(path: Path, seen: set[Path]) -> set[str]:
 def test_importing_the_package_the_commands_or_the_spec_loads_no_heavy_library(name: str) -> None:
     """`import expertprune`, `--help` and `schema` stay quick: torch and its like come with their first use."""
     assert at_import(PACKAGE / name, set()) & HEAVY == set()
+
+
+def test_matplotlib_comes_with_the_first_picture() -> None:
+    assert "matplotlib" not in at_import(PACKAGE / "analysis.py", set())
 
 
 def test_a_heavy_library_would_be_seen() -> None:

@@ -14,7 +14,7 @@ from expertprune.corpora import Batch, make_batches
 from tests.tiny import tiny_model
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
-MODELS = [("llama", {}), ("qwen2", {}), ("qwen2", SLIDING)]
+MODELS = [("llama", {}), ("qwen2", {}), ("qwen2", SLIDING), ("gemma3_text", {})]
 LENGTHS = (9, 2, 14, 5, 5)
 
 
@@ -50,7 +50,7 @@ def module_state(model: Any) -> list[tuple[str, int, int, int]]:
     ]
 
 
-@pytest.mark.parametrize(("family", "changes"), MODELS, ids=["llama", "qwen2", "qwen2-sliding"])
+@pytest.mark.parametrize(("family", "changes"), MODELS, ids=["llama", "qwen2", "qwen2-sliding", "gemma3"])
 @pytest.mark.parametrize("tokens_per_batch", [1, 16, 10_000])
 def test_layers_in_a_row_equal_the_whole_forward_pass_of_each_document(
     family: str, changes: dict[str, Any], tokens_per_batch: int

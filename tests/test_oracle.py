@@ -51,9 +51,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen2": {"family": "qwen2"},
     "qwen2, tied": {"family": "qwen2", "tie_word_embeddings": True},
     "qwen2, own head_dim": {"family": "qwen2", "num_attention_heads": 12, "head_dim": 6},
+    "gemma3": {"family": "gemma3"},
+    "gemma3, untied, attention bias": {"family": "gemma3", "tie_word_embeddings": False, "attention_bias": True},
+    "gemma3, own head_dim": {"family": "gemma3", "num_attention_heads": 12, "head_dim": 6},
+    "gemma3, one group": {"family": "gemma3", "num_attention_heads": 4, "num_key_value_heads": 1},
 }
 # Kept per layer. The hidden size is 24, which the query heads that stay must divide:
-# of 6 heads in 3 groups 3, 4 and 2 stay, of 12 heads in 3 groups 3, 8 and 2, of 6 heads in 6 groups 2 and 2.
+# of 6 heads in 3 groups 3, 4 and 2 stay, of 12 heads in 3 groups 3, 8 and 2, of 6 heads in 6 groups 2 and 2, of 4 heads
+# in one group 1.
 CUTS: dict[str, dict[str, int]] = {
     "ffn": {"ffn": 19},
     "query_heads": {"heads_per_group": 1},
@@ -66,6 +71,8 @@ CASES = [
     for variant in VARIANTS
     for cut in CUTS
     if (variant, cut) != ("llama, one head a group", "query_heads")  # there a head is a group
+    and (variant, cut)
+    not in (("gemma3, one group", "kv_groups"), ("gemma3, one group", "all"))  # and here there is one
 ]
 
 
@@ -105,7 +112,7 @@ def test_cut_model_equals_masked_model(
     assert (expected - logits_of(model)).abs().max() > 0.1, "the plan must cut something that matters"
 
 
-@pytest.mark.parametrize("variant", ["llama, both biases", "llama, mlp bias, tied", "qwen2"])
+@pytest.mark.parametrize("variant", ["llama, both biases", "llama, mlp bias, tied", "qwen2", "gemma3"])
 @pytest.mark.parametrize("cut", CUTS)
 def test_index_lists_every_written_tensor_where_it_lies(
     variant: str, cut: str, dense: Callable[[str, str], Dense], tmp_path: Path
@@ -123,10 +130,11 @@ def test_index_lists_every_written_tensor_where_it_lies(
 
 @pytest.mark.parametrize("shards", SHARDS)
 @pytest.mark.parametrize("cut", CUTS)
-def test_llama_config_changes_in_the_widths_only(
-    cut: str, shards: str, dense: Callable[[str, str], Dense], tmp_path: Path
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_config_changes_in_the_widths_only(
+    family: str, cut: str, shards: str, dense: Callable[[str, str], Dense], tmp_path: Path
 ) -> None:
-    base = dense("llama, own head_dim", shards).base
+    base = dense(f"{family}, own head_dim", shards).base
     folder = pruned(random_plan(base, **CUTS[cut]), base, tmp_path / "expert")
     expected = {
         "ffn": {"intermediate_size": 19},
@@ -215,7 +223,11 @@ def coupled_names() -> list[tuple[str, str, int, int]]:
         ("self_attn.o_proj.weight", 1, 4),
     ]
     qwen2 = [entry for entry in llama if entry[0] not in ("mlp.gate_proj.bias", "mlp.up_proj.bias")]
-    return [("llama, both biases", *entry) for entry in llama] + [("qwen2", *entry) for entry in qwen2]
+    return [
+        *(("llama, both biases", *entry) for entry in llama),
+        *(("qwen2", *entry) for entry in qwen2),
+        *(("gemma3, untied, attention bias", *entry) for entry in qwen2),
+    ]
 
 
 @pytest.mark.parametrize(("variant", "name", "axis", "step"), coupled_names())
@@ -231,7 +243,7 @@ def test_oracle_sees_a_permutation_of_any_one_coupled_tensor(
     assert (logits_of(expert) - masked_logits(model, plan)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("variant", ["llama", "qwen2"])
+@pytest.mark.parametrize("variant", ["llama", "qwen2", "gemma3"])
 @pytest.mark.parametrize("structure", ["query_heads", "kv_groups"])
 def test_oracle_sees_a_permuted_order_of_kept_heads(
     variant: str, structure: str, dense: Callable[[str, str], Dense], tmp_path: Path
@@ -254,7 +266,7 @@ def test_neurons_may_be_permuted_together(dense: Callable[[str, str], Dense], tm
     torch.testing.assert_close(logits_of(expert), masked_logits(model, plan), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
 def test_one_unit_of_each_structure_is_enough(family: str, dense: Callable[[str, str], Dense], tmp_path: Path) -> None:
     base, model = dense(family, "several files").base, dense(family, "several files").model
     plan = plan_of(base, [KeptUnits((31,), (5,), (2,)), KeptUnits((0,), (0,), (0,)), KeptUnits((7,), (3,), (1,))])
@@ -262,22 +274,23 @@ def test_one_unit_of_each_structure_is_enough(family: str, dense: Callable[[str,
     torch.testing.assert_close(logits_of(expert), masked_logits(model, plan), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize(("family", "model_type"), [("llama", "llama"), ("qwen2", "llama"), ("gemma3", "gemma3_text")])
 def test_an_expert_can_be_cut_again(
-    family: str, dense: Callable[[str, str], Dense], tmp_path: Path, store: Path
+    family: str, model_type: str, dense: Callable[[str, str], Dense], tmp_path: Path, store: Path
 ) -> None:
     first = dense(family, "several files").base
     folder = pruned(random_plan(first, seed=1, ffn=24, kv_groups=2), first, tmp_path / "first")
     base = resolved(folder, store)
-    assert base.family == family_of("llama")
+    assert base.family == family_of(model_type)
     plan = random_plan(base, seed=2, ffn=11, heads_per_group=1)
     expert = load(pruned(plan, base, tmp_path / "second"))
     torch.testing.assert_close(logits_of(expert), masked_logits(load(folder), plan), atol=1e-5, rtol=1e-5)
 
 
-def test_cached_decoding_gives_the_same_tokens(dense: Callable[[str, str], Dense], tmp_path: Path) -> None:
-    """Generation reads head counts again, for its cache."""
-    base = dense("qwen2", "several files").base
+@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+def test_cached_decoding_gives_the_same_tokens(family: str, dense: Callable[[str, str], Dense], tmp_path: Path) -> None:
+    """Generation reads head counts again, for its cache, and the windows of sliding layers."""
+    base = dense(family, "several files").base
     expert = load(pruned(random_plan(base, **CUTS["all"]), base, tmp_path / "expert"))
     prompt = IDS[:1, :5]
     cached = expert.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=1)

@@ -28,8 +28,8 @@ SHAPE = LayerShape(hidden=24, ffn=32, query_heads=HEADS, kv_heads=GROUPS, head_d
 LENGTHS = (9, 2, 14, 5, 5, 11)
 FAMILIES = pytest.mark.parametrize(
     ("family", "changes"),
-    [("llama", {}), ("qwen2", {}), ("llama", {"attention_bias": True, "mlp_bias": True})],
-    ids=["llama", "qwen2", "llama-biases"],
+    [("llama", {}), ("qwen2", {}), ("llama", {"attention_bias": True, "mlp_bias": True}), ("gemma3_text", {})],
+    ids=["llama", "qwen2", "llama-biases", "gemma3"],
 )
 Arrays = dict[str, NDArray[np.float64]]
 

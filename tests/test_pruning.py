@@ -38,7 +38,8 @@ def base(tiny_llama: Path, store: Path) -> BaseModel:
 @pytest.mark.parametrize("with_repair", [False, True])
 @pytest.mark.parametrize("shards", ["1GB", "20KB"])
 @pytest.mark.parametrize(
-    "variant", [{"family": "llama"}, {"family": "llama", "tie_word_embeddings": True}, {"family": "qwen2"}]
+    "variant",
+    [{"family": "llama"}, {"family": "llama", "tie_word_embeddings": True}, {"family": "qwen2"}, {"family": "gemma3"}],
 )
 def test_nothing_cut_gives_the_base_byte_for_byte(
     variant: dict[str, Any], shards: str, with_repair: bool, tmp_path: Path, store: Path
@@ -245,6 +246,7 @@ def test_repairs_leave_nothing_behind(base: BaseModel, tmp_path: Path) -> None:
             "qwen2",
             LayerWidths(20, 1, 2),
         ),
+        ("gemma3", Widths(20, 1, 2, {})),
     ],
 )
 def test_parameters_that_a_budget_promises_are_those_written(

@@ -8,7 +8,15 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 WORDS = [
     "the",
@@ -38,22 +46,39 @@ WIDTHS = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
+# By family: its classes, and what its config says beside the widths. Gemma's window is shorter than the tests' texts, and
+# the scale of its attention logits is not the one that follows from the width of a head.
+FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "gemma3": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        {
+            "head_dim": 4,
+            "query_pre_attn_scalar": 9,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "pad_token_id": 1,
+        },
+    ),
+}
 
 
 def tiny_model(family: str, seed: int = 0, **changes: Any) -> Any:
-    """A random causal language model of a family, float32; `changes` go into its config.
+    """A random causal language model of a family (or `model_type`), float32; `changes` go into its config.
 
     All its parameters are random, biases and norms included, so that a forgotten one shows.
     """
-    classes = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
-    config_class, model_class = classes[family]
-    config = config_class(**{**WIDTHS, **changes})
+    config_class, model_class, own = FAMILIES[family.removesuffix("_text")]
+    config = config_class(**{**WIDTHS, **own, **changes})
     torch.manual_seed(seed)
     model = model_class(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn_like(parameter)
-            parameter.copy_(1 + 0.1 * noise if "norm" in name else 0.3 * noise)
+            neutral = 0 if family.startswith("gemma") else 1  # Gemma's norms multiply by 1 + weight
+            parameter.copy_(neutral + 0.1 * noise if "norm" in name else 0.3 * noise)
     return model
 
 

@@ -14,4 +14,17 @@ from expertprune.arch.family import (
     family_of,
 )
 
-__all__ = ["MODELING", "PER_LAYER", "Block", "CoupledTensor", "Family", "bundled_models", "families", "family_of"]
+# The GGUF format's name for SentencePiece tokenizers, which begin text with BOS unless the file says otherwise.
+GGUF_SENTENCEPIECE = "llama"
+
+__all__ = [
+    "GGUF_SENTENCEPIECE",
+    "MODELING",
+    "PER_LAYER",
+    "Block",
+    "CoupledTensor",
+    "Family",
+    "bundled_models",
+    "families",
+    "family_of",
+]

@@ -6,10 +6,10 @@ import copy
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from expertprune.errors import CheckpointError, PlanError
 from expertprune.registry import nearest
@@ -40,12 +40,12 @@ class CoupledTensor(_Data):
 class Block(_Data):
     """The FFN or the attention of a layer: its output module, whose input channels are the units, and its tensors.
 
-    `output_norm` is the norm that the block's output passes before it joins the residual stream, where there is one.
+    `output_norm` is the module that the output passes before it is added to the residual stream, where there is one.
     """
 
     output: str
-    output_norm: str | None = None
     tensors: tuple[CoupledTensor, ...]
+    output_norm: str | None = None
 
     @property
     def output_weight(self) -> str:
@@ -78,7 +78,8 @@ class Family(_Data):
     """A model family as data.
 
     `residual: additive` promises that a layer's output is its input plus the outputs of the two blocks, which the
-    repair uses to aim at the residual stream; with `normed` the blocks' outputs pass their `output_norm` first.
+    repair uses to aim at the residual stream; `residual: normed`, that each output passes its block's `output_norm`
+    first.
     """
 
     family: str
@@ -90,6 +91,13 @@ class Family(_Data):
     attention: Block
     heads_divide_hidden: bool = False
     when_heads_change: Rewrite | None = None
+
+    @model_validator(mode="after")
+    def _norms_as_promised(self) -> Self:
+        for name, block in (("ffn", self.ffn), ("attention", self.attention)):
+            if (block.output_norm is not None) != (self.residual == "normed"):
+                raise ValueError(f"{name}.output_norm goes with residual: normed, and only with it")
+        return self
 
     def block(self, structure: Structure) -> Block:
         return self.ffn if structure is Structure.FFN else self.attention
@@ -253,13 +261,37 @@ def family_of(model_type: str) -> Family:
     return families()[model_type]
 
 
-class BundledModel(_Data):
-    """A real model that comes as a package: GGUF `file` inside the installed `module`."""
+class PackagedFile(_Data):
+    """A file inside an installed package; the package is found by its `module`, and none of its code is run."""
 
     module: str
     file: str
+
+
+class BundledModel(_Data):
+    """A real model that comes as a package: GGUF `file` inside the installed `module`.
+
+    One that is too large for a package comes in several, as `parts` whose bytes in this order are the file with digest
+    `sha256`.
+    """
+
+    file: str
+    module: str | None = None
+    parts: tuple[PackagedFile, ...] = ()
+    sha256: str | None = None
     install: str
     licence: str
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> Self:
+        if (self.module is None) == (not self.parts) or bool(self.parts) != (self.sha256 is not None):
+            raise ValueError("a bundled model needs either a module, or parts and the sha256 of their whole")
+        return self
+
+    @property
+    def packaged(self) -> tuple[PackagedFile, ...]:
+        """Where its bytes lie, in order."""
+        return self.parts if self.module is None else (PackagedFile(module=self.module, file=self.file),)
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from torch import Tensor
 from expertprune.relevance.statistics import UnitStatistics, criterion
 
 
-@criterion("random", paper="https://arxiv.org/abs/1810.05270")
+@criterion("random", paper="https://arxiv.org/abs/1810.05270", sees_data=False)
 def random(statistics: UnitStatistics) -> Tensor:
     """Uniform random numbers from the seed, the same for every document and corpus, `[documents, units]`."""
     generator = torch.Generator().manual_seed(statistics.seed)

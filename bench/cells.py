@@ -1,0 +1,203 @@
+"""One cell of a quality table: a method on a model, calibrated, cut and measured once, kept by the digest of all of that."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jsonlines
+import torch
+
+import expertprune
+from expertprune import api
+from expertprune.files import digest_of, write_file, write_json
+from expertprune.models import load_model
+from expertprune.spec import Spec, parse_spec
+
+from .measure import Blocks, Sums, blocks, losses, piqa_answers
+from .peers import METHODS
+
+RESULTS = Path(__file__).parent / "results"
+PIECE = 1800  # characters of a calibration document: long articles are cut at line ends
+QA = "Question: {question}\nAnswer: {long_answer}"
+# Corpora by name: file, template. Calibration rows only.
+CORPORA = {
+    "medical": ("domain/pubmedqa_calibration.jsonl", "{text}\n" + QA),
+    "abstracts": ("domain/pubmedqa_calibration.jsonl", "{text}"),
+    "qa": ("domain/pubmedqa_calibration.jsonl", QA),
+    "encyclopedia": ("general/wikitext2_calibration.jsonl", "{text}"),
+    "math": ("task/gsm8k_calibration.jsonl", "Question: {question}\nAnswer: {answer}"),
+    **{code: (f"language/xquad_{code}_calibration.jsonl", "{text}") for code in ("de", "en", "th")},
+}
+SETS = {
+    "PubMedQA": "domain/pubmedqa_report.jsonl",
+    "WikiText-2": "general/wikitext2_report.jsonl",
+    "GSM8K": "task/gsm8k_report.jsonl",
+    **{f"XQuAD-{code}": f"language/xquad_{code}_report.jsonl" for code in ("de", "en", "th")},
+}
+SMOLLM, GEMMA = "smollm2-135m-instruct", "gemma-3-270m"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a cell depends on, beside the data and the versions.
+
+    `method` is `base`, the name of a peer, or `ours` with `overrides` of the spec's keys. `budget` says what goes.
+    """
+
+    method: str
+    model: str = SMOLLM
+    budget: Mapping[str, Any] = field(default_factory=lambda: {"ffn": 0.25})
+    dimensions: Mapping[str, str] = field(default_factory=lambda: {"domain": "medical"})
+    general: tuple[str, ...] = ("encyclopedia",)
+    documents: int = 60
+    seed: int = 0
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    sets: tuple[str, ...] = ("PubMedQA", "WikiText-2", "GSM8K")
+    blocks: int = 16
+    piqa: int = 150
+
+
+@dataclass(frozen=True)
+class Result:
+    """A cell's figures: per set the losses by document, PIQA answers (1 right), removed parameters, seconds by stage."""
+
+    sums: dict[str, Sums]
+    piqa: list[float]
+    removed: int
+    seconds: dict[str, float]
+    about: dict[str, Any]
+
+
+class Bench:
+    """Cells over one data folder, each computed once."""
+
+    def __init__(self, data: Path, results: Path = RESULTS) -> None:
+        self.data, self.results = data, results
+        self._sets: dict[tuple[str, str, int], Blocks] = {}
+
+    def spec(self, cell: Cell) -> Spec:
+        """The spec of a cell; peers are calibrated by its corpora too."""
+        names = [*cell.dimensions.values(), *cell.general]
+        sources = {name: {"path": str(self._pieces(name))} for name in names}
+        overrides = {"calibration.seed": cell.seed, **cell.overrides}
+        data = {
+            "name": "bench-quality",
+            "base": cell.model,
+            "dimensions": dict(cell.dimensions),
+            "general": list(cell.general),
+            "corpora": {"sources": sources},
+            "calibration": {"documents": cell.documents, "max_tokens": 512},
+            "budget": dict(cell.budget),
+            "evaluate": {"enabled": False},
+        }
+        return parse_spec(data, "bench", self.data, overrides)
+
+    def _pieces(self, name: str) -> Path:
+        """A corpus as JSON lines of `text`, long documents cut into pieces, so that many tokens are to be had."""
+        file, template = CORPORA[name]
+        path = self.results / "corpora" / f"{name}.jsonl"
+        if path.is_file():
+            return path
+        found: list[str] = []
+        with jsonlines.open(self.data / file) as rows:
+            for row in rows:
+                text = ""
+                for line in template.format(**row).splitlines(keepends=True):
+                    if len(text) + len(line) > PIECE and len(text) > PIECE // 3:
+                        found.append(text)
+                        text = ""
+                    text += line
+                found.append(text)
+        lines = [json.dumps({"text": text.strip()}, ensure_ascii=False) for text in found if len(text.strip()) > 200]
+        write_file(path, ("\n".join(lines) + "\n").encode())
+        return path
+
+    def blocks(self, prepared: Any, name: str, count: int) -> Blocks:
+        key = (prepared.base.tokenizer_digest, name, count)
+        if key not in self._sets:
+            self._sets[key] = blocks(self.data / SETS[name], prepared.tokenizer, count)
+        return self._sets[key]
+
+    def run(self, cell: Cell) -> Result:
+        """The cell's result, from its file if it was computed before."""
+        spec = self.spec(cell)
+        prepared = api.validate(spec)
+        settings = spec.document()
+        sections = ("calibration", "relevance", "compose", "budget", "compensation", "dimensions", "general")
+        about = {
+            "cell": {key: value for key, value in asdict(cell).items() if key != "overrides"},
+            "spec": {key: settings[key] for key in sections} if cell.method == "ours" else settings["calibration"],
+            "base": prepared.base.digest,
+            "dtype": str(prepared.base.dtype),
+            "corpora": {str(name): corpus.digest for name, corpus in prepared.corpora.items()},
+            "sets": {name: digest_of(self.blocks(prepared, name, cell.blocks).ids.tolist()) for name in cell.sets},
+        }
+        if cell.method == "base":  # nothing calibrates it
+            about = {key: about[key] for key in ("base", "dtype", "sets")} | {"method": "base", "piqa": cell.piqa}
+        about = json.loads(json.dumps(about))
+        path = self.results / f"{digest_of(about)[:16]}.json"
+        if not path.is_file():
+            write_json(path, {"about": about, **self._compute(cell, prepared)})
+        return _read(path)
+
+    def _compute(self, cell: Cell, prepared: Any) -> dict[str, Any]:
+        seconds: dict[str, float] = {}
+        start = time.perf_counter()
+        removed = 0
+        if cell.method == "base":
+            model = prepared.model
+        elif cell.method == "ours":
+            model, removed = _ours(prepared, seconds)
+        else:
+            model = load_model(prepared.base.folder, prepared.base.dtype)
+            begun = time.perf_counter()
+            peer = METHODS[cell.method]
+            model, removed = peer(model, prepared.repair_batches(), float(cell.budget["ffn"]), cell.seed)
+            seconds["method"] = time.perf_counter() - begun
+        measured = time.perf_counter()
+        sums = {name: losses(model, self.blocks(prepared, name, cell.blocks)) for name in cell.sets}
+        piqa_file = self.data / "general/piqa_report.jsonl"
+        answers = piqa_answers(model, prepared.tokenizer, piqa_file, cell.piqa).tolist() if cell.piqa else []
+        seconds["measure"] = time.perf_counter() - measured
+        seconds["all"] = time.perf_counter() - start
+        return {
+            "removed": removed,
+            "tokens": sum(batch.tokens for batch in prepared.repair_batches()),
+            "sums": {name: {"nats": s.nats.tolist(), "tokens": s.tokens.tolist()} for name, s in sums.items()},
+            "piqa": answers,
+            "seconds": seconds,
+            "version": expertprune.__version__,
+        }
+
+
+def _ours(prepared: Any, seconds: dict[str, float]) -> tuple[Any, int]:
+    begun = time.perf_counter()
+    plan = api.plan_of(prepared, api.silent)
+    seconds["plan"] = time.perf_counter() - begun
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "expert"
+        folder.mkdir()
+        begun = time.perf_counter()
+        api.write_folder(prepared, plan, folder)
+        seconds["prune"] = time.perf_counter() - begun
+        model = load_model(folder, prepared.base.dtype)
+    return model, plan.parameters["before"] - plan.parameters["after"]
+
+
+def _read(path: Path) -> Result:
+    import numpy as np
+
+    data = json.loads(path.read_text(encoding="utf-8"))
+    sums = {name: Sums(np.array(s["nats"]), np.array(s["tokens"])) for name, s in data["sums"].items()}
+    about = {**data["about"], "tokens": data["tokens"]}
+    return Result(sums, data["piqa"], data["removed"], data["seconds"], about)
+
+
+def threads() -> int:
+    return torch.get_num_threads()

@@ -1,0 +1,116 @@
+"""What each method costs: its wall time over a plain forward pass of the same text in the same run, and its peak memory.
+
+    python -m bench.cost --data DATA [--documents 20]
+
+Each method runs in a process of its own: plain forward pass, then the method. Used by `bench.quality --table cost`, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from expertprune import api
+from expertprune.models import load_model
+from expertprune.preparing import profiles_of
+
+from .cells import Bench, Cell
+from .peers import METHODS
+
+OURS = {
+    "profile (forward pass)": {},
+    "profile + gradient pass": {"relevance.criterion": "fisher"},
+    "profile + regional pass": {"relevance.criterion": "regional"},
+    "profile + removal pass (OBS)": {"relevance.criterion": "obs"},
+    "repair, cut projections": {"compensation.scope": "cut"},
+    "repair, all projections": {"compensation.scope": "all"},
+    "repair, OBS update": {"compensation": "obs"},
+}
+
+
+def peak() -> float:
+    """Largest resident memory of this process so far, GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def measure(bench: Bench, name: str, documents: int) -> dict[str, Any]:
+    """Seconds of a plain forward pass and of the method on the same text, and peak memory before and after, GiB."""
+    overrides = OURS.get(name, {})
+    cell = Cell("ours" if name in OURS else name, documents=documents, overrides=overrides)
+    prepared = api.validate(bench.spec(cell), store=None)
+    model, batches = prepared.model, prepared.repair_batches()
+    with torch.inference_mode():
+        model(input_ids=batches[0].ids, use_cache=False)
+        start = time.perf_counter()
+        for batch in batches:
+            model(input_ids=batch.ids, use_cache=False)
+        plain = time.perf_counter() - start
+    before = peak()
+    with tempfile.TemporaryDirectory() as temporary:
+        prepared.store = Path(temporary)
+        if name.startswith("repair"):
+            plan = api.plan_of(prepared, api.silent)
+            (Path(temporary) / "expert").mkdir()
+            start = time.perf_counter()
+            api.write_folder(prepared, plan, Path(temporary) / "expert")
+        elif name in OURS:
+            start = time.perf_counter()
+            profiles_of(prepared, api.silent)
+        else:
+            fresh = load_model(prepared.base.folder, prepared.base.dtype)
+            start = time.perf_counter()
+            METHODS[name](fresh, batches, 0.25, 0)
+        seconds = time.perf_counter() - start
+    tokens = sum(batch.tokens for batch in batches)
+    return {"plain": plain, "seconds": seconds, "before": before, "peak": peak(), "tokens": tokens}
+
+
+def table(bench: Bench, documents: int = 20) -> None:
+    """The table, one process a row."""
+    print("\n### What each method costs\n")
+    print(
+        "| method | time over a plain forward pass | peak memory (GiB) | beyond the running model |\n|---|---|---|---|"
+    )
+    for name in (*METHODS, *OURS):
+        command = [
+            sys.executable,
+            "-m",
+            "bench.cost",
+            "--data",
+            str(bench.data),
+            "--documents",
+            str(documents),
+            "--one",
+            name,
+        ]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        found = json.loads(run.stdout.splitlines()[-1])
+        more = found["peak"] - found["before"]
+        print(f"| {name} | {found['seconds'] / found['plain']:.2f} | {found['peak']:.2f} | {more:.2f} |", flush=True)
+    print(f"\n{found['tokens']:,} tokens; plain forward pass {found['plain']:.1f} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--documents", type=int, default=20)
+    parser.add_argument("--one", help="One row, as JSON.")
+    arguments = parser.parse_args()
+    bench = Bench(arguments.data.resolve())
+    if arguments.one:
+        print(json.dumps(measure(bench, arguments.one, arguments.documents)))
+    else:
+        table(bench, arguments.documents)
+
+
+if __name__ == "__main__":
+    main()

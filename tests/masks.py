@@ -1,0 +1,116 @@
+"""Explicit masks on a model's units: derivatives by autograd through the whole model's ordinary forward pass."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expertprune.arch import Family, family_of
+from expertprune.units import LayerShape
+from tests.tiny import tiny_model
+
+LENGTHS = (9, 2, 14, 5, 5, 11)
+Function = Callable[[], Tensor]
+
+
+def token_lists(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(2, 64, (length,), generator=generator).tolist() for length in lengths]
+
+
+@dataclass
+class Tiny:
+    """A tiny model, its family and its layers' shapes."""
+
+    model: Any
+    family: Family
+    shapes: tuple[LayerShape, ...]
+
+    def double(self) -> Tiny:
+        """The same model in float64, for references without rounding; this one stays as it is."""
+        copy = type(self.model)(self.model.config).double().eval()
+        copy.load_state_dict(self.model.state_dict())
+        copy.set_attn_implementation("eager")  # the only one that can be derived twice
+        return Tiny(copy, self.family, self.shapes)
+
+
+def tiny(family: str, **changes: Any) -> Tiny:
+    model = tiny_model(family, **changes)
+    return Tiny(model, family_of(family), family_of(family).layer_shapes(model.config.to_dict()))
+
+
+class Masks:
+    """Masks of ones on the units of some layers; a query head's channels carry its own mask times its KV group's."""
+
+    def __init__(self, of: Tiny, layers: Sequence[int]) -> None:
+        self.of, self.layers = of, layers
+
+        def ones(count: int) -> Tensor:
+            return torch.ones(count, dtype=of.model.dtype, requires_grad=True)
+
+        self.ffn = {layer: ones(of.shapes[layer].ffn) for layer in layers}
+        self.heads = {layer: ones(of.shapes[layer].query_heads) for layer in layers}
+        self.groups = {layer: ones(of.shapes[layer].kv_heads) for layer in layers}
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [each for masks in (self.ffn, self.heads, self.groups) for each in masks.values()]
+
+    def names(self) -> list[str]:
+        return [f"{name}.{layer}" for name in ("ffn", "heads", "groups") for layer in self.layers]
+
+    @contextlib.contextmanager
+    def hooked(self) -> Iterator[None]:
+        """While open, the inputs of `down_proj` and `o_proj` are multiplied by the masks."""
+
+        def times(factor: Function) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Tensor]]:
+            return lambda _, arguments: (arguments[0] * factor(),)
+
+        handles = []
+        for index in self.layers:
+            layer, shape = self.of.model.model.layers[index], self.of.shapes[index]
+            per_channel = torch.ones(shape.head_dim, dtype=self.of.model.dtype)
+
+            def of_heads(index: int = index, shape: LayerShape = shape, per_channel: Tensor = per_channel) -> Tensor:
+                masks = self.heads[index] * self.groups[index].repeat_interleave(shape.heads_per_group)
+                return torch.outer(masks, per_channel).flatten()
+
+            handles.append(layer.mlp.down_proj.register_forward_pre_hook(times(lambda i=index: self.ffn[i])))  # type: ignore[misc]
+            handles.append(layer.self_attn.o_proj.register_forward_pre_hook(times(of_heads)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def cross_entropy(model: Any, ids: Sequence[int]) -> Tensor:
+    """The mean loss of one document alone, each token predicted from those before it."""
+    row = torch.tensor([list(ids)])
+    logits = model(input_ids=row, use_cache=False).logits[0]
+    return nn.functional.cross_entropy(logits[:-1], row[0, 1:])
+
+
+def mask_gradients(of: Tiny, documents: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """`∂L_d/∂m_u` in float64, by name (`ffn.0`, `heads.2`, `groups.1`), `[documents, units]`."""
+    exact = of.double()
+    masks = Masks(exact, range(len(of.shapes)))
+    rows = []
+    with masks.hooked():
+        for ids in documents:
+            rows.append(torch.autograd.grad(cross_entropy(exact.model, ids), masks.leaves))
+    return {name: torch.stack(each) for name, each in zip(masks.names(), zip(*rows, strict=True), strict=True)}
+
+
+def assert_near(actual: Tensor, expected: Tensor, relative: float, name: str = "") -> None:
+    """Equal up to a part `relative` of each number, or of the largest where sums cancel."""
+    largest = float(expected.abs().max())
+    assert largest > 0, name
+    torch.testing.assert_close(
+        actual.double(), expected.double(), rtol=relative, atol=relative * largest, msg=lambda text: f"{name}: {text}"
+    )

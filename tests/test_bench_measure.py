@@ -1,0 +1,169 @@
+"""What the quality tables measure, against sums written out token by token."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+
+from bench import measure
+from tests.tiny import WORDS, tiny_model, tiny_tokenizer
+
+
+def tokenizer_with_bos() -> Any:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return tokenizer
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """Documents of 7, 1, 12 and 6 words: 26 tokens."""
+    words = [f"w{i}" for i in range(26)]
+    cuts = [0, 7, 8, 20, 26]
+    rows = [{"text": " ".join(words[a:b])} for a, b in itertools.pairwise(cuts)]
+    return write_rows(tmp_path / "text.jsonl", rows)
+
+
+OWNERS = [0] * 7 + [1] + [2] * 12 + [3] * 6
+
+
+def test_blocks_cut_the_text_of_all_documents_in_their_order(text: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    ids = [tokenizer.convert_tokens_to_ids(f"w{i}") for i in range(26)]
+    found = measure.blocks(text, tokenizer, 99, length=5)
+    assert found.ids.tolist() == [ids[0:5], ids[5:10], ids[10:15], ids[15:20], ids[20:25]]  # the 26th is left out
+    assert found.documents.tolist() == [OWNERS[i : i + 5] for i in (0, 5, 10, 15, 20)]
+    spread = measure.blocks(text, tokenizer, 3, length=5)
+    assert spread.ids.tolist() == [ids[0:5], ids[10:15], ids[20:25]]
+    with pytest.raises(ValueError, match="26 tokens"):
+        measure.blocks(text, tokenizer, 1, length=27)
+
+
+def test_blocks_begin_with_a_bos_where_the_tokenizer_adds_one(text: Path) -> None:
+    tokenizer = tokenizer_with_bos()
+    ids = [tokenizer.convert_tokens_to_ids(f"w{i}") for i in range(26)]
+    found = measure.blocks(text, tokenizer, 99, length=9)
+    assert found.ids.tolist() == [[0, *ids[0:8]], [0, *ids[8:16]], [0, *ids[16:24]]]
+    assert found.documents.tolist() == [[-1, *OWNERS[i : i + 8]] for i in (0, 8, 16)]
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"text": "A.", "question": "Q?", "long_answer": "L.", "label": "yes"}, "A.\nQuestion: Q?\nAnswer: L."),
+        ({"text": "A.", "questions": [{"question": "Q?", "answer": "L"}]}, "A."),
+        ({"question": "Q?", "answer": "L."}, "Question: Q?\nAnswer: L."),
+    ],
+)
+def test_the_text_of_a_row(row: dict[str, Any], text: str) -> None:
+    assert measure.text_of(row) == text
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_losses_are_summed_by_the_document_of_the_predicted_token(text: Path, bos: bool, cap: float | None) -> None:
+    model = tiny_model("llama")
+    model.config.final_logit_softcapping = cap  # as some families have it
+    data = measure.blocks(text, tokenizer_with_bos() if bos else tiny_tokenizer(), 99, length=9)
+    nats, tokens = dict.fromkeys(range(4), 0.0), dict.fromkeys(range(4), 0)
+    for ids, owners in zip(data.ids, data.documents.tolist(), strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0].double().numpy()
+        logits = cap * np.tanh(logits / cap) if cap else logits
+        for place in range(1, len(ids)):
+            scores = logits[place - 1]
+            nats[owners[place]] += np.log(np.exp(scores).sum()) - scores[ids[place]]
+            tokens[owners[place]] += 1
+    found = measure.losses(model, data)
+    seen = [d for d in range(4) if tokens[d]]
+    assert found.tokens.tolist() == [tokens[d] for d in seen]
+    np.testing.assert_allclose(found.nats, [nats[d] for d in seen], rtol=1e-5)
+    assert found.perplexity == pytest.approx(np.exp(sum(nats.values()) / sum(tokens.values())), rel=1e-5)
+
+
+def test_a_document_without_a_measured_token_takes_no_part(text: Path) -> None:
+    # blocks of 5, the first and the last: documents 0 (tokens 1 to 4) and 3 (tokens 21 to 24)
+    data = measure.blocks(text, tiny_tokenizer(), 2, length=5)
+    assert measure.losses(tiny_model("llama"), data).tokens.tolist() == [4, 4]
+
+
+def test_more_positions_than_a_chunk_give_the_same_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, generator = tiny_model("llama"), torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 64, (5, 30), generator=generator)
+    data = measure.Blocks(ids, torch.arange(5)[:, None].expand(5, 30))
+    whole = measure.losses(model, data)
+    monkeypatch.setattr(measure, "_CHUNK", 7)
+    monkeypatch.setattr(measure, "_ROWS", 3)
+    parts = measure.losses(model, data)
+    np.testing.assert_allclose(parts.nats, whole.nats, rtol=1e-6)
+    assert parts.tokens.tolist() == whole.tokens.tolist() == [29] * 5
+
+
+def sums(nats: list[float], tokens: list[int]) -> measure.Sums:
+    return measure.Sums(np.array(nats), np.array(tokens, dtype=np.float64))
+
+
+def test_excess_is_the_log_ratio_of_the_perplexities_with_an_interval_over_documents() -> None:
+    generator = np.random.default_rng(3)
+    tokens = generator.integers(50, 500, 40)
+    base = sums((3.0 * tokens).tolist(), tokens.tolist())
+    rates = generator.normal(3.5, 0.4, 40)
+    expert = sums((rates * tokens).tolist(), tokens.tolist())
+    found = measure.excess(base, expert)
+    assert found.value == pytest.approx(np.log(expert.perplexity / base.perplexity))
+    # the standard error of a ratio of sums, by linearization: documents vary by their own excess times their length
+    deviations = (rates - 3.0 - found.value) * tokens
+    error = np.sqrt((deviations**2).sum()) / tokens.sum()
+    assert found.low == pytest.approx(found.value - 1.96 * error, abs=0.2 * error)
+    assert found.high == pytest.approx(found.value + 1.96 * error, abs=0.2 * error)
+    assert measure.excess(base, expert) == found
+    assert measure.excess(base, expert, seed=1) != found
+
+
+def test_excess_of_equal_losses_is_zero_and_of_a_constant_certain() -> None:
+    base = sums([10.0, 40.0, 6.0], [5, 20, 2])
+    assert measure.excess(base, base) == measure.Excess(0, 0, 0)
+    found = measure.excess(base, sums([12.5, 50.0, 7.0], [5, 20, 2]))  # half a nat more for every token
+    assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.5, 0.5))
+
+
+def test_excess_refuses_measurements_of_different_text() -> None:
+    with pytest.raises(ValueError, match="different tokens"):
+        measure.excess(sums([1.0, 2.0], [3, 4]), sums([1.0, 2.0], [4, 3]))
+
+
+def test_piqa_counts_the_solutions_of_higher_likelihood_per_byte(tmp_path: Path) -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    generator = np.random.default_rng(0)
+    rows = []
+    for _ in range(12):
+        goal, *choices = (" ".join(generator.choice(WORDS, size)) for size in generator.integers(1, 6, 3))
+        rows.append({"goal": goal, "choices": choices, "label": int(generator.integers(0, 2))})
+    path = write_rows(tmp_path / "piqa.jsonl", rows)
+    right = []
+    for row in rows[:10]:
+        scores = []
+        for choice in row["choices"]:
+            prompt = tokenizer(f"Question: {row['goal']}\nAnswer:")["input_ids"]
+            answer = tokenizer(f" {choice}")["input_ids"]
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([prompt + answer])).logits[0].double().log_softmax(-1)
+            places = range(len(prompt), len(prompt) + len(answer))
+            total = sum(float(logits[place - 1, token]) for place, token in zip(places, answer, strict=True))
+            scores.append(total / len(choice.encode()))
+        right.append(float(scores.index(max(scores)) == row["label"]))
+    assert 0 < sum(right) < 10
+    assert measure.piqa_answers(model, tokenizer, path, 10).tolist() == right
+    assert measure.piqa(model, tokenizer, path, 10) == sum(right) / 10
