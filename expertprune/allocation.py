@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 from expertprune.budgets import (
     LayerWidths,
     Widths,
+    added_parameters,
     expressible,
     legal_ffn,
     removed_from_layer,
     removed_parameters,
     resolve_budget,
+    rounded_down,
     unreachable,
     wanted_parameters,
 )
@@ -86,7 +88,19 @@ def steps(base: BaseModel, budget: Budget, scores: Scores, structure: Structure)
     return sorted(found, key=lambda step: (step.price, step.layer, -step.width))
 
 
-def global_widths(budget: Budget, base: BaseModel, scores: Scores, part: float = 1.0) -> Widths:
+def may_keep(base: BaseModel, budget: Budget, layer: int, widths: LayerWidths) -> bool:
+    """Whether the heads and groups of a layer, each of them legal, are legal together."""
+    least = math.ceil(budget.floor * base.layers[layer].query_heads - 1e-9)
+    return widths.query_heads >= least and expressible(base, widths.heads_per_group, widths.kv_groups)
+
+
+def global_widths(
+    budget: Budget,
+    base: BaseModel,
+    scores: Scores,
+    part: float = 1.0,
+    earlier: Sequence[LayerWidths] | None = None,
+) -> Widths:
     """Widths of every layer from one ranking by score per parameter, with floors.
 
     A fraction or count of a structure is met over the whole model: as many units go as if every layer lost it. With
@@ -95,28 +109,30 @@ def global_widths(budget: Budget, base: BaseModel, scores: Scores, part: float =
     Args:
         scores: of every structure that may be cut.
         part: of the budget, for cutting in rounds.
+        earlier: widths of the previous round, from which this one goes on.
 
     Raises:
         PlanError: not reachable; the message names the largest legal value.
     """
-    layers = [LayerWidths(shape.ffn, shape.heads_per_group, shape.kv_heads) for shape in base.layers]
+    layers = list(earlier or _own_widths(base))
     for structure in (Structure.KV_GROUPS, Structure.QUERY_HEADS, Structure.FFN):
-        amount = getattr(budget, structure.value)
-        if amount:
-            ranked = steps(base, budget, scores, structure)
-            _take_units(layers, ranked, _wanted_units(base, structure, amount) * part, structure)
+        if getattr(budget, structure.value):
+            _take_units(layers, base, budget, steps(base, budget, scores, structure), structure, part)
     wanted = wanted_parameters(budget, base)
     if wanted is not None:
         every = steps(base, budget, scores, Structure.FFN)
         if not budget.kv_groups and Structure.KV_GROUPS in scores:
             every = sorted(every + steps(base, budget, scores, Structure.KV_GROUPS), key=lambda step: step.price)
-        removed = sum(removed_from_layer(base, index, layer) for index, layer in enumerate(layers))
+        gone = sum(removed_from_layer(base, index, layer) for index, layer in enumerate(layers))
         for step in every:
-            if removed >= wanted * part:
+            if gone - added_parameters(base, layers) >= wanted * part:
                 break
-            before = removed_from_layer(base, step.layer, layers[step.layer])
-            layers[step.layer] = replace(layers[step.layer], **{_FIELD[step.structure]: step.width})
-            removed += removed_from_layer(base, step.layer, layers[step.layer]) - before
+            narrow = _narrowed(base, budget, layers, step)
+            if narrow is not None:
+                gone -= removed_from_layer(base, step.layer, layers[step.layer])
+                gone += removed_from_layer(base, step.layer, narrow)
+                layers[step.layer] = narrow
+        removed = gone - added_parameters(base, layers)
         if removed < wanted * part:
             raise PlanError(unreachable(wanted, removed, budget, base.checkpoint.parameters))
     requested = budget.model_dump(include={"ffn", "query_heads", "kv_groups", "parameters", "max_parameters"})
@@ -133,21 +149,50 @@ def _wanted_units(base: BaseModel, structure: Structure, amount: int | float) ->
     return amount / per_group * len(own)
 
 
-def _take_units(layers: list[LayerWidths], ranked: list[Step], wanted: float, structure: Structure) -> None:
+def _own_widths(base: BaseModel) -> list[LayerWidths]:
+    return [LayerWidths(shape.ffn, shape.heads_per_group, shape.kv_heads) for shape in base.layers]
+
+
+def _narrowed(base: BaseModel, budget: Budget, layers: Sequence[LayerWidths], step: Step) -> LayerWidths | None:
+    """What a layer keeps after a step; `None` where it is as narrow already, or may not be."""
+    present = layers[step.layer]
+    narrow = replace(present, **{_FIELD[step.structure]: step.width})
+    if getattr(present, _FIELD[step.structure]) <= step.width:
+        return None
+    if step.structure is not Structure.FFN and not may_keep(base, budget, step.layer, narrow):
+        return None
+    return narrow
+
+
+def _take_units(
+    layers: list[LayerWidths], base: BaseModel, budget: Budget, ranked: list[Step], structure: Structure, part: float
+) -> None:
     """Go down the ranking until as many units as wanted are gone, to the nearest step."""
-    possible = sum(step.units for step in ranked)
-    smallest = min((step.units for step in ranked), default=0)
-    if wanted > possible + smallest / 2 or not ranked:
-        raise PlanError(
-            f"budget.{structure.value}: {wanted:g} units over all layers cannot be removed; at most {possible} can "
-            "(floor, multiple_of and what the config can say)"
-        )
-    removed = 0
+    field, amount = _FIELD[structure], getattr(budget, structure.value)
+    wanted = _wanted_units(base, structure, amount) * part
+    own = sum(getattr(layer, field) for layer in _own_widths(base))
+    removed = own - sum(getattr(layer, field) for layer in layers)
+    smallest = 0
     for step in ranked:
-        if removed + step.units / 2 > wanted:
+        narrow = _narrowed(base, budget, layers, step)
+        if narrow is None:
+            continue
+        smallest = getattr(layers[step.layer], field) - step.width
+        if removed + smallest / 2 > wanted:
             break
-        layers[step.layer] = replace(layers[step.layer], **{_FIELD[structure]: step.width})
-        removed += step.units
+        layers[step.layer] = narrow
+        removed += smallest
+    else:
+        if wanted > removed + smallest / 2:
+            largest = f"the largest legal one is {rounded_down(removed / own)}" if removed else "nothing can be removed"
+            raise PlanError(
+                f"budget.{structure.value}: {amount:g} is too much (floor, multiple_of and what the config can say); "
+                f"{largest}"
+            )
+    if part == 1 and not removed:
+        raise PlanError(
+            f"budget.{structure.value}: {amount:g} removes nothing; the smallest legal one is {smallest / own:.4g}"
+        )
 
 
 # --- search ---------------------------------------------------------------------------------------------------------
@@ -160,6 +205,7 @@ def search_widths(
     fitness: Fitness,
     settings: Search,
     structures: Sequence[Structure],
+    ceiling: Sequence[LayerWidths] | None = None,
 ) -> tuple[Widths, list[float]]:
     """Evolve widths under the starts' budget, one child at a time from the best so far (a (1+1) evolution strategy).
 
@@ -170,6 +216,7 @@ def search_widths(
         starts: tried first; the first says how many parameters must go.
         fitness: smaller is better, such as the divergence from the base's predictions.
         structures: whose widths may move.
+        ceiling: what each layer may keep at most, where it was cut before.
 
     Returns:
         The best widths, and the fitness of each trial in order.
@@ -183,8 +230,9 @@ def search_widths(
         if trials[-1] < best_fitness:
             best, best_fitness = start, trials[-1]
     seen = set(starts)
+    space = _Space(base, budget, structures, ceiling)
     while len(trials) < settings.trials:
-        children = (_child(best, base, budget, wanted, structures, generator) for _ in range(200))
+        children = (_child(best, base, space, wanted, generator) for _ in range(200))
         child = next((child for child in children if child not in seen), None)
         if child is None:
             break
@@ -195,21 +243,56 @@ def search_widths(
     return best, trials
 
 
-def _child(
-    parent: Widths,
-    base: BaseModel,
-    budget: Budget,
-    wanted: int,
-    structures: Sequence[Structure],
-    generator: random.Random,
-) -> Widths:
+class _Space:
+    """The widths that a search may try."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        budget: Budget,
+        structures: Sequence[Structure],
+        ceiling: Sequence[LayerWidths] | None,
+    ) -> None:
+        self.structures, self.layers = structures, len(base.layers)
+        self._base, self._budget = base, budget
+        most = ceiling or _own_widths(base)
+        self._legal = {
+            (layer, structure): [
+                width
+                for width in legal_widths(base, budget, layer, structure)
+                if width <= getattr(most[layer], _FIELD[structure])
+            ]
+            for layer in range(self.layers)
+            for structure in structures
+        }
+        self._together: dict[tuple[int, int, int], bool] = {}
+
+    def move(self, layers: list[LayerWidths], down: bool, generator: random.Random) -> None:
+        """One legal step of a random layer's structure, down or up; nothing where there is none."""
+        structure, layer = generator.choice(self.structures), generator.randrange(self.layers)
+        present = getattr(layers[layer], _FIELD[structure])
+        widths = self._legal[layer, structure]
+        smaller, larger = [w for w in widths if w < present], [w for w in widths if w > present]
+        new = max(smaller, default=present) if down else min(larger, default=present)
+        moved = replace(layers[layer], **{_FIELD[structure]: new})
+        if structure is Structure.FFN or self._may_keep(layer, moved):
+            layers[layer] = moved
+
+    def _may_keep(self, layer: int, widths: LayerWidths) -> bool:
+        key = (layer, widths.heads_per_group, widths.kv_groups)
+        if key not in self._together:
+            self._together[key] = may_keep(self._base, self._budget, layer, widths)
+        return self._together[key]
+
+
+def _child(parent: Widths, base: BaseModel, space: _Space, wanted: int, generator: random.Random) -> Widths:
     layers = list(parent.layers)
     for _ in range(generator.randint(1, 3)):
-        _move(layers, base, budget, generator.choice(structures), down=True, generator=generator)
+        space.move(layers, down=True, generator=generator)
     for _ in range(64):  # give back what is more than wanted, anywhere
         before = list(layers)
-        _move(layers, base, budget, generator.choice(structures), down=False, generator=generator)
-        removed = sum(removed_from_layer(base, index, layer) for index, layer in enumerate(layers))
+        space.move(layers, down=False, generator=generator)
+        removed = removed_parameters(base, Widths(tuple(layers), {}))
         if removed < wanted:
             return Widths(tuple(before), parent.requested)
         if removed == wanted:
@@ -217,31 +300,22 @@ def _child(
     return Widths(tuple(layers), parent.requested)
 
 
-def _move(
-    layers: list[LayerWidths],
-    base: BaseModel,
-    budget: Budget,
-    structure: Structure,
-    down: bool,
-    generator: random.Random,
-) -> None:
-    """One legal step of a random layer's structure, down or up; nothing where there is none."""
-    layer = generator.randrange(len(layers))
-    widths = legal_widths(base, budget, layer, structure)
-    present = getattr(layers[layer], _FIELD[structure])
-    smaller, larger = [w for w in widths if w < present], [w for w in widths if w > present]
-    new = max(smaller, default=present) if down else min(larger, default=present)
-    layers[layer] = replace(layers[layer], **{_FIELD[structure]: new})
-
-
 def uniform_candidates(budget: Budget, base: BaseModel) -> list[Widths]:
-    """Every way to meet a budget of parameters with the same widths in all layers: FFN against KV groups."""
+    """Every way to meet a budget of parameters with the same widths in all layers: FFN against KV groups.
+
+    Where the budget itself says which structure goes, that is the only way.
+
+    Raises:
+        PlanError: there is none.
+    """
+    if budget.kv_groups or wanted_parameters(budget, base) is None:
+        return [resolve_budget(budget, base)]
     found = []
     for width in legal_widths(base, budget, 0, Structure.KV_GROUPS):
         other = budget.model_copy(update={"kv_groups": base.layers[0].kv_heads - width})
         with contextlib.suppress(PlanError):
             found.append(resolve_budget(other, base))
-    return found
+    return found or [resolve_budget(budget, base)]
 
 
 def uniform_part(widths: Widths, base: BaseModel, budget: Budget, part: float) -> Widths:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from expertprune.errors import PlanError
@@ -38,7 +38,7 @@ class Widths:
     """What every layer keeps, and what was asked for."""
 
     layers: tuple[LayerWidths, ...]
-    requested: dict[str, Any]
+    requested: dict[str, Any] = field(hash=False)
 
     @classmethod
     def same(cls, layer: LayerWidths, count: int, requested: dict[str, Any] | None = None) -> Widths:
@@ -117,8 +117,18 @@ def wanted_parameters(budget: Budget, base: BaseModel) -> float | None:
 
 
 def removed_parameters(base: BaseModel, widths: Widths) -> int:
-    """How many parameters leave the whole model."""
-    return sum(removed_from_layer(base, index, layer) for index, layer in enumerate(widths.layers))
+    """How many parameters leave the whole model, less what it gains."""
+    gone = sum(removed_from_layer(base, index, layer) for index, layer in enumerate(widths.layers))
+    return gone - added_parameters(base, widths.layers)
+
+
+def added_parameters(base: BaseModel, layers: Sequence[LayerWidths]) -> int:
+    """How many parameters every layer gains together, where the family is written as another once any heads change."""
+    rewrite = base.family.when_heads_change
+    pairs = zip(base.layers, layers, strict=True)
+    if rewrite is None or all((s.query_heads, s.kv_heads) == (w.query_heads, w.kv_groups) for s, w in pairs):
+        return 0
+    return sum(shape.hidden * len(rewrite.zero_tensors) for shape in base.layers)
 
 
 def removed_from_layer(base: BaseModel, index: int, widths: LayerWidths) -> int:
@@ -127,11 +137,7 @@ def removed_from_layer(base: BaseModel, index: int, widths: LayerWidths) -> int:
     cost = {s: base.checkpoint.unit_parameters(base.family, shape, index, s) for s in Structure}
     total = cost[Structure.FFN] * (shape.ffn - widths.ffn)
     total += cost[Structure.KV_GROUPS] * (shape.kv_heads - widths.kv_groups)
-    total += cost[Structure.QUERY_HEADS] * widths.kv_groups * (shape.heads_per_group - widths.heads_per_group)
-    if widths.query_heads != shape.query_heads or widths.kv_groups != shape.kv_heads:
-        rewrite = base.family.when_heads_change
-        total -= shape.hidden * len(rewrite.zero_tensors) if rewrite is not None else 0
-    return total
+    return total + cost[Structure.QUERY_HEADS] * widths.kv_groups * (shape.heads_per_group - widths.heads_per_group)
 
 
 def legal_ffn(shape: LayerShape, multiple_of: int, floor: float) -> list[int]:
@@ -158,7 +164,7 @@ def _kept_ffn(budget: Budget, shape: LayerShape) -> int:
     wanted = shape.ffn * (1 - removed)
     if wanted < legal[0] - budget.multiple_of / 2:
         raise PlanError(
-            f"budget.ffn: {removed:g} is too much ({rule}); the largest legal one is {_down(largest / shape.ffn)}"
+            f"budget.ffn: {removed:g} is too much ({rule}); the largest legal one is {rounded_down(largest / shape.ffn)}"
         )
     kept = min(legal, key=lambda width: (abs(width - wanted), -width))
     if kept == shape.ffn:
@@ -170,7 +176,7 @@ def _kept_ffn(budget: Budget, shape: LayerShape) -> int:
     return kept
 
 
-def _down(fraction: float) -> str:
+def rounded_down(fraction: float) -> str:
     """Rounded so that the number, typed in, is legal."""
     return f"{math.floor(fraction * 1e4) / 1e4:g}"
 
@@ -185,9 +191,12 @@ def _nearest_counts(removed: int, legal: list[int]) -> str:
 
 def expressible(base: BaseModel, heads_per_group: int, groups: int) -> bool:
     """Whether the family's config can say these heads."""
-    kept = [first_units(LayerWidths(shape.ffn, heads_per_group, groups), shape) for shape in base.layers]
+    kept = {
+        shape: first_units(LayerWidths(shape.ffn, heads_per_group, groups), shape)
+        for shape in dict.fromkeys(base.layers)
+    }
     try:
-        base.family.pruned_config(base.checkpoint.config, kept)
+        base.family.pruned_config(base.checkpoint.config, [kept[shape] for shape in base.layers])
     except PlanError:
         return False
     return True
@@ -233,7 +242,7 @@ def _whole_units(removed: int | float, of: int, floor: float, key: str, what: st
     largest = of - max(1, math.ceil(floor * of - 1e-9))
     count = removed if isinstance(removed, int) else round(removed * of)
     if count > largest:
-        raise PlanError(f"budget.{key}: at most {largest} of {of} {what} can be removed ({_down(largest / of)})")
+        raise PlanError(f"budget.{key}: at most {largest} of {of} {what} can be removed ({rounded_down(largest / of)})")
     if removed and not count:
         smallest = next((n for n in range(1, largest + 1) if legal(n)), None)
         hint = f"the smallest legal one is {smallest / of:.4g}" if smallest else "none can be removed here"
@@ -267,8 +276,13 @@ def unreachable(wanted: float, largest: int, budget: Budget, total: int) -> str:
         )
     return (
         f"budget.parameters: {wanted / total:g} of {total:,} parameters cannot be removed; {hint}, "
-        f"the largest legal one is {_down(largest / total)}; {advice}"
+        f"the largest legal one is {rounded_down(largest / total)}; {advice}"
     )
+
+
+def widths_of(kept: KeptUnits) -> LayerWidths:
+    """How much a layer keeps."""
+    return LayerWidths(len(kept.ffn), len(kept.query_heads) // len(kept.kv_groups), len(kept.kv_groups))
 
 
 def first_units(widths: LayerWidths, shape: LayerShape) -> KeptUnits:

@@ -108,11 +108,14 @@ def profile(spec: Path, overrides: dict[str, Any], store: Path | None, as_json: 
 @main.command()
 @spec_argument
 @click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The plan, a JSON file.")
+@click.option("--stored-only", is_flag=True, help="Fail where a profile is missing, instead of measuring it.")
 @set_option
 @store_option
 @common
 @reporting
-def compose(spec: Path, out: Path, overrides: dict[str, Any], store: Path | None, as_json: bool) -> None:
+def compose(
+    spec: Path, out: Path, stored_only: bool, overrides: dict[str, Any], store: Path | None, as_json: bool
+) -> None:
     """Decide which units are kept, and write the decision as a plan.
 
     \b
@@ -121,7 +124,7 @@ def compose(spec: Path, out: Path, overrides: dict[str, Any], store: Path | None
     from expertprune import api, inspection
 
     check_parent(out)
-    plan = api.compose(spec, store, overrides, progress_bar)
+    plan = api.compose(spec, store, overrides, progress_bar, run=not stored_only)
     plan.save(out)
     show(as_json, plan.document(), lambda: inspection.explain(plan.document()))
 

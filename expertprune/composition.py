@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -12,9 +14,9 @@ from torch import Tensor
 
 from expertprune.allocation import Scores, global_widths, search_widths, uniform_candidates, uniform_part
 from expertprune.artifacts import LayerPlan, Plan, Profile
-from expertprune.budgets import LayerWidths, Widths, removed_parameters, resolve_budget
+from expertprune.budgets import LayerWidths, Widths, removed_parameters, resolve_budget, widths_of
 from expertprune.corpora import CorpusName, corpus_names
-from expertprune.errors import SpecError
+from expertprune.errors import PlanError, SpecError
 from expertprune.models import BaseModel
 from expertprune.scoring import EXPERT, GENERAL, SHARED, Fused, check_criterion, score_units
 from expertprune.spec import Spec
@@ -80,8 +82,10 @@ def foreseen_widths(spec: Spec, base: BaseModel) -> Widths | None:
     """
     if spec.budget.retention is not None:
         return None
-    if spec.compose.allocation == "uniform" or (spec.compose.allocation == "search" and spec.compose.search.uniform):
+    if spec.compose.allocation == "uniform":
         return resolve_budget(spec.budget, base)
+    if spec.compose.allocation == "search" and spec.compose.search.uniform:
+        return uniform_candidates(spec.budget, base)[0]
     return global_widths(spec.budget, base, _flat_scores(base))
 
 
@@ -109,9 +113,14 @@ def _competing(spec: Spec) -> tuple[list[Structure], bool]:
 
 
 def choose_widths(
-    spec: Spec, base: BaseModel, scores: Scores, part: float = 1.0, fitness: PlanFitness | None = None
+    spec: Spec,
+    base: BaseModel,
+    scores: Scores,
+    part: float = 1.0,
+    fitness: PlanFitness | None = None,
+    earlier: Sequence[KeptUnits] | None = None,
 ) -> tuple[Widths, list[float]]:
-    """The widths of every layer, and the fitness of what a search tried.
+    """The widths of every layer, and the fitness of what a search tried; no layer gets wider than it was `earlier`.
 
     Raises:
         PlanError: the budget is not reachable.
@@ -119,8 +128,11 @@ def choose_widths(
     budget, settings = spec.budget, spec.compose
     if settings.allocation == "uniform":
         return uniform_part(resolve_budget(budget, base), base, budget, part), []
+    if settings.allocation == "search" and settings.search.uniform and part < 1:
+        return uniform_part(_least_cut(uniform_candidates(budget, base)), base, budget, part), []
+    before = [widths_of(units) for units in earlier] if earlier is not None else None
     if settings.allocation == "global" or part < 1:
-        return global_widths(budget, base, scores, part), []
+        return global_widths(budget, base, scores, part, before), []
     assert fitness is not None
 
     def of_widths(widths: Widths) -> float:
@@ -130,10 +142,25 @@ def choose_widths(
         every = uniform_candidates(budget, base)
         trials = [of_widths(widths) for widths in every]
         return every[trials.index(min(trials))], trials
-    starts = [global_widths(budget, base, scores)]
+    starts = [global_widths(budget, base, scores, earlier=before)]
     if len(set(base.layers)) == 1:
-        starts.append(resolve_budget(budget, base))
-    return search_widths(budget, base, starts, of_widths, settings.search, list(scores))
+        with contextlib.suppress(PlanError):  # the same cut everywhere may not reach what the ranking does
+            starts += [each for each in [resolve_budget(budget, base)] if _not_wider(each, before)]
+    return search_widths(budget, base, starts, of_widths, settings.search, list(scores), before)
+
+
+def _least_cut(candidates: Sequence[Widths]) -> Widths:
+    """Of uniform widths, the widest of each structure: what a round may cut before it is known which are taken."""
+    layers = [widths.layers[0] for widths in candidates]
+    widest = LayerWidths(*(max(getattr(layer, field.name) for layer in layers) for field in fields(LayerWidths)))
+    return Widths.same(widest, len(candidates[0].layers), candidates[0].requested)
+
+
+def _not_wider(widths: Widths, before: Sequence[LayerWidths] | None) -> bool:
+    return before is None or all(
+        new.ffn <= old.ffn and new.heads_per_group <= old.heads_per_group and new.kv_groups <= old.kv_groups
+        for new, old in zip(widths.layers, before, strict=True)
+    )
 
 
 def _by_layer(
@@ -188,7 +215,7 @@ def compose(
     scores: Scores = score_units(spec, wanted, structures, together)
     if earlier is not None:
         scores = without(scores, earlier)
-    widths, trials = choose_widths(spec, base, scores, part, fitness)
+    widths, trials = choose_widths(spec, base, scores, part, fitness, earlier)
     layers = []
     for shape, layer, here in _by_layer(base, widths, scores):
         kept = select_layer(shape, layer, here)

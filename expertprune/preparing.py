@@ -199,9 +199,9 @@ def profiles_of(
         missing += [part] if part is not None and not part_path(path, part).is_file() else []
         if missing and not run:
             raise SpecError(f"the profile of {name} lacks the {' and the '.join(missing)} pass: run the profile stage")
+        if any(each.startswith(Pass.GRADIENT) for each in missing):  # asked before the model is loaded for any pass
+            check_backward_fits(prepared, batches)
         for each in missing:
-            if each.startswith(Pass.GRADIENT):
-                check_backward_fits(prepared, batches)
             model, layers = prepared.model, len(prepared.base.layers)
             here = (model, prepared.base, str(name), documents, batches, key, prepared.store)
             mask = masked(model, prepared.base.family, prepared.base.layers, kept) if kept else contextlib.nullcontext()

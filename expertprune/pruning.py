@@ -23,7 +23,6 @@ from expertprune.errors import CheckpointError, PlanError
 from expertprune.files import require_room
 from expertprune.models import BaseModel
 from expertprune.spec import Compensation
-from expertprune.units import LayerShape
 
 _SPARE = 64 * 2**20  # tokenizer, cards and index, generously
 
@@ -110,11 +109,12 @@ def prune(
         target = folder / path.relative_to(base.folder)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
-    if PER_LAYER in config:
-        (folder / f"{MODELING}.py").write_text(_modeling(config["architectures"][0]))
     if config == base.checkpoint.config:
         shutil.copyfile(base.folder / "config.json", folder / "config.json")
     else:
+        (folder / f"{MODELING}.py").unlink(missing_ok=True)  # that of a base which had widths of single layers
+        if PER_LAYER in config:
+            (folder / f"{MODELING}.py").write_text(_modeling(config["architectures"][0]))
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -132,14 +132,15 @@ def _modeling(architecture: str) -> str:
 
 
 def _zero_tensors(plan: Plan, base: BaseModel) -> Callable[[str], Iterator[tuple[str, Tensor]]]:
-    """Tensors that the config's rewrite asks for, zero, one per layer, in the file of the output projection."""
+    """Tensors that the config's rewrite asks for, zero, in every layer, in the file of the output projection."""
     family, rewrite = base.family, base.family.when_heads_change
+    pairs = zip(plan.shapes, plan.kept, strict=True)
+    changed = any(family.heads_changed(shape, kept.shape(shape)) for shape, kept in pairs)
 
     def extra(file: str) -> Iterator[tuple[str, Tensor]]:
-        shape: LayerShape
-        for layer, (shape, kept) in enumerate(zip(plan.shapes, plan.kept, strict=True)):
-            if rewrite is None or not family.heads_changed(shape, kept.shape(shape)):
-                continue
+        if rewrite is None or not changed:
+            return
+        for layer, shape in enumerate(plan.shapes):
             anchor = base.checkpoint.tensors[family.layer_prefix(layer) + family.attention.output_weight]
             if anchor.file == file:
                 for name in rewrite.zero_tensors:

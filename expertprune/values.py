@@ -59,7 +59,7 @@ def _size(value: Any) -> int:
         number, scale = value[:-1], _SCALES[value[-1].lower()]
     try:
         size = 0 if isinstance(value, bool) else int(float(number) * scale)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         size = 0
     if size < 1:
         raise ValueError("must be a number of parameters, such as 100M, 1.5B or 100000000")

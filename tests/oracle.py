@@ -99,7 +99,7 @@ def masked(model: Any, plan: Plan) -> Iterator[None]:
         heads: nn.Linear = layer.self_attn.o_proj
         neuron_mask, head_mask = torch.zeros(neurons.in_features), torch.zeros(heads.in_features)
         neuron_mask[list(kept.ffn)] = 1
-        head_dim = heads.in_features // model.config.num_attention_heads
+        head_dim = layer.self_attn.head_dim
         for head in kept.query_heads:
             head_mask[head * head_dim : (head + 1) * head_dim] = 1
         handles.append(neurons.register_forward_pre_hook(hook(neuron_mask)))

@@ -516,6 +516,33 @@ def test_a_full_disk_is_a_message(full_disks: dict[str, FullDisk], stage: str) -
     assert "Traceback" not in finished.stderr
 
 
+# --- passes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "fisher"])
+@pytest.mark.parametrize("profiled", [False, True])
+def test_a_backward_pass_that_does_not_fit(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, profiled: bool, criterion: str
+) -> None:
+    if profiled:
+        workplace.run("profile", workplace.spec, code=0)
+    for module in (api, preparing, retaining):
+        monkeypatch.setattr(module, "load_model", refuse_to_load)
+    monkeypatch.setattr(preparing.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    workplace.data["relevance"] = criterion
+    message = workplace.build_refused()
+    assert f"relevance.criterion: {criterion} needs a backward pass through the whole model" in message
+    assert "0.0 GiB are free; take criterion regional" in message
+
+
+def test_a_pass_through_single_layers_needs_no_such_memory(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparing.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    workplace.run("profile", workplace.spec, "--set", "relevance=regional", code=0)
+    assert len([name for name in workplace.profiles() if name.endswith(".regional.safetensors")]) == 4
+
+
 # --- plans and experts ----------------------------------------------------------------------------------------------
 
 

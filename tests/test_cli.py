@@ -22,6 +22,7 @@ from expertprune import api, preparing
 from expertprune.artifacts import load_plan
 from expertprune.cli import main
 from expertprune.corpora import Question
+from expertprune.errors import SpecError
 from expertprune.evaluation import answer_questions
 from expertprune.spec import load_spec
 from tests.tiny import tiny_model, tiny_tokenizer, write_corpus
@@ -416,6 +417,48 @@ def test_a_second_profile_run_does_not_run_the_model(
     assert contents(store / "profiles") == before
     plan = run_json("compose", spec_file, "--out", tmp_path / "plan.json")
     assert plan["profiles"] == first
+
+
+def test_composing_from_stored_profiles_alone(tmp_path: Path, spec_file: Path, no_model: None) -> None:
+    """Nothing is measured: what is missing is named, and no plan is written."""
+    out = tmp_path / "plan.json"
+    result = run("compose", spec_file, "--out", out, "--stored-only", code=2)
+    assert result.stderr == ("error: the profile of language/en lacks the forward pass: run the profile stage\n")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "lacking"),
+    [
+        ("relevance=taylor", "gradient-language_model"),
+        ("relevance={criterion: fisher, loss: kl}", "gradient-kl"),
+        ("relevance=regional", "regional"),
+        ("relevance=obs", "removal"),
+    ],
+)
+def test_a_pass_that_the_stored_profiles_lack_is_named(
+    tmp_path: Path, shared_spec: Path, shared_store: Path, no_model: None, setting: str, lacking: str
+) -> None:
+    here = ("--store", shared_store, "--out", tmp_path / "plan.json", "--stored-only")
+    result = run("compose", shared_spec, *here, "--set", setting, code=2)
+    assert result.stderr == f"error: the profile of domain/medical lacks the {lacking} pass: run the profile stage\n"
+    with pytest.raises(SpecError, match=f"lacks the {lacking} pass"):
+        expertprune.compose(
+            shared_spec, shared_store, {"relevance": yaml.safe_load(setting.partition("=")[2])}, run=False
+        )
+
+
+def test_stored_profiles_are_enough_once_their_pass_was_made(
+    tmp_path: Path, spec_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("profile", spec_file, "--set", "relevance=taylor")
+    monkeypatch.setattr(preparing, "load_model", refuse_to_load)
+    stored = run_json(
+        "compose", spec_file, "--out", tmp_path / "plan.json", "--stored-only", "--set", "relevance=taylor"
+    )
+    free = run_json("compose", spec_file, "--out", tmp_path / "other.json", "--set", "relevance=taylor")
+    assert stored == free
+    assert run_json("compose", spec_file, "--out", tmp_path / "third.json", "--stored-only")["kind"] == "plan"
 
 
 REUSED = [

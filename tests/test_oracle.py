@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,19 +14,26 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+import expertprune
 from expertprune.arch import family_of
-from expertprune.models import BaseModel
+from expertprune.artifacts import Plan
+from expertprune.models import BaseModel, load_model
+from expertprune.spec import parse_spec
 from expertprune.units import KeptUnits
 from tests.oracle import (
     IDS,
+    contents,
     load,
     logits_of,
+    masked,
     masked_logits,
     plan_of,
     pruned,
     random_plan,
+    random_units,
     read_json,
     resolved,
     stored_tensors,
@@ -288,3 +298,220 @@ def test_cached_decoding_gives_the_same_tokens(family: str, dense: Callable[[str
     for _ in range(8):
         slow = torch.cat([slow, logits_of(expert, slow)[:, -1:].argmax(-1)], 1)
     assert torch.equal(cached, slow)
+
+
+# --- widths of single layers ----------------------------------------------------------------------------------------
+
+OWN_WIDTHS = [
+    "llama",
+    "llama, mlp bias, tied",
+    "llama, both biases",
+    "llama, own head_dim",
+    "qwen2",
+    "qwen2, own head_dim",
+]
+# Kept in the first, second and third layer; one of them is left as it was.
+LAYER_CUTS: dict[str, list[dict[str, int]]] = {
+    "ffn": [{"ffn": 19}, {}, {"ffn": 7}],
+    "query_heads": [{"heads_per_group": 1}, {}, {"heads_per_group": 2}],
+    "kv_groups": [{"kv_groups": 2}, {}, {"kv_groups": 1}],
+    "all": [{"ffn": 13, "heads_per_group": 1, "kv_groups": 2}, {}, {"ffn": 20, "kv_groups": 1}],
+}
+LAYER_CASES = [(variant, cut) for variant in OWN_WIDTHS for cut in LAYER_CUTS]
+
+# Run where this package cannot be imported: what a user has who has transformers alone.
+PLAIN = """
+import sys
+
+sys.modules["expertprune"] = None
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+out, *folders = sys.argv[1:]
+given = load_file(out)
+found = {}
+for number, folder in enumerate(folders):
+    model, notes = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=True, output_loading_info=True
+    )
+    assert not any(notes.values()), (folder, notes)
+    model.eval()
+    with torch.no_grad():
+        found[f"logits.{number}"] = model(given["ids"], use_cache=False).logits.contiguous()
+        found[f"tokens.{number}"] = model.generate(
+            given["prompt"], max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=1
+        )
+save_file(found, out)
+"""
+
+
+def layered_plan(base: BaseModel, cut: str, seed: int = 0) -> Plan:
+    """Random units, of another number in every layer."""
+    generator = torch.Generator().manual_seed(seed)
+    widths = zip(base.layers, LAYER_CUTS[cut], strict=True)
+    return plan_of(base, [random_units(shape, generator, **kept) for shape, kept in widths])
+
+
+def generated(model: Any) -> Tensor:
+    return model.generate(IDS[:1, :5], max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=1)
+
+
+@pytest.fixture(scope="session")
+def layered(
+    dense: Callable[[str, str], Dense], tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], tuple[Plan, Path]]:
+    root = tmp_path_factory.mktemp("layered")
+    made = {}
+    for number, (variant, cut) in enumerate(LAYER_CASES):
+        base = dense(variant, "several files").base
+        plan = layered_plan(base, cut, number)
+        made[variant, cut] = (plan, pruned(plan, base, root / f"expert-{number}"))
+    return made
+
+
+@pytest.fixture(scope="session")
+def in_plain_transformers(
+    layered: dict[tuple[str, str], tuple[Plan, Path]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Tensor]:
+    """Logits and generated tokens of every expert, from one process without this package."""
+    folder = tmp_path_factory.mktemp("plain")
+    exchange = folder / "exchange.safetensors"
+    save_file({"ids": IDS.contiguous(), "prompt": IDS[:1, :5].contiguous()}, exchange)
+    folders = [str(path) for _, path in layered.values()]
+    environment = {**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    command = [sys.executable, "-I", "-c", PLAIN, str(exchange), *folders]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return load_file(exchange)
+
+
+@pytest.mark.parametrize(("variant", "cut"), LAYER_CASES)
+def test_layers_of_their_own_widths_equal_the_masked_model(
+    variant: str,
+    cut: str,
+    dense: Callable[[str, str], Dense],
+    layered: dict[tuple[str, str], tuple[Plan, Path]],
+) -> None:
+    model = dense(variant, "several files").model
+    plan, folder = layered[variant, cut]
+    expected = masked_logits(model, plan)
+    expert = load_model(folder, torch.float32, torch.device("cpu"))
+    torch.testing.assert_close(logits_of(expert), expected, atol=1e-5, rtol=1e-5)
+    assert (expected - logits_of(model)).abs().max() > 0.1, "the plan must cut something that matters"
+    with masked(model, plan):
+        assert torch.equal(generated(expert), generated(model))
+
+
+@pytest.mark.parametrize(("variant", "cut"), LAYER_CASES)
+def test_plain_transformers_builds_the_same_from_the_folder(
+    variant: str,
+    cut: str,
+    dense: Callable[[str, str], Dense],
+    layered: dict[tuple[str, str], tuple[Plan, Path]],
+    in_plain_transformers: dict[str, Tensor],
+) -> None:
+    model, number = dense(variant, "several files").model, LAYER_CASES.index((variant, cut))
+    plan, _ = layered[variant, cut]
+    expected = masked_logits(model, plan)
+    torch.testing.assert_close(in_plain_transformers[f"logits.{number}"], expected, atol=1e-5, rtol=1e-5)
+    with masked(model, plan):
+        assert torch.equal(in_plain_transformers[f"tokens.{number}"], generated(model))
+
+
+@pytest.mark.parametrize(("variant", "cut"), LAYER_CASES)
+def test_the_config_says_the_widths_of_the_stored_tensors(
+    variant: str, cut: str, layered: dict[tuple[str, str], tuple[Plan, Path]], dense: Callable[[str, str], Dense]
+) -> None:
+    plan, folder = layered[variant, cut]
+    config, tensors = read_json(folder / "config.json"), stored_tensors(folder)
+    head_dim = dense(variant, "several files").base.layers[0].head_dim
+    assert set(config["per_layer_config"]) <= {"0", "1", "2"}
+    for layer, kept in enumerate(plan.kept):
+        own = {**config, **config["per_layer_config"].get(str(layer), {})}
+        prefix = f"model.layers.{layer}"
+        assert own["intermediate_size"] == len(kept.ffn) == tensors[f"{prefix}.mlp.up_proj.weight"].shape[0]
+        assert tensors[f"{prefix}.mlp.down_proj.weight"].shape[1] == len(kept.ffn)
+        queries, keys = (tensors[f"{prefix}.self_attn.{name}_proj.weight"].shape[0] for name in "qk")
+        assert own["num_attention_heads"] * head_dim == queries == len(kept.query_heads) * head_dim
+        assert own["num_key_value_heads"] * head_dim == keys == len(kept.kv_groups) * head_dim
+    index = read_json(folder / "model.safetensors.index.json")
+    assert set(index["weight_map"]) == set(tensors)
+
+
+def test_layers_of_one_width_need_no_code_in_the_folder(dense: Callable[[str, str], Dense], tmp_path: Path) -> None:
+    base = dense("llama", "several files").base
+    folder = pruned(random_plan(base, ffn=19), base, tmp_path / "expert")
+    assert "per_layer_config" not in read_json(folder / "config.json")
+    assert list(folder.glob("*.py")) == []
+
+
+@pytest.mark.parametrize("cut", LAYER_CUTS)
+@pytest.mark.parametrize("variant", ["llama", "qwen2"])
+def test_a_base_of_layers_of_their_own_widths_can_be_cut_again(
+    variant: str,
+    cut: str,
+    layered: dict[tuple[str, str], tuple[Plan, Path]],
+    tmp_path: Path,
+    store: Path,
+) -> None:
+    plan, folder = layered[variant, cut]
+    base = resolved(folder, store)
+    assert [(s.ffn, s.query_heads, s.kv_heads) for s in base.layers] == [
+        (len(kept.ffn), len(kept.query_heads), len(kept.kv_groups)) for kept in plan.kept
+    ]
+    generator = torch.Generator().manual_seed(7)
+    again = plan_of(
+        base,
+        [
+            random_units(shape, generator, ffn=ffn, kv_groups=groups)
+            for shape, ffn, groups in zip(base.layers, (6, 15, 5), (None, 2, None), strict=True)
+        ],
+    )
+    second = pruned(again, base, tmp_path / "second")
+    dense_again = load_model(folder, torch.float32, torch.device("cpu"))
+    expected = masked_logits(dense_again, again)
+    expert = load_model(second, torch.float32, torch.device("cpu"))
+    torch.testing.assert_close(logits_of(expert), expected, atol=1e-5, rtol=1e-5)
+    assert (expected - logits_of(dense_again)).abs().max() > 0.1
+
+
+def test_a_second_cut_that_makes_layers_alike_gives_an_ordinary_folder(
+    layered: dict[tuple[str, str], tuple[Plan, Path]], tmp_path: Path, store: Path
+) -> None:
+    base = resolved(layered["llama", "ffn"][1], store)
+    plan = random_plan(base, ffn=7)
+    folder = pruned(plan, base, tmp_path / "second")
+    config = read_json(folder / "config.json")
+    assert config["intermediate_size"] == 7
+    assert not {"per_layer_config", "auto_map", "allow_global_per_layer_attribute_access"} & set(config)
+    assert list(folder.glob("*.py")) == []
+    dense_again = load_model(base.folder, torch.float32, torch.device("cpu"))
+    torch.testing.assert_close(logits_of(load(folder)), masked_logits(dense_again, plan), atol=1e-5, rtol=1e-5)
+
+
+def test_cutting_nothing_of_such_a_base_gives_it_back_byte_for_byte(
+    layered: dict[tuple[str, str], tuple[Plan, Path]], tmp_path: Path, store: Path
+) -> None:
+    base = resolved(layered["qwen2", "all"][1], store)
+    plan = plan_of(base, [shape.all_kept for shape in base.layers])
+    assert contents(pruned(plan, base, tmp_path / "expert")) == contents(base.folder)
+
+
+def test_an_expert_of_such_a_base_can_be_built(
+    layered: dict[tuple[str, str], tuple[Plan, Path]], spec_data: dict[str, Any], tmp_path: Path
+) -> None:
+    """Profiled, composed, repaired and evaluated; its layers have 19, 32 and 7 neurons."""
+    spec_data["base"] = str(layered["llama", "ffn"][1])
+    spec_data["compose"] = {"allocation": "global"}
+    spec_data["budget"] = {"ffn": 0.5, "multiple_of": 1}
+    out = expertprune.build(parse_spec(spec_data, "spec", tmp_path), tmp_path / "expert")
+    about = expertprune.inspect(out)
+    assert about["plan"]["budget"]["ffn"]["of"] == [19, 32, 7]
+    assert sum(about["plan"]["budget"]["ffn"]["removed"]) == (19 + 32 + 7) // 2
+    assert about["evaluation"]["corpora"]["domain/medical"]["metrics"]["bits_per_byte"]["retention"] > 0
+    tensors = stored_tensors(out)
+    kept = [tensors[f"model.layers.{layer}.mlp.up_proj.weight"].shape[0] for layer in range(3)]
+    assert kept == about["plan"]["budget"]["ffn"]["kept"]
+    assert sum(tensor.numel() for tensor in tensors.values()) == about["parameters"]["after"]

@@ -33,16 +33,18 @@ FULL: dict[str, Any] = {
         }
     },
     "calibration": {"documents": 12, "max_tokens": 64, "tokens_per_batch": 100, "seed": 3},
-    "relevance": {"criterion": "activation", "seed": 4},
+    "relevance": {"criterion": "activation", "loss": "kl", "seed": 4},
     "compose": {
         "rule": "mean",
         "aggregate": 0.9,
         "scale": "percentile",
         "fusion": {"tau": 0.2, "lambda": 0.75, "beta": 0.25},
-        "allocation": "uniform",
+        "allocation": "search",
+        "rounds": 2,
+        "search": {"trials": 5, "tokens": 128, "uniform": True, "seed": 3},
     },
     "budget": {"ffn": 384, "kv_groups": 1, "multiple_of": 8, "floor": 0.2},
-    "compensation": {"method": "none", "damping": 0.5},
+    "compensation": {"method": "none", "scope": "all", "tokens": "equal", "damping": 0.5},
     "evaluate": {"corpora": ["medical"], "documents": 3, "max_tokens": 77, "metrics": ["kl"], "enabled": False},
 }
 
@@ -180,6 +182,29 @@ WRONG = [
     ({"budget": {"kv_groups": 1.5}}, "budget.kv_groups:", "below 1"),
     ({"budget": {"parameters": 1}}, "budget.parameters:", "less than 1"),
     ({"budget": {"parameters": 0.2, "ffn": 0.2}}, "budget:", "not both"),
+    ({"budget": {"max_parameters": "100M", "ffn": 0.2}}, "budget:", "'ffn' or 'max_parameters', not both"),
+    ({"budget": {"retention": {"expert": 0.9}, "ffn": 64}}, "budget:", "'ffn' or 'retention', not both"),
+    ({"budget": {"retention": {"expert": 0.9}, "parameters": 0.2}}, "budget:", "give one of parameters, retention"),
+    ({"budget": {"max_parameters": 9, "parameters": 0.2}}, "budget:", "give one of parameters, max_parameters"),
+    ({"budget": {"retention": {}}}, "budget.retention:", "at least one of expert, general"),
+    ({"budget": {"retention": {"expert": 0}}}, "budget.retention.expert:", "greater than 0"),
+    ({"budget": {"retention": {"general": 1.01}}}, "budget.retention.general:", "less than or equal to 1"),
+    ({"budget": {"max_parameters": "abc"}}, "budget.max_parameters:", "found 'abc'"),
+    ({"budget": {"max_parameters": "abcM"}}, "budget.max_parameters:", "found 'abcM'"),
+    ({"budget": {"max_parameters": ""}}, "budget.max_parameters:", "found ''"),
+    ({"budget": {"max_parameters": 0}}, "budget.max_parameters:", "such as 100M, 1.5B or 100000000"),
+    ({"budget": {"max_parameters": -5}}, "budget.max_parameters:", "found -5"),
+    ({"budget": {"max_parameters": "0M"}}, "budget.max_parameters:", "found '0M'"),
+    ({"budget": {"max_parameters": True}}, "budget.max_parameters:", "found True"),
+    ({"budget": {"max_parameters": [1]}}, "budget.max_parameters:", "found [1]"),
+    ({"budget": {"max_parameters": "nan"}}, "budget.max_parameters:", "found 'nan'"),
+    ({"budget": {"max_parameters": "infB"}}, "budget.max_parameters:", "found 'infB'"),
+    ({"compose": {"allocation": "globl"}}, "compose.allocation:", "'uniform', 'global' or 'search'"),
+    ({"compose": {"rounds": 0}}, "compose.rounds:", "greater than or equal to 1"),
+    ({"compose": {"search": {"trials": 0}}}, "compose.search.trials:", "greater than or equal to 1"),
+    ({"relevance": {"loss": "mse"}}, "relevance.loss:", "'language_model' or 'kl'"),
+    ({"compensation": {"scope": "some"}}, "compensation.scope:", "'cut' or 'all'"),
+    ({"compensation": {"tokens": "some"}}, "compensation.tokens:", "'stream', 'equal' or 'fisher'"),
     ({"compensation": {"damping": 0}}, "compensation.damping:", "greater than 0"),
     ({"evaluate": {"metrics": []}}, "evaluate.metrics:", "at least 1"),
     ({"evaluate": {"metrics": ["kl", "bleu"]}}, "evaluate.metrics.1:", "found 'bleu'"),
@@ -191,6 +216,29 @@ def test_a_wrong_value_names_file_key_and_what_was_found(changes: dict[str, Any]
     (problem,) = problems_of(**changes)
     assert problem.startswith(f"my.yaml: {key}")
     assert words in problem
+
+
+@pytest.mark.parametrize(
+    ("written", "size"),
+    [
+        ("100M", 100_000_000),
+        ("1.5B", 1_500_000_000),
+        ("1.5b", 1_500_000_000),
+        ("250k", 250_000),
+        ("12345", 12_345),
+        (100_000_000, 100_000_000),
+        (1e8, 100_000_000),
+        ("0.1M", 100_000),
+    ],
+)
+def test_sizes_may_be_written_short(written: Any, size: int) -> None:
+    assert spec_of(budget={"max_parameters": written}).budget.max_parameters == size
+
+
+def test_retention_goes_with_heads_and_with_either_floor() -> None:
+    budget = spec_of(budget={"retention": {"general": 0.9}, "kv_groups": 1}).budget
+    assert budget.retention is not None
+    assert (budget.retention.expert, budget.retention.general, budget.kv_groups) == (None, 0.9, 1)
 
 
 SOURCES = [

@@ -17,6 +17,7 @@ from expertprune.units import KeptUnits, LayerShape, Segment, Structure
 
 _HERE = Path(__file__).parent
 PER_LAYER = "per_layer_config"  # transformers' name for widths of single layers
+_PER_LAYER_KEYS = ("allow_global_per_layer_attribute_access", "auto_map")
 MODELING = "modeling_expert"  # the module in an expert's folder that builds such layers
 
 
@@ -220,7 +221,8 @@ def _with_layers(config: dict[str, Any], widths: list[dict[str, int]]) -> dict[s
         for index, layer in enumerate(widths)
         if (different := {key: value for key, value in layer.items() if config.get(key, value) != value})
     }
-    config.pop(PER_LAYER, None)
+    if config.pop(PER_LAYER, None) is not None:  # the base had such widths itself
+        config = {key: value for key, value in config.items() if key not in _PER_LAYER_KEYS}
     if layers:
         config |= {
             PER_LAYER: layers,
