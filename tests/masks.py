@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from expertprune.arch import Family, family_of
@@ -105,6 +107,44 @@ def mask_gradients(of: Tiny, documents: Sequence[Sequence[int]]) -> dict[str, Te
         for ids in documents:
             rows.append(torch.autograd.grad(cross_entropy(exact.model, ids), masks.leaves))
     return {name: torch.stack(each) for name, each in zip(masks.names(), zip(*rows, strict=True), strict=True)}
+
+
+def regional_gradients(of: Tiny, documents: list[list[int]]) -> dict[str, Tensor]:
+    """The whole model with masks on one layer only: how the mean norm of that layer's output changes with them."""
+    exact = of.double()
+    result = {}
+    for layer in range(len(of.shapes)):
+        masks, outputs = Masks(exact, [layer]), []
+        handle = exact.model.model.layers[layer].register_forward_hook(
+            lambda _, __, output, outputs=outputs: outputs.append(output[0] if isinstance(output, tuple) else output)
+        )
+        rows = []
+        with masks.hooked():
+            for ids in documents:
+                exact.model(input_ids=torch.tensor([ids]), use_cache=False)
+                norm = outputs.pop()[0].square().sum(-1).sqrt().mean()
+                rows.append(torch.autograd.grad(norm, masks.leaves))
+        handle.remove()
+        result |= {name: torch.stack(each) for name, each in zip(masks.names(), zip(*rows, strict=True), strict=True)}
+    return result
+
+
+def projection_inputs(of: Tiny, ids: Sequence[int]) -> dict[str, NDArray[np.float64]]:
+    """The inputs of `down_proj` (`ffn.0`) and `o_proj` (`heads.0`) of one document alone, `[tokens, channels]`."""
+    seen: dict[str, NDArray[np.float64]] = {}
+    handles = []
+    for index, layer in enumerate(of.model.model.layers):
+        for name, module in ((f"ffn.{index}", layer.mlp.down_proj), (f"heads.{index}", layer.self_attn.o_proj)):
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda _, arguments, name=name: seen.update({name: arguments[0][0].double().numpy()})
+                )
+            )
+    with torch.no_grad():
+        of.model(input_ids=torch.tensor([list(ids)]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return seen
 
 
 def assert_near(actual: Tensor, expected: Tensor, relative: float, name: str = "") -> None:

@@ -14,7 +14,17 @@ from expertprune import layerwise, passes
 from expertprune.arch import families, family_of
 from expertprune.corpora import make_batches
 from expertprune.passes import gradient_pass, regional_pass
-from tests.masks import LENGTHS, Masks, Tiny, assert_near, cross_entropy, mask_gradients, tiny, token_lists
+from tests.masks import (
+    LENGTHS,
+    Masks,
+    Tiny,
+    assert_near,
+    cross_entropy,
+    mask_gradients,
+    regional_gradients,
+    tiny,
+    token_lists,
+)
 
 MODELS: list[tuple[str, dict[str, Any]]] = [
     *((family, {}) for family in sorted(families())),
@@ -215,32 +225,12 @@ def test_squared_gradients_of_drawn_targets_have_the_curvature_of_the_divergence
 # --- each layer alone -----------------------------------------------------------------------------------------------
 
 
-def regional_reference(of: Tiny, documents: list[list[int]]) -> dict[str, Tensor]:
-    """The whole model with masks on one layer only: how the mean norm of that layer's output changes with them."""
-    exact = of.double()
-    result = {}
-    for layer in range(len(of.shapes)):
-        masks, outputs = Masks(exact, [layer]), []
-        handle = exact.model.model.layers[layer].register_forward_hook(
-            lambda _, __, output, outputs=outputs: outputs.append(output[0] if isinstance(output, tuple) else output)
-        )
-        rows = []
-        with masks.hooked():
-            for ids in documents:
-                exact.model(input_ids=torch.tensor([ids]), use_cache=False)
-                norm = outputs.pop()[0].square().sum(-1).sqrt().mean()
-                rows.append(torch.autograd.grad(norm, masks.leaves))
-        handle.remove()
-        result |= {name: torch.stack(each) for name, each in zip(masks.names(), zip(*rows, strict=True), strict=True)}
-    return result
-
-
 @EACH_MODEL
 def test_regional_gradients_equal_those_of_the_whole_model_with_one_layer_masked(
     family: str, changes: dict[str, Any]
 ) -> None:
     of, documents = tiny(family, **changes), token_lists()
-    expected = regional_reference(of, documents)
+    expected = regional_gradients(of, documents)
     for tokens_per_batch in BATCHED:
         batches = make_batches(documents, tokens_per_batch, pad=63)
         found = with_groups(regional_pass(of.model, of.family, of.shapes, batches), of)

@@ -6,6 +6,7 @@ from torch import Tensor
 from expertprune.relevance.statistics import Pass, UnitStatistics, criterion
 
 DAMPING = 0.01  # of the mean energy of an input channel, for the inverse
+PENDING = 32  # removals of single channels between two updates of the matrices
 
 
 @criterion("obs", paper="https://arxiv.org/abs/2302.04089", needs=Pass.REMOVAL)
@@ -30,42 +31,72 @@ def greedy_removal(weight: Tensor, moment: Tensor, width: int) -> Tensor:
 
     Source: ZipLM, arXiv:2302.04089, algorithm 1.
     """
-    channels = moment.shape[0]
-    units = channels // width
-    columns = weight.float().clone()
-    damped = moment.double() + torch.eye(channels, dtype=torch.float64, device=moment.device) * float(
-        DAMPING * moment.double().diagonal().mean() + torch.finfo(torch.float32).tiny
-    )
-    inverse = torch.linalg.inv(damped)
-    inverse = ((inverse + inverse.T) / 2).float()
-    scores = torch.zeros(units, device=weight.device)
-    gone = torch.zeros(units, dtype=torch.bool, device=weight.device)
-    squares = columns.square().sum(0)
-    largest = torch.zeros((), device=weight.device)
-    for _ in range(units):
-        if width == 1:
-            costs = squares / inverse.diagonal().clamp_min(1e-30)
-        else:
-            blocks = _diagonal_blocks(inverse, width)
-            parts = columns.unflatten(1, (units, width)).permute(1, 2, 0)  # [units, width, outputs]
-            eye = torch.eye(width, device=weight.device)
-            solved = torch.linalg.solve(torch.where(gone[:, None, None], eye, blocks), parts)
-            costs = (parts * solved).sum((1, 2))
-        unit = int(costs.masked_fill(gone, torch.inf).argmin())
-        largest = torch.maximum(largest, costs[unit])
-        scores[unit] = largest
-        gone[unit] = True
-        here = slice(unit * width, (unit + 1) * width)
-        rows = inverse[here].clone()  # [width, channels]
-        step = torch.linalg.solve(rows[:, here], rows) if width > 1 else rows / rows[:, here]
-        columns.addmm_(columns[:, here].clone(), step, alpha=-1)
-        inverse.addmm_(rows.T.clone(), step, alpha=-1)
-        columns[:, here] = 0
-        inverse[here] = 0
-        inverse[:, here] = 0
-        if width == 1:
-            squares = columns.square().sum(0)
-    return scores
+    damped = moment.double()
+    damping = float(DAMPING * damped.diagonal().mean() + torch.finfo(torch.float32).tiny)
+    # float64: a massive channel and a quiet one differ by more than float32 can hold in one inverse
+    inverse = torch.linalg.inv(damped + damping * torch.eye(moment.shape[0], dtype=torch.float64, device=moment.device))
+    inverse = (inverse + inverse.T) / 2
+    columns = weight.double()
+    order, costs = _remove_channels(columns, inverse) if width == 1 else _remove_blocks(columns, inverse, width)
+    scores = torch.zeros(len(order), dtype=torch.float64, device=weight.device)
+    scores[order] = torch.stack(costs).cummax(0).values
+    return scores.float()
+
+
+def _remove_channels(columns: Tensor, inverse: Tensor) -> tuple[list[int], list[Tensor]]:
+    """The order and costs of removing single channels; `columns` is `[outputs, channels]`.
+
+    A removal changes `G` by `−g gᵀ` and `W` by `−v gᵀ`, with `g = G_:c / √G_cc` and `v = W_c / √G_cc`. Costs need no more
+    than the diagonal of `G` and the columns' squares, which are brought up to date at once; the matrices themselves, whose
+    size makes the time, only after `PENDING` removals, when they shrink too.
+    """
+    names = list(range(inverse.shape[0]))
+    order: list[int] = []
+    costs: list[Tensor] = []
+    while names:
+        count = min(PENDING, len(names))
+        g = inverse.new_zeros(count, len(names))  # now G is `inverse - g.T @ g`
+        v = columns.new_zeros(count, columns.shape[0])  # and W is `columns - v.T @ g`
+        diagonal, squares = inverse.diagonal().clone(), columns.square().sum(0)
+        gone = torch.zeros(len(names), dtype=torch.bool, device=inverse.device)
+        for k in range(count):
+            cost = (squares / diagonal).masked_fill_(gone, torch.inf)
+            channel = int(cost.argmin())
+            order.append(names[channel])
+            costs.append(cost[channel])
+            gone[channel] = True
+            root, before = diagonal[channel].sqrt(), g[:k, channel]
+            g[k] = (inverse[channel] - before @ g[:k]) / root
+            v[k] = (columns[:, channel] - before @ v[:k]) / root
+            products = v[k] @ columns - (v[:k] @ v[k]) @ g[:k]  # of v and each column as it is now
+            diagonal -= g[k].square()
+            squares += g[k] * (g[k] * v[k].square().sum() - 2 * products)
+        left = (~gone).nonzero()[:, 0]
+        names = [names[channel] for channel in left.tolist()]
+        inverse = inverse[left][:, left] - g[:, left].T @ g[:, left]
+        columns = columns[:, left] - v.T @ g[:, left]
+    return order, costs
+
+
+def _remove_blocks(columns: Tensor, inverse: Tensor, width: int) -> tuple[list[int], list[Tensor]]:
+    """The order and costs of removing units of `width` channels, of which there are few."""
+    names = list(range(inverse.shape[0] // width))
+    order: list[int] = []
+    costs: list[Tensor] = []
+    while names:
+        parts = columns.unflatten(1, (len(names), width)).permute(1, 2, 0)  # [units, width, outputs]
+        cost = (parts * torch.linalg.solve(_diagonal_blocks(inverse, width), parts)).sum((1, 2))
+        unit = int(cost.argmin())
+        order.append(names.pop(unit))
+        costs.append(cost[unit])
+        here = torch.arange(unit * width, (unit + 1) * width, device=inverse.device)
+        left = torch.cat([torch.arange(int(here[0])), torch.arange(int(here[-1]) + 1, inverse.shape[0])]).to(
+            here.device
+        )
+        step = torch.linalg.solve(inverse[here][:, here], inverse[here][:, left])  # [width, channels left]
+        columns = columns[:, left] - columns[:, here] @ step
+        inverse = inverse[left][:, left] - inverse[left][:, here] @ step
+    return order, costs
 
 
 def _diagonal_blocks(matrix: Tensor, width: int) -> Tensor:
