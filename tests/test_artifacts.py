@@ -118,6 +118,7 @@ def test_a_plan_digest_covers_every_part() -> None:
         dataclasses.replace(plan, layers=plan.layers[::-1]),
         dataclasses.replace(plan, budget={}),
         dataclasses.replace(plan, parameters={"before": 1000, "after": 701}),
+        dataclasses.replace(plan, search=[0.5]),
     ]
     assert len(changed) == len(dataclasses.fields(Plan))
     assert len({plan.digest, *(other.digest for other in changed)}) == 1 + len(changed)

@@ -33,7 +33,8 @@ from expertprune.comparison import (
 )
 from expertprune.errors import SpecError
 from expertprune.relevance import criteria
-from expertprune.spec import load_spec
+from expertprune.scoring import part_name
+from expertprune.spec import Relevance, load_spec
 from expertprune.units import Structure
 from tests.tiny import save_tiny, write_corpus
 
@@ -288,7 +289,7 @@ def refuse_to_load(*_: Any, **__: Any) -> None:
 
 def own_relevance(profile: Profile, layer: int, how: Callable[[Any], Any]) -> list[float]:
     """`impact` of FFN neurons from what is stored: `(rms · ‖column‖)²` per document, then over documents."""
-    rms = profile.read(f"ffn.{layer}.rms").float() * profile.read(f"ffn.{layer}.scale")
+    rms = profile.read(f"ffn.{layer}.rms").float() * profile.read(f"ffn.{layer}.rms.scale")
     scores = how(((rms * profile.read(f"ffn.{layer}.output_l2")) ** 2).numpy())
     values: list[float] = scores.tolist()
     return values
@@ -519,11 +520,12 @@ def test_a_criterion_that_does_not_see_the_corpus_is_refused(
 
 def test_criteria_say_whether_they_see_the_corpus(spec_file: Path) -> None:
     """A criterion gives two corpora the same scores exactly when it says that it does not look at them."""
-    first, second, *_ = api.profile(spec_file).values()
-    for criterion in criteria.values():
+    for name, criterion in criteria.items():
+        first, second, *_ = api.profile(spec_file, overrides={"relevance.criterion": name}).values()
+        part = part_name(Relevance(criterion=name))
         pairs = zip(
-            relevance(first, Structure.FFN, criterion, "mean"),
-            relevance(second, Structure.FFN, criterion, "mean"),
+            relevance(first, Structure.FFN, criterion, "mean", part),
+            relevance(second, Structure.FFN, criterion, "mean", part),
             strict=True,
         )
         assert criterion.sees_data != all(np.array_equal(a, b) for a, b in pairs), criterion.name

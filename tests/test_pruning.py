@@ -246,7 +246,7 @@ def test_repairs_leave_nothing_behind(base: BaseModel, tmp_path: Path) -> None:
             "qwen2",
             LayerWidths(20, 1, 2),
         ),
-        ("gemma3", Widths(20, 1, 2, {})),
+        ("gemma3", LayerWidths(20, 1, 2)),
     ],
 )
 def test_parameters_that_a_budget_promises_are_those_written(

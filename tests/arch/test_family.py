@@ -363,10 +363,14 @@ def test_sliding_windows_forbid_cutting_heads_but_not_neurons() -> None:
 
 
 @pytest.mark.parametrize("data", sorted(families().values(), key=lambda data: data.family), ids=lambda d: d.family)
-def test_layers_of_different_widths_are_refused(data: Family) -> None:
+def test_layers_of_different_widths_are_said_layer_by_layer(data: Family) -> None:
     config = {"llama": LLAMA, "qwen2": QWEN2, "gemma3": GEMMA3}[data.family]
-    with pytest.raises(PlanError, match="the layers keep different widths"):
-        data.pruned_config(config, [first_units(19, 2, 3), first_units(20, 2, 3)])
+    kept = [first_units(19, 2, 3), first_units(20, 2, 3)]
+    written = data.pruned_config(config, kept)
+    assert written["intermediate_size"] == 20
+    assert written["per_layer_config"] == {"0": {"intermediate_size": 19}}
+    assert written["auto_map"] == {"AutoModelForCausalLM": "modeling_expert.ExpertForCausalLM"}
+    assert [shape.ffn for shape in data.layer_shapes(written)] == [19, 20]
 
 
 def test_rewritten_config_keeps_the_defaults_of_the_base(tmp_path: Path) -> None:

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from expertprune.arch import family_of
 from expertprune.artifacts import Profile, save_profile
-from expertprune.composition import check_criterion, unit_statistics
 from expertprune.corpora import make_batches
 from expertprune.errors import SpecError
 from expertprune.profiling import collect
 from expertprune.relevance import Criterion, UnitStatistics, criteria, criterion
+from expertprune.scoring import check_criterion, unit_statistics
 from expertprune.units import LayerShape, Structure
 from tests.tiny import tiny_model
 
-NAMES = ["activation", "impact", "magnitude", "random"]
+NAMES = ["activation", "fisher", "fluctuation", "impact", "magnitude", "obs", "random", "regional", "taylor"]
 SHAPE = LayerShape(hidden=24, ffn=32, query_heads=6, kv_heads=3, head_dim=4)
 DOCUMENTS = [[3, 4, 5, 6, 20], [7, 30, 8, 9, 14, 10, 41, 2], [11, 12]]
 
@@ -260,7 +260,7 @@ def test_a_new_criterion_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -
         ("imapct", "; did you mean 'impact'?"),
         ("Magnitude", "; did you mean 'magnitude'?"),
         ("activations", "; did you mean 'activation'?"),
-        ("zzz", "; valid: activation, impact, magnitude, random"),
+        ("zzz", "; valid: activation, fisher, fluctuation, impact, magnitude, obs, random, regional, taylor"),
     ],
 )
 def test_an_unknown_criterion_is_answered_with_the_nearest(name: str, answer: str) -> None:
