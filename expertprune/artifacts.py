@@ -27,7 +27,8 @@ def halved(name: str, values: Tensor) -> dict[str, Tensor]:
     Massive activations overflow half precision, and a scale leaves 29 binary orders of magnitude below the largest.
     """
     largest = float(values.abs().max()) if values.numel() else 0.0
-    scale = 2.0 ** (math.ceil(math.log2(largest)) - 15) if 0 < largest < math.inf else 1.0
+    # no smaller than float32's smallest normal number, below which a scale would vanish itself
+    scale = 2.0 ** max(math.ceil(math.log2(largest)) - 15, -126) if 0 < largest < math.inf else 1.0
     return {name: (values / scale).to(torch.float16), f"{name}.scale": torch.tensor(scale, dtype=torch.float32)}
 
 

@@ -29,8 +29,8 @@ Progress = Callable[[], None]
 class ChannelStatistics:
     """Sums over tokens of each channel of an output projection's input, per document and in total.
 
-    Streaming: any way of cutting the documents into batches gives the same numbers. Per document in float32, totals in
-    float64.
+    Streaming: any way of cutting the documents into batches gives the same numbers. Summed in float64: the variance of a
+    channel with a large mean is the small difference of large sums.
     """
 
     def __init__(self, documents: int, channels: int) -> None:
@@ -38,11 +38,12 @@ class ChannelStatistics:
         self.sum = torch.zeros(channels, dtype=torch.float64)
         self.square_sum = torch.zeros(channels, dtype=torch.float64)
 
-    def add(self, document: int, values: Tensor, square_sum: Tensor) -> None:
-        """`values` is `[tokens, channels]`, float32, and `square_sum` its squares summed over tokens, `[channels]`."""
-        self.square[document] = (square_sum / values.shape[0]).cpu()
-        self.sum += values.sum(0).cpu()
-        self.square_sum += square_sum.cpu()
+    def add(self, document: int, values: Tensor) -> None:
+        """`values` is `[tokens, channels]`, float32."""
+        square_sum = torch.linalg.vector_norm(values, dim=0, dtype=torch.float64).square().cpu()
+        self.square[document] = square_sum / values.shape[0]
+        self.sum += values.sum(0, dtype=torch.float64).cpu()
+        self.square_sum += square_sum
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """What is stored: half precision RMS with its scale, float64 totals (a variance is their small difference)."""
@@ -77,12 +78,11 @@ class LayerCollector:
         shape = self.shape
         for row, (document, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
             self.stream[document] = stream[row, :length].float().square().mean().cpu()
-            values = ffn[row, :length].float()
-            self.ffn.add(document, values, torch.linalg.vector_norm(values, dim=0).square())
+            self.ffn.add(document, ffn[row, :length].float())
             values = heads[row, :length].float()
             grouped = values.unflatten(1, (shape.kv_heads, -1)).transpose(0, 1)  # [kv_heads, tokens, group_dim]
             moment = grouped.transpose(1, 2) @ grouped  # [kv_heads, group_dim, group_dim]
-            self.heads.add(document, values, moment.diagonal(dim1=1, dim2=2).flatten())
+            self.heads.add(document, values)
             # mean_t ‖W o_t‖² = ⟨WᵀW, mean_t o_t o_tᵀ⟩: the whole block for the group, the diagonal blocks for its heads
             change = moment * self._gram / length
             self.group_impact[document] = change.sum((1, 2)).cpu()
