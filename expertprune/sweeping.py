@@ -96,7 +96,8 @@ def sweep(
     if not any(corpus.evaluation for corpus in prepared.evaluated):
         raise SpecError("evaluate.corpora: none of them has documents, and a sweep measures bits per byte on documents")
     plans = {}
-    for value, prepared.spec in specs.items():
+    for value, each in specs.items():
+        prepared.spec = each
         plans[value] = plan_of(prepared, track)
     keys = {value: _key(plan, prepared) for value, plan in plans.items()}
     todo = [value for value in specs if keys[value] not in known or (keep and not _holds(places[value], plans[value]))]
