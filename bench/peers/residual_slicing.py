@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -59,16 +60,22 @@ def slicegpt(
     """
     network = Network.of(model)
     _require_plain_residual(network)
-    target, hidden = network.wanted_parameters(fraction), network.shapes[0].hidden
-    distance = [abs(removed_at(network, w, match, slice_head) - target) for w in range(1, hidden + 1)]
     before = network.parameters
-    slice_to(model, batches, 1 + distance.index(min(distance)), slice_head)
-    return model, before - sum(parameter.numel() for parameter in model.parameters())
+    slice_to(model, batches, nearest_width(network, network.wanted_parameters(fraction), match, slice_head), slice_head)
+    return model, before - network.parameters
 
 
 def _require_plain_residual(network: Network) -> None:
     if network.family.residual != "additive":
         raise ValueError(f"SliceGPT cannot slice family {network.family.family!r}: a norm stands behind each block")
+
+
+def nearest_width(network: Network, target: int, match: Match, slice_head: bool) -> int:
+    """The width that removes nearest to `target` parameters: the wider the stream, the fewer go."""
+    widths = range(1, network.shapes[0].hidden + 1)
+    first_below = bisect.bisect_left(widths, -target, key=lambda w: -removed_at(network, w, match, slice_head))
+    around = widths[max(0, first_below - 1) : first_below + 1]
+    return min(around, key=lambda w: abs(removed_at(network, w, match, slice_head) - target))
 
 
 def removed_at(network: Network, width: int, match: Match, slice_head: bool) -> int:
