@@ -38,7 +38,8 @@ An expert cut from `{{ base.model }}` for {{ purpose }}, without post-training:
 Its layers have widths of their own, so `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` builds it with
 `modeling_expert.py` in this folder.
 {%- else -%}
-It loads like any other checkpoint of its architecture, in transformers and in vLLM.
+It loads like any other checkpoint of its architecture, in
+transformers and in vLLM.
 {%- endif %}
 
 | structure | kept in each layer | of |

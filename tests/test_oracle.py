@@ -377,7 +377,7 @@ def in_plain_transformers(
     """Logits and generated tokens of every expert, from one process without this package."""
     folder = tmp_path_factory.mktemp("plain")
     exchange = folder / "exchange.safetensors"
-    save_file({"ids": IDS.contiguous(), "prompt": IDS[:1, :5].contiguous()}, exchange)
+    save_file({"ids": IDS.contiguous(), "prompt": IDS[:1, :5].clone()}, exchange)
     folders = [str(path) for _, path in layered.values()]
     environment = {**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)

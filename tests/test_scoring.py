@@ -436,7 +436,7 @@ def test_several_general_corpora_count_by_their_largest(
         assert set(fused[layer].kind.tolist()) == {SHARED}
 
 
-@pytest.mark.parametrize("tau", [0.05, 0.1, 0.15, 0.2, 0.3])
+@pytest.mark.parametrize("tau", [0.02, 0.05, 0.1, 0.15, 0.2])
 def test_scores_are_fused_with_the_activations_of_the_dimensions(
     profiles: dict[CorpusName, Profile], tau: float
 ) -> None:

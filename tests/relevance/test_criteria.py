@@ -52,6 +52,11 @@ def made_up(units: int, channels_per_unit: int, documents: int = 4, impact: bool
         weight_norm=draw(units),
         layer=1,
         seed=3,
+        variance=draw(channels),
+        tokens=torch.full((documents,), 7.0),
+        gradient=draw(documents, units) - 0.6,
+        regional=draw(documents, units) - 0.6,
+        removal=draw(units),
     )
 
 
