@@ -254,11 +254,11 @@ def repair_input(
     base: BaseModel,
     damping: float = DEFAULT_DAMPING,
     documents: list[list[int]] | None = None,
-    tokens: int = 256,
+    tokens_per_batch: int = 256,
     **changes: Any,
 ) -> RepairInput:
     model = load_model(base.folder, torch.float32, torch.device("cpu"))
-    batches = make_batches(documents or random_documents(), tokens)
+    batches = make_batches(documents or random_documents(), tokens_per_batch)
     return RepairInput(model, batches, Compensation(damping=damping, **changes))
 
 
