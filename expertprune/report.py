@@ -122,8 +122,8 @@ def retention_table(evaluation: Mapping[str, Any]) -> Table:
 
 def widths(value: int | list[int]) -> str:
     """A structure's width: `"1152"`, or `"640 to 1472 (mean 1152)"` where layers differ."""
-    if not isinstance(value, list):
-        return str(value)
+    if not isinstance(value, list) or len(set(value)) == 1:
+        return str(value[0] if isinstance(value, list) else value)
     return f"{min(value)} to {max(value)} (mean {sum(value) / len(value):.4g})"
 
 
