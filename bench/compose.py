@@ -21,12 +21,11 @@ from pathlib import Path
 import torch
 
 from expertprune.arch import family_of
-from expertprune.artifacts import Profile, save_profile
+from expertprune.artifacts import Profile, halved, save_profile
 from expertprune.checkpoint import Checkpoint
 from expertprune.composition import compose
 from expertprune.corpora import CorpusName
 from expertprune.models import BaseModel
-from expertprune.profiling import to_half
 from expertprune.spec import parse_spec
 from expertprune.units import LayerShape
 
@@ -75,10 +74,13 @@ def random_profile(path: Path, shape: LayerShape, layers: int, documents: int, s
     statistics = {}
     for layer in range(layers):
         rms = torch.randn(documents, shape.ffn, generator=generator).exp_()
-        statistics[f"ffn.{layer}.rms"], statistics[f"ffn.{layer}.scale"] = to_half(rms)
+        statistics |= halved(f"ffn.{layer}.rms", rms)
         for name in ("output_l1", "output_l2", "weight_norm"):
             statistics[f"ffn.{layer}.{name}"] = torch.rand(shape.ffn, generator=generator) + 0.5
-    about = {"digest": str(seed), "corpus": str(seed), "documents": [], "tokens": 0}
+        statistics[f"ffn.{layer}.sum"] = torch.zeros(shape.ffn, dtype=torch.float64)
+        statistics[f"ffn.{layer}.square_sum"] = 100 * rms.double().square().sum(0)
+    statistics["tokens"] = torch.full((documents,), 100.0)
+    about = {"digest": str(seed), "corpus": str(seed), "documents": [], "tokens": 100 * documents}
     return save_profile(path, {**about, "layers": [dataclasses.asdict(shape)] * layers}, statistics)
 
 

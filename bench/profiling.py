@@ -21,7 +21,6 @@ import torch
 import transformers
 
 from expertprune import api
-from expertprune.budgets import resolve_budget
 from expertprune.compensation import repair
 from expertprune.composition import compose
 from expertprune.profiling import collect
@@ -43,9 +42,6 @@ def main() -> None:
     prepared = api.validate(arguments.spec, {"base.dtype": arguments.dtype})
     base, model, batches = prepared.base, prepared.model, prepared.repair_batches()
     plan = compose(prepared.spec, base, api.profile(arguments.spec, overrides={"base.dtype": arguments.dtype}))
-    widths = resolve_budget(prepared.spec.budget, base)
-    keys = base.family.config
-    config = {keys.ffn: widths.ffn, keys.query_heads: widths.query_heads, keys.kv_heads: widths.kv_groups}
 
     @torch.inference_mode()
     def plain() -> None:
@@ -56,7 +52,7 @@ def main() -> None:
         collect(model, base.family, base.layers, batches)
 
     def mend() -> None:
-        for _ in repair(model, base.family, plan.shapes, plan.kept, config, batches, 0.3):
+        for _ in repair(model, base.family, plan.shapes, plan.kept, batches, prepared.spec.compensation):
             pass
 
     plain()  # warm
