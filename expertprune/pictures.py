@@ -163,7 +163,9 @@ def retention_curve(points: Sequence[Mapping[str, Any]], path: Path) -> None:
             continue
         kept = [fraction for fraction, _ in here] + [1.0]
         low, retention, high = ([numbers[name] for _, numbers in here] + [1.0] for name in ("low", "retention", "high"))
-        axes.fill_between(kept, low, high, color=colour, alpha=0.18, linewidth=0)
+        axes.fill_between(kept, low, high, color=colour, alpha=0.15, linewidth=0)
+        for edge in (low, high):  # bands that lie over each other mix their colours, edges do not
+            axes.plot(kept, edge, color=colour, linestyle=line, linewidth=0.7, alpha=0.8)
         axes.plot(kept, retention, color=colour, linestyle=line, linewidth=1.8)
         axes.plot(kept[:-1], retention[:-1], color=colour, linestyle="", marker=marker, markersize=6)
         labels.append((retention[0], key, colour))
