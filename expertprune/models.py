@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from expertprune.arch import PER_LAYER, Family, bundled_models, families, family_of
+from expertprune.arch import PER_LAYER, Family, bundled_models, families, family_of, stock_architectures
 from expertprune.arch.per_layer import with_layer_widths
 from expertprune.checkpoint import Checkpoint
 from expertprune.errors import CheckpointError, SpecError
@@ -280,7 +280,7 @@ def _model_class(folder: Path) -> Any:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if not config.get(PER_LAYER):
         return transformers.AutoModelForCausalLM
-    return with_layer_widths(getattr(transformers, config["architectures"][0]))
+    return with_layer_widths(getattr(transformers, stock_architectures(config)[0]))
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from expertprune.arch import MODELING, PER_LAYER, per_layer
+from expertprune.arch import MODELING, PER_LAYER, per_layer, stock_architectures
 from expertprune.artifacts import Plan
 from expertprune.checkpoint import write_weights
 from expertprune.compensation import cut_tensor, repair
@@ -114,7 +114,7 @@ def prune(
     else:
         (folder / f"{MODELING}.py").unlink(missing_ok=True)  # that of a base which had widths of single layers
         if PER_LAYER in config:
-            (folder / f"{MODELING}.py").write_text(_modeling(config["architectures"][0]))
+            (folder / f"{MODELING}.py").write_text(_modeling(stock_architectures(config)[0]))
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 

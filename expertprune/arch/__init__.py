@@ -4,6 +4,7 @@ One YAML file a family, in `families/`. No other module knows a family's name.
 """
 
 from expertprune.arch.family import (
+    EXPERT,
     MODELING,
     PER_LAYER,
     Block,
@@ -12,9 +13,11 @@ from expertprune.arch.family import (
     bundled_models,
     families,
     family_of,
+    stock_architectures,
 )
 
 __all__ = [
+    "EXPERT",
     "MODELING",
     "PER_LAYER",
     "Block",
@@ -23,4 +26,5 @@ __all__ = [
     "bundled_models",
     "families",
     "family_of",
+    "stock_architectures",
 ]

@@ -19,6 +19,9 @@ _HERE = Path(__file__).parent
 PER_LAYER = "per_layer_config"  # transformers' name for widths of single layers
 _PER_LAYER_KEYS = ("allow_global_per_layer_attribute_access", "auto_map")
 MODELING = "modeling_expert"  # the module in an expert's folder that builds such layers
+# What its config puts before the name of the stock class: an engine that does not know such layers refuses the folder
+# by name, instead of building all layers alike.
+EXPERT = "Expert"
 
 
 class _Data(BaseModel):
@@ -79,7 +82,8 @@ class Family(_Data):
 
     `residual: additive` promises that a layer's output is its input plus the outputs of the two blocks, which the
     repair uses to aim at the residual stream; `residual: normed`, that each output passes its block's `output_norm`
-    first.
+    first. `vllm_single_layers` are vLLM's classes that read a layer's widths from the config while they build it, so
+    that `serving.plugin` can give each layer widths of its own.
     """
 
     family: str
@@ -91,6 +95,7 @@ class Family(_Data):
     attention: Block
     heads_divide_hidden: bool = False
     when_heads_change: Rewrite | None = None
+    vllm_single_layers: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _norms_as_promised(self) -> Self:
@@ -185,6 +190,18 @@ class Family(_Data):
     def heads_changed(old: LayerShape, new: LayerShape) -> bool:
         return (old.query_heads, old.kv_heads) != (new.query_heads, new.kv_heads)
 
+    def check_single_layers(self, config: Mapping[str, Any]) -> None:
+        """Raises `PlanError` where an expert whose layers have widths of their own could not be built or served."""
+        architectures = stock_architectures(config)
+        instead = "; with compose.allocation: uniform all layers keep the same widths"
+        if not architectures:
+            raise PlanError(
+                "config.json of the base names no architectures, so there is no class to build layers of different "
+                f"widths from{instead}"
+            )
+        if not self.vllm_single_layers:
+            raise PlanError(f"vLLM serves no layers of different widths of family {self.family!r}{instead}")
+
     def _check_heads(self, config: Mapping[str, Any], new: LayerShape) -> None:
         rewrite = self.when_heads_change
         divides = self.heads_divide_hidden or (
@@ -214,6 +231,11 @@ def _positive(config: Mapping[str, Any], key: str) -> int:
     return value
 
 
+def stock_architectures(config: Mapping[str, Any]) -> list[str]:
+    """The classes of transformers that a config names, whether or not its layers have widths of their own."""
+    return [name.removeprefix(EXPERT) for name in config.get("architectures") or []]
+
+
 def _with_layers(config: dict[str, Any], widths: list[dict[str, int]]) -> dict[str, Any]:
     """The config with the widths of single layers where they are not the whole model's, and the code that reads them."""
     layers = {
@@ -223,8 +245,10 @@ def _with_layers(config: dict[str, Any], widths: list[dict[str, int]]) -> dict[s
     }
     if config.pop(PER_LAYER, None) is not None:  # the base had such widths itself
         config = {key: value for key, value in config.items() if key not in _PER_LAYER_KEYS}
+        config["architectures"] = stock_architectures(config)
     if layers:
         config |= {
+            "architectures": [EXPERT + name for name in stock_architectures(config)],
             PER_LAYER: layers,
             "allow_global_per_layer_attribute_access": True,
             "auto_map": {"AutoModelForCausalLM": f"{MODELING}.ExpertForCausalLM"},

@@ -370,6 +370,7 @@ def test_layers_of_different_widths_are_said_layer_by_layer(data: Family) -> Non
     assert written["intermediate_size"] == 20
     assert written["per_layer_config"] == {"0": {"intermediate_size": 19}}
     assert written["auto_map"] == {"AutoModelForCausalLM": "modeling_expert.ExpertForCausalLM"}
+    assert written["architectures"] == [f"Expert{name}" for name in config["architectures"]]
     assert [shape.ffn for shape in data.layer_shapes(written)] == [19, 20]
 
 
