@@ -36,7 +36,7 @@ An expert cut from `{{ base.model }}` for {{ purpose }}, without post-training:
 {{ "{:,}".format(parameters.after) }} of {{ "{:,}".format(parameters.before) }} parameters
 ({{ "%.1f" % (100 * parameters.after / parameters.before) }}%). {% if per_layer -%}
 Its layers have widths of their own, so `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` builds it with
-`modeling_expert.py` in this folder.
+`modeling_expert.py` in this folder, and vLLM serves it wherever the package expertprune is installed beside it.
 {%- else -%}
 It loads like any other checkpoint of its architecture, in
 transformers and in vLLM.

@@ -111,8 +111,8 @@ class Relevance(_Section):
     """How a unit is scored on a corpus."""
 
     criterion: str = Field(
-        "impact",
-        description="impact, activation, fluctuation, taylor, fisher, regional, obs, magnitude or random.",
+        "fisher",
+        description="fisher, taylor, impact, activation, fluctuation, regional, obs, magnitude or random.",
     )
     loss: Literal["language_model", "kl"] = Field(
         "language_model",
@@ -157,8 +157,8 @@ class Compose(_Section):
     )
     fusion: Fusion = Field(default_factory=Fusion)
     allocation: Literal["uniform", "global", "search"] = Field(
-        "uniform",
-        description="uniform: every layer keeps the same width; global: one ranking over layers; "
+        "global",
+        description="global: one ranking over layers; uniform: every layer keeps the same width, as stock configs say it; "
         "search: widths that keep the predictions, tried on calibration text.",
     )
     rounds: int = Field(1, ge=1, le=16, description="Cut in so many steps, profiling again between them.")

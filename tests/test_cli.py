@@ -430,7 +430,7 @@ def test_composing_from_stored_profiles_alone(tmp_path: Path, spec_file: Path, n
 @pytest.mark.parametrize(
     ("setting", "lacking"),
     [
-        ("relevance=taylor", "gradient-language_model"),
+        ("relevance={criterion: taylor, loss: kl}", "gradient-kl"),
         ("relevance={criterion: fisher, loss: kl}", "gradient-kl"),
         ("relevance=regional", "regional"),
         ("relevance=obs", "removal"),
