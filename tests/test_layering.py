@@ -18,8 +18,8 @@ ORDER = [
     "errors", "registry", "units", "files", "values", "spec",
     "arch", "checkpoint", "models", "artifacts", "corpora", "relevance",
     "layerwise", "passes", "profiling", "scoring", "budgets", "allocation", "composition", "comparison", "masking",
-    "compensation", "pruning", "evaluation", "preparing", "deciding", "retaining", "report", "pictures", "api", "serving",
-    "analysis", "sweeping", "inspection", "terminal", "cli",
+    "compensation", "pruning", "evaluation", "preparing", "deciding", "retaining", "report", "pictures", "api",
+    "analysis", "sweeping", "inspection", "serving", "terminal", "commands", "cli",
 ]  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 MODULES = [path for path in SOURCES if path != PACKAGE / "__init__.py"]
