@@ -268,7 +268,7 @@ def load_model(
     """
     try:
         model = _model_class(folder).from_pretrained(
-            folder, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
+            folder, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=_attention(folder)
         )
     except (ValueError, OSError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
@@ -281,6 +281,12 @@ def _model_class(folder: Path) -> Any:
     if not config.get(PER_LAYER):
         return transformers.AutoModelForCausalLM
     return with_layer_widths(getattr(transformers, config["architectures"][0]))
+
+
+def _attention(folder: Path) -> str:
+    """The implementation of attention that computes the folder's network as it is meant."""
+    family = families().get(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
+    return "sdpa" if family is None else family.attention_implementation
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:

@@ -79,7 +79,10 @@ class Family(_Data):
 
     `residual: additive` promises that a layer's output is its input plus the outputs of the two blocks, which the
     repair uses to aim at the residual stream; `residual: normed`, that each output passes its block's `output_norm`
-    first.
+    first. `defaults` are what the config means by keys that it leaves out. `structures` can be cut; where heads are none
+    of them, `why_no_heads` says why. `heads_require` are values of the config (dots lead into it) without which its head
+    counts cannot be changed. `attention_implementation` is the one of transformers that computes the network as it is
+    meant. `vllm_layer_widths`: vLLM serves widths of single layers, through the plugin.
     """
 
     family: str
@@ -89,8 +92,26 @@ class Family(_Data):
     config: ConfigKeys
     ffn: Block
     attention: Block
+    defaults: Mapping[str, int] = Field(default_factory=dict)
+    structures: tuple[Structure, ...] = tuple(Structure)
+    why_no_heads: str = ""
+    attention_implementation: Literal["sdpa", "eager"] = "sdpa"
+    vllm_layer_widths: bool = False
     heads_divide_hidden: bool = False
+    heads_require: Mapping[str, Any] = Field(default_factory=dict)
     when_heads_change: Rewrite | None = None
+
+    @property
+    def heads_are_units(self) -> bool:
+        return Structure.KV_GROUPS in self.structures
+
+    @model_validator(mode="after")
+    def _heads_with_their_groups(self) -> Self:
+        if (Structure.QUERY_HEADS in self.structures) != self.heads_are_units:
+            raise ValueError("structures: query_heads and kv_groups are cut together or not at all")
+        if bool(self.why_no_heads) == self.heads_are_units:
+            raise ValueError("why_no_heads goes with structures that name no heads, and only with those")
+        return self
 
     @model_validator(mode="after")
     def _norms_as_promised(self) -> Self:
@@ -116,7 +137,7 @@ class Family(_Data):
             CheckpointError: a key is missing, or the head counts make no legal grouped-query attention.
         """
         count = _positive(config, self.config.layers)
-        single = config.get(PER_LAYER) or {}
+        config, single = {**self.defaults, **config}, config.get(PER_LAYER) or {}
         return tuple(
             self._layer_shape({**config, **single.get(str(i), single.get(str(i).zfill(len(str(count - 1))), {}))})
             for i in range(count)
@@ -187,6 +208,14 @@ class Family(_Data):
 
     def _check_heads(self, config: Mapping[str, Any], new: LayerShape) -> None:
         rewrite = self.when_heads_change
+        if not self.heads_are_units:
+            raise PlanError(f"heads of family {self.family!r} cannot be cut: {self.why_no_heads}")
+        for key, wanted in self.heads_require.items():
+            if (found := _looked_up(config, key, wanted)) != wanted:
+                raise PlanError(
+                    f"heads of this base cannot be cut: its config says {key}: {found!r}, and only {wanted!r} goes with "
+                    "other head counts"
+                )
         divides = self.heads_divide_hidden or (
             rewrite is not None and family_of(rewrite.model_type).heads_divide_hidden
         )
@@ -211,6 +240,14 @@ def _positive(config: Mapping[str, Any], key: str) -> int:
     value = config.get(key)
     if not isinstance(value, int) or value < 1:
         raise CheckpointError(f"config.json: {key!r} must be a positive whole number, found {value!r}")
+    return value
+
+
+def _looked_up(config: Mapping[str, Any], dotted: str, default: Any) -> Any:
+    """A value inside a config; `default` where the way there ends."""
+    value: Any = config
+    for key in dotted.split("."):
+        value = value.get(key, default) if isinstance(value, Mapping) else default
     return value
 
 
