@@ -13,6 +13,7 @@ from expertprune.arch.family import (
     families,
     family_of,
 )
+from expertprune.arch.recognition import attention_of, recognized
 
 __all__ = [
     "MODELING",
@@ -20,7 +21,9 @@ __all__ = [
     "Block",
     "CoupledTensor",
     "Family",
+    "attention_of",
     "bundled_models",
     "families",
     "family_of",
+    "recognized",
 ]

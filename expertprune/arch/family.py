@@ -97,6 +97,7 @@ class Family(_Data):
     why_no_heads: str = ""
     attention_implementation: Literal["sdpa", "eager"] = "sdpa"
     vllm_layer_widths: bool = False
+    listed: bool = True  # by a file, and so held against the oracle here; not read off a checkpoint
     heads_divide_hidden: bool = False
     heads_require: Mapping[str, Any] = Field(default_factory=dict)
     when_heads_change: Rewrite | None = None
