@@ -140,7 +140,17 @@ def model_class(folder: Path) -> Any:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if not config.get(PER_LAYER):
         return transformers.AutoModelForCausalLM
-    return with_layer_widths(getattr(transformers, config["architectures"][0]))
+    family = families().get(config["model_type"])
+    return with_layer_widths(class_of(config), family.layers if family else "")
+
+
+def class_of(config: dict[str, Any]) -> Any:
+    """The class in transformers, or registered with it, that builds a config's model."""
+    transformers = quiet_transformers()
+    name = config["architectures"][0]
+    if hasattr(transformers, name):
+        return getattr(transformers, name)
+    return transformers.AutoModelForCausalLM._model_mapping[transformers.CONFIG_MAPPING[config["model_type"]]]
 
 
 @functools.cache

@@ -31,8 +31,8 @@ def families(folder: Path | None, trust_remote_code: bool, store: Path | None, a
     expertprune families --check path/to/model
     """
     if folder is None:
-        data = {"kind": "families", "families": listed_families()}
-        show(as_json, data, lambda: _table(data["families"]))
+        listed = listed_families()
+        show(as_json, {"kind": "families", "families": listed}, lambda: _table(listed))
         return
     if not folder.is_dir():
         raise SpecError(f"--check: {folder}: no such folder")
@@ -69,7 +69,9 @@ def _table(families: list[dict[str, Any]]) -> Any:
         structures = ", ".join(family["structures"])
         vllm = "yes" if family["layer_widths"]["vllm"] else "no: uniform widths only"
         table.add_row(family["family"], ", ".join(family["model_types"]), structures, vllm)
-    notes = [f"{family['family']}: no heads, since {family['why_no_heads']}" for family in families if family["why_no_heads"]]
+    notes = [
+        f"{family['family']}: no heads, since {family['why_no_heads']}" for family in families if family["why_no_heads"]
+    ]
     notes.append(
         "A model that is not listed is taken where its tensors look like a gated FFN (gate_proj, up_proj, down_proj) and an "
         "attention of heads (q_proj, k_proj, v_proj, o_proj), and the oracle holds on a tiny random copy: --check FOLDER."
