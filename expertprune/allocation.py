@@ -13,6 +13,7 @@ from expertprune.budgets import (
     LayerWidths,
     Widths,
     added_parameters,
+    check_structures,
     expressible,
     legal_ffn,
     removed_from_layer,
@@ -114,6 +115,7 @@ def global_widths(
     Raises:
         PlanError: not reachable; the message names the largest legal value.
     """
+    check_structures(budget, base)
     layers = list(earlier or _own_widths(base))
     for structure in (Structure.KV_GROUPS, Structure.QUERY_HEADS, Structure.FFN):
         if getattr(budget, structure.value):

@@ -124,6 +124,7 @@ def _about(prepared: Prepared, plan: Plan) -> dict[str, Any]:
             "tokenizer_digest": prepared.base.tokenizer_digest,
             "revision": prepared.spec.base.revision,
             "trust_remote_code": prepared.spec.base.trust_remote_code,
+            **_earlier(prepared.base.folder),
         },
         "parameters": plan.parameters,
         "corpora": {
@@ -136,6 +137,13 @@ def _about(prepared: Prepared, plan: Plan) -> dict[str, Any]:
         "plan": plan.document(),
         "evaluation": None,
     }
+
+
+def _earlier(folder: Path) -> dict[str, Any]:
+    """Where a base is an expert itself: its description, without what was measured, under the key `expert`."""
+    if not (folder / EXPERT_FILE).is_file():
+        return {}
+    return {"expert": {key: value for key, value in load_expert(folder).items() if key != "evaluation"}}
 
 
 def build(
@@ -151,6 +159,7 @@ def build(
     check_output(out, overwrite)
     prepared = validate(spec, overrides, store)
     _room_for_expert(prepared, out)
+    _not_profiled(prepared.evaluated, {"corpora": {}, "base": _earlier(prepared.base.folder)})
     plan = plan_of(prepared, track)
     with staged_folder(out, overwrite) as folder:
         write_folder(prepared, plan, folder, track)
@@ -212,8 +221,12 @@ def _recorded_base(about: Mapping[str, Any], base: Base, store: Path) -> BaseMod
 
 
 def _not_profiled(corpora: list[Corpus], about: Mapping[str, Any]) -> list[Corpus]:
-    """Raises `SpecError` if a document's digest is among those that calibrated the expert."""
-    profiled = {digest for corpus in about["corpora"].values() for digest in corpus["documents"]}
+    """Raises `SpecError` if a document's digest is among those that calibrated the expert, or the expert it is cut from."""
+    profiled: set[str] = set()
+    description: Mapping[str, Any] | None = about
+    while description is not None:
+        profiled |= {digest for corpus in description["corpora"].values() for digest in corpus["documents"]}
+        description = description["base"].get("expert")
     problems = [
         f"corpus {corpus.name}: {bad} evaluation documents calibrated this expert; evaluate on others"
         for corpus in corpora

@@ -80,6 +80,7 @@ def resolve_budget(budget: Budget, base: BaseModel) -> Widths:
             "compose.allocation: the layers of this base have different widths, so the same cut cannot be made in all of "
             "them; use allocation: global"
         )
+    check_structures(budget, base)
     shape = base.layers[0]
     groups = _kept_groups(budget, base)
     heads = _kept_heads_per_group(budget, base, groups)
@@ -95,6 +96,18 @@ def resolve_budget(budget: Budget, base: BaseModel) -> Widths:
     # The family's config must be able to say these widths: asked now, before any work.
     base.family.pruned_config(base.checkpoint.config, [first_units(layer, shape)] * len(base.layers))
     return Widths.same(layer, len(base.layers), requested)
+
+
+def check_structures(budget: Budget, base: BaseModel) -> None:
+    """Raises `PlanError` where the budget names a structure that the base's family does not allow."""
+    family = base.family
+    for structure in Structure:
+        if getattr(budget, structure.value) and structure not in family.structures:
+            allowed = ", ".join(each.value for each in family.structures)
+            raise PlanError(
+                f"budget.{structure.value}: heads of family {family.family!r} cannot be cut: {family.why_no_heads}; "
+                f"structures that can be: {allowed}"
+            )
 
 
 def wanted_parameters(budget: Budget, base: BaseModel) -> float | None:

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from expertprune import __version__
+from expertprune.commands.families import families
 from expertprune.commands.serving import serve
 from expertprune.files import check_parent, to_json
 from expertprune.terminal import (
@@ -33,6 +34,9 @@ def main() -> None:
     \b
     expertprune build profiles/english-medical-qa.yaml --out experts/medical-qa
     """
+
+
+main.add_command(families)
 
 
 @main.command()

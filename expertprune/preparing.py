@@ -31,6 +31,7 @@ from expertprune.evaluation import guarded
 from expertprune.files import digest_of, store_folder
 from expertprune.masking import masked
 from expertprune.models import BaseModel, default_device, load_model, load_tokenizer, resolve_base
+from expertprune.oracle import check_family
 from expertprune.passes import backward_bytes
 from expertprune.profiling import profile_corpus, profile_key, profile_part, profile_path
 from expertprune.relevance import Pass
@@ -138,6 +139,9 @@ def validate(spec: SpecLike, overrides: Mapping[str, Any] | None = None, store: 
     if problems or base is None:
         raise SpecError(problems)
     foreseen_widths(spec, base)
+    if not base.family.listed:
+        done = check_family(base, layer_widths=spec.compose.allocation != "uniform")
+        log.warning("%s: the oracle holds on a tiny random copy (%s)", base.name, ", ".join(done))
     prepared = Prepared(spec, base, corpora, evaluated, folder)
     for name in corpora:
         with _gathered(problems):

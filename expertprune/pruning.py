@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,18 +114,19 @@ def prune(
     else:
         (folder / f"{MODELING}.py").unlink(missing_ok=True)  # that of a base which had widths of single layers
         if PER_LAYER in config:
-            (folder / f"{MODELING}.py").write_text(_modeling(stock_architectures(config)[0]))
+            (folder / f"{MODELING}.py").write_text(_modeling(config, base.family.layers))
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def _modeling(architecture: str) -> str:
+def _modeling(config: Mapping[str, Any], layers: str) -> str:
     """The code that an expert with widths of single layers carries, for users who have only transformers."""
+    architecture = stock_architectures(config)[0]
     lines = [
         inspect.getsource(per_layer),
         "",
         f"from transformers import {architecture}  # noqa: E402",
         "",
-        f"ExpertForCausalLM = with_layer_widths({architecture})",
+        f'ExpertForCausalLM = with_layer_widths({architecture}, "{layers}")',
         "",
     ]
     return "\n".join(lines)

@@ -67,7 +67,12 @@ Not evaluated yet: `expertprune evaluate` fills this in.
 {% endif %}
 ## Provenance
 
-Base digest `{{ base.digest }}`. Calibrated on {% for corpus, entry in corpora.items() -%}
+Base digest `{{ base.digest }}`.
+{%- if base.expert is defined %} The base is an expert itself: `{{ base.expert.name }}`, cut from
+`{{ base.expert.base.model }}` (digest `{{ base.expert.base.digest }}`); its spec and plan are in `expertprune.json` too.
+{%- endif %}
+{%- if base.trust_remote_code is true %} The base was run with Python code of its own.
+{%- endif %} Calibrated on {% for corpus, entry in corpora.items() -%}
 {{ corpus }} ({{ entry.documents | length }} documents){{ ", " if not loop.last else "." }}
 {%- endfor %} Versions: {% for package, version in versions.items() -%}
 {{ package }} {{ version }}{{ ", " if not loop.last else "." }}

@@ -16,9 +16,9 @@ PACKAGE = Path(expertprune.__file__).parent
 # A module may import what stands before it, never what stands after it. A folder counts as one module.
 ORDER = [
     "errors", "registry", "units", "files", "values", "spec",
-    "arch", "checkpoint", "models", "artifacts", "corpora", "relevance",
+    "arch", "checkpoint", "admission", "models", "artifacts", "corpora", "relevance",
     "layerwise", "passes", "profiling", "scoring", "budgets", "allocation", "composition", "comparison", "masking",
-    "compensation", "pruning", "evaluation", "preparing", "deciding", "retaining", "report", "pictures", "api",
+    "compensation", "pruning", "oracle", "evaluation", "preparing", "deciding", "retaining", "report", "pictures", "api",
     "analysis", "sweeping", "inspection", "serving", "terminal", "commands", "cli",
 ]  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))

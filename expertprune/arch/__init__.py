@@ -15,6 +15,7 @@ from expertprune.arch.family import (
     family_of,
     stock_architectures,
 )
+from expertprune.arch.recognition import attention_of, recognized
 
 __all__ = [
     "EXPERT",
@@ -23,8 +24,10 @@ __all__ = [
     "Block",
     "CoupledTensor",
     "Family",
+    "attention_of",
     "bundled_models",
     "families",
     "family_of",
+    "recognized",
     "stock_architectures",
 ]

@@ -82,8 +82,11 @@ class Family(_Data):
 
     `residual: additive` promises that a layer's output is its input plus the outputs of the two blocks, which the
     repair uses to aim at the residual stream; `residual: normed`, that each output passes its block's `output_norm`
-    first. `vllm_single_layers` are vLLM's classes that read a layer's widths from the config while they build it, so
-    that `serving.plugin` can give each layer widths of its own.
+    first. `defaults` are what the config means by keys that it leaves out. `structures` can be cut; where heads are none
+    of them, `why_no_heads` says why. `heads_require` are values of the config (dots lead into it) without which its head
+    counts cannot be changed. `attention_implementation` is the one of transformers that computes the network as it is
+    meant. `vllm_single_layers` are vLLM's classes that read a layer's widths from the config while they build it, so that
+    `serving.plugin` can give each layer widths of its own.
     """
 
     family: str
@@ -93,9 +96,27 @@ class Family(_Data):
     config: ConfigKeys
     ffn: Block
     attention: Block
+    defaults: Mapping[str, int] = Field(default_factory=dict)
+    structures: tuple[Structure, ...] = tuple(Structure)
+    why_no_heads: str = ""
+    attention_implementation: Literal["sdpa", "eager"] = "sdpa"
+    listed: bool = True  # by a file, and so held against the oracle here; not read off a checkpoint
     heads_divide_hidden: bool = False
+    heads_require: Mapping[str, Any] = Field(default_factory=dict)
     when_heads_change: Rewrite | None = None
     vllm_single_layers: tuple[str, ...] = ()
+
+    @property
+    def heads_are_units(self) -> bool:
+        return Structure.KV_GROUPS in self.structures
+
+    @model_validator(mode="after")
+    def _heads_with_their_groups(self) -> Self:
+        if (Structure.QUERY_HEADS in self.structures) != self.heads_are_units:
+            raise ValueError("structures: query_heads and kv_groups are cut together or not at all")
+        if bool(self.why_no_heads) == self.heads_are_units:
+            raise ValueError("why_no_heads goes with structures that name no heads, and only with those")
+        return self
 
     @model_validator(mode="after")
     def _norms_as_promised(self) -> Self:
@@ -121,7 +142,7 @@ class Family(_Data):
             CheckpointError: a key is missing, or the head counts make no legal grouped-query attention.
         """
         count = _positive(config, self.config.layers)
-        single = config.get(PER_LAYER) or {}
+        config, single = {**self.defaults, **config}, config.get(PER_LAYER) or {}
         return tuple(
             self._layer_shape({**config, **single.get(str(i), single.get(str(i).zfill(len(str(count - 1))), {}))})
             for i in range(count)
@@ -204,6 +225,14 @@ class Family(_Data):
 
     def _check_heads(self, config: Mapping[str, Any], new: LayerShape) -> None:
         rewrite = self.when_heads_change
+        if not self.heads_are_units:
+            raise PlanError(f"heads of family {self.family!r} cannot be cut: {self.why_no_heads}")
+        for key, wanted in self.heads_require.items():
+            if (found := _looked_up(config, key, wanted)) != wanted:
+                raise PlanError(
+                    f"heads of this base cannot be cut: its config says {key}: {found!r}, and only {wanted!r} goes with "
+                    "other head counts"
+                )
         divides = self.heads_divide_hidden or (
             rewrite is not None and family_of(rewrite.model_type).heads_divide_hidden
         )
@@ -234,6 +263,14 @@ def _positive(config: Mapping[str, Any], key: str) -> int:
 def stock_architectures(config: Mapping[str, Any]) -> list[str]:
     """The classes of transformers that a config names, whether or not its layers have widths of their own."""
     return [name.removeprefix(EXPERT) for name in config.get("architectures") or []]
+
+
+def _looked_up(config: Mapping[str, Any], dotted: str, default: Any) -> Any:
+    """A value inside a config; `default` where the way there ends."""
+    value: Any = config
+    for key in dotted.split("."):
+        value = value.get(key, default) if isinstance(value, Mapping) else default
+    return value
 
 
 def _with_layers(config: dict[str, Any], widths: list[dict[str, int]]) -> dict[str, Any]:
