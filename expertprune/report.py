@@ -16,7 +16,7 @@ from rich.text import Text
 from expertprune.files import write_file, write_json
 
 EXPERT_FILE = "expertprune.json"
-_LABELS = {
+METRIC_LABELS = {
     "bits_per_byte": "bits per byte",
     "perplexity": "perplexity",
     "kl": "KL to base, bits/token",
@@ -97,7 +97,9 @@ def retention_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     for corpus, result in evaluation["corpora"].items():
         for metric, numbers in result["metrics"].items():
-            label = _LABELS[metric] + (f" ({result['questions']} questions)" if metric == "questions" else "")
+            label = METRIC_LABELS.get(metric, metric.replace("_", " ")) + (
+                f" ({result['questions']} questions)" if metric == "questions" else ""
+            )
             interval = f"{_number(numbers['low'])} to {_number(numbers['high'])}"
             cells = [_number(numbers[key]) if key in numbers else "" for key in ("base", "expert", "retention")]
             rows.append([corpus, label, *cells, interval])
