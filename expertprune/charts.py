@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from expertprune.inline import INK, MUTED, RULE, SERIES, ACCENT, figure_of, svg
+from expertprune.inline import ACCENT, INK, MUTED, RULE, SERIES, figure_of, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDE, NARROW = 860, 350  # CSS pixels
+WIDE, NARROW = 888, 350  # CSS pixels
 _MARKERS = "osD^vP"
 _SOURCES = ("language", "domain", "task", "general")
 _STRONGEST = 0.72  # opacity of a heat map's strongest cell: the page's text stays readable on it
@@ -74,11 +74,11 @@ def intervals(name: str, alternative: str, rows: Sequence[Row], axis: str, legen
 
 def _intervals(width: float, rows: Sequence[Row], axis: str, legend: Sequence[str]) -> Figure:
     narrow = width == NARROW
-    left, step = (12, 42) if narrow else (290, 25)
+    left, step = (12, 42) if narrow else (272, 25)
     most = max((len(row.marks) for row in rows), default=1)
     step += 7 * max(0, most - 1)
     heights = [step if row.marks else 30 for row in rows]
-    top = 6 + 22 * bool(legend)
+    top = 8 + 19 * _legend_lines(width, left, legend)[1]
     height = sum(heights) + top + 50
     figure = figure_of(width, height)
     axes = _axes(figure, left, 46, width - left - 16, sum(heights))
@@ -97,9 +97,9 @@ def _intervals(width: float, rows: Sequence[Row], axis: str, legend: Sequence[st
         middle = place + (size * 0.68 if narrow and row.marks else size / 2)
         where = (place + 13 if narrow and row.marks else middle) / sum(heights)
         weight = "normal" if row.marks else "bold"
-        axes.text((8 if narrow else -282) / (width - left - 16) if row.marks else (0 if narrow else -290 / (width - left - 16)),
-                  1 - where, _short(row.label, 48 if narrow else 42), transform=axes.transAxes, color=INK, fontsize=_TEXT,
-                  weight=weight, va="center", parse_math=False)  # fmt: skip
+        indent = 8 * bool(row.marks) - (0 if narrow else left)
+        axes.text(indent / (width - left - 16), 1 - where, _short(row.label, 48 if narrow else 40), color=INK,
+                  fontsize=_TEXT, weight=weight, va="center", parse_math=False, transform=axes.transAxes)  # fmt: skip
         for number, mark in enumerate(row.marks):
             y = middle + 8 * (number - (len(row.marks) - 1) / 2)
             _mark(axes, y, mark)
@@ -117,20 +117,30 @@ def _mark(axes: Axes, y: float, mark: Mark) -> None:
     axes.plot([mark.value], [y], color=colour, marker=_MARKERS[mark.series % 6], markersize=7.5, linestyle="")
 
 
+def _legend_lines(width: float, left: float, texts: Sequence[str]) -> tuple[int, int]:
+    """Columns and lines of a legend that fits above the axes."""
+    if not texts:
+        return 1, 0
+    columns = max(1, int((width - left) / (6.8 * min(28, max(map(len, texts))) + 38)))
+    return columns, math.ceil(len(texts) / columns)
+
+
 def _legend(figure: Figure, entries: Sequence[tuple[str, str, str]], left: float) -> None:
     """Colour, mark and name of each series, above the axes."""
     from matplotlib.lines import Line2D
 
     if not entries:
         return
-    across, up = (72 * size for size in figure.get_size_inches())
+    across = 72 * figure.get_size_inches()[0]
     handles = [Line2D([], [], color=colour, marker=marker, linestyle="", markersize=8) for _, colour, marker in entries]
-    labels = [_short(text, 28) for text, _, _ in entries]
-    columns = len(entries) if across == WIDE else 2 if max(map(len, labels)) > 9 else len(entries)
-    figure.legend(
-        handles, labels, loc="upper left", bbox_to_anchor=((left - 6) / across, 1), ncols=min(columns, 4), frameon=False,
-        fontsize=_SMALL, labelcolor=INK, handletextpad=0.2, columnspacing=1.2, borderpad=0, borderaxespad=0.2,
+    columns, _ = _legend_lines(across, left, [text for text, _, _ in entries])
+    legend = figure.legend(
+        handles, [_short(text, 28) for text, _, _ in entries], loc="upper left", bbox_to_anchor=((left - 6) / across, 1),
+        ncols=columns, frameon=False, fontsize=_SMALL, labelcolor=INK, handletextpad=0.2, columnspacing=1.2, borderpad=0,
+        borderaxespad=0.2,
     )  # fmt: skip
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def retention_picture(name: str, metrics: Sequence[Mapping[str, Any]]) -> Picture | None:
@@ -169,7 +179,9 @@ def lineup_picture(name: str, rows: Sequence[Mapping[str, Any]], experts: Sequen
     return intervals(name, alternative, lines, "retention (1: as the base)", experts)
 
 
-def throughput_picture(name: str, rows: Sequence[Mapping[str, Any]], limit: float | None, labels: Mapping[str, str]) -> Picture | None:
+def throughput_picture(
+    name: str, rows: Sequence[Mapping[str, Any]], limit: float | None, labels: Mapping[str, str]
+) -> Picture | None:
     """The expert's speed over the base's, metric by metric; a bar stands at the limit."""
     drawn = [row for row in rows if row["ratio"] is not None]
     if not drawn:
@@ -195,8 +207,8 @@ def kept_picture(name: str, structure: Mapping[str, Any]) -> Picture:
     )
 
     def draw(width: float) -> Figure:
-        figure = figure_of(width, 270)
-        left = 46
+        left, sources = 46, [entry["source"] for entry in structure["protected"]]
+        figure = figure_of(width, 242 + 19 * _legend_lines(width, left, [*sources, "cut"])[1])
         axes = _axes(figure, left, 44, width - left - 6, 188)
         places = range(len(layers["of"]))
         below = [0] * len(layers["of"])
@@ -247,12 +259,15 @@ def relevance_picture(name: str, label: str, corpora: Sequence[Mapping[str, Any]
 
     def draw(width: float) -> Figure:
         tall = width == NARROW
-        cell = (13.0 if tall else 30.0)
+        cell = 13.0 if tall else 30.0
         left, head = (34, 30) if tall else (150, 6)
         extent = layers if tall else len(drawn)
         figure = figure_of(width, head + cell * extent + 78)
         axes = _axes(figure, left, 74, width - left - 6, cell * extent)
-        names = [_short(corpus["name"], 12 if tall else 22) for corpus in drawn]
+        room = int((width - left - 6) / len(drawn) / 7.2)
+        names = [_short(corpus["name"], 22) for corpus in drawn]
+        if tall:
+            names = [_short(corpus["name"].partition("/")[2] or corpus["name"], max(3, room)) for corpus in drawn]
         table = [[strength(value) for value in corpus["by_layer"]] for corpus in drawn]
         _cells(axes, [list(column) for column in zip(*table, strict=True)] if tall else table)
         ticks = range(0, layers, max(1, round(layers / 12)))
@@ -275,8 +290,8 @@ def relevance_picture(name: str, label: str, corpora: Sequence[Mapping[str, Any]
 def _cells(axes: Axes, strengths: Sequence[Sequence[float]]) -> None:
     """A heat map, `[rows][columns]` of strengths in [0, 1]: the page's accent, more or less opaque."""
     from matplotlib.collections import PatchCollection
-    from matplotlib.patches import Rectangle
     from matplotlib.colors import to_rgba
+    from matplotlib.patches import Rectangle
 
     squares, colours = [], []
     for row, values in enumerate(strengths):
@@ -309,7 +324,8 @@ def overlap_picture(name: str, label: str, overlap: Mapping[str, Any]) -> Pictur
 
     def draw(width: float) -> Figure:
         tall = width == NARROW
-        left = 96 if tall else 150
+        left = 78 if tall else 150
+        values = [each.partition("/")[2] or each for each in names]
         cell = min(66.0, (width - left - 8) / len(names))
         figure = figure_of(min(width, left + cell * len(names) + 8), cell * 0.62 * len(names) + 34)
         axes = _axes(figure, left, 30, cell * len(names), cell * 0.62 * len(names))
@@ -320,9 +336,12 @@ def overlap_picture(name: str, label: str, overlap: Mapping[str, Any]) -> Pictur
             for b, value in enumerate(row):
                 if a != b and cell > 26:
                     axes.text(b, a, f"{value:.2f}", ha="center", va="center", color=INK, fontsize=_TEXT)
-        axes.set_yticks(range(len(names)), [_short(each, 14 if tall else 22) for each in names], parse_math=False)
-        short = [_short(each.partition("/")[2] or each, max(3, int(cell / 7))) for each in names]
-        axes.set_xticks(range(len(names)), short, parse_math=False)
+        axes.set_yticks(
+            range(len(names)),
+            [_short(each, 11 if tall else 22) for each in (values if tall else names)],
+            parse_math=False,
+        )
+        axes.set_xticks(range(len(names)), [_short(each, max(3, int(cell / 7))) for each in values], parse_math=False)
         axes.tick_params(labelcolor=INK)
         return figure
 
@@ -341,14 +360,14 @@ def alignment_picture(name: str, alignment: Sequence[Mapping[str, Any]]) -> Pict
     )
 
     def draw(width: float) -> Figure:
-        rows = math.ceil(len(drawn) / (2 if width == NARROW else 4))
-        figure = figure_of(width, 236 + 18 * rows)
+        figure = figure_of(width, 234 + 19 * _legend_lines(width, 46, [entry["name"] for entry in drawn])[1])
         axes = _axes(figure, 46, 44, width - 58, 180)
         for number, entry in enumerate(drawn):
             values = [math.nan if value is None else value for value in entry["layers"]]
             axes.plot(range(len(values)), values, color=SERIES[number % 6], linewidth=2, marker=_MARKERS[number % 6],
                       markersize=5, markevery=max(1, len(values) // 10))  # fmt: skip
         axes.axhline(1, color=MUTED, linewidth=1.4, linestyle=(0, (4, 3)))
+        axes.set_xlim(-0.6, max(len(entry["layers"]) for entry in drawn) - 0.4)
         axes.locator_params(axis="x", integer=True, nbins=6 if width == NARROW else 15)
         axes.locator_params(axis="y", nbins=5)
         axes.grid(axis="y", color=RULE, linewidth=1)

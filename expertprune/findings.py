@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,9 +82,7 @@ def findings(artifacts: Artifacts) -> ReportData:
             retention=_retention(evaluation),
             speed=_headline_speed(throughput),
             metrics=metrics,
-            outcome={
-                verdict: sum(row["verdict"] == verdict for row in metrics) for verdict in ("loss", "open", "gain")
-            },
+            outcome=_outcome(metrics),
             structures=kept_units(plan),
             relevance=relevance,
             alignment=alignment,
@@ -199,6 +197,12 @@ def _verdict(row: Mapping[str, Any]) -> str | None:
     if row["retention"] is None or low is None or high is None:
         return None
     return "loss" if high < 1 else "gain" if low > 1 else "open"
+
+
+def _outcome(metrics: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """How many metrics that have a retention lost, gained, or leave it open."""
+    counts = {verdict: sum(row["verdict"] == verdict for row in metrics) for verdict in ("loss", "open", "gain")}
+    return {"metrics": sum(counts.values()), **counts}
 
 
 # --- the other sections ---------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def svg(figure: Figure, name: str, alternative: str) -> str:
     import matplotlib
 
     stream = io.BytesIO()
-    settings = {"svg.hashsalt": name, "svg.fonttype": "none"}
+    settings: Any = {"svg.hashsalt": name, "svg.fonttype": "none"}
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # the page's font has what matplotlib's own has not

@@ -24,7 +24,9 @@ def lineup(experts: Sequence[ReportData]) -> dict[str, Any]:
     notes = []
     if not same_base:
         names = ", ".join(dict.fromkeys(str(expert.base["model"]) for expert in experts))
-        notes.append(f"These experts have different bases ({names}): each retention is relative to the expert's own base.")
+        notes.append(
+            f"These experts have different bases ({names}): each retention is relative to the expert's own base."
+        )
     if not _same([e for e in experts if e.retention], lambda expert: (expert.retention or {})["measure"]):
         notes.append("Retention at the top is measured in different ways: evaluate all of them again to compare it.")
     unlike = [row for row in rows if row["values"]]
