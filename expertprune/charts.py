@@ -336,11 +336,8 @@ def overlap_picture(name: str, label: str, overlap: Mapping[str, Any]) -> Pictur
             for b, value in enumerate(row):
                 if a != b and cell > 26:
                     axes.text(b, a, f"{value:.2f}", ha="center", va="center", color=INK, fontsize=_TEXT)
-        axes.set_yticks(
-            range(len(names)),
-            [_short(each, 11 if tall else 22) for each in (values if tall else names)],
-            parse_math=False,
-        )
+        beside = [_short(each, 11) for each in values] if tall else [_short(each, 22) for each in names]
+        axes.set_yticks(range(len(names)), beside, parse_math=False)
         axes.set_xticks(range(len(names)), [_short(each, max(3, int(cell / 7))) for each in values], parse_math=False)
         axes.tick_params(labelcolor=INK)
         return figure
