@@ -1,8 +1,8 @@
 """expertprune: turn a general language model into a compact expert, without post-training.
 
 The verbs are functions here, under the same names as the commands: `validate`, `profile`, `compose`, `prune`, `build`,
-`evaluate`, `sweep`, `compare`, `inspect`; and `load_engine` gives an expert's `vllm.LLM`. They are imported at their first
-use, so that `import expertprune` is quick.
+`evaluate`, `sweep`, `compare`, `inspect`, and `report` as `write_report`; `load_engine` gives an expert's `vllm.LLM`. They are
+imported at their first use, so that `import expertprune` is quick.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from expertprune.analysis import compare
     from expertprune.api import build, compose, evaluate, profile, prune, validate
     from expertprune.inspection import describe as inspect
+    from expertprune.page import report as write_report
     from expertprune.serving.engine import load_engine
     from expertprune.spec import Spec, load_spec
     from expertprune.sweeping import sweep
@@ -26,6 +27,7 @@ _PLACES = {
     "inspect": ("expertprune.inspection", "describe"),
     "sweep": ("expertprune.sweeping", None),
     "load_engine": ("expertprune.serving.engine", None),
+    "write_report": ("expertprune.page", "report"),
     "Spec": ("expertprune.spec", None),
     "load_spec": ("expertprune.spec", None),
 }
@@ -44,6 +46,7 @@ __all__ = [
     "prune",
     "sweep",
     "validate",
+    "write_report",
 ]
 
 

@@ -24,7 +24,10 @@ SINGLE = "model.safetensors"
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
 # transformers keeps chat templates beyond the default one in a folder of their own.
 _CARRIED_FOLDERS = ("additional_chat_templates",)
-_NOT_CARRIED = {"README.md", "expertprune.json", INDEX, "pytorch_model.bin.index.json", ".gitattributes"}
+_NOT_CARRIED = {
+    "README.md", "expertprune.json", "report.html", "comparison.html", "throughput.json", INDEX,
+    "pytorch_model.bin.index.json", ".gitattributes",
+}  # fmt: skip
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

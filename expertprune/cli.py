@@ -11,6 +11,7 @@ import click
 
 from expertprune import __version__
 from expertprune.commands.families import families
+from expertprune.commands.reporting import report
 from expertprune.commands.serving import serve
 from expertprune.files import check_parent, to_json
 from expertprune.terminal import (
@@ -34,9 +35,6 @@ def main() -> None:
     \b
     expertprune build profiles/english-medical-qa.yaml --out experts/medical-qa
     """
-
-
-main.add_command(families)
 
 
 @main.command()
@@ -306,7 +304,8 @@ def schema() -> None:
     click.echo(json.dumps(Spec.model_json_schema(by_alias=True), indent=2))
 
 
-main.add_command(serve)
+for command in (families, report, serve):
+    main.add_command(command)
 
 
 def _print_expert(folder: Path, as_json: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from rich.text import Text
 from expertprune.files import write_file, write_json
 
 EXPERT_FILE = "expertprune.json"
-_LABELS = {
+CARD_FILE = "README.md"
+METRIC_LABELS = {
     "bits_per_byte": "bits per byte",
     "perplexity": "perplexity",
     "kl": "KL to base, bits/token",
@@ -51,6 +52,15 @@ Method: criterion `{{ spec.relevance.criterion }}` ({{ criterion_paper }}), rule
 (Cus-Prun, https://arxiv.org/abs/2506.02561),{% if spec.general %} shared/exclusive fusion with general relevance (after
 https://arxiv.org/abs/2510.22489),{% endif %} repair `{{ spec.compensation.method }}`.
 
+{% if headline -%}
+## At a glance
+
+| | |
+|---|---|
+{% for cells in headline -%}
+| {{ cells | map("replace", "|", "\\|") | join(" | ") }} |
+{% endfor %}
+{% endif -%}
 ## What it kept
 
 {% if rows -%}
@@ -87,14 +97,23 @@ def purpose(spec: Mapping[str, Any]) -> str:
 
 def write_card(folder: Path, about: dict[str, Any]) -> None:
     """Write `expertprune.json` and the model card beside it."""
+    card = card_text(about)
+    write_json(folder / EXPERT_FILE, about)
+    write_file(folder / CARD_FILE, card.encode())
+
+
+def card_text(about: dict[str, Any], headline: Sequence[tuple[str, str]] = ()) -> str:
+    """The model card.
+
+    Args:
+        headline: what the report says at a glance, as pairs of text.
+    """
     rows = retention_rows(about["evaluation"]) if about.get("evaluation") else []
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=True)
     environment.filters["widths"] = widths
     per_layer = any(isinstance(entry["kept"], list) for entry in about["plan"]["budget"].values())
     card = environment.from_string(_CARD)
-    text = card.render(**about, rows=rows, purpose=purpose(about["spec"]), per_layer=per_layer)
-    write_json(folder / EXPERT_FILE, about)
-    write_file(folder / "README.md", text.encode())
+    return card.render(**about, rows=rows, headline=headline, purpose=purpose(about["spec"]), per_layer=per_layer)
 
 
 def retention_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
@@ -102,7 +121,9 @@ def retention_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     for corpus, result in evaluation["corpora"].items():
         for metric, numbers in result["metrics"].items():
-            label = _LABELS[metric] + (f" ({result['questions']} questions)" if metric == "questions" else "")
+            label = METRIC_LABELS.get(metric, metric.replace("_", " ")) + (
+                f" ({result['questions']} questions)" if metric == "questions" else ""
+            )
             interval = f"{_number(numbers['low'])} to {_number(numbers['high'])}"
             cells = [_number(numbers[key]) if key in numbers else "" for key in ("base", "expert", "retention")]
             rows.append([corpus, label, *cells, interval])
