@@ -1,7 +1,8 @@
 """expertprune: turn a general language model into a compact expert, without post-training.
 
 The verbs are functions here, under the same names as the commands: `validate`, `profile`, `compose`, `prune`, `build`,
-`evaluate`, `sweep`, `compare`, `inspect`. They are imported at their first use, so that `import expertprune` is quick.
+`evaluate`, `sweep`, `compare`, `vocabulary`, `inspect`. They are imported at their first use, so that `import expertprune`
+is quick.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ if TYPE_CHECKING:
     from expertprune.inspection import describe as inspect
     from expertprune.spec import Spec, load_spec
     from expertprune.sweeping import sweep
+    from expertprune.tradeoff import vocabulary
 
 _PLACES = {
     **dict.fromkeys(("build", "compose", "evaluate", "profile", "prune", "validate"), ("expertprune.api", None)),
     "compare": ("expertprune.analysis", None),
     "inspect": ("expertprune.inspection", "describe"),
     "sweep": ("expertprune.sweeping", None),
+    "vocabulary": ("expertprune.tradeoff", None),
     "Spec": ("expertprune.spec", None),
     "load_spec": ("expertprune.spec", None),
 }
@@ -40,6 +43,7 @@ __all__ = [
     "prune",
     "sweep",
     "validate",
+    "vocabulary",
 ]
 
 

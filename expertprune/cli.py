@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from expertprune import __version__
+from expertprune.commands.vocabulary import vocabulary
 from expertprune.files import check_parent, to_json
 from expertprune.terminal import (
     common,
@@ -299,6 +300,9 @@ def schema() -> None:
     from expertprune.spec import Spec
 
     click.echo(json.dumps(Spec.model_json_schema(by_alias=True), indent=2))
+
+
+main.add_command(vocabulary)
 
 
 def _print_expert(folder: Path, as_json: bool) -> None:

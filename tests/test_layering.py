@@ -15,11 +15,12 @@ import expertprune
 PACKAGE = Path(expertprune.__file__).parent
 # A module may import what stands before it, never what stands after it. A folder counts as one module.
 ORDER = [
-    "errors", "registry", "units", "files", "values", "spec",
+    "errors", "registry", "units", "files", "values", "tokenizing", "spec",
     "arch", "checkpoint", "models", "artifacts", "corpora", "relevance",
-    "layerwise", "passes", "profiling", "scoring", "budgets", "allocation", "composition", "comparison", "masking",
+    "layerwise", "passes", "predictions", "profiling", "scoring", "budgets", "allocation", "rows", "composition",
+    "comparison", "masking",
     "compensation", "pruning", "evaluation", "preparing", "deciding", "retaining", "report", "pictures", "api",
-    "analysis", "sweeping", "inspection", "terminal", "cli",
+    "analysis", "sweeping", "tradeoff", "inspection", "terminal", "commands", "cli",
 ]  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 MODULES = [path for path in SOURCES if path != PACKAGE / "__init__.py"]

@@ -91,6 +91,8 @@ class Family(_Data):
     attention: Block
     heads_divide_hidden: bool = False
     when_heads_change: Rewrite | None = None
+    vocabulary: tuple[str, ...] = ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias")
+    """Tensors with one row for each token; the first is the embedding, the others may be absent (tied, without bias)."""
 
     @model_validator(mode="after")
     def _norms_as_promised(self) -> Self:

@@ -24,7 +24,9 @@ def essential_ids(vocabulary: Vocabulary, folder: Path, tokenizer: Any) -> dict[
         folder: of the base: its configs name special ids and stop strings.
         tokenizer: the base's, running: what its chat template says is tokenized with it.
     """
-    plain = {index: vocabulary.text(index) for token, index in vocabulary.tokens.items() if token not in vocabulary.added}
+    plain = {
+        index: vocabulary.text(index) for token, index in vocabulary.tokens.items() if token not in vocabulary.added
+    }
     found = {
         "special and added tokens": set(vocabulary.added.values()) | _named(vocabulary, folder),
         "alphabet": _alphabet(vocabulary),

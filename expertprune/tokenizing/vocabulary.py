@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
@@ -99,7 +100,7 @@ class Vocabulary:
             return itself
         formed = {self.tokens[symbol] for symbol in symbols}
         while len(symbols) > 1:
-            ranks = [self.merges.get(pair, -1) for pair in zip(symbols, symbols[1:], strict=False)]
+            ranks = [self.merges.get(pair, -1) for pair in itertools.pairwise(symbols)]
             known = [rank for rank in ranks if rank >= 0]
             if not known:
                 return itself
