@@ -145,22 +145,28 @@ def _score_apart(
 ) -> ScoresApart:
     """The bits of both models, each in its own tokens of the same text; predictions over other rows have no KL."""
     cut = [Document(document.text[: _end(tokenizers[0], document, max_tokens)]) for document in documents]
-    found = []
-    for model, tokenizer in zip((base, expert), tokenizers, strict=True):
-        bits, tokens, size = (np.zeros(len(cut)) for _ in range(3))
-        encoded = [list(ids) for ids in tokenizer([document.text for document in cut])["input_ids"]]
-        for batch in make_batches(encoded, _TOKENS_PER_BATCH):
-            ids = batch.ids.to(model.device)
-            logits = model(input_ids=ids).logits
-            for row, (document, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
-                bits[document] = _row_bits(logits[row, : length - 1], ids[row, 1:length])
-                tokens[document] = length - 1
-                size[document] = _predicted_bytes(tokenizer, cut[document], len(encoded[document]))
-            if progress is not None:
-                progress()
-        found.append((bits, tokens, size))
-    (mine, tokens, size), (theirs, other_tokens, other_size) = found
+    mine, tokens, size = score_alone(base, tokenizers[0], cut, progress)
+    theirs, other_tokens, other_size = score_alone(expert, tokenizers[1], cut, progress)
     return ScoresApart(mine, theirs, np.full(len(cut), math.nan), tokens, size, other_tokens, other_size)
+
+
+@torch.inference_mode()
+def score_alone(
+    model: Any, tokenizer: Any, documents: Sequence[Document], progress: Progress | None = None
+) -> tuple[Floats, Floats, Floats]:
+    """One model on whole documents: bits, number and bytes of their predicted tokens, `[documents]` each."""
+    bits, tokens, size = (np.zeros(len(documents)) for _ in range(3))
+    encoded = [list(ids) for ids in tokenizer([document.text for document in documents])["input_ids"]]
+    for batch in make_batches(encoded, _TOKENS_PER_BATCH):
+        ids = batch.ids.to(model.device)
+        logits = model(input_ids=ids).logits
+        for row, (document, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
+            bits[document] = _row_bits(logits[row, : length - 1], ids[row, 1:length])
+            tokens[document] = length - 1
+            size[document] = _predicted_bytes(tokenizer, documents[document], len(encoded[document]))
+        if progress is not None:
+            progress()
+    return bits, tokens, size
 
 
 def _end(tokenizer: Any, document: Document, max_tokens: int) -> int:
