@@ -282,7 +282,7 @@ class Spec(_Section):
     def _comparable_metrics(self) -> Spec:
         """Where the vocabulary is cut, tokens differ, and only what is counted in bytes or answers compares."""
         if self.budget.vocabulary is not None:
-            if "metrics" not in self.evaluate.model_fields_set:
+            if set(self.evaluate.metrics) == set(get_args(Metric)):  # the default: all that there are
                 self.evaluate.metrics = [metric for metric in self.evaluate.metrics if metric not in PER_TOKEN]
             elif wrong := [metric for metric in self.evaluate.metrics if metric in PER_TOKEN]:
                 raise ValueError(

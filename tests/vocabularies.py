@@ -5,9 +5,13 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from tests.tiny import tiny_model
 
 TEXT = [
     "the heart pumps blood through the body and the judge reads the law of the land in the morning",
@@ -116,3 +120,46 @@ def data_of(kind: str) -> dict[str, Any]:
 def words() -> list[str]:
     """Every word of the training text, once."""
     return sorted(set(itertools.chain.from_iterable(text.split() for text in TEXT)))
+
+
+def save_worded(folder: Path, kind: str = "byte_level", family: str = "llama", rows: int = 0, **changes: Any) -> Path:
+    """A tiny random model with a tokenizer of a kind; by default it has some rows more than there are tokens."""
+    tokenizer = tokenizer_of(kind)
+    size = tokenizer.get_vocab_size(with_added_tokens=True)
+    ids = {f"{name}_token_id": tokenizer.token_to_id(token) for name, token in (("bos", "<s>"), ("eos", "</s>"))}
+    settings = {"vocab_size": rows or -(-size // 64) * 64 + 64, "pad_token_id": ids["eos_token_id"], **ids, **changes}
+    tiny_model(family, **settings).save_pretrained(folder, max_shard_size="20KB")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    ).save_pretrained(folder)
+    return folder
+
+
+def write_texts(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+ENGLISH, GERMAN, OTHER = TEXT[:2], TEXT[2:4], TEXT[4:7]
+
+
+def worded_spec(base: Path, folder: Path, budget: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """A spec for German text, with English as the general corpus, as plain data."""
+    folder.mkdir(exist_ok=True, parents=True)
+    parts = {"de": GERMAN, "general": ENGLISH}
+    sources = {
+        name: {
+            "path": str(write_texts(folder / f"{name}.jsonl", [f"{text} {n}" for text in texts for n in range(3)])),
+            "evaluation": str(write_texts(folder / f"{name}.evaluation.jsonl", [text[::-1] for text in texts])),
+        }
+        for name, texts in parts.items()
+    }
+    data = {
+        "name": "worded",
+        "base": str(base),
+        "dimensions": {"language": "de"},
+        "corpora": {"sources": sources},
+        "budget": {"multiple_of": 4, **budget},
+        "calibration": {"max_tokens": 64},
+    }
+    return {**data, **changes}
