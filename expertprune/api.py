@@ -102,7 +102,7 @@ def _check_corpora(prepared: Prepared, plan: Plan) -> None:
 def write_folder(prepared: Prepared, plan: Plan, folder: Path, track: Track = silent) -> None:
     """Cut, repair as the spec says, and write the expert and its card into an empty folder."""
     repair_input = None
-    if prepared.spec.compensation.method != "none" and not plan.cuts_nothing:
+    if prepared.spec.compensation.method != "none" and plan.cuts_layers:
         repair_input = RepairInput(prepared.model, prepared.repair_batches(), prepared.spec.compensation)
     with track("prune and repair", len(prepared.base.layers)) as step:
         write_expert(plan, prepared.base, folder, repair_input, step)
@@ -254,9 +254,11 @@ def evaluate_folder(
     """
     expert = load_model(folder, base.dtype, trust_remote_code=base.trust_remote_code)
     tokenizer = load_tokenizer(folder, base.trust_remote_code)
-    with track("evaluate", batches_needed(corpora)) as step:
-        result = evaluate_models(base_model, expert, tokenizer, corpora, settings, step, answers)
     about = json.loads((folder / EXPERT_FILE).read_text(encoding="utf-8"))
+    own = tokenizer if about["plan"].get("vocabulary") else None  # the base's text is then tokenized otherwise
+    tokenizer = load_tokenizer(base.folder, base.trust_remote_code) if own is not None else tokenizer
+    with track("evaluate", batches_needed(corpora)) as step:
+        result = evaluate_models(base_model, expert, tokenizer, corpora, settings, step, answers, own)
     write_card(folder, about | {"evaluation": result.document()})
     return result
 

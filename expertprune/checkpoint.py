@@ -154,6 +154,20 @@ class Checkpoint:
                 f"{self.folder}: config.json disagrees with the weights: {'; '.join(problems[:3])}{rest}"
             )
 
+    def vocabulary_rows(self, family: Family) -> int:
+        """Rows of the embedding. Raises `CheckpointError` where a tensor of the vocabulary or the config disagrees."""
+        found = {name: self.tensors[name].shape[0] for name in family.vocabulary if name in self.tensors}
+        found["config.json's vocab_size"] = self.config.get("vocab_size", 0)
+        if len(set(found.values())) > 1 or family.vocabulary[0] not in found:
+            told = ", ".join(f"{name} {rows}" for name, rows in found.items())
+            raise CheckpointError(f"{self.folder}: the rows of the vocabulary disagree: {told}")
+        return found[family.vocabulary[0]]
+
+    def row_parameters(self, family: Family) -> int:
+        """How many parameters leave with one vocabulary row."""
+        stored = [self.tensors[name] for name in family.vocabulary if name in self.tensors]
+        return sum(info.parameters // info.shape[0] for info in stored)
+
     def unit_parameters(self, family: Family, shape: LayerShape, layer: int, structure: Structure) -> int:
         """How many parameters leave with one unit of a structure."""
         total = 0

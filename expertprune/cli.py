@@ -13,6 +13,7 @@ from expertprune import __version__
 from expertprune.commands.families import families
 from expertprune.commands.reporting import report
 from expertprune.commands.serving import serve
+from expertprune.commands.vocabulary import vocabulary
 from expertprune.files import check_parent, to_json
 from expertprune.terminal import (
     common,
@@ -304,7 +305,7 @@ def schema() -> None:
     click.echo(json.dumps(Spec.model_json_schema(by_alias=True), indent=2))
 
 
-for command in (families, report, serve):
+for command in (families, report, serve, vocabulary):
     main.add_command(command)
 
 

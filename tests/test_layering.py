@@ -15,11 +15,12 @@ import expertprune
 PACKAGE = Path(expertprune.__file__).parent
 # A module may import what stands before it, never what stands after it. A folder counts as one module.
 ORDER = [
-    "errors", "registry", "units", "files", "values", "formats", "spec",
+    "errors", "registry", "units", "files", "values", "formats", "tokenizing", "spec",
     "arch", "checkpoint", "admission", "models", "artifacts", "corpora", "relevance",
-    "layerwise", "passes", "profiling", "scoring", "budgets", "allocation", "composition", "comparison", "masking",
-    "compensation", "pruning", "oracle", "evaluation", "preparing", "deciding", "retaining", "report", "pictures", "api",
-    "analysis", "sweeping", "inspection", "evidence", "reasons", "findings", "lineup", "inline", "charts", "page",
+    "layerwise", "passes", "predictions", "profiling", "scoring", "budgets", "allocation", "rows", "composition",
+    "comparison", "masking", "compensation", "pruning", "oracle", "evaluation", "preparing", "deciding", "retaining",
+    "report", "pictures", "api", "analysis", "sweeping", "tradeoff", "inspection",
+    "evidence", "reasons", "findings", "lineup", "inline", "charts", "page",
     "serving", "terminal", "commands", "cli",
 ]  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))
