@@ -18,7 +18,7 @@ ORDER = [
     "errors", "registry", "units", "files", "values", "spec",
     "arch", "checkpoint", "models", "artifacts", "corpora", "relevance",
     "layerwise", "passes", "profiling", "scoring", "budgets", "allocation", "composition", "comparison", "masking",
-    "compensation", "pruning", "evaluation", "preparing", "deciding", "retaining", "report", "pictures", "api",
+    "compensation", "pruning", "evaluation", "alignment", "preparing", "deciding", "retaining", "report", "pictures", "api",
     "analysis", "sweeping", "inspection", "terminal", "cli",
 ]  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))
