@@ -1,7 +1,8 @@
 """expertprune: turn a general language model into a compact expert, without post-training.
 
 The verbs are functions here, under the same names as the commands: `validate`, `profile`, `compose`, `prune`, `build`,
-`evaluate`, `sweep`, `compare`, `inspect`. They are imported at their first use, so that `import expertprune` is quick.
+`evaluate`, `sweep`, `compare`, `inspect`; and `load_engine` gives an expert's `vllm.LLM`. They are imported at their first
+use, so that `import expertprune` is quick.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from expertprune.analysis import compare
     from expertprune.api import build, compose, evaluate, profile, prune, validate
     from expertprune.inspection import describe as inspect
+    from expertprune.serving.engine import load_engine
     from expertprune.spec import Spec, load_spec
     from expertprune.sweeping import sweep
 
@@ -23,6 +25,7 @@ _PLACES = {
     "compare": ("expertprune.analysis", None),
     "inspect": ("expertprune.inspection", "describe"),
     "sweep": ("expertprune.sweeping", None),
+    "load_engine": ("expertprune.serving.engine", None),
     "Spec": ("expertprune.spec", None),
     "load_spec": ("expertprune.spec", None),
 }
@@ -35,6 +38,7 @@ __all__ = [
     "compose",
     "evaluate",
     "inspect",
+    "load_engine",
     "load_spec",
     "profile",
     "prune",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
+import shlex
 from pathlib import Path
 from typing import Any
 
 import click
 
 from expertprune import __version__
+from expertprune.commands.serving import serve
 from expertprune.files import check_parent, to_json
 from expertprune.terminal import (
     common,
@@ -301,6 +302,9 @@ def schema() -> None:
     click.echo(json.dumps(Spec.model_json_schema(by_alias=True), indent=2))
 
 
+main.add_command(serve)
+
+
 def _print_expert(folder: Path, as_json: bool) -> None:
     from expertprune.api import load_expert
     from expertprune.report import folder_size, retention_table
@@ -314,7 +318,7 @@ def _print_expert(folder: Path, as_json: bool) -> None:
     before, after = about["parameters"]["before"], about["parameters"]["after"]
     click.echo(f"expert:     {folder} ({folder_size(folder) / 1e6:.1f} MB)")
     click.echo(f"parameters: {after:,} of {before:,} ({after / before:.1%})")
-    click.echo(f"serve it:   {sys.executable} -m vllm.entrypoints.openai.api_server --host 127.0.0.1 --model {folder}")
+    click.echo(f"serve it:   expertprune serve {shlex.quote(str(folder))}")
 
 
 if __name__ == "__main__":
