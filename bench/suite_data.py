@@ -63,7 +63,9 @@ def main() -> None:
             texts = [row["text"] for row in rows_of(ROOT / "corpora" / dimension / f"{value}.evaluation.jsonl")]
             write(DATA / f"{value}.continuation.jsonl", continuations(texts))
     questions = rows_of(ROOT / "corpora" / "task" / "qa.questions.jsonl")
-    medical = [{key: row[key] for key in ("question", "choices", "answer")} for row in questions if row["domain"] == "medical"]
+    medical = [
+        {key: row[key] for key in ("question", "choices", "answer")} for row in questions if row["domain"] == "medical"
+    ]
     write(DATA / "medical.questions.jsonl", medical)
 
 

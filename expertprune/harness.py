@@ -28,7 +28,8 @@ from expertprune.suites import TaskEntry
 log = logging.getLogger(__name__)
 Floats = NDArray[np.float64]
 _PREFERRED = ("exact_match", "acc_norm", "acc", "f1", "bits_per_byte", "byte_perplexity", "word_perplexity")
-_RATES = ("bits_per_byte", "byte_perplexity", "word_perplexity")  # sums of log-likelihoods over bytes or words
+# Sums of log-likelihoods over bytes or words, and what they are reported as.
+_RATES = {"bits_per_byte": "bits_per_byte", "byte_perplexity": "bits_per_byte", "word_perplexity": "bits_per_word"}
 _SEED = 1234  # of few-shot examples, as in lm-evaluation-harness
 _BATCH = 8
 _FILES = ("json", "csv", "text", "parquet")  # dataset builders that read local files
@@ -68,8 +69,9 @@ class Scores:
 class HarnessTask:
     """A task ready to run.
 
-    `chance` is what guessing gets, where that is known. `digest` covers prompts, targets, metric and answer extraction.
-    `texts` are those of each example in which a calibration document could be.
+    `metric` and `filter` are lm-evaluation-harness' words. `chance` is what guessing gets, where that is known. `digest`
+    covers prompts, targets, metric and answer extraction. `texts` are those of each example in which a calibration document
+    could be.
     """
 
     label: str
@@ -83,6 +85,11 @@ class HarnessTask:
     digest: str
     texts: list[list[Document]]
 
+    @property
+    def reported(self) -> str:
+        """What the metric is called in results: perplexities are told as the bits that they are computed from."""
+        return _RATES.get(self.metric, self.metric)
+
 
 def require_harness() -> str:
     """The version of lm-evaluation-harness. Raises `SpecError` if it is not installed."""
@@ -91,7 +98,9 @@ def require_harness() -> str:
     try:
         import lm_eval  # noqa: F401
     except ImportError:
-        raise SpecError("tasks need lm-evaluation-harness, which is not installed: pip install 'expertprune[eval]'") from None
+        raise SpecError(
+            "tasks need lm-evaluation-harness, which is not installed: pip install 'expertprune[eval]'"
+        ) from None
     return importlib.metadata.version("lm_eval")
 
 
@@ -111,6 +120,27 @@ def check_names(entries: Sequence[TaskEntry]) -> None:
             raise SpecError([f"unknown task {name!r}{nearest(name, known)}" for name in unknown])
 
 
+def output_type(entry: TaskEntry) -> str:
+    """What a task asks of a model, such as `multiple_choice` or `generate_until`; of a group, its first member."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    if entry.file is not None:
+        return str(load_yaml(entry.file, resolve_func=False).get("output_type"))
+    index = _manager(True).task_index
+    names = [entry.name]
+    while names:
+        found = index.get(str(names.pop(0)))
+        if found is None:
+            continue
+        config = load_yaml(found.yaml_path, resolve_func=False) if found.yaml_path is not None else {}
+        if "output_type" in config:
+            return str(config["output_type"])
+        members = config.get("task")
+        names += sorted(found.tags) if not members else members if isinstance(members, list) else []
+        names = [each.get("task", each.get("group")) if isinstance(each, dict) else each for each in names]
+    return ""
+
+
 def load_task(entry: TaskEntry, generates: bool, limit: int | None = None) -> HarnessTask:
     """Load a task's data and build its prompts.
 
@@ -128,8 +158,8 @@ def load_task(entry: TaskEntry, generates: bool, limit: int | None = None) -> Ha
             for leaf in leaves.values():
                 leaf.set_config(key="num_fewshot", value=_few_shot(entry, leaf))
             instances = {name: _build(leaf, limit) for name, leaf in leaves.items()}
-        except SpecError:
-            raise
+        except SpecError as error:
+            raise SpecError([f"task {label}: {problem}" for problem in error.problems]) from None
         except Exception as error:  # the data's library and the task's own functions fail in any way
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             hint = "; it comes from the Hugging Face hub: is there a network?" if entry.name is not None else ""
@@ -159,6 +189,8 @@ def _absolute(files: Any, folder: Path) -> Any:
     path = folder / Path(files).expanduser()
     if "://" not in files and "*" not in files and not path.is_file():
         raise SpecError(f"{path}: no such file")
+    if path.is_file() and not path.stat().st_size:
+        raise SpecError(f"{path}: holds no example")
     return str(files) if "://" in files else str(path.resolve())
 
 
@@ -184,7 +216,7 @@ def _described(
     if (first.OUTPUT_TYPE == "generate_until") != generates:
         wrong, right = ("tasks", "generation") if not generates else ("generation", "tasks")
         raise SpecError(f"task {label}: its output is {first.OUTPUT_TYPE}: put it under {right!r}, not under {wrong!r}")
-    metrics = list(first.config.metric_list and [each["metric"] for each in first.config.metric_list] or [])
+    metrics = list((first.config.metric_list and [each["metric"] for each in first.config.metric_list]) or [])
     metric = entry.metric or next((name for name in _PREFERRED if name in metrics), metrics[0] if metrics else "")
     if metric not in metrics:
         raise SpecError(f"task {label}: it has no metric {metric!r}{nearest(metric, metrics)}")
@@ -200,7 +232,8 @@ def _described(
         document = those[0].doc
         target = leaves[name].doc_to_target(document)
         requests.append([[each.args for each in those], target, those[0].request_type])
-        texts.append(_texts(document, str(those[0].args[0]), target))
+        prompt = leaves[name].doc_to_text(document)
+        texts.append(_texts(document, prompt if isinstance(prompt, str) else str(those[0].args[0]), target))
         guesses.append(1 / len(those))
     chance = entry.chance
     if chance is None and first.OUTPUT_TYPE == "multiple_choice" and metric.startswith("acc"):
@@ -258,8 +291,13 @@ def run_task(task: HarnessTask, model: Any, limit: int | None = None) -> Scores:
             if task.generates:
                 answers.append(str(sample["filtered_resps"][0]).strip())
     return Scores(
-        task.metric, np.array(values), np.array(weights), tuple(examples), tuple(answers) if task.generates else None
+        task.reported, np.array(values), np.array(weights), tuple(examples), tuple(answers) if task.generates else None
     )
+
+
+def less_is_better(metric: str) -> bool:
+    """Whether a metric is a cost."""
+    return metric in _RATES.values()
 
 
 def _value(task: HarnessTask, value: Any) -> tuple[float, float]:

@@ -38,7 +38,9 @@ class _Measured(_Section):
         for name in names:
             dimension, _, value = name.partition("/")
             if dimension not in DIMENSIONS or not value:
-                raise ValueError(f"{name!r} is not one of {', '.join(DIMENSIONS)} and its value, such as domain/medical")
+                raise ValueError(
+                    f"{name!r} is not one of {', '.join(DIMENSIONS)} and its value, such as domain/medical"
+                )
         return names
 
     def group_for(self, dimensions: Dimensions) -> Group:
@@ -63,7 +65,10 @@ class TaskEntry(_Measured):
                                "exact_match, acc_norm, acc, f1, bits_per_byte.")  # fmt: skip
     filter: str | None = Field(None, description="Which of the task's answer extractions; default: its first.")
     chance: float | None = Field(
-        None, ge=0, lt=1, description="What guessing gets; default: one over the number of choices, where there are any."
+        None,
+        ge=0,
+        lt=1,
+        description="What guessing gets; default: one over the number of choices, where there are any.",
     )
     few_shot: int | None = Field(None, ge=0, description="Examples in the prompt; default: what the task says.")
 
@@ -193,7 +198,7 @@ _Loader.add_constructor("!function", lambda loader, node: str(loader.construct_s
 
 def _yaml(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=loader)  # noqa: S506
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
     except FileNotFoundError:
         raise SpecError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
