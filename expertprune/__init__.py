@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from expertprune.analysis import compare
     from expertprune.api import build, compose, evaluate, profile, prune, validate
     from expertprune.inspection import describe as inspect
+    from expertprune.measuring import evaluate_suites
     from expertprune.page import report as write_report
     from expertprune.serving.engine import load_engine
     from expertprune.spec import Spec, load_spec
@@ -26,6 +27,7 @@ _PLACES = {
     **dict.fromkeys(("build", "compose", "evaluate", "profile", "prune", "validate"), ("expertprune.api", None)),
     "compare": ("expertprune.analysis", None),
     "inspect": ("expertprune.inspection", "describe"),
+    "evaluate_suites": ("expertprune.measuring", None),
     "sweep": ("expertprune.sweeping", None),
     "load_engine": ("expertprune.serving.engine", None),
     "write_report": ("expertprune.page", "report"),
@@ -41,6 +43,7 @@ __all__ = [
     "compare",
     "compose",
     "evaluate",
+    "evaluate_suites",
     "inspect",
     "load_engine",
     "load_spec",

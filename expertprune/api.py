@@ -159,7 +159,7 @@ def build(
     check_output(out, overwrite)
     prepared = validate(spec, overrides, store)
     _room_for_expert(prepared, out)
-    _not_profiled(prepared.evaluated, {"corpora": {}, "base": _earlier(prepared.base.folder)})
+    not_profiled(prepared.evaluated, {"corpora": {}, "base": _earlier(prepared.base.folder)})
     plan = plan_of(prepared, track)
     with staged_folder(out, overwrite) as folder:
         write_folder(prepared, plan, folder, track)
@@ -198,14 +198,15 @@ def evaluate(
     if base is not None:
         overrides["base.model"] = str(base)
     spec = parse_spec(about["spec"], str(folder / EXPERT_FILE), Path.cwd(), overrides)
-    resolved = _recorded_base(about, spec.base, store_folder(store))
+    resolved = recorded_base(about, spec.base, store_folder(store))
     loaded: dict[CorpusName, Corpus] = load_corpora(spec)
-    evaluated = _not_profiled(evaluation_corpora(spec, loaded), about)
+    evaluated = not_profiled(evaluation_corpora(spec, loaded), about)
     model = load_model(resolved.folder, resolved.dtype, trust_remote_code=resolved.trust_remote_code)
     return evaluate_folder(folder, model, resolved, evaluated, spec.evaluate, track)
 
 
-def _recorded_base(about: Mapping[str, Any], base: Base, store: Path) -> BaseModel:
+def recorded_base(about: Mapping[str, Any], base: Base, store: Path) -> BaseModel:
+    """The base of an expert. Raises `CheckpointError` if it is not where the spec says, or is another model."""
     try:
         resolved = resolve_base(base, store)
     except ExpertpruneError as error:
@@ -220,7 +221,7 @@ def _recorded_base(about: Mapping[str, Any], base: Base, store: Path) -> BaseMod
     return resolved
 
 
-def _not_profiled(corpora: list[Corpus], about: Mapping[str, Any]) -> list[Corpus]:
+def not_profiled(corpora: list[Corpus], about: Mapping[str, Any]) -> list[Corpus]:
     """Raises `SpecError` if a document's digest is among those that calibrated the expert, or the expert it is cut from."""
     profiled: set[str] = set()
     description: Mapping[str, Any] | None = about

@@ -16,12 +16,12 @@ PACKAGE = Path(expertprune.__file__).parent
 # A module may import what stands before it, never what stands after it. A folder counts as one module.
 ORDER = [
     "errors", "registry", "units", "files", "values", "formats", "tokenizing", "spec",
-    "arch", "checkpoint", "admission", "models", "artifacts", "corpora", "relevance",
+    "arch", "checkpoint", "admission", "models", "artifacts", "corpora", "suites", "harness", "relevance",
     "layerwise", "passes", "predictions", "profiling", "scoring", "budgets", "allocation", "rows", "composition",
-    "comparison", "masking", "compensation", "pruning", "oracle", "evaluation", "preparing", "deciding", "retaining",
-    "report", "pictures", "api", "analysis", "sweeping", "tradeoff", "inspection",
+    "comparison", "masking", "compensation", "pruning", "oracle", "evaluation", "alignment", "retention",
+    "preparing", "deciding", "retaining", "report", "pictures", "api", "analysis", "sweeping", "tradeoff", "inspection",
     "evidence", "reasons", "findings", "lineup", "inline", "charts", "page",
-    "serving", "terminal", "commands", "cli",
+    "serving", "measuring", "terminal", "commands", "cli",
 ]  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 MODULES = [path for path in SOURCES if path != PACKAGE / "__init__.py"]
