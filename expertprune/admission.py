@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from expertprune.arch import PER_LAYER, Family, families, recognized
+from expertprune.arch import PER_LAYER, Family, families, recognized, stock_architectures
 from expertprune.arch.per_layer import with_layer_widths
 from expertprune.checkpoint import Checkpoint
 from expertprune.errors import CheckpointError
@@ -147,7 +147,7 @@ def model_class(folder: Path) -> Any:
 def class_of(config: dict[str, Any]) -> Any:
     """The class in transformers, or registered with it, that builds a config's model."""
     transformers = quiet_transformers()
-    name = config["architectures"][0]
+    (name, *_) = stock_architectures(config)
     if hasattr(transformers, name):
         return getattr(transformers, name)
     return transformers.AutoModelForCausalLM._model_mapping[transformers.CONFIG_MAPPING[config["model_type"]]]

@@ -78,7 +78,7 @@ def foreseen_widths(spec: Spec, base: BaseModel) -> Widths | None:
     Where layers get different widths, their sum is right (but for the mix of structures), not each of them.
 
     Raises:
-        PlanError: the budget is not reachable.
+        PlanError: the budget is not reachable, or the family has no layers of different widths.
     """
     if spec.budget.retention is not None:
         return None
@@ -86,6 +86,7 @@ def foreseen_widths(spec: Spec, base: BaseModel) -> Widths | None:
         return resolve_budget(spec.budget, base)
     if spec.compose.allocation == "search" and spec.compose.search.uniform:
         return uniform_candidates(spec.budget, base)[0]
+    base.family.check_single_layers(base.checkpoint.config)
     return global_widths(spec.budget, base, _flat_scores(base))
 
 

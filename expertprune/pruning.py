@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from expertprune.arch import MODELING, PER_LAYER, per_layer
+from expertprune.arch import MODELING, PER_LAYER, per_layer, stock_architectures
 from expertprune.artifacts import Plan
 from expertprune.checkpoint import write_weights
 from expertprune.compensation import cut_tensor, repair
@@ -120,7 +120,7 @@ def prune(
 
 def _modeling(config: Mapping[str, Any], layers: str) -> str:
     """The code that an expert with widths of single layers carries, for users who have only transformers."""
-    architecture = config["architectures"][0]
+    (architecture, *_) = stock_architectures(config)
     lines = [
         inspect.getsource(per_layer),
         "",

@@ -19,7 +19,7 @@ ORDER = [
     "arch", "checkpoint", "admission", "models", "artifacts", "corpora", "relevance",
     "layerwise", "passes", "profiling", "scoring", "budgets", "allocation", "composition", "comparison", "masking",
     "compensation", "pruning", "oracle", "evaluation", "preparing", "deciding", "retaining", "report", "pictures", "api",
-    "analysis", "sweeping", "inspection", "terminal", "commands", "cli",
+    "serving", "analysis", "sweeping", "inspection", "terminal", "commands", "cli",
 ]  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 MODULES = [path for path in SOURCES if path != PACKAGE / "__init__.py"]

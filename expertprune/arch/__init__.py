@@ -4,6 +4,7 @@ One YAML file a family, in `families/`. No other module knows a family's name.
 """
 
 from expertprune.arch.family import (
+    EXPERT,
     MODELING,
     PER_LAYER,
     Block,
@@ -12,10 +13,12 @@ from expertprune.arch.family import (
     bundled_models,
     families,
     family_of,
+    stock_architectures,
 )
 from expertprune.arch.recognition import attention_of, recognized
 
 __all__ = [
+    "EXPERT",
     "MODELING",
     "PER_LAYER",
     "Block",
@@ -26,4 +29,5 @@ __all__ = [
     "families",
     "family_of",
     "recognized",
+    "stock_architectures",
 ]

@@ -19,6 +19,9 @@ _HERE = Path(__file__).parent
 PER_LAYER = "per_layer_config"  # transformers' name for widths of single layers
 _PER_LAYER_KEYS = ("allow_global_per_layer_attribute_access", "auto_map")
 MODELING = "modeling_expert"  # the module in an expert's folder that builds such layers
+# What its config puts before the name of the stock class: an engine that does not know such layers refuses the folder
+# by name, instead of building all layers alike.
+EXPERT = "Expert"
 
 
 class _Data(BaseModel):
@@ -82,7 +85,8 @@ class Family(_Data):
     first. `defaults` are what the config means by keys that it leaves out. `structures` can be cut; where heads are none
     of them, `why_no_heads` says why. `heads_require` are values of the config (dots lead into it) without which its head
     counts cannot be changed. `attention_implementation` is the one of transformers that computes the network as it is
-    meant. `vllm_layer_widths`: vLLM serves widths of single layers, through the plugin.
+    meant. `vllm_single_layers` are vLLM's classes that read a layer's widths from the config while they build it, so that
+    `serving.plugin` can give each layer widths of its own.
     """
 
     family: str
@@ -96,11 +100,11 @@ class Family(_Data):
     structures: tuple[Structure, ...] = tuple(Structure)
     why_no_heads: str = ""
     attention_implementation: Literal["sdpa", "eager"] = "sdpa"
-    vllm_layer_widths: bool = False
     listed: bool = True  # by a file, and so held against the oracle here; not read off a checkpoint
     heads_divide_hidden: bool = False
     heads_require: Mapping[str, Any] = Field(default_factory=dict)
     when_heads_change: Rewrite | None = None
+    vllm_single_layers: tuple[str, ...] = ()
 
     @property
     def heads_are_units(self) -> bool:
@@ -207,6 +211,18 @@ class Family(_Data):
     def heads_changed(old: LayerShape, new: LayerShape) -> bool:
         return (old.query_heads, old.kv_heads) != (new.query_heads, new.kv_heads)
 
+    def check_single_layers(self, config: Mapping[str, Any]) -> None:
+        """Raises `PlanError` where an expert whose layers have widths of their own could not be built or served."""
+        architectures = stock_architectures(config)
+        instead = "; with compose.allocation: uniform all layers keep the same widths"
+        if not architectures:
+            raise PlanError(
+                "config.json of the base names no architectures, so there is no class to build layers of different "
+                f"widths from{instead}"
+            )
+        if not self.vllm_single_layers:
+            raise PlanError(f"vLLM serves no layers of different widths of family {self.family!r}{instead}")
+
     def _check_heads(self, config: Mapping[str, Any], new: LayerShape) -> None:
         rewrite = self.when_heads_change
         if not self.heads_are_units:
@@ -252,6 +268,11 @@ def _looked_up(config: Mapping[str, Any], dotted: str, default: Any) -> Any:
     return value
 
 
+def stock_architectures(config: Mapping[str, Any]) -> list[str]:
+    """The classes of transformers that a config names, whether or not its layers have widths of their own."""
+    return [name.removeprefix(EXPERT) for name in config.get("architectures") or []]
+
+
 def _with_layers(config: dict[str, Any], widths: list[dict[str, int]]) -> dict[str, Any]:
     """The config with the widths of single layers where they are not the whole model's, and the code that reads them."""
     layers = {
@@ -261,8 +282,10 @@ def _with_layers(config: dict[str, Any], widths: list[dict[str, int]]) -> dict[s
     }
     if config.pop(PER_LAYER, None) is not None:  # the base had such widths itself
         config = {key: value for key, value in config.items() if key not in _PER_LAYER_KEYS}
+        config["architectures"] = stock_architectures(config)
     if layers:
         config |= {
+            "architectures": [EXPERT + name for name in stock_architectures(config)],
             PER_LAYER: layers,
             "allow_global_per_layer_attribute_access": True,
             "auto_map": {"AutoModelForCausalLM": f"{MODELING}.ExpertForCausalLM"},

@@ -53,7 +53,7 @@ def listed_families() -> list[dict[str, Any]]:
             "model_types": list(family.model_types),
             "structures": [structure.value for structure in family.structures],
             "why_no_heads": family.why_no_heads,
-            "layer_widths": {"transformers": True, "vllm": family.vllm_layer_widths},
+            "layer_widths": {"transformers": True, "vllm": bool(family.vllm_single_layers)},
         }
         for name, family in sorted(each.items())
     ]

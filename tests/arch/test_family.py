@@ -381,12 +381,13 @@ def test_sliding_windows_forbid_cutting_heads_but_not_neurons() -> None:
 
 @pytest.mark.parametrize("data", sorted(families().values(), key=lambda data: data.family), ids=lambda d: d.family)
 def test_layers_of_different_widths_are_said_layer_by_layer(data: Family) -> None:
-    config = tiny_model(data.model_types[0]).config.to_dict()
+    config = tiny_model(data.model_types[0]).config.to_dict() | {"architectures": ["OfThisFamily"]}
     kept = [first_units(19, 2, 3), first_units(20, 2, 3), first_units(20, 2, 3)]
     written = data.pruned_config(config, kept)
     assert written["intermediate_size"] == 20
     assert written["per_layer_config"] == {"0": {"intermediate_size": 19}}
     assert written["auto_map"] == {"AutoModelForCausalLM": "modeling_expert.ExpertForCausalLM"}
+    assert written["architectures"] == ["ExpertOfThisFamily"]
     assert [shape.ffn for shape in data.layer_shapes(written)] == [19, 20, 20]
 
 
