@@ -112,7 +112,8 @@ class Relevance(_Section):
 
     criterion: str = Field(
         "impact",
-        description="impact, activation, fluctuation, taylor, fisher, regional, obs, magnitude or random.",
+        description="impact, activation, fluctuation, taylor, fisher, regional, obs, magnitude or random; of experts "
+        "impact, reap, frequency, magnitude or random.",
     )
     loss: Literal["language_model", "kl"] = Field(
         "language_model",
@@ -189,6 +190,9 @@ class Budget(_Section):
     ffn: Amount = Field(0, description="FFN neurons.")
     query_heads: Amount = Field(0, description="Query heads, the same number in each KV group.")
     kv_groups: Amount = Field(0, description="KV heads with their query heads.")
+    experts: Amount = Field(
+        0, description="Whole experts, the same number in each layer; shared ones are never among them."
+    )
     parameters: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None,
         description="Of all parameters; FFN neurons make up what the other keys do not remove, or FFN neurons and KV "
@@ -201,13 +205,14 @@ class Budget(_Section):
 
     @model_validator(mode="after")
     def _one_way(self) -> Budget:
-        ways = [name for name in ("parameters", "max_parameters", "retention") if getattr(self, name) is not None]
+        overall = ("parameters", "max_parameters", "retention")
+        ways = [name for name in overall if getattr(self, name) is not None]
         if len(ways) > 1:
             raise ValueError(f"give one of {', '.join(ways)}, not several")
         if ways and self.ffn:
             raise ValueError(f"give 'ffn' or {ways[0]!r}, not both: {ways[0]!r} chooses the FFN width itself")
-        if not self.model_fields_set & {"ffn", "query_heads", "kv_groups", "parameters", "max_parameters", "retention"}:
-            raise ValueError("name at least one of ffn, query_heads, kv_groups, parameters, max_parameters, retention")
+        if not self.model_fields_set & {"ffn", "query_heads", "kv_groups", "experts", *overall}:
+            raise ValueError(f"name at least one of ffn, query_heads, kv_groups, experts, {', '.join(overall)}")
         return self
 
 

@@ -17,9 +17,9 @@ PACKAGE = Path(expertprune.__file__).parent
 ORDER = [
     "errors", "registry", "units", "files", "values", "spec",
     "arch", "checkpoint", "admission", "models", "artifacts", "corpora", "relevance",
-    "layerwise", "passes", "profiling", "scoring", "budgets", "allocation", "composition", "comparison", "masking",
-    "compensation", "pruning", "oracle", "evaluation", "preparing", "deciding", "retaining", "report", "pictures", "api",
-    "serving", "analysis", "sweeping", "inspection", "terminal", "commands", "cli",
+    "layerwise", "passes", "profiling", "scoring", "legality", "budgets", "allocation", "composition", "comparison",
+    "masking", "compensation", "pruning", "oracle", "evaluation", "preparing", "deciding", "retaining", "report", "pictures",
+    "api", "serving", "analysis", "sweeping", "inspection", "terminal", "commands", "cli",
 ]  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 MODULES = [path for path in SOURCES if path != PACKAGE / "__init__.py"]
