@@ -48,7 +48,8 @@ transformers and in vLLM.
 {% for structure, entry in plan.budget.items() -%}
 | {{ structure }} | {{ entry.kept | widths }} | {{ entry.of | widths }} |
 {% endfor %}
-{%- if plan.vocabulary is defined %}| vocabulary rows, of the whole model | {{ plan.vocabulary.rows }} | {{ plan.vocabulary.of }} |
+{%- if plan.vocabulary is defined -%}
+| vocabulary rows, of the whole model | {{ plan.vocabulary.rows }} | {{ plan.vocabulary.of }} |
 
 Its tokenizer is the base's with the other tokens and their merges taken out, so retention is in bits per byte.
 {% endif %}
