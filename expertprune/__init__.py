@@ -1,8 +1,8 @@
 """expertprune: turn a general language model into a compact expert, without post-training.
 
 The verbs are functions here, under the same names as the commands: `validate`, `profile`, `compose`, `prune`, `build`,
-`evaluate`, `sweep`, `compare`, `inspect`; and `load_engine` gives an expert's `vllm.LLM`. They are imported at their first
-use, so that `import expertprune` is quick.
+`evaluate`, `bench`, `sweep`, `compare`, `inspect`; and `load_engine` gives an expert's `vllm.LLM`. They are imported at
+their first use, so that `import expertprune` is quick.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from expertprune.api import build, compose, evaluate, profile, prune, validate
     from expertprune.inspection import describe as inspect
     from expertprune.serving.engine import load_engine
+    from expertprune.serving.throughput import bench
     from expertprune.spec import Spec, load_spec
     from expertprune.sweeping import sweep
 
@@ -25,6 +26,7 @@ _PLACES = {
     "compare": ("expertprune.analysis", None),
     "inspect": ("expertprune.inspection", "describe"),
     "sweep": ("expertprune.sweeping", None),
+    "bench": ("expertprune.serving.throughput", None),
     "load_engine": ("expertprune.serving.engine", None),
     "Spec": ("expertprune.spec", None),
     "load_spec": ("expertprune.spec", None),
@@ -33,6 +35,7 @@ _PLACES = {
 __all__ = [
     "Spec",
     "__version__",
+    "bench",
     "build",
     "compare",
     "compose",

@@ -11,6 +11,7 @@ import click
 
 from expertprune import __version__
 from expertprune.commands.serving import serve
+from expertprune.commands.throughput import bench
 from expertprune.files import check_parent, to_json
 from expertprune.terminal import (
     common,
@@ -303,6 +304,7 @@ def schema() -> None:
 
 
 main.add_command(serve)
+main.add_command(bench)
 
 
 def _print_expert(folder: Path, as_json: bool) -> None:

@@ -29,6 +29,7 @@ class Server:
             client = openai.OpenAI(base_url=server.url, api_key="none")
 
     Attributes:
+        servable: what it serves.
         name: the model's name in requests.
         url: the endpoint, such as `http://127.0.0.1:8000/v1`.
         log: what vLLM prints.
@@ -61,7 +62,7 @@ class Server:
             CheckpointError: the folder is no expert and no checkpoint, or is incomplete.
             UsageError: the port is taken, vLLM is missing, memory is short, or an argument is not to be given.
         """
-        servable = engine.check_folder(folder, model_name)
+        self.servable = servable = engine.check_folder(folder, model_name)
         self.host, self.port = host, free_port(host) if port is None else port
         check_port(self.host, self.port)
         own = engine.server_arguments(servable, self.host, self.port, arguments, engines)
