@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import tempfile
 import time
@@ -70,6 +72,7 @@ class Server:
         self.root = f"http://{client_address(host)}:{self.port}"
         self.url = f"{self.root}/v1"
         self.load_seconds: float | None = None
+        self._key = _key(arguments)
         self._own_log = log is None
         self.log = _temporary_log() if log is None else Path(log)
         self.tree = ProcessTree([*engine.COMMAND, *own], self.log, {"VLLM_NO_USAGE_STATS": "1"})
@@ -123,7 +126,10 @@ class Server:
             raise self._failure(f"is healthy but does not answer a prompt ({error})") from None
 
     def _ask(self, path: str, request: dict[str, Any]) -> Any:
-        headers = {"Content-Type": "application/json"}
+        headers = {
+            "Content-Type": "application/json",
+            **({"Authorization": f"Bearer {self._key}"} if self._key else {}),
+        }
         asked = urllib.request.Request(self.root + path, json.dumps(request).encode(), headers)
         with urllib.request.urlopen(asked, timeout=self.patience) as answer:
             return json.load(answer)
@@ -155,6 +161,21 @@ class Server:
         self.stop()
         if self._own_log and error is None:
             self.log.unlink(missing_ok=True)
+
+
+def log_file(folder: Path, name: str, port: int) -> Path:
+    """Where the log of a server goes that is not to be deleted."""
+    plain = re.sub(r"[^\w.-]+", "-", name)
+    return folder / f"{plain}-{port}.log"
+
+
+def _key(arguments: Sequence[str]) -> str | None:
+    """The API key that vLLM is told to ask for."""
+    for number, text in enumerate(arguments):
+        name, sign, value = text.partition("=")
+        if name.replace("_", "-") == "--api-key":
+            return value if sign else next(iter(arguments[number + 1 :]), None)
+    return os.environ.get("VLLM_API_KEY")
 
 
 def _temporary_log() -> Path:

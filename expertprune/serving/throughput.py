@@ -23,7 +23,7 @@ import psutil
 from expertprune.api import load_expert, recorded_base
 from expertprune.checkpoint import Checkpoint
 from expertprune.corpora import shipped
-from expertprune.errors import ServingError
+from expertprune.errors import CheckpointError, ServingError, UsageError
 from expertprune.files import store_folder, write_json
 from expertprune.models import load_tokenizer, quiet_transformers
 from expertprune.preparing import Track, silent
@@ -98,6 +98,7 @@ def bench(
     other = Path(against) if against is not None else _base_folder(expert, base, store)
     folders = {"base": other, "expert": expert}
     servables = {role: engine.check_folder(folder) for role, folder in folders.items()}
+    _check_before(expert, servables, load)
     arguments = [*_common_arguments(list(servables.values()), arguments), *arguments]
     reads = {role: bytes_per_token(servable.checkpoint) for role, servable in servables.items()}
     runs: list[dict[str, Any]] = []
@@ -125,6 +126,19 @@ def bench(
     name = THROUGHPUT_FILE if against is None else f"throughput-{servables['base'].name}.json"
     write_json(expert / name, result)
     return result
+
+
+def _check_before(expert: Path, servables: Mapping[str, engine.Servable], load: Load) -> None:
+    """Raises what would otherwise end the measurement after minutes."""
+    if not os.access(expert, os.W_OK):
+        raise CheckpointError(f"{expert}: cannot be written, and {THROUGHPUT_FILE} belongs there")
+    for servable in servables.values():
+        longest = servable.checkpoint.config.get("max_position_embeddings")
+        if longest and load.input_tokens + load.output_tokens > longest:
+            raise UsageError(
+                f"{servable.folder}: takes {longest} tokens at a time, not {load.input_tokens} and {load.output_tokens} new "
+                "ones; give fewer with --input-tokens or --output-tokens"
+            )
 
 
 def _base_folder(expert: Path, base: str | Path | None, store: str | Path | None) -> Path:

@@ -15,7 +15,7 @@ import expertprune
 from expertprune.checkpoint import Checkpoint
 from expertprune.cli import main
 from expertprune.commands.throughput import number, throughput_table
-from expertprune.errors import CheckpointError, ServingError
+from expertprune.errors import CheckpointError, ServingError, UsageError
 from expertprune.pictures import throughput_picture
 from expertprune.serving import throughput
 from expertprune.serving.throughput import METRICS, Load, bytes_per_token, summary
@@ -163,6 +163,11 @@ def test_a_run_that_is_not_whole_is_an_error_and_writes_nothing(
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
+def test_more_tokens_than_the_model_takes_are_refused_before_anything_starts(tiny_llama: Path, fake_vllm: None) -> None:
+    with pytest.raises(UsageError, match="takes 128 tokens at a time, not 100 and 29"):
+        expertprune.bench(tiny_llama, against=tiny_llama, load=Load(input_tokens=100, output_tokens=29))
+
+
 def test_an_expert_without_its_base_is_told_how_to_name_it(tmp_path: Path, tiny_llama: Path) -> None:
     with pytest.raises(CheckpointError, match="is no expert"):
         expertprune.bench(tiny_llama)
@@ -172,8 +177,8 @@ def test_an_expert_without_its_base_is_told_how_to_name_it(tmp_path: Path, tiny_
 def test_the_command_prints_a_table_and_draws(tmp_path: Path, tiny_llama: Path, client: Any) -> None:
     client()
     expert, picture = save_tiny(tmp_path / "expert", intermediate_size=16), tmp_path / "speed.svg"
-    options = ["--against", str(tiny_llama), "--prompts", "5", "--rounds", "2", "--picture", str(picture)]
-    result = CliRunner().invoke(main, ["bench", str(expert), *options])
+    options = ["--against", tiny_llama, "--prompts", 5, "--rounds", 2, "--input-tokens", 12, "--picture", picture]
+    result = CliRunner().invoke(main, ["bench", str(expert), *map(str, options)])
     assert result.exit_code == 0, result.output
     assert "output tokens per second" in result.stdout
     assert "1.500" in result.stdout

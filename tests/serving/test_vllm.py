@@ -31,7 +31,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 
 ROOT = Path(__file__).parent.parent.parent
 SPEC = ROOT / "profiles" / "english-medical-qa.yaml"
-SMALL = ["--max-model-len", "512", "--max-num-seqs", "32"]  # arguments of vLLM for quick starts
+# Arguments of vLLM for quick starts. On a CPU it keeps a compiled product for every number of tokens that it has computed at
+# once, so memory is flat only when it has seen them all: there are 64 here.
+SMALL = ["--max-model-len", "512", "--max-num-seqs", "32", "--max-num-batched-tokens", "64"]
 QUESTION = [{"role": "user", "content": "Which organ pumps blood?"}]
 
 
@@ -162,7 +164,7 @@ def test_five_hundred_requests_kind_and_unkind_leave_the_server_as_it_was(servin
         outcomes += asyncio.run(hundred_requests(serving, first))
         resident.append(sum(member.memory_info().rss for member in serving.members()))
     assert {kind: outcomes.count(kind) for kind in set(outcomes)} == {"answered": 300, "cancelled": 100, "refused": 100}
-    assert resident[-1] - resident[0] < 64 * 2**20, [size / 2**20 for size in resident]
+    assert resident[-1] - resident[1] < 32 * 2**20, [size / 2**20 for size in resident]
     assert serving.process.poll() is None
     assert httpx.get(f"{serving.root}/health").status_code == 200
     assert "Traceback" not in serving.log.read_text()
