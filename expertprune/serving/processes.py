@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -14,7 +15,7 @@ import psutil
 
 from expertprune.errors import CheckpointError, UsageError
 
-GRACE = 6.0  # seconds that a process has to end by itself
+GRACE = 5.0  # seconds that a process has to end by itself
 _KILLED = 3.0  # seconds until a killed process is gone
 _TAIL = 20  # lines of a log that an error shows
 
@@ -106,14 +107,13 @@ def stop_all(trees: Iterable[ProcessTree]) -> None:
     finally:
         killed = [process for tree in trees for process in tree.members()]
         for process in killed:
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-            except psutil.NoSuchProcess:
-                continue
-        psutil.wait_procs(killed, timeout=_KILLED)
-        for tree in trees:
+        for tree in trees:  # before psutil waits: whoever waits first learns the exit code
             if tree.process is not None:
-                tree.process.wait(timeout=_KILLED)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    tree.process.wait(timeout=_KILLED)
+        psutil.wait_procs(killed, timeout=_KILLED)
 
 
 def check_port(host: str, port: int) -> None:
