@@ -17,6 +17,7 @@ import expertprune
 from expertprune.corpora import Question, shipped
 from expertprune.evaluation import answer_questions
 from expertprune.files import to_json
+from expertprune.harness import models, tasks
 from expertprune.models import load_model, load_tokenizer
 from expertprune.report import retention_table
 from expertprune.suites import find_suite
@@ -191,17 +192,16 @@ def test_a_local_suite_on_both_models(expert: Path, real_store: Path, tmp_path: 
 def test_fifty_questions_through_the_server_are_answered_as_transformers_does(expert: Path) -> None:
     pytest.importorskip("lm_eval")
     pytest.importorskip("vllm")
-    from expertprune import harness
     from expertprune.serving.server import Server
 
     entry = find_suite("qa").tasks[1]
     assert entry.label == "shipped_questions"
-    task = harness.load_task(entry, generates=False, limit=50)
+    task = tasks.load_task(entry, generates=False, limit=50)
     tokenizer = load_tokenizer(expert)
-    running = harness.running_model(load_model(expert, torch.float32), tokenizer)
-    expected = harness.run_task(task, running, limit=50)
+    running = models.running_model(load_model(expert, torch.float32), tokenizer)
+    expected = tasks.run_task(task, running, limit=50)
     with Server(expert, model_name="expert", arguments=["--dtype=float32", "--max-model-len=1024"]) as server:
-        found = harness.run_task(task, harness.served_model(expert, server.url, "expert", tokenizer), limit=50)
+        found = tasks.run_task(task, models.served_model(expert, server.url, "expert", tokenizer), limit=50)
     assert found.examples == expected.examples
     assert len(found.values) == 50
     assert (found.values != expected.values).sum() <= 1  # two choices within rounding of each other

@@ -19,7 +19,8 @@ ORDER = [
     "arch", "checkpoint", "models", "artifacts", "corpora", "suites", "harness", "relevance",
     "layerwise", "passes", "profiling", "scoring", "budgets", "allocation", "composition", "comparison", "masking",
     "compensation", "pruning", "evaluation", "alignment", "retention", "preparing", "deciding", "retaining", "report",
-    "pictures", "api", "analysis", "sweeping", "inspection", "serving", "measuring", "terminal", "commands", "cli",
+    "pictures", "api", "analysis", "sweeping", "inspection", "serving", "measurement", "measuring", "terminal",
+    "commands", "cli",
 ]  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 MODULES = [path for path in SOURCES if path != PACKAGE / "__init__.py"]

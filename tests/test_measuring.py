@@ -15,11 +15,12 @@ import yaml
 from click.testing import CliRunner, Result
 
 import expertprune
-from expertprune import harness, measuring
+from expertprune import measuring
 from expertprune.cli import main
 from expertprune.corpora import Question
 from expertprune.errors import SpecError
 from expertprune.evaluation import answer_questions
+from expertprune.harness import models, tasks
 from expertprune.models import load_model, load_tokenizer
 from expertprune.suites import load_suite
 from tests.tiny import WORDS
@@ -279,10 +280,10 @@ def test_with_vllm_each_model_has_a_server_of_its_own_in_turn(
 
     def answer(folder: Path, url: str, name: str, tokenizer: Any) -> Any:
         assert running == [url]
-        return harness.running_model(load_model(folder, torch.float32), tokenizer)
+        return models.running_model(load_model(folder, torch.float32), tokenizer)
 
     monkeypatch.setattr("expertprune.serving.server.Server", Server)
-    monkeypatch.setattr(harness, "served_model", answer)
+    monkeypatch.setattr(models, "served_model", answer)
     suite = workplace.suite(tasks=[{"file": "tasks/choose.yaml"}])
     workplace.run("--suite", suite)
     expected = workplace.evaluation()["tasks"]["choose"]
@@ -342,7 +343,7 @@ def test_an_unknown_task_is_answered_with_the_nearest(refusing: Workplace, monke
         all_tasks = ("hellaswag", "boolq")
         task_index: ClassVar[dict[str, Any]] = {}
 
-    monkeypatch.setattr(harness, "_manager", lambda everything: Manager)
+    monkeypatch.setattr(tasks, "_manager", lambda everything: Manager)
     assert "unknown task 'helaswag'; did you mean 'hellaswag'?" in refusing.refused("--task", "helaswag")
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from expertprune import harness
 from expertprune.corpora import Corpus, Document, catalogue_sources, load_corpora, shipped
 from expertprune.errors import SpecError
 from expertprune.evaluation import leaked
+from expertprune.harness import tasks as harness
 from expertprune.spec import Dimensions, load_spec
 from expertprune.suites import TaskEntry, bare_task, find_suite, load_suite, shipped_suites, suite_labels
 
