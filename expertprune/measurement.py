@@ -68,6 +68,7 @@ def prepare(
     store: str | Path | None,
     overrides: Mapping[str, Any] | None,
 ) -> Measurement:
+    """Find and check everything that an evaluation on suites needs; for arguments and errors see `measuring`."""
     about = load_expert(folder)
     overrides = {**(overrides or {}), **({"base.model": str(base)} if base is not None else {})}
     spec = parse_spec(about["spec"], str(folder / EXPERT_FILE), Path.cwd(), overrides)

@@ -209,8 +209,10 @@ def _described(
     if (first.OUTPUT_TYPE == "generate_until") != generates:
         wrong, right = ("tasks", "generation") if not generates else ("generation", "tasks")
         raise SpecError(f"task {label}: its output is {first.OUTPUT_TYPE}: put it under {right!r}, not under {wrong!r}")
-    metrics = list((first.config.metric_list and [each["metric"] for each in first.config.metric_list]) or [])
-    metric = entry.metric or next((name for name in _PREFERRED if name in metrics), metrics[0] if metrics else "")
+    metrics = [each["metric"] for each in getattr(first.config, "metric_list", None) or []]
+    if not metrics:
+        raise SpecError(f"task {label}: it is computed by code of its own, not by example; choose another task")
+    metric = entry.metric or next((name for name in _PREFERRED if name in metrics), metrics[0])
     if metric not in metrics:
         raise SpecError(f"task {label}: it has no metric {metric!r}{nearest(metric, metrics)}")
     filters = [each["name"] for each in first.config.filter_list or [{"name": "none"}]]
@@ -227,7 +229,7 @@ def _described(
         requests.append([[each.args for each in those], target, those[0].request_type])
         prompt = leaves[name].doc_to_text(document)
         texts.append(_texts(document, prompt if isinstance(prompt, str) else str(those[0].args[0]), target))
-        guesses.append(1 / len(those))
+        guesses.append((2 if "acc_mutual_info" in metrics else 1) / len(those))  # it asks for each choice twice
     chance = entry.chance
     if chance is None and first.OUTPUT_TYPE == "multiple_choice" and metric.startswith("acc"):
         chance = float(np.mean(guesses))
