@@ -1,8 +1,8 @@
 """expertprune: turn a general language model into a compact expert, without post-training.
 
 The verbs are functions here, under the same names as the commands: `validate`, `profile`, `compose`, `prune`, `build`,
-`evaluate`, `sweep`, `compare`, `inspect`; and `load_engine` gives an expert's `vllm.LLM`. They are imported at their first
-use, so that `import expertprune` is quick.
+`evaluate`, `sweep`, `compare`, `vocabulary`, `inspect`, and `report` as `write_report`; `load_engine` gives an expert's
+`vllm.LLM`. They are imported at their first use, so that `import expertprune` is quick.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from expertprune.api import build, compose, evaluate, profile, prune, validate
     from expertprune.inspection import describe as inspect
     from expertprune.measuring import evaluate_suites
+    from expertprune.page import report as write_report
     from expertprune.serving.engine import load_engine
     from expertprune.spec import Spec, load_spec
     from expertprune.sweeping import sweep
+    from expertprune.tradeoff import vocabulary
 
 _PLACES = {
     **dict.fromkeys(("build", "compose", "evaluate", "profile", "prune", "validate"), ("expertprune.api", None)),
@@ -28,6 +30,8 @@ _PLACES = {
     "evaluate_suites": ("expertprune.measuring", None),
     "sweep": ("expertprune.sweeping", None),
     "load_engine": ("expertprune.serving.engine", None),
+    "write_report": ("expertprune.page", "report"),
+    "vocabulary": ("expertprune.tradeoff", None),
     "Spec": ("expertprune.spec", None),
     "load_spec": ("expertprune.spec", None),
 }
@@ -47,6 +51,8 @@ __all__ = [
     "prune",
     "sweep",
     "validate",
+    "vocabulary",
+    "write_report",
 ]
 
 

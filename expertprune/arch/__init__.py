@@ -4,6 +4,7 @@ One YAML file a family, in `families/`. No other module knows a family's name.
 """
 
 from expertprune.arch.family import (
+    EXPERT,
     MODELING,
     PER_LAYER,
     Block,
@@ -12,15 +13,21 @@ from expertprune.arch.family import (
     bundled_models,
     families,
     family_of,
+    stock_architectures,
 )
+from expertprune.arch.recognition import attention_of, recognized
 
 __all__ = [
+    "EXPERT",
     "MODELING",
     "PER_LAYER",
     "Block",
     "CoupledTensor",
     "Family",
+    "attention_of",
     "bundled_models",
     "families",
     "family_of",
+    "recognized",
+    "stock_architectures",
 ]

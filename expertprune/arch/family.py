@@ -19,6 +19,9 @@ _HERE = Path(__file__).parent
 PER_LAYER = "per_layer_config"  # transformers' name for widths of single layers
 _PER_LAYER_KEYS = ("allow_global_per_layer_attribute_access", "auto_map")
 MODELING = "modeling_expert"  # the module in an expert's folder that builds such layers
+# What its config puts before the name of the stock class: an engine that does not know such layers refuses the folder
+# by name, instead of building all layers alike.
+EXPERT = "Expert"
 
 
 class _Data(BaseModel):
@@ -79,7 +82,11 @@ class Family(_Data):
 
     `residual: additive` promises that a layer's output is its input plus the outputs of the two blocks, which the
     repair uses to aim at the residual stream; `residual: normed`, that each output passes its block's `output_norm`
-    first.
+    first. `defaults` are what the config means by keys that it leaves out. `structures` can be cut; where heads are none
+    of them, `why_no_heads` says why. `heads_require` are values of the config (dots lead into it) without which its head
+    counts cannot be changed. `attention_implementation` is the one of transformers that computes the network as it is
+    meant. `vllm_single_layers` are vLLM's classes that read a layer's widths from the config while they build it, so that
+    `serving.plugin` can give each layer widths of its own.
     """
 
     family: str
@@ -89,8 +96,29 @@ class Family(_Data):
     config: ConfigKeys
     ffn: Block
     attention: Block
+    defaults: Mapping[str, int] = Field(default_factory=dict)
+    structures: tuple[Structure, ...] = tuple(Structure)
+    why_no_heads: str = ""
+    attention_implementation: Literal["sdpa", "eager"] = "sdpa"
+    listed: bool = True  # by a file, and so held against the oracle here; not read off a checkpoint
     heads_divide_hidden: bool = False
+    heads_require: Mapping[str, Any] = Field(default_factory=dict)
     when_heads_change: Rewrite | None = None
+    vllm_single_layers: tuple[str, ...] = ()
+    vocabulary: tuple[str, ...] = ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias")
+    """Tensors with one row for each token; the first is the embedding, the others may be absent (tied, without bias)."""
+
+    @property
+    def heads_are_units(self) -> bool:
+        return Structure.KV_GROUPS in self.structures
+
+    @model_validator(mode="after")
+    def _heads_with_their_groups(self) -> Self:
+        if (Structure.QUERY_HEADS in self.structures) != self.heads_are_units:
+            raise ValueError("structures: query_heads and kv_groups are cut together or not at all")
+        if bool(self.why_no_heads) == self.heads_are_units:
+            raise ValueError("why_no_heads goes with structures that name no heads, and only with those")
+        return self
 
     @model_validator(mode="after")
     def _norms_as_promised(self) -> Self:
@@ -116,7 +144,7 @@ class Family(_Data):
             CheckpointError: a key is missing, or the head counts make no legal grouped-query attention.
         """
         count = _positive(config, self.config.layers)
-        single = config.get(PER_LAYER) or {}
+        config, single = {**self.defaults, **config}, config.get(PER_LAYER) or {}
         return tuple(
             self._layer_shape({**config, **single.get(str(i), single.get(str(i).zfill(len(str(count - 1))), {}))})
             for i in range(count)
@@ -185,8 +213,28 @@ class Family(_Data):
     def heads_changed(old: LayerShape, new: LayerShape) -> bool:
         return (old.query_heads, old.kv_heads) != (new.query_heads, new.kv_heads)
 
+    def check_single_layers(self, config: Mapping[str, Any]) -> None:
+        """Raises `PlanError` where an expert whose layers have widths of their own could not be built or served."""
+        architectures = stock_architectures(config)
+        instead = "; with compose.allocation: uniform all layers keep the same widths"
+        if not architectures:
+            raise PlanError(
+                "config.json of the base names no architectures, so there is no class to build layers of different "
+                f"widths from{instead}"
+            )
+        if not self.vllm_single_layers:
+            raise PlanError(f"vLLM serves no layers of different widths of family {self.family!r}{instead}")
+
     def _check_heads(self, config: Mapping[str, Any], new: LayerShape) -> None:
         rewrite = self.when_heads_change
+        if not self.heads_are_units:
+            raise PlanError(f"heads of family {self.family!r} cannot be cut: {self.why_no_heads}")
+        for key, wanted in self.heads_require.items():
+            if (found := _looked_up(config, key, wanted)) != wanted:
+                raise PlanError(
+                    f"heads of this base cannot be cut: its config says {key}: {found!r}, and only {wanted!r} goes with "
+                    "other head counts"
+                )
         divides = self.heads_divide_hidden or (
             rewrite is not None and family_of(rewrite.model_type).heads_divide_hidden
         )
@@ -214,6 +262,19 @@ def _positive(config: Mapping[str, Any], key: str) -> int:
     return value
 
 
+def stock_architectures(config: Mapping[str, Any]) -> list[str]:
+    """The classes of transformers that a config names, whether or not its layers have widths of their own."""
+    return [name.removeprefix(EXPERT) for name in config.get("architectures") or []]
+
+
+def _looked_up(config: Mapping[str, Any], dotted: str, default: Any) -> Any:
+    """A value inside a config; `default` where the way there ends."""
+    value: Any = config
+    for key in dotted.split("."):
+        value = value.get(key, default) if isinstance(value, Mapping) else default
+    return value
+
+
 def _with_layers(config: dict[str, Any], widths: list[dict[str, int]]) -> dict[str, Any]:
     """The config with the widths of single layers where they are not the whole model's, and the code that reads them."""
     layers = {
@@ -223,8 +284,10 @@ def _with_layers(config: dict[str, Any], widths: list[dict[str, int]]) -> dict[s
     }
     if config.pop(PER_LAYER, None) is not None:  # the base had such widths itself
         config = {key: value for key, value in config.items() if key not in _PER_LAYER_KEYS}
+        config["architectures"] = stock_architectures(config)
     if layers:
         config |= {
+            "architectures": [EXPERT + name for name in stock_architectures(config)],
             PER_LAYER: layers,
             "allow_global_per_layer_attribute_access": True,
             "auto_map": {"AutoModelForCausalLM": f"{MODELING}.ExpertForCausalLM"},

@@ -219,7 +219,7 @@ def test_two_experts_share_an_endpoint_and_one_outlives_the_others_death(
         killed.process.kill()
         served.watch(lambda: any("is back" in message for message in said) or time.monotonic() - begin > 800)
         enough.set()
-        answered = {model: sum((asked.result() for asked in futures), []) for model, futures in asking.items()}
+        answered = {model: [each for asked in futures for each in asked.result()] for model, futures in asking.items()}
         assert psutil.wait_procs(orphans, timeout=0.5)[1] == []
         assert ask("half") > 0
         trees = [served.router.tree, *(server.tree for server in served.servers.values())]
