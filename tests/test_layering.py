@@ -21,7 +21,7 @@ ORDER = [
     "composition", "comparison", "masking", "compensation", "pruning", "oracle", "evaluation", "alignment", "retention",
     "preparing", "deciding", "retaining", "report", "pictures", "api", "analysis", "sweeping", "tradeoff", "inspection",
     "evidence", "reasons", "findings", "lineup", "inline", "charts", "page",
-    "serving", "measuring", "terminal", "commands", "cli",
+    "serving", "measurement", "measuring", "terminal", "commands", "cli",
 ]  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 MODULES = [path for path in SOURCES if path != PACKAGE / "__init__.py"]
