@@ -189,14 +189,15 @@ def evaluate(
     if base is not None:
         overrides["base.model"] = str(base)
     spec = parse_spec(about["spec"], str(folder / EXPERT_FILE), Path.cwd(), overrides)
-    resolved = _recorded_base(about, spec.base, store_folder(store))
+    resolved = recorded_base(about, spec.base, store_folder(store))
     loaded: dict[CorpusName, Corpus] = load_corpora(spec)
-    evaluated = _not_profiled(evaluation_corpora(spec, loaded), about)
+    evaluated = not_profiled(evaluation_corpora(spec, loaded), about)
     model = load_model(resolved.folder, resolved.dtype, trust_remote_code=resolved.trust_remote_code)
     return evaluate_folder(folder, model, resolved, evaluated, spec.evaluate, track)
 
 
-def _recorded_base(about: Mapping[str, Any], base: Base, store: Path) -> BaseModel:
+def recorded_base(about: Mapping[str, Any], base: Base, store: Path) -> BaseModel:
+    """The base of an expert. Raises `CheckpointError` if it is not where the spec says, or is another model."""
     try:
         resolved = resolve_base(base, store)
     except ExpertpruneError as error:
@@ -211,7 +212,7 @@ def _recorded_base(about: Mapping[str, Any], base: Base, store: Path) -> BaseMod
     return resolved
 
 
-def _not_profiled(corpora: list[Corpus], about: Mapping[str, Any]) -> list[Corpus]:
+def not_profiled(corpora: list[Corpus], about: Mapping[str, Any]) -> list[Corpus]:
     """Raises `SpecError` if a document's digest is among those that calibrated the expert."""
     profiled = {digest for corpus in about["corpora"].values() for digest in corpus["documents"]}
     problems = [

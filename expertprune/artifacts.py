@@ -262,11 +262,19 @@ def _check_kept(shape: LayerShape, kept: KeptUnits, layer: int) -> None:
 class Evaluation:
     """Base and expert on the same examples.
 
-    `corpora` maps a corpus to its metrics, a metric to `base`, `expert`, `retention`, `low` and `high`.
+    `corpora` maps a corpus to its metrics, a metric to `base`, `expert`, `retention`, `low` and `high`. What suites measure
+    comes beside them: `tasks` and `generation` map a task to the same numbers and more, `summary` a group of them to its
+    retention, `alignment` a dimension value to how alike hidden states are.
     """
 
     corpora: dict[str, dict[str, Any]]
     settings: dict[str, Any]
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    generation: dict[str, dict[str, Any]] = field(default_factory=dict)
+    summary: dict[str, dict[str, Any]] = field(default_factory=dict)
+    alignment: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
-        return {"kind": "evaluation", "settings": self.settings, "corpora": self.corpora}
+        suites = {name: getattr(self, name) for name in ("tasks", "generation", "summary", "alignment")}
+        found = {name: value for name, value in suites.items() if value}
+        return {"kind": "evaluation", "settings": self.settings, "corpora": self.corpora, **found}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -68,7 +69,7 @@ def findings(artifacts: Artifacts) -> ReportData:
         alignment = _alignment(evaluation)
         if alignment is None:
             reason = "The hidden states of base and expert have not been compared."
-            missing["alignment"] = _missing(reason, "evaluate", folder)
+            missing["alignment"] = _missing(reason, "evaluate", folder, " --suite general")
         throughput = None if artifacts.throughput is None else _speeds(artifacts.throughput)
         if throughput is None:
             missing["throughput"] = _missing("Base and expert have not been timed.", "bench", folder)
@@ -95,8 +96,8 @@ def findings(artifacts: Artifacts) -> ReportData:
         raise damaged(folder, error) from None
 
 
-def _missing(reason: str, command: str, folder: Path) -> dict[str, str | None]:
-    return {"reason": reason, "command": f"expertprune {command} {shlex.quote(str(folder))}"}
+def _missing(reason: str, command: str, folder: Path, options: str = "") -> dict[str, str | None]:
+    return {"reason": reason, "command": f"expertprune {command} {shlex.quote(str(folder))}{options}"}
 
 
 def _size(artifacts: Artifacts) -> dict[str, Any]:
@@ -125,7 +126,7 @@ def _retention(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
                 "metrics": len(count) if isinstance(count, list | dict) else count,
                 "documents": None,
             }
-        return {**found, "measure": "all metrics"}
+        return {**found, "measure": "mean of metrics"}
     corpora = Evaluation(evaluation["corpora"], evaluation.get("settings", {}))
     pools = {"expert": pooled(corpora, general=False), "general": pooled(corpora, general=True)}
     if not any(pools.values()):
@@ -164,6 +165,7 @@ def metric_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "examples": result.get("questions") if asked else result.get("documents"),
                 "unit": "questions" if asked else "documents",
                 "backend": None,
+                "note": None,
                 "same": digest_of([corpus, *same]),
             }
             rows.append({**about, **_numbers(numbers)})
@@ -178,6 +180,7 @@ def metric_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "examples": result["examples"],
                 "unit": unit,
                 "backend": result.get("backend"),
+                "note": result.get("note"),
                 "same": digest_of([kind, result.get("suite"), name, result["metric"], result["examples"]]),
             }
             rows.append({**about, **_numbers(result)})
@@ -218,7 +221,7 @@ def _relevance(artifacts: Artifacts, missing: dict[str, dict[str, str | None]]) 
     if artifacts.absent or not artifacts.profiles:
         names = ", ".join(artifacts.absent)
         reason = f"The store {artifacts.store} has no profile of {names} that this plan was made from."
-        command = f"expertprune profile {shlex.quote(spec_file(artifacts))} --store {shlex.quote(str(artifacts.store))}"
+        command = f"expertprune profile {plain_name(artifacts)}.yaml --store {shlex.quote(str(artifacts.store))}"
         missing["relevance"] = {"reason": reason, "command": command}
         return None
     part = part_name(Relevance.model_validate(spec["relevance"]))
@@ -303,18 +306,25 @@ def spec_text(spec: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(spec), sort_keys=False, allow_unicode=True, width=110)
 
 
-def spec_file(artifacts: Artifacts) -> str:
-    return f"{artifacts.about['name']}.yaml"
+def plain_name(artifacts: Artifacts) -> str:
+    """The expert's name as that of a file."""
+    return re.sub(r"[^\w.-]+", "-", str(artifacts.about["name"])).strip("-.") or "expert"
 
 
 def _commands(artifacts: Artifacts) -> list[dict[str, str]]:
     """From the spec to the same report, in a folder of the expert's name; to be run one after the other."""
-    file, out = shlex.quote(spec_file(artifacts)), shlex.quote(str(artifacts.about["name"]))
+    out = plain_name(artifacts)
     spec = spec_text(artifacts.about["spec"])
-    steps = [("Write the spec.", f"cat > {file} <<'END_OF_SPEC'\n{spec}END_OF_SPEC")]
-    steps.append(("Profile, compose, prune, evaluate.", f"expertprune build {file} --out {out}"))
-    settings = (artifacts.throughput or {}).get("settings") or {}
-    options = " ".join(f"--{key.replace('_', '-')} {shlex.quote(str(value))}" for key, value in settings.items())
-    steps.append(("Time base and expert.", f"expertprune bench {out} {options}".rstrip()))
+    steps = [("Write the spec.", f"cat > {out}.yaml <<'END_OF_SPEC'\n{spec}END_OF_SPEC")]
+    steps.append(("Profile, compose, prune, evaluate.", f"expertprune build {out}.yaml --out {out}"))
+    evaluated = (artifacts.about.get("evaluation") or {}).get("settings") or {}
+    if evaluated.get("suites"):
+        options = "".join(f" --suite {shlex.quote(name)}" for name in evaluated["suites"])
+        for key in ("backend", "limit"):
+            options += f" --{key} {shlex.quote(str(evaluated[key]))}" if evaluated.get(key) else ""
+        steps.append(("Measure what the suites name.", f"expertprune evaluate {out}{options}"))
+    timed = (artifacts.throughput or {}).get("settings") or {}
+    options = "".join(f" --{key.replace('_', '-')} {shlex.quote(str(value))}" for key, value in timed.items())
+    steps.append(("Time base and expert.", f"expertprune bench {out}{options}"))
     steps.append(("Write this page.", f"expertprune report {out}"))
     return [{"step": step, "command": command} for step, command in steps]

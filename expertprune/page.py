@@ -231,11 +231,9 @@ def headline_rows(expert: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows.append(("weights", formats.megabytes(weights["expert"]) + of_bytes))
     for group in ("expert", "general"):
         numbers = retention and retention[group]
-        kept = (
-            f"{_with_interval(numbers, 'retention')}, {retention['measure']}"
-            if retention and numbers
-            else "not evaluated"
-        )
+        kept = "not evaluated"
+        if retention and numbers:
+            kept = f"{_with_interval(numbers, 'retention')}, {retention['measure']}"
         rows.append((f"{group} retention", kept))
     rows.append(
         ("speed, of the base's", f"{_with_interval(speed, 'ratio')}, output tokens/s" if speed else "not measured")

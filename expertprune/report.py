@@ -66,11 +66,18 @@ https://arxiv.org/abs/2510.22489),{% endif %} repair `{{ spec.compensation.metho
 {% if rows -%}
 Base and expert on the same held-out documents, none of which calibrated the expert. Retention is 1 where nothing was
 lost; 95% intervals are bootstrapped over documents (questions).
+{%- if evaluation.get('tasks') or evaluation.get('generation') %}
+Retention of a task with choices is above chance; +3 −5: the expert has 3 answers right that the base has not, and 5 wrong
+that the base has right.
+{%- endif %}
 
 | corpus | metric | base | expert | retention | 95% interval |
 |---|---|---|---|---|---|
 {% for row in rows -%}
 | {{ row | map("replace", "|", "\\|") | join(" | ") }} |
+{% endfor %}
+{%- for note in notes %}
+{{ note }}.
 {% endfor %}
 {%- else -%}
 Not evaluated yet: `expertprune evaluate` fills this in.
@@ -108,7 +115,9 @@ def card_text(about: dict[str, Any], headline: Sequence[tuple[str, str]] = ()) -
     environment.filters["widths"] = widths
     per_layer = any(isinstance(entry["kept"], list) for entry in about["plan"]["budget"].values())
     card = environment.from_string(_CARD)
-    return card.render(**about, rows=rows, headline=headline, purpose=purpose(about["spec"]), per_layer=per_layer)
+    notes = retention_notes(about["evaluation"]) if rows else []
+    kind = {"purpose": purpose(about["spec"]), "per_layer": per_layer}
+    return card.render(**about, rows=rows, notes=notes, headline=headline, **kind)
 
 
 def retention_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
@@ -116,13 +125,35 @@ def retention_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     for corpus, result in evaluation["corpora"].items():
         for metric, numbers in result["metrics"].items():
-            label = METRIC_LABELS.get(metric, metric.replace("_", " ")) + (
-                f" ({result['questions']} questions)" if metric == "questions" else ""
-            )
+            label = METRIC_LABELS.get(metric, metric.replace("_", " "))
+            label += f" ({result['questions']} questions)" if metric == "questions" else ""
             interval = f"{_number(numbers['low'])} to {_number(numbers['high'])}"
             cells = [_number(numbers[key]) if key in numbers else "" for key in ("base", "expert", "retention")]
             rows.append([corpus, label, *cells, interval])
+    for name, numbers in _tasks(evaluation).items():
+        label = f"{numbers['metric']} ({numbers['examples']} examples{_flips(numbers)})"
+        cells = [_number(numbers[key]) for key in ("base", "expert", "retention")]
+        rows.append([name, label, *cells, f"{_number(numbers['low'])} to {_number(numbers['high'])}"])
+    for group, numbers in evaluation.get("summary", {}).items():
+        interval = f"{_number(numbers['low'])} to {_number(numbers['high'])}"
+        label = f"mean retention of {len(numbers['metrics'])} metrics"
+        rows.append([group, label, "", "", _number(numbers["retention"]), interval])
     return rows
+
+
+def _tasks(evaluation: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {**evaluation.get("tasks", {}), **evaluation.get("generation", {})}
+
+
+def _flips(numbers: Mapping[str, Any]) -> str:
+    """Answers that the expert has right and the base has not, the other way round, and those that are the same text."""
+    flips = "" if numbers["gained"] is None else f", +{numbers['gained']} −{numbers['lost']}"
+    return flips + (f", {numbers['agreement']:.0%} as the base" if "agreement" in numbers else "")
+
+
+def retention_notes(evaluation: Mapping[str, Any]) -> list[str]:
+    """Why a retention or an interval is undefined, one line each."""
+    return [f"{name}: {numbers['note']}" for name, numbers in _tasks(evaluation).items() if "note" in numbers]
 
 
 def _number(value: float | None) -> str:
@@ -131,7 +162,9 @@ def _number(value: float | None) -> str:
 
 def retention_table(evaluation: Mapping[str, Any]) -> Table:
     """The retention table for the terminal."""
-    table = Table("corpus", "metric", title="What the expert kept")
+    corpus = "corpus or task" if _tasks(evaluation) else "corpus"
+    notes = Text("\n".join(retention_notes(evaluation)))
+    table = Table(corpus, "metric", title="What the expert kept", caption=notes or None, caption_justify="left")
     for column in ("base", "expert", "retention", "95% interval"):
         table.add_column(column, justify="right")
     previous = None

@@ -303,7 +303,7 @@ def parse_spec(data: Any, where: str, folder: Path, overrides: Mapping[str, Any]
     try:
         spec = Spec.model_validate(data)
     except ValidationError as error:
-        raise SpecError([f"{where}: {problem}" for problem in _problems(error)]) from None
+        raise SpecError([f"{where}: {problem}" for problem in problems_of(error)]) from None
     return _absolute(spec, folder)
 
 
@@ -335,14 +335,16 @@ def _absolute(spec: Spec, folder: Path) -> Spec:
     return spec
 
 
-def _problems(error: ValidationError) -> list[str]:
+def problems_of(error: ValidationError, model: type[BaseModel] | None = None) -> list[str]:
+    """What is wrong with a user's YAML, one line for each key; `model` is what it should have been: a spec."""
+    model = model or Spec
     found: dict[str, str] = {}
     for problem in error.errors():
         # Names of union branches are pydantic's, not the user's.
         parts = [str(p) for p in problem["loc"] if not (isinstance(p, str) and ("[" in p or p in ("float",)))]
-        key = ".".join(parts) or "spec"
+        key = ".".join(parts) or model.__name__.lower()
         if problem["type"] == "extra_forbidden":
-            message = f"unknown key {key!r}{nearest(parts[-1], _keys_at(parts[:-1]))}"
+            message = f"unknown key {key!r}{nearest(parts[-1], _keys_at(parts[:-1], model))}"
         elif problem["type"] == "missing":
             message = f"missing key {key!r}"
         else:
@@ -356,8 +358,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _keys_at(parents: list[str]) -> list[str]:
-    model: type[BaseModel] = Spec
+def _keys_at(parents: list[str], model: type[BaseModel]) -> list[str]:
     for parent in parents:
         field = model.model_fields.get(parent)
         candidates = [field.annotation, *get_args(field.annotation)] if field is not None else []

@@ -16,11 +16,11 @@ PACKAGE = Path(expertprune.__file__).parent
 # A module may import what stands before it, never what stands after it. A folder counts as one module.
 ORDER = [
     "errors", "registry", "units", "files", "values", "formats", "spec",
-    "arch", "checkpoint", "models", "artifacts", "corpora", "relevance",
+    "arch", "checkpoint", "models", "artifacts", "corpora", "suites", "harness", "relevance",
     "layerwise", "passes", "profiling", "scoring", "budgets", "allocation", "composition", "comparison", "masking",
-    "compensation", "pruning", "evaluation", "preparing", "deciding", "retaining", "report", "pictures", "api",
-    "analysis", "sweeping", "inspection", "evidence", "reasons", "findings", "lineup", "inline", "charts", "page",
-    "terminal", "commands", "cli",
+    "compensation", "pruning", "evaluation", "alignment", "retention", "preparing", "deciding", "retaining", "report",
+    "pictures", "api", "analysis", "sweeping", "inspection", "serving", "measuring",
+    "evidence", "reasons", "findings", "lineup", "inline", "charts", "page", "terminal", "commands", "cli",
 ]  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 MODULES = [path for path in SOURCES if path != PACKAGE / "__init__.py"]

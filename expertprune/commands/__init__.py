@@ -1,1 +1,1 @@
-"""Commands that stand in files of their own; `expertprune.cli` adds them."""
+"""Commands that stand in files of their own; `cli.py` adds them to the others."""
