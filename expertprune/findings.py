@@ -64,8 +64,8 @@ def findings(artifacts: Artifacts) -> ReportData:
         evaluation = about.get("evaluation")
         metrics = metric_rows(evaluation) if evaluation else []
         relevance = _relevance(artifacts, missing)
-        if not evaluation:
-            missing["metrics"] = _missing("This expert has not been evaluated.", "evaluate", folder)
+        if not metrics:
+            missing["metrics"] = _missing("Nothing has been measured of this expert yet.", "evaluate", folder)
         alignment = _alignment(evaluation)
         if alignment is None:
             reason = "The hidden states of base and expert have not been compared."

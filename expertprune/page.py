@@ -17,7 +17,7 @@ from rich.text import Text
 from expertprune import charts, formats
 from expertprune.charts import Picture
 from expertprune.errors import CheckpointError
-from expertprune.evidence import read_artifacts
+from expertprune.evidence import damaged, read_artifacts
 from expertprune.files import check_parent, to_json, write_file
 from expertprune.findings import findings
 from expertprune.lineup import lineup
@@ -91,8 +91,12 @@ def report(
         )
     )
     html = render(data)
-    pairs = zip(read, data["experts"], strict=True)
-    cards = {each.folder / CARD_FILE: card_text(each.about, headline_rows(document)) for each, document in pairs}
+    cards = {}
+    for artifacts, document in zip(read, data["experts"], strict=True):
+        try:
+            cards[artifacts.folder / CARD_FILE] = card_text(artifacts.about, headline_rows(document))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise damaged(artifacts.folder, error) from None
     write_file(page, html.encode())
     for card, text in cards.items():
         write_file(card, text.encode())
