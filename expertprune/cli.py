@@ -13,6 +13,7 @@ from expertprune import __version__
 from expertprune.commands.evaluating import evaluate
 from expertprune.commands.reporting import report
 from expertprune.commands.serving import serve
+from expertprune.commands.throughput import bench
 from expertprune.files import check_parent, to_json
 from expertprune.terminal import (
     common,
@@ -283,6 +284,7 @@ def schema() -> None:
 main.add_command(evaluate)
 main.add_command(serve)
 main.add_command(report)
+main.add_command(bench)
 
 
 def _print_expert(folder: Path, as_json: bool) -> None:

@@ -244,7 +244,10 @@ def _alignment(evaluation: Mapping[str, Any] | None) -> list[dict[str, Any]] | N
 
 
 def _speeds(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Medians of base and expert and their ratio, metric by metric, in the order of the measurement."""
+    """Medians of base and expert and their ratio, metric by metric, in the order of the measurement.
+
+    A ratio is the median of those of the rounds; `low` and `high` are the smallest and the largest of them.
+    """
     base, expert = data["models"]["base"], data["models"]["expert"]
     rows = []
     for metric in expert:
@@ -256,11 +259,13 @@ def _speeds(data: Mapping[str, Any]) -> dict[str, Any]:
         rows.append({"metric": metric, "base": values[0], "expert": values[1], **numbers})
     speed = next((row["ratio"] for row in rows if row["metric"] == SPEED), None)
     limit = finite(data.get("limit"))
+    settings = data.get("settings") or {}
     return {
         "rows": rows,
         "limit": limit,
         "of_limit": speed / limit if speed and limit else None,
-        "settings": dict(data.get("settings") or {}),
+        "settings": {key: value for key, value in settings.items() if key != "arguments"},
+        "arguments": list(settings.get("arguments") or []),
         "runs": len(data.get("runs") or []),
         "machine": data.get("machine"),
         "versions": dict(data.get("versions") or {}),
@@ -323,8 +328,10 @@ def _commands(artifacts: Artifacts) -> list[dict[str, str]]:
         for key in ("backend", "limit"):
             options += f" --{key} {shlex.quote(str(evaluated[key]))}" if evaluated.get(key) else ""
         steps.append(("Measure what the suites name.", f"expertprune evaluate {out}{options}"))
-    timed = (artifacts.throughput or {}).get("settings") or {}
+    timed = dict((artifacts.throughput or {}).get("settings") or {})
+    arguments = [shlex.quote(str(argument)) for argument in timed.pop("arguments", None) or []]
     options = "".join(f" --{key.replace('_', '-')} {shlex.quote(str(value))}" for key, value in timed.items())
+    options += f" -- {' '.join(arguments)}" if arguments else ""
     steps.append(("Time base and expert.", f"expertprune bench {out}{options}"))
     steps.append(("Write this page.", f"expertprune report {out}"))
     return [{"step": step, "command": command} for step, command in steps]

@@ -22,19 +22,12 @@ from expertprune.files import check_parent, to_json, write_file
 from expertprune.findings import findings
 from expertprune.lineup import lineup
 from expertprune.report import CARD_FILE, card_text
+from expertprune.serving.throughput import METRICS
 
 REPORT_SCHEMA = 1
 UNKNOWN = "unknown"
-# What `expertprune bench` measures, in words, and whether more of it is better.
-SPEEDS = {
-    "output_tokens_per_second": ("output tokens per second", True),
-    "time_to_first_token_ms": ("time to first token, ms", False),
-    "time_per_output_token_ms": ("time per output token, ms", False),
-    "kv_cache_tokens": ("tokens of KV cache", True),
-    "memory_bytes": ("memory", False),
-    "load_seconds": ("load time, s", False),
-    "bytes_per_token": ("bytes read per token", False),
-}
+# What `expertprune bench` measures, in words, and whether more of it is better; bytes are written as megabytes.
+SPEEDS = {metric: (words.removesuffix(", bytes"), more) for metric, (words, more) in METRICS.items()}
 
 
 @dataclass(frozen=True)
@@ -255,7 +248,7 @@ def _with_interval(numbers: Mapping[str, Any], key: str) -> str:
 def headline_table(data: Mapping[str, Any]) -> Table:
     """The headline of every expert of a report, for the terminal."""
     experts = data["experts"]
-    table = Table("", title="At a glance (95% intervals)")
+    table = Table("", title="At a glance")
     for name in _names(experts):
         table.add_column(Text(name), justify="right", overflow="fold")
     columns = [headline_rows(expert) for expert in experts]

@@ -84,7 +84,14 @@ def throughput() -> dict[str, Any]:
               "bytes_per_token": 200e6}  # fmt: skip
     return {
         "kind": "throughput",
-        "settings": {"prompts": 32, "input_tokens": 64, "output_tokens": 16, "concurrency": 8, "rounds": 3},
+        "settings": {
+            "prompts": 32,
+            "input_tokens": 64,
+            "output_tokens": 16,
+            "concurrency": 8,
+            "rounds": 3,
+            "arguments": ["--seed", "a b"],
+        },  # fmt: skip
         "models": {"base": base, "expert": expert},
         "runs": [{}] * 6,
         "ratios": {

@@ -72,7 +72,7 @@ def test_a_measurement_of_throughput_keeps_what_has_no_ratio(tiny_build: Build, 
     assert found is not None
     rows = {row["metric"]: row for row in found["rows"]}
     assert (rows["memory_bytes"]["base"], rows["memory_bytes"]["ratio"]) == (2e9, None)
-    assert (found["runs"], found["settings"]["prompts"]) == (6, 32)
+    assert (found["runs"], found["settings"]["prompts"], found["arguments"]) == (6, 32, ["--seed", "a b"])
 
 
 # --- metrics --------------------------------------------------------------------------------------------------------
@@ -193,7 +193,8 @@ def test_the_commands_write_the_spec_and_run_the_stages(tiny_build: Build, tmp_p
     assert rest == [
         f"expertprune build {out}.yaml --out {out}",
         f"expertprune evaluate {out} --suite medical --suite general --backend vllm --limit 50",
-        f"expertprune bench {out} --prompts 32 --input-tokens 64 --output-tokens 16 --concurrency 8 --rounds 3",
+        f"expertprune bench {out} --prompts 32 --input-tokens 64 --output-tokens 16 --concurrency 8 --rounds 3 -- "
+        "--seed 'a b'",
         f"expertprune report {out}",
     ]
 

@@ -118,6 +118,11 @@ def platform() -> Platform:
     return Platform(data["cpu"], data["memory"])
 
 
+def free_memory() -> int:
+    """Bytes of this machine's memory that are free."""
+    return int(psutil.virtual_memory().available)
+
+
 def engine_settings(
     servable: Servable, on: Platform, engines: int = 1, given: Sequence[str] = ()
 ) -> dict[str, str | int | float | bool]:
@@ -150,7 +155,7 @@ def engine_settings(
 
 def _cpu_cache(servable: Servable, engines: int, given: bool) -> int:
     """Bytes of the KV cache on a CPU."""
-    room = int(psutil.virtual_memory().available * _SHARE / engines)
+    room = int(free_memory() * _SHARE / engines)
     asked = os.environ.get(_CACHE_VARIABLE)
     if asked and not asked.isdigit():
         raise UsageError(f"{_CACHE_VARIABLE}={asked}: is no whole number of GiB")
