@@ -91,7 +91,7 @@ def throughput() -> dict[str, Any]:
             "concurrency": 8,
             "rounds": 3,
             "arguments": ["--seed", "a b"],
-        },  # fmt: skip
+        },
         "models": {"base": base, "expert": expert},
         "runs": [{}] * 6,
         "ratios": {
