@@ -20,8 +20,8 @@ ORDER = [
     "layerwise", "passes", "predictions", "profiling", "scoring", "legality", "budgets", "allocation", "rows",
     "composition", "comparison", "masking", "compensation", "pruning", "oracle", "evaluation", "alignment", "retention",
     "preparing", "deciding", "retaining", "report", "pictures", "api", "analysis", "sweeping", "tradeoff", "inspection",
-    "evidence", "reasons", "findings", "lineup", "inline", "charts", "page",
-    "serving", "measurement", "measuring", "terminal", "commands", "cli",
+    "serving", "measurement", "measuring",
+    "evidence", "reasons", "findings", "lineup", "inline", "charts", "page", "terminal", "commands", "cli",
 ]  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 MODULES = [path for path in SOURCES if path != PACKAGE / "__init__.py"]
