@@ -228,10 +228,10 @@ def throughput_picture(result: Mapping[str, Any], metrics: Mapping[str, tuple[st
         axes.annotate(label, (median, row), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9)
     speed = drawn.index("output_tokens_per_second")
     axes.plot([result["limit"]] * 2, [speed - 0.32, speed + 0.32], color="black", linewidth=1.6)
+    below = (result["limit"], speed + 0.3)  # where no value stands
     axes.annotate(
-        f"limit {result['limit']:.2f}", (result["limit"], speed - 0.3), xytext=(4, 0), textcoords="offset points",
-        fontsize=9, va="center",
-    )  # fmt: skip
+        f"limit {result['limit']:.2f}", below, xytext=(4, 0), textcoords="offset points", fontsize=9, va="center"
+    )
     axes.set_yticks(range(len(drawn)), [metrics[metric][0] for metric in drawn], fontsize=9)
     axes.set_ylim(len(drawn) - 0.4, -0.75)
     axes.margins(x=0.12)
