@@ -1,8 +1,8 @@
 """expertprune: turn a general language model into a compact expert, without post-training.
 
 The verbs are functions here, under the same names as the commands: `validate`, `profile`, `compose`, `prune`, `build`,
-`evaluate`, `sweep`, `compare`, `vocabulary`, `inspect`, and `report` as `write_report`; `load_engine` gives an expert's
-`vllm.LLM`. They are imported at their first use, so that `import expertprune` is quick.
+`evaluate`, `bench`, `sweep`, `compare`, `vocabulary`, `inspect`, and `report` as `write_report`; `load_engine` gives an
+expert's `vllm.LLM`. They are imported at their first use, so that `import expertprune` is quick.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from expertprune.measuring import evaluate_suites
     from expertprune.page import report as write_report
     from expertprune.serving.engine import load_engine
+    from expertprune.serving.throughput import bench
     from expertprune.spec import Spec, load_spec
     from expertprune.sweeping import sweep
     from expertprune.tradeoff import vocabulary
@@ -29,6 +30,7 @@ _PLACES = {
     "inspect": ("expertprune.inspection", "describe"),
     "evaluate_suites": ("expertprune.measuring", None),
     "sweep": ("expertprune.sweeping", None),
+    "bench": ("expertprune.serving.throughput", None),
     "load_engine": ("expertprune.serving.engine", None),
     "write_report": ("expertprune.page", "report"),
     "vocabulary": ("expertprune.tradeoff", None),
@@ -39,6 +41,7 @@ _PLACES = {
 __all__ = [
     "Spec",
     "__version__",
+    "bench",
     "build",
     "compare",
     "compose",

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from expertprune.arch.per_layer import with_layer_widths
 from expertprune.checkpoint import Checkpoint
 from expertprune.errors import CheckpointError
 from expertprune.registry import nearest
+from expertprune.units import LayerShape
 
 log = logging.getLogger(__name__)
 _ORDER = "prune the unquantized model first, then quantize the expert"
@@ -90,7 +92,9 @@ def _in_transformers(model_type: Any) -> bool:
     return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
-def check_inventory(checkpoint: Checkpoint, trust_remote_code: bool = False) -> None:
+def check_inventory(
+    checkpoint: Checkpoint, family: Family, shapes: Sequence[LayerShape], trust_remote_code: bool = False
+) -> None:
     """Hold a folder's tensors against those of the model that its config describes, which is built without memory.
 
     Raises:
@@ -106,6 +110,11 @@ def check_inventory(checkpoint: Checkpoint, trust_remote_code: bool = False) -> 
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     ignored = "|".join([_COMPUTED, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])])
     found = {name: info.shape for name, info in checkpoint.tensors.items()}
+    stored = _stored_otherwise(family, shapes)
+    for run, names in stored.items():  # experts that are stored one by one; `check_widths` has looked for them
+        if run not in found:
+            expected.pop(run, None)
+            expected |= {name: found[name] for name in names if name in found}
     problems = [f"{name} is missing" for name in expected if name not in found and name not in tied]
     problems += [
         f"{name} belongs to no part of the model"
@@ -122,6 +131,19 @@ def check_inventory(checkpoint: Checkpoint, trust_remote_code: bool = False) -> 
         raise CheckpointError(
             f"{checkpoint.folder}: config.json disagrees with the weights: {'; '.join(problems[:5])}{rest}"
         )
+
+
+def _stored_otherwise(family: Family, shapes: Sequence[LayerShape]) -> dict[str, tuple[str, ...]]:
+    """Names of tensors of the running model that may be stored under others, and those."""
+    if family.experts is None:
+        return {}
+    return {
+        family.layer_prefix(layer) + run: tuple(
+            family.layer_prefix(layer) + name for name in family.experts.on_disk(run, shape.experts)
+        )
+        for layer, shape in enumerate(shapes)
+        for run in family.experts.run
+    }
 
 
 def build(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -147,7 +169,7 @@ def model_class(folder: Path) -> Any:
 def class_of(config: dict[str, Any]) -> Any:
     """The class in transformers, or registered with it, that builds a config's model."""
     transformers = quiet_transformers()
-    name = stock_architectures(config)[0]
+    (name, *_) = stock_architectures(config)
     if hasattr(transformers, name):
         return getattr(transformers, name)
     return transformers.AutoModelForCausalLM._model_mapping[transformers.CONFIG_MAPPING[config["model_type"]]]

@@ -68,6 +68,9 @@ class Profile:
       change of the attention's output without the head, without the group;
     - `*.l.output_l1`, `*.l.output_l2` `[channels]`, float32: norms of the output projection's columns;
     - `ffn.l.weight_norm`, `heads.l.weight_norm`, `groups.l.weight_norm` `[units]`: Frobenius norm of all that a unit owns;
+    - of layers of experts, instead of `ffn`: `experts.l.frequency`, `experts.l.impact`, `experts.l.routed_norm`
+      `[documents, experts]`, float32: how often each is chosen, mean squared norm of what it writes, and mean norm of that
+      on the tokens routed to it, both times the router's weight; `experts.l.weight_norm` `[experts]`;
     - `stream.l.square` `[documents]`: mean square of the residual stream after the layer;
     - `tokens` `[documents]`: tokens of each document that the model predicts.
 
@@ -236,11 +239,12 @@ class Plan:
             "layers": [
                 {
                     "layer": index,
-                    "of": asdict(shape),
+                    "of": {key: value for key, value in asdict(shape).items() if key != "experts" or value},
                     "kept": {
                         "ffn": format_indices(layer.kept.ffn),
                         "query_heads": format_indices(layer.kept.query_heads),
                         "kv_groups": format_indices(layer.kept.kv_groups),
+                        **({"experts": format_indices(layer.kept.experts)} if shape.experts else {}),
                     },
                     "why": layer.why,
                 }
@@ -301,7 +305,10 @@ def _check_kept(shape: LayerShape, kept: KeptUnits, layer: int) -> None:
         (kept.ffn, shape.ffn, "ffn"),
         (kept.query_heads, shape.query_heads, "query_heads"),
         (kept.kv_groups, shape.kv_heads, "kv_groups"),
+        (kept.experts, shape.experts, "experts"),
     ):
+        if not count and not indices:  # the model has none
+            continue
         if not indices or indices[-1] >= count:
             raise ValueError(f"layer {layer}: {what} must keep some of 0-{count - 1}")
     per_group = len(kept.query_heads) // len(kept.kv_groups)

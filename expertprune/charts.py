@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 WIDE, NARROW = 888, 350  # CSS pixels
 _MARKERS = "osD^vP"
 _SOURCES = ("language", "domain", "task", "general")
-_STRONGEST = 0.72  # opacity of a heat map's strongest cell: the page's text stays readable on it
+_STRONGEST = 0.62  # opacity of a heat map's strongest cell: the page's text stays readable on it
 _SMALL, _TEXT = 11.5, 12.5
 
 

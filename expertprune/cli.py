@@ -14,6 +14,7 @@ from expertprune.commands.evaluating import evaluate
 from expertprune.commands.families import families
 from expertprune.commands.reporting import report
 from expertprune.commands.serving import serve
+from expertprune.commands.throughput import bench
 from expertprune.commands.vocabulary import vocabulary
 from expertprune.files import check_parent, to_json
 from expertprune.terminal import (
@@ -282,7 +283,7 @@ def schema() -> None:
     click.echo(json.dumps(Spec.model_json_schema(by_alias=True), indent=2))
 
 
-for command in (evaluate, families, report, serve, vocabulary):
+for command in (bench, evaluate, families, report, serve, vocabulary):
     main.add_command(command)
 
 

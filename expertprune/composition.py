@@ -24,9 +24,10 @@ from expertprune.budgets import (
 )
 from expertprune.corpora import CorpusName, corpus_names
 from expertprune.errors import PlanError, SpecError
+from expertprune.legality import check_structures
 from expertprune.models import BaseModel
 from expertprune.rows import choose_rows
-from expertprune.scoring import EXPERT, GENERAL, SHARED, Fused, check_criterion, score_units
+from expertprune.scoring import EXPERT, GENERAL, SHARED, Fused, check_criterion, check_scored, score_units
 from expertprune.spec import Spec
 from expertprune.units import KeptUnits, LayerShape, Structure
 
@@ -42,6 +43,9 @@ def keep_largest(scores: Tensor, count: int) -> Tensor:
 def select_layer(shape: LayerShape, widths: LayerWidths, scores: Mapping[Structure, Fused]) -> KeptUnits:
     """Keep the highest-scoring units of one layer: groups first, then the same number of heads in each kept group."""
     everything = shape.all_kept
+    experts = everything.experts
+    if widths.experts < shape.experts:
+        experts = tuple(keep_largest(scores[Structure.EXPERTS].score, widths.experts).tolist())
     ffn, groups, heads = everything.ffn, everything.kv_groups, everything.query_heads
     if widths.ffn < shape.ffn:
         ffn = tuple(keep_largest(scores[Structure.FFN].score, widths.ffn).tolist())
@@ -57,7 +61,7 @@ def select_layer(shape: LayerShape, widths: LayerWidths, scores: Mapping[Structu
         )
     else:
         heads = tuple(head for head in heads if head // per_group in groups)
-    return KeptUnits(ffn, heads, groups)
+    return KeptUnits(ffn, heads, groups, experts)
 
 
 def explain(kept: KeptUnits, scores: Mapping[Structure, Fused], dimensions: list[str]) -> dict[str, dict[str, Any]]:
@@ -88,6 +92,8 @@ def foreseen_widths(spec: Spec, base: BaseModel) -> Widths | None:
     Raises:
         PlanError: the budget is not reachable, or the family has no layers of different widths.
     """
+    check_structures(spec.budget, base)
+    check_scored(spec.relevance.criterion, _competing(spec, base)[0], base.family.has_ffn)
     if spec.budget.retention is not None:
         return None
     if spec.compose.allocation == "uniform":
@@ -109,13 +115,15 @@ def _flat_scores(base: BaseModel) -> Scores:
     }
 
 
-def _competing(spec: Spec) -> tuple[list[Structure], bool]:
+def _competing(spec: Spec, base: BaseModel) -> tuple[list[Structure], bool]:
     """The structures to score, and whether they compete for one budget."""
     budget, uniform = spec.budget, spec.compose.allocation == "uniform"
     overall = budget.parameters is not None or budget.max_parameters is not None
     named = [structure for structure in Structure if getattr(budget, structure.value)]
     if not overall:
         return named, False
+    if not base.family.has_ffn:
+        return [*named, Structure.EXPERTS], False
     if uniform or budget.kv_groups:
         return [*named, Structure.FFN], False
     return [*named, Structure.FFN, Structure.KV_GROUPS], True
@@ -224,7 +232,7 @@ def compose(
     wanted = {name: profiles[name] for name in corpus_names(spec)}
     if vocabulary is None and spec.budget.vocabulary is not None:
         vocabulary = choose_rows(spec, base, wanted)
-    structures, together = _competing(spec)
+    structures, together = _competing(spec, base)
     scores: Scores = score_units(spec, wanted, structures, together)
     if earlier is not None:
         scores = without(scores, earlier)

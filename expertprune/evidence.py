@@ -15,10 +15,10 @@ from expertprune.errors import CheckpointError
 from expertprune.files import store_folder
 from expertprune.report import EXPERT_FILE
 from expertprune.scoring import part_name
+from expertprune.serving.throughput import THROUGHPUT_FILE
 from expertprune.spec import Relevance
 
 log = logging.getLogger(__name__)
-THROUGHPUT_FILE = "throughput.json"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -63,12 +64,12 @@ def findings(artifacts: Artifacts) -> ReportData:
         evaluation = about.get("evaluation")
         metrics = metric_rows(evaluation) if evaluation else []
         relevance = _relevance(artifacts, missing)
-        if not evaluation:
-            missing["metrics"] = _missing("This expert has not been evaluated.", "evaluate", folder)
+        if not metrics:
+            missing["metrics"] = _missing("Nothing has been measured of this expert yet.", "evaluate", folder)
         alignment = _alignment(evaluation)
         if alignment is None:
             reason = "The hidden states of base and expert have not been compared."
-            missing["alignment"] = _missing(reason, "evaluate", folder)
+            missing["alignment"] = _missing(reason, "evaluate", folder, " --suite general")
         throughput = None if artifacts.throughput is None else _speeds(artifacts.throughput)
         if throughput is None:
             missing["throughput"] = _missing("Base and expert have not been timed.", "bench", folder)
@@ -95,8 +96,8 @@ def findings(artifacts: Artifacts) -> ReportData:
         raise damaged(folder, error) from None
 
 
-def _missing(reason: str, command: str, folder: Path) -> dict[str, str | None]:
-    return {"reason": reason, "command": f"expertprune {command} {shlex.quote(str(folder))}"}
+def _missing(reason: str, command: str, folder: Path, options: str = "") -> dict[str, str | None]:
+    return {"reason": reason, "command": f"expertprune {command} {shlex.quote(str(folder))}{options}"}
 
 
 def _size(artifacts: Artifacts) -> dict[str, Any]:
@@ -125,7 +126,7 @@ def _retention(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
                 "metrics": len(count) if isinstance(count, list | dict) else count,
                 "documents": None,
             }
-        return {**found, "measure": "all metrics"}
+        return {**found, "measure": "mean of metrics"}
     corpora = Evaluation(evaluation["corpora"], evaluation.get("settings", {}))
     pools = {"expert": pooled(corpora, general=False), "general": pooled(corpora, general=True)}
     if not any(pools.values()):
@@ -164,6 +165,7 @@ def metric_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "examples": result.get("questions") if asked else result.get("documents"),
                 "unit": "questions" if asked else "documents",
                 "backend": None,
+                "note": None,
                 "same": digest_of([corpus, *same]),
             }
             rows.append({**about, **_numbers(numbers)})
@@ -178,6 +180,7 @@ def metric_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "examples": result["examples"],
                 "unit": unit,
                 "backend": result.get("backend"),
+                "note": result.get("note"),
                 "same": digest_of([kind, result.get("suite"), name, result["metric"], result["examples"]]),
             }
             rows.append({**about, **_numbers(result)})
@@ -218,7 +221,7 @@ def _relevance(artifacts: Artifacts, missing: dict[str, dict[str, str | None]]) 
     if artifacts.absent or not artifacts.profiles:
         names = ", ".join(artifacts.absent)
         reason = f"The store {artifacts.store} has no profile of {names} that this plan was made from."
-        command = f"expertprune profile {shlex.quote(spec_file(artifacts))} --store {shlex.quote(str(artifacts.store))}"
+        command = f"expertprune profile {plain_name(artifacts)}.yaml --store {shlex.quote(str(artifacts.store))}"
         missing["relevance"] = {"reason": reason, "command": command}
         return None
     part = part_name(Relevance.model_validate(spec["relevance"]))
@@ -241,7 +244,10 @@ def _alignment(evaluation: Mapping[str, Any] | None) -> list[dict[str, Any]] | N
 
 
 def _speeds(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Medians of base and expert and their ratio, metric by metric, in the order of the measurement."""
+    """Medians of base and expert and their ratio, metric by metric, in the order of the measurement.
+
+    A ratio is the median of those of the rounds; `low` and `high` are the smallest and the largest of them.
+    """
     base, expert = data["models"]["base"], data["models"]["expert"]
     rows = []
     for metric in expert:
@@ -253,11 +259,13 @@ def _speeds(data: Mapping[str, Any]) -> dict[str, Any]:
         rows.append({"metric": metric, "base": values[0], "expert": values[1], **numbers})
     speed = next((row["ratio"] for row in rows if row["metric"] == SPEED), None)
     limit = finite(data.get("limit"))
+    settings = data.get("settings") or {}
     return {
         "rows": rows,
         "limit": limit,
         "of_limit": speed / limit if speed and limit else None,
-        "settings": dict(data.get("settings") or {}),
+        "settings": {key: value for key, value in settings.items() if key != "arguments"},
+        "arguments": list(settings.get("arguments") or []),
         "runs": len(data.get("runs") or []),
         "machine": data.get("machine"),
         "versions": dict(data.get("versions") or {}),
@@ -303,18 +311,27 @@ def spec_text(spec: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(spec), sort_keys=False, allow_unicode=True, width=110)
 
 
-def spec_file(artifacts: Artifacts) -> str:
-    return f"{artifacts.about['name']}.yaml"
+def plain_name(artifacts: Artifacts) -> str:
+    """The expert's name as that of a file."""
+    return re.sub(r"[^\w.-]+", "-", str(artifacts.about["name"])).strip("-.") or "expert"
 
 
 def _commands(artifacts: Artifacts) -> list[dict[str, str]]:
     """From the spec to the same report, in a folder of the expert's name; to be run one after the other."""
-    file, out = shlex.quote(spec_file(artifacts)), shlex.quote(str(artifacts.about["name"]))
+    out = plain_name(artifacts)
     spec = spec_text(artifacts.about["spec"])
-    steps = [("Write the spec.", f"cat > {file} <<'END_OF_SPEC'\n{spec}END_OF_SPEC")]
-    steps.append(("Profile, compose, prune, evaluate.", f"expertprune build {file} --out {out}"))
-    settings = (artifacts.throughput or {}).get("settings") or {}
-    options = " ".join(f"--{key.replace('_', '-')} {shlex.quote(str(value))}" for key, value in settings.items())
-    steps.append(("Time base and expert.", f"expertprune bench {out} {options}".rstrip()))
+    steps = [("Write the spec.", f"cat > {out}.yaml <<'END_OF_SPEC'\n{spec}END_OF_SPEC")]
+    steps.append(("Profile, compose, prune, evaluate.", f"expertprune build {out}.yaml --out {out}"))
+    evaluated = (artifacts.about.get("evaluation") or {}).get("settings") or {}
+    if evaluated.get("suites"):
+        options = "".join(f" --suite {shlex.quote(name)}" for name in evaluated["suites"])
+        for key in ("backend", "limit"):
+            options += f" --{key} {shlex.quote(str(evaluated[key]))}" if evaluated.get(key) else ""
+        steps.append(("Measure what the suites name.", f"expertprune evaluate {out}{options}"))
+    timed = dict((artifacts.throughput or {}).get("settings") or {})
+    arguments = [shlex.quote(str(argument)) for argument in timed.pop("arguments", None) or []]
+    options = "".join(f" --{key.replace('_', '-')} {shlex.quote(str(value))}" for key, value in timed.items())
+    options += f" -- {' '.join(arguments)}" if arguments else ""
+    steps.append(("Time base and expert.", f"expertprune bench {out}{options}"))
     steps.append(("Write this page.", f"expertprune report {out}"))
     return [{"step": step, "command": command} for step, command in steps]

@@ -58,7 +58,7 @@ def resolve_base(base: Base, store: Path) -> BaseModel:
     layers = family.layer_shapes(checkpoint.config)
     checkpoint.check_widths(family, layers)
     stored = checkpoint.dtype
-    check_inventory(checkpoint, base.trust_remote_code)
+    check_inventory(checkpoint, family, layers, base.trust_remote_code)
     weights = {file: file_digest(folder / file, store) for file in checkpoint.shards}
     tokenizer = {
         path.name: file_digest(path, store) for pattern in _TOKENIZER_FILES for path in sorted(folder.glob(pattern))

@@ -30,6 +30,7 @@ from expertprune.pruning import prune
 from expertprune.units import KeptUnits, LayerShape, Structure
 
 _LAYERS, _FFN, _HEAD_DIM, _VOCABULARY, _TOKENS = 2, 20, 4, 64, 17
+_EXPERTS = 5
 _TOLERANCE = 1e-4  # of the largest logit; rounding is a hundred times below, a wrong row far above
 
 
@@ -40,6 +41,7 @@ class Widths:
     ffn: int | None = None
     heads_per_group: int | None = None
     kv_groups: int | None = None
+    experts: int | None = None
 
 
 def check_family(base: BaseModel, layer_widths: bool = False) -> list[str]:
@@ -58,7 +60,8 @@ def check_family(base: BaseModel, layer_widths: bool = False) -> list[str]:
         try:
             tiny = _tiny_copy(base, Path(scratch) / "base")
             model = load_model(tiny.folder, torch.float32, torch.device("cpu"), base.trust_remote_code)
-            _check_stream(model, tiny)
+            if base.family.has_ffn:
+                _check_stream(model, tiny)
             done = []
             for number, (name, cut) in enumerate(_cuts(base.family, tiny.layers[0], layer_widths).items()):
                 plan = _random_plan(tiny, cut, number)
@@ -80,12 +83,14 @@ def _cuts(family: Family, shape: LayerShape, layer_widths: bool) -> dict[str, li
     cuts: dict[str, list[Widths]] = {}
     if Structure.FFN in family.structures:
         cuts["ffn"] = [Widths(ffn=12)] * _LAYERS
+    if family.experts is not None:
+        cuts["experts"] = [Widths(experts=_EXPERTS - 1)] * _LAYERS
     if family.heads_are_units:
         cuts |= {"kv_groups": [Widths(kv_groups=groups)] * _LAYERS} if groups else {}
         cuts |= {"query_heads": [Widths(heads_per_group=heads)] * _LAYERS} if heads else {}
-        if layer_widths:
+        if layer_widths and family.has_ffn:
             cuts["widths of single layers"] = [Widths(12, heads, groups), Widths(ffn=7)]
-    elif layer_widths:
+    elif layer_widths and Structure.FFN in family.structures:
         cuts["widths of single layers"] = [Widths(ffn=12), Widths(ffn=7)]
     return cuts
 
@@ -123,12 +128,15 @@ def _tiny_config(base: BaseModel) -> dict[str, Any]:
     widths = {
         keys.hidden: hidden,
         keys.layers: _LAYERS,
-        keys.ffn: _FFN,
         keys.query_heads: heads,
         keys.kv_heads: groups,
         keys.head_dim: _HEAD_DIM,
     }
+    widths |= {keys.ffn: _FFN} if keys.ffn is not None else {}
     config = {key: value for key, value in base.checkpoint.config.items() if not key.endswith("_token_id")}
+    if (experts := base.family.experts) is not None:
+        widths |= {key: _EXPERTS for key in experts.count if key in config}
+        widths |= {experts.per_token: 2, experts.width: _FFN}
     for key, value in config.items():
         if isinstance(value, list) and len(value) == len(base.layers):  # one entry for each layer
             config[key] = [value[0], next((each for each in value if each != value[0]), value[0])]
@@ -146,9 +154,10 @@ def _random_plan(base: BaseModel, cut: Sequence[Widths], seed: int) -> Plan:
     layers = []
     for shape, widths in zip(base.layers, cut, strict=True):
         ffn, groups = choose(widths.ffn, shape.ffn), choose(widths.kv_groups, shape.kv_heads)
+        experts = choose(widths.experts, shape.experts)
         per_group = shape.heads_per_group
         heads = [group * per_group + head for group in groups for head in choose(widths.heads_per_group, per_group)]
-        layers.append(LayerPlan(KeptUnits(tuple(ffn), tuple(heads), tuple(groups))))
+        layers.append(LayerPlan(KeptUnits(tuple(ffn), tuple(heads), tuple(groups), tuple(experts))))
     size = base.checkpoint.parameters
     return Plan(
         name="oracle",

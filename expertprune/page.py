@@ -17,24 +17,17 @@ from rich.text import Text
 from expertprune import charts, formats
 from expertprune.charts import Picture
 from expertprune.errors import CheckpointError
-from expertprune.evidence import read_artifacts
+from expertprune.evidence import damaged, read_artifacts
 from expertprune.files import check_parent, to_json, write_file
 from expertprune.findings import findings
 from expertprune.lineup import lineup
 from expertprune.report import CARD_FILE, card_text
+from expertprune.serving.throughput import METRICS
 
 REPORT_SCHEMA = 1
 UNKNOWN = "unknown"
-# What `expertprune bench` measures, in words, and whether more of it is better.
-SPEEDS = {
-    "output_tokens_per_second": ("output tokens per second", True),
-    "time_to_first_token_ms": ("time to first token, ms", False),
-    "time_per_output_token_ms": ("time per output token, ms", False),
-    "kv_cache_tokens": ("tokens of KV cache", True),
-    "memory_bytes": ("memory", False),
-    "load_seconds": ("load time, s", False),
-    "bytes_per_token": ("bytes read per token", False),
-}
+# What `expertprune bench` measures, in words, and whether more of it is better; bytes are written as megabytes.
+SPEEDS = {metric: (words.removesuffix(", bytes"), more) for metric, (words, more) in METRICS.items()}
 
 
 @dataclass(frozen=True)
@@ -91,8 +84,12 @@ def report(
         )
     )
     html = render(data)
-    pairs = zip(read, data["experts"], strict=True)
-    cards = {each.folder / CARD_FILE: card_text(each.about, headline_rows(document)) for each, document in pairs}
+    cards = {}
+    for artifacts, document in zip(read, data["experts"], strict=True):
+        try:
+            cards[artifacts.folder / CARD_FILE] = card_text(artifacts.about, headline_rows(document))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise damaged(artifacts.folder, error) from None
     write_file(page, html.encode())
     for card, text in cards.items():
         write_file(card, text.encode())
@@ -231,11 +228,9 @@ def headline_rows(expert: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows.append(("weights", formats.megabytes(weights["expert"]) + of_bytes))
     for group in ("expert", "general"):
         numbers = retention and retention[group]
-        kept = (
-            f"{_with_interval(numbers, 'retention')}, {retention['measure']}"
-            if retention and numbers
-            else "not evaluated"
-        )
+        kept = "not evaluated"
+        if retention and numbers:
+            kept = f"{_with_interval(numbers, 'retention')}, {retention['measure']}"
         rows.append((f"{group} retention", kept))
     rows.append(
         ("speed, of the base's", f"{_with_interval(speed, 'ratio')}, output tokens/s" if speed else "not measured")
@@ -253,7 +248,7 @@ def _with_interval(numbers: Mapping[str, Any], key: str) -> str:
 def headline_table(data: Mapping[str, Any]) -> Table:
     """The headline of every expert of a report, for the terminal."""
     experts = data["experts"]
-    table = Table("", title="At a glance (95% intervals)")
+    table = Table("", title="At a glance")
     for name in _names(experts):
         table.add_column(Text(name), justify="right", overflow="fold")
     columns = [headline_rows(expert) for expert in experts]

@@ -118,7 +118,7 @@ def prune(
         cut = cut_tensor(local, tensor, base.family, plan.shapes[layer], plan.kept[layer])
         return None if cut is tensor else cut
 
-    write_weights(base.checkpoint, folder, transform, _zero_tensors(plan, base))
+    write_weights(base.checkpoint, folder, transform, _zero_tensors(plan, base), _expert_names(plan, base))
     spool.close()
     for path in base.checkpoint.carried_files:
         target = folder / path.relative_to(base.folder)
@@ -137,7 +137,7 @@ def prune(
 
 def _modeling(config: Mapping[str, Any], layers: str) -> str:
     """The code that an expert with widths of single layers carries, for users who have only transformers."""
-    architecture = stock_architectures(config)[0]
+    (architecture, *_) = stock_architectures(config)
     lines = [
         inspect.getsource(per_layer),
         "",
@@ -147,6 +147,19 @@ def _modeling(config: Mapping[str, Any], layers: str) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _expert_names(plan: Plan, base: BaseModel) -> dict[str, str | None]:
+    """Experts that are stored one by one: the new name of what a kept one owns, and `None` for what goes."""
+    experts, names = base.family.experts, {}
+    for layer, (shape, kept) in enumerate(zip(plan.shapes, plan.kept, strict=True)):
+        prefix = base.family.layer_prefix(layer)
+        for number in range(shape.experts if experts is not None else 0):
+            assert experts is not None
+            new = experts.of_one(kept.experts.index(number)) if number in kept.experts else None
+            for place, name in enumerate(experts.of_one(number)):
+                names[prefix + name] = prefix + new[place] if new is not None else None
+    return names
 
 
 def _zero_tensors(plan: Plan, base: BaseModel) -> Callable[[str], Iterator[tuple[str, Tensor]]]:

@@ -48,7 +48,8 @@ transformers and in vLLM.
 {% for structure, entry in plan.budget.items() -%}
 | {{ structure }} | {{ entry.kept | widths }} | {{ entry.of | widths }} |
 {% endfor %}
-{%- if plan.vocabulary %}| vocabulary rows, of the whole model | {{ plan.vocabulary.rows }} | {{ plan.vocabulary.of }} |
+{%- if plan.vocabulary is defined -%}
+| vocabulary rows, of the whole model | {{ plan.vocabulary.rows }} | {{ plan.vocabulary.of }} |
 
 Its tokenizer is the base's with the other tokens and their merges taken out, so retention is in bits per byte.
 {% endif %}
@@ -125,9 +126,8 @@ def card_text(about: dict[str, Any], headline: Sequence[tuple[str, str]] = ()) -
     per_layer = any(isinstance(entry["kept"], list) for entry in about["plan"]["budget"].values())
     card = environment.from_string(_CARD)
     notes = retention_notes(about["evaluation"]) if rows else []
-    return card.render(
-        **about, rows=rows, notes=notes, headline=headline, purpose=purpose(about["spec"]), per_layer=per_layer
-    )
+    kind = {"purpose": purpose(about["spec"]), "per_layer": per_layer}
+    return card.render(**about, rows=rows, notes=notes, headline=headline, **kind)
 
 
 def retention_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
@@ -135,9 +135,8 @@ def retention_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     for corpus, result in evaluation["corpora"].items():
         for metric, numbers in result["metrics"].items():
-            label = METRIC_LABELS.get(metric, metric.replace("_", " ")) + (
-                f" ({result['questions']} questions)" if metric == "questions" else ""
-            )
+            label = METRIC_LABELS.get(metric, metric.replace("_", " "))
+            label += f" ({result['questions']} questions)" if metric == "questions" else ""
             interval = f"{_number(numbers['low'])} to {_number(numbers['high'])}"
             cells = [_number(numbers[key]) if key in numbers else "" for key in ("base", "expert", "retention")]
             rows.append([corpus, label, *cells, interval])

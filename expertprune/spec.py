@@ -113,7 +113,8 @@ class Relevance(_Section):
 
     criterion: str = Field(
         "fisher",
-        description="fisher, taylor, impact, activation, fluctuation, regional, obs, magnitude or random.",
+        description="fisher, taylor, impact, activation, fluctuation, regional, obs, magnitude or random; of experts "
+        "impact, reap, frequency, magnitude or random.",
     )
     loss: Literal["language_model", "kl"] = Field(
         "language_model",
@@ -190,6 +191,9 @@ class Budget(_Section):
     ffn: Amount = Field(0, description="FFN neurons.")
     query_heads: Amount = Field(0, description="Query heads, the same number in each KV group.")
     kv_groups: Amount = Field(0, description="KV heads with their query heads.")
+    experts: Amount = Field(
+        0, description="Whole experts, the same number in each layer; shared ones are never among them."
+    )
     vocabulary: Rows | None = Field(
         None,
         description="Vocabulary rows of the whole model: a number that is kept (32768), a fraction that is removed (0.8), "
@@ -207,7 +211,8 @@ class Budget(_Section):
 
     @model_validator(mode="after")
     def _one_way(self) -> Budget:
-        ways = [name for name in ("parameters", "max_parameters", "retention") if getattr(self, name) is not None]
+        overall = ("parameters", "max_parameters", "retention")
+        ways = [name for name in overall if getattr(self, name) is not None]
         if len(ways) > 1:
             raise ValueError(f"give one of {', '.join(ways)}, not several")
         if ways and self.ffn:
@@ -218,7 +223,7 @@ class Budget(_Section):
             )
         if self.vocabulary is not None and self.retention is not None:
             raise ValueError("give 'vocabulary' or 'retention', not both: retention tries FFN widths alone")
-        keys = ("ffn", "query_heads", "kv_groups", "vocabulary", "parameters", "max_parameters", "retention")
+        keys = ("ffn", "query_heads", "kv_groups", "experts", "vocabulary", "parameters", "max_parameters", "retention")
         if not self.model_fields_set & set(keys):
             raise ValueError(f"name at least one of {', '.join(keys)}")
         return self

@@ -19,6 +19,10 @@ class Structure(StrEnum):
     FFN = "ffn"
     QUERY_HEADS = "query_heads"
     KV_GROUPS = "kv_groups"
+    EXPERTS = "experts"
+
+
+DENSE = (Structure.FFN, Structure.QUERY_HEADS, Structure.KV_GROUPS)
 
 
 class Segment(StrEnum):
@@ -27,13 +31,15 @@ class Segment(StrEnum):
     FFN = "ffn"
     QUERY = "query"
     KEY_VALUE = "key_value"
+    EXPERT = "expert"
 
 
 @dataclass(frozen=True)
 class LayerShape:
     """Widths of one decoder layer, in units.
 
-    Query head `h` reads KV head `h // heads_per_group`; a KV group is one KV head and its query heads.
+    Query head `h` reads KV head `h // heads_per_group`; a KV group is one KV head and its query heads. A layer that routes
+    tokens to `experts` has no FFN neurons of its own (`ffn` is 0).
     """
 
     hidden: int
@@ -41,6 +47,7 @@ class LayerShape:
     query_heads: int
     kv_heads: int
     head_dim: int
+    experts: int = 0
 
     @property
     def heads_per_group(self) -> int:
@@ -52,6 +59,7 @@ class LayerShape:
             Structure.FFN: self.ffn,
             Structure.QUERY_HEADS: self.query_heads,
             Structure.KV_GROUPS: self.kv_heads,
+            Structure.EXPERTS: self.experts,
         }[structure]
 
     def segment_rows(self, segment: Segment) -> int:
@@ -60,6 +68,7 @@ class LayerShape:
             Segment.FFN: self.ffn,
             Segment.QUERY: self.query_heads * self.head_dim,
             Segment.KEY_VALUE: self.kv_heads * self.head_dim,
+            Segment.EXPERT: self.experts,
         }[segment]
 
     @property
@@ -68,6 +77,7 @@ class LayerShape:
             ffn=tuple(range(self.ffn)),
             query_heads=tuple(range(self.query_heads)),
             kv_groups=tuple(range(self.kv_heads)),
+            experts=tuple(range(self.experts)),
         )
 
 
@@ -81,22 +91,26 @@ class KeptUnits:
     ffn: tuple[int, ...]
     query_heads: tuple[int, ...]
     kv_groups: tuple[int, ...]
+    experts: tuple[int, ...] = ()
 
     def of(self, structure: Structure) -> tuple[int, ...]:
         return {
             Structure.FFN: self.ffn,
             Structure.QUERY_HEADS: self.query_heads,
             Structure.KV_GROUPS: self.kv_groups,
+            Structure.EXPERTS: self.experts,
         }[structure]
 
     def shape(self, base: LayerShape) -> LayerShape:
         """The layer's shape once the other units are gone."""
-        return LayerShape(base.hidden, len(self.ffn), len(self.query_heads), len(self.kv_groups), base.head_dim)
+        return LayerShape(
+            base.hidden, len(self.ffn), len(self.query_heads), len(self.kv_groups), base.head_dim, len(self.experts)
+        )
 
     def rows(self, segment: Segment, base: LayerShape) -> Tensor:
         """Positions inside a segment that stay, `[kept rows]`, int64."""
-        if segment is Segment.FFN:
-            return torch.tensor(self.ffn, dtype=torch.int64)
+        if segment in (Segment.FFN, Segment.EXPERT):
+            return torch.tensor(self.ffn if segment is Segment.FFN else self.experts, dtype=torch.int64)
         heads = self.query_heads if segment is Segment.QUERY else self.kv_groups
         first = torch.tensor(heads, dtype=torch.int64) * base.head_dim
         return (first[:, None] + torch.arange(base.head_dim)).reshape(-1)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from expertprune.spec import Spec, parse_spec
+from tests.experts import build_tiny
 from tests.tiny import save_tiny, write_corpus
 
 
@@ -53,6 +54,12 @@ def spec_data(tmp_path: Path, tiny_llama: Path) -> dict[str, Any]:
 @pytest.fixture
 def tiny_spec(spec_data: dict[str, Any], tmp_path: Path) -> Spec:
     return parse_spec(spec_data, "spec", tmp_path)
+
+
+@pytest.fixture(scope="session")
+def tiny_build(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> tuple[Path, Path]:
+    """The folder of an evaluated tiny expert, not to be changed, and the store with its profiles."""
+    return build_tiny(tmp_path_factory.mktemp("build"), tiny_llama)
 
 
 @pytest.fixture(scope="session")

@@ -17,11 +17,11 @@ PACKAGE = Path(expertprune.__file__).parent
 ORDER = [
     "errors", "registry", "units", "files", "values", "formats", "tokenizing", "spec",
     "arch", "checkpoint", "admission", "models", "artifacts", "corpora", "suites", "harness", "relevance",
-    "layerwise", "passes", "predictions", "profiling", "scoring", "budgets", "allocation", "rows", "composition",
-    "comparison", "masking", "compensation", "pruning", "oracle", "evaluation", "alignment", "retention",
+    "layerwise", "passes", "predictions", "profiling", "scoring", "legality", "budgets", "allocation", "rows",
+    "composition", "comparison", "masking", "compensation", "pruning", "oracle", "evaluation", "alignment", "retention",
     "preparing", "deciding", "retaining", "report", "pictures", "api", "analysis", "sweeping", "tradeoff", "inspection",
-    "evidence", "reasons", "findings", "lineup", "inline", "charts", "page",
-    "serving", "measurement", "measuring", "terminal", "commands", "cli",
+    "serving", "measurement", "measuring",
+    "evidence", "reasons", "findings", "lineup", "inline", "charts", "page", "terminal", "commands", "cli",
 ]  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 MODULES = [path for path in SOURCES if path != PACKAGE / "__init__.py"]

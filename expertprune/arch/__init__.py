@@ -3,12 +3,11 @@
 One YAML file a family, in `families/`. No other module knows a family's name.
 """
 
+from expertprune.arch.blocks import Block, CoupledTensor, Experts
 from expertprune.arch.family import (
     EXPERT,
     MODELING,
     PER_LAYER,
-    Block,
-    CoupledTensor,
     Family,
     bundled_models,
     families,
@@ -23,6 +22,7 @@ __all__ = [
     "PER_LAYER",
     "Block",
     "CoupledTensor",
+    "Experts",
     "Family",
     "attention_of",
     "bundled_models",

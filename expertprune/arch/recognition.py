@@ -11,7 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from expertprune.arch.family import Block, ConfigKeys, CoupledTensor, Family, families
+from expertprune.arch.blocks import Block, ConfigKeys, CoupledTensor
+from expertprune.arch.family import Family, families
 from expertprune.units import Segment
 
 _KEYS = ConfigKeys(
@@ -65,7 +66,7 @@ def recognized(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]])
 
 
 def _required() -> tuple[str, ...]:
-    return (_KEYS.hidden, _KEYS.layers, _KEYS.ffn, _KEYS.query_heads)
+    return (_KEYS.hidden, _KEYS.layers, _KEYS.ffn or "", _KEYS.query_heads)
 
 
 def _block(

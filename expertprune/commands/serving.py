@@ -18,7 +18,7 @@ import click
 from expertprune.files import store_folder
 from expertprune.terminal import reporting
 
-_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 class Stopped(KeyboardInterrupt):
@@ -36,8 +36,9 @@ def stopped_by_signals() -> Iterator[None]:
     def stop(number: int, _: FrameType | None) -> None:
         raise Stopped(number)
 
-    for number in _STOPPING:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+    for name in _STOPPING:
+        number = getattr(signal, name, None)
+        if number is not None and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):  # nohup
             signal.signal(number, stop)
     try:
         yield
@@ -64,7 +65,6 @@ def serve(folders: tuple[str, ...], port: int, host: str, log: Path | None, pati
     Several folders get an engine each; a request's "model" says which is meant. Arguments after -- go to vLLM.
 
     \b
-    expertprune serve experts/medical-qa
     expertprune serve experts/medical-qa experts/german --port 8080 -- --max-num-seqs 64
     """
     places = list(itertools.takewhile(lambda text: not text.startswith("-"), folders))
@@ -81,9 +81,9 @@ def serve(folders: tuple[str, ...], port: int, host: str, log: Path | None, pati
 
 def _serve_one(folder: str, port: int, host: str, arguments: Sequence[str], logs: Path, patience: float) -> None:
     from expertprune.serving.engine import check_folder
-    from expertprune.serving.server import PROMPT, Server
+    from expertprune.serving.server import PROMPT, Server, log_file
 
-    log = logs / f"{check_folder(folder).name}-{port}.log"
+    log = log_file(logs, check_folder(folder).name, port)
     server = Server(folder, port=port, host=host, arguments=arguments, log=log, patience=patience)
     _say(f"starting {server.name}; vLLM's log: {server.log}")
     with server:

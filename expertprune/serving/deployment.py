@@ -12,9 +12,9 @@ from typing import Protocol, Self
 
 from expertprune.errors import ServingError, UsageError
 from expertprune.serving import engine
-from expertprune.serving.processes import ProcessTree, check_port, stop_all
+from expertprune.serving.processes import ProcessTree, check_port, free_ports, stop_all
 from expertprune.serving.routing import Router, proxy_command
-from expertprune.serving.server import PATIENCE, Server
+from expertprune.serving.server import PATIENCE, Server, log_file
 
 LIMIT = 5  # times that one is started again without having run steadily in between
 STEADY = 300.0  # seconds
@@ -110,10 +110,16 @@ class Deployment:
         check_port(host, port)
         proxy_command(Path())
         self.servers: dict[str, Server] = {}
-        for folder, name in zip(folders, model_names(folders), strict=True):
-            log = logs / f"{name}-{port}.log"
+        own_ports = [own for own in free_ports(len(folders) + 1) if own != port]
+        for folder, name, own in zip(folders, model_names(folders), own_ports, strict=False):
             self.servers[name] = Server(
-                folder, arguments=arguments, log=log, model_name=name, patience=patience, engines=len(folders)
+                folder,
+                port=own,
+                arguments=arguments,
+                log=log_file(logs, name, port),
+                model_name=name,
+                patience=patience,
+                engines=len(folders),
             )
         self.host, self.port, self.report = host, port, report
         self._folder = tempfile.TemporaryDirectory(prefix="expertprune-")

@@ -15,7 +15,7 @@ import psutil
 
 from expertprune.errors import CheckpointError, UsageError
 
-GRACE = 5.0  # seconds that a process has to end by itself
+GRACE = 4.0  # seconds that a process has to end by itself
 _KILLED = 3.0  # seconds until a killed process is gone
 _TAIL = 20  # lines of a log that an error shows
 
@@ -34,14 +34,14 @@ class ProcessTree:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start the command; its output is appended to the log.
+        """Start the command. The log begins anew with the first start, and goes on with later ones.
 
         Raises:
             CheckpointError: the log cannot be written.
         """
         try:
             self.log.parent.mkdir(parents=True, exist_ok=True)
-            output = self.log.open("ab")
+            output = self.log.open("wb" if self.process is None else "ab")
         except OSError as error:
             raise CheckpointError(f"{self.log}: cannot be written: {error.strerror}") from None
         with output:
@@ -132,9 +132,18 @@ def check_port(host: str, port: int) -> None:
 
 def free_port(host: str = "127.0.0.1") -> int:
     """A port on which nothing listens."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    return free_ports(1, host)[0]
+
+
+def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
+    """Different ports on which nothing listens."""
+    with contextlib.ExitStack() as probes:
+        found = []
+        for _ in range(count):
+            probe = probes.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
+            probe.bind((host, 0))
+            found.append(int(probe.getsockname()[1]))
+        return found
 
 
 def client_address(host: str) -> str:

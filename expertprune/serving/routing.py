@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import socket
 import time
 import urllib.request
 from collections.abc import Mapping
@@ -39,11 +40,16 @@ def configuration(ports: Mapping[str, int], host: str, port: int) -> dict[str, A
         "route_config": {"virtual_hosts": [{"name": "models", "domains": ["*"], "routes": _routes(list(ports))}]},
     }
     listener = {
-        "address": _address(host, port),
+        "address": _address(_numeric(host), port),
         "per_connection_buffer_limit_bytes": _LARGEST_BODY,
         "filter_chains": [{"filters": [{"name": "http", "typed_config": manager}]}],
     }
     return {"static_resources": {"listeners": [listener], "clusters": [_cluster(*entry) for entry in ports.items()]}}
+
+
+def _numeric(host: str) -> str:
+    """A host's address, which is all that Envoy can listen on."""
+    return str(socket.getaddrinfo(host or "0.0.0.0", None, type=socket.SOCK_STREAM)[0][4][0])
 
 
 def _address(host: str, port: int) -> dict[str, Any]:

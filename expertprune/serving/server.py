@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import tempfile
 import time
@@ -29,6 +31,7 @@ class Server:
             client = openai.OpenAI(base_url=server.url, api_key="none")
 
     Attributes:
+        servable: what it serves.
         name: the model's name in requests.
         url: the endpoint, such as `http://127.0.0.1:8000/v1`.
         log: what vLLM prints.
@@ -61,7 +64,7 @@ class Server:
             CheckpointError: the folder is no expert and no checkpoint, or is incomplete.
             UsageError: the port is taken, vLLM is missing, memory is short, or an argument is not to be given.
         """
-        servable = engine.check_folder(folder, model_name)
+        self.servable = servable = engine.check_folder(folder, model_name)
         self.host, self.port = host, free_port(host) if port is None else port
         check_port(self.host, self.port)
         own = engine.server_arguments(servable, self.host, self.port, arguments, engines)
@@ -69,6 +72,7 @@ class Server:
         self.root = f"http://{client_address(host)}:{self.port}"
         self.url = f"{self.root}/v1"
         self.load_seconds: float | None = None
+        self._key = _key(arguments)
         self._own_log = log is None
         self.log = _temporary_log() if log is None else Path(log)
         self.tree = ProcessTree([*engine.COMMAND, *own], self.log, {"VLLM_NO_USAGE_STATS": "1"})
@@ -122,7 +126,10 @@ class Server:
             raise self._failure(f"is healthy but does not answer a prompt ({error})") from None
 
     def _ask(self, path: str, request: dict[str, Any]) -> Any:
-        headers = {"Content-Type": "application/json"}
+        headers = {
+            "Content-Type": "application/json",
+            **({"Authorization": f"Bearer {self._key}"} if self._key else {}),
+        }
         asked = urllib.request.Request(self.root + path, json.dumps(request).encode(), headers)
         with urllib.request.urlopen(asked, timeout=self.patience) as answer:
             return json.load(answer)
@@ -154,6 +161,21 @@ class Server:
         self.stop()
         if self._own_log and error is None:
             self.log.unlink(missing_ok=True)
+
+
+def log_file(folder: Path, name: str, port: int) -> Path:
+    """Where the log of a server goes that is not to be deleted."""
+    plain = re.sub(r"[^\w.-]+", "-", name)
+    return folder / f"{plain}-{port}.log"
+
+
+def _key(arguments: Sequence[str]) -> str | None:
+    """The API key that vLLM is told to ask for."""
+    for number, text in enumerate(arguments):
+        name, sign, value = text.partition("=")
+        if name.replace("_", "-") == "--api-key":
+            return value if sign else next(iter(arguments[number + 1 :]), None)
+    return os.environ.get("VLLM_API_KEY")
 
 
 def _temporary_log() -> Path:

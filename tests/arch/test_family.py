@@ -70,6 +70,9 @@ ALL_BIASES = {
     "qwen3": {"attention_bias": True},
 }
 
+WITH_FFN = [name for name, data in families().items() if data.has_ffn]
+WITH_EXPERTS = [name for name, data in families().items() if data.experts is not None]
+
 
 def first_units(ffn: int, heads_per_group: int, kv_groups: int, per_group: int = 2) -> KeptUnits:
     heads = [group * per_group + head for group in range(kv_groups) for head in range(heads_per_group)]
@@ -83,7 +86,7 @@ def without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
 # --- the data against the real models
 
 
-@pytest.mark.parametrize("name", families())
+@pytest.mark.parametrize("name", WITH_FFN)
 def test_coupled_tensors_are_all_that_change_with_the_widths(name: str) -> None:
     """Two real models that differ in FFN and head counts: the axes that differ are the coupled ones, no more, no less."""
     data = family_of(name)
@@ -110,7 +113,33 @@ def test_coupled_tensors_are_all_that_change_with_the_widths(name: str) -> None:
     assert all(small[n].shape == large[n].shape for n in outside)
 
 
-@pytest.mark.parametrize("name", families())
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_tensors_of_experts_are_all_that_change_with_their_number(name: str) -> None:
+    """And with the number of heads, where they can be cut: two real models that differ in both."""
+    data = family_of(name)
+    assert data.experts is not None
+    biases = {"attention_bias": True} if name == "qwen3_moe" else {}
+    heads = {"num_attention_heads": 12, "num_key_value_heads": 6, "head_dim": 4} if data.heads_are_units else {}
+    small = tiny_model(name, **biases).state_dict()
+    large = tiny_model(name, **{data.experts.count[0]: 8}, **heads, **biases).state_dict()
+    prefix = data.layer_prefix(1)
+    changed = {
+        (full.removeprefix(prefix), axis)
+        for full in small
+        if full.startswith(prefix)
+        for axis, (a, b) in enumerate(zip(small[full].shape, large[full].shape, strict=True))
+        if a != b
+    }
+    stored_otherwise = set(data.experts.stored.values())
+    tensors = data.tensors if data.heads_are_units else data.experts.tensors
+    coupled = {(tensor.name, tensor.axis) for tensor in tensors if tensor.name not in stored_otherwise}
+    assert changed == coupled
+    for tensor in data.experts.tensors:
+        if tensor.name not in stored_otherwise:
+            assert small[prefix + tensor.name].shape[0] == 6
+
+
+@pytest.mark.parametrize("name", WITH_FFN)
 def test_axes_have_the_length_of_their_segments(name: str) -> None:
     data, shape = family_of(name), LayerShape(24, 32, 6, 3, 4)
     lengths = {"ffn": 32, "query": 24, "key_value": 12}
@@ -121,7 +150,7 @@ def test_axes_have_the_length_of_their_segments(name: str) -> None:
         assert tensor.shape[coupled.axis] == sum(shape.segment_rows(segment) for segment in coupled.segments)
 
 
-@pytest.mark.parametrize("name", families())
+@pytest.mark.parametrize("name", WITH_FFN)
 def test_output_modules_take_the_units_and_optional_tensors_may_be_absent(name: str) -> None:
     no_biases = {"qwen3": {"attention_bias": False}, "starcoder2": {"use_bias": False}}
     data, model = family_of(name), tiny_model(name, **no_biases.get(name, {}))
@@ -133,7 +162,7 @@ def test_output_modules_take_the_units_and_optional_tensors_may_be_absent(name: 
     assert {coupled.name for coupled in data.tensors if not coupled.optional} == present
 
 
-@pytest.mark.parametrize("name", families())
+@pytest.mark.parametrize("name", WITH_FFN)
 def test_the_residual_stream_is_what_the_family_promises(name: str) -> None:
     """Each layer adds the outputs of its two blocks to the stream, behind their norms where the family names them."""
     data, model = family_of(name), tiny_model(name)
@@ -261,8 +290,12 @@ def test_layer_shapes(config: dict[str, Any], expected: LayerShape) -> None:
 @pytest.mark.parametrize("name", families())
 def test_what_a_config_leaves_out_means_what_transformers_means(name: str) -> None:
     stated = {"hidden_size": 96, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 32}
+    experts = family_of(name).experts
+    stated |= {experts.count[0]: 16} if experts is not None else {}
     theirs = CONFIG_MAPPING[name](**stated)
     shape = family_of(name).layer_shapes(stated)[0]
+    assert shape.experts == (16 if experts is not None else 0)
+    assert family_of(name).experts_per_token(stated) == (theirs.num_experts_per_tok if experts is not None else 0)
     assert shape.kv_heads == theirs.num_key_value_heads
     assert shape.head_dim == (getattr(theirs, "head_dim", None) or 96 // 32)
 
@@ -379,15 +412,15 @@ def test_sliding_windows_forbid_cutting_heads_but_not_neurons() -> None:
     assert pruned_config(without(QWEN2, "use_sliding_window"), first_units(32, 1, 3))["model_type"] == "llama"
 
 
-@pytest.mark.parametrize("data", sorted(families().values(), key=lambda data: data.family), ids=lambda d: d.family)
+@pytest.mark.parametrize("data", [family_of(name) for name in WITH_FFN], ids=lambda data: data.family)
 def test_layers_of_different_widths_are_said_layer_by_layer(data: Family) -> None:
-    config = tiny_model(data.model_types[0]).config.to_dict()
+    config = tiny_model(data.model_types[0]).config.to_dict() | {"architectures": ["OfThisFamily"]}
     kept = [first_units(19, 2, 3), first_units(20, 2, 3), first_units(20, 2, 3)]
     written = data.pruned_config(config, kept)
     assert written["intermediate_size"] == 20
     assert written["per_layer_config"] == {"0": {"intermediate_size": 19}}
     assert written["auto_map"] == {"AutoModelForCausalLM": "modeling_expert.ExpertForCausalLM"}
-    assert written["architectures"] == [f"Expert{name}" for name in config["architectures"]]
+    assert written["architectures"] == ["ExpertOfThisFamily"]
     assert [shape.ffn for shape in data.layer_shapes(written)] == [19, 20, 20]
 
 

@@ -40,6 +40,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({})
 
     def do_POST(self) -> None:
+        print(self.headers.get("Authorization"), flush=True)
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.mute:
             self.answer({"error": "out of order"}, 500)

@@ -118,6 +118,12 @@ def test_a_stream_arrives_piece_by_piece(endpoint: str) -> None:
     assert times[2] - times[0] > 0.4
 
 
+@pytest.mark.parametrize(("host", "expected"), [("localhost", {"127.0.0.1", "::1"}), ("0.0.0.0", {"0.0.0.0"})])
+def test_envoy_is_given_an_address_not_a_name(host: str, expected: set[str]) -> None:
+    listener = routing.configuration({"a": 1}, host, 8000)["static_resources"]["listeners"][0]
+    assert listener["address"]["socket_address"]["address"] in expected
+
+
 def test_without_the_proxy_its_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("PATH", str(tmp_path))

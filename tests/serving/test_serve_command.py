@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -144,12 +143,10 @@ def test_a_signal_ends_the_whole_tree(
 
     members = psutil.Process(process.pid).children(recursive=True)
     assert len(members) == (2 if stubborn else 3)
-    begin = time.monotonic()
     process.send_signal(sent)
+    assert psutil.wait_procs(members, timeout=10)[1] == []
     _, errors = process.communicate(timeout=30)
-    assert time.monotonic() - begin < 10
     assert process.returncode == code
     assert f"stopped by {sent.name}" in errors
     assert "Traceback" not in errors
-    assert psutil.wait_procs(members, timeout=1)[1] == []
     check_port("127.0.0.1", port)

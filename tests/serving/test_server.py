@@ -92,6 +92,23 @@ def test_one_that_dies_later_says_how(tiny_llama: Path) -> None:
             urllib.request.urlopen(f"{server.root}/health", timeout=5)
 
 
+@pytest.mark.parametrize("given", [["--api-key", "secret"], ["--api_key=secret"]])
+def test_a_key_that_vllm_asks_for_is_sent(tiny_llama: Path, given: list[str], tmp_path: Path) -> None:
+    with Server(tiny_llama, arguments=given, log=tmp_path / "log") as server:
+        assert server.complete() == " said llama"
+    assert "Bearer secret" in server.log.read_text()
+
+
+def test_a_log_begins_anew_and_goes_on_after_a_restart(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("of yesterday")
+    with Server(tiny_llama, log=tmp_path / "log") as server:
+        server.stop()
+        server.start()
+        server.wait()
+    assert server.log.read_text().count("the fake server of llama starts") == 2
+    assert "of yesterday" not in server.log.read_text()
+
+
 def test_a_port_that_is_taken_is_said_before_anything_starts(tiny_llama: Path, started: list[ProcessTree]) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
