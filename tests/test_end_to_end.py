@@ -190,8 +190,8 @@ def test_a_local_suite_on_both_models(expert: Path, real_store: Path, tmp_path: 
 
 @pytest.mark.vllm
 def test_fifty_questions_through_the_server_are_answered_as_transformers_does(expert: Path) -> None:
-    pytest.importorskip("lm_eval")
-    pytest.importorskip("vllm")
+    for package in ("lm_eval", "tenacity", "vllm"):
+        pytest.importorskip(package)
     from expertprune.serving.server import Server
 
     entry = find_suite("qa").tasks[1]

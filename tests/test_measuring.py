@@ -281,6 +281,7 @@ def test_with_vllm_each_model_has_a_server_of_its_own_in_turn(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stand-in for the server, behind which the running model answers."""
+    pytest.importorskip("tenacity")
     running: list[str] = []
     served: list[tuple[str, str, list[str]]] = []
 
@@ -366,10 +367,14 @@ def test_an_unknown_task_is_answered_with_the_nearest(refusing: Workplace, monke
     assert "unknown task 'helaswag'; did you mean 'hellaswag'?" in refusing.refused("--task", "helaswag")
 
 
-def test_tasks_without_the_harness_name_the_extra(refusing: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
+@pytest.mark.parametrize(("missing", "backend"), [("lm_eval", "hf"), ("lm_eval", "vllm"), ("tenacity", "vllm")])
+def test_tasks_without_the_harness_name_the_extra(
+    refusing: Workplace, monkeypatch: pytest.MonkeyPatch, missing: str, backend: str
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
     suite = refusing.suite(tasks=[{"file": "tasks/choose.yaml"}])
-    assert "pip install 'expertprune[eval]'" in refusing.refused("--suite", suite)
+    message = refusing.refused("--suite", suite, "--backend", backend)
+    assert f"{missing} is not installed: pip install 'expertprune[eval]'" in message
 
 
 @pytest.mark.parametrize(
