@@ -79,7 +79,7 @@ def prepare(
     known = {entry.label for entry, _, _ in entries}
     entries += [(entry, suite, _generates(entry)) for entry, suite in bare if entry.label not in known]
     if entries:
-        harness.require_harness()
+        harness.require_harness(served=backend == "vllm")
         harness.check_names([entry for entry, _, _ in entries])
     resolved = recorded_base(about, spec.base, store_folder(store))
     measurement = Measurement(folder, about, spec, resolved, store_folder(store), suites, backend, limit)

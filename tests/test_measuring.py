@@ -22,8 +22,10 @@ from expertprune.errors import SpecError
 from expertprune.evaluation import answer_questions
 from expertprune.harness import models, tasks
 from expertprune.models import load_model, load_tokenizer
+from expertprune.spec import parse_spec
 from expertprune.suites import load_suite
 from tests.tiny import WORDS
+from tests.vocabularies import save_worded, worded_spec
 
 pytest.importorskip("lm_eval")
 
@@ -224,6 +226,23 @@ def test_tasks_alone_leave_what_was_said_of_corpora_and_appear_in_table_and_card
     ).read_text(encoding="utf-8")
 
 
+def test_an_expert_with_a_vocabulary_of_its_own_is_compared_by_the_byte(tmp_path: Path, store: Path) -> None:
+    base = save_worded(tmp_path / "base")
+    folder = expertprune.build(parse_spec(worded_spec(base, tmp_path / "spec", {"vocabulary": 384}), "spec", tmp_path),
+                               tmp_path / "expert")  # fmt: skip
+    suite = tmp_path / "mine.yaml"
+    suite.write_text(yaml.safe_dump({"name": "mine", "perplexity": {"corpora": ["language/de"]}, "alignment": True}))
+    before = json.loads((folder / "expertprune.json").read_text())["evaluation"]["corpora"]["language/de"]["metrics"]
+    found = expertprune.evaluate_suites(folder, [str(suite)]).document()
+    assert list(found["corpora"]["language/de"]["metrics"]) == ["bits_per_byte"]
+    numbers = found["corpora"]["language/de"]["metrics"]["bits_per_byte"]
+    assert numbers == pytest.approx(before["bits_per_byte"])
+    assert [found["summary"]["expert"][key] for key in ("retention", "low", "high")] == pytest.approx(
+        [numbers[key] for key in ("retention", "low", "high")]
+    )
+    assert "alignment" not in found  # other tokens have other states
+
+
 # --- the base is asked once -------------------------------------------------------------------------------------------
 
 
@@ -262,6 +281,7 @@ def test_with_vllm_each_model_has_a_server_of_its_own_in_turn(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stand-in for the server, behind which the running model answers."""
+    pytest.importorskip("tenacity")
     running: list[str] = []
     served: list[tuple[str, str, list[str]]] = []
 
@@ -347,10 +367,14 @@ def test_an_unknown_task_is_answered_with_the_nearest(refusing: Workplace, monke
     assert "unknown task 'helaswag'; did you mean 'hellaswag'?" in refusing.refused("--task", "helaswag")
 
 
-def test_tasks_without_the_harness_name_the_extra(refusing: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
+@pytest.mark.parametrize(("missing", "backend"), [("lm_eval", "hf"), ("lm_eval", "vllm"), ("tenacity", "vllm")])
+def test_tasks_without_the_harness_name_the_extra(
+    refusing: Workplace, monkeypatch: pytest.MonkeyPatch, missing: str, backend: str
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
     suite = refusing.suite(tasks=[{"file": "tasks/choose.yaml"}])
-    assert "pip install 'expertprune[eval]'" in refusing.refused("--suite", suite)
+    message = refusing.refused("--suite", suite, "--backend", backend)
+    assert f"{missing} is not installed: pip install 'expertprune[eval]'" in message
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import math
 from collections.abc import Sequence
@@ -84,17 +85,15 @@ class HarnessTask:
         return _RATES.get(self.metric, self.metric)
 
 
-def require_harness() -> str:
-    """The version of lm-evaluation-harness. Raises `SpecError` if it is not installed."""
-    import importlib.metadata
-
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError:
-        raise SpecError(
-            "tasks need lm-evaluation-harness, which is not installed: pip install 'expertprune[eval]'"
-        ) from None
-    return importlib.metadata.version("lm_eval")
+def require_harness(served: bool) -> None:
+    """Raises `SpecError` if lm-evaluation-harness is not installed, or what it asks servers with."""
+    for package in ("lm_eval", *(("aiohttp", "requests", "tenacity") if served else ())):
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            raise SpecError(
+                f"tasks need lm-evaluation-harness, and {package} is not installed: pip install 'expertprune[eval]'"
+            ) from None
 
 
 @functools.cache
