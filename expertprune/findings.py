@@ -103,7 +103,9 @@ def _missing(reason: str, command: str, folder: Path, options: str = "") -> dict
 def _size(artifacts: Artifacts) -> dict[str, Any]:
     before, after = (int(artifacts.about["parameters"][key]) for key in ("before", "after"))
     base, expert = artifacts.base_bytes, artifacts.bytes
+    rows = artifacts.about["plan"].get("vocabulary")
     return {
+        "vocabulary": rows and {"base": int(rows["of"]), "expert": int(rows["rows"])},
         "parameters": {"base": before, "expert": after, "fraction": after / before},
         "weights": {"base": base, "expert": expert, "fraction": expert / base if base else None},
     }

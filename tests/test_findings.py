@@ -167,6 +167,13 @@ def test_a_criterion_that_sees_no_corpus_has_no_relevance_by_corpus(tiny_build: 
     assert found.missing["relevance"]["command"] is None
 
 
+def test_vocabulary_rows_that_were_cut_are_a_part_of_the_size(tiny_build: Build, tmp_path: Path) -> None:
+    assert report_of(*tiny_build).size["vocabulary"] is None
+    plan = about(tiny_build[0])["plan"] | {"vocabulary": {"of": 64, "rows": 48}}
+    found = report_of(copied(tiny_build, tmp_path / "e", plan=plan), tiny_build[1])
+    assert found.size["vocabulary"] == {"base": 64, "expert": 48}
+
+
 def test_a_base_that_has_moved_leaves_its_size_out(tiny_build: Build, tmp_path: Path) -> None:
     base = about(tiny_build[0])["base"] | {"path": str(tmp_path / "gone")}
     size = report_of(copied(tiny_build, tmp_path / "e", base=base), tiny_build[1]).size
@@ -262,6 +269,8 @@ def changed(build: Build, to: Path, **base: Any) -> ReportData:
 def test_experts_of_one_base_on_the_same_documents_can_be_compared(tiny_build: Build, tmp_path: Path) -> None:
     first, second = report_of(*tiny_build), changed(tiny_build, tmp_path / "e")
     found = lineup([first, second])
+    kept = {row["structure"]: [cell["kept"] for cell in row["cells"]] for row in found["structures"]}
+    assert kept == {"ffn": [72, 72], "query_heads": [12, 12], "kv_groups": [6, 6]}  # three layers of 24, 4 and 2
     assert (found["same_base"], found["notes"]) == (True, [])
     assert len(found["rows"]) == len(first.metrics)
     for row, metric in zip(found["rows"], first.metrics, strict=True):
