@@ -17,17 +17,17 @@ from expertprune.comparison import (
     irrelevant_units,
     relevance,
 )
+from expertprune.pictures import STRUCTURES
 from expertprune.relevance import Criterion
 from expertprune.units import Structure
 
-LABELS = {Structure.FFN: "FFN neurons", Structure.QUERY_HEADS: "query heads", Structure.KV_GROUPS: "KV groups"}
 KINDS = ("shared", "expert_exclusive", "general_exclusive")
 FRACTION = 0.25  # of a layer's units that count as irrelevant where nothing was cut
 
 
 def label(structure: Structure) -> str:
     """What a structure's units are called."""
-    return LABELS.get(structure, structure.value.replace("_", " "))
+    return STRUCTURES.get(structure.value, structure.value.replace("_", " "))
 
 
 def decided(plan: Plan) -> list[Structure]:
