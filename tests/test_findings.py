@@ -16,6 +16,7 @@ from expertprune.errors import CheckpointError, PlanError
 from expertprune.evidence import read_artifacts
 from expertprune.findings import ReportData, findings, metric_rows
 from expertprune.lineup import lineup
+from expertprune.page import headline_rows
 from tests.experts import about, copied, measured, throughput
 
 Build = tuple[Path, Path]
@@ -73,6 +74,19 @@ def test_a_measurement_of_throughput_keeps_what_has_no_ratio(tiny_build: Build, 
     rows = {row["metric"]: row for row in found["rows"]}
     assert (rows["memory_bytes"]["base"], rows["memory_bytes"]["ratio"]) == (2e9, None)
     assert (found["runs"], found["settings"]["prompts"], found["arguments"]) == (6, 32, ["--seed", "a b"])
+
+
+def test_one_round_has_no_spread_and_a_disturbed_one_is_said(tiny_build: Build, tmp_path: Path) -> None:
+    folder = copied(tiny_build, tmp_path / "e")
+    measurement = throughput() | {"runs": [{}] * 2}
+    measurement["ratios"]["output_tokens_per_second"] = {"median": 1.5, "low": 1.5, "high": 1.5}
+    (folder / "throughput.json").write_text(json.dumps(measurement))
+    found = report_of(folder, tiny_build[1])
+    assert found.speed is not None
+    assert found.throughput is not None
+    assert (found.speed["ratio"], found.speed["low"], found.speed["high"]) == (1.5, None, None)
+    assert found.throughput["beyond_limit"] is True  # 1.5 against 1.25
+    assert headline_rows(found.document())[-1][1] == "1.5000 (one round), output tokens/s"
 
 
 # --- metrics --------------------------------------------------------------------------------------------------------
