@@ -1,8 +1,8 @@
 """expertprune: turn a general language model into a compact expert, without post-training.
 
 The verbs are functions here, under the same names as the commands: `validate`, `profile`, `compose`, `prune`, `build`,
-`evaluate`, `bench`, `sweep`, `compare`, `inspect`, and `report` as `write_report`; `load_engine` gives an expert's
-`vllm.LLM`. They are imported at their first use, so that `import expertprune` is quick.
+`evaluate`, `bench`, `sweep`, `compare`, `vocabulary`, `inspect`, and `report` as `write_report`; `load_engine` gives an
+expert's `vllm.LLM`. They are imported at their first use, so that `import expertprune` is quick.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from expertprune.serving.throughput import bench
     from expertprune.spec import Spec, load_spec
     from expertprune.sweeping import sweep
+    from expertprune.tradeoff import vocabulary
 
 _PLACES = {
     **dict.fromkeys(("build", "compose", "evaluate", "profile", "prune", "validate"), ("expertprune.api", None)),
@@ -29,9 +30,10 @@ _PLACES = {
     "inspect": ("expertprune.inspection", "describe"),
     "evaluate_suites": ("expertprune.measuring", None),
     "sweep": ("expertprune.sweeping", None),
-    "write_report": ("expertprune.page", "report"),
     "bench": ("expertprune.serving.throughput", None),
     "load_engine": ("expertprune.serving.engine", None),
+    "write_report": ("expertprune.page", "report"),
+    "vocabulary": ("expertprune.tradeoff", None),
     "Spec": ("expertprune.spec", None),
     "load_spec": ("expertprune.spec", None),
 }
@@ -52,6 +54,7 @@ __all__ = [
     "prune",
     "sweep",
     "validate",
+    "vocabulary",
     "write_report",
 ]
 

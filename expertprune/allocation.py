@@ -17,12 +17,14 @@ from expertprune.budgets import (
     legal_ffn,
     removed_from_layer,
     removed_parameters,
+    removed_with_rows,
     resolve_budget,
-    rounded_down,
     unreachable,
     wanted_parameters,
+    wanted_rows,
 )
 from expertprune.errors import PlanError
+from expertprune.legality import check_structures, check_uniform, legal_experts, rounded_down
 from expertprune.models import BaseModel
 from expertprune.scoring import Fused
 from expertprune.spec import Budget, Search
@@ -53,6 +55,8 @@ def legal_widths(base: BaseModel, budget: Budget, layer: int, structure: Structu
     shape = base.layers[layer]
     if structure is Structure.FFN:
         return legal_ffn(shape, budget.multiple_of, budget.floor)[::-1]
+    if structure is Structure.EXPERTS:
+        return legal_experts(base, budget.floor)[::-1]
     own = shape.kv_heads if structure is Structure.KV_GROUPS else shape.heads_per_group
     least = max(1, math.ceil(budget.floor * own - 1e-9))
 
@@ -114,6 +118,8 @@ def global_widths(
     Raises:
         PlanError: not reachable; the message names the largest legal value.
     """
+    check_structures(budget, base)
+    check_uniform(budget, base)
     layers = list(earlier or _own_widths(base))
     for structure in (Structure.KV_GROUPS, Structure.QUERY_HEADS, Structure.FFN):
         if getattr(budget, structure.value):
@@ -123,7 +129,8 @@ def global_widths(
         every = steps(base, budget, scores, Structure.FFN)
         if not budget.kv_groups and Structure.KV_GROUPS in scores:
             every = sorted(every + steps(base, budget, scores, Structure.KV_GROUPS), key=lambda step: step.price)
-        gone = sum(removed_from_layer(base, index, layer) for index, layer in enumerate(layers))
+        rows = removed_with_rows(base, wanted_rows(budget, base))
+        gone = rows + sum(removed_from_layer(base, index, layer) for index, layer in enumerate(layers))
         for step in every:
             if gone - added_parameters(base, layers) >= wanted * part:
                 break
@@ -150,7 +157,7 @@ def _wanted_units(base: BaseModel, structure: Structure, amount: int | float) ->
 
 
 def _own_widths(base: BaseModel) -> list[LayerWidths]:
-    return [LayerWidths(shape.ffn, shape.heads_per_group, shape.kv_heads) for shape in base.layers]
+    return [LayerWidths(shape.ffn, shape.heads_per_group, shape.kv_heads, shape.experts) for shape in base.layers]
 
 
 def _narrowed(base: BaseModel, budget: Budget, layers: Sequence[LayerWidths], step: Step) -> LayerWidths | None:
@@ -308,6 +315,7 @@ def uniform_candidates(budget: Budget, base: BaseModel) -> list[Widths]:
     Raises:
         PlanError: there is none.
     """
+    check_uniform(budget, base)
     if budget.kv_groups or wanted_parameters(budget, base) is None:
         return [resolve_budget(budget, base)]
     found = []
@@ -331,5 +339,6 @@ def uniform_part(widths: Widths, base: BaseModel, budget: Budget, part: float) -
         between(shape.ffn, final.ffn, Structure.FFN),
         between(shape.heads_per_group, final.heads_per_group, Structure.QUERY_HEADS),
         between(shape.kv_heads, final.kv_groups, Structure.KV_GROUPS),
+        between(shape.experts, final.experts, Structure.EXPERTS),
     )
     return Widths.same(layer, len(base.layers), widths.requested)

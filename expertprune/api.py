@@ -102,7 +102,7 @@ def _check_corpora(prepared: Prepared, plan: Plan) -> None:
 def write_folder(prepared: Prepared, plan: Plan, folder: Path, track: Track = silent) -> None:
     """Cut, repair as the spec says, and write the expert and its card into an empty folder."""
     repair_input = None
-    if prepared.spec.compensation.method != "none" and not plan.cuts_nothing:
+    if prepared.spec.compensation.method != "none" and plan.cuts_layers:
         repair_input = RepairInput(prepared.model, prepared.repair_batches(), prepared.spec.compensation)
     with track("prune and repair", len(prepared.base.layers)) as step:
         write_expert(plan, prepared.base, folder, repair_input, step)
@@ -124,6 +124,7 @@ def _about(prepared: Prepared, plan: Plan) -> dict[str, Any]:
             "tokenizer_digest": prepared.base.tokenizer_digest,
             "revision": prepared.spec.base.revision,
             "trust_remote_code": prepared.spec.base.trust_remote_code,
+            **_earlier(prepared.base.folder),
         },
         "parameters": plan.parameters,
         "corpora": {
@@ -136,6 +137,13 @@ def _about(prepared: Prepared, plan: Plan) -> dict[str, Any]:
         "plan": plan.document(),
         "evaluation": None,
     }
+
+
+def _earlier(folder: Path) -> dict[str, Any]:
+    """Where a base is an expert itself: its description, without what was measured, under the key `expert`."""
+    if not (folder / EXPERT_FILE).is_file():
+        return {}
+    return {"expert": {key: value for key, value in load_expert(folder).items() if key != "evaluation"}}
 
 
 def build(
@@ -151,6 +159,7 @@ def build(
     check_output(out, overwrite)
     prepared = validate(spec, overrides, store)
     _room_for_expert(prepared, out)
+    not_profiled(prepared.evaluated, {"corpora": {}, "base": _earlier(prepared.base.folder)})
     plan = plan_of(prepared, track)
     with staged_folder(out, overwrite) as folder:
         write_folder(prepared, plan, folder, track)
@@ -213,8 +222,12 @@ def recorded_base(about: Mapping[str, Any], base: Base, store: Path) -> BaseMode
 
 
 def not_profiled(corpora: list[Corpus], about: Mapping[str, Any]) -> list[Corpus]:
-    """Raises `SpecError` if a document's digest is among those that calibrated the expert."""
-    profiled = {digest for corpus in about["corpora"].values() for digest in corpus["documents"]}
+    """Raises `SpecError` if a document's digest is among those that calibrated the expert, or the expert it is cut from."""
+    profiled: set[str] = set()
+    description: Mapping[str, Any] | None = about
+    while description is not None:
+        profiled |= {digest for corpus in description["corpora"].values() for digest in corpus["documents"]}
+        description = description["base"].get("expert")
     problems = [
         f"corpus {corpus.name}: {bad} evaluation documents calibrated this expert; evaluate on others"
         for corpus in corpora
@@ -242,9 +255,11 @@ def evaluate_folder(
     """
     expert = load_model(folder, base.dtype, trust_remote_code=base.trust_remote_code)
     tokenizer = load_tokenizer(folder, base.trust_remote_code)
-    with track("evaluate", batches_needed(corpora)) as step:
-        result = evaluate_models(base_model, expert, tokenizer, corpora, settings, step, answers)
     about = json.loads((folder / EXPERT_FILE).read_text(encoding="utf-8"))
+    own = tokenizer if about["plan"].get("vocabulary") else None  # the base's text is then tokenized otherwise
+    tokenizer = load_tokenizer(base.folder, base.trust_remote_code) if own is not None else tokenizer
+    with track("evaluate", batches_needed(corpora)) as step:
+        result = evaluate_models(base_model, expert, tokenizer, corpora, settings, step, answers, own)
     write_card(folder, about | {"evaluation": result.document()})
     return result
 

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from expertprune.errors import CheckpointError, PlanError
 from expertprune.files import digest_of, staged_file, write_json
-from expertprune.units import KeptUnits, LayerShape, format_indices, parse_indices
+from expertprune.units import (
+    KeptRows,
+    KeptUnits,
+    LayerShape,
+    format_indices,
+    pack_indices,
+    parse_indices,
+    unpack_indices,
+)
 
 PROFILE_SCHEMA = 2
 PLAN_SCHEMA = 1
@@ -60,13 +68,17 @@ class Profile:
       change of the attention's output without the head, without the group;
     - `*.l.output_l1`, `*.l.output_l2` `[channels]`, float32: norms of the output projection's columns;
     - `ffn.l.weight_norm`, `heads.l.weight_norm`, `groups.l.weight_norm` `[units]`: Frobenius norm of all that a unit owns;
+    - of layers of experts, instead of `ffn`: `experts.l.frequency`, `experts.l.impact`, `experts.l.routed_norm`
+      `[documents, experts]`, float32: how often each is chosen, mean squared norm of what it writes, and mean norm of that
+      on the tokens routed to it, both times the router's weight; `experts.l.weight_norm` `[experts]`;
     - `stream.l.square` `[documents]`: mean square of the residual stream after the layer;
     - `tokens` `[documents]`: tokens of each document that the model predicts.
 
     What other passes over the same corpus give lies in parts beside it, `DIGEST.PART.safetensors`, one for each pass that
     was made: `gradient-language_model`, `gradient-kl`, `regional`, `removal`, `removal-fisher`. Each holds `ffn.l.value` and
     `heads.l.value`, `[documents, units]` in half precision with their scales (removals: float32 `[units]`, and
-    `groups.l.value` too).
+    `groups.l.value` too). The part `vocabulary` holds, of each vocabulary row, `count` `[rows]`, int64, how often
+    its token occurs, and `mass` `[rows]`, float32, the probability that the model puts on it, mean over positions.
     """
 
     def __init__(self, path: Path) -> None:
@@ -149,6 +161,41 @@ class LayerPlan:
 
 
 @dataclass
+class VocabularyPlan:
+    """Which vocabulary rows are kept, and why.
+
+    `tokenizer` is the digest of the base's tokenizer, whose ids these are. `why` has `requested`, `threshold` (the
+    largest relevance that was dropped), `protected` (kept tokens by what kept them), `coverage` (by corpus, the part of its
+    calibration tokens that is kept), `tokens` (by corpus, how many were counted) and examples from both sides of the
+    threshold (`last_kept`, `first_dropped`).
+    """
+
+    rows: KeptRows
+    tokenizer: str
+    why: dict[str, Any] = field(default_factory=dict)
+
+    def document(self) -> dict[str, Any]:
+        rows = self.rows
+        return {
+            "of": rows.of,
+            "rows": rows.rows,
+            "tokens": len(rows.kept),
+            "kept": pack_indices(rows.kept, rows.of),
+            "padding": list(rows.padding),
+            "tokenizer": self.tokenizer,
+            "why": self.why,
+        }
+
+
+def _vocabulary_from(data: dict[str, Any]) -> VocabularyPlan:
+    of, padding = data["of"], tuple(data["padding"])
+    rows = KeptRows(of, unpack_indices(data["kept"], of), padding)
+    if not rows.kept or not all(isinstance(row, int) and 0 <= row < of for row in padding):
+        raise ValueError(f"vocabulary: rows must be some of 0-{of - 1}")
+    return VocabularyPlan(rows, data["tokenizer"], data["why"])
+
+
+@dataclass
 class Plan:
     """Which units are kept in each layer, and why: everything that `prune` needs, in a readable JSON file."""
 
@@ -161,6 +208,7 @@ class Plan:
     budget: dict[str, dict[str, Any]]
     parameters: dict[str, int]
     search: list[float] = field(default_factory=list)  # fitness of each allocation that was tried, in order
+    vocabulary: VocabularyPlan | None = None
 
     @property
     def kept(self) -> list[KeptUnits]:
@@ -171,8 +219,13 @@ class Plan:
         return digest_of(self.document())
 
     @property
+    def cuts_layers(self) -> bool:
+        """Whether any layer loses a unit, and so has something to repair."""
+        return any(layer.kept != shape.all_kept for layer, shape in zip(self.layers, self.shapes, strict=True))
+
+    @property
     def cuts_nothing(self) -> bool:
-        return all(layer.kept == shape.all_kept for layer, shape in zip(self.layers, self.shapes, strict=True))
+        return not self.cuts_layers and self.vocabulary is None
 
     def document(self) -> dict[str, Any]:
         return {
@@ -186,17 +239,19 @@ class Plan:
             "layers": [
                 {
                     "layer": index,
-                    "of": asdict(shape),
+                    "of": {key: value for key, value in asdict(shape).items() if key != "experts" or value},
                     "kept": {
                         "ffn": format_indices(layer.kept.ffn),
                         "query_heads": format_indices(layer.kept.query_heads),
                         "kv_groups": format_indices(layer.kept.kv_groups),
+                        **({"experts": format_indices(layer.kept.experts)} if shape.experts else {}),
                     },
                     "why": layer.why,
                 }
                 for index, (layer, shape) in enumerate(zip(self.layers, self.shapes, strict=True))
             ],
             **({"search": self.search} if self.search else {}),
+            **({"vocabulary": self.vocabulary.document()} if self.vocabulary is not None else {}),
             "spec": self.spec,
         }
 
@@ -239,6 +294,7 @@ def plan_from(data: Any, where: str) -> Plan:
             data["budget"],
             data["parameters"],
             data.get("search", []),
+            _vocabulary_from(data["vocabulary"]) if data.get("vocabulary") else None,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PlanError(f"{where}: damaged plan: {error}") from None
@@ -249,7 +305,10 @@ def _check_kept(shape: LayerShape, kept: KeptUnits, layer: int) -> None:
         (kept.ffn, shape.ffn, "ffn"),
         (kept.query_heads, shape.query_heads, "query_heads"),
         (kept.kv_groups, shape.kv_heads, "kv_groups"),
+        (kept.experts, shape.experts, "experts"),
     ):
+        if not count and not indices:  # the model has none
+            continue
         if not indices or indices[-1] >= count:
             raise ValueError(f"layer {layer}: {what} must keep some of 0-{count - 1}")
     per_group = len(kept.query_heads) // len(kept.kv_groups)

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from expertprune.errors import PlanError
+from expertprune.legality import check_structures, kept_experts, legal_experts, rounded_down
 from expertprune.models import BaseModel
 from expertprune.spec import Budget
-from expertprune.units import KeptUnits, LayerShape, Structure
+from expertprune.units import ROW_MULTIPLE, KeptUnits, LayerShape, Structure
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class LayerWidths:
     ffn: int
     heads_per_group: int
     kv_groups: int
+    experts: int = 0
 
     @property
     def query_heads(self) -> int:
@@ -30,6 +32,7 @@ class LayerWidths:
             Structure.FFN: self.ffn,
             Structure.QUERY_HEADS: self.query_heads,
             Structure.KV_GROUPS: self.kv_groups,
+            Structure.EXPERTS: self.experts,
         }[structure]
 
 
@@ -57,6 +60,8 @@ class Widths:
         result = {}
         for structure in Structure:
             of = [shape.units(structure) for shape in base]
+            if not any(of):  # this model has none
+                continue
             kept = [layer.of(structure) for layer in self.layers]
             entries = {"of": of, "kept": kept, "removed": [a - b for a, b in zip(of, kept, strict=True)]}
             one = len(set(of)) == len(set(kept)) == 1
@@ -80,13 +85,22 @@ def resolve_budget(budget: Budget, base: BaseModel) -> Widths:
             "compose.allocation: the layers of this base have different widths, so the same cut cannot be made in all of "
             "them; use allocation: global"
         )
+    check_structures(budget, base)
     shape = base.layers[0]
     groups = _kept_groups(budget, base)
     heads = _kept_heads_per_group(budget, base, groups)
     wanted = wanted_parameters(budget, base)
-    ffn = _kept_ffn(budget, shape) if wanted is None else _ffn_for_parameters(wanted, budget, base, heads, groups)
-    requested = budget.model_dump(include={"ffn", "query_heads", "kv_groups", "parameters", "max_parameters"})
-    layer = LayerWidths(ffn, heads, groups)
+    ffn, experts = shape.ffn, kept_experts(budget, base)
+    if wanted is not None and base.family.has_ffn:
+        ffn = _ffn_for_parameters(wanted, budget, base, heads, groups)
+    elif wanted is not None:
+        experts = _experts_for_parameters(wanted, budget, base, heads, groups)
+    elif base.family.has_ffn:
+        ffn = _kept_ffn(budget, shape)
+    requested = budget.model_dump(
+        include={"ffn", "query_heads", "kv_groups", "experts", "parameters", "max_parameters"}
+    )
+    layer = LayerWidths(ffn, heads, groups, experts)
     if layer.query_heads < math.ceil(budget.floor * shape.query_heads - 1e-9):
         raise PlanError(
             f"budget: kv_groups and query_heads together leave {layer.query_heads} of {shape.query_heads} query heads, "
@@ -122,6 +136,37 @@ def removed_parameters(base: BaseModel, widths: Widths) -> int:
     return gone - added_parameters(base, widths.layers)
 
 
+def wanted_rows(budget: Budget, base: BaseModel) -> int | None:
+    """How many vocabulary rows are written, as far as the budget itself says: not for a coverage.
+
+    A number goes up to the next multiple of `ROW_MULTIPLE`, a fraction to the nearest.
+
+    Raises:
+        PlanError: that would be no cut.
+        CheckpointError: the base's vocabulary disagrees with its config.
+    """
+    if budget.vocabulary is None or isinstance(budget.vocabulary, dict):
+        return None
+    of, asked = base.checkpoint.vocabulary_rows(base.family), budget.vocabulary
+    if isinstance(asked, int):
+        rows = -(-asked // ROW_MULTIPLE) * ROW_MULTIPLE
+    else:
+        rows = max(1, round(of * (1 - asked) / ROW_MULTIPLE)) * ROW_MULTIPLE
+    if rows >= of:
+        raise PlanError(
+            f"budget.vocabulary: {asked:g} cuts nothing: the base has {of:,} rows, and {rows:,} would be kept "
+            f"(a multiple of {ROW_MULTIPLE})"
+        )
+    return rows
+
+
+def removed_with_rows(base: BaseModel, rows: int | None) -> int:
+    """How many parameters leave where so many vocabulary rows stay; none go where the number is not given."""
+    if rows is None:
+        return 0
+    return (base.checkpoint.vocabulary_rows(base.family) - rows) * base.checkpoint.row_parameters(base.family)
+
+
 def added_parameters(base: BaseModel, layers: Sequence[LayerWidths]) -> int:
     """How many parameters every layer gains together, where the family is written as another once any heads change."""
     rewrite = base.family.when_heads_change
@@ -134,8 +179,9 @@ def added_parameters(base: BaseModel, layers: Sequence[LayerWidths]) -> int:
 def removed_from_layer(base: BaseModel, index: int, widths: LayerWidths) -> int:
     """How many parameters leave one layer."""
     shape = base.layers[index]
-    cost = {s: base.checkpoint.unit_parameters(base.family, shape, index, s) for s in Structure}
-    total = cost[Structure.FFN] * (shape.ffn - widths.ffn)
+    cost = {s: base.checkpoint.unit_parameters(base.family, shape, index, s) for s in Structure if shape.units(s)}
+    total = cost.get(Structure.FFN, 0) * (shape.ffn - widths.ffn)
+    total += cost.get(Structure.EXPERTS, 0) * (shape.experts - widths.experts)
     total += cost[Structure.KV_GROUPS] * (shape.kv_heads - widths.kv_groups)
     return total + cost[Structure.QUERY_HEADS] * widths.kv_groups * (shape.heads_per_group - widths.heads_per_group)
 
@@ -176,11 +222,6 @@ def _kept_ffn(budget: Budget, shape: LayerShape) -> int:
     return kept
 
 
-def rounded_down(fraction: float) -> str:
-    """Rounded so that the number, typed in, is legal."""
-    return f"{math.floor(fraction * 1e4) / 1e4:g}"
-
-
 def _nearest_counts(removed: int, legal: list[int]) -> str:
     counts = sorted(legal[-1] - width for width in legal if width != legal[-1])
     if not counts:
@@ -192,7 +233,7 @@ def _nearest_counts(removed: int, legal: list[int]) -> str:
 def expressible(base: BaseModel, heads_per_group: int, groups: int) -> bool:
     """Whether the family's config can say these heads."""
     kept = {
-        shape: first_units(LayerWidths(shape.ffn, heads_per_group, groups), shape)
+        shape: first_units(LayerWidths(shape.ffn, heads_per_group, groups, shape.experts), shape)
         for shape in dict.fromkeys(base.layers)
     }
     try:
@@ -200,6 +241,18 @@ def expressible(base: BaseModel, heads_per_group: int, groups: int) -> bool:
     except PlanError:
         return False
     return True
+
+
+def _experts_for_parameters(wanted: float, budget: Budget, base: BaseModel, heads: int, groups: int) -> int:
+    legal, total = legal_experts(base, budget.floor), base.checkpoint.parameters
+
+    def removed(experts: int) -> int:
+        return removed_parameters(base, Widths.same(LayerWidths(0, heads, groups, experts), len(base.layers)))
+
+    for count in reversed(legal):
+        if removed(count) >= wanted:
+            return count
+    raise PlanError(unreachable(wanted, removed(legal[0]), budget, total))
 
 
 def _kept_groups(budget: Budget, base: BaseModel) -> int:
@@ -257,7 +310,8 @@ def _ffn_for_parameters(wanted: float, budget: Budget, base: BaseModel, heads: i
     legal = legal_ffn(shape, budget.multiple_of, budget.floor)
 
     def removed(width: int) -> int:
-        return removed_parameters(base, Widths.same(LayerWidths(width, heads, groups), len(base.layers)))
+        layers = removed_parameters(base, Widths.same(LayerWidths(width, heads, groups), len(base.layers)))
+        return layers + removed_with_rows(base, wanted_rows(budget, base))
 
     for width in reversed(legal):
         if removed(width) >= wanted:
@@ -282,7 +336,8 @@ def unreachable(wanted: float, largest: int, budget: Budget, total: int) -> str:
 
 def widths_of(kept: KeptUnits) -> LayerWidths:
     """How much a layer keeps."""
-    return LayerWidths(len(kept.ffn), len(kept.query_heads) // len(kept.kv_groups), len(kept.kv_groups))
+    per_group = len(kept.query_heads) // len(kept.kv_groups)
+    return LayerWidths(len(kept.ffn), per_group, len(kept.kv_groups), len(kept.experts))
 
 
 def first_units(widths: LayerWidths, shape: LayerShape) -> KeptUnits:
@@ -292,4 +347,6 @@ def first_units(widths: LayerWidths, shape: LayerShape) -> KeptUnits:
         for group in range(widths.kv_groups)
         for head in range(widths.heads_per_group)
     ]
-    return KeptUnits(tuple(range(widths.ffn)), tuple(heads), tuple(range(widths.kv_groups)))
+    return KeptUnits(
+        tuple(range(widths.ffn)), tuple(heads), tuple(range(widths.kv_groups)), tuple(range(widths.experts))
+    )

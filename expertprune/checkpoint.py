@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,6 +136,7 @@ class Checkpoint:
         """Raises `CheckpointError` where a coupled tensor is missing or disagrees with the config."""
         problems = []
         for layer, shape in enumerate(shapes):
+            problems += self._missing_experts(family, layer, shape.experts)
             for coupled in family.tensors:
                 name = family.layer_prefix(layer) + coupled.name
                 expected = sum(shape.segment_rows(segment) for segment in coupled.segments)
@@ -154,8 +155,34 @@ class Checkpoint:
                 f"{self.folder}: config.json disagrees with the weights: {'; '.join(problems[:3])}{rest}"
             )
 
+    def vocabulary_rows(self, family: Family) -> int:
+        """Rows of the embedding. Raises `CheckpointError` where a tensor of the vocabulary or the config disagrees."""
+        found = {name: self.tensors[name].shape[0] for name in family.vocabulary if name in self.tensors}
+        found["config.json's vocab_size"] = self.config.get("vocab_size", 0)
+        if len(set(found.values())) > 1 or family.vocabulary[0] not in found:
+            told = ", ".join(f"{name} {rows}" for name, rows in found.items())
+            raise CheckpointError(f"{self.folder}: the rows of the vocabulary disagree: {told}")
+        return found[family.vocabulary[0]]
+
+    def row_parameters(self, family: Family) -> int:
+        """How many parameters leave with one vocabulary row."""
+        stored = [self.tensors[name] for name in family.vocabulary if name in self.tensors]
+        return sum(info.parameters // info.shape[0] for info in stored)
+
+    def _missing_experts(self, family: Family, layer: int, count: int) -> list[str]:
+        """What of a layer's experts is stored neither as it runs nor one by one."""
+        prefix, problems = family.layer_prefix(layer), []
+        for run in family.experts.run if family.experts is not None else ():
+            assert family.experts is not None
+            names = [prefix + name for name in family.experts.on_disk(run, count)]
+            if prefix + run not in self.tensors:
+                problems += [f"{name} is missing" for name in names if name not in self.tensors]
+        return list(dict.fromkeys(problems))
+
     def unit_parameters(self, family: Family, shape: LayerShape, layer: int, structure: Structure) -> int:
         """How many parameters leave with one unit of a structure."""
+        if structure is Structure.EXPERTS:
+            return self._expert_parameters(family, shape, layer)
         total = 0
         for coupled in family.block(structure).tensors:
             info = self.tensors.get(family.layer_prefix(layer) + coupled.name)
@@ -170,12 +197,22 @@ class Checkpoint:
                     total += per_row * rows // shape.units(structure)
         return total
 
+    def _expert_parameters(self, family: Family, shape: LayerShape, layer: int) -> int:
+        """An expert's own tensors, or its rows of those that hold all, and its row of the router."""
+        if family.experts is None:
+            return 0
+        prefix = family.layer_prefix(layer)
+        own = [self.tensors[prefix + name] for name in family.experts.of_one(0) if prefix + name in self.tensors]
+        shared = [self.tensors.get(prefix + tensor.name) for tensor in family.experts.tensors]
+        return sum(info.parameters for info in own) + sum(info.parameters // shape.experts for info in shared if info)
+
 
 def write_weights(
     base: Checkpoint,
     out: Path,
     transform: Callable[[str, Tensor], Tensor | None],
     extra: Callable[[str], Iterator[tuple[str, Tensor]]] | None = None,
+    names: Mapping[str, str | None] | None = None,
 ) -> None:
     """Write the base's tensors into `out`, transformed, in the base's files.
 
@@ -184,21 +221,27 @@ def write_weights(
     Args:
         transform: from a tensor's name and value to its new value, or `None` where it stays as it is.
         extra: from a file's name to tensors that it gains.
+        names: of tensors that get another name, or `None` where they are left out.
     """
+    names = names or {}
     weight_map: dict[str, str] = {}
     total = parameters = 0
     any_changed = False
     for file in base.shards:
-        names = [name for name, info in base.tensors.items() if info.file == file]
+        here = [name for name, info in base.tensors.items() if info.file == file]
         changed = False
         tensors: dict[str, Tensor] = {}
         with _opened(base.folder / file) as shard:
             metadata = shard.metadata() or {"format": "pt"}
-            for name in names:
+            for name in here:
+                written = names.get(name, name)
+                changed |= written != name
+                if written is None:
+                    continue
                 tensor = shard.get_tensor(name)
                 new = transform(name, tensor)
                 changed |= new is not None
-                tensors[name] = (tensor if new is None else new).contiguous()
+                tensors[written] = (tensor if new is None else new).contiguous()
         for name, tensor in extra(file) if extra is not None else ():
             tensors[name], changed = tensor, True
         if changed:

@@ -11,9 +11,11 @@ import click
 
 from expertprune import __version__
 from expertprune.commands.evaluating import evaluate
+from expertprune.commands.families import families
 from expertprune.commands.reporting import report
 from expertprune.commands.serving import serve
 from expertprune.commands.throughput import bench
+from expertprune.commands.vocabulary import vocabulary
 from expertprune.files import check_parent, to_json
 from expertprune.terminal import (
     common,
@@ -281,10 +283,8 @@ def schema() -> None:
     click.echo(json.dumps(Spec.model_json_schema(by_alias=True), indent=2))
 
 
-main.add_command(evaluate)
-main.add_command(serve)
-main.add_command(report)
-main.add_command(bench)
+for command in (bench, evaluate, families, report, serve, vocabulary):
+    main.add_command(command)
 
 
 def _print_expert(folder: Path, as_json: bool) -> None:

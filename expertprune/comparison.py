@@ -249,6 +249,9 @@ def compare_corpora(
     """
     results = {}
     for structure in structures:
+        units = any(layer.units(structure) for profile in corpora.values() for layer in profile.layers)
+        if not units or structure not in criterion.structures:
+            continue
         by_corpus = [relevance(profile, structure, criterion, aggregate, part) for profile in corpora.values()]
         layers = [np.stack(scores) for scores in zip(*by_corpus, strict=True)]
         result = compare_structure(layers, fraction)

@@ -187,6 +187,7 @@ def _least_squares_layer(
     solved = {s: cut.touches(s) or (settings.scope == "all" and behind) for s in (Structure.QUERY_HEADS, Structure.FFN)}
     if settings.scope == "all" and cut.touches(Structure.QUERY_HEADS):
         solved[Structure.FFN] = True
+    solved[Structure.FFN] &= cut.family.has_ffn  # the output of experts is left as it is
     passes = _run_dense(cut, dense, wanted=solved[Structure.QUERY_HEADS])
     for structure, targets in ((Structure.QUERY_HEADS, passes.middle), (Structure.FFN, dense.hidden)):
         if solved[structure]:
@@ -218,10 +219,10 @@ def _run_dense(cut: _Cut, stream: layerwise.Stream, wanted: bool) -> _DensePass:
         before = stream.hidden[number]
         heads: list[Tensor] = []
         ffn: list[Tensor] = []
-        with (
-            layerwise.observed(cut.layer, family.attention.output, [], heads),
-            layerwise.observed(cut.layer, family.ffn.output, [], ffn),
-        ):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(layerwise.observed(cut.layer, family.attention.output, [], heads))
+            if family.has_ffn:
+                stack.enter_context(layerwise.observed(cut.layer, family.ffn.output, [], ffn))
             stream.hidden[number] = stream.run(cut.layer, cut.index, number)
         if wanted:
             noted.middle.append(before + _joined(cut.layer, family.attention, heads[0]))

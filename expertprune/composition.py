@@ -13,12 +13,21 @@ import torch
 from torch import Tensor
 
 from expertprune.allocation import Scores, global_widths, search_widths, uniform_candidates, uniform_part
-from expertprune.artifacts import LayerPlan, Plan, Profile
-from expertprune.budgets import LayerWidths, Widths, removed_parameters, resolve_budget, widths_of
+from expertprune.artifacts import LayerPlan, Plan, Profile, VocabularyPlan
+from expertprune.budgets import (
+    LayerWidths,
+    Widths,
+    removed_parameters,
+    removed_with_rows,
+    resolve_budget,
+    widths_of,
+)
 from expertprune.corpora import CorpusName, corpus_names
 from expertprune.errors import PlanError, SpecError
+from expertprune.legality import check_structures
 from expertprune.models import BaseModel
-from expertprune.scoring import EXPERT, GENERAL, SHARED, Fused, check_criterion, score_units
+from expertprune.rows import choose_rows
+from expertprune.scoring import EXPERT, GENERAL, SHARED, Fused, check_criterion, check_scored, score_units
 from expertprune.spec import Spec
 from expertprune.units import KeptUnits, LayerShape, Structure
 
@@ -34,6 +43,9 @@ def keep_largest(scores: Tensor, count: int) -> Tensor:
 def select_layer(shape: LayerShape, widths: LayerWidths, scores: Mapping[Structure, Fused]) -> KeptUnits:
     """Keep the highest-scoring units of one layer: groups first, then the same number of heads in each kept group."""
     everything = shape.all_kept
+    experts = everything.experts
+    if widths.experts < shape.experts:
+        experts = tuple(keep_largest(scores[Structure.EXPERTS].score, widths.experts).tolist())
     ffn, groups, heads = everything.ffn, everything.kv_groups, everything.query_heads
     if widths.ffn < shape.ffn:
         ffn = tuple(keep_largest(scores[Structure.FFN].score, widths.ffn).tolist())
@@ -49,7 +61,7 @@ def select_layer(shape: LayerShape, widths: LayerWidths, scores: Mapping[Structu
         )
     else:
         heads = tuple(head for head in heads if head // per_group in groups)
-    return KeptUnits(ffn, heads, groups)
+    return KeptUnits(ffn, heads, groups, experts)
 
 
 def explain(kept: KeptUnits, scores: Mapping[Structure, Fused], dimensions: list[str]) -> dict[str, dict[str, Any]]:
@@ -78,14 +90,17 @@ def foreseen_widths(spec: Spec, base: BaseModel) -> Widths | None:
     Where layers get different widths, their sum is right (but for the mix of structures), not each of them.
 
     Raises:
-        PlanError: the budget is not reachable.
+        PlanError: the budget is not reachable, or the family has no layers of different widths.
     """
+    check_structures(spec.budget, base)
+    check_scored(spec.relevance.criterion, _competing(spec, base)[0], base.family.has_ffn)
     if spec.budget.retention is not None:
         return None
     if spec.compose.allocation == "uniform":
         return resolve_budget(spec.budget, base)
     if spec.compose.allocation == "search" and spec.compose.search.uniform:
         return uniform_candidates(spec.budget, base)[0]
+    base.family.check_single_layers(base.checkpoint.config)
     return global_widths(spec.budget, base, _flat_scores(base))
 
 
@@ -100,13 +115,15 @@ def _flat_scores(base: BaseModel) -> Scores:
     }
 
 
-def _competing(spec: Spec) -> tuple[list[Structure], bool]:
+def _competing(spec: Spec, base: BaseModel) -> tuple[list[Structure], bool]:
     """The structures to score, and whether they compete for one budget."""
     budget, uniform = spec.budget, spec.compose.allocation == "uniform"
     overall = budget.parameters is not None or budget.max_parameters is not None
     named = [structure for structure in Structure if getattr(budget, structure.value)]
     if not overall:
         return named, False
+    if not base.family.has_ffn:
+        return [*named, Structure.EXPERTS], False
     if uniform or budget.kv_groups:
         return [*named, Structure.FFN], False
     return [*named, Structure.FFN, Structure.KV_GROUPS], True
@@ -193,6 +210,7 @@ def compose(
     fitness: PlanFitness | None = None,
     earlier: Sequence[KeptUnits] | None = None,
     part: float = 1.0,
+    vocabulary: VocabularyPlan | None = None,
 ) -> Plan:
     """Decide which units are kept.
 
@@ -201,6 +219,7 @@ def compose(
         fitness: what a search over widths minimizes; needed for `allocation: search` alone.
         earlier: what the previous round kept; nothing that it dropped comes back.
         part: of the budget, for cutting in rounds.
+        vocabulary: which rows are kept, where that is decided already; default: as the budget says.
 
     Raises:
         SpecError: unknown criterion, or a corpus without a profile or without the pass that the criterion needs.
@@ -211,7 +230,9 @@ def compose(
         raise SpecError(f"no profile for {', '.join(missing)}: run the profile stage first")
     foreseen_widths(spec, base)
     wanted = {name: profiles[name] for name in corpus_names(spec)}
-    structures, together = _competing(spec)
+    if vocabulary is None and spec.budget.vocabulary is not None:
+        vocabulary = choose_rows(spec, base, wanted)
+    structures, together = _competing(spec, base)
     scores: Scores = score_units(spec, wanted, structures, together)
     if earlier is not None:
         scores = without(scores, earlier)
@@ -222,6 +243,7 @@ def compose(
         cut = {structure: fused for structure, fused in here.items() if layer.of(structure) < shape.units(structure)}
         layers.append(LayerPlan(kept, explain(kept, cut, list(spec.dimensions.chosen))))
     before = base.checkpoint.parameters
+    removed = removed_parameters(base, widths) + removed_with_rows(base, vocabulary.rows.rows if vocabulary else None)
     budget = widths.summary(base.layers)
     return Plan(
         name=spec.name,
@@ -231,6 +253,7 @@ def compose(
         shapes=list(base.layers),
         layers=layers,
         budget=budget,
-        parameters={"before": before, "after": before - removed_parameters(base, widths)},
+        parameters={"before": before, "after": before - removed},
         search=[value for value in trials if math.isfinite(value)],
+        vocabulary=vocabulary,
     )

@@ -8,6 +8,8 @@ turn lasts, so a model larger than memory needs another source of layers and not
 from __future__ import annotations
 
 import contextlib
+import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expertprune.arch import Family
+from expertprune.arch import Experts, Family
 from expertprune.corpora import Batch
 
 Observer = Callable[[int, Tensor], None]
@@ -138,6 +140,61 @@ def observed(layer: nn.Module, path: str, inputs: list[Tensor], outputs: list[Te
             outputs.append(output)
 
     handle = layer.get_submodule(path).register_forward_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@dataclass
+class Routed:
+    """What one call hands a layer's experts: `hidden` `[tokens, hidden]`, `chosen` and `weights` `[tokens, per token]`."""
+
+    hidden: Tensor
+    chosen: Tensor
+    weights: Tensor
+
+
+@contextlib.contextmanager
+def observed_routing(layer: nn.Module, experts: Experts, calls: list[Routed]) -> Iterator[None]:
+    """While open, what the router hands the experts of a layer is appended to `calls`."""
+
+    def note(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        calls.append(Routed(*[*arguments, *keywords.values()][:3]))
+
+    handle = layer.get_submodule(experts.module).register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def routed_to(layer: nn.Module, experts: Experts, kept: Tensor) -> Iterator[None]:
+    """While open, the router of a layer chooses among the `kept` experts only, as if the others' logits were −∞.
+
+    A router with the kept rows alone chooses; what it chose is handed on in the layer's own numbering.
+
+    Args:
+        kept: `[experts kept]`, int64, ascending.
+    """
+    router = layer.get_submodule(experts.router)
+    small = copy.copy(router)
+    small._parameters = dict(router._parameters)
+    small._forward_hooks = OrderedDict()
+    index = kept.to(next(router.parameters()).device)
+    for name, parameter in router._parameters.items():
+        if parameter is not None:
+            small._parameters[name] = nn.Parameter(parameter[index], requires_grad=False)
+    for name in ("num_experts", "n_routed_experts"):
+        if hasattr(router, name):
+            setattr(small, name, len(kept))
+
+    def among_kept(_: nn.Module, arguments: tuple[Any, ...], __: Any) -> Any:
+        logits, weights, chosen = small(*arguments)
+        return logits, weights, index[chosen]
+
+    handle = router.register_forward_hook(among_kept)
     try:
         yield
     finally:

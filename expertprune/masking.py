@@ -19,12 +19,19 @@ POSITIONS = 512  # whose predictions are compared at a time
 
 @contextlib.contextmanager
 def masked(model: Any, family: Family, shapes: Sequence[LayerShape], kept: Sequence[KeptUnits]) -> Iterator[None]:
-    """While open, the columns of output projections that dropped units own are zero, so the units write nothing."""
+    """While open, the columns of output projections that dropped units own are zero, so the units write nothing.
+
+    Dropped experts are not chosen by the router.
+    """
     stashed: list[tuple[Tensor, Tensor, Tensor]] = []
+    routers = contextlib.ExitStack()
     try:
         with torch.no_grad():
             for layer, shape, units in zip(layerwise.decoder_layers(model, family), shapes, kept, strict=True):
-                for block, segment in ((family.ffn, Segment.FFN), (family.attention, Segment.QUERY)):
+                if family.experts is not None and len(units.experts) < shape.experts:
+                    routers.enter_context(layerwise.routed_to(layer, family.experts, torch.tensor(units.experts)))
+                blocks = [(family.ffn, Segment.FFN)] if family.has_ffn else []
+                for block, segment in (*blocks, (family.attention, Segment.QUERY)):
                     weight = layer.get_parameter(block.output_weight).data
                     gone = torch.ones(weight.shape[1], dtype=torch.bool)
                     gone[units.rows(segment, shape)] = False
@@ -34,6 +41,7 @@ def masked(model: Any, family: Family, shapes: Sequence[LayerShape], kept: Seque
                         weight[:, columns] = 0
         yield
     finally:
+        routers.close()
         for weight, columns, values in stashed:
             weight[:, columns] = values
 

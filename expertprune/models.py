@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import importlib.util
 import io
 import json
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from expertprune.arch import PER_LAYER, Family, bundled_models, families, family_of
-from expertprune.arch.per_layer import with_layer_widths
+from expertprune.admission import causal_family, check_inventory, model_class, quiet_transformers
+from expertprune.arch import Family, attention_of, bundled_models
 from expertprune.checkpoint import Checkpoint
 from expertprune.errors import CheckpointError, SpecError
 from expertprune.files import digest_of, file_digest, require_room, staged_file, staged_folder
@@ -56,10 +54,11 @@ def resolve_base(base: Base, store: Path) -> BaseModel:
     """
     folder = _local_folder(base, store)
     checkpoint = Checkpoint(folder)
-    family = _causal_family(checkpoint)
+    family = causal_family(checkpoint, base.trust_remote_code)
     layers = family.layer_shapes(checkpoint.config)
     checkpoint.check_widths(family, layers)
     stored = checkpoint.dtype
+    check_inventory(checkpoint, family, layers, base.trust_remote_code)
     weights = {file: file_digest(folder / file, store) for file in checkpoint.shards}
     tokenizer = {
         path.name: file_digest(path, store) for pattern in _TOKENIZER_FILES for path in sorted(folder.glob(pattern))
@@ -158,24 +157,6 @@ def _from_hub(base: Base) -> Path:
         raise SpecError(f"base.model: {base.model!r}: {str(error).splitlines()[0]}") from None
 
 
-def _causal_family(checkpoint: Checkpoint) -> Family:
-    config, where = checkpoint.config, checkpoint.folder / "config.json"
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-        raise CheckpointError(
-            f"{where}: the model is quantized ({method}); prune the unquantized model first, then quantize the expert"
-        )
-    architectures = config.get("architectures") or []
-    if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
-        raise CheckpointError(f"{where}: {', '.join(architectures)} is no causal language model")
-    model_type = config.get("model_type")
-    if model_type not in families():
-        raise CheckpointError(
-            f"{where}: model_type {model_type!r} is not supported{nearest(str(model_type), families())}"
-        )
-    return family_of(model_type)
-
-
 def _converted(file: Path, dtype: str, store: Path) -> Path:
     """A GGUF file as a folder of safetensors, converted once and kept in the store."""
     import transformers
@@ -267,20 +248,13 @@ def load_model(
     One whose layers have widths of their own is built by this package's code, not by the copy in its folder.
     """
     try:
-        model = _model_class(folder).from_pretrained(
-            folder, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model = model_class(folder).from_pretrained(
+            folder, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=attention_of(config)
         )
     except (ValueError, OSError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
     return model.to(device or default_device()).eval().requires_grad_(False)
-
-
-def _model_class(folder: Path) -> Any:
-    transformers = quiet_transformers()
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if not config.get(PER_LAYER):
-        return transformers.AutoModelForCausalLM
-    return with_layer_widths(getattr(transformers, config["architectures"][0]))
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -289,15 +263,3 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         return quiet_transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
         raise CheckpointError(f"{folder}: the tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
-
-
-@functools.cache
-def quiet_transformers() -> Any:
-    """transformers, with its progress bars and advice off unless the user asked for logs."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import transformers
-
-    if not log.isEnabledFor(logging.INFO):
-        transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    return transformers

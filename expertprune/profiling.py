@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -12,15 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from expertprune import layerwise
-from expertprune.arch import Family
+from expertprune.arch import Block, Family
 from expertprune.artifacts import Profile, ProfileKey, halved, part_path, save_profile
 from expertprune.corpora import Batch, Document
 from expertprune.errors import CheckpointError
 from expertprune.files import digest_of
 from expertprune.models import BaseModel
 from expertprune.passes import count_documents, gradient_energies, gradient_pass, regional_pass, removal_pass
+from expertprune.predictions import PART as VOCABULARY
+from expertprune.predictions import vocabulary_pass
 from expertprune.relevance import Pass
-from expertprune.units import KeptUnits, LayerShape
+from expertprune.units import KeptUnits, LayerShape, Segment
 
 log = logging.getLogger(__name__)
 Progress = Callable[[], None]
@@ -59,6 +62,7 @@ class LayerCollector:
 
     def __init__(self, layer: nn.Module, family: Family, shape: LayerShape, documents: int) -> None:
         self.shape = shape
+        self.experts = RoutingStatistics(layer, family, documents, shape.experts) if family.experts else None
         self._weights = _weight_statistics(layer, family, shape)
         self.ffn = ChannelStatistics(documents, shape.ffn)
         self.heads = ChannelStatistics(documents, shape.query_heads * shape.head_dim)
@@ -92,7 +96,7 @@ class LayerCollector:
     def tensors(self, index: int) -> dict[str, Tensor]:
         """Everything of this layer under its stored names."""
         return {
-            **self.ffn.tensors(f"ffn.{index}"),
+            **(self.ffn.tensors(f"ffn.{index}") if self.experts is None else self.experts.tensors(index)),
             **self.heads.tensors(f"heads.{index}"),
             f"heads.{index}.impact": self.head_impact,
             f"groups.{index}.impact": self.group_impact,
@@ -101,14 +105,62 @@ class LayerCollector:
         }
 
 
+class RoutingStatistics:
+    """How the router of one layer uses each expert on each document, `[documents, experts]` each, and what that gives."""
+
+    def __init__(self, layer: nn.Module, family: Family, documents: int, count: int) -> None:
+        assert family.experts is not None
+        self.module = layer.get_submodule(family.experts.module)
+        self.tokens = torch.zeros(documents, 1)
+        self.routed = torch.zeros(documents, count)
+        self.norm = torch.zeros(documents, count)
+        self.square = torch.zeros(documents, count)
+        owned = [layer.get_parameter(name).float().square().flatten(1).sum(1) for name in family.experts.run]
+        self.weight_norm = torch.stack(owned).sum(0).sqrt().cpu()
+
+    def add(self, batch: Batch, call: layerwise.Routed) -> None:
+        """One batch; each expert is run on the tokens that are routed to it, and on no others."""
+        rows, tokens = batch.ids.shape
+        chosen, weights = (each.view(rows, tokens, -1) for each in (call.chosen, call.weights))
+        hidden = call.hidden.view(rows, tokens, -1)
+        real = torch.tensor(batch.lengths, device=hidden.device)[:, None] > torch.arange(tokens, device=hidden.device)
+        documents = torch.tensor(batch.documents)
+        self.tokens[documents] += torch.tensor(batch.lengths)[:, None]
+        for expert in range(self.routed.shape[1]):
+            row, token, place = ((chosen == expert) & real[..., None]).nonzero(as_tuple=True)
+            if not row.numel():
+                continue
+            one = torch.full((row.numel(), 1), expert, device=hidden.device, dtype=chosen.dtype)
+            output = self.module(hidden[row, token], one, torch.ones_like(one, dtype=weights.dtype))
+            norm = torch.linalg.vector_norm(output.float(), dim=1) * weights[row, token, place].float()
+            of = documents[row.cpu()]
+            self.routed[:, expert].index_add_(0, of, torch.ones(row.numel()))
+            self.norm[:, expert].index_add_(0, of, norm.cpu())
+            self.square[:, expert].index_add_(0, of, norm.square().cpu())
+
+    def tensors(self, index: int) -> dict[str, Tensor]:
+        """Everything of this layer under its stored names."""
+        return {
+            f"experts.{index}.frequency": self.routed / self.tokens,
+            f"experts.{index}.routed_norm": self.norm / self.routed.clamp_min(1),
+            f"experts.{index}.impact": self.square / self.tokens,
+            f"experts.{index}.weight_norm": self.weight_norm,
+        }
+
+
+def _blocks(family: Family) -> list[tuple[str, Block]]:
+    """The blocks whose output projection is listened to, by the names of their statistics."""
+    return [("ffn", family.ffn), ("heads", family.attention)] if family.has_ffn else [("heads", family.attention)]
+
+
 def _weight_statistics(layer: nn.Module, family: Family, shape: LayerShape) -> dict[str, Tensor]:
     statistics: dict[str, Tensor] = {}
-    for name, block in (("ffn", family.ffn), ("heads", family.attention)):
+    for name, block in _blocks(family):
         weight = layer.get_parameter(block.output_weight).float()
         statistics[f"{name}.{{layer}}.output_l1"] = weight.abs().sum(0).cpu()
         statistics[f"{name}.{{layer}}.output_l2"] = torch.linalg.vector_norm(weight, dim=0).cpu()
     state = dict(layer.named_parameters())
-    squares = {segment: torch.zeros(shape.segment_rows(segment)) for segment in ("ffn", "query", "key_value")}  # type: ignore[arg-type]
+    squares = {segment: torch.zeros(shape.segment_rows(segment)) for segment in Segment}
     for coupled in family.tensors:
         if coupled.name not in state:
             continue
@@ -118,9 +170,10 @@ def _weight_statistics(layer: nn.Module, family: Family, shape: LayerShape) -> d
         parts = rows.cpu().split([shape.segment_rows(segment) for segment in coupled.segments])
         for segment, part in zip(coupled.segments, parts, strict=True):
             squares[segment] += part
-    queries = squares["query"].unflatten(0, (shape.query_heads, -1)).sum(1)
-    keys = squares["key_value"].unflatten(0, (shape.kv_heads, -1)).sum(1)
-    statistics["ffn.{layer}.weight_norm"] = squares["ffn"].sqrt()
+    queries = squares[Segment.QUERY].unflatten(0, (shape.query_heads, -1)).sum(1)
+    keys = squares[Segment.KEY_VALUE].unflatten(0, (shape.kv_heads, -1)).sum(1)
+    if family.has_ffn:
+        statistics["ffn.{layer}.weight_norm"] = squares[Segment.FFN].sqrt()
     statistics["heads.{layer}.weight_norm"] = queries.sqrt()
     statistics["groups.{layer}.weight_norm"] = (queries.unflatten(0, (shape.kv_heads, -1)).sum(1) + keys).sqrt()
     return statistics
@@ -152,14 +205,18 @@ def collect(
     for index, layer in enumerate(layerwise.decoder_layers(model, family)):
         collector = LayerCollector(layer, family, shapes[index], documents)
         for number, batch in enumerate(batches):
-            ffn: list[Tensor] = []
-            heads: list[Tensor] = []
-            with (
-                layerwise.observed(layer, family.ffn.output, ffn),
-                layerwise.observed(layer, family.attention.output, heads),
-            ):
+            seen: dict[str, list[Tensor]] = {"ffn": [], "heads": []}
+            calls: list[layerwise.Routed] = []
+            with contextlib.ExitStack() as stack:
+                for name, block in _blocks(family):
+                    stack.enter_context(layerwise.observed(layer, block.output, seen[name]))
+                if family.experts is not None:
+                    stack.enter_context(layerwise.observed_routing(layer, family.experts, calls))
                 stream.hidden[number] = stream.run(layer, index, number)
-            collector.update(batch, ffn[0], heads[0], stream.hidden[number])
+            if collector.experts is not None:
+                collector.experts.add(batch, calls[0])
+                seen["ffn"] = [seen["heads"][0][..., :0]]
+            collector.update(batch, seen["ffn"][0], seen["heads"][0], stream.hidden[number])
         if not bool(collector.ffn.square_sum.isfinite().all() and collector.heads.square_sum.isfinite().all()):
             raise CheckpointError(
                 f"layer {index}: activations are not finite in {next(model.parameters()).dtype}: damaged weights, or "
@@ -214,7 +271,9 @@ def profile_part(
     """Run one of the other passes, as their parts are named (see `Profile`), and store its part."""
     kind, _, variant = part.partition("-")
     arguments = (model, base.family, base.layers, batches)
-    if kind == Pass.GRADIENT:
+    if part == VOCABULARY:
+        statistics = vocabulary_pass(model, base.family, batches, progress)
+    elif kind == Pass.GRADIENT:
         statistics = gradient_pass(*arguments, variant, progress=progress)
     elif kind == Pass.REMOVAL:
         weights = gradient_energies(model, base.family, batches) if variant else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from expertprune.arch import MODELING, PER_LAYER, per_layer
+from expertprune.arch import MODELING, PER_LAYER, per_layer, stock_architectures
 from expertprune.artifacts import Plan
 from expertprune.checkpoint import write_weights
 from expertprune.compensation import cut_tensor, repair
@@ -23,6 +23,7 @@ from expertprune.errors import CheckpointError, PlanError
 from expertprune.files import require_room
 from expertprune.models import BaseModel
 from expertprune.spec import Compensation
+from expertprune.tokenizing import Renumbering, read_vocabulary, trimmed, write_tokenizer
 
 _SPARE = 64 * 2**20  # tokenizer, cards and index, generously
 
@@ -42,6 +43,10 @@ def check_plan(plan: Plan, base: BaseModel) -> None:
         raise PlanError(
             f"the plan {plan.name!r} was made for {plan.base.get('model')} (digest {str(plan.base.get('digest'))[:12]}), "
             f"not for {base.name} (digest {base.digest[:12]}): compose it again for this base"
+        )
+    if plan.vocabulary is not None and plan.vocabulary.tokenizer != base.tokenizer_digest:
+        raise PlanError(
+            f"the plan {plan.name!r} cuts the vocabulary of another tokenizer than {base.name} has now: compose it again"
         )
 
 
@@ -68,13 +73,21 @@ def prune(
 
     Raises:
         PlanError: the plan belongs to another base.
-        CheckpointError: the disk has no room, or the base cannot be read.
+        CheckpointError: the disk has no room, or the base or its tokenizer cannot be read.
     """
     check_plan(plan, base)
     require_room(folder, bytes_needed(plan, base))
     config = base.family.pruned_config(base.checkpoint.config, plan.kept)
+    rows = torch.tensor(plan.vocabulary.rows.index) if plan.vocabulary is not None else None
+    smaller = trimmed(read_vocabulary(base.folder), plan.vocabulary.rows.kept) if plan.vocabulary is not None else None
+    if plan.vocabulary is not None and smaller is not None:
+        if tuple(smaller.ids) != plan.vocabulary.rows.kept:
+            raise PlanError(
+                f"the plan {plan.name!r} keeps tokens without the parts they are merged from: compose it again"
+            )
+        config = Renumbering(smaller.ids).config(config) | {"vocab_size": plan.vocabulary.rows.rows}
     spool = _Spool(folder / ".repair")
-    if repair_input is not None and not plan.cuts_nothing:
+    if repair_input is not None and plan.cuts_layers:
         for name, tensor in repair(
             repair_input.model,
             base.family,
@@ -94,6 +107,8 @@ def prune(
     }
 
     def transform(name: str, tensor: Tensor) -> Tensor | None:
+        if rows is not None and name in base.family.vocabulary:
+            return tensor.index_select(0, rows)
         if name not in owners:
             return None
         layer, local = owners[name]
@@ -103,32 +118,48 @@ def prune(
         cut = cut_tensor(local, tensor, base.family, plan.shapes[layer], plan.kept[layer])
         return None if cut is tensor else cut
 
-    write_weights(base.checkpoint, folder, transform, _zero_tensors(plan, base))
+    write_weights(base.checkpoint, folder, transform, _zero_tensors(plan, base), _expert_names(plan, base))
     spool.close()
     for path in base.checkpoint.carried_files:
         target = folder / path.relative_to(base.folder)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
+    if smaller is not None:
+        write_tokenizer(base.folder, folder, smaller)
     if config == base.checkpoint.config:
         shutil.copyfile(base.folder / "config.json", folder / "config.json")
     else:
         (folder / f"{MODELING}.py").unlink(missing_ok=True)  # that of a base which had widths of single layers
         if PER_LAYER in config:
-            (folder / f"{MODELING}.py").write_text(_modeling(config["architectures"][0]))
+            (folder / f"{MODELING}.py").write_text(_modeling(config, base.family.layers))
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def _modeling(architecture: str) -> str:
+def _modeling(config: Mapping[str, Any], layers: str) -> str:
     """The code that an expert with widths of single layers carries, for users who have only transformers."""
+    (architecture, *_) = stock_architectures(config)
     lines = [
         inspect.getsource(per_layer),
         "",
         f"from transformers import {architecture}  # noqa: E402",
         "",
-        f"ExpertForCausalLM = with_layer_widths({architecture})",
+        f'ExpertForCausalLM = with_layer_widths({architecture}, "{layers}")',
         "",
     ]
     return "\n".join(lines)
+
+
+def _expert_names(plan: Plan, base: BaseModel) -> dict[str, str | None]:
+    """Experts that are stored one by one: the new name of what a kept one owns, and `None` for what goes."""
+    experts, names = base.family.experts, {}
+    for layer, (shape, kept) in enumerate(zip(plan.shapes, plan.kept, strict=True)):
+        prefix = base.family.layer_prefix(layer)
+        for number in range(shape.experts if experts is not None else 0):
+            assert experts is not None
+            new = experts.of_one(kept.experts.index(number)) if number in kept.experts else None
+            for place, name in enumerate(experts.of_one(number)):
+                names[prefix + name] = prefix + new[place] if new is not None else None
+    return names
 
 
 def _zero_tensors(plan: Plan, base: BaseModel) -> Callable[[str], Iterator[tuple[str, Tensor]]]:

@@ -37,7 +37,7 @@ An expert cut from `{{ base.model }}` for {{ purpose }}, without post-training:
 {{ "{:,}".format(parameters.after) }} of {{ "{:,}".format(parameters.before) }} parameters
 ({{ "%.1f" % (100 * parameters.after / parameters.before) }}%). {% if per_layer -%}
 Its layers have widths of their own, so `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` builds it with
-`modeling_expert.py` in this folder.
+`modeling_expert.py` in this folder, and vLLM serves it wherever the package expertprune is installed beside it.
 {%- else -%}
 It loads like any other checkpoint of its architecture, in
 transformers and in vLLM.
@@ -48,6 +48,11 @@ transformers and in vLLM.
 {% for structure, entry in plan.budget.items() -%}
 | {{ structure }} | {{ entry.kept | widths }} | {{ entry.of | widths }} |
 {% endfor %}
+{%- if plan.vocabulary is defined -%}
+| vocabulary rows, of the whole model | {{ plan.vocabulary.rows }} | {{ plan.vocabulary.of }} |
+
+Its tokenizer is the base's with the other tokens and their merges taken out, so retention is in bits per byte.
+{% endif %}
 Method: criterion `{{ spec.relevance.criterion }}` ({{ criterion_paper }}), rule `{{ spec.compose.rule }}` over dimensions
 (Cus-Prun, https://arxiv.org/abs/2506.02561),{% if spec.general %} shared/exclusive fusion with general relevance (after
 https://arxiv.org/abs/2510.22489),{% endif %} repair `{{ spec.compensation.method }}`.
@@ -84,7 +89,12 @@ Not evaluated yet: `expertprune evaluate` fills this in.
 {% endif %}
 ## Provenance
 
-Base digest `{{ base.digest }}`. Calibrated on {% for corpus, entry in corpora.items() -%}
+Base digest `{{ base.digest }}`.
+{%- if base.expert is defined %} The base is an expert itself: `{{ base.expert.name }}`, cut from
+`{{ base.expert.base.model }}` (digest `{{ base.expert.base.digest }}`); its spec and plan are in `expertprune.json` too.
+{%- endif %}
+{%- if base.trust_remote_code is true %} The base was run with Python code of its own.
+{%- endif %} Calibrated on {% for corpus, entry in corpora.items() -%}
 {{ corpus }} ({{ entry.documents | length }} documents){{ ", " if not loop.last else "." }}
 {%- endfor %} Versions: {% for package, version in versions.items() -%}
 {{ package }} {{ version }}{{ ", " if not loop.last else "." }}
@@ -198,6 +208,53 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
             kinds.append(f"{sum(k['kept'] for k in of):,} of {sum(k['units'] for k in of):,} kept" if of else "")
         table.add_row(structure, f"{widths(entry['kept'])} of {widths(entry['of'])}", who, *kinds)
     return table
+
+
+def vocabulary_table(vocabulary: Mapping[str, Any]) -> Table:
+    """Which vocabulary rows a plan keeps, and why."""
+    why, title = vocabulary["why"], f"vocabulary: {vocabulary['rows']:,} of {vocabulary['of']:,} rows"
+    table = Table(title=Text(title), show_header=False, title_justify="left")
+    for name, count in why["protected"].items():
+        table.add_row(Text(f"kept: {name}"), f"{count:,}")
+    for name, covered in why["coverage"].items():
+        table.add_row(Text(f"covered: {name}"), f"{covered:.4%} of {why['tokens'][name]:,} calibration tokens")
+    if vocabulary["padding"]:
+        table.add_row("rows without a token", f"{len(vocabulary['padding']):,}")
+    if why["threshold"] is not None:
+        table.add_row("largest relevance dropped", f"{why['threshold']:.3g}")
+    for label, key in (("last kept", "last_kept"), ("first dropped", "first_dropped")):
+        table.add_row(label, Text(" ".join(map(repr, why[key]))))
+    return table
+
+
+def vocabulary_tables(tradeoff: Mapping[str, Any]) -> Group:
+    """Vocabularies of several sizes, and what each does to every corpus."""
+    base = tradeoff["base"]
+    kept = ", ".join(f"{reason} {count:,}" for reason, count in tradeoff["always_kept"].items())
+    about = Text(
+        f"{base['model']}: {base['tokenizer']}, {base['tokens']:,} tokens in {base['rows']:,} rows, "
+        f"{base['parameters']:,} parameters.\nAlways kept: {kept} (they overlap); at least {tradeoff['smallest']:,} rows.\n"
+        "Covered: the part of the base's tokens whose rows are kept, of calibration text and of measured text."
+    )
+    sizes = Table("rows", "parameters", "of base", "saved", title=Text(f"{tradeoff['name']}: sizes"))
+    table = Table("corpus", "rows", "covered,\ncalibration", "covered,\nmeasured", title=Text("by corpus"))
+    for header in ("tokens\nper word", "tokens,\nof the base's"):
+        table.add_column(header)
+    for column in (*sizes.columns, *table.columns[1:]):
+        column.justify = "right"
+    for size in tradeoff["sizes"]:
+        sizes.add_row(f"{size['rows']:,}", f"{size['parameters']:,}", f"{size['fraction']:.1%}", f"{size['saved']:,}")
+    for name, corpus in tradeoff["corpora"].items():
+        label = f"{name} ({corpus['split']}, {corpus['words']:,} words)"
+        table.add_row(Text(label), f"{base['rows']:,}", "", "", f"{corpus['tokens_per_word']:.3f}", "")
+        for number, size in enumerate(tradeoff["sizes"], 1):
+            here = size["corpora"][name]
+            table.add_row(
+                "", f"{size['rows']:,}", f"{here['calibration_coverage']:.4%}", f"{here['coverage']:.4%}",
+                f"{here['tokens_per_word']:.3f}", f"{here['tokens_of_base']:.1%}",
+                end_section=number == len(tradeoff["sizes"]),
+            )  # fmt: skip
+    return Group(about, sizes, table)
 
 
 def comparison_tables(comparison: Mapping[str, Any]) -> Group:

@@ -22,7 +22,8 @@ class Paired:
     """Base and expert on the same examples under one metric.
 
     `base`, `expert` and `weights` are `[examples]`: a model's metric is its sum over the sum of weights. `less_is_better`
-    says that it is a cost, such as bits over bytes. `chance` is what guessing gets, where that is known.
+    says that it is a cost, such as bits over bytes. `chance` is what guessing gets, where that is known. `expert_weights`
+    are the expert's own, where its tokenizer leaves another part of the text to predict.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Paired:
     weights: Floats
     chance: float | None = None
     less_is_better: bool = False
+    expert_weights: Floats | None = None
 
     def retention(self, indices: Indices) -> Floats:
         """Retention over resamples, `[resamples, examples]` to `[resamples]`; not a number where it is undefined.
@@ -39,12 +41,13 @@ class Paired:
         `(expert - chance) / (base - chance)`, with chance 0 where it is not known, or base over expert where less is
         better: 1 where nothing was lost. Undefined where the base is no better than chance.
         """
-        base, expert, weights = (each[indices].sum(1) for each in (self.base, self.expert, self.weights))
+        own = self.weights if self.expert_weights is None else self.expert_weights
+        base = self.base[indices].sum(1) / self.weights[indices].sum(1)
+        expert = self.expert[indices].sum(1) / own[indices].sum(1)
         if self.less_is_better:
             above, below = base, expert
         else:
-            chance = self.chance or 0.0
-            above, below = expert / weights - chance, base / weights - chance
+            above, below = expert - (self.chance or 0.0), base - (self.chance or 0.0)
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(below > _EPSILON, above / below, np.nan)
 
@@ -59,8 +62,8 @@ class Paired:
         `gained` counts examples that the expert does better than the base, `lost` those that it does worse. `note` is there
         where retention or its interval is undefined, and says why.
         """
-        total = self.weights.sum()
-        base, expert = float(self.base.sum() / total), float(self.expert.sum() / total)
+        own = self.weights if self.expert_weights is None else self.expert_weights
+        base, expert = float(self.base.sum() / self.weights.sum()), float(self.expert.sum() / own.sum())
         (low, high), undefined = interval([self])
         result: dict[str, Any] = {
             "examples": len(self.base),

@@ -16,7 +16,12 @@ from expertprune.relevance import Criterion, Pass, UnitStatistics, criteria
 from expertprune.spec import Fusion, Relevance, Spec
 from expertprune.units import Structure
 
-_PREFIX = {Structure.FFN: "ffn", Structure.QUERY_HEADS: "heads", Structure.KV_GROUPS: "groups"}
+_PREFIX = {
+    Structure.FFN: "ffn",
+    Structure.QUERY_HEADS: "heads",
+    Structure.KV_GROUPS: "groups",
+    Structure.EXPERTS: "experts",
+}
 
 Rule = Callable[[Tensor], Tensor]
 rules: Registry[Rule] = Registry("composition rule")
@@ -50,6 +55,20 @@ def check_criterion(name: str) -> Criterion:
     return criteria[name]
 
 
+def check_scored(name: str, structures: Sequence[Structure], has_ffn: bool = True) -> None:
+    """Raises `SpecError` where a criterion does not score a structure, or needs a pass that a model has not."""
+    criterion = check_criterion(name)
+    for structure in structures:
+        if structure not in criterion.structures:
+            others = ", ".join(other for other in sorted(criteria) if structure in criteria[other].structures)
+            raise SpecError(f"relevance.criterion: {name} does not score {structure.value}; criteria that do: {others}")
+    if criterion.needs is not None and not has_ffn:
+        raise SpecError(
+            f"relevance.criterion: {name} needs the {criterion.needs.value} pass, which is not made through experts; take "
+            "impact, which needs none"
+        )
+
+
 def part_name(relevance: Relevance) -> str | None:
     """The part of a profile (see `Profile`) that the spec's criterion needs beyond the forward pass, if any."""
     needs = check_criterion(relevance.criterion).needs
@@ -71,6 +90,9 @@ def unit_statistics(
     Raises:
         SpecError: the part was never made; the message says which pass is missing.
     """
+    number = (seed * 1009 + list(Structure).index(structure)) * 10007 + layer
+    if structure is Structure.EXPERTS:
+        return _expert_statistics(profile, layer, number)
     channels = "ffn" if structure is Structure.FFN else "heads"
     prefix = _PREFIX[structure]
     tokens = profile.tokens
@@ -83,10 +105,28 @@ def unit_statistics(
         output_l2=profile.read(f"{channels}.{layer}.output_l2"),
         weight_norm=profile.read(f"{prefix}.{layer}.weight_norm"),
         layer=layer,
-        seed=(seed * 1009 + list(Structure).index(structure)) * 10007 + layer,
+        seed=number,
         variance=variance.clamp_min(0).float(),
         tokens=profile.read("tokens"),
         **_from_part(profile, structure, layer, part),
+    )
+
+
+def _expert_statistics(profile: Profile, layer: int, seed: int) -> UnitStatistics:
+    """An expert is one channel, whose activation is the norm of what it writes, and whose column has norm 1."""
+    impact = profile.read(f"experts.{layer}.impact")
+    ones = torch.ones(impact.shape[1])
+    return UnitStatistics(
+        rms=impact.sqrt(),
+        impact=impact,
+        output_l1=ones,
+        output_l2=ones,
+        weight_norm=profile.read(f"experts.{layer}.weight_norm"),
+        layer=layer,
+        seed=seed,
+        tokens=profile.read("tokens"),
+        frequency=profile.read(f"experts.{layer}.frequency"),
+        routed_norm=profile.read(f"experts.{layer}.routed_norm"),
     )
 
 

@@ -19,11 +19,12 @@ from pydantic import (
 
 from expertprune.errors import SpecError
 from expertprune.registry import nearest
-from expertprune.values import Aggregate, Amount, Names, Size
+from expertprune.values import Aggregate, Amount, Names, Rows, Size
 
 Dimension = Literal["language", "domain", "task"]
 DIMENSIONS: tuple[Dimension, ...] = get_args(Dimension)
 Metric = Literal["bits_per_byte", "perplexity", "kl", "questions"]
+PER_TOKEN: tuple[Metric, ...] = ("perplexity", "kl")
 
 
 class _Section(BaseModel):
@@ -111,8 +112,9 @@ class Relevance(_Section):
     """How a unit is scored on a corpus."""
 
     criterion: str = Field(
-        "impact",
-        description="impact, activation, fluctuation, taylor, fisher, regional, obs, magnitude or random.",
+        "fisher",
+        description="fisher, taylor, impact, activation, fluctuation, regional, obs, magnitude or random; of experts "
+        "impact, reap, frequency, magnitude or random.",
     )
     loss: Literal["language_model", "kl"] = Field(
         "language_model",
@@ -157,8 +159,8 @@ class Compose(_Section):
     )
     fusion: Fusion = Field(default_factory=Fusion)
     allocation: Literal["uniform", "global", "search"] = Field(
-        "uniform",
-        description="uniform: every layer keeps the same width; global: one ranking over layers; "
+        "global",
+        description="global: one ranking over layers; uniform: every layer keeps the same width, as stock configs say it; "
         "search: widths that keep the predictions, tried on calibration text.",
     )
     rounds: int = Field(1, ge=1, le=16, description="Cut in so many steps, profiling again between them.")
@@ -189,6 +191,14 @@ class Budget(_Section):
     ffn: Amount = Field(0, description="FFN neurons.")
     query_heads: Amount = Field(0, description="Query heads, the same number in each KV group.")
     kv_groups: Amount = Field(0, description="KV heads with their query heads.")
+    experts: Amount = Field(
+        0, description="Whole experts, the same number in each layer; shared ones are never among them."
+    )
+    vocabulary: Rows | None = Field(
+        None,
+        description="Vocabulary rows of the whole model: a number that is kept (32768), a fraction that is removed (0.8), "
+        "or what part of the calibration tokens is covered (coverage: 0.9999).",
+    )
     parameters: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None,
         description="Of all parameters; FFN neurons make up what the other keys do not remove, or FFN neurons and KV "
@@ -201,13 +211,21 @@ class Budget(_Section):
 
     @model_validator(mode="after")
     def _one_way(self) -> Budget:
-        ways = [name for name in ("parameters", "max_parameters", "retention") if getattr(self, name) is not None]
+        overall = ("parameters", "max_parameters", "retention")
+        ways = [name for name in overall if getattr(self, name) is not None]
         if len(ways) > 1:
             raise ValueError(f"give one of {', '.join(ways)}, not several")
         if ways and self.ffn:
             raise ValueError(f"give 'ffn' or {ways[0]!r}, not both: {ways[0]!r} chooses the FFN width itself")
-        if not self.model_fields_set & {"ffn", "query_heads", "kv_groups", "parameters", "max_parameters", "retention"}:
-            raise ValueError("name at least one of ffn, query_heads, kv_groups, parameters, max_parameters, retention")
+        if ways and isinstance(self.vocabulary, dict):
+            raise ValueError(
+                f"give vocabulary as a number of rows or a fraction where {ways[0]!r} counts what it removes"
+            )
+        if self.vocabulary is not None and self.retention is not None:
+            raise ValueError("give 'vocabulary' or 'retention', not both: retention tries FFN widths alone")
+        keys = ("ffn", "query_heads", "kv_groups", "experts", "vocabulary", "parameters", "max_parameters", "retention")
+        if not self.model_fields_set & set(keys):
+            raise ValueError(f"name at least one of {', '.join(keys)}")
         return self
 
 
@@ -264,6 +282,19 @@ class Spec(_Section):
     budget: Budget
     compensation: Annotated[Compensation, _shorthand("method", Compensation)] = Field(default_factory=Compensation)
     evaluate: Evaluate = Field(default_factory=Evaluate)
+
+    @model_validator(mode="after")
+    def _comparable_metrics(self) -> Spec:
+        """Where the vocabulary is cut, tokens differ, and only what is counted in bytes or answers compares."""
+        if self.budget.vocabulary is not None:
+            if set(self.evaluate.metrics) == set(get_args(Metric)):  # the default: all that there are
+                self.evaluate.metrics = [metric for metric in self.evaluate.metrics if metric not in PER_TOKEN]
+            elif wrong := [metric for metric in self.evaluate.metrics if metric in PER_TOKEN]:
+                raise ValueError(
+                    f"evaluate.metrics: {', '.join(wrong)} cannot be measured where budget.vocabulary is given: they are "
+                    "per token, and the expert's tokens are others; use bits_per_byte"
+                )
+        return self
 
     def document(self) -> dict[str, Any]:
         """The spec as plain data that gives the same spec back; defaults are written out."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import itertools
+import zlib
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -16,6 +19,10 @@ class Structure(StrEnum):
     FFN = "ffn"
     QUERY_HEADS = "query_heads"
     KV_GROUPS = "kv_groups"
+    EXPERTS = "experts"
+
+
+DENSE = (Structure.FFN, Structure.QUERY_HEADS, Structure.KV_GROUPS)
 
 
 class Segment(StrEnum):
@@ -24,13 +31,15 @@ class Segment(StrEnum):
     FFN = "ffn"
     QUERY = "query"
     KEY_VALUE = "key_value"
+    EXPERT = "expert"
 
 
 @dataclass(frozen=True)
 class LayerShape:
     """Widths of one decoder layer, in units.
 
-    Query head `h` reads KV head `h // heads_per_group`; a KV group is one KV head and its query heads.
+    Query head `h` reads KV head `h // heads_per_group`; a KV group is one KV head and its query heads. A layer that routes
+    tokens to `experts` has no FFN neurons of its own (`ffn` is 0).
     """
 
     hidden: int
@@ -38,6 +47,7 @@ class LayerShape:
     query_heads: int
     kv_heads: int
     head_dim: int
+    experts: int = 0
 
     @property
     def heads_per_group(self) -> int:
@@ -49,6 +59,7 @@ class LayerShape:
             Structure.FFN: self.ffn,
             Structure.QUERY_HEADS: self.query_heads,
             Structure.KV_GROUPS: self.kv_heads,
+            Structure.EXPERTS: self.experts,
         }[structure]
 
     def segment_rows(self, segment: Segment) -> int:
@@ -57,6 +68,7 @@ class LayerShape:
             Segment.FFN: self.ffn,
             Segment.QUERY: self.query_heads * self.head_dim,
             Segment.KEY_VALUE: self.kv_heads * self.head_dim,
+            Segment.EXPERT: self.experts,
         }[segment]
 
     @property
@@ -65,6 +77,7 @@ class LayerShape:
             ffn=tuple(range(self.ffn)),
             query_heads=tuple(range(self.query_heads)),
             kv_groups=tuple(range(self.kv_heads)),
+            experts=tuple(range(self.experts)),
         )
 
 
@@ -78,25 +91,79 @@ class KeptUnits:
     ffn: tuple[int, ...]
     query_heads: tuple[int, ...]
     kv_groups: tuple[int, ...]
+    experts: tuple[int, ...] = ()
 
     def of(self, structure: Structure) -> tuple[int, ...]:
         return {
             Structure.FFN: self.ffn,
             Structure.QUERY_HEADS: self.query_heads,
             Structure.KV_GROUPS: self.kv_groups,
+            Structure.EXPERTS: self.experts,
         }[structure]
 
     def shape(self, base: LayerShape) -> LayerShape:
         """The layer's shape once the other units are gone."""
-        return LayerShape(base.hidden, len(self.ffn), len(self.query_heads), len(self.kv_groups), base.head_dim)
+        return LayerShape(
+            base.hidden, len(self.ffn), len(self.query_heads), len(self.kv_groups), base.head_dim, len(self.experts)
+        )
 
     def rows(self, segment: Segment, base: LayerShape) -> Tensor:
         """Positions inside a segment that stay, `[kept rows]`, int64."""
-        if segment is Segment.FFN:
-            return torch.tensor(self.ffn, dtype=torch.int64)
+        if segment in (Segment.FFN, Segment.EXPERT):
+            return torch.tensor(self.ffn if segment is Segment.FFN else self.experts, dtype=torch.int64)
         heads = self.query_heads if segment is Segment.QUERY else self.kv_groups
         first = torch.tensor(heads, dtype=torch.int64) * base.head_dim
         return (first[:, None] + torch.arange(base.head_dim)).reshape(-1)
+
+
+ROW_MULTIPLE = 64  # of rows that are written, so that products over the vocabulary stay aligned
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """Vocabulary rows that stay, in the base's numbering.
+
+    `of` is how many rows the base has, `kept` those whose tokens stay, ascending: their positions are the new ids.
+    `padding` are base rows that fill up to a multiple of `ROW_MULTIPLE`, behind them, and have no token.
+    """
+
+    of: int
+    kept: tuple[int, ...]
+    padding: tuple[int, ...] = ()
+
+    @property
+    def index(self) -> tuple[int, ...]:
+        """The base row of each row that is written."""
+        return self.kept + self.padding
+
+    @property
+    def rows(self) -> int:
+        return len(self.kept) + len(self.padding)
+
+
+def pack_indices(indices: tuple[int, ...], of: int) -> str:
+    """Ascending indices below `of` as a compressed bitmap in base64: tens of kilobytes where runs would be a megabyte.
+
+    Bit `i % 8` of byte `i // 8`, from the least, says whether `i` is there; the bytes are compressed by zlib.
+    """
+    bitmap = bytearray(-(-of // 8))
+    for index in indices:
+        bitmap[index // 8] |= 1 << index % 8
+    return base64.b64encode(zlib.compress(bytes(bitmap), 9)).decode()
+
+
+def unpack_indices(text: str, of: int) -> tuple[int, ...]:
+    """The inverse of `pack_indices`; raises `ValueError` if the text is no such bitmap."""
+    try:
+        bitmap = zlib.decompressobj().decompress(base64.b64decode(text, validate=True), -(-of // 8) + 1)
+    except (zlib.error, binascii.Error) as error:
+        raise ValueError(f"not a bitmap: {error}") from None
+    if len(bitmap) != -(-of // 8):
+        raise ValueError(f"a bitmap of {len(bitmap)} bytes, not of {of} bits")
+    indices = tuple(8 * place + bit for place, byte in enumerate(bitmap) if byte for bit in range(8) if byte >> bit & 1)
+    if indices and indices[-1] >= of:
+        raise ValueError(f"index {indices[-1]} is not below {of}")
+    return indices
 
 
 def format_indices(indices: tuple[int, ...]) -> str:

@@ -29,7 +29,11 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def spec_data(tmp_path: Path, tiny_llama: Path) -> dict[str, Any]:
-    """A spec over the tiny model and small corpora in `tmp_path`, as plain data to change."""
+    """A spec over the tiny model and small corpora in `tmp_path`, as plain data to change.
+
+    It says a criterion that needs the forward pass only, and one width for all layers, so that what tests expect of either
+    stays plain to see; the defaults have tests of their own.
+    """
     sources = {}
     for seed, name in enumerate(("en", "medical", "qa", "general")):
         sources[name] = {
@@ -42,6 +46,8 @@ def spec_data(tmp_path: Path, tiny_llama: Path) -> dict[str, Any]:
         "dimensions": {"language": "en", "domain": "medical", "task": "qa"},
         "corpora": {"sources": sources},
         "budget": {"ffn": 0.25, "multiple_of": 4},
+        "relevance": {"criterion": "impact"},
+        "compose": {"allocation": "uniform"},
     }
 
 

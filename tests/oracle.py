@@ -35,6 +35,7 @@ def random_units(
     ffn: int | None = None,
     heads_per_group: int | None = None,
     kv_groups: int | None = None,
+    experts: int | None = None,
 ) -> KeptUnits:
     """So many random units of one layer; all of a structure whose number is not given."""
 
@@ -44,7 +45,8 @@ def random_units(
     per_group = shape.query_heads // shape.kv_heads
     groups = choose(kv_groups, shape.kv_heads)
     heads = [group * per_group + head for group in groups for head in choose(heads_per_group, per_group)]
-    return KeptUnits(tuple(choose(ffn, shape.ffn)), tuple(heads), tuple(groups))
+    chosen = choose(experts, shape.experts) if shape.experts else []  # drawn last: other plans stay as they were
+    return KeptUnits(tuple(choose(ffn, shape.ffn)), tuple(heads), tuple(groups), tuple(chosen))
 
 
 def plan_of(base: BaseModel, kept: list[KeptUnits]) -> Plan:
@@ -76,7 +78,13 @@ def pruned(plan: Plan, base: BaseModel, folder: Path, repair_input: RepairInput 
 
 def load(folder: Path) -> Any:
     """The folder in plain transformers, float32; every tensor of it is used and none is made up."""
-    model, notes = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    capped = read_json(folder / "config.json").get("attn_logit_softcapping") is not None
+    model, notes = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        output_loading_info=True,
+        **({"attn_implementation": "eager"} if capped else {}),  # the only one that caps
+    )
     assert not any(notes.values()), notes
     return model.eval().requires_grad_(False)
 
@@ -88,27 +96,51 @@ def logits_of(model: Any, ids: Tensor = IDS) -> Tensor:
 
 @contextlib.contextmanager
 def masked(model: Any, plan: Plan) -> Iterator[None]:
-    """While open, the dropped units of a dense model are zero at the input of their output projection."""
+    """While open, the dropped units of a dense model are zero at the input of their output projection.
+
+    Dropped experts have router logits of −∞.
+    """
 
     def hook(mask: Tensor) -> Any:
         return lambda module, arguments: (arguments[0] * mask,)
 
     handles = []
     for layer, kept in zip(model.model.layers, plan.kept, strict=True):
-        neurons: nn.Linear = layer.mlp.down_proj
         heads: nn.Linear = layer.self_attn.o_proj
-        neuron_mask, head_mask = torch.zeros(neurons.in_features), torch.zeros(heads.in_features)
-        neuron_mask[list(kept.ffn)] = 1
+        head_mask = torch.zeros(heads.in_features)
+        if hasattr(layer.mlp, "gate"):
+            handles.append(layer.mlp.gate.register_forward_hook(without_experts(kept.experts)))
+        else:
+            neurons: nn.Linear = layer.mlp.down_proj if hasattr(layer.mlp, "down_proj") else layer.mlp.c_proj
+            neuron_mask = torch.zeros(neurons.in_features)
+            neuron_mask[list(kept.ffn)] = 1
+            handles.append(neurons.register_forward_pre_hook(hook(neuron_mask)))
         head_dim = layer.self_attn.head_dim
         for head in kept.query_heads:
             head_mask[head * head_dim : (head + 1) * head_dim] = 1
-        handles.append(neurons.register_forward_pre_hook(hook(neuron_mask)))
         handles.append(heads.register_forward_pre_hook(hook(head_mask)))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def without_experts(kept: tuple[int, ...]) -> Any:
+    """A router whose other logits are −∞: softmax over all, the largest per token, normalized where the model does."""
+
+    def route(router: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+        logits = arguments[0].reshape(-1, router.weight.shape[1]) @ router.weight.T
+        torch.testing.assert_close(logits, output[0])
+        gone = torch.ones(logits.shape[1], dtype=torch.bool)
+        gone[list(kept)] = False
+        chances = torch.softmax(logits.masked_fill(gone, -torch.inf), -1)
+        weights, chosen = torch.topk(chances, router.top_k, dim=-1)
+        if getattr(router, "norm_topk_prob", True):  # where there is no such switch, it is always on
+            weights = weights / weights.sum(-1, keepdim=True)
+        return logits, weights, chosen
+
+    return route
 
 
 def masked_logits(model: Any, plan: Plan, ids: Tensor = IDS) -> Tensor:

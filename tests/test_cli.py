@@ -28,8 +28,8 @@ from expertprune.spec import load_spec
 from tests.tiny import tiny_model, tiny_tokenizer, write_corpus
 
 COMMANDS = [
-    "bench", "build", "compare", "compose", "evaluate", "inspect", "profile", "prune", "report", "schema", "serve", "sweep",
-    "validate",
+    "bench", "build", "compare", "compose", "evaluate", "families", "inspect", "profile", "prune", "report", "schema",
+    "serve", "sweep", "validate", "vocabulary",
 ]  # fmt: skip
 CORPORA = ["language/en", "domain/medical", "task/qa", "general/general"]
 # The tiny model by hand: embeddings and output 64 × 24 each, a last norm, and three layers of four attention
@@ -433,7 +433,7 @@ def test_composing_from_stored_profiles_alone(tmp_path: Path, spec_file: Path, n
 @pytest.mark.parametrize(
     ("setting", "lacking"),
     [
-        ("relevance=taylor", "gradient-language_model"),
+        ("relevance={criterion: taylor, loss: kl}", "gradient-kl"),
         ("relevance={criterion: fisher, loss: kl}", "gradient-kl"),
         ("relevance=regional", "regional"),
         ("relevance=obs", "removal"),

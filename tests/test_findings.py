@@ -181,10 +181,11 @@ def test_a_criterion_that_sees_no_corpus_has_no_relevance_by_corpus(tiny_build: 
     assert found.missing["relevance"]["command"] is None
 
 
-def test_vocabulary_rows_that_were_cut_are_a_part_of_the_size(tiny_build: Build, tmp_path: Path) -> None:
+def test_vocabulary_rows_that_were_cut_are_a_part_of_the_size(tiny_build: Build) -> None:
     assert report_of(*tiny_build).size["vocabulary"] is None
-    plan = about(tiny_build[0])["plan"] | {"vocabulary": {"of": 64, "rows": 48}}
-    found = report_of(copied(tiny_build, tmp_path / "e", plan=plan), tiny_build[1])
+    artifacts = read_artifacts(*tiny_build)
+    artifacts.about["plan"]["vocabulary"] = {"of": 64, "rows": 48}
+    found = findings(artifacts)
     assert found.size["vocabulary"] == {"base": 64, "expert": 48}
 
 

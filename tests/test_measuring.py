@@ -15,11 +15,12 @@ import yaml
 from click.testing import CliRunner, Result
 
 import expertprune
-from expertprune import harness, measuring
+from expertprune import measuring
 from expertprune.cli import main
 from expertprune.corpora import Question
 from expertprune.errors import SpecError
 from expertprune.evaluation import answer_questions
+from expertprune.harness import models, tasks
 from expertprune.models import load_model, load_tokenizer
 from expertprune.suites import load_suite
 from tests.tiny import WORDS
@@ -257,6 +258,44 @@ def test_the_bases_answers_are_stored_and_used_until_something_changes(
     assert models_asked() == 2
 
 
+def test_with_vllm_each_model_has_a_server_of_its_own_in_turn(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for the server, behind which the running model answers."""
+    running: list[str] = []
+    served: list[tuple[str, str, list[str]]] = []
+
+    class Server:
+        def __init__(self, folder: Path, *, model_name: str, arguments: list[str]) -> None:
+            self.url = f"http://{model_name}"
+            served.append((str(folder), model_name, arguments))
+
+        def __enter__(self) -> Server:
+            assert running == []
+            running.append(self.url)
+            return self
+
+        def __exit__(self, *_: Any) -> None:
+            running.remove(self.url)
+
+    def answer(folder: Path, url: str, name: str, tokenizer: Any) -> Any:
+        assert running == [url]
+        return models.running_model(load_model(folder, torch.float32), tokenizer)
+
+    monkeypatch.setattr("expertprune.serving.server.Server", Server)
+    monkeypatch.setattr(models, "served_model", answer)
+    suite = workplace.suite(tasks=[{"file": "tasks/choose.yaml"}])
+    workplace.run("--suite", suite)
+    expected = workplace.evaluation()["tasks"]["choose"]
+    workplace.run("--suite", suite, "--backend", "vllm")
+    assert workplace.evaluation()["tasks"]["choose"] == {**expected, "backend": "vllm"}
+    base = json.loads((workplace.expert / "expertprune.json").read_text())["base"]["path"]
+    assert served == [
+        (base, "base", ["--dtype=float32"]), (str(workplace.expert), "expert", ["--dtype=float32"])
+    ]  # fmt: skip
+    assert running == []
+
+
 # --- floors -----------------------------------------------------------------------------------------------------------
 
 
@@ -304,7 +343,7 @@ def test_an_unknown_task_is_answered_with_the_nearest(refusing: Workplace, monke
         all_tasks = ("hellaswag", "boolq")
         task_index: ClassVar[dict[str, Any]] = {}
 
-    monkeypatch.setattr(harness, "_manager", lambda everything: Manager)
+    monkeypatch.setattr(tasks, "_manager", lambda everything: Manager)
     assert "unknown task 'helaswag'; did you mean 'hellaswag'?" in refusing.refused("--task", "helaswag")
 
 

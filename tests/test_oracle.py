@@ -374,11 +374,13 @@ def layered(
 def in_plain_transformers(
     layered: dict[tuple[str, str], tuple[Plan, Path]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Tensor]:
+    return run_plain(tmp_path_factory.mktemp("plain"), [str(path) for _, path in layered.values()])
+
+
+def run_plain(folder: Path, folders: list[str]) -> dict[str, Tensor]:
     """Logits and generated tokens of every expert, from one process without this package."""
-    folder = tmp_path_factory.mktemp("plain")
     exchange = folder / "exchange.safetensors"
     save_file({"ids": IDS.contiguous(), "prompt": IDS[:1, :5].clone()}, exchange)
-    folders = [str(path) for _, path in layered.values()]
     environment = {**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
     command = [sys.executable, "-I", "-c", PLAIN, str(exchange), *folders]

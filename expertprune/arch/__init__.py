@@ -3,24 +3,31 @@
 One YAML file a family, in `families/`. No other module knows a family's name.
 """
 
+from expertprune.arch.blocks import Block, CoupledTensor, Experts
 from expertprune.arch.family import (
+    EXPERT,
     MODELING,
     PER_LAYER,
-    Block,
-    CoupledTensor,
     Family,
     bundled_models,
     families,
     family_of,
+    stock_architectures,
 )
+from expertprune.arch.recognition import attention_of, recognized
 
 __all__ = [
+    "EXPERT",
     "MODELING",
     "PER_LAYER",
     "Block",
     "CoupledTensor",
+    "Experts",
     "Family",
+    "attention_of",
     "bundled_models",
     "families",
     "family_of",
+    "recognized",
+    "stock_architectures",
 ]

@@ -9,77 +9,32 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from expertprune.arch.blocks import NO_FFN, Block, ConfigKeys, CoupledTensor, Data, Experts, Rewrite
 from expertprune.errors import CheckpointError, PlanError
 from expertprune.registry import nearest
-from expertprune.units import KeptUnits, LayerShape, Segment, Structure
+from expertprune.units import DENSE, KeptUnits, LayerShape, Structure
 
 _HERE = Path(__file__).parent
 PER_LAYER = "per_layer_config"  # transformers' name for widths of single layers
 _PER_LAYER_KEYS = ("allow_global_per_layer_attribute_access", "auto_map")
 MODELING = "modeling_expert"  # the module in an expert's folder that builds such layers
+# What its config puts before the name of the stock class: an engine that does not know such layers refuses the folder
+# by name, instead of building all layers alike.
+EXPERT = "Expert"
 
 
-class _Data(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class CoupledTensor(_Data):
-    """One tensor of a layer that shrinks with its units.
-
-    `axis` of the tensor is the concatenation of `segments`. A tensor with `optional` may be absent, as biases are.
-    """
-
-    name: str
-    axis: Literal[0, 1]
-    segments: tuple[Segment, ...]
-    optional: bool = False
-
-
-class Block(_Data):
-    """The FFN or the attention of a layer: its output module, whose input channels are the units, and its tensors.
-
-    `output_norm` is the module that the output passes before it is added to the residual stream, where there is one.
-    """
-
-    output: str
-    tensors: tuple[CoupledTensor, ...]
-    output_norm: str | None = None
-
-    @property
-    def output_weight(self) -> str:
-        return f"{self.output}.weight"
-
-
-class Rewrite(_Data):
-    """Another config that expresses the same network, for head counts which the family's own cannot."""
-
-    model_type: str
-    architectures: tuple[str, ...]
-    set: Mapping[str, Any] = Field(default_factory=dict)
-    remove: tuple[str, ...] = ()
-    requires: Mapping[str, Any] = Field(default_factory=dict)
-    zero_tensors: tuple[str, ...] = ()
-
-
-class ConfigKeys(_Data):
-    """The config's keys for the widths of a layer."""
-
-    hidden: str
-    layers: str
-    ffn: str
-    query_heads: str
-    kv_heads: str
-    head_dim: str
-
-
-class Family(_Data):
+class Family(Data):
     """A model family as data.
 
     `residual: additive` promises that a layer's output is its input plus the outputs of the two blocks, which the
     repair uses to aim at the residual stream; `residual: normed`, that each output passes its block's `output_norm`
-    first.
+    first. `defaults` are what the config means by keys that it leaves out. `structures` can be cut; where heads are none
+    of them, `why_no_heads` says why. `heads_require` are values of the config (dots lead into it) without which its head
+    counts cannot be changed. `attention_implementation` is the one of transformers that computes the network as it is
+    meant. `vllm_single_layers` are vLLM's classes that read a layer's widths from the config while they build it, so that
+    `serving.plugin` can give each layer widths of its own.
     """
 
     family: str
@@ -87,10 +42,41 @@ class Family(_Data):
     layers: str
     residual: Literal["additive", "normed"]
     config: ConfigKeys
-    ffn: Block
     attention: Block
+    ffn: Block = NO_FFN
+    experts: Experts | None = None
+    config_requires: Mapping[str, Any] = Field(default_factory=dict)
+    defaults: Mapping[str, int] = Field(default_factory=dict)
+    structures: tuple[Structure, ...] = DENSE
+    why_no_heads: str = ""
+    attention_implementation: Literal["sdpa", "eager"] = "sdpa"
+    listed: bool = True  # by a file, and so held against the oracle here; not read off a checkpoint
     heads_divide_hidden: bool = False
+    heads_require: Mapping[str, Any] = Field(default_factory=dict)
     when_heads_change: Rewrite | None = None
+    vllm_single_layers: tuple[str, ...] = ()
+    vocabulary: tuple[str, ...] = ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias")
+    """Tensors with one row for each token; the first is the embedding, the others may be absent (tied, without bias)."""
+
+    @property
+    def heads_are_units(self) -> bool:
+        return Structure.KV_GROUPS in self.structures
+
+    @model_validator(mode="after")
+    def _neurons_or_experts(self) -> Self:
+        if len({self.ffn == NO_FFN, self.config.ffn is None, self.experts is not None}) > 1:
+            raise ValueError("a family has either ffn, and its key in config, or experts")
+        if (Structure.FFN in self.structures) == (self.experts is not None):
+            raise ValueError("structures: ffn goes with ffn, and experts with experts")
+        return self
+
+    @model_validator(mode="after")
+    def _heads_with_their_groups(self) -> Self:
+        if (Structure.QUERY_HEADS in self.structures) != self.heads_are_units:
+            raise ValueError("structures: query_heads and kv_groups are cut together or not at all")
+        if bool(self.why_no_heads) == self.heads_are_units:
+            raise ValueError("why_no_heads goes with structures that name no heads, and only with those")
+        return self
 
     @model_validator(mode="after")
     def _norms_as_promised(self) -> Self:
@@ -103,8 +89,14 @@ class Family(_Data):
         return self.ffn if structure is Structure.FFN else self.attention
 
     @property
+    def has_ffn(self) -> bool:
+        return self.experts is None
+
+    @property
     def tensors(self) -> tuple[CoupledTensor, ...]:
-        return self.ffn.tensors + self.attention.tensors
+        """All that shrink along an axis; what each expert owns is dropped whole (see `Experts`)."""
+        experts = self.experts.tensors if self.experts is not None else ()
+        return self.ffn.tensors + self.attention.tensors + experts
 
     def layer_prefix(self, layer: int) -> str:
         return f"{self.layers}.{layer}."
@@ -116,7 +108,10 @@ class Family(_Data):
             CheckpointError: a key is missing, or the head counts make no legal grouped-query attention.
         """
         count = _positive(config, self.config.layers)
-        single = config.get(PER_LAYER) or {}
+        for key, wanted in self.config_requires.items():
+            if config.get(key) not in (None, wanted):
+                raise CheckpointError(f"config.json: {key!r} is {config[key]!r}, and only {wanted!r} can be cut")
+        config, single = {**self.defaults, **config}, config.get(PER_LAYER) or {}
         return tuple(
             self._layer_shape({**config, **single.get(str(i), single.get(str(i).zfill(len(str(count - 1))), {}))})
             for i in range(count)
@@ -131,7 +126,22 @@ class Family(_Data):
             raise CheckpointError(
                 f"config.json: {keys.query_heads} ({query_heads}) is no multiple of {keys.kv_heads} ({kv_heads})"
             )
-        return LayerShape(hidden, _positive(config, keys.ffn), query_heads, kv_heads, head_dim)
+        ffn = _positive(config, keys.ffn) if keys.ffn is not None else 0
+        return LayerShape(hidden, ffn, query_heads, kv_heads, head_dim, self._count(config))
+
+    def _count(self, config: Mapping[str, Any]) -> int:
+        """How many experts a layer has."""
+        if self.experts is None:
+            return 0
+        keys = [key for key in self.experts.count if config.get(key) is not None] or [self.experts.count[0]]
+        counts = {_positive(config, key) for key in keys}
+        if len(counts) > 1:
+            raise CheckpointError(f"config.json: {' and '.join(keys)} disagree")
+        return counts.pop()
+
+    def experts_per_token(self, config: Mapping[str, Any]) -> int:
+        """How many experts the router chooses for each token; 0 where there is none."""
+        return 0 if self.experts is None else _positive({**self.defaults, **config}, self.experts.per_token)
 
     def pruned_config(self, config: Mapping[str, Any], kept: list[KeptUnits]) -> dict[str, Any]:
         """The expert's `config.json`: the base's, with the new widths.
@@ -147,7 +157,11 @@ class Family(_Data):
         changed = [new for new, old in zip(shapes, base, strict=True) if self.heads_changed(old, new)]
         for new in changed:
             self._check_heads(config, new)
+        self._check_experts(config, shapes)
         result |= self._widths(max(shapes, key=lambda shape: shape.ffn))
+        if self.experts is not None:
+            keys = [key for key in self.experts.count if key in config] or [self.experts.count[0]]
+            result |= dict.fromkeys(keys, shapes[0].experts)
         if changed:
             result[self.config.query_heads] = max(shape.query_heads for shape in shapes)
             result[self.config.kv_heads] = max(shape.kv_heads for shape in shapes)
@@ -165,28 +179,59 @@ class Family(_Data):
         return _with_layers(result, [self._widths(shape) for shape in shapes])
 
     def _widths(self, shape: LayerShape) -> dict[str, int]:
-        """A layer's widths under the config's keys."""
+        """A layer's widths under the config's keys; the number of experts is the same in all layers."""
         keys = self.config
-        return {
-            keys.ffn: shape.ffn,
-            keys.query_heads: shape.query_heads,
-            keys.kv_heads: shape.kv_heads,
-            keys.head_dim: shape.head_dim,
-        }
+        ffn = {keys.ffn: shape.ffn} if keys.ffn is not None else {}
+        heads = {keys.query_heads: shape.query_heads, keys.kv_heads: shape.kv_heads, keys.head_dim: shape.head_dim}
+        return ffn | heads
+
+    def _check_experts(self, config: Mapping[str, Any], shapes: list[LayerShape]) -> None:
+        least = self.experts_per_token(config)
+        counts = {shape.experts for shape in shapes}
+        if self.experts is not None and len(counts) > 1:
+            raise PlanError(f"family {self.family!r} keeps the same number of experts in every layer")
+        if min(counts) < least:
+            raise PlanError(
+                f"{min(counts)} experts are fewer than the {least} that the router chooses for each token "
+                f"({self.experts.per_token if self.experts else ''})"
+            )
 
     def layer_config(self, config: Any, index: int, shape: LayerShape) -> Any:
         """A running model's `transformers` config with the widths of one layer, for building that layer alone."""
         small = copy.copy(config.per_layer_config[index] if config.is_heterogeneous else config)
         for key, value in self._widths(shape).items():
             setattr(small, key, value)
+        for key in self.experts.count if self.experts is not None else ():
+            if hasattr(small, key):
+                setattr(small, key, shape.experts)
         return small
 
     @staticmethod
     def heads_changed(old: LayerShape, new: LayerShape) -> bool:
         return (old.query_heads, old.kv_heads) != (new.query_heads, new.kv_heads)
 
+    def check_single_layers(self, config: Mapping[str, Any]) -> None:
+        """Raises `PlanError` where an expert whose layers have widths of their own could not be built or served."""
+        architectures = stock_architectures(config)
+        instead = "; with compose.allocation: uniform all layers keep the same widths"
+        if not architectures:
+            raise PlanError(
+                "config.json of the base names no architectures, so there is no class to build layers of different "
+                f"widths from{instead}"
+            )
+        if not self.vllm_single_layers:
+            raise PlanError(f"vLLM serves no layers of different widths of family {self.family!r}{instead}")
+
     def _check_heads(self, config: Mapping[str, Any], new: LayerShape) -> None:
         rewrite = self.when_heads_change
+        if not self.heads_are_units:
+            raise PlanError(f"heads of family {self.family!r} cannot be cut: {self.why_no_heads}")
+        for key, wanted in self.heads_require.items():
+            if (found := _looked_up(config, key, wanted)) != wanted:
+                raise PlanError(
+                    f"heads of this base cannot be cut: its config says {key}: {found!r}, and only {wanted!r} goes with "
+                    "other head counts"
+                )
         divides = self.heads_divide_hidden or (
             rewrite is not None and family_of(rewrite.model_type).heads_divide_hidden
         )
@@ -214,17 +259,32 @@ def _positive(config: Mapping[str, Any], key: str) -> int:
     return value
 
 
+def _looked_up(config: Mapping[str, Any], dotted: str, default: Any) -> Any:
+    """A value inside a config; `default` where the way there ends."""
+    value: Any = config
+    for key in dotted.split("."):
+        value = value.get(key, default) if isinstance(value, Mapping) else default
+    return value
+
+
+def stock_architectures(config: Mapping[str, Any]) -> list[str]:
+    """The classes of transformers that a config names, whether or not its layers have widths of their own."""
+    return [name.removeprefix(EXPERT) for name in config.get("architectures") or []]
+
+
 def _with_layers(config: dict[str, Any], widths: list[dict[str, int]]) -> dict[str, Any]:
     """The config with the widths of single layers where they are not the whole model's, and the code that reads them."""
     layers = {
         str(index): different
         for index, layer in enumerate(widths)
-        if (different := {key: value for key, value in layer.items() if config.get(key, value) != value})
+        if (different := {key: value for key, value in layer.items() if config.get(key) not in (None, value)})
     }
     if config.pop(PER_LAYER, None) is not None:  # the base had such widths itself
         config = {key: value for key, value in config.items() if key not in _PER_LAYER_KEYS}
+        config["architectures"] = stock_architectures(config)
     if layers:
         config |= {
+            "architectures": [EXPERT + name for name in stock_architectures(config)],
             PER_LAYER: layers,
             "allow_global_per_layer_attribute_access": True,
             "auto_map": {"AutoModelForCausalLM": f"{MODELING}.ExpertForCausalLM"},
@@ -261,14 +321,14 @@ def family_of(model_type: str) -> Family:
     return families()[model_type]
 
 
-class PackagedFile(_Data):
+class PackagedFile(Data):
     """A file inside an installed package; the package is found by its `module`, and none of its code is run."""
 
     module: str
     file: str
 
 
-class BundledModel(_Data):
+class BundledModel(Data):
     """A real model that comes as a package: GGUF `file` inside the installed `module`.
 
     One that is too large for a package comes in several, as `parts` whose bytes in this order are the file with digest

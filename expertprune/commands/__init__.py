@@ -1,1 +1,1 @@
-"""Commands that stand in files of their own; `cli.py` adds them to the others."""
+"""The commands by what they are about; `cli` puts them together."""

@@ -59,7 +59,6 @@ def evaluate(
     """Measure what an expert kept of its base, and write it into the expert's folder.
 
     \b
-    expertprune evaluate experts/medical-qa --corpus medical
     expertprune evaluate experts/medical-qa --suite medical --suite general --fail-under expert=0.97,general=0.9
     """
     from expertprune.report import retention_table

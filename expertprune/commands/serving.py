@@ -65,7 +65,6 @@ def serve(folders: tuple[str, ...], port: int, host: str, log: Path | None, pati
     Several folders get an engine each; a request's "model" says which is meant. Arguments after -- go to vLLM.
 
     \b
-    expertprune serve experts/medical-qa
     expertprune serve experts/medical-qa experts/german --port 8080 -- --max-num-seqs 64
     """
     places = list(itertools.takewhile(lambda text: not text.startswith("-"), folders))

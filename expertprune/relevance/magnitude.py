@@ -3,9 +3,10 @@
 from torch import Tensor
 
 from expertprune.relevance.statistics import UnitStatistics, criterion
+from expertprune.units import Structure
 
 
-@criterion("magnitude", paper="https://arxiv.org/abs/1608.08710", sees_data=False)
+@criterion("magnitude", paper="https://arxiv.org/abs/1608.08710", sees_data=False, structures=tuple(Structure))
 def magnitude(statistics: UnitStatistics) -> Tensor:
     """Frobenius norm of all weights that leave with the unit, the same for every document, `[documents, units]`."""
     return statistics.weight_norm.expand(statistics.documents, -1)

@@ -9,6 +9,7 @@ from enum import StrEnum
 from torch import Tensor
 
 from expertprune.registry import Registry
+from expertprune.units import DENSE, Structure
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class UnitStatistics:
         regional: `[documents, units]`, derivative of the mean norm of the layer's output with respect to the unit's mask,
             from one backward pass per layer; `None` where it was not made.
         removal: `[units]`, the least squares error of each removal in greedy order; `None` where it was not computed.
+        frequency: `[documents, experts]`, part of a document's tokens that are routed to an expert; `None` for other units.
+        routed_norm: `[documents, experts]`, mean over the tokens routed to an expert of the router's weight times the norm
+            of the expert's output, 0 where there are none; `None` for other units.
         layer: position of the layer.
         seed: for criteria that draw random numbers; differs between structures and layers.
     """
@@ -48,6 +52,8 @@ class UnitStatistics:
     gradient: Tensor | None = None
     regional: Tensor | None = None
     removal: Tensor | None = None
+    frequency: Tensor | None = None
+    routed_norm: Tensor | None = None
 
     @property
     def units(self) -> int:
@@ -79,7 +85,7 @@ class Pass(StrEnum):
 class Criterion:
     """A named way to score units: `score` gives `[documents, units]`, larger is more relevant.
 
-    `sees_data` is off where the scores are the same whatever the corpus.
+    `sees_data` is off where the scores are the same whatever the corpus; `structures` are those that it scores.
     """
 
     name: str
@@ -87,16 +93,23 @@ class Criterion:
     score: Scores
     needs: Pass | None = None
     sees_data: bool = True
+    structures: tuple[Structure, ...] = DENSE
 
 
 criteria: Registry[Criterion] = Registry("criterion")
 
 
-def criterion(name: str, paper: str, needs: Pass | None = None, sees_data: bool = True) -> Callable[[Scores], Scores]:
+def criterion(
+    name: str,
+    paper: str,
+    needs: Pass | None = None,
+    sees_data: bool = True,
+    structures: tuple[Structure, ...] = DENSE,
+) -> Callable[[Scores], Scores]:
     """Register a function as the criterion `name`; `paper` is its source's address, `needs` the pass beyond forward."""
 
     def add(function: Scores) -> Scores:
-        criteria.register(name)(Criterion(name, paper, function, needs, sees_data))
+        criteria.register(name)(Criterion(name, paper, function, needs, sees_data, structures))
         return function
 
     return add

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from expertprune.arch import Family, bundled_models, families, family, family_of
 from expertprune.arch.family import BundledModel
@@ -64,9 +64,14 @@ GEMMA3: dict[str, Any] = {
 }
 ALL_BIASES = {
     "llama": {"attention_bias": True, "mlp_bias": True},
-    "qwen2": {},
+    "gemma2": {"attention_bias": True},
     "gemma3_text": {"attention_bias": True},
+    "olmo2": {"attention_bias": True},
+    "qwen3": {"attention_bias": True},
 }
+
+WITH_FFN = [name for name, data in families().items() if data.has_ffn]
+WITH_EXPERTS = [name for name, data in families().items() if data.experts is not None]
 
 
 def first_units(ffn: int, heads_per_group: int, kv_groups: int, per_group: int = 2) -> KeptUnits:
@@ -81,13 +86,18 @@ def without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
 # --- the data against the real models
 
 
-@pytest.mark.parametrize("name", families())
+@pytest.mark.parametrize("name", WITH_FFN)
 def test_coupled_tensors_are_all_that_change_with_the_widths(name: str) -> None:
     """Two real models that differ in FFN and head counts: the axes that differ are the coupled ones, no more, no less."""
     data = family_of(name)
-    small = tiny_model(name, **ALL_BIASES[name]).state_dict()
+    small = tiny_model(name, **ALL_BIASES.get(name, {})).state_dict()
     large = tiny_model(
-        name, intermediate_size=40, num_attention_heads=12, num_key_value_heads=6, head_dim=4, **ALL_BIASES[name]
+        name,
+        intermediate_size=40,
+        num_attention_heads=12,
+        num_key_value_heads=6,
+        head_dim=4,
+        **ALL_BIASES.get(name, {}),
     ).state_dict()
     assert small.keys() == large.keys()
     prefix = data.layer_prefix(1)
@@ -103,20 +113,47 @@ def test_coupled_tensors_are_all_that_change_with_the_widths(name: str) -> None:
     assert all(small[n].shape == large[n].shape for n in outside)
 
 
-@pytest.mark.parametrize("name", families())
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_tensors_of_experts_are_all_that_change_with_their_number(name: str) -> None:
+    """And with the number of heads, where they can be cut: two real models that differ in both."""
+    data = family_of(name)
+    assert data.experts is not None
+    biases = {"attention_bias": True} if name == "qwen3_moe" else {}
+    heads = {"num_attention_heads": 12, "num_key_value_heads": 6, "head_dim": 4} if data.heads_are_units else {}
+    small = tiny_model(name, **biases).state_dict()
+    large = tiny_model(name, **{data.experts.count[0]: 8}, **heads, **biases).state_dict()
+    prefix = data.layer_prefix(1)
+    changed = {
+        (full.removeprefix(prefix), axis)
+        for full in small
+        if full.startswith(prefix)
+        for axis, (a, b) in enumerate(zip(small[full].shape, large[full].shape, strict=True))
+        if a != b
+    }
+    stored_otherwise = set(data.experts.stored.values())
+    tensors = data.tensors if data.heads_are_units else data.experts.tensors
+    coupled = {(tensor.name, tensor.axis) for tensor in tensors if tensor.name not in stored_otherwise}
+    assert changed == coupled
+    for tensor in data.experts.tensors:
+        if tensor.name not in stored_otherwise:
+            assert small[prefix + tensor.name].shape[0] == 6
+
+
+@pytest.mark.parametrize("name", WITH_FFN)
 def test_axes_have_the_length_of_their_segments(name: str) -> None:
     data, shape = family_of(name), LayerShape(24, 32, 6, 3, 4)
     lengths = {"ffn": 32, "query": 24, "key_value": 12}
-    state = tiny_model(name, **ALL_BIASES[name]).state_dict()
+    state = tiny_model(name, **ALL_BIASES.get(name, {})).state_dict()
     for coupled in data.tensors:
         tensor = state[data.layer_prefix(0) + coupled.name]
         assert tensor.shape[coupled.axis] == sum(lengths[segment] for segment in coupled.segments)
         assert tensor.shape[coupled.axis] == sum(shape.segment_rows(segment) for segment in coupled.segments)
 
 
-@pytest.mark.parametrize("name", families())
+@pytest.mark.parametrize("name", WITH_FFN)
 def test_output_modules_take_the_units_and_optional_tensors_may_be_absent(name: str) -> None:
-    data, model = family_of(name), tiny_model(name)
+    no_biases = {"qwen3": {"attention_bias": False}, "starcoder2": {"use_bias": False}}
+    data, model = family_of(name), tiny_model(name, **no_biases.get(name, {}))
     layer = model.get_submodule(data.layer_prefix(0).rstrip("."))
     assert layer.get_submodule(data.block(Structure.FFN).output).in_features == 32
     assert layer.get_submodule(data.block(Structure.QUERY_HEADS).output).in_features == 24
@@ -125,7 +162,7 @@ def test_output_modules_take_the_units_and_optional_tensors_may_be_absent(name: 
     assert {coupled.name for coupled in data.tensors if not coupled.optional} == present
 
 
-@pytest.mark.parametrize("name", families())
+@pytest.mark.parametrize("name", WITH_FFN)
 def test_the_residual_stream_is_what_the_family_promises(name: str) -> None:
     """Each layer adds the outputs of its two blocks to the stream, behind their norms where the family names them."""
     data, model = family_of(name), tiny_model(name)
@@ -194,7 +231,7 @@ def test_one_model_type_belongs_to_one_family(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize(
     ("unknown", "hint"),
-    [("lama", "'llama'"), ("Llama2", "'llama'"), ("qwen3", "'qwen2'"), ("gemma3", "'gemma3_text'")],
+    [("lama", "'llama'"), ("Llama2", "'llama'"), ("qwen22", "'qwen2'"), ("gemma3text", "'gemma3_text'")],
 )
 def test_unknown_model_type_is_answered_with_the_nearest(unknown: str, hint: str) -> None:
     with pytest.raises(CheckpointError) as error:
@@ -248,6 +285,19 @@ def test_a_bundled_model_lies_in_one_module_or_in_parts_with_a_digest(entry: dic
 )
 def test_layer_shapes(config: dict[str, Any], expected: LayerShape) -> None:
     assert family_of(config["model_type"]).layer_shapes(config) == (expected, expected)
+
+
+@pytest.mark.parametrize("name", families())
+def test_what_a_config_leaves_out_means_what_transformers_means(name: str) -> None:
+    stated = {"hidden_size": 96, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 32}
+    experts = family_of(name).experts
+    stated |= {experts.count[0]: 16} if experts is not None else {}
+    theirs = CONFIG_MAPPING[name](**stated)
+    shape = family_of(name).layer_shapes(stated)[0]
+    assert shape.experts == (16 if experts is not None else 0)
+    assert family_of(name).experts_per_token(stated) == (theirs.num_experts_per_tok if experts is not None else 0)
+    assert shape.kv_heads == theirs.num_key_value_heads
+    assert shape.head_dim == (getattr(theirs, "head_dim", None) or 96 // 32)
 
 
 @pytest.mark.parametrize("value", [None, 0, -3, 2.5, "32"])
@@ -362,15 +412,16 @@ def test_sliding_windows_forbid_cutting_heads_but_not_neurons() -> None:
     assert pruned_config(without(QWEN2, "use_sliding_window"), first_units(32, 1, 3))["model_type"] == "llama"
 
 
-@pytest.mark.parametrize("data", sorted(families().values(), key=lambda data: data.family), ids=lambda d: d.family)
+@pytest.mark.parametrize("data", [family_of(name) for name in WITH_FFN], ids=lambda data: data.family)
 def test_layers_of_different_widths_are_said_layer_by_layer(data: Family) -> None:
-    config = {"llama": LLAMA, "qwen2": QWEN2, "gemma3": GEMMA3}[data.family]
-    kept = [first_units(19, 2, 3), first_units(20, 2, 3)]
+    config = tiny_model(data.model_types[0]).config.to_dict() | {"architectures": ["OfThisFamily"]}
+    kept = [first_units(19, 2, 3), first_units(20, 2, 3), first_units(20, 2, 3)]
     written = data.pruned_config(config, kept)
     assert written["intermediate_size"] == 20
     assert written["per_layer_config"] == {"0": {"intermediate_size": 19}}
     assert written["auto_map"] == {"AutoModelForCausalLM": "modeling_expert.ExpertForCausalLM"}
-    assert [shape.ffn for shape in data.layer_shapes(written)] == [19, 20]
+    assert written["architectures"] == ["ExpertOfThisFamily"]
+    assert [shape.ffn for shape in data.layer_shapes(written)] == [19, 20, 20]
 
 
 def test_rewritten_config_keeps_the_defaults_of_the_base(tmp_path: Path) -> None:

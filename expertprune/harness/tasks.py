@@ -1,17 +1,11 @@
-"""lm-evaluation-harness: its tasks, run on one model, as one score per example.
-
-Prompts, likelihoods, generation, answer extraction and the metrics are its own; here is only what pairs them by example.
-Its functions are Python (`!function` in a task's YAML), and are run.
-"""
+"""lm-evaluation-harness' tasks, run on one model, as one score per example."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
-import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,16 +16,15 @@ from numpy.typing import NDArray
 from expertprune.corpora import Document
 from expertprune.errors import SpecError
 from expertprune.files import digest_of
+from expertprune.harness.quiet import quiet
 from expertprune.registry import nearest
 from expertprune.suites import TaskEntry
 
-log = logging.getLogger(__name__)
 Floats = NDArray[np.float64]
 _PREFERRED = ("exact_match", "acc_norm", "acc", "f1", "bits_per_byte", "byte_perplexity", "word_perplexity")
 # Sums of log-likelihoods over bytes or words, and what they are reported as.
 _RATES = {"bits_per_byte": "bits_per_byte", "byte_perplexity": "bits_per_byte", "word_perplexity": "bits_per_word"}
 _SEED = 1234  # of few-shot examples, as in lm-evaluation-harness
-_BATCH = 8
 _FILES = ("json", "csv", "text", "parquet")  # dataset builders that read local files
 _LONG = 60  # characters from which a field of an example is looked for among calibration documents
 
@@ -152,7 +145,7 @@ def load_task(entry: TaskEntry, generates: bool, limit: int | None = None) -> Ha
         SpecError: its data cannot be had, it has no example, or its metric cannot be paired by example.
     """
     label = entry.label
-    with _quiet():
+    with quiet():
         try:
             leaves = _load(entry)
             for leaf in leaves.values():
@@ -216,8 +209,10 @@ def _described(
     if (first.OUTPUT_TYPE == "generate_until") != generates:
         wrong, right = ("tasks", "generation") if not generates else ("generation", "tasks")
         raise SpecError(f"task {label}: its output is {first.OUTPUT_TYPE}: put it under {right!r}, not under {wrong!r}")
-    metrics = list((first.config.metric_list and [each["metric"] for each in first.config.metric_list]) or [])
-    metric = entry.metric or next((name for name in _PREFERRED if name in metrics), metrics[0] if metrics else "")
+    metrics = [each["metric"] for each in getattr(first.config, "metric_list", None) or []]
+    if not metrics:
+        raise SpecError(f"task {label}: it is computed by code of its own, not by example; choose another task")
+    metric = entry.metric or next((name for name in _PREFERRED if name in metrics), metrics[0])
     if metric not in metrics:
         raise SpecError(f"task {label}: it has no metric {metric!r}{nearest(metric, metrics)}")
     filters = [each["name"] for each in first.config.filter_list or [{"name": "none"}]]
@@ -234,7 +229,7 @@ def _described(
         requests.append([[each.args for each in those], target, those[0].request_type])
         prompt = leaves[name].doc_to_text(document)
         texts.append(_texts(document, prompt if isinstance(prompt, str) else str(those[0].args[0]), target))
-        guesses.append(1 / len(those))
+        guesses.append((2 if "acc_mutual_info" in metrics else 1) / len(those))  # it asks for each choice twice
     chance = entry.chance
     if chance is None and first.OUTPUT_TYPE == "multiple_choice" and metric.startswith("acc"):
         chance = float(np.mean(guesses))
@@ -274,7 +269,7 @@ def run_task(task: HarnessTask, model: Any, limit: int | None = None) -> Scores:
     """
     from lm_eval.evaluator import evaluate
 
-    with _quiet():
+    with quiet():
         for leaf in task.leaves.values():  # few-shot examples are drawn while prompts are built: the same ones again
             leaf.set_fewshot_seed(seed=_SEED)
         loaded = {"tasks": task.leaves, "groups": {}, "group_map": {}}
@@ -310,71 +305,3 @@ def _value(task: HarnessTask, value: Any) -> tuple[float, float]:
         f"task {task.label}: {task.metric} is not a mean over examples, so base and expert cannot be paired; "
         f"choose another metric, such as {', '.join(_PREFERRED[:4])}"
     )
-
-
-# --- models -----------------------------------------------------------------------------------------------------------
-
-
-def running_model(model: Any, tokenizer: Any) -> Any:
-    """A running `transformers` model for lm-evaluation-harness."""
-    from lm_eval.models.huggingface import HFLM
-
-    with _quiet():
-        return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH)
-
-
-def served_model(folder: Path, url: str, name: str, tokenizer: Any) -> Any:
-    """A model behind a completions endpoint for lm-evaluation-harness.
-
-    Args:
-        folder: where the model's tokenizer is: prompts are sent as its tokens.
-        url: of the endpoint, such as `http://127.0.0.1:8000/v1`.
-        name: under which it serves the model.
-    """
-    import requests
-    from lm_eval.models.openai_completions import LocalCompletionsAPI
-
-    listed = requests.get(f"{url}/models", timeout=60).json()["data"]
-    length = next((each.get("max_model_len") for each in listed if each["id"] == name), None) or 2048
-    with _quiet():
-        return LocalCompletionsAPI(
-            model=name,
-            base_url=f"{url}/completions",
-            tokenizer=str(folder),
-            tokenizer_backend="huggingface",
-            tokenized_requests=True,
-            add_bos_token=tokenizer("a")["input_ids"] != tokenizer("a", add_special_tokens=False)["input_ids"],
-            max_length=length,
-            num_concurrent=_BATCH,
-            batch_size=1,
-        )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Its progress bars and advice off, unless the user asked for logs: what is printed is the command line's to say."""
-    import datasets
-    from tqdm.std import tqdm
-
-    if log.isEnabledFor(logging.INFO):
-        yield
-        return
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval")]
-    levels = [logger.level for logger in loggers]
-    original, bars = tqdm.__init__, datasets.are_progress_bars_disabled()
-
-    def disabled(self: Any, *args: Any, **keys: Any) -> None:
-        original(self, *args, **{**keys, "disable": True})
-
-    tqdm.__init__ = disabled
-    datasets.disable_progress_bars()
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        tqdm.__init__ = original
-        if not bars:
-            datasets.enable_progress_bars()
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

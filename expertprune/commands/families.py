@@ -1,0 +1,91 @@
+"""Which model families can be cut, and whether a folder's model can."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import click
+
+from expertprune.errors import SpecError
+from expertprune.terminal import common, reporting, show, store_option
+
+
+@click.command()
+@click.option(
+    "--check",
+    "folder",
+    type=click.Path(path_type=Path),
+    help="Hold the model in this folder against the oracle: on a tiny random copy, cutting must equal masking.",
+)
+@click.option("--trust-remote-code", is_flag=True, help="With --check: run Python code that comes with the model.")
+@store_option
+@common
+@reporting
+def families(folder: Path | None, trust_remote_code: bool, store: Path | None, as_json: bool) -> None:
+    """List the model families that can be cut, or check one model.
+
+    \b
+    expertprune families
+    expertprune families --check path/to/model
+    """
+    if folder is None:
+        listed = listed_families()
+        show(as_json, {"kind": "families", "families": listed}, lambda: _table(listed))
+        return
+    if not folder.is_dir():
+        raise SpecError(f"--check: {folder}: no such folder")
+    checked = _checked(folder, trust_remote_code, store)
+    how = "listed" if checked["listed"] else "not listed, recognized by its tensors"
+    text = f"{folder}: family {checked['family']} ({how}); cutting equals masking: {', '.join(checked['held'])}"
+    show(as_json, checked, lambda: text)
+
+
+def listed_families() -> list[dict[str, Any]]:
+    """What each family's file says to users: the structures that can be cut and where widths of single layers run."""
+    from expertprune.arch import families as known
+
+    each = {family.family: family for family in known().values()}
+    return [
+        {
+            "family": name,
+            "model_types": list(family.model_types),
+            "structures": [structure.value for structure in family.structures],
+            "why_no_heads": family.why_no_heads,
+            "layer_widths": {"transformers": True, "vllm": bool(family.vllm_single_layers)},
+        }
+        for name, family in sorted(each.items())
+    ]
+
+
+def _table(families: list[dict[str, Any]]) -> Any:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("family", "model_type", "structures that can be cut", "widths of single layers in vLLM")
+    for family in families:
+        structures = ", ".join(family["structures"])
+        vllm = "yes" if family["layer_widths"]["vllm"] else "no: uniform widths only"
+        table.add_row(family["family"], ", ".join(family["model_types"]), structures, vllm)
+    notes = [
+        f"{family['family']}: no heads, since {family['why_no_heads']}" for family in families if family["why_no_heads"]
+    ]
+    notes.append(
+        "A model that is not listed is taken where its tensors look like a gated FFN (gate_proj, up_proj, down_proj) and an "
+        "attention of heads (q_proj, k_proj, v_proj, o_proj), and the oracle holds on a tiny random copy: --check FOLDER."
+    )
+    return Group(table, *(Text(note) for note in notes))
+
+
+def _checked(folder: Path, trust_remote_code: bool, store: Path | None) -> dict[str, Any]:
+    from expertprune.files import store_folder
+    from expertprune.models import resolve_base
+    from expertprune.oracle import check_family
+    from expertprune.spec import Base
+
+    logging.getLogger("expertprune.admission").setLevel(logging.ERROR)  # what it says is said below
+    base = resolve_base(Base(model=str(folder), trust_remote_code=trust_remote_code), store_folder(store))
+    held = check_family(base, layer_widths=True)
+    return {"kind": "family check", "family": base.family.family, "listed": base.family.listed, "held": held}

@@ -1,0 +1,75 @@
+"""What a base's family allows to be cut at all, and which numbers of experts its router can work with."""
+
+from __future__ import annotations
+
+import math
+
+from expertprune.errors import PlanError
+from expertprune.models import BaseModel
+from expertprune.spec import Budget
+from expertprune.units import Structure
+
+
+def check_structures(budget: Budget, base: BaseModel) -> None:
+    """Raises `PlanError` where the budget names a structure that the base's family does not allow."""
+    family = base.family
+    allowed = ", ".join(each.value for each in family.structures)
+    for structure in Structure:
+        if getattr(budget, structure.value) and structure not in family.structures:
+            why = f"heads of family {family.family!r} cannot be cut: {family.why_no_heads}"
+            if structure in (Structure.FFN, Structure.EXPERTS):
+                why = (
+                    f"layers of family {family.family!r} have none"
+                    if structure is Structure.EXPERTS
+                    else (f"neurons inside experts, as family {family.family!r} has them, are no units of their own")
+                )
+            raise PlanError(f"budget.{structure.value}: {why}; structures that can be cut: {allowed}")
+    if family.has_ffn:
+        return
+    overall = [key for key in ("parameters", "max_parameters", "retention") if getattr(budget, key) is not None]
+    if budget.retention is not None or (overall and budget.experts):
+        raise PlanError(
+            f"budget.{overall[0]}: chooses FFN widths, of which this base has none; give budget.experts alone"
+        )
+
+
+def check_uniform(budget: Budget, base: BaseModel) -> None:
+    """Raises `PlanError` where experts would be cut and layers shall have widths of their own."""
+    overall = budget.parameters is not None or budget.max_parameters is not None
+    if not base.family.has_ffn and (budget.experts or overall):
+        raise PlanError(
+            "compose.allocation: every layer keeps the same number of experts, which is one number in the config; use "
+            "allocation: uniform"
+        )
+
+
+def legal_experts(base: BaseModel, floor: float) -> list[int]:
+    """Numbers of experts that a layer may keep, ascending: no fewer than the router chooses for each token."""
+    of = base.layers[0].experts
+    least = max(base.family.experts_per_token(base.checkpoint.config), math.ceil(floor * of - 1e-9))
+    return list(range(least, of + 1))
+
+
+def kept_experts(budget: Budget, base: BaseModel) -> int:
+    """How many experts every layer keeps."""
+    of, legal = base.layers[0].experts, legal_experts(base, budget.floor)
+    if not budget.experts:
+        return of
+    count = budget.experts if isinstance(budget.experts, int) else round(budget.experts * of)
+    largest, chosen = of - legal[0], base.family.experts_per_token(base.checkpoint.config)
+    if count > largest:
+        raise PlanError(
+            f"budget.experts: {count} of {of} experts cannot be removed: the router chooses {chosen} for each token, and "
+            f"budget.floor is {budget.floor:g}; at most {largest} can be ({rounded_down(largest / of)})"
+        )
+    if not count:
+        raise PlanError(
+            f"budget.experts: {budget.experts:g} of {of} is less than half an expert and removes nothing; the smallest "
+            f"legal one is {1 / of:.4g}"
+        )
+    return of - count
+
+
+def rounded_down(fraction: float) -> str:
+    """Rounded so that the number, typed in, is legal."""
+    return f"{math.floor(fraction * 1e4) / 1e4:g}"
