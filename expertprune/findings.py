@@ -103,7 +103,9 @@ def _missing(reason: str, command: str, folder: Path, options: str = "") -> dict
 def _size(artifacts: Artifacts) -> dict[str, Any]:
     before, after = (int(artifacts.about["parameters"][key]) for key in ("before", "after"))
     base, expert = artifacts.base_bytes, artifacts.bytes
+    rows = artifacts.about["plan"].get("vocabulary")
     return {
+        "vocabulary": rows and {"base": int(rows["of"]), "expert": int(rows["rows"])},
         "parameters": {"base": before, "expert": after, "fraction": after / before},
         "weights": {"base": base, "expert": expert, "fraction": expert / base if base else None},
     }
@@ -246,9 +248,11 @@ def _alignment(evaluation: Mapping[str, Any] | None) -> list[dict[str, Any]] | N
 def _speeds(data: Mapping[str, Any]) -> dict[str, Any]:
     """Medians of base and expert and their ratio, metric by metric, in the order of the measurement.
 
-    A ratio is the median of those of the rounds; `low` and `high` are the smallest and the largest of them.
+    A ratio is the median of those of the rounds; `low` and `high` are the smallest and the largest of them, and `None` of a
+    single round.
     """
     base, expert = data["models"]["base"], data["models"]["expert"]
+    settings, runs = data.get("settings") or {}, len(data.get("runs") or [])
     rows = []
     for metric in expert:
         values = [finite(side.get(metric)) for side in (base, expert)]
@@ -256,17 +260,19 @@ def _speeds(data: Mapping[str, Any]) -> dict[str, Any]:
         numbers = {
             key: finite(ratio.get(name)) for key, name in (("ratio", "median"), ("low", "low"), ("high", "high"))
         }
+        if runs <= 2:
+            numbers |= {"low": None, "high": None}
         rows.append({"metric": metric, "base": values[0], "expert": values[1], **numbers})
     speed = next((row["ratio"] for row in rows if row["metric"] == SPEED), None)
     limit = finite(data.get("limit"))
-    settings = data.get("settings") or {}
     return {
         "rows": rows,
         "limit": limit,
         "of_limit": speed / limit if speed and limit else None,
+        "beyond_limit": bool(speed and limit and speed > limit),
         "settings": {key: value for key, value in settings.items() if key != "arguments"},
         "arguments": list(settings.get("arguments") or []),
-        "runs": len(data.get("runs") or []),
+        "runs": runs,
         "machine": data.get("machine"),
         "versions": dict(data.get("versions") or {}),
     }

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 # Matplotlib draws with these colours, and the element names the page's variables in their place, so that one figure serves
 # light and dark.
-INK, MUTED, RULE, PAPER, ACCENT = "#010101", "#020202", "#030303", "#040404", "#050505"
+INK, MUTED, RULE, ACCENT = "#010101", "#020202", "#030303", "#040404"
 SERIES = tuple(f"#0600{number:02x}" for number in range(6))
 _VARIABLES = {
-    INK: "--ink", MUTED: "--muted", RULE: "--rule", PAPER: "--paper", ACCENT: "--accent",
+    INK: "--ink", MUTED: "--muted", RULE: "--rule", ACCENT: "--accent",
     **{colour: f"--series-{number}" for number, colour in enumerate(SERIES)},
 }  # fmt: skip
 _SVG, _XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"

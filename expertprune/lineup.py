@@ -16,7 +16,7 @@ def lineup(experts: Sequence[ReportData]) -> dict[str, Any]:
 
     `rows` holds every metric that one of them was measured on, with a cell for each expert (or `None`), and two reasons why
     numbers in a row cannot be compared, or `None`: `values` of the experts' own numbers, `retention` of their part of the
-    base's. `throughput` holds the speed ratios likewise.
+    base's.
     """
     same_base = _same(experts, lambda expert: expert.base["digest"])
     keys = dict.fromkeys((row["group"], row["name"], row["metric"]) for each in experts for row in each.metrics)
@@ -37,7 +37,20 @@ def lineup(experts: Sequence[ReportData]) -> dict[str, Any]:
         notes.append("Throughput was measured on different machines.")
     elif not _same(timed, lambda expert: (expert.throughput or {})["settings"]):
         notes.append("Throughput was measured with different prompts.")
-    return {"same_base": same_base, "notes": notes, "rows": rows}
+    return {"same_base": same_base, "notes": notes, "structures": _structures(experts), "rows": rows}
+
+
+def _structures(experts: Sequence[ReportData]) -> list[dict[str, Any]]:
+    """Kept units of every structure that one of the experts has, with a cell for each expert (or `None`)."""
+    labels = {entry["structure"]: entry["label"] for expert in experts for entry in expert.structures}
+    rows = []
+    for structure, label in labels.items():
+        found = [
+            next((entry for entry in each.structures if entry["structure"] == structure), None) for each in experts
+        ]
+        cells = [entry and {key: entry[key] for key in ("units", "kept", "kept_fraction")} for entry in found]
+        rows.append({"structure": structure, "label": label, "cells": cells})
+    return rows
 
 
 def _same(experts: Sequence[ReportData], key: Callable[[ReportData], Any]) -> bool:

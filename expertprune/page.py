@@ -239,6 +239,8 @@ def headline_rows(expert: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _with_interval(numbers: Mapping[str, Any], key: str) -> str:
+    if key == "ratio" and numbers["low"] is None:
+        return f"{formats.ratio(numbers[key])} (one round)"
     value, low, high = (
         formats.UNDEFINED if numbers[each] is None else formats.ratio(numbers[each]) for each in (key, "low", "high")
     )

@@ -17,12 +17,17 @@ from expertprune.comparison import (
     irrelevant_units,
     relevance,
 )
+from expertprune.pictures import STRUCTURES
 from expertprune.relevance import Criterion
 from expertprune.units import Structure
 
-LABELS = {Structure.FFN: "FFN neurons", Structure.QUERY_HEADS: "query heads", Structure.KV_GROUPS: "KV groups"}
 KINDS = ("shared", "expert_exclusive", "general_exclusive")
 FRACTION = 0.25  # of a layer's units that count as irrelevant where nothing was cut
+
+
+def label(structure: Structure) -> str:
+    """What a structure's units are called."""
+    return STRUCTURES.get(structure.value, structure.value.replace("_", " "))
 
 
 def decided(plan: Plan) -> list[Structure]:
@@ -31,16 +36,18 @@ def decided(plan: Plan) -> list[Structure]:
 
 
 def kept_units(plan: Plan) -> list[dict[str, Any]]:
-    """Kept and cut units of every structure by layer, who protected them, and their kinds, summed over layers."""
+    """Kept and cut units of every structure that the model has, by layer, and who protected them; kinds over all layers."""
     found = []
     for structure in Structure:
         of = [shape.units(structure) for shape in plan.shapes]
+        if not sum(of):
+            continue
         kept = [len(units.of(structure)) for units in plan.kept]
         why = [layer.why.get(structure.value) for layer in plan.layers]
         found.append(
             {
                 "structure": structure.value,
-                "label": LABELS[structure],
+                "label": label(structure),
                 "decided": any(why),
                 "units": sum(of),
                 "kept": sum(kept),
@@ -91,7 +98,7 @@ def relevance_findings(
         found.append(
             {
                 "structure": structure.value,
-                "label": LABELS[structure],
+                "label": label(structure),
                 "corpora": [{"name": name, **_shares(layers, cut)} for name, layers in by_corpus.items()],
                 "overlap": _overlap(by_corpus, cut),
             }

@@ -16,6 +16,7 @@ from expertprune.errors import CheckpointError, PlanError
 from expertprune.evidence import read_artifacts
 from expertprune.findings import ReportData, findings, metric_rows
 from expertprune.lineup import lineup
+from expertprune.page import headline_rows
 from tests.experts import about, copied, measured, throughput
 
 Build = tuple[Path, Path]
@@ -73,6 +74,19 @@ def test_a_measurement_of_throughput_keeps_what_has_no_ratio(tiny_build: Build, 
     rows = {row["metric"]: row for row in found["rows"]}
     assert (rows["memory_bytes"]["base"], rows["memory_bytes"]["ratio"]) == (2e9, None)
     assert (found["runs"], found["settings"]["prompts"], found["arguments"]) == (6, 32, ["--seed", "a b"])
+
+
+def test_one_round_has_no_spread_and_a_disturbed_one_is_said(tiny_build: Build, tmp_path: Path) -> None:
+    folder = copied(tiny_build, tmp_path / "e")
+    measurement = throughput() | {"runs": [{}] * 2}
+    measurement["ratios"]["output_tokens_per_second"] = {"median": 1.5, "low": 1.5, "high": 1.5}
+    (folder / "throughput.json").write_text(json.dumps(measurement))
+    found = report_of(folder, tiny_build[1])
+    assert found.speed is not None
+    assert found.throughput is not None
+    assert (found.speed["ratio"], found.speed["low"], found.speed["high"]) == (1.5, None, None)
+    assert found.throughput["beyond_limit"] is True  # 1.5 against 1.25
+    assert headline_rows(found.document())[-1][1] == "1.5000 (one round), output tokens/s"
 
 
 # --- metrics --------------------------------------------------------------------------------------------------------
@@ -165,6 +179,14 @@ def test_a_criterion_that_sees_no_corpus_has_no_relevance_by_corpus(tiny_build: 
     found = report_of(folder, tiny_build[1])
     assert found.relevance is None
     assert found.missing["relevance"]["command"] is None
+
+
+def test_vocabulary_rows_that_were_cut_are_a_part_of_the_size(tiny_build: Build) -> None:
+    assert report_of(*tiny_build).size["vocabulary"] is None
+    artifacts = read_artifacts(*tiny_build)
+    artifacts.about["plan"]["vocabulary"] = {"of": 64, "rows": 48}
+    found = findings(artifacts)
+    assert found.size["vocabulary"] == {"base": 64, "expert": 48}
 
 
 def test_a_base_that_has_moved_leaves_its_size_out(tiny_build: Build, tmp_path: Path) -> None:
@@ -262,6 +284,8 @@ def changed(build: Build, to: Path, **base: Any) -> ReportData:
 def test_experts_of_one_base_on_the_same_documents_can_be_compared(tiny_build: Build, tmp_path: Path) -> None:
     first, second = report_of(*tiny_build), changed(tiny_build, tmp_path / "e")
     found = lineup([first, second])
+    kept = {row["structure"]: [cell["kept"] for cell in row["cells"]] for row in found["structures"]}
+    assert kept == {"ffn": [72, 72], "query_heads": [12, 12], "kv_groups": [6, 6]}  # three layers of 24, 4 and 2
     assert (found["same_base"], found["notes"]) == (True, [])
     assert len(found["rows"]) == len(first.metrics)
     for row, metric in zip(found["rows"], first.metrics, strict=True):

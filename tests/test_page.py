@@ -263,6 +263,17 @@ def test_an_expert_of_which_nothing_was_cut(tiny_build: Build, tmp_path: Path) -
     assert data["experts"][0]["relevance"][0]["corpora"][0]["cut"] == 0
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_a_single_disturbed_round_is_said(tiny_build: Build, tmp_path: Path) -> None:
+    folder = measured(copied(tiny_build, tmp_path / "e"))
+    measurement = json.loads((folder / "throughput.json").read_text()) | {"runs": [{}] * 2, "limit": 1.1}
+    (folder / "throughput.json").write_text(json.dumps(measurement))
+    report(folder, store=tiny_build[1])
+    text = words(parsed((folder / "report.html").read_text()))
+    assert "1.125× one round output tokens per second, limit 1.100" in text
+    assert "More than the limit" in text
+
+
 # --- several experts ------------------------------------------------------------------------------------------------
 
 
