@@ -26,14 +26,15 @@ from expertprune.preparing import profiles_of
 from .cells import Bench, Cell
 from .peers import METHODS
 
-OURS = {
-    "profile (forward pass)": {},
+STOCK = {"relevance.criterion": "impact", "compose.allocation": "uniform"}
+OURS: dict[str, dict[str, Any]] = {
+    "profile (forward pass)": STOCK,
     "profile + gradient pass": {"relevance.criterion": "fisher"},
     "profile + regional pass": {"relevance.criterion": "regional"},
     "profile + removal pass (OBS)": {"relevance.criterion": "obs"},
-    "repair, cut projections": {"compensation.scope": "cut"},
-    "repair, all projections": {"compensation.scope": "all"},
-    "repair, OBS update": {"compensation": "obs"},
+    "repair, cut projections": {**STOCK, "compensation.scope": "cut"},
+    "repair, all projections": {**STOCK, "compensation.scope": "all"},
+    "repair, OBS update": {**STOCK, "compensation": "obs"},
 }
 
 

@@ -80,16 +80,10 @@ def _columns(cell: Cell) -> list[str]:
     return columns + (["PIQA"] if cell.piqa else [])
 
 
-GLOBAL = {"compose.allocation": "global", "relevance.criterion": "fisher"}
-OURS: dict[str, dict[str, Any]] = {
-    "ours, no repair": UNREPAIRED,
-    "ours": {},
-    "ours, allocation global, criterion fisher": GLOBAL,
-    "ours, allocation global, criterion obs with Fisher tokens": {
-        "compose.allocation": "global", "relevance.criterion": "obs", "relevance.tokens": "fisher",
-    },
-}  # fmt: skip
-ONE_SEED = {"magnitude", "ours, no repair"}  # the first sees no data, the second is here for the repair's sake
+# The best that stays a stock checkpoint: all layers keep the same widths.
+STOCK = {"compose.allocation": "uniform", "relevance.criterion": "impact"}
+OURS: dict[str, dict[str, Any]] = {"ours": {}, "ours, stock checkpoint": STOCK, "ours, no repair": UNREPAIRED}
+ONE_SEED = {"magnitude"}  # it sees no data
 
 
 def peers(bench: Bench, seeds: Sequence[int]) -> None:
@@ -125,17 +119,15 @@ def sizes(bench: Bench, seeds: Sequence[int]) -> None:
     table = Table(bench, "At other sizes of SmolLM2", "budget", "method", "removed", *_columns(shape))
     base = bench.run(shape)
     for fraction in (0.1, 0.2, 0.3, 0.4):
-        for method in ("flap", "ours", "ours, allocation global, criterion fisher"):
+        for method in ("flap", "ours"):
             cell = replace(shape, method=method, budget={"ffn": fraction})
-            if method in OURS:
-                cell = replace(cell, method="ours", overrides=OURS[method])
             removed = bench.run(cell).removed
             table.add(f"{fraction:.0%} of FFN", method, f"{removed / 1e6:.2f}M", *table.measured([cell], base))
     # All block parameters: 106,168,320 less norms of the 134,515,008; a quarter of them, FFN and heads together.
     share = 0.25 * 106_168_320 / 134_515_008
-    for method, overrides in (("flap_heads", {}), ("ours", GLOBAL)):
+    for method in ("flap_heads", "ours"):
         budget = {"ffn": 0.25} if method == "flap_heads" else {"parameters": share}
-        cell = replace(shape, method=method, budget=budget, overrides=overrides)
+        cell = replace(shape, method=method, budget=budget)
         removed = bench.run(cell).removed
         what = "25% of the blocks' parameters"
         table.add(what, method, f"{removed / 1e6:.2f}M", *table.measured([cell], base))
@@ -159,7 +151,7 @@ PARTS: dict[str, dict[str, Any]] = {
 def parts(bench: Bench, seeds: Sequence[int]) -> None:
     """Leave one out, or put one in."""
     dimensions = {"language": "encyclopedia", "domain": "abstracts", "task": "qa"}
-    shape = Cell("base", dimensions=dimensions, general=("encyclopedia", "math"), documents=40)
+    shape = Cell("base", dimensions=dimensions, general=("encyclopedia", "math"), documents=40, piqa=0)
     table = Table(bench, "Does every part pay? 25% of FFN, SmolLM2", "part", *_columns(shape))
     base = bench.run(shape)
     for name, overrides in PARTS.items():
@@ -191,7 +183,13 @@ def dimensions(bench: Bench, seeds: Sequence[int]) -> None:
 def task(bench: Bench, seeds: Sequence[int]) -> None:
     """Fused against general-only and task-only calibration, by criterion, unrepaired and repaired."""
     shape = Cell("base", documents=40)
-    table = Table(bench, "Task-aware gain: 25% of FFN, SmolLM2, unrepaired", "criterion", "scored on", *_columns(shape))
+    table = Table(
+        bench,
+        "Task-aware gain: 25% of each layer's FFN, SmolLM2, unrepaired",
+        "criterion",
+        "scored on",
+        *_columns(shape),
+    )
     base = bench.run(shape)
     ways = {
         "expert only": {"general": ()},
@@ -202,7 +200,7 @@ def task(bench: Bench, seeds: Sequence[int]) -> None:
         for name, changes in ways.items():
             if criterion == "magnitude" and name != "both, fused":
                 continue  # it sees no data
-            overrides = {"relevance.criterion": criterion, **UNREPAIRED}
+            overrides = {"relevance.criterion": criterion, "compose.allocation": "uniform", **UNREPAIRED}
             cell = replace(shape, method="ours", overrides=overrides, **changes)
             table.add(criterion, name, *table.measured([cell], base))
 

@@ -17,9 +17,11 @@ from expertprune.budgets import (
     legal_ffn,
     removed_from_layer,
     removed_parameters,
+    removed_with_rows,
     resolve_budget,
     unreachable,
     wanted_parameters,
+    wanted_rows,
 )
 from expertprune.errors import PlanError
 from expertprune.legality import check_structures, check_uniform, legal_experts, rounded_down
@@ -127,7 +129,8 @@ def global_widths(
         every = steps(base, budget, scores, Structure.FFN)
         if not budget.kv_groups and Structure.KV_GROUPS in scores:
             every = sorted(every + steps(base, budget, scores, Structure.KV_GROUPS), key=lambda step: step.price)
-        gone = sum(removed_from_layer(base, index, layer) for index, layer in enumerate(layers))
+        rows = removed_with_rows(base, wanted_rows(budget, base))
+        gone = rows + sum(removed_from_layer(base, index, layer) for index, layer in enumerate(layers))
         for step in every:
             if gone - added_parameters(base, layers) >= wanted * part:
                 break

@@ -102,7 +102,7 @@ def _check_corpora(prepared: Prepared, plan: Plan) -> None:
 def write_folder(prepared: Prepared, plan: Plan, folder: Path, track: Track = silent) -> None:
     """Cut, repair as the spec says, and write the expert and its card into an empty folder."""
     repair_input = None
-    if prepared.spec.compensation.method != "none" and not plan.cuts_nothing:
+    if prepared.spec.compensation.method != "none" and plan.cuts_layers:
         repair_input = RepairInput(prepared.model, prepared.repair_batches(), prepared.spec.compensation)
     with track("prune and repair", len(prepared.base.layers)) as step:
         write_expert(plan, prepared.base, folder, repair_input, step)
@@ -159,7 +159,7 @@ def build(
     check_output(out, overwrite)
     prepared = validate(spec, overrides, store)
     _room_for_expert(prepared, out)
-    _not_profiled(prepared.evaluated, {"corpora": {}, "base": _earlier(prepared.base.folder)})
+    not_profiled(prepared.evaluated, {"corpora": {}, "base": _earlier(prepared.base.folder)})
     plan = plan_of(prepared, track)
     with staged_folder(out, overwrite) as folder:
         write_folder(prepared, plan, folder, track)
@@ -198,14 +198,15 @@ def evaluate(
     if base is not None:
         overrides["base.model"] = str(base)
     spec = parse_spec(about["spec"], str(folder / EXPERT_FILE), Path.cwd(), overrides)
-    resolved = _recorded_base(about, spec.base, store_folder(store))
+    resolved = recorded_base(about, spec.base, store_folder(store))
     loaded: dict[CorpusName, Corpus] = load_corpora(spec)
-    evaluated = _not_profiled(evaluation_corpora(spec, loaded), about)
+    evaluated = not_profiled(evaluation_corpora(spec, loaded), about)
     model = load_model(resolved.folder, resolved.dtype, trust_remote_code=resolved.trust_remote_code)
     return evaluate_folder(folder, model, resolved, evaluated, spec.evaluate, track)
 
 
-def _recorded_base(about: Mapping[str, Any], base: Base, store: Path) -> BaseModel:
+def recorded_base(about: Mapping[str, Any], base: Base, store: Path) -> BaseModel:
+    """The base of an expert. Raises `CheckpointError` if it is not where the spec says, or is another model."""
     try:
         resolved = resolve_base(base, store)
     except ExpertpruneError as error:
@@ -220,7 +221,7 @@ def _recorded_base(about: Mapping[str, Any], base: Base, store: Path) -> BaseMod
     return resolved
 
 
-def _not_profiled(corpora: list[Corpus], about: Mapping[str, Any]) -> list[Corpus]:
+def not_profiled(corpora: list[Corpus], about: Mapping[str, Any]) -> list[Corpus]:
     """Raises `SpecError` if a document's digest is among those that calibrated the expert, or the expert it is cut from."""
     profiled: set[str] = set()
     description: Mapping[str, Any] | None = about
@@ -254,9 +255,11 @@ def evaluate_folder(
     """
     expert = load_model(folder, base.dtype, trust_remote_code=base.trust_remote_code)
     tokenizer = load_tokenizer(folder, base.trust_remote_code)
-    with track("evaluate", batches_needed(corpora)) as step:
-        result = evaluate_models(base_model, expert, tokenizer, corpora, settings, step, answers)
     about = json.loads((folder / EXPERT_FILE).read_text(encoding="utf-8"))
+    own = tokenizer if about["plan"].get("vocabulary") else None  # the base's text is then tokenized otherwise
+    tokenizer = load_tokenizer(base.folder, base.trust_remote_code) if own is not None else tokenizer
+    with track("evaluate", batches_needed(corpora)) as step:
+        result = evaluate_models(base_model, expert, tokenizer, corpora, settings, step, answers, own)
     write_card(folder, about | {"evaluation": result.document()})
     return result
 

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from expertprune.errors import CheckpointError, PlanError
 from expertprune.files import digest_of, staged_file, write_json
-from expertprune.units import KeptUnits, LayerShape, format_indices, parse_indices
+from expertprune.units import (
+    KeptRows,
+    KeptUnits,
+    LayerShape,
+    format_indices,
+    pack_indices,
+    parse_indices,
+    unpack_indices,
+)
 
 PROFILE_SCHEMA = 2
 PLAN_SCHEMA = 1
@@ -69,7 +77,8 @@ class Profile:
     What other passes over the same corpus give lies in parts beside it, `DIGEST.PART.safetensors`, one for each pass that
     was made: `gradient-language_model`, `gradient-kl`, `regional`, `removal`, `removal-fisher`. Each holds `ffn.l.value` and
     `heads.l.value`, `[documents, units]` in half precision with their scales (removals: float32 `[units]`, and
-    `groups.l.value` too).
+    `groups.l.value` too). The part `vocabulary` holds, of each vocabulary row, `count` `[rows]`, int64, how often
+    its token occurs, and `mass` `[rows]`, float32, the probability that the model puts on it, mean over positions.
     """
 
     def __init__(self, path: Path) -> None:
@@ -152,6 +161,41 @@ class LayerPlan:
 
 
 @dataclass
+class VocabularyPlan:
+    """Which vocabulary rows are kept, and why.
+
+    `tokenizer` is the digest of the base's tokenizer, whose ids these are. `why` has `requested`, `threshold` (the
+    largest relevance that was dropped), `protected` (kept tokens by what kept them), `coverage` (by corpus, the part of its
+    calibration tokens that is kept), `tokens` (by corpus, how many were counted) and examples from both sides of the
+    threshold (`last_kept`, `first_dropped`).
+    """
+
+    rows: KeptRows
+    tokenizer: str
+    why: dict[str, Any] = field(default_factory=dict)
+
+    def document(self) -> dict[str, Any]:
+        rows = self.rows
+        return {
+            "of": rows.of,
+            "rows": rows.rows,
+            "tokens": len(rows.kept),
+            "kept": pack_indices(rows.kept, rows.of),
+            "padding": list(rows.padding),
+            "tokenizer": self.tokenizer,
+            "why": self.why,
+        }
+
+
+def _vocabulary_from(data: dict[str, Any]) -> VocabularyPlan:
+    of, padding = data["of"], tuple(data["padding"])
+    rows = KeptRows(of, unpack_indices(data["kept"], of), padding)
+    if not rows.kept or not all(isinstance(row, int) and 0 <= row < of for row in padding):
+        raise ValueError(f"vocabulary: rows must be some of 0-{of - 1}")
+    return VocabularyPlan(rows, data["tokenizer"], data["why"])
+
+
+@dataclass
 class Plan:
     """Which units are kept in each layer, and why: everything that `prune` needs, in a readable JSON file."""
 
@@ -164,6 +208,7 @@ class Plan:
     budget: dict[str, dict[str, Any]]
     parameters: dict[str, int]
     search: list[float] = field(default_factory=list)  # fitness of each allocation that was tried, in order
+    vocabulary: VocabularyPlan | None = None
 
     @property
     def kept(self) -> list[KeptUnits]:
@@ -174,8 +219,13 @@ class Plan:
         return digest_of(self.document())
 
     @property
+    def cuts_layers(self) -> bool:
+        """Whether any layer loses a unit, and so has something to repair."""
+        return any(layer.kept != shape.all_kept for layer, shape in zip(self.layers, self.shapes, strict=True))
+
+    @property
     def cuts_nothing(self) -> bool:
-        return all(layer.kept == shape.all_kept for layer, shape in zip(self.layers, self.shapes, strict=True))
+        return not self.cuts_layers and self.vocabulary is None
 
     def document(self) -> dict[str, Any]:
         return {
@@ -201,6 +251,7 @@ class Plan:
                 for index, (layer, shape) in enumerate(zip(self.layers, self.shapes, strict=True))
             ],
             **({"search": self.search} if self.search else {}),
+            **({"vocabulary": self.vocabulary.document()} if self.vocabulary is not None else {}),
             "spec": self.spec,
         }
 
@@ -243,6 +294,7 @@ def plan_from(data: Any, where: str) -> Plan:
             data["budget"],
             data["parameters"],
             data.get("search", []),
+            _vocabulary_from(data["vocabulary"]) if data.get("vocabulary") else None,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PlanError(f"{where}: damaged plan: {error}") from None
@@ -269,11 +321,19 @@ def _check_kept(shape: LayerShape, kept: KeptUnits, layer: int) -> None:
 class Evaluation:
     """Base and expert on the same examples.
 
-    `corpora` maps a corpus to its metrics, a metric to `base`, `expert`, `retention`, `low` and `high`.
+    `corpora` maps a corpus to its metrics, a metric to `base`, `expert`, `retention`, `low` and `high`. What suites measure
+    comes beside them: `tasks` and `generation` map a task to the same numbers and more, `summary` a group of them to its
+    retention, `alignment` a dimension value to how alike hidden states are.
     """
 
     corpora: dict[str, dict[str, Any]]
     settings: dict[str, Any]
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    generation: dict[str, dict[str, Any]] = field(default_factory=dict)
+    summary: dict[str, dict[str, Any]] = field(default_factory=dict)
+    alignment: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
-        return {"kind": "evaluation", "settings": self.settings, "corpora": self.corpora}
+        suites = {name: getattr(self, name) for name in ("tasks", "generation", "summary", "alignment")}
+        found = {name: value for name, value in suites.items() if value}
+        return {"kind": "evaluation", "settings": self.settings, "corpora": self.corpora, **found}

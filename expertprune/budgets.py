@@ -11,7 +11,7 @@ from expertprune.errors import PlanError
 from expertprune.legality import check_structures, kept_experts, legal_experts, rounded_down
 from expertprune.models import BaseModel
 from expertprune.spec import Budget
-from expertprune.units import KeptUnits, LayerShape, Structure
+from expertprune.units import ROW_MULTIPLE, KeptUnits, LayerShape, Structure
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,37 @@ def removed_parameters(base: BaseModel, widths: Widths) -> int:
     """How many parameters leave the whole model, less what it gains."""
     gone = sum(removed_from_layer(base, index, layer) for index, layer in enumerate(widths.layers))
     return gone - added_parameters(base, widths.layers)
+
+
+def wanted_rows(budget: Budget, base: BaseModel) -> int | None:
+    """How many vocabulary rows are written, as far as the budget itself says: not for a coverage.
+
+    A number goes up to the next multiple of `ROW_MULTIPLE`, a fraction to the nearest.
+
+    Raises:
+        PlanError: that would be no cut.
+        CheckpointError: the base's vocabulary disagrees with its config.
+    """
+    if budget.vocabulary is None or isinstance(budget.vocabulary, dict):
+        return None
+    of, asked = base.checkpoint.vocabulary_rows(base.family), budget.vocabulary
+    if isinstance(asked, int):
+        rows = -(-asked // ROW_MULTIPLE) * ROW_MULTIPLE
+    else:
+        rows = max(1, round(of * (1 - asked) / ROW_MULTIPLE)) * ROW_MULTIPLE
+    if rows >= of:
+        raise PlanError(
+            f"budget.vocabulary: {asked:g} cuts nothing: the base has {of:,} rows, and {rows:,} would be kept "
+            f"(a multiple of {ROW_MULTIPLE})"
+        )
+    return rows
+
+
+def removed_with_rows(base: BaseModel, rows: int | None) -> int:
+    """How many parameters leave where so many vocabulary rows stay; none go where the number is not given."""
+    if rows is None:
+        return 0
+    return (base.checkpoint.vocabulary_rows(base.family) - rows) * base.checkpoint.row_parameters(base.family)
 
 
 def added_parameters(base: BaseModel, layers: Sequence[LayerWidths]) -> int:
@@ -279,7 +310,8 @@ def _ffn_for_parameters(wanted: float, budget: Budget, base: BaseModel, heads: i
     legal = legal_ffn(shape, budget.multiple_of, budget.floor)
 
     def removed(width: int) -> int:
-        return removed_parameters(base, Widths.same(LayerWidths(width, heads, groups), len(base.layers)))
+        layers = removed_parameters(base, Widths.same(LayerWidths(width, heads, groups), len(base.layers)))
+        return layers + removed_with_rows(base, wanted_rows(budget, base))
 
     for width in reversed(legal):
         if removed(width) >= wanted:

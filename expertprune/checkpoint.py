@@ -24,7 +24,10 @@ SINGLE = "model.safetensors"
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
 # transformers keeps chat templates beyond the default one in a folder of their own.
 _CARRIED_FOLDERS = ("additional_chat_templates",)
-_NOT_CARRIED = {"README.md", "expertprune.json", INDEX, "pytorch_model.bin.index.json", ".gitattributes"}
+_NOT_CARRIED = {
+    "README.md", "expertprune.json", "report.html", "comparison.html", "throughput.json", INDEX,
+    "pytorch_model.bin.index.json", ".gitattributes",
+}  # fmt: skip
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -151,6 +154,20 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.folder}: config.json disagrees with the weights: {'; '.join(problems[:3])}{rest}"
             )
+
+    def vocabulary_rows(self, family: Family) -> int:
+        """Rows of the embedding. Raises `CheckpointError` where a tensor of the vocabulary or the config disagrees."""
+        found = {name: self.tensors[name].shape[0] for name in family.vocabulary if name in self.tensors}
+        found["config.json's vocab_size"] = self.config.get("vocab_size", 0)
+        if len(set(found.values())) > 1 or family.vocabulary[0] not in found:
+            told = ", ".join(f"{name} {rows}" for name, rows in found.items())
+            raise CheckpointError(f"{self.folder}: the rows of the vocabulary disagree: {told}")
+        return found[family.vocabulary[0]]
+
+    def row_parameters(self, family: Family) -> int:
+        """How many parameters leave with one vocabulary row."""
+        stored = [self.tensors[name] for name in family.vocabulary if name in self.tensors]
+        return sum(info.parameters // info.shape[0] for info in stored)
 
     def _missing_experts(self, family: Family, layer: int, count: int) -> list[str]:
         """What of a layer's experts is stored neither as it runs nor one by one."""

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-import sys
+import shlex
 from pathlib import Path
 from typing import Any
 
 import click
 
 from expertprune import __version__
+from expertprune.commands.evaluating import evaluate
 from expertprune.commands.families import families
+from expertprune.commands.reporting import report
+from expertprune.commands.serving import serve
+from expertprune.commands.throughput import bench
+from expertprune.commands.vocabulary import vocabulary
 from expertprune.files import check_parent, to_json
 from expertprune.terminal import (
     common,
@@ -33,9 +38,6 @@ def main() -> None:
     \b
     expertprune build profiles/english-medical-qa.yaml --out experts/medical-qa
     """
-
-
-main.add_command(families)
 
 
 @main.command()
@@ -170,30 +172,6 @@ def build(spec: Path, out: Path, overrides: dict[str, Any], overwrite: bool, sto
     _print_expert(api.build(spec, out, overrides, overwrite, store, progress_bar), as_json)
 
 
-@main.command()
-@click.argument("expert", type=click.Path(path_type=Path))
-@click.option("--corpus", "corpora", multiple=True, help="One of the spec's corpora, such as medical [default: all].")
-@click.option("--base", type=click.Path(path_type=Path), help="The base's folder, if it has moved.")
-@click.option("--documents", type=click.IntRange(min=1), help="At most so many documents of each corpus.")
-@store_option
-@common
-@reporting
-def evaluate(
-    expert: Path, corpora: tuple[str, ...], base: Path | None, documents: int | None, store: Path | None, as_json: bool
-) -> None:
-    """Measure what an expert kept of its base, and write it into the expert's folder.
-
-    \b
-    expertprune evaluate experts/medical-qa --corpus medical
-    """
-    from expertprune import api
-    from expertprune.report import retention_table
-
-    overrides = {"evaluate.documents": documents} if documents else {}
-    result = api.evaluate(expert, list(corpora), base and base.resolve(), store, overrides, progress_bar).document()
-    show(as_json, result, lambda: retention_table(result))
-
-
 def _fractions(_: click.Context, __: click.Parameter, text: str) -> list[float]:
     fractions, wrong = [], []
     for part in text.split(","):
@@ -305,6 +283,10 @@ def schema() -> None:
     click.echo(json.dumps(Spec.model_json_schema(by_alias=True), indent=2))
 
 
+for command in (bench, evaluate, families, report, serve, vocabulary):
+    main.add_command(command)
+
+
 def _print_expert(folder: Path, as_json: bool) -> None:
     from expertprune.api import load_expert
     from expertprune.report import folder_size, retention_table
@@ -318,7 +300,7 @@ def _print_expert(folder: Path, as_json: bool) -> None:
     before, after = about["parameters"]["before"], about["parameters"]["after"]
     click.echo(f"expert:     {folder} ({folder_size(folder) / 1e6:.1f} MB)")
     click.echo(f"parameters: {after:,} of {before:,} ({after / before:.1%})")
-    click.echo(f"serve it:   {sys.executable} -m vllm.entrypoints.openai.api_server --host 127.0.0.1 --model {folder}")
+    click.echo(f"serve it:   expertprune serve {shlex.quote(str(folder))}")
 
 
 if __name__ == "__main__":

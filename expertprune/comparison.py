@@ -166,11 +166,21 @@ def overlap(layers: Sequence[Array], counts: Sequence[int]) -> Array:
     corpora = layers[0].shape[0]
     shared = np.zeros((corpora, corpora))
     for scores, count in zip(layers, counts, strict=True):
-        descending = np.argsort(-scores, axis=1, kind="stable")
-        member = np.zeros(scores.shape)
-        np.put_along_axis(member, descending[:, scores.shape[1] - count :], 1.0, axis=1)
+        member = irrelevant_sets(scores, count).astype(np.float64)
         shared += member @ member.T
     return shared / (2 * sum(counts) - shared)
+
+
+def irrelevant_sets(scores: Array, count: int) -> NDArray[np.bool_]:
+    """Which units are among the `count` least relevant of their layer, `[corpora, units]`; ties as in `overlap`.
+
+    Args:
+        scores: `[corpora, units]`.
+    """
+    descending = np.argsort(-scores, axis=1, kind="stable")
+    member = np.zeros(scores.shape, dtype=np.bool_)
+    np.put_along_axis(member, descending[:, scores.shape[1] - count :], True, axis=1)
+    return member
 
 
 def chance_overlap(units: Sequence[int], counts: Sequence[int]) -> float:

@@ -13,12 +13,20 @@ import torch
 from torch import Tensor
 
 from expertprune.allocation import Scores, global_widths, search_widths, uniform_candidates, uniform_part
-from expertprune.artifacts import LayerPlan, Plan, Profile
-from expertprune.budgets import LayerWidths, Widths, removed_parameters, resolve_budget, widths_of
+from expertprune.artifacts import LayerPlan, Plan, Profile, VocabularyPlan
+from expertprune.budgets import (
+    LayerWidths,
+    Widths,
+    removed_parameters,
+    removed_with_rows,
+    resolve_budget,
+    widths_of,
+)
 from expertprune.corpora import CorpusName, corpus_names
 from expertprune.errors import PlanError, SpecError
 from expertprune.legality import check_structures
 from expertprune.models import BaseModel
+from expertprune.rows import choose_rows
 from expertprune.scoring import EXPERT, GENERAL, SHARED, Fused, check_criterion, check_scored, score_units
 from expertprune.spec import Spec
 from expertprune.units import KeptUnits, LayerShape, Structure
@@ -202,6 +210,7 @@ def compose(
     fitness: PlanFitness | None = None,
     earlier: Sequence[KeptUnits] | None = None,
     part: float = 1.0,
+    vocabulary: VocabularyPlan | None = None,
 ) -> Plan:
     """Decide which units are kept.
 
@@ -210,6 +219,7 @@ def compose(
         fitness: what a search over widths minimizes; needed for `allocation: search` alone.
         earlier: what the previous round kept; nothing that it dropped comes back.
         part: of the budget, for cutting in rounds.
+        vocabulary: which rows are kept, where that is decided already; default: as the budget says.
 
     Raises:
         SpecError: unknown criterion, or a corpus without a profile or without the pass that the criterion needs.
@@ -220,6 +230,8 @@ def compose(
         raise SpecError(f"no profile for {', '.join(missing)}: run the profile stage first")
     foreseen_widths(spec, base)
     wanted = {name: profiles[name] for name in corpus_names(spec)}
+    if vocabulary is None and spec.budget.vocabulary is not None:
+        vocabulary = choose_rows(spec, base, wanted)
     structures, together = _competing(spec, base)
     scores: Scores = score_units(spec, wanted, structures, together)
     if earlier is not None:
@@ -231,6 +243,7 @@ def compose(
         cut = {structure: fused for structure, fused in here.items() if layer.of(structure) < shape.units(structure)}
         layers.append(LayerPlan(kept, explain(kept, cut, list(spec.dimensions.chosen))))
     before = base.checkpoint.parameters
+    removed = removed_parameters(base, widths) + removed_with_rows(base, vocabulary.rows.rows if vocabulary else None)
     budget = widths.summary(base.layers)
     return Plan(
         name=spec.name,
@@ -240,6 +253,7 @@ def compose(
         shapes=list(base.layers),
         layers=layers,
         budget=budget,
-        parameters={"before": before, "after": before - removed_parameters(base, widths)},
+        parameters={"before": before, "after": before - removed},
         search=[value for value in trials if math.isfinite(value)],
+        vocabulary=vocabulary,
     )

@@ -14,6 +14,7 @@ from expertprune.corpora import Batch, Document, make_batches, tokenize
 from expertprune.files import digest_of, write_json
 from expertprune.masking import Divergence
 from expertprune.preparing import Prepared, Track, profiles_of
+from expertprune.rows import choose_rows
 from expertprune.units import KeptUnits
 
 
@@ -31,14 +32,17 @@ def decide(prepared: Prepared, track: Track, run: bool = True) -> Plan:
     profiles = profiles_of(prepared, track, run=run)
     first = {str(name): profile.digest for name, profile in profiles.items()}
     kept: list[KeptUnits] | None = None
+    rows = choose_rows(spec, base, profiles) if spec.budget.vocabulary is not None else None
     for number in range(1, spec.compose.rounds):
         kept = compose(spec, base, profiles, earlier=kept, part=number / spec.compose.rounds).kept
         profiles = profiles_of(prepared, track, kept, run)
     if spec.compose.allocation != "search":
-        plan = compose(spec, base, profiles, earlier=kept)
+        plan = compose(spec, base, profiles, earlier=kept, vocabulary=rows)
     else:
         with track("search", spec.compose.search.trials) as step:
-            plan = compose(spec, base, profiles, _Remembered(prepared, list(first.values()), step), kept)
+            plan = compose(
+                spec, base, profiles, _Remembered(prepared, list(first.values()), step), kept, vocabulary=rows
+            )
     plan.profiles = first
     return plan
 

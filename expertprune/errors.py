@@ -1,8 +1,10 @@
-"""The errors that a user can act on: each names the file, the key and the fix, and makes the command exit with 2."""
+"""The errors that a user can act on: each names the file, the key and the fix, and says how the command exits."""
 
 
 class ExpertpruneError(Exception):
     """Base of every error whose message is written for the user, and so is shown without a traceback."""
+
+    exit_code = 2  # the user's to mend
 
 
 class SpecError(ExpertpruneError):
@@ -19,3 +21,13 @@ class PlanError(ExpertpruneError):
 
 class CheckpointError(ExpertpruneError):
     """A model folder cannot be read, understood or written."""
+
+
+class UsageError(ExpertpruneError):
+    """What was asked for cannot be had on this machine: a port is taken, memory is short, a package is missing."""
+
+
+class ServingError(ExpertpruneError):
+    """A server did not get healthy, or died: nothing in what the user asked for says why."""
+
+    exit_code = 1

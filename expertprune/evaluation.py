@@ -15,7 +15,7 @@ from torch import Tensor
 from expertprune.artifacts import Evaluation
 from expertprune.corpora import Corpus, Document, Question, make_batches, tokenize
 from expertprune.errors import SpecError
-from expertprune.spec import Evaluate
+from expertprune.spec import PER_TOKEN, Evaluate
 
 RESAMPLES = 2000
 NEAR_DUPLICATE = 0.8  # cosine of character 5-gram tf-idf above which two documents count as the same
@@ -91,6 +91,14 @@ class DocumentScores:
     bytes: Floats
 
 
+@dataclass
+class ScoresApart(DocumentScores):
+    """Where the expert has a tokenizer of its own: `tokens` and `bytes` are the base's, and `kl` is not a number."""
+
+    expert_tokens: Floats
+    expert_bytes: Floats
+
+
 @torch.inference_mode()
 def score_documents(
     base: Any,
@@ -99,11 +107,18 @@ def score_documents(
     documents: Sequence[Document],
     max_tokens: int,
     progress: Progress | None = None,
+    expert_tokenizer: Any = None,
 ) -> DocumentScores:
     """Negative log-likelihood of both models and `KL(base ‖ expert)`, summed over each document's predicted tokens.
 
     The first token is predicted from nothing and does not count; neither do its bytes.
+
+    Args:
+        expert_tokenizer: the expert's, where it is not the base's; both then read the same text, cut where the base's
+            tokenizer has `max_tokens`, each in its own tokens.
     """
+    if expert_tokenizer is not None:
+        return _score_apart(base, expert, (tokenizer, expert_tokenizer), documents, max_tokens, progress)
     tokens = tokenize(documents, tokenizer, max_tokens)
     count = len(documents)
     scores = DocumentScores(*(np.zeros(count) for _ in range(5)))
@@ -118,6 +133,55 @@ def score_documents(
         if progress is not None:
             progress()
     return scores
+
+
+def _score_apart(
+    base: Any,
+    expert: Any,
+    tokenizers: tuple[Any, Any],
+    documents: Sequence[Document],
+    max_tokens: int,
+    progress: Progress | None,
+) -> ScoresApart:
+    """The bits of both models, each in its own tokens of the same text; predictions over other rows have no KL."""
+    cut = [Document(document.text[: _end(tokenizers[0], document, max_tokens)]) for document in documents]
+    mine, tokens, size = score_alone(base, tokenizers[0], cut, progress)
+    theirs, other_tokens, other_size = score_alone(expert, tokenizers[1], cut, progress)
+    return ScoresApart(mine, theirs, np.full(len(cut), math.nan), tokens, size, other_tokens, other_size)
+
+
+@torch.inference_mode()
+def score_alone(
+    model: Any, tokenizer: Any, documents: Sequence[Document], progress: Progress | None = None
+) -> tuple[Floats, Floats, Floats]:
+    """One model on whole documents: bits, number and bytes of their predicted tokens, `[documents]` each."""
+    bits, tokens, size = (np.zeros(len(documents)) for _ in range(3))
+    encoded = [list(ids) for ids in tokenizer([document.text for document in documents])["input_ids"]]
+    for batch in make_batches(encoded, _TOKENS_PER_BATCH):
+        ids = batch.ids.to(model.device)
+        logits = model(input_ids=ids).logits
+        for row, (document, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
+            bits[document] = _row_bits(logits[row, : length - 1], ids[row, 1:length])
+            tokens[document] = length - 1
+            size[document] = _predicted_bytes(tokenizer, documents[document], len(encoded[document]))
+        if progress is not None:
+            progress()
+    return bits, tokens, size
+
+
+def _end(tokenizer: Any, document: Document, max_tokens: int) -> int:
+    """Characters of a document up to where it is cut."""
+    offsets = tokenizer(document.text, return_offsets_mapping=True)["offset_mapping"]
+    return len(document.text) if len(offsets) <= max_tokens else max(end for _, end in offsets[:max_tokens])
+
+
+def _row_bits(logits: Tensor, targets: Tensor) -> float:
+    """Bits of one document's predicted tokens; logits are `[tokens, vocabulary]`."""
+    total = 0.0
+    for first in range(0, logits.shape[0], _CHUNK):
+        part = slice(first, first + _CHUNK)
+        total += float(torch.nn.functional.cross_entropy(logits[part].float(), targets[part], reduction="sum"))
+    return total / math.log(2)
 
 
 def _predicted_bytes(tokenizer: Any, document: Document, max_tokens: int) -> int:
@@ -204,7 +268,15 @@ def document_metrics(scores: DocumentScores, metrics: Sequence[str]) -> dict[str
 
     Retention is 1 where nothing was lost and below 1 where something was: base over expert for bits per byte and
     perplexity, of which less is better. `kl`, in bits per token, is a distance and has no retention.
+
+    Raises:
+        SpecError: a metric per token is asked for, and base and expert were given different tokens.
     """
+    if isinstance(scores, ScoresApart) and (wrong := [metric for metric in metrics if metric in PER_TOKEN]):
+        raise SpecError(
+            f"evaluate.metrics: {', '.join(wrong)} cannot be compared across vocabularies: base and expert have different "
+            "tokens; use bits_per_byte"
+        )
     result: dict[str, dict[str, float]] = {}
     count = len(scores.base)
 
@@ -217,8 +289,9 @@ def document_metrics(scores: DocumentScores, metrics: Sequence[str]) -> dict[str
 
     base, expert, tokens = scores.base.sum(), scores.expert.sum(), scores.tokens.sum()
     if "bits_per_byte" in metrics:
-        size = scores.bytes.sum()
-        result["bits_per_byte"] = entry(base / size, expert / size, ratio(scores.base, scores.expert))
+        own = scores.expert_bytes if isinstance(scores, ScoresApart) else scores.bytes
+        bits, sizes = ratio(scores.base, scores.expert), ratio(own, scores.bytes)
+        result["bits_per_byte"] = entry(base / scores.bytes.sum(), expert / own.sum(), lambda i: bits(i) * sizes(i))
     if "perplexity" in metrics:
         excess = ratio(scores.base - scores.expert, scores.tokens)
         result["perplexity"] = entry(2 ** (base / tokens), 2 ** (expert / tokens), lambda i: np.exp2(excess(i)))
@@ -251,14 +324,16 @@ def evaluate(
     settings: Evaluate,
     progress: Progress | None = None,
     answers: dict[str, Floats] | None = None,
+    expert_tokenizer: Any = None,
 ) -> Evaluation:
     """Measure both models on every corpus (already guarded against leaks).
 
     Args:
-        base, expert: running models with the same tokenizer.
+        base, expert: running models with the same tokenizer, unless the expert's own is given.
         progress: called after each batch.
         answers: the base's right answers by corpus, `[questions]`; what is missing is filled in, so that several experts
             of one base on the same questions ask it once.
+        expert_tokenizer: the expert's, where it is not the base's; metrics per token are then refused.
     """
     answers = {} if answers is None else answers
     results: dict[str, dict[str, Any]] = {}
@@ -266,7 +341,9 @@ def evaluate(
         metrics: dict[str, dict[str, float]] = {}
         result: dict[str, Any] = {"documents": len(corpus.evaluation), "metrics": metrics}
         if corpus.evaluation and set(settings.metrics) - {"questions"}:
-            scores = score_documents(base, expert, tokenizer, corpus.evaluation, settings.max_tokens, progress)
+            scores = score_documents(
+                base, expert, tokenizer, corpus.evaluation, settings.max_tokens, progress, expert_tokenizer
+            )
             metrics |= document_metrics(scores, settings.metrics)
             result["per_document"] = [
                 {
@@ -276,18 +353,25 @@ def evaluate(
                     "base_bits": scores.base[i],
                     "expert_bits": scores.expert[i],
                     "kl_bits": scores.kl[i],
+                    **_own_tokens(scores, i),
                 }
                 for i, document in enumerate(corpus.evaluation)
             ]
         if corpus.questions and "questions" in settings.metrics:
             if corpus.name not in answers:
                 answers[corpus.name] = answer_questions(base, tokenizer, corpus.questions, progress)
-            right = answer_questions(expert, tokenizer, corpus.questions, progress)
+            right = answer_questions(expert, expert_tokenizer or tokenizer, corpus.questions, progress)
             metrics["questions"] = question_metrics(answers[corpus.name], right)
             result["questions"] = len(corpus.questions)
         results[corpus.name] = result
     about = {**settings.model_dump(mode="json"), "resamples": RESAMPLES, "interval": 0.95}
     return Evaluation(results, about)
+
+
+def _own_tokens(scores: DocumentScores, document: int) -> dict[str, int]:
+    if not isinstance(scores, ScoresApart):
+        return {}
+    return {"expert_tokens": int(scores.expert_tokens[document]), "expert_bytes": int(scores.expert_bytes[document])}
 
 
 def batches_needed(corpora: Sequence[Corpus]) -> int:

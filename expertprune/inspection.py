@@ -14,7 +14,7 @@ from expertprune.api import load_expert
 from expertprune.artifacts import Profile, load_plan
 from expertprune.corpora import corpus_names
 from expertprune.errors import SpecError
-from expertprune.report import folder_size, plan_table, purpose, retention_table
+from expertprune.report import folder_size, plan_table, purpose, retention_table, vocabulary_table
 from expertprune.spec import load_spec
 
 
@@ -94,7 +94,8 @@ def _plan(about: dict[str, Any]) -> RenderableType:
     if about.get("search"):
         tried = about["search"]
         pairs["search"] = f"{len(tried)} trials, KL {tried[0]:.4f} at first, {min(tried):.4f} at best (bits per token)"
-    return Group(_pairs(f"plan {about['name']}", pairs), plan_table(about))
+    rows = [vocabulary_table(about["vocabulary"])] if about.get("vocabulary") else []
+    return Group(_pairs(f"plan {about['name']}", pairs), plan_table(about), *rows)
 
 
 def _expert(about: dict[str, Any]) -> RenderableType:
@@ -107,6 +108,8 @@ def _expert(about: dict[str, Any]) -> RenderableType:
         "versions": ", ".join(f"{k} {v}" for k, v in about["versions"].items()),
     }
     parts: list[RenderableType] = [_pairs(f"expert {about['name']}", pairs), plan_table(about["plan"])]
+    if about["plan"].get("vocabulary"):
+        parts.append(vocabulary_table(about["plan"]["vocabulary"]))
     if about["evaluation"]:
         parts.append(retention_table(about["evaluation"]))
     return Group(*parts)

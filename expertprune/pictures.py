@@ -200,3 +200,46 @@ def _label_curves(axes: Any, left: float, labels: list[tuple[float, str, str]]) 
         away = 1 if height == max(heights) and name == max(labels)[1] else -1
         place = height + away * max(0.0, lacking) / 2
         axes.text(left, place, name, ha="right", va="center", color=colour, fontsize=11, fontweight="bold")
+
+
+def throughput_picture(result: Mapping[str, Any], metrics: Mapping[str, tuple[str, bool]], path: Path) -> None:
+    """Expert over base, metric by metric: every pair, their median, and the limit of the speed-up.
+
+    Args:
+        result: a throughput document.
+        metrics: by key, the name for people and whether more is better; drawn are those that have a ratio.
+    """
+    from matplotlib.figure import Figure
+
+    drawn = [metric for metric in metrics if metric in result["ratios"]]
+    runs = {role: [run for run in result["runs"] if run["model"] == role] for role in ("base", "expert")}
+    figure = Figure(figsize=(7.2, 0.46 * len(drawn) + 1.5), facecolor="white", layout="constrained")
+    axes = figure.add_subplot()
+    axes.axvline(1.0, color=QUIET, linewidth=0.8, linestyle=":")
+    for row, metric in enumerate(drawn):
+        pairs = [expert[metric] / base[metric] for base, expert in zip(runs["base"], runs["expert"], strict=True)]
+        median = result["ratios"][metric]["median"]
+        better = median == 1 or (median > 1) == metrics[metric][1]
+        _, colour, marker, _ = _CURVES[0 if better else 1]
+        axes.plot([min(pairs), max(pairs)], [row, row], color=colour, linewidth=1.2, alpha=0.6)
+        axes.plot(pairs, [row] * len(pairs), color=colour, linestyle="", marker="|", markersize=8, alpha=0.8)
+        axes.plot([median], [row], color=colour, linestyle="", marker=marker, markersize=7)
+        label = f"{median:.2f}"
+        axes.annotate(label, (median, row), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9)
+    speed = drawn.index("output_tokens_per_second")
+    axes.plot([result["limit"]] * 2, [speed - 0.32, speed + 0.32], color="black", linewidth=1.6)
+    axes.annotate(
+        f"limit {result['limit']:.2f}", (result["limit"], speed - 0.3), xytext=(4, 0), textcoords="offset points",
+        fontsize=9, va="center",
+    )  # fmt: skip
+    axes.set_yticks(range(len(drawn)), [metrics[metric][0] for metric in drawn], fontsize=9)
+    axes.set_ylim(len(drawn) - 0.4, -0.75)
+    axes.margins(x=0.12)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("expert over base in the same round (bars: each pair)")
+    axes.set_title("Speed and memory beside the base's", loc="left", fontsize=12, fontweight="bold")
+    axes.text(
+        0.99, 0.02, "blue dots: better, orange squares: worse", transform=axes.transAxes, ha="right", fontsize=8, color=QUIET
+    )  # fmt: skip
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    save_picture(figure, path)

@@ -33,8 +33,10 @@ from expertprune.masking import masked
 from expertprune.models import BaseModel, default_device, load_model, load_tokenizer, resolve_base
 from expertprune.oracle import check_family
 from expertprune.passes import backward_bytes
+from expertprune.predictions import PART as VOCABULARY
 from expertprune.profiling import profile_corpus, profile_key, profile_part, profile_path
 from expertprune.relevance import Pass
+from expertprune.rows import foreseen_rows
 from expertprune.scoring import check_criterion, part_name
 from expertprune.spec import Spec, load_spec, parse_spec
 from expertprune.units import KeptUnits
@@ -142,6 +144,7 @@ def validate(spec: SpecLike, overrides: Mapping[str, Any] | None = None, store: 
     if not base.family.listed:
         done = check_family(base, layer_widths=spec.compose.allocation != "uniform")
         log.warning("%s: the oracle holds on a tiny random copy (%s)", base.name, ", ".join(done))
+    foreseen_rows(spec, base)
     prepared = Prepared(spec, base, corpora, evaluated, folder)
     for name in corpora:
         with _gathered(problems):
@@ -194,13 +197,16 @@ def profiles_of(
         CheckpointError: the backward pass does not fit into memory.
     """
     part = part_name(prepared.spec.relevance)
+    parts = [part] if part is not None else []
+    if prepared.spec.budget.vocabulary is not None and kept is None:  # rows are decided once, on the base as it is
+        parts.append(VOCABULARY)
     profiles: dict[CorpusName, Profile] = {}
     for name in corpus_names(prepared.spec):
         documents, batches = prepared.calibration(name)
         key = profile_key(prepared.base, documents, prepared.spec.calibration.max_tokens, kept)
         path = profile_path(prepared.store, key)
         missing = [] if path.is_file() else ["forward"]
-        missing += [part] if part is not None and not part_path(path, part).is_file() else []
+        missing += [each for each in parts if not part_path(path, each).is_file()]
         if missing and not run:
             raise SpecError(f"the profile of {name} lacks the {' and the '.join(missing)} pass: run the profile stage")
         if any(each.startswith(Pass.GRADIENT) for each in missing):  # asked before the model is loaded for any pass

@@ -20,6 +20,8 @@ from expertprune.errors import CheckpointError
 from expertprune.files import digest_of
 from expertprune.models import BaseModel
 from expertprune.passes import count_documents, gradient_energies, gradient_pass, regional_pass, removal_pass
+from expertprune.predictions import PART as VOCABULARY
+from expertprune.predictions import vocabulary_pass
 from expertprune.relevance import Pass
 from expertprune.units import KeptUnits, LayerShape, Segment
 
@@ -269,7 +271,9 @@ def profile_part(
     """Run one of the other passes, as their parts are named (see `Profile`), and store its part."""
     kind, _, variant = part.partition("-")
     arguments = (model, base.family, base.layers, batches)
-    if kind == Pass.GRADIENT:
+    if part == VOCABULARY:
+        statistics = vocabulary_pass(model, base.family, batches, progress)
+    elif kind == Pass.GRADIENT:
         statistics = gradient_pass(*arguments, variant, progress=progress)
     elif kind == Pass.REMOVAL:
         weights = gradient_energies(model, base.family, batches) if variant else None

@@ -23,6 +23,7 @@ from expertprune.errors import CheckpointError, PlanError
 from expertprune.files import require_room
 from expertprune.models import BaseModel
 from expertprune.spec import Compensation
+from expertprune.tokenizing import Renumbering, read_vocabulary, trimmed, write_tokenizer
 
 _SPARE = 64 * 2**20  # tokenizer, cards and index, generously
 
@@ -42,6 +43,10 @@ def check_plan(plan: Plan, base: BaseModel) -> None:
         raise PlanError(
             f"the plan {plan.name!r} was made for {plan.base.get('model')} (digest {str(plan.base.get('digest'))[:12]}), "
             f"not for {base.name} (digest {base.digest[:12]}): compose it again for this base"
+        )
+    if plan.vocabulary is not None and plan.vocabulary.tokenizer != base.tokenizer_digest:
+        raise PlanError(
+            f"the plan {plan.name!r} cuts the vocabulary of another tokenizer than {base.name} has now: compose it again"
         )
 
 
@@ -68,13 +73,21 @@ def prune(
 
     Raises:
         PlanError: the plan belongs to another base.
-        CheckpointError: the disk has no room, or the base cannot be read.
+        CheckpointError: the disk has no room, or the base or its tokenizer cannot be read.
     """
     check_plan(plan, base)
     require_room(folder, bytes_needed(plan, base))
     config = base.family.pruned_config(base.checkpoint.config, plan.kept)
+    rows = torch.tensor(plan.vocabulary.rows.index) if plan.vocabulary is not None else None
+    smaller = trimmed(read_vocabulary(base.folder), plan.vocabulary.rows.kept) if plan.vocabulary is not None else None
+    if plan.vocabulary is not None and smaller is not None:
+        if tuple(smaller.ids) != plan.vocabulary.rows.kept:
+            raise PlanError(
+                f"the plan {plan.name!r} keeps tokens without the parts they are merged from: compose it again"
+            )
+        config = Renumbering(smaller.ids).config(config) | {"vocab_size": plan.vocabulary.rows.rows}
     spool = _Spool(folder / ".repair")
-    if repair_input is not None and not plan.cuts_nothing:
+    if repair_input is not None and plan.cuts_layers:
         for name, tensor in repair(
             repair_input.model,
             base.family,
@@ -94,6 +107,8 @@ def prune(
     }
 
     def transform(name: str, tensor: Tensor) -> Tensor | None:
+        if rows is not None and name in base.family.vocabulary:
+            return tensor.index_select(0, rows)
         if name not in owners:
             return None
         layer, local = owners[name]
@@ -109,6 +124,8 @@ def prune(
         target = folder / path.relative_to(base.folder)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
+    if smaller is not None:
+        write_tokenizer(base.folder, folder, smaller)
     if config == base.checkpoint.config:
         shutil.copyfile(base.folder / "config.json", folder / "config.json")
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from rich.text import Text
 from expertprune.files import write_file, write_json
 
 EXPERT_FILE = "expertprune.json"
-_LABELS = {
+CARD_FILE = "README.md"
+METRIC_LABELS = {
     "bits_per_byte": "bits per byte",
     "perplexity": "perplexity",
     "kl": "KL to base, bits/token",
@@ -36,7 +37,7 @@ An expert cut from `{{ base.model }}` for {{ purpose }}, without post-training:
 {{ "{:,}".format(parameters.after) }} of {{ "{:,}".format(parameters.before) }} parameters
 ({{ "%.1f" % (100 * parameters.after / parameters.before) }}%). {% if per_layer -%}
 Its layers have widths of their own, so `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` builds it with
-`modeling_expert.py` in this folder.
+`modeling_expert.py` in this folder, and vLLM serves it wherever the package expertprune is installed beside it.
 {%- else -%}
 It loads like any other checkpoint of its architecture, in
 transformers and in vLLM.
@@ -47,20 +48,41 @@ transformers and in vLLM.
 {% for structure, entry in plan.budget.items() -%}
 | {{ structure }} | {{ entry.kept | widths }} | {{ entry.of | widths }} |
 {% endfor %}
+{%- if plan.vocabulary is defined -%}
+| vocabulary rows, of the whole model | {{ plan.vocabulary.rows }} | {{ plan.vocabulary.of }} |
+
+Its tokenizer is the base's with the other tokens and their merges taken out, so retention is in bits per byte.
+{% endif %}
 Method: criterion `{{ spec.relevance.criterion }}` ({{ criterion_paper }}), rule `{{ spec.compose.rule }}` over dimensions
 (Cus-Prun, https://arxiv.org/abs/2506.02561),{% if spec.general %} shared/exclusive fusion with general relevance (after
 https://arxiv.org/abs/2510.22489),{% endif %} repair `{{ spec.compensation.method }}`.
 
+{% if headline -%}
+## At a glance
+
+| | |
+|---|---|
+{% for cells in headline -%}
+| {{ cells | map("replace", "|", "\\|") | join(" | ") }} |
+{% endfor %}
+{% endif -%}
 ## What it kept
 
 {% if rows -%}
 Base and expert on the same held-out documents, none of which calibrated the expert. Retention is 1 where nothing was
 lost; 95% intervals are bootstrapped over documents (questions).
+{%- if evaluation.get('tasks') or evaluation.get('generation') %}
+Retention of a task with choices is above chance; +3 −5: the expert has 3 answers right that the base has not, and 5 wrong
+that the base has right.
+{%- endif %}
 
 | corpus | metric | base | expert | retention | 95% interval |
 |---|---|---|---|---|---|
 {% for row in rows -%}
 | {{ row | map("replace", "|", "\\|") | join(" | ") }} |
+{% endfor %}
+{%- for note in notes %}
+{{ note }}.
 {% endfor %}
 {%- else -%}
 Not evaluated yet: `expertprune evaluate` fills this in.
@@ -87,14 +109,25 @@ def purpose(spec: Mapping[str, Any]) -> str:
 
 def write_card(folder: Path, about: dict[str, Any]) -> None:
     """Write `expertprune.json` and the model card beside it."""
+    card = card_text(about)
+    write_json(folder / EXPERT_FILE, about)
+    write_file(folder / CARD_FILE, card.encode())
+
+
+def card_text(about: dict[str, Any], headline: Sequence[tuple[str, str]] = ()) -> str:
+    """The model card.
+
+    Args:
+        headline: what the report says at a glance, as pairs of text.
+    """
     rows = retention_rows(about["evaluation"]) if about.get("evaluation") else []
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=True)
     environment.filters["widths"] = widths
     per_layer = any(isinstance(entry["kept"], list) for entry in about["plan"]["budget"].values())
     card = environment.from_string(_CARD)
-    text = card.render(**about, rows=rows, purpose=purpose(about["spec"]), per_layer=per_layer)
-    write_json(folder / EXPERT_FILE, about)
-    write_file(folder / "README.md", text.encode())
+    notes = retention_notes(about["evaluation"]) if rows else []
+    kind = {"purpose": purpose(about["spec"]), "per_layer": per_layer}
+    return card.render(**about, rows=rows, notes=notes, headline=headline, **kind)
 
 
 def retention_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
@@ -102,11 +135,35 @@ def retention_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     for corpus, result in evaluation["corpora"].items():
         for metric, numbers in result["metrics"].items():
-            label = _LABELS[metric] + (f" ({result['questions']} questions)" if metric == "questions" else "")
+            label = METRIC_LABELS.get(metric, metric.replace("_", " "))
+            label += f" ({result['questions']} questions)" if metric == "questions" else ""
             interval = f"{_number(numbers['low'])} to {_number(numbers['high'])}"
             cells = [_number(numbers[key]) if key in numbers else "" for key in ("base", "expert", "retention")]
             rows.append([corpus, label, *cells, interval])
+    for name, numbers in _tasks(evaluation).items():
+        label = f"{numbers['metric']} ({numbers['examples']} examples{_flips(numbers)})"
+        cells = [_number(numbers[key]) for key in ("base", "expert", "retention")]
+        rows.append([name, label, *cells, f"{_number(numbers['low'])} to {_number(numbers['high'])}"])
+    for group, numbers in evaluation.get("summary", {}).items():
+        interval = f"{_number(numbers['low'])} to {_number(numbers['high'])}"
+        label = f"mean retention of {len(numbers['metrics'])} metrics"
+        rows.append([group, label, "", "", _number(numbers["retention"]), interval])
     return rows
+
+
+def _tasks(evaluation: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {**evaluation.get("tasks", {}), **evaluation.get("generation", {})}
+
+
+def _flips(numbers: Mapping[str, Any]) -> str:
+    """Answers that the expert has right and the base has not, the other way round, and those that are the same text."""
+    flips = "" if numbers["gained"] is None else f", +{numbers['gained']} −{numbers['lost']}"
+    return flips + (f", {numbers['agreement']:.0%} as the base" if "agreement" in numbers else "")
+
+
+def retention_notes(evaluation: Mapping[str, Any]) -> list[str]:
+    """Why a retention or an interval is undefined, one line each."""
+    return [f"{name}: {numbers['note']}" for name, numbers in _tasks(evaluation).items() if "note" in numbers]
 
 
 def _number(value: float | None) -> str:
@@ -115,7 +172,9 @@ def _number(value: float | None) -> str:
 
 def retention_table(evaluation: Mapping[str, Any]) -> Table:
     """The retention table for the terminal."""
-    table = Table("corpus", "metric", title="What the expert kept")
+    corpus = "corpus or task" if _tasks(evaluation) else "corpus"
+    notes = Text("\n".join(retention_notes(evaluation)))
+    table = Table(corpus, "metric", title="What the expert kept", caption=notes or None, caption_justify="left")
     for column in ("base", "expert", "retention", "95% interval"):
         table.add_column(column, justify="right")
     previous = None
@@ -149,6 +208,53 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
             kinds.append(f"{sum(k['kept'] for k in of):,} of {sum(k['units'] for k in of):,} kept" if of else "")
         table.add_row(structure, f"{widths(entry['kept'])} of {widths(entry['of'])}", who, *kinds)
     return table
+
+
+def vocabulary_table(vocabulary: Mapping[str, Any]) -> Table:
+    """Which vocabulary rows a plan keeps, and why."""
+    why, title = vocabulary["why"], f"vocabulary: {vocabulary['rows']:,} of {vocabulary['of']:,} rows"
+    table = Table(title=Text(title), show_header=False, title_justify="left")
+    for name, count in why["protected"].items():
+        table.add_row(Text(f"kept: {name}"), f"{count:,}")
+    for name, covered in why["coverage"].items():
+        table.add_row(Text(f"covered: {name}"), f"{covered:.4%} of {why['tokens'][name]:,} calibration tokens")
+    if vocabulary["padding"]:
+        table.add_row("rows without a token", f"{len(vocabulary['padding']):,}")
+    if why["threshold"] is not None:
+        table.add_row("largest relevance dropped", f"{why['threshold']:.3g}")
+    for label, key in (("last kept", "last_kept"), ("first dropped", "first_dropped")):
+        table.add_row(label, Text(" ".join(map(repr, why[key]))))
+    return table
+
+
+def vocabulary_tables(tradeoff: Mapping[str, Any]) -> Group:
+    """Vocabularies of several sizes, and what each does to every corpus."""
+    base = tradeoff["base"]
+    kept = ", ".join(f"{reason} {count:,}" for reason, count in tradeoff["always_kept"].items())
+    about = Text(
+        f"{base['model']}: {base['tokenizer']}, {base['tokens']:,} tokens in {base['rows']:,} rows, "
+        f"{base['parameters']:,} parameters.\nAlways kept: {kept} (they overlap); at least {tradeoff['smallest']:,} rows.\n"
+        "Covered: the part of the base's tokens whose rows are kept, of calibration text and of measured text."
+    )
+    sizes = Table("rows", "parameters", "of base", "saved", title=Text(f"{tradeoff['name']}: sizes"))
+    table = Table("corpus", "rows", "covered,\ncalibration", "covered,\nmeasured", title=Text("by corpus"))
+    for header in ("tokens\nper word", "tokens,\nof the base's"):
+        table.add_column(header)
+    for column in (*sizes.columns, *table.columns[1:]):
+        column.justify = "right"
+    for size in tradeoff["sizes"]:
+        sizes.add_row(f"{size['rows']:,}", f"{size['parameters']:,}", f"{size['fraction']:.1%}", f"{size['saved']:,}")
+    for name, corpus in tradeoff["corpora"].items():
+        label = f"{name} ({corpus['split']}, {corpus['words']:,} words)"
+        table.add_row(Text(label), f"{base['rows']:,}", "", "", f"{corpus['tokens_per_word']:.3f}", "")
+        for number, size in enumerate(tradeoff["sizes"], 1):
+            here = size["corpora"][name]
+            table.add_row(
+                "", f"{size['rows']:,}", f"{here['calibration_coverage']:.4%}", f"{here['coverage']:.4%}",
+                f"{here['tokens_per_word']:.3f}", f"{here['tokens_of_base']:.1%}",
+                end_section=number == len(tradeoff["sizes"]),
+            )  # fmt: skip
+    return Group(about, sizes, table)
 
 
 def comparison_tables(comparison: Mapping[str, Any]) -> Group:

@@ -19,11 +19,12 @@ from pydantic import (
 
 from expertprune.errors import SpecError
 from expertprune.registry import nearest
-from expertprune.values import Aggregate, Amount, Names, Size
+from expertprune.values import Aggregate, Amount, Names, Rows, Size
 
 Dimension = Literal["language", "domain", "task"]
 DIMENSIONS: tuple[Dimension, ...] = get_args(Dimension)
 Metric = Literal["bits_per_byte", "perplexity", "kl", "questions"]
+PER_TOKEN: tuple[Metric, ...] = ("perplexity", "kl")
 
 
 class _Section(BaseModel):
@@ -111,8 +112,8 @@ class Relevance(_Section):
     """How a unit is scored on a corpus."""
 
     criterion: str = Field(
-        "impact",
-        description="impact, activation, fluctuation, taylor, fisher, regional, obs, magnitude or random; of experts "
+        "fisher",
+        description="fisher, taylor, impact, activation, fluctuation, regional, obs, magnitude or random; of experts "
         "impact, reap, frequency, magnitude or random.",
     )
     loss: Literal["language_model", "kl"] = Field(
@@ -158,8 +159,8 @@ class Compose(_Section):
     )
     fusion: Fusion = Field(default_factory=Fusion)
     allocation: Literal["uniform", "global", "search"] = Field(
-        "uniform",
-        description="uniform: every layer keeps the same width; global: one ranking over layers; "
+        "global",
+        description="global: one ranking over layers; uniform: every layer keeps the same width, as stock configs say it; "
         "search: widths that keep the predictions, tried on calibration text.",
     )
     rounds: int = Field(1, ge=1, le=16, description="Cut in so many steps, profiling again between them.")
@@ -193,6 +194,11 @@ class Budget(_Section):
     experts: Amount = Field(
         0, description="Whole experts, the same number in each layer; shared ones are never among them."
     )
+    vocabulary: Rows | None = Field(
+        None,
+        description="Vocabulary rows of the whole model: a number that is kept (32768), a fraction that is removed (0.8), "
+        "or what part of the calibration tokens is covered (coverage: 0.9999).",
+    )
     parameters: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None,
         description="Of all parameters; FFN neurons make up what the other keys do not remove, or FFN neurons and KV "
@@ -211,8 +217,15 @@ class Budget(_Section):
             raise ValueError(f"give one of {', '.join(ways)}, not several")
         if ways and self.ffn:
             raise ValueError(f"give 'ffn' or {ways[0]!r}, not both: {ways[0]!r} chooses the FFN width itself")
-        if not self.model_fields_set & {"ffn", "query_heads", "kv_groups", "experts", *overall}:
-            raise ValueError(f"name at least one of ffn, query_heads, kv_groups, experts, {', '.join(overall)}")
+        if ways and isinstance(self.vocabulary, dict):
+            raise ValueError(
+                f"give vocabulary as a number of rows or a fraction where {ways[0]!r} counts what it removes"
+            )
+        if self.vocabulary is not None and self.retention is not None:
+            raise ValueError("give 'vocabulary' or 'retention', not both: retention tries FFN widths alone")
+        keys = ("ffn", "query_heads", "kv_groups", "experts", "vocabulary", "parameters", "max_parameters", "retention")
+        if not self.model_fields_set & set(keys):
+            raise ValueError(f"name at least one of {', '.join(keys)}")
         return self
 
 
@@ -270,6 +283,19 @@ class Spec(_Section):
     compensation: Annotated[Compensation, _shorthand("method", Compensation)] = Field(default_factory=Compensation)
     evaluate: Evaluate = Field(default_factory=Evaluate)
 
+    @model_validator(mode="after")
+    def _comparable_metrics(self) -> Spec:
+        """Where the vocabulary is cut, tokens differ, and only what is counted in bytes or answers compares."""
+        if self.budget.vocabulary is not None:
+            if set(self.evaluate.metrics) == set(get_args(Metric)):  # the default: all that there are
+                self.evaluate.metrics = [metric for metric in self.evaluate.metrics if metric not in PER_TOKEN]
+            elif wrong := [metric for metric in self.evaluate.metrics if metric in PER_TOKEN]:
+                raise ValueError(
+                    f"evaluate.metrics: {', '.join(wrong)} cannot be measured where budget.vocabulary is given: they are "
+                    "per token, and the expert's tokens are others; use bits_per_byte"
+                )
+        return self
+
     def document(self) -> dict[str, Any]:
         """The spec as plain data that gives the same spec back; defaults are written out."""
         data: dict[str, Any] = self.model_dump(mode="json", by_alias=True)
@@ -308,7 +334,7 @@ def parse_spec(data: Any, where: str, folder: Path, overrides: Mapping[str, Any]
     try:
         spec = Spec.model_validate(data)
     except ValidationError as error:
-        raise SpecError([f"{where}: {problem}" for problem in _problems(error)]) from None
+        raise SpecError([f"{where}: {problem}" for problem in problems_of(error)]) from None
     return _absolute(spec, folder)
 
 
@@ -340,14 +366,16 @@ def _absolute(spec: Spec, folder: Path) -> Spec:
     return spec
 
 
-def _problems(error: ValidationError) -> list[str]:
+def problems_of(error: ValidationError, model: type[BaseModel] | None = None) -> list[str]:
+    """What is wrong with a user's YAML, one line for each key; `model` is what it should have been: a spec."""
+    model = model or Spec
     found: dict[str, str] = {}
     for problem in error.errors():
         # Names of union branches are pydantic's, not the user's.
         parts = [str(p) for p in problem["loc"] if not (isinstance(p, str) and ("[" in p or p in ("float",)))]
-        key = ".".join(parts) or "spec"
+        key = ".".join(parts) or model.__name__.lower()
         if problem["type"] == "extra_forbidden":
-            message = f"unknown key {key!r}{nearest(parts[-1], _keys_at(parts[:-1]))}"
+            message = f"unknown key {key!r}{nearest(parts[-1], _keys_at(parts[:-1], model))}"
         elif problem["type"] == "missing":
             message = f"missing key {key!r}"
         else:
@@ -361,8 +389,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _keys_at(parents: list[str]) -> list[str]:
-    model: type[BaseModel] = Spec
+def _keys_at(parents: list[str], model: type[BaseModel]) -> list[str]:
     for parent in parents:
         field = model.model_fields.get(parent)
         candidates = [field.annotation, *get_args(field.annotation)] if field is not None else []

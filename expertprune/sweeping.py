@@ -132,6 +132,8 @@ def _specs(spec: Spec, budgets: Sequence[float], store: str | Path | None) -> di
     """The spec under each budget. Raises `SpecError` with everything that is wrong with spec and budgets."""
     problems = []
     structures = [structure.value for structure in Structure if getattr(spec.budget, structure.value)]
+    if not structures and spec.budget.vocabulary is not None:
+        structures = ["vocabulary"]
     overall = spec.budget.parameters is not None or spec.budget.max_parameters is not None
     if spec.budget.retention is not None:
         problems.append(

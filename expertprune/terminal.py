@@ -28,7 +28,7 @@ messages = Console(stderr=True)
 
 
 def reporting(command: F) -> F:
-    """User's mistakes become a message and exit code 2, an interruption exit code 1."""
+    """An error becomes a message and its exit code (2: a user's mistake), an interruption exit code 1."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -41,7 +41,7 @@ def reporting(command: F) -> F:
             problems = error.problems if isinstance(error, SpecError) else [str(error)]
             for problem in problems:
                 click.echo(f"error: {problem}", err=True)
-            sys.exit(2)
+            sys.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("interrupted: nothing half-written is left; stored profiles are kept for the next run", err=True)
             sys.exit(1)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import itertools
+import zlib
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -111,6 +114,56 @@ class KeptUnits:
         heads = self.query_heads if segment is Segment.QUERY else self.kv_groups
         first = torch.tensor(heads, dtype=torch.int64) * base.head_dim
         return (first[:, None] + torch.arange(base.head_dim)).reshape(-1)
+
+
+ROW_MULTIPLE = 64  # of rows that are written, so that products over the vocabulary stay aligned
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """Vocabulary rows that stay, in the base's numbering.
+
+    `of` is how many rows the base has, `kept` those whose tokens stay, ascending: their positions are the new ids.
+    `padding` are base rows that fill up to a multiple of `ROW_MULTIPLE`, behind them, and have no token.
+    """
+
+    of: int
+    kept: tuple[int, ...]
+    padding: tuple[int, ...] = ()
+
+    @property
+    def index(self) -> tuple[int, ...]:
+        """The base row of each row that is written."""
+        return self.kept + self.padding
+
+    @property
+    def rows(self) -> int:
+        return len(self.kept) + len(self.padding)
+
+
+def pack_indices(indices: tuple[int, ...], of: int) -> str:
+    """Ascending indices below `of` as a compressed bitmap in base64: tens of kilobytes where runs would be a megabyte.
+
+    Bit `i % 8` of byte `i // 8`, from the least, says whether `i` is there; the bytes are compressed by zlib.
+    """
+    bitmap = bytearray(-(-of // 8))
+    for index in indices:
+        bitmap[index // 8] |= 1 << index % 8
+    return base64.b64encode(zlib.compress(bytes(bitmap), 9)).decode()
+
+
+def unpack_indices(text: str, of: int) -> tuple[int, ...]:
+    """The inverse of `pack_indices`; raises `ValueError` if the text is no such bitmap."""
+    try:
+        bitmap = zlib.decompressobj().decompress(base64.b64decode(text, validate=True), -(-of // 8) + 1)
+    except (zlib.error, binascii.Error) as error:
+        raise ValueError(f"not a bitmap: {error}") from None
+    if len(bitmap) != -(-of // 8):
+        raise ValueError(f"a bitmap of {len(bitmap)} bytes, not of {of} bits")
+    indices = tuple(8 * place + bit for place, byte in enumerate(bitmap) if byte for bit in range(8) if byte >> bit & 1)
+    if indices and indices[-1] >= of:
+        raise ValueError(f"index {indices[-1]} is not below {of}")
+    return indices
 
 
 def format_indices(indices: tuple[int, ...]) -> str:

@@ -33,6 +33,42 @@ Amount = Annotated[
 ]
 
 
+def _rows(value: Any) -> int | float | dict[str, float]:
+    if isinstance(value, dict) and list(value) == ["coverage"]:
+        covered = value["coverage"]
+        if isinstance(covered, int | float) and not isinstance(covered, bool) and 0 < covered <= 1:
+            return {"coverage": float(covered)}
+        raise ValueError("coverage is a part of all tokens, above 0 and at most 1, such as 0.9999")
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    if isinstance(value, float) and 0 < value < 1:
+        return value
+    raise ValueError(
+        "must be a whole number of rows that are kept, a fraction such as 0.8 that is removed, or coverage: 0.9999"
+    )
+
+
+# Vocabulary rows: a whole number is *kept*, a fraction is removed, coverage is the part of tokens that is kept.
+Rows = Annotated[
+    int | float | dict[str, float],
+    PlainValidator(_rows),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1},
+                {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+                {
+                    "type": "object",
+                    "properties": {"coverage": {"type": "number", "exclusiveMinimum": 0, "maximum": 1}},
+                    "required": ["coverage"],
+                    "additionalProperties": False,
+                },
+            ]
+        }
+    ),
+]
+
+
 def _aggregate(value: Any) -> str | float:
     if value in ("mean", "max") and isinstance(value, str):
         return value

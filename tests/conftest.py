@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from expertprune.spec import Spec, parse_spec
+from tests.experts import build_tiny
 from tests.tiny import save_tiny, write_corpus
 
 
@@ -28,7 +29,11 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def spec_data(tmp_path: Path, tiny_llama: Path) -> dict[str, Any]:
-    """A spec over the tiny model and small corpora in `tmp_path`, as plain data to change."""
+    """A spec over the tiny model and small corpora in `tmp_path`, as plain data to change.
+
+    It says a criterion that needs the forward pass only, and one width for all layers, so that what tests expect of either
+    stays plain to see; the defaults have tests of their own.
+    """
     sources = {}
     for seed, name in enumerate(("en", "medical", "qa", "general")):
         sources[name] = {
@@ -41,12 +46,20 @@ def spec_data(tmp_path: Path, tiny_llama: Path) -> dict[str, Any]:
         "dimensions": {"language": "en", "domain": "medical", "task": "qa"},
         "corpora": {"sources": sources},
         "budget": {"ffn": 0.25, "multiple_of": 4},
+        "relevance": {"criterion": "impact"},
+        "compose": {"allocation": "uniform"},
     }
 
 
 @pytest.fixture
 def tiny_spec(spec_data: dict[str, Any], tmp_path: Path) -> Spec:
     return parse_spec(spec_data, "spec", tmp_path)
+
+
+@pytest.fixture(scope="session")
+def tiny_build(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> tuple[Path, Path]:
+    """The folder of an evaluated tiny expert, not to be changed, and the store with its profiles."""
+    return build_tiny(tmp_path_factory.mktemp("build"), tiny_llama)
 
 
 @pytest.fixture(scope="session")

@@ -428,6 +428,7 @@ def a_spec(budget: dict[str, Any], allocation: str, **compose_settings: Any) -> 
         dimensions=Dimensions(language=["en"], domain=["law"]),
         general=["general"],
         budget=Budget(**budget),
+        relevance={"criterion": "impact"},
         compose={"allocation": allocation, **compose_settings},
     )
 

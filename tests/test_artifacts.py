@@ -23,12 +23,13 @@ from expertprune.artifacts import (
     Plan,
     Profile,
     ProfileKey,
+    VocabularyPlan,
     load_plan,
     plan_from,
     save_profile,
 )
 from expertprune.errors import CheckpointError, PlanError
-from expertprune.units import KeptUnits, LayerShape, format_indices, parse_indices
+from expertprune.units import KeptRows, KeptUnits, LayerShape, format_indices, parse_indices
 
 SHAPE = LayerShape(hidden=8, ffn=6, query_heads=6, kv_heads=3, head_dim=2)
 
@@ -119,6 +120,7 @@ def test_a_plan_digest_covers_every_part() -> None:
         dataclasses.replace(plan, budget={}),
         dataclasses.replace(plan, parameters={"before": 1000, "after": 701}),
         dataclasses.replace(plan, search=[0.5]),
+        dataclasses.replace(plan, vocabulary=VocabularyPlan(KeptRows(128, tuple(range(64))), "tokenizer")),
     ]
     assert len(changed) == len(dataclasses.fields(Plan))
     assert len({plan.digest, *(other.digest for other in changed)}) == 1 + len(changed)

@@ -460,6 +460,8 @@ def full_disks(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> di
         "general": [],
         "corpora": {"sources": {"medical": corpus}},
         "budget": {"ffn": 0.25, "multiple_of": 4},
+        "relevance": "impact",  # one file of a profile
+        "compose": {"allocation": "uniform"},
     }
     spec = folder / "tiny.yaml"
     spec.write_text(yaml.safe_dump(data))

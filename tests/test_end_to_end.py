@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import expertprune
+from expertprune.corpora import Question, shipped
+from expertprune.evaluation import answer_questions
+from expertprune.files import to_json
+from expertprune.harness import models, tasks
+from expertprune.models import load_model, load_tokenizer
 from expertprune.report import retention_table
+from expertprune.suites import find_suite
 
 pytestmark = pytest.mark.slow
 SPEC = Path(__file__).parent.parent / "profiles" / "english-medical-qa.yaml"
@@ -154,6 +162,50 @@ def test_scores_of_questions_agree_with_lm_evaluation_harness(expert: Path, tmp_
     mine = expertprune.inspect(expert)["evaluation"]["corpora"]["task/qa"]["metrics"]["questions"]["expert"]
     # Ours divides by UTF-8 bytes, theirs by characters; the questions are ASCII, so only ties can differ.
     assert mine == pytest.approx(theirs, abs=1.5 / 120)
+
+
+def test_a_local_suite_on_both_models(expert: Path, real_store: Path, tmp_path: Path) -> None:
+    """Of its questions, ours are asked by `answer_questions` too: by the byte, and the texts are ASCII."""
+    pytest.importorskip("lm_eval")
+    folder = Path(shutil.copytree(expert, tmp_path / "expert"))
+    found = expertprune.evaluate_suites(folder, ["medical"], limit=20, store=real_store).document()
+    assert expertprune.inspect(folder)["evaluation"] == json.loads(to_json(found))
+    rows = (shipped("profiles") / "suites" / "data" / "medical.questions.jsonl").read_text().splitlines()[:20]
+    questions = [Question(row["question"], tuple(row["choices"]), row["answer"]) for row in map(json.loads, rows)]
+    base = Path(json.loads((folder / "expertprune.json").read_text())["base"]["path"])
+    mine, theirs = (
+        answer_questions(load_model(each, torch.float32), load_tokenizer(each), questions) for each in (base, folder)
+    )
+    entry = found["tasks"]["medical_questions"]
+    assert (entry["base"], entry["expert"]) == pytest.approx((mine.mean(), theirs.mean()), abs=1 / 20)
+    assert entry["examples"] == 20
+    assert found["tasks"]["medical_continuation"]["base"] > 0.5  # twice what guessing gets
+    assert found["summary"]["expert"]["metrics"] == [
+        "medical_continuation", "medical_questions", "domain/medical bits_per_byte"
+    ]  # fmt: skip
+    layers = found["alignment"]["domain medical"]["layers"]
+    assert len(layers) == 30
+    assert all(0.3 < value < 1 for value in layers)
+
+
+@pytest.mark.vllm
+def test_fifty_questions_through_the_server_are_answered_as_transformers_does(expert: Path) -> None:
+    pytest.importorskip("lm_eval")
+    pytest.importorskip("vllm")
+    from expertprune.serving.server import Server
+
+    entry = find_suite("qa").tasks[1]
+    assert entry.label == "shipped_questions"
+    task = tasks.load_task(entry, generates=False, limit=50)
+    tokenizer = load_tokenizer(expert)
+    running = models.running_model(load_model(expert, torch.float32), tokenizer)
+    expected = tasks.run_task(task, running, limit=50)
+    with Server(expert, model_name="expert", arguments=["--dtype=float32", "--max-model-len=1024"]) as server:
+        found = tasks.run_task(task, models.served_model(expert, server.url, "expert", tokenizer), limit=50)
+    assert found.examples == expected.examples
+    assert len(found.values) == 50
+    assert (found.values != expected.values).sum() <= 1  # two choices within rounding of each other
+    assert 0.3 < found.values.mean() < 0.9
 
 
 @pytest.mark.vllm

@@ -15,11 +15,13 @@ import expertprune
 PACKAGE = Path(expertprune.__file__).parent
 # A module may import what stands before it, never what stands after it. A folder counts as one module.
 ORDER = [
-    "errors", "registry", "units", "files", "values", "spec",
-    "arch", "checkpoint", "admission", "models", "artifacts", "corpora", "relevance",
-    "layerwise", "passes", "profiling", "scoring", "legality", "budgets", "allocation", "composition", "comparison",
-    "masking", "compensation", "pruning", "oracle", "evaluation", "preparing", "deciding", "retaining", "report", "pictures",
-    "api", "serving", "analysis", "sweeping", "inspection", "terminal", "commands", "cli",
+    "errors", "registry", "units", "files", "values", "formats", "tokenizing", "spec",
+    "arch", "checkpoint", "admission", "models", "artifacts", "corpora", "suites", "harness", "relevance",
+    "layerwise", "passes", "predictions", "profiling", "scoring", "legality", "budgets", "allocation", "rows",
+    "composition", "comparison", "masking", "compensation", "pruning", "oracle", "evaluation", "alignment", "retention",
+    "preparing", "deciding", "retaining", "report", "pictures", "api", "analysis", "sweeping", "tradeoff", "inspection",
+    "serving", "measurement", "measuring",
+    "evidence", "reasons", "findings", "lineup", "inline", "charts", "page", "terminal", "commands", "cli",
 ]  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 MODULES = [path for path in SOURCES if path != PACKAGE / "__init__.py"]

@@ -9,9 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -19,10 +16,10 @@ import pytest
 from expertprune.spec import Spec, load_spec
 from tests.readme import ROOT, blocks, commands
 
-EXPERTPRUNE = [command for command in commands() if command.startswith("expertprune ")]
+SERVING = [command for command in commands() if command.startswith(("expertprune serve", "curl "))]
+EXPERTPRUNE = [command for command in commands() if command.startswith("expertprune ") and command not in SERVING]
 SETUP = [command for command in commands() if command.startswith((".venv/bin/", "python3 -m venv"))]
 MAKE = [command for command in commands() if command.startswith("make ")]
-SERVING = [command for command in commands() if command.startswith(("python -m vllm", "curl "))]
 
 
 def test_every_command_belongs_to_a_group_that_is_tested() -> None:
@@ -123,34 +120,16 @@ def test_the_serving_command_answers_the_curl_line(workplace: Path, real_store: 
         port = str(free.getsockname()[1])
     serve, curl = (command.replace("8000", port) for command in SERVING)
     settings = {**environment(real_store), "VLLM_CPU_KVCACHE_SPACE": "1"}
-    arguments = [*shlex.split(serve), "--enforce-eager", "--max-model-len", "256"]
-    arguments[0] = sys.executable
-    log = (tmp_path / "server.log").open("w")
-    server = subprocess.Popen(
-        arguments, cwd=workplace, env=settings, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-    )
+    arguments = [*shlex.split(serve), "--patience", "600", "--", "--enforce-eager", "--max-model-len", "256"]
+    arguments[:1] = [sys.executable, "-m", "expertprune.cli"]
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(arguments, cwd=workplace, env=settings, stdout=subprocess.PIPE, stderr=log, text=True)
+    assert server.stdout is not None
     try:
-        wait_until_healthy(f"http://127.0.0.1:{port}/health", server, tmp_path / "server.log")
+        said = [next(server.stdout, "") for _ in range(4)]  # it speaks once the server is healthy, or ends
+        assert f"endpoint: http://127.0.0.1:{port}/v1\n" in said, (tmp_path / "log").read_text()
         done = subprocess.run(curl, shell=True, cwd=workplace, capture_output=True, text=True, timeout=120, check=True)
         assert json.loads(done.stdout)["choices"][0]["text"].strip()
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        try:
-            server.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
-        log.close()
-
-
-def wait_until_healthy(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 600
-    while time.monotonic() < deadline:
-        assert server.poll() is None, log.read_text()[-3000:]
-        try:
-            with urllib.request.urlopen(url, timeout=5) as answer:
-                if answer.status == 200:
-                    return
-        except (urllib.error.URLError, OSError):
-            time.sleep(1)
-    raise AssertionError(f"not healthy after 10 minutes: {log.read_text()[-3000:]}")
+        server.send_signal(signal.SIGINT)
+        assert server.wait(timeout=30) == 130

@@ -176,7 +176,8 @@ def a_spec(dimensions: Mapping[str, list[str]], general: list[str], **compose_se
         dimensions=Dimensions(**dimensions),
         general=general,
         budget=Budget(ffn=2, kv_groups=1, query_heads=2),
-        compose=compose_settings,
+        relevance=Relevance(criterion="impact"),
+        compose={"allocation": "uniform", **compose_settings},
     )
 
 

@@ -66,8 +66,8 @@ def test_the_minimal_spec_is_valid_and_has_the_documented_defaults() -> None:
     assert not spec.base.trust_remote_code
     assert spec.dimensions.chosen == {"language": ["de"]}
     assert spec.general == ["general"]
-    assert spec.relevance.criterion == "impact"
-    assert spec.compose.rule == "intersection"
+    assert spec.relevance.criterion == "fisher"
+    assert (spec.compose.rule, spec.compose.allocation) == ("intersection", "global")
     assert (spec.budget.ffn, spec.budget.query_heads, spec.budget.kv_groups) == (0.25, 0, 0)
     assert spec.budget.multiple_of == 64
     assert spec.compensation.method == "least_squares"
@@ -172,8 +172,8 @@ WRONG = [
     ({"compose": {"fusion": {"lambda": 3}}}, "compose.fusion.lambda:", "less than or equal to 1"),
     ({"compose": None}, "compose:", "found None"),
     ({"budget": 0.25}, "budget:", "found 0.25"),
-    ({"budget": {}}, "budget:", "ffn, query_heads, kv_groups, experts, parameters"),
-    ({"budget": {"multiple_of": 8}}, "budget:", "ffn, query_heads, kv_groups, experts, parameters"),
+    ({"budget": {}}, "budget:", "ffn, query_heads, kv_groups, experts, vocabulary, parameters"),
+    ({"budget": {"multiple_of": 8}}, "budget:", "ffn, query_heads, kv_groups, experts, vocabulary, parameters"),
     ({"budget": {"ffn": True}}, "budget.ffn:", "found True"),
     ({"budget": {"ffn": "a third"}}, "budget.ffn:", "found 'a third'"),
     ({"budget": {"ffn": -0.1}}, "budget.ffn:", "found -0.1"),

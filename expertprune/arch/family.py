@@ -55,6 +55,8 @@ class Family(Data):
     heads_require: Mapping[str, Any] = Field(default_factory=dict)
     when_heads_change: Rewrite | None = None
     vllm_single_layers: tuple[str, ...] = ()
+    vocabulary: tuple[str, ...] = ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias")
+    """Tensors with one row for each token; the first is the embedding, the others may be absent (tied, without bias)."""
 
     @property
     def heads_are_units(self) -> bool:

@@ -1,0 +1,1 @@
+"""Experts behind vLLM: checks and engine arguments, server processes, one endpoint for several, throughput."""

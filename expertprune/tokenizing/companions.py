@@ -1,0 +1,99 @@
+"""The files beside `tokenizer.json` that name token ids, renumbered in step with it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from expertprune.tokenizing.trimming import Trimmed
+from expertprune.tokenizing.vocabulary import pair_of
+
+# Other forms of the whole vocabulary, which would contradict the smaller one.
+_STALE = ("*.model", "*.tiktoken", "tekken.json", "vocab.txt")
+_ID = re.compile(r"_token_(ids?|index)$|_token_indices$")
+_ID_LISTS = ("suppress_tokens", "begin_suppress_tokens")
+_SEQUENCES = ("bad_words_ids", "force_words_ids")
+
+
+class Renumbering:
+    """New ids for old ones in configs; an id whose token is gone, or that never had one, goes from every list."""
+
+    def __init__(self, ids: Mapping[int, int]) -> None:
+        self.ids = ids
+
+    def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """`config.json` or `generation_config.json` with new ids under every key that names some."""
+        return {key: self._value(key, value) for key, value in config.items()}
+
+    def _value(self, key: str, value: Any) -> Any:
+        if isinstance(value, bool) or value is None:
+            return value
+        if _ID.search(key) or key in _ID_LISTS:
+            return self._ids(value)
+        if key in _SEQUENCES and isinstance(value, list):
+            return [new for each in value if (new := self._sequence(each)) is not None]
+        if key == "forced_decoder_ids" and isinstance(value, list):
+            return [[place, self.ids[index]] for place, index in value if index in self.ids]
+        if key == "sequence_bias" and isinstance(value, list):
+            return [[new, bias] for each, bias in value if (new := self._sequence(each)) is not None]
+        return value
+
+    def _ids(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self.ids[index] for index in value if index in self.ids]
+        return self.ids.get(value)
+
+    def _sequence(self, sequence: Any) -> Any:
+        """A list of ids, or of such lists; nothing if a token of it is gone, since it can no longer occur."""
+        if isinstance(sequence, list) and sequence and isinstance(sequence[0], list):
+            every = [new for each in sequence if (new := self._sequence(each)) is not None]
+            return every or None
+        return [self.ids[index] for index in sequence] if all(index in self.ids for index in sequence) else None
+
+
+def special_ids(config: Mapping[str, Any]) -> Iterator[int]:
+    """Ids that a config gives a role (BOS, EOS, padding, a forced one, ...): their tokens must stay."""
+    for key, value in config.items():
+        if key == "forced_decoder_ids":
+            yield from (index for _, index in value or ())
+        elif _ID.search(key):
+            values = value if isinstance(value, list) else [value]
+            yield from (index for index in values if isinstance(index, int) and not isinstance(index, bool))
+
+
+def write_tokenizer(base: Path, folder: Path, smaller: Trimmed) -> None:
+    """Replace what `folder` holds of the base's tokenizer and generation settings by the smaller tokenizer's."""
+    renumbering = Renumbering(smaller.ids)
+    _write(folder / "tokenizer.json", smaller.data)
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        if (base / name).is_file():
+            config = renumbering.config(_read(base / name))
+            if isinstance(known := config.get("added_tokens_decoder"), dict):
+                config["added_tokens_decoder"] = {
+                    str(smaller.ids[int(index)]): token for index, token in known.items() if int(index) in smaller.ids
+                }
+            _write(folder / name, config)
+    if (base / "added_tokens.json").is_file():
+        added = {token: smaller.ids[index] for token, index in _read(base / "added_tokens.json").items()}
+        _write(folder / "added_tokens.json", added)
+    model = smaller.data["model"]
+    if (base / "vocab.json").is_file():
+        _write(folder / "vocab.json", model["vocab"])
+    if (base / "merges.txt").is_file():
+        lines = ["#version: 0.2", *(" ".join(pair_of(merge)) for merge in model["merges"])]
+        (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for pattern in _STALE:
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return data
+
+
+def _write(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

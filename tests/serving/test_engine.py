@@ -1,0 +1,184 @@
+"""What is checked before an engine starts, and what it is told."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+import expertprune
+from expertprune.errors import CheckpointError, UsageError
+from expertprune.serving import engine
+from tests.serving.conftest import CPU
+
+GPU = engine.Platform(cpu=False, memory=80 * engine.GIB)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_llama: Path) -> Path:
+    """A copy of a checkpoint that may be damaged."""
+    return Path(shutil.copytree(tiny_llama, tmp_path / "tiny"))
+
+
+def weights(folder: Path) -> int:
+    return sum(tensor.nbytes for file in folder.glob("*.safetensors") for tensor in load_file(file).values())
+
+
+def servable(weight_bytes: int) -> engine.Servable:
+    return engine.Servable(Path("expert"), "expert", weight_bytes, checkpoint=None)  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_is_served_under_its_folders_name(folder: Path) -> None:
+    found = engine.check_folder(folder)
+    assert (found.name, found.weight_bytes) == ("tiny", weights(folder))
+    assert engine.check_folder(folder, "mine").name == "mine"
+
+
+def test_an_expert_is_served_under_its_own_name(folder: Path) -> None:
+    about = {key: {"some": "thing"} for key in ("base", "parameters", "corpora", "versions", "spec", "plan")}
+    (folder / "expertprune.json").write_text(json.dumps({"kind": "expert", "name": "medical-qa", **about}))
+    assert engine.check_folder(folder).name == "medical-qa"
+
+
+def truncate(folder: Path) -> None:
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def forget_shard(folder: Path) -> None:
+    sorted(folder.glob("*.safetensors"))[-1].unlink()
+
+
+def change_width(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 16}))
+
+
+def forget_tokenizer(folder: Path) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (shutil.rmtree, "no such folder"),
+        (truncate, "truncated or corrupt"),
+        (forget_shard, "no such file"),
+        (change_width, "disagrees with the weights"),
+        (forget_tokenizer, "no tokenizer files"),
+        (lambda folder: (folder / "config.json").unlink(), "is no expert .* and no checkpoint"),
+        (lambda folder: (folder / "expertprune.json").write_text("{"), "cannot be read"),
+        (lambda folder: (folder / "expertprune.json").write_text('{"kind": "expert"}'), "damaged"),
+    ],
+)
+def test_a_folder_that_is_not_whole_is_refused(folder: Path, damage: Any, message: str) -> None:
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message):
+        engine.check_folder(folder)
+
+
+def test_what_a_killed_build_left_is_refused(folder: Path) -> None:
+    left = folder.rename(folder.with_name(".medical-qa.4711.partial"))
+    with pytest.raises(CheckpointError, match="unfinished build"):
+        engine.check_folder(left)
+
+
+@pytest.mark.parametrize(
+    ("free", "engines", "cache"),
+    [
+        (100, 1, 4),  # of 90 GiB that may be taken, 1 GiB of weights and 2 GiB of processes leave 87: at most 4
+        (5, 1, 1.5),  # 4.5 - 1 - 2
+        (10, 2, 1.5),  # the same for each of two
+    ],
+)
+def test_the_cache_on_a_cpu_is_what_is_free_but_not_all(
+    monkeypatch: pytest.MonkeyPatch, free: int, engines: int, cache: float
+) -> None:
+    monkeypatch.setattr(engine, "free_memory", lambda: free * engine.GIB)
+    settings = engine.engine_settings(servable(engine.GIB), CPU, engines)
+    assert settings == {
+        "max_model_len": -1,
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": pytest.approx(cache * engine.GIB, abs=2),
+    }
+
+
+@pytest.mark.parametrize("engines", [1, 3])
+def test_too_little_memory_is_said_before_anything_starts(monkeypatch: pytest.MonkeyPatch, engines: int) -> None:
+    """1 GiB of weights, 2 of processes and a quarter of cache need 3.25 GiB; 0.9 of 3.5 GiB is 3.15."""
+    monkeypatch.setattr(engine, "free_memory", lambda: int(3.5 * engines * engine.GIB))
+    with pytest.raises(UsageError, match=r"need 3\.2 GiB of memory, 3\.1 GiB are free"):
+        engine.engine_settings(servable(engine.GIB), CPU, engines)
+
+
+def test_the_variable_of_vllm_decides_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "free_memory", lambda: 10 * engine.GIB)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "5")
+    assert "kv_cache_memory_bytes" not in engine.engine_settings(servable(engine.GIB), CPU)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
+    with pytest.raises(UsageError, match=r"need 10\.0 GiB"):
+        engine.engine_settings(servable(engine.GIB), CPU)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "much")
+    with pytest.raises(UsageError, match="much"):
+        engine.engine_settings(servable(engine.GIB), CPU)
+
+
+def test_a_gpu_is_shared_and_gets_no_setting_of_a_cpu() -> None:
+    assert engine.engine_settings(servable(engine.GIB), GPU) == {"max_model_len": -1, "gpu_memory_utilization": 0.9}
+    assert engine.engine_settings(servable(engine.GIB), GPU, 2)["gpu_memory_utilization"] == 0.45
+    with pytest.raises(UsageError, match=r"need 40\.2 GiB of memory, 36\.0 GiB are free for each of 2 engines"):
+        engine.engine_settings(servable(40 * engine.GIB), GPU, 2)
+    engine.engine_settings(servable(400 * engine.GIB), GPU, 1, given=["tensor_parallel_size"])
+
+
+def test_what_the_user_gives_wins(fake_vllm: None, tiny_llama: Path) -> None:
+    given = ["--max-model-len", "64", "--no-enforce-eager", "--kv_cache_memory_bytes=1G"]
+    arguments = engine.server_arguments(engine.check_folder(tiny_llama), "127.0.0.1", 8000, given)
+    own = [f"--model={tiny_llama.resolve()}", f"--served-model-name={tiny_llama.name}"]
+    assert arguments == [*own, "--host=127.0.0.1", "--port=8000", *given]
+    plain = engine.server_arguments(engine.check_folder(tiny_llama), "127.0.0.1", 8000)
+    assert plain[4:] == ["--max-model-len=-1", "--enforce-eager", f"--kv-cache-memory-bytes={4 * engine.GIB}"]
+
+
+@pytest.mark.parametrize("option", ["--port", "--host=0.0.0.0", "--served_model_name=x", "--model"])
+def test_what_expertprune_says_itself_cannot_be_given(option: str) -> None:
+    with pytest.raises(UsageError, match="cannot be given after --"):
+        engine.option_names(["--max-num-seqs", "3", option])
+
+
+def test_without_vllm_the_extras_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine.platform.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"expertprune\[serve\].*expertprune\[serve-cpu\]"):
+        engine.platform()
+
+
+def test_a_vllm_that_is_broken_is_told_from_one_that_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text("raise ImportError('operator torchvision::nms does not exist')")
+    engine.platform.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace())
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(UsageError, match=r"cannot be imported: .*torchvision::nms"):
+        engine.platform()
+
+
+def test_load_engine_configures_vllm(fake_vllm: None, monkeypatch: pytest.MonkeyPatch, tiny_llama: Path) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=lambda **settings: settings))
+    assert expertprune.load_engine(tiny_llama, max_model_len=64, seed=7) == {
+        "model": str(tiny_llama.resolve()),
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 4 * engine.GIB,
+        "max_model_len": 64,
+        "seed": 7,
+    }

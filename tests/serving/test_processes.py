@@ -1,0 +1,117 @@
+"""Processes that end as a whole, whatever they do against it."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from expertprune.errors import CheckpointError, UsageError
+from expertprune.serving.processes import ProcessTree, check_port, client_address, ending, free_port, stop_all
+
+# A leader that ignores SIGTERM, as does its child, in a process group of its own; it says when both are ready.
+STUBBORN = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = "import os, signal, time; os.setpgrp(); signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True)"
+subprocess.Popen([sys.executable, "-c", child + "; time.sleep(600)"])
+time.sleep(600)
+"""
+
+
+def started(folder: Path, code: str, name: str = "log") -> ProcessTree:
+    tree = ProcessTree([sys.executable, "-c", code], folder / name)
+    tree.start()
+    return tree
+
+
+def wait_for(text: str, tree: ProcessTree) -> None:
+    deadline = time.monotonic() + 60
+    while text not in tree.log.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_what_ignores_the_request_to_end_is_killed_with_its_descendants(tmp_path: Path) -> None:
+    trees = [started(tmp_path, STUBBORN, name) for name in ("a", "b")]
+    for tree in trees:
+        wait_for("ready", tree)
+    members = [member for tree in trees for member in tree.members()]
+    assert len(members) == 4
+    begin = time.monotonic()
+    stop_all(trees)
+    assert time.monotonic() - begin < 10
+    _, left = psutil.wait_procs(members, timeout=1)
+    assert left == []
+    assert [tree.code for tree in trees] == [-signal.SIGKILL] * 2
+
+
+def test_what_ends_by_itself_is_not_waited_for(tmp_path: Path) -> None:
+    tree = started(tmp_path, "import time; print('ready', flush=True); time.sleep(600)")
+    wait_for("ready", tree)
+    begin = time.monotonic()
+    tree.stop()
+    assert time.monotonic() - begin < 3
+    assert tree.code == -signal.SIGTERM
+    tree.stop()  # twice is no error
+
+
+def test_children_of_a_leader_that_was_killed_are_found(tmp_path: Path) -> None:
+    tree = started(tmp_path, STUBBORN)
+    wait_for("ready", tree)
+    assert tree.process is not None
+    tree.process.kill()
+    tree.process.wait()
+    assert len(tree.members()) == 1
+    tree.stop()
+    assert tree.members() == []
+
+
+def test_an_error_shows_the_last_lines_of_a_log(tmp_path: Path) -> None:
+    tree = ProcessTree([], tmp_path / "log")
+    assert "no log" in tree.tail()
+    tree.log.write_text("\n".join(f"line {number}" for number in range(30_000)))
+    shown = tree.tail().splitlines()
+    assert shown == [f"  line {number}" for number in range(29_980, 30_000)]
+
+
+def test_a_log_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        ProcessTree([sys.executable], tmp_path / "file" / "log").start()
+
+
+def test_a_port_on_which_something_listens_is_refused() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        with pytest.raises(UsageError, match=f"port {port} .*--port"):
+            check_port("127.0.0.1", port)
+    check_port("127.0.0.1", port)
+    check_port("127.0.0.1", free_port())
+
+
+def test_a_host_that_is_not_this_machine_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"192\.0\.2\.1"):  # kept for documentation, so never ours
+        check_port("192.0.2.1", 8000)
+    with pytest.raises(UsageError, match="no address"):
+        check_port("no such host", 8000)
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("::1", "[::1]"), ("10.0.0.7", "10.0.0.7")],
+)
+def test_where_a_client_finds_a_server(host: str, expected: str) -> None:
+    assert client_address(host) == expected
+
+
+def test_how_a_process_ended() -> None:
+    assert ending(3) == "exit code 3"
+    assert ending(-9) == "SIGKILL"

@@ -1,0 +1,118 @@
+"""The life of a server process, with servers that are not vLLM."""
+
+from __future__ import annotations
+
+import socket
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from expertprune.errors import ServingError, UsageError
+from expertprune.serving.processes import ProcessTree, check_port
+from expertprune.serving.server import Server
+
+pytestmark = pytest.mark.usefixtures("fake_vllm")
+
+
+def behaving(behaviour: str) -> list[str]:
+    return [f"--behaviour={behaviour}"]
+
+
+def nothing_runs(trees: list[ProcessTree]) -> bool:
+    return bool(trees) and not any(tree.alive or tree.members() for tree in trees)
+
+
+def test_inside_the_block_it_answers_and_after_it_nothing_runs(
+    tiny_llama: Path, started: list[ProcessTree], tmp_path: Path
+) -> None:
+    with Server(tiny_llama, log=tmp_path / "logs" / "log", model_name="mine") as server:
+        assert server.url == f"http://127.0.0.1:{server.port}/v1"
+        assert server.complete("Is it well?") == " said mine"
+        assert server.load_seconds is not None
+        assert server.load_seconds > 0
+        assert server.process is not None
+        assert server.process.poll() is None
+        assert server.failure() is None
+    assert nothing_runs(started)
+    check_port("127.0.0.1", server.port)
+    assert "POST /v1/completions" in server.log.read_text()
+
+
+def test_a_log_of_its_own_stays_only_where_something_failed(tiny_llama: Path) -> None:
+    with Server(tiny_llama) as server:
+        assert server.log.exists()
+    assert not server.log.exists()
+    server = Server(tiny_llama, arguments=behaving("die"))
+    with pytest.raises(ServingError), server:
+        pass
+    assert server.log.exists()
+    server.log.unlink()
+
+
+def test_one_that_dies_is_reported_with_the_end_of_its_log(tiny_llama: Path, started: list[ProcessTree]) -> None:
+    with pytest.raises(ServingError, match="ended \\(exit code 3\\)") as raised:
+        Server(tiny_llama, arguments=behaving("die")).__enter__()
+    assert str(raised.value).endswith("  no room for the weights")
+    assert raised.value.exit_code == 1
+    assert nothing_runs(started)
+
+
+def test_one_that_never_gets_healthy_is_given_up(tiny_llama: Path, started: list[ProcessTree]) -> None:
+    with pytest.raises(ServingError, match="not healthy after 1 s"):
+        Server(tiny_llama, arguments=behaving("never"), patience=1).__enter__()
+    assert nothing_runs(started)
+
+
+def test_one_that_will_not_end_is_killed_with_its_child(tiny_llama: Path, started: list[ProcessTree]) -> None:
+    with Server(tiny_llama, arguments=behaving("stubborn")) as server:
+        assert len(server.tree.members()) == 2
+        begin = time.monotonic()
+    assert time.monotonic() - begin < 10
+    assert nothing_runs(started)
+    check_port("127.0.0.1", server.port)
+
+
+def test_one_that_is_healthy_but_does_not_answer_is_reported(tiny_llama: Path) -> None:
+    with Server(tiny_llama, arguments=behaving("mute")) as server, pytest.raises(ServingError, match="500"):
+        server.complete()
+
+
+def test_one_that_dies_later_says_how(tiny_llama: Path) -> None:
+    with Server(tiny_llama) as server:
+        assert server.process is not None
+        server.process.kill()
+        server.process.wait()
+        failure = server.failure()
+        assert failure is not None
+        assert "died (SIGKILL)" in str(failure)
+        with pytest.raises(urllib.error.URLError):
+            urllib.request.urlopen(f"{server.root}/health", timeout=5)
+
+
+@pytest.mark.parametrize("given", [["--api-key", "secret"], ["--api_key=secret"]])
+def test_a_key_that_vllm_asks_for_is_sent(tiny_llama: Path, given: list[str], tmp_path: Path) -> None:
+    with Server(tiny_llama, arguments=given, log=tmp_path / "log") as server:
+        assert server.complete() == " said llama"
+    assert "Bearer secret" in server.log.read_text()
+
+
+def test_a_log_begins_anew_and_goes_on_after_a_restart(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("of yesterday")
+    with Server(tiny_llama, log=tmp_path / "log") as server:
+        server.stop()
+        server.start()
+        server.wait()
+    assert server.log.read_text().count("the fake server of llama starts") == 2
+    assert "of yesterday" not in server.log.read_text()
+
+
+def test_a_port_that_is_taken_is_said_before_anything_starts(tiny_llama: Path, started: list[ProcessTree]) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        with pytest.raises(UsageError, match="is not free"):
+            Server(tiny_llama, port=listener.getsockname()[1])
+    assert started == []

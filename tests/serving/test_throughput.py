@@ -1,0 +1,209 @@
+"""Throughput: what is read for a token, what is compared with what, and the file that says so; no vLLM."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+import expertprune
+from expertprune.checkpoint import Checkpoint
+from expertprune.cli import main
+from expertprune.commands.throughput import number, throughput_table
+from expertprune.errors import CheckpointError, ServingError, UsageError
+from expertprune.pictures import throughput_picture
+from expertprune.serving import throughput
+from expertprune.serving.throughput import METRICS, Load, bytes_per_token, summary
+from tests.tiny import WORDS, save_tiny
+
+# In place of vLLM's benchmark: notes how it was called, and writes a result of which the model's name decides the speed.
+CLIENT = """
+import json, sys
+from pathlib import Path
+options = dict(argument[2:].split("=", 1) for argument in sys.argv[1:] if "=" in argument)
+out = Path(options["result-dir"])
+speed = {"base": 100.0, "expert": 150.0}[options["model"]]
+prompts = [json.loads(line)["prompt"] for line in Path(options["dataset-path"]).read_text().splitlines()]
+with Path(NOTES).open("a") as notes:
+    notes.write(json.dumps({"options": options, "flags": [a for a in sys.argv if "=" not in a], "prompts": prompts}) + "\\n")
+count = int(options["num-prompts"])
+if FAILS: print("connection refused"); sys.exit(1)
+(out / options["result-filename"]).write_text(json.dumps({
+    "completed": COMPLETED if COMPLETED is not None else count, "output_throughput": speed, "median_ttft_ms": 2000 / speed,
+    "median_tpot_ms": 1000 / speed, "total_input_tokens": 7, "total_output_tokens": 8, "duration": 9.0}))
+"""
+
+
+def test_every_weight_is_read_once_but_the_looked_up_embedding(tmp_path: Path) -> None:
+    """A tiny model: hidden 24, FFN 32, 6 query and 3 KV heads of 4, 3 layers, vocabulary 64, float32, its own head."""
+    attention = (6 * 4 + 3 * 4 + 3 * 4 + 6 * 4) * 24
+    layer = attention + 3 * 32 * 24 + 2 * 24
+    parameters = 3 * layer + 24 + 64 * 24  # the last norm, the head; not the embedding
+    assert bytes_per_token(Checkpoint(save_tiny(tmp_path / "untied"))) == 4 * parameters
+    tied = save_tiny(tmp_path / "tied", tie_word_embeddings=True)
+    assert bytes_per_token(Checkpoint(tied)) == 4 * parameters  # the embedding is the head
+
+
+def run(model: str, speed: float, cache: int | None, read: int) -> dict[str, Any]:
+    return {
+        "model": model,
+        "output_tokens_per_second": speed,
+        "time_to_first_token_ms": 1000 / speed,
+        "time_per_output_token_ms": 100 / speed,
+        "kv_cache_tokens": cache,
+        "memory_bytes": 8 * read,
+        "load_seconds": 10.0,
+        "bytes_per_token": read,
+    }
+
+
+def test_ratios_are_taken_pair_by_pair() -> None:
+    """The machine slows down from round to round; 1.5, 1.2 and 1.8 are the ratios of neighbours."""
+    speeds = [(100, 150), (50, 60), (10, 18)]
+    runs = [row for base, expert in speeds for row in (run("base", base, 64, 600), run("expert", expert, 96, 400))]
+    result = summary(runs)
+    assert result["models"]["base"]["output_tokens_per_second"] == 50
+    assert result["models"]["expert"]["output_tokens_per_second"] == 60
+    assert result["ratios"]["output_tokens_per_second"] == pytest.approx({"median": 1.5, "low": 1.2, "high": 1.8})
+    assert result["ratios"]["time_to_first_token_ms"] == pytest.approx(
+        {"median": 2 / 3, "low": 1 / 1.8, "high": 1 / 1.2}
+    )
+    assert result["ratios"]["kv_cache_tokens"] == {"median": 1.5, "low": 1.5, "high": 1.5}
+    assert result["limit"] == 1.5
+    assert result["runs"] == runs
+    assert set(result["models"]["expert"]) == set(METRICS)
+
+
+def test_a_metric_that_was_not_to_be_had_has_no_ratio() -> None:
+    result = summary([run("base", 1, None, 2), run("expert", 1, 5, 1)])
+    assert "kv_cache_tokens" not in result["ratios"]
+    assert result["models"]["base"]["kv_cache_tokens"] is None
+    assert set(result["ratios"]) == set(METRICS) - {"kv_cache_tokens"}
+    rendered = Console(width=160, file=open("/dev/null", "w"), record=True)  # noqa: SIM115
+    rendered.print(throughput_table({**result, "settings": {**vars(Load()), "rounds": 1}}))
+    assert "50% of the limit" in rendered.export_text()
+
+
+@pytest.fixture
+def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shipped text in the words of the tiny tokenizer, of which no two stretches of 12 are the same."""
+    words = [WORDS[(number * number // 7 + number) % len(WORDS)] for number in range(400)]
+    (tmp_path / "general").mkdir()
+    (tmp_path / "general" / "general.evaluation.jsonl").write_text(json.dumps({"text": " ".join(words)}) + "\n")
+    monkeypatch.setattr(throughput, "shipped", lambda folder: tmp_path)
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fake_vllm: None) -> Any:
+    """Puts the client above in place; returns how it was called."""
+    notes = tmp_path / "notes"
+
+    def put(completed: int | None = None, fails: bool = False) -> Any:
+        head = f"NOTES, COMPLETED, FAILS = {str(notes)!r}, {completed}, {fails}\n"
+        monkeypatch.setattr(throughput, "_CLIENT", head + CLIENT)
+        return lambda: [json.loads(line) for line in notes.read_text().splitlines()]
+
+    monkeypatch.setattr(throughput, "_cache_tokens", lambda server: 1000)
+    return put
+
+
+@pytest.mark.usefixtures("text")
+def test_both_are_measured_in_turn_on_the_same_prompts(
+    tmp_path: Path, tiny_llama: Path, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = client()
+    narrow = save_tiny(tmp_path / "narrow", intermediate_size=16)
+    monkeypatch.setattr(throughput, "machine", lambda: "a machine")
+    load = Load(prompts=5, input_tokens=12, output_tokens=3, concurrency=2, rounds=2)
+    result = expertprune.bench(narrow, against=tiny_llama, load=load, arguments=["--max-num-seqs", "4"])
+    assert json.loads((narrow / "throughput-llama.json").read_text()) == result
+    assert not (narrow / "throughput.json").exists()  # that one compares with the base
+    assert [(row["model"], row["round"]) for row in result["runs"]] == [
+        ("base", 1), ("expert", 1), ("base", 2), ("expert", 2),
+    ]  # fmt: skip
+    assert result["ratios"]["output_tokens_per_second"]["median"] == 1.5
+    assert result["folders"] == {"base": str(tiny_llama.resolve()), "expert": str(narrow.resolve())}
+    assert result["limit"] == bytes_per_token(Checkpoint(tiny_llama)) / bytes_per_token(Checkpoint(narrow))
+    assert all(math.isfinite(row["memory_bytes"]) and row["memory_bytes"] > 2**20 for row in result["runs"])
+    arguments = result["settings"].pop("arguments")
+    assert arguments == ["--no-enable-prefix-caching", f"--kv-cache-memory-bytes={4 * 2**30}", "--max-num-seqs", "4"]
+    assert result["settings"] == {"prompts": 5, "input_tokens": 12, "output_tokens": 3, "concurrency": 2, "rounds": 2}
+
+    called = calls()
+    assert [call["options"]["model"] for call in called] == ["base", "expert", "base", "expert"]
+    prompts = called[0]["prompts"]
+    assert all(call["prompts"] == prompts for call in called)
+    assert len(set(prompts)) == 5
+    assert [len(prompt.split()) for prompt in prompts] == [12] * 5
+    for call in called:
+        assert {"--ignore-eos", "--disable-shuffle", "--skip-chat-template"} <= set(call["flags"])
+        assert call["options"]["custom-output-len"] == "3"
+        assert call["options"]["max-concurrency"] == "2"
+        assert call["options"]["temperature"] == "0"
+
+
+@pytest.mark.usefixtures("text")
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [({"completed": 4}, "answered 4 of 5 prompts"), ({"fails": True}, "benchmark of base failed.*connection refused")],
+)
+def test_a_run_that_is_not_whole_is_an_error_and_writes_nothing(
+    tmp_path: Path, tiny_llama: Path, client: Any, failure: dict[str, Any], message: str
+) -> None:
+    client(**failure)
+    folder = save_tiny(tmp_path / "expert")
+    before = sorted(path.name for path in folder.iterdir())
+    with pytest.raises(ServingError, match=f"(?s){message}"):
+        expertprune.bench(folder, against=tiny_llama, load=Load(prompts=5, input_tokens=12, rounds=1))
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_more_tokens_than_the_model_takes_are_refused_before_anything_starts(tiny_llama: Path, fake_vllm: None) -> None:
+    with pytest.raises(UsageError, match="takes 128 tokens at a time, not 100 and 29"):
+        expertprune.bench(tiny_llama, against=tiny_llama, load=Load(input_tokens=100, output_tokens=29))
+
+
+def test_an_expert_without_its_base_is_told_how_to_name_it(tmp_path: Path, tiny_llama: Path) -> None:
+    with pytest.raises(CheckpointError, match="is no expert"):
+        expertprune.bench(tiny_llama)
+
+
+@pytest.mark.usefixtures("text")
+def test_the_command_prints_a_table_and_draws(tmp_path: Path, tiny_llama: Path, client: Any) -> None:
+    client()
+    expert, picture = save_tiny(tmp_path / "expert", intermediate_size=16), tmp_path / "speed.svg"
+    options = ["--against", tiny_llama, "--prompts", 5, "--rounds", 2, "--input-tokens", 12, "--picture", picture]
+    result = CliRunner().invoke(main, ["bench", str(expert), *map(str, options)])
+    assert result.exit_code == 0, result.output
+    assert "output tokens per second" in result.stdout
+    assert "1.500" in result.stdout
+    assert "limit" in picture.read_text()
+    for wrong in ([], [str(expert), str(expert)], [str(expert), "--base", "x", "--against", "y"]):
+        assert CliRunner().invoke(main, ["bench", *wrong]).exit_code == 2
+
+
+def test_a_picture_shows_each_metric_that_has_a_ratio(tmp_path: Path) -> None:
+    runs = [
+        run("base", 100, None, 600),
+        run("expert", 150, None, 400),
+        run("base", 90, None, 600),
+        run("expert", 99, None, 400),
+    ]
+    throughput_picture(summary(runs), METRICS, tmp_path / "speed.svg")
+    drawn = (tmp_path / "speed.svg").read_text()
+    assert METRICS["kv_cache_tokens"][0] not in drawn
+    assert all(label in drawn for metric, (label, _) in METRICS.items() if metric != "kv_cache_tokens")
+    assert "1.30" in drawn  # the median of 1.5 and 1.1
+    assert "limit 1.50" in drawn
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(107_000_000, "107,000,000"), (241.26, "241.3"), (0.01234, "0.01234"), (46_592, "46,592")]
+)
+def test_numbers_are_readable(value: float, expected: str) -> None:
+    assert number(value) == expected

@@ -1,0 +1,257 @@
+"""Real vLLM: one expert behind the command, two behind one endpoint, and what an unkind world sends them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+
+import expertprune
+from expertprune.serving import engine, throughput
+from expertprune.serving.deployment import Deployment
+from expertprune.serving.processes import check_port, free_port
+
+pytest.importorskip("vllm")
+openai = pytest.importorskip("openai")
+httpx = pytest.importorskip("httpx")
+pytestmark = [pytest.mark.slow, pytest.mark.vllm]
+
+ROOT = Path(__file__).parent.parent.parent
+SPEC = ROOT / "profiles" / "english-medical-qa.yaml"
+# Arguments of vLLM for quick starts. On a CPU it keeps a compiled product for every number of tokens that it has computed at
+# once, so memory is flat only when it has seen them all: there are 64 here.
+SMALL = ["--max-model-len", "512", "--max-num-seqs", "32", "--max-num-batched-tokens", "64"]
+QUESTION = [{"role": "user", "content": "Which organ pumps blood?"}]
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory, real_store: Path) -> list[Path]:
+    """Two experts of SmolLM2, cut and not repaired: here nobody asks how good they are."""
+    folder = tmp_path_factory.mktemp("experts")
+    plain = {"evaluate.enabled": False, "compensation.method": "none"}
+    return [
+        expertprune.build(SPEC, folder / name, {**plain, "name": name, "budget.ffn": fraction}, store=real_store)
+        for name, fraction in (("quarter", 0.25), ("half", 0.5))
+    ]
+
+
+@dataclass
+class Serving:
+    """A running `expertprune serve`."""
+
+    process: subprocess.Popen[str]
+    port: int
+    log: Path
+
+    @property
+    def root(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def client(self) -> Any:
+        return openai.OpenAI(base_url=f"{self.root}/v1", api_key="none", max_retries=0, timeout=300)
+
+    def members(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+
+@pytest.fixture(scope="module")
+def serving(experts: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """`expertprune serve` of one expert, as a user starts it, healthy."""
+    folder, port = tmp_path_factory.mktemp("serving"), free_port()
+    command = [sys.executable, "-m", "expertprune.cli", "serve", str(experts[0]), "--port", str(port)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "1"}
+    process = subprocess.Popen(
+        [*command, "--log", str(folder), "--", *SMALL],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=(folder / "errors").open("w"),
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        printed = ""
+        while "stop it" not in printed:
+            line = process.stdout.readline()
+            assert line, (folder / "errors").read_text()
+            printed += line
+        yield Serving(process, port, folder / f"quarter-{port}.log")
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def test_a_chat_is_answered_whole_and_as_a_stream(serving: Serving) -> None:
+    client = serving.client()
+    assert [model.id for model in client.models.list()] == ["quarter"]
+    request = {"model": "quarter", "messages": QUESTION, "max_tokens": 12, "temperature": 0}
+    whole = client.chat.completions.create(**request)
+    assert whole.usage.completion_tokens <= 12
+    assert whole.choices[0].message.content.strip()
+    pieces = [chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**request, stream=True)]
+    assert len([piece for piece in pieces if piece]) > 1
+    assert "".join(pieces) == whole.choices[0].message.content
+
+
+MALFORMED: list[bytes] = [
+    b'{"model": "quarter", "prompt": "The',
+    b"",
+    b'{"prompt": "no model but a wrong type", "max_tokens": "many"}',
+    b'{"model": "quarter", "prompt": "The heart", "max_tokens": -1}',
+    b'{"model": "quarter", "prompt": "The heart", "temperature": -3}',
+    b'{"model": "another", "prompt": "The heart"}',
+    b'{"model": "quarter", "messages": 7}',
+]
+
+
+async def one_request(client: Any, raw: Any, number: int, chance: random.Random) -> str:
+    """Send one request; which of five kinds, and how long, follows from its number and chance."""
+    if number % 5 == 4:
+        body = MALFORMED[number // 5 % len(MALFORMED)]
+        answer = await raw.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+        assert 400 <= answer.status_code < 500, (body, answer.text)
+        return "refused"
+    length = chance.choice([1, 5, 20, 60, 200])
+    request = {"model": "quarter", "prompt": "blood " * length, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    if number % 5 == 3:  # cancelled: before anything has come, or in the middle of the stream
+        if number % 2:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(client.completions.create(**request, max_tokens=64), 0.05)
+        else:
+            stream = await client.completions.create(**request, max_tokens=64, stream=True)
+            async for _ in stream:
+                break
+            await stream.close()
+        return "cancelled"
+    wanted = chance.choice([1, 2, 4, 8])
+    answer = await client.completions.create(**request, max_tokens=wanted)
+    assert answer.usage.completion_tokens == wanted
+    assert answer.usage.prompt_tokens >= length
+    return "answered"
+
+
+async def hundred_requests(serving: Serving, first: int) -> list[str]:
+    """32 at a time."""
+    chance, gate = random.Random(first), asyncio.Semaphore(32)
+    async with (
+        openai.AsyncOpenAI(base_url=f"{serving.root}/v1", api_key="none", max_retries=0, timeout=600) as client,
+        httpx.AsyncClient(base_url=serving.root, timeout=600) as raw,
+    ):
+
+        async def gated(number: int) -> str:
+            async with gate:
+                return await one_request(client, raw, number, chance)
+
+        return list(await asyncio.gather(*(gated(number) for number in range(first, first + 100))))
+
+
+def test_five_hundred_requests_kind_and_unkind_leave_the_server_as_it_was(serving: Serving) -> None:
+    resident, outcomes = [], []
+    for first in range(0, 500, 100):
+        outcomes += asyncio.run(hundred_requests(serving, first))
+        resident.append(sum(member.memory_info().rss for member in serving.members()))
+    assert {kind: outcomes.count(kind) for kind in set(outcomes)} == {"answered": 300, "cancelled": 100, "refused": 100}
+    assert resident[-1] - resident[1] < 32 * 2**20, [size / 2**20 for size in resident]
+    assert serving.process.poll() is None
+    assert httpx.get(f"{serving.root}/health").status_code == 200
+    assert "Traceback" not in serving.log.read_text()
+
+
+def test_vllms_benchmark_measures_it(serving: Serving, experts: list[Path], tmp_path: Path) -> None:
+    """A token of KV cache takes 30 layers × (K and V) × 3 heads × 64 channels × 2 bytes, and blocks hold 128 tokens."""
+    load = throughput.Load(prompts=4, input_tokens=16, output_tokens=4, concurrency=2)
+    server = SimpleNamespace(
+        root=serving.root,
+        name="quarter",
+        servable=SimpleNamespace(folder=experts[0]),
+        tree=SimpleNamespace(members=serving.members),
+        load_seconds=1.0,
+        failure=lambda: None,
+    )
+    row = throughput._measure(server, throughput._write_prompts(tmp_path / "prompts.jsonl", experts[0], load), load)
+    assert row["output_tokens"] == 16
+    assert abs(row["input_tokens"] - 64) <= 4  # a piece cut out of a text may be tokenized a little differently
+    assert row["output_tokens_per_second"] == pytest.approx(16 / row["seconds"])
+    assert row["time_to_first_token_ms"] > 0
+    assert row["time_per_output_token_ms"] > 0
+    assert row["memory_bytes"] > experts[0].joinpath("model.safetensors").stat().st_size
+    if engine.platform().cpu:
+        assert row["kv_cache_tokens"] == 2**30 // (30 * 2 * 3 * 64 * 2 * 128) * 128
+
+
+def test_an_interruption_ends_it_and_frees_the_port(serving: Serving) -> None:
+    """Last of those that share the server."""
+    members = serving.members()
+    assert len(members) >= 2
+    begin = time.monotonic()
+    serving.process.send_signal(signal.SIGINT)
+    assert serving.process.wait(timeout=30) == 130
+    assert time.monotonic() - begin < 10
+    assert psutil.wait_procs(members, timeout=0.5)[1] == []
+    check_port("127.0.0.1", serving.port)
+
+
+def test_two_experts_share_an_endpoint_and_one_outlives_the_others_death(
+    experts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    said: list[str] = []
+    served = Deployment(experts, port=free_port(), arguments=SMALL, logs=tmp_path, report=said.append)
+    client = openai.OpenAI(base_url=served.url, api_key="none", max_retries=0, timeout=600)
+    enough = threading.Event()
+
+    def ask(model: str) -> int:
+        answer = client.completions.create(model=model, prompt="The heart pumps", max_tokens=8, temperature=0)
+        assert answer.model == model
+        return int(answer.usage.completion_tokens)
+
+    def keep_asking(model: str) -> list[bool]:
+        """Whether each request was answered, as long as the test lets it ask."""
+        answered = []
+        while not enough.is_set():
+            try:
+                answered.append(ask(model) > 0)
+            except openai.APIError:
+                answered.append(False)
+                time.sleep(0.2)
+        return answered
+
+    with served, ThreadPoolExecutor(4) as pool:
+        assert [model.id for model in client.models.list()] == ["quarter", "half"]
+        chunks = client.completions.create(model="half", prompt="The", max_tokens=8, temperature=0, stream=True)
+        assert len(list(chunks)) > 1
+        asking = {model: [pool.submit(keep_asking, model) for _ in range(2)] for model in served.servers}
+        begin = time.monotonic()
+        served.watch(lambda: time.monotonic() - begin > 5)
+        killed = served.servers["half"]
+        orphans = killed.tree.members()[1:]
+        assert orphans
+        assert killed.process is not None
+        killed.process.kill()
+        served.watch(lambda: any("is back" in message for message in said) or time.monotonic() - begin > 800)
+        enough.set()
+        answered = {model: [told for asked in futures for told in asked.result()] for model, futures in asking.items()}
+        assert psutil.wait_procs(orphans, timeout=0.5)[1] == []
+        assert ask("half") > 0
+        trees = [served.router.tree, *(server.tree for server in served.servers.values())]
+    assert all(answered["quarter"])
+    assert len(answered["quarter"]) > 20
+    assert not all(answered["half"])
+    assert any("half died (SIGKILL)" in message for message in said)
+    assert not any(tree.alive or tree.members() for tree in trees)
+    check_port("127.0.0.1", served.port)

@@ -1,0 +1,126 @@
+"""Files beside the tokenizer: every id in step, nothing that contradicts it left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from expertprune.errors import CheckpointError
+from expertprune.tokenizing import Renumbering, Vocabulary, essential_ids, read_vocabulary, trimmed, write_tokenizer
+from tests.oracle import read_json
+from tests.vocabularies import data_of, tokenizer_of
+
+IDS = {0: 0, 5: 1, 7: 2, 9: 3}
+
+
+@pytest.mark.parametrize(
+    ("key", "old", "new"),
+    [
+        ("eos_token_id", 7, 2),
+        ("eos_token_id", [5, 9], [1, 3]),
+        ("bos_token_id", 0, 0),
+        ("pad_token_id", None, None),
+        ("pad_token_id", 8, None),  # a token that is gone, or never was
+        ("decoder_start_token_id", 9, 3),
+        ("image_token_index", 5, 1),
+        ("suppress_tokens", [5, 6, 9], [1, 3]),
+        ("begin_suppress_tokens", [6], []),
+        ("bad_words_ids", [[5, 7], [6, 7], [9]], [[1, 2], [3]]),
+        ("force_words_ids", [[[5], [6]], [[6]]], [[[1]]]),
+        ("forced_decoder_ids", [[1, 7], [2, 6]], [[1, 2]]),
+        ("sequence_bias", [[[5, 9], -1.5], [[6], 2.0]], [[[1, 3], -1.5]]),
+        ("forced_bos_token_id", 7, 2),
+        ("hidden_size", 5, 5),
+        ("num_beams", 7, 7),
+        ("layer_types", ["a", "b"], ["a", "b"]),
+        ("add_bos_token", True, True),
+    ],
+)
+def test_a_config_names_the_new_ids(key: str, old: Any, new: Any) -> None:
+    assert Renumbering(IDS).config({key: old, "other": 5}) == {key: new, "other": 5}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A folder with everything that can stand beside a byte-level tokenizer."""
+    folder = tmp_path / "base"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer_of("byte_level"), bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|turn|>' + m['role'] + '\\n' + m['content'] }}{% endfor %}Gesetz"
+    )
+    tokenizer.save_pretrained(folder)
+    data = data_of("byte_level")
+    added = {token["content"]: token["id"] for token in data["added_tokens"]}
+    config = read_json(folder / "tokenizer_config.json")
+    config["added_tokens_decoder"] = {str(t["id"]): {"content": t["content"]} for t in data["added_tokens"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    (folder / "vocab.json").write_text(json.dumps(data["model"]["vocab"]))
+    (folder / "merges.txt").write_text("\n".join(" ".join(pair) for pair in data["model"]["merges"]))
+    (folder / "tokenizer.model").write_bytes(b"the whole vocabulary in another form")
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": added["</s>"]}))
+    settings = {"eos_token_id": [added["</s>"], added["<|turn|>"]], "stop_strings": ["Richter"]}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def written(base: Path, folder: Path) -> tuple[Vocabulary, dict[int, int]]:
+    """The smallest tokenizer there can be, beside what was carried."""
+    vocabulary = read_vocabulary(base)
+    kept = essential_ids(vocabulary, base, AutoTokenizer.from_pretrained(base))
+    result = trimmed(vocabulary, set().union(*kept.values()))
+    folder.mkdir()
+    for path in base.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    write_tokenizer(base, folder, result)
+    return vocabulary, result.ids
+
+
+def test_every_file_tells_the_same_ids(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "expert"
+    old, ids = written(base, folder)
+    data = read_json(folder / "tokenizer.json")
+    added = {token["content"]: token["id"] for token in data["added_tokens"]}
+    assert added == {name: ids[index] for name, index in old.added.items()}
+    assert read_json(folder / "added_tokens.json") == added
+    assert read_json(folder / "vocab.json") == data["model"]["vocab"]
+    lines = (folder / "merges.txt").read_text().splitlines()
+    assert lines == ["#version: 0.2", *(" ".join(pair) for pair in data["model"]["merges"])]
+    known = read_json(folder / "tokenizer_config.json")["added_tokens_decoder"]
+    assert {int(index): token["content"] for index, token in known.items()} == {i: name for name, i in added.items()}
+    settings = read_json(folder / "generation_config.json")
+    assert settings["eos_token_id"] == [added["</s>"], added["<|turn|>"]]
+    assert data["post_processor"]["special_tokens"]["<s>"]["ids"] == [added["<s>"]]
+    assert not (folder / "tokenizer.model").exists()
+
+
+def test_transformers_reads_the_folder_and_its_chat_template(base: Path, tmp_path: Path) -> None:
+    old, ids = written(base, tmp_path / "expert")
+    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (base, tmp_path / "expert"))
+    assert len(after) == len(ids) < len(before) - 100
+    assert (after.bos_token_id, after.eos_token_id) == (ids[before.bos_token_id], ids[before.eos_token_id])
+    messages = [{"role": "user", "content": "12"}, {"role": "assistant", "content": "345"}]
+    options: dict[str, Any] = {"tokenize": True, "return_dict": False}
+    found, expected = (each.apply_chat_template(messages, **options) for each in (after, before))
+    assert [ids[index] for index in expected] == found  # what the template writes is kept as it was
+    stop = before("Richter", add_special_tokens=False)["input_ids"]
+    assert after("Richter", add_special_tokens=False)["input_ids"] == [ids[index] for index in stop]
+    assert len(stop) < len("Richter")
+    assert old.size == len(before)
+
+
+def test_tokenizers_that_need_code_or_have_no_fast_form_are_refused_by_name(base: Path) -> None:
+    config = read_json(base / "tokenizer_config.json") | {"tokenizer_class": "OwnTokenizer"}
+    (base / "tokenizer_config.json").write_text(json.dumps(config | {"auto_map": {"AutoTokenizer": ["own.Own", None]}}))
+    with pytest.raises(CheckpointError, match=r"OwnTokenizer.*code of its own"):
+        read_vocabulary(base)
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    (base / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"OwnTokenizer.*slow"):
+        read_vocabulary(base)

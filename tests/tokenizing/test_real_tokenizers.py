@@ -1,0 +1,171 @@
+"""The tokenizers of real models cut: SmolLM2's byte-level BPE and Gemma's, which is SentencePiece's with bytes."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from expertprune.arch import bundled_models
+from expertprune.artifacts import LayerPlan, Plan, VocabularyPlan
+from expertprune.corpora import shipped
+from expertprune.files import store_folder
+from expertprune.models import BaseModel, resolve_base
+from expertprune.pruning import prune
+from expertprune.rows import Essentials, essentials
+from expertprune.spec import Base
+from expertprune.tokenizing import trimmed
+from expertprune.units import KeptRows
+from tests.oracle import load, logits_of
+
+pytestmark = pytest.mark.slow
+# Which corpora's tokens are kept, by model: what it was trained on, and what it was not.
+KEPT = {"smollm2-135m-instruct": ("en", "medical"), "gemma-3-270m": ("de",)}
+LANGUAGES = ("de", "en", "es", "fr", "zh")
+_store: list[Path] = []
+
+
+@pytest.fixture(autouse=True)
+def store(real_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("EXPERTPRUNE_STORE", str(real_store))
+    _store[:] = [real_store]
+    return real_store
+
+
+def texts_of(name: str) -> list[str]:
+    path = next((shipped("corpora")).glob(f"*/{name}.calibration.jsonl"))
+    return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@functools.cache
+def words_of(name: str) -> list[str]:
+    return sorted({word for text in texts_of(name) for word in text.split()})
+
+
+@functools.cache
+def base_of(model: str) -> BaseModel:
+    entry = bundled_models()[model]
+    if any(importlib.util.find_spec(packaged.module) is None for packaged in entry.packaged):
+        pytest.skip(f"needs {entry.install}")
+    return resolve_base(Base(model=model), _store[0] if _store else store_folder())
+
+
+class Cut:
+    """A model's own tokenizer, and a smaller one: tokens of some corpora, and a random twentieth of the others."""
+
+    def __init__(self, model: str) -> None:
+        self.must: Essentials = essentials(base_of(model))
+        vocabulary = self.must.vocabulary
+        self.base = Tokenizer.from_str(json.dumps(vocabulary.data))
+        ids = sorted(vocabulary.by_id)
+        kept = set(random.Random(0).sample(ids, len(ids) // 20)) | self.must.ids
+        for name in KEPT[model]:
+            kept |= {index for text in texts_of(name) for index in self.base.encode(text).ids}
+        found = trimmed(vocabulary, kept)
+        self.ids, self.kept = found.ids, kept
+        self.smaller = Tokenizer.from_str(json.dumps(found.data))
+
+
+@functools.cache
+def cut_of(model: str) -> Cut:
+    return Cut(model)
+
+
+MODEL = pytest.mark.parametrize("model", list(KEPT))
+
+
+def check(cut: Cut, text: str) -> bool:
+    """Same text back; and where all base tokens are kept, which is returned, the same tokens."""
+    base, found = cut.base.encode(text), cut.smaller.encode(text)
+    for special in (True, False):
+        expected = cut.base.decode(base.ids, skip_special_tokens=special)
+        assert cut.smaller.decode(found.ids, skip_special_tokens=special) == expected
+    if not set(base.ids) <= cut.ids.keys():
+        return False
+    assert found.ids == [cut.ids[index] for index in base.ids]
+    assert found.offsets == base.offsets
+    return True
+
+
+@MODEL
+def test_the_calibration_text_itself_keeps_its_tokens(model: str) -> None:
+    for name in KEPT[model]:
+        assert all(check(cut_of(model), text) for text in texts_of(name))
+
+
+@MODEL
+def test_every_kept_token_stays_reachable(model: str) -> None:
+    """By the word of the library's model: what made itself of its own text before does so still."""
+    cut, reached = cut_of(model), 0
+    for index in cut.kept:
+        token = cut.must.vocabulary.by_id[index]
+        if token in cut.must.vocabulary.tokens and [each.value for each in cut.base.model.tokenize(token)] == [token]:
+            assert [each.value for each in cut.smaller.model.tokenize(token)] == [token]
+            reached += 1
+    assert reached > len(cut.kept) * 0.6
+
+
+@MODEL
+@given(data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_text_of_kept_tokens_gives_the_same_tokens_and_any_text_comes_back(model: str, data: st.DataObject) -> None:
+    words = st.sampled_from(words_of(data.draw(st.sampled_from(LANGUAGES))))
+    joined = st.lists(words, max_size=12).flatmap(
+        lambda w: st.sampled_from([" ", "", "\n", "  ", "\t"]).map(lambda s: s.join(w))
+    )
+    check(cut_of(model), data.draw(st.one_of(joined, st.text(max_size=30))))
+
+
+@MODEL
+def test_words_put_together_anew_mostly_keep_their_tokens(model: str) -> None:
+    """So that the property above is not empty: random sentences of the calibration words."""
+    draw, words = random.Random(1), words_of(KEPT[model][0])
+    same = sum(check(cut_of(model), " ".join(draw.choices(words, k=10))) for _ in range(300))
+    assert same > 150
+
+
+def german_plan(base: BaseModel, kept: set[int]) -> Plan:
+    must, size = essentials(base), base.checkpoint.parameters
+    rows = tuple(sorted(must.vocabulary.closed(kept | must.ids)))
+    vocabulary = VocabularyPlan(KeptRows(base.checkpoint.vocabulary_rows(base.family), rows), base.tokenizer_digest)
+    about = {"model": base.name, "digest": base.digest}
+    layers = [LayerPlan(shape.all_kept) for shape in base.layers]
+    return Plan("kept", about, {}, {}, list(base.layers), layers, {}, {"before": size, "after": size}, [], vocabulary)
+
+
+@MODEL
+def test_the_cut_model_has_the_bases_logits_and_its_greedy_text_up_to_a_dropped_row(model: str, tmp_path: Path) -> None:
+    """In float32 and plain transformers; the first token that differs is one that was dropped."""
+    base = base_of(model)
+    name = KEPT[model][0]
+    own = AutoTokenizer.from_pretrained(base.folder)
+    prompts = [own(text[:120])["input_ids"] for text in texts_of(name)[:3]]
+    plan = german_plan(base, {index for text in texts_of(name) for index in own(text)["input_ids"]})
+    assert plan.vocabulary is not None
+    (tmp_path / "expert").mkdir()
+    prune(plan, base, tmp_path / "expert")
+    dense, expert = load(base.folder), load(tmp_path / "expert")
+    new = {index: place for place, index in enumerate(plan.vocabulary.rows.kept)}
+    assert AutoTokenizer.from_pretrained(tmp_path / "expert")(texts_of(name)[0])["input_ids"] == [
+        new[index] for index in own(texts_of(name)[0])["input_ids"]
+    ]
+    for prompt in prompts:
+        mapped = torch.tensor([[new[index] for index in prompt]])
+        expected = logits_of(dense, torch.tensor([prompt]))[..., list(new)]
+        torch.testing.assert_close(logits_of(expert, mapped), expected, rtol=1e-5, atol=1e-5)
+        options: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": -1}
+        text = dense.generate(torch.tensor([prompt]), **options)[0].tolist()
+        found = expert.generate(mapped, **options)[0].tolist()
+        same = next((place for place, index in enumerate(text) if index not in new), len(text))
+        assert same > len(prompt)
+        assert found[:same] == [new[index] for index in text[:same]]
