@@ -46,6 +46,11 @@ def tiny(family: str, **changes: Any) -> Tiny:
     return Tiny(model, family_of(family), family_of(family).layer_shapes(model.config.to_dict()))
 
 
+def ffn_output(layer: Any) -> Any:
+    """The output projection of a layer's FFN, by the names that the families give it."""
+    return layer.mlp.down_proj if hasattr(layer.mlp, "down_proj") else layer.mlp.c_proj
+
+
 class Masks:
     """Masks of ones on the units of some layers; a query head's channels carry its own mask times its KV group's."""
 
@@ -82,7 +87,7 @@ class Masks:
                 masks = self.heads[index] * self.groups[index].repeat_interleave(shape.heads_per_group)
                 return torch.outer(masks, per_channel).flatten()
 
-            handles.append(layer.mlp.down_proj.register_forward_pre_hook(times(lambda i=index: self.ffn[i])))  # type: ignore[misc]
+            handles.append(ffn_output(layer).register_forward_pre_hook(times(lambda i=index: self.ffn[i])))  # type: ignore[misc]
             handles.append(layer.self_attn.o_proj.register_forward_pre_hook(times(of_heads)))
         try:
             yield
@@ -134,7 +139,7 @@ def projection_inputs(of: Tiny, ids: Sequence[int]) -> dict[str, NDArray[np.floa
     seen: dict[str, NDArray[np.float64]] = {}
     handles = []
     for index, layer in enumerate(of.model.model.layers):
-        for name, module in ((f"ffn.{index}", layer.mlp.down_proj), (f"heads.{index}", layer.self_attn.o_proj)):
+        for name, module in ((f"ffn.{index}", ffn_output(layer)), (f"heads.{index}", layer.self_attn.o_proj)):
             handles.append(
                 module.register_forward_pre_hook(
                     lambda _, arguments, name=name: seen.update({name: arguments[0][0].double().numpy()})

@@ -24,7 +24,7 @@ from expertprune.errors import PlanError
 from expertprune.models import BaseModel
 from expertprune.scoring import Fused
 from expertprune.spec import Budget, Dimensions, Search, Spec
-from expertprune.units import Structure
+from expertprune.units import DENSE, Structure
 from tests.bases import base_of
 
 FFN, HEADS, GROUPS = Structure.FFN, Structure.QUERY_HEADS, Structure.KV_GROUPS
@@ -41,7 +41,7 @@ def random_scores(base: BaseModel, seed: int, below_zero: bool = False) -> Score
         score = torch.rand(units, generator=generator, dtype=torch.float64) * loudness
         return Fused(score - below_zero * loudness / 2, torch.zeros(units), None)
 
-    return {structure: [draw(shape.units(structure)) for shape in base.layers] for structure in Structure}
+    return {structure: [draw(shape.units(structure)) for shape in base.layers] for structure in DENSE}
 
 
 def everything(base: BaseModel) -> list[LayerWidths]:
@@ -85,7 +85,7 @@ def test_a_layers_own_width_is_where_its_legal_widths_begin() -> None:
 
 
 @pytest.mark.parametrize("below_zero", [False, True])
-@pytest.mark.parametrize("structure", Structure)
+@pytest.mark.parametrize("structure", DENSE)
 def test_prices_never_fall_within_a_layer(structure: Structure, below_zero: bool) -> None:
     base = base_of(layers=3)
     for seed in range(5):
@@ -194,7 +194,7 @@ RULES = [{}, {"multiple_of": 16}, {"multiple_of": 48, "floor": 0.4}, {"multiple_
 
 @pytest.mark.parametrize("rules", RULES, ids=str)
 @pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5])
-@pytest.mark.parametrize("structure", Structure)
+@pytest.mark.parametrize("structure", DENSE)
 def test_a_fraction_of_one_structure_goes_down_the_ranking(
     structure: Structure, fraction: float, rules: dict[str, Any]
 ) -> None:
@@ -286,7 +286,7 @@ def test_scores_below_zero_are_ranked_as_they_are() -> None:
 def test_floors_hold_in_every_layer_however_its_units_score(floor: float) -> None:
     base = base_of(layers=3)
     scores = random_scores(base, 0)
-    for structure in Structure:  # the first layer is worth nothing
+    for structure in DENSE:  # the first layer is worth nothing
         scores[structure][0] = Fused(scores[structure][0].score * 0, scores[structure][0].source, None)
     fraction = (1 - floor) / 2
     budget = Budget(ffn=fraction, kv_groups=fraction if floor < 0.7 else 0, floor=floor, multiple_of=16)
@@ -480,7 +480,7 @@ def test_a_larger_budget_never_keeps_what_a_smaller_one_dropped(
         except PlanError:
             return
     for less, more in zip(plans[0].kept, plans[1].kept, strict=True):
-        for structure in Structure:
+        for structure in DENSE:
             assert set(more.of(structure)) <= set(less.of(structure))
     for plan, amount in zip(plans, (small, large), strict=True):
         left = parameters_of(base, plan)

@@ -21,7 +21,7 @@ from expertprune.errors import PlanError, SpecError
 from expertprune.models import resolve_base
 from expertprune.scoring import EXPERT, GENERAL, SHARED, Fused, intersection
 from expertprune.spec import Budget, Spec, parse_spec
-from expertprune.units import KeptUnits, LayerShape, Structure
+from expertprune.units import DENSE, KeptUnits, LayerShape, Structure
 
 
 def numbers(profile: Profile, name: str) -> np.ndarray:
@@ -116,7 +116,7 @@ def test_selection_always_has_the_widths_and_a_legal_shape(
     )
     scores = {
         structure: fused(data.draw(st.lists(st.integers(0, 5), min_size=units, max_size=units)))
-        for structure in Structure
+        for structure in DENSE
         for units in [shape.units(structure)]
     }
     kept = select_layer(shape, widths, scores)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from expertprune import passes, profiling
-from expertprune.arch import families
 from expertprune.artifacts import Profile, halved, part_path, save_profile
 from expertprune.corpora import Document, make_batches
 from expertprune.errors import SpecError
@@ -21,11 +20,12 @@ from expertprune.profiling import profile_corpus, profile_key, profile_part
 from expertprune.relevance import Pass, criteria
 from expertprune.scoring import corpus_scores, part_name, unit_statistics
 from expertprune.spec import Base, Budget, Dimensions, Relevance, Spec
-from expertprune.units import Structure
+from expertprune.units import DENSE, Structure
 from tests.masks import (
     LENGTHS,
     Tiny,
     assert_near,
+    ffn_output,
     mask_gradients,
     projection_inputs,
     regional_gradients,
@@ -37,7 +37,9 @@ from tests.tiny import tiny_tokenizer
 NAMES = {Structure.FFN: "ffn", Structure.QUERY_HEADS: "heads", Structure.KV_GROUPS: "groups"}
 PARTS = ["gradient-language_model", "gradient-kl", "regional", "removal"]
 # Uniform numbers are drawn for the places in a layer, not for the units that happen to stand there.
-ALL_BUT_RANDOM = sorted(set(criteria) - {"random"})
+ALL_BUT_RANDOM = sorted(name for name in criteria if Structure.FFN in criteria[name].structures and name != "random")
+# One of each kind: plain, with biases, with norms behind the blocks, fused, with norms over all heads, without a gate.
+KINDS = ["llama", "qwen2", "gemma3_text", "phi3", "olmo2", "starcoder2"]
 
 
 @pytest.fixture
@@ -92,7 +94,7 @@ def raw_scores(profile: Profile, criterion: str, structure: Structure, layer: in
 # --- formulas -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", sorted(families()))
+@pytest.mark.parametrize("family", KINDS)
 @pytest.mark.usefixtures("_not_halved")
 def test_gradient_criteria_written_out(tmp_path: Path, family: str) -> None:
     of = tiny(family)
@@ -107,7 +109,7 @@ def test_gradient_criteria_written_out(tmp_path: Path, family: str) -> None:
             assert_near(raw_scores(profile, "fisher", structure, layer), fisher, 1e-5, f"fisher {name}")
 
 
-@pytest.mark.parametrize("family", sorted(families()))
+@pytest.mark.parametrize("family", KINDS)
 @pytest.mark.usefixtures("_not_halved")
 def test_regional_written_out(tmp_path: Path, family: str) -> None:
     of = tiny(family)
@@ -116,7 +118,7 @@ def test_regional_written_out(tmp_path: Path, family: str) -> None:
     inputs = [projection_inputs(of, ids) for ids in token_lists()]
     for layer, module in enumerate(of.model.model.layers):
         for structure, name in NAMES.items():
-            block, output = ("ffn", module.mlp.down_proj) if name == "ffn" else ("heads", module.self_attn.o_proj)
+            block, output = ("ffn", ffn_output(module)) if name == "ffn" else ("heads", module.self_attn.o_proj)
             weight = output.weight.detach().double().numpy()
             units = of.shapes[layer].units(structure)
             energy = [np.square(weight).sum(0) * np.square(each[f"{block}.{layer}"]).mean(0) for each in inputs]
@@ -137,7 +139,7 @@ def test_fluctuation_is_the_variance_over_all_tokens_massive_means_included(tmp_
     inputs = [projection_inputs(of, ids) for ids in token_lists()]
     for layer, module in enumerate(of.model.model.layers):
         for structure, name in NAMES.items():
-            block, output = ("ffn", module.mlp.down_proj) if name == "ffn" else ("heads", module.self_attn.o_proj)
+            block, output = ("ffn", ffn_output(module)) if name == "ffn" else ("heads", module.self_attn.o_proj)
             values = np.concatenate([each[f"{block}.{layer}"] for each in inputs])
             weight = output.weight.detach().double().numpy()
             if (layer, name) == (0, "ffn"):
@@ -173,19 +175,27 @@ def permuted(of: Tiny, seed: int) -> list[dict[Structure, Tensor]]:
         heads = torch.cat([g * shape.heads_per_group + order for g, order in zip(groups, inside, strict=True)])
         channels = torch.arange(shape.head_dim)
         queries, keys = ((units[:, None] * shape.head_dim + channels).flatten() for units in (heads, groups))
-        mlp, attention = layer.mlp, layer.self_attn
-        rows = [(mlp.gate_proj, neurons), (mlp.up_proj, neurons)]
-        rows += [(attention.q_proj, queries), (attention.k_proj, keys), (attention.v_proj, keys)]
-        for module, order in rows:
-            for parameter in module.parameters():
-                parameter.data = parameter.data[order]
-        mlp.down_proj.weight.data = mlp.down_proj.weight.data[:, neurons]
+        attention = layer.self_attn
+        fused = torch.cat([queries, shape.query_heads * shape.head_dim + torch.cat([keys, len(keys) + keys])])
+        orders = {
+            "gate_proj": neurons,
+            "up_proj": neurons,
+            "c_fc": neurons,
+            "gate_up_proj": torch.cat([neurons, shape.ffn + neurons]),
+        }
+        orders |= {"q_proj": queries, "k_proj": keys, "v_proj": keys, "qkv_proj": fused}
+        if hasattr(attention, "q_norm") and attention.q_norm.weight.numel() == len(queries):  # over all heads
+            orders |= {"q_norm": queries, "k_norm": keys}
+        for name, module in [*layer.mlp.named_children(), *attention.named_children()]:
+            for parameter in module.parameters() if name in orders else ():
+                parameter.data = parameter.data[orders[name]]
+        ffn_output(layer).weight.data = ffn_output(layer).weight.data[:, neurons]
         attention.o_proj.weight.data = attention.o_proj.weight.data[:, queries]
         moves.append({Structure.FFN: neurons, Structure.QUERY_HEADS: heads, Structure.KV_GROUPS: groups})
     return moves
 
 
-@pytest.mark.parametrize("family", sorted(families()))
+@pytest.mark.parametrize("family", KINDS)
 @pytest.mark.usefixtures("_not_halved")
 def test_scores_follow_the_units_wherever_they_stand(tmp_path: Path, family: str) -> None:
     of = tiny(family)
@@ -196,13 +206,13 @@ def test_scores_follow_the_units_wherever_they_stand(tmp_path: Path, family: str
     for criterion in ALL_BUT_RANDOM:
         for loss in ("language_model", "kl"):
             spec = spec_of(criterion, loss)
-            first, second = (corpus_scores(profile, list(Structure), spec) for profile in (before, after))
-            for structure in Structure:
+            first, second = (corpus_scores(profile, list(DENSE), spec) for profile in (before, after))
+            for structure in DENSE:
                 for layer, move in enumerate(moves):
                     expected = first[structure].scaled[layer][move[structure]]
                     where = f"{criterion} {structure} {layer}"
                     assert_near(second[structure].scaled[layer], expected, 1e-4, where)
-                    changed = not torch.allclose(expected, first[structure].scaled[layer], rtol=1e-2)
+                    changed = not torch.allclose(expected, first[structure].scaled[layer], rtol=1e-3)
                     assert changed or torch.equal(move[structure], move[structure].sort().values), where
 
 
@@ -237,8 +247,8 @@ def test_the_order_of_documents_is_irrelevant(tmp_path: Path, criterion: str) ->
     first = here.profile(parts)
     second = here.profile(parts, [token_lists()[i] for i in (3, 0, 5, 1, 4, 2)])
     assert first.path != second.path
-    scores, shuffled = (corpus_scores(profile, list(Structure), spec_of(criterion)) for profile in (first, second))
-    for structure in Structure:
+    scores, shuffled = (corpus_scores(profile, list(DENSE), spec_of(criterion)) for profile in (first, second))
+    for structure in DENSE:
         for layer, expected in enumerate(scores[structure].scaled):
             assert_near(shuffled[structure].scaled[layer], expected, 1e-4, f"{structure} {layer}")
 

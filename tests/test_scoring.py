@@ -34,7 +34,7 @@ from expertprune.scoring import (
     unit_statistics,
 )
 from expertprune.spec import Budget, Dimensions, Fusion, Relevance, Spec
-from expertprune.units import LayerShape, Structure
+from expertprune.units import DENSE, LayerShape, Structure
 
 # Few values, so that ties are common.
 SCORES = st.integers(1, 3).flatmap(
@@ -205,7 +205,7 @@ def raw_activation(profile: Profile, structure: Structure, layer: int) -> np.nda
     return norm / norm.mean()
 
 
-@pytest.mark.parametrize("structure", Structure)
+@pytest.mark.parametrize("structure", DENSE)
 @pytest.mark.parametrize("aggregate", ["mean", "max", 0.25])
 def test_share_is_the_part_of_the_whole_models_total(
     tmp_path: Path, structure: Structure, aggregate: str | float
@@ -224,7 +224,7 @@ def test_share_is_the_part_of_the_whole_models_total(
 def test_shares_of_every_criterion_sum_to_one(tmp_path: Path, criterion: str) -> None:
     spec = a_spec({"language": ["en"]}, [])
     spec.relevance.criterion = criterion
-    for structure in Structure:
+    for structure in DENSE:
         scaled = one_structure(made_profile(tmp_path, "en", 1), structure, spec).scaled
         assert sum(float(layer.sum()) for layer in scaled) == pytest.approx(1)
 
@@ -346,7 +346,7 @@ def save_part(profile: Profile, part: str, seed: int = 0) -> dict[str, Tensor]:
     ("criterion", "part"),
     [("taylor", "gradient-language_model"), ("fisher", "gradient-language_model"), ("obs", "removal")],
 )
-@pytest.mark.parametrize("structure", Structure)
+@pytest.mark.parametrize("structure", DENSE)
 def test_criteria_read_their_part(tmp_path: Path, criterion: str, part: str, structure: Structure) -> None:
     """Taylor `mean_d |g|`, Fisher `mean_d 3 g²` (three predicted tokens each), OBS as stored; a group's mask moves all
     its heads, so its gradient is their sum."""
@@ -404,7 +404,7 @@ def shares(profile: Profile, structure: Structure) -> np.ndarray:
     return raw / raw.sum()
 
 
-@pytest.mark.parametrize("structure", Structure)
+@pytest.mark.parametrize("structure", DENSE)
 @pytest.mark.parametrize("rule", ["intersection", "union", "mean"])
 def test_several_values_of_a_dimension_count_by_their_largest(
     profiles: dict[CorpusName, Profile], structure: Structure, rule: str
@@ -423,7 +423,7 @@ def test_several_values_of_a_dimension_count_by_their_largest(
     assert not np.allclose(np.maximum(en, de), en)
 
 
-@pytest.mark.parametrize("structure", Structure)
+@pytest.mark.parametrize("structure", DENSE)
 def test_several_general_corpora_count_by_their_largest(
     profiles: dict[CorpusName, Profile], structure: Structure
 ) -> None:

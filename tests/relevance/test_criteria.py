@@ -16,9 +16,10 @@ from expertprune.errors import SpecError
 from expertprune.profiling import collect
 from expertprune.relevance import Criterion, UnitStatistics, criteria, criterion
 from expertprune.scoring import check_criterion, unit_statistics
-from expertprune.units import LayerShape, Structure
+from expertprune.units import DENSE, LayerShape, Structure
 from tests.tiny import tiny_model
 
+OF_EXPERTS_ALONE = ["frequency", "reap"]  # see tests/test_experts.py
 NAMES = ["activation", "fisher", "fluctuation", "impact", "magnitude", "obs", "random", "regional", "taylor"]
 SHAPE = LayerShape(hidden=24, ffn=32, query_heads=6, kv_heads=3, head_dim=4)
 DOCUMENTS = [[3, 4, 5, 6, 20], [7, 30, 8, 9, 14, 10, 41, 2], [11, 12]]
@@ -64,7 +65,8 @@ def made_up(units: int, channels_per_unit: int, documents: int = 4, impact: bool
 
 
 def test_the_shipped_criteria() -> None:
-    assert sorted(criteria) == NAMES
+    assert sorted(criteria) == sorted([*NAMES, *OF_EXPERTS_ALONE])
+    assert {name for name in criteria if Structure.FFN not in criteria[name].structures} == set(OF_EXPERTS_ALONE)
     assert all(criteria[name].name == name and criteria[name].paper.startswith("https://") for name in NAMES)
 
 
@@ -166,13 +168,13 @@ def profile(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Profile:
     return save_profile(tmp_path_factory.mktemp("profile") / "p.safetensors", about, statistics)
 
 
-@pytest.mark.parametrize("structure", Structure)
+@pytest.mark.parametrize("structure", DENSE)
 def test_random_differs_between_layers_structures_and_seeds(profile: Profile, structure: Structure) -> None:
     def scores(of: Structure, layer: int, seed: int) -> list[float]:
         score = criteria["random"].score(unit_statistics(profile, of, layer, seed))[0]
         return score[: SHAPE.kv_heads].tolist()
 
-    drawn = [scores(of, layer, seed) for of in Structure for layer in range(3) for seed in (0, 1, 2)]
+    drawn = [scores(of, layer, seed) for of in DENSE for layer in range(3) for seed in (0, 1, 2)]
     assert len({tuple(numbers) for numbers in drawn}) == len(drawn)
     assert scores(structure, 2, 1) == scores(structure, 2, 1)
 
@@ -265,7 +267,10 @@ def test_a_new_criterion_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -
         ("imapct", "; did you mean 'impact'?"),
         ("Magnitude", "; did you mean 'magnitude'?"),
         ("activations", "; did you mean 'activation'?"),
-        ("zzz", "; valid: activation, fisher, fluctuation, impact, magnitude, obs, random, regional, taylor"),
+        (
+            "zzz",
+            "; valid: activation, fisher, fluctuation, frequency, impact, magnitude, obs, random, reap, regional, taylor",
+        ),
     ],
 )
 def test_an_unknown_criterion_is_answered_with_the_nearest(name: str, answer: str) -> None:
