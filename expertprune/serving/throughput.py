@@ -20,12 +20,13 @@ from typing import Any
 import jsonlines
 import psutil
 
+from expertprune.admission import quiet_transformers
 from expertprune.api import load_expert, recorded_base
 from expertprune.checkpoint import Checkpoint
 from expertprune.corpora import shipped
 from expertprune.errors import CheckpointError, ServingError, UsageError
 from expertprune.files import store_folder, write_json
-from expertprune.models import load_tokenizer, quiet_transformers
+from expertprune.models import load_tokenizer
 from expertprune.preparing import Track, silent
 from expertprune.report import EXPERT_FILE
 from expertprune.serving import engine
