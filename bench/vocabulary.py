@@ -57,6 +57,7 @@ class Expert:
 
 EXPERTS = {
     "german": Expert(GEMMA, {"language": "de"}, {"vocabulary": GEMMA_ROWS}, ("de",), ("en", "es", "zh", "th", "ru")),
+    "german-wide": Expert(GEMMA, {"language": "de"}, {"vocabulary": 65_536}, ("de",)),
     "german-ffn": Expert(
         GEMMA, {"language": "de"}, {"vocabulary": GEMMA_ROWS, "ffn": 0.15}, ("de",), ("en", "es", "zh", "th", "ru")
     ),

@@ -53,19 +53,22 @@ def validate(spec: Path, overrides: dict[str, Any], store: Path | None, as_json:
     expertprune validate profiles/english-medical-qa.yaml
     """
     from expertprune import api
-    from expertprune.budgets import removed_parameters
+    from expertprune.budgets import removed_parameters, removed_with_rows
     from expertprune.composition import foreseen_widths
+    from expertprune.rows import foreseen_rows
 
     prepared = api.validate(spec, overrides, store)
     widths = foreseen_widths(prepared.spec, prepared.base)
     before = prepared.base.checkpoint.parameters
+    rows = foreseen_rows(prepared.spec, prepared.base)
     after = before - removed_parameters(prepared.base, widths) if widths is not None else None
+    after = after - removed_with_rows(prepared.base, rows) if after is not None else None
     budget = widths.summary(prepared.base.layers) if widths is not None and widths.uniform else None
     data = {
         "kind": "validation",
         "name": prepared.spec.name,
         "base": {"model": prepared.base.name, "path": str(prepared.base.folder), "parameters": before},
-        "expert": {"parameters": after, "budget": budget},
+        "expert": {"parameters": after, "budget": budget, "rows": rows},
         "corpora": {
             str(name): {
                 "calibration": len(corpus.calibration),
@@ -78,7 +81,9 @@ def validate(spec: Path, overrides: dict[str, Any], store: Path | None, as_json:
     lines = [
         f"{spec}: valid",
         f"  base    {prepared.base.name}, {before:,} parameters",
-        "  expert  " + (f"{after:,} parameters" if after is not None else "as small as its retention allows"),
+        "  expert  "
+        + (f"{after:,} parameters" if after is not None else "as small as its retention allows")
+        + (", less the rows that its coverage needs not" if isinstance(prepared.spec.budget.vocabulary, dict) else ""),
     ]
     for name, entry in data["corpora"].items():  # type: ignore[attr-defined]
         lines.append(f"  corpus  {name}: {', '.join(f'{count} {what}' for what, count in entry.items() if count)}")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = (".png", ".svg")
-STRUCTURES = {"ffn": "FFN neurons", "query_heads": "query heads", "kv_groups": "KV groups"}
+STRUCTURES = {"ffn": "FFN neurons", "query_heads": "query heads", "kv_groups": "KV groups", "experts": "MoE experts"}
 # One hue from light to dark, with a frame of orange: nothing hangs on telling red from green.
 COLOURS, FRAME, QUIET = "Blues", "#D55E00", "#6b6b6b"
 _CELL, _TREE, _GAP, _HEAD, _LETTER = 0.56, 0.9, 0.4, 0.95, 0.078  # inches

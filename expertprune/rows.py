@@ -168,7 +168,7 @@ def choose_rows(spec: Spec, base: BaseModel, profiles: Mapping[CorpusName, Profi
 def plan_rows(spec: Spec, base: BaseModel, scores: RowScores, wanted: int) -> VocabularyPlan:
     """The plan that keeps a number of rows, a multiple of `ROW_MULTIPLE` that is no smaller than what must be kept."""
     must, of = essentials(base), base.checkpoint.vocabulary_rows(base.family)
-    order = by_price(must, scores, ranking(must, scores), wanted)
+    order = ranking(must, scores)
     kept = filled(must, order, wanted)
     rows = KeptRows(of, tuple(sorted(kept)), _padding(must, scores, kept, of, wanted))
     return VocabularyPlan(rows, base.tokenizer_digest, _why(spec, must, scores, order, kept))
@@ -178,23 +178,6 @@ def ranking(must: Essentials, scores: RowScores) -> list[int]:
     """Ids of tokens that need not stay, most relevant first; among equals the lower id."""
     free = torch.tensor(sorted(set(must.vocabulary.by_id) - must.ids), dtype=torch.int64)
     return list(free[scores.score[free].argsort(descending=True, stable=True)].tolist())
-
-
-def by_price(must: Essentials, scores: RowScores, order: Sequence[int], wanted: int) -> list[int]:
-    """The ranking by relevance per row, where a token brings parts that would not be kept for themselves.
-
-    Such a token counts as the mean over its own row and theirs, as rows are what the budget is in. Parts that are among
-    the `wanted` most relevant rows anyway cost nothing.
-    """
-    score = scores.score.tolist()
-    anyway = must.ids | set(order[: max(0, wanted - len(must.ids))])
-
-    def value(index: int) -> float:
-        rows = (must.vocabulary.needs(index) - anyway) | {index}
-        return float(sum(score[row] for row in rows) / len(rows))
-
-    near = order[: 2 * wanted]  # what is less relevant by far is not reached
-    return sorted(near, key=value, reverse=True) + list(order[len(near) :])
 
 
 def filled(must: Essentials, order: Sequence[int], wanted: int) -> set[int]:
@@ -240,7 +223,7 @@ def _why(spec: Spec, must: Essentials, scores: RowScores, order: Sequence[int], 
     """Why these rows (see `VocabularyPlan`)."""
     score, source = scores.score.tolist(), scores.source.tolist()
     names = [*spec.dimensions.chosen, *(["general"] if spec.general else [])]
-    dropped = sorted((index for index in order if index not in kept), key=lambda index: -score[index])
+    dropped = [index for index in order if index not in kept]
     threshold = score[dropped[0]] if dropped else None
     chosen = [index for index in order if index in kept]
     parts = set().union(*(must.vocabulary.needs(index) - {index} for index in chosen))
