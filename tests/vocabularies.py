@@ -161,5 +161,7 @@ def worded_spec(base: Path, folder: Path, budget: dict[str, Any], **changes: Any
         "corpora": {"sources": sources},
         "budget": {"multiple_of": 4, **budget},
         "calibration": {"max_tokens": 64},
+        "relevance": {"criterion": "impact"},
+        "compose": {"allocation": "uniform"},
     }
     return {**data, **changes}
