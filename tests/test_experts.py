@@ -178,6 +178,7 @@ def planted_spec(folder: Path, tmp_path: Path, domains: list[str], criterion: st
         "corpora": {"sources": sources},
         "relevance": {"criterion": criterion},
         "budget": {"experts": 2},
+        "compose": {"allocation": "uniform"},
         "evaluate": {"enabled": False},
         **others,
     }
