@@ -129,7 +129,7 @@ class Bench:
         spec = self.spec(cell)
         prepared = api.validate(spec)
         settings = spec.document()
-        sections = ("calibration", "relevance", "compose", "budget", "compensation", "dimensions", "general")
+        sections = ("calibration", "relevance", "compose", "compensation", "dimensions", "general")
         about = {
             "cell": {key: value for key, value in asdict(cell).items() if key != "overrides"},
             "spec": {key: settings[key] for key in sections} if cell.method == "ours" else settings["calibration"],
