@@ -180,7 +180,7 @@ def test_an_expert_is_built_and_evaluated_with_its_own_tokenizer(
     assert result["metrics"]["bits_per_byte"]["base"] == pytest.approx(_bits_per_byte(base, tmp_path), rel=1e-4)
     assert all(each["expert_tokens"] >= each["tokens"] for each in result["per_document"])
     again = api.evaluate(folder).document()["corpora"]["language/de"]["metrics"]
-    assert again == result["metrics"]
+    assert again["bits_per_byte"] == result["metrics"]["bits_per_byte"]
     card = (folder / "README.md").read_text()
     assert "| vocabulary rows, of the whole model | 384 | 512 |" in card
     assert inspection.explain(inspection.describe(folder))
