@@ -1,4 +1,4 @@
-"""The whole way on a real model: from a spec to an expert that transformers and vLLM run without expertprune."""
+"""The whole way on a real model: from a spec to an expert that transformers and vLLM run."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ PROMPTS = [
     "To bake bread, you",
 ]
 
+ALONE = 'import sys; sys.modules["expertprune"] = None\n'  # before a script: it cannot import expertprune
 TRANSFORMERS = """
 import json, sys
-sys.modules["expertprune"] = None
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, dtype, prompts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 tokens, logits = [], []
 for prompt in prompts:
@@ -53,7 +53,6 @@ print("TOKENS " + json.dumps(tokens))
 
 VLLM = """
 import json, os, sys
-sys.modules["expertprune"] = None
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 if __name__ == "__main__":
     from vllm import LLM, SamplingParams
@@ -65,10 +64,7 @@ if __name__ == "__main__":
 
 
 def run_script(script: str, folder: Path, dtype: str, tmp_path: Path, what: str = "TOKENS") -> Any:
-    """What a script prints under a heading: greedy tokens of each prompt, or the two largest logits of each step.
-
-    The script runs in a process of its own and cannot import expertprune.
-    """
+    """What a script prints under a heading: greedy tokens of each prompt, or the two largest logits of each step."""
     path = tmp_path / "script.py"
     path.write_text(script)
     arguments = [sys.executable, str(path), str(folder), dtype, json.dumps(PROMPTS)]
@@ -84,6 +80,16 @@ def expert(tmp_path_factory: pytest.TempPathFactory, real_store: Path) -> Path:
     return expertprune.build(SPEC, tmp_path_factory.mktemp("experts") / "english-medical-qa", store=real_store)
 
 
+@pytest.fixture(scope="session")
+def stock(expert: Path, tmp_path_factory: pytest.TempPathFactory, real_store: Path) -> Path:
+    """The same with one width for all layers, from the same profiles: a stock checkpoint."""
+    overrides = {
+        "relevance.criterion": "impact", "compose.allocation": "uniform",
+        "compensation": "none", "evaluate.enabled": False,
+    }  # fmt: skip
+    return expertprune.build(SPEC, tmp_path_factory.mktemp("stock") / "expert", overrides=overrides, store=real_store)
+
+
 def bits(folder: Path) -> dict[str, float]:
     corpora = expertprune.inspect(folder)["evaluation"]["corpora"]
     return {name: result["metrics"]["bits_per_byte"]["expert"] for name, result in corpora.items()}
@@ -93,7 +99,7 @@ def test_the_default_beats_random_and_magnitude(
     expert: Path, real_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All three repaired alike, so that only the choice of units differs."""
-    found = {"impact": bits(expert)}
+    found = {"default": bits(expert)}
     for criterion in ("random", "magnitude"):
         overrides: dict[str, Any] = {
             "relevance.criterion": criterion,
@@ -105,14 +111,19 @@ def test_the_default_beats_random_and_magnitude(
         values = {criterion: round(by_corpus[corpus], 4) for criterion, by_corpus in found.items()}
         with capsys.disabled():  # the figures belong in the log of a run that passes, too
             print(f"\n{corpus}, bits per byte: {values}")
-        assert values["impact"] < values["random"]
-        assert values["impact"] < values["magnitude"]
+        assert values["default"] < values["random"]
+        assert values["default"] < values["magnitude"]
 
 
 def test_the_expert_is_smaller_and_evaluated(expert: Path) -> None:
     about = expertprune.inspect(expert)
     assert about["parameters"] == {"before": 134_515_008, "after": 134_515_008 - 30 * 384 * 3 * 576}
-    assert json.loads((expert / "config.json").read_text())["intermediate_size"] == 1152
+    widths = about["plan"]["budget"]["ffn"]["kept"]
+    assert sum(widths) == 30 * 1152
+    assert len(set(widths)) > 3
+    config = json.loads((expert / "config.json").read_text())
+    single = {int(layer): own["intermediate_size"] for layer, own in config["per_layer_config"].items()}
+    assert [single.get(layer, config["intermediate_size"]) for layer in range(30)] == widths
     assert set(about["evaluation"]["corpora"]) == {"language/en", "domain/medical", "task/qa", "general/general"}
     for result in about["evaluation"]["corpora"].values():
         numbers = result["metrics"]["bits_per_byte"]
@@ -151,7 +162,7 @@ def test_scores_of_questions_agree_with_lm_evaluation_harness(expert: Path, tmp_
     )
     results = lm_eval.simple_evaluate(
         model="hf",
-        model_args={"pretrained": str(expert), "dtype": "float32"},
+        model_args={"pretrained": str(expert), "dtype": "float32", "trust_remote_code": True},
         tasks=["shipped_questions"],
         task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
         batch_size=16,
@@ -185,7 +196,8 @@ def test_a_local_suite_on_both_models(expert: Path, real_store: Path, tmp_path: 
     ]  # fmt: skip
     layers = found["alignment"]["domain medical"]["layers"]
     assert len(layers) == 30
-    assert all(0.3 < value < 1 for value in layers)
+    assert all(0.3 < value < 1 + 1e-6 for value in layers)  # 1 before the first layer that lost anything
+    assert layers[-1] < 1
 
 
 @pytest.mark.vllm
@@ -209,22 +221,26 @@ def test_fifty_questions_through_the_server_are_answered_as_transformers_does(ex
 
 
 @pytest.mark.vllm
-def test_transformers_and_vllm_generate_the_same_in_float32(expert: Path, tmp_path: Path) -> None:
+def test_a_stock_checkpoint_needs_nothing_of_ours_and_generates_the_same_in_float32(
+    stock: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("vllm")
-    expected = run_script(TRANSFORMERS, expert, "float32", tmp_path)
-    assert run_script(VLLM, expert, "float32", tmp_path) == expected
+    expected = run_script(ALONE + TRANSFORMERS, stock, "float32", tmp_path)
+    assert run_script(ALONE + VLLM, stock, "float32", tmp_path) == expected
 
 
 @pytest.mark.vllm
 def test_transformers_and_vllm_begin_the_same_in_bfloat16(expert: Path, tmp_path: Path) -> None:
-    """Most prompts begin with the same four tokens; one that does not parts where bfloat16 cannot tell two tokens apart.
+    """Widths of single layers: by the folder's own code in transformers, by the plugin in vLLM.
+
+    Most prompts begin with the same four tokens; one that does not parts where bfloat16 cannot tell two tokens apart.
 
     bfloat16 has 8 significant bits, so logits between 16 and 32 lie 1/8 apart, and the two engines may round a sum to
     either side: a difference of at most two such steps is no difference.
     """
     pytest.importorskip("vllm")
-    expected = run_script(TRANSFORMERS, expert, "bfloat16", tmp_path)
-    logits = run_script(TRANSFORMERS, expert, "bfloat16", tmp_path, what="LOGITS")
+    expected = run_script(ALONE + TRANSFORMERS, expert, "bfloat16", tmp_path)
+    logits = run_script(ALONE + TRANSFORMERS, expert, "bfloat16", tmp_path, what="LOGITS")
     found = run_script(VLLM, expert, "bfloat16", tmp_path)
     assert sum(a[:4] == b[:4] for a, b in zip(found, expected, strict=True)) >= len(PROMPTS) - 1
     for mine, theirs, steps in zip(found, expected, logits, strict=True):
