@@ -85,7 +85,12 @@ def _checked(folder: Path, trust_remote_code: bool, store: Path | None) -> dict[
     from expertprune.oracle import check_family
     from expertprune.spec import Base
 
-    logging.getLogger("expertprune.admission").setLevel(logging.ERROR)  # what it says is said below
-    base = resolve_base(Base(model=str(folder), trust_remote_code=trust_remote_code), store_folder(store))
+    admission = logging.getLogger("expertprune.admission")
+    level = admission.level
+    admission.setLevel(logging.ERROR)  # what it says is said below
+    try:
+        base = resolve_base(Base(model=str(folder), trust_remote_code=trust_remote_code), store_folder(store))
+    finally:
+        admission.setLevel(level)
     held = check_family(base, layer_widths=True)
     return {"kind": "family check", "family": base.family.family, "listed": base.family.listed, "held": held}
