@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -69,8 +68,6 @@ def test_one_that_never_gets_healthy_is_given_up(tiny_llama: Path, started: list
 def test_one_that_will_not_end_is_killed_with_its_child(tiny_llama: Path, started: list[ProcessTree]) -> None:
     with Server(tiny_llama, arguments=behaving("stubborn")) as server:
         assert len(server.tree.members()) == 2
-        begin = time.monotonic()
-    assert time.monotonic() - begin < 10
     assert nothing_runs(started)
     check_port("127.0.0.1", server.port)
 
