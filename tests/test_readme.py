@@ -87,7 +87,9 @@ def test_commands_in_their_order(workplace: Path, real_store: Path) -> None:
         )
         assert done.returncode == 0, f"{command}\n{done.stderr}"
     about = json.loads((workplace / "experts" / "medical-qa" / "expertprune.json").read_text())
-    assert sum(about["plan"]["budget"]["ffn"]["kept"]) == 32_256  # of 30 layers of 1536 together, 0.3 less: 504 times 64
+    assert (
+        sum(about["plan"]["budget"]["ffn"]["kept"]) == 32_256
+    )  # of 30 layers of 1536 together, 0.3 less: 504 times 64
     assert list(about["evaluation"]["corpora"]) == ["domain/medical"]
     assert json.loads((workplace / "expertprune.schema.json").read_text())["title"] == "Spec"
 
