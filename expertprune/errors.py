@@ -1,5 +1,8 @@
 """The errors that a user can act on: each names the file, the key and the fix, and says how the command exits."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class ExpertpruneError(Exception):
     """Base of every error whose message is written for the user, and so is shown without a traceback."""
@@ -13,6 +16,15 @@ class SpecError(ExpertpruneError):
     def __init__(self, problems: str | list[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
+
+
+@contextlib.contextmanager
+def gathered(problems: list[str]) -> Iterator[None]:
+    """What is wrong inside goes to `problems`, so that a user reads of everything at once."""
+    try:
+        yield
+    except SpecError as error:
+        problems += error.problems
 
 
 class PlanError(ExpertpruneError):

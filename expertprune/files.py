@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from platformdirs import user_cache_path
 
-from expertprune.errors import CheckpointError
+from expertprune.errors import CheckpointError, SpecError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 STORE_VARIABLE = "EXPERTPRUNE_STORE"
@@ -209,3 +210,15 @@ def _disk_errors(path: Path) -> Iterator[None]:
         if code is not None and int(code.group(1)) in _FULL:
             raise CheckpointError(f"{path}: no room left on the disk; nothing was written") from error
         raise
+
+
+def read_yaml(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
+    """The contents of a YAML file. Raises `SpecError` where there is none or it cannot be read."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
+    except FileNotFoundError:
+        raise SpecError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise SpecError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None

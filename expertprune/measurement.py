@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, Literal
 
 from expertprune.api import load_expert, not_profiled, recorded_base
 from expertprune.corpora import Corpus, Document, load_corpora
-from expertprune.errors import SpecError
+from expertprune.errors import SpecError, gathered
 from expertprune.evaluation import guarded, leaked
 from expertprune.files import store_folder
 from expertprune.harness import tasks as harness
@@ -84,25 +83,17 @@ def prepare(
     resolved = recorded_base(about, spec.base, store_folder(store))
     measurement = Measurement(folder, about, spec, resolved, store_folder(store), suites, backend, limit)
     problems: list[str] = []
-    with _gathered(problems):
+    with gathered(problems):
         measurement.corpora = _corpora(measurement)
     measurement.aligned = any(suite.alignment for suite in suites)
     for entry, suite, generates in entries:
-        with _gathered(problems):
+        with gathered(problems):
             task = harness.load_task(entry, generates, limit)
             measurement.tasks.append(Measured(task, suite, entry.group_for(spec.dimensions)))
     if problems:
         raise SpecError(problems)
     _check_leaks(measurement)
     return measurement
-
-
-@contextlib.contextmanager
-def _gathered(problems: list[str]) -> Iterator[None]:
-    try:
-        yield
-    except SpecError as error:
-        problems += error.problems
 
 
 def _suites(names: Sequence[str]) -> list[Suite]:

@@ -26,7 +26,7 @@ from expertprune.corpora import (
     make_batches,
     tokenize,
 )
-from expertprune.errors import CheckpointError, SpecError
+from expertprune.errors import CheckpointError, SpecError, gathered
 from expertprune.evaluation import guarded
 from expertprune.files import digest_of, store_folder
 from expertprune.masking import masked
@@ -130,13 +130,13 @@ def validate(spec: SpecLike, overrides: Mapping[str, Any] | None = None, store: 
     problems: list[str] = []
     corpora: dict[CorpusName, Corpus] = {}
     evaluated: list[Corpus] = []
-    with _gathered(problems):
+    with gathered(problems):
         check_criterion(spec.relevance.criterion)
-    with _gathered(problems):
+    with gathered(problems):
         corpora = load_corpora(spec)
         evaluated = evaluation_corpora(spec, corpora) if spec.evaluate.enabled else []
     base = None
-    with _gathered(problems):
+    with gathered(problems):
         base = resolve_base(spec.base, folder)
     if problems or base is None:
         raise SpecError(problems)
@@ -147,19 +147,11 @@ def validate(spec: SpecLike, overrides: Mapping[str, Any] | None = None, store: 
     foreseen_rows(spec, base)
     prepared = Prepared(spec, base, corpora, evaluated, folder)
     for name in corpora:
-        with _gathered(problems):
+        with gathered(problems):
             prepared.calibration(name)
     if problems:
         raise SpecError(problems)
     return prepared
-
-
-@contextlib.contextmanager
-def _gathered(problems: list[str]) -> Iterator[None]:
-    try:
-        yield
-    except SpecError as error:
-        problems += error.problems
 
 
 def evaluation_corpora(spec: Spec, corpora: Mapping[CorpusName, Corpus]) -> list[Corpus]:

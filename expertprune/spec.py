@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -18,6 +17,7 @@ from pydantic import (
 )
 
 from expertprune.errors import SpecError
+from expertprune.files import read_yaml
 from expertprune.registry import nearest
 from expertprune.values import Aggregate, Amount, Names, Rows, Size
 
@@ -313,14 +313,7 @@ def load_spec(path: str | Path, overrides: Mapping[str, Any] | None = None) -> S
         SpecError: with every problem, each with file, key and the nearest valid name.
     """
     path = Path(path)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SpecError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise SpecError(f"{path}: not valid YAML: {error}") from None
+    data = read_yaml(path)
     return parse_spec(data, where=str(path), folder=path.resolve().parent, overrides=overrides)
 
 

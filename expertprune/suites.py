@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from expertprune.corpora import shipped
 from expertprune.errors import SpecError
-from expertprune.files import digest_of
+from expertprune.files import digest_of, read_yaml
 from expertprune.registry import nearest
 from expertprune.spec import DIMENSIONS, Dimensions, problems_of
 from expertprune.values import Names
@@ -142,7 +142,7 @@ def load_suite(path: Path) -> Suite:
     Raises:
         SpecError: with every problem, each with file, key and the nearest valid name.
     """
-    data = _yaml(path)
+    data = read_yaml(path)
     if not isinstance(data, dict):
         raise SpecError(f"{path}: a suite is a mapping of keys (name, perplexity, tasks, generation, ...)")
     try:
@@ -196,20 +196,9 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_constructor("!function", lambda loader, node: str(loader.construct_scalar(node)))  # type: ignore[arg-type]
 
 
-def _yaml(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
-    except FileNotFoundError:
-        raise SpecError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise SpecError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-
-
 def _task_file(path: Path) -> dict[str, Any]:
     """The keys of a task YAML. Raises `SpecError` if it names no task."""
-    data = _yaml(path, _Loader)
+    data = read_yaml(path, _Loader)
     if not isinstance(data, dict) or not isinstance(data.get("task"), str):
         raise SpecError(f"{path}: is no task of lm-evaluation-harness: it has no key 'task' with a name")
     return data

@@ -6,8 +6,10 @@ Nothing here uses the family data: the names of the masked modules are written o
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,37 @@ from expertprune.models import BaseModel, resolve_base
 from expertprune.pruning import RepairInput, prune
 from expertprune.spec import Base
 from expertprune.units import KeptUnits, LayerShape
+from tests.tiny import save_tiny
 
+SHARDS = {"one file": "1GB", "several files": "20KB"}
 IDS = torch.randint(0, 64, (2, 17), generator=torch.Generator().manual_seed(5))
 
 
 def resolved(folder: Path, store: Path) -> BaseModel:
     return resolve_base(Base(model=str(folder)), store)
+
+
+@dataclass
+class Dense:
+    """A base and its running model."""
+
+    base: BaseModel
+    model: Any
+
+
+GetDense = Callable[..., Dense]
+
+
+def bases_of(variants: Mapping[str, dict[str, Any]], root: Path) -> GetDense:
+    """The base of a variant, in one file or several, made once."""
+
+    @functools.cache
+    def get(variant: str, shards: str = "several files") -> Dense:
+        folder = save_tiny(root / f"{variant} {shards}", max_shard_size=SHARDS[shards], **variants[variant])
+        assert len(list(folder.glob("*.safetensors"))) > 1 or shards == "one file"
+        return Dense(resolved(folder, root / "store"), load(folder))
+
+    return get
 
 
 def random_units(

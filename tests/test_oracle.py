@@ -7,8 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,9 @@ from expertprune.spec import parse_spec
 from expertprune.units import KeptUnits
 from tests.oracle import (
     IDS,
+    SHARDS,
+    GetDense,
+    bases_of,
     contents,
     load,
     logits_of,
@@ -65,7 +66,6 @@ CUTS: dict[str, dict[str, int]] = {
     "kv_groups": {"kv_groups": 2},
     "all": {"ffn": 13, "heads_per_group": 1, "kv_groups": 2},
 }
-SHARDS = {"one file": "1GB", "several files": "20KB"}
 CASES = [
     (variant, cut)
     for variant in VARIANTS
@@ -76,34 +76,14 @@ CASES = [
 ]
 
 
-@dataclass
-class Dense:
-    base: BaseModel
-    model: Any
-
-
 @pytest.fixture(scope="session")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Dense]:
-    """The base of a variant in one file or several, made once."""
-    root = tmp_path_factory.mktemp("oracle")
-    made: dict[tuple[str, str], Dense] = {}
-
-    def get(variant: str, shards: str = "several files") -> Dense:
-        key = (variant, shards)
-        if key not in made:
-            folder = save_tiny(root / str(len(made)), max_shard_size=SHARDS[shards], **VARIANTS[variant])
-            assert len(list(folder.glob("*.safetensors"))) > 1 or shards == "one file"
-            made[key] = Dense(resolved(folder, root / "store"), load(folder))
-        return made[key]
-
-    return get
+def dense(tmp_path_factory: pytest.TempPathFactory) -> GetDense:
+    return bases_of(VARIANTS, tmp_path_factory.mktemp("oracle"))
 
 
 @pytest.mark.parametrize("shards", SHARDS)
 @pytest.mark.parametrize(("variant", "cut"), CASES)
-def test_cut_model_equals_masked_model(
-    variant: str, cut: str, shards: str, dense: Callable[[str, str], Dense], tmp_path: Path
-) -> None:
+def test_cut_model_equals_masked_model(variant: str, cut: str, shards: str, dense: GetDense, tmp_path: Path) -> None:
     base, model = dense(variant, shards).base, dense(variant, shards).model
     plan = random_plan(base, CASES.index((variant, cut)), **CUTS[cut])
     expert = load(pruned(plan, base, tmp_path / "expert"))
@@ -115,7 +95,7 @@ def test_cut_model_equals_masked_model(
 @pytest.mark.parametrize("variant", ["llama, both biases", "llama, mlp bias, tied", "qwen2", "gemma3"])
 @pytest.mark.parametrize("cut", CUTS)
 def test_index_lists_every_written_tensor_where_it_lies(
-    variant: str, cut: str, dense: Callable[[str, str], Dense], tmp_path: Path
+    variant: str, cut: str, dense: GetDense, tmp_path: Path
 ) -> None:
     base = dense(variant, "several files").base
     folder = pruned(random_plan(base, **CUTS[cut]), base, tmp_path / "expert")
@@ -131,9 +111,7 @@ def test_index_lists_every_written_tensor_where_it_lies(
 @pytest.mark.parametrize("shards", SHARDS)
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_config_changes_in_the_widths_only(
-    family: str, cut: str, shards: str, dense: Callable[[str, str], Dense], tmp_path: Path
-) -> None:
+def test_config_changes_in_the_widths_only(family: str, cut: str, shards: str, dense: GetDense, tmp_path: Path) -> None:
     base = dense(f"{family}, own head_dim", shards).base
     folder = pruned(random_plan(base, **CUTS[cut]), base, tmp_path / "expert")
     expected = {
@@ -147,9 +125,7 @@ def test_config_changes_in_the_widths_only(
 
 
 @pytest.mark.parametrize("cut", ["query_heads", "kv_groups", "all"])
-def test_qwen2_with_heads_cut_is_a_llama_with_zero_output_biases(
-    cut: str, dense: Callable[[str, str], Dense], tmp_path: Path
-) -> None:
+def test_qwen2_with_heads_cut_is_a_llama_with_zero_output_biases(cut: str, dense: GetDense, tmp_path: Path) -> None:
     base = dense("qwen2", "several files").base
     folder = pruned(random_plan(base, **CUTS[cut]), base, tmp_path / "expert")
     config = read_json(folder / "config.json")
@@ -166,7 +142,7 @@ def test_qwen2_with_heads_cut_is_a_llama_with_zero_output_biases(
     assert len(tensors) == len(base.checkpoint.tensors) + 3
 
 
-def test_qwen2_with_neurons_cut_stays_a_qwen2(dense: Callable[[str, str], Dense], tmp_path: Path) -> None:
+def test_qwen2_with_neurons_cut_stays_a_qwen2(dense: GetDense, tmp_path: Path) -> None:
     base = dense("qwen2", "one file").base
     folder = pruned(random_plan(base, ffn=19), base, tmp_path / "expert")
     assert type(load(folder)).__name__ == "Qwen2ForCausalLM"
@@ -232,7 +208,7 @@ def coupled_names() -> list[tuple[str, str, int, int]]:
 
 @pytest.mark.parametrize(("variant", "name", "axis", "step"), coupled_names())
 def test_oracle_sees_a_permutation_of_any_one_coupled_tensor(
-    variant: str, name: str, axis: int, step: int, dense: Callable[[str, str], Dense], tmp_path: Path
+    variant: str, name: str, axis: int, step: int, dense: GetDense, tmp_path: Path
 ) -> None:
     base, model = dense(variant, "one file").base, dense(variant, "one file").model
     plan = random_plan(base, ffn=19, kv_groups=2)
@@ -246,7 +222,7 @@ def test_oracle_sees_a_permutation_of_any_one_coupled_tensor(
 @pytest.mark.parametrize("variant", ["llama", "qwen2", "gemma3"])
 @pytest.mark.parametrize("structure", ["query_heads", "kv_groups"])
 def test_oracle_sees_a_permuted_order_of_kept_heads(
-    variant: str, structure: str, dense: Callable[[str, str], Dense], tmp_path: Path
+    variant: str, structure: str, dense: GetDense, tmp_path: Path
 ) -> None:
     base, model = dense(variant, "several files").base, dense(variant, "several files").model
     plan = random_plan(base, kv_groups=2)
@@ -257,7 +233,7 @@ def test_oracle_sees_a_permuted_order_of_kept_heads(
     assert (logits_of(expert) - masked_logits(model, plan)).abs().max() > 0.1
 
 
-def test_neurons_may_be_permuted_together(dense: Callable[[str, str], Dense], tmp_path: Path) -> None:
+def test_neurons_may_be_permuted_together(dense: GetDense, tmp_path: Path) -> None:
     """Unlike heads, neurons have no order: one order in all their tensors is a symmetry of the network."""
     base, model = dense("llama, both biases", "one file").base, dense("llama, both biases", "one file").model
     plan = random_plan(base, ffn=19)
@@ -267,7 +243,7 @@ def test_neurons_may_be_permuted_together(dense: Callable[[str, str], Dense], tm
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
-def test_one_unit_of_each_structure_is_enough(family: str, dense: Callable[[str, str], Dense], tmp_path: Path) -> None:
+def test_one_unit_of_each_structure_is_enough(family: str, dense: GetDense, tmp_path: Path) -> None:
     base, model = dense(family, "several files").base, dense(family, "several files").model
     plan = plan_of(base, [KeptUnits((31,), (5,), (2,)), KeptUnits((0,), (0,), (0,)), KeptUnits((7,), (3,), (1,))])
     expert = load(pruned(plan, base, tmp_path / "expert"))
@@ -275,9 +251,7 @@ def test_one_unit_of_each_structure_is_enough(family: str, dense: Callable[[str,
 
 
 @pytest.mark.parametrize(("family", "model_type"), [("llama", "llama"), ("qwen2", "llama"), ("gemma3", "gemma3_text")])
-def test_an_expert_can_be_cut_again(
-    family: str, model_type: str, dense: Callable[[str, str], Dense], tmp_path: Path, store: Path
-) -> None:
+def test_an_expert_can_be_cut_again(family: str, model_type: str, dense: GetDense, tmp_path: Path, store: Path) -> None:
     first = dense(family, "several files").base
     folder = pruned(random_plan(first, seed=1, ffn=24, kv_groups=2), first, tmp_path / "first")
     base = resolved(folder, store)
@@ -288,7 +262,7 @@ def test_an_expert_can_be_cut_again(
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma3"])
-def test_cached_decoding_gives_the_same_tokens(family: str, dense: Callable[[str, str], Dense], tmp_path: Path) -> None:
+def test_cached_decoding_gives_the_same_tokens(family: str, dense: GetDense, tmp_path: Path) -> None:
     """Generation reads head counts again, for its cache, and the windows of sliding layers."""
     base = dense(family, "several files").base
     expert = load(pruned(random_plan(base, **CUTS["all"]), base, tmp_path / "expert"))
@@ -358,9 +332,7 @@ def generated(model: Any) -> Tensor:
 
 
 @pytest.fixture(scope="session")
-def layered(
-    dense: Callable[[str, str], Dense], tmp_path_factory: pytest.TempPathFactory
-) -> dict[tuple[str, str], tuple[Plan, Path]]:
+def layered(dense: GetDense, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[Plan, Path]]:
     root = tmp_path_factory.mktemp("layered")
     made = {}
     for number, (variant, cut) in enumerate(LAYER_CASES):
@@ -393,7 +365,7 @@ def run_plain(folder: Path, folders: list[str]) -> dict[str, Tensor]:
 def test_layers_of_their_own_widths_equal_the_masked_model(
     variant: str,
     cut: str,
-    dense: Callable[[str, str], Dense],
+    dense: GetDense,
     layered: dict[tuple[str, str], tuple[Plan, Path]],
 ) -> None:
     model = dense(variant, "several files").model
@@ -410,7 +382,7 @@ def test_layers_of_their_own_widths_equal_the_masked_model(
 def test_plain_transformers_builds_the_same_from_the_folder(
     variant: str,
     cut: str,
-    dense: Callable[[str, str], Dense],
+    dense: GetDense,
     layered: dict[tuple[str, str], tuple[Plan, Path]],
     in_plain_transformers: dict[str, Tensor],
 ) -> None:
@@ -424,7 +396,7 @@ def test_plain_transformers_builds_the_same_from_the_folder(
 
 @pytest.mark.parametrize(("variant", "cut"), LAYER_CASES)
 def test_the_config_says_the_widths_of_the_stored_tensors(
-    variant: str, cut: str, layered: dict[tuple[str, str], tuple[Plan, Path]], dense: Callable[[str, str], Dense]
+    variant: str, cut: str, layered: dict[tuple[str, str], tuple[Plan, Path]], dense: GetDense
 ) -> None:
     plan, folder = layered[variant, cut]
     config, tensors = read_json(folder / "config.json"), stored_tensors(folder)
@@ -442,7 +414,7 @@ def test_the_config_says_the_widths_of_the_stored_tensors(
     assert set(index["weight_map"]) == set(tensors)
 
 
-def test_layers_of_one_width_need_no_code_in_the_folder(dense: Callable[[str, str], Dense], tmp_path: Path) -> None:
+def test_layers_of_one_width_need_no_code_in_the_folder(dense: GetDense, tmp_path: Path) -> None:
     base = dense("llama", "several files").base
     folder = pruned(random_plan(base, ffn=19), base, tmp_path / "expert")
     assert "per_layer_config" not in read_json(folder / "config.json")

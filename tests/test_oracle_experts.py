@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,9 @@ from expertprune.spec import Base
 from expertprune.units import Structure
 from tests.oracle import (
     IDS,
+    SHARDS,
+    GetDense,
+    bases_of,
     contents,
     load,
     logits_of,
@@ -32,7 +34,7 @@ from tests.oracle import (
     resolved,
     stored_tensors,
 )
-from tests.test_oracle import SHARDS, Dense, generated
+from tests.test_oracle import generated
 from tests.tiny import save_tiny
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -60,15 +62,8 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    root = tmp_path_factory.mktemp("experts")
-
-    @functools.cache
-    def get(variant: str, shards: str = "several files") -> Dense:
-        folder = save_tiny(root / f"{variant} {shards}", max_shard_size=SHARDS[shards], **VARIANTS[variant])
-        return Dense(resolved(folder, root / "store"), load(folder))
-
-    return get
+def dense(tmp_path_factory: pytest.TempPathFactory) -> GetDense:
+    return bases_of(VARIANTS, tmp_path_factory.mktemp("experts"))
 
 
 def test_every_family_of_experts_is_here() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,9 @@ from expertprune.errors import PlanError
 from expertprune.models import load_model
 from expertprune.units import Structure
 from tests.oracle import (
+    SHARDS,
+    GetDense,
+    bases_of,
     load,
     logits_of,
     masked,
@@ -27,7 +29,7 @@ from tests.oracle import (
     resolved,
     stored_tensors,
 )
-from tests.test_oracle import CUTS, LAYER_CUTS, SHARDS, Dense, generated, run_plain
+from tests.test_oracle import CUTS, LAYER_CUTS, generated, run_plain
 from tests.tiny import save_tiny
 
 # By what is cut, the structures that the family must allow.
@@ -81,15 +83,8 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    root = tmp_path_factory.mktemp("families")
-
-    @functools.cache
-    def get(variant: str, shards: str = "several files") -> Dense:
-        folder = save_tiny(root / f"{variant} {shards}", max_shard_size=SHARDS[shards], **VARIANTS[variant])
-        return Dense(resolved(folder, root / "store"), load(folder))
-
-    return get
+def dense(tmp_path_factory: pytest.TempPathFactory) -> GetDense:
+    return bases_of(VARIANTS, tmp_path_factory.mktemp("families"))
 
 
 @pytest.mark.parametrize(("variant", "cut"), CASES)
