@@ -30,6 +30,7 @@ _PROCESSES = 2 * GIB
 _LEAST_CACHE, _MOST_CACHE = GIB // 4, 4 * GIB
 _SHARE = 0.9  # of free memory on a CPU, of the whole memory on a GPU
 _CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"  # in GiB; vLLM prefers it to its argument
+_BIND_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
 # What `Server` says itself.
 _OWN = ("model", "host", "port", "served-model-name", "uds")
 _PLATFORM = """
@@ -172,6 +173,26 @@ def _too_small(servable: Servable, needed: int, room: int, engines: int) -> Usag
         f"{servable.folder}: weights, KV cache and the engine need {needed / GIB:.1f} GiB of memory, "
         f"{max(room, 0) / GIB:.1f} GiB are free{share}; free some, or serve fewer or smaller experts"
     )
+
+
+def usable_cores() -> int:
+    """Logical cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def environment(on: Platform, engines: int = 1) -> dict[str, str]:
+    """Variables of an engine's processes.
+
+    On a CPU, vLLM binds the threads of every engine to the same cores, where a second engine starves; so several engines
+    are bound to none, and have their part of the cores' number as threads, less one for the scheduler where there is one
+    to spare. A user's own binding stays.
+    """
+    variables = {"VLLM_NO_USAGE_STATS": "1"}
+    if on.cpu and engines > 1 and _BIND_VARIABLE not in os.environ:
+        physical, logical = psutil.cpu_count(logical=False) or 1, psutil.cpu_count() or 1
+        cores = usable_cores() * min(physical, logical) // logical
+        variables |= {_BIND_VARIABLE: "nobind", "OMP_NUM_THREADS": str(max(1, cores // engines - 1))}
+    return variables
 
 
 def option_names(arguments: Sequence[str]) -> list[str]:

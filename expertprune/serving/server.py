@@ -75,7 +75,8 @@ class Server:
         self._key = _key(arguments)
         self._own_log = log is None
         self.log = _temporary_log() if log is None else Path(log)
-        self.tree = ProcessTree([*engine.COMMAND, *own], self.log, {"VLLM_NO_USAGE_STATS": "1"})
+        variables = engine.environment(engine.platform(), engines)
+        self.tree = ProcessTree([*engine.COMMAND, *own], self.log, variables)
         self._started = 0.0
 
     @property

@@ -288,8 +288,7 @@ def machine() -> str:
         name = found.group(1) if found else name
     except OSError:
         pass
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    words = f"{cores} cores of {name}, {psutil.virtual_memory().total / 2**30:.0f} GiB"
+    words = f"{engine.usable_cores()} cores of {name}, {psutil.virtual_memory().total / 2**30:.0f} GiB"
     on = engine.platform()
     return words if on.cpu else f"{words}; GPU with {on.memory / 2**30:.0f} GiB"
 

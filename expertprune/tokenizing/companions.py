@@ -77,7 +77,8 @@ def write_tokenizer(base: Path, folder: Path, smaller: Trimmed) -> None:
                 }
             _write(folder / name, config)
     if (base / "added_tokens.json").is_file():
-        added = {token: smaller.ids[index] for token, index in _read(base / "added_tokens.json").items()}
+        known = _read(base / "added_tokens.json")
+        added = {token: smaller.ids[index] for token, index in known.items() if index in smaller.ids}
         _write(folder / "added_tokens.json", added)
     model = smaller.data["model"]
     if (base / "vocab.json").is_file():

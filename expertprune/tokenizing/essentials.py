@@ -28,7 +28,9 @@ def essential_ids(vocabulary: Vocabulary, folder: Path, tokenizer: Any) -> dict[
         index: vocabulary.text(index) for token, index in vocabulary.tokens.items() if token not in vocabulary.added
     }
     found = {
-        "special and added tokens": set(vocabulary.added.values()) | _named(vocabulary, folder),
+        "special and added tokens": set(vocabulary.added.values()) - vocabulary.placeholders
+        | _named(vocabulary, folder)
+        | _with_roles(vocabulary, folder),
         "alphabet": _alphabet(vocabulary),
         "digits": {index for index, text in plain.items() if text.strip().isdecimal()},
         "white space": {index for index, text in plain.items() if text and not text.strip()},
@@ -51,6 +53,23 @@ def _named(vocabulary: Vocabulary, folder: Path) -> set[int]:
             named.update(entry["ids"])
         named.update(part[key][1] for key in ("sep", "cls") if key in part)
     return named
+
+
+def _with_roles(vocabulary: Vocabulary, folder: Path) -> set[int]:
+    """Added tokens that the tokenizer's own settings name, under whatever key."""
+
+    def texts(value: Any) -> Iterator[str]:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, (list, dict)):
+            for each in value.values() if isinstance(value, dict) else value:
+                yield from texts(each)
+
+    found: set[int] = set()
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        settings = {key: value for key, value in _read(folder / name).items() if key != "added_tokens_decoder"}
+        found.update(vocabulary.added[text] for text in texts(settings) if text in vocabulary.added)
+    return found
 
 
 def _alphabet(vocabulary: Vocabulary) -> set[int]:

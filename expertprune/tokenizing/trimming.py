@@ -21,7 +21,7 @@ class Trimmed:
 
 
 def trimmed(vocabulary: Vocabulary, kept: Iterable[int]) -> Trimmed:
-    """A tokenizer that knows the kept tokens alone, with everything that they and the added tokens need.
+    """A tokenizer that knows the kept tokens alone, with everything that they and added tokens (placeholders aside) need.
 
     For BPE every merge stays whose two parts and whose result are kept, in the base's order. So text whose base
     tokens are all kept gives the same tokens: the base's next merge is always there, and nothing there comes before
@@ -32,13 +32,14 @@ def trimmed(vocabulary: Vocabulary, kept: Iterable[int]) -> Trimmed:
     Raises:
         CheckpointError: the smaller tokenizer would not number its tokens so.
     """
-    wanted = vocabulary.closed({*kept, *vocabulary.added.values()})
+    wanted = vocabulary.closed({*kept, *(set(vocabulary.added.values()) - vocabulary.placeholders)})
     ids = {index: new for new, index in enumerate(sorted(wanted))}
     data = copy.copy(vocabulary.data)
     data["model"] = _model(vocabulary, ids)
     data["added_tokens"] = [
         {**token, "id": ids[vocabulary.added[token["content"]]]}
         for token in sorted(data.get("added_tokens") or (), key=lambda token: vocabulary.added[token["content"]])
+        if vocabulary.added[token["content"]] in ids
     ]
     if data.get("padding"):
         data["padding"] = {**data["padding"], "pad_id": ids[data["padding"]["pad_id"]]}

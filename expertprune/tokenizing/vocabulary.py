@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -14,6 +15,10 @@ from expertprune.errors import CheckpointError
 
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 SPACE = "▁"  # how SentencePiece writes a space
+
+_PLACEHOLDER = re.compile(
+    r"\W*(unused|reserved|extra|dummy|placeholder|special|control)(_\w+?)?_?\d+\W*", re.IGNORECASE
+)
 
 
 class Kind(StrEnum):
@@ -49,6 +54,14 @@ class Vocabulary:
         self.added = {token.content: index for index, token in loaded.get_added_tokens_decoder().items()}
         self.by_id = {index: token for token, index in (self.tokens | self.added).items()}
         self._needs: dict[str, frozenset[int]] = {}
+
+    @functools.cached_property
+    def placeholders(self) -> set[int]:
+        """Added tokens without a meaning: numbered names that a model's makers left for others, as `<unused7>`.
+
+        `tokenizer_config.json` may give one a role; that is not seen here.
+        """
+        return {index for token, index in self.added.items() if _PLACEHOLDER.fullmatch(token)}
 
     @property
     def size(self) -> int:

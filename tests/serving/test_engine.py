@@ -182,3 +182,17 @@ def test_load_engine_configures_vllm(fake_vllm: None, monkeypatch: pytest.Monkey
         "max_model_len": 64,
         "seed": 7,
     }
+
+
+def test_several_engines_on_a_cpu_are_not_bound_to_the_same_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """8 logical cores of 16, two to a physical one, are four: two for each of two engines, less the scheduler's."""
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    monkeypatch.setattr(engine, "usable_cores", lambda: 8)
+    monkeypatch.setattr(engine.psutil, "cpu_count", lambda logical=True: 16 if logical else 8)
+    alone = {"VLLM_NO_USAGE_STATS": "1"}
+    assert engine.environment(CPU) == alone
+    assert engine.environment(GPU, 2) == alone
+    assert engine.environment(CPU, 2) == {**alone, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    assert engine.environment(CPU, 1000)["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-3")
+    assert engine.environment(CPU, 2) == alone

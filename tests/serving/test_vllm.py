@@ -195,13 +195,21 @@ def test_vllms_benchmark_measures_it(serving: Serving, experts: list[Path], tmp_
         assert row["kv_cache_tokens"] == 2**30 // (30 * 2 * 3 * 64 * 2 * 128) * 128
 
 
+def alive(process: psutil.Process) -> bool:
+    """Whether a process runs; one that has ended and that nobody asks for (as under some containers' init) does not."""
+    try:
+        return process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False
+
+
 def test_an_interruption_ends_it_and_frees_the_port(serving: Serving) -> None:
     """Last of those that share the server."""
     members = serving.members()
     assert len(members) >= 2
     serving.process.send_signal(signal.SIGINT)
     assert serving.process.wait(timeout=60) == 130
-    assert psutil.wait_procs(members, timeout=0.5)[1] == []
+    assert not any(alive(member) for member in members)
     check_port("127.0.0.1", serving.port)
 
 
@@ -244,9 +252,10 @@ def test_two_experts_share_an_endpoint_and_one_outlives_the_others_death(
         assert killed.process is not None
         killed.process.kill()
         served.watch(lambda: any("is back" in message for message in said) or time.monotonic() - begin > 1500)
+        print("\n".join(said))
         enough.set()
         answered = {model: [told for asked in futures for told in asked.result()] for model, futures in asking.items()}
-        assert psutil.wait_procs(orphans, timeout=0.5)[1] == []
+        assert not any(alive(orphan) for orphan in orphans)
         assert ask("half") > 0
         trees = [served.router.tree, *(server.tree for server in served.servers.values())]
     assert all(answered["quarter"])

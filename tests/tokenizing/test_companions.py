@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +125,25 @@ def test_tokenizers_that_need_code_or_have_no_fast_form_are_refused_by_name(base
     (base / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"OwnTokenizer.*slow"):
         read_vocabulary(base)
+
+
+def test_placeholders_may_go_unless_they_have_a_role(base: Path, tmp_path: Path) -> None:
+    """`<unused..>` are rows that nobody trained; one that a setting names is somebody's."""
+    loaded = PreTrainedTokenizerFast.from_pretrained(base)
+    loaded.add_tokens(["<unused0>", "<unused1>", "<|reserved_special_token_12|>", "<tool_2>", "<|im_start|>"])
+    loaded.save_pretrained(base)
+    config = read_json(base / "tokenizer_config.json")
+    (base / "tokenizer_config.json").write_text(json.dumps({**config, "image_token": "<unused1>"}))
+    vocabulary = read_vocabulary(base)
+    assert {vocabulary.by_id[index] for index in vocabulary.placeholders} == {
+        "<unused0>", "<unused1>", "<|reserved_special_token_12|>"
+    }  # fmt: skip
+    must = set().union(*essential_ids(vocabulary, base, loaded).values())
+    smaller, folder = trimmed(vocabulary, must), tmp_path / "smaller"
+    shutil.copytree(base, folder)
+    write_tokenizer(base, folder, smaller)
+    new = AutoTokenizer.from_pretrained(folder)
+    assert {"<unused1>", "<tool_2>", "<|im_start|>", "</s>"} <= set(new.get_vocab())
+    assert not {"<unused0>", "<|reserved_special_token_12|>"} & set(new.get_vocab())
+    assert len(new) == len(smaller.ids)
+    assert new.decode(new("Gesetz<unused0><unused1>", add_special_tokens=False)["input_ids"]) == "Gesetz<unused0><unused1>"
