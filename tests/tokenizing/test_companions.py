@@ -146,4 +146,6 @@ def test_placeholders_may_go_unless_they_have_a_role(base: Path, tmp_path: Path)
     assert {"<unused1>", "<tool_2>", "<|im_start|>", "</s>"} <= set(new.get_vocab())
     assert not {"<unused0>", "<|reserved_special_token_12|>"} & set(new.get_vocab())
     assert len(new) == len(smaller.ids)
-    assert new.decode(new("Gesetz<unused0><unused1>", add_special_tokens=False)["input_ids"]) == "Gesetz<unused0><unused1>"
+    assert (
+        new.decode(new("Gesetz<unused0><unused1>", add_special_tokens=False)["input_ids"]) == "Gesetz<unused0><unused1>"
+    )
