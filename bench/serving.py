@@ -20,14 +20,21 @@ from expertprune.commands.throughput import number
 from expertprune.serving.throughput import THROUGHPUT_FILE, Load
 
 SPEC = Path(__file__).parent.parent / "profiles" / "english-medical-qa.yaml"
-PLAIN = {"evaluate.enabled": False, "compensation.method": "none", "calibration.documents": 16}
+PLAIN = {
+    "evaluate.enabled": False, "compensation.method": "none", "calibration.documents": 16,
+    "relevance.criterion": "impact", "compose.allocation": "uniform",
+}  # fmt: skip
 SMOLLM, GEMMA = "smollm2-135m-instruct", "gemma-3-270m"
-# What stands in the table: base and what of the spec is changed.
+FFN, PER_LAYER = {"budget.ffn": 0.25}, {"compose.allocation": "global"}
+# What stands in the table: base and what of the spec is changed. Gemma has one KV group, so none of it can go.
 EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "SmolLM2-135M, 25% of FFN": (SMOLLM, {"budget.ffn": 0.25}),
-    "SmolLM2-135M, 25% of FFN and a KV group": (SMOLLM, {"budget.ffn": 0.25, "budget.kv_groups": 1}),
-    "SmolLM2-135M, 25% of FFN, widths per layer": (SMOLLM, {"budget.ffn": 0.25, "compose.allocation": "global"}),
-    "Gemma 3 270M, 25% of FFN": (GEMMA, {"budget.ffn": 0.25}),
+    "SmolLM2-135M, 25% of FFN": (SMOLLM, FFN),
+    "SmolLM2-135M, 25% of FFN and a KV group": (SMOLLM, {**FFN, "budget.kv_groups": 1}),
+    "SmolLM2-135M, 25% of FFN, widths per layer": (SMOLLM, {**FFN, **PER_LAYER}),
+    "SmolLM2-135M, 16,384 rows": (SMOLLM, {"budget.ffn": 0, "budget.vocabulary": 16_384}),
+    "Gemma 3 270M, 25% of FFN": (GEMMA, FFN),
+    "Gemma 3 270M, 25% of FFN, widths per layer": (GEMMA, {**FFN, **PER_LAYER}),
+    "Gemma 3 270M, 32,768 rows": (GEMMA, {"budget.ffn": 0, "budget.vocabulary": 32_768}),
 }
 HEADER = (
     "| expert | tokens/s, base | expert | ratio (pairs) | limit | of limit | first token | KV cache | memory | load |\n"

@@ -38,8 +38,8 @@ from expertprune.profiling import profile_corpus, profile_key, profile_part, pro
 from expertprune.relevance import Pass
 from expertprune.rows import foreseen_rows
 from expertprune.scoring import check_criterion, part_name
-from expertprune.spec import Spec, load_spec, parse_spec
-from expertprune.units import KeptUnits
+from expertprune.spec import Budget, Spec, load_spec, parse_spec
+from expertprune.units import KeptUnits, Structure
 
 log = logging.getLogger(__name__)
 SpecLike = Spec | str | Path
@@ -189,7 +189,7 @@ def profiles_of(
         CheckpointError: the backward pass does not fit into memory.
     """
     part = part_name(prepared.spec.relevance)
-    parts = [part] if part is not None else []
+    parts = [part] if part is not None and _cuts_units(prepared.spec.budget) else []
     if prepared.spec.budget.vocabulary is not None and kept is None:  # rows are decided once, on the base as it is
         parts.append(VOCABULARY)
     profiles: dict[CorpusName, Profile] = {}
@@ -215,6 +215,12 @@ def profiles_of(
                     profile_part(*here, each, step)
         profiles[name] = Profile(path)
     return profiles
+
+
+def _cuts_units(budget: Budget) -> bool:
+    """Whether units of layers are to go, and not vocabulary rows alone, which no criterion scores."""
+    overall = (budget.parameters, budget.max_parameters, budget.retention)
+    return any(getattr(budget, structure.value) for structure in Structure) or any(way is not None for way in overall)
 
 
 def check_backward_fits(prepared: Prepared, batches: Sequence[Batch]) -> None:

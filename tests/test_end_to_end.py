@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from expertprune.harness import models, tasks
 from expertprune.models import load_model, load_tokenizer
 from expertprune.report import retention_table
 from expertprune.suites import find_suite
+from tests.engines import ALONE, TRANSFORMERS, VLLM, run_script
 
 pytestmark = pytest.mark.slow
 SPEC = Path(__file__).parent.parent / "profiles" / "english-medical-qa.yaml"
@@ -30,48 +29,6 @@ PROMPTS = [
     "The judge ruled that",
     "To bake bread, you",
 ]
-
-ALONE = 'import sys; sys.modules["expertprune"] = None\n'  # before a script: it cannot import expertprune
-TRANSFORMERS = """
-import json, sys
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, dtype, prompts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder)
-tokens, logits = [], []
-for prompt in prompts:
-    inputs = tokenizer(prompt, return_tensors="pt")
-    output = model.generate(
-        **inputs, do_sample=False, max_new_tokens=16, output_logits=True, return_dict_in_generate=True
-    )
-    tokens.append(output.sequences[0, inputs.input_ids.shape[1]:].tolist())
-    logits.append([step[0].float().topk(2).values.tolist() for step in output.logits])
-print("LOGITS " + json.dumps(logits))
-print("TOKENS " + json.dumps(tokens))
-"""
-
-VLLM = """
-import json, os, sys
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-if __name__ == "__main__":
-    from vllm import LLM, SamplingParams
-    folder, dtype, prompts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-    engine = LLM(folder, dtype=dtype, enforce_eager=True, max_model_len=256, max_num_seqs=4)
-    outputs = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)
-    print("TOKENS " + json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
-"""
-
-
-def run_script(script: str, folder: Path, dtype: str, tmp_path: Path, what: str = "TOKENS") -> Any:
-    """What a script prints under a heading: greedy tokens of each prompt, or the two largest logits of each step."""
-    path = tmp_path / "script.py"
-    path.write_text(script)
-    arguments = [sys.executable, str(path), str(folder), dtype, json.dumps(PROMPTS)]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=800, cwd=tmp_path, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith(f"{what} ")]
-    assert lines, done.stderr[-3000:]
-    return json.loads(lines[0].removeprefix(f"{what} "))
 
 
 @pytest.fixture(scope="session")
@@ -225,8 +182,8 @@ def test_a_stock_checkpoint_needs_nothing_of_ours_and_generates_the_same_in_floa
     stock: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("vllm")
-    expected = run_script(ALONE + TRANSFORMERS, stock, "float32", tmp_path)
-    assert run_script(ALONE + VLLM, stock, "float32", tmp_path) == expected
+    expected = run_script(ALONE + TRANSFORMERS, stock, "float32", tmp_path, PROMPTS)
+    assert run_script(ALONE + VLLM, stock, "float32", tmp_path, PROMPTS) == expected
 
 
 @pytest.mark.vllm
@@ -239,9 +196,9 @@ def test_transformers_and_vllm_begin_the_same_in_bfloat16(expert: Path, tmp_path
     either side: a difference of at most two such steps is no difference.
     """
     pytest.importorskip("vllm")
-    expected = run_script(ALONE + TRANSFORMERS, expert, "bfloat16", tmp_path)
-    logits = run_script(ALONE + TRANSFORMERS, expert, "bfloat16", tmp_path, what="LOGITS")
-    found = run_script(VLLM, expert, "bfloat16", tmp_path)
+    expected = run_script(ALONE + TRANSFORMERS, expert, "bfloat16", tmp_path, PROMPTS)
+    logits = run_script(ALONE + TRANSFORMERS, expert, "bfloat16", tmp_path, PROMPTS, what="LOGITS")
+    found = run_script(VLLM, expert, "bfloat16", tmp_path, PROMPTS)
     assert sum(a[:4] == b[:4] for a, b in zip(found, expected, strict=True)) >= len(PROMPTS) - 1
     for mine, theirs, steps in zip(found, expected, logits, strict=True):
         parting = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), None)
