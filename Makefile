@@ -10,16 +10,20 @@ SERVE := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo serve || echo ser
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 OUT := experts/english-medical-qa
 
+# Fast tests side by side, a module to a process; those of real models one after the other.
+FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile -m "not slow and not vllm"
+
 .PHONY: demo test check clean
 
 demo: $(VENV)/.base
 	$(BIN)/expertprune build profiles/english-medical-qa.yaml --out $(OUT) --overwrite
 
 test: $(VENV)/.serve lint
-	$(BIN)/python -m pytest
+	$(FAST)
+	$(BIN)/python -m pytest -m "slow or vllm"
 
 check: $(VENV)/.dev lint
-	$(BIN)/python -m pytest -m "not slow and not vllm"
+	$(FAST)
 
 .PHONY: lint
 lint: $(VENV)/.dev

@@ -84,7 +84,7 @@ class Bench:
     def spec(self, cell: Cell) -> Spec:
         """The spec of a cell; peers are calibrated by its corpora too."""
         names = [*cell.dimensions.values(), *cell.general]
-        sources = {name: {"path": str(self._pieces(name))} for name in names}
+        sources = {name: {"path": str(self.pieces(name))} for name in names}
         overrides = {"calibration.seed": cell.seed, **cell.overrides}
         data = {
             "name": "bench-quality",
@@ -98,7 +98,7 @@ class Bench:
         }
         return parse_spec(data, "bench", self.data, overrides)
 
-    def _pieces(self, name: str) -> Path:
+    def pieces(self, name: str) -> Path:
         """A corpus as JSON lines of `text`, long documents cut into pieces, so that many tokens are to be had."""
         file, template = CORPORA[name]
         path = self.results / "corpora" / f"{name}.jsonl"
