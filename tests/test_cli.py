@@ -28,7 +28,7 @@ from expertprune.spec import load_spec
 from tests.tiny import tiny_model, tiny_tokenizer, write_corpus
 
 COMMANDS = [
-    "bench", "build", "compare", "compose", "evaluate", "families", "inspect", "profile", "prune", "report", "schema",
+    "bench", "build", "compare", "compose", "evaluate", "export", "families", "inspect", "profile", "prune", "report", "schema",
     "serve", "sweep", "validate", "vocabulary",
 ]  # fmt: skip
 CORPORA = ["language/en", "domain/medical", "task/qa", "general/general"]

@@ -49,8 +49,11 @@ class GgufForm(Data):
     `architecture` is the format's name; transformers reads such files where `readable`. `metadata` are the format's keys
     beside those that every family has, each with the config's key. `implied` are values of the config that a file cannot
     say, so that a model with others cannot be written. Of the `interleaved` modules each head's rows alternate between its
-    two rotary halves. `norm_offset` is added to the weights of norms. `biases` may be there, each with the config's switch
-    for it. `frequencies` are rope parameters beside the factor that the format stores as factors of single frequencies.
+    two rotary halves; `vectors` are matrices of one row that the format has without it. `norm_offset` is added to the
+    weights of norms. `biases` may be there, each with the config's switch for it. `frequencies` are rope parameters beside the
+    factor that the format stores as factors of single frequencies. `layered` is another architecture for the same network,
+    whose layers may have widths of their own. Where `heads_fill_hidden`, query heads are together as wide as the stream;
+    unless `heads_grouped`, each has a KV head of its own. With `own_head` a file has an output matrix also where it is tied.
     """
 
     architecture: str
@@ -58,12 +61,16 @@ class GgufForm(Data):
     metadata: Mapping[str, str] = Field(default_factory=dict)
     implied: Mapping[str, Any] = Field(default_factory=dict)
     interleaved: tuple[str, ...] = ()
+    vectors: tuple[str, ...] = ()
     norm_offset: float = 0.0
     window: Window | None = None
     attention_scale: AttentionScale | None = None
     biases: Mapping[str, str | None] = Field(default_factory=dict)
     frequencies: Mapping[str, Any] | None = None
-    layer_widths: bool = False
+    layered: str | None = None
+    heads_fill_hidden: bool = False
+    heads_grouped: bool = True
+    own_head: bool = False
 
     def keys(self, config: ConfigKeys) -> dict[str, str]:
         """The format's keys of whole numbers and scales, each with the config's."""
@@ -89,7 +96,8 @@ class GgufForm(Data):
         changes = {key: metadata[name] for name, key in self.keys(keys).items() if name in metadata}
         changes |= dict(self.implied)
         local = {name.split(".", 2)[-1] for name in tensors if name.startswith("blk.")}
-        changes |= {key: bias in local for bias, key in self.biases.items() if key is not None}
+        switches = {key: False for key in self.biases.values() if key is not None}
+        changes |= switches | {key: True for bias, key in self.biases.items() if key is not None and bias in local}
         layers, hidden = int(metadata["block_count"]), int(metadata["embedding_length"])
         heads = int(metadata["attention.head_count"])
         head_dim = int(metadata.get("attention.key_length", hidden // heads))

@@ -129,7 +129,9 @@ def _config(file: Path, header: _Header, family: Family) -> Any:
     assert family.gguf is not None
     read = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     changes = family.gguf.stated(family.config, header.model, set(header.values), read.to_dict())
-    config = type(read).from_dict(_plain_dict(read) | changes)
+    config = _plain(read)
+    for key, value in changes.items():  # one by one: a config may know a value under two keys
+        setattr(config, key, value)
     scaling, factor = header.model.get("rope.scaling.type"), header.model.get("rope.scaling.factor")
     others = [name for name in header.values if name.startswith("rope_factors_")]
     if (scaling != "none" and factor not in (None, 1.0)) or others:

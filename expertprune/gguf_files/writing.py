@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from expertprune.admission import causal_family, quiet_transformers
-from expertprune.arch import PER_LAYER, Family, GgufForm, gguf_names
+from expertprune.arch import Family, GgufForm, gguf_names
 from expertprune.checkpoint import Checkpoint
 from expertprune.errors import CheckpointError
 from expertprune.files import require_room, staged_file
@@ -27,7 +26,6 @@ log = logging.getLogger(__name__)
 TYPES = ("f32", "f16", "bf16", "q8_0")
 _BLOCK = 32  # values that share a scale in Q8_0
 _REALS = ("epsilon", "softcapping", "freq_base", "freq_base_swa", "factor")
-_UNIFORM = "; build it with compose.allocation: uniform"
 
 
 @dataclass(frozen=True)
@@ -102,15 +100,23 @@ def _source(folder: Path) -> _Source:
         )
     layers = family.layer_shapes(checkpoint.config)
     checkpoint.check_widths(family, layers)
-    neurons = {shape.ffn for shape in layers}
-    others = {(shape.query_heads, shape.kv_heads, shape.head_dim, shape.experts) for shape in layers}
-    if len(others) > 1 or (len(neurons) > 1 and not family.gguf.layer_widths):
+    form = family.gguf
+    if len(set(layers)) > 1:
+        if form.layered is None:
+            raise CheckpointError(
+                f"{where}: its layers have widths of their own, which {engine} does not read in models of architecture "
+                f"{form.architecture!r}; build it with compose.allocation: uniform"
+            )
+        form = form.model_copy(update={"architecture": form.layered})
+    narrow = form.heads_fill_hidden and any(shape.query_heads * shape.head_dim != shape.hidden for shape in layers)
+    if narrow or (not form.heads_grouped and any(shape.query_heads != shape.kv_heads for shape in layers)):
         raise CheckpointError(
-            f"{where}: layers differ in {'heads' if len(others) > 1 else 'FFN widths'}, which {engine} does not read in "
-            f"models of architecture {family.gguf.architecture!r}{_UNIFORM}"
+            f"{where}: {engine} reads models of architecture {form.architecture!r} only where query heads are together as "
+            f"wide as the hidden size{'' if form.heads_grouped else ' and each has a KV head of its own'}; build the expert "
+            "without query_heads and kv_groups"
         )
     config = quiet_transformers().AutoConfig.from_pretrained(folder)
-    return _Source(checkpoint, family, family.gguf, layers, config, config.to_dict())
+    return _Source(checkpoint, family, form, layers, config, config.to_dict())
 
 
 def _metadata(source: _Source) -> dict[str, Any]:
@@ -119,12 +125,12 @@ def _metadata(source: _Source) -> dict[str, Any]:
     for key, meant in form.implied.items():
         if key in values and values[key] != meant:
             raise _unsaid(source, key, values[key], meant)
-    found = {name: values.get(key) for name, key in form.keys(source.family.config).items()}
+    found = {name: getattr(source.config, key, None) for name, key in form.keys(source.family.config).items()}
     found = {name: value for name, value in found.items() if value is not None}
     if source.family.has_ffn:
-        widths = [layer.ffn for layer in source.layers]
-        found["feed_forward_length"] = widths if len(set(widths)) > 1 else widths[0]
-    found |= {"attention.head_count": shape.query_heads, "attention.head_count_kv": shape.kv_heads}
+        found["feed_forward_length"] = _by_layer([layer.ffn for layer in source.layers])
+    found["attention.head_count"] = _by_layer([layer.query_heads for layer in source.layers])
+    found["attention.head_count_kv"] = _by_layer([layer.kv_heads for layer in source.layers])
     found |= {"attention.key_length": shape.head_dim, "attention.value_length": shape.head_dim}
     found["rope.dimension_count"] = shape.head_dim
     if form.attention_scale is not None:
@@ -133,8 +139,12 @@ def _metadata(source: _Source) -> dict[str, Any]:
         if values[key] != meant:
             raise _unsaid(source, key, values[key], meant)
     found |= _rotations(source)
-    found |= _windows(source, found["context_length"])
+    found |= _windows(source, int(source.config.max_position_embeddings))
     return found
+
+
+def _by_layer(counts: list[int]) -> int | list[int]:
+    return counts if len(set(counts)) > 1 else counts[0]
 
 
 def _unsaid(source: _Source, key: str, value: Any, meant: Any) -> CheckpointError:
@@ -213,7 +223,11 @@ def _entries(source: _Source) -> Iterator[_Entry]:
     for name, info in checkpoint.tensors.items():
         if name in grouped or name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
             continue
-        yield _Entry(_named(source, names, name), info.shape, lambda name=name: _arranged(source, name))  # type: ignore[misc]
+        shape = info.shape[1:] if _is(name, form.vectors) else info.shape
+        yield _Entry(_named(source, names, name), shape, lambda name=name: _arranged(source, name))  # type: ignore[misc]
+    if tied and form.own_head:
+        embedding = family.vocabulary[0]
+        yield _Entry("output.weight", checkpoint.tensors[embedding].shape, lambda: checkpoint.read(embedding).float())
     parameters = source.values.get("rope_parameters") or {}
     if form.frequencies is not None and parameters.get("rope_type") == form.frequencies["rope_type"]:
         factors = frequency_factors(source.config, parameters)
@@ -222,30 +236,26 @@ def _entries(source: _Source) -> Iterator[_Entry]:
 
 def _named(source: _Source, names: Any, name: str) -> str:
     found: str | None = names.get_name(name, try_suffixes=(".weight", ".bias"))
-    bias = found is not None and found.endswith(".bias") and not _has_bias(source.form, found)
-    if found is None or bias:
+    local = (found or "").split(".", 2)[-1] if (found or "").startswith("blk.") else found
+    if found is None or (found.endswith(".bias") and local not in source.form.biases):
         raise CheckpointError(
             f"{source.checkpoint.folder}: a GGUF file of architecture {source.form.architecture!r} has no place for {name}"
         )
     return found
 
 
-def _has_bias(form: GgufForm, name: str) -> bool:
-    """Whether the format has this bias: with one of attention's or of the FFN's it has them all."""
-    part = name.split(".")[-2]
-    block = next((block for block in ("attn", "ffn") if part.startswith(block)), None)
-    if block is None or part.endswith("norm"):
-        return bool(form.biases) and "output_norm.bias" in form.biases
-    return any(bias.startswith(block) for bias in form.biases)
+def _is(name: str, local: tuple[str, ...]) -> bool:
+    return any(name.endswith(f".{each}") for each in local)
 
 
 def _arranged(source: _Source, name: str) -> Tensor:
     """A tensor as the format holds it: rotary halves interleaved, norms with their offset."""
     tensor = source.checkpoint.read(name).float()
+    if _is(name, source.form.vectors):
+        return tensor.squeeze(0)
     if source.form.norm_offset and name.endswith("norm.weight"):
         return tensor + source.form.norm_offset
-    module = name.rpartition(".")[0]
-    if any(module.endswith(f".{each}") for each in source.form.interleaved):
+    if _is(name.rpartition(".")[0], source.form.interleaved):
         width = source.layers[0].head_dim
         halves = tensor.reshape(-1, 2, width // 2, *tensor.shape[1:])
         return halves.swapaxes(1, 2).reshape(tensor.shape)
@@ -304,7 +314,8 @@ def _quantized(source: _Source, entry: _Entry, stored: Any) -> Any:
     values = entry.read().float().contiguous().numpy()
     if stored.name == "F16" and float(numpy.abs(values).max()) > 65504:
         raise CheckpointError(
-            f"{source.checkpoint.folder}: {entry.name} has weights that float16 does not hold; export with --type f32 or bf16"
+            f"{source.checkpoint.folder}: {entry.name} has weights that float16 does not hold; export with "
+            "--type f32 or bf16"
         )
     return gguf.quants.quantize(values, stored)
 
@@ -339,12 +350,3 @@ def _add_vocabulary(writer: Any, words: GgufVocabulary) -> None:
         writer.add_add_space_prefix(words.space_before)
     if words.template is not None:
         writer.add_chat_template(words.template)
-
-
-def model_name(folder: Path) -> str:
-    """What a folder's expert is called, or the folder."""
-    try:
-        about = json.loads((folder / "expertprune.json").read_text(encoding="utf-8"))
-        return str(about["name"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return folder.resolve().name
