@@ -46,14 +46,15 @@ class AttentionScale(Data):
 class GgufForm(Data):
     """How a family's models are written as GGUF.
 
-    `architecture` is the format's name; transformers reads such files where `readable`. `metadata` are the format's keys
-    beside those that every family has, each with the config's key. `implied` are values of the config that a file cannot
-    say, so that a model with others cannot be written. Of the `interleaved` modules each head's rows alternate between its
-    two rotary halves; `vectors` are matrices of one row that the format has without it. `norm_offset` is added to the
-    weights of norms. `biases` may be there, each with the config's switch for it. `frequencies` are rope parameters beside the
-    factor that the format stores as factors of single frequencies. `layered` is another architecture for the same network,
-    whose layers may have widths of their own. Where `heads_fill_hidden`, query heads are together as wide as the stream;
-    unless `heads_grouped`, each has a KV head of its own. With `own_head` a file has an output matrix also where it is tied.
+    `architecture` is the format's name; transformers reads such files where `readable`. `metadata` are the format's
+    keys beside those that every family has, each with the config's key. `implied` are values of the config that a file
+    cannot say, so that a model with others cannot be written. Of the `interleaved` modules each head's rows alternate
+    between its two rotary halves; `vectors` are matrices of one row that the format has without it. `norm_offset` is
+    added to the weights of norms. `biases` may be there, each with the config's switch for it. `frequencies` are rope
+    parameters beside the factor that the format stores as factors of single frequencies. `layered` is another
+    architecture for the same network, whose layers may have widths of their own. Where `heads_fill_hidden`, query
+    heads are together as wide as the stream; unless `heads_grouped`, each has a KV head of its own. With `own_head` a
+    file has an output matrix also where it is tied.
     """
 
     architecture: str

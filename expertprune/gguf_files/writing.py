@@ -78,12 +78,12 @@ def write_gguf(folder: Path, out: Path, kind: str, name: str) -> Exported:
             format, a weight overflows `kind`, or the disk has no room.
     """
     source = _source(folder)
+    metadata = _metadata(source)
     entries = list(_entries(source))
     words = gguf_vocabulary(
         folder, read_vocabulary(folder), quiet_transformers().AutoTokenizer.from_pretrained(folder),
         source.checkpoint.vocabulary_rows(source.family),
     )  # fmt: skip
-    metadata = _metadata(source)
     require_room(out, sum(4 * math.prod(entry.shape) for entry in entries))
     with staged_file(out) as temporary:
         counts = _written(temporary, source, metadata, words, entries, kind, name)
