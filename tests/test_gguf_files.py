@@ -265,7 +265,7 @@ def test_widths_of_single_layers_are_stated_layer_by_layer(store: Path, tmp_path
             "gemma3",
             {
                 "rope_parameters": {
-                    "full_attention": {"rope_type": "default", "rope_theta": 2e6},
+                    "full_attention": {"rope_type": "linear", "rope_theta": 2e4, "factor": 4.0},
                     "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
                 },
                 "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],

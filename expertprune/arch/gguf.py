@@ -112,6 +112,9 @@ class GgufForm(Data):
         }
         if (turning := int(metadata.get("rope.dimension_count", head_dim))) != head_dim:
             rope["partial_rotary_factor"] = turning / head_dim
+        factor = float(metadata.get("rope.scaling.factor", 1.0))
+        if factor != 1.0 and metadata.get("rope.scaling.type", "linear") == "linear":
+            rope |= {"rope_type": "linear", "factor": factor}
         changes["rope_parameters"] = rope
         if self.window is None:
             windows = {"sliding_window": None, "use_sliding_window": False}

@@ -134,7 +134,7 @@ def _config(file: Path, header: _Header, family: Family) -> Any:
         setattr(config, key, value)
     scaling, factor = header.model.get("rope.scaling.type"), header.model.get("rope.scaling.factor")
     others = [name for name in header.values if name.startswith("rope_factors_")]
-    if (scaling != "none" and factor not in (None, 1.0)) or others:
+    if (scaling not in (None, "none", "linear") and factor not in (None, 1.0)) or others:
         raise CheckpointError(
             f"{file}: scales its position embeddings, which transformers does not take over from this GGUF file; {_FOLDER}"
         )
