@@ -106,8 +106,8 @@ def served(folder: Path) -> str:
 def row(name: str, scheme: str, folder: Path) -> str:
     """A line of the table: size, vLLM, and by corpus bits per byte with retention."""
     cells = [name, scheme, f"{folder_size(folder) / 1e6:.1f}", served(folder)]
-    for metrics in measured(folder).values():
-        found = metrics["bits_per_byte"]
+    for corpus in measured(folder).values():
+        found = corpus["metrics"]["bits_per_byte"]
         cells.append(f"{found['expert']:.4f} ({found['retention']:.4f})")
     return "| " + " | ".join(cells) + " |"
 
@@ -140,7 +140,7 @@ def main() -> None:
             print(lines[-1], flush=True)
     corpora = list(measured(arguments.out / f"{experts[0].name}-unquantized").values())
     names = list(measured(arguments.out / f"{experts[0].name}-unquantized"))
-    base = " | ".join(f"{metrics['bits_per_byte']['base']:.4f}" for metrics in corpora)
+    base = " | ".join(f"{corpus['metrics']['bits_per_byte']['base']:.4f}" for corpus in corpora)
     print("\n| expert | scheme | MB | vLLM continues | " + " | ".join(names) + " |")
     print("|" + "---|" * (4 + len(names)))
     print(f"| base |  |  |  | {base} |")
