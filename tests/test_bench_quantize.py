@@ -16,10 +16,9 @@ from bench.quantize import quantized
 from expertprune import api
 from expertprune.checkpoint import Checkpoint
 from expertprune.errors import CheckpointError
-from expertprune.models import load_model, resolve_base
+from expertprune.models import resolve_base
 from expertprune.spec import Base
 from tests.experts import build_tiny
-from tests.oracle import IDS, logits_of
 
 # llm-compressor's pins are not vLLM's, so it usually has an environment of its own.
 COMPRESSOR = os.environ.get("EXPERTPRUNE_TEST_COMPRESSOR") or sys.executable
@@ -34,31 +33,28 @@ pytestmark = [
 
 def test_weights_round_to_the_nearest_step(tmp_path: Path, tiny_llama: Path, store: Path) -> None:
     expert, built = build_tiny(tmp_path, tiny_llama)
-    folder = tmp_path / "w8a16"
-    quantized(expert, folder, "W8A16", COMPRESSOR)
+    folder = tmp_path / "w8a8"
+    quantized(expert, folder, "W8A8", COMPRESSOR)
     stored = load_file(folder / "model.safetensors")
-    checkpoint, model = Checkpoint(expert), load_model(expert, torch.float32)
-    parameters, seen = dict(model.named_parameters()), 0
-    with torch.no_grad():
-        for name in checkpoint.tensors:
-            scale = stored.get(name.replace(".weight", ".weight_scale"))
-            if scale is None:
-                continue
-            exact, seen = checkpoint.read(name).float(), seen + 1
-            rounded = torch.round(exact / scale).clamp(-128, 127) * scale  # one scale for each row
-            assert (rounded - exact).abs().max() <= scale.max() * (0.5 + 1e-3)
-            parameters[name].copy_(rounded)
+    checkpoint, seen = Checkpoint(expert), 0
+    for name in checkpoint.tensors:
+        scale = stored.get(name.replace(".weight", ".weight_scale"))
+        if scale is None:
+            assert torch.equal(stored[name], checkpoint.read(name))
+            continue
+        exact, seen = checkpoint.read(name).float(), seen + 1
+        assert stored[name].dtype is torch.int8
+        assert scale.shape == (len(exact), 1)
+        assert torch.allclose(scale[:, 0].float(), exact.abs().amax(1) / 127.5, rtol=1e-2)
+        assert ((stored[name] * scale.float() - exact).abs() <= scale.float() * (0.5 + 1e-3)).all()
     assert seen == 3 * 7  # four projections of attention and three of the FFN in each of three layers
-    found = logits_of(load_model(folder, torch.float32), IDS)
-    assert (found - logits_of(model, IDS)).abs().max() < 1e-3
-    assert (found - logits_of(load_model(expert, torch.float32), IDS)).abs().max() > 1e-3
 
     corpora = api.evaluate(folder, store=built).corpora
     before = json.loads((expert / "expertprune.json").read_text())["evaluation"]["corpora"]
     for name, corpus in corpora.items():
         kept, was = corpus["metrics"]["bits_per_byte"], before[name]["metrics"]["bits_per_byte"]
         assert kept["base"] == was["base"]
-        assert kept["expert"] == pytest.approx(was["expert"], rel=0.02)
+        assert kept["expert"] == pytest.approx(was["expert"], rel=0.05)
         assert kept["expert"] != was["expert"]
     with pytest.raises(CheckpointError, match="prune the unquantized model first, then quantize the expert"):
         resolve_base(Base(model=str(folder)), store)
