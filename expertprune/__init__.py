@@ -1,8 +1,8 @@
 """expertprune: turn a general language model into a compact expert, without post-training.
 
 The verbs are functions here, under the same names as the commands: `validate`, `profile`, `compose`, `prune`, `build`,
-`evaluate`, `bench`, `sweep`, `compare`, `vocabulary`, `inspect`, and `report` as `write_report`; `load_engine` gives an
-expert's `vllm.LLM`. They are imported at their first use, so that `import expertprune` is quick.
+`evaluate`, `export`, `bench`, `sweep`, `compare`, `vocabulary`, `inspect`, and `report` as `write_report`; `load_engine`
+gives an expert's `vllm.LLM`. They are imported at their first use, so that `import expertprune` is quick.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from expertprune.analysis import compare
     from expertprune.api import build, compose, evaluate, profile, prune, validate
+    from expertprune.gguf_files import export
     from expertprune.inspection import describe as inspect
     from expertprune.measuring import evaluate_suites
     from expertprune.page import report as write_report
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _PLACES = {
     **dict.fromkeys(("build", "compose", "evaluate", "profile", "prune", "validate"), ("expertprune.api", None)),
     "compare": ("expertprune.analysis", None),
+    "export": ("expertprune.gguf_files", None),
     "inspect": ("expertprune.inspection", "describe"),
     "evaluate_suites": ("expertprune.measuring", None),
     "sweep": ("expertprune.sweeping", None),
@@ -47,6 +49,7 @@ __all__ = [
     "compose",
     "evaluate",
     "evaluate_suites",
+    "export",
     "inspect",
     "load_engine",
     "load_spec",

@@ -11,6 +11,7 @@ import click
 
 from expertprune import __version__
 from expertprune.commands.evaluating import evaluate
+from expertprune.commands.exporting import export
 from expertprune.commands.families import families
 from expertprune.commands.reporting import report
 from expertprune.commands.serving import serve
@@ -288,7 +289,7 @@ def schema() -> None:
     click.echo(json.dumps(Spec.model_json_schema(by_alias=True), indent=2))
 
 
-for command in (bench, evaluate, families, report, serve, vocabulary):
+for command in (bench, evaluate, export, families, report, serve, vocabulary):
     main.add_command(command)
 
 

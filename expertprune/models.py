@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
-import io
 import json
 import logging
 from dataclasses import dataclass
@@ -18,7 +16,8 @@ from expertprune.admission import causal_family, check_inventory, model_class, q
 from expertprune.arch import Family, attention_of, bundled_models
 from expertprune.checkpoint import Checkpoint
 from expertprune.errors import CheckpointError, SpecError
-from expertprune.files import digest_of, file_digest, require_room, staged_file, staged_folder
+from expertprune.files import digest_of, file_digest, require_room, staged_file
+from expertprune.gguf_files import converted
 from expertprune.registry import nearest
 from expertprune.spec import Base
 from expertprune.units import LayerShape
@@ -82,11 +81,11 @@ def _local_folder(base: Base, store: Path) -> Path:
     name = base.model
     path = Path(name)
     if name in bundled_models():
-        return _converted(_bundled_file(name, store), base.dtype, store)
+        return converted(_bundled_file(name, store), base.dtype, store)
     if name.endswith(".gguf"):
         if not path.is_file():
             raise SpecError(f"base.model: {name}: no such file")
-        return _converted(path, base.dtype, store)
+        return converted(path, base.dtype, store)
     if path.is_dir():
         return path.resolve()
     if path.is_absolute():
@@ -155,77 +154,6 @@ def _from_hub(base: Base) -> Path:
         ) from None
     except (HfHubHTTPError, HFValidationError) as error:
         raise SpecError(f"base.model: {base.model!r}: {str(error).splitlines()[0]}") from None
-
-
-def _converted(file: Path, dtype: str, store: Path) -> Path:
-    """A GGUF file as a folder of safetensors, converted once and kept in the store."""
-    import transformers
-
-    dtype = "bfloat16" if dtype == "auto" else dtype
-    key = digest_of([file_digest(file, store), dtype, transformers.__version__])
-    folder = store / "bases" / f"{file.stem}-{key[:16]}"
-    if (folder / "config.json").is_file():
-        return folder
-    require_room(folder, file.stat().st_size * 8)
-    log.warning("converting %s to safetensors (%s), once; this takes a minute", file.name, dtype)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar knows no off switch
-            model = quiet_transformers().AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, dtype=torch.float32
-            )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            stated = _stated(file)
-    except Exception as error:  # a damaged file fails anywhere in the reader, from struct.error to IndexError
-        raise CheckpointError(f"{file}: transformers cannot read this GGUF file: {error}") from error
-    if stated["rope.scaling.factor"] not in (None, 1.0) and not _scales_positions(model.config):
-        raise CheckpointError(
-            f"{file}: scales its position embeddings, which transformers does not take over from this GGUF file; use the "
-            "model's folder of safetensors"
-        )
-    if stated["tokenizer.add_bos_token"] and not tokenizer.add_bos_token:  # transformers does not take this over either
-        tokenizer.add_bos_token = True  # goes into the post-processor of tokenizer.json, which every reader obeys
-    config = type(model.config).from_dict(
-        {
-            k: v
-            for k, v in model.config.to_dict().items()
-            if k not in ("quantization_config", "_name_or_path", "name_or_path")
-        }
-    )
-    fresh = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    fresh.load_state_dict(model.state_dict())
-    fresh.tie_weights()
-    fresh.generation_config = model.generation_config
-    with staged_folder(folder) as temporary:
-        fresh.to(getattr(torch, dtype)).save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-    return folder
-
-
-def _stated(file: Path) -> dict[str, Any]:
-    """What a GGUF file says beside the tensors and is needed here.
-
-    Where it does not say whether texts begin with BOS, they do if its tokenizer has no merges, which makes it one of
-    SentencePiece's.
-    """
-    from gguf import GGUFReader
-
-    reader = GGUFReader(file)
-
-    def read(key: str) -> Any:
-        field = reader.get_field(key)
-        return None if field is None else field.contents()
-
-    begins, merges = read("tokenizer.ggml.add_bos_token"), reader.get_field("tokenizer.ggml.merges")
-    return {
-        "rope.scaling.factor": read(f"{read('general.architecture')}.rope.scaling.factor"),
-        "tokenizer.add_bos_token": merges is None if begins is None else begins,
-    }
-
-
-def _scales_positions(config: Any) -> bool:
-    """Whether a config's rope parameters, of all layers or of a kind of layer, have a factor."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    return any("factor" in part for part in (parameters, *parameters.values()) if isinstance(part, dict))
 
 
 def _run_dtype(wanted: str, stored: torch.dtype) -> torch.dtype:

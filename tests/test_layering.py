@@ -16,7 +16,7 @@ PACKAGE = Path(expertprune.__file__).parent
 # A module may import what stands before it, never what stands after it. A folder counts as one module.
 ORDER = [
     "errors", "registry", "units", "files", "values", "formats", "tokenizing", "spec",
-    "arch", "checkpoint", "admission", "models", "artifacts", "corpora", "suites", "harness", "relevance",
+    "arch", "checkpoint", "admission", "gguf_files", "models", "artifacts", "corpora", "suites", "harness", "relevance",
     "layerwise", "passes", "predictions", "profiling", "scoring", "legality", "budgets", "allocation", "rows",
     "composition", "comparison", "masking", "compensation", "pruning", "oracle", "evaluation", "alignment", "retention",
     "preparing", "deciding", "retaining", "report", "pictures", "api", "analysis", "sweeping", "tradeoff", "inspection",

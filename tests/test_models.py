@@ -304,7 +304,11 @@ def test_a_hub_model_is_fetched_at_its_revision_and_code_only_if_trusted(
 
 
 def to_gguf(
-    path: Path, add_bos: bool | None = None, tokenizer_model: str = "gpt2", rope_scaling: float | None = None
+    path: Path,
+    add_bos: bool | None = None,
+    tokenizer_model: str = "gpt2",
+    rope_scaling: float | None = None,
+    scaling: gguf.RopeScalingType = gguf.RopeScalingType.YARN,
 ) -> None:
     """The tiny model as a GGUF file in float32, its query and key rows in the order of that format."""
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
@@ -321,7 +325,7 @@ def to_gguf(
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(WIDTHS["vocab_size"])
     if rope_scaling is not None:
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_type(scaling)
         writer.add_rope_scaling_factor(rope_scaling)
     writer.add_tokenizer_model(tokenizer_model)
     if add_bos is not None:
@@ -453,6 +457,17 @@ def test_a_gguf_file_whose_positions_would_be_read_wrongly_is_refused(
     with pytest.raises(CheckpointError, match="scales its position embeddings"):
         resolve_base(Base(model=str(path)), store)
     assert not (store / "bases").exists()
+
+
+def test_linear_scaling_is_taken_over(tmp_path: Path, store: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    to_gguf(path, rope_scaling=8.0, scaling=gguf.RopeScalingType.LINEAR)
+    base = resolve_base(Base(model=str(path), dtype="float32"), store)
+    model = tiny_model("llama", rope_parameters={"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0})
+    ids = torch.arange(2, 60)[None]
+    found, expected = load_model(base.folder, torch.float32)(ids).logits, model(ids).logits
+    assert (found - expected).abs().max() < 1e-5
+    assert (tiny_model("llama")(ids).logits - expected).abs().max() > 1e-2
 
 
 def test_a_converted_folder_is_read_like_any_other(tmp_path: Path, store: Path) -> None:

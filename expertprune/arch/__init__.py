@@ -14,6 +14,7 @@ from expertprune.arch.family import (
     family_of,
     stock_architectures,
 )
+from expertprune.arch.gguf import GgufForm, PreTokenizer, gguf_names
 from expertprune.arch.recognition import attention_of, recognized
 
 __all__ = [
@@ -24,10 +25,13 @@ __all__ = [
     "CoupledTensor",
     "Experts",
     "Family",
+    "GgufForm",
+    "PreTokenizer",
     "attention_of",
     "bundled_models",
     "families",
     "family_of",
+    "gguf_names",
     "recognized",
     "stock_architectures",
 ]

