@@ -138,8 +138,8 @@ def _stored_otherwise(family: Family, shapes: Sequence[LayerShape]) -> dict[str,
     if family.experts is None:
         return {}
     return {
-        family.layer_prefix(layer) + run: tuple(
-            family.layer_prefix(layer) + name for name in family.experts.on_disk(run, shape.experts)
+        family.layer_prefix(layer) + run.name: tuple(
+            family.layer_prefix(layer) + name for name in family.experts.on_disk(run.name, shape.experts)
         )
         for layer, shape in enumerate(shapes)
         for run in family.experts.run

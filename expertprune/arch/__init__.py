@@ -3,7 +3,7 @@
 One YAML file a family, in `families/`. No other module knows a family's name.
 """
 
-from expertprune.arch.blocks import Block, CoupledTensor, Experts
+from expertprune.arch.blocks import Block, CoupledTensor, Experts, ExpertTensor
 from expertprune.arch.family import (
     EXPERT,
     MODELING,
@@ -22,6 +22,7 @@ __all__ = [
     "PER_LAYER",
     "Block",
     "CoupledTensor",
+    "ExpertTensor",
     "Experts",
     "Family",
     "attention_of",
