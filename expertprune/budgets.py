@@ -55,7 +55,8 @@ class Widths:
     def summary(self, base: tuple[LayerShape, ...]) -> dict[str, dict[str, Any]]:
         """Per structure: what was `requested`, and of each layer the units it has (`of`), `kept` and `removed`.
 
-        FFN neurons are those of one expert where there are several. A number where all layers agree, else a list with one number for each layer.
+        FFN neurons are those of one expert where there are several. A number where all layers agree, else a list with one
+        number for each layer.
         """
         result = {}
         for structure in Structure:

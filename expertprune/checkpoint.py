@@ -229,7 +229,7 @@ class Checkpoint:
 
     def _of_experts(
         self, family: Family, layer: int
-    ) -> tuple[list[tuple[TensorInfo, ExpertTensor]], list[tuple[TensorInfo, ExpertTensor | None]]]:
+    ) -> tuple[list[tuple[TensorInfo, ExpertTensor | None]], list[tuple[TensorInfo, ExpertTensor | None]]]:
         """What the first expert owns alone, and what all own together, with their description where they have one."""
         assert family.experts is not None
         prefix, run = family.layer_prefix(layer), {tensor.name: tensor for tensor in family.experts.run}

@@ -19,8 +19,8 @@ from expertprune.reasons import kept_units, relevance_findings
 from expertprune.report import METRIC_LABELS, purpose
 from expertprune.scoring import check_criterion, criterion_name, part_name
 from expertprune.spec import Relevance
-from expertprune.units import Structure
 from expertprune.sweeping import pooled
+from expertprune.units import Structure
 
 SPEED = "output_tokens_per_second"
 

@@ -9,7 +9,6 @@ from expertprune.models import BaseModel
 from expertprune.spec import Budget
 from expertprune.units import Structure
 
-
 ALIGNED = 8  # rows of 16 bytes in 16-bit weights, below which torch refuses grouped products
 
 

@@ -131,10 +131,10 @@ def validate(spec: SpecLike, overrides: Mapping[str, Any] | None = None, store: 
     problems: list[str] = []
     corpora: dict[CorpusName, Corpus] = {}
     evaluated: list[Corpus] = []
-    for name in (spec.relevance.criterion, spec.relevance.experts):
-        if name not in (AUTO, None):
+    for criterion in (spec.relevance.criterion, spec.relevance.experts):
+        if criterion is not None and criterion != AUTO:
             with gathered(problems):
-                check_criterion(name)
+                check_criterion(criterion)
     with gathered(problems):
         corpora = load_corpora(spec)
         evaluated = evaluation_corpora(spec, corpora) if spec.evaluate.enabled else []
@@ -232,10 +232,10 @@ def check_backward_fits(prepared: Prepared, batches: Sequence[Batch]) -> None:
     on_gpu = default_device().type == "cuda"
     free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
     free += weights if prepared.loaded else 0
+    other = "regional, which needs one layer at a time" if base.family.has_ffn else "impact, which needs none"
     if needed > free:
         raise CheckpointError(
             f"relevance.criterion: {prepared.spec.relevance.criterion} needs a backward pass through the whole model, about "
-            f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; take criterion "
-            f"{'regional, which needs one layer at a time' if base.family.has_ffn else 'impact, which needs none'}, or lower "
-            "calibration.tokens_per_batch"
+            f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; take criterion {other}, "
+            "or lower calibration.tokens_per_batch"
         )
