@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
 from expertprune.arch import families
 from expertprune.errors import CheckpointError, PlanError
@@ -35,7 +36,7 @@ from tests.oracle import (
     stored_tensors,
 )
 from tests.test_oracle import generated
-from tests.tiny import save_tiny
+from tests.tiny import save_tiny, tiny_tokenizer
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "mixtral": {"family": "mixtral"},
@@ -252,6 +253,38 @@ def test_layers_without_experts_between_those_with_are_refused(
     (key,) = changes
     with pytest.raises(CheckpointError, match=f"'{key}' is .*, and only .* can be cut"):
         resolve_base(Base(model=str(folder)), store)
+
+
+@pytest.mark.parametrize("family", OF_EXPERTS)
+def test_routers_that_choose_among_groups_are_refused(family: str, tmp_path: Path, store: Path) -> None:
+    folder = save_tiny(tmp_path / "base", family)
+    config = read_json(folder / "config.json")
+    for groups in (None, 1):
+        (folder / "config.json").write_text(json.dumps(config | {"n_group": groups}))
+        assert resolved(folder, store).layers[0].experts == 6
+    (folder / "config.json").write_text(json.dumps(config | {"n_group": 3, "topk_group": 2}))
+    with pytest.raises(CheckpointError, match=r"'n_group' is 3: a router that chooses among groups of experts cannot"):
+        resolve_base(Base(model=str(folder)), store)
+
+
+@pytest.mark.parametrize(
+    ("groups", "words"),
+    [({"n_group": 2, "topk_group": 1, "topk_method": "group_limited_greedy"}, r"\), in groups \(n_group: 2\), "), ({}, r"\), ")],
+    ids=str,
+)
+def test_experts_of_a_family_without_a_file_are_refused_whatever_their_tensors_look_like(
+    groups: dict[str, Any], words: str, tmp_path: Path, store: Path
+) -> None:
+    sizes = {key: 4 for key in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")}
+    config = DeepseekV2Config(
+        **sizes, **groups, vocab_size=64, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=6,
+        n_routed_experts=6, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=16,
+    )  # fmt: skip
+    DeepseekV2ForCausalLM(config).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    start = r"'deepseek_v2' routes tokens to experts \(n_routed_experts: 6"
+    with pytest.raises(CheckpointError, match=f"{start}{words}and no file says how; .*mixtral, olmoe"):
+        resolve_base(Base(model=str(tmp_path / "base")), store)
 
 
 def test_shared_experts_are_no_units() -> None:

@@ -6,6 +6,7 @@ One YAML file a family, in `families/`. No other module knows a family's name.
 from expertprune.arch.blocks import Block, CoupledTensor, Experts, ExpertTensor
 from expertprune.arch.family import (
     EXPERT,
+    GROUPS,
     MODELING,
     PER_LAYER,
     Family,
@@ -18,6 +19,7 @@ from expertprune.arch.recognition import attention_of, recognized
 
 __all__ = [
     "EXPERT",
+    "GROUPS",
     "MODELING",
     "PER_LAYER",
     "Block",

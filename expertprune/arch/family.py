@@ -17,6 +17,7 @@ from expertprune.registry import nearest
 from expertprune.units import DENSE, KeptUnits, LayerShape, Structure
 
 _HERE = Path(__file__).parent
+GROUPS = ("n_group", "num_expert_group")  # config keys for how many groups the router first chooses among
 PER_LAYER = "per_layer_config"  # transformers' name for widths of single layers
 _PER_LAYER_KEYS = ("allow_global_per_layer_attribute_access", "auto_map")
 MODELING = "modeling_expert"  # the module in an expert's folder that builds such layers
@@ -119,6 +120,11 @@ class Family(Data):
         for key, wanted in self.config_requires.items():
             if config.get(key) not in (None, wanted):
                 raise CheckpointError(f"config.json: {key!r} is {config[key]!r}, and only {wanted!r} can be cut")
+        if self.experts is not None and (grouped := [key for key in GROUPS if (config.get(key) or 0) > 1]):
+            raise CheckpointError(
+                f"config.json: {grouped[0]!r} is {config[grouped[0]]!r}: a router that chooses among groups of experts cannot "
+                "lose single ones, since every group has the same number"
+            )
         config, single = {**self.defaults, **config}, config.get(PER_LAYER) or {}
         return tuple(
             self._layer_shape({**config, **single.get(str(i), single.get(str(i).zfill(len(str(count - 1))), {}))})
