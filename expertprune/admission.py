@@ -97,8 +97,8 @@ def _refuse_unknown_experts(config: dict[str, Any], where: Path) -> None:
     groups = next((f", in groups ({key}: {config[key]})" for key in GROUPS if (config.get(key) or 0) > 1), "")
     known = ", ".join(sorted(name for name, family in families().items() if family.experts is not None))
     raise CheckpointError(
-        f"{where}: model_type {config.get('model_type')!r} routes tokens to experts ({count}: {config[count]}){groups}, and no "
-        f"file says how; mixtures of experts that can be cut: {known}; expertprune/arch/README.md says how to describe one"
+        f"{where}: model_type {config.get('model_type')!r} routes tokens to experts ({count}: {config[count]}){groups}, and "
+        f"no file says how; those that can be cut: {known}; expertprune/arch/README.md says how to describe one"
     )
 
 

@@ -269,13 +269,16 @@ def test_routers_that_choose_among_groups_are_refused(family: str, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("groups", "words"),
-    [({"n_group": 2, "topk_group": 1, "topk_method": "group_limited_greedy"}, r"\), in groups \(n_group: 2\), "), ({}, r"\), ")],
+    [
+        ({"n_group": 2, "topk_group": 1, "topk_method": "group_limited_greedy"}, r"\), in groups \(n_group: 2\), "),
+        ({}, r"\), "),
+    ],
     ids=str,
 )
 def test_experts_of_a_family_without_a_file_are_refused_whatever_their_tensors_look_like(
     groups: dict[str, Any], words: str, tmp_path: Path, store: Path
 ) -> None:
-    sizes = {key: 4 for key in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")}
+    sizes = dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 4)
     config = DeepseekV2Config(
         **sizes, **groups, vocab_size=64, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=6,
         n_routed_experts=6, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=16,

@@ -122,8 +122,8 @@ class Family(Data):
                 raise CheckpointError(f"config.json: {key!r} is {config[key]!r}, and only {wanted!r} can be cut")
         if self.experts is not None and (grouped := [key for key in GROUPS if (config.get(key) or 0) > 1]):
             raise CheckpointError(
-                f"config.json: {grouped[0]!r} is {config[grouped[0]]!r}: a router that chooses among groups of experts cannot "
-                "lose single ones, since every group has the same number"
+                f"config.json: {grouped[0]!r} is {config[grouped[0]]!r}: a router that chooses among groups of experts "
+                "cannot lose single ones, since every group has the same number"
             )
         config, single = {**self.defaults, **config}, config.get(PER_LAYER) or {}
         return tuple(
