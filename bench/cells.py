@@ -128,7 +128,8 @@ class Bench:
         """The cell's result, from its file if it was computed before."""
         spec = self.spec(cell)
         prepared = api.validate(spec)
-        settings = spec.document()
+        settings = prepared.spec.document()  # with what the spec leaves open decided
+        settings["relevance"] = {key: value for key, value in settings["relevance"].items() if value is not None}
         sections = ("calibration", "relevance", "compose", "compensation", "dimensions", "general")
         about = {
             "cell": {key: value for key, value in asdict(cell).items() if key != "overrides"},

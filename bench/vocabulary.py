@@ -113,7 +113,8 @@ class Bench:
         """Base and expert on every set, from files where they were measured before."""
         expert, spec = EXPERTS[name], self.spec(name)
         prepared = api.validate(spec)
-        settings = spec.document()
+        settings = prepared.spec.document()  # with what the spec leaves open decided
+        settings["relevance"] = {key: value for key, value in settings["relevance"].items() if value is not None}
         sections = ("calibration", "relevance", "compose", "budget", "compensation", "dimensions")
         about = {
             "spec": {key: settings[key] for key in sections},

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from expertprune.arch import PER_LAYER, Family, families, recognized, stock_architectures
+from expertprune.arch import GROUPS, PER_LAYER, Family, families, recognized, stock_architectures
 from expertprune.arch.per_layer import with_layer_widths
 from expertprune.checkpoint import Checkpoint
 from expertprune.errors import CheckpointError
@@ -22,6 +22,8 @@ from expertprune.units import LayerShape
 
 log = logging.getLogger(__name__)
 _ORDER = "prune the unquantized model first, then quantize the expert"
+# Config keys of unlisted families that say how many experts there are.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # Buffers that older checkpoints stored and newer models compute.
 _COMPUTED = r"rotary_emb\.inv_freq$"
 
@@ -45,6 +47,7 @@ def causal_family(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Fa
             f"{where}: model_type {model_type!r} comes with Python code of its own (auto_map), which is not run unless the "
             "spec says base.trust_remote_code: true"
         )
+    _refuse_unknown_experts(config, where)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     family = recognized(config, shapes) if own_code or _in_transformers(model_type) else None
     if family is None:
@@ -84,6 +87,19 @@ def _refuse_other_kinds(config: dict[str, Any], where: Path) -> None:
         )
     if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
         raise CheckpointError(f"{where}: {names} is no causal language model")
+
+
+def _refuse_unknown_experts(config: dict[str, Any], where: Path) -> None:
+    """A mixture of experts is cut only by a family's file: the shapes of its weights do not say how its router chooses."""
+    count = next((key for key in _EXPERTS if isinstance(config.get(key), int) and config[key] > 1), None)
+    if count is None:
+        return
+    groups = next((f", in groups ({key}: {config[key]})" for key in GROUPS if (config.get(key) or 0) > 1), "")
+    known = ", ".join(sorted(name for name, family in families().items() if family.experts is not None))
+    raise CheckpointError(
+        f"{where}: model_type {config.get('model_type')!r} routes tokens to experts ({count}: {config[count]}){groups}, and "
+        f"no file says how; those that can be cut: {known}; expertprune/arch/README.md says how to describe one"
+    )
 
 
 def _in_transformers(model_type: Any) -> bool:
@@ -138,8 +154,8 @@ def _stored_otherwise(family: Family, shapes: Sequence[LayerShape]) -> dict[str,
     if family.experts is None:
         return {}
     return {
-        family.layer_prefix(layer) + run: tuple(
-            family.layer_prefix(layer) + name for name in family.experts.on_disk(run, shape.experts)
+        family.layer_prefix(layer) + run.name: tuple(
+            family.layer_prefix(layer) + name for name in family.experts.on_disk(run.name, shape.experts)
         )
         for layer, shape in enumerate(shapes)
         for run in family.experts.run

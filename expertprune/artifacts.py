@@ -68,7 +68,8 @@ class Profile:
       change of the attention's output without the head, without the group;
     - `*.l.output_l1`, `*.l.output_l2` `[channels]`, float32: norms of the output projection's columns;
     - `ffn.l.weight_norm`, `heads.l.weight_norm`, `groups.l.weight_norm` `[units]`: Frobenius norm of all that a unit owns;
-    - of layers of experts, instead of `ffn`: `experts.l.frequency`, `experts.l.impact`, `experts.l.routed_norm`
+    - of layers of experts, where `ffn` of the above is all neurons of all experts, each time the router's weight, and 0 on
+      tokens that go elsewhere: `experts.l.frequency`, `experts.l.impact`, `experts.l.routed_norm`
       `[documents, experts]`, float32: how often each is chosen, mean squared norm of what it writes, and mean norm of that
       on the tokens routed to it, both times the router's weight; `experts.l.weight_norm` `[experts]`;
     - `stream.l.square` `[documents]`: mean square of the residual stream after the layer;
@@ -76,9 +77,9 @@ class Profile:
 
     What other passes over the same corpus give lies in parts beside it, `DIGEST.PART.safetensors`, one for each pass that
     was made: `gradient-language_model`, `gradient-kl`, `regional`, `removal`, `removal-fisher`. Each holds `ffn.l.value` and
-    `heads.l.value`, `[documents, units]` in half precision with their scales (removals: float32 `[units]`, and
-    `groups.l.value` too). The part `vocabulary` holds, of each vocabulary row, `count` `[rows]`, int64, how often
-    its token occurs, and `mass` `[rows]`, float32, the probability that the model puts on it, mean over positions.
+    `heads.l.value` (and `experts.l.value`), `[documents, units]` in half precision with their scales (removals: float32
+    `[units]`, and `groups.l.value` too). The part `vocabulary` holds, of each vocabulary row, `count` `[rows]`, int64, how
+    often its token occurs, and `mass` `[rows]`, float32, the probability that the model puts on it, mean over positions.
     """
 
     def __init__(self, path: Path) -> None:
@@ -302,7 +303,7 @@ def plan_from(data: Any, where: str) -> Plan:
 
 def _check_kept(shape: LayerShape, kept: KeptUnits, layer: int) -> None:
     for indices, count, what in (
-        (kept.ffn, shape.ffn, "ffn"),
+        (kept.ffn, shape.neurons, "ffn"),
         (kept.query_heads, shape.query_heads, "query_heads"),
         (kept.kv_groups, shape.kv_heads, "kv_groups"),
         (kept.experts, shape.experts, "experts"),
@@ -315,6 +316,9 @@ def _check_kept(shape: LayerShape, kept: KeptUnits, layer: int) -> None:
     groups = [head // shape.heads_per_group for head in kept.query_heads]
     if groups != [group for group in kept.kv_groups for _ in range(per_group)]:
         raise ValueError(f"layer {layer}: the query heads are not the same number in each kept KV group")
+    neurons = len(kept.ffn) // max(1, len(kept.experts))
+    if shape.experts and [unit // shape.ffn for unit in kept.ffn] != [e for e in kept.experts for _ in range(neurons)]:
+        raise ValueError(f"layer {layer}: the FFN neurons are not the same number in each kept expert")
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from expertprune.errors import PlanError
@@ -16,7 +16,7 @@ from expertprune.units import ROW_MULTIPLE, KeptUnits, LayerShape, Structure
 
 @dataclass(frozen=True)
 class LayerWidths:
-    """What one layer keeps, in units."""
+    """What one layer keeps, in units; `ffn` is of each expert where there are several."""
 
     ffn: int
     heads_per_group: int
@@ -29,7 +29,7 @@ class LayerWidths:
 
     def of(self, structure: Structure) -> int:
         return {
-            Structure.FFN: self.ffn,
+            Structure.FFN: self.ffn * max(1, self.experts),
             Structure.QUERY_HEADS: self.query_heads,
             Structure.KV_GROUPS: self.kv_groups,
             Structure.EXPERTS: self.experts,
@@ -55,14 +55,16 @@ class Widths:
     def summary(self, base: tuple[LayerShape, ...]) -> dict[str, dict[str, Any]]:
         """Per structure: what was `requested`, and of each layer the units it has (`of`), `kept` and `removed`.
 
-        A number where all layers agree, else a list with one number for each layer.
+        FFN neurons are those of one expert where there are several. A number where all layers agree, else a list with one
+        number for each layer.
         """
         result = {}
         for structure in Structure:
-            of = [shape.units(structure) for shape in base]
+            neurons = structure is Structure.FFN
+            of = [shape.ffn if neurons else shape.units(structure) for shape in base]
             if not any(of):  # this model has none
                 continue
-            kept = [layer.of(structure) for layer in self.layers]
+            kept = [layer.ffn if neurons else layer.of(structure) for layer in self.layers]
             entries = {"of": of, "kept": kept, "removed": [a - b for a, b in zip(of, kept, strict=True)]}
             one = len(set(of)) == len(set(kept)) == 1
             numbers = {key: values[0] if one else values for key, values in entries.items()}
@@ -75,7 +77,8 @@ def resolve_budget(budget: Budget, base: BaseModel) -> Widths:
 
     A count must be legal as it stands. A fraction goes to the nearest legal width, and is refused where that would
     remove nothing. `parameters` is met from above by the smallest FFN cut that removes at least this fraction;
-    `max_parameters` likewise.
+    `max_parameters` likewise. Of a base of experts, whole experts go instead, or neurons inside them where the budget says
+    how many experts go.
 
     Raises:
         PlanError: not reachable; the message names the nearest legal values.
@@ -90,13 +93,11 @@ def resolve_budget(budget: Budget, base: BaseModel) -> Widths:
     groups = _kept_groups(budget, base)
     heads = _kept_heads_per_group(budget, base, groups)
     wanted = wanted_parameters(budget, base)
-    ffn, experts = shape.ffn, kept_experts(budget, base)
-    if wanted is not None and base.family.has_ffn:
-        ffn = _ffn_for_parameters(wanted, budget, base, heads, groups)
+    ffn, experts = _kept_ffn(budget, shape), kept_experts(budget, base)
+    if wanted is not None and (base.family.has_ffn or budget.experts):
+        ffn = _ffn_for_parameters(wanted, budget, base, LayerWidths(ffn, heads, groups, experts))
     elif wanted is not None:
-        experts = _experts_for_parameters(wanted, budget, base, heads, groups)
-    elif base.family.has_ffn:
-        ffn = _kept_ffn(budget, shape)
+        experts = _experts_for_parameters(wanted, budget, base, LayerWidths(ffn, heads, groups, experts))
     requested = budget.model_dump(
         include={"ffn", "query_heads", "kv_groups", "experts", "parameters", "max_parameters"}
     )
@@ -180,7 +181,7 @@ def removed_from_layer(base: BaseModel, index: int, widths: LayerWidths) -> int:
     """How many parameters leave one layer."""
     shape = base.layers[index]
     cost = {s: base.checkpoint.unit_parameters(base.family, shape, index, s) for s in Structure if shape.units(s)}
-    total = cost.get(Structure.FFN, 0) * (shape.ffn - widths.ffn)
+    total = cost.get(Structure.FFN, 0) * (shape.ffn - widths.ffn) * max(1, widths.experts)
     total += cost.get(Structure.EXPERTS, 0) * (shape.experts - widths.experts)
     total += cost[Structure.KV_GROUPS] * (shape.kv_heads - widths.kv_groups)
     return total + cost[Structure.QUERY_HEADS] * widths.kv_groups * (shape.heads_per_group - widths.heads_per_group)
@@ -243,11 +244,12 @@ def expressible(base: BaseModel, heads_per_group: int, groups: int) -> bool:
     return True
 
 
-def _experts_for_parameters(wanted: float, budget: Budget, base: BaseModel, heads: int, groups: int) -> int:
+def _experts_for_parameters(wanted: float, budget: Budget, base: BaseModel, layer: LayerWidths) -> int:
     legal, total = legal_experts(base, budget.floor), base.checkpoint.parameters
 
     def removed(experts: int) -> int:
-        return removed_parameters(base, Widths.same(LayerWidths(0, heads, groups, experts), len(base.layers)))
+        layers = removed_parameters(base, Widths.same(replace(layer, experts=experts), len(base.layers)))
+        return layers + removed_with_rows(base, wanted_rows(budget, base))
 
     for count in reversed(legal):
         if removed(count) >= wanted:
@@ -305,12 +307,12 @@ def _whole_units(removed: int | float, of: int, floor: float, key: str, what: st
     return count
 
 
-def _ffn_for_parameters(wanted: float, budget: Budget, base: BaseModel, heads: int, groups: int) -> int:
+def _ffn_for_parameters(wanted: float, budget: Budget, base: BaseModel, layer: LayerWidths) -> int:
     shape, total = base.layers[0], base.checkpoint.parameters
     legal = legal_ffn(shape, budget.multiple_of, budget.floor)
 
     def removed(width: int) -> int:
-        layers = removed_parameters(base, Widths.same(LayerWidths(width, heads, groups), len(base.layers)))
+        layers = removed_parameters(base, Widths.same(replace(layer, ffn=width), len(base.layers)))
         return layers + removed_with_rows(base, wanted_rows(budget, base))
 
     for width in reversed(legal):
@@ -337,7 +339,8 @@ def unreachable(wanted: float, largest: int, budget: Budget, total: int) -> str:
 def widths_of(kept: KeptUnits) -> LayerWidths:
     """How much a layer keeps."""
     per_group = len(kept.query_heads) // len(kept.kv_groups)
-    return LayerWidths(len(kept.ffn), per_group, len(kept.kv_groups), len(kept.experts))
+    ffn = len(kept.ffn) // max(1, len(kept.experts))
+    return LayerWidths(ffn, per_group, len(kept.kv_groups), len(kept.experts))
 
 
 def first_units(widths: LayerWidths, shape: LayerShape) -> KeptUnits:
@@ -347,6 +350,5 @@ def first_units(widths: LayerWidths, shape: LayerShape) -> KeptUnits:
         for group in range(widths.kv_groups)
         for head in range(widths.heads_per_group)
     ]
-    return KeptUnits(
-        tuple(range(widths.ffn)), tuple(heads), tuple(range(widths.kv_groups)), tuple(range(widths.experts))
-    )
+    ffn = [expert * shape.ffn + neuron for expert in range(max(1, widths.experts)) for neuron in range(widths.ffn)]
+    return KeptUnits(tuple(ffn), tuple(heads), tuple(range(widths.kv_groups)), tuple(range(widths.experts)))

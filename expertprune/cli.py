@@ -65,9 +65,12 @@ def validate(spec: Path, overrides: dict[str, Any], store: Path | None, as_json:
     after = before - removed_parameters(prepared.base, widths) if widths is not None else None
     after = after - removed_with_rows(prepared.base, rows) if after is not None else None
     budget = widths.summary(prepared.base.layers) if widths is not None and widths.uniform else None
+    decided = {**prepared.spec.relevance.model_dump(include={"criterion", "experts"}, exclude_none=True),
+               "allocation": prepared.spec.compose.allocation}  # fmt: skip
     data = {
         "kind": "validation",
         "name": prepared.spec.name,
+        "decided": decided,
         "base": {"model": prepared.base.name, "path": str(prepared.base.folder), "parameters": before},
         "expert": {"parameters": after, "budget": budget, "rows": rows},
         "corpora": {
@@ -86,6 +89,7 @@ def validate(spec: Path, overrides: dict[str, Any], store: Path | None, as_json:
         + (f"{after:,} parameters" if after is not None else "as small as its retention allows")
         + (", less the rows that its coverage needs not" if isinstance(prepared.spec.budget.vocabulary, dict) else ""),
     ]
+    lines.append("  " + "units".ljust(8) + ", ".join(f"{key} {value}" for key, value in decided.items()))
     for name, entry in data["corpora"].items():  # type: ignore[attr-defined]
         lines.append(f"  corpus  {name}: {', '.join(f'{count} {what}' for what, count in entry.items() if count)}")
     if as_json:
@@ -239,7 +243,7 @@ def sweep(
 @click.option("--all", "everything", is_flag=True, help="Compare with every other stored profile of the base too.")
 @click.option("--fraction", default=0.25, show_default=True, help="Which part of each layer's units is irrelevant.")
 @click.option(
-    "--structure", "structures", multiple=True, type=click.Choice(["ffn", "query_heads", "kv_groups"]),
+    "--structure", "structures", multiple=True, type=click.Choice(["ffn", "query_heads", "kv_groups", "experts"]),
     help="Compare these units only [default: all three].",
 )  # fmt: skip
 @click.option("--picture", type=click.Path(path_type=Path), help="Draw heat maps into this .png or .svg file.")

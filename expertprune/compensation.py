@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from expertprune.passes import gradient_energies
 from expertprune.spec import Compensation
 from expertprune.units import KeptUnits, LayerShape, Segment, Structure
 
+log = logging.getLogger(__name__)
 Progress = Callable[[], None]
 
 
@@ -99,6 +101,8 @@ def cut_tensor(name: str, tensor: Tensor, family: Family, shape: LayerShape, kep
     Args:
         name: within the layer, such as `mlp.down_proj.weight`.
     """
+    if family.experts is not None and any(each.name == name for each in family.experts.tensors):
+        return family.experts.cut(name, tensor, shape, kept)
     for coupled in family.tensors:
         if coupled.name == name:
             positions, offset = [], 0
@@ -136,6 +140,8 @@ def repair(
     Yields:
         Full names of the repaired weights and their values, `[hidden, kept]`, in the model's dtype.
     """
+    if any(kept.shape(shape).ffn < shape.ffn and shape.experts for shape, kept in zip(shapes, plan, strict=True)):
+        log.warning("neurons inside experts are cut without repair; heads of the same layers are repaired")
     solve = _least_squares_layer if settings.method == "least_squares" else _obs_layer
     weights = gradient_energies(model, family, batches) if settings.tokens == "fisher" else None
     dense = layerwise.start(model, family, batches)
@@ -158,8 +164,9 @@ class _Cut:
     kept: KeptUnits
 
     def touches(self, structure: Structure) -> bool:
-        of = len(self.kept.ffn) < self.shape.ffn, len(self.kept.query_heads) < self.shape.query_heads
-        return of[0] if structure is Structure.FFN else of[1]
+        """Whether an output projection lost inputs; those of experts are left as they are."""
+        of = self.family.has_ffn and len(self.kept.ffn) < self.shape.ffn
+        return of if structure is Structure.FFN else len(self.kept.query_heads) < self.shape.query_heads
 
     def weight_name(self, structure: Structure) -> str:
         return f"{self.family.layer_prefix(self.index)}{self.family.block(structure).output_weight}"

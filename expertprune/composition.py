@@ -23,6 +23,7 @@ from expertprune.budgets import (
     widths_of,
 )
 from expertprune.corpora import CorpusName, corpus_names
+from expertprune.defaults import resolved
 from expertprune.errors import PlanError, SpecError
 from expertprune.legality import check_structures
 from expertprune.models import BaseModel
@@ -41,13 +42,18 @@ def keep_largest(scores: Tensor, count: int) -> Tensor:
 
 
 def select_layer(shape: LayerShape, widths: LayerWidths, scores: Mapping[Structure, Fused]) -> KeptUnits:
-    """Keep the highest-scoring units of one layer: groups first, then the same number of heads in each kept group."""
+    """Keep the highest-scoring units of one layer.
+
+    Groups first, then the same number of heads in each kept group; experts first, then as many neurons in each kept expert.
+    """
     everything = shape.all_kept
     experts = everything.experts
     if widths.experts < shape.experts:
         experts = tuple(keep_largest(scores[Structure.EXPERTS].score, widths.experts).tolist())
     ffn, groups, heads = everything.ffn, everything.kv_groups, everything.query_heads
-    if widths.ffn < shape.ffn:
+    if shape.experts:
+        ffn = _neurons(shape, widths, scores, experts)
+    elif widths.ffn < shape.ffn:
         ffn = tuple(keep_largest(scores[Structure.FFN].score, widths.ffn).tolist())
     if widths.kv_groups < shape.kv_heads:
         groups = tuple(keep_largest(scores[Structure.KV_GROUPS].score, widths.kv_groups).tolist())
@@ -62,6 +68,18 @@ def select_layer(shape: LayerShape, widths: LayerWidths, scores: Mapping[Structu
     else:
         heads = tuple(head for head in heads if head // per_group in groups)
     return KeptUnits(ffn, heads, groups, experts)
+
+
+def _neurons(
+    shape: LayerShape, widths: LayerWidths, scores: Mapping[Structure, Fused], experts: Sequence[int]
+) -> tuple[int, ...]:
+    """The neurons that kept experts keep, each its own highest-scoring ones."""
+    if widths.ffn == shape.ffn:
+        return tuple(unit for unit in range(shape.neurons) if unit // shape.ffn in experts)
+    score = scores[Structure.FFN].score.unflatten(0, (shape.experts, -1))
+    return tuple(
+        expert * shape.ffn + int(neuron) for expert in experts for neuron in keep_largest(score[expert], widths.ffn)
+    )
 
 
 def explain(kept: KeptUnits, scores: Mapping[Structure, Fused], dimensions: list[str]) -> dict[str, dict[str, Any]]:
@@ -92,8 +110,9 @@ def foreseen_widths(spec: Spec, base: BaseModel) -> Widths | None:
     Raises:
         PlanError: the budget is not reachable, or the family has no layers of different widths.
     """
+    spec = resolved(spec, base)
     check_structures(spec.budget, base)
-    check_scored(spec.relevance.criterion, _competing(spec, base)[0], base.family.has_ffn)
+    check_scored(spec.relevance, _competing(spec, base)[0], base.family.has_ffn)
     if spec.budget.retention is not None:
         return None
     if spec.compose.allocation == "uniform":
@@ -122,8 +141,8 @@ def _competing(spec: Spec, base: BaseModel) -> tuple[list[Structure], bool]:
     named = [structure for structure in Structure if getattr(budget, structure.value)]
     if not overall:
         return named, False
-    if not base.family.has_ffn:
-        return [*named, Structure.EXPERTS], False
+    if not base.family.has_ffn:  # whole experts make up what is wanted, or neurons where experts are named
+        return [*named, Structure.FFN if budget.experts else Structure.EXPERTS], False
     if uniform or budget.kv_groups:
         return [*named, Structure.FFN], False
     return [*named, Structure.FFN, Structure.KV_GROUPS], True
@@ -225,6 +244,7 @@ def compose(
         SpecError: unknown criterion, or a corpus without a profile or without the pass that the criterion needs.
         PlanError: the budget cannot be met, or the family's config cannot say the widths.
     """
+    spec = resolved(spec, base)
     check_criterion(spec.relevance.criterion)
     if missing := [str(name) for name in corpus_names(spec) if name not in profiles]:
         raise SpecError(f"no profile for {', '.join(missing)}: run the profile stage first")

@@ -17,9 +17,10 @@ from expertprune.evidence import Artifacts, damaged
 from expertprune.files import digest_of
 from expertprune.reasons import kept_units, relevance_findings
 from expertprune.report import METRIC_LABELS, purpose
-from expertprune.scoring import check_criterion, part_name
+from expertprune.scoring import check_criterion, criterion_name, part_name
 from expertprune.spec import Relevance
 from expertprune.sweeping import pooled
+from expertprune.units import Structure
 
 SPEED = "output_tokens_per_second"
 
@@ -215,7 +216,9 @@ def _outcome(metrics: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 def _relevance(artifacts: Artifacts, missing: dict[str, dict[str, str | None]]) -> list[dict[str, Any]] | None:
     spec = artifacts.about["spec"]
-    criterion = check_criterion(spec["relevance"]["criterion"])
+    relevance = Relevance.model_validate(spec["relevance"])
+    criterion = check_criterion(relevance.criterion)
+    experts = check_criterion(criterion_name(relevance, Structure.EXPERTS))
     if not criterion.sees_data:
         reason = f"Criterion {criterion.name} does not look at the corpora, so all of them are the same to it."
         missing["relevance"] = {"reason": reason, "command": None}
@@ -226,8 +229,8 @@ def _relevance(artifacts: Artifacts, missing: dict[str, dict[str, str | None]]) 
         command = f"expertprune profile {plain_name(artifacts)}.yaml --store {shlex.quote(str(artifacts.store))}"
         missing["relevance"] = {"reason": reason, "command": command}
         return None
-    part = part_name(Relevance.model_validate(spec["relevance"]))
-    return relevance_findings(artifacts.plan, artifacts.profiles, criterion, spec["compose"]["aggregate"], part)
+    aggregate = spec["compose"]["aggregate"]
+    return relevance_findings(artifacts.plan, artifacts.profiles, criterion, aggregate, part_name(relevance), experts)
 
 
 def _alignment(evaluation: Mapping[str, Any] | None) -> list[dict[str, Any]] | None:

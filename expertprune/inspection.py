@@ -70,11 +70,16 @@ def _profile(about: dict[str, Any]) -> RenderableType:
             "corpus": about["corpus"],
             "documents": len(about["documents"]),
             "tokens": f"{about['tokens']:,}",
-            "layers": f"{len(about['layers'])} of {shape['ffn']} FFN neurons, {shape['query_heads']} query heads, "
+            "layers": f"{len(about['layers'])} of {_widths(shape)}, {shape['query_heads']} query heads, "
             f"{shape['kv_heads']} KV groups",
             "run in": about["key"]["dtype"],
         },
     )
+
+
+def _widths(shape: dict[str, int]) -> str:
+    experts = shape.get("experts", 0)
+    return f"{experts} experts of {shape['ffn']} FFN neurons" if experts else f"{shape['ffn']} FFN neurons"
 
 
 def _parameters(parameters: dict[str, int]) -> str:
@@ -89,6 +94,7 @@ def _plan(about: dict[str, Any]) -> RenderableType:
         "parameters": _parameters(about["parameters"]),
         "rule": about["spec"]["compose"]["rule"],
         "criterion": about["spec"]["relevance"]["criterion"],
+        **({"criterion of whole experts": experts} if (experts := about["spec"]["relevance"].get("experts")) else {}),
         "allocation": about["spec"]["compose"]["allocation"],
     }
     if about.get("search"):

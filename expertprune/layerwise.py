@@ -156,17 +156,58 @@ class Routed:
 
 
 @contextlib.contextmanager
-def observed_routing(layer: nn.Module, experts: Experts, calls: list[Routed]) -> Iterator[None]:
-    """While open, what the router hands the experts of a layer is appended to `calls`."""
+def observed_routing(
+    layer: nn.Module, experts: Experts, calls: list[Routed], outputs: list[Tensor] | None = None
+) -> Iterator[None]:
+    """While open, what the router hands the experts of a layer (and what they write) is appended to the lists."""
 
-    def note(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    def note(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> None:
         calls.append(Routed(*[*arguments, *keywords.values()][:3]))
+        if outputs is not None:
+            outputs.append(output)
 
-    handle = layer.get_submodule(experts.module).register_forward_pre_hook(note, with_kwargs=True)
+    handle = layer.get_submodule(experts.module).register_forward_hook(note, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
+
+
+@dataclass
+class ExpertShare:
+    """The tokens of a batch that one expert of a layer is chosen for, padding left out.
+
+    `place` `[tokens]` is where they stand in what the layer's experts were handed, `document` `[tokens]` (on the CPU) which
+    document each is of, `weight` `[tokens]` the router's weight, `neurons` `[tokens, ffn]` the activations of the expert's
+    neurons and `read` `[hidden, ffn]` the weights that read them; float32.
+    """
+
+    expert: int
+    place: Tensor
+    document: Tensor
+    weight: Tensor
+    neurons: Tensor
+    read: Tensor
+
+
+def shares(layer: nn.Module, experts: Experts, batch: Batch, call: Routed) -> Iterator[ExpertShare]:
+    """Each expert of a layer run on the tokens that are routed to it, and on no others."""
+    module, device = layer.get_submodule(experts.module), call.hidden.device
+    into, out = layer.get_parameter(experts.input), layer.get_parameter(experts.output)
+    rows, tokens = batch.ids.shape
+    real = torch.tensor(batch.lengths, device=device)[:, None] > torch.arange(tokens, device=device)
+    documents = torch.tensor(batch.documents)[:, None].expand(rows, tokens).flatten()
+    hidden, chosen = call.hidden.reshape(rows * tokens, -1), call.chosen.reshape(rows * tokens, -1)
+    weights = call.weights.reshape(rows * tokens, -1)
+    for expert in range(into.shape[0]):
+        place, column = ((chosen == expert) & real.flatten()[:, None]).nonzero(as_tuple=True)
+        if place.numel():
+            gate, *up = nn.functional.linear(hidden[place], into[expert]).split(out.shape[2], dim=-1)
+            neurons = module.get_submodule(experts.activation)(gate)
+            for each in up:
+                neurons = neurons * each
+            weight = weights[place, column].float()
+            yield ExpertShare(expert, place, documents[place.cpu()], weight, neurons.float(), out[expert].float())
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@ from expertprune.models import BaseModel
 from expertprune.spec import Budget
 from expertprune.units import Structure
 
+ALIGNED = 8  # rows of 16 bytes in 16-bit weights, below which torch refuses grouped products
+
 
 def check_structures(budget: Budget, base: BaseModel) -> None:
     """Raises `PlanError` where the budget names a structure that the base's family does not allow."""
@@ -17,29 +19,36 @@ def check_structures(budget: Budget, base: BaseModel) -> None:
     for structure in Structure:
         if getattr(budget, structure.value) and structure not in family.structures:
             why = f"heads of family {family.family!r} cannot be cut: {family.why_no_heads}"
-            if structure in (Structure.FFN, Structure.EXPERTS):
-                why = (
-                    f"layers of family {family.family!r} have none"
-                    if structure is Structure.EXPERTS
-                    else (f"neurons inside experts, as family {family.family!r} has them, are no units of their own")
-                )
+            if structure is Structure.EXPERTS:
+                why = f"layers of family {family.family!r} have none"
             raise PlanError(f"budget.{structure.value}: {why}; structures that can be cut: {allowed}")
     if family.has_ffn:
         return
-    overall = [key for key in ("parameters", "max_parameters", "retention") if getattr(budget, key) is not None]
-    if budget.retention is not None or (overall and budget.experts):
+    if _cuts_neurons(budget) and budget.multiple_of % ALIGNED:
         raise PlanError(
-            f"budget.{overall[0]}: chooses FFN widths, of which this base has none; give budget.experts alone"
+            f"budget.multiple_of: widths of experts are multiples of {ALIGNED}, which is what the products of many experts "
+            f"at once need; {budget.multiple_of} is none"
         )
+    if budget.retention is not None:
+        raise PlanError(
+            "budget.retention: tries widths of one FFN in each layer, and layers of this base have experts; give "
+            "budget.experts, budget.ffn or budget.parameters"
+        )
+
+
+def _cuts_neurons(budget: Budget) -> bool:
+    """Whether neurons inside experts go: by their number, or to make up parameters where experts have theirs."""
+    overall = budget.parameters is not None or budget.max_parameters is not None
+    return bool(budget.ffn) or (overall and bool(budget.experts))
 
 
 def check_uniform(budget: Budget, base: BaseModel) -> None:
     """Raises `PlanError` where experts would be cut and layers shall have widths of their own."""
     overall = budget.parameters is not None or budget.max_parameters is not None
-    if not base.family.has_ffn and (budget.experts or overall):
+    if not base.family.has_ffn and (budget.experts or budget.ffn or overall):
         raise PlanError(
-            "compose.allocation: every layer keeps the same number of experts, which is one number in the config; use "
-            "allocation: uniform"
+            "compose.allocation: every layer keeps the same number of experts and of neurons in each, which are one number "
+            "each in the config; leave allocation out, or use allocation: uniform"
         )
 
 

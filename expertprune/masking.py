@@ -24,21 +24,28 @@ def masked(model: Any, family: Family, shapes: Sequence[LayerShape], kept: Seque
     Dropped experts are not chosen by the router.
     """
     stashed: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def silence(weight: Tensor, kept: Tensor) -> None:
+        gone = torch.ones(weight.shape[1], dtype=torch.bool)
+        gone[kept] = False
+        columns = gone.nonzero()[:, 0].to(weight.device)
+        if columns.numel():
+            stashed.append((weight, columns, weight[:, columns].clone()))
+            weight[:, columns] = 0
+
     routers = contextlib.ExitStack()
     try:
         with torch.no_grad():
             for layer, shape, units in zip(layerwise.decoder_layers(model, family), shapes, kept, strict=True):
                 if family.experts is not None and len(units.experts) < shape.experts:
                     routers.enter_context(layerwise.routed_to(layer, family.experts, torch.tensor(units.experts)))
+                if family.experts is not None and units.shape(shape).ffn < shape.ffn:
+                    output = layer.get_parameter(family.experts.output).data
+                    for expert in units.experts:
+                        silence(output[expert], torch.tensor(units.neurons_of(expert, shape)))
                 blocks = [(family.ffn, Segment.FFN)] if family.has_ffn else []
                 for block, segment in (*blocks, (family.attention, Segment.QUERY)):
-                    weight = layer.get_parameter(block.output_weight).data
-                    gone = torch.ones(weight.shape[1], dtype=torch.bool)
-                    gone[units.rows(segment, shape)] = False
-                    columns = gone.nonzero()[:, 0].to(weight.device)
-                    if columns.numel():
-                        stashed.append((weight, columns, weight[:, columns].clone()))
-                        weight[:, columns] = 0
+                    silence(layer.get_parameter(block.output_weight).data, units.rows(segment, shape))
         yield
     finally:
         routers.close()

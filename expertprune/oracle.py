@@ -85,12 +85,13 @@ def _cuts(family: Family, shape: LayerShape, layer_widths: bool) -> dict[str, li
         cuts["ffn"] = [Widths(ffn=12)] * _LAYERS
     if family.experts is not None:
         cuts["experts"] = [Widths(experts=_EXPERTS - 1)] * _LAYERS
+        cuts["experts and ffn"] = [Widths(ffn=12, experts=_EXPERTS - 1)] * _LAYERS
     if family.heads_are_units:
         cuts |= {"kv_groups": [Widths(kv_groups=groups)] * _LAYERS} if groups else {}
         cuts |= {"query_heads": [Widths(heads_per_group=heads)] * _LAYERS} if heads else {}
         if layer_widths and family.has_ffn:
             cuts["widths of single layers"] = [Widths(12, heads, groups), Widths(ffn=7)]
-    elif layer_widths and Structure.FFN in family.structures:
+    elif layer_widths and family.has_ffn:
         cuts["widths of single layers"] = [Widths(ffn=12), Widths(ffn=7)]
     return cuts
 
@@ -153,8 +154,8 @@ def _random_plan(base: BaseModel, cut: Sequence[Widths], seed: int) -> Plan:
 
     layers = []
     for shape, widths in zip(base.layers, cut, strict=True):
-        ffn, groups = choose(widths.ffn, shape.ffn), choose(widths.kv_groups, shape.kv_heads)
-        experts = choose(widths.experts, shape.experts)
+        experts, groups = choose(widths.experts, shape.experts), choose(widths.kv_groups, shape.kv_heads)
+        ffn = [expert * shape.ffn + neuron for expert in experts or [0] for neuron in choose(widths.ffn, shape.ffn)]
         per_group = shape.heads_per_group
         heads = [group * per_group + head for group in groups for head in choose(widths.heads_per_group, per_group)]
         layers.append(LayerPlan(KeptUnits(tuple(ffn), tuple(heads), tuple(groups), tuple(experts))))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from expertprune import layerwise
-from expertprune.arch import Family
+from expertprune.arch import Experts, Family
 from expertprune.artifacts import halved
 from expertprune.corpora import Batch
 from expertprune.relevance.obs import greedy_removal
@@ -28,30 +28,46 @@ class MaskGradients:
     """`Σ_t a_tc ∂L/∂a_tc` of the channels of one layer's output projections, per document and unit.
 
     This is the derivative with respect to a mask that multiplies the unit's channels, at 1; a KV group's is the sum over
-    its query heads, so only heads are stored.
+    its query heads, so only heads are stored. An expert's mask multiplies what it writes, which is the sum over its neurons.
     """
 
     def __init__(self, shape: LayerShape, documents: int) -> None:
         self.shape = shape
-        self.ffn = torch.zeros(documents, shape.ffn)
+        self.ffn = torch.zeros(documents, shape.neurons)
         self.heads = torch.zeros(documents, shape.query_heads)
 
-    def add(self, batch: Batch, ffn: tuple[Tensor, Tensor], heads: tuple[Tensor, Tensor]) -> None:
+    def add(self, batch: Batch, heads: tuple[Tensor, Tensor], ffn: tuple[Tensor, Tensor] | None = None) -> None:
         """Each pair is the input of an output projection and its gradient, `[rows, tokens, channels]`."""
         for row, (document, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
-            part = [(a[row, :length].float() * g[row, :length].float()).sum(0).cpu() for a, g in (ffn, heads)]
-            self.ffn[document] += part[0]
-            self.heads[document] += part[1].unflatten(0, (self.shape.query_heads, -1)).sum(1)
+            pairs = [heads] if ffn is None else [heads, ffn]
+            part = [(a[row, :length].float() * g[row, :length].float()).sum(0).cpu() for a, g in pairs]
+            self.heads[document] += part[0].unflatten(0, (self.shape.query_heads, -1)).sum(1)
+            if ffn is not None:
+                self.ffn[document] += part[1]
+
+    def add_routed(
+        self, layer: nn.Module, experts: Experts, batch: Batch, call: layerwise.Routed, gradient: Tensor
+    ) -> None:
+        """`gradient` `[tokens, hidden]` is that of what the experts of `layer` wrote together."""
+        gradient = gradient.flatten(0, -2).float()
+        for share in layerwise.shares(layer, experts, batch, call):
+            value = (gradient[share.place] @ share.read) * share.neurons * share.weight[:, None]
+            first = share.expert * self.shape.ffn
+            self.ffn[:, first : first + self.shape.ffn].index_add_(0, share.document, value.cpu())
 
     def tensors(self, layer: int) -> dict[str, Tensor]:
-        return {**halved(f"ffn.{layer}.value", self.ffn), **halved(f"heads.{layer}.value", self.heads)}
+        found = {**halved(f"ffn.{layer}.value", self.ffn), **halved(f"heads.{layer}.value", self.heads)}
+        if self.shape.experts:
+            found |= halved(f"experts.{layer}.value", self.ffn.unflatten(1, (self.shape.experts, -1)).sum(2))
+        return found
 
 
 @contextlib.contextmanager
 def _graph(layer: nn.Module, family: Family, inputs: dict[str, Tensor], leaves: bool) -> Iterator[None]:
     """While open, gradients are on and the inputs of both output projections are noted in `inputs`.
 
-    With `leaves`, they become the graph's leaves: the graph begins there.
+    With `leaves`, they become the graph's leaves: the graph begins there. Where there are experts, `written` is what they
+    write together.
     """
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
@@ -64,10 +80,13 @@ def _graph(layer: nn.Module, family: Family, inputs: dict[str, Tensor], leaves: 
 
         return note
 
-    handles = [
-        layer.get_submodule(block.output).register_forward_pre_hook(hook(name))
-        for name, block in (("ffn", family.ffn), ("heads", family.attention))
-    ]
+    def note_output(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
+        inputs["written"] = output
+
+    blocks = [("heads", family.attention), *([("ffn", family.ffn)] if family.has_ffn else [])]
+    handles = [layer.get_submodule(block.output).register_forward_pre_hook(hook(name)) for name, block in blocks]
+    if family.experts is not None:
+        handles.append(layer.get_submodule(family.experts.module).register_forward_hook(note_output))
     try:
         with torch.enable_grad():
             yield
@@ -104,9 +123,13 @@ def gradient_pass(
     """
     documents = count_documents(batches)
     gradients = [MaskGradients(shape, documents) for shape in shapes]
-    for layer, inputs, gradient, batch in backward(model, family, batches, loss, seed, progress):
-        ffn, heads = ((inputs[name], gradient[name]) for name in ("ffn", "heads"))
-        gradients[layer].add(batch, ffn, heads)
+    layers = layerwise.decoder_layers(model, family)
+    for index, inputs, gradient, batch in backward(model, family, batches, loss, seed, progress):
+        pairs = {name: (inputs[name], gradient[name]) for name in ("heads", "ffn") if name in inputs}
+        gradients[index].add(batch, **pairs)
+        if family.experts is not None:
+            call = layerwise.Routed(*(inputs[name] for name in ("hidden", "chosen", "weights")))
+            gradients[index].add_routed(layers[index], family.experts, batch, call, gradient["written"])
     return {name: tensor for layer, each in enumerate(gradients) for name, tensor in each.tensors(layer).items()}
 
 
@@ -117,7 +140,8 @@ def backward(
 
     Yields:
         The layer; the inputs of its output projections (`ffn`, `heads`); the loss's gradients with respect to them and
-        (`stream`) to the layer's output; and the batch.
+        (`stream`) to the layer's output; and the batch. Of experts, instead of `ffn`, the inputs are what they are handed
+        (`hidden`, `chosen`, `weights`) and what they write (`written`), and the gradient is that of the latter.
     """
     layers = layerwise.decoder_layers(model, family)
     for batch in batches:
@@ -129,13 +153,17 @@ def backward(
         gradient = loss_gradient(model, family, stream.hidden[0], batch, loss, seed)
         for index in reversed(range(len(layers))):
             inputs: dict[str, Tensor] = {}
+            calls: list[layerwise.Routed] = []
             stream.hidden[0] = before.pop().detach().requires_grad_()
-            with _graph(layers[index], family, inputs, leaves=False):
+            with contextlib.ExitStack() as stack:
+                if family.experts is not None:
+                    stack.enter_context(layerwise.observed_routing(layers[index], family.experts, calls))
+                stack.enter_context(_graph(layers[index], family, inputs, leaves=False))
                 output = stream.run(layers[index], index, 0)
-                wanted = [stream.hidden[0], inputs["ffn"], inputs["heads"]]
-                below, ffn, heads = torch.autograd.grad(output, wanted, gradient)
-            noted = {name: value.detach() for name, value in inputs.items()}
-            yield index, noted, {"ffn": ffn, "heads": heads, "stream": gradient}, batch
+                below, *found = torch.autograd.grad(output, [stream.hidden[0], *inputs.values()], gradient)
+            gradients = dict(zip(inputs, found, strict=True)) | {"stream": gradient}
+            inputs |= {name: value for call in calls for name, value in vars(call).items()}
+            yield index, {name: value.detach() for name, value in inputs.items()}, gradients, batch
             gradient = below
         if progress is not None:
             progress()
@@ -193,7 +221,7 @@ def _drawn(chances: Tensor, draws: Tensor) -> Tensor:
     return torch.searchsorted(sums, draws[:, None] * sums[:, -1:], right=True)[:, 0].clamp_max(sums.shape[1] - 1)
 
 
-def backward_bytes(shapes: Sequence[LayerShape], vocabulary: int, tokens: int) -> int:
+def backward_bytes(shapes: Sequence[LayerShape], vocabulary: int, tokens: int, experts_per_token: int = 0) -> int:
     """About what a backward pass holds at its peak beside the weights, were its activations in float32.
 
     Every layer's hidden states, one layer's graph, the logits of a few positions.
@@ -202,7 +230,7 @@ def backward_bytes(shapes: Sequence[LayerShape], vocabulary: int, tokens: int) -
         tokens: of the largest batch, padding included.
     """
     shape = max(shapes, key=lambda each: each.ffn)
-    graph = 12 * shape.hidden + 6 * shape.ffn + 6 * shape.query_heads * shape.head_dim
+    graph = 12 * shape.hidden + 6 * shape.ffn * max(1, experts_per_token) + 6 * shape.query_heads * shape.head_dim
     return 4 * (tokens * ((len(shapes) + 3) * shape.hidden + graph) + 4 * POSITIONS * vocabulary)
 
 
@@ -235,7 +263,7 @@ def regional_pass(
                 means = [norms[row, :length].mean() for row, length in enumerate(batch.lengths)]
                 ffn, heads = torch.autograd.grad(torch.stack(means).sum(), [inputs["ffn"], inputs["heads"]])
             stream.hidden[number] = output.detach()
-            gradients.add(batch, (inputs["ffn"].detach(), ffn), (inputs["heads"].detach(), heads))
+            gradients.add(batch, heads=(inputs["heads"].detach(), heads), ffn=(inputs["ffn"].detach(), ffn))
         result |= gradients.tensors(index)
         if progress is not None:
             progress()

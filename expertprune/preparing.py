@@ -26,6 +26,7 @@ from expertprune.corpora import (
     make_batches,
     tokenize,
 )
+from expertprune.defaults import AUTO, resolved
 from expertprune.errors import CheckpointError, SpecError, gathered
 from expertprune.evaluation import guarded
 from expertprune.files import digest_of, store_folder
@@ -130,8 +131,10 @@ def validate(spec: SpecLike, overrides: Mapping[str, Any] | None = None, store: 
     problems: list[str] = []
     corpora: dict[CorpusName, Corpus] = {}
     evaluated: list[Corpus] = []
-    with gathered(problems):
-        check_criterion(spec.relevance.criterion)
+    for criterion in (spec.relevance.criterion, spec.relevance.experts):
+        if criterion is not None and criterion != AUTO:
+            with gathered(problems):
+                check_criterion(criterion)
     with gathered(problems):
         corpora = load_corpora(spec)
         evaluated = evaluation_corpora(spec, corpora) if spec.evaluate.enabled else []
@@ -140,6 +143,7 @@ def validate(spec: SpecLike, overrides: Mapping[str, Any] | None = None, store: 
         base = resolve_base(spec.base, folder)
     if problems or base is None:
         raise SpecError(problems)
+    spec = resolved(spec, base)
     foreseen_widths(spec, base)
     if not base.family.listed:
         done = check_family(base, layer_widths=spec.compose.allocation != "uniform")
@@ -229,13 +233,15 @@ def check_backward_fits(prepared: Prepared, batches: Sequence[Batch]) -> None:
     size = torch.empty(0, dtype=base.dtype).element_size()
     tokens = max(batch.ids.numel() for batch in batches)
     weights = base.checkpoint.parameters * size
-    needed = weights + backward_bytes(base.layers, base.checkpoint.config.get("vocab_size", 0), tokens)
+    rows, chosen = base.checkpoint.config.get("vocab_size", 0), base.family.experts_per_token(base.checkpoint.config)
+    needed = weights + backward_bytes(base.layers, rows, tokens, chosen)
     on_gpu = default_device().type == "cuda"
     free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
     free += weights if prepared.loaded else 0
+    other = "regional, which needs one layer at a time" if base.family.has_ffn else "impact, which needs none"
     if needed > free:
         raise CheckpointError(
             f"relevance.criterion: {prepared.spec.relevance.criterion} needs a backward pass through the whole model, about "
-            f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; take criterion regional, which needs one layer "
-            "at a time, or lower calibration.tokens_per_batch"
+            f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; take criterion {other}, "
+            "or lower calibration.tokens_per_batch"
         )

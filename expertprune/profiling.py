@@ -62,9 +62,9 @@ class LayerCollector:
 
     def __init__(self, layer: nn.Module, family: Family, shape: LayerShape, documents: int) -> None:
         self.shape = shape
-        self.experts = RoutingStatistics(layer, family, documents, shape.experts) if family.experts else None
+        self.experts = RoutingStatistics(layer, family, documents, shape) if family.experts else None
         self._weights = _weight_statistics(layer, family, shape)
-        self.ffn = ChannelStatistics(documents, shape.ffn)
+        self.ffn = ChannelStatistics(documents, shape.ffn if family.has_ffn else 0)
         self.heads = ChannelStatistics(documents, shape.query_heads * shape.head_dim)
         self.head_impact = torch.zeros(documents, shape.query_heads)
         self.group_impact = torch.zeros(documents, shape.kv_heads)
@@ -106,41 +106,53 @@ class LayerCollector:
 
 
 class RoutingStatistics:
-    """How the router of one layer uses each expert on each document, `[documents, experts]` each, and what that gives."""
+    """How the router of one layer uses each expert on each document, `[documents, experts]` each, and what that gives.
 
-    def __init__(self, layer: nn.Module, family: Family, documents: int, count: int) -> None:
+    An expert's neuron counts as its activation times the router's weight, and as 0 on tokens that go elsewhere: that is what
+    its column of the output projection multiplies.
+    """
+
+    def __init__(self, layer: nn.Module, family: Family, documents: int, shape: LayerShape) -> None:
         assert family.experts is not None
-        self.module = layer.get_submodule(family.experts.module)
+        self.layer, self.family, self.shape = layer, family.experts, shape
         self.tokens = torch.zeros(documents, 1)
-        self.routed = torch.zeros(documents, count)
-        self.norm = torch.zeros(documents, count)
-        self.square = torch.zeros(documents, count)
-        owned = [layer.get_parameter(name).float().square().flatten(1).sum(1) for name in family.experts.run]
-        self.weight_norm = torch.stack(owned).sum(0).sqrt().cpu()
+        self.routed = torch.zeros(documents, shape.experts)
+        self.norm = torch.zeros(documents, shape.experts)
+        self.square = torch.zeros(documents, shape.experts)
+        self.neurons = ChannelStatistics(documents, shape.neurons)  # sums over tokens of a document, not yet means
+        run = [layer.get_parameter(tensor.name).float().square() for tensor in self.family.run]
+        self.weight_norm = torch.stack([square.flatten(1).sum(1) for square in run]).sum(0).sqrt().cpu()
+        owned = [
+            square.sum(2 - tensor.axis).unflatten(1, (-1, shape.ffn)).sum(1)
+            for square, tensor in zip(run, self.family.run, strict=True)
+            if tensor.axis is not None
+        ]
+        self.neuron_norm = torch.stack(owned).sum(0).sqrt().flatten().cpu()
 
     def add(self, batch: Batch, call: layerwise.Routed) -> None:
         """One batch; each expert is run on the tokens that are routed to it, and on no others."""
-        rows, tokens = batch.ids.shape
-        chosen, weights = (each.view(rows, tokens, -1) for each in (call.chosen, call.weights))
-        hidden = call.hidden.view(rows, tokens, -1)
-        real = torch.tensor(batch.lengths, device=hidden.device)[:, None] > torch.arange(tokens, device=hidden.device)
-        documents = torch.tensor(batch.documents)
-        self.tokens[documents] += torch.tensor(batch.lengths)[:, None]
-        for expert in range(self.routed.shape[1]):
-            row, token, place = ((chosen == expert) & real[..., None]).nonzero(as_tuple=True)
-            if not row.numel():
-                continue
-            one = torch.full((row.numel(), 1), expert, device=hidden.device, dtype=chosen.dtype)
-            output = self.module(hidden[row, token], one, torch.ones_like(one, dtype=weights.dtype))
-            norm = torch.linalg.vector_norm(output.float(), dim=1) * weights[row, token, place].float()
-            of = documents[row.cpu()]
-            self.routed[:, expert].index_add_(0, of, torch.ones(row.numel()))
-            self.norm[:, expert].index_add_(0, of, norm.cpu())
-            self.square[:, expert].index_add_(0, of, norm.square().cpu())
+        self.tokens[torch.tensor(batch.documents)] += torch.tensor(batch.lengths)[:, None]
+        for share in layerwise.shares(self.layer, self.family, batch, call):
+            norm = (torch.linalg.vector_norm(share.neurons @ share.read.T, dim=1) * share.weight).cpu()
+            of, expert = share.document, share.expert
+            self.routed[:, expert].index_add_(0, of, torch.ones(len(of)))
+            self.norm[:, expert].index_add_(0, of, norm)
+            self.square[:, expert].index_add_(0, of, norm.square())
+            values = (share.neurons * share.weight[:, None]).double().cpu()
+            own = slice(expert * self.shape.ffn, (expert + 1) * self.shape.ffn)
+            self.neurons.square[:, own].index_add_(0, of, values.square().float())
+            self.neurons.sum[own] += values.sum(0)
+            self.neurons.square_sum[own] += values.square().sum(0)
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         """Everything of this layer under its stored names."""
+        read = self.layer.get_parameter(self.family.output).float()
+        self.neurons.square /= self.tokens
         return {
+            **self.neurons.tensors(f"ffn.{index}"),
+            f"ffn.{index}.output_l1": read.abs().sum(1).flatten().cpu(),
+            f"ffn.{index}.output_l2": torch.linalg.vector_norm(read, dim=1).flatten().cpu(),
+            f"ffn.{index}.weight_norm": self.neuron_norm,
             f"experts.{index}.frequency": self.routed / self.tokens,
             f"experts.{index}.routed_norm": self.norm / self.routed.clamp_min(1),
             f"experts.{index}.impact": self.square / self.tokens,
@@ -217,7 +229,8 @@ def collect(
                 collector.experts.add(batch, calls[0])
                 seen["ffn"] = [seen["heads"][0][..., :0]]
             collector.update(batch, seen["ffn"][0], seen["heads"][0], stream.hidden[number])
-        if not bool(collector.ffn.square_sum.isfinite().all() and collector.heads.square_sum.isfinite().all()):
+        neurons = collector.ffn if collector.experts is None else collector.experts.neurons
+        if not bool(neurons.square_sum.isfinite().all() and collector.heads.square_sum.isfinite().all()):
             raise CheckpointError(
                 f"layer {index}: activations are not finite in {next(model.parameters()).dtype}: damaged weights, or "
                 "too narrow a base.dtype (float32 and bfloat16 are wide)"

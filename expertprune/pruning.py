@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from expertprune.arch import MODELING, PER_LAYER, per_layer, stock_architectures
+from expertprune.arch import MODELING, PER_LAYER, ExpertTensor, per_layer, stock_architectures
 from expertprune.artifacts import Plan
 from expertprune.checkpoint import write_weights
 from expertprune.compensation import cut_tensor, repair
@@ -106,7 +106,11 @@ def prune(
         for coupled in base.family.tensors
     }
 
+    single = _stored_experts(plan, base)
+
     def transform(name: str, tensor: Tensor) -> Tensor | None:
+        if name in single:
+            return single[name].cut(tensor)
         if rows is not None and name in base.family.vocabulary:
             return tensor.index_select(0, rows)
         if name not in owners:
@@ -118,7 +122,8 @@ def prune(
         cut = cut_tensor(local, tensor, base.family, plan.shapes[layer], plan.kept[layer])
         return None if cut is tensor else cut
 
-    write_weights(base.checkpoint, folder, transform, _zero_tensors(plan, base), _expert_names(plan, base))
+    names = {old: stored.name for old, stored in single.items()}
+    write_weights(base.checkpoint, folder, transform, _zero_tensors(plan, base), names)
     spool.close()
     for path in base.checkpoint.carried_files:
         target = folder / path.relative_to(base.folder)
@@ -149,17 +154,34 @@ def _modeling(config: Mapping[str, Any], layers: str) -> str:
     return "\n".join(lines)
 
 
-def _expert_names(plan: Plan, base: BaseModel) -> dict[str, str | None]:
-    """Experts that are stored one by one: the new name of what a kept one owns, and `None` for what goes."""
-    experts, names = base.family.experts, {}
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor that one expert owns on disk: its new name, `None` where the expert goes, and the neurons that stay."""
+
+    name: str | None
+    tensor: ExpertTensor
+    neurons: tuple[int, ...]
+    width: int
+
+    def cut(self, values: Tensor) -> Tensor | None:
+        if self.tensor.axis is None or len(self.neurons) == self.width:
+            return None
+        return values.index_select(self.tensor.axis, self.tensor.rows(self.neurons, self.width))
+
+
+def _stored_experts(plan: Plan, base: BaseModel) -> dict[str, _Stored]:
+    """Experts that are stored one by one, by the names of what each owns."""
+    experts, found = base.family.experts, {}
     for layer, (shape, kept) in enumerate(zip(plan.shapes, plan.kept, strict=True)):
         prefix = base.family.layer_prefix(layer)
         for number in range(shape.experts if experts is not None else 0):
             assert experts is not None
             new = experts.of_one(kept.experts.index(number)) if number in kept.experts else None
-            for place, name in enumerate(experts.of_one(number)):
-                names[prefix + name] = prefix + new[place] if new is not None else None
-    return names
+            neurons = kept.neurons_of(number, shape)
+            for place, tensor in enumerate(experts.of_one(number)):
+                name = prefix + new[place].name if new is not None else None
+                found[prefix + tensor.name] = _Stored(name, tensor, neurons, shape.ffn)
+    return found
 
 
 def _zero_tensors(plan: Plan, base: BaseModel) -> Callable[[str], Iterator[tuple[str, Tensor]]]:

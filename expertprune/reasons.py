@@ -81,7 +81,12 @@ def _kinds(why: Sequence[Mapping[str, Any] | None]) -> list[dict[str, Any]]:
 
 
 def relevance_findings(
-    plan: Plan, profiles: Mapping[str, Profile], criterion: Criterion, aggregate: str | float, part: str | None
+    plan: Plan,
+    profiles: Mapping[str, Profile],
+    criterion: Criterion,
+    aggregate: str | float,
+    part: str | None,
+    experts: Criterion | None = None,
 ) -> list[dict[str, Any]]:
     """Per structure: where the relevance of each corpus lies, how much of it was cut, and what corpora agree on.
 
@@ -90,10 +95,14 @@ def relevance_findings(
 
     Args:
         profiles: by corpus; of all of the plan's corpora.
+        experts: the criterion of whole experts, where it is another.
     """
     found = []
     for structure in decided(plan) or [Structure.FFN]:
-        by_corpus = {name: relevance(each, structure, criterion, aggregate, part) for name, each in profiles.items()}
+        by = experts if experts is not None and structure is Structure.EXPERTS else criterion
+        if structure not in by.structures:
+            continue
+        by_corpus = {name: relevance(each, structure, by, aggregate, part) for name, each in profiles.items()}
         cut = _cut_units(plan, structure)
         found.append(
             {

@@ -55,23 +55,34 @@ def check_criterion(name: str) -> Criterion:
     return criteria[name]
 
 
-def check_scored(name: str, structures: Sequence[Structure], has_ffn: bool = True) -> None:
+def criterion_name(relevance: Relevance, structure: Structure) -> str:
+    """The name of the criterion that scores a structure."""
+    return relevance.experts or relevance.criterion if structure is Structure.EXPERTS else relevance.criterion
+
+
+def check_scored(relevance: Relevance, structures: Sequence[Structure], has_ffn: bool = True) -> None:
     """Raises `SpecError` where a criterion does not score a structure, or needs a pass that a model has not."""
-    criterion = check_criterion(name)
     for structure in structures:
+        key = "experts" if structure is Structure.EXPERTS and relevance.experts != relevance.criterion else "criterion"
+        name = criterion_name(relevance, structure)
+        criterion = check_criterion(name)
         if structure not in criterion.structures:
             others = ", ".join(other for other in sorted(criteria) if structure in criteria[other].structures)
-            raise SpecError(f"relevance.criterion: {name} does not score {structure.value}; criteria that do: {others}")
-    if criterion.needs is not None and not has_ffn:
-        raise SpecError(
-            f"relevance.criterion: {name} needs the {criterion.needs.value} pass, which is not made through experts; take "
-            "impact, which needs none"
-        )
+            own = "; relevance.experts can name one for whole experts alone" if not has_ffn else ""
+            raise SpecError(
+                f"relevance.{key}: {name} does not score {structure.value}; criteria that do: {others}{own}"
+            )
+        if criterion.needs not in (None, Pass.GRADIENT) and not has_ffn:
+            raise SpecError(
+                f"relevance.{key}: {name} needs the {criterion.needs} pass, which is not made through experts; take "
+                "fisher, or impact, which needs none"
+            )
 
 
 def part_name(relevance: Relevance) -> str | None:
-    """The part of a profile (see `Profile`) that the spec's criterion needs beyond the forward pass, if any."""
-    needs = check_criterion(relevance.criterion).needs
+    """The part of a profile (see `Profile`) that the spec's criteria need beyond the forward pass, if any."""
+    names = [relevance.criterion, *([relevance.experts] if relevance.experts else [])]
+    needs = next((found for name in names if (found := check_criterion(name).needs) is not None), None)
     if needs is Pass.GRADIENT:
         return f"{needs.value}-{relevance.loss}"
     if needs is Pass.REMOVAL and relevance.tokens == "fisher":
@@ -92,7 +103,7 @@ def unit_statistics(
     """
     number = (seed * 1009 + list(Structure).index(structure)) * 10007 + layer
     if structure is Structure.EXPERTS:
-        return _expert_statistics(profile, layer, number)
+        return _expert_statistics(profile, layer, number, part)
     channels = "ffn" if structure is Structure.FFN else "heads"
     prefix = _PREFIX[structure]
     tokens = profile.tokens
@@ -112,7 +123,7 @@ def unit_statistics(
     )
 
 
-def _expert_statistics(profile: Profile, layer: int, seed: int) -> UnitStatistics:
+def _expert_statistics(profile: Profile, layer: int, seed: int, part: str | None) -> UnitStatistics:
     """An expert is one channel, whose activation is the norm of what it writes, and whose column has norm 1."""
     impact = profile.read(f"experts.{layer}.impact")
     ones = torch.ones(impact.shape[1])
@@ -127,6 +138,7 @@ def _expert_statistics(profile: Profile, layer: int, seed: int) -> UnitStatistic
         tokens=profile.read("tokens"),
         frequency=profile.read(f"experts.{layer}.frequency"),
         routed_norm=profile.read(f"experts.{layer}.routed_norm"),
+        **_from_part(profile, Structure.EXPERTS, layer, part),
     )
 
 
@@ -141,8 +153,8 @@ def _from_part(profile: Profile, structure: Structure, layer: int, part: str | N
     kind = Pass(part.partition("-")[0])
     if kind is Pass.REMOVAL:
         return {kind.value: stored.read(f"{_PREFIX[structure]}.{layer}.value")}
-    if structure is Structure.FFN:
-        return {kind.value: stored.read_half(f"ffn.{layer}.value")}
+    if structure in (Structure.FFN, Structure.EXPERTS):
+        return {kind.value: stored.read_half(f"{_PREFIX[structure]}.{layer}.value")}
     heads = stored.read_half(f"heads.{layer}.value")
     if structure is Structure.KV_GROUPS:  # the group's mask multiplies all its heads
         heads = heads.unflatten(1, (profile.layers[layer].kv_heads, -1)).sum(2)
@@ -173,9 +185,10 @@ def corpus_scores(profile: Profile, structures: Sequence[Structure], spec: Spec)
     budget. `percentile`: rank within the layer and structure, in [0, 1]. `standard`: `(s − mean) / standard deviation`
     within the layer and structure (FLAP, arXiv:2312.11983).
     """
-    criterion, part = check_criterion(spec.relevance.criterion), part_name(spec.relevance)
+    part = part_name(spec.relevance)
     result = {}
     for structure in structures:
+        criterion = check_criterion(criterion_name(spec.relevance, structure))
         raw, activation = [], []
         for layer in range(len(profile.layers)):
             statistics = unit_statistics(profile, structure, layer, spec.relevance.seed, part)

@@ -112,9 +112,12 @@ class Relevance(_Section):
     """How a unit is scored on a corpus."""
 
     criterion: str = Field(
-        "fisher",
-        description="fisher, taylor, impact, activation, fluctuation, regional, obs, magnitude or random; of experts "
-        "impact, reap, frequency, magnitude or random.",
+        "auto",
+        description="fisher, taylor, impact, activation, fluctuation, regional, obs, magnitude, random; of whole experts "
+        "reap and frequency too. auto: fisher, or reap where nothing but whole experts is cut.",
+    )
+    experts: str | None = Field(
+        None, description="Of whole experts, where another one is wanted for them; reap where criterion is auto."
     )
     loss: Literal["language_model", "kl"] = Field(
         "language_model",
@@ -158,10 +161,11 @@ class Compose(_Section):
         "standard: distance from the layer's mean in standard deviations, as FLAP ranks.",
     )
     fusion: Fusion = Field(default_factory=Fusion)
-    allocation: Literal["uniform", "global", "search"] = Field(
-        "global",
+    allocation: Literal["auto", "uniform", "global", "search"] = Field(
+        "auto",
         description="global: one ranking over layers; uniform: every layer keeps the same width, as stock configs say it; "
-        "search: widths that keep the predictions, tried on calibration text.",
+        "search: widths that keep the predictions, tried on calibration text; auto: global, or uniform where the base's "
+        "family has no layers of different widths, as with experts.",
     )
     rounds: int = Field(1, ge=1, le=16, description="Cut in so many steps, profiling again between them.")
     search: Search = Field(default_factory=Search)
@@ -188,7 +192,7 @@ class Budget(_Section):
     Where layers are allowed different widths, fractions and counts are of the average layer.
     """
 
-    ffn: Amount = Field(0, description="FFN neurons.")
+    ffn: Amount = Field(0, description="FFN neurons; where a layer has experts, of each of them.")
     query_heads: Amount = Field(0, description="Query heads, the same number in each KV group.")
     kv_groups: Amount = Field(0, description="KV heads with their query heads.")
     experts: Amount = Field(

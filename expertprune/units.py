@@ -38,8 +38,8 @@ class Segment(StrEnum):
 class LayerShape:
     """Widths of one decoder layer, in units.
 
-    Query head `h` reads KV head `h // heads_per_group`; a KV group is one KV head and its query heads. A layer that routes
-    tokens to `experts` has no FFN neurons of its own (`ffn` is 0).
+    Query head `h` reads KV head `h // heads_per_group`; a KV group is one KV head and its query heads. In a layer that
+    routes tokens to `experts`, `ffn` is the width of each expert, whose neuron `j` is the layer's unit `expert * ffn + j`.
     """
 
     hidden: int
@@ -53,17 +53,22 @@ class LayerShape:
     def heads_per_group(self) -> int:
         return self.query_heads // self.kv_heads
 
+    @property
+    def neurons(self) -> int:
+        """FFN neurons of the layer, those of all experts together."""
+        return self.ffn * max(1, self.experts)
+
     def units(self, structure: Structure) -> int:
         """How many units of a structure the layer has."""
         return {
-            Structure.FFN: self.ffn,
+            Structure.FFN: self.neurons,
             Structure.QUERY_HEADS: self.query_heads,
             Structure.KV_GROUPS: self.kv_heads,
             Structure.EXPERTS: self.experts,
         }[structure]
 
     def segment_rows(self, segment: Segment) -> int:
-        """Length of a segment along its tensor axis."""
+        """Length of a segment along its tensor axis; `FFN` is of one expert where there are several."""
         return {
             Segment.FFN: self.ffn,
             Segment.QUERY: self.query_heads * self.head_dim,
@@ -74,7 +79,7 @@ class LayerShape:
     @property
     def all_kept(self) -> KeptUnits:
         return KeptUnits(
-            ffn=tuple(range(self.ffn)),
+            ffn=tuple(range(self.neurons)),
             query_heads=tuple(range(self.query_heads)),
             kv_groups=tuple(range(self.kv_heads)),
             experts=tuple(range(self.experts)),
@@ -85,7 +90,8 @@ class LayerShape:
 class KeptUnits:
     """Indices, in the base's numbering and ascending, of the units that one layer keeps.
 
-    `query_heads` lists only heads of kept groups, the same number in each.
+    `query_heads` lists only heads of kept groups, the same number in each; `ffn` likewise only neurons of kept experts, the
+    same number in each, where a layer has experts.
     """
 
     ffn: tuple[int, ...]
@@ -103,12 +109,18 @@ class KeptUnits:
 
     def shape(self, base: LayerShape) -> LayerShape:
         """The layer's shape once the other units are gone."""
+        ffn = len(self.ffn) // max(1, len(self.experts))
         return LayerShape(
-            base.hidden, len(self.ffn), len(self.query_heads), len(self.kv_groups), base.head_dim, len(self.experts)
+            base.hidden, ffn, len(self.query_heads), len(self.kv_groups), base.head_dim, len(self.experts)
         )
 
+    def neurons_of(self, expert: int, base: LayerShape) -> tuple[int, ...]:
+        """Neurons that one expert keeps, in its own numbering."""
+        first = expert * base.ffn
+        return tuple(unit - first for unit in self.ffn if first <= unit < first + base.ffn)
+
     def rows(self, segment: Segment, base: LayerShape) -> Tensor:
-        """Positions inside a segment that stay, `[kept rows]`, int64."""
+        """Positions inside a segment that stay, `[kept rows]`, int64; neurons inside experts have `neurons_of` instead."""
         if segment in (Segment.FFN, Segment.EXPERT):
             return torch.tensor(self.ffn if segment is Segment.FFN else self.experts, dtype=torch.int64)
         heads = self.query_heads if segment is Segment.QUERY else self.kv_groups

@@ -72,8 +72,11 @@ def random_units(
     per_group = shape.query_heads // shape.kv_heads
     groups = choose(kv_groups, shape.kv_heads)
     heads = [group * per_group + head for group in groups for head in choose(heads_per_group, per_group)]
-    chosen = choose(experts, shape.experts) if shape.experts else []  # drawn last: other plans stay as they were
-    return KeptUnits(tuple(choose(ffn, shape.ffn)), tuple(heads), tuple(groups), tuple(chosen))
+    if not shape.experts:
+        return KeptUnits(tuple(choose(ffn, shape.ffn)), tuple(heads), tuple(groups))
+    chosen = choose(experts, shape.experts)
+    neurons = [expert * shape.ffn + neuron for expert in chosen for neuron in choose(ffn, shape.ffn)]
+    return KeptUnits(tuple(neurons), tuple(heads), tuple(groups), tuple(chosen))
 
 
 def plan_of(base: BaseModel, kept: list[KeptUnits]) -> Plan:
@@ -125,18 +128,25 @@ def logits_of(model: Any, ids: Tensor = IDS) -> Tensor:
 def masked(model: Any, plan: Plan) -> Iterator[None]:
     """While open, the dropped units of a dense model are zero at the input of their output projection.
 
-    Dropped experts have router logits of −∞.
+    Dropped experts have router logits of −∞; the columns of the down-projection that dropped neurons of the others own are
+    zero.
     """
 
     def hook(mask: Tensor) -> Any:
         return lambda module, arguments: (arguments[0] * mask,)
 
-    handles = []
+    handles, restored = [], []
     for layer, kept in zip(model.model.layers, plan.kept, strict=True):
         heads: nn.Linear = layer.self_attn.o_proj
         head_mask = torch.zeros(heads.in_features)
         if hasattr(layer.mlp, "gate"):
             handles.append(layer.mlp.gate.register_forward_hook(without_experts(kept.experts)))
+            down = layer.mlp.experts.down_proj  # [experts, hidden, neurons]
+            restored.append((down, down.detach().clone()))
+            for expert in kept.experts:
+                for neuron in range(down.shape[2]):
+                    if expert * down.shape[2] + neuron not in kept.ffn:
+                        down[expert, :, neuron] = 0
         else:
             neurons: nn.Linear = layer.mlp.down_proj if hasattr(layer.mlp, "down_proj") else layer.mlp.c_proj
             neuron_mask = torch.zeros(neurons.in_features)
@@ -151,6 +161,8 @@ def masked(model: Any, plan: Plan) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+        for weight, values in restored:
+            weight.copy_(values)
 
 
 def without_experts(kept: tuple[int, ...]) -> Any:

@@ -93,7 +93,6 @@ def test_routing_statistics_are_those_of_each_document_alone(name: str, tokens_p
             for e in range(EXPERTS)
         ]
         np.testing.assert_allclose(numbers(found[f"experts.{layer}.weight_norm"]), owned, rtol=1e-5)
-    assert not any(key.startswith("ffn.") for key in found)
     assert found["heads.0.impact"].shape == (len(LENGTHS), 6)
 
 
@@ -109,7 +108,7 @@ def test_criteria_of_experts() -> None:
     assert criteria["impact"].score(seen).tolist() == [[4.0, 9.0]]
     assert criteria["magnitude"].score(seen).tolist() == [[3.0, 5.0]]
     assert {name for name, each in criteria.items() if "experts" in each.structures} == {
-        "frequency", "impact", "magnitude", "random", "reap",
+        "fisher", "frequency", "impact", "magnitude", "random", "reap", "taylor",
     }  # fmt: skip
 
 
@@ -208,7 +207,7 @@ def test_an_expert_of_experts_is_built_with_its_heads_repaired(tmp_path: Path) -
     out = expertprune.build(spec, tmp_path / "expert")
     about = read_json(out / "expertprune.json")
     assert about["plan"]["budget"]["experts"] == {"requested": 0.34, "of": 6, "kept": 4, "removed": 2}
-    assert "ffn" not in about["plan"]["budget"]
+    assert about["plan"]["budget"]["ffn"] == {"requested": 0, "of": 32, "kept": 32, "removed": 0}
     config = read_json(out / "config.json")
     assert (config["num_local_experts"], config["num_key_value_heads"], config["num_attention_heads"]) == (4, 2, 4)
     expert = load(out)
@@ -230,20 +229,38 @@ def test_an_expert_of_experts_is_built_with_its_heads_repaired(tmp_path: Path) -
             PlanError,
             "less than half an expert and removes nothing; the smallest legal one",
         ),
-        (
-            {"budget": {"ffn": 0.25}},
-            PlanError,
-            "budget.ffn: neurons inside experts.*structures that can be cut: experts",
-        ),
+        ({"budget": {"ffn": 0.25, "multiple_of": 4}}, PlanError, "budget.multiple_of: .* multiples of 8.* 4 is none"),
+        ({"budget": {"ffn": 5, "multiple_of": 8}}, PlanError, "budget.ffn: 5 neurons cannot be removed"),
+        ({"budget": {"ffn": 0.25}, "compose": {"allocation": "global"}}, PlanError, "compose.allocation: uniform"),
         ({"compose": {"allocation": "global"}}, PlanError, "compose.allocation: uniform"),
-        ({"relevance": "taylor"}, SpecError, "taylor does not score experts; criteria that do: frequency, impact"),
         (
-            {"relevance": "fisher", "budget": {"kv_groups": 1}},
-            SpecError,
-            "fisher needs the gradient pass, which is not made through experts",
+            {"budget": {"ffn": 8, "multiple_of": 8}, "compose": {"allocation": "search", "search": {"uniform": True}}},
+            PlanError,
+            "leave allocation out, or use allocation: uniform",
         ),
+        (
+            {"relevance": "activation"},
+            SpecError,
+            r"relevance\.criterion: activation does not score experts; criteria that do: fisher, frequency, impact.*; "
+            r"relevance\.experts can name one for whole experts alone",
+        ),
+        (
+            {"relevance": "regional", "budget": {"kv_groups": 1}},
+            SpecError,
+            r"regional needs the regional pass, which is not made through experts; take fisher, or impact",
+        ),
+        (
+            {"relevance": {"criterion": "impact", "experts": "obs"}},
+            SpecError,
+            r"relevance\.experts: obs does not score experts",
+        ),
+        ({"relevance": {"experts": "reep"}}, SpecError, "'reep'.*reap"),
         ({"relevance": "reap", "budget": {"kv_groups": 1}}, SpecError, "reap does not score kv_groups"),
-        ({"budget": {"retention": {"expert": 0.9}}}, PlanError, "give budget.experts alone"),
+        (
+            {"budget": {"retention": {"expert": 0.9}}},
+            PlanError,
+            "give budget.experts, budget.ffn or budget.parameters",
+        ),
     ],
     ids=str,
 )
@@ -253,6 +270,15 @@ def test_a_budget_that_experts_cannot_meet(
     folder = save_tiny(tmp_path / "base", "mixtral")
     with pytest.raises(error, match=words):
         expertprune.validate(planted_spec(folder, tmp_path, ["medical"], "impact", **changes))
+
+
+def test_a_criterion_of_experts_needs_experts(tiny_llama: Path, tmp_path: Path) -> None:
+    spec = planted_spec(tiny_llama, tmp_path, ["medical"], "impact", budget={"ffn": 0.25, "multiple_of": 4})
+    spec.relevance.experts = "reap"
+    with pytest.raises(
+        SpecError, match=r"relevance\.experts: layers of family 'llama' have no experts; leave this key"
+    ):
+        expertprune.validate(spec)
 
 
 def test_a_model_without_experts_has_none_to_cut(tiny_llama: Path, tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ PACKAGE = Path(expertprune.__file__).parent
 ORDER = [
     "errors", "registry", "units", "files", "values", "formats", "tokenizing", "spec",
     "arch", "checkpoint", "admission", "gguf_files", "models", "artifacts", "corpora", "suites", "harness", "relevance",
-    "layerwise", "passes", "predictions", "profiling", "scoring", "legality", "budgets", "allocation", "rows",
-    "composition", "comparison", "masking", "compensation", "pruning", "oracle", "evaluation", "alignment", "retention",
+    "layerwise", "passes", "predictions", "profiling", "scoring", "legality", "defaults", "budgets", "allocation",
+    "rows", "composition", "comparison", "masking", "compensation", "pruning", "oracle", "evaluation", "alignment", "retention",
     "preparing", "deciding", "retaining", "report", "pictures", "api", "analysis", "sweeping", "tradeoff", "inspection",
     "serving", "measurement", "measuring",
     "evidence", "reasons", "findings", "lineup", "inline", "charts", "page", "terminal", "commands", "cli",

@@ -66,8 +66,8 @@ def test_the_minimal_spec_is_valid_and_has_the_documented_defaults() -> None:
     assert not spec.base.trust_remote_code
     assert spec.dimensions.chosen == {"language": ["de"]}
     assert spec.general == ["general"]
-    assert spec.relevance.criterion == "fisher"
-    assert (spec.compose.rule, spec.compose.allocation) == ("intersection", "global")
+    assert (spec.relevance.criterion, spec.relevance.experts) == ("auto", None)
+    assert (spec.compose.rule, spec.compose.allocation) == ("intersection", "auto")
     assert (spec.budget.ffn, spec.budget.query_heads, spec.budget.kv_groups) == (0.25, 0, 0)
     assert spec.budget.multiple_of == 64
     assert spec.compensation.method == "least_squares"

@@ -3,9 +3,10 @@
 One YAML file a family, in `families/`. No other module knows a family's name.
 """
 
-from expertprune.arch.blocks import Block, CoupledTensor, Experts
+from expertprune.arch.blocks import Block, CoupledTensor, Experts, ExpertTensor
 from expertprune.arch.family import (
     EXPERT,
+    GROUPS,
     MODELING,
     PER_LAYER,
     Family,
@@ -19,10 +20,12 @@ from expertprune.arch.recognition import attention_of, recognized
 
 __all__ = [
     "EXPERT",
+    "GROUPS",
     "MODELING",
     "PER_LAYER",
     "Block",
     "CoupledTensor",
+    "ExpertTensor",
     "Experts",
     "Family",
     "GgufForm",

@@ -18,6 +18,7 @@ from expertprune.registry import nearest
 from expertprune.units import DENSE, KeptUnits, LayerShape, Structure
 
 _HERE = Path(__file__).parent
+GROUPS = ("n_group", "num_expert_group")  # config keys for how many groups the router first chooses among
 PER_LAYER = "per_layer_config"  # transformers' name for widths of single layers
 _PER_LAYER_KEYS = ("allow_global_per_layer_attribute_access", "auto_map")
 MODELING = "modeling_expert"  # the module in an expert's folder that builds such layers
@@ -68,8 +69,8 @@ class Family(Data):
     def _neurons_or_experts(self) -> Self:
         if len({self.ffn == NO_FFN, self.config.ffn is None, self.experts is not None}) > 1:
             raise ValueError("a family has either ffn, and its key in config, or experts")
-        if (Structure.FFN in self.structures) == (self.experts is not None):
-            raise ValueError("structures: ffn goes with ffn, and experts with experts")
+        if Structure.FFN not in self.structures or (Structure.EXPERTS in self.structures) != (self.experts is not None):
+            raise ValueError("structures: ffn is always one of them, experts goes with experts")
         return self
 
     @model_validator(mode="after")
@@ -92,7 +93,15 @@ class Family(Data):
 
     @property
     def has_ffn(self) -> bool:
+        """Whether layers have one FFN that every token passes, and no experts."""
         return self.experts is None
+
+    @property
+    def width_key(self) -> str:
+        """The config's key for how many neurons the FFN has, or each expert."""
+        key = self.experts.width if self.experts is not None else self.config.ffn
+        assert key is not None
+        return key
 
     @property
     def tensors(self) -> tuple[CoupledTensor, ...]:
@@ -113,6 +122,11 @@ class Family(Data):
         for key, wanted in self.config_requires.items():
             if config.get(key) not in (None, wanted):
                 raise CheckpointError(f"config.json: {key!r} is {config[key]!r}, and only {wanted!r} can be cut")
+        if self.experts is not None and (grouped := [key for key in GROUPS if (config.get(key) or 0) > 1]):
+            raise CheckpointError(
+                f"config.json: {grouped[0]!r} is {config[grouped[0]]!r}: a router that chooses among groups of experts "
+                "cannot lose single ones, since every group has the same number"
+            )
         config, single = {**self.defaults, **config}, config.get(PER_LAYER) or {}
         return tuple(
             self._layer_shape({**config, **single.get(str(i), single.get(str(i).zfill(len(str(count - 1))), {}))})
@@ -128,8 +142,9 @@ class Family(Data):
             raise CheckpointError(
                 f"config.json: {keys.query_heads} ({query_heads}) is no multiple of {keys.kv_heads} ({kv_heads})"
             )
-        ffn = _positive(config, keys.ffn) if keys.ffn is not None else 0
-        return LayerShape(hidden, ffn, query_heads, kv_heads, head_dim, self._count(config))
+        return LayerShape(
+            hidden, _positive(config, self.width_key), query_heads, kv_heads, head_dim, self._count(config)
+        )
 
     def _count(self, config: Mapping[str, Any]) -> int:
         """How many experts a layer has."""
@@ -183,15 +198,16 @@ class Family(Data):
     def _widths(self, shape: LayerShape) -> dict[str, int]:
         """A layer's widths under the config's keys; the number of experts is the same in all layers."""
         keys = self.config
-        ffn = {keys.ffn: shape.ffn} if keys.ffn is not None else {}
         heads = {keys.query_heads: shape.query_heads, keys.kv_heads: shape.kv_heads, keys.head_dim: shape.head_dim}
-        return ffn | heads
+        return {self.width_key: shape.ffn} | heads
 
     def _check_experts(self, config: Mapping[str, Any], shapes: list[LayerShape]) -> None:
         least = self.experts_per_token(config)
         counts = {shape.experts for shape in shapes}
         if self.experts is not None and len(counts) > 1:
             raise PlanError(f"family {self.family!r} keeps the same number of experts in every layer")
+        if self.experts is not None and len({shape.ffn for shape in shapes}) > 1:
+            raise PlanError(f"family {self.family!r} keeps the same number of neurons in the experts of every layer")
         if min(counts) < least:
             raise PlanError(
                 f"{min(counts)} experts are fewer than the {least} that the router chooses for each token "

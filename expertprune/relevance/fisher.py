@@ -3,9 +3,10 @@
 from torch import Tensor
 
 from expertprune.relevance.statistics import Pass, UnitStatistics, criterion
+from expertprune.units import Structure
 
 
-@criterion("fisher", paper="https://arxiv.org/abs/2204.09656", needs=Pass.GRADIENT)
+@criterion("fisher", paper="https://arxiv.org/abs/2204.09656", needs=Pass.GRADIENT, structures=tuple(Structure))
 def fisher(statistics: UnitStatistics) -> Tensor:
     """`T_d (∂L_d/∂m_u)²`, the empirical Fisher information of the unit's mask per token, `[documents, units]`.
 

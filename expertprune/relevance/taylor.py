@@ -3,9 +3,10 @@
 from torch import Tensor
 
 from expertprune.relevance.statistics import Pass, UnitStatistics, criterion
+from expertprune.units import Structure
 
 
-@criterion("taylor", paper="https://arxiv.org/abs/2305.11627", needs=Pass.GRADIENT)
+@criterion("taylor", paper="https://arxiv.org/abs/2305.11627", needs=Pass.GRADIENT, structures=tuple(Structure))
 def taylor(statistics: UnitStatistics) -> Tensor:
     """`|∂L_d/∂m_u|`, the first-order change of a document's mean loss when the unit goes, `[documents, units]`.
 
