@@ -18,9 +18,9 @@ ORDER = [
     "errors", "registry", "units", "files", "values", "formats", "tokenizing", "spec",
     "arch", "checkpoint", "admission", "gguf_files", "models", "artifacts", "corpora", "suites", "harness", "relevance",
     "layerwise", "passes", "predictions", "profiling", "scoring", "legality", "defaults", "budgets", "allocation",
-    "rows", "composition", "comparison", "masking", "compensation", "pruning", "oracle", "evaluation", "alignment", "retention",
-    "preparing", "deciding", "retaining", "report", "pictures", "api", "analysis", "sweeping", "tradeoff", "inspection",
-    "serving", "measurement", "measuring",
+    "rows", "composition", "comparison", "masking", "compensation", "pruning", "oracle", "evaluation", "alignment",
+    "retention", "preparing", "deciding", "retaining", "report", "pictures", "api", "analysis", "sweeping", "tradeoff",
+    "inspection", "serving", "measurement", "measuring",
     "evidence", "reasons", "findings", "lineup", "inline", "charts", "page", "terminal", "commands", "cli",
 ]  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))

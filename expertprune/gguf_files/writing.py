@@ -206,7 +206,7 @@ def _entries(source: _Source) -> Iterator[_Entry]:
     tied = bool(source.values.get("tie_word_embeddings"))
     grouped = set()
     for layer in range(len(source.layers)):
-        for pattern in family.experts.each if family.experts is not None else ():
+        for pattern in [each.name for each in family.experts.each] if family.experts is not None else []:
             parts = [
                 family.layer_prefix(layer) + pattern.replace("{expert}", str(expert))
                 for expert in range(source.layers[layer].experts)
