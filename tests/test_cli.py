@@ -209,6 +209,7 @@ def test_as_a_process_a_wrong_call_exits_with_2() -> None:
 def test_validate_counts_what_is_there_and_loads_no_model(spec_file: Path, store: Path, no_model: None) -> None:
     data = run_json("validate", spec_file)
     assert data["kind"] == "validation"
+    assert data["decided"] == {"criterion": "impact", "allocation": "uniform"}
     assert data["base"]["parameters"] == BEFORE
     assert data["expert"]["parameters"] == AFTER
     assert data["expert"]["budget"]["ffn"] == {"requested": 0.25, "of": 32, "kept": 24, "removed": 8}

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from click.testing import CliRunner
 from torch import Tensor
 
 import expertprune
 from expertprune.arch import families, family_of
+from expertprune.cli import main
 from expertprune.corpora import make_batches
 from expertprune.errors import PlanError
 from expertprune.passes import gradient_pass
@@ -246,6 +250,18 @@ def test_criterion_and_allocation_of_experts_may_be_left_out(
     assert plan.spec["relevance"]["experts"] == expected[1]
     again = expertprune.compose(Spec.model_validate(plan.spec))
     assert again.digest == plan.digest, "what was decided, written out, decides the same"
+
+
+def test_validate_and_inspect_say_what_was_decided(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "base", "olmoe")
+    spec = spec_of(folder, tmp_path, {"ffn": 8, "experts": 1})
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec.document()))
+    told = CliRunner().invoke(main, ["validate", str(tmp_path / "spec.yaml")]).output
+    assert "criterion fisher, experts reap, allocation uniform" in told
+    expertprune.compose(spec).save(tmp_path / "plan.json")
+    told = CliRunner().invoke(main, ["inspect", str(tmp_path / "plan.json")]).output
+    for words in (r"criterion +│ fisher", r"criterion of whole experts +│ reap", r"allocation +│ uniform"):
+        assert re.search(words, told), told
 
 
 @pytest.mark.parametrize(
