@@ -135,10 +135,13 @@ def test_quantized_files_hold_exactly_what_their_type_holds(
 
 
 def _q8_0(values: np.ndarray) -> np.ndarray:
-    """Blocks of 32 along a row share a scale, its largest magnitude over 127 in half precision; values are whole steps."""
+    """Blocks of 32 along a row share a scale, its largest magnitude over 127 in half precision; values are whole steps.
+
+    As ggml has it, they are multiplied by the float32 reciprocal of the scale, which decides at halves.
+    """
     blocks = values.reshape(-1, 32).astype(np.float32)
     scale = (np.abs(blocks).max(1, keepdims=True) / np.float32(127)).astype(np.float32)
-    steps = np.where(scale == 0, 0, blocks / np.where(scale == 0, 1, scale))
+    steps = np.where(scale == 0, 0, blocks * (np.float32(1) / np.where(scale == 0, np.float32(1), scale)))
     whole = np.sign(steps) * np.floor(np.abs(steps) + 0.5)  # halves away from zero
     return (whole * scale.astype(np.float16).astype(np.float32)).reshape(values.shape).astype(np.float32)
 
