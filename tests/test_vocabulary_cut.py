@@ -28,14 +28,16 @@ from tests.vocabularies import GERMAN, KINDS, OTHER, TEXT, save_worded, tokenize
 
 
 def plan_of(base: BaseModel, kept: set[int], padding: tuple[int, ...] = (), ffn: int | None = None) -> Plan:
-    """A plan that keeps these tokens with what they need, and the last `ffn` neurons of each layer."""
+    """A plan that keeps these tokens with what they need, and the last `ffn` neurons of each layer or expert."""
     must = essentials(base)
     rows = tuple(sorted(must.vocabulary.closed(kept | must.ids)))
     of = base.checkpoint.vocabulary_rows(base.family)
     vocabulary = VocabularyPlan(KeptRows(of, rows, padding), base.tokenizer_digest)
     units = []
     for shape in base.layers:
-        units.append(replace(shape.all_kept, ffn=shape.all_kept.ffn[-(ffn or shape.ffn) :]))
+        last = range(shape.ffn - (ffn or shape.ffn), shape.ffn)
+        neurons = tuple(expert * shape.ffn + place for expert in range(max(1, shape.experts)) for place in last)
+        units.append(replace(shape.all_kept, ffn=neurons))
     about = {"model": base.name, "digest": base.digest}
     size = base.checkpoint.parameters
     layers = [LayerPlan(each) for each in units]
@@ -64,7 +66,7 @@ def test_logits_of_kept_rows_are_the_bases(kind: str, family: str, tied: bool, t
     text = "Der Arzt hört das Herz 345"
     own = AutoTokenizer.from_pretrained(base.folder)(text)["input_ids"]
     dense = load(base.folder)
-    for number, ffn in enumerate((None, 20)):
+    for number, ffn in enumerate((None, 16)):
         plan = plan_of(base, set(own), padding=(3, 3, 5), ffn=ffn)
         assert plan.vocabulary is not None
         folder = cut(base, plan, tmp_path / f"expert-{number}")
