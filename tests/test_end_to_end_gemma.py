@@ -68,7 +68,8 @@ def test_fewer_rows_alone_change_nothing_that_is_kept(trimmed: Path, tmp_path: P
     The softmax over fewer rows has the same order among those that are left, so nothing else can part them.
     """
     base, new = (AutoTokenizer.from_pretrained(folder) for folder in (base_of(trimmed), trimmed))
-    ids = {base.get_vocab()[token]: index for token, index in new.get_vocab().items()}
+    known = base.get_vocab()
+    ids = {known[token]: index for token, index in new.get_vocab().items()}
     for prompt in PROMPTS:
         assert [ids.get(index) for index in base(prompt).input_ids] == new(prompt).input_ids
     expected = run_script(ALONE + TRANSFORMERS, base_of(trimmed), "float32", tmp_path, PROMPTS)
