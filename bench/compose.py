@@ -96,6 +96,8 @@ def main() -> None:
         "base": "bench",
         "dimensions": {"language": "en", "domain": "medical", "task": "qa"},
         "general": [],
+        "relevance": {"criterion": "impact"},
+        "compose": {"allocation": "uniform"},
         "budget": {"ffn": 0.25},
     }
     spec = parse_spec(data, "bench", Path.cwd())

@@ -16,6 +16,7 @@ import numpy as np
 from expertprune.api import evaluate_folder, load_expert, plan_of, write_folder
 from expertprune.artifacts import Evaluation, Plan
 from expertprune.composition import foreseen_widths
+from expertprune.defaults import resolved
 from expertprune.errors import CheckpointError, PlanError, SpecError
 from expertprune.evaluation import Floats, bootstrap
 from expertprune.files import check_parent, digest_of, require_room, staged_folder, store_folder, to_json, write_json
@@ -163,7 +164,7 @@ def _specs(spec: Spec, budgets: Sequence[float], store: str | Path | None) -> di
         for value in legal:
             keys = {"parameters": value, "max_parameters": None} if overall else dict.fromkeys(structures, value)
             budget = Budget.model_validate({**spec.budget.model_dump(), **keys})
-            specs[value] = spec.model_copy(update={"budget": budget})
+            specs[value] = resolved(spec.model_copy(update={"budget": budget}), base)
             try:
                 foreseen_widths(specs[value], base)
             except PlanError as error:

@@ -492,3 +492,16 @@ def test_an_svg_names_its_curves_and_is_the_same_every_time(tmp_path: Path) -> N
     retention_curve([{**point, "general": None} for point in points], tmp_path / "c.svg")
     assert "expert" in texts(tmp_path / "c.svg")
     assert "general" not in texts(tmp_path / "c.svg")
+
+
+def test_what_a_spec_leaves_open_is_decided_as_for_a_build(spec_file: Path, spec_data: dict[str, Any]) -> None:
+    """No criterion and no allocation: fisher and global, for a Llama."""
+    del spec_data["relevance"], spec_data["compose"]
+    bare = write_spec(spec_file.parent, spec_data)
+    (point,) = run_json(bare, "--budgets", "0.25", "--out", spec_file.parent / "sweep", "--keep-experts")["points"]
+    about = build(bare, spec_file.parent / "built", "--set", "budget.ffn=0.25")
+    assert about["plan"]["spec"]["relevance"]["criterion"] == "fisher"
+    assert about["plan"]["spec"]["compose"]["allocation"] == "global"
+    kept = json.loads((spec_file.parent / "sweep" / "tiny-0.25" / "expertprune.json").read_text())
+    assert kept["plan"] == about["plan"]
+    assert point["parameters"] == about["parameters"]
