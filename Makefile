@@ -10,8 +10,10 @@ SERVE := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo serve || echo ser
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 OUT := experts/english-medical-qa
 
-# Fast tests side by side, a module to a process; those of real models one after the other.
+# Tests side by side, a module to a process of one thread; those of real models two at a time, as each takes gigabytes.
+# vLLM would bind the engines of both to the same core.
 FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile -m "not slow and not vllm"
+SLOW := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or vllm"
 
 .PHONY: demo test check clean
 
@@ -20,7 +22,7 @@ demo: $(VENV)/.base
 
 test: $(VENV)/.serve lint
 	$(FAST)
-	$(BIN)/python -m pytest -m "slow or vllm"
+	$(SLOW)
 
 check: $(VENV)/.dev lint
 	$(FAST)

@@ -118,7 +118,7 @@ def wanted_parameters(budget: Budget, base: BaseModel) -> float | None:
     Raises:
         PlanError: `max_parameters` is not below the base's own number.
     """
-    if budget.parameters is None and budget.max_parameters is None:
+    if not budget.overall:
         return None
     total = base.checkpoint.parameters
     if budget.parameters is not None:

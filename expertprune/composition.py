@@ -137,9 +137,8 @@ def _flat_scores(base: BaseModel) -> Scores:
 def _competing(spec: Spec, base: BaseModel) -> tuple[list[Structure], bool]:
     """The structures to score, and whether they compete for one budget."""
     budget, uniform = spec.budget, spec.compose.allocation == "uniform"
-    overall = budget.parameters is not None or budget.max_parameters is not None
     named = [structure for structure in Structure if getattr(budget, structure.value)]
-    if not overall:
+    if not budget.overall:
         return named, False
     if not base.family.has_ffn:  # whole experts make up what is wanted, or neurons where experts are named
         return [*named, Structure.FFN if budget.experts else Structure.EXPERTS], False

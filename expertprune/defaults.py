@@ -50,5 +50,4 @@ def _only_experts(spec: Spec) -> bool:
     """Whether a budget cuts no other units of layers than whole experts."""
     budget = spec.budget
     others = [structure for structure in Structure if structure is not Structure.EXPERTS]
-    overall = budget.parameters is not None or budget.max_parameters is not None
-    return not any(getattr(budget, each.value) for each in others) and not (overall and budget.experts)
+    return not any(getattr(budget, each.value) for each in others) and not (budget.overall and budget.experts)

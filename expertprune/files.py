@@ -213,12 +213,39 @@ def _disk_errors(path: Path) -> Iterator[None]:
 
 
 def read_yaml(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
-    """The contents of a YAML file. Raises `SpecError` where there is none or it cannot be read."""
+    """The contents of a YAML file.
+
+    Raises:
+        SpecError: there is no such file, it cannot be read, or a key stands twice in it: YAML would let the last one win.
+    """
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
+        text = path.read_text(encoding="utf-8")
+        repeated = [f"{path}: {problem}" for problem in _repeated_keys(yaml.compose(text, Loader=loader), "", set())]
+        if repeated:
+            raise SpecError(repeated)
+        return yaml.load(text, Loader=loader)
     except FileNotFoundError:
         raise SpecError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise SpecError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _repeated_keys(node: yaml.Node | None, where: str, seen: set[int]) -> Iterator[str]:
+    """What to say of each key that stands twice in the same mapping; an anchor's node is looked at once."""
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for number, each in enumerate(node.value):
+            yield from _repeated_keys(each, f"{where}[{number}]", seen)
+    elif isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            full = f"{where}.{name}" if where else name
+            if name in lines:
+                yield f"{full}: stands twice, in lines {lines[name]} and {line}; keep one"
+            lines[name] = line
+            yield from _repeated_keys(value, full, seen)

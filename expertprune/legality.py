@@ -38,14 +38,12 @@ def check_structures(budget: Budget, base: BaseModel) -> None:
 
 def _cuts_neurons(budget: Budget) -> bool:
     """Whether neurons inside experts go: by their number, or to make up parameters where experts have theirs."""
-    overall = budget.parameters is not None or budget.max_parameters is not None
-    return bool(budget.ffn) or (overall and bool(budget.experts))
+    return bool(budget.ffn) or (budget.overall and bool(budget.experts))
 
 
 def check_uniform(budget: Budget, base: BaseModel) -> None:
     """Raises `PlanError` where experts would be cut and layers shall have widths of their own."""
-    overall = budget.parameters is not None or budget.max_parameters is not None
-    if not base.family.has_ffn and (budget.experts or budget.ffn or overall):
+    if not base.family.has_ffn and (budget.experts or budget.ffn or budget.overall):
         raise PlanError(
             "compose.allocation: every layer keeps the same number of experts and of neurons in each, which are one number "
             "each in the config; leave allocation out, or use allocation: uniform"

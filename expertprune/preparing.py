@@ -223,8 +223,7 @@ def profiles_of(
 
 def _cuts_units(budget: Budget) -> bool:
     """Whether units of layers are to go, and not vocabulary rows alone, which no criterion scores."""
-    overall = (budget.parameters, budget.max_parameters, budget.retention)
-    return any(getattr(budget, structure.value) for structure in Structure) or any(way is not None for way in overall)
+    return any(getattr(budget, each.value) for each in Structure) or budget.overall or budget.retention is not None
 
 
 def check_backward_fits(prepared: Prepared, batches: Sequence[Batch]) -> None:

@@ -195,9 +195,7 @@ class Budget(_Section):
     ffn: Amount = Field(0, description="FFN neurons; where a layer has experts, of each of them.")
     query_heads: Amount = Field(0, description="Query heads, the same number in each KV group.")
     kv_groups: Amount = Field(0, description="KV heads with their query heads.")
-    experts: Amount = Field(
-        0, description="Whole experts, the same number in each layer; shared ones are never among them."
-    )
+    experts: Amount = Field(0, description="Whole experts, the same number in each layer; never shared ones.")
     vocabulary: Rows | None = Field(
         None,
         description="Vocabulary rows of the whole model: a number that is kept (32768), a fraction that is removed (0.8), "
@@ -212,6 +210,11 @@ class Budget(_Section):
     retention: Retention | None = Field(None, description="As much as can go while this much is kept.")
     multiple_of: int = Field(64, ge=1, description="Kept FFN widths are a multiple of this.")
     floor: float = Field(0.1, ge=0, le=1, description="At least this fraction of each structure stays in every layer.")
+
+    @property
+    def overall(self) -> bool:
+        """Whether it counts all parameters, as a fraction or as what may be left."""
+        return self.parameters is not None or self.max_parameters is not None
 
     @model_validator(mode="after")
     def _one_way(self) -> Budget:

@@ -135,7 +135,7 @@ def _specs(spec: Spec, budgets: Sequence[float], store: str | Path | None) -> di
     structures = [structure.value for structure in Structure if getattr(spec.budget, structure.value)]
     if not structures and spec.budget.vocabulary is not None:
         structures = ["vocabulary"]
-    overall = spec.budget.parameters is not None or spec.budget.max_parameters is not None
+    overall = spec.budget.overall
     if spec.budget.retention is not None:
         problems.append(
             "budget.retention: a spec with a retention floor finds its own budget, so there is nothing to sweep: build it, "

@@ -154,6 +154,19 @@ def test_a_spec_that_is_no_yaml(workplace: Workplace) -> None:
     assert f"{workplace.spec}: not valid YAML" in workplace.refused("validate", workplace.spec)
 
 
+def test_a_key_that_stands_twice(workplace: Workplace) -> None:
+    workplace.spec.write_text("name: a\nbudget:\n  ffn: 0.5\n  floor: 0.2\n  ffn: 0.25\nname: b\n")
+    message = workplace.refused("validate", workplace.spec)
+    assert f"{workplace.spec}: budget.ffn: stands twice, in lines 3 and 5; keep one" in message
+    assert f"{workplace.spec}: name: stands twice, in lines 1 and 6; keep one" in message
+
+
+@pytest.mark.parametrize("text", ["name: &a [*a]\n", "&a name: {b: &c {d: *c}}\n"], ids=["list", "mapping"])
+def test_a_spec_whose_anchors_hold_themselves(workplace: Workplace, text: str) -> None:
+    workplace.spec.write_text(text)
+    assert "name: " in workplace.refused("validate", workplace.spec)
+
+
 # --- corpora --------------------------------------------------------------------------------------------------------
 
 CORPORA: list[tuple[str | None, str]] = [
