@@ -21,7 +21,7 @@ ORDER = [
     "rows", "composition", "comparison", "masking", "compensation", "pruning", "oracle", "evaluation", "alignment",
     "retention", "preparing", "deciding", "retaining", "report", "pictures", "api", "analysis", "sweeping", "tradeoff",
     "inspection", "serving", "measurement", "measuring",
-    "evidence", "reasons", "findings", "lineup", "inline", "charts", "page", "terminal", "commands", "cli",
+    "page", "terminal", "commands", "cli",
 ]  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 MODULES = [path for path in SOURCES if path != PACKAGE / "__init__.py"]

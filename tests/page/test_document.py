@@ -14,10 +14,9 @@ import jinja2
 import pytest
 from click.testing import CliRunner, Result
 
-from expertprune import charts
 from expertprune.cli import main
 from expertprune.files import to_json
-from expertprune.page import Number, headline_rows, render, report
+from expertprune.page import Number, charts, headline_rows, render, report
 from tests.experts import about, copied, measured
 from tests.html import at, numbers, parsed, words
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from expertprune.artifacts import LayerPlan, Plan, Profile, load_plan, plan_from
-from expertprune.reasons import _overlap, _shares, decided, kept_units, relevance_findings
+from expertprune.page.reasons import _overlap, _shares, decided, kept_units, relevance_findings
 from expertprune.scoring import check_criterion
 from expertprune.units import KeptUnits, LayerShape, Structure
 from tests.experts import about

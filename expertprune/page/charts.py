@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from expertprune.inline import ACCENT, INK, MUTED, RULE, SERIES, figure_of, svg
+from expertprune.page.inline import ACCENT, INK, MUTED, RULE, SERIES, figure_of, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

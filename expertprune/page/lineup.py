@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from expertprune.findings import ReportData
+from expertprune.page.findings import ReportData
 
 _RELATIVE = {"kl"}  # a distance to the expert's own base
 _PER_TOKEN = {"perplexity", "kl"}  # of other tokens where the tokenizer is another one

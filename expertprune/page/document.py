@@ -14,13 +14,14 @@ from markupsafe import Markup, escape
 from rich.table import Table
 from rich.text import Text
 
-from expertprune import charts, formats
-from expertprune.charts import Picture
+from expertprune import formats
 from expertprune.errors import CheckpointError
-from expertprune.evidence import damaged, read_artifacts
 from expertprune.files import check_parent, to_json, write_file
-from expertprune.findings import findings
-from expertprune.lineup import lineup
+from expertprune.page import charts
+from expertprune.page.charts import Picture
+from expertprune.page.evidence import damaged, read_artifacts
+from expertprune.page.findings import findings
+from expertprune.page.lineup import lineup
 from expertprune.report import CARD_FILE, card_text
 from expertprune.serving.throughput import METRICS
 
@@ -107,7 +108,7 @@ def _check_page(page: Path) -> None:
 def render(data: Mapping[str, Any]) -> str:
     """The page of a report's data; every number on it comes from there, unchanged."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("expertprune"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+        loader=jinja2.PackageLoader("expertprune.page"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
     for style in formats.STYLES:

@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 
 from expertprune.artifacts import Evaluation
-from expertprune.evidence import Artifacts, damaged
 from expertprune.files import digest_of
-from expertprune.reasons import kept_units, relevance_findings
+from expertprune.page.evidence import Artifacts, damaged
+from expertprune.page.reasons import kept_units, relevance_findings
 from expertprune.report import METRIC_LABELS, purpose
 from expertprune.scoring import check_criterion, criterion_name, part_name
 from expertprune.spec import Relevance

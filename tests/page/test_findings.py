@@ -13,10 +13,10 @@ import pytest
 import yaml
 
 from expertprune.errors import CheckpointError, PlanError
-from expertprune.evidence import read_artifacts
-from expertprune.findings import ReportData, findings, metric_rows
-from expertprune.lineup import lineup
 from expertprune.page import headline_rows
+from expertprune.page.evidence import read_artifacts
+from expertprune.page.findings import ReportData, findings, metric_rows
+from expertprune.page.lineup import lineup
 from tests.experts import about, copied, measured, throughput
 
 Build = tuple[Path, Path]

@@ -8,9 +8,17 @@ from xml.etree import ElementTree
 
 import pytest
 
-from expertprune import charts
-from expertprune.charts import Mark, Row, intervals, kept_picture, overlap_picture, relevance_picture, retention_picture
-from expertprune.inline import ACCENT, INK, figure_of, svg
+from expertprune.page import charts
+from expertprune.page.charts import (
+    Mark,
+    Row,
+    intervals,
+    kept_picture,
+    overlap_picture,
+    relevance_picture,
+    retention_picture,
+)
+from expertprune.page.inline import ACCENT, INK, figure_of, svg
 
 HOSTILE = "<script>alert(1)</script> $x_1$ & \"q\" 'q' 日本"
 
