@@ -13,7 +13,8 @@ OUT := experts/english-medical-qa
 # Tests side by side, a module to a process of one thread; those of real models two at a time, as each takes gigabytes.
 # vLLM would bind the engines of both to the same core.
 FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile -m "not slow and not vllm"
-SLOW := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or vllm"
+SLOW := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m pytest -n 2 --dist loadfile \
+	--no-loadscope-reorder -m "slow or vllm"
 
 .PHONY: demo test check clean
 

@@ -13,6 +13,11 @@ from tests.experts import build_tiny
 from tests.tiny import save_tiny, write_corpus
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """README's commands take longest: they begin first, so that no process is left with them alone."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
 @pytest.fixture(autouse=True)
 def store(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Every test has a profile store of its own, and never touches the user's."""

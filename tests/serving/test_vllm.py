@@ -146,11 +146,12 @@ async def one_request(client: Any, raw: Any, number: int, chance: random.Random)
 
 
 async def hundred_requests(serving: Serving, first: int) -> list[str]:
-    """32 at a time."""
+    """32 at a time, each on a connection of its own: the server closes an idle one after 5 s, also as a request comes."""
     chance, gate = random.Random(first), asyncio.Semaphore(32)
+    alone = httpx.Limits(max_keepalive_connections=0)
     async with (
-        openai.AsyncOpenAI(base_url=f"{serving.root}/v1", api_key="none", max_retries=0, timeout=600) as client,
-        httpx.AsyncClient(base_url=serving.root, timeout=600) as raw,
+        httpx.AsyncClient(base_url=serving.root, timeout=600, limits=alone) as raw,
+        openai.AsyncOpenAI(base_url=f"{serving.root}/v1", api_key="none", max_retries=0, http_client=raw) as client,
     ):
 
         async def gated(number: int) -> str:
