@@ -79,7 +79,7 @@ def environment(store: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_commands_in_their_order(workplace: Path, real_store: Path) -> None:
     for command in EXPERTPRUNE:
         done = subprocess.run(
