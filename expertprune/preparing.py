@@ -43,6 +43,7 @@ from expertprune.spec import Budget, Spec, load_spec, parse_spec
 from expertprune.units import KeptUnits, Structure
 
 log = logging.getLogger(__name__)
+HELD_BACK = 8  # documents of a corpus that a retention floor is measured on, where a quarter of it is no fewer
 SpecLike = Spec | str | Path
 # A stage's name and its number of steps give a function that is called after each step.
 Track = Callable[[str, int], contextlib.AbstractContextManager[Callable[[], None]]]
@@ -174,9 +175,14 @@ def evaluation_corpora(spec: Spec, corpora: Mapping[CorpusName, Corpus]) -> list
 
 
 def validation_documents(corpus: Corpus) -> list[Document]:
-    """Calibration documents held back for measuring what a budget keeps: a tenth by digest, but one at least."""
+    """Calibration documents held back for measuring what a budget keeps, by digest.
+
+    A tenth, or eight if those are more, but no more than a quarter, and one at least: the least of several corpora decides,
+    and on two or three documents that is chance.
+    """
     order = sorted(corpus.calibration, key=lambda document: digest_of(["validation", document.digest]))
-    return order[: max(1, len(order) // HELD_OUT)]
+    number = min(max(len(order) // HELD_OUT, HELD_BACK), len(order) // 4)
+    return order[: max(1, number)]
 
 
 def profiles_of(

@@ -61,7 +61,7 @@ def budgets_to_try(prepared: Prepared) -> list[Budget]:
 def decide_by_retention(prepared: Prepared, track: Track, run: bool = True) -> Plan:
     """The plan of the largest cut that holds the floor of `budget.retention`, by bisection over budgets.
 
-    Every try is a whole expert, repaired, measured on calibration documents held back for it (a tenth of each corpus). It is
+    Every try is a whole expert, repaired, measured on calibration documents held back for it (`validation_documents`). It is
     assumed that a larger cut keeps less.
 
     Raises:
