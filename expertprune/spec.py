@@ -218,8 +218,8 @@ class Budget(_Section):
 
     @model_validator(mode="after")
     def _one_way(self) -> Budget:
-        overall = ("parameters", "max_parameters", "retention")
-        ways = [name for name in overall if getattr(self, name) is not None]
+        choices = ("parameters", "max_parameters", "retention")
+        ways = [name for name in choices if getattr(self, name) is not None]
         if len(ways) > 1:
             raise ValueError(f"give one of {', '.join(ways)}, not several")
         if ways and self.ffn:
