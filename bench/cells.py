@@ -142,6 +142,8 @@ class Bench:
         if cell.method == "base":  # nothing calibrates it
             about = {key: about[key] for key in ("base", "dtype", "sets")} | {"method": "base", "piqa": cell.piqa}
         about = json.loads(json.dumps(about))
+        if cell.method == "ours" and not spec.general:
+            about["spec"]["compose"].pop("fusion")  # with nothing to fuse with
         path = self.results / f"{digest_of(about)[:16]}.json"
         if not path.is_file():
             write_json(path, {"about": about, **self._compute(cell, prepared)})

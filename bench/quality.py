@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from .cells import GEMMA, RESULTS, Bench, Cell, Result, threads
-from .measure import Sums, excess
+from .measure import Excess, Sums, excess
 
 # Cus-Prun alone: three dimensions, exact output change, their intersection; no general corpus, no repair.
 CUS_PRUN = Cell(
@@ -62,6 +62,15 @@ class Table:
         if cells[0].piqa:
             columns.append(f"{np.mean([result.piqa for result in results]):.3f}")
         return columns
+
+    def differences(self, cell: Cell, other: Result) -> list[str]:
+        """Per set: excess over another expert, paired by document; below zero where the cell's is the better one."""
+        result = self.bench.run(cell)
+        return [_signed(excess(other.sums[name], result.sums[name])) for name in cell.sets]
+
+
+def _signed(found: Excess) -> str:
+    return f"{found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
 
 
 def _losses(sums: Sequence[Sums], base: Sums) -> list[str]:
@@ -137,7 +146,8 @@ PARTS: dict[str, dict[str, Any]] = {
     "ours (all parts as by default)": {},
     "intersection → mean": {"compose.rule": "mean"},
     "intersection → union": {"compose.rule": "union"},
-    "fusion → largest of general and expert": {"compose.fusion": {"tau": 0, "beta": 1}},
+    "fusion → shared/exclusive": {"compose.fusion": {"method": "shared_exclusive", "lambda": 0.5}},
+    "fusion → the expert's score alone": {"compose.fusion": {"lambda": 0}},
     "global → uniform allocation": {"compose.allocation": "uniform"},
     "search in place of global": {"compose.allocation": "search"},
     "no repair": {"compensation": "none"},
@@ -149,13 +159,17 @@ PARTS: dict[str, dict[str, Any]] = {
 
 
 def parts(bench: Bench, seeds: Sequence[int]) -> None:
-    """Leave one out, or put one in."""
+    """Leave one out, or put one in; beside each set the difference to the default, paired by document."""
     dimensions = {"language": "encyclopedia", "domain": "abstracts", "task": "qa"}
     shape = Cell("base", dimensions=dimensions, general=("encyclopedia", "math"), documents=40, piqa=0)
-    table = Table(bench, "Does every part pay? 25% of FFN, SmolLM2", "part", *_columns(shape))
-    base = bench.run(shape)
+    columns = [text for name in shape.sets for text in (f"{name}: excess ln", "more than the default's (95%)")]
+    table = Table(bench, "Does every part pay? 25% of FFN, SmolLM2", "part", *columns)
+    base, ours = bench.run(shape), bench.run(replace(shape, method="ours"))
     for name, overrides in PARTS.items():
-        table.add(name, *table.measured([replace(shape, method="ours", overrides=overrides)], base))
+        cell = replace(shape, method="ours", overrides=overrides)
+        found = [f"{excess(base.sums[each], bench.run(cell).sums[each]).value:.3f}" for each in cell.sets]
+        against = table.differences(cell, ours) if overrides else [""] * len(found)
+        table.add(name, *(text for pair in zip(found, against, strict=True) for text in pair))
 
 
 def dimensions(bench: Bench, seeds: Sequence[int]) -> None:
@@ -180,6 +194,9 @@ def dimensions(bench: Bench, seeds: Sequence[int]) -> None:
         table.add(f"composed: {name}", "15%", "least squares", *table.measured([cell], base))
 
 
+FUSED = "both, fused"
+
+
 def task(bench: Bench, seeds: Sequence[int]) -> None:
     """Fused against general-only and task-only calibration, by criterion, unrepaired and repaired."""
     shape = Cell("base", documents=40)
@@ -194,24 +211,40 @@ def task(bench: Bench, seeds: Sequence[int]) -> None:
     ways = {
         "expert only": {"general": ()},
         "general only": {"dimensions": {"domain": "encyclopedia"}, "general": ()},
-        "both, fused": {},
+        FUSED: {},
     }
+    found: dict[str, list[Result]] = {name: [] for name in ways}
     for criterion in CRITERIA:
         for name, changes in ways.items():
-            if criterion == "magnitude" and name != "both, fused":
+            if criterion == "magnitude" and name != FUSED:
                 continue  # it sees no data
             overrides = {"relevance.criterion": criterion, "compose.allocation": "uniform", **UNREPAIRED}
             cell = replace(shape, method="ours", overrides=overrides, **changes)
             table.add(criterion, name, *table.measured([cell], base))
+            if criterion != "magnitude":
+                found[name].append(bench.run(cell))
+    columns = [text for name in shape.sets for text in (f"{name}: mean excess", "fused less")]
+    means = Table(bench, "The same, mean over the criteria that see data", "scored on", *columns, "PIQA", "fused more")
+    for name, results in found.items():
+        cells = []
+        for each in shape.sets:
+            here, fused = (_mean_excess(base, many, each) for many in (results, found[FUSED]))
+            cells += [f"{here:.3f}", "" if name == FUSED else f"{here - fused:+.3f}"]
+        right, best = (float(np.mean([result.piqa for result in many])) for many in (results, found[FUSED]))
+        means.add(name, *cells, f"{right:.3f}", "" if name == FUSED else f"{best - right:+.3f}")
+
+
+def _mean_excess(base: Result, results: Sequence[Result], name: str) -> float:
+    return float(np.mean([excess(base.sums[name], result.sums[name]).value for result in results]))
 
 
 def tokens(bench: Bench, seeds: Sequence[int]) -> None:
     """Excess against calibration text, for ours and for FLAP; draws a picture."""
-    shape = Cell("base", piqa=0)
+    shape = Cell("base")  # 60 documents: the cells of the table of peers
     table = Table(bench, "How much calibration text pays (25% of FFN, SmolLM2)", "method", "tokens", *_columns(shape))
     base = bench.run(shape)
     curves: dict[str, list[tuple[int, float, float]]] = {}
-    for documents in (10, 20, 40, 80, 160, 320):
+    for documents in (15, 30, 60, 120, 240, 420):
         for method in ("flap", "ours"):
             cell = replace(shape, method=method, documents=documents)
             result = bench.run(cell)

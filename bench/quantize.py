@@ -29,6 +29,7 @@ from expertprune.report import folder_size
 SPEC = Path("profiles/english-medical-qa.yaml")
 SCHEMES = ("W8A8", "FP8_DYNAMIC")  # one scale for each row; those of groups want widths that 128 divides
 PROMPT = "The heart pumps blood through the"
+VERSIONS, MEASURED = "versions.json", "measured.json"  # what this script keeps in a quantized folder
 ONLY_DOCUMENTS = {"evaluate.metrics": ["bits_per_byte", "perplexity", "kl"]}
 # Runs in the compressor's environment. No calibration data: weights round to nearest, activations scale as they come.
 COMPRESS = """
@@ -54,7 +55,7 @@ if __name__ == "__main__":
 
 def quantized(expert: Path, out: Path, scheme: str, compressor: str) -> dict[str, Any]:
     """The expert's folder, its `Linear` weights quantized by llm-compressor; returns the versions that did it."""
-    told = out / "versions.json"
+    told = out / VERSIONS
     if not told.is_file():
         shutil.rmtree(out, ignore_errors=True)
         run = subprocess.run(
@@ -67,7 +68,8 @@ def quantized(expert: Path, out: Path, scheme: str, compressor: str) -> dict[str
         config = json.loads((expert / "config.json").read_text())
         config["quantization_config"] = made["quantization_config"]
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for path in [*Checkpoint(expert).carried_files, expert / "expertprune.json"]:
+        carried = [path for path in Checkpoint(expert).carried_files if path.name not in (VERSIONS, MEASURED)]
+        for path in [*carried, expert / "expertprune.json"]:
             shutil.copyfile(path, out / path.name)
         told.write_text(run.stdout.strip().splitlines()[-1])
     return dict(json.loads(told.read_text()))
@@ -75,7 +77,7 @@ def quantized(expert: Path, out: Path, scheme: str, compressor: str) -> dict[str
 
 def measured(folder: Path) -> dict[str, Any]:
     """The metrics of each corpus, base beside expert."""
-    told = folder / "measured.json"
+    told = folder / MEASURED
     if not told.is_file():
         told.write_text(json.dumps(evaluate(folder, overrides=ONLY_DOCUMENTS).corpora))
     return dict(json.loads(told.read_text()))

@@ -54,8 +54,8 @@ transformers and in vLLM.
 Its tokenizer is the base's with the other tokens and their merges taken out, so retention is in bits per byte.
 {% endif %}
 Method: criterion `{{ spec.relevance.criterion }}` ({{ criterion_paper }}), rule `{{ spec.compose.rule }}` over dimensions
-(Cus-Prun, https://arxiv.org/abs/2506.02561),{% if spec.general %} shared/exclusive fusion with general relevance (after
-https://arxiv.org/abs/2510.22489),{% endif %} repair `{{ spec.compensation.method }}`.
+(Cus-Prun, https://arxiv.org/abs/2506.02561),{% if fusion %} {{ fusion.text }}{% if fusion.paper %} (after
+{{ fusion.paper }}){% endif %},{% endif %} repair `{{ spec.compensation.method }}`.
 
 {% if headline -%}
 ## At a glance
@@ -126,8 +126,18 @@ def card_text(about: dict[str, Any], headline: Sequence[tuple[str, str]] = ()) -
     per_layer = any(isinstance(entry["kept"], list) for entry in about["plan"]["budget"].values())
     card = environment.from_string(_CARD)
     notes = retention_notes(about["evaluation"]) if rows else []
-    kind = {"purpose": purpose(about["spec"]), "per_layer": per_layer}
+    kind = {"purpose": purpose(about["spec"]), "per_layer": per_layer, "fusion": fusion_of(about["spec"])}
     return card.render(**about, rows=rows, notes=notes, headline=headline, **kind)
+
+
+def fusion_of(spec: Mapping[str, Any]) -> dict[str, str] | None:
+    """How a spec's general relevance counts, as `text`, with its `paper` where it has one; `None` without general corpora."""
+    if not spec.get("general"):
+        return None
+    fusion = spec["compose"]["fusion"]
+    if fusion.get("method", "shared_exclusive") == "weighted":  # the key is younger than the other way
+        return {"text": f"general relevance weighted {fusion['lambda']:g}"}
+    return {"text": "shared/exclusive fusion with general relevance", "paper": "https://arxiv.org/abs/2510.22489"}
 
 
 def retention_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:

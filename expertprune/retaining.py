@@ -20,6 +20,8 @@ from expertprune.spec import Budget, Retention
 
 log = logging.getLogger(__name__)
 
+_BETWEEN = 4  # budgets to try for each legal width, where layers may differ
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -46,15 +48,23 @@ class Kept:
 
 
 def budgets_to_try(prepared: Prepared) -> list[Budget]:
-    """Budgets of ascending size, the FFN's legal widths apart, as parameters of the whole model."""
-    base, budget = prepared.base, prepared.spec.budget
+    """Budgets of ascending size, as parameters of the whole model.
+
+    What every layer loses at the FFN's legal widths; where layers may differ, steps of a quarter of that (of a layer's own
+    step, if there are fewer than four layers).
+    """
+    base, budget, compose = prepared.base, prepared.spec.budget, prepared.spec.compose
     shape = base.layers[0]
-    found = []
+    uniform = compose.allocation == "uniform" or (compose.allocation == "search" and compose.search.uniform)
+    parts = 1 if uniform else min(_BETWEEN, len(base.layers))
+    found, before = [], 0
     for width in reversed(legal_ffn(shape, budget.multiple_of, budget.floor)[:-1]):
         layer = LayerWidths(width, shape.heads_per_group, shape.kv_heads)
         removed = removed_parameters(base, Widths.same(layer, len(base.layers)))
-        update = {"retention": None, "parameters": removed / base.checkpoint.parameters * (1 - 1e-9)}
-        found.append(budget.model_copy(update=update))
+        for part in range(1, parts + 1):
+            fraction = (before + (removed - before) * part / parts) / base.checkpoint.parameters
+            found.append(budget.model_copy(update={"retention": None, "parameters": fraction * (1 - 1e-9)}))
+        before = removed
     return found
 
 

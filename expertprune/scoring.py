@@ -232,11 +232,11 @@ class Fused:
 def fuse(
     expert: Tensor, general: Tensor, expert_rms: Tensor, general_rms: Tensor, fusion: Fusion
 ) -> tuple[Tensor, Tensor]:
-    """Shared/exclusive fusion, after arXiv:2510.22489, with exposed constants.
+    """General and expert relevance as one score, and which units are shared.
 
-    With `δ = |n_G − n_T| / (n_G + n_T)` of the normalized activations `n`: where `δ ≤ τ` a unit is shared and scores
-    `λ s_G + (1 − λ) s_T`; otherwise it is exclusive to the expert (`n_T > n_G`), with `s_T`, or to general, with
-    `max(β s_G, s_T)`.
+    With `δ = |n_G − n_T| / (n_G + n_T)` of the normalized activations `n`: where `δ ≤ τ` a unit is shared, otherwise it is
+    exclusive to the expert (`n_T > n_G`) or to general. `weighted`: every unit scores `λ s_G + (1 − λ) s_T`.
+    `shared_exclusive`, after arXiv:2510.22489: shared units alone score so, the expert's `s_T`, general's `max(β s_G, s_T)`.
 
     Args:
         expert, general: scores `s_T`, `s_G`, `[units]`.
@@ -246,10 +246,12 @@ def fuse(
         The fused score and the kind of each unit, `[units]` each.
     """
     delta = (general_rms - expert_rms).abs() / (general_rms + expert_rms).clamp_min(1e-30)
-    shared = fusion.lambda_ * general + (1 - fusion.lambda_) * expert
-    exclusive = torch.where(expert_rms > general_rms, expert, torch.maximum(fusion.beta * general, expert))
     kind = torch.where(delta <= fusion.tau, SHARED, torch.where(expert_rms > general_rms, EXPERT, GENERAL))
-    return torch.where(delta <= fusion.tau, shared, exclusive), kind
+    weighted = fusion.lambda_ * general + (1 - fusion.lambda_) * expert
+    if fusion.method == "weighted":
+        return weighted, kind
+    exclusive = torch.where(kind == EXPERT, expert, torch.maximum(fusion.beta * general, expert))
+    return torch.where(kind == SHARED, weighted, exclusive), kind
 
 
 def score_units(

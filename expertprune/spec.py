@@ -7,14 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from expertprune.errors import SpecError
 from expertprune.files import read_yaml
@@ -132,11 +125,16 @@ class Relevance(_Section):
 
 
 class Fusion(_Section):
-    """How general and expert relevance become one score (after arXiv:2510.22489)."""
+    """How general and expert relevance become one score."""
 
+    method: Literal["weighted", "shared_exclusive"] = Field(
+        "weighted",
+        description="weighted: the general score counts lambda on every unit; shared_exclusive: on shared units only, while "
+        "exclusive ones keep the score of their own side (after arXiv:2510.22489).",
+    )
     tau: float = Field(0.1, ge=0, le=1, description="Units whose activation differs by at most this are shared.")
-    lambda_: float = Field(0.5, ge=0, le=1, alias="lambda", description="Weight of the general score on shared units.")
-    beta: float = Field(0.5, ge=0, le=1, description="Weight of the general score on general-exclusive units.")
+    lambda_: float = Field(0.25, ge=0, le=1, alias="lambda", description="Weight of the general score.")
+    beta: float = Field(0.5, ge=0, le=1, description="Its weight on general-exclusive units and on vocabulary rows.")
 
 
 class Search(_Section):

@@ -60,13 +60,15 @@ def test_the_worst_corpus_of_a_kind_decides(kept: dict[str, float], floor: dict[
     assert Kept(kept).holds(Retention(**floor)) is holds
 
 
-def test_budgets_are_the_legal_widths_apart(prepared: Prepared) -> None:
-    """Hidden 24, three layers: a step of four neurons is 3 · 4 · 3 · 24 parameters, and four of 32 stay at the floor."""
+@pytest.mark.parametrize(("allocation", "layers_at_once"), [("uniform", 3), ("global", 1)])
+def test_budgets_are_legal_steps_apart(prepared: Prepared, allocation: str, layers_at_once: int) -> None:
+    """Hidden 24, three layers: a step of four neurons of one is 4 · 3 · 24 parameters, and four of 32 stay at the floor."""
+    prepared.spec.compose.allocation = allocation  # type: ignore[assignment]
     found = budgets_to_try(prepared)
-    assert len(found) == 7
+    assert len(found) == 7 * 3 / layers_at_once
     total = prepared.base.checkpoint.parameters
     for steps, budget in enumerate(found, start=1):
-        assert budget.parameters == pytest.approx(steps * 3 * 4 * 3 * 24 / total)
+        assert budget.parameters == pytest.approx(steps * layers_at_once * 4 * 3 * 24 / total)
         assert budget.retention is None
         assert budget.multiple_of == 4
 

@@ -446,7 +446,7 @@ def test_scores_are_fused_with_the_activations_of_the_dimensions(
     spec = a_spec(
         {"language": ["en", "de"], "domain": ["medical"]},
         ["g", "h"],
-        fusion={"tau": tau, "lambda": weight, "beta": beta},
+        fusion={"method": "shared_exclusive", "tau": tau, "lambda": weight, "beta": beta},
     )
     expert_of = [
         profiles[CorpusName(*name)] for name in (("language", "en"), ("language", "de"), ("domain", "medical"))
@@ -502,13 +502,17 @@ def test_fuse(
     s_t: float, s_g: float, n_t: float, n_g: float, constants: dict[str, float], score: float, kind: int
 ) -> None:
     tensors = [torch.tensor([value], dtype=torch.float64) for value in (s_t, s_g, n_t, n_g)]
-    fused, found = fuse(*tensors, Fusion(**constants))
+    fused, found = fuse(*tensors, Fusion(**{"method": "shared_exclusive", "lambda": 0.5, **constants}))
     assert fused.tolist() == pytest.approx([score])
     assert found.tolist() == [kind]
 
 
 def test_fuse_treats_each_unit_by_itself() -> None:
     expert, general = torch.tensor([0.2, 0.2, 0.2]), torch.tensor([0.6, 0.6, 0.6])
-    fused, kind = fuse(expert, general, torch.tensor([1.0, 3.0, 1.0]), torch.tensor([1.0, 1.0, 3.0]), Fusion())
+    rms = torch.tensor([1.0, 3.0, 1.0]), torch.tensor([1.0, 1.0, 3.0])
+    fused, kind = fuse(expert, general, *rms, Fusion(method="shared_exclusive", **{"lambda": 0.5}))
     assert fused.tolist() == pytest.approx([0.4, 0.2, 0.3])
+    assert kind.tolist() == [SHARED, EXPERT, GENERAL]
+    fused, kind = fuse(expert, general, *rms, Fusion(**{"lambda": 0.5}))
+    assert fused.tolist() == pytest.approx([0.4, 0.4, 0.4]), "weighted: whatever their kind"
     assert kind.tolist() == [SHARED, EXPERT, GENERAL]

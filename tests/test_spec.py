@@ -120,7 +120,7 @@ def test_an_unknown_key_names_file_key_and_the_nearest_key(changes: dict[str, An
 
 def test_an_unknown_key_near_nothing_gets_the_list_of_keys() -> None:
     (problem,) = problems_of(compose={"fusion": {"zzz": 1}})
-    assert problem == "my.yaml: unknown key 'compose.fusion.zzz'; valid: beta, lambda, tau"
+    assert problem == "my.yaml: unknown key 'compose.fusion.zzz'; valid: beta, lambda, method, tau"
 
 
 def test_several_errors_of_different_kinds_are_reported_at_once() -> None:

@@ -16,7 +16,7 @@ from expertprune.artifacts import Evaluation
 from expertprune.files import digest_of
 from expertprune.page.evidence import Artifacts, damaged
 from expertprune.page.reasons import kept_units, relevance_findings
-from expertprune.report import METRIC_LABELS, purpose
+from expertprune.report import METRIC_LABELS, fusion_of, purpose
 from expertprune.scoring import check_criterion, criterion_name, part_name
 from expertprune.spec import Relevance
 from expertprune.sweeping import pooled
@@ -297,7 +297,7 @@ def _provenance(artifacts: Artifacts) -> dict[str, Any]:
         "rule": spec["compose"]["rule"],
         "allocation": spec["compose"]["allocation"],
         "repair": spec["compensation"]["method"],
-        "fusion": bool(spec.get("general")),
+        "fusion": fusion_of(spec),
         "plan": plan.digest,
         "corpora": [
             {
