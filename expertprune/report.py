@@ -130,13 +130,13 @@ def card_text(about: dict[str, Any], headline: Sequence[tuple[str, str]] = ()) -
     return card.render(**about, rows=rows, notes=notes, headline=headline, **kind)
 
 
-def fusion_of(spec: Mapping[str, Any]) -> dict[str, str] | None:
+def fusion_of(spec: Mapping[str, Any]) -> dict[str, str | None] | None:
     """How a spec's general relevance counts, as `text`, with its `paper` where it has one; `None` without general corpora."""
     if not spec.get("general"):
         return None
     fusion = spec["compose"]["fusion"]
     if fusion.get("method", "shared_exclusive") == "weighted":  # the key is younger than the other way
-        return {"text": f"general relevance weighted {fusion['lambda']:g}"}
+        return {"text": f"general relevance weighted {fusion['lambda']:g}", "paper": None}
     return {"text": "shared/exclusive fusion with general relevance", "paper": "https://arxiv.org/abs/2510.22489"}
 
 

@@ -103,7 +103,7 @@ def an_expert(name: str = "made-up", base: str = "owner/model", corpus: str = "l
         "dimensions": {"language": [corpus.partition("/")[2], "de"], "domain": [], "task": ["qa"]},
         "general": ["general"],
         "relevance": {"criterion": "impact"},
-        "compose": {"rule": "intersection", "allocation": "uniform"},
+        "compose": {"rule": "intersection", "allocation": "uniform", "fusion": {"method": "weighted", "lambda": 0.25}},
         "compensation": {"method": "least_squares"},
     }
     return {
