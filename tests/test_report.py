@@ -247,7 +247,7 @@ def test_the_card_says_what_was_cut_and_what_was_kept(tmp_path: Path) -> None:
         assert line in text.splitlines()
     assert "language/en (3 documents), task/qa (1 documents)." in text
     assert "(https://example.org/paper)" in text
-    assert "fusion with general relevance" in text
+    assert "general relevance weighted 0.25" in text
     assert "Not evaluated yet" not in text
 
 
@@ -271,10 +271,16 @@ def test_the_card_of_an_expert_without_evaluation_says_so(tmp_path: Path) -> Non
     assert "95% interval" not in text
 
 
-def test_the_card_speaks_of_fusion_only_where_there_is_some(tmp_path: Path) -> None:
+def test_the_card_speaks_of_general_relevance_only_where_there_is_some(tmp_path: Path) -> None:
     about = an_expert()
+    about["spec"]["compose"]["fusion"] = {"method": "shared_exclusive", "lambda": 0.5}
+    text = card(tmp_path, about)
+    assert "shared/exclusive fusion with general relevance" in text
+    assert "2510.22489" in text
     about["spec"]["general"] = []
-    assert "fusion" not in card(tmp_path, about)
+    text = card(tmp_path, about)
+    assert "fusion" not in text
+    assert "general relevance" not in text
 
 
 @pytest.mark.parametrize("text", HOSTILE)
