@@ -1,9 +1,9 @@
-"""Which constants of the fusion are best, on calibration rows that calibrated nothing: where the defaults come from.
+"""Which fusion is best, and with which constants, on calibration rows that calibrated nothing: where the defaults come from.
 
-    python -m bench.constants --data DATA
+    python -m bench.constants --data DATA [--seeds 2]
 
 The cell of `bench.quality`'s table of peers (25% of SmolLM2's FFN neurons), without repair and masked in place of cut, once
-for each choice of `compose.fusion`. Measured on pieces of the calibration files that the cell does not profile, so that no
+for each choice of `compose.fusion` and each seed of the calibration text; a row is the mean over seeds. Measured on pieces of the calibration files that the cell does not profile, so that no
 report row chooses anything. The excess is `ln(expert / base)` of the perplexity of 512-token blocks.
 """
 
@@ -14,11 +14,13 @@ import datetime
 import importlib.metadata
 import json
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jsonlines
+import numpy as np
 
 from expertprune import api
 from expertprune.masking import masked
@@ -30,13 +32,15 @@ from .quality import UNREPAIRED
 PIECES = 400
 # Corpora of calibration rows, and how many blocks of each are measured.
 HELD_OUT = {"medical": 12, "encyclopedia": 12, "math": 6}
-DEFAULT = {"tau": 0.1, "lambda": 0.5, "beta": 0.5}
-CHOICES: list[dict[str, float]] = [
-    {},
-    {"tau": 0.0}, {"tau": 0.03}, {"tau": 0.3}, {"tau": 1.0},
-    {"lambda": 0.3}, {"lambda": 0.7},
-    {"beta": 0.25}, {"beta": 0.75}, {"beta": 1.0},
-    {"tau": 0.0, "beta": 1.0},
+WEIGHTED, EXCLUSIVE = "weighted", "shared_exclusive"
+CHOICES: list[dict[str, Any]] = [
+    *({"method": WEIGHTED, "lambda": weight} for weight in (0.1, 0.25, 0.5)),
+    *(
+        {"method": EXCLUSIVE, "tau": tau, "lambda": weight, "beta": beta}
+        for tau, weight, beta in (
+            (0.1, 0.5, 0.5), (0.1, 0.25, 0.5), (0.3, 0.5, 0.5), (0.3, 0.25, 0.5), (0.1, 0.5, 0.75), (0, 0.5, 1)
+        )
+    ),
 ]  # fmt: skip
 
 
@@ -54,26 +58,35 @@ def held_out(bench: Bench, prepared: Any) -> dict[str, Blocks]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    bench = Bench(parser.parse_args().data.resolve())
-    cell = Cell("ours", overrides=UNREPAIRED)
+def losses_of(bench: Bench, seed: int) -> Iterator[list[float]]:
+    """Of one seed, the excess on each held-out set, choice by choice."""
+    cell = Cell("ours", overrides=UNREPAIRED, seed=seed)
     prepared = api.validate(bench.spec(cell))
     sets = held_out(bench, prepared)
     model = prepared.model
     dense = {name: losses(model, found) for name, found in sets.items()}
-    print("| τ | λ | β | " + " | ".join(sets) + " | mean |\n" + "|---" * (len(sets) + 4) + "|", flush=True)
     for choice in CHOICES:
-        constants = {**DEFAULT, **choice}
-        overrides = {**UNREPAIRED, **{f"compose.fusion.{key}": value for key, value in constants.items()}}
-        here = api.validate(bench.spec(replace(cell, overrides=overrides)))
+        here = api.validate(bench.spec(replace(cell, overrides={**UNREPAIRED, "compose.fusion": choice})))
         here.share(prepared)
         plan = api.plan_of(here, api.silent)
         with masked(model, here.base.family, here.base.layers, plan.kept):
-            values = [excess(dense[name], losses(model, found)).value for name, found in sets.items()]
-        columns = [*(f"{constants[key]:g}" for key in DEFAULT), *(f"{value:.3f}" for value in values)]
-        print("| " + " | ".join([*columns, f"{sum(values) / len(values):.3f}"]) + " |", flush=True)
+            yield [excess(dense[name], losses(model, found)).value for name, found in sets.items()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=2)
+    arguments = parser.parse_args()
+    bench = Bench(arguments.data.resolve())
+    columns = ("fusion", "λ", "τ", "β", *HELD_OUT, "mean")
+    found = [losses_of(bench, seed) for seed in range(arguments.seeds)]
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|", flush=True)
+    for choice in CHOICES:
+        values = np.mean([next(row) for row in found], axis=0)
+        constants = [f"{choice[key]:g}" if key in choice else "" for key in ("lambda", "tau", "beta")]
+        cells = [choice["method"], *constants, *(f"{value:.3f}" for value in (*values, values.mean()))]
+        print("| " + " | ".join(cells) + " |", flush=True)
     versions = {name: importlib.metadata.version(name) for name in ("expertprune", "torch", "transformers")}
     print("\n" + json.dumps({**versions, "threads": threads(), "date": datetime.date.today().isoformat()}))
 
