@@ -131,7 +131,7 @@ def card_text(about: dict[str, Any], headline: Sequence[tuple[str, str]] = ()) -
 
 
 def fusion_of(spec: Mapping[str, Any]) -> dict[str, str | None] | None:
-    """How a spec's general relevance counts, as `text`, with its `paper` where it has one; `None` without general corpora."""
+    """How a spec's general relevance counts, as `text`, and its `paper` if it has one; `None` without general corpora."""
     if not spec.get("general"):
         return None
     fusion = spec["compose"]["fusion"]
