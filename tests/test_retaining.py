@@ -172,6 +172,20 @@ def test_a_floor_that_no_cut_holds_names_the_best_and_writes_nothing(
     assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith((".", "expert"))] == []
 
 
+def test_inspect_says_what_is_kept_of_the_text_that_was_held_back(
+    retaining_spec: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_measure(monkeypatch, lambda size: 0.9375)
+    path, plan = tmp_path / "tiny.yaml", tmp_path / "plan.json"
+    path.write_text(yaml.safe_dump(retaining_spec))
+    assert CliRunner().invoke(main, ["compose", str(path), "--out", str(plan)]).exit_code == 0
+    result = CliRunner().invoke(main, ["inspect", str(plan)])
+    assert result.exit_code == 0, result.output
+    assert "kept of held-back text" in result.output
+    for name in CORPORA:
+        assert f"{name} {0.9375 if name == 'domain/medical' else 1:.4f}" in " ".join(result.output.split())
+
+
 def test_no_width_to_try_is_said(retaining_spec: dict[str, Any], tmp_path: Path) -> None:
     spec = parse_spec(retaining_spec, "spec", tmp_path, {"budget.multiple_of": 64})
     with pytest.raises(PlanError, match=r"there is no smaller width to try; lower budget\.multiple_of"):
