@@ -154,12 +154,11 @@ PARTS: dict[str, dict[str, Any]] = {
     "fusion → shared/exclusive": SHARED_EXCLUSIVE,
     "fusion → the expert's score alone": {"compose.fusion": {"lambda": 0}},
     "global → uniform allocation": {"compose.allocation": "uniform"},
-    "search in place of global": {"compose.allocation": "search"},
+    "global → search": {"compose.allocation": "search"},
     "no repair": {"compensation": "none"},
-    "repair of cut projections only": {"compensation.scope": "cut"},
+    "repair of all projections": {"compensation.scope": "all"},
     "repair by the OBS update": {"compensation": "obs"},
     "two rounds": {"compose.rounds": 2},
-    "three rounds": {"compose.rounds": 3},
 }
 
 
