@@ -140,7 +140,8 @@ def sizes(bench: Bench, seeds: Sequence[int]) -> None:
     # All block parameters: 106,168,320 less norms of the 134,515,008; a quarter of them, FFN and heads together.
     share = 0.25 * 106_168_320 / 134_515_008
     for method in ("flap_heads", "ours"):
-        budget = {"ffn": 0.25} if method == "flap_heads" else {"parameters": share}
+        # The peer's fraction is of the FFN's 79,626,240 parameters, wherever it takes them.
+        budget = {"ffn": 0.25 * 106_168_320 / 79_626_240} if method == "flap_heads" else {"parameters": share}
         cell = replace(shape, method=method, budget=budget)
         removed = bench.run(cell).removed
         what = "25% of the blocks' parameters"
