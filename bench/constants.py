@@ -4,7 +4,7 @@
 
 The cell of `bench.quality`'s table of peers (25% of SmolLM2's FFN neurons), without repair and masked in place of cut, once
 for each choice of `compose.fusion` and each seed of the calibration text; a row is the mean over seeds. Measured on pieces
-of the calibration files that the cell does not profile, so that no report row chooses anything. The excess is
+of the calibration files that the cell does not profile, none of them a report row. The excess is
 `ln(expert / base)` of the perplexity of 512-token blocks.
 """
 
