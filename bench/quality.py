@@ -148,6 +148,24 @@ def sizes(bench: Bench, seeds: Sequence[int]) -> None:
         table.add(what, method, f"{removed / 1e6:.2f}M", *table.measured([cell], base))
 
 
+def gemma(bench: Bench, seeds: Sequence[int]) -> None:
+    """The most telling methods on another family: normed outputs, one KV head, an FFN without slack."""
+    shape = Cell("base", model=GEMMA, sets=("PubMedQA", "WikiText-2", "XQuAD-de"), blocks=8, piqa=0, documents=40)
+    table = Table(bench, "Against peers on Gemma 3 270M", "budget", "method", "removed", *_columns(shape))
+    base = bench.run(shape)
+    table.add("base", "", "", *table.measured([shape], base))
+    for fraction, methods in (
+        (0.15, ("ours", "ours, no repair", "flap", "wanda_sp", "llm_pruner_taylor")),
+        (0.25, ("ours", "flap")),
+    ):
+        for method in methods:
+            cell = replace(shape, method=method, budget={"ffn": fraction})
+            if method in OURS:
+                cell = replace(cell, method="ours", overrides=OURS[method])
+            removed = bench.run(cell).removed
+            table.add(f"{fraction:.0%} of FFN", method, f"{removed / 1e6:.2f}M", *table.measured([cell], base))
+
+
 PARTS: dict[str, dict[str, Any]] = {
     "ours (all parts as by default)": {},
     "intersection → mean": {"compose.rule": "mean"},
@@ -256,7 +274,7 @@ def tokens(bench: Bench, seeds: Sequence[int]) -> None:
             values = [excess(base.sums[name], result.sums[name]).value for name in ("PubMedQA", "WikiText-2")]
             curves.setdefault(method, []).append((count, values[0], values[1]))
             table.add(method, f"{count:,}", *table.measured([cell], base))
-    _draw(curves, RESULTS.parent / "tokens.png")
+    _draw(curves, RESULTS.parent / "pictures/tokens.png")
 
 
 def _draw(curves: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
@@ -283,9 +301,8 @@ def cost(bench: Bench, seeds: Sequence[int]) -> None:
     table(bench)
 
 
-TABLES: dict[str, Callable[[Bench, Sequence[int]], None]] = {
-    "peers": peers, "sizes": sizes, "parts": parts, "dimensions": dimensions, "task": task, "tokens": tokens, "cost": cost,
-}  # fmt: skip
+_TABLES = (peers, sizes, gemma, parts, dimensions, task, tokens, cost)
+TABLES: dict[str, Callable[[Bench, Sequence[int]], None]] = {table.__name__: table for table in _TABLES}
 
 
 def main() -> None:

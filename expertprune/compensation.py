@@ -301,16 +301,19 @@ def _before_norm(
     """What is owed in front of an output norm, where the projection is linear; all `[tokens, hidden]`.
 
     The norm maps `v` to `γ ⊙ v / rms(v)`. With the root mean square of the dense output, which the repaired one shall
-    come near to, the stream's target `c = joined + residual` needs `v = c · rms / γ`.
+    come near to, the stream's target `c = joined + residual` needs `v = c · rms / γ`. A channel of small `γ` would have to
+    grow out of all proportion for it, and shrink all others through `rms(v)`. So each channel minimizes
+    `γ² (v − c · rms / γ)² + m (v − d)²`, with `d` the dense output and `m` the median of `γ²`: the more a channel tells in
+    the stream, the more it makes up for what the prefix lost; the others stay what they were.
 
     Returns:
         The residual in front of the norm, and the root mean square of each token's dense output, `[tokens]`.
     """
     gain = norm(torch.ones(1, dense.shape[1], dtype=torch.float32, device=dense.device).to(_dtype(norm))).float()
-    least = 0.1 * gain.abs().median()
-    gain = torch.where(gain.abs() < least, torch.copysign(least, gain), gain)
+    typical = gain.square().median()
     rms = dense.square().mean(1).sqrt().clamp_min(1e-12)
-    return (joined + residual) / gain * rms[:, None] - own, rms
+    wished = (gain * (joined + residual) * rms[:, None] + typical * dense) / (gain.square() + typical)
+    return wished - own, rms
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

@@ -22,7 +22,7 @@ from expertprune.pruning import RepairInput, prune
 from expertprune.spec import Compensation
 from expertprune.units import KeptUnits, LayerShape
 from tests.oracle import load, plan_of, pruned, random_plan, resolved, stored_tensors
-from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
+from tests.tiny import tiny_model, tiny_tokenizer
 
 DEFAULT_DAMPING = Compensation().damping
 
@@ -53,6 +53,31 @@ def slow_least_squares(inputs: np.ndarray, residual: np.ndarray, weight: np.ndar
     left = np.concatenate([root * inputs, damped])
     right = np.concatenate([root * residual, np.zeros((inputs.shape[1], residual.shape[1]))])
     return np.linalg.lstsq(left, right, rcond=None)[0].T
+
+
+def slow_normed(inputs: Tensor, own: Tensor, wished: Tensor, dense: Tensor, gain: Tensor, weight: Tensor) -> np.ndarray:
+    """The answer behind an output norm, channel by channel, with two rows a token: its part of the stream, and itself.
+
+    In the units of the norm's output, `γ v / rms` shall be what is wished, and `v / rms` the dense one, which counts as
+    much as a channel of the median gain.
+    """
+    rms = dense.square().mean(1).sqrt()
+    typical = float(np.sort(gain.square().numpy())[(len(gain) - 1) // 2])
+    rows = []
+    for channel, factor in enumerate(gain.tolist()):
+        both = factor**2 + typical
+        weights = np.concatenate([(weight / rms**2 * share / both).numpy() for share in (factor**2, typical)])
+        owed = torch.cat([wished[:, channel] / factor * rms, dense[:, channel]]) - own[:, channel].repeat(2)
+        stacked = inputs.repeat(2, 1).numpy()
+        rows.append(slow_least_squares(stacked, owed[:, None].numpy(), weights, DEFAULT_DAMPING))
+    return np.concatenate(rows)
+
+
+@torch.no_grad()
+def gains_of(norm: Any) -> Tensor:
+    """What each channel is multiplied with, `[hidden]`, float64."""
+    gains: Tensor = norm(torch.ones_like(norm.weight)).double()
+    return gains
 
 
 def weighted_error(target: Tensor, states: Tensor) -> float:
@@ -240,14 +265,36 @@ CUTS = {"ffn": {"ffn": 22}, "heads": {"heads_per_group": 1}, "both": {"ffn": 22,
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True},
     "qwen2": {},
+    "gemma3": {},
+    "gemma2": {},
 }
+
+
+def spread_gains(model: Any) -> None:
+    """Where outputs pass a norm, give its channels gains from a hundredth to a hundredfold of each other."""
+    generator = torch.Generator().manual_seed(7)
+    for layer in model.model.layers:
+        for norm in output_norms(layer):
+            gain = torch.randn(norm.weight.shape, generator=generator).mul(1.2).exp()
+            norm.weight.copy_(gain - (norm(torch.ones_like(gain)) - norm.weight).round())  # Gemma's are 1 + weight
+
+
+def output_norms(layer: Any) -> list[Any]:
+    """The norms behind attention and FFN; none in the families whose outputs are added as they are."""
+    if not hasattr(layer, "post_feedforward_layernorm"):
+        return []
+    return [layer.post_attention_layernorm, layer.post_feedforward_layernorm]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
     root = tmp_path_factory.mktemp("compensation")
-    folder = save_tiny(root / "base", request.param, max_shard_size="20KB", **FAMILIES[request.param])
-    return resolved(folder, root / "store")
+    model = tiny_model(request.param, **FAMILIES[request.param])
+    with torch.no_grad():
+        spread_gains(model)
+    model.save_pretrained(root / "base", max_shard_size="20KB")
+    tiny_tokenizer().save_pretrained(root / "base")
+    return resolved(root / "base", root / "store")
 
 
 def repair_input(
@@ -276,6 +323,7 @@ class Watched:
 
     def __init__(self, model: Any, documents: list[list[int]]) -> None:
         layers = len(model.model.layers)
+        self.norms = [output_norms(layer) or None for layer in model.model.layers]
         self.into: list[list[Tensor]] = [[] for _ in range(layers)]
         self.heads: list[list[Tensor]] = [[] for _ in range(layers)]
         self.attention: list[list[Tensor]] = [[] for _ in range(layers)]
@@ -313,8 +361,19 @@ class Watched:
 
     def stream(self, layer: int, after: str) -> Tensor:
         """The residual stream after a block of a layer, as the sum that the architecture makes it."""
-        total = torch.cat(self.into[layer]) + torch.cat(self.attention[layer])
-        return total if after == "attention" else total + torch.cat(self.ffn[layer])
+        total = torch.cat(self.into[layer]) + self.added(layer, "attention")
+        return total if after == "attention" else total + self.added(layer, "ffn")
+
+    def output(self, layer: int, block: str) -> Tensor:
+        """What a block's output projection gives."""
+        return torch.cat(self.attention[layer] if block == "attention" else self.ffn[layer])
+
+    @torch.no_grad()
+    def added(self, layer: int, block: str) -> Tensor:
+        """What a block adds to the stream."""
+        output, norms = self.output(layer, block), self.norms[layer]
+        added: Tensor = output if norms is None else norms[block == "ffn"](output)
+        return added
 
     def inputs(self, layer: int, block: str) -> Tensor:
         return torch.cat(self.heads[layer] if block == "attention" else self.neurons[layer])
@@ -343,9 +402,15 @@ def test_every_repaired_weight_solves_its_ridge_in_the_stream_of_the_expert(
             sliced, repaired = before.get_parameter(name).double(), expert.get_parameter(name).double()
             target, reached = dense.stream(layer, block).double(), ours.stream(layer, block).double()
             inputs = ours.inputs(layer, block).double()
-            owed = target - (reached - inputs @ (repaired - sliced).T)  # with the columns as they were cut
             weight = 1 / target.square().mean(1)
-            change = slow_least_squares(inputs.numpy(), owed.numpy(), weight.numpy(), DEFAULT_DAMPING)
+            if dense.norms[layer] is None:
+                owed = target - (reached - inputs @ (repaired - sliced).T)  # with the columns as they were cut
+                change = slow_least_squares(inputs.numpy(), owed.numpy(), weight.numpy(), DEFAULT_DAMPING)
+            else:
+                own = (ours.output(layer, block) - inputs @ (repaired - sliced).T).double()
+                wished = target - (reached - ours.added(layer, block))  # of what the norm gives
+                norm, output = dense.norms[layer][block == "ffn"], dense.output(layer, block).double()
+                change = slow_normed(inputs, own, wished, output, gains_of(norm), weight)
             np.testing.assert_allclose((repaired - sliced).numpy(), change, atol=2e-3 * np.abs(change).max())
             assert np.abs(change).max() > 0.01
 
