@@ -287,7 +287,9 @@ def _draw(curves: dict[str, list[tuple[int, float, float]]], path: Path) -> None
     for axis, column, title in zip(axes, (1, 2), ("PubMedQA (expert)", "WikiText-2 (general)"), strict=True):
         for (name, points), colour in zip(curves.items(), ("#b35806", "#1f4e9c"), strict=False):
             axis.plot([p[0] for p in points], [p[column] for p in points], "o-", color=colour, label=name)
-            axis.annotate(name, (points[-1][0], points[-1][column]), xytext=(4, 4), textcoords="offset points")
+            axis.annotate(
+                name, (points[-1][0], points[-1][column]), xytext=(0, 8), textcoords="offset points", ha="right"
+            )
         axis.set(xscale="log", title=title, xlabel="calibration tokens")
         axis.grid(alpha=0.3)
     axes[0].set(ylabel="excess log-perplexity, ln(expert/base)", ylim=(0, None))
