@@ -52,6 +52,18 @@ def test_a_german_expert_is_smaller_and_still_speaks_german(german: Path) -> Non
     assert 0.6 < numbers["retention"] < 1.02
 
 
+def test_the_repair_pays_where_outputs_pass_a_norm(german: Path, tmp_path: Path, real_store: Path) -> None:
+    overrides = {**FEW, "budget.query_heads": 1, "compensation": "none"}
+    plain = expertprune.build(SPEC, tmp_path / "plain", overrides=overrides, store=real_store)
+    repaired, cut = (
+        expertprune.inspect(folder)["evaluation"]["corpora"]["language/de"]["metrics"]["bits_per_byte"]
+        for folder in (german, plain)
+    )
+    print(f"unrepaired: {cut}")
+    assert repaired["base"] == pytest.approx(cut["base"])
+    assert repaired["expert"] < cut["expert"]
+
+
 def test_every_text_begins_with_bos(german: Path, trimmed: Path) -> None:
     """Gemma knows no text without: its loss on one is more than twice as large."""
     for folder in (german, trimmed):
