@@ -149,7 +149,7 @@ def sizes(bench: Bench, seeds: Sequence[int]) -> None:
 
 
 def gemma(bench: Bench, seeds: Sequence[int]) -> None:
-    """The most telling methods on another family: normed outputs, one KV head, an FFN without slack."""
+    """The most telling methods on another family: a norm behind every block, one KV head."""
     shape = Cell("base", model=GEMMA, sets=("PubMedQA", "WikiText-2", "XQuAD-de"), blocks=8, piqa=0, documents=40)
     table = Table(bench, "Against peers on Gemma 3 270M", "budget", "method", "removed", *_columns(shape))
     base = bench.run(shape)

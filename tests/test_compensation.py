@@ -271,7 +271,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def spread_gains(model: Any) -> None:
-    """Where outputs pass a norm, give its channels gains from a hundredth to a hundredfold of each other."""
+    """Where outputs pass a norm, give its channels gains two orders of magnitude apart."""
     generator = torch.Generator().manual_seed(7)
     for layer in model.model.layers:
         for norm in output_norms(layer):
@@ -289,12 +289,8 @@ def output_norms(layer: Any) -> list[Any]:
 @pytest.fixture(scope="module", params=FAMILIES)
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
     root = tmp_path_factory.mktemp("compensation")
-    model = tiny_model(request.param, **FAMILIES[request.param])
-    with torch.no_grad():
-        spread_gains(model)
-    model.save_pretrained(root / "base", max_shard_size="20KB")
-    tiny_tokenizer().save_pretrained(root / "base")
-    return resolved(root / "base", root / "store")
+    folder = save_changed(root / "base", spread_gains, request.param, "20KB", **FAMILIES[request.param])
+    return resolved(folder, root / "store")
 
 
 def repair_input(
@@ -485,12 +481,14 @@ def test_steps_are_reported_once_a_layer(base: BaseModel, tmp_path: Path) -> Non
     assert len(steps) == 3
 
 
-def save_changed(folder: Path, change: Callable[[Any], None], **config: Any) -> Path:
+def save_changed(
+    folder: Path, change: Callable[[Any], None], family: str = "llama", max_shard_size: str = "1GB", **config: Any
+) -> Path:
     """A tiny model saved after `change` was done to its weights."""
-    model = tiny_model("llama", **config)
+    model = tiny_model(family, **config)
     with torch.no_grad():
         change(model)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
