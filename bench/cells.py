@@ -14,10 +14,13 @@ import jsonlines
 import torch
 
 import expertprune
-from expertprune import api
 from expertprune.files import digest_of, write_file, write_json
-from expertprune.models import load_model
-from expertprune.spec import Spec, parse_spec
+from expertprune.models.loading import load_model
+from expertprune.progress import silent
+from expertprune.spec.reading import parse_spec
+from expertprune.spec.schema import Spec
+from expertprune.stages.compose import plan_of
+from expertprune.stages.prune import write_folder
 
 from .measure import Blocks, Sums, blocks, losses, piqa_answers
 from .peers import METHODS
@@ -127,7 +130,7 @@ class Bench:
     def run(self, cell: Cell) -> Result:
         """The cell's result, from its file if it was computed before."""
         spec = self.spec(cell)
-        prepared = api.validate(spec)
+        prepared = expertprune.validate(spec)
         settings = prepared.spec.document()  # with what the spec leaves open decided
         settings["relevance"] = {key: value for key, value in settings["relevance"].items() if value is not None}
         sections = ("calibration", "relevance", "compose", "compensation", "dimensions", "general")
@@ -181,13 +184,13 @@ class Bench:
 
 def _ours(prepared: Any, seconds: dict[str, float]) -> tuple[Any, int]:
     begun = time.perf_counter()
-    plan = api.plan_of(prepared, api.silent)
+    plan = plan_of(prepared, silent)
     seconds["plan"] = time.perf_counter() - begun
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "expert"
         folder.mkdir()
         begun = time.perf_counter()
-        api.write_folder(prepared, plan, folder)
+        write_folder(prepared, plan, folder)
         seconds["prune"] = time.perf_counter() - begun
         model = load_model(folder, prepared.base.dtype)
     return model, plan.parameters["before"] - plan.parameters["after"]

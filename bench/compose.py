@@ -21,12 +21,12 @@ from pathlib import Path
 import torch
 
 from expertprune.arch import family_of
-from expertprune.artifacts import Profile, halved, save_profile
-from expertprune.checkpoint import Checkpoint
-from expertprune.composition import compose
-from expertprune.corpora import CorpusName
-from expertprune.models import BaseModel
-from expertprune.spec import parse_spec
+from expertprune.artifacts.profile import Profile, halved, save_profile
+from expertprune.composition.plan import compose
+from expertprune.corpora.documents import CorpusName
+from expertprune.models.base import ResolvedBase
+from expertprune.models.checkpoint import Checkpoint
+from expertprune.spec.reading import parse_spec
 from expertprune.units import LayerShape
 
 
@@ -105,7 +105,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         checkpoint = sparse_checkpoint(folder, shape, arguments.layers)
-        base = BaseModel(
+        base = ResolvedBase(
             "bench", folder, checkpoint, family_of("llama"), (shape,) * arguments.layers, "", "", torch.bfloat16
         )
         profiles = {

@@ -23,8 +23,10 @@ from typing import Any
 import jsonlines
 import numpy as np
 
-from expertprune import api
-from expertprune.masking import masked
+import expertprune
+from expertprune.models.masking import masked
+from expertprune.progress import silent
+from expertprune.stages.compose import plan_of
 
 from .cells import Bench, Cell, threads
 from .measure import Blocks, blocks, excess, losses
@@ -62,14 +64,14 @@ def held_out(bench: Bench, prepared: Any) -> dict[str, Blocks]:
 def losses_of(bench: Bench, seed: int) -> Iterator[list[float]]:
     """Of one seed, the excess on each held-out set, choice by choice."""
     cell = Cell("ours", overrides=UNREPAIRED, seed=seed)
-    prepared = api.validate(bench.spec(cell))
+    prepared = expertprune.validate(bench.spec(cell))
     sets = held_out(bench, prepared)
     model = prepared.model
     dense = {name: losses(model, found) for name, found in sets.items()}
     for choice in CHOICES:
-        here = api.validate(bench.spec(replace(cell, overrides={**UNREPAIRED, "compose.fusion": choice})))
+        here = expertprune.validate(bench.spec(replace(cell, overrides={**UNREPAIRED, "compose.fusion": choice})))
         here.share(prepared)
-        plan = api.plan_of(here, api.silent)
+        plan = plan_of(here, silent)
         with masked(model, here.base.family, here.base.layers, plan.kept):
             yield [excess(dense[name], losses(model, found)).value for name, found in sets.items()]
 

@@ -19,9 +19,12 @@ from typing import Any
 
 import torch
 
-from expertprune import api
-from expertprune.models import load_model
-from expertprune.preparing import profiles_of
+import expertprune
+from expertprune.models.loading import load_model
+from expertprune.progress import silent
+from expertprune.stages.compose import plan_of
+from expertprune.stages.profile import profiles_of
+from expertprune.stages.prune import write_folder
 
 from .cells import Bench, Cell
 from .peers import METHODS
@@ -47,7 +50,7 @@ def measure(bench: Bench, name: str, documents: int) -> dict[str, Any]:
     """Seconds of a plain forward pass and of the method on the same text, and peak memory before and after, GiB."""
     overrides = OURS.get(name, {})
     cell = Cell("ours" if name in OURS else name, documents=documents, overrides=overrides)
-    prepared = api.validate(bench.spec(cell), store=None)
+    prepared = expertprune.validate(bench.spec(cell), store=None)
     model, batches = prepared.model, prepared.repair_batches()
     with torch.inference_mode():
         model(input_ids=batches[0].ids, use_cache=False)
@@ -59,13 +62,13 @@ def measure(bench: Bench, name: str, documents: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         prepared.store = Path(temporary)
         if name.startswith("repair"):
-            plan = api.plan_of(prepared, api.silent)
+            plan = plan_of(prepared, silent)
             (Path(temporary) / "expert").mkdir()
             start = time.perf_counter()
-            api.write_folder(prepared, plan, Path(temporary) / "expert")
+            write_folder(prepared, plan, Path(temporary) / "expert")
         elif name in OURS:
             start = time.perf_counter()
-            profiles_of(prepared, api.silent)
+            profiles_of(prepared, silent)
         else:
             fresh = load_model(prepared.base.folder, prepared.base.dtype)
             start = time.perf_counter()

@@ -16,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from expertprune.corpora import Question
-from expertprune.evaluation import answer_questions, bootstrap
+from expertprune.corpora.documents import Question
+from expertprune.evaluation.questions import answer_questions
+from expertprune.evaluation.retention import bootstrap
 
 BLOCK = 512
 _ROWS = 2  # blocks in one pass

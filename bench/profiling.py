@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 import transformers
 
-from expertprune import api
-from expertprune.compensation import repair
-from expertprune.composition import compose
-from expertprune.profiling import collect
+import expertprune
+from expertprune.composition.plan import compose
+from expertprune.profiling.forward import collect
+from expertprune.pruning.repair import repair
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -39,9 +39,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     arguments = parser.parse_args()
 
-    prepared = api.validate(arguments.spec, {"base.dtype": arguments.dtype})
+    prepared = expertprune.validate(arguments.spec, {"base.dtype": arguments.dtype})
     base, model, batches = prepared.base, prepared.model, prepared.repair_batches()
-    plan = compose(prepared.spec, base, api.profile(arguments.spec, overrides={"base.dtype": arguments.dtype}))
+    plan = compose(prepared.spec, base, expertprune.profile(arguments.spec, overrides={"base.dtype": arguments.dtype}))
 
     @torch.inference_mode()
     def plain() -> None:

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from expertprune import build, evaluate
-from expertprune.checkpoint import Checkpoint
-from expertprune.report import folder_size
+from expertprune.files import folder_size
+from expertprune.models.checkpoint import Checkpoint
 
 SPEC = Path("profiles/english-medical-qa.yaml")
 SCHEMES = ("W8A8", "FP8_DYNAMIC")  # one scale for each row; those of groups want widths that 128 divides

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import expertprune
-from expertprune.commands.throughput import number
+from expertprune.commands.bench import number
 from expertprune.serving.throughput import THROUGHPUT_FILE, Load
 
 SPEC = Path(__file__).parent.parent / "profiles" / "english-medical-qa.yaml"

@@ -25,13 +25,17 @@ import jsonlines
 import numpy as np
 
 import expertprune
-from expertprune import api
-from expertprune.corpora import Document, shipped
-from expertprune.evaluation import bootstrap, score_alone
-from expertprune.files import digest_of, write_json
-from expertprune.models import load_model, load_tokenizer
-from expertprune.preparing import Prepared
-from expertprune.spec import Spec, parse_spec
+from expertprune.corpora.documents import Document
+from expertprune.evaluation.documents import score_alone
+from expertprune.evaluation.retention import bootstrap
+from expertprune.files import digest_of, shipped, write_json
+from expertprune.models.loading import load_model, load_tokenizer
+from expertprune.progress import silent
+from expertprune.spec.reading import parse_spec
+from expertprune.spec.schema import Spec
+from expertprune.stages.compose import plan_of
+from expertprune.stages.prune import write_folder
+from expertprune.stages.validate import Prepared
 
 from .cells import GEMMA, QA, RESULTS, SMOLLM, threads
 from .measure import text_of
@@ -112,7 +116,7 @@ class Bench:
     def run(self, name: str) -> dict[str, Any]:
         """Base and expert on every set, from files where they were measured before."""
         expert, spec = EXPERTS[name], self.spec(name)
-        prepared = api.validate(spec)
+        prepared = expertprune.validate(spec)
         settings = prepared.spec.document()  # with what the spec leaves open decided
         settings["relevance"] = {key: value for key, value in settings["relevance"].items() if value is not None}
         sections = ("calibration", "relevance", "compose", "budget", "compensation", "dimensions")
@@ -131,13 +135,13 @@ class Bench:
         return {"parameters": known["parameters"], "rows": known["rows"], "sets": _compared(sets, base, known["sets"])}
 
     def _expert(self, prepared: Prepared, sets: dict[str, list[Document]], known: dict[str, Any], path: Path) -> None:
-        plan = api.plan_of(prepared, api.silent)
+        plan = plan_of(prepared, silent)
         assert plan.vocabulary is not None
         known |= {"parameters": plan.parameters, "rows": plan.vocabulary.rows.rows, "why": plan.vocabulary.why}
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "expert"
             folder.mkdir()
-            api.write_folder(prepared, plan, folder)
+            write_folder(prepared, plan, folder)
             model, tokenizer = load_model(folder, prepared.base.dtype), load_tokenizer(folder)
             for name, documents in sets.items():
                 known["sets"].setdefault(name, {})[_key(documents)] = _measured(model, tokenizer, documents)

@@ -13,31 +13,37 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from expertprune.analysis import compare
-    from expertprune.api import build, compose, evaluate, profile, prune, validate
-    from expertprune.gguf_files import export
-    from expertprune.inspection import describe as inspect
-    from expertprune.measuring import evaluate_suites
-    from expertprune.page import report as write_report
+    from expertprune.models.gguf import export
+    from expertprune.reporting.explain import describe as inspect
+    from expertprune.reporting.page import report as write_report
     from expertprune.serving.engine import load_engine
     from expertprune.serving.throughput import bench
-    from expertprune.spec import Spec, load_spec
-    from expertprune.sweeping import sweep
-    from expertprune.tradeoff import vocabulary
+    from expertprune.spec.reading import load_spec
+    from expertprune.spec.schema import Spec
+    from expertprune.stages.build import build
+    from expertprune.stages.compare import compare
+    from expertprune.stages.compose import compose
+    from expertprune.stages.evaluate import evaluate
+    from expertprune.stages.profile import profile
+    from expertprune.stages.prune import prune
+    from expertprune.stages.suites import evaluate_suites
+    from expertprune.stages.sweep import sweep
+    from expertprune.stages.validate import validate
+    from expertprune.stages.vocabulary import vocabulary
 
 _PLACES = {
-    **dict.fromkeys(("build", "compose", "evaluate", "profile", "prune", "validate"), ("expertprune.api", None)),
-    "compare": ("expertprune.analysis", None),
-    "export": ("expertprune.gguf_files", None),
-    "inspect": ("expertprune.inspection", "describe"),
-    "evaluate_suites": ("expertprune.measuring", None),
-    "sweep": ("expertprune.sweeping", None),
+    **{
+        stage: (f"expertprune.stages.{stage}", None)
+        for stage in ("build", "compare", "compose", "evaluate", "profile", "prune", "sweep", "validate", "vocabulary")
+    },
+    "export": ("expertprune.models.gguf", None),
+    "inspect": ("expertprune.reporting.explain", "describe"),
+    "evaluate_suites": ("expertprune.stages.suites", None),
     "bench": ("expertprune.serving.throughput", None),
     "load_engine": ("expertprune.serving.engine", None),
-    "write_report": ("expertprune.page", "report"),
-    "vocabulary": ("expertprune.tradeoff", None),
-    "Spec": ("expertprune.spec", None),
-    "load_spec": ("expertprune.spec", None),
+    "write_report": ("expertprune.reporting.page", "report"),
+    "Spec": ("expertprune.spec.schema", None),
+    "load_spec": ("expertprune.spec.reading", None),
 }
 
 __all__ = [

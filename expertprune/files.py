@@ -249,3 +249,15 @@ def _repeated_keys(node: yaml.Node | None, where: str, seen: set[int]) -> Iterat
                 yield f"{full}: stands twice, in lines {lines[name]} and {line}; keep one"
             lines[name] = line
             yield from _repeated_keys(value, full, seen)
+
+
+def shipped(folder: str) -> Path:
+    """A folder that ships with the project (`corpora`, `profiles`), installed or in a clone."""
+    package = Path(__file__).parent
+    installed = package / "_shipped" / folder
+    return installed if installed.is_dir() else package.parent / folder
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from expertprune.arch import family_of
-from expertprune.checkpoint import Checkpoint, TensorInfo
-from expertprune.models import BaseModel
+from expertprune.models.base import ResolvedBase
+from expertprune.models.checkpoint import Checkpoint, TensorInfo
 
 CLASSES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -61,11 +61,11 @@ def base_of(
     hidden: int = 48,
     layers: int = 2,
     **changes: Any,
-) -> BaseModel:
+) -> ResolvedBase:
     """A base without files: only widths and sizes matter to a budget."""
     checkpoint = Checkpoint.__new__(Checkpoint)
     checkpoint.folder = Path("nowhere")
     checkpoint.config = config_of(family, ffn, groups, per_group, hidden, layers, **changes)
     checkpoint.tensors = tensors_of(checkpoint.config)
     shapes = family_of(family).layer_shapes(checkpoint.config)
-    return BaseModel("base", checkpoint.folder, checkpoint, family_of(family), shapes, "d", "t", torch.float32)
+    return ResolvedBase("base", checkpoint.folder, checkpoint, family_of(family), shapes, "d", "t", torch.float32)

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from expertprune.spec import Spec, parse_spec
+from expertprune.spec.reading import parse_spec
+from expertprune.spec.schema import Spec
 from tests.experts import build_tiny
 from tests.tiny import save_tiny, write_corpus
 

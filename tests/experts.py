@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from expertprune import api
+import expertprune
 from tests.tiny import write_corpus
 
 CORPORA = {"language": "en", "domain": "medical", "task": "qa"}
@@ -32,7 +32,7 @@ def build_tiny(folder: Path, base: Path) -> tuple[Path, Path]:
     }
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(spec))
-    return api.build(path, folder / "expert", store=folder / "store"), folder / "store"
+    return expertprune.build(path, folder / "expert", store=folder / "store"), folder / "store"
 
 
 def about(folder: Path) -> dict[str, Any]:

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from expertprune.artifacts import LayerPlan, Plan
-from expertprune.models import BaseModel, resolve_base
-from expertprune.pruning import RepairInput, prune
-from expertprune.spec import Base
+from expertprune.artifacts.plan import LayerPlan, Plan
+from expertprune.models.base import ResolvedBase, resolve_base
+from expertprune.pruning.write import RepairInput, prune
+from expertprune.spec.schema import Base
 from expertprune.units import KeptUnits, LayerShape
 from tests.tiny import save_tiny
 
@@ -29,7 +29,7 @@ SHARDS = {"one file": "1GB", "several files": "20KB"}
 IDS = torch.randint(0, 64, (2, 17), generator=torch.Generator().manual_seed(5))
 
 
-def resolved(folder: Path, store: Path) -> BaseModel:
+def resolved(folder: Path, store: Path) -> ResolvedBase:
     return resolve_base(Base(model=str(folder)), store)
 
 
@@ -37,7 +37,7 @@ def resolved(folder: Path, store: Path) -> BaseModel:
 class Dense:
     """A base and its running model."""
 
-    base: BaseModel
+    base: ResolvedBase
     model: Any
 
 
@@ -79,7 +79,7 @@ def random_units(
     return KeptUnits(tuple(neurons), tuple(heads), tuple(groups), tuple(chosen))
 
 
-def plan_of(base: BaseModel, kept: list[KeptUnits]) -> Plan:
+def plan_of(base: ResolvedBase, kept: list[KeptUnits]) -> Plan:
     """A plan that keeps these units, layer by layer."""
     size = base.checkpoint.parameters
     return Plan(
@@ -94,13 +94,13 @@ def plan_of(base: BaseModel, kept: list[KeptUnits]) -> Plan:
     )
 
 
-def random_plan(base: BaseModel, seed: int = 0, **widths: int) -> Plan:
+def random_plan(base: ResolvedBase, seed: int = 0, **widths: int) -> Plan:
     """A plan of random units, others in every layer, of the same number in every layer."""
     generator = torch.Generator().manual_seed(seed)
     return plan_of(base, [random_units(shape, generator, **widths) for shape in base.layers])
 
 
-def pruned(plan: Plan, base: BaseModel, folder: Path, repair_input: RepairInput | None = None) -> Path:
+def pruned(plan: Plan, base: ResolvedBase, folder: Path, repair_input: RepairInput | None = None) -> Path:
     folder.mkdir()
     prune(plan, base, folder, repair_input)
     return folder

@@ -107,9 +107,13 @@ def server() -> Server:
 
 # Where a child can be held: module, name of a function in it, and after which call of it.
 PLACES = {
-    "profile": ("expertprune.artifacts", "save_file", 2),  # the second profile is written and not yet in its place
-    "prune": ("expertprune.checkpoint", "save_file", 2),  # two shards are written
-    "evaluate": ("expertprune.evaluation", "score_documents", 1),  # the expert is whole but for its evaluation
+    "profile": (
+        "expertprune.artifacts.profile",
+        "save_file",
+        2,
+    ),  # the second profile is written and not yet in its place
+    "prune": ("expertprune.models.checkpoint", "save_file", 2),  # two shards are written
+    "evaluate": ("expertprune.evaluation.measure", "score_documents", 1),  # the expert is whole but for its evaluation
 }
 
 
@@ -128,7 +132,13 @@ def serve() -> None:
 
 def prepare() -> None:
     """Import what a command needs; nothing is computed, so that no thread is lost in the fork."""
-    for module in ("sklearn.feature_extraction.text", "expertprune.api", "expertprune.cli", "expertprune.inspection"):
+    for module in (
+        "sklearn.feature_extraction.text",
+        "expertprune.stages.build",
+        "expertprune.stages.sweep",
+        "expertprune.cli",
+        "expertprune.reporting.explain",
+    ):
         importlib.import_module(module)
     transformers = importlib.import_module("transformers")
     for name in ("AutoModelForCausalLM", "AutoTokenizer", "LlamaForCausalLM", "PreTrainedTokenizerFast"):
@@ -169,7 +179,7 @@ def child(request: dict[str, Any]) -> NoReturn:
 
 def hold_after(module: str, name: str, calls: int, protocol: int) -> None:
     """Let a function run so many times, and then wait for a signal before it returns."""
-    original: Callable[..., Any] = getattr(sys.modules[module], name)
+    original: Callable[..., Any] = getattr(importlib.import_module(module), name)
     counted = iter(range(1, 10**6))
 
     def held(*args: Any, **kwargs: Any) -> Any:

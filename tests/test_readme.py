@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from expertprune.spec import Spec, load_spec
+from expertprune.spec.reading import load_spec
+from expertprune.spec.schema import Spec
 from tests.readme import ROOT, blocks, commands
 
 SERVING = [command for command in commands() if command.startswith(("expertprune serve", "curl "))]

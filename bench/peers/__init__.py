@@ -2,8 +2,8 @@
 
 Each is a function `(model, batches, fraction, seed) -> (model, removed)`:
 
-- `model`: a running float32 transformers model (`expertprune.models.load_model`), pruned in place;
-- `batches`: calibration text (`expertprune.corpora.make_batches`), the same for every method;
+- `model`: a running float32 transformers model (`expertprune.models.loading.load_model`), pruned in place;
+- `batches`: calibration text (`expertprune.corpora.batches.make_batches`), the same for every method;
 - `fraction`: of the FFN neurons; their parameters are what every method is asked to remove, be it as FFN neurons, as
   layers or as residual channels;
 - `seed`: where chance plays a part;

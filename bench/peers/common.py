@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expertprune import layerwise
 from expertprune.arch import Family, family_of
-from expertprune.compensation import cut_tensor
+from expertprune.models import layers as layerwise
+from expertprune.pruning.slicing import cut_tensor
 from expertprune.units import LayerShape, Segment
 
 Pruned = tuple[Any, int]

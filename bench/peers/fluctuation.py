@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expertprune import layerwise
 from expertprune.arch.family import Block
-from expertprune.corpora import Batch
+from expertprune.corpora.batches import Batch
+from expertprune.models import layers as layerwise
 from expertprune.units import Segment
 
 from .common import Moments, Network, Pruned, observe, without_lowest

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expertprune import layerwise
-from expertprune.corpora import Batch
+from expertprune.corpora.batches import Batch
+from expertprune.models import layers as layerwise
 
 from .common import Network, Pruned, observe
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from expertprune.corpora import Batch
+from expertprune.corpora.batches import Batch
 
 from .common import Network, Pruned, without_lowest
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from expertprune.corpora import Batch
+from expertprune.corpora.batches import Batch
 
 from .common import Network, Pruned, without_lowest
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
+from expertprune.commands.terminal import common, reporting, show, store_option
 from expertprune.errors import SpecError
-from expertprune.terminal import common, reporting, show, store_option
 
 
 @click.command()
@@ -81,11 +81,11 @@ def _table(families: list[dict[str, Any]]) -> Any:
 
 def _checked(folder: Path, trust_remote_code: bool, store: Path | None) -> dict[str, Any]:
     from expertprune.files import store_folder
-    from expertprune.models import resolve_base
-    from expertprune.oracle import check_family
-    from expertprune.spec import Base
+    from expertprune.models.base import resolve_base
+    from expertprune.pruning.selfcheck import check_family
+    from expertprune.spec.schema import Base
 
-    admission = logging.getLogger("expertprune.admission")
+    admission = logging.getLogger("expertprune.models.admission")
     level = admission.level
     admission.setLevel(logging.ERROR)  # what it says is said below
     try:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from expertprune.terminal import common, progress_bar, reporting, set_option, show, spec_argument, store_option
+from expertprune.commands.terminal import common, progress_bar, reporting, set_option, show, spec_argument, store_option
 
 
 def _counts(_: click.Context, __: click.Parameter, text: str | None) -> list[int]:
@@ -33,8 +33,8 @@ def vocabulary(spec: Path, rows: list[int], overrides: dict[str, Any], store: Pa
     \b
     expertprune vocabulary profiles/english-medical-qa.yaml --rows 8192,16384
     """
-    from expertprune import tradeoff
-    from expertprune.report import vocabulary_tables
+    from expertprune.reporting.tables import vocabulary_tables
+    from expertprune.stages import vocabulary as tradeoff
 
     result = tradeoff.vocabulary(spec, rows, store, overrides, progress_bar).document()
     show(as_json, result, lambda: vocabulary_tables(result))

@@ -16,11 +16,10 @@ from typing import Any
 
 import psutil
 
-from expertprune.api import load_expert
 from expertprune.arch import families, family_of
-from expertprune.checkpoint import Checkpoint
+from expertprune.artifacts.expert import EXPERT_FILE, load_expert
 from expertprune.errors import CheckpointError, UsageError
-from expertprune.report import EXPERT_FILE
+from expertprune.models.checkpoint import Checkpoint
 
 COMMAND = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 INSTALL = "vLLM is not installed; run: pip install 'expertprune[serve]' (CUDA) or pip install 'expertprune[serve-cpu]'"

@@ -20,18 +20,16 @@ from typing import Any
 import jsonlines
 import psutil
 
-from expertprune.admission import quiet_transformers
-from expertprune.api import load_expert, recorded_base
-from expertprune.checkpoint import Checkpoint
-from expertprune.corpora import shipped
+from expertprune.artifacts.expert import EXPERT_FILE, load_expert, recorded_base
 from expertprune.errors import CheckpointError, ServingError, UsageError
-from expertprune.files import store_folder, write_json
-from expertprune.models import load_tokenizer
-from expertprune.preparing import Track, silent
-from expertprune.report import EXPERT_FILE
+from expertprune.files import shipped, store_folder, write_json
+from expertprune.models.admission import quiet_transformers
+from expertprune.models.checkpoint import Checkpoint
+from expertprune.models.loading import load_tokenizer
+from expertprune.progress import Track, silent
 from expertprune.serving import engine
 from expertprune.serving.server import Server
-from expertprune.spec import parse_spec
+from expertprune.spec.reading import parse_spec
 
 THROUGHPUT_FILE = "throughput.json"
 # Metric: its name for people, and whether more of it is better.

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import expertprune
 from expertprune.arch import families, family
 from expertprune.cli import main
-from expertprune.spec import parse_spec
+from expertprune.spec.reading import parse_spec
 from tests.juniper import JuniperConfig, JuniperForCausalLM, register
 from tests.oracle import read_json
 from tests.tiny import tiny_tokenizer

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from expertprune.arch import family_of
-from expertprune.artifacts import Profile, save_profile
-from expertprune.corpora import make_batches
+from expertprune.artifacts.profile import Profile, save_profile
+from expertprune.composition.scoring import check_criterion, unit_statistics
+from expertprune.corpora.batches import make_batches
 from expertprune.errors import SpecError
-from expertprune.profiling import collect
+from expertprune.profiling.forward import collect
 from expertprune.relevance import Criterion, UnitStatistics, criteria, criterion
-from expertprune.scoring import check_criterion, unit_statistics
 from expertprune.units import DENSE, LayerShape, Structure
 from tests.tiny import tiny_model
 
-OF_EXPERTS_ALONE = ["frequency", "reap"]  # see tests/test_experts.py
+OF_EXPERTS_ALONE = ["frequency", "reap"]  # see tests/pruning/test_experts.py
 NAMES = ["activation", "fisher", "fluctuation", "impact", "magnitude", "obs", "random", "regional", "taylor"]
 SHAPE = LayerShape(hidden=24, ffn=32, query_heads=6, kv_heads=3, head_dim=4)
 DOCUMENTS = [[3, 4, 5, 6, 20], [7, 30, 8, 9, 14, 10, 41, 2], [11, 12]]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from expertprune.arch import families, family_of
-from expertprune.models import load_model
+from expertprune.models.loading import load_model
 from tests.oracle import plan_of, pruned, random_units, resolved
 from tests.tiny import FAMILIES, save_tiny
 

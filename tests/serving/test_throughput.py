@@ -12,11 +12,11 @@ from click.testing import CliRunner
 from rich.console import Console
 
 import expertprune
-from expertprune.checkpoint import Checkpoint
 from expertprune.cli import main
-from expertprune.commands.throughput import number, throughput_table
+from expertprune.commands.bench import number, throughput_table
 from expertprune.errors import CheckpointError, ServingError, UsageError
-from expertprune.pictures import throughput_picture
+from expertprune.models.checkpoint import Checkpoint
+from expertprune.reporting.pictures import throughput_picture
 from expertprune.serving import throughput
 from expertprune.serving.throughput import METRICS, Load, bytes_per_token, summary
 from tests.tiny import WORDS, save_tiny

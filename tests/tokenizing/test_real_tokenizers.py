@@ -18,13 +18,12 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from expertprune.arch import bundled_models
-from expertprune.artifacts import LayerPlan, Plan, VocabularyPlan
-from expertprune.corpora import shipped
-from expertprune.files import store_folder
-from expertprune.models import BaseModel, resolve_base
-from expertprune.pruning import prune
-from expertprune.rows import Essentials, essentials
-from expertprune.spec import Base
+from expertprune.artifacts.plan import LayerPlan, Plan, VocabularyPlan
+from expertprune.composition.rows import Essentials, essentials
+from expertprune.files import shipped, store_folder
+from expertprune.models.base import ResolvedBase, resolve_base
+from expertprune.pruning.write import prune
+from expertprune.spec.schema import Base
 from expertprune.tokenizing import trimmed
 from expertprune.units import KeptRows
 from tests.oracle import load, logits_of
@@ -54,7 +53,7 @@ def words_of(name: str) -> list[str]:
 
 
 @functools.cache
-def base_of(model: str) -> BaseModel:
+def base_of(model: str) -> ResolvedBase:
     entry = bundled_models()[model]
     if any(importlib.util.find_spec(packaged.module) is None for packaged in entry.packaged):
         pytest.skip(f"needs {entry.install}")
@@ -135,7 +134,7 @@ def test_words_put_together_anew_mostly_keep_their_tokens(model: str) -> None:
     assert same > 100
 
 
-def german_plan(base: BaseModel, kept: set[int]) -> Plan:
+def german_plan(base: ResolvedBase, kept: set[int]) -> Plan:
     must, size = essentials(base), base.checkpoint.parameters
     rows = tuple(sorted(must.vocabulary.closed(kept | must.ids)))
     vocabulary = VocabularyPlan(KeptRows(base.checkpoint.vocabulary_rows(base.family), rows), base.tokenizer_digest)

@@ -1,0 +1,1 @@
+"""What lies between two stages, on disk: profiles, plans, experts, evaluations."""

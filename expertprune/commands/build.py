@@ -1,0 +1,38 @@
+"""`expertprune build`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from expertprune.commands.terminal import (
+    common,
+    overwrite_option,
+    print_expert,
+    progress_bar,
+    reporting,
+    set_option,
+    spec_argument,
+    store_option,
+)
+
+
+@click.command()
+@spec_argument
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="The expert's folder.")
+@set_option
+@overwrite_option
+@store_option
+@common
+@reporting
+def build(spec: Path, out: Path, overrides: dict[str, Any], overwrite: bool, store: Path | None, as_json: bool) -> None:
+    """From a spec to an evaluated expert: profile, compose, prune, evaluate.
+
+    \b
+    expertprune build profiles/english-medical-qa.yaml --out experts/medical-qa --set budget.ffn=0.3
+    """
+    from expertprune.stages import build as stage
+
+    print_expert(stage.build(spec, out, overrides, overwrite, store, progress_bar), as_json)

@@ -1,0 +1,43 @@
+"""`expertprune compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from expertprune.commands.terminal import (
+    common,
+    progress_bar,
+    reporting,
+    set_option,
+    show,
+    store_option,
+)
+
+
+@click.command()
+@click.argument("specs", metavar="SPEC...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--all", "everything", is_flag=True, help="Compare with every other stored profile of the base too.")
+@click.option("--fraction", default=0.25, show_default=True, help="Which part of each layer's units is irrelevant.")
+@click.option(
+    "--structure", "structures", multiple=True, type=click.Choice(["ffn", "query_heads", "kv_groups", "experts"]),
+    help="Compare these units only [default: all three].",
+)  # fmt: skip
+@click.option("--picture", type=click.Path(path_type=Path), help="Draw heat maps into this .png or .svg file.")
+@set_option
+@store_option
+@common
+@reporting
+def compare(specs: tuple[Path, ...], overrides: dict[str, Any], as_json: bool, **options: Any) -> None:
+    """Show how much the units that corpora need have in common, and which corpora are alike.
+
+    \b
+    expertprune compare profiles/english-medical-qa.yaml --picture overlap.png
+    """
+    from expertprune.reporting.tables import comparison_tables
+    from expertprune.stages import compare as analysis
+
+    result = analysis.compare(list(specs), overrides=overrides, track=progress_bar, **options).document()
+    show(as_json, result, lambda: comparison_tables(result))

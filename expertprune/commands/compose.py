@@ -1,0 +1,44 @@
+"""`expertprune compose`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from expertprune.commands.terminal import (
+    common,
+    progress_bar,
+    reporting,
+    set_option,
+    show,
+    spec_argument,
+    store_option,
+)
+from expertprune.files import check_parent
+
+
+@click.command()
+@spec_argument
+@click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The plan, a JSON file.")
+@click.option("--stored-only", is_flag=True, help="Fail where a profile is missing, instead of measuring it.")
+@set_option
+@store_option
+@common
+@reporting
+def compose(
+    spec: Path, out: Path, stored_only: bool, overrides: dict[str, Any], store: Path | None, as_json: bool
+) -> None:
+    """Decide which units are kept, and write the decision as a plan.
+
+    \b
+    expertprune compose profiles/english-medical-qa.yaml --out plan.json
+    """
+    from expertprune.reporting import explain as inspection
+    from expertprune.stages import compose as stage
+
+    check_parent(out)
+    plan = stage.compose(spec, store, overrides, progress_bar, run=not stored_only)
+    plan.save(out)
+    show(as_json, plan.document(), lambda: inspection.explain(plan.document()))

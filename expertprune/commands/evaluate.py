@@ -1,0 +1,90 @@
+"""`expertprune evaluate`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from expertprune.commands.terminal import common, progress_bar, reporting, show, store_option
+
+
+def _floors(_: click.Context, __: click.Parameter, text: str | None) -> dict[str, float]:
+    floors = {}
+    for part in (text or "").split(",") if text else ():
+        group, _sign, value = part.partition("=")
+        try:
+            floors[group.strip()] = float(value)
+        except ValueError:
+            raise click.BadParameter(f"{part!r} is not GROUP=RETENTION, such as expert=0.97") from None
+        if group.strip() not in ("expert", "general") or not floors[group.strip()] > 0:
+            raise click.BadParameter(f"{part!r}: give expert or general a retention above 0, such as expert=0.97")
+    return floors
+
+
+@click.command()
+@click.argument("expert", type=click.Path(path_type=Path))
+@click.option("--corpus", "corpora", multiple=True, help="One of the spec's corpora, such as medical [default: all].")
+@click.option("--suite", "suites", multiple=True, metavar="NAME|FILE", help="Measure what a suite names instead.")
+@click.option("--task", "tasks", multiple=True, metavar="NAME", help="Measure a task of lm-evaluation-harness.")
+@click.option(
+    "--backend", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True,
+    help="Who answers the tasks: transformers, or a vLLM server.",
+)  # fmt: skip
+@click.option("--limit", type=click.IntRange(min=1), help="At most so many examples of each task.")
+@click.option(
+    "--fail-under", "floors", callback=_floors, metavar="expert=0.97,general=0.9",
+    help="Exit with 1 where the suites' summary keeps less.",
+)  # fmt: skip
+@click.option("--base", type=click.Path(path_type=Path), help="The base's folder, if it has moved.")
+@click.option("--documents", type=click.IntRange(min=1), help="At most so many documents of each corpus.")
+@store_option
+@common
+@reporting
+def evaluate(
+    expert: Path,
+    corpora: tuple[str, ...],
+    suites: tuple[str, ...],
+    tasks: tuple[str, ...],
+    backend: str,
+    limit: int | None,
+    floors: dict[str, float],
+    base: Path | None,
+    documents: int | None,
+    store: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure what an expert kept of its base, and write it into the expert's folder.
+
+    \b
+    expertprune evaluate experts/medical-qa --suite medical --suite general --fail-under expert=0.97,general=0.9
+    """
+    from expertprune.reporting.tables import retention_table
+
+    overrides: dict[str, Any] = {"evaluate.documents": documents} if documents else {}
+    base = base and base.resolve()
+    if not suites and not tasks:
+        if floors or limit is not None or backend != "hf":
+            raise click.UsageError("--fail-under, --limit and --backend go with --suite or --task")
+        from expertprune.stages import evaluate as stage
+
+        result = stage.evaluate(expert, list(corpora), base, store, overrides, progress_bar).document()
+        show(as_json, result, lambda: retention_table(result))
+        return
+    if corpora:
+        raise click.UsageError("--corpus goes without --suite and --task: a suite names its corpora itself")
+    from expertprune.evaluation.retention import shortfalls
+    from expertprune.stages import suites as measuring
+
+    found = measuring.evaluate_suites(
+        expert, suites, tasks, backend, limit, base, store, overrides, floors, progress_bar  # type: ignore[arg-type]
+    )  # fmt: skip
+    result = found.document()
+    show(as_json, result, lambda: retention_table(result))
+    short = shortfalls(found.summary, floors)
+    for line in short:
+        click.echo(f"below the floor: {line}", err=True)
+    if short:
+        sys.exit(1)

@@ -1,0 +1,37 @@
+"""`expertprune export`: an expert for other engines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from expertprune.commands.terminal import common, reporting, show
+
+
+@click.command()
+@click.argument("expert", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The file.")
+@click.option("--format", "kind", default="gguf", show_default=True, help="The only one is gguf.")
+@click.option(
+    "--type", "stored", default="f16", show_default=True, help="How matrices are stored: f32, f16, bf16 or q8_0."
+)
+@click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
+@common
+@reporting
+def export(expert: Path, out: Path, kind: str, stored: str, overwrite: bool, as_json: bool) -> None:
+    """Write an expert as one file for other engines.
+
+    \b
+    expertprune export experts/medical-qa --format gguf --type q8_0 --out medical-qa.gguf
+    """
+    from expertprune.models import gguf as gguf_files
+
+    written = gguf_files.export(expert, out, kind, stored, overwrite)
+    size = out.stat().st_size
+    data = {
+        "kind": "export", "format": kind, "file": str(out), "bytes": size, "architecture": written.architecture,
+        "context": written.context, "tensors": written.tensors,
+    }  # fmt: skip
+    counts = ", ".join(f"{count} {name}" for name, count in sorted(written.tensors.items()))
+    show(as_json, data, lambda: f"{out}: {size / 1e6:.1f} MB, architecture {written.architecture}, tensors: {counts}")

@@ -1,0 +1,41 @@
+"""`expertprune profile`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from expertprune.commands.terminal import (
+    common,
+    progress_bar,
+    reporting,
+    set_option,
+    spec_argument,
+    store_option,
+)
+from expertprune.files import to_json
+
+
+@click.command()
+@spec_argument
+@set_option
+@store_option
+@common
+@reporting
+def profile(spec: Path, overrides: dict[str, Any], store: Path | None, as_json: bool) -> None:
+    """Measure every corpus of a spec; what is stored already is not measured again.
+
+    \b
+    expertprune profile profiles/english-medical-qa.yaml
+    """
+    from expertprune.stages import profile as stage
+
+    profiles = stage.profile(spec, store, overrides, progress_bar)
+    data = {str(name): {"path": str(p.path), "tokens": p.tokens, "digest": p.digest} for name, p in profiles.items()}
+    if as_json:
+        click.echo(to_json({"kind": "profiles", "profiles": data}))
+    else:
+        for name, entry in data.items():
+            click.echo(f"{name}: {entry['tokens']:,} tokens, {entry['path']}")

@@ -1,0 +1,34 @@
+"""`expertprune prune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from expertprune.commands.terminal import (
+    common,
+    overwrite_option,
+    print_expert,
+    progress_bar,
+    reporting,
+    store_option,
+)
+
+
+@click.command()
+@click.argument("plan", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="The expert's folder.")
+@overwrite_option
+@store_option
+@common
+@reporting
+def prune(plan: Path, out: Path, overwrite: bool, store: Path | None, as_json: bool) -> None:
+    """Apply a plan: cut, repair, write the expert.
+
+    \b
+    expertprune prune plan.json --out experts/medical-qa
+    """
+    from expertprune.stages import prune as stage
+
+    print_expert(stage.prune(plan, out, overwrite, store, progress_bar), as_json)

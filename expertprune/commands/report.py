@@ -1,0 +1,38 @@
+"""`expertprune report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from expertprune.commands.terminal import common, output, reporting, show, store_option
+
+
+@click.command()
+@click.argument("expert", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--compare", "others", multiple=True, type=click.Path(path_type=Path), help="Another expert beside it.")
+@click.argument("more", metavar="", nargs=-1, type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path),
+    help="The page [default: DIR/report.html, or DIR/comparison.html with --compare].",
+)  # fmt: skip
+@store_option
+@common
+@reporting
+def report(
+    expert: Path, others: tuple[Path, ...], more: tuple[Path, ...], out: Path | None, store: Path | None, as_json: bool
+) -> None:
+    """Write what an expert kept and lost into one HTML page, and refresh its model card.
+
+    \b
+    expertprune report experts/medical-qa --compare experts/legal-qa
+    """
+    from expertprune.reporting import page
+
+    if more and not others:
+        raise click.UsageError(f"{more[0]}: to show several experts side by side, say --compare")
+    data = page.report(expert, (*others, *more), out, store)
+    show(as_json, data, lambda: page.headline_table(data))
+    if not as_json:
+        output.print(f"page: {data['page']}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,132 @@
+"""`expertprune serve`."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+import click
+
+from expertprune.commands.terminal import reporting
+from expertprune.files import store_folder
+
+log = logging.getLogger(__name__)
+
+
+_STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the command to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """End well when a signal says so: exit code 128 and the signal's number, as shells have it (130 for Ctrl-C)."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise Stopped(number)
+
+    for name in _STOPPING:
+        number = getattr(signal, name, None)
+        if number is not None and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):  # nohup
+            signal.signal(number, stop)
+    try:
+        yield
+    except Stopped as stopped:
+        click.echo(f"stopped by {signal.Signals(stopped.number).name}; nothing is left running", err=True)
+        sys.exit(128 + stopped.number)
+
+
+@click.command()
+@click.argument("folders", metavar="DIR... [-- VLLM ARGUMENT...]", nargs=-1, type=click.UNPROCESSED)
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535), help="Where to listen.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 lets other machines in.")
+@click.option(
+    "--log", type=click.Path(file_okay=False, path_type=Path), help="Folder of vLLM's logs [default: STORE/logs]."
+)
+@click.option(
+    "--patience", default=900.0, show_default=True, type=click.FloatRange(min=1), metavar="SECONDS",
+    help="How long an engine may take to start.",
+)  # fmt: skip
+@reporting
+def serve(folders: tuple[str, ...], port: int, host: str, log: Path | None, patience: float) -> None:
+    """Serve experts through vLLM, behind one OpenAI-compatible endpoint.
+
+    Several folders get an engine each; a request's "model" says which is meant. Arguments after -- go to vLLM.
+
+    \b
+    expertprune serve experts/medical-qa experts/german --port 8080 -- --max-num-seqs 64
+    """
+    places = list(itertools.takewhile(lambda text: not text.startswith("-"), folders))
+    arguments = folders[len(places) :]
+    if not places:
+        raise click.UsageError("name at least one folder before --")
+    logs = store_folder() / "logs" if log is None else log
+    with stopped_by_signals():
+        if len(places) == 1:
+            _serve_one(places[0], port, host, arguments, logs, patience)
+        else:
+            _serve_several(places, port, host, arguments, logs, patience)
+
+
+def _serve_one(folder: str, port: int, host: str, arguments: Sequence[str], logs: Path, patience: float) -> None:
+    from expertprune.serving.engine import check_folder
+    from expertprune.serving.server import PROMPT, Server, log_file
+
+    log = log_file(logs, check_folder(folder).name, port)
+    server = Server(folder, port=port, host=host, arguments=arguments, log=log, patience=patience)
+    _say(f"starting {server.name}; vLLM's log: {server.log}")
+    with server:
+        answer = server.complete()
+        _say(f"healthy after {server.load_seconds:.0f} s; {PROMPT!r} goes on {answer!r}")
+        _tell(server.url, [server.name])
+        while (failure := server.failure()) is None:
+            time.sleep(0.25)
+        raise failure
+
+
+def _serve_several(
+    folders: Sequence[str], port: int, host: str, arguments: Sequence[str], logs: Path, patience: float
+) -> None:
+    from expertprune.serving.deployment import Deployment
+    from expertprune.serving.server import PROMPT
+
+    deployment = Deployment(
+        folders, port=port, host=host, arguments=arguments, logs=logs, report=_say, patience=patience
+    )
+    for server in deployment.servers.values():
+        _say(f"{server.name}: vLLM's log: {server.log}")
+    with deployment:
+        for server in deployment.servers.values():
+            answer = server.complete()
+            _say(f"{server.name}: healthy after {server.load_seconds:.0f} s; {PROMPT!r} goes on {answer!r}")
+        _tell(deployment.url, list(deployment.servers))
+        deployment.watch()
+
+
+def _say(message: str) -> None:
+    click.echo(message, err=True)
+
+
+def _tell(url: str, names: list[str]) -> None:
+    """The endpoint and a line to try it, on standard output."""
+    click.echo(f"endpoint: {url}")
+    click.echo(f"models:   {', '.join(names)}")
+    request = {"model": names[0], "prompt": "The heart pumps", "max_tokens": 16}
+    body = shlex.quote(json.dumps(request, ensure_ascii=False))
+    click.echo(f"try it:   curl {url}/completions -H 'Content-Type: application/json' -d {body}")
+    click.echo("stop it:  Ctrl-C")

@@ -1,0 +1,74 @@
+"""`expertprune sweep`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from expertprune.commands.terminal import (
+    common,
+    progress_bar,
+    reporting,
+    set_option,
+    show,
+    spec_argument,
+    store_option,
+)
+
+
+def _fractions(_: click.Context, __: click.Parameter, text: str) -> list[float]:
+    fractions, wrong = [], []
+    for part in text.split(","):
+        try:
+            fractions.append(float(part))
+        except ValueError:
+            wrong.append(repr(part.strip()))
+    if wrong:
+        raise click.BadParameter(f"{', '.join(wrong)}: not a number; give fractions such as 0.1,0.25,0.5")
+    return fractions
+
+
+@click.command()
+@spec_argument
+@click.option(
+    "--budgets", required=True, callback=_fractions, metavar="FRACTIONS",
+    help="What is removed, such as 0.1,0.25,0.5: of all parameters if the spec's budget says parameters or "
+    "max_parameters, else of each structure that it names.",
+)  # fmt: skip
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for sweep.json, written after each budget; the same sweep goes on from there.",
+)  # fmt: skip
+@click.option("--keep-experts", is_flag=True, help="Keep the experts too, in OUT/NAME-BUDGET.")
+@click.option("--picture", type=click.Path(path_type=Path), help="Draw the curve into this .png or .svg file.")
+@set_option
+@store_option
+@common
+@reporting
+def sweep(
+    spec: Path,
+    budgets: list[float],
+    out: Path | None,
+    keep_experts: bool,
+    picture: Path | None,
+    overrides: dict[str, Any],
+    store: Path | None,
+    as_json: bool,
+) -> None:
+    """Show what experts of several sizes keep: one profile, many plans.
+
+    \b
+    expertprune sweep profiles/english-medical-qa.yaml --budgets 0.1,0.3,0.5 --picture sweep.png
+    """
+    from expertprune.reporting.pictures import check_picture, retention_curve
+    from expertprune.reporting.tables import sweep_table
+    from expertprune.stages import sweep as sweeping
+
+    if picture is not None:
+        check_picture(picture, made=out)
+    result = sweeping.sweep(spec, budgets, out, keep_experts, store, overrides, progress_bar).document()
+    if picture is not None:
+        retention_curve(result["points"], picture)
+    show(as_json, result, lambda: sweep_table(result))

@@ -1,0 +1,135 @@
+"""What all commands share: options, progress, logs, and how an error is told."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import yaml
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from expertprune.errors import ExpertpruneError, SpecError
+from expertprune.files import to_json
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+output = Console()
+
+
+if not output.is_terminal:  # a pipe or a file has no width of its own
+    output = Console(width=120)
+
+
+messages = Console(stderr=True)
+
+
+def reporting(command: F) -> F:
+    """An error becomes a message and its exit code (2: a user's mistake), an interruption exit code 1."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        # A terminated process cleans up as an interrupted one does: staged folders vanish.
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            return command(*args, **kwargs)
+        except ExpertpruneError as error:
+            problems = error.problems if isinstance(error, SpecError) else [str(error)]
+            for problem in problems:
+                click.echo(f"error: {problem}", err=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted: nothing half-written is left; stored profiles are kept for the next run", err=True)
+            sys.exit(1)
+
+    return run  # type: ignore[return-value]
+
+
+def common(command: F) -> F:
+    command = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, for machines.")(command)
+    return click.option("-v", "--verbose", is_flag=True, callback=_logs, expose_value=False, help="Show logs.")(command)
+
+
+def _logs(_: click.Context, __: click.Parameter, verbose: bool) -> None:
+    handler = RichHandler(console=messages, show_path=False, markup=False)
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", handlers=[handler])
+
+
+store_option = click.option(
+    "--store", type=click.Path(file_okay=False, path_type=Path), envvar="EXPERTPRUNE_STORE",
+    help="Folder of stored profiles [default: EXPERTPRUNE_STORE, else the user's cache].",
+)  # fmt: skip
+
+
+spec_argument = click.argument("spec", type=click.Path(path_type=Path))
+
+
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an expert that is there.")
+
+
+def _settings(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
+    settings = {}
+    for value in values:
+        key, sign, text = value.partition("=")
+        if not sign or not key:
+            raise click.BadParameter(f"{value!r} is not KEY=VALUE, such as budget.ffn=0.3")
+        try:
+            settings[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise click.BadParameter(f"{text!r} is not a YAML value") from None
+    return settings
+
+
+set_option = click.option(
+    "--set", "overrides", multiple=True, callback=_settings, metavar="KEY=VALUE", help="Change a key of the spec."
+)
+
+
+@contextlib.contextmanager
+def progress_bar(stage: str, steps: int) -> Iterator[Callable[[], None]]:
+    """A progress bar on standard error."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=messages) as progress:
+        task = progress.add_task(stage, total=steps)
+
+        def step() -> None:
+            done = progress.tasks[0].completed + 1
+            progress.update(task, completed=done, total=max(steps, done))
+
+        yield step
+        progress.update(task, total=progress.tasks[0].completed)
+
+
+def show(as_json: bool, data: Any, text: Callable[[], Any]) -> None:
+    if as_json:
+        click.echo(to_json(data))
+    else:
+        output.print(text())
+
+
+def print_expert(folder: Path, as_json: bool) -> None:
+    from expertprune.artifacts.expert import load_expert
+    from expertprune.files import folder_size
+    from expertprune.reporting.tables import retention_table
+
+    about = load_expert(folder)
+    if as_json:
+        click.echo(to_json({**about, "folder": str(folder), "bytes": folder_size(folder)}))
+        return
+    if about["evaluation"]:
+        output.print(retention_table(about["evaluation"]))
+    before, after = about["parameters"]["before"], about["parameters"]["after"]
+    click.echo(f"expert:     {folder} ({folder_size(folder) / 1e6:.1f} MB)")
+    click.echo(f"parameters: {after:,} of {before:,} ({after / before:.1%})")
+    click.echo(f"serve it:   expertprune serve {shlex.quote(str(folder))}")

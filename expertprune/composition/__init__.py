@@ -1,0 +1,1 @@
+"""Profiles to a plan. No model runs here."""

@@ -1,0 +1,53 @@
+"""What a spec leaves to the base: `auto` and keys that only some families have."""
+
+from __future__ import annotations
+
+import contextlib
+
+from expertprune.errors import PlanError, SpecError
+from expertprune.models.base import ResolvedBase
+from expertprune.spec.schema import Spec
+from expertprune.units import Structure
+
+AUTO = "auto"
+
+
+def resolved(spec: Spec, base: ResolvedBase) -> Spec:
+    """The spec with what it leaves open decided for a base; what it says itself stays, and a second time changes nothing.
+
+    `relevance.criterion`: fisher, or reap where nothing but whole experts is cut. `relevance.experts`: reap where the
+    criterion was left open, else the same as the criterion; `None` where there are none. `compose.allocation`: global
+    where the family has layers of different widths, else uniform.
+
+    Raises:
+        SpecError: a criterion of experts for a base that has none.
+    """
+    relevance, compose, routed = spec.relevance, spec.compose, not base.family.has_ffn
+    if relevance.experts is not None and not routed:
+        raise SpecError(
+            f"relevance.experts: layers of family {base.family.family!r} have no experts; leave this key out"
+        )
+    open_, criterion, experts = relevance.criterion == AUTO, relevance.criterion, relevance.experts
+    if open_:
+        criterion = "reap" if routed and _only_experts(spec) else "fisher"
+    if routed and experts is None:
+        experts = "reap" if open_ else criterion
+    allocation = compose.allocation
+    if allocation == AUTO:
+        allocation = "uniform"
+        with contextlib.suppress(PlanError):
+            base.family.check_single_layers(base.checkpoint.config)
+            allocation = "global"
+    return spec.model_copy(
+        update={
+            "relevance": relevance.model_copy(update={"criterion": criterion, "experts": experts}),
+            "compose": compose.model_copy(update={"allocation": allocation}),
+        }
+    )
+
+
+def _only_experts(spec: Spec) -> bool:
+    """Whether a budget cuts no other units of layers than whole experts."""
+    budget = spec.budget
+    others = [structure for structure in Structure if structure is not Structure.EXPERTS]
+    return not any(getattr(budget, each.value) for each in others) and not (budget.overall and budget.experts)

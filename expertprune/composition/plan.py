@@ -1,0 +1,279 @@
+"""Profiles to a plan: algebra on scores, without the model. Every decision about units is made here."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expertprune.artifacts.plan import LayerPlan, Plan, VocabularyPlan
+from expertprune.artifacts.profile import Profile
+from expertprune.composition.allocation import Scores, global_widths, search_widths, uniform_candidates, uniform_part
+from expertprune.composition.budget import (
+    LayerWidths,
+    Widths,
+    removed_parameters,
+    removed_with_rows,
+    resolve_budget,
+    widths_of,
+)
+from expertprune.composition.defaults import resolved
+from expertprune.composition.legality import check_structures
+from expertprune.composition.rows import choose_rows
+from expertprune.composition.scoring import EXPERT, GENERAL, SHARED, Fused, check_criterion, check_scored, score_units
+from expertprune.corpora.documents import CorpusName, corpus_names
+from expertprune.errors import PlanError, SpecError
+from expertprune.models.base import ResolvedBase
+from expertprune.spec.schema import Spec
+from expertprune.units import KeptUnits, LayerShape, Structure
+
+# How far a plan's kept units are from the base's predictions: smaller is better.
+PlanFitness = Callable[[Sequence[KeptUnits]], float]
+
+
+def keep_largest(scores: Tensor, count: int) -> Tensor:
+    """Indices of the `count` largest scores, ascending; among equals the lower index stays, `[count]`."""
+    return scores.argsort(descending=True, stable=True)[:count].sort().values
+
+
+def select_layer(shape: LayerShape, widths: LayerWidths, scores: Mapping[Structure, Fused]) -> KeptUnits:
+    """Keep the highest-scoring units of one layer.
+
+    Groups first, then the same number of heads in each kept group; experts first, then as many neurons in each kept expert.
+    """
+    everything = shape.all_kept
+    experts = everything.experts
+    if widths.experts < shape.experts:
+        experts = tuple(keep_largest(scores[Structure.EXPERTS].score, widths.experts).tolist())
+    ffn, groups, heads = everything.ffn, everything.kv_groups, everything.query_heads
+    if shape.experts:
+        ffn = _neurons(shape, widths, scores, experts)
+    elif widths.ffn < shape.ffn:
+        ffn = tuple(keep_largest(scores[Structure.FFN].score, widths.ffn).tolist())
+    if widths.kv_groups < shape.kv_heads:
+        groups = tuple(keep_largest(scores[Structure.KV_GROUPS].score, widths.kv_groups).tolist())
+    per_group = shape.heads_per_group
+    if widths.heads_per_group < per_group:
+        score = scores[Structure.QUERY_HEADS].score
+        heads = tuple(
+            group * per_group + int(head)
+            for group in groups
+            for head in keep_largest(score[group * per_group : (group + 1) * per_group], widths.heads_per_group)
+        )
+    else:
+        heads = tuple(head for head in heads if head // per_group in groups)
+    return KeptUnits(ffn, heads, groups, experts)
+
+
+def _neurons(
+    shape: LayerShape, widths: LayerWidths, scores: Mapping[Structure, Fused], experts: Sequence[int]
+) -> tuple[int, ...]:
+    """The neurons that kept experts keep, each its own highest-scoring ones."""
+    if widths.ffn == shape.ffn:
+        return tuple(unit for unit in range(shape.neurons) if unit // shape.ffn in experts)
+    score = scores[Structure.FFN].score.unflatten(0, (shape.experts, -1))
+    return tuple(
+        expert * shape.ffn + int(neuron) for expert in experts for neuron in keep_largest(score[expert], widths.ffn)
+    )
+
+
+def explain(kept: KeptUnits, scores: Mapping[Structure, Fused], dimensions: list[str]) -> dict[str, dict[str, Any]]:
+    """Why a layer keeps what it keeps, per structure that was scored (see `LayerPlan`)."""
+    why: dict[str, dict[str, Any]] = {}
+    for structure, fused in scores.items():
+        mask = torch.zeros(fused.score.numel(), dtype=torch.bool)
+        mask[torch.tensor(kept.of(structure))] = True
+        names = [*dimensions, "general"]
+        counts = Counter(names[index] for index in fused.source[mask].tolist())
+        entry: dict[str, Any] = {
+            "threshold": float(fused.score[~mask].max()) if not bool(mask.all()) else None,
+            "protected": {name: counts[name] for name in names if name != "general" or fused.kind is not None},
+        }
+        if fused.kind is not None:
+            for label, kind in (("shared", SHARED), ("expert_exclusive", EXPERT), ("general_exclusive", GENERAL)):
+                of_kind = fused.kind == kind
+                entry[label] = {"units": int(of_kind.sum()), "kept": int((of_kind & mask).sum())}
+        why[structure.value] = entry
+    return why
+
+
+def foreseen_widths(spec: Spec, base: ResolvedBase) -> Widths | None:
+    """The widths that the budget comes to, as far as that can be said without profiles; `None` for a retention floor.
+
+    Where layers get different widths, their sum is right (but for the mix of structures), not each of them.
+
+    Raises:
+        PlanError: the budget is not reachable, or the family has no layers of different widths.
+    """
+    spec = resolved(spec, base)
+    check_structures(spec.budget, base)
+    check_scored(spec.relevance, _competing(spec, base)[0], base.family.has_ffn)
+    if spec.budget.retention is not None:
+        return None
+    if spec.compose.allocation == "uniform":
+        return resolve_budget(spec.budget, base)
+    if spec.compose.allocation == "search" and spec.compose.search.uniform:
+        return uniform_candidates(spec.budget, base)[0]
+    base.family.check_single_layers(base.checkpoint.config)
+    return global_widths(spec.budget, base, _flat_scores(base))
+
+
+def _flat_scores(base: ResolvedBase) -> Scores:
+    """All units alike: enough to ask which widths can be reached."""
+    return {
+        structure: [
+            Fused(torch.zeros(shape.units(structure)), torch.zeros(shape.units(structure)), None)
+            for shape in base.layers
+        ]
+        for structure in Structure
+    }
+
+
+def _competing(spec: Spec, base: ResolvedBase) -> tuple[list[Structure], bool]:
+    """The structures to score, and whether they compete for one budget."""
+    budget, uniform = spec.budget, spec.compose.allocation == "uniform"
+    named = [structure for structure in Structure if getattr(budget, structure.value)]
+    if not budget.overall:
+        return named, False
+    if not base.family.has_ffn:  # whole experts make up what is wanted, or neurons where experts are named
+        return [*named, Structure.FFN if budget.experts else Structure.EXPERTS], False
+    if uniform or budget.kv_groups:
+        return [*named, Structure.FFN], False
+    return [*named, Structure.FFN, Structure.KV_GROUPS], True
+
+
+def choose_widths(
+    spec: Spec,
+    base: ResolvedBase,
+    scores: Scores,
+    part: float = 1.0,
+    fitness: PlanFitness | None = None,
+    earlier: Sequence[KeptUnits] | None = None,
+) -> tuple[Widths, list[float]]:
+    """The widths of every layer, and the fitness of what a search tried; no layer gets wider than it was `earlier`.
+
+    Raises:
+        PlanError: the budget is not reachable.
+    """
+    budget, settings = spec.budget, spec.compose
+    if settings.allocation == "uniform":
+        return uniform_part(resolve_budget(budget, base), base, budget, part), []
+    if settings.allocation == "search" and settings.search.uniform and part < 1:
+        return uniform_part(_least_cut(uniform_candidates(budget, base)), base, budget, part), []
+    before = [widths_of(units) for units in earlier] if earlier is not None else None
+    if settings.allocation == "global" or part < 1:
+        return global_widths(budget, base, scores, part, before), []
+    assert fitness is not None
+
+    def of_widths(widths: Widths) -> float:
+        return fitness([select_layer(*each) for each in _by_layer(base, widths, scores)])
+
+    if settings.search.uniform:
+        every = uniform_candidates(budget, base)
+        trials = [of_widths(widths) for widths in every]
+        return every[trials.index(min(trials))], trials
+    starts = [global_widths(budget, base, scores, earlier=before)]
+    if len(set(base.layers)) == 1:
+        with contextlib.suppress(PlanError):  # the same cut everywhere may not reach what the ranking does
+            starts += [each for each in [resolve_budget(budget, base)] if _not_wider(each, before)]
+    return search_widths(budget, base, starts, of_widths, settings.search, list(scores), before)
+
+
+def _least_cut(candidates: Sequence[Widths]) -> Widths:
+    """Of uniform widths, the widest of each structure: what a round may cut before it is known which are taken."""
+    layers = [widths.layers[0] for widths in candidates]
+    widest = LayerWidths(*(max(getattr(layer, field.name) for layer in layers) for field in fields(LayerWidths)))
+    return Widths.same(widest, len(candidates[0].layers), candidates[0].requested)
+
+
+def _not_wider(widths: Widths, before: Sequence[LayerWidths] | None) -> bool:
+    return before is None or all(
+        new.ffn <= old.ffn and new.heads_per_group <= old.heads_per_group and new.kv_groups <= old.kv_groups
+        for new, old in zip(widths.layers, before, strict=True)
+    )
+
+
+def _by_layer(
+    base: ResolvedBase, widths: Widths, scores: Scores
+) -> list[tuple[LayerShape, LayerWidths, dict[Structure, Fused]]]:
+    return [
+        (shape, layer, {structure: fused[index] for structure, fused in scores.items()})
+        for index, (shape, layer) in enumerate(zip(base.layers, widths.layers, strict=True))
+    ]
+
+
+def without(scores: Scores, kept: Sequence[KeptUnits]) -> Scores:
+    """Scores in which units that an earlier round dropped stand below all others."""
+    result: dict[Structure, list[Fused]] = {}
+    for structure, layers in scores.items():
+        result[structure] = []
+        for fused, units in zip(layers, kept, strict=True):
+            score = torch.full_like(fused.score, -1e30 if bool((fused.score < 0).any()) else 0.0)
+            index = torch.tensor(units.of(structure))
+            floor = 1e-30 if not bool((fused.score < 0).any()) else 0.0
+            score[index] = fused.score[index] + floor
+            result[structure].append(Fused(score, fused.source, fused.kind))
+    return result
+
+
+def compose(
+    spec: Spec,
+    base: ResolvedBase,
+    profiles: Mapping[CorpusName, Profile],
+    fitness: PlanFitness | None = None,
+    earlier: Sequence[KeptUnits] | None = None,
+    part: float = 1.0,
+    vocabulary: VocabularyPlan | None = None,
+) -> Plan:
+    """Decide which units are kept.
+
+    Args:
+        profiles: one for each corpus that the spec names.
+        fitness: what a search over widths minimizes; needed for `allocation: search` alone.
+        earlier: what the previous round kept; nothing that it dropped comes back.
+        part: of the budget, for cutting in rounds.
+        vocabulary: which rows are kept, where that is decided already; default: as the budget says.
+
+    Raises:
+        SpecError: unknown criterion, or a corpus without a profile or without the pass that the criterion needs.
+        PlanError: the budget cannot be met, or the family's config cannot say the widths.
+    """
+    spec = resolved(spec, base)
+    check_criterion(spec.relevance.criterion)
+    if missing := [str(name) for name in corpus_names(spec) if name not in profiles]:
+        raise SpecError(f"no profile for {', '.join(missing)}: run the profile stage first")
+    foreseen_widths(spec, base)
+    wanted = {name: profiles[name] for name in corpus_names(spec)}
+    if vocabulary is None and spec.budget.vocabulary is not None:
+        vocabulary = choose_rows(spec, base, wanted)
+    structures, together = _competing(spec, base)
+    scores: Scores = score_units(spec, wanted, structures, together)
+    if earlier is not None:
+        scores = without(scores, earlier)
+    widths, trials = choose_widths(spec, base, scores, part, fitness, earlier)
+    layers = []
+    for shape, layer, here in _by_layer(base, widths, scores):
+        kept = select_layer(shape, layer, here)
+        cut = {structure: fused for structure, fused in here.items() if layer.of(structure) < shape.units(structure)}
+        layers.append(LayerPlan(kept, explain(kept, cut, list(spec.dimensions.chosen))))
+    before = base.checkpoint.parameters
+    removed = removed_parameters(base, widths) + removed_with_rows(base, vocabulary.rows.rows if vocabulary else None)
+    budget = widths.summary(base.layers)
+    return Plan(
+        name=spec.name,
+        base={"model": base.name, "digest": base.digest},
+        spec=spec.document(),
+        profiles={str(name): profile.digest for name, profile in wanted.items()},
+        shapes=list(base.layers),
+        layers=layers,
+        budget=budget,
+        parameters={"before": before, "after": before - removed},
+        search=[value for value in trials if math.isfinite(value)],
+        vocabulary=vocabulary,
+    )

@@ -1,0 +1,1 @@
+"""Corpora: from names in a spec to documents and token batches."""

@@ -1,0 +1,65 @@
+"""The nouns of calibration text: documents, questions, corpora and their names."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from expertprune.files import digest_of
+from expertprune.spec.schema import Spec
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text."""
+
+    text: str
+
+    @property
+    def digest(self) -> str:
+        """What makes two documents the same for splits and leaks: the text, white space aside."""
+        return hashlib.sha256(" ".join(self.text.split()).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Question:
+    """A multiple-choice question; `answer` is the index of the right choice."""
+
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents of one dimension value, or of `general`.
+
+    `set_aside` says that the evaluation documents are a tenth of the corpus rather than a split of their own.
+    """
+
+    name: str
+    calibration: tuple[Document, ...]
+    evaluation: tuple[Document, ...]
+    questions: tuple[Question, ...] = ()
+    set_aside: bool = False
+
+    @property
+    def digest(self) -> str:
+        return digest_of([document.digest for document in self.calibration])
+
+
+@dataclass(frozen=True)
+class CorpusName:
+    """A corpus that the spec names: `dimension` is one of the three, or `general`."""
+
+    dimension: str
+    value: str
+
+    def __str__(self) -> str:
+        return f"{self.dimension}/{self.value}"
+
+
+def corpus_names(spec: Spec) -> list[CorpusName]:
+    """Every corpus of a spec: the dimensions' in their order, then those of `general`."""
+    names = [CorpusName(dimension, value) for dimension, values in spec.dimensions.chosen.items() for value in values]
+    return names + [CorpusName("general", value) for value in spec.general]

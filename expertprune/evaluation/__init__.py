@@ -1,0 +1,1 @@
+"""Base and expert on the same held-out examples."""

@@ -1,0 +1,154 @@
+"""Bits of held-out documents under base and expert."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expertprune.corpora.batches import make_batches, tokenize
+from expertprune.corpora.documents import Document
+from expertprune.evaluation.retention import Floats
+from expertprune.progress import Progress
+
+TOKENS_PER_BATCH = 1024
+_CHUNK = 256  # positions whose distributions are held in float32 at a time
+
+
+# --- measuring ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class DocumentScores:
+    """Per document, `[documents]`: bits of its predicted tokens, their number and bytes, and KL in bits."""
+
+    base: Floats
+    expert: Floats
+    kl: Floats
+    tokens: Floats
+    bytes: Floats
+
+
+@dataclass
+class ScoresApart(DocumentScores):
+    """Where the expert has a tokenizer of its own: `tokens` and `bytes` are the base's, and `kl` is not a number."""
+
+    expert_tokens: Floats
+    expert_bytes: Floats
+
+
+@torch.inference_mode()
+def score_documents(
+    base: Any,
+    expert: Any,
+    tokenizer: Any,
+    documents: Sequence[Document],
+    max_tokens: int,
+    progress: Progress | None = None,
+    expert_tokenizer: Any = None,
+) -> DocumentScores:
+    """Negative log-likelihood of both models and `KL(base ‖ expert)`, summed over each document's predicted tokens.
+
+    The first token is predicted from nothing and does not count; neither do its bytes.
+
+    Args:
+        expert_tokenizer: the expert's, where it is not the base's; both then read the same text, cut where the base's
+            tokenizer has `max_tokens`, each in its own tokens.
+    """
+    if expert_tokenizer is not None:
+        return _score_apart(base, expert, (tokenizer, expert_tokenizer), documents, max_tokens, progress)
+    tokens = tokenize(documents, tokenizer, max_tokens)
+    count = len(documents)
+    scores = DocumentScores(*(np.zeros(count) for _ in range(5)))
+    for batch in make_batches(tokens, TOKENS_PER_BATCH):
+        ids = batch.ids.to(base.device)
+        mine, theirs = base(input_ids=ids).logits, expert(input_ids=ids).logits
+        for row, (document, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
+            sums = _row_sums(mine[row, : length - 1], theirs[row, : length - 1], ids[row, 1:length])
+            scores.base[document], scores.expert[document], scores.kl[document] = sums
+            scores.tokens[document] = length - 1
+            scores.bytes[document] = _predicted_bytes(tokenizer, documents[document], max_tokens)
+        if progress is not None:
+            progress()
+    return scores
+
+
+def _score_apart(
+    base: Any,
+    expert: Any,
+    tokenizers: tuple[Any, Any],
+    documents: Sequence[Document],
+    max_tokens: int,
+    progress: Progress | None,
+) -> ScoresApart:
+    """The bits of both models, each in its own tokens of the same text; predictions over other rows have no KL."""
+    cut = [Document(document.text[: _end(tokenizers[0], document, max_tokens)]) for document in documents]
+    mine, tokens, size = score_alone(base, tokenizers[0], cut, progress)
+    theirs, other_tokens, other_size = score_alone(expert, tokenizers[1], cut, progress)
+    return ScoresApart(mine, theirs, np.full(len(cut), math.nan), tokens, size, other_tokens, other_size)
+
+
+@torch.inference_mode()
+def score_alone(
+    model: Any, tokenizer: Any, documents: Sequence[Document], progress: Progress | None = None
+) -> tuple[Floats, Floats, Floats]:
+    """One model on whole documents: bits, number and bytes of their predicted tokens, `[documents]` each."""
+    bits, tokens, size = (np.zeros(len(documents)) for _ in range(3))
+    encoded = [list(ids) for ids in tokenizer([document.text for document in documents])["input_ids"]]
+    for batch in make_batches(encoded, TOKENS_PER_BATCH):
+        ids = batch.ids.to(model.device)
+        logits = model(input_ids=ids).logits
+        for row, (document, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
+            bits[document] = _row_bits(logits[row, : length - 1], ids[row, 1:length])
+            tokens[document] = length - 1
+            size[document] = _predicted_bytes(tokenizer, documents[document], len(encoded[document]))
+        if progress is not None:
+            progress()
+    return bits, tokens, size
+
+
+def _end(tokenizer: Any, document: Document, max_tokens: int) -> int:
+    """Characters of a document up to where it is cut."""
+    offsets = tokenizer(document.text, return_offsets_mapping=True)["offset_mapping"]
+    return len(document.text) if len(offsets) <= max_tokens else max(end for _, end in offsets[:max_tokens])
+
+
+def _row_bits(logits: Tensor, targets: Tensor) -> float:
+    """Bits of one document's predicted tokens; logits are `[tokens, vocabulary]`."""
+    total = 0.0
+    for first in range(0, logits.shape[0], _CHUNK):
+        part = slice(first, first + _CHUNK)
+        total += float(torch.nn.functional.cross_entropy(logits[part].float(), targets[part], reduction="sum"))
+    return total / math.log(2)
+
+
+def _predicted_bytes(tokenizer: Any, document: Document, max_tokens: int) -> int:
+    """UTF-8 bytes of the document's text behind its first token, up to where it was cut."""
+    if not tokenizer.is_fast:  # only fast tokenizers know where a token's text stands
+        ids = tokenize([document], tokenizer, max_tokens)[0]
+        return len(tokenizer.decode(ids[1:], skip_special_tokens=True, clean_up_tokenization_spaces=False).encode())
+    encoded = tokenizer(document.text, return_offsets_mapping=True)["offset_mapping"]
+    first, last = encoded[0][1], len(document.text)
+    if len(encoded) > max_tokens:
+        last = max(end for _, end in encoded[:max_tokens])
+    return len(document.text[first:last].encode())
+
+
+def _row_sums(base: Tensor, expert: Tensor, targets: Tensor) -> tuple[float, float, float]:
+    """Bits under base and expert, and KL in bits, of one document; logits are `[tokens, vocabulary]`."""
+    totals = [0.0, 0.0, 0.0]
+    for first in range(0, base.shape[0], _CHUNK):
+        part = slice(first, first + _CHUNK)
+        p = torch.log_softmax(base[part].float(), -1)
+        q = torch.log_softmax(expert[part].float(), -1)
+        index = targets[part, None]
+        totals[0] -= float(p.gather(1, index).double().sum())
+        totals[1] -= float(q.gather(1, index).double().sum())
+        totals[2] += float((p.exp() * (p - q)).sum(-1).double().sum())
+    bits = 1 / math.log(2)
+    return totals[0] * bits, totals[1] * bits, totals[2] * bits

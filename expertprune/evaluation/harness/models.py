@@ -1,0 +1,45 @@
+"""Base and expert as lm-evaluation-harness' models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from expertprune.evaluation.harness.quiet import quiet
+
+_BATCH = 8
+
+
+def running_model(model: Any, tokenizer: Any) -> Any:
+    """A running `transformers` model for lm-evaluation-harness."""
+    from lm_eval.models.huggingface import HFLM
+
+    with quiet():
+        return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH)
+
+
+def served_model(folder: Path, url: str, name: str, tokenizer: Any) -> Any:
+    """A model behind a completions endpoint for lm-evaluation-harness.
+
+    Args:
+        folder: where the model's tokenizer is: prompts are sent as its tokens.
+        url: of the endpoint, such as `http://127.0.0.1:8000/v1`.
+        name: under which it serves the model.
+    """
+    import requests
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    listed = requests.get(f"{url}/models", timeout=60).json()["data"]
+    length = next((each.get("max_model_len") for each in listed if each["id"] == name), None) or 2048
+    with quiet():
+        return LocalCompletionsAPI(
+            model=name,
+            base_url=f"{url}/completions",
+            tokenizer=str(folder),
+            tokenizer_backend="huggingface",
+            tokenized_requests=True,
+            add_bos_token=tokenizer("a")["input_ids"] != tokenizer("a", add_special_tokens=False)["input_ids"],
+            max_length=length,
+            num_concurrent=_BATCH,
+            batch_size=1,
+        )

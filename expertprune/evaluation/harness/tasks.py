@@ -1,0 +1,316 @@
+"""lm-evaluation-harness' tasks, run on one model, as one score per example."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from expertprune.corpora.documents import Document
+from expertprune.errors import SpecError
+from expertprune.evaluation.harness.quiet import quiet
+from expertprune.evaluation.suites import TaskEntry
+from expertprune.files import digest_of
+from expertprune.registry import nearest
+
+Floats = NDArray[np.float64]
+
+
+_PREFERRED = ("exact_match", "acc_norm", "acc", "f1", "bits_per_byte", "byte_perplexity", "word_perplexity")
+
+
+# Sums of log-likelihoods over bytes or words, and what they are reported as.
+_RATES = {"bits_per_byte": "bits_per_byte", "byte_perplexity": "bits_per_byte", "word_perplexity": "bits_per_word"}
+
+
+_SEED = 1234  # of few-shot examples, as in lm-evaluation-harness
+
+
+_FILES = ("json", "csv", "text", "parquet")  # dataset builders that read local files
+
+
+_LONG = 60  # characters from which a field of an example is looked for among calibration documents
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One model's score on each example of a task.
+
+    The metric is `sum(values) / sum(weights)`, both `[examples]`: answers that are right over their number; or bits over
+    bytes (words), of which less is better. `answers` are the extracted texts where the task generates them. `examples`
+    identifies each: the same prompt and target give the same digest.
+    """
+
+    metric: str
+    values: Floats
+    weights: Floats
+    examples: tuple[str, ...]
+    answers: tuple[str, ...] | None = None
+
+    def document(self) -> dict[str, Any]:
+        answers = None if self.answers is None else list(self.answers)
+        values, weights = self.values.tolist(), self.weights.tolist()
+        return {
+            "metric": self.metric, "values": values, "weights": weights, "examples": list(self.examples), "answers": answers
+        }  # fmt: skip
+
+    @classmethod
+    def from_document(cls, data: dict[str, Any]) -> Scores:
+        answers = None if data["answers"] is None else tuple(data["answers"])
+        values, weights = (np.array(data[key], dtype=np.float64) for key in ("values", "weights"))
+        return cls(data["metric"], values, weights, tuple(data["examples"]), answers)
+
+
+@dataclass
+class HarnessTask:
+    """A task ready to run.
+
+    `metric` and `filter` are lm-evaluation-harness' words. `chance` is what guessing gets, where that is known. `digest`
+    covers prompts, targets, metric and answer extraction. `texts` are those of each example in which a calibration document
+    could be.
+    """
+
+    label: str
+    entry: TaskEntry
+    leaves: dict[str, Any]
+    metric: str
+    filter: str
+    generates: bool
+    examples: int
+    chance: float | None
+    digest: str
+    texts: list[list[Document]]
+
+    @property
+    def reported(self) -> str:
+        """What the metric is called in results: perplexities are told as the bits that they are computed from."""
+        return _RATES.get(self.metric, self.metric)
+
+
+def require_harness(served: bool) -> None:
+    """Raises `SpecError` if lm-evaluation-harness is not installed, or what it asks servers with."""
+    for package in ("lm_eval", *(("aiohttp", "requests", "tenacity") if served else ())):
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            raise SpecError(
+                f"tasks need lm-evaluation-harness, and {package} is not installed: pip install 'expertprune[eval]'"
+            ) from None
+
+
+@functools.cache
+def _manager(everything: bool) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=everything)  # reading its thousands of tasks takes 15 s
+
+
+def check_names(entries: Sequence[TaskEntry]) -> None:
+    """Raises `SpecError` if lm-evaluation-harness has no task of a name, with the nearest that it has."""
+    names = [entry.name for entry in entries if entry.name is not None]
+    if names:
+        known = _manager(True).all_tasks
+        if unknown := [name for name in names if name not in known]:
+            raise SpecError([f"unknown task {name!r}{nearest(name, known)}" for name in unknown])
+
+
+def output_type(entry: TaskEntry) -> str:
+    """What a task asks of a model, such as `multiple_choice` or `generate_until`; of a group, its first member."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    if entry.file is not None:
+        return str(load_yaml(entry.file, resolve_func=False).get("output_type"))
+    index = _manager(True).task_index
+    names = [entry.name]
+    while names:
+        found = index.get(str(names.pop(0)))
+        if found is None:
+            continue
+        config = load_yaml(found.yaml_path, resolve_func=False) if found.yaml_path is not None else {}
+        if "output_type" in config:
+            return str(config["output_type"])
+        members = config.get("task")
+        names += sorted(found.tags) if not members else members if isinstance(members, list) else []
+        names = [each.get("task", each.get("group")) if isinstance(each, dict) else each for each in names]
+    return ""
+
+
+def load_task(entry: TaskEntry, generates: bool, limit: int | None = None) -> HarnessTask:
+    """Load a task's data and build its prompts.
+
+    Args:
+        generates: what its suite promises: that the task generates answers, or that it does not.
+        limit: at most so many examples (of each member of a group of tasks).
+
+    Raises:
+        SpecError: its data cannot be had, it has no example, or its metric cannot be paired by example.
+    """
+    label = entry.label
+    with quiet():
+        try:
+            leaves = _load(entry)
+            for leaf in leaves.values():
+                leaf.set_config(key="num_fewshot", value=_few_shot(entry, leaf))
+            instances = {name: _build(leaf, limit) for name, leaf in leaves.items()}
+        except SpecError as error:
+            raise SpecError([f"task {label}: {problem}" for problem in error.problems]) from None
+        except Exception as error:  # the data's library and the task's own functions fail in any way
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            hint = "; it comes from the Hugging Face hub: is there a network?" if entry.name is not None else ""
+            raise SpecError(f"task {label}: its data cannot be loaded: {reason}{hint}") from error
+        return _described(label, entry, leaves, instances, generates)
+
+
+def _load(entry: TaskEntry) -> dict[str, Any]:
+    if entry.name is not None:
+        return dict(_manager(True).load([entry.name])["tasks"])
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    path = Path(str(entry.file))
+    config = load_yaml(path)
+    data = config.get("dataset_kwargs") or {}
+    if config.get("dataset_path") in _FILES and "data_files" in data:
+        config["dataset_kwargs"] = {**data, "data_files": _absolute(data["data_files"], path.parent)}
+    return dict(_manager(False).load([config])["tasks"])
+
+
+def _absolute(files: Any, folder: Path) -> Any:
+    """Names of data files relative to the task's YAML; `datasets` would take them relative to the working directory."""
+    if isinstance(files, dict):
+        return {split: _absolute(names, folder) for split, names in files.items()}
+    if isinstance(files, list):
+        return [_absolute(name, folder) for name in files]
+    path = folder / Path(files).expanduser()
+    if "://" not in files and "*" not in files and not path.is_file():
+        raise SpecError(f"{path}: no such file")
+    if path.is_file() and not path.stat().st_size:
+        raise SpecError(f"{path}: holds no example")
+    return str(files) if "://" in files else str(path.resolve())
+
+
+def _few_shot(entry: TaskEntry, leaf: Any) -> int:
+    own = leaf.get_config("num_fewshot")
+    return entry.few_shot if entry.few_shot is not None else int(own or 0)
+
+
+def _build(leaf: Any, limit: int | None) -> list[Any]:
+    leaf.set_fewshot_seed(seed=_SEED)
+    if not len(leaf.eval_docs):
+        return []
+    leaf.build_all_requests(limit=limit, rank=0, world_size=1)
+    return list(leaf.instances)
+
+
+def _described(
+    label: str, entry: TaskEntry, leaves: dict[str, Any], instances: dict[str, list[Any]], generates: bool
+) -> HarnessTask:
+    first = next(iter(leaves.values()))
+    if not any(instances.values()):
+        raise SpecError(f"task {label}: it has no example")
+    if (first.OUTPUT_TYPE == "generate_until") != generates:
+        wrong, right = ("tasks", "generation") if not generates else ("generation", "tasks")
+        raise SpecError(f"task {label}: its output is {first.OUTPUT_TYPE}: put it under {right!r}, not under {wrong!r}")
+    metrics = [each["metric"] for each in getattr(first.config, "metric_list", None) or []]
+    if not metrics:
+        raise SpecError(f"task {label}: it is computed by code of its own, not by example; choose another task")
+    metric = entry.metric or next((name for name in _PREFERRED if name in metrics), metrics[0])
+    if metric not in metrics:
+        raise SpecError(f"task {label}: it has no metric {metric!r}{nearest(metric, metrics)}")
+    filters = [each["name"] for each in first.config.filter_list or [{"name": "none"}]]
+    if entry.filter is not None and entry.filter not in filters:
+        raise SpecError(f"task {label}: it has no filter {entry.filter!r}{nearest(entry.filter, filters)}")
+    by_example: dict[tuple[str, int], list[Any]] = {}
+    for name, those in instances.items():
+        for instance in those:
+            by_example.setdefault((name, instance.doc_id), []).append(instance)
+    requests, texts, guesses = [], [], []
+    for (name, _), those in by_example.items():
+        document = those[0].doc
+        target = leaves[name].doc_to_target(document)
+        requests.append([[each.args for each in those], target, those[0].request_type])
+        prompt = leaves[name].doc_to_text(document)
+        texts.append(_texts(document, prompt if isinstance(prompt, str) else str(those[0].args[0]), target))
+        guesses.append((2 if "acc_mutual_info" in metrics else 1) / len(those))  # it asks for each choice twice
+    chance = entry.chance
+    if chance is None and first.OUTPUT_TYPE == "multiple_choice" and metric.startswith("acc"):
+        chance = float(np.mean(guesses))
+    about = [metric, entry.filter or filters[0], first.config.filter_list, first.config.metric_list]
+    digest = digest_of(json.loads(json.dumps([about, requests], default=_named)))
+    return HarnessTask(
+        label, entry, leaves, metric, entry.filter or filters[0], generates, len(requests), chance, digest, texts
+    )
+
+
+def _named(value: Any) -> str:
+    """What a function or another object in a task is called, without its address."""
+    return str(getattr(value, "__qualname__", type(value).__name__))
+
+
+def _texts(document: Any, prompt: str, target: Any) -> list[Document]:
+    """An example's prompt with its target, and each longer text in its data."""
+    found = [f"{prompt} {target}" if isinstance(target, str) else prompt]
+
+    def collect(value: Any) -> None:
+        if isinstance(value, str) and len(value) >= _LONG:
+            found.append(value)
+        elif isinstance(value, dict | list):
+            for inner in value.values() if isinstance(value, dict) else value:
+                collect(inner)
+
+    collect(document)
+    return [Document(text) for text in dict.fromkeys(found)]
+
+
+def run_task(task: HarnessTask, model: Any, limit: int | None = None) -> Scores:
+    """A model's scores on a task.
+
+    Args:
+        model: one of lm-evaluation-harness: `running_model` or `served_model`.
+        limit: as in `load_task`.
+    """
+    from lm_eval.evaluator import evaluate
+
+    with quiet():
+        for leaf in task.leaves.values():  # few-shot examples are drawn while prompts are built: the same ones again
+            leaf.set_fewshot_seed(seed=_SEED)
+        loaded = {"tasks": task.leaves, "groups": {}, "group_map": {}}
+        samples = evaluate(model, loaded, limit=limit, bootstrap_iters=0, log_samples=True)["samples"]
+    values, weights, examples, answers = [], [], [], []
+    for name in task.leaves:
+        for sample in samples[name]:
+            if sample["filter"] != task.filter:
+                continue
+            value, weight = _value(task, sample.get(task.metric))
+            values.append(value)
+            weights.append(weight)
+            examples.append(digest_of([name, sample["doc_hash"], sample["prompt_hash"], sample["target_hash"]]))
+            if task.generates:
+                answers.append(str(sample["filtered_resps"][0]).strip())
+    return Scores(
+        task.reported, np.array(values), np.array(weights), tuple(examples), tuple(answers) if task.generates else None
+    )
+
+
+def less_is_better(metric: str) -> bool:
+    """Whether a metric is a cost."""
+    return metric in _RATES.values()
+
+
+def _value(task: HarnessTask, value: Any) -> tuple[float, float]:
+    """An example's part of the metric's numerator and denominator."""
+    if task.metric in _RATES and isinstance(value, tuple | list):
+        return -float(value[0]) / math.log(2), float(value[1])
+    if isinstance(value, bool | int | float | np.number):
+        return float(value), 1.0
+    raise SpecError(
+        f"task {task.label}: {task.metric} is not a mean over examples, so base and expert cannot be paired; "
+        f"choose another metric, such as {', '.join(_PREFERRED[:4])}"
+    )

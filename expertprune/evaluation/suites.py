@@ -1,0 +1,204 @@
+"""Suites: what an evaluation measures, as YAML."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from expertprune.errors import SpecError
+from expertprune.files import digest_of, read_yaml, shipped
+from expertprune.registry import nearest
+from expertprune.spec.reading import problems_of
+from expertprune.spec.schema import DIMENSIONS, Dimensions
+from expertprune.spec.values import Names
+
+Group = Literal["expert", "general"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class _Measured(_Section):
+    """What a measurement says of: the expert's purpose, or what it should keep besides."""
+
+    group: Group | None = Field(None, description="Whether it counts as expert or as general, whatever the spec says.")
+    measures: Names = Field(
+        default_factory=list, description="Values such as domain/medical; the spec says whether the expert is for them."
+    )
+
+    @field_validator("measures")
+    @classmethod
+    def _values(cls, names: list[str]) -> list[str]:
+        for name in names:
+            dimension, _, value = name.partition("/")
+            if dimension not in DIMENSIONS or not value:
+                raise ValueError(
+                    f"{name!r} is not one of {', '.join(DIMENSIONS)} and its value, such as domain/medical"
+                )
+        return names
+
+    def group_for(self, dimensions: Dimensions) -> Group:
+        """Expert where nothing it measures is another value of a dimension that the spec names, and something is named."""
+        if self.group is not None:
+            return self.group
+        chosen = dimensions.chosen
+        measured: dict[str, list[str]] = {}
+        for name in self.measures:
+            dimension, _, value = name.partition("/")
+            measured.setdefault(dimension, []).append(value)
+        shared = [bool(set(values) & set(measured[name])) for name, values in chosen.items() if name in measured]
+        return "expert" if shared and all(shared) else "general"
+
+
+class TaskEntry(_Measured):
+    """One task of lm-evaluation-harness, by its name there or as a YAML file of its own."""
+
+    name: str | None = Field(None, description="Task, group or tag of lm-evaluation-harness.")
+    file: str | None = Field(None, description="Its task YAML, relative to the suite; data files in it to itself.")
+    metric: str | None = Field(None, description="What is reported; default: the first that the task computes, of "
+                               "exact_match, acc_norm, acc, f1, bits_per_byte.")  # fmt: skip
+    filter: str | None = Field(None, description="Which of the task's answer extractions; default: its first.")
+    chance: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="What guessing gets; default: one over the number of choices, where there are any.",
+    )
+    few_shot: int | None = Field(None, ge=0, description="Examples in the prompt; default: what the task says.")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> TaskEntry:
+        if (self.name is None) == (self.file is None):
+            raise ValueError("give exactly one of 'name' and 'file'")
+        return self
+
+    @property
+    def label(self) -> str:
+        """What it is called in results: its name, or the `task` of its file."""
+        return self.name if self.name is not None else str(_task_file(Path(str(self.file)))["task"])
+
+
+class Perplexity(_Section):
+    """Bits per byte and KL to the base, on the evaluation documents of corpora."""
+
+    corpora: Names | None = Field(None, description="Such as domain/medical or general; default: all of the spec's.")
+
+
+class Suite(_Measured):
+    """What is measured of base and expert."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    perplexity: Perplexity | None = None
+    alignment: bool = Field(False, description="Compare hidden states, on the documents of perplexity.")
+    tasks: list[TaskEntry] = Field(default_factory=list, description="Questions with choices, or likelihoods of texts.")
+    generation: list[TaskEntry] = Field(default_factory=list, description="Tasks whose answers are generated.")
+
+    @model_validator(mode="after")
+    def _something(self) -> Suite:
+        if self.perplexity is None and not self.tasks and not self.generation:
+            raise ValueError("the suite names nothing to measure: give perplexity, tasks or generation")
+        if self.alignment and self.perplexity is None:
+            raise ValueError("alignment is measured on the documents of perplexity: give perplexity too")
+        for entry in (*self.tasks, *self.generation):  # what the suite says holds for each of its tasks
+            if entry.group is None and not entry.measures:
+                entry.group, entry.measures = self.group, list(self.measures)
+        return self
+
+    @property
+    def digest(self) -> str:
+        """Of the suite and of the task files beside it."""
+        files = [entry.file for entry in (*self.tasks, *self.generation) if entry.file is not None]
+        contents = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files]
+        data = self.model_dump(mode="json")
+        for entry in (*data["tasks"], *data["generation"]):
+            entry["file"] = None if entry["file"] is None else Path(entry["file"]).name
+        return digest_of([data, contents])
+
+
+def shipped_suites() -> dict[str, Path]:
+    """The suites that ship, by name."""
+    return {path.stem: path for path in sorted((shipped("profiles") / "suites").glob("*.yaml"))}
+
+
+def find_suite(name: str) -> Suite:
+    """A suite by the path of its file, or by the name of one that ships. Raises `SpecError`."""
+    known = shipped_suites()
+    if name in known and not Path(name).is_file():
+        return load_suite(known[name])
+    if Path(name).suffix in (".yaml", ".yml") or Path(name).is_file():
+        return load_suite(Path(name))
+    raise SpecError(f"unknown suite {name!r}{nearest(name, known)}")
+
+
+def load_suite(path: Path) -> Suite:
+    """Read and check a suite; files that it names become absolute.
+
+    Raises:
+        SpecError: with every problem, each with file, key and the nearest valid name.
+    """
+    data = read_yaml(path)
+    if not isinstance(data, dict):
+        raise SpecError(f"{path}: a suite is a mapping of keys (name, perplexity, tasks, generation, ...)")
+    try:
+        suite = Suite.model_validate(data)
+    except ValidationError as error:
+        raise SpecError([f"{path}: {problem}" for problem in problems_of(error, Suite)]) from None
+    problems = []
+    for section in ("tasks", "generation"):
+        for number, entry in enumerate(getattr(suite, section)):
+            if entry.file is not None:
+                entry.file = str((path.resolve().parent / Path(entry.file).expanduser()).resolve())
+                try:
+                    _task_file(Path(entry.file))
+                except SpecError as error:
+                    problems += [f"{path}: {section}.{number}.file: {problem}" for problem in error.problems]
+    if problems:
+        raise SpecError(problems)
+    return suite
+
+
+def bare_task(name: str) -> tuple[TaskEntry, str]:
+    """A task by its name alone, and the suite that it is from: the one that ships and has it, else none (`""`).
+
+    So it comes with what the field reports of it: metric, answer extraction, few-shot examples.
+    """
+    for suite in map(load_suite, shipped_suites().values()):
+        for entry in (*suite.tasks, *suite.generation):
+            if entry.label == name:
+                return entry, suite.name
+    return TaskEntry(name=name), ""
+
+
+def suite_labels(suites: Sequence[Suite]) -> list[str]:
+    """The results' names in their order. Raises `SpecError` if two tasks have the same."""
+    labels: dict[str, str] = {}
+    problems = []
+    for suite in suites:
+        for entry in (*suite.tasks, *suite.generation):
+            if entry.label in labels:
+                problems.append(f"suite {suite.name}: task {entry.label!r} is in suite {labels[entry.label]} already")
+            labels[entry.label] = suite.name
+    if problems:
+        raise SpecError(problems)
+    return list(labels)
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads a task YAML without importing the functions that it names."""
+
+
+_Loader.add_constructor("!function", lambda loader, node: str(loader.construct_scalar(node)))  # type: ignore[arg-type]
+
+
+def _task_file(path: Path) -> dict[str, Any]:
+    """The keys of a task YAML. Raises `SpecError` if it names no task."""
+    data = read_yaml(path, _Loader)
+    if not isinstance(data, dict) or not isinstance(data.get("task"), str):
+        raise SpecError(f"{path}: is no task of lm-evaluation-harness: it has no key 'task' with a name")
+    return data

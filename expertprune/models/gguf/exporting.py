@@ -1,0 +1,47 @@
+"""An expert's folder to a file of another format: what may be asked for, checked before anything is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from expertprune.errors import CheckpointError, UsageError
+from expertprune.files import check_parent
+from expertprune.models.gguf.writing import TYPES, Exported, write_gguf
+from expertprune.registry import nearest
+
+FORMATS = ("gguf",)
+
+
+def export(
+    folder: str | Path, out: str | Path, format: str = "gguf", type: str = "f16", overwrite: bool = False
+) -> Exported:
+    """Write an expert, or any other model's folder that could be a base, as one file.
+
+    Args:
+        format: `gguf`, the only one.
+        type: how matrices are stored: `f32`, `f16`, `bf16` or `q8_0`.
+
+    Raises:
+        UsageError: no such format or type.
+        CheckpointError: `out` is there, or the model cannot be expressed in the format.
+    """
+    folder, out = Path(folder), Path(out)
+    for asked, known, option in ((format, FORMATS, "--format"), (type, TYPES, "--type")):
+        if asked not in known:
+            raise UsageError(f"{option}: {asked!r} is none of {', '.join(known)}{nearest(asked, known)}")
+    check_parent(out)
+    if out.is_dir() or out.is_symlink():
+        raise CheckpointError(f"{out}: is not a file that can be written; name one, such as {folder.name}.{format}")
+    if out.exists() and not overwrite:
+        raise CheckpointError(f"{out}: exists; choose another --out, or give --overwrite to replace it")
+    return write_gguf(folder, out, type, _name(folder))
+
+
+def _name(folder: Path) -> str:
+    """What the expert is called, or the folder."""
+    try:
+        about = json.loads((folder / "expertprune.json").read_text(encoding="utf-8"))
+        return str(about["name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return folder.resolve().name

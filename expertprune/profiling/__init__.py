@@ -1,0 +1,1 @@
+"""Passes over a corpus that measure how much each unit matters."""

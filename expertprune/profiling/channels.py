@@ -1,0 +1,36 @@
+"""Sums over tokens of each channel of an output projection's input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from expertprune.artifacts.profile import halved
+
+
+class ChannelStatistics:
+    """Sums over tokens of each channel of an output projection's input, per document and in total.
+
+    Streaming: any way of cutting the documents into batches gives the same numbers. Summed in float64: the variance of a
+    channel with a large mean is the small difference of large sums.
+    """
+
+    def __init__(self, documents: int, channels: int) -> None:
+        self.square = torch.zeros(documents, channels)  # mean over the document's tokens
+        self.sum = torch.zeros(channels, dtype=torch.float64)
+        self.square_sum = torch.zeros(channels, dtype=torch.float64)
+
+    def add(self, document: int, values: Tensor) -> None:
+        """`values` is `[tokens, channels]`, float32."""
+        square_sum = torch.linalg.vector_norm(values, dim=0, dtype=torch.float64).square().cpu()
+        self.square[document] = square_sum / values.shape[0]
+        self.sum += values.sum(0, dtype=torch.float64).cpu()
+        self.square_sum += square_sum
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """What is stored: half precision RMS with its scale, float64 totals (a variance is their small difference)."""
+        return {
+            **halved(f"{prefix}.rms", self.square.sqrt()),
+            f"{prefix}.sum": self.sum,
+            f"{prefix}.square_sum": self.square_sum,
+        }

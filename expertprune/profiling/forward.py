@@ -1,0 +1,149 @@
+"""The forward pass: every statistic of a corpus that needs no gradient."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expertprune.arch import Block, Family
+from expertprune.corpora.batches import Batch
+from expertprune.errors import CheckpointError
+from expertprune.models import layers as layerwise
+from expertprune.profiling.channels import ChannelStatistics
+from expertprune.profiling.gradients import count_documents
+from expertprune.profiling.routing import RoutingStatistics
+from expertprune.progress import Progress
+from expertprune.units import LayerShape, Segment
+
+
+class LayerCollector:
+    """The statistics of one layer, fed batch by batch with the inputs of its two output projections."""
+
+    def __init__(self, layer: nn.Module, family: Family, shape: LayerShape, documents: int) -> None:
+        self.shape = shape
+        self.experts = RoutingStatistics(layer, family, documents, shape) if family.experts else None
+        self._weights = _weight_statistics(layer, family, shape)
+        self.ffn = ChannelStatistics(documents, shape.ffn if family.has_ffn else 0)
+        self.heads = ChannelStatistics(documents, shape.query_heads * shape.head_dim)
+        self.head_impact = torch.zeros(documents, shape.query_heads)
+        self.group_impact = torch.zeros(documents, shape.kv_heads)
+        self.stream = torch.zeros(documents)
+        # Gram matrices of the output projection's columns, one per KV group: [kv_heads, group_dim, group_dim]
+        columns = layer.get_parameter(family.attention.output_weight).float()
+        columns = columns.unflatten(1, (shape.kv_heads, -1)).permute(1, 2, 0)
+        self._gram = columns @ columns.transpose(1, 2)
+
+    def update(self, batch: Batch, ffn: Tensor, heads: Tensor, stream: Tensor) -> None:
+        """The inputs of both output projections and the layer's output, `[rows, tokens, channels]`; padding is left out.
+
+        Channels: `ffn`, `query_heads * head_dim`, and `hidden` for the residual stream.
+        """
+        shape = self.shape
+        for row, (document, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
+            self.stream[document] = stream[row, :length].float().square().mean().cpu()
+            self.ffn.add(document, ffn[row, :length].float())
+            values = heads[row, :length].float()
+            grouped = values.unflatten(1, (shape.kv_heads, -1)).transpose(0, 1)  # [kv_heads, tokens, group_dim]
+            moment = grouped.transpose(1, 2) @ grouped  # [kv_heads, group_dim, group_dim]
+            self.heads.add(document, values)
+            # mean_t ‖W o_t‖² = ⟨WᵀW, mean_t o_t o_tᵀ⟩: the whole block for the group, the diagonal blocks for its heads
+            change = moment * self._gram / length
+            self.group_impact[document] = change.sum((1, 2)).cpu()
+            blocks = change.unflatten(1, (-1, shape.head_dim)).unflatten(3, (-1, shape.head_dim))
+            self.head_impact[document] = blocks.sum((2, 4)).diagonal(dim1=1, dim2=2).flatten().cpu()
+
+    def tensors(self, index: int) -> dict[str, Tensor]:
+        """Everything of this layer under its stored names."""
+        return {
+            **(self.ffn.tensors(f"ffn.{index}") if self.experts is None else self.experts.tensors(index)),
+            **self.heads.tensors(f"heads.{index}"),
+            f"heads.{index}.impact": self.head_impact,
+            f"groups.{index}.impact": self.group_impact,
+            f"stream.{index}.square": self.stream,
+            **{name.format(layer=index): tensor for name, tensor in self._weights.items()},
+        }
+
+
+def _blocks(family: Family) -> list[tuple[str, Block]]:
+    """The blocks whose output projection is listened to, by the names of their statistics."""
+    return [("ffn", family.ffn), ("heads", family.attention)] if family.has_ffn else [("heads", family.attention)]
+
+
+def _weight_statistics(layer: nn.Module, family: Family, shape: LayerShape) -> dict[str, Tensor]:
+    statistics: dict[str, Tensor] = {}
+    for name, block in _blocks(family):
+        weight = layer.get_parameter(block.output_weight).float()
+        statistics[f"{name}.{{layer}}.output_l1"] = weight.abs().sum(0).cpu()
+        statistics[f"{name}.{{layer}}.output_l2"] = torch.linalg.vector_norm(weight, dim=0).cpu()
+    state = dict(layer.named_parameters())
+    squares = {segment: torch.zeros(shape.segment_rows(segment)) for segment in Segment}
+    for coupled in family.tensors:
+        if coupled.name not in state:
+            continue
+        values = state[coupled.name].float().square()
+        rows = values.flatten(1).sum(1) if coupled.axis == 0 and values.dim() > 1 else values
+        rows = rows.sum(0) if coupled.axis == 1 else rows
+        parts = rows.cpu().split([shape.segment_rows(segment) for segment in coupled.segments])
+        for segment, part in zip(coupled.segments, parts, strict=True):
+            squares[segment] += part
+    queries = squares[Segment.QUERY].unflatten(0, (shape.query_heads, -1)).sum(1)
+    keys = squares[Segment.KEY_VALUE].unflatten(0, (shape.kv_heads, -1)).sum(1)
+    if family.has_ffn:
+        statistics["ffn.{layer}.weight_norm"] = squares[Segment.FFN].sqrt()
+    statistics["heads.{layer}.weight_norm"] = queries.sqrt()
+    statistics["groups.{layer}.weight_norm"] = (queries.unflatten(0, (shape.kv_heads, -1)).sum(1) + keys).sqrt()
+    return statistics
+
+
+@torch.inference_mode()
+def collect(
+    model: Any,
+    family: Family,
+    shapes: Sequence[LayerShape],
+    batches: Sequence[Batch],
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """Every statistic of a corpus, by stored name (see `Profile`), from one pass.
+
+    Args:
+        batches: their `documents` number the rows of the per-document statistics.
+        progress: called after each layer.
+
+    Raises:
+        CheckpointError: the model gives activations that are not finite.
+    """
+    documents = count_documents(batches)
+    stream = layerwise.start(model, family, batches)
+    statistics: dict[str, Tensor] = {"tokens": torch.zeros(documents)}
+    for batch in batches:
+        for document, length in zip(batch.documents, batch.lengths, strict=True):
+            statistics["tokens"][document] = length - 1
+    for index, layer in enumerate(layerwise.decoder_layers(model, family)):
+        collector = LayerCollector(layer, family, shapes[index], documents)
+        for number, batch in enumerate(batches):
+            seen: dict[str, list[Tensor]] = {"ffn": [], "heads": []}
+            calls: list[layerwise.Routed] = []
+            with contextlib.ExitStack() as stack:
+                for name, block in _blocks(family):
+                    stack.enter_context(layerwise.observed(layer, block.output, seen[name]))
+                if family.experts is not None:
+                    stack.enter_context(layerwise.observed_routing(layer, family.experts, calls))
+                stream.hidden[number] = stream.run(layer, index, number)
+            if collector.experts is not None:
+                collector.experts.add(batch, calls[0])
+                seen["ffn"] = [seen["heads"][0][..., :0]]
+            collector.update(batch, seen["ffn"][0], seen["heads"][0], stream.hidden[number])
+        neurons = collector.ffn if collector.experts is None else collector.experts.neurons
+        if not bool(neurons.square_sum.isfinite().all() and collector.heads.square_sum.isfinite().all()):
+            raise CheckpointError(
+                f"layer {index}: activations are not finite in {next(model.parameters()).dtype}: damaged weights, or "
+                "too narrow a base.dtype (float32 and bfloat16 are wide)"
+            )
+        statistics |= collector.tensors(index)
+        if progress is not None:
+            progress()
+    return statistics

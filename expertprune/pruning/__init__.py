@@ -1,0 +1,1 @@
+"""A plan and a base to an expert."""

@@ -1,0 +1,294 @@
+"""The oracle for families that no test here knows: on a tiny random copy of a model, cutting must equal masking.
+
+A permuted row or a norm over all heads shows as other logits and as nothing else, so a family that was only recognized is
+held against this before the real weights are touched.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expertprune.arch import PER_LAYER, Family
+from expertprune.artifacts.plan import LayerPlan, Plan
+from expertprune.corpora.batches import Batch
+from expertprune.errors import CheckpointError, ExpertpruneError
+from expertprune.models import layers as layerwise
+from expertprune.models.admission import build
+from expertprune.models.base import ResolvedBase
+from expertprune.models.checkpoint import Checkpoint
+from expertprune.models.loading import load_model
+from expertprune.models.masking import masked
+from expertprune.pruning.write import prune
+from expertprune.units import KeptUnits, LayerShape, Structure
+
+_LAYERS, _FFN, _HEAD_DIM, _VOCABULARY, _TOKENS = 2, 20, 4, 64, 17
+
+
+_EXPERTS = 5
+
+
+_TOLERANCE = 1e-4  # of the largest logit; rounding is a hundred times below, a wrong row far above
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What one cut of the tiny copy keeps in a layer; `None` keeps all."""
+
+    ffn: int | None = None
+    heads_per_group: int | None = None
+    kv_groups: int | None = None
+    experts: int | None = None
+
+
+def check_family(base: ResolvedBase, layer_widths: bool = False) -> list[str]:
+    """Cut each structure of a tiny random copy of the base, and all together; compare with masking.
+
+    Args:
+        layer_widths: with widths of single layers too.
+
+    Returns:
+        What was compared, in words.
+
+    Raises:
+        CheckpointError: the cut model is another than the masked one; the message names the tensor that is off.
+    """
+    with tempfile.TemporaryDirectory(prefix="expertprune-oracle-") as scratch:
+        try:
+            tiny = _tiny_copy(base, Path(scratch) / "base")
+            model = load_model(tiny.folder, torch.float32, torch.device("cpu"), base.trust_remote_code)
+            if base.family.has_ffn:
+                _check_stream(model, tiny)
+            done = []
+            for number, (name, cut) in enumerate(_cuts(base.family, tiny.layers[0], layer_widths).items()):
+                plan = _random_plan(tiny, cut, number)
+                folder = Path(scratch) / f"expert-{number}"
+                folder.mkdir()
+                _compare(model, tiny, plan, folder, name)
+                done.append(name)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{base.folder}: the oracle fails for model_type {base.checkpoint.config.get('model_type')!r} on a tiny "
+                f"random copy: {error}. Nothing was cut; expertprune/arch/README.md says how to describe a family"
+            ) from None
+    return done
+
+
+def _cuts(family: Family, shape: LayerShape, layer_widths: bool) -> dict[str, list[Widths]]:
+    groups = shape.kv_heads - 1 or None
+    heads = shape.heads_per_group - 1 or None
+    cuts: dict[str, list[Widths]] = {}
+    if Structure.FFN in family.structures:
+        cuts["ffn"] = [Widths(ffn=12)] * _LAYERS
+    if family.experts is not None:
+        cuts["experts"] = [Widths(experts=_EXPERTS - 1)] * _LAYERS
+        cuts["experts and ffn"] = [Widths(ffn=12, experts=_EXPERTS - 1)] * _LAYERS
+    if family.heads_are_units:
+        cuts |= {"kv_groups": [Widths(kv_groups=groups)] * _LAYERS} if groups else {}
+        cuts |= {"query_heads": [Widths(heads_per_group=heads)] * _LAYERS} if heads else {}
+        if layer_widths and family.has_ffn:
+            cuts["widths of single layers"] = [Widths(12, heads, groups), Widths(ffn=7)]
+    elif layer_widths and family.has_ffn:
+        cuts["widths of single layers"] = [Widths(ffn=12), Widths(ffn=7)]
+    return cuts
+
+
+def _tiny_copy(base: ResolvedBase, folder: Path) -> ResolvedBase:
+    """A model of the base's class and config, but for its widths, with random weights."""
+    folder.mkdir()
+    for path in base.folder.glob("*.py"):
+        shutil.copyfile(path, folder / path.name)
+    (folder / "config.json").write_text(json.dumps(_tiny_config(base)))
+    torch_state = torch.get_rng_state()
+    try:
+        torch.manual_seed(0)
+        model = build(folder, base.trust_remote_code)
+        for parameter in model.parameters():
+            noise = torch.randn_like(parameter.data)
+            # weights of norms stay near what their class begins with, be that zeros or ones
+            parameter.data = 0.3 * noise if parameter.dim() > 1 else parameter.data + 0.1 * noise
+    except (ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise CheckpointError(f"transformers builds none from its config: {error}") from error
+    finally:
+        torch.set_rng_state(torch_state)
+    model.float().save_pretrained(folder)
+    checkpoint = Checkpoint(folder)
+    shapes = base.family.layer_shapes(checkpoint.config)
+    checkpoint.check_widths(base.family, shapes)
+    return replace(base, name="tiny copy", folder=folder, checkpoint=checkpoint, layers=shapes, dtype=torch.float32)
+
+
+def _tiny_config(base: ResolvedBase) -> dict[str, Any]:
+    keys, shape = base.family.config, base.layers[0]
+    per_group, groups = min(shape.heads_per_group, 2), min(shape.kv_heads, 3)
+    heads = per_group * groups
+    hidden = heads * _HEAD_DIM
+    widths = {
+        keys.hidden: hidden,
+        keys.layers: _LAYERS,
+        keys.query_heads: heads,
+        keys.kv_heads: groups,
+        keys.head_dim: _HEAD_DIM,
+    }
+    widths |= {keys.ffn: _FFN} if keys.ffn is not None else {}
+    config = {key: value for key, value in base.checkpoint.config.items() if not key.endswith("_token_id")}
+    if (experts := base.family.experts) is not None:
+        widths |= {key: _EXPERTS for key in experts.count if key in config}
+        widths |= {experts.per_token: 2, experts.width: _FFN}
+    for key, value in config.items():
+        if isinstance(value, list) and len(value) == len(base.layers):  # one entry for each layer
+            config[key] = [value[0], next((each for each in value if each != value[0]), value[0])]
+    if PER_LAYER in config:
+        config = {k: v for k, v in config.items() if k not in (PER_LAYER, "auto_map")}
+    return config | widths | {"vocab_size": _VOCABULARY, "dtype": "float32", "pad_token_id": 0}
+
+
+def _random_plan(base: ResolvedBase, cut: Sequence[Widths], seed: int) -> Plan:
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(count: int | None, of: int) -> list[int]:
+        return sorted(torch.randperm(of, generator=generator)[: of if count is None else count].tolist())
+
+    layers = []
+    for shape, widths in zip(base.layers, cut, strict=True):
+        experts, groups = choose(widths.experts, shape.experts), choose(widths.kv_groups, shape.kv_heads)
+        ffn = [expert * shape.ffn + neuron for expert in experts or [0] for neuron in choose(widths.ffn, shape.ffn)]
+        per_group = shape.heads_per_group
+        heads = [group * per_group + head for group in groups for head in choose(widths.heads_per_group, per_group)]
+        layers.append(LayerPlan(KeptUnits(tuple(ffn), tuple(heads), tuple(groups), tuple(experts))))
+    size = base.checkpoint.parameters
+    return Plan(
+        name="oracle",
+        base={"model": base.name, "digest": base.digest},
+        spec={},
+        profiles={},
+        shapes=list(base.layers),
+        layers=layers,
+        budget={},
+        parameters={"before": size, "after": size},
+    )
+
+
+@torch.no_grad()
+def _compare(model: Any, base: ResolvedBase, plan: Plan, folder: Path, name: str) -> None:
+    """Raises `CheckpointError` where the model cut by a plan is another than the masked one."""
+    try:
+        prune(plan, base, folder)
+        _check_shapes(folder, base.trust_remote_code)
+        expert = load_model(folder, torch.float32, torch.device("cpu"), base.trust_remote_code)
+    except ExpertpruneError as error:
+        raise CheckpointError(f"cutting {name}: {error}") from error
+    ids = torch.randint(0, _VOCABULARY, (1, _TOKENS), generator=torch.Generator().manual_seed(1))
+    dense = model(input_ids=ids, use_cache=False).logits
+    with masked(model, base.family, base.layers, plan.kept), _LeafOutputs(model, base.family) as wanted:
+        expected = model(input_ids=ids, use_cache=False).logits
+    with _LeafOutputs(expert, base.family) as given:
+        found = expert(input_ids=ids, use_cache=False).logits
+    scale = max(1.0, float(expected.abs().max()))
+    if float((expected - dense).abs().max()) < _TOLERANCE * scale:
+        raise CheckpointError(f"cutting {name}: {base.family.ffn.output} and its like hardly change the logits")
+    difference = float((found - expected).abs().max())
+    if not difference <= _TOLERANCE * scale:
+        where = _first_difference(base, plan, wanted, given)
+        raise CheckpointError(
+            f"cutting {name}: {where} is off, and logits differ by {difference:.2g} from the masked model's"
+        )
+
+
+def _check_shapes(folder: Path, trust_remote_code: bool) -> None:
+    """Raises `CheckpointError` naming a tensor that the cut model's config makes another width than it was cut to."""
+    stored = Checkpoint(folder).tensors
+    try:
+        with torch.device("meta"):
+            state = build(folder, trust_remote_code).state_dict()
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise CheckpointError(f"its config cannot say the widths: {error}") from error
+    for name, tensor in state.items():
+        if name in stored and stored[name].shape != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{name} is off: it has {list(stored[name].shape)}, and the cut model needs {list(tensor.shape)}"
+            )
+
+
+class _LeafOutputs:
+    """While open, the outputs of every module without parts inside the layers are noted by name, in order."""
+
+    def __init__(self, model: Any, family: Family) -> None:
+        self._layers, self._prefix = layerwise.decoder_layers(model, family), family.layers
+
+    def __enter__(self) -> Mapping[str, Tensor]:
+        noted: dict[str, Tensor] = {}
+
+        def hook(name: str) -> Any:
+            def note(_: nn.Module, __: Any, output: Any) -> None:
+                if isinstance(output, Tensor):
+                    noted[name] = output
+
+            return note
+
+        self._handles = [
+            module.register_forward_hook(hook(f"{self._prefix}.{name}"))
+            for name, module in self._layers.named_modules()
+            if name and not list(module.children())
+        ]
+        return noted
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _first_difference(base: ResolvedBase, plan: Plan, wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    """The first module inside the layers whose output is not what the masked model has there."""
+    owners = {
+        base.family.layer_prefix(layer) + tensor.name.rpartition(".")[0]: (layer, tensor)
+        for layer in range(len(base.layers))
+        for tensor in base.family.tensors
+        if tensor.axis == 0
+    }
+    for name, mine in given.items():
+        theirs = wanted[name]
+        if name in owners:
+            layer, tensor = owners[name]
+            rows, offset = [], 0
+            for segment in tensor.segments:
+                rows.append(plan.kept[layer].rows(segment, base.layers[layer]) + offset)
+                offset += base.layers[layer].segment_rows(segment)
+            theirs = theirs[..., torch.cat(rows)]
+        if theirs.shape != mine.shape:
+            return f"{name} (its output is {list(mine.shape)}, the masked model's {list(theirs.shape)})"
+        if float((theirs - mine).abs().max()) > _TOLERANCE * max(1.0, float(theirs.abs().max())):
+            return f"{name}.weight, or what goes into it,"
+    return "a tensor outside the layers"
+
+
+@torch.no_grad()
+def _check_stream(model: Any, base: ResolvedBase) -> None:
+    """Raises `CheckpointError` where a layer adds to its input something else than the outputs of its two blocks."""
+    family = base.family
+    ids = torch.randint(0, _VOCABULARY, (1, _TOKENS), generator=torch.Generator().manual_seed(1))
+    stream = layerwise.start(model, family, [Batch(ids, (_TOKENS,), (0,))])
+    for index, layer in enumerate(layerwise.decoder_layers(model, family)):
+        outputs: list[Tensor] = []
+        with (
+            layerwise.observed(layer, family.attention.output, [], outputs),
+            layerwise.observed(layer, family.ffn.output, [], outputs),
+        ):
+            after = stream.run(layer, index, 0)
+        expected = stream.hidden[0]
+        for block, output in zip((family.attention, family.ffn), outputs, strict=True):
+            expected = expected + (layer.get_submodule(block.output_norm)(output) if block.output_norm else output)
+        if float((after - expected).abs().max()) > _TOLERANCE * max(1.0, float(after.abs().max())):
+            raise CheckpointError(
+                f"{family.layer_prefix(index)}{family.ffn.output_weight} is off: the layer does not add its blocks' outputs "
+                f"to its input as they are ({family.residual}), which the repair relies on"
+            )
+        stream.hidden[0] = after

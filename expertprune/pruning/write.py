@@ -1,0 +1,223 @@
+"""A plan and the base's folder to the expert's folder. Nothing is decided here."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from expertprune.arch import MODELING, PER_LAYER, ExpertTensor, per_layer, stock_architectures
+from expertprune.artifacts.plan import Plan
+from expertprune.corpora.batches import Batch
+from expertprune.errors import CheckpointError, PlanError
+from expertprune.files import require_room
+from expertprune.models.base import ResolvedBase
+from expertprune.models.checkpoint import write_weights
+from expertprune.pruning.repair import repair
+from expertprune.pruning.slicing import cut_tensor
+from expertprune.spec.schema import Compensation
+from expertprune.tokenizing import Renumbering, read_vocabulary, trimmed, write_tokenizer
+
+_SPARE = 64 * 2**20  # tokenizer, cards and index, generously
+
+
+@dataclass(frozen=True)
+class RepairInput:
+    """What least squares need beside the plan: the running base and calibration text."""
+
+    model: Any
+    batches: list[Batch]
+    settings: Compensation
+
+
+def check_plan(plan: Plan, base: ResolvedBase) -> None:
+    """Raises `PlanError` if the plan was made for another base."""
+    if plan.base.get("digest") != base.digest or plan.shapes != list(base.layers):
+        raise PlanError(
+            f"the plan {plan.name!r} was made for {plan.base.get('model')} (digest {str(plan.base.get('digest'))[:12]}), "
+            f"not for {base.name} (digest {base.digest[:12]}): compose it again for this base"
+        )
+    if plan.vocabulary is not None and plan.vocabulary.tokenizer != base.tokenizer_digest:
+        raise PlanError(
+            f"the plan {plan.name!r} cuts the vocabulary of another tokenizer than {base.name} has now: compose it again"
+        )
+
+
+def bytes_needed(plan: Plan, base: ResolvedBase) -> int:
+    """Disk room for the expert, the spooled repairs included."""
+    size = torch.empty(0, dtype=base.checkpoint.dtype).element_size()
+    return int(plan.parameters["after"] * (size + 1.5)) + _SPARE  # repairs are in the run's dtype, up to float32
+
+
+def prune(
+    plan: Plan,
+    base: ResolvedBase,
+    folder: Path,
+    repair_input: RepairInput | None = None,
+    progress: Callable[[], None] | None = None,
+) -> None:
+    """Write the expert's model files into an existing, empty folder.
+
+    Weights are sliced shard by shard, so one shard is in memory at a time; config, tokenizer and the rest come along.
+
+    Args:
+        folder: usually a staged one, which becomes the output when everything is done.
+        repair_input: for the closed-form repair; `None` for slicing alone.
+
+    Raises:
+        PlanError: the plan belongs to another base.
+        CheckpointError: the disk has no room, or the base or its tokenizer cannot be read.
+    """
+    check_plan(plan, base)
+    require_room(folder, bytes_needed(plan, base))
+    config = base.family.pruned_config(base.checkpoint.config, plan.kept)
+    rows = torch.tensor(plan.vocabulary.rows.index) if plan.vocabulary is not None else None
+    smaller = trimmed(read_vocabulary(base.folder), plan.vocabulary.rows.kept) if plan.vocabulary is not None else None
+    if plan.vocabulary is not None and smaller is not None:
+        if tuple(smaller.ids) != plan.vocabulary.rows.kept:
+            raise PlanError(
+                f"the plan {plan.name!r} keeps tokens without the parts they are merged from: compose it again"
+            )
+        config = Renumbering(smaller.ids).config(config) | {"vocab_size": plan.vocabulary.rows.rows}
+    spool = _Spool(folder / ".repair")
+    if repair_input is not None and plan.cuts_layers:
+        for name, tensor in repair(
+            repair_input.model,
+            base.family,
+            plan.shapes,
+            plan.kept,
+            repair_input.batches,
+            repair_input.settings,
+            progress,
+        ):
+            if not bool(tensor.isfinite().all()):
+                raise CheckpointError(f"{name}: the repair is not finite; raise compensation.damping")
+            spool.put(name, tensor)
+    owners = {
+        base.family.layer_prefix(layer) + coupled.name: (layer, coupled.name)
+        for layer in range(len(plan.shapes))
+        for coupled in base.family.tensors
+    }
+
+    single = _stored_experts(plan, base)
+
+    def transform(name: str, tensor: Tensor) -> Tensor | None:
+        if name in single:
+            return single[name].cut(tensor)
+        if rows is not None and name in base.family.vocabulary:
+            return tensor.index_select(0, rows)
+        if name not in owners:
+            return None
+        layer, local = owners[name]
+        repaired = spool.take(name)
+        if repaired is not None:
+            return repaired.to(tensor.dtype)
+        cut = cut_tensor(local, tensor, base.family, plan.shapes[layer], plan.kept[layer])
+        return None if cut is tensor else cut
+
+    names = {old: stored.name for old, stored in single.items()}
+    write_weights(base.checkpoint, folder, transform, _zero_tensors(plan, base), names)
+    spool.close()
+    for path in base.checkpoint.carried_files:
+        target = folder / path.relative_to(base.folder)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
+    if smaller is not None:
+        write_tokenizer(base.folder, folder, smaller)
+    if config == base.checkpoint.config:
+        shutil.copyfile(base.folder / "config.json", folder / "config.json")
+    else:
+        (folder / f"{MODELING}.py").unlink(missing_ok=True)  # that of a base which had widths of single layers
+        if PER_LAYER in config:
+            (folder / f"{MODELING}.py").write_text(_modeling(config, base.family.layers))
+        (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def _modeling(config: Mapping[str, Any], layers: str) -> str:
+    """The code that an expert with widths of single layers carries, for users who have only transformers."""
+    (architecture, *_) = stock_architectures(config)
+    lines = [
+        inspect.getsource(per_layer),
+        "",
+        f"from transformers import {architecture}  # noqa: E402",
+        "",
+        f'ExpertForCausalLM = with_layer_widths({architecture}, "{layers}")',
+        "",
+    ]
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor that one expert owns on disk: its new name, `None` where the expert goes, and the neurons that stay."""
+
+    name: str | None
+    tensor: ExpertTensor
+    neurons: tuple[int, ...]
+    width: int
+
+    def cut(self, values: Tensor) -> Tensor | None:
+        if self.tensor.axis is None or len(self.neurons) == self.width:
+            return None
+        return values.index_select(self.tensor.axis, self.tensor.rows(self.neurons, self.width))
+
+
+def _stored_experts(plan: Plan, base: ResolvedBase) -> dict[str, _Stored]:
+    """Experts that are stored one by one, by the names of what each owns."""
+    experts, found = base.family.experts, {}
+    for layer, (shape, kept) in enumerate(zip(plan.shapes, plan.kept, strict=True)):
+        prefix = base.family.layer_prefix(layer)
+        for number in range(shape.experts if experts is not None else 0):
+            assert experts is not None
+            new = experts.of_one(kept.experts.index(number)) if number in kept.experts else None
+            neurons = kept.neurons_of(number, shape)
+            for place, tensor in enumerate(experts.of_one(number)):
+                name = prefix + new[place].name if new is not None else None
+                found[prefix + tensor.name] = _Stored(name, tensor, neurons, shape.ffn)
+    return found
+
+
+def _zero_tensors(plan: Plan, base: ResolvedBase) -> Callable[[str], Iterator[tuple[str, Tensor]]]:
+    """Tensors that the config's rewrite asks for, zero, in every layer, in the file of the output projection."""
+    family, rewrite = base.family, base.family.when_heads_change
+    pairs = zip(plan.shapes, plan.kept, strict=True)
+    changed = any(family.heads_changed(shape, kept.shape(shape)) for shape, kept in pairs)
+
+    def extra(file: str) -> Iterator[tuple[str, Tensor]]:
+        if rewrite is None or not changed:
+            return
+        for layer, shape in enumerate(plan.shapes):
+            anchor = base.checkpoint.tensors[family.layer_prefix(layer) + family.attention.output_weight]
+            if anchor.file == file:
+                for name in rewrite.zero_tensors:
+                    yield family.layer_prefix(layer) + name, torch.zeros(shape.hidden, dtype=base.checkpoint.dtype)
+
+    return extra
+
+
+class _Spool:
+    """Repaired weights on disk until their shard is written, so that memory holds one layer's."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[str, Path] = {}
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        self.folder.mkdir(exist_ok=True)
+        self._files[name] = self.folder / f"{len(self._files)}.safetensors"
+        save_file({"weight": tensor.cpu().contiguous()}, self._files[name])
+
+    def take(self, name: str) -> Tensor | None:
+        path = self._files.get(name)
+        return None if path is None else load_file(path)["weight"]
+
+    def close(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,268 @@
+"""The report: one HTML file that needs nothing else, the model card, and the headline for the terminal."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup, escape
+from rich.table import Table
+from rich.text import Text
+
+from expertprune import formats
+from expertprune.errors import CheckpointError
+from expertprune.files import check_parent, to_json, write_file
+from expertprune.reporting.card import CARD_FILE, card_text
+from expertprune.reporting.page import charts
+from expertprune.reporting.page.charts import Picture
+from expertprune.reporting.page.evidence import damaged, read_artifacts
+from expertprune.reporting.page.findings import findings
+from expertprune.reporting.page.lineup import lineup
+from expertprune.serving.throughput import METRICS
+
+REPORT_SCHEMA = 1
+
+
+UNKNOWN = "unknown"
+
+
+# What `expertprune bench` measures, in words, and whether more of it is better; bytes are written as megabytes.
+SPEEDS = {metric: (words.removesuffix(", bytes"), more) for metric, (words, more) in METRICS.items()}
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number of the report's data and its place there, a JSON pointer (RFC 6901)."""
+
+    value: float
+    pointer: str
+
+    def __bool__(self) -> bool:
+        return bool(self.value)
+
+    def __html__(self) -> str:
+        raise TypeError(f"{self.pointer}: a number goes onto the page through a filter that says how it is written")
+
+    __str__ = __html__
+
+
+def report(
+    expert: str | Path,
+    compare: Sequence[str | Path] = (),
+    out: str | Path | None = None,
+    store: str | Path | None = None,
+) -> dict[str, Any]:
+    """Write the report of an expert, or of several side by side, and refresh their model cards.
+
+    Args:
+        compare: folders of other experts.
+        out: the page; default: `report.html`, or `comparison.html` where there are several, in the expert's folder.
+
+    Returns:
+        The report's data: `kind`, `schema`, `page`, `experts` (each a `ReportData`), and `lineup`, `None` for a single one.
+
+    Raises:
+        CheckpointError: a folder is no expert or is half-written, or the page cannot be written.
+        PlanError: an expert's plan is damaged.
+    """
+    folders = [Path(folder) for folder in (expert, *compare)]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise CheckpointError(f"{' '.join(map(str, folders))}: the same expert twice; compare it with another one")
+    page = Path(out) if out is not None else folders[0] / ("comparison.html" if compare else "report.html")
+    _check_page(page)
+    read = [read_artifacts(folder, store) for folder in folders]
+    experts = [findings(artifacts) for artifacts in read]
+    data: dict[str, Any] = json.loads(
+        to_json(
+            {
+                "kind": "report",
+                "schema": REPORT_SCHEMA,
+                "page": str(page),
+                "experts": [each.document() for each in experts],
+                "lineup": lineup(experts) if compare else None,
+            }
+        )
+    )
+    html = render(data)
+    cards = {}
+    for artifacts, document in zip(read, data["experts"], strict=True):
+        try:
+            cards[artifacts.folder / CARD_FILE] = card_text(artifacts.about, headline_rows(document))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise damaged(artifacts.folder, error) from None
+    write_file(page, html.encode())
+    for card, text in cards.items():
+        write_file(card, text.encode())
+    return data
+
+
+def _check_page(page: Path) -> None:
+    check_parent(page)
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise CheckpointError(f"{page}: the report is an .html file; choose another --out")
+    if page.is_dir():
+        raise CheckpointError(f"{page}: cannot be written: it is a folder; choose another --out")
+
+
+def render(data: Mapping[str, Any]) -> str:
+    """The page of a report's data; every number on it comes from there, unchanged."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("expertprune.reporting.page"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    for style in formats.STYLES:
+        environment.filters[style] = _filter(style)
+    environment.filters |= {"groups": _groups, "plain": _plain, "link": _link}
+    environment.filters["speed"] = lambda value, metric: _written(
+        value, "megabytes" if "bytes" in metric else "quantity"
+    )
+    pictures = [expert_pictures(f"e{number}", expert) for number, expert in enumerate(data["experts"])]
+    several = data["lineup"] and charts.lineup_picture("all", data["lineup"]["rows"], _names(data["experts"]))
+    numbered = _numbered(data, "")
+    return environment.get_template("report.html").render(
+        **numbered, pictures=pictures, several=several, speeds=SPEEDS, names=_names(data["experts"]), quote=shlex.quote
+    )
+
+
+def _names(experts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Experts by the shortest of name, folder's name and folder that tells them apart."""
+    for names in ([str(e["name"]) for e in experts], [Path(e["folder"]).resolve().name for e in experts]):
+        if len(set(names)) == len(names):
+            return names
+    return [str(expert["folder"]) for expert in experts]
+
+
+def _numbered(data: Any, pointer: str) -> Any:
+    """Plain data with every number as a `Number`."""
+    if isinstance(data, Mapping):
+        return {key: _numbered(value, f"{pointer}/{key.replace('~', '~0').replace('/', '~1')}")
+                for key, value in data.items()}  # fmt: skip
+    if isinstance(data, list):
+        return [_numbered(value, f"{pointer}/{index}") for index, value in enumerate(data)]
+    return Number(data, pointer) if isinstance(data, int | float) and not isinstance(data, bool) else data
+
+
+def _filter(style: str) -> Any:
+    return lambda value: _written(value, style)
+
+
+def _written(value: Number | None, style: str) -> Markup:
+    """A number in words for people, and as it is in the data for machines."""
+    if value is None:
+        return Markup(f'<span class="quiet">{formats.UNDEFINED}</span>')
+    text = formats.STYLES[style](value.value)
+    exact = json.dumps(value.value)
+    return Markup(f'<data value="{exact}" data-pointer="{escape(value.pointer)}">{text}</data>')
+
+
+def _groups(rows: Sequence[Mapping[str, Any]]) -> list[tuple[tuple[str, str], list[Mapping[str, Any]]]]:
+    """Rows of a table by group and name, in their order."""
+    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["group"], row["name"]), []).append(row)
+    return list(found.items())
+
+
+def _plain(value: Any) -> str | Markup:
+    """A setting or a machine as somebody's program recorded it."""
+    if isinstance(value, Number):
+        return _written(value, "quantity")
+    if isinstance(value, Mapping):
+        return Markup(", ").join(
+            Markup("{} {}").format(key.replace("_", " "), _plain(each)) for key, each in value.items()
+        )
+    if isinstance(value, list):
+        return Markup(", ").join(_plain(each) for each in value)
+    return UNKNOWN if value is None else str(value)
+
+
+def _link(address: str) -> str:
+    """An address to go to, and no program."""
+    return address if address.startswith(("https://", "http://")) else "#"
+
+
+def expert_pictures(name: str, expert: Mapping[str, Any]) -> dict[str, Any]:
+    """The pictures of one expert by section; those of sections that are not there are `None`.
+
+    Args:
+        name: begins the ids of their elements.
+    """
+    relevance, throughput = expert["relevance"] or [], expert["throughput"]
+    labels = {metric: words for metric, (words, _) in SPEEDS.items()}
+    return {
+        "retention": charts.retention_picture(f"{name}-retention", expert["metrics"]),
+        "kept": {
+            each["structure"]: charts.kept_picture(f"{name}-kept-{each['structure']}", each)
+            for each in expert["structures"]
+            if each["decided"]
+        },
+        "relevance": [
+            charts.relevance_picture(f"{name}-relevance-{each['structure']}", each["label"], each["corpora"])
+            for each in relevance
+        ],
+        "overlap": [_overlap_picture(name, each) for each in relevance],
+        "alignment": expert["alignment"] and charts.alignment_picture(f"{name}-alignment", expert["alignment"]),
+        "throughput": throughput
+        and charts.throughput_picture(f"{name}-speed", throughput["rows"], throughput["limit"], labels),
+    }
+
+
+def _overlap_picture(name: str, each: Mapping[str, Any]) -> Picture | None:
+    if each["overlap"] is None or len(each["overlap"]["corpora"]) < 2:
+        return None
+    return charts.overlap_picture(f"{name}-overlap-{each['structure']}", each["label"], each["overlap"])
+
+
+# --- the headline ---------------------------------------------------------------------------------------------------
+
+
+def headline_rows(expert: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What an expert is at a glance: what is said, and its numbers in words."""
+    size, retention, speed = expert["size"], expert["retention"], expert["speed"]
+    parameters, weights = size["parameters"], size["weights"]
+    of_base = f"{formats.count(parameters['expert'])} of {formats.count(parameters['base'])}"
+    rows = [("parameters", f"{of_base} ({formats.percent(parameters['fraction'])})")]
+    of_bytes = (
+        f" of {formats.megabytes(weights['base'])} ({formats.percent(weights['fraction'])})" if weights["base"] else ""
+    )
+    rows.append(("weights", formats.megabytes(weights["expert"]) + of_bytes))
+    for group in ("expert", "general"):
+        numbers = retention and retention[group]
+        kept = "not evaluated"
+        if retention and numbers:
+            kept = f"{_with_interval(numbers, 'retention')}, {retention['measure']}"
+        rows.append((f"{group} retention", kept))
+    rows.append(
+        ("speed, of the base's", f"{_with_interval(speed, 'ratio')}, output tokens/s" if speed else "not measured")
+    )
+    return rows
+
+
+def _with_interval(numbers: Mapping[str, Any], key: str) -> str:
+    if key == "ratio" and numbers["low"] is None:
+        return f"{formats.ratio(numbers[key])} (one round)"
+    value, low, high = (
+        formats.UNDEFINED if numbers[each] is None else formats.ratio(numbers[each]) for each in (key, "low", "high")
+    )
+    return f"{value} ({low} to {high})"
+
+
+def headline_table(data: Mapping[str, Any]) -> Table:
+    """The headline of every expert of a report, for the terminal."""
+    experts = data["experts"]
+    table = Table("", title="At a glance")
+    for name in _names(experts):
+        table.add_column(Text(name), justify="right", overflow="fold")
+    columns = [headline_rows(expert) for expert in experts]
+    labels = list(dict.fromkeys(label for rows in columns for label, _ in rows))
+    for label in labels:
+        table.add_row(label, *(dict(rows).get(label, "") for rows in columns))
+    return table

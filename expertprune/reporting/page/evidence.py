@@ -1,0 +1,102 @@
+"""What a report is made of, read from an expert's folder and the store; no model is loaded."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from expertprune.artifacts.expert import EXPERT_FILE, load_expert
+from expertprune.artifacts.plan import Plan, plan_from
+from expertprune.artifacts.profile import Profile, part_path
+from expertprune.composition.scoring import part_name
+from expertprune.errors import CheckpointError
+from expertprune.files import store_folder
+from expertprune.models.checkpoint import Checkpoint
+from expertprune.serving.throughput import THROUGHPUT_FILE
+from expertprune.spec.schema import Relevance
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Artifacts:
+    """What a report is made of, as it lies on the disk.
+
+    `profiles` holds those of the plan's corpora that the store still has, with the pass that the criterion needs, and
+    `absent` the names of the other corpora. Sizes are those of the weights' files; the base's is `None` where it is no
+    longer at its recorded place.
+    """
+
+    folder: Path
+    about: dict[str, Any]
+    plan: Plan
+    bytes: int
+    base_bytes: int | None
+    throughput: dict[str, Any] | None
+    profiles: dict[str, Profile]
+    absent: list[str]
+    store: Path
+
+
+def read_artifacts(folder: Path, store: str | Path | None = None) -> Artifacts:
+    """Everything that a report needs of an expert's folder and the store; no model is loaded.
+
+    Raises:
+        CheckpointError: the folder is no expert, is half-written, or holds a damaged file.
+        PlanError: its plan is damaged.
+    """
+    about = load_expert(folder)
+    plan = plan_from(about["plan"], str(folder / EXPERT_FILE))
+    size, base_bytes = _weight_bytes(folder), None
+    try:
+        recorded = Path(about["base"]["path"])
+        base_bytes = _weight_bytes(recorded) if recorded.is_dir() else None
+    except (CheckpointError, KeyError, TypeError, OSError) as error:
+        log.warning("the base's size is left out: %s", error)
+    place = store_folder(store)
+    try:
+        part = part_name(Relevance.model_validate(about["spec"]["relevance"]))
+        profiles = {name: _stored(place / "profiles" / f"{digest}.safetensors", plan, part)
+                    for name, digest in plan.profiles.items()}  # fmt: skip
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(folder, error) from None
+    there = {name: found for name, found in profiles.items() if found is not None}
+    absent = [name for name, found in profiles.items() if found is None]
+    return Artifacts(folder, about, plan, size, base_bytes, _throughput(folder), there, absent, place)
+
+
+def _weight_bytes(folder: Path) -> int:
+    """Bytes of the weights' files. Raises `CheckpointError` where one is missing or truncated."""
+    return sum((folder / file).stat().st_size for file in Checkpoint(folder).shards)
+
+
+def _stored(path: Path, plan: Plan, part: str | None) -> Profile | None:
+    """A profile of the plan's base with the pass that the criterion needs, if the store has it and can read it."""
+    if not path.is_file() or (part is not None and not part_path(path, part).is_file()):
+        return None
+    try:
+        found = Profile(path)
+        return found if found.layers == plan.shapes else None
+    except (CheckpointError, KeyError, TypeError) as error:
+        log.warning("%s is left out: %s", path, error)
+        return None
+
+
+def _throughput(folder: Path) -> dict[str, Any] | None:
+    path = folder / THROUGHPUT_FILE
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); delete it and measure again") from None
+    if not isinstance(data, dict) or data.get("kind") != "throughput":
+        raise CheckpointError(f"{path}: is no measurement of throughput; delete it and measure again")
+    return data
+
+
+def damaged(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{folder / EXPERT_FILE}: damaged: {type(error).__name__}: {error}; build the expert again")

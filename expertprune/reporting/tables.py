@@ -1,0 +1,209 @@
+"""Tables for the terminal and the model card."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from rich.box import HORIZONTALS
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+METRIC_LABELS = {
+    "bits_per_byte": "bits per byte",
+    "perplexity": "perplexity",
+    "kl": "KL to base, bits/token",
+    "questions": "accuracy",
+}
+
+
+def retention_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
+    """Corpus, metric, base, expert, retention and interval as text, one row per metric of each corpus."""
+    rows = []
+    for corpus, result in evaluation["corpora"].items():
+        for metric, numbers in result["metrics"].items():
+            label = METRIC_LABELS.get(metric, metric.replace("_", " "))
+            label += f" ({result['questions']} questions)" if metric == "questions" else ""
+            interval = f"{_number(numbers['low'])} to {_number(numbers['high'])}"
+            cells = [_number(numbers[key]) if key in numbers else "" for key in ("base", "expert", "retention")]
+            rows.append([corpus, label, *cells, interval])
+    for name, numbers in _tasks(evaluation).items():
+        label = f"{numbers['metric']} ({numbers['examples']} examples{_flips(numbers)})"
+        cells = [_number(numbers[key]) for key in ("base", "expert", "retention")]
+        rows.append([name, label, *cells, f"{_number(numbers['low'])} to {_number(numbers['high'])}"])
+    for group, numbers in evaluation.get("summary", {}).items():
+        interval = f"{_number(numbers['low'])} to {_number(numbers['high'])}"
+        label = f"mean retention of {len(numbers['metrics'])} metrics"
+        rows.append([group, label, "", "", _number(numbers["retention"]), interval])
+    return rows
+
+
+def _tasks(evaluation: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {**evaluation.get("tasks", {}), **evaluation.get("generation", {})}
+
+
+def _flips(numbers: Mapping[str, Any]) -> str:
+    """Answers that the expert has right and the base has not, the other way round, and those that are the same text."""
+    flips = "" if numbers["gained"] is None else f", +{numbers['gained']} −{numbers['lost']}"
+    return flips + (f", {numbers['agreement']:.0%} as the base" if "agreement" in numbers else "")
+
+
+def retention_notes(evaluation: Mapping[str, Any]) -> list[str]:
+    """Why a retention or an interval is undefined, one line each."""
+    return [f"{name}: {numbers['note']}" for name, numbers in _tasks(evaluation).items() if "note" in numbers]
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None or math.isnan(value) else f"{value:.4f}"
+
+
+def retention_table(evaluation: Mapping[str, Any]) -> Table:
+    """The retention table for the terminal."""
+    corpus = "corpus or task" if _tasks(evaluation) else "corpus"
+    notes = Text("\n".join(retention_notes(evaluation)))
+    table = Table(corpus, "metric", title="What the expert kept", caption=notes or None, caption_justify="left")
+    for column in ("base", "expert", "retention", "95% interval"):
+        table.add_column(column, justify="right")
+    previous = None
+    for corpus, *cells in retention_rows(evaluation):
+        table.add_row(Text(corpus if corpus != previous else ""), *cells)
+        previous = corpus
+    return table
+
+
+def widths(value: int | list[int]) -> str:
+    """A structure's width: `"1152"`, or `"640 to 1472 (mean 1152)"` where layers differ."""
+    if not isinstance(value, list) or len(set(value)) == 1:
+        return str(value[0] if isinstance(value, list) else value)
+    return f"{min(value)} to {max(value)} (mean {sum(value) / len(value):.4g})"
+
+
+def plan_table(plan: Mapping[str, Any]) -> Table:
+    """Units kept by structure, who protected them, and shared and exclusive counts, summed over layers."""
+    table = Table("structure", "kept in each layer", "protected by", "shared", "expert-exclusive", "general-exclusive")
+    for structure, entry in plan["budget"].items():
+        reasons = [layer["why"][structure] for layer in plan["layers"] if structure in layer["why"]]
+        protected: dict[str, int] = {}
+        for reason in reasons:
+            for name, count in reason["protected"].items():
+                protected[name] = protected.get(name, 0) + count
+        uncut = "not cut" if entry["kept"] == entry["of"] else "left with their KV groups"
+        who = ", ".join(f"{name} {count:,}" for name, count in protected.items()) or uncut
+        kinds = []
+        for kind in ("shared", "expert_exclusive", "general_exclusive"):
+            of = [reason[kind] for reason in reasons if kind in reason]
+            kinds.append(f"{sum(k['kept'] for k in of):,} of {sum(k['units'] for k in of):,} kept" if of else "")
+        table.add_row(structure, f"{widths(entry['kept'])} of {widths(entry['of'])}", who, *kinds)
+    return table
+
+
+def vocabulary_table(vocabulary: Mapping[str, Any]) -> Table:
+    """Which vocabulary rows a plan keeps, and why."""
+    why, title = vocabulary["why"], f"vocabulary: {vocabulary['rows']:,} of {vocabulary['of']:,} rows"
+    table = Table(title=Text(title), show_header=False, title_justify="left")
+    for name, count in why["protected"].items():
+        table.add_row(Text(f"kept: {name}"), f"{count:,}")
+    for name, covered in why["coverage"].items():
+        table.add_row(Text(f"covered: {name}"), f"{covered:.4%} of {why['tokens'][name]:,} calibration tokens")
+    if vocabulary["padding"]:
+        table.add_row("rows without a token", f"{len(vocabulary['padding']):,}")
+    if why["threshold"] is not None:
+        table.add_row("largest relevance dropped", f"{why['threshold']:.3g}")
+    for label, key in (("last kept", "last_kept"), ("first dropped", "first_dropped")):
+        table.add_row(label, Text(" ".join(map(repr, why[key]))))
+    return table
+
+
+def vocabulary_tables(tradeoff: Mapping[str, Any]) -> Group:
+    """Vocabularies of several sizes, and what each does to every corpus."""
+    base = tradeoff["base"]
+    kept = ", ".join(f"{reason} {count:,}" for reason, count in tradeoff["always_kept"].items())
+    about = Text(
+        f"{base['model']}: {base['tokenizer']}, {base['tokens']:,} tokens in {base['rows']:,} rows, "
+        f"{base['parameters']:,} parameters.\nAlways kept: {kept} (they overlap); at least {tradeoff['smallest']:,} rows.\n"
+        "Covered: the part of the base's tokens whose rows are kept, of calibration text and of measured text."
+    )
+    sizes = Table("rows", "parameters", "of base", "saved", title=Text(f"{tradeoff['name']}: sizes"))
+    table = Table("corpus", "rows", "covered,\ncalibration", "covered,\nmeasured", title=Text("by corpus"))
+    for header in ("tokens\nper word", "tokens,\nof the base's"):
+        table.add_column(header)
+    for column in (*sizes.columns, *table.columns[1:]):
+        column.justify = "right"
+    for size in tradeoff["sizes"]:
+        sizes.add_row(f"{size['rows']:,}", f"{size['parameters']:,}", f"{size['fraction']:.1%}", f"{size['saved']:,}")
+    for name, corpus in tradeoff["corpora"].items():
+        label = f"{name} ({corpus['split']}, {corpus['words']:,} words)"
+        table.add_row(Text(label), f"{base['rows']:,}", "", "", f"{corpus['tokens_per_word']:.3f}", "")
+        for number, size in enumerate(tradeoff["sizes"], 1):
+            here = size["corpora"][name]
+            table.add_row(
+                "", f"{size['rows']:,}", f"{here['calibration_coverage']:.4%}", f"{here['coverage']:.4%}",
+                f"{here['tokens_per_word']:.3f}", f"{here['tokens_of_base']:.1%}",
+                end_section=number == len(tradeoff["sizes"]),
+            )  # fmt: skip
+    return Group(about, sizes, table)
+
+
+def comparison_tables(comparison: Mapping[str, Any]) -> Group:
+    """Pairs of corpora as one matrix per structure, in clustering order."""
+    about = (
+        f"Above the diagonal: overlap (Jaccard index) of the least relevant {comparison['fraction']:.0%} of each layer's "
+        f"units. Below it: rank correlation of their relevance ({comparison['criterion']}). Lines part clusters."
+    )
+    parts: list[RenderableType] = [Text(about)]
+    for structure, result in comparison["structures"].items():
+        size = f"{result['irrelevant']:,} of {result['units']:,} units, overlap by chance {result['chance']:.2f}"
+        parts += [Text(f"\n{structure}: {size}"), _matrix(result, [corpus["name"] for corpus in comparison["corpora"]])]
+    return Group(*parts)
+
+
+def _matrix(result: Mapping[str, Any], names: list[str]) -> Table:
+    table = Table("", box=HORIZONTALS, padding=(0, int(len(names) <= 15), 0, 0))  # 20 corpora fit into 120 columns
+    for number in range(1, len(names) + 1):
+        table.add_column(str(number), justify="right", no_wrap=True)
+    order = [names.index(name) for name in result["order"]]
+    last = {names.index(members[-1]) for members in result["clusters"]}
+    for row, corpus in enumerate(order):
+        cells = [
+            "" if row == column else f"{result['overlap' if row < column else 'rank_correlation'][corpus][other]:.2f}"
+            for column, other in enumerate(order)
+        ]
+        table.add_row(Text(f"{row + 1:>{len(str(len(names)))}} {names[corpus]}"), *cells, end_section=corpus in last)
+    return table
+
+
+def sweep_rows(sweep: Mapping[str, Any]) -> list[list[str]]:
+    """One row per budget of a sweep: size, retention of expert and general text, accuracy where it was measured."""
+    asked = _corpora_with_questions(sweep)
+    rows = []
+    for point in sweep["points"]:
+        retention = []
+        for numbers in (point["expert"], point["general"]):
+            interval = numbers and f"({_number(numbers['low'])} to {_number(numbers['high'])})"
+            retention.append(f"{_number(numbers['retention'])} {interval}" if numbers else "")
+        accuracy = [_number(point["corpora"][name]["metrics"]["questions"]["expert"]) for name in asked]
+        size = [f"{point['parameters']['after']:,}", f"{point['fraction']:.1%}", f"{point['bytes'] / 1e6:.1f}"]
+        rows.append([f"{point['budget']:g}", *size, *retention, *accuracy])
+    return rows
+
+
+def _corpora_with_questions(sweep: Mapping[str, Any]) -> dict[str, float]:
+    """Corpora whose questions were asked, and the base's accuracy."""
+    corpora = sweep["points"][0]["corpora"] if sweep["points"] else {}
+    metrics = {name: result["metrics"] for name, result in corpora.items()}
+    return {name: numbers["questions"]["base"] for name, numbers in metrics.items() if "questions" in numbers}
+
+
+def sweep_table(sweep: Mapping[str, Any]) -> Table:
+    """A sweep for the terminal."""
+    title = f"{sweep['name']}: what is kept, of {sweep['base']['parameters']:,} parameters and in bits per byte"
+    table = Table("removed", title=Text(title))
+    headers = ["parameters", "of base", "MB", "expert\n(95% interval)", "general\n(95% interval)"]
+    headers += [f"accuracy\n{name}\n(base {_number(base)})" for name, base in _corpora_with_questions(sweep).items()]
+    for header in headers:
+        table.add_column(Text(header), justify="right")
+    for row in sweep_rows(sweep):
+        table.add_row(*row)
+    return table

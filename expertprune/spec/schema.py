@@ -1,0 +1,307 @@
+"""The spec: what a user writes. Unknown keys are errors, and all errors are reported at once."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from expertprune.spec.values import Aggregate, Amount, Names, Rows, Size
+
+Dimension = Literal["language", "domain", "task"]
+
+
+DIMENSIONS: tuple[Dimension, ...] = get_args(Dimension)
+
+
+Metric = Literal["bits_per_byte", "perplexity", "kl", "questions"]
+
+
+PER_TOKEN: tuple[Metric, ...] = ("perplexity", "kl")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, validate_default=True)
+
+
+class Base(_Section):
+    """The general model that is cut."""
+
+    model: str = Field(min_length=1, description="Hub id, local folder, .gguf file, or the name of a bundled model.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="What the model is run in; auto: as stored on a GPU, float32 on a CPU. "
+        "A GGUF file is also converted to it (auto: bfloat16).",
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that comes with the model. Off unless you say so."
+    )
+
+
+class Dimensions(_Section):
+    """What the expert is for. Several values of one dimension: it serves all of them."""
+
+    language: Names = Field(default_factory=list)
+    domain: Names = Field(default_factory=list)
+    task: Names = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _one_at_least(self) -> Dimensions:
+        if not self.chosen:
+            raise ValueError(f"name at least one of {', '.join(DIMENSIONS)}")
+        return self
+
+    @property
+    def chosen(self) -> dict[Dimension, list[str]]:
+        """The dimensions that have values, in their fixed order."""
+        return {name: values for name in DIMENSIONS if (values := getattr(self, name))}
+
+
+class Source(_Section):
+    """Where the documents of one corpus come from: a JSONL or text file (or several), or a Hugging Face dataset."""
+
+    path: Names | None = Field(None, description="JSONL or .txt file(s), relative to the spec.")
+    field: str | None = Field(None, description="Field of a row that holds the text (default: text).")
+    template: str | None = Field(None, description="Text built from several fields: 'Q: {question}\\nA: {answer}'.")
+    dataset: str | None = Field(None, description="Hugging Face dataset, streamed.")
+    config: str | None = None
+    split: str | None = Field(None, description="Split of the dataset (default: train).")
+    evaluation: Names | None = Field(None, description="File(s) of the evaluation split, read as `path` is.")
+    evaluation_split: str | None = Field(None, description="Evaluation split of the dataset.")
+    questions: str | None = Field(None, description="JSONL of multiple-choice questions: question, choices, answer.")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Source:
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("give exactly one of 'path' and 'dataset'")
+        if self.field and self.template:
+            raise ValueError("give 'field' or 'template', not both")
+        wrong = ["config", "split", "evaluation_split"] if self.path else ["evaluation"]
+        if set_here := [key for key in wrong if getattr(self, key) is not None]:
+            raise ValueError(f"{', '.join(set_here)} does not go with {'path' if self.path else 'dataset'!r}")
+        return self
+
+
+class Corpora(_Section):
+    """Where the corpora of the named values are found."""
+
+    catalogue: str | None = Field(None, description="Folder with a catalogue.yaml; default: the corpora that ship.")
+    sources: dict[str, Source] = Field(
+        default_factory=dict, description="Your own corpora, by value ('de') or by dimension and value ('language/de')."
+    )
+
+
+class Calibration(_Section):
+    """How much of each corpus is profiled."""
+
+    documents: int = Field(256, ge=1, description="At most so many documents of each corpus.")
+    max_tokens: int = Field(512, ge=2, description="Longer documents are cut at so many tokens.")
+    tokens_per_batch: int = Field(2048, ge=1, description="Speed and memory only: results do not depend on it.")
+    seed: int = Field(0, ge=0, description="Chooses the documents where a corpus has more of them.")
+
+
+class Relevance(_Section):
+    """How a unit is scored on a corpus."""
+
+    criterion: str = Field(
+        "auto",
+        description="fisher, taylor, impact, activation, fluctuation, regional, obs, magnitude, random; of whole experts "
+        "reap and frequency too. auto: fisher, or reap where nothing but whole experts is cut.",
+    )
+    experts: str | None = Field(
+        None, description="Of whole experts, where another one is wanted for them; reap where criterion is auto."
+    )
+    loss: Literal["language_model", "kl"] = Field(
+        "language_model",
+        description="Of taylor and fisher: against the text's next tokens, or against the model's own predictions.",
+    )
+    tokens: Literal["equal", "fisher"] = Field(
+        "equal",
+        description="Of obs: weight of a token, all the same (ZipLM) or its loss gradient's energy, which makes errors "
+        "of different layers comparable.",
+    )
+    seed: int = Field(0, ge=0, description="For criteria that draw random numbers.")
+
+
+class Fusion(_Section):
+    """How general and expert relevance become one score."""
+
+    method: Literal["weighted", "shared_exclusive"] = Field(
+        "weighted",
+        description="weighted: the general score counts lambda on every unit; shared_exclusive: on shared units only, while "
+        "exclusive ones keep the score of their own side (after arXiv:2510.22489).",
+    )
+    tau: float = Field(0.1, ge=0, le=1, description="Units whose activation differs by at most this are shared.")
+    lambda_: float = Field(0.25, ge=0, le=1, alias="lambda", description="Weight of the general score.")
+    beta: float = Field(0.5, ge=0, le=1, description="Its weight on general-exclusive units and on vocabulary rows.")
+
+
+class Search(_Section):
+    """The search over widths (allocation: search)."""
+
+    trials: int = Field(64, ge=1, description="Allocations that are tried, the uniform and the global one included.")
+    tokens: int = Field(4096, ge=64, description="Calibration tokens that each trial is measured on.")
+    uniform: bool = Field(False, description="Only widths that are the same in every layer: FFN against heads.")
+    seed: int = Field(0, ge=0)
+
+
+class Compose(_Section):
+    """How the scores of several corpora become one decision per unit."""
+
+    rule: Literal["intersection", "union", "mean"] = "intersection"
+    aggregate: Aggregate = Field(
+        "mean", description="Over the documents of a corpus: mean, max, or a quantile such as 0.9."
+    )
+    scale: Literal["share", "percentile", "standard"] = Field(
+        "share",
+        description="share: part of the corpus' total over the model; percentile: rank within the layer; "
+        "standard: distance from the layer's mean in standard deviations, as FLAP ranks.",
+    )
+    fusion: Fusion = Field(default_factory=Fusion)
+    allocation: Literal["auto", "uniform", "global", "search"] = Field(
+        "auto",
+        description="global: one ranking over layers; uniform: every layer keeps the same width, as stock configs say it; "
+        "search: widths that keep the predictions, tried on calibration text; auto: global, or uniform where the base's "
+        "family has no layers of different widths, as with experts.",
+    )
+    rounds: int = Field(1, ge=1, le=16, description="Cut in so many steps, profiling again between them.")
+    search: Search = Field(default_factory=Search)
+
+
+class Retention(_Section):
+    """The smallest expert that keeps at least this much, found by trying budgets on calibration text held back for it."""
+
+    expert: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="Bits per byte of the base over the expert's, on every corpus of the dimensions."
+    )
+    general: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="The same on the general corpora.")
+
+    @model_validator(mode="after")
+    def _one_at_least(self) -> Retention:
+        if self.expert is None and self.general is None:
+            raise ValueError("name at least one of expert, general")
+        return self
+
+
+class Budget(_Section):
+    """What is *removed*: of each layer a fraction (0.25) or a count (384) per structure, or a fraction of all parameters.
+
+    Where layers are allowed different widths, fractions and counts are of the average layer.
+    """
+
+    ffn: Amount = Field(0, description="FFN neurons; where a layer has experts, of each of them.")
+    query_heads: Amount = Field(0, description="Query heads, the same number in each KV group.")
+    kv_groups: Amount = Field(0, description="KV heads with their query heads.")
+    experts: Amount = Field(0, description="Whole experts, the same number in each layer; never shared ones.")
+    vocabulary: Rows | None = Field(
+        None,
+        description="Vocabulary rows of the whole model: a number that is kept (32768), a fraction that is removed (0.8), "
+        "or what part of the calibration tokens is covered (coverage: 0.9999).",
+    )
+    parameters: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None,
+        description="Of all parameters; FFN neurons make up what the other keys do not remove, or FFN neurons and KV "
+        "groups against each other where allocation is global or search.",
+    )
+    max_parameters: Size | None = Field(None, description="What may be left of the whole model, such as 100M.")
+    retention: Retention | None = Field(None, description="As much as can go while this much is kept.")
+    multiple_of: int = Field(64, ge=1, description="Kept FFN widths are a multiple of this.")
+    floor: float = Field(0.1, ge=0, le=1, description="At least this fraction of each structure stays in every layer.")
+
+    @property
+    def overall(self) -> bool:
+        """Whether it counts all parameters, as a fraction or as what may be left."""
+        return self.parameters is not None or self.max_parameters is not None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Budget:
+        choices = ("parameters", "max_parameters", "retention")
+        ways = [name for name in choices if getattr(self, name) is not None]
+        if len(ways) > 1:
+            raise ValueError(f"give one of {', '.join(ways)}, not several")
+        if ways and self.ffn:
+            raise ValueError(f"give 'ffn' or {ways[0]!r}, not both: {ways[0]!r} chooses the FFN width itself")
+        if ways and isinstance(self.vocabulary, dict):
+            raise ValueError(
+                f"give vocabulary as a number of rows or a fraction where {ways[0]!r} counts what it removes"
+            )
+        if self.vocabulary is not None and self.retention is not None:
+            raise ValueError("give 'vocabulary' or 'retention', not both: retention tries FFN widths alone")
+        keys = ("ffn", "query_heads", "kv_groups", "experts", "vocabulary", "parameters", "max_parameters", "retention")
+        if not self.model_fields_set & set(keys):
+            raise ValueError(f"name at least one of {', '.join(keys)}")
+        return self
+
+
+class Compensation(_Section):
+    """The closed-form repair of the layers that were cut."""
+
+    method: Literal["none", "least_squares", "obs"] = Field(
+        "least_squares",
+        description="least_squares: in the pruned prefix, towards the dense residual stream; obs: the optimal brain "
+        "surgeon's update, each layer by itself.",
+    )
+    scope: Literal["cut", "all"] = Field(
+        "cut", description="Of least_squares: the output projections that lost inputs, or those of every block."
+    )
+    tokens: Literal["stream", "equal", "fisher"] = Field(
+        "stream",
+        description="Weight of a token: one over its stream's energy, all the same, or its loss gradient's energy.",
+    )
+    damping: float = Field(
+        0.3, gt=0, le=10, description="Ridge towards the original columns, relative to their energy."
+    )
+
+
+class Evaluate(_Section):
+    """What is measured of base and expert. Default: the evaluation documents of every corpus that the spec names."""
+
+    corpora: Names | None = Field(None, description="Names as in dimensions and general; default: all of them.")
+    documents: int = Field(64, ge=1, description="At most so many evaluation documents of each corpus.")
+    max_tokens: int = Field(1024, ge=2, description="Longer documents are cut at so many tokens.")
+    metrics: list[Metric] = Field(default_factory=lambda: list(get_args(Metric)), min_length=1)
+    enabled: bool = True
+
+
+def _shorthand(key: str, section: type[_Section]) -> BeforeValidator:
+    """A section that may be written as the value of its first key alone."""
+    return BeforeValidator(
+        lambda value: {key: value} if isinstance(value, str) else value, json_schema_input_type=str | section
+    )
+
+
+class Spec(_Section):
+    """An expert, as its user describes it."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    base: Annotated[Base, _shorthand("model", Base)]
+    dimensions: Dimensions
+    general: Names = Field(
+        default_factory=lambda: ["general"], description="Corpora whose capability is retained; [] for none."
+    )
+    corpora: Annotated[Corpora, _shorthand("catalogue", Corpora)] = Field(default_factory=Corpora)
+    calibration: Calibration = Field(default_factory=Calibration)
+    relevance: Annotated[Relevance, _shorthand("criterion", Relevance)] = Field(default_factory=Relevance)
+    compose: Compose = Field(default_factory=Compose)
+    budget: Budget
+    compensation: Annotated[Compensation, _shorthand("method", Compensation)] = Field(default_factory=Compensation)
+    evaluate: Evaluate = Field(default_factory=Evaluate)
+
+    @model_validator(mode="after")
+    def _comparable_metrics(self) -> Spec:
+        """Where the vocabulary is cut, tokens differ, and only what is counted in bytes or answers compares."""
+        if self.budget.vocabulary is not None:
+            if set(self.evaluate.metrics) == set(get_args(Metric)):  # the default: all that there are
+                self.evaluate.metrics = [metric for metric in self.evaluate.metrics if metric not in PER_TOKEN]
+            elif wrong := [metric for metric in self.evaluate.metrics if metric in PER_TOKEN]:
+                raise ValueError(
+                    f"evaluate.metrics: {', '.join(wrong)} cannot be measured where budget.vocabulary is given: they are "
+                    "per token, and the expert's tokens are others; use bits_per_byte"
+                )
+        return self
+
+    def document(self) -> dict[str, Any]:
+        """The spec as plain data that gives the same spec back; defaults are written out."""
+        data: dict[str, Any] = self.model_dump(mode="json", by_alias=True)
+        return data

@@ -1,0 +1,1 @@
+"""One verb a module: what the command line calls."""

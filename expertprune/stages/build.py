@@ -1,0 +1,43 @@
+"""All stages in a row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from expertprune.artifacts.expert import earlier_expert
+from expertprune.corpora.leaks import not_profiled
+from expertprune.files import check_output, require_room, staged_folder
+from expertprune.progress import Track, silent
+from expertprune.stages.compose import plan_of
+from expertprune.stages.evaluate import evaluate_folder
+from expertprune.stages.prune import write_folder
+from expertprune.stages.validate import Prepared, SpecLike, validate
+
+
+def build(
+    spec: SpecLike,
+    out: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    store: str | Path | None = None,
+    track: Track = silent,
+) -> Path:
+    """All stages in a row: profile, compose, prune, evaluate. The folder appears when everything is done."""
+    out = Path(out)
+    check_output(out, overwrite)
+    prepared = validate(spec, overrides, store)
+    _room_for_expert(prepared, out)
+    not_profiled(prepared.evaluated, {"corpora": {}, "base": earlier_expert(prepared.base.folder)})
+    plan = plan_of(prepared, track)
+    with staged_folder(out, overwrite) as folder:
+        write_folder(prepared, plan, folder, track)
+        if prepared.spec.evaluate.enabled:
+            evaluate_folder(folder, prepared.model, prepared.base, prepared.evaluated, prepared.spec.evaluate, track)
+    return out
+
+
+def _room_for_expert(prepared: Prepared, out: Path) -> None:
+    size = sum((prepared.base.folder / file).stat().st_size for file in prepared.base.checkpoint.shards)
+    require_room(out, size)

@@ -1,0 +1,83 @@
+"""Measure an expert against its base on corpora."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from expertprune.artifacts.evaluation import Evaluation
+from expertprune.artifacts.expert import EXPERT_FILE, load_expert, recorded_base
+from expertprune.corpora.documents import Corpus, CorpusName
+from expertprune.corpora.leaks import not_profiled
+from expertprune.corpora.loading import load_corpora
+from expertprune.evaluation.measure import batches_needed
+from expertprune.evaluation.measure import evaluate as evaluate_models
+from expertprune.evaluation.retention import Floats
+from expertprune.files import store_folder
+from expertprune.models.base import ResolvedBase
+from expertprune.models.loading import load_model, load_tokenizer
+from expertprune.progress import Track, silent
+from expertprune.reporting.card import write_card
+from expertprune.spec.reading import parse_spec
+from expertprune.spec.schema import Evaluate
+from expertprune.stages.validate import evaluation_corpora
+
+
+def evaluate(
+    expert: str | Path,
+    corpora: list[str] | None = None,
+    base: str | Path | None = None,
+    store: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    track: Track = silent,
+) -> Evaluation:
+    """Measure an expert against its base again, and write the result into its folder.
+
+    Args:
+        corpora: which of its spec's corpora; default: all.
+        base: the base's folder, where it is no longer at its recorded place.
+        overrides: dotted keys of the spec, such as `{"evaluate.documents": 32}`.
+
+    Raises:
+        CheckpointError: the folder is no expert, or the base is not the one that it was cut from.
+        SpecError: a document that calibrated the expert is among those to evaluate on.
+    """
+    folder = Path(expert)
+    about = load_expert(folder)
+    overrides = dict(overrides or {}) | ({"evaluate.corpora": corpora} if corpora else {})
+    if base is not None:
+        overrides["base.model"] = str(base)
+    spec = parse_spec(about["spec"], str(folder / EXPERT_FILE), Path.cwd(), overrides)
+    resolved = recorded_base(about, spec.base, store_folder(store))
+    loaded: dict[CorpusName, Corpus] = load_corpora(spec)
+    evaluated = not_profiled(evaluation_corpora(spec, loaded), about)
+    model = load_model(resolved.folder, resolved.dtype, trust_remote_code=resolved.trust_remote_code)
+    return evaluate_folder(folder, model, resolved, evaluated, spec.evaluate, track)
+
+
+def evaluate_folder(
+    folder: Path,
+    base_model: Any,
+    base: ResolvedBase,
+    corpora: list[Corpus],
+    settings: Evaluate,
+    track: Track,
+    answers: dict[str, Floats] | None = None,
+) -> Evaluation:
+    """Measure an expert against its running base, and write the result into its folder.
+
+    Args:
+        corpora: already guarded against leaks.
+        answers: what the base answered, for the next expert of the same base (see `evaluation.evaluate`).
+    """
+    expert = load_model(folder, base.dtype, trust_remote_code=base.trust_remote_code)
+    tokenizer = load_tokenizer(folder, base.trust_remote_code)
+    about = json.loads((folder / EXPERT_FILE).read_text(encoding="utf-8"))
+    own = tokenizer if about["plan"].get("vocabulary") else None  # the base's text is then tokenized otherwise
+    tokenizer = load_tokenizer(base.folder, base.trust_remote_code) if own is not None else tokenizer
+    with track("evaluate", batches_needed(corpora)) as step:
+        result = evaluate_models(base_model, expert, tokenizer, corpora, settings, step, answers, own)
+    write_card(folder, about | {"evaluation": result.document()})
+    return result

@@ -1,0 +1,142 @@
+"""The smallest expert that keeps what the user asks for, found by trying budgets."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from expertprune.artifacts.plan import Plan
+from expertprune.composition.budget import LayerWidths, Widths, legal_ffn, removed_parameters
+from expertprune.errors import PlanError
+from expertprune.evaluation.documents import score_documents
+from expertprune.models.loading import load_model
+from expertprune.progress import Track, silent
+from expertprune.pruning.write import RepairInput, prune
+from expertprune.spec.schema import Budget, Retention
+from expertprune.stages.decide import decide
+from expertprune.stages.validate import Prepared, validation_documents
+
+log = logging.getLogger(__name__)
+
+
+_BETWEEN = 4  # budgets to try for each legal width, where layers may differ
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What an expert keeps of each corpus' held-back documents: bits per byte of the base over the expert's."""
+
+    corpora: Mapping[str, float]
+
+    @property
+    def expert(self) -> float:
+        """The least over the corpora of the dimensions."""
+        return min(value for name, value in self.corpora.items() if not name.startswith("general/"))
+
+    @property
+    def general(self) -> float:
+        """The least over the general corpora; infinite where there are none."""
+        return min((value for name, value in self.corpora.items() if name.startswith("general/")), default=float("inf"))
+
+    def holds(self, floor: Retention) -> bool:
+        return self.expert >= (floor.expert or 0) and self.general >= (floor.general or 0)
+
+    def __str__(self) -> str:
+        general = f", general {self.general:.4f}" if self.general != float("inf") else ""
+        return f"expert {self.expert:.4f}{general}"
+
+
+def budgets_to_try(prepared: Prepared) -> list[Budget]:
+    """Budgets of ascending size, as parameters of the whole model.
+
+    What every layer loses at the FFN's legal widths; where layers may differ, steps of a quarter of that (of a layer's own
+    step, if there are fewer than four layers).
+    """
+    base, budget, compose = prepared.base, prepared.spec.budget, prepared.spec.compose
+    shape = base.layers[0]
+    uniform = compose.allocation == "uniform" or (compose.allocation == "search" and compose.search.uniform)
+    parts = 1 if uniform else min(_BETWEEN, len(base.layers))
+    found, before = [], 0
+    for width in reversed(legal_ffn(shape, budget.multiple_of, budget.floor)[:-1]):
+        layer = LayerWidths(width, shape.heads_per_group, shape.kv_heads)
+        removed = removed_parameters(base, Widths.same(layer, len(base.layers)))
+        for part in range(1, parts + 1):
+            fraction = (before + (removed - before) * part / parts) / base.checkpoint.parameters
+            found.append(budget.model_copy(update={"retention": None, "parameters": fraction * (1 - 1e-9)}))
+        before = removed
+    return found
+
+
+def decide_by_retention(prepared: Prepared, track: Track, run: bool = True) -> Plan:
+    """The plan of the largest cut that holds the floor of `budget.retention`, by bisection over budgets.
+
+    Every try is a whole expert, repaired, measured on calibration documents held back for it (`validation_documents`). It is
+    assumed that a larger cut keeps less.
+
+    Raises:
+        PlanError: not even the smallest cut holds the floor; the message says what it keeps.
+    """
+    spec = prepared.spec
+    floor = spec.budget.retention
+    assert floor is not None
+    budgets = budgets_to_try(prepared)
+    if not budgets:
+        raise PlanError("budget.retention: there is no smaller width to try; lower budget.multiple_of or budget.floor")
+    low, high = -1, len(budgets)  # the largest that is known to hold, the smallest that is known not to
+    tried: dict[int, tuple[Plan, Kept]] = {}
+    with track("retention", len(budgets).bit_length() + 1) as step:
+        middle = 0
+        while high - low > 1:
+            try:
+                tried[middle] = _try(prepared, budgets[middle], run)
+            except PlanError as error:  # more than the floor of widths allows
+                log.info("budget %g: %s", budgets[middle].parameters, error)
+                high = middle
+            else:
+                kept = tried[middle][1]
+                log.info("removing %.4f of the parameters keeps %s", budgets[middle].parameters, kept)
+                low, high = (middle, high) if kept.holds(floor) else (low, middle)
+            step()
+            middle = (low + high) // 2
+    if low < 0:
+        best = tried[0][1] if 0 in tried else None
+        wanted = ", ".join(f"{name} {value:g}" for name, value in floor.model_dump().items() if value is not None)
+        raise PlanError(
+            f"budget.retention: no cut keeps {wanted}; the smallest, {budgets[0].parameters:.4f} of the parameters, "
+            f"keeps {best}: lower the floor, calibrate on more text, or lower budget.multiple_of"
+        )
+    plan, kept = tried[low]
+    plan.spec = spec.document()
+    for entry in plan.budget.values():
+        entry["requested"] = {"retention": floor.model_dump(), "found": dict(kept.corpora)}
+    return plan
+
+
+def _try(prepared: Prepared, budget: Budget, run: bool) -> tuple[Plan, Kept]:
+    """The plan under one budget, and what its expert keeps."""
+    attempt = replace(prepared, spec=prepared.spec.model_copy(update={"budget": budget}))
+    attempt.share(prepared)
+    plan = decide(attempt, silent, run)
+    repair_input = None
+    if prepared.spec.compensation.method != "none":
+        repair_input = RepairInput(prepared.model, prepared.repair_batches(), prepared.spec.compensation)
+    with tempfile.TemporaryDirectory(prefix="expertprune-") as temporary:
+        folder = Path(temporary) / "expert"
+        folder.mkdir()
+        prune(plan, prepared.base, folder, repair_input)
+        expert = load_model(folder, prepared.base.dtype, trust_remote_code=prepared.base.trust_remote_code)
+    return plan, measure(prepared, expert)
+
+
+def measure(prepared: Prepared, expert: object) -> Kept:
+    """What a running expert keeps of the documents that were held back from calibration."""
+    kept = {}
+    for name, corpus in prepared.corpora.items():
+        documents = validation_documents(corpus)
+        settings = prepared.spec.calibration
+        scores = score_documents(prepared.model, expert, prepared.tokenizer, documents, settings.max_tokens)
+        kept[str(name)] = float(scores.base.sum() / scores.expert.sum())
+    return Kept(kept)

@@ -1,0 +1,668 @@
+"""What a user can get wrong: each exits with 2 and says what to do, before a model is loaded, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from expertprune import files
+from expertprune.cli import main
+from tests.patching import everywhere
+from tests.processes import Finished, server
+from tests.tiny import save_tiny, tiny_model, write_corpus
+
+Data = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def restored_signals() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+class Workplace:
+    """A folder with a spec, where commands run and nothing may stay behind."""
+
+    def __init__(self, folder: Path, data: Data, store: Path) -> None:
+        self.folder, self.data, self.store = folder, data, store
+        self.spec = folder / "tiny.yaml"
+        self.out = folder / "expert"
+
+    def source(self, name: str) -> Data:
+        source: Data = self.data["corpora"]["sources"][name]
+        return source
+
+    def own_model(self) -> Path:
+        """A copy of the base that may be damaged, and which the spec names."""
+        folder = self.folder / "model"
+        shutil.copytree(self.data["base"], folder)
+        self.data["base"] = str(folder)
+        return folder
+
+    def write(self) -> None:
+        self.spec.write_text(yaml.safe_dump(self.data))
+
+    def contents(self) -> dict[str, bytes]:
+        return {
+            str(path.relative_to(self.folder)): path.read_bytes() if path.is_file() else b""
+            for path in self.folder.rglob("*")
+        }
+
+    def run(self, *arguments: Any, code: int) -> str:
+        result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
+        assert "Traceback" not in result.output
+        return result.stderr
+
+    def refused(self, *arguments: Any) -> str:
+        """The message of a command that fails and changes nothing: neither here nor among the profiles."""
+        before, profiles = self.contents(), self.profiles()
+        message = self.run(*arguments, code=2)
+        assert self.contents() == before
+        assert self.profiles() == profiles
+        assert re.search("^error: ", message, re.MULTILINE)
+        return message
+
+    def profiles(self) -> list[str]:
+        return sorted(path.name for path in (self.store / "profiles").glob("*"))
+
+    def build_refused(self) -> str:
+        self.write()
+        return self.refused("build", self.spec, "--out", self.out)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, spec_data: Data, store: Path) -> Workplace:
+    place = Workplace(tmp_path, spec_data, store)
+    place.write()
+    return place
+
+
+def refuse_to_load(*_: Any, **__: Any) -> None:
+    raise AssertionError("a model was loaded")
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever loads a model fails."""
+    everywhere(monkeypatch, "expertprune.models.loading.load_model", refuse_to_load)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm_server() -> None:
+    """Started with the first test, so that it is ready when one needs it."""
+    server()
+
+
+# --- the spec -------------------------------------------------------------------------------------------------------
+
+SPECS: list[tuple[Data, list[str]]] = [
+    ({"bugdet": {"ffn": 0.2}}, ["tiny.yaml: unknown key 'bugdet'; did you mean 'budget'?"]),
+    ({"compose": {"fusion": {"lamda": 1}}}, ["'compose.fusion.lamda'; did you mean 'lambda'?"]),
+    ({"calibration": {"documents": "many"}}, ["tiny.yaml: calibration.documents: ", "found 'many'"]),
+    ({"relevance": "impcat"}, ["relevance.criterion: unknown criterion 'impcat'; did you mean 'impact'?"]),
+    ({"base": "smollm2-135m"}, ["base.model: 'smollm2-135m'", "did you mean 'smollm2-135m-instruct'?"]),
+    ({"base": "./absent"}, ["base.model: ", "absent: no such folder"]),
+    ({"dimensions": {"domain": "medcal"}}, ["dimensions.domain: no corpus for 'medcal'; did you mean 'medical'?"]),
+    ({"general": "genral"}, ["general: no corpus for 'genral'; did you mean 'general'?"]),
+    ({"evaluate": {"corpora": "finance"}}, ["evaluate.corpora: 'finance' is none of the spec's corpora: language/en"]),
+    ({"budget": {"ffn": 1.0}}, ["tiny.yaml: budget.ffn: a fraction is at least 0 and below 1"]),
+    ({"budget": {"ffn": -0.25}}, ["tiny.yaml: budget.ffn: a fraction is at least 0", "found -0.25"]),
+    ({"budget": {"parameters": 1}}, ["tiny.yaml: budget.parameters: ", "less than 1"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), SPECS, ids=[str(changes) for changes, _ in SPECS])
+def test_a_wrong_spec(workplace: Workplace, no_model: None, changes: Data, words: list[str]) -> None:
+    workplace.data |= changes
+    message = workplace.build_refused()
+    assert workplace.run("validate", workplace.spec, code=2) == message
+    assert all(part in message for part in words), message
+
+
+def test_every_problem_of_spec_base_and_corpora_is_a_line_of_its_own(workplace: Workplace, no_model: None) -> None:
+    workplace.data |= {"relevance": "impcat", "base": "smollm2-135m", "general": "genral"}
+    message = workplace.build_refused()
+    assert len(message.splitlines()) == 3
+    assert all(word in message for word in ("'impcat'", "'smollm2-135m'", "'genral'"))
+
+
+@pytest.mark.parametrize("command", [["validate"], ["profile"], ["build", "--out"], ["compose", "--out"], ["inspect"]])
+def test_a_spec_that_is_missing(workplace: Workplace, command: list[str]) -> None:
+    absent = workplace.folder / "absent.yaml"
+    verb, *option = command
+    message = workplace.refused(verb, absent, *option, *([workplace.folder / "out.json"] if option else []))
+    assert f"{absent}: no such file" in message
+
+
+def test_a_spec_that_is_no_yaml(workplace: Workplace) -> None:
+    workplace.spec.write_text("name: [")
+    assert f"{workplace.spec}: not valid YAML" in workplace.refused("validate", workplace.spec)
+
+
+def test_a_key_that_stands_twice(workplace: Workplace) -> None:
+    workplace.spec.write_text("name: a\nbudget:\n  ffn: 0.5\n  floor: 0.2\n  ffn: 0.25\nname: b\n")
+    message = workplace.refused("validate", workplace.spec)
+    assert f"{workplace.spec}: budget.ffn: stands twice, in lines 3 and 5; keep one" in message
+    assert f"{workplace.spec}: name: stands twice, in lines 1 and 6; keep one" in message
+
+
+@pytest.mark.parametrize("text", ["name: &a [*a]\n", "&a name: {b: &c {d: *c}}\n"], ids=["list", "mapping"])
+def test_a_spec_whose_anchors_hold_themselves(workplace: Workplace, text: str) -> None:
+    workplace.spec.write_text(text)
+    assert "name: " in workplace.refused("validate", workplace.spec)
+
+
+# --- corpora --------------------------------------------------------------------------------------------------------
+
+CORPORA: list[tuple[str | None, str]] = [
+    (None, "no such file"),
+    ('{"text": "the heart"}\nnot json\n', ", line 2: not a JSON object: 'not json'"),
+    ('{"txet": "the heart"}\n', ", line 1: has no field 'text'; did you mean 'txet'?"),
+    ("", "holds no document to calibrate on"),
+    ('{"text": "heart"}\n{"text": "law"}\n', "corpus domain/medical: every document is shorter than two tokens"),
+]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), CORPORA, ids=["missing", "not JSON", "lacks the field", "empty", "too short"]
+)
+def test_a_corpus_that_cannot_be_used(workplace: Workplace, no_model: None, content: str | None, words: str) -> None:
+    path = workplace.folder / "mine.jsonl"
+    workplace.source("medical")["path"] = str(path)
+    if content is not None:
+        path.write_text(content)
+    message = workplace.build_refused()
+    assert words in message
+    assert len(message.splitlines()) == 1
+    assert "medical" in message or str(path) in message
+
+
+@pytest.mark.parametrize("near", [False, True], ids=["the same", "nearly the same"])
+def test_an_evaluation_document_that_also_calibrates(workplace: Workplace, no_model: None, near: bool) -> None:
+    """Also where it calibrates another corpus of the spec than the one it would evaluate."""
+    text = "the heart pumps blood und der Arzt reads numbers while a judge reads law and we sum w1 w2 w3 w4"
+    for name, key, end in (("en", "path", ""), ("qa", "evaluation", " is" if near else "")):
+        with Path(workplace.source(name)[key]).open("a") as file:
+            file.write(json.dumps({"text": text + end}) + "\n")
+    message = workplace.build_refused()
+    assert "corpus task/qa: 1 of 5 evaluation documents also calibrate the expert" in message
+    assert text[:50] in message
+
+
+# --- budgets --------------------------------------------------------------------------------------------------------
+
+BUDGETS: list[tuple[Data, str]] = [
+    ({"ffn": 1, "multiple_of": 4}, "budget.ffn: 1 neurons cannot be removed"),
+    ({"ffn": 1, "multiple_of": 4}, "legal counts near it: 4 and 8; the largest is 28"),
+    ({"ffn": 0.25, "multiple_of": 64}, "budget.ffn: nothing can be removed from 32 neurons"),
+    ({"ffn": 0.01, "multiple_of": 4}, "the smallest legal one is 4 neurons, 0.125"),
+    ({"ffn": 0.99, "multiple_of": 4}, "the largest legal one is 0.875"),
+    ({"ffn": 32, "multiple_of": 4}, "the largest is 28"),
+    ({"parameters": 0.9, "multiple_of": 4}, "budget.parameters: 0.9 of 15,336 parameters cannot be removed"),
+    ({"kv_groups": 3}, "budget.kv_groups: at most 2 of 3 KV groups can be removed"),
+    ({"kv_groups": 0.1}, "less than half a unit and removes nothing; the smallest legal one is 0.3333"),
+    ({"query_heads": 1}, "is not the same number in each of 3 KV groups; legal: 0, 3"),
+    ({"query_heads": 6}, "budget.query_heads: at most 1 of 2 query heads of each KV group"),
+]
+
+
+@pytest.mark.parametrize(("budget", "words"), BUDGETS, ids=[str(budget) for budget, _ in BUDGETS])
+def test_a_budget_that_cannot_be_reached_names_the_nearest_legal_one(
+    workplace: Workplace, no_model: None, budget: Data, words: str
+) -> None:
+    workplace.data["budget"] = budget
+    assert words in workplace.build_refused()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "pattern"),
+    [
+        ("ffn", 0.99, r"the largest legal one is ([\d.]+)"),
+        ("ffn", 0.01, r"neurons, ([\d.]+)"),
+        ("parameters", 0.9, r"the largest legal one is ([\d.]+)"),
+        ("kv_groups", 0.95, r"can be removed \(([\d.]+)\)"),
+        ("kv_groups", 0.1, r"the smallest legal one is ([\d.]+)"),
+        ("query_heads", 0.1, r"the smallest legal one is ([\d.]+)"),
+    ],
+)
+def test_the_legal_budget_that_a_message_names_is_legal(
+    workplace: Workplace, key: str, value: float, pattern: str
+) -> None:
+    workplace.data["budget"] = {key: value, "multiple_of": 4}
+    found = re.search(pattern, workplace.build_refused())
+    assert found
+    workplace.run("validate", workplace.spec, "--set", f"budget.{key}={found.group(1)}", code=0)
+
+
+def test_query_heads_where_each_has_its_own_kv_head(workplace: Workplace, no_model: None) -> None:
+    workplace.data["base"] = str(save_tiny(workplace.folder / "model", num_key_value_heads=6))
+    workplace.data["budget"] = {"query_heads": 2}
+    assert "use budget.kv_groups" in workplace.build_refused()
+
+
+def test_a_number_of_heads_that_the_config_cannot_say(workplace: Workplace, no_model: None) -> None:
+    """Five heads do not divide a hidden size of 24."""
+    workplace.data["base"] = str(save_tiny(workplace.folder / "model", num_key_value_heads=6))
+    workplace.data["budget"] = {"kv_groups": 1}
+    message = workplace.build_refused()
+    assert "5 query heads do not divide the hidden size 24" in message
+
+
+@pytest.mark.parametrize(
+    "budget", [{"ffn": 0}, {"ffn": 0.0}, {"parameters": 0}, {"query_heads": 0, "kv_groups": 0}], ids=str
+)
+@pytest.mark.parametrize("method", ["none", "least_squares"])
+def test_a_budget_of_nothing_gives_the_base_back_byte_for_byte(
+    workplace: Workplace, tiny_llama: Path, budget: Data, method: str
+) -> None:
+    workplace.data |= {"budget": budget, "compensation": method, "evaluate": {"enabled": False}}
+    workplace.write()
+    workplace.run("build", workplace.spec, "--out", workplace.out, code=0)
+    base = {path.name: path.read_bytes() for path in tiny_llama.iterdir()}
+    expert = {path.name: path.read_bytes() for path in workplace.out.iterdir()}
+    assert expert.keys() == base.keys() | {"expertprune.json", "README.md"}
+    assert all(expert[name] == content for name, content in base.items())
+
+
+def test_an_expert_of_nothing_cut_keeps_everything(workplace: Workplace) -> None:
+    workplace.data["budget"] = {"ffn": 0}
+    workplace.write()
+    workplace.run("build", workplace.spec, "--out", workplace.out, code=0)
+    evaluation = json.loads((workplace.out / "expertprune.json").read_text())["evaluation"]
+    for result in evaluation["corpora"].values():
+        metrics = result["metrics"]
+        assert [metrics["bits_per_byte"][key] for key in ("retention", "low", "high")] == [1, 1, 1]
+        assert metrics["kl"]["expert"] == 0
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def first_shard(folder: Path) -> Path:
+    return sorted(folder.glob("*.safetensors"))[0]
+
+
+def truncate(folder: Path) -> None:
+    path = first_shard(folder)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def corrupt(folder: Path) -> None:
+    path = first_shard(folder)
+    path.write_bytes(b"\xff" * 64 + path.read_bytes()[64:])
+
+
+def pickle_only(folder: Path) -> None:
+    for path in folder.glob("model*"):
+        path.unlink()
+    torch.save(tiny_model("llama").state_dict(), folder / "pytorch_model.bin")
+
+
+def not_finite(folder: Path) -> None:
+    path = first_shard(folder)
+    tensors = load_file(path)
+    for tensor in tensors.values():
+        tensor.fill_(float("inf"))
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "head counts that are no grouped attention": (
+        lambda folder: change_config(folder, num_key_value_heads=4),
+        "num_attention_heads (6) is no multiple of num_key_value_heads (4)",
+    ),
+    "an encoder": (
+        lambda folder: change_config(folder, model_type="bert", architectures=["BertForMaskedLM"]),
+        "BertForMaskedLM is no causal language model",
+    ),
+    "a vision model": (
+        lambda folder: change_config(folder, model_type="vit", architectures=["ViTForImageClassification"]),
+        "ViTForImageClassification is no causal language model",
+    ),
+    "a kind that is not supported": (
+        lambda folder: change_config(folder, model_type="lama", architectures=None),
+        "model_type 'lama' is not supported; did you mean 'llama'?",
+    ),
+    "truncated weights": (truncate, "truncated or corrupt"),
+    "corrupt weights": (corrupt, "truncated or corrupt"),
+    "a quantized model": (
+        lambda folder: change_config(folder, quantization_config={"quant_method": "gptq"}),
+        "the model is quantized (gptq); prune the unquantized model first",
+    ),
+    "pickled weights only": (pickle_only, "only pytorch_model.bin, which could run code when read"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json: no such file"),
+    "no tokenizer": (
+        lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],
+        "has no tokenizer files",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_a_base_that_cannot_be_cut(workplace: Workplace, no_model: None, case: str) -> None:
+    damage, words = MODELS[case]
+    folder = workplace.own_model()
+    damage(folder)
+    message = workplace.build_refused()
+    assert words in message
+    assert str(folder) in message or "config.json" in message
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", pytest.param('{"version": "1.0"}', id="another JSON object")],
+)
+def test_a_damaged_tokenizer(workplace: Workplace, no_model: None, content: str) -> None:
+    folder = workplace.own_model()
+    (folder / "tokenizer.json").write_text(content)
+    assert f"{folder}: the tokenizer cannot be loaded" in workplace.build_refused()
+
+
+def test_weights_that_are_not_finite(workplace: Workplace) -> None:
+    not_finite(workplace.own_model())
+    assert "activations are not finite" in workplace.build_refused()
+
+
+def test_a_hub_model_without_a_network(workplace: Workplace) -> None:
+    workplace.data["base"] = "owner/model"
+    workplace.write()
+    before = workplace.contents()
+    finished = server().run("build", workplace.spec, "--out", workplace.out)
+    assert finished.code == 2
+    assert "base.model: 'owner/model' is not in the local cache and the hub cannot be reached" in finished.stderr
+    assert "smollm2-135m-instruct" in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert workplace.contents() == before
+
+
+# --- output ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_output_folder_that_exists(workplace: Workplace, no_model: None) -> None:
+    workplace.out.mkdir()
+    (workplace.out / "thesis.txt").write_text("precious")
+    message = workplace.build_refused()
+    assert f"{workplace.out}: exists; choose another --out, or give --overwrite" in message
+
+
+def test_overwrite_does_not_touch_a_folder_that_is_no_expert(workplace: Workplace, no_model: None) -> None:
+    workplace.out.mkdir()
+    (workplace.out / "thesis.txt").write_text("precious")
+    message = workplace.refused("build", workplace.spec, "--out", workplace.out, "--overwrite")
+    assert "is no expert (it has no expertprune.json), so --overwrite does not touch it" in message
+
+
+@pytest.mark.parametrize("option", [[], ["--overwrite"]], ids=str)
+def test_an_output_that_is_a_file(workplace: Workplace, no_model: None, option: list[str]) -> None:
+    workplace.out.write_text("precious")
+    before = workplace.contents()
+    message = workplace.run("build", workplace.spec, "--out", workplace.out, *option, code=2)
+    assert "is a file" in message
+    assert workplace.contents() == before
+
+
+@pytest.mark.parametrize("command", ["build", "compose"])
+def test_an_output_inside_a_file(workplace: Workplace, no_model: None, command: str) -> None:
+    (workplace.folder / "file").write_text("precious")
+    message = workplace.refused(command, workplace.spec, "--out", workplace.folder / "file" / "expert")
+    assert str(workplace.folder / "file") in message
+
+
+def test_a_disk_without_room(workplace: Workplace, no_model: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    message = workplace.build_refused()
+    assert f"{workplace.out}: needs 0 MiB of disk, 0 MiB are free; free some, or choose a folder" in message
+
+
+def test_a_disk_without_room_for_a_plans_expert(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = workplace.folder / "plan.json"
+    workplace.run("compose", workplace.spec, "--out", plan, code=0)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    assert "MiB are free" in workplace.refused("prune", plan, "--out", workplace.out)
+
+
+# A file that may not grow beyond some size fails in the middle of a write, as on a full disk.
+
+
+@dataclass(frozen=True)
+class FullDisk:
+    """What a build on a full disk came to."""
+
+    finished: Finished
+    left: set[str]
+    stored: list[str]
+    next_code: int
+
+
+def entries(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def full_disks(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> dict[str, FullDisk]:
+    """Builds that run out of room in profiles, weights and description; sizes are measured on one that does not."""
+    folder = tmp_path_factory.mktemp("full")
+    corpus = {
+        "path": str(write_corpus(folder / "a.jsonl", sentences=60)),
+        "evaluation": str(write_corpus(folder / "e.jsonl", sentences=40, seed=1)),
+    }
+    data = {
+        "name": "tiny",
+        "base": str(tiny_llama),
+        "dimensions": {"domain": "medical"},
+        "general": [],
+        "corpora": {"sources": {"medical": corpus}},
+        "budget": {"ffn": 0.25, "multiple_of": 4},
+        "relevance": "impact",  # one file of a profile
+        "compose": {"allocation": "uniform"},
+    }
+    spec = folder / "tiny.yaml"
+    spec.write_text(yaml.safe_dump(data))
+
+    def build(out: Path, store: Path) -> int:
+        arguments = ["build", str(spec), "--out", str(out), "--store", str(store)]
+        return CliRunner().invoke(main, arguments).exit_code
+
+    assert build(folder / "measured", folder / "filled") == 0
+    (profile,) = (path.stat().st_size for path in (folder / "filled" / "profiles").iterdir())
+    weights = max(path.stat().st_size for path in (folder / "measured").glob("*.safetensors"))
+    description = (folder / "measured" / "expertprune.json").stat().st_size
+    assert description > weights
+    limits = {"profile": profile - 1, "weights": weights - 1, "description": description - 1}
+    full_disks = {}
+    for stage, limit in limits.items():
+        place, store = folder / stage, folder / f"{stage}-store"
+        place.mkdir()
+        if stage != "profile":
+            shutil.copytree(folder / "filled", store)
+        out = place / "expert"
+        finished = server().run("build", spec, "--out", out, "--store", store, file_limit=limit)
+        left = entries(place)
+        stored = sorted(path.name for path in (store / "profiles").iterdir())
+        full_disks[stage] = FullDisk(finished, left, stored, build(out, store))
+    return full_disks
+
+
+@pytest.mark.parametrize("stage", ["profile", "weights", "description"])
+def test_a_full_disk_leaves_nothing_and_the_next_run_succeeds(full_disks: dict[str, FullDisk], stage: str) -> None:
+    disk = full_disks[stage]
+    assert disk.finished.code not in (0, 1)
+    assert disk.left == set()
+    assert len(disk.stored) == (0 if stage == "profile" else 1)
+    assert disk.next_code == 0
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        pytest.param(
+            "profile",
+        ),
+        pytest.param(
+            "weights",
+        ),
+        "description",
+    ],
+)
+def test_a_full_disk_is_a_message(full_disks: dict[str, FullDisk], stage: str) -> None:
+    finished = full_disks[stage].finished
+    assert finished.code == 2
+    assert "no room left on the disk" in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+# --- passes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "fisher"])
+@pytest.mark.parametrize("profiled", [False, True])
+def test_a_backward_pass_that_does_not_fit(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, profiled: bool, criterion: str
+) -> None:
+    if profiled:
+        workplace.run("profile", workplace.spec, code=0)
+    everywhere(monkeypatch, "expertprune.models.loading.load_model", refuse_to_load)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    workplace.data["relevance"] = criterion
+    message = workplace.build_refused()
+    assert f"relevance.criterion: {criterion} needs a backward pass through the whole model" in message
+    assert "0.0 GiB are free; take criterion regional" in message
+
+
+def test_a_pass_through_single_layers_needs_no_such_memory(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    workplace.run("profile", workplace.spec, "--set", "relevance=regional", code=0)
+    assert len([name for name in workplace.profiles() if name.endswith(".regional.safetensors")]) == 4
+
+
+# --- plans and experts ----------------------------------------------------------------------------------------------
+
+
+def test_a_plan_that_was_made_for_another_base(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = workplace.own_model()
+    workplace.write()
+    plan = workplace.folder / "plan.json"
+    workplace.run("compose", workplace.spec, "--out", plan, code=0)
+    shutil.rmtree(folder)
+    save_tiny(folder, seed=1)
+    everywhere(monkeypatch, "expertprune.models.loading.load_model", refuse_to_load)
+    message = workplace.refused("prune", plan, "--out", workplace.out)
+    assert "the plan 'tiny' was made for" in message
+    assert "compose it again for this base" in message
+
+
+def test_a_corpus_that_changed_after_the_plan(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The expert's record would miss a document that calibrated it, and evaluating on that one would not be noticed."""
+    plan = workplace.folder / "plan.json"
+    workplace.run("compose", workplace.spec, "--out", plan, code=0)
+    path = Path(workplace.source("medical")["path"])
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    everywhere(monkeypatch, "expertprune.models.loading.load_model", refuse_to_load)
+    message = workplace.refused("prune", plan, "--out", workplace.out)
+    assert "corpus domain/medical" in message
+    assert "has changed since the plan was made" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "no such file"),
+        ("{", "not a plan"),
+        ('{"kind": "expert"}', "not a plan"),
+        ('{"kind": "plan", "schema": 99}', "a plan of schema 99"),
+        ('{"kind": "plan", "schema": 1}', "damaged plan"),
+    ],
+)
+def test_a_plan_that_is_none(workplace: Workplace, content: str | None, words: str) -> None:
+    plan = workplace.folder / "plan.json"
+    if content is not None:
+        plan.write_text(content)
+    message = workplace.refused("prune", plan, "--out", workplace.out)
+    assert f"{plan}: {words}" in message
+
+
+@pytest.fixture
+def built(workplace: Workplace) -> Workplace:
+    """With an expert that was not evaluated."""
+    workplace.run("build", workplace.spec, "--out", workplace.out, "--set", "evaluate.enabled=false", code=0)
+    return workplace
+
+
+def test_evaluating_on_a_document_that_calibrated_the_expert(built: Workplace) -> None:
+    """Also when the corpus has been rewritten since, so that only the expert's own record tells."""
+    source = built.source("medical")
+    calibration, evaluation = Path(source["path"]), Path(source["evaluation"])
+    first, *others = calibration.read_text().splitlines(keepends=True)
+    evaluation.write_text(evaluation.read_text() + first)
+    message = built.refused("evaluate", built.out)
+    assert "corpus domain/medical: 1 of 5 evaluation documents also calibrate the expert" in message
+    calibration.write_text("".join(others))
+    message = built.refused("evaluate", built.out)
+    assert "corpus domain/medical: 1 evaluation documents calibrated this expert; evaluate on others" in message
+
+
+def test_evaluating_against_a_base_that_is_not_the_experts(built: Workplace) -> None:
+    other = save_tiny(built.folder / "other", seed=1)
+    message = built.refused("evaluate", built.out, "--base", other)
+    assert f"{other}: is not the base of this expert" in message
+
+
+def test_evaluating_on_a_corpus_that_the_spec_lacks(built: Workplace) -> None:
+    message = built.refused("evaluate", built.out, "--corpus", "finance")
+    assert "evaluate.corpora: 'finance' is none of the spec's corpora: language/en" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "is no expert (it has no expertprune.json)"),
+        ("{", "cannot be read"),
+        ("[]", "is not an expert's description"),
+        ('{"kind": "plan"}', "is not an expert's description"),
+        pytest.param(
+            '{"kind": "expert"}',
+            "expertprune.json",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["evaluate", "inspect"])
+def test_a_folder_that_is_no_expert(workplace: Workplace, command: str, content: str | None, words: str) -> None:
+    workplace.out.mkdir()
+    if content is not None:
+        (workplace.out / "expertprune.json").write_text(content)
+    message = workplace.refused(command, workplace.out)
+    assert str(workplace.out) in message
+    assert words in message
+
+
+def test_a_stored_profile_that_is_damaged(built: Workplace) -> None:
+    path = sorted((built.store / "profiles").iterdir())[0]
+    path.write_bytes(path.read_bytes()[:100])
+    message = built.refused("compose", built.spec, "--out", built.folder / "plan.json")
+    assert f"{path}: not a readable profile" in message
+    assert "delete it and profile again" in message
+    path.unlink()
+    built.run("compose", built.spec, "--out", built.folder / "plan.json", code=0)

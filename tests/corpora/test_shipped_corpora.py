@@ -1,0 +1,220 @@
+"""The corpora that ship are what their catalogue says: size, labels, languages, and no leak between the splits."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from expertprune.corpora.catalogue import catalogue_sources
+from expertprune.corpora.documents import CorpusName, Document
+from expertprune.corpora.leaks import leaked
+from expertprune.corpora.loading import load_corpus
+from expertprune.files import shipped
+from expertprune.spec.reading import parse_spec
+
+FOLDER = shipped("corpora")
+NAMES = [
+    *(f"language/{value}" for value in ("en", "de", "es", "fr", "zh")),
+    *(f"domain/{value}" for value in ("medical", "legal", "finance", "software")),
+    *(f"task/{value}" for value in ("qa", "summarization", "math", "sentiment")),
+    "general/general",
+]
+SIZES = {"calibration": 24, "evaluation": 8}
+DOMAINS = {"medical", "legal", "finance", "software", "science", "history", "geography", "everyday", "arts"}
+TASKS = {"qa", "summarization", "math", "sentiment", "dialogue", "prose"}
+FUNCTION_WORDS = {
+    "en": "the of and to in is that it was for with as his her by this which be are from you not have but they",
+    "de": "der die das und ist nicht ein eine einen mit den dem von sich auf für im zu wird auch sie er es dass",
+    "es": "el la los las de y que en un una por con no se su para es como del al lo más pero este está",
+    "fr": "le la les des et est une dans pas qui que du au pour sur ce il elle ne avec plus sont ou par un",
+}
+LETTERS = {"de": "äöüß", "es": "áéíóúñ¿¡", "fr": "éèêàçùôîœ"}
+# Characters that are written otherwise in simplified Chinese.
+TRADITIONAL = set("們這個說對時會學國來過還點開關門問長東車馬見貝話語請讓認識體樣當實發現經電機業師")
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def rows(name: str, split: str) -> list[dict[str, Any]]:
+    return rows_of(FOLDER / f"{name}.{split}.jsonl")
+
+
+EVERY = [(name, split) for name in NAMES for split in SIZES]
+QUESTIONS = rows_of(FOLDER / "task" / "qa.questions.jsonl")
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[^\W\d_]+", text.lower())
+
+
+def chinese(text: str) -> int:
+    return sum("\u4e00" <= character <= "\u9fff" for character in text)
+
+
+def guess_language(text: str) -> str:
+    """Chinese by its characters, the others by whose function words are most."""
+    if chinese(text) > sum(character.isalpha() for character in text) / 2:
+        return "zh"
+    counts = Counter(words(text))
+    return max(FUNCTION_WORDS, key=lambda language: sum(counts[w] for w in set(FUNCTION_WORDS[language].split())))
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("The judge reads the law, and the sum is what it was.", "en"),
+        ("Der Arzt liest das Buch, und es ist nicht für den Richter.", "de"),
+        ("El médico lee el libro que está en la mesa, pero no es para los niños.", "es"),
+        ("Le médecin lit le livre qui est sur la table, et ce n'est pas une loi.", "fr"),
+        ("医生在读书，而法官不在这里。", "zh"),
+    ],
+)
+def test_the_guess_itself_tells_the_languages_apart(text: str, language: str) -> None:
+    assert guess_language(text) == language
+
+
+def test_the_catalogue_names_fourteen_corpora_and_every_file_of_the_folder() -> None:
+    sources = catalogue_sources(FOLDER)
+    assert sorted(sources) == sorted(NAMES)
+    named = {
+        path for source in sources.values() for path in (*source.path, *source.evaluation, source.questions) if path
+    }
+    assert named == {str(path) for path in FOLDER.rglob("*.jsonl")}
+    about = yaml.safe_load((FOLDER / "catalogue.yaml").read_text(encoding="utf-8"))
+    assert all(entry["about"] for values in about.values() for entry in values.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_corpus_loads_whole_with_both_splits(name: str) -> None:
+    dimension, _, value = name.partition("/")
+    spec = parse_spec(
+        {"name": "x", "base": "a/b", "dimensions": {"language": "en"}, "budget": {"ffn": 0.25}}, "x", Path("/nowhere")
+    )
+    corpus = load_corpus(CorpusName(dimension, value), catalogue_sources(FOLDER)[name], spec)
+    assert (len(corpus.calibration), len(corpus.evaluation)) == (24, 8)
+    assert not corpus.set_aside
+    assert len(corpus.questions) == (120 if name == "task/qa" else 0)
+
+
+@pytest.mark.parametrize(("name", "split"), EVERY)
+def test_the_rows_have_the_keys_labels_and_lengths_that_the_catalogue_promises(name: str, split: str) -> None:
+    documents = rows(name, split)
+    assert len(documents) == SIZES[split]
+    for number, row in enumerate(documents, 1):
+        assert list(row) == ["text", "language", "domain", "task"], number
+        assert row["language"] in {"en", "de", "es", "fr", "zh"}, number
+        assert row["domain"] in DOMAINS, number
+        assert row["task"] in TASKS, number
+        assert row["text"] == row["text"].strip(), number
+        if row["language"] == "zh":
+            assert 150 <= len(row["text"]) <= 260, number
+        else:
+            assert 80 <= len(row["text"].split()) <= 150, number
+
+
+@pytest.mark.parametrize(("name", "split"), EVERY)
+def test_a_corpus_holds_its_own_dimension_still(name: str, split: str) -> None:
+    dimension, _, value = name.partition("/")
+    documents = rows(name, split)
+    if dimension != "general":
+        assert {row[dimension] for row in documents} == {value}
+    if dimension != "language":
+        assert {row["language"] for row in documents} == {"en"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_corpus_varies_the_other_dimensions(name: str) -> None:
+    """In the calibration split all of them; the evaluation split is too small for all domains."""
+    dimension = name.partition("/")[0]
+    calibration, evaluation = rows(name, "calibration"), rows(name, "evaluation")
+    if dimension != "domain":
+        assert {row["domain"] for row in calibration} == DOMAINS
+        assert len({row["domain"] for row in evaluation}) >= 6
+    if dimension != "task":
+        assert {row["task"] for row in calibration} == TASKS
+        assert len({row["task"] for row in evaluation}) >= 5
+
+
+@pytest.mark.parametrize(("name", "split"), EVERY)
+def test_the_language_labels_are_right(name: str, split: str) -> None:
+    for number, row in enumerate(rows(name, split), 1):
+        assert guess_language(row["text"]) == row["language"], f"{name}.{split}, line {number}: {row['text'][:60]}"
+
+
+@pytest.mark.parametrize("language", sorted(LETTERS))
+def test_a_language_is_written_with_its_own_letters(language: str) -> None:
+    for split in SIZES:
+        for number, row in enumerate(rows(f"language/{language}", split), 1):
+            assert set(row["text"].lower()) & set(LETTERS[language]), f"{split}, line {number}"
+            assert chinese(row["text"]) == 0
+
+
+def test_chinese_is_simplified() -> None:
+    for split in SIZES:
+        for number, row in enumerate(rows("language/zh", split), 1):
+            assert not set(row["text"]) & TRADITIONAL, f"{split}, line {number}"
+
+
+@pytest.mark.parametrize(("name", "split"), EVERY)
+def test_the_texts_hold_no_addresses_and_no_headings(name: str, split: str) -> None:
+    for number, row in enumerate(rows(name, split), 1):
+        assert not re.search(r"https?://|www\.|\S+@\S+\.\w|^#+ ", row["text"], re.MULTILINE), number
+
+
+def test_no_document_occurs_twice_anywhere() -> None:
+    digests = Counter(Document(row["text"]).digest for name, split in EVERY for row in rows(name, split))
+    assert len(digests) == 14 * (24 + 8)
+    assert set(digests.values()) == {1}
+
+
+def test_no_evaluation_document_is_near_a_calibration_document_of_any_corpus() -> None:
+    splits = {split: [Document(row["text"]) for name in NAMES for row in rows(name, split)] for split in SIZES}
+    assert leaked(splits["evaluation"], splits["calibration"]) == []
+    altered = Document(splits["calibration"][100].text.replace(",", "") + " Indeed.")
+    assert leaked([splits["evaluation"][0], altered], splits["calibration"]) == [1]
+
+
+# --- questions ------------------------------------------------------------------------------------------------------
+
+
+def test_there_are_120_different_questions_of_four_different_choices() -> None:
+    assert len(QUESTIONS) == 120
+    assert len({" ".join(words(row["question"])) for row in QUESTIONS}) == 120
+    for number, row in enumerate(QUESTIONS, 1):
+        assert list(row) == ["question", "choices", "answer", "language", "domain", "task"], number
+        assert len({choice.strip().lower() for choice in row["choices"]}) == len(row["choices"]) == 4, number
+        assert all(choice == choice.strip() != "" for choice in row["choices"]), number
+        assert row["answer"] in range(4), number
+        assert (row["language"], row["task"]) == ("en", "qa"), number
+        assert row["domain"] in DOMAINS, number
+
+
+def test_no_position_and_no_length_gives_the_answer_away() -> None:
+    """A blind guess, always the same position or always the longest choice, stays near a quarter."""
+    positions = Counter(row["answer"] for row in QUESTIONS)
+    assert [positions[position] for position in range(4)] == pytest.approx([30] * 4, abs=6)
+    longest = sum(len(row["choices"][row["answer"]]) > max(map(len, others(row))) for row in QUESTIONS)
+    assert longest <= 120 * 0.4
+
+
+def others(row: dict[str, Any]) -> list[str]:
+    return [choice for index, choice in enumerate(row["choices"]) if index != row["answer"]]
+
+
+def test_the_questions_span_all_domains() -> None:
+    assert {row["domain"] for row in QUESTIONS} == DOMAINS
+
+
+def test_the_corpora_carry_their_licence() -> None:
+    text = (FOLDER / "LICENSE").read_text(encoding="utf-8")
+    assert "CC0 1.0 Universal" in text
+    assert "Statement of Purpose" in text
+    assert "Public License Fallback" in text

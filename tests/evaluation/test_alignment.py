@@ -1,0 +1,117 @@
+"""Alignment against the direct formula, over all tokens at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from expertprune.arch import family_of
+from expertprune.corpora.documents import Corpus, Document
+from expertprune.evaluation import alignment
+from expertprune.evaluation.alignment import LinearCKA, align, align_corpora
+from tests.tiny import WORDS, tiny_model, tiny_tokenizer
+
+Floats = NDArray[np.float64]
+
+
+def direct(x: Floats, y: Floats) -> float:
+    """HSIC of centred Gram matrices, `[tokens, tokens]`: the paper's equations 2 to 4 rather than its equation 5."""
+    count = len(x)
+    centring = np.eye(count) - np.full((count, count), 1 / count)
+    mine, theirs = (centring @ (states @ states.T) @ centring for states in (x, y))
+    return float((mine * theirs).sum() / np.sqrt((mine * mine).sum() * (theirs * theirs).sum()))
+
+
+def streamed(x: Floats, y: Floats, sizes: list[int]) -> float:
+    cka, first = LinearCKA(), 0
+    for size in sizes:
+        part = slice(first, first + size)
+        cka.add(torch.from_numpy(x[part]), torch.from_numpy(y[part]))
+        first += size
+    assert first == cka.tokens == len(x)
+    return cka.value()
+
+
+@pytest.fixture
+def states() -> tuple[Floats, Floats]:
+    """Representations that have something in common, far from the origin, one of them with a massive channel."""
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(40, 6)) + 5
+    y = x @ generator.normal(size=(6, 8)) + generator.normal(size=(40, 8)) * 3
+    y[:, 3] += 2000
+    return x, y
+
+
+@pytest.mark.parametrize("sizes", [[40], [1] * 40, [3, 30, 7]])
+def test_streamed_cka_equals_the_direct_formula(states: tuple[Floats, Floats], sizes: list[int]) -> None:
+    expected = direct(*states)
+    assert 0.1 < expected < 0.95
+    assert streamed(*states, sizes) == pytest.approx(expected, rel=1e-9)
+
+
+def test_cka_sees_neither_rotation_nor_scale_but_channels_of_their_own(states: tuple[Floats, Floats]) -> None:
+    x, _ = states
+    rotation = np.linalg.qr(np.random.default_rng(1).normal(size=(6, 6)))[0]
+    assert streamed(x, 7 * x @ rotation + 3, [40]) == pytest.approx(1)
+    assert streamed(x, x * [1, 1, 1, 1, 1, 9], [40]) < 0.9
+
+
+def test_cka_of_what_does_not_vary_is_undefined() -> None:
+    assert np.isnan(LinearCKA().value())
+    assert np.isnan(streamed(np.ones((5, 2)), np.arange(10.0).reshape(5, 2), [5]))
+
+
+def texts() -> list[Document]:
+    generator = np.random.default_rng(2)
+    return [Document(" ".join(generator.choice(WORDS, size))) for size in (3, 17, 9, 9, 1)]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3"])
+@pytest.mark.parametrize("per_batch", [1, 1024])
+def test_layers_and_final_states_are_the_models_own(name: str, per_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against `output_hidden_states` of each document alone; the last of those is normed, so it is the final state."""
+    monkeypatch.setattr(alignment, "_TOKENS_PER_BATCH", per_batch)
+    base, expert, tokenizer = tiny_model(name, seed=0), tiny_model(name, seed=1), tiny_tokenizer()
+    found = align(base, expert, family_of(base.config.model_type), tokenizer, texts(), max_tokens=12)
+
+    def hidden(model: Any) -> list[Floats]:
+        parts = []
+        for document in texts():
+            ids = torch.tensor([tokenizer(document.text)["input_ids"][:12]])
+            with torch.no_grad():
+                states = model(input_ids=ids, output_hidden_states=True).hidden_states
+            parts.append([layer[0, 1:].double().numpy() for layer in states[1:]])
+        return [np.concatenate(layers) for layers in zip(*parts, strict=True)]
+
+    mine, theirs = hidden(base), hidden(expert)
+    expected = [direct(x, y) for x, y in zip(mine[:-1], theirs[:-1], strict=True)]
+    assert found["layers"][:-1] == pytest.approx(expected, rel=1e-4)
+    assert len(found["layers"]) == len(mine) == 3
+    assert all(0 < value < 0.99 for value in found["layers"])
+    x, y = mine[-1], theirs[-1]
+    cosines = (x * y).sum(1) / np.sqrt((x * x).sum(1) * (y * y).sum(1))
+    assert found["cosine"] == pytest.approx(cosines.mean(), rel=1e-4)
+    assert (found["documents"], found["tokens"]) == (5, 2 + 11 + 8 + 8)
+
+
+def test_the_same_model_is_aligned_with_itself() -> None:
+    model = tiny_model("llama")
+    found = align(model, tiny_model("llama"), family_of("llama"), tiny_tokenizer(), texts(), 64)
+    assert found["layers"] == pytest.approx([1, 1, 1])
+    assert found["cosine"] == pytest.approx(1)
+
+
+def test_corpora_are_named_by_dimension_and_value_and_those_without_documents_left_out() -> None:
+    corpora = [
+        Corpus("language/en", (), tuple(texts())),
+        Corpus("task/qa", (), ()),
+        Corpus("general/domain/x", (), tuple(texts())),
+        Corpus("domain/y", (), (Document("heart"),)),
+    ]
+    model = tiny_model("llama")
+    found = align_corpora(model, model, family_of("llama"), tiny_tokenizer(), corpora, 64)
+    assert list(found) == ["language en", "general domain/x"]

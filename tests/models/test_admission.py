@@ -1,0 +1,261 @@
+"""Which folders may be cut: kinds of models, quantized weights, code of their own, missing and extra tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, T5Config, T5ForConditionalGeneration
+
+import expertprune
+from expertprune.errors import CheckpointError, SpecError
+from expertprune.models.base import resolve_base
+from expertprune.models.loading import load_model
+from expertprune.pruning.selfcheck import check_family
+from expertprune.spec.reading import parse_spec
+from expertprune.spec.schema import Base
+from tests.oracle import load, logits_of, masked_logits, pruned, random_plan, read_json, resolved
+from tests.tiny import save_tiny, tiny_tokenizer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_tiny(tmp_path / "model")
+
+
+def refusal(folder: Path, store: Path, trust_remote_code: bool = False) -> str:
+    with pytest.raises(CheckpointError) as error:
+        resolve_base(Base(model=str(folder), trust_remote_code=trust_remote_code), store)
+    return str(error.value)
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    (folder / "config.json").write_text(json.dumps(read_json(folder / "config.json") | changes))
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.norm.weight", "model.embed_tokens.weight", "lm_head.weight", "model.layers.1.input_layernorm.weight"],
+)
+def test_a_tensor_that_is_missing_is_named(name: str, folder: Path, store: Path) -> None:
+    change_tensors(folder, lambda tensors: tensors.pop(name))
+    message = refusal(folder, store)
+    assert f"{name} is missing" in message
+    assert str(folder) in message
+
+
+def test_a_tied_head_may_be_missing_and_may_be_there(tmp_path: Path, store: Path) -> None:
+    folder = save_tiny(tmp_path / "model", tie_word_embeddings=True)
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    before = logits_of(load(folder))
+    resolved(folder, store)
+    change_tensors(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    resolved(folder, store)
+    torch.testing.assert_close(logits_of(load_model(folder, torch.float32, CPU)), before)
+
+
+def test_a_tensor_of_no_part_of_the_model_is_named(folder: Path, store: Path) -> None:
+    change_tensors(folder, lambda tensors: tensors.update({"model.layers.3.mlp.up_proj.weight": torch.zeros(32, 24)}))
+    assert "model.layers.3.mlp.up_proj.weight belongs to no part of the model" in refusal(folder, store)
+
+
+def test_rotations_that_older_checkpoints_stored_are_no_such_tensor(folder: Path, store: Path) -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    change_tensors(folder, lambda tensors: tensors.update({name: torch.ones(2)}))
+    resolved(folder, store)
+
+
+def test_a_width_that_no_unit_has_is_held_against_the_tensors_too(folder: Path, store: Path) -> None:
+    change_config(folder, vocab_size=60)
+    message = refusal(folder, store)
+    assert "model.embed_tokens.weight is [64, 24], the config makes it [60, 24]" in message
+
+
+def test_many_problems_are_counted(folder: Path, store: Path) -> None:
+    change_tensors(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if "layernorm" in name])
+    message = refusal(folder, store)
+    assert message.count("is missing") == 5
+    assert "(and 1 more)" in message  # two norms in each of three layers
+
+
+def test_a_config_that_builds_no_model_says_why(folder: Path, store: Path) -> None:
+    change_config(folder, hidden_act="unheardof")
+    assert "transformers builds no model from it: " in refusal(folder, store)
+    assert "unheardof" in refusal(folder, store)
+
+
+# --- kinds ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_vision_model_is_refused(tmp_path: Path, store: Path) -> None:
+    text = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 6}
+    vision = {**text, "image_size": 8, "patch_size": 4}
+    with torch.device("meta"):
+        config = Gemma3Config(text_config=text, vision_config=vision)
+    config.architectures = [Gemma3ForConditionalGeneration.__name__]
+    config.save_pretrained(tmp_path)
+    save_file({"model.norm.weight": torch.zeros(24)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    message = refusal(tmp_path, store)
+    assert "Gemma3ForConditionalGeneration reads more than text (vision_config)" in message
+    assert "save its text model as a folder of its own" in message
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path, store: Path) -> None:
+    sizes = {"vocab_size": 64, "d_model": 24, "d_ff": 32, "d_kv": 4, "num_heads": 6, "num_layers": 1}
+    T5ForConditionalGeneration(T5Config(**sizes)).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert "T5ForConditionalGeneration is an encoder-decoder" in refusal(tmp_path, store)
+
+
+QUANTIZED: dict[str, dict[str, Any]] = {
+    "bitsandbytes": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+    "gptq": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+    "awq": {"quantization_config": {"quant_method": "awq", "bits": 4}},
+    "fp8": {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
+    "compressed-tensors": {"compression_config": {"quant_method": "compressed-tensors"}},
+    "unknown": {"quantization_config": {"bits": 4}},
+}
+
+
+@pytest.mark.parametrize("method", QUANTIZED)
+def test_a_quantized_base_is_refused_with_the_working_order(method: str, folder: Path, store: Path) -> None:
+    change_config(folder, **QUANTIZED[method])
+    message = refusal(folder, store)
+    assert f"the model is quantized ({method})" in message
+    assert "prune the unquantized model first, then quantize the expert" in message
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored"), [(torch.float8_e4m3fn, "F8_E4M3"), (torch.int32, "I32"), (torch.uint8, "U8")]
+)
+def test_quantized_tensors_are_seen_where_the_config_is_silent(
+    dtype: torch.dtype, stored: str, folder: Path, store: Path
+) -> None:
+    """One projection only: most parameters are as they were."""
+    name = "model.layers.1.mlp.down_proj.weight"
+    change_tensors(folder, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    message = refusal(folder, store)
+    assert f"{name} and others are stored as {stored}, so they are quantized" in message
+
+
+# --- code of its own --------------------------------------------------------------------------------------------------
+
+MODELING = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class InventedConfig(LlamaConfig):
+    model_type = "invented"
+
+
+class InventedForCausalLM(LlamaForCausalLM):
+    config_class = InventedConfig
+"""
+
+
+@pytest.fixture
+def own_code(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    (folder / "modeling_invented.py").write_text(MODELING)
+    names = {
+        "AutoConfig": "modeling_invented.InventedConfig",
+        "AutoModelForCausalLM": "modeling_invented.InventedForCausalLM",
+    }
+    change_config(folder, model_type="invented", architectures=["InventedForCausalLM"], auto_map=names)
+    return folder
+
+
+def test_code_of_a_models_own_is_not_run_unless_allowed(own_code: Path, store: Path) -> None:
+    (own_code / "modeling_invented.py").write_text("raise AssertionError('was run')")
+    message = refusal(own_code, store)
+    assert "model_type 'invented' comes with Python code of its own (auto_map)" in message
+    assert "base.trust_remote_code: true" in message
+
+
+def test_code_that_is_allowed_is_run_checked_and_recorded(
+    own_code: Path, store: Path, tmp_path: Path, spec_data: dict[str, Any]
+) -> None:
+    base = resolve_base(Base(model=str(own_code), trust_remote_code=True), store)
+    assert not base.family.listed
+    assert check_family(base) == ["ffn", "kv_groups", "query_heads"]
+    spec_data["base"] = {"model": str(own_code), "trust_remote_code": True}
+    spec_data["evaluate"] = {"enabled": False}
+    out = expertprune.build(parse_spec(spec_data, "spec", tmp_path), tmp_path / "expert")
+    assert (out / "modeling_invented.py").read_text() == MODELING
+    assert read_json(out / "expertprune.json")["base"]["trust_remote_code"] is True
+    assert "Python code of its own" in (out / "README.md").read_text()
+    expert = load_model(out, torch.float32, CPU, trust_remote_code=True)
+    assert type(expert).__name__ == "InventedForCausalLM"
+    assert expert.config.intermediate_size == 24
+
+
+def test_a_model_that_transformers_knows_needs_no_code_of_its_own(folder: Path, store: Path) -> None:
+    change_config(folder, auto_map={"AutoModelForCausalLM": "modeling_absent.Absent"})
+    assert resolved(folder, store).family.listed
+
+
+# --- experts of experts -----------------------------------------------------------------------------------------------
+
+
+def test_pruning_twice_keeps_the_provenance_of_both(spec_data: dict[str, Any], tmp_path: Path) -> None:
+    spec_data["evaluate"] = {"enabled": False}
+    first = expertprune.build(parse_spec(spec_data, "spec", tmp_path), tmp_path / "first")
+    one = read_json(first / "expertprune.json")
+    assert "expert" not in one["base"]
+    spec_data |= {"base": str(first), "name": "again", "budget": {"kv_groups": 1}}
+    second = expertprune.build(parse_spec(spec_data, "spec", tmp_path), tmp_path / "second")
+    two = read_json(second / "expertprune.json")
+    assert two["base"]["expert"] == {key: value for key, value in one.items() if key != "evaluation"}
+    assert two["base"]["expert"]["base"]["digest"] == one["base"]["digest"] != two["base"]["digest"]
+    assert two["plan"]["budget"]["ffn"]["of"] == one["plan"]["budget"]["ffn"]["kept"] == 24
+    card = (second / "README.md").read_text()
+    assert "The base is an expert itself: `tiny`" in card
+    assert one["base"]["digest"] in card
+
+
+def test_an_expert_of_an_expert_is_not_evaluated_on_what_calibrated_the_first(
+    spec_data: dict[str, Any], tmp_path: Path
+) -> None:
+    spec_data["evaluate"] = {"enabled": False}
+    first = expertprune.build(parse_spec(spec_data, "spec", tmp_path), tmp_path / "first")
+    sources = spec_data["corpora"]["sources"]
+    for name, source in sources.items():  # what calibrated now evaluates, and the other way round
+        sources[name] = {"path": source["evaluation"], "evaluation": source["path"]}
+    spec_data |= {"base": str(first), "evaluate": {"enabled": True}, "budget": {"kv_groups": 1}}
+    with pytest.raises(SpecError, match="12 evaluation documents calibrated this expert"):
+        expertprune.build(parse_spec(spec_data, "spec", tmp_path), tmp_path / "second")
+
+
+# --- how weights are stored -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shards", ["1GB", "20KB"], ids=["one file", "several files"])
+@pytest.mark.parametrize(("family", "tied"), [("phi3", False), ("gemma2", True), ("starcoder2", True)])
+def test_every_way_of_storing_is_kept(
+    family: str, tied: bool, shards: str, dtype: torch.dtype, tmp_path: Path, store: Path
+) -> None:
+    folder = save_tiny(tmp_path / "base", family, shards, dtype, tie_word_embeddings=tied)
+    base = resolved(folder, store)
+    plan = random_plan(base, ffn=19, kv_groups=2)
+    out = pruned(plan, base, tmp_path / "expert")
+    assert len(list(out.glob("*.safetensors"))) == len(list(folder.glob("*.safetensors")))
+    for path in out.glob("*.safetensors"):
+        assert {tensor.dtype for tensor in load_file(path).values()} == {dtype}
+    torch.testing.assert_close(logits_of(load(out)), masked_logits(load(folder), plan), atol=1e-5, rtol=1e-5)

@@ -1,0 +1,169 @@
+"""The masked base: the same as hooks that mask, gone without a trace, and its divergence against whole logits."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from expertprune.arch import family_of
+from expertprune.corpora.batches import make_batches
+from expertprune.models import masking
+from expertprune.models.masking import Divergence, masked
+from expertprune.units import KeptUnits, LayerShape
+from tests import oracle
+from tests.oracle import IDS, logits_of, random_units
+from tests.tiny import tiny_model
+
+SHAPES = [LayerShape(hidden=24, ffn=32, query_heads=6, kv_heads=3, head_dim=4)] * 3
+CUTS: dict[str, list[dict[str, int]]] = {
+    "ffn": [{"ffn": 20}, {"ffn": 9}, {}],
+    "query_heads": [{"heads_per_group": 1}, {}, {"heads_per_group": 1}],
+    "kv_groups": [{"kv_groups": 1}, {"kv_groups": 2}, {}],
+    "all": [{"ffn": 5, "heads_per_group": 1, "kv_groups": 2}, {"kv_groups": 2}, {"ffn": 30}],
+}
+LENGTHS = (9, 2, 14, 5, 5, 11)
+FAMILIES = pytest.mark.parametrize("family", ["llama", "qwen2"])
+
+
+def units(cut: str, seed: int = 0) -> list[KeptUnits]:
+    generator = torch.Generator().manual_seed(seed)
+    return [random_units(shape, generator, **kept) for shape, kept in zip(SHAPES, CUTS[cut], strict=True)]
+
+
+def documents() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(2, 64, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+class Kept:
+    """What the hooks of the oracle ask of a plan."""
+
+    def __init__(self, kept: list[KeptUnits]) -> None:
+        self.kept = kept
+
+
+def hooked(model: Any, kept: list[KeptUnits]) -> Any:
+    return oracle.masked(model, Kept(kept))  # type: ignore[arg-type]
+
+
+def state(model: Any) -> list[tuple[str, int, int, int]]:
+    return [(name, id(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()]
+
+
+@FAMILIES
+@pytest.mark.parametrize("cut", CUTS)
+def test_masked_weights_are_masked_inputs(family: str, cut: str) -> None:
+    model, kept = tiny_model(family), units(cut)
+    dense = logits_of(model)
+    with hooked(model, kept):
+        expected = logits_of(model)
+    with masked(model, family_of(family), SHAPES, kept):
+        torch.testing.assert_close(logits_of(model), expected, atol=1e-5, rtol=1e-5)
+    assert float((expected - dense).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_weights_come_back_bit_by_bit(dtype: torch.dtype, fails: bool) -> None:
+    model = tiny_model("llama").to(dtype)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def run() -> None:
+        with masked(model, family_of("llama"), SHAPES, units("all")):
+            changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+            assert changed == [
+                "model.layers.0.self_attn.o_proj.weight",
+                "model.layers.0.mlp.down_proj.weight",
+                "model.layers.1.self_attn.o_proj.weight",
+                "model.layers.2.mlp.down_proj.weight",
+            ]
+            if fails:
+                raise RuntimeError("in the middle")
+
+    if fails:
+        with pytest.raises(RuntimeError, match="in the middle"):
+            run()
+    else:
+        run()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_masks_within_masks_come_off_in_turn() -> None:
+    model, family = tiny_model("llama"), family_of("llama")
+    outer, inner = units("ffn", seed=1), units("all", seed=2)
+    with masked(model, family, SHAPES, outer):
+        once = logits_of(model)
+        with masked(model, family, SHAPES, inner):
+            assert not torch.equal(logits_of(model), once)
+        assert torch.equal(logits_of(model), once)
+
+
+def test_everything_kept_masks_nothing() -> None:
+    model = tiny_model("llama")
+    dense = logits_of(model)
+    with masked(model, family_of("llama"), SHAPES, [shape.all_kept for shape in SHAPES]):
+        assert torch.equal(logits_of(model), dense)
+
+
+# --- divergence -----------------------------------------------------------------------------------------------------
+
+
+def slow_divergence(model: Any, kept: list[KeptUnits]) -> float:
+    """`Σ_t Σ_v p (ln p − ln q)` of every token of every document alone, over the tokens and ln 2, in float64."""
+    total = 0.0
+    for ids in documents():
+        row = torch.tensor([ids])
+        dense = logits_of(model, row)[0].double().numpy()
+        with hooked(model, kept):
+            mine = logits_of(model, row)[0].double().numpy()
+        p, q = (x - np.log(np.exp(x).sum(1, keepdims=True)) for x in (dense, mine))
+        total += float((np.exp(p) * (p - q)).sum())
+    return total / sum(LENGTHS) / math.log(2)
+
+
+@FAMILIES
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("tokens_per_batch", [1, 30, 10_000])
+def test_divergence_is_that_of_the_whole_logits_of_each_document(family: str, cut: str, tokens_per_batch: int) -> None:
+    model, kept = tiny_model(family), units(cut)
+    batches = make_batches(documents(), tokens_per_batch, pad=63)
+    found = Divergence(model, family_of(family), SHAPES, batches)(kept)
+    expected = slow_divergence(model, kept)
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert expected > 0.01
+
+
+def test_padding_is_really_there() -> None:
+    """So that the test above can fail."""
+    (batch,) = make_batches(documents(), 10_000)
+    assert batch.tokens < 0.7 * batch.ids.numel()
+
+
+@pytest.mark.parametrize("positions", [1, 4, 13])
+def test_how_many_positions_are_compared_at_a_time_does_not_matter(
+    positions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, kept = tiny_model("llama"), units("all")
+    batches = make_batches(documents(), 10_000)
+    whole = Divergence(model, family_of("llama"), SHAPES, batches)(kept)
+    monkeypatch.setattr(masking, "POSITIONS", positions)
+    assert Divergence(model, family_of("llama"), SHAPES, batches)(kept) == pytest.approx(whole, rel=1e-5)
+
+
+def test_divergence_is_zero_with_everything_kept_and_leaves_no_trace() -> None:
+    model = tiny_model("qwen2")
+    modules, dense = state(model), logits_of(model)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    divergence = Divergence(model, family_of("qwen2"), SHAPES, make_batches(documents(), 30))
+    assert divergence([shape.all_kept for shape in SHAPES]) == 0
+    first, other = divergence(units("all")), divergence(units("ffn"))
+    assert first != other
+    assert divergence(units("all")) == first
+    assert divergence([shape.all_kept for shape in SHAPES]) == 0
+    assert state(model) == modules
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert torch.equal(logits_of(model, IDS), dense)

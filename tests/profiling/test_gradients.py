@@ -1,0 +1,353 @@
+"""The passes beyond the forward one against autograd on explicit masks, through the whole model's own forward pass."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from expertprune.arch import families, family_of
+from expertprune.corpora.batches import make_batches
+from expertprune.models import layers as layerwise
+from expertprune.profiling import gradients as passes
+from expertprune.profiling.gradients import gradient_pass
+from expertprune.profiling.regional import regional_pass
+from expertprune.profiling.removals import removal_pass
+from tests.masks import (
+    LENGTHS,
+    Masks,
+    Tiny,
+    assert_near,
+    cross_entropy,
+    mask_gradients,
+    regional_gradients,
+    tiny,
+    token_lists,
+)
+from tests.patching import everywhere
+
+WITH_FFN = sorted(name for name, family in families().items() if family.has_ffn)  # experts have no backward pass
+MODELS: list[tuple[str, dict[str, Any]]] = [
+    *((family, {}) for family in WITH_FFN),
+    ("llama", {"tie_word_embeddings": True}),
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+]
+EACH_MODEL = pytest.mark.parametrize(
+    ("family", "changes"), MODELS, ids=["-".join([family, *list(changes)[:1]]) for family, changes in MODELS]
+)
+BATCHED = [1, 12, 30, 10_000]
+
+
+@pytest.fixture(autouse=True)
+def _not_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers stay in float32, so that they compare closer than half precision allows."""
+    everywhere(monkeypatch, "expertprune.artifacts.profile.halved", lambda name, values: {name: values})
+
+
+def gradients(of: Tiny, documents: list[list[int]], tokens_per_batch: int = 30, **settings: Any) -> dict[str, Tensor]:
+    batches = make_batches(documents, tokens_per_batch, pad=63)
+    return gradient_pass(of.model, of.family, of.shapes, batches, **{"loss": "language_model", **settings})
+
+
+def with_groups(found: dict[str, Tensor], of: Tiny) -> dict[str, Tensor]:
+    """`ffn.0.value` as `ffn.0`, and KV groups as the sums of their heads, head by head."""
+    result = {name.removesuffix(".value"): tensor for name, tensor in found.items()}
+    for layer, shape in enumerate(of.shapes):
+        heads = result[f"heads.{layer}"]
+        groups = torch.zeros(heads.shape[0], shape.kv_heads)
+        for head in range(shape.query_heads):
+            groups[:, head // shape.heads_per_group] += heads[:, head]
+        result[f"groups.{layer}"] = groups
+    return result
+
+
+# --- the whole model ------------------------------------------------------------------------------------------------
+
+
+@EACH_MODEL
+def test_gradients_equal_autograd_on_explicit_masks_however_batches_are_cut(
+    family: str, changes: dict[str, Any]
+) -> None:
+    of, documents = tiny(family, **changes), token_lists()
+    expected = mask_gradients(of, documents)
+    for tokens_per_batch in BATCHED:
+        found = with_groups(gradients(of, documents, tokens_per_batch), of)
+        assert set(found) == set(expected)
+        for name, values in expected.items():
+            assert_near(found[name], values, 1e-5, f"{name}, {tokens_per_batch} tokens in a batch")
+
+
+def gemma(cap: float | None) -> Tiny:
+    """A model that caps its logits; its submodules are named as Llama's."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=64,
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=4,
+        sliding_window=4,
+        final_logit_softcapping=cap,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn_like(parameter))
+    family = family_of("llama")
+    return Tiny(model, family, family.layer_shapes(config.to_dict()))
+
+
+def test_gradients_pass_through_a_cap_on_the_logits() -> None:
+    documents = token_lists()
+    capped, free = mask_gradients(gemma(1.0), documents), mask_gradients(gemma(None), documents)
+    found = with_groups(gradients(gemma(1.0), documents), gemma(1.0))
+    for name, values in capped.items():
+        assert_near(found[name], values, 1e-5, name)
+        assert not torch.allclose(values, free[name], rtol=1e-2), name
+
+
+@pytest.mark.parametrize("positions", [1, 3, 8])
+@pytest.mark.parametrize("loss", ["language_model", "kl"])
+def test_a_few_positions_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch, positions: int, loss: str) -> None:
+    of = tiny("llama")
+    whole = gradients(of, token_lists(), loss=loss)
+    monkeypatch.setattr(passes, "POSITIONS", positions)
+    for tokens_per_batch in (1, 30):
+        cut = gradients(of, token_lists(), tokens_per_batch, loss=loss)
+        for name, values in whole.items():
+            assert_near(cut[name], values, 1e-5, name)
+
+
+def test_no_more_positions_than_allowed_have_logits_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    of, seen = tiny("llama"), []
+    monkeypatch.setattr(passes, "POSITIONS", 12)
+    of.model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(logits.shape[0] * logits.shape[1]))
+    gradients(of, token_lists())
+    assert max(seen) <= 12
+    assert sum(seen) >= sum(length - 1 for length in LENGTHS)
+
+
+def test_the_order_of_batches_and_documents_is_irrelevant() -> None:
+    of, documents = tiny("llama"), token_lists()
+    order = [3, 0, 5, 1, 4, 2]
+    found, shuffled = gradients(of, documents), gradients(of, [documents[i] for i in order])
+    for name, values in found.items():
+        assert_near(shuffled[name], values[order], 1e-5, name)
+
+
+def test_progress_is_told_after_each_batch() -> None:
+    of, calls = tiny("llama"), []
+    gradients(of, token_lists(), 1, progress=lambda: calls.append(1))
+    assert len(calls) == len(LENGTHS)
+
+
+# --- against the model's own predictions ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens_per_batch", BATCHED)
+def test_drawn_targets_follow_from_the_seed_and_the_document_alone(tokens_per_batch: int) -> None:
+    of = tiny("llama")
+    first, second = (gradients(of, token_lists(), loss="kl", seed=5) for _ in range(2))
+    batched = gradients(of, token_lists(), tokens_per_batch, loss="kl", seed=5)
+    other = gradients(of, token_lists(), loss="kl", seed=6)
+    for name, values in first.items():
+        assert torch.equal(second[name], values), name
+        assert_near(batched[name], values, 1e-5, name)
+        changed = (other[name] - values).abs().amax(1) > 1e-3 * values.abs().max()
+        assert bool(changed[torch.tensor(LENGTHS) > 4].all()), name
+
+
+def test_two_documents_of_the_same_text_draw_their_own_targets() -> None:
+    ids = token_lists((9,))[0]
+    found = gradients(tiny("llama"), [ids, ids], loss="kl")["ffn.0.value"]
+    assert not torch.allclose(found[0], found[1], rtol=1e-2)
+
+
+def exact_fisher(of: Tiny, ids: list[int]) -> Tensor:
+    """`1/T Σ_t Σ_y p(y | x_<t) (∂ log p(y | x_<t) / ∂m)²`, every token of the vocabulary in its turn, all masks in a row."""
+    exact = of.double()
+    masks = Masks(exact, range(len(of.shapes)))
+    total = torch.zeros(sum(leaf.numel() for leaf in masks.leaves), dtype=torch.float64)
+    with masks.hooked():
+        logs = exact.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1].log_softmax(-1)
+        for position in logs:
+            for log in position:
+                each = torch.autograd.grad(log, masks.leaves, retain_graph=True)
+                total += float(log.detach().exp()) * torch.cat([gradient.flatten() for gradient in each]).square()
+    return total / (len(ids) - 1)
+
+
+def divergence_curvature(of: Tiny, ids: list[int]) -> tuple[Tensor, Tensor]:
+    """Gradient and the Hessian's diagonal of `mean_t KL(dense ‖ masked)` at masks of one, by deriving twice."""
+    exact = of.double()
+    masks = Masks(exact, range(len(of.shapes)))
+    row = torch.tensor([ids])
+    with torch.no_grad():
+        dense = exact.model(input_ids=row, use_cache=False).logits[0, :-1].log_softmax(-1)
+    with masks.hooked():
+        logs = exact.model(input_ids=row, use_cache=False).logits[0, :-1].log_softmax(-1)
+        divergence = (dense.exp() * (dense - logs)).sum(-1).mean()
+        first = torch.autograd.grad(divergence, masks.leaves, create_graph=True)
+        diagonal = []
+        for leaf, gradient in zip(masks.leaves, first, strict=True):
+            for unit, value in enumerate(gradient):
+                diagonal.append(torch.autograd.grad(value, leaf, retain_graph=True)[0][unit])
+    return torch.cat([gradient.detach() for gradient in first]), torch.stack(diagonal)
+
+
+@pytest.mark.parametrize("family", WITH_FFN)
+def test_squared_gradients_of_drawn_targets_have_the_curvature_of_the_divergence_as_their_mean(family: str) -> None:
+    """One document many times over, each copy with targets of its own: `T g²` averages to the Hessian's diagonal.
+
+    Within five standard errors of that average, of each unit; they are a few hundredths of it.
+    """
+    of, ids, copies = tiny(family), token_lists((5,))[0], 4000
+    fisher = exact_fisher(of, ids)
+    slope, curvature = divergence_curvature(of, ids)
+    # the model's norms and softmax are float32 whatever its weights are, which leaves a few 1e-7
+    assert_near(fisher, curvature, 1e-6, "Fisher information and curvature")
+    assert float(slope.abs().max()) < 1e-6 * float(curvature.max())
+    found = with_groups(gradients(of, [ids] * copies, 10_000, loss="kl"), of)
+    names = Masks(of, range(len(of.shapes))).names()
+    squares = torch.cat([found[name].double().square() * (len(ids) - 1) for name in names], 1)
+    error = squares.std(0) / copies**0.5
+    assert float((error / fisher).max()) < 0.1
+    assert bool(((squares.mean(0) - fisher).abs() < 5 * error).all())
+    means = torch.cat([found[name].double() for name in names], 1)  # the expected gradient is zero
+    assert bool((means.mean(0).abs() < 5 * means.std(0) / copies**0.5).all())
+
+
+# --- each layer alone -----------------------------------------------------------------------------------------------
+
+
+@EACH_MODEL
+def test_regional_gradients_equal_those_of_the_whole_model_with_one_layer_masked(
+    family: str, changes: dict[str, Any]
+) -> None:
+    of, documents = tiny(family, **changes), token_lists()
+    expected = regional_gradients(of, documents)
+    for tokens_per_batch in BATCHED:
+        batches = make_batches(documents, tokens_per_batch, pad=63)
+        found = with_groups(regional_pass(of.model, of.family, of.shapes, batches), of)
+        assert set(found) == set(expected)
+        for name, values in expected.items():
+            assert_near(found[name], values, 1e-5, f"{name}, {tokens_per_batch} tokens in a batch")
+
+
+# --- what is held, and what is left behind --------------------------------------------------------------------------
+
+
+class Saved:
+    """Counts the bytes that graphs hold, weights aside: those that live now, and the most that ever did."""
+
+    def __init__(self, model: Any) -> None:
+        self.weights = {parameter.data_ptr() for parameter in model.parameters()}
+        self.live = self.peak = 0
+
+    def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
+        counter = self
+
+        class Held:
+            def __init__(self, tensor: Tensor) -> None:
+                self.tensor = tensor
+                self.bytes = 0 if tensor.data_ptr() in counter.weights else tensor.numel() * tensor.element_size()
+                counter.live += self.bytes
+                counter.peak = max(counter.peak, counter.live)
+
+            def __del__(self) -> None:
+                counter.live -= self.bytes
+
+        return torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor)
+
+
+def most_saved(of: Tiny, run: Callable[[], object]) -> int:
+    saved = Saved(of.model)
+    with saved.hooks():
+        run()
+    gc.collect()
+    assert saved.live == 0
+    return saved.peak
+
+
+@pytest.mark.parametrize("which", ["gradient", "regional"])
+def test_no_more_than_one_layers_graph_is_held(which: str) -> None:
+    layers, documents = 12, token_lists((30,))
+    of = tiny("llama", num_hidden_layers=layers)
+    of.model.requires_grad_(False)
+    masks = Masks(of, range(layers))
+
+    def whole() -> None:
+        with masks.hooked():
+            torch.autograd.grad(cross_entropy(of.model, documents[0]), masks.leaves)
+
+    def by_layer() -> None:
+        run = {"gradient": lambda *given: gradient_pass(*given, "language_model"), "regional": regional_pass}[which]
+        run(of.model, of.family, of.shapes, make_batches(documents, 100))
+
+    assert most_saved(of, by_layer) <= 2 * most_saved(of, whole) / layers
+
+
+def test_a_pass_leaves_the_model_as_it_was() -> None:
+    of, batches = tiny("llama"), make_batches(token_lists(), 30)
+    state = {name: tensor.clone() for name, tensor in of.model.state_dict().items()}
+    for run in (lambda *given: gradient_pass(*given, "kl"), regional_pass, removal_pass):
+        run(of.model, of.family, of.shapes, batches)
+        assert all(parameter.grad is None for parameter in of.model.parameters())
+        assert not any(module._forward_pre_hooks or module._forward_hooks for module in of.model.modules())
+        for name, tensor in of.model.state_dict().items():
+            assert torch.equal(tensor, state[name]), name
+
+
+# --- the output head alone ------------------------------------------------------------------------------------------
+
+
+def last_hidden(of: Tiny, ids: Tensor) -> Tensor:
+    """What the last layer gives in the model's ordinary forward pass."""
+    seen: list[Tensor] = []
+    handle = of.model.model.norm.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    with torch.no_grad():
+        of.model(input_ids=ids, use_cache=False)
+    handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize(("family", "changes"), [*MODELS, ("capped", {})])
+def test_the_head_alone_gives_the_ordinary_models_logits(family: str, changes: dict[str, Any]) -> None:
+    of = gemma(1.0) if family == "capped" else tiny(family, **changes)
+    ids = torch.tensor(token_lists((9, 9)))
+    layers, hidden = of.model.model.layers, last_hidden(of, ids)
+    with torch.no_grad():
+        expected = of.model(input_ids=ids, use_cache=False).logits
+        with layerwise.head_only(of.model, of.family, hidden):
+            alone = of.model(input_ids=ids, use_cache=False).logits
+            some = of.model(input_ids=ids, use_cache=False, logits_to_keep=torch.tensor([2, 5])).logits
+        after = of.model(input_ids=ids, use_cache=False).logits
+    assert torch.equal(alone, expected)
+    torch.testing.assert_close(some, expected[:, [2, 5]])
+    assert torch.equal(after, expected)
+    assert of.model.model.layers is layers
+
+
+def test_an_error_with_the_head_alone_puts_the_layers_back() -> None:
+    of, ids = tiny("llama"), torch.tensor(token_lists((9,)))
+    layers = of.model.model.layers
+
+    def fail_in_the_middle() -> None:
+        with layerwise.head_only(of.model, of.family, last_hidden(of, ids)):
+            assert of.model.model.layers is not layers
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fail_in_the_middle()
+    assert of.model.model.layers is layers
+    assert len(layers) == len(of.shapes)

@@ -1,0 +1,232 @@
+"""Experts with a smaller vocabulary against their base: the same logits on the rows that stay, the same greedy text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoTokenizer
+
+import expertprune
+from expertprune.artifacts.expert import load_expert
+from expertprune.artifacts.plan import LayerPlan, Plan, VocabularyPlan
+from expertprune.composition.rows import essentials
+from expertprune.errors import PlanError
+from expertprune.models.base import ResolvedBase
+from expertprune.models.checkpoint import Checkpoint
+from expertprune.pruning.write import prune
+from expertprune.reporting import explain as inspection
+from expertprune.spec.reading import parse_spec
+from expertprune.units import KeptRows
+from tests.oracle import contents, load, logits_of, masked_logits, read_json, resolved, stored_tensors
+from tests.tiny import FAMILIES
+from tests.vocabularies import GERMAN, KINDS, OTHER, TEXT, save_worded, tokenizer_of, worded_spec
+
+
+def plan_of(base: ResolvedBase, kept: set[int], padding: tuple[int, ...] = (), ffn: int | None = None) -> Plan:
+    """A plan that keeps these tokens with what they need, and the last `ffn` neurons of each layer or expert."""
+    must = essentials(base)
+    rows = tuple(sorted(must.vocabulary.closed(kept | must.ids)))
+    of = base.checkpoint.vocabulary_rows(base.family)
+    vocabulary = VocabularyPlan(KeptRows(of, rows, padding), base.tokenizer_digest)
+    units = []
+    for shape in base.layers:
+        last = range(shape.ffn - (ffn or shape.ffn), shape.ffn)
+        neurons = tuple(expert * shape.ffn + place for expert in range(max(1, shape.experts)) for place in last)
+        units.append(replace(shape.all_kept, ffn=neurons))
+    about = {"model": base.name, "digest": base.digest}
+    size = base.checkpoint.parameters
+    layers = [LayerPlan(each) for each in units]
+    parameters = {"before": size, "after": size}
+    return Plan("chosen", about, {}, {}, list(base.layers), layers, {}, parameters, [], vocabulary)
+
+
+def cut(base: ResolvedBase, plan: Plan, folder: Path) -> Path:
+    folder.mkdir()
+    prune(plan, base, folder)
+    return folder
+
+
+def mapped(plan: Plan, ids: list[int]) -> list[int]:
+    assert plan.vocabulary is not None
+    new = {index: place for place, index in enumerate(plan.vocabulary.rows.kept)}
+    return [new[index] for index in ids]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece", "unigram"])
+def test_logits_of_kept_rows_are_the_bases(kind: str, family: str, tied: bool, tmp_path: Path, store: Path) -> None:
+    """In plain transformers, from text: tokens mapped, and float32 logits to 1e-5; with neurons cut as well."""
+    base = resolved(save_worded(tmp_path / "base", kind, family, tie_word_embeddings=tied), store)
+    text = "Der Arzt hört das Herz 345"
+    own = AutoTokenizer.from_pretrained(base.folder)(text)["input_ids"]
+    dense = load(base.folder)
+    for number, ffn in enumerate((None, 16)):
+        plan = plan_of(base, set(own), padding=(3, 3, 5), ffn=ffn)
+        assert plan.vocabulary is not None
+        folder = cut(base, plan, tmp_path / f"expert-{number}")
+        found = AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+        assert found == mapped(plan, own)
+        expert = load(folder)
+        kept = list(plan.vocabulary.rows.kept)
+        expected = masked_logits(dense, plan, torch.tensor([own]))[..., kept]
+        logits = logits_of(expert, torch.tensor([found]))
+        assert logits.shape[-1] == len(kept) + 3 == expert.config.vocab_size
+        torch.testing.assert_close(logits[..., : len(kept)], expected, rtol=1e-5, atol=1e-5)
+        assert expert.config.eos_token_id == mapped(plan, [dense.config.eos_token_id])[0]
+        assert expert.config.pad_token_id == mapped(plan, [dense.config.pad_token_id])[0]
+
+
+@torch.no_grad()
+def greedy(model: Any, ids: list[int], steps: int) -> list[int]:
+    for _ in range(steps):
+        ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
+    return ids
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece", "unigram"])
+def test_greedy_text_is_the_bases_up_to_a_dropped_row(kind: str, tmp_path: Path, store: Path) -> None:
+    base = resolved(save_worded(tmp_path / "base", kind), store)
+    dense, tokenizer = load(base.folder), AutoTokenizer.from_pretrained(base.folder)
+    prompts = [tokenizer(text)["input_ids"][:8] for text in TEXT]
+    plan = plan_of(base, {index for ids in prompts for index in ids} | set(range(0, 400, 3)))
+    assert plan.vocabulary is not None
+    expert, kept = load(cut(base, plan, tmp_path / "expert")), set(plan.vocabulary.rows.kept)
+    ended = 0
+    for prompt in prompts:
+        expected = greedy(dense, prompt, 24)
+        found = greedy(expert, mapped(plan, prompt), 24)
+        same = next((place for place, index in enumerate(expected) if index not in kept), len(expected))
+        assert found[:same] == mapped(plan, expected[:same])
+        ended += same < len(expected)
+    assert ended > 0  # a dropped row was wanted somewhere, so the prefix above is not all there is
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_what_names_rows_or_ids_changes(kind: str, tmp_path: Path, store: Path) -> None:
+    base = resolved(save_worded(tmp_path / "base", kind, tie_word_embeddings=False), store)
+    plan = plan_of(base, set(range(0, 150, 2)))
+    assert plan.vocabulary is not None
+    folder = cut(base, plan, tmp_path / "expert")
+    before, after = stored_tensors(base.folder), stored_tensors(folder)
+    assert before.keys() == after.keys()
+    kept = list(plan.vocabulary.rows.kept)
+    for name, tensor in before.items():
+        rows = name in ("model.embed_tokens.weight", "lm_head.weight")
+        assert torch.equal(after[name], tensor[kept] if rows else tensor), name
+    old, new = read_json(base.folder / "config.json"), read_json(folder / "config.json")
+    assert {key for key in old if old[key] != new[key]} <= {
+        "vocab_size",
+        "eos_token_id",
+        "bos_token_id",
+        "pad_token_id",
+    }
+    assert new["vocab_size"] == len(kept)
+
+
+def test_a_bias_of_the_head_loses_its_rows(tmp_path: Path, store: Path) -> None:
+    """No listed family has one, so the checkpoint gets it after it was found to fit its model."""
+    folder = save_worded(tmp_path / "base", tie_word_embeddings=False)
+    base = resolved(folder, store)
+    index = read_json(folder / "model.safetensors.index.json")
+    bias: Tensor = torch.arange(512.0)
+    file = index["weight_map"]["lm_head.weight"]
+    save_file(load_file(folder / file) | {"lm_head.bias": bias}, folder / file, metadata={"format": "pt"})
+    index["weight_map"]["lm_head.bias"] = file
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    base = replace(base, checkpoint=Checkpoint(folder))
+    plan = plan_of(base, set(range(0, 300, 5)), padding=(410,))
+    assert plan.vocabulary is not None
+    found = stored_tensors(cut(base, plan, tmp_path / "expert"))["lm_head.bias"]
+    assert found.tolist() == [float(index) for index in plan.vocabulary.rows.index]
+
+
+def test_a_plan_for_another_tokenizer_or_without_parts_is_refused(tmp_path: Path, store: Path) -> None:
+    base = resolved(save_worded(tmp_path / "base"), store)
+    plan = plan_of(base, set(range(300)))
+    assert plan.vocabulary is not None
+    plan.vocabulary.tokenizer = "another"
+    with pytest.raises(PlanError, match="another tokenizer"):
+        prune(plan, base, tmp_path)
+    must = essentials(base)
+    token = max(must.vocabulary.tokens.values(), key=lambda index: len(must.vocabulary.needs(index) - must.ids))
+    rows = tuple(sorted(must.ids | {token}))
+    plan.vocabulary = VocabularyPlan(KeptRows(512, rows), base.tokenizer_digest)
+    with pytest.raises(PlanError, match="without the parts"):
+        prune(plan, base, tmp_path)
+    assert list(tmp_path.iterdir()) == [tmp_path / "base"]
+
+
+# --- all stages -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [{"vocabulary": 384}, {"vocabulary": 384, "ffn": 0.25, "query_heads": 3}])
+def test_an_expert_is_built_and_evaluated_with_its_own_tokenizer(
+    budget: dict[str, Any], tmp_path: Path, store: Path
+) -> None:
+    base = save_worded(tmp_path / "base")
+    questions = [{"question": "Wer liest?", "choices": ["der Arzt", "das Gesetz"], "answer": 0}]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    data = worded_spec(base, tmp_path / "spec", budget)
+    data["corpora"]["sources"]["de"]["questions"] = str(tmp_path / "questions.jsonl")
+    folder = expertprune.build(parse_spec(data, "spec", tmp_path), tmp_path / "expert")
+    about = load_expert(folder)
+    assert about["parameters"]["after"] == sum(tensor.numel() for tensor in stored_tensors(folder).values())
+    assert len(AutoTokenizer.from_pretrained(folder)) <= 384
+    assert load(folder).config.vocab_size == 384
+    result = about["evaluation"]["corpora"]["language/de"]
+    assert set(result["metrics"]) == {"bits_per_byte", "questions"}
+    assert result["metrics"]["bits_per_byte"]["expert"] == pytest.approx(_bits_per_byte(folder, tmp_path), rel=1e-4)
+    assert result["metrics"]["bits_per_byte"]["base"] == pytest.approx(_bits_per_byte(base, tmp_path), rel=1e-4)
+    assert all(each["expert_tokens"] >= each["tokens"] for each in result["per_document"])
+    expertprune.evaluate(folder)
+    assert load_expert(folder)["evaluation"]["corpora"]["language/de"]["metrics"] == result["metrics"]
+    card = (folder / "README.md").read_text()
+    assert "| vocabulary rows, of the whole model | 384 | 512 |" in card
+    assert inspection.explain(inspection.describe(folder))
+
+
+@torch.no_grad()
+def _bits_per_byte(folder: Path, tmp_path: Path) -> float:
+    """One document after the other, through the whole model: bits of all tokens but the first, the BOS, over all bytes."""
+    model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
+    bits, size = 0.0, 0
+    for line in (tmp_path / "spec" / "de.evaluation.jsonl").read_text().splitlines():
+        text = json.loads(line)["text"]
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        each = torch.log_softmax(model(ids).logits[0, :-1], -1).gather(1, ids[0, 1:, None])
+        bits -= float(each.sum()) / torch.log(torch.tensor(2.0)).item()
+        size += len(text.encode())
+    return bits / size
+
+
+def test_a_plan_with_rows_gives_the_same_expert_as_the_build(tmp_path: Path, store: Path) -> None:
+    data = worded_spec(save_worded(tmp_path / "base"), tmp_path / "spec", {"vocabulary": 320, "ffn": 0.25})
+    spec = parse_spec({**data, "evaluate": {"enabled": False}}, "spec", tmp_path)
+    built = expertprune.build(spec, tmp_path / "built")
+    expertprune.compose(spec).save(tmp_path / "plan.json")
+    applied = expertprune.prune(tmp_path / "plan.json", tmp_path / "applied")
+    one, other = contents(built), contents(applied)
+    assert one.keys() == other.keys()
+    assert [name for name in one if one[name] != other[name]] == []
+
+
+def test_text_of_other_languages_still_comes_back(tmp_path: Path, store: Path) -> None:
+    spec = parse_spec(
+        worded_spec(save_worded(tmp_path / "base", "sentencepiece"), tmp_path / "spec", {"vocabulary": 384}, general=[],
+                    evaluate={"enabled": False}),
+        "spec", tmp_path,
+    )  # fmt: skip
+    expert = AutoTokenizer.from_pretrained(expertprune.build(spec, tmp_path / "expert"))
+    base = tokenizer_of("sentencepiece")
+    for text in [*OTHER, *GERMAN, "한국어 😀"]:
+        assert expert.decode(expert(text)["input_ids"], skip_special_tokens=True) == text
+    more = [len(expert(text)["input_ids"]) / len(base.encode(text).ids) for text in (GERMAN[0], OTHER[1])]
+    assert more[0] < 1.1 < more[1]  # German is spelled as before, Chinese in bytes

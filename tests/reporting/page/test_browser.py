@@ -1,0 +1,151 @@
+"""The report in a real browser: it fits a phone, says nothing on the console, and asks nobody for anything."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from expertprune.reporting.page import report
+from tests.experts import copied, measured
+
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
+PHONE, DESK = 390, 1280
+
+# Text that can be seen and whose contrast to what lies behind it is below WCAG's 4.5 (3 where it is large).
+FAINT = """() => {
+  const parts = colour => (colour.match(/[\\d.]+/g) || []).map(Number);
+  const linear = v => v / 255 <= 0.04045 ? v / 255 / 12.92 : ((v / 255 + 0.055) / 1.055) ** 2.4;
+  const luminance = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
+  const behind = element => {
+    for (; element; element = element.parentElement) {
+      const colour = parts(getComputedStyle(element).backgroundColor);
+      if (colour.length === 3 || colour[3] > 0) return colour;
+    }
+    return [255, 255, 255];
+  };
+  const faint = [];
+  const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walk.nextNode()) {
+    const element = walk.currentNode.parentElement;
+    const style = getComputedStyle(element);
+    if (!walk.currentNode.data.trim() || !element.getClientRects().length) continue;
+    const drawn = element.closest('svg');
+    const one = luminance(parts(drawn ? style.fill : style.color)), other = luminance(behind(drawn || element));
+    const contrast = (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
+    const large = parseFloat(style.fontSize) >= 24;
+    if (contrast < (large ? 3 : 4.5)) faint.push(`${walk.currentNode.data.trim().slice(0, 30)}: ${contrast.toFixed(2)}`);
+  }
+  return faint;
+}"""
+# How far content goes over the right edge, unless something around it scrolls.
+OVER = """() => Math.max(document.documentElement.scrollWidth, ...[...document.body.querySelectorAll('*')]
+  .filter(element => !element.closest('.scroll, pre, .word, svg') && element.getClientRects().length)
+  .map(element => Math.ceil(element.getBoundingClientRect().right))) - innerWidth"""
+# Text in the pictures that lies outside of its picture.
+CUT = """() => [...document.querySelectorAll('svg text')].filter(text => {
+  const outer = text.closest('svg').getBoundingClientRect(), inner = text.getBoundingClientRect();
+  return inner.width && (inner.left < outer.left - 1 || inner.right > outer.right + 1 || inner.top < outer.top - 1
+    || inner.bottom > outer.bottom + 1);
+}).map(text => text.textContent)"""
+
+
+@dataclass
+class Seen:
+    """What a browser saw of a page."""
+
+    over: int = 0
+    console: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+    faint: list[str] = field(default_factory=list)
+    cut: list[str] = field(default_factory=list)
+    pictures: list[float] = field(default_factory=list)
+    paper: str = ""
+    opened: int = 0
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
+    with (
+        api.sync_playwright() as play,
+        contextlib.closing(
+            play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # root, in a container
+        ) as found,
+    ):
+        yield found
+
+
+def look(browser: Any, page: Path, width: int, scheme: str) -> Seen:
+    """Open a page with everything on it unfolded."""
+    seen = Seen()
+    with contextlib.closing(
+        browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme)
+    ) as context:
+        tab = context.new_page()
+        tab.on("console", lambda message: seen.console.append(message.text))
+        tab.on("pageerror", lambda error: seen.console.append(str(error)))
+        tab.on("request", lambda request: seen.requests.append(request.url))
+        tab.goto(page.as_uri())
+        seen.over = tab.evaluate(OVER)
+        tab.evaluate("document.querySelectorAll('details').forEach(details => { details.open = true; })")
+        seen.over = max(seen.over, tab.evaluate(OVER))
+        seen.faint, seen.cut = tab.evaluate(FAINT), tab.evaluate(CUT)
+        widths = "[...document.querySelectorAll('figure svg')].map(each => each.getBoundingClientRect().width)"
+        seen.pictures = [found for found in tab.evaluate(widths) if found]
+        seen.paper = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+        seen.opened = tab.evaluate("document.querySelectorAll('details[open]').length")
+    return seen
+
+
+@pytest.fixture(scope="module")
+def pages(tiny_build: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("pages")
+    full = measured(
+        copied(tiny_build, folder / "full", name="an-expert-with-a-long-name-for-German-and-English-medicine")
+    )
+    bare = copied(tiny_build, folder / "bare", evaluation=None)
+    report(full, store=tiny_build[1])
+    report(full, [bare], store=tiny_build[1])
+    return {"report": full / "report.html", "comparison": full / "comparison.html"}
+
+
+@pytest.mark.parametrize("which", ["report", "comparison"])
+@pytest.mark.parametrize("width", [PHONE, DESK])
+def test_the_page_in_a_browser(browser: Any, pages: dict[str, Path], which: str, width: int) -> None:
+    papers = set()
+    for scheme in ("light", "dark"):
+        seen = look(browser, pages[which], width, scheme)
+        assert seen.over <= 0
+        assert seen.console == []
+        assert seen.requests == [pages[which].as_uri()]
+        assert seen.faint == []
+        assert seen.cut == []
+        assert seen.opened >= 3
+        assert len(seen.pictures) >= 6
+        assert max(seen.pictures) <= width
+        papers.add(seen.paper)
+    assert len(papers) == 2  # light and dark
+
+
+def test_what_the_browser_is_asked_can_fail(browser: Any, tmp_path: Path) -> None:
+    page = tmp_path / "bad.html"
+    page.write_text(
+        "<!DOCTYPE html><title>t</title><body style='background:#fff'><div style='width:500px;color:#bbb'>faint</div>"
+        "<img src='https://example.org/x.png' alt=''><script>console.error('bad')</script>"
+        "<figure><svg viewBox='0 0 10 10' width='10' height='10'><text x='0' y='9'>longer than this</text></svg></figure>"
+    )
+    seen = look(browser, page, PHONE, "light")
+    assert seen.over >= 500 - PHONE
+    assert "bad" in seen.console
+    assert "https://example.org/x.png" in seen.requests
+    assert seen.faint == ["faint: 1.92"]  # (1.05) / (0.4969 + 0.05): #bbbbbb on white
+    assert seen.cut == ["longer than this"]

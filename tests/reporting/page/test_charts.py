@@ -1,0 +1,180 @@
+"""Pictures of the report: values stand where they belong, and a figure is an element that any page can hold."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from expertprune.reporting.page import charts
+from expertprune.reporting.page.charts import (
+    Mark,
+    Row,
+    intervals,
+    kept_picture,
+    overlap_picture,
+    relevance_picture,
+    retention_picture,
+)
+from expertprune.reporting.page.inline import ACCENT, INK, figure_of, svg
+
+HOSTILE = "<script>alert(1)</script> $x_1$ & \"q\" 'q' 日本"
+
+
+def marks(text: str) -> list[tuple[float, float]]:
+    """Where the marks of a picture stand."""
+    root = ElementTree.fromstring(text)
+    return [(float(use.get("x", "")), float(use.get("y", ""))) for use in root.iter("use")]
+
+
+def style_of(element: ElementTree.Element, key: str) -> str:
+    found = re.search(rf"(?:^|;\s*){key}:\s*([^;]+)", element.get("style", ""))
+    return found.group(1) if found else ""
+
+
+# --- elements for a page --------------------------------------------------------------------------------------------
+
+
+def a_figure(text: str = "text") -> Any:
+    figure = figure_of(200, 100)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.plot([0, 1], [0, 1], color=ACCENT, marker="o")
+    axes.text(0.5, 0.5, text, color=INK, fontsize=12, parse_math=False)
+    return figure
+
+
+def test_an_element_has_the_pages_colours_and_no_style_sheet() -> None:
+    root = ElementTree.fromstring(svg(a_figure(), "one", "what it shows"))
+    assert root.tag == "svg"
+    assert (root.get("viewBox"), root.get("role"), root.get("aria-label")) == ("0 0 200 100", "img", "what it shows")
+    assert not list(root.iter("style"))
+    assert not list(root.iter("metadata"))
+    (text,) = [element for element in root.iter("text") if element.text == "text"]
+    assert style_of(text, "fill") == "var(--ink)"
+    assert style_of(text, "font-size") == "12px"
+    assert "font-family" not in text.get("style", "")
+    assert any(style_of(path, "stroke") == "var(--accent)" for path in root.iter("path"))
+
+
+def test_ids_of_two_elements_differ_and_refer_within() -> None:
+    ids = []
+    for name in ("one", "two"):
+        root = ElementTree.fromstring(svg(a_figure(), name, "picture"))
+        own = {element.get("id") for element in root.iter() if element.get("id")}
+        assert own
+        used = {use.get("href", "")[1:] for use in root.iter("use")}
+        used |= set(re.findall(r"url\(#([^)]+)\)", ElementTree.tostring(root, encoding="unicode")))
+        assert used == own
+        ids.append(own)
+    assert not ids[0] & ids[1]
+
+
+def test_text_stays_text() -> None:
+    drawn = svg(a_figure(HOSTILE), "one", HOSTILE)
+    assert "<script" not in drawn
+    root = ElementTree.fromstring(drawn)
+    assert root.get("aria-label") == HOSTILE
+    assert HOSTILE in [element.text for element in root.iter("text")]
+
+
+def test_the_same_figure_gives_the_same_element() -> None:
+    assert svg(a_figure(), "one", "picture") == svg(a_figure(), "one", "picture")
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["wide", "narrow"])
+def test_marks_stand_at_their_values(which: str) -> None:
+    values = (0.8, 0.9, 1.1)
+    rows = [Row("heading"), *(Row(f"row {value}", (Mark(value, value - 0.05, value + 0.05, 0),)) for value in values)]
+    first, second, third = marks(getattr(intervals("i", "picture", rows, "axis"), which))
+    assert first[0] < second[0] < third[0]
+    assert (second[0] - first[0]) / (third[0] - first[0]) == pytest.approx(0.1 / 0.3, rel=1e-3)
+    assert first[1] < second[1] < third[1]  # in the order of the rows, downwards
+
+
+def test_an_undefined_interval_is_a_mark_alone() -> None:
+    rows = [Row("a", (Mark(0.5, None, None, 0),))]
+    assert len(marks(intervals("i", "picture", rows, "axis").wide)) == 1
+
+
+def metric(name: str, retention: float | None, group: str = "expert") -> dict[str, Any]:
+    return {
+        "group": group,
+        "name": name,
+        "label": "accuracy",
+        "retention": retention,
+        "low": retention,
+        "high": retention,
+    }
+
+
+def test_retention_is_drawn_where_it_is_defined() -> None:
+    rows = [metric(HOSTILE, 0.5), metric("undefined", None), metric("b", 0.9, "general")]
+    picture = retention_picture("r", rows)
+    assert picture is not None
+    assert len(marks(picture.wide)) == len(marks(picture.narrow)) == 2
+    assert "2 metrics" in ElementTree.fromstring(picture.wide).get("aria-label", "")
+    assert retention_picture("r", [metric("undefined", None)]) is None
+
+
+def test_bars_are_as_high_as_their_counts() -> None:
+    structure = {
+        "label": "FFN neurons",
+        "layers": {"of": [40, 40], "kept": [30, 20]},
+        "protected": [{"source": "language", "layers": [10, 20]}, {"source": "general", "layers": [20, 0]}],
+    }
+    root = ElementTree.fromstring(kept_picture("k", structure).wide)
+    heights: dict[str, list[float]] = {}
+    for path in root.iter("path"):
+        points = [tuple(map(float, pair)) for pair in re.findall(r"[ML] ([\d.]+) ([\d.]+)", path.get("d", ""))]
+        fill = style_of(path, "fill")
+        if len(points) == 4 and fill.startswith("var(--"):
+            heights.setdefault(fill, []).append(max(y for _, y in points) - min(y for _, y in points))
+    unit = heights["var(--series-0)"][0] / 10
+    assert heights["var(--series-0)"][1] == pytest.approx(20 * unit, rel=1e-3)
+    assert heights["var(--series-3)"][0] == pytest.approx(20 * unit, rel=1e-3)
+    assert heights["var(--muted)"][:2] == pytest.approx([10 * unit, 20 * unit], rel=1e-3)
+
+
+def opacities(text: str) -> list[float]:
+    """Of the cells of a heat map, in the order of rows and columns."""
+    cells = [path for path in ElementTree.fromstring(text).iter("path") if style_of(path, "fill") == "var(--accent)"]
+    return [float(style_of(cell, "fill-opacity") or 1) for cell in cells]
+
+
+def test_a_heat_map_is_logarithmic_and_the_same_in_both_widths() -> None:
+    corpora = [
+        {"name": "language/en", "by_layer": [0.001, 0.01, 0.989]},
+        {"name": "task/qa", "by_layer": [0.1, 0.1, 0.8]},
+    ]
+    picture = relevance_picture("h", "FFN neurons", corpora)
+    assert picture is not None
+    wide, narrow = opacities(picture.wide)[:6], opacities(picture.narrow)[:6]
+    assert wide[0] == min(wide)
+    assert wide[2] == max(wide)
+    assert wide[3] == wide[4]
+    # 0.001, 0.01 and 0.1 are equally far from each other
+    assert wide[1] - wide[0] == pytest.approx(wide[3] - wide[1], abs=2e-3)
+    assert narrow == [wide[row + column * 3] for row in range(3) for column in range(2)]
+
+
+def test_corpora_without_relevance_are_not_drawn() -> None:
+    assert relevance_picture("h", "FFN neurons", [{"name": "a", "by_layer": None}]) is None
+
+
+def test_overlap_shows_each_pair() -> None:
+    overlap = {"corpora": ["language/en", "task/qa"], "matrix": [[1.0, 0.4567], [0.4567, 1.0]], "chance": 0.1}
+    texts = [
+        element.text for element in ElementTree.fromstring(overlap_picture("o", "heads", overlap).wide).iter("text")
+    ]
+    assert texts.count("0.46") == 2
+    assert "1.00" not in texts
+
+
+def test_long_names_are_cut_with_an_ellipsis() -> None:
+    assert charts._short("a" * 30, 10) == "a" * 9 + "…"
+    assert charts._short("short", 10) == "short"

@@ -1,0 +1,282 @@
+"""The smallest expert that keeps enough: bisection against trying every budget, on documents that calibrate nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import expertprune
+from expertprune.artifacts.expert import load_expert
+from expertprune.artifacts.plan import Plan
+from expertprune.cli import main
+from expertprune.corpora.documents import Corpus, Document
+from expertprune.errors import PlanError, SpecError
+from expertprune.evaluation.documents import score_documents
+from expertprune.profiling.store import profile_corpus
+from expertprune.progress import silent
+from expertprune.pruning.write import prune as prune_base
+from expertprune.spec.reading import parse_spec
+from expertprune.spec.schema import Retention
+from expertprune.stages import floor as retaining
+from expertprune.stages.compose import plan_of
+from expertprune.stages.floor import Kept, budgets_to_try, decide_by_retention, measure
+from expertprune.stages.validate import Prepared, validation_documents
+from tests.patching import everywhere
+
+CORPORA = ["language/en", "domain/medical", "task/qa", "general/general"]
+
+
+@pytest.fixture
+def retaining_spec(spec_data: dict[str, Any]) -> dict[str, Any]:
+    spec_data["budget"] = {"retention": {"expert": 0.9}, "multiple_of": 4}
+    spec_data["compensation"] = "none"
+    return spec_data
+
+
+@pytest.fixture
+def prepared(retaining_spec: dict[str, Any], tmp_path: Path) -> Prepared:
+    return expertprune.validate(parse_spec(retaining_spec, "spec", tmp_path))
+
+
+def kept_of(expert: float, general: float | None = None) -> Kept:
+    corpora = dict.fromkeys(CORPORA[:3], 1.0) | {"domain/medical": expert}
+    return Kept(corpora if general is None else corpora | {"general/general": general})
+
+
+# --- what holds -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kept", "floor", "holds"),
+    [
+        ({"language/en": 0.99, "domain/law": 0.95, "general/g": 0.5}, {"expert": 0.95}, True),
+        ({"language/en": 0.99, "domain/law": 0.949, "general/g": 0.99}, {"expert": 0.95}, False),
+        ({"language/en": 0.5, "general/g": 0.9, "general/h": 0.8}, {"general": 0.8}, True),
+        ({"language/en": 0.5, "general/g": 0.9, "general/h": 0.79}, {"general": 0.8}, False),
+        ({"language/en": 0.9, "general/g": 0.79}, {"expert": 0.9, "general": 0.8}, False),
+        ({"language/en": 0.89, "general/g": 0.8}, {"expert": 0.9, "general": 0.8}, False),
+        ({"language/en": 0.9, "general/g": 0.8}, {"expert": 0.9, "general": 0.8}, True),
+        ({"language/en": 0.9}, {"general": 1.0}, True),  # there is no general corpus that could lose anything
+    ],
+)
+def test_the_worst_corpus_of_a_kind_decides(kept: dict[str, float], floor: dict[str, float], holds: bool) -> None:
+    assert Kept(kept).holds(Retention(**floor)) is holds
+
+
+@pytest.mark.parametrize(("allocation", "layers_at_once"), [("uniform", 3), ("global", 1)])
+def test_budgets_are_legal_steps_apart(prepared: Prepared, allocation: str, layers_at_once: int) -> None:
+    """Hidden 24, three layers: a step of four neurons of one is 4 · 3 · 24 parameters, and four of 32 stay at the floor."""
+    prepared.spec.compose.allocation = allocation  # type: ignore[assignment]
+    found = budgets_to_try(prepared)
+    assert len(found) == 7 * 3 / layers_at_once
+    total = prepared.base.checkpoint.parameters
+    for steps, budget in enumerate(found, start=1):
+        assert budget.parameters == pytest.approx(steps * layers_at_once * 4 * 3 * 24 / total)
+        assert budget.retention is None
+        assert budget.multiple_of == 4
+
+
+# --- bisection ------------------------------------------------------------------------------------------------------
+
+
+@given(
+    losses=st.lists(st.floats(0, 0.2), min_size=7, max_size=7),
+    reachable=st.integers(1, 7),
+    expert=st.floats(0.3, 1),
+)
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_bisection_finds_what_trying_every_budget_finds(
+    prepared: Prepared, losses: list[float], reachable: int, expert: float
+) -> None:
+    """A larger cut keeps less; beyond `reachable`, the floor of widths refuses the budget."""
+    keeps = [1 - sum(losses[: number + 1]) for number in range(7)]
+    budgets = budgets_to_try(prepared)
+    tried: list[int] = []
+
+    def fake(_: Prepared, budget: Any, run: bool) -> tuple[Plan, Kept]:
+        number = budgets.index(budget)
+        tried.append(number)
+        if number >= reachable:
+            raise PlanError("more than the floor allows")
+        plan = Plan(str(number), {}, {}, {}, [], [], {"ffn": {"requested": 0}}, {"before": 0, "after": 0})
+        return plan, kept_of(keeps[number])
+
+    prepared.spec.budget.retention = Retention(expert=expert)
+    holding = [number for number in range(reachable) if keeps[number] >= expert]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(retaining, "_try", fake)
+        if not holding:
+            with pytest.raises(PlanError, match=r"budget\.retention: no cut keeps"):
+                decide_by_retention(prepared, silent)
+        else:
+            plan = decide_by_retention(prepared, silent)
+            assert plan.name == str(max(holding))
+            assert plan.budget["ffn"]["requested"] == {
+                "retention": {"expert": expert, "general": None},
+                "found": kept_of(keeps[max(holding)]).corpora,
+            }
+            assert plan.spec == prepared.spec.document()
+    assert len(tried) == len(set(tried)) <= 4
+
+
+def fake_measure(monkeypatch: pytest.MonkeyPatch, keeps: Any) -> list[int]:
+    """Retention as a function of an expert's parameters; the sizes that were measured."""
+    sizes: list[int] = []
+
+    def faked(_: Prepared, expert: Any) -> Kept:
+        sizes.append(sum(parameter.numel() for parameter in expert.parameters()))
+        return kept_of(keeps(sizes[-1]), 1.0)
+
+    monkeypatch.setattr(retaining, "measure", faked)
+    return sizes
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize("steps", [1, 3, 5])
+def test_the_expert_that_is_measured_is_the_one_that_is_planned(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, steps: int, allocation: str
+) -> None:
+    """As many parameters may go as so many steps of four neurons in each layer have, and not quite one group more.
+
+    A group of two heads of 4 has 16 rows of q and o and 8 of k and v: no step of the ranking is larger.
+    """
+    prepared.spec.compose.allocation = allocation  # type: ignore[assignment]
+    total = prepared.base.checkpoint.parameters
+    most, group = steps * 3 * 4 * 3 * 24, 24 * (16 + 8)
+    sizes = fake_measure(monkeypatch, lambda size: 0.95 if total - size < most + group else 0.8)
+    plan = plan_of(prepared, silent)
+    assert plan.parameters["after"] in sizes
+    assert most * (1 - 1e-6) <= total - plan.parameters["after"] < most + group
+    if allocation == "uniform":
+        assert [len(kept.ffn) for kept in plan.kept] == [32 - 4 * steps] * 3
+
+
+def test_a_floor_that_every_cut_holds_gives_the_largest(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_measure(monkeypatch, lambda size: 1.0)
+    plan = plan_of(prepared, silent)
+    assert [len(kept.ffn) for kept in plan.kept] == [4] * 3
+
+
+def test_a_floor_that_no_cut_holds_names_the_best_and_writes_nothing(
+    retaining_spec: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = fake_measure(monkeypatch, lambda size: 0.7 + 1e-6 * (size % 7))
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(retaining_spec))
+    for command, out in (("compose", "plan.json"), ("build", "expert")):
+        sizes.clear()
+        result = CliRunner().invoke(main, [command, str(path), "--out", str(tmp_path / out)])
+        assert result.exit_code == 2, result.output
+        assert len(sizes) == 1, "where the smallest cut fails, no larger one is tried"
+        best = 0.7 + 1e-6 * (sizes[0] % 7)
+        assert "budget.retention: no cut keeps expert 0.9; the smallest, 0.0" in result.stderr
+        assert f"keeps expert {best:.4f}" in result.stderr
+        assert not (tmp_path / out).exists()
+    assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith((".", "expert"))] == []
+
+
+def test_inspect_says_what_is_kept_of_the_text_that_was_held_back(
+    retaining_spec: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_measure(monkeypatch, lambda size: 0.9375)
+    path, plan = tmp_path / "tiny.yaml", tmp_path / "plan.json"
+    path.write_text(yaml.safe_dump(retaining_spec))
+    assert CliRunner().invoke(main, ["compose", str(path), "--out", str(plan)]).exit_code == 0
+    result = CliRunner().invoke(main, ["inspect", str(plan)])
+    assert result.exit_code == 0, result.output
+    assert "kept of held-back text" in result.output
+    for name in CORPORA:
+        assert f"{name} {0.9375 if name == 'domain/medical' else 1:.4f}" in " ".join(result.output.split())
+
+
+def test_no_width_to_try_is_said(retaining_spec: dict[str, Any], tmp_path: Path) -> None:
+    spec = parse_spec(retaining_spec, "spec", tmp_path, {"budget.multiple_of": 64})
+    with pytest.raises(PlanError, match=r"there is no smaller width to try; lower budget\.multiple_of"):
+        expertprune.compose(spec)
+
+
+def test_the_plan_of_a_floor_can_be_pruned(retaining_spec: dict[str, Any], tmp_path: Path) -> None:
+    """With the real measure: the floor is low, and the plan's file says it, so that pruning calibrates as composing did."""
+    spec = parse_spec(retaining_spec, "spec", tmp_path, {"budget.retention": {"expert": 0.01, "general": 0.01}})
+    plan = expertprune.compose(spec)
+    plan.save(tmp_path / "plan.json")
+    assert all(value >= 0.01 for value in plan.budget["ffn"]["requested"]["found"].values())
+    out = expertprune.prune(tmp_path / "plan.json", tmp_path / "expert")
+    assert load_expert(out)["parameters"] == plan.parameters
+
+
+# --- held-back documents --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("documents", "held"), [(2, 1), (9, 2), (20, 5), (24, 6), (32, 8), (64, 8), (79, 8), (120, 12)]
+)
+def test_a_tenth_is_held_back_or_eight_up_to_a_quarter_but_one_at_least(documents: int, held: int) -> None:
+    texts = tuple(Document(f"text {number}") for number in range(documents))
+    found = validation_documents(Corpus("language/en", texts, ()))
+    assert len(found) == held
+    assert set(found) < set(texts)
+    shuffled = validation_documents(Corpus("language/en", texts[::-1], ()))
+    assert set(shuffled) == set(found), "the order of the corpus does not matter"
+
+
+def test_documents_that_are_held_back_calibrate_nothing(
+    retaining_spec: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retaining_spec["compensation"] = "least_squares"
+    prepared = expertprune.validate(parse_spec(retaining_spec, "spec", tmp_path))
+    profiled: dict[str, list[Document]] = {}
+    repaired: list[tuple[int, ...]] = []
+    original, prune = profile_corpus, prune_base
+
+    def profiling(model: Any, base: Any, corpus: str, documents: list[Document], *rest: Any) -> Any:
+        profiled[corpus] = documents
+        return original(model, base, corpus, documents, *rest)
+
+    def pruning(plan: Plan, base: Any, folder: Path, repair_input: Any) -> None:
+        for batch in repair_input.batches:
+            repaired.extend(tuple(row[:n].tolist()) for row, n in zip(batch.ids, batch.lengths, strict=True))
+        prune(plan, base, folder, repair_input)
+
+    everywhere(monkeypatch, "expertprune.profiling.store.profile_corpus", profiling)
+    everywhere(monkeypatch, "expertprune.pruning.write.prune", pruning)
+    fake_measure(monkeypatch, lambda size: 1.0)
+    plan_of(prepared, silent)
+    held = {name: validation_documents(corpus) for name, corpus in prepared.corpora.items()}
+    every = {tuple(prepared.tokenizer(d.text)["input_ids"]) for documents in held.values() for d in documents}
+    assert len(every) >= 4
+    assert not every & set(repaired)
+    for name, corpus in prepared.corpora.items():
+        assert set(profiled[str(name)]) == set(corpus.calibration) - set(held[name])
+        assert set(profiled[str(name)])
+
+
+def test_the_measure_reads_what_was_held_back(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base against itself keeps everything of every corpus."""
+    asked: list[list[Document]] = []
+    original = score_documents
+
+    def scoring(base: Any, expert: Any, tokenizer: Any, documents: list[Document], *rest: Any) -> Any:
+        asked.append(list(documents))
+        return original(base, expert, tokenizer, documents, *rest)
+
+    everywhere(monkeypatch, "expertprune.evaluation.documents.score_documents", scoring)
+    kept = measure(prepared, prepared.model)
+    assert dict(kept.corpora) == dict.fromkeys(CORPORA, 1.0)
+    assert asked == [validation_documents(corpus) for corpus in prepared.corpora.values()]
+
+
+def test_a_corpus_of_one_document_has_none_to_hold_back(retaining_spec: dict[str, Any], tmp_path: Path) -> None:
+    path = Path(retaining_spec["corpora"]["sources"]["medical"]["path"])
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+    with pytest.raises(SpecError) as error:
+        expertprune.validate(parse_spec(retaining_spec, "spec", tmp_path))
+    assert error.value.problems == [
+        "corpus domain/medical: budget.retention holds documents back, and there is only one"
+    ]

@@ -1,0 +1,484 @@
+"""Suites on a tiny expert: what is measured, stored, refused and left as it was."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner, Result
+
+import expertprune
+from expertprune.cli import main
+from expertprune.corpora.documents import Question
+from expertprune.errors import SpecError
+from expertprune.evaluation.harness import models, tasks
+from expertprune.evaluation.questions import answer_questions
+from expertprune.evaluation.suites import load_suite
+from expertprune.models.loading import load_model, load_tokenizer
+from expertprune.spec.reading import parse_spec
+from expertprune.stages import suites as measuring
+from tests.patching import everywhere
+from tests.tiny import WORDS
+from tests.vocabularies import save_worded, worded_spec
+
+pytest.importorskip("lm_eval")
+
+CHOICE = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
+doc_to_choice: choices
+doc_to_target: answer
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
+"""
+GENERATE = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: right
+generation_kwargs: {{until: ["."], do_sample: false, max_gen_toks: 3}}
+filter_list: [{{name: first-word, filter: [{{function: regex, regex_pattern: "(\\\\S+)"}}, {{function: take_first}}]}}]
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+def some_questions(count: int = 24) -> list[Question]:
+    generator = np.random.default_rng(5)
+    found = []
+    for _ in range(count):
+        texts = [" ".join(generator.choice(WORDS, generator.integers(1, 5))) for _ in range(5)]
+        found.append(Question(texts[0], tuple(texts[1:]), int(generator.integers(4))))
+    return found
+
+
+class Workplace:
+    """A tiny expert, and suites to measure it with."""
+
+    def __init__(self, folder: Path, spec: dict[str, Any], store: Path) -> None:
+        self.folder, self.store = folder, store
+        (folder / "spec.yaml").write_text(yaml.safe_dump(spec))
+        self.expert = folder / "expert"
+        expertprune.build(folder / "spec.yaml", self.expert, {"evaluate.enabled": False}, store=store)
+        rows = [{"question": q.question, "choices": q.choices, "answer": q.answer} for q in some_questions()]
+        self.data("questions.jsonl", rows)
+        self.text("tasks/choose.yaml", CHOICE.format(name="choose", data="../questions.jsonl"))
+
+    def data(self, name: str, rows: list[dict[str, Any]]) -> None:
+        self.text(name, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def text(self, name: str, content: str) -> Path:
+        path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+        return path
+
+    def suite(self, name: str = "mine", **keys: Any) -> Path:
+        return self.text(f"{name}.yaml", yaml.safe_dump({"name": name, **keys}))
+
+    def run(self, *args: Any, code: int = 0) -> Result:
+        result = CliRunner().invoke(main, ["evaluate", *map(str, (self.expert, "--store", self.store, *args))])
+        assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
+        assert "Traceback" not in result.output
+        return result
+
+    def refused(self, *args: Any) -> str:
+        """The message of a command that fails and leaves the folder as it was."""
+        before = {path: path.read_bytes() for path in self.expert.iterdir()}
+        message = self.run(*args, code=2).stderr
+        assert {path: path.read_bytes() for path in self.expert.iterdir()} == before
+        return message
+
+    def evaluation(self) -> dict[str, Any]:
+        about = json.loads((self.expert / "expertprune.json").read_text())
+        assert isinstance(about["evaluation"], dict)
+        return about["evaluation"]
+
+    def models(self) -> tuple[Any, Any]:
+        base = json.loads((self.expert / "expertprune.json").read_text())["base"]["path"]
+        base_model, expert = (load_model(Path(folder), torch.float32) for folder in (base, self.expert))
+        return base_model, expert
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, spec_data: dict[str, Any], store: Path, restored: None) -> Workplace:
+    return Workplace(tmp_path, spec_data, store)
+
+
+@pytest.fixture
+def restored() -> Iterator[None]:
+    """A command in the main thread changes how the process is terminated."""
+    import signal
+
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+def test_a_task_with_choices_is_scored_as_our_own_questions_are(workplace: Workplace) -> None:
+    """The words are ASCII, so likelihood per character (theirs) and per byte (ours) rank alike."""
+    suite = workplace.suite(measures="task/qa", tasks=[{"file": "tasks/choose.yaml"}])
+    shown = json.loads(workplace.run("--suite", suite, "--json").stdout)
+    assert shown == workplace.evaluation()
+    tokenizer = load_tokenizer(workplace.expert)
+    base, expert = (answer_questions(model, tokenizer, some_questions()) for model in workplace.models())
+    entry = shown["tasks"]["choose"]
+    assert base.tolist() != expert.tolist()
+    assert (entry["base"], entry["expert"]) == pytest.approx((base.mean(), expert.mean()))
+    assert entry["retention"] == (
+        pytest.approx((expert.mean() - 0.25) / (base.mean() - 0.25)) if base.mean() > 0.25 else None
+    )
+    assert entry["gained"] == sum(b < e for b, e in zip(base, expert, strict=True))
+    assert entry["lost"] == sum(b > e for b, e in zip(base, expert, strict=True))
+    assert {key: entry[key] for key in ("suite", "group", "backend", "examples", "metric", "chance")} == {
+        "suite": "mine", "group": "expert", "backend": "hf", "examples": 24, "metric": "acc_norm", "chance": 0.25
+    }  # fmt: skip
+    assert list(shown["summary"]) == ["expert"]
+    assert shown["settings"]["suites"] == {"mine": load_suite(suite).digest}
+
+
+def test_generated_answers_are_extracted_matched_and_compared_with_the_bases(workplace: Workplace) -> None:
+    base, expert = workplace.models()
+    tokenizer = load_tokenizer(workplace.expert)
+
+    def answer(model: Any, prompt: str) -> str:
+        """The first word of three greedy tokens, one forward pass for each."""
+        ids = tokenizer(prompt)["input_ids"]
+        start = len(ids)
+        for _ in range(3):
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] == tokenizer.eos_token_id:
+                break
+        words = tokenizer.decode(ids[start:], skip_special_tokens=True).split()
+        return words[0] if words else "[invalid]"
+
+    prompts = [question.question for question in some_questions(12)]
+    mine, theirs = ([answer(model, prompt) for prompt in prompts] for model in (base, expert))
+    right = [*mine[:6], *theirs[6:]]  # so that both have some right
+    rows = [{"question": q, "right": r} for q, r in zip(prompts, right, strict=True)]
+    workplace.data("generate.jsonl", rows)
+    workplace.text("tasks/say.yaml", GENERATE.format(name="say", data="../generate.jsonl"))
+    suite = workplace.suite(group="general", generation=[{"file": "tasks/say.yaml"}])
+    workplace.run("--suite", suite)
+    entry = workplace.evaluation()["generation"]["say"]
+    hits = [[a == r for a, r in zip(answers, right, strict=True)] for answers in (mine, theirs)]
+    assert (entry["base"], entry["expert"]) == (sum(hits[0]) / 12, sum(hits[1]) / 12)
+    assert entry["agreement"] == pytest.approx(sum(a == b for a, b in zip(mine, theirs, strict=True)) / 12)
+    assert (entry["chance"], entry["metric"], entry["group"]) == (None, "exact_match", "general")
+    assert entry["retention"] == pytest.approx(sum(hits[1]) / sum(hits[0]))
+
+
+def test_perplexity_and_alignment_of_the_named_corpora(workplace: Workplace) -> None:
+    suite = workplace.suite(perplexity={"corpora": ["medical", "general"]}, alignment=True)
+    workplace.run("--suite", suite)
+    found = workplace.evaluation()
+    assert list(found["corpora"]) == ["domain/medical", "general/general"]
+    again = expertprune.evaluate(workplace.expert, ["medical", "general"], store=workplace.store).document()
+    for name, entry in found["corpora"].items():
+        assert list(entry["metrics"]) == ["bits_per_byte", "kl"]
+        assert entry["metrics"]["kl"] == pytest.approx(again["corpora"][name]["metrics"]["kl"])
+    assert list(found["alignment"]) == ["domain medical", "general general"]
+    assert all(len(entry["layers"]) == 3 and 0 < entry["cosine"] < 1 for entry in found["alignment"].values())
+    for group, name in (("expert", "domain/medical"), ("general", "general/general")):
+        numbers = found["summary"][group]
+        bits = found["corpora"][name]["metrics"]["bits_per_byte"]
+        assert numbers["metrics"] == [f"{name} bits_per_byte"]
+        assert [numbers[key] for key in ("retention", "low", "high")] == pytest.approx(
+            [bits[key] for key in ("retention", "low", "high")]
+        )
+
+
+def test_a_corpus_that_the_spec_does_not_name_counts_as_general(workplace: Workplace) -> None:
+    suite = workplace.suite(perplexity={"corpora": ["domain/legal"]})
+    workplace.run("--suite", suite)
+    assert list(workplace.evaluation()["corpora"]) == ["general/domain/legal"]
+    assert list(workplace.evaluation()["summary"]) == ["general"]
+
+
+def test_tasks_alone_leave_what_was_said_of_corpora_and_appear_in_table_and_card(workplace: Workplace) -> None:
+    before = expertprune.evaluate(workplace.expert, store=workplace.store).document()
+    suite = workplace.suite(group="general", tasks=[{"file": "tasks/choose.yaml", "chance": 0}])
+    table = workplace.run("--suite", suite).stdout
+    after = workplace.evaluation()
+    assert after["corpora"] == json.loads(json.dumps(before["corpora"]))
+    assert after["settings"]["documents"] == before["settings"]["documents"]
+    entry = after["tasks"]["choose"]
+    row = f"acc_norm (24 examples, +{entry['gained']} −{entry['lost']})"
+    assert row in table
+    assert f"| choose | {row} | {entry['base']:.4f} | {entry['expert']:.4f} | {entry['retention']:.4f} |" in (
+        workplace.expert / "README.md"
+    ).read_text(encoding="utf-8")
+
+
+def test_an_expert_with_a_vocabulary_of_its_own_is_compared_by_the_byte(tmp_path: Path, store: Path) -> None:
+    base = save_worded(tmp_path / "base")
+    folder = expertprune.build(parse_spec(worded_spec(base, tmp_path / "spec", {"vocabulary": 384}), "spec", tmp_path),
+                               tmp_path / "expert")  # fmt: skip
+    suite = tmp_path / "mine.yaml"
+    suite.write_text(yaml.safe_dump({"name": "mine", "perplexity": {"corpora": ["language/de"]}, "alignment": True}))
+    before = json.loads((folder / "expertprune.json").read_text())["evaluation"]["corpora"]["language/de"]["metrics"]
+    found = expertprune.evaluate_suites(folder, [str(suite)]).document()
+    assert list(found["corpora"]["language/de"]["metrics"]) == ["bits_per_byte"]
+    numbers = found["corpora"]["language/de"]["metrics"]["bits_per_byte"]
+    assert numbers == pytest.approx(before["bits_per_byte"])
+    assert [found["summary"]["expert"][key] for key in ("retention", "low", "high")] == pytest.approx(
+        [numbers[key] for key in ("retention", "low", "high")]
+    )
+    assert "alignment" not in found  # other tokens have other states
+
+
+# --- the base is asked once -------------------------------------------------------------------------------------------
+
+
+def test_the_bases_answers_are_stored_and_used_until_something_changes(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path] = []
+    load = measuring.load_model
+    monkeypatch.setattr(
+        measuring, "load_model", lambda folder, *a, **k: (asked.append(folder), load(folder, *a, **k))[1]
+    )
+    suite = workplace.suite(tasks=[{"file": "tasks/choose.yaml"}])
+
+    def models_asked(*args: Any) -> int:
+        asked.clear()
+        workplace.run("--suite", suite, *args)
+        assert asked[-1] == workplace.expert
+        return len(asked)
+
+    assert models_asked() == 2
+    first = workplace.evaluation()
+    assert models_asked() == 1
+    assert workplace.evaluation() == first
+    assert models_asked("--limit", "10") == 2
+    workplace.suite(tasks=[{"file": "tasks/choose.yaml", "metric": "acc"}])
+    assert models_asked() == 2
+    monkeypatch.setattr(measuring, "versions", lambda: {"torch": "another"})
+    assert models_asked() == 2
+    assert models_asked() == 1
+    for stored in (workplace.store / "evaluations").iterdir():
+        stored.write_text("{")
+    assert models_asked() == 2
+
+
+def test_with_vllm_each_model_has_a_server_of_its_own_in_turn(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for the server, behind which the running model answers."""
+    pytest.importorskip("tenacity")
+    running: list[str] = []
+    served: list[tuple[str, str, list[str]]] = []
+
+    class Server:
+        def __init__(self, folder: Path, *, model_name: str, arguments: list[str]) -> None:
+            self.url = f"http://{model_name}"
+            served.append((str(folder), model_name, arguments))
+
+        def __enter__(self) -> Server:
+            assert running == []
+            running.append(self.url)
+            return self
+
+        def __exit__(self, *_: Any) -> None:
+            running.remove(self.url)
+
+    def answer(folder: Path, url: str, name: str, tokenizer: Any) -> Any:
+        assert running == [url]
+        return models.running_model(load_model(folder, torch.float32), tokenizer)
+
+    monkeypatch.setattr("expertprune.serving.server.Server", Server)
+    monkeypatch.setattr(models, "served_model", answer)
+    suite = workplace.suite(tasks=[{"file": "tasks/choose.yaml"}])
+    workplace.run("--suite", suite)
+    expected = workplace.evaluation()["tasks"]["choose"]
+    workplace.run("--suite", suite, "--backend", "vllm")
+    assert workplace.evaluation()["tasks"]["choose"] == {**expected, "backend": "vllm"}
+    base = json.loads((workplace.expert / "expertprune.json").read_text())["base"]["path"]
+    assert served == [
+        (base, "base", ["--dtype=float32"]), (str(workplace.expert), "expert", ["--dtype=float32"])
+    ]  # fmt: skip
+    assert running == []
+
+
+# --- floors -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_floor_that_is_not_held_is_named_and_exits_with_1(workplace: Workplace) -> None:
+    suite = workplace.suite(perplexity={"corpora": ["medical", "general"]})
+    held = workplace.run("--suite", suite, "--fail-under", "expert=0.01,general=0.01")
+    assert "below the floor" not in held.output
+    broken = workplace.run("--suite", suite, "--fail-under", "expert=0.01,general=5", code=1)
+    kept = workplace.evaluation()["summary"]["general"]["retention"]
+    assert f"below the floor: general: retention {kept:.4f} is below 5" in broken.stderr
+    assert "expert: retention" not in broken.stderr
+    assert "What the expert kept" in broken.stdout
+
+
+@pytest.mark.parametrize("text", ["expert", "expert=x", "exprt=0.9", "expert=0", "expert=nan"])
+def test_floors_that_make_no_sense(workplace: Workplace, text: str) -> None:
+    assert "--fail-under" in workplace.refused("--suite", "general", "--fail-under", text)
+
+
+def test_options_that_do_not_go_together(workplace: Workplace) -> None:
+    assert "go with --suite or --task" in workplace.refused("--fail-under", "expert=1")
+    assert "--corpus goes without --suite" in workplace.refused("--suite", "general", "--corpus", "medical")
+
+
+# --- bad input: nothing is loaded, nothing is written -----------------------------------------------------------------
+
+
+@pytest.fixture
+def refusing(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> Workplace:
+    def unexpected(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    everywhere(monkeypatch, "expertprune.models.loading.load_model", unexpected)
+    return workplace
+
+
+def test_unknown_suites_are_answered_with_the_nearest(refusing: Workplace) -> None:
+    message = refusing.refused("--suite", "medcal", "--suite", "nowhere.yaml")
+    assert "unknown suite 'medcal'; did you mean 'medical'?" in message
+    assert "nowhere.yaml: no such file" in message
+
+
+def test_an_unknown_task_is_answered_with_the_nearest(refusing: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Manager:
+        all_tasks = ("hellaswag", "boolq")
+        task_index: ClassVar[dict[str, Any]] = {}
+
+    monkeypatch.setattr(tasks, "_manager", lambda everything: Manager)
+    assert "unknown task 'helaswag'; did you mean 'hellaswag'?" in refusing.refused("--task", "helaswag")
+
+
+@pytest.mark.parametrize(("missing", "backend"), [("lm_eval", "hf"), ("lm_eval", "vllm"), ("tenacity", "vllm")])
+def test_tasks_without_the_harness_name_the_extra(
+    refusing: Workplace, monkeypatch: pytest.MonkeyPatch, missing: str, backend: str
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    suite = refusing.suite(tasks=[{"file": "tasks/choose.yaml"}])
+    message = refusing.refused("--suite", suite, "--backend", backend)
+    assert f"{missing} is not installed: pip install 'expertprune[eval]'" in message
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("", "questions.jsonl: holds no example"),
+        (None, "questions.jsonl: no such file"),
+        ("[1, 2", "task choose: its data cannot be loaded"),
+    ],
+)
+def test_a_task_without_examples_or_data(refusing: Workplace, data: str | None, message: str) -> None:
+    (refusing.folder / "questions.jsonl").unlink() if data is None else refusing.text("questions.jsonl", data)
+    suite = refusing.suite(tasks=[{"file": "tasks/choose.yaml"}])
+    assert message in refusing.refused("--suite", suite)
+
+
+@pytest.mark.parametrize(
+    ("entry", "section", "message"),
+    [
+        ({"metric": "acc_nrm"}, "tasks", "task choose: it has no metric 'acc_nrm'; did you mean 'acc_norm'?"),
+        ({"filter": "x"}, "tasks", "task choose: it has no filter 'x'; valid: none"),
+        ({}, "generation", "task choose: its output is multiple_choice: put it under 'tasks', not under 'generation'"),
+    ],
+)
+def test_entries_that_do_not_fit_their_task(
+    refusing: Workplace, entry: dict[str, Any], section: str, message: str
+) -> None:
+    suite = refusing.suite(**{section: [{"file": "tasks/choose.yaml", **entry}]})
+    assert message in refusing.refused("--suite", suite)
+
+
+def test_a_group_that_has_a_floor_must_be_measured(refusing: Workplace) -> None:
+    suite = refusing.suite(group="general", tasks=[{"file": "tasks/choose.yaml"}])
+    message = refusing.refused("--suite", suite, "--fail-under", "expert=0.9")
+    assert "nothing that is measured counts as expert" in message
+
+
+def test_a_corpus_that_is_nowhere(refusing: Workplace) -> None:
+    suite = refusing.suite(perplexity={"corpora": ["domain/medcal"]})
+    assert "perplexity.corpora: general: no corpus for 'domain/medcal'" in refusing.refused("--suite", suite)
+
+
+def test_a_base_that_is_gone(refusing: Workplace) -> None:
+    about = json.loads((refusing.expert / "expertprune.json").read_text())
+    about["spec"]["base"]["model"] = "/nowhere/at/all"
+    (refusing.expert / "expertprune.json").write_text(json.dumps(about))
+    suite = refusing.suite(tasks=[{"file": "tasks/choose.yaml"}])
+    assert "say where it is with --base" in refusing.refused("--suite", suite)
+
+
+def calibration_text(workplace: Workplace) -> str:
+    """The longest document of a corpus."""
+    lines = (workplace.folder / "medical.jsonl").read_text().splitlines()
+    return max((str(json.loads(line)["text"]) for line in lines), key=len)
+
+
+@pytest.mark.parametrize("place", ["question", "passage"])
+def test_an_example_whose_text_calibrated_the_expert_is_refused(refusing: Workplace, place: str) -> None:
+    """As the prompt, or in a field of the example that its prompt does not show."""
+    rows = [
+        {"question": q.question, "passage": "", "choices": q.choices, "answer": q.answer} for q in some_questions(4)
+    ]
+    text = calibration_text(refusing)
+    assert len(text) >= 60
+    rows[2][place] = text
+    refusing.data("questions.jsonl", rows)
+    plain = CHOICE.format(name="choose", data="../questions.jsonl").replace("Question: ", "").replace("\\nAnswer:", "")
+    refusing.text("tasks/choose.yaml", plain)
+    suite = refusing.suite(tasks=[{"file": "tasks/choose.yaml"}])
+    message = refusing.refused("--suite", suite)
+    assert "task choose: 1 of 4 examples also calibrate the expert (the first: " in message
+
+
+def test_an_evaluation_document_that_calibrated_the_expert_is_refused(refusing: Workplace) -> None:
+    evaluation = refusing.folder / "medical.evaluation.jsonl"
+    evaluation.write_text(json.dumps({"text": calibration_text(refusing)}) + "\n" + evaluation.read_text())
+    suite = refusing.suite(perplexity={})
+    assert "corpus domain/medical: 1 of 5 evaluation documents also calibrate" in refusing.refused("--suite", suite)
+
+
+def test_a_base_at_chance_has_no_retention_and_the_table_says_why(workplace: Workplace) -> None:
+    suite = workplace.suite(tasks=[{"file": "tasks/choose.yaml", "chance": 0.99}])
+    table = workplace.run("--suite", suite).stdout
+    found = workplace.evaluation()
+    entry = found["tasks"]["choose"]
+    assert (entry["retention"], entry["low"], entry["high"]) == (None, None, None)
+    assert (
+        entry["note"] == f"the base ({entry['base']:.4f}) is no better than chance (0.9900), so retention is undefined"
+    )
+    assert found["summary"]["general"]["undefined"] == ["choose"]
+    assert "undefined" in table
+    assert "nan" not in table.lower()
+    assert entry["note"] in (workplace.expert / "README.md").read_text()
+    message = workplace.run("--suite", suite, "--fail-under", "general=0.5", code=1).stderr
+    assert "below the floor: general: retention is undefined, and 0.5 is asked for" in message
+
+
+def test_two_suites_with_the_same_task(refusing: Workplace) -> None:
+    suites = [refusing.suite(name, tasks=[{"file": "tasks/choose.yaml"}]) for name in ("one", "two")]
+    message = refusing.refused("--suite", suites[0], "--suite", suites[1])
+    assert "suite two: task 'choose' is in suite one already" in message
+
+
+def test_a_python_user_gets_the_same_error(workplace: Workplace) -> None:
+    with pytest.raises(SpecError, match="unknown suite 'x'"):
+        expertprune.evaluate_suites(workplace.expert, ["x"], store=workplace.store)

@@ -1,0 +1,512 @@
+"""Sweeps of a tiny model: the numbers of `build`, pooled summaries, interruptions, refusals, the picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import tempfile
+import xml.etree.ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+from PIL import Image
+
+import expertprune
+from expertprune.artifacts.evaluation import Evaluation
+from expertprune.cli import main
+from expertprune.errors import SpecError
+from expertprune.evaluation import measure, questions
+from expertprune.models import loading
+from expertprune.progress import silent
+from expertprune.pruning import write
+from expertprune.reporting.pictures import retention_curve
+from expertprune.spec.reading import parse_spec
+from expertprune.stages import sweep as sweeping
+from tests.patching import everywhere
+from tests.tiny import write_corpus
+
+BUDGETS = "0.5,0.25"  # not ascending
+# The tiny model's parameters, and what goes with half and a quarter of 32 neurons: three vectors of 24 in three layers.
+BEFORE = 2 * 64 * 24 + 24 + 3 * (2 * 24 * 24 + 2 * 12 * 24 + 3 * 32 * 24 + 2 * 24)
+AFTER = {0.5: BEFORE - 3 * 16 * 3 * 24, 0.25: BEFORE - 3 * 8 * 3 * 24}
+DIMENSIONS = ["language/en", "domain/medical", "task/qa"]
+
+
+@pytest.fixture(autouse=True)
+def restored_signals() -> Iterator[None]:
+    """A command in the main thread changes how the process is terminated."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def spec_file(tmp_path: Path, spec_data: dict[str, Any]) -> Path:
+    """With questions for one corpus."""
+    rows = [{"question": f"the {a} {b}", "choices": [a, b], "answer": i % 2} for i, (a, b) in enumerate(PAIRS)]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec_data["corpora"]["sources"]["qa"]["questions"] = str(tmp_path / "questions.jsonl")
+    return write_spec(tmp_path, spec_data)
+
+
+PAIRS = [("heart", "law"), ("judge", "blood"), ("sum", "we"), ("numbers", "der"), ("Arzt", "is"), ("und", "a")]
+
+
+def write_spec(folder: Path, data: dict[str, Any]) -> Path:
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(data))
+    return folder / "tiny.yaml"
+
+
+def run(*args: Any, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, ["sweep", *map(str, args)])
+    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
+    assert "Traceback" not in result.output
+    return result
+
+
+def run_json(*args: Any) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(run(*args, "--json").stdout)
+    return data
+
+
+def build(spec: Path, out: Path, *args: Any) -> dict[str, Any]:
+    result = CliRunner().invoke(main, ["build", *map(str, (spec, "--out", out, "--json", *args))])
+    assert result.exit_code == 0, result.output
+    data: dict[str, Any] = json.loads(result.stdout)
+    return data
+
+
+class Count:
+    """How often the costly functions ran."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.loaded: list[str] = []
+        self.pruned = self.asked = 0
+        prune, load, ask = write.prune, loading.load_model, questions.answer_questions
+
+        def pruning(*args: Any) -> None:
+            prune(*args)
+            self.pruned += 1
+
+        def noted(folder: Path, *args: Any, **kwargs: Any) -> Any:
+            self.loaded.append(folder.name)
+            return load(folder, *args, **kwargs)
+
+        def asking(*args: Any) -> Any:
+            self.asked += 1
+            return ask(*args)
+
+        everywhere(monkeypatch, "expertprune.pruning.write.prune", pruning)
+        everywhere(monkeypatch, "expertprune.models.loading.load_model", noted)
+        everywhere(monkeypatch, "expertprune.evaluation.questions.answer_questions", asking)
+
+
+@pytest.fixture
+def count(monkeypatch: pytest.MonkeyPatch) -> Count:
+    return Count(monkeypatch)
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where temporary folders are made."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+# --- the numbers ----------------------------------------------------------------------------------------------------
+
+
+def pool(built: dict[str, Any], corpora: list[str]) -> dict[str, float]:
+    """Retention over the documents of several corpora, written out from what `build` says of each document."""
+    documents = [d for name in corpora for d in built["evaluation"]["corpora"][name]["per_document"]]
+    assert len({d["digest"] for d in documents}) == len(documents) == 4 * len(corpora)
+    base = [d["base_bits"] for d in documents]
+    expert = [d["expert_bits"] for d in documents]
+    ratios = []
+    for drawn in np.random.default_rng(0).integers(0, len(documents), size=(2000, len(documents))):
+        ratios.append(math.fsum(base[i] for i in drawn) / math.fsum(expert[i] for i in drawn))
+    ratios.sort()
+
+    def quantile(q: float) -> float:
+        """Between the two values around it, as in the definition."""
+        place = q * (len(ratios) - 1)
+        below = math.floor(place)
+        return ratios[below] + (place - below) * (ratios[below + 1] - ratios[below])
+
+    size = sum(d["bytes"] for d in documents)
+    return {
+        "documents": len(documents),
+        "base": math.fsum(base) / size,
+        "expert": math.fsum(expert) / size,
+        "retention": math.fsum(base) / math.fsum(expert),
+        "low": quantile(0.025),
+        "high": quantile(0.975),
+    }
+
+
+def test_each_point_is_what_build_gives_under_the_same_budget(
+    tmp_path: Path, spec_file: Path, count: Count, temporary: Path
+) -> None:
+    data = run_json(spec_file, "--budgets", BUDGETS)
+    assert [point["budget"] for point in data["points"]] == [0.5, 0.25]
+    base_name = Path(yaml.safe_load(spec_file.read_text())["base"]).name
+    assert count.loaded == [base_name, "expert", "expert"], "the base is loaded once"
+    assert count.asked == 3, "the base is asked once"
+    assert list(temporary.iterdir()) == []
+    for point in data["points"]:
+        value = point["budget"]
+        built = build(spec_file, tmp_path / f"built-{value}", "--set", f"budget.ffn={value}")
+        assert point["parameters"] == built["parameters"] == {"before": BEFORE, "after": AFTER[value]}
+        assert point["fraction"] == AFTER[value] / BEFORE
+        assert point["bytes"] == built["bytes"]
+        for name, result in built["evaluation"]["corpora"].items():
+            assert point["corpora"][name]["metrics"] == result["metrics"]
+            assert point["corpora"][name]["documents"] == 4
+        assert point["corpora"]["task/qa"]["questions"] == 6
+        assert point["expert"] == pytest.approx(pool(built, DIMENSIONS), rel=1e-12)
+        assert point["general"] == pytest.approx(pool(built, ["general/general"]), rel=1e-12)
+    assert data["base"]["parameters"] == BEFORE
+    half, quarter = (point["expert"] for point in data["points"])
+    assert half["base"] == quarter["base"]
+    assert half["expert"] != quarter["expert"]
+
+
+def test_a_document_of_two_corpora_counts_once() -> None:
+    first = {"digest": "a", "bytes": 10, "base_bits": 8.0, "expert_bits": 16.0}
+    second = {"digest": "b", "bytes": 30, "base_bits": 24.0, "expert_bits": 24.0}
+    corpora = {"domain/x": {"per_document": [first]}, "task/y": {"per_document": [first, second]}, "general/z": {}}
+    result = sweeping.pooled(Evaluation(corpora, {}), general=False)
+    assert result is not None
+    # (8 + 24) / (16 + 24); of two documents, either alone or both are drawn: 8/16, 24/24 are the ends.
+    assert result == {"documents": 2, "base": 0.8, "expert": 1.0, "retention": 0.8, "low": 0.5, "high": 1.0}
+    assert sweeping.pooled(Evaluation(corpora, {}), general=True) is None
+
+
+@pytest.mark.parametrize(
+    ("budget", "same"),
+    [
+        ({"ffn": 0.1, "kv_groups": 0.1}, ["budget.ffn=0.34", "budget.kv_groups=0.34"]),
+        ({"ffn": 0, "query_heads": 0.1}, ["budget.query_heads=0.34"]),
+        ({"parameters": 0.01, "kv_groups": 1}, ["budget.parameters=0.34"]),
+        ({"max_parameters": 1000}, ["budget.max_parameters=null", "budget.parameters=0.34"]),
+    ],
+    ids=["two structures", "the structure with an amount", "parameters beside KV groups", "max_parameters"],
+)
+def test_the_value_replaces_what_the_spec_removes(
+    tmp_path: Path, spec_data: dict[str, Any], tiny_llama: Path, budget: dict[str, Any], same: list[str]
+) -> None:
+    spec_data["budget"] = {**budget, "multiple_of": 4}
+    spec_data["evaluate"] = {"corpora": ["medical"], "documents": 2, "metrics": ["bits_per_byte"]}
+    spec = write_spec(tmp_path, spec_data)
+    (point,) = expertprune.sweep(spec, [0.34]).points
+    built = build(spec, tmp_path / "built", *(part for setting in same for part in ("--set", setting)))
+    assert point.parameters == built["parameters"]
+    assert point.parameters["after"] < BEFORE
+    assert point.corpora["domain/medical"]["metrics"] == built["evaluation"]["corpora"]["domain/medical"]["metrics"]
+    assert point.general is None
+
+
+def test_kept_experts_are_those_that_build_makes(tmp_path: Path, spec_file: Path, temporary: Path) -> None:
+    data = run_json(spec_file, "--budgets", BUDGETS, "--out", tmp_path / "sweep", "--keep-experts")
+    names = {"sweep.json", "tiny-0.5", "tiny-0.25"}
+    assert {path.name for path in (tmp_path / "sweep").iterdir()} == names
+    build(spec_file, tmp_path / "built")
+    for path in (tmp_path / "built").iterdir():
+        assert (tmp_path / "sweep" / "tiny-0.25" / path.name).read_bytes() == path.read_bytes()
+    saved = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert saved == {**data, "earlier": []}
+    assert list(temporary.iterdir()) == []
+
+
+# --- the table and the JSON -----------------------------------------------------------------------------------------
+
+
+def test_the_table_says_what_the_json_says(tmp_path: Path, spec_file: Path, count: Count) -> None:
+    data = run_json(spec_file, "--budgets", BUDGETS, "--out", tmp_path / "sweep")
+    assert count.pruned == 2
+    text = run(spec_file, "--budgets", BUDGETS, "--out", tmp_path / "sweep").stdout
+    assert count.pruned == 2
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
+    assert "task/qa" in text
+    expected = []
+    for point in data["points"]:
+        intervals = [
+            f"{numbers['retention']:.4f} ({numbers['low']:.4f} to {numbers['high']:.4f})"
+            for numbers in (point["expert"], point["general"])
+        ]
+        after = point["parameters"]["after"]
+        size = [f"{after:,}", f"{100 * after / BEFORE:.1f}%", f"{point['bytes'] / 1e6:.1f}"]
+        accuracy = point["corpora"]["task/qa"]["metrics"]["questions"]["expert"]
+        expected.append([str(point["budget"]), *size, *intervals, f"{accuracy:.4f}"])
+    assert rows == expected
+    base = data["points"][0]["corpora"]["task/qa"]["metrics"]["questions"]["base"]
+    assert f"(base {base:.4f})" in text
+
+
+def test_progress_names_the_budget(spec_file: Path) -> None:
+    stages: list[str] = []
+
+    def track(stage: str, steps: int) -> Any:
+        stages.append(stage)
+        return silent(stage, steps)
+
+    expertprune.sweep(spec_file, [0.5, 0.25], track=track)
+    assert [stage for stage in stages if not stage.startswith("profile ")] == [
+        "1 of 2, budget 0.5: prune and repair",
+        "1 of 2, budget 0.5: evaluate",
+        "2 of 2, budget 0.25: prune and repair",
+        "2 of 2, budget 0.25: evaluate",
+    ]
+
+
+# --- going on -------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_finished_is_not_computed_again(tmp_path: Path, spec_file: Path, count: Count) -> None:
+    out = tmp_path / "sweep"
+    first = run_json(spec_file, "--budgets", "0.5,0.25", "--out", out)
+    assert count.pruned == 2
+    count.loaded.clear()
+    again = run_json(spec_file, "--budgets", "0.25", "--out", out)
+    assert again["points"] == [first["points"][1]]
+    assert (count.pruned, count.loaded) == (2, []), "no model is loaded for what is known"
+    wider = run_json(spec_file, "--budgets", "0.75,0.5,0.25", "--out", out)
+    assert count.pruned == 3
+    assert wider["points"][1:] == first["points"]
+
+
+@pytest.mark.parametrize("change", ["an evaluation document", "evaluate.documents", "the repair", "a calibration text"])
+def test_a_change_that_the_numbers_depend_on_is_computed_again(
+    tmp_path: Path, spec_file: Path, spec_data: dict[str, Any], count: Count, change: str
+) -> None:
+    out, settings = tmp_path / "sweep", []
+    before = run_json(spec_file, "--budgets", "0.5", "--out", out)
+    source = spec_data["corpora"]["sources"]["medical"]
+    if change == "an evaluation document":
+        write_corpus(Path(source["evaluation"]), sentences=4, seed=77)
+    elif change == "a calibration text":
+        write_corpus(Path(source["path"]), seed=78)
+    else:
+        settings = ["--set", "evaluate.documents=3" if change == "evaluate.documents" else "compensation=none"]
+    after = run_json(spec_file, "--budgets", "0.5", "--out", out, *settings)
+    assert count.pruned == 2
+    assert after["points"][0]["expert"] != before["points"][0]["expert"]
+    saved = json.loads((out / "sweep.json").read_text())
+    assert (saved["points"], saved["earlier"]) == (after["points"], before["points"]), "what was found stays"
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["dropped", "kept"])
+@pytest.mark.parametrize("place", ["pruning", "evaluating"])
+def test_an_interrupted_sweep_goes_on_where_it_was(
+    tmp_path: Path, spec_file: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch, keep: bool, place: str
+) -> None:
+    whole = run_json(spec_file, "--budgets", "0.5,0.25", *(["--out", tmp_path / "whole", "--keep-experts"] * keep))
+    out = tmp_path / "sweep"
+    arguments = [spec_file, "--budgets", "0.5,0.25", "--out", out, *["--keep-experts"] * keep]
+    name = {"pruning": "expertprune.pruning.write.prune", "evaluating": "expertprune.evaluation.measure.evaluate"}[
+        place
+    ]
+    original, calls = {"pruning": write.prune, "evaluating": measure.evaluate}[place], []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(name)
+        result = original(*args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return result
+
+    with monkeypatch.context() as patched:
+        everywhere(patched, name, interrupted)
+        assert "interrupted" in run(*arguments, code=1).stderr
+    assert {path.name for path in out.iterdir()} == {"sweep.json", *["tiny-0.5"] * keep}, "nothing half-written"
+    assert list(temporary.iterdir()) == []
+    saved = json.loads((out / "sweep.json").read_text())
+    assert saved["points"] == whole["points"][:1]
+    count = Count(monkeypatch)
+    assert run_json(*arguments) == whole
+    assert count.pruned == 1
+    if keep:
+        assert {path.name for path in out.iterdir()} == {"sweep.json", "tiny-0.5", "tiny-0.25"}
+
+
+def test_experts_that_are_gone_or_were_not_kept_are_made_again(tmp_path: Path, spec_file: Path, count: Count) -> None:
+    out = tmp_path / "sweep"
+    first = run_json(spec_file, "--budgets", "0.5", "--out", out)
+    assert run_json(spec_file, "--budgets", "0.5", "--out", out, "--keep-experts") == first
+    assert count.pruned == 2
+    assert json.loads((out / "tiny-0.5" / "expertprune.json").read_text())["evaluation"] is not None
+    run_json(spec_file, "--budgets", "0.5", "--out", out, "--keep-experts")
+    assert count.pruned == 2
+    (out / "sweep.json").unlink()  # as if killed between the expert and its record
+    assert run_json(spec_file, "--budgets", "0.5", "--out", out, "--keep-experts") == first
+    assert count.pruned == 3
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refused(spec_file: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs a sweep that must be refused before a model is loaded or anything is written; gives the messages."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    everywhere(monkeypatch, "expertprune.models.loading.load_model", refuse)
+
+    def sweep(*args: Any) -> list[str]:
+        before = sorted(spec_file.parent.rglob("*"))
+        result = run(spec_file, *args, code=2)
+        assert result.stdout == ""
+        assert sorted(spec_file.parent.rglob("*")) == before
+        assert not (store / "profiles").exists()
+        return result.stderr.splitlines()
+
+    return sweep
+
+
+def test_all_illegal_budgets_are_reported_at_once(refused: Any) -> None:
+    lines = refused("--budgets", "0.25,1.5,0,-0.5,nan,0.01,0.25,0.97")
+    assert len(lines) == 7
+    assert [value for value in ("1.5", "0.0", "-0.5", "nan") if f"error: budgets: {value} is not" in "\n".join(lines)]
+    assert lines[4] == "error: budgets: 0.25 is there twice"
+    # 0.01 of 32 neurons rounds to none with widths that are multiples of 4; 0.97 leaves less than the floor of a tenth.
+    assert lines[5].startswith("error: budgets: 0.01: budget.ffn: 0.01 removes nothing")
+    assert lines[6].startswith("error: budgets: 0.97: budget.ffn: 0.97 is too much")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (
+            ["--set", "budget={retention: {expert: 0.9}}"],
+            "budget.retention: a spec with a retention floor finds its own",
+        ),
+        (["--set", "budget={ffn: 0}"], "budget: it removes nothing"),
+        (["--set", "evaluate.enabled=false"], "evaluate.enabled: "),
+        (["--set", "evaluate.metrics=[kl]"], "evaluate.metrics: a sweep measures bits_per_byte"),
+        (["--keep-experts"], "(--out)"),
+        (["--picture", "curve.gif"], "curve.gif: a picture is a .png or .svg file"),
+        (["--picture", "missing/curve.png"], "missing/curve.png: cannot be written: there is no folder"),
+    ],
+    ids=["retention", "no structure", "no evaluation", "no bits", "kept nowhere", "picture suffix", "picture folder"],
+)
+def test_what_cannot_be_swept_is_refused_before_any_work(refused: Any, args: list[str], words: str) -> None:
+    (line,) = refused("--budgets", "0.25,0.5", *args)
+    assert line.startswith("error: ")
+    assert words in line
+
+
+def test_errors_of_spec_and_budgets_come_together(refused: Any) -> None:
+    lines = refused("--budgets", "2,0.5", "--set", "evaluate.enabled=false")
+    assert len(lines) == 2
+    assert "evaluate.enabled" in lines[0]
+    assert "2.0 is not a fraction" in lines[1]
+
+
+def test_budgets_that_are_no_numbers_are_a_wrong_call(refused: Any) -> None:
+    assert "'x', '': not a number" in "\n".join(refused("--budgets", "0.1,x,"))
+
+
+def test_python_says_the_same(tiny_spec: Any) -> None:
+    with pytest.raises(SpecError) as caught:
+        expertprune.sweep(tiny_spec, ["0.1", True, 1])  # type: ignore[list-item]
+    assert [problem.split(" is ")[0] for problem in caught.value.problems] == [
+        "budgets: '0.1'",
+        "budgets: True",
+        "budgets: 1",
+    ]
+    with pytest.raises(SpecError, match="name at least one"):
+        expertprune.sweep(tiny_spec, [])
+
+
+def test_a_spec_object_is_left_as_it_was(tiny_spec: Any, tmp_path: Path) -> None:
+    before = tiny_spec.document()
+    expertprune.sweep(tiny_spec, [0.5])
+    assert tiny_spec.document() == before
+    assert parse_spec(before, "spec", tmp_path).budget.ffn == 0.25
+
+
+def test_a_folder_that_cannot_be_used_is_refused(tmp_path: Path, refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("x")
+    assert "not a folder" in refused("--budgets", "0.5", "--out", tmp_path / "file" / "sweep")[0]
+    assert "is a file" in "\n".join(refused("--budgets", "0.5", "--out", tmp_path / "file"))
+    (tmp_path / "locked").mkdir()
+    real = os.access
+    # The superuser may write anywhere, so the folder's mode alone would not show it.
+    monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in str(path) and real(path, mode))
+    assert "no permission to write in" in refused("--budgets", "0.5", "--out", tmp_path / "locked" / "sweep")[0]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"kind": "plan"}', '{"kind": "sweep", "schema": 1, "points": [{}]}'])
+def test_a_file_that_is_no_sweep_is_not_replaced(tmp_path: Path, refused: Any, content: str) -> None:
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "sweep.json").write_text(content)
+    (line,) = refused("--budgets", "0.5", "--out", tmp_path / "sweep")
+    assert "sweep.json: not a sweep" in line
+    assert (tmp_path / "sweep" / "sweep.json").read_text() == content
+
+
+def test_what_lies_where_an_expert_is_to_be_kept_is_not_replaced(tmp_path: Path, refused: Any) -> None:
+    (tmp_path / "sweep" / "tiny-0.5").mkdir(parents=True)
+    (tmp_path / "sweep" / "tiny-0.5" / "mine.txt").write_text("x")
+    (line,) = refused("--budgets", "0.25,0.5", "--out", tmp_path / "sweep", "--keep-experts")
+    assert "tiny-0.5: exists, and is no expert of this spec and budget" in line
+
+
+# --- the picture ----------------------------------------------------------------------------------------------------
+
+
+def test_the_picture_comes_into_the_folder_of_the_sweep(tmp_path: Path, spec_file: Path) -> None:
+    out = tmp_path / "sweep"
+    run(spec_file, "--budgets", BUDGETS, "--out", out, "--picture", out / "curve.png")
+    with Image.open(out / "curve.png") as image:
+        image.verify()
+        assert image.format == "PNG"
+    with Image.open(out / "curve.png") as image:
+        assert len(image.convert("RGB").getcolors(2**24) or ()) > 50, "something is drawn"
+
+
+def numbers(retention: float) -> dict[str, float]:
+    return {"retention": retention, "low": retention - 0.02, "high": retention + 0.03}
+
+
+def texts(path: Path) -> list[str]:
+    root = xml.etree.ElementTree.parse(path).getroot()
+    return [" ".join(element.itertext()).strip() for element in root.iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_an_svg_names_its_curves_and_is_the_same_every_time(tmp_path: Path) -> None:
+    points = [
+        {"budget": 0.5, "fraction": 0.7, "expert": numbers(0.8), "general": numbers(0.6)},
+        {"budget": 0.1, "fraction": 0.9, "expert": numbers(0.97), "general": numbers(0.95)},
+    ]
+    retention_curve(points, tmp_path / "a.svg")
+    retention_curve(points[::-1], tmp_path / "b.svg")
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    assert {"expert", "general", "base"} <= set(texts(tmp_path / "a.svg"))
+    retention_curve([{**point, "general": None} for point in points], tmp_path / "c.svg")
+    assert "expert" in texts(tmp_path / "c.svg")
+    assert "general" not in texts(tmp_path / "c.svg")
+
+
+def test_what_a_spec_leaves_open_is_decided_as_for_a_build(spec_file: Path, spec_data: dict[str, Any]) -> None:
+    """No criterion and no allocation: fisher and global, for a Llama."""
+    del spec_data["relevance"], spec_data["compose"]
+    bare = write_spec(spec_file.parent, spec_data)
+    (point,) = run_json(bare, "--budgets", "0.25", "--out", spec_file.parent / "sweep", "--keep-experts")["points"]
+    about = build(bare, spec_file.parent / "built", "--set", "budget.ffn=0.25")
+    assert about["plan"]["spec"]["relevance"]["criterion"] == "fisher"
+    assert about["plan"]["spec"]["compose"]["allocation"] == "global"
+    kept = json.loads((spec_file.parent / "sweep" / "tiny-0.25" / "expertprune.json").read_text())
+    assert kept["plan"] == about["plan"]
+    assert point["parameters"] == about["parameters"]
