@@ -60,16 +60,26 @@ class Expert:
 
 
 EXPERTS = {
-    "german": Expert(GEMMA, {"language": "de"}, {"vocabulary": GEMMA_ROWS}, ("de",), ("en", "es", "zh", "th", "ru")),
-    "german-wide": Expert(GEMMA, {"language": "de"}, {"vocabulary": 65_536}, ("de",)),
+    "german": Expert(
+        GEMMA, {"language": "de"}, {"vocabulary": {"keep": GEMMA_ROWS}}, ("de",), ("en", "es", "zh", "th", "ru")
+    ),
+    "german-wide": Expert(GEMMA, {"language": "de"}, {"vocabulary": {"keep": 65_536}}, ("de",)),
     "german-ffn": Expert(
-        GEMMA, {"language": "de"}, {"vocabulary": GEMMA_ROWS, "ffn": 0.15}, ("de",), ("en", "es", "zh", "th", "ru")
+        GEMMA,
+        {"language": "de"},
+        {"vocabulary": {"keep": GEMMA_ROWS}, "ffn": 0.15},
+        ("de",),
+        ("en", "es", "zh", "th", "ru"),
     ),
     "german-english": Expert(
-        GEMMA, {"language": ["de", "en"]}, {"vocabulary": GEMMA_ROWS}, ("de", "en"), ("es", "zh", "th", "ru")
+        GEMMA, {"language": ["de", "en"]}, {"vocabulary": {"keep": GEMMA_ROWS}}, ("de", "en"), ("es", "zh", "th", "ru")
     ),
     "english-medical": Expert(
-        SMOLLM, {"language": "en", "domain": "medical"}, {"vocabulary": 16_384}, ("medical", "en"), ("de", "es")
+        SMOLLM,
+        {"language": "en", "domain": "medical"},
+        {"vocabulary": {"keep": 16_384}},
+        ("medical", "en"),
+        ("de", "es"),
     ),
 }
 
@@ -137,7 +147,12 @@ class Bench:
     def _expert(self, prepared: Prepared, sets: dict[str, list[Document]], known: dict[str, Any], path: Path) -> None:
         plan = plan_of(prepared, silent)
         assert plan.vocabulary is not None
-        known |= {"parameters": plan.parameters, "rows": plan.vocabulary.rows.rows, "why": plan.vocabulary.why}
+        assert plan.vocabulary.why is not None
+        known |= {
+            "parameters": plan.parameters.document(),
+            "rows": plan.vocabulary.rows.rows,
+            "why": plan.vocabulary.why.document(),
+        }
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "expert"
             folder.mkdir()

@@ -19,7 +19,7 @@ from expertprune.units import (
     LayerShape,
 )
 
-PROFILE_SCHEMA = 2
+PROFILE_SCHEMA = 3
 
 
 def halved(name: str, values: Tensor) -> dict[str, Tensor]:
@@ -71,8 +71,10 @@ class Profile:
     What other passes over the same corpus give lies in parts beside it, `DIGEST.PART.safetensors`, one for each pass that
     was made: `gradient-language_model`, `gradient-kl`, `regional`, `removal`, `removal-fisher`. Each holds `ffn.l.value` and
     `heads.l.value` (and `experts.l.value`), `[documents, units]` in half precision with their scales (removals: float32
-    `[units]`, and `groups.l.value` too). The part `vocabulary` holds, of each vocabulary row, `count` `[rows]`, int64, how
-    often its token occurs, and `mass` `[rows]`, float32, the probability that the model puts on it, mean over positions.
+    `[units]`, and `groups.l.value` too). The part `vocabulary` holds `mass` `[folds, rows]`,
+    float32, the probability that the model puts on each vocabulary row, added up over the positions of a fold's documents;
+    `fold` `[documents]`; and one entry for each row in each document that has its token: `document`, `row`, `occurrences`,
+    `[entries]`.
     """
 
     def __init__(self, path: Path) -> None:

@@ -29,18 +29,23 @@ def validate(spec: Path, overrides: dict[str, Any], store: Path | None, as_json:
     \b
     expertprune validate profiles/english-medical-qa.yaml
     """
-    from expertprune.composition.budget import removed_parameters, removed_with_rows
+    from expertprune.composition.parameters import removed_parameters, removed_with_rows
     from expertprune.composition.plan import foreseen_widths
     from expertprune.composition.rows import foreseen_rows
+    from expertprune.composition.widths import summary
+    from expertprune.spec.values import Coverage
     from expertprune.stages import validate as stage
 
     prepared = stage.validate(spec, overrides, store)
     widths = foreseen_widths(prepared.spec, prepared.base)
-    before = prepared.base.checkpoint.parameters
+    before, asked = prepared.base.checkpoint.parameters, prepared.spec.budget.vocabulary
     rows = foreseen_rows(prepared.spec, prepared.base)
     after = before - removed_parameters(prepared.base, widths) if widths is not None else None
     after = after - removed_with_rows(prepared.base, rows) if after is not None else None
-    budget = widths.summary(prepared.base.layers) if widths is not None and widths.uniform else None
+    budget = None
+    if widths is not None and len(set(widths)) == 1:
+        entries = summary(prepared.spec.budget, prepared.base.layers, widths)
+        budget = {structure: entry.document() for structure, entry in entries.items()}
     decided = {**prepared.spec.relevance.model_dump(include={"criterion", "experts"}, exclude_none=True),
                "allocation": prepared.spec.compose.allocation}  # fmt: skip
     data = {
@@ -63,7 +68,7 @@ def validate(spec: Path, overrides: dict[str, Any], store: Path | None, as_json:
         f"  base    {prepared.base.name}, {before:,} parameters",
         "  expert  "
         + (f"{after:,} parameters" if after is not None else "as small as its retention allows")
-        + (", less the rows that its coverage needs not" if isinstance(prepared.spec.budget.vocabulary, dict) else ""),
+        + (", before the vocabulary is cut to its coverage" if isinstance(asked, Coverage) else ""),
     ]
     lines.append("  " + "units".ljust(8) + ", ".join(f"{key} {value}" for key, value in decided.items()))
     for name, entry in data["corpora"].items():  # type: ignore[attr-defined]

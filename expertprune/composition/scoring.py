@@ -1,4 +1,6 @@
-"""Relevance to one fused score per unit: aggregate, scale, compose over dimensions, fuse with general. No model."""
+"""Relevance to one fused score per unit: aggregate, scale, compose over dimensions, fuse with
+general. No model.
+"""
 
 from __future__ import annotations
 
@@ -32,16 +34,20 @@ rules: Registry[Rule] = Registry("composition rule")
 
 @rules.register("intersection")
 def intersection(scores: Tensor) -> Tensor:
-    """Irrelevant is what is irrelevant to every dimension (Cus-Prun): `max_d s_d`, `[dimensions, ...]` to `[...]`.
+    """Irrelevant is what is irrelevant to every dimension (Cus-Prun): `max_d s_d`, `[dimensions,
+    ...]` to `[...]`.
 
-    A unit is in the intersection of the sets `{s_d ≤ q}` exactly when its largest score is at most `q`.
+    A unit is in the intersection of the sets `{s_d ≤ q}` exactly when its largest score is at most
+    `q`.
     """
     return scores.amax(0)
 
 
 @rules.register("union")
 def union(scores: Tensor) -> Tensor:
-    """Irrelevant is what is irrelevant to any dimension: `min_d s_d`, `[dimensions, ...]` to `[...]`."""
+    """Irrelevant is what is irrelevant to any dimension: `min_d s_d`, `[dimensions, ...]` to
+    `[...]`.
+    """
     return scores.amin(0)
 
 
@@ -64,7 +70,9 @@ def criterion_name(relevance: Relevance, structure: Structure) -> str:
 
 
 def check_scored(relevance: Relevance, structures: Sequence[Structure], has_ffn: bool = True) -> None:
-    """Raises `SpecError` where a criterion does not score a structure, or needs a pass that a model has not."""
+    """Raises `SpecError` where a criterion does not score a structure, or needs a pass that a model
+    has not.
+    """
     for structure in structures:
         key = "experts" if structure is Structure.EXPERTS and relevance.experts != relevance.criterion else "criterion"
         name = criterion_name(relevance, structure)
@@ -83,7 +91,9 @@ def check_scored(relevance: Relevance, structures: Sequence[Structure], has_ffn:
 
 
 def part_name(relevance: Relevance) -> str | None:
-    """The part of a profile (see `Profile`) that the spec's criteria need beyond the forward pass, if any."""
+    """The part of a profile (see `Profile`) that the spec's criteria need beyond the forward pass,
+    if any.
+    """
     names = [relevance.criterion, *([relevance.experts] if relevance.experts else [])]
     needs = next((found for name in names if (found := check_criterion(name).needs) is not None), None)
     if needs is Pass.GRADIENT:
@@ -127,7 +137,9 @@ def unit_statistics(
 
 
 def _expert_statistics(profile: Profile, layer: int, seed: int, part: str | None) -> UnitStatistics:
-    """An expert is one channel, whose activation is the norm of what it writes, and whose column has norm 1."""
+    """An expert is one channel, whose activation is the norm of what it writes, and whose column
+    has norm 1.
+    """
     impact = profile.read(f"experts.{layer}.impact")
     ones = torch.ones(impact.shape[1])
     return UnitStatistics(
@@ -175,7 +187,9 @@ def over_documents(scores: Tensor, how: str | float) -> Tensor:
 
 @dataclass
 class CorpusScores:
-    """Of one corpus and structure, layer by layer: scaled relevance and RMS activation over its layer mean, `[units]`."""
+    """Of one corpus and structure, layer by layer: scaled relevance and RMS activation over its
+    layer mean, `[units]`.
+    """
 
     scaled: list[Tensor]
     activation: list[Tensor]
@@ -184,9 +198,10 @@ class CorpusScores:
 def corpus_scores(profile: Profile, structures: Sequence[Structure], spec: Spec) -> dict[Structure, CorpusScores]:
     """Score, aggregate over documents, and put on the scale that corpora share.
 
-    `share`: part of the corpus' total over the whole model, all the given structures together, which compete for one
-    budget. `percentile`: rank within the layer and structure, in [0, 1]. `standard`: `(s − mean) / standard deviation`
-    within the layer and structure (FLAP, arXiv:2312.11983).
+    `share`: part of the corpus' total over the whole model, all the given structures together,
+    which compete for one budget. `percentile`: rank within the layer and structure, in [0, 1].
+    `standard`: `(s − mean) / standard deviation` within the layer and structure (FLAP,
+    arXiv:2312.11983).
     """
     part = part_name(spec.relevance)
     result = {}
@@ -237,9 +252,10 @@ def fuse(
 ) -> tuple[Tensor, Tensor]:
     """General and expert relevance as one score, and which units are shared.
 
-    With `δ = |n_G − n_T| / (n_G + n_T)` of the normalized activations `n`: where `δ ≤ τ` a unit is shared, otherwise it is
-    exclusive to the expert (`n_T > n_G`) or to general. `weighted`: every unit scores `λ s_G + (1 − λ) s_T`.
-    `shared_exclusive`, after arXiv:2510.22489: shared units alone score so, the expert's `s_T`, general's `max(β s_G, s_T)`.
+    With `δ = |n_G − n_T| / (n_G + n_T)` of the normalized activations `n`: where `δ ≤ τ` a unit is
+    shared, otherwise it is exclusive to the expert (`n_T > n_G`) or to general. `weighted`: every
+    unit scores `λ s_G + (1 − λ) s_T`. `shared_exclusive`, after arXiv:2510.22489: shared units
+    alone score so, the expert's `s_T`, general's `max(β s_G, s_T)`.
 
     Args:
         expert, general: scores `s_T`, `s_G`, `[units]`.

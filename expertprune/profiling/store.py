@@ -19,7 +19,7 @@ from expertprune.profiling.gradients import gradient_energies, gradient_pass
 from expertprune.profiling.regional import regional_pass
 from expertprune.profiling.removals import removal_pass
 from expertprune.profiling.rows import PART as VOCABULARY
-from expertprune.profiling.rows import vocabulary_pass
+from expertprune.profiling.rows import fold_of, vocabulary_pass
 from expertprune.progress import Progress
 from expertprune.relevance import Pass
 
@@ -67,7 +67,7 @@ def profile_part(
     kind, _, variant = part.partition("-")
     arguments = (model, base.family, base.layers, batches)
     if part == VOCABULARY:
-        statistics = vocabulary_pass(model, base.family, batches, progress)
+        statistics = vocabulary_pass(model, base.family, batches, [fold_of(each) for each in documents], progress)
     elif kind == Pass.GRADIENT:
         statistics = gradient_pass(*arguments, variant, progress=progress)
     elif kind == Pass.REMOVAL:

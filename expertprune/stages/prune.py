@@ -32,7 +32,7 @@ def prune(
     out = Path(out)
     check_output(out, overwrite)
     plan = plan if isinstance(plan, Plan) else load_plan(Path(plan))
-    spec = parse_spec(plan.spec, f"plan {plan.name!r}", Path.cwd())
+    spec = parse_spec(dict(plan.spec), f"plan {plan.name!r}", Path.cwd())
     base = resolve_base(spec.base, store_folder(store))
     check_plan(plan, base)
     require_room(out, bytes_needed(plan, base))
@@ -81,14 +81,14 @@ def about_expert(prepared: Prepared, plan: Plan) -> dict[str, Any]:
             "trust_remote_code": prepared.spec.base.trust_remote_code,
             **earlier_expert(prepared.base.folder),
         },
-        "parameters": plan.parameters,
+        "parameters": plan.parameters.document(),
         "corpora": {
             str(name): {"digest": corpus.digest, "documents": [d.digest for d in corpus.calibration]}
             for name, corpus in prepared.corpora.items()
         },
         "versions": {"expertprune": __version__, **versions},
         "criterion_paper": check_criterion(prepared.spec.relevance.criterion).paper,
-        "spec": plan.spec,
+        "spec": dict(plan.spec),
         "plan": plan.document(),
         "evaluation": None,
     }

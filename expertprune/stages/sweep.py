@@ -195,7 +195,7 @@ def _point(budget: float, key: str, plan: Plan, evaluation: Evaluation, size: in
         name: {label: value for label, value in result.items() if label != "per_document"}
         for name, result in evaluation.corpora.items()
     }
-    before, after = plan.parameters["before"], plan.parameters["after"]
+    before, after = plan.parameters.before, plan.parameters.after
     expert, general = pooled(evaluation, general=False), pooled(evaluation, general=True)
     point = Point(budget, key, {"before": before, "after": after}, after / before, size, expert, general, corpora)
     # As it is read back from the file, where what is undefined is null: a sweep that went on equals one that ran through.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from expertprune.composition.coverage import check_enough
 from expertprune.composition.defaults import AUTO, resolved
 from expertprune.composition.plan import foreseen_widths
 from expertprune.composition.rows import foreseen_rows
@@ -23,6 +24,7 @@ from expertprune.models.loading import load_model, load_tokenizer
 from expertprune.pruning.selfcheck import check_family
 from expertprune.spec.reading import load_spec, parse_spec
 from expertprune.spec.schema import Spec
+from expertprune.spec.values import Coverage
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +132,10 @@ def validate(spec: SpecLike, overrides: Mapping[str, Any] | None = None, store: 
             prepared.calibration(name)
     if problems:
         raise SpecError(problems)
+    if isinstance(spec.budget.vocabulary, Coverage):
+        of_dimensions = [name for name in corpora if name.dimension != "general"]
+        tokens = {name: sum(batch.tokens for batch in prepared.calibration(name)[1]) for name in of_dimensions}
+        check_enough(spec.budget.vocabulary.coverage, tokens)
     return prepared
 
 

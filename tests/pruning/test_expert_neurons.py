@@ -153,7 +153,7 @@ def test_each_expert_keeps_its_own_best_neurons(criterion: str, tmp_path: Path) 
         assert [unit // 32 for unit in layer.ffn] == [expert for expert in layer.experts for _ in range(16)]
         chosen |= {tuple(unit % 32 for unit in layer.ffn if unit // 32 == expert) for expert in layer.experts}
     assert len(chosen) == 12, "every expert of every layer chooses for itself"
-    before, after = plan.parameters["before"], plan.parameters["after"]
+    before, after = plan.parameters.before, plan.parameters.after
     # of three layers: two experts of three matrices and a router's row, and 16 neurons of each of the four others
     assert before - after == 3 * (2 * (3 * 24 * 32 + 24) + 4 * 16 * 3 * 24)
 
@@ -188,7 +188,7 @@ def test_parameters_beside_experts_are_met_by_neurons(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "base", "mixtral")
     plan = expertprune.compose(spec_of(folder, tmp_path, {"experts": 1, "parameters": 0.4}))
     assert plan.budget["experts"]["kept"] == 5
-    before, after = plan.parameters["before"], plan.parameters["after"]
+    before, after = plan.parameters.before, plan.parameters.after
     step = 3 * 5 * 8 * 3 * 24  # of three layers, five experts, eight neurons of three matrices
     assert before - after >= 0.4 * before > before - after - step
     assert (before - after - 3 * (3 * 24 * 32 + 24)) % step == 0

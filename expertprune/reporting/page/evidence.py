@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from expertprune.artifacts.expert import EXPERT_FILE, load_expert
-from expertprune.artifacts.plan import Plan, plan_from
+from expertprune.artifacts.plan import Plan
 from expertprune.artifacts.profile import Profile, part_path
 from expertprune.composition.scoring import part_name
 from expertprune.errors import CheckpointError
@@ -49,7 +49,7 @@ def read_artifacts(folder: Path, store: str | Path | None = None) -> Artifacts:
         PlanError: its plan is damaged.
     """
     about = load_expert(folder)
-    plan = plan_from(about["plan"], str(folder / EXPERT_FILE))
+    plan = Plan.from_document(about["plan"], str(folder / EXPERT_FILE))
     size, base_bytes = _weight_bytes(folder), None
     try:
         recorded = Path(about["base"]["path"])
@@ -79,7 +79,7 @@ def _stored(path: Path, plan: Plan, part: str | None) -> Profile | None:
         return None
     try:
         found = Profile(path)
-        return found if found.layers == plan.shapes else None
+        return found if found.layers == list(plan.shapes) else None
     except (CheckpointError, KeyError, TypeError) as error:
         log.warning("%s is left out: %s", path, error)
         return None

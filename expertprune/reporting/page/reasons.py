@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from expertprune.artifacts.plan import Plan
+from expertprune.artifacts.plan import Plan, UnitReasons
 from expertprune.artifacts.profile import Profile
 from expertprune.composition.overlap import (
     Array,
@@ -56,7 +56,7 @@ def kept_units(plan: Plan) -> list[dict[str, Any]]:
                 "kept": sum(kept),
                 "cut": sum(of) - sum(kept),
                 "kept_fraction": sum(kept) / sum(of),
-                "layers": {"of": of, "kept": kept, "threshold": [None if w is None else w["threshold"] for w in why]},
+                "layers": {"of": of, "kept": kept, "threshold": [None if w is None else w.threshold for w in why]},
                 "protected": _protected(why),
                 "kinds": _kinds(why),
             }
@@ -64,21 +64,19 @@ def kept_units(plan: Plan) -> list[dict[str, Any]]:
     return found
 
 
-def _protected(why: Sequence[Mapping[str, Any] | None]) -> list[dict[str, Any]]:
+def _protected(why: Sequence[UnitReasons | None]) -> list[dict[str, Any]]:
     """Kept units by who gave them their score, in the order in which the plan names them."""
-    sources = list(dict.fromkeys(source for reason in why if reason for source in reason["protected"]))
-    by_layer = {
-        source: [int(reason["protected"].get(source, 0)) if reason else 0 for reason in why] for source in sources
-    }
+    sources = list(dict.fromkeys(source for reason in why if reason for source in reason.protected))
+    by_layer = {source: [reason.protected.get(source, 0) if reason else 0 for reason in why] for source in sources}
     return [{"source": source, "units": sum(counts), "layers": counts} for source, counts in by_layer.items()]
 
 
-def _kinds(why: Sequence[Mapping[str, Any] | None]) -> list[dict[str, Any]]:
+def _kinds(why: Sequence[UnitReasons | None]) -> list[dict[str, Any]]:
     found = []
     for kind in KINDS:
-        counts = [reason[kind] for reason in why if reason and kind in reason]
+        counts = [count for reason in why if reason and (count := getattr(reason, kind)) is not None]
         if counts:
-            units, kept = (sum(int(each[key]) for each in counts) for key in ("units", "kept"))
+            units, kept = sum(each.units for each in counts), sum(each.kept for each in counts)
             found.append({"kind": kind.replace("_", "-"), "units": units, "kept": kept})
     return found
 
