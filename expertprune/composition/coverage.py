@@ -36,7 +36,7 @@ _REFUSED = "budget.vocabulary: coverage: {:g} cannot be promised of unseen text:
 
 
 @dataclass(frozen=True)
-class Tested:
+class UnseenTokens:
     """Tokens of a corpus that were tested as unseen text.
 
     Attributes:
@@ -50,7 +50,7 @@ class Tested:
     needed: NDArray[np.int64]
 
     @classmethod
-    def together(cls, parts: Sequence[Tested]) -> Tested:
+    def together(cls, parts: Sequence[UnseenTokens]) -> UnseenTokens:
         """Several parts of one corpus as one."""
         return cls(*(np.concatenate([getattr(each, key.name) for each in parts]) for key in fields(cls)))
 
@@ -80,7 +80,7 @@ def missing_interval(missing: NDArray[np.float64]) -> tuple[float, float]:
     return low, squares / (2 * total) * float(chi2.ppf(CONFIDENCE, 2 * total**2 / squares))
 
 
-def rows_for(coverage: float, tested: Mapping[CorpusName, Tested | None], smallest: int, of: int) -> int:
+def rows_for(coverage: float, tested: Mapping[CorpusName, UnseenTokens | None], smallest: int, of: int) -> int:
     """The fewest rows whose coverage of unseen text is at least so much in every corpus, with 95%
     confidence.
 
@@ -132,7 +132,7 @@ def _first(holds: Callable[[int], bool], last: int) -> int:
     return high
 
 
-def _too_little(coverage: float, name: CorpusName, tested: Tested | None, most: int) -> str | None:
+def _too_little(coverage: float, name: CorpusName, tested: UnseenTokens | None, most: int) -> str | None:
     """Why a corpus cannot promise a coverage however many rows are kept, if so."""
     if tested is None:
         return (

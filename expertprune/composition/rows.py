@@ -16,7 +16,7 @@ from torch import Tensor
 
 from expertprune.artifacts.plan import RowReasons, VocabularyPlan
 from expertprune.artifacts.profile import Profile
-from expertprune.composition.coverage import Tested, rows_for
+from expertprune.composition.coverage import UnseenTokens, rows_for
 from expertprune.composition.parameters import aligned, wanted_rows
 from expertprune.composition.scoring import rules
 from expertprune.corpora.documents import CorpusName, corpus_names
@@ -207,11 +207,11 @@ class RowRanking:
         return VocabularyPlan(KeptRows(self.of, tuple(sorted(kept)), padding), self._tokenizer, self._why(kept, rows))
 
     @functools.cached_property
-    def tested(self) -> dict[CorpusName, Tested | None]:
+    def tested(self) -> dict[CorpusName, UnseenTokens | None]:
         """By corpus, the tokens of each fold against the ranking that the other folds give; `None`
         if there is no other.
         """
-        found: dict[CorpusName, list[Tested]] = {name: [] for name in self.corpora}
+        found: dict[CorpusName, list[UnseenTokens]] = {name: [] for name in self.corpora}
         for fold in range(FOLDS):
             inside = {name: each.inside(fold) for name, each in self.corpora.items()}
             if not any(bool(mask.any()) for mask in inside.values()) or any(
@@ -224,10 +224,12 @@ class RowRanking:
             for name, mask in inside.items():
                 each = self.corpora[name]
                 found[name].append(
-                    Tested(each.document[mask].numpy(), each.occurrences[mask].numpy(), needed[each.row[mask].numpy()])
+                    UnseenTokens(
+                        each.document[mask].numpy(), each.occurrences[mask].numpy(), needed[each.row[mask].numpy()]
+                    )
                 )
         return {
-            name: Tested.together(parts) if any(len(each.document) for each in parts) else None
+            name: UnseenTokens.together(parts) if any(len(each.document) for each in parts) else None
             for name, parts in found.items()
         }
 

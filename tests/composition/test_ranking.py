@@ -472,9 +472,7 @@ def budget_of(base: ResolvedBase, kind: str, amount: float, floor: float) -> dic
 
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
 @given(data=st.data(), seed=st.integers(0, 1000), floor=st.sampled_from([0.0, 0.1, 0.5]))
-@settings(
-    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.differing_executors, HealthCheck.filter_too_much]
-)
+@settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
 def test_a_larger_budget_never_keeps_what_a_smaller_one_dropped(
     allocation: str, data: st.DataObject, seed: int, floor: float
 ) -> None:

@@ -220,8 +220,8 @@ def test_a_plan_with_rows_gives_the_same_expert_as_the_build(tmp_path: Path, sto
 
 def test_text_of_other_languages_still_comes_back(tmp_path: Path, store: Path) -> None:
     spec = parse_spec(
-        worded_spec(save_worded(tmp_path / "base", "sentencepiece"), tmp_path / "spec", {"vocabulary": {"keep": 384}}, general=[],
-                    evaluate={"enabled": False}),
+        worded_spec(save_worded(tmp_path / "base", "sentencepiece"), tmp_path / "spec",
+                    {"vocabulary": {"keep": 384}}, general=[], evaluate={"enabled": False}),
         "spec", tmp_path,
     )  # fmt: skip
     expert = AutoTokenizer.from_pretrained(expertprune.build(spec, tmp_path / "expert"))
