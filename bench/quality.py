@@ -38,7 +38,7 @@ CUS_PRUN = Cell(
     },
 )  # fmt: skip
 UNREPAIRED = {"compensation": "none"}
-CRITERIA = ("magnitude", "activation", "impact", "fluctuation", "taylor", "fisher", "regional", "obs")
+CRITERIA = ("magnitude", "activation", "impact", "fluctuation", "taylor", "fisher", "regional")
 
 
 class Table:
@@ -175,8 +175,6 @@ PARTS: dict[str, dict[str, Any]] = {
     "global → uniform allocation": {"compose.allocation": "uniform"},
     "global → search": {"compose.allocation": "search"},
     "no repair": {"compensation": "none"},
-    "repair of all projections": {"compensation.scope": "all"},
-    "repair by the OBS update": {"compensation": "obs"},
     "two rounds": {"compose.rounds": 2},
 }
 

@@ -14,6 +14,7 @@ from expertprune.errors import PlanError
 from expertprune.evaluation.documents import score_documents
 from expertprune.models.loading import load_model
 from expertprune.progress import Track, silent
+from expertprune.pruning.repair import check_repair
 from expertprune.pruning.write import RepairInput, prune
 from expertprune.spec.schema import Budget, Retention
 from expertprune.stages.decide import decide
@@ -121,7 +122,7 @@ def _try(prepared: Prepared, budget: Budget, run: bool) -> tuple[Plan, Kept]:
     attempt.share(prepared)
     plan = decide(attempt, silent, run)
     repair_input = None
-    if prepared.spec.compensation.method != "none":
+    if check_repair(prepared.spec.compensation.method).runs_model:
         repair_input = RepairInput(prepared.model, prepared.repair_batches(), prepared.spec.compensation)
     with tempfile.TemporaryDirectory(prefix="expertprune-") as temporary:
         folder = Path(temporary) / "expert"

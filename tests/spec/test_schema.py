@@ -45,7 +45,7 @@ FULL: dict[str, Any] = {
         "search": {"trials": 5, "tokens": 128, "uniform": True, "seed": 3},
     },
     "budget": {"ffn": 384, "kv_groups": 1, "multiple_of": 8, "floor": 0.2},
-    "compensation": {"method": "none", "scope": "all", "tokens": "equal", "damping": 0.5},
+    "compensation": {"method": "none", "damping": 0.5},
     "evaluate": {"corpora": ["medical"], "documents": 3, "max_tokens": 77, "metrics": ["kl"], "enabled": False},
 }
 
@@ -204,8 +204,6 @@ WRONG = [
     ({"compose": {"rounds": 0}}, "compose.rounds:", "greater than or equal to 1"),
     ({"compose": {"search": {"trials": 0}}}, "compose.search.trials:", "greater than or equal to 1"),
     ({"relevance": {"loss": "mse"}}, "relevance.loss:", "'language_model' or 'kl'"),
-    ({"compensation": {"scope": "some"}}, "compensation.scope:", "'cut' or 'all'"),
-    ({"compensation": {"tokens": "some"}}, "compensation.tokens:", "'stream', 'equal' or 'fisher'"),
     ({"compensation": {"damping": 0}}, "compensation.damping:", "greater than 0"),
     ({"evaluate": {"metrics": []}}, "evaluate.metrics:", "at least 1"),
     ({"evaluate": {"metrics": ["kl", "bleu"]}}, "evaluate.metrics.1:", "found 'bleu'"),
