@@ -173,9 +173,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "fusion → shared/exclusive": SHARED_EXCLUSIVE,
     "fusion → the expert's score alone": {"compose.fusion": {"lambda": 0}},
     "global → uniform allocation": {"compose.allocation": "uniform"},
-    "global → search": {"compose.allocation": "search"},
     "no repair": {"compensation": "none"},
-    "two rounds": {"compose.rounds": 2},
 }
 
 
