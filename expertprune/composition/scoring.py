@@ -53,9 +53,7 @@ def mean(scores: Tensor) -> Tensor:
 
 def check_criterion(name: str) -> Criterion:
     """The criterion of a name; raises `SpecError` with the nearest one."""
-    if name not in criteria:
-        raise SpecError(f"relevance.criterion: {criteria.unknown(name)}")
-    return criteria[name]
+    return criteria.named(name, "relevance.criterion")
 
 
 def criterion_name(relevance: Relevance, structure: Structure) -> str:
@@ -88,8 +86,6 @@ def part_name(relevance: Relevance) -> str | None:
     needs = next((found for name in names if (found := check_criterion(name).needs) is not None), None)
     if needs is Pass.GRADIENT:
         return f"{needs.value}-{relevance.loss}"
-    if needs is Pass.REMOVAL and relevance.tokens == "fisher":
-        return f"{needs.value}-fisher"
     return needs.value if needs is not None else None
 
 
@@ -154,8 +150,6 @@ def _from_part(profile: Profile, structure: Structure, layer: int, part: str | N
             f"the profile of {profile.corpus} lacks the {part} pass that this criterion needs: run the profile stage"
         )
     kind = Pass(part.partition("-")[0])
-    if kind is Pass.REMOVAL:
-        return {kind.value: stored.read(f"{_PREFIX[structure]}.{layer}.value")}
     if structure in (Structure.FFN, Structure.EXPERTS):
         return {kind.value: stored.read_half(f"{_PREFIX[structure]}.{layer}.value")}
     heads = stored.read_half(f"heads.{layer}.value")
@@ -277,7 +271,7 @@ def score_units(
 def _fused(scores: Mapping[CorpusName, CorpusScores], spec: Spec) -> list[Fused]:
     chosen = spec.dimensions.chosen
     general = [scores[CorpusName("general", value)] for value in spec.general]
-    rule = rules[spec.compose.rule]
+    rule = rules.named(spec.compose.rule, "compose.rule")
     result = []
     for layer in range(len(next(iter(scores.values())).scaled)):
         # Several values of one dimension: the expert serves all of them, so the largest counts.
