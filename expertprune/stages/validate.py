@@ -121,7 +121,7 @@ def validate(spec: SpecLike, overrides: Mapping[str, Any] | None = None, store: 
         raise SpecError(problems)
     spec = resolved(spec, base)
     foreseen_widths(spec, base)
-    if not base.family.listed:
+    if not base.family.tested:
         done = check_family(base, layer_widths=spec.compose.allocation != "uniform")
         log.warning("%s: the oracle holds on a tiny random copy (%s)", base.name, ", ".join(done))
     foreseen_rows(spec, base)
