@@ -499,7 +499,7 @@ def test_the_json_schema_accepts_the_shorthands_that_a_spec_accepts(changes: dic
         *(changes for changes, _, _ in UNKNOWN),
         {"budget": {"ffn": 1.5}},
         {"budget": {"ffn": -1}},
-        {"compose": {"rule": "most"}},
+        {"compose": {"scale": "most"}},
         {"calibration": {"documents": 0}},
     ],
     ids=str,
