@@ -79,10 +79,6 @@ class Prepared:
             self._calibration[name] = calibration_batches(corpus, self.tokenizer, self.spec)
         return self._calibration[name]
 
-    def share(self, other: Prepared) -> None:
-        """Take over what another one has loaded; both must name the same base and corpora."""
-        self._model, self._tokenizer, self._calibration = other.model, other.tokenizer, other._calibration
-
     def repair_batches(self) -> list[Batch]:
         """The calibration text of all corpora together, each document once."""
         documents = {d.digest: d for name in self.corpora for d in self.calibration(name)[0]}
