@@ -27,7 +27,7 @@ _PREFIX = {
 Rule = Callable[[Tensor], Tensor]
 
 
-rules: Registry[Rule] = Registry("composition rule")
+rules: Registry[Rule] = Registry("composition rule", group="expertprune.rules")
 
 
 @rules.register("intersection")

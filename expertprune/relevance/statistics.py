@@ -96,7 +96,7 @@ class Criterion:
     structures: tuple[Structure, ...] = DENSE
 
 
-criteria: Registry[Criterion] = Registry("criterion")
+criteria: Registry[Criterion] = Registry("criterion", group="expertprune.criteria")
 
 
 def criterion(
@@ -109,7 +109,8 @@ def criterion(
     """Register a function as the criterion `name`; `paper` is its source's address, `needs` the pass beyond forward."""
 
     def add(function: Scores) -> Scores:
-        criteria.register(name)(Criterion(name, paper, function, needs, sees_data, structures))
+        entry = Criterion(name, paper, function, needs, sees_data, structures)
+        criteria.register(name, module=function.__module__)(entry)
         return function
 
     return add

@@ -36,12 +36,13 @@ class Kept:
     @property
     def expert(self) -> float:
         """The least over the corpora of the dimensions."""
-        return min(value for name, value in self.corpora.items() if not name.startswith("general/"))
+        return min(value for name, value in self.corpora.items() if not CorpusName.parse(name).is_general)
 
     @property
     def general(self) -> float:
         """The least over the general corpora; infinite where there are none."""
-        return min((value for name, value in self.corpora.items() if name.startswith("general/")), default=float("inf"))
+        kept = (value for name, value in self.corpora.items() if CorpusName.parse(name).is_general)
+        return min(kept, default=float("inf"))
 
     def holds(self, floor: Retention) -> bool:
         return self.expert >= (floor.expert or 0) and self.general >= (floor.general or 0)

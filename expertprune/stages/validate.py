@@ -135,15 +135,16 @@ def validate(spec: SpecLike, overrides: Mapping[str, Any] | None = None, store: 
 
 def evaluation_corpora(spec: Spec, corpora: Mapping[CorpusName, Corpus]) -> list[Corpus]:
     """The corpora to evaluate on, guarded against leaks from every corpus that calibrates."""
-    by_name = {str(name): corpus for name, corpus in corpora.items()}
     clean = {corpus.name: corpus for corpus in guarded(list(corpora.values()))}
     if spec.evaluate.corpora is None:
         return list(clean.values())
     chosen = []
     for wanted in spec.evaluate.corpora:
-        matches = [name for name in by_name if wanted in (name, name.partition("/")[2])]
+        matches = [str(name) for name in corpora if name.answers_to(wanted)]
         if not matches:
-            raise SpecError(f"evaluate.corpora: {wanted!r} is none of the spec's corpora: {', '.join(by_name)}")
+            raise SpecError(
+                f"evaluate.corpora: {wanted!r} is none of the spec's corpora: {', '.join(map(str, corpora))}"
+            )
         chosen += [clean[name] for name in matches]
     return chosen
 
