@@ -119,11 +119,11 @@ def show(as_json: bool, data: Any, text: Callable[[], Any]) -> None:
 
 
 def print_expert(folder: Path, as_json: bool) -> None:
-    from expertprune.artifacts.expert import load_expert
+    from expertprune.artifacts.expert import Expert
     from expertprune.files import folder_size
     from expertprune.reporting.tables import retention_table
 
-    about = load_expert(folder)
+    about = Expert.load(folder).document()
     if as_json:
         click.echo(to_json({**about, "folder": str(folder), "bytes": folder_size(folder)}))
         return
