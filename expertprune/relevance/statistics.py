@@ -32,7 +32,6 @@ class UnitStatistics:
             the backward pass; `None` where that pass was not made.
         regional: `[documents, units]`, derivative of the mean norm of the layer's output with respect to the unit's mask,
             from one backward pass per layer; `None` where it was not made.
-        removal: `[units]`, the least squares error of each removal in greedy order; `None` where it was not computed.
         frequency: `[documents, experts]`, part of a document's tokens that are routed to an expert; `None` for other units.
         routed_norm: `[documents, experts]`, mean over the tokens routed to an expert of the router's weight times the norm
             of the expert's output, 0 where there are none; `None` for other units.
@@ -51,7 +50,6 @@ class UnitStatistics:
     tokens: Tensor | None = None
     gradient: Tensor | None = None
     regional: Tensor | None = None
-    removal: Tensor | None = None
     frequency: Tensor | None = None
     routed_norm: Tensor | None = None
 
@@ -78,7 +76,6 @@ class Pass(StrEnum):
 
     GRADIENT = "gradient"  # one backward pass through the whole model
     REGIONAL = "regional"  # one backward pass through each layer alone
-    REMOVAL = "removal"  # second moments of each output projection's inputs, and greedy removal
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from expertprune.errors import PlanError
 from expertprune.evaluation.documents import score_documents
 from expertprune.models.loading import load_model
 from expertprune.progress import Track
+from expertprune.pruning.repair import check_repair
 from expertprune.pruning.write import RepairInput, prune
 from expertprune.spec.schema import Budget, Retention
 from expertprune.stages.validate import Prepared, validation_documents
@@ -120,7 +121,7 @@ def _try(prepared: Prepared, profiles: Mapping[CorpusName, Profile], budget: Bud
     """The plan under one budget, and what its expert keeps."""
     plan = compose(prepared.spec.model_copy(update={"budget": budget}), prepared.base, profiles)
     repair_input = None
-    if prepared.spec.compensation.method != "none":
+    if check_repair(prepared.spec.compensation.method).runs_model:
         repair_input = RepairInput(prepared.model, prepared.repair_batches(), prepared.spec.compensation)
     with tempfile.TemporaryDirectory(prefix="expertprune-") as temporary:
         folder = Path(temporary) / "expert"
