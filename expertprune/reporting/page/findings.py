@@ -14,7 +14,7 @@ import yaml
 
 from expertprune.artifacts.evaluation import Evaluation
 from expertprune.artifacts.expert import Expert
-from expertprune.composition.scoring import check_criterion, criterion_name, part_name
+from expertprune.composition.scoring import check_criterion, criterion_name, needed_part
 from expertprune.corpora.documents import CorpusName
 from expertprune.evaluation.retention import pooled
 from expertprune.files import digest_of
@@ -231,7 +231,7 @@ def _relevance(artifacts: Artifacts, missing: dict[str, dict[str, str | None]]) 
         command = f"expertprune profile {plain_name(artifacts)}.yaml --store {shlex.quote(str(artifacts.store))}"
         missing["relevance"] = {"reason": reason, "command": command}
         return None
-    part, plan = part_name(relevance), artifacts.expert.plan
+    part, plan = needed_part(relevance), artifacts.expert.plan
     return relevance_findings(plan, artifacts.profiles, criterion, spec.compose.aggregate, part, experts)
 
 
