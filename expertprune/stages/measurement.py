@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from expertprune.artifacts.expert import Expert
-from expertprune.corpora.documents import Corpus, Document
+from expertprune.corpora.documents import Corpus, CorpusName, Document
 from expertprune.corpora.leaks import guarded, leaked, not_profiled
 from expertprune.corpora.loading import load_corpora
 from expertprune.errors import SpecError, gathered
@@ -53,7 +53,7 @@ class Measurement:
 
 def group_of(corpus: str) -> str:
     """Whether a corpus says of the expert's purpose or of what it keeps in general."""
-    return "general" if corpus.startswith("general/") else "expert"
+    return "general" if CorpusName.parse(corpus).is_general else "expert"
 
 
 def prepare(
@@ -129,7 +129,7 @@ def _corpora(measurement: Measurement) -> list[Corpus]:
         wanted += section.corpora if section.corpora is not None else list(own)
     chosen, others = [], []
     for name in dict.fromkeys(wanted):
-        matches = [each for each in own if name in (each, each.partition("/")[2])]
+        matches = [each for each in own if CorpusName.parse(each).answers_to(name)]
         chosen += matches
         others += [] if matches else [name]
     known = dict(own)
@@ -140,7 +140,7 @@ def _corpora(measurement: Measurement) -> list[Corpus]:
         except SpecError as error:
             raise SpecError([f"perplexity.corpora: {problem}" for problem in error.problems]) from None
         for name in others:
-            corpus = loaded[f"general/{name}"]
+            corpus = loaded[str(CorpusName("general", name))]
             known[corpus.name] = Corpus(corpus.name, (), corpus.evaluation, corpus.questions, corpus.set_aside)
             chosen.append(corpus.name)
     clean = {corpus.name: corpus for corpus in guarded(list(known.values()))}

@@ -339,7 +339,7 @@ def test_floors_that_make_no_sense(workplace: Workplace, text: str) -> None:
 
 def test_options_that_do_not_go_together(workplace: Workplace) -> None:
     assert "go with --suite or --task" in workplace.refused("--fail-under", "expert=1")
-    assert "--corpus goes without --suite" in workplace.refused("--suite", "general", "--corpus", "medical")
+    assert "give --corpus without --suite" in workplace.refused("--suite", "general", "--corpus", "medical")
 
 
 # --- bad input: nothing is loaded, nothing is written -----------------------------------------------------------------

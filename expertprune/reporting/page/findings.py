@@ -15,6 +15,7 @@ import yaml
 from expertprune.artifacts.evaluation import Evaluation
 from expertprune.artifacts.expert import Expert
 from expertprune.composition.scoring import check_criterion, criterion_name, part_name
+from expertprune.corpora.documents import CorpusName
 from expertprune.evaluation.retention import pooled
 from expertprune.files import digest_of
 from expertprune.reporting.card import fusion_of, purpose
@@ -161,7 +162,7 @@ def metric_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
             asked = metric == "questions"
             same = ["questions", result.get("questions")] if asked else [documents, settings.get("max_tokens")]
             about = {
-                "group": "general" if corpus.startswith("general/") else "expert",
+                "group": "general" if CorpusName.parse(corpus).is_general else "expert",
                 "suite": "corpora",
                 "name": corpus,
                 "metric": metric,
