@@ -20,6 +20,7 @@ from expertprune.composition.rows import essentials
 from expertprune.errors import PlanError
 from expertprune.models.base import ResolvedBase
 from expertprune.models.checkpoint import Checkpoint
+from expertprune.models.inventory import vocabulary_rows
 from expertprune.pruning.write import prune
 from expertprune.reporting import explain as inspection
 from expertprune.spec.reading import parse_spec
@@ -33,7 +34,7 @@ def plan_of(base: ResolvedBase, kept: set[int], padding: tuple[int, ...] = (), f
     """A plan that keeps these tokens with what they need, and the last `ffn` neurons of each layer or expert."""
     must = essentials(base)
     rows = tuple(sorted(must.vocabulary.closed(kept | must.ids)))
-    of = base.checkpoint.vocabulary_rows(base.family)
+    of = vocabulary_rows(base.checkpoint, base.family)
     vocabulary = VocabularyPlan(KeptRows(of, rows, padding), base.tokenizer_digest)
     units = []
     for shape in base.layers:
