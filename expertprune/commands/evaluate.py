@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from expertprune.commands.terminal import common, progress_bar, reporting, show, store_option
+from expertprune.commands.terminal import common, progress_bar, reporting, set_option, show, store_option
 
 
 def _floors(_: click.Context, __: click.Parameter, text: str | None) -> dict[str, float]:
@@ -40,6 +40,7 @@ def _floors(_: click.Context, __: click.Parameter, text: str | None) -> dict[str
 )  # fmt: skip
 @click.option("--base", type=click.Path(path_type=Path), help="The base's folder, if it has moved.")
 @click.option("--documents", type=click.IntRange(min=1), help="At most so many documents of each corpus.")
+@set_option
 @store_option
 @common
 @reporting
@@ -53,6 +54,7 @@ def evaluate(
     floors: dict[str, float],
     base: Path | None,
     documents: int | None,
+    overrides: dict[str, Any],
     store: Path | None,
     as_json: bool,
 ) -> None:
@@ -63,7 +65,7 @@ def evaluate(
     """
     from expertprune.reporting.tables import retention_table
 
-    overrides: dict[str, Any] = {"evaluate.documents": documents} if documents else {}
+    overrides |= {"evaluate.documents": documents} if documents else {}
     base = base and base.resolve()
     if not suites and not tasks:
         if floors or limit is not None or backend != "hf":

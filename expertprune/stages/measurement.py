@@ -79,7 +79,7 @@ def prepare(
     if entries:
         harness.require_harness(served=backend == "vllm")
         harness.check_names([entry for entry, _, _ in entries])
-    resolved = expert.find_base(spec.base, place)
+    resolved = expert.find_base(place, spec.base)
     measurement = Measurement(expert, spec, resolved, place, suites, backend, limit)
     problems: list[str] = []
     with gathered(problems):
