@@ -38,6 +38,15 @@ def earlier_expert(folder: Path) -> dict[str, Any]:
     return {"expert": {key: value for key, value in load_expert(folder).items() if key != "evaluation"}}
 
 
+def calibrated_digests(about: Mapping[str, Any] | None) -> set[str]:
+    """Digests of all documents that calibrated an expert or one of its ancestors."""
+    digests: set[str] = set()
+    while about is not None:
+        digests |= {digest for corpus in about["corpora"].values() for digest in corpus["documents"]}
+        about = about["base"].get("expert")
+    return digests
+
+
 def recorded_base(about: Mapping[str, Any], base: Base, store: Path) -> ResolvedBase:
     """The base of an expert. Raises `CheckpointError` if it is not where the spec says, or is another model."""
     try:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from expertprune.artifacts.evaluation import Evaluation
-from expertprune.artifacts.expert import EXPERT_FILE, load_expert, recorded_base
+from expertprune.artifacts.expert import EXPERT_FILE, calibrated_digests, load_expert, recorded_base
 from expertprune.corpora.documents import Corpus, CorpusName
-from expertprune.corpora.leaks import not_profiled
 from expertprune.corpora.loading import load_corpora
 from expertprune.evaluation.measure import batches_needed
 from expertprune.evaluation.measure import evaluate as evaluate_models
@@ -22,7 +21,7 @@ from expertprune.progress import Track, silent
 from expertprune.reporting.card import write_card
 from expertprune.spec.reading import parse_spec
 from expertprune.spec.schema import Evaluate
-from expertprune.stages.validate import evaluation_corpora
+from expertprune.stages.validate import evaluation_corpora, leak_guard
 
 
 def evaluate(
@@ -52,7 +51,7 @@ def evaluate(
     spec = parse_spec(about["spec"], str(folder / EXPERT_FILE), Path.cwd(), overrides)
     resolved = recorded_base(about, spec.base, store_folder(store))
     loaded: dict[CorpusName, Corpus] = load_corpora(spec)
-    evaluated = not_profiled(evaluation_corpora(spec, loaded), about)
+    evaluated = evaluation_corpora(spec, loaded, leak_guard(loaded, calibrated_digests(about)))
     model = load_model(resolved.folder, resolved.dtype, trust_remote_code=resolved.trust_remote_code)
     return evaluate_folder(folder, model, resolved, evaluated, spec.evaluate, track)
 

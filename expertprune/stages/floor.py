@@ -12,6 +12,7 @@ from expertprune.artifacts.plan import Plan
 from expertprune.composition.budget import LayerWidths, Widths, legal_ffn, removed_parameters
 from expertprune.errors import PlanError
 from expertprune.evaluation.documents import score_documents
+from expertprune.evaluation.retention import bits_per_byte
 from expertprune.models.loading import load_model
 from expertprune.progress import Track, silent
 from expertprune.pruning.write import RepairInput, prune
@@ -138,5 +139,5 @@ def measure(prepared: Prepared, expert: object) -> Kept:
         documents = validation_documents(corpus)
         settings = prepared.spec.calibration
         scores = score_documents(prepared.model, expert, prepared.tokenizer, documents, settings.max_tokens)
-        kept[str(name)] = float(scores.base.sum() / scores.expert.sum())
+        kept[str(name)] = bits_per_byte(scores).point
     return Kept(kept)
