@@ -173,11 +173,9 @@ PARTS: dict[str, dict[str, Any]] = {
     "fusion → shared/exclusive": SHARED_EXCLUSIVE,
     "fusion → the expert's score alone": {"compose.fusion": {"lambda": 0}},
     "global → uniform allocation": {"compose.allocation": "uniform"},
-    "global → search": {"compose.allocation": "search"},
     "no repair": {"compensation": "none"},
     "repair of all projections": {"compensation.scope": "all"},
     "repair by the OBS update": {"compensation": "obs"},
-    "two rounds": {"compose.rounds": 2},
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -142,3 +142,8 @@ class Evaluation(_Record):
     def document(self) -> dict[str, Any]:
         """Plain data that gives the same evaluation back."""
         return self.model_dump(mode="json")
+
+    @classmethod
+    def from_document(cls, data: dict[str, Any]) -> Self:
+        """What `document` wrote. Raises `ValueError` (pydantic's) if it is none."""
+        return cls.model_validate(data)

@@ -140,15 +140,6 @@ class Fusion(_Section):
     beta: float = Field(0.5, ge=0, le=1, description="Its weight on general-exclusive units and on vocabulary rows.")
 
 
-class Search(_Section):
-    """The search over widths (allocation: search)."""
-
-    trials: int = Field(64, ge=1, description="Allocations that are tried, the uniform and the global one included.")
-    tokens: int = Field(4096, ge=64, description="Calibration tokens that each trial is measured on.")
-    uniform: bool = Field(False, description="Only widths that are the same in every layer: FFN against heads.")
-    seed: int = Field(0, ge=0)
-
-
 class Compose(_Section):
     """How the scores of several corpora become one decision per unit."""
 
@@ -162,14 +153,12 @@ class Compose(_Section):
         "standard: distance from the layer's mean in standard deviations, as FLAP ranks.",
     )
     fusion: Fusion = Field(default_factory=Fusion)
-    allocation: Literal["auto", "uniform", "global", "search"] = Field(
+    allocation: Literal["auto", "uniform", "global"] = Field(
         "auto",
         description="global: one ranking over layers; uniform: every layer keeps the same width, as stock configs say it; "
         "search: widths that keep the predictions, tried on calibration text; auto: global, or uniform where the base's "
         "family has no layers of different widths, as with experts.",
     )
-    rounds: int = Field(1, ge=1, le=16, description="Cut in so many steps, profiling again between them.")
-    search: Search = Field(default_factory=Search)
 
 
 class Retention(_Section):
@@ -205,7 +194,7 @@ class Budget(_Section):
     parameters: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None,
         description="Of all parameters; FFN neurons make up what the other keys do not remove, or FFN neurons and KV "
-        "groups against each other where allocation is global or search.",
+        "groups against each other where allocation is global.",
     )
     max_parameters: Size | None = Field(None, description="What may be left of the whole model, such as 100M.")
     retention: Retention | None = Field(None, description="As much as can go while this much is kept.")

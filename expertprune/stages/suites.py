@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from expertprune.artifacts.evaluation import Alignment, Evaluation, Group, Settings, TaskResult
-from expertprune.artifacts.expert import EXPERT_FILE, calibrated_digests, load_expert, recorded_base
+from expertprune.artifacts.expert import Expert
 from expertprune.corpora.documents import Corpus
 from expertprune.corpora.leaks import Examples
 from expertprune.corpora.loading import load_corpora
@@ -30,7 +30,6 @@ from expertprune.models.base import ResolvedBase
 from expertprune.models.loading import load_model, load_tokenizer
 from expertprune.progress import Track, silent
 from expertprune.reporting.card import write_card
-from expertprune.spec.reading import parse_spec
 from expertprune.spec.schema import Spec
 from expertprune.stages.validate import leak_guard
 
@@ -50,8 +49,7 @@ class ChosenTask:
 class Measurement:
     """Everything that is measured, found and checked before a model is loaded."""
 
-    folder: Path
-    about: dict[str, Any]
+    expert: Expert
     spec: Spec
     base: ResolvedBase
     store: Path
@@ -136,7 +134,7 @@ def evaluate_suites(
         summary=summarize(counted),
         alignment=alignment,
     )
-    write_card(measurement.folder, measurement.about | {"evaluation": result.document()})
+    write_card(replace(measurement.expert, evaluation=result))
     return result
 
 
@@ -154,20 +152,20 @@ def prepare(
     overrides: Mapping[str, Any] | None,
 ) -> Measurement:
     """Find and check everything that `evaluate_suites` needs; arguments and errors are described there."""
-    about = load_expert(folder)
+    expert, place = Expert.load(folder), store_folder(store)
     overrides = {**(overrides or {}), **({"base.model": str(base)} if base is not None else {})}
-    spec = parse_spec(about["spec"], str(folder / EXPERT_FILE), Path.cwd(), overrides)
+    spec = expert.local_spec(place, overrides)
     suites = find_suites(names)
     entries = _entries(suites, tasks)
     if entries:
         harness.require_harness(served=backend == "vllm")
         harness.check_names([entry for entry, _, _ in entries])
-    resolved = recorded_base(about, spec.base, store_folder(store))
+    resolved = expert.find_base(spec.base, place)
     problems: list[str] = []
     corpora: list[Corpus] = []
     chosen: list[ChosenTask] = []
     own = load_corpora(spec)
-    guard = leak_guard(own, calibrated_digests(about))
+    guard = leak_guard(own, expert.calibration_digests)
     with gathered(problems):
         corpora = guard.clean(_corpora(spec, suites, {str(name): corpus for name, corpus in own.items()}))
     for entry, suite, generates in entries:
@@ -177,7 +175,7 @@ def prepare(
     problems += guard.problems(*(Examples(f"task {each.task.label}", "examples", each.task.texts) for each in chosen))
     if problems:
         raise SpecError(problems)
-    return Measurement(folder, about, spec, resolved, store_folder(store), suites, backend, limit, chosen, corpora)
+    return Measurement(expert, spec, resolved, place, suites, backend, limit, chosen, corpora)
 
 
 def _entries(suites: Sequence[Suite], names: Sequence[str]) -> list[tuple[TaskEntry, str, bool | None]]:
@@ -226,7 +224,7 @@ def _run_tasks(measurement: Measurement, track: Track) -> dict[str, tuple[Scores
         base[task.label] = scores
         stored.save(task, scores)
     result = {}
-    for task, scores in _run(measurement, measurement.folder, "expert", tasks, track):
+    for task, scores in _run(measurement, measurement.expert.folder, "expert", tasks, track):
         if scores.examples != base[task.label].examples:
             raise SpecError(f"task {task.label}: base and expert were not asked the same: its prompts differ")
         result[task.label] = (base[task.label], scores)
@@ -281,18 +279,18 @@ def _run_corpora(measurement: Measurement, track: Track) -> tuple[Evaluation, di
     Where no suite measures perplexity, the corpora of the evaluation that the folder holds.
     """
     if not measurement.corpora:
-        before = measurement.about.get("evaluation")
-        kept = Evaluation.model_validate(before) if before else Evaluation(settings=Settings(resamples=RESAMPLES))
-        return kept, {}
+        return measurement.expert.evaluation or Evaluation(settings=Settings(resamples=RESAMPLES)), {}
     base = measurement.base
     mine, theirs = (
         load_model(folder, base.dtype, trust_remote_code=base.trust_remote_code)
-        for folder in (base.folder, measurement.folder)
+        for folder in (base.folder, measurement.expert.folder)
     )
     tokenizer, own = load_tokenizer(base.folder, base.trust_remote_code), None
     metrics = ["bits_per_byte", "kl"]
-    if measurement.about["plan"].get("vocabulary"):  # base and expert read other tokens: only their bytes are the same
-        own, metrics = load_tokenizer(measurement.folder, base.trust_remote_code), ["bits_per_byte"]
+    if (
+        measurement.expert.plan.vocabulary is not None
+    ):  # base and expert read other tokens: only their bytes are the same
+        own, metrics = load_tokenizer(measurement.expert.folder, base.trust_remote_code), ["bits_per_byte"]
     settings = measurement.spec.evaluate.model_copy(update={"metrics": metrics})
     with track("perplexity", batches_needed(measurement.corpora)) as step:
         found = evaluate_models(mine, theirs, tokenizer, measurement.corpora, settings, step, None, own)

@@ -9,10 +9,10 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from expertprune.artifacts.evaluation import Evaluation
-from expertprune.artifacts.expert import load_expert
+from expertprune.artifacts.evaluation import Evaluation, Group
+from expertprune.artifacts.expert import Expert, portable, portable_spec
 from expertprune.artifacts.plan import Plan
 from expertprune.composition.defaults import resolved
 from expertprune.composition.plan import foreseen_widths
@@ -196,8 +196,8 @@ def _point(budget: float, key: str, plan: Plan, evaluation: Evaluation, size: in
     }
     before, after = plan.parameters["before"], plan.parameters["after"]
     expert, general = (
-        found and found.model_dump(mode="json")
-        for found in (pooled(evaluation, "expert"), pooled(evaluation, "general"))
+        None if (found := pooled(evaluation, group)) is None else found.model_dump(mode="json")
+        for group in get_args(Group)
     )
     point = Point(budget, key, {"before": before, "after": after}, after / before, size, expert, general, corpora)
     # As it is read back from the file, where what is undefined is null: a sweep that went on equals one that ran through.
@@ -266,7 +266,7 @@ def _check_place(place: Path, spec: Spec) -> None:
     if not place.exists() or (place.is_dir() and not place.is_symlink() and not any(place.iterdir())):
         return
     with contextlib.suppress(CheckpointError):
-        if load_expert(place)["spec"] == spec.document():
+        if Expert.load(place).spec == portable_spec(spec):
             return
     raise CheckpointError(f"{place}: exists, and is no expert of this spec and budget; choose another --out")
 
@@ -274,7 +274,7 @@ def _check_place(place: Path, spec: Spec) -> None:
 def _holds(place: Path, plan: Plan) -> bool:
     """Whether the expert of a plan is there."""
     try:
-        return digest_of(load_expert(place)["plan"]) == plan.digest
+        return Expert.load(place).plan.digest == portable(plan).digest
     except CheckpointError:
         return False
 

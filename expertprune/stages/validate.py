@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from expertprune.artifacts.expert import calibrated_digests, earlier_expert
+from expertprune.artifacts.expert import ancestor_of
 from expertprune.composition.defaults import AUTO, resolved
 from expertprune.composition.plan import foreseen_widths
 from expertprune.composition.rows import foreseen_rows
@@ -80,10 +80,6 @@ class Prepared:
             self._calibration[name] = calibration_batches(corpus, self.tokenizer, self.spec)
         return self._calibration[name]
 
-    def share(self, other: Prepared) -> None:
-        """Take over what another one has loaded; both must name the same base and corpora."""
-        self._model, self._tokenizer, self._calibration = other.model, other.tokenizer, other._calibration
-
     def repair_batches(self) -> list[Batch]:
         """The calibration text of all corpora together, each document once."""
         documents = {d.digest: d for name in self.corpora for d in self.calibration(name)[0]}
@@ -121,8 +117,9 @@ def validate(spec: SpecLike, overrides: Mapping[str, Any] | None = None, store: 
     with gathered(problems):
         corpora = load_corpora(spec)
         if spec.evaluate.enabled:
-            ancestors = calibrated_digests(earlier_expert(base.folder).get("expert")) if base is not None else ()
-            evaluated = evaluation_corpora(spec, corpora, leak_guard(corpora, ancestors))
+            ancestor = ancestor_of(base) if base is not None else None
+            digests = ancestor.calibration_digests if ancestor is not None else ()
+            evaluated = evaluation_corpora(spec, corpora, leak_guard(corpora, digests))
     if problems or base is None:
         raise SpecError(problems)
     spec = resolved(spec, base)

@@ -234,11 +234,6 @@ def test_an_expert_of_experts_is_built_with_its_heads_repaired(tmp_path: Path) -
         ({"budget": {"ffn": 0.25}, "compose": {"allocation": "global"}}, PlanError, "compose.allocation: uniform"),
         ({"compose": {"allocation": "global"}}, PlanError, "compose.allocation: uniform"),
         (
-            {"budget": {"ffn": 8, "multiple_of": 8}, "compose": {"allocation": "search", "search": {"uniform": True}}},
-            PlanError,
-            "leave allocation out, or use allocation: uniform",
-        ),
-        (
             {"relevance": "activation"},
             SpecError,
             r"relevance\.criterion: activation does not score experts; criteria that do: fisher, frequency, impact.*; "
