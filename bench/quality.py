@@ -38,7 +38,7 @@ CUS_PRUN = Cell(
     },
 )  # fmt: skip
 UNREPAIRED = {"compensation": "none"}
-CRITERIA = ("magnitude", "activation", "impact", "fluctuation", "taylor", "fisher", "regional", "obs")
+CRITERIA = ("magnitude", "activation", "impact", "fluctuation", "taylor", "fisher", "regional")
 
 
 class Table:
@@ -174,8 +174,6 @@ PARTS: dict[str, dict[str, Any]] = {
     "fusion → the expert's score alone": {"compose.fusion": {"lambda": 0}},
     "global → uniform allocation": {"compose.allocation": "uniform"},
     "no repair": {"compensation": "none"},
-    "repair of all projections": {"compensation.scope": "all"},
-    "repair by the OBS update": {"compensation": "obs"},
 }
 
 

@@ -6,11 +6,7 @@ from pathlib import Path
 
 import click
 
-from expertprune.commands.terminal import (
-    common,
-    reporting,
-    show,
-)
+from expertprune.commands.terminal import common, reporting, show
 
 
 @click.command()

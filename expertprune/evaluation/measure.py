@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from expertprune.artifacts.evaluation import CorpusResult, DocumentBits, Evaluation, Measured, Settings
-from expertprune.corpora.documents import Corpus
+from expertprune.artifacts.evaluation import CorpusResult, DocumentBits, Evaluation, Group, Measured, Settings
+from expertprune.corpora.documents import Corpus, CorpusName
 from expertprune.errors import SpecError
 from expertprune.evaluation.documents import score_documents
 from expertprune.evaluation.questions import answer_questions, paired_answers
@@ -60,7 +60,7 @@ def evaluate(
             right = answer_questions(expert, expert_tokenizer or tokenizer, asked, progress)
             found["questions"] = paired_answers(asked, answers[corpus.name], right).measured()
         results[corpus.name] = CorpusResult(
-            group="general" if corpus.name.startswith("general/") else "expert",
+            group=group_of(corpus),
             documents=len(corpus.evaluation),
             questions=len(asked),
             metrics=found,
@@ -70,6 +70,11 @@ def evaluate(
         documents=settings.documents, max_tokens=settings.max_tokens, metrics=list(metrics), resamples=RESAMPLES
     )
     return Evaluation(settings=about, corpora=results)
+
+
+def group_of(corpus: Corpus) -> Group:
+    """Whether a corpus says what is kept of the expert's purpose, or in general."""
+    return "general" if CorpusName.parse(corpus.name).is_general else "expert"
 
 
 def batches_needed(corpora: Sequence[Corpus]) -> int:

@@ -15,9 +15,8 @@ from expertprune.errors import CheckpointError
 from expertprune.files import digest_of
 from expertprune.models.base import ResolvedBase
 from expertprune.profiling.forward import collect
-from expertprune.profiling.gradients import gradient_energies, gradient_pass
+from expertprune.profiling.gradients import gradient_pass
 from expertprune.profiling.regional import regional_pass
-from expertprune.profiling.removals import removal_pass
 from expertprune.profiling.rows import PART as VOCABULARY
 from expertprune.profiling.rows import vocabulary_pass
 from expertprune.progress import Progress
@@ -70,9 +69,6 @@ def profile_part(
         statistics = vocabulary_pass(model, base.family, batches, progress)
     elif kind == Pass.GRADIENT:
         statistics = gradient_pass(*arguments, variant, progress=progress)
-    elif kind == Pass.REMOVAL:
-        weights = gradient_energies(model, base.family, batches) if variant else None
-        statistics = removal_pass(*arguments, weights, progress)
     else:
         statistics = regional_pass(*arguments, progress)
     bad = [name for name, tensor in statistics.items() if not bool(tensor.isfinite().all())]

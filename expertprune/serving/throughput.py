@@ -141,7 +141,7 @@ def _check_before(expert: Path, servables: Mapping[str, engine.Servable], load: 
 
 def _base_folder(folder: Path, base: str | Path | None, store: str | Path | None) -> Path:
     expert, place = Expert.load(folder), store_folder(store)
-    return expert.find_base(expert.local_base(place, base), place).folder
+    return expert.find_base(place, expert.local_base(place, base)).folder
 
 
 def _common_arguments(servables: Sequence[engine.Servable], given: Sequence[str]) -> list[str]:

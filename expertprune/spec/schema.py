@@ -109,7 +109,7 @@ class Relevance(_Section):
 
     criterion: str = Field(
         "auto",
-        description="fisher, taylor, impact, activation, fluctuation, regional, obs, magnitude, random; of whole experts "
+        description="fisher, taylor, impact, activation, fluctuation, regional, magnitude, random; of whole experts "
         "reap and frequency too. auto: fisher, or reap where nothing but whole experts is cut.",
     )
     experts: str | None = Field(
@@ -118,11 +118,6 @@ class Relevance(_Section):
     loss: Literal["language_model", "kl"] = Field(
         "language_model",
         description="Of taylor and fisher: against the text's next tokens, or against the model's own predictions.",
-    )
-    tokens: Literal["equal", "fisher"] = Field(
-        "equal",
-        description="Of obs: weight of a token, all the same (ZipLM) or its loss gradient's energy, which makes errors "
-        "of different layers comparable.",
     )
     seed: int = Field(0, ge=0, description="For criteria that draw random numbers.")
 
@@ -229,17 +224,10 @@ class Budget(_Section):
 class Compensation(_Section):
     """The closed-form repair of the layers that were cut."""
 
-    method: Literal["none", "least_squares", "obs"] = Field(
+    method: str = Field(
         "least_squares",
-        description="least_squares: in the pruned prefix, towards the dense residual stream; obs: the optimal brain "
-        "surgeon's update, each layer by itself.",
-    )
-    scope: Literal["cut", "all"] = Field(
-        "cut", description="Of least_squares: the output projections that lost inputs, or those of every block."
-    )
-    tokens: Literal["stream", "equal", "fisher"] = Field(
-        "stream",
-        description="Weight of a token: one over its stream's energy, all the same, or its loss gradient's energy.",
+        description="least_squares: solve the kept columns of every cut output projection again, so that the pruned "
+        "model's residual stream comes close to the base's; none: leave them as they are.",
     )
     damping: float = Field(
         0.3, gt=0, le=10, description="Ridge towards the original columns, relative to their energy."

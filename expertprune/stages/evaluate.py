@@ -47,7 +47,7 @@ def evaluate(
     if base is not None:
         overrides["base.model"] = str(base)
     spec = described.local_spec(place, overrides)
-    resolved = described.find_base(spec.base, place)
+    resolved = described.find_base(place, spec.base)
     loaded: dict[CorpusName, Corpus] = load_corpora(spec)
     evaluated = evaluation_corpora(spec, loaded, leak_guard(loaded, described.calibration_digests))
     model = load_model(resolved.folder, resolved.dtype, trust_remote_code=resolved.trust_remote_code)

@@ -18,6 +18,7 @@ from expertprune.evaluation.documents import score_documents
 from expertprune.evaluation.retention import bits_per_byte
 from expertprune.models.loading import load_model
 from expertprune.progress import Track
+from expertprune.pruning.repair import check_repair
 from expertprune.pruning.write import RepairInput, prune
 from expertprune.spec.schema import Budget, Retention
 from expertprune.stages.validate import Prepared, validation_documents
@@ -37,12 +38,13 @@ class Kept:
     @property
     def expert(self) -> float:
         """The least over the corpora of the dimensions."""
-        return min(value for name, value in self.corpora.items() if not name.startswith("general/"))
+        return min(value for name, value in self.corpora.items() if not CorpusName.parse(name).is_general)
 
     @property
     def general(self) -> float:
         """The least over the general corpora; infinite where there are none."""
-        return min((value for name, value in self.corpora.items() if name.startswith("general/")), default=float("inf"))
+        kept = (value for name, value in self.corpora.items() if CorpusName.parse(name).is_general)
+        return min(kept, default=float("inf"))
 
     def holds(self, floor: Retention) -> bool:
         return self.expert >= (floor.expert or 0) and self.general >= (floor.general or 0)
@@ -120,7 +122,7 @@ def _try(prepared: Prepared, profiles: Mapping[CorpusName, Profile], budget: Bud
     """The plan under one budget, and what its expert keeps."""
     plan = compose(prepared.spec.model_copy(update={"budget": budget}), prepared.base, profiles)
     repair_input = None
-    if prepared.spec.compensation.method != "none":
+    if check_repair(prepared.spec.compensation.method).runs_model:
         repair_input = RepairInput(prepared.model, prepared.repair_batches(), prepared.spec.compensation)
     with tempfile.TemporaryDirectory(prefix="expertprune-") as temporary:
         folder = Path(temporary) / "expert"

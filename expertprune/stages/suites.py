@@ -12,7 +12,7 @@ import numpy as np
 
 from expertprune.artifacts.evaluation import Alignment, Evaluation, Group, Settings, TaskResult
 from expertprune.artifacts.expert import Expert
-from expertprune.corpora.documents import Corpus
+from expertprune.corpora.documents import GENERAL, Corpus, CorpusName
 from expertprune.corpora.leaks import Examples
 from expertprune.corpora.loading import load_corpora
 from expertprune.errors import SpecError, gathered
@@ -21,7 +21,7 @@ from expertprune.evaluation.harness import models
 from expertprune.evaluation.harness import tasks as harness
 from expertprune.evaluation.harness.stored import StoredScores, versions
 from expertprune.evaluation.harness.tasks import HarnessTask, Scores, less_is_better, run_task
-from expertprune.evaluation.measure import batches_needed
+from expertprune.evaluation.measure import batches_needed, group_of
 from expertprune.evaluation.measure import evaluate as evaluate_models
 from expertprune.evaluation.retention import RESAMPLES, Counted, Paired, bits_per_byte, summarize
 from expertprune.evaluation.suites import Suite, TaskEntry, bare_task, find_suites
@@ -61,11 +61,7 @@ class Measurement:
 
     @property
     def groups(self) -> set[str]:
-        return {each.group for each in self.tasks} | {_group_of(corpus) for corpus in self.corpora}
-
-
-def _group_of(corpus: Corpus) -> Group:
-    return "general" if corpus.name.startswith("general/") else "expert"
+        return {each.group for each in self.tasks} | {group_of(corpus) for corpus in self.corpora}
 
 
 def evaluate_suites(
@@ -160,14 +156,14 @@ def prepare(
     if entries:
         harness.require_harness(served=backend == "vllm")
         harness.check_names([entry for entry, _, _ in entries])
-    resolved = expert.find_base(spec.base, place)
+    resolved = expert.find_base(place, spec.base)
     problems: list[str] = []
     corpora: list[Corpus] = []
     chosen: list[ChosenTask] = []
     own = load_corpora(spec)
     guard = leak_guard(own, expert.calibration_digests)
     with gathered(problems):
-        corpora = guard.clean(_corpora(spec, suites, {str(name): corpus for name, corpus in own.items()}))
+        corpora = guard.clean(_corpora(spec, suites, own))
     for entry, suite, generates in entries:
         with gathered(problems):
             task = harness.load_task(entry, harness.generates(entry) if generates is None else generates, limit)
@@ -189,25 +185,25 @@ def _entries(suites: Sequence[Suite], names: Sequence[str]) -> list[tuple[TaskEn
     return found + [(entry, suite, None) for entry, suite in bare if entry.label not in known]
 
 
-def _corpora(spec: Spec, suites: Sequence[Suite], own: Mapping[str, Corpus]) -> list[Corpus]:
+def _corpora(spec: Spec, suites: Sequence[Suite], own: Mapping[CorpusName, Corpus]) -> list[Corpus]:
     """The corpora that the suites name; those that the spec does not name count as general."""
     wanted: list[str] = []
     for suite in suites:
         if suite.perplexity is not None:
-            wanted += suite.perplexity.corpora if suite.perplexity.corpora is not None else list(own)
-    chosen: dict[str, Corpus] = {}
+            wanted += suite.perplexity.corpora if suite.perplexity.corpora is not None else map(str, own)
+    chosen: dict[CorpusName, Corpus] = {}
     others = []
     for name in wanted:
-        matches = [each for each in own if name in (each, each.partition("/")[2])]
-        chosen |= {each: own[each] for each in matches}
+        matches = {each: corpus for each, corpus in own.items() if each.answers_to(name)}
+        chosen |= matches
         others += [] if matches else [name]
     if others:
         try:
             loaded = load_corpora(spec.model_copy(update={"general": [*spec.general, *others]}))
         except SpecError as error:
             raise SpecError([f"perplexity.corpora: {problem}" for problem in error.problems]) from None
-        by_name = {str(name): corpus for name, corpus in loaded.items()}
-        chosen |= {f"general/{name}": replace(by_name[f"general/{name}"], calibration=()) for name in others}
+        names = [CorpusName(GENERAL, name) for name in others]
+        chosen |= {name: replace(loaded[name], calibration=()) for name in names}
     return list(chosen.values())
 
 

@@ -21,6 +21,7 @@ from expertprune.errors import SpecError, gathered
 from expertprune.files import digest_of, store_folder
 from expertprune.models.base import ResolvedBase, resolve_base
 from expertprune.models.loading import load_model, load_tokenizer
+from expertprune.pruning.repair import check_repair
 from expertprune.pruning.selfcheck import check_family
 from expertprune.spec.reading import load_spec, parse_spec
 from expertprune.spec.schema import Spec
@@ -111,6 +112,8 @@ def validate(spec: SpecLike, overrides: Mapping[str, Any] | None = None, store: 
         if criterion is not None and criterion != AUTO:
             with gathered(problems):
                 check_criterion(criterion)
+    with gathered(problems):
+        check_repair(spec.compensation.method)
     base = None
     with gathered(problems):
         base = resolve_base(spec.base, folder)
@@ -144,15 +147,16 @@ def leak_guard(corpora: Mapping[CorpusName, Corpus], digests: Iterable[str]) -> 
 
 def evaluation_corpora(spec: Spec, corpora: Mapping[CorpusName, Corpus], guard: LeakGuard) -> list[Corpus]:
     """The corpora to evaluate on, without documents that leak."""
-    by_name = {str(name): corpus for name, corpus in corpora.items()}
     if spec.evaluate.corpora is None:
         return guard.clean(list(corpora.values()))
     chosen = []
     for wanted in spec.evaluate.corpora:
-        matches = [name for name in by_name if wanted in (name, name.partition("/")[2])]
+        matches = [corpus for name, corpus in corpora.items() if name.answers_to(wanted)]
         if not matches:
-            raise SpecError(f"evaluate.corpora: {wanted!r} is none of the spec's corpora: {', '.join(by_name)}")
-        chosen += [by_name[name] for name in matches]
+            raise SpecError(
+                f"evaluate.corpora: {wanted!r} is none of the spec's corpora: {', '.join(map(str, corpora))}"
+            )
+        chosen += matches
     return guard.clean(chosen)
 
 

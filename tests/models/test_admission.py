@@ -217,12 +217,12 @@ def test_pruning_twice_keeps_the_provenance_of_both(spec_data: dict[str, Any], t
     spec_data["evaluate"] = {"enabled": False}
     first = expertprune.build(parse_spec(spec_data, "spec", tmp_path), tmp_path / "first")
     one = read_json(first / "expertprune.json")
-    assert "expert" not in one["base"]
+    assert one["ancestor"] is None
     spec_data |= {"base": str(first), "name": "again", "budget": {"kv_groups": 1}}
     second = expertprune.build(parse_spec(spec_data, "spec", tmp_path), tmp_path / "second")
     two = read_json(second / "expertprune.json")
-    assert two["base"]["expert"] == {key: value for key, value in one.items() if key != "evaluation"}
-    assert two["base"]["expert"]["base"]["digest"] == one["base"]["digest"] != two["base"]["digest"]
+    assert two["ancestor"] == {key: value for key, value in one.items() if key != "evaluation"}
+    assert two["ancestor"]["base"]["digest"] == one["base"]["digest"] != two["base"]["digest"]
     assert two["plan"]["budget"]["ffn"]["of"] == one["plan"]["budget"]["ffn"]["kept"] == 24
     card = (second / "README.md").read_text()
     assert "The base is an expert itself: `tiny`" in card

@@ -203,9 +203,9 @@ def test_experts_with_fewer_neurons_are_built_from_the_shortest_spec(
     assert "neurons inside experts are cut without repair" in caplog.text
     config, about = read_json(out / "config.json"), read_json(out / "expertprune.json")
     assert (config["num_local_experts"], config["intermediate_size"], config["num_key_value_heads"]) == (5, 24, 2)
-    relevance = about["plan"]["spec"]["relevance"]
+    relevance = about["spec"]["relevance"]
     assert (relevance["criterion"], relevance["experts"]) == ("fisher", "reap")
-    assert about["plan"]["spec"]["compose"]["allocation"] == "uniform"
+    assert about["spec"]["compose"]["allocation"] == "uniform"
     assert sum(parameter.numel() for parameter in load(out).parameters()) == about["parameters"]["after"]
 
 

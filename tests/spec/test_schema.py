@@ -43,7 +43,7 @@ FULL: dict[str, Any] = {
         "allocation": "uniform",
     },
     "budget": {"ffn": 384, "kv_groups": 1, "multiple_of": 8, "floor": 0.2},
-    "compensation": {"method": "none", "scope": "all", "tokens": "equal", "damping": 0.5},
+    "compensation": {"method": "none", "damping": 0.5},
     "evaluate": {"corpora": ["medical"], "documents": 3, "max_tokens": 77, "metrics": ["kl"], "enabled": False},
 }
 
@@ -200,8 +200,6 @@ WRONG = [
     ({"budget": {"max_parameters": "infB"}}, "budget.max_parameters:", "found 'infB'"),
     ({"compose": {"allocation": "globl"}}, "compose.allocation:", "'uniform' or 'global'"),
     ({"relevance": {"loss": "mse"}}, "relevance.loss:", "'language_model' or 'kl'"),
-    ({"compensation": {"scope": "some"}}, "compensation.scope:", "'cut' or 'all'"),
-    ({"compensation": {"tokens": "some"}}, "compensation.tokens:", "'stream', 'equal' or 'fisher'"),
     ({"compensation": {"damping": 0}}, "compensation.damping:", "greater than 0"),
     ({"evaluate": {"metrics": []}}, "evaluate.metrics:", "at least 1"),
     ({"evaluate": {"metrics": ["kl", "bleu"]}}, "evaluate.metrics.1:", "found 'bleu'"),
