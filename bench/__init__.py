@@ -1,1 +1,1 @@
-"""Benchmarks: scripts that print the project's figures, and the peer methods they compare with."""
+"""Benchmarks: the commands that produce the project's figures, their results, and the peer methods they compare with."""

@@ -134,16 +134,11 @@ def excess(base: Sums, expert: Sums, seed: int = 0) -> Excess:
 
 
 def piqa_answers(model: Any, tokenizer: Any, path: Path, count: int) -> Floats:
-    """1 where the model prefers the right one of two solutions, `[questions]`: the file's first `count`."""
+    """1 where the model prefers the right one of two solutions, `[questions]`, for the first `count` rows of a file.
+
+    A row has `goal`, `choices` and `label`. The model's answer is the solution of the higher log-likelihood per byte
+    after `"Question: {goal}\\nAnswer:"`. PIQA: https://arxiv.org/abs/1911.11641
+    """
     with jsonlines.open(path) as rows:
         every = [Question(row["goal"], tuple(row["choices"]), row["label"]) for row in rows]
     return answer_questions(model, tokenizer, every[:count])
-
-
-def piqa(model: Any, tokenizer: Any, path: Path, count: int) -> float:
-    """Accuracy on the first `count` questions of a PIQA file (rows of goal, choices and label).
-
-    The solution of the higher log-likelihood per byte after `"Question: {goal}\\nAnswer:"` is the answer.
-    PIQA: https://arxiv.org/abs/1911.11641
-    """
-    return float(piqa_answers(model, tokenizer, path, count).mean())
