@@ -1,1 +1,1 @@
-"""Benchmarks: the commands that produce the project's figures, their results, and the peer methods they compare with."""
+"""Benchmarks: the commands behind the project's figures, their results, and peer methods."""

@@ -55,7 +55,8 @@ SECTIONS = ("calibration", "relevance", "compose", "compensation", "dimensions",
 class Cell:
     """What a cell asks for.
 
-    `method` is `base`, the name of a peer, or `ours` with `overrides` of the spec's keys. `budget` says what goes.
+    `method` is `base`, the name of a peer, or `ours` with `overrides` of the spec's keys. `budget`
+    says what goes.
     """
 
     method: str
@@ -72,7 +73,7 @@ class Cell:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """The cell as plain data; of a base only what it is and how it is measured, as nothing calibrates it."""
+        """The cell as plain data; of a base only model and measure, as nothing calibrates it."""
         every = json.loads(json.dumps(asdict(self)))
         names = ("method", "model", "sets", "blocks", "piqa") if self.method == "base" else tuple(every)
         return {name: every[name] for name in names}
@@ -85,8 +86,8 @@ class Cell:
 class Result:
     """A cell's figures.
 
-    `sums` holds the losses by document of each set, `piqa` 1 for each right answer, `removed` the parameters that went,
-    `tokens` the calibration text, and `made` commit, date and versions.
+    `sums` holds the losses by document of each set, `piqa` 1 for each right answer, `removed` the
+    parameters that went, `tokens` the calibration text, and `made` commit, date and versions.
     """
 
     sums: dict[str, Sums]
@@ -135,7 +136,7 @@ class Bench:
         return parse_spec(data, "bench", self.data, overrides)
 
     def pieces(self, name: str) -> Path:
-        """A corpus as JSON lines of `text`, its long documents cut into pieces so that there are enough of them."""
+        """A corpus as JSON lines of `text`, long documents cut into pieces to have more of them."""
         file, template = CORPORA[name]
         path = self.results / "corpora" / f"{name}.jsonl"
         if path.is_file():
@@ -161,7 +162,7 @@ class Bench:
         return self._sets[key]
 
     def run(self, cell: Cell) -> Result:
-        """The cell's result; it is computed unless a stored one comes from the same spec, base and text."""
+        """The cell's result, computed unless a stored one has the same spec, base and text."""
         path = cell.path(self.results)
         prepared = expertprune.validate(self.spec(cell))
         about = self._about(cell, prepared)
@@ -171,7 +172,7 @@ class Bench:
         return stored(cell, self.results)
 
     def _about(self, cell: Cell, prepared: Prepared) -> dict[str, Any]:
-        """What a cell's figures depend on beside what it asks for: defaults of the spec, base, text."""
+        """What the figures depend on beyond `Cell.asked`: the spec's defaults, base and text."""
         about = {
             "base": prepared.base.digest,
             "dtype": str(prepared.base.dtype),
@@ -216,7 +217,8 @@ class Bench:
 def agrees(before: Any, now: Any) -> bool:
     """Whether two descriptions say the same wherever both say something.
 
-    A key that only one of them has is one that the spec gained or lost between them: its default is what was always done.
+    A key that only one of them has is one that the spec gained or lost between them: its default is
+    what was always done.
     """
     if isinstance(before, dict) and isinstance(now, dict):
         return all(agrees(before[key], now[key]) for key in before.keys() & now.keys())

@@ -2,10 +2,11 @@
 
     python -m bench.constants --data DATA [--seeds 2]
 
-The cell of `bench.quality`'s table of peers (25% of SmolLM2's FFN neurons), without repair and masked in place of
-cut, once for each choice of `compose.fusion` and each seed of the calibration text. A row is the mean over seeds.
-Measured on pieces of the calibration files that the cell does not profile; none of them is a report row. The excess
-is `ln(expert / base)` of the perplexity of 512-token blocks.
+The cell of `bench.quality`'s table of peers (25% of SmolLM2's FFN neurons), without repair and
+masked in place of cut, once for each choice of `compose.fusion` and each seed of the calibration
+text. A row is the mean over seeds. Measured on pieces of the calibration files that the cell does
+not profile; none of them is a report row. The excess is `ln(expert / base)` of the perplexity of
+512-token blocks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What each method costs: wall time over a plain forward pass of the same text in the same run, and peak memory.
+"""What each method costs: time over a plain forward pass of the same text, and peak memory.
 
     OMP_NUM_THREADS=1 python -m bench.cost --data DATA [--documents 20]
 
@@ -46,7 +46,7 @@ def peak() -> float:
 
 
 def measure(bench: Bench, name: str, documents: int) -> dict[str, Any]:
-    """Seconds of a plain forward pass and of the method on the same text, and peak memory before and after, GiB."""
+    """Seconds of a plain forward pass and of the method; peak memory before and after, GiB."""
     overrides = OURS.get(name, {})
     cell = Cell("ours" if name in OURS else name, documents=documents, overrides=overrides)
     prepared = expertprune.validate(bench.spec(cell), store=None)

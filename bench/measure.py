@@ -30,7 +30,8 @@ Floats = NDArray[np.float64]
 class Blocks:
     """Text cut into blocks of equal length.
 
-    `ids` and `documents` are `[blocks, tokens]`: token ids, and the document of each token (−1 for a BOS put first).
+    `ids` and `documents` are `[blocks, tokens]`: token ids, and the document of each token (−1 for
+    a BOS put first).
     """
 
     ids: Tensor
@@ -39,7 +40,10 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Sums:
-    """Per document with a measured token, `[documents]`: negative log-likelihood in nats, and predicted tokens."""
+    """Negative log-likelihood in nats and predicted tokens, both `[documents]`.
+
+    Documents without a measured token are left out.
+    """
 
     nats: Floats
     tokens: Floats
@@ -59,17 +63,18 @@ class Excess:
 
 
 def text_of(row: dict[str, Any]) -> str:
-    """The text of a row: question and answer behind an abstract, or alone, where the row has them."""
+    """The text of a row: its text, its question and answer, or both."""
     if "long_answer" in row:
         return f"{row['text']}\nQuestion: {row['question']}\nAnswer: {row['long_answer']}"
     return row["text"] if "text" in row else f"Question: {row['question']}\nAnswer: {row['answer']}"
 
 
 def blocks(path: Path, tokenizer: Any, count: int, length: int = BLOCK) -> Blocks:
-    """`count` blocks of `length` tokens (fewer if there are not so many), spread evenly over a file's text.
+    """At most `count` blocks of `length` tokens, spread evenly over a file's text.
 
-    The documents stand one after the other in the file's order, an empty line between them; the last, shorter block is
-    left out. Where the tokenizer puts a BOS before text, each block begins with one, which counts in its length.
+    The documents stand one after the other in the file's order, an empty line between them; the
+    last, shorter block is left out. Where the tokenizer puts a BOS before text, each block begins
+    with one, which counts in its length.
     """
     ids: list[int] = []
     documents: list[int] = []
@@ -95,7 +100,7 @@ def blocks(path: Path, tokenizer: Any, count: int, length: int = BLOCK) -> Block
 
 @torch.inference_mode()
 def losses(model: Any, data: Blocks) -> Sums:
-    """Negative log-likelihood of every token behind a block's first, summed by the predicted token's document."""
+    """Losses of every token behind a block's first, summed by the predicted token's document."""
     size = int(data.documents.max()) + 1
     nats, tokens = np.zeros(size), np.zeros(size)
     for first in range(0, len(data.ids), _ROWS):
@@ -110,9 +115,10 @@ def losses(model: Any, data: Blocks) -> Sums:
 
 
 def token_losses(model: Any, states: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood in nats of `targets` `[tokens]` after the decoder's last states `[tokens, hidden]`.
+    """Losses in nats of `targets` `[tokens]` after the decoder's last states `[tokens, hidden]`.
 
-    Logits are float32 and made for a chunk of positions at a time: a large vocabulary outweighs the model.
+    Logits are float32 and made for a chunk of positions at a time: a large vocabulary outweighs the
+    model.
     """
     cap = getattr(model.config, "final_logit_softcapping", None)
     result = []
@@ -125,7 +131,10 @@ def token_losses(model: Any, states: Tensor, targets: Tensor) -> Tensor:
 
 
 def excess(base: Sums, expert: Sums, seed: int = 0) -> Excess:
-    """`ln(expert / base)` of two perplexities on the same blocks; the interval resamples documents 2,000 times."""
+    """`ln(expert / base)` of two perplexities on the same blocks.
+
+    The interval resamples documents 2,000 times.
+    """
     if not np.array_equal(base.tokens, expert.tokens):
         raise ValueError("base and expert were measured on different tokens")
     more = expert.nats - base.nats
@@ -134,10 +143,11 @@ def excess(base: Sums, expert: Sums, seed: int = 0) -> Excess:
 
 
 def piqa_answers(model: Any, tokenizer: Any, path: Path, count: int) -> Floats:
-    """1 where the model prefers the right one of two solutions, `[questions]`, for the first `count` rows of a file.
+    """1 where the model prefers the right solution, `[questions]`: the first `count` of a file.
 
-    A row has `goal`, `choices` and `label`. The model's answer is the solution of the higher log-likelihood per byte
-    after `"Question: {goal}\\nAnswer:"`. PIQA: https://arxiv.org/abs/1911.11641
+    A row has `goal`, `choices` and `label`. The model's answer is the solution of the higher
+    log-likelihood per byte after `"Question: {goal}\\nAnswer:"`. PIQA:
+    https://arxiv.org/abs/1911.11641
     """
     with jsonlines.open(path) as rows:
         every = [Question(row["goal"], tuple(row["choices"]), row["label"]) for row in rows]

@@ -2,15 +2,15 @@
 
     python -m bench.quality --data DATA [--table peers ...]
 
-Computes the cells of the tables that have no result yet, and prints the tables. `python -m bench.tables` then writes
-them into README.md and LOG.md.
+Computes the cells of the tables that have no result yet, and prints the tables. `python -m
+bench.tables` then writes them into README.md and LOG.md.
 
 DATA is a folder of JSON lines: `domain/pubmedqa_*`, `general/wikitext2_*`, `general/piqa_report`,
-`task/gsm8k_*`, `language/xquad_{de,en,th}_*`, each with `_calibration.jsonl` and `_report.jsonl`. Calibration
-rows are profiled. Report rows are measured and choose nothing.
+`task/gsm8k_*`, `language/xquad_{de,en,th}_*`, each with `_calibration.jsonl` and `_report.jsonl`.
+Calibration rows are profiled. Report rows are measured and choose nothing.
 
-All methods of one table get the same calibration text. Perplexity is of blocks of 512 tokens. The excess is
-`ln(expert / base)` with its 95% interval over documents (paired bootstrap).
+All methods of one table get the same calibration text. Perplexity is of blocks of 512 tokens. The
+excess is `ln(expert / base)` with its 95% interval over documents (paired bootstrap).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from .cells import GEMMA, RESULTS, Bench, Cell, Result
+from .cells import GEMMA, Bench, Cell, Result
 from .measure import Excess, Sums, excess
-from .records import Table, described
+from .records import RESULTS, Table, described
 
 Get = Callable[[Cell], Result]
 
@@ -38,7 +38,7 @@ OURS: dict[str, dict[str, Any]] = {
     "ours": {}, "ours, shared/exclusive fusion": SHARED_EXCLUSIVE, "ours, stock checkpoint": STOCK,
     "ours, no repair": UNREPAIRED,
 }  # fmt: skip
-# Cus-Prun alone: three dimensions, exact output change, their intersection; no general corpus, no repair.
+# Cus-Prun alone: the intersection of three dimensions; no general corpus, no repair.
 CUS_PRUN = Cell(
     "ours",
     dimensions={"language": "encyclopedia", "domain": "abstracts", "task": "qa"},
@@ -52,7 +52,7 @@ PEERS = ("flap", "wanda_sp", "Cus-Prun alone", "llm_pruner_taylor", "slicegpt", 
 
 
 def peers(get: Get) -> Table:
-    """A quarter of the FFN neurons (or as many parameters) by every method, over seeds of the calibration text."""
+    """A quarter of the FFN neurons, or as many parameters, by every method and seed."""
     shape = Cell("base")
     table = Table(["method", "removed", *_columns(shape)])
     base = get(shape)
@@ -69,7 +69,8 @@ def sizes(get: Get) -> Table:
     shape = Cell("base")
     table = Table(["budget", "method", "removed", *_columns(shape)])
     base = get(shape)
-    blocks, ffn, model = 106_168_320, 79_626_240, 134_515_008  # parameters: blocks without norms, FFN, all
+    # Parameters of the blocks without norms, of the FFN, and of all.
+    blocks, ffn, model = 106_168_320, 79_626_240, 134_515_008
     budgets: list[tuple[str, str, dict[str, float]]] = [
         (f"{fraction:.0%} of FFN", method, {"ffn": fraction})
         for fraction in (0.1, 0.2, 0.3, 0.4)
@@ -118,7 +119,7 @@ RETIRED: dict[str, dict[str, Any]] = {
 
 
 def parts(get: Get, chosen: Mapping[str, dict[str, Any]] = PARTS) -> Table:
-    """One part replaced or left out; beside each set the difference to the default, paired by document."""
+    """One part replaced or left out, and the difference to the default, paired by document."""
     dimensions = {"language": "encyclopedia", "domain": "abstracts", "task": "qa"}
     shape = Cell("base", dimensions=dimensions, general=("encyclopedia", "math"), documents=40, piqa=0)
     columns = [text for name in shape.sets for text in (f"{name}: excess ln", "more than the default's (95%)")]
@@ -163,7 +164,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "general only": {"dimensions": {"domain": "encyclopedia"}, "general": ()},
     FUSED: {},
 }
-CRITERIA = ("activation", "impact", "fluctuation", "taylor", "fisher", "regional")  # those that see data
+# Those that see data.
+CRITERIA = ("activation", "impact", "fluctuation", "taylor", "fisher", "regional")
 TASK = Cell("base", documents=40)
 
 
@@ -183,7 +185,7 @@ def task(get: Get, criteria: Sequence[str] = CRITERIA) -> Table:
 
 
 def task_means(get: Get) -> Table:
-    """The table of `task` as means over the criteria; how much more excess each way has than both fused."""
+    """Means of the table of `task` over the criteria, each way against both fused."""
     columns = [text for name in TASK.sets for text in (f"{name}: mean excess", "fused less")]
     table = Table(["scored on", *columns, "PIQA", "fused more"])
     base = get(TASK)
@@ -262,7 +264,7 @@ def _measured(results: Sequence[Result], base: Result) -> list[str]:
 
 
 def _losses(sums: Sequence[Sums], base: Sums) -> list[str]:
-    """Perplexity, and excess with its interval over documents and, where there are several seeds, their range."""
+    """Perplexity; excess with its interval over documents, and the range over several seeds."""
     mean = Sums(np.mean([each.nats for each in sums], axis=0), sums[0].tokens)
     found = excess(base, mean)
     text = f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"

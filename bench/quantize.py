@@ -2,11 +2,12 @@
 
     python -m bench.quantize --out DIR --compressor PYTHON [--expert DIR ...] [--scheme W8A8 ...]
 
-Without `--expert`, two experts of profiles/english-medical-qa.yaml are built first, with widths of single layers and
-with `compose.allocation: uniform`. `--compressor` is the Python of an environment with llm-compressor, because its
-pins (transformers, compressed-tensors) are not vLLM's; default: this one. Each folder is quantized there by rounding
-to nearest, evaluated here by `expertprune.evaluate` on the same documents as the expert, and loaded here into vLLM,
-which continues a prompt. DIR keeps what was done before.
+Without `--expert`, two experts of profiles/english-medical-qa.yaml are built first, with widths of
+single layers and with `compose.allocation: uniform`. `--compressor` is the Python of an environment
+with llm-compressor, because its pins (transformers, compressed-tensors) are not vLLM's; default:
+this one. Each folder is quantized there by rounding to nearest, evaluated here by
+`expertprune.evaluate` on the same documents as the expert, and loaded here into vLLM, which
+continues a prompt. DIR keeps what was done before.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ from expertprune.models.checkpoint import Checkpoint
 from .records import PACKAGES, Table, made, save_table
 from .serving import SPEC
 
-SCHEMES = ("W8A8", "FP8_DYNAMIC")  # one scale for each row; those of groups want widths that 128 divides
+# One scale for each row. Schemes with groups need widths that 128 divides.
+SCHEMES = ("W8A8", "FP8_DYNAMIC")
 PROMPT = "The heart pumps blood through the"
-VERSIONS, MEASURED = "versions.json", "measured.json"  # what this script keeps in a quantized folder
+# Files of this script in a quantized folder.
+VERSIONS, MEASURED = "versions.json", "measured.json"
 ONLY_DOCUMENTS = {"evaluate.metrics": ["bits_per_byte", "perplexity", "kl"]}
-# Runs in the compressor's environment, without calibration data: weights round to nearest, and activations get their
-# scales as they come.
+# Runs in the compressor's environment, without calibration data: weights round to nearest, and
+# activations get their scales as they come.
 COMPRESS = """
 import importlib.metadata, json, sys
 from llmcompressor import oneshot
@@ -55,7 +58,7 @@ if __name__ == "__main__":
 
 
 def quantized(expert: Path, out: Path, scheme: str, compressor: str) -> dict[str, Any]:
-    """The expert's folder, its `Linear` weights quantized by llm-compressor; returns the versions that did it."""
+    """Quantize the `Linear` weights of an expert with llm-compressor; returns its versions."""
     told = out / VERSIONS
     if not told.is_file():
         shutil.rmtree(out, ignore_errors=True)
@@ -65,7 +68,7 @@ def quantized(expert: Path, out: Path, scheme: str, compressor: str) -> dict[str
         if run.returncode:
             raise RuntimeError(run.stderr[-3000:])
         quantization = json.loads((out / "config.json").read_text())["quantization_config"]
-        # The class is saved under its Python name: the expert's own config names what vLLM's plugin knows.
+        # The class is saved under its Python name; vLLM's plugin knows that of the expert's config.
         config = json.loads((expert / "config.json").read_text())
         config["quantization_config"] = quantization
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -1,6 +1,7 @@
-"""Results on disk: what a command measured, and the commit, versions and date that it was made with.
+"""Results on disk: what a command measured, and with which commit, versions and date.
 
-Every result lies in `bench/results/`. `bench.tables` writes the tables of README.md and LOG.md from there, without a model.
+Every result lies in `bench/results/`. `bench.tables` writes the tables of README.md and LOG.md from
+there, without a model.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def write(path: Path, data: dict[str, Any]) -> None:
 
 
 def made(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
-    """Commit, date and package versions of this run; packages that are not installed are left out."""
+    """Commit, date and versions of this run; packages that are not installed are left out."""
     git = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
     commit = subprocess.run(git, cwd=RESULTS.parent, capture_output=True, text=True, check=False).stdout.strip()
     versions = {}
@@ -72,7 +73,9 @@ def made(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
 
 def described(every: Iterable[dict[str, Any]]) -> str:
     """A paragraph that names all commits, versions and dates of several results (`made`)."""
-    commits, dates, versions = set(), set(), set()
+    commits: set[str] = set()
+    dates: set[str] = set()
+    versions: set[str] = set()
     for each in every:
         commits.update(each["commits"])
         dates.update(each["dates"])

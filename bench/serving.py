@@ -2,8 +2,9 @@
 
     python -m bench.serving --out FOLDER [--rounds 3] [-- VLLM ARGUMENT...]
 
-Builds each expert into FOLDER, unless it is there, and measures it as `expertprune bench` does. An expert's quality
-makes no difference to its speed, so the experts are neither repaired nor evaluated.
+Builds each expert into FOLDER, unless it is there, and measures it as `expertprune bench` does. An
+expert's quality makes no difference to its speed, so the experts are neither repaired nor
+evaluated.
 """
 
 from __future__ import annotations

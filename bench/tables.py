@@ -1,9 +1,9 @@
-"""Write the tables of README.md and LOG.md from the results in `bench/results/`; no model or data is needed.
+"""Write the tables of README.md and LOG.md from `bench/results/`, without models or data.
 
     python -m bench.tables [--check] [--picture]
 
-A table stands between the lines `<!-- NAME -->` and `<!-- /NAME -->`. `--check` writes nothing and fails where a file
-differs from its results. `--picture` also draws pictures/tokens.png.
+A table stands between the lines `<!-- NAME -->` and `<!-- /NAME -->`. `--check` writes nothing and
+fails where a file differs from its results. `--picture` also draws pictures/tokens.png.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from . import quality
 from .cells import stored
-from .records import stored_table
+from .records import Table, stored_table
 from .vocabulary import EXPERTS, text_of_expert
 
 FOLDER = Path(__file__).parent
@@ -25,7 +25,7 @@ FILES = (FOLDER / "README.md", FOLDER / "LOG.md")
 RECORDED = ("constants", "cost", "quantize", "serving")  # each is kept by the command of its name
 
 
-def _quality(table: Callable[[quality.Get], quality.Table]) -> Callable[[], str]:
+def _quality(table: Callable[[quality.Get], Table]) -> Callable[[], str]:
     return lambda: quality.text_of(table, stored)
 
 

@@ -1,15 +1,15 @@
-"""What experts with a smaller vocabulary keep: parameters, bits per byte and tokens per word, by language.
+"""What experts with a smaller vocabulary keep: parameters, bits per byte, tokens per word.
 
     python -m bench.vocabulary --data DATA [--expert german ...] [--others 12]
 
-DATA is a folder of JSON lines: `language/xquad_{en,de,es,zh,th,ru}_*` and `domain/pubmedqa_*`, each with
-`_calibration.jsonl` and `_report.jsonl`. Rows of the vocabulary are chosen on calibration rows and on the corpora
-that ship. Report rows are measured and choose nothing: all of them for the sets that an expert must keep, the first
-`--others` for the sets that show the price.
+DATA is a folder of JSON lines: `language/xquad_{en,de,es,zh,th,ru}_*` and `domain/pubmedqa_*`, each
+with `_calibration.jsonl` and `_report.jsonl`. Rows of the vocabulary are chosen on calibration rows
+and on the corpora that ship. Report rows are measured and choose nothing: all of them for the sets
+that an expert must keep, the first `--others` for the sets that show the price.
 
-What was measured is kept in `bench/results/`; `python -m bench.tables` writes it into README.md. Bits per byte count
-the bytes that each model predicts. Words are stretches without white space, so in Chinese and Thai tokens per word
-mean little beyond their ratio to the base's.
+What was measured is kept in `bench/results/`; `python -m bench.tables` writes it into README.md.
+Bits per byte count the bytes that each model predicts. Words are stretches without white space, so
+in Chinese and Thai tokens per word mean little beyond their ratio to the base's.
 """
 
 from __future__ import annotations
@@ -45,14 +45,15 @@ SETS = {code: f"language/xquad_{code}_report.jsonl" for code in ("de", "en", "es
 SETS["medical"] = "domain/pubmedqa_report.jsonl"
 REPORT_ROWS = 45
 SECTIONS = ("calibration", "relevance", "compose", "budget", "compensation", "dimensions")
-# 45% of Gemma's 268,098,176 parameters are 120,644,179: 100,326,016 that are no rows, and 31,747 rows of 640.
+# 45% of Gemma's 268,098,176 parameters are 120,644,179: 100,326,016 that are no rows, and
+# 31,747 rows of 640.
 GEMMA_ROWS = 31_744
 MOST_DOCUMENTS = 100_000  # every calibration document there is
 
 
 @dataclass(frozen=True)
 class Expert:
-    """An expert of the tables: what it is for, what is cut, which sets it must keep, and which show the price."""
+    """An expert of the tables; `own` are the sets it must keep, `others` show the price."""
 
     model: str
     dimensions: dict[str, Any]
@@ -88,7 +89,8 @@ class Bench:
                     str(shipped("corpora") / f"language/{code}.calibration.jsonl"),
                     str(self.data / f"language/xquad_{code}_calibration.jsonl"),
                 ],
-                "evaluation": str(self.data / SETS[code]),  # so that no calibration row is set aside
+                # Named, so that no calibration row is set aside.
+                "evaluation": str(self.data / SETS[code]),
             }
             for code in ("de", "en")
         }
@@ -177,7 +179,8 @@ def _figures(model: Any, tokenizer: Any, documents: list[Document]) -> dict[str,
 def text_of_expert(name: str, results: Path = RESULTS) -> str:
     """An expert's size, its table and how it was made, from what is stored.
 
-    Change is the expert's bits per byte over the base's, with its 95% interval over documents (paired bootstrap).
+    Change is the expert's bits per byte over the base's, with its 95% interval over documents
+    (paired bootstrap).
     """
     known, expert = read(_path(name, results)), EXPERTS[name]
     before, after = known["parameters"]["before"], known["parameters"]["after"]
