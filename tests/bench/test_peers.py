@@ -341,11 +341,8 @@ def test_llm_pruner_sums_the_taylor_terms_of_a_neurons_weights(variant: str) -> 
 
 def test_llm_pruner_takes_the_better_of_all_and_inner_layers() -> None:
     batches, chosen = make_text(), []
-    for quiet in (False, True):
-        model = make(num_hidden_layers=9)
-        if quiet:  # the inner layers say little, so it costs least to cut them alone
-            for layer in model.model.layers[4:7]:
-                layer.mlp.down_proj.weight.data *= 0.01
+    for seed in (0, 4):
+        model = make(seed=seed, num_hidden_layers=9)
         before = copy.deepcopy(model)
         scores = taylor(model, batches)
         # Nine layers lose 8 of 32 each, or layers 4, 5 and 6 lose 24 each.
@@ -361,7 +358,7 @@ def test_llm_pruner_takes_the_better_of_all_and_inner_layers() -> None:
         pruned, removed = peers.llm_pruner_taylor(model, batches, FRACTION)
         assert kept_units(before, pruned) == kept[chosen[-1]]
         assert removed == 72 * NEURON
-    assert chosen == ["all", "inner"]
+    assert chosen == ["all", "inner"]  # else always taking the same would pass
 
 
 def test_llm_pruner_cuts_all_layers_alike_where_inner_ones_would_be_emptied() -> None:
