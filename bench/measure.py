@@ -6,6 +6,7 @@ Report files choose nothing: no method, no constant, no seed.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def losses(model: Any, data: Blocks) -> Sums:
     for first in range(0, len(data.ids), _ROWS):
         ids = data.ids[first : first + _ROWS].to(model.device)
         states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-        found = token_losses(model, states, ids[:, 1:].flatten()).double().cpu().numpy()
+        found = torch.cat(list(token_losses(model, states, ids[:, 1:].flatten()))).double().cpu().numpy()
         owner = data.documents[first : first + _ROWS, 1:].flatten().numpy()
         nats += np.bincount(owner, found, size)
         tokens += np.bincount(owner, minlength=size)
@@ -114,20 +115,18 @@ def losses(model: Any, data: Blocks) -> Sums:
     return Sums(nats[seen], tokens[seen])
 
 
-def token_losses(model: Any, states: Tensor, targets: Tensor) -> Tensor:
+def token_losses(model: Any, states: Tensor, targets: Tensor) -> Iterator[Tensor]:
     """Losses in nats of `targets` `[tokens]` after the decoder's last states `[tokens, hidden]`.
 
-    Logits are float32 and made for a chunk of positions at a time: a large vocabulary outweighs the
-    model.
+    Yields:
+        The losses of a few tokens at a time, in their order, `[some tokens]`: float32 logits of a
+        large vocabulary for all of them would take more memory than the model.
     """
     cap = getattr(model.config, "final_logit_softcapping", None)
-    result = []
     for first in range(0, len(states), _CHUNK):
         logits = model.get_output_embeddings()(states[first : first + _CHUNK]).float()
         logits = logits if cap is None else cap * torch.tanh(logits / cap)
-        part = targets[first : first + _CHUNK]
-        result.append(torch.nn.functional.cross_entropy(logits, part, reduction="none"))
-    return torch.cat(result)
+        yield torch.nn.functional.cross_entropy(logits, targets[first : first + _CHUNK], reduction="none")
 
 
 def excess(base: Sums, expert: Sums, seed: int = 0) -> Excess:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from expertprune.corpora.batches import Batch
 
+from ..measure import token_losses
 from .common import Network, Pruned, without_lowest
 
-_CHUNK = 256  # positions whose logits are held at a time
 KEPT_FIRST, KEPT_LAST = 4, 2  # layers that the published commands leave whole
 
 
@@ -89,19 +89,12 @@ def documents(batches: Sequence[Batch]) -> Iterator[Tensor]:
 
 
 def document_loss(model: Any, ids: Tensor, backward: bool = False) -> float:
-    """Loss in nats, summed over a document's tokens behind the first; accumulates its gradient.
-
-    Logits are made for a chunk of positions at a time: a large vocabulary takes more memory than
-    the rest of the pass.
-    """
+    """Loss in nats, summed over a document's tokens behind the first; accumulates its gradient."""
     ids = ids.to(model.device)
     states = model.get_decoder()(input_ids=ids[None], use_cache=False).last_hidden_state[0, :-1]
     leaf, total = states.detach().requires_grad_(backward), 0.0
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    for first in range(0, len(leaf), _CHUNK):
-        logits = model.get_output_embeddings()(leaf[first : first + _CHUNK]).float()
-        logits = logits if cap is None else cap * torch.tanh(logits / cap)
-        loss = torch.nn.functional.cross_entropy(logits, ids[1:][first : first + _CHUNK], reduction="sum")
+    for losses in token_losses(model, leaf, ids[1:]):
+        loss = losses.sum()
         total += float(loss.detach())
         if backward:
             loss.backward()

@@ -100,9 +100,6 @@ def _plan(about: dict[str, Any]) -> RenderableType:
         **({"criterion of whole experts": experts} if (experts := about["spec"]["relevance"].get("experts")) else {}),
         "allocation": about["spec"]["compose"]["allocation"],
     }
-    if about.get("search"):
-        tried = about["search"]
-        pairs["search"] = f"{len(tried)} trials, KL {tried[0]:.4f} at first, {min(tried):.4f} at best (bits per token)"
     requested = [entry["requested"] for entry in about["budget"].values()]
     if found := next((each["found"] for each in requested if isinstance(each, dict) and "found" in each), None):
         pairs["kept of held-back text"] = ", ".join(f"{name} {value:.4f}" for name, value in found.items())

@@ -14,6 +14,7 @@ from expertprune.files import check_output, require_room, staged_folder, store_f
 from expertprune.models.base import resolve_base
 from expertprune.profiling.store import profile_key
 from expertprune.progress import Track, silent
+from expertprune.pruning.repair import check_repair
 from expertprune.pruning.write import RepairInput, bytes_needed, check_plan
 from expertprune.pruning.write import prune as write_expert
 from expertprune.reporting.card import write_card
@@ -48,16 +49,14 @@ def _check_corpora(prepared: Prepared, plan: Plan) -> None:
     """Raises `PlanError` if a corpus is no longer what it was when the plan was made: the repair would mix the two."""
     for name in prepared.corpora:
         key = profile_key(prepared.base, prepared.calibration(name)[0], prepared.spec.calibration.max_tokens)
-        if plan.profiles.get(str(name)) != key.digest:
-            raise PlanError(
-                f"corpus {name} (or what the base is run in) has changed since the plan was made: compose it again"
-            )
+        if not key.same_text(plan.profiles.get(str(name))):
+            raise PlanError(f"corpus {name} has changed since the plan was made: compose it again")
 
 
 def write_folder(prepared: Prepared, plan: Plan, folder: Path, track: Track = silent) -> None:
     """Cut, repair as the spec says, and write the expert and its card into an empty folder."""
     repair_input = None
-    if prepared.spec.compensation.method != "none" and plan.cuts_layers:
+    if check_repair(prepared.spec.compensation.method).runs_model and plan.cuts_layers:
         repair_input = RepairInput(prepared.model, prepared.repair_batches(), prepared.spec.compensation)
     with track("prune and repair", len(prepared.base.layers)) as step:
         write_expert(plan, prepared.base, folder, repair_input, step)

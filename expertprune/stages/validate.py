@@ -20,6 +20,7 @@ from expertprune.errors import SpecError, gathered
 from expertprune.files import digest_of, store_folder
 from expertprune.models.base import ResolvedBase, resolve_base
 from expertprune.models.loading import load_model, load_tokenizer
+from expertprune.pruning.repair import check_repair
 from expertprune.pruning.selfcheck import check_family
 from expertprune.spec.reading import load_spec, parse_spec
 from expertprune.spec.schema import Spec
@@ -79,10 +80,6 @@ class Prepared:
             self._calibration[name] = calibration_batches(corpus, self.tokenizer, self.spec)
         return self._calibration[name]
 
-    def share(self, other: Prepared) -> None:
-        """Take over what another one has loaded; both must name the same base and corpora."""
-        self._model, self._tokenizer, self._calibration = other.model, other.tokenizer, other._calibration
-
     def repair_batches(self) -> list[Batch]:
         """The calibration text of all corpora together, each document once."""
         documents = {d.digest: d for name in self.corpora for d in self.calibration(name)[0]}
@@ -114,6 +111,8 @@ def validate(spec: SpecLike, overrides: Mapping[str, Any] | None = None, store: 
         if criterion is not None and criterion != AUTO:
             with gathered(problems):
                 check_criterion(criterion)
+    with gathered(problems):
+        check_repair(spec.compensation.method)
     with gathered(problems):
         corpora = load_corpora(spec)
         evaluated = evaluation_corpora(spec, corpora) if spec.evaluate.enabled else []

@@ -10,8 +10,8 @@ from typing import Any
 
 from expertprune.artifacts.expert import EXPERT_FILE, load_expert
 from expertprune.artifacts.plan import Plan, plan_from
-from expertprune.artifacts.profile import Profile, part_path
-from expertprune.composition.scoring import part_name
+from expertprune.artifacts.profile import Profile, ProfilePart
+from expertprune.composition.scoring import needed_part
 from expertprune.errors import CheckpointError
 from expertprune.files import store_folder
 from expertprune.models.checkpoint import Checkpoint
@@ -58,7 +58,7 @@ def read_artifacts(folder: Path, store: str | Path | None = None) -> Artifacts:
         log.warning("the base's size is left out: %s", error)
     place = store_folder(store)
     try:
-        part = part_name(Relevance.model_validate(about["spec"]["relevance"]))
+        part = needed_part(Relevance.model_validate(about["spec"]["relevance"]))
         profiles = {name: _stored(place / "profiles" / f"{digest}.safetensors", plan, part)
                     for name, digest in plan.profiles.items()}  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
@@ -73,9 +73,9 @@ def _weight_bytes(folder: Path) -> int:
     return sum((folder / file).stat().st_size for file in Checkpoint(folder).shards)
 
 
-def _stored(path: Path, plan: Plan, part: str | None) -> Profile | None:
+def _stored(path: Path, plan: Plan, part: ProfilePart | None) -> Profile | None:
     """A profile of the plan's base with the pass that the criterion needs, if the store has it and can read it."""
-    if not path.is_file() or (part is not None and not part_path(path, part).is_file()):
+    if not path.is_file() or (part is not None and not part.path(path).is_file()):
         return None
     try:
         found = Profile(path)

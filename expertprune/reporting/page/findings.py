@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from expertprune.artifacts.evaluation import Evaluation
-from expertprune.composition.scoring import check_criterion, criterion_name, part_name
+from expertprune.composition.scoring import check_criterion, criterion_name, needed_part
 from expertprune.evaluation.retention import pooled
 from expertprune.files import digest_of
 from expertprune.reporting.card import fusion_of, purpose
@@ -231,7 +231,7 @@ def _relevance(artifacts: Artifacts, missing: dict[str, dict[str, str | None]]) 
         missing["relevance"] = {"reason": reason, "command": command}
         return None
     aggregate = spec["compose"]["aggregate"]
-    return relevance_findings(artifacts.plan, artifacts.profiles, criterion, aggregate, part_name(relevance), experts)
+    return relevance_findings(artifacts.plan, artifacts.profiles, criterion, aggregate, needed_part(relevance), experts)
 
 
 def _alignment(evaluation: Mapping[str, Any] | None) -> list[dict[str, Any]] | None:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expertprune.artifacts.plan import Plan
-from expertprune.artifacts.profile import Profile
+from expertprune.artifacts.profile import Profile, ProfilePart
 from expertprune.composition.overlap import (
     Array,
     chance_overlap,
@@ -88,7 +88,7 @@ def relevance_findings(
     profiles: Mapping[str, Profile],
     criterion: Criterion,
     aggregate: str | float,
-    part: str | None,
+    part: ProfilePart | None,
     experts: Criterion | None = None,
 ) -> list[dict[str, Any]]:
     """Per structure: where the relevance of each corpus lies, how much of it was cut, and what corpora agree on.
