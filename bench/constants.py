@@ -24,9 +24,10 @@ import jsonlines
 import numpy as np
 
 import expertprune
+from expertprune.composition.plan import compose
 from expertprune.models.masking import masked
 from expertprune.progress import silent
-from expertprune.stages.compose import plan_of
+from expertprune.stages.profile import profiles_of
 
 from .cells import Bench, Cell, threads
 from .measure import Blocks, blocks, excess, losses
@@ -66,13 +67,12 @@ def losses_of(bench: Bench, seed: int) -> Iterator[list[float]]:
     cell = Cell("ours", overrides=UNREPAIRED, seed=seed)
     prepared = expertprune.validate(bench.spec(cell))
     sets = held_out(bench, prepared)
-    model = prepared.model
+    model, profiles = prepared.model, profiles_of(prepared, silent)
     dense = {name: losses(model, found) for name, found in sets.items()}
     for choice in CHOICES:
-        here = expertprune.validate(bench.spec(replace(cell, overrides={**UNREPAIRED, "compose.fusion": choice})))
-        here.share(prepared)
-        plan = plan_of(here, silent)
-        with masked(model, here.base.family, here.base.layers, plan.kept):
+        spec = bench.spec(replace(cell, overrides={**UNREPAIRED, "compose.fusion": choice}))
+        plan = compose(spec, prepared.base, profiles)
+        with masked(model, prepared.base.family, prepared.base.layers, plan.kept):
             yield [excess(dense[name], losses(model, found)).value for name, found in sets.items()]
 
 

@@ -34,10 +34,7 @@ OURS: dict[str, dict[str, Any]] = {
     "profile (forward pass)": STOCK,
     "profile + gradient pass": {"relevance.criterion": "fisher"},
     "profile + regional pass": {"relevance.criterion": "regional"},
-    "profile + removal pass (OBS)": {"relevance.criterion": "obs"},
-    "repair, cut projections": {**STOCK, "compensation.scope": "cut"},
-    "repair, all projections": {**STOCK, "compensation.scope": "all"},
-    "repair, OBS update": {**STOCK, "compensation": "obs"},
+    "repair, cut projections": STOCK,
 }
 
 

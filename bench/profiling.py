@@ -23,7 +23,7 @@ import transformers
 import expertprune
 from expertprune.composition.plan import compose
 from expertprune.profiling.forward import collect
-from expertprune.pruning.repair import repair
+from expertprune.pruning.repair import by_least_squares
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -52,7 +52,7 @@ def main() -> None:
         collect(model, base.family, base.layers, batches)
 
     def mend() -> None:
-        for _ in repair(model, base.family, plan.shapes, plan.kept, batches, prepared.spec.compensation):
+        for _ in by_least_squares(model, base.family, plan.shapes, plan.kept, batches, prepared.spec.compensation):
             pass
 
     plain()  # warm

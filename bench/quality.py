@@ -38,7 +38,7 @@ CUS_PRUN = Cell(
     },
 )  # fmt: skip
 UNREPAIRED = {"compensation": "none"}
-CRITERIA = ("magnitude", "activation", "impact", "fluctuation", "taylor", "fisher", "regional", "obs")
+CRITERIA = ("magnitude", "activation", "impact", "fluctuation", "taylor", "fisher", "regional")
 
 
 class Table:
@@ -173,11 +173,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "fusion → shared/exclusive": SHARED_EXCLUSIVE,
     "fusion → the expert's score alone": {"compose.fusion": {"lambda": 0}},
     "global → uniform allocation": {"compose.allocation": "uniform"},
-    "global → search": {"compose.allocation": "search"},
     "no repair": {"compensation": "none"},
-    "repair of all projections": {"compensation.scope": "all"},
-    "repair by the OBS update": {"compensation": "obs"},
-    "two rounds": {"compose.rounds": 2},
 }
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from expertprune import build, evaluate
-from expertprune.files import folder_size
+from expertprune.files import EXPERT_FILE, folder_size
 from expertprune.models.checkpoint import Checkpoint
 
 SPEC = Path("profiles/english-medical-qa.yaml")
@@ -69,7 +69,7 @@ def quantized(expert: Path, out: Path, scheme: str, compressor: str) -> dict[str
         config["quantization_config"] = made["quantization_config"]
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         carried = [path for path in Checkpoint(expert).carried_files if path.name not in (VERSIONS, MEASURED)]
-        for path in [*carried, expert / "expertprune.json"]:
+        for path in [*carried, expert / EXPERT_FILE]:
             shutil.copyfile(path, out / path.name)
         told.write_text(run.stdout.strip().splitlines()[-1])
     return dict(json.loads(told.read_text()))

@@ -21,6 +21,7 @@ from expertprune.errors import CheckpointError, SpecError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 STORE_VARIABLE = "EXPERTPRUNE_STORE"
+EXPERT_FILE = "expertprune.json"  # what makes a folder an expert
 
 
 def store_folder(store: str | Path | None = None) -> Path:
@@ -178,8 +179,8 @@ def check_output(out: Path, overwrite: bool) -> None:
     if out.exists() and any(out.iterdir()):
         if not overwrite:
             raise CheckpointError(f"{out}: exists; choose another --out, or give --overwrite to replace it")
-        if not (out / "expertprune.json").is_file():
-            raise CheckpointError(f"{out}: is no expert (it has no expertprune.json), so --overwrite does not touch it")
+        if not (out / EXPERT_FILE).is_file():
+            raise CheckpointError(f"{out}: is no expert (it has no {EXPERT_FILE}), so --overwrite does not touch it")
 
 
 def require_room(folder: Path, needed: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 
 @dataclass
@@ -26,3 +26,9 @@ class Evaluation:
         suites = {name: getattr(self, name) for name in ("tasks", "generation", "summary", "alignment")}
         found = {name: value for name, value in suites.items() if value}
         return {"kind": "evaluation", "settings": self.settings, "corpora": self.corpora, **found}
+
+    @classmethod
+    def from_document(cls, data: dict[str, Any]) -> Self:
+        """What `document` wrote."""
+        suites = {name: data.get(name, {}) for name in ("tasks", "generation", "summary", "alignment")}
+        return cls(data["corpora"], data["settings"], **suites)

@@ -68,11 +68,11 @@ class Profile:
     - `stream.l.square` `[documents]`: mean square of the residual stream after the layer;
     - `tokens` `[documents]`: tokens of each document that the model predicts.
 
-    What other passes over the same corpus give lies in parts beside it, `DIGEST.PART.safetensors`, one for each pass that
-    was made: `gradient-language_model`, `gradient-kl`, `regional`, `removal`, `removal-fisher`. Each holds `ffn.l.value` and
-    `heads.l.value` (and `experts.l.value`), `[documents, units]` in half precision with their scales (removals: float32
-    `[units]`, and `groups.l.value` too). The part `vocabulary` holds, of each vocabulary row, `count` `[rows]`, int64, how
-    often its token occurs, and `mass` `[rows]`, float32, the probability that the model puts on it, mean over positions.
+    What other passes over the same corpus give lies in parts beside it, `DIGEST.PART.safetensors`, one for each pass
+    that was made: `gradient-language_model`, `gradient-kl`, `regional`. Each holds `ffn.l.value` and `heads.l.value`
+    (and `experts.l.value`), `[documents, units]` in half precision with their scales. The part `vocabulary` holds, of
+    each vocabulary row, `count` `[rows]`, int64, how often its token occurs, and `mass` `[rows]`, float32, the
+    probability that the model puts on it, mean over positions.
     """
 
     def __init__(self, path: Path) -> None:

@@ -25,9 +25,9 @@ def export(expert: Path, out: Path, kind: str, stored: str, overwrite: bool, as_
     \b
     expertprune export experts/medical-qa --format gguf --type q8_0 --out medical-qa.gguf
     """
-    from expertprune.models import gguf as gguf_files
+    from expertprune.stages import export as stage
 
-    written = gguf_files.export(expert, out, kind, stored, overwrite)
+    written = stage.export(expert, out, kind, stored, overwrite)
     size = out.stat().st_size
     data = {
         "kind": "export", "format": kind, "file": str(out), "bytes": size, "architecture": written.architecture,

@@ -174,11 +174,11 @@ def leading_comment(path: Path) -> str:
 
 def print_expert(folder: Path, as_json: bool) -> None:
     """Print what an expert kept, its size, and how to serve it."""
-    from expertprune.artifacts.expert import load_expert
+    from expertprune.artifacts.expert import Expert
     from expertprune.files import folder_size
     from expertprune.reporting.tables import retention_table
 
-    about = load_expert(folder)
+    about = Expert.load(folder).document()
     if as_json:
         click.echo(to_json({**about, "folder": str(folder), "bytes": folder_size(folder)}))
         return

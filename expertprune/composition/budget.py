@@ -336,13 +336,6 @@ def unreachable(wanted: float, largest: int, budget: Budget, total: int) -> str:
     )
 
 
-def widths_of(kept: KeptUnits) -> LayerWidths:
-    """How much a layer keeps."""
-    per_group = len(kept.query_heads) // len(kept.kv_groups)
-    ffn = len(kept.ffn) // max(1, len(kept.experts))
-    return LayerWidths(ffn, per_group, len(kept.kv_groups), len(kept.experts))
-
-
 def first_units(widths: LayerWidths, shape: LayerShape) -> KeptUnits:
     """Any units of the right number: enough to ask whether a config can say the widths."""
     heads = [

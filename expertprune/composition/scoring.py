@@ -27,7 +27,7 @@ _PREFIX = {
 Rule = Callable[[Tensor], Tensor]
 
 
-rules: Registry[Rule] = Registry("composition rule")
+rules: Registry[Rule] = Registry("composition rule", group="expertprune.rules")
 
 
 @rules.register("intersection")
@@ -88,8 +88,6 @@ def part_name(relevance: Relevance) -> str | None:
     needs = next((found for name in names if (found := check_criterion(name).needs) is not None), None)
     if needs is Pass.GRADIENT:
         return f"{needs.value}-{relevance.loss}"
-    if needs is Pass.REMOVAL and relevance.tokens == "fisher":
-        return f"{needs.value}-fisher"
     return needs.value if needs is not None else None
 
 
@@ -154,8 +152,6 @@ def _from_part(profile: Profile, structure: Structure, layer: int, part: str | N
             f"the profile of {profile.corpus} lacks the {part} pass that this criterion needs: run the profile stage"
         )
     kind = Pass(part.partition("-")[0])
-    if kind is Pass.REMOVAL:
-        return {kind.value: stored.read(f"{_PREFIX[structure]}.{layer}.value")}
     if structure in (Structure.FFN, Structure.EXPERTS):
         return {kind.value: stored.read_half(f"{_PREFIX[structure]}.{layer}.value")}
     heads = stored.read_half(f"heads.{layer}.value")

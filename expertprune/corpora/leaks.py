@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence, Set
 
 import numpy as np
 
@@ -65,13 +64,8 @@ def guarded(corpora: Sequence[Corpus]) -> list[Corpus]:
     return clean
 
 
-def not_profiled(corpora: list[Corpus], about: Mapping[str, Any]) -> list[Corpus]:
+def not_profiled(corpora: list[Corpus], profiled: Set[str]) -> list[Corpus]:
     """Raises `SpecError` if a document's digest is among those that calibrated the expert, or the expert it is cut from."""
-    profiled: set[str] = set()
-    description: Mapping[str, Any] | None = about
-    while description is not None:
-        profiled |= {digest for corpus in description["corpora"].values() for digest in corpus["documents"]}
-        description = description["base"].get("expert")
     problems = [
         f"corpus {corpus.name}: {bad} evaluation documents calibrated this expert; evaluate on others"
         for corpus in corpora

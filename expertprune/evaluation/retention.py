@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expertprune.artifacts.evaluation import Evaluation
+from expertprune.corpora.documents import CorpusName
 
 RESAMPLES = 2000
 
@@ -193,7 +194,7 @@ def pooled(evaluation: Evaluation, general: bool) -> dict[str, Any] | None:
     documents = {
         document["digest"]: document
         for name, result in evaluation.corpora.items()
-        if name.startswith("general/") == general
+        if CorpusName.parse(name).is_general == general
         for document in result.get("per_document", [])
     }
     if not documents:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from expertprune.corpora.documents import CorpusName
 from expertprune.errors import SpecError
 from expertprune.files import digest_of, read_yaml, shipped
 from expertprune.registry import nearest
@@ -50,8 +51,8 @@ class _Measured(_Section):
         chosen = dimensions.chosen
         measured: dict[str, list[str]] = {}
         for name in self.measures:
-            dimension, _, value = name.partition("/")
-            measured.setdefault(dimension, []).append(value)
+            corpus = CorpusName.parse(name)
+            measured.setdefault(corpus.dimension, []).append(corpus.value)
         shared = [bool(set(values) & set(measured[name])) for name, values in chosen.items() if name in measured]
         return "expert" if shared and all(shared) else "general"
 

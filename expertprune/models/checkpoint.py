@@ -16,6 +16,7 @@ from torch import Tensor
 
 from expertprune.arch import ExpertTensor, Family
 from expertprune.errors import CheckpointError
+from expertprune.files import EXPERT_FILE
 from expertprune.units import LayerShape, Structure
 
 INDEX = "model.safetensors.index.json"
@@ -33,7 +34,7 @@ _CARRIED_FOLDERS = ("additional_chat_templates",)
 
 
 _NOT_CARRIED = {
-    "README.md", "expertprune.json", "report.html", "comparison.html", "throughput.json", INDEX,
+    "README.md", EXPERT_FILE, "report.html", "comparison.html", "throughput.json", INDEX,
     "pytorch_model.bin.index.json", ".gitattributes",
 }  # fmt: skip
 
@@ -120,6 +121,11 @@ class Checkpoint:
     @property
     def parameters(self) -> int:
         return sum(info.parameters for info in self.tensors.values())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the weights' files."""
+        return sum((self.folder / file).stat().st_size for file in self.shards)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -134,9 +134,9 @@ def backward(
     """Batch by batch, and within a batch from the last layer to the first.
 
     Yields:
-        The layer; the inputs of its output projections (`ffn`, `heads`); the loss's gradients with respect to them and
-        (`stream`) to the layer's output; and the batch. Of experts, instead of `ffn`, the inputs are what they are handed
-        (`hidden`, `chosen`, `weights`) and what they write (`written`), and the gradient is that of the latter.
+        The layer; the inputs of its output projections (`ffn`, `heads`); the loss's gradients with respect to them; and
+        the batch. Of experts, instead of `ffn`, the inputs are what they are handed (`hidden`, `chosen`, `weights`) and
+        what they write (`written`), and the gradient is that of the latter.
     """
     layers = layerwise.decoder_layers(model, family)
     for batch in batches:
@@ -156,26 +156,12 @@ def backward(
                 stack.enter_context(mask_graph(layers[index], family, inputs, leaves=False))
                 output = stream.run(layers[index], index, 0)
                 below, *found = torch.autograd.grad(output, [stream.hidden[0], *inputs.values()], gradient)
-            gradients = dict(zip(inputs, found, strict=True)) | {"stream": gradient}
+            gradients = dict(zip(inputs, found, strict=True))
             inputs |= {name: value for call in calls for name, value in vars(call).items()}
             yield index, {name: value.detach() for name, value in inputs.items()}, gradients, batch
             gradient = below
         if progress is not None:
             progress()
-
-
-@torch.no_grad()
-def gradient_energies(model: Any, family: Family, batches: Sequence[Batch]) -> list[list[Tensor]]:
-    """Per layer and batch, the mean square of the loss's gradient at the layer's output, `[rows, tokens]`.
-
-    To second order, an error `e` of a token's residual stream costs `(g · e)²`; with the direction of `g` averaged out
-    that is its energy.
-    """
-    layers = len(layerwise.decoder_layers(model, family))
-    result: list[list[Tensor]] = [[] for _ in range(layers)]
-    for layer, _, gradient, _ in backward(model, family, batches, "language_model", 0, None):
-        result[layer].append(gradient["stream"].float().square().mean(2))
-    return result
 
 
 def loss_gradient(model: Any, family: Family, hidden: Tensor, batch: Batch, loss: str, seed: int) -> Tensor:

@@ -15,26 +15,21 @@ from expertprune.errors import CheckpointError
 from expertprune.files import digest_of
 from expertprune.models.base import ResolvedBase
 from expertprune.profiling.forward import collect
-from expertprune.profiling.gradients import gradient_energies, gradient_pass
+from expertprune.profiling.gradients import gradient_pass
 from expertprune.profiling.regional import regional_pass
-from expertprune.profiling.removals import removal_pass
 from expertprune.profiling.rows import PART as VOCABULARY
 from expertprune.profiling.rows import vocabulary_pass
 from expertprune.progress import Progress
 from expertprune.relevance import Pass
-from expertprune.units import KeptUnits
 
 log = logging.getLogger(__name__)
 
 
-def profile_key(
-    base: ResolvedBase, documents: Sequence[Document], max_tokens: int, kept: Sequence[KeptUnits] | None = None
-) -> ProfileKey:
-    """What the profile of these documents depends on; `kept` where the base was profiled with other units masked."""
-    model = base.digest if kept is None else digest_of([base.digest, [asdict(units) for units in kept]])
+def profile_key(base: ResolvedBase, documents: Sequence[Document], max_tokens: int) -> ProfileKey:
+    """What the profile of these documents depends on."""
     digests = [digest_of(document.text) for document in documents]  # tokens see white space, so it counts here
     dtype = str(base.dtype).removeprefix("torch.")
-    return ProfileKey(model, base.tokenizer_digest, digest_of(digests), max_tokens, dtype)
+    return ProfileKey(base.digest, base.tokenizer_digest, digest_of(digests), max_tokens, dtype)
 
 
 def profile_path(store: Path, key: ProfileKey) -> Path:
@@ -74,9 +69,6 @@ def profile_part(
         statistics = vocabulary_pass(model, base.family, batches, progress)
     elif kind == Pass.GRADIENT:
         statistics = gradient_pass(*arguments, variant, progress=progress)
-    elif kind == Pass.REMOVAL:
-        weights = gradient_energies(model, base.family, batches) if variant else None
-        statistics = removal_pass(*arguments, weights, progress)
     else:
         statistics = regional_pass(*arguments, progress)
     bad = [name for name, tensor in statistics.items() if not bool(tensor.isfinite().all())]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +13,50 @@ from torch import Tensor, nn
 
 from expertprune.arch import Block, Family
 from expertprune.corpora.batches import Batch
-from expertprune.errors import CheckpointError
+from expertprune.errors import CheckpointError, SpecError
 from expertprune.models import layers as layerwise
-from expertprune.profiling.gradients import gradient_energies
 from expertprune.progress import Progress
 from expertprune.pruning.slicing import pruned_layer
+from expertprune.registry import Registry
 from expertprune.spec.schema import Compensation
-from expertprune.units import KeptUnits, LayerShape, Segment, Structure
+from expertprune.units import KeptUnits, LayerShape, Structure
 
 log = logging.getLogger(__name__)
+
+Weights = Iterator[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Repair:
+    """A named way to change the weights of a pruned model in closed form.
+
+    `weights(model, family, shapes, plan, batches, settings, progress)` yields full names of changed weights and their
+    values, `[hidden, kept]`, in the model's dtype. Where `runs_model` is off, it is never called and no model is loaded.
+    """
+
+    name: str
+    weights: Callable[..., Weights]
+    runs_model: bool = True
+
+
+repairs: Registry[Repair] = Registry("repair")
+
+
+def repair(name: str, runs_model: bool = True) -> Callable[[Callable[..., Weights]], Callable[..., Weights]]:
+    """Register a function as the repair `name`."""
+
+    def add(function: Callable[..., Weights]) -> Callable[..., Weights]:
+        repairs.register(name)(Repair(name, function, runs_model))
+        return function
+
+    return add
+
+
+def check_repair(name: str) -> Repair:
+    """The repair of a name; raises `SpecError` with the nearest one."""
+    if name not in repairs:
+        raise SpecError(f"compensation.method: {repairs.unknown(name)}")
+    return repairs[name]
 
 
 @dataclass
@@ -79,8 +114,8 @@ def token_weights(target: Tensor) -> Tensor:
     return 1.0 / target.square().mean(1).clamp_min(1e-12)
 
 
-@torch.no_grad()
-def repair(
+@repair("none", runs_model=False)
+def none(
     model: Any,
     family: Family,
     shapes: Sequence[LayerShape],
@@ -89,29 +124,33 @@ def repair(
     settings: Compensation,
     progress: Progress | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Repair a plan layer by layer.
+    """Leave the kept columns as they are."""
+    return iter(())
 
-    `least_squares`: two streams run through the model, the dense one, and the one that the expert will see. In each
-    layer, output projections (those that lost inputs, or all of them, as `settings.scope` says) are solved so that the
-    expert's residual stream comes back to the dense one: target is the dense contribution plus what the prefix lost so
-    far. `obs`: each projection's kept columns take over what the dropped ones did on the dense layer's own inputs, which
-    is where the updates of optimal brain surgeon end, in whatever order units are removed (arXiv:2302.04089).
 
-    Args:
-        batches: calibration text, rows of token ids.
+@repair("least_squares")
+@torch.no_grad()
+def by_least_squares(
+    model: Any,
+    family: Family,
+    shapes: Sequence[LayerShape],
+    plan: Sequence[KeptUnits],
+    batches: Sequence[Batch],
+    settings: Compensation,
+    progress: Progress | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Solve every output projection that lost inputs again, layer by layer.
 
-    Yields:
-        Full names of the repaired weights and their values, `[hidden, kept]`, in the model's dtype.
+    Two streams run through the model: the dense one, and the one that the expert will see. The target of a projection is
+    the dense residual stream behind its block, so it makes up for what the pruned prefix lost too.
     """
     if any(kept.shape(shape).ffn < shape.ffn and shape.experts for shape, kept in zip(shapes, plan, strict=True)):
         log.warning("neurons inside experts are cut without repair; heads of the same layers are repaired")
-    solve = _least_squares_layer if settings.method == "least_squares" else _obs_layer
-    weights = gradient_energies(model, family, batches) if settings.tokens == "fisher" else None
     dense = layerwise.start(model, family, batches)
     expert = dense.copy()
     for index, layer in enumerate(layerwise.decoder_layers(model, family)):
         cut = _Cut(layer, family, index, shapes[index], plan[index])
-        yield from solve(cut, model.config, dense, expert, settings, weights[index] if weights else None)
+        yield from _solve_layer(cut, model.config, dense, expert, settings.damping)
         if progress is not None:
             progress()
 
@@ -135,42 +174,17 @@ class _Cut:
         return f"{self.family.layer_prefix(self.index)}{self.family.block(structure).output_weight}"
 
 
-def _weights_of(stream: layerwise.Stream, batch: int, target: Tensor, how: str, fisher: list[Tensor] | None) -> Tensor:
-    if fisher is not None:
-        return stream.real(batch, fisher[batch][..., None])[:, 0]
-    return token_weights(target) if how == "stream" else torch.ones_like(target[:, 0])
-
-
-# --- least squares in the pruned prefix -----------------------------------------------------------------------------
-
-
-def _least_squares_layer(
-    cut: _Cut,
-    config: Any,
-    dense: layerwise.Stream,
-    expert: layerwise.Stream,
-    settings: Compensation,
-    fisher: list[Tensor] | None,
+def _solve_layer(
+    cut: _Cut, config: Any, dense: layerwise.Stream, expert: layerwise.Stream, damping: float
 ) -> Iterator[tuple[str, Tensor]]:
     small = pruned_layer(cut.layer, cut.family, cut.index, cut.shape, cut.kept, config)
-    behind = not _same(dense, expert)
-    solved = {s: cut.touches(s) or (settings.scope == "all" and behind) for s in (Structure.QUERY_HEADS, Structure.FFN)}
-    if settings.scope == "all" and cut.touches(Structure.QUERY_HEADS):
-        solved[Structure.FFN] = True
-    solved[Structure.FFN] &= cut.family.has_ffn  # the output of experts is left as it is
-    passes = _run_dense(cut, dense, wanted=solved[Structure.QUERY_HEADS])
+    passes = _run_dense(cut, dense, wanted=cut.touches(Structure.QUERY_HEADS))
     for structure, targets in ((Structure.QUERY_HEADS, passes.middle), (Structure.FFN, dense.hidden)):
-        if solved[structure]:
-            outputs = passes.outputs[structure]
-            yield _solve(cut, small, structure, expert, targets, outputs, settings, fisher)
-    if not solved[Structure.FFN]:
+        if cut.touches(structure):
+            yield _solve(cut, small, structure, expert, targets, passes.outputs[structure], damping)
+    if not cut.touches(Structure.FFN):
         for number in range(len(expert.batches)):
             expert.hidden[number] = expert.run(small, cut.index, number)
-
-
-def _same(dense: layerwise.Stream, expert: layerwise.Stream) -> bool:
-    """Whether nothing was cut so far."""
-    return all(a is b or torch.equal(a, b) for a, b in zip(dense.hidden, expert.hidden, strict=True))
 
 
 @dataclass
@@ -215,8 +229,7 @@ def _solve(
     stream: layerwise.Stream,
     targets: list[Tensor],
     dense: list[Tensor],
-    settings: Compensation,
-    fisher: list[Tensor] | None,
+    damping: float,
 ) -> tuple[str, Tensor]:
     """Repair one output projection of a pruned layer; behind the FFN's, the stream passes the repaired layer too.
 
@@ -238,7 +251,7 @@ def _solve(
             after = stream.hidden[number] + _joined(small, block, outputs[0])
         target = stream.real(number, targets[number]).float()
         residual = target - stream.real(number, after).float()
-        weights = _weights_of(stream, number, target, settings.tokens, fisher)
+        weights = token_weights(target)
         if block.output_norm is not None:
             own, wished = (stream.real(number, x).float() for x in (outputs[0], dense[number]))
             joined = stream.real(number, _joined(small, block, outputs[0])).float()
@@ -247,7 +260,7 @@ def _solve(
         moments.add(stream.real(number, inputs[0]).float(), residual, weights)
         if last:
             seen.append((after, inputs[0], outputs[0]))
-    repaired = (weight.float() + least_squares(moments, settings.damping)).to(weight.dtype)
+    repaired = (weight.float() + least_squares(moments, damping)).to(weight.dtype)
     change = repaired - weight
     projection.weight = nn.Parameter(repaired, requires_grad=False)
     for number, (after, x, output) in enumerate(seen):
@@ -281,40 +294,3 @@ def _before_norm(
 
 def _dtype(module: nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype
-
-
-# --- the optimal brain surgeon's update -----------------------------------------------------------------------------
-
-
-def _obs_layer(
-    cut: _Cut,
-    config: Any,
-    dense: layerwise.Stream,
-    expert: layerwise.Stream,
-    settings: Compensation,
-    fisher: list[Tensor] | None,
-) -> Iterator[tuple[str, Tensor]]:
-    structures = [s for s in (Structure.QUERY_HEADS, Structure.FFN) if cut.touches(s)]
-    blocks = {structure: cut.family.block(structure) for structure in structures}
-    moments: dict[Structure, Tensor] = {}
-    for number in range(len(dense.batches)):
-        inputs: dict[Structure, list[Tensor]] = {structure: [] for structure in structures}
-        with contextlib.ExitStack() as stack:
-            for structure, block in blocks.items():
-                stack.enter_context(layerwise.observed(cut.layer, block.output, inputs[structure]))
-            output = dense.run(cut.layer, cut.index, number)
-        weights = _weights_of(dense, number, dense.real(number, output).float(), settings.tokens, fisher)
-        for structure in structures:
-            x = dense.real(number, inputs[structure][0]).float()
-            moments[structure] = moments.get(structure, 0) + (x * weights[:, None]).T @ x
-        dense.hidden[number] = output
-    for structure in structures:
-        weight = cut.layer.get_parameter(blocks[structure].output_weight)
-        segment = Segment.FFN if structure is Structure.FFN else Segment.QUERY
-        kept = cut.kept.rows(segment, cut.shape).to(weight.device)
-        dropped = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-        dropped[kept] = False
-        gram = moments[structure]
-        owed = weight.float()[:, dropped] @ gram[dropped][:, kept]
-        change = least_squares(Moments(gram[kept][:, kept], owed), settings.damping)
-        yield cut.weight_name(structure), (weight.float()[:, kept] + change).to(weight.dtype)

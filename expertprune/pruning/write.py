@@ -21,7 +21,7 @@ from expertprune.errors import CheckpointError, PlanError
 from expertprune.files import require_room
 from expertprune.models.base import ResolvedBase
 from expertprune.models.checkpoint import write_weights
-from expertprune.pruning.repair import repair
+from expertprune.pruning.repair import check_repair
 from expertprune.pruning.slicing import cut_tensor
 from expertprune.spec.schema import Compensation
 from expertprune.tokenizing import Renumbering, read_vocabulary, trimmed, write_tokenizer
@@ -89,7 +89,7 @@ def prune(
         config = Renumbering(smaller.ids).config(config) | {"vocab_size": plan.vocabulary.rows.rows}
     spool = _Spool(folder / ".repair")
     if repair_input is not None and plan.cuts_layers:
-        for name, tensor in repair(
+        for name, tensor in check_repair(repair_input.settings.method).weights(
             repair_input.model,
             base.family,
             plan.shapes,

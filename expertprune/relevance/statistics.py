@@ -32,7 +32,6 @@ class UnitStatistics:
             the backward pass; `None` where that pass was not made.
         regional: `[documents, units]`, derivative of the mean norm of the layer's output with respect to the unit's mask,
             from one backward pass per layer; `None` where it was not made.
-        removal: `[units]`, the least squares error of each removal in greedy order; `None` where it was not computed.
         frequency: `[documents, experts]`, part of a document's tokens that are routed to an expert; `None` for other units.
         routed_norm: `[documents, experts]`, mean over the tokens routed to an expert of the router's weight times the norm
             of the expert's output, 0 where there are none; `None` for other units.
@@ -51,7 +50,6 @@ class UnitStatistics:
     tokens: Tensor | None = None
     gradient: Tensor | None = None
     regional: Tensor | None = None
-    removal: Tensor | None = None
     frequency: Tensor | None = None
     routed_norm: Tensor | None = None
 
@@ -78,7 +76,6 @@ class Pass(StrEnum):
 
     GRADIENT = "gradient"  # one backward pass through the whole model
     REGIONAL = "regional"  # one backward pass through each layer alone
-    REMOVAL = "removal"  # second moments of each output projection's inputs, and greedy removal
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ class Criterion:
     structures: tuple[Structure, ...] = DENSE
 
 
-criteria: Registry[Criterion] = Registry("criterion")
+criteria: Registry[Criterion] = Registry("criterion", group="expertprune.criteria")
 
 
 def criterion(
@@ -109,7 +106,8 @@ def criterion(
     """Register a function as the criterion `name`; `paper` is its source's address, `needs` the pass beyond forward."""
 
     def add(function: Scores) -> Scores:
-        criteria.register(name)(Criterion(name, paper, function, needs, sees_data, structures))
+        entry = Criterion(name, paper, function, needs, sees_data, structures)
+        criteria.register(name, module=function.__module__)(entry)
         return function
 
     return add

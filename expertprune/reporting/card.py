@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from expertprune.artifacts.expert import EXPERT_FILE
-from expertprune.files import write_file, write_json
+from expertprune.artifacts.expert import Expert
+from expertprune.files import write_file
 from expertprune.reporting.tables import retention_notes, retention_rows, widths
 
 CARD_FILE = "README.md"
@@ -81,8 +80,8 @@ Not evaluated yet: `expertprune evaluate` fills this in.
 ## Provenance
 
 Base digest `{{ base.digest }}`.
-{%- if base.expert is defined %} The base is an expert itself: `{{ base.expert.name }}`, cut from
-`{{ base.expert.base.model }}` (digest `{{ base.expert.base.digest }}`); its spec and plan are in `expertprune.json` too.
+{%- if ancestor %} The base is an expert itself: `{{ ancestor.name }}`, cut from
+`{{ ancestor.base.model }}` (digest `{{ ancestor.base.digest }}`); its spec and plan are in `expertprune.json` too.
 {%- endif %}
 {%- if base.trust_remote_code is true %} The base was run with Python code of its own.
 {%- endif %} Calibrated on {% for corpus, entry in corpora.items() -%}
@@ -98,20 +97,21 @@ def purpose(spec: Mapping[str, Any]) -> str:
     return "; ".join(f"{name} {', '.join(values)}" for name, values in spec["dimensions"].items() if values)
 
 
-def write_card(folder: Path, about: dict[str, Any]) -> None:
+def write_card(expert: Expert) -> None:
     """Write `expertprune.json` and the model card beside it."""
-    card = card_text(about)
-    write_json(folder / EXPERT_FILE, about)
-    write_file(folder / CARD_FILE, card.encode())
+    card = card_text(expert)
+    expert.save()
+    write_file(expert.folder / CARD_FILE, card.encode())
 
 
-def card_text(about: dict[str, Any], headline: Sequence[tuple[str, str]] = ()) -> str:
+def card_text(expert: Expert, headline: Sequence[tuple[str, str]] = ()) -> str:
     """The model card.
 
     Args:
         headline: what the report says at a glance, as pairs of text.
     """
-    rows = retention_rows(about["evaluation"]) if about.get("evaluation") else []
+    about = expert.document()
+    rows = retention_rows(about["evaluation"]) if about["evaluation"] else []
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=True)
     environment.filters["widths"] = widths
     per_layer = any(isinstance(entry["kept"], list) for entry in about["plan"]["budget"].values())

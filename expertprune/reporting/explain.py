@@ -10,12 +10,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from expertprune.artifacts.expert import load_expert
+from expertprune.artifacts.expert import Expert
 from expertprune.artifacts.plan import load_plan
 from expertprune.artifacts.profile import Profile
 from expertprune.corpora.documents import corpus_names
 from expertprune.errors import SpecError
-from expertprune.files import folder_size
+from expertprune.files import EXPERT_FILE, folder_size
 from expertprune.reporting.card import purpose
 from expertprune.reporting.tables import plan_table, retention_table, vocabulary_table
 from expertprune.spec.reading import load_spec
@@ -28,8 +28,7 @@ def describe(path: Path) -> dict[str, Any]:
         SpecError: the path is missing, or is none of the four kinds.
     """
     if path.is_dir():
-        about = load_expert(path)
-        return {**about, "folder": str(path), "bytes": folder_size(path)}
+        return {**Expert.load(path).document(), "folder": str(path), "bytes": folder_size(path)}
     if not path.is_file():
         raise SpecError(f"{path}: no such file or folder")
     if path.suffix in (".yaml", ".yml"):
@@ -38,7 +37,7 @@ def describe(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         return {"kind": "profile", **Profile(path).about}
     if path.suffix == ".json":
-        if path.name == "expertprune.json":
+        if path.name == EXPERT_FILE:
             return describe(path.parent)
         return load_plan(path).document()
     raise SpecError(f"{path}: is no spec (.yaml), profile (.safetensors), plan (.json) or expert (a folder)")
@@ -100,9 +99,6 @@ def _plan(about: dict[str, Any]) -> RenderableType:
         **({"criterion of whole experts": experts} if (experts := about["spec"]["relevance"].get("experts")) else {}),
         "allocation": about["spec"]["compose"]["allocation"],
     }
-    if about.get("search"):
-        tried = about["search"]
-        pairs["search"] = f"{len(tried)} trials, KL {tried[0]:.4f} at first, {min(tried):.4f} at best (bits per token)"
     requested = [entry["requested"] for entry in about["budget"].values()]
     if found := next((each["found"] for each in requested if isinstance(each, dict) and "found" in each), None):
         pairs["kept of held-back text"] = ", ".join(f"{name} {value:.4f}" for name, value in found.items())

@@ -106,7 +106,7 @@ class Relevance(_Section):
 
     criterion: str = Field(
         "auto",
-        description="fisher, taylor, impact, activation, fluctuation, regional, obs, magnitude, random; of whole experts "
+        description="fisher, taylor, impact, activation, fluctuation, regional, magnitude, random; of whole experts "
         "reap and frequency too. auto: fisher, or reap where nothing but whole experts is cut.",
     )
     experts: str | None = Field(
@@ -115,11 +115,6 @@ class Relevance(_Section):
     loss: Literal["language_model", "kl"] = Field(
         "language_model",
         description="Of taylor and fisher: against the text's next tokens, or against the model's own predictions.",
-    )
-    tokens: Literal["equal", "fisher"] = Field(
-        "equal",
-        description="Of obs: weight of a token, all the same (ZipLM) or its loss gradient's energy, which makes errors "
-        "of different layers comparable.",
     )
     seed: int = Field(0, ge=0, description="For criteria that draw random numbers.")
 
@@ -137,15 +132,6 @@ class Fusion(_Section):
     beta: float = Field(0.5, ge=0, le=1, description="Its weight on general-exclusive units and on vocabulary rows.")
 
 
-class Search(_Section):
-    """The search over widths (allocation: search)."""
-
-    trials: int = Field(64, ge=1, description="Allocations that are tried, the uniform and the global one included.")
-    tokens: int = Field(4096, ge=64, description="Calibration tokens that each trial is measured on.")
-    uniform: bool = Field(False, description="Only widths that are the same in every layer: FFN against heads.")
-    seed: int = Field(0, ge=0)
-
-
 class Compose(_Section):
     """How the scores of several corpora become one decision per unit."""
 
@@ -159,14 +145,12 @@ class Compose(_Section):
         "standard: distance from the layer's mean in standard deviations, as FLAP ranks.",
     )
     fusion: Fusion = Field(default_factory=Fusion)
-    allocation: Literal["auto", "uniform", "global", "search"] = Field(
+    allocation: Literal["auto", "uniform", "global"] = Field(
         "auto",
         description="global: one ranking over layers; uniform: every layer keeps the same width, as stock configs say it; "
         "search: widths that keep the predictions, tried on calibration text; auto: global, or uniform where the base's "
         "family has no layers of different widths, as with experts.",
     )
-    rounds: int = Field(1, ge=1, le=16, description="Cut in so many steps, profiling again between them.")
-    search: Search = Field(default_factory=Search)
 
 
 class Retention(_Section):
@@ -202,7 +186,7 @@ class Budget(_Section):
     parameters: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None,
         description="Of all parameters; FFN neurons make up what the other keys do not remove, or FFN neurons and KV "
-        "groups against each other where allocation is global or search.",
+        "groups against each other where allocation is global.",
     )
     max_parameters: Size | None = Field(None, description="What may be left of the whole model, such as 100M.")
     retention: Retention | None = Field(None, description="As much as can go while this much is kept.")
@@ -237,17 +221,10 @@ class Budget(_Section):
 class Compensation(_Section):
     """The closed-form repair of the layers that were cut."""
 
-    method: Literal["none", "least_squares", "obs"] = Field(
+    method: str = Field(
         "least_squares",
-        description="least_squares: in the pruned prefix, towards the dense residual stream; obs: the optimal brain "
-        "surgeon's update, each layer by itself.",
-    )
-    scope: Literal["cut", "all"] = Field(
-        "cut", description="Of least_squares: the output projections that lost inputs, or those of every block."
-    )
-    tokens: Literal["stream", "equal", "fisher"] = Field(
-        "stream",
-        description="Weight of a token: one over its stream's energy, all the same, or its loss gradient's energy.",
+        description="least_squares: solve the kept columns of every cut output projection again, so that the pruned "
+        "model's residual stream comes close to the base's; none: leave them as they are.",
     )
     damping: float = Field(
         0.3, gt=0, le=10, description="Ridge towards the original columns, relative to their energy."

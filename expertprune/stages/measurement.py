@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from expertprune.artifacts.expert import EXPERT_FILE, load_expert, recorded_base
-from expertprune.corpora.documents import Corpus, Document
+from expertprune.artifacts.expert import Expert
+from expertprune.corpora.documents import Corpus, CorpusName, Document
 from expertprune.corpora.leaks import guarded, leaked, not_profiled
 from expertprune.corpora.loading import load_corpora
 from expertprune.errors import SpecError, gathered
@@ -17,7 +17,6 @@ from expertprune.evaluation.harness.tasks import HarnessTask
 from expertprune.evaluation.suites import Suite, TaskEntry, bare_task, find_suite, suite_labels
 from expertprune.files import store_folder
 from expertprune.models.base import ResolvedBase
-from expertprune.spec.reading import parse_spec
 from expertprune.spec.schema import Spec
 
 Backend = Literal["hf", "vllm"]
@@ -36,8 +35,7 @@ class Measured:
 class Measurement:
     """All that is measured, found and checked, and no model loaded."""
 
-    folder: Path
-    about: dict[str, Any]
+    expert: Expert
     spec: Spec
     base: ResolvedBase
     store: Path
@@ -55,7 +53,7 @@ class Measurement:
 
 def group_of(corpus: str) -> str:
     """Whether a corpus says of the expert's purpose or of what it keeps in general."""
-    return "general" if corpus.startswith("general/") else "expert"
+    return "general" if CorpusName.parse(corpus).is_general else "expert"
 
 
 def prepare(
@@ -69,9 +67,9 @@ def prepare(
     overrides: Mapping[str, Any] | None,
 ) -> Measurement:
     """Find and check everything that an evaluation on suites needs; for arguments and errors see `measuring`."""
-    about = load_expert(folder)
+    expert, place = Expert.load(folder), store_folder(store)
     overrides = {**(overrides or {}), **({"base.model": str(base)} if base is not None else {})}
-    spec = parse_spec(about["spec"], str(folder / EXPERT_FILE), Path.cwd(), overrides)
+    spec = expert.local_spec(place, overrides)
     suites = _suites(names)
     bare = [bare_task(name) for name in tasks]
     suite_labels(suites)
@@ -81,8 +79,8 @@ def prepare(
     if entries:
         harness.require_harness(served=backend == "vllm")
         harness.check_names([entry for entry, _, _ in entries])
-    resolved = recorded_base(about, spec.base, store_folder(store))
-    measurement = Measurement(folder, about, spec, resolved, store_folder(store), suites, backend, limit)
+    resolved = expert.find_base(spec.base, place)
+    measurement = Measurement(expert, spec, resolved, place, suites, backend, limit)
     problems: list[str] = []
     with gathered(problems):
         measurement.corpora = _corpora(measurement)
@@ -131,7 +129,7 @@ def _corpora(measurement: Measurement) -> list[Corpus]:
         wanted += section.corpora if section.corpora is not None else list(own)
     chosen, others = [], []
     for name in dict.fromkeys(wanted):
-        matches = [each for each in own if name in (each, each.partition("/")[2])]
+        matches = [each for each in own if CorpusName.parse(each).answers_to(name)]
         chosen += matches
         others += [] if matches else [name]
     known = dict(own)
@@ -142,11 +140,11 @@ def _corpora(measurement: Measurement) -> list[Corpus]:
         except SpecError as error:
             raise SpecError([f"perplexity.corpora: {problem}" for problem in error.problems]) from None
         for name in others:
-            corpus = loaded[f"general/{name}"]
+            corpus = loaded[str(CorpusName("general", name))]
             known[corpus.name] = Corpus(corpus.name, (), corpus.evaluation, corpus.questions, corpus.set_aside)
             chosen.append(corpus.name)
     clean = {corpus.name: corpus for corpus in guarded(list(known.values()))}
-    return not_profiled([clean[name] for name in dict.fromkeys(chosen)], measurement.about)
+    return not_profiled([clean[name] for name in dict.fromkeys(chosen)], measurement.expert.calibration_digests)
 
 
 def _check_leaks(measurement: Measurement) -> None:
@@ -154,7 +152,7 @@ def _check_leaks(measurement: Measurement) -> None:
     if not measurement.tasks:
         return
     calibration = [d for corpus in load_corpora(measurement.spec).values() for d in corpus.calibration]
-    profiled = {digest for corpus in measurement.about["corpora"].values() for digest in corpus["documents"]}
+    profiled = measurement.expert.calibration_digests
     places: list[tuple[int, int]] = []
     documents: list[Document] = []
     for number, each in enumerate(measurement.tasks):

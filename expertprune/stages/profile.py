@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from expertprune.corpora.batches import Batch
 from expertprune.corpora.documents import CorpusName, corpus_names
 from expertprune.errors import CheckpointError, SpecError
 from expertprune.models.loading import default_device
-from expertprune.models.masking import masked
 from expertprune.profiling.gradients import backward_bytes
 from expertprune.profiling.rows import PART as VOCABULARY
 from expertprune.profiling.store import profile_corpus, profile_key, profile_part, profile_path
@@ -24,16 +22,13 @@ from expertprune.progress import Track, silent
 from expertprune.relevance import Pass
 from expertprune.spec.schema import Budget
 from expertprune.stages.validate import Prepared, SpecLike, validate
-from expertprune.units import KeptUnits, Structure
+from expertprune.units import Structure
 
 
-def profiles_of(
-    prepared: Prepared, track: Track, kept: Sequence[KeptUnits] | None = None, run: bool = True
-) -> dict[CorpusName, Profile]:
+def profiles_of(prepared: Prepared, track: Track, run: bool = True) -> dict[CorpusName, Profile]:
     """The profile of every corpus, with the pass that the criterion needs; what is stored is not measured again.
 
     Args:
-        kept: profile the base with all other units masked, for cutting in rounds.
         run: whether what is missing may be measured.
 
     Raises:
@@ -42,12 +37,12 @@ def profiles_of(
     """
     part = part_name(prepared.spec.relevance)
     parts = [part] if part is not None and _cuts_units(prepared.spec.budget) else []
-    if prepared.spec.budget.vocabulary is not None and kept is None:  # rows are decided once, on the base as it is
+    if prepared.spec.budget.vocabulary is not None:
         parts.append(VOCABULARY)
     profiles: dict[CorpusName, Profile] = {}
     for name in corpus_names(prepared.spec):
         documents, batches = prepared.calibration(name)
-        key = profile_key(prepared.base, documents, prepared.spec.calibration.max_tokens, kept)
+        key = profile_key(prepared.base, documents, prepared.spec.calibration.max_tokens)
         path = profile_path(prepared.store, key)
         missing = [] if path.is_file() else ["forward"]
         missing += [each for each in parts if not part_path(path, each).is_file()]
@@ -58,9 +53,8 @@ def profiles_of(
         for each in missing:
             model, layers = prepared.model, len(prepared.base.layers)
             here = (model, prepared.base, str(name), documents, batches, key, prepared.store)
-            mask = masked(model, prepared.base.family, prepared.base.layers, kept) if kept else contextlib.nullcontext()
             steps = len(batches) if each.startswith(Pass.GRADIENT) else layers
-            with mask, track(f"profile {name}" + ("" if each == "forward" else f" ({each})"), steps) as step:
+            with track(f"profile {name}" + ("" if each == "forward" else f" ({each})"), steps) as step:
                 if each == "forward":
                     profile_corpus(*here, step)
                 else:

@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def _run_tasks(measurement: Measurement, track: Track) -> dict[str, tuple[Scores
     result = {}
     if measurement.tasks:
         for task, scores in _run(
-            measurement, measurement.folder, "expert", [each.task for each in measurement.tasks], track
+            measurement, measurement.expert.folder, "expert", [each.task for each in measurement.tasks], track
         ):
             if scores.examples != base[task.label].examples:
                 raise SpecError(f"task {task.label}: base and expert were not asked the same: its prompts differ")
@@ -185,12 +186,14 @@ def _run_corpora(measurement: Measurement, result: Evaluation, track: Track) -> 
     base = measurement.base
     mine, theirs = (
         load_model(folder, base.dtype, trust_remote_code=base.trust_remote_code)
-        for folder in (base.folder, measurement.folder)
+        for folder in (base.folder, measurement.expert.folder)
     )
     tokenizer, own = load_tokenizer(base.folder, base.trust_remote_code), None
     metrics = ["bits_per_byte", "kl"]
-    if measurement.about["plan"].get("vocabulary"):  # base and expert read other tokens: only their bytes are the same
-        own, metrics = load_tokenizer(measurement.folder, base.trust_remote_code), ["bits_per_byte"]
+    if (
+        measurement.expert.plan.vocabulary is not None
+    ):  # base and expert read other tokens: only their bytes are the same
+        own, metrics = load_tokenizer(measurement.expert.folder, base.trust_remote_code), ["bits_per_byte"]
     settings = measurement.spec.evaluate.model_copy(update={"metrics": metrics})
     with track("perplexity", batches_needed(measurement.corpora)) as step:
         found = evaluate_models(mine, theirs, tokenizer, measurement.corpora, settings, step, None, own)
@@ -220,16 +223,14 @@ def _paired_corpora(result: Evaluation) -> list[Paired]:
 
 def _write(measurement: Measurement, result: Evaluation) -> None:
     """Complete the settings, keep what the folder said of corpora where none was measured, and write."""
-    before = measurement.about.get("evaluation") or {}
-    if not measurement.corpora:
-        result.corpora = before.get("corpora", {})
-        result.settings = {
-            k: v for k, v in before.get("settings", {}).items() if k not in ("suites", "backend", "limit")
-        }
+    before = measurement.expert.evaluation
+    if not measurement.corpora and before is not None:
+        result.corpora = before.corpora
+        result.settings = {k: v for k, v in before.settings.items() if k not in ("suites", "backend", "limit")}
     result.settings |= {
         "suites": {suite.name: suite.digest for suite in measurement.suites},
         "backend": measurement.backend,
         "limit": measurement.limit,
         "versions": versions(),
     }
-    write_card(measurement.folder, measurement.about | {"evaluation": result.document()})
+    write_card(replace(measurement.expert, evaluation=result))

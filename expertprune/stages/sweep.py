@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from expertprune.artifacts.evaluation import Evaluation
-from expertprune.artifacts.expert import load_expert
+from expertprune.artifacts.expert import Expert, portable, portable_spec
 from expertprune.artifacts.plan import Plan
 from expertprune.composition.defaults import resolved
 from expertprune.composition.plan import foreseen_widths
@@ -264,7 +264,7 @@ def _check_place(place: Path, spec: Spec) -> None:
     if not place.exists() or (place.is_dir() and not place.is_symlink() and not any(place.iterdir())):
         return
     with contextlib.suppress(CheckpointError):
-        if load_expert(place)["spec"] == spec.document():
+        if Expert.load(place).spec == portable_spec(spec):
             return
     raise CheckpointError(f"{place}: exists, and is no expert of this spec and budget; choose another --out")
 
@@ -272,7 +272,7 @@ def _check_place(place: Path, spec: Spec) -> None:
 def _holds(place: Path, plan: Plan) -> bool:
     """Whether the expert of a plan is there."""
     try:
-        return digest_of(load_expert(place)["plan"]) == plan.digest
+        return Expert.load(place).plan.digest == portable(plan).digest
     except CheckpointError:
         return False
 

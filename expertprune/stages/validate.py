@@ -20,6 +20,7 @@ from expertprune.errors import SpecError, gathered
 from expertprune.files import digest_of, store_folder
 from expertprune.models.base import ResolvedBase, resolve_base
 from expertprune.models.loading import load_model, load_tokenizer
+from expertprune.pruning.repair import check_repair
 from expertprune.pruning.selfcheck import check_family
 from expertprune.spec.reading import load_spec, parse_spec
 from expertprune.spec.schema import Spec
@@ -79,10 +80,6 @@ class Prepared:
             self._calibration[name] = calibration_batches(corpus, self.tokenizer, self.spec)
         return self._calibration[name]
 
-    def share(self, other: Prepared) -> None:
-        """Take over what another one has loaded; both must name the same base and corpora."""
-        self._model, self._tokenizer, self._calibration = other.model, other.tokenizer, other._calibration
-
     def repair_batches(self) -> list[Batch]:
         """The calibration text of all corpora together, each document once."""
         documents = {d.digest: d for name in self.corpora for d in self.calibration(name)[0]}
@@ -115,6 +112,8 @@ def validate(spec: SpecLike, overrides: Mapping[str, Any] | None = None, store: 
             with gathered(problems):
                 check_criterion(criterion)
     with gathered(problems):
+        check_repair(spec.compensation.method)
+    with gathered(problems):
         corpora = load_corpora(spec)
         evaluated = evaluation_corpora(spec, corpora) if spec.evaluate.enabled else []
     base = None
@@ -139,15 +138,16 @@ def validate(spec: SpecLike, overrides: Mapping[str, Any] | None = None, store: 
 
 def evaluation_corpora(spec: Spec, corpora: Mapping[CorpusName, Corpus]) -> list[Corpus]:
     """The corpora to evaluate on, guarded against leaks from every corpus that calibrates."""
-    by_name = {str(name): corpus for name, corpus in corpora.items()}
     clean = {corpus.name: corpus for corpus in guarded(list(corpora.values()))}
     if spec.evaluate.corpora is None:
         return list(clean.values())
     chosen = []
     for wanted in spec.evaluate.corpora:
-        matches = [name for name in by_name if wanted in (name, name.partition("/")[2])]
+        matches = [str(name) for name in corpora if name.answers_to(wanted)]
         if not matches:
-            raise SpecError(f"evaluate.corpora: {wanted!r} is none of the spec's corpora: {', '.join(by_name)}")
+            raise SpecError(
+                f"evaluate.corpora: {wanted!r} is none of the spec's corpora: {', '.join(map(str, corpora))}"
+            )
         chosen += [clean[name] for name in matches]
     return chosen
 

@@ -111,7 +111,6 @@ def test_a_plan_digest_covers_every_part() -> None:
         dataclasses.replace(plan, layers=plan.layers[::-1]),
         dataclasses.replace(plan, budget={}),
         dataclasses.replace(plan, parameters={"before": 1000, "after": 701}),
-        dataclasses.replace(plan, search=[0.5]),
         dataclasses.replace(plan, vocabulary=VocabularyPlan(KeptRows(128, tuple(range(64))), "tokenizer")),
     ]
     assert len(changed) == len(dataclasses.fields(Plan))

@@ -437,7 +437,6 @@ def test_composing_from_stored_profiles_alone(tmp_path: Path, spec_file: Path, n
         ("relevance={criterion: taylor, loss: kl}", "gradient-kl"),
         ("relevance={criterion: fisher, loss: kl}", "gradient-kl"),
         ("relevance=regional", "regional"),
-        ("relevance=obs", "removal"),
     ],
 )
 def test_a_pass_that_the_stored_profiles_lack_is_named(

@@ -265,9 +265,8 @@ def test_parameters_count_the_rows_that_go(folder: Path, tmp_path: Path, store: 
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
-@pytest.mark.parametrize("rounds", [1, 2])
-def test_rows_are_the_same_however_layers_are_cut(folder: Path, tmp_path: Path, allocation: str, rounds: int) -> None:
-    changes = {"compose": {"allocation": allocation, "rounds": rounds}}
+def test_rows_are_the_same_however_layers_are_cut(folder: Path, tmp_path: Path, allocation: str) -> None:
+    changes = {"compose": {"allocation": allocation}}
     budget = {"vocabulary": 384, "ffn": 0.5}
     found = expertprune.compose(parse_spec(worded_spec(folder, tmp_path / "spec", budget, **changes), "spec", tmp_path))
     alone = expertprune.compose(

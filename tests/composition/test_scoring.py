@@ -317,7 +317,6 @@ def test_fluctuation_is_the_variance_over_all_tokens(tmp_path: Path) -> None:
         ({"criterion": "taylor", "loss": "kl"}, "gradient-kl"),
         ({"criterion": "fisher", "loss": "kl"}, "gradient-kl"),
         ({"criterion": "regional", "loss": "kl"}, "regional"),
-        ({"criterion": "obs"}, "removal"),
     ],
 )
 def test_the_part_that_a_criterion_needs(relevance: dict[str, str], part: str | None) -> None:
@@ -327,38 +326,30 @@ def test_the_part_that_a_criterion_needs(relevance: dict[str, str], part: str | 
 def save_part(profile: Profile, part: str, seed: int = 0) -> dict[str, Tensor]:
     """A part of random values beside a profile, signs included where the pass gives signs; the values."""
     generator = torch.Generator().manual_seed(seed)
-    units = {"ffn": SHAPE.ffn, "heads": SHAPE.query_heads, "groups": SHAPE.kv_heads}
+    units = {"ffn": SHAPE.ffn, "heads": SHAPE.query_heads}
     values, stored = {}, {}
     for layer in range(LAYERS):
         for block, count in units.items():
             name = f"{block}.{layer}.value"
-            if part == "removal":
-                values[name] = torch.rand(count, generator=generator)
-                stored[name] = values[name]
-            elif block != "groups":
-                values[name] = torch.randn(DOCUMENTS, count, generator=generator).mul(64).round().div(64)
-                stored |= halved(name, values[name])
+            values[name] = torch.randn(DOCUMENTS, count, generator=generator).mul(64).round().div(64)
+            stored |= halved(name, values[name])
     save_profile(part_path(profile.path, part), {**profile.about, "part": part}, stored)
     return values
 
 
 @pytest.mark.parametrize(
     ("criterion", "part"),
-    [("taylor", "gradient-language_model"), ("fisher", "gradient-language_model"), ("obs", "removal")],
+    [("taylor", "gradient-language_model"), ("fisher", "gradient-language_model")],
 )
 @pytest.mark.parametrize("structure", DENSE)
 def test_criteria_read_their_part(tmp_path: Path, criterion: str, part: str, structure: Structure) -> None:
-    """Taylor `mean_d |g|`, Fisher `mean_d 3 g²` (three predicted tokens each), OBS as stored; a group's mask moves all
-    its heads, so its gradient is their sum."""
+    """Taylor `mean_d |g|`, Fisher `mean_d 3 g²` (three predicted tokens each); a group's mask moves all its heads, so its
+    gradient is their sum."""
     profile, spec = made_profile(tmp_path, "en", 1), a_spec({"language": ["en"]}, [])
     values = save_part(profile, part)
     spec.relevance.criterion = criterion
     expected = []
     for layer in range(LAYERS):
-        if criterion == "obs":
-            block = {Structure.FFN: "ffn", Structure.QUERY_HEADS: "heads", Structure.KV_GROUPS: "groups"}[structure]
-            expected.append(values[f"{block}.{layer}.value"].double().numpy())
-            continue
         gradient = values[f"{'ffn' if structure is Structure.FFN else 'heads'}.{layer}.value"].double().numpy()
         if structure is Structure.KV_GROUPS:
             gradient = gradient.reshape(DOCUMENTS, 2, 2).sum(2)

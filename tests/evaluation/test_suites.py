@@ -140,13 +140,12 @@ def test_the_shipped_suites_are_these_under_the_names_of_their_files() -> None:
 
 
 def test_there_is_a_local_suite_for_every_value_that_ships() -> None:
-    for key in catalogue_sources(shipped("corpora")):
-        dimension, value = key.split("/")
-        suite = find_suite(value)
+    for name in catalogue_sources(shipped("corpora")):
+        suite = find_suite(name.value)
         assert suite.perplexity is not None
-        assert suite.perplexity.corpora == ([value] if dimension == "general" else [key])
-        assert suite.measures == ([] if dimension == "general" else [key])
-        assert (suite.group == "general") == (dimension == "general")
+        assert suite.perplexity.corpora == ([name.value] if name.is_general else [str(name)])
+        assert suite.measures == ([] if name.is_general else [str(name)])
+        assert (suite.group == "general") == name.is_general
         assert all(entry.file is not None for entry in (*suite.tasks, *suite.generation))
 
 
@@ -165,7 +164,7 @@ def evaluation_texts(key: str) -> list[str]:
     return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("key", sorted(catalogue_sources(shipped("corpora"))))
+@pytest.mark.parametrize("key", sorted(map(str, catalogue_sources(shipped("corpora")))))
 def test_the_right_choice_goes_on_in_a_document_and_the_others_are_from_other_documents(key: str) -> None:
     texts = evaluation_texts(key)
     found = rows(f"{key.split('/')[1]}.continuation.jsonl")

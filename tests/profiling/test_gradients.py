@@ -16,7 +16,6 @@ from expertprune.models import layers as layerwise
 from expertprune.profiling import gradients as passes
 from expertprune.profiling.gradients import gradient_pass
 from expertprune.profiling.regional import regional_pass
-from expertprune.profiling.removals import removal_pass
 from tests.masks import (
     LENGTHS,
     Masks,
@@ -300,7 +299,7 @@ def test_no_more_than_one_layers_graph_is_held(which: str) -> None:
 def test_a_pass_leaves_the_model_as_it_was() -> None:
     of, batches = tiny("llama"), make_batches(token_lists(), 30)
     state = {name: tensor.clone() for name, tensor in of.model.state_dict().items()}
-    for run in (lambda *given: gradient_pass(*given, "kl"), regional_pass, removal_pass):
+    for run in (lambda *given: gradient_pass(*given, "kl"), regional_pass):
         run(of.model, of.family, of.shapes, batches)
         assert all(parameter.grad is None for parameter in of.model.parameters())
         assert not any(module._forward_pre_hooks or module._forward_hooks for module in of.model.modules())

@@ -18,7 +18,6 @@ import expertprune
 from expertprune.arch import families, family_of
 from expertprune.cli import main
 from expertprune.corpora.batches import make_batches
-from expertprune.errors import PlanError
 from expertprune.profiling.forward import collect
 from expertprune.profiling.gradients import gradient_pass
 from expertprune.spec.schema import Spec
@@ -273,11 +272,3 @@ def test_criterion_and_allocation_of_dense_models(family: str, allocation: str, 
     prepared = expertprune.validate(spec_of(folder, tmp_path, {"ffn": 0.25}))
     assert (prepared.spec.relevance.criterion, prepared.spec.relevance.experts) == ("fisher", None)
     assert prepared.spec.compose.allocation == allocation
-
-
-def test_a_search_over_experts_is_refused_with_the_fix(tmp_path: Path) -> None:
-    folder = save_tiny(tmp_path / "base", "mixtral")
-    for budget in ({"experts": 2}, {"ffn": 8}):
-        spec = spec_of(folder, tmp_path, budget, compose={"allocation": "search"})
-        with pytest.raises(PlanError, match=r"compose\.allocation: uniform"):
-            expertprune.validate(spec)

@@ -234,11 +234,6 @@ def test_an_expert_of_experts_is_built_with_its_heads_repaired(tmp_path: Path) -
         ({"budget": {"ffn": 0.25}, "compose": {"allocation": "global"}}, PlanError, "compose.allocation: uniform"),
         ({"compose": {"allocation": "global"}}, PlanError, "compose.allocation: uniform"),
         (
-            {"budget": {"ffn": 8, "multiple_of": 8}, "compose": {"allocation": "search", "search": {"uniform": True}}},
-            PlanError,
-            "leave allocation out, or use allocation: uniform",
-        ),
-        (
             {"relevance": "activation"},
             SpecError,
             r"relevance\.criterion: activation does not score experts; criteria that do: fisher, frequency, impact.*; "
@@ -250,9 +245,9 @@ def test_an_expert_of_experts_is_built_with_its_heads_repaired(tmp_path: Path) -
             r"regional needs the regional pass, which is not made through experts; take fisher, or impact",
         ),
         (
-            {"relevance": {"criterion": "impact", "experts": "obs"}},
+            {"relevance": {"criterion": "impact", "experts": "regional"}},
             SpecError,
-            r"relevance\.experts: obs does not score experts",
+            r"relevance\.experts: regional does not score experts",
         ),
         ({"relevance": {"experts": "reep"}}, SpecError, "'reep'.*reap"),
         ({"relevance": "reap", "budget": {"kv_groups": 1}}, SpecError, "reap does not score kv_groups"),

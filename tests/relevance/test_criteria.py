@@ -20,7 +20,7 @@ from expertprune.units import DENSE, LayerShape, Structure
 from tests.tiny import tiny_model
 
 OF_EXPERTS_ALONE = ["frequency", "reap"]  # see tests/pruning/test_experts.py
-NAMES = ["activation", "fisher", "fluctuation", "impact", "magnitude", "obs", "random", "regional", "taylor"]
+NAMES = ["activation", "fisher", "fluctuation", "impact", "magnitude", "random", "regional", "taylor"]
 SHAPE = LayerShape(hidden=24, ffn=32, query_heads=6, kv_heads=3, head_dim=4)
 DOCUMENTS = [[3, 4, 5, 6, 20], [7, 30, 8, 9, 14, 10, 41, 2], [11, 12]]
 
@@ -57,7 +57,6 @@ def made_up(units: int, channels_per_unit: int, documents: int = 4, impact: bool
         tokens=torch.full((documents,), 7.0),
         gradient=draw(documents, units) - 0.6,
         regional=draw(documents, units) - 0.6,
-        removal=draw(units),
     )
 
 
@@ -269,7 +268,7 @@ def test_a_new_criterion_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -
         ("activations", "; did you mean 'activation'?"),
         (
             "zzz",
-            "; valid: activation, fisher, fluctuation, frequency, impact, magnitude, obs, random, reap, regional, taylor",
+            "; valid: activation, fisher, fluctuation, frequency, impact, magnitude, random, reap, regional, taylor",
         ),
     ],
 )

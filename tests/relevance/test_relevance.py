@@ -37,7 +37,7 @@ from tests.patching import everywhere
 from tests.tiny import tiny_tokenizer
 
 NAMES = {Structure.FFN: "ffn", Structure.QUERY_HEADS: "heads", Structure.KV_GROUPS: "groups"}
-PARTS = ["gradient-language_model", "gradient-kl", "regional", "removal"]
+PARTS = ["gradient-language_model", "gradient-kl", "regional"]
 # Uniform numbers are drawn for the places in a layer, not for the units that happen to stand there.
 ALL_BUT_RANDOM = sorted(name for name in criteria if Structure.FFN in criteria[name].structures and name != "random")
 # One of each kind: plain, with biases, with norms behind the blocks, fused, with norms over all heads, without a gate.
@@ -154,16 +154,6 @@ def test_fluctuation_is_the_variance_over_all_tokens_massive_means_included(tmp_
             assert scores.shape == (len(LENGTHS), len(each))
             for row in scores:  # a float32 near 1000 is known to 3e-5, so its distance of about 1 from the mean as well
                 np.testing.assert_allclose(row.double().numpy(), each, rtol=2e-4, err_msg=f"{name} {layer}")
-
-
-@pytest.mark.usefixtures("_not_halved")
-def test_obs_gives_every_document_the_removals_of_the_corpus(tmp_path: Path) -> None:
-    profile = bench(tiny("llama"), tmp_path).profile(["removal"])
-    stored = profile.part("removal")
-    assert stored is not None
-    for structure, name in NAMES.items():
-        scores = raw_scores(profile, "obs", structure, 1)
-        assert torch.equal(scores, stored.read(f"{name}.1.value").expand(len(LENGTHS), -1))
 
 
 # --- units may stand in any order -----------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from expertprune.spec.reading import parse_spec
 from expertprune.spec.schema import Retention
 from expertprune.stages import floor as retaining
 from expertprune.stages.compose import plan_of
-from expertprune.stages.floor import Kept, budgets_to_try, decide_by_retention, measure
+from expertprune.stages.floor import Kept, budgets_to_try, measure, plan_by_retention
 from expertprune.stages.validate import Prepared, validation_documents
 from tests.patching import everywhere
 
@@ -99,7 +99,7 @@ def test_bisection_finds_what_trying_every_budget_finds(
     budgets = budgets_to_try(prepared)
     tried: list[int] = []
 
-    def fake(_: Prepared, budget: Any, run: bool) -> tuple[Plan, Kept]:
+    def fake(_: Prepared, profiles: Any, budget: Any) -> tuple[Plan, Kept]:
         number = budgets.index(budget)
         tried.append(number)
         if number >= reachable:
@@ -113,9 +113,9 @@ def test_bisection_finds_what_trying_every_budget_finds(
         patched.setattr(retaining, "_try", fake)
         if not holding:
             with pytest.raises(PlanError, match=r"budget\.retention: no cut keeps"):
-                decide_by_retention(prepared, silent)
+                plan_by_retention(prepared, {}, silent)
         else:
-            plan = decide_by_retention(prepared, silent)
+            plan = plan_by_retention(prepared, {}, silent)
             assert plan.name == str(max(holding))
             assert plan.budget["ffn"]["requested"] == {
                 "retention": {"expert": expert, "general": None},

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from expertprune.corpora.documents import CorpusName
 from expertprune.reporting.page.inline import ACCENT, INK, MUTED, RULE, SERIES, figure_of, svg
 
 if TYPE_CHECKING:
@@ -276,7 +277,7 @@ def relevance_picture(name: str, label: str, corpora: Sequence[Mapping[str, Any]
         room = int((width - left - 6) / len(drawn) / 7.2)
         names = [_short(corpus["name"], 22) for corpus in drawn]
         if tall:
-            names = [_short(corpus["name"].partition("/")[2] or corpus["name"], max(3, room)) for corpus in drawn]
+            names = [_short(CorpusName.parse(corpus["name"]).value, max(3, room)) for corpus in drawn]
         table = [[strength(value) for value in corpus["by_layer"]] for corpus in drawn]
         _cells(axes, [list(column) for column in zip(*table, strict=True)] if tall else table)
         ticks = range(0, layers, max(1, round(layers / 12)))
@@ -334,7 +335,7 @@ def overlap_picture(name: str, label: str, overlap: Mapping[str, Any]) -> Pictur
     def draw(width: float) -> Figure:
         tall = width == NARROW
         left = 78 if tall else 150
-        values = [each.partition("/")[2] or each for each in names]
+        values = [CorpusName.parse(each).value for each in names]
         cell = min(66.0, (width - left - 8) / len(names))
         figure = figure_of(min(width, left + cell * len(names) + 8), cell * 0.62 * len(names) + 34)
         axes = _axes(figure, left, 30, cell * len(names), cell * 0.62 * len(names))

@@ -92,9 +92,9 @@ def report(
     cards = {}
     for artifacts, document in zip(read, data["experts"], strict=True):
         try:
-            cards[artifacts.folder / CARD_FILE] = card_text(artifacts.about, headline_rows(document))
+            cards[artifacts.expert.folder / CARD_FILE] = card_text(artifacts.expert, headline_rows(document))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise damaged(artifacts.folder, error) from None
+            raise damaged(artifacts.expert.folder, error) from None
     write_file(page, html.encode())
     for card, text in cards.items():
         write_file(card, text.encode())

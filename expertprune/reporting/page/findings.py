@@ -13,14 +13,15 @@ from typing import Any
 import yaml
 
 from expertprune.artifacts.evaluation import Evaluation
+from expertprune.artifacts.expert import Expert
 from expertprune.composition.scoring import check_criterion, criterion_name, part_name
+from expertprune.corpora.documents import CorpusName
 from expertprune.evaluation.retention import pooled
 from expertprune.files import digest_of
 from expertprune.reporting.card import fusion_of, purpose
 from expertprune.reporting.page.evidence import Artifacts, damaged
 from expertprune.reporting.page.reasons import kept_units, relevance_findings
 from expertprune.reporting.tables import METRIC_LABELS
-from expertprune.spec.schema import Relevance
 from expertprune.units import Structure
 
 SPEED = "output_tokens_per_second"
@@ -60,10 +61,10 @@ def findings(artifacts: Artifacts) -> ReportData:
     Raises:
         CheckpointError: `expertprune.json` or `throughput.json` lacks something or holds something else.
     """
-    about, plan, folder = artifacts.about, artifacts.plan, artifacts.folder
+    expert, plan, folder = artifacts.expert, artifacts.expert.plan, artifacts.expert.folder
     missing: dict[str, dict[str, str | None]] = {}
     try:
-        evaluation = about.get("evaluation")
+        evaluation = expert.evaluation.document() if expert.evaluation is not None else None
         metrics = metric_rows(evaluation) if evaluation else []
         relevance = _relevance(artifacts, missing)
         if not metrics:
@@ -75,12 +76,11 @@ def findings(artifacts: Artifacts) -> ReportData:
         throughput = None if artifacts.throughput is None else _speeds(artifacts.throughput)
         if throughput is None:
             missing["throughput"] = _missing("Base and expert have not been timed.", "bench", folder)
-        base = {key: about["base"].get(key) for key in ("model", "path", "digest", "tokenizer_digest", "revision")}
         return ReportData(
-            name=str(about["name"]),
+            name=expert.name,
             folder=str(folder),
-            purpose=purpose(about["spec"]),
-            base=base,
+            purpose=purpose(plan.spec),
+            base=expert.base.model_dump(include={"model", "digest", "tokenizer_digest", "revision"}),
             size=_size(artifacts),
             retention=_retention(evaluation),
             speed=_headline_speed(throughput),
@@ -103,13 +103,14 @@ def _missing(reason: str, command: str, folder: Path, options: str = "") -> dict
 
 
 def _size(artifacts: Artifacts) -> dict[str, Any]:
-    before, after = (int(artifacts.about["parameters"][key]) for key in ("before", "after"))
-    base, expert = artifacts.base_bytes, artifacts.bytes
-    rows = artifacts.about["plan"].get("vocabulary")
+    plan = artifacts.expert.plan
+    before, after = (int(plan.parameters[key]) for key in ("before", "after"))
+    base, expert = artifacts.expert.base.weight_bytes, artifacts.bytes
+    rows = plan.vocabulary.rows if plan.vocabulary is not None else None
     return {
-        "vocabulary": rows and {"base": int(rows["of"]), "expert": int(rows["rows"])},
+        "vocabulary": rows and {"base": rows.of, "expert": rows.rows},
         "parameters": {"base": before, "expert": after, "fraction": after / before},
-        "weights": {"base": base, "expert": expert, "fraction": expert / base if base else None},
+        "weights": {"base": base, "expert": expert, "fraction": expert / base},
     }
 
 
@@ -161,7 +162,7 @@ def metric_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
             asked = metric == "questions"
             same = ["questions", result.get("questions")] if asked else [documents, settings.get("max_tokens")]
             about = {
-                "group": "general" if corpus.startswith("general/") else "expert",
+                "group": "general" if CorpusName.parse(corpus).is_general else "expert",
                 "suite": "corpora",
                 "name": corpus,
                 "metric": metric,
@@ -216,8 +217,8 @@ def _outcome(metrics: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def _relevance(artifacts: Artifacts, missing: dict[str, dict[str, str | None]]) -> list[dict[str, Any]] | None:
-    spec = artifacts.about["spec"]
-    relevance = Relevance.model_validate(spec["relevance"])
+    spec = artifacts.expert.spec
+    relevance = spec.relevance
     criterion = check_criterion(relevance.criterion)
     experts = check_criterion(criterion_name(relevance, Structure.EXPERTS))
     if not criterion.sees_data:
@@ -230,8 +231,8 @@ def _relevance(artifacts: Artifacts, missing: dict[str, dict[str, str | None]]) 
         command = f"expertprune profile {plain_name(artifacts)}.yaml --store {shlex.quote(str(artifacts.store))}"
         missing["relevance"] = {"reason": reason, "command": command}
         return None
-    aggregate = spec["compose"]["aggregate"]
-    return relevance_findings(artifacts.plan, artifacts.profiles, criterion, aggregate, part_name(relevance), experts)
+    part, plan = part_name(relevance), artifacts.expert.plan
+    return relevance_findings(plan, artifacts.profiles, criterion, spec.compose.aggregate, part, experts)
 
 
 def _alignment(evaluation: Mapping[str, Any] | None) -> list[dict[str, Any]] | None:
@@ -290,11 +291,11 @@ def _headline_speed(throughput: Mapping[str, Any] | None) -> dict[str, Any] | No
 
 
 def _provenance(artifacts: Artifacts) -> dict[str, Any]:
-    about, plan = artifacts.about, artifacts.plan
-    spec = about["spec"]
+    expert, plan = artifacts.expert, artifacts.expert.plan
+    spec = plan.spec
     return {
         "criterion": spec["relevance"]["criterion"],
-        "paper": about.get("criterion_paper"),
+        "paper": expert.criterion_paper,
         "rule": spec["compose"]["rule"],
         "allocation": spec["compose"]["allocation"],
         "repair": spec["compensation"]["method"],
@@ -303,17 +304,22 @@ def _provenance(artifacts: Artifacts) -> dict[str, Any]:
         "corpora": [
             {
                 "name": name,
-                "digest": entry["digest"],
-                "documents": len(entry["documents"]),
+                "digest": record.digest,
+                "documents": len(record.documents),
                 "profile": plan.profiles.get(name),
                 "stored": name in artifacts.profiles,
             }
-            for name, entry in about["corpora"].items()
+            for name, record in expert.corpora.items()
         ],
-        "versions": [{"package": package, "version": version} for package, version in about["versions"].items()],
-        "evaluated": dict((about.get("evaluation") or {}).get("settings") or {}),
+        "versions": [{"package": package, "version": version} for package, version in expert.versions.items()],
+        "evaluated": _settings(expert),
         "spec": spec_text(spec),
     }
+
+
+def _settings(expert: Expert) -> dict[str, Any]:
+    """What the expert was evaluated with."""
+    return dict(expert.evaluation.settings) if expert.evaluation is not None else {}
 
 
 def spec_text(spec: Mapping[str, Any]) -> str:
@@ -323,16 +329,16 @@ def spec_text(spec: Mapping[str, Any]) -> str:
 
 def plain_name(artifacts: Artifacts) -> str:
     """The expert's name as that of a file."""
-    return re.sub(r"[^\w.-]+", "-", str(artifacts.about["name"])).strip("-.") or "expert"
+    return re.sub(r"[^\w.-]+", "-", artifacts.expert.name).strip("-.") or "expert"
 
 
 def _commands(artifacts: Artifacts) -> list[dict[str, str]]:
     """From the spec to the same report, in a folder of the expert's name; to be run one after the other."""
     out = plain_name(artifacts)
-    spec = spec_text(artifacts.about["spec"])
+    spec = spec_text(artifacts.expert.plan.spec)
     steps = [("Write the spec.", f"cat > {out}.yaml <<'END_OF_SPEC'\n{spec}END_OF_SPEC")]
     steps.append(("Profile, compose, prune, evaluate.", f"expertprune build {out}.yaml --out {out}"))
-    evaluated = (artifacts.about.get("evaluation") or {}).get("settings") or {}
+    evaluated = _settings(artifacts.expert)
     if evaluated.get("suites"):
         options = "".join(f" --suite {shlex.quote(name)}" for name in evaluated["suites"])
         for key in ("backend", "limit"):

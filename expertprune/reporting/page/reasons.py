@@ -18,6 +18,7 @@ from expertprune.composition.overlap import (
     irrelevant_units,
     relevance,
 )
+from expertprune.corpora.documents import CorpusName
 from expertprune.relevance import Criterion
 from expertprune.reporting.pictures import STRUCTURES
 from expertprune.units import Structure
@@ -154,7 +155,7 @@ def _overlap(by_corpus: Mapping[str, Sequence[Array]], cut: Sequence[NDArray[np.
     gone = np.concatenate([cut[layer] for layer in choosable])
     member = np.concatenate(sets, axis=1)  # [corpora, units]
     names = list(by_corpus)
-    dimensions = [not name.startswith("general/") for name in names]
+    dimensions = [not CorpusName.parse(name).is_general for name in names]
     agreed: NDArray[np.bool_] = np.all(member[dimensions], axis=0)
     cut_units = int(gone.sum())
 

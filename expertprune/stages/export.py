@@ -1,12 +1,12 @@
-"""An expert's folder to a file of another format: what may be asked for, checked before anything is read."""
+"""Write an expert as one file for other engines."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from expertprune.artifacts.expert import Expert
 from expertprune.errors import CheckpointError, UsageError
-from expertprune.files import check_parent
+from expertprune.files import EXPERT_FILE, check_parent
 from expertprune.models.gguf.writing import TYPES, Exported, write_gguf
 from expertprune.registry import nearest
 
@@ -35,13 +35,5 @@ def export(
         raise CheckpointError(f"{out}: is not a file that can be written; name one, such as {folder.name}.{format}")
     if out.exists() and not overwrite:
         raise CheckpointError(f"{out}: exists; choose another --out, or give --overwrite to replace it")
-    return write_gguf(folder, out, type, _name(folder))
-
-
-def _name(folder: Path) -> str:
-    """What the expert is called, or the folder."""
-    try:
-        about = json.loads((folder / "expertprune.json").read_text(encoding="utf-8"))
-        return str(about["name"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return folder.resolve().name
+    name = Expert.load(folder).name if (folder / EXPERT_FILE).is_file() else folder.resolve().name
+    return write_gguf(folder, out, type, name)
