@@ -43,3 +43,8 @@ class ServingError(ExpertpruneError):
     """A server did not get healthy, or died: nothing in what the user asked for says why."""
 
     exit_code = 1
+
+
+def first_line(error: Exception) -> str:
+    """What an error says in its first line, or its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

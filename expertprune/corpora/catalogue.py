@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
 from pydantic import ValidationError
 
 from expertprune.corpora.documents import GENERAL, CorpusName, corpus_names
 from expertprune.errors import SpecError
-from expertprune.files import shipped
+from expertprune.files import read_yaml, shipped
 from expertprune.registry import nearest
 from expertprune.spec.schema import DIMENSIONS, Source, Spec
 
@@ -18,15 +17,15 @@ def catalogue_sources(folder: Path) -> dict[CorpusName, Source]:
     """The sources of a catalogue folder, their paths made absolute. Raises `SpecError`."""
     path = folder / "catalogue.yaml"
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SpecError(f"corpora.catalogue: {path}: no such file") from None
-    except (OSError, yaml.YAMLError) as error:
-        raise SpecError(f"{path}: {error}") from None
+        data = read_yaml(path)
+    except SpecError as error:
+        raise SpecError([f"corpora.catalogue: {problem}" for problem in error.problems]) from None
+    if not isinstance(data, dict):
+        raise SpecError(f"corpora.catalogue: {path}: must be a mapping of dimensions")
     sources: dict[CorpusName, Source] = {}
     problems: list[str] = []
     valid = (*DIMENSIONS, GENERAL)
-    for dimension, values in data.items() if isinstance(data, dict) else ():
+    for dimension, values in data.items():
         if dimension not in valid or not isinstance(values, dict):
             problems.append(f"{path}: {dimension!r} must be one of {', '.join(valid)}, with a mapping of values")
             continue

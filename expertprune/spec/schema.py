@@ -65,10 +65,19 @@ class Source(_Section):
     """Where the documents of one corpus come from: a JSONL or text file (or several), or a Hugging Face dataset."""
 
     path: Names | None = Field(None, description="JSONL or .txt file(s), relative to the spec.")
-    field: str | None = Field(None, description="Field of a row that holds the text (default: text).")
-    template: str | None = Field(None, description="Text built from several fields: 'Q: {question}\\nA: {answer}'.")
-    dataset: str | None = Field(None, description="Hugging Face dataset, streamed.")
-    config: str | None = None
+    field: str | None = Field(
+        None,
+        description="Field of a row that holds the text (default: text). Dots lead to a nested one: "
+        "messages.0.content.",
+    )
+    template: str | None = Field(
+        None, description="Text built from fields, which hold text, numbers or booleans: 'Q: {question}\\nA: {answer}'."
+    )
+    dataset: str | None = Field(
+        None, description="Hugging Face dataset, streamed; calibration.seed chooses among its rows."
+    )
+    config: str | None = Field(None, description="Configuration of the dataset, such as a language.")
+    revision: str | None = Field(None, description="Branch, tag or commit of the dataset.")
     split: str | None = Field(None, description="Split of the dataset (default: train).")
     evaluation: Names | None = Field(None, description="File(s) of the evaluation split, read as `path` is.")
     evaluation_split: str | None = Field(None, description="Evaluation split of the dataset.")
@@ -80,7 +89,7 @@ class Source(_Section):
             raise ValueError("give exactly one of 'path' and 'dataset'")
         if self.field and self.template:
             raise ValueError("give 'field' or 'template', not both")
-        wrong = ["config", "split", "evaluation_split"] if self.path else ["evaluation"]
+        wrong = ["config", "revision", "split", "evaluation_split"] if self.path else ["evaluation"]
         if set_here := [key for key in wrong if getattr(self, key) is not None]:
             raise ValueError(f"{', '.join(set_here)} does not go with {'path' if self.path else 'dataset'!r}")
         return self
