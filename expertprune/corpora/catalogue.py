@@ -36,19 +36,14 @@ def catalogue_sources(folder: Path) -> dict[CorpusName, Source]:
             except (ValidationError, AttributeError) as error:
                 problems.append(f"{path}: {dimension}.{value}: {str(error).splitlines()[-1].strip()}")
                 continue
-            for key in ("path", "evaluation"):
-                if getattr(source, key) is not None:
-                    setattr(source, key, [str(folder / item) for item in getattr(source, key)])
-            if source.questions is not None:
-                source.questions = str(folder / source.questions)
-            sources[CorpusName(dimension, str(value))] = source
+            sources[CorpusName(dimension, str(value))] = source.within(folder)
     if problems:
         raise SpecError(problems)
     return sources
 
 
 def find_sources(spec: Spec) -> dict[CorpusName, Source]:
-    """The source of every corpus that the spec names; raises `SpecError` naming all that have none."""
+    """The source of every corpus that the spec names. Raises `SpecError` with all names that have none."""
     folder = Path(spec.corpora.catalogue) if spec.corpora.catalogue else shipped("corpora")
     catalogue = catalogue_sources(folder)
     found: dict[CorpusName, Source] = {}
@@ -73,7 +68,7 @@ def _find(name: CorpusName, inline: dict[str, Source], catalogue: dict[CorpusNam
             return inline[candidate]
     if name in catalogue:
         return catalogue[name]
-    if name.is_general:  # any corpus can be one whose capability is to be retained
+    if name.is_general:  # any corpus can be named as a general one
         matches = [source for other, source in catalogue.items() if other.answers_to(name.value)]
         if len(matches) == 1:
             return matches[0]

@@ -13,7 +13,7 @@ from expertprune.errors import SpecError, gathered
 from expertprune.files import digest_of
 from expertprune.spec.schema import Source, Spec
 
-HELD_OUT = 10  # one document in so many is set aside where a corpus has no evaluation split
+HELD_OUT = 10  # one document in ten is set aside where a corpus has no evaluation split
 
 
 def load_corpus(name: CorpusName, source: Source, spec: Spec) -> Corpus:
@@ -70,7 +70,7 @@ def _from_dataset(source: Source, spec: Spec, own_split: bool) -> _Split:
 
 
 def load_corpora(spec: Spec) -> dict[CorpusName, Corpus]:
-    """Every corpus of a spec; all problems are reported at once as one `SpecError`."""
+    """Every corpus of a spec. Raises one `SpecError` with all problems."""
     corpora: dict[CorpusName, Corpus] = {}
     problems: list[str] = []
     for name, source in find_sources(spec).items():
@@ -94,7 +94,7 @@ def _unique(documents: Iterable[Document]) -> Iterator[Document]:
 
 
 def _choose(documents: Sequence[Document], count: int, seed: int) -> list[Document]:
-    """At most `count` documents in the order of a digest salted with the seed: the files' order does not matter."""
+    """At most `count` documents, chosen by digests salted with the seed, so that the files' order does not matter."""
     if len(documents) <= count:
-        return sorted(documents, key=lambda d: d.digest)
-    return sorted(documents, key=lambda d: digest_of([seed, d.digest]))[:count]
+        return sorted(documents, key=lambda document: document.digest)
+    return sorted(documents, key=lambda document: digest_of([seed, document.digest]))[:count]
