@@ -36,7 +36,7 @@ def _floors(_: click.Context, __: click.Parameter, text: str | None) -> dict[str
 @click.option("--limit", type=click.IntRange(min=1), help="At most so many examples of each task.")
 @click.option(
     "--fail-under", "floors", callback=_floors, metavar="expert=0.97,general=0.9",
-    help="Exit with 1 if the suites' summary keeps less.",
+    help="Exit with 1 if an average of the suites is below.",
 )  # fmt: skip
 @click.option("--base", type=click.Path(path_type=Path), help="The base's folder, if it has moved.")
 @click.option("--documents", type=click.IntRange(min=1), help="At most so many documents of each corpus.")
@@ -72,8 +72,8 @@ def evaluate(
             raise click.UsageError("--fail-under, --limit and --backend need --suite or --task")
         from expertprune.stages import evaluate as stage
 
-        result = stage.evaluate(expert, list(corpora), base, store, overrides, progress_bar).document()
-        show(as_json, result, lambda: retention_table(result))
+        result = stage.evaluate(expert, list(corpora), base, store, overrides, progress_bar)
+        show(as_json, result.document(), lambda: retention_table(result))
         return
     if corpora:
         raise click.UsageError("give --corpus without --suite and --task: a suite names its own corpora")
@@ -83,8 +83,7 @@ def evaluate(
     found = measuring.evaluate_suites(
         expert, suites, tasks, backend, limit, base, store, overrides, floors, progress_bar  # type: ignore[arg-type]
     )  # fmt: skip
-    result = found.document()
-    show(as_json, result, lambda: retention_table(result))
+    show(as_json, found.document(), lambda: retention_table(found))
     short = shortfalls(found.summary, floors)
     for line in short:
         click.echo(f"below the floor: {line}", err=True)

@@ -13,7 +13,7 @@ from expertprune.artifacts.plan import Plan
 from expertprune.artifacts.profile import Profile, part_path
 from expertprune.composition.scoring import part_name
 from expertprune.errors import CheckpointError
-from expertprune.files import EXPERT_FILE, store_folder
+from expertprune.files import store_folder
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.serving.throughput import THROUGHPUT_FILE
 
@@ -78,4 +78,6 @@ def _throughput(folder: Path) -> dict[str, Any] | None:
 
 
 def damaged(folder: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{folder / EXPERT_FILE}: damaged: {type(error).__name__}: {error}; build the expert again")
+    """What is wrong with a throughput document that lacks something or holds something else."""
+    path = folder / THROUGHPUT_FILE
+    return CheckpointError(f"{path}: damaged: {type(error).__name__}: {error}; delete it and measure again")
