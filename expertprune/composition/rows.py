@@ -137,7 +137,7 @@ def score_rows(spec: Spec, profiles: Mapping[CorpusName, Profile]) -> RowScores:
     per_dimension = torch.stack(
         [torch.stack([relevance[CorpusName(d, value)] for value in values]).amax(0) for d, values in chosen.items()]
     )
-    score = rules[spec.compose.rule](per_dimension)
+    score = rules.named(spec.compose.rule, "compose.rule")(per_dimension)
     source = (per_dimension - score).abs().argmin(0)
     if spec.general:
         general = torch.stack([relevance[CorpusName("general", value)] for value in spec.general]).amax(0)

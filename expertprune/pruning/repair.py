@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from expertprune.arch import Block, Family
 from expertprune.corpora.batches import Batch
-from expertprune.errors import CheckpointError, SpecError
+from expertprune.errors import CheckpointError
 from expertprune.models import layers as layerwise
 from expertprune.progress import Progress
 from expertprune.pruning.slicing import pruned_layer
@@ -39,14 +39,14 @@ class Repair:
     runs_model: bool = True
 
 
-repairs: Registry[Repair] = Registry("repair")
+repairs: Registry[Repair] = Registry("repair", group="expertprune.repairs")
 
 
 def repair(name: str, runs_model: bool = True) -> Callable[[Callable[..., Weights]], Callable[..., Weights]]:
     """Register a function as the repair `name`."""
 
     def add(function: Callable[..., Weights]) -> Callable[..., Weights]:
-        repairs.register(name)(Repair(name, function, runs_model))
+        repairs.register(name, function.__module__)(Repair(name, function, runs_model))
         return function
 
     return add
@@ -54,9 +54,7 @@ def repair(name: str, runs_model: bool = True) -> Callable[[Callable[..., Weight
 
 def check_repair(name: str) -> Repair:
     """The repair of a name; raises `SpecError` with the nearest one."""
-    if name not in repairs:
-        raise SpecError(f"compensation.method: {repairs.unknown(name)}")
-    return repairs[name]
+    return repairs.named(name, "compensation.method")
 
 
 @dataclass

@@ -192,7 +192,7 @@ def test_code_that_is_allowed_is_run_checked_and_recorded(
     own_code: Path, store: Path, tmp_path: Path, spec_data: dict[str, Any]
 ) -> None:
     base = resolve_base(Base(model=str(own_code), trust_remote_code=True), store)
-    assert not base.family.listed
+    assert not base.family.tested
     assert check_family(base) == ["ffn", "kv_groups", "query_heads"]
     spec_data["base"] = {"model": str(own_code), "trust_remote_code": True}
     spec_data["evaluate"] = {"enabled": False}
@@ -207,7 +207,7 @@ def test_code_that_is_allowed_is_run_checked_and_recorded(
 
 def test_a_model_that_transformers_knows_needs_no_code_of_its_own(folder: Path, store: Path) -> None:
     change_config(folder, auto_map={"AutoModelForCausalLM": "modeling_absent.Absent"})
-    assert resolved(folder, store).family.listed
+    assert resolved(folder, store).family.tested
 
 
 # --- experts of experts -----------------------------------------------------------------------------------------------
