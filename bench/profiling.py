@@ -22,7 +22,8 @@ import transformers
 
 import expertprune
 from expertprune.composition.plan import compose
-from expertprune.profiling.forward import collect
+from expertprune.models.passes import TextRun
+from expertprune.profiling.forward import forward_pass
 from expertprune.pruning.repair import by_least_squares
 
 
@@ -41,6 +42,7 @@ def main() -> None:
 
     prepared = expertprune.validate(arguments.spec, {"base.dtype": arguments.dtype})
     base, model, batches = prepared.base, prepared.model, prepared.repair_batches()
+    text = TextRun(model, base.family, base.layers, batches)
     plan = compose(prepared.spec, base, expertprune.profile(arguments.spec, overrides={"base.dtype": arguments.dtype}))
 
     @torch.inference_mode()
@@ -49,10 +51,10 @@ def main() -> None:
             model(input_ids=batch.ids, use_cache=False)
 
     def profile() -> None:
-        collect(model, base.family, base.layers, batches)
+        forward_pass(text)
 
     def mend() -> None:
-        for _ in by_least_squares(model, base.family, plan.shapes, plan.kept, batches, prepared.spec.compensation):
+        for _ in by_least_squares(text, plan.kept, prepared.spec.compensation):
             pass
 
     plain()  # warm

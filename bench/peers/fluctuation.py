@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from expertprune.arch.family import Block
 from expertprune.corpora.batches import Batch
-from expertprune.models import layers as layerwise
 from expertprune.units import Segment
 
 from .common import Moments, Network, Pruned, observe, without_lowest
@@ -39,7 +38,7 @@ def flap(model: Any, batches: Sequence[Batch], fraction: float, seed: int = 0, h
     network = Network.of(model)
     family, before = network.family, network.parameters
     blocks = [family.ffn, family.attention] if heads else [family.ffn]
-    stream = layerwise.start(model, family, batches)
+    stream = network.start(batches)
     seen: list[list[Moments]] = []
     for index in range(len(network.layers)):
         moments, stream.hidden = observe(network, stream, index, [block.output for block in blocks])

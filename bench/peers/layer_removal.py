@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from expertprune.corpora.batches import Batch
-from expertprune.models import layers as layerwise
+from expertprune.models.layers import decoder_layers
+from expertprune.models.passes import real_tokens
 
 from .common import Network, Pruned, observe
 
@@ -37,7 +38,7 @@ def shortgpt(model: Any, batches: Sequence[Batch], fraction: float, seed: int = 
     sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in network.layers]
     order = torch.argsort(block_influence(network, batches), stable=True).tolist()
     target, removed = network.wanted_parameters(fraction), 0
-    layers = layerwise.decoder_layers(model, network.family)
+    layers = decoder_layers(model, network.family)
     for index in order:
         if abs(removed + sizes[index] - target) >= abs(removed - target):
             break
@@ -49,13 +50,13 @@ def shortgpt(model: Any, batches: Sequence[Batch], fraction: float, seed: int = 
 @torch.inference_mode()
 def block_influence(network: Network, batches: Sequence[Batch]) -> Tensor:
     """One minus the mean cosine of each layer's input and output over tokens, `[layers]`, float64."""
-    stream = layerwise.start(network.model, network.family, batches)
+    stream = network.start(batches)
     influence = []
     for index in range(len(network.layers)):
         _, outputs = observe(network, stream, index, [])
         cosines = [
-            torch.cosine_similarity(stream.real(n, stream.hidden[n]), stream.real(n, output), dim=1, eps=1e-12)
-            for n, output in enumerate(outputs)
+            torch.cosine_similarity(real_tokens(batch, before), real_tokens(batch, output), dim=1, eps=1e-12)
+            for batch, before, output in zip(batches, stream.hidden, outputs, strict=True)
         ]
         influence.append(1 - torch.cat(cosines).double().mean())
         stream.hidden = outputs

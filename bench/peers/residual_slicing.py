@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from expertprune.corpora.batches import Batch
-from expertprune.models import layers as layerwise
+from expertprune.models.layers import decoder_layers
+from expertprune.models.passes import Stream, real_tokens
 
 from .common import Network, Pruned
 
@@ -138,8 +139,8 @@ def slice_to(model: Any, batches: Sequence[Batch], width: int, slice_head: bool 
     """Turn and slice a model in place, so that `width` channels of the residual stream are left."""
     network = Network.of(model)
     _require_plain_residual(network)
-    layers = layerwise.decoder_layers(model, network.family)
-    stream = layerwise.start(model, network.family, batches)
+    layers = decoder_layers(model, network.family)
+    stream = network.start(batches)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     decoder = model.get_decoder()
     turn = principal(stream, stream.hidden)
@@ -155,7 +156,7 @@ def slice_to(model: Any, batches: Sequence[Batch], width: int, slice_head: bool 
 
 
 def _slice_layer(
-    stream: layerwise.Stream, index: int, layer: Any, before: Tensor, width: int, out: int
+    stream: Stream, index: int, layer: Any, before: Tensor, width: int, out: int
 ) -> tuple[SlicedLayer, Tensor]:
     """A layer that reads the basis `before` `[hidden, width]`, and the axes of its output; the stream passes it.
 
@@ -180,9 +181,9 @@ def _slice_layer(
     return sliced, after
 
 
-def principal(stream: layerwise.Stream, states: Sequence[Tensor]) -> Tensor:
+def principal(stream: Stream, states: Sequence[Tensor]) -> Tensor:
     """Eigenvectors of `Σ x xᵀ` over the real tokens of every batch, largest first, `[hidden, hidden]`, float64."""
-    gram = sum(x.T @ x for x in (stream.real(n, part).double() for n, part in enumerate(states)))
+    gram = sum(x.T @ x for x in (real_tokens(*each).double() for each in zip(stream.batches, states, strict=True)))
     return torch.linalg.eigh(gram).eigenvectors.flip(1)
 
 

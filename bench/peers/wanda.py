@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from expertprune.corpora.batches import Batch
-from expertprune.models import layers as layerwise
 
 from .common import Network, Pruned, observe, without_lowest
 
@@ -25,7 +24,7 @@ def wanda_sp(model: Any, batches: Sequence[Batch], fraction: float, seed: int = 
     """
     network = Network.of(model)
     before, output = network.parameters, network.family.ffn.output
-    stream = layerwise.start(model, network.family, batches)
+    stream = network.start(batches)
     for index in range(len(network.layers)):
         (moments,), _ = observe(network, stream, index, [output])
         kept = without_lowest(wanda_scores(network, index, moments.square), network.wanted(fraction))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from expertprune.artifacts.plan import VocabularyPlan
-from expertprune.artifacts.profile import Profile
+from expertprune.artifacts.profile import VOCABULARY, Profile
 from expertprune.composition.budget import wanted_rows
 from expertprune.composition.scoring import rules
 from expertprune.corpora.documents import CorpusName, corpus_names
@@ -22,7 +22,6 @@ from expertprune.errors import CheckpointError, PlanError, SpecError
 from expertprune.models.base import ResolvedBase
 from expertprune.models.inventory import vocabulary_rows
 from expertprune.models.loading import load_tokenizer
-from expertprune.profiling.rows import PART
 from expertprune.spec.schema import Spec
 from expertprune.tokenizing import Vocabulary, essential_ids, read_vocabulary
 from expertprune.units import ROW_MULTIPLE, KeptRows
@@ -128,9 +127,9 @@ def score_rows(spec: Spec, profiles: Mapping[CorpusName, Profile]) -> RowScores:
     """
     relevance, counts = {}, {}
     for name in corpus_names(spec):
-        part = profiles[name].part(PART)
+        part = profiles[name].part(VOCABULARY)
         if part is None:
-            raise SpecError(f"the profile of {name} lacks the {PART} pass: run the profile stage")
+            raise SpecError(f"the profile of {name} lacks the {VOCABULARY} pass: run the profile stage")
         counts[name] = part.read("count").double()
         relevance[name] = counts[name] / counts[name].sum() + part.read("mass").double()
     chosen = spec.dimensions.chosen
