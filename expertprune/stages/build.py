@@ -31,7 +31,9 @@ def build(
     with staged_folder(out, overwrite) as folder:
         write_folder(prepared, plan, folder, track)
         if prepared.spec.evaluate.enabled:
-            evaluate_folder(folder, prepared.model, prepared.base, prepared.evaluated, prepared.spec.evaluate, track)
+            evaluate_folder(
+                folder, prepared.running.model, prepared.base, prepared.evaluated, prepared.spec.evaluate, track
+            )
     return out
 
 

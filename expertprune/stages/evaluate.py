@@ -16,7 +16,8 @@ from expertprune.evaluation.measure import evaluate as evaluate_models
 from expertprune.evaluation.retention import Floats
 from expertprune.files import store_folder
 from expertprune.models.base import ResolvedBase
-from expertprune.models.loading import load_model, load_tokenizer
+from expertprune.models.loading import load_tokenizer
+from expertprune.models.running import run_folder
 from expertprune.progress import Track, silent
 from expertprune.reporting.card import write_card
 from expertprune.spec.schema import Evaluate
@@ -50,8 +51,9 @@ def evaluate(
     resolved = described.find_base(place, spec.base)
     loaded: dict[CorpusName, Corpus] = load_corpora(spec)
     evaluated = evaluation_corpora(spec, loaded, leak_guard(loaded, described.calibration_digests))
-    model = load_model(resolved.folder, resolved.dtype, trust_remote_code=resolved.trust_remote_code)
-    return evaluate_folder(described.folder, model, resolved, evaluated, spec.evaluate, track)
+    return evaluate_folder(
+        described.folder, run_folder(resolved.folder, resolved), resolved, evaluated, spec.evaluate, track
+    )
 
 
 def evaluate_folder(
@@ -69,7 +71,7 @@ def evaluate_folder(
         corpora: already guarded against leaks.
         answers: what the base answered, for the next expert of the same base (see `evaluation.evaluate`).
     """
-    expert = load_model(folder, base.dtype, trust_remote_code=base.trust_remote_code)
+    expert = run_folder(folder, base)
     tokenizer = load_tokenizer(folder, base.trust_remote_code)
     described = Expert.load(folder)
     own = tokenizer if described.plan.vocabulary is not None else None  # the base's text is then tokenized otherwise
