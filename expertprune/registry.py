@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
-from expertprune.errors import UsageError
+from expertprune.errors import SpecError, UsageError
 
 T = TypeVar("T")
 
@@ -89,6 +89,12 @@ class Registry(Mapping[str, T], Generic[T]):
     def unknown(self, name: str) -> str:
         """The message for a name that is not registered."""
         return f"unknown {self.kind} {name!r}{nearest(name, self)}"
+
+    def named(self, name: str, key: str) -> T:
+        """The entry that a spec names under `key`; raises `SpecError` with the nearest name where there is none."""
+        if name not in self:
+            raise SpecError(f"{key}: {self.unknown(name)}")
+        return self[name]
 
     def _all(self) -> dict[str, T]:
         if not self._imported and self.group is not None:

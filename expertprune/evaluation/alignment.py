@@ -12,7 +12,8 @@ from expertprune.arch import Family
 from expertprune.artifacts.evaluation import Alignment
 from expertprune.corpora.batches import Batch, make_batches, tokenize
 from expertprune.corpora.documents import Corpus, Document
-from expertprune.models import layers as layerwise
+from expertprune.models.layers import head_only
+from expertprune.models.passes import TextRun
 
 _TOKENS_PER_BATCH = 1024
 
@@ -68,15 +69,13 @@ def align(
 ) -> Alignment:
     """Compare the hidden states of two running models on the same documents, without each document's first token."""
     batches = make_batches(tokenize(documents, tokenizer, max_tokens), _TOKENS_PER_BATCH)
-    mine, theirs = (layerwise.start(model, family, batches) for model in (base, expert))
+    runs = [TextRun(model, family, (), batches) for model in (base, expert)]
+    mine, theirs = (run.start() for run in runs)
     values, tokens = [], 0
-    pairs = zip(layerwise.decoder_layers(base, family), layerwise.decoder_layers(expert, family), strict=True)
-    for index, (layer, other) in enumerate(pairs):
+    for (index, layer), (_, other) in zip(*(run.layers() for run in runs), strict=True):
         cka = LinearCKA()
-        for number, batch in enumerate(batches):
-            mine.hidden[number] = mine.run(layer, index, number)
-            theirs.hidden[number] = theirs.run(other, index, number)
-            cka.add(_inner(batch, mine.hidden[number]), _inner(batch, theirs.hidden[number]))
+        for ours, others in zip(mine.advance(layer, index), theirs.advance(other, index), strict=True):
+            cka.add(_inner(ours.batch, ours.after), _inner(others.batch, others.after))
         values.append(cka.value())
         tokens = cka.tokens
     cosine = 0.0
@@ -89,7 +88,7 @@ def align(
 
 def _final(model: Any, family: Family, batch: Batch, hidden: Tensor) -> Tensor:
     """The states that the output head reads, `[tokens, hidden]`."""
-    with layerwise.head_only(model, family, hidden):
+    with head_only(model, family, hidden):
         states = model.get_decoder()(input_ids=batch.ids.to(hidden.device), use_cache=False).last_hidden_state
     return _inner(batch, states).double()
 

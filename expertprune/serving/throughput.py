@@ -23,9 +23,8 @@ import psutil
 from expertprune.artifacts.expert import Expert
 from expertprune.errors import CheckpointError, ServingError, UsageError
 from expertprune.files import shipped, store_folder, write_json
-from expertprune.models.admission import quiet_transformers
 from expertprune.models.checkpoint import Checkpoint
-from expertprune.models.loading import load_tokenizer
+from expertprune.models.loading import load_tokenizer, quiet_transformers
 from expertprune.progress import Track, silent
 from expertprune.serving import engine
 from expertprune.serving.server import Server

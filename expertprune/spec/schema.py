@@ -138,7 +138,11 @@ class Fusion(_Section):
 class Compose(_Section):
     """How the scores of several corpora become one decision per unit."""
 
-    rule: Literal["intersection", "union", "mean"] = "intersection"
+    rule: str = Field(
+        "intersection",
+        description="How much a unit counts for several dimensions: intersection (its largest score; only what no "
+        "dimension needs goes), union (its smallest), mean, or a rule of an installed plugin.",
+    )
     aggregate: Aggregate = Field(
         "mean", description="Over the documents of a corpus: mean, max, or a quantile such as 0.9."
     )

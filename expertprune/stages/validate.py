@@ -12,7 +12,7 @@ from expertprune.artifacts.expert import ancestor_of
 from expertprune.composition.defaults import AUTO, resolved
 from expertprune.composition.plan import foreseen_widths
 from expertprune.composition.rows import foreseen_rows
-from expertprune.composition.scoring import check_criterion
+from expertprune.composition.scoring import rules
 from expertprune.corpora.batches import Batch, calibration_batches, make_batches, tokenize
 from expertprune.corpora.documents import Corpus, CorpusName, Document
 from expertprune.corpora.leaks import LeakGuard
@@ -21,8 +21,10 @@ from expertprune.errors import SpecError, gathered
 from expertprune.files import digest_of, store_folder
 from expertprune.models.base import ResolvedBase, resolve_base
 from expertprune.models.loading import load_model, load_tokenizer
-from expertprune.pruning.repair import check_repair
+from expertprune.pruning.repair import repairs
 from expertprune.pruning.selfcheck import check_family
+from expertprune.registry import Registry
+from expertprune.relevance import criteria
 from expertprune.spec.reading import load_spec, parse_spec
 from expertprune.spec.schema import Spec
 
@@ -108,12 +110,8 @@ def validate(spec: SpecLike, overrides: Mapping[str, Any] | None = None, store: 
     problems: list[str] = []
     corpora: dict[CorpusName, Corpus] = {}
     evaluated: list[Corpus] = []
-    for criterion in (spec.relevance.criterion, spec.relevance.experts):
-        if criterion is not None and criterion != AUTO:
-            with gathered(problems):
-                check_criterion(criterion)
     with gathered(problems):
-        check_repair(spec.compensation.method)
+        check_names(spec)
     base = None
     with gathered(problems):
         base = resolve_base(spec.base, folder)
@@ -127,7 +125,7 @@ def validate(spec: SpecLike, overrides: Mapping[str, Any] | None = None, store: 
         raise SpecError(problems)
     spec = resolved(spec, base)
     foreseen_widths(spec, base)
-    if not base.family.listed:
+    if not base.family.tested:
         done = check_family(base, layer_widths=spec.compose.allocation != "uniform")
         log.warning("%s: the oracle holds on a tiny random copy (%s)", base.name, ", ".join(done))
     foreseen_rows(spec, base)
@@ -138,6 +136,23 @@ def validate(spec: SpecLike, overrides: Mapping[str, Any] | None = None, store: 
     if problems:
         raise SpecError(problems)
     return prepared
+
+
+def check_names(spec: Spec) -> None:
+    """Raises `SpecError` with every criterion, rule and repair of the spec that nobody has registered."""
+    problems: list[str] = []
+    registered: list[tuple[str, Registry[Any], str | None]] = [
+        ("relevance.criterion", criteria, spec.relevance.criterion),
+        ("relevance.experts", criteria, spec.relevance.experts),
+        ("compose.rule", rules, spec.compose.rule),
+        ("compensation.method", repairs, spec.compensation.method),
+    ]
+    for key, registry, name in registered:
+        if name is not None and name != AUTO:
+            with gathered(problems):
+                registry.named(name, key)
+    if problems:
+        raise SpecError(problems)
 
 
 def leak_guard(corpora: Mapping[CorpusName, Corpus], digests: Iterable[str]) -> LeakGuard:

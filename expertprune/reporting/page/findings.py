@@ -11,7 +11,7 @@ from typing import Any, get_args
 import yaml
 
 from expertprune.artifacts.evaluation import Alignment, Evaluation, Group, Measured
-from expertprune.composition.scoring import check_criterion, criterion_name, part_name
+from expertprune.composition.scoring import check_criterion, criterion_name, needed_part
 from expertprune.evaluation.retention import pooled
 from expertprune.files import digest_of
 from expertprune.reporting.card import FusionWords, fusion_of, purpose
@@ -310,7 +310,7 @@ def _relevance(artifacts: Artifacts) -> list[StructureRelevance] | Missing:
             f"expertprune profile SPEC --store {store}",
         )
     experts = check_criterion(criterion_name(spec.relevance, Structure.EXPERTS))
-    aggregate, part = spec.compose.aggregate, part_name(spec.relevance)
+    aggregate, part = spec.compose.aggregate, needed_part(spec.relevance)
     return relevance_findings(expert.plan, artifacts.profiles, criterion, aggregate, part, experts)
 
 

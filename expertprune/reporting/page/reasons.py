@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expertprune.artifacts.plan import Plan
-from expertprune.artifacts.profile import Profile
+from expertprune.artifacts.profile import Profile, ProfilePart
 from expertprune.composition.overlap import (
     Array,
     chance_overlap,
@@ -149,7 +149,7 @@ def relevance_findings(
     profiles: Mapping[str, Profile],
     criterion: Criterion,
     aggregate: str | float,
-    part: str | None,
+    part: ProfilePart | None,
     experts: Criterion | None = None,
 ) -> list[StructureRelevance]:
     """Where relevance lies, by structure that was chosen (FFN neurons where nothing was).
