@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from expertprune.artifacts import profile as profiles
-from expertprune.artifacts.evaluation import Evaluation
 from expertprune.artifacts.plan import LayerPlan, Plan, VocabularyPlan, load_plan, plan_from
 from expertprune.artifacts.profile import Profile, ProfileKey, save_profile
 from expertprune.errors import CheckpointError, PlanError
@@ -312,12 +311,3 @@ def test_a_profile_key_covers_every_part() -> None:
     ]
     assert len({key.digest, *(other.digest for other in changed)}) == 6
     assert ProfileKey("m", "t", "c", 32, "float32").digest == key.digest
-
-
-# --- evaluations ----------------------------------------------------------------------------------------------------
-
-
-def test_an_evaluation_document_holds_everything() -> None:
-    corpora = {"language/en": {"documents": 2, "metrics": {"kl": {"expert": 0.5, "low": 0.4, "high": 0.6}}}}
-    document = Evaluation(corpora, {"max_tokens": 8}).document()
-    assert document == {"kind": "evaluation", "settings": {"max_tokens": 8}, "corpora": corpora}

@@ -205,7 +205,7 @@ def test_an_expert_is_built_and_evaluated_with_its_own_tokenizer(
     assert Expert.load(folder).document()["evaluation"]["corpora"]["language/de"]["metrics"] == result["metrics"]
     card = (folder / "README.md").read_text()
     assert "| vocabulary rows, of the whole model | 384 | 512 |" in card
-    assert inspection.explain(inspection.describe(folder))
+    assert inspection.explain(inspection.read(folder))
 
 
 @torch.no_grad()
