@@ -70,11 +70,8 @@ def _verdict(mutant: Mutant, copy: Path) -> str:
     path.write_text(original.replace(mutant.old, mutant.new), encoding="utf-8")
     # without bytecode: a stale file could hide a bug of the same size, planted in the same second
     variables = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        *["-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider"],
-        *shlex.split(mutant.tests),
-    ]
+    pytest = ["-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
+    command = [sys.executable, *pytest, *shlex.split(mutant.tests)]
     try:
         done = subprocess.run(command, cwd=copy, env=variables, capture_output=True)
     finally:

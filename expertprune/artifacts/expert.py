@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -94,10 +95,20 @@ class Description:
     def name(self) -> str:
         return self.plan.name
 
-    @property
+    @cached_property
     def spec(self) -> Spec:
-        """The plan's spec. Local files are named by the end of their path: see `Expert.local_spec`."""
-        return Spec.model_validate(self.plan.spec)
+        """The plan's spec. Local files are named by the end of their path: see `Expert.local_spec`.
+
+        It is read when asked for, so that an expert can be served where a package that its spec names is missing.
+
+        Raises:
+            CheckpointError: a key is unknown to this version, or has no legal value.
+        """
+        try:
+            return Spec.model_validate(self.plan.spec)
+        except ValidationError as error:
+            problems = "; ".join(problems_of(error))
+            raise CheckpointError(f"expert {self.name}: the spec in {EXPERT_FILE} cannot be used: {problems}") from None
 
     @property
     def lineage(self) -> list[Description]:
@@ -223,20 +234,20 @@ class Expert(Description):
             model: its folder, where you know it.
         """
         base = self.spec.base
-        base.model = str(model or self._find(base.model, self._noted(store).base) or base.model)
-        return base
+        found = str(model or self._find(base.model, self._noted(store).base) or base.model)
+        return base.model_copy(update={"model": found})
 
-    def find_base(self, base: Base, store: Path) -> ResolvedBase:
+    def find_base(self, store: Path, base: Base | None = None) -> ResolvedBase:
         """The base that the expert was cut from.
 
         Args:
-            base: where it is: `local_base`, or the base of `local_spec`.
+            base: where it is; default: `local_base`.
 
         Raises:
             CheckpointError: it is not there, or another model is.
         """
         try:
-            resolved = resolve_base(base, store)
+            resolved = resolve_base(base or self.local_base(store), store)
         except ExpertpruneError as error:
             raise CheckpointError(
                 f"the base of this expert cannot be found ({error}); say where it is with --base"
@@ -319,9 +330,8 @@ def _read(data: Any, where: str) -> tuple[Description, dict[str, Any] | None]:
         )
     try:
         file = _File.model_validate({key: value for key, value in data.items() if key not in ("kind", "schema")})
-        Spec.model_validate(file.spec)
     except ValidationError as error:
-        problems = "; ".join(problems_of(error, Spec if error.title == Spec.__name__ else _File))
+        problems = "; ".join(problems_of(error, _File))
         raise CheckpointError(f"{where}: damaged: {problems}; build the expert again") from None
     plan = plan_from(file.plan | {key: data[key] for key in _OF_PLAN}, where)
     ancestor = None if file.ancestor is None else _read(file.ancestor, f"{where}: ancestor")[0]

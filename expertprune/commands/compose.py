@@ -35,4 +35,4 @@ def compose(
     check_parent(out)
     plan = stage.compose(spec, store, overrides, progress_bar, run=not stored_only)
     plan.save(out)
-    show(as_json, plan.document(), lambda: inspection.explain(plan.document()))
+    show(as_json, plan.document(), lambda: inspection.explain(plan))

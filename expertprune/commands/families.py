@@ -81,6 +81,7 @@ def _table(families: list[dict[str, Any]]) -> Any:
 
 
 def _checked(folder: Path, trust_remote_code: bool, store: Path | None) -> dict[str, Any]:
+    from expertprune.arch import families as known
     from expertprune.files import store_folder
     from expertprune.models.base import resolve_base
     from expertprune.pruning.selfcheck import check_family
@@ -94,4 +95,5 @@ def _checked(folder: Path, trust_remote_code: bool, store: Path | None) -> dict[
     finally:
         admission.setLevel(level)
     held = check_family(base, layer_widths=True)
-    return {"kind": "family check", "family": base.family.family, "listed": base.family.listed, "held": held}
+    listed = base.checkpoint.config["model_type"] in known()
+    return {"kind": "family check", "family": base.family.family, "listed": listed, "held": held}

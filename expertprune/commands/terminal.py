@@ -178,13 +178,13 @@ def print_expert(folder: Path, as_json: bool) -> None:
     from expertprune.files import folder_size
     from expertprune.reporting.tables import retention_table
 
-    about = Expert.load(folder).document()
+    expert = Expert.load(folder)
     if as_json:
-        click.echo(to_json({**about, "folder": str(folder), "bytes": folder_size(folder)}))
+        click.echo(to_json({**expert.document(), "folder": str(folder), "bytes": folder_size(folder)}))
         return
-    if about["evaluation"]:
-        output.print(retention_table(about["evaluation"]))
-    before, after = about["parameters"]["before"], about["parameters"]["after"]
+    if expert.evaluation is not None:
+        output.print(retention_table(expert.evaluation))
+    before, after = expert.plan.parameters["before"], expert.plan.parameters["after"]
     click.echo(f"expert:     {folder} ({folder_size(folder) / 1e6:.1f} MB)")
     click.echo(f"parameters: {after:,} of {before:,} ({after / before:.1%})")
     click.echo(f"serve it:   expertprune serve {shlex.quote(str(folder))}")

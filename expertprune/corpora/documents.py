@@ -29,6 +29,18 @@ class Question:
     choices: tuple[str, ...]
     answer: int
 
+    @property
+    def prompt(self) -> str:
+        """What a model is asked; it prefers the choice that it finds likeliest behind it."""
+        return f"Question: {self.question}\nAnswer:"
+
+    @property
+    def texts(self) -> tuple[Document, ...]:
+        """Texts by which the leak guard knows the question: alone, with its answer, and with its choices."""
+        choices = "\n".join(self.choices)
+        answered = f"{self.prompt} {self.choices[self.answer]}"
+        return Document(self.question), Document(answered), Document(f"{self.question}\n{choices}")
+
 
 @dataclass(frozen=True)
 class Corpus:

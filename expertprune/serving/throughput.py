@@ -23,9 +23,8 @@ import psutil
 from expertprune.artifacts.expert import Expert
 from expertprune.errors import CheckpointError, ServingError, UsageError
 from expertprune.files import shipped, store_folder, write_json
-from expertprune.models.admission import quiet_transformers
 from expertprune.models.checkpoint import Checkpoint
-from expertprune.models.loading import load_tokenizer
+from expertprune.models.loading import load_tokenizer, quiet_transformers
 from expertprune.progress import Track, silent
 from expertprune.serving import engine
 from expertprune.serving.server import Server
@@ -141,7 +140,7 @@ def _check_before(expert: Path, servables: Mapping[str, engine.Servable], load: 
 
 def _base_folder(folder: Path, base: str | Path | None, store: str | Path | None) -> Path:
     expert, place = Expert.load(folder), store_folder(store)
-    return expert.find_base(expert.local_base(place, base), place).folder
+    return expert.find_base(place, expert.local_base(place, base)).folder
 
 
 def _common_arguments(servables: Sequence[engine.Servable], given: Sequence[str]) -> list[str]:

@@ -10,7 +10,6 @@ from typing import Any
 from expertprune.artifacts.evaluation import Evaluation
 from expertprune.artifacts.expert import Expert
 from expertprune.corpora.documents import Corpus, CorpusName
-from expertprune.corpora.leaks import not_profiled
 from expertprune.corpora.loading import load_corpora
 from expertprune.evaluation.measure import batches_needed
 from expertprune.evaluation.measure import evaluate as evaluate_models
@@ -21,7 +20,7 @@ from expertprune.models.loading import load_model, load_tokenizer
 from expertprune.progress import Track, silent
 from expertprune.reporting.card import write_card
 from expertprune.spec.schema import Evaluate
-from expertprune.stages.validate import evaluation_corpora
+from expertprune.stages.validate import evaluation_corpora, leak_guard
 
 
 def evaluate(
@@ -48,9 +47,9 @@ def evaluate(
     if base is not None:
         overrides["base.model"] = str(base)
     spec = described.local_spec(place, overrides)
-    resolved = described.find_base(spec.base, place)
+    resolved = described.find_base(place, spec.base)
     loaded: dict[CorpusName, Corpus] = load_corpora(spec)
-    evaluated = not_profiled(evaluation_corpora(spec, loaded), described.calibration_digests)
+    evaluated = evaluation_corpora(spec, loaded, leak_guard(loaded, described.calibration_digests))
     model = load_model(resolved.folder, resolved.dtype, trust_remote_code=resolved.trust_remote_code)
     return evaluate_folder(described.folder, model, resolved, evaluated, spec.evaluate, track)
 

@@ -15,6 +15,7 @@ from expertprune.composition.plan import compose
 from expertprune.corpora.documents import CorpusName
 from expertprune.errors import PlanError
 from expertprune.evaluation.documents import score_documents
+from expertprune.evaluation.retention import bits_per_byte
 from expertprune.models.loading import load_model
 from expertprune.progress import Track
 from expertprune.pruning.repair import check_repair
@@ -138,5 +139,5 @@ def measure(prepared: Prepared, expert: object) -> Kept:
         documents = validation_documents(corpus)
         settings = prepared.spec.calibration
         scores = score_documents(prepared.model, expert, prepared.tokenizer, documents, settings.max_tokens)
-        kept[str(name)] = float(scores.base.sum() / scores.expert.sum())
+        kept[str(name)] = bits_per_byte(scores).point
     return Kept(kept)

@@ -48,10 +48,8 @@ def _check_corpora(prepared: Prepared, plan: Plan) -> None:
     """Raises `PlanError` if a corpus is no longer what it was when the plan was made: the repair would mix the two."""
     for name in prepared.corpora:
         key = profile_key(prepared.base, prepared.calibration(name)[0], prepared.spec.calibration.max_tokens)
-        if plan.profiles.get(str(name)) != key.digest:
-            raise PlanError(
-                f"corpus {name} (or what the base is run in) has changed since the plan was made: compose it again"
-            )
+        if not key.same_text(plan.profiles.get(str(name))):
+            raise PlanError(f"corpus {name} has changed since the plan was made: compose it again")
 
 
 def write_folder(prepared: Prepared, plan: Plan, folder: Path, track: Track = silent) -> None:

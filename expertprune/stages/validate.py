@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from expertprune.artifacts.expert import ancestor_of
 from expertprune.composition.defaults import AUTO, resolved
 from expertprune.composition.plan import foreseen_widths
 from expertprune.composition.rows import foreseen_rows
 from expertprune.composition.scoring import rules
 from expertprune.corpora.batches import Batch, calibration_batches, make_batches, tokenize
 from expertprune.corpora.documents import Corpus, CorpusName, Document
-from expertprune.corpora.leaks import guarded
+from expertprune.corpora.leaks import LeakGuard
 from expertprune.corpora.loading import HELD_OUT, load_corpora
 from expertprune.errors import SpecError, gathered
 from expertprune.files import digest_of, store_folder
@@ -111,17 +112,20 @@ def validate(spec: SpecLike, overrides: Mapping[str, Any] | None = None, store: 
     evaluated: list[Corpus] = []
     with gathered(problems):
         check_names(spec)
-    with gathered(problems):
-        corpora = load_corpora(spec)
-        evaluated = evaluation_corpora(spec, corpora) if spec.evaluate.enabled else []
     base = None
     with gathered(problems):
         base = resolve_base(spec.base, folder)
+    with gathered(problems):
+        corpora = load_corpora(spec)
+        if spec.evaluate.enabled:
+            ancestor = ancestor_of(base) if base is not None else None
+            digests = ancestor.calibration_digests if ancestor is not None else ()
+            evaluated = evaluation_corpora(spec, corpora, leak_guard(corpora, digests))
     if problems or base is None:
         raise SpecError(problems)
     spec = resolved(spec, base)
     foreseen_widths(spec, base)
-    if not base.family.listed:
+    if not base.family.tested:
         done = check_family(base, layer_widths=spec.compose.allocation != "uniform")
         log.warning("%s: the oracle holds on a tiny random copy (%s)", base.name, ", ".join(done))
     foreseen_rows(spec, base)
@@ -151,20 +155,24 @@ def check_names(spec: Spec) -> None:
         raise SpecError(problems)
 
 
-def evaluation_corpora(spec: Spec, corpora: Mapping[CorpusName, Corpus]) -> list[Corpus]:
-    """The corpora to evaluate on, guarded against leaks from every corpus that calibrates."""
-    clean = {corpus.name: corpus for corpus in guarded(list(corpora.values()))}
+def leak_guard(corpora: Mapping[CorpusName, Corpus], digests: Iterable[str]) -> LeakGuard:
+    """The guard of an expert that these corpora calibrate; `digests` are those of its ancestors' documents."""
+    return LeakGuard((document for corpus in corpora.values() for document in corpus.calibration), digests)
+
+
+def evaluation_corpora(spec: Spec, corpora: Mapping[CorpusName, Corpus], guard: LeakGuard) -> list[Corpus]:
+    """The corpora to evaluate on, without documents that leak."""
     if spec.evaluate.corpora is None:
-        return list(clean.values())
+        return guard.clean(list(corpora.values()))
     chosen = []
     for wanted in spec.evaluate.corpora:
-        matches = [str(name) for name in corpora if name.answers_to(wanted)]
+        matches = [corpus for name, corpus in corpora.items() if name.answers_to(wanted)]
         if not matches:
             raise SpecError(
                 f"evaluate.corpora: {wanted!r} is none of the spec's corpora: {', '.join(map(str, corpora))}"
             )
-        chosen += [clean[name] for name in matches]
-    return chosen
+        chosen += matches
+    return guard.clean(chosen)
 
 
 def validation_documents(corpus: Corpus) -> list[Document]:

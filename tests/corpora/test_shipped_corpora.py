@@ -13,7 +13,7 @@ import yaml
 
 from expertprune.corpora.catalogue import catalogue_sources
 from expertprune.corpora.documents import CorpusName, Document
-from expertprune.corpora.leaks import leaked
+from expertprune.corpora.leaks import Examples, LeakGuard
 from expertprune.corpora.loading import load_corpus
 from expertprune.files import shipped
 from expertprune.spec.reading import parse_spec
@@ -176,9 +176,10 @@ def test_no_document_occurs_twice_anywhere() -> None:
 
 def test_no_evaluation_document_is_near_a_calibration_document_of_any_corpus() -> None:
     splits = {split: [Document(row["text"]) for name in NAMES for row in rows(name, split)] for split in SIZES}
-    assert leaked(splits["evaluation"], splits["calibration"]) == []
+    guard = LeakGuard(splits["calibration"])
+    assert guard.leaks(Examples("all", "documents", [[each] for each in splits["evaluation"]])) == [{}]
     altered = Document(splits["calibration"][100].text.replace(",", "") + " Indeed.")
-    assert leaked([splits["evaluation"][0], altered], splits["calibration"]) == [1]
+    assert guard.leaks(Examples("two", "documents", [[splits["evaluation"][0]], [altered]])) == [{1: altered}]
 
 
 # --- questions ------------------------------------------------------------------------------------------------------

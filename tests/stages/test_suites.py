@@ -15,6 +15,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 import expertprune
+from expertprune.artifacts.expert import Expert
 from expertprune.cli import main
 from expertprune.corpora.documents import Question
 from expertprune.errors import SpecError
@@ -109,7 +110,7 @@ class Workplace:
         return about["evaluation"]
 
     def models(self) -> tuple[Any, Any]:
-        base = json.loads((self.expert / "expertprune.json").read_text())["base"]["path"]
+        base = Expert.load(self.expert).local_base(self.store).model
         base_model, expert = (load_model(Path(folder), torch.float32) for folder in (base, self.expert))
         return base_model, expert
 
@@ -310,7 +311,7 @@ def test_with_vllm_each_model_has_a_server_of_its_own_in_turn(
     expected = workplace.evaluation()["tasks"]["choose"]
     workplace.run("--suite", suite, "--backend", "vllm")
     assert workplace.evaluation()["tasks"]["choose"] == {**expected, "backend": "vllm"}
-    base = json.loads((workplace.expert / "expertprune.json").read_text())["base"]["path"]
+    base = Expert.load(workplace.expert).local_base(workplace.store).model
     assert served == [
         (base, "base", ["--dtype=float32"]), (str(workplace.expert), "expert", ["--dtype=float32"])
     ]  # fmt: skip

@@ -10,10 +10,10 @@ from typing import Any
 
 from expertprune.artifacts.expert import Expert
 from expertprune.artifacts.plan import Plan
-from expertprune.artifacts.profile import Profile, part_path
-from expertprune.composition.scoring import part_name
+from expertprune.artifacts.profile import Profile, ProfilePart
+from expertprune.composition.scoring import needed_part
 from expertprune.errors import CheckpointError
-from expertprune.files import EXPERT_FILE, store_folder
+from expertprune.files import store_folder
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.serving.throughput import THROUGHPUT_FILE
 
@@ -44,7 +44,7 @@ def read_artifacts(folder: Path, store: str | Path | None = None) -> Artifacts:
         PlanError: its plan is damaged.
     """
     expert = Expert.load(folder)
-    place, plan, part = store_folder(store), expert.plan, part_name(expert.spec.relevance)
+    place, plan, part = store_folder(store), expert.plan, needed_part(expert.spec.relevance)
     profiles = {name: _stored(place / "profiles" / f"{digest}.safetensors", plan, part)
                 for name, digest in plan.profiles.items()}  # fmt: skip
     there = {name: found for name, found in profiles.items() if found is not None}
@@ -52,9 +52,9 @@ def read_artifacts(folder: Path, store: str | Path | None = None) -> Artifacts:
     return Artifacts(expert, Checkpoint(folder).weight_bytes, _throughput(folder), there, absent, place)
 
 
-def _stored(path: Path, plan: Plan, part: str | None) -> Profile | None:
+def _stored(path: Path, plan: Plan, part: ProfilePart | None) -> Profile | None:
     """A profile of the plan's base with the pass that the criterion needs, if the store has it and can read it."""
-    if not path.is_file() or (part is not None and not part_path(path, part).is_file()):
+    if not path.is_file() or (part is not None and not part.path(path).is_file()):
         return None
     try:
         found = Profile(path)
@@ -78,4 +78,6 @@ def _throughput(folder: Path) -> dict[str, Any] | None:
 
 
 def damaged(folder: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{folder / EXPERT_FILE}: damaged: {type(error).__name__}: {error}; build the expert again")
+    """What is wrong with a throughput document that lacks something or holds something else."""
+    path = folder / THROUGHPUT_FILE
+    return CheckpointError(f"{path}: damaged: {type(error).__name__}: {error}; delete it and measure again")
