@@ -11,16 +11,20 @@ from types import ModuleType
 from typing import Any, get_args
 
 import pytest
+import torch
 from pydantic import BaseModel
 
 from expertprune.cli import main
-from expertprune.relevance import criteria
+from expertprune.composition.scoring import rules
+from expertprune.pruning.repair import repairs
+from expertprune.relevance import UnitStatistics, criteria
 from expertprune.spec.reading import load_spec
 from expertprune.spec.schema import Spec
 from tests.documents import ROOT, blocks, page
 
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 SPECS = [text for name in PAGES for text in blocks("yaml", page(name)) if text.startswith("name:")]
+PLUGIN = page("docs/extending.md")
 CALLS = [
     shlex.split(line, comments=True)
     for name in PAGES
@@ -70,6 +74,20 @@ def test_links_lead_somewhere_in_the_clone(name: str) -> None:
         assert file.exists(), target
         if anchor:
             assert anchor in anchors(file.read_text(encoding="utf-8")), target
+
+
+def test_the_plugin_that_the_page_shows_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    for registry in (criteria, rules):
+        monkeypatch.setattr(registry, "_entries", dict(registry))
+    for text in blocks("python", PLUGIN):
+        exec(text, {})
+    rms = torch.tensor([[1.0, 5.0, 3.0, 2.0]])  # two units of two channels
+    ones = torch.ones(4)
+    statistics = UnitStatistics(rms, None, ones, ones, weight_norm=torch.ones(2), layer=0, seed=0)
+    assert criteria["loudest"].score(statistics).tolist() == [[5.0, 3.0]]
+    assert rules["median"](torch.tensor([[1.0, 9.0], [2.0, 8.0], [4.0, 0.0]])).tolist() == [2.0, 8.0]
+    groups = {registry.group for registry in (criteria, rules, repairs)} | {"expertprune.families"}
+    assert {f"expertprune.{name}" for name in re.findall(r'entry-points."expertprune\.(\w+)"', PLUGIN)} == groups
 
 
 def test_there_is_something_to_check() -> None:
