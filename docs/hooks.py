@@ -82,7 +82,7 @@ def _model_of(schema: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any] |
 
 
 def _type(schema: dict[str, Any], entry: dict[str, Any]) -> str:
-    return " or ".join(dict.fromkeys(_one_type(schema, branch) for branch in _branches(entry)))
+    return "; or ".join(dict.fromkeys(_one_type(schema, branch) for branch in _branches(entry)))
 
 
 def _one_type(schema: dict[str, Any], entry: dict[str, Any]) -> str:
@@ -95,8 +95,9 @@ def _one_type(schema: dict[str, Any], entry: dict[str, Any]) -> str:
     if kind == "array":
         return f"list of {_type(schema, entry['items'])}"
     if kind == "object" and "properties" in entry:
-        inner = (f"{name}: {_type(schema, each)}" for name, each in entry["properties"].items())
-        return f"mapping ({'; '.join(inner)})"
+        return f"`{{{', '.join(f'{name}: …' for name in entry['properties'])}}}`"
+    if "%" in entry.get("pattern", ""):
+        return "percentage"
     words = {"object": "mapping", "boolean": "`true` or `false`", "string": "text", "integer": "whole number"}
     limits = {
         "minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below",
