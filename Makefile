@@ -16,7 +16,7 @@ FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile -m 
 SLOW := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m pytest -n 2 --dist loadfile \
 	--no-loadscope-reorder -m "slow or vllm"
 
-.PHONY: demo test check clean
+.PHONY: demo test check mutants clean
 
 demo: $(VENV)/.base
 	$(BIN)/expertprune build profiles/english-medical-qa.yaml --out $(OUT) --overwrite
@@ -27,6 +27,10 @@ test: $(VENV)/.serve lint
 
 check: $(VENV)/.dev lint
 	$(FAST)
+
+# Deliberate bugs, planted one by one: each must be caught by the tests that it names.
+mutants: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants
 
 .PHONY: lint
 lint: $(VENV)/.dev

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 import expertprune
+from expertprune.artifacts.expert import BaseRecord, CorpusRecord, Expert
+from expertprune.artifacts.plan import LayerPlan, Plan
+from expertprune.spec.schema import Spec
+from expertprune.units import LayerShape
 from tests.tiny import write_corpus
 
 CORPORA = {"language": "en", "domain": "medical", "task": "qa"}
@@ -38,6 +43,29 @@ def build_tiny(folder: Path, base: Path) -> tuple[Path, Path]:
 def about(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "expertprune.json").read_text())
     return found
+
+
+def described(folder: Path, name: str = "medical-qa", **changes: Any) -> Expert:
+    """A made-up expert of which nothing was cut; `changes` are fields of `Expert`. It is not written."""
+    shape = LayerShape(24, 32, 6, 3, 4)
+    data = {"name": "made-up", "base": "owner/model", "dimensions": {"language": "en"}, "budget": {"ffn": 0.25}}
+    plan = Plan(
+        name=name,
+        base={"model": "owner/model", "digest": "0123abcd"},
+        spec=Spec.model_validate(data).document(),
+        profiles={},
+        shapes=[shape],
+        layers=[LayerPlan(shape.all_kept)],
+        budget={},
+        parameters={"before": 12345, "after": 10000},
+    )
+    base = BaseRecord(
+        model="owner/model", digest="0123abcd", tokenizer_digest="ab", revision=None, trust_remote_code=False,
+        weight_bytes=49380,
+    )  # fmt: skip
+    corpora = {"language/en": CorpusRecord(digest="c", documents=["d1", "d2"])}
+    expert = Expert(plan, base, corpora, {"expertprune": "0.1.0"}, "https://example.org/paper", folder=folder)
+    return replace(expert, **changes)
 
 
 def copied(build: tuple[Path, Path], to: Path, **changes: Any) -> Path:

@@ -9,6 +9,32 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+FAMILY = """\
+family: juniper
+model_types: [juniper]
+layers: trunk.blocks
+residual: additive
+vocabulary: [trunk.words.weight, lm_head.weight]
+config:
+  hidden: width
+  layers: depth
+  ffn: inner
+  query_heads: heads
+  kv_heads: groups
+  head_dim: head_size
+ffn:
+  output: feed.fall
+  tensors:
+    - {name: feed.rise.weight, axis: 0, segments: [ffn, ffn]}
+    - {name: feed.fall.weight, axis: 1, segments: [ffn]}
+attention:
+  output: mix.write
+  tensors:
+    - {name: mix.read.weight, axis: 0, segments: [query, key_value, key_value]}
+    - {name: mix.read.bias, axis: 0, segments: [query, key_value, key_value]}
+    - {name: mix.write.weight, axis: 1, segments: [query]}
+"""
+
 
 class JuniperConfig(PreTrainedConfig):
     model_type = "juniper"

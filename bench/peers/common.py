@@ -1,4 +1,4 @@
-"""What the peer methods share: running layer by layer, scoring and choosing FFN neurons, cutting them out in memory."""
+"""What the peer methods share: layer-by-layer passes, choosing FFN neurons, cutting in memory."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Network:
         return round(fraction * self.shapes[0].ffn)
 
     def wanted_parameters(self, fraction: float) -> int:
-        """The parameters of the FFN neurons that are to go: what every method is asked to remove."""
+        """How many parameters every method is asked to remove: those of the FFN neurons."""
         return self.wanted(fraction) * sum(self.unit_parameters(index) for index in range(len(self.layers)))
 
     def unit_parameters(self, index: int, segment: Segment = Segment.FFN) -> int:
@@ -100,7 +100,7 @@ class Network:
 
 
 def without_lowest(scores: Tensor, count: int) -> Tensor:
-    """What stays when the `count` lowest scores go (the first of equals), bool of the scores' shape."""
+    """What stays when the `count` lowest scores go (the first of equals), as bool."""
     kept = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
     kept[torch.argsort(scores.flatten(), stable=True)[:count]] = False
     return kept.view_as(scores)
@@ -126,7 +126,11 @@ class Moments:
 
 @torch.inference_mode()
 def observe(network: Network, stream: Stream, index: int, paths: Sequence[str]) -> tuple[list[Moments], list[Tensor]]:
-    """Run a layer over every batch: moments of the inputs of its submodules at `paths`, and its output per batch."""
+    """Run a layer over every batch.
+
+    Returns:
+        Moments of the inputs of its submodules at `paths`, and its output per batch.
+    """
     layer, moments, outputs = network.layers[index], [], []
     for path in paths:
         channels = layer.get_parameter(f"{path}.weight").shape[1]

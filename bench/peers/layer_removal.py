@@ -16,20 +16,21 @@ from .common import Network, Pruned, observe
 
 
 class Skip(nn.Module):
-    """Stands where a removed layer was: hands the hidden states on, so that nothing else is renumbered."""
+    """Takes a removed layer's place and passes the hidden states on: no layer is renumbered."""
 
     def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden
 
 
 def shortgpt(model: Any, batches: Sequence[Batch], fraction: float, seed: int = 0) -> Pruned:
-    """The layers of least Block Influence go: so many that the parameters come nearest to the wanted number.
+    """ShortGPT: remove the layers of least Block Influence, as many as come nearest to the target.
 
-    `BI_l = 1 − E[cos(X_l, X_{l+1})]` over tokens, `X_l` being the hidden states before layer `l`, on the dense model. The
-    whole layers make the number removed differ from the wanted one by up to half a layer: the true one is returned.
+    `BI_l = 1 − E[cos(X_l, X_{l+1})]` over tokens, `X_l` being the hidden states before layer `l`,
+    on the dense model. As whole layers go, the number removed differs from the wanted one by up to
+    half a layer; the true one is returned.
 
-    Deviations from the published code: its last layer's output is taken behind the final norm, and its sums include
-    padding; here neither, as in the paper's formula.
+    Deviations from the published code: it takes the last layer's output behind the final norm, and
+    its sums include padding. Here neither is so, as in the paper's formula.
 
     Paper: https://arxiv.org/abs/2403.03853
     """
@@ -49,7 +50,7 @@ def shortgpt(model: Any, batches: Sequence[Batch], fraction: float, seed: int = 
 
 @torch.inference_mode()
 def block_influence(network: Network, batches: Sequence[Batch]) -> Tensor:
-    """One minus the mean cosine of each layer's input and output over tokens, `[layers]`, float64."""
+    """One minus the mean cosine of each layer's input and output, `[layers]`, float64."""
     stream = network.start(batches)
     influence = []
     for index in range(len(network.layers)):

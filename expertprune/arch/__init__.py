@@ -4,13 +4,13 @@ One YAML file a family, in `families/`. No other module knows a family's name.
 """
 
 from expertprune.arch.blocks import Block, CoupledTensor, Experts, ExpertTensor
+from expertprune.arch.bundled import bundled_models
 from expertprune.arch.family import (
     EXPERT,
     GROUPS,
     MODELING,
     PER_LAYER,
     Family,
-    bundled_models,
     families,
     family_of,
     stock_architectures,

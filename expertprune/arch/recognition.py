@@ -61,7 +61,7 @@ def recognized(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]])
         attention=heads_block.model_copy(update={"output_norm": _NORMS[0] if normed else None}),
         attention_implementation=attention_of(config),
         heads_divide_hidden=True,  # not known: the counts that every config can say
-        listed=False,
+        tested=False,
     )
 
 

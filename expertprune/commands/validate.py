@@ -7,13 +7,7 @@ from typing import Any
 
 import click
 
-from expertprune.commands.terminal import (
-    common,
-    reporting,
-    set_option,
-    spec_argument,
-    store_option,
-)
+from expertprune.commands.terminal import common, reporting, set_option, spec_argument, store_option
 from expertprune.files import to_json
 
 
@@ -24,7 +18,7 @@ from expertprune.files import to_json
 @common
 @reporting
 def validate(spec: Path, overrides: dict[str, Any], store: Path | None, as_json: bool) -> None:
-    """Check a spec and all that it names: base, corpora, budget.
+    """Check a spec and what it names: base, corpora, budget. No model is loaded.
 
     \b
     expertprune validate profiles/english-medical-qa.yaml
@@ -63,7 +57,11 @@ def validate(spec: Path, overrides: dict[str, Any], store: Path | None, as_json:
         f"  base    {prepared.base.name}, {before:,} parameters",
         "  expert  "
         + (f"{after:,} parameters" if after is not None else "as small as its retention allows")
-        + (", less the rows that its coverage needs not" if isinstance(prepared.spec.budget.vocabulary, dict) else ""),
+        + (
+            "; coverage decides how many vocabulary rows go as well"
+            if isinstance(prepared.spec.budget.vocabulary, dict)
+            else ""
+        ),
     ]
     lines.append("  " + "units".ljust(8) + ", ".join(f"{key} {value}" for key, value in decided.items()))
     for name, entry in data["corpora"].items():  # type: ignore[attr-defined]

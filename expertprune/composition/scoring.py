@@ -27,7 +27,7 @@ _PREFIX = {
 Rule = Callable[[Tensor], Tensor]
 
 
-rules: Registry[Rule] = Registry("composition rule")
+rules: Registry[Rule] = Registry("composition rule", group="expertprune.rules")
 
 
 @rules.register("intersection")
@@ -53,9 +53,7 @@ def mean(scores: Tensor) -> Tensor:
 
 def check_criterion(name: str) -> Criterion:
     """The criterion of a name; raises `SpecError` with the nearest one."""
-    if name not in criteria:
-        raise SpecError(f"relevance.criterion: {criteria.unknown(name)}")
-    return criteria[name]
+    return criteria.named(name, "relevance.criterion")
 
 
 def criterion_name(relevance: Relevance, structure: Structure) -> str:
@@ -290,7 +288,7 @@ def score_units(
 def _fused(scores: Mapping[CorpusName, CorpusScores], spec: Spec) -> list[Fused]:
     chosen = spec.dimensions.chosen
     general = [scores[CorpusName("general", value)] for value in spec.general]
-    rule = rules[spec.compose.rule]
+    rule = rules.named(spec.compose.rule, "compose.rule")
     result = []
     for layer in range(len(next(iter(scores.values())).scaled)):
         # Several values of one dimension: the expert serves all of them, so the largest counts.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from expertprune.arch import Block, Family
-from expertprune.errors import CheckpointError, SpecError
+from expertprune.errors import CheckpointError
 from expertprune.models.layers import Call, observed
 from expertprune.models.passes import Stream, TextRun, real_tokens
 from expertprune.progress import Progress
@@ -43,14 +43,14 @@ class Repair:
     runs_model: bool = True
 
 
-repairs: Registry[Repair] = Registry("repair")
+repairs: Registry[Repair] = Registry("repair", group="expertprune.repairs")
 
 
 def repair(name: str, runs_model: bool = True) -> Callable[[Method], Method]:
     """Register a function as the repair `name` (see `Repair`)."""
 
     def add(function: Method) -> Method:
-        repairs.register(name)(Repair(name, function, runs_model))
+        repairs.register(name, function.__module__)(Repair(name, function, runs_model))
         return function
 
     return add
@@ -58,9 +58,7 @@ def repair(name: str, runs_model: bool = True) -> Callable[[Method], Method]:
 
 def check_repair(name: str) -> Repair:
     """The repair of a name; raises `SpecError` with the nearest one."""
-    if name not in repairs:
-        raise SpecError(f"compensation.method: {repairs.unknown(name)}")
-    return repairs[name]
+    return repairs.named(name, "compensation.method")
 
 
 @dataclass

@@ -21,11 +21,11 @@ from expertprune.arch import PER_LAYER, Family
 from expertprune.artifacts.plan import LayerPlan, Plan
 from expertprune.corpora.batches import Batch
 from expertprune.errors import CheckpointError, ExpertpruneError
-from expertprune.models.admission import build
 from expertprune.models.base import ResolvedBase
 from expertprune.models.checkpoint import Checkpoint
+from expertprune.models.inventory import check_widths
 from expertprune.models.layers import decoder_layers, observed
-from expertprune.models.loading import load_model
+from expertprune.models.loading import build_model, load_model
 from expertprune.models.masking import masked
 from expertprune.models.passes import TextRun
 from expertprune.pruning.write import prune
@@ -111,7 +111,7 @@ def _tiny_copy(base: ResolvedBase, folder: Path) -> ResolvedBase:
     torch_state = torch.get_rng_state()
     try:
         torch.manual_seed(0)
-        model = build(folder, base.trust_remote_code)
+        model = build_model(folder, base.trust_remote_code)
         for parameter in model.parameters():
             noise = torch.randn_like(parameter.data)
             # weights of norms stay near what their class begins with, be that zeros or ones
@@ -123,7 +123,7 @@ def _tiny_copy(base: ResolvedBase, folder: Path) -> ResolvedBase:
     model.float().save_pretrained(folder)
     checkpoint = Checkpoint(folder)
     shapes = base.family.layer_shapes(checkpoint.config)
-    checkpoint.check_widths(base.family, shapes)
+    check_widths(checkpoint, base.family, shapes)
     return replace(base, name="tiny copy", folder=folder, checkpoint=checkpoint, layers=shapes, dtype=torch.float32)
 
 
@@ -209,7 +209,7 @@ def _check_shapes(folder: Path, trust_remote_code: bool) -> None:
     stored = Checkpoint(folder).tensors
     try:
         with torch.device("meta"):
-            state = build(folder, trust_remote_code).state_dict()
+            state = build_model(folder, trust_remote_code).state_dict()
     except (ValueError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"its config cannot say the widths: {error}") from error
     for name, tensor in state.items():

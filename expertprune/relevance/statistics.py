@@ -107,7 +107,7 @@ class Criterion:
     weight: UnitScores | None = None
 
 
-criteria: Registry[Criterion] = Registry("criterion")
+criteria: Registry[Criterion] = Registry("criterion", group="expertprune.criteria")
 
 
 def criterion(
@@ -121,7 +121,8 @@ def criterion(
     """Register a function as the criterion `name` (see `Criterion`)."""
 
     def add(function: UnitScores) -> UnitScores:
-        criteria.register(name)(Criterion(name, paper, function, needs, sees_data, structures, weight))
+        entry = Criterion(name, paper, function, needs, sees_data, structures, weight)
+        criteria.register(name, module=function.__module__)(entry)
         return function
 
     return add

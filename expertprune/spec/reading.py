@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -61,14 +61,25 @@ def _absolute(spec: Spec, folder: Path) -> Spec:
     model = folder / Path(spec.base.model).expanduser()
     if model.exists() or spec.base.model.startswith((".", "/", "~")) or spec.base.model.endswith(".gguf"):
         spec.base.model = str(model.resolve())
+    return with_corpus_paths(spec, lambda _, path: str((folder / Path(path).expanduser()).resolve()))
+
+
+def with_corpus_paths(spec: Spec, change: Callable[[str, str], str]) -> Spec:
+    """A copy of a spec with every path below `corpora` changed.
+
+    Args:
+        change: from a path's dotted key and the path to the new path.
+    """
+    spec = spec.model_copy(deep=True)
     if spec.corpora.catalogue is not None:
-        spec.corpora.catalogue = str((folder / Path(spec.corpora.catalogue).expanduser()).resolve())
-    for source in spec.corpora.sources.values():
+        spec.corpora.catalogue = change("corpora.catalogue", spec.corpora.catalogue)
+    for name, source in spec.corpora.sources.items():
+        where = f"corpora.sources.{name}"
         for key in ("path", "evaluation"):
             if (paths := getattr(source, key)) is not None:
-                setattr(source, key, [str((folder / Path(p).expanduser()).resolve()) for p in paths])
+                setattr(source, key, [change(f"{where}.{key}", path) for path in paths])
         if source.questions is not None:
-            source.questions = str((folder / Path(source.questions).expanduser()).resolve())
+            source.questions = change(f"{where}.questions", source.questions)
     return spec
 
 

@@ -17,6 +17,9 @@ DIMENSIONS: tuple[Dimension, ...] = get_args(Dimension)
 Metric = Literal["bits_per_byte", "perplexity", "kl", "questions"]
 
 
+METRICS: tuple[Metric, ...] = get_args(Metric)
+
+
 PER_TOKEN: tuple[Metric, ...] = ("perplexity", "kl")
 
 
@@ -135,7 +138,11 @@ class Fusion(_Section):
 class Compose(_Section):
     """How the scores of several corpora become one decision per unit."""
 
-    rule: Literal["intersection", "union", "mean"] = "intersection"
+    rule: str = Field(
+        "intersection",
+        description="How much a unit counts for several dimensions: intersection (its largest score; only what no "
+        "dimension needs goes), union (its smallest), mean, or a rule of an installed plugin.",
+    )
     aggregate: Aggregate = Field(
         "mean", description="Over the documents of a corpus: mean, max, or a quantile such as 0.9."
     )
@@ -237,8 +244,19 @@ class Evaluate(_Section):
     corpora: Names | None = Field(None, description="Names as in dimensions and general; default: all of them.")
     documents: int = Field(64, ge=1, description="At most so many evaluation documents of each corpus.")
     max_tokens: int = Field(1024, ge=2, description="Longer documents are cut at so many tokens.")
-    metrics: list[Metric] = Field(default_factory=lambda: list(get_args(Metric)), min_length=1)
+    metrics: list[Metric] | None = Field(
+        None,
+        min_length=1,
+        description="Default: all of them, or bits_per_byte and questions where the vocabulary is cut, because the "
+        "others are per token.",
+    )
     enabled: bool = True
+
+    def chosen_metrics(self, other_tokens: bool) -> list[Metric]:
+        """`metrics`, or by default all that compare base and expert, whose tokens may be others."""
+        if self.metrics is not None:
+            return self.metrics
+        return [metric for metric in METRICS if not (other_tokens and metric in PER_TOKEN)]
 
 
 def _shorthand(key: str, section: type[_Section]) -> BeforeValidator:
@@ -268,14 +286,12 @@ class Spec(_Section):
     @model_validator(mode="after")
     def _comparable_metrics(self) -> Spec:
         """Where the vocabulary is cut, tokens differ, and only what is counted in bytes or answers compares."""
-        if self.budget.vocabulary is not None:
-            if set(self.evaluate.metrics) == set(get_args(Metric)):  # the default: all that there are
-                self.evaluate.metrics = [metric for metric in self.evaluate.metrics if metric not in PER_TOKEN]
-            elif wrong := [metric for metric in self.evaluate.metrics if metric in PER_TOKEN]:
-                raise ValueError(
-                    f"evaluate.metrics: {', '.join(wrong)} cannot be measured where budget.vocabulary is given: they are "
-                    "per token, and the expert's tokens are others; use bits_per_byte"
-                )
+        wrong = [metric for metric in self.evaluate.metrics or () if metric in PER_TOKEN]
+        if wrong and self.budget.vocabulary is not None:
+            raise ValueError(
+                f"evaluate.metrics: {', '.join(wrong)} cannot be measured where budget.vocabulary is given: they are "
+                "per token, and the expert's tokens are others; use bits_per_byte"
+            )
         return self
 
     def document(self) -> dict[str, Any]:

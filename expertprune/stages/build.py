@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from expertprune.artifacts.expert import earlier_expert
-from expertprune.corpora.leaks import not_profiled
 from expertprune.files import check_output, require_room, staged_folder
 from expertprune.progress import Track, silent
 from expertprune.stages.compose import plan_of
@@ -29,7 +27,6 @@ def build(
     check_output(out, overwrite)
     prepared = validate(spec, overrides, store)
     _room_for_expert(prepared, out)
-    not_profiled(prepared.evaluated, {"corpora": {}, "base": earlier_expert(prepared.base.folder)})
     plan = plan_of(prepared, track)
     with staged_folder(out, overwrite) as folder:
         write_folder(prepared, plan, folder, track)

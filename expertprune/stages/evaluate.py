@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from expertprune.artifacts.evaluation import Evaluation
-from expertprune.artifacts.expert import EXPERT_FILE, load_expert, recorded_base
+from expertprune.artifacts.expert import Expert
 from expertprune.corpora.documents import Corpus, CorpusName
-from expertprune.corpora.leaks import not_profiled
 from expertprune.corpora.loading import load_corpora
 from expertprune.evaluation.measure import batches_needed
 from expertprune.evaluation.measure import evaluate as evaluate_models
@@ -20,9 +19,8 @@ from expertprune.models.base import ResolvedBase
 from expertprune.models.loading import load_model, load_tokenizer
 from expertprune.progress import Track, silent
 from expertprune.reporting.card import write_card
-from expertprune.spec.reading import parse_spec
 from expertprune.spec.schema import Evaluate
-from expertprune.stages.validate import evaluation_corpora
+from expertprune.stages.validate import evaluation_corpora, leak_guard
 
 
 def evaluate(
@@ -44,17 +42,16 @@ def evaluate(
         CheckpointError: the folder is no expert, or the base is not the one that it was cut from.
         SpecError: a document that calibrated the expert is among those to evaluate on.
     """
-    folder = Path(expert)
-    about = load_expert(folder)
+    described, place = Expert.load(expert), store_folder(store)
     overrides = dict(overrides or {}) | ({"evaluate.corpora": corpora} if corpora else {})
     if base is not None:
         overrides["base.model"] = str(base)
-    spec = parse_spec(about["spec"], str(folder / EXPERT_FILE), Path.cwd(), overrides)
-    resolved = recorded_base(about, spec.base, store_folder(store))
+    spec = described.local_spec(place, overrides)
+    resolved = described.find_base(place, spec.base)
     loaded: dict[CorpusName, Corpus] = load_corpora(spec)
-    evaluated = not_profiled(evaluation_corpora(spec, loaded), about)
+    evaluated = evaluation_corpora(spec, loaded, leak_guard(loaded, described.calibration_digests))
     model = load_model(resolved.folder, resolved.dtype, trust_remote_code=resolved.trust_remote_code)
-    return evaluate_folder(folder, model, resolved, evaluated, spec.evaluate, track)
+    return evaluate_folder(described.folder, model, resolved, evaluated, spec.evaluate, track)
 
 
 def evaluate_folder(
@@ -74,10 +71,10 @@ def evaluate_folder(
     """
     expert = load_model(folder, base.dtype, trust_remote_code=base.trust_remote_code)
     tokenizer = load_tokenizer(folder, base.trust_remote_code)
-    about = json.loads((folder / EXPERT_FILE).read_text(encoding="utf-8"))
-    own = tokenizer if about["plan"].get("vocabulary") else None  # the base's text is then tokenized otherwise
+    described = Expert.load(folder)
+    own = tokenizer if described.plan.vocabulary is not None else None  # the base's text is then tokenized otherwise
     tokenizer = load_tokenizer(base.folder, base.trust_remote_code) if own is not None else tokenizer
     with track("evaluate", batches_needed(corpora)) as step:
         result = evaluate_models(base_model, expert, tokenizer, corpora, settings, step, answers, own)
-    write_card(folder, about | {"evaluation": result.document()})
+    write_card(replace(described, evaluation=result))
     return result

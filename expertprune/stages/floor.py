@@ -15,6 +15,7 @@ from expertprune.composition.plan import compose
 from expertprune.corpora.documents import CorpusName
 from expertprune.errors import PlanError
 from expertprune.evaluation.documents import score_documents
+from expertprune.evaluation.retention import bits_per_byte
 from expertprune.models.loading import load_model
 from expertprune.progress import Track
 from expertprune.pruning.repair import check_repair
@@ -37,12 +38,13 @@ class Kept:
     @property
     def expert(self) -> float:
         """The least over the corpora of the dimensions."""
-        return min(value for name, value in self.corpora.items() if not name.startswith("general/"))
+        return min(value for name, value in self.corpora.items() if not CorpusName.parse(name).is_general)
 
     @property
     def general(self) -> float:
         """The least over the general corpora; infinite where there are none."""
-        return min((value for name, value in self.corpora.items() if name.startswith("general/")), default=float("inf"))
+        kept = (value for name, value in self.corpora.items() if CorpusName.parse(name).is_general)
+        return min(kept, default=float("inf"))
 
     def holds(self, floor: Retention) -> bool:
         return self.expert >= (floor.expert or 0) and self.general >= (floor.general or 0)
@@ -137,5 +139,5 @@ def measure(prepared: Prepared, expert: object) -> Kept:
         documents = validation_documents(corpus)
         settings = prepared.spec.calibration
         scores = score_documents(prepared.model, expert, prepared.tokenizer, documents, settings.max_tokens)
-        kept[str(name)] = float(scores.base.sum() / scores.expert.sum())
+        kept[str(name)] = bits_per_byte(scores).point
     return Kept(kept)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 from pathlib import Path
-from typing import Any
 
-from expertprune.artifacts.expert import earlier_expert
+from expertprune.artifacts.expert import BaseRecord, CorpusRecord, Expert, ancestor_of, portable, portable_base
 from expertprune.artifacts.plan import Plan, load_plan
 from expertprune.composition.scoring import check_criterion
 from expertprune.errors import PlanError
@@ -60,34 +59,33 @@ def write_folder(prepared: Prepared, plan: Plan, folder: Path, track: Track = si
         repair_input = RepairInput(prepared.model, prepared.repair_batches(), prepared.spec.compensation)
     with track("prune and repair", len(prepared.base.layers)) as step:
         write_expert(plan, prepared.base, folder, repair_input, step)
-    write_card(folder, about_expert(prepared, plan))
+    expert = describe_expert(prepared, plan, folder)
+    write_card(expert)
+    expert.remember_places(prepared.spec, prepared.store)
 
 
-def about_expert(prepared: Prepared, plan: Plan) -> dict[str, Any]:
-    """The contents of `expertprune.json`, without an evaluation."""
+def describe_expert(prepared: Prepared, plan: Plan, folder: Path) -> Expert:
+    """The expert of a plan, not evaluated yet."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors")}
     from expertprune import __version__
 
-    return {
-        "kind": "expert",
-        "name": plan.name,
-        "base": {
-            "model": prepared.base.name,
-            "path": str(prepared.base.folder),
-            "digest": prepared.base.digest,
-            "tokenizer_digest": prepared.base.tokenizer_digest,
-            "revision": prepared.spec.base.revision,
-            "trust_remote_code": prepared.spec.base.trust_remote_code,
-            **earlier_expert(prepared.base.folder),
-        },
-        "parameters": plan.parameters,
-        "corpora": {
-            str(name): {"digest": corpus.digest, "documents": [d.digest for d in corpus.calibration]}
+    base = prepared.base
+    return Expert(
+        plan=portable(plan),
+        base=BaseRecord(
+            model=portable_base(base.name),
+            digest=base.digest,
+            tokenizer_digest=base.tokenizer_digest,
+            revision=prepared.spec.base.revision,
+            trust_remote_code=prepared.spec.base.trust_remote_code,
+            weight_bytes=base.checkpoint.weight_bytes,
+        ),
+        corpora={
+            str(name): CorpusRecord(digest=corpus.digest, documents=[each.digest for each in corpus.calibration])
             for name, corpus in prepared.corpora.items()
         },
-        "versions": {"expertprune": __version__, **versions},
-        "criterion_paper": check_criterion(prepared.spec.relevance.criterion).paper,
-        "spec": plan.spec,
-        "plan": plan.document(),
-        "evaluation": None,
-    }
+        versions={"expertprune": __version__, **versions},
+        criterion_paper=check_criterion(prepared.spec.relevance.criterion).paper,
+        ancestor=ancestor_of(base),
+        folder=folder,
+    )

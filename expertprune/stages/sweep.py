@@ -9,10 +9,10 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from expertprune.artifacts.evaluation import Evaluation
-from expertprune.artifacts.expert import load_expert
+from expertprune.artifacts.evaluation import Evaluation, Group
+from expertprune.artifacts.expert import Expert, portable, portable_spec
 from expertprune.artifacts.plan import Plan
 from expertprune.composition.defaults import resolved
 from expertprune.composition.plan import foreseen_widths
@@ -158,7 +158,7 @@ def _specs(spec: Spec, budgets: Sequence[float], store: str | Path | None) -> di
         problems.append("budget: it removes nothing: say which structures the budgets are of, or budget.parameters")
     if not spec.evaluate.enabled:
         problems.append("evaluate.enabled: a sweep is made of evaluations: set it to true")
-    if "bits_per_byte" not in spec.evaluate.metrics:
+    if "bits_per_byte" not in (spec.evaluate.metrics or ("bits_per_byte",)):
         problems.append("evaluate.metrics: a sweep measures bits_per_byte: add it")
     sound = not problems
     legal = []
@@ -192,11 +192,13 @@ def _specs(spec: Spec, budgets: Sequence[float], store: str | Path | None) -> di
 
 def _point(budget: float, key: str, plan: Plan, evaluation: Evaluation, size: int) -> Point:
     corpora = {
-        name: {label: value for label, value in result.items() if label != "per_document"}
-        for name, result in evaluation.corpora.items()
+        name: result.model_dump(mode="json", exclude={"per_document"}) for name, result in evaluation.corpora.items()
     }
     before, after = plan.parameters["before"], plan.parameters["after"]
-    expert, general = pooled(evaluation, general=False), pooled(evaluation, general=True)
+    expert, general = (
+        None if (found := pooled(evaluation, group)) is None else found.model_dump(mode="json")
+        for group in get_args(Group)
+    )
     point = Point(budget, key, {"before": before, "after": after}, after / before, size, expert, general, corpora)
     # As it is read back from the file, where what is undefined is null: a sweep that went on equals one that ran through.
     return Point(**json.loads(to_json(asdict(point))))
@@ -264,7 +266,7 @@ def _check_place(place: Path, spec: Spec) -> None:
     if not place.exists() or (place.is_dir() and not place.is_symlink() and not any(place.iterdir())):
         return
     with contextlib.suppress(CheckpointError):
-        if load_expert(place)["spec"] == spec.document():
+        if Expert.load(place).spec == portable_spec(spec):
             return
     raise CheckpointError(f"{place}: exists, and is no expert of this spec and budget; choose another --out")
 
@@ -272,7 +274,7 @@ def _check_place(place: Path, spec: Spec) -> None:
 def _holds(place: Path, plan: Plan) -> bool:
     """Whether the expert of a plan is there."""
     try:
-        return digest_of(load_expert(place)["plan"]) == plan.digest
+        return Expert.load(place).plan.digest == portable(plan).digest
     except CheckpointError:
         return False
 

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from expertprune.artifacts.expert import ancestor_of
 from expertprune.composition.defaults import AUTO, resolved
 from expertprune.composition.plan import foreseen_widths
 from expertprune.composition.rows import foreseen_rows
-from expertprune.composition.scoring import check_criterion
+from expertprune.composition.scoring import rules
 from expertprune.corpora.batches import Batch, calibration_batches, make_batches, tokenize
 from expertprune.corpora.documents import Corpus, CorpusName, Document
-from expertprune.corpora.leaks import guarded
+from expertprune.corpora.leaks import LeakGuard
 from expertprune.corpora.loading import HELD_OUT, load_corpora
 from expertprune.errors import SpecError, gathered
 from expertprune.files import digest_of, store_folder
 from expertprune.models.base import ResolvedBase, resolve_base
 from expertprune.models.loading import load_model, load_tokenizer
-from expertprune.pruning.repair import check_repair
+from expertprune.pruning.repair import repairs
 from expertprune.pruning.selfcheck import check_family
+from expertprune.registry import Registry
+from expertprune.relevance import criteria
 from expertprune.spec.reading import load_spec, parse_spec
 from expertprune.spec.schema import Spec
 
@@ -107,23 +110,22 @@ def validate(spec: SpecLike, overrides: Mapping[str, Any] | None = None, store: 
     problems: list[str] = []
     corpora: dict[CorpusName, Corpus] = {}
     evaluated: list[Corpus] = []
-    for criterion in (spec.relevance.criterion, spec.relevance.experts):
-        if criterion is not None and criterion != AUTO:
-            with gathered(problems):
-                check_criterion(criterion)
     with gathered(problems):
-        check_repair(spec.compensation.method)
-    with gathered(problems):
-        corpora = load_corpora(spec)
-        evaluated = evaluation_corpora(spec, corpora) if spec.evaluate.enabled else []
+        check_names(spec)
     base = None
     with gathered(problems):
         base = resolve_base(spec.base, folder)
+    with gathered(problems):
+        corpora = load_corpora(spec)
+        if spec.evaluate.enabled:
+            ancestor = ancestor_of(base) if base is not None else None
+            digests = ancestor.calibration_digests if ancestor is not None else ()
+            evaluated = evaluation_corpora(spec, corpora, leak_guard(corpora, digests))
     if problems or base is None:
         raise SpecError(problems)
     spec = resolved(spec, base)
     foreseen_widths(spec, base)
-    if not base.family.listed:
+    if not base.family.tested:
         done = check_family(base, layer_widths=spec.compose.allocation != "uniform")
         log.warning("%s: the oracle holds on a tiny random copy (%s)", base.name, ", ".join(done))
     foreseen_rows(spec, base)
@@ -136,19 +138,41 @@ def validate(spec: SpecLike, overrides: Mapping[str, Any] | None = None, store: 
     return prepared
 
 
-def evaluation_corpora(spec: Spec, corpora: Mapping[CorpusName, Corpus]) -> list[Corpus]:
-    """The corpora to evaluate on, guarded against leaks from every corpus that calibrates."""
-    by_name = {str(name): corpus for name, corpus in corpora.items()}
-    clean = {corpus.name: corpus for corpus in guarded(list(corpora.values()))}
+def check_names(spec: Spec) -> None:
+    """Raises `SpecError` with every criterion, rule and repair of the spec that nobody has registered."""
+    problems: list[str] = []
+    registered: list[tuple[str, Registry[Any], str | None]] = [
+        ("relevance.criterion", criteria, spec.relevance.criterion),
+        ("relevance.experts", criteria, spec.relevance.experts),
+        ("compose.rule", rules, spec.compose.rule),
+        ("compensation.method", repairs, spec.compensation.method),
+    ]
+    for key, registry, name in registered:
+        if name is not None and name != AUTO:
+            with gathered(problems):
+                registry.named(name, key)
+    if problems:
+        raise SpecError(problems)
+
+
+def leak_guard(corpora: Mapping[CorpusName, Corpus], digests: Iterable[str]) -> LeakGuard:
+    """The guard of an expert that these corpora calibrate; `digests` are those of its ancestors' documents."""
+    return LeakGuard((document for corpus in corpora.values() for document in corpus.calibration), digests)
+
+
+def evaluation_corpora(spec: Spec, corpora: Mapping[CorpusName, Corpus], guard: LeakGuard) -> list[Corpus]:
+    """The corpora to evaluate on, without documents that leak."""
     if spec.evaluate.corpora is None:
-        return list(clean.values())
+        return guard.clean(list(corpora.values()))
     chosen = []
     for wanted in spec.evaluate.corpora:
-        matches = [name for name in by_name if wanted in (name, name.partition("/")[2])]
+        matches = [corpus for name, corpus in corpora.items() if name.answers_to(wanted)]
         if not matches:
-            raise SpecError(f"evaluate.corpora: {wanted!r} is none of the spec's corpora: {', '.join(by_name)}")
-        chosen += [clean[name] for name in matches]
-    return chosen
+            raise SpecError(
+                f"evaluate.corpora: {wanted!r} is none of the spec's corpora: {', '.join(map(str, corpora))}"
+            )
+        chosen += matches
+    return guard.clean(chosen)
 
 
 def validation_documents(corpus: Corpus) -> list[Document]:

@@ -13,6 +13,7 @@ from expertprune.composition.budget import removed_with_rows
 from expertprune.composition.rows import Essentials, RowScores, choose_rows, essentials, plan_rows, score_rows
 from expertprune.corpora.documents import Document
 from expertprune.errors import PlanError
+from expertprune.models.inventory import vocabulary_rows
 from expertprune.progress import Track, silent
 from expertprune.stages.profile import profiles_of
 from expertprune.stages.validate import Prepared, SpecLike, validate
@@ -67,7 +68,7 @@ def vocabulary(
         PlanError: a number of rows is fewer than must be kept, or no cut.
     """
     prepared = validate(spec, overrides, store)
-    must, of = essentials(prepared.base), prepared.base.checkpoint.vocabulary_rows(prepared.base.family)
+    must, of = essentials(prepared.base), vocabulary_rows(prepared.base.checkpoint, prepared.base.family)
     asked = [-(-count // ROW_MULTIPLE) * ROW_MULTIPLE for count in rows]
     for count in asked:
         if not must.smallest <= count < of:

@@ -19,7 +19,7 @@ import expertprune
 from expertprune.arch import families, family
 from expertprune.cli import main
 from expertprune.spec.reading import parse_spec
-from tests.juniper import JuniperConfig, JuniperForCausalLM, register
+from tests.juniper import FAMILY, JuniperConfig, JuniperForCausalLM, register
 from tests.oracle import read_json
 from tests.tiny import tiny_tokenizer
 
@@ -59,6 +59,10 @@ def model(tmp_path: Path) -> Path:
     made.save_pretrained(tmp_path / "juniper")
     tiny_tokenizer().save_pretrained(tmp_path / "juniper")
     return tmp_path / "juniper"
+
+
+def test_the_page_shows_the_file_that_other_tests_use() -> None:
+    assert block("yaml") == FAMILY
 
 
 def check(model: Path, code: int) -> str:
@@ -109,7 +113,7 @@ def test_a_file_that_is_wrong_is_told_the_tensor(arch: Path, model: Path, wrong:
 
 
 def test_the_table_names_every_key_of_the_schema() -> None:
-    """`listed` is set by the program alone."""
+    """`tested` is set by the program alone."""
     named = set(re.findall(r"`([a-z_]+)`", PAGE.partition("## A worked example")[0]))
-    assert set(family.Family.model_fields) - {"listed"} <= named
+    assert set(family.Family.model_fields) - {"tested"} <= named
     assert set(yaml.safe_load(block("yaml"))) <= set(family.Family.model_fields)

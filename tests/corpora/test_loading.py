@@ -367,6 +367,21 @@ def test_the_digest_of_a_corpus_changes_with_its_calibration_documents_only(tmp_
 # --- names and catalogues -------------------------------------------------------------------------------------------
 
 
+def test_the_name_of_a_corpus_is_read_back_from_its_text() -> None:
+    for text, dimension, value, general in (
+        ("language/de", "language", "de", False),
+        ("general/wiki", "general", "wiki", True),
+        ("general/domain/legal", "general", "domain/legal", True),  # a corpus of the catalogue, measured as general
+        ("task/general", "task", "general", False),
+    ):
+        name = CorpusName.parse(text)
+        assert (name.dimension, name.value, name.is_general, str(name)) == (dimension, value, general, text)
+        assert [name.answers_to(each) for each in (text, value, dimension)] == [True, True, dimension == value]
+    for text in ("de", "/de", "language/", ""):
+        with pytest.raises(ValueError, match="is no name of a corpus, such as language/de"):
+            CorpusName.parse(text)
+
+
 def test_the_corpora_of_a_spec_come_in_the_order_of_its_dimensions() -> None:
     spec = make_spec(dimensions={"task": "qa", "language": ["fr", "de"]}, general=["general", "legal"])
     assert [str(name) for name in corpus_names(spec)] == [
@@ -392,7 +407,7 @@ def make_catalogue(folder: Path) -> Path:
 
 def test_a_catalogue_folder_gives_its_sources_with_absolute_paths(tmp_path: Path) -> None:
     folder = make_catalogue(tmp_path / "mine")
-    sources = catalogue_sources(folder)
+    sources = {str(name): source for name, source in catalogue_sources(folder).items()}
     assert sorted(sources) == ["domain/medical", "general/general", "language/de"]
     assert sources["language/de"].path == [str(folder / "texts" / "de.jsonl")]
     assert sources["language/de"].questions == str(folder / "texts" / "q.jsonl")

@@ -21,7 +21,7 @@ from expertprune.profiling.forward import forward_pass
 from expertprune.profiling.gradients import gradient_pass
 from expertprune.spec.schema import Spec
 from tests.masks import tiny_of
-from tests.oracle import load, logits_of, masked_logits, read_json, resolved
+from tests.oracle import assert_same, exact, load, logits_of, masked_logits, read_json, resolved
 from tests.pruning.test_experts import EXPERTS, LENGTHS, Array, documents, numbers, planted_spec, routing_of, silu
 from tests.tiny import save_tiny, tiny_model
 
@@ -48,8 +48,9 @@ def weighted_neurons(model: Any, layer: int, ids: list[int]) -> Array:
     return np.concatenate(parts, 1)
 
 
-@pytest.mark.parametrize("tokens_per_batch", [1, 30, 1000])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "tokens_per_batch"), [("mixtral", 1), ("olmoe", 30), ("qwen2_moe", 30), ("qwen3_moe", 1000)]
+)
 def test_statistics_of_neurons_are_those_of_each_document_alone(name: str, tokens_per_batch: int) -> None:
     model = tiny_model(name)
     found = collected(model, tokens_per_batch)
@@ -75,7 +76,7 @@ def test_statistics_of_neurons_are_those_of_each_document_alone(name: str, token
             assert float(found[f"ffn.{layer}.weight_norm"][unit]) == pytest.approx(np.sqrt(owned), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
 def test_neurons_that_are_permuted_have_permuted_statistics(name: str) -> None:
     model, permuted = tiny_model(name), tiny_model(name)
     generator = torch.Generator().manual_seed(4)
@@ -138,7 +139,7 @@ def spec_of(folder: Path, tmp_path: Path, budget: dict[str, Any], **others: Any)
     return Spec.model_validate(data)
 
 
-@pytest.mark.parametrize("criterion", ["impact", "activation", "magnitude", "fluctuation", "taylor", "fisher"])
+@pytest.mark.parametrize("criterion", ["impact", "fluctuation", "fisher"])
 def test_each_expert_keeps_its_own_best_neurons(criterion: str, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "base", "mixtral")
     relevance = {"criterion": criterion, "experts": "reap"}
@@ -155,9 +156,8 @@ def test_each_expert_keeps_its_own_best_neurons(criterion: str, tmp_path: Path) 
     assert before - after == 3 * (2 * (3 * 24 * 32 + 24) + 4 * 16 * 3 * 24)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_larger_budget_never_keeps_what_a_smaller_one_dropped(name: str, tmp_path: Path) -> None:
-    folder = save_tiny(tmp_path / "base", name, **({} if WIDTH[name] == 32 else {"moe_intermediate_size": 32}))
+def test_a_larger_budget_never_keeps_what_a_smaller_one_dropped(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "base", "mixtral")
     plans = [expertprune.compose(spec_of(folder, tmp_path, {"ffn": count})) for count in (8, 16, 24)]
     for more, fewer in itertools.pairwise(plans):
         for wide, narrow in zip(more.kept, fewer.kept, strict=True):
@@ -200,9 +200,9 @@ def test_experts_with_fewer_neurons_are_built_from_the_shortest_spec(
     assert "neurons of routed experts are cut without repair" in caplog.text
     config, about = read_json(out / "config.json"), read_json(out / "expertprune.json")
     assert (config["num_local_experts"], config["intermediate_size"], config["num_key_value_heads"]) == (5, 24, 2)
-    relevance = about["plan"]["spec"]["relevance"]
+    relevance = about["spec"]["relevance"]
     assert (relevance["criterion"], relevance["experts"]) == ("fisher", "reap")
-    assert about["plan"]["spec"]["compose"]["allocation"] == "uniform"
+    assert about["spec"]["compose"]["allocation"] == "uniform"
     assert sum(parameter.numel() for parameter in load(out).parameters()) == about["parameters"]["after"]
 
 
@@ -213,7 +213,7 @@ def test_what_is_not_repaired_is_the_masked_model(tmp_path: Path, store: Path) -
     out = expertprune.prune(plan, tmp_path / "expert", store=store)
     base = resolved(folder, store)
     assert base.layers[0].ffn == 16
-    torch.testing.assert_close(logits_of(load(out)), masked_logits(load(folder), plan), atol=1e-5, rtol=1e-5)
+    assert_same(logits_of(exact(out)), masked_logits(exact(folder), plan))
 
 
 # --- what a spec leaves out -------------------------------------------------------------------------------------------

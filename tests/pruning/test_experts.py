@@ -70,8 +70,9 @@ def routing_of(model: Any, layer: int, ids: list[int]) -> tuple[Array, Array, Ar
     return weights, norms, hidden
 
 
-@pytest.mark.parametrize("tokens_per_batch", [1, 30, 1000])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "tokens_per_batch"), [("mixtral", 1), ("olmoe", 30), ("qwen2_moe", 30), ("qwen3_moe", 1000)]
+)
 def test_routing_statistics_are_those_of_each_document_alone(name: str, tokens_per_batch: int) -> None:
     model = tiny_model(name)
     found = forward_pass(tiny_of(model).text(documents(), tokens_per_batch))
@@ -218,8 +219,9 @@ def planted_spec(folder: Path, tmp_path: Path, domains: list[str], criterion: st
     return parse_spec(data, "spec", tmp_path)
 
 
-@pytest.mark.parametrize("criterion", ["reap", "frequency", "impact"])
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize(
+    ("name", "criterion"), [("mixtral", "reap"), ("qwen2_moe", "frequency"), ("mixtral", "impact")]
+)
 def test_the_composer_finds_the_planted_experts(name: str, criterion: str, tmp_path: Path) -> None:
     folder = planted(tmp_path / "base", name)
     for domains, budget in ((["medical"], 4), (["law"], 4), (["medical", "law"], 2)):

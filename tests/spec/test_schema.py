@@ -167,7 +167,7 @@ WRONG = [
     ({"calibration": {"documents": "many"}}, "calibration.documents:", "found 'many'"),
     ({"calibration": {"documents": 0}}, "calibration.documents:", "greater than or equal to 1"),
     ({"calibration": {"max_tokens": 1}}, "calibration.max_tokens:", "greater than or equal to 2"),
-    ({"compose": {"rule": "most"}}, "compose.rule:", "'intersection', 'union' or 'mean'"),
+    ({"compose": {"rule": 3}}, "compose.rule:", "found 3"),
     ({"compose": {"fusion": {"lambda": 3}}}, "compose.fusion.lambda:", "less than or equal to 1"),
     ({"compose": None}, "compose:", "found None"),
     ({"budget": 0.25}, "budget:", "found 0.25"),
@@ -423,7 +423,7 @@ def test_overrides_change_one_key_and_keep_what_stands_beside_it(
 def test_an_override_is_checked_like_the_file(tmp_path: Path) -> None:
     path = write_spec(tmp_path / "my.yaml", MINIMAL)
     with pytest.raises(SpecError) as caught:
-        load_spec(path, {"budget.fnn": 0.5, "compose.rule": "most"})
+        load_spec(path, {"budget.fnn": 0.5, "compose.scale": "most"})
     assert len(caught.value.problems) == 2
     assert any("'budget.fnn'; did you mean 'ffn'?" in problem for problem in caught.value.problems)
 
@@ -499,7 +499,7 @@ def test_the_json_schema_accepts_the_shorthands_that_a_spec_accepts(changes: dic
         *(changes for changes, _, _ in UNKNOWN),
         {"budget": {"ffn": 1.5}},
         {"budget": {"ffn": -1}},
-        {"compose": {"rule": "most"}},
+        {"compose": {"scale": "most"}},
         {"calibration": {"documents": 0}},
     ],
     ids=str,

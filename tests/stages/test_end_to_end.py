@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import expertprune
+from expertprune.artifacts.expert import Expert
 from expertprune.corpora.documents import Question
 from expertprune.evaluation.harness import models, tasks
 from expertprune.evaluation.questions import answer_questions
@@ -141,7 +142,7 @@ def test_a_local_suite_on_both_models(expert: Path, real_store: Path, tmp_path: 
     assert expertprune.inspect(folder)["evaluation"] == json.loads(to_json(found))
     rows = (shipped("profiles") / "suites" / "data" / "medical.questions.jsonl").read_text().splitlines()[:12]
     questions = [Question(row["question"], tuple(row["choices"]), row["answer"]) for row in map(json.loads, rows)]
-    base = Path(json.loads((folder / "expertprune.json").read_text())["base"]["path"])
+    base = Expert.load(folder).find_base(real_store).folder
     mine, theirs = (
         answer_questions(load_model(each, torch.float32), load_tokenizer(each), questions) for each in (base, folder)
     )

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import expertprune
-from expertprune.artifacts.expert import load_expert
+from expertprune.artifacts.expert import Expert
 from expertprune.artifacts.plan import Plan
 from expertprune.cli import main
 from expertprune.corpora.documents import Corpus, Document
@@ -208,7 +208,7 @@ def test_the_plan_of_a_floor_can_be_pruned(retaining_spec: dict[str, Any], tmp_p
     plan.save(tmp_path / "plan.json")
     assert all(value >= 0.01 for value in plan.budget["ffn"]["requested"]["found"].values())
     out = expertprune.prune(tmp_path / "plan.json", tmp_path / "expert")
-    assert load_expert(out)["parameters"] == plan.parameters
+    assert Expert.load(out).plan.parameters == plan.parameters
 
 
 # --- held-back documents --------------------------------------------------------------------------------------------

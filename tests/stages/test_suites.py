@@ -15,6 +15,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 import expertprune
+from expertprune.artifacts.expert import Expert
 from expertprune.cli import main
 from expertprune.corpora.documents import Question
 from expertprune.errors import SpecError
@@ -109,7 +110,7 @@ class Workplace:
         return about["evaluation"]
 
     def models(self) -> tuple[Any, Any]:
-        base = json.loads((self.expert / "expertprune.json").read_text())["base"]["path"]
+        base = Expert.load(self.expert).local_base(self.store).model
         base_model, expert = (load_model(Path(folder), torch.float32) for folder in (base, self.expert))
         return base_model, expert
 
@@ -310,7 +311,7 @@ def test_with_vllm_each_model_has_a_server_of_its_own_in_turn(
     expected = workplace.evaluation()["tasks"]["choose"]
     workplace.run("--suite", suite, "--backend", "vllm")
     assert workplace.evaluation()["tasks"]["choose"] == {**expected, "backend": "vllm"}
-    base = json.loads((workplace.expert / "expertprune.json").read_text())["base"]["path"]
+    base = Expert.load(workplace.expert).local_base(workplace.store).model
     assert served == [
         (base, "base", ["--dtype=float32"]), (str(workplace.expert), "expert", ["--dtype=float32"])
     ]  # fmt: skip
@@ -338,7 +339,7 @@ def test_floors_that_make_no_sense(workplace: Workplace, text: str) -> None:
 
 def test_options_that_do_not_go_together(workplace: Workplace) -> None:
     assert "go with --suite or --task" in workplace.refused("--fail-under", "expert=1")
-    assert "--corpus goes without --suite" in workplace.refused("--suite", "general", "--corpus", "medical")
+    assert "give --corpus without --suite" in workplace.refused("--suite", "general", "--corpus", "medical")
 
 
 # --- bad input: nothing is loaded, nothing is written -----------------------------------------------------------------

@@ -505,8 +505,8 @@ def test_what_a_spec_leaves_open_is_decided_as_for_a_build(spec_file: Path, spec
     bare = write_spec(spec_file.parent, spec_data)
     (point,) = run_json(bare, "--budgets", "0.25", "--out", spec_file.parent / "sweep", "--keep-experts")["points"]
     about = build(bare, spec_file.parent / "built", "--set", "budget.ffn=0.25")
-    assert about["plan"]["spec"]["relevance"]["criterion"] == "fisher"
-    assert about["plan"]["spec"]["compose"]["allocation"] == "global"
+    assert about["spec"]["relevance"]["criterion"] == "fisher"
+    assert about["spec"]["compose"]["allocation"] == "global"
     kept = json.loads((spec_file.parent / "sweep" / "tiny-0.25" / "expertprune.json").read_text())
     assert kept["plan"] == about["plan"]
     assert point["parameters"] == about["parameters"]

@@ -122,6 +122,11 @@ def check_names(entries: Sequence[TaskEntry]) -> None:
             raise SpecError([f"unknown task {name!r}{nearest(name, known)}" for name in unknown])
 
 
+def generates(entry: TaskEntry) -> bool:
+    """Whether a task generates its answers."""
+    return output_type(entry) == "generate_until"
+
+
 def output_type(entry: TaskEntry) -> str:
     """What a task asks of a model, such as `multiple_choice` or `generate_until`; of a group, its first member."""
     from lm_eval.tasks._yaml_loader import load_yaml

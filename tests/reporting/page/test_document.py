@@ -208,7 +208,6 @@ def test_no_text_of_a_user_becomes_a_part_of_the_page(tiny_build: Build, tmp_pat
     corpus = "language/\"><img src=x onerror=alert(2)> $x_1$ 'q'"
     text = json.dumps(about(folder)).replace("language/en", json.dumps(corpus)[1:-1])
     document = json.loads(text) | {"name": NAME}
-    document["spec"]["name"] = document["plan"]["name"] = NAME
     document["base"]["model"] = "</title><script>alert(3)</script>"
     document["criterion_paper"] = "javascript:alert(4)"
     document["evaluation"]["tasks"] = {"</style>{{ 1 / 0 }}": document["evaluation"]["tasks"]["choices"]}

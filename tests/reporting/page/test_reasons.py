@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from expertprune.artifacts.plan import LayerPlan, Plan, load_plan, plan_from
+from expertprune.artifacts.expert import Expert
+from expertprune.artifacts.plan import LayerPlan, Plan, load_plan
 from expertprune.artifacts.profile import Profile
 from expertprune.composition.scoring import check_criterion
 from expertprune.reporting.page.reasons import _overlap, _shares, decided, kept_units, relevance_findings
 from expertprune.units import KeptUnits, LayerShape, Structure
-from tests.experts import about
 
 
 def a_plan() -> Plan:
@@ -90,7 +90,7 @@ def test_layers_of_one_unit_have_nothing_to_agree_on() -> None:
 
 def test_a_real_build_against_brute_force(tiny_build: tuple[Path, Path]) -> None:
     folder, store = tiny_build
-    plan = plan_from(about(folder)["plan"], "plan")
+    plan = Expert.load(folder).plan
     profiles = {name: Profile(store / "profiles" / f"{key}.safetensors") for name, key in plan.profiles.items()}
     ffn, groups = relevance_findings(plan, profiles, check_criterion("impact"), "mean", None)
     assert (ffn["structure"], groups["structure"]) == ("ffn", "kv_groups")
@@ -121,10 +121,10 @@ def test_a_real_build_against_brute_force(tiny_build: tuple[Path, Path]) -> None
 
 
 def test_a_plan_on_disk_says_the_same(tiny_build: tuple[Path, Path], tmp_path: Path) -> None:
-    document = about(tiny_build[0])["plan"]
-    plan_from(document, "plan").save(tmp_path / "plan.json")
+    plan = Expert.load(tiny_build[0]).plan
+    plan.save(tmp_path / "plan.json")
     ffn, _, groups = kept_units(load_plan(tmp_path / "plan.json"))
     assert (ffn["kept"], ffn["units"]) == (3 * 24, 3 * 32)
     assert (groups["kept"], groups["units"]) == (3 * 2, 3 * 3)
-    kept = document["budget"]["ffn"]["kept"]  # a layer that loses nothing protects nothing
+    kept = plan.budget["ffn"]["kept"]  # a layer that loses nothing protects nothing
     assert sum(entry["units"] for entry in ffn["protected"]) == sum(width for width in kept if width < 32)
