@@ -51,7 +51,7 @@ def bases_of(variants: Mapping[str, dict[str, Any]], root: Path) -> GetDense:
     def get(variant: str, shards: str = "several files") -> Dense:
         folder = save_tiny(root / f"{variant} {shards}", max_shard_size=SHARDS[shards], **variants[variant])
         assert len(list(folder.glob("*.safetensors"))) > 1 or shards == "one file"
-        return Dense(resolved(folder, root / "store"), load(folder))
+        return Dense(resolved(folder, root / "store"), exact(folder))
 
     return get
 
@@ -103,17 +103,30 @@ def pruned(plan: Plan, base: ResolvedBase, folder: Path, repair_input: RepairInp
     return folder
 
 
-def load(folder: Path) -> Any:
-    """The folder in plain transformers, float32; every tensor of it is used and none is made up."""
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The folder in plain transformers; every tensor of it is used and none is made up."""
     capped = read_json(folder / "config.json").get("attn_logit_softcapping") is not None
     model, notes = AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype=torch.float32,
+        dtype=dtype,
         output_loading_info=True,
         **({"attn_implementation": "eager"} if capped else {}),  # the only one that caps
     )
     assert not any(notes.values()), notes
     return model.eval().requires_grad_(False)
+
+
+def exact(folder: Path) -> Any:
+    """The folder in float64: processors that sum in other orders then differ far below the oracle's tolerance."""
+    model = load(folder, torch.float64)
+    model.set_experts_implementation("eager")  # the default one has no float64
+    return model
+
+
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    """The oracle's tolerance, on logits of models in float64."""
+    assert found.dtype is expected.dtype is torch.float64
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -177,6 +190,11 @@ def without_experts(kept: tuple[int, ...]) -> Any:
         return logits, weights, chosen
 
     return route
+
+
+def generated(model: Any) -> Tensor:
+    """A greedy continuation through the cache, which reads the head counts and windows again."""
+    return model.generate(IDS[:1, :5], max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=1)
 
 
 def masked_logits(model: Any, plan: Plan, ids: Tensor = IDS) -> Tensor:

@@ -1,11 +1,10 @@
-"""How much of unseen text the kept vocabulary rows cover: estimated on documents that did not
-choose them.
+"""How much of unseen text the kept vocabulary rows cover, tested on documents that did not choose them.
 
 The rows that are kept cover the text that chose them better than any other, so that text says
-nothing about its own coverage. Documents lie in folds (`profiling.rows.FOLDS`). The documents of a
-fold are unseen for the ranking that all other documents give, whatever corpus they are in; how many
-of their tokens that ranking leaves out estimates what the ranking of all documents leaves out of
-unseen text, on the side of caution, because it comes from a little less text.
+nothing about the coverage of other text. Documents that are alike lie in one fold
+(`profiling.rows.folds_of_similar`). The documents of a fold are unseen for the ranking that all
+other documents give. How many of their tokens that ranking leaves out estimates what the ranking of
+all documents leaves out of unseen text. The estimate is a little low, because it comes from less text.
 
 Tokens cluster: a rare word that occurs once in a document occurs there again. The interval
 therefore counts the documents that lack a row, each with the number of tokens that lack it, as
@@ -17,8 +16,8 @@ left out, its upper end is the rule of three: 3 tokens in as many as were tested
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,11 +47,6 @@ class UnseenTokens:
     document: NDArray[np.int64]
     occurrences: NDArray[np.int64]
     needed: NDArray[np.int64]
-
-    @classmethod
-    def together(cls, parts: Sequence[UnseenTokens]) -> UnseenTokens:
-        """Several parts of one corpus as one."""
-        return cls(*(np.concatenate([getattr(each, key.name) for each in parts]) for key in fields(cls)))
 
     def coverage(self, rows: int) -> UnseenCoverage:
         """Estimate and interval where so many rows are kept."""

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from expertprune.composition.widths import LayerWidths, rounded_down
 from expertprune.errors import PlanError
 from expertprune.models.base import ResolvedBase
+from expertprune.models.costs import row_parameters, unit_parameters
+from expertprune.models.inventory import vocabulary_rows
 from expertprune.spec.schema import Budget
 from expertprune.spec.values import Coverage, Keep, Remove
 from expertprune.units import ROW_MULTIPLE, Structure
@@ -48,7 +50,7 @@ def wanted_rows(budget: Budget, base: ResolvedBase) -> int | None:
     asked = budget.vocabulary
     if asked is None or isinstance(asked, Coverage):
         return None
-    of = base.checkpoint.vocabulary_rows(base.family)
+    of = vocabulary_rows(base.checkpoint, base.family)
     if isinstance(asked, Keep):
         rows = aligned(asked.keep)
     elif isinstance(asked, Remove):
@@ -69,7 +71,7 @@ def removed_with_rows(base: ResolvedBase, rows: int | None) -> int:
     """
     if rows is None:
         return 0
-    return (base.checkpoint.vocabulary_rows(base.family) - rows) * base.checkpoint.row_parameters(base.family)
+    return (vocabulary_rows(base.checkpoint, base.family) - rows) * row_parameters(base.checkpoint, base.family)
 
 
 def removed_parameters(base: ResolvedBase, widths: Sequence[LayerWidths]) -> int:
@@ -81,7 +83,7 @@ def removed_parameters(base: ResolvedBase, widths: Sequence[LayerWidths]) -> int
 def removed_from_layer(base: ResolvedBase, index: int, widths: LayerWidths) -> int:
     """How many parameters leave one layer."""
     shape = base.layers[index]
-    cost = {s: base.checkpoint.unit_parameters(base.family, shape, index, s) for s in Structure if shape.units(s)}
+    cost = {s: unit_parameters(base.checkpoint, base.family, shape, index, s) for s in Structure if shape.units(s)}
     total = cost.get(Structure.FFN, 0) * (shape.ffn - widths.ffn) * max(1, widths.experts)
     total += cost.get(Structure.EXPERTS, 0) * (shape.experts - widths.experts)
     total += cost[Structure.KV_GROUPS] * (shape.kv_heads - widths.kv_groups)

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from expertprune.artifacts.plan import BaseReference, KindCount, LayerPlan, Parameters, Plan, UnitReasons
 from expertprune.artifacts.profile import Profile
-from expertprune.composition.defaults import resolved
 from expertprune.composition.parameters import removed_parameters, removed_with_rows
 from expertprune.composition.ranking import FusedScores, global_widths
 from expertprune.composition.rows import choose_rows
-from expertprune.composition.scoring import EXPERT, GENERAL, SHARED, Fused, check_criterion, check_scored, score_units
+from expertprune.composition.scoring import EXPERT, GENERAL, SHARED, Fused, check_scored, score_units
 from expertprune.composition.uniform import uniform_widths
 from expertprune.composition.widths import LayerWidths, check_structures, summary
 from expertprune.corpora.documents import CorpusName, corpus_names
@@ -102,16 +101,17 @@ def _kinds(kind: Tensor | None, kept: Tensor) -> dict[str, KindCount]:
 
 
 def foreseen_widths(spec: Spec, base: ResolvedBase) -> Sequence[LayerWidths] | None:
-    """The widths that the budget comes to, as far as that can be said without profiles; `None` for
-    a retention floor.
+    """The widths that the budget comes to, as far as they are known without profiles.
 
-    Where layers get different widths, their sum is right (but for the mix of structures), not each
-    of them.
+    Where layers get different widths, their sum is right (but for the mix of structures), and each
+    one alone need not be. `None` for a retention floor.
+
+    Args:
+        spec: with what it leaves open decided (see `defaults.resolved`).
 
     Raises:
         PlanError: the budget is not reachable, or the family has no layers of different widths.
     """
-    spec = resolved(spec, base)
     check_structures(spec.budget, base)
     check_scored(spec.relevance, _competing(spec, base)[0], base.family.has_ffn)
     if spec.budget.retention is not None:
@@ -155,26 +155,20 @@ def _by_layer(
     ]
 
 
-def compose(
-    spec: Spec,
-    base: ResolvedBase,
-    profiles: Mapping[CorpusName, Profile],
-) -> Plan:
+def compose(spec: Spec, base: ResolvedBase, profiles: Mapping[CorpusName, Profile]) -> Plan:
     """Decide which units are kept.
 
     Args:
+        spec: with what it leaves open decided (see `defaults.resolved`), and its budget checked (see
+            `foreseen_widths`).
         profiles: one for each corpus that the spec names.
 
     Raises:
-        SpecError: unknown criterion, or a corpus without a profile or without the pass that the
-        criterion needs.
+        SpecError: a corpus without a profile, or without the pass that the criterion needs.
         PlanError: the budget cannot be met, or the family's config cannot say the widths.
     """
-    spec = resolved(spec, base)
-    check_criterion(spec.relevance.criterion)
     if missing := [str(name) for name in corpus_names(spec) if name not in profiles]:
         raise SpecError(f"no profile for {', '.join(missing)}: run the profile stage first")
-    foreseen_widths(spec, base)
     wanted = {name: profiles[name] for name in corpus_names(spec)}
     vocabulary = choose_rows(spec, base, wanted) if spec.budget.vocabulary is not None else None
     structures, together = _competing(spec, base)

@@ -28,6 +28,7 @@ from expertprune.composition.widths import (
 )
 from expertprune.errors import PlanError
 from expertprune.models.base import ResolvedBase
+from expertprune.models.costs import unit_parameters
 from expertprune.spec.schema import Budget
 from expertprune.spec.values import Keep
 from expertprune.units import Structure
@@ -66,7 +67,7 @@ def steps(base: ResolvedBase, budget: Budget, scores: FusedScores, structure: St
         if structure is Structure.QUERY_HEADS:  # the n-th head of every KV group goes at once
             score = score.unflatten(0, (shape.kv_heads, -1)).sort(1).values.sum(0)
         ordered = score.sort().values
-        cost = base.checkpoint.unit_parameters(base.family, shape, layer, structure)
+        cost = unit_parameters(base.checkpoint, base.family, shape, layer, structure)
         cost *= shape.kv_heads if structure is Structure.QUERY_HEADS else 1
         widths = legal_widths(base, budget, layer, structure)
         highest = -math.inf

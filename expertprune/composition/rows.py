@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +15,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from expertprune.artifacts.plan import RowReasons, VocabularyPlan
-from expertprune.artifacts.profile import Profile
+from expertprune.artifacts.profile import VOCABULARY, Profile
 from expertprune.composition.coverage import UnseenTokens, rows_for
 from expertprune.composition.parameters import aligned, wanted_rows
 from expertprune.composition.scoring import rules
 from expertprune.corpora.documents import CorpusName, corpus_names
 from expertprune.errors import CheckpointError, PlanError, SpecError
 from expertprune.models.base import ResolvedBase
+from expertprune.models.inventory import vocabulary_rows
 from expertprune.models.loading import load_tokenizer
-from expertprune.profiling.rows import FOLDS, PART
+from expertprune.profiling.rows import FOLDS
 from expertprune.spec.schema import Spec
 from expertprune.spec.values import Coverage
 from expertprune.tokenizing import Vocabulary, essential_ids, read_vocabulary
@@ -62,7 +63,7 @@ def essentials(base: ResolvedBase) -> Essentials:
         CheckpointError: its tokenizer is of a kind that cannot be cut, or has more tokens than the
         model has rows.
     """
-    return _essentials(base.folder, base.tokenizer_digest, base.checkpoint.vocabulary_rows(base.family))
+    return _essentials(base.folder, base.tokenizer_digest, vocabulary_rows(base.checkpoint, base.family))
 
 
 @functools.lru_cache(maxsize=4)
@@ -102,6 +103,7 @@ class CorpusRows:
     """
 
     def __init__(self, part: Profile) -> None:
+        self.digests = part.documents
         self.document, self.row, self.occurrences = (part.read(name) for name in ("document", "row", "occurrences"))
         self.fold, self.mass = part.read("fold"), part.read("mass").double()
 
@@ -150,7 +152,7 @@ def row_scores(
     per_dimension = torch.stack(
         [torch.stack([relevance[CorpusName(d, value)] for value in values]).amax(0) for d, values in chosen.items()]
     )
-    score = rules[spec.compose.rule](per_dimension)
+    score = rules.named(spec.compose.rule, "compose.rule")(per_dimension)
     source = (per_dimension - score).abs().argmin(0)
     if spec.general:
         general = torch.stack([relevance[CorpusName("general", value)] for value in spec.general]).amax(0)
@@ -173,7 +175,7 @@ def choose_rows(spec: Spec, base: ResolvedBase, profiles: Mapping[CorpusName, Pr
     ranking = RowRanking(spec, base, profiles)
     if wanted is None:
         assert isinstance(asked, Coverage)
-        promised = {name: ranking.tested[name] for name in corpus_names(spec) if name.dimension != "general"}
+        promised = {name: ranking.tested[name] for name in corpus_names(spec) if not name.is_general}
         wanted = rows_for(asked.coverage, promised, ranking.must.smallest, ranking.of)
     return ranking.plan(wanted)
 
@@ -187,12 +189,12 @@ class RowRanking:
     """
 
     def __init__(self, spec: Spec, base: ResolvedBase, profiles: Mapping[CorpusName, Profile]) -> None:
-        self.must, self.of = essentials(base), base.checkpoint.vocabulary_rows(base.family)
+        self.must, self.of = essentials(base), vocabulary_rows(base.checkpoint, base.family)
         self._spec, self._tokenizer = spec, base.tokenizer_digest
         self.corpora: dict[CorpusName, CorpusRows] = {}
         for name in corpus_names(spec):
-            if (part := profiles[name].part(PART)) is None:
-                raise SpecError(f"the profile of {name} lacks the {PART} pass: run the profile stage")
+            if (part := profiles[name].part(VOCABULARY)) is None:
+                raise SpecError(f"the profile of {name} lacks the {VOCABULARY} pass: run the profile stage")
             self.corpora[name] = CorpusRows(part)
         self._score, self._source = row_scores(spec, self.corpora)
         self._order = ranked(self.must, self._score)
@@ -208,30 +210,39 @@ class RowRanking:
 
     @functools.cached_property
     def tested(self) -> dict[CorpusName, UnseenTokens | None]:
-        """By corpus, the tokens of each fold against the ranking that the other folds give; `None`
-        if there is no other.
+        """By corpus, the tokens of each fold against the ranking that all other folds give.
+
+        A document that lies in one fold of this corpus and in another of that one is seen in both, and
+        not tested. `None` for a corpus that has nothing to test.
         """
-        found: dict[CorpusName, list[UnseenTokens]] = {name: [] for name in self.corpora}
-        for fold in range(FOLDS):
-            inside = {name: each.inside(fold) for name, each in self.corpora.items()}
-            if not any(bool(mask.any()) for mask in inside.values()) or any(
-                bool(mask.all()) for mask in inside.values()
-            ):
-                continue
-            seen = set().union(*(set(self.corpora[name].row[mask].tolist()) for name, mask in inside.items()))
-            order = ranked(self.must, row_scores(self._spec, self.corpora, without=fold)[0])
-            needed = rows_until_kept(self.must, order, seen, self.of)
-            for name, mask in inside.items():
-                each = self.corpora[name]
-                found[name].append(
-                    UnseenTokens(
-                        each.document[mask].numpy(), each.occurrences[mask].numpy(), needed[each.row[mask].numpy()]
-                    )
-                )
-        return {
-            name: UnseenTokens.together(parts) if any(len(each.document) for each in parts) else None
-            for name, parts in found.items()
-        }
+        folds: defaultdict[str, set[int]] = defaultdict(set)
+        for each in self.corpora.values():
+            for digest, fold in zip(each.digests, each.fold.tolist(), strict=True):
+                folds[digest].add(fold)
+        needed = {fold: table for fold in range(FOLDS) if (table := self._rows_until_kept(fold)) is not None}
+        result: dict[CorpusName, UnseenTokens | None] = {}
+        for name, each in self.corpora.items():
+            pairs = zip(each.digests, each.fold.tolist(), strict=True)
+            unseen = torch.tensor([len(folds[digest]) == 1 and fold in needed for digest, fold in pairs])
+            entries = unseen[each.document].nonzero()[:, 0]
+            document, row, occurrences = (part[entries] for part in (each.document, each.row, each.occurrences))
+            of_fold = each.fold[document].tolist()
+            until = np.array([needed[fold][index] for fold, index in zip(of_fold, row.tolist(), strict=True)])
+            tokens = UnseenTokens(document.numpy(), occurrences.numpy(), until)
+            result[name] = tokens if len(entries) else None
+        return result
+
+    def _rows_until_kept(self, fold: int) -> NDArray[np.int64] | None:
+        """How many rows must be kept until each row of a fold's text is, ranked by the text of other folds.
+
+        `None` where the fold is empty, or a corpus has no other text.
+        """
+        inside = {name: each.inside(fold) for name, each in self.corpora.items()}
+        if any(bool(mask.all()) for mask in inside.values()) or not any(bool(mask.any()) for mask in inside.values()):
+            return None
+        seen = set().union(*(set(self.corpora[name].row[mask].tolist()) for name, mask in inside.items()))
+        order = ranked(self.must, row_scores(self._spec, self.corpora, without=fold)[0])
+        return rows_until_kept(self.must, order, seen, self.of)
 
     def _why(self, kept: set[int], rows: int) -> RowReasons:
         score, source, by_id = self._score.tolist(), self._source.tolist(), self.must.vocabulary

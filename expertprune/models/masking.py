@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from expertprune.arch import Family
-from expertprune.models import layers as layerwise
+from expertprune.models.layers import decoder_layers, routed_to
 from expertprune.units import KeptUnits, LayerShape, Segment
 
 
@@ -18,7 +18,7 @@ from expertprune.units import KeptUnits, LayerShape, Segment
 def masked(model: Any, family: Family, shapes: Sequence[LayerShape], kept: Sequence[KeptUnits]) -> Iterator[None]:
     """While open, the columns of output projections that dropped units own are zero, so the units write nothing.
 
-    Dropped experts are not chosen by the router.
+    Dropped routed experts are not chosen by the router.
     """
     stashed: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -33,9 +33,9 @@ def masked(model: Any, family: Family, shapes: Sequence[LayerShape], kept: Seque
     routers = contextlib.ExitStack()
     try:
         with torch.no_grad():
-            for layer, shape, units in zip(layerwise.decoder_layers(model, family), shapes, kept, strict=True):
+            for layer, shape, units in zip(decoder_layers(model, family), shapes, kept, strict=True):
                 if family.experts is not None and len(units.experts) < shape.experts:
-                    routers.enter_context(layerwise.routed_to(layer, family.experts, torch.tensor(units.experts)))
+                    routers.enter_context(routed_to(layer, family.experts, torch.tensor(units.experts)))
                 if family.experts is not None and units.shape(shape).ffn < shape.ffn:
                     output = layer.get_parameter(family.experts.output).data
                     for expert in units.experts:

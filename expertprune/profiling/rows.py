@@ -1,85 +1,96 @@
-"""How much a corpus needs each vocabulary row: how often its token occurs, and how probable the
-model finds it.
-"""
+"""How much a corpus needs each vocabulary row: how often its token occurs, and how probable the model finds it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.sparse import csr_array, diags_array
+from scipy.spatial.distance import squareform
 from torch import Tensor
 
-from expertprune.arch import Family
-from expertprune.corpora.batches import Batch
-from expertprune.corpora.documents import Document
-from expertprune.models import layers as layerwise
+from expertprune.models.passes import TextRun
 from expertprune.progress import Progress
 
-PART = "vocabulary"  # of a profile
-
-
 FOLDS = 8  # groups of documents; what is chosen without one is tested on it
-
-
-_LOGITS = 2**25  # held at a time
-
-
-def fold_of(document: Document) -> int:
-    """The fold of a document: the same one in every corpus that has the document."""
-    return int(document.digest[:8], 16) % FOLDS
+_CLUSTERED = 4096  # documents whose distances from each other are held at a time
 
 
 @torch.inference_mode()
-def vocabulary_pass(
-    model: Any, family: Family, batches: Sequence[Batch], folds: Sequence[int], progress: Progress | None = None
-) -> dict[str, Tensor]:
-    """Occurrences and probability of every vocabulary row over a corpus (see `artifacts.Profile`).
+def vocabulary_pass(text: TextRun, progress: Progress | None = None) -> dict[str, Tensor]:
+    """Occurrences and probability of every vocabulary row over a corpus (see `Profile`).
 
-    The probability is the model's softmax over all rows, added up over the positions of real
-    tokens, a document's last included. A few positions at a time, so that logits over a large
-    vocabulary need no room.
+    The probability is the model's softmax over all rows, added up over the positions of real tokens,
+    a document's last included.
 
     Args:
-        folds: of each document, `[documents]`.
         progress: called after each layer and after each batch of predictions.
 
     Returns:
-        `mass` `[folds, rows]`, float32; `fold` `[documents]`; `document`, `row` and `occurrences`,
-        `[entries]`: one entry for each row in each document that has its token.
+        `mass` `[folds, rows]`, float32; `fold` `[documents]`; and `document`, `row` and
+        `occurrences`, `[entries]`: one entry for each row in each document that has its token.
     """
-    stream = layerwise.start(model, family, batches)
-    for index, layer in enumerate(layerwise.decoder_layers(model, family)):
-        for number in range(len(batches)):
-            stream.hidden[number] = stream.run(layer, index, number)
-        if progress is not None:
-            progress()
-    rows = model.get_output_embeddings().weight.shape[0]
+    stream = text.finish(progress)
+    rows = text.model.get_output_embeddings().weight.shape[0]
+    counts = _counts(text, rows)
+    fold = folds_of_similar(counts)
     mass = torch.zeros(FOLDS, rows, dtype=torch.float64)
-    found: dict[int, tuple[Tensor, Tensor]] = {}
-    for number, batch in enumerate(batches):
-        for document, ids, length in zip(batch.documents, batch.ids, batch.lengths, strict=True):
-            found[document] = ids[:length].unique(return_counts=True)
-        _add_mass(model, family, batch, stream.hidden[number], mass, [folds[each] for each in batch.documents])
+    for batch, hidden in zip(text.batches, stream.hidden, strict=True):
+        for first, logits in text.logits(batch, hidden):
+            for row, (document, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
+                real = logits[row, : max(0, length - first)]
+                mass[fold[document]] += torch.softmax(real, -1).sum(0).double().cpu()
         if progress is not None:
             progress()
-    documents = sorted(found)
+    entries = counts.tocoo()
     return {
         "mass": mass.float(),
-        "fold": torch.tensor(folds),
-        "document": torch.cat([torch.full_like(found[each][0], each) for each in documents]),
-        "row": torch.cat([found[each][0] for each in documents]),
-        "occurrences": torch.cat([found[each][1] for each in documents]),
+        "fold": torch.from_numpy(fold),
+        "document": torch.from_numpy(entries.row.astype(np.int64)),
+        "row": torch.from_numpy(entries.col.astype(np.int64)),
+        "occurrences": torch.from_numpy(entries.data),
     }
 
 
-def _add_mass(model: Any, family: Family, batch: Batch, hidden: Tensor, mass: Tensor, folds: Sequence[int]) -> None:
-    ids = batch.ids.to(hidden.device)
-    step = max(1, _LOGITS // (mass.shape[1] * ids.shape[0]))
-    for first in range(0, ids.shape[1], step):
-        positions = torch.arange(first, min(first + step, ids.shape[1]), device=ids.device)
-        with layerwise.head_only(model, family, hidden):
-            logits = model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits.float()
-        for row, (length, fold) in enumerate(zip(batch.lengths, folds, strict=True)):
-            here = max(0, min(length - first, len(positions)))
-            mass[fold] += torch.softmax(logits[row, :here], -1).sum(0).double().cpu()
+def _counts(text: TextRun, rows: int) -> csr_array:
+    """How often each document has each row's token, `[documents, rows]`, int64."""
+    found = [
+        (np.full(length, document), ids[:length].cpu().numpy())
+        for batch in text.batches
+        for document, ids, length in zip(batch.documents, batch.ids, batch.lengths, strict=True)
+    ]
+    document, row = (np.concatenate(each) for each in zip(*found, strict=True))
+    shape = (1 + int(document.max()), rows)
+    return csr_array((np.ones(len(row), dtype=np.int64), (document, row)), shape=shape)
+
+
+def folds_of_similar(counts: csr_array) -> NDArray[np.int64]:
+    """The fold of each document, `[documents]`; documents that are alike share one.
+
+    Paragraphs of one article repeat its rare words. If they lay in different folds, each would be
+    tested on what its neighbours chose, and text of another article would seem to be covered as well
+    as they are. Documents are therefore put in the order of an average linkage by the cosine of
+    their inverse document frequencies, and cut into folds of equal size. Documents beyond the first
+    4,096 join the one that they are most like.
+
+    Args:
+        counts: how often each document has each row's token, `[documents, rows]`.
+    """
+    present = (counts > 0).astype(np.float64)
+    weights = present @ diags_array(np.log(present.shape[0] / np.maximum(1, present.sum(0))))
+    norms = np.sqrt(weights.multiply(weights).sum(1))
+    weights = csr_array(diags_array(1 / np.maximum(norms, 1e-30)) @ weights)
+    first, others = weights[:_CLUSTERED], weights[_CLUSTERED:]
+    number = first.shape[0]
+    if number == 1:
+        return np.zeros(1, dtype=np.int64)
+    distance = np.clip(1 - (first @ first.T).toarray(), 0, None)
+    np.fill_diagonal(distance, 0)
+    fold = np.empty(number, dtype=np.int64)
+    fold[leaves_list(linkage(squareform(distance, checks=False), method="average"))] = (
+        np.arange(number) * FOLDS // number
+    )
+    return np.concatenate(
+        [fold, fold[[int((first @ other.T).toarray().argmax()) for other in others]].astype(np.int64)]
+    )

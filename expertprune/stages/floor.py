@@ -16,8 +16,10 @@ from expertprune.composition.widths import LayerWidths, legal_ffn
 from expertprune.corpora.documents import CorpusName
 from expertprune.errors import PlanError
 from expertprune.evaluation.documents import score_documents
-from expertprune.models.loading import load_model
+from expertprune.evaluation.retention import bits_per_byte
+from expertprune.models.running import run_folder
 from expertprune.progress import Track
+from expertprune.pruning.repair import check_repair
 from expertprune.pruning.write import RepairInput, prune
 from expertprune.spec.schema import Budget, Retention
 from expertprune.stages.validate import Prepared, validation_documents
@@ -39,12 +41,13 @@ class Kept:
     @property
     def expert(self) -> float:
         """The least over the corpora of the dimensions."""
-        return min(value for name, value in self.corpora.items() if not name.startswith("general/"))
+        return min(value for name, value in self.corpora.items() if not CorpusName.parse(name).is_general)
 
     @property
     def general(self) -> float:
         """The least over the general corpora; infinite where there are none."""
-        return min((value for name, value in self.corpora.items() if name.startswith("general/")), default=float("inf"))
+        kept = (value for name, value in self.corpora.items() if CorpusName.parse(name).is_general)
+        return min(kept, default=float("inf"))
 
     def holds(self, floor: Retention) -> bool:
         return self.expert >= (floor.expert or 0) and self.general >= (floor.general or 0)
@@ -122,13 +125,13 @@ def _try(prepared: Prepared, profiles: Mapping[CorpusName, Profile], budget: Bud
     """The plan under one budget, and what its expert keeps."""
     plan = compose(prepared.spec.model_copy(update={"budget": budget}), prepared.base, profiles)
     repair_input = None
-    if prepared.spec.compensation.method != "none":
-        repair_input = RepairInput(prepared.model, prepared.repair_batches(), prepared.spec.compensation)
+    if check_repair(prepared.spec.compensation.method).runs_model:
+        repair_input = RepairInput(prepared.running.model, prepared.repair_batches(), prepared.spec.compensation)
     with tempfile.TemporaryDirectory(prefix="expertprune-") as temporary:
         folder = Path(temporary) / "expert"
         folder.mkdir()
         prune(plan, prepared.base, folder, repair_input)
-        expert = load_model(folder, prepared.base.dtype, trust_remote_code=prepared.base.trust_remote_code)
+        expert = run_folder(folder, prepared.base)
     return plan, measure(prepared, expert)
 
 
@@ -138,6 +141,8 @@ def measure(prepared: Prepared, expert: object) -> Kept:
     for name, corpus in prepared.corpora.items():
         documents = validation_documents(corpus)
         settings = prepared.spec.calibration
-        scores = score_documents(prepared.model, expert, prepared.tokenizer, documents, settings.max_tokens)
-        kept[str(name)] = float(scores.base.sum() / scores.expert.sum())
+        scores = score_documents(
+            prepared.running.model, expert, prepared.running.tokenizer, documents, settings.max_tokens
+        )
+        kept[str(name)] = bits_per_byte(scores).point
     return Kept(kept)

@@ -28,8 +28,8 @@ from tests.patching import everywhere
 from tests.tiny import tiny_model, tiny_tokenizer, write_corpus
 
 COMMANDS = [
-    "bench", "build", "compare", "compose", "evaluate", "export", "families", "inspect", "profile", "prune", "report",
-    "schema", "serve", "sweep", "validate", "vocabulary",
+    "bench", "build", "compare", "compose", "evaluate", "export", "families", "init", "inspect", "list", "profile", "prune",
+    "report", "schema", "serve", "sweep", "validate", "vocabulary",
 ]  # fmt: skip
 CORPORA = ["language/en", "domain/medical", "task/qa", "general/general"]
 # The tiny model by hand: embeddings and output 64 × 24 each, a last norm, and three layers of four attention
@@ -437,7 +437,6 @@ def test_composing_from_stored_profiles_alone(tmp_path: Path, spec_file: Path, n
         ("relevance={criterion: taylor, loss: kl}", "gradient-kl"),
         ("relevance={criterion: fisher, loss: kl}", "gradient-kl"),
         ("relevance=regional", "regional"),
-        ("relevance=obs", "removal"),
     ],
 )
 def test_a_pass_that_the_stored_profiles_lack_is_named(

@@ -55,7 +55,13 @@ def profile_of(folder: Path, documents: list[list[int]], folds: list[int]) -> Pr
         "row": torch.cat([rows for rows, _ in counted]),
         "occurrences": torch.cat([counts for _, counts in counted]),
     }
-    about = {"digest": "d", "corpus": str(DE), "documents": [], "tokens": 1, "layers": []}
+    about = {
+        "digest": "d",
+        "corpus": str(DE),
+        "documents": [str(n) for n in range(len(documents))],
+        "tokens": 1,
+        "layers": [],
+    }
     save_profile(folder / "de.vocabulary.safetensors", about, statistics)
     return save_profile(folder / "de.safetensors", about, {"tokens": torch.zeros(1)})
 
@@ -160,7 +166,7 @@ def test_rows_that_must_stay_may_leave_nothing_to_cut() -> None:
 def test_too_little_text_is_told_before_any_model_runs(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("expertprune.stages.validate.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("expertprune.models.running.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     data = worded_spec(folder, tmp_path / "spec", {"vocabulary": {"coverage": 0.9999}})
     with pytest.raises(PlanError, match=r"language/de promise at most coverage: 0\.9\d+; give it about 30,000 tokens"):
         expertprune.validate(parse_spec(data, "spec", tmp_path))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import expertprune
 from expertprune.artifacts.plan import VocabularyPlan, load_plan
-from expertprune.artifacts.profile import Profile, save_profile
+from expertprune.artifacts.profile import VOCABULARY, Profile, save_profile
 from expertprune.composition.rows import CorpusRows, choose_rows, essentials, padding_rows, row_scores
 from expertprune.corpora.documents import CorpusName, corpus_names
 from expertprune.errors import CheckpointError, PlanError, SpecError
@@ -52,7 +52,7 @@ def stored(folder: Path, name: str, count: Tensor, mass: Tensor) -> Profile:
         "row": row,
         "occurrences": count[row],
     }
-    about = {"digest": name, "corpus": name, "documents": [], "tokens": int(count.sum()), "layers": []}
+    about = {"digest": name, "corpus": name, "documents": [name], "tokens": int(count.sum()), "layers": []}
     save_profile(folder / f"{name}.vocabulary.safetensors", about, statistics)
     return save_profile(folder / f"{name}.safetensors", about, {"tokens": torch.zeros(1)})
 
@@ -88,7 +88,7 @@ def test_a_row_scores_frequency_plus_mass_the_largest_over_dimensions_and_genera
         medical=({2: 1, 1: 1}, {2: 0.125}),
         general=({4: 1}, {2: 1.5}),
     )
-    parts = {name: CorpusRows(profile.part("vocabulary")) for name, profile in profiles.items()}
+    parts = {name: CorpusRows(profile.part(VOCABULARY)) for name, profile in profiles.items()}
     score, source = row_scores(spec, parts)
     # row 0: de 1/4. row 1: de 3/4 + 1/2. row 2: medical 1/2 + 1/8, general 3/4. row 3: fr 1. row 4: general 1/2.
     assert score[:6].tolist() == [0.25, 1.25, 0.75, 1.0, 0.5, 0.0]
@@ -252,7 +252,7 @@ def test_rows_are_the_same_however_layers_are_cut(folder: Path, tmp_path: Path, 
 def test_a_tokenizer_of_another_kind_is_refused_before_any_work(
     tiny_spec: Spec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("expertprune.stages.validate.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("expertprune.models.running.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(CheckpointError, match="WordLevel tokenizer cannot be cut"):
         expertprune.build(tiny_spec, "out", overrides={"budget.vocabulary": {"keep": 64}})
 
@@ -281,12 +281,14 @@ def test_a_wrong_budget_is_told(budget: dict[str, Any], said: str) -> None:
 
 
 def test_metrics_per_token_are_refused_with_a_vocabulary_and_left_out_where_none_is_named() -> None:
-    assert spec_of({"keep": 320}).evaluate.metrics == ["bits_per_byte", "questions"]
-    assert spec_of({"keep": 320}, evaluate={"metrics": ["questions"]}).evaluate.metrics == ["questions"]
     again = parse_spec(spec_of({"keep": 320}).document(), "spec", Path())
-    assert again.evaluate.metrics == ["bits_per_byte", "questions"]
-    with pytest.raises(SpecError, match=r"evaluate.metrics: perplexity, kl cannot be measured"):
-        spec_of({"keep": 320}, evaluate={"metrics": ["bits_per_byte", "perplexity", "kl"]})
+    assert again.evaluate.metrics is None
+    assert again.evaluate.chosen_metrics(other_tokens=True) == ["bits_per_byte", "questions"]
+    assert spec_of({"keep": 320}, evaluate={"metrics": ["questions"]}).evaluate.metrics == ["questions"]
+    everything = ["bits_per_byte", "perplexity", "kl", "questions"]  # what a user lists is what the user wants
+    for metrics in (everything, everything[:3]):
+        with pytest.raises(SpecError, match=r"evaluate.metrics: perplexity, kl cannot be measured"):
+            spec_of({"keep": 320}, evaluate={"metrics": metrics})
 
 
 def test_packed_indices_come_back_and_damage_is_told() -> None:

@@ -16,12 +16,13 @@ from torch import Tensor
 
 import expertprune
 from expertprune.arch import families, family_of
+from expertprune.artifacts.plan import StructureBudget
 from expertprune.cli import main
-from expertprune.corpora.batches import make_batches
-from expertprune.profiling.forward import collect
+from expertprune.profiling.forward import forward_pass
 from expertprune.profiling.gradients import gradient_pass
 from expertprune.spec.schema import Spec
-from tests.oracle import load, logits_of, masked_logits, read_json, resolved
+from tests.masks import tiny_of
+from tests.oracle import assert_same, exact, load, logits_of, masked_logits, read_json, resolved
 from tests.pruning.test_experts import EXPERTS, LENGTHS, Array, documents, numbers, planted_spec, routing_of, silu
 from tests.tiny import save_tiny, tiny_model
 
@@ -29,10 +30,8 @@ FAMILIES = [name for name, family in families().items() if family.experts is not
 WIDTH = {"mixtral": 32, "olmoe": 32, "qwen2_moe": 16, "qwen3_moe": 16}
 
 
-def collected(model: Any, name: str, tokens_per_batch: int) -> dict[str, Tensor]:
-    family = family_of(name)
-    shapes = family.layer_shapes(model.config.to_dict())
-    return collect(model, family, shapes, make_batches(documents(), tokens_per_batch, pad=63))
+def collected(model: Any, tokens_per_batch: int) -> dict[str, Tensor]:
+    return forward_pass(tiny_of(model).text(documents(), tokens_per_batch))
 
 
 def stored_half(found: dict[str, Tensor], name: str) -> Array:
@@ -50,11 +49,12 @@ def weighted_neurons(model: Any, layer: int, ids: list[int]) -> Array:
     return np.concatenate(parts, 1)
 
 
-@pytest.mark.parametrize("tokens_per_batch", [1, 30, 1000])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "tokens_per_batch"), [("mixtral", 1), ("olmoe", 30), ("qwen2_moe", 30), ("qwen3_moe", 1000)]
+)
 def test_statistics_of_neurons_are_those_of_each_document_alone(name: str, tokens_per_batch: int) -> None:
     model = tiny_model(name)
-    found = collected(model, name, tokens_per_batch)
+    found = collected(model, tokens_per_batch)
     for layer in range(3):
         every = [weighted_neurons(model, layer, ids) for ids in documents()]
         for number, values in enumerate(every):
@@ -77,7 +77,7 @@ def test_statistics_of_neurons_are_those_of_each_document_alone(name: str, token
             assert float(found[f"ffn.{layer}.weight_norm"][unit]) == pytest.approx(np.sqrt(owned), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
 def test_neurons_that_are_permuted_have_permuted_statistics(name: str) -> None:
     model, permuted = tiny_model(name), tiny_model(name)
     generator = torch.Generator().manual_seed(4)
@@ -95,7 +95,7 @@ def test_neurons_that_are_permuted_have_permuted_statistics(name: str) -> None:
                 weight.copy_(weight[places])
             orders.append(torch.cat([int(place) * width + inside[int(place)] for place in places]))
     torch.testing.assert_close(logits_of(permuted), logits_of(model), atol=1e-4, rtol=1e-4)
-    before, after = collected(model, name, 30), collected(permuted, name, 30)
+    before, after = collected(model, 30), collected(permuted, 30)
     for layer, order in enumerate(orders):
         assert order.tolist() != sorted(order.tolist())
         ours, theirs = (stored_half(found, f"ffn.{layer}.rms") for found in (after, before))
@@ -108,9 +108,8 @@ def test_neurons_that_are_permuted_have_permuted_statistics(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradients_of_masks_are_those_of_one_backward_pass_through_the_whole_model(name: str) -> None:
     """A mask `m` on a column makes it `m w`, so `∂L/∂m = w · ∂L/∂w` at 1."""
-    model, family = tiny_model(name).requires_grad_(False), family_of(name)
-    shapes = family.layer_shapes(model.config.to_dict())
-    found = gradient_pass(model, family, shapes, make_batches(documents(), 30, pad=63), "language_model")
+    model = tiny_model(name).requires_grad_(False)
+    found = gradient_pass(tiny_of(model).text(documents()), "language_model")
     layers = model.model.layers
     weights = [(layer.mlp.experts.down_proj, layer.self_attn.o_proj.weight) for layer in layers]
     for weight in (each for pair in weights for each in pair):
@@ -141,12 +140,12 @@ def spec_of(folder: Path, tmp_path: Path, budget: dict[str, Any], **others: Any)
     return Spec.model_validate(data)
 
 
-@pytest.mark.parametrize("criterion", ["impact", "activation", "magnitude", "fluctuation", "taylor", "fisher"])
+@pytest.mark.parametrize("criterion", ["impact", "fluctuation", "fisher"])
 def test_each_expert_keeps_its_own_best_neurons(criterion: str, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "base", "mixtral")
     relevance = {"criterion": criterion, "experts": "reap"}
     plan = expertprune.compose(spec_of(folder, tmp_path, {"ffn": 0.5, "experts": 2}, relevance=relevance))
-    assert plan.budget["ffn"] == {"requested": 0.5, "of": 32, "kept": 16, "removed": 16}
+    assert plan.budget["ffn"] == StructureBudget(requested=0.5, of=32, kept=16, removed=16)
     chosen = set()
     for layer in plan.kept:
         assert len(layer.experts) == 4
@@ -158,9 +157,8 @@ def test_each_expert_keeps_its_own_best_neurons(criterion: str, tmp_path: Path) 
     assert before - after == 3 * (2 * (3 * 24 * 32 + 24) + 4 * 16 * 3 * 24)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_larger_budget_never_keeps_what_a_smaller_one_dropped(name: str, tmp_path: Path) -> None:
-    folder = save_tiny(tmp_path / "base", name, **({} if WIDTH[name] == 32 else {"moe_intermediate_size": 32}))
+def test_a_larger_budget_never_keeps_what_a_smaller_one_dropped(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "base", "mixtral")
     plans = [expertprune.compose(spec_of(folder, tmp_path, {"ffn": count})) for count in (8, 16, 24)]
     for more, fewer in itertools.pairwise(plans):
         for wide, narrow in zip(more.kept, fewer.kept, strict=True):
@@ -187,7 +185,7 @@ def test_planted_neurons_are_found(tmp_path: Path) -> None:
 def test_parameters_beside_experts_are_met_by_neurons(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "base", "mixtral")
     plan = expertprune.compose(spec_of(folder, tmp_path, {"experts": 1, "parameters": 0.4}))
-    assert plan.budget["experts"]["kept"] == 5
+    assert plan.budget["experts"].kept == 5
     before, after = plan.parameters.before, plan.parameters.after
     step = 3 * 5 * 8 * 3 * 24  # of three layers, five experts, eight neurons of three matrices
     assert before - after >= 0.4 * before > before - after - step
@@ -200,12 +198,12 @@ def test_experts_with_fewer_neurons_are_built_from_the_shortest_spec(
     folder = save_tiny(tmp_path / "base", "mixtral")
     spec = spec_of(folder, tmp_path, {"ffn": 0.25, "experts": 1, "kv_groups": 1})
     out = expertprune.build(spec, tmp_path / "expert", store=tmp_path / "store")
-    assert "neurons inside experts are cut without repair" in caplog.text
+    assert "neurons of routed experts are cut without repair" in caplog.text
     config, about = read_json(out / "config.json"), read_json(out / "expertprune.json")
     assert (config["num_local_experts"], config["intermediate_size"], config["num_key_value_heads"]) == (5, 24, 2)
-    relevance = about["plan"]["spec"]["relevance"]
+    relevance = about["spec"]["relevance"]
     assert (relevance["criterion"], relevance["experts"]) == ("fisher", "reap")
-    assert about["plan"]["spec"]["compose"]["allocation"] == "uniform"
+    assert about["spec"]["compose"]["allocation"] == "uniform"
     assert sum(parameter.numel() for parameter in load(out).parameters()) == about["parameters"]["after"]
 
 
@@ -216,7 +214,7 @@ def test_what_is_not_repaired_is_the_masked_model(tmp_path: Path, store: Path) -
     out = expertprune.prune(plan, tmp_path / "expert", store=store)
     base = resolved(folder, store)
     assert base.layers[0].ffn == 16
-    torch.testing.assert_close(logits_of(load(out)), masked_logits(load(folder), plan), atol=1e-5, rtol=1e-5)
+    assert_same(logits_of(exact(out)), masked_logits(exact(folder), plan))
 
 
 # --- what a spec leaves out -------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def test_sizes_that_cannot_be_are_refused(folder: Path, tmp_path: Path, rows: st
 
 
 def test_sizes_are_checked_before_any_model_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("expertprune.stages.validate.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("expertprune.models.running.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     spec = parse_spec(worded_spec(folder, tmp_path / "spec", {"vocabulary": {"keep": 320}}), "spec", tmp_path)
     with pytest.raises(PlanError, match="--rows 64"):
         tradeoff.vocabulary(spec, rows=[64])
