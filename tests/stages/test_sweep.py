@@ -19,18 +19,19 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 import expertprune
-from expertprune.artifacts.evaluation import Evaluation, Measured
+from expertprune.artifacts.evaluation import CorpusResult, DocumentBits, Evaluation, Measured, Settings
 from expertprune.artifacts.sweep import Point, Sweep, SweptBase
 from expertprune.cli import main
 from expertprune.errors import SpecError
 from expertprune.evaluation import measure, questions
+from expertprune.evaluation.retention import pooled
 from expertprune.models import loading
 from expertprune.progress import silent
 from expertprune.pruning import write
 from expertprune.reporting.pictures import retention_curve
 from expertprune.spec.reading import parse_spec
 from expertprune.spec.schema import Evaluate
-from expertprune.stages import sweep as sweeping
+from expertprune.stages.sweep import SWEEP_FILE
 from tests.patching import everywhere
 from tests.tiny import write_corpus
 
@@ -146,7 +147,7 @@ def pool(built: dict[str, Any], corpora: list[str]) -> dict[str, float]:
 
     size = sum(d["bytes"] for d in documents)
     return {
-        "documents": len(documents),
+        "examples": len(documents),
         "base": math.fsum(base) / size,
         "expert": math.fsum(expert) / size,
         "retention": math.fsum(base) / math.fsum(expert),
@@ -174,8 +175,9 @@ def test_each_point_is_what_build_gives_under_the_same_budget(
             assert point["corpora"][name]["metrics"] == result["metrics"]
             assert point["corpora"][name]["documents"] == 4
         assert point["corpora"]["task/qa"]["questions"] == 6
-        assert point["expert"] == pytest.approx(pool(built, DIMENSIONS), rel=1e-12)
-        assert point["general"] == pytest.approx(pool(built, ["general/general"]), rel=1e-12)
+        for group, names in (("expert", DIMENSIONS), ("general", ["general/general"])):
+            said = {key: value for key, value in point[group].items() if value is not None}
+            assert said == pytest.approx(pool(built, names), rel=1e-12)
     assert data["base"]["parameters"] == BEFORE
     half, quarter = (point["expert"] for point in data["points"])
     assert half["base"] == quarter["base"]
@@ -183,14 +185,20 @@ def test_each_point_is_what_build_gives_under_the_same_budget(
 
 
 def test_a_document_of_two_corpora_counts_once() -> None:
-    first = {"digest": "a", "bytes": 10, "base_bits": 8.0, "expert_bits": 16.0}
-    second = {"digest": "b", "bytes": 30, "base_bits": 24.0, "expert_bits": 24.0}
-    corpora = {"domain/x": {"per_document": [first]}, "task/y": {"per_document": [first, second]}, "general/z": {}}
-    result = sweeping.pooled(Evaluation(corpora, {}), general=False)
-    assert result is not None
+    def document(digest: str, size: int, base: float, expert: float) -> DocumentBits:
+        return DocumentBits(digest=digest, tokens=1, bytes=size, base_bits=base, expert_bits=expert, kl_bits=None,
+                            expert_tokens=1, expert_bytes=size)  # fmt: skip
+
+    first, second = document("a", 10, 8.0, 16.0), document("b", 30, 24.0, 24.0)
+    corpora = {
+        name: CorpusResult(group=group, documents=len(rows), questions=0, metrics={}, per_document=rows)
+        for name, group, rows in (("x", "expert", [first]), ("y", "expert", [first, second]), ("z", "general", []))
+    }
+    evaluation = Evaluation(settings=Settings(resamples=2000), corpora=corpora)
     # (8 + 24) / (16 + 24); of two documents, either alone or both are drawn: 8/16, 24/24 are the ends.
-    assert result == {"documents": 2, "base": 0.8, "expert": 1.0, "retention": 0.8, "low": 0.5, "high": 1.0}
-    assert sweeping.pooled(Evaluation(corpora, {}), general=True) is None
+    expected = Measured(examples=2, base=0.8, expert=1.0, retention=0.8, low=0.5, high=1.0)
+    assert pooled(evaluation, "expert") == expected
+    assert pooled(evaluation, "general") is None
 
 
 @pytest.mark.parametrize(
@@ -213,7 +221,8 @@ def test_the_value_replaces_what_the_spec_removes(
     built = build(spec, tmp_path / "built", *(part for setting in same for part in ("--set", setting)))
     assert point.parameters == built["parameters"]
     assert point.parameters["after"] < BEFORE
-    assert point.corpora["domain/medical"]["metrics"] == built["evaluation"]["corpora"]["domain/medical"]["metrics"]
+    metrics = point.corpora["domain/medical"].model_dump(mode="json")["metrics"]
+    assert metrics == built["evaluation"]["corpora"]["domain/medical"]["metrics"]
     assert point.general is None
 
 
@@ -224,7 +233,7 @@ def test_kept_experts_are_those_that_build_makes(tmp_path: Path, spec_file: Path
     build(spec_file, tmp_path / "built")
     for path in (tmp_path / "built").iterdir():
         assert (tmp_path / "sweep" / "tiny-0.25" / path.name).read_bytes() == path.read_bytes()
-    saved = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    saved = json.loads((tmp_path / "sweep" / SWEEP_FILE).read_text())
     assert saved == {**data, "earlier": []}
     assert list(temporary.iterdir()) == []
 
