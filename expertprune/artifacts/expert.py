@@ -165,8 +165,9 @@ class Expert(Description):
         description, measured = _read(data, str(path))
         try:
             evaluation = Evaluation.from_document(measured) if measured is not None else None
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{path}: damaged: evaluation: {error!r}; evaluate the expert again") from None
+        except ValidationError as error:
+            problems = "; ".join(problems_of(error, Evaluation))
+            raise CheckpointError(f"{path}: damaged: evaluation: {problems}; evaluate the expert again") from None
         return cls(**_fields(description), folder=folder, evaluation=evaluation)
 
     def save(self) -> None:
