@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from expertprune.cli import main
 from expertprune.files import to_json
 from expertprune.reporting.page import Number, charts, headline_rows, render, report
-from tests.experts import about, copied, measured
+from tests.experts import about, copied, measured, throughput
 from tests.html import at, numbers, parsed, words
 
 Build = tuple[Path, Path]
@@ -265,7 +265,8 @@ def test_an_expert_of_which_nothing_was_cut(tiny_build: Build, tmp_path: Path) -
 @pytest.mark.usefixtures("undrawn")
 def test_a_single_disturbed_round_is_said(tiny_build: Build, tmp_path: Path) -> None:
     folder = measured(copied(tiny_build, tmp_path / "e"))
-    measurement = json.loads((folder / "throughput.json").read_text()) | {"runs": [{}] * 2, "limit": 1.1}
+    measurement = throughput(limit=1.1)
+    measurement["load"]["rounds"] = 1
     (folder / "throughput.json").write_text(json.dumps(measurement))
     report(folder, store=tiny_build[1])
     text = words(parsed((folder / "report.html").read_text()))
