@@ -22,6 +22,7 @@ from expertprune.files import shipped, to_json
 from expertprune.models.loading import load_model, load_tokenizer
 from expertprune.reporting.tables import retention_table
 from tests.engines import ALONE, TRANSFORMERS, VLLM, run_script
+from tests.patching import everywhere
 
 pytestmark = pytest.mark.slow
 SPEC = Path(__file__).parents[2] / "profiles" / "english-medical-qa.yaml"
@@ -97,7 +98,7 @@ def test_a_second_build_reuses_every_profile(
     def unexpected(*_: Any, **__: Any) -> None:
         raise AssertionError("the model was run for a stored profile")
 
-    monkeypatch.setattr("expertprune.stages.validate.profile_corpus", unexpected)
+    everywhere(monkeypatch, "expertprune.profiling.store.measure", unexpected)
     plan = expertprune.compose(SPEC, store=real_store)
     assert plan.document() == expertprune.inspect(expert)["plan"]
 

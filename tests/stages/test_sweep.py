@@ -19,6 +19,8 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 import expertprune
+from expertprune.artifacts.evaluation import Measured
+from expertprune.artifacts.sweep import Point, Sweep, SweptBase
 from expertprune.cli import main
 from expertprune.errors import SpecError
 from expertprune.evaluation import measure, questions
@@ -27,6 +29,7 @@ from expertprune.progress import silent
 from expertprune.pruning import write
 from expertprune.reporting.pictures import retention_curve
 from expertprune.spec.reading import parse_spec
+from expertprune.spec.schema import Evaluate
 from tests.patching import everywhere
 from tests.tiny import write_corpus
 
@@ -464,8 +467,13 @@ def test_the_picture_comes_into_the_folder_of_the_sweep(tmp_path: Path, spec_fil
         assert len(image.convert("RGB").getcolors(2**24) or ()) > 50, "something is drawn"
 
 
-def numbers(retention: float) -> dict[str, float]:
-    return {"retention": retention, "low": retention - 0.02, "high": retention + 0.03}
+def point(budget: float, expert: float, general: float) -> Point:
+    def kept(retention: float) -> Measured:
+        return Measured(examples=9, expert=1.0, retention=retention, low=retention - 0.02, high=retention + 0.03)
+
+    parameters = {"before": 100, "after": 90}
+    return Point(budget=budget, key=str(budget), parameters=parameters, fraction=1 - 0.6 * budget, bytes=1, corpora={},
+                 expert=kept(expert), general=kept(general))  # fmt: skip
 
 
 def texts(path: Path) -> list[str]:
@@ -474,15 +482,15 @@ def texts(path: Path) -> list[str]:
 
 
 def test_an_svg_names_its_curves_and_is_the_same_every_time(tmp_path: Path) -> None:
-    points = [
-        {"budget": 0.5, "fraction": 0.7, "expert": numbers(0.8), "general": numbers(0.6)},
-        {"budget": 0.1, "fraction": 0.9, "expert": numbers(0.97), "general": numbers(0.95)},
-    ]
-    retention_curve(points, tmp_path / "a.svg")
-    retention_curve(points[::-1], tmp_path / "b.svg")
+    points = [point(0.5, 0.8, 0.6), point(0.1, 0.97, 0.95)]
+    base = SweptBase(model="tiny", digest="d", parameters=100)
+    found = Sweep(name="tiny", base=base, settings=Evaluate(), points=points)
+    retention_curve(found, tmp_path / "a.svg")
+    retention_curve(found.model_copy(update={"points": points[::-1]}), tmp_path / "b.svg")
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     assert {"expert", "general", "base"} <= set(texts(tmp_path / "a.svg"))
-    retention_curve([{**point, "general": None} for point in points], tmp_path / "c.svg")
+    alone = [each.model_copy(update={"general": None}) for each in points]
+    retention_curve(found.model_copy(update={"points": alone}), tmp_path / "c.svg")
     assert "expert" in texts(tmp_path / "c.svg")
     assert "general" not in texts(tmp_path / "c.svg")
 
