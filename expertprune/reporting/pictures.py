@@ -1,4 +1,4 @@
-"""Pictures of results, drawn by matplotlib into PNG or SVG files. It is imported by the function that draws."""
+"""Pictures of results as PNG or SVG files. Matplotlib is imported only when something is drawn."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ FORMATS = (".png", ".svg")
 STRUCTURES = {"ffn": "FFN neurons", "query_heads": "query heads", "kv_groups": "KV groups", "experts": "MoE experts"}
 
 
-# One hue from light to dark, with a frame of orange: nothing hangs on telling red from green.
+# One hue from light to dark and an orange frame, so that nobody has to tell red from green.
 COLOURS, FRAME, QUIET = "Blues", "#D55E00", "#6b6b6b"
 
 
 _CELL, _TREE, _GAP, _HEAD, _LETTER = 0.56, 0.9, 0.4, 0.95, 0.078  # inches
 
 
-# Key of a point, colour, marker and line of its curve: told apart without colour too.
+# Key of a point, colour, marker and line of its curve. Markers and lines differ for those who do not see colours.
 _CURVES = (("expert", "#0072B2", "o", "-"), ("general", "#D55E00", "s", "--"))
 
 
@@ -37,7 +37,7 @@ def check_picture(path: Path, made: Path | None = None) -> None:
     """Raises `CheckpointError` if a picture cannot be written there: another format, or no such folder.
 
     Args:
-        made: a folder that will be there by then.
+        made: a folder that will exist when the picture is written.
     """
     if path.suffix.lower() not in FORMATS:
         raise CheckpointError(f"{path}: a picture is a {' or '.join(FORMATS)} file")
@@ -60,7 +60,7 @@ def save_picture(figure: Figure, path: Path) -> None:
 
 
 def draw_comparison(comparison: Mapping[str, Any], path: Path) -> None:
-    """Heat maps of the overlap, a dendrogram above each, one for each structure.
+    """A heat map of the overlap for each structure, with a dendrogram above it.
 
     Args:
         comparison: a `Comparison`'s document.
@@ -202,7 +202,7 @@ def retention_curve(sweep: Sweep, path: Path) -> None:
 
 
 def _label_curves(axes: Any, left: float, labels: list[tuple[float, str, str]]) -> None:
-    """Each curve's name beside its smallest expert, where curves lie furthest apart; moved apart where they do not."""
+    """Write each curve's name beside its smallest expert; names that would overlap are moved apart."""
     bottom, top = axes.get_ylim()
     heights = [height for height, _, _ in labels]
     lacking = 0.07 * (top - bottom) - (max(heights) - min(heights)) if len(labels) > 1 else 0.0
@@ -213,7 +213,7 @@ def _label_curves(axes: Any, left: float, labels: list[tuple[float, str, str]]) 
 
 
 def throughput_picture(result: Mapping[str, Any], metrics: Mapping[str, tuple[str, bool]], path: Path) -> None:
-    """Expert over base, metric by metric: every pair, their median, and the limit of the speed-up.
+    """Expert over base for each metric: every pair, their median, and the limit of the speed-up.
 
     Args:
         result: a throughput document.

@@ -118,7 +118,7 @@ def plan_table(plan: Plan) -> Table:
 
 
 def vocabulary_table(vocabulary: VocabularyPlan) -> Table:
-    """Which vocabulary rows a plan keeps, and why."""
+    """The vocabulary rows that a plan keeps, and why."""
     why, rows = vocabulary.why, vocabulary.rows
     table = Table(title=Text(f"vocabulary: {rows.rows:,} of {rows.of:,} rows"), show_header=False, title_justify="left")
     for name, count in why["protected"].items():
@@ -135,13 +135,13 @@ def vocabulary_table(vocabulary: VocabularyPlan) -> Table:
 
 
 def vocabulary_tables(tradeoff: Mapping[str, Any]) -> Group:
-    """Vocabularies of several sizes, and what each does to every corpus."""
+    """Vocabularies of several sizes, and the effect of each on every corpus."""
     base = tradeoff["base"]
     kept = ", ".join(f"{reason} {count:,}" for reason, count in tradeoff["always_kept"].items())
     about = Text(
         f"{base['model']}: {base['tokenizer']}, {base['tokens']:,} tokens in {base['rows']:,} rows, "
         f"{base['parameters']:,} parameters.\nAlways kept: {kept} (they overlap); at least {tradeoff['smallest']:,} rows.\n"
-        "Covered: the part of the base's tokens whose rows are kept, of calibration text and of measured text."
+        "Covered: the share of the base's tokens whose rows are kept, in calibration text and in measured text."
     )
     sizes = Table("rows", "parameters", "of base", "saved", title=Text(f"{tradeoff['name']}: sizes"))
     table = Table("corpus", "rows", "covered,\ncalibration", "covered,\nmeasured", title=Text("by corpus"))
