@@ -1,1 +1,1 @@
-"""Benchmarks: scripts that print the project's figures, and the peer methods they compare with."""
+"""Benchmarks: the commands behind the project's figures, their results, and peer methods."""

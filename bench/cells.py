@@ -1,4 +1,7 @@
-"""One cell of a quality table: a method on a model, calibrated, cut and measured once, kept by the digest of all of that."""
+"""Cells of the quality tables: a method on a model, calibrated, cut and measured once.
+
+A finished cell is kept in `bench/results/` under the digest of what it asks for (`Cell.asked`).
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import jsonlines
-import torch
+import numpy as np
 
 import expertprune
-from expertprune.files import digest_of, write_file, write_json
+from expertprune.files import digest_of, write_file
 from expertprune.models.loading import load_model
 from expertprune.progress import silent
 from expertprune.spec.reading import parse_spec
 from expertprune.spec.schema import Spec
 from expertprune.stages.compose import plan_of
 from expertprune.stages.prune import write_folder
+from expertprune.stages.validate import Prepared
 
 from .measure import Blocks, Sums, blocks, losses, piqa_answers
 from .peers import METHODS
+from .records import RESULTS, NotMeasuredError, made, read, write
 
-RESULTS = Path(__file__).parent / "results"
 PIECE = 1800  # characters of a calibration document: long articles are cut at line ends
 QA = "Question: {question}\nAnswer: {long_answer}"
 # Corpora by name: file, template. Calibration rows only.
@@ -44,13 +48,15 @@ SETS = {
     **{f"XQuAD-{code}": f"language/xquad_{code}_report.jsonl" for code in ("de", "en", "th")},
 }
 SMOLLM, GEMMA = "smollm2-135m-instruct", "gemma-3-270m"
+SECTIONS = ("calibration", "relevance", "compose", "compensation", "dimensions", "general")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What a cell depends on, beside the data and the versions.
+    """What a cell asks for.
 
-    `method` is `base`, the name of a peer, or `ours` with `overrides` of the spec's keys. `budget` says what goes.
+    `method` is `base`, the name of a peer, or `ours` with `overrides` of the spec's keys. `budget`
+    says what goes.
     """
 
     method: str
@@ -65,20 +71,48 @@ class Cell:
     blocks: int = 16
     piqa: int = 150
 
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The cell as plain data; of a base only model and measure, as nothing calibrates it."""
+        every = json.loads(json.dumps(asdict(self)))
+        names = ("method", "model", "sets", "blocks", "piqa") if self.method == "base" else tuple(every)
+        return {name: every[name] for name in names}
+
+    def path(self, results: Path = RESULTS) -> Path:
+        return results / f"{digest_of(self.asked)[:16]}.json"
+
 
 @dataclass(frozen=True)
 class Result:
-    """A cell's figures: per set the losses by document, PIQA answers (1 right), removed parameters, seconds by stage."""
+    """A cell's figures.
+
+    `sums` holds the losses by document of each set, `piqa` 1 for each right answer, `removed` the
+    parameters that went, `tokens` the calibration text, and `made` commit, date and versions.
+    """
 
     sums: dict[str, Sums]
     piqa: list[float]
     removed: int
-    seconds: dict[str, float]
-    about: dict[str, Any]
+    tokens: int
+    made: dict[str, Any]
+
+
+def stored(cell: Cell, results: Path = RESULTS) -> Result:
+    """The result of a cell that was computed before.
+
+    Raises:
+        NotMeasuredError: the cell has no result.
+    """
+    try:
+        data = read(cell.path(results))
+    except NotMeasuredError as error:
+        raise NotMeasuredError(f"{error}: {json.dumps(cell.asked)}") from None
+    sums = {name: Sums(np.array(each["nats"]), np.array(each["tokens"])) for name, each in data["sums"].items()}
+    return Result(sums, data["piqa"], data["removed"], data["tokens"], data["made"])
 
 
 class Bench:
-    """Cells over one data folder, each computed once."""
+    """Computes cells over one folder of data, each once."""
 
     def __init__(self, data: Path, results: Path = RESULTS) -> None:
         self.data, self.results = data, results
@@ -102,7 +136,7 @@ class Bench:
         return parse_spec(data, "bench", self.data, overrides)
 
     def pieces(self, name: str) -> Path:
-        """A corpus as JSON lines of `text`, long documents cut into pieces, so that many tokens are to be had."""
+        """A corpus as JSON lines of `text`, long documents cut into pieces to have more of them."""
         file, template = CORPORA[name]
         path = self.results / "corpora" / f"{name}.jsonl"
         if path.is_file():
@@ -121,43 +155,42 @@ class Bench:
         write_file(path, ("\n".join(lines) + "\n").encode())
         return path
 
-    def blocks(self, prepared: Any, name: str, count: int) -> Blocks:
+    def blocks(self, prepared: Prepared, name: str, count: int) -> Blocks:
         key = (prepared.base.tokenizer_digest, name, count)
         if key not in self._sets:
-            self._sets[key] = blocks(self.data / SETS[name], prepared.tokenizer, count)
+            self._sets[key] = blocks(self.data / SETS[name], prepared.running.tokenizer, count)
         return self._sets[key]
 
     def run(self, cell: Cell) -> Result:
-        """The cell's result, from its file if it was computed before."""
-        spec = self.spec(cell)
-        prepared = expertprune.validate(spec)
-        settings = prepared.spec.document()  # with what the spec leaves open decided
-        settings["relevance"] = {key: value for key, value in settings["relevance"].items() if value is not None}
-        sections = ("calibration", "relevance", "compose", "compensation", "dimensions", "general")
+        """The cell's result, computed unless a stored one has the same spec, base and text."""
+        path = cell.path(self.results)
+        prepared = expertprune.validate(self.spec(cell))
+        about = self._about(cell, prepared)
+        if not path.is_file() or not agrees(read(path)["about"], about):
+            figures = self._compute(cell, prepared)
+            write(path, {"cell": cell.asked, "about": about, "made": made(), **figures})
+        return stored(cell, self.results)
+
+    def _about(self, cell: Cell, prepared: Prepared) -> dict[str, Any]:
+        """What the figures depend on beyond `Cell.asked`: the spec's defaults, base and text."""
         about = {
-            "cell": {key: value for key, value in asdict(cell).items() if key != "overrides"},
-            "spec": {key: settings[key] for key in sections} if cell.method == "ours" else settings["calibration"],
             "base": prepared.base.digest,
             "dtype": str(prepared.base.dtype),
-            "corpora": {str(name): corpus.digest for name, corpus in prepared.corpora.items()},
             "sets": {name: digest_of(self.blocks(prepared, name, cell.blocks).ids.tolist()) for name in cell.sets},
         }
-        if cell.method == "base":  # nothing calibrates it
-            about = {key: about[key] for key in ("base", "dtype", "sets")} | {"method": "base", "piqa": cell.piqa}
-        about = json.loads(json.dumps(about))
-        if cell.method == "ours" and not spec.general:
-            about["spec"]["compose"].pop("fusion")  # with nothing to fuse with
-        path = self.results / f"{digest_of(about)[:16]}.json"
-        if not path.is_file():
-            write_json(path, {"about": about, **self._compute(cell, prepared)})
-        return _read(path)
+        if cell.method == "base":
+            return about
+        about["corpora"] = {str(name): corpus.digest for name, corpus in prepared.corpora.items()}
+        settings = prepared.spec.document()  # with what the spec leaves open decided
+        about["spec"] = {name: settings[name] for name in (SECTIONS if cell.method == "ours" else ("calibration",))}
+        return dict(json.loads(json.dumps(about)))
 
-    def _compute(self, cell: Cell, prepared: Any) -> dict[str, Any]:
+    def _compute(self, cell: Cell, prepared: Prepared) -> dict[str, Any]:
         seconds: dict[str, float] = {}
         start = time.perf_counter()
         removed = 0
         if cell.method == "base":
-            model = prepared.model
+            model = prepared.running.model
         elif cell.method == "ours":
             model, removed = _ours(prepared, seconds)
         else:
@@ -169,7 +202,7 @@ class Bench:
         measured = time.perf_counter()
         sums = {name: losses(model, self.blocks(prepared, name, cell.blocks)) for name in cell.sets}
         piqa_file = self.data / "general/piqa_report.jsonl"
-        answers = piqa_answers(model, prepared.tokenizer, piqa_file, cell.piqa).tolist() if cell.piqa else []
+        answers = piqa_answers(model, prepared.running.tokenizer, piqa_file, cell.piqa).tolist() if cell.piqa else []
         seconds["measure"] = time.perf_counter() - measured
         seconds["all"] = time.perf_counter() - start
         return {
@@ -178,11 +211,21 @@ class Bench:
             "sums": {name: {"nats": s.nats.tolist(), "tokens": s.tokens.tolist()} for name, s in sums.items()},
             "piqa": answers,
             "seconds": seconds,
-            "version": expertprune.__version__,
         }
 
 
-def _ours(prepared: Any, seconds: dict[str, float]) -> tuple[Any, int]:
+def agrees(before: Any, now: Any) -> bool:
+    """Whether two descriptions say the same wherever both say something.
+
+    A key that only one of them has is one that the spec gained or lost between them: its default is
+    what was always done.
+    """
+    if isinstance(before, dict) and isinstance(now, dict):
+        return all(agrees(before[key], now[key]) for key in before.keys() & now.keys())
+    return bool(before == now)
+
+
+def _ours(prepared: Prepared, seconds: dict[str, float]) -> tuple[Any, int]:
     begun = time.perf_counter()
     plan = plan_of(prepared, silent)
     seconds["plan"] = time.perf_counter() - begun
@@ -194,16 +237,3 @@ def _ours(prepared: Any, seconds: dict[str, float]) -> tuple[Any, int]:
         seconds["prune"] = time.perf_counter() - begun
         model = load_model(folder, prepared.base.dtype)
     return model, plan.parameters["before"] - plan.parameters["after"]
-
-
-def _read(path: Path) -> Result:
-    import numpy as np
-
-    data = json.loads(path.read_text(encoding="utf-8"))
-    sums = {name: Sums(np.array(s["nats"]), np.array(s["tokens"])) for name, s in data["sums"].items()}
-    about = {**data["about"], "tokens": data["tokens"]}
-    return Result(sums, data["piqa"], data["removed"], data["seconds"], about)
-
-
-def threads() -> int:
-    return torch.get_num_threads()

@@ -1,19 +1,17 @@
-"""Which fusion is best, and with which constants, on calibration rows that calibrated nothing: where the defaults come from.
+"""Which fusion keeps most, and with which constants, on calibration rows that calibrated nothing.
 
     python -m bench.constants --data DATA [--seeds 2]
 
-The cell of `bench.quality`'s table of peers (25% of SmolLM2's FFN neurons), without repair and masked in place of cut, once
-for each choice of `compose.fusion` and each seed of the calibration text; a row is the mean over seeds. Measured on pieces
-of the calibration files that the cell does not profile, none of them a report row. The excess is
-`ln(expert / base)` of the perplexity of 512-token blocks.
+The cell of `bench.quality`'s table of peers (25% of SmolLM2's FFN neurons), without repair and
+masked in place of cut, once for each choice of `compose.fusion` and each seed of the calibration
+text. A row is the mean over seeds. Measured on pieces of the calibration files that the cell does
+not profile; none of them is a report row. The excess is `ln(expert / base)` of the perplexity of
+512-token blocks.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
-import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,13 +22,16 @@ import jsonlines
 import numpy as np
 
 import expertprune
+from expertprune.composition.plan import compose
 from expertprune.models.masking import masked
 from expertprune.progress import silent
-from expertprune.stages.compose import plan_of
+from expertprune.stages.profile import profiles_of
+from expertprune.stages.validate import Prepared
 
-from .cells import Bench, Cell, threads
+from .cells import Bench, Cell
 from .measure import Blocks, blocks, excess, losses
 from .quality import UNREPAIRED
+from .records import Table, made, save_table
 
 PIECES = 400
 # Corpora of calibration rows, and how many blocks of each are measured.
@@ -47,9 +48,9 @@ CHOICES: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-def held_out(bench: Bench, prepared: Any) -> dict[str, Blocks]:
+def held_out(bench: Bench, prepared: Prepared) -> dict[str, Blocks]:
     """Blocks of pieces that none of the cell's corpora profiles, from the last of each file."""
-    taken = {document.text for name in prepared.corpora for document in prepared.calibration(name)[0]}
+    taken = {document.text for name in prepared.corpora for document in prepared.calibration[name].documents}
     found = {}
     for name, count in HELD_OUT.items():
         with jsonlines.open(bench.pieces(name)) as rows:
@@ -57,41 +58,38 @@ def held_out(bench: Bench, prepared: Any) -> dict[str, Blocks]:
         with tempfile.TemporaryDirectory() as folder:
             with jsonlines.open(path := Path(folder) / "held-out.jsonl", "w") as file:
                 file.write_all(free[-PIECES:])
-            found[name] = blocks(path, prepared.tokenizer, count)
+            found[name] = blocks(path, prepared.running.tokenizer, count)
     return found
 
 
 def losses_of(bench: Bench, seed: int) -> Iterator[list[float]]:
-    """Of one seed, the excess on each held-out set, choice by choice."""
+    """The excess on each held-out set, choice by choice, with one seed."""
     cell = Cell("ours", overrides=UNREPAIRED, seed=seed)
     prepared = expertprune.validate(bench.spec(cell))
     sets = held_out(bench, prepared)
-    model = prepared.model
+    model, profiles = prepared.running.model, profiles_of(prepared, silent)
     dense = {name: losses(model, found) for name, found in sets.items()}
     for choice in CHOICES:
-        here = expertprune.validate(bench.spec(replace(cell, overrides={**UNREPAIRED, "compose.fusion": choice})))
-        here.share(prepared)
-        plan = plan_of(here, silent)
-        with masked(model, here.base.family, here.base.layers, plan.kept):
+        spec = bench.spec(replace(cell, overrides={**UNREPAIRED, "compose.fusion": choice}))
+        plan = compose(spec, prepared.base, profiles)
+        with masked(model, prepared.base.family, prepared.base.layers, plan.kept):
             yield [excess(dense[name], losses(model, found)).value for name, found in sets.items()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--data", type=Path, required=True, help="folder of JSON lines, as for bench.quality")
+    parser.add_argument("--seeds", type=int, default=2, help="seeds of the calibration text; default: 2")
     arguments = parser.parse_args()
     bench = Bench(arguments.data.resolve())
-    columns = ("fusion", "λ", "τ", "β", *HELD_OUT, "mean")
+    table = Table(["fusion", "λ", "τ", "β", *HELD_OUT, "mean"])
     found = [losses_of(bench, seed) for seed in range(arguments.seeds)]
-    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|", flush=True)
     for choice in CHOICES:
         values = np.mean([next(row) for row in found], axis=0)
         constants = [f"{choice[key]:g}" if key in choice else "" for key in ("lambda", "tau", "beta")]
-        cells = [choice["method"], *constants, *(f"{value:.3f}" for value in (*values, values.mean()))]
-        print("| " + " | ".join(cells) + " |", flush=True)
-    versions = {name: importlib.metadata.version(name) for name in ("expertprune", "torch", "transformers")}
-    print("\n" + json.dumps({**versions, "threads": threads(), "date": datetime.date.today().isoformat()}))
+        table.add(choice["method"], *constants, *(f"{value:.3f}" for value in (*values, values.mean())))
+    save_table("constants", table, made())
+    print(table)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What each method costs: its wall time over a plain forward pass of the same text in the same run, and its peak memory.
+"""What each method costs: time over a plain forward pass of the same text, and peak memory.
 
-    python -m bench.cost --data DATA [--documents 20]
+    OMP_NUM_THREADS=1 python -m bench.cost --data DATA [--documents 20]
 
-Each method runs in a process of its own: plain forward pass, then the method. Used by `bench.quality --table cost`, too.
+Each method runs in a process of its own, which runs the plain forward pass first.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,15 @@ from expertprune.stages.prune import write_folder
 
 from .cells import Bench, Cell
 from .peers import METHODS
+from .quality import STOCK
+from .records import Table, made, save_table
 
-STOCK = {"relevance.criterion": "impact", "compose.allocation": "uniform"}
+REPAIR = "repair"
 OURS: dict[str, dict[str, Any]] = {
     "profile (forward pass)": STOCK,
     "profile + gradient pass": {"relevance.criterion": "fisher"},
     "profile + regional pass": {"relevance.criterion": "regional"},
-    "profile + removal pass (OBS)": {"relevance.criterion": "obs"},
-    "repair, cut projections": {**STOCK, "compensation.scope": "cut"},
-    "repair, all projections": {**STOCK, "compensation.scope": "all"},
-    "repair, OBS update": {**STOCK, "compensation": "obs"},
+    REPAIR: STOCK,
 }
 
 
@@ -47,11 +47,11 @@ def peak() -> float:
 
 
 def measure(bench: Bench, name: str, documents: int) -> dict[str, Any]:
-    """Seconds of a plain forward pass and of the method on the same text, and peak memory before and after, GiB."""
+    """Seconds of a plain forward pass and of the method; peak memory before and after, GiB."""
     overrides = OURS.get(name, {})
     cell = Cell("ours" if name in OURS else name, documents=documents, overrides=overrides)
     prepared = expertprune.validate(bench.spec(cell), store=None)
-    model, batches = prepared.model, prepared.repair_batches()
+    model, batches = prepared.running.model, prepared.repair_batches()
     with torch.inference_mode():
         model(input_ids=batches[0].ids, use_cache=False)
         start = time.perf_counter()
@@ -60,8 +60,8 @@ def measure(bench: Bench, name: str, documents: int) -> dict[str, Any]:
         plain = time.perf_counter() - start
     before = peak()
     with tempfile.TemporaryDirectory() as temporary:
-        prepared.store = Path(temporary)
-        if name.startswith("repair"):
+        prepared = replace(prepared, store=Path(temporary))
+        if name == REPAIR:
             plan = plan_of(prepared, silent)
             (Path(temporary) / "expert").mkdir()
             start = time.perf_counter()
@@ -78,42 +78,25 @@ def measure(bench: Bench, name: str, documents: int) -> dict[str, Any]:
     return {"plain": plain, "seconds": seconds, "before": before, "peak": peak(), "tokens": tokens}
 
 
-def table(bench: Bench, documents: int = 20) -> None:
-    """The table, one process a row."""
-    print("\n### What each method costs\n")
-    print(
-        "| method | time over a plain forward pass | peak memory (GiB) | beyond the running model |\n|---|---|---|---|"
-    )
-    for name in (*METHODS, *OURS):
-        command = [
-            sys.executable,
-            "-m",
-            "bench.cost",
-            "--data",
-            str(bench.data),
-            "--documents",
-            str(documents),
-            "--one",
-            name,
-        ]
-        run = subprocess.run(command, capture_output=True, text=True, check=True)
-        found = json.loads(run.stdout.splitlines()[-1])
-        more = found["peak"] - found["before"]
-        print(f"| {name} | {found['seconds'] / found['plain']:.2f} | {found['peak']:.2f} | {more:.2f} |", flush=True)
-    print(f"\n{found['tokens']:,} tokens; plain forward pass {found['plain']:.1f} s")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--documents", type=int, default=20)
-    parser.add_argument("--one", help="One row, as JSON.")
+    parser.add_argument("--data", type=Path, required=True, help="folder of JSON lines, as for bench.quality")
+    parser.add_argument("--documents", type=int, default=20, help="calibration documents of each corpus; default: 20")
+    parser.add_argument("--one", choices=[*METHODS, *OURS], help="measure one method here, and print it as JSON")
     arguments = parser.parse_args()
-    bench = Bench(arguments.data.resolve())
     if arguments.one:
-        print(json.dumps(measure(bench, arguments.one, arguments.documents)))
-    else:
-        table(bench, arguments.documents)
+        print(json.dumps(measure(Bench(arguments.data.resolve()), arguments.one, arguments.documents)))
+        return
+    table = Table(["method", "time over a plain forward pass", "peak memory (GiB)", "beyond the running model"])
+    command = [sys.executable, "-m", "bench.cost", f"--data={arguments.data}", f"--documents={arguments.documents}"]
+    for name in (*METHODS, *OURS):
+        run = subprocess.run([*command, "--one", name], stdout=subprocess.PIPE, text=True, check=True)
+        found = json.loads(run.stdout.splitlines()[-1])
+        more = found["peak"] - found["before"]
+        table.add(name, f"{found['seconds'] / found['plain']:.2f}", f"{found['peak']:.2f}", f"{more:.2f}")
+    note = f"{found['tokens']:,} tokens; plain forward pass {found['plain']:.1f} s; {torch.get_num_threads()} threads."
+    save_table("cost", table, made(), note)
+    print(f"{table}\n\n{note}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Report files choose nothing: no method, no constant, no seed.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ Floats = NDArray[np.float64]
 class Blocks:
     """Text cut into blocks of equal length.
 
-    `ids` and `documents` are `[blocks, tokens]`: token ids, and the document of each token (−1 for a BOS put first).
+    `ids` and `documents` are `[blocks, tokens]`: token ids, and the document of each token (−1 for
+    a BOS put first).
     """
 
     ids: Tensor
@@ -39,7 +41,10 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Sums:
-    """Per document with a measured token, `[documents]`: negative log-likelihood in nats, and predicted tokens."""
+    """Negative log-likelihood in nats and predicted tokens, both `[documents]`.
+
+    Documents without a measured token are left out.
+    """
 
     nats: Floats
     tokens: Floats
@@ -59,17 +64,18 @@ class Excess:
 
 
 def text_of(row: dict[str, Any]) -> str:
-    """The text of a row: question and answer behind an abstract, or alone, where the row has them."""
+    """The text of a row: its text, its question and answer, or both."""
     if "long_answer" in row:
         return f"{row['text']}\nQuestion: {row['question']}\nAnswer: {row['long_answer']}"
     return row["text"] if "text" in row else f"Question: {row['question']}\nAnswer: {row['answer']}"
 
 
 def blocks(path: Path, tokenizer: Any, count: int, length: int = BLOCK) -> Blocks:
-    """`count` blocks of `length` tokens (fewer if there are not so many), spread evenly over a file's text.
+    """At most `count` blocks of `length` tokens, spread evenly over a file's text.
 
-    The documents stand one after the other in the file's order, an empty line between them; the last, shorter block is
-    left out. Where the tokenizer puts a BOS before text, each block begins with one, which counts in its length.
+    The documents stand one after the other in the file's order, an empty line between them; the
+    last, shorter block is left out. Where the tokenizer puts a BOS before text, each block begins
+    with one, which counts in its length.
     """
     ids: list[int] = []
     documents: list[int] = []
@@ -95,13 +101,13 @@ def blocks(path: Path, tokenizer: Any, count: int, length: int = BLOCK) -> Block
 
 @torch.inference_mode()
 def losses(model: Any, data: Blocks) -> Sums:
-    """Negative log-likelihood of every token behind a block's first, summed by the predicted token's document."""
+    """Losses of every token behind a block's first, summed by the predicted token's document."""
     size = int(data.documents.max()) + 1
     nats, tokens = np.zeros(size), np.zeros(size)
     for first in range(0, len(data.ids), _ROWS):
         ids = data.ids[first : first + _ROWS].to(model.device)
         states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-        found = token_losses(model, states, ids[:, 1:].flatten()).double().cpu().numpy()
+        found = torch.cat(list(token_losses(model, states, ids[:, 1:].flatten()))).double().cpu().numpy()
         owner = data.documents[first : first + _ROWS, 1:].flatten().numpy()
         nats += np.bincount(owner, found, size)
         tokens += np.bincount(owner, minlength=size)
@@ -109,23 +115,25 @@ def losses(model: Any, data: Blocks) -> Sums:
     return Sums(nats[seen], tokens[seen])
 
 
-def token_losses(model: Any, states: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood in nats of `targets` `[tokens]` after the decoder's last states `[tokens, hidden]`.
+def token_losses(model: Any, states: Tensor, targets: Tensor) -> Iterator[Tensor]:
+    """Losses in nats of `targets` `[tokens]` after the decoder's last states `[tokens, hidden]`.
 
-    Logits are float32 and made for a chunk of positions at a time: a large vocabulary outweighs the model.
+    Yields:
+        The losses of a few tokens at a time, in their order, `[some tokens]`: float32 logits of a
+        large vocabulary for all of them would take more memory than the model.
     """
     cap = getattr(model.config, "final_logit_softcapping", None)
-    result = []
     for first in range(0, len(states), _CHUNK):
         logits = model.get_output_embeddings()(states[first : first + _CHUNK]).float()
         logits = logits if cap is None else cap * torch.tanh(logits / cap)
-        part = targets[first : first + _CHUNK]
-        result.append(torch.nn.functional.cross_entropy(logits, part, reduction="none"))
-    return torch.cat(result)
+        yield torch.nn.functional.cross_entropy(logits, targets[first : first + _CHUNK], reduction="none")
 
 
 def excess(base: Sums, expert: Sums, seed: int = 0) -> Excess:
-    """`ln(expert / base)` of two perplexities on the same blocks; the interval resamples documents 2,000 times."""
+    """`ln(expert / base)` of two perplexities on the same blocks.
+
+    The interval resamples documents 2,000 times.
+    """
     if not np.array_equal(base.tokens, expert.tokens):
         raise ValueError("base and expert were measured on different tokens")
     more = expert.nats - base.nats
@@ -134,16 +142,12 @@ def excess(base: Sums, expert: Sums, seed: int = 0) -> Excess:
 
 
 def piqa_answers(model: Any, tokenizer: Any, path: Path, count: int) -> Floats:
-    """1 where the model prefers the right one of two solutions, `[questions]`: the file's first `count`."""
+    """1 where the model prefers the right solution, `[questions]`: the first `count` of a file.
+
+    A row has `goal`, `choices` and `label`. The model's answer is the solution of the higher
+    log-likelihood per byte after `"Question: {goal}\\nAnswer:"`. PIQA:
+    https://arxiv.org/abs/1911.11641
+    """
     with jsonlines.open(path) as rows:
         every = [Question(row["goal"], tuple(row["choices"]), row["label"]) for row in rows]
     return answer_questions(model, tokenizer, every[:count])
-
-
-def piqa(model: Any, tokenizer: Any, path: Path, count: int) -> float:
-    """Accuracy on the first `count` questions of a PIQA file (rows of goal, choices and label).
-
-    The solution of the higher log-likelihood per byte after `"Question: {goal}\\nAnswer:"` is the answer.
-    PIQA: https://arxiv.org/abs/1911.11641
-    """
-    return float(piqa_answers(model, tokenizer, path, count).mean())

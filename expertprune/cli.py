@@ -1,31 +1,13 @@
-"""The command line: one command per stage."""
+"""The command line: every command of `commands/`, one file each."""
 
 from __future__ import annotations
 
 import importlib
+import pkgutil
 
 import click
 
-from expertprune import __version__
-
-COMMANDS = (
-    "bench",
-    "build",
-    "compare",
-    "compose",
-    "evaluate",
-    "export",
-    "families",
-    "inspect",
-    "profile",
-    "prune",
-    "report",
-    "schema",
-    "serve",
-    "sweep",
-    "validate",
-    "vocabulary",
-)
+from expertprune import __version__, commands
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -38,8 +20,11 @@ def main() -> None:
     """
 
 
-for name in COMMANDS:
-    main.add_command(getattr(importlib.import_module(f"expertprune.commands.{name}"), name))
+for found in pkgutil.iter_modules(commands.__path__):
+    module = importlib.import_module(f"{commands.__name__}.{found.name}")
+    for value in vars(module).values():
+        if isinstance(value, click.Command):
+            main.add_command(value)
 
 if __name__ == "__main__":
     main()

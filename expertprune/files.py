@@ -1,19 +1,26 @@
-"""Files and folders that are written whole or not at all, their digests, and the room they need."""
+"""Files and folders: written whole or not at all, digests, disk room, YAML, and what ships."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import functools
 import hashlib
 import json
 import math
 import os
 import re
+import secrets
 import shutil
+import socket
+import time
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from platformdirs import user_cache_path
 
@@ -21,6 +28,7 @@ from expertprune.errors import CheckpointError, SpecError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 STORE_VARIABLE = "EXPERTPRUNE_STORE"
+EXPERT_FILE = "expertprune.json"  # what makes a folder an expert
 
 
 def store_folder(store: str | Path | None = None) -> Path:
@@ -33,7 +41,7 @@ def store_folder(store: str | Path | None = None) -> Path:
 
 
 def digest_of(data: Any) -> str:
-    """SHA-256 of plain data, independent of the order of keys."""
+    """SHA-256 of plain data. The order of keys does not matter."""
     text = json.dumps(data, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -49,27 +57,24 @@ def file_digest(path: Path, store: Path) -> str:
             return text
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    with contextlib.suppress(CheckpointError):  # a store that cannot be written only costs the next run a second pass
+    with contextlib.suppress(CheckpointError):  # without a store, the next run only reads the file again
         write_file(remembered, digest.encode())
     return digest
 
 
 @contextlib.contextmanager
 def staged_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that becomes it when the block ends well, and vanishes when it does not.
+    """A temporary path that becomes `path` when the block ends well, and vanishes when it does not.
 
     Raises:
         CheckpointError: the disk is full, or the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with _disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path)
-        try:
-            yield temporary
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with _own_folder(path) as folder:
+            yield folder / path.name
+            os.replace(folder / path.name, path)
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -84,7 +89,7 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def to_json(data: Any) -> str:
-    """Plain data as JSON that anything reads: what is not a finite number becomes null."""
+    """Plain data as strict JSON: NaN and infinity become null."""
     return json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False)
 
 
@@ -100,69 +105,123 @@ def _finite(data: Any) -> Any:
 def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not.
 
-    A run that was killed leaves a folder `.NAME.PROCESS.partial`, which the next one for the same `out` removes.
+    A run that is killed leaves its temporary folder behind. The next run for the same `out` removes it.
 
     Raises:
         CheckpointError: `out` exists and `overwrite` is off, or the disk is full.
     """
     check_output(out, overwrite)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.partial")
     with _disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(out)
         check_output(out, overwrite)  # again: an expert that a killed run had moved aside may be back
-        temporary.mkdir()
-        try:
-            yield temporary
-            _replace_folder(temporary, out)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with _own_folder(out) as folder:
+            yield folder
+            _replace_folder(folder, out)
 
 
 def _replace_folder(new: Path, out: Path) -> None:
-    """Rename `new` to `out`; what was there stays until then, and comes back if the renaming fails."""
+    """Rename `new` to `out`. An earlier `out` stays until then, and comes back if the renaming fails."""
     if not out.exists():
         os.replace(new, out)
         return
-    replaced = out.with_name(f".{out.name}.{os.getpid()}.replaced")
-    os.replace(out, replaced)
+    replaced = new.with_suffix(".replaced")
+    with _locked(out):  # locked, and not old, so that no other run takes it for a leftover before it is gone
+        os.utime(out)
+        os.replace(out, replaced)
+        try:
+            os.replace(new, out)
+        except BaseException:
+            replaced.rename(out)
+            raise
+        shutil.rmtree(replaced)
+
+
+# A temporary folder is `.NAME.OWNER.partial`; what it replaces is `.NAME.OWNER.replaced` for a moment. OWNER names the
+# host, its boot and this one folder at random. A process locks its folder (flock) while it works there, and the kernel
+# ends the lock with the process. Process ids would not do: containers that share a disk have ids of their own.
+ABANDONED_AFTER = 7 * 24 * 3600.0  # seconds without a change, after which a leftover that shows no owner is removed
+
+
+class _Lock(Enum):
+    OURS = "nobody else had the lock, so this process has it now"
+    TAKEN = "another process has the lock"
+    UNKNOWN = "this file system has no locks, or the path cannot be opened"
+
+
+@functools.cache
+def _machine() -> str:
+    """This host and its present boot, as they stand in the names of temporary folders."""
     try:
-        os.replace(new, out)
-    except BaseException:
-        replaced.rename(out)
-        raise
-    shutil.rmtree(replaced)
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        boot = str(round(psutil.boot_time()))
+    host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:40]
+    return f"{host}-{digest_of(boot.strip())[:8]}"
+
+
+@contextlib.contextmanager
+def _locked(path: Path, wait: bool = False) -> Iterator[_Lock]:
+    """Hold the lock of a folder or file during the block, if nobody else does; `wait` until then."""
+    with contextlib.ExitStack() as stack:
+        lock = _Lock.UNKNOWN
+        with contextlib.suppress(OSError):
+            handle = os.open(path, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                lock = _Lock.OURS
+            except BlockingIOError:
+                lock = _Lock.TAKEN
+        yield lock
+
+
+@contextlib.contextmanager
+def _own_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path`, locked by this process; whatever is left of it at the end goes."""
+    while True:
+        folder = path.with_name(f".{path.name}.{_machine()}-{secrets.token_hex(4)}.partial")
+        folder.mkdir()
+        with _locked(folder, wait=True):
+            if not folder.exists():  # another run took it for a leftover before it was locked
+                continue
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+        return
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove what killed runs left of `path`; what belongs to a process that runs is left alone."""
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.(partial|replaced)")
+    """Remove what killed runs left of `path`: at once if its owner ran here and is gone, else when it is old."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.([^.]+)\.(partial|replaced)")
     for leftover in path.parent.iterdir():
         match = pattern.fullmatch(leftover.name)
-        if match is None or _runs(int(match.group(1))):
+        if match is None:
             continue
-        if match.group(2) == "replaced" and not path.exists():  # killed between the two renamings
-            leftover.rename(path)
-        elif leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
+        here = match.group(1).startswith(f"{_machine()}-")
+        with _locked(leftover) as lock:
+            gone = here and lock is _Lock.OURS
+            if lock is _Lock.TAKEN or not (gone or _age(leftover) > ABANDONED_AFTER):
+                continue
+            if match.group(2) == "replaced" and not path.exists():  # killed between the two renamings
+                leftover.rename(path)
+            elif leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
 
 
-def _runs(process: int) -> bool:
-    if process == os.getpid():
-        return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def _age(path: Path) -> float:
+    """Seconds since a path, or anything below it, was last changed; 0 if it is gone."""
+    changed = [time.time()]
+    with contextlib.suppress(FileNotFoundError):
+        changed = [each.lstat().st_mtime for each in (path, *path.rglob("*"))]
+    return time.time() - max(changed)
 
 
 def check_parent(path: Path) -> None:
-    """Raises `CheckpointError` if something above `path` is there and is no folder."""
+    """Raises `CheckpointError` if a parent of `path` exists and is no folder."""
     for parent in path.absolute().parents:
         if parent.exists():
             if not parent.is_dir():
@@ -178,8 +237,8 @@ def check_output(out: Path, overwrite: bool) -> None:
     if out.exists() and any(out.iterdir()):
         if not overwrite:
             raise CheckpointError(f"{out}: exists; choose another --out, or give --overwrite to replace it")
-        if not (out / "expertprune.json").is_file():
-            raise CheckpointError(f"{out}: is no expert (it has no expertprune.json), so --overwrite does not touch it")
+        if not (out / EXPERT_FILE).is_file():
+            raise CheckpointError(f"{out}: is no expert (it has no {EXPERT_FILE}), so --overwrite does not touch it")
 
 
 def require_room(folder: Path, needed: int) -> None:
@@ -216,7 +275,7 @@ def read_yaml(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> An
     """The contents of a YAML file.
 
     Raises:
-        SpecError: there is no such file, it cannot be read, or a key stands twice in it: YAML would let the last one win.
+        SpecError: the file is missing or cannot be read, or a key stands twice, of which YAML would take the last.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -233,7 +292,7 @@ def read_yaml(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> An
 
 
 def _repeated_keys(node: yaml.Node | None, where: str, seen: set[int]) -> Iterator[str]:
-    """What to say of each key that stands twice in the same mapping; an anchor's node is looked at once."""
+    """A message for each key that stands twice in one mapping. The node of an anchor is read once."""
     if id(node) in seen:
         return
     seen.add(id(node))
@@ -252,7 +311,7 @@ def _repeated_keys(node: yaml.Node | None, where: str, seen: set[int]) -> Iterat
 
 
 def shipped(folder: str) -> Path:
-    """A folder that ships with the project (`corpora`, `profiles`), installed or in a clone."""
+    """A folder that ships with the project (`corpora` or `profiles`), in a wheel or a clone."""
     package = Path(__file__).parent
     installed = package / "_shipped" / folder
     return installed if installed.is_dir() else package.parent / folder

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 import expertprune
+from expertprune.artifacts.expert import BaseRecord, CorpusRecord, Expert
+from expertprune.artifacts.plan import LayerPlan, Plan
+from expertprune.spec.schema import Spec
+from expertprune.units import LayerShape
 from tests.tiny import write_corpus
 
 CORPORA = {"language": "en", "domain": "medical", "task": "qa"}
@@ -40,6 +45,29 @@ def about(folder: Path) -> dict[str, Any]:
     return found
 
 
+def described(folder: Path, name: str = "medical-qa", **changes: Any) -> Expert:
+    """A made-up expert of which nothing was cut; `changes` are fields of `Expert`. It is not written."""
+    shape = LayerShape(24, 32, 6, 3, 4)
+    data = {"name": "made-up", "base": "owner/model", "dimensions": {"language": "en"}, "budget": {"ffn": 0.25}}
+    plan = Plan(
+        name=name,
+        base={"model": "owner/model", "digest": "0123abcd"},
+        spec=Spec.model_validate(data).document(),
+        profiles={},
+        shapes=[shape],
+        layers=[LayerPlan(shape.all_kept)],
+        budget={},
+        parameters={"before": 12345, "after": 10000},
+    )
+    base = BaseRecord(
+        model="owner/model", digest="0123abcd", tokenizer_digest="ab", revision=None, trust_remote_code=False,
+        weight_bytes=49380,
+    )  # fmt: skip
+    corpora = {"language/en": CorpusRecord(digest="c", documents=["d1", "d2"])}
+    expert = Expert(plan, base, corpora, {"expertprune": "0.1.0"}, "https://example.org/paper", folder=folder)
+    return replace(expert, **changes)
+
+
 def copied(build: tuple[Path, Path], to: Path, **changes: Any) -> Path:
     """A copy of the tiny expert that may be changed; `changes` go into its description."""
     shutil.copytree(build[0], to)
@@ -58,13 +86,9 @@ def measured(folder: Path) -> Path:
         "generation": {
             "sums": {**row, **numbers, **general, "low": 0.95, "high": 1.1, "retention": 1.02, "agreement": 0.4}
         },
-        "summary": {
-            "expert": {"retention": 0.91, "low": 0.85, "high": 0.97, "metrics": ["a", "b"], "undefined": []},
-            "general": {"retention": 0.88, "low": 0.8, "high": 0.96, "metrics": ["c"], "undefined": []},
-        },
         "alignment": {
-            "language en": {"layers": [1.0, 0.99, 0.97], "cosine": 0.93, "documents": 4},
-            "general general": {"layers": [1.0, 0.98, 0.90], "cosine": 0.81, "documents": 4},
+            "language en": {"layers": [1.0, 0.99, 0.97], "cosine": 0.93, "documents": 4, "tokens": 30},
+            "general general": {"layers": [1.0, 0.98, 0.90], "cosine": 0.81, "documents": 4, "tokens": 30},
         },
     }
     found["evaluation"]["settings"] |= {"suites": {"medical": "d1", "general": "d2"}, "backend": "vllm", "limit": 50}

@@ -1,4 +1,4 @@
-"""The invented family of `expertprune/arch/README.md`, as transformers would have it, for following that page."""
+"""The invented family of `docs/families.md`, as transformers would have it, for following that page."""
 
 from __future__ import annotations
 
@@ -8,6 +8,32 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+
+FAMILY = """\
+family: juniper
+model_types: [juniper]
+layers: trunk.blocks
+residual: additive
+vocabulary: [trunk.words.weight, lm_head.weight]
+config:
+  hidden: width
+  layers: depth
+  ffn: inner
+  query_heads: heads
+  kv_heads: groups
+  head_dim: head_size
+ffn:
+  output: feed.fall
+  tensors:
+    - {name: feed.rise.weight, axis: 0, segments: [ffn, ffn]}
+    - {name: feed.fall.weight, axis: 1, segments: [ffn]}
+attention:
+  output: mix.write
+  tensors:
+    - {name: mix.read.weight, axis: 0, segments: [query, key_value, key_value]}
+    - {name: mix.read.bias, axis: 0, segments: [query, key_value, key_value]}
+    - {name: mix.write.weight, axis: 1, segments: [query]}
+"""
 
 
 class JuniperConfig(PreTrainedConfig):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import math
 import os
 import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -124,7 +129,7 @@ def test_a_staged_file_appears_at_the_end_and_makes_its_folders(tmp_path: Path) 
     with staged_file(path) as temporary:
         temporary.write_text("content")
         assert not path.exists()
-        assert temporary.parent == path.parent
+        assert temporary.parent.parent == path.parent  # on one disk with it, so that renaming is all or nothing
     assert names(tmp_path) == ["deep", "deep/plan.json"]
     assert path.read_text() == "content"
 
@@ -248,33 +253,139 @@ def test_a_staged_folder_that_fails_leaves_nothing(tmp_path: Path, error: type[B
     assert names(tmp_path) == []
 
 
-def test_what_a_killed_run_left_is_gone_from_the_next_one(tmp_path: Path) -> None:
-    leftover = tmp_path / f".expert.{2**22 + 1}.partial"  # beyond the largest process number
+HERE = f".expert.{files._machine()}-0123abcd"  # of this host and boot; no process has its lock
+HOST, _, BOOT = files._machine().rpartition("-")
+WEEK = 7 * 24 * 3600
+
+STAGES = """
+import sys
+from pathlib import Path
+from expertprune.files import staged_folder
+
+with staged_folder(Path(sys.argv[1])) as folder:
+    (folder / "model.safetensors").write_text("half")
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def other_run(out: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that has begun to write `out`."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parent.parent)}
+    run = subprocess.Popen(
+        [sys.executable, "-c", STAGES, str(out)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    with run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "ready\n"
+        yield run
+        run.kill()
+
+
+def aged(path: Path, seconds: float) -> None:
+    for each in (*path.rglob("*"), path):
+        os.utime(each, (time.time() - seconds,) * 2)
+
+
+def stage(out: Path) -> None:
+    with staged_folder(out) as folder:
+        assert names(folder) == []
+
+
+def test_what_another_run_writes_stays_until_that_run_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long it takes, and where its process id means nothing, as in another container of the same machine."""
+
+    def unknown_here(process: int, signal: int) -> None:
+        raise ProcessLookupError
+
+    out = tmp_path / "expert"
+    with other_run(out) as run:
+        (leftover,) = tmp_path.iterdir()
+        aged(leftover, 2 * WEEK)
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "kill", unknown_here)
+            stage(out)
+        assert names(leftover) == ["model.safetensors"]
+        run.kill()
+        run.wait()
+        stage(out)
+        assert not leftover.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "age", "stays"),
+    [
+        (f"{HERE}.partial", 0, False),
+        (f".expert.elsewhere-{BOOT}-0123abcd.partial", 6 * WEEK / 7, True),
+        (f".expert.elsewhere-{BOOT}-0123abcd.partial", 8 * WEEK / 7, False),
+        (f".expert.{HOST}-ffffffff-0123abcd.partial", 6 * WEEK / 7, True),
+        (f".expert.{HOST}-ffffffff-0123abcd.partial", 8 * WEEK / 7, False),
+        (".expert.4711.partial", 6 * WEEK / 7, True),
+        (".expert.4711.partial", 8 * WEEK / 7, False),
+        (f".expert.v2.{HERE[8:]}.partial", 8 * WEEK / 7, True),  # of an expert named expert.v2
+        (".other.4711.partial", 8 * WEEK / 7, True),
+        (".expert.partial", 8 * WEEK / 7, True),
+        ("expert.4711.partial", 8 * WEEK / 7, True),
+    ],
+)
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_leftover_without_an_owner_goes_if_it_is_of_this_boot_or_old(
+    tmp_path: Path, name: str, age: float, stays: bool, kind: str
+) -> None:
+    leftover = tmp_path / name
+    if kind == "folder":
+        (leftover / "tokenizer").mkdir(parents=True)
+        (leftover / "tokenizer" / "vocab.json").write_text("half")
+    else:
+        leftover.write_text("half")
+    aged(leftover, age)
+    stage(tmp_path / "expert")
+    assert leftover.exists() == stays
+
+
+@pytest.mark.parametrize(("age", "stays"), [(6 * WEEK / 7, True), (8 * WEEK / 7, False)])
+def test_without_locks_a_leftover_of_this_boot_goes_by_its_age(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age: float, stays: bool
+) -> None:
+    def refused(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    leftover = tmp_path / f"{HERE}.partial"
     leftover.mkdir()
-    (leftover / "model.safetensors").write_text("half")
-    with staged_folder(tmp_path / "expert") as temporary:
-        assert names(temporary) == []
-        (temporary / "config.json").write_text("{}")
-    assert names(tmp_path) == ["expert", "expert/config.json"]
-
-
-GONE = 2**22 + 2  # beyond the largest process number, so no process has it
-
-
-def test_what_a_killed_run_left_of_a_file_is_gone_after_the_next_one(tmp_path: Path) -> None:
-    (tmp_path / f".plan.json.{GONE}.partial").write_text("half")
+    (leftover / "young").write_text("half")
+    aged(leftover, 8 * WEEK / 7)
+    os.utime(leftover / "young", (time.time() - age,) * 2)  # the folder's own time says nothing of its files
+    monkeypatch.setattr(files.fcntl, "flock", refused)
+    stage(tmp_path / "expert")
+    assert leftover.exists() == stays
     write_file(tmp_path / "plan.json", b"whole")
-    assert names(tmp_path) == ["plan.json"]
+    assert (tmp_path / "plan.json").read_bytes() == b"whole"
 
 
-def test_what_others_are_writing_is_left_alone(tmp_path: Path) -> None:
-    """Another run for the same output, and whatever belongs to another output or was named by somebody else."""
-    others = [f".expert.{os.getppid()}.partial", f".other.{GONE}.partial", ".expert.partial", f"expert.{GONE}.partial"]
-    for name in others:
-        (tmp_path / name).mkdir()
-    with staged_folder(tmp_path / "expert"):
-        pass
-    assert names(tmp_path) == sorted([*others, "expert"])
+def test_a_folder_that_another_run_removes_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, seen = files.fcntl.flock, []
+
+    def late(handle: int, operation: int) -> None:
+        for folder in tmp_path.glob("*.partial"):
+            seen.append(folder)
+            if len(seen) == 1:
+                folder.rmdir()
+        lock(handle, operation)
+
+    monkeypatch.setattr(files.fcntl, "flock", late)
+    with staged_folder(tmp_path / "expert") as folder:
+        (folder / "config.json").write_text("{}")
+    assert len(set(seen)) == 2
+    assert names(tmp_path) == ["expert", "expert/config.json"]
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -283,7 +394,7 @@ def test_an_expert_that_a_killed_run_had_moved_aside_comes_back_until_it_is_repl
 ) -> None:
     """Killed between its two renamings: no expert in its place, the old one under another name."""
     out = tmp_path / "expert"
-    expert(tmp_path / f".expert.{GONE}.replaced", "old")
+    expert(tmp_path / f"{HERE}.replaced", "old")
 
     def overwrite() -> None:
         with staged_folder(out, overwrite=True) as temporary:
@@ -301,7 +412,7 @@ def test_an_expert_that_a_killed_run_had_moved_aside_comes_back_until_it_is_repl
 
 
 def test_an_expert_that_had_been_moved_aside_is_not_replaced_without_overwrite(tmp_path: Path) -> None:
-    expert(tmp_path / f".expert.{GONE}.replaced", "old")
+    expert(tmp_path / f"{HERE}.replaced", "old")
     with pytest.raises(CheckpointError, match="--overwrite"), staged_folder(tmp_path / "expert") as temporary:
         (temporary / "expertprune.json").write_text("new")
     assert (tmp_path / "expert" / "expertprune.json").read_text() == "old"
@@ -309,7 +420,7 @@ def test_an_expert_that_had_been_moved_aside_is_not_replaced_without_overwrite(t
 
 def test_an_old_expert_that_a_killed_run_had_replaced_is_removed(tmp_path: Path) -> None:
     out = expert(tmp_path / "expert", "newer")
-    expert(tmp_path / f".expert.{GONE}.replaced", "old")
+    expert(tmp_path / f"{HERE}.replaced", "old")
     with staged_folder(out, overwrite=True) as temporary:
         (temporary / "expertprune.json").write_text("newest")
     assert names(tmp_path) == ["expert", "expert/expertprune.json"]

@@ -1,10 +1,41 @@
-"""Lookup by name: duplicates refused, unknown names answered with the nearest."""
+"""Lookup by name: duplicates refused, near names suggested, plugins imported once and blamed by name."""
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
+from expertprune.errors import UsageError
 from expertprune.registry import Registry, nearest
+from tests.plugins import distribution, unpack
+
+# The plugins of these tests register with this one, which they find as an attribute of this module.
+SHAPES: Registry[object]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_registry() -> Iterator[None]:
+    global SHAPES
+    SHAPES = Registry("shape", group="tests.shapes")
+    SHAPES.register("round", module="the.first")(1)
+    modules = set(sys.modules)
+    yield
+    for added in set(sys.modules) - modules:
+        if added.startswith("shapes_"):
+            del sys.modules[added]
+
+
+def _install(folder: Path, monkeypatch: pytest.MonkeyPatch, **modules: str) -> None:
+    """One distribution `NAME-plugin` for each module `shapes_NAME`, which sees the registry as `SHAPES`."""
+    for name, text in modules.items():
+        text = "from tests.test_registry import SHAPES\n" + text
+        points = {"tests.shapes": {f"{name} shapes": f"shapes_{name}"}}
+        unpack(distribution(f"{name}-plugin", points, {f"shapes_{name}.py": text}, version="2.5"), folder)
+    monkeypatch.syspath_prepend(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -18,31 +49,71 @@ from expertprune.registry import Registry, nearest
     ],
 )
 def test_nearest_suggests_one_name_or_lists_all_of_them(name: str, names: list[str], expected: str) -> None:
-    assert nearest(name, names) == expected
     assert nearest(name, iter(names)) == expected
 
 
 def test_a_registered_entry_is_found_and_handed_back_unchanged() -> None:
-    registry: Registry[object] = Registry("shape")
     entry = object()
-    assert registry.register("round")(entry) is entry
-    assert registry["round"] is entry
-    assert "round" in registry
-    assert "square" not in registry
-    assert (list(registry), len(registry)) == (["round"], 1)
+    assert SHAPES.register("flat")(entry) is entry
+    assert SHAPES["flat"] is entry
+    assert "square" not in SHAPES
+    assert (list(SHAPES), len(SHAPES)) == (["round", "flat"], 2)
 
 
 def test_a_name_registered_twice_is_refused_and_the_first_entry_stays() -> None:
-    registry: Registry[int] = Registry("shape")
-    registry.register("round")(1)
-    with pytest.raises(ValueError, match="shape 'round' is registered twice"):
-        registry.register("round")(2)
-    assert dict(registry) == {"round": 1}
+    with pytest.raises(ValueError, match=r"shape 'round' is registered twice, by the\.first and by the\.second"):
+        SHAPES.register("round", module="the.second")(2)
+    assert dict(SHAPES) == {"round": 1}
 
 
 def test_the_message_for_an_unknown_name_says_its_kind_and_the_nearest() -> None:
-    registry: Registry[int] = Registry("shape")
-    registry.register("round")(1)
-    assert registry.unknown("rond") == "unknown shape 'rond'; did you mean 'round'?"
+    assert SHAPES.unknown("rond") == "unknown shape 'rond'; did you mean 'round'?"
     with pytest.raises(KeyError):
-        registry["rond"]
+        SHAPES["rond"]
+
+
+def test_the_first_lookup_imports_each_plugin_once_and_its_names_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = "import os\nos.environ['SHAPES_IMPORTED'] = os.environ.get('SHAPES_IMPORTED', '') + 'x'\n"
+    looks_up = "assert SHAPES['round'] == 1\nSHAPES.register('oval')(4)\n"
+    monkeypatch.setenv("SHAPES_IMPORTED", "")
+    _install(tmp_path, monkeypatch, square=counted + "SHAPES.register('square')(3)\n", oval=looks_up)
+    registry = SHAPES
+    assert "shapes_square" not in sys.modules  # nothing is imported before it is asked for
+    assert registry.unknown("sqare") == "unknown shape 'sqare'; did you mean 'square'?"
+    assert dict(registry) == {"round": 1, "oval": 4, "square": 3}
+    assert os.environ["SHAPES_IMPORTED"] == "x"
+    assert dict(Registry[int]("shape", group="tests.others")) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("import no_such_module_anywhere\n", "ModuleNotFoundError: No module named 'no_such_module_anywhere'"),
+        ("raise RuntimeError('out of paint')\n", "RuntimeError: out of paint"),
+        (
+            "def f(): ...\nSHAPES.register('round')(f)\n",
+            "shape 'round' is registered twice, by the.first and by shapes_bad",
+        ),
+    ],
+)
+def test_a_plugin_that_fails_is_an_error_at_every_lookup_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, problem: str
+) -> None:
+    _install(tmp_path, monkeypatch, bad="SHAPES.register('half')(0.5)\n" + text)
+    for _ in range(2):  # the second is not answered from what was registered before the failure
+        with pytest.raises(UsageError) as caught:
+            SHAPES.get("round")
+        message = str(caught.value)
+        assert message.startswith(
+            "plugin bad-plugin 2.5: entry point 'bad shapes' (shapes_bad) of group 'tests.shapes'"
+        )
+        assert problem in message
+
+
+def test_two_plugins_that_bring_one_name_are_both_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "def f(): ...\nSHAPES.register('square')(f)\n"
+    _install(tmp_path, monkeypatch, one=text, two=text)
+    with pytest.raises(UsageError, match=r"plugin two-plugin 2\.5.*by shapes_one and by shapes_two"):
+        len(SHAPES)

@@ -1,16 +1,18 @@
-"""Peer methods of one-shot structured pruning, in memory, for tables in which every method gets the same.
+"""Peer methods of one-shot structured pruning, in memory.
 
 Each is a function `(model, batches, fraction, seed) -> (model, removed)`:
 
-- `model`: a running float32 transformers model (`expertprune.models.loading.load_model`), pruned in place;
-- `batches`: calibration text (`expertprune.corpora.batches.make_batches`), the same for every method;
-- `fraction`: of the FFN neurons; their parameters are what every method is asked to remove, be it as FFN neurons, as
-  layers or as residual channels;
+- `model`: a running float32 transformers model (`expertprune.models.loading.load_model`), pruned in
+  place;
+- `batches`: calibration text (`expertprune.corpora.batches.make_batches`), the same for every
+  method;
+- `fraction`: of the FFN neurons. Every method is asked to remove as many parameters as they have,
+  be it as FFN neurons, layers or residual channels;
 - `seed`: where chance plays a part;
 - `removed`: the parameters that the network no longer has, less those that the method added.
 
-All are written anew from their papers, and with their published code as the measure of what a paper leaves open; each
-says where it deviates.
+All are written anew from their papers. Where a paper leaves something open, its published code
+decides. Each says where it deviates.
 """
 
 import functools

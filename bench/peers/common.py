@@ -1,8 +1,7 @@
-"""What the peer methods share: running layer by layer, scoring and choosing FFN neurons, cutting them out in memory."""
+"""What the peer methods share: layer-by-layer passes, choosing FFN neurons, cutting in memory."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from expertprune.arch import Family, family_of
-from expertprune.models import layers as layerwise
+from expertprune.corpora.batches import Batch
+from expertprune.models.layers import decoder_layers, observed
+from expertprune.models.passes import Stream, TextRun, real_tokens
 from expertprune.pruning.slicing import cut_tensor
 from expertprune.units import LayerShape, Segment
 
@@ -31,8 +32,12 @@ class Network:
     @classmethod
     def of(cls, model: Any) -> Network:
         family = family_of(model.config.model_type)
-        layers = list(layerwise.decoder_layers(model, family))
+        layers = list(decoder_layers(model, family))
         return cls(model, family, layers, family.layer_shapes(model.config.to_dict()))
+
+    def start(self, batches: Sequence[Batch]) -> Stream:
+        """The hidden states of some text before the first layer."""
+        return TextRun(self.model, self.family, self.shapes, batches).start()
 
     @property
     def parameters(self) -> int:
@@ -44,7 +49,7 @@ class Network:
         return round(fraction * self.shapes[0].ffn)
 
     def wanted_parameters(self, fraction: float) -> int:
-        """The parameters of the FFN neurons that are to go: what every method is asked to remove."""
+        """How many parameters every method is asked to remove: those of the FFN neurons."""
         return self.wanted(fraction) * sum(self.unit_parameters(index) for index in range(len(self.layers)))
 
     def unit_parameters(self, index: int, segment: Segment = Segment.FFN) -> int:
@@ -95,7 +100,7 @@ class Network:
 
 
 def without_lowest(scores: Tensor, count: int) -> Tensor:
-    """What stays when the `count` lowest scores go (the first of equals), bool of the scores' shape."""
+    """What stays when the `count` lowest scores go (the first of equals), as bool."""
     kept = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
     kept[torch.argsort(scores.flatten(), stable=True)[:count]] = False
     return kept.view_as(scores)
@@ -120,24 +125,23 @@ class Moments:
 
 
 @torch.inference_mode()
-def observe(
-    network: Network, stream: layerwise.Stream, index: int, paths: Sequence[str]
-) -> tuple[list[Moments], list[Tensor]]:
-    """Run a layer over every batch: moments of the inputs of its submodules at `paths`, and its output per batch."""
+def observe(network: Network, stream: Stream, index: int, paths: Sequence[str]) -> tuple[list[Moments], list[Tensor]]:
+    """Run a layer over every batch.
+
+    Returns:
+        Moments of the inputs of its submodules at `paths`, and its output per batch.
+    """
     layer, moments, outputs = network.layers[index], [], []
     for path in paths:
         channels = layer.get_parameter(f"{path}.weight").shape[1]
         zeros = [torch.zeros(channels, dtype=torch.float64, device=network.model.device) for _ in range(2)]
         moments.append(Moments(0, *zeros))
-    for number in range(len(stream.batches)):
-        inputs: list[list[Tensor]] = [[] for _ in paths]
-        with contextlib.ExitStack() as hooks:
-            for path, into in zip(paths, inputs, strict=True):
-                hooks.enter_context(layerwise.observed(layer, path, into))
+    with observed(layer, *paths) as calls:
+        for number, batch in enumerate(stream.batches):
             outputs.append(stream.run(layer, index, number))
-        for entry, (seen,) in zip(moments, inputs, strict=True):
-            values = stream.real(number, seen).double()
-            entry.tokens += len(values)
-            entry.total += values.sum(0)
-            entry.square += values.square().sum(0)
+            for entry, path in zip(moments, paths, strict=True):
+                values = real_tokens(batch, calls[path].input).double()
+                entry.tokens += len(values)
+                entry.total += values.sum(0)
+                entry.square += values.square().sum(0)
     return moments, outputs

@@ -10,36 +10,37 @@ from torch import Tensor, nn
 
 from expertprune.arch.family import Block
 from expertprune.corpora.batches import Batch
-from expertprune.models import layers as layerwise
 from expertprune.units import Segment
 
 from .common import Moments, Network, Pruned, observe, without_lowest
 
 
 def flap(model: Any, batches: Sequence[Batch], fraction: float, seed: int = 0, heads: bool = False) -> Pruned:
-    """FLAP with weighted input fluctuation (WIFV), adaptive over layers, with its bias compensation.
+    """FLAP: weighted input fluctuation (WIFV), adaptive over layers, with bias compensation.
 
     `s_j = Var(X_j) · Σ_i W_down[i, j]²`, on the dense model's activations; per layer standardized,
-    `z_j = (s_j − mean(s)) / std(s)`; one ranking of all layers' `z`. The dropped neurons' mean contribution
-    `W_down[:, dropped] · mean(X_dropped)` becomes a bias of the output projection.
+    `z_j = (s_j − mean(s)) / std(s)`; one ranking of all layers' `z`. The dropped neurons' mean
+    contribution `W_down[:, dropped] · mean(X_dropped)` becomes a bias of the output projection.
 
-    The ranking is cut so that exactly the wanted number of FFN neurons goes. With `heads`, query heads stand in the same
-    ranking (the paper's AL-AM), and it is cut where the parameters come nearest to those of the wanted neurons. A head's
-    score is the mean over its channels of the standardized squares of `s` (the square is in the published code, not in
-    the paper). Dropped heads are masked; what counts as removed is their rows of the query and columns of the output
+    The ranking is cut so that exactly the wanted number of FFN neurons goes. With `heads`, query
+    heads stand in the same ranking (the paper's AL-AM), and it is cut where the parameters come
+    nearest to those of the wanted neurons. A head's score is the mean over its channels of the
+    standardized squares of `s` (the square is in the published code, not in the paper). Dropped
+    heads are masked; what counts as removed is their rows of the query and columns of the output
     projection, and a KV head once all its query heads are gone.
 
-    Deviations from the published code, which computes another fluctuation than the paper's: it leaves out the first
-    sequence, takes squares about the running mean so far (the "old" mean is an alias of the new one), and divides sums
-    over tokens by the number of sequences. Here it is the variance over all tokens. Its compression weight of a head,
-    512/3 neurons, is true of LLaMA-7B only; here it is counted. The added biases count against what was removed.
+    Deviations from the published code, which computes another fluctuation than the paper's: it
+    leaves out the first sequence, takes squares about the running mean so far (the "old" mean is an
+    alias of the new one), and divides sums over tokens by the number of sequences. Here it is the
+    variance over all tokens. Its compression weight of a head, 512/3 neurons, is true of LLaMA-7B
+    only; here it is counted. The added biases count against what was removed.
 
     Paper: https://arxiv.org/abs/2312.11983
     """
     network = Network.of(model)
     family, before = network.family, network.parameters
     blocks = [family.ffn, family.attention] if heads else [family.ffn]
-    stream = layerwise.start(model, family, batches)
+    stream = network.start(batches)
     seen: list[list[Moments]] = []
     for index in range(len(network.layers)):
         moments, stream.hidden = observe(network, stream, index, [block.output for block in blocks])
@@ -65,7 +66,7 @@ def flap(model: Any, batches: Sequence[Batch], fraction: float, seed: int = 0, h
 
 @torch.no_grad()
 def fluctuation(network: Network, index: int, block: Block, moments: Moments) -> Tensor:
-    """`Var(X_j) · Σ_i W[i, j]²` of each input channel of a block's output projection, `[channels]`, float64."""
+    """`Var(X_j) · Σ_i W[i, j]²` of an output projection's inputs, `[channels]`, float64."""
     weight = network.layers[index].get_parameter(block.output_weight).double()
     return moments.variance * weight.square().sum(0)
 
@@ -77,7 +78,7 @@ def standardized(scores: Tensor) -> Tensor:
 
 @torch.no_grad()
 def compensate(network: Network, index: int, block: Block, mean: Tensor, kept: Tensor) -> None:
-    """Give an output projection the mean contribution of the channels that go as a bias (added to one it has)."""
+    """Add the mean contribution of the channels that go to an output projection's bias."""
     if bool(kept.all()):
         return
     projection = network.layers[index].get_submodule(block.output)
@@ -88,7 +89,7 @@ def compensate(network: Network, index: int, block: Block, mean: Tensor, kept: T
 
 
 def cut_by_parameters(network: Network, neurons: Tensor, heads: Tensor, target: int) -> tuple[Tensor, Tensor, int]:
-    """One ranking of neurons `[layers, ffn]` and query heads `[layers, heads]`, cut nearest to `target` parameters.
+    """Rank neurons `[layers, ffn]` and query heads `[layers, heads]`; cut nearest to `target`.
 
     Returns:
         The neurons and the heads that stay, and the parameters of the heads that go.

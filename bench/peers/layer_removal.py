@@ -9,26 +9,28 @@ import torch
 from torch import Tensor, nn
 
 from expertprune.corpora.batches import Batch
-from expertprune.models import layers as layerwise
+from expertprune.models.layers import decoder_layers
+from expertprune.models.passes import real_tokens
 
 from .common import Network, Pruned, observe
 
 
 class Skip(nn.Module):
-    """Stands where a removed layer was: hands the hidden states on, so that nothing else is renumbered."""
+    """Takes a removed layer's place and passes the hidden states on: no layer is renumbered."""
 
     def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden
 
 
 def shortgpt(model: Any, batches: Sequence[Batch], fraction: float, seed: int = 0) -> Pruned:
-    """The layers of least Block Influence go: so many that the parameters come nearest to the wanted number.
+    """ShortGPT: remove the layers of least Block Influence, as many as come nearest to the target.
 
-    `BI_l = 1 − E[cos(X_l, X_{l+1})]` over tokens, `X_l` being the hidden states before layer `l`, on the dense model. The
-    whole layers make the number removed differ from the wanted one by up to half a layer: the true one is returned.
+    `BI_l = 1 − E[cos(X_l, X_{l+1})]` over tokens, `X_l` being the hidden states before layer `l`,
+    on the dense model. As whole layers go, the number removed differs from the wanted one by up to
+    half a layer; the true one is returned.
 
-    Deviations from the published code: its last layer's output is taken behind the final norm, and its sums include
-    padding; here neither, as in the paper's formula.
+    Deviations from the published code: it takes the last layer's output behind the final norm, and
+    its sums include padding. Here neither is so, as in the paper's formula.
 
     Paper: https://arxiv.org/abs/2403.03853
     """
@@ -37,7 +39,7 @@ def shortgpt(model: Any, batches: Sequence[Batch], fraction: float, seed: int = 
     sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in network.layers]
     order = torch.argsort(block_influence(network, batches), stable=True).tolist()
     target, removed = network.wanted_parameters(fraction), 0
-    layers = layerwise.decoder_layers(model, network.family)
+    layers = decoder_layers(model, network.family)
     for index in order:
         if abs(removed + sizes[index] - target) >= abs(removed - target):
             break
@@ -48,14 +50,14 @@ def shortgpt(model: Any, batches: Sequence[Batch], fraction: float, seed: int = 
 
 @torch.inference_mode()
 def block_influence(network: Network, batches: Sequence[Batch]) -> Tensor:
-    """One minus the mean cosine of each layer's input and output over tokens, `[layers]`, float64."""
-    stream = layerwise.start(network.model, network.family, batches)
+    """One minus the mean cosine of each layer's input and output, `[layers]`, float64."""
+    stream = network.start(batches)
     influence = []
     for index in range(len(network.layers)):
         _, outputs = observe(network, stream, index, [])
         cosines = [
-            torch.cosine_similarity(stream.real(n, stream.hidden[n]), stream.real(n, output), dim=1, eps=1e-12)
-            for n, output in enumerate(outputs)
+            torch.cosine_similarity(real_tokens(batch, before), real_tokens(batch, output), dim=1, eps=1e-12)
+            for batch, before, output in zip(batches, stream.hidden, outputs, strict=True)
         ]
         influence.append(1 - torch.cat(cosines).double().mean())
         stream.hidden = outputs

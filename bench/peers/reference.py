@@ -24,7 +24,8 @@ def random(model: Any, batches: Sequence[Batch], fraction: float, seed: int = 0)
 def magnitude(model: Any, batches: Sequence[Batch], fraction: float, seed: int = 0) -> Pruned:
     """Neurons whose weights have the smallest Frobenius norm, the same number in each layer.
 
-    `s_j = sqrt(‖W_gate[j]‖² + ‖W_up[j]‖² + ‖W_down[:, j]‖²)`, biases of the neuron included where there are any.
+    `s_j = sqrt(‖W_gate[j]‖² + ‖W_up[j]‖² + ‖W_down[:, j]‖²)`, biases of the neuron included where
+    there are any.
     """
     network = Network.of(model)
     scores = [network.unit_sums(index, torch.square).sqrt() for index in range(len(network.layers))]

@@ -4,54 +4,39 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from expertprune.corpora.batches import Batch
-from expertprune.models import layers as layerwise
+from expertprune.models.layers import decoder_layers
+from expertprune.models.passes import Stream, real_tokens
 
 from .common import Network, Pruned
 
-Match = Literal["total", "blocks"]
 
+def slicegpt(model: Any, batches: Sequence[Batch], fraction: float, seed: int = 0) -> Pruned:
+    """SliceGPT: turn the residual stream onto its principal axes before each block; cut the least.
 
-def slicegpt(
-    model: Any,
-    batches: Sequence[Batch],
-    fraction: float,
-    seed: int = 0,
-    match: Match = "total",
-    slice_head: bool = False,
-) -> Pruned:
-    """SliceGPT: the residual stream is turned onto its principal axes before each block, and the least of them are cut.
+    Norm weights go into the projections behind them; what is left of a norm divides by the root
+    mean square over the *original* width. Before each attention and each FFN, `Q` holds the
+    eigenvectors of `Σ x xᵀ` of the residual stream over all tokens, largest first, on the already
+    sliced network. Projections that read the stream become `W · diag(norm) · Q[:, :w]`, those that
+    write it `Q[:, :w]ᵀ · W`. As `Q` changes from block to block, the residual path is multiplied
+    by `Q_oldᵀ · Q_new`, `[w, w]`. The embedding is turned too, so it can no longer be tied to the
+    head. The head is not sliced, as in the published code.
 
-    Norm weights go into the projections behind them; what is left of a norm divides by the root mean square over the
-    *original* width. Before each attention and each FFN, `Q` holds the eigenvectors of `Σ x xᵀ` of the residual stream
-    over all tokens, largest first, on the already sliced network; projections that read the stream become
-    `W · diag(norm) · Q[:, :w]`, those that write it `Q[:, :w]ᵀ · W`, and as `Q` changes from block to block the residual
-    path is multiplied by `Q_oldᵀ · Q_new`, `[w, w]`. Embedding and head are turned too, so they can be tied no longer.
+    The width `w` is the one whose removed parameters, less the added ones, come nearest to the
+    wanted number. For SmolLM2-135M (30 layers, hidden 576, tied vocabulary of 49,152) and a quarter
+    of its FFN neurons, 19,906,560 parameters, this costs the method much: untying adds 28,311,552
+    at full width, and the 60 residual rotations 19,906,560 (by chance the same number). So 41% of
+    the directions go (w = 338) to remove 15% of the parameters.
 
-    The width `w` is the one whose removed parameters come nearest to the wanted number, the added ones counted:
+    Not for families that put a norm behind each block (Gemma 3): `norm(W x)` needs the length of
+    all of `W x`, which no slice of a rotated `W` keeps.
 
-    - "total": of the whole model. For SmolLM2-135M (30 layers, hidden 576, tied vocabulary of 49,152) and a quarter of its
-      FFN neurons, 19,906,560 parameters, this costs the method much: untying adds 28,311,552 at full width, and the 60
-      residual rotations 19,906,560 (by chance the very number). So 41% of the directions go (w = 338), or 35% with a
-      sliced head (w = 376), to remove 15% of the parameters.
-    - "blocks": of the decoder layers alone, rotations counted and vocabulary not. That is how the method would stand
-      in a model whose layers outweigh its vocabulary. Here w = 411 (413 with a sliced head), and the model as a whole
-      has 210,051 parameters more than before (7,557,156 fewer): no equal of the other methods, and a row of a table made
-      this way must say so. The true number removed, of the whole model, is returned in both cases.
-
-    Not for families that put a norm behind each block (Gemma 3): `norm(W x)` needs the length of all of `W x`, which no
-    slice of a rotated `W` keeps, so output projections stay whole and each block needs one more matrix, hidden × w, behind
-    that norm. For Gemma 3 270M (18 layers, hidden 640, tied vocabulary of 262,144) and a quarter of its FFN neurons,
-    17,694,720 parameters, that leaves w = 343 of 640 if the layers alone are counted. In total, untying adds 167,772,160
-    to a model of 268,098,176: w = 120, or 326 with a sliced head. No such cut says anything about the method.
-
-    Deviation from the published code: the width is matched exactly where it takes a multiple of 8. As there, the head is
-    not sliced unless `slice_head` says so.
+    Deviation from the published code: the width is matched exactly where it takes a multiple of 8.
 
     Paper: https://arxiv.org/abs/2401.15024
 
@@ -61,7 +46,7 @@ def slicegpt(
     network = Network.of(model)
     _require_plain_residual(network)
     before = network.parameters
-    slice_to(model, batches, nearest_width(network, network.wanted_parameters(fraction), match, slice_head), slice_head)
+    slice_to(model, batches, nearest_width(network, network.wanted_parameters(fraction)))
     return model, before - network.parameters
 
 
@@ -70,25 +55,24 @@ def _require_plain_residual(network: Network) -> None:
         raise ValueError(f"SliceGPT cannot slice family {network.family.family!r}: a norm stands behind each block")
 
 
-def nearest_width(network: Network, target: int, match: Match, slice_head: bool) -> int:
+def nearest_width(network: Network, target: int) -> int:
     """The width that removes nearest to `target` parameters: the wider the stream, the fewer go."""
     widths = range(1, network.shapes[0].hidden + 1)
-    first_below = bisect.bisect_left(widths, -target, key=lambda w: -removed_at(network, w, match, slice_head))
+    first_below = bisect.bisect_left(widths, -target, key=lambda w: -removed_at(network, w))
     around = widths[max(0, first_below - 1) : first_below + 1]
-    return min(around, key=lambda w: abs(removed_at(network, w, match, slice_head) - target))
+    return min(around, key=lambda w: abs(removed_at(network, w) - target))
 
 
-def removed_at(network: Network, width: int, match: Match, slice_head: bool) -> int:
-    """Parameters that slicing to `width` removes, less those that it adds: of the model, or of its layers alone."""
+def removed_at(network: Network, width: int) -> int:
+    """Parameters that slicing the model to `width` removes, less those that it adds."""
     hidden, last = network.shapes[0].hidden, len(network.layers) - 1
-    model = network.model
-    after = before = 0
+    vocabulary = network.model.get_input_embeddings().weight.shape[0]
+    after = vocabulary * (width + hidden)
     for index, layer in enumerate(network.layers):
-        out = hidden if index == last and not slice_head else width
+        out = hidden if index == last else width
         written = {network.family.attention.output: width, network.family.ffn.output: out}
         for name, parameter in layer.named_parameters():
             path, _, kind = name.rpartition(".")
-            before += parameter.numel()
             if path in written:
                 after += parameter.numel() // hidden * written[path]
             elif parameter.dim() == 2:
@@ -96,15 +80,11 @@ def removed_at(network: Network, width: int, match: Match, slice_head: bool) -> 
             elif kind == "bias":
                 after += parameter.numel()
         after += width * width + width * out
-    if match == "total":
-        before = network.parameters
-        after += model.get_input_embeddings().weight.shape[0] * width
-        after += model.get_output_embeddings().weight.shape[0] * (width if slice_head else hidden)
-    return before - after
+    return network.parameters - after
 
 
 class Norm(nn.Module):
-    """`x / sqrt(‖x‖² / width + eps)`: a root-mean-square norm over `width` channels, of which fewer may be left."""
+    """`x / sqrt(‖x‖² / width + eps)`: the norm of `width` channels, of which fewer may be left."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -134,12 +114,12 @@ class SlicedLayer(nn.Module):
 
 
 @torch.no_grad()
-def slice_to(model: Any, batches: Sequence[Batch], width: int, slice_head: bool = False) -> None:
+def slice_to(model: Any, batches: Sequence[Batch], width: int) -> None:
     """Turn and slice a model in place, so that `width` channels of the residual stream are left."""
     network = Network.of(model)
     _require_plain_residual(network)
-    layers = layerwise.decoder_layers(model, network.family)
-    stream = layerwise.start(model, network.family, batches)
+    layers = decoder_layers(model, network.family)
+    stream = network.start(batches)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     decoder = model.get_decoder()
     turn = principal(stream, stream.hidden)
@@ -148,18 +128,19 @@ def slice_to(model: Any, batches: Sequence[Batch], width: int, slice_head: bool 
     embedding.weight = _frozen(embedding.weight.double() @ turn[:, :width], model.dtype)
     stream.hidden = [states @ turn[:, :width].to(states.dtype) for states in stream.hidden]
     for index, layer in enumerate(network.layers):
-        out = turn.shape[0] if index == len(network.layers) - 1 and not slice_head else width
+        out = turn.shape[0] if index == len(network.layers) - 1 else width
         layers[index], turn = _slice_layer(stream, index, layer, turn[:, :width], width, out)
     decoder.norm = Norm(turn.shape[0], decoder.norm.variance_epsilon)
     head.weight = _frozen(head.weight.double() @ turn[:, :out], model.dtype)
 
 
 def _slice_layer(
-    stream: layerwise.Stream, index: int, layer: Any, before: Tensor, width: int, out: int
+    stream: Stream, index: int, layer: Any, before: Tensor, width: int, out: int
 ) -> tuple[SlicedLayer, Tensor]:
-    """A layer that reads the basis `before` `[hidden, width]`, and the axes of its output; the stream passes it.
+    """A layer that reads the basis `before` `[hidden, width]`, and the axes of its output.
 
-    Each block first runs with its output in the original basis, in which the principal axes are found.
+    Each block first runs with its output in the original basis, in which the principal axes are
+    found. The stream passes the layer.
     """
     sliced = SlicedLayer(layer)
     attention, ffn, dtype = layer.self_attn, layer.mlp, layer.input_layernorm.weight.dtype
@@ -180,9 +161,9 @@ def _slice_layer(
     return sliced, after
 
 
-def principal(stream: layerwise.Stream, states: Sequence[Tensor]) -> Tensor:
-    """Eigenvectors of `Σ x xᵀ` over the real tokens of every batch, largest first, `[hidden, hidden]`, float64."""
-    gram = sum(x.T @ x for x in (stream.real(n, part).double() for n, part in enumerate(states)))
+def principal(stream: Stream, states: Sequence[Tensor]) -> Tensor:
+    """Eigenvectors of `Σ x xᵀ` over all real tokens, largest first, `[hidden, hidden]`, float64."""
+    gram = sum(x.T @ x for x in (real_tokens(*each).double() for each in zip(stream.batches, states, strict=True)))
     return torch.linalg.eigh(gram).eigenvectors.flip(1)
 
 
@@ -191,7 +172,7 @@ def _frozen(values: Tensor, dtype: torch.dtype) -> nn.Parameter:
 
 
 def _read(projections: Sequence[nn.Linear], norm: Any, basis: Tensor) -> None:
-    """Fold a norm's weight into the projections behind it, and let them read another basis, `[hidden, width]`."""
+    """Fold a norm's weight into the projections behind it; they read `basis`, `[hidden, width]`."""
     for projection in projections:
         projection.weight = _frozen(
             (projection.weight.double() * norm.weight.double()) @ basis, projection.weight.dtype

@@ -9,23 +9,24 @@ import torch
 from torch import Tensor
 
 from expertprune.corpora.batches import Batch
-from expertprune.models import layers as layerwise
 
 from .common import Network, Pruned, observe, without_lowest
 
 
 def wanda_sp(model: Any, batches: Sequence[Batch], fraction: float, seed: int = 0) -> Pruned:
-    """Wanda's metric summed over the output weights of each FFN neuron, uniform per layer: FLAP's baseline Wanda-sp.
+    """Wanda-sp, FLAP's baseline: Wanda's metric summed over each FFN neuron's output weights.
 
-    `s_j = Σ_i |W_down[i, j]| · ‖X_j‖₂`, with `‖X_j‖₂` over every calibration token. As in the published code, layers are
-    cut in order and each is scored on what the already cut layers below it put out. (That code takes the mean over `i`,
-    and divides `‖X_j‖₂²` by the number of sequences: the same order of neurons.)
+    `s_j = Σ_i |W_down[i, j]| · ‖X_j‖₂`, with `‖X_j‖₂` over every calibration token. Each layer
+    loses the same number. As in the published code, layers are cut in order, and each is scored on
+    the outputs of the layers already cut below it. (That code takes the mean over `i` and divides
+    `‖X_j‖₂²` by the number of sequences, which gives the same order of neurons.)
 
-    Papers: Wanda, https://arxiv.org/abs/2306.11695; as a structured baseline, https://arxiv.org/abs/2312.11983
+    Papers: Wanda, https://arxiv.org/abs/2306.11695; as a structured baseline,
+    https://arxiv.org/abs/2312.11983
     """
     network = Network.of(model)
     before, output = network.parameters, network.family.ffn.output
-    stream = layerwise.start(model, network.family, batches)
+    stream = network.start(batches)
     for index in range(len(network.layers)):
         (moments,), _ = observe(network, stream, index, [output])
         kept = without_lowest(wanda_scores(network, index, moments.square), network.wanted(fraction))

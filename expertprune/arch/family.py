@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.resources
 from collections.abc import Mapping
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from expertprune.arch.blocks import NO_FFN, Block, ConfigKeys, CoupledTensor, Data, Experts, Rewrite
 from expertprune.arch.gguf import GgufForm
 from expertprune.errors import CheckpointError, PlanError
-from expertprune.registry import nearest
+from expertprune.registry import loaded, nearest, plugins
+from expertprune.spec.reading import problems_of
 from expertprune.units import DENSE, KeptUnits, LayerShape, Structure
 
 _HERE = Path(__file__).parent
@@ -52,7 +55,7 @@ class Family(Data):
     structures: tuple[Structure, ...] = DENSE
     why_no_heads: str = ""
     attention_implementation: Literal["sdpa", "eager"] = "sdpa"
-    listed: bool = True  # by a file, and so held against the oracle here; not read off a checkpoint
+    tested: bool = True  # set by the program: by tests/ with the oracle; any other is held against it before use
     heads_divide_hidden: bool = False
     heads_require: Mapping[str, Any] = Field(default_factory=dict)
     when_heads_change: Rewrite | None = None
@@ -321,15 +324,39 @@ def _with_defaults(config: dict[str, Any], other: str) -> dict[str, Any]:
 
 @functools.cache
 def families() -> dict[str, Family]:
-    """Every known family by `model_type`."""
+    """Every known family by `model_type`: those that ship, then those of installed plugins.
+
+    A plugin's entry point in the group `expertprune.families` names a package. Every `.yaml` file in the package's folder
+    is a family. The package is imported, so it can also register its classes with transformers.
+
+    Raises:
+        UsageError: a plugin cannot be imported, has no family's file, a wrong one, or a `model_type` that is taken.
+    """
     known: dict[str, Family] = {}
-    for path in sorted((_HERE / "families").glob("*.yaml")):
-        family = Family.model_validate(yaml.safe_load(path.read_text()))
+    _read_families(known, _HERE / "families", tested=True)
+    for plugin in plugins("expertprune.families"):
+        with loaded(plugin) as package:
+            if not hasattr(package, "__path__"):
+                raise ValueError("is a module, not a package with a folder of YAML files")
+            _read_families(known, importlib.resources.files(package), tested=False)
+    return known
+
+
+def _read_families(known: dict[str, Family], folder: Traversable, tested: bool) -> None:
+    files = sorted((path for path in folder.iterdir() if path.name.endswith(".yaml")), key=lambda path: path.name)
+    if not files:
+        raise ValueError(f"{folder} holds no family: no .yaml file")
+    for path in files:
+        try:
+            family = Family.model_validate({**yaml.safe_load(path.read_text(encoding="utf-8")), "tested": tested})
+        except ValidationError as error:
+            raise ValueError(f"{path.name}: {'; '.join(problems_of(error, Family))}") from None
         for model_type in family.model_types:
             if model_type in known:
-                raise ValueError(f"{path.name}: model_type {model_type!r} belongs to {known[model_type].family!r}")
+                raise ValueError(
+                    f"{path.name}: model_type {model_type!r} belongs to family {known[model_type].family!r}"
+                )
             known[model_type] = family
-    return known
 
 
 def family_of(model_type: str) -> Family:
@@ -337,43 +364,3 @@ def family_of(model_type: str) -> Family:
     if model_type not in families():
         raise CheckpointError(f"model_type {model_type!r} is not supported{nearest(model_type, families())}")
     return families()[model_type]
-
-
-class PackagedFile(Data):
-    """A file inside an installed package; the package is found by its `module`, and none of its code is run."""
-
-    module: str
-    file: str
-
-
-class BundledModel(Data):
-    """A real model that comes as a package: GGUF `file` inside the installed `module`.
-
-    One that is too large for a package comes in several, as `parts` whose bytes in this order are the file with digest
-    `sha256`.
-    """
-
-    file: str
-    module: str | None = None
-    parts: tuple[PackagedFile, ...] = ()
-    sha256: str | None = None
-    install: str
-    licence: str
-
-    @model_validator(mode="after")
-    def _one_or_several(self) -> Self:
-        if (self.module is None) == (not self.parts) or bool(self.parts) != (self.sha256 is not None):
-            raise ValueError("a bundled model needs either a module, or parts and the sha256 of their whole")
-        return self
-
-    @property
-    def packaged(self) -> tuple[PackagedFile, ...]:
-        """Where its bytes lie, in order."""
-        return self.parts if self.module is None else (PackagedFile(module=self.module, file=self.file),)
-
-
-@functools.cache
-def bundled_models() -> dict[str, BundledModel]:
-    """Models that need no hub, by name."""
-    data = yaml.safe_load((_HERE / "bundled.yaml").read_text())
-    return {name: BundledModel.model_validate(entry) for name, entry in data.items()}

@@ -2,27 +2,146 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import math
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field
+
+from expertprune.artifacts.record import Record
+
+Group = Literal["expert", "general"]  # what the expert is for, and what it should keep besides
 
 
-@dataclass
-class Evaluation:
-    """Base and expert on the same examples.
+Measure = Literal["bits", "accuracy"]  # averages never mix the two
 
-    `corpora` maps a corpus to its metrics, a metric to `base`, `expert`, `retention`, `low` and `high`. What suites measure
-    comes beside them: `tasks` and `generation` map a task to the same numbers and more, `summary` a group of them to its
-    retention, `alignment` a dimension value to how alike hidden states are.
+
+def _defined(value: Any) -> Any:
+    """`None` for a number that is undefined, such as 0/0."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Number = Annotated[float | None, BeforeValidator(_defined)]
+
+
+class Measured(Record):
+    """One metric of base and expert on the same examples; `None` is undefined.
+
+    `retention` and its 95% interval, `low` to `high`, are defined in `evaluation.retention`. KL is a distance to the
+    base: it has neither `base` nor `retention`, and the interval is its own. `chance` is what guessing gets, where
+    that is known. `gained` counts examples on which the expert does better than the base, `lost` those on which it
+    does worse; both are `None` for costs. `note` says why a retention or an interval is undefined.
     """
 
-    corpora: dict[str, dict[str, Any]]
-    settings: dict[str, Any]
-    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    generation: dict[str, dict[str, Any]] = field(default_factory=dict)
-    summary: dict[str, dict[str, Any]] = field(default_factory=dict)
-    alignment: dict[str, dict[str, Any]] = field(default_factory=dict)
+    examples: int
+    base: Number = None
+    expert: Number
+    retention: Number = None
+    low: Number = None
+    high: Number = None
+    chance: Number = None
+    gained: int | None = None
+    lost: int | None = None
+    note: str | None = None
+
+
+class DocumentBits(Record):
+    """Bits of one document's predicted tokens under base and expert, and KL in bits.
+
+    `tokens` and `bytes` count what the base predicts; `expert_tokens` and `expert_bytes` differ only where the expert
+    has a tokenizer of its own. KL is undefined there.
+    """
+
+    digest: str
+    tokens: int
+    bytes: int
+    base_bits: float
+    expert_bits: float
+    kl_bits: Number
+    expert_tokens: int
+    expert_bytes: int
+
+
+class CorpusResult(Record):
+    """What was measured on one corpus: its metrics by name, and what they are made of."""
+
+    group: Group
+    documents: int
+    questions: int
+    metrics: dict[str, Measured]
+    per_document: list[DocumentBits] = Field(default_factory=list)
+
+
+class TaskResult(Measured):
+    """What was measured on one task of a suite.
+
+    `metric` is lm-evaluation-harness' word. `agreement` is the share of prompts that expert and base answer with the
+    same text, where answers are generated.
+    """
+
+    suite: str
+    group: Group
+    backend: str
+    metric: str
+    agreement: float | None = None
+
+
+class Average(Record):
+    """The plain mean of the retentions of several metrics of one measure; metrics without a retention are left out."""
+
+    retention: Number
+    low: Number
+    high: Number
+    metrics: list[str]
+    undefined: list[str]
+
+
+class Alignment(Record):
+    """How alike the hidden states of base and expert are on the documents of a corpus.
+
+    `layers` is the linear CKA after each decoder layer, `cosine` the mean cosine between the final states over tokens.
+    """
+
+    layers: list[Number]
+    cosine: Number
+    documents: int
+    tokens: int
+
+
+class Settings(Record):
+    """How an evaluation was measured; `suites` maps the name of each suite to its digest."""
+
+    documents: int | None = None
+    max_tokens: int | None = None
+    metrics: list[str] = Field(default_factory=list)
+    resamples: int
+    interval: float = 0.95
+    suites: dict[str, str] = Field(default_factory=dict)
+    backend: str | None = None
+    limit: int | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+
+
+class Evaluation(Record):
+    """Base and expert on the same examples: by corpus, by task, averaged by group and measure, and aligned by corpus."""
+
+    kind: Literal["evaluation"] = "evaluation"
+    settings: Settings
+    corpora: dict[str, CorpusResult] = Field(default_factory=dict)
+    tasks: dict[str, TaskResult] = Field(default_factory=dict)
+    generation: dict[str, TaskResult] = Field(default_factory=dict)
+    summary: dict[Group, dict[Measure, Average]] = Field(default_factory=dict)
+    alignment: dict[str, Alignment] = Field(default_factory=dict)
+
+    @property
+    def all_tasks(self) -> dict[str, TaskResult]:
+        """Tasks with choices, then those whose answers are generated."""
+        return {**self.tasks, **self.generation}
 
     def document(self) -> dict[str, Any]:
-        suites = {name: getattr(self, name) for name in ("tasks", "generation", "summary", "alignment")}
-        found = {name: value for name, value in suites.items() if value}
-        return {"kind": "evaluation", "settings": self.settings, "corpora": self.corpora, **found}
+        """Plain data that gives the same evaluation back."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_document(cls, data: dict[str, Any]) -> Self:
+        """What `document` wrote. Raises `ValueError` (pydantic's) if it is none."""
+        return cls.model_validate(data)

@@ -81,7 +81,6 @@ class Plan:
     layers: list[LayerPlan]
     budget: dict[str, dict[str, Any]]
     parameters: dict[str, int]
-    search: list[float] = field(default_factory=list)  # fitness of each allocation that was tried, in order
     vocabulary: VocabularyPlan | None = None
 
     @property
@@ -124,7 +123,6 @@ class Plan:
                 }
                 for index, (layer, shape) in enumerate(zip(self.layers, self.shapes, strict=True))
             ],
-            **({"search": self.search} if self.search else {}),
             **({"vocabulary": self.vocabulary.document()} if self.vocabulary is not None else {}),
             "spec": self.spec,
         }
@@ -167,7 +165,6 @@ def plan_from(data: Any, where: str) -> Plan:
             layers,
             data["budget"],
             data["parameters"],
-            data.get("search", []),
             _vocabulary_from(data["vocabulary"]) if data.get("vocabulary") else None,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:

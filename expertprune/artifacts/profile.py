@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,10 @@ from torch import Tensor
 
 from expertprune.errors import CheckpointError
 from expertprune.files import digest_of, staged_file
-from expertprune.units import (
-    LayerShape,
-)
+from expertprune.relevance import Pass
+from expertprune.units import LayerShape
 
-PROFILE_SCHEMA = 2
+PROFILE_SCHEMA = 3
 
 
 def halved(name: str, values: Tensor) -> dict[str, Tensor]:
@@ -35,17 +35,74 @@ def halved(name: str, values: Tensor) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class ProfileKey:
-    """What a profile depends on; its digest is the profile's name."""
+    """What a profile depends on; its digest is the profile's name.
+
+    Attributes:
+        model: digest of the base's config and weights.
+        tokenizer: digest of its tokenizer's files.
+        corpus: digest of the documents, in their order.
+        max_tokens: where documents are cut.
+        dtype: what the base runs in, such as `float32`.
+        device: the type of the device that it runs on, such as `cuda`.
+        attention: the implementation of attention that it is loaded with.
+        versions: of the packages that compute, by name.
+        code: digest of the code that computes the statistics, and of the base's own code where that is run.
+    """
 
     model: str
     tokenizer: str
     corpus: str
     max_tokens: int
     dtype: str
+    device: str
+    attention: str
+    versions: Mapping[str, str]
+    code: str
+
+    @property
+    def text(self) -> str:
+        """Digest of what is measured: the model and the text."""
+        return digest_of([self.model, self.tokenizer, self.corpus, self.max_tokens])[:40]
+
+    @property
+    def means(self) -> str:
+        """Digest of what it is measured with."""
+        versions = dict(self.versions)
+        return digest_of([PROFILE_SCHEMA, self.dtype, self.device, self.attention, versions, self.code])[:16]
 
     @property
     def digest(self) -> str:
-        return digest_of([PROFILE_SCHEMA, asdict(self)])
+        return f"{self.text}-{self.means}"
+
+    def same_means(self, digest: str) -> bool:
+        """Whether a profile of that digest was measured in the same way, so that numbers compare."""
+        return digest.partition("-")[2] == self.means
+
+    def same_text(self, digest: str | None) -> bool:
+        """Whether a profile of that digest is of the same model and text, whatever it was measured with."""
+        return digest is not None and digest.partition("-")[0] == self.text
+
+
+@dataclass(frozen=True)
+class ProfilePart:
+    """What one pass over a corpus gave: a file of its own.
+
+    `variant` tells results of one pass apart: for the gradient pass, its loss.
+    """
+
+    made_by: Pass
+    variant: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.made_by}-{self.variant}" if self.variant else str(self.made_by)
+
+    def path(self, profile: Path) -> Path:
+        """Where it lies, by the path of the profile, which is the forward pass' own file."""
+        return profile if self == FORWARD else profile.with_name(f"{profile.stem}.{self}.safetensors")
+
+
+FORWARD = ProfilePart(Pass.FORWARD)
+VOCABULARY = ProfilePart(Pass.VOCABULARY)
 
 
 class Profile:
@@ -61,18 +118,19 @@ class Profile:
       change of the attention's output without the head, without the group;
     - `*.l.output_l1`, `*.l.output_l2` `[channels]`, float32: norms of the output projection's columns;
     - `ffn.l.weight_norm`, `heads.l.weight_norm`, `groups.l.weight_norm` `[units]`: Frobenius norm of all that a unit owns;
-    - of layers of experts, where `ffn` of the above is all neurons of all experts, each time the router's weight, and 0 on
-      tokens that go elsewhere: `experts.l.frequency`, `experts.l.impact`, `experts.l.routed_norm`
-      `[documents, experts]`, float32: how often each is chosen, mean squared norm of what it writes, and mean norm of that
-      on the tokens routed to it, both times the router's weight; `experts.l.weight_norm` `[experts]`;
+    - of layers with routed experts, `ffn` of the above is all neurons of all of them, each activation times the router's
+      weight, and 0 on tokens that go elsewhere. For each routed expert, `[documents, experts]`, float32:
+      `experts.l.routed`, how many tokens are routed to it; `experts.l.frequency`, their share of all tokens;
+      `experts.l.norm_sum`, the sum over them of the router's weight times the norm of what it writes;
+      `experts.l.impact`, the mean over all tokens of that product's square. And `experts.l.weight_norm` `[experts]`;
     - `stream.l.square` `[documents]`: mean square of the residual stream after the layer;
     - `tokens` `[documents]`: tokens of each document that the model predicts.
 
-    What other passes over the same corpus give lies in parts beside it, `DIGEST.PART.safetensors`, one for each pass that
-    was made: `gradient-language_model`, `gradient-kl`, `regional`, `removal`, `removal-fisher`. Each holds `ffn.l.value` and
-    `heads.l.value` (and `experts.l.value`), `[documents, units]` in half precision with their scales (removals: float32
-    `[units]`, and `groups.l.value` too). The part `vocabulary` holds, of each vocabulary row, `count` `[rows]`, int64, how
-    often its token occurs, and `mass` `[rows]`, float32, the probability that the model puts on it, mean over positions.
+    Every other pass over the same corpus leaves a part beside it (see `ProfilePart`), `DIGEST.PART.safetensors`.
+    `gradient-language_model`, `gradient-kl` and `regional` hold `ffn.l.value` and `heads.l.value` (and
+    `experts.l.value`), `[documents, units]` in half precision with their scales. `vocabulary` holds, of each vocabulary
+    row, `count` `[rows]`, int64, how often its token occurs, and `mass` `[rows]`, float32, the probability that the model
+    puts on it, mean over positions.
     """
 
     def __init__(self, path: Path) -> None:
@@ -95,9 +153,9 @@ class Profile:
             tensor: Tensor = file.get_tensor(name)
             return tensor
 
-    def part(self, name: str) -> Profile | None:
+    def part(self, part: ProfilePart) -> Profile | None:
         """What another pass over the same corpus gave, or `None` if it was not made."""
-        path = part_path(self.path, name)
+        path = part.path(self.path)
         return Profile(path) if path.is_file() else None
 
     def read_half(self, name: str) -> Tensor:
@@ -123,11 +181,6 @@ class Profile:
     @property
     def layers(self) -> list[LayerShape]:
         return [LayerShape(**shape) for shape in self.about["layers"]]
-
-
-def part_path(profile: Path, part: str) -> Path:
-    """Where a part of a profile lies."""
-    return profile.with_name(f"{profile.stem}.{part}.safetensors")
 
 
 def save_profile(path: Path, about: dict[str, Any], statistics: dict[str, Tensor]) -> Profile:

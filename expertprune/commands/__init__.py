@@ -1,1 +1,1 @@
-"""The commands by what they are about; `cli` puts them together."""
+"""The commands, one file each; `terminal` holds what they share, and `cli` gathers them."""

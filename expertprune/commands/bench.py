@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from expertprune.commands.serve import stopped_by_signals
-from expertprune.commands.terminal import common, progress_bar, reporting, show, store_option
+from expertprune.commands.terminal import common, progress_bar, reporting, show, stopped_by_signals, store_option
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -21,10 +20,12 @@ _COUNT = click.IntRange(min=1)
 @click.command()
 @click.argument("folders", metavar="DIR [-- VLLM ARGUMENT...]", nargs=-1, type=click.UNPROCESSED)
 @click.option("--base", type=click.Path(path_type=Path), help="The base's folder, if it has moved.")
-@click.option("--against", type=click.Path(path_type=Path), help="Compare with this folder in place of the base.")
+@click.option("--against", type=click.Path(path_type=Path), help="Compare with this folder instead of the base.")
 @click.option("--prompts", default=32, show_default=True, type=_COUNT, help="Requests in each run.")
 @click.option("--input-tokens", default=128, show_default=True, type=_COUNT, help="Tokens of each prompt.")
-@click.option("--output-tokens", default=64, show_default=True, type=click.IntRange(min=2), help="New tokens of each.")
+@click.option(
+    "--output-tokens", default=64, show_default=True, type=click.IntRange(min=2), help="New tokens of each prompt."
+)
 @click.option("--concurrency", default=8, show_default=True, type=_COUNT, help="Requests at a time.")
 @click.option("--rounds", default=3, show_default=True, type=_COUNT, help="Runs of each model, in turn.")
 @click.option("--picture", type=click.Path(path_type=Path), help="Draw the ratios into this .png or .svg file.")
@@ -63,7 +64,7 @@ def bench(
 
 
 def throughput_table(result: dict[str, Any]) -> RenderableType:
-    """Medians of both, the ratio with its smallest and largest pair, and how much of the limit is reached."""
+    """Medians of both, their ratio with the smallest and largest pair, and the part of the limit that is reached."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -83,13 +84,13 @@ def throughput_table(result: dict[str, Any]) -> RenderableType:
     speed = result["ratios"]["output_tokens_per_second"]["median"]
     about = (
         f"{load['rounds']} runs of each: {load['prompts']} prompts of {load['input_tokens']} tokens, "
-        f"{load['output_tokens']} new ones each, {load['concurrency']} at a time.\n"
-        f"{speed:.3f} times as fast; reading weights alone would allow {result['limit']:.3f}: "
+        f"{load['output_tokens']} new tokens each, {load['concurrency']} at a time.\n"
+        f"{speed:.3f} times as fast; the weights read per token would allow {result['limit']:.3f}: "
         f"{speed / result['limit']:.0%} of the limit."
     )
     return Group(table, Text(about))
 
 
 def number(value: float) -> str:
-    """Four significant digits, or a whole number with its thousands parted."""
+    """Four significant digits, or a whole number with thousands separators."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

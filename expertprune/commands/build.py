@@ -28,7 +28,7 @@ from expertprune.commands.terminal import (
 @common
 @reporting
 def build(spec: Path, out: Path, overrides: dict[str, Any], overwrite: bool, store: Path | None, as_json: bool) -> None:
-    """From a spec to an evaluated expert: profile, compose, prune, evaluate.
+    """Build and evaluate an expert: profile, compose, prune and evaluate in a row.
 
     \b
     expertprune build profiles/english-medical-qa.yaml --out experts/medical-qa --set budget.ffn=0.3

@@ -7,23 +7,18 @@ from typing import Any
 
 import click
 
-from expertprune.commands.terminal import (
-    common,
-    progress_bar,
-    reporting,
-    set_option,
-    show,
-    store_option,
-)
+from expertprune.commands.terminal import common, progress_bar, reporting, set_option, show, store_option
 
 
 @click.command()
 @click.argument("specs", metavar="SPEC...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--all", "everything", is_flag=True, help="Compare with every other stored profile of the base too.")
-@click.option("--fraction", default=0.25, show_default=True, help="Which part of each layer's units is irrelevant.")
+@click.option("--all", "everything", is_flag=True, help="Include every other stored profile of the base.")
+@click.option(
+    "--fraction", default=0.25, show_default=True, help="Fraction of each layer's units that counts as irrelevant."
+)
 @click.option(
     "--structure", "structures", multiple=True, type=click.Choice(["ffn", "query_heads", "kv_groups", "experts"]),
-    help="Compare these units only [default: all three].",
+    help="Compare these units only [default: all].",
 )  # fmt: skip
 @click.option("--picture", type=click.Path(path_type=Path), help="Draw heat maps into this .png or .svg file.")
 @set_option
@@ -31,7 +26,7 @@ from expertprune.commands.terminal import (
 @common
 @reporting
 def compare(specs: tuple[Path, ...], overrides: dict[str, Any], as_json: bool, **options: Any) -> None:
-    """Show how much the units that corpora need have in common, and which corpora are alike.
+    """Show how far corpora need the same units, and which corpora are alike.
 
     \b
     expertprune compare profiles/english-medical-qa.yaml --picture overlap.png

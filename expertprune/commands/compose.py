@@ -7,22 +7,16 @@ from typing import Any
 
 import click
 
-from expertprune.commands.terminal import (
-    common,
-    progress_bar,
-    reporting,
-    set_option,
-    show,
-    spec_argument,
-    store_option,
-)
+from expertprune.commands.terminal import common, progress_bar, reporting, set_option, show, spec_argument, store_option
 from expertprune.files import check_parent
 
 
 @click.command()
 @spec_argument
-@click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The plan, a JSON file.")
-@click.option("--stored-only", is_flag=True, help="Fail where a profile is missing, instead of measuring it.")
+@click.option(
+    "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The plan to write, a JSON file."
+)
+@click.option("--stored-only", is_flag=True, help="Fail if a profile is missing, instead of measuring it.")
 @set_option
 @store_option
 @common
@@ -30,7 +24,7 @@ from expertprune.files import check_parent
 def compose(
     spec: Path, out: Path, stored_only: bool, overrides: dict[str, Any], store: Path | None, as_json: bool
 ) -> None:
-    """Decide which units are kept, and write the decision as a plan.
+    """Decide which units stay, and write the plan.
 
     \b
     expertprune compose profiles/english-medical-qa.yaml --out plan.json
@@ -41,4 +35,4 @@ def compose(
     check_parent(out)
     plan = stage.compose(spec, store, overrides, progress_bar, run=not stored_only)
     plan.save(out)
-    show(as_json, plan.document(), lambda: inspection.explain(plan.document()))
+    show(as_json, plan.document(), lambda: inspection.explain(plan))

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from expertprune.commands.terminal import common, progress_bar, reporting, show, store_option
+from expertprune.commands.terminal import common, progress_bar, reporting, set_option, show, store_option
 
 
 def _floors(_: click.Context, __: click.Parameter, text: str | None) -> dict[str, float]:
@@ -27,19 +27,20 @@ def _floors(_: click.Context, __: click.Parameter, text: str | None) -> dict[str
 @click.command()
 @click.argument("expert", type=click.Path(path_type=Path))
 @click.option("--corpus", "corpora", multiple=True, help="One of the spec's corpora, such as medical [default: all].")
-@click.option("--suite", "suites", multiple=True, metavar="NAME|FILE", help="Measure what a suite names instead.")
-@click.option("--task", "tasks", multiple=True, metavar="NAME", help="Measure a task of lm-evaluation-harness.")
+@click.option("--suite", "suites", multiple=True, metavar="NAME|FILE", help="Measure this suite instead.")
+@click.option("--task", "tasks", multiple=True, metavar="NAME", help="Measure this task of lm-evaluation-harness.")
 @click.option(
     "--backend", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True,
-    help="Who answers the tasks: transformers, or a vLLM server.",
+    help="What runs the tasks: transformers, or a vLLM server.",
 )  # fmt: skip
 @click.option("--limit", type=click.IntRange(min=1), help="At most so many examples of each task.")
 @click.option(
     "--fail-under", "floors", callback=_floors, metavar="expert=0.97,general=0.9",
-    help="Exit with 1 where the suites' summary keeps less.",
+    help="Exit with 1 if an average of the suites is below.",
 )  # fmt: skip
 @click.option("--base", type=click.Path(path_type=Path), help="The base's folder, if it has moved.")
 @click.option("--documents", type=click.IntRange(min=1), help="At most so many documents of each corpus.")
+@set_option
 @store_option
 @common
 @reporting
@@ -53,36 +54,36 @@ def evaluate(
     floors: dict[str, float],
     base: Path | None,
     documents: int | None,
+    overrides: dict[str, Any],
     store: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure what an expert kept of its base, and write it into the expert's folder.
+    """Measure what an expert kept of its base, and record it in the expert's folder.
 
     \b
     expertprune evaluate experts/medical-qa --suite medical --suite general --fail-under expert=0.97,general=0.9
     """
     from expertprune.reporting.tables import retention_table
 
-    overrides: dict[str, Any] = {"evaluate.documents": documents} if documents else {}
+    overrides |= {"evaluate.documents": documents} if documents else {}
     base = base and base.resolve()
     if not suites and not tasks:
         if floors or limit is not None or backend != "hf":
-            raise click.UsageError("--fail-under, --limit and --backend go with --suite or --task")
+            raise click.UsageError("--fail-under, --limit and --backend need --suite or --task")
         from expertprune.stages import evaluate as stage
 
-        result = stage.evaluate(expert, list(corpora), base, store, overrides, progress_bar).document()
-        show(as_json, result, lambda: retention_table(result))
+        result = stage.evaluate(expert, list(corpora), base, store, overrides, progress_bar)
+        show(as_json, result.document(), lambda: retention_table(result))
         return
     if corpora:
-        raise click.UsageError("--corpus goes without --suite and --task: a suite names its corpora itself")
+        raise click.UsageError("give --corpus without --suite and --task: a suite names its own corpora")
     from expertprune.evaluation.retention import shortfalls
     from expertprune.stages import suites as measuring
 
     found = measuring.evaluate_suites(
         expert, suites, tasks, backend, limit, base, store, overrides, floors, progress_bar  # type: ignore[arg-type]
     )  # fmt: skip
-    result = found.document()
-    show(as_json, result, lambda: retention_table(result))
+    show(as_json, found.document(), lambda: retention_table(found))
     short = shortfalls(found.summary, floors)
     for line in short:
         click.echo(f"below the floor: {line}", err=True)

@@ -11,12 +11,12 @@ from expertprune.commands.terminal import common, reporting, show
 
 @click.command()
 @click.argument("expert", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The file.")
-@click.option("--format", "kind", default="gguf", show_default=True, help="The only one is gguf.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The file to write.")
+@click.option("--format", "kind", default="gguf", show_default=True, help="File format; gguf is the only one.")
 @click.option(
-    "--type", "stored", default="f16", show_default=True, help="How matrices are stored: f32, f16, bf16 or q8_0."
+    "--type", "stored", default="f16", show_default=True, help="Type of the stored matrices: f32, f16, bf16 or q8_0."
 )
-@click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
+@click.option("--overwrite", is_flag=True, help="Replace the file that is there.")
 @common
 @reporting
 def export(expert: Path, out: Path, kind: str, stored: str, overwrite: bool, as_json: bool) -> None:
@@ -25,9 +25,9 @@ def export(expert: Path, out: Path, kind: str, stored: str, overwrite: bool, as_
     \b
     expertprune export experts/medical-qa --format gguf --type q8_0 --out medical-qa.gguf
     """
-    from expertprune.models import gguf as gguf_files
+    from expertprune.stages import export as stage
 
-    written = gguf_files.export(expert, out, kind, stored, overwrite)
+    written = stage.export(expert, out, kind, stored, overwrite)
     size = out.stat().st_size
     data = {
         "kind": "export", "format": kind, "file": str(out), "bytes": size, "architecture": written.architecture,

@@ -1,4 +1,4 @@
-"""Which model families can be cut, and whether a folder's model can."""
+"""`expertprune families`: which model families can be cut, and whether one model can."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from expertprune.errors import SpecError
     "--check",
     "folder",
     type=click.Path(path_type=Path),
-    help="Hold the model in this folder against the oracle: on a tiny random copy, cutting must equal masking.",
+    help="Check the model in this folder: on a tiny random copy, cutting must equal masking.",
 )
 @click.option("--trust-remote-code", is_flag=True, help="With --check: run Python code that comes with the model.")
 @store_option
@@ -43,7 +43,7 @@ def families(folder: Path | None, trust_remote_code: bool, store: Path | None, a
 
 
 def listed_families() -> list[dict[str, Any]]:
-    """What each family's file says to users: the structures that can be cut and where widths of single layers run."""
+    """What each family allows: the structures that can be cut, and whether vLLM serves layers of different widths."""
     from expertprune.arch import families as known
 
     each = {family.family: family for family in known().values()}
@@ -64,7 +64,7 @@ def _table(families: list[dict[str, Any]]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("family", "model_type", "structures that can be cut", "widths of single layers in vLLM")
+    table = Table("family", "model_type", "structures that can be cut", "different widths per layer in vLLM")
     for family in families:
         structures = ", ".join(family["structures"])
         vllm = "yes" if family["layer_widths"]["vllm"] else "no: uniform widths only"
@@ -73,13 +73,15 @@ def _table(families: list[dict[str, Any]]) -> Any:
         f"{family['family']}: no heads, since {family['why_no_heads']}" for family in families if family["why_no_heads"]
     ]
     notes.append(
-        "A model that is not listed is taken where its tensors look like a gated FFN (gate_proj, up_proj, down_proj) and an "
-        "attention of heads (q_proj, k_proj, v_proj, o_proj), and the oracle holds on a tiny random copy: --check FOLDER."
+        "A model of another family is accepted if its tensors look like a gated FFN (gate_proj, up_proj, down_proj) and "
+        "attention heads (q_proj, k_proj, v_proj, o_proj), and if cutting equals masking on a tiny random copy. "
+        "To test this, run: expertprune families --check FOLDER."
     )
     return Group(table, *(Text(note) for note in notes))
 
 
 def _checked(folder: Path, trust_remote_code: bool, store: Path | None) -> dict[str, Any]:
+    from expertprune.arch import families as known
     from expertprune.files import store_folder
     from expertprune.models.base import resolve_base
     from expertprune.pruning.selfcheck import check_family
@@ -87,10 +89,11 @@ def _checked(folder: Path, trust_remote_code: bool, store: Path | None) -> dict[
 
     admission = logging.getLogger("expertprune.models.admission")
     level = admission.level
-    admission.setLevel(logging.ERROR)  # what it says is said below
+    admission.setLevel(logging.ERROR)  # the result below says the same
     try:
         base = resolve_base(Base(model=str(folder), trust_remote_code=trust_remote_code), store_folder(store))
     finally:
         admission.setLevel(level)
     held = check_family(base, layer_widths=True)
-    return {"kind": "family check", "family": base.family.family, "listed": base.family.listed, "held": held}
+    listed = base.checkpoint.config["model_type"] in known()
+    return {"kind": "family check", "family": base.family.family, "listed": listed, "held": held}

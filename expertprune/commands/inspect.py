@@ -6,11 +6,7 @@ from pathlib import Path
 
 import click
 
-from expertprune.commands.terminal import (
-    common,
-    reporting,
-    show,
-)
+from expertprune.commands.terminal import common, reporting, show
 
 
 @click.command()
@@ -25,5 +21,5 @@ def inspect(artifact: Path, as_json: bool) -> None:
     """
     from expertprune.reporting import explain as inspection
 
-    about = inspection.describe(artifact)
-    show(as_json, about, lambda: inspection.explain(about))
+    found = inspection.read(artifact)
+    show(as_json, inspection.describe(artifact) if as_json else None, lambda: inspection.explain(found))

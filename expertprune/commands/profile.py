@@ -7,14 +7,7 @@ from typing import Any
 
 import click
 
-from expertprune.commands.terminal import (
-    common,
-    progress_bar,
-    reporting,
-    set_option,
-    spec_argument,
-    store_option,
-)
+from expertprune.commands.terminal import common, progress_bar, reporting, set_option, spec_argument, store_option
 from expertprune.files import to_json
 
 
@@ -25,7 +18,7 @@ from expertprune.files import to_json
 @common
 @reporting
 def profile(spec: Path, overrides: dict[str, Any], store: Path | None, as_json: bool) -> None:
-    """Measure every corpus of a spec; what is stored already is not measured again.
+    """Profile every corpus of a spec; profiles that are stored already are reused.
 
     \b
     expertprune profile profiles/english-medical-qa.yaml

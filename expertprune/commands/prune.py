@@ -6,14 +6,7 @@ from pathlib import Path
 
 import click
 
-from expertprune.commands.terminal import (
-    common,
-    overwrite_option,
-    print_expert,
-    progress_bar,
-    reporting,
-    store_option,
-)
+from expertprune.commands.terminal import common, overwrite_option, print_expert, progress_bar, reporting, store_option
 
 
 @click.command()
@@ -24,7 +17,7 @@ from expertprune.commands.terminal import (
 @common
 @reporting
 def prune(plan: Path, out: Path, overwrite: bool, store: Path | None, as_json: bool) -> None:
-    """Apply a plan: cut, repair, write the expert.
+    """Apply a plan: cut the base, repair it, write the expert.
 
     \b
     expertprune prune plan.json --out experts/medical-qa

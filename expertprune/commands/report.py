@@ -11,7 +11,7 @@ from expertprune.commands.terminal import common, output, reporting, show, store
 
 @click.command()
 @click.argument("expert", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--compare", "others", multiple=True, type=click.Path(path_type=Path), help="Another expert beside it.")
+@click.option("--compare", "others", multiple=True, type=click.Path(path_type=Path), help="Show this expert beside it.")
 @click.argument("more", metavar="", nargs=-1, type=click.Path(path_type=Path))
 @click.option(
     "--out", type=click.Path(path_type=Path),
@@ -23,7 +23,7 @@ from expertprune.commands.terminal import common, output, reporting, show, store
 def report(
     expert: Path, others: tuple[Path, ...], more: tuple[Path, ...], out: Path | None, store: Path | None, as_json: bool
 ) -> None:
-    """Write what an expert kept and lost into one HTML page, and refresh its model card.
+    """Write one HTML page about what an expert kept and lost, and refresh its model card.
 
     \b
     expertprune report experts/medical-qa --compare experts/legal-qa
@@ -31,7 +31,7 @@ def report(
     from expertprune.reporting import page
 
     if more and not others:
-        raise click.UsageError(f"{more[0]}: to show several experts side by side, say --compare")
+        raise click.UsageError(f"{more[0]}: to show several experts side by side, use --compare")
     data = page.report(expert, (*others, *more), out, store)
     show(as_json, data, lambda: page.headline_table(data))
     if not as_json:

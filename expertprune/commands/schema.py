@@ -6,9 +6,7 @@ import json
 
 import click
 
-from expertprune.commands.terminal import (
-    reporting,
-)
+from expertprune.commands.terminal import reporting
 
 
 @click.command()

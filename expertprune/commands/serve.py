@@ -2,53 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import logging
 import shlex
-import signal
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 import click
 
-from expertprune.commands.terminal import reporting
+from expertprune.commands.terminal import reporting, stopped_by_signals
 from expertprune.files import store_folder
 
 log = logging.getLogger(__name__)
-
-
-_STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal asked the command to end."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
-
-
-@contextlib.contextmanager
-def stopped_by_signals() -> Iterator[None]:
-    """End well when a signal says so: exit code 128 and the signal's number, as shells have it (130 for Ctrl-C)."""
-
-    def stop(number: int, _: FrameType | None) -> None:
-        raise Stopped(number)
-
-    for name in _STOPPING:
-        number = getattr(signal, name, None)
-        if number is not None and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):  # nohup
-            signal.signal(number, stop)
-    try:
-        yield
-    except Stopped as stopped:
-        click.echo(f"stopped by {signal.Signals(stopped.number).name}; nothing is left running", err=True)
-        sys.exit(128 + stopped.number)
 
 
 @click.command()
@@ -66,7 +33,7 @@ def stopped_by_signals() -> Iterator[None]:
 def serve(folders: tuple[str, ...], port: int, host: str, log: Path | None, patience: float) -> None:
     """Serve experts through vLLM, behind one OpenAI-compatible endpoint.
 
-    Several folders get an engine each; a request's "model" says which is meant. Arguments after -- go to vLLM.
+    Each folder gets an engine of its own; the field "model" of a request chooses one. Arguments after -- go to vLLM.
 
     \b
     expertprune serve experts/medical-qa experts/german --port 8080 -- --max-num-seqs 64
@@ -123,7 +90,7 @@ def _say(message: str) -> None:
 
 
 def _tell(url: str, names: list[str]) -> None:
-    """The endpoint and a line to try it, on standard output."""
+    """Print the endpoint and a curl line that tries it."""
     click.echo(f"endpoint: {url}")
     click.echo(f"models:   {', '.join(names)}")
     request = {"model": names[0], "prompt": "The heart pumps", "max_tokens": 16}

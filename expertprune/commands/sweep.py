@@ -7,15 +7,7 @@ from typing import Any
 
 import click
 
-from expertprune.commands.terminal import (
-    common,
-    progress_bar,
-    reporting,
-    set_option,
-    show,
-    spec_argument,
-    store_option,
-)
+from expertprune.commands.terminal import common, progress_bar, reporting, set_option, show, spec_argument, store_option
 
 
 def _fractions(_: click.Context, __: click.Parameter, text: str) -> list[float]:
@@ -34,12 +26,12 @@ def _fractions(_: click.Context, __: click.Parameter, text: str) -> list[float]:
 @spec_argument
 @click.option(
     "--budgets", required=True, callback=_fractions, metavar="FRACTIONS",
-    help="What is removed, such as 0.1,0.25,0.5: of all parameters if the spec's budget says parameters or "
-    "max_parameters, else of each structure that it names.",
+    help="Fractions to remove, such as 0.1,0.25,0.5: of all parameters if the spec's budget has parameters or "
+    "max_parameters, else of each structure in the budget.",
 )  # fmt: skip
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for sweep.json, written after each budget; the same sweep goes on from there.",
+    help="Folder for sweep.json, written after each budget; a sweep that was stopped continues from it.",
 )  # fmt: skip
 @click.option("--keep-experts", is_flag=True, help="Keep the experts too, in OUT/NAME-BUDGET.")
 @click.option("--picture", type=click.Path(path_type=Path), help="Draw the curve into this .png or .svg file.")
@@ -68,7 +60,7 @@ def sweep(
 
     if picture is not None:
         check_picture(picture, made=out)
-    result = sweeping.sweep(spec, budgets, out, keep_experts, store, overrides, progress_bar).document()
+    result = sweeping.sweep(spec, budgets, out, keep_experts, store, overrides, progress_bar)
     if picture is not None:
-        retention_curve(result["points"], picture)
-    show(as_json, result, lambda: sweep_table(result))
+        retention_curve(result, picture)
+    show(as_json, result.document(), lambda: sweep_table(result))

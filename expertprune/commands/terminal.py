@@ -1,16 +1,18 @@
-"""What all commands share: options, progress, logs, and how an error is told."""
+"""What commands share: options, progress bars, logs, tables, signals, and how errors are shown."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 import yaml
@@ -21,25 +23,51 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from expertprune.errors import ExpertpruneError, SpecError
 from expertprune.files import to_json
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 F = TypeVar("F", bound=Callable[..., Any])
 
-
 output = Console()
-
-
 if not output.is_terminal:  # a pipe or a file has no width of its own
     output = Console(width=120)
-
-
 messages = Console(stderr=True)
+
+_STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the command to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Clean up on a signal, then exit with 128 plus its number, as shells do (130 for Ctrl-C)."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise Stopped(number)
+
+    for name in _STOPPING:
+        number = getattr(signal, name, None)
+        if number is not None and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):  # nohup
+            signal.signal(number, stop)
+    try:
+        yield
+    except Stopped as stopped:
+        click.echo(f"stopped by {signal.Signals(stopped.number).name}; nothing is left running", err=True)
+        sys.exit(128 + stopped.number)
 
 
 def reporting(command: F) -> F:
-    """An error becomes a message and its exit code (2: a user's mistake), an interruption exit code 1."""
+    """Show an error as a message and exit with its code (2: the user's mistake); exit with 1 if interrupted."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
-        # A terminated process cleans up as an interrupted one does: staged folders vanish.
+        # SIGTERM then cleans up as Ctrl-C does: temporary folders are removed.
         with contextlib.suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
@@ -50,13 +78,14 @@ def reporting(command: F) -> F:
                 click.echo(f"error: {problem}", err=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("interrupted: nothing half-written is left; stored profiles are kept for the next run", err=True)
+            click.echo("interrupted: no half-written file is left; the next run reuses the stored profiles", err=True)
             sys.exit(1)
 
     return run  # type: ignore[return-value]
 
 
 def common(command: F) -> F:
+    """Add `--json` and `--verbose`."""
     command = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, for machines.")(command)
     return click.option("-v", "--verbose", is_flag=True, callback=_logs, expose_value=False, help="Show logs.")(command)
 
@@ -75,7 +104,7 @@ store_option = click.option(
 spec_argument = click.argument("spec", type=click.Path(path_type=Path))
 
 
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an expert that is there.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the expert that is there.")
 
 
 def _settings(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
@@ -92,8 +121,9 @@ def _settings(_: click.Context, __: click.Parameter, values: tuple[str, ...]) ->
 
 
 set_option = click.option(
-    "--set", "overrides", multiple=True, callback=_settings, metavar="KEY=VALUE", help="Change a key of the spec."
-)
+    "--set", "overrides", multiple=True, callback=_settings, metavar="KEY=VALUE",
+    help="Change a key of the spec, such as budget.ffn=0.3.",
+)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -112,24 +142,49 @@ def progress_bar(stage: str, steps: int) -> Iterator[Callable[[], None]]:
 
 
 def show(as_json: bool, data: Any, text: Callable[[], Any]) -> None:
+    """Print `data` as JSON, or what `text` returns: a string or something that rich can print."""
     if as_json:
         click.echo(to_json(data))
     else:
         output.print(text())
 
 
+def records_table(records: Sequence[Mapping[str, Any]]) -> Table:
+    """A table of records that share their keys, which are its headers."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*records[0])
+    for record in records:
+        table.add_row(*(Text(_cell(value)) for value in record.values()))
+    return table
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(value) if isinstance(value, list) else str(value)
+
+
+def leading_comment(path: Path) -> str:
+    """What a YAML file says about itself: the comment lines that it begins with, joined."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return " ".join(line.lstrip("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), lines))
+
+
 def print_expert(folder: Path, as_json: bool) -> None:
-    from expertprune.artifacts.expert import load_expert
+    """Print what an expert kept, its size, and how to serve it."""
+    from expertprune.artifacts.expert import Expert
     from expertprune.files import folder_size
     from expertprune.reporting.tables import retention_table
 
-    about = load_expert(folder)
+    expert = Expert.load(folder)
     if as_json:
-        click.echo(to_json({**about, "folder": str(folder), "bytes": folder_size(folder)}))
+        click.echo(to_json({**expert.document(), "folder": str(folder), "bytes": folder_size(folder)}))
         return
-    if about["evaluation"]:
-        output.print(retention_table(about["evaluation"]))
-    before, after = about["parameters"]["before"], about["parameters"]["after"]
+    if expert.evaluation is not None:
+        output.print(retention_table(expert.evaluation))
+    before, after = expert.plan.parameters["before"], expert.plan.parameters["after"]
     click.echo(f"expert:     {folder} ({folder_size(folder) / 1e6:.1f} MB)")
     click.echo(f"parameters: {after:,} of {before:,} ({after / before:.1%})")
     click.echo(f"serve it:   expertprune serve {shlex.quote(str(folder))}")

@@ -7,13 +7,7 @@ from typing import Any
 
 import click
 
-from expertprune.commands.terminal import (
-    common,
-    reporting,
-    set_option,
-    spec_argument,
-    store_option,
-)
+from expertprune.commands.terminal import common, reporting, set_option, spec_argument, store_option
 from expertprune.files import to_json
 
 
@@ -24,20 +18,17 @@ from expertprune.files import to_json
 @common
 @reporting
 def validate(spec: Path, overrides: dict[str, Any], store: Path | None, as_json: bool) -> None:
-    """Check a spec and all that it names: base, corpora, budget.
+    """Check a spec and what it names: base, corpora, budget. No model is loaded.
 
     \b
     expertprune validate profiles/english-medical-qa.yaml
     """
     from expertprune.composition.budget import removed_parameters, removed_with_rows
-    from expertprune.composition.plan import foreseen_widths
-    from expertprune.composition.rows import foreseen_rows
     from expertprune.stages import validate as stage
 
     prepared = stage.validate(spec, overrides, store)
-    widths = foreseen_widths(prepared.spec, prepared.base)
+    widths, rows = prepared.widths, prepared.rows
     before = prepared.base.checkpoint.parameters
-    rows = foreseen_rows(prepared.spec, prepared.base)
     after = before - removed_parameters(prepared.base, widths) if widths is not None else None
     after = after - removed_with_rows(prepared.base, rows) if after is not None else None
     budget = widths.summary(prepared.base.layers) if widths is not None and widths.uniform else None
@@ -63,7 +54,11 @@ def validate(spec: Path, overrides: dict[str, Any], store: Path | None, as_json:
         f"  base    {prepared.base.name}, {before:,} parameters",
         "  expert  "
         + (f"{after:,} parameters" if after is not None else "as small as its retention allows")
-        + (", less the rows that its coverage needs not" if isinstance(prepared.spec.budget.vocabulary, dict) else ""),
+        + (
+            "; coverage decides how many vocabulary rows go as well"
+            if isinstance(prepared.spec.budget.vocabulary, dict)
+            else ""
+        ),
     ]
     lines.append("  " + "units".ljust(8) + ", ".join(f"{key} {value}" for key, value in decided.items()))
     for name, entry in data["corpora"].items():  # type: ignore[attr-defined]

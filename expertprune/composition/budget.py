@@ -10,6 +10,8 @@ from typing import Any
 from expertprune.composition.legality import check_structures, kept_experts, legal_experts, rounded_down
 from expertprune.errors import PlanError
 from expertprune.models.base import ResolvedBase
+from expertprune.models.costs import row_parameters, unit_parameters
+from expertprune.models.inventory import vocabulary_rows
 from expertprune.spec.schema import Budget
 from expertprune.units import ROW_MULTIPLE, KeptUnits, LayerShape, Structure
 
@@ -148,7 +150,7 @@ def wanted_rows(budget: Budget, base: ResolvedBase) -> int | None:
     """
     if budget.vocabulary is None or isinstance(budget.vocabulary, dict):
         return None
-    of, asked = base.checkpoint.vocabulary_rows(base.family), budget.vocabulary
+    of, asked = vocabulary_rows(base.checkpoint, base.family), budget.vocabulary
     if isinstance(asked, int):
         rows = -(-asked // ROW_MULTIPLE) * ROW_MULTIPLE
     else:
@@ -165,7 +167,7 @@ def removed_with_rows(base: ResolvedBase, rows: int | None) -> int:
     """How many parameters leave where so many vocabulary rows stay; none go where the number is not given."""
     if rows is None:
         return 0
-    return (base.checkpoint.vocabulary_rows(base.family) - rows) * base.checkpoint.row_parameters(base.family)
+    return (vocabulary_rows(base.checkpoint, base.family) - rows) * row_parameters(base.checkpoint, base.family)
 
 
 def added_parameters(base: ResolvedBase, layers: Sequence[LayerWidths]) -> int:
@@ -180,7 +182,7 @@ def added_parameters(base: ResolvedBase, layers: Sequence[LayerWidths]) -> int:
 def removed_from_layer(base: ResolvedBase, index: int, widths: LayerWidths) -> int:
     """How many parameters leave one layer."""
     shape = base.layers[index]
-    cost = {s: base.checkpoint.unit_parameters(base.family, shape, index, s) for s in Structure if shape.units(s)}
+    cost = {s: unit_parameters(base.checkpoint, base.family, shape, index, s) for s in Structure if shape.units(s)}
     total = cost.get(Structure.FFN, 0) * (shape.ffn - widths.ffn) * max(1, widths.experts)
     total += cost.get(Structure.EXPERTS, 0) * (shape.experts - widths.experts)
     total += cost[Structure.KV_GROUPS] * (shape.kv_heads - widths.kv_groups)
@@ -334,13 +336,6 @@ def unreachable(wanted: float, largest: int, budget: Budget, total: int) -> str:
         f"budget.parameters: {wanted / total:g} of {total:,} parameters cannot be removed; {hint}, "
         f"the largest legal one is {rounded_down(largest / total)}; {advice}"
     )
-
-
-def widths_of(kept: KeptUnits) -> LayerWidths:
-    """How much a layer keeps."""
-    per_group = len(kept.query_heads) // len(kept.kv_groups)
-    ffn = len(kept.ffn) // max(1, len(kept.experts))
-    return LayerWidths(ffn, per_group, len(kept.kv_groups), len(kept.experts))
 
 
 def first_units(widths: LayerWidths, shape: LayerShape) -> KeptUnits:

@@ -12,8 +12,8 @@ from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
 from scipy.spatial.distance import squareform
 from scipy.stats import rankdata
 
-from expertprune.artifacts.profile import Profile
-from expertprune.composition.scoring import over_documents, unit_statistics
+from expertprune.artifacts.profile import Profile, ProfilePart
+from expertprune.composition.scoring import corpus_score, unit_statistics
 from expertprune.errors import SpecError
 from expertprune.relevance import Criterion
 from expertprune.units import Structure
@@ -106,7 +106,11 @@ class Comparison:
 
 
 def relevance(
-    profile: Profile, structure: Structure, criterion: Criterion, aggregate: str | float, part: str | None = None
+    profile: Profile,
+    structure: Structure,
+    criterion: Criterion,
+    aggregate: str | float,
+    part: ProfilePart | None = None,
 ) -> list[Array]:
     """The relevance of a structure's units on a corpus, layer by layer, `[units]`.
 
@@ -114,8 +118,8 @@ def relevance(
     """
     layers = []
     for layer in range(len(profile.layers)):
-        scores = criterion.score(unit_statistics(profile, structure, layer, seed=0, part=part)).float()
-        layers.append(over_documents(scores, aggregate).double().numpy())
+        statistics = unit_statistics(profile, structure, layer, seed=0, part=part)
+        layers.append(corpus_score(criterion, statistics, aggregate).double().numpy())
     return layers
 
 
@@ -240,14 +244,14 @@ def compare_corpora(
     aggregate: str | float,
     fraction: float,
     structures: Sequence[Structure] = tuple(Structure),
-    part: str | None = None,
+    part: ProfilePart | None = None,
 ) -> Comparison:
     """Compare every pair of corpora in each structure that has a layer of two units or more.
 
     Args:
         corpora: two or more, with their profiles.
         fraction: which part of a layer's units is irrelevant, between 0 and 1.
-        part: the part of the profiles that the criterion needs (see `scoring.part_name`).
+        part: the part of the profiles that the criterion needs (see `scoring.needed_part`).
     """
     results = {}
     for structure in structures:

@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from expertprune.artifacts.plan import LayerPlan, Plan, VocabularyPlan
+from expertprune.artifacts.plan import LayerPlan, Plan
 from expertprune.artifacts.profile import Profile
-from expertprune.composition.allocation import Scores, global_widths, search_widths, uniform_candidates, uniform_part
+from expertprune.composition.allocation import Scores, global_widths
 from expertprune.composition.budget import (
     LayerWidths,
     Widths,
     removed_parameters,
     removed_with_rows,
     resolve_budget,
-    widths_of,
 )
-from expertprune.composition.defaults import resolved
 from expertprune.composition.legality import check_structures
 from expertprune.composition.rows import choose_rows
-from expertprune.composition.scoring import EXPERT, GENERAL, SHARED, Fused, check_criterion, check_scored, score_units
+from expertprune.composition.scoring import EXPERT, GENERAL, SHARED, Fused, check_scored, score_units
 from expertprune.corpora.documents import CorpusName, corpus_names
-from expertprune.errors import PlanError, SpecError
+from expertprune.errors import SpecError
 from expertprune.models.base import ResolvedBase
 from expertprune.spec.schema import Spec
 from expertprune.units import KeptUnits, LayerShape, Structure
-
-# How far a plan's kept units are from the base's predictions: smaller is better.
-PlanFitness = Callable[[Sequence[KeptUnits]], float]
 
 
 def keep_largest(scores: Tensor, count: int) -> Tensor:
@@ -108,18 +100,18 @@ def foreseen_widths(spec: Spec, base: ResolvedBase) -> Widths | None:
 
     Where layers get different widths, their sum is right (but for the mix of structures), not each of them.
 
+    Args:
+        spec: with what it leaves open decided (see `defaults.resolved`).
+
     Raises:
         PlanError: the budget is not reachable, or the family has no layers of different widths.
     """
-    spec = resolved(spec, base)
     check_structures(spec.budget, base)
     check_scored(spec.relevance, _competing(spec, base)[0], base.family.has_ffn)
     if spec.budget.retention is not None:
         return None
     if spec.compose.allocation == "uniform":
         return resolve_budget(spec.budget, base)
-    if spec.compose.allocation == "search" and spec.compose.search.uniform:
-        return uniform_candidates(spec.budget, base)[0]
     base.family.check_single_layers(base.checkpoint.config)
     return global_widths(spec.budget, base, _flat_scores(base))
 
@@ -148,57 +140,6 @@ def _competing(spec: Spec, base: ResolvedBase) -> tuple[list[Structure], bool]:
     return [*named, Structure.FFN, Structure.KV_GROUPS], True
 
 
-def choose_widths(
-    spec: Spec,
-    base: ResolvedBase,
-    scores: Scores,
-    part: float = 1.0,
-    fitness: PlanFitness | None = None,
-    earlier: Sequence[KeptUnits] | None = None,
-) -> tuple[Widths, list[float]]:
-    """The widths of every layer, and the fitness of what a search tried; no layer gets wider than it was `earlier`.
-
-    Raises:
-        PlanError: the budget is not reachable.
-    """
-    budget, settings = spec.budget, spec.compose
-    if settings.allocation == "uniform":
-        return uniform_part(resolve_budget(budget, base), base, budget, part), []
-    if settings.allocation == "search" and settings.search.uniform and part < 1:
-        return uniform_part(_least_cut(uniform_candidates(budget, base)), base, budget, part), []
-    before = [widths_of(units) for units in earlier] if earlier is not None else None
-    if settings.allocation == "global" or part < 1:
-        return global_widths(budget, base, scores, part, before), []
-    assert fitness is not None
-
-    def of_widths(widths: Widths) -> float:
-        return fitness([select_layer(*each) for each in _by_layer(base, widths, scores)])
-
-    if settings.search.uniform:
-        every = uniform_candidates(budget, base)
-        trials = [of_widths(widths) for widths in every]
-        return every[trials.index(min(trials))], trials
-    starts = [global_widths(budget, base, scores, earlier=before)]
-    if len(set(base.layers)) == 1:
-        with contextlib.suppress(PlanError):  # the same cut everywhere may not reach what the ranking does
-            starts += [each for each in [resolve_budget(budget, base)] if _not_wider(each, before)]
-    return search_widths(budget, base, starts, of_widths, settings.search, list(scores), before)
-
-
-def _least_cut(candidates: Sequence[Widths]) -> Widths:
-    """Of uniform widths, the widest of each structure: what a round may cut before it is known which are taken."""
-    layers = [widths.layers[0] for widths in candidates]
-    widest = LayerWidths(*(max(getattr(layer, field.name) for layer in layers) for field in fields(LayerWidths)))
-    return Widths.same(widest, len(candidates[0].layers), candidates[0].requested)
-
-
-def _not_wider(widths: Widths, before: Sequence[LayerWidths] | None) -> bool:
-    return before is None or all(
-        new.ffn <= old.ffn and new.heads_per_group <= old.heads_per_group and new.kv_groups <= old.kv_groups
-        for new, old in zip(widths.layers, before, strict=True)
-    )
-
-
 def _by_layer(
     base: ResolvedBase, widths: Widths, scores: Scores
 ) -> list[tuple[LayerShape, LayerWidths, dict[Structure, Fused]]]:
@@ -208,55 +149,29 @@ def _by_layer(
     ]
 
 
-def without(scores: Scores, kept: Sequence[KeptUnits]) -> Scores:
-    """Scores in which units that an earlier round dropped stand below all others."""
-    result: dict[Structure, list[Fused]] = {}
-    for structure, layers in scores.items():
-        result[structure] = []
-        for fused, units in zip(layers, kept, strict=True):
-            score = torch.full_like(fused.score, -1e30 if bool((fused.score < 0).any()) else 0.0)
-            index = torch.tensor(units.of(structure))
-            floor = 1e-30 if not bool((fused.score < 0).any()) else 0.0
-            score[index] = fused.score[index] + floor
-            result[structure].append(Fused(score, fused.source, fused.kind))
-    return result
-
-
 def compose(
     spec: Spec,
     base: ResolvedBase,
     profiles: Mapping[CorpusName, Profile],
-    fitness: PlanFitness | None = None,
-    earlier: Sequence[KeptUnits] | None = None,
-    part: float = 1.0,
-    vocabulary: VocabularyPlan | None = None,
 ) -> Plan:
     """Decide which units are kept.
 
     Args:
+        spec: with what it leaves open decided (see `defaults.resolved`), and its budget checked (see `foreseen_widths`).
         profiles: one for each corpus that the spec names.
-        fitness: what a search over widths minimizes; needed for `allocation: search` alone.
-        earlier: what the previous round kept; nothing that it dropped comes back.
-        part: of the budget, for cutting in rounds.
-        vocabulary: which rows are kept, where that is decided already; default: as the budget says.
 
     Raises:
-        SpecError: unknown criterion, or a corpus without a profile or without the pass that the criterion needs.
+        SpecError: a corpus without a profile or without the pass that the criterion needs.
         PlanError: the budget cannot be met, or the family's config cannot say the widths.
     """
-    spec = resolved(spec, base)
-    check_criterion(spec.relevance.criterion)
     if missing := [str(name) for name in corpus_names(spec) if name not in profiles]:
         raise SpecError(f"no profile for {', '.join(missing)}: run the profile stage first")
-    foreseen_widths(spec, base)
     wanted = {name: profiles[name] for name in corpus_names(spec)}
-    if vocabulary is None and spec.budget.vocabulary is not None:
-        vocabulary = choose_rows(spec, base, wanted)
+    vocabulary = choose_rows(spec, base, wanted) if spec.budget.vocabulary is not None else None
     structures, together = _competing(spec, base)
     scores: Scores = score_units(spec, wanted, structures, together)
-    if earlier is not None:
-        scores = without(scores, earlier)
-    widths, trials = choose_widths(spec, base, scores, part, fitness, earlier)
+    uniform = spec.compose.allocation == "uniform"
+    widths = resolve_budget(spec.budget, base) if uniform else global_widths(spec.budget, base, scores)
     layers = []
     for shape, layer, here in _by_layer(base, widths, scores):
         kept = select_layer(shape, layer, here)
@@ -274,6 +189,5 @@ def compose(
         layers=layers,
         budget=budget,
         parameters={"before": before, "after": before - removed},
-        search=[value for value in trials if math.isfinite(value)],
         vocabulary=vocabulary,
     )

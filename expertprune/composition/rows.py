@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from expertprune.artifacts.plan import VocabularyPlan
-from expertprune.artifacts.profile import Profile
+from expertprune.artifacts.profile import VOCABULARY, Profile
 from expertprune.composition.budget import wanted_rows
 from expertprune.composition.scoring import rules
 from expertprune.corpora.documents import CorpusName, corpus_names
 from expertprune.errors import CheckpointError, PlanError, SpecError
 from expertprune.models.base import ResolvedBase
+from expertprune.models.inventory import vocabulary_rows
 from expertprune.models.loading import load_tokenizer
-from expertprune.profiling.rows import PART
 from expertprune.spec.schema import Spec
 from expertprune.tokenizing import Vocabulary, essential_ids, read_vocabulary
 from expertprune.units import ROW_MULTIPLE, KeptRows
@@ -62,7 +62,7 @@ def essentials(base: ResolvedBase) -> Essentials:
     Raises:
         CheckpointError: its tokenizer is of a kind that cannot be cut, or has more tokens than the model has rows.
     """
-    return _essentials(base.folder, base.tokenizer_digest, base.checkpoint.vocabulary_rows(base.family))
+    return _essentials(base.folder, base.tokenizer_digest, vocabulary_rows(base.checkpoint, base.family))
 
 
 @functools.lru_cache(maxsize=4)
@@ -127,16 +127,16 @@ def score_rows(spec: Spec, profiles: Mapping[CorpusName, Profile]) -> RowScores:
     """
     relevance, counts = {}, {}
     for name in corpus_names(spec):
-        part = profiles[name].part(PART)
+        part = profiles[name].part(VOCABULARY)
         if part is None:
-            raise SpecError(f"the profile of {name} lacks the {PART} pass: run the profile stage")
+            raise SpecError(f"the profile of {name} lacks the {VOCABULARY} pass: run the profile stage")
         counts[name] = part.read("count").double()
         relevance[name] = counts[name] / counts[name].sum() + part.read("mass").double()
     chosen = spec.dimensions.chosen
     per_dimension = torch.stack(
         [torch.stack([relevance[CorpusName(d, value)] for value in values]).amax(0) for d, values in chosen.items()]
     )
-    score = rules[spec.compose.rule](per_dimension)
+    score = rules.named(spec.compose.rule, "compose.rule")(per_dimension)
     source = (per_dimension - score).abs().argmin(0)
     if spec.general:
         general = torch.stack([relevance[CorpusName("general", value)] for value in spec.general]).amax(0)
@@ -162,7 +162,7 @@ def choose_rows(spec: Spec, base: ResolvedBase, profiles: Mapping[CorpusName, Pr
     if wanted is None:
         assert isinstance(asked, dict)
         wanted = _aligned(len(_covering(must, scores, asked["coverage"])))
-        of = base.checkpoint.vocabulary_rows(base.family)
+        of = vocabulary_rows(base.checkpoint, base.family)
         if wanted >= of:
             raise PlanError(
                 f"budget.vocabulary: coverage {asked['coverage']:g} keeps every one of {of:,} rows, so there is nothing to "
@@ -173,7 +173,7 @@ def choose_rows(spec: Spec, base: ResolvedBase, profiles: Mapping[CorpusName, Pr
 
 def plan_rows(spec: Spec, base: ResolvedBase, scores: RowScores, wanted: int) -> VocabularyPlan:
     """The plan that keeps a number of rows, a multiple of `ROW_MULTIPLE` that is no smaller than what must be kept."""
-    must, of = essentials(base), base.checkpoint.vocabulary_rows(base.family)
+    must, of = essentials(base), vocabulary_rows(base.checkpoint, base.family)
     order = ranking(must, scores)
     kept = filled(must, order, wanted)
     rows = KeptRows(of, tuple(sorted(kept)), _padding(must, scores, kept, of, wanted))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from expertprune.artifacts.profile import Profile
+from expertprune.artifacts.profile import Profile, ProfilePart
 from expertprune.corpora.documents import CorpusName
 from expertprune.errors import SpecError
 from expertprune.registry import Registry
@@ -27,7 +27,7 @@ _PREFIX = {
 Rule = Callable[[Tensor], Tensor]
 
 
-rules: Registry[Rule] = Registry("composition rule")
+rules: Registry[Rule] = Registry("composition rule", group="expertprune.rules")
 
 
 @rules.register("intersection")
@@ -53,9 +53,7 @@ def mean(scores: Tensor) -> Tensor:
 
 def check_criterion(name: str) -> Criterion:
     """The criterion of a name; raises `SpecError` with the nearest one."""
-    if name not in criteria:
-        raise SpecError(f"relevance.criterion: {criteria.unknown(name)}")
-    return criteria[name]
+    return criteria.named(name, "relevance.criterion")
 
 
 def criterion_name(relevance: Relevance, structure: Structure) -> str:
@@ -82,24 +80,22 @@ def check_scored(relevance: Relevance, structures: Sequence[Structure], has_ffn:
             )
 
 
-def part_name(relevance: Relevance) -> str | None:
-    """The part of a profile (see `Profile`) that the spec's criteria need beyond the forward pass, if any."""
+def needed_part(relevance: Relevance) -> ProfilePart | None:
+    """The part of a profile that the spec's criteria need beyond the forward pass, if any."""
     names = [relevance.criterion, *([relevance.experts] if relevance.experts else [])]
     needs = next((found for name in names if (found := check_criterion(name).needs) is not None), None)
-    if needs is Pass.GRADIENT:
-        return f"{needs.value}-{relevance.loss}"
-    if needs is Pass.REMOVAL and relevance.tokens == "fisher":
-        return f"{needs.value}-fisher"
-    return needs.value if needs is not None else None
+    if needs is None:
+        return None
+    return ProfilePart(needs, relevance.loss if needs is Pass.GRADIENT else "")
 
 
 def unit_statistics(
-    profile: Profile, structure: Structure, layer: int, seed: int, part: str | None = None
+    profile: Profile, structure: Structure, layer: int, seed: int, part: ProfilePart | None = None
 ) -> UnitStatistics:
     """What a criterion sees of one structure in one layer of a profile.
 
     Args:
-        part: the part of the profile to read too (see `part_name`).
+        part: the part of the profile to read too (see `needed_part`).
 
     Raises:
         SpecError: the part was never made; the message says which pass is missing.
@@ -126,9 +122,10 @@ def unit_statistics(
     )
 
 
-def _expert_statistics(profile: Profile, layer: int, seed: int, part: str | None) -> UnitStatistics:
-    """An expert is one channel, whose activation is the norm of what it writes, and whose column has norm 1."""
+def _expert_statistics(profile: Profile, layer: int, seed: int, part: ProfilePart | None) -> UnitStatistics:
+    """A routed expert is one channel: its activation is the norm of what it writes, its column has norm 1."""
     impact = profile.read(f"experts.{layer}.impact")
+    routed = profile.read(f"experts.{layer}.routed")
     ones = torch.ones(impact.shape[1])
     return UnitStatistics(
         rms=impact.sqrt(),
@@ -140,12 +137,13 @@ def _expert_statistics(profile: Profile, layer: int, seed: int, part: str | None
         seed=seed,
         tokens=profile.read("tokens"),
         frequency=profile.read(f"experts.{layer}.frequency"),
-        routed_norm=profile.read(f"experts.{layer}.routed_norm"),
+        routed=routed,
+        routed_norm=profile.read(f"experts.{layer}.norm_sum") / routed.clamp_min(1),
         **_from_part(profile, Structure.EXPERTS, layer, part),
     )
 
 
-def _from_part(profile: Profile, structure: Structure, layer: int, part: str | None) -> dict[str, Tensor]:
+def _from_part(profile: Profile, structure: Structure, layer: int, part: ProfilePart | None) -> dict[str, Tensor]:
     if part is None:
         return {}
     stored = profile.part(part)
@@ -153,19 +151,32 @@ def _from_part(profile: Profile, structure: Structure, layer: int, part: str | N
         raise SpecError(
             f"the profile of {profile.corpus} lacks the {part} pass that this criterion needs: run the profile stage"
         )
-    kind = Pass(part.partition("-")[0])
-    if kind is Pass.REMOVAL:
-        return {kind.value: stored.read(f"{_PREFIX[structure]}.{layer}.value")}
     if structure in (Structure.FFN, Structure.EXPERTS):
-        return {kind.value: stored.read_half(f"{_PREFIX[structure]}.{layer}.value")}
+        return {part.made_by.value: stored.read_half(f"{_PREFIX[structure]}.{layer}.value")}
     heads = stored.read_half(f"heads.{layer}.value")
     if structure is Structure.KV_GROUPS:  # the group's mask multiplies all its heads
         heads = heads.unflatten(1, (profile.layers[layer].kv_heads, -1)).sum(2)
-    return {kind.value: heads}
+    return {part.made_by.value: heads}
 
 
-def over_documents(scores: Tensor, how: str | float) -> Tensor:
-    """`[documents, units]` to `[units]`: the mean, the maximum or a quantile."""
+def corpus_score(criterion: Criterion, statistics: UnitStatistics, how: str | float) -> Tensor:
+    """The criterion's score of a whole corpus, `[units]`: the mean, the maximum or a quantile over its documents.
+
+    In the mean, documents count by the criterion's `weight`, where it has one.
+    """
+    weight = criterion.weight(statistics).float() if criterion.weight is not None else None
+    return over_documents(criterion.score(statistics).float(), how, weight)
+
+
+def over_documents(scores: Tensor, how: str | float, weight: Tensor | None = None) -> Tensor:
+    """`[documents, units]` to `[units]`: the mean, the maximum or a quantile.
+
+    Args:
+        weight: `[documents, units]`, at least 0: what each document counts in the mean. A unit that no document counts
+            for has the mean 0.
+    """
+    if how == "mean" and weight is not None:
+        return (scores * weight).sum(0) / weight.sum(0).clamp_min(torch.finfo(torch.float32).tiny)
     if how == "mean":
         return scores.mean(0)
     if how == "max":
@@ -188,14 +199,14 @@ def corpus_scores(profile: Profile, structures: Sequence[Structure], spec: Spec)
     budget. `percentile`: rank within the layer and structure, in [0, 1]. `standard`: `(s − mean) / standard deviation`
     within the layer and structure (FLAP, arXiv:2312.11983).
     """
-    part = part_name(spec.relevance)
+    part = needed_part(spec.relevance)
     result = {}
     for structure in structures:
         criterion = check_criterion(criterion_name(spec.relevance, structure))
         raw, activation = [], []
         for layer in range(len(profile.layers)):
             statistics = unit_statistics(profile, structure, layer, spec.relevance.seed, part)
-            raw.append(over_documents(criterion.score(statistics).float(), spec.compose.aggregate).double())
+            raw.append(corpus_score(criterion, statistics, spec.compose.aggregate).double())
             square = torch.linalg.vector_norm(statistics.rms, dim=0).square() / statistics.documents
             rms = statistics.per_unit(square).sqrt()
             activation.append((rms / rms.mean().clamp_min(1e-30)).double())
@@ -277,7 +288,7 @@ def score_units(
 def _fused(scores: Mapping[CorpusName, CorpusScores], spec: Spec) -> list[Fused]:
     chosen = spec.dimensions.chosen
     general = [scores[CorpusName("general", value)] for value in spec.general]
-    rule = rules[spec.compose.rule]
+    rule = rules.named(spec.compose.rule, "compose.rule")
     result = []
     for layer in range(len(next(iter(scores.values())).scaled)):
         # Several values of one dimension: the expert serves all of them, so the largest counts.

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
 from pydantic import ValidationError
 
-from expertprune.corpora.documents import CorpusName, corpus_names
+from expertprune.corpora.documents import GENERAL, CorpusName, corpus_names
 from expertprune.errors import SpecError
-from expertprune.files import shipped
+from expertprune.files import read_yaml, shipped
 from expertprune.registry import nearest
 from expertprune.spec.schema import DIMENSIONS, Source, Spec
 
 
-def catalogue_sources(folder: Path) -> dict[str, Source]:
-    """The sources of a catalogue folder by `dimension/value`, their paths made absolute. Raises `SpecError`."""
+def catalogue_sources(folder: Path) -> dict[CorpusName, Source]:
+    """The sources of a catalogue folder, their paths made absolute. Raises `SpecError`."""
     path = folder / "catalogue.yaml"
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SpecError(f"corpora.catalogue: {path}: no such file") from None
-    except (OSError, yaml.YAMLError) as error:
-        raise SpecError(f"{path}: {error}") from None
-    sources: dict[str, Source] = {}
+        data = read_yaml(path)
+    except SpecError as error:
+        raise SpecError([f"corpora.catalogue: {problem}" for problem in error.problems]) from None
+    if not isinstance(data, dict):
+        raise SpecError(f"corpora.catalogue: {path}: must be a mapping of dimensions")
+    sources: dict[CorpusName, Source] = {}
     problems: list[str] = []
-    valid = (*DIMENSIONS, "general")
-    for dimension, values in data.items() if isinstance(data, dict) else ():
+    valid = (*DIMENSIONS, GENERAL)
+    for dimension, values in data.items():
         if dimension not in valid or not isinstance(values, dict):
             problems.append(f"{path}: {dimension!r} must be one of {', '.join(valid)}, with a mapping of values")
             continue
@@ -37,19 +36,14 @@ def catalogue_sources(folder: Path) -> dict[str, Source]:
             except (ValidationError, AttributeError) as error:
                 problems.append(f"{path}: {dimension}.{value}: {str(error).splitlines()[-1].strip()}")
                 continue
-            for key in ("path", "evaluation"):
-                if getattr(source, key) is not None:
-                    setattr(source, key, [str(folder / item) for item in getattr(source, key)])
-            if source.questions is not None:
-                source.questions = str(folder / source.questions)
-            sources[f"{dimension}/{value}"] = source
+            sources[CorpusName(dimension, str(value))] = source.within(folder)
     if problems:
         raise SpecError(problems)
     return sources
 
 
 def find_sources(spec: Spec) -> dict[CorpusName, Source]:
-    """The source of every corpus that the spec names; raises `SpecError` naming all that have none."""
+    """The source of every corpus that the spec names. Raises `SpecError` with all names that have none."""
     folder = Path(spec.corpora.catalogue) if spec.corpora.catalogue else shipped("corpora")
     catalogue = catalogue_sources(folder)
     found: dict[CorpusName, Source] = {}
@@ -57,9 +51,9 @@ def find_sources(spec: Spec) -> dict[CorpusName, Source]:
     for name in corpus_names(spec):
         source = _find(name, spec.corpora.sources, catalogue)
         if source is None:
-            known = {key.partition("/")[2] for key in catalogue if key.startswith(f"{name.dimension}/")}
+            known = {each.value for each in catalogue if each.dimension == name.dimension}
             known |= {key.rpartition("/")[2] for key in spec.corpora.sources}
-            key = "general" if name.dimension == "general" else f"dimensions.{name.dimension}"
+            key = GENERAL if name.is_general else f"dimensions.{name.dimension}"
             problems.append(f"{key}: no corpus for {name.value!r}{nearest(name.value, known)}")
         else:
             found[name] = source
@@ -68,16 +62,14 @@ def find_sources(spec: Spec) -> dict[CorpusName, Source]:
     return found
 
 
-def _find(name: CorpusName, inline: dict[str, Source], catalogue: dict[str, Source]) -> Source | None:
+def _find(name: CorpusName, inline: dict[str, Source], catalogue: dict[CorpusName, Source]) -> Source | None:
     for candidate in (str(name), name.value):
         if candidate in inline:
             return inline[candidate]
-    if str(name) in catalogue:
-        return catalogue[str(name)]
-    if name.dimension == "general":  # any corpus can be one whose capability is to be retained
-        if name.value in catalogue:
-            return catalogue[name.value]
-        matches = [key for key in catalogue if key.partition("/")[2] == name.value]
+    if name in catalogue:
+        return catalogue[name]
+    if name.is_general:  # any corpus can be named as a general one
+        matches = [source for other, source in catalogue.items() if other.answers_to(name.value)]
         if len(matches) == 1:
-            return catalogue[matches[0]]
+            return matches[0]
     return None

@@ -1,4 +1,4 @@
-"""The nouns of calibration text: documents, questions, corpora and their names."""
+"""Documents, questions, corpora and their names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Document:
 
     @property
     def digest(self) -> str:
-        """What makes two documents the same for splits and leaks: the text, white space aside."""
+        """SHA-256 of the text, white space aside: equal digests are one document for splits and leaks."""
         return hashlib.sha256(" ".join(self.text.split()).encode()).hexdigest()
 
 
@@ -28,6 +28,18 @@ class Question:
     question: str
     choices: tuple[str, ...]
     answer: int
+
+    @property
+    def prompt(self) -> str:
+        """What a model is asked; it prefers the choice that it finds likeliest behind it."""
+        return f"Question: {self.question}\nAnswer:"
+
+    @property
+    def texts(self) -> tuple[Document, ...]:
+        """Texts by which the leak guard knows the question: alone, with its answer, and with its choices."""
+        choices = "\n".join(self.choices)
+        answered = f"{self.prompt} {self.choices[self.answer]}"
+        return Document(self.question), Document(answered), Document(f"{self.question}\n{choices}")
 
 
 @dataclass(frozen=True)
@@ -48,18 +60,38 @@ class Corpus:
         return digest_of([document.digest for document in self.calibration])
 
 
-@dataclass(frozen=True)
+GENERAL = "general"
+
+
+@dataclass(frozen=True, order=True)
 class CorpusName:
-    """A corpus that the spec names: `dimension` is one of the three, or `general`."""
+    """The name of a corpus, written `language/de`. `dimension` is one of the three, or `general`."""
 
     dimension: str
     value: str
 
+    @classmethod
+    def parse(cls, text: str) -> CorpusName:
+        """The inverse of `str`; raises `ValueError` if `text` has no `/`, or nothing on one side of it."""
+        dimension, _, value = text.partition("/")
+        if not dimension or not value:
+            raise ValueError(f"{text!r} is no name of a corpus, such as language/de")
+        return cls(dimension, value)
+
     def __str__(self) -> str:
         return f"{self.dimension}/{self.value}"
+
+    @property
+    def is_general(self) -> bool:
+        """Whether it measures what the expert keeps in general, and not what the expert is for."""
+        return self.dimension == GENERAL
+
+    def answers_to(self, text: str) -> bool:
+        """Whether a user who writes `text` means this corpus: `language/de`, or `de` alone."""
+        return text in (str(self), self.value)
 
 
 def corpus_names(spec: Spec) -> list[CorpusName]:
     """Every corpus of a spec: the dimensions' in their order, then those of `general`."""
     names = [CorpusName(dimension, value) for dimension, values in spec.dimensions.chosen.items() for value in values]
-    return names + [CorpusName("general", value) for value in spec.general]
+    return names + [CorpusName(GENERAL, value) for value in spec.general]

@@ -1,82 +1,125 @@
-"""The leak guard: nothing that calibrated an expert measures it."""
+"""The leak guard: nothing that calibrated an expert, or an expert that it is cut from, measures it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from expertprune.corpora.documents import Corpus, Document
 from expertprune.errors import SpecError
 
-NEAR_DUPLICATE = 0.8  # cosine of character 5-gram tf-idf above which two documents count as the same
+NEAR_DUPLICATE = 0.8  # cosine of character 5-gram tf-idf from which two texts count as the same
 
 
-# --- leak guard -----------------------------------------------------------------------------------------------------
+_QUOTED = 60  # characters from which a text that stands inside a calibration document leaks; shorter ones are common
 
 
-def leaked(evaluation: Sequence[Document], calibration: Sequence[Document]) -> list[int]:
-    """Positions of evaluation documents that calibrated the expert: the same digest, or a near duplicate of one.
+@dataclass(frozen=True)
+class Examples:
+    """A set of examples to measure on, such as the `examples` of `task boolq`; each is given as its texts."""
 
-    Near duplicates: cosine similarity of at least 0.8 between tf-idf vectors of character 5-grams (scikit-learn).
+    name: str
+    kind: str
+    texts: Sequence[Sequence[Document]]
+
+
+class LeakGuard:
+    """Tells which examples calibrated an expert: documents, questions and examples of tasks alike.
+
+    An example leaks if one of its texts
+
+    - has the digest of a document that calibrated the expert or one of its ancestors (experts that it is cut from); or
+    - is a near duplicate of a calibration document at hand: the cosine between tf-idf vectors of character 5-grams
+      (scikit-learn) is at least 0.8; or
+    - stands in such a document word for word, and has at least 60 characters.
+
+    Args:
+        calibration: documents whose text is at hand: those of the spec's corpora.
+        digests: of all documents that calibrated the expert and its ancestors, whose text may be gone.
     """
-    digests = {document.digest for document in calibration}
-    found = {i for i, document in enumerate(evaluation) if document.digest in digests}
-    if evaluation and calibration:
+
+    def __init__(self, calibration: Iterable[Document], digests: Iterable[str] = ()) -> None:
+        self._calibration = {document.digest: document for document in calibration}
+        self._digests = frozenset(digests) | set(self._calibration)
+        self._quoted = "\n".join(_plain(document) for document in self._calibration.values())
+
+    def leaks(self, *sets: Examples) -> list[dict[int, Document]]:
+        """For each set, the positions of the examples that leak, each with the text of it that does."""
+        texts = {text.digest: text for examples in sets for each in examples.texts for text in each}
+        bad = self._near_duplicates(list(texts.values())) | (self._digests & set(texts))
+        bad |= {
+            digest for digest, text in texts.items() if len(plain := _plain(text)) >= _QUOTED and plain in self._quoted
+        }
+        found = []
+        for examples in sets:
+            of_each = [next((text for text in each if text.digest in bad), None) for each in examples.texts]
+            found.append({i: text for i, text in enumerate(of_each) if text is not None})
+        return found
+
+    def _near_duplicates(self, texts: Sequence[Document]) -> set[str]:
+        """Digests of the texts that are near duplicates of a calibration document."""
+        if not texts or not self._calibration:
+            return set()
         from sklearn.feature_extraction.text import TfidfVectorizer
 
-        vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(5, 5), sublinear_tf=True)
-        vectorizer.fit([document.text for document in (*calibration, *evaluation)])
-        known = vectorizer.transform([document.text for document in calibration])
-        new = vectorizer.transform([document.text for document in evaluation])
-        similarity = (new @ known.T).max(axis=1).toarray().ravel()
-        found |= set(np.flatnonzero(similarity >= NEAR_DUPLICATE).tolist())
-    return sorted(found)
+        known = [document.text for document in self._calibration.values()]
+        new = [text.text for text in texts]
+        vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(5, 5), sublinear_tf=True).fit([*known, *new])
+        similarity = (vectorizer.transform(new) @ vectorizer.transform(known).T).max(axis=1).toarray().ravel()
+        return {texts[i].digest for i in np.flatnonzero(similarity >= NEAR_DUPLICATE)}
+
+    def problems(self, *sets: Examples) -> list[str]:
+        """What is wrong with examples that the user gave: a line for each set that leaks, naming its first leak."""
+        return [_problem(examples, found) for examples, found in zip(sets, self.leaks(*sets), strict=True) if found]
+
+    def clean(self, corpora: Sequence[Corpus]) -> list[Corpus]:
+        """The corpora without evaluation documents that leak.
+
+        Documents that were set aside automatically are dropped. In an evaluation split or a question set of the
+        user's own, a leak is the user's mistake.
+
+        Raises:
+            SpecError: an evaluation split or a question set leaks, or nothing is left to evaluate on.
+        """
+        documents = [
+            Examples(f"corpus {corpus.name}", "evaluation documents", [(each,) for each in corpus.evaluation])
+            for corpus in corpora
+        ]
+        questions = [
+            Examples(f"corpus {corpus.name}", "questions", [each.texts for each in corpus.questions])
+            for corpus in corpora
+        ]
+        found = self.leaks(*documents, *questions)
+        problems = [
+            _problem(each, leaks) for each, leaks in zip(questions, found[len(documents) :], strict=True) if leaks
+        ]
+        clean = []
+        for corpus, examples, leaks in zip(corpora, documents, found, strict=False):
+            kept = corpus.evaluation
+            if leaks and not corpus.set_aside:
+                problems.append(_problem(examples, leaks))
+            else:
+                kept = tuple(document for i, document in enumerate(corpus.evaluation) if i not in leaks)
+            if not kept and not corpus.questions:
+                problems.append(
+                    f"corpus {corpus.name}: no document is left to evaluate on; give it more, or an evaluation split"
+                )
+            clean.append(replace(corpus, evaluation=kept))
+        if problems:
+            raise SpecError(problems)
+        return clean
 
 
-def guarded(corpora: Sequence[Corpus]) -> list[Corpus]:
-    """The corpora with clean evaluation documents.
-
-    From documents that were set aside automatically, near duplicates of calibration documents are left out. In an
-    evaluation split of its own they are the user's mistake.
-
-    Raises:
-        SpecError: an evaluation split holds documents that calibrate the expert, or nothing is left to evaluate on.
-    """
-    calibration = [document for corpus in corpora for document in corpus.calibration]
-    clean, problems = [], []
-    for corpus in corpora:
-        bad = set(leaked(corpus.evaluation, calibration))
-        kept = tuple(document for i, document in enumerate(corpus.evaluation) if i not in bad)
-        if bad and not corpus.set_aside:
-            example = " ".join(corpus.evaluation[min(bad)].text.split())[:60]
-            problems.append(
-                f"corpus {corpus.name}: {len(bad)} of {len(corpus.evaluation)} evaluation documents also calibrate the "
-                f"expert (the first: {example!r}...): take them out of one of the two"
-            )
-        elif not kept and not corpus.questions:
-            problems.append(
-                f"corpus {corpus.name}: no document is left to evaluate on; give it more, or an evaluation split"
-            )
-        clean.append(Corpus(corpus.name, corpus.calibration, kept, corpus.questions, corpus.set_aside))
-    if problems:
-        raise SpecError(problems)
-    return clean
+def _plain(document: Document) -> str:
+    """A text without differences in white space and case."""
+    return " ".join(document.text.split()).casefold()
 
 
-def not_profiled(corpora: list[Corpus], about: Mapping[str, Any]) -> list[Corpus]:
-    """Raises `SpecError` if a document's digest is among those that calibrated the expert, or the expert it is cut from."""
-    profiled: set[str] = set()
-    description: Mapping[str, Any] | None = about
-    while description is not None:
-        profiled |= {digest for corpus in description["corpora"].values() for digest in corpus["documents"]}
-        description = description["base"].get("expert")
-    problems = [
-        f"corpus {corpus.name}: {bad} evaluation documents calibrated this expert; evaluate on others"
-        for corpus in corpora
-        if (bad := sum(document.digest in profiled for document in corpus.evaluation))
-    ]
-    if problems:
-        raise SpecError(problems)
-    return corpora
+def _problem(examples: Examples, found: Mapping[int, Document]) -> str:
+    first = " ".join(found[min(found)].text.split())[:60]
+    return (
+        f"{examples.name}: {len(found)} of {len(examples.texts)} {examples.kind} also calibrate the expert, or one that it "
+        f"is cut from (the first: {first!r}...): take them out of one of the two"
+    )

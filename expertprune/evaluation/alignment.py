@@ -1,4 +1,4 @@
-"""Where an expert departs from its base: how alike the hidden states of both are, layer by layer."""
+"""How alike the hidden states of base and expert are, layer by layer."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from expertprune.arch import Family
+from expertprune.artifacts.evaluation import Alignment
 from expertprune.corpora.batches import Batch, make_batches, tokenize
 from expertprune.corpora.documents import Corpus, Document
-from expertprune.models import layers as layerwise
+from expertprune.models.layers import head_only
+from expertprune.models.passes import TextRun
 
 _TOKENS_PER_BATCH = 1024
 
@@ -19,9 +21,9 @@ _TOKENS_PER_BATCH = 1024
 class LinearCKA:
     """Linear centred kernel alignment of two representations of the same tokens, over a stream of them.
 
-    `‖Yᵀ X‖² / (‖Xᵀ X‖ ‖Yᵀ Y‖)` in Frobenius norms, with the columns of `X`, `[tokens, hidden]`, and `Y` centred: 1 where one
-    is a rotation and scaling of the other (Kornblith et al. 2019, https://arxiv.org/abs/1905.00414, equation 5, in feature
-    space). What is held are sums of `[hidden, hidden]` in float64, whatever the number of tokens.
+    `‖Yᵀ X‖² / (‖Xᵀ X‖ ‖Yᵀ Y‖)` in Frobenius norms, with the columns of `X` and `Y`, `[tokens, hidden]`, centred: 1
+    where one is a rotation and scaling of the other (Kornblith et al. 2019, https://arxiv.org/abs/1905.00414,
+    equation 5, in feature space). It holds sums of `[hidden, hidden]` in float64, whatever the number of tokens.
     """
 
     def __init__(self) -> None:
@@ -55,8 +57,8 @@ class LinearCKA:
 def _inner(batch: Batch, states: Tensor) -> Tensor:
     """The states of real tokens without each document's first one, `[tokens, hidden]`.
 
-    At the first position many models keep activations that are hundreds of times larger than all others, whatever the text
-    (https://arxiv.org/abs/2402.17762): they would be all that a product of states sees.
+    At the first position many models keep activations hundreds of times larger than all others, whatever the text
+    (https://arxiv.org/abs/2402.17762). They would drown every other state in a product of states.
     """
     return torch.cat([states[row, 1:length] for row, length in enumerate(batch.lengths)])
 
@@ -64,24 +66,16 @@ def _inner(batch: Batch, states: Tensor) -> Tensor:
 @torch.no_grad()
 def align(
     base: Any, expert: Any, family: Family, tokenizer: Any, documents: Sequence[Document], max_tokens: int
-) -> dict[str, Any]:
-    """Compare the hidden states of two running models on the same documents.
-
-    Returns:
-        `layers`: linear CKA of the states after each decoder layer, in their order; `cosine`: the mean over tokens of the
-        cosine between the final states, which the output head reads; `documents` and `tokens`: their numbers, each
-        document's first token left out.
-    """
+) -> Alignment:
+    """Compare the hidden states of two running models on the same documents, without each document's first token."""
     batches = make_batches(tokenize(documents, tokenizer, max_tokens), _TOKENS_PER_BATCH)
-    mine, theirs = (layerwise.start(model, family, batches) for model in (base, expert))
+    runs = [TextRun(model, family, (), batches) for model in (base, expert)]
+    mine, theirs = (run.start() for run in runs)
     values, tokens = [], 0
-    pairs = zip(layerwise.decoder_layers(base, family), layerwise.decoder_layers(expert, family), strict=True)
-    for index, (layer, other) in enumerate(pairs):
+    for (index, layer), (_, other) in zip(*(run.layers() for run in runs), strict=True):
         cka = LinearCKA()
-        for number, batch in enumerate(batches):
-            mine.hidden[number] = mine.run(layer, index, number)
-            theirs.hidden[number] = theirs.run(other, index, number)
-            cka.add(_inner(batch, mine.hidden[number]), _inner(batch, theirs.hidden[number]))
+        for ours, others in zip(mine.advance(layer, index), theirs.advance(other, index), strict=True):
+            cka.add(_inner(ours.batch, ours.after), _inner(others.batch, others.after))
         values.append(cka.value())
         tokens = cka.tokens
     cosine = 0.0
@@ -89,19 +83,19 @@ def align(
         x = _final(base, family, batch, mine.hidden[number])
         y = _final(expert, family, batch, theirs.hidden[number])
         cosine += float(torch.cosine_similarity(x, y, dim=1).sum())
-    return {"layers": values, "cosine": cosine / tokens, "documents": len(documents), "tokens": tokens}
+    return Alignment(layers=values, cosine=cosine / tokens, documents=len(documents), tokens=tokens)
 
 
 def _final(model: Any, family: Family, batch: Batch, hidden: Tensor) -> Tensor:
     """The states that the output head reads, `[tokens, hidden]`."""
-    with layerwise.head_only(model, family, hidden):
+    with head_only(model, family, hidden):
         states = model.get_decoder()(input_ids=batch.ids.to(hidden.device), use_cache=False).last_hidden_state
     return _inner(batch, states).double()
 
 
 def align_corpora(
     base: Any, expert: Any, family: Family, tokenizer: Any, corpora: Sequence[Corpus], max_tokens: int
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Alignment]:
     """`align` on the evaluation documents of each corpus, under its dimension and value: `"language en"`."""
     return {
         corpus.name.replace("/", " ", 1): align(base, expert, family, tokenizer, corpus.evaluation, max_tokens)

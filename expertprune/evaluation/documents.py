@@ -4,42 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from expertprune.artifacts.evaluation import DocumentBits
 from expertprune.corpora.batches import make_batches, tokenize
 from expertprune.corpora.documents import Document
 from expertprune.evaluation.retention import Floats
 from expertprune.progress import Progress
 
 TOKENS_PER_BATCH = 1024
+_Alone = tuple[Floats, Floats, Floats]  # bits, tokens and bytes of one model, `[documents]` each
 _CHUNK = 256  # positions whose distributions are held in float32 at a time
-
-
-# --- measuring ------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class DocumentScores:
-    """Per document, `[documents]`: bits of its predicted tokens, their number and bytes, and KL in bits."""
-
-    base: Floats
-    expert: Floats
-    kl: Floats
-    tokens: Floats
-    bytes: Floats
-
-
-@dataclass
-class ScoresApart(DocumentScores):
-    """Where the expert has a tokenizer of its own: `tokens` and `bytes` are the base's, and `kl` is not a number."""
-
-    expert_tokens: Floats
-    expert_bytes: Floats
 
 
 @torch.inference_mode()
@@ -51,52 +30,53 @@ def score_documents(
     max_tokens: int,
     progress: Progress | None = None,
     expert_tokenizer: Any = None,
-) -> DocumentScores:
-    """Negative log-likelihood of both models and `KL(base ‖ expert)`, summed over each document's predicted tokens.
+) -> list[DocumentBits]:
+    """Negative log-likelihood of both models and `KL(base ‖ expert)`, in bits, summed over each document's tokens.
 
-    The first token is predicted from nothing and does not count; neither do its bytes.
+    Nothing predicts the first token, so neither it nor its bytes count.
 
     Args:
-        expert_tokenizer: the expert's, where it is not the base's; both then read the same text, cut where the base's
-            tokenizer has `max_tokens`, each in its own tokens.
+        expert_tokenizer: the expert's, where it is not the base's. Both then read the same text, which ends where the
+            base's tokenizer has `max_tokens`, each in its own tokens; predictions over different rows have no KL.
     """
     if expert_tokenizer is not None:
-        return _score_apart(base, expert, (tokenizer, expert_tokenizer), documents, max_tokens, progress)
+        cut = [Document(document.text[: _end(tokenizer, document, max_tokens)]) for document in documents]
+        mine = score_alone(base, tokenizer, cut, progress)
+        theirs = score_alone(expert, expert_tokenizer, cut, progress)
+        return _rows(documents, mine, theirs, np.full(len(cut), math.nan))
     tokens = tokenize(documents, tokenizer, max_tokens)
-    count = len(documents)
-    scores = DocumentScores(*(np.zeros(count) for _ in range(5)))
+    bits, other, kl, count, size = (np.zeros(len(documents)) for _ in range(5))
     for batch in make_batches(tokens, TOKENS_PER_BATCH):
         ids = batch.ids.to(base.device)
         mine, theirs = base(input_ids=ids).logits, expert(input_ids=ids).logits
-        for row, (document, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
+        for row, (index, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
             sums = _row_sums(mine[row, : length - 1], theirs[row, : length - 1], ids[row, 1:length])
-            scores.base[document], scores.expert[document], scores.kl[document] = sums
-            scores.tokens[document] = length - 1
-            scores.bytes[document] = _predicted_bytes(tokenizer, documents[document], max_tokens)
+            bits[index], other[index], kl[index] = sums
+            count[index] = length - 1
+            size[index] = _predicted_bytes(tokenizer, documents[index], max_tokens)
         if progress is not None:
             progress()
-    return scores
+    return _rows(documents, (bits, count, size), (other, count, size), kl)
 
 
-def _score_apart(
-    base: Any,
-    expert: Any,
-    tokenizers: tuple[Any, Any],
-    documents: Sequence[Document],
-    max_tokens: int,
-    progress: Progress | None,
-) -> ScoresApart:
-    """The bits of both models, each in its own tokens of the same text; predictions over other rows have no KL."""
-    cut = [Document(document.text[: _end(tokenizers[0], document, max_tokens)]) for document in documents]
-    mine, tokens, size = score_alone(base, tokenizers[0], cut, progress)
-    theirs, other_tokens, other_size = score_alone(expert, tokenizers[1], cut, progress)
-    return ScoresApart(mine, theirs, np.full(len(cut), math.nan), tokens, size, other_tokens, other_size)
+def _rows(documents: Sequence[Document], base: _Alone, expert: _Alone, kl: Floats) -> list[DocumentBits]:
+    return [
+        DocumentBits(
+            digest=document.digest,
+            tokens=int(base[1][i]),
+            bytes=int(base[2][i]),
+            base_bits=base[0][i],
+            expert_bits=expert[0][i],
+            kl_bits=kl[i],
+            expert_tokens=int(expert[1][i]),
+            expert_bytes=int(expert[2][i]),
+        )
+        for i, document in enumerate(documents)
+    ]
 
 
 @torch.inference_mode()
-def score_alone(
-    model: Any, tokenizer: Any, documents: Sequence[Document], progress: Progress | None = None
-) -> tuple[Floats, Floats, Floats]:
+def score_alone(model: Any, tokenizer: Any, documents: Sequence[Document], progress: Progress | None = None) -> _Alone:
     """One model on whole documents: bits, number and bytes of their predicted tokens, `[documents]` each."""
     bits, tokens, size = (np.zeros(len(documents)) for _ in range(3))
     encoded = [list(ids) for ids in tokenizer([document.text for document in documents])["input_ids"]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from expertprune.corpora.batches import make_batches
 from expertprune.corpora.documents import Question
 from expertprune.evaluation.documents import TOKENS_PER_BATCH
-from expertprune.evaluation.retention import Floats, bootstrap
+from expertprune.evaluation.retention import Floats, Paired
 from expertprune.progress import Progress
 
 
@@ -22,15 +21,14 @@ def answer_questions(
 ) -> Floats:
     """1 where the model prefers the right choice, 0 elsewhere, `[questions]`.
 
-    A choice's score is the log-likelihood of `" choice"` after `"Question: ...\\nAnswer:"`, divided by its bytes: what
-    lm-evaluation-harness reports as `acc_norm` up to its counting characters.
+    A choice's score is the log-likelihood of `" choice"` after the prompt, divided by its bytes. This is `acc_norm` of
+    lm-evaluation-harness, which divides by characters.
     """
     sequences, spans = [], []
     for question in questions:
-        prompt = f"Question: {question.question}\nAnswer:"
-        start = len(tokenizer(prompt)["input_ids"])
+        start = len(tokenizer(question.prompt)["input_ids"])
         for choice in question.choices:
-            sequences.append(list(tokenizer(f"{prompt} {choice}")["input_ids"]))
+            sequences.append(list(tokenizer(f"{question.prompt} {choice}")["input_ids"]))
             spans.append((start, len(choice.encode())))
     scores = np.zeros(len(sequences))
     for batch in make_batches(sequences, TOKENS_PER_BATCH):
@@ -50,16 +48,7 @@ def answer_questions(
     return right
 
 
-def question_metrics(base: Floats, expert: Floats) -> dict[str, float]:
-    """Accuracy of both, retention (expert over base) with its interval, and how many answers flipped each way."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        low, high = bootstrap(lambda i: expert[i].sum(1) / base[i].sum(1), len(base))
-    return {
-        "base": float(base.mean()),
-        "expert": float(expert.mean()),
-        "retention": float(expert.sum() / base.sum()) if base.sum() else math.nan,
-        "low": low,
-        "high": high,
-        "lost": float(((base == 1) & (expert == 0)).sum()),
-        "gained": float(((base == 0) & (expert == 1)).sum()),
-    }
+def paired_answers(questions: Sequence[Question], base: Floats, expert: Floats) -> Paired:
+    """Right answers of both models, `[questions]` each. Chance is the mean of one over the number of choices."""
+    chance = float(np.mean([1 / len(question.choices) for question in questions]))
+    return Paired(base, expert, np.ones(len(questions)), chance)

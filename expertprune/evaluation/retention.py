@@ -1,16 +1,16 @@
-"""Retention of one metric and of several together, paired by example."""
+"""Retention: what an expert keeps of its base. Its only definition, paired by example, with its interval."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from expertprune.artifacts.evaluation import Evaluation
+from expertprune.artifacts.evaluation import Average, DocumentBits, Evaluation, Group, Measure, Measured
 
 RESAMPLES = 2000
 
@@ -18,10 +18,19 @@ RESAMPLES = 2000
 Floats = NDArray[np.float64]
 
 
-# --- retention ------------------------------------------------------------------------------------------------------
+Indices = NDArray[np.int64]
 
 
-def bootstrap(statistic: Callable[[NDArray[np.int64]], Floats], count: int, seed: int = 0) -> tuple[float, float]:
+_TAIL = 0.025  # with more resamples than this undefined, the interval has no end on that side
+
+
+_EPSILON = 1e-12
+
+
+# --- one metric -----------------------------------------------------------------------------------------------------
+
+
+def bootstrap(statistic: Callable[[Indices], Floats], count: int, seed: int = 0) -> tuple[float, float]:
     """The central 95% of a statistic over resamples of `count` examples.
 
     Args:
@@ -36,179 +45,202 @@ def bootstrap(statistic: Callable[[NDArray[np.int64]], Floats], count: int, seed
     return float(low), float(high)
 
 
-Indices = NDArray[np.int64]
-
-
-_TAIL = 0.025  # more resamples than this without a retention: the interval has no end on that side
-
-
-_EPSILON = 1e-12
-
-
 @dataclass(frozen=True)
 class Paired:
     """Base and expert on the same examples under one metric.
 
-    `base`, `expert` and `weights` are `[examples]`: a model's metric is its sum over the sum of weights. `less_is_better`
-    says that it is a cost, such as bits over bytes. `chance` is what guessing gets, where that is known. `expert_weights`
-    are the expert's own, where its tokenizer leaves another part of the text to predict.
+    `base`, `expert` and `weights` are `[examples]`: a model's metric is its sum over the sum of weights.
+
+    Args:
+        chance: what guessing gets, where that is known.
+        less_is_better: the metric is a cost, such as bits over bytes.
+        expert_weights: the expert's own, where its tokenizer leaves another part of the text to predict.
+        exponential: the metric is 2 to the power of that ratio, as perplexity is of bits over tokens.
     """
 
-    name: str
-    group: str
     base: Floats
     expert: Floats
     weights: Floats
     chance: float | None = None
     less_is_better: bool = False
     expert_weights: Floats | None = None
+    exponential: bool = False
+
+    def metrics(self, indices: Indices) -> tuple[Floats, Floats]:
+        """The metric of base and expert over resamples: `[resamples, examples]` to `[resamples]` each."""
+        own = self.weights if self.expert_weights is None else self.expert_weights
+        with np.errstate(divide="ignore", invalid="ignore"):
+            base = self.base[indices].sum(1) / self.weights[indices].sum(1)
+            expert = self.expert[indices].sum(1) / own[indices].sum(1)
+        return (np.exp2(base), np.exp2(expert)) if self.exponential else (base, expert)
 
     def retention(self, indices: Indices) -> Floats:
-        """Retention over resamples, `[resamples, examples]` to `[resamples]`; not a number where it is undefined.
+        """Retention over resamples: `[resamples, examples]` to `[resamples]`; not a number where it is undefined.
 
-        `(expert - chance) / (base - chance)`, with chance 0 where it is not known, or base over expert where less is
-        better: 1 where nothing was lost. Undefined where the base is no better than chance.
+        `(expert - chance) / (base - chance)`, with chance 0 where it is not known; base over expert where less is
+        better. It is 1 where nothing was lost, and undefined where the base is no better than chance.
         """
-        own = self.weights if self.expert_weights is None else self.expert_weights
-        base = self.base[indices].sum(1) / self.weights[indices].sum(1)
-        expert = self.expert[indices].sum(1) / own[indices].sum(1)
-        if self.less_is_better:
-            above, below = base, expert
-        else:
-            above, below = expert - (self.chance or 0.0), base - (self.chance or 0.0)
+        base, expert = self.metrics(indices)
+        above, below = (base, expert) if self.less_is_better else (expert, base)
+        chance = 0.0 if self.less_is_better else self.chance or 0.0
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(below > _EPSILON, above / below, np.nan)
+            return np.where(below - chance > _EPSILON, (above - chance) / (below - chance), np.nan)
+
+    @property
+    def everything(self) -> Indices:
+        """All examples, as one resample."""
+        return np.arange(len(self.base))[None]
 
     @property
     def point(self) -> float:
         """Retention over all examples."""
-        return float(self.retention(np.arange(len(self.base))[None])[0])
+        return float(self.retention(self.everything)[0])
 
-    def entry(self) -> dict[str, Any]:
-        """The metric of both, retention with its interval, and how many answers flipped each way.
-
-        `gained` counts examples that the expert does better than the base, `lost` those that it does worse. `note` is there
-        where retention or its interval is undefined, and says why.
-        """
-        own = self.weights if self.expert_weights is None else self.expert_weights
-        base, expert = float(self.base.sum() / self.weights.sum()), float(self.expert.sum() / own.sum())
+    def measured(self) -> Measured:
+        """The metric of both, retention with its interval, and how many examples flipped each way."""
+        base, expert = (float(metric[0]) for metric in self.metrics(self.everything))
         (low, high), undefined = interval([self])
-        result: dict[str, Any] = {
-            "examples": len(self.base),
-            "chance": self.chance,
-            "base": base,
-            "expert": expert,
-            "retention": self.point,
-            "low": low,
-            "high": high,
-            "gained": None if self.less_is_better else int((self.expert > self.base).sum()),
-            "lost": None if self.less_is_better else int((self.expert < self.base).sum()),
-        }
         guessing = f"chance ({self.chance:.4f})" if self.chance else "none right"
-        if math.isnan(self.point):
-            result["note"] = f"the base ({base:.4f}) is no better than {guessing}, so retention is undefined"
-        elif undefined > _TAIL:
-            result["note"] = (
+        note = None
+        if not self.less_is_better and math.isnan(self.point):
+            note = f"the base ({base:.4f}) is no better than {guessing}, so retention is undefined"
+        elif not self.less_is_better and undefined > _TAIL:
+            note = (
                 f"in {undefined:.0%} of the resamples the base is no better than {guessing}, so there is no interval: "
                 "take more examples"
             )
-        return result
+        return Measured(
+            examples=len(self.base),
+            base=base,
+            expert=expert,
+            retention=self.point,
+            low=low,
+            high=high,
+            chance=self.chance,
+            gained=None if self.less_is_better else int((self.expert > self.base).sum()),
+            lost=None if self.less_is_better else int((self.expert < self.base).sum()),
+            note=note,
+        )
 
 
 def interval(metrics: Sequence[Paired]) -> tuple[tuple[float, float], float]:
     """The central 95% of the metrics' mean retention, and the share of resamples in which one of them has none.
 
     Examples are resampled within each metric, base and expert together. Where more than 2.5% of the resamples have no
-    retention, that side of the interval has no end, and both ends are not numbers.
+    retention, the interval has no end on that side, and both ends are not numbers.
     """
     values = []
-    for number, metric in enumerate(metrics):
-
-        def keep(indices: Indices, metric: Paired = metric) -> Floats:
-            values.append(metric.retention(indices))
-            return values[-1]
-
-        ends = bootstrap(keep, len(metric.base), seed=number)
+    for seed, metric in enumerate(metrics):
+        count = len(metric.base)
+        indices = np.random.default_rng(seed).integers(0, count, size=(RESAMPLES, count))
+        values.append(metric.retention(indices))
     means = np.mean(values, axis=0)
     undefined = float(np.isnan(means).mean())
     if undefined > _TAIL:
         return (math.nan, math.nan), undefined
-    if len(metrics) > 1:
-        low, high = np.quantile(means[~np.isnan(means)], [0.025, 0.975])
-        ends = float(low), float(high)
-    return ends, undefined
+    low, high = np.quantile(means[~np.isnan(means)], [0.025, 0.975])
+    return (float(low), float(high)), undefined
 
 
-def summarize(metrics: Sequence[Paired]) -> dict[str, dict[str, Any]]:
-    """What is kept of the expert's purpose and in general: for each group the plain mean of its metrics' retention.
+# --- bits of documents ----------------------------------------------------------------------------------------------
 
-    Every metric counts the same, however many examples it has: bits per byte of each corpus, and the one metric of each
-    task, above chance where chance is known. KL, which has no retention, and agreement do not count. A metric whose
-    retention is undefined is left out and named. The 95% interval is that of the mean when the examples of each metric are
-    resampled (`interval`).
 
-    Returns:
-        Of `expert` and `general`, where anything was measured: `retention`, `low`, `high`, the names of `metrics` that
-        count and of those that are `undefined`.
+def _column(rows: Sequence[DocumentBits], key: str) -> Floats:
+    values = [getattr(row, key) for row in rows]
+    return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
+
+
+def bits_per_byte(rows: Sequence[DocumentBits]) -> Paired:
+    """Bits over bytes of documents, each model over the bytes that it predicts itself."""
+    base, expert, size, own = (_column(rows, key) for key in ("base_bits", "expert_bits", "bytes", "expert_bytes"))
+    return Paired(base, expert, size, less_is_better=True, expert_weights=own)
+
+
+def document_metrics(rows: Sequence[DocumentBits], metrics: Iterable[str]) -> dict[str, Measured]:
+    """Those of `bits_per_byte`, `perplexity` and `kl` (bits per token) that are asked for."""
+    base, expert, kl, tokens = (_column(rows, key) for key in ("base_bits", "expert_bits", "kl_bits", "tokens"))
+    result = {}
+    for metric in metrics:
+        if metric == "bits_per_byte":
+            result[metric] = bits_per_byte(rows).measured()
+        elif metric == "perplexity":
+            result[metric] = Paired(base, expert, tokens, less_is_better=True, exponential=True).measured()
+        elif metric == "kl":
+            result[metric] = _distance(kl, tokens)
+    return result
+
+
+def _distance(sums: Floats, weights: Floats) -> Measured:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        low, high = bootstrap(lambda i: np.asarray(sums[i].sum(1) / weights[i].sum(1)), len(sums))
+        return Measured(examples=len(sums), expert=float(sums.sum() / weights.sum()), low=low, high=high)
+
+
+def pooled(evaluation: Evaluation, group: Group) -> Measured | None:
+    """Bits per byte over the documents of all corpora of a group, each document once; `None` without documents."""
+    corpora = [result for result in evaluation.corpora.values() if result.group == group]
+    rows = {row.digest: row for result in corpora for row in result.per_document}
+    return bits_per_byte(list(rows.values())).measured() if rows else None
+
+
+# --- several metrics ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A metric that counts in the summary, under its name, as one of what it measures."""
+
+    name: str
+    group: Group
+    paired: Paired
+
+    @property
+    def measure(self) -> Measure:
+        return "bits" if self.paired.less_is_better else "accuracy"
+
+
+def summarize(metrics: Sequence[Counted]) -> dict[Group, dict[Measure, Average]]:
+    """What is kept of the expert's purpose and in general: in bits of text, and in accuracy of tasks.
+
+    Each number is the plain mean of the retentions of a group's metrics of one measure: every metric counts the same,
+    however many examples it has. Metrics without a retention are left out and named. For the 95% interval of the mean,
+    the examples of each metric are resampled (`interval`).
     """
-    summary = {}
-    for group in ("expert", "general"):
-        mine = [metric for metric in metrics if metric.group == group]
-        defined = [metric for metric in mine if not math.isnan(metric.point)]
-        if not mine:
-            continue
-        low = high = math.nan
-        if defined:
-            (low, high), _ = interval(defined)
-        summary[group] = {
-            "retention": float(np.mean([metric.point for metric in defined])) if defined else math.nan,
-            "low": low,
-            "high": high,
-            "metrics": [metric.name for metric in defined],
-            "undefined": [metric.name for metric in mine if metric not in defined],
-        }
+    summary: dict[Group, dict[Measure, Average]] = {}
+    for group in get_args(Group):
+        for measure in get_args(Measure):
+            if mine := [each for each in metrics if (each.group, each.measure) == (group, measure)]:
+                summary.setdefault(group, {})[measure] = _average(mine)
     return summary
 
 
-def shortfalls(summary: dict[str, dict[str, Any]], floors: dict[str, float]) -> list[str]:
-    """What keeps less than its floor, one line each; a retention that is undefined holds no floor."""
-    found = []
-    for group, floor in floors.items():
-        value = summary.get(group, {}).get("retention", math.nan)
-        if value is None or math.isnan(value):
-            found.append(f"{group}: retention is undefined, and {floor:g} is asked for")
-        elif value < floor:
-            found.append(f"{group}: retention {value:.4f} is below {floor:g}")
-    return found
-
-
-def pooled(evaluation: Evaluation, general: bool) -> dict[str, Any] | None:
-    """Retention over the documents of several corpora together, each document once; `None` where there are none.
-
-    Bits of the base over bits of the expert, summed over documents, with a paired bootstrap interval over documents.
-
-    Args:
-        general: of the general corpora, rather than of the dimensions'.
-    """
-    documents = {
-        document["digest"]: document
-        for name, result in evaluation.corpora.items()
-        if name.startswith("general/") == general
-        for document in result.get("per_document", [])
-    }
-    if not documents:
-        return None
-    size = sum(document["bytes"] for document in documents.values())
-    base, expert = (
-        np.array([document[key] for document in documents.values()], dtype=np.float64)
-        for key in ("base_bits", "expert_bits")
+def _average(metrics: Sequence[Counted]) -> Average:
+    defined = [each for each in metrics if not math.isnan(each.paired.point)]
+    retention = low = high = math.nan
+    if defined:
+        retention = float(np.mean([each.paired.point for each in defined]))
+        (low, high), _ = interval([each.paired for each in defined])
+    return Average(
+        retention=retention,
+        low=low,
+        high=high,
+        metrics=[each.name for each in defined],
+        undefined=[each.name for each in metrics if each not in defined],
     )
-    low, high = bootstrap(lambda i: np.asarray(base[i].sum(1) / expert[i].sum(1), dtype=np.float64), len(base))
-    return {
-        "documents": len(documents),
-        "base": float(base.sum() / size),
-        "expert": float(expert.sum() / size),
-        "retention": float(base.sum() / expert.sum()),
-        "low": low,
-        "high": high,
-    }
+
+
+def shortfalls(summary: dict[Group, dict[Measure, Average]], floors: dict[str, float]) -> list[str]:
+    """The averages that are below the floor of their group, one line each; an undefined one is below any floor."""
+    found = []
+    for group in get_args(Group):
+        if (floor := floors.get(group)) is None:
+            continue
+        averages = summary.get(group, {})
+        if not averages:
+            found.append(f"{group}: nothing was measured, and {floor:g} is asked for")
+        for measure, average in averages.items():
+            if average.retention is None:
+                found.append(f"{group} {measure}: retention is undefined, and {floor:g} is asked for")
+            elif average.retention < floor:
+                found.append(f"{group} {measure}: retention {average.retention:.4f} is below {floor:g}")
+    return found

@@ -5,19 +5,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from expertprune.errors import SpecError
+from expertprune.artifacts.evaluation import Group
+from expertprune.corpora.documents import CorpusName
+from expertprune.errors import SpecError, gathered
 from expertprune.files import digest_of, read_yaml, shipped
 from expertprune.registry import nearest
 from expertprune.spec.reading import problems_of
 from expertprune.spec.schema import DIMENSIONS, Dimensions
 from expertprune.spec.values import Names
-
-Group = Literal["expert", "general"]
 
 
 class _Section(BaseModel):
@@ -50,8 +50,8 @@ class _Measured(_Section):
         chosen = dimensions.chosen
         measured: dict[str, list[str]] = {}
         for name in self.measures:
-            dimension, _, value = name.partition("/")
-            measured.setdefault(dimension, []).append(value)
+            corpus = CorpusName.parse(name)
+            measured.setdefault(corpus.dimension, []).append(corpus.value)
         shared = [bool(set(values) & set(measured[name])) for name, values in chosen.items() if name in measured]
         return "expert" if shared and all(shared) else "general"
 
@@ -136,6 +136,24 @@ def find_suite(name: str) -> Suite:
     raise SpecError(f"unknown suite {name!r}{nearest(name, known)}")
 
 
+def find_suites(names: Sequence[str]) -> list[Suite]:
+    """Several suites. Raises `SpecError` with every problem, or where two tasks have the same name."""
+    suites: list[Suite] = []
+    problems: list[str] = []
+    for name in dict.fromkeys(names):
+        with gathered(problems):
+            suites.append(find_suite(name))
+    owners: dict[str, str] = {}
+    for suite in suites:
+        for entry in (*suite.tasks, *suite.generation):
+            if entry.label in owners:
+                problems.append(f"suite {suite.name}: task {entry.label!r} is in suite {owners[entry.label]} already")
+            owners[entry.label] = suite.name
+    if problems:
+        raise SpecError(problems)
+    return suites
+
+
 def load_suite(path: Path) -> Suite:
     """Read and check a suite; files that it names become absolute.
 
@@ -173,20 +191,6 @@ def bare_task(name: str) -> tuple[TaskEntry, str]:
             if entry.label == name:
                 return entry, suite.name
     return TaskEntry(name=name), ""
-
-
-def suite_labels(suites: Sequence[Suite]) -> list[str]:
-    """The results' names in their order. Raises `SpecError` if two tasks have the same."""
-    labels: dict[str, str] = {}
-    problems = []
-    for suite in suites:
-        for entry in (*suite.tasks, *suite.generation):
-            if entry.label in labels:
-                problems.append(f"suite {suite.name}: task {entry.label!r} is in suite {labels[entry.label]} already")
-            labels[entry.label] = suite.name
-    if problems:
-        raise SpecError(problems)
-    return list(labels)
 
 
 class _Loader(yaml.SafeLoader):

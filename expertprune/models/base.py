@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 
 from expertprune.arch import Family, bundled_models
-from expertprune.errors import CheckpointError, SpecError
+from expertprune.errors import CheckpointError, SpecError, first_line
 from expertprune.files import digest_of, file_digest, require_room, staged_file
-from expertprune.models.admission import causal_family, check_inventory
+from expertprune.models.admission import causal_family
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.gguf import converted
+from expertprune.models.inventory import check_inventory, check_widths
 from expertprune.models.loading import run_dtype
 from expertprune.registry import nearest
 from expertprune.spec.schema import Base
@@ -56,7 +57,7 @@ def resolve_base(base: Base, store: Path) -> ResolvedBase:
     checkpoint = Checkpoint(folder)
     family = causal_family(checkpoint, base.trust_remote_code)
     layers = family.layer_shapes(checkpoint.config)
-    checkpoint.check_widths(family, layers)
+    check_widths(checkpoint, family, layers)
     stored = checkpoint.dtype
     check_inventory(checkpoint, family, layers, base.trust_remote_code)
     weights = {file: file_digest(folder / file, store) for file in checkpoint.shards}
@@ -154,4 +155,4 @@ def _from_hub(base: Base) -> Path:
             f"download it where there is a network, or use a folder or a bundled model{nearest('', bundled_models())}"
         ) from None
     except (HfHubHTTPError, HFValidationError) as error:
-        raise SpecError(f"base.model: {base.model!r}: {str(error).splitlines()[0]}") from None
+        raise SpecError(f"base.model: {base.model!r}: {first_line(error)}") from None

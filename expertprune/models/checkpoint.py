@@ -14,9 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from expertprune.arch import ExpertTensor, Family
 from expertprune.errors import CheckpointError
-from expertprune.units import LayerShape, Structure
+from expertprune.files import EXPERT_FILE
 
 INDEX = "model.safetensors.index.json"
 
@@ -33,7 +32,7 @@ _CARRIED_FOLDERS = ("additional_chat_templates",)
 
 
 _NOT_CARRIED = {
-    "README.md", "expertprune.json", "report.html", "comparison.html", "throughput.json", INDEX,
+    "README.md", EXPERT_FILE, "report.html", "comparison.html", "throughput.json", INDEX,
     "pytorch_model.bin.index.json", ".gitattributes",
 }  # fmt: skip
 
@@ -122,6 +121,11 @@ class Checkpoint:
         return sum(info.parameters for info in self.tensors.values())
 
     @property
+    def weight_bytes(self) -> int:
+        """Size of the weights' files."""
+        return sum((self.folder / file).stat().st_size for file in self.shards)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of most parameters."""
         counts: dict[str, int] = {}
@@ -140,111 +144,6 @@ class Checkpoint:
         with _opened(self.folder / self.tensors[name].file) as shard:
             tensor: Tensor = shard.get_tensor(name)
             return tensor
-
-    def check_widths(self, family: Family, shapes: tuple[LayerShape, ...]) -> None:
-        """Raises `CheckpointError` where a coupled tensor is missing or disagrees with the config."""
-        problems = []
-        for layer, shape in enumerate(shapes):
-            problems += self._missing_experts(family, layer, shape.experts)
-            problems += self._other_experts(family, layer, shape)
-            for coupled in family.tensors:
-                name = family.layer_prefix(layer) + coupled.name
-                expected = sum(shape.segment_rows(segment) for segment in coupled.segments)
-                if name not in self.tensors:
-                    if not coupled.optional:
-                        problems.append(f"{name} is missing")
-                    continue
-                found = self.tensors[name].shape
-                widths = {coupled.axis: expected} | ({1 - coupled.axis: shape.hidden} if len(found) == 2 else {})
-                for axis, width in widths.items():
-                    if axis >= len(found) or found[axis] != width:
-                        problems.append(f"{name} is {list(found)}, the config makes axis {axis} {width}")
-        if problems:
-            rest = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-            raise CheckpointError(
-                f"{self.folder}: config.json disagrees with the weights: {'; '.join(problems[:3])}{rest}"
-            )
-
-    def vocabulary_rows(self, family: Family) -> int:
-        """Rows of the embedding. Raises `CheckpointError` where a tensor of the vocabulary or the config disagrees."""
-        found = {name: self.tensors[name].shape[0] for name in family.vocabulary if name in self.tensors}
-        found["config.json's vocab_size"] = self.config.get("vocab_size", 0)
-        if len(set(found.values())) > 1 or family.vocabulary[0] not in found:
-            told = ", ".join(f"{name} {rows}" for name, rows in found.items())
-            raise CheckpointError(f"{self.folder}: the rows of the vocabulary disagree: {told}")
-        return found[family.vocabulary[0]]
-
-    def row_parameters(self, family: Family) -> int:
-        """How many parameters leave with one vocabulary row."""
-        stored = [self.tensors[name] for name in family.vocabulary if name in self.tensors]
-        return sum(info.parameters // info.shape[0] for info in stored)
-
-    def _missing_experts(self, family: Family, layer: int, count: int) -> list[str]:
-        """What of a layer's experts is stored neither as it runs nor one by one."""
-        prefix, problems = family.layer_prefix(layer), []
-        for run in family.experts.run if family.experts is not None else ():
-            assert family.experts is not None
-            names = [prefix + name for name in family.experts.on_disk(run.name, count)]
-            if prefix + run.name not in self.tensors:
-                problems += [f"{name} is missing" for name in names if name not in self.tensors]
-        return list(dict.fromkeys(problems))
-
-    def _other_experts(self, family: Family, layer: int, shape: LayerShape) -> list[str]:
-        """Experts that are stored one by one in other widths than the config's."""
-        problems, prefix = [], family.layer_prefix(layer)
-        for expert in range(shape.experts if family.experts is not None else 0):
-            assert family.experts is not None
-            for tensor in family.experts.of_one(expert):
-                info = self.tensors.get(prefix + tensor.name)
-                width = shape.ffn * len(tensor.segments)
-                if info is not None and tensor.axis is not None and info.shape[tensor.axis] != width:
-                    found = list(info.shape)
-                    problems.append(f"{prefix + tensor.name} is {found}, the config makes axis {tensor.axis} {width}")
-        return problems
-
-    def unit_parameters(self, family: Family, shape: LayerShape, layer: int, structure: Structure) -> int:
-        """How many parameters leave with one unit of a structure."""
-        if structure is Structure.EXPERTS:
-            return self._expert_parameters(family, shape, layer)
-        if structure is Structure.FFN and family.experts is not None:
-            return self._neuron_parameters(family, shape, layer)
-        total = 0
-        for coupled in family.block(structure).tensors:
-            info = self.tensors.get(family.layer_prefix(layer) + coupled.name)
-            if info is None:
-                continue
-            per_row = info.parameters // info.shape[coupled.axis]
-            for segment in coupled.segments:
-                rows = shape.segment_rows(segment)
-                if structure is Structure.QUERY_HEADS:
-                    total += per_row * shape.head_dim if segment == "query" else 0
-                else:
-                    total += per_row * rows // shape.units(structure)
-        return total
-
-    def _expert_parameters(self, family: Family, shape: LayerShape, layer: int) -> int:
-        """An expert's own tensors, or its rows of those that hold all, and its row of the router."""
-        if family.experts is None:
-            return 0
-        own, shared = self._of_experts(family, layer)
-        return sum(info.parameters for info, _ in own) + sum(info.parameters // shape.experts for info, _ in shared)
-
-    def _neuron_parameters(self, family: Family, shape: LayerShape, layer: int) -> int:
-        """A neuron's rows and columns of one expert's own tensors, or of its part of those that hold all."""
-        own, shared = self._of_experts(family, layer)
-        parts = [(info.parameters, tensor) for info, tensor in own]
-        parts += [(info.parameters // shape.experts, tensor) for info, tensor in shared]
-        return sum(size // shape.ffn for size, tensor in parts if tensor is not None and tensor.axis is not None)
-
-    def _of_experts(
-        self, family: Family, layer: int
-    ) -> tuple[list[tuple[TensorInfo, ExpertTensor | None]], list[tuple[TensorInfo, ExpertTensor | None]]]:
-        """What the first expert owns alone, and what all own together, with their description where they have one."""
-        assert family.experts is not None
-        prefix, run = family.layer_prefix(layer), {tensor.name: tensor for tensor in family.experts.run}
-        own = [(self.tensors.get(prefix + each.name), each) for each in family.experts.of_one(0)]
-        shared = [(self.tensors.get(prefix + each.name), run.get(each.name)) for each in family.experts.tensors]
-        return [(a, b) for a, b in own if a is not None], [(a, b) for a, b in shared if a is not None]
 
 
 def write_weights(

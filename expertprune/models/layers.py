@@ -1,18 +1,13 @@
-"""Run a decoder one layer at a time over all batches.
-
-Both passes over calibration text, profiling and repair, go this way: layer by layer, every batch through each. Only the
-hidden states of the batches and one layer's inputs are held beside the weights, and a layer is needed only while its
-turn lasts, so a model larger than memory needs another source of layers and nothing else.
-"""
+"""What is asked of decoder layers while they run: their arguments, what goes into their blocks, how they route."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,44 +15,28 @@ from torch import Tensor, nn
 from expertprune.arch import Experts, Family
 from expertprune.corpora.batches import Batch
 
-Observer = Callable[[int, Tensor], None]
+
+def decoder_layers(model: Any, family: Family) -> nn.ModuleList:
+    """The model's decoder layers."""
+    layers = model.get_submodule(family.layers)
+    assert isinstance(layers, nn.ModuleList)
+    return layers
 
 
-@dataclass
-class Stream:
-    """The hidden states of every batch before one layer, and what the decoder hands each layer beside them.
-
-    `hidden[b]` is `[rows, tokens, hidden]`; `arguments[b][l]` are the keyword arguments of layer `l` (position
-    embeddings, masks), shared between layers where the decoder shares them.
-    """
-
-    batches: Sequence[Batch]
-    hidden: list[Tensor]
-    arguments: list[list[dict[str, Any]]]
-
-    def copy(self) -> Stream:
-        """Another stream with the same inputs; hidden states are replaced, never changed in place, so none is copied."""
-        return Stream(self.batches, list(self.hidden), self.arguments)
-
-    def run(self, layer: nn.Module, index: int, batch: int) -> Tensor:
-        """One batch through one layer: the layer's output, `[rows, tokens, hidden]`; the stream is left as it was."""
-        output = layer(self.hidden[batch], **self.arguments[batch][index])
-        result: Tensor = output[0] if isinstance(output, tuple) else output
-        return result
-
-    def real(self, batch: int, states: Tensor) -> Tensor:
-        """The states of real tokens, `[tokens, channels]`, padding left out."""
-        return real_tokens(self.batches[batch], states)
+@contextlib.contextmanager
+def layers_replaced(model: Any, family: Family, stand_ins: Sequence[nn.Module]) -> Iterator[None]:
+    """While open, other modules stand where the model's decoder layers are."""
+    layers = decoder_layers(model, family)
+    parent_path, _, name = family.layers.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    setattr(parent, name, nn.ModuleList(stand_ins))
+    try:
+        yield
+    finally:
+        setattr(parent, name, layers)
 
 
-def real_tokens(batch: Batch, states: Tensor) -> Tensor:
-    """`[rows, tokens, channels]` to `[real tokens, channels]`."""
-    if all(length == states.shape[1] for length in batch.lengths):
-        return states.flatten(0, 1)
-    return torch.cat([states[row, :length] for row, length in enumerate(batch.lengths)])
-
-
-class _Recorder(nn.Module):
+class LayerRecorder(nn.Module):
     """Stands in for a decoder layer: notes its arguments and hands the hidden states on."""
 
     def __init__(self, layer: nn.Module) -> None:
@@ -77,49 +56,7 @@ class _Recorder(nn.Module):
         return hidden
 
 
-def decoder_layers(model: Any, family: Family) -> nn.ModuleList:
-    """The model's decoder layers."""
-    layers = model.get_submodule(family.layers)
-    assert isinstance(layers, nn.ModuleList)
-    return layers
-
-
-@torch.no_grad()  # not inference mode: a backward pass may go through what comes out
-def start(model: Any, family: Family, batches: Sequence[Batch]) -> Stream:
-    """The stream before the first layer: embeddings, and each layer's arguments as the decoder itself makes them."""
-    layers = decoder_layers(model, family)
-    parent_path, _, name = family.layers.rpartition(".")
-    parent = model.get_submodule(parent_path)
-    recorders = [_Recorder(layer) for layer in layers]
-    decoder, device = model.get_decoder(), next(model.parameters()).device
-    stream = Stream(batches, [], [])
-    setattr(parent, name, nn.ModuleList(recorders))
-    try:
-        for batch in batches:
-            decoder(input_ids=batch.ids.to(device), use_cache=False)
-            stream.hidden.append(recorders[0].hidden)
-            stream.arguments.append([recorder.arguments for recorder in recorders])
-    finally:
-        setattr(parent, name, layers)
-    return stream
-
-
-@contextlib.contextmanager
-def head_only(model: Any, family: Family, hidden: Tensor) -> Iterator[None]:
-    """While open, the model's layers are left out: whatever it is called with, `hidden` goes into its output head.
-
-    So final norm, output projection, caps and scales are the model's own, and `logits_to_keep` cuts the positions.
-    """
-    parent_path, _, name = family.layers.rpartition(".")
-    parent, layers = model.get_submodule(parent_path), decoder_layers(model, family)
-    setattr(parent, name, nn.ModuleList([_Handover(layers[0], hidden)]))
-    try:
-        yield
-    finally:
-        setattr(parent, name, layers)
-
-
-class _Handover(_Recorder):
+class _Handover(LayerRecorder):
     """Stands in for all decoder layers: whatever comes in, the given hidden states go out."""
 
     def __init__(self, layer: nn.Module, result: Tensor) -> None:
@@ -131,55 +68,75 @@ class _Handover(_Recorder):
 
 
 @contextlib.contextmanager
-def observed(layer: nn.Module, path: str, inputs: list[Tensor], outputs: list[Tensor] | None = None) -> Iterator[None]:
-    """While open, the input (and output) of the submodule at `path` are appended to the lists at each call."""
+def head_only(model: Any, family: Family, hidden: Tensor) -> Iterator[None]:
+    """While open, the model's layers are left out: whatever it is called with, `hidden` goes into its output head.
 
-    def note(_: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-        inputs.append(arguments[0])
-        if outputs is not None:
-            outputs.append(output)
-
-    handle = layer.get_submodule(path).register_forward_hook(note)
-    try:
+    So final norm, output projection, caps and scales are the model's own, and `logits_to_keep` cuts the positions.
+    """
+    with layers_replaced(model, family, [_Handover(decoder_layers(model, family)[0], hidden)]):
         yield
+
+
+class Call(NamedTuple):
+    """One call of a module: its positional and keyword arguments in their order, and its output."""
+
+    inputs: tuple[Any, ...]
+    output: Tensor
+
+    @property
+    def input(self) -> Tensor:
+        """The first argument."""
+        first: Tensor = self.inputs[0]
+        return first
+
+
+@contextlib.contextmanager
+def observed(layer: nn.Module, *paths: str) -> Iterator[dict[str, Call]]:
+    """While open, the last call of each submodule at `paths` is noted under its path."""
+    calls: dict[str, Call] = {}
+
+    def watch(path: str) -> Any:
+        def note(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> None:
+            calls[path] = Call((*arguments, *keywords.values()), output)
+
+        return layer.get_submodule(path).register_forward_hook(note, with_kwargs=True)
+
+    handles = [watch(path) for path in paths]
+    try:
+        yield calls
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
-@dataclass
+@dataclass(frozen=True)
 class Routed:
-    """What one call hands a layer's experts: `hidden` `[tokens, hidden]`, `chosen` and `weights` `[tokens, per token]`."""
+    """What one call hands a layer's routed experts.
+
+    `hidden` is `[tokens, hidden]`; `chosen` and `weights` are `[tokens, per token]`.
+    """
 
     hidden: Tensor
     chosen: Tensor
     weights: Tensor
 
-
-@contextlib.contextmanager
-def observed_routing(
-    layer: nn.Module, experts: Experts, calls: list[Routed], outputs: list[Tensor] | None = None
-) -> Iterator[None]:
-    """While open, what the router hands the experts of a layer (and what they write) is appended to the lists."""
-
-    def note(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> None:
-        calls.append(Routed(*[*arguments, *keywords.values()][:3]))
-        if outputs is not None:
-            outputs.append(output)
-
-    handle = layer.get_submodule(experts.module).register_forward_hook(note, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    @classmethod
+    def of(cls, call: Call) -> Routed:
+        """Read off a call of the module that holds the routed experts."""
+        return cls(*(value.detach() for value in call.inputs[:3]))
 
 
-@dataclass
-class ExpertShare:
-    """The tokens of a batch that one expert of a layer is chosen for, padding left out.
+@dataclass(frozen=True)
+class RoutedShare:
+    """The tokens of a batch that one routed expert of a layer is chosen for, padding left out.
 
-    `place` `[tokens]` is where they stand in what the layer's experts were handed, `document` `[tokens]` (on the CPU) which
-    document each is of, `weight` `[tokens]` the router's weight, `neurons` `[tokens, ffn]` the activations of the expert's
-    neurons and `read` `[hidden, ffn]` the weights that read them; float32.
+    Attributes:
+        expert: its position in the layer.
+        place: `[tokens]`, where they stand in what the layer's routed experts were handed.
+        document: `[tokens]`, on the CPU, the document that each is of.
+        weight: `[tokens]`, float32, the router's weight.
+        neurons: `[tokens, ffn]`, float32, the activations of its neurons.
+        read: `[hidden, ffn]`, float32, the weights that read them.
     """
 
     expert: int
@@ -190,8 +147,8 @@ class ExpertShare:
     read: Tensor
 
 
-def shares(layer: nn.Module, experts: Experts, batch: Batch, call: Routed) -> Iterator[ExpertShare]:
-    """Each expert of a layer run on the tokens that are routed to it, and on no others."""
+def routed_shares(layer: nn.Module, experts: Experts, batch: Batch, call: Routed) -> Iterator[RoutedShare]:
+    """Run each routed expert of a layer on the tokens that are routed to it, and on no others."""
     module, device = layer.get_submodule(experts.module), call.hidden.device
     into, out = layer.get_parameter(experts.input), layer.get_parameter(experts.output)
     rows, tokens = batch.ids.shape
@@ -207,17 +164,17 @@ def shares(layer: nn.Module, experts: Experts, batch: Batch, call: Routed) -> It
             for each in up:
                 neurons = neurons * each
             weight = weights[place, column].float()
-            yield ExpertShare(expert, place, documents[place.cpu()], weight, neurons.float(), out[expert].float())
+            yield RoutedShare(expert, place, documents[place.cpu()], weight, neurons.float(), out[expert].float())
 
 
 @contextlib.contextmanager
 def routed_to(layer: nn.Module, experts: Experts, kept: Tensor) -> Iterator[None]:
-    """While open, the router of a layer chooses among the `kept` experts only, as if the others' logits were −∞.
+    """While open, the router of a layer chooses among the `kept` routed experts only, as if the others' logits were −∞.
 
     A router with the kept rows alone chooses; what it chose is handed on in the layer's own numbering.
 
     Args:
-        kept: `[experts kept]`, int64, ascending.
+        kept: `[routed experts kept]`, int64, ascending.
     """
     router = layer.get_submodule(experts.router)
     small = copy.copy(router)

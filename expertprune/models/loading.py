@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from expertprune.arch import attention_of
-from expertprune.errors import CheckpointError
-from expertprune.models.admission import model_class, quiet_transformers
+from expertprune.arch import PER_LAYER, attention_of, families, stock_architectures
+from expertprune.arch.per_layer import with_layer_widths
+from expertprune.errors import CheckpointError, first_line
+
+log = logging.getLogger(__name__)
 
 
 def run_dtype(wanted: str, stored: torch.dtype) -> torch.dtype:
@@ -23,6 +28,47 @@ def run_dtype(wanted: str, stored: torch.dtype) -> torch.dtype:
 
 def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def build_model(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The folder's model with whatever weights its class begins with, on torch's current default device."""
+    transformers = quiet_transformers()
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    made = model_class(folder)
+    if hasattr(made, "from_config"):
+        return made.from_config(config, trust_remote_code=trust_remote_code)
+    return made(config)
+
+
+def model_class(folder: Path) -> Any:
+    """What builds a folder's model; one whose layers have widths of their own is built by this package's code."""
+    transformers = quiet_transformers()
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if not config.get(PER_LAYER):
+        return transformers.AutoModelForCausalLM
+    family = families().get(config["model_type"])
+    return with_layer_widths(class_of(config), family.layers if family else "")
+
+
+def class_of(config: dict[str, Any]) -> Any:
+    """The class in transformers, or registered with it, that builds a config's model."""
+    transformers = quiet_transformers()
+    (name, *_) = stock_architectures(config)
+    if hasattr(transformers, name):
+        return getattr(transformers, name)
+    return transformers.AutoModelForCausalLM._model_mapping[transformers.CONFIG_MAPPING[config["model_type"]]]
+
+
+@functools.cache
+def quiet_transformers() -> Any:
+    """transformers, with its progress bars and advice off unless the user asked for logs."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers
+
+    if not log.isEnabledFor(logging.INFO):
+        transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
 
 
 def load_model(
@@ -38,7 +84,7 @@ def load_model(
             folder, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=attention_of(config)
         )
     except (ValueError, OSError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{folder}: cannot be loaded: {first_line(error)}") from error
     return model.to(device or default_device()).eval().requires_grad_(False)
 
 
@@ -47,4 +93,4 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     try:
         return quiet_transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
-        raise CheckpointError(f"{folder}: the tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{folder}: the tokenizer cannot be loaded: {first_line(error)}") from error

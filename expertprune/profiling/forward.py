@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from expertprune.arch import Block, Family
 from expertprune.corpora.batches import Batch
 from expertprune.errors import CheckpointError
-from expertprune.models import layers as layerwise
+from expertprune.models.layers import Routed, observed
+from expertprune.models.passes import TextRun
 from expertprune.profiling.channels import ChannelStatistics
-from expertprune.profiling.gradients import count_documents
 from expertprune.profiling.routing import RoutingStatistics
 from expertprune.progress import Progress
 from expertprune.units import LayerShape, Segment
@@ -100,50 +96,38 @@ def _weight_statistics(layer: nn.Module, family: Family, shape: LayerShape) -> d
 
 
 @torch.inference_mode()
-def collect(
-    model: Any,
-    family: Family,
-    shapes: Sequence[LayerShape],
-    batches: Sequence[Batch],
-    progress: Progress | None = None,
-) -> dict[str, Tensor]:
-    """Every statistic of a corpus, by stored name (see `Profile`), from one pass.
+def forward_pass(text: TextRun, progress: Progress | None = None) -> dict[str, Tensor]:
+    """Every statistic of a corpus that needs no gradient, by stored name (see `Profile`).
 
     Args:
-        batches: their `documents` number the rows of the per-document statistics.
+        text: the `documents` of its batches number the rows of the per-document statistics.
         progress: called after each layer.
 
     Raises:
         CheckpointError: the model gives activations that are not finite.
     """
-    documents = count_documents(batches)
-    stream = layerwise.start(model, family, batches)
-    statistics: dict[str, Tensor] = {"tokens": torch.zeros(documents)}
-    for batch in batches:
+    family, stream = text.family, text.start()
+    paths = [block.output for _, block in _blocks(family)]
+    if family.experts is not None:
+        paths.append(family.experts.module)
+    statistics: dict[str, Tensor] = {"tokens": torch.zeros(text.documents)}
+    for batch in text.batches:
         for document, length in zip(batch.documents, batch.lengths, strict=True):
             statistics["tokens"][document] = length - 1
-    for index, layer in enumerate(layerwise.decoder_layers(model, family)):
-        collector = LayerCollector(layer, family, shapes[index], documents)
-        for number, batch in enumerate(batches):
-            seen: dict[str, list[Tensor]] = {"ffn": [], "heads": []}
-            calls: list[layerwise.Routed] = []
-            with contextlib.ExitStack() as stack:
-                for name, block in _blocks(family):
-                    stack.enter_context(layerwise.observed(layer, block.output, seen[name]))
-                if family.experts is not None:
-                    stack.enter_context(layerwise.observed_routing(layer, family.experts, calls))
-                stream.hidden[number] = stream.run(layer, index, number)
-            if collector.experts is not None:
-                collector.experts.add(batch, calls[0])
-                seen["ffn"] = [seen["heads"][0][..., :0]]
-            collector.update(batch, seen["ffn"][0], seen["heads"][0], stream.hidden[number])
+    for index, layer in text.layers(progress):
+        collector = LayerCollector(layer, family, text.shapes[index], text.documents)
+        with observed(layer, *paths) as calls:
+            for step in stream.advance(layer, index):
+                heads = calls[family.attention.output].input
+                if collector.experts is not None and family.experts is not None:
+                    collector.experts.add(step.batch, Routed.of(calls[family.experts.module]))
+                ffn = calls[family.ffn.output].input if family.has_ffn else heads[..., :0]
+                collector.update(step.batch, ffn, heads, step.after)
         neurons = collector.ffn if collector.experts is None else collector.experts.neurons
         if not bool(neurons.square_sum.isfinite().all() and collector.heads.square_sum.isfinite().all()):
             raise CheckpointError(
-                f"layer {index}: activations are not finite in {next(model.parameters()).dtype}: damaged weights, or "
+                f"layer {index}: activations are not finite in {next(layer.parameters()).dtype}: damaged weights, or "
                 "too narrow a base.dtype (float32 and bfloat16 are wide)"
             )
         statistics |= collector.tensors(index)
-        if progress is not None:
-            progress()
     return statistics

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,18 +14,22 @@ from torch import Tensor, nn
 from expertprune.arch import Experts, Family
 from expertprune.artifacts.profile import halved
 from expertprune.corpora.batches import Batch
-from expertprune.models import layers as layerwise
+from expertprune.models.layers import Routed, observed, routed_shares
+from expertprune.models.passes import LOGITS, TextRun
 from expertprune.progress import Progress
 from expertprune.units import LayerShape
 
-POSITIONS = 512  # whose logits are held at a time
+# Powers of two, so that they cost no digit. Of half precision, whose smallest number is 2⁻²⁴ and largest 2¹⁶:
+HEAD_SCALE = 2.0**8  # times the loss; the gradient of a logit is at most 1
+LARGEST = 2.0**6  # where a layer's gradients begin: they may grow by 2¹⁰ within it, and 2⁻³⁰ of the largest is kept
 
 
 class MaskGradients:
     """`Σ_t a_tc ∂L/∂a_tc` of the channels of one layer's output projections, per document and unit.
 
-    This is the derivative with respect to a mask that multiplies the unit's channels, at 1; a KV group's is the sum over
-    its query heads, so only heads are stored. An expert's mask multiplies what it writes, which is the sum over its neurons.
+    This is the derivative with respect to a mask that multiplies the unit's channels, at 1. A KV group's is the sum over
+    its query heads, so only heads are stored. The mask of a routed expert multiplies what it writes: its derivative is
+    the sum over its neurons.
     """
 
     def __init__(self, shape: LayerShape, documents: int) -> None:
@@ -31,26 +37,47 @@ class MaskGradients:
         self.ffn = torch.zeros(documents, shape.neurons)
         self.heads = torch.zeros(documents, shape.query_heads)
 
-    def add(self, batch: Batch, heads: tuple[Tensor, Tensor], ffn: tuple[Tensor, Tensor] | None = None) -> None:
-        """Each pair is the input of an output projection and its gradient, `[rows, tokens, channels]`."""
-        for row, (document, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
-            pairs = [heads] if ffn is None else [heads, ffn]
-            part = [(a[row, :length].float() * g[row, :length].float()).sum(0).cpu() for a, g in pairs]
-            self.heads[document] += part[0].unflatten(0, (self.shape.query_heads, -1)).sum(1)
+    def add(
+        self,
+        batch: Batch,
+        weights: Sequence[float],
+        heads: tuple[Tensor, Tensor],
+        ffn: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Add one batch.
+
+        Args:
+            weights: what the gradients of each row are multiplied by, in float32.
+            heads, ffn: the input of an output projection and its gradient, `[rows, tokens, channels]` each.
+        """
+        for row, (document, length, weight) in enumerate(zip(batch.documents, batch.lengths, weights, strict=True)):
+            sums = [(a[row, :length].float() * g[row, :length].float()).sum(0).cpu() * weight
+                    for a, g in ([heads] if ffn is None else [heads, ffn])]  # fmt: skip
+            self.heads[document] += sums[0].unflatten(0, (self.shape.query_heads, -1)).sum(1)
             if ffn is not None:
-                self.ffn[document] += part[1]
+                self.ffn[document] += sums[1]
 
     def add_routed(
-        self, layer: nn.Module, experts: Experts, batch: Batch, call: layerwise.Routed, gradient: Tensor
+        self,
+        layer: nn.Module,
+        experts: Experts,
+        batch: Batch,
+        weights: Sequence[float],
+        call: Routed,
+        gradient: Tensor,
     ) -> None:
-        """`gradient` `[tokens, hidden]` is that of what the experts of `layer` wrote together."""
+        """`gradient` `[tokens, hidden]` is that of what the routed experts of `layer` wrote together."""
         gradient = gradient.flatten(0, -2).float()
-        for share in layerwise.shares(layer, experts, batch, call):
+        by_document = torch.zeros(len(self.ffn))
+        by_document[list(batch.documents)] = torch.tensor(weights, dtype=torch.float32)
+        for share in routed_shares(layer, experts, batch, call):
             value = (gradient[share.place] @ share.read) * share.neurons * share.weight[:, None]
             first = share.expert * self.shape.ffn
-            self.ffn[:, first : first + self.shape.ffn].index_add_(0, share.document, value.cpu())
+            own = value.cpu() * by_document[share.document][:, None]
+            self.ffn[:, first : first + self.shape.ffn].index_add_(0, share.document, own)
 
     def tensors(self, layer: int) -> dict[str, Tensor]:
+        """Everything of this layer under its stored names."""
         found = {**halved(f"ffn.{layer}.value", self.ffn), **halved(f"heads.{layer}.value", self.heads)}
         if self.shape.experts:
             found |= halved(f"experts.{layer}.value", self.ffn.unflatten(1, (self.shape.experts, -1)).sum(2))
@@ -58,12 +85,16 @@ class MaskGradients:
 
 
 @contextlib.contextmanager
-def mask_graph(layer: nn.Module, family: Family, inputs: dict[str, Tensor], leaves: bool) -> Iterator[None]:
-    """While open, gradients are on and the inputs of both output projections are noted in `inputs`.
+def mask_graph(layer: nn.Module, family: Family, leaves: bool) -> Iterator[dict[str, Tensor]]:
+    """While open, gradients are on and what the layer's masks would multiply is noted, call by call.
 
-    With `leaves`, they become the graph's leaves: the graph begins there. Where there are experts, `written` is what they
-    write together.
+    Noted are the inputs of both output projections, `heads` and `ffn`. Where experts are routed, what they write together
+    is noted as `written` in place of `ffn`.
+
+    Args:
+        leaves: the noted inputs become the graph's leaves, so the graph begins there.
     """
+    inputs: dict[str, Tensor] = {}
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
         def note(_: nn.Module, arguments: tuple[Any, ...]) -> Any:
@@ -84,30 +115,21 @@ def mask_graph(layer: nn.Module, family: Family, inputs: dict[str, Tensor], leav
         handles.append(layer.get_submodule(family.experts.module).register_forward_hook(note_output))
     try:
         with torch.enable_grad():
-            yield
+            yield inputs
     finally:
         for handle in handles:
             handle.remove()
-
-
-def count_documents(batches: Sequence[Batch]) -> int:
-    return 1 + max(document for batch in batches for document in batch.documents)
 
 
 # --- the whole model ------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def gradient_pass(
-    model: Any,
-    family: Family,
-    shapes: Sequence[LayerShape],
-    batches: Sequence[Batch],
-    loss: str,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> dict[str, Tensor]:
+def gradient_pass(text: TextRun, loss: str, seed: int = 0, progress: Progress | None = None) -> dict[str, Tensor]:
     """Gradients of each document's mean loss with respect to the masks of all units.
+
+    The sum of a document's losses is what goes backward: its mean over hundreds of tokens would vanish in half precision.
+    The division comes last, in float32.
 
     Args:
         loss: `language_model`, against the text's own next tokens; or `kl`, against tokens drawn from the model's own
@@ -116,72 +138,85 @@ def gradient_pass(
         seed: of the draws; each document has its own.
         progress: called after each batch.
     """
-    documents = count_documents(batches)
-    gradients = [MaskGradients(shape, documents) for shape in shapes]
-    layers = layerwise.decoder_layers(model, family)
-    for index, inputs, gradient, batch in backward(model, family, batches, loss, seed, progress):
-        pairs = {name: (inputs[name], gradient[name]) for name in ("heads", "ffn") if name in inputs}
-        gradients[index].add(batch, **pairs)
-        if family.experts is not None:
-            call = layerwise.Routed(*(inputs[name] for name in ("hidden", "chosen", "weights")))
-            gradients[index].add_routed(layers[index], family.experts, batch, call, gradient["written"])
+    gradients = [MaskGradients(shape, text.documents) for shape in text.shapes]
+    experts = text.family.experts
+    for one in text.each_batch():  # all at once would hold every layer's input of every batch
+        for layer in backward(one, loss, seed):
+            weights = [1 / layer.scale / (length - 1) for length in layer.batch.lengths]
+            pairs = {n: (layer.inputs[n], layer.gradients[n]) for n in ("heads", "ffn") if n in layer.inputs}
+            gradients[layer.index].add(layer.batch, weights, **pairs)
+            if experts is not None and layer.routed is not None:
+                here = (layer.module, experts, layer.batch, weights, layer.routed, layer.gradients["written"])
+                gradients[layer.index].add_routed(*here)
+        if progress is not None:
+            progress()
     return {name: tensor for layer, each in enumerate(gradients) for name, tensor in each.tensors(layer).items()}
 
 
-def backward(
-    model: Any, family: Family, batches: Sequence[Batch], loss: str, seed: int, progress: Progress | None = None
-) -> Iterator[tuple[int, dict[str, Tensor], dict[str, Tensor], Batch]]:
-    """Batch by batch, and within a batch from the last layer to the first.
+@dataclass(frozen=True)
+class Differentiated:
+    """One batch in one layer: what the layer's masks would multiply (see `mask_graph`), and its gradients.
 
-    Yields:
-        The layer; the inputs of its output projections (`ffn`, `heads`); the loss's gradients with respect to them and
-        (`stream`) to the layer's output; and the batch. Of experts, instead of `ffn`, the inputs are what they are handed
-        (`hidden`, `chosen`, `weights`) and what they write (`written`), and the gradient is that of the latter.
+    `gradients` are those of the sum of the losses of all rows, times `scale`.
     """
-    layers = layerwise.decoder_layers(model, family)
-    for batch in batches:
-        stream = layerwise.start(model, family, [batch])
-        before = []
-        for index, layer in enumerate(layers):
-            before.append(stream.hidden[0])
-            stream.hidden[0] = stream.run(layer, index, 0)
-        gradient = loss_gradient(model, family, stream.hidden[0], batch, loss, seed)
-        for index in reversed(range(len(layers))):
-            inputs: dict[str, Tensor] = {}
-            calls: list[layerwise.Routed] = []
-            stream.hidden[0] = before.pop().detach().requires_grad_()
-            with contextlib.ExitStack() as stack:
-                if family.experts is not None:
-                    stack.enter_context(layerwise.observed_routing(layers[index], family.experts, calls))
-                stack.enter_context(mask_graph(layers[index], family, inputs, leaves=False))
-                output = stream.run(layers[index], index, 0)
-                below, *found = torch.autograd.grad(output, [stream.hidden[0], *inputs.values()], gradient)
-            gradients = dict(zip(inputs, found, strict=True)) | {"stream": gradient}
-            inputs |= {name: value for call in calls for name, value in vars(call).items()}
-            yield index, {name: value.detach() for name, value in inputs.items()}, gradients, batch
-            gradient = below
-        if progress is not None:
-            progress()
+
+    index: int
+    module: nn.Module
+    batch: Batch
+    inputs: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    routed: Routed | None
+    scale: float
 
 
-@torch.no_grad()
-def gradient_energies(model: Any, family: Family, batches: Sequence[Batch]) -> list[list[Tensor]]:
-    """Per layer and batch, the mean square of the loss's gradient at the layer's output, `[rows, tokens]`.
+def backward(text: TextRun, loss: str, seed: int) -> Iterator[Differentiated]:
+    """Go through the layers from the last to the first, and in each through every batch.
 
-    To second order, an error `e` of a token's residual stream costs `(g · e)²`; with the direction of `g` averaged out
-    that is its energy.
+    The forward pass keeps each layer's input. Going back, each layer is run again and differentiated, so that one
+    layer's graph is held for one batch at a time.
     """
-    layers = len(layerwise.decoder_layers(model, family))
-    result: list[list[Tensor]] = [[] for _ in range(layers)]
-    for layer, _, gradient, _ in backward(model, family, batches, "language_model", 0, None):
-        result[layer].append(gradient["stream"].float().square().mean(2))
-    return result
+    stream = text.start()
+    before: list[list[Tensor]] = []
+    for index, layer in text.layers():
+        before.append(list(stream.hidden))
+        for _ in stream.advance(layer, index):
+            pass
+    ends = [loss_gradient(text, *pair, loss, seed) for pair in zip(text.batches, stream.hidden, strict=True)]
+    above = [rescaled(gradient, HEAD_SCALE) for gradient in ends]
+    routers = [text.family.experts.module] if text.family.experts is not None else []
+    for index, layer in text.layers(last_first=True):
+        stream.hidden = [hidden.detach().requires_grad_() for hidden in before.pop()]
+        for number, batch in enumerate(text.batches):
+            gradient, scale = above[number]
+            with observed(layer, *routers) as calls, mask_graph(layer, text.family, leaves=False) as inputs:
+                output = stream.run(layer, index, number)
+                below, *found = torch.autograd.grad(output, [stream.hidden[number], *inputs.values()], gradient)
+            routed = Routed.of(calls[routers[0]]) if routers else None
+            noted = {name: value.detach() for name, value in inputs.items()}
+            gradients = dict(zip(inputs, found, strict=True))
+            yield Differentiated(index, layer, batch, noted, gradients, routed, scale)
+            above[number] = rescaled(below, scale)
 
 
-def loss_gradient(model: Any, family: Family, hidden: Tensor, batch: Batch, loss: str, seed: int) -> Tensor:
-    """The gradient of the sum over rows of their mean loss, with respect to the last layer's output.
+def rescaled(gradient: Tensor, scale: float) -> tuple[Tensor, float]:
+    """Multiply by the power of two that brings the largest element to `LARGEST`; the product, and its whole scale.
 
-    A few positions at a time, so that logits over a large vocabulary need no room; `[rows, tokens, hidden]`.
+    Backpropagation is linear, so this changes no digit, and no layer's gradients leave the range of half precision.
+
+    Args:
+        scale: what the gradient is multiplied by so far.
+    """
+    largest = float(gradient.abs().max())
+    if not 0 < largest < math.inf:
+        return gradient, scale
+    factor = 2.0 ** min(math.log2(LARGEST) - math.ceil(math.log2(largest)), 100)  # itself a number of single precision
+    return gradient * factor, scale * factor
+
+
+def loss_gradient(text: TextRun, batch: Batch, hidden: Tensor, loss: str, seed: int) -> Tensor:
+    """The gradient of the sum over all tokens' losses, times `HEAD_SCALE`, with respect to the last layer's output.
+
+    `[rows, tokens, hidden]`.
     """
     ids = batch.ids.to(hidden.device)
     leaf = hidden.detach().requires_grad_()
@@ -191,21 +226,18 @@ def loss_gradient(model: Any, family: Family, hidden: Tensor, batch: Batch, loss
         for document, length in zip(batch.documents, batch.lengths, strict=True)
     ]
     total = torch.zeros_like(leaf)
-    step = max(1, POSITIONS // ids.shape[0])
-    for first in range(0, ids.shape[1] - 1, step):
-        positions = torch.arange(first, min(first + step, ids.shape[1] - 1), device=ids.device)
-        with torch.enable_grad(), layerwise.head_only(model, family, leaf):
-            logits = model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits.float()
-            targets = ids[:, first + 1 : first + 1 + positions.numel()].clone()
-            weights = torch.zeros(targets.shape, device=ids.device)
+    with torch.enable_grad():
+        for first, logits in text.logits(batch, leaf, until=ids.shape[1] - 1):
+            targets = ids[:, first + 1 : first + 1 + logits.shape[1]].clone()
+            predicted = torch.zeros(targets.shape, device=ids.device)
             for row, length in enumerate(batch.lengths):
-                count = max(0, min(length - 1, int(positions[-1]) + 1) - first)
-                weights[row, :count] = 1 / (length - 1)
+                count = max(0, min(length - 1 - first, logits.shape[1]))
+                predicted[row, :count] = 1
                 if loss == "kl":
                     chances = torch.softmax(logits[row, :count].detach(), -1)
                     targets[row, :count] = _drawn(chances, draws[row][first : first + count].to(ids.device))
             each = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-            total += torch.autograd.grad((each * weights.flatten()).sum(), leaf)[0]
+            total += torch.autograd.grad((each * predicted.flatten()).sum() * HEAD_SCALE, leaf)[0]
     return total
 
 
@@ -219,11 +251,11 @@ def _drawn(chances: Tensor, draws: Tensor) -> Tensor:
 def backward_bytes(shapes: Sequence[LayerShape], vocabulary: int, tokens: int, experts_per_token: int = 0) -> int:
     """About what a backward pass holds at its peak beside the weights, were its activations in float32.
 
-    Every layer's hidden states, one layer's graph, the logits of a few positions.
+    Every layer's hidden states, one layer's graph, the logits of a few positions with their gradients.
 
     Args:
         tokens: of the largest batch, padding included.
     """
     shape = max(shapes, key=lambda each: each.ffn)
     graph = 12 * shape.hidden + 6 * shape.ffn * max(1, experts_per_token) + 6 * shape.query_heads * shape.head_dim
-    return 4 * (tokens * ((len(shapes) + 3) * shape.hidden + graph) + 4 * POSITIONS * vocabulary)
+    return 4 * (tokens * ((len(shapes) + 3) * shape.hidden + graph) + 4 * min(LOGITS, tokens * vocabulary))

@@ -1,4 +1,4 @@
-"""How routers use their experts on a corpus."""
+"""How routers use routed experts on a corpus."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from torch import Tensor, nn
 
 from expertprune.arch import Family
 from expertprune.corpora.batches import Batch
-from expertprune.models import layers as layerwise
+from expertprune.models.layers import Routed, routed_shares
 from expertprune.profiling.channels import ChannelStatistics
 from expertprune.units import LayerShape
 
 
 class RoutingStatistics:
-    """How the router of one layer uses each expert on each document, `[documents, experts]` each, and what that gives.
+    """How the router of one layer uses each routed expert on each document, and what that gives.
 
-    An expert's neuron counts as its activation times the router's weight, and as 0 on tokens that go elsewhere: that is what
-    its column of the output projection multiplies.
+    Sums over the tokens that are routed to it, `[documents, experts]`: their number (`routed`), the norm of what it
+    writes times the router's weight (`norm`), and that product's square (`square`).
+
+    A neuron counts as its activation times the router's weight, and as 0 on tokens that go elsewhere: that is what its
+    column of the output projection multiplies.
     """
 
     def __init__(self, layer: nn.Module, family: Family, documents: int, shape: LayerShape) -> None:
@@ -36,10 +39,10 @@ class RoutingStatistics:
         ]
         self.neuron_norm = torch.stack(owned).sum(0).sqrt().flatten().cpu()
 
-    def add(self, batch: Batch, call: layerwise.Routed) -> None:
-        """One batch; each expert is run on the tokens that are routed to it, and on no others."""
+    def add(self, batch: Batch, call: Routed) -> None:
+        """Add one batch."""
         self.tokens[torch.tensor(batch.documents)] += torch.tensor(batch.lengths)[:, None]
-        for share in layerwise.shares(self.layer, self.family, batch, call):
+        for share in routed_shares(self.layer, self.family, batch, call):
             norm = (torch.linalg.vector_norm(share.neurons @ share.read.T, dim=1) * share.weight).cpu()
             of, expert = share.document, share.expert
             self.routed[:, expert].index_add_(0, of, torch.ones(len(of)))
@@ -60,8 +63,9 @@ class RoutingStatistics:
             f"ffn.{index}.output_l1": read.abs().sum(1).flatten().cpu(),
             f"ffn.{index}.output_l2": torch.linalg.vector_norm(read, dim=1).flatten().cpu(),
             f"ffn.{index}.weight_norm": self.neuron_norm,
+            f"experts.{index}.routed": self.routed,
             f"experts.{index}.frequency": self.routed / self.tokens,
-            f"experts.{index}.routed_norm": self.norm / self.routed.clamp_min(1),
+            f"experts.{index}.norm_sum": self.norm,
             f"experts.{index}.impact": self.square / self.tokens,
             f"experts.{index}.weight_norm": self.weight_norm,
         }

@@ -2,99 +2,110 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+import functools
+import hashlib
+import importlib.metadata
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from expertprune.artifacts.profile import Profile, ProfileKey, part_path, save_profile
-from expertprune.corpora.batches import Batch
+from torch import Tensor
+
+import expertprune
+from expertprune.arch import attention_of
+from expertprune.artifacts.profile import FORWARD, Profile, ProfileKey, ProfilePart, save_profile
 from expertprune.corpora.documents import Document
 from expertprune.errors import CheckpointError
 from expertprune.files import digest_of
 from expertprune.models.base import ResolvedBase
-from expertprune.profiling.forward import collect
-from expertprune.profiling.gradients import gradient_energies, gradient_pass
+from expertprune.models.loading import default_device
+from expertprune.models.passes import TextRun
+from expertprune.profiling.forward import forward_pass
+from expertprune.profiling.gradients import gradient_pass
 from expertprune.profiling.regional import regional_pass
-from expertprune.profiling.removals import removal_pass
-from expertprune.profiling.rows import PART as VOCABULARY
 from expertprune.profiling.rows import vocabulary_pass
 from expertprune.progress import Progress
 from expertprune.relevance import Pass
-from expertprune.units import KeptUnits
 
-log = logging.getLogger(__name__)
+PACKAGES = ("torch", "transformers")
+# What says how a statistic is computed, within the package: a change to any of these makes new profiles.
+SOURCES = ("arch", "artifacts/profile.py", "corpora/batches.py", "models/layers.py", "models/loading.py",
+           "models/passes.py", "profiling", "units.py")  # fmt: skip
 
 
-def profile_key(
-    base: ResolvedBase, documents: Sequence[Document], max_tokens: int, kept: Sequence[KeptUnits] | None = None
-) -> ProfileKey:
-    """What the profile of these documents depends on; `kept` where the base was profiled with other units masked."""
-    model = base.digest if kept is None else digest_of([base.digest, [asdict(units) for units in kept]])
+def profile_key(base: ResolvedBase, documents: Sequence[Document], max_tokens: int) -> ProfileKey:
+    """What the profile of these documents depends on, on this machine."""
     digests = [digest_of(document.text) for document in documents]  # tokens see white space, so it counts here
-    dtype = str(base.dtype).removeprefix("torch.")
-    return ProfileKey(model, base.tokenizer_digest, digest_of(digests), max_tokens, dtype)
+    remote = _digest_of_files(sorted(base.folder.rglob("*.py")), base.folder) if base.trust_remote_code else ""
+    return ProfileKey(
+        model=base.digest,
+        tokenizer=base.tokenizer_digest,
+        corpus=digest_of(digests),
+        max_tokens=max_tokens,
+        dtype=str(base.dtype).removeprefix("torch."),
+        device=default_device().type,
+        attention=str(attention_of(base.checkpoint.config)),
+        versions={name: importlib.metadata.version(name) for name in PACKAGES},
+        code=digest_of([statistics_code(Path(expertprune.__file__).parent), remote]),
+    )
+
+
+@functools.cache
+def statistics_code(package: Path) -> str:
+    """Digest of the package's code that computes statistics, data about families included."""
+
+    def files() -> Iterator[Path]:
+        for source in SOURCES:
+            path = package / source
+            yield from [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".py", ".yaml"))
+
+    return _digest_of_files(files(), package)
+
+
+def _digest_of_files(paths: Sequence[Path] | Iterator[Path], root: Path) -> str:
+    return digest_of({str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths})
 
 
 def profile_path(store: Path, key: ProfileKey) -> Path:
     return store / "profiles" / f"{key.digest}.safetensors"
 
 
-def profile_corpus(
-    model: Any,
-    base: ResolvedBase,
-    corpus: str,
-    documents: Sequence[Document],
-    batches: Sequence[Batch],
-    key: ProfileKey,
-    store: Path,
-    progress: Progress | None = None,
-) -> Profile:
-    """Run the forward pass and store its profile under its digest."""
-    statistics = collect(model, base.family, base.layers, batches, progress)
-    return save_profile(profile_path(store, key), _about(base, corpus, documents, batches, key), statistics)
-
-
-def profile_part(
-    model: Any,
-    base: ResolvedBase,
-    corpus: str,
-    documents: Sequence[Document],
-    batches: Sequence[Batch],
-    key: ProfileKey,
-    store: Path,
-    part: str,
-    progress: Progress | None = None,
-) -> Profile:
-    """Run one of the other passes, as their parts are named (see `Profile`), and store its part."""
-    kind, _, variant = part.partition("-")
-    arguments = (model, base.family, base.layers, batches)
-    if part == VOCABULARY:
-        statistics = vocabulary_pass(model, base.family, batches, progress)
-    elif kind == Pass.GRADIENT:
-        statistics = gradient_pass(*arguments, variant, progress=progress)
-    elif kind == Pass.REMOVAL:
-        weights = gradient_energies(model, base.family, batches) if variant else None
-        statistics = removal_pass(*arguments, weights, progress)
-    else:
-        statistics = regional_pass(*arguments, progress)
-    bad = [name for name, tensor in statistics.items() if not bool(tensor.isfinite().all())]
-    if bad:
-        raise CheckpointError(f"{bad[0]}: the {part} pass gave values that are not finite: try base.dtype: float32")
-    about = {**_about(base, corpus, documents, batches, key), "part": part}
-    return save_profile(part_path(profile_path(store, key), part), about, statistics)
-
-
-def _about(
-    base: ResolvedBase, corpus: str, documents: Sequence[Document], batches: Sequence[Batch], key: ProfileKey
-) -> dict[str, Any]:
+def description(base: ResolvedBase, corpus: str, documents: Sequence[Document], key: ProfileKey) -> dict[str, Any]:
+    """What a profile says about itself, but for the number of its tokens."""
     return {
         "digest": key.digest,
         "key": asdict(key),
         "base": base.name,
         "corpus": corpus,
         "documents": [document.digest for document in documents],
-        "tokens": sum(batch.tokens for batch in batches),
         "layers": [asdict(shape) for shape in base.layers],
     }
+
+
+PASSES: dict[Pass, Callable[[TextRun, str, Progress | None], dict[str, Tensor]]] = {
+    Pass.FORWARD: lambda text, _, progress: forward_pass(text, progress),
+    Pass.GRADIENT: lambda text, loss, progress: gradient_pass(text, loss, progress=progress),
+    Pass.REGIONAL: lambda text, _, progress: regional_pass(text, progress),
+    Pass.VOCABULARY: lambda text, _, progress: vocabulary_pass(text, progress),
+}
+
+
+def measure(
+    text: TextRun, part: ProfilePart, path: Path, about: dict[str, Any], progress: Progress | None = None
+) -> Profile:
+    """Run the pass that makes a part of a profile, and store it.
+
+    Args:
+        path: of the profile (see `profile_path`).
+        about: its `description`.
+
+    Raises:
+        CheckpointError: the pass gives numbers that are not finite.
+    """
+    statistics = PASSES[part.made_by](text, part.variant, progress)
+    bad = [name for name, tensor in statistics.items() if not bool(tensor.isfinite().all())]
+    if bad:
+        raise CheckpointError(f"{bad[0]}: the {part} pass gave values that are not finite: try base.dtype: float32")
+    about = {**about, "tokens": text.tokens} | ({} if part == FORWARD else {"part": str(part)})
+    return save_profile(part.path(path), about, statistics)

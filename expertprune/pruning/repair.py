@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +11,54 @@ import torch
 from torch import Tensor, nn
 
 from expertprune.arch import Block, Family
-from expertprune.corpora.batches import Batch
 from expertprune.errors import CheckpointError
-from expertprune.models import layers as layerwise
-from expertprune.profiling.gradients import gradient_energies
+from expertprune.models.layers import Call, observed
+from expertprune.models.passes import Stream, TextRun, real_tokens
 from expertprune.progress import Progress
 from expertprune.pruning.slicing import pruned_layer
+from expertprune.registry import Registry
 from expertprune.spec.schema import Compensation
-from expertprune.units import KeptUnits, LayerShape, Segment, Structure
+from expertprune.units import KeptUnits, LayerShape, Structure
 
 log = logging.getLogger(__name__)
+
+Weights = Iterator[tuple[str, Tensor]]
+Method = Callable[[TextRun, Sequence[KeptUnits], Compensation, Progress | None], Weights]
+
+
+@dataclass(frozen=True)
+class Repair:
+    """A named way to change the weights of a pruned model in closed form.
+
+    Attributes:
+        name: what a spec calls it.
+        weights: from the running base with calibration text, the units that each layer keeps, the spec's settings and a
+            function to call after each layer: full names of changed weights and their values, of the pruned widths, in
+            the model's dtype.
+        runs_model: where it is off, `weights` is never called, and no model is loaded.
+    """
+
+    name: str
+    weights: Method
+    runs_model: bool = True
+
+
+repairs: Registry[Repair] = Registry("repair", group="expertprune.repairs")
+
+
+def repair(name: str, runs_model: bool = True) -> Callable[[Method], Method]:
+    """Register a function as the repair `name` (see `Repair`)."""
+
+    def add(function: Method) -> Method:
+        repairs.register(name, function.__module__)(Repair(name, function, runs_model))
+        return function
+
+    return add
+
+
+def check_repair(name: str) -> Repair:
+    """The repair of a name; raises `SpecError` with the nearest one."""
+    return repairs.named(name, "compensation.method")
 
 
 @dataclass
@@ -79,46 +116,37 @@ def token_weights(target: Tensor) -> Tensor:
     return 1.0 / target.square().mean(1).clamp_min(1e-12)
 
 
+@repair("none", runs_model=False)
+def none(text: TextRun, plan: Sequence[KeptUnits], settings: Compensation, progress: Progress | None = None) -> Weights:
+    """Leave the kept columns as they are."""
+    return iter(())
+
+
+@repair("least_squares")
 @torch.no_grad()
-def repair(
-    model: Any,
-    family: Family,
-    shapes: Sequence[LayerShape],
-    plan: Sequence[KeptUnits],
-    batches: Sequence[Batch],
-    settings: Compensation,
-    progress: Progress | None = None,
-) -> Iterator[tuple[str, Tensor]]:
-    """Repair a plan layer by layer.
+def by_least_squares(
+    text: TextRun, plan: Sequence[KeptUnits], settings: Compensation, progress: Progress | None = None
+) -> Weights:
+    """Solve every output projection that lost inputs again, layer by layer.
 
-    `least_squares`: two streams run through the model, the dense one, and the one that the expert will see. In each
-    layer, output projections (those that lost inputs, or all of them, as `settings.scope` says) are solved so that the
-    expert's residual stream comes back to the dense one: target is the dense contribution plus what the prefix lost so
-    far. `obs`: each projection's kept columns take over what the dropped ones did on the dense layer's own inputs, which
-    is where the updates of optimal brain surgeon end, in whatever order units are removed (arXiv:2302.04089).
+    Two streams run through the model: the base's, and the one that the expert will see. The target of a projection is the
+    base's residual stream behind its block, so it makes up for what the pruned prefix lost too.
 
-    Args:
-        batches: calibration text, rows of token ids.
-
-    Yields:
-        Full names of the repaired weights and their values, `[hidden, kept]`, in the model's dtype.
+    Raises:
+        CheckpointError: the damping is too small for these inputs.
     """
-    if any(kept.shape(shape).ffn < shape.ffn and shape.experts for shape, kept in zip(shapes, plan, strict=True)):
-        log.warning("neurons inside experts are cut without repair; heads of the same layers are repaired")
-    solve = _least_squares_layer if settings.method == "least_squares" else _obs_layer
-    weights = gradient_energies(model, family, batches) if settings.tokens == "fisher" else None
-    dense = layerwise.start(model, family, batches)
+    if any(kept.shape(shape).ffn < shape.ffn and shape.experts for shape, kept in zip(text.shapes, plan, strict=True)):
+        log.warning("neurons of routed experts are cut without repair; heads of the same layers are repaired")
+    dense = text.start()
     expert = dense.copy()
-    for index, layer in enumerate(layerwise.decoder_layers(model, family)):
-        cut = _Cut(layer, family, index, shapes[index], plan[index])
-        yield from solve(cut, model.config, dense, expert, settings, weights[index] if weights else None)
-        if progress is not None:
-            progress()
+    for index, layer in text.layers(progress):
+        cut = _Cut(layer, text.family, index, text.shapes[index], plan[index])
+        yield from _solve_layer(cut, text.model.config, dense, expert, settings.damping)
 
 
 @dataclass
 class _Cut:
-    """A dense layer and what of it is kept."""
+    """A layer of the base and what of it is kept."""
 
     layer: nn.Module
     family: Family
@@ -127,79 +155,48 @@ class _Cut:
     kept: KeptUnits
 
     def touches(self, structure: Structure) -> bool:
-        """Whether an output projection lost inputs; those of experts are left as they are."""
-        of = self.family.has_ffn and len(self.kept.ffn) < self.shape.ffn
-        return of if structure is Structure.FFN else len(self.kept.query_heads) < self.shape.query_heads
+        """Whether an output projection lost inputs; those of routed experts are left as they are."""
+        if structure is Structure.FFN:
+            return self.family.has_ffn and len(self.kept.ffn) < self.shape.ffn
+        return len(self.kept.query_heads) < self.shape.query_heads
 
     def weight_name(self, structure: Structure) -> str:
         return f"{self.family.layer_prefix(self.index)}{self.family.block(structure).output_weight}"
 
 
-def _weights_of(stream: layerwise.Stream, batch: int, target: Tensor, how: str, fisher: list[Tensor] | None) -> Tensor:
-    if fisher is not None:
-        return stream.real(batch, fisher[batch][..., None])[:, 0]
-    return token_weights(target) if how == "stream" else torch.ones_like(target[:, 0])
-
-
-# --- least squares in the pruned prefix -----------------------------------------------------------------------------
-
-
-def _least_squares_layer(
-    cut: _Cut,
-    config: Any,
-    dense: layerwise.Stream,
-    expert: layerwise.Stream,
-    settings: Compensation,
-    fisher: list[Tensor] | None,
-) -> Iterator[tuple[str, Tensor]]:
+def _solve_layer(cut: _Cut, config: Any, dense: Stream, expert: Stream, damping: float) -> Weights:
     small = pruned_layer(cut.layer, cut.family, cut.index, cut.shape, cut.kept, config)
-    behind = not _same(dense, expert)
-    solved = {s: cut.touches(s) or (settings.scope == "all" and behind) for s in (Structure.QUERY_HEADS, Structure.FFN)}
-    if settings.scope == "all" and cut.touches(Structure.QUERY_HEADS):
-        solved[Structure.FFN] = True
-    solved[Structure.FFN] &= cut.family.has_ffn  # the output of experts is left as it is
-    passes = _run_dense(cut, dense, wanted=solved[Structure.QUERY_HEADS])
-    for structure, targets in ((Structure.QUERY_HEADS, passes.middle), (Structure.FFN, dense.hidden)):
-        if solved[structure]:
-            outputs = passes.outputs[structure]
-            yield _solve(cut, small, structure, expert, targets, outputs, settings, fisher)
-    if not solved[Structure.FFN]:
-        for number in range(len(expert.batches)):
-            expert.hidden[number] = expert.run(small, cut.index, number)
-
-
-def _same(dense: layerwise.Stream, expert: layerwise.Stream) -> bool:
-    """Whether nothing was cut so far."""
-    return all(a is b or torch.equal(a, b) for a, b in zip(dense.hidden, expert.hidden, strict=True))
+    targets = _run_dense(cut, dense)
+    for structure in (Structure.QUERY_HEADS, Structure.FFN):
+        if cut.touches(structure):
+            yield _solve(cut, small, structure, expert, targets[structure], damping)
+    if not cut.touches(Structure.FFN):
+        for _ in expert.advance(small, cut.index):
+            pass
 
 
 @dataclass
-class _DensePass:
-    """Per batch: the dense residual stream between attention and FFN, and what each output projection gave."""
+class _Targets:
+    """Per batch: the dense residual stream behind a block, and what its output projection gave where a norm follows."""
 
-    middle: list[Tensor]
-    outputs: dict[Structure, list[Tensor]]
+    stream: list[Tensor]
+    outputs: list[Tensor]
 
 
-def _run_dense(cut: _Cut, stream: layerwise.Stream, wanted: bool) -> _DensePass:
-    """Advance the dense stream, noting what the targets need; the middle of the layer only where wanted."""
-    family, normed = cut.family, cut.family.residual == "normed"
-    noted = _DensePass([], {Structure.QUERY_HEADS: [], Structure.FFN: []})
-    for number in range(len(stream.batches)):
-        before = stream.hidden[number]
-        heads: list[Tensor] = []
-        ffn: list[Tensor] = []
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(layerwise.observed(cut.layer, family.attention.output, [], heads))
-            if family.has_ffn:
-                stack.enter_context(layerwise.observed(cut.layer, family.ffn.output, [], ffn))
-            stream.hidden[number] = stream.run(cut.layer, cut.index, number)
-        if wanted:
-            noted.middle.append(before + _joined(cut.layer, family.attention, heads[0]))
-        if normed:
-            noted.outputs[Structure.QUERY_HEADS] += heads if wanted else []
-            noted.outputs[Structure.FFN] += ffn
-    return noted
+def _run_dense(cut: _Cut, stream: Stream) -> dict[Structure, _Targets]:
+    """Advance the dense stream, noting the targets of the projections that lost inputs."""
+    blocks = {each: cut.family.block(each) for each in (Structure.QUERY_HEADS, Structure.FFN) if cut.touches(each)}
+    targets = {structure: _Targets([], []) for structure in blocks}
+    with observed(cut.layer, *(block.output for block in blocks.values())) as calls:
+        for step in stream.advance(cut.layer, cut.index):
+            for structure, block in blocks.items():
+                output = calls[block.output].output
+                middle = structure is Structure.QUERY_HEADS  # of the layer: its FFN comes behind
+                behind = step.before + _joined(cut.layer, block, output) if middle else step.after
+                targets[structure].stream.append(behind)
+                if block.output_norm is not None:
+                    targets[structure].outputs.append(output)
+    return targets
 
 
 def _joined(layer: nn.Module, block: Block, output: Tensor) -> Tensor:
@@ -209,52 +206,40 @@ def _joined(layer: nn.Module, block: Block, output: Tensor) -> Tensor:
 
 
 def _solve(
-    cut: _Cut,
-    small: nn.Module,
-    structure: Structure,
-    stream: layerwise.Stream,
-    targets: list[Tensor],
-    dense: list[Tensor],
-    settings: Compensation,
-    fisher: list[Tensor] | None,
+    cut: _Cut, small: nn.Module, structure: Structure, stream: Stream, targets: _Targets, damping: float
 ) -> tuple[str, Tensor]:
-    """Repair one output projection of a pruned layer; behind the FFN's, the stream passes the repaired layer too.
-
-    Args:
-        targets: the dense residual stream after the block, per batch, `[rows, tokens, hidden]`.
-        dense: what the dense output projection gave, per batch; for blocks with an output norm only.
-    """
+    """Repair one output projection of a pruned layer; behind the FFN's, the stream passes the repaired layer too."""
     block, last = cut.family.block(structure), structure is Structure.FFN
     projection = small.get_submodule(block.output)
     weight = small.get_parameter(block.output_weight)
     moments = Moments.zeros(weight.shape[1], weight.shape[0], weight.device)
-    seen: list[tuple[Tensor, Tensor, Tensor]] = []
-    for number in range(len(stream.batches)):
-        inputs: list[Tensor] = []
-        outputs: list[Tensor] = []
-        with layerwise.observed(small, block.output, inputs, outputs):
-            after = stream.run(small, cut.index, number)
-        if not last:  # the layer's FFN comes after it
-            after = stream.hidden[number] + _joined(small, block, outputs[0])
-        target = stream.real(number, targets[number]).float()
-        residual = target - stream.real(number, after).float()
-        weights = _weights_of(stream, number, target, settings.tokens, fisher)
-        if block.output_norm is not None:
-            own, wished = (stream.real(number, x).float() for x in (outputs[0], dense[number]))
-            joined = stream.real(number, _joined(small, block, outputs[0])).float()
-            residual, scale = _before_norm(small.get_submodule(block.output_norm), residual, joined, own, wished)
-            weights = weights / scale.square()
-        moments.add(stream.real(number, inputs[0]).float(), residual, weights)
-        if last:
-            seen.append((after, inputs[0], outputs[0]))
-    repaired = (weight.float() + least_squares(moments, settings.damping)).to(weight.dtype)
+    seen: list[tuple[Tensor, Call]] = []
+    with observed(small, block.output) as calls:
+        for number, batch in enumerate(stream.batches):
+            after, call = stream.run(small, cut.index, number), calls[block.output]
+            if last:
+                seen.append((after, call))
+            else:  # the layer's FFN comes behind it
+                after = stream.hidden[number] + _joined(small, block, call.output)
+            target = real_tokens(batch, targets.stream[number]).float()
+            residual = target - real_tokens(batch, after).float()
+            weights = token_weights(target)
+            if block.output_norm is not None:
+                given = (_joined(small, block, call.output), call.output, targets.outputs[number])
+                joined, own, wished = (real_tokens(batch, states).float() for states in given)
+                residual, scale = _before_norm(small.get_submodule(block.output_norm), residual, joined, own, wished)
+                weights = weights / scale.square()
+            moments.add(real_tokens(batch, call.input).float(), residual, weights)
+    repaired = (weight.float() + least_squares(moments, damping)).to(weight.dtype)
     change = repaired - weight
     projection.weight = nn.Parameter(repaired, requires_grad=False)
-    for number, (after, x, output) in enumerate(seen):
+    for number, (after, call) in enumerate(seen):
+        more = call.input @ change.T
         if block.output_norm is None:
-            stream.hidden[number] = after + x @ change.T
+            stream.hidden[number] = after + more
         else:
-            stream.hidden[number] = after - _joined(small, block, output) + _joined(small, block, output + x @ change.T)
+            before, now = (_joined(small, block, output) for output in (call.output, call.output + more))
+            stream.hidden[number] = after - before + now
     return cut.weight_name(structure), repaired
 
 
@@ -281,40 +266,3 @@ def _before_norm(
 
 def _dtype(module: nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype
-
-
-# --- the optimal brain surgeon's update -----------------------------------------------------------------------------
-
-
-def _obs_layer(
-    cut: _Cut,
-    config: Any,
-    dense: layerwise.Stream,
-    expert: layerwise.Stream,
-    settings: Compensation,
-    fisher: list[Tensor] | None,
-) -> Iterator[tuple[str, Tensor]]:
-    structures = [s for s in (Structure.QUERY_HEADS, Structure.FFN) if cut.touches(s)]
-    blocks = {structure: cut.family.block(structure) for structure in structures}
-    moments: dict[Structure, Tensor] = {}
-    for number in range(len(dense.batches)):
-        inputs: dict[Structure, list[Tensor]] = {structure: [] for structure in structures}
-        with contextlib.ExitStack() as stack:
-            for structure, block in blocks.items():
-                stack.enter_context(layerwise.observed(cut.layer, block.output, inputs[structure]))
-            output = dense.run(cut.layer, cut.index, number)
-        weights = _weights_of(dense, number, dense.real(number, output).float(), settings.tokens, fisher)
-        for structure in structures:
-            x = dense.real(number, inputs[structure][0]).float()
-            moments[structure] = moments.get(structure, 0) + (x * weights[:, None]).T @ x
-        dense.hidden[number] = output
-    for structure in structures:
-        weight = cut.layer.get_parameter(blocks[structure].output_weight)
-        segment = Segment.FFN if structure is Structure.FFN else Segment.QUERY
-        kept = cut.kept.rows(segment, cut.shape).to(weight.device)
-        dropped = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-        dropped[kept] = False
-        gram = moments[structure]
-        owed = weight.float()[:, dropped] @ gram[dropped][:, kept]
-        change = least_squares(Moments(gram[kept][:, kept], owed), settings.damping)
-        yield cut.weight_name(structure), (weight.float()[:, kept] + change).to(weight.dtype)

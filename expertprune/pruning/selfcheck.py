@@ -21,12 +21,13 @@ from expertprune.arch import PER_LAYER, Family
 from expertprune.artifacts.plan import LayerPlan, Plan
 from expertprune.corpora.batches import Batch
 from expertprune.errors import CheckpointError, ExpertpruneError
-from expertprune.models import layers as layerwise
-from expertprune.models.admission import build
 from expertprune.models.base import ResolvedBase
 from expertprune.models.checkpoint import Checkpoint
-from expertprune.models.loading import load_model
+from expertprune.models.inventory import check_widths
+from expertprune.models.layers import decoder_layers, observed
+from expertprune.models.loading import build_model, load_model
 from expertprune.models.masking import masked
+from expertprune.models.passes import TextRun
 from expertprune.pruning.write import prune
 from expertprune.units import KeptUnits, LayerShape, Structure
 
@@ -77,7 +78,7 @@ def check_family(base: ResolvedBase, layer_widths: bool = False) -> list[str]:
         except CheckpointError as error:
             raise CheckpointError(
                 f"{base.folder}: the oracle fails for model_type {base.checkpoint.config.get('model_type')!r} on a tiny "
-                f"random copy: {error}. Nothing was cut; expertprune/arch/README.md says how to describe a family"
+                f"random copy: {error}. Nothing was cut; docs/families.md in the source says how to describe a family"
             ) from None
     return done
 
@@ -110,7 +111,7 @@ def _tiny_copy(base: ResolvedBase, folder: Path) -> ResolvedBase:
     torch_state = torch.get_rng_state()
     try:
         torch.manual_seed(0)
-        model = build(folder, base.trust_remote_code)
+        model = build_model(folder, base.trust_remote_code)
         for parameter in model.parameters():
             noise = torch.randn_like(parameter.data)
             # weights of norms stay near what their class begins with, be that zeros or ones
@@ -122,7 +123,7 @@ def _tiny_copy(base: ResolvedBase, folder: Path) -> ResolvedBase:
     model.float().save_pretrained(folder)
     checkpoint = Checkpoint(folder)
     shapes = base.family.layer_shapes(checkpoint.config)
-    checkpoint.check_widths(base.family, shapes)
+    check_widths(checkpoint, base.family, shapes)
     return replace(base, name="tiny copy", folder=folder, checkpoint=checkpoint, layers=shapes, dtype=torch.float32)
 
 
@@ -208,7 +209,7 @@ def _check_shapes(folder: Path, trust_remote_code: bool) -> None:
     stored = Checkpoint(folder).tensors
     try:
         with torch.device("meta"):
-            state = build(folder, trust_remote_code).state_dict()
+            state = build_model(folder, trust_remote_code).state_dict()
     except (ValueError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"its config cannot say the widths: {error}") from error
     for name, tensor in state.items():
@@ -222,7 +223,7 @@ class _LeafOutputs:
     """While open, the outputs of every module without parts inside the layers are noted by name, in order."""
 
     def __init__(self, model: Any, family: Family) -> None:
-        self._layers, self._prefix = layerwise.decoder_layers(model, family), family.layers
+        self._layers, self._prefix = decoder_layers(model, family), family.layers
 
     def __enter__(self) -> Mapping[str, Tensor]:
         noted: dict[str, Tensor] = {}
@@ -275,20 +276,17 @@ def _check_stream(model: Any, base: ResolvedBase) -> None:
     """Raises `CheckpointError` where a layer adds to its input something else than the outputs of its two blocks."""
     family = base.family
     ids = torch.randint(0, _VOCABULARY, (1, _TOKENS), generator=torch.Generator().manual_seed(1))
-    stream = layerwise.start(model, family, [Batch(ids, (_TOKENS,), (0,))])
-    for index, layer in enumerate(layerwise.decoder_layers(model, family)):
-        outputs: list[Tensor] = []
-        with (
-            layerwise.observed(layer, family.attention.output, [], outputs),
-            layerwise.observed(layer, family.ffn.output, [], outputs),
-        ):
-            after = stream.run(layer, index, 0)
-        expected = stream.hidden[0]
-        for block, output in zip((family.attention, family.ffn), outputs, strict=True):
+    text = TextRun(model, family, base.layers, [Batch(ids, (_TOKENS,), (0,))])
+    stream, blocks = text.start(), (family.attention, family.ffn)
+    for index, layer in text.layers():
+        with observed(layer, *(block.output for block in blocks)) as calls:
+            (step,) = stream.advance(layer, index)
+        expected = step.before
+        for block in blocks:
+            output = calls[block.output].output
             expected = expected + (layer.get_submodule(block.output_norm)(output) if block.output_norm else output)
-        if float((after - expected).abs().max()) > _TOLERANCE * max(1.0, float(after.abs().max())):
+        if float((step.after - expected).abs().max()) > _TOLERANCE * max(1.0, float(step.after.abs().max())):
             raise CheckpointError(
                 f"{family.layer_prefix(index)}{family.ffn.output_weight} is off: the layer does not add its blocks' outputs "
                 f"to its input as they are ({family.residual}), which the repair relies on"
             )
-        stream.hidden[0] = after

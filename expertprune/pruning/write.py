@@ -21,7 +21,8 @@ from expertprune.errors import CheckpointError, PlanError
 from expertprune.files import require_room
 from expertprune.models.base import ResolvedBase
 from expertprune.models.checkpoint import write_weights
-from expertprune.pruning.repair import repair
+from expertprune.models.passes import TextRun
+from expertprune.pruning.repair import check_repair
 from expertprune.pruning.slicing import cut_tensor
 from expertprune.spec.schema import Compensation
 from expertprune.tokenizing import Renumbering, read_vocabulary, trimmed, write_tokenizer
@@ -69,14 +70,14 @@ def prune(
     Weights are sliced shard by shard, so one shard is in memory at a time; config, tokenizer and the rest come along.
 
     Args:
+        plan: of this base (see `check_plan`).
         folder: usually a staged one, which becomes the output when everything is done.
         repair_input: for the closed-form repair; `None` for slicing alone.
 
     Raises:
-        PlanError: the plan belongs to another base.
+        PlanError: the plan keeps tokens without the parts they are merged from.
         CheckpointError: the disk has no room, or the base or its tokenizer cannot be read.
     """
-    check_plan(plan, base)
     require_room(folder, bytes_needed(plan, base))
     config = base.family.pruned_config(base.checkpoint.config, plan.kept)
     rows = torch.tensor(plan.vocabulary.rows.index) if plan.vocabulary is not None else None
@@ -89,15 +90,9 @@ def prune(
         config = Renumbering(smaller.ids).config(config) | {"vocab_size": plan.vocabulary.rows.rows}
     spool = _Spool(folder / ".repair")
     if repair_input is not None and plan.cuts_layers:
-        for name, tensor in repair(
-            repair_input.model,
-            base.family,
-            plan.shapes,
-            plan.kept,
-            repair_input.batches,
-            repair_input.settings,
-            progress,
-        ):
+        text = TextRun(repair_input.model, base.family, plan.shapes, repair_input.batches)
+        method = check_repair(repair_input.settings.method)
+        for name, tensor in method.weights(text, plan.kept, repair_input.settings, progress):
             if not bool(tensor.isfinite().all()):
                 raise CheckpointError(f"{name}: the repair is not finite; raise compensation.damping")
             spool.put(name, tensor)

@@ -8,10 +8,10 @@ from expertprune.relevance.statistics import Criterion, Pass, UnitStatistics, cr
 
 # Importing a file registers its criterion; the list is explicit so that nothing is scanned and no error is swallowed.
 from expertprune.relevance import (  # isort: skip
-    activation, fisher, fluctuation, frequency, impact, magnitude, obs, random, reap, regional, taylor,
+    activation, fisher, fluctuation, frequency, impact, magnitude, random, reap, regional, taylor,
 )  # fmt: skip
 
 __all__ = [
     "Criterion", "Pass", "UnitStatistics", "activation", "criteria", "criterion", "fisher", "fluctuation", "frequency",
-    "impact", "magnitude", "obs", "random", "reap", "regional", "taylor",
+    "impact", "magnitude", "random", "reap", "regional", "taylor",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What an expert writes where the router sends it tokens."""
+"""What a routed expert writes where the router sends it tokens."""
 
 from torch import Tensor
 
@@ -6,11 +6,20 @@ from expertprune.relevance.statistics import UnitStatistics, criterion
 from expertprune.units import Structure
 
 
-@criterion("reap", paper="https://arxiv.org/abs/2510.13999", structures=(Structure.EXPERTS,))
-def reap(statistics: UnitStatistics) -> Tensor:
-    """`mean_{t: routed to e} g_te ‖E_e(x_t)‖₂`, `[documents, experts]`; 0 where a document has no such token.
+def routed_tokens(statistics: UnitStatistics) -> Tensor:
+    """The tokens of each document that are routed to each routed expert, `[documents, experts]`."""
+    assert statistics.routed is not None
+    return statistics.routed
 
-    `g` is the weight with which the expert's output enters the sum: normalized over the chosen ones where the model does so.
+
+@criterion("reap", paper="https://arxiv.org/abs/2510.13999", structures=(Structure.EXPERTS,), weight=routed_tokens)
+def reap(statistics: UnitStatistics) -> Tensor:
+    """`mean_{t: routed to e} g_te ‖E_e(x_t)‖₂`, over a document's tokens, `[documents, experts]`.
+
+    `g` is the weight with which the routed expert's output enters the sum: normalized over the chosen ones where the
+    model does so. A document without such a token scores 0. Documents count in the mean over a corpus by the number of
+    these tokens, so that it is the paper's mean over all tokens of the corpus that are routed to the expert. A maximum or
+    a quantile over documents is one of the documents' own means, those of 0 included.
     """
     assert statistics.routed_norm is not None
     return statistics.routed_norm

@@ -32,10 +32,11 @@ class UnitStatistics:
             the backward pass; `None` where that pass was not made.
         regional: `[documents, units]`, derivative of the mean norm of the layer's output with respect to the unit's mask,
             from one backward pass per layer; `None` where it was not made.
-        removal: `[units]`, the least squares error of each removal in greedy order; `None` where it was not computed.
-        frequency: `[documents, experts]`, part of a document's tokens that are routed to an expert; `None` for other units.
-        routed_norm: `[documents, experts]`, mean over the tokens routed to an expert of the router's weight times the norm
-            of the expert's output, 0 where there are none; `None` for other units.
+        frequency: `[documents, experts]`, share of a document's tokens that are routed to a routed expert; `None` for
+            other units.
+        routed: `[documents, experts]`, how many tokens of a document are routed to a routed expert; `None` for others.
+        routed_norm: `[documents, experts]`, mean over those tokens of the router's weight times the norm of the routed
+            expert's output, 0 where there are none; `None` for other units.
         layer: position of the layer.
         seed: for criteria that draw random numbers; differs between structures and layers.
     """
@@ -51,8 +52,8 @@ class UnitStatistics:
     tokens: Tensor | None = None
     gradient: Tensor | None = None
     regional: Tensor | None = None
-    removal: Tensor | None = None
     frequency: Tensor | None = None
+    routed: Tensor | None = None
     routed_norm: Tensor | None = None
 
     @property
@@ -70,33 +71,43 @@ class UnitStatistics:
         return channels.unflatten(-1, (self.units, -1)).sum(-1)
 
 
-Scores = Callable[[UnitStatistics], Tensor]
+UnitScores = Callable[[UnitStatistics], Tensor]
 
 
 class Pass(StrEnum):
-    """What a criterion needs beyond the forward pass that every profile has."""
+    """The passes over a corpus that measure something."""
 
+    FORWARD = "forward"  # every profile has it
     GRADIENT = "gradient"  # one backward pass through the whole model
     REGIONAL = "regional"  # one backward pass through each layer alone
-    REMOVAL = "removal"  # second moments of each output projection's inputs, and greedy removal
+    VOCABULARY = "vocabulary"  # how often tokens occur, and how probable the model finds them
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """A named way to score units: `score` gives `[documents, units]`, larger is more relevant.
+    """A named way to score units.
 
-    `sees_data` is off where the scores are the same whatever the corpus; `structures` are those that it scores.
+    Attributes:
+        name: what a spec calls it.
+        paper: the address of its source.
+        score: gives `[documents, units]`; larger is more relevant.
+        needs: the pass that it needs beyond the forward pass.
+        sees_data: off where the scores are the same whatever the corpus.
+        structures: those that it scores.
+        weight: gives `[documents, units]`, at least 0, what each document's score counts in the mean over a corpus;
+            default: all documents count the same.
     """
 
     name: str
     paper: str
-    score: Scores
+    score: UnitScores
     needs: Pass | None = None
     sees_data: bool = True
     structures: tuple[Structure, ...] = DENSE
+    weight: UnitScores | None = None
 
 
-criteria: Registry[Criterion] = Registry("criterion")
+criteria: Registry[Criterion] = Registry("criterion", group="expertprune.criteria")
 
 
 def criterion(
@@ -105,11 +116,13 @@ def criterion(
     needs: Pass | None = None,
     sees_data: bool = True,
     structures: tuple[Structure, ...] = DENSE,
-) -> Callable[[Scores], Scores]:
-    """Register a function as the criterion `name`; `paper` is its source's address, `needs` the pass beyond forward."""
+    weight: UnitScores | None = None,
+) -> Callable[[UnitScores], UnitScores]:
+    """Register a function as the criterion `name` (see `Criterion`)."""
 
-    def add(function: Scores) -> Scores:
-        criteria.register(name)(Criterion(name, paper, function, needs, sees_data, structures))
+    def add(function: UnitScores) -> UnitScores:
+        entry = Criterion(name, paper, function, needs, sees_data, structures, weight)
+        criteria.register(name, module=function.__module__)(entry)
         return function
 
     return add

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jinja2
 
-from expertprune.artifacts.expert import EXPERT_FILE
-from expertprune.files import write_file, write_json
+from expertprune.artifacts.expert import Expert
+from expertprune.files import write_file
 from expertprune.reporting.tables import retention_notes, retention_rows, widths
+from expertprune.spec.schema import Spec
 
 CARD_FILE = "README.md"
 
@@ -18,17 +18,17 @@ CARD_FILE = "README.md"
 _CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
-base_model: {{ base.model | tojson }}
+base_model: {{ expert.base.model | tojson }}
 tags: [expertprune, pruned]
 ---
 
-# {{ name }}
+# {{ expert.name }}
 
-An expert cut from `{{ base.model }}` for {{ purpose }}, without post-training:
-{{ "{:,}".format(parameters.after) }} of {{ "{:,}".format(parameters.before) }} parameters
-({{ "%.1f" % (100 * parameters.after / parameters.before) }}%). {% if per_layer -%}
-Its layers have widths of their own, so `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` builds it with
-`modeling_expert.py` in this folder, and vLLM serves it wherever the package expertprune is installed beside it.
+An expert cut from `{{ expert.base.model }}` for {{ purpose }}, without post-training:
+{{ "{:,}".format(plan.parameters.after) }} of {{ "{:,}".format(plan.parameters.before) }} parameters
+({{ "%.1f" % (100 * plan.parameters.after / plan.parameters.before) }}%). {% if per_layer -%}
+Its layers have widths of their own. `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` builds it with
+`modeling_expert.py` in this folder; vLLM serves it wherever the package expertprune is installed too.
 {%- else -%}
 It loads like any other checkpoint of its architecture, in
 transformers and in vLLM.
@@ -39,13 +39,13 @@ transformers and in vLLM.
 {% for structure, entry in plan.budget.items() -%}
 | {{ structure }} | {{ entry.kept | widths }} | {{ entry.of | widths }} |
 {% endfor %}
-{%- if plan.vocabulary is defined -%}
-| vocabulary rows, of the whole model | {{ plan.vocabulary.rows }} | {{ plan.vocabulary.of }} |
+{%- if plan.vocabulary -%}
+| vocabulary rows, of the whole model | {{ plan.vocabulary.rows.rows }} | {{ plan.vocabulary.rows.of }} |
 
-Its tokenizer is the base's with the other tokens and their merges taken out, so retention is in bits per byte.
+Its tokenizer is the base's without the other tokens and their merges. Tokens differ, so retention is in bits per byte.
 {% endif %}
-Method: criterion `{{ spec.relevance.criterion }}` ({{ criterion_paper }}), rule `{{ spec.compose.rule }}` over dimensions
-(Cus-Prun, https://arxiv.org/abs/2506.02561),{% if fusion %} {{ fusion.text }}{% if fusion.paper %} (after
+Method: criterion `{{ spec.relevance.criterion }}` ({{ expert.criterion_paper }}), rule `{{ spec.compose.rule }}`
+over dimensions (Cus-Prun, https://arxiv.org/abs/2506.02561),{% if fusion %} {{ fusion.text }}{% if fusion.paper %} (after
 {{ fusion.paper }}){% endif %},{% endif %} repair `{{ spec.compensation.method }}`.
 
 {% if headline -%}
@@ -60,12 +60,10 @@ Method: criterion `{{ spec.relevance.criterion }}` ({{ criterion_paper }}), rule
 ## What it kept
 
 {% if rows -%}
-Base and expert on the same held-out documents, none of which calibrated the expert. Retention is 1 where nothing was
-lost; 95% intervals are bootstrapped over documents (questions).
-{%- if evaluation.get('tasks') or evaluation.get('generation') %}
-Retention of a task with choices is above chance; +3 −5: the expert has 3 answers right that the base has not, and 5 wrong
-that the base has right.
-{%- endif %}
+Base and expert on the same held-out examples. None of them calibrated the expert, or an expert that it is cut from.
+Retention is 1 where nothing was lost: the base's bits over the expert's, or the expert's accuracy over the base's, both
+above chance where chance is known. The 95% intervals resample documents (questions, examples). +3 −5: the expert has 3
+answers right that the base has wrong, and 5 wrong that the base has right.
 
 | corpus | metric | base | expert | retention | 95% interval |
 |---|---|---|---|---|---|
@@ -80,52 +78,67 @@ Not evaluated yet: `expertprune evaluate` fills this in.
 {% endif %}
 ## Provenance
 
-Base digest `{{ base.digest }}`.
-{%- if base.expert is defined %} The base is an expert itself: `{{ base.expert.name }}`, cut from
-`{{ base.expert.base.model }}` (digest `{{ base.expert.base.digest }}`); its spec and plan are in `expertprune.json` too.
+Base digest `{{ expert.base.digest }}`.
+{%- if expert.ancestor %} The base is an expert itself: `{{ expert.ancestor.name }}`, cut from
+`{{ expert.ancestor.base.model }}` (digest `{{ expert.ancestor.base.digest }}`).
+Its spec and plan are in `expertprune.json` too.
 {%- endif %}
-{%- if base.trust_remote_code is true %} The base was run with Python code of its own.
-{%- endif %} Calibrated on {% for corpus, entry in corpora.items() -%}
+{%- if expert.base.trust_remote_code %} The base was run with Python code of its own.
+{%- endif %} Calibrated on {% for corpus, entry in expert.corpora.items() -%}
 {{ corpus }} ({{ entry.documents | length }} documents){{ ", " if not loop.last else "." }}
-{%- endfor %} Versions: {% for package, version in versions.items() -%}
+{%- endfor %} Versions: {% for package, version in expert.versions.items() -%}
 {{ package }} {{ version }}{{ ", " if not loop.last else "." }}
 {%- endfor %} The spec and the plan are in `expertprune.json`. The base's licence applies.
 """
 
 
-def purpose(spec: Mapping[str, Any]) -> str:
+def purpose(spec: Spec) -> str:
     """`"language en; domain medical; task qa"`."""
-    return "; ".join(f"{name} {', '.join(values)}" for name, values in spec["dimensions"].items() if values)
+    return "; ".join(f"{name} {', '.join(values)}" for name, values in spec.dimensions.chosen.items())
 
 
-def write_card(folder: Path, about: dict[str, Any]) -> None:
+def write_card(expert: Expert) -> None:
     """Write `expertprune.json` and the model card beside it."""
-    card = card_text(about)
-    write_json(folder / EXPERT_FILE, about)
-    write_file(folder / CARD_FILE, card.encode())
+    card = card_text(expert)
+    expert.save()
+    write_file(expert.folder / CARD_FILE, card.encode())
 
 
-def card_text(about: dict[str, Any], headline: Sequence[tuple[str, str]] = ()) -> str:
+def card_text(expert: Expert, headline: Sequence[tuple[str, str]] = ()) -> str:
     """The model card.
 
     Args:
         headline: what the report says at a glance, as pairs of text.
     """
-    rows = retention_rows(about["evaluation"]) if about.get("evaluation") else []
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=True)
     environment.filters["widths"] = widths
-    per_layer = any(isinstance(entry["kept"], list) for entry in about["plan"]["budget"].values())
-    card = environment.from_string(_CARD)
-    notes = retention_notes(about["evaluation"]) if rows else []
-    kind = {"purpose": purpose(about["spec"]), "per_layer": per_layer, "fusion": fusion_of(about["spec"])}
-    return card.render(**about, rows=rows, notes=notes, headline=headline, **kind)
+    measured, spec = expert.evaluation, expert.spec
+    return environment.from_string(_CARD).render(
+        expert=expert,
+        plan=expert.plan,
+        spec=spec,
+        purpose=purpose(spec),
+        fusion=fusion_of(spec),
+        per_layer=any(isinstance(entry["kept"], list) for entry in expert.plan.budget.values()),
+        rows=retention_rows(measured) if measured is not None else [],
+        notes=retention_notes(measured) if measured is not None else [],
+        headline=headline,
+    )
 
 
-def fusion_of(spec: Mapping[str, Any]) -> dict[str, str | None] | None:
-    """How a spec's general relevance counts, as `text`, and its `paper` if it has one; `None` without general corpora."""
-    if not spec.get("general"):
+@dataclass(frozen=True)
+class FusionWords:
+    """How general relevance counts, in words, and the paper that it comes from."""
+
+    text: str
+    paper: str | None = None
+
+
+def fusion_of(spec: Spec) -> FusionWords | None:
+    """How a spec's general relevance counts; `None` without general corpora."""
+    if not spec.general:
         return None
-    fusion = spec["compose"]["fusion"]
-    if fusion.get("method", "shared_exclusive") == "weighted":  # the key is younger than the other way
-        return {"text": f"general relevance weighted {fusion['lambda']:g}", "paper": None}
-    return {"text": "shared/exclusive fusion with general relevance", "paper": "https://arxiv.org/abs/2510.22489"}
+    fusion = spec.compose.fusion
+    if fusion.method == "weighted":
+        return FusionWords(f"general relevance weighted {fusion.lambda_:g}")
+    return FusionWords("shared/exclusive fusion with general relevance", "https://arxiv.org/abs/2510.22489")

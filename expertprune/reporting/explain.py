@@ -10,43 +10,60 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from expertprune.artifacts.expert import load_expert
-from expertprune.artifacts.plan import load_plan
+from expertprune import formats
+from expertprune.artifacts.expert import Expert
+from expertprune.artifacts.plan import Plan, load_plan
 from expertprune.artifacts.profile import Profile
 from expertprune.corpora.documents import corpus_names
 from expertprune.errors import SpecError
-from expertprune.files import folder_size
+from expertprune.files import EXPERT_FILE, folder_size
 from expertprune.reporting.card import purpose
 from expertprune.reporting.tables import plan_table, retention_table, vocabulary_table
 from expertprune.spec.reading import load_spec
+from expertprune.spec.schema import Spec
+from expertprune.units import LayerShape
+
+Artifact = Spec | Profile | Plan | Expert
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """Plain data about an artifact, with its `kind`.
+def read(path: Path) -> Artifact:
+    """The artifact at a path.
 
     Raises:
         SpecError: the path is missing, or is none of the four kinds.
     """
     if path.is_dir():
-        about = load_expert(path)
-        return {**about, "folder": str(path), "bytes": folder_size(path)}
+        return Expert.load(path)
     if not path.is_file():
         raise SpecError(f"{path}: no such file or folder")
     if path.suffix in (".yaml", ".yml"):
-        spec = load_spec(path)
-        return {"kind": "spec", "spec": spec.document(), "corpora": [str(name) for name in corpus_names(spec)]}
+        return load_spec(path)
     if path.suffix == ".safetensors":
-        return {"kind": "profile", **Profile(path).about}
+        return Profile(path)
     if path.suffix == ".json":
-        if path.name == "expertprune.json":
-            return describe(path.parent)
-        return load_plan(path).document()
+        return Expert.load(path.parent) if path.name == EXPERT_FILE else load_plan(path)
     raise SpecError(f"{path}: is no spec (.yaml), profile (.safetensors), plan (.json) or expert (a folder)")
 
 
-def explain(about: dict[str, Any]) -> RenderableType:
-    """What `describe` found, for a terminal."""
-    return {"spec": _spec, "profile": _profile, "plan": _plan, "expert": _expert}[about["kind"]](about)
+def describe(path: Path) -> dict[str, Any]:
+    """Plain data about the artifact at a path, with its `kind`; for errors see `read`."""
+    found = read(path)
+    if isinstance(found, Spec):
+        return {"kind": "spec", "spec": found.document(), "corpora": [str(name) for name in corpus_names(found)]}
+    if isinstance(found, Profile):
+        return {"kind": "profile", **found.about}
+    if isinstance(found, Expert):
+        return {**found.document(), "folder": str(found.folder), "bytes": folder_size(found.folder)}
+    return found.document()
+
+
+def explain(artifact: Artifact) -> RenderableType:
+    """An artifact for a terminal."""
+    if isinstance(artifact, Spec):
+        return _spec(artifact)
+    if isinstance(artifact, Profile):
+        return _profile(artifact)
+    return _expert(artifact) if isinstance(artifact, Expert) else _plan(artifact)
 
 
 def _pairs(title: str, pairs: dict[str, Any]) -> Table:
@@ -56,16 +73,20 @@ def _pairs(title: str, pairs: dict[str, Any]) -> Table:
     return table
 
 
-def _spec(about: dict[str, Any]) -> RenderableType:
-    spec = about["spec"]
-    pairs = {"for": purpose(spec), "base": spec["base"]["model"], "corpora": ", ".join(about["corpora"])}
+def _spec(spec: Spec) -> RenderableType:
+    pairs = {
+        "for": purpose(spec),
+        "base": spec.base.model,
+        "corpora": ", ".join(str(name) for name in corpus_names(spec)),
+    }
+    data = spec.document()
     for section in ("calibration", "relevance", "compose", "budget", "compensation", "evaluate"):
-        pairs[section] = ", ".join(f"{k} {json.dumps(v)}" for k, v in spec[section].items() if v is not None)
-    return _pairs(f"spec {spec['name']}", pairs)
+        pairs[section] = ", ".join(f"{k} {json.dumps(v)}" for k, v in data[section].items() if v is not None)
+    return _pairs(f"spec {spec.name}", pairs)
 
 
-def _profile(about: dict[str, Any]) -> RenderableType:
-    shape = about["layers"][0]
+def _profile(profile: Profile) -> RenderableType:
+    about, shape = profile.about, profile.layers[0]
     return _pairs(
         f"profile {about['digest'][:12]}",
         {
@@ -73,55 +94,53 @@ def _profile(about: dict[str, Any]) -> RenderableType:
             "corpus": about["corpus"],
             "documents": len(about["documents"]),
             "tokens": f"{about['tokens']:,}",
-            "layers": f"{len(about['layers'])} of {_widths(shape)}, {shape['query_heads']} query heads, "
-            f"{shape['kv_heads']} KV groups",
+            "layers": f"{len(profile.layers)} of {_widths(shape)}, {shape.query_heads} query heads, "
+            f"{shape.kv_heads} KV groups",
             "run in": about["key"]["dtype"],
         },
     )
 
 
-def _widths(shape: dict[str, int]) -> str:
-    experts = shape.get("experts", 0)
-    return f"{experts} experts of {shape['ffn']} FFN neurons" if experts else f"{shape['ffn']} FFN neurons"
+def _widths(shape: LayerShape) -> str:
+    if shape.experts:
+        return f"{shape.experts} routed experts of {shape.ffn} FFN neurons"
+    return f"{shape.ffn} FFN neurons"
 
 
-def _parameters(parameters: dict[str, int]) -> str:
-    before, after = parameters["before"], parameters["after"]
-    return f"{after:,} of {before:,} ({after / before:.1%})"
+def _parameters(plan: Plan) -> str:
+    before, after = plan.parameters["before"], plan.parameters["after"]
+    return f"{formats.count(after)} of {formats.count(before)} ({after / before:.1%})"
 
 
-def _plan(about: dict[str, Any]) -> RenderableType:
+def _plan(plan: Plan) -> RenderableType:
+    spec = Spec.model_validate(plan.spec)
     pairs = {
-        "for": purpose(about["spec"]),
-        "base": about["base"]["model"],
-        "parameters": _parameters(about["parameters"]),
-        "rule": about["spec"]["compose"]["rule"],
-        "criterion": about["spec"]["relevance"]["criterion"],
-        **({"criterion of whole experts": experts} if (experts := about["spec"]["relevance"].get("experts")) else {}),
-        "allocation": about["spec"]["compose"]["allocation"],
+        "for": purpose(spec),
+        "base": plan.base["model"],
+        "parameters": _parameters(plan),
+        "rule": spec.compose.rule,
+        "criterion": spec.relevance.criterion,
+        **({"criterion of routed experts": spec.relevance.experts} if spec.relevance.experts else {}),
+        "allocation": spec.compose.allocation,
     }
-    if about.get("search"):
-        tried = about["search"]
-        pairs["search"] = f"{len(tried)} trials, KL {tried[0]:.4f} at first, {min(tried):.4f} at best (bits per token)"
-    requested = [entry["requested"] for entry in about["budget"].values()]
+    requested = [entry["requested"] for entry in plan.budget.values()]
     if found := next((each["found"] for each in requested if isinstance(each, dict) and "found" in each), None):
         pairs["kept of held-back text"] = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
-    rows = [vocabulary_table(about["vocabulary"])] if about.get("vocabulary") else []
-    return Group(_pairs(f"plan {about['name']}", pairs), plan_table(about), *rows)
+    return Group(_pairs(f"plan {plan.name}", pairs), plan_table(plan), *_vocabulary(plan))
 
 
-def _expert(about: dict[str, Any]) -> RenderableType:
+def _vocabulary(plan: Plan) -> list[RenderableType]:
+    return [vocabulary_table(plan.vocabulary)] if plan.vocabulary is not None else []
+
+
+def _expert(expert: Expert) -> RenderableType:
     pairs = {
-        "for": purpose(about["spec"]),
-        "base": about["base"]["model"],
-        "parameters": _parameters(about["parameters"]),
-        "folder": f"{about['folder']}, {about['bytes'] / 1e6:.1f} MB",
-        "repair": about["spec"]["compensation"]["method"],
-        "versions": ", ".join(f"{k} {v}" for k, v in about["versions"].items()),
+        "for": purpose(expert.spec),
+        "base": expert.base.model,
+        "parameters": _parameters(expert.plan),
+        "folder": f"{expert.folder}, {formats.megabytes(folder_size(expert.folder))}",
+        "repair": expert.spec.compensation.method,
+        "versions": ", ".join(f"{package} {version}" for package, version in expert.versions.items()),
     }
-    parts: list[RenderableType] = [_pairs(f"expert {about['name']}", pairs), plan_table(about["plan"])]
-    if about["plan"].get("vocabulary"):
-        parts.append(vocabulary_table(about["plan"]["vocabulary"]))
-    if about["evaluation"]:
-        parts.append(retention_table(about["evaluation"]))
-    return Group(*parts)
+    measured = [retention_table(expert.evaluation)] if expert.evaluation is not None else []
+    return Group(_pairs(f"expert {expert.name}", pairs), plan_table(expert.plan), *_vocabulary(expert.plan), *measured)

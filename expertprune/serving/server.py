@@ -72,7 +72,7 @@ class Server:
         self.root = f"http://{client_address(host)}:{self.port}"
         self.url = f"{self.root}/v1"
         self.load_seconds: float | None = None
-        self._key = _key(arguments)
+        self._keys = api_keys(arguments)
         self._own_log = log is None
         self.log = _temporary_log() if log is None else Path(log)
         variables = engine.environment(engine.platform(), engines)
@@ -129,7 +129,7 @@ class Server:
     def _ask(self, path: str, request: dict[str, Any]) -> Any:
         headers = {
             "Content-Type": "application/json",
-            **({"Authorization": f"Bearer {self._key}"} if self._key else {}),
+            **({"Authorization": f"Bearer {self._keys[0]}"} if self._keys else {}),
         }
         asked = urllib.request.Request(self.root + path, json.dumps(request).encode(), headers)
         with urllib.request.urlopen(asked, timeout=self.patience) as answer:
@@ -170,13 +170,18 @@ def log_file(folder: Path, name: str, port: int) -> Path:
     return folder / f"{plain}-{port}.log"
 
 
-def _key(arguments: Sequence[str]) -> str | None:
-    """The API key that vLLM is told to ask for."""
-    for number, text in enumerate(arguments):
+def api_keys(arguments: Sequence[str]) -> list[str]:
+    """The API keys that vLLM is told to ask for: `--api-key KEY...`, else the variable VLLM_API_KEY."""
+    keys: list[str] = []
+    taking = False
+    for text in arguments:
         name, sign, value = text.partition("=")
-        if name.replace("_", "-") == "--api-key":
-            return value if sign else next(iter(arguments[number + 1 :]), None)
-    return os.environ.get("VLLM_API_KEY")
+        if text.startswith("-"):
+            taking = name.replace("_", "-") == "--api-key"
+            keys += [value] if taking and sign else []
+        elif taking:
+            keys.append(text)
+    return keys or [key for key in [os.environ.get("VLLM_API_KEY")] if key]
 
 
 def _temporary_log() -> Path:

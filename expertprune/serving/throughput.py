@@ -20,16 +20,14 @@ from typing import Any
 import jsonlines
 import psutil
 
-from expertprune.artifacts.expert import EXPERT_FILE, load_expert, recorded_base
+from expertprune.artifacts.expert import Expert
 from expertprune.errors import CheckpointError, ServingError, UsageError
 from expertprune.files import shipped, store_folder, write_json
-from expertprune.models.admission import quiet_transformers
 from expertprune.models.checkpoint import Checkpoint
-from expertprune.models.loading import load_tokenizer
+from expertprune.models.loading import load_tokenizer, quiet_transformers
 from expertprune.progress import Track, silent
 from expertprune.serving import engine
 from expertprune.serving.server import Server
-from expertprune.spec.reading import parse_spec
 
 THROUGHPUT_FILE = "throughput.json"
 # Metric: its name for people, and whether more of it is better.
@@ -140,11 +138,9 @@ def _check_before(expert: Path, servables: Mapping[str, engine.Servable], load: 
             )
 
 
-def _base_folder(expert: Path, base: str | Path | None, store: str | Path | None) -> Path:
-    about = load_expert(expert)
-    overrides = {} if base is None else {"base.model": str(Path(base).resolve())}
-    spec = parse_spec(about["spec"], str(expert / EXPERT_FILE), Path.cwd(), overrides)
-    return recorded_base(about, spec.base, store_folder(store)).folder
+def _base_folder(folder: Path, base: str | Path | None, store: str | Path | None) -> Path:
+    expert, place = Expert.load(folder), store_folder(store)
+    return expert.find_base(place, expert.local_base(place, base)).folder
 
 
 def _common_arguments(servables: Sequence[engine.Servable], given: Sequence[str]) -> list[str]:

@@ -1,7 +1,8 @@
-"""The spec: what a user writes. Unknown keys are errors, and all errors are reported at once."""
+"""The YAML that a user writes. Unknown keys are errors; all errors are reported at once."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -15,6 +16,9 @@ DIMENSIONS: tuple[Dimension, ...] = get_args(Dimension)
 
 
 Metric = Literal["bits_per_byte", "perplexity", "kl", "questions"]
+
+
+METRICS: tuple[Metric, ...] = get_args(Metric)
 
 
 PER_TOKEN: tuple[Metric, ...] = ("perplexity", "kl")
@@ -59,13 +63,22 @@ class Dimensions(_Section):
 
 
 class Source(_Section):
-    """Where the documents of one corpus come from: a JSONL or text file (or several), or a Hugging Face dataset."""
+    """Where the documents of one corpus come from: JSONL or text files, or a Hugging Face dataset."""
 
     path: Names | None = Field(None, description="JSONL or .txt file(s), relative to the spec.")
-    field: str | None = Field(None, description="Field of a row that holds the text (default: text).")
-    template: str | None = Field(None, description="Text built from several fields: 'Q: {question}\\nA: {answer}'.")
-    dataset: str | None = Field(None, description="Hugging Face dataset, streamed.")
-    config: str | None = None
+    field: str | None = Field(
+        None,
+        description="Field of a row that holds the text (default: text). Dots lead to a nested one: "
+        "messages.0.content.",
+    )
+    template: str | None = Field(
+        None, description="Text built from fields, which hold text, numbers or booleans: 'Q: {question}\\nA: {answer}'."
+    )
+    dataset: str | None = Field(
+        None, description="Hugging Face dataset, streamed; calibration.seed chooses among its rows."
+    )
+    config: str | None = Field(None, description="Configuration of the dataset, such as a language.")
+    revision: str | None = Field(None, description="Branch, tag or commit of the dataset.")
     split: str | None = Field(None, description="Split of the dataset (default: train).")
     evaluation: Names | None = Field(None, description="File(s) of the evaluation split, read as `path` is.")
     evaluation_split: str | None = Field(None, description="Evaluation split of the dataset.")
@@ -77,10 +90,21 @@ class Source(_Section):
             raise ValueError("give exactly one of 'path' and 'dataset'")
         if self.field and self.template:
             raise ValueError("give 'field' or 'template', not both")
-        wrong = ["config", "split", "evaluation_split"] if self.path else ["evaluation"]
+        wrong = ["config", "revision", "split", "evaluation_split"] if self.path else ["evaluation"]
         if set_here := [key for key in wrong if getattr(self, key) is not None]:
             raise ValueError(f"{', '.join(set_here)} does not go with {'path' if self.path else 'dataset'!r}")
         return self
+
+    def within(self, folder: Path) -> Source:
+        """The same source with absolute paths, where relative ones are in `folder`."""
+        lists = {key: [absolute(path, folder) for path in getattr(self, key) or ()] for key in ("path", "evaluation")}
+        questions = absolute(self.questions, folder) if self.questions is not None else None
+        return self.model_copy(update={**{key: paths or None for key, paths in lists.items()}, "questions": questions})
+
+
+def absolute(path: str, folder: Path) -> str:
+    """A path that a user wrote, `~` included, where relative ones are in `folder`."""
+    return str((folder / Path(path).expanduser()).resolve())
 
 
 class Corpora(_Section):
@@ -106,7 +130,7 @@ class Relevance(_Section):
 
     criterion: str = Field(
         "auto",
-        description="fisher, taylor, impact, activation, fluctuation, regional, obs, magnitude, random; of whole experts "
+        description="fisher, taylor, impact, activation, fluctuation, regional, magnitude, random; of whole experts "
         "reap and frequency too. auto: fisher, or reap where nothing but whole experts is cut.",
     )
     experts: str | None = Field(
@@ -115,11 +139,6 @@ class Relevance(_Section):
     loss: Literal["language_model", "kl"] = Field(
         "language_model",
         description="Of taylor and fisher: against the text's next tokens, or against the model's own predictions.",
-    )
-    tokens: Literal["equal", "fisher"] = Field(
-        "equal",
-        description="Of obs: weight of a token, all the same (ZipLM) or its loss gradient's energy, which makes errors "
-        "of different layers comparable.",
     )
     seed: int = Field(0, ge=0, description="For criteria that draw random numbers.")
 
@@ -137,19 +156,14 @@ class Fusion(_Section):
     beta: float = Field(0.5, ge=0, le=1, description="Its weight on general-exclusive units and on vocabulary rows.")
 
 
-class Search(_Section):
-    """The search over widths (allocation: search)."""
-
-    trials: int = Field(64, ge=1, description="Allocations that are tried, the uniform and the global one included.")
-    tokens: int = Field(4096, ge=64, description="Calibration tokens that each trial is measured on.")
-    uniform: bool = Field(False, description="Only widths that are the same in every layer: FFN against heads.")
-    seed: int = Field(0, ge=0)
-
-
 class Compose(_Section):
     """How the scores of several corpora become one decision per unit."""
 
-    rule: Literal["intersection", "union", "mean"] = "intersection"
+    rule: str = Field(
+        "intersection",
+        description="How much a unit counts for several dimensions: intersection (its largest score; only what no "
+        "dimension needs goes), union (its smallest), mean, or a rule of an installed plugin.",
+    )
     aggregate: Aggregate = Field(
         "mean", description="Over the documents of a corpus: mean, max, or a quantile such as 0.9."
     )
@@ -159,14 +173,12 @@ class Compose(_Section):
         "standard: distance from the layer's mean in standard deviations, as FLAP ranks.",
     )
     fusion: Fusion = Field(default_factory=Fusion)
-    allocation: Literal["auto", "uniform", "global", "search"] = Field(
+    allocation: Literal["auto", "uniform", "global"] = Field(
         "auto",
         description="global: one ranking over layers; uniform: every layer keeps the same width, as stock configs say it; "
         "search: widths that keep the predictions, tried on calibration text; auto: global, or uniform where the base's "
         "family has no layers of different widths, as with experts.",
     )
-    rounds: int = Field(1, ge=1, le=16, description="Cut in so many steps, profiling again between them.")
-    search: Search = Field(default_factory=Search)
 
 
 class Retention(_Section):
@@ -202,7 +214,7 @@ class Budget(_Section):
     parameters: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None,
         description="Of all parameters; FFN neurons make up what the other keys do not remove, or FFN neurons and KV "
-        "groups against each other where allocation is global or search.",
+        "groups against each other where allocation is global.",
     )
     max_parameters: Size | None = Field(None, description="What may be left of the whole model, such as 100M.")
     retention: Retention | None = Field(None, description="As much as can go while this much is kept.")
@@ -237,17 +249,10 @@ class Budget(_Section):
 class Compensation(_Section):
     """The closed-form repair of the layers that were cut."""
 
-    method: Literal["none", "least_squares", "obs"] = Field(
+    method: str = Field(
         "least_squares",
-        description="least_squares: in the pruned prefix, towards the dense residual stream; obs: the optimal brain "
-        "surgeon's update, each layer by itself.",
-    )
-    scope: Literal["cut", "all"] = Field(
-        "cut", description="Of least_squares: the output projections that lost inputs, or those of every block."
-    )
-    tokens: Literal["stream", "equal", "fisher"] = Field(
-        "stream",
-        description="Weight of a token: one over its stream's energy, all the same, or its loss gradient's energy.",
+        description="least_squares: solve the kept columns of every cut output projection again, so that the pruned "
+        "model's residual stream comes close to the base's; none: leave them as they are.",
     )
     damping: float = Field(
         0.3, gt=0, le=10, description="Ridge towards the original columns, relative to their energy."
@@ -260,8 +265,19 @@ class Evaluate(_Section):
     corpora: Names | None = Field(None, description="Names as in dimensions and general; default: all of them.")
     documents: int = Field(64, ge=1, description="At most so many evaluation documents of each corpus.")
     max_tokens: int = Field(1024, ge=2, description="Longer documents are cut at so many tokens.")
-    metrics: list[Metric] = Field(default_factory=lambda: list(get_args(Metric)), min_length=1)
+    metrics: list[Metric] | None = Field(
+        None,
+        min_length=1,
+        description="Default: all of them, or bits_per_byte and questions where the vocabulary is cut, because the "
+        "others are per token.",
+    )
     enabled: bool = True
+
+    def chosen_metrics(self, other_tokens: bool) -> list[Metric]:
+        """`metrics`, or by default all that compare base and expert, whose tokens may be others."""
+        if self.metrics is not None:
+            return self.metrics
+        return [metric for metric in METRICS if not (other_tokens and metric in PER_TOKEN)]
 
 
 def _shorthand(key: str, section: type[_Section]) -> BeforeValidator:
@@ -291,14 +307,12 @@ class Spec(_Section):
     @model_validator(mode="after")
     def _comparable_metrics(self) -> Spec:
         """Where the vocabulary is cut, tokens differ, and only what is counted in bytes or answers compares."""
-        if self.budget.vocabulary is not None:
-            if set(self.evaluate.metrics) == set(get_args(Metric)):  # the default: all that there are
-                self.evaluate.metrics = [metric for metric in self.evaluate.metrics if metric not in PER_TOKEN]
-            elif wrong := [metric for metric in self.evaluate.metrics if metric in PER_TOKEN]:
-                raise ValueError(
-                    f"evaluate.metrics: {', '.join(wrong)} cannot be measured where budget.vocabulary is given: they are "
-                    "per token, and the expert's tokens are others; use bits_per_byte"
-                )
+        wrong = [metric for metric in self.evaluate.metrics or () if metric in PER_TOKEN]
+        if wrong and self.budget.vocabulary is not None:
+            raise ValueError(
+                f"evaluate.metrics: {', '.join(wrong)} cannot be measured where budget.vocabulary is given: they are "
+                "per token, and the expert's tokens are others; use bits_per_byte"
+            )
         return self
 
     def document(self) -> dict[str, Any]:

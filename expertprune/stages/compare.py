@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from expertprune.artifacts.profile import Profile
+from expertprune.artifacts.profile import Profile, ProfileKey, ProfilePart
 from expertprune.composition.overlap import ComparedCorpus, Comparison, check_fraction, compare_corpora
-from expertprune.composition.scoring import check_criterion, part_name
+from expertprune.composition.scoring import check_criterion, needed_part
 from expertprune.errors import CheckpointError, SpecError
 from expertprune.profiling.store import profile_key
 from expertprune.progress import Track, silent
@@ -57,8 +57,8 @@ def compare(
         raise SpecError("a comparison needs a spec")
     _check_agreement(prepared)
     settings, base, store = prepared[0].spec, prepared[0].base, prepared[0].store
-    part = part_name(settings.relevance)
-    stored = _stored(store, base.digest, part) if everything else []
+    part = needed_part(settings.relevance)
+    stored = _stored(store, _keys(prepared[0])[0], part) if everything else []
     _check_two(prepared, stored)
     found: dict[str, tuple[str, Profile]] = {}
     while prepared:  # one at a time, so that one running model is in memory
@@ -115,8 +115,7 @@ def _check_two(prepared: Sequence[Prepared], stored: Sequence[Profile]) -> None:
     """Raises `SpecError`, before a model is loaded, where there is one corpus only."""
     digests = {profile.digest for profile in stored}
     for one in prepared:
-        for name in one.corpora:
-            digests.add(profile_key(one.base, one.calibration(name)[0], one.spec.calibration.max_tokens).digest)
+        digests |= {key.digest for key in _keys(one)}
     if len(digests) < 2:
         names = ", ".join(dict.fromkeys(str(name) for one in prepared for name in one.corpora))
         raise SpecError(
@@ -125,13 +124,24 @@ def _check_two(prepared: Sequence[Prepared], stored: Sequence[Profile]) -> None:
         )
 
 
-def _stored(store: Path, base: str, part: str | None) -> list[Profile]:
-    """Every stored profile of a base that has a part, by the name of its corpus; what cannot be read is left out."""
+def _keys(prepared: Prepared) -> list[ProfileKey]:
+    """The keys of the profiles of a spec's corpora, in their order."""
+    longest = prepared.spec.calibration.max_tokens
+    return [profile_key(prepared.base, prepared.calibration[name].documents, longest) for name in prepared.corpora]
+
+
+def _stored(store: Path, key: ProfileKey, part: ProfilePart | None) -> list[Profile]:
+    """Every stored profile that compares with one of this key and has a part, by the name of its corpus.
+
+    What cannot be read is left out.
+    """
     profiles = []
     for path in sorted((store / "profiles").glob("*.safetensors")):
         try:
             found = Profile(path)
-            mine = found.about["key"]["model"] == base and "part" not in found.about
+            mine = (
+                found.about["key"]["model"] == key.model and key.same_means(found.digest) and "part" not in found.about
+            )
             if mine and (part is None or found.part(part) is not None):
                 profiles.append(found)
         except (CheckpointError, KeyError, TypeError) as error:

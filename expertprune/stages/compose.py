@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from expertprune.artifacts.plan import Plan
+from expertprune.composition.plan import compose as compose_profiles
 from expertprune.progress import Track, silent
-from expertprune.stages.decide import decide
-from expertprune.stages.floor import decide_by_retention
+from expertprune.stages.floor import plan_by_retention
+from expertprune.stages.profile import profiles_of
 from expertprune.stages.validate import Prepared, SpecLike, validate
 
 
@@ -29,5 +30,16 @@ def compose(
 
 
 def plan_of(prepared: Prepared, track: Track, run: bool = True) -> Plan:
-    """The plan of a prepared spec, whatever way its budget is given."""
-    return (decide if prepared.spec.budget.retention is None else decide_by_retention)(prepared, track, run)
+    """The plan of a prepared spec, whatever way its budget is given.
+
+    Args:
+        run: whether profiles, or passes of them, that are missing may be made first.
+
+    Raises:
+        SpecError: a profile is missing and must not be made.
+        PlanError: the budget is not reachable.
+    """
+    profiles = profiles_of(prepared, track, run)
+    if prepared.spec.budget.retention is not None:
+        return plan_by_retention(prepared, profiles, track)
+    return compose_profiles(prepared.spec, prepared.base, profiles)

@@ -5,18 +5,22 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from expertprune.artifacts.plan import Plan
+from expertprune.artifacts.profile import Profile
 from expertprune.composition.budget import LayerWidths, Widths, legal_ffn, removed_parameters
+from expertprune.composition.plan import compose
+from expertprune.corpora.documents import CorpusName
 from expertprune.errors import PlanError
 from expertprune.evaluation.documents import score_documents
-from expertprune.models.loading import load_model
-from expertprune.progress import Track, silent
+from expertprune.evaluation.retention import bits_per_byte
+from expertprune.models.running import run_folder
+from expertprune.progress import Track
+from expertprune.pruning.repair import check_repair
 from expertprune.pruning.write import RepairInput, prune
 from expertprune.spec.schema import Budget, Retention
-from expertprune.stages.decide import decide
 from expertprune.stages.validate import Prepared, validation_documents
 
 log = logging.getLogger(__name__)
@@ -34,12 +38,13 @@ class Kept:
     @property
     def expert(self) -> float:
         """The least over the corpora of the dimensions."""
-        return min(value for name, value in self.corpora.items() if not name.startswith("general/"))
+        return min(value for name, value in self.corpora.items() if not CorpusName.parse(name).is_general)
 
     @property
     def general(self) -> float:
         """The least over the general corpora; infinite where there are none."""
-        return min((value for name, value in self.corpora.items() if name.startswith("general/")), default=float("inf"))
+        kept = (value for name, value in self.corpora.items() if CorpusName.parse(name).is_general)
+        return min(kept, default=float("inf"))
 
     def holds(self, floor: Retention) -> bool:
         return self.expert >= (floor.expert or 0) and self.general >= (floor.general or 0)
@@ -55,10 +60,8 @@ def budgets_to_try(prepared: Prepared) -> list[Budget]:
     What every layer loses at the FFN's legal widths; where layers may differ, steps of a quarter of that (of a layer's own
     step, if there are fewer than four layers).
     """
-    base, budget, compose = prepared.base, prepared.spec.budget, prepared.spec.compose
-    shape = base.layers[0]
-    uniform = compose.allocation == "uniform" or (compose.allocation == "search" and compose.search.uniform)
-    parts = 1 if uniform else min(_BETWEEN, len(base.layers))
+    base, budget, shape = prepared.base, prepared.spec.budget, prepared.base.layers[0]
+    parts = 1 if prepared.spec.compose.allocation == "uniform" else min(_BETWEEN, len(base.layers))
     found, before = [], 0
     for width in reversed(legal_ffn(shape, budget.multiple_of, budget.floor)[:-1]):
         layer = LayerWidths(width, shape.heads_per_group, shape.kv_heads)
@@ -70,7 +73,7 @@ def budgets_to_try(prepared: Prepared) -> list[Budget]:
     return found
 
 
-def decide_by_retention(prepared: Prepared, track: Track, run: bool = True) -> Plan:
+def plan_by_retention(prepared: Prepared, profiles: Mapping[CorpusName, Profile], track: Track) -> Plan:
     """The plan of the largest cut that holds the floor of `budget.retention`, by bisection over budgets.
 
     Every try is a whole expert, repaired, measured on calibration documents held back for it (`validation_documents`). It is
@@ -91,7 +94,7 @@ def decide_by_retention(prepared: Prepared, track: Track, run: bool = True) -> P
         middle = 0
         while high - low > 1:
             try:
-                tried[middle] = _try(prepared, budgets[middle], run)
+                tried[middle] = _try(prepared, profiles, budgets[middle])
             except PlanError as error:  # more than the floor of widths allows
                 log.info("budget %g: %s", budgets[middle].parameters, error)
                 high = middle
@@ -115,19 +118,17 @@ def decide_by_retention(prepared: Prepared, track: Track, run: bool = True) -> P
     return plan
 
 
-def _try(prepared: Prepared, budget: Budget, run: bool) -> tuple[Plan, Kept]:
+def _try(prepared: Prepared, profiles: Mapping[CorpusName, Profile], budget: Budget) -> tuple[Plan, Kept]:
     """The plan under one budget, and what its expert keeps."""
-    attempt = replace(prepared, spec=prepared.spec.model_copy(update={"budget": budget}))
-    attempt.share(prepared)
-    plan = decide(attempt, silent, run)
+    plan = compose(prepared.spec.model_copy(update={"budget": budget}), prepared.base, profiles)
     repair_input = None
-    if prepared.spec.compensation.method != "none":
-        repair_input = RepairInput(prepared.model, prepared.repair_batches(), prepared.spec.compensation)
+    if check_repair(prepared.spec.compensation.method).runs_model:
+        repair_input = RepairInput(prepared.running.model, prepared.repair_batches(), prepared.spec.compensation)
     with tempfile.TemporaryDirectory(prefix="expertprune-") as temporary:
         folder = Path(temporary) / "expert"
         folder.mkdir()
         prune(plan, prepared.base, folder, repair_input)
-        expert = load_model(folder, prepared.base.dtype, trust_remote_code=prepared.base.trust_remote_code)
+        expert = run_folder(folder, prepared.base)
     return plan, measure(prepared, expert)
 
 
@@ -137,6 +138,8 @@ def measure(prepared: Prepared, expert: object) -> Kept:
     for name, corpus in prepared.corpora.items():
         documents = validation_documents(corpus)
         settings = prepared.spec.calibration
-        scores = score_documents(prepared.model, expert, prepared.tokenizer, documents, settings.max_tokens)
-        kept[str(name)] = float(scores.base.sum() / scores.expert.sum())
+        scores = score_documents(
+            prepared.running.model, expert, prepared.running.tokenizer, documents, settings.max_tokens
+        )
+        kept[str(name)] = bits_per_byte(scores).point
     return Kept(kept)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,61 +9,54 @@ from typing import Any
 import psutil
 import torch
 
-from expertprune.artifacts.profile import Profile, part_path
-from expertprune.composition.scoring import part_name
+from expertprune.artifacts.profile import FORWARD, VOCABULARY, Profile
+from expertprune.composition.scoring import needed_part
 from expertprune.corpora.batches import Batch
 from expertprune.corpora.documents import CorpusName, corpus_names
 from expertprune.errors import CheckpointError, SpecError
 from expertprune.models.loading import default_device
-from expertprune.models.masking import masked
+from expertprune.models.passes import TextRun
 from expertprune.profiling.gradients import backward_bytes
-from expertprune.profiling.rows import PART as VOCABULARY
-from expertprune.profiling.store import profile_corpus, profile_key, profile_part, profile_path
+from expertprune.profiling.store import description, measure, profile_key, profile_path
 from expertprune.progress import Track, silent
 from expertprune.relevance import Pass
 from expertprune.spec.schema import Budget
 from expertprune.stages.validate import Prepared, SpecLike, validate
-from expertprune.units import KeptUnits, Structure
+from expertprune.units import Structure
 
 
-def profiles_of(
-    prepared: Prepared, track: Track, kept: Sequence[KeptUnits] | None = None, run: bool = True
-) -> dict[CorpusName, Profile]:
+def profiles_of(prepared: Prepared, track: Track, run: bool = True) -> dict[CorpusName, Profile]:
     """The profile of every corpus, with the pass that the criterion needs; what is stored is not measured again.
 
     Args:
-        kept: profile the base with all other units masked, for cutting in rounds.
         run: whether what is missing may be measured.
 
     Raises:
         SpecError: something is missing and must not be measured.
         CheckpointError: the backward pass does not fit into memory.
     """
-    part = part_name(prepared.spec.relevance)
-    parts = [part] if part is not None and _cuts_units(prepared.spec.budget) else []
-    if prepared.spec.budget.vocabulary is not None and kept is None:  # rows are decided once, on the base as it is
+    base, part = prepared.base, needed_part(prepared.spec.relevance)
+    parts = [FORWARD]
+    if part is not None and _cuts_units(prepared.spec.budget):
+        parts.append(part)
+    if prepared.spec.budget.vocabulary is not None:
         parts.append(VOCABULARY)
     profiles: dict[CorpusName, Profile] = {}
     for name in corpus_names(prepared.spec):
-        documents, batches = prepared.calibration(name)
-        key = profile_key(prepared.base, documents, prepared.spec.calibration.max_tokens, kept)
+        text = prepared.calibration[name]
+        key = profile_key(base, text.documents, prepared.spec.calibration.max_tokens)
         path = profile_path(prepared.store, key)
-        missing = [] if path.is_file() else ["forward"]
-        missing += [each for each in parts if not part_path(path, each).is_file()]
+        missing = [each for each in parts if not each.path(path).is_file()]
         if missing and not run:
-            raise SpecError(f"the profile of {name} lacks the {' and the '.join(missing)} pass: run the profile stage")
-        if any(each.startswith(Pass.GRADIENT) for each in missing):  # asked before the model is loaded for any pass
-            check_backward_fits(prepared, batches)
+            lacking = " and the ".join(map(str, missing))
+            raise SpecError(f"the profile of {name} lacks the {lacking} pass: run the profile stage")
+        if any(each.made_by is Pass.GRADIENT for each in missing):  # asked before the model is loaded for any pass
+            check_backward_fits(prepared, text.batches)
         for each in missing:
-            model, layers = prepared.model, len(prepared.base.layers)
-            here = (model, prepared.base, str(name), documents, batches, key, prepared.store)
-            mask = masked(model, prepared.base.family, prepared.base.layers, kept) if kept else contextlib.nullcontext()
-            steps = len(batches) if each.startswith(Pass.GRADIENT) else layers
-            with mask, track(f"profile {name}" + ("" if each == "forward" else f" ({each})"), steps) as step:
-                if each == "forward":
-                    profile_corpus(*here, step)
-                else:
-                    profile_part(*here, each, step)
+            run_text = TextRun(prepared.running.model, base.family, base.layers, text.batches)
+            steps = len(text.batches) if each.made_by is Pass.GRADIENT else len(base.layers)
+            with track(f"profile {name}" + ("" if each == FORWARD else f" ({each})"), steps) as step:
+                measure(run_text, each, path, description(base, str(name), text.documents, key), step)
         profiles[name] = Profile(path)
     return profiles
 
@@ -84,7 +76,7 @@ def check_backward_fits(prepared: Prepared, batches: Sequence[Batch]) -> None:
     needed = weights + backward_bytes(base.layers, rows, tokens, chosen)
     on_gpu = default_device().type == "cuda"
     free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
-    free += weights if prepared.loaded else 0
+    free += weights if prepared.running.loaded else 0
     other = "regional, which needs one layer at a time" if base.family.has_ffn else "impact, which needs none"
     if needed > free:
         raise CheckpointError(

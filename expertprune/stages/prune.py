@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import importlib.metadata
 from pathlib import Path
-from typing import Any
 
-from expertprune.artifacts.expert import earlier_expert
+from expertprune.artifacts.expert import BaseRecord, CorpusRecord, Expert, ancestor_of, portable, portable_base
 from expertprune.artifacts.plan import Plan, load_plan
 from expertprune.composition.scoring import check_criterion
 from expertprune.errors import PlanError
 from expertprune.files import check_output, require_room, staged_folder, store_folder
-from expertprune.models.base import resolve_base
 from expertprune.profiling.store import profile_key
 from expertprune.progress import Track, silent
+from expertprune.pruning.repair import check_repair
 from expertprune.pruning.write import RepairInput, bytes_needed, check_plan
 from expertprune.pruning.write import prune as write_expert
 from expertprune.reporting.card import write_card
 from expertprune.spec.reading import parse_spec
-from expertprune.stages.validate import Prepared, validate
+from expertprune.stages.validate import Found, Prepared, check_unlisted, find, prepare
 
 
 def prune(
@@ -33,62 +32,59 @@ def prune(
     check_output(out, overwrite)
     plan = plan if isinstance(plan, Plan) else load_plan(Path(plan))
     spec = parse_spec(plan.spec, f"plan {plan.name!r}", Path.cwd())
-    base = resolve_base(spec.base, store_folder(store))
-    check_plan(plan, base)
-    require_room(out, bytes_needed(plan, base))
-    prepared = validate(spec, {"evaluate.enabled": False}, store)
-    prepared.spec = spec
-    _check_corpora(prepared, plan)
+    found = find(spec, store_folder(store), evaluate=False)
+    check_plan(plan, found.base)
+    require_room(out, bytes_needed(plan, found.base))
+    _check_corpora(found, plan)
+    prepared = prepare(found)
+    check_unlisted(prepared)
     with staged_folder(out, overwrite) as folder:
         write_folder(prepared, plan, folder, track)
     return out
 
 
-def _check_corpora(prepared: Prepared, plan: Plan) -> None:
+def _check_corpora(found: Found, plan: Plan) -> None:
     """Raises `PlanError` if a corpus is no longer what it was when the plan was made: the repair would mix the two."""
-    for name in prepared.corpora:
-        key = profile_key(prepared.base, prepared.calibration(name)[0], prepared.spec.calibration.max_tokens)
-        if plan.profiles.get(str(name)) != key.digest:
-            raise PlanError(
-                f"corpus {name} (or what the base is run in) has changed since the plan was made: compose it again"
-            )
+    for name, text in found.calibration.items():
+        key = profile_key(found.base, text.documents, found.spec.calibration.max_tokens)
+        if not key.same_text(plan.profiles.get(str(name))):
+            raise PlanError(f"corpus {name} has changed since the plan was made: compose it again")
 
 
 def write_folder(prepared: Prepared, plan: Plan, folder: Path, track: Track = silent) -> None:
     """Cut, repair as the spec says, and write the expert and its card into an empty folder."""
     repair_input = None
-    if prepared.spec.compensation.method != "none" and plan.cuts_layers:
-        repair_input = RepairInput(prepared.model, prepared.repair_batches(), prepared.spec.compensation)
+    if check_repair(prepared.spec.compensation.method).runs_model and plan.cuts_layers:
+        repair_input = RepairInput(prepared.running.model, prepared.repair_batches(), prepared.spec.compensation)
     with track("prune and repair", len(prepared.base.layers)) as step:
         write_expert(plan, prepared.base, folder, repair_input, step)
-    write_card(folder, about_expert(prepared, plan))
+    expert = describe_expert(prepared, plan, folder)
+    write_card(expert)
+    expert.remember_places(prepared.spec, prepared.store)
 
 
-def about_expert(prepared: Prepared, plan: Plan) -> dict[str, Any]:
-    """The contents of `expertprune.json`, without an evaluation."""
+def describe_expert(prepared: Prepared, plan: Plan, folder: Path) -> Expert:
+    """The expert of a plan, not evaluated yet."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors")}
     from expertprune import __version__
 
-    return {
-        "kind": "expert",
-        "name": plan.name,
-        "base": {
-            "model": prepared.base.name,
-            "path": str(prepared.base.folder),
-            "digest": prepared.base.digest,
-            "tokenizer_digest": prepared.base.tokenizer_digest,
-            "revision": prepared.spec.base.revision,
-            "trust_remote_code": prepared.spec.base.trust_remote_code,
-            **earlier_expert(prepared.base.folder),
-        },
-        "parameters": plan.parameters,
-        "corpora": {
-            str(name): {"digest": corpus.digest, "documents": [d.digest for d in corpus.calibration]}
+    base = prepared.base
+    return Expert(
+        plan=portable(plan),
+        base=BaseRecord(
+            model=portable_base(base.name),
+            digest=base.digest,
+            tokenizer_digest=base.tokenizer_digest,
+            revision=prepared.spec.base.revision,
+            trust_remote_code=prepared.spec.base.trust_remote_code,
+            weight_bytes=base.checkpoint.weight_bytes,
+        ),
+        corpora={
+            str(name): CorpusRecord(digest=corpus.digest, documents=[each.digest for each in corpus.calibration])
             for name, corpus in prepared.corpora.items()
         },
-        "versions": {"expertprune": __version__, **versions},
-        "criterion_paper": check_criterion(prepared.spec.relevance.criterion).paper,
-        "spec": plan.spec,
-        "plan": plan.document(),
-        "evaluation": None,
-    }
+        versions={"expertprune": __version__, **versions},
+        criterion_paper=check_criterion(prepared.spec.relevance.criterion).paper,
+        ancestor=ancestor_of(base),
+        folder=folder,
+    )

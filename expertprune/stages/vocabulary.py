@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from expertprune.composition.budget import removed_with_rows
 from expertprune.composition.rows import Essentials, RowScores, choose_rows, essentials, plan_rows, score_rows
 from expertprune.corpora.documents import Document
 from expertprune.errors import PlanError
+from expertprune.models.inventory import vocabulary_rows
 from expertprune.progress import Track, silent
 from expertprune.stages.profile import profiles_of
 from expertprune.stages.validate import Prepared, SpecLike, validate
@@ -67,14 +68,15 @@ def vocabulary(
         PlanError: a number of rows is fewer than must be kept, or no cut.
     """
     prepared = validate(spec, overrides, store)
-    must, of = essentials(prepared.base), prepared.base.checkpoint.vocabulary_rows(prepared.base.family)
+    must, of = essentials(prepared.base), vocabulary_rows(prepared.base.checkpoint, prepared.base.family)
     asked = [-(-count // ROW_MULTIPLE) * ROW_MULTIPLE for count in rows]
     for count in asked:
         if not must.smallest <= count < of:
             raise PlanError(f"--rows {count}: must be at least {must.smallest:,} and below the base's {of:,}")
     own = prepared.spec.budget
     if own.vocabulary is None:  # so that profiles hold what rows are chosen by
-        prepared.spec = prepared.spec.model_copy(update={"budget": own.model_copy(update={"vocabulary": 0.5})})
+        spec = prepared.spec.model_copy(update={"budget": own.model_copy(update={"vocabulary": 0.5})})
+        prepared = replace(prepared, spec=spec)
     profiles = profiles_of(prepared, track)
     scores = score_rows(prepared.spec, profiles)
     if not asked:

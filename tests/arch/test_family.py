@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from expertprune.arch import Family, bundled_models, families, family, family_of
-from expertprune.arch.family import BundledModel
-from expertprune.errors import CheckpointError, PlanError
+from expertprune.arch.bundled import BundledModel
+from expertprune.errors import CheckpointError, PlanError, UsageError
 from expertprune.units import KeptUnits, LayerShape, Structure
+from tests.juniper import FAMILY
+from tests.plugins import distribution, unpack
 from tests.tiny import tiny_model
 
 LLAMA: dict[str, Any] = {
@@ -225,8 +228,33 @@ def test_one_model_type_belongs_to_one_family(tmp_path: Path, monkeypatch: pytes
     for name in ("a.yaml", "b.yaml"):
         shutil.copy(original, folder / name)
     monkeypatch.setattr(family, "_HERE", tmp_path)
-    with pytest.raises(ValueError, match=r"b\.yaml: model_type 'llama' belongs to 'llama'"):
+    with pytest.raises(ValueError, match=r"b\.yaml: model_type 'llama' belongs to family 'llama'"):
         families.__wrapped__()
+
+
+@pytest.mark.parametrize(
+    ("files", "problem"),
+    [
+        ({"grove/__init__.py": ""}, "holds no family: no .yaml file"),
+        ({"grove.py": ""}, "is a module, not a package"),
+        ({"grove/__init__.py": "raise OSError('no bark')"}, "OSError: no bark"),
+        ({"grove/__init__.py": "", "grove/a.yaml": FAMILY.replace("trunk.blocks", "[1]")}, "a.yaml: layers: Input"),
+        (
+            {"grove/__init__.py": "", "grove/a.yaml": FAMILY.replace("[juniper]", "[llama]")},
+            "belongs to family 'llama'",
+        ),
+    ],
+)
+def test_a_plugins_family_that_cannot_be_read_names_the_plugin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], problem: str
+) -> None:
+    unpack(distribution("grove", {"expertprune.families": {"trees": "grove"}}, files), tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UsageError) as error:
+        families.__wrapped__()
+    sys.modules.pop("grove", None)
+    assert "plugin grove 1.0: entry point 'trees' (grove) of group 'expertprune.families'" in str(error.value)
+    assert problem in str(error.value)
 
 
 @pytest.mark.parametrize(

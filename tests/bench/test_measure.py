@@ -43,7 +43,8 @@ def test_blocks_cut_the_text_of_all_documents_in_their_order(text: Path) -> None
     tokenizer = tiny_tokenizer()
     ids = [tokenizer.convert_tokens_to_ids(f"w{i}") for i in range(26)]
     found = measure.blocks(text, tokenizer, 99, length=5)
-    assert found.ids.tolist() == [ids[0:5], ids[5:10], ids[10:15], ids[15:20], ids[20:25]]  # the 26th is left out
+    # The 26th token is left out.
+    assert found.ids.tolist() == [ids[0:5], ids[5:10], ids[10:15], ids[15:20], ids[20:25]]
     assert found.documents.tolist() == [OWNERS[i : i + 5] for i in (0, 5, 10, 15, 20)]
     spread = measure.blocks(text, tokenizer, 3, length=5)
     assert spread.ids.tolist() == [ids[0:5], ids[10:15], ids[20:25]]
@@ -123,7 +124,8 @@ def test_excess_is_the_log_ratio_of_the_perplexities_with_an_interval_over_docum
     expert = sums((rates * tokens).tolist(), tokens.tolist())
     found = measure.excess(base, expert)
     assert found.value == pytest.approx(np.log(expert.perplexity / base.perplexity))
-    # the standard error of a ratio of sums, by linearization: documents vary by their own excess times their length
+    # The standard error of a ratio of sums, by linearization: documents vary by their own excess
+    # times their length.
     deviations = (rates - 3.0 - found.value) * tokens
     error = np.sqrt((deviations**2).sum()) / tokens.sum()
     assert found.low == pytest.approx(found.value - 1.96 * error, abs=0.2 * error)
@@ -135,7 +137,7 @@ def test_excess_is_the_log_ratio_of_the_perplexities_with_an_interval_over_docum
 def test_excess_of_equal_losses_is_zero_and_of_a_constant_certain() -> None:
     base = sums([10.0, 40.0, 6.0], [5, 20, 2])
     assert measure.excess(base, base) == measure.Excess(0, 0, 0)
-    found = measure.excess(base, sums([12.5, 50.0, 7.0], [5, 20, 2]))  # half a nat more for every token
+    found = measure.excess(base, sums([12.5, 50.0, 7.0], [5, 20, 2]))  # half a nat more per token
     assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.5, 0.5))
 
 
@@ -166,4 +168,3 @@ def test_piqa_counts_the_solutions_of_higher_likelihood_per_byte(tmp_path: Path)
         right.append(float(scores.index(max(scores)) == row["label"]))
     assert 0 < sum(right) < 10
     assert measure.piqa_answers(model, tokenizer, path, 10).tolist() == right
-    assert measure.piqa(model, tokenizer, path, 10) == sum(right) / 10

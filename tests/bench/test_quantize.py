@@ -1,4 +1,4 @@
-"""An expert that llm-compressor quantized: its weights are the expert's to half a step, and it runs and is evaluated."""
+"""An expert that llm-compressor quantized: rounded to half a step, it runs and is evaluated."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_weights_round_to_the_nearest_step(tmp_path: Path, tiny_llama: Path, sto
         assert scale.shape == (len(exact), 1)
         assert torch.allclose(scale[:, 0].float(), exact.abs().amax(1) / 127.5, rtol=1e-2)
         assert ((stored[name] * scale.float() - exact).abs() <= scale.float() * (0.5 + 1e-3)).all()
-    assert seen == 3 * 7  # four projections of attention and three of the FFN in each of three layers
+    assert seen == 3 * 7  # projections in three layers: four of attention, three of the FFN
 
     corpora = expertprune.evaluate(folder, store=built).corpora
     before = json.loads((expert / "expertprune.json").read_text())["evaluation"]["corpora"]

@@ -30,8 +30,8 @@ from tests.patching import everywhere
 from tests.tiny import tiny_model, tiny_tokenizer, write_corpus
 
 COMMANDS = [
-    "bench", "build", "compare", "compose", "evaluate", "export", "families", "inspect", "profile", "prune", "report",
-    "schema", "serve", "sweep", "validate", "vocabulary",
+    "bench", "build", "compare", "compose", "evaluate", "export", "families", "init", "inspect", "list", "profile", "prune",
+    "report", "schema", "serve", "sweep", "validate", "vocabulary",
 ]  # fmt: skip
 CORPORA = ["language/en", "domain/medical", "task/qa", "general/general"]
 # The tiny model by hand: embeddings and output 64 × 24 each, a last norm, and three layers of four attention

@@ -20,18 +20,15 @@ from expertprune.artifacts.profile import Profile
 from expertprune.composition.allocation import (
     global_widths,
     legal_widths,
-    search_widths,
     steps,
-    uniform_candidates,
-    uniform_part,
 )
-from expertprune.composition.budget import LayerWidths, Widths, removed_parameters, resolve_budget
+from expertprune.composition.budget import LayerWidths, Widths, removed_parameters
 from expertprune.composition.plan import compose
 from expertprune.composition.scoring import Fused
 from expertprune.corpora.documents import CorpusName
 from expertprune.errors import PlanError
 from expertprune.models.base import ResolvedBase
-from expertprune.spec.schema import Budget, Dimensions, Search, Spec
+from expertprune.spec.schema import Budget, Dimensions, Spec
 from expertprune.units import DENSE, Structure
 from tests.bases import base_of
 
@@ -500,149 +497,3 @@ def test_a_larger_budget_never_keeps_what_a_smaller_one_dropped(
             assert len(kept.kv_groups) >= floor * 4
             assert len(kept.query_heads) >= floor * 16
         base.family.pruned_config(base.checkpoint.config, plan.kept)
-
-
-# --- search ---------------------------------------------------------------------------------------------------------
-
-
-class Separable:
-    """A fitness with a known optimum: how far each width is from the planted one, in squared steps; it counts calls."""
-
-    def __init__(self, target: Sequence[LayerWidths]) -> None:
-        self.target, self.seen = target, []
-
-    def __call__(self, widths: Widths) -> float:
-        self.seen.append(widths)
-        pairs = zip(widths.layers, self.target, strict=True)
-        return sum(((a.ffn - b.ffn) / 64) ** 2 + (a.kv_groups - b.kv_groups) ** 2 for a, b in pairs)
-
-
-def searched(
-    base: ResolvedBase, target: Sequence[LayerWidths], start: Widths, structures: list[Structure], **changes: Any
-) -> tuple[Widths, list[float], Separable]:
-    fitness = Separable(target)
-    budget = Budget(parameters=0.1)
-    best, trials = search_widths(budget, base, [start], fitness, Search(**changes), structures)
-    return best, trials, fitness
-
-
-TARGETS = {
-    "neurons": ([LayerWidths(width, 4, 4) for width in (64, 256, 256, 192)], [FFN]),
-    # A group is 960 parameters, 64 neurons are 9216, so groups move against neurons only in tens: all of them stay.
-    "groups": ([LayerWidths(192, 4, groups) for groups in (1, 4, 3, 4)], [GROUPS]),
-}
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("planted", TARGETS)
-def test_the_planted_optimum_is_found(planted: str, seed: int) -> None:
-    target, structures = TARGETS[planted]
-    start = Widths.same(LayerWidths(192, 4, 4) if planted == "neurons" else LayerWidths(192, 4, 3), 4)
-    base = base_of(layers=4)
-    assert removed_parameters(base, start) == removed_parameters(base, Widths(tuple(target), {}))
-    best, trials, _ = searched(base, target, start, structures, trials=150, seed=seed)
-    assert list(best.layers) == target
-    assert min(trials) == 0
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_children_meet_the_budget_within_one_step_and_none_is_tried_twice(seed: int) -> None:
-    base = base_of(layers=4)
-    start = Widths.same(LayerWidths(192, 4, 3), 4)
-    target = [LayerWidths(256, 4, 1), LayerWidths(64, 4, 4), LayerWidths(192, 4, 2), LayerWidths(192, 4, 4)]
-    best, trials, fitness = searched(base, target, start, [FFN, GROUPS], trials=60, seed=seed)
-    wanted, largest_step = removed_parameters(base, start), 64 * 3 * 48
-    assert len(trials) == len(fitness.seen) == 60
-    assert len(set(fitness.seen)) == 60
-    for widths in fitness.seen:
-        assert wanted <= removed_parameters(base, widths) < wanted + largest_step
-        for layer in widths.layers:
-            assert layer.ffn in (64, 128, 192, 256)
-            assert 1 <= layer.kv_groups <= 4
-            assert layer.heads_per_group == 4
-    assert trials[fitness.seen.index(best)] == min(trials)
-    assert min(trials) < trials[0]
-
-
-def test_the_search_is_deterministic_under_its_seed() -> None:
-    base, target = base_of(layers=4), TARGETS["neurons"][0]
-    start = Widths.same(LayerWidths(192, 4, 4), 4)
-    one, again, other = (searched(base, target, start, [FFN], trials=12, seed=seed) for seed in (5, 5, 6))
-    assert one[:2] == again[:2]
-    assert one[2].seen == again[2].seen
-    assert one[2].seen != other[2].seen
-
-
-def test_the_result_is_never_worse_than_any_start() -> None:
-    base = base_of(layers=4)
-    starts = [Widths(tuple(LayerWidths(w, 4, 4) for w in order), {}) for order in
-              ([64, 256, 256, 192], [192, 192, 192, 192], [256, 64, 192, 256])]  # fmt: skip
-    for good in range(3):
-        best, trials = search_widths(
-            Budget(parameters=0.1),
-            base,
-            starts,
-            lambda widths, good=good: 0.0 if widths == starts[good] else 1.0,
-            Search(trials=9),
-            [FFN],
-        )
-        assert best == starts[good]
-        assert trials[:3] == [float(number != good) for number in range(3)]
-        assert len(trials) == 9
-
-
-def test_a_search_without_another_place_to_go_ends() -> None:
-    base = base_of(layers=1)
-    start = Widths.same(LayerWidths(192, 4, 4), 1)
-    best, trials = search_widths(Budget(parameters=0.1), base, [start], lambda _: 1.0, Search(trials=50), [FFN])
-    assert best == start
-    assert trials == [1.0]
-
-
-# --- uniform widths -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("fraction", [0.05, 0.2, 0.35])
-def test_uniform_candidates_are_all_ways_to_meet_the_budget(fraction: float) -> None:
-    """For each number of groups, the widest FFN with which enough parameters go: by trying every width."""
-    base = base_of(layers=3)
-    wanted = fraction * base.checkpoint.parameters
-    expected = []
-    for groups in (4, 3, 2, 1):
-        for ffn in (256, 192, 128, 64):
-            removed = 3 * (3 * 48 * (256 - ffn) + (4 * 2 * 2 + 2 * 2) * 48 * (4 - groups))
-            if removed >= wanted:
-                expected.append(LayerWidths(ffn, 4, groups))
-                break
-    found = uniform_candidates(Budget(parameters=fraction), base)
-    assert [widths.layers for widths in found] == [(layer,) * 3 for layer in expected]
-
-
-@pytest.mark.parametrize("budget", [{"ffn": 0.25}, {"parameters": 0.2, "kv_groups": 1}])
-def test_groups_do_not_compete_where_the_budget_says_what_goes(budget: dict[str, float]) -> None:
-    base = base_of(layers=3)
-    assert uniform_candidates(Budget(**budget), base) == [resolve_budget(Budget(**budget), base)]
-
-
-@pytest.mark.parametrize(
-    ("part", "kept"),
-    [(0.0, (256, 4, 4)), (0.25, (256, 4, 4)), (0.5, (192, 4, 3)), (0.75, (192, 4, 3)), (1.0, (128, 4, 2))],
-)
-def test_part_of_the_way_on_legal_widths(part: float, kept: tuple[int, int, int]) -> None:
-    """128 of 256 and 2 of 4 at the end; a quarter is 224 and 3.5, half way between two: the wider one."""
-    base, budget = base_of(layers=3), Budget(ffn=0.5, kv_groups=0.5)
-    found = uniform_part(resolve_budget(budget, base), base, budget, part)
-    assert found.layers == (LayerWidths(*kept),) * 3
-
-
-@given(parts=st.lists(st.floats(0, 1), min_size=2, max_size=5), multiple_of=st.sampled_from([1, 7, 64]))
-@settings(deadline=None, max_examples=40)
-def test_parts_of_the_way_only_narrow(parts: list[float], multiple_of: int) -> None:
-    base, budget = base_of(layers=3), Budget(ffn=0.5, kv_groups=2, query_heads=4, multiple_of=multiple_of)
-    final = resolve_budget(budget, base)
-    for early, late in itertools.pairwise(sorted(parts)):
-        a, b = (uniform_part(final, base, budget, part).layers[0] for part in (early, late))
-        assert a.ffn >= b.ffn >= final.layers[0].ffn
-        assert a.kv_groups >= b.kv_groups >= final.layers[0].kv_groups
-        assert a.heads_per_group >= b.heads_per_group >= final.layers[0].heads_per_group
-    assert uniform_part(final, base, budget, 1.0) == final

@@ -13,7 +13,7 @@ import yaml
 
 from expertprune.corpora.catalogue import catalogue_sources
 from expertprune.corpora.documents import CorpusName, Document
-from expertprune.corpora.leaks import leaked
+from expertprune.corpora.leaks import Examples, LeakGuard
 from expertprune.corpora.loading import load_corpus
 from expertprune.files import shipped
 from expertprune.spec.reading import parse_spec
@@ -83,7 +83,7 @@ def test_the_guess_itself_tells_the_languages_apart(text: str, language: str) ->
 
 def test_the_catalogue_names_fourteen_corpora_and_every_file_of_the_folder() -> None:
     sources = catalogue_sources(FOLDER)
-    assert sorted(sources) == sorted(NAMES)
+    assert sorted(map(str, sources)) == sorted(NAMES)
     named = {
         path for source in sources.values() for path in (*source.path, *source.evaluation, source.questions) if path
     }
@@ -94,11 +94,10 @@ def test_the_catalogue_names_fourteen_corpora_and_every_file_of_the_folder() -> 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_shipped_corpus_loads_whole_with_both_splits(name: str) -> None:
-    dimension, _, value = name.partition("/")
     spec = parse_spec(
         {"name": "x", "base": "a/b", "dimensions": {"language": "en"}, "budget": {"ffn": 0.25}}, "x", Path("/nowhere")
     )
-    corpus = load_corpus(CorpusName(dimension, value), catalogue_sources(FOLDER)[name], spec)
+    corpus = load_corpus(CorpusName.parse(name), catalogue_sources(FOLDER)[CorpusName.parse(name)], spec)
     assert (len(corpus.calibration), len(corpus.evaluation)) == (24, 8)
     assert not corpus.set_aside
     assert len(corpus.questions) == (120 if name == "task/qa" else 0)
@@ -122,18 +121,18 @@ def test_the_rows_have_the_keys_labels_and_lengths_that_the_catalogue_promises(n
 
 @pytest.mark.parametrize(("name", "split"), EVERY)
 def test_a_corpus_holds_its_own_dimension_still(name: str, split: str) -> None:
-    dimension, _, value = name.partition("/")
+    corpus = CorpusName.parse(name)
     documents = rows(name, split)
-    if dimension != "general":
-        assert {row[dimension] for row in documents} == {value}
-    if dimension != "language":
+    if not corpus.is_general:
+        assert {row[corpus.dimension] for row in documents} == {corpus.value}
+    if corpus.dimension != "language":
         assert {row["language"] for row in documents} == {"en"}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_corpus_varies_the_other_dimensions(name: str) -> None:
     """In the calibration split all of them; the evaluation split is too small for all domains."""
-    dimension = name.partition("/")[0]
+    dimension = CorpusName.parse(name).dimension
     calibration, evaluation = rows(name, "calibration"), rows(name, "evaluation")
     if dimension != "domain":
         assert {row["domain"] for row in calibration} == DOMAINS
@@ -177,9 +176,10 @@ def test_no_document_occurs_twice_anywhere() -> None:
 
 def test_no_evaluation_document_is_near_a_calibration_document_of_any_corpus() -> None:
     splits = {split: [Document(row["text"]) for name in NAMES for row in rows(name, split)] for split in SIZES}
-    assert leaked(splits["evaluation"], splits["calibration"]) == []
+    guard = LeakGuard(splits["calibration"])
+    assert guard.leaks(Examples("all", "documents", [[each] for each in splits["evaluation"]])) == [{}]
     altered = Document(splits["calibration"][100].text.replace(",", "") + " Indeed.")
-    assert leaked([splits["evaluation"][0], altered], splits["calibration"]) == [1]
+    assert guard.leaks(Examples("two", "documents", [[splits["evaluation"][0]], [altered]])) == [{1: altered}]
 
 
 # --- questions ------------------------------------------------------------------------------------------------------

@@ -89,20 +89,20 @@ def test_layers_and_final_states_are_the_models_own(name: str, per_batch: int, m
 
     mine, theirs = hidden(base), hidden(expert)
     expected = [direct(x, y) for x, y in zip(mine[:-1], theirs[:-1], strict=True)]
-    assert found["layers"][:-1] == pytest.approx(expected, rel=1e-4)
-    assert len(found["layers"]) == len(mine) == 3
-    assert all(0 < value < 0.99 for value in found["layers"])
+    assert found.layers[:-1] == pytest.approx(expected, rel=1e-4)
+    assert len(found.layers) == len(mine) == 3
+    assert all(0 < value < 0.99 for value in found.layers)
     x, y = mine[-1], theirs[-1]
     cosines = (x * y).sum(1) / np.sqrt((x * x).sum(1) * (y * y).sum(1))
-    assert found["cosine"] == pytest.approx(cosines.mean(), rel=1e-4)
-    assert (found["documents"], found["tokens"]) == (5, 2 + 11 + 8 + 8)
+    assert found.cosine == pytest.approx(cosines.mean(), rel=1e-4)
+    assert (found.documents, found.tokens) == (5, 2 + 11 + 8 + 8)
 
 
 def test_the_same_model_is_aligned_with_itself() -> None:
     model = tiny_model("llama")
     found = align(model, tiny_model("llama"), family_of("llama"), tiny_tokenizer(), texts(), 64)
-    assert found["layers"] == pytest.approx([1, 1, 1])
-    assert found["cosine"] == pytest.approx(1)
+    assert found.layers == pytest.approx([1, 1, 1])
+    assert found.cosine == pytest.approx(1)
 
 
 def test_corpora_are_named_by_dimension_and_value_and_those_without_documents_left_out() -> None:

@@ -14,16 +14,14 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from expertprune.corpora import leaks
+from expertprune.artifacts.evaluation import DocumentBits, Evaluation
 from expertprune.corpora.documents import Corpus, Document, Question
-from expertprune.corpora.leaks import guarded, leaked
-from expertprune.errors import SpecError
 from expertprune.evaluation import documents
 from expertprune.evaluation import questions as asking
-from expertprune.evaluation.documents import DocumentScores, score_documents
-from expertprune.evaluation.measure import document_metrics, evaluate
-from expertprune.evaluation.questions import answer_questions, question_metrics
-from expertprune.evaluation.retention import RESAMPLES, bootstrap
+from expertprune.evaluation.documents import score_documents
+from expertprune.evaluation.measure import evaluate
+from expertprune.evaluation.questions import answer_questions, paired_answers
+from expertprune.evaluation.retention import RESAMPLES, bootstrap, document_metrics
 from expertprune.spec.schema import Evaluate
 from tests.tiny import WORDS, tiny_model, tiny_tokenizer
 
@@ -91,24 +89,26 @@ def test_scores_equal_a_slow_reference_with_any_padding(
     monkeypatch.setattr(documents, "TOKENS_PER_BATCH", tokens_per_batch)
     monkeypatch.setattr(asking, "TOKENS_PER_BATCH", tokens_per_batch)
     monkeypatch.setattr(documents, "_CHUNK", chunk)
-    scores = score_documents(base, expert, tokenizer, DOCUMENTS, max_tokens=20)
-    for i, text in enumerate(TEXTS):
+    rows = score_documents(base, expert, tokenizer, DOCUMENTS, max_tokens=20)
+    for row, text in zip(rows, TEXTS, strict=True):
         ids = tokenizer(" ".join(text))["input_ids"][:20]
-        assert (scores.base[i], scores.expert[i], scores.kl[i]) == pytest.approx(
-            slow_scores(base, expert, ids), rel=1e-5
-        )
-        assert scores.tokens[i] == min(len(text), 20) - 1
-        assert scores.bytes[i] == len(" ".join(text[:20])) - len(text[0])  # the blank is predicted with the second word
-    assert scores.kl.min() > 0.01
+        assert (row.base_bits, row.expert_bits, row.kl_bits) == pytest.approx(slow_scores(base, expert, ids), rel=1e-5)
+        assert row.tokens == row.expert_tokens == min(len(text), 20) - 1
+        size = len(" ".join(text[:20])) - len(text[0])  # the blank is predicted with the second word
+        assert row.bytes == row.expert_bytes == size
+        assert row.kl_bits is not None
+        assert row.kl_bits > 0.01
 
 
 def test_documents_that_predict_nothing_count_nothing(
     base: Any, expert: Any, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    alone = score_documents(base, expert, tokenizer, [DOCUMENTS[0]], 20)
-    between = score_documents(base, expert, tokenizer, [Document("heart"), DOCUMENTS[0], Document("law")], 20)
-    for numbers, expected in zip(vars(between).values(), vars(alone).values(), strict=True):
-        assert numbers == pytest.approx([0.0, expected[0], 0.0], rel=1e-5)
+    (alone,) = score_documents(base, expert, tokenizer, [DOCUMENTS[0]], 20)
+    before, between, after = score_documents(
+        base, expert, tokenizer, [Document("heart"), DOCUMENTS[0], Document("law")], 20
+    )
+    assert (between.base_bits, between.expert_bits) == pytest.approx((alone.base_bits, alone.expert_bits), rel=1e-5)
+    assert all(each.tokens == each.bytes == each.base_bits == each.expert_bits == 0 for each in (before, after))
 
 
 def other_tokenizer(**settings: Any) -> PreTrainedTokenizerFast:
@@ -122,33 +122,22 @@ def other_tokenizer(**settings: Any) -> PreTrainedTokenizerFast:
     )
 
 
-def test_bytes_are_those_of_the_text_that_is_predicted(base: Any, expert: Any) -> None:
-    """With a token before it, all of the text is predicted; `ü` has two bytes, each of `日本` three."""
-    scores = score_documents(
-        base, expert, other_tokenizer(), [Document("über heart"), Document("日本 is heart")], max_tokens=20
-    )
-    assert scores.bytes.tolist() == [5 + 1 + 5, 6 + 1 + 2 + 1 + 5]
-    assert scores.tokens.tolist() == [2, 3]
-
-
-def test_bytes_of_a_text_cut_short_with_a_token_before_it(base: Any, expert: Any) -> None:
-    """Three tokens are the one before the text and two words, both predicted."""
-    scores = score_documents(base, expert, other_tokenizer(), [Document("über heart is 日本")], max_tokens=3)
-    assert scores.bytes.tolist() == [5 + 1 + 5]
-    assert scores.tokens.tolist() == [2]
-
-
 @pytest.mark.parametrize(
-    ("text", "tidy"),
+    ("text", "max_tokens", "tokens", "size", "tidy"),
     [
-        pytest.param("heart is n't über .", True, id="blanks that the tokenizer tidies away"),
-        pytest.param("heart is purple", False, id="a word that the tokenizer does not know"),
+        pytest.param("über heart", 20, 2, 5 + 1 + 5, False, id="a token before the text; ü has two bytes"),
+        pytest.param("日本 is heart", 20, 3, 6 + 1 + 2 + 1 + 5, False, id="three bytes each"),
+        pytest.param("über heart is 日本", 3, 2, 5 + 1 + 5, False, id="cut short: the first token and two words"),
+        pytest.param("heart is n't über .", 20, 5, 20, True, id="blanks that the tokenizer tidies away"),
+        pytest.param("heart is purple", 20, 3, 15, False, id="a word that the tokenizer does not know"),
     ],
 )
-def test_bytes_are_those_of_the_document(base: Any, expert: Any, text: str, tidy: bool) -> None:
+def test_bytes_are_those_of_the_text_that_is_predicted(
+    base: Any, expert: Any, text: str, max_tokens: int, tokens: int, size: int, tidy: bool
+) -> None:
     tokenizer = other_tokenizer(clean_up_tokenization_spaces=tidy)
-    scores = score_documents(base, expert, tokenizer, [Document(text)], max_tokens=20)
-    assert scores.bytes.tolist() == [len(text.encode())]
+    (row,) = score_documents(base, expert, tokenizer, [Document(text)], max_tokens)
+    assert (row.tokens, row.bytes) == (tokens, size)
 
 
 def test_progress_is_told_after_each_batch(
@@ -164,17 +153,21 @@ def test_progress_is_told_after_each_batch(
 # --- metrics over documents -----------------------------------------------------------------------------------------
 
 
-def document_scores(**numbers: list[float]) -> DocumentScores:
-    return DocumentScores(**{name: np.array(values, dtype=np.float64) for name, values in numbers.items()})
-
-
 SCORES = {
-    "base": [10.0, 20.0, 6.0],
-    "expert": [12.0, 30.0, 6.0],
-    "kl": [1.0, 2.0, 0.5],
-    "tokens": [5.0, 5.0, 2.0],
-    "bytes": [20.0, 40.0, 12.0],
+    "base_bits": [10.0, 20.0, 6.0],
+    "expert_bits": [12.0, 30.0, 6.0],
+    "kl_bits": [1.0, 2.0, 0.5],
+    "tokens": [5, 5, 2],
+    "bytes": [20, 40, 12],
 }
+
+
+def rows_of(scores: dict[str, Any], digests: str = "abc") -> list[DocumentBits]:
+    rows = [dict(zip(scores, values, strict=True)) for values in zip(*scores.values(), strict=True)]
+    return [
+        DocumentBits(**{"digest": digest, "expert_tokens": row["tokens"], "expert_bytes": row["bytes"], **row})
+        for digest, row in zip(digests, rows, strict=False)
+    ]
 
 
 def slow_interval(values: Callable[[list[int]], float], count: int) -> tuple[float, float]:
@@ -195,48 +188,42 @@ def total(name: str, indices: list[int]) -> float:
 
 
 def test_metrics_over_documents_written_out() -> None:
-    metrics = document_metrics(document_scores(**SCORES), ["bits_per_byte", "perplexity", "kl"])
+    metrics = document_metrics(rows_of(SCORES), ["bits_per_byte", "perplexity", "kl", "questions"])
     assert set(metrics) == {"bits_per_byte", "perplexity", "kl"}
-    low, high = slow_interval(lambda i: total("base", i) / total("expert", i), 3)
-    assert metrics["bits_per_byte"] == pytest.approx(
-        {"base": 36 / 72, "expert": 48 / 72, "retention": 36 / 48, "low": low, "high": high}
+    found = {name: numbers.model_dump(exclude_none=True) for name, numbers in metrics.items()}
+    low, high = slow_interval(lambda i: total("base_bits", i) / total("expert_bits", i), 3)
+    assert found["bits_per_byte"] == pytest.approx(
+        {"examples": 3, "base": 36 / 72, "expert": 48 / 72, "retention": 36 / 48, "low": low, "high": high}
     )
-    low, high = slow_interval(lambda i: 2 ** ((total("base", i) - total("expert", i)) / total("tokens", i)), 3)
-    assert metrics["perplexity"] == pytest.approx(
-        {"base": 2**3, "expert": 2**4, "retention": 0.5, "low": low, "high": high}
+    low, high = slow_interval(
+        lambda i: 2 ** ((total("base_bits", i) - total("expert_bits", i)) / total("tokens", i)), 3
     )
-    low, high = slow_interval(lambda i: total("kl", i) / total("tokens", i), 3)
-    assert metrics["kl"] == pytest.approx({"expert": 3.5 / 12, "low": low, "high": high})
+    assert found["perplexity"] == pytest.approx(
+        {"examples": 3, "base": 2**3, "expert": 2**4, "retention": 0.5, "low": low, "high": high}
+    )
+    low, high = slow_interval(lambda i: total("kl_bits", i) / total("tokens", i), 3)
+    assert found["kl"] == pytest.approx({"examples": 3, "expert": 3.5 / 12, "low": low, "high": high})
     assert low < 3.5 / 12 < high
 
 
-@pytest.mark.parametrize("metric", ["bits_per_byte", "perplexity", "kl"])
-def test_only_the_metrics_that_are_asked_for(metric: str) -> None:
-    assert list(document_metrics(document_scores(**SCORES), [metric, "questions"])) == [metric]
-
-
 def test_identical_models_lose_nothing(base: Any, tokenizer: PreTrainedTokenizerFast) -> None:
-    scores = score_documents(base, tiny_model("llama", seed=0), tokenizer, DOCUMENTS, 20)
-    assert scores.kl.tolist() == [0.0] * len(DOCUMENTS)
-    metrics = document_metrics(scores, ["bits_per_byte", "perplexity", "kl"])
+    rows = score_documents(base, tiny_model("llama", seed=0), tokenizer, DOCUMENTS, 20)
+    metrics = document_metrics(rows, ["bits_per_byte", "perplexity", "kl"])
     for name in ("bits_per_byte", "perplexity"):
-        assert (metrics[name]["retention"], metrics[name]["low"], metrics[name]["high"]) == (1.0, 1.0, 1.0)
-        assert metrics[name]["base"] == metrics[name]["expert"] > 0
-    assert metrics["kl"] == {"expert": 0.0, "low": 0.0, "high": 0.0}
+        assert (metrics[name].retention, metrics[name].low, metrics[name].high) == (1.0, 1.0, 1.0)
+        assert metrics[name].base == metrics[name].expert
+    assert (metrics["kl"].expert, metrics["kl"].low, metrics["kl"].high) == (0, 0, 0)
 
 
 def test_metrics_of_a_single_document_have_a_point_for_an_interval() -> None:
-    one = document_metrics(document_scores(**{name: values[:1] for name, values in SCORES.items()}), ["bits_per_byte"])
-    numbers = one["bits_per_byte"]
-    assert numbers["low"] == numbers["high"] == numbers["retention"] == pytest.approx(10 / 12)
+    numbers = document_metrics(rows_of(SCORES)[:1], ["bits_per_byte"])["bits_per_byte"]
+    assert numbers.low == numbers.high == numbers.retention == pytest.approx(10 / 12)
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_metrics_of_documents_that_predict_nothing_are_undefined() -> None:
-    nothing = document_scores(**{name: [0.0, 0.0] for name in SCORES})
-    metrics = document_metrics(nothing, ["bits_per_byte", "perplexity", "kl"])
-    assert all(math.isnan(metrics[name]["retention"]) for name in ("bits_per_byte", "perplexity"))
-    assert all(math.isnan(numbers[end]) for numbers in metrics.values() for end in ("low", "high"))
+    nothing = rows_of({name: [0, 0] for name in SCORES})
+    for numbers in document_metrics(nothing, ["bits_per_byte", "perplexity", "kl"]).values():
+        assert (numbers.retention, numbers.low, numbers.high) == (None, None, None)
 
 
 # --- bootstrap ------------------------------------------------------------------------------------------------------
@@ -354,116 +341,14 @@ def test_choices_are_compared_by_the_byte_not_by_the_character(base: Any, tokeni
     assert answer_questions(base, tokenizer, [Question("heart", choices, 1)]).tolist() == [1]
 
 
-def test_question_metrics_count_flips_each_way() -> None:
-    base = np.array([1.0, 1, 0, 0, 1, 1])
-    expert = np.array([1.0, 0, 1, 0, 0, 1])
-    low, high = slow_interval(lambda i: expert[i].sum() / base[i].sum() if base[i].sum() else math.inf, 6)
-    assert question_metrics(base, expert) == pytest.approx(
-        {"base": 4 / 6, "expert": 3 / 6, "retention": 3 / 4, "low": low, "high": high, "lost": 2, "gained": 1}
-    )
-
-
-def test_retention_of_a_base_that_knew_nothing_is_undefined() -> None:
-    metrics = question_metrics(np.zeros(4), np.array([1.0, 0, 0, 0]))
-    assert all(math.isnan(metrics[name]) for name in ("retention", "low", "high"))
-    assert (metrics["base"], metrics["expert"], metrics["lost"], metrics["gained"]) == (0, 0.25, 0, 1)
-
-
-# --- leak guard -----------------------------------------------------------------------------------------------------
-
-LETTERS = (
-    "The nurse measured blood pressure twice that morning and wrote both numbers down. Since the second was higher \
-than the first, she asked the patient to rest for ten minutes, and then repeated the measurement on the other arm, where \
-it turned out almost normal again. A doctor later explained that coffee, stairs and worry can raise such numbers for a \
-short while."
-)
-UNRELATED = "Sailing boats crossed the harbour before sunrise, their crews singing old songs about distant islands. \
-Fishermen mended nets along the quay while gulls quarrelled over scraps. By noon every tavern smelled of fried herring, \
-and merchants argued loudly over prices of rope, tar, canvas and timber under striped awnings."
-
-
-def corpus(
-    name: str, calibration: list[str], evaluated: list[str], set_aside: bool = False, questions: int = 0
-) -> Corpus:
-    return Corpus(
-        name,
-        tuple(map(Document, calibration)),
-        tuple(map(Document, evaluated)),
-        (Question("q", ("a", "b"), 0),) * questions,
-        set_aside,
-    )
-
-
-def with_one_word_changed(text: str) -> str:
-    changed = text.split()
-    assert len(changed) >= 60
-    changed[30] = "forearm"
-    return " ".join(changed)
-
-
-@pytest.mark.parametrize(
-    ("document", "is_leaked"),
-    [
-        pytest.param(LETTERS, True, id="the same"),
-        pytest.param(LETTERS.replace(" ", "\n\t "), True, id="other white space"),
-        pytest.param(with_one_word_changed(LETTERS), True, id="one word changed"),
-        pytest.param(LETTERS.upper(), True, id="other case"),
-        pytest.param(UNRELATED, False, id="unrelated"),
-        pytest.param(with_one_word_changed(UNRELATED + " " + UNRELATED), False, id="unrelated, longer"),
-    ],
-)
-def test_leaks(document: str, is_leaked: bool) -> None:
-    calibration = [Document(UNRELATED.replace("e", "x")), Document(LETTERS)]
-    assert leaked([Document("heart"), Document(document)], calibration) == ([1] if is_leaked else [])
-
-
-def test_the_digest_finds_the_same_text_without_a_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leaks, "NEAR_DUPLICATE", 2.0)
-    evaluated = [with_one_word_changed(LETTERS), LETTERS.replace(" ", "\n "), LETTERS.upper()]
-    assert leaked(list(map(Document, evaluated)), [Document(UNRELATED), Document(LETTERS)]) == [1]
-
-
-@pytest.mark.parametrize(("evaluated", "calibration"), [([], ["a"]), (["a"], []), ([], [])])
-def test_nothing_leaks_from_or_into_nothing(evaluated: list[str], calibration: list[str]) -> None:
-    assert leaked(list(map(Document, evaluated)), list(map(Document, calibration))) == []
-
-
-def test_an_evaluation_split_that_calibrated_is_the_users_mistake() -> None:
-    """All corpora are told at once, and a document of one corpus may leak into another's evaluation."""
-    corpora = [
-        corpus("language/en", [LETTERS], [UNRELATED, with_one_word_changed(LETTERS)]),
-        corpus("domain/medical", ["we sum numbers all day long"], [LETTERS, "a judge reads the law every day"]),
-        corpus("task/qa", ["seven seas lie far apart"], ["mountains are rarely blue at night"]),
-    ]
-    with pytest.raises(SpecError) as error:
-        guarded(corpora)
-    assert len(error.value.problems) == 2
-    first, second = error.value.problems
-    assert first.startswith("corpus language/en: 1 of 2 evaluation documents also calibrate the expert")
-    assert second.startswith("corpus domain/medical: 1 of 2 evaluation documents also calibrate the expert")
-    assert "'The nurse measured blood pressure" in first
-
-
-def test_documents_set_aside_are_dropped_where_they_leak() -> None:
-    clean = guarded(
-        [
-            corpus("language/en", [LETTERS], [with_one_word_changed(LETTERS), UNRELATED], set_aside=True, questions=2),
-            corpus("task/qa", ["seven seas lie far apart"], ["mountains are rarely blue at night"]),
-        ]
-    )
-    assert [[document.text for document in c.evaluation] for c in clean] == [
-        [UNRELATED],
-        ["mountains are rarely blue at night"],
-    ]
-    assert (clean[0].name, clean[0].calibration, len(clean[0].questions)) == ("language/en", (Document(LETTERS),), 2)
-
-
-@pytest.mark.parametrize("evaluated", [[], [LETTERS]])
-def test_a_corpus_with_nothing_left_is_an_error_unless_it_has_questions(evaluated: list[str]) -> None:
-    with pytest.raises(SpecError, match="corpus language/en: no document is left to evaluate on"):
-        guarded([corpus("language/en", [LETTERS], evaluated, set_aside=True)])
-    clean = guarded([corpus("language/en", [LETTERS], evaluated, set_aside=True, questions=1)])
-    assert clean[0].evaluation == ()
+def test_chance_of_a_question_set_is_the_mean_over_its_questions() -> None:
+    questions = [Question("q", ("a", "b"), 0)] * 3 + [Question("q", ("a", "b", "c", "d"), 0)] * 3
+    base, expert = np.array([1.0, 1, 1, 1, 1, 0]), np.array([1.0, 1, 0, 1, 0, 1])
+    found = paired_answers(questions, base, expert).measured()
+    chance = (3 * 1 / 2 + 3 * 1 / 4) / 6  # 0.375
+    assert (found.examples, found.chance, found.base, found.expert) == (6, chance, 5 / 6, 4 / 6)
+    assert found.retention == pytest.approx((4 / 6 - 0.375) / (5 / 6 - 0.375))
+    assert (found.lost, found.gained) == (2, 1)
 
 
 # --- the whole ------------------------------------------------------------------------------------------------------
@@ -484,29 +369,23 @@ def test_evaluate_measures_every_corpus(
     calls: list[int] = []
     result = evaluate(base, expert, tokenizer, evaluated, Evaluate(max_tokens=20), lambda: calls.append(1))
     over_documents = ["bits_per_byte", "perplexity", "kl"]
-    assert {name: list(entry["metrics"]) for name, entry in result.corpora.items()} == {
+    assert {name: list(entry.metrics) for name, entry in result.corpora.items()} == {
         "language/en": over_documents,
         "task/qa": [*over_documents, "questions"],
         "domain/medical": ["questions"],
     }
-    assert [entry["documents"] for entry in result.corpora.values()] == [3, 3, 0]
-    assert [entry.get("questions") for entry in result.corpora.values()] == [None, 10, 5]
-    assert result.settings["max_tokens"] == 20
-    assert result.settings["resamples"] == RESAMPLES
+    assert [(each.documents, each.questions) for each in result.corpora.values()] == [(3, 0), (3, 10), (0, 5)]
+    assert (result.settings.max_tokens, result.settings.resamples) == (20, RESAMPLES)
     assert len(calls) == 2 + 2 * 2  # a batch of documents each, a batch of questions for each model
-
-    scores = score_documents(base, expert, tokenizer, evaluated[0].evaluation, 20)
-    assert result.corpora["language/en"]["metrics"] == document_metrics(scores, over_documents)
-    rows = result.corpora["language/en"]["per_document"]
-    assert [row["digest"] for row in rows] == [document.digest for document in evaluated[0].evaluation]
-    for i, row in enumerate(rows):
-        ids = tokenizer(" ".join(TEXTS[i]))["input_ids"]
-        expected = slow_scores(base, expert, ids)
-        assert (row["base_bits"], row["expert_bits"], row["kl_bits"]) == pytest.approx(expected, rel=1e-5)
-        assert (row["tokens"], row["bytes"]) == (len(TEXTS[i]) - 1, len(" ".join(TEXTS[i])) - len(TEXTS[i][0]))
-
-    right = [answer_questions(model, tokenizer, evaluated[1].questions) for model in (base, expert)]
-    assert result.corpora["task/qa"]["metrics"]["questions"] == question_metrics(*right)
+    rows = score_documents(base, expert, tokenizer, evaluated[0].evaluation, 20)
+    assert result.corpora["language/en"].per_document == rows
+    assert result.corpora["language/en"].metrics == document_metrics(rows, over_documents)
+    assert [row.digest for row in rows] == [document.digest for document in evaluated[0].evaluation]
+    asked = evaluated[1].questions
+    right = [answer_questions(model, tokenizer, asked) for model in (base, expert)]
+    assert result.corpora["task/qa"].metrics["questions"] == paired_answers(asked, *right).measured()
+    document = json.loads(json.dumps(result.document(), allow_nan=False))
+    assert Evaluation.from_document(document) == result
 
 
 @pytest.mark.parametrize(
@@ -526,16 +405,7 @@ def test_evaluate_measures_what_is_asked_for(
     measured: list[list[str]],
 ) -> None:
     result = evaluate(base, expert, tokenizer, evaluated, Evaluate(metrics=metrics))
-    assert [list(entry["metrics"]) for entry in result.corpora.values()] == measured
+    assert [list(each.metrics) for each in result.corpora.values()] == measured
     assert all(
-        ("per_document" in entry) == (entry["documents"] > 0 and metrics != ["questions"])
-        for entry in result.corpora.values()
+        bool(each.per_document) == (each.documents > 0 and metrics != ["questions"]) for each in result.corpora.values()
     )
-
-
-def test_an_evaluation_can_be_written_as_json(
-    base: Any, expert: Any, tokenizer: PreTrainedTokenizerFast, evaluated: list[Corpus]
-) -> None:
-    document = evaluate(base, expert, tokenizer, evaluated, Evaluate()).document()
-    assert json.loads(json.dumps(document)) == document
-    assert document["kind"] == "evaluation"

@@ -7,17 +7,18 @@ import math
 import numpy as np
 import pytest
 
-from expertprune.evaluation.retention import RESAMPLES, Paired, interval, shortfalls, summarize
+from expertprune.artifacts.evaluation import Average, CorpusResult, DocumentBits, Evaluation, Settings
+from expertprune.evaluation.retention import RESAMPLES, Counted, Paired, interval, pooled, shortfalls, summarize
 
 
-def answers(name: str, base: str, expert: str, chance: float | None = None, group: str = "expert") -> Paired:
+def answers(base: str, expert: str, chance: float | None = None) -> Paired:
     """Right and wrong answers as `"110"`."""
     mine, theirs = (np.array([float(c) for c in text]) for text in (base, expert))
-    return Paired(name, group, mine, theirs, np.ones(len(mine)), chance)
+    return Paired(mine, theirs, np.ones(len(mine)), chance)
 
 
-def bits(name: str, base: list[float], expert: list[float], size: list[float], group: str = "expert") -> Paired:
-    return Paired(name, group, np.array(base), np.array(expert), np.array(size), less_is_better=True)
+def bits(base: list[float], expert: list[float], size: list[float]) -> Paired:
+    return Paired(np.array(base), np.array(expert), np.array(size), less_is_better=True)
 
 
 def slow(metrics: list[Paired]) -> list[float]:
@@ -50,46 +51,44 @@ BASE, EXPERT = "1111111110" * 3, "1111011101" * 3  # 27 and 24 of 30 right; 6 lo
 
 
 def test_retention_above_chance_written_out() -> None:
-    entry = answers("a", BASE, EXPERT, chance=0.25).entry()
-    assert (entry["base"], entry["expert"], entry["examples"]) == (27 / 30, 24 / 30, 30)
-    assert entry["retention"] == pytest.approx((0.8 - 0.25) / (0.9 - 0.25))
-    assert (entry["gained"], entry["lost"], entry["chance"]) == (3, 6, 0.25)
-    assert "note" not in entry
-    expected = quantiles(slow([answers("a", BASE, EXPERT, chance=0.25)]))
-    assert [entry["low"], entry["high"]] == pytest.approx(expected)
-    assert entry["low"] < entry["retention"] < entry["high"]
+    entry = answers(BASE, EXPERT, chance=0.25).measured()
+    assert (entry.base, entry.expert, entry.examples) == (27 / 30, 24 / 30, 30)
+    assert entry.retention == pytest.approx((0.8 - 0.25) / (0.9 - 0.25))
+    assert (entry.gained, entry.lost, entry.chance) == (3, 6, 0.25)
+    assert entry.note is None
+    expected = quantiles(slow([answers(BASE, EXPERT, chance=0.25)]))
+    assert [entry.low, entry.high] == pytest.approx(expected)
+    assert entry.low < entry.retention < entry.high
 
 
 def test_retention_where_chance_is_not_known() -> None:
-    entry = answers("a", BASE, EXPERT).entry()
-    assert entry["retention"] == pytest.approx(24 / 27)
-    assert [entry["low"], entry["high"]] == pytest.approx(quantiles(slow([answers("a", BASE, EXPERT)])))
+    entry = answers(BASE, EXPERT).measured()
+    assert entry.retention == pytest.approx(24 / 27)
+    assert [entry.low, entry.high] == pytest.approx(quantiles(slow([answers(BASE, EXPERT)])))
 
 
 def test_retention_of_a_cost_is_base_over_expert() -> None:
-    metric = bits("a", [10.0, 20.0, 6.0], [12.0, 30.0, 6.0], [20.0, 40.0, 12.0])
-    entry = metric.entry()
-    assert (entry["base"], entry["expert"], entry["retention"]) == (36 / 72, 48 / 72, 36 / 48)
-    assert (entry["gained"], entry["lost"], entry["chance"]) == (None, None, None)
-    assert [entry["low"], entry["high"]] == pytest.approx(quantiles(slow([metric])))
+    metric = bits([10.0, 20.0, 6.0], [12.0, 30.0, 6.0], [20.0, 40.0, 12.0])
+    entry = metric.measured()
+    assert (entry.base, entry.expert, entry.retention) == (36 / 72, 48 / 72, 36 / 48)
+    assert (entry.gained, entry.lost, entry.chance) == (None, None, None)
+    assert [entry.low, entry.high] == pytest.approx(quantiles(slow([metric])))
 
 
 def test_an_expert_with_bytes_of_its_own_is_compared_by_its_own() -> None:
     base, expert, size, own = ([10.0, 20.0], [12.0, 30.0], [20.0, 40.0], [24.0, 40.0])
-    metric = Paired(
-        "a", "expert", *map(np.array, (base, expert, size)), less_is_better=True, expert_weights=np.array(own)
-    )
-    entry = metric.entry()
-    assert (entry["base"], entry["expert"]) == (30 / 60, 42 / 64)
-    assert entry["retention"] == pytest.approx((30 / 60) / (42 / 64))
-    assert (entry["low"], entry["high"]) == pytest.approx((  # only the same document twice is further out
+    metric = Paired(*map(np.array, (base, expert, size)), less_is_better=True, expert_weights=np.array(own))
+    entry = metric.measured()
+    assert (entry.base, entry.expert) == (30 / 60, 42 / 64)
+    assert entry.retention == pytest.approx((30 / 60) / (42 / 64))
+    assert (entry.low, entry.high) == pytest.approx((  # only the same document twice is further out
         (20 / 40) / (30 / 40), (10 / 20) / (12 / 24)
     ))  # fmt: skip
 
 
 def test_the_same_answers_lose_nothing() -> None:
-    entry = answers("a", BASE, BASE, chance=0.5).entry()
-    assert (entry["retention"], entry["low"], entry["high"], entry["gained"], entry["lost"]) == (1, 1, 1, 0, 0)
+    entry = answers(BASE, BASE, chance=0.5).measured()
+    assert (entry.retention, entry.low, entry.high, entry.gained, entry.lost) == (1, 1, 1, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -97,58 +96,76 @@ def test_the_same_answers_lose_nothing() -> None:
     [("1000", 0.25, "chance (0.2500)"), ("1000", 0.5, "chance (0.5000)"), ("0000", None, "none right")],
 )
 def test_a_base_no_better_than_chance_has_no_retention(base: str, chance: float | None, reason: str) -> None:
-    entry = answers("a", base, "1100", chance).entry()
-    assert all(math.isnan(entry[key]) for key in ("retention", "low", "high"))
-    assert (
-        entry["note"] == f"the base ({base.count('1') / 4:.4f}) is no better than {reason}, so retention is undefined"
-    )
+    entry = answers(base, "1100", chance).measured()
+    assert (entry.retention, entry.low, entry.high) == (None, None, None)
+    assert entry.note == f"the base ({base.count('1') / 4:.4f}) is no better than {reason}, so retention is undefined"
 
 
 def test_a_base_near_chance_has_a_retention_but_no_interval() -> None:
-    metric = answers("a", "1110100101", "1110000101", chance=0.5)
-    entry = metric.entry()
-    assert entry["retention"] == pytest.approx((0.5 - 0.5) / (0.6 - 0.5))
+    metric = answers("1110100101", "1110000101", chance=0.5)
+    entry = metric.measured()
+    assert entry.retention == pytest.approx((0.5 - 0.5) / (0.6 - 0.5))
     share = sum(map(math.isnan, slow([metric]))) / RESAMPLES
     assert share > 0.025
-    assert math.isnan(entry["low"])
-    assert math.isnan(entry["high"])
-    assert entry["note"].startswith(f"in {share:.0%} of the resamples the base is no better than chance (0.5000)")
+    assert (entry.low, entry.high) == (None, None)
+    assert entry.note is not None
+    assert entry.note.startswith(f"in {share:.0%} of the resamples the base is no better than chance (0.5000)")
 
 
-def test_the_summary_is_the_mean_over_metrics_with_each_metrics_examples_resampled() -> None:
-    one = answers("one", BASE, EXPERT, chance=0.25)
-    two = bits("two", [10.0, 20.0, 6.0], [12.0, 30.0, 6.0], [20.0, 40.0, 12.0])
-    undefined = answers("none", "0000", "1100", chance=0.25)
-    other = answers("other", BASE, EXPERT, group="general")
-    summary = summarize([one, undefined, two, other])
-    expert = summary["expert"]
-    assert expert["retention"] == pytest.approx((0.55 / 0.65 + 36 / 48) / 2)
-    assert (expert["metrics"], expert["undefined"]) == (["one", "two"], ["none"])
-    assert [expert["low"], expert["high"]] == pytest.approx(quantiles(slow([one, two])))
-    assert summary["general"]["retention"] == pytest.approx(24 / 27)
-    assert [summary["general"][key] for key in ("low", "high")] == pytest.approx(quantiles(slow([other])))
-
-
-def test_a_group_of_which_nothing_is_measured_has_no_summary_and_one_without_retention_no_number() -> None:
-    summary = summarize([answers("none", "0000", "1100")])
-    assert list(summary) == ["expert"]
-    assert math.isnan(summary["expert"]["retention"])
-    assert (summary["expert"]["metrics"], summary["expert"]["undefined"]) == ([], ["none"])
+def test_the_summary_averages_bits_and_accuracy_apart() -> None:
+    tasks = [answers(BASE, EXPERT, chance=0.25), answers(BASE, BASE)]
+    text = bits([10.0, 20.0, 6.0], [12.0, 30.0, 6.0], [20.0, 40.0, 12.0])
+    undefined = answers("0000", "1100", chance=0.25)
+    names = zip(("one", "two", "text", "none"), (*tasks, text, undefined), strict=True)
+    counted = [Counted(name, "expert", paired) for name, paired in names]
+    summary = summarize([*counted, Counted("other", "general", undefined)])
+    accuracy = summary["expert"]["accuracy"]
+    assert accuracy.retention == pytest.approx((0.55 / 0.65 + 1) / 2)
+    assert (accuracy.metrics, accuracy.undefined) == (["one", "two"], ["none"])
+    assert [accuracy.low, accuracy.high] == pytest.approx(quantiles(slow(tasks)))
+    assert summary["expert"]["bits"].retention == 36 / 48
+    assert summary["expert"]["bits"].metrics == ["text"]
+    assert list(summary["general"]) == ["accuracy"]
+    assert (summary["general"]["accuracy"].retention, summary["general"]["accuracy"].undefined) == (None, ["other"])
 
 
 def test_an_interval_of_several_needs_all_of_them() -> None:
-    near = answers("a", "1110100101", "1110000101", chance=0.5)
-    (low, high), undefined = interval([answers("b", BASE, EXPERT), near])
+    near = answers("1110100101", "1110000101", chance=0.5)
+    (low, high), undefined = interval([answers(BASE, EXPERT), near])
     assert math.isnan(low)
     assert math.isnan(high)
-    assert undefined == sum(map(math.isnan, slow([answers("b", BASE, EXPERT), near]))) / RESAMPLES
+    assert undefined == sum(map(math.isnan, slow([answers(BASE, EXPERT), near]))) / RESAMPLES
 
 
-def test_shortfalls() -> None:
-    summary = {"expert": {"retention": 0.97}, "general": {"retention": math.nan}}
-    assert shortfalls(summary, {"expert": 0.97}) == []
-    assert shortfalls(summary, {"expert": 0.98, "general": 0.1}) == [
-        "expert: retention 0.9700 is below 0.98",
-        "general: retention is undefined, and 0.1 is asked for",
+def average(retention: float) -> Average:
+    return Average(retention=retention, low=None, high=None, metrics=["a"], undefined=[])
+
+
+def test_every_average_of_a_group_must_hold_its_floor() -> None:
+    expert, general = {"bits": average(0.99), "accuracy": average(0.97)}, {"accuracy": average(math.nan)}
+    assert shortfalls({"expert": expert}, {"expert": 0.97}) == []
+    assert shortfalls({"expert": expert, "general": general}, {"expert": 0.98, "general": 0.1}) == [
+        "expert accuracy: retention 0.9700 is below 0.98",
+        "general accuracy: retention is undefined, and 0.1 is asked for",
     ]
-    assert shortfalls({}, {"general": 0.5}) == ["general: retention is undefined, and 0.5 is asked for"]
+    assert shortfalls({}, {"general": 0.5}) == ["general: nothing was measured, and 0.5 is asked for"]
+
+
+def test_documents_of_several_corpora_count_once_each_by_the_experts_own_bytes() -> None:
+    def document(digest: str, base: float, expert: float, size: int, own: int) -> DocumentBits:
+        return DocumentBits(digest=digest, tokens=1, bytes=size, base_bits=base, expert_bits=expert, kl_bits=None,
+                            expert_tokens=1, expert_bytes=own)  # fmt: skip
+
+    first, second = document("a", 10, 12, 20, 24), document("b", 20, 30, 40, 40)
+    corpora = {
+        name: CorpusResult(group=group, documents=len(rows), questions=0, metrics={}, per_document=rows)
+        for name, group, rows in (
+            ("domain/x", "expert", [first]), ("task/y", "expert", [first, second]), ("general/z", "general", [])
+        )
+    }  # fmt: skip
+    evaluation = Evaluation(settings=Settings(resamples=RESAMPLES), corpora=corpora)
+    found = pooled(evaluation, "expert")
+    assert found is not None
+    assert (found.examples, found.base, found.expert) == (2, 30 / 60, 42 / 64)
+    assert found.retention == pytest.approx((30 / 60) / (42 / 64))
+    assert pooled(evaluation, "general") is None

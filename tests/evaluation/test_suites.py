@@ -11,11 +11,11 @@ import yaml
 
 from expertprune.corpora.catalogue import catalogue_sources
 from expertprune.corpora.documents import Corpus, Document
-from expertprune.corpora.leaks import leaked
+from expertprune.corpora.leaks import Examples, LeakGuard
 from expertprune.corpora.loading import load_corpora
 from expertprune.errors import SpecError
 from expertprune.evaluation.harness import tasks as harness
-from expertprune.evaluation.suites import TaskEntry, bare_task, find_suite, load_suite, shipped_suites, suite_labels
+from expertprune.evaluation.suites import TaskEntry, bare_task, find_suite, find_suites, load_suite, shipped_suites
 from expertprune.files import shipped
 from expertprune.spec.reading import load_spec
 from expertprune.spec.schema import Dimensions
@@ -136,17 +136,17 @@ def test_the_shipped_suites_are_these_under_the_names_of_their_files() -> None:
     for name, path in shipped_suites().items():
         assert load_suite(path).name == name
         assert path.read_text(encoding="utf-8").startswith("# ")
-    assert len(suite_labels([find_suite(name) for name in shipped_suites()])) > 50
+    suites = find_suites(list(shipped_suites()))  # no task has the name of another
+    assert sum(len(suite.tasks) + len(suite.generation) for suite in suites) > 50
 
 
 def test_there_is_a_local_suite_for_every_value_that_ships() -> None:
-    for key in catalogue_sources(shipped("corpora")):
-        dimension, value = key.split("/")
-        suite = find_suite(value)
+    for name in catalogue_sources(shipped("corpora")):
+        suite = find_suite(name.value)
         assert suite.perplexity is not None
-        assert suite.perplexity.corpora == ([value] if dimension == "general" else [key])
-        assert suite.measures == ([] if dimension == "general" else [key])
-        assert (suite.group == "general") == (dimension == "general")
+        assert suite.perplexity.corpora == ([name.value] if name.is_general else [str(name)])
+        assert suite.measures == ([] if name.is_general else [str(name)])
+        assert (suite.group == "general") == name.is_general
         assert all(entry.file is not None for entry in (*suite.tasks, *suite.generation))
 
 
@@ -165,7 +165,7 @@ def evaluation_texts(key: str) -> list[str]:
     return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("key", sorted(catalogue_sources(shipped("corpora"))))
+@pytest.mark.parametrize("key", sorted(map(str, catalogue_sources(shipped("corpora")))))
 def test_the_right_choice_goes_on_in_a_document_and_the_others_are_from_other_documents(key: str) -> None:
     texts = evaluation_texts(key)
     found = rows(f"{key.split('/')[1]}.continuation.jsonl")
@@ -200,11 +200,11 @@ def test_no_shipped_question_calibrates_a_shipped_expert() -> None:
     for path in sorted(shipped("profiles").glob("*.yaml")):
         corpora: list[Corpus] = list(load_corpora(load_spec(path)).values())
         calibration |= {document.digest: document for corpus in corpora for document in corpus.calibration}
-    texts = []
+    sets = []
     for path in sorted((FOLDER / "data").glob("*.jsonl")):
-        for row in rows(path.name):
-            texts += [value for value in row.values() if isinstance(value, str)]
-    assert leaked([Document(text) for text in texts], list(calibration.values())) == []
+        texts = [[Document(value) for value in row.values() if isinstance(value, str)] for row in rows(path.name)]
+        sets.append(Examples(path.name, "examples", texts))
+    assert LeakGuard(calibration.values()).problems(*sets) == []
 
 
 @pytest.mark.slow  # it reads all of its tasks, 12 s

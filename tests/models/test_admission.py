@@ -189,7 +189,7 @@ def test_code_that_is_allowed_is_run_checked_and_recorded(
     own_code: Path, store: Path, tmp_path: Path, spec_data: dict[str, Any]
 ) -> None:
     base = resolve_base(Base(model=str(own_code), trust_remote_code=True), store)
-    assert not base.family.listed
+    assert not base.family.tested
     assert check_family(base) == ["ffn", "kv_groups", "query_heads"]
     spec_data["base"] = {"model": str(own_code), "trust_remote_code": True}
     spec_data["evaluate"] = {"enabled": False}
@@ -204,7 +204,7 @@ def test_code_that_is_allowed_is_run_checked_and_recorded(
 
 def test_a_model_that_transformers_knows_needs_no_code_of_its_own(folder: Path, store: Path) -> None:
     change_config(folder, auto_map={"AutoModelForCausalLM": "modeling_absent.Absent"})
-    assert resolved(folder, store).family.listed
+    assert resolved(folder, store).family.tested
 
 
 # --- experts of experts -----------------------------------------------------------------------------------------------
@@ -214,12 +214,12 @@ def test_pruning_twice_keeps_the_provenance_of_both(spec_data: dict[str, Any], t
     spec_data["evaluate"] = {"enabled": False}
     first = expertprune.build(parse_spec(spec_data, "spec", tmp_path), tmp_path / "first")
     one = read_json(first / "expertprune.json")
-    assert "expert" not in one["base"]
+    assert one["ancestor"] is None
     spec_data |= {"base": str(first), "name": "again", "budget": {"kv_groups": 1}}
     second = expertprune.build(parse_spec(spec_data, "spec", tmp_path), tmp_path / "second")
     two = read_json(second / "expertprune.json")
-    assert two["base"]["expert"] == {key: value for key, value in one.items() if key != "evaluation"}
-    assert two["base"]["expert"]["base"]["digest"] == one["base"]["digest"] != two["base"]["digest"]
+    assert two["ancestor"] == {key: value for key, value in one.items() if key != "evaluation"}
+    assert two["ancestor"]["base"]["digest"] == one["base"]["digest"] != two["base"]["digest"]
     assert two["plan"]["budget"]["ffn"]["of"] == one["plan"]["budget"]["ffn"]["kept"] == 24
     card = (second / "README.md").read_text()
     assert "The base is an expert itself: `tiny`" in card

@@ -18,9 +18,9 @@ from expertprune.arch import families
 from expertprune.errors import CheckpointError, UsageError
 from expertprune.models.base import resolve_base
 from expertprune.models.checkpoint import Checkpoint
-from expertprune.models.gguf import export
 from expertprune.models.loading import load_model, load_tokenizer
 from expertprune.spec.schema import Base
+from expertprune.stages.export import export
 from tests.calling import call, call_json
 from tests.engine_of_gguf import engine_of, needs_engine
 from tests.oracle import load, logits_of, plan_of, pruned, random_plan, random_units, resolved

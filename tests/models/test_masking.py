@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from expertprune.arch import family_of
-from expertprune.corpora.batches import make_batches
-from expertprune.models import masking
-from expertprune.models.masking import Divergence, masked
+from expertprune.models.masking import masked
 from expertprune.units import KeptUnits, LayerShape
 from tests import oracle
-from tests.oracle import IDS, logits_of, random_units
+from tests.oracle import logits_of, random_units
 from tests.tiny import tiny_model
 
 SHAPES = [LayerShape(hidden=24, ffn=32, query_heads=6, kv_heads=3, head_dim=4)] * 3
@@ -107,63 +103,3 @@ def test_everything_kept_masks_nothing() -> None:
     dense = logits_of(model)
     with masked(model, family_of("llama"), SHAPES, [shape.all_kept for shape in SHAPES]):
         assert torch.equal(logits_of(model), dense)
-
-
-# --- divergence -----------------------------------------------------------------------------------------------------
-
-
-def slow_divergence(model: Any, kept: list[KeptUnits]) -> float:
-    """`Σ_t Σ_v p (ln p − ln q)` of every token of every document alone, over the tokens and ln 2, in float64."""
-    total = 0.0
-    for ids in documents():
-        row = torch.tensor([ids])
-        dense = logits_of(model, row)[0].double().numpy()
-        with hooked(model, kept):
-            mine = logits_of(model, row)[0].double().numpy()
-        p, q = (x - np.log(np.exp(x).sum(1, keepdims=True)) for x in (dense, mine))
-        total += float((np.exp(p) * (p - q)).sum())
-    return total / sum(LENGTHS) / math.log(2)
-
-
-@FAMILIES
-@pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("tokens_per_batch", [1, 30, 10_000])
-def test_divergence_is_that_of_the_whole_logits_of_each_document(family: str, cut: str, tokens_per_batch: int) -> None:
-    model, kept = tiny_model(family), units(cut)
-    batches = make_batches(documents(), tokens_per_batch, pad=63)
-    found = Divergence(model, family_of(family), SHAPES, batches)(kept)
-    expected = slow_divergence(model, kept)
-    assert found == pytest.approx(expected, rel=1e-4)
-    assert expected > 0.01
-
-
-def test_padding_is_really_there() -> None:
-    """So that the test above can fail."""
-    (batch,) = make_batches(documents(), 10_000)
-    assert batch.tokens < 0.7 * batch.ids.numel()
-
-
-@pytest.mark.parametrize("positions", [1, 4, 13])
-def test_how_many_positions_are_compared_at_a_time_does_not_matter(
-    positions: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, kept = tiny_model("llama"), units("all")
-    batches = make_batches(documents(), 10_000)
-    whole = Divergence(model, family_of("llama"), SHAPES, batches)(kept)
-    monkeypatch.setattr(masking, "POSITIONS", positions)
-    assert Divergence(model, family_of("llama"), SHAPES, batches)(kept) == pytest.approx(whole, rel=1e-5)
-
-
-def test_divergence_is_zero_with_everything_kept_and_leaves_no_trace() -> None:
-    model = tiny_model("qwen2")
-    modules, dense = state(model), logits_of(model)
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
-    divergence = Divergence(model, family_of("qwen2"), SHAPES, make_batches(documents(), 30))
-    assert divergence([shape.all_kept for shape in SHAPES]) == 0
-    first, other = divergence(units("all")), divergence(units("ffn"))
-    assert first != other
-    assert divergence(units("all")) == first
-    assert divergence([shape.all_kept for shape in SHAPES]) == 0
-    assert state(model) == modules
-    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-    assert torch.equal(logits_of(model, IDS), dense)

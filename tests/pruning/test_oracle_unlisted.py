@@ -55,7 +55,7 @@ def test_a_family_that_looks_like_one_is_recognized_said_and_cut_as_masked(
     folder = save_unlisted(tmp_path / "base", model_type)
     with caplog.at_level(logging.WARNING):
         base = resolved(folder, store)
-    assert not base.family.listed
+    assert not base.family.tested
     assert f"model_type '{model_type}' is not listed" in caplog.text
     assert "checked on a tiny random copy" in caplog.text
     assert base.layers[0].query_heads == 6

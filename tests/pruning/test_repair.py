@@ -12,13 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from expertprune.arch import family_of
 from expertprune.corpora.batches import Batch, make_batches
 from expertprune.errors import CheckpointError
 from expertprune.models.base import ResolvedBase
 from expertprune.models.loading import load_model
-from expertprune.pruning.repair import Moments, least_squares, repair, token_weights
+from expertprune.models.passes import TextRun
+from expertprune.pruning.repair import Moments, _before_norm, least_squares, repairs, token_weights
 from expertprune.pruning.slicing import cut_tensor
 from expertprune.pruning.write import RepairInput, prune
 from expertprune.spec.schema import Compensation
@@ -311,7 +313,9 @@ def repaired_weights(
     base: ResolvedBase, kept: list[KeptUnits], batches: list[Batch], **changes: Any
 ) -> dict[str, Tensor]:
     model = load_model(base.folder, torch.float32, torch.device("cpu"))
-    return dict(repair(model, base.family, base.layers, kept, batches, Compensation(**changes)))
+    settings = Compensation(**changes)
+    text = TextRun(model, base.family, base.layers, batches)
+    return dict(repairs[settings.method].weights(text, kept, settings, None))
 
 
 class Watched:
@@ -563,3 +567,46 @@ def test_too_little_damping_is_solved_or_said(tmp_path: Path, store: Path) -> No
         pruned(random_plan(base, ffn=24), base, tmp_path / "expert", given_model)
     except CheckpointError as error:
         assert "damping" in str(error)  # noqa: PT017 - either outcome is right
+
+
+# --- output norms ---------------------------------------------------------------------------------------------------
+
+
+def a_norm(gain: Tensor) -> LlamaRMSNorm:
+    norm = LlamaRMSNorm(gain.numel(), eps=0.0)
+    norm.weight.data.copy_(gain)
+    return norm.requires_grad_(False)
+
+
+def test_what_is_owed_in_front_of_an_output_norm() -> None:
+    """Where `γ² (v − c rms/γ)² + m (v − d)²` is least, its derivative is zero; a loud channel does what the stream lacks."""
+    rng = np.random.default_rng(0)
+    gain = np.array([0.5, 1.5, -1.0, 200.0, 0.8])
+    own, dense, residual = (rng.normal(size=(9, 5)) for _ in range(3))
+    joined = gain * own / np.sqrt((own**2).mean(1, keepdims=True))
+    given = [torch.tensor(values, dtype=torch.float32) for values in (residual, joined, own, dense)]
+    owed, rms = _before_norm(a_norm(torch.tensor(gain)), *given)
+    expected = np.sqrt((dense**2).mean(1))
+    np.testing.assert_allclose(rms.numpy(), expected, rtol=1e-5)
+    value, wished = own + owed.double().numpy(), joined + residual
+    typical = 1.0  # the median of 0.25, 2.25, 1, 40000 and 0.64
+    slope = gain**2 * (value - wished * expected[:, None] / gain) + typical * (value - dense)
+    np.testing.assert_allclose(slope / (gain**2 + typical), np.zeros((9, 5)), atol=1e-5)
+    np.testing.assert_allclose((gain * value / expected[:, None])[:, 3], wished[:, 3], rtol=1e-3)
+
+
+def test_a_block_that_gives_what_the_dense_one_does_owes_nothing() -> None:
+    torch.manual_seed(0)
+    norm, own = a_norm(1 + 0.1 * torch.randn(8)), torch.randn(5, 8)
+    owed, _ = _before_norm(norm, torch.zeros(5, 8), norm(own), own, own)
+    torch.testing.assert_close(owed, torch.zeros(5, 8), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("quiet", [1e-6, -1e-6, 0.0])
+def test_channels_that_the_norm_silences_stay_what_they_are(quiet: float) -> None:
+    """They cannot tell in the stream, and as large as they would have to be, they would silence all others."""
+    norm = a_norm(torch.tensor([1.0, quiet, 1.0, 1.0, 1.0]))
+    own = torch.ones(1, 5)
+    residual = torch.tensor([[0.5, 0.3, 0.0, 0.0, 0.0]])
+    owed, _ = _before_norm(norm, residual, norm(own), own, own)
+    torch.testing.assert_close(owed, torch.tensor([[0.25, 0.0, 0.0, 0.0, 0.0]]), atol=1e-5, rtol=0)

@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import expertprune
-from expertprune.artifacts.expert import load_expert
+from expertprune.artifacts.expert import Expert
 from expertprune.artifacts.plan import LayerPlan, Plan, VocabularyPlan
 from expertprune.composition.rows import essentials
 from expertprune.errors import PlanError
 from expertprune.models.base import ResolvedBase
 from expertprune.models.checkpoint import Checkpoint
+from expertprune.models.inventory import vocabulary_rows
 from expertprune.pruning.write import prune
 from expertprune.reporting import explain as inspection
 from expertprune.spec.reading import parse_spec
@@ -43,7 +44,7 @@ def plan_of(base: ResolvedBase, kept: set[int], padding: tuple[int, ...] = (), f
     """A plan that keeps these tokens with what they need, and the last `ffn` neurons of each layer or expert."""
     must = essentials(base)
     rows = tuple(sorted(must.vocabulary.closed(kept | must.ids)))
-    of = base.checkpoint.vocabulary_rows(base.family)
+    of = vocabulary_rows(base.checkpoint, base.family)
     vocabulary = VocabularyPlan(KeptRows(of, rows, padding), base.tokenizer_digest)
     units = []
     for shape in base.layers:
@@ -54,7 +55,7 @@ def plan_of(base: ResolvedBase, kept: set[int], padding: tuple[int, ...] = (), f
     size = base.checkpoint.parameters
     layers = [LayerPlan(each) for each in units]
     parameters = {"before": size, "after": size}
-    return Plan("chosen", about, {}, {}, list(base.layers), layers, {}, parameters, [], vocabulary)
+    return Plan("chosen", about, {}, {}, list(base.layers), layers, {}, parameters, vocabulary)
 
 
 def cut(base: ResolvedBase, plan: Plan, folder: Path) -> Path:
@@ -191,7 +192,7 @@ def test_an_expert_is_built_and_evaluated_with_its_own_tokenizer(
     data = worded_spec(base, tmp_path / "spec", budget)
     data["corpora"]["sources"]["de"]["questions"] = str(tmp_path / "questions.jsonl")
     folder = expertprune.build(parse_spec(data, "spec", tmp_path), tmp_path / "expert")
-    about = load_expert(folder)
+    about = Expert.load(folder).document()
     assert about["parameters"]["after"] == sum(tensor.numel() for tensor in stored_tensors(folder).values())
     assert len(AutoTokenizer.from_pretrained(folder)) <= 384
     assert load(folder).config.vocab_size == 384
@@ -201,10 +202,10 @@ def test_an_expert_is_built_and_evaluated_with_its_own_tokenizer(
     assert result["metrics"]["bits_per_byte"]["base"] == pytest.approx(_bits_per_byte(base, tmp_path), rel=1e-4)
     assert all(each["expert_tokens"] >= each["tokens"] for each in result["per_document"])
     expertprune.evaluate(folder)
-    assert load_expert(folder)["evaluation"]["corpora"]["language/de"]["metrics"] == result["metrics"]
+    assert Expert.load(folder).document()["evaluation"]["corpora"]["language/de"]["metrics"] == result["metrics"]
     card = (folder / "README.md").read_text()
     assert "| vocabulary rows, of the whole model | 384 | 512 |" in card
-    assert inspection.explain(inspection.describe(folder))
+    assert inspection.explain(inspection.read(folder))
 
 
 @torch.no_grad()

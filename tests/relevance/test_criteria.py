@@ -9,18 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertprune.arch import family_of
 from expertprune.artifacts.profile import Profile, save_profile
 from expertprune.composition.scoring import check_criterion, unit_statistics
-from expertprune.corpora.batches import make_batches
 from expertprune.errors import SpecError
-from expertprune.profiling.forward import collect
+from expertprune.profiling.forward import forward_pass
 from expertprune.relevance import Criterion, UnitStatistics, criteria, criterion
 from expertprune.units import DENSE, LayerShape, Structure
+from tests.masks import tiny_of
 from tests.tiny import tiny_model
 
 OF_EXPERTS_ALONE = ["frequency", "reap"]  # see tests/pruning/test_experts.py
-NAMES = ["activation", "fisher", "fluctuation", "impact", "magnitude", "obs", "random", "regional", "taylor"]
+NAMES = ["activation", "fisher", "fluctuation", "impact", "magnitude", "random", "regional", "taylor"]
 SHAPE = LayerShape(hidden=24, ffn=32, query_heads=6, kv_heads=3, head_dim=4)
 DOCUMENTS = [[3, 4, 5, 6, 20], [7, 30, 8, 9, 14, 10, 41, 2], [11, 12]]
 
@@ -57,7 +56,6 @@ def made_up(units: int, channels_per_unit: int, documents: int = 4, impact: bool
         tokens=torch.full((documents,), 7.0),
         gradient=draw(documents, units) - 0.6,
         regional=draw(documents, units) - 0.6,
-        removal=draw(units),
     )
 
 
@@ -163,7 +161,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def profile(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Profile:
-    statistics = collect(model, family_of("llama"), [SHAPE] * 3, make_batches(DOCUMENTS, 16))
+    statistics = forward_pass(tiny_of(model).text(DOCUMENTS, 16))
     about = {"digest": "d", "corpus": "c", "documents": ["x"] * 3, "tokens": 15, "layers": [vars(SHAPE)] * 3}
     return save_profile(tmp_path_factory.mktemp("profile") / "p.safetensors", about, statistics)
 
@@ -269,7 +267,7 @@ def test_a_new_criterion_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -
         ("activations", "; did you mean 'activation'?"),
         (
             "zzz",
-            "; valid: activation, fisher, fluctuation, frequency, impact, magnitude, obs, random, reap, regional, taylor",
+            "; valid: activation, fisher, fluctuation, frequency, impact, magnitude, random, reap, regional, taylor",
         ),
     ],
 )

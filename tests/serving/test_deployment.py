@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import threading
 import time
@@ -16,6 +15,7 @@ from expertprune.errors import ServingError, UsageError
 from expertprune.serving import deployment
 from expertprune.serving.deployment import Deployment, Watch, model_names
 from expertprune.serving.processes import ProcessTree, free_port
+from tests.experts import described
 from tests.serving.test_routing import ask
 
 pytestmark = pytest.mark.usefixtures("fake_vllm")
@@ -152,10 +152,9 @@ def test_pauses_double_and_a_steady_run_is_forgiven(tmp_path: Path, monkeypatch:
 
 
 def test_experts_that_share_a_name_get_those_of_their_folders(tmp_path: Path, tiny_llama: Path) -> None:
-    about = {key: {"some": "thing"} for key in ("base", "parameters", "corpora", "versions", "spec", "plan")}
     folders = [Path(shutil.copytree(tiny_llama, tmp_path / name)) for name in ("small", "large", "elsewhere")]
     for folder, name in zip(folders, ("qa", "qa", "law"), strict=True):
-        (folder / "expertprune.json").write_text(json.dumps({"kind": "expert", "name": name, **about}))
+        described(folder, name).save()
     assert model_names(folders) == ["small", "large", "law"]
     with pytest.raises(UsageError, match="both be served as 'small'"):
         model_names([folders[0], folders[0]])

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import expertprune
 from expertprune.errors import CheckpointError, UsageError
 from expertprune.serving import engine
+from tests.experts import described
 from tests.serving.conftest import CPU
 
 GPU = engine.Platform(cpu=False, memory=80 * engine.GIB)
@@ -42,8 +43,7 @@ def test_a_checkpoint_is_served_under_its_folders_name(folder: Path) -> None:
 
 
 def test_an_expert_is_served_under_its_own_name(folder: Path) -> None:
-    about = {key: {"some": "thing"} for key in ("base", "parameters", "corpora", "versions", "spec", "plan")}
-    (folder / "expertprune.json").write_text(json.dumps({"kind": "expert", "name": "medical-qa", **about}))
+    described(folder, "medical-qa").save()
     assert engine.check_folder(folder).name == "medical-qa"
 
 
@@ -76,7 +76,7 @@ def forget_tokenizer(folder: Path) -> None:
         (forget_tokenizer, "no tokenizer files"),
         (lambda folder: (folder / "config.json").unlink(), "is no expert .* and no checkpoint"),
         (lambda folder: (folder / "expertprune.json").write_text("{"), "cannot be read"),
-        (lambda folder: (folder / "expertprune.json").write_text('{"kind": "expert"}'), "damaged"),
+        (lambda folder: (folder / "expertprune.json").write_text('{"kind": "expert", "schema": 2}'), "damaged"),
     ],
 )
 def test_a_folder_that_is_not_whole_is_refused(folder: Path, damage: Any, message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -111,3 +112,33 @@ def test_where_a_client_finds_a_server(host: str, expected: str) -> None:
 def test_how_a_process_ended() -> None:
     assert ending(3) == "exit code 3"
     assert ending(-9) == "SIGKILL"
+
+
+# A parent that starts a stubborn tree and a child that leaves its session, and says their process ids.
+PARENT = """
+import os, subprocess, sys, time
+from pathlib import Path
+from expertprune.serving.processes import ProcessTree
+fled = "import os, time; os.setsid() if os.fork() == 0 else os._exit(0); print(os.getpid(), flush=True); time.sleep(600)"
+code = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', %r])" % fled
+trees = [ProcessTree([sys.executable, "-c", sys.argv[2]], Path(sys.argv[1], "stubborn"))]
+trees += [ProcessTree([sys.executable, "-c", code + "; import time; time.sleep(600)"], Path(sys.argv[1], "fled"))]
+for tree in trees:
+    tree.start()
+while not all(tree.log.read_text() for tree in trees):
+    time.sleep(0.05)
+print(*(member.pid for tree in trees for member in tree.members()), trees[1].log.read_text(), flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_parent_that_is_killed_takes_all_with_it(tmp_path: Path) -> None:
+    """Even what ignores SIGTERM, and what has left its session and lost its own parent."""
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, tmp_path, STUBBORN], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    members = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
+    assert len(members) >= 4
+    parent.kill()
+    parent.wait()
+    _, left = psutil.wait_procs(members, timeout=10)
+    assert [process for process in left if process.status() != psutil.STATUS_ZOMBIE] == []

@@ -104,6 +104,44 @@ def test_what_cannot_be_routed_gets_an_error_that_clients_understand(
     assert answer["error"]["code"] == status
 
 
+KEYS = ("one.key", "tw+o")  # with characters that mean something in a regular expression
+
+
+@pytest.fixture(scope="module")
+def guarded(servers: dict[str, tuple[int, ProcessTree]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The root of an endpoint that asks for a key."""
+    ports = {name: port for name, (port, _) in servers.items()}
+    router = routing.Router(ports, "127.0.0.1", free_port(), tmp_path_factory.mktemp("router"), KEYS)
+    router.start()
+    while not router.healthy():
+        time.sleep(0.05)
+    yield router.root
+    router.tree.stop()
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/alpha", "/v1/completions", "/anything"])
+@pytest.mark.parametrize(
+    ("header", "let_in"),
+    [(None, False), ("Bearer onexkey", False), ("Bearer one.keys", False)] + [(f"Bearer {key}", True) for key in KEYS],
+)
+def test_every_route_but_health_asks_for_a_key(guarded: str, path: str, header: str | None, let_in: bool) -> None:
+    asked = urllib.request.Request(guarded + path)
+    if path == "/v1/completions":
+        asked.data = b'{"model": "alpha"}'
+        asked.add_header("Content-Type", "application/json")
+    if header is not None:
+        asked.add_header("Authorization", header)
+    try:
+        with urllib.request.urlopen(asked, timeout=30) as answer:
+            status, body = answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        status, body = error.code, error.read().decode()
+    assert (status != 401) is let_in
+    assert let_in or "alpha" not in body, "without a key, not even names are told"
+    with urllib.request.urlopen(f"{guarded}/health", timeout=30) as answer:
+        assert answer.status == 200
+
+
 def test_a_stream_arrives_piece_by_piece(endpoint: str) -> None:
     """The server pauses 0.3 s after each of three events, so the first is here well before the last."""
     body = json.dumps({"model": "alpha", "stream": True}).encode()

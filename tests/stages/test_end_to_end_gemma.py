@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import expertprune
+from expertprune.artifacts.expert import Expert
 from tests.engines import ALONE, TRANSFORMERS, VLLM, run_script
 
 pytestmark = pytest.mark.slow
@@ -31,13 +32,15 @@ def trimmed(tmp_path_factory: pytest.TempPathFactory, real_store: Path) -> Path:
     return expertprune.build(SPEC, tmp_path_factory.mktemp("rows") / "expert", overrides=overrides, store=real_store)
 
 
-def base_of(expert: Path) -> Path:
-    return Path(json.loads((expert / "expertprune.json").read_text())["base"]["path"])
+def base_of(expert: Path, store: Path) -> Path:
+    return Expert.load(expert).find_base(store).folder
 
 
-def test_a_german_expert_is_smaller_and_still_speaks_german(german: Path) -> None:
+def test_a_german_expert_is_smaller_and_still_speaks_german(german: Path, real_store: Path) -> None:
     about = expertprune.inspect(german)
-    config, base = (json.loads((folder / "config.json").read_text()) for folder in (german, base_of(german)))
+    config, base = (
+        json.loads((folder / "config.json").read_text()) for folder in (german, base_of(german, real_store))
+    )
     kept = {structure: about["plan"]["budget"][structure]["kept"] for structure in ("ffn", "query_heads")}
     assert config["vocab_size"] == 65_536
     assert sum(kept["query_heads"]) == 18 * 3  # one of four a layer on average: each layer has widths of its own
@@ -74,17 +77,17 @@ def test_every_text_begins_with_bos(german: Path, trimmed: Path) -> None:
         assert tokenizer.decode(ids, skip_special_tokens=True) == "Guten Tag"
 
 
-def test_fewer_rows_alone_change_nothing_that_is_kept(trimmed: Path, tmp_path: Path) -> None:
+def test_fewer_rows_alone_change_nothing_that_is_kept(trimmed: Path, tmp_path: Path, real_store: Path) -> None:
     """Greedy tokens are the base's, up to the first for which the base takes a dropped row.
 
     The softmax over fewer rows has the same order among those that are left, so nothing else can part them.
     """
-    base, new = (AutoTokenizer.from_pretrained(folder) for folder in (base_of(trimmed), trimmed))
+    base, new = (AutoTokenizer.from_pretrained(folder) for folder in (base_of(trimmed, real_store), trimmed))
     known = base.get_vocab()
     ids = {known[token]: index for token, index in new.get_vocab().items()}
     for prompt in PROMPTS:
         assert [ids.get(index) for index in base(prompt).input_ids] == new(prompt).input_ids
-    expected = run_script(ALONE + TRANSFORMERS, base_of(trimmed), "float32", tmp_path, PROMPTS)
+    expected = run_script(ALONE + TRANSFORMERS, base_of(trimmed, real_store), "float32", tmp_path, PROMPTS)
     found = run_script(ALONE + TRANSFORMERS, trimmed, "float32", tmp_path, PROMPTS)
     agreed = 0
     for mine, theirs in zip(found, expected, strict=True):

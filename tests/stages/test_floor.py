@@ -12,20 +12,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import expertprune
-from expertprune.artifacts.expert import load_expert
+from expertprune.artifacts.expert import Expert
 from expertprune.artifacts.plan import Plan
 from expertprune.cli import main
 from expertprune.corpora.documents import Corpus, Document
 from expertprune.errors import PlanError, SpecError
 from expertprune.evaluation.documents import score_documents
-from expertprune.profiling.store import profile_corpus
+from expertprune.profiling.store import measure as measure_corpus
 from expertprune.progress import silent
 from expertprune.pruning.write import prune as prune_base
 from expertprune.spec.reading import parse_spec
 from expertprune.spec.schema import Retention
 from expertprune.stages import floor as retaining
 from expertprune.stages.compose import plan_of
-from expertprune.stages.floor import Kept, budgets_to_try, decide_by_retention, measure
+from expertprune.stages.floor import Kept, budgets_to_try, measure, plan_by_retention
 from expertprune.stages.validate import Prepared, validation_documents
 from tests.patching import everywhere
 
@@ -99,7 +99,7 @@ def test_bisection_finds_what_trying_every_budget_finds(
     budgets = budgets_to_try(prepared)
     tried: list[int] = []
 
-    def fake(_: Prepared, budget: Any, run: bool) -> tuple[Plan, Kept]:
+    def fake(_: Prepared, profiles: Any, budget: Any) -> tuple[Plan, Kept]:
         number = budgets.index(budget)
         tried.append(number)
         if number >= reachable:
@@ -113,9 +113,9 @@ def test_bisection_finds_what_trying_every_budget_finds(
         patched.setattr(retaining, "_try", fake)
         if not holding:
             with pytest.raises(PlanError, match=r"budget\.retention: no cut keeps"):
-                decide_by_retention(prepared, silent)
+                plan_by_retention(prepared, {}, silent)
         else:
-            plan = decide_by_retention(prepared, silent)
+            plan = plan_by_retention(prepared, {}, silent)
             assert plan.name == str(max(holding))
             assert plan.budget["ffn"]["requested"] == {
                 "retention": {"expert": expert, "general": None},
@@ -208,7 +208,7 @@ def test_the_plan_of_a_floor_can_be_pruned(retaining_spec: dict[str, Any], tmp_p
     plan.save(tmp_path / "plan.json")
     assert all(value >= 0.01 for value in plan.budget["ffn"]["requested"]["found"].values())
     out = expertprune.prune(tmp_path / "plan.json", tmp_path / "expert")
-    assert load_expert(out)["parameters"] == plan.parameters
+    assert Expert.load(out).plan.parameters == plan.parameters
 
 
 # --- held-back documents --------------------------------------------------------------------------------------------
@@ -231,20 +231,20 @@ def test_documents_that_are_held_back_calibrate_nothing(
 ) -> None:
     retaining_spec["compensation"] = "least_squares"
     prepared = expertprune.validate(parse_spec(retaining_spec, "spec", tmp_path))
-    profiled: dict[str, list[Document]] = {}
+    profiled: dict[str, set[str]] = {}
     repaired: list[tuple[int, ...]] = []
-    original, prune = profile_corpus, prune_base
+    original, prune = measure_corpus, prune_base
 
-    def profiling(model: Any, base: Any, corpus: str, documents: list[Document], *rest: Any) -> Any:
-        profiled[corpus] = documents
-        return original(model, base, corpus, documents, *rest)
+    def profiling(text: Any, part: Any, path: Path, about: Any, *rest: Any) -> Any:
+        profiled[about["corpus"]] = set(about["documents"])
+        return original(text, part, path, about, *rest)
 
     def pruning(plan: Plan, base: Any, folder: Path, repair_input: Any) -> None:
         for batch in repair_input.batches:
             repaired.extend(tuple(row[:n].tolist()) for row, n in zip(batch.ids, batch.lengths, strict=True))
         prune(plan, base, folder, repair_input)
 
-    everywhere(monkeypatch, "expertprune.profiling.store.profile_corpus", profiling)
+    everywhere(monkeypatch, "expertprune.profiling.store.measure", profiling)
     everywhere(monkeypatch, "expertprune.pruning.write.prune", pruning)
     fake_measure(monkeypatch, lambda size: 1.0)
     plan_of(prepared, silent)
@@ -253,8 +253,8 @@ def test_documents_that_are_held_back_calibrate_nothing(
     assert len(every) >= 4
     assert not every & set(repaired)
     for name, corpus in prepared.corpora.items():
-        assert set(profiled[str(name)]) == set(corpus.calibration) - set(held[name])
-        assert set(profiled[str(name)])
+        assert profiled[str(name)] == {d.digest for d in set(corpus.calibration) - set(held[name])}
+        assert profiled[str(name)]
 
 
 def test_the_measure_reads_what_was_held_back(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from expertprune.artifacts.plan import LayerPlan, Plan, VocabularyPlan
 from expertprune.composition.rows import Essentials, essentials
 from expertprune.files import shipped, store_folder
 from expertprune.models.base import ResolvedBase, resolve_base
+from expertprune.models.inventory import vocabulary_rows
 from expertprune.pruning.write import prune
 from expertprune.spec.schema import Base
 from expertprune.tokenizing import trimmed
@@ -137,7 +138,7 @@ def test_words_put_together_anew_mostly_keep_their_tokens(model: str) -> None:
 def german_plan(base: ResolvedBase, kept: set[int]) -> Plan:
     must, size = essentials(base), base.checkpoint.parameters
     rows = tuple(sorted(must.vocabulary.closed(kept | must.ids)))
-    vocabulary = VocabularyPlan(KeptRows(base.checkpoint.vocabulary_rows(base.family), rows), base.tokenizer_digest)
+    vocabulary = VocabularyPlan(KeptRows(vocabulary_rows(base.checkpoint, base.family), rows), base.tokenizer_digest)
     about = {"model": base.name, "digest": base.digest}
     layers = [LayerPlan(shape.all_kept) for shape in base.layers]
     return Plan("kept", about, {}, {}, list(base.layers), layers, {}, {"before": size, "after": size}, [], vocabulary)

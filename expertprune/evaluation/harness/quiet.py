@@ -1,4 +1,4 @@
-"""A library that prints, kept from it."""
+"""Silence lm-evaluation-harness's progress bars and warnings."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """lm-evaluation-harness' progress bars and advice off, unless the user asked for logs.
-
-    What is printed is the command line's to say.
-    """
+    """Silence its progress bars and warnings, unless the user asked for logs: the command line says what is printed."""
     import datasets
     from tqdm.std import tqdm
 

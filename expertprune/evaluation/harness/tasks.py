@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expertprune.corpora.documents import Document
-from expertprune.errors import SpecError
+from expertprune.errors import SpecError, first_line
 from expertprune.evaluation.harness.quiet import quiet
 from expertprune.evaluation.suites import TaskEntry
 from expertprune.files import digest_of
@@ -122,6 +122,11 @@ def check_names(entries: Sequence[TaskEntry]) -> None:
             raise SpecError([f"unknown task {name!r}{nearest(name, known)}" for name in unknown])
 
 
+def generates(entry: TaskEntry) -> bool:
+    """Whether a task generates its answers."""
+    return output_type(entry) == "generate_until"
+
+
 def output_type(entry: TaskEntry) -> str:
     """What a task asks of a model, such as `multiple_choice` or `generate_until`; of a group, its first member."""
     from lm_eval.tasks._yaml_loader import load_yaml
@@ -163,7 +168,7 @@ def load_task(entry: TaskEntry, generates: bool, limit: int | None = None) -> Ha
         except SpecError as error:
             raise SpecError([f"task {label}: {problem}" for problem in error.problems]) from None
         except Exception as error:  # the data's library and the task's own functions fail in any way
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = first_line(error)
             hint = "; it comes from the Hugging Face hub: is there a network?" if entry.name is not None else ""
             raise SpecError(f"task {label}: its data cannot be loaded: {reason}{hint}") from error
         return _described(label, entry, leaves, instances, generates)

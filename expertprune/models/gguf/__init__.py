@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from expertprune.models.gguf.exporting import FORMATS, export
 from expertprune.models.gguf.reading import converted
 from expertprune.models.gguf.writing import TYPES, Exported
 
-__all__ = ["FORMATS", "TYPES", "Exported", "converted", "export"]
+__all__ = ["TYPES", "Exported", "converted"]

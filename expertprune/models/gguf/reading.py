@@ -19,7 +19,7 @@ import torch
 from expertprune.arch import Family, families
 from expertprune.errors import CheckpointError
 from expertprune.files import digest_of, file_digest, require_room, staged_folder
-from expertprune.models.admission import quiet_transformers
+from expertprune.models.loading import quiet_transformers
 
 log = logging.getLogger(__name__)
 

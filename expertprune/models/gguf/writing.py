@@ -15,10 +15,12 @@ from torch import Tensor
 from expertprune.arch import Family, GgufForm, gguf_names
 from expertprune.errors import CheckpointError
 from expertprune.files import require_room, staged_file
-from expertprune.models.admission import causal_family, quiet_transformers
+from expertprune.models.admission import causal_family
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.gguf.reading import frequency_factors
 from expertprune.models.gguf.vocabulary import GgufVocabulary, gguf_vocabulary
+from expertprune.models.inventory import check_widths, vocabulary_rows
+from expertprune.models.loading import quiet_transformers
 from expertprune.tokenizing import read_vocabulary
 from expertprune.units import LayerShape
 
@@ -88,7 +90,7 @@ def write_gguf(folder: Path, out: Path, kind: str, name: str) -> Exported:
     entries = list(_entries(source))
     words = gguf_vocabulary(
         folder, read_vocabulary(folder), quiet_transformers().AutoTokenizer.from_pretrained(folder),
-        source.checkpoint.vocabulary_rows(source.family),
+        vocabulary_rows(source.checkpoint, source.family),
     )  # fmt: skip
     require_room(out, sum(4 * math.prod(entry.shape) for entry in entries))
     with staged_file(out) as temporary:
@@ -105,7 +107,7 @@ def _source(folder: Path) -> _Source:
             f"{where}: it is not known how models of type {checkpoint.config.get('model_type')!r} are written as GGUF"
         )
     layers = family.layer_shapes(checkpoint.config)
-    checkpoint.check_widths(family, layers)
+    check_widths(checkpoint, family, layers)
     form = family.gguf
     if len(set(layers)) > 1:
         if form.layered is None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,12 @@ from expertprune.errors import CheckpointError
 from expertprune.files import check_parent, to_json, write_file
 from expertprune.reporting.card import CARD_FILE, card_text
 from expertprune.reporting.page import charts
-from expertprune.reporting.page.charts import Picture
-from expertprune.reporting.page.evidence import damaged, read_artifacts
+from expertprune.reporting.page.evidence import read_artifacts
 from expertprune.reporting.page.findings import findings
 from expertprune.reporting.page.lineup import lineup
 from expertprune.serving.throughput import METRICS
 
-REPORT_SCHEMA = 1
+REPORT_SCHEMA = 2
 
 
 UNKNOWN = "unknown"
@@ -64,7 +62,8 @@ def report(
         out: the page; default: `report.html`, or `comparison.html` where there are several, in the expert's folder.
 
     Returns:
-        The report's data: `kind`, `schema`, `page`, `experts` (each a `ReportData`), and `lineup`, `None` for a single one.
+        The report's data: `kind`, `schema`, `page`, `experts` (each a `ReportData`), and a `Lineup`, `None` for a
+        single one.
 
     Raises:
         CheckpointError: a folder is no expert or is half-written, or the page cannot be written.
@@ -84,17 +83,15 @@ def report(
                 "schema": REPORT_SCHEMA,
                 "page": str(page),
                 "experts": [each.document() for each in experts],
-                "lineup": lineup(experts) if compare else None,
+                "lineup": asdict(lineup(experts)) if compare else None,
             }
         )
     )
     html = render(data)
-    cards = {}
-    for artifacts, document in zip(read, data["experts"], strict=True):
-        try:
-            cards[artifacts.folder / CARD_FILE] = card_text(artifacts.about, headline_rows(document))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise damaged(artifacts.folder, error) from None
+    cards = {
+        artifacts.expert.folder / CARD_FILE: card_text(artifacts.expert, headline_rows(document))
+        for artifacts, document in zip(read, data["experts"], strict=True)
+    }
     write_file(page, html.encode())
     for card, text in cards.items():
         write_file(card, text.encode())
@@ -124,11 +121,9 @@ def render(data: Mapping[str, Any]) -> str:
     environment.filters["speed"] = lambda value, metric: _written(
         value, "megabytes" if "bytes" in metric else "quantity"
     )
-    pictures = [expert_pictures(f"e{number}", expert) for number, expert in enumerate(data["experts"])]
-    several = data["lineup"] and charts.lineup_picture("all", data["lineup"]["rows"], _names(data["experts"]))
-    numbered = _numbered(data, "")
+    pictures = None if data["lineup"] else expert_pictures(data["experts"][0])
     return environment.get_template("report.html").render(
-        **numbered, pictures=pictures, several=several, speeds=SPEEDS, names=_names(data["experts"]), quote=shlex.quote
+        **_numbered(data, ""), pictures=pictures, speeds=SPEEDS, names=_names(data["experts"])
     )
 
 
@@ -189,36 +184,21 @@ def _link(address: str) -> str:
     return address if address.startswith(("https://", "http://")) else "#"
 
 
-def expert_pictures(name: str, expert: Mapping[str, Any]) -> dict[str, Any]:
-    """The pictures of one expert by section; those of sections that are not there are `None`.
-
-    Args:
-        name: begins the ids of their elements.
-    """
-    relevance, throughput = expert["relevance"] or [], expert["throughput"]
-    labels = {metric: words for metric, (words, _) in SPEEDS.items()}
+def expert_pictures(expert: Mapping[str, Any]) -> dict[str, Any]:
+    """The pictures of one expert by section, as `<svg>` elements; `None` where there is nothing to draw."""
     return {
-        "retention": charts.retention_picture(f"{name}-retention", expert["metrics"]),
+        "retention": charts.retention_picture("retention", expert["metrics"]),
         "kept": {
-            each["structure"]: charts.kept_picture(f"{name}-kept-{each['structure']}", each)
+            each["structure"]: charts.kept_picture(f"kept-{each['structure']}", each)
             for each in expert["structures"]
             if each["decided"]
         },
         "relevance": [
-            charts.relevance_picture(f"{name}-relevance-{each['structure']}", each["label"], each["corpora"])
-            for each in relevance
+            charts.relevance_picture(f"relevance-{each['structure']}", each["label"], each["corpora"])
+            for each in expert["relevance"] or []
         ],
-        "overlap": [_overlap_picture(name, each) for each in relevance],
-        "alignment": expert["alignment"] and charts.alignment_picture(f"{name}-alignment", expert["alignment"]),
-        "throughput": throughput
-        and charts.throughput_picture(f"{name}-speed", throughput["rows"], throughput["limit"], labels),
+        "alignment": charts.alignment_picture("alignment", expert["alignment"]),
     }
-
-
-def _overlap_picture(name: str, each: Mapping[str, Any]) -> Picture | None:
-    if each["overlap"] is None or len(each["overlap"]["corpora"]) < 2:
-        return None
-    return charts.overlap_picture(f"{name}-overlap-{each['structure']}", each["label"], each["overlap"])
 
 
 # --- the headline ---------------------------------------------------------------------------------------------------
@@ -230,15 +210,11 @@ def headline_rows(expert: Mapping[str, Any]) -> list[tuple[str, str]]:
     parameters, weights = size["parameters"], size["weights"]
     of_base = f"{formats.count(parameters['expert'])} of {formats.count(parameters['base'])}"
     rows = [("parameters", f"{of_base} ({formats.percent(parameters['fraction'])})")]
-    of_bytes = (
-        f" of {formats.megabytes(weights['base'])} ({formats.percent(weights['fraction'])})" if weights["base"] else ""
-    )
-    rows.append(("weights", formats.megabytes(weights["expert"]) + of_bytes))
+    of_base = f"{formats.megabytes(weights['expert'])} of {formats.megabytes(weights['base'])}"
+    rows.append(("weights", f"{of_base} ({formats.percent(weights['fraction'])})"))
     for group in ("expert", "general"):
-        numbers = retention and retention[group]
-        kept = "not evaluated"
-        if retention and numbers:
-            kept = f"{_with_interval(numbers, 'retention')}, {retention['measure']}"
+        numbers = retention[group]
+        kept = f"{_with_interval(numbers, 'retention')}, bits per byte" if numbers else "not evaluated"
         rows.append((f"{group} retention", kept))
     rows.append(
         ("speed, of the base's", f"{_with_interval(speed, 'ratio')}, output tokens/s" if speed else "not measured")

@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from expertprune.artifacts.expert import EXPERT_FILE, load_expert
-from expertprune.artifacts.plan import Plan, plan_from
-from expertprune.artifacts.profile import Profile, part_path
-from expertprune.composition.scoring import part_name
+from expertprune.artifacts.expert import Expert
+from expertprune.artifacts.plan import Plan
+from expertprune.artifacts.profile import Profile, ProfilePart
+from expertprune.composition.scoring import needed_part
 from expertprune.errors import CheckpointError
 from expertprune.files import store_folder
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.serving.throughput import THROUGHPUT_FILE
-from expertprune.spec.schema import Relevance
 
 log = logging.getLogger(__name__)
 
@@ -26,15 +25,11 @@ class Artifacts:
     """What a report is made of, as it lies on the disk.
 
     `profiles` holds those of the plan's corpora that the store still has, with the pass that the criterion needs, and
-    `absent` the names of the other corpora. Sizes are those of the weights' files; the base's is `None` where it is no
-    longer at its recorded place.
+    `absent` the names of the other corpora. `bytes` is the size of the weights' files.
     """
 
-    folder: Path
-    about: dict[str, Any]
-    plan: Plan
+    expert: Expert
     bytes: int
-    base_bytes: int | None
     throughput: dict[str, Any] | None
     profiles: dict[str, Profile]
     absent: list[str]
@@ -48,34 +43,18 @@ def read_artifacts(folder: Path, store: str | Path | None = None) -> Artifacts:
         CheckpointError: the folder is no expert, is half-written, or holds a damaged file.
         PlanError: its plan is damaged.
     """
-    about = load_expert(folder)
-    plan = plan_from(about["plan"], str(folder / EXPERT_FILE))
-    size, base_bytes = _weight_bytes(folder), None
-    try:
-        recorded = Path(about["base"]["path"])
-        base_bytes = _weight_bytes(recorded) if recorded.is_dir() else None
-    except (CheckpointError, KeyError, TypeError, OSError) as error:
-        log.warning("the base's size is left out: %s", error)
-    place = store_folder(store)
-    try:
-        part = part_name(Relevance.model_validate(about["spec"]["relevance"]))
-        profiles = {name: _stored(place / "profiles" / f"{digest}.safetensors", plan, part)
-                    for name, digest in plan.profiles.items()}  # fmt: skip
-    except (KeyError, TypeError, ValueError) as error:
-        raise damaged(folder, error) from None
+    expert = Expert.load(folder)
+    place, plan, part = store_folder(store), expert.plan, needed_part(expert.spec.relevance)
+    profiles = {name: _stored(place / "profiles" / f"{digest}.safetensors", plan, part)
+                for name, digest in plan.profiles.items()}  # fmt: skip
     there = {name: found for name, found in profiles.items() if found is not None}
     absent = [name for name, found in profiles.items() if found is None]
-    return Artifacts(folder, about, plan, size, base_bytes, _throughput(folder), there, absent, place)
+    return Artifacts(expert, Checkpoint(folder).weight_bytes, _throughput(folder), there, absent, place)
 
 
-def _weight_bytes(folder: Path) -> int:
-    """Bytes of the weights' files. Raises `CheckpointError` where one is missing or truncated."""
-    return sum((folder / file).stat().st_size for file in Checkpoint(folder).shards)
-
-
-def _stored(path: Path, plan: Plan, part: str | None) -> Profile | None:
+def _stored(path: Path, plan: Plan, part: ProfilePart | None) -> Profile | None:
     """A profile of the plan's base with the pass that the criterion needs, if the store has it and can read it."""
-    if not path.is_file() or (part is not None and not part_path(path, part).is_file()):
+    if not path.is_file() or (part is not None and not part.path(path).is_file()):
         return None
     try:
         found = Profile(path)
@@ -99,4 +78,6 @@ def _throughput(folder: Path) -> dict[str, Any] | None:
 
 
 def damaged(folder: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{folder / EXPERT_FILE}: damaged: {type(error).__name__}: {error}; build the expert again")
+    """What is wrong with a throughput document that lacks something or holds something else."""
+    path = folder / THROUGHPUT_FILE
+    return CheckpointError(f"{path}: damaged: {type(error).__name__}: {error}; delete it and measure again")

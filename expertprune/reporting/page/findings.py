@@ -1,347 +1,339 @@
-"""An expert's artifacts to the numbers of its report: the one place where they are formed."""
+"""The numbers of a report, in one place."""
 
 from __future__ import annotations
 
 import math
-import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
-from expertprune.artifacts.evaluation import Evaluation
-from expertprune.composition.scoring import check_criterion, criterion_name, part_name
+from expertprune.artifacts.evaluation import Alignment, Evaluation, Group, Measured
+from expertprune.composition.scoring import check_criterion, criterion_name, needed_part
 from expertprune.evaluation.retention import pooled
 from expertprune.files import digest_of
-from expertprune.reporting.card import fusion_of, purpose
+from expertprune.reporting.card import FusionWords, fusion_of, purpose
 from expertprune.reporting.page.evidence import Artifacts, damaged
-from expertprune.reporting.page.reasons import kept_units, relevance_findings
-from expertprune.reporting.tables import METRIC_LABELS
-from expertprune.spec.schema import Relevance
+from expertprune.reporting.page.reasons import CutStructure, StructureRelevance, kept_units, relevance_findings
+from expertprune.reporting.tables import metric_label
 from expertprune.units import Structure
 
 SPEED = "output_tokens_per_second"
 
 
 @dataclass(frozen=True)
+class Missing:
+    """Why a section is not there, and the command that fills it in, if there is one."""
+
+    reason: str
+    command: str | None = None
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    model: str
+    digest: str
+    tokenizer_digest: str
+    revision: str | None
+
+
+@dataclass(frozen=True)
+class Remains:
+    """How much of the base is left."""
+
+    base: int
+    expert: int
+    fraction: float
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters, bytes of the weights' files, and vocabulary rows where they were cut."""
+
+    parameters: Remains
+    weights: Remains
+    vocabulary: Remains | None
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """One metric of one corpus or task; the fields of `Measured`, and where they come from.
+
+    `verdict` is `loss` or `gain` where the interval of the retention leaves 1 out, `open` where it does not. `same` is
+    equal for rows of two experts that were measured on the same examples in the same way.
+    """
+
+    group: Group
+    suite: str
+    name: str
+    metric: str
+    label: str
+    unit: str
+    backend: str | None
+    same: str
+    verdict: str | None
+    examples: int
+    base: float | None
+    expert: float | None
+    retention: float | None
+    low: float | None
+    high: float | None
+    chance: float | None
+    gained: int | None
+    lost: int | None
+    note: str | None
+    agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One measure of speed: medians of base and expert, the median of their ratio over the rounds, and its extremes."""
+
+    metric: str
+    base: float | None
+    expert: float | None
+    ratio: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """What `expertprune bench` measured; `limit` is the largest speed-up that reading fewer weights can give."""
+
+    rows: list[Speed]
+    limit: float | None
+    of_limit: float | None
+    beyond_limit: bool
+    settings: dict[str, Any]
+    arguments: list[str]
+    runs: int
+    machine: Any
+    versions: dict[str, str]
+
+    @property
+    def headline(self) -> Speed | None:
+        """Output tokens per second, where they have a ratio."""
+        return next((row for row in self.rows if row.metric == SPEED and row.ratio is not None), None)
+
+
+@dataclass(frozen=True)
+class CorpusFacts:
+    """A corpus that calibrated the expert: its number of documents and the profile, and whether the store has that."""
+
+    name: str
+    digest: str
+    documents: int
+    profile: str | None
+    stored: bool
+
+
+@dataclass(frozen=True)
+class Provenance:
+    criterion: str
+    paper: str | None
+    rule: str
+    allocation: str
+    repair: str
+    fusion: FusionWords | None
+    plan: str
+    corpora: list[CorpusFacts]
+    versions: dict[str, str]
+    spec: str
+
+
+@dataclass(frozen=True)
 class ReportData:
     """The numbers of one expert's report; `report --json` prints them, and the page shows nothing else.
 
-    `missing` maps a section that is not there to its `reason` and the `command` that fills it in, if there is one.
+    `retention` is the headline: bits per byte over the documents of all corpora of a group, each document once.
+    `missing` has a line for each section that is not there.
     """
 
     name: str
     folder: str
     purpose: str
-    base: dict[str, Any]
-    size: dict[str, Any]
-    retention: dict[str, Any] | None
-    speed: dict[str, Any] | None
-    metrics: list[dict[str, Any]]
+    base: BaseFacts
+    size: Size
+    retention: dict[Group, Measured | None]
+    speed: Speed | None
+    metrics: list[MetricRow]
     outcome: dict[str, int]
-    structures: list[dict[str, Any]]
-    relevance: list[dict[str, Any]] | None
-    alignment: list[dict[str, Any]] | None
-    throughput: dict[str, Any] | None
-    provenance: dict[str, Any]
-    commands: list[dict[str, str]]
-    missing: dict[str, dict[str, str | None]] = field(default_factory=dict)
+    structures: list[CutStructure]
+    relevance: list[StructureRelevance] | None
+    alignment: dict[str, Alignment]
+    throughput: Throughput | None
+    provenance: Provenance
+    missing: dict[str, Missing] = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain data."""
+        return {
+            **asdict(self),
+            "retention": {group: found and found.model_dump() for group, found in self.retention.items()},
+            "alignment": [{"name": name, **found.model_dump()} for name, found in self.alignment.items()],
+        }
 
 
 def findings(artifacts: Artifacts) -> ReportData:
-    """The numbers of one expert's report.
-
-    Raises:
-        CheckpointError: `expertprune.json` or `throughput.json` lacks something or holds something else.
-    """
-    about, plan, folder = artifacts.about, artifacts.plan, artifacts.folder
-    missing: dict[str, dict[str, str | None]] = {}
-    try:
-        evaluation = about.get("evaluation")
-        metrics = metric_rows(evaluation) if evaluation else []
-        relevance = _relevance(artifacts, missing)
-        if not metrics:
-            missing["metrics"] = _missing("Nothing has been measured of this expert yet.", "evaluate", folder)
-        alignment = _alignment(evaluation)
-        if alignment is None:
-            reason = "The hidden states of base and expert have not been compared."
-            missing["alignment"] = _missing(reason, "evaluate", folder, " --suite general")
-        throughput = None if artifacts.throughput is None else _speeds(artifacts.throughput)
-        if throughput is None:
-            missing["throughput"] = _missing("Base and expert have not been timed.", "bench", folder)
-        base = {key: about["base"].get(key) for key in ("model", "path", "digest", "tokenizer_digest", "revision")}
-        return ReportData(
-            name=str(about["name"]),
-            folder=str(folder),
-            purpose=purpose(about["spec"]),
-            base=base,
-            size=_size(artifacts),
-            retention=_retention(evaluation),
-            speed=_headline_speed(throughput),
-            metrics=metrics,
-            outcome=_outcome(metrics),
-            structures=kept_units(plan),
-            relevance=relevance,
-            alignment=alignment,
-            throughput=throughput,
-            provenance=_provenance(artifacts),
-            commands=_commands(artifacts),
-            missing=missing,
-        )
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise damaged(folder, error) from None
+    """The numbers of one expert's report. Raises `CheckpointError` if `throughput.json` is damaged."""
+    expert, folder = artifacts.expert, shlex.quote(str(artifacts.expert.folder))
+    measured, missing = expert.evaluation, {}
+    metrics = metric_rows(measured) if measured is not None else []
+    if not metrics:
+        missing["metrics"] = Missing("Nothing has been measured of this expert yet.", f"expertprune evaluate {folder}")
+    relevance = _relevance(artifacts)
+    if isinstance(relevance, Missing):
+        missing["relevance"] = relevance
+    alignment = measured.alignment if measured is not None else {}
+    if not alignment:
+        command = f"expertprune evaluate {folder} --suite general"
+        missing["alignment"] = Missing("The hidden states of base and expert have not been compared.", command)
+    throughput = None
+    if artifacts.throughput is None:
+        missing["throughput"] = Missing("Base and expert have not been timed.", f"expertprune bench {folder}")
+    else:
+        try:
+            throughput = _speeds(artifacts.throughput)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise damaged(expert.folder, error) from None
+    counts = {verdict: sum(row.verdict == verdict for row in metrics) for verdict in ("loss", "open", "gain")}
+    return ReportData(
+        name=expert.name,
+        folder=str(expert.folder),
+        purpose=purpose(expert.spec),
+        base=BaseFacts(expert.base.model, expert.base.digest, expert.base.tokenizer_digest, expert.base.revision),
+        size=_size(artifacts),
+        retention={group: pooled(measured, group) if measured is not None else None for group in get_args(Group)},
+        speed=throughput.headline if throughput is not None else None,
+        metrics=metrics,
+        outcome={"metrics": sum(counts.values()), **counts},
+        structures=kept_units(expert.plan),
+        relevance=None if isinstance(relevance, Missing) else relevance,
+        alignment=alignment,
+        throughput=throughput,
+        provenance=_provenance(artifacts),
+        missing=missing,
+    )
 
 
-def _missing(reason: str, command: str, folder: Path, options: str = "") -> dict[str, str | None]:
-    return {"reason": reason, "command": f"expertprune {command} {shlex.quote(str(folder))}{options}"}
+def _size(artifacts: Artifacts) -> Size:
+    expert, plan = artifacts.expert, artifacts.expert.plan
+    rows = plan.vocabulary.rows if plan.vocabulary is not None else None
+
+    def remains(base: int, left: int) -> Remains:
+        return Remains(base, left, left / base)
+
+    return Size(
+        parameters=remains(plan.parameters["before"], plan.parameters["after"]),
+        weights=remains(expert.base.weight_bytes, artifacts.bytes),
+        vocabulary=None if rows is None else remains(rows.of, rows.rows),
+    )
 
 
-def _size(artifacts: Artifacts) -> dict[str, Any]:
-    before, after = (int(artifacts.about["parameters"][key]) for key in ("before", "after"))
-    base, expert = artifacts.base_bytes, artifacts.bytes
-    rows = artifacts.about["plan"].get("vocabulary")
-    return {
-        "vocabulary": rows and {"base": int(rows["of"]), "expert": int(rows["rows"])},
-        "parameters": {"base": before, "expert": after, "fraction": after / before},
-        "weights": {"base": base, "expert": expert, "fraction": expert / base if base else None},
-    }
+# --- what was measured ----------------------------------------------------------------------------------------------
 
 
-# --- retention ------------------------------------------------------------------------------------------------------
+def metric_rows(evaluation: Evaluation) -> list[MetricRow]:
+    """One row per metric: the expert's first, then the general ones, each in the evaluation's order."""
+    rows = []
+    for corpus, result in evaluation.corpora.items():
+        documents = [document.digest for document in result.per_document]
+        for metric, numbers in result.metrics.items():
+            unit = "questions" if metric == "questions" else "documents"
+            examples = [result.questions] if metric == "questions" else [documents, evaluation.settings.max_tokens]
+            same = digest_of([corpus, unit, *examples])
+            about = {"suite": "corpora", "name": corpus, "metric": metric, "label": metric_label(metric)}
+            rows.append(_row(numbers, group=result.group, unit=unit, backend=None, same=same, **about))
+    for kind, unit, tasks in (
+        ("tasks", "examples", evaluation.tasks),
+        ("generation", "prompts", evaluation.generation),
+    ):
+        for name, task in tasks.items():
+            same = digest_of([kind, task.suite, name, task.metric, task.examples])
+            rows.append(_row(task, name=name, label=metric_label(task.metric), unit=unit, same=same))
+    return sorted(rows, key=lambda row: row.group == "general")
 
 
-def _retention(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Expert and general retention: the evaluation's summary, else bits per byte pooled over documents."""
-    if not evaluation:
-        return None
-    if evaluation.get("summary"):
-        found = {}
-        for group in ("expert", "general"):
-            numbers = evaluation["summary"].get(group)
-            count = numbers and numbers.get("metrics")
-            found[group] = numbers and {
-                **{key: finite(numbers[key]) for key in ("retention", "low", "high")},
-                "metrics": len(count) if isinstance(count, list | dict) else count,
-                "documents": None,
-            }
-        return {**found, "measure": "mean of metrics"}
-    corpora = Evaluation(evaluation["corpora"], evaluation.get("settings", {}))
-    pools = {"expert": pooled(corpora, general=False), "general": pooled(corpora, general=True)}
-    if not any(pools.values()):
-        return None
-    keys = ("retention", "low", "high")
-    return {
-        **{
-            group: pool
-            and {**{key: finite(pool[key]) for key in keys}, "metrics": None, "documents": pool["documents"]}
-            for group, pool in pools.items()
-        },
-        "measure": "bits per byte",
-    }
+def _row(numbers: Measured, **about: Any) -> MetricRow:
+    verdict = None
+    if numbers.retention is not None and numbers.low is not None and numbers.high is not None:
+        verdict = "loss" if numbers.high < 1 else "gain" if numbers.low > 1 else "open"
+    return MetricRow(**{**numbers.model_dump(), **about, "verdict": verdict})
 
 
-def finite(value: Any) -> float | None:
+def _finite(value: Any) -> float | None:
     """A number, or `None` for what is undefined."""
     return None if value is None or not math.isfinite(value) else float(value)
 
 
-def metric_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row per metric: the dimensions' first, then the general ones, each in the evaluation's order."""
-    rows = []
-    settings = evaluation.get("settings") or {}
-    for corpus, result in evaluation["corpora"].items():
-        documents = [document["digest"] for document in result.get("per_document", [])]
-        for metric, numbers in result["metrics"].items():
-            asked = metric == "questions"
-            same = ["questions", result.get("questions")] if asked else [documents, settings.get("max_tokens")]
-            about = {
-                "group": "general" if corpus.startswith("general/") else "expert",
-                "suite": "corpora",
-                "name": corpus,
-                "metric": metric,
-                "label": METRIC_LABELS.get(metric, metric.replace("_", " ")),
-                "examples": result.get("questions") if asked else result.get("documents"),
-                "unit": "questions" if asked else "documents",
-                "backend": None,
-                "note": None,
-                "same": digest_of([corpus, *same]),
-            }
-            rows.append({**about, **_numbers(numbers)})
-    for kind, unit in (("tasks", "examples"), ("generation", "prompts")):
-        for name, result in (evaluation.get(kind) or {}).items():
-            about = {
-                "group": result["group"],
-                "suite": result.get("suite", kind),
-                "name": name,
-                "metric": result["metric"],
-                "label": str(result["metric"]).replace("_", " "),
-                "examples": result["examples"],
-                "unit": unit,
-                "backend": result.get("backend"),
-                "note": result.get("note"),
-                "same": digest_of([kind, result.get("suite"), name, result["metric"], result["examples"]]),
-            }
-            rows.append({**about, **_numbers(result)})
-    return sorted(rows, key=lambda row: row["group"] == "general")
-
-
-def _numbers(numbers: Mapping[str, Any]) -> dict[str, Any]:
-    keys = ("base", "expert", "retention", "low", "high", "chance", "gained", "lost", "agreement")
-    row = {key: finite(numbers.get(key)) for key in keys}
-    row |= {key: None if row[key] is None else int(row[key] or 0) for key in ("gained", "lost")}
-    return {**row, "verdict": _verdict(row) if "retention" in numbers else None}
-
-
-def _verdict(row: Mapping[str, Any]) -> str | None:
-    """`loss` or `gain` where the interval of the retention leaves 1 out, `open` where it does not."""
-    low, high = row["low"], row["high"]
-    if row["retention"] is None or low is None or high is None:
-        return None
-    return "loss" if high < 1 else "gain" if low > 1 else "open"
-
-
-def _outcome(metrics: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """How many metrics that have a retention lost, gained, or leave it open."""
-    counts = {verdict: sum(row["verdict"] == verdict for row in metrics) for verdict in ("loss", "open", "gain")}
-    return {"metrics": sum(counts.values()), **counts}
-
-
-# --- the other sections ---------------------------------------------------------------------------------------------
-
-
-def _relevance(artifacts: Artifacts, missing: dict[str, dict[str, str | None]]) -> list[dict[str, Any]] | None:
-    spec = artifacts.about["spec"]
-    relevance = Relevance.model_validate(spec["relevance"])
-    criterion = check_criterion(relevance.criterion)
-    experts = check_criterion(criterion_name(relevance, Structure.EXPERTS))
-    if not criterion.sees_data:
-        reason = f"Criterion {criterion.name} does not look at the corpora, so all of them are the same to it."
-        missing["relevance"] = {"reason": reason, "command": None}
-        return None
-    if artifacts.absent or not artifacts.profiles:
-        names = ", ".join(artifacts.absent)
-        reason = f"The store {artifacts.store} has no profile of {names} that this plan was made from."
-        command = f"expertprune profile {plain_name(artifacts)}.yaml --store {shlex.quote(str(artifacts.store))}"
-        missing["relevance"] = {"reason": reason, "command": command}
-        return None
-    aggregate = spec["compose"]["aggregate"]
-    return relevance_findings(artifacts.plan, artifacts.profiles, criterion, aggregate, part_name(relevance), experts)
-
-
-def _alignment(evaluation: Mapping[str, Any] | None) -> list[dict[str, Any]] | None:
-    found = (evaluation or {}).get("alignment")
-    if not found:
-        return None
-    return [
-        {
-            "name": name,
-            "documents": int(numbers["documents"]),
-            "cosine": finite(numbers["cosine"]),
-            "layers": [finite(value) for value in numbers["layers"]],
-        }
-        for name, numbers in found.items()
-    ]
-
-
-def _speeds(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Medians of base and expert and their ratio, metric by metric, in the order of the measurement.
-
-    A ratio is the median of those of the rounds; `low` and `high` are the smallest and the largest of them, and `None` of a
-    single round.
-    """
+def _speeds(data: Mapping[str, Any]) -> Throughput:
+    """A throughput document. A single round has no smallest and largest ratio."""
     base, expert = data["models"]["base"], data["models"]["expert"]
     settings, runs = data.get("settings") or {}, len(data.get("runs") or [])
     rows = []
     for metric in expert:
-        values = [finite(side.get(metric)) for side in (base, expert)]
         ratio = data["ratios"].get(metric) or {}
-        numbers = {
-            key: finite(ratio.get(name)) for key, name in (("ratio", "median"), ("low", "low"), ("high", "high"))
-        }
-        if runs <= 2:
-            numbers |= {"low": None, "high": None}
-        rows.append({"metric": metric, "base": values[0], "expert": values[1], **numbers})
-    speed = next((row["ratio"] for row in rows if row["metric"] == SPEED), None)
-    limit = finite(data.get("limit"))
-    return {
-        "rows": rows,
-        "limit": limit,
-        "of_limit": speed / limit if speed and limit else None,
-        "beyond_limit": bool(speed and limit and speed > limit),
-        "settings": {key: value for key, value in settings.items() if key != "arguments"},
-        "arguments": list(settings.get("arguments") or []),
-        "runs": runs,
-        "machine": data.get("machine"),
-        "versions": dict(data.get("versions") or {}),
-    }
+        low, high = (_finite(ratio.get(key)) if runs > 2 else None for key in ("low", "high"))
+        median = _finite(ratio.get("median"))
+        rows.append(Speed(metric, _finite(base.get(metric)), _finite(expert.get(metric)), median, low, high))
+    speed = next((row.ratio for row in rows if row.metric == SPEED), None)
+    limit = _finite(data.get("limit"))
+    return Throughput(
+        rows=rows,
+        limit=limit,
+        of_limit=speed / limit if speed and limit else None,
+        beyond_limit=bool(speed and limit and speed > limit),
+        settings={key: value for key, value in settings.items() if key != "arguments"},
+        arguments=list(settings.get("arguments") or []),
+        runs=runs,
+        machine=data.get("machine"),
+        versions=dict(data.get("versions") or {}),
+    )
 
 
-def _headline_speed(throughput: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    if throughput is None:
-        return None
-    row = next((row for row in throughput["rows"] if row["metric"] == SPEED and row["ratio"] is not None), None)
-    return row and {**row, "limit": throughput["limit"], "of_limit": throughput["of_limit"]}
+# --- why, and how ---------------------------------------------------------------------------------------------------
 
 
-def _provenance(artifacts: Artifacts) -> dict[str, Any]:
-    about, plan = artifacts.about, artifacts.plan
-    spec = about["spec"]
-    return {
-        "criterion": spec["relevance"]["criterion"],
-        "paper": about.get("criterion_paper"),
-        "rule": spec["compose"]["rule"],
-        "allocation": spec["compose"]["allocation"],
-        "repair": spec["compensation"]["method"],
-        "fusion": fusion_of(spec),
-        "plan": plan.digest,
-        "corpora": [
-            {
-                "name": name,
-                "digest": entry["digest"],
-                "documents": len(entry["documents"]),
-                "profile": plan.profiles.get(name),
-                "stored": name in artifacts.profiles,
-            }
-            for name, entry in about["corpora"].items()
+def _relevance(artifacts: Artifacts) -> list[StructureRelevance] | Missing:
+    expert, spec = artifacts.expert, artifacts.expert.spec
+    criterion = check_criterion(spec.relevance.criterion)
+    if not criterion.sees_data:
+        return Missing(f"Criterion {criterion.name} does not look at the corpora, so all of them are the same to it.")
+    if artifacts.absent or not artifacts.profiles:
+        names = ", ".join(artifacts.absent)
+        store = shlex.quote(str(artifacts.store))
+        return Missing(
+            f"The store {artifacts.store} has no profile of {names} that this plan was made from.",
+            f"expertprune profile SPEC --store {store}",
+        )
+    experts = check_criterion(criterion_name(spec.relevance, Structure.EXPERTS))
+    aggregate, part = spec.compose.aggregate, needed_part(spec.relevance)
+    return relevance_findings(expert.plan, artifacts.profiles, criterion, aggregate, part, experts)
+
+
+def _provenance(artifacts: Artifacts) -> Provenance:
+    expert, spec = artifacts.expert, artifacts.expert.spec
+    return Provenance(
+        criterion=spec.relevance.criterion,
+        paper=expert.criterion_paper,
+        rule=spec.compose.rule,
+        allocation=spec.compose.allocation,
+        repair=spec.compensation.method,
+        fusion=fusion_of(spec),
+        plan=expert.plan.digest,
+        corpora=[
+            CorpusFacts(
+                name,
+                record.digest,
+                len(record.documents),
+                expert.plan.profiles.get(name),
+                name in artifacts.profiles,
+            )
+            for name, record in expert.corpora.items()
         ],
-        "versions": [{"package": package, "version": version} for package, version in about["versions"].items()],
-        "evaluated": dict((about.get("evaluation") or {}).get("settings") or {}),
-        "spec": spec_text(spec),
-    }
-
-
-def spec_text(spec: Mapping[str, Any]) -> str:
-    """A spec as YAML that gives the same spec back."""
-    return yaml.safe_dump(dict(spec), sort_keys=False, allow_unicode=True, width=110)
-
-
-def plain_name(artifacts: Artifacts) -> str:
-    """The expert's name as that of a file."""
-    return re.sub(r"[^\w.-]+", "-", str(artifacts.about["name"])).strip("-.") or "expert"
-
-
-def _commands(artifacts: Artifacts) -> list[dict[str, str]]:
-    """From the spec to the same report, in a folder of the expert's name; to be run one after the other."""
-    out = plain_name(artifacts)
-    spec = spec_text(artifacts.about["spec"])
-    steps = [("Write the spec.", f"cat > {out}.yaml <<'END_OF_SPEC'\n{spec}END_OF_SPEC")]
-    steps.append(("Profile, compose, prune, evaluate.", f"expertprune build {out}.yaml --out {out}"))
-    evaluated = (artifacts.about.get("evaluation") or {}).get("settings") or {}
-    if evaluated.get("suites"):
-        options = "".join(f" --suite {shlex.quote(name)}" for name in evaluated["suites"])
-        for key in ("backend", "limit"):
-            options += f" --{key} {shlex.quote(str(evaluated[key]))}" if evaluated.get(key) else ""
-        steps.append(("Measure what the suites name.", f"expertprune evaluate {out}{options}"))
-    timed = dict((artifacts.throughput or {}).get("settings") or {})
-    arguments = [shlex.quote(str(argument)) for argument in timed.pop("arguments", None) or []]
-    options = "".join(f" --{key.replace('_', '-')} {shlex.quote(str(value))}" for key, value in timed.items())
-    options += f" -- {' '.join(arguments)}" if arguments else ""
-    steps.append(("Time base and expert.", f"expertprune bench {out}{options}"))
-    steps.append(("Write this page.", f"expertprune report {out}"))
-    return [{"step": step, "command": command} for step, command in steps]
+        versions=dict(expert.versions),
+        spec=yaml.safe_dump(expert.plan.spec, sort_keys=False, allow_unicode=True, width=110),
+    )

@@ -3,77 +3,87 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from expertprune.reporting.page.findings import ReportData
+from expertprune.reporting.page.findings import MetricRow, ReportData
+from expertprune.reporting.page.reasons import CutStructure
+from expertprune.spec.schema import PER_TOKEN
 
-_RELATIVE = {"kl"}  # a distance to the expert's own base
+_Item = TypeVar("_Item")
 
 
-_PER_TOKEN = {"perplexity", "kl"}  # of other tokens where the tokenizer is another one
+@dataclass(frozen=True)
+class StructureRow:
+    """Kept units of a structure, with a cell for each expert (`None`: it has no such units)."""
+
+    label: str
+    cells: list[CutStructure | None]
 
 
-def lineup(experts: Sequence[ReportData]) -> dict[str, Any]:
-    """What several experts have in common, as plain data.
+@dataclass(frozen=True)
+class LineupRow:
+    """One metric, with a cell for each expert (`None`: not measured).
 
-    `rows` holds every metric that one of them was measured on, with a cell for each expert (or `None`), and two reasons why
-    numbers in a row cannot be compared, or `None`: `values` of the experts' own numbers, `retention` of their part of the
-    base's.
+    `values` says why the experts' own numbers cannot be compared, `retention` why their retentions cannot; `None`
+    where they can.
     """
-    same_base = _same(experts, lambda expert: expert.base["digest"])
-    keys = dict.fromkeys((row["group"], row["name"], row["metric"]) for each in experts for row in each.metrics)
+
+    name: str
+    label: str
+    cells: list[MetricRow | None]
+    values: str | None
+    retention: str | None
+
+
+@dataclass(frozen=True)
+class Lineup:
+    """What several experts have in common, and what to mind when you compare them."""
+
+    notes: list[str]
+    structures: list[StructureRow]
+    rows: list[LineupRow]
+
+
+def lineup(experts: Sequence[ReportData]) -> Lineup:
+    """Several experts side by side, with every structure and metric that one of them has."""
+    same_base = _same(experts, lambda expert: expert.base.digest)
+    keys = dict.fromkeys((row.group, row.name, row.metric) for each in experts for row in each.metrics)
     rows = [_row(experts, key, same_base) for key in sorted(keys, key=lambda key: key[0] == "general")]
     notes = []
     if not same_base:
-        names = ", ".join(dict.fromkeys(str(expert.base["model"]) for expert in experts))
+        names = ", ".join(dict.fromkeys(expert.base.model for expert in experts))
         notes.append(
             f"These experts have different bases ({names}): each retention is relative to the expert's own base."
         )
-    if not _same([e for e in experts if e.retention], lambda expert: (expert.retention or {})["measure"]):
-        notes.append("Retention at the top is measured in different ways: evaluate all of them again to compare it.")
-    unlike = [row for row in rows if row["values"]]
-    if unlike:
+    if unlike := [row for row in rows if row.values]:
         notes.append(f"In {len(unlike)} of {len(rows)} rows the numbers are not of the same kind; the row says why.")
-    timed = [expert for expert in experts if expert.throughput]
-    if not _same(timed, lambda expert: str((expert.throughput or {})["machine"])):
+    timed = [expert.throughput for expert in experts if expert.throughput is not None]
+    if not _same(timed, lambda throughput: str(throughput.machine)):
         notes.append("Throughput was measured on different machines.")
-    elif not _same(timed, lambda expert: (expert.throughput or {})["settings"]):
+    elif not _same(timed, lambda throughput: throughput.settings):
         notes.append("Throughput was measured with different prompts.")
-    return {"same_base": same_base, "notes": notes, "structures": _structures(experts), "rows": rows}
+    labels = {entry.structure: entry.label for expert in experts for entry in expert.structures}
+    structures = [
+        StructureRow(label, [next((s for s in each.structures if s.structure == structure), None) for each in experts])
+        for structure, label in labels.items()
+    ]
+    return Lineup(notes, structures, rows)
 
 
-def _structures(experts: Sequence[ReportData]) -> list[dict[str, Any]]:
-    """Kept units of every structure that one of the experts has, with a cell for each expert (or `None`)."""
-    labels = {entry["structure"]: entry["label"] for expert in experts for entry in expert.structures}
-    rows = []
-    for structure, label in labels.items():
-        found = [
-            next((entry for entry in each.structures if entry["structure"] == structure), None) for each in experts
-        ]
-        cells = [entry and {key: entry[key] for key in ("units", "kept", "kept_fraction")} for entry in found]
-        rows.append({"structure": structure, "label": label, "cells": cells})
-    return rows
+def _same(items: Sequence[_Item], key: Callable[[_Item], Any]) -> bool:
+    return all(key(item) == key(items[0]) for item in items)
 
 
-def _same(experts: Sequence[ReportData], key: Callable[[ReportData], Any]) -> bool:
-    return all(key(expert) == key(experts[0]) for expert in experts)
-
-
-def _row(experts: Sequence[ReportData], key: tuple[str, str, str], same_base: bool) -> dict[str, Any]:
-    group, name, metric = key
-    found = [next((row for row in each.metrics if (row["group"], row["name"], row["metric"]) == key), None)
-             for each in experts]  # fmt: skip
-    there = [(expert, row) for expert, row in zip(experts, found, strict=True) if row is not None]
-    values = None
-    if len({row["same"] for _, row in there}) > 1:
-        values = f"not the same {there[0][1]['unit']}"
-    elif metric in _PER_TOKEN and not _same([expert for expert, _ in there], lambda e: e.base["tokenizer_digest"]):
+def _row(experts: Sequence[ReportData], key: tuple[str, str, str], same_base: bool) -> LineupRow:
+    cells = [next((row for row in each.metrics if (row.group, row.name, row.metric) == key), None) for each in experts]
+    there = [(expert, row) for expert, row in zip(experts, cells, strict=True) if row is not None]
+    first, metric, values = there[0][1], key[2], None
+    if not _same(there, lambda each: each[1].same):
+        values = f"not the same {first.unit}"
+    elif metric in PER_TOKEN and not _same(there, lambda each: each[0].base.tokenizer_digest):
         values = "different tokenizers"
-    elif metric in _RELATIVE and not same_base:
+    elif metric == "kl" and not same_base:
         values = "distances to different bases"
     retention = None if same_base and values is None else values or "relative to different bases"
-    keys = ("base", "expert", "retention", "low", "high")
-    cells = [row and {each: row[each] for each in keys} for row in found]
-    label = there[0][1]["label"]
-    return {"group": group, "name": name, "metric": metric, "label": label, "cells": cells, "values": values,
-            "retention": retention}  # fmt: skip
+    return LineupRow(first.name, first.label, cells, values, retention)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from expertprune.artifacts.plan import Plan
-from expertprune.artifacts.profile import Profile
+from expertprune.artifacts.profile import Profile, ProfilePart
 from expertprune.composition.overlap import (
     Array,
     chance_overlap,
@@ -18,14 +19,84 @@ from expertprune.composition.overlap import (
     irrelevant_units,
     relevance,
 )
+from expertprune.corpora.documents import CorpusName
 from expertprune.relevance import Criterion
 from expertprune.reporting.pictures import STRUCTURES
 from expertprune.units import Structure
 
-KINDS = ("shared", "expert_exclusive", "general_exclusive")
-
-
 FRACTION = 0.25  # of a layer's units that count as irrelevant where nothing was cut
+
+
+@dataclass(frozen=True)
+class Protected:
+    """Kept units of a structure that one dimension, or `general`, gave their score: in all, and by layer."""
+
+    source: str
+    units: int
+    layers: list[int]
+
+
+@dataclass(frozen=True)
+class CutStructure:
+    """Kept and cut units of one structure over all layers; `of` and `kept_by_layer` count them by layer.
+
+    `decided` is false where no unit was chosen, as of query heads that left with their KV group.
+    """
+
+    structure: str
+    label: str
+    decided: bool
+    units: int
+    kept: int
+    cut: int
+    kept_fraction: float
+    of: list[int]
+    kept_by_layer: list[int]
+    protected: list[Protected]
+
+
+@dataclass(frozen=True)
+class CorpusRelevance:
+    """The share of a corpus' relevance that each layer's units hold, and that the cut units held.
+
+    `by_layer` sums to 1; both are `None` where the corpus gives the structure no relevance.
+    """
+
+    name: str
+    by_layer: list[float] | None
+    cut: float | None
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How far corpora agree on the irrelevant units of a structure: the least relevant `fraction` of each layer.
+
+    `matrix` holds the Jaccard index of each pair of corpora's sets, `chance` that of independent sets. All dimensions
+    (general aside) agree on `agreed` of the `irrelevant` units in a set, independent sets would on
+    `agreed_by_chance`; `agreed_and_cut` of them were cut. `cut_within` is the share of the cut units that a corpus finds
+    irrelevant, `cut_within_all` the share that all dimensions do.
+    """
+
+    fraction: float
+    irrelevant: int
+    chance: float
+    corpora: list[str]
+    matrix: list[list[float]]
+    agreed: int
+    agreed_by_chance: float
+    agreed_and_cut: int
+    cut_within: list[float | None]
+    cut_within_all: float | None
+
+
+@dataclass(frozen=True)
+class StructureRelevance:
+    """Where the relevance of one structure lies on each corpus, and how far corpora agree (`None`: nothing to choose)."""
+
+    structure: str
+    label: str
+    corpora: list[CorpusRelevance]
+    overlap: Overlap | None
 
 
 def label(structure: Structure) -> str:
@@ -38,8 +109,8 @@ def decided(plan: Plan) -> list[Structure]:
     return [structure for structure in Structure if any(structure.value in layer.why for layer in plan.layers)]
 
 
-def kept_units(plan: Plan) -> list[dict[str, Any]]:
-    """Kept and cut units of every structure that the model has, by layer, and who protected them; kinds over all layers."""
+def kept_units(plan: Plan) -> list[CutStructure]:
+    """Kept and cut units of every structure that the model has."""
     found = []
     for structure in Structure:
         of = [shape.units(structure) for shape in plan.shapes]
@@ -48,39 +119,29 @@ def kept_units(plan: Plan) -> list[dict[str, Any]]:
         kept = [len(units.of(structure)) for units in plan.kept]
         why = [layer.why.get(structure.value) for layer in plan.layers]
         found.append(
-            {
-                "structure": structure.value,
-                "label": label(structure),
-                "decided": any(why),
-                "units": sum(of),
-                "kept": sum(kept),
-                "cut": sum(of) - sum(kept),
-                "kept_fraction": sum(kept) / sum(of),
-                "layers": {"of": of, "kept": kept, "threshold": [None if w is None else w["threshold"] for w in why]},
-                "protected": _protected(why),
-                "kinds": _kinds(why),
-            }
+            CutStructure(
+                structure=structure.value,
+                label=label(structure),
+                decided=any(why),
+                units=sum(of),
+                kept=sum(kept),
+                cut=sum(of) - sum(kept),
+                kept_fraction=sum(kept) / sum(of),
+                of=of,
+                kept_by_layer=kept,
+                protected=_protected(why),
+            )
         )
     return found
 
 
-def _protected(why: Sequence[Mapping[str, Any] | None]) -> list[dict[str, Any]]:
-    """Kept units by who gave them their score, in the order in which the plan names them."""
-    sources = list(dict.fromkeys(source for reason in why if reason for source in reason["protected"]))
+def _protected(why: Sequence[Mapping[str, Any] | None]) -> list[Protected]:
+    """In the order in which the plan names those who protect."""
+    sources = dict.fromkeys(source for reason in why if reason for source in reason["protected"])
     by_layer = {
         source: [int(reason["protected"].get(source, 0)) if reason else 0 for reason in why] for source in sources
     }
-    return [{"source": source, "units": sum(counts), "layers": counts} for source, counts in by_layer.items()]
-
-
-def _kinds(why: Sequence[Mapping[str, Any] | None]) -> list[dict[str, Any]]:
-    found = []
-    for kind in KINDS:
-        counts = [reason[kind] for reason in why if reason and kind in reason]
-        if counts:
-            units, kept = (sum(int(each[key]) for each in counts) for key in ("units", "kept"))
-            found.append({"kind": kind.replace("_", "-"), "units": units, "kept": kept})
-    return found
+    return [Protected(source, sum(counts), counts) for source, counts in by_layer.items()]
 
 
 def relevance_findings(
@@ -88,17 +149,14 @@ def relevance_findings(
     profiles: Mapping[str, Profile],
     criterion: Criterion,
     aggregate: str | float,
-    part: str | None,
+    part: ProfilePart | None,
     experts: Criterion | None = None,
-) -> list[dict[str, Any]]:
-    """Per structure: where the relevance of each corpus lies, how much of it was cut, and what corpora agree on.
-
-    Only structures that were chosen count, or FFN neurons where nothing was. `by_layer` is the part of the corpus'
-    relevance that a layer's units hold, which sums to 1 over the layers; `cut` the part that the cut units held.
+) -> list[StructureRelevance]:
+    """Where relevance lies, by structure that was chosen (FFN neurons where nothing was).
 
     Args:
         profiles: by corpus; of all of the plan's corpora.
-        experts: the criterion of whole experts, where it is another.
+        experts: the criterion of routed experts, where it is another.
     """
     found = []
     for structure in decided(plan) or [Structure.FFN]:
@@ -107,14 +165,8 @@ def relevance_findings(
             continue
         by_corpus = {name: relevance(each, structure, by, aggregate, part) for name, each in profiles.items()}
         cut = _cut_units(plan, structure)
-        found.append(
-            {
-                "structure": structure.value,
-                "label": label(structure),
-                "corpora": [{"name": name, **_shares(layers, cut)} for name, layers in by_corpus.items()],
-                "overlap": _overlap(by_corpus, cut),
-            }
-        )
+        corpora = [_shares(name, layers, cut) for name, layers in by_corpus.items()]
+        found.append(StructureRelevance(structure.value, label(structure), corpora, _overlap(by_corpus, cut)))
     return found
 
 
@@ -128,20 +180,16 @@ def _cut_units(plan: Plan, structure: Structure) -> list[NDArray[np.bool_]]:
     return layers
 
 
-def _shares(layers: Sequence[Array], cut: Sequence[NDArray[np.bool_]]) -> dict[str, Any]:
+def _shares(name: str, layers: Sequence[Array], cut: Sequence[NDArray[np.bool_]]) -> CorpusRelevance:
     total = sum(float(scores.sum()) for scores in layers)
     if total <= 0:
-        return {"by_layer": None, "cut": None}
+        return CorpusRelevance(name, None, None)
     lost = sum(float(scores[gone].sum()) for scores, gone in zip(layers, cut, strict=True))
-    return {"by_layer": [float(scores.sum()) / total for scores in layers], "cut": lost / total}
+    return CorpusRelevance(name, [float(scores.sum()) / total for scores in layers], lost / total)
 
 
-def _overlap(by_corpus: Mapping[str, Sequence[Array]], cut: Sequence[NDArray[np.bool_]]) -> dict[str, Any] | None:
-    """How far the irrelevant sets agree, at the fraction that was cut; `None` where no layer has two units.
-
-    `matrix` holds Jaccard indices; `cut_within` says which part of the cut units each corpus finds irrelevant, and
-    `cut_within_all` which part all dimensions do (general aside), against what independent sets would give.
-    """
+def _overlap(by_corpus: Mapping[str, Sequence[Array]], cut: Sequence[NDArray[np.bool_]]) -> Overlap | None:
+    """How far the irrelevant sets agree, at the fraction that was cut; `None` where no layer has two units."""
     units = sum(gone.size for gone in cut)
     fraction = sum(int(gone.sum()) for gone in cut) / units or FRACTION
     choosable = [layer for layer, gone in enumerate(cut) if gone.size > 1]
@@ -154,30 +202,28 @@ def _overlap(by_corpus: Mapping[str, Sequence[Array]], cut: Sequence[NDArray[np.
     gone = np.concatenate([cut[layer] for layer in choosable])
     member = np.concatenate(sets, axis=1)  # [corpora, units]
     names = list(by_corpus)
-    dimensions = [not name.startswith("general/") for name in names]
+    dimensions = [not CorpusName.parse(name).is_general for name in names]
     agreed: NDArray[np.bool_] = np.all(member[dimensions], axis=0)
     cut_units = int(gone.sum())
 
     def within(chosen: NDArray[np.bool_]) -> float | None:
         return float((chosen & gone).sum() / cut_units) if cut_units else None
 
-    return {
-        "fraction": fraction,
-        "units": compared.units,
-        "irrelevant": compared.irrelevant,
-        "chance": chance_overlap([scores.shape[1] for scores in layers], counts),
-        "corpora": names,
-        "matrix": compared.overlap.tolist(),
-        "rank_correlation": compared.rank_correlation.tolist(),
-        "agreed": int(agreed.sum()),
-        "agreed_by_chance": _by_chance(layers, counts, sum(dimensions)),
-        "agreed_and_cut": int((agreed & gone).sum()),
-        "cut_within": [within(row) for row in member],
-        "cut_within_all": within(agreed),
-    }
+    return Overlap(
+        fraction=fraction,
+        irrelevant=compared.irrelevant,
+        chance=chance_overlap([scores.shape[1] for scores in layers], counts),
+        corpora=names,
+        matrix=compared.overlap.tolist(),
+        agreed=int(agreed.sum()),
+        agreed_by_chance=_by_chance(layers, counts, sum(dimensions)),
+        agreed_and_cut=int((agreed & gone).sum()),
+        cut_within=[within(row) for row in member],
+        cut_within_all=within(agreed),
+    )
 
 
 def _by_chance(layers: Sequence[Array], counts: Sequence[int], corpora: int) -> float:
-    """Expected size of the intersection of independent sets, one a corpus: `Σ_l n_l (k_l / n_l)^corpora`."""
+    """Expected size of the intersection of independent sets, one per corpus: `Σ_l n_l (k_l / n_l)^corpora`."""
     pairs = zip(layers, counts, strict=True)
     return float(sum(scores.shape[1] * (count / scores.shape[1]) ** corpora for scores, count in pairs))

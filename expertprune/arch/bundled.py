@@ -1,0 +1,52 @@
+"""Real models that come as Python packages, so that they need no hub."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Self
+
+import yaml
+from pydantic import model_validator
+
+from expertprune.arch.blocks import Data
+
+
+class PackagedFile(Data):
+    """A file inside an installed package. The package is found by its `module`; none of its code is run."""
+
+    module: str
+    file: str
+
+
+class BundledModel(Data):
+    """A model that comes as a package: the GGUF `file` inside the installed `module`.
+
+    A model that is too large for one package comes in several `parts`. Their bytes in this order are the file with the
+    digest `sha256`.
+    """
+
+    file: str
+    module: str | None = None
+    parts: tuple[PackagedFile, ...] = ()
+    sha256: str | None = None
+    install: str
+    licence: str
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> Self:
+        if (self.module is None) == (not self.parts) or bool(self.parts) != (self.sha256 is not None):
+            raise ValueError("a bundled model needs either a module, or parts and the sha256 of their whole")
+        return self
+
+    @property
+    def packaged(self) -> tuple[PackagedFile, ...]:
+        """The files that hold its bytes, in order."""
+        return self.parts if self.module is None else (PackagedFile(module=self.module, file=self.file),)
+
+
+@functools.cache
+def bundled_models() -> dict[str, BundledModel]:
+    """Every bundled model by name."""
+    data = yaml.safe_load((Path(__file__).parent / "bundled.yaml").read_text(encoding="utf-8"))
+    return {name: BundledModel.model_validate(entry) for name, entry in data.items()}

@@ -1,0 +1,144 @@
+"""Whether the tensors of a checkpoint are those that its config and its family describe."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from expertprune.arch import Family
+from expertprune.errors import CheckpointError, first_line
+from expertprune.models.checkpoint import Checkpoint
+from expertprune.models.loading import build_model
+from expertprune.units import LayerShape
+
+# Buffers that older checkpoints stored and newer models compute.
+_COMPUTED = r"rotary_emb\.inv_freq$"
+
+
+def check_widths(checkpoint: Checkpoint, family: Family, shapes: Sequence[LayerShape]) -> None:
+    """Check the widths of all coupled tensors.
+
+    Raises:
+        CheckpointError: a tensor is missing or is of another width than the config says.
+    """
+    problems = [each for layer, shape in enumerate(shapes) for each in _of_layer(checkpoint, family, layer, shape)]
+    if problems:
+        raise _disagreement(checkpoint, problems)
+
+
+def _of_layer(checkpoint: Checkpoint, family: Family, layer: int, shape: LayerShape) -> Iterator[str]:
+    yield from _missing_routed_experts(checkpoint, family, layer, shape.experts)
+    yield from _wrong_routed_experts(checkpoint, family, layer, shape)
+    for coupled in family.tensors:
+        name = family.layer_prefix(layer) + coupled.name
+        if name not in checkpoint.tensors:
+            if not coupled.optional:
+                yield f"{name} is missing"
+            continue
+        found = checkpoint.tensors[name].shape
+        widths: dict[int, int] = {coupled.axis: sum(shape.segment_rows(segment) for segment in coupled.segments)}
+        if len(found) == 2:
+            widths[1 - coupled.axis] = shape.hidden
+        for axis, width in widths.items():
+            if axis >= len(found) or found[axis] != width:
+                yield f"{name} is {list(found)}, the config makes axis {axis} {width}"
+
+
+def _missing_routed_experts(checkpoint: Checkpoint, family: Family, layer: int, count: int) -> list[str]:
+    """Tensors of routed experts that are stored neither together, as the model runs them, nor one by one."""
+    if family.experts is None:
+        return []
+    prefix, problems = family.layer_prefix(layer), []
+    for run in family.experts.run:
+        names = [prefix + name for name in family.experts.on_disk(run.name, count)]
+        if prefix + run.name not in checkpoint.tensors:
+            problems += [f"{name} is missing" for name in names if name not in checkpoint.tensors]
+    return list(dict.fromkeys(problems))
+
+
+def _wrong_routed_experts(checkpoint: Checkpoint, family: Family, layer: int, shape: LayerShape) -> Iterator[str]:
+    """Tensors of single routed experts that are of other widths than the config says."""
+    if family.experts is None:
+        return
+    prefix = family.layer_prefix(layer)
+    for expert in range(shape.experts):
+        for tensor in family.experts.of_one(expert):
+            info = checkpoint.tensors.get(prefix + tensor.name)
+            width = shape.ffn * len(tensor.segments)
+            if info is not None and tensor.axis is not None and info.shape[tensor.axis] != width:
+                found = list(info.shape)
+                yield f"{prefix + tensor.name} is {found}, the config makes axis {tensor.axis} {width}"
+
+
+def vocabulary_rows(checkpoint: Checkpoint, family: Family) -> int:
+    """Rows of the embedding.
+
+    Raises:
+        CheckpointError: the embedding, the head and the config's `vocab_size` disagree.
+    """
+    found = {name: checkpoint.tensors[name].shape[0] for name in family.vocabulary if name in checkpoint.tensors}
+    found["config.json's vocab_size"] = checkpoint.config.get("vocab_size", 0)
+    if len(set(found.values())) > 1 or family.vocabulary[0] not in found:
+        told = ", ".join(f"{name} {rows}" for name, rows in found.items())
+        raise CheckpointError(f"{checkpoint.folder}: the rows of the vocabulary disagree: {told}")
+    return found[family.vocabulary[0]]
+
+
+def check_inventory(
+    checkpoint: Checkpoint, family: Family, shapes: Sequence[LayerShape], trust_remote_code: bool = False
+) -> None:
+    """Compare a folder's tensors with those of the model that its config describes, which is built without memory.
+
+    Raises:
+        CheckpointError: tensors are missing, unknown to the model, or of other shapes.
+    """
+    config = checkpoint.folder / "config.json"
+    try:
+        with torch.device("meta"):
+            model = build_model(checkpoint.folder, trust_remote_code)
+    except (ValueError, OSError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{config}: transformers builds no model from it: {first_line(error)}") from None
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    ignored = "|".join([_COMPUTED, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])])
+    found = {name: info.shape for name, info in checkpoint.tensors.items()}
+    stored = _stored_otherwise(family, shapes)
+    for run, names in stored.items():  # routed experts stored one by one: `check_widths` has looked for them
+        if run not in found:
+            expected.pop(run, None)
+            expected |= {name: found[name] for name in names if name in found}
+    problems = [f"{name} is missing" for name in expected if name not in found and name not in tied]
+    problems += [
+        f"{name} belongs to no part of the model"
+        for name in found
+        if name not in expected and not re.search(ignored, name)
+    ]
+    problems += [
+        f"{name} is {list(shape)}, the config makes it {list(expected[name])}"
+        for name, shape in found.items()
+        if name in expected and shape != expected[name]
+    ]
+    if problems:
+        raise _disagreement(checkpoint, problems)
+
+
+def _stored_otherwise(family: Family, shapes: Sequence[LayerShape]) -> dict[str, tuple[str, ...]]:
+    """From each tensor of the running model that may be stored under other names to those names."""
+    if family.experts is None:
+        return {}
+    return {
+        family.layer_prefix(layer) + run.name: tuple(
+            family.layer_prefix(layer) + name for name in family.experts.on_disk(run.name, shape.experts)
+        )
+        for layer, shape in enumerate(shapes)
+        for run in family.experts.run
+    }
+
+
+def _disagreement(checkpoint: Checkpoint, problems: Sequence[str]) -> CheckpointError:
+    rest = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+    return CheckpointError(
+        f"{checkpoint.folder}: config.json disagrees with the weights: {'; '.join(problems[:5])}{rest}"
+    )

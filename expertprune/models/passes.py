@@ -1,0 +1,169 @@
+"""Run text through a decoder one layer at a time.
+
+Every pass over calibration text goes this way: open a layer, run every batch through it, close it. Only the hidden states
+of the batches are held between layers, so a model larger than memory needs another source of layers and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from expertprune.arch import Family
+from expertprune.corpora.batches import Batch
+from expertprune.models.layers import LayerRecorder, decoder_layers, head_only, layers_replaced
+from expertprune.progress import Progress
+from expertprune.units import LayerShape
+
+LOGITS = 2**25  # held at a time: 128 MiB in float32
+
+
+def real_tokens(batch: Batch, states: Tensor) -> Tensor:
+    """Leave padding out: `[rows, tokens, channels]` to `[real tokens, channels]`."""
+    if all(length == states.shape[1] for length in batch.lengths):
+        return states.flatten(0, 1)
+    return torch.cat([states[row, :length] for row, length in enumerate(batch.lengths)])
+
+
+class Step(NamedTuple):
+    """One batch that has just passed one layer: its states before and after, `[rows, tokens, hidden]`."""
+
+    number: int
+    batch: Batch
+    before: Tensor
+    after: Tensor
+
+    def real(self, states: Tensor) -> Tensor:
+        """The states of real tokens, `[tokens, channels]`."""
+        return real_tokens(self.batch, states)
+
+
+@dataclass
+class Stream:
+    """The hidden states of every batch before one layer, and what the decoder hands each layer beside them.
+
+    `hidden[b]` is `[rows, tokens, hidden]`; `arguments[b][l]` are the keyword arguments of layer `l` (position
+    embeddings, masks), shared between layers where the decoder shares them.
+    """
+
+    batches: Sequence[Batch]
+    hidden: list[Tensor]
+    arguments: list[list[dict[str, Any]]]
+
+    def copy(self) -> Stream:
+        """Another stream with the same inputs. Hidden states are replaced, never changed in place: none is copied."""
+        return Stream(self.batches, list(self.hidden), self.arguments)
+
+    def run(self, layer: nn.Module, index: int, batch: int) -> Tensor:
+        """Run one batch through one layer and leave the stream as it was; the output is `[rows, tokens, hidden]`."""
+        output = layer(self.hidden[batch], **self.arguments[batch][index])
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def advance(self, layer: nn.Module, index: int) -> Iterator[Step]:
+        """Run every batch through the layer at position `index`; the stream then holds what comes out of it.
+
+        Yields:
+            Each batch as soon as it is through. Where gradients are on, `Step.after` carries its graph, and the stream
+            holds it without.
+        """
+        for number, batch in enumerate(self.batches):
+            before, after = self.hidden[number], self.run(layer, index, number)
+            self.hidden[number] = after.detach()
+            yield Step(number, batch, before, after)
+
+
+@dataclass(frozen=True)
+class TextRun:
+    """A model and the text that runs through it: what every pass needs.
+
+    `shapes` are the widths of its layers; a pass that looks at hidden states alone does not need them.
+    """
+
+    model: Any
+    family: Family
+    shapes: Sequence[LayerShape]
+    batches: Sequence[Batch]
+
+    @property
+    def device(self) -> torch.device:
+        """Where layers run and hidden states lie."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    @property
+    def documents(self) -> int:
+        return 1 + max(document for batch in self.batches for document in batch.documents)
+
+    @property
+    def tokens(self) -> int:
+        return sum(batch.tokens for batch in self.batches)
+
+    def each_batch(self) -> Iterator[TextRun]:
+        """The same with one batch at a time."""
+        return (replace(self, batches=[batch]) for batch in self.batches)
+
+    @contextlib.contextmanager
+    def opened(self, index: int) -> Iterator[nn.Module]:
+        """One decoder layer, ready to run on `device` while open.
+
+        The whole model is resident, so it is only looked up. Where layers are streamed from a checkpoint, this is the
+        place that loads one and frees it.
+        """
+        yield decoder_layers(self.model, self.family)[index]
+
+    def layers(self, progress: Progress | None = None, last_first: bool = False) -> Iterator[tuple[int, nn.Module]]:
+        """Open each layer in turn; `progress` is called when one is closed."""
+        order = range(len(decoder_layers(self.model, self.family)))
+        for index in reversed(order) if last_first else order:
+            with self.opened(index) as layer:
+                yield index, layer
+            if progress is not None:
+                progress()
+
+    @torch.no_grad()  # not inference mode: a backward pass may go through what comes out
+    def start(self) -> Stream:
+        """The stream before the first layer: embeddings, and each layer's arguments as the decoder makes them."""
+        recorders = [LayerRecorder(layer) for layer in decoder_layers(self.model, self.family)]
+        stream, decoder = Stream(self.batches, [], []), self.model.get_decoder()
+        with layers_replaced(self.model, self.family, recorders):
+            for batch in self.batches:
+                decoder(input_ids=batch.ids.to(self.device), use_cache=False)
+                stream.hidden.append(recorders[0].hidden)
+                stream.arguments.append([recorder.arguments for recorder in recorders])
+        return stream
+
+    def finish(self, progress: Progress | None = None) -> Stream:
+        """The stream behind the last layer, where nothing but that is wanted."""
+        stream = self.start()
+        for index, layer in self.layers(progress):
+            for _ in stream.advance(layer, index):
+                pass
+        return stream
+
+    def logits(self, batch: Batch, hidden: Tensor, until: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """The predictions that follow from the last layer's output, a few positions at a time.
+
+        Logits of a large vocabulary over a whole batch would take more room than the model.
+
+        Args:
+            hidden: of the batch, `[rows, tokens, hidden]`.
+            until: the first position that is not wanted; default: the end.
+
+        Yields:
+            The first position of a stretch, and its logits, `[rows, positions, vocabulary]`, float32.
+        """
+        ids = batch.ids.to(hidden.device)
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        end = ids.shape[1] if until is None else until
+        step = max(1, LOGITS // (vocabulary * ids.shape[0]))
+        for first in range(0, end, step):
+            positions = torch.arange(first, min(first + step, end), device=ids.device)
+            with head_only(self.model, self.family, hidden):
+                logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits
+            yield first, logits.float()

@@ -1,0 +1,190 @@
+"""The expert's folder as an object: nothing of the machine that built it, and all that another one needs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import expertprune
+from expertprune.artifacts.expert import CorpusRecord, Expert, portable
+from expertprune.errors import CheckpointError, SpecError
+from expertprune.files import EXPERT_FILE
+from expertprune.spec.reading import parse_spec
+from tests.experts import about, copied, described
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    expert = described(tmp_path)
+    expert.save()
+    assert Expert.load(tmp_path) == expert
+
+
+def test_an_expert_is_read_back_with_its_evaluation(tiny_build: tuple[Path, Path], tmp_path: Path) -> None:
+    before = (tiny_build[0] / EXPERT_FILE).read_text()
+    replace(Expert.load(tiny_build[0]), folder=tmp_path).save()
+    assert (tmp_path / EXPERT_FILE).read_text() == before
+    assert json.loads(before)["evaluation"]["corpora"].keys() == {
+        "language/en", "domain/medical", "task/qa", "general/general",
+    }  # fmt: skip
+
+
+def test_no_file_of_an_expert_names_a_place_of_the_builder(tiny_build: tuple[Path, Path], tiny_llama: Path) -> None:
+    folder, store = tiny_build
+    for path in folder.rglob("*"):
+        if path.suffix in (".json", ".md"):
+            text = path.read_text()
+            assert not [place for place in (folder.parent, store, tiny_llama.parent) if str(place) in text], path
+    expert = Expert.load(folder)
+    assert (expert.base.model, expert.spec.base.model, expert.plan.base["model"]) == ("llama",) * 3
+    assert expert.spec.corpora.sources["medical"].path == ["medical.jsonl"]
+
+
+def test_files_of_one_name_keep_the_folders_that_tell_them_apart(tmp_path: Path) -> None:
+    sources = {
+        "en": {"path": ["/data/en/train.jsonl", "/data/en/more.jsonl"], "evaluation": "/data/en/test.jsonl"},
+        "law": {"path": "/home/me/law/train.jsonl", "questions": "/home/me/law/test.jsonl"},
+    }
+    data = {"name": "n", "base": "/models/mine", "dimensions": {"language": "en", "domain": "law"}, "budget": {"ffn": 0.5},
+            "corpora": {"catalogue": "/home/me/catalogue", "sources": sources}}  # fmt: skip
+    plan = described(tmp_path).plan
+    spec = replace(plan, spec=parse_spec(data, "spec", tmp_path).document())
+    corpora = portable(spec).spec["corpora"]
+    assert corpora["catalogue"] == "catalogue"
+    assert corpora["sources"]["en"]["path"] == ["en/train.jsonl", "more.jsonl"]
+    assert corpora["sources"]["en"]["evaluation"] == ["en/test.jsonl"]
+    assert corpora["sources"]["law"]["path"] == ["law/train.jsonl"]
+    assert corpora["sources"]["law"]["questions"] == "law/test.jsonl"
+    assert portable(portable(spec)) == portable(spec)
+
+
+# --- found again ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def moved(tiny_build: tuple[Path, Path], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An expert on another machine: an empty store, base and corpora in a folder of their own, another current folder."""
+    for path in tiny_build[0].parent.glob("*.jsonl"):
+        (tmp_path / "text").mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / "text")
+    shutil.copytree(tiny_llama, tmp_path / "text" / "llama")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return copied(tiny_build, tmp_path / "there" / "expert")
+
+
+def test_the_store_remembers_where_things_lie(tiny_build: tuple[Path, Path], tiny_llama: Path, tmp_path: Path) -> None:
+    folder, store = tiny_build
+    spec = Expert.load(copied(tiny_build, tmp_path / "copy")).local_spec(store)
+    assert spec.base.model == str(tiny_llama)
+    assert spec.corpora.sources["qa"].path == [str(folder.parent / "qa.jsonl")]
+
+
+def test_what_is_nowhere_is_named_with_what_to_give(moved: Path, store: Path) -> None:
+    expert = Expert.load(moved)
+    with pytest.raises(SpecError) as found:
+        expert.local_spec(store)
+    assert len(found.value.problems) == 8  # four corpora, each with an evaluation split
+    assert all("lies neither in the current folder nor beside" in problem for problem in found.value.problems)
+    assert "--set corpora.sources.qa.evaluation=PATH" in str(found.value)
+    with pytest.raises(CheckpointError, match="say where it is with --base"):
+        expert.find_base(store)
+
+
+def test_the_current_folder_and_that_around_the_expert_are_looked_into(
+    moved: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = moved.parent.parent / "text"
+    expert = Expert.load(moved)
+    monkeypatch.chdir(text)
+    assert expert.local_spec(store).corpora.sources["qa"].path == [str(text / "qa.jsonl")]
+    assert expert.find_base(store).folder == text / "llama"
+    monkeypatch.chdir(text.parent)
+    for path in list(text.iterdir()):
+        path.rename(moved.parent / path.name)
+    assert expert.local_spec(store).corpora.sources["qa"].path == [str(moved.parent / "qa.jsonl")]
+    assert expert.find_base(store).folder == moved.parent / "llama"
+
+
+def test_an_expert_is_evaluated_elsewhere_with_the_places_given(moved: Path, tiny_build: tuple[Path, Path]) -> None:
+    text = moved.parent.parent / "text"
+    overrides: dict[str, Any] = {}
+    for name in ("en", "medical", "qa", "general"):
+        overrides[f"corpora.sources.{name}.path"] = f"../text/{name}.jsonl"
+        overrides[f"corpora.sources.{name}.evaluation"] = str(text / f"{name}.evaluation.jsonl")
+    found = expertprune.evaluate(moved, base=text / "llama", overrides=overrides).document()
+    assert found["corpora"] == about(tiny_build[0])["evaluation"]["corpora"]
+
+
+def test_another_model_in_the_bases_place_is_refused(moved: Path, store: Path) -> None:
+    expert = Expert.load(moved)
+    other = replace(expert, base=expert.base.model_copy(update={"digest": "f" * 64}))
+    base = expert.local_base(store, moved.parent.parent / "text" / "llama")
+    assert expert.find_base(store, base).digest == expert.base.digest
+    with pytest.raises(CheckpointError, match=r"is not the base of this expert .* recorded ffffffffffff"):
+        other.find_base(store, base)
+
+
+# --- ancestors --------------------------------------------------------------------------------------------------------
+
+
+def test_the_documents_of_all_ancestors_calibrated_an_expert(tmp_path: Path) -> None:
+    def corpora(*digests: str) -> dict[str, CorpusRecord]:
+        return {"language/en": CorpusRecord(digest="c", documents=list(digests))}
+
+    eldest = described(tmp_path, "eldest", corpora=corpora("a"))
+    middle = described(tmp_path, "middle", corpora=corpora("b"), ancestor=eldest.description)
+    youngest = described(tmp_path, "youngest", corpora=corpora("c", "a"), ancestor=middle.description)
+    youngest.save()
+    read = Expert.load(tmp_path)
+    assert [each.name for each in read.lineage] == ["youngest", "middle", "eldest"]
+    assert read.calibration_digests == {"a", "b", "c"}
+    assert middle.calibration_digests == {"a", "b"}
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"schema": 1}, "an expert of schema 1, and this version reads schema 2: build the expert again"),
+        ({"base": {"model": "m"}}, "missing key 'base.digest'"),
+        ({"parameters": {"before": "many", "after": 1}}, "parameters.before: Input should be a valid integer"),
+        ({"corpora": {"language/en": {"digest": "c", "documents": [1]}}}, "corpora.language/en.documents.0"),
+        ({"plan": 3}, "plan: Input should be a valid dictionary"),
+        ({"ancestor": {"kind": "expert"}}, f"{EXPERT_FILE}: ancestor: an expert of an older version"),
+        ({"evaluation": {"corpora": {}}}, "damaged: evaluation: missing key 'settings'; evaluate the expert again"),
+        ({"wrong": 1}, "unknown key 'wrong'"),
+    ],
+)
+def test_a_damaged_description_is_named_with_its_key(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    described(tmp_path).save()
+    path = tmp_path / EXPERT_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError) as found:
+        Expert.load(tmp_path)
+    assert str(path) in str(found.value)
+    assert words in str(found.value)
+
+
+def test_a_description_without_a_schema_is_of_an_older_version(tmp_path: Path) -> None:
+    (tmp_path / EXPERT_FILE).write_text('{"kind": "expert", "name": "old"}')
+    with pytest.raises(CheckpointError, match=f"{os.sep}{EXPERT_FILE}: an expert of an older version"):
+        Expert.load(tmp_path)
+
+
+def test_a_spec_that_this_version_cannot_read_does_not_keep_the_expert_from_being_served(tmp_path: Path) -> None:
+    described(tmp_path).save()
+    path = tmp_path / EXPERT_FILE
+    data = json.loads(path.read_text())
+    data["spec"]["budget"]["layers"] = 3
+    path.write_text(json.dumps(data))
+    assert Expert.load(tmp_path).name == "medical-qa"
+    with pytest.raises(CheckpointError, match=r"unknown key 'budget\.layers'"):
+        _ = Expert.load(tmp_path).spec

@@ -1,0 +1,49 @@
+"""Tiny distributions that extend expertprune, as files: what an installed wheel holds."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def distribution(
+    name: str, points: Mapping[str, Mapping[str, str]], modules: Mapping[str, str], version: str = "1.0"
+) -> dict[str, str]:
+    """The files of a pure Python distribution by path.
+
+    Args:
+        points: entry points, `{group: {name: target}}`.
+        modules: the text of each file by its path.
+    """
+    sections = [
+        f"[{group}]\n" + "".join(f"{key} = {target}\n" for key, target in each.items())
+        for group, each in points.items()
+    ]
+    info = f"{name.replace('-', '_')}-{version}.dist-info"
+    files = {
+        **modules,
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/entry_points.txt": "\n".join(sections),
+    }
+    record = f"{info}/RECORD"
+    return {**files, record: "".join(f"{path},,\n" for path in [*files, record])}
+
+
+def unpack(files: Mapping[str, str], folder: Path) -> Path:
+    """The distribution as it lies in a folder of `sys.path`."""
+    for path, text in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text)
+    return folder
+
+
+def wheel(files: Mapping[str, str], folder: Path) -> Path:
+    """The distribution as a wheel in a folder."""
+    info = next(path.partition(".dist-info")[0] for path in files if ".dist-info/" in path)
+    path = folder / f"{info}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+    return path
