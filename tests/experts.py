@@ -86,13 +86,9 @@ def measured(folder: Path) -> Path:
         "generation": {
             "sums": {**row, **numbers, **general, "low": 0.95, "high": 1.1, "retention": 1.02, "agreement": 0.4}
         },
-        "summary": {
-            "expert": {"retention": 0.91, "low": 0.85, "high": 0.97, "metrics": ["a", "b"], "undefined": []},
-            "general": {"retention": 0.88, "low": 0.8, "high": 0.96, "metrics": ["c"], "undefined": []},
-        },
         "alignment": {
-            "language en": {"layers": [1.0, 0.99, 0.97], "cosine": 0.93, "documents": 4},
-            "general general": {"layers": [1.0, 0.98, 0.90], "cosine": 0.81, "documents": 4},
+            "language en": {"layers": [1.0, 0.99, 0.97], "cosine": 0.93, "documents": 4, "tokens": 30},
+            "general general": {"layers": [1.0, 0.98, 0.90], "cosine": 0.81, "documents": 4, "tokens": 30},
         },
     }
     found["evaluation"]["settings"] |= {"suites": {"medical": "d1", "general": "d2"}, "backend": "vllm", "limit": 50}

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from expertprune.arch import Family, family_of
+from expertprune.corpora.batches import make_batches
+from expertprune.models.passes import TextRun
 from expertprune.units import LayerShape
 from tests.tiny import tiny_model
 
@@ -33,6 +35,10 @@ class Tiny:
     family: Family
     shapes: tuple[LayerShape, ...]
 
+    def text(self, documents: Sequence[Sequence[int]], tokens_per_batch: int = 30, pad: int = 63) -> TextRun:
+        """The model and documents to run through it."""
+        return TextRun(self.model, self.family, self.shapes, make_batches(documents, tokens_per_batch, pad))
+
     def double(self) -> Tiny:
         """The same model in float64, for references without rounding; this one stays as it is."""
         copy = type(self.model)(self.model.config).double().eval()
@@ -42,8 +48,13 @@ class Tiny:
 
 
 def tiny(family: str, **changes: Any) -> Tiny:
-    model = tiny_model(family, **changes)
-    return Tiny(model, family_of(family), family_of(family).layer_shapes(model.config.to_dict()))
+    return tiny_of(tiny_model(family, **changes))
+
+
+def tiny_of(model: Any) -> Tiny:
+    """A running model with what its family says about it."""
+    family = family_of(model.config.model_type)
+    return Tiny(model, family, family.layer_shapes(model.config.to_dict()))
 
 
 def ffn_output(layer: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,8 @@ from expertprune.files import staged_file
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from expertprune.artifacts.sweep import Sweep
 
 
 FORMATS = (".png", ".svg")
@@ -150,28 +152,27 @@ def _heat_map(axes: Axes, result: Mapping[str, Any], names: list[str], lowest: f
     return image
 
 
-def retention_curve(points: Sequence[Mapping[str, Any]], path: Path) -> None:
+def retention_curve(sweep: Sweep, path: Path) -> None:
     """Retention in bits per byte against the fraction of parameters kept, for expert and general text.
 
     Both curves begin at the base, which keeps everything. Bands are the intervals.
-
-    Args:
-        points: of a `Sweep`'s document; `expert` or `general` may be `None` where there was no text for it.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
-    points = sorted(points, key=lambda point: point["fraction"])
+    points = sorted(sweep.points, key=lambda point: point.fraction)
     figure = Figure(figsize=(6.4, 4.4), facecolor="white", layout="constrained")
     axes = figure.add_subplot()
     axes.axhline(1.0, color=QUIET, linewidth=0.8, linestyle=":")
     labels = []
     for key, colour, marker, line in _CURVES:
-        here = [(point["fraction"], point[key]) for point in points if point[key] is not None]
+        here = [(point.fraction, kept) for point in points if (kept := getattr(point, key)) is not None]
         if not here:
             continue
         kept = [fraction for fraction, _ in here] + [1.0]
-        low, retention, high = ([numbers[name] for _, numbers in here] + [1.0] for name in ("low", "retention", "high"))
+        low, retention, high = (
+            [getattr(numbers, name) for _, numbers in here] + [1.0] for name in ("low", "retention", "high")
+        )
         axes.fill_between(kept, low, high, color=colour, alpha=0.15, linewidth=0)
         for edge in (low, high):  # bands that lie over each other mix their colours, edges do not
             axes.plot(kept, edge, color=colour, linestyle=line, linewidth=0.7, alpha=0.8)
@@ -180,12 +181,12 @@ def retention_curve(points: Sequence[Mapping[str, Any]], path: Path) -> None:
         labels.append((retention[0], key, colour))
     axes.plot([1.0], [1.0], color="black", marker="D", markersize=5, linestyle="")
     axes.annotate("base", (1.0, 1.0), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=10)
-    span = 1.0 - points[0]["fraction"]
-    axes.set_xlim(points[0]["fraction"] - 0.2 * span, 1.0 + 0.06 * span)
+    span = 1.0 - points[0].fraction
+    axes.set_xlim(points[0].fraction - 0.2 * span, 1.0 + 0.06 * span)
     axes.margins(y=0.1)
-    _label_curves(axes, points[0]["fraction"] - 0.025 * span, labels)
+    _label_curves(axes, points[0].fraction - 0.025 * span, labels)
     budgets = axes.secondary_xaxis("top")
-    budgets.set_xticks([point["fraction"] for point in points], [f"{point['budget']:g}" for point in points])
+    budgets.set_xticks([point.fraction for point in points], [f"{point.budget:g}" for point in points])
     budgets.set_xlabel("budget (fraction removed)", color=QUIET, fontsize=9)
     budgets.tick_params(labelsize=9, colors=QUIET)
     budgets.spines["top"].set_visible(False)

@@ -14,6 +14,7 @@ from rich.text import Text
 from expertprune import formats
 from expertprune.artifacts.evaluation import Average, Evaluation, Measured
 from expertprune.artifacts.plan import Plan, VocabularyPlan
+from expertprune.artifacts.sweep import Sweep
 
 METRIC_LABELS = {
     "bits_per_byte": "bits per byte",
@@ -191,31 +192,31 @@ def _matrix(result: Mapping[str, Any], names: list[str]) -> Table:
     return table
 
 
-def sweep_rows(sweep: Mapping[str, Any]) -> list[list[str]]:
+def sweep_rows(sweep: Sweep) -> list[list[str]]:
     """One row per budget of a sweep: size, retention of expert and general text, accuracy where it was measured."""
     asked = _corpora_with_questions(sweep)
     rows = []
-    for point in sweep["points"]:
-        retention = []
-        for numbers in (point["expert"], point["general"]):
-            interval = numbers and f"({_number(numbers['low'])} to {_number(numbers['high'])})"
-            retention.append(f"{_number(numbers['retention'])} {interval}" if numbers else "")
-        accuracy = [_number(point["corpora"][name]["metrics"]["questions"]["expert"]) for name in asked]
-        size = [f"{point['parameters']['after']:,}", f"{point['fraction']:.1%}", f"{point['bytes'] / 1e6:.1f}"]
-        rows.append([f"{point['budget']:g}", *size, *retention, *accuracy])
+    for point in sweep.points:
+        retention = [
+            "" if kept is None else f"{_number(kept.retention)} ({_number(kept.low)} to {_number(kept.high)})"
+            for kept in (point.expert, point.general)
+        ]
+        accuracy = [_number(point.corpora[name].metrics["questions"].expert) for name in asked]
+        size = [f"{point.parameters['after']:,}", f"{point.fraction:.1%}", f"{point.bytes / 1e6:.1f}"]
+        rows.append([f"{point.budget:g}", *size, *retention, *accuracy])
     return rows
 
 
-def _corpora_with_questions(sweep: Mapping[str, Any]) -> dict[str, float]:
+def _corpora_with_questions(sweep: Sweep) -> dict[str, float | None]:
     """Corpora whose questions were asked, and the base's accuracy."""
-    corpora = sweep["points"][0]["corpora"] if sweep["points"] else {}
-    metrics = {name: result["metrics"] for name, result in corpora.items()}
-    return {name: numbers["questions"]["base"] for name, numbers in metrics.items() if "questions" in numbers}
+    corpora = sweep.points[0].corpora if sweep.points else {}
+    metrics = {name: result.metrics for name, result in corpora.items()}
+    return {name: numbers["questions"].base for name, numbers in metrics.items() if "questions" in numbers}
 
 
-def sweep_table(sweep: Mapping[str, Any]) -> Table:
+def sweep_table(sweep: Sweep) -> Table:
     """A sweep for the terminal."""
-    title = f"{sweep['name']}: what is kept, of {sweep['base']['parameters']:,} parameters and in bits per byte"
+    title = f"{sweep.name}: what is kept, of {sweep.base.parameters:,} parameters and in bits per byte"
     table = Table("removed", title=Text(title))
     headers = ["parameters", "of base", "MB", "expert\n(95% interval)", "general\n(95% interval)"]
     headers += [f"accuracy\n{name}\n(base {_number(base)})" for name, base in _corpora_with_questions(sweep).items()]

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from expertprune.artifacts import profile as profiles
-from expertprune.artifacts.evaluation import Evaluation
 from expertprune.artifacts.plan import LayerPlan, Plan, VocabularyPlan, load_plan, plan_from
 from expertprune.artifacts.profile import Profile, ProfileKey, save_profile
 from expertprune.errors import CheckpointError, PlanError
@@ -279,9 +278,9 @@ def test_a_file_of_something_else_is_no_profile(tmp_path: Path, content: bytes) 
 @pytest.mark.parametrize(
     ("metadata", "reason"),
     [
-        (None, "a profile of schema None, not 2"),
-        ({"format": "pt"}, "a profile of schema None, not 2"),
-        ({"expertprune": json.dumps({"schema": 1})}, "a profile of schema 1, not 2"),
+        (None, "a profile of schema None, not 3"),
+        ({"format": "pt"}, "a profile of schema None, not 3"),
+        ({"expertprune": json.dumps({"schema": 1})}, "a profile of schema 1, not 3"),
         ({"expertprune": "{"}, "not a readable profile"),
         pytest.param(
             {"expertprune": "[]"},
@@ -304,20 +303,15 @@ def test_a_profile_that_is_not_there_is_refused(tmp_path: Path) -> None:
         Profile(tmp_path)
 
 
-def test_a_profile_key_covers_every_part() -> None:
-    key = ProfileKey(model="m", tokenizer="t", corpus="c", max_tokens=32, dtype="float32")
-    changed = [
-        dataclasses.replace(key, **{field.name: 33 if field.name == "max_tokens" else "other"})
-        for field in dataclasses.fields(ProfileKey)
-    ]
-    assert len({key.digest, *(other.digest for other in changed)}) == 6
-    assert ProfileKey("m", "t", "c", 32, "float32").digest == key.digest
+KEY = ProfileKey("m", "t", "c", 32, "float32", "cpu", "sdpa", {"torch": "2", "transformers": "5"}, "s")
 
 
-# --- evaluations ----------------------------------------------------------------------------------------------------
-
-
-def test_an_evaluation_document_holds_everything() -> None:
-    corpora = {"language/en": {"documents": 2, "metrics": {"kl": {"expert": 0.5, "low": 0.4, "high": 0.6}}}}
-    document = Evaluation(corpora, {"max_tokens": 8}).document()
-    assert document == {"kind": "evaluation", "settings": {"max_tokens": 8}, "corpora": corpora}
+@pytest.mark.parametrize("field", dataclasses.fields(ProfileKey), ids=lambda field: field.name)
+def test_a_profile_key_covers_every_field(field: dataclasses.Field[Any]) -> None:
+    value: Any = {"max_tokens": 33, "versions": {"torch": "3", "transformers": "5"}}.get(field.name, "other")
+    other = dataclasses.replace(KEY, **{field.name: value})
+    assert other.digest != KEY.digest
+    measured = field.name in ("model", "tokenizer", "corpus", "max_tokens")  # or else measured with
+    assert (KEY.same_text(other.digest), KEY.same_means(other.digest)) == (not measured, measured)
+    assert KEY.same_text(dataclasses.replace(KEY).digest)
+    assert not KEY.same_text(None)

@@ -30,7 +30,7 @@ from expertprune.composition.overlap import (
     rank_correlation,
     relevance,
 )
-from expertprune.composition.scoring import part_name
+from expertprune.composition.scoring import needed_part
 from expertprune.errors import SpecError
 from expertprune.relevance import criteria
 from expertprune.spec.reading import load_spec
@@ -525,7 +525,7 @@ def test_criteria_say_whether_they_see_the_corpus(spec_file: Path) -> None:
         if Structure.FFN not in criterion.structures:  # of experts alone
             continue
         first, second, *_ = expertprune.profile(spec_file, overrides={"relevance.criterion": name}).values()
-        part = part_name(Relevance(criterion=name))
+        part = needed_part(Relevance(criterion=name))
         pairs = zip(
             relevance(first, Structure.FFN, criterion, "mean", part),
             relevance(second, Structure.FFN, criterion, "mean", part),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from torch import Tensor
 
-from expertprune.artifacts.profile import Profile, halved, part_path, save_profile
+from expertprune.artifacts.profile import Profile, ProfilePart, halved, save_profile
 from expertprune.composition.scoring import (
     EXPERT,
     GENERAL,
@@ -23,8 +23,8 @@ from expertprune.composition.scoring import (
     CorpusScores,
     corpus_scores,
     fuse,
+    needed_part,
     over_documents,
-    part_name,
     percentile,
     rules,
     score_units,
@@ -33,6 +33,7 @@ from expertprune.composition.scoring import (
 )
 from expertprune.corpora.documents import CorpusName
 from expertprune.errors import SpecError
+from expertprune.relevance import Pass
 from expertprune.spec.schema import Budget, Dimensions, Fusion, Relevance, Spec
 from expertprune.units import DENSE, LayerShape, Structure
 
@@ -134,6 +135,7 @@ def test_quantiles_over_documents_are_numpys(scores: np.ndarray, quantile: float
 # --- scores of made-up profiles -------------------------------------------------------------------------------------
 
 SHAPE = LayerShape(hidden=8, ffn=6, query_heads=4, kv_heads=2, head_dim=2)
+TEXT = ProfilePart(Pass.GRADIENT, "language_model")
 LAYERS, DOCUMENTS = 2, 3
 
 
@@ -313,18 +315,17 @@ def test_fluctuation_is_the_variance_over_all_tokens(tmp_path: Path) -> None:
     [
         ({"criterion": "impact"}, None),
         ({"criterion": "fluctuation", "loss": "kl"}, None),
-        ({"criterion": "taylor"}, "gradient-language_model"),
-        ({"criterion": "taylor", "loss": "kl"}, "gradient-kl"),
-        ({"criterion": "fisher", "loss": "kl"}, "gradient-kl"),
-        ({"criterion": "regional", "loss": "kl"}, "regional"),
+        ({"criterion": "taylor"}, TEXT),
+        ({"criterion": "fisher", "loss": "kl"}, ProfilePart(Pass.GRADIENT, "kl")),
+        ({"criterion": "regional", "loss": "kl"}, ProfilePart(Pass.REGIONAL)),
     ],
 )
-def test_the_part_that_a_criterion_needs(relevance: dict[str, str], part: str | None) -> None:
-    assert part_name(Relevance(**relevance)) == part
+def test_the_part_that_a_criterion_needs(relevance: dict[str, str], part: ProfilePart | None) -> None:
+    assert needed_part(Relevance(**relevance)) == part
 
 
-def save_part(profile: Profile, part: str, seed: int = 0) -> dict[str, Tensor]:
-    """A part of random values beside a profile, signs included where the pass gives signs; the values."""
+def save_part(profile: Profile, part: ProfilePart, seed: int = 0) -> dict[str, Tensor]:
+    """A part of random values beside a profile, signs included; the values."""
     generator = torch.Generator().manual_seed(seed)
     units = {"ffn": SHAPE.ffn, "heads": SHAPE.query_heads}
     values, stored = {}, {}
@@ -333,20 +334,17 @@ def save_part(profile: Profile, part: str, seed: int = 0) -> dict[str, Tensor]:
             name = f"{block}.{layer}.value"
             values[name] = torch.randn(DOCUMENTS, count, generator=generator).mul(64).round().div(64)
             stored |= halved(name, values[name])
-    save_profile(part_path(profile.path, part), {**profile.about, "part": part}, stored)
+    save_profile(part.path(profile.path), {**profile.about, "part": str(part)}, stored)
     return values
 
 
-@pytest.mark.parametrize(
-    ("criterion", "part"),
-    [("taylor", "gradient-language_model"), ("fisher", "gradient-language_model")],
-)
+@pytest.mark.parametrize("criterion", ["taylor", "fisher"])
 @pytest.mark.parametrize("structure", DENSE)
-def test_criteria_read_their_part(tmp_path: Path, criterion: str, part: str, structure: Structure) -> None:
+def test_criteria_read_their_part(tmp_path: Path, criterion: str, structure: Structure) -> None:
     """Taylor `mean_d |g|`, Fisher `mean_d 3 g²` (three predicted tokens each); a group's mask moves all its heads, so its
     gradient is their sum."""
     profile, spec = made_profile(tmp_path, "en", 1), a_spec({"language": ["en"]}, [])
-    values = save_part(profile, part)
+    values = save_part(profile, TEXT)
     spec.relevance.criterion = criterion
     expected = []
     for layer in range(LAYERS):
@@ -361,7 +359,7 @@ def test_criteria_read_their_part(tmp_path: Path, criterion: str, part: str, str
 def test_a_part_that_was_never_made_is_named(tmp_path: Path) -> None:
     profile, spec = made_profile(tmp_path, "en", 1), a_spec({"language": ["en"]}, [])
     spec.relevance.criterion, spec.relevance.loss = "taylor", "kl"
-    save_part(profile, "gradient-language_model")
+    save_part(profile, TEXT)
     with pytest.raises(SpecError, match=r"the profile of en lacks the gradient-kl pass.*run the profile stage"):
         one_structure(profile, Structure.FFN, spec)
 

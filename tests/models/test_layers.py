@@ -8,19 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertprune.arch import family_of
-from expertprune.corpora.batches import Batch, make_batches
-from expertprune.models import layers as layerwise
+from expertprune.corpora.batches import Batch
+from expertprune.models.layers import observed
+from expertprune.models.passes import Stream, real_tokens
+from tests.masks import tiny_of, token_lists
 from tests.tiny import tiny_model
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 MODELS = [("llama", {}), ("qwen2", {}), ("qwen2", SLIDING), ("gemma3_text", {})]
 LENGTHS = (9, 2, 14, 5, 5)
-
-
-def token_lists(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(2, 64, (length,), generator=generator).tolist() for length in lengths]
 
 
 def before_final_norm(model: Any, ids: list[int]) -> Tensor:
@@ -33,13 +29,9 @@ def before_final_norm(model: Any, ids: list[int]) -> Tensor:
     return seen[0][0]
 
 
-def run_to_the_end(model: Any, family: str, batches: list[Batch]) -> layerwise.Stream:
-    stream = layerwise.start(model, family_of(family), batches)
+def run_to_the_end(model: Any, tokens_per_batch: int, documents: list[list[int]] | None = None) -> Stream:
     with torch.inference_mode():
-        for index, layer in enumerate(layerwise.decoder_layers(model, family_of(family))):
-            for number in range(len(batches)):
-                stream.hidden[number] = stream.run(layer, index, number)
-    return stream
+        return tiny_of(model).text(documents or token_lists(LENGTHS), tokens_per_batch).finish()
 
 
 def module_state(model: Any) -> list[tuple[str, int, int, int]]:
@@ -56,8 +48,8 @@ def test_layers_in_a_row_equal_the_whole_forward_pass_of_each_document(
     family: str, changes: dict[str, Any], tokens_per_batch: int
 ) -> None:
     model = tiny_model(family, **changes)
-    documents = token_lists()
-    stream = run_to_the_end(model, family, make_batches(documents, tokens_per_batch))
+    documents = token_lists(LENGTHS)
+    stream = run_to_the_end(model, tokens_per_batch)
     compared = []
     for batch, hidden in zip(stream.batches, stream.hidden, strict=True):
         for row, (document, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
@@ -76,15 +68,14 @@ def test_layers_of_different_kinds_get_their_own_masks() -> None:
 
 def test_the_stream_before_the_first_layer_holds_the_embeddings() -> None:
     model = tiny_model("llama")
-    batches = make_batches(token_lists(), 1)
-    stream = layerwise.start(model, family_of("llama"), batches)
-    for batch, hidden in zip(batches, stream.hidden, strict=True):
+    stream = tiny_of(model).text(token_lists(LENGTHS), 1).start()
+    for batch, hidden in zip(stream.batches, stream.hidden, strict=True):
         assert torch.equal(hidden, model.model.embed_tokens.weight[batch.ids])
 
 
 def test_running_a_layer_leaves_the_stream_as_it_was() -> None:
     model = tiny_model("llama")
-    stream = layerwise.start(model, family_of("llama"), make_batches(token_lists(), 10_000))
+    stream = tiny_of(model).text(token_lists(LENGTHS), 10_000).start()
     before = stream.hidden[0].clone()
     with torch.inference_mode():
         first = stream.run(model.model.layers[0], 0, 0)
@@ -96,7 +87,7 @@ def test_running_a_layer_leaves_the_stream_as_it_was() -> None:
 
 def test_a_copy_goes_its_own_way() -> None:
     model = tiny_model("llama")
-    stream = layerwise.start(model, family_of("llama"), make_batches(token_lists(), 10_000))
+    stream = tiny_of(model).text(token_lists(LENGTHS), 10_000).start()
     original, copy = stream.hidden[0], stream.copy()
     copy.hidden[0] = torch.zeros(1)
     assert stream.hidden[0] is original
@@ -106,10 +97,10 @@ def test_a_copy_goes_its_own_way() -> None:
 def test_a_finished_pass_leaves_the_model_as_it_was() -> None:
     model = tiny_model("llama")
     modules, names = module_state(model), list(model.state_dict())
-    ids = torch.tensor([token_lists()[2]])
+    ids = torch.tensor([token_lists(LENGTHS)[2]])
     with torch.inference_mode():
         logits = model(input_ids=ids).logits
-    run_to_the_end(model, "llama", make_batches(token_lists(), 16))
+    run_to_the_end(model, 16)
     assert module_state(model) == modules
     assert list(model.state_dict()) == names
     with torch.inference_mode():
@@ -120,12 +111,11 @@ def test_an_error_in_the_decoder_leaves_the_model_as_it_was() -> None:
     model = tiny_model("llama")
     modules = module_state(model)
     outside_the_vocabulary = [3, 64, 5, 6]
-    batches = make_batches([*token_lists(), outside_the_vocabulary], 1)
     with pytest.raises(IndexError):
-        layerwise.start(model, family_of("llama"), batches)
+        tiny_of(model).text([*token_lists(LENGTHS), outside_the_vocabulary], 1).start()
     assert module_state(model) == modules
     torch.testing.assert_close(
-        run_to_the_end(model, "llama", make_batches(token_lists((7,)), 1)).hidden[0][0],
+        run_to_the_end(model, 1, token_lists((7,))).hidden[0][0],
         before_final_norm(model, token_lists((7,))[0]),
     )
 
@@ -136,7 +126,7 @@ def test_an_error_while_observing_removes_the_hook() -> None:
     while_open = []
 
     def fail_in_the_middle() -> None:
-        with layerwise.observed(model.model.layers[1], "mlp.down_proj", []):
+        with observed(model.model.layers[1], "mlp.down_proj"):
             while_open.append(module_state(model))
             raise RuntimeError("in the middle")
 
@@ -146,20 +136,19 @@ def test_an_error_while_observing_removes_the_hook() -> None:
     assert module_state(model) == modules
 
 
-def test_observed_sees_the_inputs_and_outputs_of_one_module_while_it_is_open() -> None:
+def test_observed_notes_the_last_call_of_one_module_while_it_is_open() -> None:
     model = tiny_model("llama")
     layer = model.model.layers[0]
     x = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0))
-    inputs: list[Tensor] = []
-    outputs: list[Tensor] = []
-    with torch.inference_mode(), layerwise.observed(layer, "mlp.down_proj", inputs, outputs):
-        layer.mlp.down_proj(x)
+    with torch.inference_mode(), observed(layer, "mlp.down_proj") as calls:
+        layer.mlp.down_proj(x - 1)
+        layer.mlp.down_proj(input=x)
         layer.mlp.up_proj(torch.ones(1, 24))
     with torch.inference_mode():
         layer.mlp.down_proj(x + 1)
-    assert len(inputs) == len(outputs) == 1
-    assert torch.equal(inputs[0], x)
-    torch.testing.assert_close(outputs[0], x @ layer.mlp.down_proj.weight.T)
+    assert list(calls) == ["mlp.down_proj"]
+    assert torch.equal(calls["mlp.down_proj"].input, x)
+    torch.testing.assert_close(calls["mlp.down_proj"].output, x @ layer.mlp.down_proj.weight.T)
 
 
 @pytest.mark.parametrize("lengths", [(3, 1), (2, 3), (3, 3)])
@@ -167,6 +156,4 @@ def test_real_tokens_leaves_padding_out(lengths: tuple[int, ...]) -> None:
     batch = Batch(torch.zeros(2, 3, dtype=torch.int64), lengths, (0, 1))
     states = torch.arange(2 * 3 * 2.0).reshape(2, 3, 2)
     expected = [states[row, token].tolist() for row in range(2) for token in range(lengths[row])]
-    assert layerwise.real_tokens(batch, states).tolist() == expected
-    stream = layerwise.Stream([batch], [states], [[]])
-    assert stream.real(0, states).tolist() == expected
+    assert real_tokens(batch, states).tolist() == expected

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +14,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from expertprune.arch import family_of
-from expertprune.artifacts.profile import Profile, halved
+import expertprune
+from expertprune.artifacts.profile import FORWARD, Profile
 from expertprune.corpora.batches import make_batches
 from expertprune.corpora.documents import Document
 from expertprune.errors import CheckpointError
 from expertprune.models.base import ResolvedBase, resolve_base
 from expertprune.models.loading import load_model, load_tokenizer
+from expertprune.models.passes import TextRun
+from expertprune.profiling import store as store_module
 from expertprune.profiling.channels import ChannelStatistics
-from expertprune.profiling.forward import collect
-from expertprune.profiling.store import profile_corpus, profile_key, profile_path
+from expertprune.profiling.forward import forward_pass
+from expertprune.profiling.store import description, measure, profile_key, profile_path, statistics_code
 from expertprune.spec.schema import Base
 from expertprune.units import LayerShape
+from tests.masks import LENGTHS, tiny, tiny_of, token_lists
 from tests.patching import everywhere
 from tests.tiny import tiny_model
 
 LAYERS, HEADS, GROUPS, HEAD_DIM = 3, 6, 3, 4
 SHAPE = LayerShape(hidden=24, ffn=32, query_heads=HEADS, kv_heads=GROUPS, head_dim=HEAD_DIM)
-LENGTHS = (9, 2, 14, 5, 5, 11)
 FAMILIES = pytest.mark.parametrize(
     ("family", "changes"),
     [("llama", {}), ("qwen2", {}), ("llama", {"attention_bias": True, "mlp_bias": True}), ("gemma3_text", {})],
@@ -38,13 +42,8 @@ FAMILIES = pytest.mark.parametrize(
 Arrays = dict[str, NDArray[np.float64]]
 
 
-def token_lists(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(2, 64, (length,), generator=generator).tolist() for length in lengths]
-
-
-def collected(model: Any, family: str, documents: list[list[int]], tokens_per_batch: int) -> dict[str, Tensor]:
-    return collect(model, family_of(family), [SHAPE] * LAYERS, make_batches(documents, tokens_per_batch, pad=63))
+def collected(model: Any, documents: list[list[int]], tokens_per_batch: int) -> dict[str, Tensor]:
+    return forward_pass(tiny_of(model).text(documents, tokens_per_batch))
 
 
 def numbers(tensor: Tensor) -> NDArray[np.float64]:
@@ -118,12 +117,6 @@ def assert_statistic(actual: NDArray[Any], expected: NDArray[Any], relative: flo
     np.testing.assert_allclose(actual, expected, **tolerance, err_msg=name)
 
 
-def to_half(values: Tensor) -> tuple[Tensor, Tensor]:
-    stored = halved("x", values)
-    assert set(stored) == {"x", "x.scale"}
-    return stored["x"], stored["x.scale"]
-
-
 def stored_rms(statistics: dict[str, Tensor], block: str, layer: int) -> NDArray[np.float64]:
     return numbers(statistics[f"{block}.{layer}.rms"]) * float(statistics[f"{block}.{layer}.rms.scale"])
 
@@ -142,14 +135,14 @@ def exact_rms(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @FAMILIES
-@pytest.mark.parametrize("tokens_per_batch", [1, 12, 30, 10_000])
+@pytest.mark.parametrize("tokens_per_batch", [1, 30, 10_000])
 @pytest.mark.usefixtures("exact_rms")
 def test_statistics_equal_the_slow_reference_however_batches_are_cut(
     family: str, changes: dict[str, Any], tokens_per_batch: int
 ) -> None:
     model = tiny_model(family, **changes)
     documents = token_lists()
-    statistics = collected(model, family, documents, tokens_per_batch)
+    statistics = collected(model, documents, tokens_per_batch)
     expected = reference(model, documents)
     assert set(expected) <= set(statistics)
     for name, values in expected.items():
@@ -171,7 +164,7 @@ def test_totals_are_precise_enough_for_a_variance() -> None:
 
 def test_stored_rms_is_the_reference_to_half_precision() -> None:
     model = tiny_model("llama")
-    statistics = collected(model, "llama", token_lists(), 30)
+    statistics = collected(model, token_lists(), 30)
     expected = reference(model, token_lists())
     for block in ("ffn", "heads"):
         for layer in range(LAYERS):
@@ -183,10 +176,7 @@ def test_stored_rms_is_the_reference_to_half_precision() -> None:
 
 @pytest.mark.usefixtures("exact_rms")
 def test_the_padding_token_changes_nothing() -> None:
-    model, documents = tiny_model("llama"), token_lists()
-    shapes, family = [SHAPE] * LAYERS, family_of("llama")
-    one = collect(model, family, shapes, make_batches(documents, 10_000, pad=0))
-    other = collect(model, family, shapes, make_batches(documents, 10_000, pad=17))
+    one, other = (forward_pass(tiny("llama").text(token_lists(), 10_000, pad)) for pad in (0, 17))
     assert one.keys() == other.keys()
     for name in one:
         assert_statistic(numbers(one[name]), numbers(other[name]), 1e-5, name)
@@ -196,8 +186,8 @@ def test_the_padding_token_changes_nothing() -> None:
 def test_the_order_of_documents_only_permutes_rows() -> None:
     model, documents = tiny_model("qwen2"), token_lists()
     order = [4, 2, 0, 5, 3, 1]
-    straight = collected(model, "qwen2", documents, 30)
-    shuffled = collected(model, "qwen2", [documents[i] for i in order], 30)
+    straight = collected(model, documents, 30)
+    shuffled = collected(model, [documents[i] for i in order], 30)
     per_document = [name for name in straight if name.endswith((".rms", ".impact", ".square", "tokens"))]
     assert len(per_document) == 5 * LAYERS + 1
     for name in straight:
@@ -211,15 +201,14 @@ def test_the_order_of_documents_only_permutes_rows() -> None:
 
 def test_a_group_is_more_than_its_heads_because_they_interfere() -> None:
     """The cross terms of the heads' contributions belong to the group's impact."""
-    statistics = collected(tiny_model("llama"), "llama", token_lists(), 30)
+    statistics = collected(tiny_model("llama"), token_lists(), 30)
     heads = numbers(statistics["heads.0.impact"]).reshape(len(LENGTHS), GROUPS, HEADS // GROUPS)
     assert not np.allclose(heads.sum(2), numbers(statistics["groups.0.impact"]), rtol=1e-3)
 
 
 def test_progress_is_told_after_each_layer() -> None:
     calls: list[int] = []
-    batches = make_batches(token_lists(), 30)
-    collect(tiny_model("llama"), family_of("llama"), [SHAPE] * LAYERS, batches, lambda: calls.append(1))
+    forward_pass(tiny("llama").text(token_lists()), lambda: calls.append(1))
     assert len(calls) == LAYERS
 
 
@@ -237,7 +226,7 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was() -> None:
 
     before, weights = state(), {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(KeyboardInterrupt):
-        collect(model, family_of("llama"), [SHAPE] * LAYERS, make_batches(token_lists(), 30), stop)
+        forward_pass(tiny_of(model).text(token_lists()), stop)
     assert state() == before
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
@@ -248,7 +237,7 @@ def test_activations_that_are_not_finite_are_an_error_that_names_the_layer(modul
     with torch.no_grad():
         model.model.layers[1].get_submodule(module).weight[0] = torch.inf
     with pytest.raises(CheckpointError, match=r"layer 1: activations are not finite.*base\.dtype"):
-        collected(model, "llama", token_lists(), 30)
+        collected(model, token_lists(), 30)
 
 
 # --- weights --------------------------------------------------------------------------------------------------------
@@ -257,7 +246,7 @@ def test_activations_that_are_not_finite_are_an_error_that_names_the_layer(modul
 @FAMILIES
 def test_weight_statistics_are_sums_over_all_that_a_unit_owns(family: str, changes: dict[str, Any]) -> None:
     model = tiny_model(family, **changes)
-    statistics = collected(model, family, token_lists(), 30)
+    statistics = collected(model, token_lists(), 30)
     for index, layer in enumerate(model.model.layers):
         own = {name: numbers(value) for name, value in layer.named_parameters()}
         down, out = own["mlp.down_proj.weight"], own["self_attn.o_proj.weight"]
@@ -296,36 +285,13 @@ def test_weight_statistics_are_sums_over_all_that_a_unit_owns(family: str, chang
 # --- half precision -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("largest", [1e6, 3.4e38, 65504.0, 1.0, 1e-3, 1e-30])
-def test_to_half_survives_any_magnitude(largest: float) -> None:
-    values = torch.tensor([[largest, -largest / 2], [largest / 1000, 0.0]])
-    half, scale = to_half(values)
-    assert half.dtype == torch.float16
-    assert half.isfinite().all()
-    assert np.log2(float(scale)) == np.round(np.log2(float(scale)))
-    np.testing.assert_allclose(numbers(half) * float(scale), numbers(values), rtol=2**-11)
-
-
-def test_to_half_keeps_quiet_units_beside_massive_ones() -> None:
-    half, scale = to_half(torch.tensor([1e6, 1e-1]))
-    assert float(half[1]) * float(scale) == pytest.approx(1e-1, rel=2**-11)
-
-
-@pytest.mark.parametrize("shape", [(3,), (2, 4), (0,)])
-def test_to_half_of_zeros_is_zeros(shape: tuple[int, ...]) -> None:
-    half, scale = to_half(torch.zeros(shape))
-    assert half.shape == shape
-    assert not half.any()
-    assert float(scale) == 1.0
-
-
 def test_massive_activations_survive_the_whole_pass() -> None:
     """One neuron a million times louder than the others, as in real models."""
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[5] *= 1e6
         model.model.layers[1].mlp.down_proj.weight[:, 5] *= 1e-6
-    statistics = collected(model, "llama", token_lists(), 30)
+    statistics = collected(model, token_lists(), 30)
     expected = reference(model, token_lists())["ffn.1.rms"]
     assert expected[:, 5].max() > 65504
     # A quiet neuron loses precision below the largest over 2^29, half precision's own range.
@@ -339,7 +305,7 @@ def test_a_dead_layer_is_zero_and_finite() -> None:
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.zero_()
         model.model.layers[0].self_attn.v_proj.weight.zero_()
-    statistics = collected(model, "llama", token_lists(), 30)
+    statistics = collected(model, token_lists(), 30)
     for name in ("ffn.0.rms", "ffn.0.sum", "ffn.0.square_sum", "heads.0.rms", "heads.0.impact", "groups.0.impact"):
         assert not statistics[name].any(), name
     assert all(tensor.isfinite().all() for tensor in statistics.values())
@@ -360,17 +326,18 @@ def test_a_stored_profile_holds_what_was_collected(base: ResolvedBase, store: Pa
     assert [tokenizer(document.text)["input_ids"] for document in documents] == tokens
     batches = make_batches(tokens, 10)
     key = profile_key(base, documents, 32)
-    profile = profile_corpus(model, base, "language/en", documents, batches, key, store)
+    text = TextRun(model, base.family, base.layers, batches)
+    profile = measure(text, FORWARD, profile_path(store, key), description(base, "language/en", documents, key))
     assert profile.path == profile_path(store, key)
     again = Profile(profile.path)
     assert (again.corpus, again.tokens, again.digest) == ("language/en", 4 + 5 + 3, key.digest)
     assert again.documents == [document.digest for document in documents]
     assert again.layers == list(base.layers) == [SHAPE] * LAYERS
-    expected = collect(model, base.family, base.layers, batches)
+    expected = forward_pass(text)
     assert all(torch.equal(again.read(name), tensor) for name, tensor in expected.items())
 
 
-def test_a_profile_is_named_by_all_that_it_depends_on(base: ResolvedBase) -> None:
+def test_a_profile_is_named_by_all_that_it_depends_on(base: ResolvedBase, monkeypatch: pytest.MonkeyPatch) -> None:
     documents = [Document("the heart"), Document("a judge")]
     plain = profile_key(base, documents, 32).digest
     assert profile_key(base, [Document("the heart"), Document("a judge")], 32).digest == plain
@@ -382,7 +349,52 @@ def test_a_profile_is_named_by_all_that_it_depends_on(base: ResolvedBase) -> Non
         profile_key(dataclasses.replace(base, tokenizer_digest="0" * 64), documents, 32),
         profile_key(dataclasses.replace(base, dtype=torch.bfloat16), documents, 32),
     ]
+    for name, stands_in in (
+        ("default_device", lambda: torch.device("cuda")),
+        ("attention_of", lambda config: "eager"),
+        ("statistics_code", lambda package: "other"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(store_module, name, stands_in)
+            others.append(profile_key(base, documents, 32))
+    for package in ("torch", "transformers"):
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                "importlib.metadata.version", lambda name, package=package: "9.9" if name == package else version(name)
+            )
+            others.append(profile_key(base, documents, 32))
     assert len({plain, *(key.digest for key in others)}) == 1 + len(others)
+
+
+def test_the_code_of_a_base_that_is_run_names_its_profiles(tiny_llama: Path, store: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_llama, tmp_path / "base")
+    plain, trusted = (dataclasses.replace(resolve_base(Base(model=str(folder)), store), trust_remote_code=trust)
+                      for trust in (False, True))  # fmt: skip
+    documents = [Document("the heart")]
+    before = [profile_key(base, documents, 32).digest for base in (plain, trusted)]
+    (folder / "modeling.py").write_text("x = 1")
+    after = [profile_key(base, documents, 32).digest for base in (plain, trusted)]
+    assert before[0] == after[0]
+    assert before[1] != after[1]
+
+
+@pytest.mark.parametrize(
+    ("file", "counts"),
+    [
+        ("profiling/gradients.py", True),
+        ("models/passes.py", True),
+        ("arch/families/llama.yaml", True),
+        ("reporting/card.py", False),
+    ],
+)
+def test_changed_code_of_statistics_makes_new_profiles(file: str, counts: bool, tmp_path: Path) -> None:
+    package = Path(expertprune.__file__).parent
+    copies = [shutil.copytree(package, tmp_path / name) for name in ("one", "other")]
+    changed = copies[1] / file
+    changed.write_text(changed.read_text() + "\n")
+    one, other = (statistics_code(copy) for copy in copies)
+    assert one == statistics_code(package)
+    assert (one != other) == counts
 
 
 def test_white_space_that_changes_the_tokens_changes_the_profile(base: ResolvedBase) -> None:

@@ -6,15 +6,15 @@ import gc
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from expertprune.arch import families, family_of
-from expertprune.corpora.batches import make_batches
-from expertprune.models import layers as layerwise
-from expertprune.profiling import gradients as passes
-from expertprune.profiling.gradients import gradient_pass
+from expertprune.models import passes
+from expertprune.models.layers import head_only
+from expertprune.profiling.gradients import gradient_pass, rescaled
 from expertprune.profiling.regional import regional_pass
 from tests.masks import (
     LENGTHS,
@@ -39,7 +39,7 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
 EACH_MODEL = pytest.mark.parametrize(
     ("family", "changes"), MODELS, ids=["-".join([family, *list(changes)[:1]]) for family, changes in MODELS]
 )
-BATCHED = [1, 12, 30, 10_000]
+BATCHED = [1, 30, 10_000]
 
 
 @pytest.fixture(autouse=True)
@@ -49,8 +49,7 @@ def _not_halved(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def gradients(of: Tiny, documents: list[list[int]], tokens_per_batch: int = 30, **settings: Any) -> dict[str, Tensor]:
-    batches = make_batches(documents, tokens_per_batch, pad=63)
-    return gradient_pass(of.model, of.family, of.shapes, batches, **{"loss": "language_model", **settings})
+    return gradient_pass(of.text(documents, tokens_per_batch), **{"loss": "language_model", **settings})
 
 
 def with_groups(found: dict[str, Tensor], of: Tiny) -> dict[str, Tensor]:
@@ -115,12 +114,12 @@ def test_gradients_pass_through_a_cap_on_the_logits() -> None:
         assert not torch.allclose(values, free[name], rtol=1e-2), name
 
 
-@pytest.mark.parametrize("positions", [1, 3, 8])
+@pytest.mark.parametrize("positions", [1, 3])
 @pytest.mark.parametrize("loss", ["language_model", "kl"])
 def test_a_few_positions_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch, positions: int, loss: str) -> None:
     of = tiny("llama")
     whole = gradients(of, token_lists(), loss=loss)
-    monkeypatch.setattr(passes, "POSITIONS", positions)
+    monkeypatch.setattr(passes, "LOGITS", 64 * positions)
     for tokens_per_batch in (1, 30):
         cut = gradients(of, token_lists(), tokens_per_batch, loss=loss)
         for name, values in whole.items():
@@ -129,7 +128,7 @@ def test_a_few_positions_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch
 
 def test_no_more_positions_than_allowed_have_logits_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     of, seen = tiny("llama"), []
-    monkeypatch.setattr(passes, "POSITIONS", 12)
+    monkeypatch.setattr(passes, "LOGITS", 64 * 12)
     of.model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(logits.shape[0] * logits.shape[1]))
     gradients(of, token_lists())
     assert max(seen) <= 12
@@ -148,6 +147,41 @@ def test_progress_is_told_after_each_batch() -> None:
     of, calls = tiny("llama"), []
     gradients(of, token_lists(), 1, progress=lambda: calls.append(1))
     assert len(calls) == len(LENGTHS)
+
+
+def test_half_precision_keeps_gradients_that_are_small() -> None:
+    """A loud residual stream and a quiet head: a gradient of the mean loss is near 1e-8, and 6e-8 is the smallest number."""
+
+    def quiet(dtype: torch.dtype) -> dict[str, Tensor]:
+        of = tiny("llama")
+        with torch.no_grad():
+            of.model.model.embed_tokens.weight.mul_(5000)
+            of.model.model.norm.weight.mul_(1e-3)
+        of.model.half().to(dtype)  # the same weights in both
+        return gradients(of, token_lists((100, 60)), 1000)
+
+    exact, half = quiet(torch.float32), quiet(torch.float16)
+    for name, values in exact.items():
+        assert 0 < float(values.abs().max()) < 1e-3, name
+        assert float((half[name] - values).norm()) < 0.01 * float(values.norm()), name
+
+
+@pytest.mark.parametrize("largest", [3e-39, 6e-8, 0.7, 1.0, 65504.0, 1e30])
+def test_rescaling_is_exact_and_brings_the_largest_gradient_into_the_range_of_half_precision(largest: float) -> None:
+    gradient = torch.tensor([largest, -largest / 3, 0.0])
+    scaled, scale = rescaled(gradient, 8.0)
+    assert np.frexp(scale)[0] == 0.5  # a power of two
+    assert torch.equal(scaled.double() / (scale / 8), gradient.double())
+    if largest > 1e-30:
+        assert 32 < float(scaled.abs().max()) <= 64
+
+
+@pytest.mark.parametrize("value", [0.0, float("inf"), float("nan")])
+def test_gradients_without_a_largest_number_are_left_as_they_are(value: float) -> None:
+    gradient = torch.tensor([value, 0.0])
+    scaled, scale = rescaled(gradient, 8.0)
+    assert scale == 8.0
+    assert torch.equal(scaled, gradient) or bool(scaled.isnan().any())
 
 
 # --- against the model's own predictions ----------------------------------------------------------------------------
@@ -236,8 +270,7 @@ def test_regional_gradients_equal_those_of_the_whole_model_with_one_layer_masked
     of, documents = tiny(family, **changes), token_lists()
     expected = regional_gradients(of, documents)
     for tokens_per_batch in BATCHED:
-        batches = make_batches(documents, tokens_per_batch, pad=63)
-        found = with_groups(regional_pass(of.model, of.family, of.shapes, batches), of)
+        found = with_groups(regional_pass(of.text(documents, tokens_per_batch)), of)
         assert set(found) == set(expected)
         for name, values in expected.items():
             assert_near(found[name], values, 1e-5, f"{name}, {tokens_per_batch} tokens in a batch")
@@ -290,17 +323,17 @@ def test_no_more_than_one_layers_graph_is_held(which: str) -> None:
             torch.autograd.grad(cross_entropy(of.model, documents[0]), masks.leaves)
 
     def by_layer() -> None:
-        run = {"gradient": lambda *given: gradient_pass(*given, "language_model"), "regional": regional_pass}[which]
-        run(of.model, of.family, of.shapes, make_batches(documents, 100))
+        text = of.text(documents, 100)
+        gradient_pass(text, "language_model") if which == "gradient" else regional_pass(text)
 
     assert most_saved(of, by_layer) <= 2 * most_saved(of, whole) / layers
 
 
 def test_a_pass_leaves_the_model_as_it_was() -> None:
-    of, batches = tiny("llama"), make_batches(token_lists(), 30)
+    of = tiny("llama")
     state = {name: tensor.clone() for name, tensor in of.model.state_dict().items()}
-    for run in (lambda *given: gradient_pass(*given, "kl"), regional_pass):
-        run(of.model, of.family, of.shapes, batches)
+    for run in (lambda text: gradient_pass(text, "kl"), regional_pass):
+        run(of.text(token_lists()))
         assert all(parameter.grad is None for parameter in of.model.parameters())
         assert not any(module._forward_pre_hooks or module._forward_hooks for module in of.model.modules())
         for name, tensor in of.model.state_dict().items():
@@ -327,7 +360,7 @@ def test_the_head_alone_gives_the_ordinary_models_logits(family: str, changes: d
     layers, hidden = of.model.model.layers, last_hidden(of, ids)
     with torch.no_grad():
         expected = of.model(input_ids=ids, use_cache=False).logits
-        with layerwise.head_only(of.model, of.family, hidden):
+        with head_only(of.model, of.family, hidden):
             alone = of.model(input_ids=ids, use_cache=False).logits
             some = of.model(input_ids=ids, use_cache=False, logits_to_keep=torch.tensor([2, 5])).logits
         after = of.model(input_ids=ids, use_cache=False).logits
@@ -342,7 +375,7 @@ def test_an_error_with_the_head_alone_puts_the_layers_back() -> None:
     layers = of.model.model.layers
 
     def fail_in_the_middle() -> None:
-        with layerwise.head_only(of.model, of.family, last_hidden(of, ids)):
+        with head_only(of.model, of.family, last_hidden(of, ids)):
             assert of.model.model.layers is not layers
             raise RuntimeError("in the middle")
 

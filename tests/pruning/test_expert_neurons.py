@@ -17,10 +17,10 @@ from torch import Tensor
 import expertprune
 from expertprune.arch import families, family_of
 from expertprune.cli import main
-from expertprune.corpora.batches import make_batches
-from expertprune.profiling.forward import collect
+from expertprune.profiling.forward import forward_pass
 from expertprune.profiling.gradients import gradient_pass
 from expertprune.spec.schema import Spec
+from tests.masks import tiny_of
 from tests.oracle import assert_same, exact, load, logits_of, masked_logits, read_json, resolved
 from tests.pruning.test_experts import EXPERTS, LENGTHS, Array, documents, numbers, planted_spec, routing_of, silu
 from tests.tiny import save_tiny, tiny_model
@@ -29,10 +29,8 @@ FAMILIES = [name for name, family in families().items() if family.experts is not
 WIDTH = {"mixtral": 32, "olmoe": 32, "qwen2_moe": 16, "qwen3_moe": 16}
 
 
-def collected(model: Any, name: str, tokens_per_batch: int) -> dict[str, Tensor]:
-    family = family_of(name)
-    shapes = family.layer_shapes(model.config.to_dict())
-    return collect(model, family, shapes, make_batches(documents(), tokens_per_batch, pad=63))
+def collected(model: Any, tokens_per_batch: int) -> dict[str, Tensor]:
+    return forward_pass(tiny_of(model).text(documents(), tokens_per_batch))
 
 
 def stored_half(found: dict[str, Tensor], name: str) -> Array:
@@ -55,7 +53,7 @@ def weighted_neurons(model: Any, layer: int, ids: list[int]) -> Array:
 )
 def test_statistics_of_neurons_are_those_of_each_document_alone(name: str, tokens_per_batch: int) -> None:
     model = tiny_model(name)
-    found = collected(model, name, tokens_per_batch)
+    found = collected(model, tokens_per_batch)
     for layer in range(3):
         every = [weighted_neurons(model, layer, ids) for ids in documents()]
         for number, values in enumerate(every):
@@ -96,7 +94,7 @@ def test_neurons_that_are_permuted_have_permuted_statistics(name: str) -> None:
                 weight.copy_(weight[places])
             orders.append(torch.cat([int(place) * width + inside[int(place)] for place in places]))
     torch.testing.assert_close(logits_of(permuted), logits_of(model), atol=1e-4, rtol=1e-4)
-    before, after = collected(model, name, 30), collected(permuted, name, 30)
+    before, after = collected(model, 30), collected(permuted, 30)
     for layer, order in enumerate(orders):
         assert order.tolist() != sorted(order.tolist())
         ours, theirs = (stored_half(found, f"ffn.{layer}.rms") for found in (after, before))
@@ -109,9 +107,8 @@ def test_neurons_that_are_permuted_have_permuted_statistics(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradients_of_masks_are_those_of_one_backward_pass_through_the_whole_model(name: str) -> None:
     """A mask `m` on a column makes it `m w`, so `∂L/∂m = w · ∂L/∂w` at 1."""
-    model, family = tiny_model(name).requires_grad_(False), family_of(name)
-    shapes = family.layer_shapes(model.config.to_dict())
-    found = gradient_pass(model, family, shapes, make_batches(documents(), 30, pad=63), "language_model")
+    model = tiny_model(name).requires_grad_(False)
+    found = gradient_pass(tiny_of(model).text(documents()), "language_model")
     layers = model.model.layers
     weights = [(layer.mlp.experts.down_proj, layer.self_attn.o_proj.weight) for layer in layers]
     for weight in (each for pair in weights for each in pair):
@@ -200,7 +197,7 @@ def test_experts_with_fewer_neurons_are_built_from_the_shortest_spec(
     folder = save_tiny(tmp_path / "base", "mixtral")
     spec = spec_of(folder, tmp_path, {"ffn": 0.25, "experts": 1, "kv_groups": 1})
     out = expertprune.build(spec, tmp_path / "expert", store=tmp_path / "store")
-    assert "neurons inside experts are cut without repair" in caplog.text
+    assert "neurons of routed experts are cut without repair" in caplog.text
     config, about = read_json(out / "config.json"), read_json(out / "expertprune.json")
     assert (config["num_local_experts"], config["intermediate_size"], config["num_key_value_heads"]) == (5, 24, 2)
     relevance = about["spec"]["relevance"]

@@ -12,12 +12,16 @@ import torch
 from numpy.typing import NDArray
 
 import expertprune
-from expertprune.arch import families, family_of
-from expertprune.corpora.batches import make_batches
+from expertprune.arch import families
+from expertprune.artifacts.profile import FORWARD
+from expertprune.composition.scoring import corpus_score, unit_statistics
 from expertprune.errors import PlanError, SpecError
-from expertprune.profiling.forward import collect
+from expertprune.profiling.forward import forward_pass
+from expertprune.profiling.store import measure
 from expertprune.relevance import UnitStatistics, criteria
 from expertprune.spec.reading import parse_spec
+from expertprune.units import Structure
+from tests.masks import tiny_of, token_lists
 from tests.oracle import load, read_json
 from tests.tiny import WORDS, save_tiny, tiny_model
 
@@ -70,19 +74,18 @@ def routing_of(model: Any, layer: int, ids: list[int]) -> tuple[Array, Array, Ar
     ("name", "tokens_per_batch"), [("mixtral", 1), ("olmoe", 30), ("qwen2_moe", 30), ("qwen3_moe", 1000)]
 )
 def test_routing_statistics_are_those_of_each_document_alone(name: str, tokens_per_batch: int) -> None:
-    model, family = tiny_model(name), family_of(name)
-    shapes = family.layer_shapes(model.config.to_dict())
-    found = collect(model, family, shapes, make_batches(documents(), tokens_per_batch, pad=63))
+    model = tiny_model(name)
+    found = forward_pass(tiny_of(model).text(documents(), tokens_per_batch))
     for layer in range(3):
         for number, ids in enumerate(documents()):
             weights, norms, _ = routing_of(model, layer, ids)
             chosen, written = weights > 0, weights * norms
             frequency = chosen.mean(0)
             assert frequency.sum() == pytest.approx(CHOSEN)
-            routed = np.divide(written.sum(0), chosen.sum(0), out=np.zeros(EXPERTS), where=chosen.any(0))
             for key, expected in (
                 ("frequency", frequency),
-                ("routed_norm", routed),
+                ("routed", chosen.sum(0)),
+                ("norm_sum", written.sum(0)),
                 ("impact", (written**2).mean(0)),
             ):
                 np.testing.assert_allclose(
@@ -95,6 +98,37 @@ def test_routing_statistics_are_those_of_each_document_alone(name: str, tokens_p
         ]
         np.testing.assert_allclose(numbers(found[f"experts.{layer}.weight_norm"]), owned, rtol=1e-5)
     assert found["heads.0.impact"].shape == (len(LENGTHS), 6)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_reap_is_the_mean_over_all_tokens_of_the_corpus_that_are_routed_to_an_expert(name: str, tmp_path: Path) -> None:
+    """`S_j = mean_{x in X_j} g_j(x) ‖E_j(x)‖` (arXiv:2510.13999), also where one document alone needs an expert."""
+    of, texts = tiny_of(tiny_model(name)), token_lists((4, 2, 6, 2, 3), seed=1)
+    path = tmp_path / "p.safetensors"
+    about = {"digest": "d", "corpus": "c", "tokens": 17, "layers": [vars(shape) for shape in of.shapes]}
+    profile = measure(of.text(texts), FORWARD, path, about)
+    scores, largest, quantile = (
+        [
+            corpus_score(criteria["reap"], unit_statistics(profile, Structure.EXPERTS, layer, 0), how).double().numpy()
+            for layer in range(3)
+        ]
+        for how in ("mean", "max", 0.5)
+    )
+    alone = 0
+    for layer in range(3):
+        written, served, means = [], np.zeros(EXPERTS), np.zeros((len(texts), EXPERTS))
+        for number, ids in enumerate(texts):
+            weights, norms, _ = routing_of(of.model, layer, ids)
+            written.append(np.where(weights > 0, weights * norms, np.nan))
+            served += (weights > 0).any(0)
+            for expert in np.flatnonzero((weights > 0).any(0)):
+                means[number, expert] = np.nanmean(written[-1][:, expert])
+        total, count = np.nansum(np.concatenate(written), 0), (~np.isnan(np.concatenate(written))).sum(0)
+        np.testing.assert_allclose(scores[layer], total / np.maximum(count, 1), rtol=1e-5)
+        np.testing.assert_allclose(largest[layer], means.max(0), rtol=1e-5)
+        np.testing.assert_allclose(quantile[layer], np.median(means, 0), rtol=1e-5)
+        alone += int((served == 1).sum())
+    assert alone > 0
 
 
 def test_criteria_of_experts() -> None:

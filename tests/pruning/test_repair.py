@@ -19,6 +19,7 @@ from expertprune.corpora.batches import Batch, make_batches
 from expertprune.errors import CheckpointError
 from expertprune.models.base import ResolvedBase
 from expertprune.models.loading import load_model
+from expertprune.models.passes import TextRun
 from expertprune.pruning.repair import Moments, _before_norm, least_squares, repairs, token_weights
 from expertprune.pruning.slicing import cut_tensor
 from expertprune.pruning.write import RepairInput, prune
@@ -313,7 +314,8 @@ def repaired_weights(
 ) -> dict[str, Tensor]:
     model = load_model(base.folder, torch.float32, torch.device("cpu"))
     settings = Compensation(**changes)
-    return dict(repairs[settings.method].weights(model, base.family, base.layers, kept, batches, settings))
+    text = TextRun(model, base.family, base.layers, batches)
+    return dict(repairs[settings.method].weights(text, kept, settings, None))
 
 
 class Watched:

@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertprune.arch import family_of
 from expertprune.artifacts.profile import Profile, save_profile
 from expertprune.composition.scoring import check_criterion, unit_statistics
-from expertprune.corpora.batches import make_batches
 from expertprune.errors import SpecError
-from expertprune.profiling.forward import collect
+from expertprune.profiling.forward import forward_pass
 from expertprune.relevance import Criterion, UnitStatistics, criteria, criterion
 from expertprune.units import DENSE, LayerShape, Structure
+from tests.masks import tiny_of
 from tests.tiny import tiny_model
 
 OF_EXPERTS_ALONE = ["frequency", "reap"]  # see tests/pruning/test_experts.py
@@ -162,7 +161,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def profile(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Profile:
-    statistics = collect(model, family_of("llama"), [SHAPE] * 3, make_batches(DOCUMENTS, 16))
+    statistics = forward_pass(tiny_of(model).text(DOCUMENTS, 16))
     about = {"digest": "d", "corpus": "c", "documents": ["x"] * 3, "tokens": 15, "layers": [vars(SHAPE)] * 3}
     return save_profile(tmp_path_factory.mktemp("profile") / "p.safetensors", about, statistics)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from expertprune.artifacts.profile import Profile, halved, part_path, save_profile
-from expertprune.composition.scoring import corpus_scores, part_name, unit_statistics
+from expertprune.artifacts.profile import FORWARD, Profile, ProfilePart, halved, save_profile
+from expertprune.composition.scoring import corpus_scores, needed_part, unit_statistics
 from expertprune.corpora.batches import make_batches
 from expertprune.corpora.documents import Document
 from expertprune.errors import SpecError
 from expertprune.models.base import ResolvedBase, resolve_base
 from expertprune.models.loading import load_model
-from expertprune.profiling.store import profile_corpus, profile_key, profile_part
+from expertprune.models.passes import TextRun
+from expertprune.profiling.store import description, measure, profile_key, profile_path
 from expertprune.relevance import Pass, criteria
 from expertprune.spec.schema import Base, Budget, Dimensions, Relevance, Spec
 from expertprune.units import DENSE, Structure
@@ -37,7 +40,9 @@ from tests.patching import everywhere
 from tests.tiny import tiny_tokenizer
 
 NAMES = {Structure.FFN: "ffn", Structure.QUERY_HEADS: "heads", Structure.KV_GROUPS: "groups"}
-PARTS = ["gradient-language_model", "gradient-kl", "regional"]
+TEXT, DRAWN = (ProfilePart(Pass.GRADIENT, loss) for loss in ("language_model", "kl"))
+REGIONAL = ProfilePart(Pass.REGIONAL)
+PARTS = [TEXT, DRAWN, REGIONAL]
 # Uniform numbers are drawn for the places in a layer, not for the units that happen to stand there.
 ALL_BUT_RANDOM = sorted(name for name in criteria if Structure.FFN in criteria[name].structures and name != "random")
 # One of each kind: plain, with biases, with norms behind the blocks, fused, with norms over all heads, without a gate.
@@ -72,16 +77,18 @@ class Bench:
     base: ResolvedBase
     store: Path
 
-    def profile(self, parts: list[str], tokens: list[list[int]] | None = None, tokens_per_batch: int = 30) -> Profile:
+    def profile(
+        self, parts: Sequence[ProfilePart], tokens: list[list[int]] | None = None, tokens_per_batch: int = 30
+    ) -> Profile:
         tokens = token_lists() if tokens is None else tokens
         model = load_model(self.base.folder, self.base.dtype)
         documents = [Document(" ".join(map(str, ids))) for ids in tokens]
         key = profile_key(self.base, documents, 32)
-        here = (model, self.base, "language/en", documents, make_batches(tokens, tokens_per_batch), key, self.store)
-        profile = profile_corpus(*here)
-        for part in parts:
-            profile_part(*here, part)
-        return profile
+        text = TextRun(model, self.base.family, self.base.layers, make_batches(tokens, tokens_per_batch))
+        path, about = profile_path(self.store, key), description(self.base, "language/en", documents, key)
+        for part in (FORWARD, *parts):
+            measure(text, part, path, about)
+        return Profile(path)
 
 
 def bench(of: Tiny, folder: Path) -> Bench:
@@ -92,7 +99,7 @@ def bench(of: Tiny, folder: Path) -> Bench:
 
 def raw_scores(profile: Profile, criterion: str, structure: Structure, layer: int) -> Tensor:
     """`[documents, units]`"""
-    statistics = unit_statistics(profile, structure, layer, 0, part_name(spec_of(criterion).relevance))
+    statistics = unit_statistics(profile, structure, layer, 0, needed_part(spec_of(criterion).relevance))
     return criteria[criterion].score(statistics)
 
 
@@ -104,7 +111,7 @@ def raw_scores(profile: Profile, criterion: str, structure: Structure, layer: in
 def test_gradient_criteria_written_out(tmp_path: Path, family: str) -> None:
     of = tiny(family)
     expected = mask_gradients(of, token_lists())
-    profile = bench(of, tmp_path).profile(["gradient-language_model"])
+    profile = bench(of, tmp_path).profile([TEXT])
     predicted = torch.tensor([length - 1.0 for length in LENGTHS], dtype=torch.float64)
     for layer in range(len(of.shapes)):
         for structure, name in NAMES.items():
@@ -119,7 +126,7 @@ def test_gradient_criteria_written_out(tmp_path: Path, family: str) -> None:
 def test_regional_written_out(tmp_path: Path, family: str) -> None:
     of = tiny(family)
     slopes = regional_gradients(of, token_lists())
-    profile = bench(of, tmp_path).profile(["regional"])
+    profile = bench(of, tmp_path).profile([REGIONAL])
     inputs = [projection_inputs(of, ids) for ids in token_lists()]
     for layer, module in enumerate(of.model.model.layers):
         for structure, name in NAMES.items():
@@ -214,10 +221,8 @@ def test_scores_follow_the_units_wherever_they_stand(tmp_path: Path, family: str
 # --- documents may come in any order and in any batches -------------------------------------------------------------
 
 
-def stored(profile: Profile, part: str | None) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(profile.path if part is None else part_path(profile.path, part))
+def stored(profile: Profile, part: ProfilePart) -> dict[str, Tensor]:
+    return load_file(part.path(profile.path))
 
 
 @pytest.mark.usefixtures("_not_halved")
@@ -225,7 +230,7 @@ def test_batches_are_irrelevant_to_every_pass(tmp_path: Path) -> None:
     whole, single = (
         bench(tiny("llama"), tmp_path / str(size)).profile(PARTS, tokens_per_batch=size) for size in (10_000, 1)
     )
-    for part in [None, *PARTS]:
+    for part in (FORWARD, *PARTS):
         expected, found = stored(whole, part), stored(single, part)
         assert set(found) == set(expected)
         for name, values in expected.items():
@@ -236,7 +241,7 @@ def test_batches_are_irrelevant_to_every_pass(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("_not_halved")
 def test_the_order_of_documents_is_irrelevant(tmp_path: Path, criterion: str) -> None:
     """Against the text, that is: what is drawn for a document depends on its number."""
-    part = part_name(spec_of(criterion).relevance)
+    part = needed_part(spec_of(criterion).relevance)
     here = bench(tiny("llama"), tmp_path)
     parts = [part] if part else []
     first = here.profile(parts)
@@ -252,7 +257,7 @@ def test_two_runs_store_the_same_bytes(tmp_path: Path) -> None:
     files = []
     for run in ("one", "two"):
         profile = bench(tiny("llama"), tmp_path / run).profile(PARTS)
-        paths = [profile.path, *(part_path(profile.path, part) for part in PARTS)]
+        paths = [part.path(profile.path) for part in (FORWARD, *PARTS)]
         files.append({path.name: path.read_bytes().replace(str(tmp_path / run).encode(), b"") for path in paths})
     assert len(files[0]) == 1 + len(PARTS)
     assert files[0].keys() == files[1].keys()
@@ -265,10 +270,10 @@ def test_two_runs_store_the_same_bytes(tmp_path: Path) -> None:
 def test_a_part_is_none_until_its_pass_was_made(tmp_path: Path) -> None:
     here = bench(tiny("llama"), tmp_path)
     profile = here.profile([])
-    assert [profile.part(name) for name in PARTS] == [None] * len(PARTS)
-    here.profile(["regional"])
-    assert [profile.part(name) is not None for name in PARTS] == [name == "regional" for name in PARTS]
-    part = profile.part("regional")
+    assert [profile.part(part) for part in PARTS] == [None] * len(PARTS)
+    here.profile([REGIONAL])
+    assert [profile.part(part) is not None for part in PARTS] == [part == REGIONAL for part in PARTS]
+    part = profile.part(REGIONAL)
     assert part is not None
     assert (part.about["part"], part.digest, part.corpus) == ("regional", profile.digest, profile.corpus)
 
@@ -278,14 +283,13 @@ def test_a_missing_pass_is_named(tmp_path: Path, criterion: str) -> None:
     profile = bench(tiny("llama"), tmp_path).profile([])
     for loss in ("language_model", "kl"):
         spec = spec_of(criterion, loss)
-        part = part_name(spec.relevance)
-        assert part == (f"gradient-{loss}" if criteria[criterion].needs is Pass.GRADIENT else criteria[criterion].needs)
+        part = f"gradient-{loss}" if criteria[criterion].needs is Pass.GRADIENT else "regional"
         with pytest.raises(SpecError, match=rf"language/en lacks the {part} pass .* run the profile stage"):
             corpus_scores(profile, [Structure.FFN], spec)
 
 
 def test_the_two_losses_are_read_from_their_own_parts(tmp_path: Path) -> None:
-    profile = bench(tiny("llama"), tmp_path).profile(["gradient-language_model", "gradient-kl"])
+    profile = bench(tiny("llama"), tmp_path).profile([TEXT, DRAWN])
     text, drawn = (
         corpus_scores(profile, [Structure.FFN], spec_of("fisher", loss))[Structure.FFN].scaled[0]
         for loss in ("language_model", "kl")

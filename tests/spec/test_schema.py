@@ -71,6 +71,7 @@ def test_the_minimal_spec_is_valid_and_has_the_documented_defaults() -> None:
     assert spec.budget.multiple_of == 64
     assert spec.compensation.method == "least_squares"
     assert spec.evaluate.metrics is None
+    assert spec.evaluate.chosen_metrics(other_tokens=False) == ["bits_per_byte", "perplexity", "kl", "questions"]
 
 
 @pytest.mark.parametrize("key", ["name", "base", "dimensions", "budget"])

@@ -18,7 +18,7 @@ from expertprune.cli import main
 from expertprune.corpora.documents import Corpus, Document
 from expertprune.errors import PlanError, SpecError
 from expertprune.evaluation.documents import score_documents
-from expertprune.profiling.store import profile_corpus
+from expertprune.profiling.store import measure as measure_corpus
 from expertprune.progress import silent
 from expertprune.pruning.write import prune as prune_base
 from expertprune.spec.reading import parse_spec
@@ -231,20 +231,20 @@ def test_documents_that_are_held_back_calibrate_nothing(
 ) -> None:
     retaining_spec["compensation"] = "least_squares"
     prepared = expertprune.validate(parse_spec(retaining_spec, "spec", tmp_path))
-    profiled: dict[str, list[Document]] = {}
+    profiled: dict[str, set[str]] = {}
     repaired: list[tuple[int, ...]] = []
-    original, prune = profile_corpus, prune_base
+    original, prune = measure_corpus, prune_base
 
-    def profiling(model: Any, base: Any, corpus: str, documents: list[Document], *rest: Any) -> Any:
-        profiled[corpus] = documents
-        return original(model, base, corpus, documents, *rest)
+    def profiling(text: Any, part: Any, path: Path, about: Any, *rest: Any) -> Any:
+        profiled[about["corpus"]] = set(about["documents"])
+        return original(text, part, path, about, *rest)
 
     def pruning(plan: Plan, base: Any, folder: Path, repair_input: Any) -> None:
         for batch in repair_input.batches:
             repaired.extend(tuple(row[:n].tolist()) for row, n in zip(batch.ids, batch.lengths, strict=True))
         prune(plan, base, folder, repair_input)
 
-    everywhere(monkeypatch, "expertprune.profiling.store.profile_corpus", profiling)
+    everywhere(monkeypatch, "expertprune.profiling.store.measure", profiling)
     everywhere(monkeypatch, "expertprune.pruning.write.prune", pruning)
     fake_measure(monkeypatch, lambda size: 1.0)
     plan_of(prepared, silent)
@@ -253,8 +253,8 @@ def test_documents_that_are_held_back_calibrate_nothing(
     assert len(every) >= 4
     assert not every & set(repaired)
     for name, corpus in prepared.corpora.items():
-        assert set(profiled[str(name)]) == set(corpus.calibration) - set(held[name])
-        assert set(profiled[str(name)])
+        assert profiled[str(name)] == {d.digest for d in set(corpus.calibration) - set(held[name])}
+        assert profiled[str(name)]
 
 
 def test_the_measure_reads_what_was_held_back(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,9 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from expertprune.artifacts.profile import Profile
+from expertprune.artifacts.profile import FORWARD, Profile, ProfilePart
 from expertprune.cli import main
-from expertprune.profiling.store import profile_corpus
+from expertprune.profiling.store import measure
 from tests.patching import everywhere
 from tests.processes import PLACES, Finished, server
 
@@ -93,12 +93,13 @@ def test_an_interrupted_build_leaves_no_expert_and_the_next_one_reuses_its_profi
 
     profiled = []
 
-    def counting(model: Any, base: Any, corpus: str, *rest: Any) -> Profile:
-        profiled.append(corpus)
-        return original(model, base, corpus, *rest)
+    def counting(text: Any, part: ProfilePart, path: Path, about: Any, *rest: Any) -> Profile:
+        if part == FORWARD:
+            profiled.append(about["corpus"])
+        return original(text, part, path, about, *rest)
 
-    original = profile_corpus
-    everywhere(monkeypatch, "expertprune.profiling.store.profile_corpus", counting)
+    original = measure
+    everywhere(monkeypatch, "expertprune.profiling.store.measure", counting)
     finish("build", spec_file, "--out", out, *UNEVALUATED)
     assert len(profiled) == 4 - STORED[place]
     assert {path: (path.stat().st_ino, path.read_bytes()) for path in stored} == before

@@ -19,7 +19,8 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 import expertprune
-from expertprune.artifacts.evaluation import Evaluation
+from expertprune.artifacts.evaluation import Measured
+from expertprune.artifacts.sweep import Point, Sweep, SweptBase
 from expertprune.cli import main
 from expertprune.errors import SpecError
 from expertprune.evaluation import measure, questions
@@ -28,7 +29,7 @@ from expertprune.progress import silent
 from expertprune.pruning import write
 from expertprune.reporting.pictures import retention_curve
 from expertprune.spec.reading import parse_spec
-from expertprune.stages import sweep as sweeping
+from expertprune.spec.schema import Evaluate
 from tests.patching import everywhere
 from tests.tiny import write_corpus
 
@@ -144,7 +145,7 @@ def pool(built: dict[str, Any], corpora: list[str]) -> dict[str, float]:
 
     size = sum(d["bytes"] for d in documents)
     return {
-        "documents": len(documents),
+        "examples": len(documents),
         "base": math.fsum(base) / size,
         "expert": math.fsum(expert) / size,
         "retention": math.fsum(base) / math.fsum(expert),
@@ -172,23 +173,13 @@ def test_each_point_is_what_build_gives_under_the_same_budget(
             assert point["corpora"][name]["metrics"] == result["metrics"]
             assert point["corpora"][name]["documents"] == 4
         assert point["corpora"]["task/qa"]["questions"] == 6
-        assert point["expert"] == pytest.approx(pool(built, DIMENSIONS), rel=1e-12)
-        assert point["general"] == pytest.approx(pool(built, ["general/general"]), rel=1e-12)
+        for group, corpora in (("expert", DIMENSIONS), ("general", ["general/general"])):
+            expected = pool(built, corpora)
+            assert {key: point[group][key] for key in expected} == pytest.approx(expected, rel=1e-12)
     assert data["base"]["parameters"] == BEFORE
     half, quarter = (point["expert"] for point in data["points"])
     assert half["base"] == quarter["base"]
     assert half["expert"] != quarter["expert"]
-
-
-def test_a_document_of_two_corpora_counts_once() -> None:
-    first = {"digest": "a", "bytes": 10, "base_bits": 8.0, "expert_bits": 16.0}
-    second = {"digest": "b", "bytes": 30, "base_bits": 24.0, "expert_bits": 24.0}
-    corpora = {"domain/x": {"per_document": [first]}, "task/y": {"per_document": [first, second]}, "general/z": {}}
-    result = sweeping.pooled(Evaluation(corpora, {}), general=False)
-    assert result is not None
-    # (8 + 24) / (16 + 24); of two documents, either alone or both are drawn: 8/16, 24/24 are the ends.
-    assert result == {"documents": 2, "base": 0.8, "expert": 1.0, "retention": 0.8, "low": 0.5, "high": 1.0}
-    assert sweeping.pooled(Evaluation(corpora, {}), general=True) is None
 
 
 @pytest.mark.parametrize(
@@ -476,8 +467,13 @@ def test_the_picture_comes_into_the_folder_of_the_sweep(tmp_path: Path, spec_fil
         assert len(image.convert("RGB").getcolors(2**24) or ()) > 50, "something is drawn"
 
 
-def numbers(retention: float) -> dict[str, float]:
-    return {"retention": retention, "low": retention - 0.02, "high": retention + 0.03}
+def point(budget: float, expert: float, general: float) -> Point:
+    def kept(retention: float) -> Measured:
+        return Measured(examples=9, expert=1.0, retention=retention, low=retention - 0.02, high=retention + 0.03)
+
+    parameters = {"before": 100, "after": 90}
+    return Point(budget=budget, key=str(budget), parameters=parameters, fraction=1 - 0.6 * budget, bytes=1, corpora={},
+                 expert=kept(expert), general=kept(general))  # fmt: skip
 
 
 def texts(path: Path) -> list[str]:
@@ -486,15 +482,15 @@ def texts(path: Path) -> list[str]:
 
 
 def test_an_svg_names_its_curves_and_is_the_same_every_time(tmp_path: Path) -> None:
-    points = [
-        {"budget": 0.5, "fraction": 0.7, "expert": numbers(0.8), "general": numbers(0.6)},
-        {"budget": 0.1, "fraction": 0.9, "expert": numbers(0.97), "general": numbers(0.95)},
-    ]
-    retention_curve(points, tmp_path / "a.svg")
-    retention_curve(points[::-1], tmp_path / "b.svg")
+    points = [point(0.5, 0.8, 0.6), point(0.1, 0.97, 0.95)]
+    base = SweptBase(model="tiny", digest="d", parameters=100)
+    found = Sweep(name="tiny", base=base, settings=Evaluate(), points=points)
+    retention_curve(found, tmp_path / "a.svg")
+    retention_curve(found.model_copy(update={"points": points[::-1]}), tmp_path / "b.svg")
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     assert {"expert", "general", "base"} <= set(texts(tmp_path / "a.svg"))
-    retention_curve([{**point, "general": None} for point in points], tmp_path / "c.svg")
+    alone = [each.model_copy(update={"general": None}) for each in points]
+    retention_curve(found.model_copy(update={"points": alone}), tmp_path / "c.svg")
     assert "expert" in texts(tmp_path / "c.svg")
     assert "general" not in texts(tmp_path / "c.svg")
 
