@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -95,16 +95,11 @@ class Source(_Section):
             raise ValueError(f"{', '.join(set_here)} does not go with {'path' if self.path else 'dataset'!r}")
         return self
 
-    def within(self, folder: Path) -> Source:
-        """The same source with absolute paths, where relative ones are in `folder`."""
-        lists = {key: [absolute(path, folder) for path in getattr(self, key) or ()] for key in ("path", "evaluation")}
-        questions = absolute(self.questions, folder) if self.questions is not None else None
+    def with_paths(self, change: Callable[[str, str], str]) -> Source:
+        """A copy with other paths; `change` takes a path's key and the path."""
+        lists = {key: [change(key, path) for path in getattr(self, key) or ()] for key in ("path", "evaluation")}
+        questions = change("questions", self.questions) if self.questions is not None else None
         return self.model_copy(update={**{key: paths or None for key, paths in lists.items()}, "questions": questions})
-
-
-def absolute(path: str, folder: Path) -> str:
-    """A path that a user wrote, `~` included, where relative ones are in `folder`."""
-    return str((folder / Path(path).expanduser()).resolve())
 
 
 class Corpora(_Section):
