@@ -50,7 +50,7 @@ CHOICES: list[dict[str, Any]] = [
 
 def held_out(bench: Bench, prepared: Prepared) -> dict[str, Blocks]:
     """Blocks of pieces that none of the cell's corpora profiles, from the last of each file."""
-    taken = {document.text for name in prepared.corpora for document in prepared.calibration(name)[0]}
+    taken = {document.text for name in prepared.corpora for document in prepared.calibration[name].documents}
     found = {}
     for name, count in HELD_OUT.items():
         with jsonlines.open(bench.pieces(name)) as rows:
@@ -58,7 +58,7 @@ def held_out(bench: Bench, prepared: Prepared) -> dict[str, Blocks]:
         with tempfile.TemporaryDirectory() as folder:
             with jsonlines.open(path := Path(folder) / "held-out.jsonl", "w") as file:
                 file.write_all(free[-PIECES:])
-            found[name] = blocks(path, prepared.tokenizer, count)
+            found[name] = blocks(path, prepared.running.tokenizer, count)
     return found
 
 
@@ -67,7 +67,7 @@ def losses_of(bench: Bench, seed: int) -> Iterator[list[float]]:
     cell = Cell("ours", overrides=UNREPAIRED, seed=seed)
     prepared = expertprune.validate(bench.spec(cell))
     sets = held_out(bench, prepared)
-    model, profiles = prepared.model, profiles_of(prepared, silent)
+    model, profiles = prepared.running.model, profiles_of(prepared, silent)
     dense = {name: losses(model, found) for name, found in sets.items()}
     for choice in CHOICES:
         spec = bench.spec(replace(cell, overrides={**UNREPAIRED, "compose.fusion": choice}))

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def measure(bench: Bench, name: str, documents: int) -> dict[str, Any]:
     overrides = OURS.get(name, {})
     cell = Cell("ours" if name in OURS else name, documents=documents, overrides=overrides)
     prepared = expertprune.validate(bench.spec(cell), store=None)
-    model, batches = prepared.model, prepared.repair_batches()
+    model, batches = prepared.running.model, prepared.repair_batches()
     with torch.inference_mode():
         model(input_ids=batches[0].ids, use_cache=False)
         start = time.perf_counter()
@@ -59,7 +60,7 @@ def measure(bench: Bench, name: str, documents: int) -> dict[str, Any]:
         plain = time.perf_counter() - start
     before = peak()
     with tempfile.TemporaryDirectory() as temporary:
-        prepared.store = Path(temporary)
+        prepared = replace(prepared, store=Path(temporary))
         if name == REPAIR:
             plan = plan_of(prepared, silent)
             (Path(temporary) / "expert").mkdir()

@@ -83,7 +83,7 @@ def measured(folder: Path) -> dict[str, Any]:
     """The metrics of each corpus, base beside expert."""
     told = folder / MEASURED
     if not told.is_file():
-        told.write_text(json.dumps(evaluate(folder, overrides=ONLY_DOCUMENTS).corpora))
+        told.write_text(json.dumps(evaluate(folder, overrides=ONLY_DOCUMENTS).document()["corpora"]))
     return dict(json.loads(told.read_text()))
 
 

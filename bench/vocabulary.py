@@ -151,7 +151,7 @@ class Bench:
             folder.mkdir()
             write_folder(prepared, plan, folder)
             models = {
-                "base": (prepared.model, prepared.tokenizer),
+                "base": (prepared.running.model, prepared.running.tokenizer),
                 "expert": (load_model(folder, prepared.base.dtype), load_tokenizer(folder)),
             }
             for name, documents in sets.items():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 ROOT = Path(__file__).parent.parent
 # Pages and pictures outside docs/. Their links to each other hold in the clone and in the site.
@@ -38,10 +41,13 @@ def spec_reference() -> str:
     from expertprune.spec.schema import Spec
 
     schema = Spec.model_json_schema(by_alias=True)
-    return "\n".join(_section(schema, schema, ""))
+    smallest = {"name": "x", "base": "x", "dimensions": {"domain": "x"}, "budget": {"ffn": 0}}
+    defaults = Spec.model_validate(smallest).document()
+    defaults["dimensions"] = {key: [] for key in defaults["dimensions"]}
+    return "\n".join(_section(schema, schema, defaults, ""))
 
 
-def _section(schema: dict[str, Any], model: dict[str, Any], key: str) -> Iterator[str]:
+def _section(schema: dict[str, Any], model: dict[str, Any], defaults: dict[str, Any], key: str) -> Iterator[str]:
     """The heading, description and table of one model, then its sections."""
     inner: list[tuple[str, dict[str, Any]]] = []
     yield f"## `{key}`\n" if key else "## Keys of a spec\n"
@@ -53,12 +59,13 @@ def _section(schema: dict[str, Any], model: dict[str, Any], key: str) -> Iterato
         section = _model_of(schema, entry)
         if section is not None:
             inner.append((f"{full}.NAME" if "additionalProperties" in entry else full, section))
-        default = "required" if name in required else _default(entry)
+        default = "required" if name in required else _default(defaults.get(name))
         about = entry.get("description") or (section or {}).get("description", "")
         yield f"| `{full}` | {_cell(_type(schema, entry))} | {_cell(default)} | {_cell(_prose(about))} |"
     yield ""
-    for name, section in inner:
-        yield from _section(schema, section, name)
+    for full, section in inner:
+        inside = defaults.get(full.rpartition(".")[2])
+        yield from _section(schema, section, inside if isinstance(inside, dict) else {}, full)
 
 
 def _branches(entry: dict[str, Any]) -> list[dict[str, Any]]:
@@ -75,7 +82,7 @@ def _model_of(schema: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any] |
 
 
 def _type(schema: dict[str, Any], entry: dict[str, Any]) -> str:
-    return " or ".join(dict.fromkeys(_one_type(schema, branch) for branch in _branches(entry)))
+    return "; or ".join(dict.fromkeys(_one_type(schema, branch) for branch in _branches(entry)))
 
 
 def _one_type(schema: dict[str, Any], entry: dict[str, Any]) -> str:
@@ -88,8 +95,9 @@ def _one_type(schema: dict[str, Any], entry: dict[str, Any]) -> str:
     if kind == "array":
         return f"list of {_type(schema, entry['items'])}"
     if kind == "object" and "properties" in entry:
-        inner = (f"{name}: {_type(schema, each)}" for name, each in entry["properties"].items())
-        return f"mapping ({'; '.join(inner)})"
+        return f"`{{{', '.join(f'{name}: …' for name in entry['properties'])}}}`"
+    if "%" in entry.get("pattern", ""):
+        return "percentage"
     words = {"object": "mapping", "boolean": "`true` or `false`", "string": "text", "integer": "whole number"}
     limits = {
         "minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below",
@@ -98,13 +106,12 @@ def _one_type(schema: dict[str, Any], entry: dict[str, Any]) -> str:
     return ", ".join([words.get(kind, kind), *bounds])
 
 
-def _default(entry: dict[str, Any]) -> str:
-    if "default" not in entry:
+def _default(value: Any) -> str:
+    """A default as YAML; sections and what is not given have none."""
+    if value is None or isinstance(value, dict):
         return ""
-    value = entry["default"]
-    if isinstance(value, dict):
-        return "see below"
-    return f"`{value}`" if value is not None else ""
+    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf)
+    return "`" + text.removesuffix("...\n").strip() + "`"
 
 
 def _prose(text: str) -> str:
@@ -126,7 +133,7 @@ def command_reference() -> str:
 
     parts = []
     for name, command in sorted(main.commands.items()):
-        context = click.Context(command, info_name=f"expertprune {name}", max_content_width=100, terminal_width=100)
+        context = click.Context(command, info_name=f"expertprune {name}", terminal_width=100)
         parts.append(f"## {name}\n\n```text\n{command.get_help(context)}\n```\n")
     return "\n".join(parts)
 

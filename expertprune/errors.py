@@ -1,13 +1,13 @@
-"""The errors that a user can act on: each names the file, the key and the fix, and says how the command exits."""
+"""Errors that a user can act on. Each message names the file, the key and the fix; each class has an exit code."""
 
 import contextlib
 from collections.abc import Iterator
 
 
 class ExpertpruneError(Exception):
-    """Base of every error whose message is written for the user, and so is shown without a traceback."""
+    """Base of every error whose message is for the user. It is shown without a traceback."""
 
-    exit_code = 2  # the user's to mend
+    exit_code = 2  # the user can mend it
 
 
 class SpecError(ExpertpruneError):
@@ -20,7 +20,7 @@ class SpecError(ExpertpruneError):
 
 @contextlib.contextmanager
 def gathered(problems: list[str]) -> Iterator[None]:
-    """What is wrong inside goes to `problems`, so that a user reads of everything at once."""
+    """Collect the problems of a `SpecError` in the block, so that the user sees all problems at once."""
     try:
         yield
     except SpecError as error:
@@ -36,10 +36,15 @@ class CheckpointError(ExpertpruneError):
 
 
 class UsageError(ExpertpruneError):
-    """What was asked for cannot be had on this machine: a port is taken, memory is short, a package is missing."""
+    """This machine cannot do what was asked: a port is taken, memory is short, a package is missing or broken."""
 
 
 class ServingError(ExpertpruneError):
-    """A server did not get healthy, or died: nothing in what the user asked for says why."""
+    """A server died or did not become healthy, and nothing in the user's request says why."""
 
     exit_code = 1
+
+
+def first_line(error: Exception) -> str:
+    """What an error says in its first line, or its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, their digests, and the room they need."""
+"""Files and folders: written whole or not at all, digests, disk room, YAML, and what ships."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def store_folder(store: str | Path | None = None) -> Path:
 
 
 def digest_of(data: Any) -> str:
-    """SHA-256 of plain data, independent of the order of keys."""
+    """SHA-256 of plain data. The order of keys does not matter."""
     text = json.dumps(data, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -57,7 +57,7 @@ def file_digest(path: Path, store: Path) -> str:
             return text
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    with contextlib.suppress(CheckpointError):  # a store that cannot be written only costs the next run a second pass
+    with contextlib.suppress(CheckpointError):  # without a store, the next run only reads the file again
         write_file(remembered, digest.encode())
     return digest
 
@@ -89,7 +89,7 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def to_json(data: Any) -> str:
-    """Plain data as JSON that anything reads: what is not a finite number becomes null."""
+    """Plain data as strict JSON: NaN and infinity become null."""
     return json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False)
 
 
@@ -121,7 +121,7 @@ def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _replace_folder(new: Path, out: Path) -> None:
-    """Rename `new` to `out`; what was there stays until then, and comes back if the renaming fails."""
+    """Rename `new` to `out`. An earlier `out` stays until then, and comes back if the renaming fails."""
     if not out.exists():
         os.replace(new, out)
         return
@@ -221,7 +221,7 @@ def _age(path: Path) -> float:
 
 
 def check_parent(path: Path) -> None:
-    """Raises `CheckpointError` if something above `path` is there and is no folder."""
+    """Raises `CheckpointError` if a parent of `path` exists and is no folder."""
     for parent in path.absolute().parents:
         if parent.exists():
             if not parent.is_dir():
@@ -275,7 +275,7 @@ def read_yaml(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> An
     """The contents of a YAML file.
 
     Raises:
-        SpecError: there is no such file, it cannot be read, or a key stands twice in it: YAML would let the last one win.
+        SpecError: the file is missing or cannot be read, or a key stands twice, of which YAML would take the last.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -292,7 +292,7 @@ def read_yaml(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> An
 
 
 def _repeated_keys(node: yaml.Node | None, where: str, seen: set[int]) -> Iterator[str]:
-    """What to say of each key that stands twice in the same mapping; an anchor's node is looked at once."""
+    """A message for each key that stands twice in one mapping. The node of an anchor is read once."""
     if id(node) in seen:
         return
     seen.add(id(node))
@@ -311,7 +311,7 @@ def _repeated_keys(node: yaml.Node | None, where: str, seen: set[int]) -> Iterat
 
 
 def shipped(folder: str) -> Path:
-    """A folder that ships with the project (`corpora`, `profiles`), installed or in a clone."""
+    """A folder that ships with the project (`corpora` or `profiles`), in a wheel or a clone."""
     package = Path(__file__).parent
     installed = package / "_shipped" / folder
     return installed if installed.is_dir() else package.parent / folder

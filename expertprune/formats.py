@@ -1,4 +1,4 @@
-"""How numbers are written for people, the same in the terminal, on the page and in the model card."""
+"""Numbers as text for people: the same in the terminal, on the page and in the model card."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ def count(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """A fraction as `"85.2%"`; below one percent with two digits that count, `"0.41%"`."""
+    """A fraction as `"85.2%"`, or below one percent as `"0.41%"`."""
     return f"{value:.2%}" if 0 < abs(value) < 0.01 else f"{value:.1%}"
 
 
 def ratio(value: float) -> str:
-    """`"0.9472"`: retention and what it is made of."""
+    """`"0.9472"`, for retention and the two numbers behind it."""
     return f"{value:.4f}"
 
 
@@ -31,7 +31,7 @@ def megabytes(value: float) -> str:
 
 
 def quantity(value: float) -> str:
-    """A measured number of any size with four digits that count: `"1,234"`, `"12.35"`."""
+    """A measurement of any size with four significant digits: `"1,234"`, `"12.35"`."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 

@@ -1,4 +1,4 @@
-"""Progress of a stage: who watches, and who does not."""
+"""How a stage reports its progress."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 Progress = Callable[[], None]
-# A stage's name and its number of steps give a function that is called after each step.
+# Takes a stage's name and its number of steps; gives a function to call after each step.
 Track = Callable[[str, int], contextlib.AbstractContextManager[Callable[[], None]]]
 
 
 @contextlib.contextmanager
 def silent(stage: str, steps: int) -> Iterator[Callable[[], None]]:
-    """The progress of those who do not watch."""
+    """Report nothing."""
     yield lambda: None

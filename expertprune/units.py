@@ -1,4 +1,4 @@
-"""The nouns of structured pruning: what a unit is, how wide a layer is, which units of a layer are kept."""
+"""Prunable units, the widths of a layer in units, and the units that a layer keeps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DENSE = (Structure.FFN, Structure.QUERY_HEADS, Structure.KV_GROUPS)
 
 
 class Segment(StrEnum):
-    """What one stretch of a tensor's axis is made of; an axis is a concatenation of segments."""
+    """What one stretch of a tensor's axis belongs to. An axis is a concatenation of segments."""
 
     FFN = "ffn"
     QUERY = "query"
@@ -38,8 +38,9 @@ class Segment(StrEnum):
 class LayerShape:
     """Widths of one decoder layer, in units.
 
-    Query head `h` reads KV head `h // heads_per_group`; a KV group is one KV head and its query heads. In a layer that
-    routes tokens to `experts`, `ffn` is the width of each expert, whose neuron `j` is the layer's unit `expert * ffn + j`.
+    Query head `h` reads KV head `h // heads_per_group`. A KV group is one KV head and its query heads. `experts` counts
+    routed experts, 0 in a dense layer. With routed experts, `ffn` is the width of each one, and neuron `j` of routed
+    expert `e` is the layer's unit `e * ffn + j`.
     """
 
     hidden: int
@@ -55,11 +56,11 @@ class LayerShape:
 
     @property
     def neurons(self) -> int:
-        """FFN neurons of the layer, those of all experts together."""
+        """FFN neurons of the layer; with routed experts, of all of them together."""
         return self.ffn * max(1, self.experts)
 
     def units(self, structure: Structure) -> int:
-        """How many units of a structure the layer has."""
+        """The number of units of a structure."""
         return {
             Structure.FFN: self.neurons,
             Structure.QUERY_HEADS: self.query_heads,
@@ -68,7 +69,7 @@ class LayerShape:
         }[structure]
 
     def segment_rows(self, segment: Segment) -> int:
-        """Length of a segment along its tensor axis; `FFN` is of one expert where there are several."""
+        """Length of a segment along its tensor's axis; with routed experts, `FFN` is of one of them."""
         return {
             Segment.FFN: self.ffn,
             Segment.QUERY: self.query_heads * self.head_dim,
@@ -88,10 +89,10 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class KeptUnits:
-    """Indices, in the base's numbering and ascending, of the units that one layer keeps.
+    """Indices of the units that one layer keeps, ascending, in the base's numbering.
 
-    `query_heads` lists only heads of kept groups, the same number in each; `ffn` likewise only neurons of kept experts, the
-    same number in each, where a layer has experts.
+    `query_heads` lists heads of kept groups only, the same number in each group. With routed experts, `ffn` lists neurons
+    of kept ones only, the same number in each.
     """
 
     ffn: tuple[int, ...]
@@ -115,12 +116,12 @@ class KeptUnits:
         )
 
     def neurons_of(self, expert: int, base: LayerShape) -> tuple[int, ...]:
-        """Neurons that one expert keeps, in its own numbering."""
+        """Neurons that one routed expert keeps, in its own numbering."""
         first = expert * base.ffn
         return tuple(unit - first for unit in self.ffn if first <= unit < first + base.ffn)
 
     def rows(self, segment: Segment, base: LayerShape) -> Tensor:
-        """Positions inside a segment that stay, `[kept rows]`, int64; neurons inside experts have `neurons_of` instead."""
+        """Positions inside a segment that stay, `[kept rows]`, int64. For neurons of routed experts see `neurons_of`."""
         if segment in (Segment.FFN, Segment.EXPERT):
             return torch.tensor(self.ffn if segment is Segment.FFN else self.experts, dtype=torch.int64)
         heads = self.query_heads if segment is Segment.QUERY else self.kv_groups
@@ -128,15 +129,17 @@ class KeptUnits:
         return (first[:, None] + torch.arange(base.head_dim)).reshape(-1)
 
 
-ROW_MULTIPLE = 64  # of rows that are written, so that products over the vocabulary stay aligned
+ROW_MULTIPLE = 64  # the number of written rows, so that matrix products over the vocabulary stay aligned
 
 
 @dataclass(frozen=True)
 class KeptRows:
     """Vocabulary rows that stay, in the base's numbering.
 
-    `of` is how many rows the base has, `kept` those whose tokens stay, ascending: their positions are the new ids.
-    `padding` are base rows that fill up to a multiple of `ROW_MULTIPLE`, behind them, and have no token.
+    Attributes:
+        of: the number of rows of the base.
+        kept: the rows whose tokens stay, ascending. A row's position here is its token's new id.
+        padding: rows of the base behind them, without a token, up to a multiple of `ROW_MULTIPLE`.
     """
 
     of: int
@@ -154,9 +157,9 @@ class KeptRows:
 
 
 def pack_indices(indices: tuple[int, ...], of: int) -> str:
-    """Ascending indices below `of` as a compressed bitmap in base64: tens of kilobytes where runs would be a megabyte.
+    """Ascending indices below `of` as a compressed bitmap in base64: tens of kilobytes, where runs take a megabyte.
 
-    Bit `i % 8` of byte `i // 8`, from the least, says whether `i` is there; the bytes are compressed by zlib.
+    Bit `i % 8` of byte `i // 8`, counted from the least, says whether `i` is there. zlib compresses the bytes.
     """
     bitmap = bytearray(-(-of // 8))
     for index in indices:

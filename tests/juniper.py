@@ -1,4 +1,4 @@
-"""The invented family of `expertprune/arch/README.md`, as transformers would have it, for following that page."""
+"""The invented family of `docs/families.md`, as transformers would have it, for following that page."""
 
 from __future__ import annotations
 

@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 
+import expertprune
+
 
 def everywhere(monkeypatch: pytest.MonkeyPatch, path: str, new: Any) -> Any:
     """Put `new` in the place of what `path` names, in every module of the package; the original is returned."""
+    for each in expertprune.__all__:  # imported only now, a module would keep the new function after the test
+        getattr(expertprune, each)
     home, _, name = path.rpartition(".")
     original = getattr(importlib.import_module(home), name)
     for module in [each for key, each in sys.modules.items() if key.partition(".")[0] == "expertprune"]:

@@ -1,4 +1,4 @@
-"""Every command and snippet in README works as it stands."""
+"""Every command in README, and the snippet in docs/python.md, work as they stand."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from expertprune.spec.reading import load_spec
-from expertprune.spec.schema import Spec
-from tests.readme import ROOT, blocks, commands
+from tests.documents import ROOT, blocks, commands, page
 
 SERVING = [command for command in commands() if command.startswith(("expertprune serve", "curl "))]
 EXPERTPRUNE = [command for command in commands() if command.startswith("expertprune ") and command not in SERVING]
@@ -25,9 +23,7 @@ MAKE = [command for command in commands() if command.startswith("make ")]
 
 def test_every_command_belongs_to_a_group_that_is_tested() -> None:
     assert len(EXPERTPRUNE) + len(SETUP) + len(MAKE) + len(SERVING) == len(commands())
-    assert {command.split()[1] for command in EXPERTPRUNE} >= {
-        "validate", "profile", "compose", "prune", "build", "evaluate", "inspect", "schema",
-    }  # fmt: skip
+    assert [command.split()[1] for command in EXPERTPRUNE] == ["init", "validate", "build", "evaluate", "report"]
     assert len(SERVING) == 2
 
 
@@ -49,20 +45,8 @@ def test_the_lines_without_make_are_what_make_runs() -> None:
     assert SETUP[0].endswith("-m venv .venv")
 
 
-@pytest.mark.parametrize("text", blocks("yaml"))
-def test_specs_are_valid(text: str, tmp_path: Path) -> None:
-    (tmp_path / "spec.yaml").write_text(text)
-    load_spec(tmp_path / "spec.yaml")
-
-
-def test_the_spec_line_by_line_states_the_defaults(tmp_path: Path) -> None:
-    (tmp_path / "spec.yaml").write_text(blocks("yaml")[0])
-    explained = load_spec(tmp_path / "spec.yaml")
-    required = {"name", "base", "dimensions", "budget"}
-    bare = Spec.model_validate({key: value for key, value in explained.document().items() if key in required})
-    expected = bare.document()
-    expected["corpora"]["catalogue"] = explained.corpora.catalogue
-    assert explained.document() == expected
+def test_it_is_short() -> None:
+    assert len(page("README.md").splitlines()) <= 150
 
 
 @pytest.fixture(scope="module")
@@ -87,17 +71,17 @@ def test_commands_in_their_order(workplace: Path, real_store: Path) -> None:
             command, shell=True, cwd=workplace, env=environment(real_store), capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, f"{command}\n{done.stderr}"
-    about = json.loads((workplace / "experts" / "medical-qa" / "expertprune.json").read_text())
+    about = json.loads((workplace / "experts" / "my-expert" / "expertprune.json").read_text())
     assert (
         sum(about["plan"]["budget"]["ffn"]["kept"]) == 32_256
     )  # of 30 layers of 1536 together, 0.3 less: 504 times 64
     assert list(about["evaluation"]["corpora"]) == ["domain/medical"]
-    assert json.loads((workplace / "expertprune.schema.json").read_text())["title"] == "Spec"
+    assert (workplace / "experts" / "my-expert" / "report.html").is_file()
 
 
 @pytest.mark.slow
 def test_the_python_snippet(workplace: Path, real_store: Path) -> None:
-    (snippet,) = blocks("python")
+    (snippet,) = blocks("python", page("docs/python.md"))
     done = subprocess.run(
         [sys.executable, "-c", snippet],
         cwd=workplace,
@@ -116,7 +100,7 @@ def test_the_python_snippet(workplace: Path, real_store: Path) -> None:
 @pytest.mark.vllm
 def test_the_serving_command_answers_the_curl_line(workplace: Path, real_store: Path, tmp_path: Path) -> None:
     pytest.importorskip("vllm")
-    if not (workplace / "experts" / "medical-qa").is_dir():
+    if not (workplace / "experts" / "my-expert").is_dir():
         pytest.skip("the commands before it did not run")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,6 +1,6 @@
-"""Model families as data: which tensors a unit couples, where to listen, which config keys say the widths.
+"""Model families as data: the tensors of each unit, the modules to observe, the config's keys for widths.
 
-One YAML file a family, in `families/`. No other module knows a family's name.
+Each family is one YAML file in `families/` or in a plugin. No module outside this package knows a family's name.
 """
 
 from expertprune.arch.blocks import Block, CoupledTensor, Experts, ExpertTensor

@@ -1,4 +1,4 @@
-"""The parts of a family's file: what a layer is made of, and where its config says its widths."""
+"""The sections of a family's file: the tensors of a layer, and the config's keys for its widths."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class Data(BaseModel):
 class CoupledTensor(Data):
     """One tensor of a layer that shrinks with its units.
 
-    `axis` of the tensor is the concatenation of `segments`. A tensor with `optional` may be absent, as biases are.
+    `axis` (0 rows, 1 columns) of the tensor is the concatenation of `segments`. An `optional` tensor, such as a bias, may
+    be absent.
     """
 
     name: str
@@ -29,9 +30,12 @@ class CoupledTensor(Data):
 
 
 class Block(Data):
-    """The FFN or the attention of a layer: its output module, whose input channels are the units, and its tensors.
+    """The FFN or the attention of a layer.
 
-    `output_norm` is the module that the output passes before it is added to the residual stream, where there is one.
+    Attributes:
+        output: the module whose input channels are the units.
+        tensors: all tensors that shrink with the units.
+        output_norm: the norm between `output` and the residual stream, where there is one.
     """
 
     output: str
@@ -44,9 +48,10 @@ class Block(Data):
 
 
 class ExpertTensor(Data):
-    """One tensor of a layer that belongs to experts; written as its name alone where it has no axis of neurons.
+    """One tensor of routed experts. The file may give its name alone where no axis has neurons.
 
-    `axis`, of one expert's part of it (0 rows, 1 columns), is the concatenation of `segments`, each one position per neuron.
+    `axis` (0 rows, 1 columns) of one routed expert's share is the concatenation of `segments`, each with one position per
+    neuron.
     """
 
     name: str
@@ -65,21 +70,27 @@ class ExpertTensor(Data):
         return self
 
     def rows(self, neurons: Sequence[int], width: int) -> Tensor:
-        """Positions along `axis` of some neurons of an expert of `width`, int64."""
+        """Positions along `axis` of some neurons of a routed expert of `width`, int64."""
         one = torch.tensor(neurons, dtype=torch.int64)
         return torch.cat([one + place * width for place in range(len(self.segments))])
 
 
 class Experts(Data):
-    """The experts of a layer and the router in front of them: whole experts are units, and neurons inside them.
+    """The routed experts of a layer and their router. Whole routed experts are units, and so are neurons inside them.
 
-    What transformers holds in one tensor at run time may be stored one by one, and under other names: `run` are the
-    tensors of the running layer, one row of their first axis for each expert; `stored` are those of them that are stored
-    so under another name, and `each` the names of one expert's own, with `{expert}` for its number. A checkpoint may also
-    hold the tensors as they run.
+    transformers runs all routed experts of a layer as one tensor. A checkpoint may store them as they run, or one by one
+    under other names.
 
-    `count` are the config's keys for how many there are: what a config has of them is written. A neuron is `activation`,
-    within `module`, of its first row, times its others.
+    Attributes:
+        count: the config's keys for the number of routed experts. Those that a config has are written.
+        per_token: the config's key for how many of them the router chooses for a token.
+        width: the config's key for the neurons of one of them.
+        router: the running module that gives logits, weights and the chosen ones.
+        module: the running module that is called with hidden states, the chosen ones and weights.
+        activation: the activation function inside `module`. A neuron is that of its first row, times its other rows.
+        run: the tensors of the running layer. Row `e` of their first axis belongs to routed expert `e`.
+        stored: other names on disk of tensors in `run` that are stored as they run.
+        each: the tensors that one routed expert owns on disk, with `{expert}` for its number.
     """
 
     count: tuple[str, ...]
@@ -101,35 +112,36 @@ class Experts(Data):
 
     @property
     def input(self) -> str:
-        """The running tensor whose rows, of each expert, make its neurons."""
+        """The running tensor with rows for the neurons of each routed expert."""
         return next(tensor.name for tensor in self.run if tensor.axis == 0)
 
     @property
     def output(self) -> str:
-        """The running tensor whose columns, of each expert, are read by its neurons."""
+        """The running tensor with one column for each neuron of a routed expert."""
         return next(tensor.name for tensor in self.run if tensor.axis == 1)
 
     @property
     def tensors(self) -> tuple[CoupledTensor, ...]:
-        """The running layer's, and those that are stored so under another name."""
+        """The tensors in `run`, under their running and their stored names."""
         names = dict.fromkeys([*(tensor.name for tensor in self.run), *self.stored.values()])
         return tuple(CoupledTensor(name=name, axis=0, segments=(Segment.EXPERT,), optional=True) for name in names)
 
     def of_one(self, expert: int) -> tuple[ExpertTensor, ...]:
-        """What one expert owns, by its name on disk."""
+        """The tensors that one routed expert owns, by their names on disk."""
         return tuple(each.model_copy(update={"name": each.name.replace("{expert}", str(expert))}) for each in self.each)
 
     def on_disk(self, run: str, experts: int) -> tuple[str, ...]:
-        """How a tensor of the running layer is stored where it is not stored as it runs."""
+        """The names on disk of a running tensor that is not stored as it runs."""
         if not run.startswith(f"{self.module}."):
             return (self.stored.get(run, run),)
         return tuple(tensor.name for expert in range(experts) for tensor in self.of_one(expert))
 
     def cut(self, name: str, tensor: Tensor, shape: LayerShape, kept: KeptUnits) -> Tensor:
-        """What of a running tensor, all experts in one, the kept experts and their kept neurons own.
+        """The share of a running tensor that the kept routed experts and their kept neurons own.
 
         Args:
-            name: within the layer, such as `mlp.experts.down_proj`; `tensor` has a row of its first axis for each expert.
+            name: the tensor's name within the layer, such as `mlp.experts.down_proj`.
+            tensor: `[routed experts, ...]`.
         """
         whole = next((each for each in self.run if each.name == name), None)
         tensor = tensor if len(kept.experts) == shape.experts else tensor[list(kept.experts)]
@@ -146,7 +158,7 @@ NO_FFN = Block(output="", tensors=())
 
 
 class Rewrite(Data):
-    """Another config that expresses the same network, for head counts which the family's own cannot."""
+    """Another config for the same network, which can say head counts that the family's own config cannot."""
 
     model_type: str
     architectures: tuple[str, ...]

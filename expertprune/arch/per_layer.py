@@ -1,7 +1,7 @@
-"""A causal language model each of whose layers has widths of its own, as its config's `per_layer_config` says.
+"""A causal language model whose layers have different widths, as `per_layer_config` in its config says.
 
-transformers records such widths but builds every layer from the config's global ones. This module is copied into the
-folder of an expert that has them, so it imports nothing of ours.
+transformers reads such widths but builds every layer from the global ones. This module is copied into the folder of an
+expert with such layers, so it imports nothing from this package.
 """
 
 from torch import nn
@@ -9,10 +9,10 @@ from transformers import PreTrainedModel
 
 
 def with_layer_widths(base: type[PreTrainedModel], path: str = "") -> type[PreTrainedModel]:
-    """The class `base` with its decoder layers built again, each from its own layer's config.
+    """A subclass of `base` that builds each decoder layer from that layer's own config.
 
     Args:
-        path: where the layers stand in the model; default: the decoder's `layers`.
+        path: the layers' place in the model; default: `layers` of the decoder.
     """
 
     class ExpertForCausalLM(base):  # type: ignore[misc, valid-type]

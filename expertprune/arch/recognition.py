@@ -1,8 +1,8 @@
-"""A family that no file describes, read off a config and the shapes of the weights.
+"""Recognize a family that no file describes, by the config and the shapes of the weights.
 
-It must have a gated FFN of `gate_proj`, `up_proj` and `down_proj`, an attention of `q_proj`, `k_proj`, `v_proj` and
-`o_proj`, and the config's usual keys. What the shapes cannot say (where norms stand, what depends on the number of heads)
-is a guess until the oracle has run.
+The model must have a gated FFN (`gate_proj`, `up_proj`, `down_proj`), an attention of `q_proj`, `k_proj`, `v_proj` and
+`o_proj`, and the usual keys in its config. Shapes do not tell where norms stand, or what depends on the number of heads.
+These are guesses until the oracle has checked them.
 """
 
 from __future__ import annotations
@@ -25,15 +25,12 @@ _KEYS = ConfigKeys(
 )
 _FFN = {"gate_proj": Segment.FFN, "up_proj": Segment.FFN}
 _ATTENTION = {"q_proj": Segment.QUERY, "k_proj": Segment.KEY_VALUE, "v_proj": Segment.KEY_VALUE}
-_NORMS = (
-    "post_attention_layernorm",
-    "post_feedforward_layernorm",
-)  # where both are there, they stand behind the blocks
+_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")  # where a model has both, they follow the blocks
 _CAP = "attn_logit_softcapping"
 
 
 def recognized(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Family | None:
-    """The family that the names and shapes of a checkpoint's tensors look like; `None` where they look like none."""
+    """The family that a checkpoint's tensors look like by their names and shapes, or `None`."""
     model_type, hidden = config.get("model_type"), config.get(_KEYS.hidden)
     gates = {
         match.groups() for name in shapes if (match := re.fullmatch(r"(.+)\.(\d+)\.(.+)\.gate_proj\.weight", name))
@@ -60,7 +57,7 @@ def recognized(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]])
         ffn=ffn_block.model_copy(update={"output_norm": _NORMS[1] if normed else None}),
         attention=heads_block.model_copy(update={"output_norm": _NORMS[0] if normed else None}),
         attention_implementation=attention_of(config),
-        heads_divide_hidden=True,  # not known: the counts that every config can say
+        heads_divide_hidden=True,  # unknown, so only counts that every config can express
         tested=False,
     )
 
@@ -72,7 +69,7 @@ def _required() -> tuple[str, ...]:
 def _block(
     local: Mapping[str, tuple[int, ...]], path: str, parts: Mapping[str, Segment], output: str, hidden: Any
 ) -> Block | None:
-    """A block whose `parts` have its units as rows and whose `output` has them as columns."""
+    """A block with its units as rows of `parts` and as columns of `output`, or `None`."""
     written = local.get(f"{path}.{output}.weight")
     if written is None or len(written) != 2 or written[0] != hidden:
         return None
@@ -89,8 +86,8 @@ def _block(
 
 
 def attention_of(config: Mapping[str, Any]) -> Any:
-    """The implementation of attention that computes a config's network as it is meant."""
+    """The attention implementation of transformers that computes a config's network exactly."""
     family = families().get(str(config.get("model_type")))
     if family is not None:
         return family.attention_implementation
-    return "eager" if config.get(_CAP) is not None else "sdpa"  # the others leave the cap out
+    return "eager" if config.get(_CAP) is not None else "sdpa"  # the faster implementations ignore the cap

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
+
+from expertprune.artifacts.record import Record
 
 Group = Literal["expert", "general"]  # what the expert is for, and what it should keep besides
 
@@ -21,11 +23,7 @@ def _defined(value: Any) -> Any:
 Number = Annotated[float | None, BeforeValidator(_defined)]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Measured(_Record):
+class Measured(Record):
     """One metric of base and expert on the same examples; `None` is undefined.
 
     `retention` and its 95% interval, `low` to `high`, are defined in `evaluation.retention`. KL is a distance to the
@@ -46,7 +44,7 @@ class Measured(_Record):
     note: str | None = None
 
 
-class DocumentBits(_Record):
+class DocumentBits(Record):
     """Bits of one document's predicted tokens under base and expert, and KL in bits.
 
     `tokens` and `bytes` count what the base predicts; `expert_tokens` and `expert_bytes` differ only where the expert
@@ -63,7 +61,7 @@ class DocumentBits(_Record):
     expert_bytes: int
 
 
-class CorpusResult(_Record):
+class CorpusResult(Record):
     """What was measured on one corpus: its metrics by name, and what they are made of."""
 
     group: Group
@@ -87,7 +85,7 @@ class TaskResult(Measured):
     agreement: float | None = None
 
 
-class Average(_Record):
+class Average(Record):
     """The plain mean of the retentions of several metrics of one measure; metrics without a retention are left out."""
 
     retention: Number
@@ -97,7 +95,7 @@ class Average(_Record):
     undefined: list[str]
 
 
-class Alignment(_Record):
+class Alignment(Record):
     """How alike the hidden states of base and expert are on the documents of a corpus.
 
     `layers` is the linear CKA after each decoder layer, `cosine` the mean cosine between the final states over tokens.
@@ -109,7 +107,7 @@ class Alignment(_Record):
     tokens: int
 
 
-class Settings(_Record):
+class Settings(Record):
     """How an evaluation was measured; `suites` maps the name of each suite to its digest."""
 
     documents: int | None = None
@@ -123,7 +121,7 @@ class Settings(_Record):
     versions: dict[str, str] = Field(default_factory=dict)
 
 
-class Evaluation(_Record):
+class Evaluation(Record):
     """Base and expert on the same examples: by corpus, by task, averaged by group and measure, and aligned by corpus."""
 
     kind: Literal["evaluation"] = "evaluation"

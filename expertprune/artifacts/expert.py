@@ -10,10 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 
 from expertprune.artifacts.evaluation import Evaluation
 from expertprune.artifacts.plan import Plan, plan_from
+from expertprune.artifacts.record import Record
 from expertprune.errors import CheckpointError, ExpertpruneError, SpecError
 from expertprune.files import EXPERT_FILE, digest_of, write_json
 from expertprune.models.base import ResolvedBase, resolve_base
@@ -24,11 +25,7 @@ EXPERT_SCHEMA = 2
 _OF_PLAN = ("name", "parameters", "spec")  # keys of the plan that stand beside it in the file, for people who read it
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class BaseRecord(_Record):
+class BaseRecord(Record):
     """The base as an expert remembers it.
 
     `model` is a hub id, the name of a bundled model, or the name of a local folder or file. `digest` covers config and
@@ -43,14 +40,14 @@ class BaseRecord(_Record):
     weight_bytes: int
 
 
-class CorpusRecord(_Record):
+class CorpusRecord(Record):
     """The calibration text of one corpus: its digest, and that of each document."""
 
     digest: str
     documents: list[str]
 
 
-class _File(_Record):
+class _File(Record):
     """`expertprune.json` but for `kind` and `schema`; the four plain mappings have readers of their own."""
 
     name: str
@@ -65,11 +62,11 @@ class _File(_Record):
     evaluation: dict[str, Any] | None = None
 
 
-class _Places(_Record):
+class _Places(Record):
     """Where base and corpora lie on this machine; corpora by the end of their path (see `portable`)."""
 
     base: str | None = None
-    corpora: dict[str, str] = {}
+    corpora: dict[str, str] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -168,8 +165,9 @@ class Expert(Description):
         description, measured = _read(data, str(path))
         try:
             evaluation = Evaluation.from_document(measured) if measured is not None else None
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{path}: damaged: evaluation: {error!r}; evaluate the expert again") from None
+        except ValidationError as error:
+            problems = "; ".join(problems_of(error, Evaluation))
+            raise CheckpointError(f"{path}: damaged: evaluation: {problems}; evaluate the expert again") from None
         return cls(**_fields(description), folder=folder, evaluation=evaluation)
 
     def save(self) -> None:

@@ -60,7 +60,7 @@ def sweep(
 
     if picture is not None:
         check_picture(picture, made=out)
-    result = sweeping.sweep(spec, budgets, out, keep_experts, store, overrides, progress_bar).document()
+    result = sweeping.sweep(spec, budgets, out, keep_experts, store, overrides, progress_bar)
     if picture is not None:
-        retention_curve(result["points"], picture)
-    show(as_json, result, lambda: sweep_table(result))
+        retention_curve(result, picture)
+    show(as_json, result.document(), lambda: sweep_table(result))

@@ -24,14 +24,11 @@ def validate(spec: Path, overrides: dict[str, Any], store: Path | None, as_json:
     expertprune validate profiles/english-medical-qa.yaml
     """
     from expertprune.composition.budget import removed_parameters, removed_with_rows
-    from expertprune.composition.plan import foreseen_widths
-    from expertprune.composition.rows import foreseen_rows
     from expertprune.stages import validate as stage
 
     prepared = stage.validate(spec, overrides, store)
-    widths = foreseen_widths(prepared.spec, prepared.base)
+    widths, rows = prepared.widths, prepared.rows
     before = prepared.base.checkpoint.parameters
-    rows = foreseen_rows(prepared.spec, prepared.base)
     after = before - removed_parameters(prepared.base, widths) if widths is not None else None
     after = after - removed_with_rows(prepared.base, rows) if after is not None else None
     budget = widths.summary(prepared.base.layers) if widths is not None and widths.uniform else None

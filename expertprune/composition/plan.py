@@ -19,10 +19,9 @@ from expertprune.composition.budget import (
     removed_with_rows,
     resolve_budget,
 )
-from expertprune.composition.defaults import resolved
 from expertprune.composition.legality import check_structures
 from expertprune.composition.rows import choose_rows
-from expertprune.composition.scoring import EXPERT, GENERAL, SHARED, Fused, check_criterion, check_scored, score_units
+from expertprune.composition.scoring import EXPERT, GENERAL, SHARED, Fused, check_scored, score_units
 from expertprune.corpora.documents import CorpusName, corpus_names
 from expertprune.errors import SpecError
 from expertprune.models.base import ResolvedBase
@@ -101,10 +100,12 @@ def foreseen_widths(spec: Spec, base: ResolvedBase) -> Widths | None:
 
     Where layers get different widths, their sum is right (but for the mix of structures), not each of them.
 
+    Args:
+        spec: with what it leaves open decided (see `defaults.resolved`).
+
     Raises:
         PlanError: the budget is not reachable, or the family has no layers of different widths.
     """
-    spec = resolved(spec, base)
     check_structures(spec.budget, base)
     check_scored(spec.relevance, _competing(spec, base)[0], base.family.has_ffn)
     if spec.budget.retention is not None:
@@ -156,17 +157,15 @@ def compose(
     """Decide which units are kept.
 
     Args:
+        spec: with what it leaves open decided (see `defaults.resolved`), and its budget checked (see `foreseen_widths`).
         profiles: one for each corpus that the spec names.
 
     Raises:
-        SpecError: unknown criterion, or a corpus without a profile or without the pass that the criterion needs.
+        SpecError: a corpus without a profile or without the pass that the criterion needs.
         PlanError: the budget cannot be met, or the family's config cannot say the widths.
     """
-    spec = resolved(spec, base)
-    check_criterion(spec.relevance.criterion)
     if missing := [str(name) for name in corpus_names(spec) if name not in profiles]:
         raise SpecError(f"no profile for {', '.join(missing)}: run the profile stage first")
-    foreseen_widths(spec, base)
     wanted = {name: profiles[name] for name in corpus_names(spec)}
     vocabulary = choose_rows(spec, base, wanted) if spec.budget.vocabulary is not None else None
     structures, together = _competing(spec, base)

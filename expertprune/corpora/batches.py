@@ -41,9 +41,10 @@ def tokenize(documents: Sequence[Document], tokenizer: Any, max_tokens: int) -> 
 
 
 def make_batches(tokens: Sequence[Sequence[int]], tokens_per_batch: int, pad: int = 0) -> list[Batch]:
-    """Documents of similar length together, at most `tokens_per_batch` with padding (but one document at least).
+    """Batches of documents of similar length.
 
-    Documents shorter than two tokens predict nothing and are left out.
+    A batch has at most `tokens_per_batch` tokens, padding included, or one longer document. Documents of fewer than two
+    tokens predict nothing and are left out.
     """
     order = sorted((i for i in range(len(tokens)) if len(tokens[i]) >= 2), key=lambda i: (len(tokens[i]), i))
     groups: list[list[int]] = []
@@ -62,7 +63,7 @@ def make_batches(tokens: Sequence[Sequence[int]], tokens_per_batch: int, pad: in
 
 
 def calibration_batches(corpus: Corpus, tokenizer: Any, spec: Spec) -> tuple[list[Document], list[Batch]]:
-    """The documents of a corpus that can be profiled and their batches. Raises `SpecError` if none has two tokens."""
+    """The documents of a corpus that have two tokens or more, and their batches. Raises `SpecError` for none."""
     tokens = tokenize(corpus.calibration, tokenizer, spec.calibration.max_tokens)
     usable = [i for i, ids in enumerate(tokens) if len(ids) >= 2]
     if not usable:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
 from pydantic import ValidationError
 
 from expertprune.corpora.documents import GENERAL, CorpusName, corpus_names
 from expertprune.errors import SpecError
-from expertprune.files import shipped
+from expertprune.files import read_yaml, shipped
 from expertprune.registry import nearest
 from expertprune.spec.schema import DIMENSIONS, Source, Spec
 
@@ -18,15 +17,15 @@ def catalogue_sources(folder: Path) -> dict[CorpusName, Source]:
     """The sources of a catalogue folder, their paths made absolute. Raises `SpecError`."""
     path = folder / "catalogue.yaml"
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SpecError(f"corpora.catalogue: {path}: no such file") from None
-    except (OSError, yaml.YAMLError) as error:
-        raise SpecError(f"{path}: {error}") from None
+        data = read_yaml(path)
+    except SpecError as error:
+        raise SpecError([f"corpora.catalogue: {problem}" for problem in error.problems]) from None
+    if not isinstance(data, dict):
+        raise SpecError(f"corpora.catalogue: {path}: must be a mapping of dimensions")
     sources: dict[CorpusName, Source] = {}
     problems: list[str] = []
     valid = (*DIMENSIONS, GENERAL)
-    for dimension, values in data.items() if isinstance(data, dict) else ():
+    for dimension, values in data.items():
         if dimension not in valid or not isinstance(values, dict):
             problems.append(f"{path}: {dimension!r} must be one of {', '.join(valid)}, with a mapping of values")
             continue
@@ -37,19 +36,14 @@ def catalogue_sources(folder: Path) -> dict[CorpusName, Source]:
             except (ValidationError, AttributeError) as error:
                 problems.append(f"{path}: {dimension}.{value}: {str(error).splitlines()[-1].strip()}")
                 continue
-            for key in ("path", "evaluation"):
-                if getattr(source, key) is not None:
-                    setattr(source, key, [str(folder / item) for item in getattr(source, key)])
-            if source.questions is not None:
-                source.questions = str(folder / source.questions)
-            sources[CorpusName(dimension, str(value))] = source
+            sources[CorpusName(dimension, str(value))] = source.with_paths(lambda _, path: str(folder / path))
     if problems:
         raise SpecError(problems)
     return sources
 
 
 def find_sources(spec: Spec) -> dict[CorpusName, Source]:
-    """The source of every corpus that the spec names; raises `SpecError` naming all that have none."""
+    """The source of every corpus that the spec names. Raises `SpecError` with all names that have none."""
     folder = Path(spec.corpora.catalogue) if spec.corpora.catalogue else shipped("corpora")
     catalogue = catalogue_sources(folder)
     found: dict[CorpusName, Source] = {}
@@ -74,7 +68,7 @@ def _find(name: CorpusName, inline: dict[str, Source], catalogue: dict[CorpusNam
             return inline[candidate]
     if name in catalogue:
         return catalogue[name]
-    if name.is_general:  # any corpus can be one whose capability is to be retained
+    if name.is_general:  # any corpus can be named as a general one
         matches = [source for other, source in catalogue.items() if other.answers_to(name.value)]
         if len(matches) == 1:
             return matches[0]

@@ -1,4 +1,4 @@
-"""The nouns of calibration text: documents, questions, corpora and their names."""
+"""Documents, questions, corpora and their names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Document:
 
     @property
     def digest(self) -> str:
-        """What makes two documents the same for splits and leaks: the text, white space aside."""
+        """SHA-256 of the text, white space aside: equal digests are one document for splits and leaks."""
         return hashlib.sha256(" ".join(self.text.split()).encode()).hexdigest()
 
 
@@ -65,7 +65,7 @@ GENERAL = "general"
 
 @dataclass(frozen=True, order=True)
 class CorpusName:
-    """The name of a corpus, written `language/de`: `dimension` is one of the three, or `general`."""
+    """The name of a corpus, written `language/de`. `dimension` is one of the three, or `general`."""
 
     dimension: str
     value: str

@@ -8,41 +8,26 @@ from pathlib import Path
 
 from expertprune.corpora.catalogue import find_sources
 from expertprune.corpora.documents import Corpus, CorpusName, Document
-from expertprune.corpora.reading import read_documents, read_questions
-from expertprune.errors import SpecError
+from expertprune.corpora.reading import read_dataset, read_files, read_questions
+from expertprune.errors import SpecError, gathered
 from expertprune.files import digest_of
 from expertprune.spec.schema import Source, Spec
 
-HELD_OUT = 10  # one document in so many is set aside where a corpus has no evaluation split
+HELD_OUT = 10  # one document in ten is set aside where a corpus has no evaluation split
 
 
 def load_corpus(name: CorpusName, source: Source, spec: Spec) -> Corpus:
     """Read a corpus and split it.
 
     Where the source has no evaluation split, documents whose digest is divisible by ten are set aside: a tenth, and the
-    same ones however the corpus grows. Where more documents are left than `calibration.documents`, the seed chooses.
+    same ones however the corpus grows. Where there are more documents than `calibration.documents`, `calibration.seed`
+    chooses. The evaluation documents do not depend on the seed.
 
     Raises:
         SpecError: a file is missing or malformed (file and line named), or no document is left.
     """
-    wanted, evaluated = spec.calibration.documents, spec.evaluate.documents
     own_split = source.evaluation is not None or source.evaluation_split is not None
-    documents = _unique(read_documents(source, source.path, source.split))
-    if source.dataset is not None:  # streamed: stop as soon as there is enough of both
-        calibration, evaluation = _take(documents, wanted, 0 if own_split else evaluated)
-    else:
-        everything = list(documents)
-        evaluation = [] if own_split else [d for d in everything if _held_out(d)]
-        if not own_split and len(everything) == 1:
-            evaluation = []
-        elif not own_split and not evaluation and everything:
-            evaluation = [min(everything, key=lambda d: d.digest)]
-        aside = {d.digest for d in evaluation}
-        calibration = _choose([d for d in everything if d.digest not in aside], wanted, spec.calibration.seed)
-    if own_split:
-        own = _unique(read_documents(source, source.evaluation, source.evaluation_split))
-        evaluation = list(own if source.dataset is None else itertools.islice(own, evaluated))
-    evaluation = _choose(evaluation, evaluated, seed=0)
+    calibration, evaluation = (_from_files if source.dataset is None else _from_dataset)(source, spec, own_split)
     where = ", ".join(source.path) if source.path else f"dataset {source.dataset}"
     if not calibration:
         raise SpecError(f"corpus {name}: {where}: holds no document to calibrate on")
@@ -50,15 +35,47 @@ def load_corpus(name: CorpusName, source: Source, spec: Spec) -> Corpus:
     return Corpus(str(name), tuple(calibration), tuple(evaluation), questions, set_aside=not own_split)
 
 
+_Split = tuple[list[Document], list[Document]]  # calibration and evaluation
+
+
+def _from_files(source: Source, spec: Spec, own_split: bool) -> _Split:
+    documents = list(_unique(read_files(source, source.path or [])))
+    if own_split:
+        evaluation = list(_unique(read_files(source, source.evaluation or [])))
+    else:
+        evaluation = [document for document in documents if _held_out(document)]
+        if len(documents) == 1:
+            evaluation = []
+        elif documents and not evaluation:
+            evaluation = [min(documents, key=lambda document: document.digest)]
+        aside = {document.digest for document in evaluation}
+        documents = [document for document in documents if document.digest not in aside]
+    calibration = _choose(documents, spec.calibration.documents, spec.calibration.seed)
+    return calibration, _choose(evaluation, spec.evaluate.documents, seed=0)
+
+
+def _from_dataset(source: Source, spec: Spec, own_split: bool) -> _Split:
+    """Two shuffled streams, each read no further than needed."""
+
+    def stream(split: str | None, seed: int, evaluation: bool) -> Iterator[Document]:
+        documents = _unique(read_dataset(source, split or "train", seed))
+        return (document for document in documents if own_split or _held_out(document) == evaluation)
+
+    calibration = stream(source.split, spec.calibration.seed, evaluation=False)
+    evaluation = stream(source.evaluation_split if own_split else source.split, seed=0, evaluation=True)
+    return (
+        list(itertools.islice(calibration, spec.calibration.documents)),
+        list(itertools.islice(evaluation, spec.evaluate.documents)),
+    )
+
+
 def load_corpora(spec: Spec) -> dict[CorpusName, Corpus]:
-    """Every corpus of a spec; all problems are reported at once as one `SpecError`."""
+    """Every corpus of a spec. Raises one `SpecError` with all problems."""
     corpora: dict[CorpusName, Corpus] = {}
     problems: list[str] = []
     for name, source in find_sources(spec).items():
-        try:
+        with gathered(problems):
             corpora[name] = load_corpus(name, source, spec)
-        except SpecError as error:
-            problems += error.problems
     if problems:
         raise SpecError(problems)
     return corpora
@@ -76,20 +93,8 @@ def _unique(documents: Iterable[Document]) -> Iterator[Document]:
             yield document
 
 
-def _take(documents: Iterable[Document], calibration: int, evaluation: int) -> tuple[list[Document], list[Document]]:
-    taken: tuple[list[Document], list[Document]] = ([], [])
-    limits = (calibration, evaluation)
-    for document in documents:
-        part = 1 if evaluation and _held_out(document) else 0
-        if len(taken[part]) < limits[part]:
-            taken[part].append(document)
-        if all(len(documents) >= limit for documents, limit in zip(taken, limits, strict=True)):
-            break
-    return taken
-
-
 def _choose(documents: Sequence[Document], count: int, seed: int) -> list[Document]:
-    """At most `count` documents in the order of a digest salted with the seed: the files' order does not matter."""
+    """At most `count` documents, chosen by digests salted with the seed, so that the files' order does not matter."""
     if len(documents) <= count:
-        return sorted(documents, key=lambda d: d.digest)
-    return sorted(documents, key=lambda d: digest_of([seed, d.digest]))[:count]
+        return sorted(documents, key=lambda document: document.digest)
+    return sorted(documents, key=lambda document: digest_of([seed, document.digest]))[:count]

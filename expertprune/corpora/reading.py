@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import jsonlines
 
 from expertprune.corpora.documents import Document, Question
-from expertprune.errors import SpecError
+from expertprune.errors import SpecError, first_line
 from expertprune.registry import nearest
 from expertprune.spec.schema import Source
 
+SHUFFLED = 2048  # rows of a streamed data set that are shuffled at a time; that many texts must fit into memory
+_KINDS = {list: "a list", dict: "a mapping", bool: "a boolean", int: "a number", float: "a number", NoneType: "null"}
 
-def read_documents(source: Source, paths: list[str] | None, split: str | None) -> Iterator[Document]:
-    if source.dataset is not None:
-        where = f"dataset {source.dataset}"
-        for number, row in enumerate(_dataset_rows(source, split or "train")):
-            yield Document(_text(row, source, f"{where}, row {number}"))
-        return
-    for path in map(Path, paths or []):
+
+def read_files(source: Source, paths: Sequence[str]) -> Iterator[Document]:
+    """The documents of JSONL and text files, in order. Raises `SpecError` naming file and line."""
+    for path in map(Path, paths):
         if not path.is_file():
             raise SpecError(f"{path}: no such file")
         if path.suffix in (".txt", ".md"):
@@ -29,6 +30,25 @@ def read_documents(source: Source, paths: list[str] | None, split: str | None) -
             continue
         for number, row in _json_rows(path):
             yield Document(_text(row, source, f"{path}, line {number}"))
+
+
+def read_dataset(source: Source, split: str, seed: int) -> Iterator[Document]:
+    """The documents of a Hugging Face data set, streamed. Raises `SpecError` naming data set and split.
+
+    Args:
+        seed: shuffles the rows as `IterableDataset.shuffle` does: the order of the shards, and `SHUFFLED` rows at a time.
+    """
+    import datasets
+
+    where = f"dataset {source.dataset!r}, split {split!r}"
+    try:
+        rows = datasets.load_dataset(
+            source.dataset, source.config, split=split, revision=source.revision, streaming=True
+        )
+        for row in rows.shuffle(seed=seed, buffer_size=SHUFFLED):
+            yield Document(_text(row, source, where))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SpecError(f"{where}: {first_line(error)}") from None
 
 
 def _read_text(path: Path) -> str:
@@ -51,18 +71,10 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 raise SpecError(f"{path}, line {number}: not a JSON object: {error.line[:60]!r}") from None
 
 
-def _dataset_rows(source: Source, split: str) -> Iterator[dict[str, Any]]:
-    import datasets
-
-    try:
-        yield from datasets.load_dataset(source.dataset, source.config, split=split, streaming=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise SpecError(f"dataset {source.dataset!r}, split {split!r}: {str(error).splitlines()[0]}") from None
-
-
 def _text(row: dict[str, Any], source: Source, where: str) -> str:
+    """The text of a row: the string in `field`, or `template` with the fields that it names in braces."""
     if source.template is None:
-        return str(_field(row, source.field or "text", where))
+        return _string(row, source.field or "text", where)
     parts = []
     try:
         pieces = list(string.Formatter().parse(source.template))
@@ -72,12 +84,42 @@ def _text(row: dict[str, Any], source: Source, where: str) -> str:
     for literal, name, _, _ in pieces:
         parts.append(literal)
         if name is not None:
-            parts.append(str(_field(row, name, where)))
+            parts.append(_written(_field(row, name, where), name, where))
     return "".join(parts)
 
 
+def _string(row: dict[str, Any], name: str, where: str) -> str:
+    """A field that must be a string."""
+    value = _field(row, name, where)
+    if isinstance(value, int | float):
+        template = f"template: '{{{name}}}' would write it as text"
+        raise SpecError(f"{where}: field {name!r} is {_KINDS[type(value)]}, not text; {template}")
+    return _written(value, name, where)
+
+
+def _written(value: Any, name: str, where: str) -> str:
+    """A string as it is; a number or a boolean as JSON writes it. Raises `SpecError` for anything else."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float):
+        return json.dumps(value)
+    inside = max(_strings(value, name), default=("", ""), key=lambda found: len(found[1]))[0]
+    fix = f"name a field inside it, such as {inside}" if inside else "name a field that holds text"
+    kind = _KINDS.get(type(value), f"of type {type(value).__name__}")
+    raise SpecError(f"{where}: field {name!r} is {kind}, not text; {fix}")
+
+
+def _strings(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    """The strings inside nested lists and mappings, each behind its dotted path."""
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, list | dict):
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _strings(each, f"{path}.{key}")
+
+
 def _field(row: Any, name: str, where: str) -> Any:
-    """A field of a row; dots go into nested mappings and lists: `answers.text.0`."""
+    """A field of a row; dots lead into nested mappings and lists: `answers.text.0`."""
     value = row
     for part in name.split("."):
         if isinstance(value, dict) and part in value:
@@ -87,21 +129,22 @@ def _field(row: Any, name: str, where: str) -> Any:
         else:
             fields = value.keys() if isinstance(value, dict) else ()
             raise SpecError(f"{where}: has no field {name!r}{nearest(part, fields)}")
-    if value is None:
-        raise SpecError(f"{where}: field {name!r} is null")
     return value
 
 
 def read_questions(path: Path) -> tuple[Question, ...]:
+    """The multiple-choice questions of a JSONL file. Raises `SpecError` naming file and line."""
     if not path.is_file():
         raise SpecError(f"{path}: no such file")
     questions = []
     for number, row in _json_rows(path):
         where = f"{path}, line {number}"
         choices, answer = _field(row, "choices", where), _field(row, "answer", where)
-        if not isinstance(choices, list) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+        whole = isinstance(answer, int) and not isinstance(answer, bool)
+        if not isinstance(choices, list) or not whole or not 0 <= answer < len(choices):
             raise SpecError(f"{where}: 'answer' must be the index of one of 'choices'")
-        if not all(str(choice).strip() for choice in choices):
+        written = tuple(_written(choice, f"choices.{i}", where) for i, choice in enumerate(choices))
+        if not all(choice.strip() for choice in written):
             raise SpecError(f"{where}: a choice is empty")
-        questions.append(Question(str(_field(row, "question", where)), tuple(map(str, choices)), answer))
+        questions.append(Question(_written(_field(row, "question", where), "question", where), written, answer))
     return tuple(questions)

@@ -91,7 +91,7 @@ def _refuse_unknown_experts(config: dict[str, Any], where: Path) -> None:
     known = ", ".join(sorted(name for name, family in families().items() if family.experts is not None))
     raise CheckpointError(
         f"{where}: model_type {config.get('model_type')!r} routes tokens to experts ({count}: {config[count]}){groups}, and "
-        f"no file says how; those that can be cut: {known}; expertprune/arch/README.md says how to describe one"
+        f"no file says how; those that can be cut: {known}; docs/families.md in the source says how to describe one"
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from expertprune.arch import Family, bundled_models
-from expertprune.errors import CheckpointError, SpecError
+from expertprune.errors import CheckpointError, SpecError, first_line
 from expertprune.files import digest_of, file_digest, require_room, staged_file
 from expertprune.models.admission import causal_family
 from expertprune.models.checkpoint import Checkpoint
@@ -155,4 +155,4 @@ def _from_hub(base: Base) -> Path:
             f"download it where there is a network, or use a folder or a bundled model{nearest('', bundled_models())}"
         ) from None
     except (HfHubHTTPError, HFValidationError) as error:
-        raise SpecError(f"base.model: {base.model!r}: {str(error).splitlines()[0]}") from None
+        raise SpecError(f"base.model: {base.model!r}: {first_line(error)}") from None

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from expertprune.arch import Family
-from expertprune.errors import CheckpointError
+from expertprune.errors import CheckpointError, first_line
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.loading import build_model
 from expertprune.units import LayerShape
@@ -99,7 +99,7 @@ def check_inventory(
         with torch.device("meta"):
             model = build_model(checkpoint.folder, trust_remote_code)
     except (ValueError, OSError, RuntimeError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{config}: transformers builds no model from it: {_first_line(error)}") from None
+        raise CheckpointError(f"{config}: transformers builds no model from it: {first_line(error)}") from None
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     ignored = "|".join([_COMPUTED, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])])
@@ -142,7 +142,3 @@ def _disagreement(checkpoint: Checkpoint, problems: Sequence[str]) -> Checkpoint
     return CheckpointError(
         f"{checkpoint.folder}: config.json disagrees with the weights: {'; '.join(problems[:5])}{rest}"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

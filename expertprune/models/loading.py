@@ -13,7 +13,7 @@ import torch
 
 from expertprune.arch import PER_LAYER, attention_of, families, stock_architectures
 from expertprune.arch.per_layer import with_layer_widths
-from expertprune.errors import CheckpointError
+from expertprune.errors import CheckpointError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def load_model(
             folder, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=attention_of(config)
         )
     except (ValueError, OSError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{folder}: cannot be loaded: {first_line(error)}") from error
     return model.to(device or default_device()).eval().requires_grad_(False)
 
 
@@ -93,4 +93,4 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     try:
         return quiet_transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
-        raise CheckpointError(f"{folder}: the tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{folder}: the tokenizer cannot be loaded: {first_line(error)}") from error

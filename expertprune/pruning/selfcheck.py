@@ -79,7 +79,7 @@ def check_family(base: ResolvedBase, layer_widths: bool = False) -> list[str]:
         except CheckpointError as error:
             raise CheckpointError(
                 f"{base.folder}: the oracle fails for model_type {base.checkpoint.config.get('model_type')!r} on a tiny "
-                f"random copy: {error}. Nothing was cut; expertprune/arch/README.md says how to describe a family"
+                f"random copy: {error}. Nothing was cut; docs/families.md in the source says how to describe a family"
             ) from None
     return done
 

@@ -70,14 +70,14 @@ def prune(
     Weights are sliced shard by shard, so one shard is in memory at a time; config, tokenizer and the rest come along.
 
     Args:
+        plan: of this base (see `check_plan`).
         folder: usually a staged one, which becomes the output when everything is done.
         repair_input: for the closed-form repair; `None` for slicing alone.
 
     Raises:
-        PlanError: the plan belongs to another base.
+        PlanError: the plan keeps tokens without the parts they are merged from.
         CheckpointError: the disk has no room, or the base or its tokenizer cannot be read.
     """
-    check_plan(plan, base)
     require_room(folder, bytes_needed(plan, base))
     config = base.family.pruned_config(base.checkpoint.config, plan.kept)
     rows = torch.tensor(plan.vocabulary.rows.index) if plan.vocabulary is not None else None

@@ -1,4 +1,4 @@
-"""Read a spec from YAML or plain data, and say everything that is wrong with it at once."""
+"""Read a spec from YAML or plain data, and report all of its problems at once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from expertprune.spec.schema import Spec
 
 
 def load_spec(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Spec:
-    """Read and check a spec; relative paths in it become absolute.
+    """Read and check a spec. Its relative paths become absolute.
 
     Args:
         path: a YAML file.
@@ -31,7 +31,7 @@ def load_spec(path: str | Path, overrides: Mapping[str, Any] | None = None) -> S
 
 
 def parse_spec(data: Any, where: str, folder: Path, overrides: Mapping[str, Any] | None = None) -> Spec:
-    """Check a spec given as plain data; `folder` is what its relative paths are relative to. Raises `SpecError`."""
+    """Check a spec given as plain data. Relative paths are relative to `folder`. Raises `SpecError`."""
     if not isinstance(data, dict):
         raise SpecError(f"{where}: a spec is a mapping of keys (name, base, dimensions, budget, ...)")
     data = copy.deepcopy(data)
@@ -74,21 +74,20 @@ def with_corpus_paths(spec: Spec, change: Callable[[str, str], str]) -> Spec:
     if spec.corpora.catalogue is not None:
         spec.corpora.catalogue = change("corpora.catalogue", spec.corpora.catalogue)
     for name, source in spec.corpora.sources.items():
-        where = f"corpora.sources.{name}"
-        for key in ("path", "evaluation"):
-            if (paths := getattr(source, key)) is not None:
-                setattr(source, key, [change(f"{where}.{key}", path) for path in paths])
-        if source.questions is not None:
-            source.questions = change(f"{where}.questions", source.questions)
+
+        def changed(key: str, path: str, name: str = name) -> str:
+            return change(f"corpora.sources.{name}.{key}", path)
+
+        spec.corpora.sources[name] = source.with_paths(changed)
     return spec
 
 
 def problems_of(error: ValidationError, model: type[BaseModel] | None = None) -> list[str]:
-    """What is wrong with a user's YAML, one line for each key; `model` is what it should have been: a spec."""
+    """The problems of a user's YAML, one line for each key. `model` is what was read; default: a spec."""
     model = model or Spec
     found: dict[str, str] = {}
     for problem in error.errors():
-        # Names of union branches are pydantic's, not the user's.
+        # pydantic names the branches of unions; the user does not know these names.
         parts = [str(p) for p in problem["loc"] if not (isinstance(p, str) and ("[" in p or p in ("float",)))]
         key = ".".join(parts) or model.__name__.lower()
         if problem["type"] == "extra_forbidden":
@@ -111,6 +110,6 @@ def _keys_at(parents: list[str], model: type[BaseModel]) -> list[str]:
         field = model.model_fields.get(parent)
         candidates = [field.annotation, *get_args(field.annotation)] if field is not None else []
         inner = [a for a in candidates if isinstance(a, type) and issubclass(a, BaseModel)]
-        if inner:  # the name of a dictionary's entry has no field: its model was found one level up
+        if inner:  # an entry of a dictionary has no field of its own; its model was found one level up
             model = inner[0]
     return [field.alias or name for name, field in model.model_fields.items()]

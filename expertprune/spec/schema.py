@@ -1,7 +1,8 @@
-"""The spec: what a user writes. Unknown keys are errors, and all errors are reported at once."""
+"""The YAML that a user writes. Unknown keys are errors; all errors are reported at once."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -62,13 +63,22 @@ class Dimensions(_Section):
 
 
 class Source(_Section):
-    """Where the documents of one corpus come from: a JSONL or text file (or several), or a Hugging Face dataset."""
+    """Where the documents of one corpus come from: JSONL or text files, or a Hugging Face dataset."""
 
     path: Names | None = Field(None, description="JSONL or .txt file(s), relative to the spec.")
-    field: str | None = Field(None, description="Field of a row that holds the text (default: text).")
-    template: str | None = Field(None, description="Text built from several fields: 'Q: {question}\\nA: {answer}'.")
-    dataset: str | None = Field(None, description="Hugging Face dataset, streamed.")
-    config: str | None = None
+    field: str | None = Field(
+        None,
+        description="Field of a row that holds the text (default: text). Dots lead to a nested one: "
+        "messages.0.content.",
+    )
+    template: str | None = Field(
+        None, description="Text built from fields, which hold text, numbers or booleans: 'Q: {question}\\nA: {answer}'."
+    )
+    dataset: str | None = Field(
+        None, description="Hugging Face dataset, streamed; calibration.seed chooses among its rows."
+    )
+    config: str | None = Field(None, description="Configuration of the dataset, such as a language.")
+    revision: str | None = Field(None, description="Branch, tag or commit of the dataset.")
     split: str | None = Field(None, description="Split of the dataset (default: train).")
     evaluation: Names | None = Field(None, description="File(s) of the evaluation split, read as `path` is.")
     evaluation_split: str | None = Field(None, description="Evaluation split of the dataset.")
@@ -80,10 +90,16 @@ class Source(_Section):
             raise ValueError("give exactly one of 'path' and 'dataset'")
         if self.field and self.template:
             raise ValueError("give 'field' or 'template', not both")
-        wrong = ["config", "split", "evaluation_split"] if self.path else ["evaluation"]
+        wrong = ["config", "revision", "split", "evaluation_split"] if self.path else ["evaluation"]
         if set_here := [key for key in wrong if getattr(self, key) is not None]:
             raise ValueError(f"{', '.join(set_here)} does not go with {'path' if self.path else 'dataset'!r}")
         return self
+
+    def with_paths(self, change: Callable[[str, str], str]) -> Source:
+        """A copy with other paths; `change` takes a path's key and the path."""
+        lists = {key: [change(key, path) for path in getattr(self, key) or ()] for key in ("path", "evaluation")}
+        questions = change("questions", self.questions) if self.questions is not None else None
+        return self.model_copy(update={**{key: paths or None for key, paths in lists.items()}, "questions": questions})
 
 
 class Corpora(_Section):

@@ -11,7 +11,7 @@ from expertprune.progress import Track, silent
 from expertprune.stages.compose import plan_of
 from expertprune.stages.evaluate import evaluate_folder
 from expertprune.stages.prune import write_folder
-from expertprune.stages.validate import Prepared, SpecLike, validate
+from expertprune.stages.validate import SpecLike, validate
 
 
 def build(
@@ -26,15 +26,10 @@ def build(
     out = Path(out)
     check_output(out, overwrite)
     prepared = validate(spec, overrides, store)
-    _room_for_expert(prepared, out)
+    require_room(out, prepared.base.checkpoint.weight_bytes)
     plan = plan_of(prepared, track)
     with staged_folder(out, overwrite) as folder:
         write_folder(prepared, plan, folder, track)
         if prepared.spec.evaluate.enabled:
-            evaluate_folder(folder, prepared.model, prepared.base, prepared.evaluated, prepared.spec.evaluate, track)
+            evaluate_folder(folder, prepared.running, prepared.evaluated, prepared.spec.evaluate, track)
     return out
-
-
-def _room_for_expert(prepared: Prepared, out: Path) -> None:
-    size = sum((prepared.base.folder / file).stat().st_size for file in prepared.base.checkpoint.shards)
-    require_room(out, size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from expertprune.evaluation.measure import batches_needed
 from expertprune.evaluation.measure import evaluate as evaluate_models
 from expertprune.evaluation.retention import Floats
 from expertprune.files import store_folder
-from expertprune.models.base import ResolvedBase
-from expertprune.models.loading import load_model, load_tokenizer
+from expertprune.models.loading import load_tokenizer
+from expertprune.models.running import RunningBase, run_folder
 from expertprune.progress import Track, silent
 from expertprune.reporting.card import write_card
 from expertprune.spec.schema import Evaluate
@@ -50,31 +50,29 @@ def evaluate(
     resolved = described.find_base(place, spec.base)
     loaded: dict[CorpusName, Corpus] = load_corpora(spec)
     evaluated = evaluation_corpora(spec, loaded, leak_guard(loaded, described.calibration_digests))
-    model = load_model(resolved.folder, resolved.dtype, trust_remote_code=resolved.trust_remote_code)
-    return evaluate_folder(described.folder, model, resolved, evaluated, spec.evaluate, track)
+    return evaluate_folder(described.folder, RunningBase(resolved), evaluated, spec.evaluate, track)
 
 
 def evaluate_folder(
     folder: Path,
-    base_model: Any,
-    base: ResolvedBase,
-    corpora: list[Corpus],
+    running: RunningBase,
+    corpora: Sequence[Corpus],
     settings: Evaluate,
     track: Track,
     answers: dict[str, Floats] | None = None,
 ) -> Evaluation:
-    """Measure an expert against its running base, and write the result into its folder.
+    """Measure an expert against its base, and write the result into its folder.
 
     Args:
         corpora: already guarded against leaks.
         answers: what the base answered, for the next expert of the same base (see `evaluation.evaluate`).
     """
-    expert = load_model(folder, base.dtype, trust_remote_code=base.trust_remote_code)
-    tokenizer = load_tokenizer(folder, base.trust_remote_code)
-    described = Expert.load(folder)
-    own = tokenizer if described.plan.vocabulary is not None else None  # the base's text is then tokenized otherwise
-    tokenizer = load_tokenizer(base.folder, base.trust_remote_code) if own is not None else tokenizer
+    described, base = Expert.load(folder), running.base
+    own = None  # unless the expert's tokenizer is another than the base's
+    if described.plan.vocabulary is not None:
+        own = load_tokenizer(folder, base.trust_remote_code)
+    expert = run_folder(folder, base)
     with track("evaluate", batches_needed(corpora)) as step:
-        result = evaluate_models(base_model, expert, tokenizer, corpora, settings, step, answers, own)
+        result = evaluate_models(running.model, expert, running.tokenizer, corpora, settings, step, answers, own)
     write_card(replace(described, evaluation=result))
     return result

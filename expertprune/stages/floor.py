@@ -16,7 +16,7 @@ from expertprune.corpora.documents import CorpusName
 from expertprune.errors import PlanError
 from expertprune.evaluation.documents import score_documents
 from expertprune.evaluation.retention import bits_per_byte
-from expertprune.models.loading import load_model
+from expertprune.models.running import run_folder
 from expertprune.progress import Track
 from expertprune.pruning.repair import check_repair
 from expertprune.pruning.write import RepairInput, prune
@@ -123,12 +123,12 @@ def _try(prepared: Prepared, profiles: Mapping[CorpusName, Profile], budget: Bud
     plan = compose(prepared.spec.model_copy(update={"budget": budget}), prepared.base, profiles)
     repair_input = None
     if check_repair(prepared.spec.compensation.method).runs_model:
-        repair_input = RepairInput(prepared.model, prepared.repair_batches(), prepared.spec.compensation)
+        repair_input = RepairInput(prepared.running.model, prepared.repair_batches(), prepared.spec.compensation)
     with tempfile.TemporaryDirectory(prefix="expertprune-") as temporary:
         folder = Path(temporary) / "expert"
         folder.mkdir()
         prune(plan, prepared.base, folder, repair_input)
-        expert = load_model(folder, prepared.base.dtype, trust_remote_code=prepared.base.trust_remote_code)
+        expert = run_folder(folder, prepared.base)
     return plan, measure(prepared, expert)
 
 
@@ -138,6 +138,8 @@ def measure(prepared: Prepared, expert: object) -> Kept:
     for name, corpus in prepared.corpora.items():
         documents = validation_documents(corpus)
         settings = prepared.spec.calibration
-        scores = score_documents(prepared.model, expert, prepared.tokenizer, documents, settings.max_tokens)
+        scores = score_documents(
+            prepared.running.model, expert, prepared.running.tokenizer, documents, settings.max_tokens
+        )
         kept[str(name)] = bits_per_byte(scores).point
     return Kept(kept)

@@ -43,20 +43,20 @@ def profiles_of(prepared: Prepared, track: Track, run: bool = True) -> dict[Corp
         parts.append(VOCABULARY)
     profiles: dict[CorpusName, Profile] = {}
     for name in corpus_names(prepared.spec):
-        documents, batches = prepared.calibration(name)
-        key = profile_key(base, documents, prepared.spec.calibration.max_tokens)
+        text = prepared.calibration[name]
+        key = profile_key(base, text.documents, prepared.spec.calibration.max_tokens)
         path = profile_path(prepared.store, key)
         missing = [each for each in parts if not each.path(path).is_file()]
         if missing and not run:
             lacking = " and the ".join(map(str, missing))
             raise SpecError(f"the profile of {name} lacks the {lacking} pass: run the profile stage")
         if any(each.made_by is Pass.GRADIENT for each in missing):  # asked before the model is loaded for any pass
-            check_backward_fits(prepared, batches)
+            check_backward_fits(prepared, text.batches)
         for each in missing:
-            text = TextRun(prepared.model, base.family, base.layers, batches)
-            steps = len(batches) if each.made_by is Pass.GRADIENT else len(base.layers)
+            run_text = TextRun(prepared.running.model, base.family, base.layers, text.batches)
+            steps = len(text.batches) if each.made_by is Pass.GRADIENT else len(base.layers)
             with track(f"profile {name}" + ("" if each == FORWARD else f" ({each})"), steps) as step:
-                measure(text, each, path, description(base, str(name), documents, key), step)
+                measure(run_text, each, path, description(base, str(name), text.documents, key), step)
         profiles[name] = Profile(path)
     return profiles
 
@@ -76,7 +76,7 @@ def check_backward_fits(prepared: Prepared, batches: Sequence[Batch]) -> None:
     needed = weights + backward_bytes(base.layers, rows, tokens, chosen)
     on_gpu = default_device().type == "cuda"
     free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
-    free += weights if prepared.loaded else 0
+    free += weights if prepared.running.loaded else 0
     other = "regional, which needs one layer at a time" if base.family.has_ffn else "impact, which needs none"
     if needed > free:
         raise CheckpointError(

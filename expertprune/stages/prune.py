@@ -10,7 +10,6 @@ from expertprune.artifacts.plan import Plan, load_plan
 from expertprune.composition.scoring import check_criterion
 from expertprune.errors import PlanError
 from expertprune.files import check_output, require_room, staged_folder, store_folder
-from expertprune.models.base import resolve_base
 from expertprune.profiling.store import profile_key
 from expertprune.progress import Track, silent
 from expertprune.pruning.repair import check_repair
@@ -18,7 +17,7 @@ from expertprune.pruning.write import RepairInput, bytes_needed, check_plan
 from expertprune.pruning.write import prune as write_expert
 from expertprune.reporting.card import write_card
 from expertprune.spec.reading import parse_spec
-from expertprune.stages.validate import Prepared, validate
+from expertprune.stages.validate import Found, Prepared, check_unlisted, find, prepare
 
 
 def prune(
@@ -33,21 +32,21 @@ def prune(
     check_output(out, overwrite)
     plan = plan if isinstance(plan, Plan) else load_plan(Path(plan))
     spec = parse_spec(plan.spec, f"plan {plan.name!r}", Path.cwd())
-    base = resolve_base(spec.base, store_folder(store))
-    check_plan(plan, base)
-    require_room(out, bytes_needed(plan, base))
-    prepared = validate(spec, {"evaluate.enabled": False}, store)
-    prepared.spec = spec
-    _check_corpora(prepared, plan)
+    found = find(spec, store_folder(store), evaluate=False)
+    check_plan(plan, found.base)
+    require_room(out, bytes_needed(plan, found.base))
+    _check_corpora(found, plan)
+    prepared = prepare(found)
+    check_unlisted(prepared)
     with staged_folder(out, overwrite) as folder:
         write_folder(prepared, plan, folder, track)
     return out
 
 
-def _check_corpora(prepared: Prepared, plan: Plan) -> None:
+def _check_corpora(found: Found, plan: Plan) -> None:
     """Raises `PlanError` if a corpus is no longer what it was when the plan was made: the repair would mix the two."""
-    for name in prepared.corpora:
-        key = profile_key(prepared.base, prepared.calibration(name)[0], prepared.spec.calibration.max_tokens)
+    for name, text in found.calibration.items():
+        key = profile_key(found.base, text.documents, found.spec.calibration.max_tokens)
         if not key.same_text(plan.profiles.get(str(name))):
             raise PlanError(f"corpus {name} has changed since the plan was made: compose it again")
 
@@ -56,7 +55,7 @@ def write_folder(prepared: Prepared, plan: Plan, folder: Path, track: Track = si
     """Cut, repair as the spec says, and write the expert and its card into an empty folder."""
     repair_input = None
     if check_repair(prepared.spec.compensation.method).runs_model and plan.cuts_layers:
-        repair_input = RepairInput(prepared.model, prepared.repair_batches(), prepared.spec.compensation)
+        repair_input = RepairInput(prepared.running.model, prepared.repair_batches(), prepared.spec.compensation)
     with track("prune and repair", len(prepared.base.layers)) as step:
         write_expert(plan, prepared.base, folder, repair_input, step)
     expert = describe_expert(prepared, plan, folder)

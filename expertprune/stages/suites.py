@@ -27,7 +27,8 @@ from expertprune.evaluation.retention import RESAMPLES, Counted, Paired, bits_pe
 from expertprune.evaluation.suites import Suite, TaskEntry, bare_task, find_suites
 from expertprune.files import store_folder
 from expertprune.models.base import ResolvedBase
-from expertprune.models.loading import load_model, load_tokenizer
+from expertprune.models.loading import load_tokenizer
+from expertprune.models.running import run_folder
 from expertprune.progress import Track, silent
 from expertprune.reporting.card import write_card
 from expertprune.spec.schema import Spec
@@ -244,8 +245,7 @@ def _answering(measurement: Measurement, folder: Path, name: str) -> Iterator[An
     base = measurement.base
     tokenizer = load_tokenizer(folder, base.trust_remote_code)
     if measurement.backend == "hf":
-        model = load_model(folder, base.dtype, trust_remote_code=base.trust_remote_code)
-        yield models.running_model(model, tokenizer)
+        yield models.running_model(run_folder(folder, base), tokenizer)
         return
     from expertprune.serving.server import Server
 
@@ -277,10 +277,7 @@ def _run_corpora(measurement: Measurement, track: Track) -> tuple[Evaluation, di
     if not measurement.corpora:
         return measurement.expert.evaluation or Evaluation(settings=Settings(resamples=RESAMPLES)), {}
     base = measurement.base
-    mine, theirs = (
-        load_model(folder, base.dtype, trust_remote_code=base.trust_remote_code)
-        for folder in (base.folder, measurement.expert.folder)
-    )
+    mine, theirs = (run_folder(folder, base) for folder in (base.folder, measurement.expert.folder))
     tokenizer, own = load_tokenizer(base.folder, base.trust_remote_code), None
     metrics = ["bits_per_byte", "kl"]
     if (

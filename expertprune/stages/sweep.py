@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from expertprune.artifacts.evaluation import Evaluation, Group
+from expertprune.artifacts.evaluation import Evaluation
 from expertprune.artifacts.expert import Expert, portable, portable_spec
 from expertprune.artifacts.plan import Plan
-from expertprune.composition.defaults import resolved
-from expertprune.composition.plan import foreseen_widths
+from expertprune.artifacts.sweep import SWEEP_SCHEMA, Point, Sweep, SweptBase
 from expertprune.errors import CheckpointError, PlanError, SpecError
 from expertprune.evaluation.retention import Floats, pooled
 from expertprune.files import (
@@ -25,55 +23,18 @@ from expertprune.files import (
     require_room,
     staged_folder,
     store_folder,
-    to_json,
-    write_json,
 )
-from expertprune.models.base import resolve_base
+from expertprune.models.base import ResolvedBase
 from expertprune.progress import Track, silent
 from expertprune.pruning.write import bytes_needed
 from expertprune.spec.schema import Budget, Spec
 from expertprune.stages.compose import plan_of
 from expertprune.stages.evaluate import evaluate_folder
 from expertprune.stages.prune import write_folder
-from expertprune.stages.validate import Prepared, SpecLike, as_spec, validate
+from expertprune.stages.validate import Found, Prepared, SpecLike, as_spec, check_unlisted, find, prepare
 from expertprune.units import Structure
 
-SWEEP_SCHEMA = 1
-
-
 SWEEP_FILE = "sweep.json"
-
-
-@dataclass(frozen=True)
-class Point:
-    """One expert of a sweep.
-
-    `budget` is what was asked for, `fraction` the part of the base's parameters that is left, `bytes` the size of the
-    expert's folder. `expert` and `general` are retentions pooled over documents (see `pooled`), `corpora` what an evaluation
-    says of each corpus. `key` is the digest of all that the numbers depend on.
-    """
-
-    budget: float
-    key: str
-    parameters: dict[str, int]
-    fraction: float
-    bytes: int
-    expert: dict[str, Any] | None
-    general: dict[str, Any] | None
-    corpora: dict[str, dict[str, Any]]
-
-
-@dataclass
-class Sweep:
-    """Experts of one base under several budgets, in the order in which the budgets were given."""
-
-    name: str
-    base: dict[str, Any]
-    settings: dict[str, Any]
-    points: list[Point] = field(default_factory=list)
-
-    def document(self) -> dict[str, Any]:
-        return {"kind": "sweep", "schema": SWEEP_SCHEMA, **asdict(self)}
 
 
 def sweep(
@@ -100,117 +61,118 @@ def sweep(
     spec = as_spec(spec, overrides)
     if keep and out is None:
         raise SpecError("the experts need a folder to be kept in: give out (--out)")
-    specs = _specs(spec, budgets, store)
+    legal, problems = _budgets(spec, budgets)
     folder = None if out is None else Path(out)
-    places = {} if folder is None or not keep else {value: folder / f"{spec.name}-{value!r}" for value in specs}
     known = {} if folder is None else _known(folder)
-    for value, place in places.items():
-        _check_place(place, specs[value])
-    prepared = validate(next(iter(specs.values())), store=store)
-    if not any(corpus.evaluation for corpus in prepared.evaluated):
+    found = find(spec, store_folder(store))
+    if not any(corpus.evaluation for corpus in found.evaluated):
         raise SpecError("evaluate.corpora: none of them has documents, and a sweep measures bits per byte on documents")
-    plans = {}
-    for value, each in specs.items():
-        prepared.spec = each
-        plans[value] = plan_of(prepared, track)
-    keys = {value: _key(plan, prepared) for value, plan in plans.items()}
-    todo = [value for value in specs if keys[value] not in known or (keep and not _holds(places[value], plans[value]))]
-    _room(prepared, [plans[value] for value in todo], folder if keep else None)
+    prepared = _prepared(found, legal, problems)
+    check_unlisted(next(iter(prepared.values())))
+    places = {} if folder is None or not keep else {value: folder / f"{spec.name}-{value!r}" for value in prepared}
+    for value, place in places.items():
+        _check_place(place, prepared[value].spec)
 
-    parameters = prepared.base.checkpoint.parameters
-    base = {"model": prepared.base.name, "digest": prepared.base.digest, "parameters": parameters}
-    result = Sweep(spec.name, base, prepared.spec.evaluate.model_dump(mode="json"))
+    plans = {value: plan_of(each, track) for value, each in prepared.items()}
+    keys = {value: _key(plan, found) for value, plan in plans.items()}
+    todo = [value for value in plans if keys[value] not in known or (keep and not _holds(places[value], plans[value]))]
+    _room(found.base, [plans[value] for value in todo], folder if keep else None)
+    base = SweptBase(model=found.base.name, digest=found.base.digest, parameters=found.base.checkpoint.parameters)
+    result = Sweep(name=spec.name, base=base, settings=spec.evaluate, points=[])
     answers: dict[str, Floats] = {}
     for number, (value, plan) in enumerate(plans.items(), 1):
         if value in todo:
-            prepared.spec = specs[value]
-            step = _labelled(track, f"{number} of {len(specs)}, budget {value:g}: ")
+            step = _labelled(track, f"{number} of {len(plans)}, budget {value:g}: ")
             with _place(places.get(value)) as place:
-                write_folder(prepared, plan, place, step)
-                settings = prepared.spec.evaluate
-                evaluation = evaluate_folder(
-                    place, prepared.model, prepared.base, prepared.evaluated, settings, step, answers
-                )
+                write_folder(prepared[value], plan, place, step)
+                evaluation = evaluate_folder(place, found.running, found.evaluated, spec.evaluate, step, answers)
                 point = _point(value, keys[value], plan, evaluation, folder_size(place))
             known[point.key] = point
-        result.points.append(known[keys[value]])
+        result = result.model_copy(update={"points": [*result.points, known[keys[value]]]})
         if folder is not None:
-            _save(folder, result, known)
+            current = {point.key for point in result.points}
+            earlier = [point for key, point in known.items() if key not in current]
+            result.model_copy(update={"earlier": earlier}).save(folder / SWEEP_FILE)
     return result
 
 
 # --- budgets --------------------------------------------------------------------------------------------------------
 
 
-def _specs(spec: Spec, budgets: Sequence[float], store: str | Path | None) -> dict[float, Spec]:
-    """The spec under each budget. Raises `SpecError` with everything that is wrong with spec and budgets."""
-    problems = []
+def _budgets(spec: Spec, values: Sequence[float]) -> tuple[dict[float, Budget], list[str]]:
+    """The legal ones of the budgets, and what is wrong with the others.
+
+    Raises:
+        SpecError: the spec cannot be swept, or no budget is legal.
+    """
     structures = [structure.value for structure in Structure if getattr(spec.budget, structure.value)]
     if not structures and spec.budget.vocabulary is not None:
         structures = ["vocabulary"]
     overall = spec.budget.overall
+    wrong, problems = [], []
     if spec.budget.retention is not None:
-        problems.append(
-            "budget.retention: a spec with a retention floor finds its own budget, so there is nothing to sweep: build it, "
-            "or give budget.parameters in its place"
+        wrong.append(
+            "budget.retention: a spec with a retention floor finds its own budget, so there is nothing to sweep: build "
+            "it, or give budget.parameters in its place"
         )
     elif not overall and not structures:
-        problems.append("budget: it removes nothing: say which structures the budgets are of, or budget.parameters")
+        wrong.append("budget: it removes nothing: say which structures the budgets are of, or budget.parameters")
     if not spec.evaluate.enabled:
-        problems.append("evaluate.enabled: a sweep is made of evaluations: set it to true")
+        wrong.append("evaluate.enabled: a sweep is made of evaluations: set it to true")
     if "bits_per_byte" not in (spec.evaluate.metrics or ("bits_per_byte",)):
-        problems.append("evaluate.metrics: a sweep measures bits_per_byte: add it")
-    sound = not problems
-    legal = []
-    for value in budgets:
+        wrong.append("evaluate.metrics: a sweep measures bits_per_byte: add it")
+    legal: dict[float, Budget] = {}
+    for value in values:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
             problems.append(f"budgets: {value!r} is not a fraction to remove, above 0 and below 1")
         elif float(value) in legal:
             problems.append(f"budgets: {value:g} is there twice")
         else:
-            legal.append(float(value))
-    if not budgets:
-        problems.append("budgets: name at least one, such as 0.25")
-    specs = {}
-    if sound:
-        base = resolve_base(spec.base, store_folder(store))
-        for value in legal:
             keys = {"parameters": value, "max_parameters": None} if overall else dict.fromkeys(structures, value)
-            budget = Budget.model_validate({**spec.budget.model_dump(), **keys})
-            specs[value] = resolved(spec.model_copy(update={"budget": budget}), base)
-            try:
-                foreseen_widths(specs[value], base)
-            except PlanError as error:
-                problems.append(f"budgets: {value:g}: {error}")
+            legal[float(value)] = Budget.model_validate({**spec.budget.model_dump(), **keys})
+    if not values:
+        problems.append("budgets: name at least one, such as 0.25")
+    if wrong or not legal:
+        raise SpecError([*wrong, *problems])
+    return legal, problems
+
+
+def _prepared(found: Found, budgets: Mapping[float, Budget], problems: list[str]) -> dict[float, Prepared]:
+    """The spec under each budget. Raises `SpecError` with the problems and all budgets that cannot be reached."""
+    prepared = {}
+    for value, budget in budgets.items():
+        try:
+            prepared[value] = prepare(found, budget)
+        except PlanError as error:
+            problems.append(f"budgets: {value:g}: {error}")
     if problems:
         raise SpecError(problems)
-    return specs
+    return prepared
 
 
 # --- one point ------------------------------------------------------------------------------------------------------
 
 
 def _point(budget: float, key: str, plan: Plan, evaluation: Evaluation, size: int) -> Point:
-    corpora = {
-        name: result.model_dump(mode="json", exclude={"per_document"}) for name, result in evaluation.corpora.items()
-    }
-    before, after = plan.parameters["before"], plan.parameters["after"]
-    expert, general = (
-        None if (found := pooled(evaluation, group)) is None else found.model_dump(mode="json")
-        for group in get_args(Group)
+    return Point(
+        budget=budget,
+        key=key,
+        parameters=plan.parameters,
+        fraction=plan.parameters["after"] / plan.parameters["before"],
+        bytes=size,
+        expert=pooled(evaluation, "expert"),
+        general=pooled(evaluation, "general"),
+        corpora={name: each.model_copy(update={"per_document": []}) for name, each in evaluation.corpora.items()},
     )
-    point = Point(budget, key, {"before": before, "after": after}, after / before, size, expert, general, corpora)
-    # As it is read back from the file, where what is undefined is null: a sweep that went on equals one that ran through.
-    return Point(**json.loads(to_json(asdict(point))))
 
 
-def _key(plan: Plan, prepared: Prepared) -> str:
+def _key(plan: Plan, found: Found) -> str:
     """Digest of the plan, its spec included, and of what is measured."""
     examples = [
         [corpus.name, [document.text for document in corpus.evaluation], [asdict(asked) for asked in corpus.questions]]
-        for corpus in prepared.evaluated
+        for corpus in found.evaluated
     ]
-    return digest_of([SWEEP_SCHEMA, plan.document(), str(prepared.base.dtype), examples])
+    return digest_of([SWEEP_SCHEMA, plan.document(), str(found.base.dtype), examples])
 
 
 def _labelled(track: Track, label: str) -> Track:
@@ -241,24 +203,11 @@ def _known(out: Path) -> dict[str, Point]:
     existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     if not os.access(existing, os.W_OK | os.X_OK):
         raise CheckpointError(f"{out}: cannot be written: no permission to write in {existing}")
-    path = out / SWEEP_FILE
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data.get("kind") != "sweep" or data.get("schema") != SWEEP_SCHEMA:
-            raise ValueError(f"its kind and schema are not 'sweep' and {SWEEP_SCHEMA}")
-        points = [Point(**entry) for entry in (*data["points"], *data["earlier"])]
+        sweep = Sweep.load(out / SWEEP_FILE)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not a sweep ({error}); remove it, or choose another folder") from None
-    return {point.key: point for point in points}
-
-
-def _save(out: Path, result: Sweep, known: Mapping[str, Point]) -> None:
-    """Write what is finished; points of other budgets or another spec stay, as `earlier`."""
-    current = {point.key for point in result.points}
-    earlier = [asdict(point) for key, point in known.items() if key not in current]
-    write_json(out / SWEEP_FILE, {**result.document(), "earlier": earlier})
+    return {point.key: point for point in (*sweep.points, *sweep.earlier)}
 
 
 def _check_place(place: Path, spec: Spec) -> None:
@@ -279,9 +228,9 @@ def _holds(place: Path, plan: Plan) -> bool:
         return False
 
 
-def _room(prepared: Prepared, plans: Sequence[Plan], out: Path | None) -> None:
+def _room(base: ResolvedBase, plans: Sequence[Plan], out: Path | None) -> None:
     """Raises `CheckpointError` unless the disk has room for all experts that are kept, or for the largest that is not."""
-    needed = [bytes_needed(plan, prepared.base) for plan in plans]
+    needed = [bytes_needed(plan, base) for plan in plans]
     if out is not None:
         require_room(out, sum(needed))
     elif needed:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from expertprune.artifacts.expert import ancestor_of
+from expertprune.composition.budget import Widths
 from expertprune.composition.defaults import AUTO, resolved
 from expertprune.composition.plan import foreseen_widths
 from expertprune.composition.rows import foreseen_rows
@@ -20,13 +21,13 @@ from expertprune.corpora.loading import HELD_OUT, load_corpora
 from expertprune.errors import SpecError, gathered
 from expertprune.files import digest_of, store_folder
 from expertprune.models.base import ResolvedBase, resolve_base
-from expertprune.models.loading import load_model, load_tokenizer
+from expertprune.models.running import RunningBase
 from expertprune.pruning.repair import repairs
 from expertprune.pruning.selfcheck import check_family
 from expertprune.registry import Registry
 from expertprune.relevance import criteria
 from expertprune.spec.reading import load_spec, parse_spec
-from expertprune.spec.schema import Spec
+from expertprune.spec.schema import Budget, Spec
 
 log = logging.getLogger(__name__)
 
@@ -37,58 +38,54 @@ HELD_BACK = 8  # documents of a corpus that a retention floor is measured on, wh
 SpecLike = Spec | str | Path
 
 
-@dataclass
-class Prepared:
-    """A spec with everything it names found and checked, and nothing loaded yet."""
+@dataclass(frozen=True)
+class CalibrationText:
+    """The documents of a corpus that are profiled, and their batches."""
+
+    documents: list[Document]
+    batches: list[Batch]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a spec names, found and checked; no model is loaded.
+
+    Attributes:
+        spec: as the user gave it.
+        corpora: all of them, by name.
+        calibration: what of each corpus is profiled; documents held back for `budget.retention` are not.
+        evaluated: corpora to evaluate on, without documents that leak.
+        running: the base's model and tokenizer. Everything that is prepared from one `Found` shares them.
+    """
 
     spec: Spec
     base: ResolvedBase
-    corpora: dict[CorpusName, Corpus]
-    evaluated: list[Corpus]
+    corpora: Mapping[CorpusName, Corpus]
+    calibration: Mapping[CorpusName, CalibrationText]
+    evaluated: Sequence[Corpus]
     store: Path
-
-    def __post_init__(self) -> None:
-        self._model: Any = None
-        self._tokenizer: Any = None
-        self._calibration: dict[CorpusName, tuple[list[Document], list[Batch]]] = {}
-
-    @property
-    def loaded(self) -> bool:
-        """Whether the base is running."""
-        return self._model is not None
-
-    @property
-    def model(self) -> Any:
-        """The running base, loaded at its first use."""
-        if self._model is None:
-            self._model = load_model(self.base.folder, self.base.dtype, trust_remote_code=self.base.trust_remote_code)
-        return self._model
-
-    @property
-    def tokenizer(self) -> Any:
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.base.folder, self.base.trust_remote_code)
-        return self._tokenizer
-
-    def calibration(self, name: CorpusName) -> tuple[list[Document], list[Batch]]:
-        """The profiled documents of a corpus and their batches."""
-        if name not in self._calibration:
-            corpus = self.corpora[name]
-            if self.spec.budget.retention is not None:
-                held_back = validation_documents(corpus)
-                rest = tuple(document for document in corpus.calibration if document not in held_back)
-                if not rest:
-                    raise SpecError(f"corpus {name}: budget.retention holds documents back, and there is only one")
-                corpus = replace(corpus, calibration=rest)
-            self._calibration[name] = calibration_batches(corpus, self.tokenizer, self.spec)
-        return self._calibration[name]
+    running: RunningBase
 
     def repair_batches(self) -> list[Batch]:
         """The calibration text of all corpora together, each document once."""
-        documents = {d.digest: d for name in self.corpora for d in self.calibration(name)[0]}
+        documents = {each.digest: each for text in self.calibration.values() for each in text.documents}
         settings = self.spec.calibration
-        tokens = tokenize(list(documents.values()), self.tokenizer, settings.max_tokens)
+        tokens = tokenize(list(documents.values()), self.running.tokenizer, settings.max_tokens)
         return make_batches(tokens, settings.tokens_per_batch)
+
+
+@dataclass(frozen=True)
+class Prepared(Found):
+    """A spec whose base, corpora and budget are checked.
+
+    Attributes:
+        spec: with what it left open decided for the base.
+        widths: what the budget comes to, as far as that is known without profiles (see `foreseen_widths`).
+        rows: vocabulary rows that stay, as far as that is known (see `foreseen_rows`).
+    """
+
+    widths: Widths | None
+    rows: int | None
 
 
 def as_spec(spec: SpecLike, overrides: Mapping[str, Any] | None = None) -> Spec:
@@ -105,8 +102,21 @@ def validate(spec: SpecLike, overrides: Mapping[str, Any] | None = None, store: 
         CheckpointError: the base is incomplete, damaged or of a kind that is not supported.
         PlanError: the budget is not reachable.
     """
-    spec = as_spec(spec, overrides)
-    folder = store_folder(store)
+    prepared = prepare(find(as_spec(spec, overrides), store_folder(store)))
+    check_unlisted(prepared)
+    return prepared
+
+
+def find(spec: Spec, store: Path, evaluate: bool = True) -> Found:
+    """Find and check what a spec names, but not what its budget comes to.
+
+    Args:
+        evaluate: whether corpora to evaluate on are wanted, if the spec says so too.
+
+    Raises:
+        SpecError: with every problem of the spec and its corpora at once.
+        CheckpointError: the base is incomplete, damaged or of a kind that is not supported.
+    """
     problems: list[str] = []
     corpora: dict[CorpusName, Corpus] = {}
     evaluated: list[Corpus] = []
@@ -114,28 +124,60 @@ def validate(spec: SpecLike, overrides: Mapping[str, Any] | None = None, store: 
         check_names(spec)
     base = None
     with gathered(problems):
-        base = resolve_base(spec.base, folder)
+        base = resolve_base(spec.base, store)
     with gathered(problems):
         corpora = load_corpora(spec)
-        if spec.evaluate.enabled:
+        if evaluate and spec.evaluate.enabled:
             ancestor = ancestor_of(base) if base is not None else None
             digests = ancestor.calibration_digests if ancestor is not None else ()
             evaluated = evaluation_corpora(spec, corpora, leak_guard(corpora, digests))
     if problems or base is None:
         raise SpecError(problems)
-    spec = resolved(spec, base)
-    foreseen_widths(spec, base)
-    if not base.family.tested:
-        done = check_family(base, layer_widths=spec.compose.allocation != "uniform")
-        log.warning("%s: the oracle holds on a tiny random copy (%s)", base.name, ", ".join(done))
-    foreseen_rows(spec, base)
-    prepared = Prepared(spec, base, corpora, evaluated, folder)
-    for name in corpora:
+    running = RunningBase(base)
+    calibration: dict[CorpusName, CalibrationText] = {}
+    for name, corpus in corpora.items():
         with gathered(problems):
-            prepared.calibration(name)
+            calibration[name] = _calibration_text(corpus, spec, running)
     if problems:
         raise SpecError(problems)
-    return prepared
+    return Found(spec, base, corpora, calibration, evaluated, store, running)
+
+
+def _calibration_text(corpus: Corpus, spec: Spec, running: RunningBase) -> CalibrationText:
+    if spec.budget.retention is not None:
+        held_back = validation_documents(corpus)
+        rest = tuple(document for document in corpus.calibration if document not in held_back)
+        if not rest:
+            raise SpecError(f"corpus {corpus.name}: budget.retention holds documents back, and there is only one")
+        corpus = replace(corpus, calibration=rest)
+    return CalibrationText(*calibration_batches(corpus, running.tokenizer, spec))
+
+
+def prepare(found: Found, budget: Budget | None = None) -> Prepared:
+    """Decide what the spec leaves open, and check its budget.
+
+    Args:
+        budget: in place of the spec's.
+
+    Raises:
+        PlanError: the budget is not reachable.
+    """
+    base, spec = found.base, found.spec
+    spec = resolved(spec if budget is None else spec.model_copy(update={"budget": budget}), base)
+    widths, rows = foreseen_widths(spec, base), foreseen_rows(spec, base)
+    return Prepared(**{**vars(found), "spec": spec}, widths=widths, rows=rows)
+
+
+def check_unlisted(prepared: Prepared) -> None:
+    """Where the base's family is not one that tests cover, cut a tiny random copy of it and compare.
+
+    Raises:
+        CheckpointError: the cut copy is another model than the masked one.
+    """
+    base = prepared.base
+    if not base.family.tested:
+        done = check_family(base, layer_widths=prepared.spec.compose.allocation != "uniform")
+        log.warning("%s: the oracle holds on a tiny random copy (%s)", base.name, ", ".join(done))
 
 
 def check_names(spec: Spec) -> None:

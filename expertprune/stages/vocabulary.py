@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,8 @@ def vocabulary(
             raise PlanError(f"--rows {count}: must be at least {must.smallest:,} and below the base's {of:,}")
     own = prepared.spec.budget
     if own.vocabulary is None:  # so that profiles hold what rows are chosen by
-        prepared.spec = prepared.spec.model_copy(update={"budget": own.model_copy(update={"vocabulary": 0.5})})
+        spec = prepared.spec.model_copy(update={"budget": own.model_copy(update={"vocabulary": 0.5})})
+        prepared = replace(prepared, spec=spec)
     profiles = profiles_of(prepared, track)
     scores = score_rows(prepared.spec, profiles)
     if not asked:

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from expertprune.artifacts import profile as profiles
-from expertprune.artifacts.evaluation import Evaluation
 from expertprune.artifacts.plan import LayerPlan, Plan, VocabularyPlan, load_plan, plan_from
 from expertprune.artifacts.profile import Profile, ProfileKey, save_profile
 from expertprune.errors import CheckpointError, PlanError
@@ -316,12 +315,3 @@ def test_a_profile_key_covers_every_field(field: dataclasses.Field[Any]) -> None
     assert (KEY.same_text(other.digest), KEY.same_means(other.digest)) == (not measured, measured)
     assert KEY.same_text(dataclasses.replace(KEY).digest)
     assert not KEY.same_text(None)
-
-
-# --- evaluations ----------------------------------------------------------------------------------------------------
-
-
-def test_an_evaluation_document_holds_everything() -> None:
-    corpora = {"language/en": {"documents": 2, "metrics": {"kl": {"expert": 0.5, "low": 0.4, "high": 0.6}}}}
-    document = Evaluation(corpora, {"max_tokens": 8}).document()
-    assert document == {"kind": "evaluation", "settings": {"max_tokens": 8}, "corpora": corpora}

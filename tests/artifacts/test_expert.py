@@ -159,7 +159,7 @@ def test_the_documents_of_all_ancestors_calibrated_an_expert(tmp_path: Path) -> 
         ({"corpora": {"language/en": {"digest": "c", "documents": [1]}}}, "corpora.language/en.documents.0"),
         ({"plan": 3}, "plan: Input should be a valid dictionary"),
         ({"ancestor": {"kind": "expert"}}, f"{EXPERT_FILE}: ancestor: an expert of an older version"),
-        ({"evaluation": {"corpora": {}}}, "damaged: evaluation: KeyError('settings')"),
+        ({"evaluation": {"corpora": {}}}, "damaged: evaluation: missing key 'settings'; evaluate the expert again"),
         ({"wrong": 1}, "unknown key 'wrong'"),
     ],
 )

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,18 +20,13 @@ from safetensors.torch import load_file, save_file
 
 from expertprune import files
 from expertprune.cli import main
+from tests.calling import call
+from tests.conftest import refuse_to_load
 from tests.patching import everywhere
 from tests.processes import Finished, server
 from tests.tiny import save_tiny, tiny_model, write_corpus
 
 Data = dict[str, Any]
-
-
-@pytest.fixture(autouse=True)
-def restored_signals() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
 
 
 class Workplace:
@@ -64,10 +58,7 @@ class Workplace:
         }
 
     def run(self, *arguments: Any, code: int) -> str:
-        result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-        assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
-        assert "Traceback" not in result.output
-        return result.stderr
+        return call(*arguments, code=code).stderr
 
     def refused(self, *arguments: Any) -> str:
         """The message of a command that fails and changes nothing: neither here nor among the profiles."""
@@ -93,46 +84,115 @@ def workplace(tmp_path: Path, spec_data: Data, store: Path) -> Workplace:
     return place
 
 
-def refuse_to_load(*_: Any, **__: Any) -> None:
-    raise AssertionError("a model was loaded")
-
-
-@pytest.fixture
-def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever loads a model fails."""
-    everywhere(monkeypatch, "expertprune.models.loading.load_model", refuse_to_load)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def warm_server() -> None:
     """Started with the first test, so that it is ready when one needs it."""
     server()
 
 
-# --- the spec -------------------------------------------------------------------------------------------------------
+# --- what a spec, its corpora and its base can hold -----------------------------------------------------------------
 
-SPECS: list[tuple[Data, list[str]]] = [
-    ({"bugdet": {"ffn": 0.2}}, ["tiny.yaml: unknown key 'bugdet'; did you mean 'budget'?"]),
-    ({"compose": {"fusion": {"lamda": 1}}}, ["'compose.fusion.lamda'; did you mean 'lambda'?"]),
-    ({"calibration": {"documents": "many"}}, ["tiny.yaml: calibration.documents: ", "found 'many'"]),
-    ({"relevance": "impcat"}, ["relevance.criterion: unknown criterion 'impcat'; did you mean 'impact'?"]),
-    ({"base": "smollm2-135m"}, ["base.model: 'smollm2-135m'", "did you mean 'smollm2-135m-instruct'?"]),
-    ({"base": "./absent"}, ["base.model: ", "absent: no such folder"]),
-    ({"dimensions": {"domain": "medcal"}}, ["dimensions.domain: no corpus for 'medcal'; did you mean 'medical'?"]),
-    ({"general": "genral"}, ["general: no corpus for 'genral'; did you mean 'general'?"]),
-    ({"evaluate": {"corpora": "finance"}}, ["evaluate.corpora: 'finance' is none of the spec's corpora: language/en"]),
-    ({"budget": {"ffn": 1.0}}, ["tiny.yaml: budget.ffn: a fraction is at least 0 and below 1"]),
-    ({"budget": {"ffn": -0.25}}, ["tiny.yaml: budget.ffn: a fraction is at least 0", "found -0.25"]),
-    ({"budget": {"parameters": 1}}, ["tiny.yaml: budget.parameters: ", "less than 1"]),
+Prepare = Callable[[Workplace], Any]
+
+
+def spec(**changes: Any) -> Prepare:
+    return lambda place: place.data.update(changes)
+
+
+def budget(**changes: Any) -> Prepare:
+    return spec(budget={"multiple_of": 4, **changes})
+
+
+def corpus(content: str | None) -> Prepare:
+    """The file of the medical corpus; `None` where there is none."""
+
+    def prepare(place: Workplace) -> None:
+        path = place.folder / "mine.jsonl"
+        place.source("medical")["path"] = str(path)
+        if content is not None:
+            path.write_text(content)
+
+    return prepare
+
+
+def model(damage: Callable[[Path], Any]) -> Prepare:
+    return lambda place: damage(place.own_model())
+
+
+def config(**changes: Any) -> Prepare:
+    def damage(folder: Path) -> None:
+        data = json.loads((folder / "config.json").read_text()) | changes
+        (folder / "config.json").write_text(json.dumps(data))
+
+    return model(damage)
+
+
+def first_shard(folder: Path) -> Path:
+    return sorted(folder.glob("*.safetensors"))[0]
+
+
+def truncate(folder: Path) -> None:
+    path = first_shard(folder)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def pickle_only(folder: Path) -> None:
+    for path in folder.glob("model*"):
+        path.unlink()
+    torch.save(tiny_model("llama").state_dict(), folder / "pytorch_model.bin")
+
+
+def one_head_a_group(changes: Data) -> Prepare:
+    def prepare(place: Workplace) -> None:
+        place.data |= {"base": str(save_tiny(place.folder / "model", num_key_value_heads=6)), "budget": changes}
+
+    return prepare
+
+
+REFUSED: list[tuple[Prepare, str]] = [
+    (spec(bugdet={"ffn": 0.2}), "tiny.yaml: unknown key 'bugdet'; did you mean 'budget'?"),
+    (spec(compose={"fusion": {"lamda": 1}}), "'compose.fusion.lamda'; did you mean 'lambda'?"),
+    (spec(calibration={"documents": "many"}), "tiny.yaml: calibration.documents: .*found 'many'"),
+    (spec(relevance="impcat"), "relevance.criterion: unknown criterion 'impcat'; did you mean 'impact'?"),
+    (spec(base="smollm2-135m"), "base.model: 'smollm2-135m'.*did you mean 'smollm2-135m-instruct'?"),
+    (spec(base="./absent"), "base.model: .*absent: no such folder"),
+    (spec(dimensions={"domain": "medcal"}), "dimensions.domain: no corpus for 'medcal'; did you mean 'medical'?"),
+    (spec(general="genral"), "general: no corpus for 'genral'; did you mean 'general'?"),
+    (spec(evaluate={"corpora": "finance"}), "evaluate.corpora: 'finance' is none of the spec's corpora: language/en"),
+    (corpus(None), "mine.jsonl: no such file"),
+    (corpus('{"text": "the heart"}\nnot json\n'), "mine.jsonl, line 2: not a JSON object: 'not json'"),
+    (corpus('{"txet": "the heart"}\n'), "mine.jsonl, line 1: has no field 'text'; did you mean 'txet'?"),
+    (corpus(""), "domain/medical.* holds no document to calibrate on"),
+    (corpus('{"text": "heart"}\n{"text": "law"}\n'), "domain/medical: every document is shorter than two tokens"),
+    (budget(ffn=1.0), "tiny.yaml: budget.ffn: "),
+    (budget(ffn=0.25, multiple_of=64), "budget.ffn: nothing can be removed from 32 neurons"),
+    (budget(ffn=0.01), "the smallest legal one is 4 neurons, 0.125"),
+    (budget(ffn=0.99), "the largest legal one is 0.875"),
+    (budget(parameters=0.9), "budget.parameters: 0.9 of 15,336 parameters cannot be removed"),
+    (budget(kv_groups=0.1), "less than half a unit and removes nothing; the smallest legal one is 0.3333"),
+    (one_head_a_group({"query_heads": 0.5}), "use budget.kv_groups"),
+    (one_head_a_group({"kv_groups": 0.2}), "5 query heads do not divide the hidden size 24"),
+    (config(num_key_value_heads=4), "num_attention_heads (6) is no multiple of num_key_value_heads (4)"),
+    (config(model_type="bert", architectures=["BertForMaskedLM"]), "BertForMaskedLM is no causal language model"),
+    (config(model_type="lama", architectures=None), "model_type 'lama' is not supported; did you mean 'llama'?"),
+    (config(quantization_config={"quant_method": "gptq"}), "quantized (gptq); prune the unquantized model first"),
+    (model(truncate), "truncated or corrupt"),
+    (model(pickle_only), "only pytorch_model.bin, which could run code when read"),
+    (model(lambda folder: (folder / "config.json").unlink()), "config.json: no such file"),
+    (model(lambda folder: (folder / "tokenizer.json").write_text("{")), "the tokenizer cannot be loaded"),
 ]
 
 
-@pytest.mark.parametrize(("changes", "words"), SPECS, ids=[str(changes) for changes, _ in SPECS])
-def test_a_wrong_spec(workplace: Workplace, no_model: None, changes: Data, words: list[str]) -> None:
-    workplace.data |= changes
+@pytest.mark.parametrize(("prepare", "words"), REFUSED, ids=[words for _, words in REFUSED])
+def test_what_cannot_be_built_is_refused_in_one_line(
+    workplace: Workplace, no_model: None, prepare: Prepare, words: str
+) -> None:
+    """`.*` in the words stands for anything."""
+    prepare(workplace)
     message = workplace.build_refused()
+    assert len(message.splitlines()) == 1
+    assert re.search(re.escape(words).replace(r"\.\*", ".*"), message), message
     assert workplace.run("validate", workplace.spec, code=2) == message
-    assert all(part in message for part in words), message
 
 
 def test_every_problem_of_spec_base_and_corpora_is_a_line_of_its_own(workplace: Workplace, no_model: None) -> None:
@@ -142,12 +202,11 @@ def test_every_problem_of_spec_base_and_corpora_is_a_line_of_its_own(workplace: 
     assert all(word in message for word in ("'impcat'", "'smollm2-135m'", "'genral'"))
 
 
-@pytest.mark.parametrize("command", [["validate"], ["profile"], ["build", "--out"], ["compose", "--out"], ["inspect"]])
-def test_a_spec_that_is_missing(workplace: Workplace, command: list[str]) -> None:
-    absent = workplace.folder / "absent.yaml"
-    verb, *option = command
-    message = workplace.refused(verb, absent, *option, *([workplace.folder / "out.json"] if option else []))
-    assert f"{absent}: no such file" in message
+def test_a_spec_that_is_missing(workplace: Workplace) -> None:
+    absent, out = workplace.folder / "absent.yaml", ("--out", workplace.folder / "out.json")
+    for command in (["validate"], ["profile"], ["build", *out], ["compose", *out], ["inspect"]):
+        verb, *options = command
+        assert f"{absent}: no such file" in workplace.refused(verb, absent, *options)
 
 
 def test_a_spec_that_is_no_yaml(workplace: Workplace) -> None:
@@ -162,35 +221,10 @@ def test_a_key_that_stands_twice(workplace: Workplace) -> None:
     assert f"{workplace.spec}: name: stands twice, in lines 1 and 6; keep one" in message
 
 
-@pytest.mark.parametrize("text", ["name: &a [*a]\n", "&a name: {b: &c {d: *c}}\n"], ids=["list", "mapping"])
-def test_a_spec_whose_anchors_hold_themselves(workplace: Workplace, text: str) -> None:
-    workplace.spec.write_text(text)
-    assert "name: " in workplace.refused("validate", workplace.spec)
-
-
-# --- corpora --------------------------------------------------------------------------------------------------------
-
-CORPORA: list[tuple[str | None, str]] = [
-    (None, "no such file"),
-    ('{"text": "the heart"}\nnot json\n', ", line 2: not a JSON object: 'not json'"),
-    ('{"txet": "the heart"}\n', ", line 1: has no field 'text'; did you mean 'txet'?"),
-    ("", "holds no document to calibrate on"),
-    ('{"text": "heart"}\n{"text": "law"}\n', "corpus domain/medical: every document is shorter than two tokens"),
-]
-
-
-@pytest.mark.parametrize(
-    ("content", "words"), CORPORA, ids=["missing", "not JSON", "lacks the field", "empty", "too short"]
-)
-def test_a_corpus_that_cannot_be_used(workplace: Workplace, no_model: None, content: str | None, words: str) -> None:
-    path = workplace.folder / "mine.jsonl"
-    workplace.source("medical")["path"] = str(path)
-    if content is not None:
-        path.write_text(content)
-    message = workplace.build_refused()
-    assert words in message
-    assert len(message.splitlines()) == 1
-    assert "medical" in message or str(path) in message
+def test_a_spec_whose_anchors_hold_themselves(workplace: Workplace) -> None:
+    for text in ("name: &a [*a]\n", "&a name: {b: &c {d: *c}}\n"):
+        workplace.spec.write_text(text)
+        assert "name: " in workplace.refused("validate", workplace.spec)
 
 
 @pytest.mark.parametrize("near", [False, True], ids=["the same", "nearly the same"])
@@ -205,73 +239,17 @@ def test_an_evaluation_document_that_also_calibrates(workplace: Workplace, no_mo
     assert text[:50] in message
 
 
-# --- budgets --------------------------------------------------------------------------------------------------------
-
-BUDGETS: list[tuple[Data, str]] = [
-    ({"ffn": 1, "multiple_of": 4}, "budget.ffn: 1 neurons cannot be removed"),
-    ({"ffn": 1, "multiple_of": 4}, "legal counts near it: 4 and 8; the largest is 28"),
-    ({"ffn": 0.25, "multiple_of": 64}, "budget.ffn: nothing can be removed from 32 neurons"),
-    ({"ffn": 0.01, "multiple_of": 4}, "the smallest legal one is 4 neurons, 0.125"),
-    ({"ffn": 0.99, "multiple_of": 4}, "the largest legal one is 0.875"),
-    ({"ffn": 32, "multiple_of": 4}, "the largest is 28"),
-    ({"parameters": 0.9, "multiple_of": 4}, "budget.parameters: 0.9 of 15,336 parameters cannot be removed"),
-    ({"kv_groups": 3}, "budget.kv_groups: at most 2 of 3 KV groups can be removed"),
-    ({"kv_groups": 0.1}, "less than half a unit and removes nothing; the smallest legal one is 0.3333"),
-    ({"query_heads": 1}, "is not the same number in each of 3 KV groups; legal: 0, 3"),
-    ({"query_heads": 6}, "budget.query_heads: at most 1 of 2 query heads of each KV group"),
-]
-
-
-@pytest.mark.parametrize(("budget", "words"), BUDGETS, ids=[str(budget) for budget, _ in BUDGETS])
-def test_a_budget_that_cannot_be_reached_names_the_nearest_legal_one(
-    workplace: Workplace, no_model: None, budget: Data, words: str
-) -> None:
-    workplace.data["budget"] = budget
-    assert words in workplace.build_refused()
+# --- a budget of nothing --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "pattern"),
-    [
-        ("ffn", 0.99, r"the largest legal one is ([\d.]+)"),
-        ("ffn", 0.01, r"neurons, ([\d.]+)"),
-        ("parameters", 0.9, r"the largest legal one is ([\d.]+)"),
-        ("kv_groups", 0.95, r"can be removed \(([\d.]+)\)"),
-        ("kv_groups", 0.1, r"the smallest legal one is ([\d.]+)"),
-        ("query_heads", 0.1, r"the smallest legal one is ([\d.]+)"),
-    ],
+    ("changes", "method"),
+    [({"ffn": 0}, "least_squares"), ({"parameters": 0.0}, "none"), ({"query_heads": 0, "kv_groups": 0}, "none")],
 )
-def test_the_legal_budget_that_a_message_names_is_legal(
-    workplace: Workplace, key: str, value: float, pattern: str
-) -> None:
-    workplace.data["budget"] = {key: value, "multiple_of": 4}
-    found = re.search(pattern, workplace.build_refused())
-    assert found
-    workplace.run("validate", workplace.spec, "--set", f"budget.{key}={found.group(1)}", code=0)
-
-
-def test_query_heads_where_each_has_its_own_kv_head(workplace: Workplace, no_model: None) -> None:
-    workplace.data["base"] = str(save_tiny(workplace.folder / "model", num_key_value_heads=6))
-    workplace.data["budget"] = {"query_heads": 2}
-    assert "use budget.kv_groups" in workplace.build_refused()
-
-
-def test_a_number_of_heads_that_the_config_cannot_say(workplace: Workplace, no_model: None) -> None:
-    """Five heads do not divide a hidden size of 24."""
-    workplace.data["base"] = str(save_tiny(workplace.folder / "model", num_key_value_heads=6))
-    workplace.data["budget"] = {"kv_groups": 1}
-    message = workplace.build_refused()
-    assert "5 query heads do not divide the hidden size 24" in message
-
-
-@pytest.mark.parametrize(
-    "budget", [{"ffn": 0}, {"ffn": 0.0}, {"parameters": 0}, {"query_heads": 0, "kv_groups": 0}], ids=str
-)
-@pytest.mark.parametrize("method", ["none", "least_squares"])
 def test_a_budget_of_nothing_gives_the_base_back_byte_for_byte(
-    workplace: Workplace, tiny_llama: Path, budget: Data, method: str
+    workplace: Workplace, tiny_llama: Path, changes: Data, method: str
 ) -> None:
-    workplace.data |= {"budget": budget, "compensation": method, "evaluate": {"enabled": False}}
+    workplace.data |= {"budget": changes, "compensation": method, "evaluate": {"enabled": False}}
     workplace.write()
     workplace.run("build", workplace.spec, "--out", workplace.out, code=0)
     base = {path.name: path.read_bytes() for path in tiny_llama.iterdir()}
@@ -294,93 +272,9 @@ def test_an_expert_of_nothing_cut_keeps_everything(workplace: Workplace) -> None
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
-def change_config(folder: Path, **changes: Any) -> None:
-    config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def first_shard(folder: Path) -> Path:
-    return sorted(folder.glob("*.safetensors"))[0]
-
-
-def truncate(folder: Path) -> None:
-    path = first_shard(folder)
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def corrupt(folder: Path) -> None:
-    path = first_shard(folder)
-    path.write_bytes(b"\xff" * 64 + path.read_bytes()[64:])
-
-
-def pickle_only(folder: Path) -> None:
-    for path in folder.glob("model*"):
-        path.unlink()
-    torch.save(tiny_model("llama").state_dict(), folder / "pytorch_model.bin")
-
-
-def not_finite(folder: Path) -> None:
-    path = first_shard(folder)
-    tensors = load_file(path)
-    for tensor in tensors.values():
-        tensor.fill_(float("inf"))
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "head counts that are no grouped attention": (
-        lambda folder: change_config(folder, num_key_value_heads=4),
-        "num_attention_heads (6) is no multiple of num_key_value_heads (4)",
-    ),
-    "an encoder": (
-        lambda folder: change_config(folder, model_type="bert", architectures=["BertForMaskedLM"]),
-        "BertForMaskedLM is no causal language model",
-    ),
-    "a vision model": (
-        lambda folder: change_config(folder, model_type="vit", architectures=["ViTForImageClassification"]),
-        "ViTForImageClassification is no causal language model",
-    ),
-    "a kind that is not supported": (
-        lambda folder: change_config(folder, model_type="lama", architectures=None),
-        "model_type 'lama' is not supported; did you mean 'llama'?",
-    ),
-    "truncated weights": (truncate, "truncated or corrupt"),
-    "corrupt weights": (corrupt, "truncated or corrupt"),
-    "a quantized model": (
-        lambda folder: change_config(folder, quantization_config={"quant_method": "gptq"}),
-        "the model is quantized (gptq); prune the unquantized model first",
-    ),
-    "pickled weights only": (pickle_only, "only pytorch_model.bin, which could run code when read"),
-    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json: no such file"),
-    "no tokenizer": (
-        lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],
-        "has no tokenizer files",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", MODELS)
-def test_a_base_that_cannot_be_cut(workplace: Workplace, no_model: None, case: str) -> None:
-    damage, words = MODELS[case]
-    folder = workplace.own_model()
-    damage(folder)
-    message = workplace.build_refused()
-    assert words in message
-    assert str(folder) in message or "config.json" in message
-
-
-@pytest.mark.parametrize(
-    "content",
-    ["{", pytest.param('{"version": "1.0"}', id="another JSON object")],
-)
-def test_a_damaged_tokenizer(workplace: Workplace, no_model: None, content: str) -> None:
-    folder = workplace.own_model()
-    (folder / "tokenizer.json").write_text(content)
-    assert f"{folder}: the tokenizer cannot be loaded" in workplace.build_refused()
-
-
 def test_weights_that_are_not_finite(workplace: Workplace) -> None:
-    not_finite(workplace.own_model())
+    path = first_shard(workplace.own_model())
+    save_file({name: torch.full_like(t, torch.inf) for name, t in load_file(path).items()}, path)
     assert "activations are not finite" in workplace.build_refused()
 
 
@@ -505,48 +399,32 @@ def full_disks(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> di
 
 
 @pytest.mark.parametrize("stage", ["profile", "weights", "description"])
-def test_a_full_disk_leaves_nothing_and_the_next_run_succeeds(full_disks: dict[str, FullDisk], stage: str) -> None:
+def test_a_full_disk_is_a_message_leaves_nothing_and_the_next_run_succeeds(
+    full_disks: dict[str, FullDisk], stage: str
+) -> None:
     disk = full_disks[stage]
-    assert disk.finished.code not in (0, 1)
+    assert disk.finished.code == 2
+    assert "no room left on the disk" in disk.finished.stderr
+    assert "Traceback" not in disk.finished.stderr
     assert disk.left == set()
     assert len(disk.stored) == (0 if stage == "profile" else 1)
     assert disk.next_code == 0
 
 
-@pytest.mark.parametrize(
-    "stage",
-    [
-        pytest.param(
-            "profile",
-        ),
-        pytest.param(
-            "weights",
-        ),
-        "description",
-    ],
-)
-def test_a_full_disk_is_a_message(full_disks: dict[str, FullDisk], stage: str) -> None:
-    finished = full_disks[stage].finished
-    assert finished.code == 2
-    assert "no room left on the disk" in finished.stderr
-    assert "Traceback" not in finished.stderr
-
-
 # --- passes ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("criterion", ["taylor", "fisher"])
 @pytest.mark.parametrize("profiled", [False, True])
 def test_a_backward_pass_that_does_not_fit(
-    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, profiled: bool, criterion: str
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, profiled: bool
 ) -> None:
     if profiled:
         workplace.run("profile", workplace.spec, code=0)
     everywhere(monkeypatch, "expertprune.models.loading.load_model", refuse_to_load)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    workplace.data["relevance"] = criterion
+    workplace.data["relevance"] = "fisher"
     message = workplace.build_refused()
-    assert f"relevance.criterion: {criterion} needs a backward pass through the whole model" in message
+    assert "relevance.criterion: fisher needs a backward pass through the whole model" in message
     assert "0.0 GiB are free; take criterion regional" in message
 
 
@@ -587,21 +465,12 @@ def test_a_corpus_that_changed_after_the_plan(workplace: Workplace, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (None, "no such file"),
-        ("{", "not a plan"),
-        ('{"kind": "expert"}', "not a plan"),
-        ('{"kind": "plan", "schema": 99}', "a plan of schema 99"),
-        ('{"kind": "plan", "schema": 1}', "damaged plan"),
-    ],
+    ("content", "words"), [("{", "not a plan"), ('{"kind": "plan", "schema": 99}', "a plan of schema 99")]
 )
-def test_a_plan_that_is_none(workplace: Workplace, content: str | None, words: str) -> None:
+def test_a_plan_that_is_none(workplace: Workplace, content: str, words: str) -> None:
     plan = workplace.folder / "plan.json"
-    if content is not None:
-        plan.write_text(content)
-    message = workplace.refused("prune", plan, "--out", workplace.out)
-    assert f"{plan}: {words}" in message
+    plan.write_text(content)
+    assert f"{plan}: {words}" in workplace.refused("prune", plan, "--out", workplace.out)
 
 
 @pytest.fixture
@@ -630,32 +499,23 @@ def test_evaluating_against_a_base_that_is_not_the_experts(built: Workplace) -> 
     assert f"{other}: is not the base of this expert" in message
 
 
-def test_evaluating_on_a_corpus_that_the_spec_lacks(built: Workplace) -> None:
-    message = built.refused("evaluate", built.out, "--corpus", "finance")
-    assert "evaluate.corpora: 'finance' is none of the spec's corpora: language/en" in message
-
-
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         (None, "is no expert (it has no expertprune.json)"),
         ("{", "cannot be read"),
-        ("[]", "is not an expert's description"),
         ('{"kind": "plan"}', "is not an expert's description"),
-        pytest.param(
-            '{"kind": "expert"}',
-            "expertprune.json",
-        ),
+        ('{"kind": "expert"}', "expertprune.json"),
     ],
 )
-@pytest.mark.parametrize("command", ["evaluate", "inspect"])
-def test_a_folder_that_is_no_expert(workplace: Workplace, command: str, content: str | None, words: str) -> None:
+def test_a_folder_that_is_no_expert(workplace: Workplace, content: str | None, words: str) -> None:
     workplace.out.mkdir()
     if content is not None:
         (workplace.out / "expertprune.json").write_text(content)
-    message = workplace.refused(command, workplace.out)
-    assert str(workplace.out) in message
-    assert words in message
+    for command in ("evaluate", "inspect"):
+        message = workplace.refused(command, workplace.out)
+        assert str(workplace.out) in message
+        assert words in message
 
 
 def test_a_stored_profile_that_is_damaged(built: Workplace) -> None:

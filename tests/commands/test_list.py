@@ -16,7 +16,7 @@ from expertprune.files import shipped
 from expertprune.relevance import criteria
 
 KINDS = {
-    "corpora": lambda: catalogue_sources(shipped("corpora")),
+    "corpora": lambda: list(map(str, catalogue_sources(shipped("corpora")))),
     "suites": shipped_suites,
     "criteria": lambda: criteria,
     "models": bundled_models,

@@ -175,6 +175,39 @@ def test_a_missing_field_names_the_nearest_one(tmp_path: Path, source: dict[str,
     assert problem.startswith(f"{path}, line 1: {words}")
 
 
+MESSAGES = [{"role": "user", "content": "Was ist ein Gong?"}, {"role": "assistant", "content": "Ein Becken."}]
+
+
+@pytest.mark.parametrize("how", ["field", "template"])
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (MESSAGES, "is a list, not text; name a field inside it, such as given.0.content"),
+        ({"de": "ja", "en": "certainly"}, "is a mapping, not text; name a field inside it, such as given.en"),
+        ([1, [2]], "is a list, not text; name a field that holds text"),
+        ([], "is a list, not text; name a field that holds text"),
+        (None, "is null, not text; name a field that holds text"),
+    ],
+)
+def test_a_field_that_is_not_text_is_refused_with_what_to_name_instead(
+    tmp_path: Path, how: str, value: Any, words: str
+) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [{"given": value}])
+    (problem,) = problems_of({"path": path, how: "given" if how == "field" else "Say {given}!"})
+    assert problem == f"{path}, line 1: field 'given' {words}"
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "written"),
+    [(3, "a number", "3"), (0.5, "a number", "0.5"), (True, "a boolean", "true")],
+)
+def test_a_number_is_text_in_a_template_alone(tmp_path: Path, value: Any, kind: str, written: str) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [{"given": value}])
+    assert texts(load({"path": path, "template": "{given}!"}).calibration) == [f"{written}!"]
+    (problem,) = problems_of({"path": path, "field": "given"})
+    assert problem == f"{path}, line 1: field 'given' is {kind}, not text; template: '{{given}}' would write it as text"
+
+
 @pytest.mark.parametrize("template", ["Q: {text", "Q: text}", "{text"])
 def test_a_malformed_template_is_the_users_mistake(tmp_path: Path, template: str) -> None:
     assert "template" in problems_of({"path": write_rows(tmp_path / "a.jsonl", ["one"]), "template": template})[0]
@@ -235,6 +268,12 @@ def test_questions_are_read_beside_the_documents(tmp_path: Path) -> None:
         ({"question": "?", "choices": ["a"], "answer": 1}, "'answer' must be the index"),
         ({"question": "?", "choices": ["a"], "answer": -1}, "'answer' must be the index"),
         ({"question": "?", "choices": ["a", "b"], "answer": "a"}, "'answer' must be the index"),
+        ({"question": "?", "choices": ["a", "b"], "answer": True}, "'answer' must be the index"),
+        (
+            {"question": "?", "choices": ["a", ["b"]], "answer": 0},
+            "field 'choices.1' is a list, not text; name a field",
+        ),
+        ({"question": ["?"], "choices": ["a"], "answer": 0}, "field 'question' is a list, not text"),
         ({"question": "?", "choices": "ab", "answer": 0}, "'answer' must be the index"),
         ({"question": "?", "choices": [], "answer": 0}, "'answer' must be the index"),
         ({"question": "?", "choice": ["a"], "answer": 0}, "has no field 'choices'; did you mean 'choice'?"),
@@ -464,7 +503,9 @@ def test_unknown_corpora_are_named_all_at_once_with_their_nearest_name(tmp_path:
     ("content", "words"),
     [
         (None, "no such file"),
-        ("language: [", "catalogue.yaml"),
+        ("language: [", "not valid YAML"),
+        ("- language", "must be a mapping"),
+        ("language: {de: {path: a}, de: {path: b}}", "language.de: stands twice"),
         ("langauge: {de: {path: a}}", "'langauge' must be one of language, domain, task, general"),
         ("language: [de]", "'language' must be one of"),
         ("language: {de: {paht: a}}", "language.de:"),
@@ -484,89 +525,83 @@ def test_a_damaged_catalogue_is_named(tmp_path: Path, content: str | None, words
 # --- datasets -------------------------------------------------------------------------------------------------------
 
 
-class Hub:
-    """Stands for the hub: streams generated rows, and counts how many were asked for."""
-
-    def __init__(self, splits: dict[str, list[dict[str, Any]]]) -> None:
-        self.splits = splits
-        self.read = dict.fromkeys(splits, 0)
-        self.calls: list[tuple[Any, ...]] = []
-
-    def load_dataset(self, path: str, name: str | None = None, *, split: str, streaming: bool) -> Any:
-        self.calls.append((path, name, split, streaming))
-        if split not in self.splits:
-            raise ValueError(f"Unknown split {split!r}.\nmore")
-
-        def rows() -> Iterator[dict[str, Any]]:
-            for row in self.splits[split]:
-                self.read[split] += 1
-                yield row
-
-        return datasets.IterableDataset.from_generator(rows)
-
-
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
-    rows = [{"question": f"question {i}", "answers": {"text": [f"answer {i}"]}} for i in range(2000)]
-    served = Hub({"train": rows, "test": [{**row, "question": f"other {i}"} for i, row in enumerate(rows)]})
-    monkeypatch.setattr(datasets, "load_dataset", served.load_dataset)
-    return served
+def dataset(tmp_path: Path) -> dict[str, Any]:
+    """A source of 3,000 rows in order, and an evaluation split of 40, which datasets reads from a folder."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split, beginning, count in (("train", "question", 3000), ("test", "other", 40)):
+        rows = [{"question": f"{beginning} {i}", "answers": {"text": [f"answer {i}"]}} for i in range(count)]
+        write_rows(folder / f"{split}.jsonl", rows)
+    return {"dataset": str(folder), "template": "{question}: {answers.text.0}"}
 
 
-TEMPLATE = "{question}: {answers.text.0}"
+def numbers(documents: Iterable[Document]) -> list[int]:
+    return [int(document.text.rpartition(" ")[2]) for document in documents]
 
 
-def test_a_dataset_is_streamed_in_order_and_no_further_than_needed(hub: Hub) -> None:
-    stream = [f"question {i}: answer {i}" for i in range(2000)]
-    calibration = [text for text in stream if not held_out(text)][:12]
-    evaluation = [text for text in stream if held_out(text)][:3]
-    needed = 1 + max(stream.index(text) for text in (calibration[-1], evaluation[-1]))
-    corpus = load(
-        {"dataset": "owner/data", "config": "de", "template": TEMPLATE},
-        calibration={"documents": 12},
-        evaluate={"documents": 3},
+def test_the_seed_chooses_among_the_rows_of_a_dataset_and_leaves_the_evaluation_alone(dataset: dict[str, Any]) -> None:
+    first, again, other = (
+        load(dataset, calibration={"documents": 100, "seed": seed}, evaluate={"documents": 10}) for seed in (0, 0, 1)
     )
-    assert [document.text for document in corpus.calibration] == calibration
-    assert texts(corpus.evaluation) == sorted(evaluation)
-    assert corpus.set_aside
-    assert hub.calls == [("owner/data", "de", "train", True)]
-    assert hub.read["train"] == needed < 200
+    assert first == again
+    assert first.set_aside
+    assert (len(first.calibration), len(first.evaluation)) == (100, 10)
+    assert all(held_out(document.text) for document in first.evaluation)
+    assert not any(held_out(document.text) for document in (*first.calibration, *other.calibration))
+    assert other.evaluation == first.evaluation
+    assert len({*numbers(first.calibration)} & {*numbers(other.calibration)}) < 20
+    for corpus in (first, other):  # from the whole window of 2,048 rows, of which the mean is about 1,000
+        assert 800 < sum(numbers(corpus.calibration)) / 100 < 1300
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_a_dataset_with_an_evaluation_split_of_its_own_reads_both_splits(hub: Hub, split: str) -> None:
-    del hub.splits["test"][8:]
-    source = {"dataset": "owner/data", "split": split, "evaluation_split": "test", "template": TEMPLATE}
+def test_a_dataset_with_an_evaluation_split_of_its_own_reads_both_splits(dataset: dict[str, Any], split: str) -> None:
+    source = {**dataset, "split": split, "evaluation_split": "test"}
     corpus = load(source, calibration={"documents": 5}, evaluate={"documents": 50})
-    first = "question" if split == "train" else "other"
-    assert [document.text for document in corpus.calibration] == [f"{first} {i}: answer {i}" for i in range(5)]
-    assert texts(corpus.evaluation) == [f"other {i}: answer {i}" for i in range(8)]
+    beginning = "question" if split == "train" else "other"
+    assert len(corpus.calibration) == 5
+    assert all(document.text.startswith(beginning) for document in corpus.calibration)
+    assert texts(corpus.evaluation) == sorted(f"other {i}: answer {i}" for i in range(40))
     assert not corpus.set_aside
-    assert [call[2] for call in hub.calls] == [split, "test"]
+    assert len(load(source, calibration={"documents": 5}, evaluate={"documents": 7}).evaluation) == 7
 
 
-def test_an_evaluation_split_is_streamed_no_further_than_needed(hub: Hub) -> None:
-    source = {"dataset": "owner/data", "evaluation_split": "test", "template": TEMPLATE}
-    corpus = load(source, calibration={"documents": 5}, evaluate={"documents": 5})
-    assert (len(corpus.calibration), len(corpus.evaluation)) == (5, 5)
-    assert hub.read["train"] == 5
-    assert hub.read["test"] < 100
+def test_a_dataset_is_opened_as_the_source_says_and_read_no_further_than_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read: list[int] = []
+    calls: list[Any] = []
+
+    def rows() -> Iterator[dict[str, str]]:
+        for i in range(10**6):
+            read.append(i)
+            yield {"text": f"document number {i}"}
+
+    def load_dataset(*names: Any, **settings: Any) -> Any:
+        calls.append((names, settings))
+        return datasets.IterableDataset.from_generator(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    load({"dataset": "owner/data", "config": "de", "revision": "v2"}, calibration={"documents": 12})
+    assert calls == [(("owner/data", "de"), {"split": "train", "revision": "v2", "streaming": True})] * 2
+    assert max(read) < 2048 + 2000  # a tenth of the rows may evaluate, and 64 of them do
 
 
-def test_a_row_of_a_dataset_without_the_field_is_numbered(hub: Hub) -> None:
-    (problem,) = problems_of({"dataset": "owner/data", "field": "questoin"})
-    assert problem == "dataset owner/data, row 0: has no field 'questoin'; did you mean 'question'?"
+def test_the_revision_of_a_dataset_goes_with_a_dataset_only() -> None:
+    with pytest.raises(ValueError, match="revision does not go with 'path'"):
+        Source(path=["a.jsonl"], revision="main")
 
 
-def test_a_dataset_that_cannot_be_opened_is_named_with_its_split(hub: Hub) -> None:
-    (problem,) = problems_of({"dataset": "owner/data", "split": "trian", "template": TEMPLATE})
-    assert problem == "dataset 'owner/data', split 'trian': Unknown split 'trian'."
-
-
-def test_an_empty_dataset_is_named(hub: Hub) -> None:
-    hub.splits["train"] = []
-    (problem,) = problems_of({"dataset": "owner/data", "template": TEMPLATE})
-    assert problem == "corpus language/de: dataset owner/data: holds no document to calibrate on"
+def test_what_is_wrong_with_a_dataset_names_it_with_its_split(dataset: dict[str, Any], tmp_path: Path) -> None:
+    where = f"dataset {dataset['dataset']!r}, split"
+    (problem,) = problems_of({"dataset": dataset["dataset"], "field": "questoin"})
+    assert problem == f"{where} 'train': has no field 'questoin'; did you mean 'question'?"
+    (problem,) = problems_of({**dataset, "split": "trian"})
+    assert problem.startswith(f"{where} 'trian': ")
+    write_rows(tmp_path / "data" / "train.jsonl", [{"question": " ", "answers": {"text": [" "]}}])
+    (problem,) = problems_of({"dataset": dataset["dataset"], "field": "question"})
+    assert problem == f"corpus language/de: dataset {dataset['dataset']}: holds no document to calibrate on"
 
 
 # --- batches --------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from expertprune.arch import bundled_models
-from expertprune.arch.family import BundledModel
+from expertprune.arch.bundled import BundledModel
 from expertprune.corpora.documents import Document
 from expertprune.errors import CheckpointError, SpecError
 from expertprune.evaluation.documents import score_documents
@@ -64,19 +64,29 @@ def test_a_folder_is_resolved_with_its_shapes_and_dtype(tiny_llama: Path, store:
     assert len(base.checkpoint.shards) > 1
 
 
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("device", "asked"), [("cpu", "auto"), ("cuda", "auto"), ("cpu", "bfloat16"), ("cuda", "float32")]
+    ("stored", "device", "asked", "run"),
+    [
+        (torch.bfloat16, "cpu", "auto", torch.float32),
+        (torch.bfloat16, "cuda", "auto", torch.bfloat16),
+        (torch.float16, "cuda", "auto", torch.float16),
+        (torch.float32, "cpu", "bfloat16", torch.bfloat16),
+        (torch.bfloat16, "cuda", "float32", torch.float32),
+    ],
 )
 def test_auto_runs_in_the_stored_dtype_on_a_gpu_and_in_float32_on_a_cpu(
-    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch, stored: torch.dtype, device: str, asked: str
+    tmp_path: Path,
+    store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stored: torch.dtype,
+    device: str,
+    asked: str,
+    run: torch.dtype,
 ) -> None:
     everywhere(monkeypatch, "expertprune.models.loading.default_device", lambda: torch.device(device))
     folder = save_tiny(tmp_path / "model", dtype=stored)
     base = resolve_base(Base(model=str(folder), dtype=asked), store)
-    expected = {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(asked)
-    assert base.checkpoint.dtype is stored
-    assert base.dtype is (expected or (stored if device == "cuda" else torch.float32))
+    assert (base.checkpoint.dtype, base.dtype) == (stored, run)
 
 
 @pytest.mark.parametrize(
@@ -167,20 +177,9 @@ def test_a_bundled_model_that_is_not_installed_says_how_to_install_it(
 # --- what cannot be cut ---------------------------------------------------------------------------------------------
 
 
-def test_a_folder_without_a_config_holds_no_model(folder: Path, store: Path) -> None:
-    (folder / "config.json").unlink()
-    assert "config.json: no such file" in refusal(folder, store)
-
-
-@pytest.mark.parametrize("content", ["{", "[]", "\x00"])
-def test_a_damaged_config_is_named(folder: Path, store: Path, content: str) -> None:
-    (folder / "config.json").write_text(content)
-    assert str(folder / "config.json") in refusal(folder, store)
-
-
 @pytest.mark.parametrize(
     ("architecture", "model_type"),
-    [("BertForMaskedLM", "bert"), ("BertModel", "bert"), ("ViTForImageClassification", "vit")],
+    [("BertForMaskedLM", "bert"), ("ViTForImageClassification", "vit")],
 )
 def test_an_encoder_is_no_causal_language_model(folder: Path, store: Path, architecture: str, model_type: str) -> None:
     change_config(folder, architectures=[architecture], model_type=model_type)
@@ -202,23 +201,9 @@ def test_an_unsupported_model_type_gets_the_nearest_one(
     assert words in refusal(folder, store)
 
 
-def test_a_quantized_model_says_in_which_order_to_work(folder: Path, store: Path) -> None:
-    change_config(folder, quantization_config={"quant_method": "awq", "bits": 4})
-    message = refusal(folder, store)
-    assert "quantized (awq)" in message
-    assert "prune the unquantized model first" in message
-
-
 def test_a_null_quantization_config_is_none(folder: Path, store: Path) -> None:
     change_config(folder, quantization_config=None)
     assert resolve_base(Base(model=str(folder)), store).dtype is torch.float32
-
-
-def test_weights_stored_as_whole_numbers_are_quantized(folder: Path, store: Path) -> None:
-    for path in folder.glob("*.safetensors"):
-        tensors = {name: tensor.to(torch.int8) for name, tensor in load_file(path).items()}
-        save_file(tensors, path, metadata={"format": "pt"})
-    assert "stored as I8, so they are quantized" in refusal(folder, store)
 
 
 @pytest.mark.parametrize(
@@ -228,9 +213,6 @@ def test_weights_stored_as_whole_numbers_are_quantized(folder: Path, store: Path
         ({"num_attention_heads": 0}, "'num_attention_heads' must be a positive whole number, found 0"),
         ({"intermediate_size": "32"}, "'intermediate_size' must be a positive whole number, found '32'"),
         ({"num_hidden_layers": None}, "'num_hidden_layers' must be a positive whole number, found None"),
-        ({"intermediate_size": 40}, "config.json disagrees with the weights"),
-        ({"num_key_value_heads": 6}, "config.json disagrees with the weights"),
-        ({"num_hidden_layers": 4}, "model.layers.3.mlp.gate_proj.weight is missing"),
     ],
     ids=str,
 )
@@ -252,35 +234,6 @@ def test_a_folder_without_a_tokenizer_is_refused(folder: Path, store: Path) -> N
     for path in folder.glob("tokenizer*"):
         path.unlink()
     assert "no tokenizer files" in refusal(folder, store)
-
-
-def test_a_folder_without_weights_is_refused(folder: Path, store: Path) -> None:
-    for path in folder.glob("model*"):
-        path.unlink()
-    assert "holds no weights" in refusal(folder, store)
-
-
-def test_a_shard_that_the_index_names_and_the_folder_lacks_is_named(folder: Path, store: Path) -> None:
-    path = sorted(folder.glob("*.safetensors"))[1]
-    path.unlink()
-    assert f"{path}: no such file" in refusal(folder, store)
-
-
-def test_a_tensor_that_the_index_names_and_no_file_holds_is_named(folder: Path, store: Path) -> None:
-    path = folder / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    index["weight_map"]["model.surplus.weight"] = sorted(set(index["weight_map"].values()))[0]
-    path.write_text(json.dumps(index))
-    assert "model.surplus.weight" in refusal(folder, store)
-
-
-def test_an_index_that_leaves_the_folder_is_refused(folder: Path, store: Path) -> None:
-    path = folder / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    name = sorted(index["weight_map"])[0]
-    index["weight_map"][name] = "../outside.safetensors"
-    path.write_text(json.dumps(index))
-    assert "'../outside.safetensors' is no plain file name" in refusal(folder, store)
 
 
 # --- the hub --------------------------------------------------------------------------------------------------------
@@ -401,18 +354,7 @@ def test_a_damaged_gguf_file_is_named_and_leaves_nothing(tmp_path: Path, store: 
     assert not (store / "bases").exists()
 
 
-@pytest.mark.parametrize(
-    "size",
-    [
-        pytest.param(
-            4,
-        ),
-        pytest.param(
-            500,
-        ),
-        20_000,
-    ],
-)
+@pytest.mark.parametrize("size", [4, 500, 20_000])
 def test_a_truncated_gguf_file_is_named_and_leaves_nothing(tmp_path: Path, store: Path, size: int) -> None:
     path = tmp_path / "tiny.gguf"
     to_gguf(path)
@@ -427,9 +369,7 @@ def test_a_truncated_gguf_file_is_named_and_leaves_nothing(tmp_path: Path, store
     ("tokenizer_model", "add_bos", "begins"),
     [
         ("gpt2", True, True),
-        ("gpt2", False, False),
         ("gpt2", None, False),
-        ("llama", True, True),
         ("llama", False, False),
         ("llama", None, True),  # what the format means where a file with SentencePiece's kind of tokenizer is silent
     ],
@@ -544,30 +484,23 @@ def test_a_joined_file_that_was_damaged_is_joined_again(packages: Packages, stor
     assert (store / "gguf" / "tiny.gguf").read_bytes() == packages.gguf
 
 
-@pytest.mark.parametrize("number", [0, 2])
-def test_a_part_whose_package_is_not_installed_says_how_to_install_it(
-    packages: Packages, store: Path, number: int
-) -> None:
-    shutil.rmtree(packages.part(number).parents[1])
+def test_a_part_whose_package_is_not_installed_says_how_to_install_it(packages: Packages, store: Path) -> None:
+    shutil.rmtree(packages.part(2).parents[1])
     assert no_model(store) == f"base.model: 'tiny' comes as a package that is not installed; run: {PIP}"
 
 
-@pytest.mark.parametrize("number", [0, 2])
-def test_a_part_that_its_package_lacks_is_named(packages: Packages, store: Path, number: int) -> None:
-    packages.part(number).unlink()
+def test_a_part_that_its_package_lacks_is_named(packages: Packages, store: Path) -> None:
+    packages.part(2).unlink()
     message = no_model(store)
-    assert f"{packages.part(number)} is missing" in message
+    assert f"{packages.part(2)} is missing" in message
     assert message.endswith("run: pip install --force-reinstall tiny-model==1.0")
 
 
 @pytest.mark.parametrize(
     "damage", [lambda part: part[:-1], lambda part: b"", lambda part: part[:9] + bytes([part[9] ^ 1]) + part[10:]]
 )
-@pytest.mark.parametrize("number", [0, 1, 2])
-def test_damaged_parts_are_not_joined(
-    packages: Packages, store: Path, number: int, damage: Callable[[bytes], bytes]
-) -> None:
-    packages.part(number).write_bytes(damage(packages.part(number).read_bytes()))
+def test_damaged_parts_are_not_joined(packages: Packages, store: Path, damage: Callable[[bytes], bytes]) -> None:
+    packages.part(1).write_bytes(damage(packages.part(1).read_bytes()))
     message = no_model(store)
     assert "the parts" in message
     assert message.endswith("run: pip install --force-reinstall tiny-model==1.0")

@@ -205,7 +205,7 @@ def test_one_layer_of_another_width(folder: Path, store: Path) -> None:
 
 
 def test_many_problems_are_counted(folder: Path, store: Path) -> None:
-    """3 layers of gate, up and down: nine tensors disagree, three are named."""
+    """3 layers of gate, up and down: nine tensors disagree, five are named."""
     change_json(folder / "config.json", lambda config: config.update(intermediate_size=16))
     with pytest.raises(CheckpointError, match=r"\(and 4 more\)"):
         resolved(folder, store)

@@ -20,7 +20,7 @@ from expertprune.models.loading import load_model
 from expertprune.pruning.selfcheck import check_family
 from expertprune.pruning.slicing import cut_tensor
 from expertprune.spec.reading import parse_spec
-from tests.oracle import load, logits_of, masked_logits, pruned, random_plan, read_json, resolved
+from tests.oracle import assert_same, exact, load, logits_of, masked_logits, pruned, random_plan, read_json, resolved
 from tests.patching import everywhere
 from tests.tiny import WIDTHS, save_tiny, tiny_tokenizer
 
@@ -61,9 +61,7 @@ def test_a_family_that_looks_like_one_is_recognized_said_and_cut_as_masked(
     assert base.layers[0].query_heads == 6
     assert check_family(base, layer_widths=True) == ["ffn", "kv_groups", "query_heads", "widths of single layers"]
     plan = random_plan(base, 1, ffn=19, heads_per_group=1, kv_groups=2)
-    expert = load(pruned(plan, base, tmp_path / "expert"))
-    model = load(folder)
-    torch.testing.assert_close(logits_of(expert), masked_logits(model, plan), atol=1e-5, rtol=1e-5)
+    assert_same(logits_of(exact(pruned(plan, base, tmp_path / "expert"))), masked_logits(exact(folder), plan))
 
 
 def test_the_log_says_when_the_oracle_holds_and_the_expert_is_built(

@@ -110,14 +110,14 @@ def greedy(model: Any, ids: list[int], steps: int) -> list[int]:
 def test_greedy_text_is_the_bases_up_to_a_dropped_row(kind: str, tmp_path: Path, store: Path) -> None:
     base = resolved(save_worded(tmp_path / "base", kind), store)
     dense, tokenizer = load(base.folder), AutoTokenizer.from_pretrained(base.folder)
-    prompts = [tokenizer(text)["input_ids"][:8] for text in TEXT]
+    prompts = [tokenizer(text)["input_ids"][:8] for text in TEXT[:6]]
     plan = plan_of(base, {index for ids in prompts for index in ids} | set(range(0, 400, 3)))
     assert plan.vocabulary is not None
     expert, kept = load(cut(base, plan, tmp_path / "expert")), set(plan.vocabulary.rows.kept)
     ended = 0
     for prompt in prompts:
-        expected = greedy(dense, prompt, 24)
-        found = greedy(expert, mapped(plan, prompt), 24)
+        expected = greedy(dense, prompt, 16)
+        found = greedy(expert, mapped(plan, prompt), 16)
         same = next((place for place, index in enumerate(expected) if index not in kept), len(expected))
         assert found[:same] == mapped(plan, expected[:same])
         ended += same < len(expected)
@@ -205,7 +205,7 @@ def test_an_expert_is_built_and_evaluated_with_its_own_tokenizer(
     assert Expert.load(folder).document()["evaluation"]["corpora"]["language/de"]["metrics"] == result["metrics"]
     card = (folder / "README.md").read_text()
     assert "| vocabulary rows, of the whole model | 384 | 512 |" in card
-    assert inspection.explain(inspection.describe(folder))
+    assert inspection.explain(inspection.read(folder))
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,15 @@ import pytest
 import yaml
 from rich.console import Console, RenderableType
 
-from expertprune.artifacts.expert import Expert
+from expertprune.artifacts.evaluation import Average, CorpusResult, Evaluation, Measured, Settings, TaskResult
+from expertprune.artifacts.expert import CorpusRecord, Expert
+from expertprune.artifacts.plan import LayerPlan, Plan
 from expertprune.files import EXPERT_FILE, folder_size
 from expertprune.reporting.card import purpose, write_card
 from expertprune.reporting.explain import explain
 from expertprune.reporting.tables import plan_table, retention_rows, retention_table
+from expertprune.spec.schema import Spec
+from expertprune.units import KeptUnits, LayerShape
 from tests.experts import described
 
 HOSTILE = [
@@ -30,41 +35,38 @@ HOSTILE = [
 ]
 
 
-def an_evaluation(corpus: str = "language/en") -> dict[str, Any]:
-    return {
-        "kind": "evaluation",
-        "settings": {"interval": 0.95},
-        "corpora": {
-            corpus: {
-                "documents": 3,
-                "questions": 12,
-                "metrics": {
-                    "bits_per_byte": {
-                        "base": 0.5,
-                        "expert": 2 / 3,
-                        "retention": 0.75,
-                        "low": 0.70004,
-                        "high": 0.79996,
-                    },
-                    "kl": {"expert": 0.25, "low": 0.125, "high": 0.375},
-                    "questions": {
-                        "base": 0.0,
-                        "expert": 0.25,
-                        "retention": math.nan,
-                        "low": math.nan,
-                        "high": math.nan,
-                        "lost": 0.0,
-                        "gained": 3.0,
-                    },
+def numbers(base: float, expert: float, retention: float | None, low: float | None, high: float | None) -> Measured:
+    return Measured(examples=3, base=base, expert=expert, retention=retention, low=low, high=high)
+
+
+def an_evaluation(corpus: str = "language/en") -> Evaluation:
+    note = "the base (0.0000) is no better than chance (0.2500), so retention is undefined"
+    asked = {"base": 0.0, "expert": 0.25, "retention": math.nan, "gained": 3, "lost": 0, "chance": 0.25, "note": note}
+    task = {"suite": "own", "group": "general", "backend": "hf", "metric": "exact_match", "agreement": 0.4}
+    kept = {"retention": 0.8, "low": 0.7, "high": 0.9, "gained": 2, "lost": 14}
+    return Evaluation(
+        settings=Settings(resamples=2000),
+        corpora={
+            corpus: CorpusResult(
+                group="expert",
+                documents=3,
+                questions=12,
+                metrics={
+                    "bits_per_byte": numbers(0.5, 2 / 3, 0.75, 0.70004, 0.79996),
+                    "kl": Measured(examples=3, expert=0.25, low=0.125, high=0.375),
+                    "questions": Measured(examples=12, **asked),
                 },
-            },
-            "task/qa": {"documents": 1, "metrics": {"perplexity": dict.fromkeys(
-                ("base", "expert", "retention", "low", "high"), 8.0)}},
+            ),
+            "task/qa": CorpusResult(
+                group="expert", documents=1, questions=0, metrics={"perplexity": numbers(8.0, 8.0, 8.0, 8.0, 8.0)}
+            ),
         },
-    }  # fmt: skip
+        generation={"sums": TaskResult(examples=50, base=0.75, expert=0.65, **kept, **task)},
+        summary={"general": {"accuracy": Average(retention=0.8, low=0.7, high=0.9, metrics=["sums"], undefined=[])}},
+    )
 
 
-def a_plan() -> dict[str, Any]:
+def a_plan(name: str = "made-up", base: str = "owner/model", value: str = "en") -> Plan:
     def why(language: int, general: int, shared: tuple[int, int]) -> dict[str, Any]:
         return {
             "threshold": 0.1,
@@ -74,50 +76,46 @@ def a_plan() -> dict[str, Any]:
             "general_exclusive": {"units": 0, "kept": 0},
         }
 
-    return {
-        "kind": "plan",
-        "name": "made-up",
-        "base": {"model": "nowhere"},
-        "parameters": {"before": 12345, "after": 10000},
-        "budget": {
+    shape = LayerShape(24, 32, 6, 3, 4)
+    kept = KeptUnits(tuple(range(24)), (0, 1, 2, 3), (0, 1))
+    spec = {
+        "name": "made-up", "base": base, "budget": {"ffn": 0.25},
+        "dimensions": {"language": [value, "de"], "task": ["qa"]}, "relevance": "impact",
+    }  # fmt: skip
+    return Plan(
+        name=name,
+        base={"model": base, "digest": "0123abcd"},
+        spec=Spec.model_validate(spec).document(),
+        profiles={},
+        shapes=[shape] * 2,
+        layers=[
+            LayerPlan(
+                kept, {"ffn": why(20, 4, (10, 9)), "kv_groups": {"threshold": 0.2, "protected": {"language": 2}}}
+            ),
+            LayerPlan(
+                kept, {"ffn": why(21, 3, (12, 5)), "kv_groups": {"threshold": 0.3, "protected": {"language": 2}}}
+            ),
+        ],
+        budget={
             "ffn": {"requested": 0.25, "of": 32, "kept": 24, "removed": 8},
             "query_heads": {"requested": 0, "of": 6, "kept": 4, "removed": 2},
             "kv_groups": {"requested": 1, "of": 3, "kept": 2, "removed": 1},
         },
-        "layers": [
-            {"why": {"ffn": why(20, 4, (10, 9)), "kv_groups": {"threshold": 0.2, "protected": {"language": 2}}}},
-            {"why": {"ffn": why(21, 3, (12, 5)), "kv_groups": {"threshold": 0.3, "protected": {"language": 2}}}},
-        ],
-    }
+        parameters={"before": 12345, "after": 10000},
+    )
 
 
-def an_expert(name: str = "made-up", base: str = "owner/model", corpus: str = "language/en") -> dict[str, Any]:
-    plan = a_plan()
-    spec = {
-        "name": name,
-        "base": {"model": base},
-        "dimensions": {"language": [corpus.partition("/")[2], "de"], "domain": [], "task": ["qa"]},
-        "general": ["general"],
-        "relevance": {"criterion": "impact"},
-        "compose": {"rule": "intersection", "allocation": "uniform", "fusion": {"method": "weighted", "lambda": 0.25}},
-        "compensation": {"method": "least_squares"},
+def an_expert(
+    folder: Path, name: str = "made-up", base: str = "owner/model", value: str = "en", **changes: Any
+) -> Expert:
+    plan = a_plan(name, base, value)
+    record = described(folder).base.model_copy(update={"model": base})
+    corpora = {
+        f"language/{value}": CorpusRecord(digest="c", documents=["a", "b", "c"]),
+        "task/qa": CorpusRecord(digest="d", documents=["e"]),
     }
-    return {
-        "kind": "expert",
-        "name": name,
-        "base": {"model": base, "digest": "0123abcd"},
-        "ancestor": None,
-        "parameters": plan["parameters"],
-        "corpora": {
-            corpus: {"digest": "c", "documents": ["a", "b", "c"]},
-            "task/qa": {"digest": "d", "documents": ["e"]},
-        },
-        "versions": {"expertprune": "0.1.0", "torch": "2"},
-        "criterion_paper": "https://example.org/paper",
-        "spec": spec,
-        "plan": plan,
-        "evaluation": an_evaluation(corpus),
-    }
+    found = described(folder, plan=plan, base=record, corpora=corpora, evaluation=an_evaluation(f"language/{value}"))
+    return replace(found, **changes)
 
 
 def shown(renderable: RenderableType) -> str:
@@ -139,34 +137,30 @@ def table_rows(text: str) -> dict[str, list[str]]:
 # --- retention ------------------------------------------------------------------------------------------------------
 
 
-def test_retention_rows_say_every_metric_of_every_corpus() -> None:
+def test_retention_rows_say_every_metric_and_the_averages() -> None:
     assert retention_rows(an_evaluation()) == [
         ["language/en", "bits per byte", "0.5000", "0.6667", "0.7500", "0.7000 to 0.8000"],
         ["language/en", "KL to base, bits/token", "", "0.2500", "", "0.1250 to 0.3750"],
-        [
-            "language/en",
-            "accuracy (12 questions)",
-            "0.0000",
-            "0.2500",
-            "undefined",
-            "undefined to undefined",
-        ],
+        ["language/en", "accuracy (12 questions, +3 −0)", "0.0000", "0.2500", "undefined", "undefined to undefined"],
         ["task/qa", "perplexity", "8.0000", "8.0000", "8.0000", "8.0000 to 8.0000"],
+        [
+            "sums",
+            "exact_match (50 examples, +2 −14, 40% as the base)",
+            "0.7500",
+            "0.6500",
+            "0.8000",
+            "0.7000 to 0.9000",
+        ],
+        ["general", "mean of 1, accuracy of tasks", "", "", "0.8000", "0.7000 to 0.9000"],
     ]
 
 
-def test_the_retention_table_names_each_corpus_once() -> None:
-    text = shown(retention_table(an_evaluation()))
-    assert text.count("language/en") == text.count("task/qa") == 1
-    assert "undefined" in text
+@pytest.mark.parametrize("corpus", ["language/en", *HOSTILE])
+def test_the_retention_table_names_each_corpus_once_and_as_it_is(corpus: str) -> None:
+    text = shown(retention_table(an_evaluation(corpus)))
+    assert text.count(corpus) == 2  # in the table, and in the note below it
+    assert "accuracy: the base (0.0000) is no better than chance (0.2500)" in text
     assert "nan" not in text
-    first = next(cells(line) for line in text.splitlines() if "bits per byte" in line)
-    assert first == ["language/en", "bits per byte", "0.5000", "0.6667", "0.7500", "0.7000 to 0.8000"]
-
-
-@pytest.mark.parametrize("corpus", HOSTILE)
-def test_the_retention_table_shows_any_corpus_name_as_it_is(corpus: str) -> None:
-    assert corpus in shown(retention_table(an_evaluation(corpus)))
 
 
 # --- plans ----------------------------------------------------------------------------------------------------------
@@ -184,48 +178,27 @@ def test_the_plan_table_sums_over_layers() -> None:
     assert rows["kv_groups"] == ["2 of 3", "language 4", "", "", ""]
 
 
-def test_the_plan_table_says_what_is_not_cut() -> None:
+@pytest.mark.parametrize(("kept", "who"), [(6, "not cut"), (4, "left with their KV groups")])
+def test_the_plan_table_tells_uncut_heads_from_those_that_left_with_their_group(kept: int, who: str) -> None:
     plan = a_plan()
-    plan["budget"]["query_heads"] |= {"kept": 6, "removed": 0}
-    assert table_rows(shown(plan_table(plan)))["query_heads"] == ["6 of 6", "not cut", "", "", ""]
+    plan.budget["query_heads"] |= {"kept": kept}
+    assert table_rows(shown(plan_table(plan)))["query_heads"] == [f"{kept} of 6", who, "", "", ""]
 
 
-def test_the_plan_table_does_not_call_heads_uncut_that_left_with_their_group() -> None:
-    row = table_rows(shown(plan_table(a_plan())))["query_heads"]
-    assert row[0] == "4 of 6"
-    assert row[1] != "not cut"
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_an_explanation_shows_any_name_of_a_plan_as_it_is(name: str) -> None:
-    assert f"plan {name}" in shown(explain({**a_plan(), "spec": an_expert()["spec"], "name": name}))
-
-
-@pytest.mark.parametrize("base", HOSTILE)
-def test_an_explanation_shows_any_base_as_it_is(base: str) -> None:
-    about = an_expert(base=base)
-    text = shown(explain({**about, "folder": "out", "bytes": 10**6}))
-    assert base in text
-    assert "10,000 of 12,345 (81.0%)" in text
+@pytest.mark.parametrize("text", HOSTILE)
+def test_an_explanation_shows_any_name_and_base_as_it_is(tmp_path: Path, text: str) -> None:
+    assert f"plan {text}" in shown(explain(a_plan(text)))
+    explained = shown(explain(an_expert(tmp_path, base=text)))
+    assert text in explained
+    assert "10,000 of 12,345 (81.0%)" in explained
 
 
 # --- the model card -------------------------------------------------------------------------------------------------
 
 
-class Told(Expert):
-    """An expert that says of itself what it is told to."""
-
-    told: dict[str, Any]
-
-    def document(self) -> dict[str, Any]:
-        return self.told
-
-
-def card(folder: Path, about: dict[str, Any]) -> str:
-    expert = Told(**vars(described(folder)))
-    object.__setattr__(expert, "told", about)
+def card(expert: Expert) -> str:
     write_card(expert)
-    return (folder / "README.md").read_text(encoding="utf-8")
+    return (expert.folder / "README.md").read_text(encoding="utf-8")
 
 
 def front_matter(text: str) -> dict[str, Any]:
@@ -233,7 +206,7 @@ def front_matter(text: str) -> dict[str, Any]:
 
 
 def test_the_card_says_what_was_cut_and_what_was_kept(tmp_path: Path) -> None:
-    text = card(tmp_path, an_expert())
+    text = card(an_expert(tmp_path))
     assert front_matter(text) == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -249,7 +222,7 @@ def test_the_card_says_what_was_cut_and_what_was_kept(tmp_path: Path) -> None:
         "| query_heads | 4 | 6 |",
         "| kv_groups | 2 | 3 |",
         "| language/en | bits per byte | 0.5000 | 0.6667 | 0.7500 | 0.7000 to 0.8000 |",
-        "| language/en | accuracy (12 questions) | 0.0000 | 0.2500 | undefined | undefined to undefined |",
+        "| language/en | accuracy (12 questions, +3 −0) | 0.0000 | 0.2500 | undefined | undefined to undefined |",
         "| task/qa | perplexity | 8.0000 | 8.0000 | 8.0000 | 8.0000 to 8.0000 |",
     ):
         assert line in text.splitlines()
@@ -261,10 +234,10 @@ def test_the_card_says_what_was_cut_and_what_was_kept(tmp_path: Path) -> None:
 
 def test_the_tables_of_the_card_are_whole(tmp_path: Path) -> None:
     """A blank line inside, or text right after, would end a table or join it."""
-    lines = card(tmp_path, an_expert()).splitlines()
+    lines = card(an_expert(tmp_path)).splitlines()
     starts = [i for i, line in enumerate(lines) if re.fullmatch(r"[|-]+", line) and line.startswith("|-")]
     assert len(starts) == 2
-    for start, rows in zip(starts, (3, 4), strict=True):
+    for start, rows in zip(starts, (3, 6), strict=True):
         columns = lines[start].count("|")
         table = lines[start - 1 : start + 1 + rows]
         assert [line.count("|") for line in table] == [columns] * (rows + 2)
@@ -273,28 +246,27 @@ def test_the_tables_of_the_card_are_whole(tmp_path: Path) -> None:
 
 
 def test_the_card_of_an_expert_without_evaluation_says_so(tmp_path: Path) -> None:
-    about = {**an_expert(), "evaluation": None}
-    text = card(tmp_path, about)
+    text = card(an_expert(tmp_path, evaluation=None))
     assert "Not evaluated yet" in text
     assert "95% interval" not in text
 
 
 def test_the_card_speaks_of_general_relevance_only_where_there_is_some(tmp_path: Path) -> None:
-    about = an_expert()
-    about["spec"]["compose"]["fusion"] = {"method": "shared_exclusive", "lambda": 0.5}
-    text = card(tmp_path, about)
+    expert = an_expert(tmp_path)
+    expert.plan.spec["compose"]["fusion"] |= {"method": "shared_exclusive"}
+    text = card(expert)
     assert "shared/exclusive fusion with general relevance" in text
     assert "2510.22489" in text
-    about["spec"]["general"] = []
-    text = card(tmp_path, about)
+    expert = an_expert(tmp_path)
+    expert.plan.spec["general"] = []
+    text = card(expert)
     assert "fusion" not in text
     assert "general relevance" not in text
 
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_the_card_takes_any_name_as_it_is(tmp_path: Path, text: str) -> None:
-    about = an_expert(name=text, base=text, corpus=f"language/{text}")
-    written = card(tmp_path, about)
+    written = card(an_expert(tmp_path, name=text, base=text, value=text))
     assert f"# {text}\n" in written
     assert f"An expert cut from `{text}` for language {text}, de; task qa" in written
     assert f"| language/{text} | bits per byte |" in written
@@ -302,17 +274,17 @@ def test_the_card_takes_any_name_as_it_is(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("base", ["[bold]red[/bold]", "my model: v2", "/models/a #1", "123"])
 def test_the_front_matter_names_any_base(tmp_path: Path, base: str) -> None:
-    assert front_matter(card(tmp_path, an_expert(base=base)))["base_model"] == base
+    assert front_matter(card(an_expert(tmp_path, base=base)))["base_model"] == base
 
 
 def test_a_bar_in_a_name_does_not_break_the_table(tmp_path: Path) -> None:
-    text = card(tmp_path, an_expert(corpus="language/a|b"))
+    text = card(an_expert(tmp_path, value="a|b"))
     row = next(line for line in text.splitlines() if "bits per byte" in line)
     assert len(re.split(r"(?<!\\)\|", row)) == 8
 
 
 def test_the_description_is_json_that_anything_reads_also_with_undefined_retention(tmp_path: Path) -> None:
-    card(tmp_path, an_expert())
+    card(an_expert(tmp_path))
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
@@ -323,15 +295,8 @@ def test_the_description_is_json_that_anything_reads_also_with_undefined_retenti
 # --- small things ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("dimensions", "text"),
-    [
-        ({"language": ["de"], "domain": [], "task": []}, "language de"),
-        ({"language": ["de", "en"], "domain": ["medical"], "task": ["qa"]}, "language de, en; domain medical; task qa"),
-    ],
-)
-def test_purpose(dimensions: dict[str, list[str]], text: str) -> None:
-    assert purpose({"dimensions": dimensions}) == text
+def test_purpose(tmp_path: Path) -> None:
+    assert purpose(an_expert(tmp_path).spec) == "language en, de; task qa"
 
 
 def test_folder_size_counts_files_at_any_depth(tmp_path: Path) -> None:

@@ -19,18 +19,19 @@ from expertprune.artifacts.expert import Expert
 from expertprune.cli import main
 from expertprune.corpora.documents import Question
 from expertprune.errors import SpecError
-from expertprune.evaluation.harness import models, tasks
+from expertprune.evaluation.harness import models, stored, tasks
 from expertprune.evaluation.questions import answer_questions
 from expertprune.evaluation.suites import load_suite
 from expertprune.models.loading import load_model, load_tokenizer
 from expertprune.spec.reading import parse_spec
 from expertprune.stages import suites as measuring
 from tests.patching import everywhere
-from tests.tiny import WORDS
+from tests.tiny import WORDS, write_corpus
 from tests.vocabularies import save_worded, worded_spec
 
 pytest.importorskip("lm_eval")
 
+CHOOSE = {"file": "tasks/choose.yaml"}
 CHOICE = """
 task: {name}
 dataset_path: json
@@ -135,7 +136,7 @@ def restored() -> Iterator[None]:
 
 def test_a_task_with_choices_is_scored_as_our_own_questions_are(workplace: Workplace) -> None:
     """The words are ASCII, so likelihood per character (theirs) and per byte (ours) rank alike."""
-    suite = workplace.suite(measures="task/qa", tasks=[{"file": "tasks/choose.yaml"}])
+    suite = workplace.suite(measures="task/qa", tasks=[CHOOSE])
     shown = json.loads(workplace.run("--suite", suite, "--json").stdout)
     assert shown == workplace.evaluation()
     tokenizer = load_tokenizer(workplace.expert)
@@ -151,7 +152,7 @@ def test_a_task_with_choices_is_scored_as_our_own_questions_are(workplace: Workp
     assert {key: entry[key] for key in ("suite", "group", "backend", "examples", "metric", "chance")} == {
         "suite": "mine", "group": "expert", "backend": "hf", "examples": 24, "metric": "acc_norm", "chance": 0.25
     }  # fmt: skip
-    assert list(shown["summary"]) == ["expert"]
+    assert {group: list(averages) for group, averages in shown["summary"].items()} == {"expert": ["accuracy"]}
     assert shown["settings"]["suites"] == {"mine": load_suite(suite).digest}
 
 
@@ -198,7 +199,7 @@ def test_perplexity_and_alignment_of_the_named_corpora(workplace: Workplace) -> 
     assert list(found["alignment"]) == ["domain medical", "general general"]
     assert all(len(entry["layers"]) == 3 and 0 < entry["cosine"] < 1 for entry in found["alignment"].values())
     for group, name in (("expert", "domain/medical"), ("general", "general/general")):
-        numbers = found["summary"][group]
+        numbers = found["summary"][group]["bits"]
         bits = found["corpora"][name]["metrics"]["bits_per_byte"]
         assert numbers["metrics"] == [f"{name} bits_per_byte"]
         assert [numbers[key] for key in ("retention", "low", "high")] == pytest.approx(
@@ -239,10 +240,10 @@ def test_an_expert_with_a_vocabulary_of_its_own_is_compared_by_the_byte(tmp_path
     assert list(found["corpora"]["language/de"]["metrics"]) == ["bits_per_byte"]
     numbers = found["corpora"]["language/de"]["metrics"]["bits_per_byte"]
     assert numbers == pytest.approx(before["bits_per_byte"])
-    assert [found["summary"]["expert"][key] for key in ("retention", "low", "high")] == pytest.approx(
+    assert [found["summary"]["expert"]["bits"][key] for key in ("retention", "low", "high")] == pytest.approx(
         [numbers[key] for key in ("retention", "low", "high")]
     )
-    assert "alignment" not in found  # other tokens have other states
+    assert found["alignment"] == {}  # other tokens have other states
 
 
 # --- the base is asked once -------------------------------------------------------------------------------------------
@@ -256,7 +257,7 @@ def test_the_bases_answers_are_stored_and_used_until_something_changes(
     monkeypatch.setattr(
         measuring, "load_model", lambda folder, *a, **k: (asked.append(folder), load(folder, *a, **k))[1]
     )
-    suite = workplace.suite(tasks=[{"file": "tasks/choose.yaml"}])
+    suite = workplace.suite(tasks=[CHOOSE])
 
     def models_asked(*args: Any) -> int:
         asked.clear()
@@ -271,11 +272,11 @@ def test_the_bases_answers_are_stored_and_used_until_something_changes(
     assert models_asked("--limit", "10") == 2
     workplace.suite(tasks=[{"file": "tasks/choose.yaml", "metric": "acc"}])
     assert models_asked() == 2
-    monkeypatch.setattr(measuring, "versions", lambda: {"torch": "another"})
+    monkeypatch.setattr(stored, "versions", lambda: {"torch": "another"})
     assert models_asked() == 2
     assert models_asked() == 1
-    for stored in (workplace.store / "evaluations").iterdir():
-        stored.write_text("{")
+    for path in (workplace.store / "evaluations").iterdir():
+        path.write_text("{")
     assert models_asked() == 2
 
 
@@ -306,7 +307,7 @@ def test_with_vllm_each_model_has_a_server_of_its_own_in_turn(
 
     monkeypatch.setattr("expertprune.serving.server.Server", Server)
     monkeypatch.setattr(models, "served_model", answer)
-    suite = workplace.suite(tasks=[{"file": "tasks/choose.yaml"}])
+    suite = workplace.suite(tasks=[CHOOSE])
     workplace.run("--suite", suite)
     expected = workplace.evaluation()["tasks"]["choose"]
     workplace.run("--suite", suite, "--backend", "vllm")
@@ -326,20 +327,17 @@ def test_a_floor_that_is_not_held_is_named_and_exits_with_1(workplace: Workplace
     held = workplace.run("--suite", suite, "--fail-under", "expert=0.01,general=0.01")
     assert "below the floor" not in held.output
     broken = workplace.run("--suite", suite, "--fail-under", "expert=0.01,general=5", code=1)
-    kept = workplace.evaluation()["summary"]["general"]["retention"]
-    assert f"below the floor: general: retention {kept:.4f} is below 5" in broken.stderr
-    assert "expert: retention" not in broken.stderr
+    kept = workplace.evaluation()["summary"]["general"]["bits"]["retention"]
+    assert f"below the floor: general bits: retention {kept:.4f} is below 5" in broken.stderr
+    assert "expert bits" not in broken.stderr
     assert "What the expert kept" in broken.stdout
 
 
-@pytest.mark.parametrize("text", ["expert", "expert=x", "exprt=0.9", "expert=0", "expert=nan"])
-def test_floors_that_make_no_sense(workplace: Workplace, text: str) -> None:
-    assert "--fail-under" in workplace.refused("--suite", "general", "--fail-under", text)
-
-
-def test_options_that_do_not_go_together(workplace: Workplace) -> None:
-    assert "go with --suite or --task" in workplace.refused("--fail-under", "expert=1")
-    assert "give --corpus without --suite" in workplace.refused("--suite", "general", "--corpus", "medical")
+def test_options_that_make_no_sense(workplace: Workplace) -> None:
+    for text in ("expert", "expert=x", "exprt=0.9", "expert=0", "expert=nan"):
+        assert "--fail-under" in workplace.refused("--suite", "general", "--fail-under", text), text
+    assert "need --suite or --task" in workplace.refused("--fail-under", "expert=1")
+    assert "--corpus without --suite" in workplace.refused("--suite", "general", "--corpus", "medical")
 
 
 # --- bad input: nothing is loaded, nothing is written -----------------------------------------------------------------
@@ -354,12 +352,6 @@ def refusing(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> Workplace
     return workplace
 
 
-def test_unknown_suites_are_answered_with_the_nearest(refusing: Workplace) -> None:
-    message = refusing.refused("--suite", "medcal", "--suite", "nowhere.yaml")
-    assert "unknown suite 'medcal'; did you mean 'medical'?" in message
-    assert "nowhere.yaml: no such file" in message
-
-
 def test_an_unknown_task_is_answered_with_the_nearest(refusing: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     class Manager:
         all_tasks = ("hellaswag", "boolq")
@@ -369,90 +361,116 @@ def test_an_unknown_task_is_answered_with_the_nearest(refusing: Workplace, monke
     assert "unknown task 'helaswag'; did you mean 'hellaswag'?" in refusing.refused("--task", "helaswag")
 
 
-@pytest.mark.parametrize(("missing", "backend"), [("lm_eval", "hf"), ("lm_eval", "vllm"), ("tenacity", "vllm")])
-def test_tasks_without_the_harness_name_the_extra(
-    refusing: Workplace, monkeypatch: pytest.MonkeyPatch, missing: str, backend: str
-) -> None:
-    monkeypatch.setitem(sys.modules, missing, None)
-    suite = refusing.suite(tasks=[{"file": "tasks/choose.yaml"}])
-    message = refusing.refused("--suite", suite, "--backend", backend)
-    assert f"{missing} is not installed: pip install 'expertprune[eval]'" in message
+def test_tasks_without_the_harness_name_the_extra(refusing: Workplace) -> None:
+    suite = refusing.suite(tasks=[CHOOSE])
+    for missing, backend in (("lm_eval", "hf"), ("lm_eval", "vllm"), ("tenacity", "vllm")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(sys.modules, missing, None)
+            message = refusing.refused("--suite", suite, "--backend", backend)
+        assert f"{missing} is not installed: pip install 'expertprune[eval]'" in message
 
 
 @pytest.mark.parametrize(
-    ("data", "message"),
+    ("suite", "arguments", "messages"),
     [
+        ({"tasks": [CHOOSE]}, ["--suite", "medcal", "--suite", "nowhere.yaml"],
+         ["unknown suite 'medcal'; did you mean 'medical'?", "nowhere.yaml: no such file"]),
+        ({"tasks": [{**CHOOSE, "metric": "acc_nrm"}]}, [],
+         ["task choose: it has no metric 'acc_nrm'; did you mean 'acc_norm'?"]),
+        ({"tasks": [{**CHOOSE, "filter": "x"}]}, [], ["task choose: it has no filter 'x'; valid: none"]),
+        ({"generation": [CHOOSE]}, [],
+         ["task choose: its output is multiple_choice: put it under 'tasks', not under 'generation'"]),
+        ({"group": "general", "tasks": [CHOOSE]}, ["--fail-under", "expert=0.9"],
+         ["nothing that is measured counts as expert"]),
+        ({"perplexity": {"corpora": ["domain/medcal"]}}, [],
+         ["perplexity.corpora: general: no corpus for 'domain/medcal'"]),
+        ({"tasks": [CHOOSE]}, ["--suite", "OTHER"], ["suite other: task 'choose' is in suite mine already"]),
+        ({"tasks": [CHOOSE]}, ["--base", "/nowhere/at/all"], ["say where it is with --base"]),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_with_its_name(
+    refusing: Workplace, suite: dict[str, Any], arguments: list[str], messages: list[str]
+) -> None:
+    other = refusing.suite("other", tasks=[CHOOSE])
+    arguments = [str(other) if argument == "OTHER" else argument for argument in arguments]
+    found = refusing.refused("--suite", refusing.suite(**suite), *arguments)
+    assert all(message in found for message in messages), found
+
+
+def test_a_task_without_examples_or_data(refusing: Workplace) -> None:
+    suite = refusing.suite(tasks=[CHOOSE])
+    for data, message in (
         ("", "questions.jsonl: holds no example"),
-        (None, "questions.jsonl: no such file"),
         ("[1, 2", "task choose: its data cannot be loaded"),
-    ],
-)
-def test_a_task_without_examples_or_data(refusing: Workplace, data: str | None, message: str) -> None:
-    (refusing.folder / "questions.jsonl").unlink() if data is None else refusing.text("questions.jsonl", data)
-    suite = refusing.suite(tasks=[{"file": "tasks/choose.yaml"}])
-    assert message in refusing.refused("--suite", suite)
+        (None, "questions.jsonl: no such file"),
+    ):
+        (refusing.folder / "questions.jsonl").unlink() if data is None else refusing.text("questions.jsonl", data)
+        assert message in refusing.refused("--suite", suite)
 
 
-@pytest.mark.parametrize(
-    ("entry", "section", "message"),
-    [
-        ({"metric": "acc_nrm"}, "tasks", "task choose: it has no metric 'acc_nrm'; did you mean 'acc_norm'?"),
-        ({"filter": "x"}, "tasks", "task choose: it has no filter 'x'; valid: none"),
-        ({}, "generation", "task choose: its output is multiple_choice: put it under 'tasks', not under 'generation'"),
-    ],
-)
-def test_entries_that_do_not_fit_their_task(
-    refusing: Workplace, entry: dict[str, Any], section: str, message: str
-) -> None:
-    suite = refusing.suite(**{section: [{"file": "tasks/choose.yaml", **entry}]})
-    assert message in refusing.refused("--suite", suite)
-
-
-def test_a_group_that_has_a_floor_must_be_measured(refusing: Workplace) -> None:
-    suite = refusing.suite(group="general", tasks=[{"file": "tasks/choose.yaml"}])
-    message = refusing.refused("--suite", suite, "--fail-under", "expert=0.9")
-    assert "nothing that is measured counts as expert" in message
-
-
-def test_a_corpus_that_is_nowhere(refusing: Workplace) -> None:
-    suite = refusing.suite(perplexity={"corpora": ["domain/medcal"]})
-    assert "perplexity.corpora: general: no corpus for 'domain/medcal'" in refusing.refused("--suite", suite)
-
-
-def test_a_base_that_is_gone(refusing: Workplace) -> None:
-    about = json.loads((refusing.expert / "expertprune.json").read_text())
-    about["spec"]["base"]["model"] = "/nowhere/at/all"
-    (refusing.expert / "expertprune.json").write_text(json.dumps(about))
-    suite = refusing.suite(tasks=[{"file": "tasks/choose.yaml"}])
-    assert "say where it is with --base" in refusing.refused("--suite", suite)
-
-
-def calibration_text(workplace: Workplace) -> str:
+def calibration_text(folder: Path, corpus: str = "medical") -> str:
     """The longest document of a corpus."""
-    lines = (workplace.folder / "medical.jsonl").read_text().splitlines()
+    lines = (folder / f"{corpus}.jsonl").read_text().splitlines()
     return max((str(json.loads(line)["text"]) for line in lines), key=len)
+
+
+def ask(workplace: Workplace, **changed: str) -> Path:
+    """A suite of four questions, of which the third has other fields; prompts are the questions alone."""
+    words = ("amber", "basil", "cobalt", "dahlia")
+    rows = [{"question": f"Which {word} is it?", "passage": "", "choices": words, "answer": 1} for word in words]
+    rows[2] |= changed
+    workplace.data("questions.jsonl", rows)
+    plain = CHOICE.format(name="choose", data="../questions.jsonl").replace("Question: ", "").replace("\\nAnswer:", "")
+    workplace.text("tasks/choose.yaml", plain)
+    return workplace.suite(tasks=[CHOOSE])
+
+
+LEAK = "task choose: 1 of 4 examples also calibrate the expert, or one that it is cut from (the first: "
 
 
 @pytest.mark.parametrize("place", ["question", "passage"])
 def test_an_example_whose_text_calibrated_the_expert_is_refused(refusing: Workplace, place: str) -> None:
     """As the prompt, or in a field of the example that its prompt does not show."""
-    rows = [
-        {"question": q.question, "passage": "", "choices": q.choices, "answer": q.answer} for q in some_questions(4)
-    ]
-    text = calibration_text(refusing)
+    text = calibration_text(refusing.folder)
     assert len(text) >= 60
-    rows[2][place] = text
-    refusing.data("questions.jsonl", rows)
-    plain = CHOICE.format(name="choose", data="../questions.jsonl").replace("Question: ", "").replace("\\nAnswer:", "")
-    refusing.text("tasks/choose.yaml", plain)
-    suite = refusing.suite(tasks=[{"file": "tasks/choose.yaml"}])
-    message = refusing.refused("--suite", suite)
-    assert "task choose: 1 of 4 examples also calibrate the expert (the first: " in message
+    assert LEAK + repr(text[:60]) in refusing.refused("--suite", ask(refusing, **{place: text}))
+
+
+def test_what_calibrated_an_ancestor_is_refused(
+    workplace: Workplace, spec_data: dict[str, Any], store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An expert is cut from the expert, on other text; the text of the first is gone, and its digests are not."""
+    text, folder = calibration_text(workplace.folder), workplace.folder / "second"
+    folder.mkdir()
+    sources = {
+        name: {
+            "path": str(write_corpus(folder / f"{name}.jsonl", seed=50 + number)),
+            "evaluation": str(write_corpus(folder / f"{name}.evaluation.jsonl", sentences=4, seed=60 + number)),
+        }
+        for number, name in enumerate(spec_data["corpora"]["sources"])
+    }
+    data = {**spec_data, "name": "second", "base": str(workplace.expert), "corpora": {"sources": sources}}
+    second = expertprune.build(
+        parse_spec(data, "spec", folder), folder / "expert", {"evaluate.enabled": False}, store=store
+    )
+    (workplace.folder / "medical.jsonl").unlink()
+    workplace.expert = second
+    assert LEAK + repr(text[:60]) in workplace.refused("--suite", ask(workplace, question=text))
+
+    evaluation = folder / "medical.evaluation.jsonl"
+    evaluation.write_text(json.dumps({"text": text}) + "\n" + evaluation.read_text())
+    (folder / "asked.jsonl").write_text(json.dumps({"question": text, "choices": ["a", "b"], "answer": 0}) + "\n")
+    sources["qa"]["questions"] = str(folder / "asked.jsonl")
+    with pytest.raises(SpecError) as error:
+        expertprune.validate(parse_spec(data, "spec", folder), store=store)
+    documents, questions = sorted(error.value.problems)
+    assert documents.startswith("corpus domain/medical: 1 of 5 evaluation documents also calibrate the expert, or one")
+    assert questions.startswith("corpus task/qa: 1 of 1 questions also calibrate the expert, or one")
 
 
 def test_an_evaluation_document_that_calibrated_the_expert_is_refused(refusing: Workplace) -> None:
     evaluation = refusing.folder / "medical.evaluation.jsonl"
-    evaluation.write_text(json.dumps({"text": calibration_text(refusing)}) + "\n" + evaluation.read_text())
+    evaluation.write_text(json.dumps({"text": calibration_text(refusing.folder)}) + "\n" + evaluation.read_text())
     suite = refusing.suite(perplexity={})
     assert "corpus domain/medical: 1 of 5 evaluation documents also calibrate" in refusing.refused("--suite", suite)
 
@@ -466,20 +484,9 @@ def test_a_base_at_chance_has_no_retention_and_the_table_says_why(workplace: Wor
     assert (
         entry["note"] == f"the base ({entry['base']:.4f}) is no better than chance (0.9900), so retention is undefined"
     )
-    assert found["summary"]["general"]["undefined"] == ["choose"]
+    assert found["summary"]["general"]["accuracy"]["undefined"] == ["choose"]
     assert "undefined" in table
     assert "nan" not in table.lower()
     assert entry["note"] in (workplace.expert / "README.md").read_text()
     message = workplace.run("--suite", suite, "--fail-under", "general=0.5", code=1).stderr
-    assert "below the floor: general: retention is undefined, and 0.5 is asked for" in message
-
-
-def test_two_suites_with_the_same_task(refusing: Workplace) -> None:
-    suites = [refusing.suite(name, tasks=[{"file": "tasks/choose.yaml"}]) for name in ("one", "two")]
-    message = refusing.refused("--suite", suites[0], "--suite", suites[1])
-    assert "suite two: task 'choose' is in suite one already" in message
-
-
-def test_a_python_user_gets_the_same_error(workplace: Workplace) -> None:
-    with pytest.raises(SpecError, match="unknown suite 'x'"):
-        expertprune.evaluate_suites(workplace.expert, ["x"], store=workplace.store)
+    assert "below the floor: general accuracy: retention is undefined, and 0.5 is asked for" in message

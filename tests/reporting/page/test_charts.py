@@ -9,15 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from expertprune.reporting.page import charts
-from expertprune.reporting.page.charts import (
-    Mark,
-    Row,
-    intervals,
-    kept_picture,
-    overlap_picture,
-    relevance_picture,
-    retention_picture,
-)
+from expertprune.reporting.page.charts import alignment_picture, kept_picture, relevance_picture, retention_picture
 from expertprune.reporting.page.inline import ACCENT, INK, figure_of, svg
 
 HOSTILE = "<script>alert(1)</script> $x_1$ & \"q\" 'q' 日本"
@@ -86,48 +78,30 @@ def test_the_same_figure_gives_the_same_element() -> None:
 # --- pictures -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("which", ["wide", "narrow"])
-def test_marks_stand_at_their_values(which: str) -> None:
-    values = (0.8, 0.9, 1.1)
-    rows = [Row("heading"), *(Row(f"row {value}", (Mark(value, value - 0.05, value + 0.05, 0),)) for value in values)]
-    first, second, third = marks(getattr(intervals("i", "picture", rows, "axis"), which))
-    assert first[0] < second[0] < third[0]
-    assert (second[0] - first[0]) / (third[0] - first[0]) == pytest.approx(0.1 / 0.3, rel=1e-3)
-    assert first[1] < second[1] < third[1]  # in the order of the rows, downwards
+def metric(name: str, retention: float | None, group: str = "expert", wide: float | None = 0.0) -> dict[str, Any]:
+    low, high = (None, None) if retention is None or wide is None else (retention - wide, retention + wide)
+    return {"group": group, "name": name, "label": "accuracy", "retention": retention, "low": low, "high": high}
 
 
-def test_an_undefined_interval_is_a_mark_alone() -> None:
-    rows = [Row("a", (Mark(0.5, None, None, 0),))]
-    assert len(marks(intervals("i", "picture", rows, "axis").wide)) == 1
-
-
-def metric(name: str, retention: float | None, group: str = "expert") -> dict[str, Any]:
-    return {
-        "group": group,
-        "name": name,
-        "label": "accuracy",
-        "retention": retention,
-        "low": retention,
-        "high": retention,
-    }
-
-
-def test_retention_is_drawn_where_it_is_defined() -> None:
-    rows = [metric(HOSTILE, 0.5), metric("undefined", None), metric("b", 0.9, "general")]
+def test_marks_stand_at_their_values_and_what_is_undefined_has_none() -> None:
+    rows = [metric(HOSTILE, 0.8), metric("undefined", None), metric("b", 0.9, wide=None), metric("c", 1.1, "general")]
     picture = retention_picture("r", rows)
     assert picture is not None
-    assert len(marks(picture.wide)) == len(marks(picture.narrow)) == 2
-    assert "2 metrics" in ElementTree.fromstring(picture.wide).get("aria-label", "")
+    by_height = sorted(marks(picture), key=lambda mark: mark[1])  # in the order of the rows, downwards
+    first, second, third = (x for x, _ in by_height)
+    assert (second - first) / (third - first) == pytest.approx(0.1 / 0.3, rel=1e-3)
+    assert "3 metrics" in ElementTree.fromstring(picture).get("aria-label", "")
     assert retention_picture("r", [metric("undefined", None)]) is None
 
 
 def test_bars_are_as_high_as_their_counts() -> None:
     structure = {
         "label": "FFN neurons",
-        "layers": {"of": [40, 40], "kept": [30, 20]},
+        "of": [40, 40],
+        "kept_by_layer": [30, 20],
         "protected": [{"source": "language", "layers": [10, 20]}, {"source": "general", "layers": [20, 0]}],
     }
-    root = ElementTree.fromstring(kept_picture("k", structure).wide)
+    root = ElementTree.fromstring(kept_picture("k", structure))
     heights: dict[str, list[float]] = {}
     for path in root.iter("path"):
         points = [tuple(map(float, pair)) for pair in re.findall(r"[ML] ([\d.]+) ([\d.]+)", path.get("d", ""))]
@@ -146,33 +120,31 @@ def opacities(text: str) -> list[float]:
     return [float(style_of(cell, "fill-opacity") or 1) for cell in cells]
 
 
-def test_a_heat_map_is_logarithmic_and_the_same_in_both_widths() -> None:
+def test_a_heat_map_is_logarithmic() -> None:
     corpora = [
         {"name": "language/en", "by_layer": [0.001, 0.01, 0.989]},
         {"name": "task/qa", "by_layer": [0.1, 0.1, 0.8]},
     ]
     picture = relevance_picture("h", "FFN neurons", corpora)
     assert picture is not None
-    wide, narrow = opacities(picture.wide)[:6], opacities(picture.narrow)[:6]
+    wide = opacities(picture)[:6]
     assert wide[0] == min(wide)
     assert wide[2] == max(wide)
     assert wide[3] == wide[4]
     # 0.001, 0.01 and 0.1 are equally far from each other
     assert wide[1] - wide[0] == pytest.approx(wide[3] - wide[1], abs=2e-3)
-    assert narrow == [wide[row + column * 3] for row in range(3) for column in range(2)]
 
 
 def test_corpora_without_relevance_are_not_drawn() -> None:
     assert relevance_picture("h", "FFN neurons", [{"name": "a", "by_layer": None}]) is None
 
 
-def test_overlap_shows_each_pair() -> None:
-    overlap = {"corpora": ["language/en", "task/qa"], "matrix": [[1.0, 0.4567], [0.4567, 1.0]], "chance": 0.1}
-    texts = [
-        element.text for element in ElementTree.fromstring(overlap_picture("o", "heads", overlap).wide).iter("text")
-    ]
-    assert texts.count("0.46") == 2
-    assert "1.00" not in texts
+def test_alignment_is_drawn_where_it_is_defined() -> None:
+    entries = [{"name": HOSTILE, "layers": [1.0, None, 0.8]}, {"name": "task qa", "layers": [None, None, None]}]
+    picture = alignment_picture("a", entries)
+    assert picture is not None
+    assert "on 1 corpora; the lowest is 0.8000" in ElementTree.fromstring(picture).get("aria-label", "")
+    assert alignment_picture("a", entries[1:]) is None
 
 
 def test_long_names_are_cut_with_an_ellipsis() -> None:

@@ -13,7 +13,15 @@ from expertprune.artifacts.expert import Expert
 from expertprune.artifacts.plan import LayerPlan, Plan, load_plan
 from expertprune.artifacts.profile import Profile
 from expertprune.composition.scoring import check_criterion
-from expertprune.reporting.page.reasons import _overlap, _shares, decided, kept_units, relevance_findings
+from expertprune.reporting.page.reasons import (
+    CorpusRelevance,
+    Protected,
+    _overlap,
+    _shares,
+    decided,
+    kept_units,
+    relevance_findings,
+)
 from expertprune.units import KeptUnits, LayerShape, Structure
 
 
@@ -33,15 +41,11 @@ def a_plan() -> Plan:
 
 def test_kept_units_are_counted_by_layer_and_by_who_protected_them() -> None:
     ffn, heads, groups = kept_units(a_plan())
-    assert (ffn["units"], ffn["kept"], ffn["cut"], ffn["kept_fraction"]) == (8, 5, 3, 5 / 8)
-    assert ffn["layers"] == {"of": [4, 4], "kept": [3, 2], "threshold": [0.5, 0.25]}
-    assert ffn["protected"] == [
-        {"source": "language", "units": 2, "layers": [2, 0]},
-        {"source": "general", "units": 3, "layers": [1, 2]},
-    ]
-    assert ffn["kinds"] == [{"kind": "shared", "units": 4, "kept": 3}]
+    assert (ffn.units, ffn.kept, ffn.cut, ffn.kept_fraction) == (8, 5, 3, 5 / 8)
+    assert (ffn.of, ffn.kept_by_layer) == ([4, 4], [3, 2])
+    assert ffn.protected == [Protected("language", 2, [2, 0]), Protected("general", 3, [1, 2])]
     for uncut, units in ((heads, 4), (groups, 2)):
-        assert (uncut["decided"], uncut["kept"], uncut["cut"], uncut["kept_fraction"]) == (False, units, 0, 1.0)
+        assert (uncut.decided, uncut.kept, uncut.cut, uncut.kept_fraction) == (False, units, 0, 1.0)
     assert decided(a_plan()) == [Structure.FFN]
 
 
@@ -49,11 +53,11 @@ def test_shares_of_relevance_by_layer_and_of_what_was_cut() -> None:
     layers = [np.array([1.0, 2.0, 3.0, 4.0]), np.array([6.0, 2.0, 1.0, 1.0])]
     cut = [np.array([False, False, True, False]), np.array([True, True, False, False])]
     # 20 in all, 10 in each layer; cut: 3 + 6 + 2
-    assert _shares(layers, cut) == {"by_layer": [0.5, 0.5], "cut": pytest.approx(11 / 20)}
+    assert _shares("a", layers, cut) == CorpusRelevance("a", [0.5, 0.5], pytest.approx(11 / 20))
 
 
 def test_a_corpus_without_any_relevance_has_no_shares() -> None:
-    assert _shares([np.zeros(3)], [np.array([True, False, False])]) == {"by_layer": None, "cut": None}
+    assert _shares("a", [np.zeros(3)], [np.array([True, False, False])]) == CorpusRelevance("a", None, None)
 
 
 def test_overlap_of_irrelevant_sets_by_hand() -> None:
@@ -65,23 +69,23 @@ def test_overlap_of_irrelevant_sets_by_hand() -> None:
     }
     found = _overlap(corpora, [np.array([True, True, False, False])])
     assert found is not None
-    assert (found["fraction"], found["units"], found["irrelevant"]) == (0.5, 4, 2)
-    assert found["matrix"][0] == pytest.approx([1, 1 / 3, 1 / 3])  # {1} of {0, 1, 2}; {0} of {0, 1, 3}
-    assert found["matrix"][1] == pytest.approx([1 / 3, 1, 0])
-    assert found["chance"] == pytest.approx(1 / 3)  # two of four: one in common, three together
-    assert found["agreed"] == 1  # both dimensions: {1}; general does not count
-    assert found["agreed_and_cut"] == 1
-    assert found["agreed_by_chance"] == pytest.approx(1.0)  # 4 · (2/4)²
-    assert found["cut_within"] == pytest.approx([1.0, 0.5, 0.5])
-    assert found["cut_within_all"] == pytest.approx(0.5)
+    assert (found.fraction, found.irrelevant) == (0.5, 2)
+    assert found.matrix[0] == pytest.approx([1, 1 / 3, 1 / 3])  # {1} of {0, 1, 2}; {0} of {0, 1, 3}
+    assert found.matrix[1] == pytest.approx([1 / 3, 1, 0])
+    assert found.chance == pytest.approx(1 / 3)  # two of four: one in common, three together
+    assert found.agreed == 1  # both dimensions: {1}; general does not count
+    assert found.agreed_and_cut == 1
+    assert found.agreed_by_chance == pytest.approx(1.0)  # 4 · (2/4)²
+    assert found.cut_within == pytest.approx([1.0, 0.5, 0.5])
+    assert found.cut_within_all == pytest.approx(0.5)
 
 
 def test_where_nothing_is_cut_a_quarter_counts_as_irrelevant() -> None:
     found = _overlap({"language/en": [np.arange(8.0)], "task/qa": [np.arange(8.0)]}, [np.zeros(8, dtype=bool)])
     assert found is not None
-    assert (found["fraction"], found["irrelevant"], found["agreed"]) == (0.25, 2, 2)
-    assert found["cut_within"] == [None, None]
-    assert found["cut_within_all"] is None
+    assert (found.fraction, found.irrelevant, found.agreed) == (0.25, 2, 2)
+    assert found.cut_within == [None, None]
+    assert found.cut_within_all is None
 
 
 def test_layers_of_one_unit_have_nothing_to_agree_on() -> None:
@@ -93,20 +97,21 @@ def test_a_real_build_against_brute_force(tiny_build: tuple[Path, Path]) -> None
     plan = Expert.load(folder).plan
     profiles = {name: Profile(store / "profiles" / f"{key}.safetensors") for name, key in plan.profiles.items()}
     ffn, groups = relevance_findings(plan, profiles, check_criterion("impact"), "mean", None)
-    assert (ffn["structure"], groups["structure"]) == ("ffn", "kv_groups")
-    for corpus in ffn["corpora"]:
-        profile = profiles[corpus["name"]]
+    assert (ffn.structure, groups.structure) == ("ffn", "kv_groups")
+    for corpus in ffn.corpora:
+        profile = profiles[corpus.name]
         # impact of neuron j: mean over documents of (rms · ‖column‖)²
         scores = [
             (profile.read_half(f"ffn.{layer}.rms") * profile.read(f"ffn.{layer}.output_l2")).square().mean(0).double()
             for layer in range(3)
         ]
         total = float(torch.cat(scores).sum())
-        assert corpus["by_layer"] == pytest.approx([float(each.sum()) / total for each in scores], rel=1e-5)
+        assert corpus.by_layer == pytest.approx([float(each.sum()) / total for each in scores], rel=1e-5)
         gone = sum(float(s[j]) for s, k in zip(scores, plan.kept, strict=True) for j in range(32) if j not in k.ffn)
-        assert corpus["cut"] == pytest.approx(gone / total, rel=1e-5)
-    matrix = np.array(ffn["overlap"]["matrix"])
-    for (a, first), (b, second) in itertools.combinations(enumerate(ffn["overlap"]["corpora"]), 2):
+        assert corpus.cut == pytest.approx(gone / total, rel=1e-5)
+    assert ffn.overlap is not None
+    matrix = np.array(ffn.overlap.matrix)
+    for (a, first), (b, second) in itertools.combinations(enumerate(ffn.overlap.corpora), 2):
         sets = []
         for name in (first, second):
             profile = profiles[name]
@@ -124,7 +129,7 @@ def test_a_plan_on_disk_says_the_same(tiny_build: tuple[Path, Path], tmp_path: P
     plan = Expert.load(tiny_build[0]).plan
     plan.save(tmp_path / "plan.json")
     ffn, _, groups = kept_units(load_plan(tmp_path / "plan.json"))
-    assert (ffn["kept"], ffn["units"]) == (3 * 24, 3 * 32)
-    assert (groups["kept"], groups["units"]) == (3 * 2, 3 * 3)
+    assert (ffn.kept, ffn.units) == (3 * 24, 3 * 32)
+    assert (groups.kept, groups.units) == (3 * 2, 3 * 3)
     kept = plan.budget["ffn"]["kept"]  # a layer that loses nothing protects nothing
-    assert sum(entry["units"] for entry in ffn["protected"]) == sum(width for width in kept if width < 32)
+    assert sum(entry.units for entry in ffn.protected) == sum(width for width in kept if width < 32)

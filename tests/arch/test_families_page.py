@@ -1,4 +1,4 @@
-"""Follows `expertprune/arch/README.md` for the invented family of its worked example."""
+"""Follows `docs/families.md` for the invented family of its worked example."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ import expertprune
 from expertprune.arch import families, family
 from expertprune.cli import main
 from expertprune.spec.reading import parse_spec
+from tests.documents import blocks, page
 from tests.juniper import FAMILY, JuniperConfig, JuniperForCausalLM, register
 from tests.oracle import read_json
 from tests.tiny import tiny_tokenizer
 
 HERE = Path(family.__file__).parent
-PAGE = (HERE / "README.md").read_text(encoding="utf-8")
+PAGE = page("docs/families.md")
 
 
 def block(language: str, beginning: str = "") -> str:
     """A fenced block of the page, by how it begins."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
-    return next(text for named, text in found if named == language and text.startswith(beginning))
+    return next(text for text in blocks(language, PAGE) if text.startswith(beginning))
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_the_page_shows_the_file_that_other_tests_use() -> None:
 
 
 def check(model: Path, code: int) -> str:
-    line = block("", "expertprune families").strip().replace("path/to/juniper", str(model))
+    line = block("sh", "expertprune families").strip().replace("path/to/juniper", str(model))
     result = CliRunner().invoke(main, [*line.split()[1:], "--json"])
     assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
     return result.output
@@ -74,7 +74,7 @@ def check(model: Path, code: int) -> str:
 
 def test_the_page_prints_what_a_layer_stores(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     exec(block("python").replace("path/to/juniper", str(model)), {})
-    assert capsys.readouterr().out == block("", "before_mix")
+    assert capsys.readouterr().out == block("text", "before_mix")
 
 
 def test_without_the_file_it_is_not_supported(model: Path) -> None:

@@ -1,0 +1,141 @@
+"""The pages in docs/: what they show is valid, and what is generated is complete."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_args
+
+import pytest
+import torch
+from pydantic import BaseModel
+
+from expertprune.cli import main
+from expertprune.composition.scoring import rules
+from expertprune.pruning.repair import repairs
+from expertprune.relevance import UnitStatistics, criteria
+from expertprune.spec.reading import load_spec
+from expertprune.spec.schema import Spec
+from tests.documents import ROOT, blocks, page
+
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+SPECS = [text for name in PAGES for text in blocks("yaml", page(name)) if text.startswith("name:")]
+PLUGIN = page("docs/extending.md")
+CALLS = [
+    shlex.split(line, comments=True)
+    for name in PAGES
+    for text in blocks("sh", page(name))
+    for line in text.replace("\\\n", "").splitlines()
+    if line.startswith("expertprune ")
+]
+
+
+@pytest.fixture(scope="module")
+def hooks() -> ModuleType:
+    """The site's generators."""
+    found = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("text", SPECS, ids=lambda text: text.splitlines()[0])
+def test_specs_are_valid(text: str, tmp_path: Path) -> None:
+    (tmp_path / "spec.yaml").write_text(text)
+    load_spec(tmp_path / "spec.yaml")
+
+
+@pytest.mark.parametrize("words", CALLS, ids=" ".join)
+def test_commands_parse(words: list[str]) -> None:
+    with main.commands[words[1]].make_context(words[1], words[2:]):
+        pass
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub and the site make them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", [*PAGES, "CHANGELOG.md", "CONTRIBUTING.md", "bench/README.md"])
+def test_links_lead_somewhere_in_the_clone(name: str) -> None:
+    """The site's own links are checked by `make docs`; README and bench/ are read in the clone too."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", page(name)):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / name).parent / path if path else ROOT / name
+        assert file.exists(), target
+        if anchor:
+            assert anchor in anchors(file.read_text(encoding="utf-8")), target
+
+
+def test_the_plugin_that_the_page_shows_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    for registry in (criteria, rules):
+        monkeypatch.setattr(registry, "_entries", dict(registry))
+    for text in blocks("python", PLUGIN):
+        exec(text, {})
+    rms = torch.tensor([[1.0, 5.0, 3.0, 2.0]])  # two units of two channels
+    ones = torch.ones(4)
+    statistics = UnitStatistics(rms, None, ones, ones, weight_norm=torch.ones(2), layer=0, seed=0)
+    assert criteria["loudest"].score(statistics).tolist() == [[5.0, 3.0]]
+    assert rules["median"](torch.tensor([[1.0, 9.0], [2.0, 8.0], [4.0, 0.0]])).tolist() == [2.0, 8.0]
+    groups = {registry.group for registry in (criteria, rules, repairs)} | {"expertprune.families"}
+    assert {f"expertprune.{name}" for name in re.findall(r'entry-points."expertprune\.(\w+)"', PLUGIN)} == groups
+
+
+def test_there_is_something_to_check() -> None:
+    assert len(SPECS) >= 4
+    assert {words[1] for words in CALLS} >= {"build", "evaluate", "export", "serve", "vocabulary"}
+
+
+def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a model; the entries of a mapping have the name `NAME`."""
+    for name, field in model.model_fields.items():
+        full = f"{prefix}{field.alias or name}"
+        yield full
+        for inner, kind in inside(field.annotation):
+            yield from keys(inner, f"{full}.NAME." if kind is dict else f"{full}.")
+
+
+def inside(annotation: Any, kind: Any = None) -> Iterator[tuple[type[BaseModel], Any]]:
+    """The models in an annotation, each with `dict` if it is the value of a mapping."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation, kind
+    for argument in get_args(annotation):
+        yield from inside(argument, getattr(annotation, "__origin__", None))
+
+
+def test_the_reference_has_a_row_for_each_key_and_no_other(hooks: ModuleType) -> None:
+    expected = list(keys(Spec))
+    assert {"budget.ffn", "corpora.sources.NAME.template", "compose.fusion.lambda"} <= set(expected)
+    rows = [line.split("`")[1] for line in hooks.spec_reference().splitlines() if line.startswith("| `")]
+    assert sorted(rows) == sorted(expected)
+
+
+def test_the_reference_says_defaults_and_limits(hooks: ModuleType) -> None:
+    rows = {line.split("`")[1]: line for line in hooks.spec_reference().splitlines() if line.startswith("| `")}
+    assert "| whole number, at least 2 | `512` |" in rows["calibration.max_tokens"]
+    assert "| required |" in rows["base.model"]
+    assert "| `false` |" in rows["base.trust_remote_code"]
+    assert "| `[general]` |" in rows["general"]
+
+
+def test_every_criterion_has_its_formula_and_its_paper(hooks: ModuleType) -> None:
+    sections = dict(part.split("\n", 1) for part in hooks.criteria_reference().split("## ")[1:])
+    assert set(sections) == set(criteria)
+    for name, text in sections.items():
+        assert criteria[name].paper in text
+        assert len(text.split("Pass:")[0].strip()) > 40
+
+
+def test_every_command_has_its_help(hooks: ModuleType) -> None:
+    sections = dict(part.split("\n", 1) for part in hooks.command_reference().split("\n## ")[1:])
+    assert set(sections) | {min(main.commands)} == set(main.commands)
+    assert all("--help" in text for text in sections.values())
