@@ -20,11 +20,11 @@ from expertprune.spec.schema import DIMENSIONS, Dimensions
 from expertprune.spec.values import Names
 
 
-class _Section(BaseModel):
+class _SuiteKeys(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
 
-class _Measured(_Section):
+class _Measured(_SuiteKeys):
     """What a measurement says of: the expert's purpose, or what it should keep besides."""
 
     group: Group | None = Field(None, description="Whether it counts as expert or as general, whatever the spec says.")
@@ -84,7 +84,7 @@ class TaskEntry(_Measured):
         return self.name if self.name is not None else str(_task_file(Path(str(self.file)))["task"])
 
 
-class Perplexity(_Section):
+class Perplexity(_SuiteKeys):
     """Bits per byte and KL to the base, on the evaluation documents of corpora."""
 
     corpora: Names | None = Field(None, description="Such as domain/medical or general; default: all of the spec's.")
