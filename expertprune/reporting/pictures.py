@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from expertprune.artifacts.timing import METRICS, ROLES, Timing
 from expertprune.errors import CheckpointError
 from expertprune.files import staged_file
 
@@ -208,24 +208,19 @@ def _label_curves(axes: Any, left: float, labels: list[tuple[float, str, str]]) 
         axes.text(left, place, name, ha="right", va="center", color=colour, fontsize=11, fontweight="bold")
 
 
-def throughput_picture(result: Mapping[str, Any], metrics: Mapping[str, tuple[str, bool]], path: Path) -> None:
-    """Expert over base for each metric: every pair, their median, and the limit of the speed-up.
-
-    Args:
-        result: a throughput document.
-        metrics: by key, the name for people and whether more is better; drawn are those that have a ratio.
-    """
+def throughput_picture(timing: Timing, path: Path) -> None:
+    """Expert over base, for each metric that has a ratio: every pair, their median, and the limit of the speed-up."""
     from matplotlib.figure import Figure
 
-    drawn = [metric for metric in metrics if metric in result["ratios"]]
-    runs = {role: [run for run in result["runs"] if run["model"] == role] for role in ("base", "expert")}
+    drawn = [metric for metric in METRICS if metric in timing.ratios]
+    base, expert = ([run for run in timing.runs if run.model == role] for role in ROLES)
     figure = Figure(figsize=(7.2, 0.46 * len(drawn) + 1.5), facecolor="white", layout="constrained")
     axes = figure.add_subplot()
     axes.axvline(1.0, color=QUIET, linewidth=0.8, linestyle=":")
     for row, metric in enumerate(drawn):
-        pairs = [expert[metric] / base[metric] for base, expert in zip(runs["base"], runs["expert"], strict=True)]
-        median = result["ratios"][metric]["median"]
-        better = median == 1 or (median > 1) == metrics[metric][1]
+        pairs = [getattr(mine, metric) / getattr(other, metric) for mine, other in zip(expert, base, strict=True)]
+        median = timing.ratios[metric].median
+        better = median == 1 or (median > 1) == METRICS[metric][1]
         _, colour, marker, _ = _CURVES[0 if better else 1]
         axes.plot([min(pairs), max(pairs)], [row, row], color=colour, linewidth=1.2, alpha=0.6)
         axes.plot(pairs, [row] * len(pairs), color=colour, linestyle="", marker="|", markersize=8, alpha=0.8)
@@ -233,12 +228,12 @@ def throughput_picture(result: Mapping[str, Any], metrics: Mapping[str, tuple[st
         label = f"{median:.2f}"
         axes.annotate(label, (median, row), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9)
     speed = drawn.index("output_tokens_per_second")
-    axes.plot([result["limit"]] * 2, [speed - 0.32, speed + 0.32], color="black", linewidth=1.6)
-    below = (result["limit"], speed + 0.3)  # where no value stands
+    axes.plot([timing.limit] * 2, [speed - 0.32, speed + 0.32], color="black", linewidth=1.6)
+    below = (timing.limit, speed + 0.3)  # where no value stands
     axes.annotate(
-        f"limit {result['limit']:.2f}", below, xytext=(4, 0), textcoords="offset points", fontsize=9, va="center"
+        f"limit {timing.limit:.2f}", below, xytext=(4, 0), textcoords="offset points", fontsize=9, va="center"
     )
-    axes.set_yticks(range(len(drawn)), [metrics[metric][0] for metric in drawn], fontsize=9)
+    axes.set_yticks(range(len(drawn)), [METRICS[metric][0] for metric in drawn], fontsize=9)
     axes.set_ylim(len(drawn) - 0.4, -0.75)
     axes.margins(x=0.12)
     axes.tick_params(axis="y", length=0)

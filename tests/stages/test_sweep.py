@@ -203,7 +203,8 @@ def test_the_value_replaces_what_the_spec_removes(
     built = build(spec, tmp_path / "built", *(part for setting in same for part in ("--set", setting)))
     assert point.parameters == built["parameters"]
     assert point.parameters["after"] < BEFORE
-    assert point.corpora["domain/medical"]["metrics"] == built["evaluation"]["corpora"]["domain/medical"]["metrics"]
+    metrics = point.corpora["domain/medical"].model_dump(mode="json")["metrics"]
+    assert metrics == built["evaluation"]["corpora"]["domain/medical"]["metrics"]
     assert point.general is None
 
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from expertprune import formats
+from expertprune.artifacts.timing import METRICS
 from expertprune.errors import CheckpointError
 from expertprune.files import check_parent, to_json, write_file
 from expertprune.reporting.card import CARD_FILE, card_text
@@ -21,7 +22,6 @@ from expertprune.reporting.page import charts
 from expertprune.reporting.page.evidence import read_artifacts
 from expertprune.reporting.page.findings import findings
 from expertprune.reporting.page.lineup import lineup
-from expertprune.serving.throughput import METRICS
 
 REPORT_SCHEMA = 2
 
