@@ -44,10 +44,10 @@ REPAIR = """
 from expertprune.pruning.repair import repair
 
 @repair("doubled", runs_model=True)
-def doubled(model, family, shapes, plan, *others):
+def doubled(text, plan, settings, progress=None):
     for index, kept in enumerate(plan):
-        name = family.layer_prefix(index) + family.ffn.output_weight
-        yield name, 2 * model.get_parameter(name).detach()[:, list(kept.ffn)]
+        name = text.family.layer_prefix(index) + text.family.ffn.output_weight
+        yield name, 2 * text.model.get_parameter(name).detach()[:, list(kept.ffn)]
 """
 POINTS = {
     "expertprune.criteria": {"position": "grove.criterion"},
