@@ -1,8 +1,7 @@
-"""Pictures of results, drawn by matplotlib into PNG or SVG files. It is imported by the function that draws."""
+"""Pictures of results as PNG or SVG files. Matplotlib is imported only when something is drawn."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from expertprune.artifacts.sweep import Sweep
+    from expertprune.composition.overlap import Comparison, StructureComparison
 
 
 FORMATS = (".png", ".svg")
@@ -23,14 +23,14 @@ FORMATS = (".png", ".svg")
 STRUCTURES = {"ffn": "FFN neurons", "query_heads": "query heads", "kv_groups": "KV groups", "experts": "MoE experts"}
 
 
-# One hue from light to dark, with a frame of orange: nothing hangs on telling red from green.
+# One hue from light to dark and an orange frame, so that nobody has to tell red from green.
 COLOURS, FRAME, QUIET = "Blues", "#D55E00", "#6b6b6b"
 
 
 _CELL, _TREE, _GAP, _HEAD, _LETTER = 0.56, 0.9, 0.4, 0.95, 0.078  # inches
 
 
-# Key of a point, colour, marker and line of its curve: told apart without colour too.
+# Key of a point, colour, marker and line of its curve. Markers and lines differ for those who do not see colours.
 _CURVES = (("expert", "#0072B2", "o", "-"), ("general", "#D55E00", "s", "--"))
 
 
@@ -38,7 +38,7 @@ def check_picture(path: Path, made: Path | None = None) -> None:
     """Raises `CheckpointError` if a picture cannot be written there: another format, or no such folder.
 
     Args:
-        made: a folder that will be there by then.
+        made: a folder that will exist when the picture is written.
     """
     if path.suffix.lower() not in FORMATS:
         raise CheckpointError(f"{path}: a picture is a {' or '.join(FORMATS)} file")
@@ -60,16 +60,12 @@ def save_picture(figure: Figure, path: Path) -> None:
         figure.savefig(temporary, format=path.suffix.lower()[1:], dpi=150, metadata=metadata)
 
 
-def draw_comparison(comparison: Mapping[str, Any], path: Path) -> None:
-    """Heat maps of the overlap, a dendrogram above each, one for each structure.
-
-    Args:
-        comparison: a `Comparison`'s document.
-    """
+def draw_comparison(comparison: Comparison, path: Path) -> None:
+    """A heat map of the overlap for each structure, with a dendrogram above it."""
     from matplotlib.figure import Figure
 
-    structures = comparison["structures"]
-    names = [corpus["name"] for corpus in comparison["corpora"]]
+    structures = comparison.structures
+    names = [corpus.name for corpus in comparison.corpora]
     side, label = _CELL * len(names), _LETTER * max(map(len, names)) + 0.2
     side_with_label = max(side, 2.6) + label
     width = side_with_label * len(structures) + _GAP * (len(structures) - 1) + 1.2
@@ -77,21 +73,21 @@ def draw_comparison(comparison: Mapping[str, Any], path: Path) -> None:
     height = _HEAD + _TREE + side + foot
     figure = Figure(figsize=(width, height), facecolor="white")
     figure.text(
-        0.1 / width, 1 - 0.12 / height, f"Overlap of the least relevant {comparison['fraction']:.0%} of units",
+        0.1 / width, 1 - 0.12 / height, f"Overlap of the least relevant {comparison.fraction:.0%} of units",
         fontsize=12, weight="bold", va="top",
     )  # fmt: skip
-    about = f"{comparison['base']['model']}, criterion {comparison['criterion']}"
+    about = f"{comparison.base['model']}, criterion {comparison.criterion}"
     figure.text(0.1 / width, 1 - 0.36 / height, about, fontsize=9, color=QUIET, va="top", parse_math=False)
 
     def axes(left: float, bottom: float, width_: float, height_: float) -> Axes:
         """Axes at a place given in inches."""
         return figure.add_axes((left / width, bottom / height, width_ / width, height_ / height))
 
-    lowest = min(result["chance"] for result in structures.values())
+    lowest = min(result.chance for result in structures.values())
     for number, (structure, result) in enumerate(structures.items()):
         left = label + number * (side_with_label + _GAP)
         tree = axes(left, foot + side, side, _TREE)
-        title = f"{STRUCTURES[structure]} (by chance {result['chance']:.2f})"
+        title = f"{STRUCTURES[structure]} (by chance {result.chance:.2f})"
         tree.set_title(title, fontsize=10, loc="left", pad=8)
         _dendrogram(tree, result, names)
         image = _heat_map(axes(left, foot, side, side), result, names, lowest)
@@ -102,14 +98,13 @@ def draw_comparison(comparison: Mapping[str, Any], path: Path) -> None:
     save_picture(figure, path)
 
 
-def _dendrogram(axes: Axes, result: Mapping[str, Any], names: list[str]) -> None:
+def _dendrogram(axes: Axes, result: StructureComparison, names: list[str]) -> None:
     """The merges over the heat map's columns; those within a cluster are drawn in colour."""
-    import numpy as np
     from matplotlib.collections import LineCollection
     from scipy.cluster.hierarchy import dendrogram
 
-    drawn = dendrogram(np.array(result["dendrogram"]), no_plot=True)
-    cluster = [number for number, members in enumerate(result["clusters"]) for _ in members]
+    drawn = dendrogram(result.clustering.dendrogram, no_plot=True)
+    cluster = [number for number, members in enumerate(result.clustering.clusters) for _ in members]
     lines, colours = [], []
     for x, y in zip(drawn["icoord"], drawn["dcoord"], strict=True):
         x = [value / 10 - 0.5 for value in x]  # scipy puts the leaves at 5, 15, 25, ...
@@ -126,13 +121,13 @@ def _dendrogram(axes: Axes, result: Mapping[str, Any], names: list[str]) -> None
     axes.spines["left"].set_color(QUIET)
 
 
-def _heat_map(axes: Axes, result: Mapping[str, Any], names: list[str], lowest: float) -> Any:
+def _heat_map(axes: Axes, result: StructureComparison, names: list[str], lowest: float) -> Any:
     """The overlap with its values; corpora in the dendrogram's order, clusters framed, the diagonal left out."""
     import numpy as np
     from matplotlib.patches import Rectangle
 
-    order = [names.index(name) for name in result["order"]]
-    overlap = np.array(result["overlap"])[np.ix_(order, order)]
+    order = result.clustering.order
+    overlap = result.overlap[np.ix_(order, order)]
     image = axes.imshow(np.where(np.eye(len(names)), np.nan, overlap), cmap=COLOURS, vmin=lowest, vmax=1)
     axes.set_facecolor("#d9d9d9")
     for row, column in zip(*np.nonzero(~np.eye(len(names), dtype=bool)), strict=True):
@@ -140,14 +135,14 @@ def _heat_map(axes: Axes, result: Mapping[str, Any], names: list[str], lowest: f
         ink = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"
         axes.text(column, row, f"{overlap[row, column]:.2f}", ha="center", va="center", fontsize=9, color=ink)
     start = 0
-    for members in result["clusters"]:
+    for members in result.clustering.clusters:
         if len(members) > 1:
             corner = (start - 0.5, start - 0.5)
             axes.add_patch(Rectangle(corner, len(members), len(members), fill=False, ec=FRAME, lw=2, clip_on=False))
         start += len(members)
-    axes.set_xticks(range(len(names)), result["order"], fontsize=9, parse_math=False)
+    axes.set_xticks(range(len(names)), [names[index] for index in order], fontsize=9, parse_math=False)
     axes.tick_params(axis="x", rotation=45, rotation_mode="xtick")
-    axes.set_yticks(range(len(names)), result["order"], fontsize=9, parse_math=False)
+    axes.set_yticks(range(len(names)), [names[index] for index in order], fontsize=9, parse_math=False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     return image
@@ -203,7 +198,7 @@ def retention_curve(sweep: Sweep, path: Path) -> None:
 
 
 def _label_curves(axes: Any, left: float, labels: list[tuple[float, str, str]]) -> None:
-    """Each curve's name beside its smallest expert, where curves lie furthest apart; moved apart where they do not."""
+    """Write each curve's name beside its smallest expert; names that would overlap are moved apart."""
     bottom, top = axes.get_ylim()
     heights = [height for height, _, _ in labels]
     lacking = 0.07 * (top - bottom) - (max(heights) - min(heights)) if len(labels) > 1 else 0.0

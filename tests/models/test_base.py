@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from expertprune.arch import bundled_models
-from expertprune.arch.family import BundledModel
+from expertprune.arch.bundled import BundledModel
 from expertprune.corpora.documents import Document
 from expertprune.errors import CheckpointError, SpecError
 from expertprune.evaluation.documents import score_documents

@@ -1,4 +1,4 @@
-"""What a report is made of, read from an expert's folder and the store; no model is loaded."""
+"""Read what a report is made of from an expert's folder and the store; no model is loaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Artifacts:
-    """What a report is made of, as it lies on the disk.
+    """What a report is made of.
 
     `profiles` holds those of the plan's corpora that the store still has, with the pass that the criterion needs, and
     `absent` the names of the other corpora. `bytes` is the size of the weights' files.
