@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from expertprune.arch import PER_LAYER, Family
-from expertprune.artifacts.plan import LayerPlan, Plan
+from expertprune.artifacts.plan import BaseReference, LayerPlan, Parameters, Plan
 from expertprune.corpora.batches import Batch
 from expertprune.errors import CheckpointError, ExpertpruneError
 from expertprune.models.base import ResolvedBase
@@ -169,13 +169,10 @@ def _random_plan(base: ResolvedBase, cut: Sequence[TinyCut], seed: int) -> Plan:
     size = base.checkpoint.parameters
     return Plan(
         name="oracle",
-        base={"model": base.name, "digest": base.digest},
-        spec={},
-        profiles={},
-        shapes=list(base.layers),
+        base=BaseReference(model=base.name, digest=base.digest),
+        parameters=Parameters(before=size, after=size),
+        shapes=base.layers,
         layers=layers,
-        budget={},
-        parameters={"before": size, "after": size},
     )
 
 

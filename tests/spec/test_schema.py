@@ -180,7 +180,7 @@ WRONG = [
     ({"budget": {"ffn": -3}}, "budget.ffn:", "found -3"),
     ({"budget": {"ffn": 1.0}}, "budget.ffn:", "below 1"),
     ({"budget": {"kv_groups": 1.5}}, "budget.kv_groups:", "below 1"),
-    ({"budget": {"parameters": 1}}, "budget.parameters:", "less than 1"),
+    ({"budget": {"parameters": 1}}, "budget.parameters:", "a fraction below 1"),
     ({"budget": {"parameters": 0.2, "ffn": 0.2}}, "budget:", "not both"),
     ({"budget": {"max_parameters": "100M", "ffn": 0.2}}, "budget:", "'ffn' or 'max_parameters', not both"),
     ({"budget": {"retention": {"expert": 0.9}, "ffn": 64}}, "budget:", "'ffn' or 'retention', not both"),

@@ -231,8 +231,8 @@ def test_tasks_alone_leave_what_was_said_of_corpora_and_appear_in_table_and_card
 
 def test_an_expert_with_a_vocabulary_of_its_own_is_compared_by_the_byte(tmp_path: Path, store: Path) -> None:
     base = save_worded(tmp_path / "base")
-    folder = expertprune.build(parse_spec(worded_spec(base, tmp_path / "spec", {"vocabulary": 384}), "spec", tmp_path),
-                               tmp_path / "expert")  # fmt: skip
+    data = worded_spec(base, tmp_path / "spec", {"vocabulary": {"keep": 384}})
+    folder = expertprune.build(parse_spec(data, "spec", tmp_path), tmp_path / "expert")
     suite = tmp_path / "mine.yaml"
     suite.write_text(yaml.safe_dump({"name": "mine", "perplexity": {"corpora": ["language/de"]}, "alignment": True}))
     before = json.loads((folder / "expertprune.json").read_text())["evaluation"]["corpora"]["language/de"]["metrics"]
