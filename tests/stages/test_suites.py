@@ -253,10 +253,8 @@ def test_the_bases_answers_are_stored_and_used_until_something_changes(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Path] = []
-    load = measuring.load_model
-    monkeypatch.setattr(
-        measuring, "load_model", lambda folder, *a, **k: (asked.append(folder), load(folder, *a, **k))[1]
-    )
+    load = measuring.run_folder
+    monkeypatch.setattr(measuring, "run_folder", lambda folder, base: (asked.append(folder), load(folder, base))[1])
     suite = workplace.suite(tasks=[CHOOSE])
 
     def models_asked(*args: Any) -> int:
