@@ -112,12 +112,12 @@ class Experts(Data):
 
     @property
     def input(self) -> str:
-        """The running tensor whose rows compute the neurons of each routed expert."""
+        """The running tensor with rows for the neurons of each routed expert."""
         return next(tensor.name for tensor in self.run if tensor.axis == 0)
 
     @property
     def output(self) -> str:
-        """The running tensor whose columns the neurons of each routed expert write through."""
+        """The running tensor with one column for each neuron of a routed expert."""
         return next(tensor.name for tensor in self.run if tensor.axis == 1)
 
     @property

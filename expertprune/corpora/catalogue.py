@@ -36,7 +36,7 @@ def catalogue_sources(folder: Path) -> dict[CorpusName, Source]:
             except (ValidationError, AttributeError) as error:
                 problems.append(f"{path}: {dimension}.{value}: {str(error).splitlines()[-1].strip()}")
                 continue
-            sources[CorpusName(dimension, str(value))] = source.within(folder)
+            sources[CorpusName(dimension, str(value))] = source.with_paths(lambda _, path: str(folder / path))
     if problems:
         raise SpecError(problems)
     return sources

@@ -74,12 +74,11 @@ def with_corpus_paths(spec: Spec, change: Callable[[str, str], str]) -> Spec:
     if spec.corpora.catalogue is not None:
         spec.corpora.catalogue = change("corpora.catalogue", spec.corpora.catalogue)
     for name, source in spec.corpora.sources.items():
-        where = f"corpora.sources.{name}"
-        for key in ("path", "evaluation"):
-            if (paths := getattr(source, key)) is not None:
-                setattr(source, key, [change(f"{where}.{key}", path) for path in paths])
-        if source.questions is not None:
-            source.questions = change(f"{where}.questions", source.questions)
+
+        def changed(key: str, path: str, name: str = name) -> str:
+            return change(f"corpora.sources.{name}.{key}", path)
+
+        spec.corpora.sources[name] = source.with_paths(changed)
     return spec
 
 

@@ -27,6 +27,7 @@ from expertprune.pruning import write
 from expertprune.reporting.pictures import retention_curve
 from expertprune.spec.reading import parse_spec
 from expertprune.spec.schema import Evaluate
+from expertprune.stages.sweep import SWEEP_FILE
 from tests.calling import call, call_json
 from tests.patching import everywhere
 from tests.tiny import write_corpus
@@ -185,7 +186,8 @@ def test_the_value_replaces_what_the_spec_removes(
     built = build(spec, tmp_path / "built", *(part for setting in same for part in ("--set", setting)))
     assert point.parameters == built["parameters"]
     assert point.parameters["after"] < BEFORE
-    assert point.corpora["domain/medical"]["metrics"] == built["evaluation"]["corpora"]["domain/medical"]["metrics"]
+    metrics = point.corpora["domain/medical"].model_dump(mode="json")["metrics"]
+    assert metrics == built["evaluation"]["corpora"]["domain/medical"]["metrics"]
     assert point.general is None
 
 
@@ -196,7 +198,7 @@ def test_kept_experts_are_those_that_build_makes(tmp_path: Path, spec_file: Path
     build(spec_file, tmp_path / "built")
     for path in (tmp_path / "built").iterdir():
         assert (tmp_path / "sweep" / "tiny-0.25" / path.name).read_bytes() == path.read_bytes()
-    saved = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    saved = json.loads((tmp_path / "sweep" / SWEEP_FILE).read_text())
     assert saved == {**data, "earlier": []}
     assert list(temporary.iterdir()) == []
 

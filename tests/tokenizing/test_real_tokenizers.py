@@ -141,7 +141,7 @@ def german_plan(base: ResolvedBase, kept: set[int]) -> Plan:
     vocabulary = VocabularyPlan(KeptRows(vocabulary_rows(base.checkpoint, base.family), rows), base.tokenizer_digest)
     about = {"model": base.name, "digest": base.digest}
     layers = [LayerPlan(shape.all_kept) for shape in base.layers]
-    return Plan("kept", about, {}, {}, list(base.layers), layers, {}, {"before": size, "after": size}, [], vocabulary)
+    return Plan("kept", about, {}, {}, list(base.layers), layers, {}, {"before": size, "after": size}, vocabulary)
 
 
 @MODEL
