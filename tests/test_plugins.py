@@ -45,9 +45,10 @@ from expertprune.pruning.repair import repair
 
 @repair("doubled", runs_model=True)
 def doubled(text, plan, settings, progress=None):
-    for index, kept in enumerate(plan):
+    for index, layer in text.layers(progress):
+        weight = layer.get_parameter(text.family.ffn.output_weight).detach()
         name = text.family.layer_prefix(index) + text.family.ffn.output_weight
-        yield name, 2 * text.model.get_parameter(name).detach()[:, list(kept.ffn)]
+        yield name, 2 * weight[:, list(plan[index].ffn)]
 """
 POINTS = {
     "expertprune.criteria": {"position": "grove.criterion"},

@@ -1,7 +1,7 @@
-"""The oracle for families that no test here knows: on a tiny random copy of a model, cutting must equal masking.
+"""The oracle for unlisted families: on a tiny random copy of the model, cutting must equal masking.
 
-A permuted row or a norm over all heads shows as other logits and as nothing else, so a family that was only recognized is
-held against this before the real weights are touched.
+A permuted row, or a norm over all heads, changes the logits and raises no error. So a family that
+was only recognized is checked before the real weights are touched.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _TOLERANCE = 1e-4  # of the largest logit; rounding is a hundred times below, a 
 
 
 @dataclass(frozen=True)
-class Widths:
-    """What one cut of the tiny copy keeps in a layer; `None` keeps all."""
+class TinyCut:
+    """How many units of a layer one cut of the tiny copy keeps; `None` keeps all."""
 
     ffn: int | None = None
     heads_per_group: int | None = None
@@ -60,7 +60,8 @@ def check_family(base: ResolvedBase, layer_widths: bool = False) -> list[str]:
         What was compared, in words.
 
     Raises:
-        CheckpointError: the cut model is another than the masked one; the message names the tensor that is off.
+        CheckpointError: the cut model is another than the masked one; the message names the tensor
+            that is off.
     """
     with tempfile.TemporaryDirectory(prefix="expertprune-oracle-") as scratch:
         try:
@@ -83,22 +84,22 @@ def check_family(base: ResolvedBase, layer_widths: bool = False) -> list[str]:
     return done
 
 
-def _cuts(family: Family, shape: LayerShape, layer_widths: bool) -> dict[str, list[Widths]]:
+def _cuts(family: Family, shape: LayerShape, layer_widths: bool) -> dict[str, list[TinyCut]]:
     groups = shape.kv_heads - 1 or None
     heads = shape.heads_per_group - 1 or None
-    cuts: dict[str, list[Widths]] = {}
+    cuts: dict[str, list[TinyCut]] = {}
     if Structure.FFN in family.structures:
-        cuts["ffn"] = [Widths(ffn=12)] * _LAYERS
+        cuts["ffn"] = [TinyCut(ffn=12)] * _LAYERS
     if family.experts is not None:
-        cuts["experts"] = [Widths(experts=_EXPERTS - 1)] * _LAYERS
-        cuts["experts and ffn"] = [Widths(ffn=12, experts=_EXPERTS - 1)] * _LAYERS
+        cuts["experts"] = [TinyCut(experts=_EXPERTS - 1)] * _LAYERS
+        cuts["experts and ffn"] = [TinyCut(ffn=12, experts=_EXPERTS - 1)] * _LAYERS
     if family.heads_are_units:
-        cuts |= {"kv_groups": [Widths(kv_groups=groups)] * _LAYERS} if groups else {}
-        cuts |= {"query_heads": [Widths(heads_per_group=heads)] * _LAYERS} if heads else {}
+        cuts |= {"kv_groups": [TinyCut(kv_groups=groups)] * _LAYERS} if groups else {}
+        cuts |= {"query_heads": [TinyCut(heads_per_group=heads)] * _LAYERS} if heads else {}
         if layer_widths and family.has_ffn:
-            cuts["widths of single layers"] = [Widths(12, heads, groups), Widths(ffn=7)]
+            cuts["widths of single layers"] = [TinyCut(12, heads, groups), TinyCut(ffn=7)]
     elif layer_widths and family.has_ffn:
-        cuts["widths of single layers"] = [Widths(ffn=12), Widths(ffn=7)]
+        cuts["widths of single layers"] = [TinyCut(ffn=12), TinyCut(ffn=7)]
     return cuts
 
 
@@ -152,7 +153,7 @@ def _tiny_config(base: ResolvedBase) -> dict[str, Any]:
     return config | widths | {"vocab_size": _VOCABULARY, "dtype": "float32", "pad_token_id": 0}
 
 
-def _random_plan(base: ResolvedBase, cut: Sequence[Widths], seed: int) -> Plan:
+def _random_plan(base: ResolvedBase, cut: Sequence[TinyCut], seed: int) -> Plan:
     generator = torch.Generator().manual_seed(seed)
 
     def choose(count: int | None, of: int) -> list[int]:
@@ -180,7 +181,7 @@ def _random_plan(base: ResolvedBase, cut: Sequence[Widths], seed: int) -> Plan:
 
 @torch.no_grad()
 def _compare(model: Any, base: ResolvedBase, plan: Plan, folder: Path, name: str) -> None:
-    """Raises `CheckpointError` where the model cut by a plan is another than the masked one."""
+    """Raises `CheckpointError` where the cut model and the masked one differ."""
     try:
         prune(plan, base, folder)
         _check_shapes(folder, base.trust_remote_code)
@@ -205,7 +206,7 @@ def _compare(model: Any, base: ResolvedBase, plan: Plan, folder: Path, name: str
 
 
 def _check_shapes(folder: Path, trust_remote_code: bool) -> None:
-    """Raises `CheckpointError` naming a tensor that the cut model's config makes another width than it was cut to."""
+    """Raises `CheckpointError` where the cut model's config and a tensor disagree on a width."""
     stored = Checkpoint(folder).tensors
     try:
         with torch.device("meta"):
@@ -220,7 +221,7 @@ def _check_shapes(folder: Path, trust_remote_code: bool) -> None:
 
 
 class _LeafOutputs:
-    """While open, the outputs of every module without parts inside the layers are noted by name, in order."""
+    """While open, keeps the outputs of the layers' innermost modules by name, in their order."""
 
     def __init__(self, model: Any, family: Family) -> None:
         self._layers, self._prefix = decoder_layers(model, family), family.layers
@@ -273,7 +274,7 @@ def _first_difference(base: ResolvedBase, plan: Plan, wanted: Mapping[str, Tenso
 
 @torch.no_grad()
 def _check_stream(model: Any, base: ResolvedBase) -> None:
-    """Raises `CheckpointError` where a layer adds to its input something else than the outputs of its two blocks."""
+    """Raises `CheckpointError` unless a layer adds its two blocks' outputs to its input."""
     family = base.family
     ids = torch.randint(0, _VOCABULARY, (1, _TOKENS), generator=torch.Generator().manual_seed(1))
     text = TextRun(model, family, base.layers, [Batch(ids, (_TOKENS,), (0,))])
