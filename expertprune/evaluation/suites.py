@@ -20,11 +20,11 @@ from expertprune.spec.schema import DIMENSIONS, Dimensions
 from expertprune.spec.values import Names
 
 
-class _Section(BaseModel):
+class _SuiteKeys(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
 
-class _Measured(_Section):
+class _Measured(_SuiteKeys):
     """Whether a measurement counts as what the expert is for, or as what it should keep besides."""
 
     group: Group | None = Field(None, description="Counts as expert or as general, whatever the spec says.")
@@ -86,7 +86,7 @@ class TaskEntry(_Measured):
         return self.name if self.name is not None else str(_task_file(Path(str(self.file)))["task"])
 
 
-class Perplexity(_Section):
+class Perplexity(_SuiteKeys):
     """Bits per byte and KL to the base, on the evaluation documents of corpora."""
 
     corpora: Names | None = Field(

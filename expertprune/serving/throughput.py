@@ -13,7 +13,6 @@ import tempfile
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jsonlines
 import psutil
@@ -78,8 +77,7 @@ def bench(
             for role in ROLES:
                 log = Path(folder) / f"{role}-{number}.log"
                 with Server(folders[role], arguments=arguments, log=log, model_name=role) as server:
-                    figures = _measure(server, prompts, load)
-                runs.append(Run(model=role, round=number, bytes_per_token=reads[role], **figures))
+                    runs.append(_measure(server, prompts, load, role, number, reads[role]))
                 step()
     result = Timing.of(
         runs,
@@ -158,8 +156,12 @@ def _write_prompts(file: Path, tokenizer_folder: Path, load: Load) -> Path:
     return file
 
 
-def _measure(server: Server, prompts: Path, load: Load) -> dict[str, Any]:
-    """One run of vLLM's benchmark against a healthy server: fields of a `Run`."""
+def _measure(server: Server, prompts: Path, load: Load, role: Role, number: int, read: int) -> Run:
+    """One run of vLLM's benchmark against a healthy server, in round `number`.
+
+    Args:
+        read: bytes of weights per token (see `bytes_per_token`).
+    """
     result = prompts.with_name("result.json")
     options = {
         "backend": "vllm", "base-url": server.root, "endpoint": "/v1/completions", "model": server.name,
@@ -187,17 +189,20 @@ def _measure(server: Server, prompts: Path, load: Load) -> dict[str, Any]:
         raise ServingError(
             f"{server.name}: answered {data['completed']} of {load.prompts} prompts; its log:\n{server.tree.tail()}"
         )
-    return {
-        "output_tokens_per_second": data["output_throughput"],
-        "time_to_first_token_ms": data["median_ttft_ms"],
-        "time_per_output_token_ms": data["median_tpot_ms"],
-        "kv_cache_tokens": _cache_tokens(server),
-        "memory_bytes": memory(server.tree.members()),
-        "load_seconds": server.load_seconds,
-        "input_tokens": data["total_input_tokens"],
-        "output_tokens": data["total_output_tokens"],
-        "seconds": data["duration"],
-    }
+    return Run(
+        model=role,
+        round=number,
+        output_tokens_per_second=data["output_throughput"],
+        time_to_first_token_ms=data["median_ttft_ms"],
+        time_per_output_token_ms=data["median_tpot_ms"],
+        kv_cache_tokens=_cache_tokens(server),
+        memory_bytes=memory(server.tree.members()),
+        load_seconds=server.load_seconds,
+        bytes_per_token=read,
+        input_tokens=data["total_input_tokens"],
+        output_tokens=data["total_output_tokens"],
+        seconds=data["duration"],
+    )
 
 
 def _cache_tokens(server: Server) -> int | None:
