@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import expertprune
+from expertprune.artifacts.timing import ROLES, Load, Timing
 from expertprune.commands.bench import number
-from expertprune.serving.throughput import Load
 
 from .cells import GEMMA, SMOLLM
 from .quality import STOCK, UNREPAIRED
@@ -48,24 +48,24 @@ def built(folder: Path, base: str, changes: dict[str, Any]) -> Path:
     return expertprune.build(SPEC, folder, {**PLAIN, "name": folder.name, "base": base, **changes})
 
 
-def row(name: str, result: dict[str, Any]) -> list[str]:
+def row(name: str, result: Timing) -> list[str]:
     """One row of the table; the last four columns are ratios, expert over base."""
-    speed = result["ratios"]["output_tokens_per_second"]
-    medians = [result["models"][role]["output_tokens_per_second"] for role in ("base", "expert")]
-    cells = [name, *map(number, medians), f"{speed['median']:.3f} ({speed['low']:.3f} to {speed['high']:.3f})"]
-    cells += [f"{result['limit']:.3f}", f"{speed['median'] / result['limit']:.0%}"]
+    speed = result.ratios["output_tokens_per_second"]
+    medians = [result.models[role].output_tokens_per_second or 0 for role in ROLES]
+    cells = [name, *map(number, medians), f"{speed.median:.3f} ({speed.low:.3f} to {speed.high:.3f})"]
+    cells += [f"{result.limit:.3f}", f"{speed.median / result.limit:.0%}"]
     for metric in ("time_to_first_token_ms", "kv_cache_tokens", "memory_bytes", "load_seconds"):
-        ratio = result["ratios"].get(metric)
-        cells.append(f"{ratio['median']:.2f}" if ratio else "")
+        ratio = result.ratios.get(metric)
+        cells.append(f"{ratio.median:.2f}" if ratio else "")
     return cells
 
 
-def note(result: dict[str, Any]) -> str:
+def note(result: Timing) -> str:
     """The load and the machine of a measurement."""
-    load = result["settings"]
+    load = result.load
     return (
-        f"{load['rounds']} runs of each in turn, a server each: {load['prompts']} prompts of {load['input_tokens']} "
-        f"tokens, {load['output_tokens']} new ones each, {load['concurrency']} at a time; {result['machine']}."
+        f"{load.rounds} runs of each in turn, a server each: {load.prompts} prompts of {load.input_tokens} "
+        f"tokens, {load.output_tokens} new ones each, {load.concurrency} at a time; {result.machine}."
     )
 
 

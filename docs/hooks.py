@@ -133,7 +133,7 @@ def command_reference() -> str:
 
     parts = []
     for name, command in sorted(main.commands.items()):
-        context = click.Context(command, info_name=f"expertprune {name}", max_content_width=100, terminal_width=100)
+        context = click.Context(command, info_name=f"expertprune {name}", terminal_width=100)
         parts.append(f"## {name}\n\n```text\n{command.get_help(context)}\n```\n")
     return "\n".join(parts)
 

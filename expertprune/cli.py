@@ -10,7 +10,7 @@ import click
 from expertprune import __version__, commands
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="expertprune")
 def main() -> None:
     """Turn a general language model into a compact expert for a language, a domain and a task.

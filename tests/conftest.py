@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from expertprune.spec.reading import parse_spec
 from expertprune.spec.schema import Spec
 from tests.experts import build_tiny
+from tests.patching import everywhere
 from tests.tiny import save_tiny, write_corpus
 
 
@@ -25,6 +28,26 @@ def store(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     folder = tmp_path_factory.mktemp("store")
     monkeypatch.setenv("EXPERTPRUNE_STORE", str(folder))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def restored_signals() -> Iterator[None]:
+    """A command in the main thread changes how the process is terminated."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def refuse_to_load(*_: Any, **__: Any) -> None:
+    raise AssertionError("a model was loaded")
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever loads a model fails."""
+    everywhere(monkeypatch, "expertprune.models.loading.load_model", refuse_to_load)
 
 
 @pytest.fixture(scope="session")

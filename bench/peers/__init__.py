@@ -16,7 +16,10 @@ decides. Each says where it deviates.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
+from .common import Pruned
 from .fluctuation import flap
 from .layer_removal import shortgpt
 from .llm_pruner import llm_pruner_taylor
@@ -24,7 +27,7 @@ from .reference import magnitude, random
 from .residual_slicing import slicegpt
 from .wanda import wanda_sp
 
-METHODS = {
+METHODS: dict[str, Callable[[Any, Any, float, int], Pruned]] = {
     "random": random,
     "magnitude": magnitude,
     "wanda_sp": wanda_sp,

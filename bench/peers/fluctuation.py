@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expertprune.arch.family import Block
+from expertprune.arch import Block
 from expertprune.corpora.batches import Batch
 from expertprune.units import Segment
 

@@ -102,7 +102,9 @@ class SlicedLayer(nn.Module):
         self.self_attn, self.mlp = layer.self_attn, layer.mlp
         norm = layer.input_layernorm
         self.norm = Norm(norm.weight.shape[0], norm.variance_epsilon)
-        self.attention_shortcut = self.ffn_shortcut = None
+        # Rotations of the residual path around each block, `[width before, width behind]`.
+        self.attention_shortcut: Any = None
+        self.ffn_shortcut: Any = None
 
     def attend(self, hidden: Tensor, **arguments: Any) -> Tensor:
         """`[rows, tokens, width]` to the stream between the blocks."""

@@ -1,4 +1,4 @@
-"""The schema of a family's file, and what can be read off it together with a model's config."""
+"""The schema of a family's file, and how it reads and writes a model's config."""
 
 from __future__ import annotations
 
@@ -21,25 +21,29 @@ from expertprune.spec.reading import problems_of
 from expertprune.units import DENSE, KeptUnits, LayerShape, Structure
 
 _HERE = Path(__file__).parent
-GROUPS = ("n_group", "num_expert_group")  # config keys for how many groups the router first chooses among
+GROUPS = ("n_group", "num_expert_group")  # config keys: groups that a router first chooses among
 PER_LAYER = "per_layer_config"  # transformers' name for widths of single layers
 _PER_LAYER_KEYS = ("allow_global_per_layer_attribute_access", "auto_map")
 MODELING = "modeling_expert"  # the module in an expert's folder that builds such layers
-# What its config puts before the name of the stock class: an engine that does not know such layers refuses the folder
-# by name, instead of building all layers alike.
+# The prefix of the class in the config of such an expert. An engine that does not know the class
+# refuses the folder; it would build all layers alike under the stock name.
 EXPERT = "Expert"
 
 
 class Family(Data):
     """A model family as data.
 
-    `residual: additive` promises that a layer's output is its input plus the outputs of the two blocks, which the
-    repair uses to aim at the residual stream; `residual: normed`, that each output passes its block's `output_norm`
-    first. `defaults` are what the config means by keys that it leaves out. `structures` can be cut; where heads are none
-    of them, `why_no_heads` says why. `heads_require` are values of the config (dots lead into it) without which its head
-    counts cannot be changed. `attention_implementation` is the one of transformers that computes the network as it is
-    meant. `vllm_single_layers` are vLLM's classes that read a layer's widths from the config while they build it, so that
-    `serving.plugin` can give each layer widths of its own. `gguf` says how its models are written in that format.
+    Attributes:
+        residual: `additive`: a layer's output is its input plus the outputs of the two blocks.
+            `normed`: each output passes its block's `output_norm` first. The repair relies on it.
+        defaults: the config's meaning of keys that it leaves out.
+        structures: what can be cut. Where heads cannot, `why_no_heads` says why.
+        heads_require: values of the config without which head counts cannot change. Dots lead into
+            nested keys.
+        attention_implementation: the one of transformers that computes the network exactly.
+        vllm_single_layers: vLLM's classes that read a layer's widths from the config while they
+            build it, so that `serving.plugin` can give each layer its own widths.
+        gguf: how the family's models are written in that format.
     """
 
     family: str
@@ -55,14 +59,15 @@ class Family(Data):
     structures: tuple[Structure, ...] = DENSE
     why_no_heads: str = ""
     attention_implementation: Literal["sdpa", "eager"] = "sdpa"
-    tested: bool = True  # set by the program: by tests/ with the oracle; any other is held against it before use
+    # By the oracle in the project's tests. The program sets it, and checks other families itself.
+    tested: bool = True
     heads_divide_hidden: bool = False
     heads_require: Mapping[str, Any] = Field(default_factory=dict)
     when_heads_change: Rewrite | None = None
     vllm_single_layers: tuple[str, ...] = ()
     gguf: GgufForm | None = None
     vocabulary: tuple[str, ...] = ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias")
-    """Tensors with one row for each token; the first is the embedding, the others may be absent (tied, without bias)."""
+    """Tensors with one row per token: the embedding, then those that may be absent."""
 
     @property
     def heads_are_units(self) -> bool:
@@ -96,19 +101,19 @@ class Family(Data):
 
     @property
     def has_ffn(self) -> bool:
-        """Whether layers have one FFN that every token passes, and no experts."""
+        """Whether every token passes the one FFN of a layer: there are no routed experts."""
         return self.experts is None
 
     @property
     def width_key(self) -> str:
-        """The config's key for how many neurons the FFN has, or each expert."""
+        """The config's key for the neurons of the FFN, or of each routed expert."""
         key = self.experts.width if self.experts is not None else self.config.ffn
         assert key is not None
         return key
 
     @property
     def tensors(self) -> tuple[CoupledTensor, ...]:
-        """All that shrink along an axis; what each expert owns is dropped whole (see `Experts`)."""
+        """All tensors that shrink along an axis, but not those of single routed experts."""
         experts = self.experts.tensors if self.experts is not None else ()
         return self.ffn.tensors + self.attention.tensors + experts
 
@@ -116,10 +121,11 @@ class Family(Data):
         return f"{self.layers}.{layer}."
 
     def layer_shapes(self, config: Mapping[str, Any]) -> tuple[LayerShape, ...]:
-        """Shape of every layer from the contents of `config.json`, widths of single layers included.
+        """The shape of every layer, from the contents of `config.json`.
 
         Raises:
-            CheckpointError: a key is missing, or the head counts make no legal grouped-query attention.
+            CheckpointError: a key is missing, or the head counts make no legal grouped-query
+                attention.
         """
         count = _positive(config, self.config.layers)
         for key, wanted in self.config_requires.items():
@@ -128,7 +134,7 @@ class Family(Data):
         if self.experts is not None and (grouped := [key for key in GROUPS if (config.get(key) or 0) > 1]):
             raise CheckpointError(
                 f"config.json: {grouped[0]!r} is {config[grouped[0]]!r}: a router that chooses among groups of experts "
-                "cannot lose single ones, since every group has the same number"
+                "cannot lose single experts, since every group has the same number"
             )
         config, single = {**self.defaults, **config}, config.get(PER_LAYER) or {}
         return tuple(
@@ -150,7 +156,7 @@ class Family(Data):
         )
 
     def _count(self, config: Mapping[str, Any]) -> int:
-        """How many experts a layer has."""
+        """The number of routed experts in a layer."""
         if self.experts is None:
             return 0
         keys = [key for key in self.experts.count if config.get(key) is not None] or [self.experts.count[0]]
@@ -160,14 +166,15 @@ class Family(Data):
         return counts.pop()
 
     def experts_per_token(self, config: Mapping[str, Any]) -> int:
-        """How many experts the router chooses for each token; 0 where there is none."""
+        """The number of routed experts that a token passes; 0 in a dense model."""
         return 0 if self.experts is None else _positive({**self.defaults, **config}, self.experts.per_token)
 
     def pruned_config(self, config: Mapping[str, Any], kept: list[KeptUnits]) -> dict[str, Any]:
         """The expert's `config.json`: the base's, with the new widths.
 
         Raises:
-            PlanError: the family's config cannot express these widths; the message says which are legal.
+            PlanError: the family's config cannot express these widths; the message says which are
+                legal.
         """
         base = self.layer_shapes(config)
         shapes = [layer.shape(shape) for layer, shape in zip(kept, base, strict=True)]
@@ -185,7 +192,7 @@ class Family(Data):
         if changed:
             result[self.config.query_heads] = max(shape.query_heads for shape in shapes)
             result[self.config.kv_heads] = max(shape.kv_heads for shape in shapes)
-        else:  # as it was, also where it was left to follow from the other keys
+        else:  # as the base says it, or leaves it to follow from the other keys
             del result[self.config.head_dim]
             result |= {key: value for key, value in config.items() if key == self.config.head_dim}
         if changed and self.when_heads_change is not None:
@@ -199,7 +206,7 @@ class Family(Data):
         return _with_layers(result, [self._widths(shape) for shape in shapes])
 
     def _widths(self, shape: LayerShape) -> dict[str, int]:
-        """A layer's widths under the config's keys; the number of experts is the same in all layers."""
+        """A layer's widths by the config's keys, without the number of routed experts."""
         keys = self.config
         heads = {keys.query_heads: shape.query_heads, keys.kv_heads: shape.kv_heads, keys.head_dim: shape.head_dim}
         return {self.width_key: shape.ffn} | heads
@@ -208,17 +215,19 @@ class Family(Data):
         least = self.experts_per_token(config)
         counts = {shape.experts for shape in shapes}
         if self.experts is not None and len(counts) > 1:
-            raise PlanError(f"family {self.family!r} keeps the same number of experts in every layer")
+            raise PlanError(f"family {self.family!r} keeps the same number of routed experts in every layer")
         if self.experts is not None and len({shape.ffn for shape in shapes}) > 1:
-            raise PlanError(f"family {self.family!r} keeps the same number of neurons in the experts of every layer")
+            raise PlanError(
+                f"family {self.family!r} keeps the same number of neurons in the routed experts of every layer"
+            )
         if min(counts) < least:
             raise PlanError(
-                f"{min(counts)} experts are fewer than the {least} that the router chooses for each token "
+                f"{min(counts)} routed experts are fewer than the {least} that the router chooses for each token "
                 f"({self.experts.per_token if self.experts else ''})"
             )
 
     def layer_config(self, config: Any, index: int, shape: LayerShape) -> Any:
-        """A running model's `transformers` config with the widths of one layer, for building that layer alone."""
+        """A running model's config with one layer's widths, to build that layer alone."""
         small = copy.copy(config.per_layer_config[index] if config.is_heterogeneous else config)
         for key, value in self._widths(shape).items():
             setattr(small, key, value)
@@ -232,7 +241,7 @@ class Family(Data):
         return (old.query_heads, old.kv_heads) != (new.query_heads, new.kv_heads)
 
     def check_single_layers(self, config: Mapping[str, Any]) -> None:
-        """Raises `PlanError` where an expert whose layers have widths of their own could not be built or served."""
+        """Raises `PlanError` where layers of different widths cannot be built or served."""
         architectures = stock_architectures(config)
         instead = "; with compose.allocation: uniform all layers keep the same widths"
         if not architectures:
@@ -281,7 +290,7 @@ def _positive(config: Mapping[str, Any], key: str) -> int:
 
 
 def _looked_up(config: Mapping[str, Any], dotted: str, default: Any) -> Any:
-    """A value inside a config; `default` where the way there ends."""
+    """The value at a dotted key of a config, or `default`."""
     value: Any = config
     for key in dotted.split("."):
         value = value.get(key, default) if isinstance(value, Mapping) else default
@@ -289,18 +298,18 @@ def _looked_up(config: Mapping[str, Any], dotted: str, default: Any) -> Any:
 
 
 def stock_architectures(config: Mapping[str, Any]) -> list[str]:
-    """The classes of transformers that a config names, whether or not its layers have widths of their own."""
+    """The classes of transformers in a config, without the prefix `EXPERT`."""
     return [name.removeprefix(EXPERT) for name in config.get("architectures") or []]
 
 
 def _with_layers(config: dict[str, Any], widths: list[dict[str, int]]) -> dict[str, Any]:
-    """The config with the widths of single layers where they are not the whole model's, and the code that reads them."""
+    """The config with the widths of single layers, and the code that reads them."""
     layers = {
         str(index): different
         for index, layer in enumerate(widths)
         if (different := {key: value for key, value in layer.items() if config.get(key) not in (None, value)})
     }
-    if config.pop(PER_LAYER, None) is not None:  # the base had such widths itself
+    if config.pop(PER_LAYER, None) is not None:  # the base has such layers itself
         config = {key: value for key, value in config.items() if key not in _PER_LAYER_KEYS}
         config["architectures"] = stock_architectures(config)
     if layers:
@@ -314,7 +323,7 @@ def _with_layers(config: dict[str, Any], widths: list[dict[str, int]]) -> dict[s
 
 
 def _with_defaults(config: dict[str, Any], other: str) -> dict[str, Any]:
-    """The config with what its own class means by the keys it leaves out, where another class would mean its own."""
+    """The config with defaults of its own class, for keys that `other` has too."""
     from transformers import CONFIG_MAPPING
 
     mine = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)).to_dict()
@@ -326,11 +335,13 @@ def _with_defaults(config: dict[str, Any], other: str) -> dict[str, Any]:
 def families() -> dict[str, Family]:
     """Every known family by `model_type`: those that ship, then those of installed plugins.
 
-    A plugin's entry point in the group `expertprune.families` names a package. Every `.yaml` file in the package's folder
-    is a family. The package is imported, so it can also register its classes with transformers.
+    A plugin's entry point in the group `expertprune.families` names a package. Every `.yaml` file
+    in the package's folder is a family. The package is imported, so it can also register its
+    classes with transformers.
 
     Raises:
-        UsageError: a plugin cannot be imported, has no family's file, a wrong one, or a `model_type` that is taken.
+        UsageError: a plugin cannot be imported, has no family's file, a wrong one, or a
+            `model_type` that is taken.
     """
     known: dict[str, Family] = {}
     _read_families(known, _HERE / "families", tested=True)
@@ -360,7 +371,7 @@ def _read_families(known: dict[str, Family], folder: Traversable, tested: bool) 
 
 
 def family_of(model_type: str) -> Family:
-    """The family of a config's `model_type`; raises `CheckpointError` for one that is not supported."""
+    """The family of a `model_type`; raises `CheckpointError` for an unknown one."""
     if model_type not in families():
         raise CheckpointError(f"model_type {model_type!r} is not supported{nearest(model_type, families())}")
     return families()[model_type]

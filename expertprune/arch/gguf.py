@@ -1,4 +1,4 @@
-"""What the GGUF format calls the parts of a family's models, and what its files mean by what they leave unsaid."""
+"""The GGUF format's names for a family's models, and the meaning of what its files leave out."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ _DEFAULT_THETA = 10000.0
 
 
 class Window(Data):
-    """Attention windows as the format has them: of `period` layers all but the last look back `key` tokens.
+    """Attention windows as the format has them.
 
-    Where the period is `stated`, a file may name another. Layers with a window rotate by `theta` where files do not say.
+    Attributes:
+        key: the config's key for the number of tokens that a layer with a window looks back.
+        period: of so many layers in a row, all but the last have a window.
+        stated: whether a file may name another period.
+        theta: the rotary base of layers with a window, where a file does not say it.
     """
 
     key: str
@@ -33,7 +37,8 @@ class Window(Data):
 class AttentionScale(Data):
     """The config's `key` for the width that attention logits are scaled by.
 
-    The format has no place for it: it is the width of a head, and `hidden / query heads` in models of `by_hidden_at` layers.
+    The format does not store it. Its readers take the width of a head, or `hidden / query heads` in
+    models of `by_hidden_at` layers.
     """
 
     key: str
@@ -46,15 +51,21 @@ class AttentionScale(Data):
 class GgufForm(Data):
     """How a family's models are written as GGUF.
 
-    `architecture` is the format's name; transformers reads such files where `readable`. `metadata` are the format's
-    keys beside those that every family has, each with the config's key. `implied` are values of the config that a file
-    cannot say, so that a model with others cannot be written. Of the `interleaved` modules each head's rows alternate
-    between its two rotary halves; `vectors` are matrices of one row that the format has without it. `norm_offset` is
-    added to the weights of norms. `biases` may be there, each with the config's switch for it. `frequencies` are rope
-    parameters beside the factor that the format stores as factors of single frequencies. `layered` is another
-    architecture for the same network, whose layers may have widths of their own. Where `heads_fill_hidden`, query
-    heads are together as wide as the stream; unless `heads_grouped`, each has a KV head of its own. With `own_head` a
-    file has an output matrix also where it is tied.
+    Attributes:
+        architecture: the format's name for the family.
+        readable: whether transformers reads such files.
+        metadata: keys of the format beside those of every family, each with the config's key.
+        implied: values of the config that a file cannot say. A model with other values cannot be
+            written.
+        interleaved: modules whose rows alternate, in each head, between the two rotary halves.
+        vectors: matrices of one row that the format stores as vectors.
+        norm_offset: what is added to the weights of norms.
+        biases: biases that may be there, each with the config's switch for it, if there is one.
+        frequencies: rope parameters that the format stores as factors of single frequencies.
+        layered: another architecture for the same network, which allows layers of different widths.
+        heads_fill_hidden: whether the query heads together must be as wide as the stream.
+        heads_grouped: whether query heads may share a KV head.
+        own_head: whether a file has an output matrix even where it is tied.
     """
 
     architecture: str
@@ -74,7 +85,7 @@ class GgufForm(Data):
     own_head: bool = False
 
     def keys(self, config: ConfigKeys) -> dict[str, str]:
-        """The format's keys of whole numbers and scales, each with the config's."""
+        """The format's keys for widths, counts and scales, each with the config's key."""
         found = {
             "block_count": config.layers,
             "embedding_length": config.hidden,
@@ -88,10 +99,10 @@ class GgufForm(Data):
     def stated(
         self, keys: ConfigKeys, metadata: Mapping[str, Any], tensors: set[str], config: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """What a file says about its model, as changes to the `config` that was read from it.
+        """What a file says of its model, as changes to the `config` that transformers read from it.
 
         Args:
-            metadata: the file's values by the format's keys, without the architecture before them.
+            metadata: the file's values by the format's keys, without the architecture's prefix.
             tensors: the names of its tensors.
         """
         changes = {key: metadata[name] for name, key in self.keys(keys).items() if name in metadata}
@@ -139,10 +150,12 @@ class GgufForm(Data):
 
 
 class PreTokenizer(Data):
-    """A way to part text before byte-level merges that the format has a `name` for.
+    """A way to split text before byte-level merges, with the format's `name` for it.
 
-    By the regular expression `split`, or where there is none, by GPT-2's; before that, `digits` one by one. `whole_words`
-    that are tokens are found without merges.
+    Attributes:
+        split: the regular expression; default: GPT-2's.
+        digits: whether each digit is split off first.
+        whole_words: whether a word that is a token is found without merges.
     """
 
     name: str
@@ -152,7 +165,7 @@ class PreTokenizer(Data):
 
 
 class GgufNames(Data):
-    """What the format calls kinds of tokenizer; `engine` is what reads it."""
+    """The format's names for kinds of tokenizer. `engine` is the program that reads the files."""
 
     engine: str
     byte_level: str

@@ -23,12 +23,13 @@ PROFILE_SCHEMA = 3
 
 
 def halved(name: str, values: Tensor) -> dict[str, Tensor]:
-    """Values as float16 under `name`, after division by `name.scale`, a power of two that puts the largest near 2¹⁵.
+    """Values in float16 as `name`, divided by `name.scale`, a power of two.
 
-    Massive activations overflow half precision, and a scale leaves 29 binary orders of magnitude below the largest.
+    The largest value comes near 2¹⁵. Massive activations would overflow half precision without a
+    scale; with it, 29 binary orders of magnitude below the largest are kept.
     """
     largest = float(values.abs().max()) if values.numel() else 0.0
-    # no smaller than float32's smallest normal number, below which a scale would vanish itself
+    # At least float32's smallest normal number: the scale itself is stored in float32.
     scale = 2.0 ** max(math.ceil(math.log2(largest)) - 15, -126) if 0 < largest < math.inf else 1.0
     return {name: (values / scale).to(torch.float16), f"{name}.scale": torch.tensor(scale, dtype=torch.float32)}
 
@@ -42,11 +43,11 @@ class ProfileKey:
         tokenizer: digest of its tokenizer's files.
         corpus: digest of the documents, in their order.
         max_tokens: where documents are cut.
-        dtype: what the base runs in, such as `float32`.
-        device: the type of the device that it runs on, such as `cuda`.
-        attention: the implementation of attention that it is loaded with.
-        versions: of the packages that compute, by name.
-        code: digest of the code that computes the statistics, and of the base's own code where that is run.
+        dtype: the type of the running base's weights, such as `float32`.
+        device: the type of its device, such as `cuda`.
+        attention: its implementation of attention, such as `sdpa`.
+        versions: versions of the packages that compute, by name.
+        code: digest of the code that computes statistics, and of the base's remote code if trusted.
     """
 
     model: str
@@ -75,19 +76,19 @@ class ProfileKey:
         return f"{self.text}-{self.means}"
 
     def same_means(self, digest: str) -> bool:
-        """Whether a profile of that digest was measured in the same way, so that numbers compare."""
+        """Whether a profile of that digest was measured with the same means, and compares."""
         return digest.partition("-")[2] == self.means
 
     def same_text(self, digest: str | None) -> bool:
-        """Whether a profile of that digest is of the same model and text, whatever it was measured with."""
+        """Whether a profile of that digest is of the same model and text."""
         return digest is not None and digest.partition("-")[0] == self.text
 
 
 @dataclass(frozen=True)
 class ProfilePart:
-    """What one pass over a corpus gave: a file of its own.
+    """The result of one pass over a corpus, which has a file of its own.
 
-    `variant` tells results of one pass apart: for the gradient pass, its loss.
+    `variant` tells results of one pass apart: for the gradient pass, it is the loss.
     """
 
     made_by: Pass
@@ -97,7 +98,7 @@ class ProfilePart:
         return f"{self.made_by}-{self.variant}" if self.variant else str(self.made_by)
 
     def path(self, profile: Path) -> Path:
-        """Where it lies, by the path of the profile, which is the forward pass' own file."""
+        """Its file, by the path of the profile, which holds the result of the forward pass."""
         return profile if self == FORWARD else profile.with_name(f"{profile.stem}.{self}.safetensors")
 
 
@@ -106,32 +107,42 @@ VOCABULARY = ProfilePart(Pass.VOCABULARY)
 
 
 class Profile:
-    """The stored statistics of one (model, corpus) pair: one safetensors file, its description in the header.
+    """The stored statistics of one model on one corpus: a safetensors file with a header.
 
-    Statistics are read one tensor at a time, so a profile larger than memory is no problem. For layer `l`:
+    Statistics are read one tensor at a time, so a profile may be larger than memory. For layer `l`:
 
-    - `ffn.l.rms` `[documents, ffn]`, float16: root mean square of each `down_proj` input over a document's tokens,
-      times `ffn.l.rms.scale`, a power of two that puts the largest value near the top of half precision;
-    - `ffn.l.sum`, `ffn.l.square_sum` `[ffn]`, float64: over all tokens;
-    - `heads.l.rms`, `.rms.scale`, `.sum`, `.square_sum`: the same for the channels of the `o_proj` input;
-    - `heads.l.impact` `[documents, query_heads]` and `groups.l.impact` `[documents, kv_heads]`, float32: mean squared
-      change of the attention's output without the head, without the group;
-    - `*.l.output_l1`, `*.l.output_l2` `[channels]`, float32: norms of the output projection's columns;
-    - `ffn.l.weight_norm`, `heads.l.weight_norm`, `groups.l.weight_norm` `[units]`: Frobenius norm of all that a unit owns;
-    - of layers with routed experts, `ffn` of the above is all neurons of all of them, each activation times the router's
-      weight, and 0 on tokens that go elsewhere. For each routed expert, `[documents, experts]`, float32:
-      `experts.l.routed`, how many tokens are routed to it; `experts.l.frequency`, their share of all tokens;
-      `experts.l.norm_sum`, the sum over them of the router's weight times the norm of what it writes;
-      `experts.l.impact`, the mean over all tokens of that product's square. And `experts.l.weight_norm` `[experts]`;
-    - `stream.l.square` `[documents]`: mean square of the residual stream after the layer;
-    - `tokens` `[documents]`: tokens of each document that the model predicts.
+    - `ffn.l.rms` `[documents, ffn]`, float16 with a scale (see `halved`): root mean square of each
+      input of the FFN's output projection over a document's tokens;
+    - `ffn.l.sum`, `ffn.l.square_sum` `[ffn]`, float64: sums over all tokens;
+    - `heads.l.rms`, `heads.l.sum`, `heads.l.square_sum`: the same of the attention's output
+      projection, `[..., query_heads * head_dim]`;
+    - `heads.l.impact` `[documents, query_heads]`, `groups.l.impact` `[documents, kv_heads]`,
+      float32: mean squared norm of what the head, or the group, adds to the layer's output;
+    - `*.l.output_l1`, `*.l.output_l2` `[channels]`, float32: norms of the projection's columns;
+    - `ffn.l.weight_norm`, `heads.l.weight_norm`, `groups.l.weight_norm` `[units]`: Frobenius norm
+      of all weights that a unit owns;
+    - `stream.l.square` `[documents]`: mean square of the residual stream behind the layer;
+    - `tokens` `[documents]`: how many tokens of each document the model predicts.
 
-    Every other pass over the same corpus leaves a part beside it (see `ProfilePart`), `DIGEST.PART.safetensors`.
-    `gradient-language_model`, `gradient-kl` and `regional` hold `ffn.l.value` and `heads.l.value` (and
-    `experts.l.value`), `[documents, units]` in half precision with their scales. `vocabulary` holds `mass` `[folds, rows]`,
-    float32, the probability that the model puts on each vocabulary row, added up over the positions of a
-    fold's documents; `fold` `[documents]`; and one entry for each row in each document that has its token:
-    `document`, `row`, `occurrences`, `[entries]`.
+    In a layer with routed experts, `ffn` stands for all neurons of all of them. Each activation
+    counts times the router's weight, and 0 on tokens that go elsewhere. Of the routed experts,
+    `[documents, experts]`, float32:
+
+    - `experts.l.routed`: how many tokens are routed to each;
+    - `experts.l.frequency`: their share of all tokens;
+    - `experts.l.norm_sum`: the sum over them of the router's weight times the norm of the output;
+    - `experts.l.impact`: the mean over all tokens of that product's square;
+    - `experts.l.weight_norm`: as above, `[experts]`.
+
+    Every other pass over the same corpus has a file of its own beside it, a `ProfilePart`.
+    `gradient-language_model`, `gradient-kl` and `regional` hold `ffn.l.value`, `heads.l.value` and
+    `experts.l.value`, `[documents, units]`, float16 with a scale. `vocabulary` holds:
+
+    - `mass` `[folds, rows]`, float32: the probability that the model puts on each vocabulary row,
+      summed over the positions of a fold's documents;
+    - `fold` `[documents]`: the fold of each document;
+    - `document`, `row`, `occurrences` `[entries]`: how often each row's token occurs in each
+      document that has it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -155,12 +166,12 @@ class Profile:
             return tensor
 
     def part(self, part: ProfilePart) -> Profile | None:
-        """What another pass over the same corpus gave, or `None` if it was not made."""
+        """What another pass over the same corpus measured; `None` if it was not made."""
         path = part.path(self.path)
         return Profile(path) if path.is_file() else None
 
     def read_half(self, name: str) -> Tensor:
-        """A statistic that was stored in half precision with its scale, float32."""
+        """A statistic that is stored with a scale (see `halved`), float32."""
         return self.read(name).float().mul_(self.read(f"{name}.scale"))
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,6 +12,8 @@ from expertprune.commands.terminal import common, progress_bar, reporting, show,
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from expertprune.artifacts.timing import Timing
 
 
 _COUNT = click.IntRange(min=1)
@@ -46,6 +48,7 @@ def bench(
     \b
     expertprune bench experts/medical-qa --rounds 5 --picture throughput.png
     """
+    from expertprune.artifacts.timing import Load
     from expertprune.reporting.pictures import check_picture, throughput_picture
     from expertprune.serving import throughput
 
@@ -57,36 +60,36 @@ def bench(
     if picture is not None:
         check_picture(picture)
     with stopped_by_signals():
-        result = throughput.bench(places[0], base, against, throughput.Load(**load), store, folders[1:], progress_bar)
+        result = throughput.bench(places[0], base, against, Load(**load), store, folders[1:], progress_bar)
     if picture is not None:
-        throughput_picture(result, throughput.METRICS, picture)
-    show(as_json, result, lambda: throughput_table(result))
+        throughput_picture(result, picture)
+    show(as_json, result.document(), lambda: throughput_table(result))
 
 
-def throughput_table(result: dict[str, Any]) -> RenderableType:
+def throughput_table(result: Timing) -> RenderableType:
     """Medians of both, their ratio with the smallest and largest pair, and the part of the limit that is reached."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    from expertprune.serving.throughput import METRICS
+    from expertprune.artifacts.timing import METRICS
 
-    load = result["settings"]
+    load = result.load
     table = Table("", title="Base and expert in turn through vLLM", title_justify="left")
     for header in ("base", "expert", "expert / base", "smallest to largest"):
         table.add_column(header, justify="right")
     for metric, (label, _) in METRICS.items():
-        values = [result["models"][role][metric] for role in ("base", "expert")]
-        ratio = result["ratios"].get(metric)
+        values = [getattr(figures, metric) for figures in (result.models["base"], result.models["expert"])]
+        ratio = result.ratios.get(metric)
         cells = ["" if value is None else number(value) for value in values]
-        told = [f"{ratio['median']:.3f}", f"{ratio['low']:.3f} to {ratio['high']:.3f}"] if ratio else ["", ""]
+        told = [f"{ratio.median:.3f}", f"{ratio.low:.3f} to {ratio.high:.3f}"] if ratio else ["", ""]
         table.add_row(Text(label), *cells, *told)
-    speed = result["ratios"]["output_tokens_per_second"]["median"]
+    speed = result.ratios["output_tokens_per_second"].median
     about = (
-        f"{load['rounds']} runs of each: {load['prompts']} prompts of {load['input_tokens']} tokens, "
-        f"{load['output_tokens']} new tokens each, {load['concurrency']} at a time.\n"
-        f"{speed:.3f} times as fast; the weights read per token would allow {result['limit']:.3f}: "
-        f"{speed / result['limit']:.0%} of the limit."
+        f"{load.rounds} runs of each: {load.prompts} prompts of {load.input_tokens} tokens, "
+        f"{load.output_tokens} new tokens each, {load.concurrency} at a time.\n"
+        f"{speed:.3f} times as fast; the weights read per token would allow {result.limit:.3f}: "
+        f"{speed / result.limit:.0%} of the limit."
     )
     return Group(table, Text(about))
 

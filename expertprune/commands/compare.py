@@ -34,5 +34,5 @@ def compare(specs: tuple[Path, ...], overrides: dict[str, Any], as_json: bool, *
     from expertprune.reporting.tables import comparison_tables
     from expertprune.stages import compare as analysis
 
-    result = analysis.compare(list(specs), overrides=overrides, track=progress_bar, **options).document()
-    show(as_json, result, lambda: comparison_tables(result))
+    result = analysis.compare(list(specs), overrides=overrides, track=progress_bar, **options)
+    show(as_json, result.document(), lambda: comparison_tables(result))

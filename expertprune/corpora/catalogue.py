@@ -36,14 +36,14 @@ def catalogue_sources(folder: Path) -> dict[CorpusName, Source]:
             except (ValidationError, AttributeError) as error:
                 problems.append(f"{path}: {dimension}.{value}: {str(error).splitlines()[-1].strip()}")
                 continue
-            sources[CorpusName(dimension, str(value))] = source.within(folder)
+            sources[CorpusName(dimension, str(value))] = source.with_paths(lambda _, path: str(folder / path))
     if problems:
         raise SpecError(problems)
     return sources
 
 
 def find_sources(spec: Spec) -> dict[CorpusName, Source]:
-    """The source of every corpus that the spec names. Raises `SpecError` with all names that have none."""
+    """The source of every corpus of a spec; raises `SpecError` naming all that have none."""
     folder = Path(spec.corpora.catalogue) if spec.corpora.catalogue else shipped("corpora")
     catalogue = catalogue_sources(folder)
     found: dict[CorpusName, Source] = {}

@@ -1,4 +1,4 @@
-"""Bits of held-out documents under base and expert."""
+"""How many bits base and expert need for held-out documents."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _row_bits(logits: Tensor, targets: Tensor) -> float:
 
 
 def _predicted_bytes(tokenizer: Any, document: Document, max_tokens: int) -> int:
-    """UTF-8 bytes of the document's text behind its first token, up to where it was cut."""
+    """UTF-8 bytes of the document's text after its first token, up to where it was cut."""
     if not tokenizer.is_fast:  # only fast tokenizers know where a token's text stands
         ids = tokenize([document], tokenizer, max_tokens)[0]
         return len(tokenizer.decode(ids[1:], skip_special_tokens=True, clean_up_tokenization_spaces=False).encode())

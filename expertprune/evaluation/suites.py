@@ -1,4 +1,4 @@
-"""Suites: what an evaluation measures, as YAML."""
+"""Suites: YAML files that say what an evaluation measures."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from expertprune.spec.schema import DIMENSIONS, Dimensions
 from expertprune.spec.values import Names
 
 
-class _Section(BaseModel):
+class _SuiteKeys(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
 
-class _Measured(_Section):
-    """What a measurement says of: the expert's purpose, or what it should keep besides."""
+class _Measured(_SuiteKeys):
+    """Whether a measurement counts as what the expert is for, or as what it should keep besides."""
 
-    group: Group | None = Field(None, description="Whether it counts as expert or as general, whatever the spec says.")
+    group: Group | None = Field(None, description="Counts as expert or as general, whatever the spec says.")
     measures: Names = Field(
         default_factory=list, description="Values such as domain/medical; the spec says whether the expert is for them."
     )
@@ -44,7 +44,7 @@ class _Measured(_Section):
         return names
 
     def group_for(self, dimensions: Dimensions) -> Group:
-        """Expert where nothing it measures is another value of a dimension that the spec names, and something is named."""
+        """`expert` if it names a dimension of the spec, and in each such dimension one of the spec's values."""
         if self.group is not None:
             return self.group
         chosen = dimensions.chosen
@@ -57,18 +57,20 @@ class _Measured(_Section):
 
 
 class TaskEntry(_Measured):
-    """One task of lm-evaluation-harness, by its name there or as a YAML file of its own."""
+    """One task of lm-evaluation-harness, by name or as a YAML file."""
 
     name: str | None = Field(None, description="Task, group or tag of lm-evaluation-harness.")
-    file: str | None = Field(None, description="Its task YAML, relative to the suite; data files in it to itself.")
-    metric: str | None = Field(None, description="What is reported; default: the first that the task computes, of "
+    file: str | None = Field(
+        None, description="A task YAML, relative to the suite; data files in it are relative to itself."
+    )
+    metric: str | None = Field(None, description="The metric; default: the first that the task computes, of "
                                "exact_match, acc_norm, acc, f1, bits_per_byte.")  # fmt: skip
-    filter: str | None = Field(None, description="Which of the task's answer extractions; default: its first.")
+    filter: str | None = Field(None, description="The answer extraction (a filter of the task); default: its first.")
     chance: float | None = Field(
         None,
         ge=0,
         lt=1,
-        description="What guessing gets; default: one over the number of choices, where there are any.",
+        description="What guessing gets; default: one over the number of choices, where there are choices.",
     )
     few_shot: int | None = Field(None, ge=0, description="Examples in the prompt; default: what the task says.")
 
@@ -80,14 +82,16 @@ class TaskEntry(_Measured):
 
     @property
     def label(self) -> str:
-        """What it is called in results: its name, or the `task` of its file."""
+        """Its name in results: `name`, or the `task` of its file."""
         return self.name if self.name is not None else str(_task_file(Path(str(self.file)))["task"])
 
 
-class Perplexity(_Section):
+class Perplexity(_SuiteKeys):
     """Bits per byte and KL to the base, on the evaluation documents of corpora."""
 
-    corpora: Names | None = Field(None, description="Such as domain/medical or general; default: all of the spec's.")
+    corpora: Names | None = Field(
+        None, description="Such as domain/medical or general; default: all corpora of the spec."
+    )
 
 
 class Suite(_Measured):
@@ -112,7 +116,7 @@ class Suite(_Measured):
 
     @property
     def digest(self) -> str:
-        """Of the suite and of the task files beside it."""
+        """Digest of the suite and of its task files."""
         files = [entry.file for entry in (*self.tasks, *self.generation) if entry.file is not None]
         contents = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files]
         data = self.model_dump(mode="json")
@@ -182,9 +186,9 @@ def load_suite(path: Path) -> Suite:
 
 
 def bare_task(name: str) -> tuple[TaskEntry, str]:
-    """A task by its name alone, and the suite that it is from: the one that ships and has it, else none (`""`).
+    """A task by its name alone, and the shipped suite that has it (`""`: none).
 
-    So it comes with what the field reports of it: metric, answer extraction, few-shot examples.
+    A suite's entry has the metric, the answer extraction and the few-shot examples that the field reports.
     """
     for suite in map(load_suite, shipped_suites().values()):
         for entry in (*suite.tasks, *suite.generation):
@@ -194,7 +198,7 @@ def bare_task(name: str) -> tuple[TaskEntry, str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads a task YAML without importing the functions that it names."""
+    """Reads a task YAML without importing its functions."""
 
 
 _Loader.add_constructor("!function", lambda loader, node: str(loader.construct_scalar(node)))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What is asked of decoder layers while they run: their arguments, what goes into their blocks, how they route."""
+"""Look into decoder layers while they run: arguments, inputs and outputs of modules, routing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def decoder_layers(model: Any, family: Family) -> nn.ModuleList:
 
 @contextlib.contextmanager
 def layers_replaced(model: Any, family: Family, stand_ins: Sequence[nn.Module]) -> Iterator[None]:
-    """While open, other modules stand where the model's decoder layers are."""
+    """While open, `stand_ins` take the place of the model's decoder layers."""
     layers = decoder_layers(model, family)
     parent_path, _, name = family.layers.rpartition(".")
     parent = model.get_submodule(parent_path)
@@ -37,7 +37,7 @@ def layers_replaced(model: Any, family: Family, stand_ins: Sequence[nn.Module]) 
 
 
 class LayerRecorder(nn.Module):
-    """Stands in for a decoder layer: notes its arguments and hands the hidden states on."""
+    """Takes the place of a decoder layer: notes its arguments and passes the hidden states on."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class LayerRecorder(nn.Module):
 
 
 class _Handover(LayerRecorder):
-    """Stands in for all decoder layers: whatever comes in, the given hidden states go out."""
+    """Takes the place of all decoder layers: ignores its input and returns `result`."""
 
     def __init__(self, layer: nn.Module, result: Tensor) -> None:
         super().__init__(layer)
@@ -69,16 +69,17 @@ class _Handover(LayerRecorder):
 
 @contextlib.contextmanager
 def head_only(model: Any, family: Family, hidden: Tensor) -> Iterator[None]:
-    """While open, the model's layers are left out: whatever it is called with, `hidden` goes into its output head.
+    """While open, the model skips its decoder layers: `hidden` goes straight into its output head.
 
-    So final norm, output projection, caps and scales are the model's own, and `logits_to_keep` cuts the positions.
+    Final norm, output projection, caps and scales are the model's own. Call the model with any
+    token ids of the right shape; `logits_to_keep` selects positions.
     """
     with layers_replaced(model, family, [_Handover(decoder_layers(model, family)[0], hidden)]):
         yield
 
 
 class Call(NamedTuple):
-    """One call of a module: its positional and keyword arguments in their order, and its output."""
+    """One call of a module: its arguments, positional ones before keywords, and its output."""
 
     inputs: tuple[Any, ...]
     output: Tensor
@@ -92,7 +93,7 @@ class Call(NamedTuple):
 
 @contextlib.contextmanager
 def observed(layer: nn.Module, *paths: str) -> Iterator[dict[str, Call]]:
-    """While open, the last call of each submodule at `paths` is noted under its path."""
+    """While open, keeps the last call of each submodule at `paths`, by its path."""
     calls: dict[str, Call] = {}
 
     def watch(path: str) -> Any:
@@ -111,7 +112,7 @@ def observed(layer: nn.Module, *paths: str) -> Iterator[dict[str, Call]]:
 
 @dataclass(frozen=True)
 class Routed:
-    """What one call hands a layer's routed experts.
+    """The inputs of a layer's routed experts in one call.
 
     `hidden` is `[tokens, hidden]`; `chosen` and `weights` are `[tokens, per token]`.
     """
@@ -122,21 +123,21 @@ class Routed:
 
     @classmethod
     def of(cls, call: Call) -> Routed:
-        """Read off a call of the module that holds the routed experts."""
+        """From a call of the module that holds the routed experts; without its graph."""
         return cls(*(value.detach() for value in call.inputs[:3]))
 
 
 @dataclass(frozen=True)
 class RoutedShare:
-    """The tokens of a batch that one routed expert of a layer is chosen for, padding left out.
+    """The real tokens of a batch that are routed to one routed expert of a layer.
 
     Attributes:
-        expert: its position in the layer.
-        place: `[tokens]`, where they stand in what the layer's routed experts were handed.
-        document: `[tokens]`, on the CPU, the document that each is of.
+        expert: the routed expert's position in the layer.
+        place: `[tokens]`, the tokens' positions in `Routed.hidden`.
+        document: `[tokens]`, on the CPU, the document of each token.
         weight: `[tokens]`, float32, the router's weight.
         neurons: `[tokens, ffn]`, float32, the activations of its neurons.
-        read: `[hidden, ffn]`, float32, the weights that read them.
+        read: `[hidden, ffn]`, float32, its output projection.
     """
 
     expert: int
@@ -169,9 +170,10 @@ def routed_shares(layer: nn.Module, experts: Experts, batch: Batch, call: Routed
 
 @contextlib.contextmanager
 def routed_to(layer: nn.Module, experts: Experts, kept: Tensor) -> Iterator[None]:
-    """While open, the router of a layer chooses among the `kept` routed experts only, as if the others' logits were −∞.
+    """While open, a layer's router chooses among the `kept` routed experts only.
 
-    A router with the kept rows alone chooses; what it chose is handed on in the layer's own numbering.
+    It is as if the others' logits were −∞. A copy of the router with the kept rows chooses; its
+    choice is translated to the layer's own numbering.
 
     Args:
         kept: `[routed experts kept]`, int64, ascending.

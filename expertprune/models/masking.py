@@ -16,9 +16,9 @@ from expertprune.units import KeptUnits, LayerShape, Segment
 
 @contextlib.contextmanager
 def masked(model: Any, family: Family, shapes: Sequence[LayerShape], kept: Sequence[KeptUnits]) -> Iterator[None]:
-    """While open, the columns of output projections that dropped units own are zero, so the units write nothing.
+    """While open, dropped units write nothing: their columns of output projections are zero.
 
-    Dropped routed experts are not chosen by the router.
+    The router does not choose dropped routed experts.
     """
     stashed: list[tuple[Tensor, Tensor, Tensor]] = []
 

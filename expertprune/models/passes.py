@@ -1,7 +1,8 @@
 """Run text through a decoder one layer at a time.
 
-Every pass over calibration text goes this way: open a layer, run every batch through it, close it. Only the hidden states
-of the batches are held between layers, so a model larger than memory needs another source of layers and nothing else.
+Every pass over calibration text goes this way: open a layer, run every batch through it, close
+it. Between layers, only the hidden states of the batches are held. A model larger than memory
+therefore needs another source of layers (`TextRun.opened`), and nothing else changes.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def real_tokens(batch: Batch, states: Tensor) -> Tensor:
 
 
 class Step(NamedTuple):
-    """One batch that has just passed one layer: its states before and after, `[rows, tokens, hidden]`."""
+    """One batch that has just passed a layer; states are `[rows, tokens, hidden]`."""
 
     number: int
     batch: Batch
@@ -45,10 +46,10 @@ class Step(NamedTuple):
 
 @dataclass
 class Stream:
-    """The hidden states of every batch before one layer, and what the decoder hands each layer beside them.
+    """The hidden states of every batch before one layer, and the other arguments of every layer.
 
-    `hidden[b]` is `[rows, tokens, hidden]`; `arguments[b][l]` are the keyword arguments of layer `l` (position
-    embeddings, masks), shared between layers where the decoder shares them.
+    `hidden[b]` is `[rows, tokens, hidden]`. `arguments[b][l]` are the keyword arguments of layer
+    `l` (position embeddings, masks), shared between layers where the decoder shares them.
     """
 
     batches: Sequence[Batch]
@@ -56,21 +57,21 @@ class Stream:
     arguments: list[list[dict[str, Any]]]
 
     def copy(self) -> Stream:
-        """Another stream with the same inputs. Hidden states are replaced, never changed in place: none is copied."""
+        """Another stream from here. Hidden states are never changed in place, so none is copied."""
         return Stream(self.batches, list(self.hidden), self.arguments)
 
     def run(self, layer: nn.Module, index: int, batch: int) -> Tensor:
-        """Run one batch through one layer and leave the stream as it was; the output is `[rows, tokens, hidden]`."""
+        """One batch's output of a layer, `[rows, tokens, hidden]`; the stream stays as it is."""
         output = layer(self.hidden[batch], **self.arguments[batch][index])
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
     def advance(self, layer: nn.Module, index: int) -> Iterator[Step]:
-        """Run every batch through the layer at position `index`; the stream then holds what comes out of it.
+        """Run every batch through the layer at position `index`; the stream then holds its output.
 
         Yields:
-            Each batch as soon as it is through. Where gradients are on, `Step.after` carries its graph, and the stream
-            holds it without.
+            Each batch as soon as it is through. Where gradients are on, `Step.after` carries its
+            graph; the stream holds the states without it.
         """
         for number, batch in enumerate(self.batches):
             before, after = self.hidden[number], self.run(layer, index, number)
@@ -82,7 +83,7 @@ class Stream:
 class TextRun:
     """A model and the text that runs through it: what every pass needs.
 
-    `shapes` are the widths of its layers; a pass that looks at hidden states alone does not need them.
+    `shapes` are the widths of its layers; leave them empty where only hidden states are wanted.
     """
 
     model: Any
@@ -92,33 +93,35 @@ class TextRun:
 
     @property
     def device(self) -> torch.device:
-        """Where layers run and hidden states lie."""
+        """The device of layers and hidden states."""
         device: torch.device = next(self.model.parameters()).device
         return device
 
     @property
     def documents(self) -> int:
+        """Their number."""
         return 1 + max(document for batch in self.batches for document in batch.documents)
 
     @property
     def tokens(self) -> int:
+        """The number of real tokens."""
         return sum(batch.tokens for batch in self.batches)
 
     def each_batch(self) -> Iterator[TextRun]:
-        """The same with one batch at a time."""
+        """The same model with one batch each."""
         return (replace(self, batches=[batch]) for batch in self.batches)
 
     @contextlib.contextmanager
     def opened(self, index: int) -> Iterator[nn.Module]:
         """One decoder layer, ready to run on `device` while open.
 
-        The whole model is resident, so it is only looked up. Where layers are streamed from a checkpoint, this is the
-        place that loads one and frees it.
+        The whole model is resident, so this only looks the layer up. A source that streams layers
+        from a checkpoint would load it here, and free it behind the `yield`.
         """
         yield decoder_layers(self.model, self.family)[index]
 
     def layers(self, progress: Progress | None = None, last_first: bool = False) -> Iterator[tuple[int, nn.Module]]:
-        """Open each layer in turn; `progress` is called when one is closed."""
+        """Open each layer in turn; call `progress` when one is closed."""
         order = range(len(decoder_layers(self.model, self.family)))
         for index in reversed(order) if last_first else order:
             with self.opened(index) as layer:
@@ -128,7 +131,7 @@ class TextRun:
 
     @torch.no_grad()  # not inference mode: a backward pass may go through what comes out
     def start(self) -> Stream:
-        """The stream before the first layer: embeddings, and each layer's arguments as the decoder makes them."""
+        """The stream before the first layer; the decoder itself makes the layers' arguments."""
         recorders = [LayerRecorder(layer) for layer in decoder_layers(self.model, self.family)]
         stream, decoder = Stream(self.batches, [], []), self.model.get_decoder()
         with layers_replaced(self.model, self.family, recorders):
@@ -139,7 +142,7 @@ class TextRun:
         return stream
 
     def finish(self, progress: Progress | None = None) -> Stream:
-        """The stream behind the last layer, where nothing but that is wanted."""
+        """The stream behind the last layer."""
         stream = self.start()
         for index, layer in self.layers(progress):
             for _ in stream.advance(layer, index):
@@ -147,16 +150,16 @@ class TextRun:
         return stream
 
     def logits(self, batch: Batch, hidden: Tensor, until: int | None = None) -> Iterator[tuple[int, Tensor]]:
-        """The predictions that follow from the last layer's output, a few positions at a time.
+        """The model's predictions of one batch, a few positions at a time.
 
-        Logits of a large vocabulary over a whole batch would take more room than the model.
+        Logits of a large vocabulary over a whole batch could take more memory than the model.
 
         Args:
-            hidden: of the batch, `[rows, tokens, hidden]`.
-            until: the first position that is not wanted; default: the end.
+            hidden: the batch's output of the last layer, `[rows, tokens, hidden]`.
+            until: stop before this position; default: the end.
 
         Yields:
-            The first position of a stretch, and its logits, `[rows, positions, vocabulary]`, float32.
+            The first of some positions, and their logits, `[rows, positions, vocabulary]`, float32.
         """
         ids = batch.ids.to(hidden.device)
         vocabulary = self.model.get_output_embeddings().weight.shape[0]

@@ -11,8 +11,8 @@ from expertprune.artifacts.profile import halved
 class ChannelStatistics:
     """Sums over tokens of each channel of an output projection's input, per document and in total.
 
-    Streaming: any way of cutting the documents into batches gives the same numbers. Summed in float64: the variance of a
-    channel with a large mean is the small difference of large sums.
+    They do not depend on how documents are cut into batches. They are summed in float64, because
+    the variance of a channel with a large mean is the small difference of large sums.
     """
 
     def __init__(self, documents: int, channels: int) -> None:
@@ -28,7 +28,7 @@ class ChannelStatistics:
         self.square_sum += square_sum
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """What is stored: half precision RMS with its scale, float64 totals (a variance is their small difference)."""
+        """What is stored: the RMS in half precision with its scale, and the totals in float64."""
         return {
             **halved(f"{prefix}.rms", self.square.sqrt()),
             f"{prefix}.sum": self.sum,

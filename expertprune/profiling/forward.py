@@ -17,36 +17,40 @@ from expertprune.units import LayerShape, Segment
 
 
 class LayerCollector:
-    """The statistics of one layer, fed batch by batch with the inputs of its two output projections."""
+    """The statistics of one layer, summed batch by batch."""
 
     def __init__(self, layer: nn.Module, family: Family, shape: LayerShape, documents: int) -> None:
         self.shape = shape
-        self.experts = RoutingStatistics(layer, family, documents, shape) if family.experts else None
+        self.routed = RoutingStatistics(layer, family, documents, shape) if family.experts else None
         self._weights = _weight_statistics(layer, family, shape)
         self.ffn = ChannelStatistics(documents, shape.ffn if family.has_ffn else 0)
         self.heads = ChannelStatistics(documents, shape.query_heads * shape.head_dim)
         self.head_impact = torch.zeros(documents, shape.query_heads)
         self.group_impact = torch.zeros(documents, shape.kv_heads)
         self.stream = torch.zeros(documents)
-        # Gram matrices of the output projection's columns, one per KV group: [kv_heads, group_dim, group_dim]
+        # Gram matrices of the output projection's columns, [kv_heads, group_dim, group_dim]
         columns = layer.get_parameter(family.attention.output_weight).float()
         columns = columns.unflatten(1, (shape.kv_heads, -1)).permute(1, 2, 0)
         self._gram = columns @ columns.transpose(1, 2)
 
     def update(self, batch: Batch, ffn: Tensor, heads: Tensor, stream: Tensor) -> None:
-        """The inputs of both output projections and the layer's output, `[rows, tokens, channels]`; padding is left out.
+        """Add one batch; padding is left out.
 
-        Channels: `ffn`, `query_heads * head_dim`, and `hidden` for the residual stream.
+        Args:
+            ffn: the input of the FFN's output projection, `[rows, tokens, ffn]`.
+            heads: that of the attention's, `[rows, tokens, query_heads * head_dim]`.
+            stream: the layer's output, `[rows, tokens, hidden]`.
         """
         shape = self.shape
         for row, (document, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
             self.stream[document] = stream[row, :length].float().square().mean().cpu()
             self.ffn.add(document, ffn[row, :length].float())
             values = heads[row, :length].float()
-            grouped = values.unflatten(1, (shape.kv_heads, -1)).transpose(0, 1)  # [kv_heads, tokens, group_dim]
+            grouped = values.unflatten(1, (shape.kv_heads, -1)).transpose(0, 1)  # [kv_heads, tokens, _]
             moment = grouped.transpose(1, 2) @ grouped  # [kv_heads, group_dim, group_dim]
             self.heads.add(document, values)
-            # mean_t ‖W o_t‖² = ⟨WᵀW, mean_t o_t o_tᵀ⟩: the whole block for the group, the diagonal blocks for its heads
+            # mean_t ‖W o_t‖² = ⟨WᵀW, mean_t o_t o_tᵀ⟩: of the whole block for the group, of its
+            # diagonal blocks for the heads
             change = moment * self._gram / length
             self.group_impact[document] = change.sum((1, 2)).cpu()
             blocks = change.unflatten(1, (-1, shape.head_dim)).unflatten(3, (-1, shape.head_dim))
@@ -55,7 +59,7 @@ class LayerCollector:
     def tensors(self, index: int) -> dict[str, Tensor]:
         """Everything of this layer under its stored names."""
         return {
-            **(self.ffn.tensors(f"ffn.{index}") if self.experts is None else self.experts.tensors(index)),
+            **(self.ffn.tensors(f"ffn.{index}") if self.routed is None else self.routed.tensors(index)),
             **self.heads.tensors(f"heads.{index}"),
             f"heads.{index}.impact": self.head_impact,
             f"groups.{index}.impact": self.group_impact,
@@ -65,7 +69,7 @@ class LayerCollector:
 
 
 def _blocks(family: Family) -> list[tuple[str, Block]]:
-    """The blocks whose output projection is listened to, by the names of their statistics."""
+    """The blocks whose output projection is observed, by the names of their statistics."""
     return [("ffn", family.ffn), ("heads", family.attention)] if family.has_ffn else [("heads", family.attention)]
 
 
@@ -83,9 +87,9 @@ def _weight_statistics(layer: nn.Module, family: Family, shape: LayerShape) -> d
         values = state[coupled.name].float().square()
         rows = values.flatten(1).sum(1) if coupled.axis == 0 and values.dim() > 1 else values
         rows = rows.sum(0) if coupled.axis == 1 else rows
-        parts = rows.cpu().split([shape.segment_rows(segment) for segment in coupled.segments])
-        for segment, part in zip(coupled.segments, parts, strict=True):
-            squares[segment] += part
+        owned = rows.cpu().split([shape.segment_rows(segment) for segment in coupled.segments])
+        for segment, values in zip(coupled.segments, owned, strict=True):
+            squares[segment] += values
     queries = squares[Segment.QUERY].unflatten(0, (shape.query_heads, -1)).sum(1)
     keys = squares[Segment.KEY_VALUE].unflatten(0, (shape.kv_heads, -1)).sum(1)
     if family.has_ffn:
@@ -100,7 +104,7 @@ def forward_pass(text: TextRun, progress: Progress | None = None) -> dict[str, T
     """Every statistic of a corpus that needs no gradient, by stored name (see `Profile`).
 
     Args:
-        text: the `documents` of its batches number the rows of the per-document statistics.
+        text: its batches' `documents` are the rows of the statistics per document.
         progress: called after each layer.
 
     Raises:
@@ -119,11 +123,11 @@ def forward_pass(text: TextRun, progress: Progress | None = None) -> dict[str, T
         with observed(layer, *paths) as calls:
             for step in stream.advance(layer, index):
                 heads = calls[family.attention.output].input
-                if collector.experts is not None and family.experts is not None:
-                    collector.experts.add(step.batch, Routed.of(calls[family.experts.module]))
+                if collector.routed is not None and family.experts is not None:
+                    collector.routed.add(step.batch, Routed.of(calls[family.experts.module]))
                 ffn = calls[family.ffn.output].input if family.has_ffn else heads[..., :0]
                 collector.update(step.batch, ffn, heads, step.after)
-        neurons = collector.ffn if collector.experts is None else collector.experts.neurons
+        neurons = collector.ffn if collector.routed is None else collector.routed.neurons
         if not bool(neurons.square_sum.isfinite().all() and collector.heads.square_sum.isfinite().all()):
             raise CheckpointError(
                 f"layer {index}: activations are not finite in {next(layer.parameters()).dtype}: damaged weights, or "

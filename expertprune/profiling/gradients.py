@@ -19,17 +19,17 @@ from expertprune.models.passes import LOGITS, TextRun
 from expertprune.progress import Progress
 from expertprune.units import LayerShape
 
-# Powers of two, so that they cost no digit. Of half precision, whose smallest number is 2⁻²⁴ and largest 2¹⁶:
-HEAD_SCALE = 2.0**8  # times the loss; the gradient of a logit is at most 1
-LARGEST = 2.0**6  # where a layer's gradients begin: they may grow by 2¹⁰ within it, and 2⁻³⁰ of the largest is kept
+# Scales keep gradients within half precision, from 2⁻²⁴ to 2¹⁶. Powers of two change no digit.
+HEAD_SCALE = 2.0**8  # of the loss: the gradient of a logit is at most 1
+LARGEST = 2.0**6  # of the gradients that enter a layer: within it, they may grow by 2¹⁰
 
 
 class MaskGradients:
     """`Σ_t a_tc ∂L/∂a_tc` of the channels of one layer's output projections, per document and unit.
 
-    This is the derivative with respect to a mask that multiplies the unit's channels, at 1. A KV group's is the sum over
-    its query heads, so only heads are stored. The mask of a routed expert multiplies what it writes: its derivative is
-    the sum over its neurons.
+    This is the derivative with respect to a mask that multiplies the unit's channels, at 1. That of
+    a KV group is the sum over its query heads, so only heads are stored. The mask of a routed
+    expert multiplies its output, so its derivative is the sum over its neurons.
     """
 
     def __init__(self, shape: LayerShape, documents: int) -> None:
@@ -47,8 +47,8 @@ class MaskGradients:
         """Add one batch.
 
         Args:
-            weights: what the gradients of each row are multiplied by, in float32.
-            heads, ffn: the input of an output projection and its gradient, `[rows, tokens, channels]` each.
+            weights: a factor for the gradients of each row, applied in float32.
+            heads, ffn: input and gradient of an output projection, `[rows, tokens, channels]` each.
         """
         for row, (document, length, weight) in enumerate(zip(batch.documents, batch.lengths, weights, strict=True)):
             sums = [(a[row, :length].float() * g[row, :length].float()).sum(0).cpu() * weight
@@ -66,7 +66,7 @@ class MaskGradients:
         call: Routed,
         gradient: Tensor,
     ) -> None:
-        """`gradient` `[tokens, hidden]` is that of what the routed experts of `layer` wrote together."""
+        """Add a batch; `gradient` is that of the routed experts' output, `[tokens, hidden]`."""
         gradient = gradient.flatten(0, -2).float()
         by_document = torch.zeros(len(self.ffn))
         by_document[list(batch.documents)] = torch.tensor(weights, dtype=torch.float32)
@@ -86,13 +86,13 @@ class MaskGradients:
 
 @contextlib.contextmanager
 def mask_graph(layer: nn.Module, family: Family, leaves: bool) -> Iterator[dict[str, Tensor]]:
-    """While open, gradients are on and what the layer's masks would multiply is noted, call by call.
+    """While open, gradients are on, and the tensors that masks would multiply are kept by name.
 
-    Noted are the inputs of both output projections, `heads` and `ffn`. Where experts are routed, what they write together
-    is noted as `written` in place of `ffn`.
+    These are the inputs of both output projections in the last call, `heads` and `ffn`. A layer
+    with routed experts has their summed output, `written`, in place of `ffn`.
 
     Args:
-        leaves: the noted inputs become the graph's leaves, so the graph begins there.
+        leaves: start the graph at these inputs.
     """
     inputs: dict[str, Tensor] = {}
 
@@ -128,13 +128,13 @@ def mask_graph(layer: nn.Module, family: Family, leaves: bool) -> Iterator[dict[
 def gradient_pass(text: TextRun, loss: str, seed: int = 0, progress: Progress | None = None) -> dict[str, Tensor]:
     """Gradients of each document's mean loss with respect to the masks of all units.
 
-    The sum of a document's losses is what goes backward: its mean over hundreds of tokens would vanish in half precision.
-    The division comes last, in float32.
+    Backpropagation starts from the sum of a document's losses: the gradient of their mean over
+    hundreds of tokens would vanish in half precision. The division comes last, in float32.
 
     Args:
-        loss: `language_model`, against the text's own next tokens; or `kl`, against tokens drawn from the model's own
-            predictions, whose gradients have the curvature of `KL(dense ‖ masked)` as their second moment (the gradient
-            of that divergence itself is zero at the dense model).
+        loss: `language_model`, against the text's own next tokens; or `kl`, against tokens drawn
+            from the model's own predictions. The second moment of the latter's gradients is the
+            curvature of `KL(dense ‖ masked)`, whose own gradient is zero at the dense model.
         seed: of the draws; each document has its own.
         progress: called after each batch.
     """
@@ -155,9 +155,9 @@ def gradient_pass(text: TextRun, loss: str, seed: int = 0, progress: Progress | 
 
 @dataclass(frozen=True)
 class Differentiated:
-    """One batch in one layer: what the layer's masks would multiply (see `mask_graph`), and its gradients.
+    """One batch in one layer: what masks would multiply (see `mask_graph`), and its gradients.
 
-    `gradients` are those of the sum of the losses of all rows, times `scale`.
+    `gradients` are those of the sum of all tokens' losses, times `scale`.
     """
 
     index: int
@@ -172,8 +172,8 @@ class Differentiated:
 def backward(text: TextRun, loss: str, seed: int) -> Iterator[Differentiated]:
     """Go through the layers from the last to the first, and in each through every batch.
 
-    The forward pass keeps each layer's input. Going back, each layer is run again and differentiated, so that one
-    layer's graph is held for one batch at a time.
+    The forward pass keeps each layer's input. On the way back, each layer is run again and
+    differentiated, so only one layer's graph of one batch is held at a time.
     """
     stream = text.start()
     before: list[list[Tensor]] = []
@@ -199,28 +199,32 @@ def backward(text: TextRun, loss: str, seed: int) -> Iterator[Differentiated]:
 
 
 def rescaled(gradient: Tensor, scale: float) -> tuple[Tensor, float]:
-    """Multiply by the power of two that brings the largest element to `LARGEST`; the product, and its whole scale.
+    """Multiply a gradient by a power of two that brings its largest element to about `LARGEST`.
 
-    Backpropagation is linear, so this changes no digit, and no layer's gradients leave the range of half precision.
+    Backpropagation is linear, so a scale can be divided out at the end.
 
     Args:
-        scale: what the gradient is multiplied by so far.
+        scale: the factor that the gradient carries already.
+
+    Returns:
+        The scaled gradient and the factor that it carries now.
     """
     largest = float(gradient.abs().max())
     if not 0 < largest < math.inf:
         return gradient, scale
-    factor = 2.0 ** min(math.log2(LARGEST) - math.ceil(math.log2(largest)), 100)  # itself a number of single precision
+    exponent = math.log2(LARGEST) - math.ceil(math.log2(largest))
+    factor = 2.0 ** min(exponent, 100)  # must be a float32 number itself
     return gradient * factor, scale * factor
 
 
 def loss_gradient(text: TextRun, batch: Batch, hidden: Tensor, loss: str, seed: int) -> Tensor:
-    """The gradient of the sum over all tokens' losses, times `HEAD_SCALE`, with respect to the last layer's output.
+    """The gradient of the sum of all tokens' losses, times `HEAD_SCALE`.
 
-    `[rows, tokens, hidden]`.
+    It is with respect to the last layer's output, `[rows, tokens, hidden]`.
     """
     ids = batch.ids.to(hidden.device)
     leaf = hidden.detach().requires_grad_()
-    # Of a whole document at once, so that its draws are the same however its positions are cut into steps.
+    # One draw for each position of a document, however its positions are cut into steps.
     draws = [
         torch.rand(length - 1, generator=torch.Generator().manual_seed(seed * 1_000_003 + document))
         for document, length in zip(batch.documents, batch.lengths, strict=True)
@@ -242,16 +246,16 @@ def loss_gradient(text: TextRun, batch: Batch, hidden: Tensor, loss: str, seed: 
 
 
 def _drawn(chances: Tensor, draws: Tensor) -> Tensor:
-    """The token at which the sum of the chances passes a uniform draw, `[positions, tokens]` and `[positions]`."""
+    """Draw tokens by `chances`, `[positions, vocabulary]`, and uniform `draws`, `[positions]`."""
     sums = chances.cumsum(-1)
-    # right: a token without a chance is never drawn; the last sum is one only up to rounding
+    # right=True: a token of probability 0 is never drawn. The last sum is 1 only up to rounding.
     return torch.searchsorted(sums, draws[:, None] * sums[:, -1:], right=True)[:, 0].clamp_max(sums.shape[1] - 1)
 
 
 def backward_bytes(shapes: Sequence[LayerShape], vocabulary: int, tokens: int, experts_per_token: int = 0) -> int:
-    """About what a backward pass holds at its peak beside the weights, were its activations in float32.
+    """An estimate of a backward pass' peak memory beside the weights, with float32 activations.
 
-    Every layer's hidden states, one layer's graph, the logits of a few positions with their gradients.
+    It holds every layer's hidden states, one layer's graph, and logits of a few positions.
 
     Args:
         tokens: of the largest batch, padding included.

@@ -12,10 +12,10 @@ from expertprune.progress import Progress
 
 @torch.no_grad()
 def regional_pass(text: TextRun, progress: Progress | None = None) -> dict[str, Tensor]:
-    """Gradients of the mean norm of each layer's output with respect to the masks of that layer's units.
+    """Gradients of the mean norm of each layer's output with respect to its own units' masks.
 
-    Each layer's graph begins at its output projections and ends at its output, so memory is that of the forward pass and
-    one layer.
+    Each layer's graph begins at its output projections and ends at its output, so the pass takes
+    the memory of the forward pass and one layer's graph.
     """
     stream = text.start()
     result: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""How routers use routed experts on a corpus."""
+"""How often routed experts are chosen on a corpus, and what they write."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from expertprune.units import LayerShape
 
 
 class RoutingStatistics:
-    """How the router of one layer uses each routed expert on each document, and what that gives.
+    """Sums over the tokens that are routed to each routed expert of one layer, per document.
 
-    Sums over the tokens that are routed to it, `[documents, experts]`: their number (`routed`), the norm of what it
-    writes times the router's weight (`norm`), and that product's square (`square`).
+    `routed` is their number, `norm` sums the norm of the expert's output times the router's weight,
+    and `square` sums that product's square; each is `[documents, experts]`.
 
-    A neuron counts as its activation times the router's weight, and as 0 on tokens that go elsewhere: that is what its
-    column of the output projection multiplies.
+    A neuron counts as its activation times the router's weight, and as 0 on tokens that go
+    elsewhere: that is what its column of the output projection multiplies.
     """
 
     def __init__(self, layer: nn.Module, family: Family, documents: int, shape: LayerShape) -> None:
@@ -29,7 +29,8 @@ class RoutingStatistics:
         self.routed = torch.zeros(documents, shape.experts)
         self.norm = torch.zeros(documents, shape.experts)
         self.square = torch.zeros(documents, shape.experts)
-        self.neurons = ChannelStatistics(documents, shape.neurons)  # sums over tokens of a document, not yet means
+        # Here `square` sums over a document's tokens; it becomes a mean in `tensors`.
+        self.neurons = ChannelStatistics(documents, shape.neurons)
         run = [layer.get_parameter(tensor.name).float().square() for tensor in self.family.run]
         self.weight_norm = torch.stack([square.flatten(1).sum(1) for square in run]).sum(0).sqrt().cpu()
         owned = [

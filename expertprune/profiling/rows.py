@@ -1,4 +1,4 @@
-"""How much a corpus needs each vocabulary row: how often its token occurs, and how probable the model finds it."""
+"""How often each token occurs in a corpus, and how probable the model finds it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _CLUSTERED = 4096  # documents whose distances from each other are held at a tim
 def vocabulary_pass(text: TextRun, progress: Progress | None = None) -> dict[str, Tensor]:
     """Occurrences and probability of every vocabulary row over a corpus (see `Profile`).
 
-    The probability is the model's softmax over all rows, added up over the positions of real tokens,
-    a document's last included.
+    The probability is the model's softmax over all rows, summed over the positions of all real
+    tokens, the last of each document included.
 
     Args:
         progress: called after each layer and after each batch of predictions.

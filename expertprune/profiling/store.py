@@ -29,14 +29,14 @@ from expertprune.progress import Progress
 from expertprune.relevance import Pass
 
 PACKAGES = ("torch", "transformers")
-# What says how a statistic is computed, within the package: a change to any of these makes new profiles.
+# The modules that compute statistics: a change to any of them makes new profiles.
 SOURCES = ("arch", "artifacts/profile.py", "corpora/batches.py", "models/layers.py", "models/loading.py",
            "models/passes.py", "profiling", "units.py")  # fmt: skip
 
 
 def profile_key(base: ResolvedBase, documents: Sequence[Document], max_tokens: int) -> ProfileKey:
     """What the profile of these documents depends on, on this machine."""
-    digests = [digest_of(document.text) for document in documents]  # tokens see white space, so it counts here
+    digests = [digest_of(document.text) for document in documents]  # white space counts here
     remote = _digest_of_files(sorted(base.folder.rglob("*.py")), base.folder) if base.trust_remote_code else ""
     return ProfileKey(
         model=base.digest,
@@ -53,7 +53,7 @@ def profile_key(base: ResolvedBase, documents: Sequence[Document], max_tokens: i
 
 @functools.cache
 def statistics_code(package: Path) -> str:
-    """Digest of the package's code that computes statistics, data about families included."""
+    """Digest of the package's code that computes statistics, with its data about families."""
 
     def files() -> Iterator[Path]:
         for source in SOURCES:
@@ -72,7 +72,7 @@ def profile_path(store: Path, key: ProfileKey) -> Path:
 
 
 def description(base: ResolvedBase, corpus: str, documents: Sequence[Document], key: ProfileKey) -> dict[str, Any]:
-    """What a profile says about itself, but for the number of its tokens."""
+    """The description that is stored in a profile's header; `measure` adds the number of tokens."""
     return {
         "digest": key.digest,
         "key": asdict(key),

@@ -1,4 +1,4 @@
-"""Closed-form repair: the kept columns of an output projection take over what the dropped ones did."""
+"""Closed-form repair: solve for the kept columns of output projections, without training."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Repair:
 
     Attributes:
         name: what a spec calls it.
-        weights: from the running base with calibration text, the units that each layer keeps, the spec's settings and a
-            function to call after each layer: full names of changed weights and their values, of the pruned widths, in
-            the model's dtype.
-        runs_model: where it is off, `weights` is never called, and no model is loaded.
+        weights: its arguments are the running base with calibration text, the units that each layer
+            keeps, the spec's `compensation`, and a function to call after each layer. It yields
+            full names of weights and their new values, in the pruned widths and the model's dtype.
+        runs_model: if off, `weights` is never called and no model is loaded for it.
     """
 
     name: str
@@ -63,10 +63,10 @@ def check_repair(name: str) -> Repair:
 
 @dataclass
 class Moments:
-    """Sums over tokens that the least squares need, float32 on the model's device.
+    """Sums over tokens for the least squares, float32 on the model's device.
 
-    `gram` is `Σ w x xᵀ`, `[kept, kept]`; `cross` is `Σ w r xᵀ`, `[hidden, kept]`, of the residual `r` that the layer still
-    owes with its present columns.
+    `gram` is `Σ w x xᵀ`, `[kept, kept]`. `cross` is `Σ w r xᵀ`, `[hidden, kept]`, where the
+    residual `r` is the target minus the layer's present output.
     """
 
     gram: Tensor
@@ -77,7 +77,7 @@ class Moments:
         return cls(torch.zeros(kept, kept, device=device), torch.zeros(hidden, kept, device=device))
 
     def add(self, inputs: Tensor, residual: Tensor, weight: Tensor) -> None:
-        """`inputs` `[tokens, kept]`, `residual` `[tokens, hidden]`, `weight` `[tokens]` at least 0; float32."""
+        """`inputs` are `[tokens, kept]`, `residual` `[tokens, hidden]`, `weight` `[tokens]`."""
         weighted = inputs * weight[:, None]
         self.gram.addmm_(weighted.T, inputs)
         self.cross.addmm_(residual.T, weighted)
@@ -86,12 +86,13 @@ class Moments:
 def least_squares(moments: Moments, damping: float) -> Tensor:
     """The change `Δ` of the kept columns, `[hidden, kept]`, float32.
 
-    Minimizes `Σ w ‖r − Δ x‖² + damping · Σ_j h_jj ‖Δ_j‖² + ...`: a ridge towards the original columns (`Δ = 0`), in
-    proportion to each input's own energy `h_jj`, so that it means the same for quiet and for massive activations, plus a
-    thousandth of the median energy, so that inputs that were hardly seen do not move.
+    It minimizes `Σ w ‖r − Δ x‖² + Σ_j d_j ‖Δ_j‖²`, a ridge towards the original columns (`Δ = 0`)
+    with `d_j = damping · (h_jj + median(h) / 1000)` and `h_jj` the energy of input `j`. In
+    proportion to the input's own energy, the ridge means the same for quiet and for massive
+    activations. The second term holds inputs that were hardly seen.
 
-    `Δ = C (H + D)⁻¹` with `H` the gram, `C` the cross moment, solved in float64 by Cholesky. With nothing owed
-    (`C = 0`) it is exactly zero.
+    The solution is `Δ = C (H + D)⁻¹`, with `H` the gram matrix and `C` the cross moment, in float64
+    by Cholesky. Where `C = 0`, it is exactly 0.
 
     Raises:
         CheckpointError: the damping is too small for these inputs.
@@ -110,8 +111,8 @@ def least_squares(moments: Moments, damping: float) -> Tensor:
 def token_weights(target: Tensor) -> Tensor:
     """One over the mean square of each token's residual stream, `[tokens, hidden]` to `[tokens]`.
 
-    The next layer normalizes the stream, so an error counts in proportion to the stream's own size; unweighted, the few
-    tokens with massive activations decide everything.
+    The next layer normalizes the stream, so an error counts relative to the stream's own size.
+    Without weights, a few tokens with massive activations would decide everything.
     """
     return 1.0 / target.square().mean(1).clamp_min(1e-12)
 
@@ -129,8 +130,8 @@ def by_least_squares(
 ) -> Weights:
     """Solve every output projection that lost inputs again, layer by layer.
 
-    Two streams run through the model: the base's, and the one that the expert will see. The target of a projection is the
-    base's residual stream behind its block, so it makes up for what the pruned prefix lost too.
+    Two streams run through the model: the base's, and the expert's. The target of a projection is
+    the base's residual stream behind its block, so it also makes up for what earlier layers lost.
 
     Raises:
         CheckpointError: the damping is too small for these inputs.
@@ -155,7 +156,7 @@ class _Cut:
     kept: KeptUnits
 
     def touches(self, structure: Structure) -> bool:
-        """Whether an output projection lost inputs; those of routed experts are left as they are."""
+        """Whether an output projection lost inputs. Those of routed experts are never repaired."""
         if structure is Structure.FFN:
             return self.family.has_ffn and len(self.kept.ffn) < self.shape.ffn
         return len(self.kept.query_heads) < self.shape.query_heads
@@ -177,21 +178,21 @@ def _solve_layer(cut: _Cut, config: Any, dense: Stream, expert: Stream, damping:
 
 @dataclass
 class _Targets:
-    """Per batch: the dense residual stream behind a block, and what its output projection gave where a norm follows."""
+    """Per batch: the dense stream behind a block, and the projection's output if normed."""
 
     stream: list[Tensor]
     outputs: list[Tensor]
 
 
 def _run_dense(cut: _Cut, stream: Stream) -> dict[Structure, _Targets]:
-    """Advance the dense stream, noting the targets of the projections that lost inputs."""
+    """Advance the dense stream and keep the targets of the projections that lost inputs."""
     blocks = {each: cut.family.block(each) for each in (Structure.QUERY_HEADS, Structure.FFN) if cut.touches(each)}
     targets = {structure: _Targets([], []) for structure in blocks}
     with observed(cut.layer, *(block.output for block in blocks.values())) as calls:
         for step in stream.advance(cut.layer, cut.index):
             for structure, block in blocks.items():
                 output = calls[block.output].output
-                middle = structure is Structure.QUERY_HEADS  # of the layer: its FFN comes behind
+                middle = structure is Structure.QUERY_HEADS  # the FFN comes later in the layer
                 behind = step.before + _joined(cut.layer, block, output) if middle else step.after
                 targets[structure].stream.append(behind)
                 if block.output_norm is not None:
@@ -200,7 +201,7 @@ def _run_dense(cut: _Cut, stream: Stream) -> dict[Structure, _Targets]:
 
 
 def _joined(layer: nn.Module, block: Block, output: Tensor) -> Tensor:
-    """What a block's output adds to the residual stream."""
+    """What a block adds to the residual stream, given its projection's output."""
     result: Tensor = output if block.output_norm is None else layer.get_submodule(block.output_norm)(output)
     return result
 
@@ -208,7 +209,7 @@ def _joined(layer: nn.Module, block: Block, output: Tensor) -> Tensor:
 def _solve(
     cut: _Cut, small: nn.Module, structure: Structure, stream: Stream, targets: _Targets, damping: float
 ) -> tuple[str, Tensor]:
-    """Repair one output projection of a pruned layer; behind the FFN's, the stream passes the repaired layer too."""
+    """Repair one output projection of a pruned layer; with the FFN's, advance the stream too."""
     block, last = cut.family.block(structure), structure is Structure.FFN
     projection = small.get_submodule(block.output)
     weight = small.get_parameter(block.output_weight)
@@ -219,7 +220,7 @@ def _solve(
             after, call = stream.run(small, cut.index, number), calls[block.output]
             if last:
                 seen.append((after, call))
-            else:  # the layer's FFN comes behind it
+            else:  # leave the layer's FFN out
                 after = stream.hidden[number] + _joined(small, block, call.output)
             target = real_tokens(batch, targets.stream[number]).float()
             residual = target - real_tokens(batch, after).float()
@@ -246,16 +247,18 @@ def _solve(
 def _before_norm(
     norm: nn.Module, residual: Tensor, joined: Tensor, own: Tensor, dense: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What is owed in front of an output norm, where the projection is linear; all `[tokens, hidden]`.
+    """The residual before an output norm, where the projection is linear; all `[tokens, hidden]`.
 
-    The norm maps `v` to `γ ⊙ v / rms(v)`. With the root mean square of the dense output, which the repaired one shall
-    come near to, the stream's target `c = joined + residual` needs `v = c · rms / γ`. A channel of small `γ` would have to
-    grow out of all proportion for it, and shrink all others through `rms(v)`. So each channel minimizes
-    `γ² (v − c · rms / γ)² + m (v − d)²`, with `d` the dense output and `m` the median of `γ²`: the more a channel tells in
-    the stream, the more it makes up for what the prefix lost; the others stay what they were.
+    The norm maps `v` to `γ ⊙ v / rms(v)`. Take `rms` of the dense output: the repaired one should
+    come close to it. Then the stream's target `c = joined + residual` needs `v = c · rms / γ`. A
+    channel with a small `γ` would have to grow very large for that, and would shrink all others
+    through `rms(v)`. So each channel minimizes `γ² (v − c · rms / γ)² + m (v − d)²`, with `d` the
+    dense output and `m` the median of `γ²`. Channels that count in the stream make up for what
+    earlier layers lost; the others keep the dense output.
 
     Returns:
-        The residual in front of the norm, and the root mean square of each token's dense output, `[tokens]`.
+        The residual before the norm, and the root mean square of each token's dense output,
+        `[tokens]`.
     """
     gain = norm(torch.ones(1, dense.shape[1], dtype=torch.float32, device=dense.device).to(_dtype(norm))).float()
     typical = gain.square().median()

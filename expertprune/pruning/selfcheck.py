@@ -1,7 +1,7 @@
-"""The oracle for families that no test here knows: on a tiny random copy of a model, cutting must equal masking.
+"""The oracle for unlisted families: on a tiny random copy of the model, cutting must equal masking.
 
-A permuted row or a norm over all heads shows as other logits and as nothing else, so a family that was only recognized is
-held against this before the real weights are touched.
+A permuted row, or a norm over all heads, changes the logits and raises no error. So a family that
+was only recognized is checked before the real weights are touched.
 """
 
 from __future__ import annotations
@@ -31,18 +31,13 @@ from expertprune.models.passes import TextRun
 from expertprune.pruning.write import prune
 from expertprune.units import KeptUnits, LayerShape, Structure
 
-_LAYERS, _FFN, _HEAD_DIM, _VOCABULARY, _TOKENS = 2, 20, 4, 64, 17
-
-
-_EXPERTS = 5
-
-
-_TOLERANCE = 1e-4  # of the largest logit; rounding is a hundred times below, a wrong row far above
+_LAYERS, _FFN, _HEAD_DIM, _EXPERTS, _VOCABULARY, _TOKENS = 2, 20, 4, 5, 64, 17
+_TOLERANCE = 1e-4  # of the largest logit: rounding is a hundred times smaller, a wrong row far larger
 
 
 @dataclass(frozen=True)
-class Widths:
-    """What one cut of the tiny copy keeps in a layer; `None` keeps all."""
+class TinyCut:
+    """How many units of a layer one cut of the tiny copy keeps; `None` keeps all."""
 
     ffn: int | None = None
     heads_per_group: int | None = None
@@ -54,13 +49,13 @@ def check_family(base: ResolvedBase, layer_widths: bool = False) -> list[str]:
     """Cut each structure of a tiny random copy of the base, and all together; compare with masking.
 
     Args:
-        layer_widths: with widths of single layers too.
+        layer_widths: cut layers to different widths too.
 
     Returns:
         What was compared, in words.
 
     Raises:
-        CheckpointError: the cut model is another than the masked one; the message names the tensor that is off.
+        CheckpointError: the cut model and the masked one differ; the message names the tensor.
     """
     with tempfile.TemporaryDirectory(prefix="expertprune-oracle-") as scratch:
         try:
@@ -83,27 +78,27 @@ def check_family(base: ResolvedBase, layer_widths: bool = False) -> list[str]:
     return done
 
 
-def _cuts(family: Family, shape: LayerShape, layer_widths: bool) -> dict[str, list[Widths]]:
+def _cuts(family: Family, shape: LayerShape, layer_widths: bool) -> dict[str, list[TinyCut]]:
     groups = shape.kv_heads - 1 or None
     heads = shape.heads_per_group - 1 or None
-    cuts: dict[str, list[Widths]] = {}
+    cuts: dict[str, list[TinyCut]] = {}
     if Structure.FFN in family.structures:
-        cuts["ffn"] = [Widths(ffn=12)] * _LAYERS
+        cuts["ffn"] = [TinyCut(ffn=12)] * _LAYERS
     if family.experts is not None:
-        cuts["experts"] = [Widths(experts=_EXPERTS - 1)] * _LAYERS
-        cuts["experts and ffn"] = [Widths(ffn=12, experts=_EXPERTS - 1)] * _LAYERS
+        cuts["experts"] = [TinyCut(experts=_EXPERTS - 1)] * _LAYERS
+        cuts["experts and ffn"] = [TinyCut(ffn=12, experts=_EXPERTS - 1)] * _LAYERS
     if family.heads_are_units:
-        cuts |= {"kv_groups": [Widths(kv_groups=groups)] * _LAYERS} if groups else {}
-        cuts |= {"query_heads": [Widths(heads_per_group=heads)] * _LAYERS} if heads else {}
+        cuts |= {"kv_groups": [TinyCut(kv_groups=groups)] * _LAYERS} if groups else {}
+        cuts |= {"query_heads": [TinyCut(heads_per_group=heads)] * _LAYERS} if heads else {}
         if layer_widths and family.has_ffn:
-            cuts["widths of single layers"] = [Widths(12, heads, groups), Widths(ffn=7)]
+            cuts["widths of single layers"] = [TinyCut(12, heads, groups), TinyCut(ffn=7)]
     elif layer_widths and family.has_ffn:
-        cuts["widths of single layers"] = [Widths(ffn=12), Widths(ffn=7)]
+        cuts["widths of single layers"] = [TinyCut(ffn=12), TinyCut(ffn=7)]
     return cuts
 
 
 def _tiny_copy(base: ResolvedBase, folder: Path) -> ResolvedBase:
-    """A model of the base's class and config, but for its widths, with random weights."""
+    """A model of the base's class and config with small widths and random weights."""
     folder.mkdir()
     for path in base.folder.glob("*.py"):
         shutil.copyfile(path, folder / path.name)
@@ -152,7 +147,7 @@ def _tiny_config(base: ResolvedBase) -> dict[str, Any]:
     return config | widths | {"vocab_size": _VOCABULARY, "dtype": "float32", "pad_token_id": 0}
 
 
-def _random_plan(base: ResolvedBase, cut: Sequence[Widths], seed: int) -> Plan:
+def _random_plan(base: ResolvedBase, cut: Sequence[TinyCut], seed: int) -> Plan:
     generator = torch.Generator().manual_seed(seed)
 
     def choose(count: int | None, of: int) -> list[int]:
@@ -177,7 +172,7 @@ def _random_plan(base: ResolvedBase, cut: Sequence[Widths], seed: int) -> Plan:
 
 @torch.no_grad()
 def _compare(model: Any, base: ResolvedBase, plan: Plan, folder: Path, name: str) -> None:
-    """Raises `CheckpointError` where the model cut by a plan is another than the masked one."""
+    """Raises `CheckpointError` where the cut model and the masked one differ."""
     try:
         prune(plan, base, folder)
         _check_shapes(folder, base.trust_remote_code)
@@ -202,7 +197,7 @@ def _compare(model: Any, base: ResolvedBase, plan: Plan, folder: Path, name: str
 
 
 def _check_shapes(folder: Path, trust_remote_code: bool) -> None:
-    """Raises `CheckpointError` naming a tensor that the cut model's config makes another width than it was cut to."""
+    """Raises `CheckpointError` where the cut model's config and a tensor disagree on a width."""
     stored = Checkpoint(folder).tensors
     try:
         with torch.device("meta"):
@@ -217,7 +212,7 @@ def _check_shapes(folder: Path, trust_remote_code: bool) -> None:
 
 
 class _LeafOutputs:
-    """While open, the outputs of every module without parts inside the layers are noted by name, in order."""
+    """While open, keeps the outputs of the layers' innermost modules by name, in their order."""
 
     def __init__(self, model: Any, family: Family) -> None:
         self._layers, self._prefix = decoder_layers(model, family), family.layers
@@ -245,7 +240,7 @@ class _LeafOutputs:
 
 
 def _first_difference(base: ResolvedBase, plan: Plan, wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
-    """The first module inside the layers whose output is not what the masked model has there."""
+    """The first module in the layers whose output differs from the masked model's."""
     owners = {
         base.family.layer_prefix(layer) + tensor.name.rpartition(".")[0]: (layer, tensor)
         for layer in range(len(base.layers))
@@ -270,7 +265,7 @@ def _first_difference(base: ResolvedBase, plan: Plan, wanted: Mapping[str, Tenso
 
 @torch.no_grad()
 def _check_stream(model: Any, base: ResolvedBase) -> None:
-    """Raises `CheckpointError` where a layer adds to its input something else than the outputs of its two blocks."""
+    """Raises `CheckpointError` unless a layer adds its two blocks' outputs to its input."""
     family = base.family
     ids = torch.randint(0, _VOCABULARY, (1, _TOKENS), generator=torch.Generator().manual_seed(1))
     text = TextRun(model, family, base.layers, [Batch(ids, (_TOKENS,), (0,))])

@@ -29,7 +29,7 @@ def pruned_layer(
 
 
 def cut_tensor(name: str, tensor: Tensor, family: Family, shape: LayerShape, kept: KeptUnits) -> Tensor:
-    """The rows (or columns) of a layer's tensor that the kept units own; other tensors come back as they are.
+    """The rows or columns of a layer's tensor that kept units own; others stay the same object.
 
     Args:
         name: within the layer, such as `mlp.down_proj.weight`.

@@ -8,10 +8,11 @@ from expertprune.units import Structure
 
 @criterion("fisher", paper="https://arxiv.org/abs/2204.09656", needs=Pass.GRADIENT, structures=tuple(Structure))
 def fisher(statistics: UnitStatistics) -> Tensor:
-    """`T_d (∂L_d/∂m_u)²`, the empirical Fisher information of the unit's mask per token, `[documents, units]`.
+    """`T_d (∂L_d/∂m_u)²`, the empirical Fisher information of a unit's mask, `[documents, units]`.
 
-    `L_d` is the mean loss over the document's `T_d` predicted tokens; the gradients of single tokens being nearly
-    uncorrelated, `T_d` times the square of their mean estimates the mean of their squares, whatever the length.
+    `L_d` is the mean loss over the document's `T_d` predicted tokens. The gradients of single
+    tokens are nearly uncorrelated. So `T_d` times the square of their mean estimates the mean of
+    their squares, whatever the length.
     """
     assert statistics.gradient is not None
     assert statistics.tokens is not None

@@ -1,4 +1,4 @@
-"""How often the router chooses an expert."""
+"""How often the router chooses a routed expert."""
 
 from torch import Tensor
 
@@ -8,6 +8,6 @@ from expertprune.units import Structure
 
 @criterion("frequency", paper="https://arxiv.org/abs/2206.00277", structures=(Structure.EXPERTS,))
 def frequency(statistics: UnitStatistics) -> Tensor:
-    """The part of a document's tokens that are routed to an expert, `[documents, experts]`."""
+    """The share of a document's tokens that come to a routed expert, `[documents, experts]`."""
     assert statistics.frequency is not None
     return statistics.frequency

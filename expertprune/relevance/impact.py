@@ -8,11 +8,12 @@ from expertprune.units import Structure
 
 @criterion("impact", paper="https://arxiv.org/abs/2506.02561", structures=tuple(Structure))
 def impact(statistics: UnitStatistics) -> Tensor:
-    """Mean over tokens of the squared L2 norm of what the unit adds to its layer's output, `[documents, units]`.
+    """`mean_t ‖y_tu‖²`, with `y_tu` what unit `u` adds to the layer's output, `[documents, units]`.
 
-    FFN neuron `j`: `mean_t a_tj² · ‖W_down[:, j]‖²`. Query head `h`: `mean_t ‖W_o[:, h] o_th‖²`. KV group: the same for
-    the sum over its heads, cross terms included. Expert `e`: `mean_t g_te² ‖E_e(x_t)‖²`, the router's weight `g` being 0 on
-    tokens that go elsewhere. This is Cus-Prun's change of the output, without ablation runs.
+    FFN neuron `j`: `mean_t a_tj² · ‖W_down[:, j]‖²`. Query head `h`: `mean_t ‖W_o[:, h] o_th‖²`. KV
+    group: the same for the sum over its heads, cross terms included. Routed expert `e`:
+    `mean_t g_te² ‖E_e(x_t)‖²`, where the router's weight `g` is 0 on tokens that go elsewhere.
+    This is Cus-Prun's change of the output, without ablation runs.
     """
     if statistics.impact is not None:
         return statistics.impact

@@ -1,4 +1,4 @@
-"""Weights alone: no data."""
+"""The norm of a unit's weights, without data."""
 
 from torch import Tensor
 
@@ -8,5 +8,5 @@ from expertprune.units import Structure
 
 @criterion("magnitude", paper="https://arxiv.org/abs/1608.08710", sees_data=False, structures=tuple(Structure))
 def magnitude(statistics: UnitStatistics) -> Tensor:
-    """Frobenius norm of all weights that leave with the unit, the same for every document, `[documents, units]`."""
+    """Frobenius norm of all weights that a unit owns, for all documents, `[documents, units]`."""
     return statistics.weight_norm.expand(statistics.documents, -1)

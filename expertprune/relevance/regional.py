@@ -1,4 +1,4 @@
-"""Gradients inside one block: no backward pass through the whole model."""
+"""Gradients inside one layer, without a backward pass through the whole model."""
 
 from torch import Tensor
 
@@ -9,9 +9,10 @@ from expertprune.relevance.statistics import Pass, UnitStatistics, criterion
 def regional(statistics: UnitStatistics) -> Tensor:
     """`|∂N_d/∂m_u| + (Σ_c ‖W_c‖₂² mean_t x_tc²)^½`, after Wanda++, `[documents, units]`.
 
-    `N_d` is the mean norm of the layer's output over the document's tokens. The first term is what the norm loses with
-    the unit, to first order; the second is the norm of what the unit writes (Wanda's part, for a whole unit). Both are in
-    units of the output's norm, so they add without a constant.
+    `N_d` is the mean norm of the layer's output over the document's tokens. The first term is, to
+    first order, what that norm loses without the unit. The second is the norm of what the unit
+    writes, which is Wanda's score for a whole unit. Both are norms of outputs, so they add without
+    a constant.
     """
     assert statistics.regional is not None
     written = statistics.per_unit((statistics.rms * statistics.output_l2).square()).sqrt()

@@ -16,27 +16,29 @@ from expertprune.units import DENSE, Structure
 class UnitStatistics:
     """The statistics of one structure in one layer on one corpus.
 
-    A unit owns `channels_per_unit` consecutive channels of its block's output projection: 1 for an FFN neuron,
-    `head_dim` for a query head, `heads_per_group * head_dim` for a KV group.
+    A unit owns consecutive channels of its block's output projection: 1 for an FFN neuron,
+    `head_dim` for a query head, `heads_per_group * head_dim` for a KV group. A routed expert counts
+    as one channel.
 
     Attributes:
-        rms: `[documents, channels]`, root mean square of each input channel over a document's tokens.
-        impact: `[documents, units]`, mean squared norm of what the unit adds to the layer's output, or `None` for units
-            of one channel, where it follows from `rms` and `output_l2`.
+        rms: `[documents, channels]`, root mean square of each input channel over a document's
+            tokens.
+        impact: `[documents, units]`, mean squared norm of what the unit adds to the layer's output;
+            `None` for FFN neurons, where it follows from `rms` and `output_l2`.
         output_l1: `[channels]`, L1 norm of each column of the output projection.
         output_l2: `[channels]`, L2 norm of the same.
-        weight_norm: `[units]`, Frobenius norm of all weights that leave with the unit.
+        weight_norm: `[units]`, Frobenius norm of all weights that the unit owns.
         variance: `[channels]`, variance of each input channel over all tokens of the corpus.
         tokens: `[documents]`, predicted tokens of each document.
-        gradient: `[documents, units]`, derivative of the document's mean loss with respect to the unit's mask at 1, from
-            the backward pass; `None` where that pass was not made.
-        regional: `[documents, units]`, derivative of the mean norm of the layer's output with respect to the unit's mask,
-            from one backward pass per layer; `None` where it was not made.
-        frequency: `[documents, experts]`, share of a document's tokens that are routed to a routed expert; `None` for
-            other units.
-        routed: `[documents, experts]`, how many tokens of a document are routed to a routed expert; `None` for others.
-        routed_norm: `[documents, experts]`, mean over those tokens of the router's weight times the norm of the routed
-            expert's output, 0 where there are none; `None` for other units.
+        gradient: `[documents, units]`, derivative of the document's mean loss with respect to the
+            unit's mask, at 1; `None` without the gradient pass.
+        regional: `[documents, units]`, derivative of the mean norm of the layer's output with
+            respect to the unit's mask; `None` without the regional pass.
+        routed: of routed experts only, `[documents, experts]`: how many of a document's tokens are
+            routed to each.
+        frequency: of routed experts only, `[documents, experts]`: their share of all its tokens.
+        routed_norm: of routed experts only, `[documents, experts]`: mean over these tokens of the
+            router's weight times the norm of the routed expert's output; 0 where there are none.
         layer: position of the layer.
         seed: for criteria that draw random numbers; differs between structures and layers.
     """
@@ -94,8 +96,8 @@ class Criterion:
         needs: the pass that it needs beyond the forward pass.
         sees_data: off where the scores are the same whatever the corpus.
         structures: those that it scores.
-        weight: gives `[documents, units]`, at least 0, what each document's score counts in the mean over a corpus;
-            default: all documents count the same.
+        weight: gives `[documents, units]`, at least 0: the weight of each document in the mean over
+            a corpus; default: equal weights.
     """
 
     name: str

@@ -1,11 +1,11 @@
-"""Pictures of results, drawn by matplotlib into PNG or SVG files. It is imported by the function that draws."""
+"""Pictures of results as PNG or SVG files. Matplotlib is imported only when something is drawn."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from expertprune.artifacts.timing import METRICS, ROLES, Timing
 from expertprune.errors import CheckpointError
 from expertprune.files import staged_file
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from expertprune.artifacts.sweep import Sweep
+    from expertprune.composition.overlap import Comparison, StructureComparison
 
 
 FORMATS = (".png", ".svg")
@@ -22,14 +23,14 @@ FORMATS = (".png", ".svg")
 STRUCTURES = {"ffn": "FFN neurons", "query_heads": "query heads", "kv_groups": "KV groups", "experts": "MoE experts"}
 
 
-# One hue from light to dark, with a frame of orange: nothing hangs on telling red from green.
+# One hue from light to dark and an orange frame, so that nobody has to tell red from green.
 COLOURS, FRAME, QUIET = "Blues", "#D55E00", "#6b6b6b"
 
 
 _CELL, _TREE, _GAP, _HEAD, _LETTER = 0.56, 0.9, 0.4, 0.95, 0.078  # inches
 
 
-# Key of a point, colour, marker and line of its curve: told apart without colour too.
+# Key of a point, colour, marker and line of its curve. Markers and lines differ for those who do not see colours.
 _CURVES = (("expert", "#0072B2", "o", "-"), ("general", "#D55E00", "s", "--"))
 
 
@@ -37,7 +38,7 @@ def check_picture(path: Path, made: Path | None = None) -> None:
     """Raises `CheckpointError` if a picture cannot be written there: another format, or no such folder.
 
     Args:
-        made: a folder that will be there by then.
+        made: a folder that will exist when the picture is written.
     """
     if path.suffix.lower() not in FORMATS:
         raise CheckpointError(f"{path}: a picture is a {' or '.join(FORMATS)} file")
@@ -59,16 +60,12 @@ def save_picture(figure: Figure, path: Path) -> None:
         figure.savefig(temporary, format=path.suffix.lower()[1:], dpi=150, metadata=metadata)
 
 
-def draw_comparison(comparison: Mapping[str, Any], path: Path) -> None:
-    """Heat maps of the overlap, a dendrogram above each, one for each structure.
-
-    Args:
-        comparison: a `Comparison`'s document.
-    """
+def draw_comparison(comparison: Comparison, path: Path) -> None:
+    """A heat map of the overlap for each structure, with a dendrogram above it."""
     from matplotlib.figure import Figure
 
-    structures = comparison["structures"]
-    names = [corpus["name"] for corpus in comparison["corpora"]]
+    structures = comparison.structures
+    names = [corpus.name for corpus in comparison.corpora]
     side, label = _CELL * len(names), _LETTER * max(map(len, names)) + 0.2
     side_with_label = max(side, 2.6) + label
     width = side_with_label * len(structures) + _GAP * (len(structures) - 1) + 1.2
@@ -76,21 +73,21 @@ def draw_comparison(comparison: Mapping[str, Any], path: Path) -> None:
     height = _HEAD + _TREE + side + foot
     figure = Figure(figsize=(width, height), facecolor="white")
     figure.text(
-        0.1 / width, 1 - 0.12 / height, f"Overlap of the least relevant {comparison['fraction']:.0%} of units",
+        0.1 / width, 1 - 0.12 / height, f"Overlap of the least relevant {comparison.fraction:.0%} of units",
         fontsize=12, weight="bold", va="top",
     )  # fmt: skip
-    about = f"{comparison['base']['model']}, criterion {comparison['criterion']}"
+    about = f"{comparison.base['model']}, criterion {comparison.criterion}"
     figure.text(0.1 / width, 1 - 0.36 / height, about, fontsize=9, color=QUIET, va="top", parse_math=False)
 
     def axes(left: float, bottom: float, width_: float, height_: float) -> Axes:
         """Axes at a place given in inches."""
         return figure.add_axes((left / width, bottom / height, width_ / width, height_ / height))
 
-    lowest = min(result["chance"] for result in structures.values())
+    lowest = min(result.chance for result in structures.values())
     for number, (structure, result) in enumerate(structures.items()):
         left = label + number * (side_with_label + _GAP)
         tree = axes(left, foot + side, side, _TREE)
-        title = f"{STRUCTURES[structure]} (by chance {result['chance']:.2f})"
+        title = f"{STRUCTURES[structure]} (by chance {result.chance:.2f})"
         tree.set_title(title, fontsize=10, loc="left", pad=8)
         _dendrogram(tree, result, names)
         image = _heat_map(axes(left, foot, side, side), result, names, lowest)
@@ -101,14 +98,13 @@ def draw_comparison(comparison: Mapping[str, Any], path: Path) -> None:
     save_picture(figure, path)
 
 
-def _dendrogram(axes: Axes, result: Mapping[str, Any], names: list[str]) -> None:
+def _dendrogram(axes: Axes, result: StructureComparison, names: list[str]) -> None:
     """The merges over the heat map's columns; those within a cluster are drawn in colour."""
-    import numpy as np
     from matplotlib.collections import LineCollection
     from scipy.cluster.hierarchy import dendrogram
 
-    drawn = dendrogram(np.array(result["dendrogram"]), no_plot=True)
-    cluster = [number for number, members in enumerate(result["clusters"]) for _ in members]
+    drawn = dendrogram(result.clustering.dendrogram, no_plot=True)
+    cluster = [number for number, members in enumerate(result.clustering.clusters) for _ in members]
     lines, colours = [], []
     for x, y in zip(drawn["icoord"], drawn["dcoord"], strict=True):
         x = [value / 10 - 0.5 for value in x]  # scipy puts the leaves at 5, 15, 25, ...
@@ -125,13 +121,13 @@ def _dendrogram(axes: Axes, result: Mapping[str, Any], names: list[str]) -> None
     axes.spines["left"].set_color(QUIET)
 
 
-def _heat_map(axes: Axes, result: Mapping[str, Any], names: list[str], lowest: float) -> Any:
+def _heat_map(axes: Axes, result: StructureComparison, names: list[str], lowest: float) -> Any:
     """The overlap with its values; corpora in the dendrogram's order, clusters framed, the diagonal left out."""
     import numpy as np
     from matplotlib.patches import Rectangle
 
-    order = [names.index(name) for name in result["order"]]
-    overlap = np.array(result["overlap"])[np.ix_(order, order)]
+    order = result.clustering.order
+    overlap = result.overlap[np.ix_(order, order)]
     image = axes.imshow(np.where(np.eye(len(names)), np.nan, overlap), cmap=COLOURS, vmin=lowest, vmax=1)
     axes.set_facecolor("#d9d9d9")
     for row, column in zip(*np.nonzero(~np.eye(len(names), dtype=bool)), strict=True):
@@ -139,14 +135,14 @@ def _heat_map(axes: Axes, result: Mapping[str, Any], names: list[str], lowest: f
         ink = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"
         axes.text(column, row, f"{overlap[row, column]:.2f}", ha="center", va="center", fontsize=9, color=ink)
     start = 0
-    for members in result["clusters"]:
+    for members in result.clustering.clusters:
         if len(members) > 1:
             corner = (start - 0.5, start - 0.5)
             axes.add_patch(Rectangle(corner, len(members), len(members), fill=False, ec=FRAME, lw=2, clip_on=False))
         start += len(members)
-    axes.set_xticks(range(len(names)), result["order"], fontsize=9, parse_math=False)
+    axes.set_xticks(range(len(names)), [names[index] for index in order], fontsize=9, parse_math=False)
     axes.tick_params(axis="x", rotation=45, rotation_mode="xtick")
-    axes.set_yticks(range(len(names)), result["order"], fontsize=9, parse_math=False)
+    axes.set_yticks(range(len(names)), [names[index] for index in order], fontsize=9, parse_math=False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     return image
@@ -202,7 +198,7 @@ def retention_curve(sweep: Sweep, path: Path) -> None:
 
 
 def _label_curves(axes: Any, left: float, labels: list[tuple[float, str, str]]) -> None:
-    """Each curve's name beside its smallest expert, where curves lie furthest apart; moved apart where they do not."""
+    """Write each curve's name beside its smallest expert; names that would overlap are moved apart."""
     bottom, top = axes.get_ylim()
     heights = [height for height, _, _ in labels]
     lacking = 0.07 * (top - bottom) - (max(heights) - min(heights)) if len(labels) > 1 else 0.0
@@ -212,24 +208,19 @@ def _label_curves(axes: Any, left: float, labels: list[tuple[float, str, str]]) 
         axes.text(left, place, name, ha="right", va="center", color=colour, fontsize=11, fontweight="bold")
 
 
-def throughput_picture(result: Mapping[str, Any], metrics: Mapping[str, tuple[str, bool]], path: Path) -> None:
-    """Expert over base, metric by metric: every pair, their median, and the limit of the speed-up.
-
-    Args:
-        result: a throughput document.
-        metrics: by key, the name for people and whether more is better; drawn are those that have a ratio.
-    """
+def throughput_picture(timing: Timing, path: Path) -> None:
+    """Expert over base, for each metric that has a ratio: every pair, their median, and the limit of the speed-up."""
     from matplotlib.figure import Figure
 
-    drawn = [metric for metric in metrics if metric in result["ratios"]]
-    runs = {role: [run for run in result["runs"] if run["model"] == role] for role in ("base", "expert")}
+    drawn = [metric for metric in METRICS if metric in timing.ratios]
+    base, expert = ([run for run in timing.runs if run.model == role] for role in ROLES)
     figure = Figure(figsize=(7.2, 0.46 * len(drawn) + 1.5), facecolor="white", layout="constrained")
     axes = figure.add_subplot()
     axes.axvline(1.0, color=QUIET, linewidth=0.8, linestyle=":")
     for row, metric in enumerate(drawn):
-        pairs = [expert[metric] / base[metric] for base, expert in zip(runs["base"], runs["expert"], strict=True)]
-        median = result["ratios"][metric]["median"]
-        better = median == 1 or (median > 1) == metrics[metric][1]
+        pairs = [getattr(mine, metric) / getattr(other, metric) for mine, other in zip(expert, base, strict=True)]
+        median = timing.ratios[metric].median
+        better = median == 1 or (median > 1) == METRICS[metric][1]
         _, colour, marker, _ = _CURVES[0 if better else 1]
         axes.plot([min(pairs), max(pairs)], [row, row], color=colour, linewidth=1.2, alpha=0.6)
         axes.plot(pairs, [row] * len(pairs), color=colour, linestyle="", marker="|", markersize=8, alpha=0.8)
@@ -237,12 +228,12 @@ def throughput_picture(result: Mapping[str, Any], metrics: Mapping[str, tuple[st
         label = f"{median:.2f}"
         axes.annotate(label, (median, row), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9)
     speed = drawn.index("output_tokens_per_second")
-    axes.plot([result["limit"]] * 2, [speed - 0.32, speed + 0.32], color="black", linewidth=1.6)
-    below = (result["limit"], speed + 0.3)  # where no value stands
+    axes.plot([timing.limit] * 2, [speed - 0.32, speed + 0.32], color="black", linewidth=1.6)
+    below = (timing.limit, speed + 0.3)  # where no value stands
     axes.annotate(
-        f"limit {result['limit']:.2f}", below, xytext=(4, 0), textcoords="offset points", fontsize=9, va="center"
+        f"limit {timing.limit:.2f}", below, xytext=(4, 0), textcoords="offset points", fontsize=9, va="center"
     )
-    axes.set_yticks(range(len(drawn)), [metrics[metric][0] for metric in drawn], fontsize=9)
+    axes.set_yticks(range(len(drawn)), [METRICS[metric][0] for metric in drawn], fontsize=9)
     axes.set_ylim(len(drawn) - 0.4, -0.75)
     axes.margins(x=0.12)
     axes.tick_params(axis="y", length=0)

@@ -15,6 +15,7 @@ from expertprune import formats
 from expertprune.artifacts.evaluation import Average, Evaluation, Measured
 from expertprune.artifacts.plan import Plan, VocabularyPlan
 from expertprune.artifacts.sweep import Sweep
+from expertprune.composition.overlap import Comparison, StructureComparison
 
 METRIC_LABELS = {
     "bits_per_byte": "bits per byte",
@@ -118,7 +119,7 @@ def plan_table(plan: Plan) -> Table:
 
 
 def vocabulary_table(vocabulary: VocabularyPlan) -> Table:
-    """Which vocabulary rows a plan keeps, and why."""
+    """The vocabulary rows that a plan keeps, and why."""
     why, rows = vocabulary.why, vocabulary.rows
     table = Table(title=Text(f"vocabulary: {rows.rows:,} of {rows.of:,} rows"), show_header=False, title_justify="left")
     if why is None:
@@ -140,13 +141,13 @@ def vocabulary_table(vocabulary: VocabularyPlan) -> Table:
 
 
 def vocabulary_tables(tradeoff: Mapping[str, Any]) -> Group:
-    """Vocabularies of several sizes, and what each does to every corpus."""
+    """Vocabularies of several sizes, and the effect of each on every corpus."""
     base = tradeoff["base"]
     kept = ", ".join(f"{reason} {count:,}" for reason, count in tradeoff["always_kept"].items())
     about = Text(
         f"{base['model']}: {base['tokenizer']}, {base['tokens']:,} tokens in {base['rows']:,} rows, "
         f"{base['parameters']:,} parameters.\nAlways kept: {kept} (they overlap); at least {tradeoff['smallest']:,} rows.\n"
-        "Covered: the part of the base's tokens whose rows are kept, of calibration text and of measured text."
+        "Covered: the share of the base's tokens whose rows are kept, in calibration text and in measured text."
     )
     sizes = Table("rows", "parameters", "of base", "saved", title=Text(f"{tradeoff['name']}: sizes"))
     table = Table("corpus", "rows", "covered,\ncalibration", "covered,\nmeasured", title=Text("by corpus"))
@@ -169,28 +170,30 @@ def vocabulary_tables(tradeoff: Mapping[str, Any]) -> Group:
     return Group(about, sizes, table)
 
 
-def comparison_tables(comparison: Mapping[str, Any]) -> Group:
+def comparison_tables(comparison: Comparison) -> Group:
     """Pairs of corpora as one matrix per structure, in clustering order."""
     about = (
-        f"Above the diagonal: overlap (Jaccard index) of the least relevant {comparison['fraction']:.0%} of each layer's "
-        f"units. Below it: rank correlation of their relevance ({comparison['criterion']}). Lines part clusters."
+        f"Above the diagonal: overlap (Jaccard index) of the least relevant {comparison.fraction:.0%} of each layer's "
+        f"units. Below it: rank correlation of their relevance ({comparison.criterion}). Lines separate clusters."
     )
     parts: list[RenderableType] = [Text(about)]
-    for structure, result in comparison["structures"].items():
-        size = f"{result['irrelevant']:,} of {result['units']:,} units, overlap by chance {result['chance']:.2f}"
-        parts += [Text(f"\n{structure}: {size}"), _matrix(result, [corpus["name"] for corpus in comparison["corpora"]])]
+    for structure, result in comparison.structures.items():
+        size = f"{result.irrelevant:,} of {result.units:,} units, overlap by chance {result.chance:.2f}"
+        parts += [Text(f"\n{structure}: {size}"), _matrix(result, [corpus.name for corpus in comparison.corpora])]
     return Group(*parts)
 
 
-def _matrix(result: Mapping[str, Any], names: list[str]) -> Table:
+def _matrix(result: StructureComparison, names: list[str]) -> Table:
     table = Table("", box=HORIZONTALS, padding=(0, int(len(names) <= 15), 0, 0))  # 20 corpora fit into 120 columns
     for number in range(1, len(names) + 1):
         table.add_column(str(number), justify="right", no_wrap=True)
-    order = [names.index(name) for name in result["order"]]
-    last = {names.index(members[-1]) for members in result["clusters"]}
+    order = result.clustering.order
+    last = {members[-1] for members in result.clustering.clusters}
     for row, corpus in enumerate(order):
         cells = [
-            "" if row == column else f"{result['overlap' if row < column else 'rank_correlation'][corpus][other]:.2f}"
+            ""
+            if row == column
+            else f"{(result.overlap if row < column else result.rank_correlation)[corpus, other]:.2f}"
             for column, other in enumerate(order)
         ]
         table.add_row(Text(f"{row + 1:>{len(str(len(names)))}} {names[corpus]}"), *cells, end_section=corpus in last)

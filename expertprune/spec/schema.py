@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -95,16 +95,11 @@ class Source(_Section):
             raise ValueError(f"{', '.join(set_here)} does not go with {'path' if self.path else 'dataset'!r}")
         return self
 
-    def within(self, folder: Path) -> Source:
-        """The same source with absolute paths, where relative ones are in `folder`."""
-        lists = {key: [absolute(path, folder) for path in getattr(self, key) or ()] for key in ("path", "evaluation")}
-        questions = absolute(self.questions, folder) if self.questions is not None else None
+    def with_paths(self, change: Callable[[str, str], str]) -> Source:
+        """A copy with other paths; `change` takes a path's key and the path."""
+        lists = {key: [change(key, path) for path in getattr(self, key) or ()] for key in ("path", "evaluation")}
+        questions = change("questions", self.questions) if self.questions is not None else None
         return self.model_copy(update={**{key: paths or None for key, paths in lists.items()}, "questions": questions})
-
-
-def absolute(path: str, folder: Path) -> str:
-    """A path that a user wrote, `~` included, where relative ones are in `folder`."""
-    return str((folder / Path(path).expanduser()).resolve())
 
 
 class Corpora(_Section):
@@ -130,15 +125,16 @@ class Relevance(_Section):
 
     criterion: str = Field(
         "auto",
-        description="fisher, taylor, impact, activation, fluctuation, regional, magnitude, random; of whole experts "
-        "reap and frequency too. auto: fisher, or reap where nothing but whole experts is cut.",
+        description="fisher, taylor, impact, activation, fluctuation, regional, magnitude or random; whole routed "
+        "experts can also have reap or frequency. auto: fisher, or reap where only whole routed experts are cut.",
     )
     experts: str | None = Field(
-        None, description="Of whole experts, where another one is wanted for them; reap where criterion is auto."
+        None, description="Another criterion for whole routed experts; default: reap where criterion is auto."
     )
     loss: Literal["language_model", "kl"] = Field(
         "language_model",
-        description="Of taylor and fisher: against the text's next tokens, or against the model's own predictions.",
+        description="For taylor and fisher: the loss against the text's next tokens (language_model), or against "
+        "tokens drawn from the model's own predictions (kl).",
     )
     seed: int = Field(0, ge=0, description="For criteria that draw random numbers.")
 
@@ -253,15 +249,15 @@ class Budget(_Section):
 
 
 class Compensation(_Section):
-    """The closed-form repair of the layers that were cut."""
+    """How the layers that were cut are repaired, without training."""
 
     method: str = Field(
         "least_squares",
-        description="least_squares: solve the kept columns of every cut output projection again, so that the pruned "
-        "model's residual stream comes close to the base's; none: leave them as they are.",
+        description="least_squares: solve for the kept columns of every cut output projection, so that the pruned "
+        "model's residual stream comes close to the base's; none: keep the columns unchanged.",
     )
     damping: float = Field(
-        0.3, gt=0, le=10, description="Ridge towards the original columns, relative to their energy."
+        0.3, gt=0, le=10, description="Ridge towards the original columns, relative to their inputs' energy."
     )
 
 

@@ -74,7 +74,7 @@ def compare(
     if not comparison.structures:
         raise SpecError(f"{', '.join(wanted)}: no layer has more than one, so there is nothing to compare")
     if picture is not None:
-        draw_comparison(comparison.document(), Path(picture))
+        draw_comparison(comparison, Path(picture))
     return comparison
 
 

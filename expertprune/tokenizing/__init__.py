@@ -1,6 +1,8 @@
-"""Tokenizers as data: which pieces a token needs, what must stay, and the same tokenizer with fewer tokens.
+"""Tokenizers as data: the pieces that a token needs, the tokens that must stay, the same tokenizer
+with fewer tokens.
 
-Everything is read from `tokenizer.json` and written back as one; no tokenizer's code is run to decide anything.
+All is read from `tokenizer.json` and written as one. Which tokens stay is decided without running a
+tokenizer's code.
 """
 
 from expertprune.tokenizing.companions import Renumbering, write_tokenizer

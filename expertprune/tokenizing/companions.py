@@ -1,4 +1,4 @@
-"""The files beside `tokenizer.json` that name token ids, renumbered in step with it."""
+"""Renumber the files beside `tokenizer.json` that name token ids."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from expertprune.tokenizing.trimming import Trimmed
 from expertprune.tokenizing.vocabulary import pair_of
 
-# Other forms of the whole vocabulary, which would contradict the smaller one.
+# Other files of the whole vocabulary. They would contradict the smaller one.
 _STALE = ("*.model", "*.tiktoken", "tekken.json", "vocab.txt")
 _ID = re.compile(r"_token_(ids?|index)$|_token_indices$")
 _ID_LISTS = ("suppress_tokens", "begin_suppress_tokens")
@@ -19,13 +19,13 @@ _SEQUENCES = ("bad_words_ids", "force_words_ids")
 
 
 class Renumbering:
-    """New ids for old ones in configs; an id whose token is gone, or that never had one, goes from every list."""
+    """New ids for old ones in configs. An id without a token is dropped from every list."""
 
     def __init__(self, ids: Mapping[int, int]) -> None:
         self.ids = ids
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """`config.json` or `generation_config.json` with new ids under every key that names some."""
+        """`config.json` or `generation_config.json` with new ids under every key that holds ids."""
         return {key: self._value(key, value) for key, value in config.items()}
 
     def _value(self, key: str, value: Any) -> Any:
@@ -47,7 +47,7 @@ class Renumbering:
         return self.ids.get(value)
 
     def _sequence(self, sequence: Any) -> Any:
-        """A list of ids, or of such lists; nothing if a token of it is gone, since it can no longer occur."""
+        """A list of ids, or of such lists; `None` if a token is gone, as it cannot occur."""
         if isinstance(sequence, list) and sequence and isinstance(sequence[0], list):
             every = [new for each in sequence if (new := self._sequence(each)) is not None]
             return every or None
@@ -55,7 +55,7 @@ class Renumbering:
 
 
 def special_ids(config: Mapping[str, Any]) -> Iterator[int]:
-    """Ids that a config gives a role (BOS, EOS, padding, a forced one, ...): their tokens must stay."""
+    """Ids with a role in a config (BOS, EOS, padding, forced, ...), whose tokens must stay."""
     for key, value in config.items():
         if key == "forced_decoder_ids":
             yield from (index for _, index in value or ())
@@ -65,7 +65,7 @@ def special_ids(config: Mapping[str, Any]) -> Iterator[int]:
 
 
 def write_tokenizer(base: Path, folder: Path, smaller: Trimmed) -> None:
-    """Replace what `folder` holds of the base's tokenizer and generation settings by the smaller tokenizer's."""
+    """Write the smaller tokenizer and its generation settings over the base's."""
     renumbering = Renumbering(smaller.ids)
     _write(folder / "tokenizer.json", smaller.data)
     for name in ("tokenizer_config.json", "generation_config.json"):

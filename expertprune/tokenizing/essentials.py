@@ -1,4 +1,4 @@
-"""Tokens that stay whatever the corpora say, by the reason for it."""
+"""Tokens that stay whatever the corpora say, each with its reason."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _ROLES = ("system", "user", "assistant", "tool")
 
 
 def essential_ids(vocabulary: Vocabulary, folder: Path, tokenizer: Any) -> dict[str, set[int]]:
-    """Tokens that are always kept, by reason, each with what it needs to be reached.
+    """Tokens that are always kept, by reason, together with the tokens that they need.
 
     Args:
-        folder: of the base: its configs name special ids and stop strings.
-        tokenizer: the base's, running: what its chat template says is tokenized with it.
+        folder: the base's folder, whose configs name special ids and stop strings.
+        tokenizer: the base's running tokenizer, which tokenizes the text of its chat template.
     """
     plain = {
         index: vocabulary.text(index) for token, index in vocabulary.tokens.items() if token not in vocabulary.added
@@ -41,7 +41,7 @@ def essential_ids(vocabulary: Vocabulary, folder: Path, tokenizer: Any) -> dict[
 
 
 def _named(vocabulary: Vocabulary, folder: Path) -> set[int]:
-    """Ids that the configs name, and the model's own unknown token."""
+    """Ids in the configs and the post-processor, and the unknown token."""
     named = {index for name in ("config.json", "generation_config.json") for index in special_ids(_read(folder / name))}
     unknown = vocabulary.model.get("unk_token")
     if unknown in vocabulary.tokens:
@@ -56,7 +56,7 @@ def _named(vocabulary: Vocabulary, folder: Path) -> set[int]:
 
 
 def _with_roles(vocabulary: Vocabulary, folder: Path) -> set[int]:
-    """Added tokens that the tokenizer's own settings name, under whatever key."""
+    """Added tokens that the tokenizer's settings name under any key."""
 
     def texts(value: Any) -> Iterator[str]:
         if isinstance(value, str):
@@ -73,7 +73,7 @@ def _with_roles(vocabulary: Vocabulary, folder: Path) -> set[int]:
 
 
 def _alphabet(vocabulary: Vocabulary) -> set[int]:
-    """What spells any text: byte tokens, or where there are none, every character that the base can spell."""
+    """Tokens that spell any text: bytes, or without them all characters of the base."""
     tokens = vocabulary.tokens
     if vocabulary.kind is Kind.BYTE_LEVEL:
         kept = {index for token, index in tokens.items() if len(token) == 1}
@@ -82,8 +82,8 @@ def _alphabet(vocabulary: Vocabulary) -> set[int]:
         if not vocabulary.reaches_bytes:
             kept |= {index for token, index in tokens.items() if len(token) == 1}
     if vocabulary.kind is Kind.UNIGRAM:
-        # an unknown character scores ten below the worst piece, so that piece stays; and where bytes spell nothing, a piece
-        # stays if it alone covers some character
+        # An unknown character scores ten below the worst piece, so the worst piece stays. Without
+        # bytes, a piece stays if it alone covers some character.
         scores = [score for _, score in vocabulary.model["vocab"]]
         kept.add(scores.index(min(scores)))
         if not vocabulary.reaches_bytes:
@@ -97,7 +97,7 @@ def _tokens(texts: Iterator[str], tokenizer: Any) -> Iterator[int]:
 
 
 def _template_texts(tokenizer: Any) -> Iterator[str]:
-    """All that the chat templates can write themselves: their literals, the roles, and a conversation as they render it."""
+    """Text of chat templates: their literals, the roles, and rendered conversations."""
     templates = tokenizer.chat_template
     if not templates:
         return

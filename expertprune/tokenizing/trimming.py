@@ -14,23 +14,25 @@ from expertprune.tokenizing.vocabulary import Kind, Vocabulary, nested, pair_of
 
 @dataclass(frozen=True)
 class Trimmed:
-    """A smaller `tokenizer.json`, and the new id of each kept one; `ids` is ascending in both."""
+    """A smaller `tokenizer.json`, and the new id by the old one. Both ascend in `ids`."""
 
     data: dict[str, Any]
     ids: dict[int, int]
 
 
 def trimmed(vocabulary: Vocabulary, kept: Iterable[int]) -> Trimmed:
-    """A tokenizer that knows the kept tokens alone, with everything that they and added tokens (placeholders aside) need.
+    """A tokenizer of the kept tokens, the added tokens (but not placeholders), and all that these
+    need.
 
-    For BPE every merge stays whose two parts and whose result are kept, in the base's order. So text whose base
-    tokens are all kept gives the same tokens: the base's next merge is always there, and nothing there comes before
-    it. For Unigram the scores stay, so a best segmentation into kept pieces is still the best.
+    For BPE, a merge stays if its two pieces and its result are kept. Merges keep the base's order.
+    So text whose base tokens are all kept gives the same tokens: the base's next merge is still
+    there, and none comes before it. For Unigram the scores stay, so the best segmentation into kept
+    pieces is still the best.
 
     New ids are dense and in the base's order.
 
     Raises:
-        CheckpointError: the smaller tokenizer would not number its tokens so.
+        CheckpointError: the smaller tokenizer would number its tokens otherwise.
     """
     wanted = vocabulary.closed({*kept, *(set(vocabulary.added.values()) - vocabulary.placeholders)})
     ids = {index: new for new, index in enumerate(sorted(wanted))}
@@ -70,7 +72,7 @@ def _second(item: tuple[str, int]) -> int:
 
 
 def _post_processor(part: Any, ids: dict[int, int]) -> Any:
-    """The post-processor with new ids, whatever its nesting."""
+    """The post-processor with new ids, nested ones included."""
     part = copy.deepcopy(part)
     for each in nested(part):
         for entry in (each.get("special_tokens") or {}).values():

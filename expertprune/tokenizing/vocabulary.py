@@ -1,4 +1,4 @@
-"""What a `tokenizer.json` says: its kind, its tokens, and which other tokens each of them needs to be reached."""
+"""A `tokenizer.json`: its kind, its tokens, and the other tokens that each token needs."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ class Kind(StrEnum):
 class Vocabulary:
     """The vocabulary of one `tokenizer.json`.
 
-    `tokens` maps the model's pieces to their ids, `added` the added tokens to theirs; one may be in both.
+    `tokens` maps the model's pieces to ids, `added` the added tokens to ids. A token may be in
+    both.
 
     Raises:
-        CheckpointError: the tokenizer is of another kind, which is named with `where`.
+        CheckpointError: the tokenizer is of another kind; the message names it and `where`.
     """
 
     def __init__(self, data: dict[str, Any], where: str) -> None:
@@ -47,7 +48,7 @@ class Vocabulary:
             self.tokens = {piece: index for index, (piece, _) in enumerate(self.model["vocab"])}
         else:
             self.tokens = dict(self.model["vocab"])
-        try:  # the library may number added tokens otherwise than the file says
+        try:  # the library may give added tokens other numbers than the file
             loaded = Tokenizer.from_str(json.dumps(data))
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{where}: not a tokenizer that can be read: {error}") from None
@@ -57,20 +58,21 @@ class Vocabulary:
 
     @functools.cached_property
     def placeholders(self) -> set[int]:
-        """Added tokens without a meaning: numbered names that a model's makers left for others, as `<unused7>`.
+        """Added tokens without a meaning: numbered names that a model's makers left unused, such as
+        `<unused7>`.
 
-        `tokenizer_config.json` may give one a role; that is not seen here.
+        Roles that `tokenizer_config.json` gives to some of them are not seen here.
         """
         return {index for token, index in self.added.items() if _PLACEHOLDER.fullmatch(token)}
 
     @property
     def size(self) -> int:
-        """One more than the largest id: the rows that a model needs at least."""
+        """One more than the largest id: the least number of rows that a model needs."""
         return max(self.by_id) + 1
 
     @property
     def reaches_bytes(self) -> bool:
-        """Whether text that no piece covers is spelled in bytes and comes back, so that no character must stay."""
+        """Whether bytes spell all text and decode to it, so that no character must stay."""
         if self.kind is Kind.BYTE_LEVEL:
             return True
         spelled = bool(self.model.get("byte_fallback")) and all(byte in self.tokens for byte in BYTES)
@@ -83,7 +85,7 @@ class Vocabulary:
         return {pair_of(merge): rank for rank, merge in enumerate(pairs)}
 
     def text(self, index: int) -> str:
-        """What a token stands for; parts of characters show as replacement characters."""
+        """The text of a token. An incomplete character shows as a replacement character."""
         token = self.by_id[index]
         if token in self.added:
             return token
@@ -92,12 +94,12 @@ class Vocabulary:
         return token.replace(SPACE, " ")
 
     def needs(self, index: int) -> frozenset[int]:
-        """The token itself and every token that is formed on the way to it.
+        """The token itself and every token that BPE forms on the way to it.
 
-        A pair is merged where its rank is least, leftmost first, so text that becomes one token does so by the same
-        merges wherever it stands: those that its text alone goes through. Merges that other splits of the token would
-        take are never taken for it. A token that its own text does not become (one that is found whole, or never)
-        needs itself alone.
+        BPE merges the pair of least rank first, and of equal ones the leftmost. So text that
+        becomes one token goes through the same merges wherever it stands, and these are the merges
+        of its text alone. A token that its own text does not become (it is found whole, or never)
+        needs itself only.
         """
         token = self.by_id[index]
         if self.kind is Kind.UNIGRAM or token not in self.tokens:
@@ -123,7 +125,7 @@ class Vocabulary:
         return frozenset(formed)
 
     def closed(self, ids: Iterable[int]) -> set[int]:
-        """The tokens with everything that they need."""
+        """The tokens and all that they need."""
         kept: set[int] = set()
         for index in ids:
             kept |= self.needs(index)
@@ -134,36 +136,37 @@ def read_vocabulary(folder: Path) -> Vocabulary:
     """The vocabulary of a model's folder.
 
     Raises:
-        CheckpointError: there is no `tokenizer.json`, the tokenizer needs code of its own, or is of another kind.
+        CheckpointError: there is no `tokenizer.json`, the tokenizer needs code of its own, or is of
+            another kind.
     """
     config, path = _json(folder / "tokenizer_config.json"), folder / "tokenizer.json"
     name = config.get("tokenizer_class", "unknown class")
     if isinstance(config.get("auto_map"), dict) and "AutoTokenizer" in config["auto_map"]:
         raise CheckpointError(
-            f"{folder}: budget.vocabulary: the tokenizer ({name}) comes with code of its own, which may do anything to the "
-            "text; only what tokenizer.json says can be cut"
+            f"{folder}: budget.vocabulary: the tokenizer ({name}) comes with Python code of its own, which may change "
+            "the text in any way; only a tokenizer that tokenizer.json describes can be cut"
         )
     if not path.is_file():
         raise CheckpointError(
-            f"{folder}: budget.vocabulary: the tokenizer ({name}) has no tokenizer.json, so it is a slow one; save it as a "
-            "fast one first (AutoTokenizer.from_pretrained(...).save_pretrained(...))"
+            f"{folder}: budget.vocabulary: the tokenizer ({name}) has no tokenizer.json, so it is a slow one; save it as "
+            "a fast one first (AutoTokenizer.from_pretrained(...).save_pretrained(...))"
         )
     return Vocabulary(_json(path), str(path))
 
 
 def pair_of(merge: Any) -> tuple[str, str]:
-    """A merge as a pair: files hold `"a b"` or `["a", "b"]`."""
+    """A merge as a pair. Files hold `"a b"` or `["a", "b"]`."""
     first, second = merge.split(" ") if isinstance(merge, str) else merge
     return first, second
 
 
 def steps(part: Any) -> set[str]:
-    """The types of a normalizer, pre-tokenizer, post-processor or decoder, those inside sequences too."""
+    """The types of a normalizer, pre-tokenizer, post-processor or decoder and of its members."""
     return {each["type"] for each in nested(part)}
 
 
 def nested(part: Any) -> Iterator[dict[str, Any]]:
-    """A part of a tokenizer and, where it is a sequence, its members."""
+    """A section of a `tokenizer.json` and, where it is a sequence, its members."""
     if not isinstance(part, dict):
         return
     yield part
@@ -206,7 +209,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _byte_characters() -> dict[str, int]:
-    """The character by which byte-level BPE writes each byte: itself where it can be printed, else one from U+0100 on.
+    """The byte of each character of byte-level BPE. Bytes that cannot be printed are written as
+    characters from U+0100.
 
     As in GPT-2, https://github.com/openai/gpt-2/blob/master/src/encoder.py.
     """

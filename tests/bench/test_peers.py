@@ -130,7 +130,7 @@ def removed_by(variant: str, neurons: int) -> int:
     return neurons * (NEURON + (2 if variant == "biases, tied" else 0))
 
 
-# --- the yardsticks --------------------------------------------------------------------------------
+# --- the yardsticks -------------------------------------------------------------------------------
 
 
 def test_magnitude_drops_the_smallest_norms() -> None:
@@ -164,7 +164,7 @@ def test_random_follows_its_seed_and_nothing_else() -> None:
     assert chosen[0, 40][0] != chosen[0, 40][1]
 
 
-# --- Wanda-sp --------------------------------------------------------------------------------------
+# --- Wanda-sp -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -185,7 +185,7 @@ def test_wanda_sp_scores_each_layer_on_the_cut_prefix(variant: str) -> None:
     check_sliced(before, pruned, expected)
 
 
-# --- FLAP ------------------------------------------------------------------------------------------
+# --- FLAP -----------------------------------------------------------------------------------------
 
 
 def flap_scores(model: Any, batches: list[Batch]) -> tuple[list[Floats], list[Floats]]:
@@ -297,7 +297,7 @@ def test_flap_with_heads_cuts_nearest_to_the_wanted_parameters(variant: str) -> 
     assert removed == removed_after[count] - biases
 
 
-# --- LLM-Pruner ------------------------------------------------------------------------------------
+# --- LLM-Pruner -----------------------------------------------------------------------------------
 
 
 def loss_of(model: Any, batches: list[Batch]) -> torch.Tensor:
@@ -366,7 +366,7 @@ def test_llm_pruner_cuts_all_layers_alike_where_inner_ones_would_be_emptied() ->
     assert [len(units) for units in kept_units(before, pruned)] == [FFN - WANTED] * 7
 
 
-# --- ShortGPT --------------------------------------------------------------------------------------
+# --- ShortGPT -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -406,7 +406,7 @@ def test_shortgpt_removes_the_layers_of_least_influence(variant: str) -> None:
     torch.testing.assert_close(logits_of(pruned), logits_of(short), rtol=0, atol=1e-5)
 
 
-# --- SliceGPT --------------------------------------------------------------------------------------
+# --- SliceGPT -------------------------------------------------------------------------------------
 
 
 def count(model: Any) -> int:
@@ -424,7 +424,7 @@ def test_slicegpt_at_full_width_computes_the_same(variant: str) -> None:
 
 
 def slow_slicegpt(model: Any, batches: list[Batch], width: int) -> Floats:
-    """Logits of the last document by the paper's construction in NumPy, with projectors in the original basis.
+    """Logits of the last document by the paper's construction, projected in the original basis.
 
     Slicing in a rotated basis is projecting the stream onto the kept axes wherever it changes its
     basis, and taking the norm of the projected stream over the original width: nothing needs to be
@@ -498,7 +498,7 @@ def test_slicegpt_refuses_a_norm_behind_the_block() -> None:
         peers.slicegpt(make("four norms"), make_text(), FRACTION)
 
 
-# --- every method ----------------------------------------------------------------------------------
+# --- every method ---------------------------------------------------------------------------------
 
 CUT_ALIKE = [(method, "four norms") for method in ("wanda_sp", "flap", "llm_pruner_taylor", "shortgpt")]
 TEXTUAL = ["magnitude", "wanda_sp", "flap", "llm_pruner_taylor"]

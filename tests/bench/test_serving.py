@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from bench.serving import COLUMNS, EXPERTS, note, row
-from expertprune.serving.throughput import summary
 from expertprune.spec.reading import load_spec
-from tests.serving.test_throughput import run
+from tests.serving.test_throughput import run, timing
 
 
 def test_a_row_shows_the_ratio_beside_its_limit() -> None:
@@ -18,8 +17,7 @@ def test_a_row_shows_the_ratio_beside_its_limit() -> None:
         run("base", 100, 64, 600),
         run("expert", 120, 96, 400),
     ]
-    settings = {"rounds": 2, "prompts": 32, "input_tokens": 128, "output_tokens": 64, "concurrency": 8}
-    measured = summary(runs) | {"settings": settings, "machine": "a machine"}
+    measured = timing(runs)
     # Time to first token: 1/1.5 and 1/1.2, median 0.75; KV cache 96/64; memory 400/600.
     expected = ["expert", "100", "135", "1.350 (1.200 to 1.500)", "1.500", "90%", "0.75", "1.50", "0.67", "1.00"]
     assert row("expert", measured) == expected

@@ -1,4 +1,4 @@
-"""The tables of bench/README.md and bench/LOG.md: fresh, filled between their marks, of legal specs."""
+"""The tables of bench/README.md and bench/LOG.md, and the commands behind them."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import expertprune
@@ -24,6 +23,9 @@ from expertprune.corpora.documents import Question
 from expertprune.errors import SpecError
 from expertprune.evaluation.questions import answer_questions
 from expertprune.spec.reading import load_spec
+from tests.calling import call, call_json, strict
+from tests.conftest import refuse_to_load
+from tests.oracle import contents
 from tests.patching import everywhere
 from tests.tiny import tiny_model, tiny_tokenizer, write_corpus
 
@@ -39,56 +41,11 @@ BEFORE = 2 * 64 * 24 + 24 + 3 * LAYER
 AFTER = BEFORE - 3 * 8 * 3 * 24  # a quarter of 32 neurons in each of three layers, three vectors each
 
 
-@pytest.fixture(autouse=True)
-def restored_signals() -> Iterator[None]:
-    """A command in the main thread changes how the process is terminated."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
 @pytest.fixture
 def spec_file(tmp_path: Path, spec_data: dict[str, Any]) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(spec_data))
     return path
-
-
-def run(*args: Any, code: int = 0) -> Result:
-    result = CliRunner().invoke(main, [str(arg) for arg in args])
-    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
-    assert "Traceback" not in result.output
-    return result
-
-
-def strict(text: str) -> Any:
-    """Text as JSON by the standard, which knows no NaN."""
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON")
-
-    return json.loads(text, parse_constant=refuse)
-
-
-def run_json(*args: Any) -> dict[str, Any]:
-    """The one JSON object that a command prints on standard output."""
-    data = strict(run(*args, "--json").stdout)
-    assert isinstance(data, dict)
-    return data
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def refuse_to_load(*_: Any, **__: Any) -> None:
-    raise AssertionError("a model was loaded")
-
-
-@pytest.fixture
-def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever loads a model fails."""
-    everywhere(monkeypatch, "expertprune.models.loading.load_model", refuse_to_load)
 
 
 # --- help and usage -------------------------------------------------------------------------------------------------
@@ -98,26 +55,18 @@ def test_the_commands_are_the_documented_ones() -> None:
     assert sorted(main.commands) == COMMANDS
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_the_help_of_each_command_shows_an_example_of_itself(command: str) -> None:
-    text = run(command, "--help").stdout
-    assert f"expertprune {command} " in text
-    assert run(command, "-h").stdout == text
-
-
-def test_the_help_of_all_commands_shows_an_example_and_lists_them() -> None:
-    text = run("--help").stdout
+def test_the_help_shows_examples_that_parse() -> None:
+    text = call("--help").stdout
     assert "expertprune build profiles/" in text
     assert all(command in text for command in COMMANDS)
-
-
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command != "schema"])
-def test_the_example_in_the_help_parses(command: str) -> None:
-    lines = [line for line in run(command, "--help").stdout.splitlines() if f"  expertprune {command} " in line]
-    assert lines
-    for line in lines:
-        with main.commands[command].make_context(command, line.split()[2:]) as context:
-            assert context.params
+    for command in COMMANDS:
+        text = call(command, "--help").stdout
+        assert call(command, "-h").stdout == text
+        lines = [line for line in text.splitlines() if f"  expertprune {command} " in line]
+        assert lines
+        for line in lines if command != "schema" else []:
+            with main.commands[command].make_context(command, line.split()[2:]) as context:
+                assert context.params
 
 
 @pytest.mark.parametrize(
@@ -136,13 +85,13 @@ def test_the_example_in_the_help_parses(command: str) -> None:
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_wrong_call_exits_with_2_and_says_what_is_wrong(args: list[str], words: str) -> None:
-    result = run(*args, code=2)
+    result = call(*args, code=2)
     assert words in result.stderr
     assert result.stdout == ""
 
 
 def test_the_schema_command_prints_the_schema_of_a_spec() -> None:
-    schema = strict(run("schema").stdout)
+    schema = strict(call("schema").stdout)
     jsonschema.Draft202012Validator.check_schema(schema)
     assert set(schema["required"]) == {"name", "base", "dimensions", "budget"}
     assert schema["additionalProperties"] is False
@@ -207,30 +156,28 @@ def test_as_a_process_a_wrong_call_exits_with_2() -> None:
 
 
 def test_validate_counts_what_is_there_and_loads_no_model(spec_file: Path, store: Path, no_model: None) -> None:
-    data = run_json("validate", spec_file)
+    data = call_json("validate", spec_file)
     assert data["kind"] == "validation"
     assert data["decided"] == {"criterion": "impact", "allocation": "uniform"}
     assert data["base"]["parameters"] == BEFORE
     assert data["expert"]["parameters"] == AFTER
     assert data["expert"]["budget"]["ffn"] == {"requested": 0.25, "of": 32, "kept": 24, "removed": 8}
     assert data["corpora"] == {name: {"calibration": 12, "evaluation": 4, "questions": 0} for name in CORPORA}
-    text = run("validate", spec_file).stdout
+    text = call("validate", spec_file).stdout
     assert f"{spec_file}: valid" in text
     assert f"{BEFORE:,} parameters" in text
     assert f"{AFTER:,} parameters" in text
     assert not (store / "profiles").exists()
 
 
-@pytest.mark.parametrize(
-    ("setting", "removed"),
-    [("budget.ffn=0.5", 3 * 16 * 3 * 24), ("budget.ffn=4", 3 * 4 * 3 * 24), ("budget.ffn=0", 0)],
-)
-def test_set_changes_a_key_of_the_spec(spec_file: Path, setting: str, removed: int) -> None:
-    assert run_json("validate", spec_file, "--set", setting)["expert"]["parameters"] == BEFORE - removed
+def test_set_changes_a_key_of_the_spec(spec_file: Path) -> None:
+    for fraction, neurons in ((0.5, 16), (0.125, 4), (0, 0)):
+        data = call_json("validate", spec_file, "--set", f"budget.ffn={fraction}")
+        assert data["expert"]["parameters"] == BEFORE - 3 * neurons * 3 * 24
 
 
 def test_set_may_be_given_several_times_and_takes_yaml(spec_file: Path) -> None:
-    data = run_json(
+    data = call_json(
         "validate", spec_file, "--set", "dimensions={task: qa}", "--set", "general=[]", "--set", "budget.ffn=0.5"
     )
     assert list(data["corpora"]) == ["task/qa"]
@@ -238,24 +185,25 @@ def test_set_may_be_given_several_times_and_takes_yaml(spec_file: Path) -> None:
 
 
 def test_the_stages_one_by_one_give_what_build_gives(tmp_path: Path, spec_file: Path, store: Path) -> None:
-    profiles = run_json("profile", spec_file)["profiles"]
+    profiles = call_json("profile", spec_file)["profiles"]
     assert list(profiles) == CORPORA
     stored = {path.stem for path in (store / "profiles").iterdir()}
     assert stored == {entry["digest"] for entry in profiles.values()}
     assert all(Path(entry["path"]).stem == entry["digest"] for entry in profiles.values())
 
-    plan = run_json("compose", spec_file, "--out", tmp_path / "plan.json")
+    plan = call_json("compose", spec_file, "--out", tmp_path / "plan.json")
     assert plan == strict((tmp_path / "plan.json").read_text())
     assert plan["parameters"] == {"before": BEFORE, "after": AFTER}
     assert plan["profiles"] == {name: entry["digest"] for name, entry in profiles.items()}
     assert all(len(kept.ffn) == 24 for kept in load_plan(tmp_path / "plan.json").kept)
 
-    pruned = run_json("prune", tmp_path / "plan.json", "--out", tmp_path / "steps")
-    assert pruned["plan"] == plan
+    pruned = call_json("prune", tmp_path / "plan.json", "--out", tmp_path / "steps")
+    assert pruned["plan"]["layers"] == plan["layers"]
+    assert pruned["plan"]["profiles"] == plan["profiles"]
     assert pruned["evaluation"] is None
     assert "Not evaluated yet" in (tmp_path / "steps" / "README.md").read_text()
 
-    evaluation = run_json("evaluate", tmp_path / "steps")
+    evaluation = call_json("evaluate", tmp_path / "steps")
     assert list(evaluation["corpora"]) == CORPORA
     for result in evaluation["corpora"].values():
         assert result["documents"] == 4
@@ -265,14 +213,14 @@ def test_the_stages_one_by_one_give_what_build_gives(tmp_path: Path, spec_file: 
     assert strict((tmp_path / "steps" / "expertprune.json").read_text())["evaluation"] == evaluation
     assert "Not evaluated yet" not in (tmp_path / "steps" / "README.md").read_text()
 
-    built = run_json("build", spec_file, "--out", tmp_path / "built")
+    built = call_json("build", spec_file, "--out", tmp_path / "built")
     assert built["evaluation"] == evaluation
     assert contents(tmp_path / "built") == contents(tmp_path / "steps")
     assert {path.stem for path in (store / "profiles").iterdir()} == stored
 
 
 def test_what_build_prints_for_people(tmp_path: Path, spec_file: Path) -> None:
-    result = run("build", spec_file, "--out", tmp_path / "expert", "--set", "evaluate.metrics=[kl]")
+    result = call("build", spec_file, "--out", tmp_path / "expert", "--set", "evaluate.metrics=[kl]")
     assert f"{AFTER:,} of {BEFORE:,} ({AFTER / BEFORE:.1%})" in result.stdout
     assert str(tmp_path / "expert") in result.stdout.replace("\n", "")
     assert "What the expert kept" in result.stdout
@@ -283,17 +231,17 @@ def test_what_build_prints_for_people(tmp_path: Path, spec_file: Path) -> None:
 @pytest.fixture
 def expert(tmp_path: Path, spec_file: Path) -> Path:
     """An expert that was not evaluated."""
-    run("build", spec_file, "--out", tmp_path / "expert", "--set", "evaluate.enabled=false")
+    call("build", spec_file, "--out", tmp_path / "expert", "--set", "evaluate.enabled=false")
     return tmp_path / "expert"
 
 
 def test_evaluate_measures_the_corpora_and_documents_that_it_is_asked_for(expert: Path) -> None:
-    data = run_json("evaluate", expert, "--corpus", "medical", "--corpus", "task/qa", "--documents", "2")
+    data = call_json("evaluate", expert, "--corpus", "medical", "--corpus", "task/qa", "--documents", "2")
     assert {name: result["documents"] for name, result in data["corpora"].items()} == {
         "domain/medical": 2,
         "task/qa": 2,
     }
-    assert "What the expert kept" in run("evaluate", expert, "--corpus", "medical").stdout
+    assert "What the expert kept" in call("evaluate", expert, "--corpus", "medical").stdout
 
 
 def test_evaluate_finds_a_base_that_has_moved(
@@ -303,11 +251,11 @@ def test_evaluate_finds_a_base_that_has_moved(
     shutil.copytree(tiny_llama, moving)
     spec = tmp_path / "tiny.yaml"
     spec.write_text(yaml.safe_dump({**spec_data, "base": "./base"}))
-    run("build", spec, "--out", tmp_path / "expert", "--set", "evaluate.enabled=false")
+    call("build", spec, "--out", tmp_path / "expert", "--set", "evaluate.enabled=false")
     moving.rename(tmp_path / "moved")
-    assert "--base" in run("evaluate", tmp_path / "expert", code=2).stderr
+    assert "--base" in call("evaluate", tmp_path / "expert", code=2).stderr
     monkeypatch.chdir(tmp_path)
-    assert list(run_json("evaluate", "expert", "--base", "moved")["corpora"]) == CORPORA
+    assert list(call_json("evaluate", "expert", "--base", "moved")["corpora"]) == CORPORA
 
 
 def write_questions(path: Path, base_is_right: bool) -> Path:
@@ -322,22 +270,14 @@ def write_questions(path: Path, base_is_right: bool) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "base_is_right",
-    [
-        True,
-        pytest.param(
-            False,
-        ),
-    ],
-)
+@pytest.mark.parametrize("base_is_right", [True, False])
 def test_the_json_of_an_expert_is_valid_even_where_the_base_knew_nothing(
     tmp_path: Path, spec_data: dict[str, Any], base_is_right: bool
 ) -> None:
     questions = write_questions(tmp_path / "questions.jsonl", base_is_right)
     spec_data["corpora"]["sources"]["qa"]["questions"] = str(questions)
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(spec_data))
-    data = run_json("build", tmp_path / "tiny.yaml", "--out", tmp_path / "expert")
+    data = call_json("build", tmp_path / "tiny.yaml", "--out", tmp_path / "expert")
     entry = data["evaluation"]["corpora"]["task/qa"]["metrics"]["questions"]
     assert entry["base"] == float(base_is_right)
     strict((tmp_path / "expert" / "expertprune.json").read_text())
@@ -347,68 +287,64 @@ def test_the_json_of_an_expert_is_valid_even_where_the_base_knew_nothing(
 
 
 def test_inspect_explains_a_spec(spec_file: Path) -> None:
-    data = run_json("inspect", spec_file)
+    data = call_json("inspect", spec_file)
     assert data == {"kind": "spec", "spec": load_spec(spec_file).document(), "corpora": CORPORA}
-    text = run("inspect", spec_file).stdout
+    text = call("inspect", spec_file).stdout
     assert "spec tiny" in text
     assert "domain medical" in text
 
 
 def test_inspect_explains_a_profile(spec_file: Path) -> None:
-    entry = run_json("profile", spec_file)["profiles"]["domain/medical"]
-    data = run_json("inspect", entry["path"])
+    entry = call_json("profile", spec_file)["profiles"]["domain/medical"]
+    data = call_json("inspect", entry["path"])
     assert (data["kind"], data["corpus"], data["digest"]) == ("profile", "domain/medical", entry["digest"])
     assert len(data["documents"]) == 12
-    text = run("inspect", entry["path"]).stdout
+    text = call("inspect", entry["path"]).stdout
     assert "domain/medical" in text
     assert "32 FFN neurons" in text
 
 
 def test_inspect_explains_a_plan_and_an_expert(tmp_path: Path, spec_file: Path) -> None:
-    plan = run_json("compose", spec_file, "--out", tmp_path / "plan.json")
-    assert run_json("inspect", tmp_path / "plan.json") == plan
-    text = run("inspect", tmp_path / "plan.json").stdout
+    plan = call_json("compose", spec_file, "--out", tmp_path / "plan.json")
+    assert call_json("inspect", tmp_path / "plan.json") == plan
+    text = call("inspect", tmp_path / "plan.json").stdout
     assert "plan tiny" in text
     assert "24 of 32" in text
 
-    built = run_json("build", spec_file, "--out", tmp_path / "expert")
+    built = call_json("build", spec_file, "--out", tmp_path / "expert")
     size = sum(len(content) for content in contents(tmp_path / "expert").values())
     assert (built["kind"], built["folder"], built["bytes"]) == ("expert", str(tmp_path / "expert"), size)
-    assert run_json("inspect", tmp_path / "expert") == built
-    assert run_json("inspect", tmp_path / "expert" / "expertprune.json") == built
-    text = run("inspect", tmp_path / "expert").stdout
+    assert call_json("inspect", tmp_path / "expert") == built
+    assert call_json("inspect", tmp_path / "expert" / "expertprune.json") == built
+    text = call("inspect", tmp_path / "expert").stdout
     assert "expert tiny" in text
     assert "What the expert kept" in text
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("absent.json", "no such file or folder"),
-        ("notes.txt", "is no spec (.yaml), profile (.safetensors), plan (.json) or expert (a folder)"),
-        ("folder", "is no expert"),
-        ("data.json", "not a plan"),
-        ("broken.json", "not a plan"),
-        ("noise.safetensors", "not a readable profile"),
-        ("weights.safetensors", "a profile of schema None"),
-    ],
-)
-def test_inspect_refuses_what_is_no_artifact(tmp_path: Path, name: str, words: str) -> None:
+def test_inspect_refuses_what_is_no_artifact(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "data.json").write_text("{}")
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "noise.safetensors").write_bytes(b"noise")
     save_file(tiny_model("llama").state_dict(), tmp_path / "weights.safetensors")
-    result = run("inspect", tmp_path / name, code=2)
-    assert f"error: {tmp_path / name}: {words}" in result.stderr
+    for name, words in {
+        "absent.json": "no such file or folder",
+        "notes.txt": "is no spec (.yaml), profile (.safetensors), plan (.json) or expert (a folder)",
+        "folder": "is no expert",
+        "data.json": "not a plan",
+        "broken.json": "not a plan",
+        "noise.safetensors": "not a readable profile",
+        "weights.safetensors": "a profile of schema None",
+    }.items():
+        assert f"error: {tmp_path / name}: {words}" in call("inspect", tmp_path / name, code=2).stderr
 
 
 # --- what is reused -------------------------------------------------------------------------------------------------
 
 
 def digests(*args: Any) -> dict[str, str]:
-    return {name: entry["digest"] for name, entry in run_json("profile", *args)["profiles"].items()}
+    return {name: entry["digest"] for name, entry in call_json("profile", *args)["profiles"].items()}
 
 
 def test_a_second_profile_run_does_not_run_the_model(
@@ -419,31 +355,27 @@ def test_a_second_profile_run_does_not_run_the_model(
     everywhere(monkeypatch, "expertprune.models.loading.load_model", refuse_to_load)
     assert digests(spec_file) == first
     assert contents(store / "profiles") == before
-    plan = run_json("compose", spec_file, "--out", tmp_path / "plan.json")
+    plan = call_json("compose", spec_file, "--out", tmp_path / "plan.json")
     assert plan["profiles"] == first
 
 
 def test_composing_from_stored_profiles_alone(tmp_path: Path, spec_file: Path, no_model: None) -> None:
     """Nothing is measured: what is missing is named, and no plan is written."""
     out = tmp_path / "plan.json"
-    result = run("compose", spec_file, "--out", out, "--stored-only", code=2)
+    result = call("compose", spec_file, "--out", out, "--stored-only", code=2)
     assert result.stderr == ("error: the profile of language/en lacks the forward pass: run the profile stage\n")
     assert not out.exists()
 
 
 @pytest.mark.parametrize(
     ("setting", "lacking"),
-    [
-        ("relevance={criterion: taylor, loss: kl}", "gradient-kl"),
-        ("relevance={criterion: fisher, loss: kl}", "gradient-kl"),
-        ("relevance=regional", "regional"),
-    ],
+    [("relevance={criterion: fisher, loss: kl}", "gradient-kl"), ("relevance=regional", "regional")],
 )
 def test_a_pass_that_the_stored_profiles_lack_is_named(
     tmp_path: Path, shared_spec: Path, shared_store: Path, no_model: None, setting: str, lacking: str
 ) -> None:
     here = ("--store", shared_store, "--out", tmp_path / "plan.json", "--stored-only")
-    result = run("compose", shared_spec, *here, "--set", setting, code=2)
+    result = call("compose", shared_spec, *here, "--set", setting, code=2)
     assert result.stderr == f"error: the profile of domain/medical lacks the {lacking} pass: run the profile stage\n"
     with pytest.raises(SpecError, match=f"lacks the {lacking} pass"):
         expertprune.compose(
@@ -454,41 +386,36 @@ def test_a_pass_that_the_stored_profiles_lack_is_named(
 def test_stored_profiles_are_enough_once_their_pass_was_made(
     tmp_path: Path, spec_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run("profile", spec_file, "--set", "relevance=taylor")
+    call("profile", spec_file, "--set", "relevance=taylor")
     everywhere(monkeypatch, "expertprune.models.loading.load_model", refuse_to_load)
-    stored = run_json(
+    stored = call_json(
         "compose", spec_file, "--out", tmp_path / "plan.json", "--stored-only", "--set", "relevance=taylor"
     )
-    free = run_json("compose", spec_file, "--out", tmp_path / "other.json", "--set", "relevance=taylor")
+    free = call_json("compose", spec_file, "--out", tmp_path / "other.json", "--set", "relevance=taylor")
     assert stored == free
-    assert run_json("compose", spec_file, "--out", tmp_path / "third.json", "--stored-only")["kind"] == "plan"
-
-
-REUSED = [
-    "name=other",
-    "budget.ffn=0.5",
-    "relevance=random",
-    "compose.rule=union",
-    "compensation=none",
-    "calibration.tokens_per_batch=7",
-    pytest.param(
-        "calibration.seed=5",
-    ),
-    "calibration.documents=12",
-    "evaluate.documents=2",
-    "general=[]",
-]
+    assert call_json("compose", spec_file, "--out", tmp_path / "third.json", "--stored-only")["kind"] == "plan"
 
 
 @pytest.fixture(scope="module")
 def shared_store(shared_spec: Path) -> Path:
     """With the profiles of the shared spec."""
     store = shared_spec.with_name("store")
-    run("profile", shared_spec, "--store", store)
+    call("profile", shared_spec, "--store", store)
     return store
 
 
-@pytest.mark.parametrize("setting", REUSED)
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "name=other",
+        "budget.ffn=0.5",
+        "relevance=random",
+        "compose.rule=union",
+        "calibration.tokens_per_batch=7",
+        "calibration.seed=5",
+        "general=[]",
+    ],
+)
 def test_what_the_statistics_do_not_depend_on_reuses_the_profiles(
     shared_spec: Path, shared_store: Path, no_model: None, setting: str
 ) -> None:
@@ -515,15 +442,13 @@ def test_a_changed_document_gives_a_new_profile_of_its_corpus_only(spec_file: Pa
     assert {name for name in CORPORA if first[name] != second[name]} == {"domain/medical"}
 
 
-@pytest.mark.parametrize(("template", "changed"), [("{text}", set()), ("the {text}", {"domain/medical"})])
-def test_a_template_gives_a_new_profile_where_it_gives_other_text(
-    spec_file: Path, spec_data: dict[str, Any], template: str, changed: set[str]
-) -> None:
+def test_a_template_gives_a_new_profile_where_it_gives_other_text(spec_file: Path, spec_data: dict[str, Any]) -> None:
     first = digests(spec_file)
-    spec_data["corpora"]["sources"]["medical"]["template"] = template
-    spec_file.write_text(yaml.safe_dump(spec_data))
-    second = digests(spec_file)
-    assert {name for name in CORPORA if first[name] != second[name]} == changed
+    for template, changed in (("{text}", set()), ("the {text}", {"domain/medical"})):
+        spec_data["corpora"]["sources"]["medical"]["template"] = template
+        spec_file.write_text(yaml.safe_dump(spec_data))
+        second = digests(spec_file)
+        assert {name for name in CORPORA if first[name] != second[name]} == changed
 
 
 def test_a_changed_weight_gives_new_profiles_of_every_corpus(tmp_path: Path, spec_file: Path, tiny_llama: Path) -> None:
@@ -540,7 +465,7 @@ def test_a_changed_weight_gives_new_profiles_of_every_corpus(tmp_path: Path, spe
 
 
 def test_the_store_is_the_option_before_the_variable(tmp_path: Path, spec_file: Path, store: Path) -> None:
-    run("profile", spec_file, "--store", tmp_path / "mine")
+    call("profile", spec_file, "--store", tmp_path / "mine")
     assert len(list((tmp_path / "mine" / "profiles").iterdir())) == len(CORPORA)
     assert not (store / "profiles").exists()
 
@@ -555,7 +480,7 @@ def test_an_interruption_exits_with_1_and_says_what_is_left(
         raise KeyboardInterrupt
 
     everywhere(monkeypatch, "expertprune.stages.compose.plan_of", interrupted)
-    result = run("build", spec_file, "--out", tmp_path / "expert", code=1)
+    result = call("build", spec_file, "--out", tmp_path / "expert", code=1)
     assert "interrupted" in result.stderr
     assert result.stdout == ""
     assert not (tmp_path / "expert").exists()
@@ -573,8 +498,8 @@ def test_a_defect_is_not_disguised_as_a_users_mistake(spec_file: Path, monkeypat
 
 def test_overwrite_replaces_an_expert(tmp_path: Path, spec_file: Path, expert: Path) -> None:
     (expert / "stale.txt").write_text("x")
-    assert "--overwrite" in run("build", spec_file, "--out", expert, code=2).stderr
-    data = run_json("build", spec_file, "--out", expert, "--overwrite", "--set", "budget.ffn=0.5")
+    assert "--overwrite" in call("build", spec_file, "--out", expert, code=2).stderr
+    data = call_json("build", spec_file, "--out", expert, "--overwrite", "--set", "budget.ffn=0.5")
     assert data["parameters"]["after"] == BEFORE - 3 * 16 * 3 * 24
     assert not (expert / "stale.txt").exists()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []

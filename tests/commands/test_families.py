@@ -6,17 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from click.testing import CliRunner
-
 from expertprune.arch import families
-from expertprune.cli import main
+from tests.calling import call
 from tests.tiny import save_tiny
 
 
 def run(*arguments: Any, code: int = 0) -> str:
-    result = CliRunner().invoke(main, ["families", *map(str, arguments)])
-    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
-    return result.output
+    return call("families", *arguments, code=code).output
 
 
 def test_every_family_is_listed_with_what_it_allows() -> None:

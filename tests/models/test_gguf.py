@@ -12,17 +12,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from click.testing import CliRunner
 from gguf import GGUFReader, GGUFWriter
 
 from expertprune.arch import families
-from expertprune.cli import main
 from expertprune.errors import CheckpointError, UsageError
 from expertprune.models.base import resolve_base
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.loading import load_model, load_tokenizer
 from expertprune.spec.schema import Base
 from expertprune.stages.export import export
+from tests.calling import call, call_json
 from tests.engine_of_gguf import engine_of, needs_engine
 from tests.oracle import load, logits_of, plan_of, pruned, random_plan, random_units, resolved
 from tests.tiny import FAMILIES, tiny_model
@@ -390,7 +389,7 @@ def test_a_part_of_a_tokenizer_without_a_name_is_refused(tmp_path: Path) -> None
         "pretokenizers": [split, {**data["pre_tokenizer"], "use_regex": False}],
     }
     (folder / "tokenizer.json").write_text(json.dumps(data))
-    assert "has no name for how this tokenizer parts text (Split, ByteLevel)" in refusal(folder, tmp_path / "a.gguf")
+    assert "has no name for this pre-tokenizer (Split, ByteLevel)" in refusal(folder, tmp_path / "a.gguf")
 
 
 def test_weights_that_half_precision_does_not_hold_are_refused(tmp_path: Path) -> None:
@@ -410,22 +409,13 @@ def test_weights_that_half_precision_does_not_hold_are_refused(tmp_path: Path) -
 
 def test_the_command_writes_a_file_once(made: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
     expert, _ = made("llama")
-    line = ["export", str(expert), "--out", str(tmp_path / "a.gguf"), "--type", "q8_0"]
-    done = CliRunner().invoke(main, [*line, "--json"])
-    assert done.exit_code == 0, done.output
-    data = json.loads(done.stdout)
-    assert (data["kind"], data["architecture"], data["bytes"]) == (
-        "export",
-        "llama",
-        (tmp_path / "a.gguf").stat().st_size,
-    )
-    again = CliRunner().invoke(main, line)
-    assert again.exit_code == 2
-    assert "exists; choose another --out, or give --overwrite" in again.output
-    assert CliRunner().invoke(main, [*line, "--overwrite"]).exit_code == 0
-    wrong = CliRunner().invoke(main, [*line[:-1], "q4_1"])
-    assert wrong.exit_code == 2
-    assert "--type: 'q4_1' is none of f32, f16, bf16, q8_0" in wrong.output
+    line = ["export", expert, "--out", tmp_path / "a.gguf", "--type", "q8_0"]
+    data = call_json(*line)
+    size = (tmp_path / "a.gguf").stat().st_size
+    assert (data["kind"], data["architecture"], data["bytes"]) == ("export", "llama", size)
+    assert "exists; choose another --out, or give --overwrite" in call(*line, code=2).output
+    call(*line, "--overwrite")
+    assert "--type: 'q4_1' is none of f32, f16, bf16, q8_0" in call(*line[:-1], "q4_1", code=2).output
     with pytest.raises(UsageError, match="--format: 'onnx' is none of gguf"):
         export(expert, tmp_path / "b", format="onnx")
     with pytest.raises(CheckpointError, match="is not a file that can be written"):
@@ -452,7 +442,7 @@ def test_an_architecture_that_no_family_has_is_refused(tmp_path: Path, store: Pa
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(
-        CheckpointError, match="architecture 'falcon'; of GGUF files these can be bases: gemma2, gemma3"
+        CheckpointError, match="architecture 'falcon'; GGUF files of these can be bases: gemma2, gemma3"
     ):
         resolve_base(Base(model=str(tmp_path / "a.gguf")), store)
 

@@ -28,7 +28,7 @@ from expertprune.profiling.forward import forward_pass
 from expertprune.profiling.store import description, measure, profile_key, profile_path, statistics_code
 from expertprune.spec.schema import Base
 from expertprune.units import LayerShape
-from tests.masks import LENGTHS, tiny, tiny_of, token_lists
+from tests.masks import tiny, tiny_of, token_lists
 from tests.patching import everywhere
 from tests.tiny import tiny_model
 
@@ -172,38 +172,6 @@ def test_stored_rms_is_the_reference_to_half_precision() -> None:
             np.testing.assert_allclose(
                 stored_rms(statistics, block, layer), expected[f"{block}.{layer}.rms"], rtol=2**-10
             )
-
-
-@pytest.mark.usefixtures("exact_rms")
-def test_the_padding_token_changes_nothing() -> None:
-    one, other = (forward_pass(tiny("llama").text(token_lists(), 10_000, pad)) for pad in (0, 17))
-    assert one.keys() == other.keys()
-    for name in one:
-        assert_statistic(numbers(one[name]), numbers(other[name]), 1e-5, name)
-
-
-@pytest.mark.usefixtures("exact_rms")
-def test_the_order_of_documents_only_permutes_rows() -> None:
-    model, documents = tiny_model("qwen2"), token_lists()
-    order = [4, 2, 0, 5, 3, 1]
-    straight = collected(model, documents, 30)
-    shuffled = collected(model, [documents[i] for i in order], 30)
-    per_document = [name for name in straight if name.endswith((".rms", ".impact", ".square", "tokens"))]
-    assert len(per_document) == 5 * LAYERS + 1
-    for name in straight:
-        expected = numbers(straight[name])
-        if name in per_document:
-            assert_statistic(numbers(shuffled[name]), expected[order], 1e-5, name)
-            assert not np.allclose(expected[order], expected, rtol=1e-3)
-        else:
-            assert_statistic(numbers(shuffled[name]), expected, 1e-5, name)
-
-
-def test_a_group_is_more_than_its_heads_because_they_interfere() -> None:
-    """The cross terms of the heads' contributions belong to the group's impact."""
-    statistics = collected(tiny_model("llama"), token_lists(), 30)
-    heads = numbers(statistics["heads.0.impact"]).reshape(len(LENGTHS), GROUPS, HEADS // GROUPS)
-    assert not np.allclose(heads.sum(2), numbers(statistics["groups.0.impact"]), rtol=1e-3)
 
 
 def test_progress_is_told_after_each_layer() -> None:

@@ -135,14 +135,6 @@ def test_no_more_positions_than_allowed_have_logits_at_a_time(monkeypatch: pytes
     assert sum(seen) >= sum(length - 1 for length in LENGTHS)
 
 
-def test_the_order_of_batches_and_documents_is_irrelevant() -> None:
-    of, documents = tiny("llama"), token_lists()
-    order = [3, 0, 5, 1, 4, 2]
-    found, shuffled = gradients(of, documents), gradients(of, [documents[i] for i in order])
-    for name, values in found.items():
-        assert_near(shuffled[name], values[order], 1e-5, name)
-
-
 def test_progress_is_told_after_each_batch() -> None:
     of, calls = tiny("llama"), []
     gradients(of, token_lists(), 1, progress=lambda: calls.append(1))

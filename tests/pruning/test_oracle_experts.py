@@ -186,13 +186,13 @@ def test_an_expert_can_be_cut_again(family: str, dense: Any, tmp_path: Path, sto
 
 def test_fewer_experts_than_are_chosen_and_uneven_numbers_are_refused(dense: Any, tmp_path: Path) -> None:
     base = dense("mixtral").base
-    with pytest.raises(PlanError, match="1 experts are fewer than the 2 that the router chooses for each token"):
+    with pytest.raises(PlanError, match="1 routed experts are fewer than the 2 that the router chooses for each token"):
         pruned(random_plan(base, experts=1), base, tmp_path / "few")
     uneven = [*random_plan(base, experts=4).kept[:2], *random_plan(base, experts=3).kept[2:]]
-    with pytest.raises(PlanError, match="family 'mixtral' keeps the same number of experts in every layer"):
+    with pytest.raises(PlanError, match="family 'mixtral' keeps the same number of routed experts in every layer"):
         pruned(plan_of(base, uneven), base, tmp_path / "uneven")
     uneven = [*random_plan(base, ffn=8).kept[:2], *random_plan(base, ffn=16).kept[2:]]
-    with pytest.raises(PlanError, match="family 'mixtral' keeps the same number of neurons in the experts of every"):
+    with pytest.raises(PlanError, match="family 'mixtral' keeps the same number of neurons in the routed experts of"):
         pruned(plan_of(base, uneven), base, tmp_path / "uneven neurons")
 
 

@@ -103,33 +103,6 @@ def test_every_criterion_gives_one_score_per_document_and_unit(name: str, channe
     assert (scores >= 0).all()
 
 
-@pytest.mark.parametrize("name", ["activation", "impact", "magnitude"])
-@pytest.mark.parametrize(("channels_per_unit", "impact"), [(1, False), (4, True), (4, False)])
-def test_permuting_units_permutes_scores(name: str, channels_per_unit: int, impact: bool) -> None:
-    statistics = made_up(7, channels_per_unit, impact=impact)
-    order = torch.tensor([3, 0, 6, 1, 5, 2, 4])
-    channels = (order[:, None] * channels_per_unit + torch.arange(channels_per_unit)).flatten()
-    permuted = dataclasses.replace(
-        statistics,
-        rms=statistics.rms[:, channels],
-        impact=None if statistics.impact is None else statistics.impact[:, order],
-        output_l1=statistics.output_l1[channels],
-        output_l2=statistics.output_l2[channels],
-        weight_norm=statistics.weight_norm[order],
-    )
-    scores = criteria[name].score(statistics)
-    assert torch.equal(criteria[name].score(permuted), scores[:, order])
-    assert not torch.equal(scores[:, order], scores)
-
-
-@pytest.mark.parametrize("name", ["activation", "impact"])
-def test_permuting_documents_permutes_scores(name: str) -> None:
-    statistics = made_up(5, 4, impact=False)
-    order = [2, 0, 3, 1]
-    scores = criteria[name].score(dataclasses.replace(statistics, rms=statistics.rms[order]))
-    assert torch.equal(scores, criteria[name].score(statistics)[order])
-
-
 # --- random ---------------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -27,15 +26,6 @@ from tests.serving.conftest import CPU, FAKE, ROOMY
 engine.COMMAND, engine.platform, engine.free_memory = FAKE, lambda: CPU, lambda: ROOMY
 main(prog_name="expertprune")
 """
-
-
-@pytest.fixture(autouse=True)
-def restored_signals() -> Iterator[None]:
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
 
 
 def serve(*arguments: object) -> Result:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,14 @@ from click.testing import CliRunner
 from rich.console import Console
 
 import expertprune
+from expertprune.artifacts.timing import METRICS, Load, Ratio, Role, Run, Timing
 from expertprune.cli import main
 from expertprune.commands.bench import number, throughput_table
 from expertprune.errors import CheckpointError, ServingError, UsageError
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.reporting.pictures import throughput_picture
 from expertprune.serving import throughput
-from expertprune.serving.throughput import METRICS, Load, bytes_per_token, summary
+from expertprune.serving.throughput import bytes_per_token
 from tests.tiny import WORDS, save_tiny
 
 # In place of vLLM's benchmark: notes how it was called, and writes a result of which the model's name decides the speed.
@@ -49,43 +49,51 @@ def test_every_weight_is_read_once_but_the_looked_up_embedding(tmp_path: Path) -
     assert bytes_per_token(Checkpoint(tied)) == 4 * parameters  # the embedding is the head
 
 
-def run(model: str, speed: float, cache: int | None, read: int) -> dict[str, Any]:
-    return {
-        "model": model,
-        "output_tokens_per_second": speed,
-        "time_to_first_token_ms": 1000 / speed,
-        "time_per_output_token_ms": 100 / speed,
-        "kv_cache_tokens": cache,
-        "memory_bytes": 8 * read,
-        "load_seconds": 10.0,
-        "bytes_per_token": read,
-    }
+def run(model: Role, speed: float, cache: int | None, read: int) -> Run:
+    return Run(
+        model=model,
+        round=1,
+        output_tokens_per_second=speed,
+        time_to_first_token_ms=1000 / speed,
+        time_per_output_token_ms=100 / speed,
+        kv_cache_tokens=cache,
+        memory_bytes=8 * read,
+        load_seconds=10.0,
+        bytes_per_token=read,
+        input_tokens=7,
+        output_tokens=8,
+        seconds=9.0,
+    )
+
+
+def timing(runs: list[Run]) -> Timing:
+    names: dict[Role, str] = {"base": "llama", "expert": "qa"}
+    load = Load(rounds=len(runs) // 2)
+    return Timing.of(runs, load=load, arguments=[], names=names, machine="a machine", versions={})
 
 
 def test_ratios_are_taken_pair_by_pair() -> None:
     """The machine slows down from round to round; 1.5, 1.2 and 1.8 are the ratios of neighbours."""
     speeds = [(100, 150), (50, 60), (10, 18)]
     runs = [row for base, expert in speeds for row in (run("base", base, 64, 600), run("expert", expert, 96, 400))]
-    result = summary(runs)
-    assert result["models"]["base"]["output_tokens_per_second"] == 50
-    assert result["models"]["expert"]["output_tokens_per_second"] == 60
-    assert result["ratios"]["output_tokens_per_second"] == pytest.approx({"median": 1.5, "low": 1.2, "high": 1.8})
-    assert result["ratios"]["time_to_first_token_ms"] == pytest.approx(
-        {"median": 2 / 3, "low": 1 / 1.8, "high": 1 / 1.2}
-    )
-    assert result["ratios"]["kv_cache_tokens"] == {"median": 1.5, "low": 1.5, "high": 1.5}
-    assert result["limit"] == 1.5
-    assert result["runs"] == runs
-    assert set(result["models"]["expert"]) == set(METRICS)
+    result = timing(runs)
+    assert result.models["base"].output_tokens_per_second == 50
+    assert result.models["expert"].output_tokens_per_second == 60
+    assert vars(result.ratios["output_tokens_per_second"]) == pytest.approx({"median": 1.5, "low": 1.2, "high": 1.8})
+    first = {"median": 2 / 3, "low": 1 / 1.8, "high": 1 / 1.2}
+    assert vars(result.ratios["time_to_first_token_ms"]) == pytest.approx(first)
+    assert result.ratios["kv_cache_tokens"] == Ratio(median=1.5, low=1.5, high=1.5)
+    assert result.limit == 1.5
+    assert result.runs == runs
+    assert result.models["expert"].model_fields_set == set(METRICS)
 
 
 def test_a_metric_that_was_not_to_be_had_has_no_ratio() -> None:
-    result = summary([run("base", 1, None, 2), run("expert", 1, 5, 1)])
-    assert "kv_cache_tokens" not in result["ratios"]
-    assert result["models"]["base"]["kv_cache_tokens"] is None
-    assert set(result["ratios"]) == set(METRICS) - {"kv_cache_tokens"}
+    result = timing([run("base", 1, None, 2), run("expert", 1, 5, 1)])
+    assert result.models["base"].kv_cache_tokens is None
+    assert set(result.ratios) == set(METRICS) - {"kv_cache_tokens"}
     rendered = Console(width=160, file=open("/dev/null", "w"), record=True)  # noqa: SIM115
-    rendered.print(throughput_table({**result, "settings": {**vars(Load()), "rounds": 1}}))
+    rendered.print(throughput_table(result))
     assert "50% of the limit" in rendered.export_text()
 
 
@@ -121,18 +129,25 @@ def test_both_are_measured_in_turn_on_the_same_prompts(
     monkeypatch.setattr(throughput, "machine", lambda: "a machine")
     load = Load(prompts=5, input_tokens=12, output_tokens=3, concurrency=2, rounds=2)
     result = expertprune.bench(narrow, against=tiny_llama, load=load, arguments=["--max-num-seqs", "4"])
-    assert json.loads((narrow / "throughput-llama.json").read_text()) == result
+    assert Timing.read(narrow / "throughput-llama.json") == result
     assert not (narrow / "throughput.json").exists()  # that one compares with the base
-    assert [(row["model"], row["round"]) for row in result["runs"]] == [
+    assert [(row.model, row.round) for row in result.runs] == [
         ("base", 1), ("expert", 1), ("base", 2), ("expert", 2),
     ]  # fmt: skip
-    assert result["ratios"]["output_tokens_per_second"]["median"] == 1.5
-    assert result["folders"] == {"base": str(tiny_llama.resolve()), "expert": str(narrow.resolve())}
-    assert result["limit"] == bytes_per_token(Checkpoint(tiny_llama)) / bytes_per_token(Checkpoint(narrow))
-    assert all(math.isfinite(row["memory_bytes"]) and row["memory_bytes"] > 2**20 for row in result["runs"])
-    arguments = result["settings"].pop("arguments")
-    assert arguments == ["--no-enable-prefix-caching", f"--kv-cache-memory-bytes={4 * 2**30}", "--max-num-seqs", "4"]
-    assert result["settings"] == {"prompts": 5, "input_tokens": 12, "output_tokens": 3, "concurrency": 2, "rounds": 2}
+    assert result.ratios["output_tokens_per_second"].median == 1.5
+    assert result.names == {"base": "llama", "expert": "narrow"}
+    assert (
+        str(tmp_path) not in (narrow / "throughput-llama.json").read_text()
+    )  # it says nothing of this machine's folders
+    assert result.limit == bytes_per_token(Checkpoint(tiny_llama)) / bytes_per_token(Checkpoint(narrow))
+    assert all(row.memory_bytes is not None and row.memory_bytes > 2**20 for row in result.runs)
+    assert result.arguments == [
+        "--no-enable-prefix-caching",
+        f"--kv-cache-memory-bytes={4 * 2**30}",
+        "--max-num-seqs",
+        "4",
+    ]
+    assert result.load == load
 
     called = calls()
     assert [call["options"]["model"] for call in called] == ["base", "expert", "base", "expert"]
@@ -194,7 +209,7 @@ def test_a_picture_shows_each_metric_that_has_a_ratio(tmp_path: Path) -> None:
         run("base", 90, None, 600),
         run("expert", 99, None, 400),
     ]
-    throughput_picture(summary(runs), METRICS, tmp_path / "speed.svg")
+    throughput_picture(timing(runs), tmp_path / "speed.svg")
     drawn = (tmp_path / "speed.svg").read_text()
     assert METRICS["kv_cache_tokens"][0] not in drawn
     assert all(label in drawn for metric, (label, _) in METRICS.items() if metric != "kv_cache_tokens")

@@ -22,6 +22,7 @@ import psutil
 import pytest
 
 import expertprune
+from expertprune.artifacts.timing import Load
 from expertprune.serving import engine, throughput
 from expertprune.serving.deployment import Deployment
 from expertprune.serving.processes import check_port, free_port
@@ -184,7 +185,7 @@ def test_five_hundred_requests_kind_and_unkind_leave_the_server_as_it_was(servin
 
 def test_vllms_benchmark_measures_it(serving: Serving, experts: list[Path], tmp_path: Path) -> None:
     """A token of KV cache takes 30 layers × (K and V) × 3 heads × 64 channels × 2 bytes, and blocks hold 128 tokens."""
-    load = throughput.Load(prompts=4, input_tokens=16, output_tokens=4, concurrency=2)
+    load = Load(prompts=4, input_tokens=16, output_tokens=4, concurrency=2)
     server = SimpleNamespace(
         root=serving.root,
         name="quarter",
@@ -193,15 +194,17 @@ def test_vllms_benchmark_measures_it(serving: Serving, experts: list[Path], tmp_
         load_seconds=1.0,
         failure=lambda: None,
     )
-    row = throughput._measure(server, throughput._write_prompts(tmp_path / "prompts.jsonl", experts[0], load), load)
-    assert row["output_tokens"] == 16
-    assert abs(row["input_tokens"] - 64) <= 4  # a piece cut out of a text may be tokenized a little differently
-    assert row["output_tokens_per_second"] == pytest.approx(16 / row["seconds"])
-    assert row["time_to_first_token_ms"] > 0
-    assert row["time_per_output_token_ms"] > 0
-    assert row["memory_bytes"] > experts[0].joinpath("model.safetensors").stat().st_size
+    row = throughput._measure(
+        server, throughput._write_prompts(tmp_path / "prompts.jsonl", experts[0], load), load, "expert", 1, 100
+    )
+    assert row.output_tokens == 16
+    assert abs(row.input_tokens - 64) <= 4  # a piece cut out of a text may be tokenized a little differently
+    assert row.output_tokens_per_second == pytest.approx(16 / row.seconds)
+    assert row.time_to_first_token_ms > 0
+    assert row.time_per_output_token_ms > 0
+    assert row.memory_bytes > experts[0].joinpath("model.safetensors").stat().st_size
     if engine.platform().cpu:
-        assert row["kv_cache_tokens"] == 2**30 // (30 * 2 * 3 * 64 * 2 * 128) * 128
+        assert row.kv_cache_tokens == 2**30 // (30 * 2 * 3 * 64 * 2 * 128) * 128
 
 
 def alive(process: psutil.Process) -> bool:

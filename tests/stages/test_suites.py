@@ -31,6 +31,7 @@ from tests.vocabularies import save_worded, worded_spec
 
 pytest.importorskip("lm_eval")
 
+CHOOSE = {"file": "tasks/choose.yaml"}
 CHOICE = """
 task: {name}
 dataset_path: json
@@ -135,7 +136,7 @@ def restored() -> Iterator[None]:
 
 def test_a_task_with_choices_is_scored_as_our_own_questions_are(workplace: Workplace) -> None:
     """The words are ASCII, so likelihood per character (theirs) and per byte (ours) rank alike."""
-    suite = workplace.suite(measures="task/qa", tasks=[{"file": "tasks/choose.yaml"}])
+    suite = workplace.suite(measures="task/qa", tasks=[CHOOSE])
     shown = json.loads(workplace.run("--suite", suite, "--json").stdout)
     assert shown == workplace.evaluation()
     tokenizer = load_tokenizer(workplace.expert)
@@ -252,11 +253,9 @@ def test_the_bases_answers_are_stored_and_used_until_something_changes(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Path] = []
-    load = measuring.load_model
-    monkeypatch.setattr(
-        measuring, "load_model", lambda folder, *a, **k: (asked.append(folder), load(folder, *a, **k))[1]
-    )
-    suite = workplace.suite(tasks=[{"file": "tasks/choose.yaml"}])
+    load = measuring.run_folder
+    monkeypatch.setattr(measuring, "run_folder", lambda folder, base: (asked.append(folder), load(folder, base))[1])
+    suite = workplace.suite(tasks=[CHOOSE])
 
     def models_asked(*args: Any) -> int:
         asked.clear()
@@ -306,7 +305,7 @@ def test_with_vllm_each_model_has_a_server_of_its_own_in_turn(
 
     monkeypatch.setattr("expertprune.serving.server.Server", Server)
     monkeypatch.setattr(models, "served_model", answer)
-    suite = workplace.suite(tasks=[{"file": "tasks/choose.yaml"}])
+    suite = workplace.suite(tasks=[CHOOSE])
     workplace.run("--suite", suite)
     expected = workplace.evaluation()["tasks"]["choose"]
     workplace.run("--suite", suite, "--backend", "vllm")
@@ -332,14 +331,11 @@ def test_a_floor_that_is_not_held_is_named_and_exits_with_1(workplace: Workplace
     assert "What the expert kept" in broken.stdout
 
 
-@pytest.mark.parametrize("text", ["expert", "expert=x", "exprt=0.9", "expert=0", "expert=nan"])
-def test_floors_that_make_no_sense(workplace: Workplace, text: str) -> None:
-    assert "--fail-under" in workplace.refused("--suite", "general", "--fail-under", text)
-
-
-def test_options_that_do_not_go_together(workplace: Workplace) -> None:
+def test_options_that_make_no_sense(workplace: Workplace) -> None:
+    for text in ("expert", "expert=x", "exprt=0.9", "expert=0", "expert=nan"):
+        assert "--fail-under" in workplace.refused("--suite", "general", "--fail-under", text), text
     assert "need --suite or --task" in workplace.refused("--fail-under", "expert=1")
-    assert "give --corpus without --suite" in workplace.refused("--suite", "general", "--corpus", "medical")
+    assert "--corpus without --suite" in workplace.refused("--suite", "general", "--corpus", "medical")
 
 
 # --- bad input: nothing is loaded, nothing is written -----------------------------------------------------------------
@@ -354,12 +350,6 @@ def refusing(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> Workplace
     return workplace
 
 
-def test_unknown_suites_are_answered_with_the_nearest(refusing: Workplace) -> None:
-    message = refusing.refused("--suite", "medcal", "--suite", "nowhere.yaml")
-    assert "unknown suite 'medcal'; did you mean 'medical'?" in message
-    assert "nowhere.yaml: no such file" in message
-
-
 def test_an_unknown_task_is_answered_with_the_nearest(refusing: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     class Manager:
         all_tasks = ("hellaswag", "boolq")
@@ -369,62 +359,51 @@ def test_an_unknown_task_is_answered_with_the_nearest(refusing: Workplace, monke
     assert "unknown task 'helaswag'; did you mean 'hellaswag'?" in refusing.refused("--task", "helaswag")
 
 
-@pytest.mark.parametrize(("missing", "backend"), [("lm_eval", "hf"), ("lm_eval", "vllm"), ("tenacity", "vllm")])
-def test_tasks_without_the_harness_name_the_extra(
-    refusing: Workplace, monkeypatch: pytest.MonkeyPatch, missing: str, backend: str
-) -> None:
-    monkeypatch.setitem(sys.modules, missing, None)
-    suite = refusing.suite(tasks=[{"file": "tasks/choose.yaml"}])
-    message = refusing.refused("--suite", suite, "--backend", backend)
-    assert f"{missing} is not installed: pip install 'expertprune[eval]'" in message
+def test_tasks_without_the_harness_name_the_extra(refusing: Workplace) -> None:
+    suite = refusing.suite(tasks=[CHOOSE])
+    for missing, backend in (("lm_eval", "hf"), ("lm_eval", "vllm"), ("tenacity", "vllm")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(sys.modules, missing, None)
+            message = refusing.refused("--suite", suite, "--backend", backend)
+        assert f"{missing} is not installed: pip install 'expertprune[eval]'" in message
 
 
 @pytest.mark.parametrize(
-    ("data", "message"),
+    ("suite", "arguments", "messages"),
     [
+        ({"tasks": [CHOOSE]}, ["--suite", "medcal", "--suite", "nowhere.yaml"],
+         ["unknown suite 'medcal'; did you mean 'medical'?", "nowhere.yaml: no such file"]),
+        ({"tasks": [{**CHOOSE, "metric": "acc_nrm"}]}, [],
+         ["task choose: it has no metric 'acc_nrm'; did you mean 'acc_norm'?"]),
+        ({"tasks": [{**CHOOSE, "filter": "x"}]}, [], ["task choose: it has no filter 'x'; valid: none"]),
+        ({"generation": [CHOOSE]}, [],
+         ["task choose: its output is multiple_choice: put it under 'tasks', not under 'generation'"]),
+        ({"group": "general", "tasks": [CHOOSE]}, ["--fail-under", "expert=0.9"],
+         ["nothing that is measured counts as expert"]),
+        ({"perplexity": {"corpora": ["domain/medcal"]}}, [],
+         ["perplexity.corpora: general: no corpus for 'domain/medcal'"]),
+        ({"tasks": [CHOOSE]}, ["--suite", "OTHER"], ["suite other: task 'choose' is in suite mine already"]),
+        ({"tasks": [CHOOSE]}, ["--base", "/nowhere/at/all"], ["say where it is with --base"]),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_with_its_name(
+    refusing: Workplace, suite: dict[str, Any], arguments: list[str], messages: list[str]
+) -> None:
+    other = refusing.suite("other", tasks=[CHOOSE])
+    arguments = [str(other) if argument == "OTHER" else argument for argument in arguments]
+    found = refusing.refused("--suite", refusing.suite(**suite), *arguments)
+    assert all(message in found for message in messages), found
+
+
+def test_a_task_without_examples_or_data(refusing: Workplace) -> None:
+    suite = refusing.suite(tasks=[CHOOSE])
+    for data, message in (
         ("", "questions.jsonl: holds no example"),
-        (None, "questions.jsonl: no such file"),
         ("[1, 2", "task choose: its data cannot be loaded"),
-    ],
-)
-def test_a_task_without_examples_or_data(refusing: Workplace, data: str | None, message: str) -> None:
-    (refusing.folder / "questions.jsonl").unlink() if data is None else refusing.text("questions.jsonl", data)
-    suite = refusing.suite(tasks=[{"file": "tasks/choose.yaml"}])
-    assert message in refusing.refused("--suite", suite)
-
-
-@pytest.mark.parametrize(
-    ("entry", "section", "message"),
-    [
-        ({"metric": "acc_nrm"}, "tasks", "task choose: it has no metric 'acc_nrm'; did you mean 'acc_norm'?"),
-        ({"filter": "x"}, "tasks", "task choose: it has no filter 'x'; valid: none"),
-        ({}, "generation", "task choose: its output is multiple_choice: put it under 'tasks', not under 'generation'"),
-    ],
-)
-def test_entries_that_do_not_fit_their_task(
-    refusing: Workplace, entry: dict[str, Any], section: str, message: str
-) -> None:
-    suite = refusing.suite(**{section: [{"file": "tasks/choose.yaml", **entry}]})
-    assert message in refusing.refused("--suite", suite)
-
-
-def test_a_group_that_has_a_floor_must_be_measured(refusing: Workplace) -> None:
-    suite = refusing.suite(group="general", tasks=[{"file": "tasks/choose.yaml"}])
-    message = refusing.refused("--suite", suite, "--fail-under", "expert=0.9")
-    assert "nothing that is measured counts as expert" in message
-
-
-def test_a_corpus_that_is_nowhere(refusing: Workplace) -> None:
-    suite = refusing.suite(perplexity={"corpora": ["domain/medcal"]})
-    assert "perplexity.corpora: general: no corpus for 'domain/medcal'" in refusing.refused("--suite", suite)
-
-
-def test_a_base_that_is_gone(refusing: Workplace) -> None:
-    about = json.loads((refusing.expert / "expertprune.json").read_text())
-    about["spec"]["base"]["model"] = "/nowhere/at/all"
-    (refusing.expert / "expertprune.json").write_text(json.dumps(about))
-    suite = refusing.suite(tasks=[{"file": "tasks/choose.yaml"}])
-    assert "say where it is with --base" in refusing.refused("--suite", suite)
+        (None, "questions.jsonl: no such file"),
+    ):
+        (refusing.folder / "questions.jsonl").unlink() if data is None else refusing.text("questions.jsonl", data)
+        assert message in refusing.refused("--suite", suite)
 
 
 def calibration_text(folder: Path, corpus: str = "medical") -> str:
@@ -441,7 +420,7 @@ def ask(workplace: Workplace, **changed: str) -> Path:
     workplace.data("questions.jsonl", rows)
     plain = CHOICE.format(name="choose", data="../questions.jsonl").replace("Question: ", "").replace("\\nAnswer:", "")
     workplace.text("tasks/choose.yaml", plain)
-    return workplace.suite(tasks=[{"file": "tasks/choose.yaml"}])
+    return workplace.suite(tasks=[CHOOSE])
 
 
 LEAK = "task choose: 1 of 4 examples also calibrate the expert, or one that it is cut from (the first: "
@@ -509,9 +488,3 @@ def test_a_base_at_chance_has_no_retention_and_the_table_says_why(workplace: Wor
     assert entry["note"] in (workplace.expert / "README.md").read_text()
     message = workplace.run("--suite", suite, "--fail-under", "general=0.5", code=1).stderr
     assert "below the floor: general accuracy: retention is undefined, and 0.5 is asked for" in message
-
-
-def test_two_suites_with_the_same_task(refusing: Workplace) -> None:
-    suites = [refusing.suite(name, tasks=[{"file": "tasks/choose.yaml"}]) for name in ("one", "two")]
-    message = refusing.refused("--suite", suites[0], "--suite", suites[1])
-    assert "suite two: task 'choose' is in suite one already" in message

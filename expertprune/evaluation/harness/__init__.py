@@ -1,7 +1,7 @@
 """lm-evaluation-harness: its tasks on our models.
 
-Prompts, likelihoods, generation, answer extraction and the metrics are its own; here is only what pairs them by example.
-What a task's YAML names as `!function` is Python, and is run.
+The library makes prompts, scores, generates, extracts answers and computes metrics; this package pairs them by example.
+A task's YAML may name Python functions with `!function`; the library runs them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Base and expert as lm-evaluation-harness' models."""
+"""Models in the form that lm-evaluation-harness asks."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def served_model(folder: Path, url: str, name: str, tokenizer: Any) -> Any:
     """A model behind a completions endpoint for lm-evaluation-harness.
 
     Args:
-        folder: where the model's tokenizer is: prompts are sent as its tokens.
-        url: of the endpoint, such as `http://127.0.0.1:8000/v1`.
-        name: under which it serves the model.
+        folder: the model's folder; prompts are sent as tokens of its tokenizer.
+        url: the endpoint's address, such as `http://127.0.0.1:8000/v1`.
+        name: the name under which the endpoint serves the model.
     """
     import requests
     from lm_eval.models.openai_completions import LocalCompletionsAPI

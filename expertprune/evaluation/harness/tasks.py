@@ -1,4 +1,4 @@
-"""lm-evaluation-harness' tasks, run on one model, as one score per example."""
+"""Run tasks of lm-evaluation-harness on one model: one score per example."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Floats = NDArray[np.float64]
 _PREFERRED = ("exact_match", "acc_norm", "acc", "f1", "bits_per_byte", "byte_perplexity", "word_perplexity")
 
 
-# Sums of log-likelihoods over bytes or words, and what they are reported as.
+# Metrics that are sums of log-likelihoods over bytes or words, and the names under which they are reported.
 _RATES = {"bits_per_byte": "bits_per_byte", "byte_perplexity": "bits_per_byte", "word_perplexity": "bits_per_word"}
 
 
@@ -37,16 +37,16 @@ _SEED = 1234  # of few-shot examples, as in lm-evaluation-harness
 _FILES = ("json", "csv", "text", "parquet")  # dataset builders that read local files
 
 
-_LONG = 60  # characters from which a field of an example is looked for among calibration documents
+_LONG = 60  # characters from which the leak guard looks at a field of an example
 
 
 @dataclass(frozen=True)
 class Scores:
     """One model's score on each example of a task.
 
-    The metric is `sum(values) / sum(weights)`, both `[examples]`: answers that are right over their number; or bits over
-    bytes (words), of which less is better. `answers` are the extracted texts where the task generates them. `examples`
-    identifies each: the same prompt and target give the same digest.
+    The metric is `sum(values) / sum(weights)`, both `[examples]`: right answers over their number, or bits over bytes
+    (words), of which less is better. `answers` are the extracted texts, where the task generates them. `examples` are
+    digests: the same prompt and target give the same one.
     """
 
     metric: str
@@ -73,9 +73,8 @@ class Scores:
 class HarnessTask:
     """A task ready to run.
 
-    `metric` and `filter` are lm-evaluation-harness' words. `chance` is what guessing gets, where that is known. `digest`
-    covers prompts, targets, metric and answer extraction. `texts` are those of each example in which a calibration document
-    could be.
+    `metric` and `filter` are lm-evaluation-harness' words. `chance` is what guessing gets, where that is known.
+    `digest` covers prompts, targets, metric and answer extraction. `texts` are what the leak guard looks at, by example.
     """
 
     label: str
@@ -91,12 +90,12 @@ class HarnessTask:
 
     @property
     def reported(self) -> str:
-        """What the metric is called in results: perplexities are told as the bits that they are computed from."""
+        """The metric's name in results; perplexities are reported as the bits that they are computed from."""
         return _RATES.get(self.metric, self.metric)
 
 
 def require_harness(served: bool) -> None:
-    """Raises `SpecError` if lm-evaluation-harness is not installed, or what it asks servers with."""
+    """Raises `SpecError` if lm-evaluation-harness, or what it needs to ask servers, is not installed."""
     for package in ("lm_eval", *(("aiohttp", "requests", "tenacity") if served else ())):
         try:
             importlib.import_module(package)
@@ -114,7 +113,7 @@ def _manager(everything: bool) -> Any:
 
 
 def check_names(entries: Sequence[TaskEntry]) -> None:
-    """Raises `SpecError` if lm-evaluation-harness has no task of a name, with the nearest that it has."""
+    """Raises `SpecError` if lm-evaluation-harness has no task of a name; the message has the nearest one."""
     names = [entry.name for entry in entries if entry.name is not None]
     if names:
         known = _manager(True).all_tasks
@@ -128,7 +127,7 @@ def generates(entry: TaskEntry) -> bool:
 
 
 def output_type(entry: TaskEntry) -> str:
-    """What a task asks of a model, such as `multiple_choice` or `generate_until`; of a group, its first member."""
+    """What a task asks of a model, such as `multiple_choice`; for a group, what its first member asks."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     if entry.file is not None:
@@ -152,11 +151,11 @@ def load_task(entry: TaskEntry, generates: bool, limit: int | None = None) -> Ha
     """Load a task's data and build its prompts.
 
     Args:
-        generates: what its suite promises: that the task generates answers, or that it does not.
-        limit: at most so many examples (of each member of a group of tasks).
+        generates: whether its suite says that the task generates answers.
+        limit: at most so many examples (of each member, where the task is a group).
 
     Raises:
-        SpecError: its data cannot be had, it has no example, or its metric cannot be paired by example.
+        SpecError: its data cannot be loaded, it has no example, or its metric cannot be paired by example.
     """
     label = entry.label
     with quiet():
@@ -188,7 +187,7 @@ def _load(entry: TaskEntry) -> dict[str, Any]:
 
 
 def _absolute(files: Any, folder: Path) -> Any:
-    """Names of data files relative to the task's YAML; `datasets` would take them relative to the working directory."""
+    """Absolute paths of data files, which are relative to the task's YAML (for `datasets`: to the working directory)."""
     if isinstance(files, dict):
         return {split: _absolute(names, folder) for split, names in files.items()}
     if isinstance(files, list):
@@ -255,7 +254,7 @@ def _described(
 
 
 def _named(value: Any) -> str:
-    """What a function or another object in a task is called, without its address."""
+    """The name of a function or another object in a task, without its address."""
     return str(getattr(value, "__qualname__", type(value).__name__))
 
 
@@ -278,7 +277,7 @@ def run_task(task: HarnessTask, model: Any, limit: int | None = None) -> Scores:
     """A model's scores on a task.
 
     Args:
-        model: one of lm-evaluation-harness: `running_model` or `served_model`.
+        model: from `running_model` or `served_model`.
         limit: as in `load_task`.
     """
     from lm_eval.evaluator import evaluate
@@ -310,7 +309,7 @@ def less_is_better(metric: str) -> bool:
 
 
 def _value(task: HarnessTask, value: Any) -> tuple[float, float]:
-    """An example's part of the metric's numerator and denominator."""
+    """What an example adds to the numerator and the denominator of the metric."""
     if task.metric in _RATES and isinstance(value, tuple | list):
         return -float(value[0]) / math.log(2), float(value[1])
     if isinstance(value, bool | int | float | np.number):

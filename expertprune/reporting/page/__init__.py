@@ -1,4 +1,4 @@
-"""What an expert kept and lost, and why: one HTML file that needs nothing else, the model card, and the headline."""
+"""The report: what an expert kept and lost, and why, on one HTML page that stands alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs nothing else, the model card, and the headline for the terminal."""
+"""Write the report: one HTML file that stands alone, the model card, and the headline for the terminal."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from expertprune import formats
+from expertprune.artifacts.timing import METRICS
 from expertprune.errors import CheckpointError
 from expertprune.files import check_parent, to_json, write_file
 from expertprune.reporting.card import CARD_FILE, card_text
@@ -21,7 +22,6 @@ from expertprune.reporting.page import charts
 from expertprune.reporting.page.evidence import read_artifacts
 from expertprune.reporting.page.findings import findings
 from expertprune.reporting.page.lineup import lineup
-from expertprune.serving.throughput import METRICS
 
 REPORT_SCHEMA = 2
 
@@ -29,13 +29,13 @@ REPORT_SCHEMA = 2
 UNKNOWN = "unknown"
 
 
-# What `expertprune bench` measures, in words, and whether more of it is better; bytes are written as megabytes.
+# By metric of `expertprune bench`, its name for people and whether more is better; bytes are written as megabytes.
 SPEEDS = {metric: (words.removesuffix(", bytes"), more) for metric, (words, more) in METRICS.items()}
 
 
 @dataclass(frozen=True)
 class Number:
-    """A number of the report's data and its place there, a JSON pointer (RFC 6901)."""
+    """A number of the report's data, and where it stands there: a JSON pointer (RFC 6901)."""
 
     value: float
     pointer: str
@@ -107,7 +107,7 @@ def _check_page(page: Path) -> None:
 
 
 def render(data: Mapping[str, Any]) -> str:
-    """The page of a report's data; every number on it comes from there, unchanged."""
+    """The page of a report's data. Every number on it is one of the data."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("expertprune.reporting.page"),
         autoescape=True,
@@ -128,7 +128,7 @@ def render(data: Mapping[str, Any]) -> str:
 
 
 def _names(experts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Experts by the shortest of name, folder's name and folder that tells them apart."""
+    """The name of each expert, or its folder's name, or its folder: the first of the three that tells all apart."""
     for names in ([str(e["name"]) for e in experts], [Path(e["folder"]).resolve().name for e in experts]):
         if len(set(names)) == len(names):
             return names
@@ -150,7 +150,7 @@ def _filter(style: str) -> Any:
 
 
 def _written(value: Number | None, style: str) -> Markup:
-    """A number in words for people, and as it is in the data for machines."""
+    """A number rounded for people, with its exact value for machines."""
     if value is None:
         return Markup(f'<span class="quiet">{formats.UNDEFINED}</span>')
     text = formats.STYLES[style](value.value)
@@ -167,7 +167,7 @@ def _groups(rows: Sequence[Mapping[str, Any]]) -> list[tuple[tuple[str, str], li
 
 
 def _plain(value: Any) -> str | Markup:
-    """A setting or a machine as somebody's program recorded it."""
+    """A setting or a machine, as a program recorded it."""
     if isinstance(value, Number):
         return _written(value, "quantity")
     if isinstance(value, Mapping):
@@ -180,7 +180,7 @@ def _plain(value: Any) -> str | Markup:
 
 
 def _link(address: str) -> str:
-    """An address to go to, and no program."""
+    """The address of a link, unless it is a script."""
     return address if address.startswith(("https://", "http://")) else "#"
 
 
@@ -205,7 +205,7 @@ def expert_pictures(expert: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def headline_rows(expert: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What an expert is at a glance: what is said, and its numbers in words."""
+    """An expert at a glance, as pairs of label and text."""
     size, retention, speed = expert["size"], expert["retention"], expert["speed"]
     parameters, weights = size["parameters"], size["weights"]
     of_base = f"{formats.count(parameters['expert'])} of {formats.count(parameters['base'])}"

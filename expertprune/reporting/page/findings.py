@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 
 import yaml
 
 from expertprune.artifacts.evaluation import Alignment, Evaluation, Group, Measured
+from expertprune.artifacts.timing import METRICS, Timing
 from expertprune.composition.scoring import check_criterion, criterion_name, needed_part
 from expertprune.evaluation.retention import pooled
 from expertprune.files import digest_of
 from expertprune.reporting.card import FusionWords, fusion_of, purpose
-from expertprune.reporting.page.evidence import Artifacts, damaged
+from expertprune.reporting.page.evidence import Artifacts
 from expertprune.reporting.page.reasons import CutStructure, StructureRelevance, kept_units, relevance_findings
 from expertprune.reporting.tables import metric_label
 from expertprune.units import Structure
@@ -104,13 +104,13 @@ class Throughput:
     """What `expertprune bench` measured; `limit` is the largest speed-up that reading fewer weights can give."""
 
     rows: list[Speed]
-    limit: float | None
+    limit: float
     of_limit: float | None
     beyond_limit: bool
-    settings: dict[str, Any]
+    settings: dict[str, int]
     arguments: list[str]
     runs: int
-    machine: Any
+    machine: str
     versions: dict[str, str]
 
     @property
@@ -178,7 +178,7 @@ class ReportData:
 
 
 def findings(artifacts: Artifacts) -> ReportData:
-    """The numbers of one expert's report. Raises `CheckpointError` if `throughput.json` is damaged."""
+    """The numbers of one expert's report."""
     expert, folder = artifacts.expert, shlex.quote(str(artifacts.expert.folder))
     measured, missing = expert.evaluation, {}
     metrics = metric_rows(measured) if measured is not None else []
@@ -191,14 +191,9 @@ def findings(artifacts: Artifacts) -> ReportData:
     if not alignment:
         command = f"expertprune evaluate {folder} --suite general"
         missing["alignment"] = Missing("The hidden states of base and expert have not been compared.", command)
-    throughput = None
-    if artifacts.throughput is None:
+    throughput = _speeds(artifacts.timing) if artifacts.timing is not None else None
+    if throughput is None:
         missing["throughput"] = Missing("Base and expert have not been timed.", f"expertprune bench {folder}")
-    else:
-        try:
-            throughput = _speeds(artifacts.throughput)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise damaged(expert.folder, error) from None
     counts = {verdict: sum(row.verdict == verdict for row in metrics) for verdict in ("loss", "open", "gain")}
     return ReportData(
         name=expert.name,
@@ -269,28 +264,26 @@ def _finite(value: Any) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
 
 
-def _speeds(data: Mapping[str, Any]) -> Throughput:
-    """A throughput document. A single round has no smallest and largest ratio."""
-    base, expert = data["models"]["base"], data["models"]["expert"]
-    settings, runs = data.get("settings") or {}, len(data.get("runs") or [])
+def _speeds(timing: Timing) -> Throughput:
+    """The rows of a timing. A single round has no smallest and largest ratio."""
+    base, expert, rounds = timing.models["base"], timing.models["expert"], timing.load.rounds
     rows = []
-    for metric in expert:
-        ratio = data["ratios"].get(metric) or {}
-        low, high = (_finite(ratio.get(key)) if runs > 2 else None for key in ("low", "high"))
-        median = _finite(ratio.get("median"))
-        rows.append(Speed(metric, _finite(base.get(metric)), _finite(expert.get(metric)), median, low, high))
+    for metric in METRICS:
+        ratio = timing.ratios.get(metric)
+        median = ratio.median if ratio is not None else None
+        low, high = (ratio.low, ratio.high) if ratio is not None and rounds > 1 else (None, None)
+        rows.append(Speed(metric, getattr(base, metric), getattr(expert, metric), median, low, high))
     speed = next((row.ratio for row in rows if row.metric == SPEED), None)
-    limit = _finite(data.get("limit"))
     return Throughput(
         rows=rows,
-        limit=limit,
-        of_limit=speed / limit if speed and limit else None,
-        beyond_limit=bool(speed and limit and speed > limit),
-        settings={key: value for key, value in settings.items() if key != "arguments"},
-        arguments=list(settings.get("arguments") or []),
-        runs=runs,
-        machine=data.get("machine"),
-        versions=dict(data.get("versions") or {}),
+        limit=timing.limit,
+        of_limit=speed / timing.limit if speed else None,
+        beyond_limit=bool(speed and speed > timing.limit),
+        settings=timing.load.model_dump(),
+        arguments=timing.arguments,
+        runs=len(timing.runs),
+        machine=timing.machine,
+        versions=timing.versions,
     )
 
 

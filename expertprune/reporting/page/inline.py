@@ -1,4 +1,4 @@
-"""Figures of matplotlib as SVG elements for a page: its colours, its font, and no id that another figure has too."""
+"""Matplotlib figures as SVG elements that take the page's colours and font, each with ids of its own."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# Matplotlib draws with these colours, and the element names the page's variables in their place, so that one figure serves
-# light and dark.
+# Matplotlib draws with these colours. The element names variables of the page in their place, so that one figure serves
+# a light and a dark page.
 INK, MUTED, RULE, ACCENT = "#010101", "#020202", "#030303", "#040404"
 
 
@@ -39,7 +39,7 @@ _SHORT_FONT = re.compile(r"font:\s*((?:\S+\s+)*?)([\d.]+px)[^;]*")
 
 
 def figure_of(width: float, height: float) -> Figure:
-    """A figure of so many CSS pixels, one unit of its text and lines each."""
+    """A figure of so many CSS pixels; a pixel is also the unit of its font sizes and line widths."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width / 72, height / 72))
@@ -49,8 +49,8 @@ def svg(figure: Figure, name: str, alternative: str) -> str:
     """A figure as an `<svg>` element.
 
     Args:
-        name: begins its ids; another one for each figure of a page.
-        alternative: what those read who do not see it.
+        name: begins its ids, so give each figure of a page another one.
+        alternative: text for readers who do not see the figure.
     """
     import matplotlib
 
@@ -58,7 +58,7 @@ def svg(figure: Figure, name: str, alternative: str) -> str:
     settings: Any = {"svg.hashsalt": name, "svg.fonttype": "none"}
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # the page's font has what matplotlib's own has not
+        warnings.filterwarnings("ignore", message="Glyph")  # the page's font has glyphs that matplotlib's own lacks
         figure.savefig(stream, format="svg", metadata=nothing, transparent=True)
     root = ElementTree.fromstring(stream.getvalue())
     _clean(root)
@@ -72,7 +72,7 @@ def svg(figure: Figure, name: str, alternative: str) -> str:
 
 
 def _clean(root: ElementTree.Element) -> None:
-    """Drop namespaces, metadata and matplotlib's style sheet (it would hold for the whole page); name the page's colours."""
+    """Name the page's colours; drop namespaces, metadata, and the style sheet, which would hold for the whole page."""
     for parent in list(root.iter()):
         for child in list(parent):
             if child.tag.removeprefix(_SVG) in ("metadata", "style"):
@@ -89,7 +89,7 @@ def _clean(root: ElementTree.Element) -> None:
 
 
 def _name_ids(root: ElementTree.Element, name: str) -> None:
-    """Begin ids that something refers to with the figure's name, and drop all others."""
+    """Put the figure's name before ids that something refers to, and drop the other ids."""
     wanted = {value.removeprefix("#") for e in root.iter() if (value := e.get("href", "")).startswith("#")}
     wanted |= {found for e in root.iter() for value in e.attrib.values() for found in _REFERENCE.findall(value)}
     for element in root.iter():

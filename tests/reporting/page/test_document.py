@@ -262,17 +262,6 @@ def test_an_expert_of_which_nothing_was_cut(tiny_build: Build, tmp_path: Path) -
     assert data["experts"][0]["relevance"][0]["corpora"][0]["cut"] == 0
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_a_single_disturbed_round_is_said(tiny_build: Build, tmp_path: Path) -> None:
-    folder = measured(copied(tiny_build, tmp_path / "e"))
-    measurement = json.loads((folder / "throughput.json").read_text()) | {"runs": [{}] * 2, "limit": 1.1}
-    (folder / "throughput.json").write_text(json.dumps(measurement))
-    report(folder, store=tiny_build[1])
-    text = words(parsed((folder / "report.html").read_text()))
-    assert "1.125× one round output tokens per second, limit 1.100" in text
-    assert "More than the limit" in text
-
-
 # --- several experts ------------------------------------------------------------------------------------------------
 
 
@@ -291,25 +280,16 @@ def test_experts_stand_side_by_side(pair: tuple[dict[str, Any], str]) -> None:
 def test_another_base_is_said(tiny_build: Build, tmp_path: Path) -> None:
     base = about(tiny_build[0])["base"] | {"digest": "another", "model": "another", "tokenizer_digest": "another"}
     other = copied(tiny_build, tmp_path / "other", base=base)
-    first = copied(tiny_build, tmp_path / "first")
+    first, third = (copied(tiny_build, tmp_path / name) for name in ("first", "third"))
     page = tmp_path / "deep" / "side.html"
-    printed = run(first, "--compare", other, "--out", page, "--store", tiny_build[1]).output
-    assert "first" in printed
-    assert "other" in printed
+    printed = run(first, "--compare", other, third, "--out", page, "--store", tiny_build[1]).output
+    assert all(name in printed for name in ("first", "other", "third"))
+    assert "At a glance" in (third / "README.md").read_text()
     assert not (first / "comparison.html").exists()
     text = words(parsed(page.read_text()))
     assert "different bases" in text
     assert "no: different tokenizers" in text
     assert "numbers yes; retention relative to different bases" in text
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_several_folders_may_follow_one_compare(tiny_build: Build, tmp_path: Path) -> None:
-    folders = [copied(tiny_build, tmp_path / name) for name in "abc"]
-    data = json.loads(run(folders[0], "--compare", *folders[1:], "--store", tiny_build[1], "--json").stdout)
-    assert [expert["folder"] for expert in data["experts"]] == [str(folder) for folder in folders]
-    assert (folders[0] / "comparison.html").is_file()
-    assert "At a glance" in (folders[2] / "README.md").read_text()
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------
@@ -326,6 +306,7 @@ def test_bad_input_exits_with_2_and_writes_nothing(tiny_build: Build, tmp_path: 
     max(half.glob("model-*.safetensors")).unlink()
     empty = tmp_path / "empty"
     empty.mkdir()
+    (tmp_path / "page.html").mkdir()
     (tmp_path / "file").write_text("")
     before = untouched(good)
     store = ("--store", tiny_build[1])
@@ -337,6 +318,7 @@ def test_bad_input_exits_with_2_and_writes_nothing(tiny_build: Build, tmp_path: 
         ((good, "--compare", half), "safetensors"),
         ((good, "--compare", good), "the same expert twice"),
         ((good, "--out", tmp_path), "--out"),
+        ((good, "--out", tmp_path / "page.html"), "it is a folder"),
         ((good, "--out", tmp_path / "report.pdf"), "is an .html file"),
         ((good, "--out", tmp_path / "file" / "report.html"), "cannot be written"),
     ):
@@ -346,13 +328,7 @@ def test_bad_input_exits_with_2_and_writes_nothing(tiny_build: Build, tmp_path: 
         assert said in result.stderr
     run(good, half, *store, code=2)  # several without --compare
     assert untouched(good) == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "good", "half"]
-
-
-def test_a_folder_in_the_pages_place_is_no_page(tiny_build: Build, tmp_path: Path) -> None:
-    folder = copied(tiny_build, tmp_path / "e")
-    (folder / "report.html").mkdir()
-    assert "it is a folder" in run(folder, "--store", tiny_build[1], code=2).stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "good", "half", "page.html"]
 
 
 def test_a_report_may_be_written_again(tiny_build: Build, tmp_path: Path) -> None:

@@ -69,12 +69,13 @@ def test_a_measurement_of_throughput_keeps_what_has_no_ratio(tiny_build: Build, 
     assert found is not None
     rows = {row.metric: row for row in found.rows}
     assert (rows["memory_bytes"].base, rows["memory_bytes"].ratio) == (2e9, None)
-    assert (found.runs, found.settings["prompts"], found.arguments) == (6, 32, ["--seed", "a b"])
+    assert (found.settings["rounds"], found.settings["prompts"], found.arguments) == (3, 32, ["--seed", "a b"])
 
 
 def test_one_round_has_no_spread_and_a_disturbed_one_is_said(tiny_build: Build, tmp_path: Path) -> None:
     folder = copied(tiny_build, tmp_path / "e")
-    measurement = throughput() | {"runs": [{}] * 2}
+    measurement = throughput()
+    measurement["load"]["rounds"] = 1
     measurement["ratios"]["output_tokens_per_second"] = {"median": 1.5, "low": 1.5, "high": 1.5}
     (folder / "throughput.json").write_text(json.dumps(measurement))
     found = report_of(folder, tiny_build[1])
@@ -213,7 +214,7 @@ def test_vocabulary_rows_that_were_cut_are_a_part_of_the_size(tiny_build: Build)
         (lambda folder: (folder / "config.json").unlink(), "config.json"),
         (lambda folder: (folder / "expertprune.json").unlink(), "is no expert"),
         (lambda folder: (folder / "expertprune.json").write_text("{"), "cannot be read"),
-        (lambda folder: (folder / "throughput.json").write_text("[]"), "throughput.json: is no measurement"),
+        (lambda folder: (folder / "throughput.json").write_text("[]"), "throughput.json: is no timing"),
         (lambda folder: (folder / "throughput.json").write_text("{"), "throughput.json: cannot be read"),
     ],
 )
@@ -250,8 +251,8 @@ def test_a_damaged_evaluation_is_named(tiny_build: Build, tmp_path: Path, evalua
 
 def test_a_damaged_measurement_is_named(tiny_build: Build, tmp_path: Path) -> None:
     folder = copied(tiny_build, tmp_path / "e")
-    (folder / "throughput.json").write_text(json.dumps({**throughput(), "models": {}}))
-    with pytest.raises(CheckpointError, match="damaged"):
+    (folder / "throughput.json").write_text(json.dumps(throughput(limit="much")))
+    with pytest.raises(CheckpointError, match="limit: Input should be a valid number"):
         report_of(folder, tiny_build[1])
 
 
