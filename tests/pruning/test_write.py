@@ -25,6 +25,7 @@ from expertprune.files import staged_folder
 from expertprune.models import checkpoint
 from expertprune.models.base import ResolvedBase
 from expertprune.models.loading import load_model
+from expertprune.pruning.repair import Repair
 from expertprune.pruning.write import RepairInput, bytes_needed, check_plan, prune
 from expertprune.spec.reading import parse_spec
 from expertprune.spec.schema import Compensation
@@ -197,7 +198,8 @@ def test_repair_that_is_not_finite_is_refused(
     name = "model.layers.0.mlp.down_proj.weight"
     bad = torch.full((24, 20), 1.0)
     bad[3, 4] = float("nan")
-    everywhere(monkeypatch, "expertprune.pruning.repair.repair", lambda *arguments: iter([(name, bad)]))
+    method = Repair("bad", lambda *arguments: iter([(name, bad)]), runs_model=True)
+    everywhere(monkeypatch, "expertprune.pruning.repair.check_repair", lambda _: method)
     with pytest.raises(CheckpointError, match=rf"{name}: the repair is not finite; raise compensation\.damping"):
         pruned(random_plan(base, ffn=20), base, tmp_path / "expert", RepairInput(None, [], Compensation(damping=0.05)))
 
