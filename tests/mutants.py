@@ -34,7 +34,13 @@ os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 ROOT = Path(__file__).parents[1]
 COPIED = ("expertprune", "tests", "profiles", "corpora", "bench", "pyproject.toml", "README.md", "CONTRIBUTING.md")
 # What pytest's exit code says of a planted bug.
-VERDICTS = {0: "NOT CAUGHT", 1: "caught", 2: "BROKEN: the bug keeps tests from being collected", 5: "NO TEST SELECTED"}
+VERDICTS = {
+    0: "NOT CAUGHT",
+    1: "caught",
+    2: "BROKEN: the bug keeps tests from being collected",
+    4: "NO SUCH TEST",
+    5: "NO TEST SELECTED",
+}
 
 
 @dataclass(frozen=True)

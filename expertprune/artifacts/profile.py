@@ -136,11 +136,13 @@ class Profile:
 
     Every other pass over the same corpus has a file of its own beside it, a `ProfilePart`.
     `gradient-language_model`, `gradient-kl` and `regional` hold `ffn.l.value`, `heads.l.value` and
-    `experts.l.value`, `[documents, units]`, float16 with a scale.
-    `vocabulary` holds `mass` `[folds, rows]`, float32, the probability that the model puts on each
-    vocabulary row, added up over the positions of a fold's documents; `fold` `[documents]`; and
-    one entry for each row in each document that has its token: `document`, `row`, `occurrences`,
-    `[entries]`.
+    `experts.l.value`, `[documents, units]`, float16 with a scale. `vocabulary` holds:
+
+    - `mass` `[folds, rows]`, float32: the probability that the model puts on each vocabulary row,
+      summed over the positions of a fold's documents;
+    - `fold` `[documents]`: the fold of each document;
+    - `document`, `row`, `occurrences` `[entries]`: how often each row's token occurs in each
+      document that has it.
     """
 
     def __init__(self, path: Path) -> None:

@@ -21,7 +21,7 @@ _CLUSTERED = 4096  # documents whose distances from each other are held at a tim
 def vocabulary_pass(text: TextRun, progress: Progress | None = None) -> dict[str, Tensor]:
     """Occurrences and probability of every vocabulary row over a corpus (see `Profile`).
 
-    The probability is the model's softmax over all rows, added up over the positions of all real
+    The probability is the model's softmax over all rows, summed over the positions of all real
     tokens, the last of each document included.
 
     Args:

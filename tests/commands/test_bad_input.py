@@ -486,11 +486,10 @@ def test_evaluating_on_a_document_that_calibrated_the_expert(built: Workplace) -
     calibration, evaluation = Path(source["path"]), Path(source["evaluation"])
     first, *others = calibration.read_text().splitlines(keepends=True)
     evaluation.write_text(evaluation.read_text() + first)
-    message = built.refused("evaluate", built.out)
-    assert "corpus domain/medical: 1 of 5 evaluation documents also calibrate the expert" in message
+    words = "corpus domain/medical: 1 of 5 evaluation documents also calibrate the expert"
+    assert words in built.refused("evaluate", built.out)
     calibration.write_text("".join(others))
-    message = built.refused("evaluate", built.out)
-    assert "corpus domain/medical: 1 evaluation documents calibrated this expert; evaluate on others" in message
+    assert words in built.refused("evaluate", built.out)
 
 
 def test_evaluating_against_a_base_that_is_not_the_experts(built: Workplace) -> None:

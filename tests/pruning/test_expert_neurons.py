@@ -256,7 +256,7 @@ def test_validate_and_inspect_say_what_was_decided(tmp_path: Path) -> None:
     assert "criterion fisher, experts reap, allocation uniform" in told
     expertprune.compose(spec).save(tmp_path / "plan.json")
     told = call("inspect", tmp_path / "plan.json").output
-    for words in (r"criterion +│ fisher", r"criterion of whole experts +│ reap", r"allocation +│ uniform"):
+    for words in (r"criterion +│ fisher", r"criterion of routed experts +│ reap", r"allocation +│ uniform"):
         assert re.search(words, told), told
 
 

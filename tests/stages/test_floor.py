@@ -251,7 +251,7 @@ def test_documents_that_are_held_back_calibrate_nothing(
     fake_measure(monkeypatch, lambda size: 1.0)
     plan_of(prepared, silent)
     held = {name: validation_documents(corpus) for name, corpus in prepared.corpora.items()}
-    every = {tuple(prepared.tokenizer(d.text)["input_ids"]) for documents in held.values() for d in documents}
+    every = {tuple(prepared.running.tokenizer(d.text)["input_ids"]) for documents in held.values() for d in documents}
     assert len(every) >= 4
     assert not every & set(repaired)
     for name, corpus in prepared.corpora.items():
@@ -269,7 +269,7 @@ def test_the_measure_reads_what_was_held_back(prepared: Prepared, monkeypatch: p
         return original(base, expert, tokenizer, documents, *rest)
 
     everywhere(monkeypatch, "expertprune.evaluation.documents.score_documents", scoring)
-    kept = measure(prepared, prepared.model)
+    kept = measure(prepared, prepared.running.model)
     assert dict(kept.corpora) == dict.fromkeys(CORPORA, 1.0)
     assert asked == [validation_documents(corpus) for corpus in prepared.corpora.values()]
 
