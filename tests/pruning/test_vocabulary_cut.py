@@ -21,7 +21,7 @@ from expertprune.errors import PlanError
 from expertprune.models.base import ResolvedBase
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.inventory import vocabulary_rows
-from expertprune.pruning.write import prune
+from expertprune.pruning.write import check_plan, prune
 from expertprune.reporting import explain as inspection
 from expertprune.spec.reading import parse_spec
 from expertprune.units import KeptRows
@@ -166,7 +166,7 @@ def test_a_plan_for_another_tokenizer_or_without_parts_is_refused(tmp_path: Path
     assert plan.vocabulary is not None
     plan = replace(plan, vocabulary=replace(plan.vocabulary, tokenizer="another"))
     with pytest.raises(PlanError, match="another tokenizer"):
-        prune(plan, base, tmp_path)
+        check_plan(plan, base)
     must = essentials(base)
     token = max(must.vocabulary.tokens.values(), key=lambda index: len(must.vocabulary.needs(index) - must.ids))
     rows = tuple(sorted(must.ids | {token}))
