@@ -236,4 +236,4 @@ def _ours(prepared: Prepared, seconds: dict[str, float]) -> tuple[Any, int]:
         write_folder(prepared, plan, folder)
         seconds["prune"] = time.perf_counter() - begun
         model = load_model(folder, prepared.base.dtype)
-    return model, plan.parameters["before"] - plan.parameters["after"]
+    return model, plan.parameters.before - plan.parameters.after

@@ -30,10 +30,10 @@ EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
     "SmolLM2-135M, 25% of FFN": (SMOLLM, FFN),
     "SmolLM2-135M, 25% of FFN and a KV group": (SMOLLM, {**FFN, "budget.kv_groups": 1}),
     "SmolLM2-135M, 25% of FFN, widths per layer": (SMOLLM, {**FFN, **PER_LAYER}),
-    "SmolLM2-135M, 16,384 rows": (SMOLLM, {"budget.ffn": 0, "budget.vocabulary": 16_384}),
+    "SmolLM2-135M, 16,384 rows": (SMOLLM, {"budget.ffn": 0, "budget.vocabulary": {"keep": 16_384}}),
     "Gemma 3 270M, 25% of FFN": (GEMMA, FFN),
     "Gemma 3 270M, 25% of FFN, widths per layer": (GEMMA, {**FFN, **PER_LAYER}),
-    "Gemma 3 270M, 32,768 rows": (GEMMA, {"budget.ffn": 0, "budget.vocabulary": 32_768}),
+    "Gemma 3 270M, 32,768 rows": (GEMMA, {"budget.ffn": 0, "budget.vocabulary": {"keep": 32_768}}),
 }
 COLUMNS = (
     "expert", "tokens/s, base", "expert", "ratio (pairs)", "limit", "of limit", "first token", "KV cache", "memory",

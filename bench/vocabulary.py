@@ -65,12 +65,18 @@ class Expert:
 FOREIGN = ("es", "zh", "th", "ru")
 GERMAN = {"language": "de"}
 EXPERTS = {
-    "german": Expert(GEMMA, GERMAN, {"vocabulary": GEMMA_ROWS}, ("de",), ("en", *FOREIGN)),
-    "german-wide": Expert(GEMMA, GERMAN, {"vocabulary": 65_536}, ("de",)),
-    "german-english": Expert(GEMMA, {"language": ["de", "en"]}, {"vocabulary": GEMMA_ROWS}, ("de", "en"), FOREIGN),
-    "german-ffn": Expert(GEMMA, GERMAN, {"vocabulary": GEMMA_ROWS, "ffn": 0.15}, ("de",), ("en", *FOREIGN)),
+    "german": Expert(GEMMA, GERMAN, {"vocabulary": {"keep": GEMMA_ROWS}}, ("de",), ("en", *FOREIGN)),
+    "german-wide": Expert(GEMMA, GERMAN, {"vocabulary": {"keep": 65_536}}, ("de",)),
+    "german-english": Expert(
+        GEMMA, {"language": ["de", "en"]}, {"vocabulary": {"keep": GEMMA_ROWS}}, ("de", "en"), FOREIGN
+    ),
+    "german-ffn": Expert(GEMMA, GERMAN, {"vocabulary": {"keep": GEMMA_ROWS}, "ffn": 0.15}, ("de",), ("en", *FOREIGN)),
     "english-medical": Expert(
-        SMOLLM, {"language": "en", "domain": "medical"}, {"vocabulary": 16_384}, ("medical", "en"), ("de", "es")
+        SMOLLM,
+        {"language": "en", "domain": "medical"},
+        {"vocabulary": {"keep": 16_384}},
+        ("medical", "en"),
+        ("de", "es"),
     ),
 }
 
@@ -145,7 +151,9 @@ class Bench:
     ) -> None:
         plan = plan_of(prepared, silent)
         assert plan.vocabulary is not None
-        head |= {"parameters": plan.parameters, "rows": plan.vocabulary.rows.rows, "why": plan.vocabulary.why}
+        assert plan.vocabulary.why is not None
+        why = plan.vocabulary.why.document()
+        head |= {"parameters": plan.parameters.document(), "rows": plan.vocabulary.rows.rows, "why": why}
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "expert"
             folder.mkdir()

@@ -1,4 +1,7 @@
-"""Errors that a user can act on. Each message names the file, the key and the fix; each class has an exit code."""
+"""Errors that a user can act on.
+
+Each message names the file, the key and the fix; each class has an exit code.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -20,7 +23,7 @@ class SpecError(ExpertpruneError):
 
 @contextlib.contextmanager
 def gathered(problems: list[str]) -> Iterator[None]:
-    """Collect the problems of a `SpecError` in the block, so that the user sees all problems at once."""
+    """Collect the problems of a `SpecError` in the block, to report all at once."""
     try:
         yield
     except SpecError as error:
@@ -28,7 +31,7 @@ def gathered(problems: list[str]) -> Iterator[None]:
 
 
 class PlanError(ExpertpruneError):
-    """No legal plan meets the budget, or a plan does not belong to the base that it is applied to."""
+    """No legal plan meets the budget, or a plan belongs to another base."""
 
 
 class CheckpointError(ExpertpruneError):
@@ -36,7 +39,7 @@ class CheckpointError(ExpertpruneError):
 
 
 class UsageError(ExpertpruneError):
-    """This machine cannot do what was asked: a port is taken, memory is short, a package is missing or broken."""
+    """This machine cannot do it: a port is taken, memory is short, a package is missing."""
 
 
 class ServingError(ExpertpruneError):

@@ -32,7 +32,7 @@ EXPERT_FILE = "expertprune.json"  # what makes a folder an expert
 
 
 def store_folder(store: str | Path | None = None) -> Path:
-    """The folder of profiles and converted bases: the argument, else `EXPERTPRUNE_STORE`, else the user's cache."""
+    """The folder of profiles: the argument, else `EXPERTPRUNE_STORE`, else the user's cache."""
     if store is not None:
         return Path(store).expanduser()
     if os.environ.get(STORE_VARIABLE):
@@ -103,9 +103,11 @@ def _finite(data: Any) -> Any:
 
 @contextlib.contextmanager
 def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not.
+    """A temporary folder beside `out` that becomes `out` when the block ends well, and vanishes
+    when it does not.
 
-    A run that is killed leaves its temporary folder behind. The next run for the same `out` removes it.
+    A run that is killed leaves its temporary folder behind. The next run for the same `out` removes
+    it.
 
     Raises:
         CheckpointError: `out` exists and `overwrite` is off, or the disk is full.
@@ -121,12 +123,13 @@ def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _replace_folder(new: Path, out: Path) -> None:
-    """Rename `new` to `out`. An earlier `out` stays until then, and comes back if the renaming fails."""
+    """Rename `new` to `out`; an earlier `out` comes back if that fails."""
     if not out.exists():
         os.replace(new, out)
         return
     replaced = new.with_suffix(".replaced")
-    with _locked(out):  # locked, and not old, so that no other run takes it for a leftover before it is gone
+    # It is locked and not old, so that no other run takes it for a leftover before it is gone.
+    with _locked(out):
         os.utime(out)
         os.replace(out, replaced)
         try:
@@ -137,10 +140,11 @@ def _replace_folder(new: Path, out: Path) -> None:
         shutil.rmtree(replaced)
 
 
-# A temporary folder is `.NAME.OWNER.partial`; what it replaces is `.NAME.OWNER.replaced` for a moment. OWNER names the
-# host, its boot and this one folder at random. A process locks its folder (flock) while it works there, and the kernel
-# ends the lock with the process. Process ids would not do: containers that share a disk have ids of their own.
-ABANDONED_AFTER = 7 * 24 * 3600.0  # seconds without a change, after which a leftover that shows no owner is removed
+# A temporary folder is `.NAME.OWNER.partial`; what it replaces is `.NAME.OWNER.replaced` for a
+# moment. OWNER names the host, its boot and this one folder at random. A process locks its folder
+# (flock) while it works there, and the kernel ends the lock with the process. Process ids would not
+# do: containers that share a disk have ids of their own.
+ABANDONED_AFTER = 7 * 24 * 3600.0  # seconds since the last change, for a leftover of unknown owner
 
 
 class _Lock(Enum):
@@ -193,7 +197,7 @@ def _own_folder(path: Path) -> Iterator[Path]:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove what killed runs left of `path`: at once if its owner ran here and is gone, else when it is old."""
+    """Remove what killed runs left of `path`: runs of this boot at once, others by age."""
     pattern = re.compile(rf"\.{re.escape(path.name)}\.([^.]+)\.(partial|replaced)")
     for leftover in path.parent.iterdir():
         match = pattern.fullmatch(leftover.name)
@@ -275,7 +279,8 @@ def read_yaml(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> An
     """The contents of a YAML file.
 
     Raises:
-        SpecError: the file is missing or cannot be read, or a key stands twice, of which YAML would take the last.
+        SpecError: the file is missing or cannot be read, or a key stands twice, of which YAML would
+            take the last.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -292,7 +297,7 @@ def read_yaml(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> An
 
 
 def _repeated_keys(node: yaml.Node | None, where: str, seen: set[int]) -> Iterator[str]:
-    """A message for each key that stands twice in one mapping. The node of an anchor is read once."""
+    """A message for each key that stands twice in a mapping; anchors are read once."""
     if id(node) in seen:
         return
     seen.add(id(node))

@@ -32,7 +32,8 @@ def loaded(plugin: EntryPoint) -> Iterator[Any]:
     """Import what an entry point names, for use in the block.
 
     Raises:
-        UsageError: the import or the block failed; the message names the distribution and the entry point.
+        UsageError: the import or the block failed; the message names the distribution and the entry
+            point.
     """
     try:
         yield plugin.load()
@@ -47,9 +48,9 @@ def loaded(plugin: EntryPoint) -> Iterator[Any]:
 class Registry(Mapping[str, T], Generic[T]):
     """Entries of one kind by name.
 
-    Other packages add entries through entry points. Such an entry point names a module; importing that module registers
-    its entries with the same decorator that the project's own entries use. The first lookup imports all modules of the
-    group, once.
+    Other packages add entries through entry points. Such an entry point names a module; importing
+    that module registers its entries with the same decorator that the project's own entries use.
+    The first lookup imports all modules of the group, once.
 
     Args:
         kind: what an entry is called in error messages, such as `"criterion"`.
@@ -71,7 +72,8 @@ class Registry(Mapping[str, T], Generic[T]):
         """Decorator that adds an entry.
 
         Args:
-            module: where the entry was written, for messages; default: the entry's own `__module__`.
+            module: where the entry was written, for messages; default: the entry's own
+                `__module__`.
 
         Raises:
             ValueError: the name is taken; the message names both modules.
@@ -91,7 +93,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return f"unknown {self.kind} {name!r}{nearest(name, self)}"
 
     def named(self, name: str, key: str) -> T:
-        """The entry that a spec names under `key`; raises `SpecError` with the nearest name where there is none."""
+        """The entry that a spec names under `key`; raises `SpecError` for an unknown name."""
         if name not in self:
             raise SpecError(f"{key}: {self.unknown(name)}")
         return self[name]

@@ -38,9 +38,9 @@ class Segment(StrEnum):
 class LayerShape:
     """Widths of one decoder layer, in units.
 
-    Query head `h` reads KV head `h // heads_per_group`. A KV group is one KV head and its query heads. `experts` counts
-    routed experts, 0 in a dense layer. With routed experts, `ffn` is the width of each one, and neuron `j` of routed
-    expert `e` is the layer's unit `e * ffn + j`.
+    Query head `h` reads KV head `h // heads_per_group`. A KV group is one KV head and its query
+    heads. `experts` counts routed experts, 0 in a dense layer. With routed experts, `ffn` is the
+    width of each one, and neuron `j` of routed expert `e` is the layer's unit `e * ffn + j`.
     """
 
     hidden: int
@@ -69,7 +69,7 @@ class LayerShape:
         }[structure]
 
     def segment_rows(self, segment: Segment) -> int:
-        """Length of a segment along its tensor's axis; with routed experts, `FFN` is of one of them."""
+        """Length of a segment along its axis; `FFN` of one routed expert, where there are any."""
         return {
             Segment.FFN: self.ffn,
             Segment.QUERY: self.query_heads * self.head_dim,
@@ -91,8 +91,8 @@ class LayerShape:
 class KeptUnits:
     """Indices of the units that one layer keeps, ascending, in the base's numbering.
 
-    `query_heads` lists heads of kept groups only, the same number in each group. With routed experts, `ffn` lists neurons
-    of kept ones only, the same number in each.
+    `query_heads` lists heads of kept groups only, the same number in each group. With routed
+    experts, `ffn` lists neurons of kept ones only, the same number in each.
     """
 
     ffn: tuple[int, ...]
@@ -121,7 +121,10 @@ class KeptUnits:
         return tuple(unit - first for unit in self.ffn if first <= unit < first + base.ffn)
 
     def rows(self, segment: Segment, base: LayerShape) -> Tensor:
-        """Positions inside a segment that stay, `[kept rows]`, int64. For neurons of routed experts see `neurons_of`."""
+        """Positions inside a segment that stay, `[kept rows]`, int64.
+
+        For neurons of routed experts see `neurons_of`.
+        """
         if segment in (Segment.FFN, Segment.EXPERT):
             return torch.tensor(self.ffn if segment is Segment.FFN else self.experts, dtype=torch.int64)
         heads = self.query_heads if segment is Segment.QUERY else self.kv_groups
@@ -129,7 +132,8 @@ class KeptUnits:
         return (first[:, None] + torch.arange(base.head_dim)).reshape(-1)
 
 
-ROW_MULTIPLE = 64  # the number of written rows, so that matrix products over the vocabulary stay aligned
+# The number of written rows is a multiple, so that products over the vocabulary stay aligned.
+ROW_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
@@ -157,9 +161,11 @@ class KeptRows:
 
 
 def pack_indices(indices: tuple[int, ...], of: int) -> str:
-    """Ascending indices below `of` as a compressed bitmap in base64: tens of kilobytes, where runs take a megabyte.
+    """Ascending indices below `of` as a compressed bitmap in base64: tens of kilobytes, where runs
+    take a megabyte.
 
-    Bit `i % 8` of byte `i // 8`, counted from the least, says whether `i` is there. zlib compresses the bytes.
+    Bit `i % 8` of byte `i // 8`, counted from the least, says whether `i` is there. zlib compresses
+    the bytes.
     """
     bitmap = bytearray(-(-of // 8))
     for index in indices:

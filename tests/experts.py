@@ -12,7 +12,7 @@ import yaml
 
 import expertprune
 from expertprune.artifacts.expert import BaseRecord, CorpusRecord, Expert
-from expertprune.artifacts.plan import LayerPlan, Plan
+from expertprune.artifacts.plan import BaseReference, LayerPlan, Parameters, Plan
 from expertprune.artifacts.timing import METRICS
 from expertprune.spec.schema import Spec
 from expertprune.units import LayerShape
@@ -52,13 +52,11 @@ def described(folder: Path, name: str = "medical-qa", **changes: Any) -> Expert:
     data = {"name": "made-up", "base": "owner/model", "dimensions": {"language": "en"}, "budget": {"ffn": 0.25}}
     plan = Plan(
         name=name,
-        base={"model": "owner/model", "digest": "0123abcd"},
-        spec=Spec.model_validate(data).document(),
-        profiles={},
+        base=BaseReference(model="owner/model", digest="0123abcd"),
+        parameters=Parameters(before=12345, after=10000),
         shapes=[shape],
         layers=[LayerPlan(shape.all_kept)],
-        budget={},
-        parameters={"before": 12345, "after": 10000},
+        spec=Spec.model_validate(data).document(),
     )
     base = BaseRecord(
         model="owner/model", digest="0123abcd", tokenizer_digest="ab", revision=None, trust_remote_code=False,

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from expertprune.artifacts.plan import LayerPlan, Plan
+from expertprune.artifacts.plan import BaseReference, LayerPlan, Parameters, Plan
 from expertprune.models.base import ResolvedBase, resolve_base
 from expertprune.pruning.write import RepairInput, prune
 from expertprune.spec.schema import Base
@@ -84,13 +84,10 @@ def plan_of(base: ResolvedBase, kept: list[KeptUnits]) -> Plan:
     size = base.checkpoint.parameters
     return Plan(
         name="chosen by hand",
-        base={"model": base.name, "digest": base.digest},
-        spec={},
-        profiles={},
-        shapes=list(base.layers),
+        base=BaseReference(model=base.name, digest=base.digest),
+        parameters=Parameters(before=size, after=size),
+        shapes=base.layers,
         layers=[LayerPlan(units) for units in kept],
-        budget={},
-        parameters={"before": size, "after": size},
     )
 
 

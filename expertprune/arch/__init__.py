@@ -1,6 +1,8 @@
-"""Model families as data: the tensors of each unit, the modules to observe, the config's keys for widths.
+"""Model families as data: the tensors of each unit, the modules to observe, the config's keys for
+widths.
 
-Each family is one YAML file in `families/` or in a plugin. No module outside this package knows a family's name.
+Each family is one YAML file in `families/` or in a plugin. No module outside this package knows a
+family's name.
 """
 
 from expertprune.arch.blocks import Block, CoupledTensor, Experts, ExpertTensor

@@ -19,8 +19,8 @@ class Data(BaseModel):
 class CoupledTensor(Data):
     """One tensor of a layer that shrinks with its units.
 
-    `axis` (0 rows, 1 columns) of the tensor is the concatenation of `segments`. An `optional` tensor, such as a bias, may
-    be absent.
+    `axis` (0 rows, 1 columns) of the tensor is the concatenation of `segments`. An `optional`
+    tensor, such as a bias, may be absent.
     """
 
     name: str
@@ -50,8 +50,8 @@ class Block(Data):
 class ExpertTensor(Data):
     """One tensor of routed experts. The file may give its name alone where no axis has neurons.
 
-    `axis` (0 rows, 1 columns) of one routed expert's share is the concatenation of `segments`, each with one position per
-    neuron.
+    `axis` (0 rows, 1 columns) of one routed expert's share is the concatenation of `segments`, each
+    with one position per neuron.
     """
 
     name: str
@@ -76,19 +76,23 @@ class ExpertTensor(Data):
 
 
 class Experts(Data):
-    """The routed experts of a layer and their router. Whole routed experts are units, and so are neurons inside them.
+    """The routed experts of a layer and their router. Whole routed experts are units, and so are
+    neurons inside them.
 
-    transformers runs all routed experts of a layer as one tensor. A checkpoint may store them as they run, or one by one
-    under other names.
+    transformers runs all routed experts of a layer as one tensor. A checkpoint may store them as
+    they run, or one by one under other names.
 
     Attributes:
-        count: the config's keys for the number of routed experts. Those that a config has are written.
+        count: the config's keys for the number of routed experts. Those that a config has are
+            written.
         per_token: the config's key for how many of them the router chooses for a token.
         width: the config's key for the neurons of one of them.
         router: the running module that gives logits, weights and the chosen ones.
         module: the running module that is called with hidden states, the chosen ones and weights.
-        activation: the activation function inside `module`. A neuron is that of its first row, times its other rows.
-        run: the tensors of the running layer. Row `e` of their first axis belongs to routed expert `e`.
+        activation: the activation function inside `module`. A neuron is that of its first row,
+            times its other rows.
+        run: the tensors of the running layer. Row `e` of their first axis belongs to routed expert
+            `e`.
         stored: other names on disk of tensors in `run` that are stored as they run.
         each: the tensors that one routed expert owns on disk, with `{expert}` for its number.
     """
@@ -158,7 +162,7 @@ NO_FFN = Block(output="", tensors=())
 
 
 class Rewrite(Data):
-    """Another config for the same network, which can say head counts that the family's own config cannot."""
+    """Another config for the same network, for head counts that the family's own cannot say."""
 
     model_type: str
     architectures: tuple[str, ...]

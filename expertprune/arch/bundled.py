@@ -13,7 +13,7 @@ from expertprune.arch.blocks import Data
 
 
 class PackagedFile(Data):
-    """A file inside an installed package. The package is found by its `module`; none of its code is run."""
+    """A file inside an installed package, whose `module` is found but not run."""
 
     module: str
     file: str
@@ -22,8 +22,8 @@ class PackagedFile(Data):
 class BundledModel(Data):
     """A model that comes as a package: the GGUF `file` inside the installed `module`.
 
-    A model that is too large for one package comes in several `parts`. Their bytes in this order are the file with the
-    digest `sha256`.
+    A model that is too large for one package comes in several `parts`. Their bytes in this order
+    are the file with the digest `sha256`.
     """
 
     file: str

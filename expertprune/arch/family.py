@@ -1,4 +1,4 @@
-"""The schema of a family's file, and what the file says of a model together with the model's config."""
+"""The schema of a family's file, and how it reads and writes a model's config."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from expertprune.spec.reading import problems_of
 from expertprune.units import DENSE, KeptUnits, LayerShape, Structure
 
 _HERE = Path(__file__).parent
-GROUPS = ("n_group", "num_expert_group")  # config keys for the number of groups that a router first chooses among
+GROUPS = ("n_group", "num_expert_group")  # config keys: groups that a router first chooses among
 PER_LAYER = "per_layer_config"  # transformers' name for widths of single layers
 _PER_LAYER_KEYS = ("allow_global_per_layer_attribute_access", "auto_map")
 MODELING = "modeling_expert"  # the module in an expert's folder that builds such layers
-# The prefix of the class in the config of such an expert. An engine that does not know the class refuses the folder; it
-# would build all layers alike under the stock name.
+# The prefix of the class in the config of such an expert. An engine that does not know the class
+# refuses the folder; it would build all layers alike under the stock name.
 EXPERT = "Expert"
 
 
@@ -34,14 +34,15 @@ class Family(Data):
     """A model family as data.
 
     Attributes:
-        residual: `additive`: a layer's output is its input plus the outputs of the two blocks. `normed`: each output
-            passes its block's `output_norm` first. The repair relies on it.
+        residual: `additive`: a layer's output is its input plus the outputs of the two blocks.
+            `normed`: each output passes its block's `output_norm` first. The repair relies on it.
         defaults: the config's meaning of keys that it leaves out.
         structures: what can be cut. Where heads cannot, `why_no_heads` says why.
-        heads_require: values of the config without which head counts cannot change. Dots lead into nested keys.
+        heads_require: values of the config without which head counts cannot change. Dots lead into
+            nested keys.
         attention_implementation: the one of transformers that computes the network exactly.
-        vllm_single_layers: vLLM's classes that read a layer's widths from the config while they build it, so that
-            `serving.plugin` can give each layer its own widths.
+        vllm_single_layers: vLLM's classes that read a layer's widths from the config while they
+            build it, so that `serving.plugin` can give each layer its own widths.
         gguf: how the family's models are written in that format.
     """
 
@@ -58,16 +59,15 @@ class Family(Data):
     structures: tuple[Structure, ...] = DENSE
     why_no_heads: str = ""
     attention_implementation: Literal["sdpa", "eager"] = "sdpa"
-    tested: bool = (
-        True  # with the oracle, by the project's tests. The program sets it, and checks any other family itself
-    )
+    # By the oracle in the project's tests. The program sets it, and checks other families itself.
+    tested: bool = True
     heads_divide_hidden: bool = False
     heads_require: Mapping[str, Any] = Field(default_factory=dict)
     when_heads_change: Rewrite | None = None
     vllm_single_layers: tuple[str, ...] = ()
     gguf: GgufForm | None = None
     vocabulary: tuple[str, ...] = ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias")
-    """Tensors with one row for each token. The first is the embedding; the others may be absent (tied, without bias)."""
+    """Tensors with one row per token: the embedding, then those that may be absent."""
 
     @property
     def heads_are_units(self) -> bool:
@@ -113,7 +113,7 @@ class Family(Data):
 
     @property
     def tensors(self) -> tuple[CoupledTensor, ...]:
-        """All tensors that shrink along an axis. Tensors of single routed experts are not among them (see `Experts`)."""
+        """All tensors that shrink along an axis, but not those of single routed experts."""
         experts = self.experts.tensors if self.experts is not None else ()
         return self.ffn.tensors + self.attention.tensors + experts
 
@@ -124,7 +124,8 @@ class Family(Data):
         """The shape of every layer, from the contents of `config.json`.
 
         Raises:
-            CheckpointError: a key is missing, or the head counts make no legal grouped-query attention.
+            CheckpointError: a key is missing, or the head counts make no legal grouped-query
+                attention.
         """
         count = _positive(config, self.config.layers)
         for key, wanted in self.config_requires.items():
@@ -165,14 +166,15 @@ class Family(Data):
         return counts.pop()
 
     def experts_per_token(self, config: Mapping[str, Any]) -> int:
-        """The number of routed experts that the router chooses for each token; 0 where there are none."""
+        """The number of routed experts that a token passes; 0 in a dense model."""
         return 0 if self.experts is None else _positive({**self.defaults, **config}, self.experts.per_token)
 
     def pruned_config(self, config: Mapping[str, Any], kept: list[KeptUnits]) -> dict[str, Any]:
         """The expert's `config.json`: the base's, with the new widths.
 
         Raises:
-            PlanError: the family's config cannot express these widths; the message says which are legal.
+            PlanError: the family's config cannot express these widths; the message says which are
+                legal.
         """
         base = self.layer_shapes(config)
         shapes = [layer.shape(shape) for layer, shape in zip(kept, base, strict=True)]
@@ -204,7 +206,7 @@ class Family(Data):
         return _with_layers(result, [self._widths(shape) for shape in shapes])
 
     def _widths(self, shape: LayerShape) -> dict[str, int]:
-        """A layer's widths by the config's keys, but for the number of routed experts: it is the same in all layers."""
+        """A layer's widths by the config's keys, without the number of routed experts."""
         keys = self.config
         heads = {keys.query_heads: shape.query_heads, keys.kv_heads: shape.kv_heads, keys.head_dim: shape.head_dim}
         return {self.width_key: shape.ffn} | heads
@@ -225,7 +227,7 @@ class Family(Data):
             )
 
     def layer_config(self, config: Any, index: int, shape: LayerShape) -> Any:
-        """A copy of a running model's config with the widths of one layer, to build that layer alone."""
+        """A running model's config with one layer's widths, to build that layer alone."""
         small = copy.copy(config.per_layer_config[index] if config.is_heterogeneous else config)
         for key, value in self._widths(shape).items():
             setattr(small, key, value)
@@ -239,7 +241,7 @@ class Family(Data):
         return (old.query_heads, old.kv_heads) != (new.query_heads, new.kv_heads)
 
     def check_single_layers(self, config: Mapping[str, Any]) -> None:
-        """Raises `PlanError` where an expert with layers of different widths could not be built or served."""
+        """Raises `PlanError` where layers of different widths cannot be built or served."""
         architectures = stock_architectures(config)
         instead = "; with compose.allocation: uniform all layers keep the same widths"
         if not architectures:
@@ -296,12 +298,12 @@ def _looked_up(config: Mapping[str, Any], dotted: str, default: Any) -> Any:
 
 
 def stock_architectures(config: Mapping[str, Any]) -> list[str]:
-    """The classes of transformers in a config, without the prefix of an expert with layers of different widths."""
+    """The classes of transformers in a config, without the prefix `EXPERT`."""
     return [name.removeprefix(EXPERT) for name in config.get("architectures") or []]
 
 
 def _with_layers(config: dict[str, Any], widths: list[dict[str, int]]) -> dict[str, Any]:
-    """The config with the widths of each layer that differs from the whole model's, and the code that reads them."""
+    """The config with the widths of single layers, and the code that reads them."""
     layers = {
         str(index): different
         for index, layer in enumerate(widths)
@@ -321,7 +323,7 @@ def _with_layers(config: dict[str, Any], widths: list[dict[str, int]]) -> dict[s
 
 
 def _with_defaults(config: dict[str, Any], other: str) -> dict[str, Any]:
-    """The config with its own class' defaults written out, for keys that the class of `other` reads too."""
+    """The config with defaults of its own class, for keys that `other` has too."""
     from transformers import CONFIG_MAPPING
 
     mine = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)).to_dict()
@@ -333,11 +335,13 @@ def _with_defaults(config: dict[str, Any], other: str) -> dict[str, Any]:
 def families() -> dict[str, Family]:
     """Every known family by `model_type`: those that ship, then those of installed plugins.
 
-    A plugin's entry point in the group `expertprune.families` names a package. Every `.yaml` file in the package's folder
-    is a family. The package is imported, so it can also register its classes with transformers.
+    A plugin's entry point in the group `expertprune.families` names a package. Every `.yaml` file
+    in the package's folder is a family. The package is imported, so it can also register its
+    classes with transformers.
 
     Raises:
-        UsageError: a plugin cannot be imported, has no family's file, a wrong one, or a `model_type` that is taken.
+        UsageError: a plugin cannot be imported, has no family's file, a wrong one, or a
+            `model_type` that is taken.
     """
     known: dict[str, Family] = {}
     _read_families(known, _HERE / "families", tested=True)
@@ -367,7 +371,7 @@ def _read_families(known: dict[str, Family], folder: Traversable, tested: bool) 
 
 
 def family_of(model_type: str) -> Family:
-    """The family of a config's `model_type`; raises `CheckpointError` for one that is not supported."""
+    """The family of a `model_type`; raises `CheckpointError` for an unknown one."""
     if model_type not in families():
         raise CheckpointError(f"model_type {model_type!r} is not supported{nearest(model_type, families())}")
     return families()[model_type]

@@ -37,8 +37,8 @@ class Window(Data):
 class AttentionScale(Data):
     """The config's `key` for the width that attention logits are scaled by.
 
-    The format does not store it. Its readers take the width of a head, or `hidden / query heads` in models of
-    `by_hidden_at` layers.
+    The format does not store it. Its readers take the width of a head, or `hidden / query heads` in
+    models of `by_hidden_at` layers.
     """
 
     key: str
@@ -55,7 +55,8 @@ class GgufForm(Data):
         architecture: the format's name for the family.
         readable: whether transformers reads such files.
         metadata: keys of the format beside those of every family, each with the config's key.
-        implied: values of the config that a file cannot say. A model with other values cannot be written.
+        implied: values of the config that a file cannot say. A model with other values cannot be
+            written.
         interleaved: modules whose rows alternate, in each head, between the two rotary halves.
         vectors: matrices of one row that the format stores as vectors.
         norm_offset: what is added to the weights of norms.

@@ -1,7 +1,8 @@
-"""A causal language model whose layers have different widths, as `per_layer_config` in its config says.
+"""A causal language model whose layers have different widths, as `per_layer_config` in its config
+says.
 
-transformers reads such widths but builds every layer from the global ones. This module is copied into the folder of an
-expert with such layers, so it imports nothing from this package.
+transformers reads such widths but builds every layer from the global ones. This module is copied
+into the folder of an expert with such layers, so it imports nothing from this package.
 """
 
 from torch import nn

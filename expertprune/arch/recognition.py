@@ -1,8 +1,8 @@
 """Recognize a family that no file describes, by the config and the shapes of the weights.
 
-The model must have a gated FFN (`gate_proj`, `up_proj`, `down_proj`), an attention of `q_proj`, `k_proj`, `v_proj` and
-`o_proj`, and the usual keys in its config. Shapes do not tell where norms stand, or what depends on the number of heads.
-These are guesses until the oracle has checked them.
+The model must have a gated FFN (`gate_proj`, `up_proj`, `down_proj`), an attention of `q_proj`,
+`k_proj`, `v_proj` and `o_proj`, and the usual keys in its config. Shapes do not tell where norms
+stand, or what depends on the number of heads. These are guesses until the oracle has checked them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _KEYS = ConfigKeys(
 )
 _FFN = {"gate_proj": Segment.FFN, "up_proj": Segment.FFN}
 _ATTENTION = {"q_proj": Segment.QUERY, "k_proj": Segment.KEY_VALUE, "v_proj": Segment.KEY_VALUE}
-_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")  # where a model has both, they follow the blocks
+# A model that has both has them behind the blocks.
+_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 _CAP = "attn_logit_softcapping"
 
 
@@ -90,4 +91,4 @@ def attention_of(config: Mapping[str, Any]) -> Any:
     family = families().get(str(config.get("model_type")))
     if family is not None:
         return family.attention_implementation
-    return "eager" if config.get(_CAP) is not None else "sdpa"  # the faster implementations ignore the cap
+    return "eager" if config.get(_CAP) is not None else "sdpa"  # sdpa ignores the cap

@@ -13,7 +13,7 @@ from typing import Any, Self
 from pydantic import Field, ValidationError
 
 from expertprune.artifacts.evaluation import Evaluation
-from expertprune.artifacts.plan import Plan, plan_from
+from expertprune.artifacts.plan import Plan
 from expertprune.artifacts.record import Record
 from expertprune.errors import CheckpointError, ExpertpruneError, SpecError
 from expertprune.files import EXPERT_FILE, digest_of, write_json
@@ -285,7 +285,7 @@ def portable(plan: Plan) -> Plan:
 
     The end is the file's name, or as many folders more as tell it from the spec's other files.
     """
-    base = {**plan.base, "model": portable_base(plan.base["model"])}
+    base = plan.base.model_copy(update={"model": portable_base(plan.base.model)})
     return replace(plan, spec=portable_spec(Spec.model_validate(plan.spec)).document(), base=base)
 
 
@@ -331,7 +331,7 @@ def _read(data: Any, where: str) -> tuple[Description, dict[str, Any] | None]:
     except ValidationError as error:
         problems = "; ".join(problems_of(error, _File))
         raise CheckpointError(f"{where}: damaged: {problems}; build the expert again") from None
-    plan = plan_from(file.plan | {key: data[key] for key in _OF_PLAN}, where)
+    plan = Plan.from_document(file.plan | {key: data[key] for key in _OF_PLAN}, where)
     ancestor = None if file.ancestor is None else _read(file.ancestor, f"{where}: ancestor")[0]
     return Description(plan, file.base, file.corpora, file.versions, file.criterion_paper, ancestor), file.evaluation
 

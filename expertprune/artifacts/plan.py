@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from expertprune.errors import PlanError
 from expertprune.files import digest_of, write_json
+from expertprune.spec.schema import Retention
+from expertprune.spec.values import Amount, Rows
 from expertprune.units import (
     KeptRows,
     KeptUnits,
@@ -19,68 +24,156 @@ from expertprune.units import (
     unpack_indices,
 )
 
-PLAN_SCHEMA = 1
+PLAN_SCHEMA = 2
 
 
-@dataclass
-class LayerPlan:
-    """What one layer keeps, and why.
-
-    `why` maps a structure that is cut to its numbers: `threshold` (the largest score that was dropped), `protected`
-    (kept units by the dimension, or `general`, that gave them their score) and the counts of shared and exclusive units.
+class _Record(BaseModel):
+    """A piece of a plan's document: types are checked, unknown keys are errors, nothing changes
+    afterwards.
     """
 
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    def document(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+class BaseReference(_Record):
+    """The base that a plan was made for: its name and the digest of its weights and config."""
+
+    model: str
+    digest: str
+
+
+class Parameters(_Record):
+    """Parameters of the base and of the expert."""
+
+    before: int
+    after: int
+
+
+class KindCount(_Record):
+    """How many units of a layer are of one kind, and how many of those are kept."""
+
+    units: int
+    kept: int
+
+
+class UnitReasons(_Record):
+    """Why a layer keeps the units of one structure.
+
+    `threshold` is the largest score that was dropped, `protected` counts the kept units by the
+    dimension, or `general`, that gave them their score. The kinds are there where general corpora
+    are.
+    """
+
+    threshold: float | None
+    protected: dict[str, int]
+    shared: KindCount | None = None
+    expert_exclusive: KindCount | None = None
+    general_exclusive: KindCount | None = None
+
+
+class RetentionFound(_Record):
+    """A floor of `budget.retention`, and what the expert keeps of each corpus' held-back documents."""
+
+    retention: Retention
+    found: dict[str, float]
+
+
+def _requested(value: Any) -> Any:
+    return RetentionFound.model_validate(value) if isinstance(value, dict) and "retention" in value else value
+
+
+class StructureBudget(_Record):
+    """What was requested of a structure, and the units that each layer has (`of`), keeps and loses.
+
+    FFN neurons are those of one routed expert where there are several. A number where all layers
+    agree, else a list with one number for each layer.
+    """
+
+    requested: Annotated[Amount | RetentionFound, BeforeValidator(_requested)]
+    of: int | list[int]
+    kept: int | list[int]
+    removed: int | list[int]
+
+
+class UnseenCoverage(_Record):
+    """How much of the tokens of a corpus' unseen text the kept rows cover: estimate and 90%
+    interval.
+
+    Each end of the interval holds by itself with 95% confidence.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    documents: int
+    tokens: int
+
+
+class RowReasons(_Record):
+    """Why a plan keeps these vocabulary rows.
+
+    Attributes:
+        threshold: the largest relevance that was dropped.
+        protected: kept tokens by what kept them.
+        coverage: by corpus, the part of its calibration tokens that is kept.
+        unseen: by corpus, the estimate for unseen text; not for a corpus of fewer than two
+        documents.
+        tokens: by corpus, how many calibration tokens were counted.
+        last_kept, first_dropped: examples from both sides of the threshold.
+    """
+
+    requested: Rows | None
+    threshold: float | None
+    protected: dict[str, int]
+    coverage: dict[str, float]
+    unseen: dict[str, UnseenCoverage]
+    tokens: dict[str, int]
+    last_kept: list[str]
+    first_dropped: list[str]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one layer keeps, and why: the reasons of each structure that is cut, by its name."""
+
     kept: KeptUnits
-    why: dict[str, dict[str, Any]] = field(default_factory=dict)
+    why: Mapping[str, UnitReasons] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(frozen=True)
 class VocabularyPlan:
-    """Which vocabulary rows are kept, and why.
-
-    `tokenizer` is the digest of the base's tokenizer, whose ids these are. `why` has `requested`, `threshold` (the
-    largest relevance that was dropped), `protected` (kept tokens by what kept them), `coverage` (by corpus, the part of its
-    calibration tokens that is kept), `tokens` (by corpus, how many were counted) and examples from both sides of the
-    threshold (`last_kept`, `first_dropped`).
+    """Which vocabulary rows are kept, and why. `tokenizer` is the digest of the base's tokenizer,
+    whose ids these are.
     """
 
     rows: KeptRows
     tokenizer: str
-    why: dict[str, Any] = field(default_factory=dict)
-
-    def document(self) -> dict[str, Any]:
-        rows = self.rows
-        return {
-            "of": rows.of,
-            "rows": rows.rows,
-            "tokens": len(rows.kept),
-            "kept": pack_indices(rows.kept, rows.of),
-            "padding": list(rows.padding),
-            "tokenizer": self.tokenizer,
-            "why": self.why,
-        }
+    why: RowReasons | None = None
 
 
-def _vocabulary_from(data: dict[str, Any]) -> VocabularyPlan:
-    of, padding = data["of"], tuple(data["padding"])
-    rows = KeptRows(of, unpack_indices(data["kept"], of), padding)
-    if not rows.kept or not all(isinstance(row, int) and 0 <= row < of for row in padding):
-        raise ValueError(f"vocabulary: rows must be some of 0-{of - 1}")
-    return VocabularyPlan(rows, data["tokenizer"], data["why"])
-
-
-@dataclass
+@dataclass(frozen=True)
 class Plan:
-    """Which units are kept in each layer, and why: everything that `prune` needs, in a readable JSON file."""
+    """Which units are kept in each layer, and why: everything that `prune` needs, in a readable
+    JSON file.
+
+    Attributes:
+        spec: the spec's own document, with what it leaves open decided.
+        profiles: the digest of each corpus' profile.
+        shapes: the base's layers.
+        budget: by structure, for the structures that the base has.
+    """
 
     name: str
-    base: dict[str, str]
-    spec: dict[str, Any]
-    profiles: dict[str, str]
-    shapes: list[LayerShape]
-    layers: list[LayerPlan]
-    budget: dict[str, dict[str, Any]]
-    parameters: dict[str, int]
+    base: BaseReference
+    parameters: Parameters
+    shapes: Sequence[LayerShape]
+    layers: Sequence[LayerPlan]
+    budget: Mapping[str, StructureBudget] = field(default_factory=dict)
+    profiles: Mapping[str, str] = field(default_factory=dict)
+    spec: Mapping[str, Any] = field(default_factory=dict)
     vocabulary: VocabularyPlan | None = None
 
     @property
@@ -101,31 +194,42 @@ class Plan:
         return not self.cuts_layers and self.vocabulary is None
 
     def document(self) -> dict[str, Any]:
+        """The plan as plain data, which `from_document` reads."""
         return {
             "schema": PLAN_SCHEMA,
             "kind": "plan",
             "name": self.name,
-            "base": self.base,
-            "budget": self.budget,
-            "parameters": self.parameters,
-            "profiles": self.profiles,
+            "base": self.base.document(),
+            "budget": {structure: entry.document() for structure, entry in self.budget.items()},
+            "parameters": self.parameters.document(),
+            "profiles": dict(self.profiles),
             "layers": [
-                {
-                    "layer": index,
-                    "of": {key: value for key, value in asdict(shape).items() if key != "experts" or value},
-                    "kept": {
-                        "ffn": format_indices(layer.kept.ffn),
-                        "query_heads": format_indices(layer.kept.query_heads),
-                        "kv_groups": format_indices(layer.kept.kv_groups),
-                        **({"experts": format_indices(layer.kept.experts)} if shape.experts else {}),
-                    },
-                    "why": layer.why,
-                }
+                _layer_document(index, layer, shape)
                 for index, (layer, shape) in enumerate(zip(self.layers, self.shapes, strict=True))
             ],
-            **({"vocabulary": self.vocabulary.document()} if self.vocabulary is not None else {}),
-            "spec": self.spec,
+            **({"vocabulary": _vocabulary_document(self.vocabulary)} if self.vocabulary is not None else {}),
+            "spec": dict(self.spec),
         }
+
+    @classmethod
+    def from_document(cls, data: Any, where: str) -> Plan:
+        """A plan from its document. Raises `PlanError` that names `where`, and the key that is
+        wrong.
+        """
+        if not isinstance(data, dict) or data.get("kind") != "plan":
+            raise PlanError(f"{where}: not a plan (its 'kind' is not 'plan')")
+        if data.get("schema") != PLAN_SCHEMA:
+            raise PlanError(
+                f"{where}: a plan of schema {data.get('schema')}, this version reads {PLAN_SCHEMA}; compose it again"
+            )
+        try:
+            return _plan(_PlanDocument.model_validate(data))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise PlanError(f"{where}: damaged plan: {key}: {first['msg']}; compose it again") from None
+        except ValueError as error:
+            raise PlanError(f"{where}: damaged plan: {error}; compose it again") from None
 
     def save(self, path: Path) -> None:
         write_json(path, self.document())
@@ -139,36 +243,102 @@ def load_plan(path: Path) -> Plan:
         raise PlanError(f"{path}: no such file") from None
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise PlanError(f"{path}: not a plan: {error}") from None
-    return plan_from(data, str(path))
+    return Plan.from_document(data, str(path))
 
 
-def plan_from(data: Any, where: str) -> Plan:
-    """A plan from its document; raises `PlanError` naming `where` if it is none."""
-    if not isinstance(data, dict) or data.get("kind") != "plan":
-        raise PlanError(f"{where}: not a plan (its 'kind' is not 'plan')")
-    if data.get("schema") != PLAN_SCHEMA:
-        raise PlanError(f"{where}: a plan of schema {data.get('schema')}, this version reads {PLAN_SCHEMA}")
-    try:
-        shapes = [LayerShape(**layer["of"]) for layer in data["layers"]]
-        layers = [
-            LayerPlan(KeptUnits(**{key: parse_indices(text) for key, text in layer["kept"].items()}), layer["why"])
-            for layer in data["layers"]
-        ]
-        for index, (shape, layer) in enumerate(zip(shapes, layers, strict=True)):
-            _check_kept(shape, layer.kept, index)
-        return Plan(
-            data["name"],
-            data["base"],
-            data["spec"],
-            data["profiles"],
-            shapes,
-            layers,
-            data["budget"],
-            data["parameters"],
-            _vocabulary_from(data["vocabulary"]) if data.get("vocabulary") else None,
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise PlanError(f"{where}: damaged plan: {error}") from None
+# --- the document ---------------------------------------------------------------------------------------------------
+
+
+class _KeptText(_Record):
+    ffn: str
+    query_heads: str
+    kv_groups: str
+    experts: str = ""
+
+
+class _ShapeDocument(_Record):
+    hidden: int
+    ffn: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    experts: int = 0
+
+
+class _LayerDocument(_Record):
+    layer: int
+    of: _ShapeDocument
+    kept: _KeptText
+    why: dict[str, UnitReasons]
+
+
+class _VocabularyDocument(_Record):
+    of: int
+    rows: int
+    tokens: int
+    kept: str
+    padding: list[int]
+    tokenizer: str
+    why: RowReasons | None
+
+
+class _PlanDocument(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    name: str
+    base: BaseReference
+    budget: dict[str, StructureBudget]
+    parameters: Parameters
+    profiles: dict[str, str]
+    layers: list[_LayerDocument]
+    vocabulary: _VocabularyDocument | None = None
+    spec: dict[str, Any]
+
+
+def _layer_document(index: int, layer: LayerPlan, shape: LayerShape) -> dict[str, Any]:
+    of, kept = asdict(shape), {name: format_indices(units) for name, units in vars(layer.kept).items()}
+    if not shape.experts:
+        del of["experts"], kept["experts"]
+    return {
+        "layer": index,
+        "of": of,
+        "kept": kept,
+        "why": {name: reasons.document() for name, reasons in layer.why.items()},
+    }
+
+
+def _vocabulary_document(plan: VocabularyPlan) -> dict[str, Any]:
+    rows = plan.rows
+    return {
+        "of": rows.of,
+        "rows": rows.rows,
+        "tokens": len(rows.kept),
+        "kept": pack_indices(rows.kept, rows.of),
+        "padding": list(rows.padding),
+        "tokenizer": plan.tokenizer,
+        "why": plan.why.document() if plan.why is not None else None,
+    }
+
+
+def _plan(data: _PlanDocument) -> Plan:
+    shapes = [LayerShape(**vars(layer.of)) for layer in data.layers]
+    layers = [
+        LayerPlan(KeptUnits(**{name: parse_indices(text) for name, text in vars(layer.kept).items()}), layer.why)
+        for layer in data.layers
+    ]
+    for index, (shape, layer) in enumerate(zip(shapes, layers, strict=True)):
+        _check_kept(shape, layer.kept, index)
+    vocabulary = _vocabulary(data.vocabulary) if data.vocabulary is not None else None
+    return Plan(
+        data.name, data.base, data.parameters, shapes, layers, data.budget, data.profiles, data.spec, vocabulary
+    )
+
+
+def _vocabulary(data: _VocabularyDocument) -> VocabularyPlan:
+    rows = KeptRows(data.of, unpack_indices(data.kept, data.of), tuple(data.padding))
+    if not rows.kept or not all(0 <= row < data.of for row in rows.padding):
+        raise ValueError(f"vocabulary: rows must be some of 0-{data.of - 1}")
+    return VocabularyPlan(rows, data.tokenizer, data.why)
 
 
 def _check_kept(shape: LayerShape, kept: KeptUnits, layer: int) -> None:
@@ -188,4 +358,4 @@ def _check_kept(shape: LayerShape, kept: KeptUnits, layer: int) -> None:
         raise ValueError(f"layer {layer}: the query heads are not the same number in each kept KV group")
     neurons = len(kept.ffn) // max(1, len(kept.experts))
     if shape.experts and [unit // shape.ffn for unit in kept.ffn] != [e for e in kept.experts for _ in range(neurons)]:
-        raise ValueError(f"layer {layer}: the FFN neurons are not the same number in each kept expert")
+        raise ValueError(f"layer {layer}: the FFN neurons are not the same number in each kept routed expert")

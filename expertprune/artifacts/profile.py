@@ -136,9 +136,13 @@ class Profile:
 
     Every other pass over the same corpus has a file of its own beside it, a `ProfilePart`.
     `gradient-language_model`, `gradient-kl` and `regional` hold `ffn.l.value`, `heads.l.value` and
-    `experts.l.value`, `[documents, units]`, float16 with a scale. `vocabulary` holds two tensors
-    for the vocabulary's rows: `count` `[rows]`, int64, how often the token occurs, and `mass`
-    `[rows]`, float32, the model's mean probability of it.
+    `experts.l.value`, `[documents, units]`, float16 with a scale. `vocabulary` holds:
+
+    - `mass` `[folds, rows]`, float32: the probability that the model puts on each vocabulary row,
+      summed over the positions of a fold's documents;
+    - `fold` `[documents]`: the fold of each document;
+    - `document`, `row`, `occurrences` `[entries]`: how often each row's token occurs in each
+      document that has it.
     """
 
     def __init__(self, path: Path) -> None:

@@ -184,7 +184,7 @@ def print_expert(folder: Path, as_json: bool) -> None:
         return
     if expert.evaluation is not None:
         output.print(retention_table(expert.evaluation))
-    before, after = expert.plan.parameters["before"], expert.plan.parameters["after"]
+    before, after = expert.plan.parameters.before, expert.plan.parameters.after
     click.echo(f"expert:     {folder} ({folder_size(folder) / 1e6:.1f} MB)")
     click.echo(f"parameters: {after:,} of {before:,} ({after / before:.1%})")
     click.echo(f"serve it:   expertprune serve {shlex.quote(str(folder))}")

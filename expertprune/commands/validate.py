@@ -23,7 +23,9 @@ def validate(spec: Path, overrides: dict[str, Any], store: Path | None, as_json:
     \b
     expertprune validate profiles/english-medical-qa.yaml
     """
-    from expertprune.composition.budget import removed_parameters, removed_with_rows
+    from expertprune.composition.parameters import removed_parameters, removed_with_rows
+    from expertprune.composition.widths import summary
+    from expertprune.spec.values import Coverage
     from expertprune.stages import validate as stage
 
     prepared = stage.validate(spec, overrides, store)
@@ -31,7 +33,10 @@ def validate(spec: Path, overrides: dict[str, Any], store: Path | None, as_json:
     before = prepared.base.checkpoint.parameters
     after = before - removed_parameters(prepared.base, widths) if widths is not None else None
     after = after - removed_with_rows(prepared.base, rows) if after is not None else None
-    budget = widths.summary(prepared.base.layers) if widths is not None and widths.uniform else None
+    budget = None
+    if widths is not None and len(set(widths)) == 1:
+        entries = summary(prepared.spec.budget, prepared.base.layers, widths)
+        budget = {structure: entry.document() for structure, entry in entries.items()}
     decided = {**prepared.spec.relevance.model_dump(include={"criterion", "experts"}, exclude_none=True),
                "allocation": prepared.spec.compose.allocation}  # fmt: skip
     data = {
@@ -56,7 +61,7 @@ def validate(spec: Path, overrides: dict[str, Any], store: Path | None, as_json:
         + (f"{after:,} parameters" if after is not None else "as small as its retention allows")
         + (
             "; coverage decides how many vocabulary rows go as well"
-            if isinstance(prepared.spec.budget.vocabulary, dict)
+            if isinstance(prepared.spec.budget.vocabulary, Coverage)
             else ""
         ),
     ]

@@ -13,11 +13,13 @@ AUTO = "auto"
 
 
 def resolved(spec: Spec, base: ResolvedBase) -> Spec:
-    """The spec with what it leaves open decided for a base; what it says itself stays, and a second time changes nothing.
+    """The spec with what it leaves open decided for a base; what it says itself stays, and a second
+    time changes nothing.
 
-    `relevance.criterion`: fisher, or reap where nothing but whole experts is cut. `relevance.experts`: reap where the
-    criterion was left open, else the same as the criterion; `None` where there are none. `compose.allocation`: global
-    where the family has layers of different widths, else uniform.
+    `relevance.criterion`: fisher, or reap where nothing but whole experts is cut.
+    `relevance.experts`: reap where the criterion was left open, else the same as the criterion;
+    `None` where there are none. `compose.allocation`: global where the family has layers of
+    different widths, else uniform.
 
     Raises:
         SpecError: a criterion of experts for a base that has none.

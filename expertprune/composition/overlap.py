@@ -1,4 +1,6 @@
-"""How much the profiles of several corpora have in common: overlap of irrelevant units, rank correlation, clusters."""
+"""How much the profiles of several corpora have in common: overlap of irrelevant units, rank
+correlation, clusters.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +41,9 @@ class Clustering:
     """Average linkage of corpora (scipy's conventions).
 
     Attributes:
-        dendrogram: `[corpora - 1, 4]`, one merge a row: the two that are merged (below `corpora`: a corpus, otherwise the
-            merge of row `index - corpora`), their distance, and how many corpora they hold together.
+        dendrogram: `[corpora - 1, 4]`, one merge a row: the two that are merged (below `corpora`: a
+            corpus, otherwise the merge of row `index - corpora`), their distance, and how many
+            corpora they hold together.
         order: the corpora as the dendrogram's leaves, neighbours next to each other.
         clusters: the corpora of each flat cluster, in that order.
     """
@@ -114,7 +117,8 @@ def relevance(
 ) -> list[Array]:
     """The relevance of a structure's units on a corpus, layer by layer, `[units]`.
 
-    It is not scaled: within one layer and corpus every scale gives the same ranks, and only ranks are compared.
+    It is not scaled: within one layer and corpus every scale gives the same ranks, and only ranks
+    are compared.
     """
     layers = []
     for layer in range(len(profile.layers)):
@@ -127,9 +131,10 @@ def compare_structure(layers: Sequence[Array], fraction: float) -> StructureComp
     """Compare every pair of corpora in one structure.
 
     Args:
-        layers: the relevance in each layer, `[corpora, units]`. Layers of a single unit leave nothing to choose and do
-            not count.
-        fraction: which part of a layer's units is irrelevant, at least one unit and not all of them.
+        layers: the relevance in each layer, `[corpora, units]`. Layers of a single unit leave
+            nothing to choose and do not count.
+        fraction: which part of a layer's units is irrelevant, at least one unit and not all of
+        them.
 
     Returns:
         `None` where no layer has two units.
@@ -163,8 +168,9 @@ def irrelevant_units(units: int, fraction: float) -> int:
 def overlap(layers: Sequence[Array], counts: Sequence[int]) -> Array:
     """Jaccard index of the irrelevant sets, `|A ∩ B| / |A ∪ B|`, `[corpora, corpora]`.
 
-    A corpus' set holds the `counts[l]` units of lowest relevance of each layer `l`; among equals the higher index is the
-    less relevant one, as in composition. Intersections and unions are counted over the whole model.
+    A corpus' set holds the `counts[l]` units of lowest relevance of each layer `l`; among equals
+    the higher index is the less relevant one, as in composition. Intersections and unions are
+    counted over the whole model.
 
     Args:
         layers: `[corpora, units]` each.
@@ -178,7 +184,8 @@ def overlap(layers: Sequence[Array], counts: Sequence[int]) -> Array:
 
 
 def irrelevant_sets(scores: Array, count: int) -> NDArray[np.bool_]:
-    """Which units are among the `count` least relevant of their layer, `[corpora, units]`; ties as in `overlap`.
+    """Which units are among the `count` least relevant of their layer, `[corpora, units]`; ties as
+    in `overlap`.
 
     Args:
         scores: `[corpora, units]`.
@@ -190,20 +197,22 @@ def irrelevant_sets(scores: Array, count: int) -> NDArray[np.bool_]:
 
 
 def chance_overlap(units: Sequence[int], counts: Sequence[int]) -> float:
-    """The Jaccard index of independent sets that hold `counts[l]` of the `units[l]` of each layer `l`.
+    """The Jaccard index of independent sets that hold `counts[l]` of the `units[l]` of each layer
+    `l`.
 
-    The expected intersection over the expected union, `Σ k²/n / (2 Σ k − Σ k²/n)`; where `k = f n` in every layer this is
-    `f / (2 − f)`.
+    The expected intersection over the expected union, `Σ k²/n / (2 Σ k − Σ k²/n)`; where `k = f n`
+    in every layer this is `f / (2 − f)`.
     """
     shared = sum(count**2 / number for number, count in zip(units, counts, strict=True))
     return shared / (2 * sum(counts) - shared)
 
 
 def rank_correlation(layers: Sequence[Array]) -> Array:
-    """Spearman's rank correlation within each layer, averaged over layers by their units, `[corpora, corpora]`.
+    """Spearman's rank correlation within each layer, averaged over layers by their units,
+    `[corpora, corpora]`.
 
-    Ties share the mean of their ranks. In a layer where a corpus finds all units equal there is no order to share, and
-    the correlation counts as 0.
+    Ties share the mean of their ranks. In a layer where a corpus finds all units equal there is no
+    order to share, and the correlation counts as 0.
 
     Args:
         layers: `[corpora, units]` each.
@@ -223,9 +232,11 @@ def rank_correlation(layers: Sequence[Array]) -> Array:
 
 
 def cluster(distance: Array) -> Clustering:
-    """Average linkage of a distance matrix `[corpora, corpora]`, cut at 0.7 of the dendrogram's height.
+    """Average linkage of a distance matrix `[corpora, corpora]`, cut at 0.7 of the dendrogram's
+    height.
 
-    Corpora that are equally far from each other all stay alone: there are no groups where there are none.
+    Corpora that are equally far from each other all stay alone: there are no groups where there are
+    none.
     """
     condensed = squareform(distance, checks=False)
     dendrogram = linkage(condensed, method="average", optimal_ordering=True)

@@ -1,27 +1,23 @@
-"""Profiles to a plan: algebra on scores, without the model. Every decision about units is made here."""
+"""Profiles to a plan: algebra on scores, without the model. Every decision about units is made
+here.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from expertprune.artifacts.plan import LayerPlan, Plan
+from expertprune.artifacts.plan import BaseReference, KindCount, LayerPlan, Parameters, Plan, UnitReasons
 from expertprune.artifacts.profile import Profile
-from expertprune.composition.allocation import Scores, global_widths
-from expertprune.composition.budget import (
-    LayerWidths,
-    Widths,
-    removed_parameters,
-    removed_with_rows,
-    resolve_budget,
-)
-from expertprune.composition.legality import check_structures
+from expertprune.composition.parameters import removed_parameters, removed_with_rows
+from expertprune.composition.ranking import FusedScores, global_widths
 from expertprune.composition.rows import choose_rows
 from expertprune.composition.scoring import EXPERT, GENERAL, SHARED, Fused, check_scored, score_units
+from expertprune.composition.uniform import uniform_widths
+from expertprune.composition.widths import LayerWidths, check_structures, summary
 from expertprune.corpora.documents import CorpusName, corpus_names
 from expertprune.errors import SpecError
 from expertprune.models.base import ResolvedBase
@@ -30,14 +26,17 @@ from expertprune.units import KeptUnits, LayerShape, Structure
 
 
 def keep_largest(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` largest scores, ascending; among equals the lower index stays, `[count]`."""
+    """Indices of the `count` largest scores, ascending; among equals the lower index stays,
+    `[count]`.
+    """
     return scores.argsort(descending=True, stable=True)[:count].sort().values
 
 
 def select_layer(shape: LayerShape, widths: LayerWidths, scores: Mapping[Structure, Fused]) -> KeptUnits:
     """Keep the highest-scoring units of one layer.
 
-    Groups first, then the same number of heads in each kept group; experts first, then as many neurons in each kept expert.
+    Groups first, then the same number of heads in each kept group; experts first, then as many
+    neurons in each kept expert.
     """
     everything = shape.all_kept
     experts = everything.experts
@@ -75,30 +74,37 @@ def _neurons(
     )
 
 
-def explain(kept: KeptUnits, scores: Mapping[Structure, Fused], dimensions: list[str]) -> dict[str, dict[str, Any]]:
-    """Why a layer keeps what it keeps, per structure that was scored (see `LayerPlan`)."""
-    why: dict[str, dict[str, Any]] = {}
+def explain(kept: KeptUnits, scores: Mapping[Structure, Fused], dimensions: list[str]) -> dict[str, UnitReasons]:
+    """Why a layer keeps what it keeps, by structure that was scored."""
+    why = {}
     for structure, fused in scores.items():
         mask = torch.zeros(fused.score.numel(), dtype=torch.bool)
         mask[torch.tensor(kept.of(structure))] = True
         names = [*dimensions, "general"]
         counts = Counter(names[index] for index in fused.source[mask].tolist())
-        entry: dict[str, Any] = {
-            "threshold": float(fused.score[~mask].max()) if not bool(mask.all()) else None,
-            "protected": {name: counts[name] for name in names if name != "general" or fused.kind is not None},
-        }
-        if fused.kind is not None:
-            for label, kind in (("shared", SHARED), ("expert_exclusive", EXPERT), ("general_exclusive", GENERAL)):
-                of_kind = fused.kind == kind
-                entry[label] = {"units": int(of_kind.sum()), "kept": int((of_kind & mask).sum())}
-        why[structure.value] = entry
+        why[structure.value] = UnitReasons(
+            threshold=float(fused.score[~mask].max()) if not bool(mask.all()) else None,
+            protected={name: counts[name] for name in names if name != "general" or fused.kind is not None},
+            **_kinds(fused.kind, mask),
+        )
     return why
 
 
-def foreseen_widths(spec: Spec, base: ResolvedBase) -> Widths | None:
-    """The widths that the budget comes to, as far as that can be said without profiles; `None` for a retention floor.
+def _kinds(kind: Tensor | None, kept: Tensor) -> dict[str, KindCount]:
+    if kind is None:
+        return {}
+    names = {"shared": SHARED, "expert_exclusive": EXPERT, "general_exclusive": GENERAL}
+    return {
+        name: KindCount(units=int((kind == number).sum()), kept=int(((kind == number) & kept).sum()))
+        for name, number in names.items()
+    }
 
-    Where layers get different widths, their sum is right (but for the mix of structures), not each of them.
+
+def foreseen_widths(spec: Spec, base: ResolvedBase) -> Sequence[LayerWidths] | None:
+    """The widths that the budget comes to, as far as they are known without profiles.
+
+    Where layers get different widths, their sum is right (but for the mix of structures), and each
+    one alone need not be. `None` for a retention floor.
 
     Args:
         spec: with what it leaves open decided (see `defaults.resolved`).
@@ -111,12 +117,12 @@ def foreseen_widths(spec: Spec, base: ResolvedBase) -> Widths | None:
     if spec.budget.retention is not None:
         return None
     if spec.compose.allocation == "uniform":
-        return resolve_budget(spec.budget, base)
+        return uniform_widths(spec.budget, base)
     base.family.check_single_layers(base.checkpoint.config)
     return global_widths(spec.budget, base, _flat_scores(base))
 
 
-def _flat_scores(base: ResolvedBase) -> Scores:
+def _flat_scores(base: ResolvedBase) -> FusedScores:
     """All units alike: enough to ask which widths can be reached."""
     return {
         structure: [
@@ -141,27 +147,24 @@ def _competing(spec: Spec, base: ResolvedBase) -> tuple[list[Structure], bool]:
 
 
 def _by_layer(
-    base: ResolvedBase, widths: Widths, scores: Scores
+    base: ResolvedBase, widths: Sequence[LayerWidths], scores: FusedScores
 ) -> list[tuple[LayerShape, LayerWidths, dict[Structure, Fused]]]:
     return [
         (shape, layer, {structure: fused[index] for structure, fused in scores.items()})
-        for index, (shape, layer) in enumerate(zip(base.layers, widths.layers, strict=True))
+        for index, (shape, layer) in enumerate(zip(base.layers, widths, strict=True))
     ]
 
 
-def compose(
-    spec: Spec,
-    base: ResolvedBase,
-    profiles: Mapping[CorpusName, Profile],
-) -> Plan:
+def compose(spec: Spec, base: ResolvedBase, profiles: Mapping[CorpusName, Profile]) -> Plan:
     """Decide which units are kept.
 
     Args:
-        spec: with what it leaves open decided (see `defaults.resolved`), and its budget checked (see `foreseen_widths`).
+        spec: with what it leaves open decided (see `defaults.resolved`), and its budget checked (see
+            `foreseen_widths`).
         profiles: one for each corpus that the spec names.
 
     Raises:
-        SpecError: a corpus without a profile or without the pass that the criterion needs.
+        SpecError: a corpus without a profile, or without the pass that the criterion needs.
         PlanError: the budget cannot be met, or the family's config cannot say the widths.
     """
     if missing := [str(name) for name in corpus_names(spec) if name not in profiles]:
@@ -169,9 +172,9 @@ def compose(
     wanted = {name: profiles[name] for name in corpus_names(spec)}
     vocabulary = choose_rows(spec, base, wanted) if spec.budget.vocabulary is not None else None
     structures, together = _competing(spec, base)
-    scores: Scores = score_units(spec, wanted, structures, together)
+    scores: FusedScores = score_units(spec, wanted, structures, together)
     uniform = spec.compose.allocation == "uniform"
-    widths = resolve_budget(spec.budget, base) if uniform else global_widths(spec.budget, base, scores)
+    widths = uniform_widths(spec.budget, base) if uniform else global_widths(spec.budget, base, scores)
     layers = []
     for shape, layer, here in _by_layer(base, widths, scores):
         kept = select_layer(shape, layer, here)
@@ -179,15 +182,14 @@ def compose(
         layers.append(LayerPlan(kept, explain(kept, cut, list(spec.dimensions.chosen))))
     before = base.checkpoint.parameters
     removed = removed_parameters(base, widths) + removed_with_rows(base, vocabulary.rows.rows if vocabulary else None)
-    budget = widths.summary(base.layers)
     return Plan(
         name=spec.name,
-        base={"model": base.name, "digest": base.digest},
+        base=BaseReference(model=base.name, digest=base.digest),
         spec=spec.document(),
         profiles={str(name): profile.digest for name, profile in wanted.items()},
         shapes=list(base.layers),
         layers=layers,
-        budget=budget,
-        parameters={"before": before, "after": before - removed},
+        budget=summary(spec.budget, base.layers, widths),
+        parameters=Parameters(before=before, after=before - removed),
         vocabulary=vocabulary,
     )

@@ -1,30 +1,34 @@
-"""Which vocabulary rows are kept: composition for rows, as `composition` is for the units of layers. No model runs."""
+"""Which vocabulary rows are kept. No model runs here."""
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from expertprune.artifacts.plan import VocabularyPlan
+from expertprune.artifacts.plan import RowReasons, VocabularyPlan
 from expertprune.artifacts.profile import VOCABULARY, Profile
-from expertprune.composition.budget import wanted_rows
+from expertprune.composition.coverage import UnseenTokens, rows_for
+from expertprune.composition.parameters import aligned, wanted_rows
 from expertprune.composition.scoring import rules
 from expertprune.corpora.documents import CorpusName, corpus_names
 from expertprune.errors import CheckpointError, PlanError, SpecError
 from expertprune.models.base import ResolvedBase
 from expertprune.models.inventory import vocabulary_rows
 from expertprune.models.loading import load_tokenizer
+from expertprune.profiling.rows import FOLDS
 from expertprune.spec.schema import Spec
+from expertprune.spec.values import Coverage
 from expertprune.tokenizing import Vocabulary, essential_ids, read_vocabulary
-from expertprune.units import ROW_MULTIPLE, KeptRows
+from expertprune.units import KeptRows
 
 FEW_TOKENS = 10_000  # of a corpus, below which the choice between rare rows is a guess
 
@@ -49,18 +53,15 @@ class Essentials:
     @property
     def smallest(self) -> int:
         """The smallest number of rows that can be kept."""
-        return _aligned(len(self.ids))
-
-
-def _aligned(rows: int) -> int:
-    return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
+        return aligned(len(self.ids))
 
 
 def essentials(base: ResolvedBase) -> Essentials:
     """What must be kept of a base's vocabulary.
 
     Raises:
-        CheckpointError: its tokenizer is of a kind that cannot be cut, or has more tokens than the model has rows.
+        CheckpointError: its tokenizer is of a kind that cannot be cut, or has more tokens than the
+        model has rows.
     """
     return _essentials(base.folder, base.tokenizer_digest, vocabulary_rows(base.checkpoint, base.family))
 
@@ -96,42 +97,57 @@ def foreseen_rows(spec: Spec, base: ResolvedBase) -> int | None:
     return rows
 
 
-@dataclass(frozen=True)
-class RowScores:
-    """Relevance of rows (`[rows]`), who gave it (index into the dimensions, or their number for `general`), and counts.
-
-    `counts` are each corpus' occurrences `[rows]`, `weights` the corpus' part in a coverage.
+class CorpusRows:
+    """How often each vocabulary row occurs in a corpus, and how probable the model finds it, by
+    fold of its documents.
     """
 
-    score: Tensor
-    source: Tensor
-    counts: Mapping[CorpusName, Tensor]
-    weights: Mapping[CorpusName, float]
+    def __init__(self, part: Profile) -> None:
+        self.digests = part.documents
+        self.document, self.row, self.occurrences = (part.read(name) for name in ("document", "row", "occurrences"))
+        self.fold, self.mass = part.read("fold"), part.read("mass").double()
 
-    def coverage(self, name: CorpusName, kept: Iterable[int]) -> float:
-        """The part of a corpus' tokens whose rows are kept."""
-        counts = self.counts[name]
-        return float(counts[torch.tensor(sorted(kept), dtype=torch.int64)].sum() / counts.sum())
+    def inside(self, fold: int) -> Tensor:
+        """Which entries are of a fold's documents, `[entries]`."""
+        return self.fold[self.document] == fold
+
+    def counts(self, without: int | None = None) -> Tensor:
+        """Occurrences of each row, `[rows]`, float64.
+
+        Args:
+            without: a fold whose documents do not count.
+        """
+        occurrences = self.occurrences.double()
+        if without is not None:
+            occurrences = occurrences * ~self.inside(without)
+        return torch.bincount(self.row, occurrences, self.mass.shape[1])
+
+    def relevance(self, without: int | None = None) -> Tensor:
+        """A token's frequency plus the mean probability that the model puts on it, `[rows]`; zero
+        without any text.
+        """
+        counts = self.counts(without)
+        mass = self.mass.sum(0) if without is None else self.mass.sum(0) - self.mass[without]
+        return (counts + mass) / counts.sum().clamp_min(1)
 
 
-def score_rows(spec: Spec, profiles: Mapping[CorpusName, Profile]) -> RowScores:
-    """The relevance of every row.
+def row_scores(
+    spec: Spec, corpora: Mapping[CorpusName, CorpusRows], without: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The relevance of every row, and who gave it.
 
-    On a corpus it is the token's frequency plus the mean probability that the model puts on it. Values of a dimension: the
-    largest; dimensions: by the spec's rule; general: at least `β` times its relevance (`compose.fusion.beta`). So under
-    `intersection` a row goes when it is irrelevant to every value and below the general floor. In a coverage each
-    dimension has the same weight, and within it each value.
+    Values of a dimension: the largest; dimensions: by the spec's rule; general: at least `β` times
+    its relevance (`compose.fusion.beta`). So under `intersection` a row goes when it is irrelevant
+    to every value and below the general floor.
 
-    Raises:
-        SpecError: a profile lacks the pass over the vocabulary.
+    Args:
+        without: a fold whose documents do not count.
+
+    Returns:
+        Scores and their source (index into the dimensions, or their number for `general`), `[rows]`
+        each.
     """
-    relevance, counts = {}, {}
-    for name in corpus_names(spec):
-        part = profiles[name].part(VOCABULARY)
-        if part is None:
-            raise SpecError(f"the profile of {name} lacks the {VOCABULARY} pass: run the profile stage")
-        counts[name] = part.read("count").double()
-        relevance[name] = counts[name] / counts[name].sum() + part.read("mass").double()
+    relevance = {name: each.relevance(without) for name, each in corpora.items()}
     chosen = spec.dimensions.chosen
     per_dimension = torch.stack(
         [torch.stack([relevance[CorpusName(d, value)] for value in values]).amax(0) for d, values in chosen.items()]
@@ -143,51 +159,127 @@ def score_rows(spec: Spec, profiles: Mapping[CorpusName, Profile]) -> RowScores:
         general = general * spec.compose.fusion.beta
         source = torch.where(general > score, len(chosen), source)
         score = torch.maximum(score, general)
-    weights = {CorpusName(d, value): 1 / len(chosen) / len(values) for d, values in chosen.items() for value in values}
-    return RowScores(score, source, counts, weights)
+    return score, source
 
 
 def choose_rows(spec: Spec, base: ResolvedBase, profiles: Mapping[CorpusName, Profile]) -> VocabularyPlan:
     """Decide which vocabulary rows are kept.
 
     Raises:
-        PlanError: the budget keeps every row, or fewer than must be kept.
+        PlanError: the budget keeps every row, or fewer than must be kept, or no cut can promise its
+        coverage.
         SpecError: a profile lacks the pass over the vocabulary.
         CheckpointError: the base's tokenizer cannot be cut.
     """
-    wanted = foreseen_rows(spec, base)
-    must, scores = essentials(base), score_rows(spec, profiles)
-    _warn_of_few(scores)
-    asked = spec.budget.vocabulary
+    wanted, asked = foreseen_rows(spec, base), spec.budget.vocabulary
+    ranking = RowRanking(spec, base, profiles)
     if wanted is None:
-        assert isinstance(asked, dict)
-        wanted = _aligned(len(_covering(must, scores, asked["coverage"])))
-        of = vocabulary_rows(base.checkpoint, base.family)
-        if wanted >= of:
-            raise PlanError(
-                f"budget.vocabulary: coverage {asked['coverage']:g} keeps every one of {of:,} rows, so there is nothing to "
-                "cut; ask for less, or leave it out"
-            )
-    return plan_rows(spec, base, scores, wanted)
+        assert isinstance(asked, Coverage)
+        promised = {name: ranking.tested[name] for name in corpus_names(spec) if not name.is_general}
+        wanted = rows_for(asked.coverage, promised, ranking.must.smallest, ranking.of)
+    return ranking.plan(wanted)
 
 
-def plan_rows(spec: Spec, base: ResolvedBase, scores: RowScores, wanted: int) -> VocabularyPlan:
-    """The plan that keeps a number of rows, a multiple of `ROW_MULTIPLE` that is no smaller than what must be kept."""
-    must, of = essentials(base), vocabulary_rows(base.checkpoint, base.family)
-    order = ranking(must, scores)
-    kept = filled(must, order, wanted)
-    rows = KeptRows(of, tuple(sorted(kept)), _padding(must, scores, kept, of, wanted))
-    return VocabularyPlan(rows, base.tokenizer_digest, _why(spec, must, scores, order, kept))
+class RowRanking:
+    """The vocabulary rows of a base, ranked for a spec.
+
+    Raises:
+        SpecError: a profile lacks the pass over the vocabulary.
+        CheckpointError: the base's tokenizer cannot be cut.
+    """
+
+    def __init__(self, spec: Spec, base: ResolvedBase, profiles: Mapping[CorpusName, Profile]) -> None:
+        self.must, self.of = essentials(base), vocabulary_rows(base.checkpoint, base.family)
+        self._spec, self._tokenizer = spec, base.tokenizer_digest
+        self.corpora: dict[CorpusName, CorpusRows] = {}
+        for name in corpus_names(spec):
+            if (part := profiles[name].part(VOCABULARY)) is None:
+                raise SpecError(f"the profile of {name} lacks the {VOCABULARY} pass: run the profile stage")
+            self.corpora[name] = CorpusRows(part)
+        self._score, self._source = row_scores(spec, self.corpora)
+        self._order = ranked(self.must, self._score)
+        _warn_of_few(self.corpora)
+
+    def plan(self, rows: int) -> VocabularyPlan:
+        """The plan that keeps a number of rows, a multiple of `ROW_MULTIPLE` that is no smaller
+        than what must be kept.
+        """
+        kept = filled(self.must, self._order, rows)
+        padding = padding_rows(self.must, self._score, kept, self.of, rows)
+        return VocabularyPlan(KeptRows(self.of, tuple(sorted(kept)), padding), self._tokenizer, self._why(kept, rows))
+
+    @functools.cached_property
+    def tested(self) -> dict[CorpusName, UnseenTokens | None]:
+        """By corpus, the tokens of each fold against the ranking that all other folds give.
+
+        A document that lies in one fold of this corpus and in another of that one is seen in both, and
+        not tested. `None` for a corpus that has nothing to test.
+        """
+        folds: defaultdict[str, set[int]] = defaultdict(set)
+        for each in self.corpora.values():
+            for digest, fold in zip(each.digests, each.fold.tolist(), strict=True):
+                folds[digest].add(fold)
+        needed = {fold: table for fold in range(FOLDS) if (table := self._rows_until_kept(fold)) is not None}
+        result: dict[CorpusName, UnseenTokens | None] = {}
+        for name, each in self.corpora.items():
+            pairs = zip(each.digests, each.fold.tolist(), strict=True)
+            unseen = torch.tensor([len(folds[digest]) == 1 and fold in needed for digest, fold in pairs])
+            entries = unseen[each.document].nonzero()[:, 0]
+            document, row, occurrences = (part[entries] for part in (each.document, each.row, each.occurrences))
+            of_fold = each.fold[document].tolist()
+            until = np.array([needed[fold][index] for fold, index in zip(of_fold, row.tolist(), strict=True)])
+            tokens = UnseenTokens(document.numpy(), occurrences.numpy(), until)
+            result[name] = tokens if len(entries) else None
+        return result
+
+    def _rows_until_kept(self, fold: int) -> NDArray[np.int64] | None:
+        """How many rows must be kept until each row of a fold's text is, ranked by the text of other folds.
+
+        `None` where the fold is empty, or a corpus has no other text.
+        """
+        inside = {name: each.inside(fold) for name, each in self.corpora.items()}
+        if any(bool(mask.all()) for mask in inside.values()) or not any(bool(mask.any()) for mask in inside.values()):
+            return None
+        seen = set().union(*(set(self.corpora[name].row[mask].tolist()) for name, mask in inside.items()))
+        order = ranked(self.must, row_scores(self._spec, self.corpora, without=fold)[0])
+        return rows_until_kept(self.must, order, seen, self.of)
+
+    def _why(self, kept: set[int], rows: int) -> RowReasons:
+        score, source, by_id = self._score.tolist(), self._source.tolist(), self.must.vocabulary
+        names = [*self._spec.dimensions.chosen, *(["general"] if self._spec.general else [])]
+        dropped = [index for index in self._order if index not in kept]
+        threshold = score[dropped[0]] if dropped else None
+        chosen = [index for index in self._order if index in kept]
+        parts = set().union(*(by_id.needs(index) - {index} for index in chosen))
+        own = [index for index in chosen if index not in parts or threshold is None or score[index] >= threshold]
+        sources = Counter(names[source[index]] for index in own)
+        protected = {reason: len(ids) for reason, ids in self.must.reasons.items() if ids}
+        protected |= {name: sources[name] for name in names} | {"parts of kept tokens": len(chosen) - len(own)}
+        counts = {str(name): each.counts() for name, each in self.corpora.items()}
+        index = torch.tensor(sorted(kept), dtype=torch.int64)
+        return RowReasons(
+            requested=self._spec.budget.vocabulary,
+            threshold=threshold,
+            protected=protected,
+            coverage={name: float(each[index].sum() / each.sum()) for name, each in counts.items()},
+            unseen={str(name): each.coverage(rows) for name, each in self.tested.items() if each is not None},
+            tokens={name: int(each.sum()) for name, each in counts.items()},
+            last_kept=[by_id.text(index) for index in own[-_EXAMPLES:]],
+            first_dropped=[by_id.text(index) for index in dropped[:_EXAMPLES]],
+        )
 
 
-def ranking(must: Essentials, scores: RowScores) -> list[int]:
+def ranked(must: Essentials, score: Tensor) -> list[int]:
     """Ids of tokens that need not stay, most relevant first; among equals the lower id."""
     free = torch.tensor(sorted(set(must.vocabulary.by_id) - must.ids), dtype=torch.int64)
-    return list(free[scores.score[free].argsort(descending=True, stable=True)].tolist())
+    return list(free[score[free].argsort(descending=True, stable=True)].tolist())
 
 
 def filled(must: Essentials, order: Sequence[int], wanted: int) -> set[int]:
-    """As many tokens as there is room for: by relevance, each with all that it needs; one that no longer fits is passed."""
+    """The most relevant tokens for which there is room, each with all tokens that it needs.
+
+    A token that does not fit any more is left out, and smaller ones behind it are still tried.
+    """
     kept = must.ids
     for index in order:
         if len(kept) >= wanted:
@@ -198,59 +290,41 @@ def filled(must: Essentials, order: Sequence[int], wanted: int) -> set[int]:
     return kept
 
 
-def _covering(must: Essentials, scores: RowScores, coverage: float) -> set[int]:
-    """The most relevant tokens that together cover so much of the calibration corpora."""
-    share = torch.zeros_like(scores.score)
-    for name, weight in scores.weights.items():
-        share += weight * scores.counts[name] / scores.counts[name].sum()
-    gains, kept = share.tolist(), must.ids
-    missing = 1 - sum(gains[index] for index in kept)
-    for index in ranking(must, scores):
-        if missing <= 1 - coverage + 1e-12:
+def rows_until_kept(must: Essentials, order: Sequence[int], seen: set[int], of: int) -> NDArray[np.int64]:
+    """For each row, how many rows must be kept before it is one of them, `[rows]`; only those that
+    are `seen` are sure.
+    """
+    needed = np.full(of, of + 1, dtype=np.int64)
+    kept = must.ids
+    needed[list(kept)] = 0
+    left = seen - kept
+    for index in order:
+        if not left:
             break
-        new = must.vocabulary.needs(index) - kept
-        missing -= sum(gains[each] for each in new)
-        kept |= new
-    return kept
+        if index not in kept:
+            new = must.vocabulary.needs(index) - kept
+            kept |= new
+            left -= new
+            needed[list(new)] = len(kept)
+    return needed
 
 
-def _padding(must: Essentials, scores: RowScores, kept: set[int], of: int, wanted: int) -> tuple[int, ...]:
-    """Base rows to fill up with where tokens do not: those that never had a token, then the least relevant that is kept.
+def padding_rows(must: Essentials, score: Tensor, kept: set[int], of: int, wanted: int) -> tuple[int, ...]:
+    """Base rows that fill up where there are too few tokens: rows without a token, then the least
+    relevant kept row again.
 
-    A row of zeros would have logit zero, and so a probability; these have what the base gives to rows of no use.
+    A row of zeros would have logit zero, and so a probability; these have what the base gives to
+    rows of no use.
     """
     lacking = wanted - len(kept)
     spare = [row for row in range(of) if row not in must.vocabulary.by_id][:lacking]
-    least = min(kept, key=lambda index: (float(scores.score[index]), index))
+    least = min(kept, key=lambda index: (float(score[index]), index))
     return tuple(spare + [least] * (lacking - len(spare)))
 
 
-def _why(spec: Spec, must: Essentials, scores: RowScores, order: Sequence[int], kept: set[int]) -> dict[str, Any]:
-    """Why these rows (see `VocabularyPlan`)."""
-    score, source = scores.score.tolist(), scores.source.tolist()
-    names = [*spec.dimensions.chosen, *(["general"] if spec.general else [])]
-    dropped = [index for index in order if index not in kept]
-    threshold = score[dropped[0]] if dropped else None
-    chosen = [index for index in order if index in kept]
-    parts = set().union(*(must.vocabulary.needs(index) - {index} for index in chosen))
-    own = [index for index in chosen if index not in parts or threshold is None or score[index] >= threshold]
-    sources = Counter(names[source[index]] for index in own)
-    protected = {reason: len(ids) for reason, ids in must.reasons.items() if ids}
-    protected |= {name: sources[name] for name in names} | {"parts of kept tokens": len(chosen) - len(own)}
-    return {
-        "requested": spec.budget.vocabulary,
-        "threshold": threshold,
-        "protected": protected,
-        "coverage": {str(name): scores.coverage(name, kept) for name in scores.counts},
-        "tokens": {str(name): int(counts.sum()) for name, counts in scores.counts.items()},
-        "last_kept": [must.vocabulary.text(index) for index in own[-_EXAMPLES:]],
-        "first_dropped": [must.vocabulary.text(index) for index in dropped[:_EXAMPLES]],
-    }
-
-
-def _warn_of_few(scores: RowScores) -> None:
-    for name, counts in scores.counts.items():
-        if (total := int(counts.sum())) < FEW_TOKENS:
+def _warn_of_few(corpora: Mapping[CorpusName, CorpusRows]) -> None:
+    for name, rows in corpora.items():
+        if (total := int(rows.occurrences.sum())) < FEW_TOKENS:
             log.warning(
                 "corpus %s: rows are chosen from %s tokens, fewer than %s; give it more documents, or keep more rows",
                 name, f"{total:,}", f"{FEW_TOKENS:,}",

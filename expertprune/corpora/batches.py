@@ -18,8 +18,9 @@ from expertprune.spec.schema import Spec
 class Batch:
     """Token ids of several documents, padded on the right.
 
-    `documents` are positions in the corpus, `[rows]`; `ids` is `[rows, tokens]`; `lengths`, `[rows]`, counts the real
-    tokens. Padding follows the text, so under causal attention no real token ever sees it and no mask is needed.
+    `documents` are positions in the corpus, `[rows]`; `ids` is `[rows, tokens]`; `lengths`,
+    `[rows]`, counts the real tokens. Padding follows the text, so under causal attention no real
+    token ever sees it and no mask is needed.
     """
 
     ids: Tensor
@@ -32,7 +33,7 @@ class Batch:
 
 
 def tokenize(documents: Sequence[Document], tokenizer: Any, max_tokens: int) -> list[list[int]]:
-    """Token ids of each document with the special tokens that the tokenizer adds, cut at `max_tokens`."""
+    """Token ids of each document, special tokens included, cut at `max_tokens`."""
     if not documents:
         return []
     texts = [document.text for document in documents]
@@ -43,8 +44,8 @@ def tokenize(documents: Sequence[Document], tokenizer: Any, max_tokens: int) -> 
 def make_batches(tokens: Sequence[Sequence[int]], tokens_per_batch: int, pad: int = 0) -> list[Batch]:
     """Batches of documents of similar length.
 
-    A batch has at most `tokens_per_batch` tokens, padding included, or one longer document. Documents of fewer than two
-    tokens predict nothing and are left out.
+    A batch has at most `tokens_per_batch` tokens, padding included, or one longer document.
+    Documents of fewer than two tokens predict nothing and are left out.
     """
     order = sorted((i for i in range(len(tokens)) if len(tokens[i]) >= 2), key=lambda i: (len(tokens[i]), i))
     groups: list[list[int]] = []
@@ -63,7 +64,7 @@ def make_batches(tokens: Sequence[Sequence[int]], tokens_per_batch: int, pad: in
 
 
 def calibration_batches(corpus: Corpus, tokenizer: Any, spec: Spec) -> tuple[list[Document], list[Batch]]:
-    """The documents of a corpus that have two tokens or more, and their batches. Raises `SpecError` for none."""
+    """Documents of two tokens or more, and their batches; raises `SpecError` for none."""
     tokens = tokenize(corpus.calibration, tokenizer, spec.calibration.max_tokens)
     usable = [i for i, ids in enumerate(tokens) if len(ids) >= 2]
     if not usable:

@@ -43,7 +43,7 @@ def catalogue_sources(folder: Path) -> dict[CorpusName, Source]:
 
 
 def find_sources(spec: Spec) -> dict[CorpusName, Source]:
-    """The source of every corpus that the spec names. Raises `SpecError` with all names that have none."""
+    """The source of every corpus of a spec; raises `SpecError` naming all that have none."""
     folder = Path(spec.corpora.catalogue) if spec.corpora.catalogue else shipped("corpora")
     catalogue = catalogue_sources(folder)
     found: dict[CorpusName, Source] = {}

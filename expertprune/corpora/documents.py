@@ -17,7 +17,7 @@ class Document:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the text, white space aside: equal digests are one document for splits and leaks."""
+        """SHA-256 of the text, white space aside; it tells documents apart."""
         return hashlib.sha256(" ".join(self.text.split()).encode()).hexdigest()
 
 
@@ -36,7 +36,9 @@ class Question:
 
     @property
     def texts(self) -> tuple[Document, ...]:
-        """Texts by which the leak guard knows the question: alone, with its answer, and with its choices."""
+        """Texts by which the leak guard knows the question: alone, with its answer, and with its
+        choices.
+        """
         choices = "\n".join(self.choices)
         answered = f"{self.prompt} {self.choices[self.answer]}"
         return Document(self.question), Document(answered), Document(f"{self.question}\n{choices}")
@@ -46,7 +48,8 @@ class Question:
 class Corpus:
     """Documents of one dimension value, or of `general`.
 
-    `set_aside` says that the evaluation documents are a tenth of the corpus rather than a split of their own.
+    `set_aside` says that the evaluation documents are a tenth of the corpus rather than a split of
+    their own.
     """
 
     name: str
@@ -65,14 +68,14 @@ GENERAL = "general"
 
 @dataclass(frozen=True, order=True)
 class CorpusName:
-    """The name of a corpus, written `language/de`. `dimension` is one of the three, or `general`."""
+    """A corpus' name, `language/de`; `dimension` is one of the three, or `general`."""
 
     dimension: str
     value: str
 
     @classmethod
     def parse(cls, text: str) -> CorpusName:
-        """The inverse of `str`; raises `ValueError` if `text` has no `/`, or nothing on one side of it."""
+        """The inverse of `str`; raises `ValueError` for text of another form."""
         dimension, _, value = text.partition("/")
         if not dimension or not value:
             raise ValueError(f"{text!r} is no name of a corpus, such as language/de")

@@ -19,9 +19,10 @@ HELD_OUT = 10  # one document in ten is set aside where a corpus has no evaluati
 def load_corpus(name: CorpusName, source: Source, spec: Spec) -> Corpus:
     """Read a corpus and split it.
 
-    Where the source has no evaluation split, documents whose digest is divisible by ten are set aside: a tenth, and the
-    same ones however the corpus grows. Where there are more documents than `calibration.documents`, `calibration.seed`
-    chooses. The evaluation documents do not depend on the seed.
+    Where the source has no evaluation split, documents whose digest is divisible by ten are set
+    aside: a tenth, and the same ones however the corpus grows. Where there are more documents than
+    `calibration.documents`, `calibration.seed` chooses. The evaluation documents do not depend on
+    the seed.
 
     Raises:
         SpecError: a file is missing or malformed (file and line named), or no document is left.
@@ -94,7 +95,7 @@ def _unique(documents: Iterable[Document]) -> Iterator[Document]:
 
 
 def _choose(documents: Sequence[Document], count: int, seed: int) -> list[Document]:
-    """At most `count` documents, chosen by digests salted with the seed, so that the files' order does not matter."""
+    """At most `count` documents, chosen by digest and seed whatever the files' order."""
     if len(documents) <= count:
         return sorted(documents, key=lambda document: document.digest)
     return sorted(documents, key=lambda document: digest_of([seed, document.digest]))[:count]

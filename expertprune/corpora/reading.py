@@ -16,7 +16,7 @@ from expertprune.errors import SpecError, first_line
 from expertprune.registry import nearest
 from expertprune.spec.schema import Source
 
-SHUFFLED = 2048  # rows of a streamed data set that are shuffled at a time; that many texts must fit into memory
+SHUFFLED = 2048  # rows of a data set that are shuffled at a time; their texts must fit into memory
 _KINDS = {list: "a list", dict: "a mapping", bool: "a boolean", int: "a number", float: "a number", NoneType: "null"}
 
 
@@ -33,10 +33,12 @@ def read_files(source: Source, paths: Sequence[str]) -> Iterator[Document]:
 
 
 def read_dataset(source: Source, split: str, seed: int) -> Iterator[Document]:
-    """The documents of a Hugging Face data set, streamed. Raises `SpecError` naming data set and split.
+    """The documents of a Hugging Face data set, streamed. Raises `SpecError` naming data set and
+    split.
 
     Args:
-        seed: shuffles the rows as `IterableDataset.shuffle` does: the order of the shards, and `SHUFFLED` rows at a time.
+        seed: shuffles the rows as `IterableDataset.shuffle` does: the order of the shards, and
+            `SHUFFLED` rows at a time.
     """
     import datasets
 
@@ -72,7 +74,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _text(row: dict[str, Any], source: Source, where: str) -> str:
-    """The text of a row: the string in `field`, or `template` with the fields that it names in braces."""
+    """The text of a row: its `field`, or `template` with the fields that stand in braces."""
     if source.template is None:
         return _string(row, source.field or "text", where)
     parts = []
@@ -98,7 +100,7 @@ def _string(row: dict[str, Any], name: str, where: str) -> str:
 
 
 def _written(value: Any, name: str, where: str) -> str:
-    """A string as it is; a number or a boolean as JSON writes it. Raises `SpecError` for anything else."""
+    """A string, or a number or boolean as JSON writes it; raises `SpecError` for others."""
     if isinstance(value, str):
         return value
     if isinstance(value, int | float):

@@ -17,12 +17,12 @@ log = logging.getLogger(__name__)
 _ORDER = "prune the unquantized model first, then quantize the expert"
 
 
-# Config keys of unlisted families that say how many experts there are.
+# Config keys of unlisted families that give the number of routed experts.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def causal_family(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Family:
-    """The family of a folder's model: listed, or recognized by its shapes, in which case the log says so.
+    """The family of a folder's model: a listed one, or one recognized by its shapes (then the log says so).
 
     Raises:
         CheckpointError: the model is quantized, no causal language model, of no known kind, or comes with code of its own
@@ -83,7 +83,7 @@ def _refuse_other_kinds(config: dict[str, Any], where: Path) -> None:
 
 
 def _refuse_unknown_experts(config: dict[str, Any], where: Path) -> None:
-    """A mixture of experts is cut only by a family's file: the shapes of its weights do not say how its router chooses."""
+    """Refuse mixtures of experts without a family file: shapes do not say how the router chooses."""
     count = next((key for key in _EXPERTS if isinstance(config.get(key), int) and config[key] > 1), None)
     if count is None:
         return

@@ -1,4 +1,4 @@
-"""Resolve the `base` of a spec to a local folder of safetensors."""
+"""Resolve the base of a spec to a local folder of safetensors."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _local_folder(base: Base, store: Path) -> Path:
 
 
 def _bundled_file(name: str, store: Path) -> Path:
-    """The GGUF file of a bundled model: where its package has it, or joined from its parts, once, in the store."""
+    """The GGUF file of a bundled model: in its package, or joined once from several packages, in the store."""
     entry = bundled_models()[name]
     joined = store / "gguf" / entry.file
     if entry.parts and joined.is_file() and file_digest(joined, store) == entry.sha256:

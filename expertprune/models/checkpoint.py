@@ -1,4 +1,4 @@
-"""Safetensors checkpoints, read lazily shard by shard and written sliced."""
+"""Safetensors checkpoints: read lazily, shard by shard, and written with changed tensors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
-# What an ordinary folder holds beside its weights and must not be carried into an expert.
+# Files in other formats of weights, which must not be carried into an expert.
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
 
 
@@ -45,7 +45,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies, its shape, and its dtype as safetensors names it."""
+    """The file of a tensor, its shape, and its dtype in the words of safetensors."""
 
     file: str
     shape: tuple[int, ...]
@@ -60,7 +60,7 @@ class TensorInfo:
 
 
 class Checkpoint:
-    """A model folder: its config and the headers of its tensors; the tensors themselves are read when asked for.
+    """A model folder: its config and the headers of its tensors. Tensors are read when they are asked for.
 
     Raises:
         CheckpointError: a file is missing, truncated or corrupt, or holds pickled weights only.
@@ -80,7 +80,7 @@ class Checkpoint:
 
     @property
     def _weight_map(self) -> dict[str, str]:
-        """From tensors to files, as the index says."""
+        """The index: from tensors to files."""
         listed = _read_json(self.folder / INDEX).get("weight_map")
         if not isinstance(listed, dict) or not listed or not all(isinstance(file, str) for file in listed.values()):
             raise CheckpointError(f"{self.folder / INDEX}: its weight_map does not map tensors to files")
@@ -105,7 +105,7 @@ class Checkpoint:
 
     @property
     def carried_files(self) -> list[Path]:
-        """Everything that an expert takes over unchanged: tokenizer, chat template, generation config, licence."""
+        """Files that an expert takes over unchanged: tokenizer, chat template, generation config, licence."""
         below = [path for name in _CARRIED_FOLDERS for path in (self.folder / name).glob("*")]
         return sorted(
             path
@@ -155,12 +155,12 @@ def write_weights(
 ) -> None:
     """Write the base's tensors into `out`, transformed, in the base's files.
 
-    A file of which nothing changes is copied, byte for byte.
+    Files in which nothing changes are copied byte for byte.
 
     Args:
-        transform: from a tensor's name and value to its new value, or `None` where it stays as it is.
-        extra: from a file's name to tensors that it gains.
-        names: of tensors that get another name, or `None` where they are left out.
+        transform: from a tensor's name and value to its new value, or to `None` if it stays as it is.
+        extra: from a file's name to tensors that are added to it.
+        names: from old names of tensors to new ones, or to `None` for tensors that are left out.
     """
     names = names or {}
     weight_map: dict[str, str] = {}

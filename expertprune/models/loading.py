@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def run_dtype(wanted: str, stored: torch.dtype) -> torch.dtype:
-    """As stored on a GPU. On a CPU float32: many run it faster than 16-bit products, and all run it more exactly."""
+    """The dtype to run in. `auto` is as stored on a GPU, and float32 on a CPU: more exact, and often faster there."""
     if wanted != "auto":
         dtype: torch.dtype = getattr(torch, wanted)
         return dtype
@@ -31,7 +31,7 @@ def default_device() -> torch.device:
 
 
 def build_model(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The folder's model with whatever weights its class begins with, on torch's current default device."""
+    """The folder's model with the initial weights of its class, on torch's default device."""
     transformers = quiet_transformers()
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     made = model_class(folder)
@@ -41,7 +41,7 @@ def build_model(folder: Path, trust_remote_code: bool = False) -> Any:
 
 
 def model_class(folder: Path) -> Any:
-    """What builds a folder's model; one whose layers have widths of their own is built by this package's code."""
+    """The class that builds a folder's model; this package's own where layers have widths of their own."""
     transformers = quiet_transformers()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if not config.get(PER_LAYER):
@@ -61,7 +61,7 @@ def class_of(config: dict[str, Any]) -> Any:
 
 @functools.cache
 def quiet_transformers() -> Any:
-    """transformers, with its progress bars and advice off unless the user asked for logs."""
+    """Import transformers with its progress bars off, and its advice too unless the user asked for logs."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers
 

@@ -2,36 +2,95 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.sparse import csr_array, diags_array
+from scipy.spatial.distance import squareform
 from torch import Tensor
 
-from expertprune.models.passes import TextRun, real_tokens
+from expertprune.models.passes import TextRun
 from expertprune.progress import Progress
+
+FOLDS = 8  # groups of documents; what is chosen without one is tested on it
+_CLUSTERED = 4096  # documents whose distances from each other are held at a time
 
 
 @torch.inference_mode()
 def vocabulary_pass(text: TextRun, progress: Progress | None = None) -> dict[str, Tensor]:
-    """Occurrences and mean probability of every vocabulary row over a corpus (see `Profile`).
+    """Occurrences and probability of every vocabulary row over a corpus (see `Profile`).
 
-    The probability is the model's softmax over all rows, averaged over the positions of all real
+    The probability is the model's softmax over all rows, summed over the positions of all real
     tokens, the last of each document included.
 
     Args:
         progress: called after each layer and after each batch of predictions.
 
     Returns:
-        `count`, int64, and `mass`, float32, both `[rows]`.
+        `mass` `[folds, rows]`, float32; `fold` `[documents]`; and `document`, `row` and
+        `occurrences`, `[entries]`: one entry for each row in each document that has its token.
     """
     stream = text.finish(progress)
     rows = text.model.get_output_embeddings().weight.shape[0]
-    count = torch.zeros(rows, dtype=torch.int64)
-    mass = torch.zeros(rows, dtype=torch.float64)
+    counts = _counts(text, rows)
+    fold = folds_of_similar(counts)
+    mass = torch.zeros(FOLDS, rows, dtype=torch.float64)
     for batch, hidden in zip(text.batches, stream.hidden, strict=True):
-        count += torch.bincount(real_tokens(batch, batch.ids[..., None])[:, 0], minlength=rows)
         for first, logits in text.logits(batch, hidden):
-            for row, length in enumerate(batch.lengths):
+            for row, (document, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
                 real = logits[row, : max(0, length - first)]
-                mass += torch.softmax(real, -1).sum(0).double().cpu()
+                mass[fold[document]] += torch.softmax(real, -1).sum(0).double().cpu()
         if progress is not None:
             progress()
-    return {"count": count, "mass": (mass / int(count.sum())).float()}
+    entries = counts.tocoo()
+    return {
+        "mass": mass.float(),
+        "fold": torch.from_numpy(fold),
+        "document": torch.from_numpy(entries.row.astype(np.int64)),
+        "row": torch.from_numpy(entries.col.astype(np.int64)),
+        "occurrences": torch.from_numpy(entries.data),
+    }
+
+
+def _counts(text: TextRun, rows: int) -> csr_array:
+    """How often each document has each row's token, `[documents, rows]`, int64."""
+    found = [
+        (np.full(length, document), ids[:length].cpu().numpy())
+        for batch in text.batches
+        for document, ids, length in zip(batch.documents, batch.ids, batch.lengths, strict=True)
+    ]
+    document, row = (np.concatenate(each) for each in zip(*found, strict=True))
+    shape = (1 + int(document.max()), rows)
+    return csr_array((np.ones(len(row), dtype=np.int64), (document, row)), shape=shape)
+
+
+def folds_of_similar(counts: csr_array) -> NDArray[np.int64]:
+    """The fold of each document, `[documents]`; documents that are alike share one.
+
+    Paragraphs of one article repeat its rare words. If they lay in different folds, each would be
+    tested on what its neighbours chose, and text of another article would seem to be covered as well
+    as they are. Documents are therefore put in the order of an average linkage by the cosine of
+    their inverse document frequencies, and cut into folds of equal size. Documents beyond the first
+    4,096 join the one that they are most like.
+
+    Args:
+        counts: how often each document has each row's token, `[documents, rows]`.
+    """
+    present = (counts > 0).astype(np.float64)
+    weights = present @ diags_array(np.log(present.shape[0] / np.maximum(1, present.sum(0))))
+    norms = np.sqrt(weights.multiply(weights).sum(1))
+    weights = csr_array(diags_array(1 / np.maximum(norms, 1e-30)) @ weights)
+    first, others = weights[:_CLUSTERED], weights[_CLUSTERED:]
+    number = first.shape[0]
+    if number == 1:
+        return np.zeros(1, dtype=np.int64)
+    distance = np.clip(1 - (first @ first.T).toarray(), 0, None)
+    np.fill_diagonal(distance, 0)
+    fold = np.empty(number, dtype=np.int64)
+    fold[leaves_list(linkage(squareform(distance, checks=False), method="average"))] = (
+        np.arange(number) * FOLDS // number
+    )
+    return np.concatenate(
+        [fold, fold[[int((first @ other.T).toarray().argmax()) for other in others]].astype(np.int64)]
+    )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from expertprune.arch import PER_LAYER, Family
-from expertprune.artifacts.plan import LayerPlan, Plan
+from expertprune.artifacts.plan import BaseReference, LayerPlan, Parameters, Plan
 from expertprune.corpora.batches import Batch
 from expertprune.errors import CheckpointError, ExpertpruneError
 from expertprune.models.base import ResolvedBase
@@ -31,13 +31,8 @@ from expertprune.models.passes import TextRun
 from expertprune.pruning.write import prune
 from expertprune.units import KeptUnits, LayerShape, Structure
 
-_LAYERS, _FFN, _HEAD_DIM, _VOCABULARY, _TOKENS = 2, 20, 4, 64, 17
-
-
-_EXPERTS = 5
-
-
-_TOLERANCE = 1e-4  # of the largest logit; rounding is a hundred times below, a wrong row far above
+_LAYERS, _FFN, _HEAD_DIM, _EXPERTS, _VOCABULARY, _TOKENS = 2, 20, 4, 5, 64, 17
+_TOLERANCE = 1e-4  # of the largest logit: rounding is a hundred times smaller, a wrong row far larger
 
 
 @dataclass(frozen=True)
@@ -54,14 +49,13 @@ def check_family(base: ResolvedBase, layer_widths: bool = False) -> list[str]:
     """Cut each structure of a tiny random copy of the base, and all together; compare with masking.
 
     Args:
-        layer_widths: with widths of single layers too.
+        layer_widths: cut layers to different widths too.
 
     Returns:
         What was compared, in words.
 
     Raises:
-        CheckpointError: the cut model is another than the masked one; the message names the tensor
-            that is off.
+        CheckpointError: the cut model and the masked one differ; the message names the tensor.
     """
     with tempfile.TemporaryDirectory(prefix="expertprune-oracle-") as scratch:
         try:
@@ -104,7 +98,7 @@ def _cuts(family: Family, shape: LayerShape, layer_widths: bool) -> dict[str, li
 
 
 def _tiny_copy(base: ResolvedBase, folder: Path) -> ResolvedBase:
-    """A model of the base's class and config, but for its widths, with random weights."""
+    """A model of the base's class and config with small widths and random weights."""
     folder.mkdir()
     for path in base.folder.glob("*.py"):
         shutil.copyfile(path, folder / path.name)
@@ -169,13 +163,10 @@ def _random_plan(base: ResolvedBase, cut: Sequence[TinyCut], seed: int) -> Plan:
     size = base.checkpoint.parameters
     return Plan(
         name="oracle",
-        base={"model": base.name, "digest": base.digest},
-        spec={},
-        profiles={},
-        shapes=list(base.layers),
+        base=BaseReference(model=base.name, digest=base.digest),
+        parameters=Parameters(before=size, after=size),
+        shapes=base.layers,
         layers=layers,
-        budget={},
-        parameters={"before": size, "after": size},
     )
 
 
@@ -249,7 +240,7 @@ class _LeafOutputs:
 
 
 def _first_difference(base: ResolvedBase, plan: Plan, wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
-    """The first module inside the layers whose output is not what the masked model has there."""
+    """The first module in the layers whose output differs from the masked model's."""
     owners = {
         base.family.layer_prefix(layer) + tensor.name.rpartition(".")[0]: (layer, tensor)
         for layer in range(len(base.layers))

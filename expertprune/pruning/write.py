@@ -41,9 +41,9 @@ class RepairInput:
 
 def check_plan(plan: Plan, base: ResolvedBase) -> None:
     """Raises `PlanError` if the plan was made for another base."""
-    if plan.base.get("digest") != base.digest or plan.shapes != list(base.layers):
+    if plan.base.digest != base.digest or list(plan.shapes) != list(base.layers):
         raise PlanError(
-            f"the plan {plan.name!r} was made for {plan.base.get('model')} (digest {str(plan.base.get('digest'))[:12]}), "
+            f"the plan {plan.name!r} was made for {plan.base.model} (digest {plan.base.digest[:12]}), "
             f"not for {base.name} (digest {base.digest[:12]}): compose it again for this base"
         )
     if plan.vocabulary is not None and plan.vocabulary.tokenizer != base.tokenizer_digest:
@@ -55,7 +55,7 @@ def check_plan(plan: Plan, base: ResolvedBase) -> None:
 def bytes_needed(plan: Plan, base: ResolvedBase) -> int:
     """Disk room for the expert, the spooled repairs included."""
     size = torch.empty(0, dtype=base.checkpoint.dtype).element_size()
-    return int(plan.parameters["after"] * (size + 1.5)) + _SPARE  # repairs are in the run's dtype, up to float32
+    return int(plan.parameters.after * (size + 1.5)) + _SPARE  # repairs are in the run's dtype, up to float32
 
 
 def prune(

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from expertprune import formats
 from expertprune.artifacts.expert import Expert
-from expertprune.artifacts.plan import Plan, load_plan
+from expertprune.artifacts.plan import Plan, RetentionFound, load_plan
 from expertprune.artifacts.profile import Profile
 from expertprune.corpora.documents import corpus_names
 from expertprune.errors import SpecError
@@ -108,7 +108,7 @@ def _widths(shape: LayerShape) -> str:
 
 
 def _parameters(plan: Plan) -> str:
-    before, after = plan.parameters["before"], plan.parameters["after"]
+    before, after = plan.parameters.before, plan.parameters.after
     return f"{formats.count(after)} of {formats.count(before)} ({after / before:.1%})"
 
 
@@ -116,16 +116,16 @@ def _plan(plan: Plan) -> RenderableType:
     spec = Spec.model_validate(plan.spec)
     pairs = {
         "for": purpose(spec),
-        "base": plan.base["model"],
+        "base": plan.base.model,
         "parameters": _parameters(plan),
         "rule": spec.compose.rule,
         "criterion": spec.relevance.criterion,
         **({"criterion of routed experts": spec.relevance.experts} if spec.relevance.experts else {}),
         "allocation": spec.compose.allocation,
     }
-    requested = [entry["requested"] for entry in plan.budget.values()]
-    if found := next((each["found"] for each in requested if isinstance(each, dict) and "found" in each), None):
-        pairs["kept of held-back text"] = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+    requested = (entry.requested for entry in plan.budget.values())
+    if met := next((each for each in requested if isinstance(each, RetentionFound)), None):
+        pairs["kept of held-back text"] = ", ".join(f"{name} {value:.4f}" for name, value in met.found.items())
     return Group(_pairs(f"plan {plan.name}", pairs), plan_table(plan), *_vocabulary(plan))
 
 

@@ -107,14 +107,14 @@ def plan_table(plan: Plan) -> Table:
         reasons = [layer.why[structure] for layer in plan.layers if structure in layer.why]
         protected: Counter[str] = Counter()
         for reason in reasons:
-            protected.update(reason["protected"])
-        uncut = "not cut" if entry["kept"] == entry["of"] else "left with their KV groups"
+            protected.update(reason.protected)
+        uncut = "not cut" if entry.kept == entry.of else "left with their KV groups"
         who = ", ".join(f"{name} {count:,}" for name, count in protected.items()) or uncut
         kinds = []
         for kind in ("shared", "expert_exclusive", "general_exclusive"):
-            of = [reason[kind] for reason in reasons if kind in reason]
-            kinds.append(f"{sum(k['kept'] for k in of):,} of {sum(k['units'] for k in of):,} kept" if of else "")
-        table.add_row(structure, f"{widths(entry['kept'])} of {widths(entry['of'])}", who, *kinds)
+            of = [count for reason in reasons if (count := getattr(reason, kind)) is not None]
+            kinds.append(f"{sum(k.kept for k in of):,} of {sum(k.units for k in of):,} kept" if of else "")
+        table.add_row(structure, f"{widths(entry.kept)} of {widths(entry.of)}", who, *kinds)
     return table
 
 
@@ -122,16 +122,21 @@ def vocabulary_table(vocabulary: VocabularyPlan) -> Table:
     """The vocabulary rows that a plan keeps, and why."""
     why, rows = vocabulary.why, vocabulary.rows
     table = Table(title=Text(f"vocabulary: {rows.rows:,} of {rows.of:,} rows"), show_header=False, title_justify="left")
-    for name, count in why["protected"].items():
+    if why is None:
+        return table
+    for name, count in why.protected.items():
         table.add_row(Text(f"kept: {name}"), f"{count:,}")
-    for name, covered in why["coverage"].items():
-        table.add_row(Text(f"covered: {name}"), f"{covered:.4%} of {why['tokens'][name]:,} calibration tokens")
+    for name, covered in why.coverage.items():
+        table.add_row(Text(f"covered: {name}"), f"{covered:.4%} of {why.tokens[name]:,} calibration tokens")
+        if (unseen := why.unseen.get(name)) is not None:
+            interval = f"{unseen.low:.4%} to {unseen.high:.4%}"
+            table.add_row(Text(f"covered: {name}, unseen text"), f"about {unseen.estimate:.4%} ({interval})")
     if rows.padding:
         table.add_row("rows without a token", f"{len(rows.padding):,}")
-    if why["threshold"] is not None:
-        table.add_row("largest relevance dropped", f"{why['threshold']:.3g}")
-    for label, key in (("last kept", "last_kept"), ("first dropped", "first_dropped")):
-        table.add_row(label, Text(" ".join(map(repr, why[key]))))
+    if why.threshold is not None:
+        table.add_row("largest relevance dropped", f"{why.threshold:.3g}")
+    for label, texts in (("last kept", why.last_kept), ("first dropped", why.first_dropped)):
+        table.add_row(label, Text(" ".join(map(repr, texts))))
     return table
 
 

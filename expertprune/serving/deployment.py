@@ -1,4 +1,4 @@
-"""Several experts behind one endpoint: an engine each, memory divided, and whatever dies is started again."""
+"""Serve several experts behind one endpoint: one engine each, memory divided, dead engines restarted."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from expertprune.serving.processes import ProcessTree, check_port, free_ports, s
 from expertprune.serving.routing import Router, proxy_command
 from expertprune.serving.server import PATIENCE, Server, api_keys, log_file
 
-LIMIT = 5  # times that one is started again without having run steadily in between
+LIMIT = 5  # restarts in a row, without a steady run between them
 STEADY = 300.0  # seconds
 _LONGEST_PAUSE = 60.0
 
 
 class Supervised(Protocol):
-    """What can be watched: a server, or the router."""
+    """A server or the router."""
 
     name: str
     tree: ProcessTree
@@ -33,9 +33,9 @@ class Supervised(Protocol):
 
 
 class Watch:
-    """The state of one process: it runs, waits to be started again, starts, or has been given up.
+    """Watch one process, and restart it. Its state: it runs, waits for a restart, starts, or is given up.
 
-    The pause before the n-th start in a row is 1, 2, 4, ... seconds, at most a minute.
+    The pauses before restarts in a row are 1, 2, 4, ... seconds, at most a minute.
     """
 
     def __init__(self, supervised: Supervised, report: Callable[[str], None]) -> None:
@@ -45,7 +45,7 @@ class Watch:
         self._since = time.monotonic()
 
     def step(self) -> None:
-        """Look once, and do what is due."""
+        """Look at the process once, and act."""
         now = time.monotonic()
         if self.state == "runs":
             if self.starts and now - self._since > STEADY:
@@ -64,7 +64,7 @@ class Watch:
                 self._died(failure)
 
     def _died(self, failure: ServingError) -> None:
-        self.supervised.tree.stop()  # what is left of it still holds memory
+        self.supervised.tree.stop()  # its descendants still hold memory
         if self.starts == LIMIT:
             self.state = "given up"
             self.report(f"{failure}\n{self.supervised.name} was started again {LIMIT} times and is given up")
@@ -78,10 +78,11 @@ class Watch:
 class Deployment:
     """An engine for each folder, and a router that sends each request to the engine of its `model`.
 
-    As a context manager it is healthy inside the block; `watch` keeps it so. Nothing runs after the block.
+    It is a context manager: inside the block everything is healthy, and `watch` keeps it so; after the block
+    nothing runs.
 
     Attributes:
-        servers: by model name; where experts share a name, each is named after its folder.
+        servers: by model name. Experts that share a name are named after their folders.
         url: the endpoint, such as `http://127.0.0.1:8000/v1`.
     """
 
@@ -96,12 +97,12 @@ class Deployment:
         report: Callable[[str], None],
         patience: float = PATIENCE,
     ) -> None:
-        """Check what can be checked; nothing is started yet.
+        """Check what can be checked before anything starts.
 
         Args:
             arguments: of vLLM's command line, for every engine.
             logs: folder of the engines' logs.
-            report: is told who died, is started again, is back, is given up.
+            report: gets a message when a process dies, restarts, is back or is given up.
 
         Raises:
             CheckpointError: a folder is no expert and no checkpoint, or is incomplete.
@@ -128,10 +129,10 @@ class Deployment:
         self.url = self.router.url
 
     def start(self) -> None:
-        """Start the engines one after the other, as each measures free memory, and the router; wait for each.
+        """Start the engines, then the router. Each must be healthy before the next starts: it measures free memory.
 
         Raises:
-            ServingError: one does not get healthy.
+            ServingError: an engine or the router does not get healthy.
         """
         everything: list[Supervised] = [*self.servers.values(), self.router]
         for supervised in everything:
@@ -141,7 +142,7 @@ class Deployment:
                 time.sleep(0.25)
 
     def watch(self, until: Callable[[], bool] = lambda: False) -> None:
-        """Start again what dies, until `until()`.
+        """Restart what dies, until `until()` is true.
 
         Raises:
             ServingError: the router, or the last engine, has been given up.
@@ -152,7 +153,7 @@ class Deployment:
             for watched in (*watches, router):
                 watched.step()
             if router.state == "given up" or all(watched.state == "given up" for watched in watches):
-                raise ServingError("nothing is left to serve; the logs say why")
+                raise ServingError("nothing is left that serves; the logs say why")
             time.sleep(0.25)
 
     def stop(self) -> None:
@@ -176,11 +177,11 @@ class Deployment:
 
 
 def model_names(folders: Sequence[str | Path]) -> list[str]:
-    """The experts' names; those that share one get their folders' names instead.
+    """The experts' names. Experts that share a name get the names of their folders instead.
 
     Raises:
         CheckpointError: a folder is no expert and no checkpoint, or is incomplete.
-        UsageError: two names are the same nevertheless.
+        UsageError: two folders have the same name, too.
     """
     names = [engine.check_folder(folder).name for folder in folders]
     names = [

@@ -1,4 +1,4 @@
-"""What must hold before a vLLM engine is started, and with which arguments it is."""
+"""Checks and arguments for starting vLLM."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _LEAST_CACHE, _MOST_CACHE = GIB // 4, 4 * GIB
 _SHARE = 0.9  # of free memory on a CPU, of the whole memory on a GPU
 _CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"  # in GiB; vLLM prefers it to its argument
 _BIND_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
-# What `Server` says itself.
+# `Server` gives these arguments itself.
 _OWN = ("model", "host", "port", "served-model-name", "uds")
 _PLATFORM = """
 import json
@@ -66,10 +66,10 @@ def check_folder(folder: str | Path, name: str | None = None) -> Servable:
     """Read a folder's description and the headers of its tensors.
 
     Args:
-        name: under which it is served; default: the expert's name, or the folder's where it is no expert.
+        name: of the model in requests; default: the expert's name, or the folder's if it is no expert.
 
     Raises:
-        CheckpointError: it is no expert and no checkpoint, or is half-written or damaged.
+        CheckpointError: the folder is no expert and no checkpoint, or is half-written or damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -91,7 +91,7 @@ def check_folder(folder: str | Path, name: str | None = None) -> Servable:
 
 
 def stored_bytes(checkpoint: Checkpoint, names: Sequence[str] | None = None) -> int:
-    """Bytes of some of a checkpoint's tensors; default: of all."""
+    """Bytes of some of a checkpoint's tensors, or of all."""
     chosen = checkpoint.tensors if names is None else names
     return sum(checkpoint.tensors[name].parameters * element_bytes(checkpoint.tensors[name].dtype) for name in chosen)
 
@@ -104,7 +104,7 @@ def element_bytes(dtype: str) -> int:
 
 @functools.cache
 def platform() -> Platform:
-    """What vLLM runs on, asked of vLLM in a process of its own: importing it here would change loggers and signals.
+    """Ask vLLM what it runs on, in another process: importing vLLM changes loggers and signal handlers.
 
     Raises:
         UsageError: vLLM is missing or cannot be imported.
@@ -128,14 +128,14 @@ def free_memory() -> int:
 def engine_settings(
     servable: Servable, on: Platform, engines: int = 1, given: Sequence[str] = ()
 ) -> dict[str, str | int | float | bool]:
-    """Keyword arguments of `vllm.LLM`, named as there, that make an engine fit.
+    """Keyword arguments of `vllm.LLM` with which an engine fits into memory.
 
-    The context is as long as the KV cache allows and the model knows. On a CPU the engine is eager, as compiling takes
-    longer than it saves with small models, and the KV cache has its share of what is free, at most 4 GiB.
+    The context is as long as the model and the KV cache allow. On a CPU the engine is eager, because compiling a small
+    model takes longer than it saves, and the KV cache gets its share of the free memory, at most 4 GiB.
 
     Args:
-        engines: how many share the memory.
-        given: keyword arguments that the user gives; they stay out.
+        engines: number of engines that share the memory.
+        given: names of arguments that the user gives; they are left out.
 
     Raises:
         UsageError: weights and KV cache do not fit.

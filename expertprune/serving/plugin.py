@@ -1,7 +1,7 @@
-"""What vLLM loads in each of its processes: experts whose layers have widths of their own, under names of their own.
+"""vLLM's plugin: load experts whose layers have widths of their own.
 
-vLLM builds all layers of a model from one config. `Expert<class>` is that class, building each layer while the config shows
-that layer's widths. Stock classes stay as they are.
+vLLM builds all layers of a model from one config. For each of its classes this plugin registers `Expert<class>`, which
+shows each layer a config with that layer's widths. vLLM's own classes stay unchanged.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _MODELS = "vllm.model_executor.models."
 
 
 def register() -> None:
-    """The entry point in `vllm.general_plugins`; nothing of vLLM's models is imported before one is asked for."""
+    """The entry point in `vllm.general_plugins`. A model of vLLM is imported only when it is asked for."""
     from vllm import ModelRegistry
 
     for name in architectures():
@@ -26,12 +26,12 @@ def register() -> None:
 
 
 def architectures() -> list[str]:
-    """vLLM's classes that can be built with widths of single layers, by the families' files."""
+    """The classes of vLLM whose layers can have widths of their own, from the families' files."""
     return sorted({name for family in families().values() for name in family.vllm_single_layers})
 
 
 def __getattr__(name: str) -> Any:
-    """`Expert<class>`, made when vLLM asks for it by name."""
+    """Make `Expert<class>` when vLLM asks for it by name."""
     stock = name.removeprefix(EXPERT)
     if not name.startswith(EXPERT) or stock not in architectures():
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -55,7 +55,7 @@ def with_layer_widths(stock: Any) -> Any:
 
 @contextlib.contextmanager
 def building_single_layers(config: Any) -> Iterator[None]:
-    """While it is open, vLLM's `make_layers` builds layer i as `config.per_layer_config[i]` says.
+    """While open, vLLM's `make_layers` builds layer i with the widths in `config.per_layer_config[i]`.
 
     vLLM's model classes hand `make_layers(count, build, prefix)` a function that builds the layer called `prefix.i` from
     the model's config, whichever the family; so the config shows that layer's widths while it runs.
@@ -82,7 +82,7 @@ def _showing(config: Any, make_layers: Any) -> Any:
 
 @contextlib.contextmanager
 def layer_widths(config: Any, index: int) -> Iterator[None]:
-    """A config (of `transformers`) that shows the widths of layer `index` as its own while this is open."""
+    """While open, the config (of `transformers`) shows the widths of layer `index` as its own."""
     own = config.per_layer_config[index]
     names = config.per_layer_attributes or ()
     before = {name: getattr(config, name) for name in names}

@@ -1,6 +1,6 @@
-"""Processes that end as a whole: a command, its log, and everything that the command starts.
+"""Run a command with its log, and end it with everything that it started.
 
-A command gets a session of its own. It ends with its parent, however the parent ends (see `guard`).
+Each command gets a session of its own. It ends with its parent, however the parent ends (see `guard`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import psutil
 from expertprune.errors import CheckpointError, UsageError
 from expertprune.serving import guard
 
-GRACE = 4.0  # seconds that a process has to end by itself
+GRACE = 4.0  # seconds between SIGTERM and SIGKILL
 _KILLED = 3.0  # seconds until a killed process is gone
 _TAIL = 20  # lines of a log that an error shows
 
@@ -38,7 +38,7 @@ class ProcessTree:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start the command. The log begins anew with the first start, and goes on with later ones.
+        """Start the command. The first start empties the log, later ones append to it.
 
         Raises:
             CheckpointError: the log cannot be written.
@@ -64,11 +64,11 @@ class ProcessTree:
 
     @property
     def code(self) -> int | None:
-        """Exit code of what ended; negative: the signal that ended it."""
+        """The exit code; negative if a signal ended the command."""
         return None if self.process is None else self.process.poll()
 
     def members(self) -> list[psutil.Process]:
-        """Whatever runs in the session; the leader may be dead already."""
+        """The processes of the session that run; its leader may be dead."""
         if self.process is None:
             return []
         leader, found = self.process.pid, []
@@ -81,7 +81,7 @@ class ProcessTree:
         return found
 
     def stop(self) -> None:
-        """End everything, at the latest after about `GRACE` seconds; what has ended already is no error."""
+        """End all processes, after about `GRACE` seconds at the latest. Processes that have ended are no error."""
         stop_all([self])
 
     def tail(self) -> str:
@@ -121,7 +121,7 @@ def stop_all(trees: Iterable[ProcessTree]) -> None:
 
 
 def check_port(host: str, port: int) -> None:
-    """Raises `UsageError` if nothing can listen there."""
+    """Raises `UsageError` if the port cannot be listened on."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -135,12 +135,12 @@ def check_port(host: str, port: int) -> None:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port on which nothing listens."""
+    """A free port."""
     return free_ports(1, host)[0]
 
 
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
-    """Different ports on which nothing listens."""
+    """Free ports, all different."""
     with contextlib.ExitStack() as probes:
         found = []
         for _ in range(count):
@@ -151,7 +151,7 @@ def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
 
 
 def client_address(host: str) -> str:
-    """Where a client on this machine finds a server that listens on `host`, as a URL writes it."""
+    """The address, for a URL, at which clients on this machine reach a server that listens on `host`."""
     host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{host}]" if ":" in host else host
 

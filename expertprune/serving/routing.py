@@ -1,7 +1,7 @@
 """One endpoint in front of several servers: Envoy (https://www.envoyproxy.io), which reads `model` from a request's body.
 
-Envoy streams answers, keeps the servers apart (one that is down costs the others nothing) and needs no code of ours: this
-module writes its configuration. Its filter `json_to_metadata` takes `model` out of the body, and routes match on that.
+Envoy streams answers, and a server that is down does not disturb the others. This module only writes Envoy's
+configuration: the filter `json_to_metadata` takes `model` out of the body, and routes match on it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def configuration(ports: Mapping[str, int], host: str, port: int, keys: Sequence
     """Envoy's configuration: listen on `host:port`, and route each model to the server on its port of 127.0.0.1.
 
     Args:
-        keys: API keys; with any, every route but `/health` asks for one of them.
+        keys: API keys. If there are any, every route but `/health` asks for one of them.
     """
     manager = {
         "@type": f"{_TYPES}.network.http_connection_manager.v3.HttpConnectionManager",

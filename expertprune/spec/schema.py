@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from expertprune.spec.values import Aggregate, Amount, Names, Rows, Size
+from expertprune.spec.values import Aggregate, Amount, Coverage, Fraction, Keep, Names, Rows, Size
 
 Dimension = Literal["language", "domain", "task"]
 
@@ -178,7 +178,10 @@ class Compose(_Section):
 
 
 class Retention(_Section):
-    """The smallest expert that keeps at least this much, found by trying budgets on calibration text held back for it."""
+    """The smallest expert that keeps at least this much of held-back calibration text.
+
+    It is found by trying budgets.
+    """
 
     expert: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="Bits per byte of the base over the expert's, on every corpus of the dimensions."
@@ -193,21 +196,24 @@ class Retention(_Section):
 
 
 class Budget(_Section):
-    """What is *removed*: of each layer a fraction (0.25) or a count (384) per structure, or a fraction of all parameters.
+    """What goes, in the way that suits you.
 
-    Where layers are allowed different widths, fractions and counts are of the average layer.
+    One rule for every key: a fraction (0.25), a percentage (25%) and a whole number (384) say what
+    is *removed*; `keep: 1152`, `keep: 75%` and `remove: 384` say it outright. A whole number of
+    vocabulary rows must say which it is. Counts and fractions of a structure are of each layer, or
+    of the average layer where layers may have different widths.
     """
 
-    ffn: Amount = Field(0, description="FFN neurons; where a layer has experts, of each of them.")
+    ffn: Amount = Field(0, description="FFN neurons; in a mixture, of each routed expert.")
     query_heads: Amount = Field(0, description="Query heads, the same number in each KV group.")
     kv_groups: Amount = Field(0, description="KV heads with their query heads.")
-    experts: Amount = Field(0, description="Whole experts, the same number in each layer; never shared ones.")
+    experts: Amount = Field(0, description="Routed experts, the same number in each layer; never shared ones.")
     vocabulary: Rows | None = Field(
         None,
-        description="Vocabulary rows of the whole model: a number that is kept (32768), a fraction that is removed (0.8), "
-        "or what part of the calibration tokens is covered (coverage: 0.9999).",
+        description="Vocabulary rows of the whole model: keep: 32768, 80%, or coverage: 0.999, which keeps as many rows as "
+        "cover that part of the tokens of unseen text in every corpus of the dimensions.",
     )
-    parameters: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+    parameters: Fraction | None = Field(
         None,
         description="Of all parameters; FFN neurons make up what the other keys do not remove, or FFN neurons and KV "
         "groups against each other where allocation is global.",
@@ -230,10 +236,10 @@ class Budget(_Section):
             raise ValueError(f"give one of {', '.join(ways)}, not several")
         if ways and self.ffn:
             raise ValueError(f"give 'ffn' or {ways[0]!r}, not both: {ways[0]!r} chooses the FFN width itself")
-        if ways and isinstance(self.vocabulary, dict):
-            raise ValueError(
-                f"give vocabulary as a number of rows or a fraction where {ways[0]!r} counts what it removes"
-            )
+        if ways and isinstance(self.vocabulary, Coverage):
+            raise ValueError(f"give vocabulary as keep: or remove: where {ways[0]!r} counts what it removes")
+        if isinstance(self.query_heads, Keep) and self.kv_groups:
+            raise ValueError("give query_heads as what goes, not as keep:, where kv_groups take query heads with them")
         if self.vocabulary is not None and self.retention is not None:
             raise ValueError("give 'vocabulary' or 'retention', not both: retention tries FFN widths alone")
         keys = ("ffn", "query_heads", "kv_groups", "experts", "vocabulary", "parameters", "max_parameters", "retention")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
+from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, WithJsonSchema
 
 
 def _listed(value: Any) -> Any:
@@ -17,57 +19,112 @@ Name = Annotated[str, Field(min_length=1)]
 Names = Annotated[list[Name], BeforeValidator(_listed, json_schema_input_type=Name | list[Name])]
 
 
-def _amount(value: Any) -> int | float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError("must be a fraction such as 0.25 or a whole number of units")
-    if value < 0 or (isinstance(value, float) and value >= 1):
-        raise ValueError("a fraction is at least 0 and below 1, a count at least 0; it says what is removed")
-    return value
+@dataclass(frozen=True)
+class Keep:
+    """How many units stay."""
+
+    keep: int
 
 
-# YAML's 0.25 is a fraction of the units of each layer, its 384 a count of units; both are what is *removed*.
-Amount = Annotated[
-    int | float,
-    PlainValidator(_amount),
-    WithJsonSchema(
-        {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "number", "minimum": 0, "exclusiveMaximum": 1}]}
-    ),
-]
+@dataclass(frozen=True)
+class Remove:
+    """How many units go."""
+
+    remove: int
 
 
-def _rows(value: Any) -> int | float | dict[str, float]:
+@dataclass(frozen=True)
+class Coverage:
+    """How much of the tokens of unseen text the kept vocabulary rows cover."""
+
+    coverage: float
+
+
+_PERCENT = re.compile(r"(\d+(?:\.\d+)?) *%")
+
+
+def _removed(value: Any) -> int | float | Keep:
+    """What goes, as a count or a fraction of the units, or how many units stay."""
+    if isinstance(value, Keep):
+        return value
+    key, number = "remove", value
+    if isinstance(value, dict) and list(value) in (["keep"], ["remove"]):
+        ((key, number),) = value.items()
+    if isinstance(number, str) and (percent := _PERCENT.fullmatch(number.strip())):
+        number = round(float(percent[1]) / 100, 12)
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise ValueError("must be what goes (0.25, 25%, remove: 384) or what stays (keep: 75%, keep: 1152)")
+    if key == "keep" and isinstance(number, int) and number >= 1:
+        return Keep(keep=number)
+    if key == "keep" and isinstance(number, float):
+        number = round(1 - number, 12)
+    if (key == "keep" and isinstance(number, int)) or number < 0 or (isinstance(number, float) and number >= 1):
+        raise ValueError("what goes is a fraction from 0 to below 1 or a count of at least 0; what stays is above 0")
+    return number
+
+
+def _fraction(value: Any) -> float:
+    removed = _removed(value)
+    if isinstance(removed, Keep) or removed >= 1:
+        raise ValueError("must be a fraction below 1, such as 0.25, 25% or keep: 75%; give a count as max_parameters")
+    return float(removed)
+
+
+def _rows(value: Any) -> float | Keep | Remove | Coverage:
+    if isinstance(value, Keep | Remove | Coverage):
+        return value
     if isinstance(value, dict) and list(value) == ["coverage"]:
         covered = value["coverage"]
-        if isinstance(covered, int | float) and not isinstance(covered, bool) and 0 < covered <= 1:
-            return {"coverage": float(covered)}
-        raise ValueError("coverage is a part of all tokens, above 0 and at most 1, such as 0.9999")
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
-        return value
-    if isinstance(value, float) and 0 < value < 1:
-        return value
-    raise ValueError(
-        "must be a whole number of rows that are kept, a fraction such as 0.8 that is removed, or coverage: 0.9999"
-    )
+        if isinstance(covered, float) and 0 < covered < 1:
+            return Coverage(coverage=covered)
+        raise ValueError("coverage is a part of the tokens of unseen text, above 0 and below 1, such as 0.999")
+    removed = _removed(value)
+    if isinstance(value, int):
+        raise ValueError(f"write keep: {value} if so many rows stay, or remove: {value} if so many go")
+    if not isinstance(removed, Keep) and not removed:
+        raise ValueError("must remove something; leave the key out to keep every row")
+    return Remove(remove=removed) if isinstance(removed, int) else removed
 
 
-# Vocabulary rows: a whole number is *kept*, a fraction is removed, coverage is the part of tokens that is kept.
+def _written(value: Any) -> Any:
+    return asdict(value) if isinstance(value, Keep | Remove | Coverage) else value
+
+
+def _schema(*more: dict[str, Any], counts: bool = True, whole: bool = False) -> WithJsonSchema:
+    """The JSON schema of an amount: a fraction or percentage; mappings that say keep or remove;
+    more forms.
+
+    Args:
+        counts: whether `keep` and `remove` may be counts.
+        whole: whether a whole number may stand alone.
+    """
+    count: dict[str, Any] = {"type": "integer", "minimum": 0}
+    fraction = [{"type": "number", "minimum": 0, "exclusiveMaximum": 1}, {"type": "string", "pattern": r"^[\d.]+ *%$"}]
+    value = {"anyOf": [*fraction, *([count] if counts else [])]}
+    said = [_mapping(key, value) for key in ("keep", "remove")]
+    return WithJsonSchema({"anyOf": [*([count] if whole else []), *fraction, *said, *more]})
+
+
+def _mapping(key: str, value: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": {key: value}, "required": [key], "additionalProperties": False}
+
+
+# One rule for every amount: a fraction (0.25), a percentage (25%) and a whole number say what is
+# *removed*, of each layer where layers have the units; `keep:` says what stays. A whole number of
+# vocabulary rows must say which of the two it is.
+Amount = Annotated[int | float | Keep, PlainValidator(_removed), PlainSerializer(_written), _schema(whole=True)]
+
+
+# A fraction that is removed.
+Fraction = Annotated[float, PlainValidator(_fraction), _schema(counts=False)]
+
+
+# Vocabulary rows: an amount, or what part of unseen text is covered.
 Rows = Annotated[
-    int | float | dict[str, float],
+    float | Keep | Remove | Coverage,
     PlainValidator(_rows),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "integer", "minimum": 1},
-                {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
-                {
-                    "type": "object",
-                    "properties": {"coverage": {"type": "number", "exclusiveMinimum": 0, "maximum": 1}},
-                    "required": ["coverage"],
-                    "additionalProperties": False,
-                },
-            ]
-        }
-    ),
+    PlainSerializer(_written),
+    _schema(_mapping("coverage", {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1})),
 ]
 
 

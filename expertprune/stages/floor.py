@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from expertprune.artifacts.plan import Plan
+from expertprune.artifacts.plan import Plan, RetentionFound
 from expertprune.artifacts.profile import Profile
-from expertprune.composition.budget import LayerWidths, Widths, legal_ffn, removed_parameters
+from expertprune.composition.parameters import removed_parameters
 from expertprune.composition.plan import compose
+from expertprune.composition.widths import LayerWidths, legal_ffn
 from expertprune.corpora.documents import CorpusName
 from expertprune.errors import PlanError
 from expertprune.evaluation.documents import score_documents
@@ -31,7 +32,9 @@ _BETWEEN = 4  # budgets to try for each legal width, where layers may differ
 
 @dataclass(frozen=True)
 class Kept:
-    """What an expert keeps of each corpus' held-back documents: bits per byte of the base over the expert's."""
+    """What an expert keeps of each corpus' held-back documents: bits per byte of the base over the
+    expert's.
+    """
 
     corpora: Mapping[str, float]
 
@@ -57,15 +60,15 @@ class Kept:
 def budgets_to_try(prepared: Prepared) -> list[Budget]:
     """Budgets of ascending size, as parameters of the whole model.
 
-    What every layer loses at the FFN's legal widths; where layers may differ, steps of a quarter of that (of a layer's own
-    step, if there are fewer than four layers).
+    What every layer loses at the FFN's legal widths; where layers may differ, steps of a quarter of
+    that (of a layer's own step, if there are fewer than four layers).
     """
     base, budget, shape = prepared.base, prepared.spec.budget, prepared.base.layers[0]
     parts = 1 if prepared.spec.compose.allocation == "uniform" else min(_BETWEEN, len(base.layers))
     found, before = [], 0
     for width in reversed(legal_ffn(shape, budget.multiple_of, budget.floor)[:-1]):
-        layer = LayerWidths(width, shape.heads_per_group, shape.kv_heads)
-        removed = removed_parameters(base, Widths.same(layer, len(base.layers)))
+        layer = replace(LayerWidths.own(shape), ffn=width)
+        removed = removed_parameters(base, [layer] * len(base.layers))
         for part in range(1, parts + 1):
             fraction = (before + (removed - before) * part / parts) / base.checkpoint.parameters
             found.append(budget.model_copy(update={"retention": None, "parameters": fraction * (1 - 1e-9)}))
@@ -74,10 +77,11 @@ def budgets_to_try(prepared: Prepared) -> list[Budget]:
 
 
 def plan_by_retention(prepared: Prepared, profiles: Mapping[CorpusName, Profile], track: Track) -> Plan:
-    """The plan of the largest cut that holds the floor of `budget.retention`, by bisection over budgets.
+    """The plan of the largest cut that holds the floor of `budget.retention`, by bisection over
+    budgets.
 
-    Every try is a whole expert, repaired, measured on calibration documents held back for it (`validation_documents`). It is
-    assumed that a larger cut keeps less.
+    Every try is a whole expert, repaired, measured on calibration documents held back for it
+    (`validation_documents`). It is assumed that a larger cut keeps less.
 
     Raises:
         PlanError: not even the smallest cut holds the floor; the message says what it keeps.
@@ -112,10 +116,9 @@ def plan_by_retention(prepared: Prepared, profiles: Mapping[CorpusName, Profile]
             f"keeps {best}: lower the floor, calibrate on more text, or lower budget.multiple_of"
         )
     plan, kept = tried[low]
-    plan.spec = spec.document()
-    for entry in plan.budget.values():
-        entry["requested"] = {"retention": floor.model_dump(), "found": dict(kept.corpora)}
-    return plan
+    requested = RetentionFound(retention=floor, found=dict(kept.corpora))
+    budget = {name: entry.model_copy(update={"requested": requested}) for name, entry in plan.budget.items()}
+    return replace(plan, spec=spec.document(), budget=budget)
 
 
 def _try(prepared: Prepared, profiles: Mapping[CorpusName, Profile], budget: Budget) -> tuple[Plan, Kept]:

@@ -31,7 +31,7 @@ def prune(
     out = Path(out)
     check_output(out, overwrite)
     plan = plan if isinstance(plan, Plan) else load_plan(Path(plan))
-    spec = parse_spec(plan.spec, f"plan {plan.name!r}", Path.cwd())
+    spec = parse_spec(dict(plan.spec), f"plan {plan.name!r}", Path.cwd())
     found = find(spec, store_folder(store), evaluate=False)
     check_plan(plan, found.base)
     require_room(out, bytes_needed(plan, found.base))

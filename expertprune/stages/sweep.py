@@ -157,8 +157,8 @@ def _point(budget: float, key: str, plan: Plan, evaluation: Evaluation, size: in
     return Point(
         budget=budget,
         key=key,
-        parameters=plan.parameters,
-        fraction=plan.parameters["after"] / plan.parameters["before"],
+        parameters=plan.parameters.document(),
+        fraction=plan.parameters.after / plan.parameters.before,
         bytes=size,
         expert=pooled(evaluation, "expert"),
         general=pooled(evaluation, "general"),

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from expertprune.artifacts.expert import ancestor_of
-from expertprune.composition.budget import Widths
+from expertprune.composition.coverage import check_enough
 from expertprune.composition.defaults import AUTO, resolved
 from expertprune.composition.plan import foreseen_widths
 from expertprune.composition.rows import foreseen_rows
 from expertprune.composition.scoring import rules
+from expertprune.composition.widths import LayerWidths
 from expertprune.corpora.batches import Batch, calibration_batches, make_batches, tokenize
 from expertprune.corpora.documents import Corpus, CorpusName, Document
 from expertprune.corpora.leaks import LeakGuard
@@ -28,6 +29,7 @@ from expertprune.registry import Registry
 from expertprune.relevance import criteria
 from expertprune.spec.reading import load_spec, parse_spec
 from expertprune.spec.schema import Budget, Spec
+from expertprune.spec.values import Coverage
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +86,7 @@ class Prepared(Found):
         rows: vocabulary rows that stay, as far as that is known (see `foreseen_rows`).
     """
 
-    widths: Widths | None
+    widths: Sequence[LayerWidths] | None
     rows: int | None
 
 
@@ -165,6 +167,9 @@ def prepare(found: Found, budget: Budget | None = None) -> Prepared:
     base, spec = found.base, found.spec
     spec = resolved(spec if budget is None else spec.model_copy(update={"budget": budget}), base)
     widths, rows = foreseen_widths(spec, base), foreseen_rows(spec, base)
+    if isinstance(spec.budget.vocabulary, Coverage):
+        tokens = {name: sum(batch.tokens for batch in found.calibration[name].batches) for name in found.corpora}
+        check_enough(spec.budget.vocabulary.coverage, {name: tokens[name] for name in tokens if not name.is_general})
     return Prepared(**{**vars(found), "spec": spec}, widths=widths, rows=rows)
 
 

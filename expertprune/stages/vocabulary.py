@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from expertprune.artifacts.plan import VocabularyPlan
-from expertprune.composition.budget import removed_with_rows
-from expertprune.composition.rows import Essentials, RowScores, choose_rows, essentials, plan_rows, score_rows
+from expertprune.composition.parameters import aligned, removed_with_rows
+from expertprune.composition.rows import RowRanking, choose_rows, essentials
 from expertprune.corpora.documents import Document
 from expertprune.errors import PlanError
 from expertprune.models.inventory import vocabulary_rows
@@ -25,7 +25,9 @@ _PARTS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the base's rows, shown where no siz
 
 @dataclass(frozen=True)
 class Text:
-    """A corpus' measured text: its evaluation documents, or where it has none, those that calibrate."""
+    """A corpus' measured text: its evaluation documents, or where it has none, those that
+    calibrate.
+    """
 
     split: str
     texts: list[str]
@@ -38,7 +40,9 @@ class Text:
 
 @dataclass
 class TradeOff:
-    """Vocabularies of several sizes. `corpora` and each entry of `sizes` map a corpus to what its text gives."""
+    """Vocabularies of several sizes. `corpora` and each entry of `sizes` map a corpus to what its
+    text gives.
+    """
 
     name: str
     base: dict[str, Any]
@@ -58,10 +62,12 @@ def vocabulary(
     overrides: Mapping[str, Any] | None = None,
     track: Track = silent,
 ) -> TradeOff:
-    """Rows, coverage, tokens per word and parameters at several sizes; profiles that are missing are made first.
+    """Rows, coverage, tokens per word and parameters at several sizes; profiles that are missing
+    are made first.
 
     Args:
-        rows: numbers of rows to show; default: what the spec's budget comes to, and fractions of the base's.
+        rows: numbers of rows to show; default: what the spec's budget comes to, and fractions of
+        the base's.
 
     Raises:
         CheckpointError: the base's tokenizer cannot be cut.
@@ -69,7 +75,7 @@ def vocabulary(
     """
     prepared = validate(spec, overrides, store)
     must, of = essentials(prepared.base), vocabulary_rows(prepared.base.checkpoint, prepared.base.family)
-    asked = [-(-count // ROW_MULTIPLE) * ROW_MULTIPLE for count in rows]
+    asked = [aligned(count) for count in rows]
     for count in asked:
         if not must.smallest <= count < of:
             raise PlanError(f"--rows {count}: must be at least {must.smallest:,} and below the base's {of:,}")
@@ -78,21 +84,19 @@ def vocabulary(
         spec = prepared.spec.model_copy(update={"budget": own.model_copy(update={"vocabulary": 0.5})})
         prepared = replace(prepared, spec=spec)
     profiles = profiles_of(prepared, track)
-    scores = score_rows(prepared.spec, profiles)
+    ranking = RowRanking(prepared.spec, prepared.base, profiles)
     if not asked:
         fractions = (round(of * part / ROW_MULTIPLE) * ROW_MULTIPLE for part in _PARTS)
         asked = [count for count in fractions if must.smallest <= count < of]
         if own.vocabulary is not None:
             asked.append(choose_rows(prepared.spec, prepared.base, profiles).rows.rows)
-    plans = [plan_rows(prepared.spec, prepared.base, scores, count) for count in sorted(set(asked))]
-    return _measured(prepared, must, scores, plans, of)
+    return _measured(prepared, ranking, [ranking.plan(count) for count in sorted(set(asked))])
 
 
-def _measured(
-    prepared: Prepared, must: Essentials, scores: RowScores, plans: list[VocabularyPlan], of: int
-) -> TradeOff:
+def _measured(prepared: Prepared, ranking: RowRanking, plans: list[VocabularyPlan]) -> TradeOff:
     from tokenizers import Tokenizer
 
+    must, of = ranking.must, ranking.of
     base, parameters = prepared.base, prepared.base.checkpoint.parameters
     about = {"model": base.name, "parameters": parameters, "rows": of, "tokens": len(must.vocabulary.by_id)}
     kept = {reason: len(ids) for reason, ids in must.reasons.items() if ids}
@@ -100,12 +104,14 @@ def _measured(
     texts = {str(name): _text(prepared, str(name), corpus.calibration) for name, corpus in prepared.corpora.items()}
     tokenizer = Tokenizer.from_str(json.dumps(must.vocabulary.data))
     encoded = {name: _encoded(tokenizer, text) for name, text in texts.items()}
-    calibrated = {str(name): int(counts.sum()) for name, counts in scores.counts.items()}
+    calibrated = {str(name): int(rows.occurrences.sum()) for name, rows in ranking.corpora.items()}
     for name, text in texts.items():
         tokens = sum(map(len, encoded[name]))
         about = {"calibration_tokens": calibrated[name], "split": text.split, "words": text.words, "tokens": tokens}
         result.corpora[name] = {**about, "tokens_per_word": tokens / max(1, text.words)}
     for plan in plans:
+        why = plan.why
+        assert why is not None
         smaller = Tokenizer.from_str(json.dumps(trimmed(must.vocabulary, plan.rows.kept).data))
         corpora = {}
         for name, text in texts.items():
@@ -113,14 +119,15 @@ def _measured(
             covered = sum(index in ids for document in encoded[name] for index in document)
             tokens = sum(map(len, _encoded(smaller, text)))
             corpora[name] = {
-                "calibration_coverage": plan.why["coverage"][name],
+                "calibration_coverage": why.coverage[name],
+                "unseen": why.unseen[name].document() if name in why.unseen else None,
                 "coverage": covered / max(1, of_base["tokens"]),
                 "tokens_per_word": tokens / max(1, of_base["words"]),
                 "tokens_of_base": tokens / max(1, of_base["tokens"]),
             }
         saved = removed_with_rows(base, plan.rows.rows)
         size = {"rows": plan.rows.rows, "parameters": parameters - saved, "fraction": 1 - saved / parameters}
-        result.sizes.append({**size, "saved": saved, "threshold": plan.why["threshold"], "corpora": corpora})
+        result.sizes.append({**size, "saved": saved, "threshold": why.threshold, "corpora": corpora})
     return result
 
 

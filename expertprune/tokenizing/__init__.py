@@ -1,6 +1,8 @@
-"""Tokenizers as data: the pieces that a token needs, the tokens that must stay, the same tokenizer with fewer tokens.
+"""Tokenizers as data: the pieces that a token needs, the tokens that must stay, the same tokenizer
+with fewer tokens.
 
-All is read from `tokenizer.json` and written as one. Which tokens stay is decided without running a tokenizer's code.
+All is read from `tokenizer.json` and written as one. Which tokens stay is decided without running a
+tokenizer's code.
 """
 
 from expertprune.tokenizing.companions import Renumbering, write_tokenizer

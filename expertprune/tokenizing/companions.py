@@ -47,7 +47,7 @@ class Renumbering:
         return self.ids.get(value)
 
     def _sequence(self, sequence: Any) -> Any:
-        """A list of ids, or of such lists. `None` if one of its tokens is gone, since it can no longer occur."""
+        """A list of ids, or of such lists; `None` if a token is gone, as it cannot occur."""
         if isinstance(sequence, list) and sequence and isinstance(sequence[0], list):
             every = [new for each in sequence if (new := self._sequence(each)) is not None]
             return every or None
@@ -65,7 +65,7 @@ def special_ids(config: Mapping[str, Any]) -> Iterator[int]:
 
 
 def write_tokenizer(base: Path, folder: Path, smaller: Trimmed) -> None:
-    """Replace the base's tokenizer and generation settings in `folder` by those of the smaller tokenizer."""
+    """Write the smaller tokenizer and its generation settings over the base's."""
     renumbering = Renumbering(smaller.ids)
     _write(folder / "tokenizer.json", smaller.data)
     for name in ("tokenizer_config.json", "generation_config.json"):

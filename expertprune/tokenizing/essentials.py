@@ -73,7 +73,7 @@ def _with_roles(vocabulary: Vocabulary, folder: Path) -> set[int]:
 
 
 def _alphabet(vocabulary: Vocabulary) -> set[int]:
-    """Tokens that can spell any text: byte tokens, or without them every character that the base can spell."""
+    """Tokens that spell any text: bytes, or without them all characters of the base."""
     tokens = vocabulary.tokens
     if vocabulary.kind is Kind.BYTE_LEVEL:
         kept = {index for token, index in tokens.items() if len(token) == 1}
@@ -82,8 +82,8 @@ def _alphabet(vocabulary: Vocabulary) -> set[int]:
         if not vocabulary.reaches_bytes:
             kept |= {index for token, index in tokens.items() if len(token) == 1}
     if vocabulary.kind is Kind.UNIGRAM:
-        # An unknown character scores ten below the worst piece, so the worst piece stays. Without bytes, a piece stays if it
-        # alone covers some character.
+        # An unknown character scores ten below the worst piece, so the worst piece stays. Without
+        # bytes, a piece stays if it alone covers some character.
         scores = [score for _, score in vocabulary.model["vocab"]]
         kept.add(scores.index(min(scores)))
         if not vocabulary.reaches_bytes:
@@ -97,7 +97,7 @@ def _tokens(texts: Iterator[str], tokenizer: Any) -> Iterator[int]:
 
 
 def _template_texts(tokenizer: Any) -> Iterator[str]:
-    """Text that chat templates write themselves: their literals, the roles, and rendered conversations."""
+    """Text of chat templates: their literals, the roles, and rendered conversations."""
     templates = tokenizer.chat_template
     if not templates:
         return

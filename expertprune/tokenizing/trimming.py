@@ -21,11 +21,13 @@ class Trimmed:
 
 
 def trimmed(vocabulary: Vocabulary, kept: Iterable[int]) -> Trimmed:
-    """A tokenizer of the kept tokens, the added tokens (but not placeholders), and all that these need.
+    """A tokenizer of the kept tokens, the added tokens (but not placeholders), and all that these
+    need.
 
-    For BPE, a merge stays if its two pieces and its result are kept. Merges keep the base's order. So text whose base
-    tokens are all kept gives the same tokens: the base's next merge is still there, and none comes before it. For
-    Unigram the scores stay, so the best segmentation into kept pieces is still the best.
+    For BPE, a merge stays if its two pieces and its result are kept. Merges keep the base's order.
+    So text whose base tokens are all kept gives the same tokens: the base's next merge is still
+    there, and none comes before it. For Unigram the scores stay, so the best segmentation into kept
+    pieces is still the best.
 
     New ids are dense and in the base's order.
 

@@ -32,7 +32,8 @@ class Kind(StrEnum):
 class Vocabulary:
     """The vocabulary of one `tokenizer.json`.
 
-    `tokens` maps the model's pieces to ids, `added` the added tokens to ids. A token may be in both.
+    `tokens` maps the model's pieces to ids, `added` the added tokens to ids. A token may be in
+    both.
 
     Raises:
         CheckpointError: the tokenizer is of another kind; the message names it and `where`.
@@ -57,7 +58,8 @@ class Vocabulary:
 
     @functools.cached_property
     def placeholders(self) -> set[int]:
-        """Added tokens without a meaning: numbered names that a model's makers left unused, such as `<unused7>`.
+        """Added tokens without a meaning: numbered names that a model's makers left unused, such as
+        `<unused7>`.
 
         Roles that `tokenizer_config.json` gives to some of them are not seen here.
         """
@@ -70,7 +72,7 @@ class Vocabulary:
 
     @property
     def reaches_bytes(self) -> bool:
-        """Whether bytes can spell text that no piece covers, and decode to it, so that no character must stay."""
+        """Whether bytes spell all text and decode to it, so that no character must stay."""
         if self.kind is Kind.BYTE_LEVEL:
             return True
         spelled = bool(self.model.get("byte_fallback")) and all(byte in self.tokens for byte in BYTES)
@@ -94,9 +96,10 @@ class Vocabulary:
     def needs(self, index: int) -> frozenset[int]:
         """The token itself and every token that BPE forms on the way to it.
 
-        BPE merges the pair of least rank first, and of equal ones the leftmost. So text that becomes one token goes
-        through the same merges wherever it stands, and these are the merges of its text alone. A token that its own
-        text does not become (it is found whole, or never) needs itself only.
+        BPE merges the pair of least rank first, and of equal ones the leftmost. So text that
+        becomes one token goes through the same merges wherever it stands, and these are the merges
+        of its text alone. A token that its own text does not become (it is found whole, or never)
+        needs itself only.
         """
         token = self.by_id[index]
         if self.kind is Kind.UNIGRAM or token not in self.tokens:
@@ -133,7 +136,8 @@ def read_vocabulary(folder: Path) -> Vocabulary:
     """The vocabulary of a model's folder.
 
     Raises:
-        CheckpointError: there is no `tokenizer.json`, the tokenizer needs code of its own, or is of another kind.
+        CheckpointError: there is no `tokenizer.json`, the tokenizer needs code of its own, or is of
+            another kind.
     """
     config, path = _json(folder / "tokenizer_config.json"), folder / "tokenizer.json"
     name = config.get("tokenizer_class", "unknown class")
@@ -205,7 +209,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _byte_characters() -> dict[str, int]:
-    """The byte of each character of byte-level BPE. Bytes that cannot be printed are written as characters from U+0100.
+    """The byte of each character of byte-level BPE. Bytes that cannot be printed are written as
+    characters from U+0100.
 
     As in GPT-2, https://github.com/openai/gpt-2/blob/master/src/encoder.py.
     """

@@ -41,7 +41,7 @@ def test_no_file_of_an_expert_names_a_place_of_the_builder(tiny_build: tuple[Pat
             text = path.read_text()
             assert not [place for place in (folder.parent, store, tiny_llama.parent) if str(place) in text], path
     expert = Expert.load(folder)
-    assert (expert.base.model, expert.spec.base.model, expert.plan.base["model"]) == ("llama",) * 3
+    assert (expert.base.model, expert.spec.base.model, expert.plan.base.model) == ("llama",) * 3
     assert expert.spec.corpora.sources["medical"].path == ["medical.jsonl"]
 
 

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import expertprune
-from expertprune.artifacts.plan import LayerPlan, Plan, load_plan
+from expertprune.artifacts.plan import KindCount, LayerPlan, Plan, UnitReasons, load_plan
 from expertprune.artifacts.profile import Profile
-from expertprune.composition.budget import LayerWidths
 from expertprune.composition.plan import compose, explain, keep_largest, select_layer
 from expertprune.composition.scoring import EXPERT, GENERAL, SHARED, Fused, intersection
+from expertprune.composition.widths import LayerWidths
 from expertprune.corpora.documents import CorpusName
 from expertprune.errors import PlanError, SpecError
 from expertprune.models.base import resolve_base
@@ -147,13 +147,13 @@ def test_explain_counts_who_protected_the_kept_units() -> None:
         [9, 1, 8, 7, 2, 6], sources=[0, 0, 1, 2, 1, 0], kinds=[SHARED, SHARED, EXPERT, GENERAL, EXPERT, SHARED]
     )
     assert explain(kept, {Structure.FFN: scores}, ["language", "domain"]) == {
-        "ffn": {
-            "threshold": 2.0,
-            "protected": {"language": 2, "domain": 1, "general": 1},
-            "shared": {"units": 3, "kept": 2},
-            "expert_exclusive": {"units": 2, "kept": 1},
-            "general_exclusive": {"units": 1, "kept": 1},
-        }
+        "ffn": UnitReasons(
+            threshold=2.0,
+            protected={"language": 2, "domain": 1, "general": 1},
+            shared=KindCount(units=3, kept=2),
+            expert_exclusive=KindCount(units=2, kept=1),
+            general_exclusive=KindCount(units=1, kept=1),
+        )
     }
 
 
@@ -161,13 +161,13 @@ def test_explain_without_general_corpora_speaks_of_dimensions_only() -> None:
     kept = KeptUnits(ffn=(1,), query_heads=(0,), kv_groups=(1,))
     scores = {Structure.KV_GROUPS: fused([1, 4], [1, 0])}
     assert explain(kept, scores, ["language", "task"]) == {
-        "kv_groups": {"threshold": 1.0, "protected": {"language": 1, "task": 0}}
+        "kv_groups": UnitReasons(threshold=1.0, protected={"language": 1, "task": 0})
     }
 
 
 def test_explain_has_no_threshold_where_nothing_went() -> None:
     kept = KeptUnits(ffn=(0, 1), query_heads=(0,), kv_groups=(0,))
-    assert explain(kept, {Structure.FFN: fused([3, 4])}, ["task"])["ffn"]["threshold"] is None
+    assert explain(kept, {Structure.FFN: fused([3, 4])}, ["task"])["ffn"].threshold is None
 
 
 # --- whole plans ----------------------------------------------------------------------------------------------------
@@ -198,24 +198,24 @@ def test_every_layer_has_exactly_the_widths_of_the_budget(
     plan = expertprune.compose(tiny_spec, overrides={**budget, "general": general})
     assert len(plan.layers) == 3
     assert widths_of(plan) == {widths}
-    assert [plan.budget[s]["kept"] for s in ("ffn", "query_heads", "kv_groups")] == list(widths)
+    assert [plan.budget[s].kept for s in ("ffn", "query_heads", "kv_groups")] == list(widths)
     for layer in plan.layers:
         assert set(layer.why) == scored
         for structure, why in layer.why.items():
             kept = len(layer.kept.of(Structure(structure)))
-            assert sum(why["protected"].values()) == kept
-            assert list(why["protected"]) == ["language", "domain", "task", *general]
-            kinds = [why[kind] for kind in ("shared", "expert_exclusive", "general_exclusive") if kind in why]
+            assert sum(why.protected.values()) == kept
+            assert list(why.protected) == ["language", "domain", "task", *general]
+            kinds = [kind for kind in (why.shared, why.expert_exclusive, why.general_exclusive) if kind is not None]
             assert len(kinds) == (3 if general else 0)
             if general:
-                assert sum(kind["kept"] for kind in kinds) == kept
-                assert sum(kind["units"] for kind in kinds) == {"ffn": 32, "query_heads": 6, "kv_groups": 3}[structure]
+                assert sum(kind.kept for kind in kinds) == kept
+                assert sum(kind.units for kind in kinds) == {"ffn": 32, "query_heads": 6, "kv_groups": 3}[structure]
 
 
 def test_a_budget_of_zero_keeps_everything(tiny_spec: Spec) -> None:
     plan = expertprune.compose(tiny_spec, overrides={"budget.ffn": 0})
     assert plan.cuts_nothing
-    assert plan.parameters["after"] == plan.parameters["before"]
+    assert plan.parameters.after == plan.parameters.before
     assert plan.layers == [LayerPlan(shape.all_kept, {}) for shape in plan.shapes]
 
 
@@ -237,17 +237,17 @@ def test_a_plan_is_what_the_profiles_say(tiny_spec: Spec) -> None:
         dropped = np.argsort(score[layer])[:8]
         assert set(plan.kept[layer].ffn) == set(range(32)) - set(dropped.tolist())
         why = plan.layers[layer].why["ffn"]
-        assert why["threshold"] == pytest.approx(score[layer, dropped].max(), rel=1e-5)
+        assert why.threshold == pytest.approx(score[layer, dropped].max(), rel=1e-5)
         owners = np.argmax([corpus[layer, list(plan.kept[layer].ffn)] for corpus in largest], axis=0)
-        assert list(why["protected"].values()) == np.bincount(owners, minlength=3).tolist()
+        assert list(why.protected.values()) == np.bincount(owners, minlength=3).tolist()
 
 
 def test_the_plan_says_how_many_parameters_stay(tiny_spec: Spec) -> None:
     """Three layers, hidden 24: a neuron has three rows; a group of two heads of 4 has 16 rows of q and o, 8 of k and v."""
     plan = expertprune.compose(tiny_spec, overrides={"budget.kv_groups": 1})
     attention = 24 * (2 * 24 + 2 * 12)
-    assert plan.parameters["before"] == 2 * 64 * 24 + 24 + 3 * (3 * 24 * 32 + attention + 2 * 24)
-    assert plan.parameters["before"] - plan.parameters["after"] == 3 * (8 * 3 * 24 + (2 * 2 * 4 + 2 * 4) * 24)
+    assert plan.parameters.before == 2 * 64 * 24 + 24 + 3 * (3 * 24 * 32 + attention + 2 * 24)
+    assert plan.parameters.before - plan.parameters.after == 3 * (8 * 3 * 24 + (2 * 2 * 4 + 2 * 4) * 24)
 
 
 def test_plans_are_deterministic(tiny_spec: Spec, tmp_path: Path) -> None:

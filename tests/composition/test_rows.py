@@ -12,11 +12,12 @@ from torch import Tensor
 
 import expertprune
 from expertprune.artifacts.plan import VocabularyPlan, load_plan
-from expertprune.artifacts.profile import Profile, save_profile
-from expertprune.composition.rows import choose_rows, essentials, score_rows
+from expertprune.artifacts.profile import VOCABULARY, Profile, save_profile
+from expertprune.composition.rows import CorpusRows, choose_rows, essentials, padding_rows, row_scores
 from expertprune.corpora.documents import CorpusName, corpus_names
 from expertprune.errors import CheckpointError, PlanError, SpecError
 from expertprune.models.base import ResolvedBase, resolve_base
+from expertprune.profiling.rows import FOLDS
 from expertprune.spec.reading import parse_spec
 from expertprune.spec.schema import Base, Spec
 from expertprune.units import KeptRows, pack_indices, unpack_indices
@@ -42,8 +43,17 @@ def spec_of(budget: Any, **changes: Any) -> Spec:
 
 
 def stored(folder: Path, name: str, count: Tensor, mass: Tensor) -> Profile:
-    about = {"digest": name, "corpus": name, "documents": [], "tokens": int(count.sum()), "layers": []}
-    save_profile(folder / f"{name}.vocabulary.safetensors", about, {"count": count, "mass": mass.float()})
+    """One document with these tokens; `mass` is the mean probability of each row."""
+    row = count.nonzero()[:, 0]
+    statistics = {
+        "mass": torch.cat([mass[None] * count.sum(), torch.zeros(FOLDS - 1, len(mass))]).float(),
+        "fold": torch.zeros(1, dtype=torch.int64),
+        "document": torch.zeros(len(row), dtype=torch.int64),
+        "row": row,
+        "occurrences": count[row],
+    }
+    about = {"digest": name, "corpus": name, "documents": [name], "tokens": int(count.sum()), "layers": []}
+    save_profile(folder / f"{name}.vocabulary.safetensors", about, statistics)
     return save_profile(folder / f"{name}.safetensors", about, {"tokens": torch.zeros(1)})
 
 
@@ -78,16 +88,11 @@ def test_a_row_scores_frequency_plus_mass_the_largest_over_dimensions_and_genera
         medical=({2: 1, 1: 1}, {2: 0.125}),
         general=({4: 1}, {2: 1.5}),
     )
-    found = score_rows(spec, profiles)
+    parts = {name: CorpusRows(profile.part(VOCABULARY)) for name, profile in profiles.items()}
+    score, source = row_scores(spec, parts)
     # row 0: de 1/4. row 1: de 3/4 + 1/2. row 2: medical 1/2 + 1/8, general 3/4. row 3: fr 1. row 4: general 1/2.
-    assert found.score[:6].tolist() == [0.25, 1.25, 0.75, 1.0, 0.5, 0.0]
-    assert found.source[:5].tolist() == [0, 0, 2, 0, 2]
-    # each dimension the same, its values too
-    assert {str(name): weight for name, weight in found.weights.items()} == {
-        "language/de": 0.25,
-        "language/fr": 0.25,
-        "domain/medical": 0.5,
-    }
+    assert score[:6].tolist() == [0.25, 1.25, 0.75, 1.0, 0.5, 0.0]
+    assert source[:5].tolist() == [0, 0, 2, 0, 2]
 
 
 def kept_texts(plan: VocabularyPlan, base: ResolvedBase) -> set[str]:
@@ -101,20 +106,24 @@ def test_the_most_relevant_tokens_are_kept_with_the_parts_that_build_them(base: 
     by_need = sorted(free, key=lambda index: len(must.vocabulary.needs(index) - must.ids))
     wanted = by_need[-1]  # built through the most other tokens, and the only one that the corpus has
     parts = must.vocabulary.needs(wanted)
-    spec = spec_of(must.smallest + 64)
+    spec = spec_of({"keep": must.smallest + 64})
     plan = choose_rows(spec, base, profiles_for(tmp_path, spec, de=({wanted: 1}, {wanted: 1.0})))
     assert len(parts - must.ids) > 2
     assert parts <= set(plan.rows.kept)
     assert plan.rows.rows == len(plan.rows.kept) == must.smallest + 64  # filled up with tokens, so none is without one
     assert must.ids <= set(plan.rows.kept)
-    assert plan.why["coverage"] == {"language/de": 1.0}
-    assert plan.why["protected"]["language"] >= 1
+    assert plan.why.coverage == {"language/de": 1.0}
+    assert plan.why.protected["language"] >= 1
     closed = must.vocabulary.closed(plan.rows.kept)
     assert closed == set(plan.rows.kept)
 
 
-@pytest.mark.parametrize(("asked", "rows"), [(320, 320), (321, 384), (383, 384), (0.25, 384), (0.3, 384), (0.37, 320)])
-def test_a_number_is_kept_and_a_fraction_is_removed_in_multiples_of_64(
+@pytest.mark.parametrize(("asked", "rows"), [
+        ({"keep": 320}, 320), ({"keep": 321}, 384), ({"keep": 383}, 384), ({"remove": 192}, 320), ({"remove": 191}, 384),
+        (0.25, 384), ("30%", 384), ({"keep": "63%"}, 320),
+    ],
+)  # fmt: skip
+def test_rows_stay_in_multiples_of_64_whatever_way_they_are_said(
     base: ResolvedBase, tmp_path: Path, asked: Any, rows: int
 ) -> None:
     """Of 512 rows: a quarter less is 384; 0.3 less, 358.4, is nearer to 384 than to 320; 0.37 less, 322.6, to 320."""
@@ -125,83 +134,43 @@ def test_a_number_is_kept_and_a_fraction_is_removed_in_multiples_of_64(
     assert plan.rows.of == 512
 
 
-def test_coverage_keeps_as_few_rows_as_cover_it(base: ResolvedBase, tmp_path: Path) -> None:
-    must = essentials(base)
-    vocabulary = must.vocabulary
-    free = [i for i in sorted(vocabulary.by_id) if i not in must.ids and len(vocabulary.needs(i) - must.ids) == 1][:10]
-    counts = {index: 2 ** (10 - place) for place, index in enumerate(free)}  # 1024, 512, ..., 2: 2046 together
-    for coverage, needed in ((0.5, 1), (0.75, 2), (0.9, 4), (1.0, 10)):
-        spec = spec_of({"coverage": coverage})
-        plan = choose_rows(spec, base, profiles_for(tmp_path, spec, de=(counts, {})))
-        assert plan.rows.rows == -(-(len(must.ids) + needed) // 64) * 64
-        assert set(free[:needed]) <= set(plan.rows.kept)
-        assert plan.why["coverage"]["language/de"] >= coverage
-
-
-def test_coverage_weighs_dimensions_alike_however_long_their_corpora_are(base: ResolvedBase, tmp_path: Path) -> None:
-    must = essentials(base)
-    alone = [
-        i for i in sorted(must.vocabulary.by_id) if i not in must.ids and len(must.vocabulary.needs(i) - must.ids) == 1
-    ]
-    assert len(alone) > 30
-    many = dict.fromkeys(alone[:30], 10)
-    spec = spec_of({"coverage": 0.5}, dimensions={"language": "de", "domain": "medical"})
-    profiles = profiles_for(tmp_path, spec, de=(many, {}), medical=({alone[-1]: 1}, {}))
-    plan = choose_rows(spec, base, profiles)  # the one token of medical is half of all that is to be covered
-    assert alone[-1] in plan.rows.kept
-    assert plan.rows.rows == -(-(len(must.ids) + 1) // 64) * 64
-
-
 def test_padding_takes_rows_without_tokens_first_and_then_the_least_relevant(
     base: ResolvedBase, tmp_path: Path
 ) -> None:
     """448 rows and 404 tokens: 44 rows of the base's 108 spare ones. Without spare ones, the last kept one again."""
-    spec = spec_of(448)
+    spec = spec_of({"keep": 448})
     plan = choose_rows(spec, base, profiles_for(tmp_path, spec, de=({300: 1}, {})))
     assert plan.rows.kept == tuple(range(TOKENS))
     assert plan.rows.padding == tuple(range(TOKENS, 448))
 
 
 def test_padding_repeats_the_least_relevant_where_no_row_is_spare(tmp_path: Path, store: Path) -> None:
-    from expertprune.composition import rows as module
-
-    folder = save_worded(tmp_path / "base", rows=TOKENS)
-    base = resolve_base(Base(model=str(folder)), store)
-    spec = spec_of(384)
-    profiles = profiles_for(tmp_path, spec, de=({300: 1}, {i: 0.001 for i in range(TOKENS) if i != 7}))
-    scores, must = module.score_rows(spec, profiles), essentials(base)
-    assert module._padding(must, scores, {5, 7, 9}, TOKENS, 5) == (7, 7)
+    base = resolve_base(Base(model=str(save_worded(tmp_path / "base", rows=TOKENS))), store)
+    score = torch.full((TOKENS,), 0.001)
+    score[7] = 0
+    assert padding_rows(essentials(base), score, {5, 7, 9}, TOKENS, 5) == (7, 7)
 
 
 def test_fewer_rows_than_must_be_kept_names_the_smallest_legal_number(base: ResolvedBase, tmp_path: Path) -> None:
     smallest = essentials(base).smallest
     assert 64 * 4 < smallest < TOKENS
     with pytest.raises(PlanError, match=rf"smallest legal number is {smallest}\b"):
-        choose_rows(spec_of(smallest - 64), base, {})
-    spec = spec_of(smallest)
+        choose_rows(spec_of({"keep": smallest - 64}), base, {})
+    spec = spec_of({"keep": smallest})
     choose_rows(spec, base, profiles_for(tmp_path, spec, de=({300: 1}, {})))
 
 
-@pytest.mark.parametrize("asked", [512, 513, 100_000, 0.01])
+@pytest.mark.parametrize("asked", [{"keep": 512}, {"keep": 513}, {"keep": 100_000}, 0.01, {"remove": 63}])
 def test_a_number_that_keeps_every_row_is_no_cut(base: ResolvedBase, asked: Any) -> None:
-    with pytest.raises(PlanError, match="cuts nothing: the base has 512 rows"):
+    with pytest.raises(PlanError, match="nothing would go: the base has 512 rows"):
         choose_rows(spec_of(asked), base, {})
-
-
-def test_a_coverage_that_keeps_every_row_says_that_there_is_nothing_to_cut(tmp_path: Path, store: Path) -> None:
-    folder = save_worded(tmp_path / "base", rows=TOKENS)
-    base = resolve_base(Base(model=str(folder)), store)
-    spec = spec_of({"coverage": 1.0})
-    profiles = profiles_for(tmp_path, spec, de=(dict.fromkeys(range(TOKENS), 1), {}))
-    with pytest.raises(PlanError, match=r"coverage 1 keeps every one of 404 rows.*nothing to cut"):
-        choose_rows(spec, base, profiles)
 
 
 def test_fewer_rows_than_tokens_is_an_error(tmp_path: Path, store: Path) -> None:
     folder = save_worded(tmp_path / "base", rows=400, pad_token_id=None)
     base = resolve_base(Base(model=str(folder)), store)
     with pytest.raises(CheckpointError, match=r"ids up to 403.*rows for 400 only"):
-        choose_rows(spec_of(320), base, {})
+        choose_rows(spec_of({"keep": 320}), base, {})
 
 
 def test_rows_that_disagree_with_the_config_are_an_error(tmp_path: Path, store: Path) -> None:
@@ -215,7 +184,7 @@ def test_rows_that_disagree_with_the_config_are_an_error(tmp_path: Path, store: 
 
 
 def test_a_profile_without_the_pass_says_so(base: ResolvedBase, tmp_path: Path) -> None:
-    spec = spec_of(320)
+    spec = spec_of({"keep": 320})
     profiles = profiles_for(tmp_path, spec, de=({300: 1}, {}))
     for path in tmp_path.glob("*.vocabulary.safetensors"):
         path.unlink()
@@ -227,7 +196,7 @@ def test_a_profile_without_the_pass_says_so(base: ResolvedBase, tmp_path: Path) 
 def test_a_corpus_of_few_tokens_is_warned_about_with_its_count(
     base: ResolvedBase, tmp_path: Path, caplog: pytest.LogCaptureFixture, tokens: int, warned: bool
 ) -> None:
-    spec = spec_of(320)
+    spec = spec_of({"keep": 320})
     choose_rows(spec, base, profiles_for(tmp_path, spec, de=({300: tokens}, {})))
     assert any("language/de" in m and "9,999" in m for m in caplog.messages) == warned
     assert len(caplog.messages) == int(warned)
@@ -237,15 +206,15 @@ def test_a_corpus_of_few_tokens_is_warned_about_with_its_count(
 
 
 def test_a_composed_plan_says_what_is_left_and_comes_back_from_its_file(folder: Path, tmp_path: Path) -> None:
-    data = worded_spec(folder, tmp_path / "spec", {"vocabulary": 320, "ffn": 0.25})
+    data = worded_spec(folder, tmp_path / "spec", {"vocabulary": {"keep": 320}, "ffn": 0.25})
     spec = parse_spec(data, "spec", tmp_path)
     plan = expertprune.compose(spec)
     assert plan.vocabulary is not None
     # 192 rows of 24, twice: embedding and head are not tied here; and 8 of 32 neurons with three rows or columns each
-    assert plan.parameters["before"] - plan.parameters["after"] == 192 * 24 * 2 + 3 * 8 * 3 * 24
+    assert plan.parameters.before - plan.parameters.after == 192 * 24 * 2 + 3 * 8 * 3 * 24
     plan.save(tmp_path / "plan.json")
     assert load_plan(tmp_path / "plan.json") == plan
-    assert set(plan.vocabulary.why["protected"]) >= {"alphabet", "special and added tokens", "language", "general"}
+    assert set(plan.vocabulary.why.protected) >= {"alphabet", "special and added tokens", "language", "general"}
     assert (tmp_path / "plan.json").stat().st_size < 60_000
     german = tokenizer_of("byte_level").encode("Die Ärzte hören das Gesetz").ids
     kept = set(plan.vocabulary.rows.kept)
@@ -257,20 +226,20 @@ def test_parameters_count_the_rows_that_go(folder: Path, tmp_path: Path, store: 
     total = resolve_base(Base(model=str(folder)), store).checkpoint.parameters
     rows = 192 * 24 * 2 / total
     for wanted, cut in ((rows * 0.9, False), (rows * 1.05, True)):
-        data = worded_spec(folder, tmp_path / "spec", {"vocabulary": 320, "parameters": wanted})
+        data = worded_spec(folder, tmp_path / "spec", {"vocabulary": {"keep": 320}, "parameters": wanted})
         plan = expertprune.compose(parse_spec(data, "spec", tmp_path))
         assert plan.cuts_layers == cut
-        assert plan.parameters["after"] <= total * (1 - wanted)
-        assert plan.parameters["after"] >= total * (1 - wanted) - max(192 * 24 * 2, 4 * 3 * 3 * 24)
+        assert plan.parameters.after <= total * (1 - wanted)
+        assert plan.parameters.after >= total * (1 - wanted) - max(192 * 24 * 2, 4 * 3 * 3 * 24)
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
 def test_rows_are_the_same_however_layers_are_cut(folder: Path, tmp_path: Path, allocation: str) -> None:
     changes = {"compose": {"allocation": allocation}}
-    budget = {"vocabulary": 384, "ffn": 0.5}
+    budget = {"vocabulary": {"keep": 384}, "ffn": 0.5}
     found = expertprune.compose(parse_spec(worded_spec(folder, tmp_path / "spec", budget, **changes), "spec", tmp_path))
     alone = expertprune.compose(
-        parse_spec(worded_spec(folder, tmp_path / "spec", {"vocabulary": 384}), "spec", tmp_path)
+        parse_spec(worded_spec(folder, tmp_path / "spec", {"vocabulary": {"keep": 384}}), "spec", tmp_path)
     )
     assert found.vocabulary is not None
     assert alone.vocabulary is not None
@@ -283,24 +252,25 @@ def test_rows_are_the_same_however_layers_are_cut(folder: Path, tmp_path: Path, 
 def test_a_tokenizer_of_another_kind_is_refused_before_any_work(
     tiny_spec: Spec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("expertprune.stages.validate.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("expertprune.models.running.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(CheckpointError, match="WordLevel tokenizer cannot be cut"):
-        expertprune.build(tiny_spec, "out", overrides={"budget.vocabulary": 64})
+        expertprune.build(tiny_spec, "out", overrides={"budget.vocabulary": {"keep": 64}})
 
 
 @pytest.mark.parametrize(
     ("budget", "said"),
     [
-        ({"vocabulary": 0}, "whole number of rows that are kept"),
-        ({"vocabulary": -5}, "whole number of rows that are kept"),
-        ({"vocabulary": 1.0}, "whole number of rows that are kept"),
-        ({"vocabulary": True}, "whole number of rows that are kept"),
-        ({"vocabulary": "many"}, "whole number of rows that are kept"),
-        ({"vocabulary": {"covers": 0.9}}, "coverage: 0.9999"),
-        ({"vocabulary": {"coverage": 0}}, "above 0 and at most 1"),
-        ({"vocabulary": {"coverage": 1.5}}, "above 0 and at most 1"),
-        ({"vocabulary": {"coverage": 0.9}, "parameters": 0.3}, "number of rows or a fraction"),
-        ({"vocabulary": 320, "retention": {"expert": 0.9}}, "'vocabulary' or 'retention', not both"),
+        ({"vocabulary": 32768}, "write keep: 32768 if so many rows stay, or remove: 32768 if so many go"),
+        ({"vocabulary": 0.0}, "must remove something"),
+        ({"vocabulary": -5}, "a count of at least 0"),
+        ({"vocabulary": 1.0}, "below 1"),
+        ({"vocabulary": True}, "what stays"),
+        ({"vocabulary": "many"}, "what stays"),
+        ({"vocabulary": {"covers": 0.9}}, "what stays"),
+        ({"vocabulary": {"coverage": 0}}, "above 0 and below 1"),
+        ({"vocabulary": {"coverage": 1.0}}, "above 0 and below 1"),
+        ({"vocabulary": {"coverage": 0.9}, "parameters": 0.3}, "as keep: or remove:"),
+        ({"vocabulary": {"keep": 320}, "retention": {"expert": 0.9}}, "'vocabulary' or 'retention', not both"),
     ],
 )
 def test_a_wrong_budget_is_told(budget: dict[str, Any], said: str) -> None:
@@ -311,14 +281,14 @@ def test_a_wrong_budget_is_told(budget: dict[str, Any], said: str) -> None:
 
 
 def test_metrics_per_token_are_refused_with_a_vocabulary_and_left_out_where_none_is_named() -> None:
-    again = parse_spec(spec_of(320).document(), "spec", Path())
+    again = parse_spec(spec_of({"keep": 320}).document(), "spec", Path())
     assert again.evaluate.metrics is None
     assert again.evaluate.chosen_metrics(other_tokens=True) == ["bits_per_byte", "questions"]
-    assert spec_of(320, evaluate={"metrics": ["questions"]}).evaluate.metrics == ["questions"]
+    assert spec_of({"keep": 320}, evaluate={"metrics": ["questions"]}).evaluate.metrics == ["questions"]
     everything = ["bits_per_byte", "perplexity", "kl", "questions"]  # what a user lists is what the user wants
     for metrics in (everything, everything[:3]):
         with pytest.raises(SpecError, match=r"evaluate.metrics: perplexity, kl cannot be measured"):
-            spec_of(320, evaluate={"metrics": metrics})
+            spec_of({"keep": 320}, evaluate={"metrics": metrics})
 
 
 def test_packed_indices_come_back_and_damage_is_told() -> None:

@@ -389,7 +389,7 @@ def test_a_part_of_a_tokenizer_without_a_name_is_refused(tmp_path: Path) -> None
         "pretokenizers": [split, {**data["pre_tokenizer"], "use_regex": False}],
     }
     (folder / "tokenizer.json").write_text(json.dumps(data))
-    assert "has no name for how this tokenizer parts text (Split, ByteLevel)" in refusal(folder, tmp_path / "a.gguf")
+    assert "has no name for this pre-tokenizer (Split, ByteLevel)" in refusal(folder, tmp_path / "a.gguf")
 
 
 def test_weights_that_half_precision_does_not_hold_are_refused(tmp_path: Path) -> None:
@@ -442,7 +442,7 @@ def test_an_architecture_that_no_family_has_is_refused(tmp_path: Path, store: Pa
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(
-        CheckpointError, match="architecture 'falcon'; of GGUF files these can be bases: gemma2, gemma3"
+        CheckpointError, match="architecture 'falcon'; GGUF files of these can be bases: gemma2, gemma3"
     ):
         resolve_base(Base(model=str(tmp_path / "a.gguf")), store)
 

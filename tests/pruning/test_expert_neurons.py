@@ -15,6 +15,7 @@ from torch import Tensor
 
 import expertprune
 from expertprune.arch import families, family_of
+from expertprune.artifacts.plan import StructureBudget
 from expertprune.profiling.forward import forward_pass
 from expertprune.profiling.gradients import gradient_pass
 from expertprune.spec.schema import Spec
@@ -143,14 +144,14 @@ def test_each_expert_keeps_its_own_best_neurons(criterion: str, tmp_path: Path) 
     folder = save_tiny(tmp_path / "base", "mixtral")
     relevance = {"criterion": criterion, "experts": "reap"}
     plan = expertprune.compose(spec_of(folder, tmp_path, {"ffn": 0.5, "experts": 2}, relevance=relevance))
-    assert plan.budget["ffn"] == {"requested": 0.5, "of": 32, "kept": 16, "removed": 16}
+    assert plan.budget["ffn"] == StructureBudget(requested=0.5, of=32, kept=16, removed=16)
     chosen = set()
     for layer in plan.kept:
         assert len(layer.experts) == 4
         assert [unit // 32 for unit in layer.ffn] == [expert for expert in layer.experts for _ in range(16)]
         chosen |= {tuple(unit % 32 for unit in layer.ffn if unit // 32 == expert) for expert in layer.experts}
     assert len(chosen) == 12, "every expert of every layer chooses for itself"
-    before, after = plan.parameters["before"], plan.parameters["after"]
+    before, after = plan.parameters.before, plan.parameters.after
     # of three layers: two experts of three matrices and a router's row, and 16 neurons of each of the four others
     assert before - after == 3 * (2 * (3 * 24 * 32 + 24) + 4 * 16 * 3 * 24)
 
@@ -183,8 +184,8 @@ def test_planted_neurons_are_found(tmp_path: Path) -> None:
 def test_parameters_beside_experts_are_met_by_neurons(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "base", "mixtral")
     plan = expertprune.compose(spec_of(folder, tmp_path, {"experts": 1, "parameters": 0.4}))
-    assert plan.budget["experts"]["kept"] == 5
-    before, after = plan.parameters["before"], plan.parameters["after"]
+    assert plan.budget["experts"].kept == 5
+    before, after = plan.parameters.before, plan.parameters.after
     step = 3 * 5 * 8 * 3 * 24  # of three layers, five experts, eight neurons of three matrices
     assert before - after >= 0.4 * before > before - after - step
     assert (before - after - 3 * (3 * 24 * 32 + 24)) % step == 0

@@ -322,9 +322,9 @@ def test_parameters_are_met_by_experts(tmp_path: Path) -> None:
     plan = expertprune.compose(planted_spec(folder, tmp_path, ["medical"], "reap", budget={"parameters": 0.3}))
     # an expert has three matrices of 24 by 32 and a row of the router; 3 layers
     of_one = 3 * (3 * 24 * 32 + 24)
-    gone = plan.parameters["before"] - plan.parameters["after"]
+    gone = plan.parameters.before - plan.parameters.after
     assert gone % of_one == 0
-    assert gone >= 0.3 * plan.parameters["before"] > gone - of_one
+    assert gone >= 0.3 * plan.parameters.before > gone - of_one
 
 
 def test_a_plan_of_experts_is_read_back(tmp_path: Path) -> None:

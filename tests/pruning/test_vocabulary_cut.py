@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 import expertprune
 from expertprune.artifacts.expert import Expert
-from expertprune.artifacts.plan import LayerPlan, Plan, VocabularyPlan
+from expertprune.artifacts.plan import Plan, VocabularyPlan
 from expertprune.composition.rows import essentials
 from expertprune.errors import PlanError
 from expertprune.models.base import ResolvedBase
@@ -25,6 +25,7 @@ from expertprune.pruning.write import prune
 from expertprune.reporting import explain as inspection
 from expertprune.spec.reading import parse_spec
 from expertprune.units import KeptRows
+from tests import oracle
 from tests.oracle import (
     assert_same,
     contents,
@@ -51,11 +52,7 @@ def plan_of(base: ResolvedBase, kept: set[int], padding: tuple[int, ...] = (), f
         last = range(shape.ffn - (ffn or shape.ffn), shape.ffn)
         neurons = tuple(expert * shape.ffn + place for expert in range(max(1, shape.experts)) for place in last)
         units.append(replace(shape.all_kept, ffn=neurons))
-    about = {"model": base.name, "digest": base.digest}
-    size = base.checkpoint.parameters
-    layers = [LayerPlan(each) for each in units]
-    parameters = {"before": size, "after": size}
-    return Plan("chosen", about, {}, {}, list(base.layers), layers, {}, parameters, vocabulary)
+    return replace(oracle.plan_of(base, units), vocabulary=vocabulary)
 
 
 def cut(base: ResolvedBase, plan: Plan, folder: Path) -> Path:
@@ -167,13 +164,13 @@ def test_a_plan_for_another_tokenizer_or_without_parts_is_refused(tmp_path: Path
     base = resolved(save_worded(tmp_path / "base"), store)
     plan = plan_of(base, set(range(300)))
     assert plan.vocabulary is not None
-    plan.vocabulary.tokenizer = "another"
+    plan = replace(plan, vocabulary=replace(plan.vocabulary, tokenizer="another"))
     with pytest.raises(PlanError, match="another tokenizer"):
         prune(plan, base, tmp_path)
     must = essentials(base)
     token = max(must.vocabulary.tokens.values(), key=lambda index: len(must.vocabulary.needs(index) - must.ids))
     rows = tuple(sorted(must.ids | {token}))
-    plan.vocabulary = VocabularyPlan(KeptRows(512, rows), base.tokenizer_digest)
+    plan = replace(plan, vocabulary=VocabularyPlan(KeptRows(512, rows), base.tokenizer_digest))
     with pytest.raises(PlanError, match="without the parts"):
         prune(plan, base, tmp_path)
     assert list(tmp_path.iterdir()) == [tmp_path / "base"]
@@ -182,7 +179,9 @@ def test_a_plan_for_another_tokenizer_or_without_parts_is_refused(tmp_path: Path
 # --- all stages -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("budget", [{"vocabulary": 384}, {"vocabulary": 384, "ffn": 0.25, "query_heads": 3}])
+@pytest.mark.parametrize(
+    "budget", [{"vocabulary": {"keep": 384}}, {"vocabulary": {"keep": 384}, "ffn": 0.25, "query_heads": 3}]
+)
 def test_an_expert_is_built_and_evaluated_with_its_own_tokenizer(
     budget: dict[str, Any], tmp_path: Path, store: Path
 ) -> None:
@@ -223,7 +222,7 @@ def _bits_per_byte(folder: Path, tmp_path: Path) -> float:
 
 
 def test_a_plan_with_rows_gives_the_same_expert_as_the_build(tmp_path: Path, store: Path) -> None:
-    data = worded_spec(save_worded(tmp_path / "base"), tmp_path / "spec", {"vocabulary": 320, "ffn": 0.25})
+    data = worded_spec(save_worded(tmp_path / "base"), tmp_path / "spec", {"vocabulary": {"keep": 320}, "ffn": 0.25})
     spec = parse_spec({**data, "evaluate": {"enabled": False}}, "spec", tmp_path)
     built = expertprune.build(spec, tmp_path / "built")
     expertprune.compose(spec).save(tmp_path / "plan.json")
@@ -235,8 +234,8 @@ def test_a_plan_with_rows_gives_the_same_expert_as_the_build(tmp_path: Path, sto
 
 def test_text_of_other_languages_still_comes_back(tmp_path: Path, store: Path) -> None:
     spec = parse_spec(
-        worded_spec(save_worded(tmp_path / "base", "sentencepiece"), tmp_path / "spec", {"vocabulary": 384}, general=[],
-                    evaluate={"enabled": False}),
+        worded_spec(save_worded(tmp_path / "base", "sentencepiece"), tmp_path / "spec",
+                    {"vocabulary": {"keep": 384}}, general=[], evaluate={"enabled": False}),
         "spec", tmp_path,
     )  # fmt: skip
     expert = AutoTokenizer.from_pretrained(expertprune.build(spec, tmp_path / "expert"))

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from expertprune.composition.budget import LayerWidths, Widths, removed_parameters
 from transformers import AutoTokenizer
 
 import expertprune
-from expertprune.composition.budget import LayerWidths, Widths, removed_parameters
 from expertprune.corpora.batches import Batch
 from expertprune.errors import CheckpointError, PlanError
 from expertprune.files import staged_folder

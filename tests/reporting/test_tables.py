@@ -16,7 +16,15 @@ from rich.console import Console, RenderableType
 
 from expertprune.artifacts.evaluation import Average, CorpusResult, Evaluation, Measured, Settings, TaskResult
 from expertprune.artifacts.expert import CorpusRecord, Expert
-from expertprune.artifacts.plan import LayerPlan, Plan
+from expertprune.artifacts.plan import (
+    BaseReference,
+    KindCount,
+    LayerPlan,
+    Parameters,
+    Plan,
+    StructureBudget,
+    UnitReasons,
+)
 from expertprune.files import EXPERT_FILE, folder_size
 from expertprune.reporting.card import purpose, write_card
 from expertprune.reporting.explain import explain
@@ -67,14 +75,14 @@ def an_evaluation(corpus: str = "language/en") -> Evaluation:
 
 
 def a_plan(name: str = "made-up", base: str = "owner/model", value: str = "en") -> Plan:
-    def why(language: int, general: int, shared: tuple[int, int]) -> dict[str, Any]:
-        return {
-            "threshold": 0.1,
-            "protected": {"language": language, "general": general},
-            "shared": {"units": shared[0], "kept": shared[1]},
-            "expert_exclusive": {"units": 32 - shared[0], "kept": 24 - shared[1]},
-            "general_exclusive": {"units": 0, "kept": 0},
-        }
+    def why(language: int, general: int, shared: tuple[int, int]) -> UnitReasons:
+        return UnitReasons(
+            threshold=0.1,
+            protected={"language": language, "general": general},
+            shared=KindCount(units=shared[0], kept=shared[1]),
+            expert_exclusive=KindCount(units=32 - shared[0], kept=24 - shared[1]),
+            general_exclusive=KindCount(units=0, kept=0),
+        )
 
     shape = LayerShape(24, 32, 6, 3, 4)
     kept = KeptUnits(tuple(range(24)), (0, 1, 2, 3), (0, 1))
@@ -84,24 +92,23 @@ def a_plan(name: str = "made-up", base: str = "owner/model", value: str = "en") 
     }  # fmt: skip
     return Plan(
         name=name,
-        base={"model": base, "digest": "0123abcd"},
+        base=BaseReference(model=base, digest="0123abcd"),
+        parameters=Parameters(before=12345, after=10000),
         spec=Spec.model_validate(spec).document(),
-        profiles={},
         shapes=[shape] * 2,
         layers=[
             LayerPlan(
-                kept, {"ffn": why(20, 4, (10, 9)), "kv_groups": {"threshold": 0.2, "protected": {"language": 2}}}
+                kept, {"ffn": why(20, 4, (10, 9)), "kv_groups": UnitReasons(threshold=0.2, protected={"language": 2})}
             ),
             LayerPlan(
-                kept, {"ffn": why(21, 3, (12, 5)), "kv_groups": {"threshold": 0.3, "protected": {"language": 2}}}
+                kept, {"ffn": why(21, 3, (12, 5)), "kv_groups": UnitReasons(threshold=0.3, protected={"language": 2})}
             ),
         ],
         budget={
-            "ffn": {"requested": 0.25, "of": 32, "kept": 24, "removed": 8},
-            "query_heads": {"requested": 0, "of": 6, "kept": 4, "removed": 2},
-            "kv_groups": {"requested": 1, "of": 3, "kept": 2, "removed": 1},
+            "ffn": StructureBudget(requested=0.25, of=32, kept=24, removed=8),
+            "query_heads": StructureBudget(requested=0, of=6, kept=4, removed=2),
+            "kv_groups": StructureBudget(requested=1, of=3, kept=2, removed=1),
         },
-        parameters={"before": 12345, "after": 10000},
     )
 
 
@@ -181,8 +188,14 @@ def test_the_plan_table_sums_over_layers() -> None:
 @pytest.mark.parametrize(("kept", "who"), [(6, "not cut"), (4, "left with their KV groups")])
 def test_the_plan_table_tells_uncut_heads_from_those_that_left_with_their_group(kept: int, who: str) -> None:
     plan = a_plan()
-    plan.budget["query_heads"] |= {"kept": kept}
-    assert table_rows(shown(plan_table(plan)))["query_heads"] == [f"{kept} of 6", who, "", "", ""]
+    budget = {**plan.budget, "query_heads": plan.budget["query_heads"].model_copy(update={"kept": kept})}
+    assert table_rows(shown(plan_table(replace(plan, budget=budget))))["query_heads"] == [
+        f"{kept} of 6",
+        who,
+        "",
+        "",
+        "",
+    ]
 
 
 @pytest.mark.parametrize("text", HOSTILE)

@@ -180,7 +180,7 @@ WRONG = [
     ({"budget": {"ffn": -3}}, "budget.ffn:", "found -3"),
     ({"budget": {"ffn": 1.0}}, "budget.ffn:", "below 1"),
     ({"budget": {"kv_groups": 1.5}}, "budget.kv_groups:", "below 1"),
-    ({"budget": {"parameters": 1}}, "budget.parameters:", "less than 1"),
+    ({"budget": {"parameters": 1}}, "budget.parameters:", "a fraction below 1"),
     ({"budget": {"parameters": 0.2, "ffn": 0.2}}, "budget:", "not both"),
     ({"budget": {"max_parameters": "100M", "ffn": 0.2}}, "budget:", "'ffn' or 'max_parameters', not both"),
     ({"budget": {"retention": {"expert": 0.9}, "ffn": 64}}, "budget:", "'ffn' or 'retention', not both"),
@@ -254,14 +254,9 @@ def test_a_source_of_two_minds_is_refused(source: dict[str, str], words: str) ->
     assert words in problem
 
 
-@pytest.mark.parametrize("aggregate", ["median", 1.5])
-def test_an_aggregate_of_another_kind_is_named_by_its_key_alone(aggregate: str | float) -> None:
-    assert all(p.startswith("my.yaml: compose.aggregate: ") for p in problems_of(compose={"aggregate": aggregate}))
-
-
 @pytest.mark.parametrize("aggregate", ["median", 0, 1, 1.5, [0.5]])
-def test_an_aggregate_of_another_kind_is_refused(aggregate: Any) -> None:
-    assert "compose.aggregate" in problems_of(compose={"aggregate": aggregate})[0]
+def test_an_aggregate_of_another_kind_is_named_by_its_key_alone(aggregate: Any) -> None:
+    assert all(p.startswith("my.yaml: compose.aggregate: ") for p in problems_of(compose={"aggregate": aggregate}))
 
 
 @pytest.mark.parametrize("aggregate", ["mean", "max", 0.5, 0.9])
@@ -476,20 +471,7 @@ def test_the_json_schema_accepts_a_document_with_everything_written_out() -> Non
     assert schema_problems(parse_spec(copy.deepcopy(FULL), "my.yaml", Path("/nowhere")).document()) == []
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"base": "owner/model"},
-        {"dimensions": {"task": "qa"}},
-        {"general": "medical"},
-        {"relevance": "random"},
-        {"compensation": "none"},
-        {"corpora": "/data/mine"},
-        {"evaluate": {"corpora": "de"}},
-        {"corpora": {"sources": {"de": {"path": "/data/de.jsonl"}}}},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("changes", [changes for changes, _, _ in SHORTHANDS], ids=str)
 def test_the_json_schema_accepts_the_shorthands_that_a_spec_accepts(changes: dict[str, Any]) -> None:
     assert schema_problems({**FULL, **changes}) == []
 

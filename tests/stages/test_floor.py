@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import expertprune
 from expertprune.artifacts.expert import Expert
-from expertprune.artifacts.plan import Plan
+from expertprune.artifacts.plan import BaseReference, Parameters, Plan, RetentionFound, StructureBudget
 from expertprune.cli import main
 from expertprune.corpora.documents import Corpus, Document
 from expertprune.errors import PlanError, SpecError
@@ -104,7 +104,9 @@ def test_bisection_finds_what_trying_every_budget_finds(
         tried.append(number)
         if number >= reachable:
             raise PlanError("more than the floor allows")
-        plan = Plan(str(number), {}, {}, {}, [], [], {"ffn": {"requested": 0}}, {"before": 0, "after": 0})
+        found = StructureBudget(requested=0, of=32, kept=4, removed=28)
+        base, parameters = BaseReference(model="b", digest="d"), Parameters(before=0, after=0)
+        plan = Plan(str(number), base, parameters, [], [], {"ffn": found})
         return plan, kept_of(keeps[number])
 
     prepared.spec.budget.retention = Retention(expert=expert)
@@ -117,10 +119,10 @@ def test_bisection_finds_what_trying_every_budget_finds(
         else:
             plan = plan_by_retention(prepared, {}, silent)
             assert plan.name == str(max(holding))
-            assert plan.budget["ffn"]["requested"] == {
-                "retention": {"expert": expert, "general": None},
-                "found": kept_of(keeps[max(holding)]).corpora,
-            }
+            best = kept_of(keeps[max(holding)])
+            assert plan.budget["ffn"].requested == RetentionFound(
+                retention=Retention(expert=expert), found=best.corpora
+            )
             assert plan.spec == prepared.spec.document()
     assert len(tried) == len(set(tried)) <= 4
 
@@ -151,8 +153,8 @@ def test_the_expert_that_is_measured_is_the_one_that_is_planned(
     most, group = steps * 3 * 4 * 3 * 24, 24 * (16 + 8)
     sizes = fake_measure(monkeypatch, lambda size: 0.95 if total - size < most + group else 0.8)
     plan = plan_of(prepared, silent)
-    assert plan.parameters["after"] in sizes
-    assert most * (1 - 1e-6) <= total - plan.parameters["after"] < most + group
+    assert plan.parameters.after in sizes
+    assert most * (1 - 1e-6) <= total - plan.parameters.after < most + group
     if allocation == "uniform":
         assert [len(kept.ffn) for kept in plan.kept] == [32 - 4 * steps] * 3
 
@@ -206,7 +208,7 @@ def test_the_plan_of_a_floor_can_be_pruned(retaining_spec: dict[str, Any], tmp_p
     spec = parse_spec(retaining_spec, "spec", tmp_path, {"budget.retention": {"expert": 0.01, "general": 0.01}})
     plan = expertprune.compose(spec)
     plan.save(tmp_path / "plan.json")
-    assert all(value >= 0.01 for value in plan.budget["ffn"]["requested"]["found"].values())
+    assert all(value >= 0.01 for value in plan.budget["ffn"].requested.found.values())
     out = expertprune.prune(tmp_path / "plan.json", tmp_path / "expert")
     assert Expert.load(out).plan.parameters == plan.parameters
 
@@ -249,7 +251,7 @@ def test_documents_that_are_held_back_calibrate_nothing(
     fake_measure(monkeypatch, lambda size: 1.0)
     plan_of(prepared, silent)
     held = {name: validation_documents(corpus) for name, corpus in prepared.corpora.items()}
-    every = {tuple(prepared.tokenizer(d.text)["input_ids"]) for documents in held.values() for d in documents}
+    every = {tuple(prepared.running.tokenizer(d.text)["input_ids"]) for documents in held.values() for d in documents}
     assert len(every) >= 4
     assert not every & set(repaired)
     for name, corpus in prepared.corpora.items():
@@ -267,7 +269,7 @@ def test_the_measure_reads_what_was_held_back(prepared: Prepared, monkeypatch: p
         return original(base, expert, tokenizer, documents, *rest)
 
     everywhere(monkeypatch, "expertprune.evaluation.documents.score_documents", scoring)
-    kept = measure(prepared, prepared.model)
+    kept = measure(prepared, prepared.running.model)
     assert dict(kept.corpora) == dict.fromkeys(CORPORA, 1.0)
     assert asked == [validation_documents(corpus) for corpus in prepared.corpora.values()]
 

@@ -231,8 +231,8 @@ def test_tasks_alone_leave_what_was_said_of_corpora_and_appear_in_table_and_card
 
 def test_an_expert_with_a_vocabulary_of_its_own_is_compared_by_the_byte(tmp_path: Path, store: Path) -> None:
     base = save_worded(tmp_path / "base")
-    folder = expertprune.build(parse_spec(worded_spec(base, tmp_path / "spec", {"vocabulary": 384}), "spec", tmp_path),
-                               tmp_path / "expert")  # fmt: skip
+    data = worded_spec(base, tmp_path / "spec", {"vocabulary": {"keep": 384}})
+    folder = expertprune.build(parse_spec(data, "spec", tmp_path), tmp_path / "expert")
     suite = tmp_path / "mine.yaml"
     suite.write_text(yaml.safe_dump({"name": "mine", "perplexity": {"corpora": ["language/de"]}, "alignment": True}))
     before = json.loads((folder / "expertprune.json").read_text())["evaluation"]["corpora"]["language/de"]["metrics"]
@@ -253,10 +253,8 @@ def test_the_bases_answers_are_stored_and_used_until_something_changes(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Path] = []
-    load = measuring.load_model
-    monkeypatch.setattr(
-        measuring, "load_model", lambda folder, *a, **k: (asked.append(folder), load(folder, *a, **k))[1]
-    )
+    load = measuring.run_folder
+    monkeypatch.setattr(measuring, "run_folder", lambda folder, base: (asked.append(folder), load(folder, base))[1])
     suite = workplace.suite(tasks=[CHOOSE])
 
     def models_asked(*args: Any) -> int:

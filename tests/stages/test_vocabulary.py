@@ -51,7 +51,7 @@ def test_rows_coverage_tokens_per_word_and_parameters(folder: Path, tmp_path: Pa
 
 
 def test_the_table_and_the_json(folder: Path, tmp_path: Path) -> None:
-    data = worded_spec(folder, tmp_path / "spec", {"vocabulary": {"coverage": 0.9}})
+    data = worded_spec(folder, tmp_path / "spec", {"vocabulary": {"keep": 384}})
     result = shown(data, tmp_path, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
@@ -69,13 +69,13 @@ def test_the_table_and_the_json(folder: Path, tmp_path: Path) -> None:
     ("rows", "said"), [("64", "must be at least"), ("512", "below the base's 512"), ("x", "whole numbers")]
 )
 def test_sizes_that_cannot_be_are_refused(folder: Path, tmp_path: Path, rows: str, said: str) -> None:
-    result = shown(worded_spec(folder, tmp_path / "spec", {"vocabulary": 320}), tmp_path, "--rows", rows)
+    result = shown(worded_spec(folder, tmp_path / "spec", {"vocabulary": {"keep": 320}}), tmp_path, "--rows", rows)
     assert result.exit_code == 2
     assert said in result.stderr
 
 
 def test_sizes_are_checked_before_any_model_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("expertprune.stages.validate.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
-    spec = parse_spec(worded_spec(folder, tmp_path / "spec", {"vocabulary": 320}), "spec", tmp_path)
+    monkeypatch.setattr("expertprune.models.running.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    spec = parse_spec(worded_spec(folder, tmp_path / "spec", {"vocabulary": {"keep": 320}}), "spec", tmp_path)
     with pytest.raises(PlanError, match="--rows 64"):
         tradeoff.vocabulary(spec, rows=[64])

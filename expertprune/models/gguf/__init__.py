@@ -1,4 +1,4 @@
-"""Models as GGUF files: read as bases through transformers, and written from folders of safetensors."""
+"""GGUF files: read as bases through transformers, and written from folders of safetensors."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""A GGUF file to an ordinary folder.
+"""Convert a GGUF file to an ordinary folder.
 
-transformers reads tensors and tokenizers. Of the metadata it takes some and means its own defaults by the rest, so what a
-file says, and what the format means where a file is silent, is put into the config before the model is built.
+transformers reads the tensors and the tokenizer. It takes over some of the metadata and assumes its own
+defaults for the rest. So whatever the file says, and what the format means where the file is silent, goes
+into the config before the model is built.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _FOLDER = "use the model's folder of safetensors"
 
 @dataclass(frozen=True)
 class _Header:
-    """What a GGUF file says beside its weights: metadata by key, values of all its tensors by name."""
+    """A GGUF file without its weights: metadata by key, and the number of values of each tensor."""
 
     architecture: str
     metadata: Mapping[str, Any]
@@ -44,7 +45,7 @@ class _Header:
 
     @property
     def model(self) -> dict[str, Any]:
-        """The metadata of the architecture, under keys without its name."""
+        """The metadata of the architecture, by keys without its prefix."""
         prefix = f"{self.architecture}."
         return {key.removeprefix(prefix): value for key, value in self.metadata.items() if key.startswith(prefix)}
 
@@ -53,8 +54,8 @@ def converted(file: Path, dtype: str, store: Path) -> Path:
     """A GGUF file as a folder of safetensors, converted once and kept in the store.
 
     Raises:
-        CheckpointError: the file is damaged, of a family that transformers does not read from GGUF, or says something that
-            cannot be taken over.
+        CheckpointError: the file is damaged, of a family that transformers does not read from GGUF, or has
+            metadata that cannot be taken over.
     """
     import transformers
 
@@ -70,7 +71,7 @@ def converted(file: Path, dtype: str, store: Path) -> Path:
     log.warning("converting %s to safetensors (%s), once; this takes a minute", file.name, dtype)
     with _readable(file):
         config = _config(file, header, family)
-        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar knows no off switch
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar cannot be switched off
             model, loaded = quiet_transformers().AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, config=config, dtype=torch.float32, output_loading_info=True
             )
@@ -110,7 +111,7 @@ def _header(file: Path) -> _Header:
 
 
 def _family(file: Path, header: _Header) -> Family:
-    """The family of a file's model; several share an architecture, of which one may have experts."""
+    """The family of a file's model. Of families that share an architecture, one may have routed experts."""
     each = {family.family: family for family in families().values() if family.gguf is not None}.values()
     routed = "expert_count" in header.model and bool(header.model["expert_count"])
     for family in each:
@@ -124,7 +125,7 @@ def _family(file: Path, header: _Header) -> Family:
             )
     known = sorted({family.gguf.architecture for family in each if family.gguf is not None and family.gguf.readable})
     raise CheckpointError(
-        f"{file}: holds a model of architecture {header.architecture!r}; of GGUF files these can be bases: "
+        f"{file}: holds a model of architecture {header.architecture!r}; GGUF files of these can be bases: "
         f"{', '.join(known)}; {_FOLDER}"
     )
 
@@ -150,9 +151,9 @@ def _config(file: Path, header: _Header, family: Family) -> Any:
 
 
 def _scaled(file: Path, header: _Header, family: Family, config: Any) -> dict[str, Any]:
-    """The rope parameters whose frequencies are those that a file stores as factors.
+    """The rope parameters that give the frequency factors of a file.
 
-    The file does not say the parameters. Those that the family's models share are taken where they make the same factors.
+    The file stores the factors, not the parameters. The family's usual ones are taken if they give the same factors.
     """
     assert family.gguf is not None
     if family.gguf.frequencies is not None:
@@ -167,7 +168,7 @@ def _scaled(file: Path, header: _Header, family: Family, config: Any) -> dict[st
 
 
 def frequency_factors(config: Any, parameters: Mapping[str, Any]) -> torch.Tensor:
-    """By how much scaling slows each rotation down, `[head_dim / 2]`: unscaled over scaled frequencies, float32."""
+    """Unscaled over scaled rotary frequencies, `[head_dim / 2]`, float32."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     scaled = type(config).from_dict({**_plain_dict(config), "rope_parameters": dict(parameters)})
@@ -179,7 +180,7 @@ def frequency_factors(config: Any, parameters: Mapping[str, Any]) -> torch.Tenso
 
 
 def _check_whole(file: Path, header: _Header, model: Any, loaded: Mapping[str, Any]) -> None:
-    """Every value of the file is in the model, and every parameter of the model came from the file."""
+    """Raises `CheckpointError` unless the model has every value of the file, and no parameter of another origin."""
     absent = [*loaded["missing_keys"], *(entry[0] for entry in loaded["mismatched_keys"])]
     if absent:
         raise CheckpointError(f"{file}: gives no value to {', '.join(sorted(absent)[:3])}; {_FOLDER}")
@@ -192,8 +193,7 @@ def _check_whole(file: Path, header: _Header, model: Any, loaded: Mapping[str, A
 
 
 def _begins(header: _Header) -> bool:
-    """Whether texts begin with BOS. Where a file does not say, they do if its tokenizer has no merges, which makes it one of
-    SentencePiece's."""
+    """Whether texts begin with BOS. Files that do not say it mean yes for tokenizers without merges (SentencePiece)."""
     says = header.metadata.get("tokenizer.ggml.add_bos_token")
     return "tokenizer.ggml.merges" not in header.metadata if says is None else bool(says)
 

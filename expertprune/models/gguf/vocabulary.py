@@ -1,4 +1,4 @@
-"""A folder's tokenizer as the GGUF format has it: tokens with types and scores, merges, and how text is parted."""
+"""A folder's tokenizer in the terms of GGUF: tokens with types and scores, merges, and the pre-tokenizer."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ _LAST = -1e4  # the score of a token that no merge makes, below every rank
 
 @dataclass(frozen=True)
 class GgufVocabulary:
-    """`tokens`, `types` and `scores` have one entry for each row of the embedding; `pre` names how text is parted.
+    """A tokenizer in the terms of the format.
 
-    `special` are ids by the format's names (`bos`, `eos`, `unknown`, `padding`); `begins` and `ends` say whether texts get
-    BOS before and EOS behind them.
+    `tokens`, `types` and `scores` have one entry for each row of the embedding. `pre` names the pre-tokenizer.
+    `special` holds ids by the format's names (`bos`, `eos`, `unknown`, `padding`). `begins` and `ends` say whether
+    texts begin with BOS and end with EOS.
     """
 
     kind: str
@@ -38,16 +39,16 @@ class GgufVocabulary:
 
 
 def gguf_vocabulary(folder: Path, vocabulary: Vocabulary, tokenizer: Any, rows: int) -> GgufVocabulary:
-    """What a GGUF file says of a tokenizer.
+    """Express a tokenizer in the terms of the format.
 
     Args:
         folder: named in errors.
         vocabulary: what its `tokenizer.json` says.
         tokenizer: the same, running.
-        rows: of the embedding; those without a token get a name that no text becomes.
+        rows: of the embedding; rows without a token get a name that no text is tokenized to.
 
     Raises:
-        CheckpointError: the format has no word for a part of the tokenizer.
+        CheckpointError: the format cannot express the tokenizer.
     """
     where = folder / "tokenizer.json"
     if vocabulary.size > rows:
@@ -75,7 +76,7 @@ def gguf_vocabulary(folder: Path, vocabulary: Vocabulary, tokenizer: Any, rows: 
 
 
 def _tokens(vocabulary: Vocabulary, tokenizer: Any, rows: int) -> tuple[list[str], list[int]]:
-    """Of each row the token and its type."""
+    """The token of each row, and its type."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     tokens, types = [], []
     for index in range(rows):
@@ -106,21 +107,21 @@ def _scores(vocabulary: Vocabulary, rows: int) -> list[float]:
 
 
 def _parting(where: Path, vocabulary: Vocabulary) -> str:
-    """The format's name for how a byte-level tokenizer parts text before it merges."""
+    """The format's name for the pre-tokenizer of a byte-level tokenizer."""
     data, known = vocabulary.data, gguf_names().pre_tokenizers
     parts = [part for part in nested(data.get("pre_tokenizer")) if part["type"] != "Sequence"]
     found = [_described(parts, bool(vocabulary.model.get("ignore_merges")), entry) for entry in known]
     if any(found) and steps(data.get("normalizer")) <= {"NFC", "Sequence"}:
         return known[found.index(True)].name
     raise CheckpointError(
-        f"{where}: GGUF has no name for how this tokenizer parts text ({', '.join(part['type'] for part in parts) or 'none'}"
+        f"{where}: GGUF has no name for this pre-tokenizer ({', '.join(part['type'] for part in parts) or 'none'}"
         f"{', ignore_merges' if vocabulary.model.get('ignore_merges') else ''}); known are "
         f"{', '.join(entry.name for entry in known)}"
     )
 
 
 def _described(parts: list[dict[str, Any]], ignores_merges: bool, entry: PreTokenizer) -> bool:
-    """Whether an entry is what these parts do."""
+    """Whether these steps of a pre-tokenizer are those of an entry."""
     if ignores_merges != entry.whole_words:
         return False
     expected = (["Digits"] if entry.digits else []) + (["Split"] if entry.split else []) + ["ByteLevel"]
@@ -139,12 +140,14 @@ def _described(parts: list[dict[str, Any]], ignores_merges: bool, entry: PreToke
 
 
 def _space_before(where: Path, vocabulary: Vocabulary) -> bool:
-    """Whether a text gets a space before it; raises where its characters are changed otherwise than to mark spaces."""
+    """Whether a space is put before each text.
+
+    Raises:
+        CheckpointError: text is changed in other ways than by marking its spaces.
+    """
     data, model = vocabulary.data, vocabulary.model
     if not (model.get("byte_fallback") and all(byte in vocabulary.tokens for byte in BYTES)):
-        raise CheckpointError(
-            f"{where}: a SentencePiece tokenizer that does not spell unknown characters in bytes cannot be written as GGUF"
-        )
+        raise CheckpointError(f"{where}: a SentencePiece tokenizer without byte fallback cannot be written as GGUF")
     before, prepends = [], False
     for part in (*nested(data.get("normalizer")), *nested(data.get("pre_tokenizer"))):
         if part["type"] == "Prepend" and part["prepend"] == SPACE:
@@ -163,7 +166,7 @@ def _space_before(where: Path, vocabulary: Vocabulary) -> bool:
 
 
 def _around(tokenizer: Any) -> tuple[bool, bool]:
-    """Whether texts get BOS before, EOS behind them."""
+    """Whether texts begin with BOS, and whether they end with EOS."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     begins = len(whole) > len(plain) and whole[0] == tokenizer.bos_token_id

@@ -1,4 +1,4 @@
-"""A folder of safetensors to one GGUF file, one tensor in memory at a time."""
+"""Write a folder of safetensors as one GGUF file, with one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _REALS = ("epsilon", "softcapping", "freq_base", "freq_base_swa", "factor")
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: how many tensors of each type."""
+    """A file that was written; `tensors` counts them by type."""
 
     path: Path
     architecture: str
@@ -48,7 +48,7 @@ class Exported:
 
 @dataclass(frozen=True)
 class _Entry:
-    """One tensor of the file: its name and shape, and how it comes about."""
+    """One tensor of the file: its name, its shape, and a function that reads it."""
 
     name: str
     shape: tuple[int, ...]
@@ -57,7 +57,7 @@ class _Entry:
 
 @dataclass(frozen=True)
 class _Source:
-    """The folder that is written, and what its config means with all defaults."""
+    """The folder that is written; `values` is its config with all defaults."""
 
     checkpoint: Checkpoint
     family: Family
@@ -74,16 +74,16 @@ class _Source:
 def write_gguf(folder: Path, out: Path, kind: str, name: str) -> Exported:
     """Write a model's folder as one GGUF file.
 
-    Matrices are stored as `kind`; vectors, norms and routers in float32; and rows that Q8_0's blocks of 32 values do not
-    divide, in float16.
+    Matrices are stored as `kind`; vectors, norms and routers as float32. Where `kind` is `q8_0`, matrices whose width
+    is no multiple of its blocks (32 values) are stored as float16.
 
     Args:
         kind: one of `TYPES`.
         name: of the model, in the file.
 
     Raises:
-        CheckpointError: the folder holds no model of a known family, its tokenizer or its config cannot be expressed in the
-            format, a weight overflows `kind`, or the disk has no room.
+        CheckpointError: the folder holds no model of a known family, the format cannot express its tokenizer or
+            its config, a weight overflows `kind`, or the disk has no room.
     """
     source = _source(folder)
     metadata = _metadata(source)
@@ -104,7 +104,7 @@ def _source(folder: Path) -> _Source:
     where, engine = folder / "config.json", gguf_names().engine
     if family.gguf is None:
         raise CheckpointError(
-            f"{where}: it is not known how models of type {checkpoint.config.get('model_type')!r} are written as GGUF"
+            f"{where}: models of type {checkpoint.config.get('model_type')!r} cannot be written as GGUF"
         )
     layers = family.layer_shapes(checkpoint.config)
     check_widths(checkpoint, family, layers)
@@ -128,7 +128,7 @@ def _source(folder: Path) -> _Source:
 
 
 def _metadata(source: _Source) -> dict[str, Any]:
-    """The model's part of a file's metadata, under keys without the architecture's name."""
+    """The metadata of the model, by keys without the architecture's prefix."""
     form, values, shape = source.form, source.values, source.layers[0]
     for key, meant in form.implied.items():
         if key in values and values[key] != meant:
@@ -183,15 +183,15 @@ def _rotations(source: _Source) -> dict[str, Any]:
 
 
 def _windows(source: _Source, context: int) -> dict[str, Any]:
-    """A window that the format applies by layer, or else a context no longer than the window."""
+    """The attention window by layer. Where the format has none, the context is cut to the window."""
     window, values = source.form.window, source.values
     types, wide = values.get("layer_types"), len(source.layers)
     if window is None:
         size = values.get("sliding_window") if types is None or "sliding_attention" in types else None
         if size is not None and size < context:
             log.warning(
-                "%s: %s reads no attention window of this family; the file's context is the window, %d tokens, up to which "
-                "both are the same",
+                "%s: %s ignores this family's attention window, so the file's context is cut to the window, %d tokens; "
+                "within it both models are the same",
                 source.where, gguf_names().engine, size,
             )  # fmt: skip
             return {"context_length": size}
@@ -221,8 +221,8 @@ def _entries(source: _Source) -> Iterator[_Entry]:
             ]
             if not all(part in checkpoint.tensors for part in parts):
                 raise CheckpointError(
-                    f"{checkpoint.folder}: the experts of layer {layer} are not stored one by one; load the folder with "
-                    "transformers, save it with save_pretrained, and export that"
+                    f"{checkpoint.folder}: the routed experts of layer {layer} are not stored one by one; load the folder "
+                    "with transformers, save it with save_pretrained, and export that"
                 )
             grouped |= set(parts)
             shape = (len(parts), *checkpoint.tensors[parts[0]].shape)

@@ -222,7 +222,7 @@ def _size(artifacts: Artifacts) -> Size:
         return Remains(base, left, left / base)
 
     return Size(
-        parameters=remains(plan.parameters["before"], plan.parameters["after"]),
+        parameters=remains(plan.parameters.before, plan.parameters.after),
         weights=remains(expert.base.weight_bytes, artifacts.bytes),
         vocabulary=None if rows is None else remains(rows.of, rows.rows),
     )

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from expertprune.artifacts.plan import Plan
+from expertprune.artifacts.plan import Plan, UnitReasons
 from expertprune.artifacts.profile import Profile, ProfilePart
 from expertprune.composition.overlap import (
     Array,
@@ -135,12 +134,10 @@ def kept_units(plan: Plan) -> list[CutStructure]:
     return found
 
 
-def _protected(why: Sequence[Mapping[str, Any] | None]) -> list[Protected]:
+def _protected(why: Sequence[UnitReasons | None]) -> list[Protected]:
     """In the order in which the plan names those who protect."""
-    sources = dict.fromkeys(source for reason in why if reason for source in reason["protected"])
-    by_layer = {
-        source: [int(reason["protected"].get(source, 0)) if reason else 0 for reason in why] for source in sources
-    }
+    sources = dict.fromkeys(source for reason in why if reason for source in reason.protected)
+    by_layer = {source: [reason.protected.get(source, 0) if reason else 0 for reason in why] for source in sources}
     return [Protected(source, sum(counts), counts) for source, counts in by_layer.items()]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from expertprune.artifacts.expert import Expert
-from expertprune.artifacts.plan import LayerPlan, Plan, load_plan
+from expertprune.artifacts.plan import BaseReference, KindCount, LayerPlan, Parameters, Plan, UnitReasons, load_plan
 from expertprune.artifacts.profile import Profile
 from expertprune.composition.scoring import check_criterion
 from expertprune.reporting.page.reasons import (
@@ -29,14 +29,14 @@ def a_plan() -> Plan:
     """Two layers of 4 neurons; the first keeps 0, 1, 3, the second 2, 3."""
     shapes = [LayerShape(hidden=8, ffn=4, query_heads=2, kv_heads=1, head_dim=2)] * 2
     why = [
-        {"threshold": 0.5, "protected": {"language": 2, "general": 1}, "shared": {"units": 3, "kept": 2}},
-        {"threshold": 0.25, "protected": {"language": 0, "general": 2}, "shared": {"units": 1, "kept": 1}},
+        UnitReasons(threshold=0.5, protected={"language": 2, "general": 1}, shared=KindCount(units=3, kept=2)),
+        UnitReasons(threshold=0.25, protected={"language": 0, "general": 2}, shared=KindCount(units=1, kept=1)),
     ]
     layers = [
         LayerPlan(KeptUnits((0, 1, 3), (0, 1), (0,)), {"ffn": why[0]}),
         LayerPlan(KeptUnits((2, 3), (0, 1), (0,)), {"ffn": why[1]}),
     ]
-    return Plan("p", {"model": "m", "digest": "d"}, {}, {}, shapes, layers, {}, {"before": 10, "after": 7})
+    return Plan("p", BaseReference(model="m", digest="d"), Parameters(before=10, after=7), shapes, layers)
 
 
 def test_kept_units_are_counted_by_layer_and_by_who_protected_them() -> None:
@@ -131,5 +131,5 @@ def test_a_plan_on_disk_says_the_same(tiny_build: tuple[Path, Path], tmp_path: P
     ffn, _, groups = kept_units(load_plan(tmp_path / "plan.json"))
     assert (ffn.kept, ffn.units) == (3 * 24, 3 * 32)
     assert (groups.kept, groups.units) == (3 * 2, 3 * 3)
-    kept = plan.budget["ffn"]["kept"]  # a layer that loses nothing protects nothing
+    kept = plan.budget["ffn"].kept  # a layer that loses nothing protects nothing
     assert sum(entry.units for entry in ffn.protected) == sum(width for width in kept if width < 32)

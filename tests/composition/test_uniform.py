@@ -16,11 +16,15 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from expertprune.arch import family_of
-from expertprune.composition.budget import LayerWidths, Widths, legal_ffn, removed_parameters, resolve_budget
+from expertprune.artifacts.plan import StructureBudget
+from expertprune.composition.parameters import removed_parameters
+from expertprune.composition.uniform import uniform_widths
+from expertprune.composition.widths import LayerWidths, legal_ffn, summary
 from expertprune.errors import PlanError
 from expertprune.models.base import ResolvedBase
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.spec.schema import Budget
+from expertprune.spec.values import Keep
 from expertprune.units import KeptUnits, LayerShape
 from tests.bases import base_of, tensors_of
 
@@ -43,15 +47,15 @@ def bare_base(shape: LayerShape, family: str = "llama") -> ResolvedBase:
 def resolved(base: ResolvedBase | None = None, **budget: Any) -> LayerWidths:
     """What each layer keeps, the same in all of them."""
     base = base or base_of()
-    widths = resolve_budget(Budget(**budget), base)
-    assert widths.uniform
-    assert len(widths.layers) == len(base.layers)
-    return widths.layers[0]
+    widths = uniform_widths(Budget(**budget), base)
+    assert len(set(widths)) == 1
+    assert len(widths) == len(base.layers)
+    return widths[0]
 
 
 def removed_everywhere(base: ResolvedBase, layer: LayerWidths) -> int:
     """Parameters that leave the model when every layer keeps these widths."""
-    return removed_parameters(base, Widths.same(layer, len(base.layers)))
+    return removed_parameters(base, [layer] * len(base.layers))
 
 
 def refusal(base: ResolvedBase | None = None, **budget: Any) -> str:
@@ -194,6 +198,25 @@ def test_any_ffn_budget_is_met_or_refused_for_a_reason(
         assert kept in legal
         assert abs(kept - width * (1 - removed)) == distance
         assert (kept < width) == (removed > 0)
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [({"keep": 192}, 192), ({"remove": 64}, 192), ({"keep": "75%"}, 192), ("25%", 192), ({"remove": 0.25}, 192),
+     ({"keep": 256}, 256), ({"keep": 64}, 64)],
+)  # fmt: skip
+def test_what_stays_can_be_said_too(said: Any, kept: int) -> None:
+    assert resolved(ffn=said).ffn == kept
+
+
+def test_what_stays_must_be_legal_and_what_is_named_is() -> None:
+    message = refusal(ffn={"keep": 150})
+    assert message.startswith("budget.ffn: keep: 150: 106 neurons cannot be removed")
+    assert message.endswith("legal near it: keep: 192 and keep: 128")
+    assert resolved(ffn={"keep": 128}).ffn == 128
+    assert refusal(ffn={"keep": 257}) == "budget.ffn: keep: 257 is more than the 256 that there are"
+    assert resolved(kv_groups={"keep": 3}).kv_groups == 3
+    assert resolved(query_heads={"keep": 4}).query_heads == 4
 
 
 # --- heads ----------------------------------------------------------------------------------------------------------
@@ -449,22 +472,20 @@ def test_heads_alone_can_meet_a_fraction_of_parameters() -> None:
 
 
 def test_the_summary_says_what_was_asked_and_what_is_done() -> None:
-    widths = resolve_budget(Budget(ffn=0.3, kv_groups=0.5, query_heads=8), base_of())
-    assert widths.summary(base_of().layers) == {
-        "ffn": {"requested": 0.3, "of": 256, "kept": 192, "removed": 64},
-        "query_heads": {"requested": 8, "of": 16, "kept": 4, "removed": 12},
-        "kv_groups": {"requested": 0.5, "of": 4, "kept": 2, "removed": 2},
+    budget, shapes = Budget(ffn={"keep": 192}, kv_groups=0.5, query_heads=8), base_of().layers
+    assert summary(budget, shapes, uniform_widths(budget, base_of())) == {
+        "ffn": StructureBudget(requested=Keep(192), of=256, kept=192, removed=64),
+        "query_heads": StructureBudget(requested=8, of=16, kept=4, removed=12),
+        "kv_groups": StructureBudget(requested=0.5, of=4, kept=2, removed=2),
     }
 
 
 def test_the_summary_lists_layers_that_differ() -> None:
-    base = base_of()
-    widths = Widths((LayerWidths(192, 4, 4), LayerWidths(64, 4, 2)), {"ffn": 0.5})
-    assert not widths.uniform
-    assert widths.summary(base.layers) == {
-        "ffn": {"requested": 0.5, "of": [256, 256], "kept": [192, 64], "removed": [64, 192]},
-        "query_heads": {"requested": 0, "of": [16, 16], "kept": [16, 8], "removed": [0, 8]},
-        "kv_groups": {"requested": 0, "of": [4, 4], "kept": [4, 2], "removed": [0, 2]},
+    base, widths = base_of(), [LayerWidths(192, 4, 4), LayerWidths(64, 4, 2)]
+    assert summary(Budget(ffn=0.5), base.layers, widths) == {
+        "ffn": StructureBudget(requested=0.5, of=[256, 256], kept=[192, 64], removed=[64, 192]),
+        "query_heads": StructureBudget(requested=0, of=[16, 16], kept=[16, 8], removed=[0, 8]),
+        "kv_groups": StructureBudget(requested=0, of=[4, 4], kept=[4, 2], removed=[0, 2]),
     }
     # A neuron has three rows of 48; a group two of k and v and eight of q and o, each twice as there are two channels.
     assert removed_parameters(base, widths) == 64 * 3 * 48 + 192 * 3 * 48 + 2 * (4 * 2 * 2 + 2 * 2) * 48

@@ -7,27 +7,33 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from expertprune.composition.budget import (
-    LayerWidths,
-    Widths,
+from expertprune.composition.parameters import (
     added_parameters,
-    expressible,
-    legal_ffn,
     removed_from_layer,
     removed_with_rows,
     unreachable,
     wanted_parameters,
     wanted_rows,
 )
-from expertprune.composition.legality import check_structures, check_uniform, legal_experts, rounded_down
 from expertprune.composition.scoring import Fused
+from expertprune.composition.widths import (
+    LayerWidths,
+    check_own_widths,
+    check_structures,
+    legal_widths,
+    may_keep,
+    removal,
+    rounded_down,
+    said,
+)
 from expertprune.errors import PlanError
 from expertprune.models.base import ResolvedBase
 from expertprune.models.costs import unit_parameters
 from expertprune.spec.schema import Budget
+from expertprune.spec.values import Keep
 from expertprune.units import Structure
 
-Scores = Mapping[Structure, Sequence[Fused]]
+FusedScores = Mapping[Structure, Sequence[Fused]]
 
 
 _FIELD = {Structure.FFN: "ffn", Structure.QUERY_HEADS: "heads_per_group", Structure.KV_GROUPS: "kv_groups"}
@@ -37,7 +43,8 @@ _FIELD = {Structure.FFN: "ffn", Structure.QUERY_HEADS: "heads_per_group", Struct
 class Step:
     """One legal step of a layer's width: from a legal width to the next smaller one.
 
-    `price` is what the units that go are worth, per parameter; along a layer's steps it never falls.
+    `price` is what the units that go are worth, per parameter; along a layer's steps it never
+    falls.
     """
 
     price: float
@@ -48,27 +55,11 @@ class Step:
     units: int
 
 
-def legal_widths(base: ResolvedBase, budget: Budget, layer: int, structure: Structure) -> list[int]:
-    """Widths of a structure that one layer may keep, descending from its own; heads as heads of each KV group."""
-    shape = base.layers[layer]
-    if structure is Structure.FFN:
-        return legal_ffn(shape, budget.multiple_of, budget.floor)[::-1]
-    if structure is Structure.EXPERTS:
-        return legal_experts(base, budget.floor)[::-1]
-    own = shape.kv_heads if structure is Structure.KV_GROUPS else shape.heads_per_group
-    least = max(1, math.ceil(budget.floor * own - 1e-9))
-
-    def can_say(width: int) -> bool:
-        heads, groups = (shape.heads_per_group, width) if structure is Structure.KV_GROUPS else (width, shape.kv_heads)
-        return expressible(base, heads, groups)
-
-    return [own, *(width for width in range(own - 1, least - 1, -1) if can_say(width))]
-
-
-def steps(base: ResolvedBase, budget: Budget, scores: Scores, structure: Structure) -> list[Step]:
+def steps(base: ResolvedBase, budget: Budget, scores: FusedScores, structure: Structure) -> list[Step]:
     """Every step of a structure in every layer, cheapest price first.
 
-    Within a layer the least relevant units go first, so a larger budget never keeps what a smaller one dropped.
+    Within a layer the least relevant units go first, so a larger budget never keeps what a smaller
+    one dropped.
     """
     found = []
     for layer, (shape, fused) in enumerate(zip(base.layers, scores[structure], strict=True)):
@@ -83,24 +74,20 @@ def steps(base: ResolvedBase, budget: Budget, scores: Scores, structure: Structu
         for wide, narrow in itertools.pairwise(widths):
             gone = ordered[widths[0] - wide : widths[0] - narrow]
             worth = float(gone.mean())
-            # Scores below zero (distances from a mean) are ranked as they are: dividing would turn their order round.
+            # Scores below zero (distances from a mean) are ranked as they are: dividing would turn
+            # their order round.
             price = worth / cost if float(ordered[0]) >= 0 else worth
             highest = max(highest, price)
             found.append(Step(highest, layer, structure, narrow, cost * (wide - narrow), wide - narrow))
     return sorted(found, key=lambda step: (step.price, step.layer, -step.width))
 
 
-def may_keep(base: ResolvedBase, budget: Budget, layer: int, widths: LayerWidths) -> bool:
-    """Whether the heads and groups of a layer, each of them legal, are legal together."""
-    least = math.ceil(budget.floor * base.layers[layer].query_heads - 1e-9)
-    return widths.query_heads >= least and expressible(base, widths.heads_per_group, widths.kv_groups)
-
-
-def global_widths(budget: Budget, base: ResolvedBase, scores: Scores) -> Widths:
+def global_widths(budget: Budget, base: ResolvedBase, scores: FusedScores) -> tuple[LayerWidths, ...]:
     """Widths of every layer from one ranking by score per parameter, with floors.
 
-    A fraction or count of a structure is met over the whole model: as many units go as if every layer lost it. With
-    `parameters` or `max_parameters`, FFN neurons and KV groups stand in one ranking.
+    A fraction or count of a structure is met over the whole model: as many units go as if every
+    layer lost it. With `parameters` or `max_parameters`, FFN neurons and KV groups stand in one
+    ranking.
 
     Args:
         scores: of every structure that may be cut.
@@ -109,8 +96,8 @@ def global_widths(budget: Budget, base: ResolvedBase, scores: Scores) -> Widths:
         PlanError: not reachable; the message names the largest legal value.
     """
     check_structures(budget, base)
-    check_uniform(budget, base)
-    layers = _own_widths(base)
+    check_own_widths(budget, base)
+    layers = [LayerWidths.own(shape) for shape in base.layers]
     for structure in (Structure.KV_GROUPS, Structure.QUERY_HEADS, Structure.FFN):
         if getattr(budget, structure.value):
             _take_units(layers, base, budget, steps(base, budget, scores, structure), structure)
@@ -132,22 +119,21 @@ def global_widths(budget: Budget, base: ResolvedBase, scores: Scores) -> Widths:
         removed = gone - added_parameters(base, layers)
         if removed < wanted:
             raise PlanError(unreachable(wanted, removed, budget, base.checkpoint.parameters))
-    requested = budget.model_dump(include={"ffn", "query_heads", "kv_groups", "parameters", "max_parameters"})
-    return Widths(tuple(layers), requested)
+    return tuple(layers)
 
 
-def _wanted_units(base: ResolvedBase, structure: Structure, amount: int | float) -> float:
-    own = [
-        shape.heads_per_group if structure is Structure.QUERY_HEADS else shape.units(structure) for shape in base.layers
-    ]
+def _wanted_units(base: ResolvedBase, structure: Structure, amount: int | float | Keep) -> float:
+    """How many units are to go over the whole model; of query heads, how many of each KV group,
+    summed over layers.
+    """
+    heads = structure is Structure.QUERY_HEADS
+    per_layer = [shape.heads_per_group if heads else shape.units(structure) for shape in base.layers]
+    own, per_group = sum(per_layer), base.layers[0].kv_heads if heads else 1
     if isinstance(amount, float):
-        return amount * sum(own)
-    per_group = base.layers[0].kv_heads if structure is Structure.QUERY_HEADS else 1
-    return amount / per_group * len(own)
-
-
-def _own_widths(base: ResolvedBase) -> list[LayerWidths]:
-    return [LayerWidths(shape.ffn, shape.heads_per_group, shape.kv_heads, shape.experts) for shape in base.layers]
+        return amount * own
+    if isinstance(amount, int):
+        return amount / per_group * len(per_layer)
+    return removal(amount, own * per_group // len(per_layer), structure.value) / per_group * len(per_layer)
 
 
 def _narrowed(base: ResolvedBase, budget: Budget, layers: Sequence[LayerWidths], step: Step) -> LayerWidths | None:
@@ -167,7 +153,7 @@ def _take_units(
     """Go down the ranking until as many units as wanted are gone, to the nearest step."""
     field, amount = _FIELD[structure], getattr(budget, structure.value)
     wanted = _wanted_units(base, structure, amount)
-    own = sum(getattr(layer, field) for layer in _own_widths(base))
+    own = sum(getattr(LayerWidths.own(shape), field) for shape in base.layers)
     removed = own - sum(getattr(layer, field) for layer in layers)
     smallest = 0
     for step in ranked:
@@ -183,10 +169,10 @@ def _take_units(
         if wanted > removed + smallest / 2:
             largest = f"the largest legal one is {rounded_down(removed / own)}" if removed else "nothing can be removed"
             raise PlanError(
-                f"budget.{structure.value}: {amount:g} is too much (floor, multiple_of and what the config can say); "
+                f"budget.{structure.value}: {said(amount)} is too much (floor, multiple_of and what the config can say); "
                 f"{largest}"
             )
     if not removed:
         raise PlanError(
-            f"budget.{structure.value}: {amount:g} removes nothing; the smallest legal one is {smallest / own:.4g}"
+            f"budget.{structure.value}: {said(amount)} removes nothing; the smallest legal one is {smallest / own:.4g}"
         )

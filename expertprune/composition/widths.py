@@ -1,0 +1,189 @@
+"""How many units a layer keeps, and which numbers the base's family and the budget allow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from expertprune.artifacts.plan import StructureBudget
+from expertprune.errors import PlanError
+from expertprune.models.base import ResolvedBase
+from expertprune.spec.schema import Budget
+from expertprune.spec.values import Keep
+from expertprune.units import KeptUnits, LayerShape, Structure
+
+ALIGNED = 8  # rows of 16 bytes in 16-bit weights, below which torch refuses grouped products
+
+
+@dataclass(frozen=True)
+class LayerWidths:
+    """What one layer keeps, in units; `ffn` is of each routed expert where there are several."""
+
+    ffn: int
+    heads_per_group: int
+    kv_groups: int
+    experts: int = 0
+
+    @classmethod
+    def own(cls, shape: LayerShape) -> LayerWidths:
+        """The widths of a layer that loses nothing."""
+        return cls(shape.ffn, shape.heads_per_group, shape.kv_heads, shape.experts)
+
+    @property
+    def query_heads(self) -> int:
+        return self.heads_per_group * self.kv_groups
+
+    def of(self, structure: Structure) -> int:
+        return {
+            Structure.FFN: self.ffn * max(1, self.experts),
+            Structure.QUERY_HEADS: self.query_heads,
+            Structure.KV_GROUPS: self.kv_groups,
+            Structure.EXPERTS: self.experts,
+        }[structure]
+
+
+def summary(budget: Budget, base: Sequence[LayerShape], widths: Sequence[LayerWidths]) -> dict[str, StructureBudget]:
+    """By structure that the base has: what was requested, and what each layer has, keeps and loses."""
+    result = {}
+    for structure in Structure:
+        neurons = structure is Structure.FFN
+        of = [shape.ffn if neurons else shape.units(structure) for shape in base]
+        if not any(of):
+            continue
+        kept = [layer.ffn if neurons else layer.of(structure) for layer in widths]
+        entries = {"of": of, "kept": kept, "removed": [a - b for a, b in zip(of, kept, strict=True)]}
+        one = len(set(of)) == len(set(kept)) == 1
+        numbers = {key: values[0] if one else values for key, values in entries.items()}
+        result[structure.value] = StructureBudget(requested=getattr(budget, structure.value), **numbers)
+    return result
+
+
+def removal(amount: int | float | Keep, of: int, key: str) -> int | float:
+    """What goes of so many units, as a count or a fraction. Raises `PlanError` where more would
+    stay than there are.
+    """
+    if not isinstance(amount, Keep):
+        return amount
+    if amount.keep > of:
+        raise PlanError(f"budget.{key}: keep: {amount.keep} is more than the {of} that there are")
+    return of - amount.keep
+
+
+def said(amount: int | float | Keep) -> str:
+    """An amount as a spec says it."""
+    return f"keep: {amount.keep}" if isinstance(amount, Keep) else f"{amount:g}"
+
+
+# --- what may be cut at all -----------------------------------------------------------------------------------------
+
+
+def check_structures(budget: Budget, base: ResolvedBase) -> None:
+    """Raises `PlanError` where the budget names a structure that the base's family does not allow."""
+    family = base.family
+    allowed = ", ".join(each.value for each in family.structures)
+    for structure in Structure:
+        if getattr(budget, structure.value) and structure not in family.structures:
+            why = f"heads of family {family.family!r} cannot be cut: {family.why_no_heads}"
+            if structure is Structure.EXPERTS:
+                why = f"layers of family {family.family!r} have none"
+            raise PlanError(f"budget.{structure.value}: {why}; structures that can be cut: {allowed}")
+    if family.has_ffn:
+        return
+    if (budget.ffn or (budget.overall and budget.experts)) and budget.multiple_of % ALIGNED:
+        raise PlanError(
+            f"budget.multiple_of: {budget.multiple_of} is no multiple of {ALIGNED}; widths of routed experts must be, "
+            "because grouped matrix products need it"
+        )
+    if budget.retention is not None:
+        raise PlanError(
+            "budget.retention: it tries widths of one FFN in each layer, and layers of this base have routed experts; give "
+            "budget.experts, budget.ffn or budget.parameters"
+        )
+
+
+def check_own_widths(budget: Budget, base: ResolvedBase) -> None:
+    """Raises `PlanError` where routed experts would be cut and layers shall have widths of their
+    own.
+    """
+    if not base.family.has_ffn and (budget.experts or budget.ffn or budget.overall):
+        raise PlanError(
+            "compose.allocation: the config of this base has one number of routed experts and one of neurons in each, for "
+            "all layers; leave allocation out, or use allocation: uniform"
+        )
+
+
+# --- legal widths ---------------------------------------------------------------------------------------------------
+
+
+def least(of: int, floor: float) -> int:
+    """The smallest number of units that `budget.floor` allows."""
+    return math.ceil(floor * of - 1e-9)
+
+
+def legal_ffn(shape: LayerShape, multiple_of: int, floor: float) -> list[int]:
+    """FFN widths that may be kept, ascending; the base's own is always one of them."""
+    smallest = max(1, least(shape.ffn, floor))
+    return sorted({width for width in range(multiple_of, shape.ffn, multiple_of) if width >= smallest} | {shape.ffn})
+
+
+def legal_experts(base: ResolvedBase, floor: float) -> list[int]:
+    """Numbers of routed experts that a layer may keep, ascending: no fewer than the router chooses
+    for each token.
+    """
+    of = base.layers[0].experts
+    return list(range(max(base.family.experts_per_token(base.checkpoint.config), least(of, floor)), of + 1))
+
+
+def legal_widths(base: ResolvedBase, budget: Budget, layer: int, structure: Structure) -> list[int]:
+    """Widths of a structure that one layer may keep, descending from its own; heads as heads of
+    each KV group.
+    """
+    shape = base.layers[layer]
+    if structure is Structure.FFN:
+        return legal_ffn(shape, budget.multiple_of, budget.floor)[::-1]
+    if structure is Structure.EXPERTS:
+        return legal_experts(base, budget.floor)[::-1]
+    own = shape.kv_heads if structure is Structure.KV_GROUPS else shape.heads_per_group
+
+    def can_say(width: int) -> bool:
+        heads, groups = (shape.heads_per_group, width) if structure is Structure.KV_GROUPS else (width, shape.kv_heads)
+        return expressible(base, heads, groups)
+
+    smallest = max(1, least(own, budget.floor))
+    return [own, *(width for width in range(own - 1, smallest - 1, -1) if can_say(width))]
+
+
+def may_keep(base: ResolvedBase, budget: Budget, layer: int, widths: LayerWidths) -> bool:
+    """Whether the heads and groups of a layer, each of them legal, are legal together."""
+    enough = widths.query_heads >= least(base.layers[layer].query_heads, budget.floor)
+    return enough and expressible(base, widths.heads_per_group, widths.kv_groups)
+
+
+def expressible(base: ResolvedBase, heads_per_group: int, groups: int) -> bool:
+    """Whether the family's config can say these heads."""
+    kept = {
+        shape: first_units(LayerWidths(shape.ffn, heads_per_group, groups, shape.experts), shape)
+        for shape in dict.fromkeys(base.layers)
+    }
+    try:
+        base.family.pruned_config(base.checkpoint.config, [kept[shape] for shape in base.layers])
+    except PlanError:
+        return False
+    return True
+
+
+def first_units(widths: LayerWidths, shape: LayerShape) -> KeptUnits:
+    """Any units of the right number: enough to ask whether a config can say the widths."""
+    heads = [
+        group * shape.heads_per_group + head
+        for group in range(widths.kv_groups)
+        for head in range(widths.heads_per_group)
+    ]
+    ffn = [expert * shape.ffn + neuron for expert in range(max(1, widths.experts)) for neuron in range(widths.ffn)]
+    return KeptUnits(tuple(ffn), tuple(heads), tuple(range(widths.kv_groups)), tuple(range(widths.experts)))
+
+
+def rounded_down(fraction: float) -> str:
+    """Rounded so that the number, typed in, is legal."""
+    return f"{math.floor(fraction * 1e4) / 1e4:g}"

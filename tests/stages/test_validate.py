@@ -1,0 +1,89 @@
+"""What a spec names is found once, checked once, and not changed afterwards."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import expertprune
+from expertprune.errors import PlanError
+from expertprune.spec.schema import Budget, Spec
+from expertprune.stages import build, prune, sweep  # noqa: F401 - so that they are patched
+from expertprune.stages.validate import find, prepare
+from tests.patching import everywhere
+
+CHECKS = {
+    "base": "expertprune.models.base.resolve_base",
+    "corpora": "expertprune.corpora.loading.load_corpora",
+    "open keys": "expertprune.composition.defaults.resolved",
+    "budget": "expertprune.composition.plan.foreseen_widths",
+    "plan": "expertprune.pruning.write.check_plan",
+}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each check is made."""
+    found: Counter[str] = Counter()
+
+    def counted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            found[name] += 1
+            return original(*args, **kwargs)
+
+        return call
+
+    for name, path in CHECKS.items():
+        module, _, function = path.rpartition(".")
+        original = getattr(__import__(module, fromlist=[function]), function)
+        everywhere(monkeypatch, path, counted(name, original))
+    return found
+
+
+def test_a_build_checks_everything_once(tiny_spec: Spec, tmp_path: Path, calls: Counter[str]) -> None:
+    expertprune.build(tiny_spec, tmp_path / "expert", {"evaluate.documents": 1})
+    assert calls == {"base": 1, "corpora": 1, "open keys": 1, "budget": 1}  # a plan that was just made needs no check
+
+
+def test_pruning_checks_everything_once(tiny_spec: Spec, tmp_path: Path, calls: Counter[str]) -> None:
+    plan = expertprune.compose(tiny_spec)
+    calls.clear()
+    expertprune.prune(plan, tmp_path / "expert")
+    assert calls == {"base": 1, "corpora": 1, "open keys": 1, "budget": 1, "plan": 1}
+
+
+def test_a_sweep_finds_the_base_once_and_checks_each_budget_once(tiny_spec: Spec, calls: Counter[str]) -> None:
+    expertprune.sweep(tiny_spec, [0.5, 0.25], overrides={"evaluate.documents": 1, "evaluate.corpora": ["medical"]})
+    assert calls == {"base": 1, "corpora": 1, "open keys": 2, "budget": 2}
+
+
+def test_specs_of_one_base_share_what_is_loaded_and_nothing_else(tiny_spec: Spec, store: Path) -> None:
+    found = find(tiny_spec, store)
+    first, second = prepare(found), prepare(found, Budget.model_validate({"ffn": 0.5, "multiple_of": 4}))
+    assert first.running is second.running
+    assert not first.running.loaded
+    assert first.running.model is second.running.model
+    assert first.running.loaded
+    assert first.spec.budget != second.spec.budget
+    assert found.spec == tiny_spec
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        first.spec = second.spec  # type: ignore[misc]
+
+
+def test_a_plan_of_another_base_is_refused_before_its_budget_is_judged(
+    tiny_spec: Spec, tmp_path: Path, calls: Counter[str]
+) -> None:
+    expertprune.compose(tiny_spec).save(tmp_path / "plan.json")
+    data = json.loads((tmp_path / "plan.json").read_text())
+    data["base"]["digest"] = "f" * 64
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    calls.clear()
+    with pytest.raises(PlanError, match="digest ffffffffffff"):
+        expertprune.prune(tmp_path / "plan.json", tmp_path / "expert")
+    assert calls["budget"] == 0
