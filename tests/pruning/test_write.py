@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from expertprune.composition.budget import LayerWidths, Widths, removed_parameters
 from transformers import AutoTokenizer
 
 import expertprune
+from expertprune.composition.parameters import removed_parameters
+from expertprune.composition.widths import LayerWidths
 from expertprune.corpora.batches import Batch
 from expertprune.errors import CheckpointError, PlanError
 from expertprune.files import staged_folder
@@ -259,5 +260,5 @@ def test_parameters_that_a_budget_promises_are_those_written(
     plan = random_plan(base, ffn=widths.ffn, heads_per_group=widths.heads_per_group, kv_groups=widths.kv_groups)
     expert = resolved(pruned(plan, base, tmp_path / "expert"), store)
     assert expert.checkpoint.parameters == base.checkpoint.parameters - removed_parameters(
-        base, Widths.same(widths, len(base.layers))
+        base, [widths] * len(base.layers)
     )
