@@ -132,8 +132,9 @@ def command_reference() -> str:
     from expertprune.cli import main
 
     parts = []
+    parent = click.Context(main, info_name="expertprune", **{**main.context_settings, "terminal_width": 100})
     for name, command in sorted(main.commands.items()):
-        context = click.Context(command, info_name=f"expertprune {name}", terminal_width=100)
+        context = click.Context(command, parent=parent, info_name=name)
         parts.append(f"## {name}\n\n```text\n{command.get_help(context)}\n```\n")
     return "\n".join(parts)
 

@@ -26,10 +26,11 @@ Number = Annotated[float | None, BeforeValidator(_defined)]
 class Measured(Record):
     """One metric of base and expert on the same examples; `None` is undefined.
 
-    `retention` and its 95% interval, `low` to `high`, are defined in `evaluation.retention`. KL is a distance to the
-    base: it has neither `base` nor `retention`, and the interval is its own. `chance` is what guessing gets, where
-    that is known. `gained` counts examples on which the expert does better than the base, `lost` those on which it
-    does worse; both are `None` for costs. `note` says why a retention or an interval is undefined.
+    `retention` and its 95% interval, `low` to `high`, are defined in `evaluation.retention`. KL is
+    a distance to the base: it has neither `base` nor `retention`, and the interval is its own.
+    `chance` is what guessing gets, where that is known. `gained` counts examples on which the
+    expert does better than the base, `lost` those on which it does worse; both are `None` for
+    costs. `note` says why a retention or an interval is undefined.
     """
 
     examples: int
@@ -47,8 +48,8 @@ class Measured(Record):
 class DocumentBits(Record):
     """Bits of one document's predicted tokens under base and expert, and KL in bits.
 
-    `tokens` and `bytes` count what the base predicts; `expert_tokens` and `expert_bytes` differ only where the expert
-    has a tokenizer of its own. KL is undefined there.
+    `tokens` and `bytes` count what the base predicts; `expert_tokens` and `expert_bytes` differ
+    only where the expert has a tokenizer of its own. KL is undefined there.
     """
 
     digest: str
@@ -74,8 +75,8 @@ class CorpusResult(Record):
 class TaskResult(Measured):
     """What was measured on one task of a suite.
 
-    `metric` is lm-evaluation-harness' word. `agreement` is the share of prompts that expert and base answer with the
-    same text, where answers are generated.
+    `metric` is lm-evaluation-harness' word. `agreement` is the share of prompts that expert and
+    base answer with the same text, where answers are generated.
     """
 
     suite: str
@@ -86,7 +87,7 @@ class TaskResult(Measured):
 
 
 class Average(Record):
-    """The plain mean of the retentions of several metrics of one measure; metrics without a retention are left out."""
+    """The plain mean of the retentions of several metrics of one measure, if they have one."""
 
     retention: Number
     low: Number
@@ -98,7 +99,8 @@ class Average(Record):
 class Alignment(Record):
     """How alike the hidden states of base and expert are on the documents of a corpus.
 
-    `layers` is the linear CKA after each decoder layer, `cosine` the mean cosine between the final states over tokens.
+    `layers` is the linear CKA after each decoder layer, `cosine` the mean cosine between the final
+    states over tokens.
     """
 
     layers: list[Number]
@@ -122,7 +124,7 @@ class Settings(Record):
 
 
 class Evaluation(Record):
-    """Base and expert on the same examples: by corpus, by task, averaged by group and measure, and aligned by corpus."""
+    """Base and expert on the same examples: by corpus, by task, averaged, and aligned."""
 
     kind: Literal["evaluation"] = "evaluation"
     settings: Settings

@@ -143,10 +143,11 @@ def progress_bar(stage: str, steps: int) -> Iterator[Callable[[], None]]:
 
 def show(as_json: bool, data: Any, text: Callable[[], Any]) -> None:
     """Print `data` as JSON, or what `text` returns: a string or something that rich can print."""
-    if as_json:
-        click.echo(to_json(data))
+    shown = to_json(data) if as_json else text()
+    if isinstance(shown, str):
+        click.echo(shown)
     else:
-        output.print(text())
+        output.print(shown)
 
 
 def records_table(records: Sequence[Mapping[str, Any]]) -> Table:

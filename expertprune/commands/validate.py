@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from expertprune.commands.terminal import common, reporting, set_option, spec_argument, store_option
-from expertprune.files import to_json
+from expertprune.commands.terminal import common, reporting, set_option, show, spec_argument, store_option
+
+if TYPE_CHECKING:
+    from expertprune.stages.validate import Prepared
 
 
 @click.command()
@@ -23,27 +26,35 @@ def validate(spec: Path, overrides: dict[str, Any], store: Path | None, as_json:
     \b
     expertprune validate profiles/english-medical-qa.yaml
     """
-    from expertprune.composition.parameters import removed_parameters, removed_with_rows
-    from expertprune.composition.widths import summary
     from expertprune.spec.values import Coverage
     from expertprune.stages import validate as stage
 
     prepared = stage.validate(spec, overrides, store)
-    widths, rows = prepared.widths, prepared.rows
-    before = prepared.base.checkpoint.parameters
-    after = before - removed_parameters(prepared.base, widths) if widths is not None else None
-    after = after - removed_with_rows(prepared.base, rows) if after is not None else None
-    budget = None
-    if widths is not None and len(set(widths)) == 1:
-        entries = summary(prepared.spec.budget, prepared.base.layers, widths)
-        budget = {structure: entry.document() for structure, entry in entries.items()}
-    decided = {**prepared.spec.relevance.model_dump(include={"criterion", "experts"}, exclude_none=True),
-               "allocation": prepared.spec.compose.allocation}  # fmt: skip
-    data = {
+    data = _document(prepared)
+    more = isinstance(prepared.spec.budget.vocabulary, Coverage)
+    show(as_json, data, lambda: "\n".join([f"{spec}: valid", *_lines(data, more)]))
+
+
+def _document(prepared: Prepared) -> dict[str, Any]:
+    """What is known before a model runs."""
+    from expertprune.composition.parameters import removed_parameters, removed_with_rows
+    from expertprune.composition.widths import summary
+
+    spec, base, widths, rows = prepared.spec, prepared.base, prepared.widths, prepared.rows
+    before, after, budget = base.checkpoint.parameters, None, None
+    if widths is not None:
+        after = before - removed_parameters(base, widths) - removed_with_rows(base, rows)
+        if len(set(widths)) == 1:
+            entries = summary(spec.budget, base.layers, widths)
+            budget = {structure: entry.document() for structure, entry in entries.items()}
+    return {
         "kind": "validation",
-        "name": prepared.spec.name,
-        "decided": decided,
-        "base": {"model": prepared.base.name, "path": str(prepared.base.folder), "parameters": before},
+        "name": spec.name,
+        "decided": {
+            **spec.relevance.model_dump(include={"criterion", "experts"}, exclude_none=True),
+            "allocation": spec.compose.allocation,
+        },
+        "base": {"model": base.name, "path": str(base.folder), "parameters": before},
         "expert": {"parameters": after, "budget": budget, "rows": rows},
         "corpora": {
             str(name): {
@@ -54,21 +65,14 @@ def validate(spec: Path, overrides: dict[str, Any], store: Path | None, as_json:
             for name, corpus in prepared.corpora.items()
         },
     }
-    lines = [
-        f"{spec}: valid",
-        f"  base    {prepared.base.name}, {before:,} parameters",
-        "  expert  "
-        + (f"{after:,} parameters" if after is not None else "as small as its retention allows")
-        + (
-            "; coverage decides how many vocabulary rows go as well"
-            if isinstance(prepared.spec.budget.vocabulary, Coverage)
-            else ""
-        ),
-    ]
-    lines.append("  " + "units".ljust(8) + ", ".join(f"{key} {value}" for key, value in decided.items()))
-    for name, entry in data["corpora"].items():  # type: ignore[attr-defined]
-        lines.append(f"  corpus  {name}: {', '.join(f'{count} {what}' for what, count in entry.items() if count)}")
-    if as_json:
-        click.echo(to_json(data))
-    else:
-        click.echo("\n".join(lines))
+
+
+def _lines(data: dict[str, Any], more: bool) -> Iterator[str]:
+    """The same for people; `more` says that vocabulary rows go too, as many as their coverage allows."""
+    base, after = data["base"], data["expert"]["parameters"]
+    yield f"  base    {base['model']}, {base['parameters']:,} parameters"
+    size = f"{after:,} parameters" if after is not None else "as small as its retention allows"
+    yield f"  expert  {size}" + ("; coverage decides how many vocabulary rows go as well" if more else "")
+    yield "  units   " + ", ".join(f"{key} {value}" for key, value in data["decided"].items())
+    for name, counts in data["corpora"].items():
+        yield f"  corpus  {name}: {', '.join(f'{count} {what}' for what, count in counts.items() if count)}"

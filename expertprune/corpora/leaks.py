@@ -1,4 +1,4 @@
-"""The leak guard: nothing that calibrated an expert, or an expert that it is cut from, measures it."""
+"""The leak guard: nothing that calibrated an expert or one of its ancestors measures it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from expertprune.errors import SpecError
 NEAR_DUPLICATE = 0.8  # cosine of character 5-gram tf-idf from which two texts count as the same
 
 
-_QUOTED = 60  # characters from which a text that stands inside a calibration document leaks; shorter ones are common
+_QUOTED = 60  # characters from which a text leaks that stands inside a calibration document
 
 
 @dataclass(frozen=True)
 class Examples:
-    """A set of examples to measure on, such as the `examples` of `task boolq`; each is given as its texts."""
+    """A set of examples, such as the `examples` of `task boolq`; each is given as its texts."""
 
     name: str
     kind: str
@@ -30,14 +30,16 @@ class LeakGuard:
 
     An example leaks if one of its texts
 
-    - has the digest of a document that calibrated the expert or one of its ancestors (experts that it is cut from); or
-    - is a near duplicate of a calibration document at hand: the cosine between tf-idf vectors of character 5-grams
-      (scikit-learn) is at least 0.8; or
+    - has the digest of a document that calibrated the expert or one of its ancestors (experts that
+      it is cut from); or
+    - is a near duplicate of a calibration document at hand: the cosine between tf-idf vectors of
+      character 5-grams (scikit-learn) is at least 0.8; or
     - stands in such a document word for word, and has at least 60 characters.
 
     Args:
         calibration: documents whose text is at hand: those of the spec's corpora.
-        digests: of all documents that calibrated the expert and its ancestors, whose text may be gone.
+        digests: of all documents that calibrated the expert and its ancestors, whose text may be
+            gone.
     """
 
     def __init__(self, calibration: Iterable[Document], digests: Iterable[str] = ()) -> None:
@@ -46,7 +48,7 @@ class LeakGuard:
         self._quoted = "\n".join(_plain(document) for document in self._calibration.values())
 
     def leaks(self, *sets: Examples) -> list[dict[int, Document]]:
-        """For each set, the positions of the examples that leak, each with the text of it that does."""
+        """By set, the positions of the examples that leak, with the text that does."""
         texts = {text.digest: text for examples in sets for each in examples.texts for text in each}
         bad = self._near_duplicates(list(texts.values())) | (self._digests & set(texts))
         bad |= {
@@ -71,17 +73,18 @@ class LeakGuard:
         return {texts[i].digest for i in np.flatnonzero(similarity >= NEAR_DUPLICATE)}
 
     def problems(self, *sets: Examples) -> list[str]:
-        """What is wrong with examples that the user gave: a line for each set that leaks, naming its first leak."""
+        """A line for each set that leaks, naming its first leak."""
         return [_problem(examples, found) for examples, found in zip(sets, self.leaks(*sets), strict=True) if found]
 
     def clean(self, corpora: Sequence[Corpus]) -> list[Corpus]:
         """The corpora without evaluation documents that leak.
 
-        Documents that were set aside automatically are dropped. In an evaluation split or a question set of the
-        user's own, a leak is the user's mistake.
+        Documents that were set aside automatically are dropped. In an evaluation split or a
+        question set of the user's own, a leak is the user's mistake.
 
         Raises:
-            SpecError: an evaluation split or a question set leaks, or nothing is left to evaluate on.
+            SpecError: an evaluation split or a question set leaks, or nothing is left to evaluate
+            on.
         """
         documents = [
             Examples(f"corpus {corpus.name}", "evaluation documents", [(each,) for each in corpus.evaluation])

@@ -19,11 +19,12 @@ _TOKENS_PER_BATCH = 1024
 
 
 class LinearCKA:
-    """Linear centred kernel alignment of two representations of the same tokens, over a stream of them.
+    """Linear centred kernel alignment (CKA) of two representations of the same tokens.
 
-    `‖Yᵀ X‖² / (‖Xᵀ X‖ ‖Yᵀ Y‖)` in Frobenius norms, with the columns of `X` and `Y`, `[tokens, hidden]`, centred: 1
-    where one is a rotation and scaling of the other (Kornblith et al. 2019, https://arxiv.org/abs/1905.00414,
-    equation 5, in feature space). It holds sums of `[hidden, hidden]` in float64, whatever the number of tokens.
+    `‖Yᵀ X‖² / (‖Xᵀ X‖ ‖Yᵀ Y‖)` in Frobenius norms, with the columns of `X` and `Y`, `[tokens,
+    hidden]`, centred: 1 where one is a rotation and scaling of the other (Kornblith et al. 2019,
+    https://arxiv.org/abs/1905.00414, equation 5, in feature space). It holds sums of `[hidden,
+    hidden]` in float64, whatever the number of tokens.
     """
 
     def __init__(self) -> None:
@@ -57,8 +58,9 @@ class LinearCKA:
 def _inner(batch: Batch, states: Tensor) -> Tensor:
     """The states of real tokens without each document's first one, `[tokens, hidden]`.
 
-    At the first position many models keep activations hundreds of times larger than all others, whatever the text
-    (https://arxiv.org/abs/2402.17762). They would drown every other state in a product of states.
+    At the first position many models keep activations hundreds of times larger than all others,
+    whatever the text (https://arxiv.org/abs/2402.17762). They would drown every other state in a
+    product of states.
     """
     return torch.cat([states[row, 1:length] for row, length in enumerate(batch.lengths)])
 
@@ -67,7 +69,7 @@ def _inner(batch: Batch, states: Tensor) -> Tensor:
 def align(
     base: Any, expert: Any, family: Family, tokenizer: Any, documents: Sequence[Document], max_tokens: int
 ) -> Alignment:
-    """Compare the hidden states of two running models on the same documents, without each document's first token."""
+    """Compare hidden states of two running models on documents, without the first token of each."""
     batches = make_batches(tokenize(documents, tokenizer, max_tokens), _TOKENS_PER_BATCH)
     runs = [TextRun(model, family, (), batches) for model in (base, expert)]
     mine, theirs = (run.start() for run in runs)
@@ -96,7 +98,7 @@ def _final(model: Any, family: Family, batch: Batch, hidden: Tensor) -> Tensor:
 def align_corpora(
     base: Any, expert: Any, family: Family, tokenizer: Any, corpora: Sequence[Corpus], max_tokens: int
 ) -> dict[str, Alignment]:
-    """`align` on the evaluation documents of each corpus, under its dimension and value: `"language en"`."""
+    """`align` on the evaluation documents of each corpus, by dimension and value: `"language en"`."""
     return {
         corpus.name.replace("/", " ", 1): align(base, expert, family, tokenizer, corpus.evaluation, max_tokens)
         for corpus in corpora

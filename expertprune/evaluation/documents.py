@@ -31,13 +31,14 @@ def score_documents(
     progress: Progress | None = None,
     expert_tokenizer: Any = None,
 ) -> list[DocumentBits]:
-    """Negative log-likelihood of both models and `KL(base ‖ expert)`, in bits, summed over each document's tokens.
+    """Bits of both models and `KL(base ‖ expert)` in bits, summed over each document's tokens.
 
     Nothing predicts the first token, so neither it nor its bytes count.
 
     Args:
-        expert_tokenizer: the expert's, where it is not the base's. Both then read the same text, which ends where the
-            base's tokenizer has `max_tokens`, each in its own tokens; predictions over different rows have no KL.
+        expert_tokenizer: the expert's, where it is not the base's. Both then read the same text,
+            which ends where the base's tokenizer has `max_tokens`, each in its own tokens;
+            predictions over different rows have no KL.
     """
     if expert_tokenizer is not None:
         cut = [Document(document.text[: _end(tokenizer, document, max_tokens)]) for document in documents]
@@ -77,7 +78,7 @@ def _rows(documents: Sequence[Document], base: _Alone, expert: _Alone, kl: Float
 
 @torch.inference_mode()
 def score_alone(model: Any, tokenizer: Any, documents: Sequence[Document], progress: Progress | None = None) -> _Alone:
-    """One model on whole documents: bits, number and bytes of their predicted tokens, `[documents]` each."""
+    """One model on whole documents: bits, number and bytes of the predicted tokens of each."""
     bits, tokens, size = (np.zeros(len(documents)) for _ in range(3))
     encoded = [list(ids) for ids in tokenizer([document.text for document in documents])["input_ids"]]
     for batch in make_batches(encoded, TOKENS_PER_BATCH):
@@ -120,7 +121,7 @@ def _predicted_bytes(tokenizer: Any, document: Document, max_tokens: int) -> int
 
 
 def _row_sums(base: Tensor, expert: Tensor, targets: Tensor) -> tuple[float, float, float]:
-    """Bits under base and expert, and KL in bits, of one document; logits are `[tokens, vocabulary]`."""
+    """One document's bits under base and expert, and KL; logits are `[tokens, vocabulary]`."""
     totals = [0.0, 0.0, 0.0]
     for first in range(0, base.shape[0], _CHUNK):
         part = slice(first, first + _CHUNK)

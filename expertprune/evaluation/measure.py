@@ -30,8 +30,8 @@ def evaluate(
     Args:
         base, expert: running models with the same tokenizer, unless the expert's own is given.
         progress: called after each batch.
-        answers: the base's right answers by corpus, `[questions]`. What is missing is filled in, so that several
-            experts of one base ask it once.
+        answers: the base's right answers by corpus, `[questions]`. What is missing is filled in, so
+            that several experts of one base ask it once.
         expert_tokenizer: the expert's, where it is not the base's.
 
     Raises:

@@ -21,8 +21,8 @@ def answer_questions(
 ) -> Floats:
     """1 where the model prefers the right choice, 0 elsewhere, `[questions]`.
 
-    A choice's score is the log-likelihood of `" choice"` after the prompt, divided by its bytes. This is `acc_norm` of
-    lm-evaluation-harness, which divides by characters.
+    A choice's score is the log-likelihood of `" choice"` after the prompt, divided by its bytes.
+    This is `acc_norm` of lm-evaluation-harness, which divides by characters.
     """
     sequences, spans = [], []
     for question in questions:
@@ -49,6 +49,6 @@ def answer_questions(
 
 
 def paired_answers(questions: Sequence[Question], base: Floats, expert: Floats) -> Paired:
-    """Right answers of both models, `[questions]` each. Chance is the mean of one over the number of choices."""
+    """Right answers of both, `[questions]` each; chance is the mean of 1 / number of choices."""
     chance = float(np.mean([1 / len(question.choices) for question in questions]))
     return Paired(base, expert, np.ones(len(questions)), chance)

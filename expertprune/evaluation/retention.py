@@ -1,4 +1,4 @@
-"""Retention: what an expert keeps of its base. Its only definition, paired by example, with its interval."""
+"""The only definition of retention: what an expert keeps of its base, with its interval."""
 
 from __future__ import annotations
 
@@ -49,13 +49,16 @@ def bootstrap(statistic: Callable[[Indices], Floats], count: int, seed: int = 0)
 class Paired:
     """Base and expert on the same examples under one metric.
 
-    `base`, `expert` and `weights` are `[examples]`: a model's metric is its sum over the sum of weights.
+    `base`, `expert` and `weights` are `[examples]`: a model's metric is its sum over the sum of
+    weights.
 
     Args:
         chance: what guessing gets, where that is known.
         less_is_better: the metric is a cost, such as bits over bytes.
-        expert_weights: the expert's own, where its tokenizer leaves another part of the text to predict.
-        exponential: the metric is 2 to the power of that ratio, as perplexity is of bits over tokens.
+        expert_weights: the expert's own, where its tokenizer leaves another part of the text to
+            predict.
+        exponential: the metric is 2 to the power of that ratio, as perplexity is of bits over
+            tokens.
     """
 
     base: Floats
@@ -67,7 +70,7 @@ class Paired:
     exponential: bool = False
 
     def metrics(self, indices: Indices) -> tuple[Floats, Floats]:
-        """The metric of base and expert over resamples: `[resamples, examples]` to `[resamples]` each."""
+        """The metric of base and expert: `[resamples, examples]` to `[resamples]` each."""
         own = self.weights if self.expert_weights is None else self.expert_weights
         with np.errstate(divide="ignore", invalid="ignore"):
             base = self.base[indices].sum(1) / self.weights[indices].sum(1)
@@ -75,10 +78,11 @@ class Paired:
         return (np.exp2(base), np.exp2(expert)) if self.exponential else (base, expert)
 
     def retention(self, indices: Indices) -> Floats:
-        """Retention over resamples: `[resamples, examples]` to `[resamples]`; not a number where it is undefined.
+        """Retention: `[resamples, examples]` to `[resamples]`; not a number where undefined.
 
-        `(expert - chance) / (base - chance)`, with chance 0 where it is not known; base over expert where less is
-        better. It is 1 where nothing was lost, and undefined where the base is no better than chance.
+        `(expert - chance) / (base - chance)`, with chance 0 where it is not known; base over expert
+        where less is better. It is 1 where nothing was lost, and undefined where the base is no
+        better than chance.
         """
         base, expert = self.metrics(indices)
         above, below = (base, expert) if self.less_is_better else (expert, base)
@@ -97,7 +101,7 @@ class Paired:
         return float(self.retention(self.everything)[0])
 
     def measured(self) -> Measured:
-        """The metric of both, retention with its interval, and how many examples flipped each way."""
+        """The metric of both, retention with its interval, and flips each way."""
         base, expert = (float(metric[0]) for metric in self.metrics(self.everything))
         (low, high), undefined = interval([self])
         guessing = f"chance ({self.chance:.4f})" if self.chance else "none right"
@@ -124,10 +128,11 @@ class Paired:
 
 
 def interval(metrics: Sequence[Paired]) -> tuple[tuple[float, float], float]:
-    """The central 95% of the metrics' mean retention, and the share of resamples in which one of them has none.
+    """The central 95% of the mean retention, and the share of resamples in which a metric has none.
 
-    Examples are resampled within each metric, base and expert together. Where more than 2.5% of the resamples have no
-    retention, the interval has no end on that side, and both ends are not numbers.
+    Examples are resampled within each metric, base and expert together. Where more than 2.5% of the
+    resamples have no retention, the interval has no end on that side, and both ends are not
+    numbers.
     """
     values = []
     for seed, metric in enumerate(metrics):
@@ -177,7 +182,7 @@ def _distance(sums: Floats, weights: Floats) -> Measured:
 
 
 def pooled(evaluation: Evaluation, group: Group) -> Measured | None:
-    """Bits per byte over the documents of all corpora of a group, each document once; `None` without documents."""
+    """Bits per byte over all documents of a group, each once; `None` without documents."""
     corpora = [result for result in evaluation.corpora.values() if result.group == group]
     rows = {row.digest: row for result in corpora for row in result.per_document}
     return bits_per_byte(list(rows.values())).measured() if rows else None
@@ -200,11 +205,12 @@ class Counted:
 
 
 def summarize(metrics: Sequence[Counted]) -> dict[Group, dict[Measure, Average]]:
-    """What is kept of the expert's purpose and in general: in bits of text, and in accuracy of tasks.
+    """What is kept in bits of text and in accuracy of tasks, of the purpose and in general.
 
-    Each number is the plain mean of the retentions of a group's metrics of one measure: every metric counts the same,
-    however many examples it has. Metrics without a retention are left out and named. For the 95% interval of the mean,
-    the examples of each metric are resampled (`interval`).
+    Each number is the plain mean of the retentions of a group's metrics of one measure: every
+    metric counts the same, however many examples it has. Metrics without a retention are left out
+    and named. For the 95% interval of the mean, the examples of each metric are resampled
+    (`interval`).
     """
     summary: dict[Group, dict[Measure, Average]] = {}
     for group in get_args(Group):
@@ -230,7 +236,7 @@ def _average(metrics: Sequence[Counted]) -> Average:
 
 
 def shortfalls(summary: dict[Group, dict[Measure, Average]], floors: dict[str, float]) -> list[str]:
-    """The averages that are below the floor of their group, one line each; an undefined one is below any floor."""
+    """The averages below their group's floor, a line each; an undefined one is below any."""
     found = []
     for group in get_args(Group):
         if (floor := floors.get(group)) is None:

@@ -44,7 +44,7 @@ class _Measured(_SuiteKeys):
         return names
 
     def group_for(self, dimensions: Dimensions) -> Group:
-        """`expert` if it names a dimension of the spec, and in each such dimension one of the spec's values."""
+        """`expert` if it names a dimension of the spec, and a value of the spec in each such one."""
         if self.group is not None:
             return self.group
         chosen = dimensions.chosen
@@ -141,7 +141,7 @@ def find_suite(name: str) -> Suite:
 
 
 def find_suites(names: Sequence[str]) -> list[Suite]:
-    """Several suites. Raises `SpecError` with every problem, or where two tasks have the same name."""
+    """Several suites. Raises `SpecError` with every problem, such as two tasks of one name."""
     suites: list[Suite] = []
     problems: list[str] = []
     for name in dict.fromkeys(names):
@@ -188,7 +188,8 @@ def load_suite(path: Path) -> Suite:
 def bare_task(name: str) -> tuple[TaskEntry, str]:
     """A task by its name alone, and the shipped suite that has it (`""`: none).
 
-    A suite's entry has the metric, the answer extraction and the few-shot examples that the field reports.
+    A suite's entry has the metric, the answer extraction and the few-shot examples that the field
+    reports.
     """
     for suite in map(load_suite, shipped_suites().values()):
         for entry in (*suite.tasks, *suite.generation):

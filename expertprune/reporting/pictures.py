@@ -30,12 +30,12 @@ COLOURS, FRAME, QUIET = "Blues", "#D55E00", "#6b6b6b"
 _CELL, _TREE, _GAP, _HEAD, _LETTER = 0.56, 0.9, 0.4, 0.95, 0.078  # inches
 
 
-# Key of a point, colour, marker and line of its curve. Markers and lines differ for those who do not see colours.
+# Key of a point, and colour, marker and line of its curve: they differ without colour too.
 _CURVES = (("expert", "#0072B2", "o", "-"), ("general", "#D55E00", "s", "--"))
 
 
 def check_picture(path: Path, made: Path | None = None) -> None:
-    """Raises `CheckpointError` if a picture cannot be written there: another format, or no such folder.
+    """Raises `CheckpointError` if a picture cannot be written there.
 
     Args:
         made: a folder that will exist when the picture is written.
@@ -122,7 +122,7 @@ def _dendrogram(axes: Axes, result: StructureComparison, names: list[str]) -> No
 
 
 def _heat_map(axes: Axes, result: StructureComparison, names: list[str], lowest: float) -> Any:
-    """The overlap with its values; corpora in the dendrogram's order, clusters framed, the diagonal left out."""
+    """The overlap, corpora in the dendrogram's order, clusters framed, without the diagonal."""
     import numpy as np
     from matplotlib.patches import Rectangle
 
@@ -149,7 +149,7 @@ def _heat_map(axes: Axes, result: StructureComparison, names: list[str], lowest:
 
 
 def retention_curve(sweep: Sweep, path: Path) -> None:
-    """Retention in bits per byte against the fraction of parameters kept, for expert and general text.
+    """Retention in bits per byte against the parameters kept, for expert and general text.
 
     Both curves begin at the base, which keeps everything. Bands are the intervals.
     """
@@ -198,7 +198,7 @@ def retention_curve(sweep: Sweep, path: Path) -> None:
 
 
 def _label_curves(axes: Any, left: float, labels: list[tuple[float, str, str]]) -> None:
-    """Write each curve's name beside its smallest expert; names that would overlap are moved apart."""
+    """Write each curve's name beside its smallest expert, and move names apart."""
     bottom, top = axes.get_ylim()
     heights = [height for height, _, _ in labels]
     lacking = 0.07 * (top - bottom) - (max(heights) - min(heights)) if len(labels) > 1 else 0.0
@@ -209,7 +209,7 @@ def _label_curves(axes: Any, left: float, labels: list[tuple[float, str, str]]) 
 
 
 def throughput_picture(timing: Timing, path: Path) -> None:
-    """Expert over base, for each metric that has a ratio: every pair, their median, and the limit of the speed-up."""
+    """Expert over base by metric: every pair, their median, and the limit of the speed-up."""
     from matplotlib.figure import Figure
 
     drawn = [metric for metric in METRICS if metric in timing.ratios]

@@ -34,7 +34,7 @@ def metric_label(metric: str) -> str:
 
 
 def retention_rows(evaluation: Evaluation) -> list[list[str]]:
-    """Corpus or task, metric, base, expert, retention and interval as text: a row per metric, then the averages."""
+    """Name, metric, base, expert, retention, interval: a row per metric, then the averages."""
     rows = []
     for corpus, result in evaluation.corpora.items():
         for metric, numbers in result.metrics.items():
@@ -101,7 +101,7 @@ def widths(value: int | list[int]) -> str:
 
 
 def plan_table(plan: Plan) -> Table:
-    """Units kept by structure, who protected them, and shared and exclusive counts, summed over layers."""
+    """By structure: kept units, who protected them, and shared and exclusive ones."""
     table = Table("structure", "kept in each layer", "protected by", "shared", "expert-exclusive", "general-exclusive")
     for structure, entry in plan.budget.items():
         reasons = [layer.why[structure] for layer in plan.layers if structure in layer.why]
@@ -201,7 +201,7 @@ def _matrix(result: StructureComparison, names: list[str]) -> Table:
 
 
 def sweep_rows(sweep: Sweep) -> list[list[str]]:
-    """One row per budget of a sweep: size, retention of expert and general text, accuracy where it was measured."""
+    """One row per budget: size, retention of expert and general text, accuracy if measured."""
     asked = _corpora_with_questions(sweep)
     rows = []
     for point in sweep.points:

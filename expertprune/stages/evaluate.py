@@ -65,7 +65,8 @@ def evaluate_folder(
 
     Args:
         corpora: already guarded against leaks.
-        answers: what the base answered, for the next expert of the same base (see `evaluation.evaluate`).
+        answers: what the base answered, for the next expert of the same base (see
+            `evaluation.evaluate`).
     """
     described, base = Expert.load(folder), running.base
     own = None  # unless the expert's tokenizer is another than the base's

@@ -79,13 +79,15 @@ def evaluate_suites(
 ) -> Evaluation:
     """Measure an expert against its base on suites, and write the result into its folder.
 
-    What the folder says of corpora stays where no suite measures perplexity; everything else is replaced.
+    What the folder says of corpora stays where no suite measures perplexity; everything else is
+    replaced.
 
     Args:
         suites: names of suites that ship, or paths.
         tasks: names of tasks of lm-evaluation-harness, besides.
-        backend: who answers the tasks: `hf`, the running models of transformers; `vllm`, a server of each over HTTP.
-            Perplexity and alignment need whole distributions and hidden states, so transformers measures them always.
+        backend: who answers the tasks: `hf`, the running models of transformers; `vllm`, a server
+            of each over HTTP. Perplexity and alignment need whole distributions and hidden states,
+            so transformers measures them always.
         limit: at most so many examples of each task.
         base: the base's folder, where it is no longer at its recorded place.
         overrides: dotted keys of the spec.
@@ -93,8 +95,8 @@ def evaluate_suites(
 
     Raises:
         CheckpointError: the folder is no expert, or the base is not the one that it was cut from.
-        SpecError: an unknown suite or task, one without examples, one that calibrated the expert, or
-            lm-evaluation-harness is missing.
+        SpecError: an unknown suite or task, one without examples, one that calibrated the expert,
+            or lm-evaluation-harness is missing.
         ServingError, UsageError: the server cannot be had (backend `vllm`).
     """
     measurement = prepare(Path(expert), suites, tasks, backend, limit, base, store, overrides)
@@ -148,7 +150,7 @@ def prepare(
     store: str | Path | None,
     overrides: Mapping[str, Any] | None,
 ) -> Measurement:
-    """Find and check everything that `evaluate_suites` needs; arguments and errors are described there."""
+    """Find and check everything that `evaluate_suites` needs; see there."""
     expert, place = Expert.load(folder), store_folder(store)
     overrides = {**(overrides or {}), **({"base.model": str(base)} if base is not None else {})}
     spec = expert.local_spec(place, overrides)
@@ -176,7 +178,7 @@ def prepare(
 
 
 def _entries(suites: Sequence[Suite], names: Sequence[str]) -> list[tuple[TaskEntry, str, bool | None]]:
-    """Every task with its suite, and whether it generates answers (`None`: as lm-evaluation-harness says)."""
+    """Every task, its suite, and whether it generates answers (`None`: ask the library)."""
     found: list[tuple[TaskEntry, str, bool | None]] = []
     for suite in suites:
         found += [(entry, suite.name, False) for entry in suite.tasks]
@@ -270,7 +272,7 @@ def _result(each: ChosenTask, backend: Backend, paired: Paired, base: Scores, ex
 
 
 def _run_corpora(measurement: Measurement, track: Track) -> tuple[Evaluation, dict[str, Alignment]]:
-    """Perplexity and, where base and expert have the same tokens and so states that compare, alignment.
+    """Perplexity and, where base and expert have the same tokens, alignment.
 
     Where no suite measures perplexity, the corpora of the evaluation that the folder holds.
     """

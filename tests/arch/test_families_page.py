@@ -107,7 +107,7 @@ WRONG = {
 def test_a_file_that_is_wrong_is_told_the_tensor(arch: Path, model: Path, wrong: str) -> None:
     right = "[query, key_value, key_value]"
     assert right in block("yaml")
-    assert wrong in PAGE
+    assert wrong in " ".join(PAGE.split())  # a line may end inside it
     (arch / "families" / "juniper.yaml").write_text(block("yaml").replace(right, wrong))
     assert WRONG[wrong] in check(model, 2)
 

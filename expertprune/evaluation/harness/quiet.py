@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence its progress bars and warnings, unless the user asked for logs: the command line says what is printed."""
+    """Silence its progress bars and warnings, unless the user asked for logs."""
     import datasets
     from tqdm.std import tqdm
 

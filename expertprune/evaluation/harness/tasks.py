@@ -27,7 +27,7 @@ Floats = NDArray[np.float64]
 _PREFERRED = ("exact_match", "acc_norm", "acc", "f1", "bits_per_byte", "byte_perplexity", "word_perplexity")
 
 
-# Metrics that are sums of log-likelihoods over bytes or words, and the names under which they are reported.
+# Metrics that are sums of log-likelihoods over bytes or words, and what they are reported as.
 _RATES = {"bits_per_byte": "bits_per_byte", "byte_perplexity": "bits_per_byte", "word_perplexity": "bits_per_word"}
 
 
@@ -44,9 +44,9 @@ _LONG = 60  # characters from which the leak guard looks at a field of an exampl
 class Scores:
     """One model's score on each example of a task.
 
-    The metric is `sum(values) / sum(weights)`, both `[examples]`: right answers over their number, or bits over bytes
-    (words), of which less is better. `answers` are the extracted texts, where the task generates them. `examples` are
-    digests: the same prompt and target give the same one.
+    The metric is `sum(values) / sum(weights)`, both `[examples]`: right answers over their number,
+    or bits over bytes (words), of which less is better. `answers` are the extracted texts, where
+    the task generates them. `examples` are digests: the same prompt and target give the same one.
     """
 
     metric: str
@@ -73,8 +73,9 @@ class Scores:
 class HarnessTask:
     """A task ready to run.
 
-    `metric` and `filter` are lm-evaluation-harness' words. `chance` is what guessing gets, where that is known.
-    `digest` covers prompts, targets, metric and answer extraction. `texts` are what the leak guard looks at, by example.
+    `metric` and `filter` are lm-evaluation-harness' words. `chance` is what guessing gets, where
+    that is known. `digest` covers prompts, targets, metric and answer extraction. `texts` are what
+    the leak guard looks at, by example.
     """
 
     label: str
@@ -90,12 +91,12 @@ class HarnessTask:
 
     @property
     def reported(self) -> str:
-        """The metric's name in results; perplexities are reported as the bits that they are computed from."""
+        """The metric's name in results; perplexities are reported as bits."""
         return _RATES.get(self.metric, self.metric)
 
 
 def require_harness(served: bool) -> None:
-    """Raises `SpecError` if lm-evaluation-harness, or what it needs to ask servers, is not installed."""
+    """Raises `SpecError` if lm-evaluation-harness, or what it asks servers with, is missing."""
     for package in ("lm_eval", *(("aiohttp", "requests", "tenacity") if served else ())):
         try:
             importlib.import_module(package)
@@ -113,7 +114,7 @@ def _manager(everything: bool) -> Any:
 
 
 def check_names(entries: Sequence[TaskEntry]) -> None:
-    """Raises `SpecError` if lm-evaluation-harness has no task of a name; the message has the nearest one."""
+    """Raises `SpecError`, with the nearest name, for tasks that lm-evaluation-harness has not."""
     names = [entry.name for entry in entries if entry.name is not None]
     if names:
         known = _manager(True).all_tasks
@@ -127,7 +128,7 @@ def generates(entry: TaskEntry) -> bool:
 
 
 def output_type(entry: TaskEntry) -> str:
-    """What a task asks of a model, such as `multiple_choice`; for a group, what its first member asks."""
+    """What a task, or the first member of a group, asks of a model: `multiple_choice`, ..."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     if entry.file is not None:
@@ -155,7 +156,8 @@ def load_task(entry: TaskEntry, generates: bool, limit: int | None = None) -> Ha
         limit: at most so many examples (of each member, where the task is a group).
 
     Raises:
-        SpecError: its data cannot be loaded, it has no example, or its metric cannot be paired by example.
+        SpecError: its data cannot be loaded, it has no example, or its metric cannot be paired by
+        example.
     """
     label = entry.label
     with quiet():
@@ -187,7 +189,7 @@ def _load(entry: TaskEntry) -> dict[str, Any]:
 
 
 def _absolute(files: Any, folder: Path) -> Any:
-    """Absolute paths of data files, which are relative to the task's YAML (for `datasets`: to the working directory)."""
+    """Absolute paths of data files, which are relative to the task's YAML."""
     if isinstance(files, dict):
         return {split: _absolute(names, folder) for split, names in files.items()}
     if isinstance(files, list):

@@ -45,7 +45,7 @@ def _short(text: str, characters: int) -> str:
 
 
 def retention_picture(name: str, metrics: Sequence[Mapping[str, Any]]) -> str | None:
-    """Retention of each metric that has one, with its interval, one row each; a dashed line is the base."""
+    """Retention of each metric that has one, with its interval; a dashed line is the base."""
     drawn = [row for row in metrics if row["retention"] is not None]
     if not drawn:
         return None
@@ -166,7 +166,7 @@ def relevance_picture(name: str, label: str, corpora: Sequence[Mapping[str, Any]
 
 
 def _cells(axes: Axes, strengths: Sequence[Sequence[float]]) -> None:
-    """A heat map, `[rows][columns]` of strengths in [0, 1]: the page's accent, more or less opaque."""
+    """A heat map, `[rows][columns]` of strengths in [0, 1]: the opacity of the page's accent."""
     from matplotlib.collections import PatchCollection
     from matplotlib.colors import to_rgba
     from matplotlib.patches import Rectangle

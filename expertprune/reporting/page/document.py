@@ -1,4 +1,4 @@
-"""Write the report: one HTML file that stands alone, the model card, and the headline for the terminal."""
+"""Write the report: one HTML file that stands alone, the model card, and the headline."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ REPORT_SCHEMA = 2
 UNKNOWN = "unknown"
 
 
-# By metric of `expertprune bench`, its name for people and whether more is better; bytes are written as megabytes.
+# By metric of `expertprune bench`, its name for people and whether more is better.
 SPEEDS = {metric: (words.removesuffix(", bytes"), more) for metric, (words, more) in METRICS.items()}
 
 
@@ -59,11 +59,12 @@ def report(
 
     Args:
         compare: folders of other experts.
-        out: the page; default: `report.html`, or `comparison.html` where there are several, in the expert's folder.
+        out: the page; default: `report.html`, or `comparison.html` where there are several, in the
+            expert's folder.
 
     Returns:
-        The report's data: `kind`, `schema`, `page`, `experts` (each a `ReportData`), and a `Lineup`, `None` for a
-        single one.
+        The report's data: `kind`, `schema`, `page`, `experts` (each a `ReportData`), and a
+        `Lineup`, `None` for a single one.
 
     Raises:
         CheckpointError: a folder is no expert or is half-written, or the page cannot be written.
@@ -128,7 +129,7 @@ def render(data: Mapping[str, Any]) -> str:
 
 
 def _names(experts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The name of each expert, or its folder's name, or its folder: the first of the three that tells all apart."""
+    """Each expert's name, folder's name or folder: the first that tells all of them apart."""
     for names in ([str(e["name"]) for e in experts], [Path(e["folder"]).resolve().name for e in experts]):
         if len(set(names)) == len(names):
             return names
@@ -185,7 +186,7 @@ def _link(address: str) -> str:
 
 
 def expert_pictures(expert: Mapping[str, Any]) -> dict[str, Any]:
-    """The pictures of one expert by section, as `<svg>` elements; `None` where there is nothing to draw."""
+    """The pictures of one expert by section; `None` where there is nothing to draw."""
     return {
         "retention": charts.retention_picture("retention", expert["metrics"]),
         "kept": {

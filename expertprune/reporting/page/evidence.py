@@ -22,8 +22,9 @@ log = logging.getLogger(__name__)
 class Artifacts:
     """What a report is made of.
 
-    `profiles` holds those of the plan's corpora that the store still has, with the pass that the criterion needs, and
-    `absent` the names of the other corpora. `bytes` is the size of the weights' files.
+    `profiles` holds those of the plan's corpora that the store still has, with the pass that the
+    criterion needs, and `absent` the names of the other corpora. `bytes` is the size of the
+    weights' files.
     """
 
     expert: Expert
@@ -53,7 +54,7 @@ def read_artifacts(folder: Path, store: str | Path | None = None) -> Artifacts:
 
 
 def _stored(path: Path, plan: Plan, part: ProfilePart | None) -> Profile | None:
-    """A profile of the plan's base with the pass that the criterion needs, if the store has it and can read it."""
+    """A profile of the plan's base with the pass that the criterion needs, if it can be read."""
     if not path.is_file() or (part is not None and not part.path(path).is_file()):
         return None
     try:

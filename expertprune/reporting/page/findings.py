@@ -61,8 +61,9 @@ class Size:
 class MetricRow:
     """One metric of one corpus or task; the fields of `Measured`, and where they come from.
 
-    `verdict` is `loss` or `gain` where the interval of the retention leaves 1 out, `open` where it does not. `same` is
-    equal for rows of two experts that were measured on the same examples in the same way.
+    `verdict` is `loss` or `gain` where the interval of the retention leaves 1 out, `open` where it
+    does not. `same` is equal for rows of two experts that were measured on the same examples in the
+    same way.
     """
 
     group: Group
@@ -89,7 +90,7 @@ class MetricRow:
 
 @dataclass(frozen=True)
 class Speed:
-    """One measure of speed: medians of base and expert, the median of their ratio over the rounds, and its extremes."""
+    """One measure of speed: medians of base, expert and their ratio, and the ratio's extremes."""
 
     metric: str
     base: float | None
@@ -101,7 +102,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Throughput:
-    """What `expertprune bench` measured; `limit` is the largest speed-up that reading fewer weights can give."""
+    """What `expertprune bench` measured; `limit` is what reading fewer weights can give at most."""
 
     rows: list[Speed]
     limit: float
@@ -121,7 +122,7 @@ class Throughput:
 
 @dataclass(frozen=True)
 class CorpusFacts:
-    """A corpus that calibrated the expert: its number of documents and the profile, and whether the store has that."""
+    """A corpus that calibrated the expert; `stored` says whether the store has its profile."""
 
     name: str
     digest: str
@@ -146,10 +147,10 @@ class Provenance:
 
 @dataclass(frozen=True)
 class ReportData:
-    """The numbers of one expert's report; `report --json` prints them, and the page shows nothing else.
+    """The numbers of one expert's report: what `report --json` prints and the page shows.
 
-    `retention` is the headline: bits per byte over the documents of all corpora of a group, each document once.
-    `missing` has a line for each section that is not there.
+    `retention` is the headline: bits per byte over the documents of all corpora of a group, each
+    document once. `missing` has a line for each section that is not there.
     """
 
     name: str
@@ -232,7 +233,7 @@ def _size(artifacts: Artifacts) -> Size:
 
 
 def metric_rows(evaluation: Evaluation) -> list[MetricRow]:
-    """One row per metric: the expert's first, then the general ones, each in the evaluation's order."""
+    """One row per metric: the expert's, then the general ones, in the evaluation's order."""
     rows = []
     for corpus, result in evaluation.corpora.items():
         documents = [document.digest for document in result.per_document]

@@ -1,4 +1,4 @@
-"""Matplotlib figures as SVG elements that take the page's colours and font, each with ids of its own."""
+"""Matplotlib figures as SVG elements in the page's colours and font, with ids of their own."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# Matplotlib draws with these colours. The element names variables of the page in their place, so that one figure serves
-# a light and a dark page.
+# Matplotlib draws with these colours. The element names variables of the page in their place, so
+# that one figure serves a light and a dark page.
 INK, MUTED, RULE, ACCENT = "#010101", "#020202", "#030303", "#040404"
 
 
@@ -39,7 +39,7 @@ _SHORT_FONT = re.compile(r"font:\s*((?:\S+\s+)*?)([\d.]+px)[^;]*")
 
 
 def figure_of(width: float, height: float) -> Figure:
-    """A figure of so many CSS pixels; a pixel is also the unit of its font sizes and line widths."""
+    """A figure of so many CSS pixels, which are also the unit of its fonts and lines."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width / 72, height / 72))
@@ -72,7 +72,7 @@ def svg(figure: Figure, name: str, alternative: str) -> str:
 
 
 def _clean(root: ElementTree.Element) -> None:
-    """Name the page's colours; drop namespaces, metadata, and the style sheet, which would hold for the whole page."""
+    """Name the page's colours; drop namespaces, metadata and the style sheet."""
     for parent in list(root.iter()):
         for child in list(parent):
             if child.tag.removeprefix(_SVG) in ("metadata", "style"):

@@ -25,8 +25,8 @@ class StructureRow:
 class LineupRow:
     """One metric, with a cell for each expert (`None`: not measured).
 
-    `values` says why the experts' own numbers cannot be compared, `retention` why their retentions cannot; `None`
-    where they can.
+    `values` says why the experts' own numbers cannot be compared, `retention` why their retentions
+    cannot; `None` where they can.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Why an expert's units were cut: who kept how many in each layer, where relevance lies, what dimensions agree on."""
+"""Why an expert's units were cut: who kept them, where relevance lies, what corpora agree on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FRACTION = 0.25  # of a layer's units that count as irrelevant where nothing was
 
 @dataclass(frozen=True)
 class Protected:
-    """Kept units of a structure that one dimension, or `general`, gave their score: in all, and by layer."""
+    """Kept units that one dimension, or `general`, gave their score: in all, and by layer."""
 
     source: str
     units: int
@@ -37,7 +37,7 @@ class Protected:
 
 @dataclass(frozen=True)
 class CutStructure:
-    """Kept and cut units of one structure over all layers; `of` and `kept_by_layer` count them by layer.
+    """Kept and cut units of one structure; `of` and `kept_by_layer` count them by layer.
 
     `decided` is false where no unit was chosen, as of query heads that left with their KV group.
     """
@@ -68,12 +68,14 @@ class CorpusRelevance:
 
 @dataclass(frozen=True)
 class Overlap:
-    """How far corpora agree on the irrelevant units of a structure: the least relevant `fraction` of each layer.
+    """How far corpora agree on the irrelevant units of a structure: the least relevant `fraction`
+    of each layer.
 
-    `matrix` holds the Jaccard index of each pair of corpora's sets, `chance` that of independent sets. All dimensions
-    (general aside) agree on `agreed` of the `irrelevant` units in a set, independent sets would on
-    `agreed_by_chance`; `agreed_and_cut` of them were cut. `cut_within` is the share of the cut units that a corpus finds
-    irrelevant, `cut_within_all` the share that all dimensions do.
+    `matrix` holds the Jaccard index of each pair of corpora's sets, `chance` that of independent
+    sets. All dimensions (general aside) agree on `agreed` of the `irrelevant` units in a set,
+    independent sets would on `agreed_by_chance`; `agreed_and_cut` of them were cut. `cut_within` is
+    the share of the cut units that a corpus finds irrelevant, `cut_within_all` the share that all
+    dimensions do.
     """
 
     fraction: float
@@ -90,7 +92,7 @@ class Overlap:
 
 @dataclass(frozen=True)
 class StructureRelevance:
-    """Where the relevance of one structure lies on each corpus, and how far corpora agree (`None`: nothing to choose)."""
+    """Where one structure's relevance lies on each corpus, and how far corpora agree."""
 
     structure: str
     label: str
@@ -104,7 +106,7 @@ def label(structure: Structure) -> str:
 
 
 def decided(plan: Plan) -> list[Structure]:
-    """The structures whose units were chosen; query heads that left with their KV group were not."""
+    """The structures whose units were chosen; heads that left with their KV group were not."""
     return [structure for structure in Structure if any(structure.value in layer.why for layer in plan.layers)]
 
 
@@ -186,7 +188,7 @@ def _shares(name: str, layers: Sequence[Array], cut: Sequence[NDArray[np.bool_]]
 
 
 def _overlap(by_corpus: Mapping[str, Sequence[Array]], cut: Sequence[NDArray[np.bool_]]) -> Overlap | None:
-    """How far the irrelevant sets agree, at the fraction that was cut; `None` where no layer has two units."""
+    """The overlap at the fraction that was cut; `None` where no layer has two units."""
     units = sum(gone.size for gone in cut)
     fraction = sum(int(gone.sum()) for gone in cut) / units or FRACTION
     choosable = [layer for layer, gone in enumerate(cut) if gone.size > 1]
@@ -221,6 +223,6 @@ def _overlap(by_corpus: Mapping[str, Sequence[Array]], cut: Sequence[NDArray[np.
 
 
 def _by_chance(layers: Sequence[Array], counts: Sequence[int], corpora: int) -> float:
-    """Expected size of the intersection of independent sets, one per corpus: `Σ_l n_l (k_l / n_l)^corpora`."""
+    """Expected intersection of independent sets, one per corpus: `Σ_l n_l (k_l / n_l)^corpora`."""
     pairs = zip(layers, counts, strict=True)
     return float(sum(scores.shape[1] * (count / scores.shape[1]) ** corpora for scores, count in pairs))
