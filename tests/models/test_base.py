@@ -178,8 +178,7 @@ def test_a_bundled_model_that_is_not_installed_says_how_to_install_it(
 
 
 @pytest.mark.parametrize(
-    ("architecture", "model_type"),
-    [("BertForMaskedLM", "bert"), ("ViTForImageClassification", "vit")],
+    ("architecture", "model_type"), [("BertForMaskedLM", "bert"), ("ViTForImageClassification", "vit")]
 )
 def test_an_encoder_is_no_causal_language_model(folder: Path, store: Path, architecture: str, model_type: str) -> None:
     change_config(folder, architectures=[architecture], model_type=model_type)

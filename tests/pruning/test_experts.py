@@ -287,11 +287,7 @@ def test_an_expert_of_experts_is_built_with_its_heads_repaired(tmp_path: Path) -
         ),
         ({"relevance": {"experts": "reep"}}, SpecError, "'reep'.*reap"),
         ({"relevance": "reap", "budget": {"kv_groups": 1}}, SpecError, "reap does not score kv_groups"),
-        (
-            {"budget": {"retention": {"expert": 0.9}}},
-            PlanError,
-            "give budget.experts, budget.ffn or budget.parameters",
-        ),
+        ({"budget": {"retention": {"expert": 0.9}}}, PlanError, "give budget.experts, budget.ffn or budget.parameters"),
     ],
     ids=str,
 )
