@@ -17,7 +17,7 @@ from expertprune.composition.scoring import corpus_score, unit_statistics
 from expertprune.errors import PlanError, SpecError
 from expertprune.profiling.forward import forward_pass
 from expertprune.profiling.store import measure
-from expertprune.relevance import UnitStatistics, criteria
+from expertprune.relevance import criteria
 from expertprune.spec.reading import parse_spec
 from expertprune.units import Structure
 from tests.masks import LENGTHS, tiny_of, token_lists
@@ -119,22 +119,6 @@ def test_reap_is_the_mean_over_all_tokens_of_the_corpus_that_are_routed_to_an_ex
         np.testing.assert_allclose(quantile[layer], np.median(means, 0), rtol=1e-5)
         alone += int((served == 1).sum())
     assert alone > 0
-
-
-def test_criteria_of_experts() -> None:
-    impact = torch.tensor([[4.0, 9.0]])
-    seen = UnitStatistics(
-        rms=impact.sqrt(), impact=impact, output_l1=torch.ones(2), output_l2=torch.ones(2),
-        weight_norm=torch.tensor([3.0, 5.0]), layer=0, seed=0,
-        frequency=torch.tensor([[0.25, 0.75]]), routed_norm=torch.tensor([[2.0, 1.0]]),
-    )  # fmt: skip
-    assert criteria["reap"].score(seen).tolist() == [[2.0, 1.0]]
-    assert criteria["frequency"].score(seen).tolist() == [[0.25, 0.75]]
-    assert criteria["impact"].score(seen).tolist() == [[4.0, 9.0]]
-    assert criteria["magnitude"].score(seen).tolist() == [[3.0, 5.0]]
-    assert {name for name, each in criteria.items() if "experts" in each.structures} == {
-        "fisher", "frequency", "impact", "magnitude", "random", "reap", "taylor",
-    }  # fmt: skip
 
 
 # --- planted experts --------------------------------------------------------------------------------------------------
