@@ -95,13 +95,6 @@ def test_an_expert_of_each_family_comes_back_with_the_same_logits(
     assert base.layers == resolved(expert, store).layers
 
 
-def test_plain_transformers_reads_the_file(made: Callable[[str], tuple[Path, Path]]) -> None:
-    """With nothing of ours between: this family's files say all that it needs."""
-    expert, file = made("llama")
-    model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    assert (logits_of(model, IDS) - logits_of(load(expert), IDS)).abs().max() < 1e-5
-
-
 @pytest.mark.parametrize(
     ("family", "kind"),
     [("gemma3", "f16"), ("phi3", "bf16"), ("llama", "q8_0"), ("qwen2_moe", "q8_0")],

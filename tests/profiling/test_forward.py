@@ -136,34 +136,23 @@ def test_weight_statistics_are_sums_over_all_that_a_unit_owns(family: str) -> No
             """Squares of each row of a projection or norm, with its bias where there is one."""
             return sum((numbers(each).reshape(len(each), -1) ** 2).sum(1) for each in module.parameters())
 
-        inner = np.concatenate([owned(each) for each in layer.mlp.children() if each is not ffn_output(layer)
-                                and list(each.parameters())])  # fmt: skip
-        neurons = inner.reshape(-1, SHAPE.ffn).sum(0) + down.sum(0)
-        fused = hasattr(attention, "qkv_proj")
-        rows = np.concatenate([owned(each) for each in ([attention.qkv_proj] if fused else [
-            attention.q_proj, attention.k_proj, attention.v_proj])])  # fmt: skip
-        queries, keys, values = np.split(rows, [24, 36])
+        inner = [each for each in layer.mlp.children() if each is not ffn_output(layer) and list(each.parameters())]
+        neurons = np.concatenate([owned(each) for each in inner]).reshape(-1, SHAPE.ffn).sum(0) + down.sum(0)
+        rows = [
+            getattr(attention, name) for name in ("qkv_proj", "q_proj", "k_proj", "v_proj") if hasattr(attention, name)
+        ]
+        queries, keys, values = np.split(np.concatenate([owned(each) for each in rows]), [24, 36])
         if family == "olmo2":  # norms over all heads
             queries, keys = queries + owned(attention.q_norm), keys + owned(attention.k_norm)
         heads = (queries + out.sum(0)).reshape(HEADS, -1).sum(1)
         groups = (keys + values).reshape(GROUPS, -1).sum(1) + heads.reshape(GROUPS, -1).sum(1)
-        expected = {
-            "ffn": {
-                "weight_norm": np.sqrt(neurons),
-                "output_l1": np.sqrt(down).sum(0),
-                "output_l2": np.sqrt(down.sum(0)),
-            },
-            "heads": {
-                "weight_norm": np.sqrt(heads),
-                "output_l1": np.sqrt(out).sum(0),
-                "output_l2": np.sqrt(out.sum(0)),
-            },
-            "groups": {"weight_norm": np.sqrt(groups)},
-        }
-        for block, each in expected.items():
-            for name, numbers_of_units in each.items():
-                found = statistics[f"{block}.{index}.{name}"]
-                assert_near(found, torch.tensor(numbers_of_units), 1e-5, f"{block} {index} {name}")
+        expected = {f"{block}.{index}.weight_norm": each**0.5
+                    for block, each in (("ffn", neurons), ("heads", heads), ("groups", groups))}  # fmt: skip
+        for block, squares in (("ffn", down), ("heads", out)):
+            expected[f"{block}.{index}.output_l1"] = (squares**0.5).sum(0)
+            expected[f"{block}.{index}.output_l2"] = squares.sum(0) ** 0.5
+        for name, values in expected.items():
+            assert_near(statistics[name], torch.tensor(values), 1e-5, name)
 
 
 # --- half precision -------------------------------------------------------------------------------------------------
