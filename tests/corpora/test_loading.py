@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -107,9 +108,6 @@ def test_documents_equal_but_for_white_space_count_once_and_blank_ones_are_none(
     corpus = load({"path": [str(first), str(second)], "evaluation": own})
     assert texts(corpus.calibration) == ["One two", "one two", "one two three"]
     assert len(corpus.evaluation) == 2
-
-
-def test_the_digest_of_a_document_is_of_its_words() -> None:
     assert Document(" ein  Haus\n").digest == hashlib.sha256(b"ein Haus").hexdigest()
 
 
@@ -177,8 +175,7 @@ def test_a_text_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"abc \xff")
     (problem,) = problems_of({"path": str(path)})
-    assert problem.startswith(f"{path}: not UTF-8 text")
-    assert "byte 4" in problem
+    assert re.match(rf"{re.escape(str(path))}: not UTF-8 text.*byte 4", problem)
 
 
 @pytest.mark.parametrize("key", ["path", "evaluation", "questions"])
@@ -187,23 +184,22 @@ def test_a_missing_file_is_named(tmp_path: Path, key: str) -> None:
     assert problems_of(source) == [f"{tmp_path / 'absent.jsonl'}: no such file"]
 
 
-@pytest.mark.parametrize("content", ["", '{"text": "  "}\n'])
-def test_an_empty_corpus_is_named_with_its_file(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text(content)
-    (problem,) = problems_of({"path": str(path)})
+def test_an_empty_corpus_is_named_with_its_file(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [" "])
+    (problem,) = problems_of({"path": path})
     assert problem == f"corpus language/de: {path}: holds no document to calibrate on"
 
 
 def test_the_problems_of_several_corpora_come_together(tmp_path: Path) -> None:
     broken = tmp_path / "broken.jsonl"
     broken.write_text("{")
-    sources = {
-        "de": {"path": str(tmp_path / "absent.jsonl")},
-        "qa": {"path": str(broken)},
-        "medical": {"path": write_rows(tmp_path / "good.jsonl", many(3))},
+    paths = {
+        "de": str(tmp_path / "absent.jsonl"),
+        "qa": str(broken),
+        "medical": write_rows(tmp_path / "a.jsonl", many(3)),
     }
-    spec = make_spec(dimensions={"language": "de", "domain": "medical", "task": "qa"}, corpora={"sources": sources})
+    corpora = {"sources": {name: {"path": path} for name, path in paths.items()}}
+    spec = make_spec(dimensions={"language": "de", "domain": "medical", "task": "qa"}, corpora=corpora)
     with pytest.raises(SpecError) as caught:
         load_corpora(spec)
     first, second = caught.value.problems
@@ -357,19 +353,14 @@ def catalogue(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_catalogue_folder_gives_its_sources_with_absolute_paths(catalogue: Path) -> None:
-    sources = {str(name): source for name, source in catalogue_sources(catalogue).items()}
-    assert sorted(sources) == ["domain/medical", "general/general", "language/de"]
-    assert sources["language/de"].path == [str(catalogue / "texts" / "de.jsonl")]
-    assert sources["language/de"].questions == str(catalogue / "texts" / "q.jsonl")
-    assert sources["general/general"].evaluation == [str(catalogue / "texts" / "general.jsonl")]
-
-
 def test_corpora_are_found_in_the_specs_own_catalogue(catalogue: Path) -> None:
+    sources = {str(name): source for name, source in catalogue_sources(catalogue).items()}
+    assert sources["language/de"].path == [str(catalogue / "texts" / "de.jsonl")]
+    assert sources["general/general"].evaluation == [str(catalogue / "texts" / "general.jsonl")]
     dimensions = {"language": "de", "domain": "medical"}
     spec = make_spec(catalogue.parent, dimensions=dimensions, general="general", corpora="mine")
     corpora = {str(name): corpus for name, corpus in load_corpora(spec).items()}
-    assert sorted(corpora) == ["domain/medical", "general/general", "language/de"]
+    assert sorted(corpora) == sorted(sources) == ["domain/medical", "general/general", "language/de"]
     for name, corpus in corpora.items():
         assert corpus.name == name
         assert all(d.text.startswith(name.partition("/")[2]) for d in corpus.calibration)
