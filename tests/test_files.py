@@ -103,37 +103,29 @@ STAGED = pytest.mark.parametrize("staged", [staged_file, staged_folder])
 FAILS = pytest.mark.parametrize("fails", [False, True])
 
 
-def interrupted(fails: bool) -> contextlib.AbstractContextManager[Any]:
-    return pytest.raises(KeyboardInterrupt) if fails else contextlib.nullcontext()
-
-
 @FAILS
 @STAGED
 def test_what_is_staged_appears_at_the_end_or_not_at_all(tmp_path: Path, staged: Any, fails: bool) -> None:
     out = tmp_path / "deep" / "out"
-
-    def write() -> None:
-        with staged(out) as temporary:
-            (temporary / "part" if temporary.is_dir() else temporary).write_text("new")
-            assert not out.exists()
-            assert out.parent in temporary.parents  # on one disk with it, so that renaming is all or nothing
-            if fails:
-                raise KeyboardInterrupt
-
-    with interrupted(fails):
-        write()
+    with contextlib.suppress(KeyboardInterrupt), staged(out) as temporary:
+        (temporary / "part" if temporary.is_dir() else temporary).write_text("new")
+        assert not out.exists()
+        assert out.parent in temporary.parents  # on one disk with it, so that renaming is all or nothing
+        if fails:
+            raise KeyboardInterrupt
     whole = ["deep", "deep/out"] if staged is staged_file else ["deep", "deep/out", "deep/out/part"]
     assert names(tmp_path) == (["deep"] if fails else whole)
 
 
-def test_a_staged_file_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
-    path = tmp_path / "plan.json"
-    path.write_text("old")
-    with contextlib.suppress(KeyboardInterrupt), staged_file(path) as temporary:
-        temporary.write_text("half")
-        raise KeyboardInterrupt
+@FAILS
+def test_a_staged_file_replaces_the_old_one_or_leaves_it(tmp_path: Path, fails: bool) -> None:
+    (tmp_path / "plan.json").write_text("old")
+    with contextlib.suppress(KeyboardInterrupt), staged_file(tmp_path / "plan.json") as temporary:
+        temporary.write_text("new")
+        if fails:
+            raise KeyboardInterrupt
     assert names(tmp_path) == ["plan.json"]
-    assert path.read_text() == "old"
+    assert (tmp_path / "plan.json").read_text() == ("old" if fails else "new")
 
 
 def test_write_json_writes_in_order_and_null_for_a_number_that_json_cannot_say(tmp_path: Path) -> None:
@@ -220,7 +212,7 @@ def stage(out: Path) -> None:
 
 
 def overwrite(out: Path, fails: bool = False) -> None:
-    with staged_folder(out, overwrite=True) as temporary:
+    with contextlib.suppress(KeyboardInterrupt), staged_folder(out, overwrite=True) as temporary:
         (temporary / "expertprune.json").write_text("new")
         if fails:
             raise KeyboardInterrupt
@@ -315,8 +307,7 @@ def test_an_expert_that_a_killed_run_had_moved_aside_comes_back_until_it_is_repl
         pass
     check_expert(tmp_path, "old")
     os.replace(tmp_path / "expert", tmp_path / f"{HERE}.replaced")
-    with interrupted(fails):
-        overwrite(tmp_path / "expert", fails)
+    overwrite(tmp_path / "expert", fails)
     check_expert(tmp_path, "old" if fails else "new")
 
 
@@ -325,8 +316,7 @@ def test_overwriting_replaces_the_whole_expert_or_nothing(tmp_path: Path, fails:
     out = expert(tmp_path / "expert")
     if not fails:
         (out / "stale").write_text("x")
-    with interrupted(fails):
-        overwrite(out, fails)
+    overwrite(out, fails)
     check_expert(tmp_path, "old" if fails else "new")
 
 
@@ -345,8 +335,7 @@ def test_an_expert_stays_where_renaming_fails(tmp_path: Path, monkeypatch: pytes
         replace(source, target)
 
     monkeypatch.setattr(files.os, "replace", failing)
-    with interrupted(True):
-        overwrite(out)
+    overwrite(out)
     check_expert(tmp_path, "old")
 
 
