@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import itertools
 import json
 import random
 from dataclasses import replace
@@ -21,7 +20,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from expertprune.arch import bundled_models
-from expertprune.artifacts.plan import Plan, VocabularyPlan
+from expertprune.artifacts.plan import VocabularyPlan
 from expertprune.composition.coverage import missing_interval, rows_for
 from expertprune.composition.rows import Essentials, RowRanking, essentials
 from expertprune.corpora.documents import CorpusName
@@ -107,9 +106,12 @@ def check(cut: Cut, text: str) -> bool:
 
 
 @MODEL
-def test_the_calibration_text_itself_keeps_its_tokens(model: str) -> None:
+def test_calibration_text_keeps_its_tokens_and_sentences_of_its_words_mostly(model: str) -> None:
+    """So that the property below is not empty."""
     for name in KEPT[model]:
         assert all(check(cut_of(model), text) for text in texts_of(name))
+    draw, words = random.Random(1), words_of(KEPT[model][0])
+    assert sum(check(cut_of(model), " " + " ".join(draw.choices(words, k=4))) for _ in range(300)) > 100
 
 
 @MODEL
@@ -133,14 +135,6 @@ def test_text_of_kept_tokens_gives_the_same_tokens_and_any_text_comes_back(model
         lambda w: st.sampled_from([" ", "", "\n", "  ", "\t"]).map(lambda s: s.join(w))
     )
     check(cut_of(model), data.draw(st.one_of(joined, st.text(max_size=30))))
-
-
-@MODEL
-def test_words_put_together_anew_mostly_keep_their_tokens(model: str) -> None:
-    """So that the property above is not empty: random sentences of the calibration words."""
-    draw, words = random.Random(1), words_of(KEPT[model][0])
-    same = sum(check(cut_of(model), " " + " ".join(draw.choices(words, k=4))) for _ in range(300))
-    assert same > 100
 
 
 @pytest.mark.parametrize(("model", "language"), [("smollm2-135m-instruct", "en"), ("gemma-3-270m", "de")])
@@ -171,13 +165,6 @@ def test_coverage_that_is_promised_of_unseen_text_holds_on_the_evaluation_split(
         rows_for(0.9999, ranking.tested, ranking.must.smallest, of)
 
 
-def german_plan(base: ResolvedBase, kept: set[int]) -> Plan:
-    must = essentials(base)
-    rows = tuple(sorted(must.vocabulary.closed(kept | must.ids)))
-    vocabulary = VocabularyPlan(KeptRows(vocabulary_rows(base.checkpoint, base.family), rows), base.tokenizer_digest)
-    return replace(plan_of(base, [shape.all_kept for shape in base.layers]), vocabulary=vocabulary)
-
-
 @MODEL
 def test_the_cut_model_has_the_bases_logits_and_its_greedy_text_up_to_a_dropped_row(model: str, tmp_path: Path) -> None:
     """In float32 and plain transformers; the first token that differs is one that was dropped."""
@@ -186,12 +173,14 @@ def test_the_cut_model_has_the_bases_logits_and_its_greedy_text_up_to_a_dropped_
     own = AutoTokenizer.from_pretrained(base.folder)
     prompts = [own(text[:120])["input_ids"] for text in texts_of(name)[:3]]
     ids = [*prompts, *(own(text)["input_ids"] for text in texts_of(name))]  # a prompt may end within a word
-    plan = german_plan(base, set(itertools.chain(*ids)))
-    assert plan.vocabulary is not None
+    must = essentials(base)
+    rows = tuple(sorted(must.vocabulary.closed(must.ids.union(*ids))))
+    vocabulary = VocabularyPlan(KeptRows(vocabulary_rows(base.checkpoint, base.family), rows), base.tokenizer_digest)
+    plan = replace(plan_of(base, [shape.all_kept for shape in base.layers]), vocabulary=vocabulary)
     (tmp_path / "expert").mkdir()
     prune(plan, base, tmp_path / "expert")
     dense, expert = load(base.folder), load(tmp_path / "expert")
-    new = {index: place for place, index in enumerate(plan.vocabulary.rows.kept)}
+    new = {index: place for place, index in enumerate(rows)}
     assert AutoTokenizer.from_pretrained(tmp_path / "expert")(texts_of(name)[0])["input_ids"] == [
         new[index] for index in own(texts_of(name)[0])["input_ids"]
     ]
