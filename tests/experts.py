@@ -14,6 +14,7 @@ import expertprune
 from expertprune.artifacts.expert import BaseRecord, CorpusRecord, Expert
 from expertprune.artifacts.plan import BaseReference, LayerPlan, Parameters, Plan
 from expertprune.artifacts.timing import METRICS
+from expertprune.files import EXPERT_FILE
 from expertprune.spec.schema import Spec
 from expertprune.units import LayerShape
 from tests.tiny import write_corpus
@@ -42,7 +43,7 @@ def build_tiny(folder: Path, base: Path) -> tuple[Path, Path]:
 
 
 def about(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "expertprune.json").read_text())
+    found: dict[str, Any] = json.loads((folder / EXPERT_FILE).read_text())
     return found
 
 
@@ -58,10 +59,8 @@ def described(folder: Path, name: str = "medical-qa", **changes: Any) -> Expert:
         layers=[LayerPlan(shape.all_kept)],
         spec=Spec.model_validate(data).document(),
     )
-    base = BaseRecord(
-        model="owner/model", digest="0123abcd", tokenizer_digest="ab", revision=None, trust_remote_code=False,
-        weight_bytes=49380,
-    )  # fmt: skip
+    base = BaseRecord(model="owner/model", digest="0123abcd", tokenizer_digest="ab", revision=None,
+                      trust_remote_code=False, weight_bytes=49380)  # fmt: skip
     corpora = {"language/en": CorpusRecord(digest="c", documents=["d1", "d2"])}
     expert = Expert(plan, base, corpora, {"expertprune": "0.1.0"}, "https://example.org/paper", folder=folder)
     return replace(expert, **changes)
@@ -70,7 +69,7 @@ def described(folder: Path, name: str = "medical-qa", **changes: Any) -> Expert:
 def copied(build: tuple[Path, Path], to: Path, **changes: Any) -> Path:
     """A copy of the tiny expert that may be changed; `changes` go into its description."""
     shutil.copytree(build[0], to)
-    (to / "expertprune.json").write_text(json.dumps(about(to) | changes))
+    (to / EXPERT_FILE).write_text(json.dumps(about(to) | changes))
     return to
 
 
@@ -91,7 +90,7 @@ def measured(folder: Path) -> Path:
         },
     }
     found["evaluation"]["settings"] |= {"suites": {"medical": "d1", "general": "d2"}, "backend": "vllm", "limit": 50}
-    (folder / "expertprune.json").write_text(json.dumps(found))
+    (folder / EXPERT_FILE).write_text(json.dumps(found))
     (folder / "throughput.json").write_text(json.dumps(throughput()))
     return folder
 
