@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGUFWriter
 
 
 def _server() -> tuple[str, dict[str, str]] | None:
@@ -99,3 +100,11 @@ def engine_of(path: Path) -> Iterator[Engine]:
         finally:
             process.terminate()
             process.wait(20)
+
+
+def finish(writer: GGUFWriter) -> None:
+    """Write a file whose keys and tensors were given."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

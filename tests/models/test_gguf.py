@@ -382,10 +382,7 @@ def test_cut_heads_are_refused_where_llama_cpp_takes_them_from_the_width(store: 
 
 @pytest.mark.parametrize(
     ("kind", "words"),
-    [
-        ("unigram", "a Unigram tokenizer cannot be written"),
-        ("byte_level_ignoring_merges", "ByteLevel, ignore_merges"),
-    ],
+    [("unigram", "a Unigram tokenizer cannot be written"), ("byte_level_ignoring_merges", "ByteLevel, ignore_merges")],
 )
 def test_tokenizers_that_the_format_has_no_word_for_are_refused(kind: str, words: str, tmp_path: Path) -> None:
     said = refusal(tiny(tmp_path / "model", "llama", kind), tmp_path / "a.gguf")

@@ -115,8 +115,7 @@ def test_an_error_in_the_decoder_leaves_the_model_as_it_was() -> None:
         tiny_of(model).text([*token_lists(LENGTHS), outside_the_vocabulary], 1).start()
     assert module_state(model) == modules
     torch.testing.assert_close(
-        run_to_the_end(model, 1, token_lists((7,))).hidden[0][0],
-        before_final_norm(model, token_lists((7,))[0]),
+        run_to_the_end(model, 1, token_lists((7,))).hidden[0][0], before_final_norm(model, token_lists((7,))[0])
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -20,17 +19,13 @@ from expertprune.profiling.forward import forward_pass
 from expertprune.profiling.gradients import gradient_pass
 from expertprune.spec.schema import Spec
 from tests.calling import call
-from tests.masks import tiny_of
-from tests.oracle import assert_same, exact, load, logits_of, masked_logits, read_json, resolved
-from tests.pruning.test_experts import EXPERTS, LENGTHS, Array, documents, numbers, planted_spec, routing_of, silu
+from tests.masks import LENGTHS, tiny_of, token_lists
+from tests.oracle import load, read_json
+from tests.pruning.test_experts import EXPERTS, Array, numbers, planted_spec, routing_of, silu
 from tests.tiny import save_tiny, tiny_model
 
 FAMILIES = [name for name, family in families().items() if family.experts is not None]
 WIDTH = {"mixtral": 32, "olmoe": 32, "qwen2_moe": 16, "qwen3_moe": 16}
-
-
-def collected(model: Any, tokens_per_batch: int) -> dict[str, Tensor]:
-    return forward_pass(tiny_of(model).text(documents(), tokens_per_batch))
 
 
 def stored_half(found: dict[str, Tensor], name: str) -> Array:
@@ -48,14 +43,12 @@ def weighted_neurons(model: Any, layer: int, ids: list[int]) -> Array:
     return np.concatenate(parts, 1)
 
 
-@pytest.mark.parametrize(
-    ("name", "tokens_per_batch"), [("mixtral", 1), ("olmoe", 30), ("qwen2_moe", 30), ("qwen3_moe", 1000)]
-)
+@pytest.mark.parametrize(("name", "tokens_per_batch"), [("mixtral", 1), ("olmoe", 30), ("qwen3_moe", 1000)])
 def test_statistics_of_neurons_are_those_of_each_document_alone(name: str, tokens_per_batch: int) -> None:
     model = tiny_model(name)
-    found = collected(model, tokens_per_batch)
+    found = forward_pass(tiny_of(model).text(token_lists(), tokens_per_batch))
     for layer in range(3):
-        every = [weighted_neurons(model, layer, ids) for ids in documents()]
+        every = [weighted_neurons(model, layer, ids) for ids in token_lists()]
         for number, values in enumerate(every):
             expected = np.sqrt((values**2).mean(0))
             mine = stored_half(found, f"ffn.{layer}.rms")[number]
@@ -76,44 +69,16 @@ def test_statistics_of_neurons_are_those_of_each_document_alone(name: str, token
             assert float(found[f"ffn.{layer}.weight_norm"][unit]) == pytest.approx(np.sqrt(owned), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
-def test_neurons_that_are_permuted_have_permuted_statistics(name: str) -> None:
-    model, permuted = tiny_model(name), tiny_model(name)
-    generator = torch.Generator().manual_seed(4)
-    width, orders = WIDTH[name], []
-    with torch.no_grad():
-        for layer in permuted.model.layers:
-            experts, router = layer.mlp.experts, layer.mlp.gate
-            places = torch.randperm(EXPERTS, generator=generator)
-            inside = [torch.randperm(width, generator=generator) for _ in range(EXPERTS)]
-            for expert in range(EXPERTS):
-                order = torch.cat([inside[expert], width + inside[expert]])
-                experts.gate_up_proj[expert] = experts.gate_up_proj[expert][order]
-                experts.down_proj[expert] = experts.down_proj[expert][:, inside[expert]]
-            for weight in (experts.gate_up_proj, experts.down_proj, router.weight):
-                weight.copy_(weight[places])
-            orders.append(torch.cat([int(place) * width + inside[int(place)] for place in places]))
-    torch.testing.assert_close(logits_of(permuted), logits_of(model), atol=1e-4, rtol=1e-4)
-    before, after = collected(model, 30), collected(permuted, 30)
-    for layer, order in enumerate(orders):
-        assert order.tolist() != sorted(order.tolist())
-        ours, theirs = (stored_half(found, f"ffn.{layer}.rms") for found in (after, before))
-        np.testing.assert_allclose(ours, theirs[:, order], rtol=2e-3, atol=1e-3 * theirs.max())
-        for key in ("square_sum", "output_l1", "weight_norm"):
-            expected = numbers(before[f"ffn.{layer}.{key}"])[order]
-            np.testing.assert_allclose(numbers(after[f"ffn.{layer}.{key}"]), expected, rtol=1e-3, atol=1e-6)
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradients_of_masks_are_those_of_one_backward_pass_through_the_whole_model(name: str) -> None:
     """A mask `m` on a column makes it `m w`, so `∂L/∂m = w · ∂L/∂w` at 1."""
     model = tiny_model(name).requires_grad_(False)
-    found = gradient_pass(tiny_of(model).text(documents()), "language_model")
+    found = gradient_pass(tiny_of(model).text(token_lists()), "language_model")
     layers = model.model.layers
     weights = [(layer.mlp.experts.down_proj, layer.self_attn.o_proj.weight) for layer in layers]
     for weight in (each for pair in weights for each in pair):
         weight.requires_grad_(True)
-    for number, ids in enumerate(documents()):
+    for number, ids in enumerate(token_lists()):
         model.zero_grad()
         tokens = torch.tensor([ids])
         logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
@@ -139,7 +104,7 @@ def spec_of(folder: Path, tmp_path: Path, budget: dict[str, Any], **others: Any)
     return Spec.model_validate(data)
 
 
-@pytest.mark.parametrize("criterion", ["impact", "fluctuation", "fisher"])
+@pytest.mark.parametrize("criterion", ["impact", "fluctuation"])
 def test_each_expert_keeps_its_own_best_neurons(criterion: str, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "base", "mixtral")
     relevance = {"criterion": criterion, "experts": "reap"}
@@ -154,15 +119,6 @@ def test_each_expert_keeps_its_own_best_neurons(criterion: str, tmp_path: Path) 
     before, after = plan.parameters.before, plan.parameters.after
     # of three layers: two experts of three matrices and a router's row, and 16 neurons of each of the four others
     assert before - after == 3 * (2 * (3 * 24 * 32 + 24) + 4 * 16 * 3 * 24)
-
-
-def test_a_larger_budget_never_keeps_what_a_smaller_one_dropped(tmp_path: Path) -> None:
-    folder = save_tiny(tmp_path / "base", "mixtral")
-    plans = [expertprune.compose(spec_of(folder, tmp_path, {"ffn": count})) for count in (8, 16, 24)]
-    for more, fewer in itertools.pairwise(plans):
-        for wide, narrow in zip(more.kept, fewer.kept, strict=True):
-            assert set(narrow.ffn) < set(wide.ffn)
-    assert [len(plan.kept[0].ffn) for plan in plans] == [6 * 24, 6 * 16, 6 * 8]
 
 
 def test_planted_neurons_are_found(tmp_path: Path) -> None:
@@ -206,16 +162,6 @@ def test_experts_with_fewer_neurons_are_built_from_the_shortest_spec(
     assert sum(parameter.numel() for parameter in load(out).parameters()) == about["parameters"]["after"]
 
 
-def test_what_is_not_repaired_is_the_masked_model(tmp_path: Path, store: Path) -> None:
-    folder = save_tiny(tmp_path / "base", "qwen2_moe")
-    spec = spec_of(folder, tmp_path, {"ffn": 0.5, "experts": 2})
-    plan = expertprune.compose(spec, store=store)
-    out = expertprune.prune(plan, tmp_path / "expert", store=store)
-    base = resolved(folder, store)
-    assert base.layers[0].ffn == 16
-    assert_same(logits_of(exact(out)), masked_logits(exact(folder), plan))
-
-
 # --- what a spec leaves out -------------------------------------------------------------------------------------------
 
 
@@ -226,7 +172,6 @@ def test_what_is_not_repaired_is_the_masked_model(tmp_path: Path, store: Path) -
         ({"parameters": 0.2}, {}, ("reap", "reap")),
         ({"kv_groups": 1}, {}, ("fisher", "reap")),
         ({"experts": 2, "ffn": 8}, {}, ("fisher", "reap")),
-        ({"experts": 2, "ffn": 8}, {"criterion": "impact"}, ("impact", "impact")),
         ({"experts": 2, "ffn": 8}, {"criterion": "activation", "experts": "frequency"}, ("activation", "frequency")),
         ({"experts": 2}, {"criterion": "fisher"}, ("fisher", "fisher")),
     ],
@@ -248,6 +193,17 @@ def test_criterion_and_allocation_of_experts_may_be_left_out(
     assert again.digest == plan.digest, "what was decided, written out, decides the same"
 
 
+@pytest.mark.parametrize(
+    ("family", "allocation"), [("llama", "global"), ("qwen2", "global"), ("starcoder2", "uniform")]
+)
+def test_criterion_and_allocation_of_dense_models(family: str, allocation: str, tmp_path: Path) -> None:
+    assert bool(family_of(family).vllm_single_layers) == (allocation == "global")
+    folder = save_tiny(tmp_path / "base", family)
+    prepared = expertprune.validate(spec_of(folder, tmp_path, {"ffn": 0.25}))
+    assert (prepared.spec.relevance.criterion, prepared.spec.relevance.experts) == ("fisher", None)
+    assert prepared.spec.compose.allocation == allocation
+
+
 def test_validate_and_inspect_say_what_was_decided(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "base", "olmoe")
     spec = spec_of(folder, tmp_path, {"ffn": 8, "experts": 1})
@@ -258,14 +214,3 @@ def test_validate_and_inspect_say_what_was_decided(tmp_path: Path) -> None:
     told = call("inspect", tmp_path / "plan.json").output
     for words in (r"criterion +│ fisher", r"criterion of routed experts +│ reap", r"allocation +│ uniform"):
         assert re.search(words, told), told
-
-
-@pytest.mark.parametrize(
-    ("family", "allocation"), [("llama", "global"), ("qwen2", "global"), ("starcoder2", "uniform")]
-)
-def test_criterion_and_allocation_of_dense_models(family: str, allocation: str, tmp_path: Path) -> None:
-    assert bool(family_of(family).vllm_single_layers) == (allocation == "global")
-    folder = save_tiny(tmp_path / "base", family)
-    prepared = expertprune.validate(spec_of(folder, tmp_path, {"ffn": 0.25}))
-    assert (prepared.spec.relevance.criterion, prepared.spec.relevance.experts) == ("fisher", None)
-    assert prepared.spec.compose.allocation == allocation
