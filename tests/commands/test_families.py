@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from expertprune.arch import families
 from tests.calling import call
 from tests.tiny import save_tiny
 
 
-def run(*arguments: Any, code: int = 0) -> str:
-    return call("families", *arguments, code=code).output
-
-
 def test_every_family_is_listed_with_what_it_allows() -> None:
-    entries = {entry["family"]: entry for entry in json.loads(run("--json"))["families"]}
+    entries = {entry["family"]: entry for entry in json.loads(call("families", "--json").output)["families"]}
     assert set(entries) == {family.family for family in families().values()}
     assert entries["olmo2"]["structures"] == ["ffn"]
     assert "q_norm and k_norm" in entries["olmo2"]["why_no_heads"]
@@ -32,7 +27,7 @@ def test_every_family_is_listed_with_what_it_allows() -> None:
 
 
 def test_the_table_is_for_people() -> None:
-    text = run()
+    text = call("families").output
     for family in families().values():
         assert family.family in text
     assert "--check FOLDER" in text.replace("\n", " ")
@@ -41,9 +36,12 @@ def test_the_table_is_for_people() -> None:
 def test_a_listed_model_is_checked(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", "olmo2")
     assert "family olmo2 (listed); cutting equals masking: ffn, widths of single layers" in " ".join(
-        run("--check", folder).replace(str(folder), "").split()
+        call("families", "--check", folder).output.replace(str(folder), "").split()
     )
 
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
-    assert f"error: --check: {tmp_path / 'absent'}: no such folder" in run("--check", tmp_path / "absent", code=2)
+    assert (
+        f"error: --check: {tmp_path / 'absent'}: no such folder"
+        in call("families", "--check", tmp_path / "absent", code=2).output
+    )

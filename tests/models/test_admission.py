@@ -31,7 +31,7 @@ from tests.oracle import (
     read_json,
     resolved,
 )
-from tests.tiny import save_tiny, tiny_tokenizer
+from tests.tiny import save_tiny, tiny_tokenizer, write_corpus
 
 CPU = torch.device("cpu")
 
