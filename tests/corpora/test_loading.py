@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -114,24 +113,36 @@ def test_documents_equal_but_for_white_space_count_once_and_blank_ones_are_none(
 # --- reading what cannot be read ------------------------------------------------------------------------------------
 
 
+WANTED = "not text; name a field that holds text"
+ROW = {
+    "body": "b",
+    "nested": {"answers": [1, [2]]},
+    "messages": [{"role": "user", "content": "Was ist ein Gong?"}],
+    "two": {"de": "ja", "en": "certainly"},
+    "empty": [],
+    "nothing": None,
+    "number": 3,
+    "sure": True,
+}
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b'{"text": "a"}\nnot json\n', "line 2: not a JSON object: 'not json'"),
-        (b'{"text": "a"}\n\n\n["b"]\n', "line 4: not a JSON object"),
-        (b'{"text": "a"}\n\n\n{"txet": "b"}\n', "line 4: has no field 'text'; did you mean 'txet'?"),
-        (b'{"text": "a"}\n{"body": "b", "id": 3}\n', "line 2: has no field 'text'; valid: body, id"),
-        (b'{"text": "a"}\n{"text": "b"}\n{"text": "\xff"}\n', "line 3: not UTF-8 text"),
+        (b'{"text": "a"}\nnot json\n', ", line 2: not a JSON object: 'not json'"),
+        (b'{"text": "a"}\n\n\n["b"]\n', ", line 4: not a JSON object"),
+        (b'{"text": "a"}\n\n\n{"txet": "b"}\n', ", line 4: has no field 'text'; did you mean 'txet'?"),
+        (b'{"text": "a"}\n{"body": "b", "id": 3}\n', ", line 2: has no field 'text'; valid: body, id"),
+        (b'{"text": "a"}\n{"text": "b"}\n{"text": "\xff"}\n', ", line 3: not UTF-8 text"),
+        (b'{"text": " "}\n', ": holds no document to calibrate on"),
+        (b"abc \xff", ": not UTF-8 text"),
     ],
 )
-def test_a_malformed_row_names_file_and_line(tmp_path: Path, content: bytes, words: str) -> None:
-    path = tmp_path / "a.jsonl"
+def test_a_malformed_file_is_named_with_its_line(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / ("a.jsonl" if content.startswith(b"{") else "a.txt")
     path.write_bytes(content)
     (problem,) = problems_of({"path": str(path)})
-    assert problem.startswith(f"{path}, {words}")
-
-
-MESSAGES = [{"role": "user", "content": "Was ist ein Gong?"}, {"role": "assistant", "content": "Ein Becken."}]
+    assert f"{path}{words}" in problem
 
 
 @pytest.mark.parametrize(
@@ -142,52 +153,32 @@ MESSAGES = [{"role": "user", "content": "Was ist ein Gong?"}, {"role": "assistan
         ("nested.answers.2", "has no field 'nested.answers.2'"),
         ("messages", "field 'messages' is a list, not text; name a field inside it, such as messages.0.content"),
         ("two", "field 'two' is a mapping, not text; name a field inside it, such as two.en"),
-        ("nested.answers", "field 'nested.answers' is a list, not text; name a field that holds text"),
-        ("empty", "field 'empty' is a list, not text; name a field that holds text"),
-        ("nothing", "field 'nothing' is null, not text; name a field that holds text"),
+        ("nested.answers", f"field 'nested.answers' is a list, {WANTED}"),
+        ("empty", f"field 'empty' is a list, {WANTED}"),
+        ("nothing", f"field 'nothing' is null, {WANTED}"),
+        ("number", "field 'number' is a number, not text; template: '{number}' would write it as text"),
+        ("sure", "field 'sure' is a boolean, not text; template: '{sure}' would write it as text"),
     ],
 )
 def test_a_field_that_is_missing_or_no_text_is_refused_with_what_to_name_instead(
     tmp_path: Path, field: str, words: str
 ) -> None:
-    row = {"body": "b", "nested": {"answers": [1, [2]]}, "messages": MESSAGES, "two": {"de": "ja", "en": "certainly"}}
-    path = write_rows(tmp_path / "a.jsonl", [{**row, "empty": [], "nothing": None}])
-    for source in ({"field": field}, {"template": f"Say {{{field}}}!"}):
+    path = write_rows(tmp_path / "a.jsonl", [ROW])
+    templates = [] if "template" in words else [{"template": f"Say {{{field}}}!"}]
+    for source in ({"field": field}, *templates):
         (problem,) = problems_of({"path": path, **source})
         assert problem.startswith(f"{path}, line 1: {words}")
 
 
-@pytest.mark.parametrize(("value", "kind"), [(3, "a number"), (True, "a boolean")])
-def test_a_number_is_no_text_outside_a_template(tmp_path: Path, value: Any, kind: str) -> None:
-    path = write_rows(tmp_path / "a.jsonl", [{"given": value}])
-    (problem,) = problems_of({"path": path, "field": "given"})
-    assert problem == f"{path}, line 1: field 'given' is {kind}, not text; template: '{{given}}' would write it as text"
-
-
-@pytest.mark.parametrize(
-    ("template", "words"), [("Q: {text", "template"), ("Q: text}", "template"), ("{}", "no field ''")]
-)
+@pytest.mark.parametrize(("template", "words"), [("{text", "template"), ("text}", "template"), ("{}", "no field ''")])
 def test_a_malformed_template_is_the_users_mistake(tmp_path: Path, template: str, words: str) -> None:
     assert words in problems_of({"path": write_rows(tmp_path / "a.jsonl", ["one"]), "template": template})[0]
-
-
-def test_a_text_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"abc \xff")
-    (problem,) = problems_of({"path": str(path)})
-    assert re.match(rf"{re.escape(str(path))}: not UTF-8 text.*byte 4", problem)
 
 
 @pytest.mark.parametrize("key", ["path", "evaluation", "questions"])
 def test_a_missing_file_is_named(tmp_path: Path, key: str) -> None:
     source = {"path": write_rows(tmp_path / "a.jsonl", many(3)), key: str(tmp_path / "absent.jsonl")}
     assert problems_of(source) == [f"{tmp_path / 'absent.jsonl'}: no such file"]
-
-
-def test_an_empty_corpus_is_named_with_its_file(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "a.jsonl", [" "])
-    (problem,) = problems_of({"path": path})
-    assert problem == f"corpus language/de: {path}: holds no document to calibrate on"
 
 
 def test_the_problems_of_several_corpora_come_together(tmp_path: Path) -> None:
@@ -269,19 +260,15 @@ def test_documents_once_held_out_stay_held_out_when_the_corpus_grows_and_moves(t
     assert set(before.calibration) <= set(after.calibration)
 
 
-def test_a_small_corpus_without_such_a_digest_holds_out_one_document(tmp_path: Path) -> None:
+def test_a_small_corpus_without_such_a_digest_holds_out_one_document_unless_it_is_the_only_one(tmp_path: Path) -> None:
     documents = [text for text in many(40) if not held_out(text)][:4]
     expected = min(documents, key=lambda text: hashlib.sha256(text.encode()).hexdigest())
     corpus = load_rows(tmp_path, documents)
     assert texts(corpus.evaluation) == [expected]
     assert texts(corpus.calibration) == sorted(set(documents) - {expected})
-
-
-@pytest.mark.parametrize("aside", [False, True])
-def test_the_only_document_of_a_corpus_calibrates_whatever_its_digest(tmp_path: Path, aside: bool) -> None:
-    text = next(text for text in many(100) if held_out(text) == aside)
-    corpus = load_rows(tmp_path, [text])
-    assert (texts(corpus.calibration), corpus.evaluation) == ([text], ())
+    for text in (documents[0], next(filter(held_out, many(100)))):
+        corpus = load_rows(tmp_path, [text])
+        assert (texts(corpus.calibration), corpus.evaluation) == ([text], ())
 
 
 def test_with_an_evaluation_split_nothing_is_held_out_and_each_split_has_its_limit(tmp_path: Path) -> None:
@@ -365,21 +352,16 @@ def test_corpora_are_found_in_the_specs_own_catalogue(catalogue: Path) -> None:
         assert corpus.name == name
         assert all(d.text.startswith(name.partition("/")[2]) for d in corpus.calibration)
     assert len(corpora["language/de"].questions) == 1
+    for name in ("domain/medical", "medical"):  # any corpus can be general
+        found = find_sources(make_spec(catalogue.parent, general=name, corpora="mine"))[CorpusName("general", name)]
+        assert found.path == [str(catalogue / "texts" / "medical.jsonl")]
 
 
-@pytest.mark.parametrize("keys", [["de"], ["language/de"], ["de", "language/de"]], ids=str)
-def test_an_inline_source_comes_before_the_catalogue_and_the_longer_name_first(
-    catalogue: Path, keys: list[str]
-) -> None:
-    sources = {key: {"path": f"/data/{key}.jsonl"} for key in keys}
-    spec = make_spec(catalogue.parent, corpora={"catalogue": "mine", "sources": sources})
-    assert find_sources(spec)[GERMAN].path == [f"/data/{max(keys, key=len)}.jsonl"]
-
-
-@pytest.mark.parametrize("name", ["domain/medical", "medical"])
-def test_any_corpus_of_the_catalogue_can_be_general(catalogue: Path, name: str) -> None:
-    source = find_sources(make_spec(catalogue.parent, general=name, corpora="mine"))[CorpusName("general", name)]
-    assert source.path == [str(catalogue / "texts" / "medical.jsonl")]
+def test_an_inline_source_comes_before_the_catalogue_and_the_longer_name_first(catalogue: Path) -> None:
+    for keys in (["de"], ["language/de"], ["de", "language/de"]):
+        sources = {key: {"path": f"/data/{key}.jsonl"} for key in keys}
+        spec = make_spec(catalogue.parent, corpora={"catalogue": "mine", "sources": sources})
+        assert find_sources(spec)[GERMAN].path == [f"/data/{keys[-1]}.jsonl"]
 
 
 def test_unknown_corpora_are_named_all_at_once_with_their_nearest_name(catalogue: Path) -> None:
@@ -454,13 +436,13 @@ def test_the_seed_chooses_among_the_rows_of_a_dataset_and_leaves_the_evaluation_
         assert 800 < sum(numbers(corpus.calibration)) / 100 < 1300
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_a_dataset_with_an_evaluation_split_of_its_own_reads_both_splits(dataset: dict[str, Any], split: str) -> None:
+@pytest.mark.parametrize(("split", "beginning"), [("train", "question"), ("test", "other")])
+def test_a_dataset_with_an_evaluation_split_of_its_own_reads_both_splits(
+    dataset: dict[str, Any], split: str, beginning: str
+) -> None:
     source = {**dataset, "split": split, "evaluation_split": "test"}
     corpus = load(source, calibration={"documents": 5}, evaluate={"documents": 50})
-    beginning = "question" if split == "train" else "other"
-    assert len(corpus.calibration) == 5
-    assert all(document.text.startswith(beginning) for document in corpus.calibration)
+    assert [document.text.partition(" ")[0] for document in corpus.calibration] == [beginning] * 5
     assert texts(corpus.evaluation) == sorted(f"other {i}: answer {i}" for i in range(40))
     assert not corpus.set_aside
     assert len(load(source, calibration={"documents": 5}, evaluate={"documents": 7}).evaluation) == 7
@@ -510,8 +492,7 @@ def test_batches_hold_every_document_once_padded_on_the_right_within_the_limit(l
     assert seen == [i for i, length in enumerate(lengths) if length >= 2]
     for batch in batches:
         rows, width = batch.ids.shape
-        assert rows == len(batch.documents) == len(batch.lengths)
-        assert width == max(batch.lengths)
+        assert (rows, width) == (len(batch.documents), max(batch.lengths))
         assert rows * width <= limit or rows == 1
         assert batch.tokens == sum(batch.lengths)
         for row, document, length in zip(batch.ids.tolist(), batch.documents, batch.lengths, strict=True):
@@ -525,17 +506,13 @@ def test_documents_of_like_length_share_a_batch_so_that_little_is_padded() -> No
     assert [batch.lengths for batch in batches] == [(2, 2, 2), (9, 9, 9)]
 
 
-def test_tokenize_cuts_at_the_limit_and_keeps_the_order() -> None:
-    ids = tokenize([Document("the heart pumps blood"), Document("law")], tiny_tokenizer(), max_tokens=3)
-    vocabulary = tiny_tokenizer().get_vocab()
-    assert ids == [[vocabulary["the"], vocabulary["heart"], vocabulary["pumps"]], [vocabulary["law"]]]
-
-
 def test_documents_of_one_token_are_left_out_of_calibration_and_the_rows_still_fit() -> None:
     documents = tuple(map(Document, ("law", "the heart", "blood", "a judge reads")))
     kept, batches = calibration_batches(Corpus("language/de", documents, ()), tiny_tokenizer(), make_spec())
     assert [document.text for document in kept] == ["the heart", "a judge reads"]
     vocabulary = tiny_tokenizer().get_vocab()
+    ids = tokenize([Document("the heart pumps blood"), Document("law")], tiny_tokenizer(), max_tokens=3)
+    assert ids == [[vocabulary["the"], vocabulary["heart"], vocabulary["pumps"]], [vocabulary["law"]]]
     for batch in batches:
         for row, document, length in zip(batch.ids.tolist(), batch.documents, batch.lengths, strict=True):
             assert row[:length] == [vocabulary[word] for word in kept[document].text.split()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,18 +57,25 @@ def problems_of(**changes: Any) -> list[str]:
     return caught.value.problems
 
 
+def holds(found: Any, expected: Any) -> bool:
+    """Whether plain data has the expected values, whatever other keys it has."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        return all(key in found and holds(found[key], value) for key, value in expected.items())
+    return bool(found == expected)
+
+
 def test_the_minimal_spec_is_valid_and_has_the_documented_defaults() -> None:
     spec = spec_of()
-    assert spec.base.model == "owner/model"
-    assert spec.base.dtype == "auto"
-    assert not spec.base.trust_remote_code
+    expected = {
+        "base": {"model": "owner/model", "dtype": "auto", "trust_remote_code": False},
+        "general": ["general"],
+        "relevance": {"criterion": "auto", "experts": None},
+        "compose": {"rule": "intersection", "allocation": "auto"},
+        "budget": {"ffn": 0.25, "query_heads": 0, "kv_groups": 0, "multiple_of": 64},
+        "compensation": {"method": "least_squares"},
+    }
+    assert holds(spec.model_dump(), expected)
     assert spec.dimensions.chosen == {"language": ["de"]}
-    assert spec.general == ["general"]
-    assert (spec.relevance.criterion, spec.relevance.experts) == ("auto", None)
-    assert (spec.compose.rule, spec.compose.allocation) == ("intersection", "auto")
-    assert (spec.budget.ffn, spec.budget.query_heads, spec.budget.kv_groups) == (0.25, 0, 0)
-    assert spec.budget.multiple_of == 64
-    assert spec.compensation.method == "least_squares"
     assert spec.evaluate.metrics is None
     assert spec.evaluate.chosen_metrics(other_tokens=False) == ["bits_per_byte", "perplexity", "kl", "questions"]
 
@@ -205,24 +211,23 @@ def test_an_aggregate_is_mean_max_or_a_quantile(aggregate: str | float) -> None:
     assert spec_of(compose={"aggregate": aggregate}).compose.aggregate == aggregate
 
 
-SHORTHANDS: list[tuple[dict[str, Any], Callable[[Spec], Any], Any]] = [
-    ({"dimensions": {"task": "qa"}}, lambda spec: spec.dimensions.task, ["qa"]),
-    ({"general": "medical"}, lambda spec: spec.general, ["medical"]),
-    ({"relevance": "random"}, lambda spec: spec.relevance.criterion, "random"),
-    ({"compensation": "none"}, lambda spec: spec.compensation.method, "none"),
-    ({"corpora": "/data/mine"}, lambda spec: spec.corpora.catalogue, "/data/mine"),
-    ({"evaluate": {"corpora": "de"}}, lambda spec: spec.evaluate.corpora, ["de"]),
+SHORTHANDS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"dimensions": {"task": "qa"}}, {"dimensions": {"task": ["qa"]}}),
+    ({"general": "medical"}, {"general": ["medical"]}),
+    ({"relevance": "random"}, {"relevance": {"criterion": "random"}}),
+    ({"compensation": "none"}, {"compensation": {"method": "none"}}),
+    ({"corpora": "/data/mine"}, {"corpora": {"catalogue": "/data/mine"}}),
+    ({"evaluate": {"corpora": "de"}}, {"evaluate": {"corpora": ["de"]}}),
     (
         {"corpora": {"sources": {"de": {"path": "/data/de.jsonl"}}}},
-        lambda spec: spec.corpora.sources["de"].path,
-        ["/data/de.jsonl"],
+        {"corpora": {"sources": {"de": {"path": ["/data/de.jsonl"]}}}},
     ),
 ]
 
 
-@pytest.mark.parametrize(("changes", "read", "expected"), SHORTHANDS, ids=[str(c) for c, _, _ in SHORTHANDS])
-def test_shorthands_mean_the_long_form(changes: dict[str, Any], read: Callable[[Spec], Any], expected: Any) -> None:
-    assert read(spec_of(**changes)) == expected
+@pytest.mark.parametrize(("changes", "expected"), SHORTHANDS)
+def test_shorthands_mean_the_long_form(changes: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert holds(spec_of(**changes).document(), expected)
 
 
 def test_dimensions_keep_their_fixed_order_however_they_are_written() -> None:
@@ -289,33 +294,28 @@ def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path: Path, content: b
 
 # --- overrides ------------------------------------------------------------------------------------------------------
 
-OVERRIDES: list[tuple[dict[str, Any], dict[str, Any], Callable[[Spec], Any], Any]] = [
-    ({}, {"compose.fusion.lambda": 0.125}, lambda spec: spec.compose.fusion.lambda_, 0.125),
-    ({}, {"dimensions.task": ["qa"]}, lambda spec: spec.dimensions.chosen, {"language": ["de"], "task": ["qa"]}),
-    ({}, {"base.dtype": "float32"}, lambda spec: (spec.base.model, spec.base.dtype), ("owner/model", "float32")),
-    (
-        {"relevance": "magnitude", "compensation": "none"},
-        {"relevance.seed": 9, "compensation.damping": 0.5, "name": "other"},
-        lambda spec: (spec.relevance.criterion, spec.relevance.seed, spec.compensation.method, spec.name),
-        ("magnitude", 9, "none", "other"),
-    ),
-    (
-        {"corpora": "/data/mine"},
-        {"corpora.sources.de.path": "/data/de.txt"},
-        lambda spec: (spec.corpora.catalogue, spec.corpora.sources["de"].path),
-        ("/data/mine", ["/data/de.txt"]),
-    ),
-    ({"relevance": "magnitude"}, {"relevance": "random"}, lambda spec: spec.relevance.criterion, "random"),
-]
 
-
-@pytest.mark.parametrize(("changes", "overrides", "read", "expected"), OVERRIDES)
+@pytest.mark.parametrize(
+    ("changes", "overrides", "expected"),
+    [
+        ({}, {"compose.fusion.lambda": 0.125, "name": "b"}, {"compose": {"fusion": {"lambda": 0.125}}, "name": "b"}),
+        ({}, {"dimensions.task": ["qa"]}, {"dimensions": {"language": ["de"], "task": ["qa"]}}),
+        ({}, {"base.dtype": "float32"}, {"base": {"model": "owner/model", "dtype": "float32"}}),
+        ({"relevance": "taylor"}, {"relevance.seed": 9}, {"relevance": {"criterion": "taylor", "seed": 9}}),
+        ({"relevance": "taylor"}, {"relevance": "random"}, {"relevance": {"criterion": "random"}}),
+        (
+            {"corpora": "/data/mine"},
+            {"corpora.sources.de.path": "/data/de.txt"},
+            {"corpora": {"catalogue": "/data/mine", "sources": {"de": {"path": ["/data/de.txt"]}}}},
+        ),
+    ],
+)
 def test_overrides_change_one_key_and_keep_what_stands_beside_it(
-    changes: dict[str, Any], overrides: dict[str, Any], read: Callable[[Spec], Any], expected: Any
+    changes: dict[str, Any], overrides: dict[str, Any], expected: dict[str, Any]
 ) -> None:
     data = {**copy.deepcopy(MINIMAL), **changes}
     before = copy.deepcopy(data)
-    assert read(parse_spec(data, "my.yaml", Path("/nowhere"), overrides)) == expected
+    assert holds(parse_spec(data, "my.yaml", Path("/nowhere"), overrides).document(), expected)
     assert data == before
 
 
@@ -339,45 +339,18 @@ def test_the_document_of_a_spec_gives_the_same_spec_back_through_yaml(data: dict
     assert again.document() == spec.document()
 
 
-def test_the_document_of_a_full_spec_holds_what_was_written() -> None:
-    document = spec_of(**FULL).document()
-
-    def check(written: Any, found: Any, key: str) -> None:
-        if isinstance(written, dict):
-            for name, value in written.items():
-                check(value, found[name], f"{key}.{name}")
-        else:
-            assert found == written, key
-
-    check(FULL, document, "spec")
-    assert schema_problems(FULL) == schema_problems(document) == []
-
-
 def schema_problems(data: Any) -> list[str]:
     schema = Spec.model_json_schema(by_alias=True)
     jsonschema.Draft202012Validator.check_schema(schema)
     return [error.json_path for error in jsonschema.Draft202012Validator(schema).iter_errors(data)]
 
 
-@pytest.mark.parametrize("path", sorted(shipped("profiles").glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_json_schema_accepts_every_shipped_spec_as_it_is_written(path: Path) -> None:
-    assert schema_problems(yaml.safe_load(path.read_text(encoding="utf-8"))) == []
-
-
-@pytest.mark.parametrize("changes", [changes for changes, _, _ in SHORTHANDS], ids=str)
-def test_the_json_schema_accepts_the_shorthands_that_a_spec_accepts(changes: dict[str, Any]) -> None:
-    assert schema_problems({**FULL, **changes}) == []
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        *(changes for changes, _, _ in UNKNOWN),
-        {"budget": {"ffn": 1.5}},
-        {"compose": {"scale": "most"}},
-        {"calibration": {"documents": 0}},
-    ],
-    ids=str,
-)
-def test_the_json_schema_refuses_what_a_spec_refuses(changes: dict[str, Any]) -> None:
-    assert schema_problems({**FULL, **changes}) != []
+def test_the_json_schema_accepts_what_a_spec_accepts_and_refuses_what_it_refuses() -> None:
+    document = spec_of(**FULL).document()
+    assert holds(document, FULL)
+    shipped_specs = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in shipped("profiles").glob("*.yaml")]
+    for data in (FULL, document, *shipped_specs, *({**FULL, **changes} for changes, _ in SHORTHANDS)):
+        assert schema_problems(data) == [], data
+    limits = ({"budget": {"ffn": 1.5}}, {"compose": {"scale": "most"}}, {"calibration": {"documents": 0}})
+    for changes in (*limits, *(changes for changes, _, _ in UNKNOWN)):
+        assert schema_problems({**FULL, **changes}), changes
