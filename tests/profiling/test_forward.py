@@ -291,6 +291,7 @@ def test_changed_code_of_statistics_makes_new_profiles(tmp_path: Path) -> None:
     found = [statistics_code(package), statistics_code(copy)]
     for file in ("reporting/card.py", "profiling/gradients.py", "models/passes.py", "arch/families/llama.yaml"):
         (copy / file).write_text((copy / file).read_text() + "\n")
+        statistics_code.cache_clear()
         found.append(statistics_code(copy))
     assert found[0] == found[1] == found[2]
     assert len(set(found[2:])) == 4

@@ -89,7 +89,7 @@ def test_a_few_positions_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(passes, "LOGITS", 64 * positions)
         seen.clear()
         cut = gradients(of, token_lists(), tokens_per_batch, loss=loss)
-        assert max(seen) <= positions
+        assert max(seen) <= max(positions, len(LENGTHS))  # one of each document at least
         for name, values in whole.items():
             assert_near(cut[name], values, 1e-5, name)
 
