@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -102,37 +103,29 @@ STAGED = pytest.mark.parametrize("staged", [staged_file, staged_folder])
 FAILS = pytest.mark.parametrize("fails", [False, True])
 
 
-def interrupted(fails: bool) -> contextlib.AbstractContextManager[Any]:
-    return pytest.raises(KeyboardInterrupt) if fails else contextlib.nullcontext()
-
-
 @FAILS
 @STAGED
 def test_what_is_staged_appears_at_the_end_or_not_at_all(tmp_path: Path, staged: Any, fails: bool) -> None:
     out = tmp_path / "deep" / "out"
-
-    def write() -> None:
-        with staged(out) as temporary:
-            (temporary / "part" if temporary.is_dir() else temporary).write_text("new")
-            assert not out.exists()
-            assert out.parent in temporary.parents  # on one disk with it, so that renaming is all or nothing
-            if fails:
-                raise KeyboardInterrupt
-
-    with interrupted(fails):
-        write()
+    with contextlib.suppress(KeyboardInterrupt), staged(out) as temporary:
+        (temporary / "part" if temporary.is_dir() else temporary).write_text("new")
+        assert not out.exists()
+        assert out.parent in temporary.parents  # on one disk with it, so that renaming is all or nothing
+        if fails:
+            raise KeyboardInterrupt
     whole = ["deep", "deep/out"] if staged is staged_file else ["deep", "deep/out", "deep/out/part"]
     assert names(tmp_path) == (["deep"] if fails else whole)
 
 
-def test_a_staged_file_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
-    path = tmp_path / "plan.json"
-    path.write_text("old")
-    with contextlib.suppress(KeyboardInterrupt), staged_file(path) as temporary:
-        temporary.write_text("half")
-        raise KeyboardInterrupt
+@FAILS
+def test_a_staged_file_replaces_the_old_one_or_leaves_it(tmp_path: Path, fails: bool) -> None:
+    (tmp_path / "plan.json").write_text("old")
+    with contextlib.suppress(KeyboardInterrupt), staged_file(tmp_path / "plan.json") as temporary:
+        temporary.write_text("new")
+        if fails:
+            raise KeyboardInterrupt
     assert names(tmp_path) == ["plan.json"]
-    assert path.read_text() == "old"
+    assert (tmp_path / "plan.json").read_text() == ("old" if fails else "new")
 
 
 def test_write_json_writes_in_order_and_null_for_a_number_that_json_cannot_say(tmp_path: Path) -> None:
@@ -179,10 +172,10 @@ def test_a_file_in_the_way_of_the_parent_folder_becomes_a_message(tmp_path: Path
 
 # --- staged folders -------------------------------------------------------------------------------------------------
 
-
 HERE = f".expert.{files._machine()}-0123abcd"  # of this host and boot; no process has its lock
 HOST, _, BOOT = files._machine().rpartition("-")
 WEEK = 7 * 24 * 3600
+YOUNG, OLD = WEEK - 3600, WEEK + 3600
 
 STAGES = """
 import sys
@@ -218,25 +211,29 @@ def stage(out: Path) -> None:
         assert names(folder) == []
 
 
-def test_what_another_run_writes_stays_until_that_run_is_killed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """However long it takes, and where its process id means nothing, as in another container of the same machine."""
+def overwrite(out: Path, fails: bool = False) -> None:
+    with contextlib.suppress(KeyboardInterrupt), staged_folder(out, overwrite=True) as temporary:
+        (temporary / "expertprune.json").write_text("new")
+        if fails:
+            raise KeyboardInterrupt
 
-    def unknown_here(process: int, signal: int) -> None:
-        raise ProcessLookupError
 
-    out = tmp_path / "expert"
-    with other_run(out) as run:
+def check_expert(folder: Path, content: str) -> None:
+    """One expert, and nothing else, is in the folder."""
+    assert names(folder) == ["expert", "expert/expertprune.json"]
+    assert (folder / "expert" / "expertprune.json").read_text() == content
+
+
+def test_what_another_run_writes_stays_until_that_run_is_killed(tmp_path: Path) -> None:
+    """However long it takes."""
+    with other_run(tmp_path / "expert") as run:
         (leftover,) = tmp_path.iterdir()
         aged(leftover, 2 * WEEK)
-        with monkeypatch.context() as patched:
-            patched.setattr(os, "kill", unknown_here)
-            stage(out)
+        stage(tmp_path / "expert")
         assert names(leftover) == ["model.safetensors"]
         run.kill()
         run.wait()
-        stage(out)
+        stage(tmp_path / "expert")
         assert not leftover.exists()
 
 
@@ -244,12 +241,12 @@ def test_what_another_run_writes_stays_until_that_run_is_killed(
     ("name", "age", "stays"),
     [
         (f"{HERE}.partial", 0, False),
-        (f".expert.elsewhere-{BOOT}-0123abcd.partial", 6 * WEEK / 7, True),
-        (f".expert.elsewhere-{BOOT}-0123abcd.partial", 8 * WEEK / 7, False),
-        (f".expert.{HOST}-ffffffff-0123abcd.partial", 8 * WEEK / 7, False),
-        (".expert.4711.partial", 8 * WEEK / 7, False),
-        (f".expert.v2.{HERE[8:]}.partial", 8 * WEEK / 7, True),  # of an expert named expert.v2
-        (".expert.partial", 8 * WEEK / 7, True),
+        (f".expert.elsewhere-{BOOT}-0123abcd.partial", YOUNG, True),
+        (f".expert.elsewhere-{BOOT}-0123abcd.partial", OLD, False),
+        (f".expert.{HOST}-ffffffff-0123abcd.partial", OLD, False),
+        (".expert.4711.partial", OLD, False),
+        (f".expert.v2.{HERE[8:]}.partial", OLD, True),  # of an expert named expert.v2
+        (".expert.partial", OLD, True),
     ],
 )
 def test_a_leftover_without_an_owner_goes_if_it_is_of_this_boot_or_old(
@@ -264,7 +261,7 @@ def test_a_leftover_without_an_owner_goes_if_it_is_of_this_boot_or_old(
         assert leftover.exists() == stays
 
 
-@pytest.mark.parametrize(("age", "stays"), [(6 * WEEK / 7, True), (8 * WEEK / 7, False)])
+@pytest.mark.parametrize(("age", "stays"), [(YOUNG, True), (OLD, False)])
 def test_without_locks_a_leftover_of_this_boot_goes_by_its_age(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age: float, stays: bool
 ) -> None:
@@ -274,7 +271,7 @@ def test_without_locks_a_leftover_of_this_boot_goes_by_its_age(
     leftover = tmp_path / f"{HERE}.partial"
     leftover.mkdir()
     (leftover / "young").write_text("half")
-    aged(leftover, 8 * WEEK / 7)
+    aged(leftover, OLD)
     os.utime(leftover / "young", (time.time() - age,) * 2)  # the folder's own time says nothing of its files
     monkeypatch.setattr(files.fcntl, "flock", refused)
     stage(tmp_path / "expert")
@@ -289,30 +286,15 @@ def test_a_folder_that_another_run_removes_before_it_is_locked_is_made_again(
     lock, seen = files.fcntl.flock, []
 
     def late(handle: int, operation: int) -> None:
-        for folder in tmp_path.glob("*.partial"):
-            seen.append(folder)
-            if len(seen) == 1:
-                folder.rmdir()
+        seen.extend(tmp_path.glob("*.partial"))
+        if len(seen) == 1:
+            seen[0].rmdir()
         lock(handle, operation)
 
     monkeypatch.setattr(files.fcntl, "flock", late)
-    with staged_folder(tmp_path / "expert") as folder:
-        (folder / "config.json").write_text("{}")
+    overwrite(tmp_path / "expert")
     assert len(set(seen)) == 2
-    assert names(tmp_path) == ["expert", "expert/config.json"]
-
-
-def overwrite(out: Path, fails: bool = False) -> None:
-    with staged_folder(out, overwrite=True) as temporary:
-        (temporary / "expertprune.json").write_text("new")
-        if fails:
-            raise KeyboardInterrupt
-
-
-def check_expert(folder: Path, content: str) -> None:
-    """One expert, and nothing else, is in the folder."""
-    assert names(folder) == ["expert", "expert/expertprune.json"]
-    assert (folder / "expert" / "expertprune.json").read_text() == content
+    check_expert(tmp_path, "new")
 
 
 @FAILS
@@ -325,8 +307,7 @@ def test_an_expert_that_a_killed_run_had_moved_aside_comes_back_until_it_is_repl
         pass
     check_expert(tmp_path, "old")
     os.replace(tmp_path / "expert", tmp_path / f"{HERE}.replaced")
-    with interrupted(fails):
-        overwrite(tmp_path / "expert", fails)
+    overwrite(tmp_path / "expert", fails)
     check_expert(tmp_path, "old" if fails else "new")
 
 
@@ -335,8 +316,7 @@ def test_overwriting_replaces_the_whole_expert_or_nothing(tmp_path: Path, fails:
     out = expert(tmp_path / "expert")
     if not fails:
         (out / "stale").write_text("x")
-    with interrupted(fails):
-        overwrite(out, fails)
+    overwrite(out, fails)
     check_expert(tmp_path, "old" if fails else "new")
 
 
@@ -355,8 +335,7 @@ def test_an_expert_stays_where_renaming_fails(tmp_path: Path, monkeypatch: pytes
         replace(source, target)
 
     monkeypatch.setattr(files.os, "replace", failing)
-    with interrupted(True):
-        overwrite(out)
+    overwrite(out)
     check_expert(tmp_path, "old")
 
 
@@ -373,48 +352,29 @@ def test_a_folder_that_is_no_expert_is_never_touched(tmp_path: Path, overwrite: 
     assert names(tmp_path) == ["thesis", "thesis/chapter.txt"]
 
 
-@pytest.mark.parametrize("kind", ["file", "link to a folder", "dangling link"])
-def test_an_output_that_is_no_folder_is_refused(tmp_path: Path, kind: str) -> None:
-    out = tmp_path / "out"
-    if kind == "file":
-        out.write_text("x")
-    else:
-        out.symlink_to(expert(tmp_path / "target") if kind == "link to a folder" else tmp_path / "absent")
+def test_an_output_that_is_no_folder_is_refused_and_an_empty_one_is_fine(tmp_path: Path) -> None:
+    target = expert(tmp_path / "target")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(target)
+    (tmp_path / "dangling").symlink_to(tmp_path / "absent")
     before = names(tmp_path)
-    for overwrite in (False, True):
+    for name, again in itertools.product(("file", "link", "dangling"), (False, True)):
         with pytest.raises(CheckpointError, match="not a folder"):
-            check_output(out, overwrite)
+            check_output(tmp_path / name, again)
     assert names(tmp_path) == before
-
-
-def test_an_absent_or_empty_output_is_fine(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    for out in (tmp_path / "absent", tmp_path / "empty"):
-        check_output(out, overwrite=False)
-        with staged_folder(out) as temporary:
-            (temporary / "config.json").write_text("{}")
-        assert names(out) == ["config.json"]
+    stage(tmp_path / "empty")
 
 
 # --- room -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("needed", "enough"), [(5 * 2**20, True), (5 * 2**20 + 1, False)])
-def test_room_is_measured_on_the_nearest_folder_that_exists(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needed: int, enough: bool
-) -> None:
-    asked = []
-
-    def usage(path: Path) -> Any:
-        asked.append(Path(path))
-        return SimpleNamespace(free=5 * 2**20)
-
-    monkeypatch.setattr(shutil, "disk_usage", usage)
-    if enough:
-        require_room(tmp_path / "not" / "yet", needed)
-    else:
-        with pytest.raises(CheckpointError, match="5 MiB are free") as caught:
-            require_room(tmp_path / "not" / "yet", needed)
-        assert f"{needed / 2**20:,.0f} MiB" in str(caught.value)
-        assert str(tmp_path / "not" / "yet") in str(caught.value)
-    assert asked == [tmp_path]
+def test_room_is_measured_on_the_nearest_folder_that_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, folder, free = [], tmp_path / "not" / "yet", 5 * 2**20
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(Path(path)) or SimpleNamespace(free=free))
+    require_room(folder, free)
+    with pytest.raises(CheckpointError, match=rf"{folder}: needs 6 MiB of disk, 5 MiB are free"):
+        require_room(folder, 6 * 2**20)
+    with pytest.raises(CheckpointError):
+        require_room(folder, free + 1)
+    assert asked == [tmp_path] * 3

@@ -182,20 +182,14 @@ def test_a_missing_file_is_named(tmp_path: Path, key: str) -> None:
 
 
 def test_the_problems_of_several_corpora_come_together(tmp_path: Path) -> None:
-    broken = tmp_path / "broken.jsonl"
-    broken.write_text("{")
-    paths = {
-        "de": str(tmp_path / "absent.jsonl"),
-        "qa": str(broken),
-        "medical": write_rows(tmp_path / "a.jsonl", many(3)),
-    }
-    corpora = {"sources": {name: {"path": path} for name, path in paths.items()}}
-    spec = make_spec(dimensions={"language": "de", "domain": "medical", "task": "qa"}, corpora=corpora)
+    good = write_rows(tmp_path / "a.jsonl", many(3))
+    sources = {"de": {"path": "/absent.jsonl"}, "qa": {"path": good, "field": "b"}, "medical": {"path": good}}
+    dimensions = {"language": "de", "domain": "medical", "task": "qa"}
     with pytest.raises(SpecError) as caught:
-        load_corpora(spec)
+        load_corpora(make_spec(dimensions=dimensions, corpora={"sources": sources}))
     first, second = caught.value.problems
-    assert "absent.jsonl: no such file" in first
-    assert "broken.jsonl, line 1" in second
+    assert first == "/absent.jsonl: no such file"
+    assert second.startswith(f"{good}, line 1")
 
 
 # --- questions ------------------------------------------------------------------------------------------------------
@@ -213,15 +207,12 @@ def test_questions_are_read_beside_the_documents(tmp_path: Path) -> None:
     [
         ({"answer": 2}, "'answer' must be the index"),
         ({"answer": -1}, "'answer' must be the index"),
-        ({"answer": "a"}, "'answer' must be the index"),
         ({"answer": True}, "'answer' must be the index"),
-        ({"choices": "ab"}, "'answer' must be the index"),
         ({"choices": []}, "'answer' must be the index"),
         ({"choices": ["a", ["b"]]}, "field 'choices.1' is a list, not text; name a field"),
         ({"question": ["?"]}, "field 'question' is a list, not text"),
         ({"choices": None, "choice": ["a"]}, "has no field 'choices'; did you mean 'choice'?"),
         ({"answer": None}, "has no field 'answer'"),
-        ({"question": None}, "has no field 'question'"),
     ],
     ids=str,
 )
@@ -303,14 +294,15 @@ def test_the_digest_of_a_corpus_changes_with_its_calibration_documents_only(tmp_
 
 
 def test_the_name_of_a_corpus_is_read_back_from_its_text() -> None:
-    for text, dimension, value, general in (
-        ("language/de", "language", "de", False),
-        ("general/domain/legal", "general", "domain/legal", True),  # a corpus of the catalogue, measured as general
-        ("task/general", "task", "general", False),
+    for text, dimension, value in (
+        ("language/de", "language", "de"),
+        ("general/domain/legal", "general", "domain/legal"),  # a corpus of the catalogue, measured as general
+        ("task/general", "task", "general"),
     ):
         name = CorpusName.parse(text)
-        assert (name.dimension, name.value, name.is_general, str(name)) == (dimension, value, general, text)
-        assert [name.answers_to(each) for each in (text, value, dimension)] == [True, True, dimension == value]
+        assert (name.dimension, name.value, str(name)) == (dimension, value, text)
+        assert name.is_general == (dimension == "general")
+        assert [name.answers_to(each) for each in (text, value, dimension)] == [True, True, False]
     for text in ("de", "/de", "language/"):
         with pytest.raises(ValueError, match="is no name of a corpus, such as language/de"):
             CorpusName.parse(text)
@@ -386,12 +378,10 @@ def test_unknown_corpora_are_named_all_at_once_with_their_nearest_name(catalogue
     [
         (None, "no such file"),
         ("language: [", "not valid YAML"),
-        ("- language", "must be a mapping"),
         ("language: {de: {path: a}, de: {path: b}}", "language.de: stands twice"),
         ("langauge: {de: {path: a}}", "'langauge' must be one of language, domain, task, general"),
         ("language: [de]", "'language' must be one of"),
         ("language: {de: {paht: a}}", "language.de:"),
-        ("language: {de: a.jsonl}", "language.de:"),
     ],
 )
 def test_a_damaged_catalogue_is_named(tmp_path: Path, content: str | None, words: str) -> None:

@@ -83,9 +83,8 @@ def test_the_minimal_spec_is_valid_and_has_the_documented_defaults() -> None:
 def test_an_empty_spec_names_every_required_key_at_once() -> None:
     with pytest.raises(SpecError) as caught:
         parse_spec({}, "my.yaml", Path("/nowhere"))
-    assert sorted(caught.value.problems) == [
-        f"my.yaml: missing key '{key}'" for key in ("base", "budget", "dimensions", "name")
-    ]
+    required = ("base", "budget", "dimensions", "name")
+    assert sorted(caught.value.problems) == [f"my.yaml: missing key '{key}'" for key in required]
 
 
 UNKNOWN = [
@@ -125,19 +124,15 @@ def test_several_errors_of_different_kinds_are_reported_at_once() -> None:
 
 WRONG = [
     ({"name": "a/b"}, "name:", "found 'a/b'"),
-    ({"base": 3}, "base:", "found 3"),
     ({"base": ""}, "base.model:", "found ''"),
     ({"base": {"model": "a/b", "dtype": "int8"}}, "base.dtype:", "'float32'"),
-    ({"dimensions": "de"}, "dimensions:", "found 'de'"),
     ({"dimensions": {"language": ["de", ""]}}, "dimensions.language.1:", "found ''"),
     ({"dimensions": {"language": []}}, "dimensions:", "at least one of language, domain, task"),
     ({"general": {"general": 1}}, "general:", "list"),
     ({"corpora": {"sources": {"de": "de.jsonl"}}}, "corpora.sources.de:", "found 'de.jsonl'"),
-    ({"compose": None}, "compose:", "found None"),
     ({"budget": 0.25}, "budget:", "found 0.25"),
     ({"budget": {"multiple_of": 8}}, "budget:", "ffn, query_heads, kv_groups, experts, vocabulary, parameters"),
     ({"budget": {"ffn": True}}, "budget.ffn:", "found True"),
-    ({"budget": {"ffn": "a third"}}, "budget.ffn:", "found 'a third'"),
     ({"budget": {"ffn": -0.1}}, "budget.ffn:", "found -0.1"),
     ({"budget": {"ffn": 1.0}}, "budget.ffn:", "below 1"),
     ({"budget": {"kv_groups": 1.5}}, "budget.kv_groups:", "below 1"),
@@ -149,14 +144,11 @@ WRONG = [
     ({"budget": {"max_parameters": 9, "parameters": 0.2}}, "budget:", "give one of parameters, max_parameters"),
     ({"budget": {"retention": {}}}, "budget.retention:", "at least one of expert, general"),
     ({"budget": {"retention": {"expert": 0}}}, "budget.retention.expert:", "greater than 0"),
-    ({"budget": {"retention": {"general": 1.01}}}, "budget.retention.general:", "less than or equal to 1"),
     ({"budget": {"max_parameters": "abcM"}}, "budget.max_parameters:", "found 'abcM'"),
     ({"budget": {"max_parameters": 0}}, "budget.max_parameters:", "such as 100M, 1.5B or 100000000"),
     ({"budget": {"max_parameters": -5}}, "budget.max_parameters:", "found -5"),
-    ({"budget": {"max_parameters": True}}, "budget.max_parameters:", "found True"),
     ({"budget": {"max_parameters": "infB"}}, "budget.max_parameters:", "found 'infB'"),
     ({"compose": {"allocation": "globl"}}, "compose.allocation:", "'uniform' or 'global'"),
-    ({"compensation": {"damping": 0}}, "compensation.damping:", "greater than 0"),
     ({"evaluate": {"metrics": []}}, "evaluate.metrics:", "at least 1"),
     ({"compose": {"fusion": {"lambda": 3}}}, "compose.fusion.lambda:", "less than or equal to 1"),
     ({"evaluate": {"metrics": ["kl", "bleu"]}}, "evaluate.metrics.1:", "found 'bleu'"),
@@ -170,18 +162,9 @@ def test_a_wrong_value_names_file_key_and_what_was_found(changes: dict[str, Any]
     assert words in problem
 
 
-@pytest.mark.parametrize(
-    ("written", "size"),
-    [("100M", 100_000_000), ("1.5b", 1_500_000_000), ("250k", 250_000), ("12345", 12_345), (1e8, 100_000_000)],
-)
-def test_sizes_may_be_written_short(written: Any, size: int) -> None:
-    assert spec_of(budget={"max_parameters": written}).budget.max_parameters == size
-
-
-def test_retention_goes_with_heads_and_with_either_floor() -> None:
-    budget = spec_of(budget={"retention": {"general": 0.9}, "kv_groups": 1}).budget
-    assert budget.retention is not None
-    assert (budget.retention.expert, budget.retention.general, budget.kv_groups) == (None, 0.9, 1)
+def test_sizes_may_be_written_short() -> None:
+    for written, size in (("100M", 10**8), ("1.5b", 1_500_000_000), ("250k", 250_000), ("12345", 12_345), (1e8, 10**8)):
+        assert spec_of(budget={"max_parameters": written}).budget.max_parameters == size
 
 
 @pytest.mark.parametrize(
@@ -206,13 +189,10 @@ def test_an_aggregate_of_another_kind_is_named_by_its_key_alone(aggregate: Any) 
     assert all(p.startswith("my.yaml: compose.aggregate: ") for p in problems_of(compose={"aggregate": aggregate}))
 
 
-@pytest.mark.parametrize("aggregate", ["mean", "max", 0.9])
-def test_an_aggregate_is_mean_max_or_a_quantile(aggregate: str | float) -> None:
-    assert spec_of(compose={"aggregate": aggregate}).compose.aggregate == aggregate
-
-
 SHORTHANDS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"dimensions": {"task": "qa"}}, {"dimensions": {"task": ["qa"]}}),
+    ({"compose": {"aggregate": "max"}}, {"compose": {"aggregate": "max"}}),
+    ({"budget": {"retention": {"general": 0.9}, "kv_groups": 1}}, {"budget": {"retention": {"general": 0.9}}}),
     ({"general": "medical"}, {"general": ["medical"]}),
     ({"relevance": "random"}, {"relevance": {"criterion": "random"}}),
     ({"compensation": "none"}, {"compensation": {"method": "none"}}),
@@ -232,8 +212,7 @@ def test_shorthands_mean_the_long_form(changes: dict[str, Any], expected: dict[s
 
 def test_dimensions_keep_their_fixed_order_however_they_are_written() -> None:
     spec = spec_of(dimensions={"task": "qa", "domain": "medical", "language": ["fr", "de"]})
-    expected = [("language", ["fr", "de"]), ("domain", ["medical"]), ("task", ["qa"])]
-    assert list(spec.dimensions.chosen.items()) == expected
+    assert list(spec.dimensions.chosen.values()) == [["fr", "de"], ["medical"], ["qa"]]
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

@@ -80,11 +80,10 @@ def test_every_file_tells_the_same_ids(base: Path, tmp_path: Path) -> None:
     old, ids = written(base, folder)
     data = read_json(folder / "tokenizer.json")
     added = {token["content"]: token["id"] for token in data["added_tokens"]}
-    assert added == {name: ids[index] for name, index in old.added.items()}
-    assert read_json(folder / "added_tokens.json") == added
+    assert read_json(folder / "added_tokens.json") == added == {name: ids[index] for name, index in old.added.items()}
     assert read_json(folder / "vocab.json") == data["model"]["vocab"]
-    lines = (folder / "merges.txt").read_text().splitlines()
-    assert lines == ["#version: 0.2", *(" ".join(pair) for pair in data["model"]["merges"])]
+    merges = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in data["model"]["merges"])])
+    assert (folder / "merges.txt").read_text().rstrip() == merges
     known = read_json(folder / "tokenizer_config.json")["added_tokens_decoder"]
     assert {int(index): token["content"] for index, token in known.items()} == {i: name for name, i in added.items()}
     settings = read_json(folder / "generation_config.json")
