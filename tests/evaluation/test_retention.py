@@ -59,14 +59,6 @@ def test_retention_above_chance_written_out() -> None:
     assert answers(BASE, EXPERT).measured().retention == pytest.approx(24 / 27)  # chance is not known
 
 
-def test_retention_of_a_cost_is_base_over_expert() -> None:
-    metric = bits([10.0, 20.0, 6.0], [12.0, 30.0, 6.0], [20.0, 40.0, 12.0])
-    entry = metric.measured()
-    assert (entry.base, entry.expert, entry.retention) == (36 / 72, 48 / 72, 36 / 48)
-    assert (entry.gained, entry.lost, entry.chance) == (None, None, None)
-    assert [entry.low, entry.high] == pytest.approx(quantiles(resampled([metric])))
-
-
 def test_an_expert_with_bytes_of_its_own_is_compared_by_its_own() -> None:
     base, expert, size, own = ([10.0, 20.0], [12.0, 30.0], [20.0, 40.0], [24.0, 40.0])
     metric = Paired(*map(np.array, (base, expert, size)), less_is_better=True, expert_weights=np.array(own))
