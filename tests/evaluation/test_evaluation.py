@@ -210,15 +210,6 @@ def test_answers_equal_those_of_each_choice_alone(
     assert expected != without_length
 
 
-def test_choices_are_compared_by_the_byte_not_by_the_character(models: Models) -> None:
-    """Both are one unknown word, and so equally likely: ten letters of one byte, or eight of two."""
-    base, _, tokenizer = models
-    choices = ("x" * 10, "ü" * 8)
-    one, other = likelihoods(base, tokenizer, Question("heart", choices, 0))
-    assert one == other < 0
-    assert answer_questions(base, tokenizer, [Question("heart", choices, 1)]).tolist() == [1]
-
-
 def test_chance_of_a_question_set_is_the_mean_over_its_questions() -> None:
     questions = [Question("q", ("a", "b"), 0)] * 3 + [Question("q", ("a", "b", "c", "d"), 0)] * 3
     base, expert = np.array([1.0, 1, 1, 1, 1, 0]), np.array([1.0, 1, 0, 1, 0, 1])

@@ -92,17 +92,6 @@ def test_the_expert_is_smaller_and_evaluated(expert: Path) -> None:
     assert retention_table(Evaluation.from_document(about["evaluation"])).row_count > 4
 
 
-def test_a_second_build_reuses_every_profile(
-    expert: Path, real_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def unexpected(*_: Any, **__: Any) -> None:
-        raise AssertionError("the model was run for a stored profile")
-
-    everywhere(monkeypatch, "expertprune.profiling.store.measure", unexpected)
-    plan = expertprune.compose(SPEC, store=real_store)
-    assert plan.document() == expertprune.inspect(expert)["plan"]
-
-
 def test_a_local_suite_on_both_models(expert: Path, real_store: Path, tmp_path: Path) -> None:
     """Of its questions, ours are asked by `answer_questions` too: by the byte, and the texts are ASCII."""
     pytest.importorskip("lm_eval")
