@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,19 +23,24 @@ from tests.tiny import write_corpus
 CORPORA = {"language": "en", "domain": "medical", "task": "qa"}
 
 
+def write_sources(folder: Path, names: Iterable[str], seed: int = 0) -> dict[str, dict[str, str]]:
+    """Small corpora, each with an evaluation split, as the sources of a spec."""
+    sources = {}
+    for number, name in enumerate(names):
+        train, test = (folder / f"{name}{split}.jsonl" for split in ("", ".evaluation"))
+        write_corpus(train, seed=seed + 2 * number)
+        write_corpus(test, sentences=4, seed=seed + 2 * number + 1)
+        sources[name] = {"path": str(train), "evaluation": str(test)}
+    return sources
+
+
 def build_tiny(folder: Path, base: Path) -> tuple[Path, Path]:
     """Build and evaluate a tiny expert in `folder`; returns its folder and the store."""
-    sources = {}
-    for seed, name in enumerate((*CORPORA.values(), "general")):
-        sources[name] = {
-            "path": str(write_corpus(folder / f"{name}.jsonl", seed=2 * seed)),
-            "evaluation": str(write_corpus(folder / f"{name}.evaluation.jsonl", sentences=4, seed=2 * seed + 1)),
-        }
     spec = {
         "name": "tiny",
         "base": str(base),
         "dimensions": CORPORA,
-        "corpora": {"sources": sources},
+        "corpora": {"sources": write_sources(folder, (*CORPORA.values(), "general"))},
         "budget": {"ffn": 0.25, "kv_groups": 1, "multiple_of": 4},
     }
     path = folder / "tiny.yaml"

@@ -53,9 +53,6 @@ def test_files_of_one_name_keep_the_folders_that_tell_them_apart(tmp_path: Path)
     assert portable(plan) == plan
 
 
-# --- found again ------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def moved(tiny_build: tuple[Path, Path], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An expert on another machine: an empty store, base and corpora in a folder of their own, another current folder."""
@@ -121,9 +118,6 @@ def test_another_model_in_the_bases_place_is_refused(moved: Path, store: Path) -
         other.find_base(store, base)
 
 
-# --- ancestors --------------------------------------------------------------------------------------------------------
-
-
 def test_the_documents_of_all_ancestors_calibrated_an_expert(tmp_path: Path) -> None:
     def corpora(*digests: str) -> dict[str, CorpusRecord]:
         return {"language/en": CorpusRecord(digest="c", documents=list(digests))}
@@ -136,9 +130,6 @@ def test_the_documents_of_all_ancestors_calibrated_an_expert(tmp_path: Path) -> 
     assert [each.name for each in read.lineage] == ["youngest", "middle", "eldest"]
     assert read.calibration_digests == {"a", "b", "c"}
     assert middle.calibration_digests == {"a", "b"}
-
-
-# --- bad input --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

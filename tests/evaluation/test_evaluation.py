@@ -55,9 +55,6 @@ def log_probabilities(model: Any, ids: list[int]) -> Floats:
     return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
 
 
-# --- documents ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("tokens_per_batch", "chunk"), [(1024, 256), (1, 256), (20, 3), (1024, 1)])
 def test_scores_equal_those_of_each_document_alone(
     models: Models, monkeypatch: pytest.MonkeyPatch, tokens_per_batch: int, chunk: int
@@ -118,9 +115,6 @@ def test_bytes_are_those_of_the_text_that_is_predicted(
     assert (row.tokens, row.bytes) == (tokens, size)
 
 
-# --- metrics over documents -----------------------------------------------------------------------------------------
-
-
 SCORES = {
     "base_bits": [10.0, 20.0, 6.0],
     "expert_bits": [12.0, 30.0, 6.0],
@@ -156,21 +150,6 @@ def test_metrics_over_documents_written_out() -> None:
         assert low < found.get("retention", found["expert"]) < high
 
 
-# --- bootstrap ------------------------------------------------------------------------------------------------------
-
-
-def test_bootstrap_covers_a_known_mean_about_as_often_as_it_says() -> None:
-    """95% intervals of the mean of 40 normal numbers, 200 times: 190 hits are expected, with a deviation of 3."""
-    generator = np.random.default_rng(7)
-    hits = 0
-    for _ in range(200):
-        sample = generator.normal(5.0, 2.0, size=40)
-        low, high = bootstrap(lambda indices, sample=sample: sample[indices].mean(1), 40)
-        hits += low <= 5.0 <= high
-        assert high - low == pytest.approx(2 * 1.96 * sample.std() / math.sqrt(40), rel=0.1)
-    assert 175 <= hits <= 199
-
-
 def test_bootstrap_is_seeded_and_leaves_out_what_is_not_finite() -> None:
     many = np.random.default_rng(4).exponential(size=11)
     assert bootstrap(lambda i: many[i].mean(1), 11) == bootstrap(lambda i: many[i].mean(1), 11, seed=0)
@@ -179,9 +158,6 @@ def test_bootstrap_is_seeded_and_leaves_out_what_is_not_finite() -> None:
     holes = bootstrap(lambda i: np.where(i[:, 0] == 0, np.nan, values[i[:, 0]]), 3)
     assert holes == (2.0, 4.0)
     assert all(math.isnan(end) for end in bootstrap(lambda i: np.full(len(i), np.inf), 3))
-
-
-# --- questions ------------------------------------------------------------------------------------------------------
 
 
 def likelihoods(model: Any, tokenizer: PreTrainedTokenizerFast, question: Question) -> Floats:
@@ -234,15 +210,6 @@ def test_answers_equal_those_of_each_choice_alone(
     assert expected != without_length
 
 
-def test_choices_are_compared_by_the_byte_not_by_the_character(models: Models) -> None:
-    """Both are one unknown word, and so equally likely: ten letters of one byte, or eight of two."""
-    base, _, tokenizer = models
-    choices = ("x" * 10, "ü" * 8)
-    one, other = likelihoods(base, tokenizer, Question("heart", choices, 0))
-    assert one == other < 0
-    assert answer_questions(base, tokenizer, [Question("heart", choices, 1)]).tolist() == [1]
-
-
 def test_chance_of_a_question_set_is_the_mean_over_its_questions() -> None:
     questions = [Question("q", ("a", "b"), 0)] * 3 + [Question("q", ("a", "b", "c", "d"), 0)] * 3
     base, expert = np.array([1.0, 1, 1, 1, 1, 0]), np.array([1.0, 1, 0, 1, 0, 1])
@@ -251,9 +218,6 @@ def test_chance_of_a_question_set_is_the_mean_over_its_questions() -> None:
     assert (found.examples, found.chance, found.base, found.expert) == (6, chance, 5 / 6, 4 / 6)
     assert found.retention == pytest.approx((4 / 6 - 0.375) / (5 / 6 - 0.375))
     assert (found.lost, found.gained) == (2, 1)
-
-
-# --- the whole ------------------------------------------------------------------------------------------------------
 
 
 def test_evaluate_measures_every_corpus(models: Models) -> None:

@@ -59,25 +59,6 @@ def test_retention_above_chance_written_out() -> None:
     assert answers(BASE, EXPERT).measured().retention == pytest.approx(24 / 27)  # chance is not known
 
 
-def test_retention_of_a_cost_is_base_over_expert() -> None:
-    metric = bits([10.0, 20.0, 6.0], [12.0, 30.0, 6.0], [20.0, 40.0, 12.0])
-    entry = metric.measured()
-    assert (entry.base, entry.expert, entry.retention) == (36 / 72, 48 / 72, 36 / 48)
-    assert (entry.gained, entry.lost, entry.chance) == (None, None, None)
-    assert [entry.low, entry.high] == pytest.approx(quantiles(resampled([metric])))
-
-
-def test_an_expert_with_bytes_of_its_own_is_compared_by_its_own() -> None:
-    base, expert, size, own = ([10.0, 20.0], [12.0, 30.0], [20.0, 40.0], [24.0, 40.0])
-    metric = Paired(*map(np.array, (base, expert, size)), less_is_better=True, expert_weights=np.array(own))
-    entry = metric.measured()
-    assert (entry.base, entry.expert) == (30 / 60, 42 / 64)
-    assert entry.retention == pytest.approx((30 / 60) / (42 / 64))
-    assert (entry.low, entry.high) == pytest.approx((  # only the same document twice is further out
-        (20 / 40) / (30 / 40), (10 / 20) / (12 / 24)
-    ))  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("base", "chance", "reason"),
     [("1000", 0.25, "chance (0.2500)"), ("1000", 0.5, "chance (0.5000)"), ("0000", None, "none right")],
@@ -97,6 +78,11 @@ def test_a_base_near_chance_has_a_retention_but_no_interval() -> None:
     assert (entry.low, entry.high) == (None, None)
     assert entry.note is not None
     assert entry.note.startswith(f"in {share:.0%} of the resamples the base is no better than chance (0.5000)")
+    several = [answers(BASE, EXPERT), metric]  # an interval needs all of them
+    (low, high), undefined = interval(several)
+    assert math.isnan(low)
+    assert math.isnan(high)
+    assert undefined == np.isnan(resampled(several)).mean()
 
 
 def test_the_summary_averages_bits_and_accuracy_apart() -> None:
@@ -114,14 +100,6 @@ def test_the_summary_averages_bits_and_accuracy_apart() -> None:
     assert summary["expert"]["bits"].metrics == ["text"]
     assert list(summary["general"]) == ["accuracy"]
     assert (summary["general"]["accuracy"].retention, summary["general"]["accuracy"].undefined) == (None, ["other"])
-
-
-def test_an_interval_of_several_needs_all_of_them() -> None:
-    near = answers("1110100101", "1110000101", chance=0.5)
-    (low, high), undefined = interval([answers(BASE, EXPERT), near])
-    assert math.isnan(low)
-    assert math.isnan(high)
-    assert undefined == np.isnan(resampled([answers(BASE, EXPERT), near])).mean()
 
 
 def test_every_average_of_a_group_must_hold_its_floor() -> None:
@@ -154,4 +132,5 @@ def test_documents_of_several_corpora_count_once_each_by_the_experts_own_bytes()
     assert found is not None
     assert (found.examples, found.base, found.expert) == (2, 30 / 60, 42 / 64)
     assert found.retention == pytest.approx((30 / 60) / (42 / 64))
+    assert (found.low, found.high) == pytest.approx((20 / 40 / (30 / 40), 10 / 20 / (12 / 24)))  # of one document twice
     assert pooled(evaluation, "general") is None

@@ -21,8 +21,6 @@ from expertprune.spec.reading import load_spec
 from expertprune.spec.schema import Dimensions
 
 FOLDER = shipped("profiles") / "suites"
-LOCAL = ["de", "en", "es", "finance", "fr", "general", "legal", "math", "medical", "qa", "sentiment", "software",
-         "summarization", "zh"]  # fmt: skip
 HUB = ["arc", "boolq", "gsm8k", "hellaswag", "medmcqa", "mgsm", "mmlu", "piqa", "pubmedqa", "rte", "sst2", "winogrande",
        "xquad"]  # fmt: skip
 
@@ -31,9 +29,6 @@ def write(folder: Path, data: Any, name: str = "mine.yaml") -> Path:
     path = folder / name
     path.write_text(data if isinstance(data, str) else yaml.safe_dump(data))
     return path
-
-
-# --- what is valid ----------------------------------------------------------------------------------------------------
 
 
 def test_a_suite_hands_on_what_it_says_to_tasks_that_say_nothing_themselves(tmp_path: Path) -> None:
@@ -89,9 +84,6 @@ def test_the_digest_covers_the_suite_and_its_task_files_but_not_their_place(tmp_
     assert digest("two", task={"num_fewshot": 3}) != first
 
 
-# --- which group a task is in -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("measures", "group"),
     [
@@ -113,31 +105,23 @@ def test_a_task_counts_as_expert_unless_it_measures_another_value(measures: str,
     assert entry.group_for(english) == ("expert" if "language/en" in measures else "general")
 
 
-# --- those that ship --------------------------------------------------------------------------------------------------
-
-
-def test_the_shipped_suites_are_these_under_the_names_of_their_files() -> None:
-    assert sorted(shipped_suites()) == sorted(LOCAL + HUB)
-    for name, path in shipped_suites().items():
-        assert load_suite(path).name == name
+def test_the_shipped_suites_are_those_of_the_hub_and_a_local_one_for_every_value_that_ships() -> None:
+    values = {name.value: name for name in catalogue_sources(shipped("corpora"))}
+    assert sorted(shipped_suites()) == sorted([*values, *HUB])
+    for stem, path in shipped_suites().items():
+        suite = load_suite(path)
+        assert suite.name == stem
         assert path.read_text(encoding="utf-8").startswith("# ")
+        if name := values.get(stem):
+            assert suite.perplexity is not None
+            assert suite.perplexity.corpora == ([name.value] if name.is_general else [str(name)])
+            assert suite.measures == ([] if name.is_general else [str(name)])
+            assert (suite.group == "general") == name.is_general
+            assert all(entry.file is not None for entry in (*suite.tasks, *suite.generation))
     suites = find_suites(list(shipped_suites()))  # no task has the name of another
     assert sum(len(suite.tasks) + len(suite.generation) for suite in suites) > 50
-
-
-def test_there_is_a_local_suite_for_every_value_that_ships() -> None:
-    for name in catalogue_sources(shipped("corpora")):
-        suite = find_suite(name.value)
-        assert suite.perplexity is not None
-        assert suite.perplexity.corpora == ([name.value] if name.is_general else [str(name)])
-        assert suite.measures == ([] if name.is_general else [str(name)])
-        assert (suite.group == "general") == name.is_general
-        assert all(entry.file is not None for entry in (*suite.tasks, *suite.generation))
-
-
-def test_a_task_by_its_name_alone_comes_with_what_its_suite_says() -> None:
-    entry, suite = bare_task("gsm8k")
-    assert (entry.filter, entry.measures, suite) == ("flexible-extract", ["task/math"], "gsm8k")
+    entry, known = bare_task("gsm8k")  # a task by its name alone comes with what its suite says
+    assert (entry.filter, entry.measures, known) == ("flexible-extract", ["task/math"], "gsm8k")
     assert bare_task("triviaqa") == (TaskEntry(name="triviaqa"), "")
 
 

@@ -36,13 +36,11 @@ DIMENSIONS = ["language/en", "domain/medical", "task/qa"]
 @pytest.fixture
 def spec_file(tmp_path: Path, spec_data: dict[str, Any]) -> Path:
     """With questions for one corpus."""
-    rows = [{"question": f"the {a} {b}", "choices": [a, b], "answer": i % 2} for i, (a, b) in enumerate(PAIRS)]
+    pairs = [("heart", "law"), ("judge", "blood"), ("sum", "we"), ("numbers", "der"), ("Arzt", "is"), ("und", "a")]
+    rows = [{"question": f"the {a} {b}", "choices": [a, b], "answer": i % 2} for i, (a, b) in enumerate(pairs)]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     spec_data["corpora"]["sources"]["qa"]["questions"] = str(tmp_path / "questions.jsonl")
     return write_spec(tmp_path, spec_data)
-
-
-PAIRS = [("heart", "law"), ("judge", "blood"), ("sum", "we"), ("numbers", "der"), ("Arzt", "is"), ("und", "a")]
 
 
 def run(*arguments: Any, code: int = 0) -> Result:
@@ -62,33 +60,28 @@ def write_spec(folder: Path, data: dict[str, Any]) -> Path:
     return folder / "tiny.yaml"
 
 
-class Count:
-    """How often the costly functions ran."""
+Calls = dict[str, list[Any]]
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls: dict[str, list[Any]] = {}
-        for path in ("pruning.write.prune", "models.loading.load_model", "evaluation.questions.answer_questions"):
-            self._note(monkeypatch, f"expertprune.{path}", self.calls.setdefault(path.rpartition(".")[2], []))
 
-    def _note(self, monkeypatch: pytest.MonkeyPatch, path: str, calls: list[Any]) -> None:
-        def noted(*args: Any, **kwargs: Any) -> Any:
-            calls.append(args[0])
+def counted(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """The first arguments of each call of a costly function, by its name."""
+    calls: Calls = {}
+
+    def note(path: str, noted: list[Any]) -> None:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            noted.append(args[0])
             return original(*args, **kwargs)
 
-        original = everywhere(monkeypatch, path, noted)
+        original = everywhere(monkeypatch, f"expertprune.{path}", call)
 
-    @property
-    def pruned(self) -> int:
-        return len(self.calls["prune"])
-
-    @property
-    def loaded(self) -> list[str]:
-        return [folder.name for folder in self.calls["load_model"]]
+    for path in ("pruning.write.prune", "models.loading.load_model", "evaluation.questions.answer_questions"):
+        note(path, calls.setdefault(path.rpartition(".")[2], []))
+    return calls
 
 
 @pytest.fixture
-def count(monkeypatch: pytest.MonkeyPatch) -> Count:
-    return Count(monkeypatch)
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    return counted(monkeypatch)
 
 
 @pytest.fixture
@@ -98,9 +91,6 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     return folder
-
-
-# --- the numbers ----------------------------------------------------------------------------------------------------
 
 
 def pool(built: dict[str, Any], corpora: list[str]) -> dict[str, float]:
@@ -117,13 +107,13 @@ def pool(built: dict[str, Any], corpora: list[str]) -> dict[str, float]:
 
 
 def test_each_point_is_what_build_gives_under_the_same_budget(
-    tmp_path: Path, spec_file: Path, count: Count, temporary: Path
+    tmp_path: Path, spec_file: Path, calls: Calls, temporary: Path
 ) -> None:
     data = run_json(spec_file, "--budgets", BUDGETS)
     assert [point["budget"] for point in data["points"]] == [0.5, 0.25]
     base_name = Path(yaml.safe_load(spec_file.read_text())["base"]).name
-    assert count.loaded == [base_name, "expert", "expert"], "the base is loaded once"
-    assert len(count.calls["answer_questions"]) == 3, "the base is asked once"
+    assert [folder.name for folder in calls["load_model"]] == [base_name, "expert", "expert"], "the base is loaded once"
+    assert len(calls["answer_questions"]) == 3, "the base is asked once"
     assert list(temporary.iterdir()) == []
     for point in data["points"]:
         value = point["budget"]
@@ -139,6 +129,17 @@ def test_each_point_is_what_build_gives_under_the_same_budget(
             expected = pool(built, corpora)
             assert {key: point[group][key] for key in expected} == pytest.approx(expected, rel=1e-12)
     assert data["base"]["parameters"] == BEFORE
+    out = tmp_path / "sweep"
+    kept = run_json(spec_file, "--budgets", BUDGETS, "--out", out, "--keep-experts", "--picture", out / "curve.png")
+    assert kept["points"] == data["points"]
+    assert {path.name for path in out.iterdir()} == {"sweep.json", "tiny-0.5", "tiny-0.25", "curve.png"}
+    for path in (tmp_path / "built-0.5").iterdir():
+        assert (out / "tiny-0.5" / path.name).read_bytes() == path.read_bytes()
+    assert json.loads((out / SWEEP_FILE).read_text()) == {**kept, "earlier": []}
+    with Image.open(out / "curve.png") as image:
+        assert image.format == "PNG"
+        assert len(image.convert("RGB").getcolors(2**24) or ()) > 50, "something is drawn"
+    assert list(temporary.iterdir()) == []
     half, quarter = (point["expert"] for point in data["points"])
     assert half["base"] == quarter["base"]
     assert half["expert"] != quarter["expert"]
@@ -152,7 +153,6 @@ def test_each_point_is_what_build_gives_under_the_same_budget(
         ({"parameters": 0.01, "kv_groups": 1}, ["budget.parameters=0.34"]),
         ({"max_parameters": 1000}, ["budget.max_parameters=null", "budget.parameters=0.34"]),
     ],
-    ids=["two structures", "the structure with an amount", "parameters beside KV groups", "max_parameters"],
 )
 def test_the_value_replaces_what_the_spec_removes(
     tmp_path: Path, spec_data: dict[str, Any], tiny_llama: Path, budget: dict[str, Any], same: list[str]
@@ -169,29 +169,13 @@ def test_the_value_replaces_what_the_spec_removes(
     assert point.general is None
 
 
-def test_kept_experts_are_those_that_build_makes(tmp_path: Path, spec_file: Path, temporary: Path) -> None:
-    """With a picture beside them."""
-    out = tmp_path / "sweep"
-    data = run_json(spec_file, "--budgets", BUDGETS, "--out", out, "--keep-experts", "--picture", out / "curve.png")
-    assert {path.name for path in out.iterdir()} == {"sweep.json", "tiny-0.5", "tiny-0.25", "curve.png"}
-    with Image.open(out / "curve.png") as image:
-        assert image.format == "PNG"
-        assert len(image.convert("RGB").getcolors(2**24) or ()) > 50, "something is drawn"
-    build(spec_file, tmp_path / "built")
-    for path in (tmp_path / "built").iterdir():
-        assert (out / "tiny-0.25" / path.name).read_bytes() == path.read_bytes()
-    assert json.loads((out / SWEEP_FILE).read_text()) == {**data, "earlier": []}
-    assert list(temporary.iterdir()) == []
-
-
-# --- the table and the JSON -----------------------------------------------------------------------------------------
-
-
-def test_the_table_says_what_the_json_says(tmp_path: Path, spec_file: Path, count: Count) -> None:
+def test_what_is_finished_is_not_computed_again_and_the_table_says_what_the_json_says(
+    tmp_path: Path, spec_file: Path, calls: Calls
+) -> None:
     data = run_json(spec_file, "--budgets", BUDGETS, "--out", tmp_path / "sweep")
-    assert count.pruned == 2
+    assert len(calls["prune"]) == 2
     text = run(spec_file, "--budgets", BUDGETS, "--out", tmp_path / "sweep").stdout
-    assert count.pruned == 2
+    assert len(calls["prune"]) == 2
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
     assert "task/qa" in text
     expected = []
@@ -207,39 +191,26 @@ def test_the_table_says_what_the_json_says(tmp_path: Path, spec_file: Path, coun
     assert rows == expected
     base = data["points"][0]["corpora"]["task/qa"]["metrics"]["questions"]["base"]
     assert f"(base {base:.4f})" in text
+    calls["load_model"].clear()
+    assert run_json(spec_file, "--budgets", "0.25", "--out", tmp_path / "sweep")["points"] == data["points"][1:]
+    assert (len(calls["prune"]), calls["load_model"]) == (2, []), "no model is loaded for what is known"
+    wider = run_json(spec_file, "--budgets", "0.75,0.5,0.25", "--out", tmp_path / "sweep")
+    assert wider["points"][1:] == data["points"]
+    assert len(calls["prune"]) == 3
 
 
-# --- going on -------------------------------------------------------------------------------------------------------
-
-
-def test_what_is_finished_is_not_computed_again(tmp_path: Path, spec_file: Path, count: Count) -> None:
-    out = tmp_path / "sweep"
-    first = run_json(spec_file, "--budgets", "0.5,0.25", "--out", out)
-    assert count.pruned == 2
-    count.calls["load_model"].clear()
-    again = run_json(spec_file, "--budgets", "0.25", "--out", out)
-    assert again["points"] == [first["points"][1]]
-    assert (count.pruned, count.loaded) == (2, []), "no model is loaded for what is known"
-    wider = run_json(spec_file, "--budgets", "0.75,0.5,0.25", "--out", out)
-    assert count.pruned == 3
-    assert wider["points"][1:] == first["points"]
-
-
-@pytest.mark.parametrize("change", ["an evaluation document", "evaluate.documents", "the repair", "a calibration text"])
+@pytest.mark.parametrize("change", ["evaluation", "path", "evaluate.documents=3", "compensation=none"])
 def test_a_change_that_the_numbers_depend_on_is_computed_again(
-    tmp_path: Path, spec_file: Path, spec_data: dict[str, Any], count: Count, change: str
+    tmp_path: Path, spec_file: Path, spec_data: dict[str, Any], calls: Calls, change: str
 ) -> None:
     out, settings = tmp_path / "sweep", []
     before = run_json(spec_file, "--budgets", "0.5", "--out", out)
-    source = spec_data["corpora"]["sources"]["medical"]
-    if change == "an evaluation document":
-        write_corpus(Path(source["evaluation"]), sentences=4, seed=77)
-    elif change == "a calibration text":
-        write_corpus(Path(source["path"]), seed=78)
+    if "=" in change:
+        settings = ["--set", change]
     else:
-        settings = ["--set", "evaluate.documents=3" if change == "evaluate.documents" else "compensation=none"]
+        write_corpus(Path(spec_data["corpora"]["sources"]["medical"][change]), sentences=4, seed=77)
     after = run_json(spec_file, "--budgets", "0.5", "--out", out, *settings)
-    assert count.pruned == 2
+    assert len(calls["prune"]) == 2
     assert after["points"][0]["expert"] != before["points"][0]["expert"]
     saved = json.loads((out / "sweep.json").read_text())
     assert (saved["points"], saved["earlier"]) == (after["points"], before["points"]), "what was found stays"
@@ -252,12 +223,12 @@ def test_an_interrupted_sweep_goes_on_where_it_was(
     whole = run_json(spec_file, "--budgets", "0.5,0.25", *(["--out", tmp_path / "whole", "--keep-experts"] * keep))
     out = tmp_path / "sweep"
     arguments = [spec_file, "--budgets", "0.5,0.25", "--out", out, *["--keep-experts"] * keep]
-    calls: list[str] = []
+    made: list[str] = []
 
     def interrupted(*args: Any) -> Any:
-        calls.append(place)
+        made.append(place)
         result = original(*args)
-        if len(calls) == 2:
+        if len(made) == 2:
             raise KeyboardInterrupt
         return result
 
@@ -268,27 +239,24 @@ def test_an_interrupted_sweep_goes_on_where_it_was(
     assert list(temporary.iterdir()) == []
     saved = json.loads((out / "sweep.json").read_text())
     assert saved["points"] == whole["points"][:1]
-    count = Count(monkeypatch)
+    calls = counted(monkeypatch)
     assert run_json(*arguments) == whole
-    assert count.pruned == 1
+    assert len(calls["prune"]) == 1
     if keep:
         assert {path.name for path in out.iterdir()} == {"sweep.json", "tiny-0.5", "tiny-0.25"}
 
 
-def test_experts_that_are_gone_or_were_not_kept_are_made_again(tmp_path: Path, spec_file: Path, count: Count) -> None:
+def test_experts_that_are_gone_or_were_not_kept_are_made_again(tmp_path: Path, spec_file: Path, calls: Calls) -> None:
     out = tmp_path / "sweep"
     first = run_json(spec_file, "--budgets", "0.5", "--out", out)
     assert run_json(spec_file, "--budgets", "0.5", "--out", out, "--keep-experts") == first
-    assert count.pruned == 2
+    assert len(calls["prune"]) == 2
     assert json.loads((out / "tiny-0.5" / "expertprune.json").read_text())["evaluation"] is not None
     run_json(spec_file, "--budgets", "0.5", "--out", out, "--keep-experts")
-    assert count.pruned == 2
+    assert len(calls["prune"]) == 2
     (out / "sweep.json").unlink()  # as if killed between the expert and its record
     assert run_json(spec_file, "--budgets", "0.5", "--out", out, "--keep-experts") == first
-    assert count.pruned == 3
-
-
-# --- refusals -------------------------------------------------------------------------------------------------------
+    assert len(calls["prune"]) == 3
 
 
 @pytest.fixture
@@ -362,9 +330,6 @@ def test_python_says_the_same(tiny_spec: Any) -> None:
     assert problems == ["budgets: '0.1'", "budgets: True", "budgets: 1"]
     with pytest.raises(SpecError, match="name at least one"):
         expertprune.sweep(tiny_spec, [])
-
-
-# --- the picture ----------------------------------------------------------------------------------------------------
 
 
 def point(budget: float, expert: float, general: float) -> Point:

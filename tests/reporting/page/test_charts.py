@@ -19,9 +19,6 @@ def style_of(element: ElementTree.Element, key: str) -> str:
     return found.group(1) if found else ""
 
 
-# --- elements for a page --------------------------------------------------------------------------------------------
-
-
 def a_figure(text: str = "text") -> Any:
     figure = figure_of(200, 100)
     axes = figure.add_axes((0, 0, 1, 1))
@@ -62,9 +59,6 @@ def test_text_stays_text() -> None:
     root = ElementTree.fromstring(drawn)
     assert root.get("aria-label") == HOSTILE
     assert HOSTILE in [element.text for element in root.iter("text")]
-
-
-# --- pictures -------------------------------------------------------------------------------------------------------
 
 
 def metric(name: str, retention: float | None, group: str = "expert", wide: float | None = 0.0) -> dict[str, Any]:

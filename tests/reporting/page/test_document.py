@@ -54,9 +54,6 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(charts, "svg", lambda *_: "<svg></svg>")
 
 
-# --- numbers --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("which", ["full", "pair"])
 def test_every_number_on_the_page_is_that_of_the_json(which: str, request: pytest.FixtureRequest) -> None:
     data, text = request.getfixturevalue(which)
@@ -115,20 +112,15 @@ def test_the_headline_of_terminal_and_card_is_the_pages(tiny_build: Build, tmp_p
     assert str(folder / "report.html") in printed.replace("\n", "")
 
 
-# --- what a page is -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("which", ["full", "pair"])
 def test_the_page_stands_alone_and_can_be_read_without_seeing_it(which: str, request: pytest.FixtureRequest) -> None:
     root = parsed(request.getfixturevalue(which)[1])
     tags = [element.tag for element in root.iter() if isinstance(element.tag, str)]
     assert not {"script", "iframe", "img", "object", "embed", "base", "form"} & set(tags)
-    for element in root.iter():
-        for name, value in element.attrib.items():
-            assert not str(name).startswith("on")
-            if name in ("src", "href", "{http://www.w3.org/1999/xlink}href", "action"):
-                allowed = ("#", "data:,", "https://arxiv.org/") if element.tag == "a" or value == "data:," else ("#",)
-                assert value.startswith(allowed), value
+    for element, (name, value) in ((e, attribute) for e in root.iter() for attribute in e.attrib.items()):
+        assert not str(name).startswith("on")
+        if name in ("src", "href", "{http://www.w3.org/1999/xlink}href", "action"):
+            assert value == "data:," or value.startswith(("#", "https://arxiv.org/")[: 1 + (element.tag == "a")]), value
     assert not re.search(r"@import|url\((?!#)", "".join(root.find(".//style").itertext()))  # type: ignore[union-attr]
     ids = [element.get("id") for element in root.iter() if element.get("id")]
     assert len(ids) == len(set(ids))
@@ -172,9 +164,6 @@ def test_colours_can_be_told_from_the_paper(full: Page, dark: bool) -> None:
     assert contrast(mixed, colours["ink"]) >= 4.5
 
 
-# --- hostile text ---------------------------------------------------------------------------------------------------
-
-
 def test_no_text_of_a_user_becomes_a_part_of_the_page(tiny_build: Build, tmp_path: Path) -> None:
     folder = measured(copied(tiny_build, tmp_path / 'it\'s "quoted" & <b>'))
     corpus = "language/\"><img src=x onerror=alert(2)> $x_1$ 'q'"
@@ -199,9 +188,6 @@ def test_no_text_of_a_user_becomes_a_part_of_the_page(tiny_build: Build, tmp_pat
     assert data["experts"][0]["name"] == NAME
 
 
-# --- what is not there ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.usefixtures("undrawn")
 def test_what_is_not_there_is_a_line_with_its_command(tiny_build: Build, tmp_path: Path) -> None:
     folder = copied(tiny_build, tmp_path / "e", evaluation=None)
@@ -212,11 +198,7 @@ def test_what_is_not_there_is_a_line_with_its_command(tiny_build: Build, tmp_pat
     lines = [words(p) for p in root.iter("p") if p.get("class") == "absent"]
     for command in (f"evaluate {folder}", f"evaluate {folder} --suite general", f"bench {folder}", "profile SPEC"):
         assert any(f"expertprune {command}" in line and line.endswith("fills this in.") for line in lines), command
-    figures = [words(figure.find("figcaption")) for figure in root.iter("figure")]  # type: ignore[arg-type]
-    assert figures == [
-        "FFN neurons by layer: kept, by the dimension that protected them, and cut.",
-        "KV groups by layer: kept, by the dimension that protected them, and cut.",
-    ]
+    assert len(list(root.iter("figure"))) == 2  # what was kept of FFN neurons and of KV groups
     assert all(len(list(table.iter("td"))) > 0 for table in root.iter("table"))  # no empty frame
     assert "Not evaluated yet" in (folder / "README.md").read_text()
 
@@ -230,9 +212,6 @@ def test_an_expert_of_which_nothing_was_cut(tiny_build: Build, tmp_path: Path) -
     data = report(folder, store=tiny_build[1])
     assert "Nothing was cut" in words(parsed((folder / "report.html").read_text()))
     assert data["experts"][0]["relevance"][0]["corpora"][0]["cut"] == 0
-
-
-# --- several experts ------------------------------------------------------------------------------------------------
 
 
 def test_experts_stand_side_by_side(pair: Page) -> None:
@@ -260,9 +239,6 @@ def test_another_base_is_said(tiny_build: Build, tmp_path: Path) -> None:
     assert "different bases" in text
     assert "no: different tokenizers" in text
     assert "numbers yes; retention relative to different bases" in text
-
-
-# --- bad input ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -28,9 +28,6 @@ def report_of(folder: Path, store: Path) -> ReportData:
     return findings(read_artifacts(folder, store))
 
 
-# --- size, retention, speed -----------------------------------------------------------------------------------------
-
-
 def test_size_is_that_of_the_plan_and_of_the_weights_files(tiny_build: Build, tiny_llama: Path) -> None:
     folder, store = tiny_build
     size = report_of(folder, store).size
@@ -87,9 +84,6 @@ def test_one_round_has_no_spread_and_a_disturbed_one_is_said(tiny_build: Build, 
     assert headline_rows(found.document())[-1][1] == "1.5000 (one round), output tokens/s"
 
 
-# --- metrics --------------------------------------------------------------------------------------------------------
-
-
 def evaluation(corpora: dict[str, Measured], **tasks: TaskResult) -> Evaluation:
     """One metric, `perplexity`, of each corpus."""
     results = {
@@ -132,9 +126,6 @@ def test_what_the_expert_is_for_comes_first() -> None:
     assert (rows[0].verdict, rows[0].retention, rows[0].expert) == (None, None, 0.5)
 
 
-# --- what is not there ----------------------------------------------------------------------------------------------
-
-
 def test_what_is_missing_names_the_command_that_fills_it_in(tiny_build: Build, tmp_path: Path) -> None:
     folder = copied(tiny_build, tmp_path / "an expert's", evaluation=None)
     found = report_of(folder, tmp_path / "empty")
@@ -175,9 +166,6 @@ def test_vocabulary_rows_that_were_cut_are_a_part_of_the_size(tiny_build: Build)
     assert found.size.vocabulary == Remains(64, 48, 0.75)
 
 
-# --- bad input ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("file", "content", "error"),
     [
@@ -213,9 +201,6 @@ def test_a_damaged_description_is_named(tiny_build: Build, tmp_path: Path) -> No
     for number, damaged in enumerate(({"corpora": {"task/qa": {}}}, {"corpora": {}, "tasks": {"a": {"base": 1}}}, [1])):
         with pytest.raises(CheckpointError, match=r"expertprune\.json: damaged"):
             report_of(copied(tiny_build, tmp_path / str(number), evaluation=damaged), tiny_build[1])
-
-
-# --- side by side ---------------------------------------------------------------------------------------------------
 
 
 def test_experts_of_one_base_on_the_same_documents_can_be_compared(tiny_build: Build, tmp_path: Path) -> None:
