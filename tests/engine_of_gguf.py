@@ -62,14 +62,6 @@ class Engine:
         found: list[int] = self.ask("/tokenize", content=text, add_special=False)["tokens"]
         return found
 
-    def continuation(self, prompt: list[int], count: int) -> list[int]:
-        """The most probable tokens after a prompt, one after the other."""
-        told = self.ask(
-            "/completion", prompt=prompt, n_predict=count, temperature=0, return_tokens=True, cache_prompt=False
-        )
-        found: list[int] = told["tokens"]
-        return found
-
 
 @contextlib.contextmanager
 def engine_of(path: Path) -> Iterator[Engine]:

@@ -10,23 +10,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-WORDS = [
-    "the",
-    "heart",
-    "pumps",
-    "blood",
-    "a",
-    "judge",
-    "reads",
-    "law",
-    "we",
-    "sum",
-    "numbers",
-    "und",
-    "der",
-    "Arzt",
-    "is",
-]
+WORDS = ["the", "heart", "pumps", "blood", "a", "judge", "reads", "law",
+         "we", "sum", "numbers", "und", "der", "Arzt", "is"]  # fmt: skip
 WIDTHS = {
     "vocab_size": 64,
     "hidden_size": 24,

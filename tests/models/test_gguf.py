@@ -95,13 +95,6 @@ def test_an_expert_of_each_family_comes_back_with_the_same_logits(
     assert base.layers == resolved(expert, store).layers
 
 
-def test_plain_transformers_reads_the_file(made: Callable[[str], tuple[Path, Path]]) -> None:
-    """With nothing of ours between: this family's files say all that it needs."""
-    expert, file = made("llama")
-    model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    assert (logits_of(model, IDS) - logits_of(load(expert), IDS)).abs().max() < 1e-5
-
-
 @pytest.mark.parametrize(
     ("family", "kind"),
     [("gemma3", "f16"), ("phi3", "bf16"), ("llama", "q8_0"), ("qwen2_moe", "q8_0")],
@@ -463,16 +456,3 @@ def test_an_expert_of_a_real_model(kind: str, real_store: Path, store: Path, tmp
     for text in TEXTS:
         assert plain(text, add_special_tokens=False) == tokenizer(text, add_special_tokens=False)
     assert Checkpoint(resolve_base(Base(model=str(file)), store).folder).parameters == Checkpoint(expert).parameters
-
-
-@pytest.mark.slow
-@needs_engine
-def test_llama_cpp_continues_a_real_expert_like_transformers(real_store: Path, tmp_path: Path) -> None:
-    base = resolve_base(Base(model="smollm2-135m-instruct"), real_store)
-    file = export(base.folder, tmp_path / "a.gguf", type="f32").path
-    model, tokenizer = load(base.folder), load_tokenizer(base.folder)
-    ids = tokenizer(PROMPT)["input_ids"]
-    expected = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0, len(ids) :].tolist()
-    with engine_of(file) as engine:
-        assert engine.continuation(ids, 24) == expected
-        assert engine.tokens(PROMPT) == ids

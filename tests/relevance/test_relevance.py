@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from expertprune.artifacts.profile import FORWARD, Profile, ProfilePart, halved, save_profile
-from expertprune.composition.scoring import corpus_scores, needed_part, unit_statistics
+from expertprune.composition.scoring import check_criterion, corpus_scores, needed_part, unit_statistics
 from expertprune.corpora.batches import make_batches
 from expertprune.corpora.documents import Document
 from expertprune.errors import SpecError
@@ -21,9 +22,9 @@ from expertprune.models.base import ResolvedBase, resolve_base
 from expertprune.models.loading import load_model
 from expertprune.models.passes import TextRun
 from expertprune.profiling.store import description, measure, profile_key, profile_path
-from expertprune.relevance import Pass, criteria
+from expertprune.relevance import Pass, UnitStatistics, criteria
 from expertprune.spec.schema import Base, Budget, Dimensions, Relevance, Spec
-from expertprune.units import Structure
+from expertprune.units import DENSE, Structure
 from tests.masks import (
     LENGTHS,
     Tiny,
@@ -160,17 +161,6 @@ def test_fluctuation_is_the_variance_over_all_tokens_massive_means_included(tmp_
                 np.testing.assert_allclose(row.double().numpy(), each, rtol=2e-4, err_msg=f"{name} {layer}")
 
 
-def test_two_runs_store_the_same_bytes(tmp_path: Path) -> None:
-    files = []
-    for run in ("one", "two"):
-        profile = bench(tiny("llama"), tmp_path / run).profile(PARTS)
-        paths = [part.path(profile.path) for part in (FORWARD, *PARTS)]
-        files.append({path.name: path.read_bytes().replace(str(tmp_path / run).encode(), b"") for path in paths})
-    assert len(files[0]) == 1 + len(PARTS)
-    assert files[0].keys() == files[1].keys()
-    assert [name for name in files[0] if files[0][name] != files[1][name]] == []
-
-
 # --- parts ----------------------------------------------------------------------------------------------------------
 
 
@@ -218,3 +208,73 @@ def test_half_precision_keeps_any_magnitude(tmp_path: Path, largest: float) -> N
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_what_is_not_finite_stays_so_and_is_seen(bad: float) -> None:
     assert not bool(halved("x", torch.tensor([1.0, bad]))["x"].isfinite().all())
+
+
+# --- arithmetic ---------------------------------------------------------------------------------------------------
+
+
+def two_units_of_two_channels(impact: Tensor | None = None) -> UnitStatistics:
+    """Two documents; numbers small enough to work with by hand."""
+    return UnitStatistics(
+        rms=torch.tensor([[1.0, 2.0, 3.0, 4.0], [0.0, 1.0, 0.5, 0.0]]),
+        impact=impact,
+        output_l1=torch.tensor([1.0, 10.0, 100.0, 1000.0]),
+        output_l2=torch.tensor([2.0, 3.0, 5.0, 7.0]),
+        weight_norm=torch.tensor([6.0, 8.0]),
+        layer=0,
+        seed=11,
+    )
+
+
+def test_the_shipped_criteria() -> None:
+    assert sorted(criteria) == [
+        "activation", "fisher", "fluctuation", "frequency", "impact", "magnitude", "random", "reap", "regional", "taylor",
+    ]  # fmt: skip
+    of_experts_alone = {name for name in criteria if Structure.FFN not in criteria[name].structures}
+    assert of_experts_alone == {"frequency", "reap"}  # see tests/pruning/test_experts.py
+    assert all(each.name == name and each.paper.startswith("https://") for name, each in criteria.items())
+
+
+MEASURED = torch.tensor([[0.25, 4.0], [0.0, 9.0]])
+SCORES: list[tuple[str, Tensor | None, list[list[float]]]] = [
+    ("activation", None, [[1 * 1 + 2 * 10, 3 * 100 + 4 * 1000], [0 * 1 + 1 * 10, 0.5 * 100 + 0 * 1000]]),
+    ("impact", None, [[(1 * 2) ** 2 + (2 * 3) ** 2, (3 * 5) ** 2 + (4 * 7) ** 2], [(1 * 3) ** 2, 2.5**2]]),
+    ("impact", MEASURED, MEASURED.tolist()),
+    ("magnitude", None, [[6.0, 8.0], [6.0, 8.0]]),
+]
+
+
+@pytest.mark.parametrize(("name", "impact", "expected"), SCORES)
+def test_scores_written_out(name: str, impact: Tensor | None, expected: list[list[float]]) -> None:
+    assert criteria[name].score(two_units_of_two_channels(impact)).tolist() == expected
+
+
+def test_random_is_the_same_for_every_document_and_spread_over_the_unit_interval() -> None:
+    statistics = dataclasses.replace(two_units_of_two_channels(), rms=torch.rand(4, 2000), weight_norm=torch.rand(2000))
+    scores = criteria["random"].score(statistics)
+    louder = dataclasses.replace(statistics, rms=torch.zeros(4, 2000), weight_norm=torch.zeros(2000))
+    assert torch.equal(criteria["random"].score(louder), scores)
+    assert torch.equal(scores, scores[:1].expand_as(scores))
+    assert len(scores[0].unique()) > 1990
+    counts = torch.histc(scores[0], bins=4, min=0, max=1)
+    assert counts.sum() == 2000  # all of them inside
+    assert (counts > 400).all()  # 500 are expected in each quarter, with a deviation of 20
+
+
+def test_random_differs_between_layers_structures_and_seeds(tmp_path: Path) -> None:
+    profile = bench(tiny("llama"), tmp_path).profile([])
+
+    def scores(of: Structure, layer: int, seed: int) -> list[float]:
+        return criteria["random"].score(unit_statistics(profile, of, layer, seed))[0, :3].tolist()
+
+    drawn = [scores(of, layer, seed) for of in DENSE for layer in range(3) for seed in (0, 1, 2)]
+    assert len({tuple(numbers) for numbers in drawn}) == len(drawn)
+    assert scores(Structure.FFN, 2, 1) == scores(Structure.FFN, 2, 1)
+
+
+def test_an_unknown_criterion_is_answered_with_the_nearest() -> None:
+    start = "relevance.criterion: unknown criterion "
+    for name, answer in (("imapct", "did you mean 'impact'?"), ("zzz", f"valid: {', '.join(sorted(criteria))}")):
+        with pytest.raises(SpecError) as error:
+            check_criterion(name)
+        assert str(error.value) == f"{start}{name!r}; {answer}"
