@@ -328,13 +328,6 @@ def test_llm_pruner_takes_the_better_of_all_and_inner_layers() -> None:
     assert chosen == ["all", "inner"]  # else always taking the same would pass
 
 
-def test_llm_pruner_cuts_all_layers_alike_where_inner_ones_would_be_emptied() -> None:
-    model = make(num_hidden_layers=7)  # the one inner layer would lose 56 of 32 neurons
-    before = copy.deepcopy(model)
-    pruned, _ = peers.llm_pruner_taylor(model, make_text(), FRACTION)
-    assert [len(units) for units in kept_units(before, pruned)] == [FFN - WANTED] * 7
-
-
 # --- ShortGPT -------------------------------------------------------------------------------------
 
 
@@ -443,14 +436,6 @@ def test_slicegpt_takes_the_width_nearest_to_the_wanted_parameters() -> None:
     best = min(found, key=lambda width: abs(found[width] - target))
     assert pruned.model.embed_tokens.weight.shape[1] == best
     assert removed == found[best] == before - count(pruned)
-
-
-def test_slicegpt_counts_what_untying_adds() -> None:
-    model = make("biases, tied")
-    before, vocabulary = count(model), 64 * HIDDEN
-    slice_to(model, make_text(), HIDDEN)
-    # a head of its own, and two rotations a layer; the norms' weights are folded
-    assert count(model) - before == vocabulary + LAYERS * 2 * HIDDEN * HIDDEN - (2 * LAYERS + 1) * HIDDEN
 
 
 def test_slicegpt_refuses_a_norm_behind_the_block() -> None:

@@ -145,9 +145,9 @@ def test_both_are_measured_in_turn_on_the_same_prompts(
     assert all(call["prompts"] == prompts for call in called)
     assert len(set(prompts)) == 5
     assert [len(prompt.split()) for prompt in prompts] == [12] * 5
-    for call in called:
-        assert {"--ignore-eos", "--disable-shuffle", "--skip-chat-template"} <= set(call["flags"])
-        assert call["options"]["custom-output-len"] == "3"
+    for each in called:
+        assert {"--ignore-eos", "--disable-shuffle", "--skip-chat-template"} <= set(each["flags"])
+        assert each["options"]["custom-output-len"] == "3"
         assert call["options"]["max-concurrency"] == "2"
         assert call["options"]["temperature"] == "0"
 

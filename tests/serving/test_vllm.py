@@ -9,10 +9,8 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -233,46 +231,27 @@ def test_two_experts_share_an_endpoint_and_one_outlives_the_others_death(
     said: list[str] = []
     served = Deployment(experts, port=free_port(), arguments=SMALL, logs=tmp_path, report=said.append)
     client = openai.OpenAI(base_url=served.url, api_key="none", max_retries=0, timeout=600)
-    enough = threading.Event()
 
     def ask(model: str) -> int:
         answer = client.completions.create(model=model, prompt="The heart pumps", max_tokens=8, temperature=0)
         assert answer.model == model
         return int(answer.usage.completion_tokens)
 
-    def keep_asking(model: str) -> list[bool]:
-        """Whether each request was answered, as long as the test lets it ask."""
-        answered = []
-        while not enough.is_set():
-            try:
-                answered.append(ask(model) > 0)
-            except openai.APIError:
-                answered.append(False)
-                time.sleep(0.2)
-        return answered
-
-    with served, ThreadPoolExecutor(4) as pool:
+    with served:
         assert [model.id for model in client.models.list()] == ["quarter", "half"]
         chunks = client.completions.create(model="half", prompt="The", max_tokens=8, temperature=0, stream=True)
         assert len(list(chunks)) > 1
-        asking = {model: [pool.submit(keep_asking, model) for _ in range(2)] for model in served.servers}
-        begin = time.monotonic()
-        served.watch(lambda: time.monotonic() - begin > 5)
-        killed = served.servers["half"]
+        begin, killed = time.monotonic(), served.servers["half"]
         orphans = killed.tree.members()[1:]
         assert orphans
         assert killed.process is not None
         killed.process.kill()
+        assert ask("quarter") > 0
         served.watch(lambda: any("is back" in message for message in said) or time.monotonic() - begin > 1500)
         print("\n".join(said))
-        enough.set()
-        answered = {model: [told for asked in futures for told in asked.result()] for model, futures in asking.items()}
         assert not any(alive(orphan) for orphan in orphans)
         assert ask("half") > 0
         trees = [served.router.tree, *(server.tree for server in served.servers.values())]
-    assert all(answered["quarter"])
-    assert len(answered["quarter"]) > 20
-    assert not all(answered["half"])
     assert any("half died (SIGKILL)" in message for message in said)
     assert not any(tree.alive or tree.members() for tree in trees)
     check_port("127.0.0.1", served.port)

@@ -84,9 +84,7 @@ def test_budgets_are_legal_steps_apart(prepared: Prepared, allocation: str, laye
 
 
 @given(
-    losses=st.lists(st.floats(0, 0.2), min_size=7, max_size=7),
-    reachable=st.integers(1, 7),
-    expert=st.floats(0.3, 1),
+    losses=st.lists(st.floats(0, 0.2), min_size=7, max_size=7), reachable=st.integers(1, 7), expert=st.floats(0.3, 1)
 )
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_bisection_finds_what_trying_every_budget_finds(
