@@ -105,13 +105,7 @@ def made_profile(folder: Path, corpus: str, seed: int, silent: bool = False) -> 
             statistics[f"{block}.{layer}.weight_norm"] = draw(units)
             if block != "ffn":
                 statistics[f"{block}.{layer}.impact"] = draw(DOCUMENTS, units)
-    about = {
-        "digest": corpus,
-        "corpus": corpus,
-        "documents": ["x"] * DOCUMENTS,
-        "tokens": 9,
-        "layers": [vars(SHAPE)] * LAYERS,
-    }
+    about = {"digest": corpus, "corpus": corpus, "documents": ["x"] * 3, "tokens": 9, "layers": [vars(SHAPE)] * LAYERS}
     return save_profile(folder / f"{corpus}-{seed}.safetensors", about, statistics)
 
 
@@ -131,22 +125,20 @@ def one_structure(profile: Profile, structure: Structure, spec: Spec) -> CorpusS
     return corpus_scores(profile, [structure], spec)[structure]
 
 
-def numbers(profile: Profile, name: str) -> np.ndarray:
-    return profile.read(name).double().numpy()
-
-
 def raw_impact(profile: Profile, structure: Structure, layer: int) -> np.ndarray:
     """Of each document and unit, from the profile's own numbers, `[documents, units]`."""
     if structure is Structure.FFN:
-        rms = numbers(profile, f"ffn.{layer}.rms") * 2.0**-9
-        return (rms * numbers(profile, f"ffn.{layer}.output_l2")) ** 2
-    return numbers(profile, f"{'heads' if structure is Structure.QUERY_HEADS else 'groups'}.{layer}.impact")
+        rms = profile.read(f"ffn.{layer}.rms").double().numpy() * 2.0**-9
+        return (rms * profile.read(f"ffn.{layer}.output_l2").double().numpy()) ** 2
+    return (
+        profile.read(f"{'heads' if structure is Structure.QUERY_HEADS else 'groups'}.{layer}.impact").double().numpy()
+    )
 
 
 def raw_activation(profile: Profile, structure: Structure, layer: int) -> np.ndarray:
     """Root of the mean over documents of each unit's summed squares, over the layer's mean, `[units]`."""
     block, units = ("ffn", 6) if structure is Structure.FFN else ("heads", SHAPE.units(structure))
-    rms = numbers(profile, f"{block}.{layer}.rms") * 2.0**-9
+    rms = profile.read(f"{block}.{layer}.rms").double().numpy() * 2.0**-9
     norm = np.sqrt((rms.reshape(DOCUMENTS, units, -1) ** 2).sum(2).mean(0))
     return norm / norm.mean()
 

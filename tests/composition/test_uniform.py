@@ -70,33 +70,6 @@ def named_number(message: str, before: str) -> float:
 # --- FFN neurons ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("nothing", [0, 0.0])
-def test_a_budget_of_zero_removes_nothing(nothing: float) -> None:
-    assert resolved(ffn=nothing, query_heads=nothing, kv_groups=nothing) == LayerWidths(256, 4, 4)
-    assert removed_everywhere(base_of(), LayerWidths(256, 4, 4)) == 0
-    assert resolved(parameters=0.0).ffn == 256
-
-
-@pytest.mark.parametrize(
-    ("ffn", "multiple_of", "kept"),
-    [
-        (0.25, 64, 192),
-        (0.26, 64, 192),  # to the nearest legal width
-        (0.375, 64, 192),  # half way: the wider of two
-        (0.38, 64, 128),
-        (0.75, 64, 64),
-        (0.85, 64, 64),  # nearer to 64 than to nothing
-        (64, 64, 192),
-        (0.004, 1, 255),
-        (230, 1, 26),
-        (6, 50, 250),
-        (0.02, 50, 250),
-    ],
-)
-def test_ffn_width(ffn: float, multiple_of: int, kept: int) -> None:
-    assert resolved(ffn=ffn, multiple_of=multiple_of).ffn == kept
-
-
 @pytest.mark.parametrize("removed", [1, 63, 65, 100, 193, 255, 256, 10_000])
 def test_a_count_that_is_not_legal_names_counts_that_are(removed: int) -> None:
     named = re.search(r"legal counts near it: (\d+) and (\d+); the largest is (\d+)", refusal(ffn=removed))
@@ -109,40 +82,25 @@ def test_a_count_that_is_not_legal_names_counts_that_are(removed: int) -> None:
 @pytest.mark.parametrize(
     ("budget", "expected"),
     [
-        ({"ffn": {"keep": 192}}, LayerWidths(192, 4, 4)),
+        ({"ffn": 0, "query_heads": 0.0, "kv_groups": 0}, LayerWidths(256, 4, 4)),
+        ({"parameters": 0.0}, LayerWidths(256, 4, 4)),
+        ({"ffn": 0.375}, LayerWidths(192, 4, 4)),  # half way: the wider of two
+        ({"ffn": 0.85}, LayerWidths(64, 4, 4)),  # nearer to 64 than to nothing
+        ({"ffn": 0.02, "multiple_of": 50}, LayerWidths(250, 4, 4)),
         ({"ffn": {"keep": "75%"}}, LayerWidths(192, 4, 4)),
         ({"ffn": "25%"}, LayerWidths(192, 4, 4)),
         ({"ffn": {"remove": 64}}, LayerWidths(192, 4, 4)),
         ({"kv_groups": {"keep": 3}}, LayerWidths(256, 4, 3)),
         ({"query_heads": {"keep": 4}}, LayerWidths(256, 1, 4)),
+        ({"query_heads": 0.7}, LayerWidths(256, 1, 4)),  # 2.8 of 4 heads of a group
+        ({"kv_groups": 2, "query_heads": 8}, LayerWidths(256, 2, 2)),  # counts are of the base's heads
     ],
 )
-def test_what_stays_can_be_said_too(budget: dict[str, Any], expected: LayerWidths) -> None:
+def test_widths_of_a_budget(budget: dict[str, Any], expected: LayerWidths) -> None:
     assert resolved(**budget) == expected
 
 
 # --- heads ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("budget", "per_group", "groups"),
-    [
-        ({"query_heads": 0.5}, 2, 4),
-        ({"query_heads": 8}, 2, 4),
-        ({"query_heads": 12}, 1, 4),
-        ({"query_heads": 0.75}, 1, 4),
-        ({"query_heads": 0.7}, 1, 4),  # 2.8 of 4 heads of a group
-        ({"kv_groups": 0.5}, 4, 2),
-        ({"kv_groups": 2}, 4, 2),
-        ({"kv_groups": 3}, 4, 1),
-        ({"kv_groups": 0.5, "query_heads": 0.5}, 2, 2),
-        ({"kv_groups": 2, "query_heads": 8}, 2, 2),  # counts are of the base's heads
-    ],
-)
-def test_head_counts(budget: dict[str, Any], per_group: int, groups: int) -> None:
-    widths = resolved(**budget)
-    assert (widths.heads_per_group, widths.kv_groups, widths.query_heads) == (per_group, groups, per_group * groups)
-    assert widths.ffn == 256
 
 
 NARROW = {"hidden": 32}  # 12 and 6 heads do not divide it; 4, 8 and 16 do
@@ -250,6 +208,9 @@ def test_any_budget_gives_widths_that_llama_can_say_or_is_refused(
         assert groups * (per_group - widths.heads_per_group) == query_heads
     if isinstance(kv_groups, float):
         assert abs(groups - widths.kv_groups - kv_groups * groups) <= 0.5 + 1e-9
+    if isinstance(ffn, float):
+        legal = [w for w in range(multiple_of, 64, multiple_of) if w >= floor * 64 - 1e-9] + [64]
+        assert widths.ffn == min(legal, key=lambda width: (abs(width - 64 * (1 - ffn)), -width))
 
 
 # --- parameters -----------------------------------------------------------------------------------------------------

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -105,80 +102,6 @@ def test_a_chat_is_answered_whole_and_as_a_stream(serving: Serving) -> None:
     pieces = [chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**request, stream=True)]
     assert len([piece for piece in pieces if piece]) > 1
     assert "".join(pieces) == whole.choices[0].message.content
-
-
-MALFORMED: list[bytes] = [
-    b'{"model": "quarter", "prompt": "The',
-    b"",
-    b'{"prompt": "no model but a wrong type", "max_tokens": "many"}',
-    b'{"model": "quarter", "prompt": "The heart", "max_tokens": -1}',
-    b'{"model": "quarter", "prompt": "The heart", "temperature": -3}',
-    b'{"model": "another", "prompt": "The heart"}',
-    b'{"model": "quarter", "messages": 7}',
-]
-
-
-async def one_request(client: Any, raw: Any, number: int, chance: random.Random) -> str:
-    """Send one request; which of five kinds, and how long, follows from its number and chance."""
-    if number % 5 == 4:
-        body = MALFORMED[number // 5 % len(MALFORMED)]
-        answer = await raw.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
-        assert 400 <= answer.status_code < 500, (body, answer.text)
-        return "refused"
-    length = chance.choice([1, 5, 20, 60, 200])
-    request = {"model": "quarter", "prompt": "blood " * length, "temperature": 0, "extra_body": {"ignore_eos": True}}
-    if number % 5 == 3:  # cancelled: before anything has come, or in the middle of the stream
-        if number % 2:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(client.completions.create(**request, max_tokens=64), 0.05)
-        else:
-            stream = await client.completions.create(**request, max_tokens=64, stream=True)
-            async for _ in stream:
-                break
-            await stream.close()
-        return "cancelled"
-    wanted = chance.choice([1, 2, 4, 8])
-    answer = await client.completions.create(**request, max_tokens=wanted)
-    assert answer.usage.completion_tokens == wanted
-    assert answer.usage.prompt_tokens >= length
-    return "answered"
-
-
-async def hundred_requests(serving: Serving, first: int) -> list[str]:
-    """32 at a time, each on a connection of its own: the server closes an idle one after 5 s, also as a request comes."""
-    chance, gate = random.Random(first), asyncio.Semaphore(32)
-    alone = httpx.Limits(max_keepalive_connections=0)
-    async with (
-        httpx.AsyncClient(base_url=serving.root, timeout=600, limits=alone) as raw,
-        openai.AsyncOpenAI(base_url=f"{serving.root}/v1", api_key="none", max_retries=0, http_client=raw) as client,
-    ):
-
-        async def gated(number: int) -> str:
-            async with gate:
-                return await one_request(client, raw, number, chance)
-
-        return list(await asyncio.gather(*(gated(number) for number in range(first, first + 100))))
-
-
-def resident(serving: Serving) -> int:
-    """Bytes that all processes of the server hold."""
-    return sum(member.memory_info().rss for member in serving.members())
-
-
-def test_five_hundred_requests_kind_and_unkind_leave_the_server_as_it_was(serving: Serving) -> None:
-    """Memory is flat from where the engine has computed every number of tokens at once."""
-    for tokens in range(1, 17):
-        serving.client().completions.create(model="quarter", prompt=[1000] * tokens, max_tokens=1)
-    held, outcomes, before = [resident(serving)], [], serving.log.stat().st_size
-    for first in range(0, 500, 100):
-        outcomes += asyncio.run(hundred_requests(serving, first))
-        held.append(resident(serving))
-    assert {kind: outcomes.count(kind) for kind in set(outcomes)} == {"answered": 300, "cancelled": 100, "refused": 100}
-    print(f"resident memory before, and after each hundred, MiB: {[round(size / 2**20) for size in held]}")
-    assert held[-1] < 1.01 * held[0]
-    assert serving.process.poll() is None
-    assert httpx.get(f"{serving.root}/health").status_code == 200
-    assert b"Traceback" not in serving.log.read_bytes()[before:]
 
 
 def test_vllms_benchmark_measures_it(serving: Serving, experts: list[Path], tmp_path: Path) -> None:
