@@ -50,19 +50,16 @@ def logits_of(model: Any, ids: torch.Tensor | None = None) -> torch.Tensor:
 
 def inputs_of(model: Any, batches: list[Batch], path: str) -> list[Floats]:
     """The inputs of each layer's submodule, `[tokens, channels]`, document by document."""
-    layers = model.model.layers
-    seen: list[list[Floats]] = [[] for _ in layers]
+    modules = [layer.get_submodule(path) for layer in model.model.layers]
+    seen: dict[Any, list[Floats]] = {module: [] for module in modules}
     handles = [
-        layer.get_submodule(path).register_forward_hook(
-            lambda _, inputs, __, into=into: into.append(inputs[0][0].double().numpy())
-        )
-        for layer, into in zip(layers, seen, strict=True)
+        module.register_forward_pre_hook(lambda m, x: seen[m].append(x[0][0].double().numpy())) for module in seen
     ]
     for ids in documents(batches):
         logits_of(model, ids)
     for handle in handles:
         handle.remove()
-    return [np.concatenate(parts) for parts in seen]
+    return [np.concatenate(seen[module]) for module in modules]
 
 
 def down(model: Any, layer: int) -> Floats:

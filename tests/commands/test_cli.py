@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -81,13 +80,6 @@ def test_a_wrong_call_exits_with_2_and_says_what_is_wrong(args: list[str], words
     result = call(*args, code=2)
     assert words in result.stderr
     assert result.stdout == ""
-
-
-def test_the_schema_command_prints_the_schema_of_a_spec() -> None:
-    schema = strict(call("schema").stdout)
-    jsonschema.Draft202012Validator.check_schema(schema)
-    assert set(schema["required"]) == {"name", "base", "dimensions", "budget"}
-    assert schema["additionalProperties"] is False
 
 
 @pytest.fixture(scope="module")

@@ -182,10 +182,6 @@ def spec_file(tmp_path: Path, spec_data: Data) -> Path:
     return path
 
 
-def compared(*arguments: Any) -> Data:
-    return call_json("compare", *arguments)
-
-
 def names(data: Data) -> list[str]:
     return [corpus["name"] for corpus in data["corpora"]]
 
@@ -197,7 +193,7 @@ def own_relevance(profile: Profile, layer: int) -> list[float]:
 
 
 def test_the_command_compares_every_pair_of_a_specs_corpora(spec_file: Path) -> None:
-    data = compared(spec_file, "--set", "compose.aggregate=max", "--fraction", "0.5")
+    data = call_json("compare", spec_file, "--set", "compose.aggregate=max", "--fraction", "0.5")
     profiles = expertprune.profile(spec_file)
     assert names(data) == CORPORA
     assert [corpus["profile"] for corpus in data["corpora"]] == [profile.digest for profile in profiles.values()]
@@ -217,16 +213,16 @@ def test_the_command_compares_every_pair_of_a_specs_corpora(spec_file: Path) -> 
 
 
 def test_stored_profiles_are_compared_without_the_model(spec_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = compared(spec_file)
+    first = call_json("compare", spec_file)
     everywhere(monkeypatch, "expertprune.models.loading.load_model", refuse_to_load)
-    assert compared(spec_file) == first
+    assert call_json("compare", spec_file) == first
     assert expertprune.compare(load_spec(spec_file)).document() == first
     groups = {"kv_groups": first["structures"]["kv_groups"]}
-    assert compared(spec_file, "--structure", "kv_groups")["structures"] == groups
+    assert call_json("compare", spec_file, "--structure", "kv_groups")["structures"] == groups
 
 
 def test_the_table_shows_what_the_json_says(spec_file: Path) -> None:
-    data = compared(spec_file)
+    data = call_json("compare", spec_file)
     text = call("compare", spec_file).stdout
     sections = dict(zip(data["structures"], text.split("\n\n")[1:], strict=True))
     for structure, result in data["structures"].items():
@@ -234,12 +230,11 @@ def test_the_table_shows_what_the_json_says(spec_file: Path) -> None:
         assert lines[0].startswith(f"{structure}: {result['irrelevant']} of {result['units']} units")
         assert lines[0].endswith(f"by chance {result['chance']:.2f}")
         rows = [line.split() for line in lines[1:] if "─" not in line][1:]
-        assert [row[:2] for row in rows] == [[str(i), name] for i, name in enumerate(result["order"], 1)]
-        order = [names(data).index(name) for name in result["order"]]
+        order = [CORPORA.index(name) for name in result["order"]]
         for number, corpus in enumerate(order):
             below = [f"{result['rank_correlation'][corpus][other]:.2f}" for other in order[:number]]
             above = [f"{result['overlap'][corpus][other]:.2f}" for other in order[number + 1 :]]
-            assert rows[number][2:] == below + above
+            assert rows[number] == [str(number + 1), CORPORA[corpus], *below, *above]
         # A line above the head, below it, and below each cluster.
         assert sum("─" in line for line in lines) == 2 + len(result["clusters"])
 
@@ -250,21 +245,21 @@ def test_several_specs_name_their_corpora_together(tmp_path: Path, spec_data: Da
         path = tmp_path / f"{value}.yaml"
         path.write_text(yaml.safe_dump({**spec_data, "name": value, "dimensions": {dimension: value}}))
         paths.append(path)
-    assert names(compared(*paths)) == ["domain/medical", "general/general", "task/qa"]
+    assert names(call_json("compare", *paths)) == ["domain/medical", "general/general", "task/qa"]
 
 
 def test_all_takes_every_stored_profile_of_the_base(tmp_path: Path, spec_file: Path, spec_data: Data) -> None:
     expertprune.profile(spec_file)
     expertprune.profile(spec_file, overrides={"base.model": str(save_tiny(tmp_path / "other", seed=1))})
     (tmp_path / "en.yaml").write_text(yaml.safe_dump({**spec_data, "dimensions": {"language": "en"}, "general": []}))
-    data = compared(tmp_path / "en.yaml", "--all")
+    data = call_json("compare", tmp_path / "en.yaml", "--all")
     assert sorted(names(data)) == sorted(CORPORA)
     assert names(data)[0] == "language/en", "the spec's own come first"
 
 
 def test_corpora_of_one_name_are_told_apart_by_their_profiles(spec_file: Path) -> None:
     other = expertprune.profile(spec_file, overrides={"calibration.documents": 5, "dimensions": {"domain": "medical"}})
-    data = compared(spec_file, "--all")
+    data = call_json("compare", spec_file, "--all")
     medical = [corpus for corpus in data["corpora"] if corpus["name"].startswith("domain/medical")]
     assert [corpus["name"] for corpus in medical] == [f"domain/medical ({c['profile'][:8]})" for c in medical]
     assert [corpus["documents"] for corpus in medical] == [12, 5]
@@ -275,15 +270,15 @@ def test_corpora_of_one_name_are_told_apart_by_their_profiles(spec_file: Path) -
 def test_a_stored_profile_that_cannot_be_read_is_left_out(
     spec_file: Path, store: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = compared(spec_file)
+    first = call_json("compare", spec_file)
     (store / "profiles" / "noise.safetensors").write_bytes(b"noise")
-    assert compared(spec_file, "--all") == first
+    assert call_json("compare", spec_file, "--all") == first
     assert "noise.safetensors is left out" in caplog.text
 
 
 def test_structures_with_one_unit_per_layer_are_left_out(tmp_path: Path, spec_file: Path) -> None:
     base = save_tiny(tmp_path / "narrow", num_attention_heads=2, num_key_value_heads=1)
-    data = compared(spec_file, "--set", f"base.model={base}")
+    data = call_json("compare", spec_file, "--set", f"base.model={base}")
     assert list(data["structures"]) == ["ffn", "query_heads"]
     error = call("compare", spec_file, "--set", f"base.model={base}", "--structure", "kv_groups", code=2).stderr
     assert "error: kv_groups: no layer has more than one" in error
@@ -305,7 +300,7 @@ def test_the_svg_names_every_corpus_and_prints_every_value(tmp_path: Path, spec_
     spec_file = tmp_path / "tiny.yaml"
     spec_file.write_text(yaml.safe_dump(spec_data))
     corpora = ["language/en", "domain/a$_b$", "task/qa", "general/general"]
-    data = compared(spec_file, "--structure", "ffn", "--picture", tmp_path / "a.svg")
+    data = call_json("compare", spec_file, "--structure", "ffn", "--picture", tmp_path / "a.svg")
     call("compare", spec_file, "--structure", "ffn", "--picture", tmp_path / "b.svg")
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     found = text_of(tmp_path / "a.svg")
@@ -403,8 +398,8 @@ def test_a_picture_that_cannot_be_written_is_refused_before_anything_else(
     (tmp_path / "folder.png").mkdir()
     refusals = {
         "a.jpg": "a picture is a .png or .svg file",
-        "absent/a.png": "there is no folder",
-        "folder.png": "it is a folder",
+        "absent/a.png": "cannot be written: there is no folder",
+        "folder.png": "cannot be written: it is a folder",
     }
     for picture, words in refusals.items():
         assert f"error: {tmp_path / picture}: {words}" in refused(spec_file, "--picture", tmp_path / picture)

@@ -215,16 +215,15 @@ def test_documents_that_are_held_back_calibrate_nothing(
     prepared = expertprune.validate(parse_spec(retaining_spec, "spec", tmp_path))
     profiled: dict[str, set[str]] = {}
     repaired: list[tuple[int, ...]] = []
-    original, prune = measure_corpus, prune_base
 
     def profiling(text: Any, part: Any, path: Path, about: Any, *rest: Any) -> Any:
         profiled[about["corpus"]] = set(about["documents"])
-        return original(text, part, path, about, *rest)
+        return measure_corpus(text, part, path, about, *rest)
 
     def pruning(plan: Plan, base: Any, folder: Path, repair_input: Any) -> None:
         for batch in repair_input.batches:
             repaired.extend(tuple(row[:n].tolist()) for row, n in zip(batch.ids, batch.lengths, strict=True))
-        prune(plan, base, folder, repair_input)
+        prune_base(plan, base, folder, repair_input)
 
     everywhere(monkeypatch, "expertprune.profiling.store.measure", profiling)
     everywhere(monkeypatch, "expertprune.pruning.write.prune", pruning)
