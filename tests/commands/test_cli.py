@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -81,13 +80,6 @@ def test_a_wrong_call_exits_with_2_and_says_what_is_wrong(args: list[str], words
     result = call(*args, code=2)
     assert words in result.stderr
     assert result.stdout == ""
-
-
-def test_the_schema_command_prints_the_schema_of_a_spec() -> None:
-    schema = strict(call("schema").stdout)
-    jsonschema.Draft202012Validator.check_schema(schema)
-    assert set(schema["required"]) == {"name", "base", "dimensions", "budget"}
-    assert schema["additionalProperties"] is False
 
 
 @pytest.fixture(scope="module")
@@ -280,18 +272,6 @@ def digests(*args: Any) -> dict[str, str]:
     return {name: entry["digest"] for name, entry in call_json("profile", *args)["profiles"].items()}
 
 
-def test_a_second_profile_run_does_not_run_the_model(
-    tmp_path: Path, spec_file: Path, store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = digests(spec_file)
-    before = contents(store / "profiles")
-    everywhere(monkeypatch, "expertprune.models.loading.load_model", refuse_to_load)
-    assert digests(spec_file) == first
-    assert contents(store / "profiles") == before
-    plan = call_json("compose", spec_file, "--out", tmp_path / "plan.json")
-    assert plan["profiles"] == first
-
-
 def test_composing_from_stored_profiles_alone(tmp_path: Path, spec_file: Path, no_model: None) -> None:
     """Nothing is measured: what is missing is named, and no plan is written."""
     out = tmp_path / "plan.json"
@@ -382,19 +362,6 @@ def test_the_store_is_the_option_before_the_variable(tmp_path: Path, spec_file: 
 
 
 # --- exit codes -----------------------------------------------------------------------------------------------------
-
-
-def test_an_interruption_exits_with_1_and_says_what_is_left(
-    tmp_path: Path, spec_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    everywhere(monkeypatch, "expertprune.stages.compose.plan_of", interrupted)
-    result = call("build", spec_file, "--out", tmp_path / "expert", code=1)
-    assert "interrupted" in result.stderr
-    assert result.stdout == ""
-    assert not (tmp_path / "expert").exists()
 
 
 def test_a_defect_is_not_disguised_as_a_users_mistake(spec_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

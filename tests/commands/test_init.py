@@ -57,12 +57,6 @@ def test_without_a_name_the_specs_are_listed(here: Path) -> None:
     listed = json.loads(call("init", "--json").output)["specs"]
     assert [entry["name"] for entry in listed] == [path.stem for path in SHIPPED]
     assert all(entry["about"].endswith(".") for entry in listed)
-    assert all(
-        path.stem
-        in call(
-            "init",
-        ).output
-        for path in SHIPPED
-    )
+    assert all(path.stem in call("init").output for path in SHIPPED)
     assert "--out goes with a NAME" in call("init", "--out", "x.yaml", code=2).stderr
     assert list(here.iterdir()) == []

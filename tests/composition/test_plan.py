@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,7 @@ import pytest
 import torch
 
 import expertprune
-from expertprune.artifacts.plan import KindCount, LayerPlan, Plan, UnitReasons, load_plan
-from expertprune.artifacts.profile import Profile
+from expertprune.artifacts.plan import KindCount, UnitReasons, load_plan
 from expertprune.composition.plan import compose, explain, keep_largest, select_layer
 from expertprune.composition.scoring import EXPERT, GENERAL, SHARED, Fused
 from expertprune.composition.widths import LayerWidths
@@ -22,11 +20,6 @@ from expertprune.models.base import resolve_base
 from expertprune.spec.reading import parse_spec
 from expertprune.spec.schema import Budget, Spec
 from expertprune.units import KeptUnits, LayerShape, Structure
-
-
-def numbers(profile: Profile, name: str) -> np.ndarray:
-    return profile.read(name).double().numpy()
-
 
 # --- selection ------------------------------------------------------------------------------------------------------
 
@@ -92,15 +85,10 @@ def test_explain_counts_who_protected_the_kept_units() -> None:
 # --- whole plans ----------------------------------------------------------------------------------------------------
 
 
-def widths_of(plan: Plan) -> set[tuple[int, int, int]]:
-    return {(len(k.ffn), len(k.query_heads), len(k.kv_groups)) for k in plan.kept}
-
-
 @pytest.mark.parametrize(
     ("budget", "widths", "scored"),
     [
         ({"budget.ffn": 0.25}, (24, 6, 3), {"ffn"}),
-        ({"budget.ffn": 12}, (20, 6, 3), {"ffn"}),
         ({"budget.ffn": 0, "budget.kv_groups": 1}, (32, 4, 2), {"kv_groups"}),  # heads only leave with their group
         ({"budget.ffn": 0, "budget.query_heads": 3}, (32, 3, 3), {"query_heads"}),
         (
@@ -115,8 +103,7 @@ def test_every_layer_has_exactly_the_widths_of_the_budget(
     tiny_spec: Spec, budget: dict[str, Any], widths: tuple[int, int, int], scored: set[str], general: list[str]
 ) -> None:
     plan = expertprune.compose(tiny_spec, overrides={**budget, "general": general})
-    assert len(plan.layers) == 3
-    assert widths_of(plan) == {widths}
+    assert [(len(k.ffn), len(k.query_heads), len(k.kv_groups)) for k in plan.kept] == [widths] * 3
     assert [plan.budget[s].kept for s in ("ffn", "query_heads", "kv_groups")] == list(widths)
     for layer in plan.layers:
         assert set(layer.why) == scored
@@ -131,13 +118,6 @@ def test_every_layer_has_exactly_the_widths_of_the_budget(
                 assert sum(kind.units for kind in kinds) == {"ffn": 32, "query_heads": 6, "kv_groups": 3}[structure]
 
 
-def test_a_budget_of_zero_keeps_everything(tiny_spec: Spec) -> None:
-    plan = expertprune.compose(tiny_spec, overrides={"budget.ffn": 0})
-    assert plan.cuts_nothing
-    assert plan.parameters.after == plan.parameters.before
-    assert plan.layers == [LayerPlan(shape.all_kept, {}) for shape in plan.shapes]
-
-
 def test_a_plan_is_what_the_profiles_say(tiny_spec: Spec) -> None:
     """The intersection by hand: largest share over three corpora; what is smallest in each layer goes."""
     spec = parse_spec(tiny_spec.document(), "spec", Path.cwd(), {"general": []})
@@ -145,10 +125,9 @@ def test_a_plan_is_what_the_profiles_say(tiny_spec: Spec) -> None:
     plan = expertprune.compose(spec)
     largest = []
     for profile in profiles.values():
-        rms = [numbers(profile, f"ffn.{layer}.rms") * numbers(profile, f"ffn.{layer}.rms.scale") for layer in range(3)]
-        impact = np.array([(rms[layer] * numbers(profile, f"ffn.{layer}.output_l2")) ** 2 for layer in range(3)]).mean(
-            1
-        )
+        parts = ("rms", "rms.scale", "output_l2")
+        factors = [[profile.read(f"ffn.{n}.{part}").double().numpy() for part in parts] for n in range(3)]
+        impact = np.array([(rms * scale * norm) ** 2 for rms, scale, norm in factors]).mean(1)
         largest.append(impact / impact.sum())
     assert len(largest) == 3
     score = np.max(largest, axis=0)
@@ -161,14 +140,6 @@ def test_a_plan_is_what_the_profiles_say(tiny_spec: Spec) -> None:
         assert list(why.protected.values()) == np.bincount(owners, minlength=3).tolist()
 
 
-def test_the_plan_says_how_many_parameters_stay(tiny_spec: Spec) -> None:
-    """Three layers, hidden 24: a neuron has three rows; a group of two heads of 4 has 16 rows of q and o, 8 of k and v."""
-    plan = expertprune.compose(tiny_spec, overrides={"budget.kv_groups": 1})
-    attention = 24 * (2 * 24 + 2 * 12)
-    assert plan.parameters.before == 2 * 64 * 24 + 24 + 3 * (3 * 24 * 32 + attention + 2 * 24)
-    assert plan.parameters.before - plan.parameters.after == 3 * (8 * 3 * 24 + (2 * 2 * 4 + 2 * 4) * 24)
-
-
 def test_plans_are_deterministic_and_the_same_after_saving_and_loading(tiny_spec: Spec, tmp_path: Path) -> None:
     overrides = {"budget.kv_groups": 1, "budget.query_heads": 3}
     one = expertprune.compose(tiny_spec, store=tmp_path / "one", overrides=overrides)
@@ -177,37 +148,6 @@ def test_plans_are_deterministic_and_the_same_after_saving_and_loading(tiny_spec
     assert one.digest == other.digest
     one.save(tmp_path / "plan.json")
     assert load_plan(tmp_path / "plan.json") == one
-
-
-@pytest.mark.parametrize("settings_", [{}, {"general": []}, {"compose.scale": "percentile"}, {"compose.rule": "mean"}])
-def test_a_larger_budget_never_keeps_what_a_smaller_one_dropped(tiny_spec: Spec, settings_: dict[str, Any]) -> None:
-    plans = [expertprune.compose(tiny_spec, overrides={**settings_, "budget.ffn": n}) for n in (4, 8, 16, 28)]
-    for larger, smaller in itertools.pairwise(plans):
-        for more, fewer in zip(larger.kept, smaller.kept, strict=True):
-            assert set(fewer.ffn) < set(more.ffn)
-
-
-def test_more_heads_or_groups_never_bring_back_what_fewer_dropped(tiny_spec: Spec) -> None:
-    def kept(**budget: int) -> list[KeptUnits]:
-        overrides = {"budget.ffn": 0, **{f"budget.{key}": count for key, count in budget.items()}}
-        return expertprune.compose(tiny_spec, overrides=overrides).kept
-
-    one, two, both = kept(kv_groups=1), kept(kv_groups=2), kept(kv_groups=2, query_heads=3)
-    for a, b, c in zip(one, two, both, strict=True):
-        assert set(b.kv_groups) < set(a.kv_groups)
-        assert set(b.query_heads) < set(a.query_heads)
-        assert c.kv_groups == b.kv_groups
-        assert set(c.query_heads) < set(b.query_heads)
-
-
-def test_the_control_is_blind_and_seeded(tiny_spec: Spec) -> None:
-    def kept(seed: int) -> list[KeptUnits]:
-        overrides = {"relevance.criterion": "random", "relevance.seed": seed}
-        return expertprune.compose(tiny_spec, overrides=overrides).kept
-
-    assert kept(0) == kept(0)
-    assert kept(0) != kept(1)
-    assert len({layer.ffn for layer in kept(0)}) == 3
 
 
 def test_compose_refuses_what_it_cannot_do(tiny_spec: Spec, store: Path) -> None:

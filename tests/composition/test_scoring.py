@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from torch import Tensor
 
-from expertprune.artifacts.profile import Profile, ProfilePart, halved, save_profile
+from expertprune.artifacts.profile import Profile, save_profile
 from expertprune.composition.scoring import (
     EXPERT,
     GENERAL,
@@ -23,7 +23,6 @@ from expertprune.composition.scoring import (
     CorpusScores,
     corpus_scores,
     fuse,
-    needed_part,
     over_documents,
     percentile,
     rules,
@@ -31,8 +30,6 @@ from expertprune.composition.scoring import (
     standard,
 )
 from expertprune.corpora.documents import CorpusName
-from expertprune.errors import SpecError
-from expertprune.relevance import Pass
 from expertprune.spec.schema import Budget, Dimensions, Fusion, Relevance, Spec
 from expertprune.units import DENSE, LayerShape, Structure
 
@@ -73,13 +70,7 @@ def test_standard_written_out() -> None:
 
 @pytest.mark.parametrize(
     ("how", "expected"),
-    [
-        ("mean", [2.5, 20.0]),
-        ("max", [4.0, 50.0]),
-        (0.5, [2.5, 15.0]),
-        (0.25, [1.75, 7.5]),
-        (0.9, [3.7, 41.0]),
-    ],
+    [("mean", [2.5, 20.0]), ("max", [4.0, 50.0]), (0.5, [2.5, 15.0]), (0.25, [1.75, 7.5]), (0.9, [3.7, 41.0])],
 )
 def test_over_documents(how: str | float, expected: list[float]) -> None:
     scores = torch.tensor([[1.0, 50.0], [4.0, 0.0], [2.0, 20.0], [3.0, 10.0]])
@@ -89,7 +80,6 @@ def test_over_documents(how: str | float, expected: list[float]) -> None:
 # --- scores of made-up profiles -------------------------------------------------------------------------------------
 
 SHAPE = LayerShape(hidden=8, ffn=6, query_heads=4, kv_heads=2, head_dim=2)
-TEXT = ProfilePart(Pass.GRADIENT, "language_model")
 LAYERS, DOCUMENTS = 2, 3
 
 
@@ -115,13 +105,7 @@ def made_profile(folder: Path, corpus: str, seed: int, silent: bool = False) -> 
             statistics[f"{block}.{layer}.weight_norm"] = draw(units)
             if block != "ffn":
                 statistics[f"{block}.{layer}.impact"] = draw(DOCUMENTS, units)
-    about = {
-        "digest": corpus,
-        "corpus": corpus,
-        "documents": ["x"] * DOCUMENTS,
-        "tokens": 9,
-        "layers": [vars(SHAPE)] * LAYERS,
-    }
+    about = {"digest": corpus, "corpus": corpus, "documents": ["x"] * 3, "tokens": 9, "layers": [vars(SHAPE)] * LAYERS}
     return save_profile(folder / f"{corpus}-{seed}.safetensors", about, statistics)
 
 
@@ -141,22 +125,20 @@ def one_structure(profile: Profile, structure: Structure, spec: Spec) -> CorpusS
     return corpus_scores(profile, [structure], spec)[structure]
 
 
-def numbers(profile: Profile, name: str) -> np.ndarray:
-    return profile.read(name).double().numpy()
-
-
 def raw_impact(profile: Profile, structure: Structure, layer: int) -> np.ndarray:
     """Of each document and unit, from the profile's own numbers, `[documents, units]`."""
     if structure is Structure.FFN:
-        rms = numbers(profile, f"ffn.{layer}.rms") * 2.0**-9
-        return (rms * numbers(profile, f"ffn.{layer}.output_l2")) ** 2
-    return numbers(profile, f"{'heads' if structure is Structure.QUERY_HEADS else 'groups'}.{layer}.impact")
+        rms = profile.read(f"ffn.{layer}.rms").double().numpy() * 2.0**-9
+        return (rms * profile.read(f"ffn.{layer}.output_l2").double().numpy()) ** 2
+    return (
+        profile.read(f"{'heads' if structure is Structure.QUERY_HEADS else 'groups'}.{layer}.impact").double().numpy()
+    )
 
 
 def raw_activation(profile: Profile, structure: Structure, layer: int) -> np.ndarray:
     """Root of the mean over documents of each unit's summed squares, over the layer's mean, `[units]`."""
     block, units = ("ffn", 6) if structure is Structure.FFN else ("heads", SHAPE.units(structure))
-    rms = numbers(profile, f"{block}.{layer}.rms") * 2.0**-9
+    rms = profile.read(f"{block}.{layer}.rms").double().numpy() * 2.0**-9
     norm = np.sqrt((rms.reshape(DOCUMENTS, units, -1) ** 2).sum(2).mean(0))
     return norm / norm.mean()
 
@@ -212,75 +194,11 @@ def test_structures_that_compete_share_one_total(tmp_path: Path) -> None:
             np.testing.assert_allclose(layers[layer].score, raw[structure][layer] / raw[structure].sum(), rtol=1e-5)
 
 
-def test_fluctuation_is_the_variance_over_all_tokens(tmp_path: Path) -> None:
-    """`(Σx²/9 − (Σx/9)²) · ‖W_c‖²`, summed over a head's two channels."""
-    profile, spec = made_profile(tmp_path, "en", 1), a_spec({"language": ["en"]}, [])
-    spec.relevance.criterion = "fluctuation"
-    expected = []
-    for layer in range(LAYERS):
-        mean = numbers(profile, f"heads.{layer}.sum") / 9
-        variance = numbers(profile, f"heads.{layer}.square_sum") / 9 - mean**2
-        weighted = variance * numbers(profile, f"heads.{layer}.output_l2") ** 2
-        expected.append(weighted.reshape(4, 2).sum(1))
-    scaled = one_structure(profile, Structure.QUERY_HEADS, spec).scaled
-    np.testing.assert_allclose(np.stack(scaled), np.stack(expected) / np.sum(expected), rtol=1e-5)
-
-
-# --- parts of a profile that other passes gave ----------------------------------------------------------------------
-
-
-def save_part(profile: Profile, part: ProfilePart, seed: int = 0) -> dict[str, Tensor]:
-    """A part of random values beside a profile, signs included; the values."""
-    generator = torch.Generator().manual_seed(seed)
-    units = {"ffn": SHAPE.ffn, "heads": SHAPE.query_heads}
-    values, stored = {}, {}
-    for layer in range(LAYERS):
-        for block, count in units.items():
-            name = f"{block}.{layer}.value"
-            values[name] = torch.randn(DOCUMENTS, count, generator=generator).mul(64).round().div(64)
-            stored |= halved(name, values[name])
-    save_profile(part.path(profile.path), {**profile.about, "part": str(part)}, stored)
-    return values
-
-
-@pytest.mark.parametrize("criterion", ["taylor", "fisher"])
-@pytest.mark.parametrize("structure", DENSE)
-def test_criteria_read_their_part(tmp_path: Path, criterion: str, structure: Structure) -> None:
-    """Taylor `mean_d |g|`, Fisher `mean_d 3 g²` (three predicted tokens each); a group's mask moves all its heads, so its
-    gradient is their sum."""
-    profile, spec = made_profile(tmp_path, "en", 1), a_spec({"language": ["en"]}, [])
-    values = save_part(profile, TEXT)
-    spec.relevance.criterion = criterion
-    expected = []
-    for layer in range(LAYERS):
-        gradient = values[f"{'ffn' if structure is Structure.FFN else 'heads'}.{layer}.value"].double().numpy()
-        if structure is Structure.KV_GROUPS:
-            gradient = gradient.reshape(DOCUMENTS, 2, 2).sum(2)
-        expected.append((np.abs(gradient) if criterion == "taylor" else 3 * gradient**2).mean(0))
-    scaled = one_structure(profile, structure, spec).scaled
-    np.testing.assert_allclose(np.stack(scaled), np.stack(expected) / np.sum(expected), rtol=1e-5)
-
-
-def test_a_part_that_was_never_made_is_named(tmp_path: Path) -> None:
-    assert needed_part(Relevance(criterion="regional", loss="kl")) == ProfilePart(Pass.REGIONAL)
-    profile, spec = made_profile(tmp_path, "en", 1), a_spec({"language": ["en"]}, [])
-    spec.relevance.criterion, spec.relevance.loss = "taylor", "kl"
-    save_part(profile, TEXT)
-    with pytest.raises(SpecError, match=r"the profile of en lacks the gradient-kl pass.*run the profile stage"):
-        one_structure(profile, Structure.FFN, spec)
-
-
 @pytest.fixture
 def profiles(tmp_path: Path) -> dict[CorpusName, Profile]:
-    names = [
-        ("language", "en"),
-        ("language", "de"),
-        ("domain", "medical"),
-        ("task", "qa"),
-        ("general", "g"),
-        ("general", "h"),
-    ]
-    return {CorpusName(*name): made_profile(tmp_path, name[1], seed) for seed, name in enumerate(names)}
+    names = ("language/en", "language/de", "domain/medical", "task/qa", "general/g", "general/h")
+    named = [CorpusName(*name.split("/")) for name in names]
+    return {name: made_profile(tmp_path, name.value, seed) for seed, name in enumerate(named)}
 
 
 def shares(profile: Profile, structure: Structure) -> np.ndarray:
@@ -308,20 +226,6 @@ def test_several_values_of_a_dimension_count_by_their_largest(
     assert not np.allclose(np.maximum(en, de), en)
 
 
-@pytest.mark.parametrize("structure", DENSE)
-def test_several_general_corpora_count_by_their_largest(
-    profiles: dict[CorpusName, Profile], structure: Structure
-) -> None:
-    """With everything shared and the general score alone, that is what is left."""
-    spec = a_spec({"language": ["en"]}, ["g", "h"], fusion={"tau": 1.0, "lambda": 1.0})
-    g, h = (shares(profiles[CorpusName("general", value)], structure) for value in "gh")
-    fused = score_units(spec, profiles, [structure])[structure]
-    for layer in range(LAYERS):
-        np.testing.assert_allclose(fused[layer].score, np.maximum(g, h)[layer], rtol=1e-5)
-        assert fused[layer].kind is not None
-        assert set(fused[layer].kind.tolist()) == {SHARED}
-
-
 @pytest.mark.parametrize("tau", [0.02, 0.05, 0.1, 0.15, 0.2])
 def test_scores_are_fused_with_the_activations_of_the_dimensions(
     profiles: dict[CorpusName, Profile], tau: float
@@ -333,10 +237,8 @@ def test_scores_are_fused_with_the_activations_of_the_dimensions(
         ["g", "h"],
         fusion={"method": "shared_exclusive", "tau": tau, "lambda": weight, "beta": beta},
     )
-    expert_of = [
-        profiles[CorpusName(*name)] for name in (("language", "en"), ("language", "de"), ("domain", "medical"))
-    ]
-    general_of = [profiles[CorpusName("general", value)] for value in "gh"]
+    en, de, medical, _, *general_of = profiles.values()
+    expert_of = [en, de, medical]
     fused = score_units(spec, profiles, [Structure.FFN])[Structure.FFN]
     kinds = set()
     for layer, unit in itertools.product(range(LAYERS), range(SHAPE.ffn)):

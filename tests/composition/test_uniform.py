@@ -50,51 +50,13 @@ def resolved(base: ResolvedBase | None = None, **budget: Any) -> LayerWidths:
     return widths[0]
 
 
-def removed_everywhere(base: ResolvedBase, layer: LayerWidths) -> int:
-    """Parameters that leave the model when every layer keeps these widths."""
-    return removed_parameters(base, [layer] * len(base.layers))
-
-
 def refusal(base: ResolvedBase | None = None, **budget: Any) -> str:
     with pytest.raises(PlanError) as error:
         resolved(base, **budget)
     return str(error.value)
 
 
-def named_number(message: str, before: str) -> float:
-    found = re.search(rf"{before}\s*([0-9.]+)", message)
-    assert found, message
-    return float(found[1].rstrip("."))
-
-
 # --- FFN neurons ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("nothing", [0, 0.0])
-def test_a_budget_of_zero_removes_nothing(nothing: float) -> None:
-    assert resolved(ffn=nothing, query_heads=nothing, kv_groups=nothing) == LayerWidths(256, 4, 4)
-    assert removed_everywhere(base_of(), LayerWidths(256, 4, 4)) == 0
-    assert resolved(parameters=0.0).ffn == 256
-
-
-@pytest.mark.parametrize(
-    ("ffn", "multiple_of", "kept"),
-    [
-        (0.25, 64, 192),
-        (0.26, 64, 192),  # to the nearest legal width
-        (0.375, 64, 192),  # half way: the wider of two
-        (0.38, 64, 128),
-        (0.75, 64, 64),
-        (0.85, 64, 64),  # nearer to 64 than to nothing
-        (64, 64, 192),
-        (0.004, 1, 255),
-        (230, 1, 26),
-        (6, 50, 250),
-        (0.02, 50, 250),
-    ],
-)
-def test_ffn_width(ffn: float, multiple_of: int, kept: int) -> None:
-    assert resolved(ffn=ffn, multiple_of=multiple_of).ffn == kept
 
 
 @pytest.mark.parametrize("removed", [1, 63, 65, 100, 193, 255, 256, 10_000])
@@ -109,44 +71,25 @@ def test_a_count_that_is_not_legal_names_counts_that_are(removed: int) -> None:
 @pytest.mark.parametrize(
     ("budget", "expected"),
     [
-        ({"ffn": {"keep": 192}}, LayerWidths(192, 4, 4)),
+        ({"ffn": 0, "query_heads": 0.0, "kv_groups": 0}, LayerWidths(256, 4, 4)),
+        ({"parameters": 0.0}, LayerWidths(256, 4, 4)),
+        ({"ffn": 0.375}, LayerWidths(192, 4, 4)),  # half way: the wider of two
+        ({"ffn": 0.85}, LayerWidths(64, 4, 4)),  # nearer to 64 than to nothing
+        ({"ffn": 0.02, "multiple_of": 50}, LayerWidths(250, 4, 4)),
         ({"ffn": {"keep": "75%"}}, LayerWidths(192, 4, 4)),
         ({"ffn": "25%"}, LayerWidths(192, 4, 4)),
         ({"ffn": {"remove": 64}}, LayerWidths(192, 4, 4)),
         ({"kv_groups": {"keep": 3}}, LayerWidths(256, 4, 3)),
         ({"query_heads": {"keep": 4}}, LayerWidths(256, 1, 4)),
+        ({"query_heads": 0.7}, LayerWidths(256, 1, 4)),  # 2.8 of 4 heads of a group
+        ({"kv_groups": 2, "query_heads": 8}, LayerWidths(256, 2, 2)),  # counts are of the base's heads
     ],
 )
-def test_what_stays_can_be_said_too(budget: dict[str, Any], expected: LayerWidths) -> None:
+def test_widths_of_a_budget(budget: dict[str, Any], expected: LayerWidths) -> None:
     assert resolved(**budget) == expected
 
 
 # --- heads ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("budget", "per_group", "groups"),
-    [
-        ({"query_heads": 0.5}, 2, 4),
-        ({"query_heads": 8}, 2, 4),
-        ({"query_heads": 12}, 1, 4),
-        ({"query_heads": 0.75}, 1, 4),
-        ({"query_heads": 0.7}, 1, 4),  # 2.8 of 4 heads of a group
-        ({"kv_groups": 0.5}, 4, 2),
-        ({"kv_groups": 2}, 4, 2),
-        ({"kv_groups": 3}, 4, 1),
-        ({"kv_groups": 0.5, "query_heads": 0.5}, 2, 2),
-        ({"kv_groups": 2, "query_heads": 8}, 2, 2),  # counts are of the base's heads
-    ],
-)
-def test_head_counts(budget: dict[str, Any], per_group: int, groups: int) -> None:
-    widths = resolved(**budget)
-    assert (widths.heads_per_group, widths.kv_groups, widths.query_heads) == (per_group, groups, per_group * groups)
-    assert widths.ffn == 256
-
-
-NARROW = {"hidden": 32}  # 12 and 6 heads do not divide it; 4, 8 and 16 do
-SINGLE = {"per_group": 1}
 
 
 @pytest.mark.parametrize(
@@ -159,7 +102,7 @@ SINGLE = {"per_group": 1}
         ({}, {"ffn": 0.5, "multiple_of": 300}, "nothing can be removed from 256 neurons"),
         ({}, {"ffn": 64, "floor": 0.9}, "nothing can be removed: lower budget.multiple_of"),
         ({}, {"query_heads": 5}, "5 of 16 is not the same number in each of 4 KV groups; legal: 0, 4, 8, 12"),
-        (NARROW, {"query_heads": 5}, "legal: 0, 8, 12"),
+        ({"hidden": 32}, {"query_heads": 5}, "legal: 0, 8, 12"),
         ({}, {"query_heads": 16}, "at most 3 of 4 query heads of each KV group can be removed (0.75)"),
         ({}, {"query_heads": 8, "floor": 0.6}, "at most 1 of 4 query heads of each"),
         ({}, {"kv_groups": 3, "floor": 0.5}, "at most 2 of 4 KV groups can be removed (0.5)"),
@@ -170,22 +113,17 @@ SINGLE = {"per_group": 1}
             "leave 4 of 16 query heads, fewer than budget.floor",
         ),
         ({"groups": 1}, {"kv_groups": 0.1}, "removes nothing; none can be removed here"),
-        (SINGLE, {"query_heads": 0.5}, "use budget.kv_groups"),
-        (NARROW, {"query_heads": 4}, "12 query heads do not divide the hidden size 32"),
-        (NARROW, {"query_heads": 4}, "with 4 KV groups kept, legal counts are 4, 8, 16"),
-        (NARROW, {"kv_groups": 1}, "with 3 KV groups kept, legal counts are none"),
-        ({"family": "qwen2", **NARROW}, {"query_heads": 4}, "12 query heads do not divide the hidden size 32"),
+        ({"per_group": 1}, {"query_heads": 0.5}, "use budget.kv_groups"),
+        ({"hidden": 32}, {"query_heads": 4}, "12 query heads do not divide the hidden size 32"),
+        ({"hidden": 32}, {"query_heads": 4}, "with 4 KV groups kept, legal counts are 4, 8, 16"),
+        ({"hidden": 32}, {"kv_groups": 1}, "with 3 KV groups kept, legal counts are none"),
+        ({"family": "qwen2", "hidden": 32}, {"query_heads": 4}, "12 query heads do not divide the hidden size 32"),
         ({}, {"max_parameters": 10**9}, "budget.max_parameters: 1,000,000,000 is no cut: the base has"),
     ],
 )
 def test_what_cannot_be_is_refused(base: dict[str, Any], budget: dict[str, Any], words: str) -> None:
+    """12 and 6 heads do not divide a hidden size of 32; 4, 8 and 16 do."""
     assert words in refusal(base_of(**base), **budget)
-
-
-def test_layers_of_different_widths_have_no_uniform_cut() -> None:
-    base = base_of()
-    other = replace(base, layers=(base.layers[0], replace(base.layers[1], ffn=128)))
-    assert "use allocation: global" in refusal(other, ffn=0.5)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +137,7 @@ def test_layers_of_different_widths_have_no_uniform_cut() -> None:
     ],
 )
 def test_the_fraction_that_a_refusal_names_is_accepted(budget: dict[str, Any], expected: LayerWidths) -> None:
-    base, key = base_of(**NARROW), next(iter(budget))
+    base, key = base_of(hidden=32), next(iter(budget))
     message = refusal(base, **budget)
     named = re.search(r"the (?:largest|smallest) legal one is (?:64 neurons, )?([0-9.]+)", message)
     assert named, message
@@ -250,6 +188,9 @@ def test_any_budget_gives_widths_that_llama_can_say_or_is_refused(
         assert groups * (per_group - widths.heads_per_group) == query_heads
     if isinstance(kv_groups, float):
         assert abs(groups - widths.kv_groups - kv_groups * groups) <= 0.5 + 1e-9
+    if isinstance(ffn, float):
+        legal = [w for w in range(multiple_of, 64, multiple_of) if w >= floor * 64 - 1e-9] + [64]
+        assert widths.ffn == min(legal, key=lambda width: (abs(width - 64 * (1 - ffn)), -width))
 
 
 # --- parameters -----------------------------------------------------------------------------------------------------
@@ -275,16 +216,16 @@ def test_removed_parameters_are_what_the_smaller_model_lacks(family: str, change
     base = base_of(family, **changes)
     for budget in ({"ffn": 0.25}, {"kv_groups": 2}, {"query_heads": 8}, {"ffn": 64, "kv_groups": 2, "query_heads": 8}):
         widths = resolved(base, **budget)
-        assert removed_everywhere(base, widths) == base.checkpoint.parameters - expert_parameters(base, widths)
+        assert removed_parameters(base, [widths] * 2) == base.checkpoint.parameters - expert_parameters(base, widths)
 
 
 def test_removed_parameters_written_out() -> None:
     """Hidden 48, two layers, heads of 2: a neuron has three rows; a head two of q and o; a group two more of k and v."""
     base = base_of()
-    assert removed_everywhere(base, LayerWidths(192, 4, 4)) == 2 * 64 * 3 * 48
-    assert removed_everywhere(base, LayerWidths(256, 3, 4)) == 2 * 4 * 2 * 2 * 48
-    assert removed_everywhere(base, LayerWidths(256, 4, 3)) == 2 * 1 * (4 * 2 * 2 + 2 * 2) * 48
-    assert removed_everywhere(base, LayerWidths(256, 3, 3)) == 2 * ((4 * 2 * 2 + 2 * 2) + 3 * 2 * 2) * 48
+    assert removed_parameters(base, [LayerWidths(192, 4, 4)] * 2) == 2 * 64 * 3 * 48
+    assert removed_parameters(base, [LayerWidths(256, 3, 4)] * 2) == 2 * 4 * 2 * 2 * 48
+    assert removed_parameters(base, [LayerWidths(256, 4, 3)] * 2) == 2 * 1 * (4 * 2 * 2 + 2 * 2) * 48
+    assert removed_parameters(base, [LayerWidths(256, 3, 3)] * 2) == 2 * ((4 * 2 * 2 + 2 * 2) + 3 * 2 * 2) * 48
 
 
 @pytest.mark.parametrize("heads", [{}, {"kv_groups": 0.5}, {"kv_groups": 2, "query_heads": 8}])
@@ -308,8 +249,9 @@ def test_a_fraction_of_parameters_is_met_by_the_smallest_cut(heads: dict[str, An
 )
 def test_parameters_that_cannot_be_reached_name_the_largest_which_is_legal(heads: dict[str, Any], floor: float) -> None:
     base = base_of()
-    message = refusal(base, parameters=0.97, floor=floor, **heads)
-    largest = named_number(message, "the largest legal one is")
+    named = re.search(r"the largest legal one is ([0-9.]+);", refusal(base, parameters=0.97, floor=floor, **heads))
+    assert named
+    largest = float(named[1])
     widths = resolved(base, parameters=largest, floor=floor, **heads)
     least = min(w for w in (64, 128, 192, 256) if w >= floor * 256)
     left = expert_parameters(base, LayerWidths(least, 4, widths.kv_groups))
@@ -323,12 +265,14 @@ def test_parameters_that_cannot_be_reached_name_the_largest_which_is_legal(heads
 # --- what is written into the plan ----------------------------------------------------------------------------------
 
 
-def test_the_summary_lists_layers_that_differ() -> None:
+def test_layers_that_differ() -> None:
     base, widths = base_of(), [LayerWidths(192, 4, 4), LayerWidths(64, 4, 2)]
     assert summary(Budget(ffn=0.5), base.layers, widths) == {
         "ffn": StructureBudget(requested=0.5, of=[256, 256], kept=[192, 64], removed=[64, 192]),
         "query_heads": StructureBudget(requested=0, of=[16, 16], kept=[16, 8], removed=[0, 8]),
         "kv_groups": StructureBudget(requested=0, of=[4, 4], kept=[4, 2], removed=[0, 2]),
     }
+    other = replace(base, layers=(base.layers[0], replace(base.layers[1], ffn=128)))
+    assert "use allocation: global" in refusal(other, ffn=0.5)
     # A neuron has three rows of 48; a group two of k and v and eight of q and o, each twice as there are two channels.
     assert removed_parameters(base, widths) == 64 * 3 * 48 + 192 * 3 * 48 + 2 * (4 * 2 * 2 + 2 * 2) * 48

@@ -56,11 +56,7 @@ def stock(models: ModuleType) -> Any:
 def test_each_layer_sees_its_own_widths_and_everything_else_the_global_ones(models: ModuleType, config: Any) -> None:
     made, original = plugin.with_layer_widths(stock(models)), models.make_layers
     built = made(vllm_config=SimpleNamespace(model_config=SimpleNamespace(hf_text_config=config)))
-    assert built.layers == [
-        ("model.layers.0", 19, 6, 3),
-        ("model.layers.1", 32, 6, 3),
-        ("model.layers.2", 8, 2, 1),
-    ]
+    assert built.layers == [("model.layers.0", 19, 6, 3), ("model.layers.1", 32, 6, 3), ("model.layers.2", 8, 2, 1)]
     assert built.before == built.after == (32, 6, 3)
     assert models.make_layers is original
     assert made.__name__ == "ExpertInventedForCausalLM"

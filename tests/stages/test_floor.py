@@ -84,9 +84,7 @@ def test_budgets_are_legal_steps_apart(prepared: Prepared, allocation: str, laye
 
 
 @given(
-    losses=st.lists(st.floats(0, 0.2), min_size=7, max_size=7),
-    reachable=st.integers(1, 7),
-    expert=st.floats(0.3, 1),
+    losses=st.lists(st.floats(0, 0.2), min_size=7, max_size=7), reachable=st.integers(1, 7), expert=st.floats(0.3, 1)
 )
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_bisection_finds_what_trying_every_budget_finds(
@@ -217,16 +215,15 @@ def test_documents_that_are_held_back_calibrate_nothing(
     prepared = expertprune.validate(parse_spec(retaining_spec, "spec", tmp_path))
     profiled: dict[str, set[str]] = {}
     repaired: list[tuple[int, ...]] = []
-    original, prune = measure_corpus, prune_base
 
     def profiling(text: Any, part: Any, path: Path, about: Any, *rest: Any) -> Any:
         profiled[about["corpus"]] = set(about["documents"])
-        return original(text, part, path, about, *rest)
+        return measure_corpus(text, part, path, about, *rest)
 
     def pruning(plan: Plan, base: Any, folder: Path, repair_input: Any) -> None:
         for batch in repair_input.batches:
             repaired.extend(tuple(row[:n].tolist()) for row, n in zip(batch.ids, batch.lengths, strict=True))
-        prune(plan, base, folder, repair_input)
+        prune_base(plan, base, folder, repair_input)
 
     everywhere(monkeypatch, "expertprune.profiling.store.measure", profiling)
     everywhere(monkeypatch, "expertprune.pruning.write.prune", pruning)
