@@ -8,9 +8,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from expertprune.artifacts.profile import Profile, save_profile
+from expertprune.profiling.rows import FOLDS
 from tests.tiny import tiny_model
 
 TEXT = [
@@ -157,3 +160,22 @@ def worded_spec(base: Path, folder: Path, budget: dict[str, Any], **changes: Any
         "compose": {"allocation": "uniform"},
     }
     return {**data, **changes}
+
+
+def counted_profile(folder: Path, name: str, rows: int, documents: list[list[int]], folds: list[int]) -> Profile:
+    """A profile of documents that are given as tokens; the model finds every row equally probable."""
+    counted = [torch.tensor(ids).unique(return_counts=True) for ids in documents]
+    mass = torch.zeros(FOLDS, rows)
+    for ids, fold in zip(documents, folds, strict=True):
+        mass[fold] += len(ids) / rows
+    statistics = {
+        "mass": mass,
+        "fold": torch.tensor(folds),
+        "document": torch.cat([torch.full_like(found, number) for number, (found, _) in enumerate(counted)]),
+        "row": torch.cat([found for found, _ in counted]),
+        "occurrences": torch.cat([counts for _, counts in counted]),
+    }
+    names = [str(number) for number in range(len(documents))]
+    about = {"digest": name, "corpus": name, "documents": names, "tokens": 1, "layers": []}
+    save_profile(folder / f"{name}.vocabulary.safetensors", about, statistics)
+    return save_profile(folder / f"{name}.safetensors", about, {"tokens": torch.zeros(1)})

@@ -11,22 +11,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_array
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from expertprune.arch import bundled_models
 from expertprune.artifacts.plan import VocabularyPlan
-from expertprune.composition.rows import Essentials, essentials
+from expertprune.composition.coverage import missing_interval, rows_for
+from expertprune.composition.rows import Essentials, RowRanking, essentials
+from expertprune.corpora.documents import CorpusName
+from expertprune.errors import PlanError
 from expertprune.files import shipped, store_folder
 from expertprune.models.base import ResolvedBase, resolve_base
 from expertprune.models.inventory import vocabulary_rows
+from expertprune.profiling.rows import folds_of_similar
 from expertprune.pruning.write import prune
-from expertprune.spec.schema import Base
+from expertprune.spec.schema import Base, Spec
 from expertprune.tokenizing import trimmed
 from expertprune.units import KeptRows
 from tests.oracle import load, logits_of, plan_of
+from tests.vocabularies import counted_profile
 
 pytestmark = pytest.mark.slow
 # Which corpora's tokens are kept, by model: what it was trained on, and what it was not.
@@ -42,8 +49,8 @@ def store(real_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return real_store
 
 
-def texts_of(name: str) -> list[str]:
-    path = next((shipped("corpora")).glob(f"*/{name}.calibration.jsonl"))
+def texts_of(name: str, split: str = "calibration") -> list[str]:
+    path = next((shipped("corpora")).glob(f"*/{name}.{split}.jsonl"))
     return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -118,6 +125,34 @@ def test_every_kept_token_stays_reachable(model: str) -> None:
             assert [each.value for each in cut.smaller.model.tokenize(token)] == [token]
             reached += 1
     assert reached > len(cut.kept) * 0.6
+
+
+@pytest.mark.parametrize(("model", "language"), [("smollm2-135m-instruct", "en"), ("gemma-3-270m", "de")])
+def test_coverage_that_is_promised_of_unseen_text_holds_on_the_evaluation_split(
+    model: str, language: str, tmp_path: Path
+) -> None:
+    """From the 24 documents that ship; the model's probabilities are left out, so that none has to run."""
+    base, name = base_of(model), CorpusName("language", language)
+    own, of = (
+        Tokenizer.from_str(json.dumps(essentials(base).vocabulary.data)),
+        vocabulary_rows(base.checkpoint, base.family),
+    )
+    documents = [own.encode(text).ids for text in texts_of(language)]
+    counts = csr_array(np.array([np.bincount(ids, minlength=of) for ids in documents]))
+    profile = counted_profile(tmp_path, language, of, documents, folds_of_similar(counts).tolist())
+    data = {"name": "n", "base": model, "dimensions": {"language": language}, "general": [],
+            "budget": {"vocabulary": 0.5}}  # fmt: skip
+    ranking = RowRanking(Spec.model_validate(data), base, {name: profile})
+    unseen = [own.encode(text).ids for text in texts_of(language, "evaluation")]
+    for asked in (0.9, 0.95, 0.98):
+        rows = rows_for(asked, ranking.tested, ranking.must.smallest, of)
+        kept = set(ranking.plan(rows).rows.kept)
+        assert rows < of
+        missing = np.array([sum(index not in kept for index in ids) for ids in unseen], dtype=float)
+        least, _ = missing_interval(missing)  # eight documents: what chance explains is no broken promise
+        assert least <= (1 - asked) * sum(map(len, unseen))
+    with pytest.raises(PlanError, match=r"promise at most coverage: 0\.999\d*; give it about \d+,000 tokens"):
+        rows_for(0.9999, ranking.tested, ranking.must.smallest, of)
 
 
 @MODEL
