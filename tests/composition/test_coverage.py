@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import expertprune
-from expertprune.artifacts.profile import Profile, save_profile
+from expertprune.artifacts.profile import Profile
 from expertprune.composition.coverage import UnseenTokens, check_enough, missing_interval, rows_for
 from expertprune.composition.rows import RowRanking, choose_rows, essentials
 from expertprune.corpora.documents import CorpusName
@@ -19,7 +18,7 @@ from expertprune.profiling.rows import FOLDS
 from expertprune.spec.reading import parse_spec
 from expertprune.spec.schema import Base, Spec
 from expertprune.spec.values import Coverage
-from tests.vocabularies import save_worded, worded_spec
+from tests.vocabularies import counted_profile, save_worded, worded_spec
 
 DE = CorpusName("language", "de")
 ROWS = 512
@@ -43,27 +42,7 @@ def spec_of(coverage: float) -> Spec:
 
 
 def profile_of(folder: Path, documents: list[list[int]], folds: list[int]) -> Profile:
-    """A profile of these documents; the model finds every row equally probable."""
-    counted = [torch.tensor(ids).unique(return_counts=True) for ids in documents]
-    mass = torch.zeros(FOLDS, ROWS)
-    for ids, fold in zip(documents, folds, strict=True):
-        mass[fold] += len(ids) / ROWS
-    statistics = {
-        "mass": mass,
-        "fold": torch.tensor(folds),
-        "document": torch.cat([torch.full_like(rows, number) for number, (rows, _) in enumerate(counted)]),
-        "row": torch.cat([rows for rows, _ in counted]),
-        "occurrences": torch.cat([counts for _, counts in counted]),
-    }
-    about = {
-        "digest": "d",
-        "corpus": str(DE),
-        "documents": [str(n) for n in range(len(documents))],
-        "tokens": 1,
-        "layers": [],
-    }
-    save_profile(folder / "de.vocabulary.safetensors", about, statistics)
-    return save_profile(folder / "de.safetensors", about, {"tokens": torch.zeros(1)})
+    return counted_profile(folder, "de", ROWS, documents, folds)
 
 
 def alone(base: ResolvedBase) -> list[int]:

@@ -22,7 +22,6 @@ from expertprune.files import shipped, to_json
 from expertprune.models.loading import load_model, load_tokenizer
 from expertprune.reporting.tables import retention_table
 from tests.engines import ALONE, TRANSFORMERS, VLLM, run_script
-from tests.patching import everywhere
 
 pytestmark = pytest.mark.slow
 SPEC = Path(__file__).parents[2] / "profiles" / "english-medical-qa.yaml"
