@@ -28,13 +28,6 @@ def spec_file(tmp_path: Path, spec_data: dict[str, Any]) -> Path:
     return path
 
 
-@pytest.fixture
-def place_for_experts(tmp_path: Path) -> Path:
-    folder = tmp_path / "experts"
-    folder.mkdir()
-    return folder
-
-
 def names(folder: Path) -> set[str]:
     """What lies in a folder, hidden entries included."""
     return {path.name for path in folder.iterdir()} if folder.exists() else set()
@@ -60,13 +53,13 @@ def check_end(finished: Finished, sent: signal.Signals) -> None:
      ("evaluate", signal.SIGINT)],
 )  # fmt: skip
 def test_an_interrupted_build_leaves_no_expert_and_the_next_one_reuses_its_profiles(
-    place_for_experts: Path, spec_file: Path, store: Path, monkeypatch: pytest.MonkeyPatch, place: str, sent: signal.Signals
+    tmp_path: Path, spec_file: Path, store: Path, monkeypatch: pytest.MonkeyPatch, place: str, sent: signal.Signals
 ) -> None:  # fmt: skip
-    out = place_for_experts / "expert"
+    out = tmp_path / "experts" / "expert"
     check_end(server().run("build", spec_file, "--out", out, hold=place, send=sent), sent)
     assert not out.exists()
     if sent is not signal.SIGKILL:
-        assert names(place_for_experts) == set()
+        assert names(out.parent) == set()
     stored = sorted((store / "profiles").glob("[!.]*"))
     assert len(stored) == STORED[place]
     assert all(Profile(path).digest == path.stem for path in stored)
@@ -82,7 +75,7 @@ def test_an_interrupted_build_leaves_no_expert_and_the_next_one_reuses_its_profi
     call("build", spec_file, "--out", out, *UNEVALUATED)
     assert len(profiled) == 4 - STORED[place]
     assert {path: (path.stat().st_ino, path.read_bytes()) for path in stored} == before
-    assert names(place_for_experts) == {"expert"}
+    assert names(out.parent) == {"expert"}
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -96,10 +89,8 @@ def test_a_half_written_profile_is_never_taken_for_one(spec_file: Path, store: P
     assert not [name for name in names(store / "profiles") if name.startswith(".")]
 
 
-def test_the_build_after_a_killed_one_gives_what_an_undisturbed_one_gives(
-    place_for_experts: Path, spec_file: Path
-) -> None:
-    out, undisturbed = place_for_experts / "expert", place_for_experts / "undisturbed"
+def test_a_build_after_a_killed_one_gives_what_an_undisturbed_one_gives(tmp_path: Path, spec_file: Path) -> None:
+    out, undisturbed = tmp_path / "expert", tmp_path / "undisturbed"
     server().run("build", spec_file, "--out", out, hold="prune", send=signal.SIGKILL)
     call("build", spec_file, "--out", out)
     call("build", spec_file, "--out", undisturbed)
@@ -107,24 +98,22 @@ def test_the_build_after_a_killed_one_gives_what_an_undisturbed_one_gives(
 
 
 @terminated
-def test_an_interrupted_overwrite_keeps_the_old_expert(
-    place_for_experts: Path, spec_file: Path, sent: signal.Signals
-) -> None:
-    out = place_for_experts / "expert"
+def test_an_interrupted_overwrite_keeps_the_old_expert(tmp_path: Path, spec_file: Path, sent: signal.Signals) -> None:
+    out = tmp_path / "experts" / "expert"
     call("build", spec_file, "--out", out, "--set", "budget.ffn=0.5", *UNEVALUATED)
     old = contents(out)
     check_end(server().run("build", spec_file, "--out", out, "--overwrite", hold="evaluate", send=sent), sent)
     assert contents(out) == old
     call("build", spec_file, "--out", out, "--overwrite", *UNEVALUATED)
-    assert names(place_for_experts) == {"expert"}
+    assert names(out.parent) == {"expert"}
     assert contents(out) != old
 
 
 @terminated
 def test_an_interrupted_evaluation_leaves_the_expert_as_it_was(
-    place_for_experts: Path, spec_file: Path, sent: signal.Signals
+    tmp_path: Path, spec_file: Path, sent: signal.Signals
 ) -> None:
-    out = place_for_experts / "expert"
+    out = tmp_path / "experts" / "expert"
     call("build", spec_file, "--out", out, *UNEVALUATED)
     old = contents(out)
     check_end(server().run("evaluate", out, hold="evaluate", send=sent), sent)
@@ -135,13 +124,11 @@ def test_an_interrupted_evaluation_leaves_the_expert_as_it_was(
 
 
 @terminated
-def test_an_interrupted_prune_leaves_no_expert(
-    tmp_path: Path, place_for_experts: Path, spec_file: Path, sent: signal.Signals
-) -> None:
-    out, plan = place_for_experts / "expert", tmp_path / "plan.json"
+def test_an_interrupted_prune_leaves_no_expert(tmp_path: Path, spec_file: Path, sent: signal.Signals) -> None:
+    out, plan = tmp_path / "experts" / "expert", tmp_path / "plan.json"
     call("compose", spec_file, "--out", plan)
     check_end(server().run("prune", plan, "--out", out, hold="prune", send=sent), sent)
     assert not out.exists()
     call("prune", plan, "--out", out)
-    assert names(place_for_experts) == {"expert"}
+    assert names(out.parent) == {"expert"}
     assert not (out / ".repair").exists()

@@ -173,7 +173,7 @@ def test_no_text_of_a_user_becomes_a_part_of_the_page(tiny_build: Build, tmp_pat
     document["criterion_paper"] = "javascript:alert(4)"
     document["evaluation"]["tasks"] = {"</style>{{ 1 / 0 }}": document["evaluation"]["tasks"]["choices"]}
     (folder / "expertprune.json").write_text(json.dumps(document))
-    data = report(folder, store=tiny_build[1])
+    report(folder, store=tiny_build[1])
     page = (folder / "report.html").read_text()
     assert "<script" not in page
     assert "<img" not in page
@@ -185,7 +185,6 @@ def test_no_text_of_a_user_becomes_a_part_of_the_page(tiny_build: Build, tmp_pat
     assert any(name.startswith(corpus) for name in names)
     assert any(name.startswith("</style>{{ 1 / 0 }}") for name in names)
     assert not [a for a in root.iter("a") if not a.get("href", "").startswith(("#", "https://arxiv.org/"))]
-    assert data["experts"][0]["name"] == NAME
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from expertprune.artifacts.evaluation import CorpusResult, Evaluation, Group, Measured, Settings, TaskResult
+from expertprune.artifacts.evaluation import Evaluation, Settings, TaskResult
 from expertprune.artifacts.plan import VocabularyPlan
 from expertprune.errors import CheckpointError, PlanError
 from expertprune.reporting.page import headline_rows
@@ -64,6 +64,10 @@ def test_the_headline_is_bits_per_byte_over_documents_whatever_else_was_measured
     assert (found.throughput.settings["rounds"], found.throughput.arguments) == (3, ["--seed", "a b"])
     verdicts = [row.verdict for row in found.metrics]
     counts = {verdict: verdicts.count(verdict) for verdict in ("loss", "open", "gain")}  # type: ignore[arg-type]
+    assert {row.verdict for row in found.metrics if row.retention is None} == {None}  # of a distance
+    # What the expert is for comes first.
+    names = ["language/en", "domain/medical", "task/qa", "choices", "general/general", "sums"]
+    assert list(dict.fromkeys(row.name for row in found.metrics)) == names
     assert found.outcome == {"metrics": sum(counts.values()), **counts}
     assert min(counts["loss"], counts["open"]) >= 1  # the made-up task, the made-up generation
     document = found.document()
@@ -84,46 +88,17 @@ def test_one_round_has_no_spread_and_a_disturbed_one_is_said(tiny_build: Build, 
     assert headline_rows(found.document())[-1][1] == "1.5000 (one round), output tokens/s"
 
 
-def evaluation(corpora: dict[str, Measured], **tasks: TaskResult) -> Evaluation:
-    """One metric, `perplexity`, of each corpus."""
-    results = {
-        name: CorpusResult(
-            group="general" if name.startswith("general") else "expert",
-            documents=numbers.examples,
-            questions=0,
-            metrics={"perplexity": numbers},
-        )
-        for name, numbers in corpora.items()
-    }
-    return Evaluation(settings=Settings(resamples=2000), corpora=results, tasks=tasks)
-
-
-def numbers(low: float = 0.9, high: float = 0.95, examples: int = 1) -> Measured:
-    return Measured(examples=examples, base=1.0, expert=1.0, retention=1.0, low=low, high=high)
-
-
 @pytest.mark.parametrize(
     ("low", "high", "verdict"),
     [(0.8, 0.99, "loss"), (0.9, 1.0, "open"), (0.9, 1.1, "open"), (1.0, 1.1, "open"), (1.01, 1.1, "gain"),
      (math.nan, math.nan, None)],
 )  # fmt: skip
 def test_the_interval_decides_whether_something_was_lost(low: float, high: float, verdict: str | None) -> None:
-    (row,) = metric_rows(evaluation({"task/qa": numbers(low, high)}))
+    task = TaskResult(suite="own", group="expert", backend="hf", metric="acc", examples=1, base=1, expert=1, retention=1,
+                      low=low, high=high)  # fmt: skip
+    (row,) = metric_rows(Evaluation(settings=Settings(resamples=2000), tasks={"task": task}))
     assert row.verdict == verdict
     assert row.low == (None if math.isnan(low) else low)
-
-
-def test_what_the_expert_is_for_comes_first() -> None:
-    groups: list[Group] = ["general", "expert"]
-    a, b = (
-        TaskResult(suite="own", group=group, backend="hf", metric="acc", **numbers(examples=3).model_dump())
-        for group in groups
-    )
-    distance = Measured(examples=2, expert=0.5, low=0.4, high=0.6)
-    rows = metric_rows(evaluation({"general/general": numbers(), "task/qa": distance}, a=a, b=b))
-    assert [row.name for row in rows] == ["task/qa", "b", "general/general", "a"]
-    assert [row.examples for row in rows] == [2, 3, 1, 3]
-    assert (rows[0].verdict, rows[0].retention, rows[0].expert) == (None, None, 0.5)
 
 
 def test_what_is_missing_names_the_command_that_fills_it_in(tiny_build: Build, tmp_path: Path) -> None:
