@@ -30,7 +30,7 @@ from expertprune.units import LayerShape
 from tests.engine_of_gguf import finish
 from tests.oracle import change_config
 from tests.patching import everywhere
-from tests.tiny import WIDTHS, save_tiny, tiny_model, tiny_tokenizer
+from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture
@@ -201,19 +201,10 @@ def to_gguf(
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
     numbers = {
-        "block_count": WIDTHS["num_hidden_layers"],
-        "context_length": WIDTHS["max_position_embeddings"],
-        "embedding_length": WIDTHS["hidden_size"],
-        "feed_forward_length": WIDTHS["intermediate_size"],
-        "head_count": WIDTHS["num_attention_heads"],
-        "head_count_kv": WIDTHS["num_key_value_heads"],
-        "layer_norm_rms_eps": model.config.rms_norm_eps,
-        "rope_dimension_count": model.config.head_dim,
-        "rope_freq_base": 10000.0,
-        "vocab_size": WIDTHS["vocab_size"],
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    }
+        "block_count": 3, "context_length": 128, "embedding_length": 24, "feed_forward_length": 32, "head_count": 6,
+        "head_count_kv": 3, "layer_norm_rms_eps": model.config.rms_norm_eps, "rope_dimension_count": 4,
+        "rope_freq_base": 10000.0, "vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1,
+    }  # fmt: skip
     for key, value in numbers.items():
         getattr(writer, f"add_{key}")(value)
     if rope_scaling is not None:
@@ -231,20 +222,13 @@ def to_gguf(
     writer.add_token_scores([0.0] * len(tokens))
     if tokenizer_model == "gpt2":
         writer.add_token_merges(["t h"])
-    local = {
-        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-    }  # fmt: skip
-    outer = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    heads = {"attn_q": WIDTHS["num_attention_heads"], "attn_k": WIDTHS["num_key_value_heads"]}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3)
     for name, tensor in model.state_dict().items():
-        module = name.removesuffix(".weight")
-        _, _, layer, *rest = module.split(".", 3) if module not in outer else ("", "", "")
-        own = local[rest[0]] if rest else ""
-        if own in heads:  # each head's two halves interleaved
-            tensor = tensor.reshape(heads[own], 2, -1, tensor.shape[1]).swapaxes(1, 2).reshape(tensor.shape)
-        writer.add_tensor(f"{outer.get(module, f'blk.{layer}.{own}')}.weight", tensor.contiguous().numpy())
+        target = names.get_name(name.removesuffix(".weight"))
+        heads = 6 if target.endswith("attn_q") else 3 if target.endswith("attn_k") else 0
+        if heads:  # each head's two halves interleaved
+            tensor = tensor.reshape(heads, 2, -1, tensor.shape[1]).swapaxes(1, 2).reshape(tensor.shape)
+        writer.add_tensor(f"{target}.weight", tensor.contiguous().numpy())
     finish(writer)
 
 

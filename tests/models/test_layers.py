@@ -139,13 +139,3 @@ def test_the_weights_come_back_bit_by_bit(fails: bool) -> None:
         if fails:
             raise RuntimeError("in the middle")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_masks_within_masks_come_off_in_turn() -> None:
-    model, family = tiny_model("llama"), family_of("llama")
-    outer, inner = units("ffn", seed=1), units("all", seed=2)
-    with masked(model, family, SHAPES, outer):
-        once = logits_of(model)
-        with masked(model, family, SHAPES, inner):
-            assert not torch.equal(logits_of(model), once)
-        assert torch.equal(logits_of(model), once)

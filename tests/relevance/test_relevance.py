@@ -164,17 +164,6 @@ def test_fluctuation_is_the_variance_over_all_tokens_massive_means_included(tmp_
 # --- parts ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_part_is_none_until_its_pass_was_made(tmp_path: Path) -> None:
-    here = bench(tiny("llama"), tmp_path)
-    profile = here.profile([])
-    assert [profile.part(part) for part in PARTS] == [None] * len(PARTS)
-    here.profile([REGIONAL])
-    assert [profile.part(part) is not None for part in PARTS] == [part == REGIONAL for part in PARTS]
-    part = profile.part(REGIONAL)
-    assert part is not None
-    assert (part.about["part"], part.digest, part.corpus) == ("regional", profile.digest, profile.corpus)
-
-
 @pytest.mark.parametrize("criterion", sorted(name for name in criteria if criteria[name].needs))
 def test_a_missing_pass_is_named(tmp_path: Path, criterion: str) -> None:
     profile = bench(tiny("llama"), tmp_path).profile([])
@@ -273,8 +262,5 @@ def test_random_differs_between_layers_structures_and_seeds(tmp_path: Path) -> N
 
 
 def test_an_unknown_criterion_is_answered_with_the_nearest() -> None:
-    start = "relevance.criterion: unknown criterion "
-    for name, answer in (("imapct", "did you mean 'impact'?"), ("zzz", f"valid: {', '.join(sorted(criteria))}")):
-        with pytest.raises(SpecError) as error:
-            check_criterion(name)
-        assert str(error.value) == f"{start}{name!r}; {answer}"
+    with pytest.raises(SpecError, match=r"relevance\.criterion: unknown criterion 'imapct'; did you mean 'impact'\?"):
+        check_criterion("imapct")
