@@ -54,8 +54,13 @@ def test_one_that_never_gets_healthy_is_given_up(tiny_llama: Path, started: list
 
 def test_one_that_is_healthy_but_does_not_answer_is_reported(tiny_llama: Path) -> None:
     with Server(tiny_llama, arguments=["--behaviour=mute"]) as server, pytest.raises(ServingError, match="500"):
-        assert server.log.exists()
         server.complete()
+    server.log.unlink()
+
+
+def test_a_log_of_its_own_goes_where_nothing_failed(tiny_llama: Path) -> None:
+    with Server(tiny_llama) as server:
+        assert server.log.exists()
     assert not server.log.exists()
 
 
