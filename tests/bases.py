@@ -7,31 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from expertprune.arch import family_of
 from expertprune.models.base import ResolvedBase
 from expertprune.models.checkpoint import Checkpoint, TensorInfo
-
-CLASSES = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM),
-}
 
 
 def config_of(
     family: str, ffn: int, groups: int, per_group: int, hidden: int, layers: int, **changes: Any
 ) -> dict[str, Any]:
     heads = groups * per_group
-    config = CLASSES[family][0](
+    config = CONFIG_MAPPING[family](
         vocab_size=16,
         hidden_size=hidden,
         intermediate_size=ffn,
@@ -45,9 +32,8 @@ def config_of(
 
 def tensors_of(config: dict[str, Any]) -> dict[str, TensorInfo]:
     """What transformers stores of a model with this config; nothing is allocated."""
-    config_class, model_class = CLASSES[config["model_type"]]
     with torch.device("meta"):
-        model = model_class(config_class.from_dict(config))
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[config["model_type"]].from_dict(config))
     stored = dict(model.named_parameters())  # a tied head counts once
     return {name: TensorInfo("model.safetensors", tuple(value.shape), "F32") for name, value in stored.items()}
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGUFWriter
 
 
 def _server() -> tuple[str, dict[str, str]] | None:
@@ -61,14 +62,6 @@ class Engine:
         found: list[int] = self.ask("/tokenize", content=text, add_special=False)["tokens"]
         return found
 
-    def continuation(self, prompt: list[int], count: int) -> list[int]:
-        """The most probable tokens after a prompt, one after the other."""
-        told = self.ask(
-            "/completion", prompt=prompt, n_predict=count, temperature=0, return_tokens=True, cache_prompt=False
-        )
-        found: list[int] = told["tokens"]
-        return found
-
 
 @contextlib.contextmanager
 def engine_of(path: Path) -> Iterator[Engine]:
@@ -99,3 +92,11 @@ def engine_of(path: Path) -> Iterator[Engine]:
         finally:
             process.terminate()
             process.wait(20)
+
+
+def finish(writer: GGUFWriter) -> None:
+    """Write a file whose keys and tensors were given."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -127,35 +127,36 @@ def mask_gradients(of: Tiny, documents: Sequence[Sequence[int]]) -> dict[str, Te
 
 def regional_gradients(of: Tiny, documents: list[list[int]]) -> dict[str, Tensor]:
     """The whole model with masks on one layer only: how the mean norm of that layer's output changes with them."""
-    exact = of.double()
-    result = {}
-    for layer in range(len(of.shapes)):
-        masks, outputs = Masks(exact, [layer]), []
-        handle = exact.model.model.layers[layer].register_forward_hook(
-            lambda _, __, output, outputs=outputs: outputs.append(output[0] if isinstance(output, tuple) else output)
+    exact, result, outputs = of.double(), {}, []
+    for index, layer in enumerate(exact.model.model.layers):
+        masks, rows = Masks(exact, [index]), []
+        handle = layer.register_forward_hook(
+            lambda _, __, output: outputs.append(output[0] if isinstance(output, tuple) else output)
         )
-        rows = []
         with masks.hooked():
             for ids in documents:
                 exact.model(input_ids=torch.tensor([ids]), use_cache=False)
-                norm = outputs.pop()[0].square().sum(-1).sqrt().mean()
-                rows.append(torch.autograd.grad(norm, masks.leaves))
+                rows.append(torch.autograd.grad(outputs.pop()[0].square().sum(-1).sqrt().mean(), masks.leaves))
         handle.remove()
         result |= {name: torch.stack(each) for name, each in zip(masks.names(), zip(*rows, strict=True), strict=True)}
     return result
 
 
-def projection_inputs(of: Tiny, ids: Sequence[int]) -> dict[str, NDArray[np.float64]]:
-    """The inputs of `down_proj` (`ffn.0`) and `o_proj` (`heads.0`) of one document alone, `[tokens, channels]`."""
+def layer_activations(of: Tiny, ids: Sequence[int]) -> dict[str, NDArray[np.float64]]:
+    """Of one document alone, the inputs of `down_proj` (`ffn.0`) and `o_proj` (`heads.0`), and what a layer gives.
+
+    `[tokens, channels]` each; the last are `stream.0` and so on.
+    """
     seen: dict[str, NDArray[np.float64]] = {}
+
+    def note(name: str, tensor: Any) -> None:
+        seen[name] = (tensor[0] if isinstance(tensor, tuple) else tensor)[0].double().numpy()
+
     handles = []
     for index, layer in enumerate(of.model.model.layers):
         for name, module in ((f"ffn.{index}", ffn_output(layer)), (f"heads.{index}", layer.self_attn.o_proj)):
-            handles.append(
-                module.register_forward_pre_hook(
-                    lambda _, arguments, name=name: seen.update({name: arguments[0][0].double().numpy()})
-                )
-            )
+            handles.append(module.register_forward_pre_hook(lambda _, given, name=name: note(name, given)))
+        handles.append(layer.register_forward_hook(lambda _, __, output, i=index: note(f"stream.{i}", output)))
     with torch.no_grad():
         of.model(input_ids=torch.tensor([list(ids)]), use_cache=False)
     for handle in handles:

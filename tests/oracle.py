@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -212,6 +212,19 @@ def stored_tensors(folder: Path) -> dict[str, Tensor]:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
+
+
+def change_config(folder: Path, remove: Iterable[str] = (), **changes: Any) -> None:
+    """Take keys out of a folder's config, and set others."""
+    kept = {key: value for key, value in read_json(folder / "config.json").items() if key not in remove}
+    (folder / "config.json").write_text(json.dumps(kept | changes))
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    """Change the tensors of a folder's only file of weights."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -8,53 +8,10 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    Olmo2Config,
-    Olmo2ForCausalLM,
-    OlmoeConfig,
-    OlmoeForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-    Starcoder2Config,
-    Starcoder2ForCausalLM,
-)
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-WORDS = [
-    "the",
-    "heart",
-    "pumps",
-    "blood",
-    "a",
-    "judge",
-    "reads",
-    "law",
-    "we",
-    "sum",
-    "numbers",
-    "und",
-    "der",
-    "Arzt",
-    "is",
-]
+WORDS = ["the", "heart", "pumps", "blood", "a", "judge", "reads", "law",
+         "we", "sum", "numbers", "und", "der", "Arzt", "is"]  # fmt: skip
 WIDTHS = {
     "vocab_size": 64,
     "hidden_size": 24,
@@ -66,64 +23,36 @@ WIDTHS = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
-# By family: its classes, and what its config says beside the widths. Gemma's window is shorter than the tests' texts, and
-# the scale of its attention logits is not the one that follows from the width of a head.
-FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM, {}),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
-    "gemma3": (
-        Gemma3TextConfig,
-        Gemma3ForCausalLM,
-        {
-            "head_dim": 4,
-            "query_pre_attn_scalar": 9,
-            "sliding_window": 4,
-            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-            "pad_token_id": 1,
-        },
-    ),
-    "gemma2": (
-        Gemma2Config,
-        Gemma2ForCausalLM,
-        {
-            "head_dim": 4,
-            "query_pre_attn_scalar": 9,
-            "sliding_window": 4,
-            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-            "pad_token_id": 1,
-            "attn_logit_softcapping": 2.0,
-            "final_logit_softcapping": 5.0,
-            "attn_implementation": "eager",  # the only one that caps
-        },
-    ),
-    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 4}),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 4, "attention_bias": True}),
-    "phi3": (Phi3Config, Phi3ForCausalLM, {"pad_token_id": 1}),
-    "olmo2": (Olmo2Config, Olmo2ForCausalLM, {"pad_token_id": 1}),
-    "starcoder2": (Starcoder2Config, Starcoder2ForCausalLM, {}),
-    "mixtral": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 6, "num_experts_per_tok": 2}),
-    "olmoe": (OlmoeConfig, OlmoeForCausalLM, {"num_experts": 6, "num_experts_per_tok": 2, "pad_token_id": 1}),
-    "qwen2_moe": (
-        Qwen2MoeConfig,
-        Qwen2MoeForCausalLM,
-        {
-            "num_experts": 6,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 16,
-            "shared_expert_intermediate_size": 20,
-        },
-    ),
-    "qwen3_moe": (
-        Qwen3MoeConfig,
-        Qwen3MoeForCausalLM,
-        {
-            "head_dim": 4,
-            "num_experts": 6,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 16,
-            "norm_topk_prob": True,
-        },
-    ),
+OF_GEMMA = {
+    "head_dim": 4,
+    "query_pre_attn_scalar": 9,
+    "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "pad_token_id": 1,
+}
+ROUTED = {"num_experts": 6, "num_experts_per_tok": 2}
+# By family: what its config says beside the widths. Gemma's window is shorter than the tests' texts, and the scale of its
+# attention logits is not the one that follows from the width of a head.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "gemma3": OF_GEMMA,
+    # eager attention is the only one that caps
+    "gemma2": {
+        **OF_GEMMA,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 5.0,
+        "attn_implementation": "eager",
+    },
+    "mistral": {"sliding_window": 4},
+    "qwen3": {"head_dim": 4, "attention_bias": True},
+    "phi3": {"pad_token_id": 1},
+    "olmo2": {"pad_token_id": 1},
+    "starcoder2": {},
+    "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2},
+    "olmoe": {**ROUTED, "pad_token_id": 1},
+    "qwen2_moe": {**ROUTED, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 20},
+    "qwen3_moe": {**ROUTED, "head_dim": 4, "moe_intermediate_size": 16, "norm_topk_prob": True},
 }
 
 
@@ -132,10 +61,10 @@ def tiny_model(family: str, seed: int = 0, **changes: Any) -> Any:
 
     All its parameters are random, biases and norms included, so that a forgotten one shows.
     """
-    config_class, model_class, own = FAMILIES[family.removesuffix("_text")]
-    config = config_class(**{**WIDTHS, **own, **changes})
+    name = family.removesuffix("_text")
+    config = CONFIG_MAPPING["gemma3_text" if name == "gemma3" else name](**{**WIDTHS, **FAMILIES[name], **changes})
     torch.manual_seed(seed)
-    model = model_class(config).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn_like(parameter)

@@ -12,15 +12,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from expertprune.arch import family_of
 from expertprune.errors import CheckpointError
 from expertprune.models.checkpoint import Checkpoint, write_weights
 from expertprune.models.costs import unit_parameters
 from expertprune.units import Structure
-from tests.oracle import pad_headers, pruned, random_plan, read_json, resolved, stored_tensors
-from tests.tiny import save_tiny, tiny_model
+from tests.oracle import change_config, pad_headers, read_json, resolved, stored_tensors
+from tests.tiny import save_tiny
 
 INDEX = "model.safetensors.index.json"
 
@@ -31,206 +30,145 @@ def folder(tiny_llama: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_llama, tmp_path / "model"))
 
 
-def change_json(path: Path, change: Callable[[Any], None]) -> None:
-    data = read_json(path)
-    change(data)
-    path.write_text(json.dumps(data))
-
-
-def shard_of(folder: Path, tensor: str) -> Path:
-    return folder / read_json(folder / INDEX)["weight_map"][tensor]
-
-
-def change_tensor(folder: Path, name: str, change: Callable[[Tensor], Tensor | None]) -> None:
-    """Replace a stored tensor, or remove it everywhere where `change` gives `None`."""
-    path = shard_of(folder, name)
-    tensors = load_file(path)
-    new = change(tensors.pop(name))
-    if new is not None:
-        tensors[name] = new.contiguous()
-    else:
-        change_json(folder / INDEX, lambda index: index["weight_map"].pop(name))
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
 # --- damage
-
-
-def truncate(path: Path, keep: float) -> None:
-    path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
-
 
 SHARD = "model-00002-of-00004.safetensors"
 
 
-@pytest.mark.parametrize("keep", [0.99, 0.001, 0.0])
-def test_truncated_shard(folder: Path, store: Path, keep: float) -> None:
-    truncate(folder / SHARD, keep)
-    with pytest.raises(CheckpointError, match=rf"{SHARD}: truncated or corrupt"):
-        resolved(folder, store)
+def damaged(start: int, garbage: bytes) -> Callable[[Path], Any]:
+    """Other bytes at a place of a shard; the rest of the file is cut off where there are none."""
+
+    def change(folder: Path) -> None:
+        content = (folder / SHARD).read_bytes()
+        end = start + len(garbage) if garbage else len(content)
+        (folder / SHARD).write_bytes(content[:start] + garbage + content[end:])
+
+    return change
 
 
-def test_truncated_single_file(tmp_path: Path, store: Path) -> None:
-    single = save_tiny(tmp_path / "single")
-    truncate(single / "model.safetensors", 0.9)
-    with pytest.raises(CheckpointError, match=r"single/model\.safetensors: truncated or corrupt"):
-        resolved(single, store)
-
-
-@pytest.mark.parametrize(
-    ("start", "garbage"),
-    [(8, b"not json"), (0, (2**62).to_bytes(8, "little")), (0, (5).to_bytes(8, "little"))],
-    ids=["header is no JSON", "header longer than the file", "header cut short"],
-)
-def test_corrupt_header(folder: Path, store: Path, start: int, garbage: bytes) -> None:
-    content = bytearray((folder / SHARD).read_bytes())
-    content[start : start + len(garbage)] = garbage
-    (folder / SHARD).write_bytes(content)
-    with pytest.raises(CheckpointError, match=rf"{SHARD}: truncated or corrupt"):
-        resolved(folder, store)
-
-
-def test_missing_shard(folder: Path, store: Path) -> None:
-    (folder / SHARD).unlink()
-    with pytest.raises(CheckpointError, match=rf"{SHARD}: no such file, though the folder's index names it"):
-        resolved(folder, store)
-
-
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
-def test_pickled_weights_only(folder: Path, store: Path, name: str) -> None:
+def without_weights(folder: Path) -> None:
     for path in [*folder.glob("*.safetensors"), folder / INDEX]:
         path.unlink()
-    torch.save({"a": torch.zeros(2)}, folder / name)
-    with pytest.raises(CheckpointError) as error:
-        resolved(folder, store)
-    assert str(folder) in str(error.value)
-    assert name in str(error.value)
-    assert "convert it to safetensors" in str(error.value)
 
 
-def test_no_weights(folder: Path, store: Path) -> None:
-    for path in [*folder.glob("*.safetensors"), folder / INDEX]:
-        path.unlink()
-    with pytest.raises(CheckpointError, match="no weights"):
-        resolved(folder, store)
+def pickled(folder: Path) -> None:
+    without_weights(folder)
+    torch.save({"a": torch.zeros(2)}, folder / "pytorch_model.bin")
 
 
-@pytest.mark.parametrize("file", ["../x.safetensors", "inner/x.safetensors", "/x.safetensors"])
-def test_index_may_name_files_of_its_own_folder_only(folder: Path, store: Path, file: str) -> None:
-    """Even where the file exists and is sound."""
-    name = "model.norm.weight"
+def index_with(weight_map: Any, more: bool = False) -> Callable[[Path], Any]:
+    """Another weight map in the index, or more entries of it."""
+
+    def change(folder: Path) -> None:
+        index = read_json(folder / INDEX)
+        index["weight_map"] = index["weight_map"] | weight_map if more else weight_map
+        (folder / INDEX).write_text(json.dumps(index))
+
+    return change
+
+
+def without(name: str) -> Callable[[Path], Any]:
+    """A tensor is taken out everywhere."""
+
+    def change(folder: Path) -> None:
+        index = read_json(folder / INDEX)
+        path = folder / index["weight_map"].pop(name)
+        tensors = load_file(path)
+        del tensors[name]
+        save_file(tensors, path, metadata={"format": "pt"})
+        (folder / INDEX).write_text(json.dumps(index))
+
+    return change
+
+
+def narrower(folder: Path) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    path = folder / read_json(folder / INDEX)["weight_map"][name]
+    tensors = load_file(path)
+    save_file(tensors | {name: tensors[name][:, :30].contiguous()}, path, metadata={"format": "pt"})
+
+
+def says(**changes: Any) -> Callable[[Path], Any]:
+    return lambda folder: change_config(folder, **changes)
+
+
+def holds(name: str, content: bytes) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+DISAGREES = "config.json disagrees with the weights"
+DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
+    "no more than a start": (damaged(6000, b""), [f"{SHARD}: truncated or corrupt"]),
+    "an empty file": (damaged(0, b""), [f"{SHARD}: truncated or corrupt"]),
+    "header is no JSON": (damaged(8, b"not json"), [f"{SHARD}: truncated or corrupt"]),
+    "header longer than the file": (damaged(0, (2**62).to_bytes(8, "little")), [f"{SHARD}: truncated or corrupt"]),
+    "header cut short": (damaged(0, (5).to_bytes(8, "little")), [f"{SHARD}: truncated or corrupt"]),
+    "no shard": (
+        lambda folder: (folder / SHARD).unlink(),
+        [f"{SHARD}: no such file, though the folder's index names it"],
+    ),
+    "no weights": (without_weights, ["no weights"]),
+    "pickled": (pickled, ["pytorch_model.bin", "convert it to safetensors"]),
+    "a tensor of no file": (
+        index_with({"model.extra.weight": SHARD}, more=True),
+        [f"{INDEX}: lists tensors that no file holds: model.extra.weight"],
+    ),
+    **{
+        f"index names {file!r}": (index_with({"model.norm.weight": file}, more=True), [f"{INDEX}: {file!r}"])
+        for file in ("../x.safetensors", "inner/x.safetensors", "/x.safetensors")
+    },
+    **{
+        f"weight map {what}": (index_with(what), [])
+        for what in (["a"], {"a": 3}, {}, {"model.norm.weight": ""}, {"model.norm.weight": ".."})
+    },
+    **{
+        f"{name} with {content!r}": (holds(name, content), [f"{name}: {problem}"])
+        for name in ("config.json", INDEX)
+        for content, problem in (
+            (b"{", "not valid JSON"),
+            (b"[]", "not a JSON object"),
+            (b'{"a": "\xff"}', "not valid"),
+        )
+    },
+    "no config": (lambda folder: (folder / "config.json").unlink(), ["config.json: no such file"]),
+    "wide neurons": (
+        says(intermediate_size=64),
+        [DISAGREES, "gate_proj.weight is [32, 24], the config makes axis 0 64"],
+    ),
+    "many neurons": (says(intermediate_size=16), [DISAGREES, "(and 4 more)"]),  # 3 matrices of 3 layers, five are named
+    "heads": (says(num_attention_heads=12), [DISAGREES, "q_proj.weight is [24, 24], the config makes axis 0 48"]),
+    "KV heads": (says(num_key_value_heads=1), [DISAGREES, "k_proj.weight is [12, 24], the config makes axis 0 4"]),
+    "head_dim": (says(head_dim=8), [DISAGREES, "q_proj.weight is [24, 24], the config makes axis 0 48"]),
+    "layers": (says(num_hidden_layers=4), [DISAGREES, "model.layers.3.mlp.gate_proj.weight is missing"]),
+    "hidden": (says(hidden_size=48), [DISAGREES, "48"]),
+    "no up": (without("model.layers.1.mlp.up_proj.weight"), ["model.layers.1.mlp.up_proj.weight is missing"]),
+    "no o": (without("model.layers.1.self_attn.o_proj.weight"), ["model.layers.1.self_attn.o_proj.weight is missing"]),
+    "one layer narrower": (narrower, ["model.layers.1.mlp.down_proj.weight is [24, 30]"]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_folders_are_refused_by_name(damage: str, folder: Path, store: Path) -> None:
+    """Files outside the folder may not be named even where they exist and are sound."""
     (folder / "inner").mkdir()
     for place in (folder.parent, folder / "inner"):
-        save_file({name: torch.ones(24)}, place / "x.safetensors")
-    change_json(folder / INDEX, lambda index: index["weight_map"].update({name: file}))
+        save_file({"model.norm.weight": torch.ones(24)}, place / "x.safetensors")
+    change, words = DAMAGES[damage]
+    change(folder)
     with pytest.raises(CheckpointError) as error:
         resolved(folder, store)
-    assert f"{folder / INDEX}: {file!r}" in str(error.value)
-
-
-def test_index_lists_a_tensor_that_no_file_holds(folder: Path, store: Path) -> None:
-    change_json(folder / INDEX, lambda index: index["weight_map"].update({"model.extra.weight": SHARD}))
-    with pytest.raises(CheckpointError, match=rf"{INDEX}: lists tensors that no file holds: model\.extra\.weight"):
-        resolved(folder, store)
-
-
-@pytest.mark.parametrize(
-    "weight_map",
-    [["a"], {"a": 3}, {}, {"model.norm.weight": ""}, {"model.norm.weight": ".."}],
-    ids=["a list", "a number for a file", "no tensor", "no file", "the folder above"],
-)
-def test_index_without_a_usable_weight_map(folder: Path, store: Path, weight_map: Any) -> None:
-    change_json(folder / INDEX, lambda index: index.update(weight_map=weight_map))
-    with pytest.raises(CheckpointError, match=str(folder)):
-        resolved(folder, store)
-
-
-@pytest.mark.parametrize("name", ["config.json", INDEX])
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [(b"{", "not valid JSON"), (b"[]", "not a JSON object"), (b'{"a": "\xff"}', "not valid JSON")],
-)
-def test_broken_json(folder: Path, store: Path, name: str, content: bytes, problem: str) -> None:
-    (folder / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=f"{folder / name}: {problem}"):
-        resolved(folder, store)
-
-
-def test_no_config(folder: Path, store: Path) -> None:
-    (folder / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"config\.json: no such file"):
-        resolved(folder, store)
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "named"),
-    [
-        ("intermediate_size", 64, "mlp.gate_proj.weight is [32, 24], the config makes axis 0 64"),
-        ("num_attention_heads", 12, "self_attn.q_proj.weight is [24, 24], the config makes axis 0 48"),
-        ("num_key_value_heads", 1, "self_attn.k_proj.weight is [12, 24], the config makes axis 0 4"),
-        ("head_dim", 8, "self_attn.q_proj.weight is [24, 24], the config makes axis 0 48"),
-        ("num_hidden_layers", 4, "model.layers.3.mlp.gate_proj.weight is missing"),
-        ("hidden_size", 48, "48"),
-    ],
-)
-def test_config_disagrees_with_the_weights(folder: Path, store: Path, key: str, value: int, named: str) -> None:
-    change_json(folder / "config.json", lambda config: config.update({key: value}))
-    with pytest.raises(CheckpointError) as error:
-        resolved(folder, store)
-    assert f"{folder}: config.json disagrees with the weights" in str(error.value)
-    assert named in str(error.value)
-
-
-@pytest.mark.parametrize("name", ["mlp.up_proj.weight", "self_attn.o_proj.weight"])
-def test_missing_coupled_tensor(folder: Path, store: Path, name: str) -> None:
-    full = f"model.layers.1.{name}"
-    change_tensor(folder, full, lambda tensor: None)
-    with pytest.raises(CheckpointError) as error:
-        resolved(folder, store)
-    assert f"{full} is missing" in str(error.value)
-    assert str(folder) in str(error.value)
+    for each in (str(folder), *words):
+        assert each in str(error.value)
 
 
 def test_missing_bias_that_the_family_always_has(tmp_path: Path, store: Path) -> None:
     folder = save_tiny(tmp_path / "qwen2", "qwen2", max_shard_size="20KB")
-    change_tensor(folder, "model.layers.2.self_attn.k_proj.bias", lambda tensor: None)
+    without("model.layers.2.self_attn.k_proj.bias")(folder)
     with pytest.raises(CheckpointError, match=r"model\.layers\.2\.self_attn\.k_proj\.bias is missing"):
         resolved(folder, store)
 
 
-def test_one_layer_of_another_width(folder: Path, store: Path) -> None:
-    change_tensor(folder, "model.layers.1.mlp.down_proj.weight", lambda tensor: tensor[:, :30])
-    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.down_proj\.weight is \[24, 30\]"):
-        resolved(folder, store)
-
-
-def test_many_problems_are_counted(folder: Path, store: Path) -> None:
-    """3 layers of gate, up and down: nine tensors disagree, five are named."""
-    change_json(folder / "config.json", lambda config: config.update(intermediate_size=16))
-    with pytest.raises(CheckpointError, match=r"\(and 4 more\)"):
-        resolved(folder, store)
-
-
-def test_quantized_weights(folder: Path) -> None:
-    for path in folder.glob("*.safetensors"):
-        save_file({n: t.to(torch.int8) if t.ndim == 2 else t for n, t in load_file(path).items()}, path)
-    with pytest.raises(CheckpointError, match="stored as I8, so they are quantized"):
-        _ = Checkpoint(folder).dtype
-
-
 # --- reading
-
-
-@pytest.mark.parametrize("shards", ["1GB", "20KB"])
-def test_tensors_are_read_as_they_were_saved(tmp_path: Path, shards: str) -> None:
-    folder = save_tiny(tmp_path / "model", max_shard_size=shards)
-    checkpoint, state = Checkpoint(folder), tiny_model("llama").state_dict()
-    assert set(checkpoint.tensors) == set(state)
-    for name, tensor in state.items():
-        assert torch.equal(checkpoint.read(name), tensor)
-        assert checkpoint.tensors[name].shape == tuple(tensor.shape)
-    assert checkpoint.parameters == sum(tensor.numel() for tensor in state.values())
-    assert checkpoint.dtype == torch.float32
 
 
 def test_dtype_is_that_of_most_parameters(folder: Path) -> None:
@@ -239,60 +177,23 @@ def test_dtype_is_that_of_most_parameters(folder: Path) -> None:
     assert Checkpoint(folder).dtype == torch.bfloat16
 
 
-def test_carried_files_are_all_but_weights_cards_and_config(folder: Path) -> None:
-    carried = ["LICENSE", "chat_template.jinja", "special.model", "merges.txt"]
-    left = ["README.md", "expertprune.json", "pytorch_model.bin", "tf_model.h5", "x.gguf", ".y.partial"]
-    for name in carried + left:
-        (folder / name).write_text(name)
-    names = {path.name for path in Checkpoint(folder).carried_files}
-    assert names == {*carried, "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
-
-
 # --- costs
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "llama": {"family": "llama", "num_attention_heads": 12, "head_dim": 6},
-    "llama, biases, tied": {"family": "llama", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
-    "qwen2": {"family": "qwen2"},
-    "gemma3": {"family": "gemma3"},
-}
+
+PER_UNIT = [  # of a Llama without biases and with them
+    (Structure.FFN, 3 * 24, 3 * 24 + 2),  # a row of gate, a row of up, a column of down
+    (Structure.QUERY_HEADS, 2 * 4 * 24, 2 * 4 * 24 + 4),  # head_dim rows of q, head_dim columns of o
+    # two query heads, and rows of k and v
+    (Structure.KV_GROUPS, 2 * (2 * 4 * 24) + 2 * 4 * 24, 2 * (2 * 4 * 24 + 4) + 2 * (4 * 24 + 4)),
+]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_unit_parameters_are_what_the_cut_model_lacks(variant: str, tmp_path: Path, store: Path) -> None:
-    base, layer = resolved(save_tiny(tmp_path / "base", **VARIANTS[variant]), store), 2
-    shape = base.layers[layer]
-    per_group = shape.query_heads // shape.kv_heads
-    cuts = {
-        Structure.FFN: ({"ffn": 25}, 7),
-        Structure.QUERY_HEADS: ({"heads_per_group": per_group // 2}, 3 * (per_group - per_group // 2)),
-        Structure.KV_GROUPS: ({"kv_groups": 2}, 1),
-    }
-    prefix = f"model.layers.{layer}."
-    before = sum(t.numel() for name, t in stored_tensors(base.folder).items() if name.startswith(prefix))
-    for structure, (widths, removed) in cuts.items():
-        expert = stored_tensors(pruned(random_plan(base, **widths), base, tmp_path / structure))
-        # The zero biases that a rewritten config asks for are none of the units'.
-        added = sum(expert[name].numel() for name in expert.keys() - base.checkpoint.tensors.keys() if prefix in name)
-        after = sum(t.numel() for name, t in expert.items() if name.startswith(prefix)) - added
-        assert unit_parameters(base.checkpoint, base.family, shape, layer, structure) == (before - after) / removed
-
-
-@pytest.mark.parametrize(
-    ("biases", "structure", "expected"),
-    [
-        (False, Structure.FFN, 3 * 24),  # a row of gate, a row of up, a column of down
-        (True, Structure.FFN, 3 * 24 + 2),
-        (False, Structure.QUERY_HEADS, 2 * 4 * 24),  # head_dim rows of q, head_dim columns of o
-        (True, Structure.QUERY_HEADS, 2 * 4 * 24 + 4),
-        (False, Structure.KV_GROUPS, 2 * (2 * 4 * 24) + 2 * 4 * 24),  # two query heads, and rows of k and v
-        (True, Structure.KV_GROUPS, 2 * (2 * 4 * 24 + 4) + 2 * (4 * 24 + 4)),
-    ],
-)
-def test_unit_parameters_written_out(biases: bool, structure: Structure, expected: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("biases", [False, True])
+def test_unit_parameters_written_out(biases: bool, tmp_path: Path) -> None:
     checkpoint = Checkpoint(save_tiny(tmp_path / "base", attention_bias=biases, mlp_bias=biases))
     shape = family_of("llama").layer_shapes(checkpoint.config)[0]
-    assert unit_parameters(checkpoint, family_of("llama"), shape, 1, structure) == expected
+    for structure, *expected in PER_UNIT:
+        assert unit_parameters(checkpoint, family_of("llama"), shape, 1, structure) == expected[biases]
 
 
 # --- writing

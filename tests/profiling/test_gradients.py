@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertprune.arch import families, family_of
+from expertprune.arch import families
 from expertprune.models import passes
 from expertprune.models.layers import head_only
 from expertprune.profiling.gradients import gradient_pass, rescaled
@@ -80,65 +81,18 @@ def test_gradients_equal_autograd_on_explicit_masks_however_batches_are_cut(
             assert_near(found[name], values, 1e-5, f"{name}, {tokens_per_batch} tokens in a batch")
 
 
-def gemma(cap: float | None) -> Tiny:
-    """A model that caps its logits; its submodules are named as Llama's."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    config = Gemma2Config(
-        vocab_size=64,
-        hidden_size=24,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        head_dim=4,
-        sliding_window=4,
-        final_logit_softcapping=cap,
-        attn_implementation="eager",
-    )
-    torch.manual_seed(0)
-    model = Gemma2ForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.3 * torch.randn_like(parameter))
-    family = family_of("llama")
-    return Tiny(model, family, family.layer_shapes(config.to_dict()))
-
-
-def test_gradients_pass_through_a_cap_on_the_logits() -> None:
-    documents = token_lists()
-    capped, free = mask_gradients(gemma(1.0), documents), mask_gradients(gemma(None), documents)
-    found = with_groups(gradients(gemma(1.0), documents), gemma(1.0))
-    for name, values in capped.items():
-        assert_near(found[name], values, 1e-5, name)
-        assert not torch.allclose(values, free[name], rtol=1e-2), name
-
-
-@pytest.mark.parametrize("positions", [1, 3])
 @pytest.mark.parametrize("loss", ["language_model", "kl"])
-def test_a_few_positions_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch, positions: int, loss: str) -> None:
-    of = tiny("llama")
+def test_a_few_positions_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch, loss: str) -> None:
+    of, seen = tiny("llama"), []
     whole = gradients(of, token_lists(), loss=loss)
-    monkeypatch.setattr(passes, "LOGITS", 64 * positions)
-    for tokens_per_batch in (1, 30):
+    of.model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(logits.shape[0] * logits.shape[1]))
+    for positions, tokens_per_batch in ((1, 30), (3, 1), (12, 30)):
+        monkeypatch.setattr(passes, "LOGITS", 64 * positions)
+        seen.clear()
         cut = gradients(of, token_lists(), tokens_per_batch, loss=loss)
+        assert max(seen) <= max(positions, len(LENGTHS))  # one of each document at least
         for name, values in whole.items():
             assert_near(cut[name], values, 1e-5, name)
-
-
-def test_no_more_positions_than_allowed_have_logits_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    of, seen = tiny("llama"), []
-    monkeypatch.setattr(passes, "LOGITS", 64 * 12)
-    of.model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(logits.shape[0] * logits.shape[1]))
-    gradients(of, token_lists())
-    assert max(seen) <= 12
-    assert sum(seen) >= sum(length - 1 for length in LENGTHS)
-
-
-def test_progress_is_told_after_each_batch() -> None:
-    of, calls = tiny("llama"), []
-    gradients(of, token_lists(), 1, progress=lambda: calls.append(1))
-    assert len(calls) == len(LENGTHS)
 
 
 def test_half_precision_keeps_gradients_that_are_small() -> None:
@@ -158,7 +112,7 @@ def test_half_precision_keeps_gradients_that_are_small() -> None:
         assert float((half[name] - values).norm()) < 0.01 * float(values.norm()), name
 
 
-@pytest.mark.parametrize("largest", [3e-39, 6e-8, 0.7, 1.0, 65504.0, 1e30])
+@pytest.mark.parametrize("largest", [3e-39, 6e-8, 0.7, 65504.0, 1e30])
 def test_rescaling_is_exact_and_brings_the_largest_gradient_into_the_range_of_half_precision(largest: float) -> None:
     gradient = torch.tensor([largest, -largest / 3, 0.0])
     scaled, scale = rescaled(gradient, 8.0)
@@ -173,29 +127,23 @@ def test_gradients_without_a_largest_number_are_left_as_they_are(value: float) -
     gradient = torch.tensor([value, 0.0])
     scaled, scale = rescaled(gradient, 8.0)
     assert scale == 8.0
-    assert torch.equal(scaled, gradient) or bool(scaled.isnan().any())
+    torch.testing.assert_close(scaled, gradient, rtol=0, atol=0, equal_nan=True)
 
 
 # --- against the model's own predictions ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tokens_per_batch", BATCHED)
-def test_drawn_targets_follow_from_the_seed_and_the_document_alone(tokens_per_batch: int) -> None:
+def test_drawn_targets_follow_from_the_seed_and_the_document_alone() -> None:
     of = tiny("llama")
-    first, second = (gradients(of, token_lists(), loss="kl", seed=5) for _ in range(2))
-    batched = gradients(of, token_lists(), tokens_per_batch, loss="kl", seed=5)
-    other = gradients(of, token_lists(), loss="kl", seed=6)
+    first, second, single, other = (
+        gradients(of, token_lists(), tokens_per_batch, loss="kl", seed=seed)
+        for tokens_per_batch, seed in ((30, 5), (30, 5), (1, 5), (30, 6))
+    )
     for name, values in first.items():
         assert torch.equal(second[name], values), name
-        assert_near(batched[name], values, 1e-5, name)
+        assert_near(single[name], values, 1e-5, name)
         changed = (other[name] - values).abs().amax(1) > 1e-3 * values.abs().max()
         assert bool(changed[torch.tensor(LENGTHS) > 4].all()), name
-
-
-def test_two_documents_of_the_same_text_draw_their_own_targets() -> None:
-    ids = token_lists((9,))[0]
-    found = gradients(tiny("llama"), [ids, ids], loss="kl")["ffn.0.value"]
-    assert not torch.allclose(found[0], found[1], rtol=1e-2)
 
 
 def exact_fisher(of: Tiny, ids: list[int]) -> Tensor:
@@ -212,44 +160,21 @@ def exact_fisher(of: Tiny, ids: list[int]) -> Tensor:
     return total / (len(ids) - 1)
 
 
-def divergence_curvature(of: Tiny, ids: list[int]) -> tuple[Tensor, Tensor]:
-    """Gradient and the Hessian's diagonal of `mean_t KL(dense ‖ masked)` at masks of one, by deriving twice."""
-    exact = of.double()
-    masks = Masks(exact, range(len(of.shapes)))
-    row = torch.tensor([ids])
-    with torch.no_grad():
-        dense = exact.model(input_ids=row, use_cache=False).logits[0, :-1].log_softmax(-1)
-    with masks.hooked():
-        logs = exact.model(input_ids=row, use_cache=False).logits[0, :-1].log_softmax(-1)
-        divergence = (dense.exp() * (dense - logs)).sum(-1).mean()
-        first = torch.autograd.grad(divergence, masks.leaves, create_graph=True)
-        diagonal = []
-        for leaf, gradient in zip(masks.leaves, first, strict=True):
-            for unit, value in enumerate(gradient):
-                diagonal.append(torch.autograd.grad(value, leaf, retain_graph=True)[0][unit])
-    return torch.cat([gradient.detach() for gradient in first]), torch.stack(diagonal)
-
-
-@pytest.mark.parametrize("family", WITH_FFN)
-def test_squared_gradients_of_drawn_targets_have_the_curvature_of_the_divergence_as_their_mean(family: str) -> None:
-    """One document many times over, each copy with targets of its own: `T g²` averages to the Hessian's diagonal.
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_squared_gradients_of_drawn_targets_have_the_fisher_information_as_their_mean(family: str) -> None:
+    """One document many times over, each copy with targets of its own: `T g²` averages to the information.
 
     Within five standard errors of that average, of each unit; they are a few hundredths of it.
     """
     of, ids, copies = tiny(family), token_lists((5,))[0], 4000
     fisher = exact_fisher(of, ids)
-    slope, curvature = divergence_curvature(of, ids)
-    # the model's norms and softmax are float32 whatever its weights are, which leaves a few 1e-7
-    assert_near(fisher, curvature, 1e-6, "Fisher information and curvature")
-    assert float(slope.abs().max()) < 1e-6 * float(curvature.max())
     found = with_groups(gradients(of, [ids] * copies, 10_000, loss="kl"), of)
-    names = Masks(of, range(len(of.shapes))).names()
-    squares = torch.cat([found[name].double().square() * (len(ids) - 1) for name in names], 1)
+    drawn = torch.cat([found[name].double() for name in Masks(of, range(len(of.shapes))).names()], 1)
+    squares = drawn.square() * (len(ids) - 1)
     error = squares.std(0) / copies**0.5
     assert float((error / fisher).max()) < 0.1
     assert bool(((squares.mean(0) - fisher).abs() < 5 * error).all())
-    means = torch.cat([found[name].double() for name in names], 1)  # the expected gradient is zero
-    assert bool((means.mean(0).abs() < 5 * means.std(0) / copies**0.5).all())
+    assert bool((drawn.mean(0).abs() < 5 * drawn.std(0) / copies**0.5).all())  # the expected gradient is zero
 
 
 # --- each layer alone -----------------------------------------------------------------------------------------------
@@ -335,43 +260,11 @@ def test_a_pass_leaves_the_model_as_it_was() -> None:
 # --- the output head alone ------------------------------------------------------------------------------------------
 
 
-def last_hidden(of: Tiny, ids: Tensor) -> Tensor:
-    """What the last layer gives in the model's ordinary forward pass."""
-    seen: list[Tensor] = []
-    handle = of.model.model.norm.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
-    with torch.no_grad():
-        of.model(input_ids=ids, use_cache=False)
-    handle.remove()
-    return seen[0]
-
-
-@pytest.mark.parametrize(("family", "changes"), [*MODELS, ("capped", {})])
-def test_the_head_alone_gives_the_ordinary_models_logits(family: str, changes: dict[str, Any]) -> None:
-    of = gemma(1.0) if family == "capped" else tiny(family, **changes)
-    ids = torch.tensor(token_lists((9, 9)))
-    layers, hidden = of.model.model.layers, last_hidden(of, ids)
-    with torch.no_grad():
-        expected = of.model(input_ids=ids, use_cache=False).logits
-        with head_only(of.model, of.family, hidden):
-            alone = of.model(input_ids=ids, use_cache=False).logits
-            some = of.model(input_ids=ids, use_cache=False, logits_to_keep=torch.tensor([2, 5])).logits
-        after = of.model(input_ids=ids, use_cache=False).logits
-    assert torch.equal(alone, expected)
-    torch.testing.assert_close(some, expected[:, [2, 5]])
-    assert torch.equal(after, expected)
-    assert of.model.model.layers is layers
-
-
 def test_an_error_with_the_head_alone_puts_the_layers_back() -> None:
-    of, ids = tiny("llama"), torch.tensor(token_lists((9,)))
+    of = tiny("llama")
     layers = of.model.model.layers
-
-    def fail_in_the_middle() -> None:
-        with head_only(of.model, of.family, last_hidden(of, ids)):
-            assert of.model.model.layers is not layers
-            raise RuntimeError("in the middle")
-
-    with pytest.raises(RuntimeError, match="in the middle"):
-        fail_in_the_middle()
+    with contextlib.suppress(RuntimeError), head_only(of.model, of.family, torch.zeros(1, 9, 24)):
+        assert of.model.model.layers is not layers
+        raise RuntimeError("in the middle")
     assert of.model.model.layers is layers
     assert len(layers) == len(of.shapes)

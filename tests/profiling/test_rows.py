@@ -13,8 +13,10 @@ from expertprune.profiling.rows import FOLDS, folds_of_similar, vocabulary_pass
 from tests.masks import LENGTHS, tiny, token_lists
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-@pytest.mark.parametrize(("tokens_per_batch", "logits"), [(1, 2**25), (16, 1), (1000, 64 * 7), (1000, 2**25)])
+@pytest.mark.parametrize(
+    ("family", "tokens_per_batch", "logits"),
+    [("llama", 1, 2**25), ("gemma3_text", 16, 1), ("llama", 1000, 64 * 7), ("gemma3_text", 1000, 2**25)],
+)
 def test_counts_and_mass_are_the_models_own(
     family: str, tokens_per_batch: int, logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

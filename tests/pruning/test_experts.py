@@ -3,37 +3,37 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from numpy.typing import NDArray
+from torch import Tensor
 
 import expertprune
-from expertprune.arch import families
+from expertprune.arch import families, family_of
+from expertprune.artifacts.plan import StructureBudget
 from expertprune.artifacts.profile import FORWARD
 from expertprune.composition.scoring import corpus_score, unit_statistics
 from expertprune.errors import PlanError, SpecError
 from expertprune.profiling.forward import forward_pass
+from expertprune.profiling.gradients import gradient_pass
 from expertprune.profiling.store import measure
-from expertprune.relevance import UnitStatistics, criteria
+from expertprune.relevance import criteria
 from expertprune.spec.reading import parse_spec
+from expertprune.spec.schema import Spec
 from expertprune.units import Structure
-from tests.masks import tiny_of, token_lists
+from tests.calling import call
+from tests.masks import LENGTHS, tiny_of, token_lists
 from tests.oracle import load, read_json
 from tests.tiny import WORDS, save_tiny, tiny_model
 
-FAMILIES = [name for name, family in families().items() if family.experts is not None]
-LENGTHS = (9, 2, 14, 5, 5, 11)
 EXPERTS, CHOSEN = 6, 2
 Array = NDArray[np.float64]
-
-
-def documents(seed: int = 0) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(2, 64, (length,), generator=generator).tolist() for length in LENGTHS]
 
 
 def silu(x: Array) -> Array:
@@ -70,14 +70,12 @@ def routing_of(model: Any, layer: int, ids: list[int]) -> tuple[Array, Array, Ar
     return weights, norms, hidden
 
 
-@pytest.mark.parametrize(
-    ("name", "tokens_per_batch"), [("mixtral", 1), ("olmoe", 30), ("qwen2_moe", 30), ("qwen3_moe", 1000)]
-)
+@pytest.mark.parametrize(("name", "tokens_per_batch"), [("mixtral", 1), ("olmoe", 30), ("qwen2_moe", 1000)])
 def test_routing_statistics_are_those_of_each_document_alone(name: str, tokens_per_batch: int) -> None:
     model = tiny_model(name)
-    found = forward_pass(tiny_of(model).text(documents(), tokens_per_batch))
+    found = forward_pass(tiny_of(model).text(token_lists(), tokens_per_batch))
     for layer in range(3):
-        for number, ids in enumerate(documents()):
+        for number, ids in enumerate(token_lists()):
             weights, norms, _ = routing_of(model, layer, ids)
             chosen, written = weights > 0, weights * norms
             frequency = chosen.mean(0)
@@ -129,22 +127,6 @@ def test_reap_is_the_mean_over_all_tokens_of_the_corpus_that_are_routed_to_an_ex
         np.testing.assert_allclose(quantile[layer], np.median(means, 0), rtol=1e-5)
         alone += int((served == 1).sum())
     assert alone > 0
-
-
-def test_criteria_of_experts() -> None:
-    impact = torch.tensor([[4.0, 9.0]])
-    seen = UnitStatistics(
-        rms=impact.sqrt(), impact=impact, output_l1=torch.ones(2), output_l2=torch.ones(2),
-        weight_norm=torch.tensor([3.0, 5.0]), layer=0, seed=0,
-        frequency=torch.tensor([[0.25, 0.75]]), routed_norm=torch.tensor([[2.0, 1.0]]),
-    )  # fmt: skip
-    assert criteria["reap"].score(seen).tolist() == [[2.0, 1.0]]
-    assert criteria["frequency"].score(seen).tolist() == [[0.25, 0.75]]
-    assert criteria["impact"].score(seen).tolist() == [[4.0, 9.0]]
-    assert criteria["magnitude"].score(seen).tolist() == [[3.0, 5.0]]
-    assert {name for name, each in criteria.items() if "experts" in each.structures} == {
-        "fisher", "frequency", "impact", "magnitude", "random", "reap", "taylor",
-    }  # fmt: skip
 
 
 # --- planted experts --------------------------------------------------------------------------------------------------
@@ -255,85 +237,232 @@ def test_an_expert_of_experts_is_built_with_its_heads_repaired(tmp_path: Path) -
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("changes", "error", "words"),
-    [
-        ({"budget": {"experts": 5}}, PlanError, "the router chooses 2 for each token.*at most 4 can be"),
-        ({"budget": {"experts": 0.9}}, PlanError, "5 of 6 routed experts cannot be removed"),
-        (
-            {"budget": {"experts": 0.05}},
-            PlanError,
-            "less than half a routed expert and removes nothing; the smallest legal one",
-        ),
-        ({"budget": {"ffn": 0.25, "multiple_of": 4}}, PlanError, "budget.multiple_of: 4 is no multiple of 8"),
-        ({"budget": {"ffn": 5, "multiple_of": 8}}, PlanError, "budget.ffn: 5 neurons cannot be removed"),
-        ({"budget": {"ffn": 0.25}, "compose": {"allocation": "global"}}, PlanError, "compose.allocation: uniform"),
-        ({"compose": {"allocation": "global"}}, PlanError, "compose.allocation: uniform"),
-        (
-            {"relevance": "activation"},
-            SpecError,
-            r"relevance\.criterion: activation does not score experts; criteria that do: fisher, frequency, impact.*; "
-            r"relevance\.experts can name one for whole experts alone",
-        ),
-        (
-            {"relevance": "regional", "budget": {"kv_groups": 1}},
-            SpecError,
-            r"regional needs the regional pass, which is not made through experts; take fisher, or impact",
-        ),
-        (
-            {"relevance": {"criterion": "impact", "experts": "regional"}},
-            SpecError,
-            r"relevance\.experts: regional does not score experts",
-        ),
-        ({"relevance": {"experts": "reep"}}, SpecError, "'reep'.*reap"),
-        ({"relevance": "reap", "budget": {"kv_groups": 1}}, SpecError, "reap does not score kv_groups"),
-        (
-            {"budget": {"retention": {"expert": 0.9}}},
-            PlanError,
-            "give budget.experts, budget.ffn or budget.parameters",
-        ),
-    ],
-    ids=str,
-)
+REFUSED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+    ("mixtral", {"budget": {"experts": 5}}, PlanError, "the router chooses 2 for each token.*at most 4 can be"),
+    ("mixtral", {"budget": {"experts": 0.9}}, PlanError, "5 of 6 routed experts cannot be removed"),
+    ("mixtral", {"budget": {"experts": 0.05}}, PlanError, "less than half a routed expert and removes nothing"),
+    ("mixtral", {"budget": {"ffn": 0.25, "multiple_of": 4}}, PlanError, "multiple_of: 4 is no multiple of 8"),
+    ("mixtral", {"budget": {"ffn": 5, "multiple_of": 8}}, PlanError, "budget.ffn: 5 neurons cannot be removed"),
+    ("mixtral", {"compose": {"allocation": "global"}}, PlanError, "compose.allocation: uniform"),
+    (
+        "mixtral",
+        {"relevance": "activation"},
+        SpecError,
+        r"relevance\.criterion: activation does not score experts; criteria that do: fisher, frequency, impact.*; "
+        r"relevance\.experts can name one for whole experts alone",
+    ),
+    (
+        "mixtral",
+        {"relevance": "regional", "budget": {"kv_groups": 1}},
+        SpecError,
+        "regional needs the regional pass, which is not made through experts; take fisher, or impact",
+    ),
+    (
+        "mixtral",
+        {"relevance": {"criterion": "impact", "experts": "regional"}},
+        SpecError,
+        r"relevance\.experts: regional does not score experts",
+    ),
+    ("mixtral", {"relevance": {"experts": "reep"}}, SpecError, "'reep'.*reap"),
+    ("mixtral", {"relevance": "reap", "budget": {"kv_groups": 1}}, SpecError, "reap does not score kv_groups"),
+    (
+        "mixtral",
+        {"budget": {"retention": {"expert": 0.9}}},
+        PlanError,
+        "give budget.experts, budget.ffn or budget.parameters",
+    ),
+    (
+        "llama",
+        {"relevance": {"criterion": "impact", "experts": "reap"}, "budget": {"ffn": 0.25, "multiple_of": 4}},
+        SpecError,
+        r"relevance\.experts: layers of family 'llama' have no experts; leave this key",
+    ),
+    ("llama", {}, PlanError, r"budget\.experts: layers of family 'llama' have none"),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "error", "words"), REFUSED, ids=str)
 def test_a_budget_that_experts_cannot_meet(
-    changes: dict[str, Any], error: type[Exception], words: str, tmp_path: Path
+    family: str, changes: dict[str, Any], error: type[Exception], words: str, tmp_path: Path
 ) -> None:
-    folder = save_tiny(tmp_path / "base", "mixtral")
+    folder = save_tiny(tmp_path / "base", family)
     with pytest.raises(error, match=words):
         expertprune.validate(planted_spec(folder, tmp_path, ["medical"], "impact", **changes))
 
 
-def test_a_criterion_of_experts_needs_experts(tiny_llama: Path, tmp_path: Path) -> None:
-    spec = planted_spec(tiny_llama, tmp_path, ["medical"], "impact", budget={"ffn": 0.25, "multiple_of": 4})
-    spec.relevance.experts = "reap"
-    with pytest.raises(
-        SpecError, match=r"relevance\.experts: layers of family 'llama' have no experts; leave this key"
-    ):
-        expertprune.validate(spec)
+# --- neurons inside experts -------------------------------------------------------------------------------------- ---
+
+FAMILIES = [name for name, family in families().items() if family.experts is not None]
+WIDTH = {"mixtral": 32, "olmoe": 32, "qwen2_moe": 16, "qwen3_moe": 16}
 
 
-def test_a_model_without_experts_has_none_to_cut(tiny_llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match=r"budget\.experts: layers of family 'llama' have none"):
-        expertprune.validate(planted_spec(tiny_llama, tmp_path, ["medical"], "impact"))
+def stored_half(found: dict[str, Tensor], name: str) -> Array:
+    return numbers(found[name]) * float(found[f"{name}.scale"])
 
 
-def test_parameters_are_met_by_experts(tmp_path: Path) -> None:
+def weighted_neurons(model: Any, layer: int, ids: list[int]) -> Array:
+    """By hand, of one document: router weight times activation, `[tokens, experts * neurons]`, 0 where not chosen."""
+    weights, _, hidden = routing_of(model, layer, ids)
+    gate_up = numbers(model.model.layers[layer].mlp.experts.gate_up_proj)
+    parts = []
+    for expert in range(EXPERTS):
+        gate, up = np.split(hidden @ gate_up[expert].T, 2, axis=1)
+        parts.append(weights[:, expert, None] * silu(gate) * up)
+    return np.concatenate(parts, 1)
+
+
+@pytest.mark.parametrize(("name", "tokens_per_batch"), [("mixtral", 1), ("olmoe", 30), ("qwen3_moe", 1000)])
+def test_statistics_of_neurons_are_those_of_each_document_alone(name: str, tokens_per_batch: int) -> None:
+    model = tiny_model(name)
+    found = forward_pass(tiny_of(model).text(token_lists(), tokens_per_batch))
+    for layer in range(3):
+        every = [weighted_neurons(model, layer, ids) for ids in token_lists()]
+        for number, values in enumerate(every):
+            expected = np.sqrt((values**2).mean(0))
+            mine = stored_half(found, f"ffn.{layer}.rms")[number]
+            np.testing.assert_allclose(mine, expected, rtol=2e-3, atol=1e-3 * expected.max())
+        together = np.concatenate(every)
+        np.testing.assert_allclose(numbers(found[f"ffn.{layer}.sum"]), together.sum(0), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(
+            numbers(found[f"ffn.{layer}.square_sum"]), (together**2).sum(0), rtol=1e-3, atol=1e-6
+        )
+        experts = model.model.layers[layer].mlp.experts
+        gate_up, down = numbers(experts.gate_up_proj), numbers(experts.down_proj)
+        for unit in (0, 5, WIDTH[name], EXPERTS * WIDTH[name] - 1):
+            e, j = divmod(unit, WIDTH[name])
+            column = down[e][:, j]
+            owned = (column**2).sum() + (gate_up[e][j] ** 2).sum() + (gate_up[e][WIDTH[name] + j] ** 2).sum()
+            assert float(found[f"ffn.{layer}.output_l1"][unit]) == pytest.approx(np.abs(column).sum(), rel=1e-5)
+            assert float(found[f"ffn.{layer}.output_l2"][unit]) == pytest.approx(np.sqrt((column**2).sum()), rel=1e-5)
+            assert float(found[f"ffn.{layer}.weight_norm"][unit]) == pytest.approx(np.sqrt(owned), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_of_masks_are_those_of_one_backward_pass_through_the_whole_model(name: str) -> None:
+    """A mask `m` on a column makes it `m w`, so `∂L/∂m = w · ∂L/∂w` at 1."""
+    model = tiny_model(name).requires_grad_(False)
+    found = gradient_pass(tiny_of(model).text(token_lists()), "language_model")
+    layers = model.model.layers
+    weights = [(layer.mlp.experts.down_proj, layer.self_attn.o_proj.weight) for layer in layers]
+    for weight in (each for pair in weights for each in pair):
+        weight.requires_grad_(True)
+    for number, ids in enumerate(token_lists()):
+        model.zero_grad()
+        tokens = torch.tensor([ids])
+        logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits, tokens[0, 1:]).backward()
+        for layer, (down, heads) in enumerate(weights):
+            neurons = numbers((down * down.grad).sum(1)).ravel()
+            of_experts = neurons.reshape(EXPERTS, -1).sum(1)
+            of_heads = numbers((heads * heads.grad).sum(0)).reshape(6, -1).sum(1)
+            for key, expected in (("ffn", neurons), ("experts", of_experts), ("heads", of_heads)):
+                mine = stored_half(found, f"{key}.{layer}.value")[number]
+                np.testing.assert_allclose(mine, expected, rtol=3e-3, atol=2e-3 * np.abs(expected).max())
+    assert found["ffn.0.value"].shape == (len(LENGTHS), EXPERTS * WIDTH[name])
+
+
+# --- plans of neurons ----------------------------------------------------------------------------------------------
+
+
+def spec_of(folder: Path, tmp_path: Path, budget: dict[str, Any], **others: Any) -> Spec:
+    """A spec as short as a user may write it: neither criterion nor allocation."""
+    spec = planted_spec(folder, tmp_path, ["medical", "law"], "impact", budget={"multiple_of": 8, **budget})
+    data = spec.document()
+    data["relevance"], data["compose"] = others.get("relevance", {}), others.get("compose", {})
+    return Spec.model_validate(data)
+
+
+@pytest.mark.parametrize("criterion", ["impact", "fluctuation"])
+def test_each_expert_keeps_its_own_best_neurons(criterion: str, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "base", "mixtral")
-    plan = expertprune.compose(planted_spec(folder, tmp_path, ["medical"], "reap", budget={"parameters": 0.3}))
-    # an expert has three matrices of 24 by 32 and a row of the router; 3 layers
-    of_one = 3 * (3 * 24 * 32 + 24)
-    gone = plan.parameters.before - plan.parameters.after
-    assert gone % of_one == 0
-    assert gone >= 0.3 * plan.parameters.before > gone - of_one
+    relevance = {"criterion": criterion, "experts": "reap"}
+    plan = expertprune.compose(spec_of(folder, tmp_path, {"ffn": 0.5, "experts": 2}, relevance=relevance))
+    assert plan.budget["ffn"] == StructureBudget(requested=0.5, of=32, kept=16, removed=16)
+    chosen = set()
+    for layer in plan.kept:
+        assert len(layer.experts) == 4
+        assert [unit // 32 for unit in layer.ffn] == [expert for expert in layer.experts for _ in range(16)]
+        chosen |= {tuple(unit % 32 for unit in layer.ffn if unit // 32 == expert) for expert in layer.experts}
+    assert len(chosen) == 12, "every expert of every layer chooses for itself"
+    before, after = plan.parameters.before, plan.parameters.after
+    # of three layers: two experts of three matrices and a router's row, and 16 neurons of each of the four others
+    assert before - after == 3 * (2 * (3 * 24 * 32 + 24) + 4 * 16 * 3 * 24)
 
 
-def test_a_plan_of_experts_is_read_back(tmp_path: Path) -> None:
-    from expertprune.artifacts.plan import load_plan
+def test_parameters_beside_experts_are_met_by_neurons(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "base", "mixtral")
+    plan = expertprune.compose(spec_of(folder, tmp_path, {"experts": 1, "parameters": 0.4}))
+    assert plan.budget["experts"].kept == 5
+    before, after = plan.parameters.before, plan.parameters.after
+    step = 3 * 5 * 8 * 3 * 24  # of three layers, five experts, eight neurons of three matrices
+    assert before - after >= 0.4 * before > before - after - step
+    assert (before - after - 3 * (3 * 24 * 32 + 24)) % step == 0
 
-    folder = save_tiny(tmp_path / "base", "qwen3_moe")
-    plan = expertprune.compose(planted_spec(folder, tmp_path, ["law"], "reap"))
-    plan.save(tmp_path / "plan.json")
-    again = load_plan(tmp_path / "plan.json")
-    assert again.kept == plan.kept
-    assert again.digest == plan.digest
-    assert read_json(tmp_path / "plan.json")["layers"][0]["of"]["experts"] == 6
+
+def test_experts_with_fewer_neurons_are_built_from_the_shortest_spec(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = save_tiny(tmp_path / "base", "mixtral")
+    spec = spec_of(folder, tmp_path, {"ffn": 0.25, "experts": 1, "kv_groups": 1})
+    out = expertprune.build(spec, tmp_path / "expert", store=tmp_path / "store")
+    assert "neurons of routed experts are cut without repair" in caplog.text
+    config, about = read_json(out / "config.json"), read_json(out / "expertprune.json")
+    assert (config["num_local_experts"], config["intermediate_size"], config["num_key_value_heads"]) == (5, 24, 2)
+    relevance = about["spec"]["relevance"]
+    assert (relevance["criterion"], relevance["experts"]) == ("fisher", "reap")
+    assert about["spec"]["compose"]["allocation"] == "uniform"
+    assert sum(parameter.numel() for parameter in load(out).parameters()) == about["parameters"]["after"]
+
+
+# --- what a spec leaves out -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("budget", "relevance", "expected"),
+    [
+        ({"experts": 2}, {}, ("reap", "reap")),
+        ({"parameters": 0.2}, {}, ("reap", "reap")),
+        ({"kv_groups": 1}, {}, ("fisher", "reap")),
+        ({"experts": 2, "ffn": 8}, {}, ("fisher", "reap")),
+        ({"experts": 2, "ffn": 8}, {"criterion": "activation", "experts": "frequency"}, ("activation", "frequency")),
+        ({"experts": 2}, {"criterion": "fisher"}, ("fisher", "fisher")),
+    ],
+    ids=str,
+)
+def test_criterion_and_allocation_of_experts_may_be_left_out(
+    budget: dict[str, Any], relevance: dict[str, str], expected: tuple[str, str], tmp_path: Path
+) -> None:
+    folder = save_tiny(tmp_path / "base", "mixtral")
+    spec = spec_of(folder, tmp_path, budget, relevance=relevance)
+    prepared = expertprune.validate(spec)
+    assert (prepared.spec.relevance.criterion, prepared.spec.relevance.experts) == expected
+    assert prepared.spec.compose.allocation == "uniform"
+    assert spec.compose.allocation == "auto", "the caller's spec stays as it was"
+    plan = expertprune.compose(spec)
+    assert plan.spec["relevance"]["criterion"] == expected[0]
+    assert plan.spec["relevance"]["experts"] == expected[1]
+    again = expertprune.compose(Spec.model_validate(plan.spec))
+    assert again.digest == plan.digest, "what was decided, written out, decides the same"
+
+
+@pytest.mark.parametrize(
+    ("family", "allocation"), [("llama", "global"), ("qwen2", "global"), ("starcoder2", "uniform")]
+)
+def test_criterion_and_allocation_of_dense_models(family: str, allocation: str, tmp_path: Path) -> None:
+    assert bool(family_of(family).vllm_single_layers) == (allocation == "global")
+    folder = save_tiny(tmp_path / "base", family)
+    prepared = expertprune.validate(spec_of(folder, tmp_path, {"ffn": 0.25}))
+    assert (prepared.spec.relevance.criterion, prepared.spec.relevance.experts) == ("fisher", None)
+    assert prepared.spec.compose.allocation == allocation
+
+
+def test_validate_and_inspect_say_what_was_decided(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "base", "olmoe")
+    spec = spec_of(folder, tmp_path, {"ffn": 8, "experts": 1})
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec.document()))
+    told = call("validate", tmp_path / "spec.yaml").output
+    assert "criterion fisher, experts reap, allocation uniform" in told
+    expertprune.compose(spec).save(tmp_path / "plan.json")
+    told = call("inspect", tmp_path / "plan.json").output
+    for words in (r"criterion +│ fisher", r"criterion of routed experts +│ reap", r"allocation +│ uniform"):
+        assert re.search(words, told), told

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -38,7 +37,7 @@ from tests.oracle import (
     stored_tensors,
 )
 from tests.tiny import FAMILIES
-from tests.vocabularies import GERMAN, KINDS, OTHER, TEXT, save_worded, tokenizer_of, worded_spec
+from tests.vocabularies import KINDS, save_worded, worded_spec
 
 
 def plan_of(base: ResolvedBase, kept: set[int], padding: tuple[int, ...] = (), ffn: int | None = None) -> Plan:
@@ -70,7 +69,7 @@ def mapped(plan: Plan, ids: list[int]) -> list[int]:
 @pytest.mark.parametrize(
     ("kind", "family", "tied"),
     [
-        *((kind, "llama", tied) for kind in ("byte_level", "sentencepiece", "unigram") for tied in (True, False)),
+        *((kind, "llama", tied) for kind, tied in (("byte_level", True), ("sentencepiece", False), ("unigram", False))),
         *(("sentencepiece", family, bool(number % 2)) for number, family in enumerate(FAMILIES) if family != "llama"),
     ],
 )
@@ -96,31 +95,6 @@ def test_logits_of_kept_rows_are_the_bases(kind: str, family: str, tied: bool, t
         assert expert.config.pad_token_id == mapped(plan, [dense.config.pad_token_id])[0]
 
 
-@torch.no_grad()
-def greedy(model: Any, ids: list[int], steps: int) -> list[int]:
-    for _ in range(steps):
-        ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
-    return ids
-
-
-@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece", "unigram"])
-def test_greedy_text_is_the_bases_up_to_a_dropped_row(kind: str, tmp_path: Path, store: Path) -> None:
-    base = resolved(save_worded(tmp_path / "base", kind), store)
-    dense, tokenizer = load(base.folder), AutoTokenizer.from_pretrained(base.folder)
-    prompts = [tokenizer(text)["input_ids"][:8] for text in TEXT[:6]]
-    plan = plan_of(base, {index for ids in prompts for index in ids} | set(range(0, 400, 3)))
-    assert plan.vocabulary is not None
-    expert, kept = load(cut(base, plan, tmp_path / "expert")), set(plan.vocabulary.rows.kept)
-    ended = 0
-    for prompt in prompts:
-        expected = greedy(dense, prompt, 16)
-        found = greedy(expert, mapped(plan, prompt), 16)
-        same = next((place for place, index in enumerate(expected) if index not in kept), len(expected))
-        assert found[:same] == mapped(plan, expected[:same])
-        ended += same < len(expected)
-    assert ended > 0  # a dropped row was wanted somewhere, so the prefix above is not all there is
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_what_names_rows_or_ids_changes(kind: str, tmp_path: Path, store: Path) -> None:
     base = resolved(save_worded(tmp_path / "base", kind, tie_word_embeddings=False), store)
@@ -134,12 +108,8 @@ def test_only_what_names_rows_or_ids_changes(kind: str, tmp_path: Path, store: P
         rows = name in ("model.embed_tokens.weight", "lm_head.weight")
         assert torch.equal(after[name], tensor[kept] if rows else tensor), name
     old, new = read_json(base.folder / "config.json"), read_json(folder / "config.json")
-    assert {key for key in old if old[key] != new[key]} <= {
-        "vocab_size",
-        "eos_token_id",
-        "bos_token_id",
-        "pad_token_id",
-    }
+    ids = {"vocab_size", "eos_token_id", "bos_token_id", "pad_token_id"}
+    assert {key for key in old if old[key] != new[key]} <= ids
     assert new["vocab_size"] == len(kept)
 
 
@@ -179,12 +149,8 @@ def test_a_plan_for_another_tokenizer_or_without_parts_is_refused(tmp_path: Path
 # --- all stages -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "budget", [{"vocabulary": {"keep": 384}}, {"vocabulary": {"keep": 384}, "ffn": 0.25, "query_heads": 3}]
-)
-def test_an_expert_is_built_and_evaluated_with_its_own_tokenizer(
-    budget: dict[str, Any], tmp_path: Path, store: Path
-) -> None:
+def test_an_expert_is_built_and_evaluated_with_its_own_tokenizer(tmp_path: Path, store: Path) -> None:
+    budget = {"vocabulary": {"keep": 384}, "ffn": 0.25, "query_heads": 3}
     base = save_worded(tmp_path / "base")
     questions = [{"question": "Wer liest?", "choices": ["der Arzt", "das Gesetz"], "answer": 0}]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
@@ -230,17 +196,3 @@ def test_a_plan_with_rows_gives_the_same_expert_as_the_build(tmp_path: Path, sto
     one, other = contents(built), contents(applied)
     assert one.keys() == other.keys()
     assert [name for name in one if one[name] != other[name]] == []
-
-
-def test_text_of_other_languages_still_comes_back(tmp_path: Path, store: Path) -> None:
-    spec = parse_spec(
-        worded_spec(save_worded(tmp_path / "base", "sentencepiece"), tmp_path / "spec",
-                    {"vocabulary": {"keep": 384}}, general=[], evaluate={"enabled": False}),
-        "spec", tmp_path,
-    )  # fmt: skip
-    expert = AutoTokenizer.from_pretrained(expertprune.build(spec, tmp_path / "expert"))
-    base = tokenizer_of("sentencepiece")
-    for text in [*OTHER, *GERMAN, "한국어 😀"]:
-        assert expert.decode(expert(text)["input_ids"], skip_special_tokens=True) == text
-    more = [len(expert(text)["input_ids"]) / len(base.encode(text).ids) for text in (GERMAN[0], OTHER[1])]
-    assert more[0] < 1.1 < more[1]  # German is spelled as before, Chinese in bytes

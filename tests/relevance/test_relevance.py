@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from expertprune.artifacts.profile import FORWARD, Profile, ProfilePart, halved, save_profile
-from expertprune.composition.scoring import corpus_scores, needed_part, unit_statistics
+from expertprune.composition.scoring import check_criterion, corpus_scores, needed_part, unit_statistics
 from expertprune.corpora.batches import make_batches
 from expertprune.corpora.documents import Document
 from expertprune.errors import SpecError
@@ -22,7 +22,7 @@ from expertprune.models.base import ResolvedBase, resolve_base
 from expertprune.models.loading import load_model
 from expertprune.models.passes import TextRun
 from expertprune.profiling.store import description, measure, profile_key, profile_path
-from expertprune.relevance import Pass, criteria
+from expertprune.relevance import Pass, UnitStatistics, criteria
 from expertprune.spec.schema import Base, Budget, Dimensions, Relevance, Spec
 from expertprune.units import DENSE, Structure
 from tests.masks import (
@@ -30,8 +30,8 @@ from tests.masks import (
     Tiny,
     assert_near,
     ffn_output,
+    layer_activations,
     mask_gradients,
-    projection_inputs,
     regional_gradients,
     tiny,
     token_lists,
@@ -43,8 +43,6 @@ NAMES = {Structure.FFN: "ffn", Structure.QUERY_HEADS: "heads", Structure.KV_GROU
 TEXT, DRAWN = (ProfilePart(Pass.GRADIENT, loss) for loss in ("language_model", "kl"))
 REGIONAL = ProfilePart(Pass.REGIONAL)
 PARTS = [TEXT, DRAWN, REGIONAL]
-# Uniform numbers are drawn for the places in a layer, not for the units that happen to stand there.
-ALL_BUT_RANDOM = sorted(name for name in criteria if Structure.FFN in criteria[name].structures and name != "random")
 # One of each kind: plain, with biases, with norms behind the blocks, fused, with norms over all heads, without a gate.
 KINDS = ["llama", "qwen2", "gemma3_text", "phi3", "olmo2", "starcoder2"]
 
@@ -127,7 +125,7 @@ def test_regional_written_out(tmp_path: Path, family: str) -> None:
     of = tiny(family)
     slopes = regional_gradients(of, token_lists())
     profile = bench(of, tmp_path).profile([REGIONAL])
-    inputs = [projection_inputs(of, ids) for ids in token_lists()]
+    inputs = [layer_activations(of, ids) for ids in token_lists()]
     for layer, module in enumerate(of.model.model.layers):
         for structure, name in NAMES.items():
             block, output = ("ffn", ffn_output(module)) if name == "ffn" else ("heads", module.self_attn.o_proj)
@@ -148,7 +146,7 @@ def test_fluctuation_is_the_variance_over_all_tokens_massive_means_included(tmp_
         mlp.gate_proj.bias[5], mlp.up_proj.bias[5] = 1000.0, 1.0
         mlp.up_proj.weight[5] *= 0.001
     profile = bench(of, tmp_path).profile([])
-    inputs = [projection_inputs(of, ids) for ids in token_lists()]
+    inputs = [layer_activations(of, ids) for ids in token_lists()]
     for layer, module in enumerate(of.model.model.layers):
         for structure, name in NAMES.items():
             block, output = ("ffn", ffn_output(module)) if name == "ffn" else ("heads", module.self_attn.o_proj)
@@ -161,91 +159,6 @@ def test_fluctuation_is_the_variance_over_all_tokens_massive_means_included(tmp_
             assert scores.shape == (len(LENGTHS), len(each))
             for row in scores:  # a float32 near 1000 is known to 3e-5, so its distance of about 1 from the mean as well
                 np.testing.assert_allclose(row.double().numpy(), each, rtol=2e-4, err_msg=f"{name} {layer}")
-
-
-# --- units may stand in any order -----------------------------------------------------------------------------------
-
-
-def permuted(of: Tiny, seed: int) -> list[dict[Structure, Tensor]]:
-    """Move the units of every layer of a model about; returns which unit now stands in each place."""
-    generator = torch.Generator().manual_seed(seed)
-    moves = []
-    for layer, shape in zip(of.model.model.layers, of.shapes, strict=True):
-        neurons = torch.randperm(shape.ffn, generator=generator)
-        groups = torch.randperm(shape.kv_heads, generator=generator)
-        inside = [torch.randperm(shape.heads_per_group, generator=generator) for _ in groups]
-        heads = torch.cat([g * shape.heads_per_group + order for g, order in zip(groups, inside, strict=True)])
-        channels = torch.arange(shape.head_dim)
-        queries, keys = ((units[:, None] * shape.head_dim + channels).flatten() for units in (heads, groups))
-        attention = layer.self_attn
-        fused = torch.cat([queries, shape.query_heads * shape.head_dim + torch.cat([keys, len(keys) + keys])])
-        orders = {
-            "gate_proj": neurons,
-            "up_proj": neurons,
-            "c_fc": neurons,
-            "gate_up_proj": torch.cat([neurons, shape.ffn + neurons]),
-        }
-        orders |= {"q_proj": queries, "k_proj": keys, "v_proj": keys, "qkv_proj": fused}
-        if hasattr(attention, "q_norm") and attention.q_norm.weight.numel() == len(queries):  # over all heads
-            orders |= {"q_norm": queries, "k_norm": keys}
-        for name, module in [*layer.mlp.named_children(), *attention.named_children()]:
-            for parameter in module.parameters() if name in orders else ():
-                parameter.data = parameter.data[orders[name]]
-        ffn_output(layer).weight.data = ffn_output(layer).weight.data[:, neurons]
-        attention.o_proj.weight.data = attention.o_proj.weight.data[:, queries]
-        moves.append({Structure.FFN: neurons, Structure.QUERY_HEADS: heads, Structure.KV_GROUPS: groups})
-    return moves
-
-
-@pytest.mark.parametrize("family", ["phi3", "olmo2", "starcoder2"])  # others: against a reference, in test_forward
-@pytest.mark.usefixtures("_not_halved")
-def test_scores_follow_the_units_wherever_they_stand(tmp_path: Path, family: str) -> None:
-    of = tiny(family)
-    before = bench(of, tmp_path / "before").profile(PARTS)
-    moves = permuted(of, 3)
-    after = bench(of, tmp_path / "after").profile(PARTS)
-    assert before.digest != after.digest
-    for criterion in ALL_BUT_RANDOM:
-        for loss in ("language_model", "kl"):
-            spec = spec_of(criterion, loss)
-            first, second = (corpus_scores(profile, list(DENSE), spec) for profile in (before, after))
-            for structure in DENSE:
-                for layer, move in enumerate(moves):
-                    expected = first[structure].scaled[layer][move[structure]]
-                    where = f"{criterion} {structure} {layer}"
-                    assert_near(second[structure].scaled[layer], expected, 1e-4, where)
-                    changed = not torch.allclose(expected, first[structure].scaled[layer], rtol=1e-3)
-                    assert changed or torch.equal(move[structure], move[structure].sort().values), where
-
-
-# --- documents may come in any order and in any batches -------------------------------------------------------------
-
-
-def stored(profile: Profile, part: ProfilePart) -> dict[str, Tensor]:
-    return load_file(part.path(profile.path))
-
-
-@pytest.mark.usefixtures("_not_halved")
-def test_batches_are_irrelevant_to_every_pass(tmp_path: Path) -> None:
-    whole, single = (
-        bench(tiny("llama"), tmp_path / str(size)).profile(PARTS, tokens_per_batch=size) for size in (10_000, 1)
-    )
-    for part in (FORWARD, *PARTS):
-        expected, found = stored(whole, part), stored(single, part)
-        assert set(found) == set(expected)
-        for name, values in expected.items():
-            assert_near(found[name], values, 1e-4, f"{part} {name}")
-
-
-def test_two_runs_store_the_same_bytes(tmp_path: Path) -> None:
-    files = []
-    for run in ("one", "two"):
-        profile = bench(tiny("llama"), tmp_path / run).profile(PARTS)
-        paths = [part.path(profile.path) for part in (FORWARD, *PARTS)]
-        files.append({path.name: path.read_bytes().replace(str(tmp_path / run).encode(), b"") for path in paths})
-    assert len(files[0]) == 1 + len(PARTS)
-    assert files[0].keys() == files[1].keys()
-    assert [name for name in files[0] if files[0][name] != files[1][name]] == []
 
 
 # --- parts ----------------------------------------------------------------------------------------------------------
@@ -284,25 +197,84 @@ def test_the_two_losses_are_read_from_their_own_parts(tmp_path: Path) -> None:
 # --- half precision -------------------------------------------------------------------------------------------------
 
 
-def read_back(folder: Path, values: Tensor) -> Tensor:
-    return save_profile(folder / "p.safetensors", {}, halved("x", values)).read_half("x")
-
-
-@pytest.mark.parametrize("largest", [3.4e38, 1e6, 65504.0, 1.0, 1e-3, 1e-38, 2.0**-140])
+@pytest.mark.parametrize("largest", [3.4e38, 1e6, 65504.0, 1.0, 1e-38, 2.0**-140, 0.0])
 def test_half_precision_keeps_any_magnitude(tmp_path: Path, largest: float) -> None:
     values = torch.tensor([[largest, -largest / 2], [largest / 1000, 0.0]])
-    back = read_back(tmp_path, values)
+    back = save_profile(tmp_path / "p.safetensors", {}, halved("x", values)).read_half("x")
     assert back.dtype == torch.float32
     np.testing.assert_allclose(back.double().numpy(), values.double().numpy(), rtol=2.0**-11, atol=2.0**-150)
-
-
-@pytest.mark.parametrize("shape", [(3,), (2, 4), (0,)])
-def test_zeros_come_back_as_zeros(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    stored = halved("x", torch.zeros(shape))
-    assert float(stored["x.scale"]) == 1.0
-    assert torch.equal(read_back(tmp_path, torch.zeros(shape)), torch.zeros(shape))
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_what_is_not_finite_stays_so_and_is_seen(bad: float) -> None:
     assert not bool(halved("x", torch.tensor([1.0, bad]))["x"].isfinite().all())
+
+
+# --- arithmetic ---------------------------------------------------------------------------------------------------
+
+
+def two_units_of_two_channels(impact: Tensor | None = None) -> UnitStatistics:
+    """Two documents; numbers small enough to work with by hand."""
+    return UnitStatistics(
+        rms=torch.tensor([[1.0, 2.0, 3.0, 4.0], [0.0, 1.0, 0.5, 0.0]]),
+        impact=impact,
+        output_l1=torch.tensor([1.0, 10.0, 100.0, 1000.0]),
+        output_l2=torch.tensor([2.0, 3.0, 5.0, 7.0]),
+        weight_norm=torch.tensor([6.0, 8.0]),
+        layer=0,
+        seed=11,
+    )
+
+
+def test_the_shipped_criteria() -> None:
+    assert sorted(criteria) == [
+        "activation", "fisher", "fluctuation", "frequency", "impact", "magnitude", "random", "reap", "regional", "taylor",
+    ]  # fmt: skip
+    of_experts_alone = {name for name in criteria if Structure.FFN not in criteria[name].structures}
+    assert of_experts_alone == {"frequency", "reap"}  # see tests/pruning/test_experts.py
+    assert all(each.name == name and each.paper.startswith("https://") for name, each in criteria.items())
+
+
+MEASURED = torch.tensor([[0.25, 4.0], [0.0, 9.0]])
+SCORES: list[tuple[str, Tensor | None, list[list[float]]]] = [
+    ("activation", None, [[1 * 1 + 2 * 10, 3 * 100 + 4 * 1000], [0 * 1 + 1 * 10, 0.5 * 100 + 0 * 1000]]),
+    ("impact", None, [[(1 * 2) ** 2 + (2 * 3) ** 2, (3 * 5) ** 2 + (4 * 7) ** 2], [(1 * 3) ** 2, 2.5**2]]),
+    ("impact", MEASURED, MEASURED.tolist()),
+    ("magnitude", None, [[6.0, 8.0], [6.0, 8.0]]),
+]
+
+
+@pytest.mark.parametrize(("name", "impact", "expected"), SCORES)
+def test_scores_written_out(name: str, impact: Tensor | None, expected: list[list[float]]) -> None:
+    assert criteria[name].score(two_units_of_two_channels(impact)).tolist() == expected
+
+
+def test_random_is_the_same_for_every_document_and_spread_over_the_unit_interval() -> None:
+    statistics = dataclasses.replace(two_units_of_two_channels(), rms=torch.rand(4, 2000), weight_norm=torch.rand(2000))
+    scores = criteria["random"].score(statistics)
+    louder = dataclasses.replace(statistics, rms=torch.zeros(4, 2000), weight_norm=torch.zeros(2000))
+    assert torch.equal(criteria["random"].score(louder), scores)
+    assert torch.equal(scores, scores[:1].expand_as(scores))
+    assert len(scores[0].unique()) > 1990
+    counts = torch.histc(scores[0], bins=4, min=0, max=1)
+    assert counts.sum() == 2000  # all of them inside
+    assert (counts > 400).all()  # 500 are expected in each quarter, with a deviation of 20
+
+
+def test_random_differs_between_layers_structures_and_seeds(tmp_path: Path) -> None:
+    profile = bench(tiny("llama"), tmp_path).profile([])
+
+    def scores(of: Structure, layer: int, seed: int) -> list[float]:
+        return criteria["random"].score(unit_statistics(profile, of, layer, seed))[0, :3].tolist()
+
+    drawn = [scores(of, layer, seed) for of in DENSE for layer in range(3) for seed in (0, 1, 2)]
+    assert len({tuple(numbers) for numbers in drawn}) == len(drawn)
+    assert scores(Structure.FFN, 2, 1) == scores(Structure.FFN, 2, 1)
+
+
+def test_an_unknown_criterion_is_answered_with_the_nearest() -> None:
+    start = "relevance.criterion: unknown criterion "
+    for name, answer in (("imapct", "did you mean 'impact'?"), ("zzz", f"valid: {', '.join(sorted(criteria))}")):
+        with pytest.raises(SpecError) as error:
+            check_criterion(name)
+        assert str(error.value) == f"{start}{name!r}; {answer}"

@@ -148,8 +148,8 @@ def test_both_are_measured_in_turn_on_the_same_prompts(
     for each in called:
         assert {"--ignore-eos", "--disable-shuffle", "--skip-chat-template"} <= set(each["flags"])
         assert each["options"]["custom-output-len"] == "3"
-        assert call["options"]["max-concurrency"] == "2"
-        assert call["options"]["temperature"] == "0"
+        assert each["options"]["max-concurrency"] == "2"
+        assert each["options"]["temperature"] == "0"
 
 
 @pytest.mark.usefixtures("text")
