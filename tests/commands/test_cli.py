@@ -39,13 +39,6 @@ BEFORE = 2 * 64 * 24 + 24 + 3 * LAYER
 AFTER = BEFORE - 3 * 8 * 3 * 24  # a quarter of 32 neurons in each of three layers, three vectors each
 
 
-@pytest.fixture
-def spec_file(tmp_path: Path, spec_data: dict[str, Any]) -> Path:
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(spec_data))
-    return path
-
-
 # --- help and usage -------------------------------------------------------------------------------------------------
 
 
@@ -80,18 +73,6 @@ def test_a_wrong_call_exits_with_2_and_says_what_is_wrong(args: list[str], words
     result = call(*args, code=2)
     assert words in result.stderr
     assert result.stdout == ""
-
-
-@pytest.fixture(scope="module")
-def shared_store(tiny_build: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With the profiles of the shared spec."""
-    return Path(shutil.copytree(tiny_build[1], tmp_path_factory.mktemp("shared") / "store"))
-
-
-@pytest.fixture
-def shared_spec(tiny_build: tuple[Path, Path]) -> Path:
-    """A spec that tests share and do not change."""
-    return tiny_build[1].with_name("tiny.yaml")
 
 
 # --- the stages -----------------------------------------------------------------------------------------------------
@@ -281,14 +262,26 @@ def test_composing_from_stored_profiles_alone(tmp_path: Path, spec_file: Path, n
 
 
 def test_a_pass_that_the_stored_profiles_lack_is_named(
-    tmp_path: Path, shared_spec: Path, shared_store: Path, no_model: None
+    tmp_path: Path, tiny_build: tuple[Path, Path], no_model: None
 ) -> None:
-    setting = {"criterion": "fisher", "loss": "kl"}
-    here = ("--store", shared_store, "--out", tmp_path / "plan.json", "--stored-only")
-    result = call("compose", shared_spec, *here, "--set", f"relevance={json.dumps(setting)}", code=2)
+    spec, setting = tiny_build[1].with_name("tiny.yaml"), {"criterion": "fisher", "loss": "kl"}
+    here = ("--store", tiny_build[1], "--out", tmp_path / "plan.json", "--stored-only")
+    result = call("compose", spec, *here, "--set", f"relevance={json.dumps(setting)}", code=2)
     assert result.stderr == "error: the profile of language/en lacks the gradient-kl pass: run the profile stage\n"
     with pytest.raises(SpecError, match="lacks the gradient-kl pass"):
-        expertprune.compose(shared_spec, shared_store, {"relevance": setting}, run=False)
+        expertprune.compose(spec, tiny_build[1], {"relevance": setting}, run=False)
+
+
+@pytest.mark.parametrize(
+    "setting", ["name=other", "budget.ffn=0.5", "compose.rule=union", "calibration.tokens_per_batch=7", "general=[]"]
+)
+def test_what_the_statistics_do_not_depend_on_reuses_the_profiles(
+    tiny_build: tuple[Path, Path], no_model: None, setting: str
+) -> None:
+    here = (tiny_build[1].with_name("tiny.yaml"), "--store", tiny_build[1])
+    found = digests(*here, "--set", setting)
+    assert found.items() <= digests(*here).items()
+    assert "domain/medical" in found
 
 
 def test_stored_profiles_are_enough_once_their_pass_was_made(
@@ -304,26 +297,6 @@ def test_stored_profiles_are_enough_once_their_pass_was_made(
     assert call_json("compose", spec_file, "--out", tmp_path / "third.json", "--stored-only")["kind"] == "plan"
 
 
-@pytest.mark.parametrize(
-    "setting", ["name=other", "budget.ffn=0.5", "compose.rule=union", "calibration.tokens_per_batch=7", "general=[]"]
-)
-def test_what_the_statistics_do_not_depend_on_reuses_the_profiles(
-    shared_spec: Path, shared_store: Path, no_model: None, setting: str
-) -> None:
-    found = digests(shared_spec, "--store", shared_store, "--set", setting)
-    assert found.items() <= digests(shared_spec, "--store", shared_store).items()
-    assert "domain/medical" in found
-
-
-@pytest.mark.parametrize("setting", ["calibration.max_tokens=5", "calibration.documents=11", "base.dtype=bfloat16"])
-def test_what_the_statistics_depend_on_gives_new_profiles(shared_spec: Path, shared_store: Path, setting: str) -> None:
-    first = digests(shared_spec, "--store", shared_store)
-    second = digests(shared_spec, "--store", shared_store, "--set", setting)
-    assert first.keys() == second.keys()
-    assert not set(first.values()) & set(second.values())
-    assert {path.stem for path in (shared_store / "profiles").iterdir()} >= {*first.values(), *second.values()}
-
-
 def test_a_changed_document_gives_a_new_profile_of_its_corpus_only(spec_file: Path, spec_data: dict[str, Any]) -> None:
     first = digests(spec_file)
     path = Path(spec_data["corpora"]["sources"]["medical"]["path"])
@@ -331,15 +304,6 @@ def test_a_changed_document_gives_a_new_profile_of_its_corpus_only(spec_file: Pa
     path.write_text("\n".join([json.dumps({"text": json.loads(lines[0])["text"] + " blood"}), *lines[1:]]) + "\n")
     second = digests(spec_file)
     assert {name for name in CORPORA if first[name] != second[name]} == {"domain/medical"}
-
-
-def test_a_template_gives_a_new_profile_where_it_gives_other_text(spec_file: Path, spec_data: dict[str, Any]) -> None:
-    first = digests(spec_file)
-    for template, changed in (("{text}", set()), ("the {text}", {"domain/medical"})):
-        spec_data["corpora"]["sources"]["medical"]["template"] = template
-        spec_file.write_text(yaml.safe_dump(spec_data))
-        second = digests(spec_file)
-        assert {name for name in CORPORA if first[name] != second[name]} == changed
 
 
 def test_a_changed_weight_gives_new_profiles_of_every_corpus(tmp_path: Path, spec_file: Path, tiny_llama: Path) -> None:

@@ -175,13 +175,6 @@ def test_planted_groups_are_found_and_stand_together() -> None:
 # --- the stage ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def spec_file(tmp_path: Path, spec_data: Data) -> Path:
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(spec_data))
-    return path
-
-
 def names(data: Data) -> list[str]:
     return [corpus["name"] for corpus in data["corpora"]]
 

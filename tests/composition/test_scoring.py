@@ -23,7 +23,6 @@ from expertprune.composition.scoring import (
     CorpusScores,
     corpus_scores,
     fuse,
-    over_documents,
     percentile,
     rules,
     score_units,
@@ -66,15 +65,6 @@ def test_standard_written_out() -> None:
     assert standard(torch.tensor([1.0, 3.0, 4.0, 8.0], dtype=torch.float64)).tolist() == pytest.approx(expected)
     assert standard(torch.tensor([2.0, 2.0, 2.0], dtype=torch.float64)).tolist() == [0.0, 0.0, 0.0]
     assert standard(torch.tensor([7.0], dtype=torch.float64)).tolist() == [0.0]
-
-
-@pytest.mark.parametrize(
-    ("how", "expected"),
-    [("mean", [2.5, 20.0]), ("max", [4.0, 50.0]), (0.5, [2.5, 15.0]), (0.25, [1.75, 7.5]), (0.9, [3.7, 41.0])],
-)
-def test_over_documents(how: str | float, expected: list[float]) -> None:
-    scores = torch.tensor([[1.0, 50.0], [4.0, 0.0], [2.0, 20.0], [3.0, 10.0]])
-    assert over_documents(scores, how).tolist() == pytest.approx(expected)
 
 
 # --- scores of made-up profiles -------------------------------------------------------------------------------------
@@ -144,14 +134,15 @@ def raw_activation(profile: Profile, structure: Structure, layer: int) -> np.nda
 
 
 @pytest.mark.parametrize("structure", DENSE)
-@pytest.mark.parametrize("aggregate", ["mean", "max", 0.25])
+@pytest.mark.parametrize("aggregate", ["mean", "max", 0.25, 0.9])
 def test_share_is_the_part_of_the_whole_models_total(
     tmp_path: Path, structure: Structure, aggregate: str | float
 ) -> None:
     profile = made_profile(tmp_path, "en", 1)
     scores = one_structure(profile, structure, a_spec({"language": ["en"]}, [], aggregate=aggregate))
-    reduce = {"mean": lambda x: x.mean(0), "max": lambda x: x.max(0), 0.25: lambda x: np.quantile(x, 0.25, axis=0)}
-    raw = [reduce[aggregate](raw_impact(profile, structure, layer)) for layer in range(LAYERS)]
+    named = {"mean": np.mean, "max": np.max}
+    how, options = (named[aggregate], {}) if isinstance(aggregate, str) else (np.quantile, {"q": aggregate})
+    raw = [how(raw_impact(profile, structure, layer), axis=0, **options) for layer in range(LAYERS)]
     assert sum(float(layer.sum()) for layer in scores.scaled) == pytest.approx(1)
     for layer in range(LAYERS):
         np.testing.assert_allclose(scores.scaled[layer], raw[layer] / np.concatenate(raw).sum(), rtol=1e-5)

@@ -67,18 +67,14 @@ def test_children_of_a_leader_that_was_killed_are_found(tmp_path: Path) -> None:
     assert tree.members() == []
 
 
-def test_an_error_shows_the_last_lines_of_a_log(tmp_path: Path) -> None:
+def test_logs(tmp_path: Path) -> None:
     tree = ProcessTree([], tmp_path / "log")
     assert "no log" in tree.tail()
     tree.log.write_text("\n".join(f"line {number}" for number in range(30_000)))
     shown = tree.tail().splitlines()
     assert shown == [f"  line {number}" for number in range(29_980, 30_000)]
-
-
-def test_a_log_that_cannot_be_written_is_said(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
-        ProcessTree([sys.executable], tmp_path / "file" / "log").start()
+        ProcessTree([sys.executable], tree.log / "log").start()
 
 
 def test_a_port_that_cannot_be_listened_on_is_refused() -> None:

@@ -35,23 +35,15 @@ def test_inside_the_block_it_answers_and_after_it_nothing_runs(
     assert "POST /v1/completions" in server.log.read_text()
 
 
-def test_a_log_of_its_own_stays_only_where_something_failed(tiny_llama: Path) -> None:
-    with Server(tiny_llama) as server:
-        assert server.log.exists()
-    assert not server.log.exists()
-    server = Server(tiny_llama, arguments=["--behaviour=die"])
-    with pytest.raises(ServingError), server:
-        pass
-    assert server.log.exists()
-    server.log.unlink()
-
-
 def test_one_that_dies_is_reported_with_the_end_of_its_log(tiny_llama: Path, started: list[ProcessTree]) -> None:
+    server = Server(tiny_llama, arguments=["--behaviour=die"])
     with pytest.raises(ServingError, match="ended \\(exit code 3\\)") as raised:
-        Server(tiny_llama, arguments=["--behaviour=die"]).__enter__()
+        server.__enter__()
     assert str(raised.value).endswith("  no room for the weights")
     assert raised.value.exit_code == 1
     assert nothing_runs(started)
+    assert server.log.exists(), "a log of its own stays only where something failed"
+    server.log.unlink()
 
 
 def test_one_that_never_gets_healthy_is_given_up(tiny_llama: Path, started: list[ProcessTree]) -> None:
@@ -63,6 +55,13 @@ def test_one_that_never_gets_healthy_is_given_up(tiny_llama: Path, started: list
 def test_one_that_is_healthy_but_does_not_answer_is_reported(tiny_llama: Path) -> None:
     with Server(tiny_llama, arguments=["--behaviour=mute"]) as server, pytest.raises(ServingError, match="500"):
         server.complete()
+    server.log.unlink()
+
+
+def test_a_log_of_its_own_goes_where_nothing_failed(tiny_llama: Path) -> None:
+    with Server(tiny_llama) as server:
+        assert server.log.exists()
+    assert not server.log.exists()
 
 
 def test_one_that_dies_later_says_how(tiny_llama: Path) -> None:
@@ -75,6 +74,7 @@ def test_one_that_dies_later_says_how(tiny_llama: Path) -> None:
         assert "died (SIGKILL)" in str(failure)
         with pytest.raises(urllib.error.URLError):
             urllib.request.urlopen(f"{server.root}/health", timeout=5)
+    server.log.unlink()
 
 
 def test_a_key_that_vllm_asks_for_is_sent(tiny_llama: Path, tmp_path: Path) -> None:
