@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from expertprune.spec.reading import parse_spec
 from expertprune.spec.schema import Spec
@@ -78,6 +79,14 @@ def spec_data(tmp_path: Path, tiny_llama: Path) -> dict[str, Any]:
         "relevance": {"criterion": "impact"},
         "compose": {"allocation": "uniform"},
     }
+
+
+@pytest.fixture
+def spec_file(tmp_path: Path, spec_data: dict[str, Any]) -> Path:
+    """The same as a file, `tiny.yaml` in `tmp_path`."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(spec_data))
+    return path
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import expertprune
 from expertprune.artifacts.expert import BaseRecord, CorpusRecord, Expert
 from expertprune.artifacts.plan import BaseReference, LayerPlan, Parameters, Plan
 from expertprune.artifacts.timing import METRICS
+from expertprune.files import EXPERT_FILE
 from expertprune.spec.schema import Spec
 from expertprune.units import LayerShape
 from tests.tiny import write_corpus
@@ -21,19 +23,24 @@ from tests.tiny import write_corpus
 CORPORA = {"language": "en", "domain": "medical", "task": "qa"}
 
 
+def write_sources(folder: Path, names: Iterable[str], seed: int = 0) -> dict[str, dict[str, str]]:
+    """Small corpora, each with an evaluation split, as the sources of a spec."""
+    sources = {}
+    for number, name in enumerate(names):
+        train, test = (folder / f"{name}{split}.jsonl" for split in ("", ".evaluation"))
+        write_corpus(train, seed=seed + 2 * number)
+        write_corpus(test, sentences=4, seed=seed + 2 * number + 1)
+        sources[name] = {"path": str(train), "evaluation": str(test)}
+    return sources
+
+
 def build_tiny(folder: Path, base: Path) -> tuple[Path, Path]:
     """Build and evaluate a tiny expert in `folder`; returns its folder and the store."""
-    sources = {}
-    for seed, name in enumerate((*CORPORA.values(), "general")):
-        sources[name] = {
-            "path": str(write_corpus(folder / f"{name}.jsonl", seed=2 * seed)),
-            "evaluation": str(write_corpus(folder / f"{name}.evaluation.jsonl", sentences=4, seed=2 * seed + 1)),
-        }
     spec = {
         "name": "tiny",
         "base": str(base),
         "dimensions": CORPORA,
-        "corpora": {"sources": sources},
+        "corpora": {"sources": write_sources(folder, (*CORPORA.values(), "general"))},
         "budget": {"ffn": 0.25, "kv_groups": 1, "multiple_of": 4},
     }
     path = folder / "tiny.yaml"
@@ -42,7 +49,7 @@ def build_tiny(folder: Path, base: Path) -> tuple[Path, Path]:
 
 
 def about(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "expertprune.json").read_text())
+    found: dict[str, Any] = json.loads((folder / EXPERT_FILE).read_text())
     return found
 
 
@@ -58,10 +65,8 @@ def described(folder: Path, name: str = "medical-qa", **changes: Any) -> Expert:
         layers=[LayerPlan(shape.all_kept)],
         spec=Spec.model_validate(data).document(),
     )
-    base = BaseRecord(
-        model="owner/model", digest="0123abcd", tokenizer_digest="ab", revision=None, trust_remote_code=False,
-        weight_bytes=49380,
-    )  # fmt: skip
+    base = BaseRecord(model="owner/model", digest="0123abcd", tokenizer_digest="ab", revision=None,
+                      trust_remote_code=False, weight_bytes=49380)  # fmt: skip
     corpora = {"language/en": CorpusRecord(digest="c", documents=["d1", "d2"])}
     expert = Expert(plan, base, corpora, {"expertprune": "0.1.0"}, "https://example.org/paper", folder=folder)
     return replace(expert, **changes)
@@ -70,7 +75,7 @@ def described(folder: Path, name: str = "medical-qa", **changes: Any) -> Expert:
 def copied(build: tuple[Path, Path], to: Path, **changes: Any) -> Path:
     """A copy of the tiny expert that may be changed; `changes` go into its description."""
     shutil.copytree(build[0], to)
-    (to / "expertprune.json").write_text(json.dumps(about(to) | changes))
+    (to / EXPERT_FILE).write_text(json.dumps(about(to) | changes))
     return to
 
 
@@ -91,7 +96,7 @@ def measured(folder: Path) -> Path:
         },
     }
     found["evaluation"]["settings"] |= {"suites": {"medical": "d1", "general": "d2"}, "backend": "vllm", "limit": 50}
-    (folder / "expertprune.json").write_text(json.dumps(found))
+    (folder / EXPERT_FILE).write_text(json.dumps(found))
     (folder / "throughput.json").write_text(json.dumps(throughput()))
     return folder
 

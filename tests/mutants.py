@@ -72,11 +72,8 @@ def verdicts(chosen: list[Mutant]) -> Iterator[tuple[Mutant, str]]:
     """Each bug with `caught`, or with what is wrong."""
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         for name in COPIED:
-            source, target = ROOT / name, Path(folder) / name
-            if source.is_dir():
-                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
-            else:
-                shutil.copyfile(source, target)
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
+            copy(ROOT / name, Path(folder) / name)
         for mutant in chosen:
             yield mutant, mutant.problem() or _verdict(mutant, Path(folder))
 
@@ -114,9 +111,7 @@ def _test(tests: str, copy: Path) -> NoReturn:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="of bugs in mutants.yaml, or of their files; default: all"
-    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of bugs, or of their files; default: all")
     parser.add_argument("--list", action="store_true", help="only check that every snippet is found once")
     options = parser.parse_args()
     everything = mutants()

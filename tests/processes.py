@@ -107,11 +107,7 @@ def server() -> Server:
 
 # Where a child can be held: module, name of a function in it, and after which call of it.
 PLACES = {
-    "profile": (
-        "expertprune.artifacts.profile",
-        "save_file",
-        2,
-    ),  # the second profile is written and not yet in its place
+    "profile": ("expertprune.artifacts.profile", "save_file", 2),  # the second profile is not yet in its place
     "prune": ("expertprune.models.checkpoint", "save_file", 2),  # two shards are written
     "evaluate": ("expertprune.evaluation.measure", "score_documents", 1),  # the expert is whole but for its evaluation
 }
@@ -132,13 +128,8 @@ def serve() -> None:
 
 def prepare() -> None:
     """Import what a command needs; nothing is computed, so that no thread is lost in the fork."""
-    for module in (
-        "sklearn.feature_extraction.text",
-        "expertprune.stages.build",
-        "expertprune.stages.sweep",
-        "expertprune.cli",
-        "expertprune.reporting.explain",
-    ):
+    rooms = ("stages.build", "stages.sweep", "cli", "reporting.explain")
+    for module in ("sklearn.feature_extraction.text", *(f"expertprune.{name}" for name in rooms)):
         importlib.import_module(module)
     transformers = importlib.import_module("transformers")
     for name in ("AutoModelForCausalLM", "AutoTokenizer", "LlamaForCausalLM", "PreTrainedTokenizerFast"):
@@ -156,8 +147,7 @@ def child(request: dict[str, Any]) -> NoReturn:
     try:
         protocol = os.dup(1)
         for descriptor, path in zip((1, 2), request["output"], strict=True):
-            opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(opened, descriptor)
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
         os.environ["EXPERTPRUNE_STORE"] = request["store"]
         if request["hold"]:
             hold_after(*PLACES[request["hold"]], protocol)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -64,107 +65,82 @@ def test_the_store_is_the_argument_then_the_variable_then_the_cache(
 
 
 def test_a_digest_is_of_the_canonical_json() -> None:
-    data = {"b": [1, "ä"], "a": None}
-    assert digest_of(data) == hashlib.sha256('{"a":null,"b":[1,"ä"]}'.encode()).hexdigest()
-    assert digest_of({"a": None, "b": [1, "ä"]}) == digest_of(data)
+    expected = hashlib.sha256('{"a":null,"b":[1,"ä"]}'.encode()).hexdigest()
+    assert digest_of({"b": [1, "ä"], "a": None}) == digest_of({"a": None, "b": [1, "ä"]}) == expected
 
 
 def test_a_file_digest_is_of_the_bytes_and_is_remembered_until_the_file_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, store = tmp_path / "weights", tmp_path / "store"
-    path.write_bytes(b"first")
-    assert file_digest(path, store) == hashlib.sha256(b"first").hexdigest()
 
-    def refuse(*_: Any) -> None:
-        raise AssertionError("the file was read again")
+    def check(content: bytes) -> None:
+        assert file_digest(path, store) == hashlib.sha256(content).hexdigest()
 
-    with monkeypatch.context() as patched:
-        patched.setattr(files.hashlib, "file_digest", refuse)
-        assert file_digest(path, store) == hashlib.sha256(b"first").hexdigest()
-    path.write_bytes(b"longer than first")
-    assert file_digest(path, store) == hashlib.sha256(b"longer than first").hexdigest()
-
-
-def test_a_file_of_the_same_size_changed_later_has_a_new_digest(tmp_path: Path) -> None:
-    path, store = tmp_path / "weights", tmp_path / "store"
     path.write_bytes(b"first")
     os.utime(path, ns=(1, 1))
-    file_digest(path, store)
-    path.write_bytes(b"other")
+    check(b"first")
+    with monkeypatch.context() as patched:
+        patched.setattr(files.hashlib, "file_digest", None)  # the file is not read again
+        check(b"first")
+    path.write_bytes(b"other")  # of the same size, later
     os.utime(path, ns=(2, 2))
-    assert file_digest(path, store) == hashlib.sha256(b"other").hexdigest()
-
-
-def test_a_damaged_memory_is_not_believed(tmp_path: Path) -> None:
-    path, store = tmp_path / "weights", tmp_path / "store"
-    path.write_bytes(b"first")
-    file_digest(path, store)
-    (remembered,) = (store / "digests").iterdir()
-    remembered.write_text("short")
-    assert file_digest(path, store) == hashlib.sha256(b"first").hexdigest()
-
-
-def test_a_store_that_cannot_be_written_does_not_keep_a_file_from_being_digested(tmp_path: Path) -> None:
-    path, blocked = tmp_path / "weights", tmp_path / "blocked"
-    path.write_bytes(b"first")
-    blocked.mkdir()
-    (blocked / "digests").write_text("a file where the folder should be")
-    assert file_digest(path, blocked) == hashlib.sha256(b"first").hexdigest()
+    check(b"other")
+    path.write_bytes(b"longer than first")
+    check(b"longer than first")
+    for remembered in (store / "digests").iterdir():
+        remembered.write_text("damaged")
+    check(b"longer than first")
+    shutil.rmtree(store / "digests")
+    (store / "digests").write_text("a file where the folder should be")
+    check(b"longer than first")
 
 
 # --- staged files ---------------------------------------------------------------------------------------------------
 
 
-def test_a_staged_file_appears_at_the_end_and_makes_its_folders(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "plan.json"
-    with staged_file(path) as temporary:
-        temporary.write_text("content")
-        assert not path.exists()
-        assert temporary.parent.parent == path.parent  # on one disk with it, so that renaming is all or nothing
-    assert names(tmp_path) == ["deep", "deep/plan.json"]
-    assert path.read_text() == "content"
+STAGED = pytest.mark.parametrize("staged", [staged_file, staged_folder])
+FAILS = pytest.mark.parametrize("fails", [False, True])
 
 
-def test_a_staged_file_that_fails_leaves_the_old_one_and_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "plan.json"
-    path.write_text("old")
-
-    def fail() -> None:
-        with staged_file(path) as temporary:
-            temporary.write_text("half")
+@FAILS
+@STAGED
+def test_what_is_staged_appears_at_the_end_or_not_at_all(tmp_path: Path, staged: Any, fails: bool) -> None:
+    out = tmp_path / "deep" / "out"
+    with contextlib.suppress(KeyboardInterrupt), staged(out) as temporary:
+        (temporary / "part" if temporary.is_dir() else temporary).write_text("new")
+        assert not out.exists()
+        assert out.parent in temporary.parents  # on one disk with it, so that renaming is all or nothing
+        if fails:
             raise KeyboardInterrupt
+    whole = ["deep", "deep/out"] if staged is staged_file else ["deep", "deep/out", "deep/out/part"]
+    assert names(tmp_path) == (["deep"] if fails else whole)
 
-    with pytest.raises(KeyboardInterrupt):
-        fail()
+
+@FAILS
+def test_a_staged_file_replaces_the_old_one_or_leaves_it(tmp_path: Path, fails: bool) -> None:
+    (tmp_path / "plan.json").write_text("old")
+    with contextlib.suppress(KeyboardInterrupt), staged_file(tmp_path / "plan.json") as temporary:
+        temporary.write_text("new")
+        if fails:
+            raise KeyboardInterrupt
     assert names(tmp_path) == ["plan.json"]
-    assert path.read_text() == "old"
+    assert (tmp_path / "plan.json").read_text() == ("old" if fails else "new")
 
 
-def test_write_file_and_write_json_write_exactly_what_they_are_given(tmp_path: Path) -> None:
-    write_file(tmp_path / "bytes", b"\x00\xff")
-    write_json(tmp_path / "data.json", {"b": 1, "a": ["ä"]})
-    assert (tmp_path / "bytes").read_bytes() == b"\x00\xff"
+def test_write_json_writes_in_order_and_null_for_a_number_that_json_cannot_say(tmp_path: Path) -> None:
+    write_json(tmp_path / "data.json", {"b": [math.nan, 0.5], "a": {"c": math.inf}, "d": (-math.inf, "ä", True)})
     text = (tmp_path / "data.json").read_text(encoding="utf-8")
-    assert list(json.loads(text).items()) == [("b", 1), ("a", ["ä"])]
+    assert list(json.loads(text).items()) == [("b", [None, 0.5]), ("a", {"c": None}), ("d", [None, "ä", True])]
     assert "ä" in text
     assert text.endswith("}\n")
 
 
-def test_a_number_that_json_cannot_say_becomes_null(tmp_path: Path) -> None:
-    data = {"a": [math.nan, 0.5], "b": {"c": math.inf}, "d": (-math.inf, "x", True)}
-    write_json(tmp_path / "data.json", data)
-    expected = {"a": [None, 0.5], "b": {"c": None}, "d": [None, "x", True]}
-    assert json.loads((tmp_path / "data.json").read_text()) == expected
-
-
 FULL = "no room left on the disk"
-DISK_ERRORS = [
+DENIED = "cannot be written"
+DISK_ERRORS: list[tuple[Exception, type[Exception], str]] = [
     *((OSError(number, "x"), CheckpointError, FULL) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)),
-    *(
-        (OSError(number, "x"), CheckpointError, "cannot be written")
-        for number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR)
-    ),
+    *((OSError(number, "x"), CheckpointError, DENIED) for number in (errno.EACCES, errno.EROFS, errno.EPERM)),
     (OSError(errno.EIO, "broken"), OSError, "broken"),
     (SafetensorError(f"I/O error: No space left on device (os error {errno.ENOSPC})"), CheckpointError, FULL),
     (SafetensorError("I/O error: Input/output error (os error 5)"), SafetensorError, "os error 5"),
@@ -172,7 +148,7 @@ DISK_ERRORS = [
 
 
 @pytest.mark.parametrize(("error", "kind", "words"), DISK_ERRORS, ids=[str(error) for error, _, _ in DISK_ERRORS])
-@pytest.mark.parametrize("staged", [staged_file, staged_folder])
+@STAGED
 def test_the_disks_errors_become_messages_that_name_the_path_and_others_stay(
     tmp_path: Path, error: Exception, kind: type[Exception], words: str, staged: Any
 ) -> None:
@@ -187,7 +163,7 @@ def test_the_disks_errors_become_messages_that_name_the_path_and_others_stay(
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("staged", [staged_file, staged_folder])
+@STAGED
 def test_a_file_in_the_way_of_the_parent_folder_becomes_a_message(tmp_path: Path, staged: Any) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(CheckpointError, match="out"), staged(tmp_path / "file" / "out"):
@@ -196,29 +172,10 @@ def test_a_file_in_the_way_of_the_parent_folder_becomes_a_message(tmp_path: Path
 
 # --- staged folders -------------------------------------------------------------------------------------------------
 
-
-def test_a_staged_folder_appears_at_the_end(tmp_path: Path) -> None:
-    out = tmp_path / "deep" / "expert"
-    with staged_folder(out) as temporary:
-        (temporary / "config.json").write_text("{}")
-        assert not out.exists()
-    assert names(tmp_path) == ["deep", "deep/expert", "deep/expert/config.json"]
-
-
-def test_a_staged_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    def fail() -> None:
-        with staged_folder(tmp_path / "expert") as temporary:
-            (temporary / "config.json").write_text("{}")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fail()
-    assert names(tmp_path) == []
-
-
 HERE = f".expert.{files._machine()}-0123abcd"  # of this host and boot; no process has its lock
 HOST, _, BOOT = files._machine().rpartition("-")
 WEEK = 7 * 24 * 3600
+YOUNG, OLD = WEEK - 3600, WEEK + 3600
 
 STAGES = """
 import sys
@@ -236,14 +193,8 @@ with staged_folder(Path(sys.argv[1])) as folder:
 def other_run(out: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process that has begun to write `out`."""
     environment = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parent.parent)}
-    run = subprocess.Popen(
-        [sys.executable, "-c", STAGES, str(out)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    with run:
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", STAGES, str(out)], env=environment, **pipes) as run:
         assert run.stdout is not None
         assert run.stdout.readline() == "ready\n"
         yield run
@@ -260,25 +211,29 @@ def stage(out: Path) -> None:
         assert names(folder) == []
 
 
-def test_what_another_run_writes_stays_until_that_run_is_killed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """However long it takes, and where its process id means nothing, as in another container of the same machine."""
+def overwrite(out: Path, fails: bool = False) -> None:
+    with contextlib.suppress(KeyboardInterrupt), staged_folder(out, overwrite=True) as temporary:
+        (temporary / "expertprune.json").write_text("new")
+        if fails:
+            raise KeyboardInterrupt
 
-    def unknown_here(process: int, signal: int) -> None:
-        raise ProcessLookupError
 
-    out = tmp_path / "expert"
-    with other_run(out) as run:
+def check_expert(folder: Path, content: str) -> None:
+    """One expert, and nothing else, is in the folder."""
+    assert names(folder) == ["expert", "expert/expertprune.json"]
+    assert (folder / "expert" / "expertprune.json").read_text() == content
+
+
+def test_what_another_run_writes_stays_until_that_run_is_killed(tmp_path: Path) -> None:
+    """However long it takes."""
+    with other_run(tmp_path / "expert") as run:
         (leftover,) = tmp_path.iterdir()
         aged(leftover, 2 * WEEK)
-        with monkeypatch.context() as patched:
-            patched.setattr(os, "kill", unknown_here)
-            stage(out)
+        stage(tmp_path / "expert")
         assert names(leftover) == ["model.safetensors"]
         run.kill()
         run.wait()
-        stage(out)
+        stage(tmp_path / "expert")
         assert not leftover.exists()
 
 
@@ -286,34 +241,27 @@ def test_what_another_run_writes_stays_until_that_run_is_killed(
     ("name", "age", "stays"),
     [
         (f"{HERE}.partial", 0, False),
-        (f".expert.elsewhere-{BOOT}-0123abcd.partial", 6 * WEEK / 7, True),
-        (f".expert.elsewhere-{BOOT}-0123abcd.partial", 8 * WEEK / 7, False),
-        (f".expert.{HOST}-ffffffff-0123abcd.partial", 6 * WEEK / 7, True),
-        (f".expert.{HOST}-ffffffff-0123abcd.partial", 8 * WEEK / 7, False),
-        (".expert.4711.partial", 6 * WEEK / 7, True),
-        (".expert.4711.partial", 8 * WEEK / 7, False),
-        (f".expert.v2.{HERE[8:]}.partial", 8 * WEEK / 7, True),  # of an expert named expert.v2
-        (".other.4711.partial", 8 * WEEK / 7, True),
-        (".expert.partial", 8 * WEEK / 7, True),
-        ("expert.4711.partial", 8 * WEEK / 7, True),
+        (f".expert.elsewhere-{BOOT}-0123abcd.partial", YOUNG, True),
+        (f".expert.elsewhere-{BOOT}-0123abcd.partial", OLD, False),
+        (f".expert.{HOST}-ffffffff-0123abcd.partial", OLD, False),
+        (".expert.4711.partial", OLD, False),
+        (f".expert.v2.{HERE[8:]}.partial", OLD, True),  # of an expert named expert.v2
+        (".expert.partial", OLD, True),
     ],
 )
-@pytest.mark.parametrize("kind", ["folder", "file"])
 def test_a_leftover_without_an_owner_goes_if_it_is_of_this_boot_or_old(
-    tmp_path: Path, name: str, age: float, stays: bool, kind: str
+    tmp_path: Path, name: str, age: float, stays: bool
 ) -> None:
-    leftover = tmp_path / name
-    if kind == "folder":
-        (leftover / "tokenizer").mkdir(parents=True)
-        (leftover / "tokenizer" / "vocab.json").write_text("half")
-    else:
-        leftover.write_text("half")
-    aged(leftover, age)
-    stage(tmp_path / "expert")
-    assert leftover.exists() == stays
+    for kind in ("folder", "file"):
+        leftover = tmp_path / kind / name
+        (leftover / "tokenizer" if kind == "folder" else leftover.parent).mkdir(parents=True)
+        (leftover / "tokenizer" / "vocab.json" if kind == "folder" else leftover).write_text("half")
+        aged(leftover, age)
+        stage(tmp_path / kind / "expert")
+        assert leftover.exists() == stays
 
 
-@pytest.mark.parametrize(("age", "stays"), [(6 * WEEK / 7, True), (8 * WEEK / 7, False)])
+@pytest.mark.parametrize(("age", "stays"), [(YOUNG, True), (OLD, False)])
 def test_without_locks_a_leftover_of_this_boot_goes_by_its_age(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age: float, stays: bool
 ) -> None:
@@ -323,7 +271,7 @@ def test_without_locks_a_leftover_of_this_boot_goes_by_its_age(
     leftover = tmp_path / f"{HERE}.partial"
     leftover.mkdir()
     (leftover / "young").write_text("half")
-    aged(leftover, 8 * WEEK / 7)
+    aged(leftover, OLD)
     os.utime(leftover / "young", (time.time() - age,) * 2)  # the folder's own time says nothing of its files
     monkeypatch.setattr(files.fcntl, "flock", refused)
     stage(tmp_path / "expert")
@@ -338,90 +286,57 @@ def test_a_folder_that_another_run_removes_before_it_is_locked_is_made_again(
     lock, seen = files.fcntl.flock, []
 
     def late(handle: int, operation: int) -> None:
-        for folder in tmp_path.glob("*.partial"):
-            seen.append(folder)
-            if len(seen) == 1:
-                folder.rmdir()
+        seen.extend(tmp_path.glob("*.partial"))
+        if len(seen) == 1:
+            seen[0].rmdir()
         lock(handle, operation)
 
     monkeypatch.setattr(files.fcntl, "flock", late)
-    with staged_folder(tmp_path / "expert") as folder:
-        (folder / "config.json").write_text("{}")
+    overwrite(tmp_path / "expert")
     assert len(set(seen)) == 2
-    assert names(tmp_path) == ["expert", "expert/config.json"]
+    check_expert(tmp_path, "new")
 
 
-@pytest.mark.parametrize("fails", [False, True])
+@FAILS
 def test_an_expert_that_a_killed_run_had_moved_aside_comes_back_until_it_is_replaced(
     tmp_path: Path, fails: bool
 ) -> None:
     """Killed between its two renamings: no expert in its place, the old one under another name."""
-    out = tmp_path / "expert"
     expert(tmp_path / f"{HERE}.replaced", "old")
-
-    def overwrite() -> None:
-        with staged_folder(out, overwrite=True) as temporary:
-            (temporary / "expertprune.json").write_text("new")
-            if fails:
-                raise KeyboardInterrupt
-
-    if fails:
-        with pytest.raises(KeyboardInterrupt):
-            overwrite()
-    else:
-        overwrite()
-    assert names(tmp_path) == ["expert", "expert/expertprune.json"]
-    assert (out / "expertprune.json").read_text() == ("old" if fails else "new")
+    with pytest.raises(CheckpointError, match="--overwrite"), staged_folder(tmp_path / "expert"):
+        pass
+    check_expert(tmp_path, "old")
+    os.replace(tmp_path / "expert", tmp_path / f"{HERE}.replaced")
+    overwrite(tmp_path / "expert", fails)
+    check_expert(tmp_path, "old" if fails else "new")
 
 
-def test_an_expert_that_had_been_moved_aside_is_not_replaced_without_overwrite(tmp_path: Path) -> None:
-    expert(tmp_path / f"{HERE}.replaced", "old")
-    with pytest.raises(CheckpointError, match="--overwrite"), staged_folder(tmp_path / "expert") as temporary:
-        (temporary / "expertprune.json").write_text("new")
-    assert (tmp_path / "expert" / "expertprune.json").read_text() == "old"
+@FAILS
+def test_overwriting_replaces_the_whole_expert_or_nothing(tmp_path: Path, fails: bool) -> None:
+    out = expert(tmp_path / "expert")
+    if not fails:
+        (out / "stale").write_text("x")
+    overwrite(out, fails)
+    check_expert(tmp_path, "old" if fails else "new")
 
 
 def test_an_old_expert_that_a_killed_run_had_replaced_is_removed(tmp_path: Path) -> None:
-    out = expert(tmp_path / "expert", "newer")
     expert(tmp_path / f"{HERE}.replaced", "old")
-    with staged_folder(out, overwrite=True) as temporary:
-        (temporary / "expertprune.json").write_text("newest")
-    assert names(tmp_path) == ["expert", "expert/expertprune.json"]
-    assert (out / "expertprune.json").read_text() == "newest"
+    overwrite(expert(tmp_path / "expert", "newer"))
+    check_expert(tmp_path, "new")
 
 
-def test_overwriting_replaces_the_whole_expert(tmp_path: Path) -> None:
-    out = expert(tmp_path / "expert")
-    (out / "stale").write_text("x")
-    with staged_folder(out, overwrite=True) as temporary:
-        (temporary / "expertprune.json").write_text("new")
-        assert (out / "expertprune.json").read_text() == "old"
-    assert names(tmp_path) == ["expert", "expert/expertprune.json"]
-    assert (out / "expertprune.json").read_text() == "new"
-
-
-@pytest.mark.parametrize("where", ["in the block", "while renaming"])
-def test_overwriting_that_fails_keeps_the_old_expert(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
+def test_an_expert_stays_where_renaming_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, replace = expert(tmp_path / "expert"), os.replace
 
-    def interrupted(source: Path, target: Path) -> None:
+    def failing(source: Path, target: Path) -> None:
         if Path(target) == out:
             raise KeyboardInterrupt
         replace(source, target)
 
-    def overwrite() -> None:
-        with staged_folder(out, overwrite=True) as temporary:
-            (temporary / "expertprune.json").write_text("new")
-            if where == "in the block":
-                raise KeyboardInterrupt
-
-    monkeypatch.setattr(files.os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        overwrite()
-    assert names(tmp_path) == ["expert", "expert/expertprune.json"]
-    assert (out / "expertprune.json").read_text() == "old"
+    monkeypatch.setattr(files.os, "replace", failing)
+    overwrite(out)
+    check_expert(tmp_path, "old")
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -437,48 +352,29 @@ def test_a_folder_that_is_no_expert_is_never_touched(tmp_path: Path, overwrite: 
     assert names(tmp_path) == ["thesis", "thesis/chapter.txt"]
 
 
-@pytest.mark.parametrize("kind", ["file", "link to a folder", "dangling link"])
-def test_an_output_that_is_no_folder_is_refused(tmp_path: Path, kind: str) -> None:
-    out = tmp_path / "out"
-    if kind == "file":
-        out.write_text("x")
-    else:
-        out.symlink_to(expert(tmp_path / "target") if kind == "link to a folder" else tmp_path / "absent")
+def test_an_output_that_is_no_folder_is_refused_and_an_empty_one_is_fine(tmp_path: Path) -> None:
+    target = expert(tmp_path / "target")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(target)
+    (tmp_path / "dangling").symlink_to(tmp_path / "absent")
     before = names(tmp_path)
-    for overwrite in (False, True):
+    for name, again in itertools.product(("file", "link", "dangling"), (False, True)):
         with pytest.raises(CheckpointError, match="not a folder"):
-            check_output(out, overwrite)
+            check_output(tmp_path / name, again)
     assert names(tmp_path) == before
-
-
-def test_an_absent_or_empty_output_is_fine(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    for out in (tmp_path / "absent", tmp_path / "empty"):
-        check_output(out, overwrite=False)
-        with staged_folder(out) as temporary:
-            (temporary / "config.json").write_text("{}")
-        assert names(out) == ["config.json"]
+    stage(tmp_path / "empty")
 
 
 # --- room -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("needed", "enough"), [(0, True), (5 * 2**20, True), (5 * 2**20 + 1, False), (2**40, False)])
-def test_room_is_measured_on_the_nearest_folder_that_exists(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needed: int, enough: bool
-) -> None:
-    asked = []
-
-    def usage(path: Path) -> Any:
-        asked.append(Path(path))
-        return SimpleNamespace(free=5 * 2**20)
-
-    monkeypatch.setattr(shutil, "disk_usage", usage)
-    if enough:
-        require_room(tmp_path / "not" / "yet", needed)
-    else:
-        with pytest.raises(CheckpointError, match="5 MiB are free") as caught:
-            require_room(tmp_path / "not" / "yet", needed)
-        assert f"{needed / 2**20:,.0f} MiB" in str(caught.value)
-        assert str(tmp_path / "not" / "yet") in str(caught.value)
-    assert asked == [tmp_path]
+def test_room_is_measured_on_the_nearest_folder_that_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, folder, free = [], tmp_path / "not" / "yet", 5 * 2**20
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(Path(path)) or SimpleNamespace(free=free))
+    require_room(folder, free)
+    with pytest.raises(CheckpointError, match=rf"{folder}: needs 6 MiB of disk, 5 MiB are free"):
+        require_room(folder, 6 * 2**20)
+    with pytest.raises(CheckpointError):
+        require_room(folder, free + 1)
+    assert asked == [tmp_path] * 3

@@ -93,14 +93,9 @@ def test_a_wheel_brings_a_criterion_a_rule_a_repair_and_a_family(tmp_path: Path,
         "evaluate": {"enabled": False},
     }
     (tmp_path / "spec.yaml").write_text(json.dumps(spec_data))
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path / "spec.yaml"), str(tmp_path / "expert")],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(installed), str(ROOT)])},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(installed), str(ROOT)])}
+    script = [sys.executable, "-c", SCRIPT, str(tmp_path / "spec.yaml"), str(tmp_path / "expert")]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == ["juniper", False]
 

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,28 +26,23 @@ def test_every_command_belongs_to_a_group_that_is_tested() -> None:
     assert len(EXPERTPRUNE) + len(SETUP) + len(MAKE) + len(SERVING) == len(commands())
     assert [command.split()[1] for command in EXPERTPRUNE] == ["init", "validate", "build", "evaluate", "report"]
     assert len(SERVING) == 2
+    assert len(page("README.md").splitlines()) <= 150
 
 
-@pytest.mark.parametrize("command", MAKE)
-def test_make_targets_exist(command: str) -> None:
-    done = subprocess.run([*shlex.split(command), "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def dry_run(*command: str) -> str:
+    return subprocess.run([*command, "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
-def test_the_lines_without_make_are_what_make_runs() -> None:
+def test_make_targets_exist_and_the_lines_without_make_are_what_make_runs() -> None:
     """`make --always-make --dry-run demo` prints the commands that README gives to those who have no make."""
-    done = subprocess.run(
-        ["make", "--always-make", "--dry-run", "demo"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    printed = done.stdout.replace(" --quiet", "").replace(" --disable-pip-version-check", "")
+    for command in MAKE:
+        dry_run(*shlex.split(command))
+    printed = dry_run("make", "--always-make", "demo")
+    printed = printed.replace(" --quiet", "").replace(" --disable-pip-version-check", "")
     for command in SETUP[1:]:
         assert command in printed
     assert any(line.endswith("-m venv .venv") for line in printed.splitlines())
     assert SETUP[0].endswith("-m venv .venv")
-
-
-def test_it_is_short() -> None:
-    assert len(page("README.md").splitlines()) <= 150
 
 
 @pytest.fixture(scope="module")
@@ -63,18 +59,21 @@ def environment(store: Path) -> dict[str, str]:
     return {**os.environ, "EXPERTPRUNE_STORE": str(store), "PATH": path}
 
 
+def output_of(command: str, workplace: Path, store: Path) -> str:
+    options: dict[str, Any] = {"cwd": workplace, "env": environment(store), "capture_output": True, "text": True}
+    done = subprocess.run(command, shell=True, check=False, **options)
+    assert done.returncode == 0, f"{command}\n{done.stderr}"
+    return done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_commands_in_their_order(workplace: Path, real_store: Path) -> None:
     for command in EXPERTPRUNE:
-        done = subprocess.run(
-            command, shell=True, cwd=workplace, env=environment(real_store), capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        output_of(command, workplace, real_store)
     about = json.loads((workplace / "experts" / "my-expert" / "expertprune.json").read_text())
-    assert (
-        sum(about["plan"]["budget"]["ffn"]["kept"]) == 32_256
-    )  # of 30 layers of 1536 together, 0.3 less: 504 times 64
+    kept = about["plan"]["budget"]["ffn"]["kept"]
+    assert sum(kept) == 32_256  # of 30 layers of 1536 together, 0.3 less: 504 times 64
     assert list(about["evaluation"]["corpora"]) == ["domain/medical"]
     assert (workplace / "experts" / "my-expert" / "report.html").is_file()
 
@@ -82,16 +81,8 @@ def test_commands_in_their_order(workplace: Path, real_store: Path) -> None:
 @pytest.mark.slow
 def test_the_python_snippet(workplace: Path, real_store: Path) -> None:
     (snippet,) = blocks("python", page("docs/python.md"))
-    done = subprocess.run(
-        [sys.executable, "-c", snippet],
-        cwd=workplace,
-        env=environment(real_store),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    parameters, retention = done.stdout.strip().splitlines()[-2:]
+    printed = output_of(shlex.join([sys.executable, "-c", snippet]), workplace, real_store)
+    parameters, retention = printed.strip().splitlines()[-2:]
     assert parameters == "114608448"
     assert 0.5 < float(retention) < 1.1
 

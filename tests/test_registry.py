@@ -38,38 +38,19 @@ def _install(folder: Path, monkeypatch: pytest.MonkeyPatch, **modules: str) -> N
     monkeypatch.syspath_prepend(str(folder))
 
 
-@pytest.mark.parametrize(
-    ("name", "names", "expected"),
-    [
-        ("impcat", ["impact", "random"], "; did you mean 'impact'?"),
-        ("IMPACT", ["impact", "random"], "; did you mean 'impact'?"),
-        ("ffn_", ["kv_groups", "ffn"], "; did you mean 'ffn'?"),
-        ("zzz", ["random", "impact"], "; valid: impact, random"),
-        ("zzz", [], ""),
-    ],
-)
-def test_nearest_suggests_one_name_or_lists_all_of_them(name: str, names: list[str], expected: str) -> None:
-    assert nearest(name, iter(names)) == expected
+def test_nearest_suggests_one_name_or_lists_all_of_them() -> None:
+    assert nearest("IMPCAT", iter(["impact", "random"])) == "; did you mean 'impact'?"
+    assert nearest("zzz", iter(["random", "impact"])) == "; valid: impact, random"
+    assert nearest("zzz", []) == ""
 
 
-def test_a_registered_entry_is_found_and_handed_back_unchanged() -> None:
+def test_a_registered_entry_is_found_unchanged_and_no_second_one_of_its_name_is_taken() -> None:
     entry = object()
-    assert SHAPES.register("flat")(entry) is entry
-    assert SHAPES["flat"] is entry
-    assert "square" not in SHAPES
-    assert (list(SHAPES), len(SHAPES)) == (["round", "flat"], 2)
-
-
-def test_a_name_registered_twice_is_refused_and_the_first_entry_stays() -> None:
+    assert SHAPES.register("flat")(entry) is SHAPES["flat"] is entry
     with pytest.raises(ValueError, match=r"shape 'round' is registered twice, by the\.first and by the\.second"):
         SHAPES.register("round", module="the.second")(2)
-    assert dict(SHAPES) == {"round": 1}
-
-
-def test_the_message_for_an_unknown_name_says_its_kind_and_the_nearest() -> None:
+    assert dict(SHAPES) == {"round": 1, "flat": entry}
     assert SHAPES.unknown("rond") == "unknown shape 'rond'; did you mean 'round'?"
-    with pytest.raises(KeyError):
-        SHAPES["rond"]
 
 
 def test_the_first_lookup_imports_each_plugin_once_and_its_names_count(
@@ -90,12 +71,8 @@ def test_the_first_lookup_imports_each_plugin_once_and_its_names_count(
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("import no_such_module_anywhere\n", "ModuleNotFoundError: No module named 'no_such_module_anywhere'"),
         ("raise RuntimeError('out of paint')\n", "RuntimeError: out of paint"),
-        (
-            "def f(): ...\nSHAPES.register('round')(f)\n",
-            "shape 'round' is registered twice, by the.first and by shapes_bad",
-        ),
+        ("def f(): ...\nSHAPES.register('round')(f)\n", "'round' is registered twice, by the.first and by shapes_bad"),
     ],
 )
 def test_a_plugin_that_fails_is_an_error_at_every_lookup_that_names_it(
@@ -106,14 +83,6 @@ def test_a_plugin_that_fails_is_an_error_at_every_lookup_that_names_it(
         with pytest.raises(UsageError) as caught:
             SHAPES.get("round")
         message = str(caught.value)
-        assert message.startswith(
-            "plugin bad-plugin 2.5: entry point 'bad shapes' (shapes_bad) of group 'tests.shapes'"
-        )
+        start = "plugin bad-plugin 2.5: entry point 'bad shapes' (shapes_bad) of group 'tests.shapes'"
+        assert message.startswith(start)
         assert problem in message
-
-
-def test_two_plugins_that_bring_one_name_are_both_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "def f(): ...\nSHAPES.register('square')(f)\n"
-    _install(tmp_path, monkeypatch, one=text, two=text)
-    with pytest.raises(UsageError, match=r"plugin two-plugin 2\.5.*by shapes_one and by shapes_two"):
-        len(SHAPES)

@@ -28,35 +28,39 @@ TEXT = [
 ] * 3
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 SPECIAL = ["<unk>", "<s>", "</s>"]
-KINDS = ("byte_level", "byte_level_ignoring_merges", "sentencepiece", "unigram", "unigram_without_bytes")
+SPACES_AND_BYTES = (decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse())
 
 
-def _trained(model: Any, trainer: Any, before: Any, normalizer: Any = None) -> dict[str, Any]:
+def _trained(model: Any, trainer: Any, before: Any) -> dict[str, Any]:
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = before
-    if normalizer is not None:
-        tokenizer.normalizer = normalizer
     tokenizer.train_from_iterator(TEXT, trainer)
     return json.loads(tokenizer.to_str())["model"]
+
+
+def _finished(tokenizer: Tokenizer, decoder: Any, template: str, special: list[str] = SPECIAL) -> Tokenizer:
+    """With its decoder, its special tokens and what it puts around a text."""
+    tokenizer.decoder = decoder
+    tokenizer.add_special_tokens(special)
+    named = [(name, tokenizer.token_to_id(name)) for name in ("<s>", "</s>") if name in template]
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=named)
+    return tokenizer
 
 
 def _byte_level(ignore_merges: bool) -> Tokenizer:
     """As GPT-2's and Llama 3's: added tokens behind the model's own, as the latter has them."""
     before = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
     model = _trained(models.BPE(), trainer, before)
     vocabulary = dict(model["vocab"])
     if ignore_merges:  # words that no merges make, found whole
         vocabulary |= {word: len(vocabulary) + i for i, word in enumerate(["Ġpatientia", "xyzzy"])}
     merges = [tuple(pair) for pair in model["merges"]]
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=ignore_merges))
-    tokenizer.pre_tokenizer, tokenizer.decoder = before, decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<s>", "</s>", "<|turn|>"])
+    tokenizer.pre_tokenizer = before
+    _finished(tokenizer, decoders.ByteLevel(), "<s> $A", ["<s>", "</s>", "<|turn|>"])
     tokenizer.add_tokens([AddedToken("<tool>", normalized=False)])
-    first = tokenizer.token_to_id("<s>")
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", first)])
     return tokenizer
 
 
@@ -64,24 +68,13 @@ def _sentencepiece() -> Tokenizer:
     """As Gemma's: special tokens and bytes first, no word boundaries but spaces, and a merge for every way to split."""
     trainer = trainers.BpeTrainer(vocab_size=260, show_progress=False)
     model = _trained(models.BPE(), trainer, pre_tokenizers.Metaspace(prepend_scheme="never"))
-    names = [*SPECIAL, *BYTES, *model["vocab"]]
-    vocabulary = {name: i for i, name in enumerate(names)}
-    merges = [
-        (piece[:cut], piece[cut:])
-        for piece in model["vocab"]
-        for cut in range(1, len(piece))
-        if piece[:cut] in vocabulary and piece[cut:] in vocabulary
-    ]
-    tokenizer = Tokenizer(
-        models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
+    vocabulary = {name: i for i, name in enumerate([*SPECIAL, *BYTES, *model["vocab"]])}
+    splits = [(piece[:cut], piece[cut:]) for piece in model["vocab"] for cut in range(1, len(piece))]
+    merges = [split for split in splits if vocabulary.keys() >= set(split)]
+    bpe = models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(bpe)
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens(SPECIAL)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
-    return tokenizer
+    return _finished(tokenizer, decoders.Sequence([*SPACES_AND_BYTES]), "<s> $A </s>")
 
 
 def _unigram(spelled: bool) -> Tokenizer:
@@ -95,24 +88,24 @@ def _unigram(spelled: bool) -> Tokenizer:
         pieces.append(("qu", -9.0))  # "q" and "u" of it: no text has a "q", so the piece alone covers that character
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=spelled))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.add_special_tokens(SPECIAL)
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
-    return tokenizer
+    decoder = decoders.Sequence([*SPACES_AND_BYTES, decoders.Strip(" ", 1, 0)])
+    return _finished(tokenizer, decoder, "$A </s>")
+
+
+MAKERS = {
+    "byte_level": functools.partial(_byte_level, ignore_merges=False),
+    "byte_level_ignoring_merges": functools.partial(_byte_level, ignore_merges=True),
+    "sentencepiece": _sentencepiece,
+    "unigram": functools.partial(_unigram, spelled=True),
+    "unigram_without_bytes": functools.partial(_unigram, spelled=False),
+}
+KINDS = tuple(MAKERS)
 
 
 @functools.cache
 def tokenizer_of(kind: str) -> Tokenizer:
     """A tokenizer of a kind; not to be changed."""
-    return {
-        "byte_level": lambda: _byte_level(False),
-        "byte_level_ignoring_merges": lambda: _byte_level(True),
-        "sentencepiece": _sentencepiece,
-        "unigram": lambda: _unigram(True),
-        "unigram_without_bytes": lambda: _unigram(False),
-    }[kind]()
+    return MAKERS[kind]()
 
 
 def data_of(kind: str) -> dict[str, Any]:
@@ -132,9 +125,8 @@ def save_worded(folder: Path, kind: str = "byte_level", family: str = "llama", r
     ids = {f"{name}_token_id": tokenizer.token_to_id(token) for name, token in (("bos", "<s>"), ("eos", "</s>"))}
     settings = {"vocab_size": rows or -(-size // 64) * 64 + 64, "pad_token_id": ids["eos_token_id"], **ids, **changes}
     tiny_model(family, **settings).save_pretrained(folder, max_shard_size="20KB")
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    ).save_pretrained(folder)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
     return folder
 
 

@@ -92,14 +92,11 @@ def test_a_table_names_all_commits_dates_and_versions_of_its_cells() -> None:
     assert records.described(made[:1]) == "Commit b; torch 2; 2026-01-03."
 
 
-def test_a_result_is_taken_only_for_what_it_was_measured_on() -> None:
+def test_a_result_is_taken_only_for_what_it_was_measured_on(tmp_path: Path) -> None:
     before = {"base": "x", "spec": {"compose": {"rule": "mean", "gone": 1}}}
     assert agrees(before, {"base": "x", "spec": {"compose": {"rule": "mean", "new": 2}}})
     assert not agrees(before, {"base": "x", "spec": {"compose": {"rule": "union"}}})
     assert not agrees(before, {"base": "y", "spec": {"compose": {"rule": "mean"}}})
-
-
-def test_a_cell_without_a_result_is_named(tmp_path: Path) -> None:
     with pytest.raises(records.NotMeasuredError, match='"method": "flap"'):
         stored(Cell("flap"), tmp_path)
 

@@ -6,14 +6,13 @@ import json
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
 from expertprune.arch import bundled_models
-from expertprune.cli import main
 from expertprune.corpora.catalogue import catalogue_sources
 from expertprune.evaluation.suites import shipped_suites
 from expertprune.files import shipped
 from expertprune.relevance import criteria
+from tests.calling import call
 
 KINDS = {
     "corpora": lambda: list(map(str, catalogue_sources(shipped("corpora")))),
@@ -24,17 +23,14 @@ KINDS = {
 
 
 def listed(kind: str) -> dict[str, dict[str, Any]]:
-    result = CliRunner().invoke(main, ["list", kind, "--json"])
-    assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
-    return {record["name"]: record for record in json.loads(result.output)[kind]}
+    return {record["name"]: record for record in json.loads(call("list", kind, "--json").output)[kind]}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_name_is_listed_for_machines_and_for_people(kind: str) -> None:
     assert set(listed(kind)) == set(KINDS[kind]())
-    table = CliRunner().invoke(main, ["list", kind])
-    assert table.exit_code == 0
-    assert all(name in table.output for name in KINDS[kind]())
+    table = call("list", kind).output
+    assert all(name in table for name in KINDS[kind]())
 
 
 def test_corpora_say_how_much_text_they_have() -> None:
@@ -45,19 +41,13 @@ def test_corpora_say_how_much_text_they_have() -> None:
     assert corpora["language/de"]["about"] == "German over nine domains and six tasks"
 
 
-def test_suites_say_whether_they_need_the_hub() -> None:
-    suites = listed("suites")
-    assert suites["mmlu"]["hub"] is True
-    assert suites["medical"]["hub"] is False
+def test_suites_and_criteria_say_what_they_need() -> None:
+    suites, criteria_ = listed("suites"), listed("criteria")
+    assert (suites["mmlu"]["hub"], suites["medical"]["hub"]) == (True, False)
     assert suites["medical"]["tasks"] == ["medical_continuation", "medical_questions"]
-
-
-def test_criteria_say_which_pass_they_need() -> None:
-    passes = {name: entry["pass"] for name, entry in listed("criteria").items()}
-    assert (passes["fisher"], passes["impact"], passes["magnitude"]) == ("gradient", "forward", "none")
+    passes = [criteria_[name]["pass"] for name in ("fisher", "impact", "magnitude")]
+    assert passes == ["gradient", "forward", "none"]
 
 
 def test_an_unknown_kind_is_refused() -> None:
-    result = CliRunner().invoke(main, ["list", "famlies"])
-    assert result.exit_code == 2
-    assert "corpora" in result.output
+    assert "corpora" in call("list", "famlies", code=2).output

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import expertprune
-from expertprune.artifacts.plan import KindCount, LayerPlan, Plan, UnitReasons, load_plan
-from expertprune.artifacts.profile import Profile
+from expertprune.artifacts.plan import KindCount, UnitReasons, load_plan
 from expertprune.composition.plan import compose, explain, keep_largest, select_layer
-from expertprune.composition.scoring import EXPERT, GENERAL, SHARED, Fused, intersection
+from expertprune.composition.scoring import EXPERT, GENERAL, SHARED, Fused
 from expertprune.composition.widths import LayerWidths
 from expertprune.corpora.documents import CorpusName
 from expertprune.errors import PlanError, SpecError
 from expertprune.models.base import resolve_base
 from expertprune.spec.reading import parse_spec
 from expertprune.spec.schema import Budget, Spec
-from expertprune.units import DENSE, KeptUnits, LayerShape, Structure
-
-
-def numbers(profile: Profile, name: str) -> np.ndarray:
-    return profile.read(name).double().numpy()
-
+from expertprune.units import KeptUnits, LayerShape, Structure
 
 # --- selection ------------------------------------------------------------------------------------------------------
 
@@ -46,31 +37,6 @@ def numbers(profile: Profile, name: str) -> np.ndarray:
 )
 def test_keep_largest(scores: list[float], count: int, kept: list[int]) -> None:
     assert keep_largest(torch.tensor(scores, dtype=torch.float64), count).tolist() == kept
-
-
-@given(scores=st.lists(st.integers(0, 4), min_size=1, max_size=200), data=st.data())
-@settings(deadline=None)
-def test_keep_largest_among_equals_keeps_the_first(scores: list[int], data: st.DataObject) -> None:
-    count = data.draw(st.integers(0, len(scores)))
-    expected = sorted(sorted(range(len(scores)), key=lambda unit: (-scores[unit], unit))[:count])
-    assert keep_largest(torch.tensor(scores), count).tolist() == expected
-
-
-@given(data=st.data(), dimensions=st.integers(1, 3), units=st.integers(1, 12))
-@settings(deadline=None)
-def test_the_budget_chooses_the_smallest_threshold_that_reaches_it(
-    data: st.DataObject, dimensions: int, units: int
-) -> None:
-    """Without ties, what is dropped for a count is the intersection at the smallest threshold that holds so many."""
-    order = data.draw(st.permutations(range(dimensions * units)))
-    scores = np.array(order).reshape(dimensions, units)
-    for dropped_count in range(units + 1):
-        kept = keep_largest(intersection(torch.from_numpy(scores)), units - dropped_count).tolist()
-        for threshold in range(-1, dimensions * units):
-            in_all = {unit for unit in range(units) if all(row[unit] <= threshold for row in scores)}
-            if len(in_all) >= dropped_count:
-                break
-        assert set(range(units)) - set(kept) == in_all
 
 
 def fused(scores: list[float], sources: list[int] | None = None, kinds: list[int] | None = None) -> Fused:
@@ -92,50 +58,9 @@ def test_heads_are_chosen_inside_the_groups_that_stay() -> None:
 
 
 def test_groups_that_stay_keep_all_their_heads_where_heads_are_not_cut() -> None:
+    assert select_layer(GQA, LayerWidths(4, 3, 3), {}) == GQA.all_kept
     kept = select_layer(GQA, LayerWidths(4, 3, 1), {Structure.KV_GROUPS: fused([5, 1, 6])})
     assert kept == KeptUnits(ffn=(0, 1, 2, 3), query_heads=(6, 7, 8), kv_groups=(2,))
-
-
-def test_only_what_is_cut_needs_scores() -> None:
-    assert select_layer(GQA, LayerWidths(4, 3, 3), {}) == GQA.all_kept
-    kept = select_layer(GQA, LayerWidths(1, 3, 3), {Structure.FFN: fused([1, 2, 9, 3])})
-    assert kept == KeptUnits((2,), tuple(range(9)), (0, 1, 2))
-
-
-@given(
-    data=st.data(),
-    groups=st.integers(1, 5),
-    per_group=st.integers(1, 4),
-    ffn=st.integers(1, 9),
-)
-@settings(deadline=None)
-def test_selection_always_has_the_widths_and_a_legal_shape(
-    data: st.DataObject, groups: int, per_group: int, ffn: int
-) -> None:
-    shape = LayerShape(8, ffn, groups * per_group, groups, 2)
-    widths = LayerWidths(
-        data.draw(st.integers(1, ffn)), data.draw(st.integers(1, per_group)), data.draw(st.integers(1, groups))
-    )
-    scores = {
-        structure: fused(data.draw(st.lists(st.integers(0, 5), min_size=units, max_size=units)))
-        for structure in DENSE
-        for units in [shape.units(structure)]
-    }
-    kept = select_layer(shape, widths, scores)
-    assert (len(kept.ffn), len(kept.kv_groups)) == (widths.ffn, widths.kv_groups)
-    for indices in (kept.ffn, kept.query_heads, kept.kv_groups):
-        assert list(indices) == sorted(set(indices))
-    heads_of = {group: [h for h in kept.query_heads if h // per_group == group] for group in kept.kv_groups}
-    assert all(len(heads) == widths.heads_per_group for heads in heads_of.values())
-    assert sum(map(len, heads_of.values())) == len(kept.query_heads)
-    for structure, candidates, chosen in [
-        (Structure.FFN, range(ffn), kept.ffn),
-        (Structure.KV_GROUPS, range(groups), kept.kv_groups),
-        *((Structure.QUERY_HEADS, range(g * per_group, (g + 1) * per_group), heads) for g, heads in heads_of.items()),
-    ]:
-        score = scores[structure].score.tolist()
-        dropped = [score[unit] for unit in candidates if unit not in chosen]
-        assert not dropped or max(dropped) <= min(score[unit] for unit in chosen)
 
 
 # --- explanation ----------------------------------------------------------------------------------------------------
@@ -157,31 +82,13 @@ def test_explain_counts_who_protected_the_kept_units() -> None:
     }
 
 
-def test_explain_without_general_corpora_speaks_of_dimensions_only() -> None:
-    kept = KeptUnits(ffn=(1,), query_heads=(0,), kv_groups=(1,))
-    scores = {Structure.KV_GROUPS: fused([1, 4], [1, 0])}
-    assert explain(kept, scores, ["language", "task"]) == {
-        "kv_groups": UnitReasons(threshold=1.0, protected={"language": 1, "task": 0})
-    }
-
-
-def test_explain_has_no_threshold_where_nothing_went() -> None:
-    kept = KeptUnits(ffn=(0, 1), query_heads=(0,), kv_groups=(0,))
-    assert explain(kept, {Structure.FFN: fused([3, 4])}, ["task"])["ffn"].threshold is None
-
-
 # --- whole plans ----------------------------------------------------------------------------------------------------
-
-
-def widths_of(plan: Plan) -> set[tuple[int, int, int]]:
-    return {(len(k.ffn), len(k.query_heads), len(k.kv_groups)) for k in plan.kept}
 
 
 @pytest.mark.parametrize(
     ("budget", "widths", "scored"),
     [
         ({"budget.ffn": 0.25}, (24, 6, 3), {"ffn"}),
-        ({"budget.ffn": 12}, (20, 6, 3), {"ffn"}),
         ({"budget.ffn": 0, "budget.kv_groups": 1}, (32, 4, 2), {"kv_groups"}),  # heads only leave with their group
         ({"budget.ffn": 0, "budget.query_heads": 3}, (32, 3, 3), {"query_heads"}),
         (
@@ -196,8 +103,7 @@ def test_every_layer_has_exactly_the_widths_of_the_budget(
     tiny_spec: Spec, budget: dict[str, Any], widths: tuple[int, int, int], scored: set[str], general: list[str]
 ) -> None:
     plan = expertprune.compose(tiny_spec, overrides={**budget, "general": general})
-    assert len(plan.layers) == 3
-    assert widths_of(plan) == {widths}
+    assert [(len(k.ffn), len(k.query_heads), len(k.kv_groups)) for k in plan.kept] == [widths] * 3
     assert [plan.budget[s].kept for s in ("ffn", "query_heads", "kv_groups")] == list(widths)
     for layer in plan.layers:
         assert set(layer.why) == scored
@@ -212,13 +118,6 @@ def test_every_layer_has_exactly_the_widths_of_the_budget(
                 assert sum(kind.units for kind in kinds) == {"ffn": 32, "query_heads": 6, "kv_groups": 3}[structure]
 
 
-def test_a_budget_of_zero_keeps_everything(tiny_spec: Spec) -> None:
-    plan = expertprune.compose(tiny_spec, overrides={"budget.ffn": 0})
-    assert plan.cuts_nothing
-    assert plan.parameters.after == plan.parameters.before
-    assert plan.layers == [LayerPlan(shape.all_kept, {}) for shape in plan.shapes]
-
-
 def test_a_plan_is_what_the_profiles_say(tiny_spec: Spec) -> None:
     """The intersection by hand: largest share over three corpora; what is smallest in each layer goes."""
     spec = parse_spec(tiny_spec.document(), "spec", Path.cwd(), {"general": []})
@@ -226,10 +125,9 @@ def test_a_plan_is_what_the_profiles_say(tiny_spec: Spec) -> None:
     plan = expertprune.compose(spec)
     largest = []
     for profile in profiles.values():
-        rms = [numbers(profile, f"ffn.{layer}.rms") * numbers(profile, f"ffn.{layer}.rms.scale") for layer in range(3)]
-        impact = np.array([(rms[layer] * numbers(profile, f"ffn.{layer}.output_l2")) ** 2 for layer in range(3)]).mean(
-            1
-        )
+        parts = ("rms", "rms.scale", "output_l2")
+        factors = [[profile.read(f"ffn.{n}.{part}").double().numpy() for part in parts] for n in range(3)]
+        impact = np.array([(rms * scale * norm) ** 2 for rms, scale, norm in factors]).mean(1)
         largest.append(impact / impact.sum())
     assert len(largest) == 3
     score = np.max(largest, axis=0)
@@ -242,65 +140,14 @@ def test_a_plan_is_what_the_profiles_say(tiny_spec: Spec) -> None:
         assert list(why.protected.values()) == np.bincount(owners, minlength=3).tolist()
 
 
-def test_the_plan_says_how_many_parameters_stay(tiny_spec: Spec) -> None:
-    """Three layers, hidden 24: a neuron has three rows; a group of two heads of 4 has 16 rows of q and o, 8 of k and v."""
-    plan = expertprune.compose(tiny_spec, overrides={"budget.kv_groups": 1})
-    attention = 24 * (2 * 24 + 2 * 12)
-    assert plan.parameters.before == 2 * 64 * 24 + 24 + 3 * (3 * 24 * 32 + attention + 2 * 24)
-    assert plan.parameters.before - plan.parameters.after == 3 * (8 * 3 * 24 + (2 * 2 * 4 + 2 * 4) * 24)
-
-
-def test_plans_are_deterministic(tiny_spec: Spec, tmp_path: Path) -> None:
-    overrides = {"budget.kv_groups": 1}
+def test_plans_are_deterministic_and_the_same_after_saving_and_loading(tiny_spec: Spec, tmp_path: Path) -> None:
+    overrides = {"budget.kv_groups": 1, "budget.query_heads": 3}
     one = expertprune.compose(tiny_spec, store=tmp_path / "one", overrides=overrides)
-    again = expertprune.compose(tiny_spec, store=tmp_path / "one", overrides=overrides)
     other = expertprune.compose(tiny_spec, store=tmp_path / "other", overrides=overrides)
-    assert one == again == other
+    assert one == other
     assert one.digest == other.digest
-
-
-def test_a_plan_is_the_same_after_saving_and_loading(tiny_spec: Spec, tmp_path: Path) -> None:
-    plan = expertprune.compose(tiny_spec, overrides={"budget.kv_groups": 1, "budget.query_heads": 3})
-    plan.save(tmp_path / "plan.json")
-    assert load_plan(tmp_path / "plan.json") == plan
-
-
-@pytest.mark.parametrize("settings_", [{}, {"general": []}, {"compose.scale": "percentile"}, {"compose.rule": "mean"}])
-def test_a_larger_budget_never_keeps_what_a_smaller_one_dropped(tiny_spec: Spec, settings_: dict[str, Any]) -> None:
-    plans = [expertprune.compose(tiny_spec, overrides={**settings_, "budget.ffn": n}) for n in (4, 8, 16, 28)]
-    for larger, smaller in itertools.pairwise(plans):
-        for more, fewer in zip(larger.kept, smaller.kept, strict=True):
-            assert set(fewer.ffn) < set(more.ffn)
-
-
-def test_more_heads_or_groups_never_bring_back_what_fewer_dropped(tiny_spec: Spec) -> None:
-    def kept(**budget: int) -> list[KeptUnits]:
-        overrides = {"budget.ffn": 0, **{f"budget.{key}": count for key, count in budget.items()}}
-        return expertprune.compose(tiny_spec, overrides=overrides).kept
-
-    one, two, both = kept(kv_groups=1), kept(kv_groups=2), kept(kv_groups=2, query_heads=3)
-    for a, b, c in zip(one, two, both, strict=True):
-        assert set(b.kv_groups) < set(a.kv_groups)
-        assert set(b.query_heads) < set(a.query_heads)
-        assert c.kv_groups == b.kv_groups
-        assert set(c.query_heads) < set(b.query_heads)
-
-
-def test_the_control_is_blind_and_seeded(tiny_spec: Spec) -> None:
-    def kept(seed: int) -> list[KeptUnits]:
-        overrides = {"relevance.criterion": "random", "relevance.seed": seed}
-        return expertprune.compose(tiny_spec, overrides=overrides).kept
-
-    assert kept(0) == kept(0)
-    assert kept(0) != kept(1)
-    assert len({layer.ffn for layer in kept(0)}) == 3
-
-
-def test_profiles_are_named_by_corpus(tiny_spec: Spec) -> None:
-    profiles = expertprune.profile(tiny_spec)
-    plan = expertprune.compose(tiny_spec)
-    assert list(plan.profiles) == ["language/en", "domain/medical", "task/qa", "general/general"]
-    assert plan.profiles == {str(name): profile.digest for name, profile in profiles.items()}
+    one.save(tmp_path / "plan.json")
+    assert load_plan(tmp_path / "plan.json") == one
 
 
 def test_compose_refuses_what_it_cannot_do(tiny_spec: Spec, store: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from expertprune.corpora import leaks
 from expertprune.corpora.documents import Corpus, Document, Question
 from expertprune.corpora.leaks import Examples, LeakGuard
 from expertprune.errors import SpecError
@@ -39,14 +38,12 @@ def with_one_word_changed(text: str) -> str:
 @pytest.mark.parametrize(
     ("document", "is_leaked"),
     [
-        pytest.param(LETTERS, True, id="the same"),
         pytest.param(LETTERS.replace(" ", "\n\t "), True, id="other white space"),
         pytest.param(with_one_word_changed(LETTERS), True, id="one word changed"),
         pytest.param(LETTERS.upper(), True, id="other case"),
         pytest.param(LETTERS[90:170], True, id="a sentence of it"),
         pytest.param(LETTERS[90:130], False, id="a few words of it"),
         pytest.param(UNRELATED, False, id="unrelated"),
-        pytest.param(with_one_word_changed(UNRELATED + " " + UNRELATED), False, id="unrelated, longer"),
     ],
 )
 def test_what_counts_as_the_same_text(document: str, is_leaked: bool) -> None:
@@ -60,27 +57,17 @@ def test_the_digest_of_a_text_that_is_gone_is_enough() -> None:
     assert found([LETTERS], [], gone) == [0]
 
 
-def test_the_comparison_has_a_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leaks, "NEAR_DUPLICATE", 2.0)
-    assert found([with_one_word_changed(LETTERS), LETTERS], [UNRELATED, LETTERS]) == [1]
-
-
-@pytest.mark.parametrize(("examples", "calibration"), [([], ["a"]), (["a"], []), ([], [])])
-def test_nothing_leaks_from_or_into_nothing(examples: list[str], calibration: list[str]) -> None:
-    assert found(examples, calibration) == []
+def test_nothing_leaks_from_or_into_nothing() -> None:
+    assert found([], ["a"]) == found(["a"], []) == found([], []) == []
 
 
 # --- corpora --------------------------------------------------------------------------------------------------------
 
 
 def corpus(
-    name: str,
-    calibration: list[str],
-    evaluated: list[str],
-    set_aside: bool = False,
-    questions: tuple[Question, ...] = (),
+    name: str, calibration: list[str], evaluated: list[str], *questions: Question, aside: bool = False
 ) -> Corpus:
-    return Corpus(name, tuple(map(Document, calibration)), tuple(map(Document, evaluated)), questions, set_aside)
+    return Corpus(name, tuple(map(Document, calibration)), tuple(map(Document, evaluated)), questions, aside)
 
 
 def clean(corpora: list[Corpus], digests: list[str] | None = None) -> list[Corpus]:
@@ -106,7 +93,7 @@ def test_documents_set_aside_are_dropped_where_they_leak() -> None:
     ancestors = "an ancestor of the expert was calibrated on this document, whose text is long gone"
     first, second = clean(
         [
-            corpus("language/en", [LETTERS], [with_one_word_changed(LETTERS), ancestors, UNRELATED], set_aside=True),
+            corpus("language/en", [LETTERS], [with_one_word_changed(LETTERS), ancestors, UNRELATED], aside=True),
             corpus("task/qa", ["seven seas lie far apart"], ["mountains are rarely blue at night"]),
         ],
         [Document(ancestors).digest],
@@ -119,9 +106,9 @@ def test_documents_set_aside_are_dropped_where_they_leak() -> None:
 @pytest.mark.parametrize("evaluated", [[], [LETTERS]])
 def test_a_corpus_with_nothing_left_is_an_error_unless_it_has_questions(evaluated: list[str]) -> None:
     with pytest.raises(SpecError, match="corpus language/en: no document is left to evaluate on"):
-        clean([corpus("language/en", [LETTERS], evaluated, set_aside=True)])
-    asked = (Question("how far apart are the seas", ("near", "far"), 1),)
-    assert clean([corpus("language/en", [LETTERS], evaluated, set_aside=True, questions=asked)])[0].evaluation == ()
+        clean([corpus("language/en", [LETTERS], evaluated, aside=True)])
+    asked = Question("how far apart are the seas", ("near", "far"), 1)
+    assert clean([corpus("language/en", [LETTERS], evaluated, asked, aside=True)])[0].evaluation == ()
 
 
 # --- questions ------------------------------------------------------------------------------------------------------
@@ -141,16 +128,16 @@ def test_a_question_that_calibrated_the_expert_is_named(calibration: str) -> Non
     questions = (Question("How many seas are there, if you count them all?", ("six", "seven"), 1),
                  Question(ASKED, CHOICES, 0))  # fmt: skip
     with pytest.raises(SpecError) as error:
-        clean([corpus("task/qa", [calibration], ["mountains are rarely blue"], questions=questions)])
+        clean([corpus("task/qa", [calibration], ["mountains are rarely blue"], *questions)])
     (problem,) = error.value.problems
     assert problem.startswith("corpus task/qa: 1 of 2 questions also calibrate the expert, or one that it is cut from")
     assert "Why did the nurse measure" in problem
 
 
 def test_a_question_that_is_a_document_of_an_ancestor_is_named() -> None:
-    asked = (Question(ASKED, CHOICES, 0),)
+    asked = Question(ASKED, CHOICES, 0)
     as_asked = Document(f"Question: {ASKED}\nAnswer: {CHOICES[0]}")
-    evaluated = corpus("task/qa", ["seven seas lie far apart"], [], questions=asked)
+    evaluated = corpus("task/qa", ["seven seas lie far apart"], [], asked)
     assert clean([evaluated]) == [evaluated]
     with pytest.raises(SpecError, match="corpus task/qa: 1 of 1 questions also calibrate"):
         clean([evaluated], [as_asked.digest])

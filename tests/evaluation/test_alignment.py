@@ -20,9 +20,8 @@ Floats = NDArray[np.float64]
 
 def direct(x: Floats, y: Floats) -> float:
     """HSIC of centred Gram matrices, `[tokens, tokens]`: the paper's equations 2 to 4 rather than its equation 5."""
-    count = len(x)
-    centring = np.eye(count) - np.full((count, count), 1 / count)
-    mine, theirs = (centring @ (states @ states.T) @ centring for states in (x, y))
+    centring = np.eye(len(x)) - 1 / len(x)
+    mine, theirs = (centring @ states @ states.T @ centring for states in (x, y))
     return float((mine * theirs).sum() / np.sqrt((mine * mine).sum() * (theirs * theirs).sum()))
 
 
@@ -53,13 +52,6 @@ def test_streamed_cka_equals_the_direct_formula(states: tuple[Floats, Floats], s
     assert streamed(*states, sizes) == pytest.approx(expected, rel=1e-9)
 
 
-def test_cka_sees_neither_rotation_nor_scale_but_channels_of_their_own(states: tuple[Floats, Floats]) -> None:
-    x, _ = states
-    rotation = np.linalg.qr(np.random.default_rng(1).normal(size=(6, 6)))[0]
-    assert streamed(x, 7 * x @ rotation + 3, [40]) == pytest.approx(1)
-    assert streamed(x, x * [1, 1, 1, 1, 1, 9], [40]) < 0.9
-
-
 def test_cka_of_what_does_not_vary_is_undefined() -> None:
     assert np.isnan(LinearCKA().value())
     assert np.isnan(streamed(np.ones((5, 2)), np.arange(10.0).reshape(5, 2), [5]))
@@ -70,8 +62,7 @@ def texts() -> list[Document]:
     return [Document(" ".join(generator.choice(WORDS, size))) for size in (3, 17, 9, 9, 1)]
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3"])
-@pytest.mark.parametrize("per_batch", [1, 1024])
+@pytest.mark.parametrize(("name", "per_batch"), [("llama", 1), ("llama", 1024), ("gemma3", 1024)])
 def test_layers_and_final_states_are_the_models_own(name: str, per_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against `output_hidden_states` of each document alone; the last of those is normed, so it is the final state."""
     monkeypatch.setattr(alignment, "_TOKENS_PER_BATCH", per_batch)
@@ -98,20 +89,11 @@ def test_layers_and_final_states_are_the_models_own(name: str, per_batch: int, m
     assert (found.documents, found.tokens) == (5, 2 + 11 + 8 + 8)
 
 
-def test_the_same_model_is_aligned_with_itself() -> None:
-    model = tiny_model("llama")
-    found = align(model, tiny_model("llama"), family_of("llama"), tiny_tokenizer(), texts(), 64)
-    assert found.layers == pytest.approx([1, 1, 1])
-    assert found.cosine == pytest.approx(1)
-
-
 def test_corpora_are_named_by_dimension_and_value_and_those_without_documents_left_out() -> None:
-    corpora = [
-        Corpus("language/en", (), tuple(texts())),
-        Corpus("task/qa", (), ()),
-        Corpus("general/domain/x", (), tuple(texts())),
-        Corpus("domain/y", (), (Document("heart"),)),
-    ]
+    documents = {"language/en": texts(), "task/qa": [], "general/domain/x": texts(), "domain/y": [Document("heart")]}
+    corpora = [Corpus(name, (), tuple(found)) for name, found in documents.items()]
     model = tiny_model("llama")
     found = align_corpora(model, model, family_of("llama"), tiny_tokenizer(), corpora, 64)
     assert list(found) == ["language en", "general domain/x"]
+    assert found["language en"].layers == pytest.approx([1, 1, 1])  # a model and itself
+    assert found["language en"].cosine == pytest.approx(1)

@@ -6,9 +6,12 @@ import math
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from expertprune.artifacts.evaluation import Average, CorpusResult, DocumentBits, Evaluation, Settings
 from expertprune.evaluation.retention import RESAMPLES, Counted, Paired, interval, pooled, shortfalls, summarize
+
+Floats = NDArray[np.float64]
 
 
 def answers(base: str, expert: str, chance: float | None = None) -> Paired:
@@ -21,30 +24,22 @@ def bits(base: list[float], expert: list[float], size: list[float]) -> Paired:
     return Paired(np.array(base), np.array(expert), np.array(size), less_is_better=True)
 
 
-def slow(metrics: list[Paired]) -> list[float]:
-    """The mean retention of each resample, one example at a time, with one generator for each metric."""
-    drawn = [
-        np.random.default_rng(seed).integers(0, len(m.base), size=(RESAMPLES, len(m.base))).tolist()
-        for seed, m in enumerate(metrics)
-    ]
-    means = []
-    for resample in range(RESAMPLES):
-        kept = []
-        for metric, indices in zip(metrics, drawn, strict=True):
-            base = sum(metric.base[i] for i in indices[resample])
-            expert = sum(metric.expert[i] for i in indices[resample])
-            weight = sum(metric.weights[i] for i in indices[resample])
-            if metric.less_is_better:
-                kept.append(base / expert)
-                continue
-            above = base / weight - (metric.chance or 0)
-            kept.append((expert / weight - (metric.chance or 0)) / above if above > 1e-12 else math.nan)
-        means.append(sum(kept) / len(kept))
-    return means
+def resampled(metrics: list[Paired]) -> Floats:
+    """The mean retention of each resample, with one generator for each metric."""
+    kept = []
+    for seed, metric in enumerate(metrics):
+        drawn = np.random.default_rng(seed).integers(0, len(metric.base), size=(RESAMPLES, len(metric.base)))
+        base, expert, weight = (each[drawn].sum(1) for each in (metric.base, metric.expert, metric.weights))
+        if metric.less_is_better:
+            kept.append(base / expert)
+            continue
+        above = base / weight - (metric.chance or 0)
+        kept.append((expert / weight - (metric.chance or 0)) / np.where(above > 1e-12, above, np.nan))
+    return np.mean(kept, 0)
 
 
-def quantiles(values: list[float]) -> list[float]:
-    return [float(q) for q in np.quantile([v for v in values if not math.isnan(v)], [0.025, 0.975])]
+def quantiles(values: Floats) -> list[float]:
+    return [float(q) for q in np.nanquantile(values, [0.025, 0.975])]
 
 
 BASE, EXPERT = "1111111110" * 3, "1111011101" * 3  # 27 and 24 of 30 right; 6 lost, 3 gained
@@ -56,39 +51,12 @@ def test_retention_above_chance_written_out() -> None:
     assert entry.retention == pytest.approx((0.8 - 0.25) / (0.9 - 0.25))
     assert (entry.gained, entry.lost, entry.chance) == (3, 6, 0.25)
     assert entry.note is None
-    expected = quantiles(slow([answers(BASE, EXPERT, chance=0.25)]))
+    expected = quantiles(resampled([answers(BASE, EXPERT, chance=0.25)]))
     assert [entry.low, entry.high] == pytest.approx(expected)
     assert entry.low < entry.retention < entry.high
-
-
-def test_retention_where_chance_is_not_known() -> None:
-    entry = answers(BASE, EXPERT).measured()
-    assert entry.retention == pytest.approx(24 / 27)
-    assert [entry.low, entry.high] == pytest.approx(quantiles(slow([answers(BASE, EXPERT)])))
-
-
-def test_retention_of_a_cost_is_base_over_expert() -> None:
-    metric = bits([10.0, 20.0, 6.0], [12.0, 30.0, 6.0], [20.0, 40.0, 12.0])
-    entry = metric.measured()
-    assert (entry.base, entry.expert, entry.retention) == (36 / 72, 48 / 72, 36 / 48)
-    assert (entry.gained, entry.lost, entry.chance) == (None, None, None)
-    assert [entry.low, entry.high] == pytest.approx(quantiles(slow([metric])))
-
-
-def test_an_expert_with_bytes_of_its_own_is_compared_by_its_own() -> None:
-    base, expert, size, own = ([10.0, 20.0], [12.0, 30.0], [20.0, 40.0], [24.0, 40.0])
-    metric = Paired(*map(np.array, (base, expert, size)), less_is_better=True, expert_weights=np.array(own))
-    entry = metric.measured()
-    assert (entry.base, entry.expert) == (30 / 60, 42 / 64)
-    assert entry.retention == pytest.approx((30 / 60) / (42 / 64))
-    assert (entry.low, entry.high) == pytest.approx((  # only the same document twice is further out
-        (20 / 40) / (30 / 40), (10 / 20) / (12 / 24)
-    ))  # fmt: skip
-
-
-def test_the_same_answers_lose_nothing() -> None:
-    entry = answers(BASE, BASE, chance=0.5).measured()
-    assert (entry.retention, entry.low, entry.high, entry.gained, entry.lost) == (1, 1, 1, 0, 0)
+    same = answers(BASE, BASE).measured()
+    assert (same.retention, same.low, same.high, same.gained, same.lost) == (1, 1, 1, 0, 0)
+    assert answers(BASE, EXPERT).measured().retention == pytest.approx(24 / 27)  # chance is not known
 
 
 @pytest.mark.parametrize(
@@ -105,11 +73,16 @@ def test_a_base_near_chance_has_a_retention_but_no_interval() -> None:
     metric = answers("1110100101", "1110000101", chance=0.5)
     entry = metric.measured()
     assert entry.retention == pytest.approx((0.5 - 0.5) / (0.6 - 0.5))
-    share = sum(map(math.isnan, slow([metric]))) / RESAMPLES
+    share = np.isnan(resampled([metric])).mean()
     assert share > 0.025
     assert (entry.low, entry.high) == (None, None)
     assert entry.note is not None
     assert entry.note.startswith(f"in {share:.0%} of the resamples the base is no better than chance (0.5000)")
+    several = [answers(BASE, EXPERT), metric]  # an interval needs all of them
+    (low, high), undefined = interval(several)
+    assert math.isnan(low)
+    assert math.isnan(high)
+    assert undefined == np.isnan(resampled(several)).mean()
 
 
 def test_the_summary_averages_bits_and_accuracy_apart() -> None:
@@ -122,27 +95,18 @@ def test_the_summary_averages_bits_and_accuracy_apart() -> None:
     accuracy = summary["expert"]["accuracy"]
     assert accuracy.retention == pytest.approx((0.55 / 0.65 + 1) / 2)
     assert (accuracy.metrics, accuracy.undefined) == (["one", "two"], ["none"])
-    assert [accuracy.low, accuracy.high] == pytest.approx(quantiles(slow(tasks)))
+    assert [accuracy.low, accuracy.high] == pytest.approx(quantiles(resampled(tasks)))
     assert summary["expert"]["bits"].retention == 36 / 48
     assert summary["expert"]["bits"].metrics == ["text"]
     assert list(summary["general"]) == ["accuracy"]
     assert (summary["general"]["accuracy"].retention, summary["general"]["accuracy"].undefined) == (None, ["other"])
 
 
-def test_an_interval_of_several_needs_all_of_them() -> None:
-    near = answers("1110100101", "1110000101", chance=0.5)
-    (low, high), undefined = interval([answers(BASE, EXPERT), near])
-    assert math.isnan(low)
-    assert math.isnan(high)
-    assert undefined == sum(map(math.isnan, slow([answers(BASE, EXPERT), near]))) / RESAMPLES
-
-
-def average(retention: float) -> Average:
-    return Average(retention=retention, low=None, high=None, metrics=["a"], undefined=[])
-
-
 def test_every_average_of_a_group_must_hold_its_floor() -> None:
-    expert, general = {"bits": average(0.99), "accuracy": average(0.97)}, {"accuracy": average(math.nan)}
+    good, fair, unknown = (
+        Average(retention=kept, low=None, high=None, metrics=["a"], undefined=[]) for kept in (0.99, 0.97, math.nan)
+    )
+    expert, general = {"bits": good, "accuracy": fair}, {"accuracy": unknown}
     assert shortfalls({"expert": expert}, {"expert": 0.97}) == []
     assert shortfalls({"expert": expert, "general": general}, {"expert": 0.98, "general": 0.1}) == [
         "expert accuracy: retention 0.9700 is below 0.98",
@@ -168,4 +132,5 @@ def test_documents_of_several_corpora_count_once_each_by_the_experts_own_bytes()
     assert found is not None
     assert (found.examples, found.base, found.expert) == (2, 30 / 60, 42 / 64)
     assert found.retention == pytest.approx((30 / 60) / (42 / 64))
+    assert (found.low, found.high) == pytest.approx((20 / 40 / (30 / 40), 10 / 20 / (12 / 24)))  # of one document twice
     assert pooled(evaluation, "general") is None

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 import expertprune
+from expertprune.artifacts.expert import Expert
 from expertprune.errors import CheckpointError, SpecError
 from expertprune.models.base import resolve_base
 from expertprune.models.loading import load_model
@@ -30,7 +31,7 @@ from tests.oracle import (
     read_json,
     resolved,
 )
-from tests.tiny import save_tiny, tiny_tokenizer
+from tests.tiny import save_tiny, tiny_tokenizer, write_corpus
 
 CPU = torch.device("cpu")
 
@@ -188,8 +189,13 @@ def test_pruning_twice_keeps_the_provenance_of_both(spec_data: dict[str, Any], t
     first = expertprune.build(parse_spec(spec_data, "spec", tmp_path), tmp_path / "first")
     one = read_json(first / "expertprune.json")
     assert one["ancestor"] is None
+    for number, source in enumerate(spec_data["corpora"]["sources"].values()):
+        write_corpus(Path(source["path"]), seed=50 + number)
     spec_data |= {"base": str(first), "name": "again", "budget": {"kv_groups": 1}}
     second = expertprune.build(parse_spec(spec_data, "spec", tmp_path), tmp_path / "second")
+    calibrated = [Expert.load(folder).calibration_digests for folder in (first, second)]
+    assert [len(digests) for digests in calibrated] == [4 * 12, 8 * 12]
+    assert calibrated[0] < calibrated[1], "what calibrated the first measures no expert that is cut from it"
     two = read_json(second / "expertprune.json")
     assert two["ancestor"] == {key: value for key, value in one.items() if key != "evaluation"}
     assert two["ancestor"]["base"]["digest"] == one["base"]["digest"] != two["base"]["digest"]

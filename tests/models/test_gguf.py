@@ -184,6 +184,19 @@ def test_the_tokenizer_comes_back_with_the_same_ids(kind: str, store: Path, tmp_
     assert base.chat_template == plain.chat_template == config["chat_template"]
 
 
+def test_earlier_merges_of_a_sentencepiece_tokenizer_score_higher(tmp_path: Path) -> None:
+    """Readers merge the pair whose token scores highest; the first merge that makes a token decides."""
+    folder = tiny(tmp_path / "model", "gemma3", "sentencepiece")
+    reader = GGUFReader(export(folder, tmp_path / "a.gguf", type="f32").path)
+    tokens, scores = (reader.get_field(f"tokenizer.ggml.{name}").contents() for name in ("tokens", "scores"))
+    score = dict(zip(tokens, scores, strict=True))
+    made = [a + b for a, b in json.loads((folder / "tokenizer.json").read_text())["model"]["merges"]]
+    in_order = [score[token] for token in dict.fromkeys(made)]
+    assert len(in_order) > 50
+    assert in_order == sorted(in_order, reverse=True)
+    assert min(in_order) > max(value for token, value in score.items() if token not in made)
+
+
 # --- what llama.cpp makes of it -------------------------------------------------------------------------------------
 
 

@@ -340,7 +340,7 @@ def test_gradients_of_masks_are_those_of_one_backward_pass_through_the_whole_mod
     assert found["ffn.0.value"].shape == (len(LENGTHS), EXPERTS * WIDTH[name])
 
 
-# --- plans of neurons -------------------------------------------------------------------------------------------------
+# --- plans of neurons ----------------------------------------------------------------------------------------------
 
 
 def spec_of(folder: Path, tmp_path: Path, budget: dict[str, Any], **others: Any) -> Spec:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -24,13 +22,14 @@ from expertprune.artifacts.plan import (
     Plan,
     StructureBudget,
     UnitReasons,
-)
-from expertprune.files import EXPERT_FILE, folder_size
-from expertprune.reporting.card import purpose, write_card
+)  # fmt: skip
+from expertprune.files import EXPERT_FILE
+from expertprune.reporting.card import write_card
 from expertprune.reporting.explain import explain
 from expertprune.reporting.tables import plan_table, retention_rows, retention_table
 from expertprune.spec.schema import Spec
 from expertprune.units import KeptUnits, LayerShape
+from tests.calling import strict
 from tests.experts import described
 
 HOSTILE = [
@@ -40,51 +39,45 @@ HOSTILE = [
     "**bold** _it_ `code` # heading",
     "<script>alert(1)</script>",
     "ünï/日本",
+    "my model: v2 #1",
+    "123",
+    "a|b",
 ]
-
-
-def numbers(base: float, expert: float, retention: float | None, low: float | None, high: float | None) -> Measured:
-    return Measured(examples=3, base=base, expert=expert, retention=retention, low=low, high=high)
 
 
 def an_evaluation(corpus: str = "language/en") -> Evaluation:
     note = "the base (0.0000) is no better than chance (0.2500), so retention is undefined"
     asked = {"base": 0.0, "expert": 0.25, "retention": math.nan, "gained": 3, "lost": 0, "chance": 0.25, "note": note}
     task = {"suite": "own", "group": "general", "backend": "hf", "metric": "exact_match", "agreement": 0.4}
-    kept = {"retention": 0.8, "low": 0.7, "high": 0.9, "gained": 2, "lost": 14}
+    kept = {"retention": 0.8, "low": 0.7, "high": 0.9}
+    first = {
+        "bits_per_byte": Measured(examples=3, base=0.5, expert=2 / 3, retention=0.75, low=0.70004, high=0.79996),
+        "kl": Measured(examples=3, expert=0.25, low=0.125, high=0.375),
+        "questions": Measured(examples=12, **asked),
+    }
+    second = {"perplexity": Measured(examples=3, base=8, expert=8, retention=8, low=8, high=8)}
     return Evaluation(
         settings=Settings(resamples=2000),
         corpora={
-            corpus: CorpusResult(
-                group="expert",
-                documents=3,
-                questions=12,
-                metrics={
-                    "bits_per_byte": numbers(0.5, 2 / 3, 0.75, 0.70004, 0.79996),
-                    "kl": Measured(examples=3, expert=0.25, low=0.125, high=0.375),
-                    "questions": Measured(examples=12, **asked),
-                },
-            ),
-            "task/qa": CorpusResult(
-                group="expert", documents=1, questions=0, metrics={"perplexity": numbers(8.0, 8.0, 8.0, 8.0, 8.0)}
-            ),
+            corpus: CorpusResult(group="expert", documents=3, questions=12, metrics=first),
+            "task/qa": CorpusResult(group="expert", documents=1, questions=0, metrics=second),
         },
-        generation={"sums": TaskResult(examples=50, base=0.75, expert=0.65, **kept, **task)},
-        summary={"general": {"accuracy": Average(retention=0.8, low=0.7, high=0.9, metrics=["sums"], undefined=[])}},
+        generation={"sums": TaskResult(examples=50, base=0.75, expert=0.65, gained=2, lost=14, **kept, **task)},
+        summary={"general": {"accuracy": Average(**kept, metrics=["sums"], undefined=[])}},
     )
 
 
 def a_plan(name: str = "made-up", base: str = "owner/model", value: str = "en") -> Plan:
-    def why(language: int, general: int, shared: tuple[int, int]) -> UnitReasons:
-        return UnitReasons(
+    def why(language: int, general: int, shared: int, kept: int) -> dict[str, UnitReasons]:
+        ffn = UnitReasons(
             threshold=0.1,
             protected={"language": language, "general": general},
-            shared=KindCount(units=shared[0], kept=shared[1]),
-            expert_exclusive=KindCount(units=32 - shared[0], kept=24 - shared[1]),
+            shared=KindCount(units=shared, kept=kept),
+            expert_exclusive=KindCount(units=32 - shared, kept=24 - kept),
             general_exclusive=KindCount(units=0, kept=0),
         )
+        return {"ffn": ffn, "kv_groups": UnitReasons(threshold=0.2, protected={"language": 2})}
 
-    shape = LayerShape(24, 32, 6, 3, 4)
     kept = KeptUnits(tuple(range(24)), (0, 1, 2, 3), (0, 1))
     spec = {
         "name": "made-up", "base": base, "budget": {"ffn": 0.25},
@@ -95,15 +88,8 @@ def a_plan(name: str = "made-up", base: str = "owner/model", value: str = "en") 
         base=BaseReference(model=base, digest="0123abcd"),
         parameters=Parameters(before=12345, after=10000),
         spec=Spec.model_validate(spec).document(),
-        shapes=[shape] * 2,
-        layers=[
-            LayerPlan(
-                kept, {"ffn": why(20, 4, (10, 9)), "kv_groups": UnitReasons(threshold=0.2, protected={"language": 2})}
-            ),
-            LayerPlan(
-                kept, {"ffn": why(21, 3, (12, 5)), "kv_groups": UnitReasons(threshold=0.3, protected={"language": 2})}
-            ),
-        ],
+        shapes=[LayerShape(24, 32, 6, 3, 4)] * 2,
+        layers=[LayerPlan(kept, why(20, 4, 10, 9)), LayerPlan(kept, why(21, 3, 12, 5))],
         budget={
             "ffn": StructureBudget(requested=0.25, of=32, kept=24, removed=8),
             "query_heads": StructureBudget(requested=0, of=6, kept=4, removed=2),
@@ -112,17 +98,14 @@ def a_plan(name: str = "made-up", base: str = "owner/model", value: str = "en") 
     )
 
 
-def an_expert(
-    folder: Path, name: str = "made-up", base: str = "owner/model", value: str = "en", **changes: Any
-) -> Expert:
-    plan = a_plan(name, base, value)
+def an_expert(folder: Path, name: str = "made-up", base: str = "owner/model", value: str = "en") -> Expert:
     record = described(folder).base.model_copy(update={"model": base})
     corpora = {
         f"language/{value}": CorpusRecord(digest="c", documents=["a", "b", "c"]),
         "task/qa": CorpusRecord(digest="d", documents=["e"]),
     }
-    found = described(folder, plan=plan, base=record, corpora=corpora, evaluation=an_evaluation(f"language/{value}"))
-    return replace(found, **changes)
+    evaluation = an_evaluation(f"language/{value}")
+    return described(folder, plan=a_plan(name, base, value), base=record, corpora=corpora, evaluation=evaluation)
 
 
 def shown(renderable: RenderableType) -> str:
@@ -132,16 +115,15 @@ def shown(renderable: RenderableType) -> str:
     return console.file.getvalue()
 
 
-def cells(line: str) -> list[str]:
-    return [cell.strip() for cell in re.split(r"[│┃]", line)[1:-1]]
+def card(expert: Expert) -> str:
+    write_card(expert)
+    return (expert.folder / "README.md").read_text(encoding="utf-8")
 
 
 def table_rows(text: str) -> dict[str, list[str]]:
     """The rows of a printed table by their first cell."""
-    return {row[0]: row[1:] for row in map(cells, text.splitlines()) if row}
-
-
-# --- retention ------------------------------------------------------------------------------------------------------
+    rows = [[cell.strip() for cell in re.split(r"[│┃]", line)[1:-1]] for line in text.splitlines()]
+    return {row[0]: row[1:] for row in rows if row}
 
 
 def test_retention_rows_say_every_metric_and_the_averages() -> None:
@@ -162,65 +144,39 @@ def test_retention_rows_say_every_metric_and_the_averages() -> None:
     ]
 
 
-@pytest.mark.parametrize("corpus", ["language/en", *HOSTILE])
-def test_the_retention_table_names_each_corpus_once_and_as_it_is(corpus: str) -> None:
-    text = shown(retention_table(an_evaluation(corpus)))
-    assert text.count(corpus) == 2  # in the table, and in the note below it
-    assert "accuracy: the base (0.0000) is no better than chance (0.2500)" in text
-    assert "nan" not in text
-
-
-# --- plans ----------------------------------------------------------------------------------------------------------
-
-
 def test_the_plan_table_sums_over_layers() -> None:
-    rows = table_rows(shown(plan_table(a_plan())))
-    assert rows["ffn"] == [
-        "24 of 32",
-        "language 41, general 7",
-        "14 of 22 kept",
-        "34 of 42 kept",
-        "0 of 0 kept",
-    ]
-    assert rows["kv_groups"] == ["2 of 3", "language 4", "", "", ""]
-
-
-@pytest.mark.parametrize(("kept", "who"), [(6, "not cut"), (4, "left with their KV groups")])
-def test_the_plan_table_tells_uncut_heads_from_those_that_left_with_their_group(kept: int, who: str) -> None:
     plan = a_plan()
-    budget = {**plan.budget, "query_heads": plan.budget["query_heads"].model_copy(update={"kept": kept})}
-    assert table_rows(shown(plan_table(replace(plan, budget=budget))))["query_heads"] == [
-        f"{kept} of 6",
-        who,
-        "",
-        "",
-        "",
-    ]
+    rows = table_rows(shown(plan_table(plan)))
+    assert rows["ffn"] == ["24 of 32", "language 41, general 7", "14 of 22 kept", "34 of 42 kept", "0 of 0 kept"]
+    assert rows["kv_groups"] == ["2 of 3", "language 4", "", "", ""]
+    assert rows["query_heads"] == ["4 of 6", "left with their KV groups", "", "", ""]
+    heads = plan.budget["query_heads"].model_copy(update={"kept": 6})
+    uncut = replace(plan, budget={**plan.budget, "query_heads": heads})
+    assert table_rows(shown(plan_table(uncut)))["query_heads"] == ["6 of 6", "not cut", "", "", ""]
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_an_explanation_shows_any_name_and_base_as_it_is(tmp_path: Path, text: str) -> None:
+def test_any_name_is_shown_as_it_is(tmp_path: Path, text: str) -> None:
+    table = shown(retention_table(an_evaluation(text)))
+    assert table.count(text) == 2  # in the table, and in the note below it
+    assert "accuracy: the base (0.0000) is no better than chance (0.2500)" in table
+    assert "nan" not in table
     assert f"plan {text}" in shown(explain(a_plan(text)))
     explained = shown(explain(an_expert(tmp_path, base=text)))
     assert text in explained
     assert "10,000 of 12,345 (81.0%)" in explained
-
-
-# --- the model card -------------------------------------------------------------------------------------------------
-
-
-def card(expert: Expert) -> str:
-    write_card(expert)
-    return (expert.folder / "README.md").read_text(encoding="utf-8")
-
-
-def front_matter(text: str) -> dict[str, Any]:
-    return yaml.safe_load(text.split("---\n")[1])
+    written = card(an_expert(tmp_path, name=text, base=text, value=text))
+    assert f"# {text}\n" in written
+    assert f"An expert cut from `{text}` for language {text}, de; task qa" in written
+    escaped = text.replace("|", "\\|")
+    assert f"| language/{escaped} | bits per byte |" in written
+    assert yaml.safe_load(written.split("---\n")[1])["base_model"] == text
+    strict((tmp_path / EXPERT_FILE).read_text(encoding="utf-8"))  # with an undefined retention
 
 
 def test_the_card_says_what_was_cut_and_what_was_kept(tmp_path: Path) -> None:
     text = card(an_expert(tmp_path))
-    assert front_matter(text) == {
+    assert yaml.safe_load(text.split("---\n")[1]) == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "base_model": "owner/model",
@@ -234,34 +190,21 @@ def test_the_card_says_what_was_cut_and_what_was_kept(tmp_path: Path) -> None:
         "| ffn | 24 | 32 |",
         "| query_heads | 4 | 6 |",
         "| kv_groups | 2 | 3 |",
-        "| language/en | bits per byte | 0.5000 | 0.6667 | 0.7500 | 0.7000 to 0.8000 |",
-        "| language/en | accuracy (12 questions, +3 −0) | 0.0000 | 0.2500 | undefined | undefined to undefined |",
-        "| task/qa | perplexity | 8.0000 | 8.0000 | 8.0000 | 8.0000 to 8.0000 |",
+        *(f"| {' | '.join(row)} |" for row in retention_rows(an_evaluation())[2:]),
     ):
         assert line in text.splitlines()
     assert "language/en (3 documents), task/qa (1 documents)." in text
     assert "(https://example.org/paper)" in text
     assert "general relevance weighted 0.25" in text
     assert "Not evaluated yet" not in text
-
-
-def test_the_tables_of_the_card_are_whole(tmp_path: Path) -> None:
-    """A blank line inside, or text right after, would end a table or join it."""
-    lines = card(an_expert(tmp_path)).splitlines()
-    starts = [i for i, line in enumerate(lines) if re.fullmatch(r"[|-]+", line) and line.startswith("|-")]
-    assert len(starts) == 2
-    for start, rows in zip(starts, (3, 6), strict=True):
-        columns = lines[start].count("|")
-        table = lines[start - 1 : start + 1 + rows]
-        assert [line.count("|") for line in table] == [columns] * (rows + 2)
-        assert lines[start - 2] == ""
-        assert lines[start + 1 + rows].strip() == ""
-
-
-def test_the_card_of_an_expert_without_evaluation_says_so(tmp_path: Path) -> None:
-    text = card(an_expert(tmp_path, evaluation=None))
-    assert "Not evaluated yet" in text
-    assert "95% interval" not in text
+    # A blank line inside a table, or text right after it, would end or join it.
+    tables = re.findall(r"\n\n(\|.*?\|)\n\n", text, re.DOTALL)
+    assert [len(table.splitlines()) for table in tables] == [2 + 3, 2 + 6]
+    for table in tables:
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+    bare = card(replace(an_expert(tmp_path), evaluation=None))
+    assert "Not evaluated yet" in bare
+    assert "95% interval" not in bare
 
 
 def test_the_card_speaks_of_general_relevance_only_where_there_is_some(tmp_path: Path) -> None:
@@ -275,45 +218,3 @@ def test_the_card_speaks_of_general_relevance_only_where_there_is_some(tmp_path:
     text = card(expert)
     assert "fusion" not in text
     assert "general relevance" not in text
-
-
-@pytest.mark.parametrize("text", HOSTILE)
-def test_the_card_takes_any_name_as_it_is(tmp_path: Path, text: str) -> None:
-    written = card(an_expert(tmp_path, name=text, base=text, value=text))
-    assert f"# {text}\n" in written
-    assert f"An expert cut from `{text}` for language {text}, de; task qa" in written
-    assert f"| language/{text} | bits per byte |" in written
-
-
-@pytest.mark.parametrize("base", ["[bold]red[/bold]", "my model: v2", "/models/a #1", "123"])
-def test_the_front_matter_names_any_base(tmp_path: Path, base: str) -> None:
-    assert front_matter(card(an_expert(tmp_path, base=base)))["base_model"] == base
-
-
-def test_a_bar_in_a_name_does_not_break_the_table(tmp_path: Path) -> None:
-    text = card(an_expert(tmp_path, value="a|b"))
-    row = next(line for line in text.splitlines() if "bits per byte" in line)
-    assert len(re.split(r"(?<!\\)\|", row)) == 8
-
-
-def test_the_description_is_json_that_anything_reads_also_with_undefined_retention(tmp_path: Path) -> None:
-    card(an_expert(tmp_path))
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
-    json.loads((tmp_path / EXPERT_FILE).read_text(encoding="utf-8"), parse_constant=refuse)
-
-
-# --- small things ---------------------------------------------------------------------------------------------------
-
-
-def test_purpose(tmp_path: Path) -> None:
-    assert purpose(an_expert(tmp_path).spec) == "language en, de; task qa"
-
-
-def test_folder_size_counts_files_at_any_depth(tmp_path: Path) -> None:
-    (tmp_path / "deep").mkdir()
-    (tmp_path / "a").write_bytes(b"12345")
-    (tmp_path / "deep" / "b").write_bytes(b"123")
-    assert folder_size(tmp_path) == 8

@@ -158,12 +158,3 @@ def test_experts_that_share_a_name_get_those_of_their_folders(tmp_path: Path, ti
     assert model_names(folders) == ["small", "large", "law"]
     with pytest.raises(UsageError, match="both be served as 'small'"):
         model_names([folders[0], folders[0]])
-
-
-def test_memory_is_divided(tiny_llama: Path, other_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 8 GiB that are free 0.9 may be taken, half by each; 2 GiB are for an engine's processes, the weights are tiny."""
-    monkeypatch.setattr("expertprune.serving.engine.free_memory", lambda: 8 * 2**30)
-    served = Deployment([tiny_llama, other_tiny], port=free_port(), logs=tmp_path, report=lambda message: None)
-    for server in served.servers.values():
-        (cache,) = (part for part in server.tree.command if part.startswith("--kv-cache-memory-bytes="))
-        assert int(cache.partition("=")[2]) == pytest.approx((8 * 0.9 / 2 - 2) * 2**30, rel=1e-3)

@@ -28,67 +28,52 @@ def folder(tmp_path: Path, tiny_llama: Path) -> Path:
     return Path(shutil.copytree(tiny_llama, tmp_path / "tiny"))
 
 
-def weights(folder: Path) -> int:
-    return sum(tensor.nbytes for file in folder.glob("*.safetensors") for tensor in load_file(file).values())
+def narrow(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 16}))
 
 
 def servable(weight_bytes: int) -> engine.Servable:
     return engine.Servable(Path("expert"), "expert", weight_bytes, checkpoint=None)  # type: ignore[arg-type]
 
 
-def test_a_checkpoint_is_served_under_its_folders_name(folder: Path) -> None:
+def test_the_name_of_a_served_folder(folder: Path) -> None:
     found = engine.check_folder(folder)
-    assert (found.name, found.weight_bytes) == ("tiny", weights(folder))
+    weights = sum(tensor.nbytes for file in folder.glob("*.safetensors") for tensor in load_file(file).values())
+    assert (found.name, found.weight_bytes) == ("tiny", weights)
     assert engine.check_folder(folder, "mine").name == "mine"
-
-
-def test_an_expert_is_served_under_its_own_name(folder: Path) -> None:
     described(folder, "medical-qa").save()
     assert engine.check_folder(folder).name == "medical-qa"
+    left = folder.rename(folder.with_name(".medical-qa.4711.partial"))
+    with pytest.raises(CheckpointError, match="unfinished build"):
+        engine.check_folder(left)
 
 
-def truncate(folder: Path) -> None:
-    shard = sorted(folder.glob("*.safetensors"))[0]
-    shard.write_bytes(shard.read_bytes()[:-100])
+def forget(pattern: str) -> Any:
+    return lambda folder: [file.unlink() for file in folder.glob(pattern)]
 
 
-def forget_shard(folder: Path) -> None:
-    sorted(folder.glob("*.safetensors"))[-1].unlink()
-
-
-def change_width(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 16}))
-
-
-def forget_tokenizer(folder: Path) -> None:
-    for file in folder.glob("tokenizer*"):
-        file.unlink()
+def write(name: str, text: str) -> Any:
+    return lambda folder: (folder / name).write_text(text)
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (shutil.rmtree, "no such folder"),
-        (truncate, "truncated or corrupt"),
-        (forget_shard, "no such file"),
-        (change_width, "disagrees with the weights"),
-        (forget_tokenizer, "no tokenizer files"),
-        (lambda folder: (folder / "config.json").unlink(), "is no expert .* and no checkpoint"),
-        (lambda folder: (folder / "expertprune.json").write_text("{"), "cannot be read"),
-        (lambda folder: (folder / "expertprune.json").write_text('{"kind": "expert", "schema": 2}'), "damaged"),
+        (write("model-00001-of-00004.safetensors", "short"), "truncated or corrupt"),
+        (forget("model-00002*"), "no such file"),
+        (narrow, "disagrees with the weights"),
+        (forget("tokenizer*"), "no tokenizer files"),
+        (forget("config.json"), "is no expert .* and no checkpoint"),
+        (write("expertprune.json", "{"), "cannot be read"),
+        (write("expertprune.json", '{"kind": "expert", "schema": 2}'), "damaged"),
     ],
 )
 def test_a_folder_that_is_not_whole_is_refused(folder: Path, damage: Any, message: str) -> None:
     damage(folder)
     with pytest.raises(CheckpointError, match=message):
         engine.check_folder(folder)
-
-
-def test_what_a_killed_build_left_is_refused(folder: Path) -> None:
-    left = folder.rename(folder.with_name(".medical-qa.4711.partial"))
-    with pytest.raises(CheckpointError, match="unfinished build"):
-        engine.check_folder(left)
 
 
 @pytest.mark.parametrize(

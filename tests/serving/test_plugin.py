@@ -54,22 +54,12 @@ def stock(models: ModuleType) -> Any:
 
 
 def test_each_layer_sees_its_own_widths_and_everything_else_the_global_ones(models: ModuleType, config: Any) -> None:
-    made = plugin.with_layer_widths(stock(models))
+    made, original = plugin.with_layer_widths(stock(models)), models.make_layers
     built = made(vllm_config=SimpleNamespace(model_config=SimpleNamespace(hf_text_config=config)))
-    assert built.layers == [
-        ("model.layers.0", 19, 6, 3),
-        ("model.layers.1", 32, 6, 3),
-        ("model.layers.2", 8, 2, 1),
-    ]
+    assert built.layers == [("model.layers.0", 19, 6, 3), ("model.layers.1", 32, 6, 3), ("model.layers.2", 8, 2, 1)]
     assert built.before == built.after == (32, 6, 3)
-    assert made.__name__ == "ExpertInventedForCausalLM"
-
-
-def test_vllm_s_own_classes_build_as_before(models: ModuleType, config: Any) -> None:
-    original = models.make_layers
-    with plugin.building_single_layers(config):
-        assert models.make_layers is not original
     assert models.make_layers is original
+    assert made.__name__ == "ExpertInventedForCausalLM"
 
 
 def test_a_layer_that_fails_leaves_the_config_as_it_was(config: Any) -> None:
@@ -81,12 +71,6 @@ def test_a_layer_that_fails_leaves_the_config_as_it_was(config: Any) -> None:
     with pytest.raises(RuntimeError):
         build()
     assert widths(config) == (32, 6, 3)
-
-
-def test_a_config_without_single_layers_is_left_alone() -> None:
-    config = LlamaConfig(intermediate_size=32, num_hidden_layers=2)
-    with plugin.layer_widths(config, 1):
-        assert config.intermediate_size == 32
 
 
 def test_vllm_finds_the_plugin_and_only_the_families_classes_are_made() -> None:

@@ -38,7 +38,7 @@ def wait_for(text: str, tree: ProcessTree) -> None:
         time.sleep(0.05)
 
 
-def test_what_ignores_the_request_to_end_is_killed_with_its_descendants(tmp_path: Path) -> None:
+def test_what_ignores_the_request_to_end_is_killed_with_its_descendants_and_nothing_else(tmp_path: Path) -> None:
     trees = [started(tmp_path, STUBBORN, name) for name in ("a", "b")]
     for tree in trees:
         wait_for("ready", tree)
@@ -48,14 +48,12 @@ def test_what_ignores_the_request_to_end_is_killed_with_its_descendants(tmp_path
     _, left = psutil.wait_procs(members, timeout=1)
     assert left == []
     assert [tree.code for tree in trees] == [-signal.SIGKILL] * 2
-
-
-def test_what_ends_by_itself_is_not_waited_for(tmp_path: Path) -> None:
     tree = started(tmp_path, "import time; print('ready', flush=True); time.sleep(600)")
     wait_for("ready", tree)
     tree.stop()
     assert tree.code == -signal.SIGTERM
     tree.stop()  # twice is no error
+    assert (ending(3), ending(-9)) == ("exit code 3", "SIGKILL")
 
 
 def test_children_of_a_leader_that_was_killed_are_found(tmp_path: Path) -> None:
@@ -69,21 +67,17 @@ def test_children_of_a_leader_that_was_killed_are_found(tmp_path: Path) -> None:
     assert tree.members() == []
 
 
-def test_an_error_shows_the_last_lines_of_a_log(tmp_path: Path) -> None:
+def test_logs(tmp_path: Path) -> None:
     tree = ProcessTree([], tmp_path / "log")
     assert "no log" in tree.tail()
     tree.log.write_text("\n".join(f"line {number}" for number in range(30_000)))
     shown = tree.tail().splitlines()
     assert shown == [f"  line {number}" for number in range(29_980, 30_000)]
-
-
-def test_a_log_that_cannot_be_written_is_said(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
-        ProcessTree([sys.executable], tmp_path / "file" / "log").start()
+        ProcessTree([sys.executable], tree.log / "log").start()
 
 
-def test_a_port_on_which_something_listens_is_refused() -> None:
+def test_a_port_that_cannot_be_listened_on_is_refused() -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -92,9 +86,6 @@ def test_a_port_on_which_something_listens_is_refused() -> None:
             check_port("127.0.0.1", port)
     check_port("127.0.0.1", port)
     check_port("127.0.0.1", free_port())
-
-
-def test_a_host_that_is_not_this_machine_is_refused() -> None:
     with pytest.raises(UsageError, match=r"192\.0\.2\.1"):  # kept for documentation, so never ours
         check_port("192.0.2.1", 8000)
     with pytest.raises(UsageError, match="no address"):
@@ -107,11 +98,6 @@ def test_a_host_that_is_not_this_machine_is_refused() -> None:
 )
 def test_where_a_client_finds_a_server(host: str, expected: str) -> None:
     assert client_address(host) == expected
-
-
-def test_how_a_process_ended() -> None:
-    assert ending(3) == "exit code 3"
-    assert ending(-9) == "SIGKILL"
 
 
 # A parent that starts a stubborn tree and a child that leaves its session, and says their process ids.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import itertools
 import json
 import time
 import urllib.error
@@ -16,6 +18,7 @@ import pytest
 from expertprune.errors import UsageError
 from expertprune.serving import routing
 from expertprune.serving.processes import ProcessTree, free_port
+from expertprune.serving.routing import Router
 from tests.serving.conftest import FAKE
 
 STRANGE = 'ärzte "und" <Co>'  # a model's name needs quoting in JSON
@@ -37,24 +40,27 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tupl
         tree_.stop()
 
 
-@pytest.fixture(scope="module")
-def endpoint(servers: dict[str, tuple[int, ProcessTree]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@contextlib.contextmanager
+def routed(servers: dict[str, tuple[int, ProcessTree]], folder: Path, keys: tuple[str, ...] = ()) -> Iterator[Router]:
+    """A running proxy in front of the servers."""
     ports = {name: port for name, (port, _) in servers.items()}
-    router = routing.Router(ports, "127.0.0.1", free_port(), tmp_path_factory.mktemp("router"))
+    router = Router(ports, "127.0.0.1", free_port(), folder, keys)
     router.start()
     while not router.healthy():
         time.sleep(0.05)
-    wait_until_answered(router.url, list(ports)[:2])
-    yield router.url
+    yield router
     router.tree.stop()
 
 
-def wait_until_answered(url: str, models: list[str]) -> None:
-    deadline = time.monotonic() + 60
-    for model in models:
-        while ask(url, {"model": model})[0] != 200:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+@pytest.fixture(scope="module")
+def endpoint(servers: dict[str, tuple[int, ProcessTree]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with routed(servers, tmp_path_factory.mktemp("router")) as router:
+        deadline = time.monotonic() + 60
+        for model in ("alpha", STRANGE):
+            while ask(router.url, {"model": model})[0] != 200:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        yield router.url
 
 
 def ask(url: str, request: Any, content_type: str = "application/json") -> tuple[int, Any]:
@@ -104,42 +110,25 @@ def test_what_cannot_be_routed_gets_an_error_that_clients_understand(
     assert answer["error"]["code"] == status
 
 
-KEYS = ("one.key", "tw+o")  # with characters that mean something in a regular expression
-
-
-@pytest.fixture(scope="module")
-def guarded(servers: dict[str, tuple[int, ProcessTree]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The root of an endpoint that asks for a key."""
-    ports = {name: port for name, (port, _) in servers.items()}
-    router = routing.Router(ports, "127.0.0.1", free_port(), tmp_path_factory.mktemp("router"), KEYS)
-    router.start()
-    while not router.healthy():
-        time.sleep(0.05)
-    yield router.root
-    router.tree.stop()
-
-
-@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/alpha", "/v1/completions", "/anything"])
-@pytest.mark.parametrize(
-    ("header", "let_in"),
-    [(None, False), ("Bearer onexkey", False), ("Bearer one.keys", False)] + [(f"Bearer {key}", True) for key in KEYS],
-)
-def test_every_route_but_health_asks_for_a_key(guarded: str, path: str, header: str | None, let_in: bool) -> None:
-    asked = urllib.request.Request(guarded + path)
-    if path == "/v1/completions":
-        asked.data = b'{"model": "alpha"}'
-        asked.add_header("Content-Type", "application/json")
-    if header is not None:
-        asked.add_header("Authorization", header)
-    try:
-        with urllib.request.urlopen(asked, timeout=30) as answer:
-            status, body = answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        status, body = error.code, error.read().decode()
-    assert (status != 401) is let_in
-    assert let_in or "alpha" not in body, "without a key, not even names are told"
-    with urllib.request.urlopen(f"{guarded}/health", timeout=30) as answer:
-        assert answer.status == 200
+def test_every_route_but_health_asks_for_a_key(servers: dict[str, tuple[int, ProcessTree]], tmp_path: Path) -> None:
+    keys = ("one.key", "tw+o")  # with characters that mean something in a regular expression
+    paths = ("/v1/models", "/v1/models/alpha", "/v1/completions", "/anything")
+    tried = dict.fromkeys((None, "Bearer onexkey", "Bearer one.keys"), False) | {f"Bearer {key}": True for key in keys}
+    with routed(servers, tmp_path, keys) as router:
+        for path, (header, let_in) in itertools.product(paths, tried.items()):
+            data = b'{"model": "alpha"}' if path == "/v1/completions" else None
+            headers = {"Content-Type": "application/json"} | ({"Authorization": header} if header else {})
+            try:
+                with urllib.request.urlopen(
+                    urllib.request.Request(router.root + path, data, headers), timeout=30
+                ) as answer:
+                    status, body = answer.status, answer.read().decode()
+            except urllib.error.HTTPError as error:
+                status, body = error.code, error.read().decode()
+            assert (status != 401) is let_in, (path, header)
+            assert let_in or "alpha" not in body, "without a key, not even names are told"
+        with urllib.request.urlopen(f"{router.root}/health", timeout=30) as answer:
+            assert answer.status == 200
 
 
 def test_a_stream_arrives_piece_by_piece(endpoint: str) -> None:

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from click.testing import CliRunner, Result
 
-from expertprune.cli import main
 from expertprune.serving.processes import ProcessTree, check_port, free_port
+from tests.calling import call
 
 ROOT = Path(__file__).parent.parent.parent
 # The command with the fake server in vLLM's place, in a process that can be sent a signal.
@@ -28,32 +27,16 @@ main(prog_name="expertprune")
 """
 
 
-def serve(*arguments: object) -> Result:
-    result = CliRunner().invoke(main, ["serve", *map(str, arguments)])
-    assert "Traceback" not in result.output
-    return result
-
-
 @pytest.mark.usefixtures("fake_vllm")
 def test_a_server_that_does_not_start_shows_the_end_of_its_log(
     tiny_llama: Path, tmp_path: Path, started: list[ProcessTree]
 ) -> None:
     port = free_port()
-    result = serve(tiny_llama, "--port", port, "--log", tmp_path, "--", "--behaviour", "die")
-    assert result.exit_code == 1
+    result = call("serve", tiny_llama, "--port", port, "--log", tmp_path, "--", "--behaviour", "die", code=1)
     assert "ended (exit code 3)" in result.stderr
     assert result.stderr.rstrip().endswith("no room for the weights")
     assert str(tmp_path / f"llama-{port}.log") in result.stderr
     assert result.stdout == ""
-    assert not any(tree.members() for tree in started)
-
-
-@pytest.mark.usefixtures("fake_vllm")
-def test_a_server_that_never_gets_healthy_is_stopped(tiny_llama: Path, started: list[ProcessTree]) -> None:
-    result = serve(tiny_llama, "--port", free_port(), "--patience", 1, "--", "--behaviour=never")
-    assert result.exit_code == 1
-    assert "not healthy after 1 s" in result.stderr
-    assert "the fake server of llama starts" in result.stderr
     assert not any(tree.members() for tree in started)
 
 
@@ -66,36 +49,23 @@ def test_a_port_that_is_taken_is_the_users_to_mend(
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port = listener.getsockname()[1]
-        result = serve(tiny_llama, *([other_tiny] if both else []), "--port", port)
-    assert result.exit_code == 2
+        result = call("serve", tiny_llama, *([other_tiny] if both else []), "--port", port, code=2)
     assert f"error: port {port} of 127.0.0.1 is not free" in result.stderr
     assert started == []
 
 
 @pytest.mark.usefixtures("fake_vllm")
 def test_folders_that_cannot_be_served_are_named(tmp_path: Path, tiny_llama: Path) -> None:
-    assert serve().exit_code == 2
-    assert serve("--", "--max-num-seqs", 4).exit_code == 2
+    call("serve", code=2)
+    call("serve", "--", "--max-num-seqs", 4, code=2)
     for arguments in ([tmp_path], [tiny_llama, tmp_path]):
-        result = serve(*arguments)
-        assert result.exit_code == 2
-        assert f"error: {tmp_path}: is no expert" in result.stderr
-
-
-def test_without_vllm_the_command_says_what_to_install(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from expertprune.serving import engine
-
-    engine.platform.cache_clear()
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
-    result = serve(tiny_llama, "--port", free_port())
-    assert result.exit_code == 2
-    assert "pip install 'expertprune[serve]'" in result.stderr
+        assert f"error: {tmp_path}: is no expert" in call("serve", *arguments, code=2).stderr
 
 
 @pytest.mark.parametrize(
     ("sent", "code", "stubborn"),
-    [(signal.SIGINT, 130, True), (signal.SIGTERM, 143, False), (signal.SIGKILL, -9, True), (signal.SIGKILL, -9, False)],
-    ids=["SIGINT", "SIGTERM", "SIGKILL, stubborn", "SIGKILL, two"],
+    [(signal.SIGINT, 130, True), (signal.SIGTERM, 143, False), (signal.SIGKILL, -9, True)],
+    ids=["SIGINT", "SIGTERM", "SIGKILL"],
 )
 def test_a_signal_ends_the_whole_tree(
     tiny_llama: Path, other_tiny: Path, tmp_path: Path, sent: signal.Signals, code: int, stubborn: bool
@@ -104,18 +74,8 @@ def test_a_signal_ends_the_whole_tree(
     port = free_port()
     folders = [str(tiny_llama)] if stubborn else [str(tiny_llama), str(other_tiny)]
     behaviour = ["--", "--behaviour=stubborn"] if stubborn else []
-    command = [
-        sys.executable,
-        "-c",
-        COMMAND,
-        "serve",
-        *folders,
-        "--port",
-        str(port),
-        "--log",
-        str(tmp_path),
-        *behaviour,
-    ]
+    options = ["--port", str(port), "--log", str(tmp_path), *behaviour]
+    command = [sys.executable, "-c", COMMAND, "serve", *folders, *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

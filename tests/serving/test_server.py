@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import socket
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
 
-from expertprune.errors import ServingError, UsageError
+from expertprune.errors import ServingError
 from expertprune.serving.processes import ProcessTree, check_port
 from expertprune.serving.server import Server
 
 pytestmark = pytest.mark.usefixtures("fake_vllm")
-
-
-def behaving(behaviour: str) -> list[str]:
-    return [f"--behaviour={behaviour}"]
 
 
 def nothing_runs(trees: list[ProcessTree]) -> bool:
@@ -40,41 +35,33 @@ def test_inside_the_block_it_answers_and_after_it_nothing_runs(
     assert "POST /v1/completions" in server.log.read_text()
 
 
-def test_a_log_of_its_own_stays_only_where_something_failed(tiny_llama: Path) -> None:
-    with Server(tiny_llama) as server:
-        assert server.log.exists()
-    assert not server.log.exists()
-    server = Server(tiny_llama, arguments=behaving("die"))
-    with pytest.raises(ServingError), server:
-        pass
-    assert server.log.exists()
-    server.log.unlink()
-
-
 def test_one_that_dies_is_reported_with_the_end_of_its_log(tiny_llama: Path, started: list[ProcessTree]) -> None:
+    server = Server(tiny_llama, arguments=["--behaviour=die"])
     with pytest.raises(ServingError, match="ended \\(exit code 3\\)") as raised:
-        Server(tiny_llama, arguments=behaving("die")).__enter__()
+        server.__enter__()
     assert str(raised.value).endswith("  no room for the weights")
     assert raised.value.exit_code == 1
     assert nothing_runs(started)
+    assert server.log.exists(), "a log of its own stays only where something failed"
+    server.log.unlink()
 
 
 def test_one_that_never_gets_healthy_is_given_up(tiny_llama: Path, started: list[ProcessTree]) -> None:
     with pytest.raises(ServingError, match="not healthy after 1 s"):
-        Server(tiny_llama, arguments=behaving("never"), patience=1).__enter__()
+        Server(tiny_llama, arguments=["--behaviour=never"], patience=1).__enter__()
     assert nothing_runs(started)
-
-
-def test_one_that_will_not_end_is_killed_with_its_child(tiny_llama: Path, started: list[ProcessTree]) -> None:
-    with Server(tiny_llama, arguments=behaving("stubborn")) as server:
-        assert len(server.tree.members()) == 2
-    assert nothing_runs(started)
-    check_port("127.0.0.1", server.port)
 
 
 def test_one_that_is_healthy_but_does_not_answer_is_reported(tiny_llama: Path) -> None:
-    with Server(tiny_llama, arguments=behaving("mute")) as server, pytest.raises(ServingError, match="500"):
+    with Server(tiny_llama, arguments=["--behaviour=mute"]) as server, pytest.raises(ServingError, match="500"):
         server.complete()
+    server.log.unlink()
+
+
+def test_a_log_of_its_own_goes_where_nothing_failed(tiny_llama: Path) -> None:
+    with Server(tiny_llama) as server:
+        assert server.log.exists()
+    assert not server.log.exists()
 
 
 def test_one_that_dies_later_says_how(tiny_llama: Path) -> None:
@@ -87,11 +74,11 @@ def test_one_that_dies_later_says_how(tiny_llama: Path) -> None:
         assert "died (SIGKILL)" in str(failure)
         with pytest.raises(urllib.error.URLError):
             urllib.request.urlopen(f"{server.root}/health", timeout=5)
+    server.log.unlink()
 
 
-@pytest.mark.parametrize("given", [["--api-key", "secret"], ["--api_key=secret"]])
-def test_a_key_that_vllm_asks_for_is_sent(tiny_llama: Path, given: list[str], tmp_path: Path) -> None:
-    with Server(tiny_llama, arguments=given, log=tmp_path / "log") as server:
+def test_a_key_that_vllm_asks_for_is_sent(tiny_llama: Path, tmp_path: Path) -> None:
+    with Server(tiny_llama, arguments=["--api-key", "secret"], log=tmp_path / "log") as server:
         assert server.complete() == " said llama"
     assert "Bearer secret" in server.log.read_text()
 
@@ -104,12 +91,3 @@ def test_a_log_begins_anew_and_goes_on_after_a_restart(tiny_llama: Path, tmp_pat
         server.wait()
     assert server.log.read_text().count("the fake server of llama starts") == 2
     assert "of yesterday" not in server.log.read_text()
-
-
-def test_a_port_that_is_taken_is_said_before_anything_starts(tiny_llama: Path, started: list[ProcessTree]) -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        with pytest.raises(UsageError, match="is not free"):
-            Server(tiny_llama, port=listener.getsockname()[1])
-    assert started == []

@@ -7,18 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
-from rich.console import Console
 
 import expertprune
 from expertprune.artifacts.timing import METRICS, Load, Ratio, Role, Run, Timing
-from expertprune.cli import main
-from expertprune.commands.bench import number, throughput_table
 from expertprune.errors import CheckpointError, ServingError, UsageError
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.reporting.pictures import throughput_picture
 from expertprune.serving import throughput
 from expertprune.serving.throughput import bytes_per_token
+from tests.calling import call
 from tests.tiny import WORDS, save_tiny
 
 # In place of vLLM's benchmark: notes how it was called, and writes a result of which the model's name decides the speed.
@@ -88,13 +85,14 @@ def test_ratios_are_taken_pair_by_pair() -> None:
     assert result.models["expert"].model_fields_set == set(METRICS)
 
 
-def test_a_metric_that_was_not_to_be_had_has_no_ratio() -> None:
+def test_a_metric_that_was_not_to_be_had_has_no_ratio(tmp_path: Path) -> None:
     result = timing([run("base", 1, None, 2), run("expert", 1, 5, 1)])
     assert result.models["base"].kv_cache_tokens is None
     assert set(result.ratios) == set(METRICS) - {"kv_cache_tokens"}
-    rendered = Console(width=160, file=open("/dev/null", "w"), record=True)  # noqa: SIM115
-    rendered.print(throughput_table(result))
-    assert "50% of the limit" in rendered.export_text()
+    throughput_picture(result, tmp_path / "speed.svg")
+    drawn = (tmp_path / "speed.svg").read_text()
+    assert all((label in drawn) is (metric in result.ratios) for metric, (label, _) in METRICS.items())
+    assert "limit 2.00" in drawn
 
 
 @pytest.fixture
@@ -131,22 +129,14 @@ def test_both_are_measured_in_turn_on_the_same_prompts(
     result = expertprune.bench(narrow, against=tiny_llama, load=load, arguments=["--max-num-seqs", "4"])
     assert Timing.read(narrow / "throughput-llama.json") == result
     assert not (narrow / "throughput.json").exists()  # that one compares with the base
-    assert [(row.model, row.round) for row in result.runs] == [
-        ("base", 1), ("expert", 1), ("base", 2), ("expert", 2),
-    ]  # fmt: skip
+    assert [f"{row.model} {row.round}" for row in result.runs] == ["base 1", "expert 1", "base 2", "expert 2"]
     assert result.ratios["output_tokens_per_second"].median == 1.5
     assert result.names == {"base": "llama", "expert": "narrow"}
-    assert (
-        str(tmp_path) not in (narrow / "throughput-llama.json").read_text()
-    )  # it says nothing of this machine's folders
+    assert str(tmp_path) not in (narrow / "throughput-llama.json").read_text(), "nothing of this machine's folders"
     assert result.limit == bytes_per_token(Checkpoint(tiny_llama)) / bytes_per_token(Checkpoint(narrow))
     assert all(row.memory_bytes is not None and row.memory_bytes > 2**20 for row in result.runs)
-    assert result.arguments == [
-        "--no-enable-prefix-caching",
-        f"--kv-cache-memory-bytes={4 * 2**30}",
-        "--max-num-seqs",
-        "4",
-    ]
+    own = ["--no-enable-prefix-caching", f"--kv-cache-memory-bytes={4 * 2**30}"]
+    assert result.arguments == [*own, "--max-num-seqs", "4"]
     assert result.load == load
 
     called = calls()
@@ -155,11 +145,11 @@ def test_both_are_measured_in_turn_on_the_same_prompts(
     assert all(call["prompts"] == prompts for call in called)
     assert len(set(prompts)) == 5
     assert [len(prompt.split()) for prompt in prompts] == [12] * 5
-    for call in called:
-        assert {"--ignore-eos", "--disable-shuffle", "--skip-chat-template"} <= set(call["flags"])
-        assert call["options"]["custom-output-len"] == "3"
-        assert call["options"]["max-concurrency"] == "2"
-        assert call["options"]["temperature"] == "0"
+    for each in called:
+        assert {"--ignore-eos", "--disable-shuffle", "--skip-chat-template"} <= set(each["flags"])
+        assert each["options"]["custom-output-len"] == "3"
+        assert each["options"]["max-concurrency"] == "2"
+        assert each["options"]["temperature"] == "0"
 
 
 @pytest.mark.usefixtures("text")
@@ -178,14 +168,11 @@ def test_a_run_that_is_not_whole_is_an_error_and_writes_nothing(
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
-def test_more_tokens_than_the_model_takes_are_refused_before_anything_starts(tiny_llama: Path, fake_vllm: None) -> None:
-    with pytest.raises(UsageError, match="takes 128 tokens at a time, not 100 and 29"):
-        expertprune.bench(tiny_llama, against=tiny_llama, load=Load(input_tokens=100, output_tokens=29))
-
-
-def test_an_expert_without_its_base_is_told_how_to_name_it(tmp_path: Path, tiny_llama: Path) -> None:
+def test_what_cannot_be_measured_is_refused_before_anything_starts(tiny_llama: Path, fake_vllm: None) -> None:
     with pytest.raises(CheckpointError, match="is no expert"):
         expertprune.bench(tiny_llama)
+    with pytest.raises(UsageError, match="takes 128 tokens at a time, not 100 and 29"):
+        expertprune.bench(tiny_llama, against=tiny_llama, load=Load(input_tokens=100, output_tokens=29))
 
 
 @pytest.mark.usefixtures("text")
@@ -193,32 +180,8 @@ def test_the_command_prints_a_table_and_draws(tmp_path: Path, tiny_llama: Path, 
     client()
     expert, picture = save_tiny(tmp_path / "expert", intermediate_size=16), tmp_path / "speed.svg"
     options = ["--against", tiny_llama, "--prompts", 5, "--rounds", 2, "--input-tokens", 12, "--picture", picture]
-    result = CliRunner().invoke(main, ["bench", str(expert), *map(str, options)])
-    assert result.exit_code == 0, result.output
-    assert "output tokens per second" in result.stdout
-    assert "1.500" in result.stdout
+    table = call("bench", expert, *options).stdout
+    assert all(text in table for text in ("output tokens per second", "1.500", "of the limit"))
     assert "limit" in picture.read_text()
-    for wrong in ([], [str(expert), str(expert)], [str(expert), "--base", "x", "--against", "y"]):
-        assert CliRunner().invoke(main, ["bench", *wrong]).exit_code == 2
-
-
-def test_a_picture_shows_each_metric_that_has_a_ratio(tmp_path: Path) -> None:
-    runs = [
-        run("base", 100, None, 600),
-        run("expert", 150, None, 400),
-        run("base", 90, None, 600),
-        run("expert", 99, None, 400),
-    ]
-    throughput_picture(timing(runs), tmp_path / "speed.svg")
-    drawn = (tmp_path / "speed.svg").read_text()
-    assert METRICS["kv_cache_tokens"][0] not in drawn
-    assert all(label in drawn for metric, (label, _) in METRICS.items() if metric != "kv_cache_tokens")
-    assert "1.30" in drawn  # the median of 1.5 and 1.1
-    assert "limit 1.50" in drawn
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"), [(107_000_000, "107,000,000"), (241.26, "241.3"), (0.01234, "0.01234"), (46_592, "46,592")]
-)
-def test_numbers_are_readable(value: float, expected: str) -> None:
-    assert number(value) == expected
+    for wrong in ([], [expert, expert], [expert, "--base", "x", "--against", "y"]):
+        call("bench", *wrong, code=2)

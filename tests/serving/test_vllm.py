@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import os
-import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -109,80 +104,6 @@ def test_a_chat_is_answered_whole_and_as_a_stream(serving: Serving) -> None:
     assert "".join(pieces) == whole.choices[0].message.content
 
 
-MALFORMED: list[bytes] = [
-    b'{"model": "quarter", "prompt": "The',
-    b"",
-    b'{"prompt": "no model but a wrong type", "max_tokens": "many"}',
-    b'{"model": "quarter", "prompt": "The heart", "max_tokens": -1}',
-    b'{"model": "quarter", "prompt": "The heart", "temperature": -3}',
-    b'{"model": "another", "prompt": "The heart"}',
-    b'{"model": "quarter", "messages": 7}',
-]
-
-
-async def one_request(client: Any, raw: Any, number: int, chance: random.Random) -> str:
-    """Send one request; which of five kinds, and how long, follows from its number and chance."""
-    if number % 5 == 4:
-        body = MALFORMED[number // 5 % len(MALFORMED)]
-        answer = await raw.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
-        assert 400 <= answer.status_code < 500, (body, answer.text)
-        return "refused"
-    length = chance.choice([1, 5, 20, 60, 200])
-    request = {"model": "quarter", "prompt": "blood " * length, "temperature": 0, "extra_body": {"ignore_eos": True}}
-    if number % 5 == 3:  # cancelled: before anything has come, or in the middle of the stream
-        if number % 2:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(client.completions.create(**request, max_tokens=64), 0.05)
-        else:
-            stream = await client.completions.create(**request, max_tokens=64, stream=True)
-            async for _ in stream:
-                break
-            await stream.close()
-        return "cancelled"
-    wanted = chance.choice([1, 2, 4, 8])
-    answer = await client.completions.create(**request, max_tokens=wanted)
-    assert answer.usage.completion_tokens == wanted
-    assert answer.usage.prompt_tokens >= length
-    return "answered"
-
-
-async def hundred_requests(serving: Serving, first: int) -> list[str]:
-    """32 at a time, each on a connection of its own: the server closes an idle one after 5 s, also as a request comes."""
-    chance, gate = random.Random(first), asyncio.Semaphore(32)
-    alone = httpx.Limits(max_keepalive_connections=0)
-    async with (
-        httpx.AsyncClient(base_url=serving.root, timeout=600, limits=alone) as raw,
-        openai.AsyncOpenAI(base_url=f"{serving.root}/v1", api_key="none", max_retries=0, http_client=raw) as client,
-    ):
-
-        async def gated(number: int) -> str:
-            async with gate:
-                return await one_request(client, raw, number, chance)
-
-        return list(await asyncio.gather(*(gated(number) for number in range(first, first + 100))))
-
-
-def resident(serving: Serving) -> int:
-    """Bytes that all processes of the server hold."""
-    return sum(member.memory_info().rss for member in serving.members())
-
-
-def test_five_hundred_requests_kind_and_unkind_leave_the_server_as_it_was(serving: Serving) -> None:
-    """Memory is flat from where the engine has computed every number of tokens at once."""
-    for tokens in range(1, 17):
-        serving.client().completions.create(model="quarter", prompt=[1000] * tokens, max_tokens=1)
-    held, outcomes, before = [resident(serving)], [], serving.log.stat().st_size
-    for first in range(0, 500, 100):
-        outcomes += asyncio.run(hundred_requests(serving, first))
-        held.append(resident(serving))
-    assert {kind: outcomes.count(kind) for kind in set(outcomes)} == {"answered": 300, "cancelled": 100, "refused": 100}
-    print(f"resident memory before, and after each hundred, MiB: {[round(size / 2**20) for size in held]}")
-    assert held[-1] < 1.01 * held[0]
-    assert serving.process.poll() is None
-    assert httpx.get(f"{serving.root}/health").status_code == 200
-    assert b"Traceback" not in serving.log.read_bytes()[before:]
-
-
 def test_vllms_benchmark_measures_it(serving: Serving, experts: list[Path], tmp_path: Path) -> None:
     """A token of KV cache takes 30 layers × (K and V) × 3 heads × 64 channels × 2 bytes, and blocks hold 128 tokens."""
     load = Load(prompts=4, input_tokens=16, output_tokens=4, concurrency=2)
@@ -233,46 +154,27 @@ def test_two_experts_share_an_endpoint_and_one_outlives_the_others_death(
     said: list[str] = []
     served = Deployment(experts, port=free_port(), arguments=SMALL, logs=tmp_path, report=said.append)
     client = openai.OpenAI(base_url=served.url, api_key="none", max_retries=0, timeout=600)
-    enough = threading.Event()
 
     def ask(model: str) -> int:
         answer = client.completions.create(model=model, prompt="The heart pumps", max_tokens=8, temperature=0)
         assert answer.model == model
         return int(answer.usage.completion_tokens)
 
-    def keep_asking(model: str) -> list[bool]:
-        """Whether each request was answered, as long as the test lets it ask."""
-        answered = []
-        while not enough.is_set():
-            try:
-                answered.append(ask(model) > 0)
-            except openai.APIError:
-                answered.append(False)
-                time.sleep(0.2)
-        return answered
-
-    with served, ThreadPoolExecutor(4) as pool:
+    with served:
         assert [model.id for model in client.models.list()] == ["quarter", "half"]
         chunks = client.completions.create(model="half", prompt="The", max_tokens=8, temperature=0, stream=True)
         assert len(list(chunks)) > 1
-        asking = {model: [pool.submit(keep_asking, model) for _ in range(2)] for model in served.servers}
-        begin = time.monotonic()
-        served.watch(lambda: time.monotonic() - begin > 5)
-        killed = served.servers["half"]
+        begin, killed = time.monotonic(), served.servers["half"]
         orphans = killed.tree.members()[1:]
         assert orphans
         assert killed.process is not None
         killed.process.kill()
+        assert ask("quarter") > 0
         served.watch(lambda: any("is back" in message for message in said) or time.monotonic() - begin > 1500)
         print("\n".join(said))
-        enough.set()
-        answered = {model: [told for asked in futures for told in asked.result()] for model, futures in asking.items()}
         assert not any(alive(orphan) for orphan in orphans)
         assert ask("half") > 0
         trees = [served.router.tree, *(server.tree for server in served.servers.values())]
-    assert all(answered["quarter"])
-    assert len(answered["quarter"]) > 20
-    assert not all(answered["half"])
     assert any("half died (SIGKILL)" in message for message in said)
     assert not any(tree.alive or tree.members() for tree in trees)
     check_port("127.0.0.1", served.port)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,126 +57,83 @@ def problems_of(**changes: Any) -> list[str]:
     return caught.value.problems
 
 
+def holds(found: Any, expected: Any) -> bool:
+    """Whether plain data has the expected values, whatever other keys it has."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        return all(key in found and holds(found[key], value) for key, value in expected.items())
+    return bool(found == expected)
+
+
 def test_the_minimal_spec_is_valid_and_has_the_documented_defaults() -> None:
     spec = spec_of()
-    assert spec.base.model == "owner/model"
-    assert spec.base.dtype == "auto"
-    assert not spec.base.trust_remote_code
+    expected = {
+        "base": {"model": "owner/model", "dtype": "auto", "trust_remote_code": False},
+        "general": ["general"],
+        "relevance": {"criterion": "auto", "experts": None},
+        "compose": {"rule": "intersection", "allocation": "auto"},
+        "budget": {"ffn": 0.25, "query_heads": 0, "kv_groups": 0, "multiple_of": 64},
+        "compensation": {"method": "least_squares"},
+    }
+    assert holds(spec.model_dump(), expected)
     assert spec.dimensions.chosen == {"language": ["de"]}
-    assert spec.general == ["general"]
-    assert (spec.relevance.criterion, spec.relevance.experts) == ("auto", None)
-    assert (spec.compose.rule, spec.compose.allocation) == ("intersection", "auto")
-    assert (spec.budget.ffn, spec.budget.query_heads, spec.budget.kv_groups) == (0.25, 0, 0)
-    assert spec.budget.multiple_of == 64
-    assert spec.compensation.method == "least_squares"
     assert spec.evaluate.metrics is None
     assert spec.evaluate.chosen_metrics(other_tokens=False) == ["bits_per_byte", "perplexity", "kl", "questions"]
-
-
-@pytest.mark.parametrize("key", ["name", "base", "dimensions", "budget"])
-def test_a_missing_required_key_is_named(key: str) -> None:
-    data = {k: v for k, v in MINIMAL.items() if k != key}
-    with pytest.raises(SpecError) as caught:
-        parse_spec(data, "my.yaml", Path("/nowhere"))
-    assert caught.value.problems == [f"my.yaml: missing key '{key}'"]
 
 
 def test_an_empty_spec_names_every_required_key_at_once() -> None:
     with pytest.raises(SpecError) as caught:
         parse_spec({}, "my.yaml", Path("/nowhere"))
-    assert sorted(caught.value.problems) == [
-        f"my.yaml: missing key '{key}'" for key in ("base", "budget", "dimensions", "name")
-    ]
+    required = ("base", "budget", "dimensions", "name")
+    assert sorted(caught.value.problems) == [f"my.yaml: missing key '{key}'" for key in required]
 
 
 UNKNOWN = [
-    ({"naem": 1}, "naem", "name"),
     ({"evalute": {}}, "evalute", "evaluate"),
     ({"base": {"model": "a/b", "dtyp": "float32"}}, "base.dtyp", "dtype"),
     ({"dimensions": {"language": "de", "taks": "qa"}}, "dimensions.taks", "task"),
-    ({"corpora": {"source": {}}}, "corpora.source", "sources"),
     ({"corpora": {"sources": {"de": {"path": "a", "feild": "b"}}}}, "corpora.sources.de.feild", "field"),
-    (
-        {"corpora": {"sources": {"language/de": {"path": "a", "templat": "b"}}}},
-        "corpora.sources.language/de.templat",
-        "template",
-    ),
+    ({"corpora": {"sources": {"a/b": {"path": "a", "fild": "b"}}}}, "corpora.sources.a/b.fild", "field"),
     ({"corpora": {"sources": {"path": {"path": "a", "queston": "b"}}}}, "corpora.sources.path.queston", "questions"),
-    ({"calibration": {"max_token": 3}}, "calibration.max_token", "max_tokens"),
-    ({"relevance": {"criterium": "impact"}}, "relevance.criterium", "criterion"),
-    ({"compose": {"rul": "mean"}}, "compose.rul", "rule"),
     ({"compose": {"fusion": {"lamda": 0.5}}}, "compose.fusion.lamda", "lambda"),
     ({"budget": {"ffn": 0.2, "fnn": 0.2}}, "budget.fnn", "ffn"),
-    ({"compensation": {"dampening": 1}}, "compensation.dampening", "damping"),
     ({"evaluate": {"metric": ["kl"]}}, "evaluate.metric", "metrics"),
+    ({"compose": {"fusion": {"zzz": 1}}}, "compose.fusion.zzz", None),
 ]
 
 
 @pytest.mark.parametrize(("changes", "key", "nearest"), UNKNOWN, ids=[key for _, key, _ in UNKNOWN])
-def test_an_unknown_key_names_file_key_and_the_nearest_key(changes: dict[str, Any], key: str, nearest: str) -> None:
-    assert problems_of(**changes) == [f"my.yaml: unknown key '{key}'; did you mean '{nearest}'?"]
-
-
-def test_an_unknown_key_near_nothing_gets_the_list_of_keys() -> None:
-    (problem,) = problems_of(compose={"fusion": {"zzz": 1}})
-    assert problem == "my.yaml: unknown key 'compose.fusion.zzz'; valid: beta, lambda, method, tau"
+def test_an_unknown_key_names_file_key_and_the_nearest_key_or_all(
+    changes: dict[str, Any], key: str, nearest: str | None
+) -> None:
+    hint = f"did you mean '{nearest}'?" if nearest else "valid: beta, lambda, method, tau"
+    assert problems_of(**changes) == [f"my.yaml: unknown key '{key}'; {hint}"]
 
 
 def test_several_errors_of_different_kinds_are_reported_at_once() -> None:
+    data = {"name": "a b", "dimensions": {"language": "de", "domian": "x"}, "calibration": {"documents": 0}}
     with pytest.raises(SpecError) as caught:
-        parse_spec(
-            {
-                "name": "a b",
-                "dimensions": {"language": "de", "domian": "x"},
-                "calibration": {"documents": 0},
-                "budget": {"ffn": 1.0},
-                "surprise": 1,
-            },
-            "my.yaml",
-            Path("/nowhere"),
-        )
+        parse_spec({**data, "budget": {"ffn": 1.0}, "surprise": 1}, "my.yaml", Path("/nowhere"))
     problems = caught.value.problems
     assert len(problems) == 6
     assert all(problem.startswith("my.yaml: ") for problem in problems)
-    for words in (
-        "name:",
-        "missing key 'base'",
-        "'dimensions.domian'",
-        "calibration.documents",
-        "budget.ffn",
-        "'surprise'",
-    ):
-        assert sum(words in problem for problem in problems) == 1, words
+    keys = ("name:", "missing key 'base'", "'dimensions.domian'", "calibration.documents", "budget.ffn", "'surprise'")
+    for key in keys:
+        assert sum(key in problem for problem in problems) == 1, key
     assert str(caught.value) == "\n".join(problems)
 
 
 WRONG = [
-    ({"name": 3}, "name:", "found 3"),
     ({"name": "a/b"}, "name:", "found 'a/b'"),
-    ({"name": ".hidden"}, "name:", "found '.hidden'"),
-    ({"base": 3}, "base:", "found 3"),
     ({"base": ""}, "base.model:", "found ''"),
     ({"base": {"model": "a/b", "dtype": "int8"}}, "base.dtype:", "'float32'"),
-    ({"dimensions": "de"}, "dimensions:", "found 'de'"),
-    ({"dimensions": {"language": 7}}, "dimensions.language:", "found 7"),
     ({"dimensions": {"language": ["de", ""]}}, "dimensions.language.1:", "found ''"),
-    ({"dimensions": {}}, "dimensions:", "at least one of language, domain, task"),
     ({"dimensions": {"language": []}}, "dimensions:", "at least one of language, domain, task"),
     ({"general": {"general": 1}}, "general:", "list"),
     ({"corpora": {"sources": {"de": "de.jsonl"}}}, "corpora.sources.de:", "found 'de.jsonl'"),
-    ({"calibration": {"documents": "many"}}, "calibration.documents:", "found 'many'"),
-    ({"calibration": {"documents": 0}}, "calibration.documents:", "greater than or equal to 1"),
-    ({"calibration": {"max_tokens": 1}}, "calibration.max_tokens:", "greater than or equal to 2"),
-    ({"compose": {"rule": 3}}, "compose.rule:", "found 3"),
-    ({"compose": {"fusion": {"lambda": 3}}}, "compose.fusion.lambda:", "less than or equal to 1"),
-    ({"compose": None}, "compose:", "found None"),
     ({"budget": 0.25}, "budget:", "found 0.25"),
-    ({"budget": {}}, "budget:", "ffn, query_heads, kv_groups, experts, vocabulary, parameters"),
     ({"budget": {"multiple_of": 8}}, "budget:", "ffn, query_heads, kv_groups, experts, vocabulary, parameters"),
     ({"budget": {"ffn": True}}, "budget.ffn:", "found True"),
-    ({"budget": {"ffn": "a third"}}, "budget.ffn:", "found 'a third'"),
     ({"budget": {"ffn": -0.1}}, "budget.ffn:", "found -0.1"),
-    ({"budget": {"ffn": -3}}, "budget.ffn:", "found -3"),
     ({"budget": {"ffn": 1.0}}, "budget.ffn:", "below 1"),
     ({"budget": {"kv_groups": 1.5}}, "budget.kv_groups:", "below 1"),
     ({"budget": {"parameters": 1}}, "budget.parameters:", "a fraction below 1"),
@@ -188,21 +144,13 @@ WRONG = [
     ({"budget": {"max_parameters": 9, "parameters": 0.2}}, "budget:", "give one of parameters, max_parameters"),
     ({"budget": {"retention": {}}}, "budget.retention:", "at least one of expert, general"),
     ({"budget": {"retention": {"expert": 0}}}, "budget.retention.expert:", "greater than 0"),
-    ({"budget": {"retention": {"general": 1.01}}}, "budget.retention.general:", "less than or equal to 1"),
-    ({"budget": {"max_parameters": "abc"}}, "budget.max_parameters:", "found 'abc'"),
     ({"budget": {"max_parameters": "abcM"}}, "budget.max_parameters:", "found 'abcM'"),
-    ({"budget": {"max_parameters": ""}}, "budget.max_parameters:", "found ''"),
     ({"budget": {"max_parameters": 0}}, "budget.max_parameters:", "such as 100M, 1.5B or 100000000"),
     ({"budget": {"max_parameters": -5}}, "budget.max_parameters:", "found -5"),
-    ({"budget": {"max_parameters": "0M"}}, "budget.max_parameters:", "found '0M'"),
-    ({"budget": {"max_parameters": True}}, "budget.max_parameters:", "found True"),
-    ({"budget": {"max_parameters": [1]}}, "budget.max_parameters:", "found [1]"),
-    ({"budget": {"max_parameters": "nan"}}, "budget.max_parameters:", "found 'nan'"),
     ({"budget": {"max_parameters": "infB"}}, "budget.max_parameters:", "found 'infB'"),
     ({"compose": {"allocation": "globl"}}, "compose.allocation:", "'uniform' or 'global'"),
-    ({"relevance": {"loss": "mse"}}, "relevance.loss:", "'language_model' or 'kl'"),
-    ({"compensation": {"damping": 0}}, "compensation.damping:", "greater than 0"),
     ({"evaluate": {"metrics": []}}, "evaluate.metrics:", "at least 1"),
+    ({"compose": {"fusion": {"lambda": 3}}}, "compose.fusion.lambda:", "less than or equal to 1"),
     ({"evaluate": {"metrics": ["kl", "bleu"]}}, "evaluate.metrics.1:", "found 'bleu'"),
 ]
 
@@ -214,86 +162,57 @@ def test_a_wrong_value_names_file_key_and_what_was_found(changes: dict[str, Any]
     assert words in problem
 
 
+def test_sizes_may_be_written_short() -> None:
+    for written, size in (("100M", 10**8), ("1.5b", 1_500_000_000), ("250k", 250_000), ("12345", 12_345), (1e8, 10**8)):
+        assert spec_of(budget={"max_parameters": written}).budget.max_parameters == size
+
+
 @pytest.mark.parametrize(
-    ("written", "size"),
+    ("source", "words"),
     [
-        ("100M", 100_000_000),
-        ("1.5B", 1_500_000_000),
-        ("1.5b", 1_500_000_000),
-        ("250k", 250_000),
-        ("12345", 12_345),
-        (100_000_000, 100_000_000),
-        (1e8, 100_000_000),
-        ("0.1M", 100_000),
+        ({}, "exactly one of 'path' and 'dataset'"),
+        ({"path": "a", "dataset": "b"}, "exactly one of 'path' and 'dataset'"),
+        ({"path": "a", "field": "x", "template": "{x}"}, "'field' or 'template', not both"),
+        ({"path": "a", "revision": "main"}, "revision does not go with 'path'"),
+        ({"path": "a", "config": "x", "evaluation_split": "test"}, "config, evaluation_split does not go with 'path'"),
+        ({"dataset": "a", "evaluation": "b.jsonl"}, "evaluation does not go with 'dataset'"),
     ],
 )
-def test_sizes_may_be_written_short(written: Any, size: int) -> None:
-    assert spec_of(budget={"max_parameters": written}).budget.max_parameters == size
-
-
-def test_retention_goes_with_heads_and_with_either_floor() -> None:
-    budget = spec_of(budget={"retention": {"general": 0.9}, "kv_groups": 1}).budget
-    assert budget.retention is not None
-    assert (budget.retention.expert, budget.retention.general, budget.kv_groups) == (None, 0.9, 1)
-
-
-SOURCES = [
-    ({}, "exactly one of 'path' and 'dataset'"),
-    ({"path": "a", "dataset": "b"}, "exactly one of 'path' and 'dataset'"),
-    ({"path": "a", "field": "x", "template": "{x}"}, "'field' or 'template', not both"),
-    ({"path": "a", "split": "train"}, "split does not go with 'path'"),
-    ({"path": "a", "config": "x", "evaluation_split": "test"}, "config, evaluation_split does not go with 'path'"),
-    ({"dataset": "a", "evaluation": "b.jsonl"}, "evaluation does not go with 'dataset'"),
-]
-
-
-@pytest.mark.parametrize(("source", "words"), SOURCES)
 def test_a_source_of_two_minds_is_refused(source: dict[str, str], words: str) -> None:
     (problem,) = problems_of(corpora={"sources": {"de": source}})
     assert problem.startswith("my.yaml: corpora.sources.de: ")
     assert words in problem
 
 
-@pytest.mark.parametrize("aggregate", ["median", 0, 1, 1.5, [0.5]])
+@pytest.mark.parametrize("aggregate", ["median", 0, 1, [0.5]])
 def test_an_aggregate_of_another_kind_is_named_by_its_key_alone(aggregate: Any) -> None:
     assert all(p.startswith("my.yaml: compose.aggregate: ") for p in problems_of(compose={"aggregate": aggregate}))
 
 
-@pytest.mark.parametrize("aggregate", ["mean", "max", 0.5, 0.9])
-def test_an_aggregate_is_mean_max_or_a_quantile(aggregate: str | float) -> None:
-    assert spec_of(compose={"aggregate": aggregate}).compose.aggregate == aggregate
-
-
-SHORTHANDS: list[tuple[dict[str, Any], Callable[[Spec], Any], Any]] = [
-    ({"base": "owner/model"}, lambda spec: spec.base.model, "owner/model"),
-    ({"dimensions": {"task": "qa"}}, lambda spec: spec.dimensions.task, ["qa"]),
-    ({"dimensions": {"task": ["qa", "math"]}}, lambda spec: spec.dimensions.task, ["qa", "math"]),
-    ({"general": "medical"}, lambda spec: spec.general, ["medical"]),
-    ({"general": []}, lambda spec: spec.general, []),
-    ({"relevance": "random"}, lambda spec: spec.relevance.criterion, "random"),
-    ({"compensation": "none"}, lambda spec: spec.compensation.method, "none"),
-    ({"corpora": "/data/mine"}, lambda spec: spec.corpora.catalogue, "/data/mine"),
-    ({"evaluate": {"corpora": "de"}}, lambda spec: spec.evaluate.corpora, ["de"]),
+SHORTHANDS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"dimensions": {"task": "qa"}}, {"dimensions": {"task": ["qa"]}}),
+    ({"compose": {"aggregate": "max"}}, {"compose": {"aggregate": "max"}}),
+    ({"budget": {"retention": {"general": 0.9}, "kv_groups": 1}}, {"budget": {"retention": {"general": 0.9}}}),
+    ({"general": "medical"}, {"general": ["medical"]}),
+    ({"relevance": "random"}, {"relevance": {"criterion": "random"}}),
+    ({"compensation": "none"}, {"compensation": {"method": "none"}}),
+    ({"corpora": "/data/mine"}, {"corpora": {"catalogue": "/data/mine"}}),
+    ({"evaluate": {"corpora": "de"}}, {"evaluate": {"corpora": ["de"]}}),
     (
         {"corpora": {"sources": {"de": {"path": "/data/de.jsonl"}}}},
-        lambda spec: spec.corpora.sources["de"].path,
-        ["/data/de.jsonl"],
+        {"corpora": {"sources": {"de": {"path": ["/data/de.jsonl"]}}}},
     ),
 ]
 
 
-@pytest.mark.parametrize(("changes", "read", "expected"), SHORTHANDS, ids=[str(c) for c, _, _ in SHORTHANDS])
-def test_shorthands_mean_the_long_form(changes: dict[str, Any], read: Callable[[Spec], Any], expected: Any) -> None:
-    assert read(spec_of(**changes)) == expected
+@pytest.mark.parametrize(("changes", "expected"), SHORTHANDS)
+def test_shorthands_mean_the_long_form(changes: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert holds(spec_of(**changes).document(), expected)
 
 
 def test_dimensions_keep_their_fixed_order_however_they_are_written() -> None:
     spec = spec_of(dimensions={"task": "qa", "domain": "medical", "language": ["fr", "de"]})
-    assert list(spec.dimensions.chosen.items()) == [
-        ("language", ["fr", "de"]),
-        ("domain", ["medical"]),
-        ("task", ["qa"]),
-    ]
+    assert list(spec.dimensions.chosen.values()) == [["fr", "de"], ["medical"], ["qa"]]
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -311,109 +230,72 @@ def test_relative_paths_are_relative_to_the_spec_and_not_to_the_working_director
     (tmp_path / "models" / "mine").mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    data = {
-        **MINIMAL,
-        "base": "../models/mine",
-        "corpora": {
-            "catalogue": "../catalogue",
-            "sources": {
-                "de": {"path": ["a.jsonl", "/abs/b.jsonl"], "evaluation": "../e.jsonl", "questions": "q.jsonl"}
-            },
-        },
-    }
+    source = {"path": ["a.jsonl", "/abs/b.jsonl"], "evaluation": "../e.jsonl", "questions": "q.jsonl"}
+    corpora = {"catalogue": "../catalogue", "sources": {"de": source}}
+    data = {**MINIMAL, "base": "../models/mine", "corpora": corpora}
     spec = load_spec(write_spec(tmp_path / "specs" / "my.yaml", data))
     assert spec.base.model == str(tmp_path / "models" / "mine")
     assert spec.corpora.catalogue == str(tmp_path / "catalogue")
-    source = spec.corpora.sources["de"]
-    assert source.path == [str(tmp_path / "specs" / "a.jsonl"), "/abs/b.jsonl"]
-    assert source.evaluation == [str(tmp_path / "e.jsonl")]
-    assert source.questions == str(tmp_path / "specs" / "q.jsonl")
+    read = spec.corpora.sources["de"]
+    assert read.path == [str(tmp_path / "specs" / "a.jsonl"), "/abs/b.jsonl"]
+    assert read.evaluation == [str(tmp_path / "e.jsonl")]
+    assert read.questions == str(tmp_path / "specs" / "q.jsonl")
 
 
 @pytest.mark.parametrize(
     ("base", "absolute"),
-    [("./mine", True), ("../mine", True), ("weights.gguf", True), ("owner/model", False), ("bundled-name", False)],
+    [("../mine", True), ("weights.gguf", True), ("there/is", True), ("owner/model", False), ("bundled-name", False)],
 )
-def test_a_base_that_is_no_path_stays_a_name(base: str, absolute: bool, tmp_path: Path) -> None:
+def test_a_base_is_a_path_if_it_looks_like_one_or_is_there(base: str, absolute: bool, tmp_path: Path) -> None:
+    (tmp_path / "there" / "is").mkdir(parents=True)
     spec = parse_spec({**MINIMAL, "base": base}, "my.yaml", tmp_path)
     assert spec.base.model == (str((tmp_path / base).resolve()) if absolute else base)
-
-
-def test_a_base_that_looks_like_a_hub_id_and_exists_as_a_folder_is_the_folder(tmp_path: Path) -> None:
-    (tmp_path / "owner" / "model").mkdir(parents=True)
-    assert parse_spec(MINIMAL, "my.yaml", tmp_path).base.model == str(tmp_path / "owner" / "model")
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         (b"name: [unclosed", "not valid YAML"),
-        (b"- a\n- b\n", "a spec is a mapping"),
         (b"", "a spec is a mapping"),
         (b"name: \xff\xfe", "cannot be read"),
+        (None, "no such file"),
     ],
 )
-def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path: Path, content: bytes, words: str) -> None:
+def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path: Path, content: bytes | None, words: str) -> None:
     path = tmp_path / "my.yaml"
-    path.write_bytes(content)
+    if content is not None:
+        path.write_bytes(content)
     with pytest.raises(SpecError) as caught:
         load_spec(path)
     assert str(path) in str(caught.value)
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["absent.yaml", "folder.yaml"])
-def test_a_spec_that_cannot_be_opened_is_refused_by_name(tmp_path: Path, name: str) -> None:
-    (tmp_path / "folder.yaml").mkdir()
-    with pytest.raises(SpecError, match=name):
-        load_spec(tmp_path / name)
-
-
 # --- overrides ------------------------------------------------------------------------------------------------------
-
-OVERRIDES: list[tuple[dict[str, Any], dict[str, Any], Callable[[Spec], Any], Any]] = [
-    ({}, {"budget.ffn": 0.5}, lambda spec: spec.budget.ffn, 0.5),
-    ({}, {"calibration.documents": 4}, lambda spec: spec.calibration.documents, 4),
-    ({}, {"compose.fusion.lambda": 0.125}, lambda spec: spec.compose.fusion.lambda_, 0.125),
-    ({}, {"name": "other"}, lambda spec: spec.name, "other"),
-    ({}, {"dimensions.task": ["qa"]}, lambda spec: spec.dimensions.chosen, {"language": ["de"], "task": ["qa"]}),
-    ({}, {"base.dtype": "float32"}, lambda spec: (spec.base.model, spec.base.dtype), ("owner/model", "float32")),
-    (
-        {"relevance": "magnitude"},
-        {"relevance.seed": 9},
-        lambda spec: (spec.relevance.criterion, spec.relevance.seed),
-        ("magnitude", 9),
-    ),
-    (
-        {"compensation": "least_squares"},
-        {"compensation.damping": 0.5},
-        lambda spec: (spec.compensation.method, spec.compensation.damping),
-        ("least_squares", 0.5),
-    ),
-    (
-        {"corpora": "/data/mine"},
-        {"corpora.sources.de.path": "/data/de.txt"},
-        lambda spec: (spec.corpora.catalogue, spec.corpora.sources["de"].path),
-        ("/data/mine", ["/data/de.txt"]),
-    ),
-    ({"relevance": "magnitude"}, {"relevance": "random"}, lambda spec: spec.relevance.criterion, "random"),
-    (
-        {},
-        {"evaluate.enabled": False, "budget.multiple_of": 2},
-        lambda spec: (spec.evaluate.enabled, spec.budget.multiple_of),
-        (False, 2),
-    ),
-]
 
 
 @pytest.mark.parametrize(
-    ("changes", "overrides", "read", "expected"), OVERRIDES, ids=[str(o) for _, o, _, _ in OVERRIDES]
+    ("changes", "overrides", "expected"),
+    [
+        ({}, {"compose.fusion.lambda": 0.125, "name": "b"}, {"compose": {"fusion": {"lambda": 0.125}}, "name": "b"}),
+        ({}, {"dimensions.task": ["qa"]}, {"dimensions": {"language": ["de"], "task": ["qa"]}}),
+        ({}, {"base.dtype": "float32"}, {"base": {"model": "owner/model", "dtype": "float32"}}),
+        ({"relevance": "taylor"}, {"relevance.seed": 9}, {"relevance": {"criterion": "taylor", "seed": 9}}),
+        ({"relevance": "taylor"}, {"relevance": "random"}, {"relevance": {"criterion": "random"}}),
+        (
+            {"corpora": "/data/mine"},
+            {"corpora.sources.de.path": "/data/de.txt"},
+            {"corpora": {"catalogue": "/data/mine", "sources": {"de": {"path": ["/data/de.txt"]}}}},
+        ),
+    ],
 )
 def test_overrides_change_one_key_and_keep_what_stands_beside_it(
-    tmp_path: Path, changes: dict[str, Any], overrides: dict[str, Any], read: Callable[[Spec], Any], expected: Any
+    changes: dict[str, Any], overrides: dict[str, Any], expected: dict[str, Any]
 ) -> None:
-    path = write_spec(tmp_path / "my.yaml", {**MINIMAL, **changes})
-    assert read(load_spec(path, overrides)) == expected
+    data = {**copy.deepcopy(MINIMAL), **changes}
+    before = copy.deepcopy(data)
+    assert holds(parse_spec(data, "my.yaml", Path("/nowhere"), overrides).document(), expected)
+    assert data == before
 
 
 def test_an_override_is_checked_like_the_file(tmp_path: Path) -> None:
@@ -422,12 +304,6 @@ def test_an_override_is_checked_like_the_file(tmp_path: Path) -> None:
         load_spec(path, {"budget.fnn": 0.5, "compose.scale": "most"})
     assert len(caught.value.problems) == 2
     assert any("'budget.fnn'; did you mean 'ffn'?" in problem for problem in caught.value.problems)
-
-
-def test_overrides_leave_the_callers_data_alone() -> None:
-    data = copy.deepcopy(MINIMAL)
-    parse_spec(data, "my.yaml", Path("/nowhere"), {"budget.ffn": 0.5, "base.dtype": "float32"})
-    assert data == MINIMAL
 
 
 # --- round trip and schema ------------------------------------------------------------------------------------------
@@ -442,50 +318,18 @@ def test_the_document_of_a_spec_gives_the_same_spec_back_through_yaml(data: dict
     assert again.document() == spec.document()
 
 
-def test_the_document_of_a_full_spec_holds_what_was_written() -> None:
-    document = parse_spec(copy.deepcopy(FULL), "my.yaml", Path("/nowhere")).document()
-
-    def check(written: Any, found: Any, key: str) -> None:
-        if isinstance(written, dict):
-            for name, value in written.items():
-                check(value, found[name], f"{key}.{name}")
-        else:
-            assert found == written, key
-
-    check(FULL, document, "spec")
-
-
 def schema_problems(data: Any) -> list[str]:
     schema = Spec.model_json_schema(by_alias=True)
     jsonschema.Draft202012Validator.check_schema(schema)
     return [error.json_path for error in jsonschema.Draft202012Validator(schema).iter_errors(data)]
 
 
-@pytest.mark.parametrize("path", sorted(shipped("profiles").glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_json_schema_accepts_every_shipped_spec_as_it_is_written(path: Path) -> None:
-    assert schema_problems(yaml.safe_load(path.read_text(encoding="utf-8"))) == []
-
-
-def test_the_json_schema_accepts_a_document_with_everything_written_out() -> None:
-    assert schema_problems(FULL) == []
-    assert schema_problems(parse_spec(copy.deepcopy(FULL), "my.yaml", Path("/nowhere")).document()) == []
-
-
-@pytest.mark.parametrize("changes", [changes for changes, _, _ in SHORTHANDS], ids=str)
-def test_the_json_schema_accepts_the_shorthands_that_a_spec_accepts(changes: dict[str, Any]) -> None:
-    assert schema_problems({**FULL, **changes}) == []
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        *(changes for changes, _, _ in UNKNOWN),
-        {"budget": {"ffn": 1.5}},
-        {"budget": {"ffn": -1}},
-        {"compose": {"scale": "most"}},
-        {"calibration": {"documents": 0}},
-    ],
-    ids=str,
-)
-def test_the_json_schema_refuses_what_a_spec_refuses(changes: dict[str, Any]) -> None:
-    assert schema_problems({**FULL, **changes}) != []
+def test_the_json_schema_accepts_what_a_spec_accepts_and_refuses_what_it_refuses() -> None:
+    document = spec_of(**FULL).document()
+    assert holds(document, FULL)
+    shipped_specs = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in shipped("profiles").glob("*.yaml")]
+    for data in (FULL, document, *shipped_specs, *({**FULL, **changes} for changes, _ in SHORTHANDS)):
+        assert schema_problems(data) == [], data
+    limits = ({"budget": {"ffn": 1.5}}, {"compose": {"scale": "most"}}, {"calibration": {"documents": 0}})
+    for changes in (*limits, *(changes for changes, _, _ in UNKNOWN)):
+        assert schema_problems({**FULL, **changes}), changes

@@ -7,14 +7,12 @@ from typing import Any
 
 import pytest
 import yaml
-from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import expertprune
 from expertprune.artifacts.expert import Expert
 from expertprune.artifacts.plan import BaseReference, Parameters, Plan, RetentionFound, StructureBudget
-from expertprune.cli import main
 from expertprune.corpora.documents import Corpus, Document
 from expertprune.errors import PlanError, SpecError
 from expertprune.evaluation.documents import score_documents
@@ -27,6 +25,7 @@ from expertprune.stages import floor as retaining
 from expertprune.stages.compose import plan_of
 from expertprune.stages.floor import Kept, budgets_to_try, measure, plan_by_retention
 from expertprune.stages.validate import Prepared, validation_documents
+from tests.calling import call
 from tests.patching import everywhere
 
 CORPORA = ["language/en", "domain/medical", "task/qa", "general/general"]
@@ -59,7 +58,6 @@ def kept_of(expert: float, general: float | None = None) -> Kept:
         ({"language/en": 0.99, "domain/law": 0.949, "general/g": 0.99}, {"expert": 0.95}, False),
         ({"language/en": 0.5, "general/g": 0.9, "general/h": 0.8}, {"general": 0.8}, True),
         ({"language/en": 0.5, "general/g": 0.9, "general/h": 0.79}, {"general": 0.8}, False),
-        ({"language/en": 0.9, "general/g": 0.79}, {"expert": 0.9, "general": 0.8}, False),
         ({"language/en": 0.89, "general/g": 0.8}, {"expert": 0.9, "general": 0.8}, False),
         ({"language/en": 0.9, "general/g": 0.8}, {"expert": 0.9, "general": 0.8}, True),
         ({"language/en": 0.9}, {"general": 1.0}, True),  # there is no general corpus that could lose anything
@@ -86,9 +84,7 @@ def test_budgets_are_legal_steps_apart(prepared: Prepared, allocation: str, laye
 
 
 @given(
-    losses=st.lists(st.floats(0, 0.2), min_size=7, max_size=7),
-    reachable=st.integers(1, 7),
-    expert=st.floats(0.3, 1),
+    losses=st.lists(st.floats(0, 0.2), min_size=7, max_size=7), reachable=st.integers(1, 7), expert=st.floats(0.3, 1)
 )
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_bisection_finds_what_trying_every_budget_finds(
@@ -140,7 +136,7 @@ def fake_measure(monkeypatch: pytest.MonkeyPatch, keeps: Any) -> list[int]:
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
-@pytest.mark.parametrize("steps", [1, 3, 5])
+@pytest.mark.parametrize("steps", [1, 5])
 def test_the_expert_that_is_measured_is_the_one_that_is_planned(
     prepared: Prepared, monkeypatch: pytest.MonkeyPatch, steps: int, allocation: str
 ) -> None:
@@ -159,12 +155,6 @@ def test_the_expert_that_is_measured_is_the_one_that_is_planned(
         assert [len(kept.ffn) for kept in plan.kept] == [32 - 4 * steps] * 3
 
 
-def test_a_floor_that_every_cut_holds_gives_the_largest(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_measure(monkeypatch, lambda size: 1.0)
-    plan = plan_of(prepared, silent)
-    assert [len(kept.ffn) for kept in plan.kept] == [4] * 3
-
-
 def test_a_floor_that_no_cut_holds_names_the_best_and_writes_nothing(
     retaining_spec: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,34 +163,23 @@ def test_a_floor_that_no_cut_holds_names_the_best_and_writes_nothing(
     path.write_text(yaml.safe_dump(retaining_spec))
     for command, out in (("compose", "plan.json"), ("build", "expert")):
         sizes.clear()
-        result = CliRunner().invoke(main, [command, str(path), "--out", str(tmp_path / out)])
-        assert result.exit_code == 2, result.output
+        message = call(command, path, "--out", tmp_path / out, code=2).stderr
         assert len(sizes) == 1, "where the smallest cut fails, no larger one is tried"
-        best = 0.7 + 1e-6 * (sizes[0] % 7)
-        assert "budget.retention: no cut keeps expert 0.9; the smallest, 0.0" in result.stderr
-        assert f"keeps expert {best:.4f}" in result.stderr
-        assert not (tmp_path / out).exists()
-    assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith((".", "expert"))] == []
+        assert "budget.retention: no cut keeps expert 0.9; the smallest, 0.0" in message
+        assert f"keeps expert {0.7 + 1e-6 * (sizes[0] % 7):.4f}" in message
+    assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith((".", "expert", "plan"))] == []
 
 
-def test_inspect_says_what_is_kept_of_the_text_that_was_held_back(
-    retaining_spec: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake_measure(monkeypatch, lambda size: 0.9375)
-    path, plan = tmp_path / "tiny.yaml", tmp_path / "plan.json"
-    path.write_text(yaml.safe_dump(retaining_spec))
-    assert CliRunner().invoke(main, ["compose", str(path), "--out", str(plan)]).exit_code == 0
-    result = CliRunner().invoke(main, ["inspect", str(plan)])
-    assert result.exit_code == 0, result.output
-    assert "kept of held-back text" in result.output
-    for name in CORPORA:
-        assert f"{name} {0.9375 if name == 'domain/medical' else 1:.4f}" in " ".join(result.output.split())
-
-
-def test_no_width_to_try_is_said(retaining_spec: dict[str, Any], tmp_path: Path) -> None:
+def test_what_cannot_be_tried_is_said(retaining_spec: dict[str, Any], tmp_path: Path) -> None:
     spec = parse_spec(retaining_spec, "spec", tmp_path, {"budget.multiple_of": 64})
     with pytest.raises(PlanError, match=r"there is no smaller width to try; lower budget\.multiple_of"):
         expertprune.compose(spec)
+    path = Path(retaining_spec["corpora"]["sources"]["medical"]["path"])
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+    with pytest.raises(
+        SpecError, match=r"domain/medical: budget\.retention holds documents back, and there is only one"
+    ):
+        expertprune.validate(spec)
 
 
 def test_the_plan_of_a_floor_can_be_pruned(retaining_spec: dict[str, Any], tmp_path: Path) -> None:
@@ -209,6 +188,7 @@ def test_the_plan_of_a_floor_can_be_pruned(retaining_spec: dict[str, Any], tmp_p
     plan = expertprune.compose(spec)
     plan.save(tmp_path / "plan.json")
     assert all(value >= 0.01 for value in plan.budget["ffn"].requested.found.values())
+    assert "kept of held-back text" in call("inspect", tmp_path / "plan.json").output
     out = expertprune.prune(tmp_path / "plan.json", tmp_path / "expert")
     assert Expert.load(out).plan.parameters == plan.parameters
 
@@ -235,16 +215,15 @@ def test_documents_that_are_held_back_calibrate_nothing(
     prepared = expertprune.validate(parse_spec(retaining_spec, "spec", tmp_path))
     profiled: dict[str, set[str]] = {}
     repaired: list[tuple[int, ...]] = []
-    original, prune = measure_corpus, prune_base
 
     def profiling(text: Any, part: Any, path: Path, about: Any, *rest: Any) -> Any:
         profiled[about["corpus"]] = set(about["documents"])
-        return original(text, part, path, about, *rest)
+        return measure_corpus(text, part, path, about, *rest)
 
     def pruning(plan: Plan, base: Any, folder: Path, repair_input: Any) -> None:
         for batch in repair_input.batches:
             repaired.extend(tuple(row[:n].tolist()) for row, n in zip(batch.ids, batch.lengths, strict=True))
-        prune(plan, base, folder, repair_input)
+        prune_base(plan, base, folder, repair_input)
 
     everywhere(monkeypatch, "expertprune.profiling.store.measure", profiling)
     everywhere(monkeypatch, "expertprune.pruning.write.prune", pruning)
@@ -272,13 +251,3 @@ def test_the_measure_reads_what_was_held_back(prepared: Prepared, monkeypatch: p
     kept = measure(prepared, prepared.running.model)
     assert dict(kept.corpora) == dict.fromkeys(CORPORA, 1.0)
     assert asked == [validation_documents(corpus) for corpus in prepared.corpora.values()]
-
-
-def test_a_corpus_of_one_document_has_none_to_hold_back(retaining_spec: dict[str, Any], tmp_path: Path) -> None:
-    path = Path(retaining_spec["corpora"]["sources"]["medical"]["path"])
-    path.write_text(path.read_text().splitlines(keepends=True)[0])
-    with pytest.raises(SpecError) as error:
-        expertprune.validate(parse_spec(retaining_spec, "spec", tmp_path))
-    assert error.value.problems == [
-        "corpus domain/medical: budget.retention holds documents back, and there is only one"
-    ]

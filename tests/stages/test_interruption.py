@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from click.testing import CliRunner
 
 from expertprune.artifacts.profile import FORWARD, Profile, ProfilePart
-from expertprune.cli import main
-from expertprune.profiling.store import measure
+from tests.calling import call
 from tests.patching import everywhere
-from tests.processes import PLACES, Finished, server
+from tests.processes import Finished, server
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGKILL]
 # Profiles that are stored when a child is held: the second is not in its place yet, and later stages have all four.
 STORED = {"profile": 1, "prune": 4, "evaluate": 4}
 UNEVALUATED = ["--set", "evaluate.enabled=false"]
 
-every_signal = pytest.mark.parametrize("sent", SIGNALS, ids=lambda sent: sent.name)
-
-
-@pytest.fixture(autouse=True)
-def restored_signals() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
+terminated = pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL], ids=lambda sent: sent.name)
 
 
 @pytest.fixture
@@ -37,13 +26,6 @@ def spec_file(tmp_path: Path, spec_data: dict[str, Any]) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(spec_data))
     return path
-
-
-@pytest.fixture
-def place_for_experts(tmp_path: Path) -> Path:
-    folder = tmp_path / "experts"
-    folder.mkdir()
-    return folder
 
 
 def names(folder: Path) -> set[str]:
@@ -65,32 +47,23 @@ def check_end(finished: Finished, sent: signal.Signals) -> None:
         assert "interrupted" in finished.stderr
 
 
-def finish(*arguments: Any) -> None:
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    assert result.exit_code == 0, result.output
-
-
-@every_signal
-@pytest.mark.parametrize("place", list(PLACES))
+@pytest.mark.parametrize(
+    ("place", "sent"),
+    [("profile", signal.SIGINT), ("profile", signal.SIGKILL), ("prune", signal.SIGTERM), ("prune", signal.SIGKILL),
+     ("evaluate", signal.SIGINT)],
+)  # fmt: skip
 def test_an_interrupted_build_leaves_no_expert_and_the_next_one_reuses_its_profiles(
-    place_for_experts: Path,
-    spec_file: Path,
-    store: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    place: str,
-    sent: signal.Signals,
-) -> None:
-    out = place_for_experts / "expert"
+    tmp_path: Path, spec_file: Path, store: Path, monkeypatch: pytest.MonkeyPatch, place: str, sent: signal.Signals
+) -> None:  # fmt: skip
+    out = tmp_path / "experts" / "expert"
     check_end(server().run("build", spec_file, "--out", out, hold=place, send=sent), sent)
     assert not out.exists()
     if sent is not signal.SIGKILL:
-        assert names(place_for_experts) == set()
-
+        assert names(out.parent) == set()
     stored = sorted((store / "profiles").glob("[!.]*"))
     assert len(stored) == STORED[place]
     assert all(Profile(path).digest == path.stem for path in stored)
     before = {path: (path.stat().st_ino, path.read_bytes()) for path in stored}
-
     profiled = []
 
     def counting(text: Any, part: ProfilePart, path: Path, about: Any, *rest: Any) -> Profile:
@@ -98,80 +71,64 @@ def test_an_interrupted_build_leaves_no_expert_and_the_next_one_reuses_its_profi
             profiled.append(about["corpus"])
         return original(text, part, path, about, *rest)
 
-    original = measure
-    everywhere(monkeypatch, "expertprune.profiling.store.measure", counting)
-    finish("build", spec_file, "--out", out, *UNEVALUATED)
+    original = everywhere(monkeypatch, "expertprune.profiling.store.measure", counting)
+    call("build", spec_file, "--out", out, *UNEVALUATED)
     assert len(profiled) == 4 - STORED[place]
     assert {path: (path.stat().st_ino, path.read_bytes()) for path in stored} == before
-    assert names(place_for_experts) == {"expert"}
+    assert names(out.parent) == {"expert"}
 
 
-def test_the_build_after_a_killed_one_gives_what_an_undisturbed_one_gives(
-    place_for_experts: Path, spec_file: Path
-) -> None:
-    out, undisturbed = place_for_experts / "expert", place_for_experts / "undisturbed"
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_half_written_profile_is_never_taken_for_one(spec_file: Path, store: Path, sent: signal.Signals) -> None:
+    """A killed run leaves it, and the next removes it."""
+    check_end(server().run("profile", spec_file, hold="profile", send=sent), sent)
+    left = [name for name in names(store / "profiles") if name.startswith(".")]
+    assert [name.endswith(".partial") for name in left] == [True] * (sent is signal.SIGKILL)
+    call("profile", spec_file)
+    assert len(names(store / "profiles")) == 4
+    assert not [name for name in names(store / "profiles") if name.startswith(".")]
+
+
+def test_a_build_after_a_killed_one_gives_what_an_undisturbed_one_gives(tmp_path: Path, spec_file: Path) -> None:
+    out, undisturbed = tmp_path / "expert", tmp_path / "undisturbed"
     server().run("build", spec_file, "--out", out, hold="prune", send=signal.SIGKILL)
-    finish("build", spec_file, "--out", out)
-    finish("build", spec_file, "--out", undisturbed)
+    call("build", spec_file, "--out", out)
+    call("build", spec_file, "--out", undisturbed)
     assert contents(out) == contents(undisturbed)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda sent: sent.name)
-def test_an_interrupted_profile_is_not_left_in_the_store(spec_file: Path, store: Path, sent: signal.Signals) -> None:
-    check_end(server().run("profile", spec_file, hold="profile", send=sent), sent)
-    assert all(not name.startswith(".") for name in names(store / "profiles"))
-
-
-def test_a_half_written_profile_of_a_killed_run_is_removed_by_the_next(spec_file: Path, store: Path) -> None:
-    check_end(server().run("profile", spec_file, hold="profile", send=signal.SIGKILL), signal.SIGKILL)
-    finish("profile", spec_file)
-    assert len(names(store / "profiles")) == 4
-
-
-def test_a_half_written_profile_of_a_killed_run_is_never_taken_for_one(spec_file: Path, store: Path) -> None:
-    check_end(server().run("profile", spec_file, hold="profile", send=signal.SIGKILL), signal.SIGKILL)
-    (leftover,) = (name for name in names(store / "profiles") if name.startswith("."))
-    assert leftover.endswith(".partial")
-    finish("profile", spec_file)
-    assert len({name for name in names(store / "profiles") if not name.startswith(".")}) == 4
-
-
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL], ids=lambda sent: sent.name)
-def test_an_interrupted_overwrite_keeps_the_old_expert(
-    place_for_experts: Path, spec_file: Path, sent: signal.Signals
-) -> None:
-    out = place_for_experts / "expert"
-    finish("build", spec_file, "--out", out, "--set", "budget.ffn=0.5", *UNEVALUATED)
+@terminated
+def test_an_interrupted_overwrite_keeps_the_old_expert(tmp_path: Path, spec_file: Path, sent: signal.Signals) -> None:
+    out = tmp_path / "experts" / "expert"
+    call("build", spec_file, "--out", out, "--set", "budget.ffn=0.5", *UNEVALUATED)
     old = contents(out)
     check_end(server().run("build", spec_file, "--out", out, "--overwrite", hold="evaluate", send=sent), sent)
     assert contents(out) == old
-    finish("build", spec_file, "--out", out, "--overwrite", *UNEVALUATED)
-    assert names(place_for_experts) == {"expert"}
+    call("build", spec_file, "--out", out, "--overwrite", *UNEVALUATED)
+    assert names(out.parent) == {"expert"}
     assert contents(out) != old
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL], ids=lambda sent: sent.name)
+@terminated
 def test_an_interrupted_evaluation_leaves_the_expert_as_it_was(
-    place_for_experts: Path, spec_file: Path, sent: signal.Signals
+    tmp_path: Path, spec_file: Path, sent: signal.Signals
 ) -> None:
-    out = place_for_experts / "expert"
-    finish("build", spec_file, "--out", out, *UNEVALUATED)
+    out = tmp_path / "experts" / "expert"
+    call("build", spec_file, "--out", out, *UNEVALUATED)
     old = contents(out)
     check_end(server().run("evaluate", out, hold="evaluate", send=sent), sent)
     assert contents(out) == old
-    finish("evaluate", out)
+    call("evaluate", out)
     new = contents(out)
     assert {name for name in new if new[name] != old.get(name)} == {"expertprune.json", "README.md"}
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL], ids=lambda sent: sent.name)
-def test_an_interrupted_prune_leaves_no_expert(
-    tmp_path: Path, place_for_experts: Path, spec_file: Path, sent: signal.Signals
-) -> None:
-    out, plan = place_for_experts / "expert", tmp_path / "plan.json"
-    finish("compose", spec_file, "--out", plan)
+@terminated
+def test_an_interrupted_prune_leaves_no_expert(tmp_path: Path, spec_file: Path, sent: signal.Signals) -> None:
+    out, plan = tmp_path / "experts" / "expert", tmp_path / "plan.json"
+    call("compose", spec_file, "--out", plan)
     check_end(server().run("prune", plan, "--out", out, hold="prune", send=sent), sent)
     assert not out.exists()
-    finish("prune", plan, "--out", out)
-    assert names(place_for_experts) == {"expert"}
+    call("prune", plan, "--out", out)
+    assert names(out.parent) == {"expert"}
     assert not (out / ".repair").exists()

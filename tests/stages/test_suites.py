@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 import expertprune
 from expertprune.artifacts.expert import Expert
-from expertprune.cli import main
 from expertprune.corpora.documents import Question
 from expertprune.errors import SpecError
 from expertprune.evaluation.harness import models, stored, tasks
@@ -25,37 +26,38 @@ from expertprune.evaluation.suites import load_suite
 from expertprune.models.loading import load_model, load_tokenizer
 from expertprune.spec.reading import parse_spec
 from expertprune.stages import suites as measuring
-from tests.patching import everywhere
-from tests.tiny import WORDS, write_corpus
+from tests.calling import call
+from tests.experts import about, write_sources
+from tests.tiny import WORDS
 from tests.vocabularies import save_worded, worded_spec
 
 pytest.importorskip("lm_eval")
 
 CHOOSE = {"file": "tasks/choose.yaml"}
 CHOICE = """
-task: {name}
+task: choose
 dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
+dataset_kwargs: {data_files: {test: ../questions.jsonl}}
 test_split: test
 output_type: multiple_choice
-doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
+doc_to_text: "Question: {{question}}\\nAnswer:"
 doc_to_choice: choices
 doc_to_target: answer
 metric_list:
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
-  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
 """
 GENERATE = """
-task: {name}
+task: say
 dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
+dataset_kwargs: {data_files: {test: ../generate.jsonl}}
 test_split: test
 output_type: generate_until
-doc_to_text: "{{{{question}}}}"
+doc_to_text: "{{question}}"
 doc_to_target: right
-generation_kwargs: {{until: ["."], do_sample: false, max_gen_toks: 3}}
-filter_list: [{{name: first-word, filter: [{{function: regex, regex_pattern: "(\\\\S+)"}}, {{function: take_first}}]}}]
-metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+generation_kwargs: {until: ["."], do_sample: false, max_gen_toks: 3}
+filter_list: [{name: first-word, filter: [{function: regex, regex_pattern: "(\\\\S+)"}, {function: take_first}]}]
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 """
 
 
@@ -78,7 +80,7 @@ class Workplace:
         expertprune.build(folder / "spec.yaml", self.expert, {"evaluate.enabled": False}, store=store)
         rows = [{"question": q.question, "choices": q.choices, "answer": q.answer} for q in some_questions()]
         self.data("questions.jsonl", rows)
-        self.text("tasks/choose.yaml", CHOICE.format(name="choose", data="../questions.jsonl"))
+        self.text("tasks/choose.yaml", CHOICE)
 
     def data(self, name: str, rows: list[dict[str, Any]]) -> None:
         self.text(name, "".join(json.dumps(row) + "\n" for row in rows))
@@ -93,10 +95,7 @@ class Workplace:
         return self.text(f"{name}.yaml", yaml.safe_dump({"name": name, **keys}))
 
     def run(self, *args: Any, code: int = 0) -> Result:
-        result = CliRunner().invoke(main, ["evaluate", *map(str, (self.expert, "--store", self.store, *args))])
-        assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
-        assert "Traceback" not in result.output
-        return result
+        return call("evaluate", self.expert, "--store", self.store, *args, code=code)
 
     def refused(self, *args: Any) -> str:
         """The message of a command that fails and leaves the folder as it was."""
@@ -106,9 +105,8 @@ class Workplace:
         return message
 
     def evaluation(self) -> dict[str, Any]:
-        about = json.loads((self.expert / "expertprune.json").read_text())
-        assert isinstance(about["evaluation"], dict)
-        return about["evaluation"]
+        found: dict[str, Any] = about(self.expert)["evaluation"]
+        return found
 
     def models(self) -> tuple[Any, Any]:
         base = Expert.load(self.expert).local_base(self.store).model
@@ -117,21 +115,12 @@ class Workplace:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, spec_data: dict[str, Any], store: Path, restored: None) -> Workplace:
+def workplace(tmp_path: Path, spec_data: dict[str, Any], store: Path) -> Workplace:
     return Workplace(tmp_path, spec_data, store)
 
 
-@pytest.fixture
-def restored() -> Iterator[None]:
-    """A command in the main thread changes how the process is terminated."""
-    import signal
-
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
-# --- what is measured -------------------------------------------------------------------------------------------------
+def kept(numbers: dict[str, Any]) -> list[float]:
+    return [numbers[key] for key in ("retention", "low", "high")]
 
 
 def test_a_task_with_choices_is_scored_as_our_own_questions_are(workplace: Workplace) -> None:
@@ -147,17 +136,14 @@ def test_a_task_with_choices_is_scored_as_our_own_questions_are(workplace: Workp
     assert entry["retention"] == (
         pytest.approx((expert.mean() - 0.25) / (base.mean() - 0.25)) if base.mean() > 0.25 else None
     )
-    assert entry["gained"] == sum(b < e for b, e in zip(base, expert, strict=True))
-    assert entry["lost"] == sum(b > e for b, e in zip(base, expert, strict=True))
-    assert {key: entry[key] for key in ("suite", "group", "backend", "examples", "metric", "chance")} == {
-        "suite": "mine", "group": "expert", "backend": "hf", "examples": 24, "metric": "acc_norm", "chance": 0.25
-    }  # fmt: skip
+    assert (entry["gained"], entry["lost"]) == ((base < expert).sum(), (base > expert).sum())
+    assert entry.items() >= {"suite": "mine", "group": "expert", "backend": "hf", "examples": 24, "metric": "acc_norm",
+                             "chance": 0.25}.items()  # fmt: skip
     assert {group: list(averages) for group, averages in shown["summary"].items()} == {"expert": ["accuracy"]}
     assert shown["settings"]["suites"] == {"mine": load_suite(suite).digest}
 
 
 def test_generated_answers_are_extracted_matched_and_compared_with_the_bases(workplace: Workplace) -> None:
-    base, expert = workplace.models()
     tokenizer = load_tokenizer(workplace.expert)
 
     def answer(model: Any, prompt: str) -> str:
@@ -172,19 +158,20 @@ def test_generated_answers_are_extracted_matched_and_compared_with_the_bases(wor
         return words[0] if words else "[invalid]"
 
     prompts = [question.question for question in some_questions(12)]
-    mine, theirs = ([answer(model, prompt) for prompt in prompts] for model in (base, expert))
-    right = [*mine[:6], *theirs[6:]]  # so that both have some right
+    mine, theirs = (np.array([answer(model, prompt) for prompt in prompts]) for model in workplace.models())
+    right = [*mine[:6].tolist(), *theirs[6:].tolist()]  # so that both have some right
     rows = [{"question": q, "right": r} for q, r in zip(prompts, right, strict=True)]
     workplace.data("generate.jsonl", rows)
-    workplace.text("tasks/say.yaml", GENERATE.format(name="say", data="../generate.jsonl"))
+    workplace.text("tasks/say.yaml", GENERATE)
     suite = workplace.suite(group="general", generation=[{"file": "tasks/say.yaml"}])
     workplace.run("--suite", suite)
     entry = workplace.evaluation()["generation"]["say"]
-    hits = [[a == r for a, r in zip(answers, right, strict=True)] for answers in (mine, theirs)]
-    assert (entry["base"], entry["expert"]) == (sum(hits[0]) / 12, sum(hits[1]) / 12)
-    assert entry["agreement"] == pytest.approx(sum(a == b for a, b in zip(mine, theirs, strict=True)) / 12)
+    base, expert = (float((answers == right).mean()) for answers in (mine, theirs))
+    assert (entry["base"], entry["expert"], entry["agreement"]) == pytest.approx(
+        (base, expert, (mine == theirs).mean())
+    )
     assert (entry["chance"], entry["metric"], entry["group"]) == (None, "exact_match", "general")
-    assert entry["retention"] == pytest.approx(sum(hits[1]) / sum(hits[0]))
+    assert entry["retention"] == pytest.approx(expert / base)
 
 
 def test_perplexity_and_alignment_of_the_named_corpora(workplace: Workplace) -> None:
@@ -199,19 +186,10 @@ def test_perplexity_and_alignment_of_the_named_corpora(workplace: Workplace) -> 
     assert list(found["alignment"]) == ["domain medical", "general general"]
     assert all(len(entry["layers"]) == 3 and 0 < entry["cosine"] < 1 for entry in found["alignment"].values())
     for group, name in (("expert", "domain/medical"), ("general", "general/general")):
-        numbers = found["summary"][group]["bits"]
-        bits = found["corpora"][name]["metrics"]["bits_per_byte"]
-        assert numbers["metrics"] == [f"{name} bits_per_byte"]
-        assert [numbers[key] for key in ("retention", "low", "high")] == pytest.approx(
-            [bits[key] for key in ("retention", "low", "high")]
+        assert found["summary"][group]["bits"]["metrics"] == [f"{name} bits_per_byte"]
+        assert kept(found["summary"][group]["bits"]) == pytest.approx(
+            kept(found["corpora"][name]["metrics"]["bits_per_byte"])
         )
-
-
-def test_a_corpus_that_the_spec_does_not_name_counts_as_general(workplace: Workplace) -> None:
-    suite = workplace.suite(perplexity={"corpora": ["domain/legal"]})
-    workplace.run("--suite", suite)
-    assert list(workplace.evaluation()["corpora"]) == ["general/domain/legal"]
-    assert list(workplace.evaluation()["summary"]) == ["general"]
 
 
 def test_tasks_alone_leave_what_was_said_of_corpora_and_appear_in_table_and_card(workplace: Workplace) -> None:
@@ -235,18 +213,13 @@ def test_an_expert_with_a_vocabulary_of_its_own_is_compared_by_the_byte(tmp_path
     folder = expertprune.build(parse_spec(data, "spec", tmp_path), tmp_path / "expert")
     suite = tmp_path / "mine.yaml"
     suite.write_text(yaml.safe_dump({"name": "mine", "perplexity": {"corpora": ["language/de"]}, "alignment": True}))
-    before = json.loads((folder / "expertprune.json").read_text())["evaluation"]["corpora"]["language/de"]["metrics"]
+    before = about(folder)["evaluation"]["corpora"]["language/de"]["metrics"]
     found = expertprune.evaluate_suites(folder, [str(suite)]).document()
     assert list(found["corpora"]["language/de"]["metrics"]) == ["bits_per_byte"]
     numbers = found["corpora"]["language/de"]["metrics"]["bits_per_byte"]
     assert numbers == pytest.approx(before["bits_per_byte"])
-    assert [found["summary"]["expert"]["bits"][key] for key in ("retention", "low", "high")] == pytest.approx(
-        [numbers[key] for key in ("retention", "low", "high")]
-    )
+    assert kept(found["summary"]["expert"]["bits"]) == pytest.approx(kept(numbers))
     assert found["alignment"] == {}  # other tokens have other states
-
-
-# --- the base is asked once -------------------------------------------------------------------------------------------
 
 
 def test_the_bases_answers_are_stored_and_used_until_something_changes(
@@ -286,24 +259,19 @@ def test_with_vllm_each_model_has_a_server_of_its_own_in_turn(
     running: list[str] = []
     served: list[tuple[str, str, list[str]]] = []
 
-    class Server:
-        def __init__(self, folder: Path, *, model_name: str, arguments: list[str]) -> None:
-            self.url = f"http://{model_name}"
-            served.append((str(folder), model_name, arguments))
-
-        def __enter__(self) -> Server:
-            assert running == []
-            running.append(self.url)
-            return self
-
-        def __exit__(self, *_: Any) -> None:
-            running.remove(self.url)
+    @contextlib.contextmanager
+    def server(folder: Path, *, model_name: str, arguments: list[str]) -> Iterator[SimpleNamespace]:
+        assert running == []
+        running.append(f"http://{model_name}")
+        served.append((str(folder), model_name, arguments))
+        yield SimpleNamespace(url=running[0])
+        running.clear()
 
     def answer(folder: Path, url: str, name: str, tokenizer: Any) -> Any:
         assert running == [url]
         return models.running_model(load_model(folder, torch.float32), tokenizer)
 
-    monkeypatch.setattr("expertprune.serving.server.Server", Server)
+    monkeypatch.setattr("expertprune.serving.server.Server", server)
     monkeypatch.setattr(models, "served_model", answer)
     suite = workplace.suite(tasks=[CHOOSE])
     workplace.run("--suite", suite)
@@ -311,61 +279,51 @@ def test_with_vllm_each_model_has_a_server_of_its_own_in_turn(
     workplace.run("--suite", suite, "--backend", "vllm")
     assert workplace.evaluation()["tasks"]["choose"] == {**expected, "backend": "vllm"}
     base = Expert.load(workplace.expert).local_base(workplace.store).model
-    assert served == [
-        (base, "base", ["--dtype=float32"]), (str(workplace.expert), "expert", ["--dtype=float32"])
-    ]  # fmt: skip
+    places = ((base, "base"), (str(workplace.expert), "expert"))
+    assert served == [(folder, name, ["--dtype=float32"]) for folder, name in places]
     assert running == []
 
 
-# --- floors -----------------------------------------------------------------------------------------------------------
-
-
 def test_a_floor_that_is_not_held_is_named_and_exits_with_1(workplace: Workplace) -> None:
-    suite = workplace.suite(perplexity={"corpora": ["medical", "general"]})
-    held = workplace.run("--suite", suite, "--fail-under", "expert=0.01,general=0.01")
+    suite = workplace.suite(
+        perplexity={"corpora": ["medical", "domain/legal"]}, tasks=[{**CHOOSE, "group": "general", "chance": 0.99}]
+    )
+    held = workplace.run("--suite", suite, "--fail-under", "expert=0.01")
     assert "below the floor" not in held.output
     broken = workplace.run("--suite", suite, "--fail-under", "expert=0.01,general=5", code=1)
-    kept = workplace.evaluation()["summary"]["general"]["bits"]["retention"]
+    found = workplace.evaluation()
+    assert list(found["corpora"]) == ["domain/medical", "general/domain/legal"]  # the spec does not name law
+    kept = found["summary"]["general"]["bits"]["retention"]
     assert f"below the floor: general bits: retention {kept:.4f} is below 5" in broken.stderr
+    assert "below the floor: general accuracy: retention is undefined, and 5 is asked for" in broken.stderr
     assert "expert bits" not in broken.stderr
-    assert "What the expert kept" in broken.stdout
+    assert "undefined" in broken.stdout
+    assert "nan" not in broken.stdout.lower()
+    assert found["tasks"]["choose"]["note"] in (workplace.expert / "README.md").read_text()
 
 
-def test_options_that_make_no_sense(workplace: Workplace) -> None:
-    for text in ("expert", "expert=x", "exprt=0.9", "expert=0", "expert=nan"):
-        assert "--fail-under" in workplace.refused("--suite", "general", "--fail-under", text), text
+def test_what_a_task_needs_and_what_is_not_there(
+    workplace: Workplace, no_model: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = workplace.suite(tasks=[CHOOSE])
     assert "need --suite or --task" in workplace.refused("--fail-under", "expert=1")
-    assert "--corpus without --suite" in workplace.refused("--suite", "general", "--corpus", "medical")
-
-
-# --- bad input: nothing is loaded, nothing is written -----------------------------------------------------------------
-
-
-@pytest.fixture
-def refusing(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> Workplace:
-    def unexpected(*_: Any, **__: Any) -> None:
-        raise AssertionError("a model was loaded")
-
-    everywhere(monkeypatch, "expertprune.models.loading.load_model", unexpected)
-    return workplace
-
-
-def test_an_unknown_task_is_answered_with_the_nearest(refusing: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Manager:
-        all_tasks = ("hellaswag", "boolq")
-        task_index: ClassVar[dict[str, Any]] = {}
-
-    monkeypatch.setattr(tasks, "_manager", lambda everything: Manager)
-    assert "unknown task 'helaswag'; did you mean 'hellaswag'?" in refusing.refused("--task", "helaswag")
-
-
-def test_tasks_without_the_harness_name_the_extra(refusing: Workplace) -> None:
-    suite = refusing.suite(tasks=[CHOOSE])
     for missing, backend in (("lm_eval", "hf"), ("lm_eval", "vllm"), ("tenacity", "vllm")):
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(sys.modules, missing, None)
-            message = refusing.refused("--suite", suite, "--backend", backend)
+            message = workplace.refused("--suite", suite, "--backend", backend)
         assert f"{missing} is not installed: pip install 'expertprune[eval]'" in message
+    for data, message in (
+        ("", "questions.jsonl: holds no example"),
+        ("[1, 2", "task choose: its data cannot be loaded"),
+        (None, "questions.jsonl: no such file"),
+    ):
+        path = workplace.text("questions.jsonl", data or "")
+        if data is None:
+            path.unlink()
+        assert message in workplace.refused("--suite", suite)
+    manager = SimpleNamespace(all_tasks=("hellaswag", "boolq"), task_index={})
+    monkeypatch.setattr(tasks, "_manager", lambda everything: manager)
+    assert "unknown task 'helaswag'; did you mean 'hellaswag'?" in workplace.refused("--task", "helaswag")
 
 
 @pytest.mark.parametrize(
@@ -384,32 +342,23 @@ def test_tasks_without_the_harness_name_the_extra(refusing: Workplace) -> None:
          ["perplexity.corpora: general: no corpus for 'domain/medcal'"]),
         ({"tasks": [CHOOSE]}, ["--suite", "OTHER"], ["suite other: task 'choose' is in suite mine already"]),
         ({"tasks": [CHOOSE]}, ["--base", "/nowhere/at/all"], ["say where it is with --base"]),
+        ({"perplexity": {}}, ["--corpus", "medical"], ["--corpus without --suite"]),
+        *[({"perplexity": {}}, ["--fail-under", text], ["--fail-under"])
+          for text in ("expert", "expert=x", "exprt=0.9", "expert=0", "expert=nan")],
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_with_its_name(
-    refusing: Workplace, suite: dict[str, Any], arguments: list[str], messages: list[str]
+    workplace: Workplace, no_model: None, suite: dict[str, Any], arguments: list[str], messages: list[str]
 ) -> None:
-    other = refusing.suite("other", tasks=[CHOOSE])
+    other = workplace.suite("other", tasks=[CHOOSE])
     arguments = [str(other) if argument == "OTHER" else argument for argument in arguments]
-    found = refusing.refused("--suite", refusing.suite(**suite), *arguments)
+    found = workplace.refused("--suite", workplace.suite(**suite), *arguments)
     assert all(message in found for message in messages), found
 
 
-def test_a_task_without_examples_or_data(refusing: Workplace) -> None:
-    suite = refusing.suite(tasks=[CHOOSE])
-    for data, message in (
-        ("", "questions.jsonl: holds no example"),
-        ("[1, 2", "task choose: its data cannot be loaded"),
-        (None, "questions.jsonl: no such file"),
-    ):
-        (refusing.folder / "questions.jsonl").unlink() if data is None else refusing.text("questions.jsonl", data)
-        assert message in refusing.refused("--suite", suite)
-
-
-def calibration_text(folder: Path, corpus: str = "medical") -> str:
-    """The longest document of a corpus."""
-    lines = (folder / f"{corpus}.jsonl").read_text().splitlines()
-    return max((str(json.loads(line)["text"]) for line in lines), key=len)
+def calibration_text(folder: Path) -> str:
+    """The longest document of the corpus on medicine."""
+    return max((str(json.loads(line)["text"]) for line in (folder / "medical.jsonl").read_text().splitlines()), key=len)
 
 
 def ask(workplace: Workplace, **changed: str) -> Path:
@@ -418,7 +367,7 @@ def ask(workplace: Workplace, **changed: str) -> Path:
     rows = [{"question": f"Which {word} is it?", "passage": "", "choices": words, "answer": 1} for word in words]
     rows[2] |= changed
     workplace.data("questions.jsonl", rows)
-    plain = CHOICE.format(name="choose", data="../questions.jsonl").replace("Question: ", "").replace("\\nAnswer:", "")
+    plain = CHOICE.replace("Question: ", "").replace("\\nAnswer:", "")
     workplace.text("tasks/choose.yaml", plain)
     return workplace.suite(tasks=[CHOOSE])
 
@@ -426,33 +375,26 @@ def ask(workplace: Workplace, **changed: str) -> Path:
 LEAK = "task choose: 1 of 4 examples also calibrate the expert, or one that it is cut from (the first: "
 
 
-@pytest.mark.parametrize("place", ["question", "passage"])
-def test_an_example_whose_text_calibrated_the_expert_is_refused(refusing: Workplace, place: str) -> None:
-    """As the prompt, or in a field of the example that its prompt does not show."""
-    text = calibration_text(refusing.folder)
+def test_what_calibrated_the_expert_is_refused(workplace: Workplace, no_model: None) -> None:
+    text = calibration_text(workplace.folder)
     assert len(text) >= 60
-    assert LEAK + repr(text[:60]) in refusing.refused("--suite", ask(refusing, **{place: text}))
+    for place in ("question", "passage"):  # the prompt, and a field that it does not show
+        assert LEAK + repr(text[:60]) in workplace.refused("--suite", ask(workplace, **{place: text}))
+    evaluation = workplace.folder / "medical.evaluation.jsonl"
+    evaluation.write_text(json.dumps({"text": text}) + "\n" + evaluation.read_text())
+    suite = workplace.suite(perplexity={})
+    assert "corpus domain/medical: 1 of 5 evaluation documents also calibrate" in workplace.refused("--suite", suite)
 
 
-def test_what_calibrated_an_ancestor_is_refused(
-    workplace: Workplace, spec_data: dict[str, Any], store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_calibrated_an_ancestor_is_refused(workplace: Workplace, spec_data: dict[str, Any], store: Path) -> None:
     """An expert is cut from the expert, on other text; the text of the first is gone, and its digests are not."""
     text, folder = calibration_text(workplace.folder), workplace.folder / "second"
     folder.mkdir()
-    sources = {
-        name: {
-            "path": str(write_corpus(folder / f"{name}.jsonl", seed=50 + number)),
-            "evaluation": str(write_corpus(folder / f"{name}.evaluation.jsonl", sentences=4, seed=60 + number)),
-        }
-        for number, name in enumerate(spec_data["corpora"]["sources"])
-    }
+    sources = write_sources(folder, spec_data["corpora"]["sources"], seed=50)
     data = {**spec_data, "name": "second", "base": str(workplace.expert), "corpora": {"sources": sources}}
-    second = expertprune.build(
-        parse_spec(data, "spec", folder), folder / "expert", {"evaluate.enabled": False}, store=store
-    )
+    spec = parse_spec({**data, "evaluate": {"enabled": False}}, "spec", folder)
+    workplace.expert = expertprune.build(spec, folder / "expert", store=store)
     (workplace.folder / "medical.jsonl").unlink()
-    workplace.expert = second
     assert LEAK + repr(text[:60]) in workplace.refused("--suite", ask(workplace, question=text))
 
     evaluation = folder / "medical.evaluation.jsonl"
@@ -464,27 +406,3 @@ def test_what_calibrated_an_ancestor_is_refused(
     documents, questions = sorted(error.value.problems)
     assert documents.startswith("corpus domain/medical: 1 of 5 evaluation documents also calibrate the expert, or one")
     assert questions.startswith("corpus task/qa: 1 of 1 questions also calibrate the expert, or one")
-
-
-def test_an_evaluation_document_that_calibrated_the_expert_is_refused(refusing: Workplace) -> None:
-    evaluation = refusing.folder / "medical.evaluation.jsonl"
-    evaluation.write_text(json.dumps({"text": calibration_text(refusing.folder)}) + "\n" + evaluation.read_text())
-    suite = refusing.suite(perplexity={})
-    assert "corpus domain/medical: 1 of 5 evaluation documents also calibrate" in refusing.refused("--suite", suite)
-
-
-def test_a_base_at_chance_has_no_retention_and_the_table_says_why(workplace: Workplace) -> None:
-    suite = workplace.suite(tasks=[{"file": "tasks/choose.yaml", "chance": 0.99}])
-    table = workplace.run("--suite", suite).stdout
-    found = workplace.evaluation()
-    entry = found["tasks"]["choose"]
-    assert (entry["retention"], entry["low"], entry["high"]) == (None, None, None)
-    assert (
-        entry["note"] == f"the base ({entry['base']:.4f}) is no better than chance (0.9900), so retention is undefined"
-    )
-    assert found["summary"]["general"]["accuracy"]["undefined"] == ["choose"]
-    assert "undefined" in table
-    assert "nan" not in table.lower()
-    assert entry["note"] in (workplace.expert / "README.md").read_text()
-    message = workplace.run("--suite", suite, "--fail-under", "general=0.5", code=1).stderr
-    assert "below the floor: general accuracy: retention is undefined, and 0.5 is asked for" in message

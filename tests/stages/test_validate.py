@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,35 +31,30 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each check is made."""
     found: Counter[str] = Counter()
 
-    def counted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
+    def count(name: str, path: str) -> None:
+        def counted(*args: Any, **kwargs: Any) -> Any:
             found[name] += 1
             return original(*args, **kwargs)
 
-        return call
+        original = everywhere(monkeypatch, path, counted)
 
     for name, path in CHECKS.items():
-        module, _, function = path.rpartition(".")
-        original = getattr(__import__(module, fromlist=[function]), function)
-        everywhere(monkeypatch, path, counted(name, original))
+        count(name, path)
     return found
 
 
-def test_a_build_checks_everything_once(tiny_spec: Spec, tmp_path: Path, calls: Counter[str]) -> None:
-    expertprune.build(tiny_spec, tmp_path / "expert", {"evaluate.documents": 1})
-    assert calls == {"base": 1, "corpora": 1, "open keys": 1, "budget": 1}  # a plan that was just made needs no check
-
-
-def test_pruning_checks_everything_once(tiny_spec: Spec, tmp_path: Path, calls: Counter[str]) -> None:
+def test_everything_is_checked_once(tiny_spec: Spec, tmp_path: Path, calls: Counter[str]) -> None:
+    few = {"evaluate.documents": 1, "evaluate.corpora": ["medical"]}
+    once = {"base": 1, "corpora": 1, "open keys": 1, "budget": 1}
+    expertprune.build(tiny_spec, tmp_path / "built", few)
+    assert calls == once  # a plan that was just made needs no check
     plan = expertprune.compose(tiny_spec)
     calls.clear()
-    expertprune.prune(plan, tmp_path / "expert")
-    assert calls == {"base": 1, "corpora": 1, "open keys": 1, "budget": 1, "plan": 1}
-
-
-def test_a_sweep_finds_the_base_once_and_checks_each_budget_once(tiny_spec: Spec, calls: Counter[str]) -> None:
-    expertprune.sweep(tiny_spec, [0.5, 0.25], overrides={"evaluate.documents": 1, "evaluate.corpora": ["medical"]})
-    assert calls == {"base": 1, "corpora": 1, "open keys": 2, "budget": 2}
+    expertprune.prune(plan, tmp_path / "pruned")
+    assert calls == {**once, "plan": 1}
+    calls.clear()
+    expertprune.sweep(tiny_spec, [0.5, 0.25], overrides=few)
+    assert calls == {**once, "open keys": 2, "budget": 2}
 
 
 def test_specs_of_one_base_share_what_is_loaded_and_nothing_else(tiny_spec: Spec, store: Path) -> None:

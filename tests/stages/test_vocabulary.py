@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from click.testing import CliRunner
 
-from expertprune.cli import main
-from expertprune.errors import PlanError
 from expertprune.spec.reading import parse_spec
 from expertprune.stages import vocabulary as tradeoff
+from tests.calling import call, call_json
 from tests.vocabularies import save_worded, tokenizer_of, worded_spec
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_worded(tmp_path_factory.mktemp("worded") / "base")
-
-
-def shown(data: dict[str, Any], folder: Path, *options: str) -> Any:
-    path = folder / "spec.yaml"
-    path.write_text(yaml.safe_dump(data, allow_unicode=True))
-    return CliRunner().invoke(main, ["vocabulary", str(path), *options])
 
 
 def test_rows_coverage_tokens_per_word_and_parameters(folder: Path, tmp_path: Path) -> None:
@@ -51,31 +43,26 @@ def test_rows_coverage_tokens_per_word_and_parameters(folder: Path, tmp_path: Pa
 
 
 def test_the_table_and_the_json(folder: Path, tmp_path: Path) -> None:
-    data = worded_spec(folder, tmp_path / "spec", {"vocabulary": {"keep": 384}})
-    result = shown(data, tmp_path, "--json")
-    assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(
+        yaml.safe_dump(worded_spec(folder, tmp_path / "spec", {"vocabulary": {"keep": 384}}), allow_unicode=True)
+    )
+    found = call_json("vocabulary", spec)
     assert found["kind"] == "vocabulary"
-    assert 384 in [size["rows"] for size in found["sizes"]] or len(found["sizes"]) >= 1
-    own = [size for size in found["sizes"] if size["corpora"]["language/de"]["calibration_coverage"] >= 0.9]
-    assert own
-    result = shown(data, tmp_path, "--rows", "320,384")
-    assert result.exit_code == 0, result.output
+    assert any(size["corpora"]["language/de"]["calibration_coverage"] >= 0.9 for size in found["sizes"])
+    table = call("vocabulary", spec, "--rows", "320,384").stdout
     for text in ("byte-level BPE", "404 tokens in 512 rows", "320", "384", "language/de", "general/general"):
-        assert text in result.stdout
+        assert text in table
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"), [("64", "must be at least"), ("512", "below the base's 512"), ("x", "whole numbers")]
+    ("rows", "said"), [("64", "--rows 64.*must be at least"), ("512", "below the base's 512"), ("x", "whole numbers")]
 )
-def test_sizes_that_cannot_be_are_refused(folder: Path, tmp_path: Path, rows: str, said: str) -> None:
-    result = shown(worded_spec(folder, tmp_path / "spec", {"vocabulary": {"keep": 320}}), tmp_path, "--rows", rows)
-    assert result.exit_code == 2
-    assert said in result.stderr
-
-
-def test_sizes_are_checked_before_any_model_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("expertprune.models.running.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
-    spec = parse_spec(worded_spec(folder, tmp_path / "spec", {"vocabulary": {"keep": 320}}), "spec", tmp_path)
-    with pytest.raises(PlanError, match="--rows 64"):
-        tradeoff.vocabulary(spec, rows=[64])
+def test_sizes_that_cannot_be_are_refused_before_any_model_runs(
+    folder: Path, tmp_path: Path, no_model: None, rows: str, said: str
+) -> None:
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(
+        yaml.safe_dump(worded_spec(folder, tmp_path / "spec", {"vocabulary": {"keep": 320}}), allow_unicode=True)
+    )
+    assert re.search(said, call("vocabulary", spec, "--rows", rows, code=2).stderr, re.DOTALL)

@@ -23,20 +23,15 @@ IDS = {0: 0, 5: 1, 7: 2, 9: 3}
     [
         ("eos_token_id", 7, 2),
         ("eos_token_id", [5, 9], [1, 3]),
-        ("bos_token_id", 0, 0),
         ("pad_token_id", None, None),
         ("pad_token_id", 8, None),  # a token that is gone, or never was
-        ("decoder_start_token_id", 9, 3),
         ("image_token_index", 5, 1),
         ("suppress_tokens", [5, 6, 9], [1, 3]),
-        ("begin_suppress_tokens", [6], []),
         ("bad_words_ids", [[5, 7], [6, 7], [9]], [[1, 2], [3]]),
         ("force_words_ids", [[[5], [6]], [[6]]], [[[1]]]),
         ("forced_decoder_ids", [[1, 7], [2, 6]], [[1, 2]]),
         ("sequence_bias", [[[5, 9], -1.5], [[6], 2.0]], [[[1, 3], -1.5]]),
-        ("forced_bos_token_id", 7, 2),
         ("hidden_size", 5, 5),
-        ("num_beams", 7, 7),
         ("layer_types", ["a", "b"], ["a", "b"]),
         ("add_bos_token", True, True),
     ],
@@ -52,9 +47,8 @@ def base(tmp_path: Path) -> Path:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer_of("byte_level"), bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ '<|turn|>' + m['role'] + '\\n' + m['content'] }}{% endfor %}Gesetz"
-    )
+    turn = "'<|turn|>' + m['role'] + '\\n' + m['content']"
+    tokenizer.chat_template = f"{{% for m in messages %}}{{{{ {turn} }}}}{{% endfor %}}Gesetz"
     tokenizer.save_pretrained(folder)
     data = data_of("byte_level")
     added = {token["content"]: token["id"] for token in data["added_tokens"]}
@@ -72,13 +66,11 @@ def base(tmp_path: Path) -> Path:
 
 
 def written(base: Path, folder: Path) -> tuple[Vocabulary, dict[int, int]]:
-    """The smallest tokenizer there can be, beside what was carried."""
+    """The smallest tokenizer there can be, beside what was carried; the base's, and the new id by the old."""
     vocabulary = read_vocabulary(base)
     kept = essential_ids(vocabulary, base, AutoTokenizer.from_pretrained(base))
     result = trimmed(vocabulary, set().union(*kept.values()))
-    folder.mkdir()
-    for path in base.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(base, folder)
     write_tokenizer(base, folder, result)
     return vocabulary, result.ids
 
@@ -88,11 +80,10 @@ def test_every_file_tells_the_same_ids(base: Path, tmp_path: Path) -> None:
     old, ids = written(base, folder)
     data = read_json(folder / "tokenizer.json")
     added = {token["content"]: token["id"] for token in data["added_tokens"]}
-    assert added == {name: ids[index] for name, index in old.added.items()}
-    assert read_json(folder / "added_tokens.json") == added
+    assert read_json(folder / "added_tokens.json") == added == {name: ids[index] for name, index in old.added.items()}
     assert read_json(folder / "vocab.json") == data["model"]["vocab"]
-    lines = (folder / "merges.txt").read_text().splitlines()
-    assert lines == ["#version: 0.2", *(" ".join(pair) for pair in data["model"]["merges"])]
+    merges = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in data["model"]["merges"])])
+    assert (folder / "merges.txt").read_text().rstrip() == merges
     known = read_json(folder / "tokenizer_config.json")["added_tokens_decoder"]
     assert {int(index): token["content"] for index, token in known.items()} == {i: name for name, i in added.items()}
     settings = read_json(folder / "generation_config.json")
@@ -134,18 +125,12 @@ def test_placeholders_may_go_unless_they_have_a_role(base: Path, tmp_path: Path)
     loaded.save_pretrained(base)
     config = read_json(base / "tokenizer_config.json")
     (base / "tokenizer_config.json").write_text(json.dumps({**config, "image_token": "<unused1>"}))
-    vocabulary = read_vocabulary(base)
-    assert {vocabulary.by_id[index] for index in vocabulary.placeholders} == {
-        "<unused0>", "<unused1>", "<|reserved_special_token_12|>"
-    }  # fmt: skip
-    must = set().union(*essential_ids(vocabulary, base, loaded).values())
-    smaller, folder = trimmed(vocabulary, must), tmp_path / "smaller"
-    shutil.copytree(base, folder)
-    write_tokenizer(base, folder, smaller)
-    new = AutoTokenizer.from_pretrained(folder)
+    vocabulary, ids = written(base, tmp_path / "smaller")
+    placeholders = {"<unused0>", "<unused1>", "<|reserved_special_token_12|>"}
+    assert {vocabulary.by_id[index] for index in vocabulary.placeholders} == placeholders
+    new = AutoTokenizer.from_pretrained(tmp_path / "smaller")
     assert {"<unused1>", "<tool_2>", "<|im_start|>", "</s>"} <= set(new.get_vocab())
-    assert not {"<unused0>", "<|reserved_special_token_12|>"} & set(new.get_vocab())
-    assert len(new) == len(smaller.ids)
-    assert (
-        new.decode(new("Gesetz<unused0><unused1>", add_special_tokens=False)["input_ids"]) == "Gesetz<unused0><unused1>"
-    )
+    assert (placeholders - {"<unused1>"}).isdisjoint(new.get_vocab())
+    assert len(new) == len(ids)
+    text = "Gesetz<unused0><unused1>"
+    assert new.decode(new(text, add_special_tokens=False)["input_ids"]) == text

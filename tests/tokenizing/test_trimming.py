@@ -6,6 +6,7 @@ import functools
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,13 +16,13 @@ from tokenizers import Tokenizer, models
 
 from expertprune.errors import CheckpointError
 from expertprune.tokenizing import Kind, Vocabulary, essential_ids, trimmed
-from tests.vocabularies import KINDS, TEXT, data_of, tokenizer_of, words
+from tests.vocabularies import KINDS, data_of, tokenizer_of, words
 
 
-class NoTemplate:
-    """A tokenizer without a chat template."""
-
-    chat_template = None
+def always_kept(vocabulary: Vocabulary) -> dict[str, frozenset[int]]:
+    """The ids that are kept without a chat template, by reason."""
+    found = essential_ids(vocabulary, Path("nowhere"), SimpleNamespace(chat_template=None))
+    return {reason: frozenset(ids) for reason, ids in found.items()}
 
 
 @functools.cache
@@ -31,8 +32,7 @@ def vocabulary_of(kind: str) -> Vocabulary:
 
 @functools.cache
 def must_of(kind: str) -> frozenset[int]:
-    found = essential_ids(vocabulary_of(kind), Path("nowhere"), NoTemplate())
-    return frozenset(set().union(*found.values()))
+    return frozenset().union(*always_kept(vocabulary_of(kind)).values())
 
 
 def smaller(kind: str, kept: set[int]) -> tuple[Tokenizer, dict[int, int]]:
@@ -55,14 +55,8 @@ KIND = pytest.mark.parametrize("kind", KINDS)
 
 
 def test_kinds_are_told_apart() -> None:
-    expected = {
-        "byte_level": Kind.BYTE_LEVEL,
-        "byte_level_ignoring_merges": Kind.BYTE_LEVEL,
-        "sentencepiece": Kind.SENTENCEPIECE,
-        "unigram": Kind.UNIGRAM,
-        "unigram_without_bytes": Kind.UNIGRAM,
-    }
-    assert {kind: vocabulary_of(kind).kind for kind in KINDS} == expected
+    bpe, unigram = Kind.BYTE_LEVEL, Kind.UNIGRAM
+    assert [vocabulary_of(kind).kind for kind in KINDS] == [bpe, bpe, Kind.SENTENCEPIECE, unigram, unigram]
     assert [kind for kind in KINDS if not vocabulary_of(kind).reaches_bytes] == ["unigram_without_bytes"]
 
 
@@ -93,18 +87,17 @@ def test_any_text_comes_back_as_from_the_base(kind: str, text: str, part: float,
 
 
 @KIND
-@pytest.mark.parametrize("seed", range(3))
-def test_every_kept_token_stays_reachable(kind: str, seed: int) -> None:
+def test_every_kept_token_stays_reachable(kind: str) -> None:
     """A token that the base's model makes of its own text is made of it again: by the library's word, not by ours."""
-    base, kept = tokenizer_of(kind).model, some_tokens(kind, 0.2, seed)
-    new, _ = smaller(kind, kept)
-    reachable = 0
-    for index in sorted(kept):
-        token = vocabulary_of(kind).by_id[index]
-        if [each.value for each in base.tokenize(token)] == [token]:
-            reachable += 1
-            assert [each.value for each in new.model.tokenize(token)] == [token]
-    assert reachable > 20
+    base, reachable = tokenizer_of(kind).model, 0
+    for seed in range(3):
+        kept = some_tokens(kind, 0.2, seed)
+        new, _ = smaller(kind, kept)
+        for token in sorted(vocabulary_of(kind).by_id[index] for index in kept):
+            if [each.value for each in base.tokenize(token)] == [token]:
+                reachable += 1
+                assert [each.value for each in new.model.tokenize(token)] == [token]
+    assert reachable > 60
 
 
 @KIND
@@ -113,24 +106,21 @@ def test_ids_are_dense_in_the_bases_order_and_special_tokens_keep_their_place(ki
     new, ids = smaller(kind, some_tokens(kind, 0.1, 0) | must_of(kind))
     assert list(ids) == sorted(ids)
     assert sorted(ids.values()) == list(range(len(ids)))
-    assert {index: new.id_to_token(index) for index in ids.values()} == {
-        ids[index]: base.id_to_token(index) for index in ids
-    }
-    assert {token.content for token in new.get_added_tokens_decoder().values()} == {
-        token.content for token in base.get_added_tokens_decoder().values()
-    }
+    assert [new.id_to_token(index) for index in ids.values()] == [base.id_to_token(index) for index in ids]
+    added, before = ({t.content for t in each.get_added_tokens_decoder().values()} for each in (new, base))
+    assert added == before
     text = "a </s>12<s>" + ("<tool> 3<|turn|>" if "byte_level" in kind else "")
-    named = set(base.get_vocab()) & {"<s>", "</s>", "<tool>", "<|turn|>"}
-    assert [t for t in new.encode(text).tokens if t in named] == [t for t in base.encode(text).tokens if t in named]
-    assert len([t for t in new.encode(text).tokens if t in named]) >= 3
+    named = added - {"<unk>"}
+    found, expected = ([token for token in each.encode(text).tokens if token in named] for each in (new, base))
+    assert found == expected
+    assert len(found) >= 3
 
 
 @KIND
 def test_keeping_everything_changes_nothing(kind: str) -> None:
-    data = data_of(kind)
     result = trimmed(vocabulary_of(kind), set(vocabulary_of(kind).by_id))
-    assert result.data == data
-    assert result.ids == {index: index for index in vocabulary_of(kind).by_id}
+    assert result.data == data_of(kind)
+    assert all(old == new for old, new in result.ids.items())
 
 
 def bpe(vocabulary: list[str], merges: list[tuple[str, str]]) -> Vocabulary:
@@ -167,7 +157,6 @@ def test_repeated_characters_are_merged_from_the_left() -> None:
 def test_a_token_that_its_text_does_not_become_needs_itself_alone() -> None:
     """`abc` can be merged of `ab` and `c` only, and `bc` always comes first."""
     vocabulary = bpe(["a", "b", "c", "ab", "bc", "abc"], [("b", "c"), ("a", "b"), ("ab", "c")])
-    assert [each.value for each in Tokenizer.from_str(json.dumps(vocabulary.data)).model.tokenize("abc")] == ["a", "bc"]
     assert needed(vocabulary, "abc") == {"abc"}
 
 
@@ -184,7 +173,7 @@ def test_a_unigrams_unknown_score_stays_what_it_was() -> None:
     pieces = [("<unk>", 0.0), ("a", -2.0), ("b", -3.0), ("ab", -4.0), ("zz", -30.0), ("c", -5.0)]
     data = json.loads(Tokenizer(models.Unigram(pieces, unk_id=0)).to_str())
     vocabulary = Vocabulary(data, "here")
-    alphabet = essential_ids(vocabulary, Path("nowhere"), NoTemplate())["alphabet"]
+    alphabet = always_kept(vocabulary)["alphabet"]
     # the worst, which alone covers "z", and every single character
     assert {vocabulary.by_id[index] for index in alphabet} == {"zz", "a", "b", "c"} | {"<unk>"}
 
@@ -193,16 +182,13 @@ def test_a_unigrams_unknown_score_stays_what_it_was() -> None:
     ("model", "named"),
     [
         (models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"), "WordPiece"),
-        (models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"), "WordLevel"),
         (models.BPE({"a": 0, "b</w>": 1}, [], end_of_word_suffix="</w>"), "end_of_word_suffix '</w>'"),
         (models.BPE({"a": 0, "##b": 1}, [], continuing_subword_prefix="##"), "continuing_subword_prefix '##'"),
     ],
 )
 def test_other_kinds_are_refused_by_name(model: Any, named: str) -> None:
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(CheckpointError, match=f"somewhere/tokenizer.json.*{named}"):
         Vocabulary(json.loads(Tokenizer(model).to_str()), "somewhere/tokenizer.json")
-    assert named in str(error.value)
-    assert "somewhere/tokenizer.json" in str(error.value)
 
 
 @KIND
@@ -222,10 +208,3 @@ def test_what_is_always_kept(kind: str) -> None:
         assert {token for token in vocabulary.tokens if len(token) == 1} <= kept
         assert "qu" in kept
     assert len(kept) < len(vocabulary.by_id) - 50
-
-
-def test_training_text_is_worth_testing() -> None:
-    """Tokens of several characters, in every kind, so that there is something to merge and to drop."""
-    for kind in KINDS:
-        tokens = tokenizer_of(kind).encode(TEXT[0]).tokens
-        assert len(tokens) < len(TEXT[0]) / 1.5

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,19 +32,6 @@ CUT = """() => [...document.querySelectorAll('svg text')].filter(text => {
 }).map(text => text.textContent)"""
 
 
-@dataclass
-class Seen:
-    """What a browser saw of a page."""
-
-    over: int = 0
-    console: list[str] = field(default_factory=list)
-    requests: list[str] = field(default_factory=list)
-    cut: list[str] = field(default_factory=list)
-    pictures: list[float] = field(default_factory=list)
-    paper: str = ""
-    opened: int = 0
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
@@ -57,20 +44,19 @@ def browser() -> Iterator[Any]:
         yield found
 
 
-def look(browser: Any, page: Path, width: int, scheme: str) -> Seen:
-    """Open a page with everything on it unfolded."""
-    seen = Seen()
-    with contextlib.closing(
-        browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme)
-    ) as context:
+def look(browser: Any, page: Path, width: int, scheme: str) -> SimpleNamespace:
+    """What a browser sees of a page, with everything on it unfolded."""
+    seen = SimpleNamespace(console=[], requests=[])
+    context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme)
+    with contextlib.closing(context):
         tab = context.new_page()
         tab.on("console", lambda message: seen.console.append(message.text))
         tab.on("pageerror", lambda error: seen.console.append(str(error)))
         tab.on("request", lambda request: seen.requests.append(request.url))
         tab.goto(page.as_uri())
-        seen.over = tab.evaluate(OVER)
+        folded = tab.evaluate(OVER)
         tab.evaluate("document.querySelectorAll('details').forEach(details => { details.open = true; })")
-        seen.over = max(seen.over, tab.evaluate(OVER))
+        seen.over = max(folded, tab.evaluate(OVER))
         seen.cut = tab.evaluate(CUT)
         widths = "[...document.querySelectorAll('figure svg')].map(each => each.getBoundingClientRect().width)"
         seen.pictures = [found for found in tab.evaluate(widths) if found]
@@ -101,21 +87,7 @@ def test_the_page_in_a_browser(browser: Any, pages: dict[str, Path], which: str,
         assert seen.console == []
         assert seen.requests == [pages[which].as_uri()]
         assert seen.cut == []
-        assert seen.opened >= 3
+        assert (seen.opened >= 3) == (which == "report")  # a comparison folds nothing
         assert len(seen.pictures) == (6 if which == "report" else 0)
         papers.add(seen.paper)
     assert len(papers) == 2  # light and dark
-
-
-def test_what_the_browser_is_asked_can_fail(browser: Any, tmp_path: Path) -> None:
-    page = tmp_path / "bad.html"
-    page.write_text(
-        "<!DOCTYPE html><title>t</title><body style='background:#fff'><div style='width:500px'>wide</div>"
-        "<img src='https://example.org/x.png' alt=''><script>console.error('bad')</script>"
-        "<figure><svg viewBox='0 0 10 10' width='10' height='10'><text x='0' y='9'>longer than this</text></svg></figure>"
-    )
-    seen = look(browser, page, PHONE, "light")
-    assert seen.over >= 500 - PHONE
-    assert "bad" in seen.console
-    assert "https://example.org/x.png" in seen.requests
-    assert seen.cut == ["longer than this"]

@@ -8,25 +8,15 @@ from xml.etree import ElementTree
 
 import pytest
 
-from expertprune.reporting.page import charts
 from expertprune.reporting.page.charts import alignment_picture, kept_picture, relevance_picture, retention_picture
 from expertprune.reporting.page.inline import ACCENT, INK, figure_of, svg
 
 HOSTILE = "<script>alert(1)</script> $x_1$ & \"q\" 'q' 日本"
 
 
-def marks(text: str) -> list[tuple[float, float]]:
-    """Where the marks of a picture stand."""
-    root = ElementTree.fromstring(text)
-    return [(float(use.get("x", "")), float(use.get("y", ""))) for use in root.iter("use")]
-
-
 def style_of(element: ElementTree.Element, key: str) -> str:
     found = re.search(rf"(?:^|;\s*){key}:\s*([^;]+)", element.get("style", ""))
     return found.group(1) if found else ""
-
-
-# --- elements for a page --------------------------------------------------------------------------------------------
 
 
 def a_figure(text: str = "text") -> Any:
@@ -71,26 +61,21 @@ def test_text_stays_text() -> None:
     assert HOSTILE in [element.text for element in root.iter("text")]
 
 
-def test_the_same_figure_gives_the_same_element() -> None:
-    assert svg(a_figure(), "one", "picture") == svg(a_figure(), "one", "picture")
-
-
-# --- pictures -------------------------------------------------------------------------------------------------------
-
-
 def metric(name: str, retention: float | None, group: str = "expert", wide: float | None = 0.0) -> dict[str, Any]:
     low, high = (None, None) if retention is None or wide is None else (retention - wide, retention + wide)
     return {"group": group, "name": name, "label": "accuracy", "retention": retention, "low": low, "high": high}
 
 
 def test_marks_stand_at_their_values_and_what_is_undefined_has_none() -> None:
-    rows = [metric(HOSTILE, 0.8), metric("undefined", None), metric("b", 0.9, wide=None), metric("c", 1.1, "general")]
+    rows = [metric("a" * 99, 0.8), metric("undefined", None), metric("b", 0.9, wide=None), metric("c", 1.1, "general")]
     picture = retention_picture("r", rows)
     assert picture is not None
-    by_height = sorted(marks(picture), key=lambda mark: mark[1])  # in the order of the rows, downwards
-    first, second, third = (x for x, _ in by_height)
+    root = ElementTree.fromstring(picture)
+    marks = [(float(use.get("y", "")), float(use.get("x", ""))) for use in root.iter("use")]
+    first, second, third = (x for _, x in sorted(marks))  # in the order of the rows, downwards
     assert (second - first) / (third - first) == pytest.approx(0.1 / 0.3, rel=1e-3)
-    assert "3 metrics" in ElementTree.fromstring(picture).get("aria-label", "")
+    assert "3 metrics" in root.get("aria-label", "")
+    assert any((element.text or "").endswith("a…") for element in root.iter("text"))  # a long name is cut
     assert retention_picture("r", [metric("undefined", None)]) is None
 
 
@@ -114,12 +99,6 @@ def test_bars_are_as_high_as_their_counts() -> None:
     assert heights["var(--muted)"][:2] == pytest.approx([10 * unit, 20 * unit], rel=1e-3)
 
 
-def opacities(text: str) -> list[float]:
-    """Of the cells of a heat map, in the order of rows and columns."""
-    cells = [path for path in ElementTree.fromstring(text).iter("path") if style_of(path, "fill") == "var(--accent)"]
-    return [float(style_of(cell, "fill-opacity") or 1) for cell in cells]
-
-
 def test_a_heat_map_is_logarithmic() -> None:
     corpora = [
         {"name": "language/en", "by_layer": [0.001, 0.01, 0.989]},
@@ -127,15 +106,13 @@ def test_a_heat_map_is_logarithmic() -> None:
     ]
     picture = relevance_picture("h", "FFN neurons", corpora)
     assert picture is not None
-    wide = opacities(picture)[:6]
+    cells = [each for each in ElementTree.fromstring(picture).iter("path") if style_of(each, "fill") == "var(--accent)"]
+    wide = [float(style_of(cell, "fill-opacity") or 1) for cell in cells[:6]]  # in the order of rows and columns
     assert wide[0] == min(wide)
     assert wide[2] == max(wide)
     assert wide[3] == wide[4]
     # 0.001, 0.01 and 0.1 are equally far from each other
     assert wide[1] - wide[0] == pytest.approx(wide[3] - wide[1], abs=2e-3)
-
-
-def test_corpora_without_relevance_are_not_drawn() -> None:
     assert relevance_picture("h", "FFN neurons", [{"name": "a", "by_layer": None}]) is None
 
 
@@ -145,8 +122,3 @@ def test_alignment_is_drawn_where_it_is_defined() -> None:
     assert picture is not None
     assert "on 1 corpora; the lowest is 0.8000" in ElementTree.fromstring(picture).get("aria-label", "")
     assert alignment_picture("a", entries[1:]) is None
-
-
-def test_long_names_are_cut_with_an_ellipsis() -> None:
-    assert charts._short("a" * 30, 10) == "a" * 9 + "…"
-    assert charts._short("short", 10) == "short"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from expertprune.artifacts.evaluation import CorpusResult, Evaluation, Group, Measured, Settings, TaskResult
+from expertprune.artifacts.evaluation import Evaluation, Settings, TaskResult
 from expertprune.artifacts.plan import VocabularyPlan
 from expertprune.errors import CheckpointError, PlanError
 from expertprune.reporting.page import headline_rows
@@ -26,9 +26,6 @@ Build = tuple[Path, Path]
 
 def report_of(folder: Path, store: Path) -> ReportData:
     return findings(read_artifacts(folder, store))
-
-
-# --- size, retention, speed -----------------------------------------------------------------------------------------
 
 
 def test_size_is_that_of_the_plan_and_of_the_weights_files(tiny_build: Build, tiny_llama: Path) -> None:
@@ -62,14 +59,19 @@ def test_the_headline_is_bits_per_byte_over_documents_whatever_else_was_measured
     assert (found.speed.ratio, found.speed.low, found.speed.high) == (1.125, 1.1, 1.15)
     assert found.throughput is not None
     assert found.throughput.of_limit == pytest.approx(0.9)  # 1.125 / 1.25
-
-
-def test_a_measurement_of_throughput_keeps_what_has_no_ratio(tiny_build: Build, tmp_path: Path) -> None:
-    found = report_of(measured(copied(tiny_build, tmp_path / "e")), tiny_build[1]).throughput
-    assert found is not None
-    rows = {row.metric: row for row in found.rows}
-    assert (rows["memory_bytes"].base, rows["memory_bytes"].ratio) == (2e9, None)
-    assert (found.settings["rounds"], found.settings["prompts"], found.arguments) == (3, 32, ["--seed", "a b"])
+    memory = {row.metric: row for row in found.throughput.rows}["memory_bytes"]
+    assert (memory.base, memory.ratio) == (2e9, None)
+    assert (found.throughput.settings["rounds"], found.throughput.arguments) == (3, ["--seed", "a b"])
+    verdicts = [row.verdict for row in found.metrics]
+    counts = {verdict: verdicts.count(verdict) for verdict in ("loss", "open", "gain")}  # type: ignore[arg-type]
+    assert {row.verdict for row in found.metrics if row.retention is None} == {None}  # of a distance
+    # What the expert is for comes first.
+    names = ["language/en", "domain/medical", "task/qa", "choices", "general/general", "sums"]
+    assert list(dict.fromkeys(row.name for row in found.metrics)) == names
+    assert found.outcome == {"metrics": sum(counts.values()), **counts}
+    assert min(counts["loss"], counts["open"]) >= 1  # the made-up task, the made-up generation
+    document = found.document()
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
 
 
 def test_one_round_has_no_spread_and_a_disturbed_one_is_said(tiny_build: Build, tmp_path: Path) -> None:
@@ -86,75 +88,17 @@ def test_one_round_has_no_spread_and_a_disturbed_one_is_said(tiny_build: Build, 
     assert headline_rows(found.document())[-1][1] == "1.5000 (one round), output tokens/s"
 
 
-# --- metrics --------------------------------------------------------------------------------------------------------
-
-
-def shard(folder: Path) -> Path:
-    """The last file of its weights."""
-    return max(folder.glob("model-*.safetensors"))
-
-
-def evaluation(corpora: dict[str, Measured], **tasks: TaskResult) -> Evaluation:
-    """One metric, `perplexity`, of each corpus."""
-    return Evaluation(
-        settings=Settings(resamples=2000),
-        corpora={
-            name: CorpusResult(
-                group="general" if name.startswith("general") else "expert",
-                documents=numbers.examples,
-                questions=0,
-                metrics={"perplexity": numbers},
-            )
-            for name, numbers in corpora.items()
-        },
-        tasks=tasks,
-    )
-
-
-def numbers(low: float = 0.9, high: float = 0.95, examples: int = 1) -> Measured:
-    return Measured(examples=examples, base=1.0, expert=1.0, retention=1.0, low=low, high=high)
-
-
 @pytest.mark.parametrize(
     ("low", "high", "verdict"),
     [(0.8, 0.99, "loss"), (0.9, 1.0, "open"), (0.9, 1.1, "open"), (1.0, 1.1, "open"), (1.01, 1.1, "gain"),
      (math.nan, math.nan, None)],
 )  # fmt: skip
 def test_the_interval_decides_whether_something_was_lost(low: float, high: float, verdict: str | None) -> None:
-    (row,) = metric_rows(evaluation({"task/qa": numbers(low, high)}))
+    task = TaskResult(suite="own", group="expert", backend="hf", metric="acc", examples=1, base=1, expert=1, retention=1,
+                      low=low, high=high)  # fmt: skip
+    (row,) = metric_rows(Evaluation(settings=Settings(resamples=2000), tasks={"task": task}))
     assert row.verdict == verdict
     assert row.low == (None if math.isnan(low) else low)
-
-
-def test_a_distance_has_no_verdict() -> None:
-    (row,) = metric_rows(evaluation({"task/qa": Measured(examples=1, expert=0.5, low=0.4, high=0.6)}))
-    assert (row.verdict, row.retention, row.expert) == (None, None, 0.5)
-
-
-def test_what_the_expert_is_for_comes_first() -> None:
-    def task(group: Group) -> TaskResult:
-        return TaskResult(suite="own", group=group, backend="hf", metric="acc", **numbers(examples=3).model_dump())
-
-    measured = evaluation(
-        {"general/general": numbers(), "task/qa": numbers(examples=2)}, a=task("general"), b=task("expert")
-    )
-    rows = metric_rows(measured)
-    assert [row.name for row in rows] == ["task/qa", "b", "general/general", "a"]
-    assert [row.examples for row in rows] == [2, 3, 1, 3]
-
-
-def test_outcomes_are_counted(tiny_build: Build, tmp_path: Path) -> None:
-    found = report_of(measured(copied(tiny_build, tmp_path / "e")), tiny_build[1])
-    verdicts = [row.verdict for row in found.metrics]
-    assert found.outcome == {
-        "metrics": sum(verdict is not None for verdict in verdicts),
-        "loss": verdicts.count("loss"), "open": verdicts.count("open"), "gain": verdicts.count("gain"),
-    }  # fmt: skip
-    assert found.outcome["loss"] >= 1  # the made-up task
-    assert found.outcome["open"] >= 1  # the made-up generation
-
-
-# --- what is not there ----------------------------------------------------------------------------------------------
 
 
 def test_what_is_missing_names_the_command_that_fills_it_in(tiny_build: Build, tmp_path: Path) -> None:
@@ -175,24 +119,18 @@ def test_what_is_missing_names_the_command_that_fills_it_in(tiny_build: Build, t
 
 
 def test_a_profile_that_cannot_be_read_is_as_one_that_is_not_there(tiny_build: Build, tmp_path: Path) -> None:
-    folder, store = tiny_build
-    shutil.copytree(store / "profiles", tmp_path / "store" / "profiles")
-    digest = about(folder)["plan"]["profiles"]["task/qa"]
-    (tmp_path / "store" / "profiles" / f"{digest}.safetensors").write_bytes(b"no profile")
-    found = report_of(folder, tmp_path / "store")
+    store = Path(shutil.copytree(tiny_build[1], tmp_path / "store"))
+    folder = copied(tiny_build, tmp_path / "e")
+    document = about(folder)
+    (store / "profiles" / f"{document['plan']['profiles']['task/qa']}.safetensors").write_bytes(b"no profile")
+    found = report_of(folder, store)
     assert found.relevance is None
     assert "no profile of task/qa that" in found.missing["relevance"].reason
     assert [corpus.stored for corpus in found.provenance.corpora] == [True, True, False, True]
-
-
-def test_a_criterion_that_sees_no_corpus_has_no_relevance_by_corpus(tiny_build: Build, tmp_path: Path) -> None:
-    folder = copied(tiny_build, tmp_path / "e")
-    document = about(folder)
-    document["spec"]["relevance"]["criterion"] = "magnitude"
+    document["spec"]["relevance"]["criterion"] = "magnitude"  # it sees no corpus, so no command fills this in
     (folder / "expertprune.json").write_text(json.dumps(document))
     found = report_of(folder, tiny_build[1])
-    assert found.relevance is None
-    assert found.missing["relevance"].command is None
+    assert (found.relevance, found.missing["relevance"].command) == (None, None)
 
 
 def test_vocabulary_rows_that_were_cut_are_a_part_of_the_size(tiny_build: Build) -> None:
@@ -203,91 +141,72 @@ def test_vocabulary_rows_that_were_cut_are_a_part_of_the_size(tiny_build: Build)
     assert found.size.vocabulary == Remains(64, 48, 0.75)
 
 
-# --- bad input ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
-    ("change", "error"),
+    ("file", "content", "error"),
     [
-        (lambda folder: shard(folder).unlink(), r"model-.*\.safetensors"),
-        (lambda folder: (folder / "model.safetensors.index.json").unlink(), "holds no weights"),
-        (lambda folder: (folder / "config.json").unlink(), "config.json"),
-        (lambda folder: (folder / "expertprune.json").unlink(), "is no expert"),
-        (lambda folder: (folder / "expertprune.json").write_text("{"), "cannot be read"),
-        (lambda folder: (folder / "throughput.json").write_text("[]"), "throughput.json: is no timing"),
-        (lambda folder: (folder / "throughput.json").write_text("{"), "throughput.json: cannot be read"),
+        ("model-*.safetensors", None, r"model-.*\.safetensors"),
+        ("model-*.safetensors", -100, r"model-.*\.safetensors"),  # it ends early
+        ("model.safetensors.index.json", None, "holds no weights"),
+        ("config.json", None, "config.json"),
+        ("expertprune.json", None, "is no expert"),
+        ("expertprune.json", "{", "cannot be read"),
+        ("throughput.json", "[]", "throughput.json: is no timing"),
+        ("throughput.json", "{", "throughput.json: cannot be read"),
+        ("throughput.json", json.dumps(throughput(limit="much")), "limit: Input should be a valid number"),
     ],
 )
-def test_a_half_written_folder_is_refused(tiny_build: Build, tmp_path: Path, change: Any, error: str) -> None:
+def test_a_half_written_folder_is_refused(
+    tiny_build: Build, tmp_path: Path, file: str, content: str | int | None, error: str
+) -> None:
     folder = copied(tiny_build, tmp_path / "e")
-    change(folder)
+    path = max(folder.glob(file), default=folder / file)
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content.encode() if isinstance(content, str) else path.read_bytes()[:content])
     with pytest.raises(CheckpointError, match=error):
-        read_artifacts(folder, tiny_build[1])
+        report_of(folder, tiny_build[1])
 
 
-def test_weights_that_end_early_are_refused(tiny_build: Build, tmp_path: Path) -> None:
-    folder = copied(tiny_build, tmp_path / "e")
-    shard(folder).write_bytes(shard(folder).read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=shard(folder).name):
-        read_artifacts(folder, tiny_build[1])
-
-
-@pytest.mark.parametrize("key", ["layers", "profiles", "budget"])
-def test_a_damaged_plan_is_named(tiny_build: Build, tmp_path: Path, key: str) -> None:
+def test_a_damaged_description_is_named(tiny_build: Build, tmp_path: Path) -> None:
     plan = about(tiny_build[0])["plan"]
-    del plan[key]
+    del plan["layers"]
     with pytest.raises(PlanError, match=r"expertprune\.json"):
-        read_artifacts(copied(tiny_build, tmp_path / "e", plan=plan), tiny_build[1])
-
-
-@pytest.mark.parametrize(
-    "evaluation", [{"corpora": {"task/qa": {}}}, {"corpora": {}, "tasks": {"a": {"base": 1}}}, [1]]
-)
-def test_a_damaged_evaluation_is_named(tiny_build: Build, tmp_path: Path, evaluation: Any) -> None:
-    folder = copied(tiny_build, tmp_path / "e", evaluation=evaluation)
-    with pytest.raises(CheckpointError, match=r"expertprune\.json: damaged"):
-        report_of(folder, tiny_build[1])
-
-
-def test_a_damaged_measurement_is_named(tiny_build: Build, tmp_path: Path) -> None:
-    folder = copied(tiny_build, tmp_path / "e")
-    (folder / "throughput.json").write_text(json.dumps(throughput(limit="much")))
-    with pytest.raises(CheckpointError, match="limit: Input should be a valid number"):
-        report_of(folder, tiny_build[1])
-
-
-# --- side by side ---------------------------------------------------------------------------------------------------
-
-
-def changed(build: Build, to: Path, **base: Any) -> ReportData:
-    return report_of(copied(build, to, base=about(build[0])["base"] | base), build[1])
+        report_of(copied(tiny_build, tmp_path / "plan", plan=plan), tiny_build[1])
+    for number, damaged in enumerate(({"corpora": {"task/qa": {}}}, {"corpora": {}, "tasks": {"a": {"base": 1}}}, [1])):
+        with pytest.raises(CheckpointError, match=r"expertprune\.json: damaged"):
+            report_of(copied(tiny_build, tmp_path / str(number), evaluation=damaged), tiny_build[1])
 
 
 def test_experts_of_one_base_on_the_same_documents_can_be_compared(tiny_build: Build, tmp_path: Path) -> None:
-    first, second = report_of(*tiny_build), changed(tiny_build, tmp_path / "e")
+    first, second = report_of(*tiny_build), report_of(measured(copied(tiny_build, tmp_path / "e")), tiny_build[1])
     found = lineup([first, second])
     kept = {row.label: [cell and cell.kept for cell in row.cells] for row in found.structures}
     # three layers of 24, 4 and 2
     assert kept == {"FFN neurons": [72, 72], "query heads": [12, 12], "KV groups": [6, 6]}
     assert found.notes == []
-    assert [row.cells for row in found.rows] == [[metric, metric] for metric in first.metrics]
+    rows = {(row.name, row.label): row for row in found.rows}
+    assert all(rows[metric.name, metric.label].cells == [metric, metric] for metric in first.metrics)
     assert {(row.values, row.retention) for row in found.rows} == {(None, None)}
+    (choices,) = (row for row in found.rows if row.name == "choices")  # the first was not measured on it
+    assert [cell and cell.retention for cell in choices.cells] == [None, 0.8]
 
 
 def test_another_base_makes_retention_relative(tiny_build: Build, tmp_path: Path) -> None:
-    other = changed(tiny_build, tmp_path / "e", digest="another", model="other", tokenizer_digest="another")
-    found = lineup([report_of(*tiny_build), other])
-    reasons = {row.label: (row.values, row.retention) for row in found.rows}
-    assert reasons["bits per byte"] == (None, "relative to different bases")
-    assert reasons["perplexity"] == ("different tokenizers", "different tokenizers")
-    assert reasons["KL to base, bits/token"][0] == "different tokenizers"
-    assert any("different bases" in note for note in found.notes)
+    def reasons(name: str, **changes: Any) -> dict[str, tuple[str | None, str | None]]:
+        base = about(tiny_build[0])["base"] | {"digest": "another"} | changes
+        other = report_of(copied(tiny_build, tmp_path / name, base=base), tiny_build[1])
+        found = lineup([report_of(*tiny_build), other])
+        assert any("different bases" in note for note in found.notes)
+        return {row.label: (row.values, row.retention) for row in found.rows}
 
-
-def test_a_distance_to_another_base_is_another_distance(tiny_build: Build, tmp_path: Path) -> None:
-    found = lineup([report_of(*tiny_build), changed(tiny_build, tmp_path / "e", digest="another")])
-    assert {row.values for row in found.rows if row.label.startswith("KL")} == {"distances to different bases"}
-    assert {row.values for row in found.rows if row.label == "perplexity"} == {None}
+    tokens = reasons("tokens", model="other", tokenizer_digest="another")
+    assert tokens["bits per byte"] == (None, "relative to different bases")
+    assert tokens["perplexity"] == ("different tokenizers", "different tokenizers")
+    assert tokens["KL to base, bits/token"][0] == "different tokenizers"
+    weights = reasons("weights")
+    assert weights["perplexity"][0] is None
+    assert weights["KL to base, bits/token"][0] == "distances to different bases"
 
 
 def test_other_documents_cannot_be_compared(tiny_build: Build, tmp_path: Path) -> None:
@@ -295,16 +214,4 @@ def test_other_documents_cannot_be_compared(tiny_build: Build, tmp_path: Path) -
     evaluation["corpora"]["task/qa"]["per_document"][0]["digest"] = "another"
     other = report_of(copied(tiny_build, tmp_path / "e", evaluation=evaluation), tiny_build[1])
     found = lineup([report_of(*tiny_build), other])
-    unlike = {row.name for row in found.rows if row.values == "not the same documents"}
-    assert unlike == {"task/qa"}
-
-
-def test_what_one_expert_was_not_measured_on_has_no_cell(tiny_build: Build, tmp_path: Path) -> None:
-    found = lineup([report_of(*tiny_build), report_of(measured(copied(tiny_build, tmp_path / "e")), tiny_build[1])])
-    row = next(row for row in found.rows if row.name == "choices")
-    assert [cell and cell.retention for cell in row.cells] == [None, 0.8]
-
-
-def test_the_data_is_plain(tiny_build: Build, tmp_path: Path) -> None:
-    document = report_of(measured(copied(tiny_build, tmp_path / "e")), tiny_build[1]).document()
-    assert json.loads(json.dumps(document, allow_nan=False)) == document
+    assert {row.name for row in found.rows if row.values == "not the same documents"} == {"task/qa"}
