@@ -23,7 +23,7 @@ from expertprune.models.loading import load_model, load_tokenizer
 from expertprune.reporting.tables import retention_table
 from tests.engines import ALONE, TRANSFORMERS, VLLM, run_script
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # the first test builds the expert
 SPEC = Path(__file__).parents[2] / "profiles" / "english-medical-qa.yaml"
 PROMPTS = [
     "The heart pumps blood",
