@@ -9,7 +9,6 @@ from expertprune.arch.blocks import Block, CoupledTensor, Experts, ExpertTensor
 from expertprune.arch.bundled import bundled_models
 from expertprune.arch.family import (
     EXPERT,
-    GROUPS,
     MODELING,
     PER_LAYER,
     Family,
@@ -19,6 +18,7 @@ from expertprune.arch.family import (
 )
 from expertprune.arch.gguf import GgufForm, PreTokenizer, gguf_names
 from expertprune.arch.recognition import attention_of, recognized
+from expertprune.arch.widths import GROUPS
 
 __all__ = [
     "EXPERT",

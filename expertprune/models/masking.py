@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from expertprune.arch import Family
-from expertprune.models.layers import decoder_layers, routed_to
-from expertprune.units import KeptUnits, LayerShape, Segment
+from expertprune.models.layers import decoder_layers
+from expertprune.models.routed import routed_to
+from expertprune.units import KeptUnits, LayerShape, Segment, Structure
 
 
 @contextlib.contextmanager
@@ -37,11 +38,11 @@ def masked(model: Any, family: Family, shapes: Sequence[LayerShape], kept: Seque
                 if family.experts is not None and len(units.experts) < shape.experts:
                     routers.enter_context(routed_to(layer, family.experts, torch.tensor(units.experts)))
                 if family.experts is not None and units.shape(shape).ffn < shape.ffn:
-                    output = layer.get_parameter(family.experts.output).data
+                    output = family.experts.written(layer).data
                     for expert in units.experts:
                         silence(output[expert], torch.tensor(units.neurons_of(expert, shape)))
-                blocks = [(family.ffn, Segment.FFN)] if family.has_ffn else []
-                for block, segment in (*blocks, (family.attention, Segment.QUERY)):
+                for structure, block in family.blocks().items():
+                    segment = Segment.FFN if structure is Structure.FFN else Segment.QUERY
                     silence(layer.get_parameter(block.output_weight).data, units.rows(segment, shape))
         yield
     finally:

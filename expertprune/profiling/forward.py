@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from expertprune.arch import Block, Family
 from expertprune.corpora.batches import Batch
 from expertprune.errors import CheckpointError
-from expertprune.models.layers import Routed, observed
+from expertprune.models.layers import observed
 from expertprune.models.passes import TextRun
+from expertprune.models.routed import routing_observed
 from expertprune.profiling.channels import ChannelStatistics
 from expertprune.profiling.routing import RoutingStatistics
 from expertprune.progress import Progress
-from expertprune.units import LayerShape, Segment
+from expertprune.units import LayerShape, Segment, Structure
 
 
 class LayerCollector:
@@ -21,13 +22,16 @@ class LayerCollector:
 
     def __init__(self, layer: nn.Module, family: Family, shape: LayerShape, documents: int) -> None:
         self.shape = shape
-        self.routed = RoutingStatistics(layer, family, documents, shape) if family.experts else None
+        experts = family.experts_of(shape)
+        self.routed = RoutingStatistics(layer, experts, documents, shape) if experts is not None else None
         self._weights = _weight_statistics(layer, family, shape)
         self.ffn = ChannelStatistics(documents, shape.ffn if family.has_ffn else 0)
         self.heads = ChannelStatistics(documents, shape.query_heads * shape.head_dim)
         self.head_impact = torch.zeros(documents, shape.query_heads)
         self.group_impact = torch.zeros(documents, shape.kv_heads)
         self.stream = torch.zeros(documents)
+        if not family.has_attention:
+            return
         # Gram matrices of the output projection's columns, [kv_heads, group_dim, group_dim]
         columns = layer.get_parameter(family.attention.output_weight).float()
         columns = columns.unflatten(1, (shape.kv_heads, -1)).permute(1, 2, 0)
@@ -45,6 +49,8 @@ class LayerCollector:
         for row, (document, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
             self.stream[document] = stream[row, :length].float().square().mean().cpu()
             self.ffn.add(document, ffn[row, :length].float())
+            if not shape.query_heads:
+                continue
             values = heads[row, :length].float()
             grouped = values.unflatten(1, (shape.kv_heads, -1)).transpose(0, 1)  # [kv_heads, tokens, _]
             moment = grouped.transpose(1, 2) @ grouped  # [kv_heads, group_dim, group_dim]
@@ -55,6 +61,12 @@ class LayerCollector:
             self.group_impact[document] = change.sum((1, 2)).cpu()
             blocks = change.unflatten(1, (-1, shape.head_dim)).unflatten(3, (-1, shape.head_dim))
             self.head_impact[document] = blocks.sum((2, 4)).diagonal(dim1=1, dim2=2).flatten().cpu()
+
+    @property
+    def finite(self) -> bool:
+        """Whether all activations were finite."""
+        sums = (self.ffn.square_sum, self.heads.square_sum)
+        return all(bool(each.isfinite().all()) for each in sums) and (self.routed is None or self.routed.finite)
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         """Everything of this layer under its stored names."""
@@ -68,20 +80,21 @@ class LayerCollector:
         }
 
 
-def _blocks(family: Family) -> list[tuple[str, Block]]:
+def _blocks(family: Family) -> dict[str, Block]:
     """The blocks whose output projection is observed, by the names of their statistics."""
-    return [("ffn", family.ffn), ("heads", family.attention)] if family.has_ffn else [("heads", family.attention)]
+    names = {Structure.QUERY_HEADS: "heads", Structure.FFN: "ffn"}
+    return {names[structure]: block for structure, block in family.blocks().items()}
 
 
 def _weight_statistics(layer: nn.Module, family: Family, shape: LayerShape) -> dict[str, Tensor]:
     statistics: dict[str, Tensor] = {}
-    for name, block in _blocks(family):
+    for name, block in _blocks(family).items():
         weight = layer.get_parameter(block.output_weight).float()
         statistics[f"{name}.{{layer}}.output_l1"] = weight.abs().sum(0).cpu()
         statistics[f"{name}.{{layer}}.output_l2"] = torch.linalg.vector_norm(weight, dim=0).cpu()
     state = dict(layer.named_parameters())
     squares = {segment: torch.zeros(shape.segment_rows(segment)) for segment in Segment}
-    for coupled in family.tensors:
+    for coupled in family.ffn.tensors + family.attention.tensors:
         if coupled.name not in state:
             continue
         values = state[coupled.name].float().square()
@@ -90,10 +103,12 @@ def _weight_statistics(layer: nn.Module, family: Family, shape: LayerShape) -> d
         owned = rows.cpu().split([shape.segment_rows(segment) for segment in coupled.segments])
         for segment, values in zip(coupled.segments, owned, strict=True):
             squares[segment] += values
-    queries = squares[Segment.QUERY].unflatten(0, (shape.query_heads, -1)).sum(1)
-    keys = squares[Segment.KEY_VALUE].unflatten(0, (shape.kv_heads, -1)).sum(1)
     if family.has_ffn:
         statistics["ffn.{layer}.weight_norm"] = squares[Segment.FFN].sqrt()
+    if not family.has_attention:
+        return statistics
+    queries = squares[Segment.QUERY].unflatten(0, (shape.query_heads, -1)).sum(1) + squares[Segment.QUERY_HEAD]
+    keys = squares[Segment.KEY_VALUE].unflatten(0, (shape.kv_heads, -1)).sum(1)
     statistics["heads.{layer}.weight_norm"] = queries.sqrt()
     statistics["groups.{layer}.weight_norm"] = (queries.unflatten(0, (shape.kv_heads, -1)).sum(1) + keys).sqrt()
     return statistics
@@ -111,24 +126,23 @@ def forward_pass(text: TextRun, progress: Progress | None = None) -> dict[str, T
         CheckpointError: the model gives activations that are not finite.
     """
     family, stream = text.family, text.start()
-    paths = [block.output for _, block in _blocks(family)]
-    if family.experts is not None:
-        paths.append(family.experts.module)
+    blocks = _blocks(family)
     statistics: dict[str, Tensor] = {"tokens": torch.zeros(text.documents)}
     for batch in text.batches:
         for document, length in zip(batch.documents, batch.lengths, strict=True):
             statistics["tokens"][document] = length - 1
     for index, layer in text.layers(progress):
         collector = LayerCollector(layer, family, text.shapes[index], text.documents)
-        with observed(layer, *paths) as calls:
+        experts = family.experts_of(text.shapes[index])
+        paths = [block.output for block in blocks.values()]
+        with observed(layer, *paths) as calls, routing_observed(layer, experts) as routed:
             for step in stream.advance(layer, index):
-                heads = calls[family.attention.output].input
-                if collector.routed is not None and family.experts is not None:
-                    collector.routed.add(step.batch, Routed.of(calls[family.experts.module]))
-                ffn = calls[family.ffn.output].input if family.has_ffn else heads[..., :0]
-                collector.update(step.batch, ffn, heads, step.after)
-        neurons = collector.ffn if collector.routed is None else collector.routed.neurons
-        if not bool(neurons.square_sum.isfinite().all() and collector.heads.square_sum.isfinite().all()):
+                if collector.routed is not None:
+                    collector.routed.add(step.batch, routed[0])
+                inputs = {name: calls[block.output].input for name, block in blocks.items()}
+                none = step.after[..., :0]
+                collector.update(step.batch, inputs.get("ffn", none), inputs.get("heads", none), step.after)
+        if not collector.finite:
             raise CheckpointError(
                 f"layer {index}: activations are not finite in {next(layer.parameters()).dtype}: damaged weights, or "
                 "too narrow a base.dtype (float32 and bfloat16 are wide)"

@@ -5,19 +5,19 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from expertprune.arch import Experts, Family
+from expertprune.arch import Family
 from expertprune.artifacts.profile import halved
 from expertprune.corpora.batches import Batch
-from expertprune.models.layers import Routed, observed, routed_shares
 from expertprune.models.passes import LOGITS, TextRun
+from expertprune.models.routed import RoutedCall, routing_observed
 from expertprune.progress import Progress
-from expertprune.units import LayerShape
+from expertprune.units import LayerShape, Structure
 
 # Scales keep gradients within half precision, from 2⁻²⁴ to 2¹⁶. Powers of two change no digit.
 HEAD_SCALE = 2.0**8  # of the loss: the gradient of a logit is at most 1
@@ -36,12 +36,13 @@ class MaskGradients:
         self.shape = shape
         self.ffn = torch.zeros(documents, shape.neurons)
         self.heads = torch.zeros(documents, shape.query_heads)
+        self.routed: Tensor | None = None  # `[documents * experts, ffn]`, on the layer's device
 
     def add(
         self,
         batch: Batch,
         weights: Sequence[float],
-        heads: tuple[Tensor, Tensor],
+        heads: tuple[Tensor, Tensor] | None = None,
         ffn: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Add one batch.
@@ -51,36 +52,36 @@ class MaskGradients:
             heads, ffn: input and gradient of an output projection, `[rows, tokens, channels]` each.
         """
         for row, (document, length, weight) in enumerate(zip(batch.documents, batch.lengths, weights, strict=True)):
-            sums = [(a[row, :length].float() * g[row, :length].float()).sum(0).cpu() * weight
-                    for a, g in ([heads] if ffn is None else [heads, ffn])]  # fmt: skip
-            self.heads[document] += sums[0].unflatten(0, (self.shape.query_heads, -1)).sum(1)
-            if ffn is not None:
+            sums = [None if pair is None else
+                    (pair[0][row, :length].float() * pair[1][row, :length].float()).sum(0).cpu() * weight
+                    for pair in (heads, ffn)]  # fmt: skip
+            if sums[0] is not None:
+                self.heads[document] += sums[0].unflatten(0, (self.shape.query_heads, -1)).sum(1)
+            if sums[1] is not None:
                 self.ffn[document] += sums[1]
 
-    def add_routed(
-        self,
-        layer: nn.Module,
-        experts: Experts,
-        batch: Batch,
-        weights: Sequence[float],
-        call: Routed,
-        gradient: Tensor,
-    ) -> None:
-        """Add a batch; `gradient` is that of the routed experts' output, `[tokens, hidden]`."""
-        gradient = gradient.flatten(0, -2).float()
-        by_document = torch.zeros(len(self.ffn))
-        by_document[list(batch.documents)] = torch.tensor(weights, dtype=torch.float32)
-        for share in routed_shares(layer, experts, batch, call):
-            value = (gradient[share.place] @ share.read) * share.neurons * share.weight[:, None]
-            first = share.expert * self.shape.ffn
-            own = value.cpu() * by_document[share.document][:, None]
-            self.ffn[:, first : first + self.shape.ffn].index_add_(0, share.document, own)
+    def add_routed(self, batch: Batch, weights: Sequence[float], call: RoutedCall, gradient: Tensor) -> None:
+        """Add a batch; `gradient` is that of the call's neurons, `[pairs, ffn]`.
+
+        A router's weight multiplies a neuron behind its mask, so the gradient has it.
+        """
+        rows, length = batch.ids.shape
+        real = torch.tensor(batch.lengths)[:, None] > torch.arange(length)
+        factor = real * torch.tensor(weights, dtype=torch.float32)[:, None]
+        document = torch.tensor(batch.documents)[:, None].expand(rows, length)
+        pairs = call.pairs
+        factor, document = (each.flatten().to(gradient.device)[pairs.token] for each in (factor, document))
+        if self.routed is None:
+            self.routed = torch.zeros(len(self.ffn) * self.shape.experts, self.shape.ffn, device=gradient.device)
+        own = call.neurons.float() * gradient.float() * factor[:, None]
+        self.routed.index_add_(0, document * self.shape.experts + pairs.expert, own)
 
     def tensors(self, layer: int) -> dict[str, Tensor]:
         """Everything of this layer under its stored names."""
-        found = {**halved(f"ffn.{layer}.value", self.ffn), **halved(f"heads.{layer}.value", self.heads)}
+        ffn = self.ffn if self.routed is None else self.routed.cpu().unflatten(0, (len(self.ffn), -1)).flatten(1)
+        found = {**halved(f"ffn.{layer}.value", ffn), **halved(f"heads.{layer}.value", self.heads)}
         if self.shape.experts:
-            found |= halved(f"experts.{layer}.value", self.ffn.unflatten(1, (self.shape.experts, -1)).sum(2))
+            found |= halved(f"experts.{layer}.value", ffn.unflatten(1, (self.shape.experts, -1)).sum(2))
         return found
 
 
@@ -88,8 +89,8 @@ class MaskGradients:
 def mask_graph(layer: nn.Module, family: Family, leaves: bool) -> Iterator[dict[str, Tensor]]:
     """While open, gradients are on, and the tensors that masks would multiply are kept by name.
 
-    These are the inputs of both output projections in the last call, `heads` and `ffn`. A layer
-    with routed experts has their summed output, `written`, in place of `ffn`.
+    These are the inputs of both output projections in the last call, `heads` and `ffn`. For the
+    neurons of routed experts see `routing_observed`.
 
     Args:
         leaves: start the graph at these inputs.
@@ -106,13 +107,11 @@ def mask_graph(layer: nn.Module, family: Family, leaves: bool) -> Iterator[dict[
 
         return note
 
-    def note_output(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
-        inputs["written"] = output
-
-    blocks = [("heads", family.attention), *([("ffn", family.ffn)] if family.has_ffn else [])]
-    handles = [layer.get_submodule(block.output).register_forward_pre_hook(hook(name)) for name, block in blocks]
-    if family.experts is not None:
-        handles.append(layer.get_submodule(family.experts.module).register_forward_hook(note_output))
+    names = {Structure.QUERY_HEADS: "heads", Structure.FFN: "ffn"}
+    handles = [
+        layer.get_submodule(block.output).register_forward_pre_hook(hook(names[structure]))
+        for structure, block in family.blocks().items()
+    ]
     try:
         with torch.enable_grad():
             yield inputs
@@ -139,15 +138,13 @@ def gradient_pass(text: TextRun, loss: str, seed: int = 0, progress: Progress | 
         progress: called after each batch.
     """
     gradients = [MaskGradients(shape, text.documents) for shape in text.shapes]
-    experts = text.family.experts
     for one in text.each_batch():  # all at once would hold every layer's input of every batch
         for layer in backward(one, loss, seed):
             weights = [1 / layer.scale / (length - 1) for length in layer.batch.lengths]
             pairs = {n: (layer.inputs[n], layer.gradients[n]) for n in ("heads", "ffn") if n in layer.inputs}
             gradients[layer.index].add(layer.batch, weights, **pairs)
-            if experts is not None and layer.routed is not None:
-                here = (layer.module, experts, layer.batch, weights, layer.routed, layer.gradients["written"])
-                gradients[layer.index].add_routed(*here)
+            if layer.routed is not None:
+                gradients[layer.index].add_routed(layer.batch, weights, layer.routed, layer.gradients["neurons"])
         if progress is not None:
             progress()
     return {name: tensor for layer, each in enumerate(gradients) for name, tensor in each.tensors(layer).items()}
@@ -157,15 +154,15 @@ def gradient_pass(text: TextRun, loss: str, seed: int = 0, progress: Progress | 
 class Differentiated:
     """One batch in one layer: what masks would multiply (see `mask_graph`), and its gradients.
 
-    `gradients` are those of the sum of all tokens' losses, times `scale`.
+    Those of a layer with routed experts have `neurons`, which are `routed.neurons`. `gradients` are
+    those of the sum of all tokens' losses, times `scale`.
     """
 
     index: int
-    module: nn.Module
     batch: Batch
     inputs: dict[str, Tensor]
     gradients: dict[str, Tensor]
-    routed: Routed | None
+    routed: RoutedCall | None
     scale: float
 
 
@@ -183,18 +180,20 @@ def backward(text: TextRun, loss: str, seed: int) -> Iterator[Differentiated]:
             pass
     ends = [loss_gradient(text, *pair, loss, seed) for pair in zip(text.batches, stream.hidden, strict=True)]
     above = [rescaled(gradient, HEAD_SCALE) for gradient in ends]
-    routers = [text.family.experts.module] if text.family.experts is not None else []
     for index, layer in text.layers(last_first=True):
+        experts = text.family.experts_of(text.shapes[index])
         stream.hidden = [hidden.detach().requires_grad_() for hidden in before.pop()]
         for number, batch in enumerate(text.batches):
             gradient, scale = above[number]
-            with observed(layer, *routers) as calls, mask_graph(layer, text.family, leaves=False) as inputs:
+            with routing_observed(layer, experts) as calls, mask_graph(layer, text.family, leaves=False) as inputs:
                 output = stream.run(layer, index, number)
+                if calls:
+                    inputs["neurons"] = calls[0].neurons
                 below, *found = torch.autograd.grad(output, [stream.hidden[number], *inputs.values()], gradient)
-            routed = Routed.of(calls[routers[0]]) if routers else None
             noted = {name: value.detach() for name, value in inputs.items()}
             gradients = dict(zip(inputs, found, strict=True))
-            yield Differentiated(index, layer, batch, noted, gradients, routed, scale)
+            routed = replace(calls[0], neurons=noted["neurons"]) if calls else None
+            yield Differentiated(index, batch, noted, gradients, routed, scale)
             above[number] = rescaled(below, scale)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,17 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expertprune.arch import Block, Family
+from expertprune.arch import Block, Experts, Family
 from expertprune.errors import CheckpointError
 from expertprune.models.layers import Call, observed
 from expertprune.models.passes import Stream, TextRun, real_tokens
 from expertprune.progress import Progress
+from expertprune.pruning.routed_repair import solve_routed
 from expertprune.pruning.slicing import pruned_layer
 from expertprune.registry import Registry
 from expertprune.spec.schema import Compensation
 from expertprune.units import KeptUnits, LayerShape, Structure
-
-log = logging.getLogger(__name__)
 
 Weights = Iterator[tuple[str, Tensor]]
 Method = Callable[[TextRun, Sequence[KeptUnits], Compensation, Progress | None], Weights]
@@ -136,8 +134,6 @@ def by_least_squares(
     Raises:
         CheckpointError: the damping is too small for these inputs.
     """
-    if any(kept.shape(shape).ffn < shape.ffn and shape.experts for shape, kept in zip(text.shapes, plan, strict=True)):
-        log.warning("neurons of routed experts are cut without repair; heads of the same layers are repaired")
     dense = text.start()
     expert = dense.copy()
     for index, layer in text.layers(progress):
@@ -156,10 +152,15 @@ class _Cut:
     kept: KeptUnits
 
     def touches(self, structure: Structure) -> bool:
-        """Whether an output projection lost inputs. Those of routed experts are never repaired."""
+        """Whether the output projection of a block lost inputs."""
         if structure is Structure.FFN:
             return self.family.has_ffn and len(self.kept.ffn) < self.shape.ffn
         return len(self.kept.query_heads) < self.shape.query_heads
+
+    @property
+    def experts(self) -> Experts | None:
+        """The layer's routed experts, where some of them or of their neurons are dropped."""
+        return self.family.experts_of(self.shape) if len(self.kept.ffn) < self.shape.neurons else None
 
     def weight_name(self, structure: Structure) -> str:
         return f"{self.family.layer_prefix(self.index)}{self.family.block(structure).output_weight}"
@@ -171,7 +172,12 @@ def _solve_layer(cut: _Cut, config: Any, dense: Stream, expert: Stream, damping:
     for structure in (Structure.QUERY_HEADS, Structure.FFN):
         if cut.touches(structure):
             yield _solve(cut, small, structure, expert, targets[structure], damping)
-    if not cut.touches(Structure.FFN):
+    if cut.experts is not None:
+        behind = targets[Structure.EXPERTS].stream
+        repaired = solve_routed(small, cut.experts, expert, cut.index, behind, damping)
+        for number, weight in zip(cut.kept.experts, repaired, strict=True):
+            yield cut.family.layer_prefix(cut.index) + cut.experts.output_of(number), weight
+    elif not cut.touches(Structure.FFN):
         for _ in expert.advance(small, cut.index):
             pass
 
@@ -188,8 +194,12 @@ def _run_dense(cut: _Cut, stream: Stream) -> dict[Structure, _Targets]:
     """Advance the dense stream and keep the targets of the projections that lost inputs."""
     blocks = {each: cut.family.block(each) for each in (Structure.QUERY_HEADS, Structure.FFN) if cut.touches(each)}
     targets = {structure: _Targets([], []) for structure in blocks}
+    if cut.experts is not None:
+        targets[Structure.EXPERTS] = _Targets([], [])
     with observed(cut.layer, *(block.output for block in blocks.values())) as calls:
         for step in stream.advance(cut.layer, cut.index):
+            if cut.experts is not None:
+                targets[Structure.EXPERTS].stream.append(step.after)
             for structure, block in blocks.items():
                 output = calls[block.output].output
                 middle = structure is Structure.QUERY_HEADS  # the FFN comes later in the layer

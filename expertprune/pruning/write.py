@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from expertprune.arch import MODELING, PER_LAYER, ExpertTensor, per_layer, stock_architectures
+from expertprune.arch import MODELING, PER_LAYER, ExpertTensor, Family, per_layer, stock_architectures
 from expertprune.artifacts.plan import Plan
 from expertprune.corpora.batches import Batch
 from expertprune.errors import CheckpointError, PlanError
@@ -26,6 +26,7 @@ from expertprune.pruning.repair import check_repair
 from expertprune.pruning.slicing import cut_tensor
 from expertprune.spec.schema import Compensation
 from expertprune.tokenizing import Renumbering, read_vocabulary, trimmed, write_tokenizer
+from expertprune.units import KeptUnits
 
 _SPARE = 64 * 2**20  # tokenizer, cards and index, generously
 
@@ -106,13 +107,16 @@ def prune(
 
     def transform(name: str, tensor: Tensor) -> Tensor | None:
         if name in single:
-            return single[name].cut(tensor)
+            repaired = spool.take(name)
+            return single[name].cut(tensor) if repaired is None else repaired.to(tensor.dtype)
         if rows is not None and name in base.family.vocabulary:
             return tensor.index_select(0, rows)
         if name not in owners:
             return None
         layer, local = owners[name]
         repaired = spool.take(name)
+        if repaired is None:
+            repaired = _repaired_together(base.family, layer, local, plan.kept[layer], spool)
         if repaired is not None:
             return repaired.to(tensor.dtype)
         cut = cut_tensor(local, tensor, base.family, plan.shapes[layer], plan.kept[layer])
@@ -178,6 +182,19 @@ def _stored_experts(plan: Plan, base: ResolvedBase) -> dict[str, _Stored]:
                 name = prefix + new[place].name if new is not None else None
                 found[prefix + tensor.name] = _Stored(name, tensor, neurons, shape.ffn)
     return found
+
+
+def _repaired_together(family: Family, layer: int, name: str, kept: KeptUnits, spool: _Spool) -> Tensor | None:
+    """The repaired output projections of routed experts that are stored as they run, if it is they."""
+    experts = family.experts
+    if experts is None or name not in (experts.output, experts.stored.get(experts.output)):
+        return None
+    found = [spool.take(family.layer_prefix(layer) + experts.output_of(expert)) for expert in kept.experts]
+    parts = [part for part in found if part is not None]
+    if not parts:
+        return None
+    whole = torch.stack(parts)
+    return whole.transpose(1, 2) if experts.transposed else whole
 
 
 def _zero_tensors(plan: Plan, base: ResolvedBase) -> Callable[[str], Iterator[tuple[str, Tensor]]]:
