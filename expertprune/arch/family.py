@@ -46,7 +46,8 @@ class Family(Data):
         defaults: the config's meaning of keys that it leaves out.
         attention: where heads are not cut, it may be left out. Nothing of it is measured then, and
             layers may have attentions of different kinds.
-        structures: what can be cut. Where heads cannot, `why_no_heads` says why.
+        structures: what can be cut. Where heads or neurons cannot, `why_no_heads` and
+            `why_no_neurons` say why.
         heads_require: values of the config without which head counts cannot change. Dots lead into
             nested keys.
         attention_implementation: the one of transformers that computes the network exactly.
@@ -67,6 +68,7 @@ class Family(Data):
     defaults: Mapping[str, int] = Field(default_factory=dict)
     structures: tuple[Structure, ...] = DENSE
     why_no_heads: str = ""
+    why_no_neurons: str = ""
     attention_implementation: Literal["sdpa", "eager"] = "sdpa"
     # By the oracle in the project's tests. The program sets it, and checks other families itself.
     tested: bool = True
@@ -86,8 +88,10 @@ class Family(Data):
     def _neurons_or_experts(self) -> Self:
         if len({self.ffn == NO_BLOCK, self.config.ffn is None, self.experts is not None}) > 1:
             raise ValueError("a family has either ffn, and its key in config, or experts")
-        if Structure.FFN not in self.structures or (Structure.EXPERTS in self.structures) != (self.experts is not None):
-            raise ValueError("structures: ffn is always one of them, experts goes with experts")
+        if (Structure.EXPERTS in self.structures) != (self.experts is not None):
+            raise ValueError("structures: experts goes with experts")
+        if bool(self.why_no_neurons) == (Structure.FFN in self.structures):
+            raise ValueError("why_no_neurons goes with structures that name no ffn, and only with those")
         return self
 
     @model_validator(mode="after")

@@ -40,7 +40,7 @@ def routed_ridge(moments: RoutedMoments, damping: float) -> Tensor:
     expert have there. The square undoes that, so an expert that was hardly seen stays as it is.
     """
     energy = moments.gram.diagonal().double()
-    scarcity = (energy.numel() / moments.tokens) ** 2
+    scarcity = globals().get("KAPPA", 1.0) * (energy.numel() / moments.tokens) ** 2
     return energy * (damping + scarcity) + 1e-3 * damping * energy.median() + torch.finfo(torch.float32).tiny
 
 
