@@ -139,6 +139,36 @@ def scratch_folder(path: Path) -> Iterator[Path]:
         yield folder
 
 
+@contextlib.contextmanager
+def resumable_folder(path: Path) -> Iterator[Path]:
+    """A folder for unfinished work at `path`; it goes when the block ends well, and stays when it does not.
+
+    The next run finds what a killed one has left. A folder that another process is at work in is
+    left alone: this one gets another, which it does not leave. Those of the same suffix that nobody
+    came back for go with time.
+
+    Raises:
+        CheckpointError: the disk is full, or the parent folder cannot be written.
+    """
+    with disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        for other in path.parent.glob(f"*{path.suffix}"):
+            with _locked(other) as lock:
+                if other != path and lock is not _Lock.TAKEN and _age(other) > ABANDONED_AFTER:
+                    shutil.rmtree(other, ignore_errors=True)
+    with _locked(path) as lock:
+        if lock is _Lock.OURS and path.exists():
+            try:
+                yield path
+            finally:
+                if not any(path.iterdir()):
+                    path.rmdir()
+            shutil.rmtree(path, ignore_errors=True)
+            return
+    with scratch_folder(path) as other:
+        yield other
+
+
 def _replace_folder(new: Path, out: Path) -> None:
     """Rename `new` to `out`; an earlier `out` comes back if that fails."""
     if not out.exists():
