@@ -218,6 +218,10 @@ class Experts(Data):
             return (self.stored.get(run, run),)
         return tuple(tensor.name for expert in range(experts) for tensor in self.of_one(expert))
 
+    def are_in(self, layer: nn.Module) -> bool:
+        """Whether a running layer has routed experts."""
+        return any(name == self.module for name, _ in layer.named_modules())
+
     def read(self, layer: nn.Module) -> Tensor:
         """A running layer's input projections, `[experts, rows, hidden]`, a view."""
         weight = layer.get_parameter(self.input)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,26 +131,25 @@ class RoutedExperts:
 
 
 @contextlib.contextmanager
-def routing_observed(layer: nn.Module, experts: Experts | None) -> Iterator[list[RoutedCall]]:
-    """While open, keeps the last call of a layer's routed experts in a list of one.
+def routing_observed(layer: nn.Module, experts: Experts | None, note: Callable[[RoutedCall], None]) -> Iterator[None]:
+    """While open, calls `note` with each call of a layer's routed experts, if it has some.
 
-    The layer runs them with sorted tokens, so nothing is computed twice. What the list holds is
-    part of the graph where gradients are on. Without `experts` the list stays empty.
+    The layer runs them with sorted tokens, so nothing is computed twice. What a call holds is part
+    of the graph where gradients are on.
     """
-    last: list[RoutedCall] = []
-    if experts is None:
-        yield last
+    if experts is None or not experts.are_in(layer):
+        yield
         return
     runner = RoutedExperts(layer, experts)
 
     def forward(hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         output, call = runner.run(hidden, chosen, weights)
-        last[:] = [call]
+        note(call)
         return output
 
     runner.module.forward = forward
     try:
-        yield last
+        yield
     finally:
         del runner.module.forward
 

@@ -1,41 +1,48 @@
-"""The forward pass: every statistic of a corpus that needs no gradient."""
+"""Every statistic of a layer that needs no gradient."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from expertprune.arch import Block, Family
+from expertprune.arch import Family
 from expertprune.corpora.batches import Batch
 from expertprune.errors import CheckpointError
-from expertprune.models.layers import observed
 from expertprune.models.passes import TextRun
-from expertprune.models.routed import routing_observed
-from expertprune.profiling.channels import ChannelStatistics
+from expertprune.profiling.channels import ChannelStatistics, second_moments
+from expertprune.profiling.observation import Observation, observed_blocks
 from expertprune.profiling.routing import RoutingStatistics
-from expertprune.progress import Progress
-from expertprune.units import LayerShape, Segment, Structure
+from expertprune.units import LayerShape, Segment
 
 
 class LayerCollector:
-    """The statistics of one layer, summed batch by batch."""
+    """The statistics of one layer, summed batch by batch on its device."""
 
     def __init__(self, layer: nn.Module, family: Family, shape: LayerShape, documents: int) -> None:
         self.shape = shape
-        experts = family.experts_of(shape)
+        experts, parameter = family.experts_of(shape), next(layer.parameters())
         self.routed = RoutingStatistics(layer, experts, documents, shape) if experts is not None else None
         self._weights = _weight_statistics(layer, family, shape)
-        self.ffn = ChannelStatistics(documents, shape.ffn if family.has_ffn else 0)
-        self.heads = ChannelStatistics(documents, shape.query_heads * shape.head_dim)
-        self.head_impact = torch.zeros(documents, shape.query_heads)
-        self.group_impact = torch.zeros(documents, shape.kv_heads)
-        self.stream = torch.zeros(documents)
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.ffn = ChannelStatistics(documents, shape.ffn if family.has_ffn else 0, self.device)
+        self.heads = ChannelStatistics(documents, shape.query_heads * shape.head_dim, self.device)
+        self.head_impact = torch.zeros(documents, shape.query_heads, device=self.device)
+        self.group_impact = torch.zeros(documents, shape.kv_heads, device=self.device)
+        self.stream = torch.zeros(documents, device=self.device)
         if not family.has_attention:
             return
         # Gram matrices of the output projection's columns, [kv_heads, group_dim, group_dim]
         columns = layer.get_parameter(family.attention.output_weight).float()
         columns = columns.unflatten(1, (shape.kv_heads, -1)).permute(1, 2, 0)
         self._gram = columns @ columns.transpose(1, 2)
+
+    def add(self, batch: Batch, seen: Observation, after: Tensor) -> None:
+        """Add one batch that has passed the layer; `after` is its output, `[rows, tokens, hidden]`."""
+        values = seen.values()
+        if self.routed is not None and seen.routed is not None:
+            self.routed.add(batch, seen.routed)
+        none = after[..., :0]
+        self.update(batch, values.get("ffn", none), values.get("heads", none), after)
 
     def update(self, batch: Batch, ffn: Tensor, heads: Tensor, stream: Tensor) -> None:
         """Add one batch; padding is left out.
@@ -47,48 +54,54 @@ class LayerCollector:
         """
         shape = self.shape
         for row, (document, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
-            self.stream[document] = stream[row, :length].float().square().mean().cpu()
+            self.stream[document] = stream[row, :length].float().square().mean()
             self.ffn.add(document, ffn[row, :length].float())
             if not shape.query_heads:
                 continue
-            values = heads[row, :length].float()
-            grouped = values.unflatten(1, (shape.kv_heads, -1)).transpose(0, 1)  # [kv_heads, tokens, _]
-            moment = grouped.transpose(1, 2) @ grouped  # [kv_heads, group_dim, group_dim]
-            self.heads.add(document, values)
+            self.heads.add(document, heads[row, :length].float())
+            grouped = heads[row, :length].unflatten(1, (shape.kv_heads, -1)).transpose(0, 1)  # [kv_heads, tokens, _]
             # mean_t ‖W o_t‖² = ⟨WᵀW, mean_t o_t o_tᵀ⟩: of the whole block for the group, of its
             # diagonal blocks for the heads
-            change = moment * self._gram / length
-            self.group_impact[document] = change.sum((1, 2)).cpu()
+            change = second_moments(grouped) * self._gram / length
+            self.group_impact[document] = change.sum((1, 2))
             blocks = change.unflatten(1, (-1, shape.head_dim)).unflatten(3, (-1, shape.head_dim))
-            self.head_impact[document] = blocks.sum((2, 4)).diagonal(dim1=1, dim2=2).flatten().cpu()
+            self.head_impact[document] = blocks.sum((2, 4)).diagonal(dim1=1, dim2=2).flatten()
 
-    @property
-    def finite(self) -> bool:
-        """Whether all activations were finite."""
-        sums = (self.ffn.square_sum, self.heads.square_sum)
-        return all(bool(each.isfinite().all()) for each in sums) and (self.routed is None or self.routed.finite)
+    def sums(self) -> dict[str, Tensor]:
+        """What is added over the members of a team, in place. A document is with one member only."""
+        own = {"head_impact": self.head_impact, "group_impact": self.group_impact, "stream": self.stream}
+        routed = {} if self.routed is None else self.routed.sums()
+        return {**self.ffn.sums("ffn"), **self.heads.sums("heads"), **own, **routed}
+
+    def check(self, index: int) -> None:
+        """Raises `CheckpointError` where activations were not finite."""
+        finite = all(bool(each.square_sum.isfinite().all()) for each in (self.ffn, self.heads))
+        if not finite or (self.routed is not None and not self.routed.finite):
+            raise CheckpointError(
+                f"layer {index}: activations are not finite in {self.dtype}: damaged weights, or "
+                "too narrow a base.dtype (float32 and bfloat16 are wide)"
+            )
 
     def tensors(self, index: int) -> dict[str, Tensor]:
-        """Everything of this layer under its stored names."""
+        """Everything of this layer under its stored names.
+
+        Raises:
+            CheckpointError: the model gives activations that are not finite.
+        """
+        self.check(index)
         return {
             **(self.ffn.tensors(f"ffn.{index}") if self.routed is None else self.routed.tensors(index)),
             **self.heads.tensors(f"heads.{index}"),
-            f"heads.{index}.impact": self.head_impact,
-            f"groups.{index}.impact": self.group_impact,
-            f"stream.{index}.square": self.stream,
+            f"heads.{index}.impact": self.head_impact.cpu(),
+            f"groups.{index}.impact": self.group_impact.cpu(),
+            f"stream.{index}.square": self.stream.cpu(),
             **{name.format(layer=index): tensor for name, tensor in self._weights.items()},
         }
 
 
-def _blocks(family: Family) -> dict[str, Block]:
-    """The blocks whose output projection is observed, by the names of their statistics."""
-    names = {Structure.QUERY_HEADS: "heads", Structure.FFN: "ffn"}
-    return {names[structure]: block for structure, block in family.blocks().items()}
-
-
 def _weight_statistics(layer: nn.Module, family: Family, shape: LayerShape) -> dict[str, Tensor]:
     statistics: dict[str, Tensor] = {}
-    for name, block in _blocks(family).items():
+    for name, block in observed_blocks(family).items():
         weight = layer.get_parameter(block.output_weight).float()
         statistics[f"{name}.{{layer}}.output_l1"] = weight.abs().sum(0).cpu()
         statistics[f"{name}.{{layer}}.output_l2"] = torch.linalg.vector_norm(weight, dim=0).cpu()
@@ -114,38 +127,10 @@ def _weight_statistics(layer: nn.Module, family: Family, shape: LayerShape) -> d
     return statistics
 
 
-@torch.inference_mode()
-def forward_pass(text: TextRun, progress: Progress | None = None) -> dict[str, Tensor]:
-    """Every statistic of a corpus that needs no gradient, by stored name (see `Profile`).
-
-    Args:
-        text: its batches' `documents` are the rows of the statistics per document.
-        progress: called after each layer.
-
-    Raises:
-        CheckpointError: the model gives activations that are not finite.
-    """
-    family, stream = text.family, text.start()
-    blocks = _blocks(family)
-    statistics: dict[str, Tensor] = {"tokens": torch.zeros(text.documents)}
+def predicted_tokens(text: TextRun) -> Tensor:
+    """How many tokens of each document the model predicts, `[documents]`, float32."""
+    tokens = torch.zeros(text.documents)
     for batch in text.batches:
         for document, length in zip(batch.documents, batch.lengths, strict=True):
-            statistics["tokens"][document] = length - 1
-    for index, layer in text.layers(progress):
-        collector = LayerCollector(layer, family, text.shapes[index], text.documents)
-        experts = family.experts_of(text.shapes[index])
-        paths = [block.output for block in blocks.values()]
-        with observed(layer, *paths) as calls, routing_observed(layer, experts) as routed:
-            for step in stream.advance(layer, index):
-                if collector.routed is not None:
-                    collector.routed.add(step.batch, routed[0])
-                inputs = {name: calls[block.output].input for name, block in blocks.items()}
-                none = step.after[..., :0]
-                collector.update(step.batch, inputs.get("ffn", none), inputs.get("heads", none), step.after)
-        if not collector.finite:
-            raise CheckpointError(
-                f"layer {index}: activations are not finite in {next(layer.parameters()).dtype}: damaged weights, or "
-                "too narrow a base.dtype (float32 and bfloat16 are wide)"
-            )
-        statistics |= collector.tensors(index)
-    return statistics
+            tokens[document] = length - 1
+    return tokens

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from expertprune.arch import Family
 from expertprune.artifacts.profile import halved
 from expertprune.corpora.batches import Batch
-from expertprune.models.passes import LOGITS, TextRun
-from expertprune.models.routed import RoutedCall, routing_observed
-from expertprune.progress import Progress
-from expertprune.units import LayerShape, Structure
+from expertprune.models.passes import LOGITS, Stream, TextRun
+from expertprune.models.routed import RoutedCall
+from expertprune.profiling.observation import Observation
+from expertprune.profiling.rows import RowMass
+from expertprune.units import LayerShape
 
 # Scales keep gradients within half precision, from 2⁻²⁴ to 2¹⁶. Powers of two change no digit.
 HEAD_SCALE = 2.0**8  # of the loss: the gradient of a logit is at most 1
@@ -29,219 +27,179 @@ class MaskGradients:
 
     This is the derivative with respect to a mask that multiplies the unit's channels, at 1. That of
     a KV group is the sum over its query heads, so only heads are stored. The mask of a routed
-    expert multiplies its output, so its derivative is the sum over its neurons.
+    expert multiplies its output, so its derivative is the sum over its neurons. Sums stay on the
+    device until the layer ends.
     """
 
-    def __init__(self, shape: LayerShape, documents: int) -> None:
+    def __init__(self, shape: LayerShape, documents: int, device: torch.device | None = None) -> None:
         self.shape = shape
-        self.ffn = torch.zeros(documents, shape.neurons)
-        self.heads = torch.zeros(documents, shape.query_heads)
-        self.routed: Tensor | None = None  # `[documents * experts, ffn]`, on the layer's device
+        self.ffn = torch.zeros(documents, shape.neurons, device=device)
+        self.heads = torch.zeros(documents, shape.query_heads, device=device)
 
     def add(
         self,
         batch: Batch,
-        weights: Sequence[float],
+        weights: Tensor,
         heads: tuple[Tensor, Tensor] | None = None,
         ffn: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Add one batch.
 
         Args:
-            weights: a factor for the gradients of each row, applied in float32.
+            weights: a factor for the gradients of each row, `[rows]`, float32.
             heads, ffn: input and gradient of an output projection, `[rows, tokens, channels]` each.
         """
-        for row, (document, length, weight) in enumerate(zip(batch.documents, batch.lengths, weights, strict=True)):
+        for row, (document, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
             sums = [None if pair is None else
-                    (pair[0][row, :length].float() * pair[1][row, :length].float()).sum(0).cpu() * weight
+                    (pair[0][row, :length].float() * pair[1][row, :length].float()).sum(0) * weights[row]
                     for pair in (heads, ffn)]  # fmt: skip
             if sums[0] is not None:
                 self.heads[document] += sums[0].unflatten(0, (self.shape.query_heads, -1)).sum(1)
             if sums[1] is not None:
                 self.ffn[document] += sums[1]
 
-    def add_routed(self, batch: Batch, weights: Sequence[float], call: RoutedCall, gradient: Tensor) -> None:
+    def add_routed(self, batch: Batch, weights: Tensor, call: RoutedCall, gradient: Tensor) -> None:
         """Add a batch; `gradient` is that of the call's neurons, `[pairs, ffn]`.
 
         A router's weight multiplies a neuron behind its mask, so the gradient has it.
         """
         rows, length = batch.ids.shape
         real = torch.tensor(batch.lengths)[:, None] > torch.arange(length)
-        factor = real * torch.tensor(weights, dtype=torch.float32)[:, None]
         document = torch.tensor(batch.documents)[:, None].expand(rows, length)
-        pairs = call.pairs
-        factor, document = (each.flatten().to(gradient.device)[pairs.token] for each in (factor, document))
-        if self.routed is None:
-            self.routed = torch.zeros(len(self.ffn) * self.shape.experts, self.shape.ffn, device=gradient.device)
+        token = call.pairs.token
+        real, document = (each.flatten().to(token.device)[token] for each in (real, document))
+        factor = weights.repeat_interleave(length)[token] * real
         own = call.neurons.float() * gradient.float() * factor[:, None]
-        self.routed.index_add_(0, document * self.shape.experts + pairs.expert, own)
+        by_expert = self.ffn.view(-1, self.shape.ffn)  # `[documents * experts, ffn]`
+        by_expert.index_add_(0, document * self.shape.experts + call.pairs.expert, own)
 
-    def tensors(self, layer: int) -> dict[str, Tensor]:
+    def sums(self) -> dict[str, Tensor]:
+        """What is added over the members of a team, in place. A document is with one member only."""
+        return {"ffn": self.ffn, "heads": self.heads}
+
+    def tensors(self, index: int) -> dict[str, Tensor]:
         """Everything of this layer under its stored names."""
-        ffn = self.ffn if self.routed is None else self.routed.cpu().unflatten(0, (len(self.ffn), -1)).flatten(1)
-        found = {**halved(f"ffn.{layer}.value", ffn), **halved(f"heads.{layer}.value", self.heads)}
+        ffn, heads = self.ffn.cpu(), self.heads.cpu()
+        found = {**halved(f"ffn.{index}.value", ffn), **halved(f"heads.{index}.value", heads)}
         if self.shape.experts:
-            found |= halved(f"experts.{layer}.value", ffn.unflatten(1, (self.shape.experts, -1)).sum(2))
+            found |= halved(f"experts.{index}.value", ffn.unflatten(1, (self.shape.experts, -1)).sum(2))
         return found
 
 
-@contextlib.contextmanager
-def mask_graph(layer: nn.Module, family: Family, leaves: bool) -> Iterator[dict[str, Tensor]]:
-    """While open, gradients are on, and the tensors that masks would multiply are kept by name.
+@dataclass(frozen=True)
+class Taped:
+    """One batch's run through a layer, with its graph."""
 
-    These are the inputs of both output projections in the last call, `heads` and `ffn`. For the
-    neurons of routed experts see `routing_observed`.
+    before: Tensor
+    after: Tensor
+    seen: Observation
+
+    @classmethod
+    def run(cls, stream: Stream, layer: nn.Module, index: int, number: int, before: Tensor, seen: Observation) -> Taped:
+        """Run one batch of a stream; `seen` observes the layer."""
+        leaf = before.detach().requires_grad_()
+        with torch.enable_grad():
+            return cls(leaf, stream.run(layer, index, number, leaf), seen.taken())
+
+    def backward(self, gradient: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """From the gradient of the output to that of the input, and to those of what masks multiply."""
+        inputs = self.seen.inputs
+        below, *found = torch.autograd.grad(self.after, [self.before, *inputs.values()], gradient)
+        return below, dict(zip(inputs, found, strict=True))
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """The gradient of the sum of a batch's losses, times `scale`, a power of two: a float64 scalar on the device."""
+
+    gradient: Tensor
+    scale: Tensor
+
+    @classmethod
+    def at_the_head(cls, gradient: Tensor) -> Upstream:
+        """From a gradient that carries `HEAD_SCALE`."""
+        return cls(gradient, torch.tensor(HEAD_SCALE, dtype=torch.float64, device=gradient.device)).rescaled()
+
+    def rescaled(self) -> Upstream:
+        """The same with its largest element at about `LARGEST`."""
+        return Upstream(*rescaled(self.gradient, self.scale))
+
+    def through(self, taped: Taped, batch: Batch, into: MaskGradients) -> Upstream:
+        """Backpropagate one batch through a layer, and add the gradients of its units' masks to `into`.
+
+        The division by the number of a document's losses comes last, in float32: the gradient of
+        their mean over hundreds of tokens would vanish in half precision.
+        """
+        below, found = taped.backward(self.gradient)
+        losses = torch.tensor([length - 1 for length in batch.lengths], dtype=torch.float64)
+        weights = (1 / (self.scale * losses.to(self.scale.device))).float()
+        values = taped.seen.values()
+        into.add(batch, weights, **{name: (values[name], found[name]) for name in ("heads", "ffn") if name in found})
+        if taped.seen.routed is not None:
+            into.add_routed(batch, weights, taped.seen.routed, found["neurons"])
+        return Upstream(below, self.scale).rescaled()
+
+
+def rescaled(gradient: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Multiply a gradient by a power of two that brings its largest element to about `LARGEST`.
+
+    Backpropagation is linear, so a scale can be divided out at the end. Nothing here waits for the
+    device.
 
     Args:
-        leaves: start the graph at these inputs.
+        scale: the factor that the gradient carries already, a float64 scalar.
+
+    Returns:
+        The scaled gradient and the factor that it carries now.
     """
-    inputs: dict[str, Tensor] = {}
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
-        def note(_: nn.Module, arguments: tuple[Any, ...]) -> Any:
-            value = arguments[0]
-            if leaves and not value.requires_grad:
-                value = value.detach().requires_grad_()
-            inputs[name] = value
-            return (value, *arguments[1:])
-
-        return note
-
-    names = {Structure.QUERY_HEADS: "heads", Structure.FFN: "ffn"}
-    handles = [
-        layer.get_submodule(block.output).register_forward_pre_hook(hook(names[structure]))
-        for structure, block in family.blocks().items()
-    ]
-    try:
-        with torch.enable_grad():
-            yield inputs
-    finally:
-        for handle in handles:
-            handle.remove()
+    largest = gradient.abs().max().double()
+    exponent = math.log2(LARGEST) - largest.log2().ceil()
+    factor = torch.exp2(exponent.clamp(max=100))  # must be a float32 number itself
+    factor = torch.where((largest > 0) & largest.isfinite(), factor, torch.ones_like(factor))
+    return (gradient.float() * factor.float()).to(gradient.dtype), scale * factor
 
 
-# --- the whole model ------------------------------------------------------------------------------------------------
+def loss_gradient(
+    text: TextRun, batch: Batch, hidden: Tensor, loss: str, seed: int = 0, mass: RowMass | None = None
+) -> Tensor:
+    """The gradient of the sum of all tokens' losses, times `HEAD_SCALE`.
 
-
-@torch.no_grad()
-def gradient_pass(text: TextRun, loss: str, seed: int = 0, progress: Progress | None = None) -> dict[str, Tensor]:
-    """Gradients of each document's mean loss with respect to the masks of all units.
-
-    Backpropagation starts from the sum of a document's losses: the gradient of their mean over
-    hundreds of tokens would vanish in half precision. The division comes last, in float32.
+    It is with respect to the last layer's output, `[rows, tokens, hidden]`.
 
     Args:
         loss: `language_model`, against the text's own next tokens; or `kl`, against tokens drawn
             from the model's own predictions. The second moment of the latter's gradients is the
             curvature of `KL(dense ‖ masked)`, whose own gradient is zero at the dense model.
         seed: of the draws; each document has its own.
-        progress: called after each batch.
+        mass: takes the probabilities of the same predictions.
     """
-    gradients = [MaskGradients(shape, text.documents) for shape in text.shapes]
-    for one in text.each_batch():  # all at once would hold every layer's input of every batch
-        for layer in backward(one, loss, seed):
-            weights = [1 / layer.scale / (length - 1) for length in layer.batch.lengths]
-            pairs = {n: (layer.inputs[n], layer.gradients[n]) for n in ("heads", "ffn") if n in layer.inputs}
-            gradients[layer.index].add(layer.batch, weights, **pairs)
-            if layer.routed is not None:
-                gradients[layer.index].add_routed(layer.batch, weights, layer.routed, layer.gradients["neurons"])
-        if progress is not None:
-            progress()
-    return {name: tensor for layer, each in enumerate(gradients) for name, tensor in each.tensors(layer).items()}
-
-
-@dataclass(frozen=True)
-class Differentiated:
-    """One batch in one layer: what masks would multiply (see `mask_graph`), and its gradients.
-
-    Those of a layer with routed experts have `neurons`, which are `routed.neurons`. `gradients` are
-    those of the sum of all tokens' losses, times `scale`.
-    """
-
-    index: int
-    batch: Batch
-    inputs: dict[str, Tensor]
-    gradients: dict[str, Tensor]
-    routed: RoutedCall | None
-    scale: float
-
-
-def backward(text: TextRun, loss: str, seed: int) -> Iterator[Differentiated]:
-    """Go through the layers from the last to the first, and in each through every batch.
-
-    The forward pass keeps each layer's input. On the way back, each layer is run again and
-    differentiated, so only one layer's graph of one batch is held at a time.
-    """
-    stream = text.start()
-    before: list[list[Tensor]] = []
-    for index, layer in text.layers():
-        before.append(list(stream.hidden))
-        for _ in stream.advance(layer, index):
-            pass
-    ends = [loss_gradient(text, *pair, loss, seed) for pair in zip(text.batches, stream.hidden, strict=True)]
-    above = [rescaled(gradient, HEAD_SCALE) for gradient in ends]
-    for index, layer in text.layers(last_first=True):
-        experts = text.family.experts_of(text.shapes[index])
-        stream.hidden = [hidden.detach().requires_grad_() for hidden in before.pop()]
-        for number, batch in enumerate(text.batches):
-            gradient, scale = above[number]
-            with routing_observed(layer, experts) as calls, mask_graph(layer, text.family, leaves=False) as inputs:
-                output = stream.run(layer, index, number)
-                if calls:
-                    inputs["neurons"] = calls[0].neurons
-                below, *found = torch.autograd.grad(output, [stream.hidden[number], *inputs.values()], gradient)
-            noted = {name: value.detach() for name, value in inputs.items()}
-            gradients = dict(zip(inputs, found, strict=True))
-            routed = replace(calls[0], neurons=noted["neurons"]) if calls else None
-            yield Differentiated(index, batch, noted, gradients, routed, scale)
-            above[number] = rescaled(below, scale)
-
-
-def rescaled(gradient: Tensor, scale: float) -> tuple[Tensor, float]:
-    """Multiply a gradient by a power of two that brings its largest element to about `LARGEST`.
-
-    Backpropagation is linear, so a scale can be divided out at the end.
-
-    Args:
-        scale: the factor that the gradient carries already.
-
-    Returns:
-        The scaled gradient and the factor that it carries now.
-    """
-    largest = float(gradient.abs().max())
-    if not 0 < largest < math.inf:
-        return gradient, scale
-    exponent = math.log2(LARGEST) - math.ceil(math.log2(largest))
-    factor = 2.0 ** min(exponent, 100)  # must be a float32 number itself
-    return gradient * factor, scale * factor
-
-
-def loss_gradient(text: TextRun, batch: Batch, hidden: Tensor, loss: str, seed: int) -> Tensor:
-    """The gradient of the sum of all tokens' losses, times `HEAD_SCALE`.
-
-    It is with respect to the last layer's output, `[rows, tokens, hidden]`.
-    """
-    ids = batch.ids.to(hidden.device)
+    ids, length = batch.ids.to(hidden.device), batch.ids.shape[1]
     leaf = hidden.detach().requires_grad_()
-    # One draw for each position of a document, however its positions are cut into steps.
-    draws = [
-        torch.rand(length - 1, generator=torch.Generator().manual_seed(seed * 1_000_003 + document))
-        for document, length in zip(batch.documents, batch.lengths, strict=True)
-    ]
+    draws = _draws(batch, seed).to(hidden.device) if loss == "kl" else None
+    real = (torch.tensor(batch.lengths)[:, None] - 1 > torch.arange(length)).to(hidden.device)  # positions with a loss
     total = torch.zeros_like(leaf)
     with torch.enable_grad():
-        for first, logits in text.logits(batch, leaf, until=ids.shape[1] - 1):
-            targets = ids[:, first + 1 : first + 1 + logits.shape[1]].clone()
-            predicted = torch.zeros(targets.shape, device=ids.device)
-            for row, length in enumerate(batch.lengths):
-                count = max(0, min(length - 1 - first, logits.shape[1]))
-                predicted[row, :count] = 1
-                if loss == "kl":
-                    chances = torch.softmax(logits[row, :count].detach(), -1)
-                    targets[row, :count] = _drawn(chances, draws[row][first : first + count].to(ids.device))
+        for first, logits in text.logits(batch, leaf, until=length if mass is not None else length - 1):
+            if mass is not None:
+                mass.add(batch, first, logits.detach())
+            logits = logits[:, : length - 1 - first]  # the last position predicts nothing
+            positions = slice(first, first + logits.shape[1])
+            targets = ids[:, first + 1 : first + 1 + logits.shape[1]]
+            if draws is not None:
+                targets = torch.stack([_drawn(torch.softmax(row.detach(), -1), chosen)
+                                       for row, chosen in zip(logits, draws[:, positions], strict=True)])  # fmt: skip
             each = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-            total += torch.autograd.grad((each * predicted.flatten()).sum() * HEAD_SCALE, leaf)[0]
+            total += torch.autograd.grad((each * real[:, positions].flatten()).sum() * HEAD_SCALE, leaf)[0]
     return total
+
+
+def _draws(batch: Batch, seed: int) -> Tensor:
+    """A uniform draw for each position, `[rows, tokens]`, however batches and positions are cut."""
+    draws = torch.zeros(batch.ids.shape)
+    for row, (document, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + document)
+        draws[row, : length - 1] = torch.rand(length - 1, generator=generator)
+    return draws
 
 
 def _drawn(chances: Tensor, draws: Tensor) -> Tensor:

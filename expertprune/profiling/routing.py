@@ -29,7 +29,7 @@ class RoutingStatistics:
         self.experts, self.shape, self.documents = experts, shape, documents
         self.read = experts.written(layer)
         device, groups = self.read.device, documents * shape.experts
-        self.tokens = torch.zeros(documents, 1)
+        self.tokens = torch.zeros(documents, 1, device=device)
         self.routed, self.norm, self.square = (torch.zeros(groups, device=device) for _ in range(3))
         self.neurons = torch.zeros(groups, shape.ffn, device=device)
         self.sum = torch.zeros(shape.experts, shape.ffn, dtype=torch.float64, device=device)
@@ -57,7 +57,7 @@ class RoutingStatistics:
     def add(self, batch: Batch, call: RoutedCall) -> None:
         """Add one batch; padding is left out."""
         rows, length = batch.ids.shape
-        self.tokens[torch.tensor(batch.documents)] += torch.tensor(batch.lengths)[:, None]
+        self.tokens[list(batch.documents)] += torch.tensor(batch.lengths, device=self.tokens.device)[:, None]
         # built on the CPU, so that the device is not waited for
         real = torch.tensor(batch.lengths)[:, None] > torch.arange(length)
         document = torch.tensor(batch.documents)[:, None].expand(rows, length)
@@ -74,6 +74,11 @@ class RoutingStatistics:
         self.sum += batch_sum.double()
         self.neurons.index_add_(0, group, values.square_())
 
+    def sums(self) -> dict[str, Tensor]:
+        """What is added over the members of a team, in place. A document is with one member only."""
+        names = ("tokens", "routed", "norm", "square", "neurons", "sum")
+        return {f"experts.{name}": getattr(self, name) for name in names}
+
     @property
     def finite(self) -> bool:
         """Whether all activations were finite."""
@@ -81,21 +86,22 @@ class RoutingStatistics:
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         """Everything of this layer under its stored names."""
+        tokens = self.tokens.cpu()
         routed, norm, square = (
             each.unflatten(0, (self.documents, -1)).cpu() for each in (self.routed, self.norm, self.square)
         )
         neurons = self.neurons.unflatten(0, (self.documents, -1)).flatten(1)
         return {
-            **halved(f"ffn.{index}.rms", (neurons.cpu() / self.tokens).sqrt()),
+            **halved(f"ffn.{index}.rms", (neurons.cpu() / tokens).sqrt()),
             f"ffn.{index}.sum": self.sum.flatten().cpu(),
             f"ffn.{index}.square_sum": neurons.sum(0, dtype=torch.float64).cpu(),
             f"ffn.{index}.output_l1": self.weights["output_l1"].flatten().cpu(),
             f"ffn.{index}.output_l2": self.weights["output_l2"].flatten().cpu(),
             f"ffn.{index}.weight_norm": self.weights["neuron"].flatten().cpu(),
             f"experts.{index}.routed": routed,
-            f"experts.{index}.frequency": routed / self.tokens,
+            f"experts.{index}.frequency": routed / tokens,
             f"experts.{index}.norm_sum": norm,
-            f"experts.{index}.impact": square / self.tokens,
+            f"experts.{index}.impact": square / tokens,
             f"experts.{index}.weight_norm": self.weights["expert"].cpu(),
         }
 

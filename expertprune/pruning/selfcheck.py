@@ -151,11 +151,12 @@ def _tiny_config(base: ResolvedBase) -> dict[str, Any]:
 def _tiny_routing(experts: Experts, config: Mapping[str, Any]) -> dict[str, Any]:
     """Values of a config with which the last of two layers has routed experts, in two groups if there are any."""
     layers, groups = experts.layers, experts.groups
-    values: dict[str, Any] = {layers.last: -1, layers.without: []}
-    values |= {key: min(config[key], most) for key, most in ((layers.first, 1), (layers.every, 2)) if config.get(key)}
+    values: dict[str | None, Any] = {layers.last: -1, layers.without: []}
+    for key, most in ((layers.first, 1), (layers.every, 2)):
+        values[key] = min(config.get(key or "") or most, most)
     if groups is not None and (config.get(groups.count) or 1) > 1:
         values |= {groups.count: 2, groups.chosen: 1}
-    return {key: value for key, value in values.items() if key in config}
+    return {key: value for key, value in values.items() if key is not None and key in config}
 
 
 def _random_plan(base: ResolvedBase, cut: Sequence[TinyCut], seed: int) -> Plan:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from expertprune.artifacts.profile import FORWARD, VOCABULARY, Profile
@@ -14,8 +13,9 @@ from expertprune.composition.scoring import needed_part
 from expertprune.corpora.batches import Batch
 from expertprune.corpora.documents import CorpusName, corpus_names
 from expertprune.errors import CheckpointError, SpecError
-from expertprune.models.loading import default_device
 from expertprune.models.passes import TextRun
+from expertprune.models.running import to_stream
+from expertprune.models.spool import Limits
 from expertprune.profiling.gradients import backward_bytes
 from expertprune.profiling.store import description, measure, profile_key, profile_path
 from expertprune.progress import Track, silent
@@ -52,11 +52,9 @@ def profiles_of(prepared: Prepared, track: Track, run: bool = True) -> dict[Corp
             raise SpecError(f"the profile of {name} lacks the {lacking} pass: run the profile stage")
         if any(each.made_by is Pass.GRADIENT for each in missing):  # asked before the model is loaded for any pass
             check_backward_fits(prepared, text.batches)
-        for each in missing:
+        if missing:
             run_text = TextRun(prepared.running.model, base.family, base.layers, text.batches)
-            steps = len(text.batches) if each.made_by is Pass.GRADIENT else len(base.layers)
-            with track(f"profile {name}" + ("" if each == FORWARD else f" ({each})"), steps) as step:
-                measure(run_text, each, path, description(base, str(name), text.documents, key), step)
+            measure(run_text, missing, path, description(base, str(name), text.documents, key), track)
         profiles[name] = Profile(path)
     return profiles
 
@@ -69,13 +67,14 @@ def _cuts_units(budget: Budget) -> bool:
 def check_backward_fits(prepared: Prepared, batches: Sequence[Batch]) -> None:
     """Raises `CheckpointError` where a backward pass through the whole model would not fit into memory."""
     base = prepared.base
+    if to_stream(base.checkpoint, base, Limits.of_environment()):
+        return  # one layer is held at a time
     size = torch.empty(0, dtype=base.dtype).element_size()
     tokens = max(batch.ids.numel() for batch in batches)
     weights = base.checkpoint.parameters * size
     rows, chosen = base.checkpoint.config.get("vocab_size", 0), base.family.experts_per_token(base.checkpoint.config)
     needed = weights + backward_bytes(base.layers, rows, tokens, chosen)
-    on_gpu = default_device().type == "cuda"
-    free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
+    free = Limits.of_environment().free(base.device)
     free += weights if prepared.running.loaded else 0
     other = "regional, which needs one layer at a time" if base.family.has_ffn else "impact, which needs none"
     if needed > free:
