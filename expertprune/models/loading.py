@@ -48,7 +48,7 @@ def model_class(folder: Path) -> Any:
         return transformers.AutoModelForCausalLM
     family, causal = families().get(config["model_type"]), class_of(config)
     path = within_decoder(causal, family.layers) if family else "layers"
-    return with_layer_widths(causal, model_with_layer_widths(decoder_class_of(causal), path))
+    return with_layer_widths(causal, model_with_layer_widths(decoder_class_of(causal, config), path))
 
 
 def within_decoder(causal: Any, path: str) -> str:
@@ -56,9 +56,10 @@ def within_decoder(causal: Any, path: str) -> str:
     return path.removeprefix(f"{causal.base_model_prefix}.")
 
 
-def decoder_class_of(causal: Any) -> Any:
+def decoder_class_of(causal: Any, config: dict[str, Any]) -> Any:
     """The class of the decoder that a causal language model of transformers holds."""
-    return quiet_transformers().AutoModel._model_mapping[causal.config_class]
+    with torch.device("meta"):
+        return type(causal(causal.config_class.from_dict(config)).base_model)
 
 
 def class_of(config: dict[str, Any]) -> Any:

@@ -140,7 +140,7 @@ def prune(
 def _modeling(config: Mapping[str, Any], layers: str) -> str:
     """The code that an expert with widths of single layers carries, for users who have no expertprune."""
     causal = class_of(dict(config))
-    decoder = decoder_class_of(causal)
+    decoder = decoder_class_of(causal, dict(config))
     lines = [
         inspect.getsource(per_layer),
         "",
