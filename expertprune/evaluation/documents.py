@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from expertprune.artifacts.evaluation import DocumentBits
 from expertprune.corpora.batches import tokenize
 from expertprune.corpora.documents import Document

@@ -74,7 +74,9 @@ class Measuring:
             )
         # Where the expert has other tokens, both read what the base's tokens are cut to.
         self._texts: dict[str, Sequence[Document]] = {
-            corpus.name: cut_at(corpus.evaluation, tokenizer, settings.max_tokens) if other_tokens else corpus.evaluation
+            corpus.name: cut_at(corpus.evaluation, tokenizer, settings.max_tokens)
+            if other_tokens
+            else corpus.evaluation
             for corpus in corpora
             if set(self.metrics) - {"questions"}
         }

@@ -109,7 +109,9 @@ class Places(NamedTuple):
 
 def _places(reading: Reading, batch: Batch, device: torch.device, vocabulary: int) -> Iterator[Places]:
     """All places of a batch that count, a few at a time."""
-    rows, columns, sequences = [], [], []
+    rows: list[int] = []
+    columns: list[int] = []
+    sequences: list[int] = []
     for row, (sequence, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
         here = range(reading.sequences[sequence].start - 1, length - 1)
         columns += here
@@ -202,8 +204,8 @@ def compare(reading: Reading, base: Read, expert: Read, progress: Progress | Non
                 row.index_add_(0, places.sequences, values.double())
         if progress is not None:
             progress()
-    *nats, agreed = sums.cpu().numpy()
-    return Compared(*(row / math.log(2) for row in nats), agreed)
+    mine, theirs, distance, agreed = sums.cpu().numpy()
+    return Compared(mine / math.log(2), theirs / math.log(2), distance / math.log(2), agreed)
 
 
 def _vocabulary(model: TextRun) -> int:

@@ -21,8 +21,8 @@ from expertprune.evaluation.documents import score_documents
 from expertprune.evaluation.measure import Measuring
 from expertprune.evaluation.questions import answer_questions, paired_answers
 from expertprune.evaluation.retention import RESAMPLES, bootstrap, document_metrics
-from expertprune.spec.schema import Evaluate
 from expertprune.models.passes import TextRun
+from expertprune.spec.schema import Evaluate
 from tests.tiny import WORDS, as_run, tiny_model, tiny_tokenizer
 
 Floats = NDArray[np.float64]
