@@ -14,6 +14,8 @@ import torch
 from expertprune.arch import PER_LAYER, attention_of, families, stock_architectures
 from expertprune.arch.per_layer import with_layer_widths
 from expertprune.errors import CheckpointError, first_line
+from expertprune.models.checkpoint import Checkpoint
+from expertprune.models.encodings import encoding_of
 
 log = logging.getLogger(__name__)
 
@@ -81,11 +83,21 @@ def load_model(
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         model = model_class(folder).from_pretrained(
-            folder, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=attention_of(config)
-        )
+            dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=attention_of(config),
+            **_source(folder, config, trust_remote_code),
+        )  # fmt: skip
     except (ValueError, OSError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: cannot be loaded: {first_line(error)}") from error
     return model.to(device or default_device()).eval().requires_grad_(False)
+
+
+def _source(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> dict[str, Any]:
+    """Where transformers takes a model from: its folder, or tensors that are decoded one by one as it asks for them."""
+    if encoding_of(config) is None:
+        return {"pretrained_model_name_or_path": folder}
+    plain = quiet_transformers().AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    del plain.quantization_config
+    return {"pretrained_model_name_or_path": None, "config": plain, "state_dict": Checkpoint(folder).deferred()}
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:

@@ -23,6 +23,7 @@ class RunningBase:
 
     @cached_property
     def model(self) -> Any:
+        self.base.checkpoint.fetch()
         return run_folder(self.base.folder, self.base)
 
     @cached_property
