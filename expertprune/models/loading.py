@@ -82,22 +82,23 @@ def load_model(
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        model = model_class(folder).from_pretrained(
-            dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=attention_of(config),
-            **_source(folder, config, trust_remote_code),
-        )  # fmt: skip
+        options = {"dtype": dtype, "attn_implementation": attention_of(config)}
+        if encoding_of(config) is None:
+            model = model_class(folder).from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+        else:
+            model = _decoded(folder, trust_remote_code, options)
     except (ValueError, OSError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: cannot be loaded: {first_line(error)}") from error
     return model.to(device or default_device()).eval().requires_grad_(False)
 
 
-def _source(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> dict[str, Any]:
-    """Where transformers takes a model from: its folder, or tensors that are decoded one by one as it asks for them."""
-    if encoding_of(config) is None:
-        return {"pretrained_model_name_or_path": folder}
-    plain = quiet_transformers().AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    del plain.quantization_config
-    return {"pretrained_model_name_or_path": None, "config": plain, "state_dict": Checkpoint(folder).deferred()}
+def _decoded(folder: Path, trust_remote_code: bool, options: dict[str, Any]) -> Any:
+    """The model of a folder stored in fewer bits; each tensor is decoded when transformers asks for it."""
+    config = quiet_transformers().AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        made = type(build_model(folder, trust_remote_code))
+    del config.quantization_config
+    return made.from_pretrained(None, config=config, state_dict=Checkpoint(folder).deferred(), **options)
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:

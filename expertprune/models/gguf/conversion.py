@@ -97,13 +97,13 @@ def _prepare(file: Path, folder: Path, dtype: torch.dtype, tied: bool) -> None:
         config.tie_word_embeddings = True
     with torch.device("meta"):
         model = quiet_transformers().AutoModelForCausalLM.from_config(config, dtype=dtype)
+    sources = _sources(file, header, family, model)
+    infos = _in_files(sources, header, family.gguf, dtype)
     with staged_folder(folder) as temporary:
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(temporary)
         model.generation_config.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        sources = _sources(file, header, family, model)
-        infos = _in_files(sources, header, family.gguf, dtype)
         plan = {
             name: {"stored": source.stored, "expert": source.expert, "file": infos[name].file,
                    "shape": infos[name].shape, "dtype": infos[name].dtype}
@@ -289,5 +289,5 @@ def _dequantized(data: Any, kind: Any, dtype: torch.dtype) -> Tensor:
     rows = max(1, _PART // math.prod(shape[1:]))
     for start in range(0, shape[0], rows):
         part = dequantize(data[start : start + rows], kind)
-        result[start : start + rows] = torch.from_numpy(numpy.ascontiguousarray(part))
+        result[start : start + rows] = torch.from_numpy(numpy.array(part))
     return result

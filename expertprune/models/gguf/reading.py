@@ -98,7 +98,7 @@ def config_in(file: Path, header: Header, family: Family) -> Any:
         )
     if header.frequencies:
         config.rope_parameters |= _scaled(file, header, family, config)
-    return config
+    return _plain(config)  # again, for the defaults that follow from the changes
 
 
 def _scaled(file: Path, header: Header, family: Family, config: Any) -> dict[str, Any]:
