@@ -56,7 +56,8 @@ def base_of(
     checkpoint.tensors = tensors_of(checkpoint.config)
     shapes = family_of(family).layer_shapes(checkpoint.config)
     base = ResolvedBase(
-        "base", checkpoint.folder, checkpoint, family_of(family), shapes, Path("nowhere"), "t", torch.float32
-    )
+        "base", checkpoint.folder, checkpoint, family_of(family), shapes, Path("nowhere"), "t", torch.float32,
+        torch.device("cpu"),
+    )  # fmt: skip
     vars(base)["digest"] = "d"  # there are no weights that it could be of
     return base

@@ -8,6 +8,7 @@ import importlib.util
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -19,7 +20,7 @@ from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.gguf import converted
 from expertprune.models.hub import hub_checkpoint, weights_digest
 from expertprune.models.inventory import check_inventory, check_widths
-from expertprune.models.loading import run_dtype
+from expertprune.models.loading import run_device, run_dtype
 from expertprune.registry import nearest
 from expertprune.spec.schema import Base
 from expertprune.units import LayerShape
@@ -34,7 +35,7 @@ _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.js
 class ResolvedBase:
     """A base resolved to an ordinary local folder, whose weights may be still to come (see `Checkpoint.fetch`).
 
-    `tokenizer_digest` covers the tokenizer's files.
+    `tokenizer_digest` covers the tokenizer's files. `source` is where decoder layers come from while it runs.
     """
 
     name: str
@@ -45,7 +46,9 @@ class ResolvedBase:
     store: Path
     tokenizer_digest: str
     dtype: torch.dtype
+    device: torch.device
     trust_remote_code: bool = False
+    source: Literal["auto", "resident", "streamed"] = "auto"
 
     @functools.cached_property
     def digest(self) -> str:
@@ -69,7 +72,8 @@ def resolve_base(base: Base, store: Path) -> ResolvedBase:
     family = causal_family(checkpoint, base.trust_remote_code)
     layers = family.layer_shapes(checkpoint.config)
     check_widths(checkpoint, family, layers)
-    stored = checkpoint.dtype
+    device = run_device(base.device)
+    dtype = run_dtype(base.dtype, checkpoint.dtype, device)
     check_inventory(checkpoint, family, layers, base.trust_remote_code)
     tokenizer = {
         path.name: file_digest(path, store) for pattern in _TOKENIZER_FILES for path in sorted(folder.glob(pattern))
@@ -84,8 +88,10 @@ def resolve_base(base: Base, store: Path) -> ResolvedBase:
         layers=layers,
         store=store,
         tokenizer_digest=digest_of(tokenizer),
-        dtype=run_dtype(base.dtype, stored),
+        dtype=dtype,
         trust_remote_code=base.trust_remote_code,
+        device=device,
+        source=base.layers,
     )
 
 
