@@ -110,7 +110,7 @@ def prune(
         shutil.copyfile(path, target)
     if smaller is not None:
         write_tokenizer(base.folder, folder, smaller)
-    if config == base.checkpoint.config:
+    if config == base.checkpoint.config and base.checkpoint.encoding is None:
         shutil.copyfile(base.folder / "config.json", folder / "config.json")
     else:
         (folder / f"{MODELING}.py").unlink(missing_ok=True)  # that of a base which had widths of single layers

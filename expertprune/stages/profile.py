@@ -35,6 +35,7 @@ def profiles_of(prepared: Prepared, track: Track, run: bool = True) -> dict[Corp
         CheckpointError: the backward pass does not fit into memory.
     """
     base, part = prepared.base, needed_part(prepared.spec.relevance)
+    base.checkpoint.fetch(track)
     parts = [FORWARD]
     if part is not None and _cuts_units(prepared.spec.budget):
         parts.append(part)
