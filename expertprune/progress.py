@@ -13,4 +13,8 @@ Track = Callable[[str, int], contextlib.AbstractContextManager[Callable[[], None
 @contextlib.contextmanager
 def silent(stage: str, steps: int) -> Iterator[Callable[[], None]]:
     """Report nothing."""
-    yield lambda: None
+    yield no_progress
+
+
+def no_progress() -> None:
+    """Report nothing."""
