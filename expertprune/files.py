@@ -154,7 +154,7 @@ class _Lock(Enum):
 
 
 @functools.cache
-def _machine() -> str:
+def machine() -> str:
     """This host and its present boot, as they stand in the names of temporary folders."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
@@ -184,7 +184,7 @@ def _locked(path: Path, wait: bool = False) -> Iterator[_Lock]:
 def _own_folder(path: Path) -> Iterator[Path]:
     """A new folder beside `path`, locked by this process; whatever is left of it at the end goes."""
     while True:
-        folder = path.with_name(f".{path.name}.{_machine()}-{secrets.token_hex(4)}.partial")
+        folder = path.with_name(f".{path.name}.{machine()}-{secrets.token_hex(4)}.partial")
         folder.mkdir()
         with _locked(folder, wait=True):
             if not folder.exists():  # another run took it for a leftover before it was locked
@@ -203,7 +203,7 @@ def _remove_leftovers(path: Path) -> None:
         match = pattern.fullmatch(leftover.name)
         if match is None:
             continue
-        here = match.group(1).startswith(f"{_machine()}-")
+        here = match.group(1).startswith(f"{machine()}-")
         with _locked(leftover) as lock:
             gone = here and lock is _Lock.OURS
             if lock is _Lock.TAKEN or not (gone or _age(leftover) > ABANDONED_AFTER):
