@@ -156,7 +156,8 @@ class Leases:
         except OSError as error:
             raise CheckpointError(f"{self.folder}: leases cannot be written: {error.strerror}") from error
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 def _linked(temporary: Path, path: Path) -> bool:

@@ -54,6 +54,10 @@ class Task:
 class Engine(Protocol):
     """Where tasks are run."""
 
+    @property
+    def device(self) -> str | None:
+        """The type of device that tasks have, such as `cuda`; `None`: what this machine has."""
+
     def run(self, tasks: Sequence[Task], track: Track, finished: Callable[[], object] | None = None) -> None:
         """Run the tasks that are not done; return when all are.
 
@@ -65,6 +69,8 @@ class Engine(Protocol):
 class Local:
     """Run tasks in this process, one after the other."""
 
+    device: str | None = None
+
     def run(self, tasks: Sequence[Task], track: Track, finished: Callable[[], object] | None = None) -> None:
         for task in tasks:
             if not task.done():
@@ -73,8 +79,12 @@ class Local:
                 finished()
 
 
+@dataclass(frozen=True)
 class Collect:
-    """Run nothing: the results must be there."""
+    """Run nothing: the results must be there. The shards' leases are removed then."""
+
+    leases: Leases
+    device: str | None = None
 
     def run(self, tasks: Sequence[Task], track: Track, finished: Callable[[], object] | None = None) -> None:
         """Raises `UnfinishedError` with the names of tasks that are not done."""
@@ -84,6 +94,8 @@ class Collect:
                 f"{len(missing)} of {len(tasks)} tasks are not done: {', '.join(missing)}; "
                 "run the shards again, which do what is missing, and then --collect"
             )
+        for task in tasks:
+            self.leases.clear(task.digest)
 
 
 @dataclass(frozen=True)
@@ -99,6 +111,7 @@ class Shard:
     index: int
     count: int
     leases: Leases
+    device: str | None = None
 
     @staticmethod
     def parse(text: str) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -45,7 +45,10 @@ def _found(spec: str, store: str, device: str, dtype: str) -> Found:
     return run_with(find(_parsed(json.loads(spec)), Path(store)), device, dtype)
 
 
-def run_with(found: Found, device: str | None, dtype: str = "auto") -> Found:
+F = TypeVar("F", bound=Found)
+
+
+def run_with(found: F, device: str | None, dtype: str = "auto") -> F:
     """What was found, with a base that runs on a type of device (`None`: as it does here).
 
     A GPU named in the spec stays. The machine that asks for tasks may lack the device.

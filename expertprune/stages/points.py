@@ -54,14 +54,20 @@ def make_point(
 
 
 def point_elsewhere(
-    spec: Mapping[str, Any], store: str, budget: float, place: str | None, expected: str, track: Track = silent
+    spec: Mapping[str, Any],
+    store: str,
+    means: Mapping[str, str],
+    budget: float,
+    place: str | None,
+    expected: str,
+    track: Track = silent,
 ) -> None:
     """`make_point` in a process that shares the store with the one that asks; the point goes there.
 
     Raises:
         UsageError: this machine would measure something else than `expected`, the point's key.
     """
-    prepared = received(spec, store)
+    prepared = received(spec, store, means)
     plan = plan_of(prepared, track, run=False)
     check_same(f"budget {budget:g}", expected, point_key(plan, prepared))
     save_point(prepared.store, make_point(prepared, plan, budget, None if place is None else Path(place), track, {}))

@@ -13,7 +13,7 @@ from expertprune.artifacts.profile import FORWARD, VOCABULARY, Profile, ProfileK
 from expertprune.composition.scoring import needed_part
 from expertprune.corpora.batches import Batch
 from expertprune.corpora.documents import CorpusName, corpus_names
-from expertprune.engine.tasks import Call, Engine, Local, Task
+from expertprune.engine.tasks import Call, Engine, Local, Report, Shard, Task
 from expertprune.errors import CheckpointError, SpecError
 from expertprune.files import digest_of
 from expertprune.models.passes import TextRun
@@ -23,7 +23,7 @@ from expertprune.profiling.store import description, measure, profile_key, profi
 from expertprune.progress import Track, silent
 from expertprune.relevance import Pass
 from expertprune.spec.schema import Budget
-from expertprune.stages.elsewhere import check_same, received, sent
+from expertprune.stages.elsewhere import check_same, received, run_with, sent
 from expertprune.stages.validate import Prepared, SpecLike, validate
 from expertprune.units import Structure
 
@@ -106,13 +106,20 @@ def profile_corpus(prepared: Prepared, name: CorpusName, track: Track) -> None:
             measure(run_text, each, place.path, description(base, str(name), text.documents, place.key), step)
 
 
-def profile_elsewhere(spec: Mapping[str, Any], store: str, corpus: str, expected: str, track: Track = silent) -> None:
+def profile_elsewhere(
+    spec: Mapping[str, Any],
+    store: str,
+    means: Mapping[str, str],
+    corpus: str,
+    expected: str,
+    track: Track = silent,
+) -> None:
     """`profile_corpus` in a process that shares the store with the one that asks.
 
     Raises:
         UsageError: this machine would measure something else than `expected`, the profile's digest.
     """
-    prepared, name = received(spec, store), CorpusName.parse(corpus)
+    prepared, name = received(spec, store, means), CorpusName.parse(corpus)
     check_same(f"profile {corpus}", expected, _place(prepared, name).key.digest)
     profile_corpus(prepared, name, track)
 
@@ -155,4 +162,16 @@ def profile(
     Args:
         engine: what runs a task for each corpus; default: this process.
     """
-    return profiles_of(spec if isinstance(spec, Prepared) else validate(spec, overrides, store), track, engine=engine)
+    prepared = spec if isinstance(spec, Prepared) else validate(spec, overrides, store)
+    return profiles_of(run_with(prepared, engine.device if engine is not None else None), track, engine=engine)
+
+
+def profile_shard(
+    spec: SpecLike,
+    shard: Shard,
+    store: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    track: Track = silent,
+) -> Report:
+    """A shard's part of the profiles of a spec, in the store."""
+    return shard.work(profile_tasks(validate(spec, overrides, store)), track)

@@ -23,7 +23,7 @@ from expertprune.progress import Track, silent
 from expertprune.pruning.write import bytes_needed
 from expertprune.spec.schema import Budget, Spec
 from expertprune.stages.compose import plan_of
-from expertprune.stages.elsewhere import sent
+from expertprune.stages.elsewhere import run_with, sent
 from expertprune.stages.points import load_point, make_point, point_elsewhere, point_key, save_point
 from expertprune.stages.profile import profile_tasks
 from expertprune.stages.validate import Found, Prepared, SpecLike, as_spec, check_unlisted, find, prepare
@@ -91,7 +91,7 @@ def _begin(
     legal, problems = _budgets(spec, budgets)
     folder = None if out is None else Path(out)
     known = {} if folder is None else _known(folder)
-    found = find(spec, store_folder(store))
+    found = run_with(find(spec, store_folder(store)), engine.device)
     if not any(corpus.evaluation for corpus in found.evaluated):
         raise SpecError("evaluate.corpora: none of them has documents, and a sweep measures bits per byte on documents")
     prepared = _prepared(found, legal, problems)
