@@ -139,6 +139,33 @@ def scratch_folder(path: Path) -> Iterator[Path]:
         yield folder
 
 
+@contextlib.contextmanager
+def working_folder(path: Path) -> Iterator[Path]:
+    """A folder for unfinished work: it goes when the block ends well, and stays when it does not.
+
+    The next run for the same `path` finds what is there. What nobody has touched for a week goes.
+    While another process works there, this one gets a temporary folder beside it.
+
+    Raises:
+        CheckpointError: the disk is full, or the parent folder cannot be written.
+    """
+    with disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        for other in path.parent.iterdir():
+            if other != path and not other.name.startswith(".") and _age(other) > ABANDONED_AFTER:
+                with _locked(other) as lock:
+                    if lock is not _Lock.TAKEN:
+                        shutil.rmtree(other, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(_locked(path))
+        if lock is _Lock.TAKEN or not path.exists():
+            yield stack.enter_context(scratch_folder(path))
+            return
+        with disk_errors(path, "no room left on the disk"):
+            yield path
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def _replace_folder(new: Path, out: Path) -> None:
     """Rename `new` to `out`; an earlier `out` comes back if that fails."""
     if not out.exists():

@@ -120,6 +120,10 @@ class TextRun:
         """The number of real tokens."""
         return sum(batch.tokens for batch in self.batches)
 
+    def over(self, batches: Sequence[Batch]) -> TextRun:
+        """The same model over other text."""
+        return replace(self, batches=batches)
+
     def each_batch(self) -> Iterator[TextRun]:
         """The same model with one batch each."""
         return (replace(self, batches=[batch]) for batch in self.batches)
@@ -132,10 +136,12 @@ class TextRun:
         """
         return self.source.opened(decoder_layers(self.model, self.family)[index], index, following)
 
-    def layers(self, progress: Progress | None = None, last_first: bool = False) -> Iterator[tuple[int, nn.Module]]:
-        """Open each layer in turn; call `progress` when one is closed."""
+    def layers(
+        self, progress: Progress | None = None, last_first: bool = False, skip: int = 0
+    ) -> Iterator[tuple[int, nn.Module]]:
+        """Open each layer in turn, but for the first `skip`; call `progress` when one is closed."""
         number = len(decoder_layers(self.model, self.family))
-        order = [*range(number)[:: -1 if last_first else 1]]
+        order = [*range(number)[:: -1 if last_first else 1]][skip:]
         for index, following in itertools.zip_longest(order, order[1:]):
             with self.opened(index, following) as layer:
                 yield index, layer

@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from expertprune.artifacts.evaluation import Evaluation
+from expertprune.artifacts.expert import Expert, portable
 from expertprune.artifacts.plan import Plan
 from expertprune.artifacts.sweep import SWEEP_SCHEMA, Point
-from expertprune.evaluation.retention import Floats, pooled
+from expertprune.errors import CheckpointError
+from expertprune.evaluation.measure import Measuring
+from expertprune.evaluation.retention import pooled
 from expertprune.files import digest_of, folder_size, staged_folder, write_json
 from expertprune.progress import Track, silent
+from expertprune.pruning.repair import Passengers
 from expertprune.stages.compose import plan_of
 from expertprune.stages.elsewhere import check_same, received
-from expertprune.stages.evaluate import evaluate_folder
+from expertprune.stages.evaluate import Meanwhile, evaluated_after, measure_folder, measuring, record
 from expertprune.stages.prune import write_folder
 from expertprune.stages.validate import Found, Prepared
 
@@ -32,25 +36,48 @@ def point_key(plan: Plan, found: Found) -> str:
 
 
 def make_point(
-    prepared: Prepared,
-    plan: Plan,
-    budget: float,
-    place: Path | None,
-    track: Track,
-    answers: dict[str, Floats],
+    prepared: Prepared, plan: Plan, budget: float, kept: Path | None, evaluator: Measuring, track: Track
 ) -> Point:
-    """Build and measure the expert of a plan.
+    """Write and measure the expert of a plan. One that is in its place already is only measured.
 
     Args:
-        place: where the expert is kept; `None`: it vanishes afterwards.
-        answers: what the base answered, for the next expert (see `evaluate_folder`).
+        kept: its place, which was checked; `None`: it vanishes afterwards.
+        evaluator: of the base's experts.
     """
-    with _folder(place) as folder:
-        write_folder(prepared, plan, folder, track)
-        evaluation = evaluate_folder(
-            folder, prepared.running, prepared.evaluated, prepared.spec.evaluate, track, answers
-        )
-        return _point(budget, point_key(plan, prepared), plan, evaluation, folder_size(folder))
+    key = point_key(plan, prepared)
+    if kept is not None and holds(kept, plan):
+        evaluation = record(kept, measure_folder(evaluator, kept, prepared.running, track))
+        return _point(budget, key, plan, evaluation, folder_size(kept))
+    meanwhile = Meanwhile(evaluator)
+    with _written(prepared, plan, kept, meanwhile.passengers, track) as folder:
+        evaluation = record(folder, meanwhile.result(folder, prepared.running, track))
+        return _point(budget, key, plan, evaluation, folder_size(folder))
+
+
+@contextlib.contextmanager
+def _written(
+    prepared: Prepared, plan: Plan, kept: Path | None, passengers: Passengers | None, track: Track
+) -> Iterator[Path]:
+    """The folder of a new expert: its place, which was checked, or one that vanishes after the block."""
+    if kept is not None:
+        with staged_folder(kept, overwrite=True) as folder:
+            write_folder(prepared, plan, folder, track, passengers)
+        with evaluated_after(kept):
+            yield kept
+        return
+    with tempfile.TemporaryDirectory(prefix="expertprune-") as temporary:
+        folder = Path(temporary) / "expert"
+        folder.mkdir()
+        write_folder(prepared, plan, folder, track, passengers)
+        yield folder
+
+
+def holds(place: Path, plan: Plan) -> bool:
+    """Whether the expert of a plan is there."""
+    try:
+        return Expert.load(place).plan.digest == portable(plan).digest
+    except CheckpointError:
+        return False
 
 
 def point_elsewhere(
@@ -70,7 +97,9 @@ def point_elsewhere(
     prepared = received(spec, store, means)
     plan = plan_of(prepared, track, run=False)
     check_same(f"budget {budget:g}", expected, point_key(plan, prepared))
-    save_point(prepared.store, make_point(prepared, plan, budget, None if place is None else Path(place), track, {}))
+    evaluator = measuring(prepared.running, prepared.evaluated, prepared.spec.evaluate, plan.vocabulary is not None)
+    place_kept = None if place is None else Path(place)
+    save_point(prepared.store, make_point(prepared, plan, budget, place_kept, evaluator, track))
 
 
 def load_point(store: Path, key: str) -> Point | None:
@@ -99,16 +128,3 @@ def _point(budget: float, key: str, plan: Plan, evaluation: Evaluation, size: in
         general=pooled(evaluation, "general"),
         corpora={name: each.model_copy(update={"per_document": []}) for name, each in evaluation.corpora.items()},
     )
-
-
-@contextlib.contextmanager
-def _folder(kept: Path | None) -> Iterator[Path]:
-    """An empty folder for one expert: the staged one of a place that was checked, or one that vanishes afterwards."""
-    if kept is not None:
-        with staged_folder(kept, overwrite=True) as folder:
-            yield folder
-    else:
-        with tempfile.TemporaryDirectory(prefix="expertprune-") as temporary:
-            folder = Path(temporary) / "expert"
-            folder.mkdir()
-            yield folder

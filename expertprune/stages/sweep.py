@@ -6,17 +6,17 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from expertprune.artifacts.expert import Expert, portable, portable_spec
+from expertprune.artifacts.expert import Expert, portable_spec
 from expertprune.artifacts.plan import Plan
 from expertprune.artifacts.sweep import Point, Sweep, SweptBase
 from expertprune.engine.tasks import Call, Engine, Local, Report, Shard, Task
 from expertprune.errors import CheckpointError, PlanError, SpecError
-from expertprune.evaluation.retention import Floats
+from expertprune.evaluation.measure import Measuring
 from expertprune.files import check_parent, digest_of, require_room, store_folder
 from expertprune.models.base import ResolvedBase
 from expertprune.progress import Track, silent
@@ -24,7 +24,8 @@ from expertprune.pruning.write import bytes_needed
 from expertprune.spec.schema import Budget, Spec
 from expertprune.stages.compose import plan_of
 from expertprune.stages.elsewhere import run_with, sent
-from expertprune.stages.points import load_point, make_point, point_elsewhere, point_key, save_point
+from expertprune.stages.evaluate import measuring
+from expertprune.stages.points import holds, load_point, make_point, point_elsewhere, point_key, save_point
 from expertprune.stages.profile import profile_tasks
 from expertprune.stages.validate import Found, Prepared, SpecLike, as_spec, check_unlisted, find, prepare
 from expertprune.units import Structure
@@ -115,7 +116,6 @@ class _Sweeping:
         places: where experts are kept; empty if they are not.
         folder: of `sweep.json`.
         known: points of earlier runs in that file, by key.
-        answers: what the base answered, for all experts that are measured in this process.
     """
 
     found: Found
@@ -124,7 +124,12 @@ class _Sweeping:
     places: Mapping[float, Path]
     folder: Path | None
     known: Mapping[str, Point]
-    answers: dict[str, Floats] = field(default_factory=dict)
+
+    @cached_property
+    def evaluator(self) -> Measuring:
+        """It measures all experts that are built in this process; the base reads once."""
+        other_tokens = any(plan.vocabulary is not None for plan in self.plans.values())
+        return measuring(self.found.running, self.found.evaluated, self.found.spec.evaluate, other_tokens)
 
     @cached_property
     def keys(self) -> dict[float, str]:
@@ -135,7 +140,7 @@ class _Sweeping:
         return self.known.get(key) or load_point(self.found.store, key)
 
     def done(self, value: float) -> bool:
-        kept = value not in self.places or _holds(self.places[value], self.plans[value])
+        kept = value not in self.places or holds(self.places[value], self.plans[value])
         return kept and self.point(value) is not None
 
     def tasks(self) -> list[Task]:
@@ -147,7 +152,7 @@ class _Sweeping:
         def run(track: Track) -> None:
             label = f"{number} of {len(self.plans)}, budget {value:g}: "
             point = make_point(
-                self.prepared[value], self.plans[value], value, place, _labelled(track, label), self.answers
+                self.prepared[value], self.plans[value], value, place, self.evaluator, _labelled(track, label)
             )
             save_point(self.found.store, point)
 
@@ -262,14 +267,6 @@ def _check_place(place: Path, spec: Spec) -> None:
         if Expert.load(place).spec == portable_spec(spec):
             return
     raise CheckpointError(f"{place}: exists, and is no expert of this spec and budget; choose another --out")
-
-
-def _holds(place: Path, plan: Plan) -> bool:
-    """Whether the expert of a plan is there."""
-    try:
-        return Expert.load(place).plan.digest == portable(plan).digest
-    except CheckpointError:
-        return False
 
 
 def _room(base: ResolvedBase, plans: Sequence[Plan], out: Path | None) -> None:
