@@ -225,6 +225,13 @@ def _locked(path: Path, wait: bool = False) -> Iterator[_Lock]:
 
 
 @contextlib.contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Run the block while no other process runs one for the same folder or file, on file systems that have locks."""
+    with _locked(path, wait=True):
+        yield
+
+
+@contextlib.contextmanager
 def _own_folder(path: Path) -> Iterator[Path]:
     """A new folder beside `path`, locked by this process; whatever is left of it at the end goes."""
     while True:

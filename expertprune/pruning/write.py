@@ -16,14 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertprune.arch import MODELING, PER_LAYER, ExpertTensor, per_layer, stock_architectures
+from expertprune.arch import MODELING, PER_LAYER, ExpertTensor, per_layer
 from expertprune.artifacts.plan import Plan
 from expertprune.corpora.batches import Batch
 from expertprune.errors import CheckpointError, PlanError
 from expertprune.files import digest_of, require_room, scratch_folder, working_folder
 from expertprune.models.base import ResolvedBase
-from expertprune.models.checkpoint import DTYPES, write_weights
+from expertprune.models.checkpoint import write_weights
+from expertprune.models.loading import class_of, decoder_class_of, within_decoder
 from expertprune.models.passes import TextRun
+from expertprune.models.tensorfile import DTYPES
 from expertprune.progress import Progress
 from expertprune.pruning.repair import Passengers, RepairJob, check_repair
 from expertprune.pruning.slicing import cut_tensor
@@ -109,7 +111,7 @@ def prune(
         shutil.copyfile(path, target)
     if smaller is not None:
         write_tokenizer(base.folder, folder, smaller)
-    if config == base.checkpoint.config:
+    if config == base.checkpoint.config and base.checkpoint.encoding is None:
         shutil.copyfile(base.folder / "config.json", folder / "config.json")
     else:
         (folder / f"{MODELING}.py").unlink(missing_ok=True)  # that of a base which had widths of single layers
@@ -186,14 +188,16 @@ def _write_tensors(
 
 
 def _modeling(config: Mapping[str, Any], layers: str) -> str:
-    """The code that an expert with widths of single layers carries, for users who have only transformers."""
-    (architecture, *_) = stock_architectures(config)
+    """The code that an expert with widths of single layers carries, for users who have no expertprune."""
+    causal = class_of(dict(config))
+    decoder = decoder_class_of(causal, dict(config))
     lines = [
         inspect.getsource(per_layer),
         "",
-        f"from transformers import {architecture}  # noqa: E402",
+        f"from transformers import {causal.__name__}, {decoder.__name__}  # noqa: E402",
         "",
-        f'ExpertForCausalLM = with_layer_widths({architecture}, "{layers}")',
+        f'ExpertModel = model_with_layer_widths({decoder.__name__}, "{within_decoder(causal, layers)}")',
+        f"ExpertForCausalLM = with_layer_widths({causal.__name__}, ExpertModel)",
         "",
     ]
     return "\n".join(lines)

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from expertprune.artifacts.evaluation import Evaluation
 from expertprune.artifacts.plan import Plan, RetentionFound
 from expertprune.artifacts.profile import Profile
 from expertprune.composition.parameters import removed_parameters
@@ -132,7 +131,7 @@ def _try(
         folder = Path(temporary) / "expert"
         folder.mkdir()
         write_weights(prepared, plan, folder, passengers=meanwhile.passengers)
-        return plan, kept_of(meanwhile.result(folder, prepared.running, silent))
+        return plan, measure(prepared, meanwhile, folder)
 
 
 def measuring_held_back(prepared: Prepared) -> Measuring:
@@ -142,6 +141,7 @@ def measuring_held_back(prepared: Prepared) -> Measuring:
     return measuring(prepared.running, held_back, settings, other_tokens=False)
 
 
-def kept_of(evaluation: Evaluation) -> Kept:
-    """Bits per byte of the base over the expert's, by corpus."""
-    return Kept({name: bits_per_byte(each.per_document).point for name, each in evaluation.corpora.items()})
+def measure(prepared: Prepared, meanwhile: Meanwhile, folder: Path) -> Kept:
+    """What the expert in a folder keeps of each corpus' held-back documents."""
+    found = meanwhile.result(folder, prepared.running, silent)
+    return Kept({name: bits_per_byte(each.per_document).point for name, each in found.corpora.items()})

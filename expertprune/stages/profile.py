@@ -96,6 +96,7 @@ def _place(prepared: Prepared, name: CorpusName) -> _Place:
 def profile_corpus(prepared: Prepared, name: CorpusName, track: Track) -> None:
     """Run the passes over a corpus that its profile lacks."""
     base, text, place = prepared.base, prepared.calibration[name], _place(prepared, name)
+    base.checkpoint.fetch(track)
     missing = place.missing
     if any(each.made_by is Pass.GRADIENT for each in missing):  # asked before the model is loaded for any pass
         check_backward_fits(prepared, text.batches)
