@@ -14,7 +14,7 @@ Track = Callable[[str, int], contextlib.AbstractContextManager[Callable[[], None
 @contextlib.contextmanager
 def silent(stage: str, steps: int) -> Iterator[Callable[[], None]]:
     """Report nothing."""
-    yield lambda: None
+    yield no_progress
 
 
 @dataclass(frozen=True)
@@ -34,3 +34,7 @@ Board = Callable[[Sequence[str]], contextlib.AbstractContextManager[Callable[[st
 def no_board(names: Sequence[str]) -> Iterator[Callable[[str, Standing], None]]:
     """Show nothing."""
     yield lambda name, standing: None
+
+
+def no_progress() -> None:
+    """Report nothing."""
