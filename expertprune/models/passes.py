@@ -150,11 +150,11 @@ class TextRun:
         """Open each layer in turn; call `progress` when one is closed.
 
         Args:
-            skip: leave out so many layers, the first that would be opened.
+            skip: leave out the first so many layers.
             until: leave out this layer and those behind it.
         """
         number = len(decoder_layers(self.model, self.family))
-        order = [*range(number)[:until]][:: -1 if last_first else 1][skip:]
+        order = [*range(number)[skip:until]][:: -1 if last_first else 1]
         for index, following in itertools.zip_longest(order, order[1:]):
             with self.opened(index, following) as layer:
                 yield index, layer
