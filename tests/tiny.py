@@ -10,6 +10,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from expertprune.arch import family_of
+from expertprune.models.passes import TextRun
+
 WORDS = ["the", "heart", "pumps", "blood", "a", "judge", "reads", "law",
          "we", "sum", "numbers", "und", "der", "Arzt", "is"]  # fmt: skip
 WIDTHS = {
@@ -90,6 +93,11 @@ def tiny_model(family: str, seed: int = 0, **changes: Any) -> Any:
             if name.endswith("e_score_correction_bias"):  # stored, though no gradient changes it
                 buffer.copy_(0.3 * torch.randn_like(buffer))
     return model
+
+
+def as_run(model: Any) -> TextRun:
+    """How an evaluation runs a model in memory; it brings batches of its own."""
+    return TextRun(model, family_of(model.config.model_type), (), ())
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from expertprune.arch.blocks import NO_BLOCK, Block, ConfigKeys, CoupledTensor, Data, Experts, Rewrite
 from expertprune.arch.gguf import GgufForm
+from expertprune.arch.single_layers import PER_LAYER, stock_architectures, with_defaults, with_layers
 from expertprune.arch.widths import (
     agreed,
     groups_of,
@@ -29,12 +30,6 @@ from expertprune.spec.reading import problems_of
 from expertprune.units import DENSE, KeptUnits, LayerShape, Structure
 
 _HERE = Path(__file__).parent
-PER_LAYER = "per_layer_config"  # transformers' name for widths of single layers
-_PER_LAYER_KEYS = ("allow_global_per_layer_attribute_access", "auto_map")
-MODELING = "modeling_expert"  # the module in an expert's folder that builds such layers
-# The prefix of the class in the config of such an expert. An engine that does not know the class
-# refuses the folder; it would build all layers alike under the stock name.
-EXPERT = "Expert"
 
 
 class Family(Data):
@@ -209,14 +204,14 @@ class Family(Data):
             result[self.config.query_heads] = max(shape.query_heads for shape in shapes)
             result[self.config.kv_heads] = max(shape.kv_heads for shape in shapes)
         if changed and self.when_heads_change is not None:
-            result = _with_defaults(result, self.when_heads_change.model_type)
+            result = with_defaults(result, self.when_heads_change.model_type)
             result = {k: v for k, v in result.items() if k not in self.when_heads_change.remove}
             result |= {
                 **self.when_heads_change.set,
                 "model_type": self.when_heads_change.model_type,
                 "architectures": list(self.when_heads_change.architectures),
             }
-        return _with_layers(result, [self._widths(shape, self.has_attention) for shape in shapes])
+        return with_layers(result, [self._widths(shape, self.has_attention) for shape in shapes])
 
     def _widths(self, shape: LayerShape, heads: bool) -> dict[str, int]:
         """A layer's widths by the config's keys, without the number of routed experts.
@@ -318,40 +313,6 @@ def _looked_up(config: Mapping[str, Any], dotted: str, default: Any) -> Any:
     for key in dotted.split("."):
         value = value.get(key, default) if isinstance(value, Mapping) else default
     return value
-
-
-def stock_architectures(config: Mapping[str, Any]) -> list[str]:
-    """The classes of transformers in a config, without the prefix `EXPERT`."""
-    return [name.removeprefix(EXPERT) for name in config.get("architectures") or []]
-
-
-def _with_layers(config: dict[str, Any], widths: list[dict[str, int]]) -> dict[str, Any]:
-    """The config with the widths of single layers, and the code that reads them."""
-    layers = {
-        str(index): different
-        for index, layer in enumerate(widths)
-        if (different := {key: value for key, value in layer.items() if config.get(key) not in (None, value)})
-    }
-    if config.pop(PER_LAYER, None) is not None:  # the base has such layers itself
-        config = {key: value for key, value in config.items() if key not in _PER_LAYER_KEYS}
-        config["architectures"] = stock_architectures(config)
-    if layers:
-        config |= {
-            "architectures": [EXPERT + name for name in stock_architectures(config)],
-            PER_LAYER: layers,
-            "allow_global_per_layer_attribute_access": True,
-            "auto_map": {"AutoModelForCausalLM": f"{MODELING}.ExpertForCausalLM"},
-        }
-    return config
-
-
-def _with_defaults(config: dict[str, Any], other: str) -> dict[str, Any]:
-    """The config with defaults of its own class, for keys that `other` has too."""
-    from transformers import CONFIG_MAPPING
-
-    mine = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)).to_dict()
-    theirs = CONFIG_MAPPING[other]().to_dict()
-    return {key: value for key, value in mine.items() if key in theirs and key not in config} | config
 
 
 @functools.cache

@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from expertprune.models.passes import TextRun
-from expertprune.pruning.repair import by_least_squares
+from expertprune.pruning.repair import RepairJob, by_least_squares
 from expertprune.pruning.routed_repair import RoutedMoments, routed_least_squares
+from expertprune.pruning.write import RepairInput
 from expertprune.spec.schema import Compensation
 from expertprune.units import KeptUnits, LayerShape
 from tests.masks import tiny_of, token_lists
@@ -40,7 +41,7 @@ def test_one_expert_is_the_ridge_regression_of_its_tokens() -> None:
     energy = np.diag(gram)
     ridge = energy * (0.1 + (5 / effective) ** 2) + 1e-4 * np.median(energy)
     expected = cross @ np.linalg.inv(gram + np.diag(ridge))
-    moments = RoutedMoments(torch.tensor(gram).float(), torch.tensor(cross).float(), float(effective))
+    moments = RoutedMoments(torch.tensor(gram).float(), torch.tensor(cross).float(), torch.tensor(effective))
     np.testing.assert_allclose(numbers(routed_least_squares(moments, 0.1)), expected, rtol=1e-4, atol=1e-6)
 
 
@@ -50,7 +51,7 @@ def test_an_expert_that_few_tokens_come_to_stays_as_it_is() -> None:
     for tokens, most in ((1, 0.01), (8, 0.05), (16384, 1.01)):
         inputs = torch.randn(tokens, 256, generator=generator)
         wanted = torch.randn(6, 256, generator=generator)
-        moments = RoutedMoments(inputs.T @ inputs, wanted @ inputs.T @ inputs, tokens)
+        moments = RoutedMoments(inputs.T @ inputs, wanted @ inputs.T @ inputs, torch.tensor(tokens))
         change = routed_least_squares(moments, 1e-4)
         assert (change @ inputs.T).norm() < most * (wanted @ inputs.T).norm(), tokens
     assert (change - wanted).norm() < 0.01 * wanted.norm(), "enough tokens say what the change is"
@@ -69,7 +70,7 @@ class Layer:
 
     def repaired(self, text: TextRun) -> dict[int, Array]:
         """Output projections of kept experts, by their number."""
-        found = dict(by_least_squares(text, self.kept, Compensation(damping=DAMPING)))
+        found = dict(by_least_squares(RepairJob(text, self.kept, Compensation(damping=DAMPING))))
         names = self.of.family.experts
         assert names is not None
         prefix = self.of.family.layer_prefix(self.index)
@@ -161,8 +162,6 @@ def test_the_stream_behind_a_repaired_layer_is_what_the_written_expert_computes(
     name: str, tmp_path: Path, store: Path
 ) -> None:
     """Repaired layer by layer, in the order in which the expert runs them, and written in the right rows of its files."""
-    from expertprune.pruning.write import RepairInput
-
     base = resolved(save_tiny(tmp_path / "base", name), store)
     model = load(base.folder)
     generator = torch.Generator().manual_seed(5)
