@@ -35,6 +35,8 @@ SIZES = {
 OWN_SIZES: dict[str, dict[str, Any]] = {
     # vLLM's class has no bias on the output projection of this family's attention, and drops one without a word.
     "qwen3": {"attention_bias": False},
+    # What vLLM's class reads beside the keys that transformers reads.
+    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     # vLLM's class has no head of its own for this family.
     "gemma2": {"tie_word_embeddings": True},
 }
