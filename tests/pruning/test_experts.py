@@ -447,3 +447,27 @@ def test_validate_and_inspect_say_what_was_decided(tmp_path: Path) -> None:
     told = call("inspect", tmp_path / "plan.json").output
     for words in (r"criterion +│ fisher", r"criterion of routed experts +│ reap", r"allocation +│ uniform"):
         assert re.search(words, told), told
+
+
+@pytest.mark.parametrize(
+    ("name", "budget", "kept"),
+    [
+        ("deepseek_v3", {"experts": 0.34}, {"n_routed_experts": 4, "num_attention_heads": 6}),
+        ("glm4_moe", {"experts": 1, "kv_groups": 1}, {"n_routed_experts": 5, "num_key_value_heads": 2}),
+        ("gpt_oss", {"experts": 1, "ffn": 8, "kv_groups": 1}, {"num_local_experts": 5, "intermediate_size": 24}),
+        ("qwen3_next", {"parameters": 0.2}, {"num_experts": 4}),
+    ],
+)
+def test_models_whose_layers_are_of_different_kinds_are_built(
+    name: str, budget: dict[str, Any], kept: dict[str, int], tmp_path: Path
+) -> None:
+    """Profiled, composed, repaired, written and explained, from a spec that names a budget alone."""
+    folder = save_tiny(tmp_path / "base", name)
+    out = expertprune.build(spec_of(folder, tmp_path, budget), tmp_path / "expert", store=tmp_path / "store")
+    config, about = read_json(out / "config.json"), read_json(out / "expertprune.json")
+    assert {key: config[key] for key in kept} == kept
+    stored = sum(parameter.numel() for parameter in load(out).parameters())
+    # the bias that corrects a router's choice is stored beside the parameters
+    beside = sum(buffer.numel() for path, buffer in load(out).named_buffers() if path.endswith("correction_bias"))
+    assert about["parameters"]["after"] == stored + beside
+    assert call("inspect", out).output
