@@ -54,4 +54,5 @@ def base_of(
     checkpoint.config = config_of(family, ffn, groups, per_group, hidden, layers, **changes)
     checkpoint.tensors = tensors_of(checkpoint.config)
     shapes = family_of(family).layer_shapes(checkpoint.config)
-    return ResolvedBase("base", checkpoint.folder, checkpoint, family_of(family), shapes, "d", "t", torch.float32)
+    dtype, device = torch.float32, torch.device("cpu")
+    return ResolvedBase("base", checkpoint.folder, checkpoint, family_of(family), shapes, "d", "t", dtype, device)

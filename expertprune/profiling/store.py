@@ -90,11 +90,11 @@ def measure(
     Raises:
         CheckpointError: the pass gives numbers that are not finite, or the disk is full.
     """
-    with resumable_folder(path.with_suffix(".working")) as folder:
+    with resumable_folder(path.with_name(f".{path.stem}.working")) as folder:
         traversal = Traversal(text, parts, working=Working(folder))
         with track(f"profile {about['corpus']}", traversal.steps) as step:
             found = traversal.run(step)
-    for part, statistics in found.items():
-        own = {} if part == FORWARD else {"part": str(part)}
-        save_profile(part.path(path), {**about, "tokens": text.tokens, **own}, statistics)
+        for part, statistics in found.items():
+            own = {} if part == FORWARD else {"part": str(part)}
+            save_profile(part.path(path), {**about, "tokens": text.tokens, **own}, statistics)
     return Profile(path)
