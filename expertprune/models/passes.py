@@ -128,6 +128,10 @@ class TextRun:
         """The number of real tokens."""
         return sum(batch.tokens for batch in self.batches)
 
+    def over(self, batches: Sequence[Batch]) -> TextRun:
+        """The same model over other text."""
+        return replace(self, batches=batches)
+
     def each_batch(self) -> Iterator[TextRun]:
         """The same model with one batch each."""
         return (replace(self, batches=[batch]) for batch in self.batches)
@@ -141,15 +145,16 @@ class TextRun:
         return self.source.opened(decoder_layers(self.model, self.family)[index], index, following)
 
     def layers(
-        self, progress: Progress | None = None, last_first: bool = False, until: int | None = None
+        self, progress: Progress | None = None, last_first: bool = False, skip: int = 0, until: int | None = None
     ) -> Iterator[tuple[int, nn.Module]]:
         """Open each layer in turn; call `progress` when one is closed.
 
         Args:
+            skip: leave out the first so many layers.
             until: leave out this layer and those behind it.
         """
         number = len(decoder_layers(self.model, self.family))
-        order = [*range(number)[:until]][:: -1 if last_first else 1]
+        order = [*range(number)[skip:until]][:: -1 if last_first else 1]
         for index, following in itertools.zip_longest(order, order[1:]):
             with self.opened(index, following) as layer:
                 yield index, layer

@@ -14,7 +14,7 @@ import expertprune
 from expertprune.arch import attention_of
 from expertprune.artifacts.profile import FORWARD, Profile, ProfileKey, ProfilePart, save_profile
 from expertprune.corpora.documents import Document
-from expertprune.files import digest_of, resumable_folder
+from expertprune.files import digest_of, working_folder
 from expertprune.models.base import ResolvedBase
 from expertprune.models.passes import TextRun
 from expertprune.profiling.traversal import Traversal
@@ -90,7 +90,7 @@ def measure(
     Raises:
         CheckpointError: the pass gives numbers that are not finite, or the disk is full.
     """
-    with resumable_folder(path.with_name(f".{path.stem}.working")) as folder:
+    with working_folder(path.with_name(f".{path.stem}.working")) as folder:
         traversal = Traversal(text, parts, working=Working(folder))
         with track(f"profile {about['corpus']}", traversal.steps) as step:
             found = traversal.run(step)

@@ -190,12 +190,14 @@ def test_a_profile_is_named_by_all_that_it_depends_on(base: ResolvedBase, monkey
     assert profile_key(base, [Document("the heart"), Document("a judge")], 32).digest == plain
     moved = dataclasses.replace(base, name="other", folder=Path("elsewhere"), source="streamed")
     assert profile_key(moved, documents, 32).digest == plain
+    weights = dataclasses.replace(base)
+    vars(weights)["digest"] = "0" * 64
     others = [
         profile_key(base, documents[:1], 32),
         profile_key(base, [Document("the\n  heart"), documents[1]], 32),  # white space changes tokens
         profile_key(base, documents[::-1], 32),
         profile_key(base, documents, 33),
-        profile_key(dataclasses.replace(base, digest="0" * 64), documents, 32),
+        profile_key(weights, documents, 32),
         profile_key(dataclasses.replace(base, tokenizer_digest="0" * 64), documents, 32),
         profile_key(dataclasses.replace(base, dtype=torch.bfloat16), documents, 32),
         profile_key(dataclasses.replace(base, device=torch.device("cuda:1")), documents, 32),
