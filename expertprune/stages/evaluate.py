@@ -19,7 +19,7 @@ from expertprune.evaluation.reading import Read
 from expertprune.files import store_folder
 from expertprune.models.loading import load_tokenizer
 from expertprune.models.passes import TextRun
-from expertprune.models.running import RunningBase, run_folder
+from expertprune.models.running import RunningBase, stream_folder
 from expertprune.progress import Track, silent
 from expertprune.pruning.repair import Passengers
 from expertprune.reporting.card import write_card
@@ -79,7 +79,7 @@ def measure_folder(
     base = running.base
     tokenizer = load_tokenizer(folder, base.trust_remote_code) if evaluator.other_tokens else None
     with track("evaluate", evaluator.steps(len(base.layers))) as step:
-        expert = TextRun(run_folder(folder, base), base.family, (), ())
+        expert = TextRun(stream_folder(folder, base), base.family, (), ())
         return evaluator.against(expert, step, tokenizer, align)
 
 

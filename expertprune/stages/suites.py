@@ -15,7 +15,7 @@ from expertprune.artifacts.expert import Expert
 from expertprune.corpora.documents import GENERAL, Corpus, CorpusName
 from expertprune.corpora.leaks import Examples
 from expertprune.corpora.loading import load_corpora
-from expertprune.errors import SpecError, gathered
+from expertprune.errors import SpecError, UsageError, gathered
 from expertprune.evaluation.harness import models
 from expertprune.evaluation.harness import tasks as harness
 from expertprune.evaluation.harness.stored import StoredScores, versions
@@ -26,7 +26,8 @@ from expertprune.evaluation.suites import Suite, TaskEntry, bare_task, find_suit
 from expertprune.files import store_folder
 from expertprune.models.base import ResolvedBase
 from expertprune.models.loading import load_tokenizer
-from expertprune.models.running import RunningBase, run_folder
+from expertprune.models.running import RunningBase, run_folder, to_stream
+from expertprune.models.spool import Limits
 from expertprune.progress import Track, silent
 from expertprune.reporting.card import write_card
 from expertprune.spec.schema import Spec
@@ -159,6 +160,11 @@ def prepare(
         harness.require_harness(served=backend == "vllm")
         harness.check_names([entry for entry, _, _ in entries])
     resolved = expert.find_base(place, spec.base)
+    if entries and backend == "hf" and to_stream(resolved.checkpoint, resolved, Limits.of_environment()):
+        raise UsageError(
+            "tasks call the model as a whole, and the base's layers are streamed (base.layers): give --backend vllm, "
+            "which may share it over several GPUs, or measure the spec's corpora with `expertprune evaluate` alone"
+        )
     problems: list[str] = []
     corpora: list[Corpus] = []
     chosen: list[ChosenTask] = []
