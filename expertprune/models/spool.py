@@ -95,13 +95,17 @@ class Room:
 
     def __init__(self, device: torch.device, limits: Limits | None = None, taken: int = 0) -> None:
         """`taken`: bytes of host memory that the model needs."""
-        self.device, self.limits = device, limits or Limits()
-        self._tiers = [_Tier(int(SHARE * self.limits.free(device, taken)), lambda tensor: tensor)]
+        self.device, self.limits, self._taken = device, limits or Limits(), taken
+        self._tiers = [_Tier(int(SHARE * self.free()), lambda tensor: tensor)]
         if device.type == "cuda":
             host = int(SHARE * self.limits.free(torch.device("cpu")))
             self._tiers.append(_Tier(host, lambda tensor: tensor.to("cpu").pin_memory()))
         self._folder: Path | None = None
         self._numbers = itertools.count()
+
+    def free(self) -> int:
+        """Bytes that the device has free now."""
+        return self.limits.free(self.device, self._taken)
 
     def hold(self, tensor: Tensor) -> _Held:
         """Put a tensor away.
@@ -138,14 +142,14 @@ class Spool:
     """Tensors by number, in a room; they come back on its device and are never changed in place."""
 
     def __init__(self, room: Room, held: list[_Held] | None = None) -> None:
-        self._room, self._held = room, [] if held is None else held
+        self.room, self._held = room, [] if held is None else held
 
     def append(self, tensor: Tensor) -> None:
-        self._held.append(self._room.hold(tensor))
+        self._held.append(self.room.hold(tensor))
 
     def copy(self) -> Spool:
         """Another spool of the same tensors; none is copied."""
-        return Spool(self._room, list(self._held))
+        return Spool(self.room, list(self._held))
 
     def __len__(self) -> int:
         return len(self._held)
@@ -154,7 +158,7 @@ class Spool:
         return (self[number] for number in range(len(self)))
 
     def __getitem__(self, number: int) -> Tensor:
-        return self._room.back(self._held[number])
+        return self.room.back(self._held[number])
 
     def __setitem__(self, number: int, tensor: Tensor) -> None:
-        self._held[number] = self._room.hold(tensor)
+        self._held[number] = self.room.hold(tensor)

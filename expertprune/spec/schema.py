@@ -15,13 +15,16 @@ Dimension = Literal["language", "domain", "task"]
 DIMENSIONS: tuple[Dimension, ...] = get_args(Dimension)
 
 
-Metric = Literal["bits_per_byte", "perplexity", "kl", "questions"]
+Metric = Literal["bits_per_byte", "perplexity", "kl", "agreement", "questions"]
 
 
 METRICS: tuple[Metric, ...] = get_args(Metric)
 
 
-PER_TOKEN: tuple[Metric, ...] = ("perplexity", "kl")
+PER_TOKEN: tuple[Metric, ...] = ("perplexity", "kl", "agreement")
+
+
+TO_BASE: tuple[Metric, ...] = ("kl", "agreement")  # they compare with the base, which has no value of its own
 
 
 class _Section(BaseModel):

@@ -30,7 +30,7 @@ from expertprune.units import LayerShape
 from tests.engine_of_gguf import finish
 from tests.oracle import change_config, fetched
 from tests.patching import everywhere
-from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
+from tests.tiny import as_run, save_tiny, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture
@@ -446,6 +446,6 @@ def test_the_bundled_gemma_is_the_model_that_was_published(real_store: Path) -> 
     assert ids[0] == 2
     assert tokenizer.decode(ids[1:]) == GERMAN
     assert tokenizer.convert_ids_to_tokens(tokenizer("𓀀")["input_ids"][1:]) == ["<0xF0>", "<0x93>", "<0x80>", "<0x80>"]
-    (bits,) = score_documents(model, model, tokenizer, [Document(GERMAN)], max_tokens=512)
+    (bits,) = score_documents(as_run(model), as_run(model), tokenizer, [Document(GERMAN)], max_tokens=512)
     assert (bits.bytes, bits.tokens) == (len(GERMAN.encode()), len(ids) - 1)
     assert bits.base_bits / bits.bytes < 1.0
