@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,13 @@ from expertprune.engine.memory import (
     Sizes,
     Text,
     evaluating,
+    fitting,
     gibibytes,
     peak,
     profiling,
     repairing,
 )
 from expertprune.engine.rates import HEAD_BOTH, Rates, measured_rates
-from expertprune.errors import CheckpointError
 from expertprune.models.base import ResolvedBase
 from expertprune.models.running import to_stream
 from expertprune.models.spool import SHARE, Limits
@@ -127,7 +127,8 @@ class Forecaster:
 
     @classmethod
     def measured(cls, base: ResolvedBase, sizes: Sizes, work: Work, limits: Limits, scratch: Path) -> Forecaster:
-        """With rates that are measured now."""
+        """With rates that are measured now, unless shapes alone say that it does not fit."""
+        cls(base, sizes, work, limits, Rates.of_shapes(base)).forecast()
         texts = [text for text in (*work.profiled.values(), work.repaired, work.evaluated) if text is not None]
         largest = max(texts, key=lambda text: text.batch, default=Text(1, 1, 1, 1))
         return cls(base, sizes, work, limits, measured_rates(base, largest.batch, largest.width, scratch))
@@ -154,31 +155,7 @@ class Forecaster:
             yield self._stage("evaluate", work.evaluated.tokens, self._evaluation_seconds(work.evaluated), need)
 
     def _stage(self, name: str, tokens: int, seconds: float, need: Need) -> Stage:
-        memory = Memory.of(need, self.weights, self.base.device, self.limits)
-        self._check(name, need, memory)
-        return Stage(name, tokens, seconds, memory)
-
-    # --- what does not fit ------------------------------------------------------------------------------------------
-
-    def _check(self, name: str, need: Need, memory: Memory) -> None:
-        free = self.limits.free(self.base.device)
-        where = "the device" if self.base.device.type == "cuda" else "memory"
-        if self.weights > free and not self.streamed:
-            raise CheckpointError(
-                f"base.layers: the weights take {gibibytes(self.weights)}, and {where} has {gibibytes(free)} free; set "
-                "base.layers: streamed, which holds one layer at a time"
-            )
-        if self.weights + need.work > free:
-            streamed = "" if self.streamed else "set base.layers: streamed, or "
-            raise CheckpointError(
-                f"{name}: needs {gibibytes(self.weights + need.work)}, {gibibytes(need.work)} of it for one batch and for "
-                f"sums, and {where} has {gibibytes(free)} free; {streamed}lower calibration.tokens_per_batch"
-            )
-        if memory.spool and self.limits.spool is None:
-            raise CheckpointError(
-                f"{name}: hidden states take {gibibytes(need.states)}, {gibibytes(memory.spool)} more than memory has room "
-                "for; name a folder for them with --spool FOLDER, or lower calibration.documents"
-            )
+        return Stage(name, tokens, seconds, fitting(name, need, self.weights, self.base, self.limits))
 
     def _keeps_graphs(self, text: Text) -> bool:
         """Whether a batch's graph in all layers is kept, as the traversal decides."""
@@ -232,13 +209,3 @@ class Forecaster:
         if self.work.together and self.work.repaired is not None:
             return head
         return head + 2 * self._pass(text.tokens * self.sizes.layers * self.rates.forward * (1 + self.work.kept) / 2)
-
-
-def of_texts(texts: Sequence[Text]) -> Text:
-    """Several texts as one."""
-    return Text(
-        sum(text.tokens for text in texts),
-        max(text.batch for text in texts),
-        max(text.width for text in texts),
-        sum(text.documents for text in texts),
-    )

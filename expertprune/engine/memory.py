@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from expertprune.corpora.batches import Batch
+from expertprune.errors import CheckpointError
 from expertprune.models.base import ResolvedBase
 from expertprune.models.passes import LOGITS
+from expertprune.models.running import to_stream
 from expertprune.models.spool import SHARE, Limits
 from expertprune.models.tensorfile import DTYPES
 
@@ -198,6 +200,51 @@ class Memory:
             return cls(0, PROCESS + weights + need.work + near + need.host, rest)
         pinned = min(rest, int(SHARE * limits.free(torch.device("cpu"))))
         return cls(weights + need.work + near, PROCESS + need.host + pinned, rest - pinned)
+
+
+def fitting(name: str, need: Need, weights: int, base: ResolvedBase, limits: Limits) -> Memory:
+    """What a stage takes.
+
+    Raises:
+        CheckpointError: it does not fit; the message says with which setting it would.
+    """
+    free, streamed = limits.free(base.device), to_stream(base.checkpoint, base, limits)
+    where = "the device" if base.device.type == "cuda" else "memory"
+    if weights > free and not streamed:
+        raise CheckpointError(
+            f"base.layers: the weights take {gibibytes(weights)}, and {where} has {gibibytes(free)} free; set base.layers: "
+            "streamed, which holds one layer at a time"
+        )
+    if weights + need.work > free:
+        other = "" if streamed else "set base.layers: streamed, or "
+        raise CheckpointError(
+            f"{name}: needs {gibibytes(weights + need.work)}, {gibibytes(need.work)} of it for one batch and for sums, and "
+            f"{where} has {gibibytes(free)} free; {other}lower calibration.tokens_per_batch"
+        )
+    memory = Memory.of(need, weights, base.device, limits)
+    if memory.spool and limits.spool is None:
+        raise CheckpointError(
+            f"{name}: hidden states between layers take {gibibytes(need.states)}, {gibibytes(memory.spool)} more than there "
+            "is room for; name a folder for them with --spool FOLDER, or lower calibration.documents"
+        )
+    return memory
+
+
+def graph_estimate(base: ResolvedBase) -> float:
+    """Bytes of one token's graph in one layer, by counting: what products, norms and activations keep."""
+    shape = max(base.layers, key=lambda each: each.ffn)
+    chosen = max(1, base.family.experts_per_token(base.checkpoint.config))
+    return base.dtype.itemsize * (12 * shape.hidden + 6 * shape.ffn * chosen + 6 * shape.query_heads * shape.head_dim)
+
+
+def together(texts: Sequence[Text]) -> Text:
+    """Several texts as one."""
+    return Text(
+        sum(text.tokens for text in texts),
+        max(text.batch for text in texts),
+        max(text.width for text in texts),
+        sum(text.documents for text in texts),
+    )
 
 
 def peak(each: Iterable[Memory]) -> Memory:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from expertprune.engine.memory import graph_estimate
 from expertprune.models.base import ResolvedBase
 from expertprune.models.layers import LayerRecorder, decoder_layers, layers_replaced
 from expertprune.models.streaming import empty_model
@@ -29,7 +31,10 @@ _SIDE = 1536  # of matrices whose products and factors are timed
 _ROWS = 4096  # of the output matrix that is timed
 
 
-_SAMPLE = 2**27  # bytes of a file that are read
+_SAMPLE = 2**27  # bytes that are read, at most a part of the weights
+
+
+_PARTS = 8
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,11 @@ class Rates:
     read: float
     written: float
 
+    @classmethod
+    def of_shapes(cls, base: ResolvedBase) -> Rates:
+        """Without measurement: only the size of the graph is known."""
+        return cls(0.0, 0.0, graph_estimate(base), 0.0, math.inf, math.inf, math.inf, math.inf)
+
 
 HEAD_BOTH = 2.5
 
@@ -79,19 +89,20 @@ def measured_rates(base: ResolvedBase, tokens: int, width: int, scratch: Path) -
         states = torch.randn(min(256, tokens), base.layers[layer].hidden, device=device).to(base.dtype)
         matrix = torch.randn(vocabulary, states.shape[1], device=device).to(base.dtype)
         head = _seconds(lambda: nn.functional.linear(states, matrix).float().logsumexp(-1), device)
-        side = torch.randn(_SIDE, _SIDE, device=device)
+        order = min(_SIDE, base.layers[layer].neurons)
+        side = torch.randn(order, order, device=device)
         product = _seconds(lambda: side.T @ side, device)
-        positive = (side.T @ side).double() + torch.eye(_SIDE, device=device) * _SIDE
+        positive = (side.T @ side).double() + torch.eye(order, device=device) * order
         factor = _seconds(lambda: torch.linalg.cholesky_ex(positive), device)
     return Rates(
         forward=forward,
         both=both,
         graph=graph,
         head=head / (len(states) * vocabulary),
-        products=2 * _SIDE**3 / product,
-        factors=_SIDE**3 / 3 / factor,
+        products=2 * order**3 / product,
+        factors=order**3 / 3 / factor,
         read=_reading(base),
-        written=_writing(scratch),
+        written=_writing(scratch, min(_SAMPLE, base.checkpoint.weight_bytes // _PARTS)),
     )
 
 
@@ -109,11 +120,13 @@ def _timed_layer(base: ResolvedBase, index: int, rows: int, columns: int) -> tup
     """Seconds of a token forward, and forward and back; bytes of its graph."""
     model = empty_model(base.folder, base.dtype, base.trust_remote_code)
     layers = decoder_layers(model, base.family)
-    weights = {
+    own, others = base.family.layer_prefix(index), f"{base.family.layers}."
+    weights = {  # the layer's, and the final norm's and the like, which the decoder runs too
         name: (torch.randn(value.shape, device=base.device) / 50).to(value.dtype)
-        for name, value in layers[index].named_parameters()
+        for name, value in model.named_parameters()
+        if name.startswith(own) or not (name.startswith(others) or name in base.family.vocabulary)
     }
-    layers[index].load_state_dict(weights, strict=False, assign=True)
+    model.load_state_dict(weights, strict=False, assign=True)
     layer = layers[index].requires_grad_(False)
     model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(base.device))  # buffers
     hidden = torch.randn(rows, columns, base.layers[index].hidden, device=base.device).to(base.dtype)
@@ -134,7 +147,7 @@ def _timed_layer(base: ResolvedBase, index: int, rows: int, columns: int) -> tup
         held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+    constant = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         run(hidden.clone().requires_grad_())
 
@@ -144,7 +157,7 @@ def _timed_layer(base: ResolvedBase, index: int, rows: int, columns: int) -> tup
             torch.autograd.grad(run(leaf), leaf, hidden)
 
     tokens = rows * columns
-    graph = sum(size for pointer, size in held.items() if pointer not in own) + 2 * hidden.nbytes
+    graph = sum(size for pointer, size in held.items() if pointer not in constant) + 2 * hidden.nbytes
     forward = _seconds(lambda: run(hidden), base.device)
     return forward / tokens, _seconds(back, base.device) / tokens, graph / tokens
 
@@ -171,7 +184,7 @@ def _reading(base: ResolvedBase) -> float:
     names = sorted(checkpoint.tensors, key=lambda name: checkpoint.tensors[name].bytes, reverse=True)
     seconds, size = 0.0, 0
     for name in names:
-        if size >= _SAMPLE:
+        if size >= min(_SAMPLE, base.checkpoint.weight_bytes / _PARTS):
             break
         path = checkpoint.folder / checkpoint.tensors[name].file
         with contextlib.suppress(OSError, AttributeError), path.open("rb") as file:
@@ -186,16 +199,18 @@ def _reading(base: ResolvedBase) -> float:
 _USUAL = 5e8  # bytes a second of a disk of which nothing can be measured
 
 
-def _writing(folder: Path) -> float:
-    path, block = folder / f".expertprune-rate-{os.getpid()}", bytes(2**24)
+def _writing(folder: Path, size: int) -> float:
+    """Bytes a second, of `size` bytes."""
+    path, block = folder / f".rate-{os.getpid()}", bytes(2**20)
     try:
         start = time.perf_counter()
         with path.open("wb") as file:
-            for _ in range(4):
+            for _ in range(max(1, size // len(block))):
                 file.write(block)
+            written = file.tell()
             file.flush()
             os.fsync(file.fileno())
-        return 4 * len(block) / (time.perf_counter() - start)
+        return written / (time.perf_counter() - start)
     except OSError:
         return _USUAL
     finally:
