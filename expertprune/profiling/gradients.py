@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +12,7 @@ from expertprune.arch import Experts, Family
 from expertprune.artifacts.profile import halved
 from expertprune.corpora.batches import Batch
 from expertprune.models.layers import Routed, routed_shares
-from expertprune.models.passes import LOGITS, Stream, TextRun
+from expertprune.models.passes import Stream, TextRun
 from expertprune.profiling.observation import Observation
 from expertprune.profiling.rows import RowMass
 from expertprune.units import LayerShape
@@ -211,16 +210,3 @@ def _drawn(chances: Tensor, draws: Tensor) -> Tensor:
     sums = chances.cumsum(-1)
     # right=True: a token of probability 0 is never drawn. The last sum is 1 only up to rounding.
     return torch.searchsorted(sums, draws[:, None] * sums[:, -1:], right=True)[:, 0].clamp_max(sums.shape[1] - 1)
-
-
-def backward_bytes(shapes: Sequence[LayerShape], vocabulary: int, tokens: int, experts_per_token: int = 0) -> int:
-    """An estimate of a backward pass' peak memory beside the weights, with float32 activations.
-
-    It holds every layer's hidden states, one layer's graph, and logits of a few positions.
-
-    Args:
-        tokens: of the largest batch, padding included.
-    """
-    shape = max(shapes, key=lambda each: each.ffn)
-    graph = 12 * shape.hidden + 6 * shape.ffn * max(1, experts_per_token) + 6 * shape.query_heads * shape.head_dim
-    return 4 * (tokens * ((len(shapes) + 3) * shape.hidden + graph) + 4 * min(LOGITS, tokens * vocabulary))

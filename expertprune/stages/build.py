@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ from expertprune.files import check_output, require_room, staged_folder
 from expertprune.progress import Track, silent
 from expertprune.stages.compose import plan_of
 from expertprune.stages.evaluate import Meanwhile, evaluated_after, measuring, record
+from expertprune.stages.forecast import forecast
 from expertprune.stages.prune import write_folder
 from expertprune.stages.validate import SpecLike, validate
+
+log = logging.getLogger(__name__)
 
 
 def build(
@@ -33,6 +37,7 @@ def build(
     check_output(out, overwrite)
     prepared = validate(spec, overrides, store)
     require_room(out, prepared.base.checkpoint.weight_bytes)
+    log.warning("%s: this will take about %s", prepared.spec.name, next(forecast(prepared, stored=True).lines()))
     plan = plan_of(prepared, track)
     meanwhile = None
     if prepared.spec.evaluate.enabled:
