@@ -185,7 +185,7 @@ class Traversal:
             with units_observed(layer, self.text.family) as seen:
                 for number, batch in enumerate(self.text.batches):
                     taped = Taped.run(stream, layer, index, number, inputs[number], seen)
-                    above[number] = above[number].through(taped, layer, batch, self.text.family, gradients)
+                    above[number] = above[number].through(taped, batch, gradients)
             self._finish(part, gradients.sums(), gradients.tensors, index)
             self.working.keep(part, index, above, self.text)
 
@@ -206,7 +206,7 @@ class Traversal:
                     collector.add(batch, tapes[-1].seen, stream.hidden[0])
             (above,) = self._head_of(batch, stream.hidden[0])
             for index in reversed(range(self.layers)):
-                above = above.through(tapes.pop(), layers[index], batch, text.family, gradients[index])
+                above = above.through(tapes.pop(), batch, gradients[index])
             progress()
         for index in range(self.layers):
             for part, collector in collectors[index].items():
