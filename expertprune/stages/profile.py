@@ -14,6 +14,7 @@ from expertprune.composition.scoring import needed_part
 from expertprune.corpora.batches import Batch
 from expertprune.corpora.documents import CorpusName, corpus_names
 from expertprune.engine.tasks import Call, Engine, Local, Report, Shard, Task
+from expertprune.engine.team import team
 from expertprune.errors import CheckpointError, SpecError
 from expertprune.files import digest_of
 from expertprune.models.passes import TextRun
@@ -24,7 +25,7 @@ from expertprune.profiling.store import description, measure, profile_key, profi
 from expertprune.progress import Track, silent
 from expertprune.relevance import Pass
 from expertprune.spec.schema import Budget
-from expertprune.stages.elsewhere import check_same, received, run_with, sent
+from expertprune.stages.elsewhere import agreed, check_same, received, run_with, sent
 from expertprune.stages.validate import Prepared, SpecLike, validate
 from expertprune.units import Structure
 
@@ -98,11 +99,11 @@ def profile_corpus(prepared: Prepared, name: CorpusName, track: Track) -> None:
     """Run the passes over a corpus that its profile lacks."""
     base, text, place = prepared.base, prepared.calibration[name], _place(prepared, name)
     base.checkpoint.fetch(track)
-    missing = place.missing
+    missing = team().lead(lambda: place.missing)
     if any(each.made_by is Pass.GRADIENT for each in missing):  # asked before the model is loaded for any pass
         check_backward_fits(prepared, text.batches)
     if missing:
-        run_text = TextRun(prepared.running.model, base.family, base.layers, text.batches)
+        run_text = team().run(TextRun(prepared.running.model, base.family, base.layers, text.batches))
         measure(run_text, missing, place.path, description(base, str(name), text.documents, place.key), track)
 
 
@@ -164,7 +165,7 @@ def profile(
     Args:
         engine: what runs a task for each corpus; default: this process.
     """
-    prepared = spec if isinstance(spec, Prepared) else validate(spec, overrides, store)
+    prepared = spec if isinstance(spec, Prepared) else agreed(spec, overrides, store)
     return profiles_of(run_with(prepared, engine.device if engine is not None else None), track, engine=engine)
 
 

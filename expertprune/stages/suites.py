@@ -15,7 +15,8 @@ from expertprune.artifacts.expert import Expert
 from expertprune.corpora.documents import GENERAL, Corpus, CorpusName
 from expertprune.corpora.leaks import Examples
 from expertprune.corpora.loading import load_corpora
-from expertprune.errors import SpecError, gathered
+from expertprune.engine.team import team
+from expertprune.errors import SpecError, UsageError, gathered
 from expertprune.evaluation.harness import models
 from expertprune.evaluation.harness import tasks as harness
 from expertprune.evaluation.harness.stored import StoredScores, versions
@@ -98,6 +99,10 @@ def evaluate_suites(
             or lm-evaluation-harness is missing.
         ServingError, UsageError: the server cannot be had (backend `vllm`).
     """
+    if team().size > 1:
+        raise UsageError(
+            "suites need a whole model, whose work a team does not share: run them as tasks, by --engine ray or --shard"
+        )
     measurement = prepare(Path(expert), suites, tasks, backend, limit, base, store, overrides)
     if missing := sorted(set(floors or {}) - measurement.groups):
         raise SpecError(
