@@ -151,7 +151,7 @@ def server() -> Server:
 PLACES = {
     "profile": ("expertprune.artifacts.profile", "save_file", 2),  # the second profile is not yet in its place
     "repair": ("expertprune.pruning.layer_repair", "least_squares", 2),  # in the second layer
-    "prune": ("expertprune.models.checkpoint", "save_file", 2),  # two shards are written
+    "prune": ("expertprune.models.checkpoint", "written_file", 2),  # one shard is written, the next begun
     "evaluate": ("expertprune.evaluation.measure", "compare", 1),  # the expert is whole but for its evaluation
 }
 
