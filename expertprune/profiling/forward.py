@@ -130,7 +130,7 @@ def _weight_statistics(layer: nn.Module, family: Family, shape: LayerShape) -> d
 def predicted_tokens(text: TextRun) -> Tensor:
     """How many tokens of each document the model predicts, `[documents]`, float32."""
     tokens = torch.zeros(text.documents)
-    for batch in text.batches:
+    for batch in text.everything:
         for document, length in zip(batch.documents, batch.lengths, strict=True):
             tokens[document] = length - 1
     return tokens

@@ -68,7 +68,12 @@ class Traversal:
 
     @functools.cached_property
     def keeps_graphs(self) -> bool:
-        """Whether a batch's graph in all layers, and the sums of all layers, fit the free memory."""
+        """Whether a batch's graph in all layers, and the sums of all layers, fit the free memory of all members."""
+        lacking = {"lacking": torch.tensor(float(not self._graphs_fit()), device=self.device)}
+        self.text.together(lacking)
+        return not bool(lacking["lacking"])
+
+    def _graphs_fit(self) -> bool:
         if self.gradient is None or self.regional is not None or is_streamed(self.text.model):
             return False
         sums = sum(8 * (shape.neurons + 2 * shape.query_heads * shape.head_dim) for shape in self.text.shapes)
@@ -231,6 +236,8 @@ class Traversal:
 
 def graph_bytes(text: TextRun) -> int:
     """The memory of the graph of the largest batch in the widest layer: measured by running it once."""
+    if not text.batches:  # a member of a team without documents
+        return 0
     widest = max(range(len(text.shapes)), key=lambda index: (text.shapes[index].ffn, text.shapes[index].query_heads))
     one = dataclasses.replace(text, batches=[max(text.batches, key=lambda batch: batch.ids.numel())])
     stream = one.start()

@@ -15,6 +15,7 @@ from expertprune.artifacts.expert import Expert
 from expertprune.corpora.documents import GENERAL, Corpus, CorpusName
 from expertprune.corpora.leaks import Examples
 from expertprune.corpora.loading import load_corpora
+from expertprune.engine.team import team
 from expertprune.errors import SpecError, UsageError, gathered
 from expertprune.evaluation.harness import models
 from expertprune.evaluation.harness import tasks as harness
@@ -99,6 +100,10 @@ def evaluate_suites(
             or lm-evaluation-harness is missing.
         ServingError, UsageError: the server cannot be had (backend `vllm`).
     """
+    if team().size > 1:
+        raise UsageError(
+            "suites need a whole model, whose work a team does not share: run them as tasks, by --engine ray or --shard"
+        )
     measurement = prepare(Path(expert), suites, tasks, backend, limit, base, store, overrides)
     if missing := sorted(set(floors or {}) - measurement.groups):
         raise SpecError(
