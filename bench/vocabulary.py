@@ -25,6 +25,8 @@ import jsonlines
 import numpy as np
 
 import expertprune
+from expertprune.corpora.batches import encode
+from expertprune.corpora.chat import Rendered
 from expertprune.corpora.documents import Document
 from expertprune.evaluation.documents import score_alone
 from expertprune.evaluation.retention import bootstrap
@@ -179,7 +181,7 @@ def _digest(documents: list[Document]) -> str:
 
 def _figures(model: Any, tokenizer: Any, documents: list[Document]) -> dict[str, list[float]]:
     """Bits, tokens and predicted bytes of each document."""
-    bits, _, size = score_alone(model, tokenizer, documents)
+    bits, _, size = score_alone(model, encode([Rendered(document.text) for document in documents], tokenizer))
     plain = tokenizer([document.text for document in documents], add_special_tokens=False)["input_ids"]
     return {"bits": bits.tolist(), "tokens": [len(ids) for ids in plain], "bytes": size.tolist()}
 

@@ -5,15 +5,25 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+from expertprune.corpora.messages import Conversation
 from expertprune.files import digest_of
 from expertprune.spec.schema import Spec
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text."""
+    """One text, or a conversation, whose `text` is what is said in it.
+
+    A conversation is read by a model as the base's chat template renders it.
+    """
 
     text: str
+    conversation: Conversation | None = None
+
+    @classmethod
+    def of(cls, conversation: Conversation) -> Document:
+        """A conversation as a document."""
+        return cls(conversation.text, conversation)
 
     @property
     def digest(self) -> str:

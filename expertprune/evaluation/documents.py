@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from expertprune.artifacts.evaluation import DocumentBits
-from expertprune.corpora.batches import make_batches, tokenize
+from expertprune.corpora.batches import Tokens, encode, make_batches, rendered
+from expertprune.corpora.chat import Rendered
 from expertprune.corpora.documents import Document
 from expertprune.evaluation.retention import Floats
 from expertprune.progress import Progress
@@ -33,31 +34,37 @@ def score_documents(
 ) -> list[DocumentBits]:
     """Bits of both models and `KL(base ‖ expert)` in bits, summed over each document's tokens.
 
-    Nothing predicts the first token, so neither it nor its bytes count.
+    Nothing predicts the first token, so neither it nor its bytes count. Of a conversation, only
+    answers count: their tokens with the one that ends each, and the bytes of their text.
 
     Args:
         expert_tokenizer: the expert's, where it is not the base's. Both then read the same text,
             which ends where the base's tokenizer has `max_tokens`, each in its own tokens;
             predictions over different rows have no KL.
     """
+    texts = [rendered(document, tokenizer) for document in documents]
+    tokens = encode(texts, tokenizer, max_tokens)
     if expert_tokenizer is not None:
-        cut = [Document(document.text[: _end(tokenizer, document, max_tokens)]) for document in documents]
-        mine = score_alone(base, tokenizer, cut, progress)
-        theirs = score_alone(expert, expert_tokenizer, cut, progress)
+        cut = [text.cut(_end(text, tokenizer, max_tokens)) for text in texts]
+        mine = score_alone(base, encode(cut, tokenizer), progress)
+        theirs = score_alone(expert, encode(cut, expert_tokenizer), progress)
         return _rows(documents, mine, theirs, np.full(len(cut), math.nan))
-    tokens = tokenize(documents, tokenizer, max_tokens)
-    bits, other, kl, count, size = (np.zeros(len(documents)) for _ in range(5))
+    bits, other, kl = (np.zeros(len(documents)) for _ in range(3))
     for batch in make_batches(tokens, TOKENS_PER_BATCH):
-        ids = batch.ids.to(base.device)
+        ids, targets = batch.ids.to(base.device), batch.targets.to(base.device)
         mine, theirs = base(input_ids=ids).logits, expert(input_ids=ids).logits
-        for row, (index, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
-            sums = _row_sums(mine[row, : length - 1], theirs[row, : length - 1], ids[row, 1:length])
+        for row, (index, counted) in enumerate(zip(batch.documents, targets, strict=True)):
+            sums = _row_sums(mine[row, :-1][counted], theirs[row, :-1][counted], ids[row, 1:][counted])
             bits[index], other[index], kl[index] = sums
-            count[index] = length - 1
-            size[index] = _predicted_bytes(tokenizer, documents[index], max_tokens)
         if progress is not None:
             progress()
+    count, size = _counts(tokens)
     return _rows(documents, (bits, count, size), (other, count, size), kl)
+
+
+def _counts(tokens: Sequence[Tokens]) -> tuple[Floats, Floats]:
+    """Number and bytes of the tokens of each document that the loss counts on."""
+    return np.array([float(each.predicted) for each in tokens]), np.array([float(each.size) for each in tokens])
 
 
 def _rows(documents: Sequence[Document], base: _Alone, expert: _Alone, kl: Floats) -> list[DocumentBits]:
@@ -77,26 +84,24 @@ def _rows(documents: Sequence[Document], base: _Alone, expert: _Alone, kl: Float
 
 
 @torch.inference_mode()
-def score_alone(model: Any, tokenizer: Any, documents: Sequence[Document], progress: Progress | None = None) -> _Alone:
-    """One model on whole documents: bits, number and bytes of the predicted tokens of each."""
-    bits, tokens, size = (np.zeros(len(documents)) for _ in range(3))
-    encoded = [list(ids) for ids in tokenizer([document.text for document in documents])["input_ids"]]
-    for batch in make_batches(encoded, TOKENS_PER_BATCH):
-        ids = batch.ids.to(model.device)
+def score_alone(model: Any, tokens: Sequence[Tokens], progress: Progress | None = None) -> _Alone:
+    """One model on documents: bits, number and bytes of the predicted tokens of each."""
+    bits = np.zeros(len(tokens))
+    for batch in make_batches(tokens, TOKENS_PER_BATCH):
+        ids, targets = batch.ids.to(model.device), batch.targets.to(model.device)
         logits = model(input_ids=ids).logits
-        for row, (document, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
-            bits[document] = _row_bits(logits[row, : length - 1], ids[row, 1:length])
-            tokens[document] = length - 1
-            size[document] = _predicted_bytes(tokenizer, documents[document], len(encoded[document]))
+        for row, (document, counted) in enumerate(zip(batch.documents, targets, strict=True)):
+            bits[document] = _row_bits(logits[row, :-1][counted], ids[row, 1:][counted])
         if progress is not None:
             progress()
-    return bits, tokens, size
+    return bits, *_counts(tokens)
 
 
-def _end(tokenizer: Any, document: Document, max_tokens: int) -> int:
-    """Characters of a document up to where it is cut."""
-    offsets = tokenizer(document.text, return_offsets_mapping=True)["offset_mapping"]
-    return len(document.text) if len(offsets) <= max_tokens else max(end for _, end in offsets[:max_tokens])
+def _end(text: Rendered, tokenizer: Any, max_tokens: int) -> int:
+    """Characters of a rendered text up to where it is cut."""
+    plain = text.answers is None
+    offsets = tokenizer(text.text, add_special_tokens=plain, return_offsets_mapping=True)["offset_mapping"]
+    return len(text.text) if len(offsets) <= max_tokens else max(end for _, end in offsets[:max_tokens])
 
 
 def _row_bits(logits: Tensor, targets: Tensor) -> float:
@@ -106,18 +111,6 @@ def _row_bits(logits: Tensor, targets: Tensor) -> float:
         part = slice(first, first + _CHUNK)
         total += float(torch.nn.functional.cross_entropy(logits[part].float(), targets[part], reduction="sum"))
     return total / math.log(2)
-
-
-def _predicted_bytes(tokenizer: Any, document: Document, max_tokens: int) -> int:
-    """UTF-8 bytes of the document's text after its first token, up to where it was cut."""
-    if not tokenizer.is_fast:  # only fast tokenizers know where a token's text stands
-        ids = tokenize([document], tokenizer, max_tokens)[0]
-        return len(tokenizer.decode(ids[1:], skip_special_tokens=True, clean_up_tokenization_spaces=False).encode())
-    encoded = tokenizer(document.text, return_offsets_mapping=True)["offset_mapping"]
-    first, last = encoded[0][1], len(document.text)
-    if len(encoded) > max_tokens:
-        last = max(end for _, end in encoded[:max_tokens])
-    return len(document.text[first:last].encode())
 
 
 def _row_sums(base: Tensor, expert: Tensor, targets: Tensor) -> tuple[float, float, float]:

@@ -116,6 +116,15 @@ class Calibration(_Section):
 
     documents: int = Field(256, ge=1, description="At most so many documents of each corpus.")
     max_tokens: int = Field(512, ge=2, description="Longer documents are cut at so many tokens.")
+    windows: int = Field(
+        1, ge=1, description="At most so many windows of max_tokens, spread evenly over each longer document."
+    )
+    prompt_weight: float = Field(
+        1.0,
+        ge=0,
+        description="How much a token of a conversation counts in statistics where it is not an answer's. "
+        "The loss counts on answers only.",
+    )
     tokens_per_batch: int = Field(2048, ge=1, description="Speed and memory only: results do not depend on it.")
     seed: int = Field(0, ge=0, description="Chooses the documents where a corpus has more of them.")
 

@@ -44,7 +44,7 @@ def profiles_of(prepared: Prepared, track: Track, run: bool = True) -> dict[Corp
     profiles: dict[CorpusName, Profile] = {}
     for name in corpus_names(prepared.spec):
         text = prepared.calibration[name]
-        key = profile_key(base, text.documents, prepared.spec.calibration.max_tokens)
+        key = profile_key(base, text.digest, prepared.spec.calibration.max_tokens)
         path = profile_path(prepared.store, key)
         missing = [each for each in parts if not each.path(path).is_file()]
         if missing and not run:

@@ -15,7 +15,7 @@ from expertprune.composition.plan import foreseen_widths
 from expertprune.composition.rows import foreseen_rows
 from expertprune.composition.scoring import rules
 from expertprune.composition.widths import LayerWidths
-from expertprune.corpora.batches import Batch, calibration_batches, make_batches, tokenize
+from expertprune.corpora.batches import Batch, CalibrationText, calibration_text, corpus_text
 from expertprune.corpora.documents import Corpus, CorpusName, Document
 from expertprune.corpora.leaks import LeakGuard
 from expertprune.corpora.loading import HELD_OUT, load_corpora
@@ -41,14 +41,6 @@ SpecLike = Spec | str | Path
 
 
 @dataclass(frozen=True)
-class CalibrationText:
-    """The documents of a corpus that are profiled, and their batches."""
-
-    documents: list[Document]
-    batches: list[Batch]
-
-
-@dataclass(frozen=True)
 class Found:
     """What a spec names, found and checked; no model is loaded.
 
@@ -71,9 +63,7 @@ class Found:
     def repair_batches(self) -> list[Batch]:
         """The calibration text of all corpora together, each document once."""
         documents = {each.digest: each for text in self.calibration.values() for each in text.documents}
-        settings = self.spec.calibration
-        tokens = tokenize(list(documents.values()), self.running.tokenizer, settings.max_tokens)
-        return make_batches(tokens, settings.tokens_per_batch)
+        return calibration_text(list(documents.values()), self.running.tokenizer, self.spec).batches
 
 
 @dataclass(frozen=True)
@@ -152,7 +142,7 @@ def _calibration_text(corpus: Corpus, spec: Spec, running: RunningBase) -> Calib
         if not rest:
             raise SpecError(f"corpus {corpus.name}: budget.retention holds documents back, and there is only one")
         corpus = replace(corpus, calibration=rest)
-    return CalibrationText(*calibration_batches(corpus, running.tokenizer, spec))
+    return corpus_text(corpus, running.tokenizer, spec)
 
 
 def prepare(found: Found, budget: Budget | None = None) -> Prepared:
