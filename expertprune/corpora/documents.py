@@ -59,7 +59,7 @@ class Corpus:
     """Documents of one dimension value, or of `general`.
 
     `set_aside` says that the evaluation documents are a tenth of the corpus rather than a split of
-    their own.
+    their own. `generated` says how the base made the calibration documents, if it did.
     """
 
     name: str
@@ -67,6 +67,7 @@ class Corpus:
     evaluation: tuple[Document, ...]
     questions: tuple[Question, ...] = ()
     set_aside: bool = False
+    generated: str | None = None
 
     @property
     def digest(self) -> str:

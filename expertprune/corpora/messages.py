@@ -70,8 +70,8 @@ class Conversation:
     @property
     def prompt(self) -> list[dict[str, Any]]:
         """The messages before the first answer."""
-        first = next(i for i, message in enumerate(self.messages) if message["role"] == ANSWER)
-        return self.messages[:first]
+        answers = [i for i, message in enumerate(self.messages) if message["role"] == ANSWER]
+        return self.messages[: answers[0]] if answers else self.messages
 
 
 def _said(message: dict[str, Any]) -> str:
@@ -79,11 +79,15 @@ def _said(message: dict[str, Any]) -> str:
     return "\n".join(part for part in (message["content"] or "", *calls) if part.strip())
 
 
-def read_conversation(messages: Any, tools: Any, where: str) -> Conversation:
+def read_conversation(messages: Any, tools: Any, where: str, unanswered: bool = False) -> Conversation:
     """A conversation from a row: OpenAI's form (`role`, `content`) or ShareGPT's (`from`, `value`).
 
     Lists may be written as JSON text, as CSV files have them. What follows the last answer is left
     out: it predicts nothing.
+
+    Args:
+        where: what an error names.
+        unanswered: whether a conversation may have no answer; it then ends with its last message.
 
     Raises:
         SpecError: messages of mixed types, of an unknown form, or no answer among them.
@@ -93,21 +97,22 @@ def read_conversation(messages: Any, tools: Any, where: str) -> Conversation:
         raise SpecError(f"{where}: messages must be a list of role and content, not {type(messages).__name__}")
     read = [_message(each, f"{where}, message {number}") for number, each in enumerate(messages, 1)]
     answers = [i for i, each in enumerate(read) if each["role"] == ANSWER and _said(each)]
+    if not answers and unanswered and read:
+        return Conversation.of(read, _listed(tools) if tools else None)
     if not answers:
         raise SpecError(f"{where}: a conversation without an answer: no message of role {ANSWER!r} says anything")
     return Conversation.of(read[: answers[-1] + 1], _listed(tools) if tools else None)
 
 
-def read_exchange(prompt: Any, completion: Any, where: str) -> Conversation:
+def read_exchange(prompt: Any, completion: Any, where: str, unanswered: bool = False) -> Conversation:
     """A conversation from a prompt and its completion; each is text, or a list of messages.
 
-    Raises:
-        SpecError: as `read_conversation` does.
+    See `read_conversation`.
     """
     both: list[Any] = []
     for value, role in ((prompt, "user"), (completion, ANSWER)):
         both += value if isinstance(value, list) else [{"role": role, "content": value}]
-    return read_conversation(both, None, where)
+    return read_conversation(both, None, where, unanswered)
 
 
 def _listed(value: Any) -> Any:

@@ -20,6 +20,7 @@ from expertprune.models.running import RunningBase, run_folder
 from expertprune.progress import Track, silent
 from expertprune.reporting.card import write_card
 from expertprune.spec.schema import Evaluate
+from expertprune.stages.generate import generator
 from expertprune.stages.validate import evaluation_corpora, leak_guard
 
 
@@ -48,7 +49,7 @@ def evaluate(
         overrides["base.model"] = str(base)
     spec = described.local_spec(place, overrides)
     resolved = described.find_base(place, spec.base)
-    loaded: dict[CorpusName, Corpus] = load_corpora(spec)
+    loaded: dict[CorpusName, Corpus] = load_corpora(spec, place, generator(resolved, spec, place, write=False))
     evaluated = evaluation_corpora(spec, loaded, leak_guard(loaded, described.calibration_digests))
     return evaluate_folder(described.folder, RunningBase(resolved), evaluated, spec.evaluate, track)
 

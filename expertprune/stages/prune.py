@@ -80,7 +80,11 @@ def describe_expert(prepared: Prepared, plan: Plan, folder: Path) -> Expert:
             weight_bytes=base.checkpoint.weight_bytes,
         ),
         corpora={
-            str(name): CorpusRecord(digest=corpus.digest, documents=[each.digest for each in corpus.calibration])
+            str(name): CorpusRecord(
+                digest=corpus.digest,
+                documents=[each.digest for each in corpus.calibration],
+                generated=corpus.generated,
+            )
             for name, corpus in prepared.corpora.items()
         },
         versions={"expertprune": __version__, **versions},

@@ -30,6 +30,7 @@ from expertprune.relevance import criteria
 from expertprune.spec.reading import load_spec, parse_spec
 from expertprune.spec.schema import Budget, Spec
 from expertprune.spec.values import Coverage
+from expertprune.stages.generate import generator
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ def find(spec: Spec, store: Path, evaluate: bool = True) -> Found:
     with gathered(problems):
         base = resolve_base(spec.base, store)
     with gathered(problems):
-        corpora = load_corpora(spec)
+        corpora = load_corpora(spec, store, generator(base, spec, store) if base is not None else None)
         if evaluate and spec.evaluate.enabled:
             ancestor = ancestor_of(base) if base is not None else None
             digests = ancestor.calibration_digests if ancestor is not None else ()

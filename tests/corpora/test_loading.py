@@ -21,7 +21,8 @@ from expertprune.corpora.documents import Corpus, CorpusName, Document, corpus_n
 from expertprune.corpora.loading import load_corpora, load_corpus
 from expertprune.errors import SpecError
 from expertprune.spec.reading import parse_spec
-from expertprune.spec.schema import Source, Spec
+from expertprune.spec.schema import Spec
+from expertprune.spec.sources import Source
 from tests.tiny import tiny_tokenizer
 
 GERMAN = CorpusName("language", "de")
@@ -366,9 +367,13 @@ def test_unknown_corpora_are_named_all_at_once_with_their_nearest_name(catalogue
     with pytest.raises(SpecError) as caught:
         find_sources(spec)
     assert caught.value.problems == [
-        "dimensions.language: no corpus for 'ge'; valid: de, german",
+        "dimensions.language: no corpus for 'ge'; valid: de, german; give your own documents, "
+        "corpora: {sources: {language/ge: {path: ge.jsonl}}}, or a few openings for the base to go on from, "
+        "corpora: {sources: {language/ge: {path: ge.jsonl, generate: {from: continuation, tokens: 200k}}}}",
         "dimensions.domain: no corpus for 'medcal'; did you mean 'medical'?",
-        "dimensions.task: no corpus for 'qa'; valid: german",
+        "dimensions.task: no corpus for 'qa'; valid: german; give your own documents, "
+        "corpora: {sources: {task/qa: {path: qa.jsonl}}}, or a few openings for the base to go on from, "
+        "corpora: {sources: {task/qa: {path: qa.jsonl, generate: {from: continuation, tokens: 200k}}}}",
         "general: no corpus for 'genral'; did you mean 'general'?",
     ]
 
