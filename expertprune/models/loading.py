@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from expertprune.arch import PER_LAYER, attention_of, families, stock_architectures
-from expertprune.arch.per_layer import with_layer_widths
+from expertprune.arch.per_layer import model_with_layer_widths, with_layer_widths
 from expertprune.errors import CheckpointError, first_line
 
 log = logging.getLogger(__name__)
@@ -46,8 +46,20 @@ def model_class(folder: Path) -> Any:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if not config.get(PER_LAYER):
         return transformers.AutoModelForCausalLM
-    family = families().get(config["model_type"])
-    return with_layer_widths(class_of(config), family.layers if family else "")
+    family, causal = families().get(config["model_type"]), class_of(config)
+    path = within_decoder(causal, family.layers) if family else "layers"
+    return with_layer_widths(causal, model_with_layer_widths(decoder_class_of(causal, config), path))
+
+
+def within_decoder(causal: Any, path: str) -> str:
+    """The place in its decoder of what lies at `path` of a causal language model."""
+    return path.removeprefix(f"{causal.base_model_prefix}.")
+
+
+def decoder_class_of(causal: Any, config: dict[str, Any]) -> Any:
+    """The class of the decoder that a causal language model of transformers holds."""
+    with torch.device("meta"):
+        return type(causal(causal.config_class.from_dict(config)).base_model)
 
 
 def class_of(config: dict[str, Any]) -> Any:

@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from expertprune.arch import MODELING, PER_LAYER, ExpertTensor, per_layer, stock_architectures
+from expertprune.arch import MODELING, PER_LAYER, ExpertTensor, per_layer
 from expertprune.artifacts.plan import Plan
 from expertprune.corpora.batches import Batch
 from expertprune.errors import CheckpointError, PlanError
 from expertprune.files import require_room
 from expertprune.models.base import ResolvedBase
 from expertprune.models.checkpoint import write_weights
+from expertprune.models.loading import class_of, decoder_class_of, within_decoder
 from expertprune.models.passes import TextRun
 from expertprune.pruning.repair import check_repair
 from expertprune.pruning.slicing import cut_tensor
@@ -137,14 +138,16 @@ def prune(
 
 
 def _modeling(config: Mapping[str, Any], layers: str) -> str:
-    """The code that an expert with widths of single layers carries, for users who have only transformers."""
-    (architecture, *_) = stock_architectures(config)
+    """The code that an expert with widths of single layers carries, for users who have no expertprune."""
+    causal = class_of(dict(config))
+    decoder = decoder_class_of(causal, dict(config))
     lines = [
         inspect.getsource(per_layer),
         "",
-        f"from transformers import {architecture}  # noqa: E402",
+        f"from transformers import {causal.__name__}, {decoder.__name__}  # noqa: E402",
         "",
-        f'ExpertForCausalLM = with_layer_widths({architecture}, "{layers}")',
+        f'ExpertModel = model_with_layer_widths({decoder.__name__}, "{within_decoder(causal, layers)}")',
+        f"ExpertForCausalLM = with_layer_widths({causal.__name__}, ExpertModel)",
         "",
     ]
     return "\n".join(lines)
