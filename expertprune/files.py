@@ -28,6 +28,8 @@ from expertprune.errors import CheckpointError, SpecError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 STORE_VARIABLE = "EXPERTPRUNE_STORE"
+MEMORY_VARIABLE = "EXPERTPRUNE_MEMORY"
+SPOOL_VARIABLE = "EXPERTPRUNE_SPOOL"
 EXPERT_FILE = "expertprune.json"  # what makes a folder an expert
 
 
@@ -69,7 +71,7 @@ def staged_file(path: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: the disk is full, or the folder cannot be written.
     """
-    with _disk_errors(path):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path)
         with _own_folder(path) as folder:
@@ -113,13 +115,55 @@ def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         CheckpointError: `out` exists and `overwrite` is off, or the disk is full.
     """
     check_output(out, overwrite)
-    with _disk_errors(out):
+    with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(out)
         check_output(out, overwrite)  # again: an expert that a killed run had moved aside may be back
         with _own_folder(out) as folder:
             yield folder
             _replace_folder(folder, out)
+
+
+@contextlib.contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` for the block; what killed runs left of such folders goes first.
+
+    Raises:
+        CheckpointError: the disk is full, or the parent folder cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(path)
+            folder = stack.enter_context(_own_folder(path))
+        yield folder
+
+
+@contextlib.contextmanager
+def working_folder(path: Path) -> Iterator[Path]:
+    """A folder for unfinished work: it goes when the block ends well, and stays when it does not.
+
+    The next run for the same `path` finds what is there. What nobody has touched for a week goes.
+    While another process works there, this one gets a temporary folder beside it.
+
+    Raises:
+        CheckpointError: the disk is full, or the parent folder cannot be written.
+    """
+    with disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        for other in path.parent.iterdir():
+            if other != path and not other.name.startswith(".") and _age(other) > ABANDONED_AFTER:
+                with _locked(other) as lock:
+                    if lock is not _Lock.TAKEN:
+                        shutil.rmtree(other, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(_locked(path))
+        if lock is _Lock.TAKEN or not path.exists():
+            yield stack.enter_context(scratch_folder(path))
+            return
+        with disk_errors(path, "no room left on the disk"):
+            yield path
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _replace_folder(new: Path, out: Path) -> None:
@@ -259,19 +303,20 @@ def require_room(folder: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path, full: str = "no room left on the disk; nothing was written") -> Iterator[None]:
+    """Turn the disk's errors into `CheckpointError`; `full` is the message for a disk without room."""
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            raise CheckpointError(f"{path}: no room left on the disk; nothing was written") from error
+            raise CheckpointError(f"{path}: {full}") from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
         raise
     except Exception as error:  # safetensors writes files itself, and wraps the disk's error in its text
         code = re.search(r"os error (\d+)", str(error))
         if code is not None and int(code.group(1)) in _FULL:
-            raise CheckpointError(f"{path}: no room left on the disk; nothing was written") from error
+            raise CheckpointError(f"{path}: {full}") from error
         raise
 
 

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import click
 
-from expertprune.commands.terminal import common, overwrite_option, print_expert, progress_bar, reporting, store_option
+from expertprune.commands.terminal import (
+    common,
+    limits_options,
+    overwrite_option,
+    print_expert,
+    progress_bar,
+    reporting,
+    store_option,
+)
 
 
 @click.command()
@@ -14,6 +22,7 @@ from expertprune.commands.terminal import common, overwrite_option, print_expert
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="The expert's folder.")
 @overwrite_option
 @store_option
+@limits_options
 @common
 @reporting
 def prune(plan: Path, out: Path, overwrite: bool, store: Path | None, as_json: bool) -> None:

@@ -7,7 +7,16 @@ from typing import Any
 
 import click
 
-from expertprune.commands.terminal import common, progress_bar, reporting, set_option, show, spec_argument, store_option
+from expertprune.commands.terminal import (
+    common,
+    limits_options,
+    progress_bar,
+    reporting,
+    set_option,
+    show,
+    spec_argument,
+    store_option,
+)
 
 
 def _fractions(_: click.Context, __: click.Parameter, text: str) -> list[float]:
@@ -37,6 +46,7 @@ def _fractions(_: click.Context, __: click.Parameter, text: str) -> list[float]:
 @click.option("--picture", type=click.Path(path_type=Path), help="Draw the curve into this .png or .svg file.")
 @set_option
 @store_option
+@limits_options
 @common
 @reporting
 def sweep(

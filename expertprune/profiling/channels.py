@@ -20,11 +20,12 @@ class ChannelStatistics:
         self.sum = torch.zeros(channels, dtype=torch.float64)
         self.square_sum = torch.zeros(channels, dtype=torch.float64)
 
-    def add(self, document: int, values: Tensor) -> None:
-        """`values` is `[tokens, channels]`, float32."""
-        square_sum = torch.linalg.vector_norm(values, dim=0, dtype=torch.float64).square().cpu()
-        self.square[document] = square_sum / values.shape[0]
-        self.sum += values.sum(0, dtype=torch.float64).cpu()
+    def add(self, document: int, values: Tensor, weights: Tensor) -> None:
+        """Add a document: `values` `[tokens, channels]`, float32, and the weight of each token."""
+        scaled = values * weights.sqrt()[:, None]
+        square_sum = torch.linalg.vector_norm(scaled, dim=0, dtype=torch.float64).square().cpu()
+        self.square[document] = square_sum / float(weights.sum())
+        self.sum += (values * weights[:, None]).sum(0, dtype=torch.float64).cpu()
         self.square_sum += square_sum
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:

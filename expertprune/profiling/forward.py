@@ -41,17 +41,20 @@ class LayerCollector:
             heads: that of the attention's, `[rows, tokens, query_heads * head_dim]`.
             stream: the layer's output, `[rows, tokens, hidden]`.
         """
-        shape = self.shape
+        shape, weights = self.shape, batch.weights.to(stream.device)
         for row, (document, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
-            self.stream[document] = stream[row, :length].float().square().mean().cpu()
-            self.ffn.add(document, ffn[row, :length].float())
+            weight = weights[row, :length]
+            total = weight.sum()
+            self.stream[document] = (stream[row, :length].float().square().mean(1) @ weight / total).cpu()
+            self.ffn.add(document, ffn[row, :length].float(), weight)
             values = heads[row, :length].float()
+            self.heads.add(document, values, weight)
+            values = values * weight.sqrt()[:, None]
             grouped = values.unflatten(1, (shape.kv_heads, -1)).transpose(0, 1)  # [kv_heads, tokens, _]
             moment = grouped.transpose(1, 2) @ grouped  # [kv_heads, group_dim, group_dim]
-            self.heads.add(document, values)
             # mean_t ‖W o_t‖² = ⟨WᵀW, mean_t o_t o_tᵀ⟩: of the whole block for the group, of its
             # diagonal blocks for the heads
-            change = moment * self._gram / length
+            change = moment * self._gram / total
             self.group_impact[document] = change.sum((1, 2)).cpu()
             blocks = change.unflatten(1, (-1, shape.head_dim)).unflatten(3, (-1, shape.head_dim))
             self.head_impact[document] = blocks.sum((2, 4)).diagonal(dim1=1, dim2=2).flatten().cpu()
@@ -116,8 +119,8 @@ def forward_pass(text: TextRun, progress: Progress | None = None) -> dict[str, T
         paths.append(family.experts.module)
     statistics: dict[str, Tensor] = {"tokens": torch.zeros(text.documents)}
     for batch in text.batches:
-        for document, length in zip(batch.documents, batch.lengths, strict=True):
-            statistics["tokens"][document] = length - 1
+        for document, predicted in zip(batch.documents, batch.predicted, strict=True):
+            statistics["tokens"][document] = predicted
     for index, layer in text.layers(progress):
         collector = LayerCollector(layer, family, text.shapes[index], text.documents)
         with observed(layer, *paths) as calls:

@@ -16,6 +16,7 @@ from expertprune.artifacts.profile import halved
 from expertprune.corpora.batches import Batch
 from expertprune.models.layers import Routed, observed, routed_shares
 from expertprune.models.passes import LOGITS, TextRun
+from expertprune.models.spool import Spool
 from expertprune.progress import Progress
 from expertprune.units import LayerShape
 
@@ -128,6 +129,7 @@ def mask_graph(layer: nn.Module, family: Family, leaves: bool) -> Iterator[dict[
 def gradient_pass(text: TextRun, loss: str, seed: int = 0, progress: Progress | None = None) -> dict[str, Tensor]:
     """Gradients of each document's mean loss with respect to the masks of all units.
 
+    The mean is over the tokens that count: of a conversation, those of its answers.
     Backpropagation starts from the sum of a document's losses: the gradient of their mean over
     hundreds of tokens would vanish in half precision. The division comes last, in float32.
 
@@ -142,7 +144,7 @@ def gradient_pass(text: TextRun, loss: str, seed: int = 0, progress: Progress | 
     experts = text.family.experts
     for one in text.each_batch():  # all at once would hold every layer's input of every batch
         for layer in backward(one, loss, seed):
-            weights = [1 / layer.scale / (length - 1) for length in layer.batch.lengths]
+            weights = [1 / layer.scale / predicted for predicted in layer.batch.predicted]
             pairs = {n: (layer.inputs[n], layer.gradients[n]) for n in ("heads", "ffn") if n in layer.inputs}
             gradients[layer.index].add(layer.batch, weights, **pairs)
             if experts is not None and layer.routed is not None:
@@ -176,21 +178,22 @@ def backward(text: TextRun, loss: str, seed: int) -> Iterator[Differentiated]:
     differentiated, so only one layer's graph of one batch is held at a time.
     """
     stream = text.start()
-    before: list[list[Tensor]] = []
+    before: list[Spool] = []
     for index, layer in text.layers():
-        before.append(list(stream.hidden))
+        before.append(stream.hidden.copy())
         for _ in stream.advance(layer, index):
             pass
     ends = [loss_gradient(text, *pair, loss, seed) for pair in zip(text.batches, stream.hidden, strict=True)]
     above = [rescaled(gradient, HEAD_SCALE) for gradient in ends]
     routers = [text.family.experts.module] if text.family.experts is not None else []
     for index, layer in text.layers(last_first=True):
-        stream.hidden = [hidden.detach().requires_grad_() for hidden in before.pop()]
+        inputs_here = before.pop()
         for number, batch in enumerate(text.batches):
             gradient, scale = above[number]
             with observed(layer, *routers) as calls, mask_graph(layer, text.family, leaves=False) as inputs:
-                output = stream.run(layer, index, number)
-                below, *found = torch.autograd.grad(output, [stream.hidden[number], *inputs.values()], gradient)
+                leaf = inputs_here[number].detach().requires_grad_()
+                output = stream.run(layer, index, number, leaf)
+                below, *found = torch.autograd.grad(output, [leaf, *inputs.values()], gradient)
             routed = Routed.of(calls[routers[0]]) if routers else None
             noted = {name: value.detach() for name, value in inputs.items()}
             gradients = dict(zip(inputs, found, strict=True))
@@ -218,7 +221,7 @@ def rescaled(gradient: Tensor, scale: float) -> tuple[Tensor, float]:
 
 
 def loss_gradient(text: TextRun, batch: Batch, hidden: Tensor, loss: str, seed: int) -> Tensor:
-    """The gradient of the sum of all tokens' losses, times `HEAD_SCALE`.
+    """The gradient of the sum of the losses of all tokens that count, times `HEAD_SCALE`.
 
     It is with respect to the last layer's output, `[rows, tokens, hidden]`.
     """
@@ -229,14 +232,13 @@ def loss_gradient(text: TextRun, batch: Batch, hidden: Tensor, loss: str, seed: 
         torch.rand(length - 1, generator=torch.Generator().manual_seed(seed * 1_000_003 + document))
         for document, length in zip(batch.documents, batch.lengths, strict=True)
     ]
-    total = torch.zeros_like(leaf)
+    total, counted = torch.zeros_like(leaf), batch.targets.to(ids.device, torch.float32)
     with torch.enable_grad():
         for first, logits in text.logits(batch, leaf, until=ids.shape[1] - 1):
             targets = ids[:, first + 1 : first + 1 + logits.shape[1]].clone()
-            predicted = torch.zeros(targets.shape, device=ids.device)
+            predicted = counted[:, first : first + logits.shape[1]]
             for row, length in enumerate(batch.lengths):
                 count = max(0, min(length - 1 - first, logits.shape[1]))
-                predicted[row, :count] = 1
                 if loss == "kl":
                     chances = torch.softmax(logits[row, :count].detach(), -1)
                     targets[row, :count] = _drawn(chances, draws[row][first : first + count].to(ids.device))

@@ -23,9 +23,11 @@ def regional_pass(text: TextRun, progress: Progress | None = None) -> dict[str, 
         gradients = MaskGradients(text.shapes[index], text.documents)
         with mask_graph(layer, text.family, leaves=True) as inputs:
             for step in stream.advance(layer, index):
-                total = torch.linalg.vector_norm(step.real(step.after).float(), dim=-1).sum()
+                weights = step.batch.weights
+                norms = torch.linalg.vector_norm(step.real(step.after).float(), dim=-1)
+                total = norms @ step.real(weights).to(norms.device)
                 ffn, heads = torch.autograd.grad(total, [inputs["ffn"], inputs["heads"]])
                 pairs = {"ffn": (inputs["ffn"].detach(), ffn), "heads": (inputs["heads"].detach(), heads)}
-                gradients.add(step.batch, [1 / length for length in step.batch.lengths], **pairs)
+                gradients.add(step.batch, (1 / weights.sum(1)).tolist(), **pairs)
         result |= gradients.tensors(index)
     return result
