@@ -137,14 +137,13 @@ def _tokens(text: Rendered, ids: list[int], places: list[Span] | None, tokenizer
     if text.answers is None:
         first = places[0][1] if places else 0
         return Tokens(tuple(ids), None, len(text.text[first : max((end for _, end in places), default=0)].encode()))
-    special, answers, said, behind = set(tokenizer.all_special_ids), [], 0, 0
+    special, answers, ends = set(tokenizer.all_special_ids), [], dict[Span, int]()
     for number, (index, (start, end)) in enumerate(zip(ids, places, strict=True)):
         span = next((span for span in text.answers if start < span[1] and end > span[0]), None)
         answers.append(span is not None)
         if span is not None and number and index not in special:
-            start, end = max(start, span[0], behind), min(end, span[1])  # tokens may share a character
-            said += len(text.text[start:end].encode())
-            behind = max(behind, end)
+            ends[span] = max(ends.get(span, 0), min(end, span[1]))
+    said = sum(len(text.text[span[0] : end].encode()) for span, end in ends.items())  # offsets may leave spaces out
     return Tokens(tuple(ids), tuple(answers), said)
 
 

@@ -144,7 +144,7 @@ def _write_prompts(file: Path, tokenizer_folder: Path, load: Load) -> Path:
     """Write different pieces of the shipped general text, of `load.input_tokens` of the base's tokens each."""
     tokenizer = load_tokenizer(tokenizer_folder)
     texts = []
-    for part in sorted((shipped("corpora") / "general").glob("*.jsonl")):
+    for part in sorted((shipped("corpora") / "general").glob("general.*.jsonl")):
         with jsonlines.open(part) as rows:
             texts += [row["text"] for row in rows]
     tokens = tokenizer("\n\n".join(texts), add_special_tokens=False)["input_ids"]
