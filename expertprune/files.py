@@ -141,17 +141,17 @@ def scratch_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def working_folder(path: Path) -> Iterator[Path]:
-    """A folder for unfinished work: it goes when the block ends well, and stays when it does not.
+    """A folder for unfinished work at `path`: it goes when the block ends well, and stays when it does not.
 
-    The next run for the same `path` finds what is there. What nobody has touched for a week goes.
-    While another process works there, this one gets a temporary folder beside it.
+    The next run for the same `path` finds what is there. Those of the same suffix that nobody has
+    touched for a week go. While another process works there, this one gets a temporary folder.
 
     Raises:
         CheckpointError: the disk is full, or the parent folder cannot be written.
     """
     with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
-        for other in path.parent.iterdir():
+        for other in path.parent.glob(f"*{path.suffix}"):
             if other != path and not other.name.startswith(".") and _age(other) > ABANDONED_AFTER:
                 with _locked(other) as lock:
                     if lock is not _Lock.TAKEN:
@@ -161,8 +161,12 @@ def working_folder(path: Path) -> Iterator[Path]:
         if lock is _Lock.TAKEN or not path.exists():
             yield stack.enter_context(scratch_folder(path))
             return
-        with disk_errors(path, "no room left on the disk"):
-            yield path
+        try:
+            with disk_errors(path, "no room left on the disk"):
+                yield path
+        finally:
+            if not any(path.iterdir()):
+                path.rmdir()
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -198,7 +202,7 @@ class _Lock(Enum):
 
 
 @functools.cache
-def _machine() -> str:
+def machine() -> str:
     """This host and its present boot, as they stand in the names of temporary folders."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
@@ -225,10 +229,17 @@ def _locked(path: Path, wait: bool = False) -> Iterator[_Lock]:
 
 
 @contextlib.contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Run the block while no other process runs one for the same folder or file, on file systems that have locks."""
+    with _locked(path, wait=True):
+        yield
+
+
+@contextlib.contextmanager
 def _own_folder(path: Path) -> Iterator[Path]:
     """A new folder beside `path`, locked by this process; whatever is left of it at the end goes."""
     while True:
-        folder = path.with_name(f".{path.name}.{_machine()}-{secrets.token_hex(4)}.partial")
+        folder = path.with_name(f".{path.name}.{machine()}-{secrets.token_hex(4)}.partial")
         folder.mkdir()
         with _locked(folder, wait=True):
             if not folder.exists():  # another run took it for a leftover before it was locked
@@ -247,7 +258,7 @@ def _remove_leftovers(path: Path) -> None:
         match = pattern.fullmatch(leftover.name)
         if match is None:
             continue
-        here = match.group(1).startswith(f"{_machine()}-")
+        here = match.group(1).startswith(f"{machine()}-")
         with _locked(leftover) as lock:
             gone = here and lock is _Lock.OURS
             if lock is _Lock.TAKEN or not (gone or _age(leftover) > ABANDONED_AFTER):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,6 +61,15 @@ class Batch:
     @property
     def tokens(self) -> int:
         return sum(self.lengths)
+
+    def part(self, rows: slice) -> Batch:
+        """Some of the rows, no wider than the longest of them."""
+        lengths = self.lengths[rows]
+        width = max(lengths)
+        answers = None if self.answers is None else self.answers[rows, :width]
+        return replace(
+            self, ids=self.ids[rows, :width], lengths=lengths, documents=self.documents[rows], answers=answers
+        )
 
     @property
     def real(self) -> Tensor:

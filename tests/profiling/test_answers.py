@@ -12,10 +12,7 @@ from torch import Tensor, nn
 
 from expertprune.corpora.batches import Tokens, make_batches
 from expertprune.models.passes import TextRun
-from expertprune.profiling.forward import forward_pass
-from expertprune.profiling.gradients import gradient_pass
-from expertprune.profiling.regional import regional_pass
-from tests.masks import Masks, Tiny, assert_near, layer_activations, tiny, token_lists
+from tests.masks import Masks, Tiny, assert_near, layer_activations, measured, tiny, token_lists
 from tests.patching import everywhere
 
 IDS = token_lists()
@@ -52,7 +49,7 @@ def test_gradients_are_those_of_the_mean_loss_of_answers(tokens_per_batch: int) 
             counted = each if answers is None else each[torch.tensor(answers[1:])]
             rows.append(torch.autograd.grad(counted.mean(), masks.leaves))
     expected = dict(zip(masks.names(), (torch.stack(each) for each in zip(*rows, strict=True)), strict=True))
-    found = gradient_pass(conversations(of, tokens_per_batch), "language_model")
+    found = measured(conversations(of, tokens_per_batch), "language_model")
     for layer in range(len(of.shapes)):
         for name in (f"ffn.{layer}", f"heads.{layer}"):
             assert_near(found[f"{name}.value"], expected[name], 1e-5, name)
@@ -78,7 +75,7 @@ def test_statistics_weigh_tokens(tokens_per_batch: int) -> None:
                 pairs = zip(np.split(seen[f"heads.{index}"], units, 1), np.split(output, units, 1), strict=True)
                 impact = [np.average(((part @ columns.T) ** 2).sum(1), weights=weights) for part, columns in pairs]
                 expected[f"{name}.{index}.impact"].append(impact)
-    found = forward_pass(conversations(of, tokens_per_batch))
+    found = measured(conversations(of, tokens_per_batch), "forward")
     for name, rows in expected.items():
         values = np.sum(rows, 0) if name.endswith("sum") else np.array(rows)
         assert_near(found[name], torch.tensor(values), 1e-5, name)
@@ -88,7 +85,7 @@ def test_regional_gradients_weigh_tokens() -> None:
     of = tiny("llama")
     exact = of.double()
     outputs: list[Tensor] = []
-    found = regional_pass(conversations(of, 30))
+    found = measured(conversations(of, 30), "regional")
     for index, layer in enumerate(exact.model.model.layers):
         masks, rows = Masks(exact, [index]), []
         handle = layer.register_forward_hook(
