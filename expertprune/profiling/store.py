@@ -29,14 +29,17 @@ SOURCES = ("arch", "artifacts/profile.py", "corpora/batches.py", "models/layers.
            "models/sources.py", "models/spool.py", "models/streaming.py", "profiling", "units.py")  # fmt: skip
 
 
-def profile_key(base: ResolvedBase, documents: Sequence[Document], max_tokens: int) -> ProfileKey:
-    """What the profile of these documents depends on, on this machine."""
-    digests = [digest_of(document.text) for document in documents]  # white space counts here
+def profile_key(base: ResolvedBase, text: str, max_tokens: int) -> ProfileKey:
+    """What a profile depends on, on this machine.
+
+    Args:
+        text: digest of the tokens that are read, see `CalibrationText`.
+    """
     remote = _digest_of_files(sorted(base.folder.rglob("*.py")), base.folder) if base.trust_remote_code else ""
     return ProfileKey(
         model=base.digest,
         tokenizer=base.tokenizer_digest,
-        corpus=digest_of(digests),
+        corpus=text,
         max_tokens=max_tokens,
         dtype=str(base.dtype).removeprefix("torch."),
         device=base.device.type,

@@ -191,7 +191,8 @@ class LayerRepair:
         """Add one batch: `target` and `after` are the base's and the expert's stream behind the block."""
         block, batch = self.family.block(structure), stream.batches[number]
         wanted = real_tokens(batch, target).float()
-        residual, weights = wanted - real_tokens(batch, after).float(), token_weights(wanted)
+        residual = wanted - real_tokens(batch, after).float()
+        weights = token_weights(wanted) * real_tokens(batch, batch.weights).to(wanted.device)
         if block.output_norm is not None:
             given = (_joined(self.small, block, call.output), call.output, seen.outputs[structure][number])
             joined, own, output = (real_tokens(batch, states).float() for states in given)

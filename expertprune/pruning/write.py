@@ -161,7 +161,7 @@ def _digest(plan: Plan, base: ResolvedBase, given: RepairInput) -> str:
     aboard = given.passengers
     ids = hashlib.sha256()
     for batch in [*given.batches, *(aboard.batches if aboard is not None else ())]:
-        ids.update(repr((batch.lengths, batch.ids.tolist())).encode())
+        ids.update(repr((batch.lengths, batch.ids.tolist(), batch.weights.tolist())).encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         ids.update(path.read_bytes())
     versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]

@@ -26,6 +26,7 @@ from expertprune.pruning.repair import Passengers
 from expertprune.reporting.card import write_card
 from expertprune.spec.schema import Evaluate
 from expertprune.stages.elsewhere import facts
+from expertprune.stages.generate import generator
 from expertprune.stages.validate import evaluation_corpora, leak_guard
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def evaluate(
     with team().after_the_first():
         resolved = described.find_base(place, spec.base)
     team().agree({**facts(resolved), "expert": described.plan.digest})
-    loaded: dict[CorpusName, Corpus] = load_corpora(spec)
+    loaded: dict[CorpusName, Corpus] = load_corpora(spec, place, generator(resolved, spec, place, write=False))
     evaluated = evaluation_corpora(spec, loaded, leak_guard(loaded, described.calibration_digests))
     running = RunningBase(resolved)
     evaluator = measuring(running, evaluated, spec.evaluate, described.plan.vocabulary is not None)

@@ -84,7 +84,7 @@ class _Place:
 
 def _place(prepared: Prepared, name: CorpusName) -> _Place:
     spec = prepared.spec
-    key = profile_key(prepared.base, prepared.calibration[name].documents, spec.calibration.max_tokens)
+    key = profile_key(prepared.base, prepared.calibration[name].digest, spec.calibration.max_tokens)
     return _Place(key, profile_path(prepared.store, key), parts_wanted(spec))
 
 

@@ -33,6 +33,7 @@ from expertprune.progress import Track, silent
 from expertprune.reporting.card import write_card
 from expertprune.spec.schema import Spec
 from expertprune.stages.evaluate import measure_folder, measuring
+from expertprune.stages.generate import generator
 from expertprune.stages.validate import leak_guard
 
 Backend = Literal["hf", "vllm"]
@@ -173,13 +174,16 @@ def prepare(
     problems: list[str] = []
     corpora: list[Corpus] = []
     chosen: list[ChosenTask] = []
-    own = load_corpora(spec)
+    own = load_corpora(spec, place, generator(resolved, spec, place, write=False))
     guard = leak_guard(own, expert.calibration_digests)
     with gathered(problems):
-        corpora = guard.clean(_corpora(spec, suites, own))
+        corpora = guard.clean(_corpora(spec, suites, own, place))
+    asked_in_chat = any(entry.chat for entry, _, _ in entries)
+    tokenizer = load_tokenizer(resolved.folder, resolved.trust_remote_code) if asked_in_chat else None
     for entry, suite, generates in entries:
         with gathered(problems):
-            task = harness.load_task(entry, harness.generates(entry) if generates is None else generates, limit)
+            generates = harness.generates(entry) if generates is None else generates
+            task = harness.load_task(entry, generates, limit, tokenizer)
             chosen.append(ChosenTask(task, suite, entry.group_for(spec.dimensions)))
     problems += guard.problems(*(Examples(f"task {each.task.label}", "examples", each.task.texts) for each in chosen))
     if problems:
@@ -198,7 +202,7 @@ def _entries(suites: Sequence[Suite], names: Sequence[str]) -> list[tuple[TaskEn
     return found + [(entry, suite, None) for entry, suite in bare if entry.label not in known]
 
 
-def _corpora(spec: Spec, suites: Sequence[Suite], own: Mapping[CorpusName, Corpus]) -> list[Corpus]:
+def _corpora(spec: Spec, suites: Sequence[Suite], own: Mapping[CorpusName, Corpus], store: Path) -> list[Corpus]:
     """The corpora that the suites name; those that the spec does not name count as general."""
     wanted: list[str] = []
     for suite in suites:
@@ -212,7 +216,7 @@ def _corpora(spec: Spec, suites: Sequence[Suite], own: Mapping[CorpusName, Corpu
         others += [] if matches else [name]
     if others:
         try:
-            loaded = load_corpora(spec.model_copy(update={"general": [*spec.general, *others]}))
+            loaded = load_corpora(spec.model_copy(update={"general": [*spec.general, *others]}), store)
         except SpecError as error:
             raise SpecError([f"perplexity.corpora: {problem}" for problem in error.problems]) from None
         names = [CorpusName(GENERAL, name) for name in others]
