@@ -91,6 +91,17 @@ class LayerShape:
             Segment.EXPERT: self.experts,
         }[segment]
 
+    def indivisible(self, parts: int) -> list[str]:
+        """What vLLM cannot share among so many GPUs, in words; KV heads may be fewer than GPUs."""
+        found = []
+        if self.ffn % parts:
+            found.append(f"{self.ffn} FFN neurons")
+        if self.query_heads % parts:
+            found.append(f"{self.query_heads} query heads")
+        if self.kv_heads % parts and parts % self.kv_heads:
+            found.append(f"{self.kv_heads} KV heads")
+        return found
+
     @property
     def all_kept(self) -> KeptUnits:
         return KeptUnits(

@@ -27,6 +27,7 @@ from expertprune.composition.widths import (
     removal,
     rounded_down,
     said,
+    shareable,
 )
 from expertprune.errors import PlanError
 from expertprune.models.base import ResolvedBase
@@ -65,6 +66,7 @@ def uniform_widths(budget: Budget, base: ResolvedBase) -> tuple[LayerWidths, ...
             f"budget: kv_groups and query_heads together leave {layer.query_heads} of {shape.query_heads} query heads, "
             f"fewer than budget.floor ({budget.floor:g}) allows"
         )
+    _check_heads(budget, shape, layer)
     widths = _everywhere(layer, base)
     # The family's config must be able to say these widths: asked now, before any work.
     base.family.pruned_config(
@@ -77,10 +79,26 @@ def _everywhere(layer: LayerWidths, base: ResolvedBase) -> tuple[LayerWidths, ..
     return tuple(in_layer(layer, shape) for shape in base.layers)
 
 
+def _check_heads(budget: Budget, shape: LayerShape, layer: LayerWidths) -> None:
+    """Raises `PlanError` where the heads that stay cannot be shared among `budget.tensor_parallel` GPUs."""
+    if shareable(budget, shape, layer.heads_per_group, layer.kv_groups):
+        return
+    legal = [
+        f"{heads * groups} in {groups} KV groups"
+        for groups in range(shape.kv_heads, 0, -1)
+        for heads in range(shape.heads_per_group, 0, -1)
+        if (heads, groups) != (shape.heads_per_group, shape.kv_heads) and shareable(budget, shape, heads, groups)
+    ]
+    raise PlanError(
+        f"budget: {layer.query_heads} query heads in {layer.kv_groups} KV groups would stay, which cannot be shared among "
+        f"{budget.tensor_parallel} GPUs (budget.tensor_parallel); legal: {'; '.join(legal[:4]) or 'no cut of heads'}"
+    )
+
+
 def _enough_parameters(wanted: float, budget: Budget, base: ResolvedBase, layer: LayerWidths) -> LayerWidths:
     """The layer with the most neurons, or routed experts, such that enough parameters go."""
     if base.family.has_ffn or budget.experts:
-        legal = [replace(layer, ffn=width) for width in legal_ffn(common_shape(base), budget.multiple_of, budget.floor)]
+        legal = [replace(layer, ffn=width) for width in legal_ffn(common_shape(base), budget.ffn_step, budget.floor)]
     else:
         legal = [replace(layer, experts=count) for count in legal_experts(base, budget.floor)]
     rows = removed_with_rows(base, wanted_rows(budget, base))
@@ -95,11 +113,11 @@ def _enough_parameters(wanted: float, budget: Budget, base: ResolvedBase, layer:
 
 
 def _kept_ffn(budget: Budget, shape: LayerShape) -> int:
-    legal = legal_ffn(shape, budget.multiple_of, budget.floor)
+    legal = legal_ffn(shape, budget.ffn_step, budget.floor)
     removed = removal(budget.ffn, shape.ffn, "ffn")
     if not removed:
         return shape.ffn
-    rule = f"kept widths are multiples of {budget.multiple_of} and at least {budget.floor:g} of {shape.ffn}"
+    rule = f"kept widths are multiples of {budget.ffn_step} and at least {budget.floor:g} of {shape.ffn}"
     if isinstance(removed, int):
         if shape.ffn - removed not in legal:
             what = f"{said(budget.ffn)}: " if isinstance(budget.ffn, Keep) else ""
@@ -111,7 +129,7 @@ def _kept_ffn(budget: Budget, shape: LayerShape) -> int:
     if len(legal) == 1:
         raise PlanError(f"budget.ffn: nothing can be removed from {shape.ffn} neurons ({rule}); lower multiple_of")
     wanted = shape.ffn * (1 - removed)
-    if wanted < legal[0] - budget.multiple_of / 2:
+    if wanted < legal[0] - budget.ffn_step / 2:
         largest = rounded_down((shape.ffn - legal[0]) / shape.ffn)
         raise PlanError(f"budget.ffn: {removed:g} is too much ({rule}); the largest legal one is {largest}")
     kept = min(legal, key=lambda width: (abs(width - wanted), -width))

@@ -94,6 +94,7 @@ def check_structures(budget: Budget, base: ResolvedBase) -> None:
             if structure is Structure.FFN:
                 why = f"neurons of family {family.family!r} cannot be cut: {family.why_no_neurons}"
             raise PlanError(f"budget.{structure.value}: {why}; structures that can be cut: {allowed}")
+    _check_shared(budget, base)
     if family.has_ffn:
         return
     if budget.overall and budget.experts and family.why_no_neurons:
@@ -111,6 +112,27 @@ def check_structures(budget: Budget, base: ResolvedBase) -> None:
             "budget.retention: it tries widths of one FFN in each layer, and layers of this base have routed experts; give "
             "budget.experts, budget.ffn or budget.parameters"
         )
+
+
+def _check_shared(budget: Budget, base: ResolvedBase) -> None:
+    """Raises `PlanError` where the base itself cannot be shared among `budget.tensor_parallel` GPUs."""
+    gpus = budget.tensor_parallel
+    for layer, shape in enumerate(base.layers):
+        if problems := shape.indivisible(gpus):
+            raise PlanError(
+                f"budget.tensor_parallel: layer {layer} of this base has {' and '.join(problems)}, which cannot be shared "
+                f"among {gpus} GPUs; take fewer"
+            )
+
+
+def shareable(budget: Budget, shape: LayerShape, heads_per_group: int, groups: int) -> bool:
+    """Whether these heads can be shared among `budget.tensor_parallel` GPUs.
+
+    Where GPUs outnumber KV heads, each KV head is on several, so cutting one would save nothing.
+    """
+    gpus = budget.tensor_parallel
+    kv_heads = groups % gpus == 0 or groups == shape.kv_heads
+    return kv_heads and heads_per_group * groups % gpus == 0
 
 
 def check_own_widths(budget: Budget, base: ResolvedBase) -> None:
@@ -163,14 +185,14 @@ def legal_widths(base: ResolvedBase, budget: Budget, layer: int, structure: Stru
     """
     shape = base.layers[layer]
     if structure is Structure.FFN:
-        return legal_ffn(shape, budget.multiple_of, budget.floor)[::-1]
+        return legal_ffn(shape, budget.ffn_step, budget.floor)[::-1]
     if structure is Structure.EXPERTS:
         return legal_experts(base, budget.floor)[::-1]
     own = shape.kv_heads if structure is Structure.KV_GROUPS else shape.heads_per_group
 
     def can_say(width: int) -> bool:
         heads, groups = (shape.heads_per_group, width) if structure is Structure.KV_GROUPS else (width, shape.kv_heads)
-        return expressible(base, heads, groups)
+        return shareable(budget, shape, heads, groups) and expressible(base, heads, groups)
 
     smallest = max(1, least(own, budget.floor))
     return [own, *(width for width in range(own - 1, smallest - 1, -1) if can_say(width))]
@@ -178,8 +200,10 @@ def legal_widths(base: ResolvedBase, budget: Budget, layer: int, structure: Stru
 
 def may_keep(base: ResolvedBase, budget: Budget, layer: int, widths: LayerWidths) -> bool:
     """Whether the heads and groups of a layer, each of them legal, are legal together."""
-    enough = widths.query_heads >= least(base.layers[layer].query_heads, budget.floor)
-    return enough and expressible(base, widths.heads_per_group, widths.kv_groups)
+    shape = base.layers[layer]
+    enough = widths.query_heads >= least(shape.query_heads, budget.floor)
+    shared = shareable(budget, shape, widths.heads_per_group, widths.kv_groups)
+    return enough and shared and expressible(base, widths.heads_per_group, widths.kv_groups)
 
 
 def expressible(base: ResolvedBase, heads_per_group: int, groups: int) -> bool:

@@ -52,17 +52,24 @@ class LayerCollector:
             heads: that of the attention's, `[rows, tokens, query_heads * head_dim]`.
             stream: the layer's output, `[rows, tokens, hidden]`.
         """
-        shape = self.shape
+        shape, all_weights = self.shape, None if batch.answers is None else batch.weights.to(stream.device)
         for row, (document, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
-            self.stream[document] = stream[row, :length].float().square().mean()
-            self.ffn.add(document, ffn[row, :length].float())
+            squares, weights, total = stream[row, :length].float().square().mean(1), None, torch.tensor(length)
+            if all_weights is not None:
+                weights = all_weights[row, :length]
+                squares, total = squares * weights, weights.sum()
+            self.stream[document] = squares.sum() / total
+            self.ffn.add(document, ffn[row, :length].float(), weights)
             if not shape.query_heads:
                 continue
-            self.heads.add(document, heads[row, :length].float())
-            grouped = heads[row, :length].unflatten(1, (shape.kv_heads, -1)).transpose(0, 1)  # [kv_heads, tokens, _]
+            own = heads[row, :length]
+            self.heads.add(document, own.float(), weights)
+            if weights is not None:
+                own = own * weights.sqrt()[:, None].to(own.dtype)
+            grouped = own.unflatten(1, (shape.kv_heads, -1)).transpose(0, 1)  # [kv_heads, tokens, _]
             # mean_t ‖W o_t‖² = ⟨WᵀW, mean_t o_t o_tᵀ⟩: of the whole block for the group, of its
             # diagonal blocks for the heads
-            change = second_moments(grouped) * self._gram / length
+            change = second_moments(grouped) * self._gram / total
             self.group_impact[document] = change.sum((1, 2))
             blocks = change.unflatten(1, (-1, shape.head_dim)).unflatten(3, (-1, shape.head_dim))
             self.head_impact[document] = blocks.sum((2, 4)).diagonal(dim1=1, dim2=2).flatten()
@@ -128,9 +135,9 @@ def _weight_statistics(layer: nn.Module, family: Family, shape: LayerShape) -> d
 
 
 def predicted_tokens(text: TextRun) -> Tensor:
-    """How many tokens of each document the model predicts, `[documents]`, float32."""
+    """How many tokens of each document the loss counts on, `[documents]`, float32."""
     tokens = torch.zeros(text.documents)
-    for batch in text.batches:
-        for document, length in zip(batch.documents, batch.lengths, strict=True):
-            tokens[document] = length - 1
+    for batch in text.everything:
+        for document, predicted in zip(batch.documents, batch.predicted, strict=True):
+            tokens[document] = predicted
     return tokens

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from expertprune.artifacts.profile import halved
 from expertprune.corpora.batches import Batch
-from expertprune.models.passes import LOGITS, Stream, TextRun
+from expertprune.models.passes import Stream, TextRun
 from expertprune.models.routed import RoutedCall
 from expertprune.profiling.observation import Observation
 from expertprune.profiling.rows import RowMass
@@ -131,7 +130,7 @@ class Upstream:
         their mean over hundreds of tokens would vanish in half precision.
         """
         below, found = taped.backward(self.gradient)
-        losses = torch.tensor([length - 1 for length in batch.lengths], dtype=torch.float64)
+        losses = torch.tensor(batch.predicted, dtype=torch.float64)
         weights = (1 / (self.scale * losses.to(self.scale.device))).float()
         values = taped.seen.values()
         into.add(batch, weights, **{name: (values[name], found[name]) for name in ("heads", "ffn") if name in found})
@@ -162,7 +161,7 @@ def rescaled(gradient: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 def loss_gradient(
     text: TextRun, batch: Batch, hidden: Tensor, loss: str, seed: int = 0, mass: RowMass | None = None
 ) -> Tensor:
-    """The gradient of the sum of all tokens' losses, times `HEAD_SCALE`.
+    """The gradient of the sum of the losses of all tokens that count, times `HEAD_SCALE`.
 
     It is with respect to the last layer's output, `[rows, tokens, hidden]`.
 
@@ -176,7 +175,7 @@ def loss_gradient(
     ids, length = batch.ids.to(hidden.device), batch.ids.shape[1]
     leaf = hidden.detach().requires_grad_()
     draws = _draws(batch, seed).to(hidden.device) if loss == "kl" else None
-    real = (torch.tensor(batch.lengths)[:, None] - 1 > torch.arange(length)).to(hidden.device)  # positions with a loss
+    counted = batch.targets.to(hidden.device)  # positions with a loss
     total = torch.zeros_like(leaf)
     with torch.enable_grad():
         for first, logits in text.logits(batch, leaf, until=length if mass is not None else length - 1):
@@ -189,7 +188,7 @@ def loss_gradient(
                 targets = torch.stack([_drawn(torch.softmax(row.detach(), -1), chosen)
                                        for row, chosen in zip(logits, draws[:, positions], strict=True)])  # fmt: skip
             each = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-            total += torch.autograd.grad((each * real[:, positions].flatten()).sum() * HEAD_SCALE, leaf)[0]
+            total += torch.autograd.grad((each * counted[:, positions].flatten()).sum() * HEAD_SCALE, leaf)[0]
     return total
 
 
@@ -207,16 +206,3 @@ def _drawn(chances: Tensor, draws: Tensor) -> Tensor:
     sums = chances.cumsum(-1)
     # right=True: a token of probability 0 is never drawn. The last sum is 1 only up to rounding.
     return torch.searchsorted(sums, draws[:, None] * sums[:, -1:], right=True)[:, 0].clamp_max(sums.shape[1] - 1)
-
-
-def backward_bytes(shapes: Sequence[LayerShape], vocabulary: int, tokens: int, experts_per_token: int = 0) -> int:
-    """An estimate of a backward pass' peak memory beside the weights, with float32 activations.
-
-    It holds every layer's hidden states, one layer's graph, and logits of a few positions.
-
-    Args:
-        tokens: of the largest batch, padding included.
-    """
-    shape = max(shapes, key=lambda each: each.ffn)
-    graph = 12 * shape.hidden + 6 * shape.ffn * max(1, experts_per_token) + 6 * shape.query_heads * shape.head_dim
-    return 4 * (tokens * ((len(shapes) + 3) * shape.hidden + graph) + 4 * min(LOGITS, tokens * vocabulary))

@@ -9,7 +9,7 @@ import inspect
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from expertprune.arch import MODELING, PER_LAYER, ExpertTensor, Family, per_layer
 from expertprune.artifacts.plan import Plan
 from expertprune.corpora.batches import Batch
+from expertprune.engine.team import team
 from expertprune.errors import CheckpointError, PlanError
 from expertprune.files import digest_of, require_room, scratch_folder, working_folder
 from expertprune.models.base import ResolvedBase
@@ -94,6 +95,9 @@ def prune(
         PlanError: the plan keeps tokens without the parts they are merged from.
         CheckpointError: the disk has no room, or the base or its tokenizer cannot be read.
     """
+    if not team().leads:  # this member's part of the repair is all that it does
+        with _solved_weights(plan, base, folder, repair_input, progress):
+            return
     require_room(folder, bytes_needed(plan, base))
     config = base.family.pruned_config(base.checkpoint.config, plan.kept)
     rows = torch.tensor(plan.vocabulary.rows.index) if plan.vocabulary is not None else None
@@ -129,16 +133,23 @@ def _solved_weights(
     if given is None or not plan.cuts_layers:
         yield None
         return
-    text = TextRun(given.model, base.family, plan.shapes, given.batches)
-    if given.store is None:
+    text = team().run(TextRun(given.model, base.family, plan.shapes, given.batches))
+    stored = {name: DTYPES[info.dtype] for name, info in base.checkpoint.tensors.items() if info.dtype in DTYPES}
+    job = RepairJob(text, plan.kept, given.settings, stored, given.passengers)
+    weights = check_repair(given.settings.method).weights
+    if not team().leads:
+        for _ in weights(job, progress):
+            pass
+        yield None
+        return
+    if given.store is None or team().size > 1:  # members of a team would not have finished the same layers
         place = scratch_folder(folder / "repair")
     else:
         place = working_folder(given.store / "repairs" / _digest(plan, base, given))
     with place as folder:
         unfinished = Unfinished(folder)
-        stored = {name: DTYPES[info.dtype] for name, info in base.checkpoint.tensors.items() if info.dtype in DTYPES}
-        job = RepairJob(text, plan.kept, given.settings, stored, given.passengers, unfinished)
-        for name, tensor in check_repair(given.settings.method).weights(job, progress):
+        job = replace(job, unfinished=unfinished if team().size == 1 else None)
+        for name, tensor in weights(job, progress):
             if not bool(tensor.isfinite().all()):
                 raise CheckpointError(f"{name}: the repair is not finite; raise compensation.damping")
             unfinished.put(name, tensor)
@@ -150,7 +161,7 @@ def _digest(plan: Plan, base: ResolvedBase, given: RepairInput) -> str:
     aboard = given.passengers
     ids = hashlib.sha256()
     for batch in [*given.batches, *(aboard.batches if aboard is not None else ())]:
-        ids.update(repr((batch.lengths, batch.ids.tolist())).encode())
+        ids.update(repr((batch.lengths, batch.ids.tolist(), batch.weights.tolist())).encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         ids.update(path.read_bytes())
     versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
