@@ -68,7 +68,12 @@ class Traversal:
 
     @functools.cached_property
     def keeps_graphs(self) -> bool:
-        """Whether a batch's graph in all layers, and the sums of all layers, fit the free memory."""
+        """Whether a batch's graph in all layers, and the sums of all layers, fit the free memory of all members."""
+        lacking = {"lacking": torch.tensor(float(not self._graphs_fit()), device=self.device)}
+        self.text.together(lacking)
+        return not bool(lacking["lacking"])
+
+    def _graphs_fit(self) -> bool:
         if self.gradient is None or self.regional is not None or is_streamed(self.text.model):
             return False
         sums = sum(8 * (shape.neurons + 2 * shape.query_heads * shape.head_dim) for shape in self.text.shapes)
@@ -185,7 +190,7 @@ class Traversal:
             with units_observed(layer, self.text.family) as seen:
                 for number, batch in enumerate(self.text.batches):
                     taped = Taped.run(stream, layer, index, number, inputs[number], seen)
-                    above[number] = above[number].through(taped, layer, batch, self.text.family, gradients)
+                    above[number] = above[number].through(taped, batch, gradients)
             self._finish(part, gradients.sums(), gradients.tensors, index)
             self.working.keep(part, index, above, self.text)
 
@@ -206,7 +211,7 @@ class Traversal:
                     collector.add(batch, tapes[-1].seen, stream.hidden[0])
             (above,) = self._head_of(batch, stream.hidden[0])
             for index in reversed(range(self.layers)):
-                above = above.through(tapes.pop(), layers[index], batch, text.family, gradients[index])
+                above = above.through(tapes.pop(), batch, gradients[index])
             progress()
         for index in range(self.layers):
             for part, collector in collectors[index].items():
@@ -231,6 +236,8 @@ class Traversal:
 
 def graph_bytes(text: TextRun) -> int:
     """The memory of the graph of the largest batch in the widest layer: measured by running it once."""
+    if not text.batches:  # a member of a team without documents
+        return 0
     widest = max(range(len(text.shapes)), key=lambda index: (text.shapes[index].ffn, text.shapes[index].query_heads))
     one = dataclasses.replace(text, batches=[max(text.batches, key=lambda batch: batch.ids.numel())])
     stream = one.start()
