@@ -101,8 +101,7 @@ def measure(
         traversal = Traversal(text, parts, working=Working(folder))
         with track(f"profile {about['corpus']}", traversal.steps) as step:
             found = traversal.run(step)
-    if team().leads:
-        for part, statistics in found.items():
+        for part, statistics in found.items() if team().leads else ():
             own = {} if part == FORWARD else {"part": str(part)}
             save_profile(part.path(path), {**about, "tokens": text.tokens, **own}, statistics)
     team().wait()
