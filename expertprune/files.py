@@ -140,30 +140,33 @@ def scratch_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def working_folder(path: Path) -> Iterator[Path]:
-    """A folder for unfinished work: it goes when the block ends well, and stays when it does not.
+def resumable_folder(path: Path) -> Iterator[Path]:
+    """A folder for unfinished work at `path`; it goes when the block ends well, and stays when it does not.
 
-    The next run for the same `path` finds what is there. What nobody has touched for a week goes.
-    While another process works there, this one gets a temporary folder beside it.
+    The next run finds what a killed one has left. A folder that another process is at work in is
+    left alone: this one gets another, which it does not leave. Those of the same suffix that nobody
+    came back for go with time.
 
     Raises:
         CheckpointError: the disk is full, or the parent folder cannot be written.
     """
     with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
-        for other in path.parent.iterdir():
-            if other != path and not other.name.startswith(".") and _age(other) > ABANDONED_AFTER:
-                with _locked(other) as lock:
-                    if lock is not _Lock.TAKEN:
-                        shutil.rmtree(other, ignore_errors=True)
-    with contextlib.ExitStack() as stack:
-        lock = stack.enter_context(_locked(path))
-        if lock is _Lock.TAKEN or not path.exists():
-            yield stack.enter_context(scratch_folder(path))
+        for other in path.parent.glob(f"*{path.suffix}"):
+            with _locked(other) as lock:
+                if other != path and lock is not _Lock.TAKEN and _age(other) > ABANDONED_AFTER:
+                    shutil.rmtree(other, ignore_errors=True)
+    with _locked(path) as lock:
+        if lock is _Lock.OURS and path.exists():
+            try:
+                yield path
+            finally:
+                if not any(path.iterdir()):
+                    path.rmdir()
+            shutil.rmtree(path, ignore_errors=True)
             return
-        with disk_errors(path, "no room left on the disk"):
-            yield path
-        shutil.rmtree(path, ignore_errors=True)
+    with scratch_folder(path) as other:
+        yield other
 
 
 def _replace_folder(new: Path, out: Path) -> None:

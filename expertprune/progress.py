@@ -17,7 +17,7 @@ Track = Callable[[str, int], contextlib.AbstractContextManager[Callable[[], None
 def silent(stage: str, steps: int) -> Iterator[Callable[[], None]]:
     """Report nothing."""
     with within_memory(stage):
-        yield lambda: None
+        yield no_progress
 
 
 @contextlib.contextmanager
@@ -53,3 +53,7 @@ def _refused(error: MemoryError | RuntimeError) -> str | None:
     if found := re.search(r"tried to allocate (\d+) bytes", text):
         return f" ({int(found.group(1)) / 2**30:.2f} GiB more were asked for)"
     return ""
+
+
+def no_progress() -> None:
+    """Report nothing."""

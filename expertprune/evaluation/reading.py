@@ -181,6 +181,7 @@ def bits(reading: Reading, read: Read, progress: Progress | None = None) -> Floa
             sums.index_add_(0, places.sequences, nats.double())
         if progress is not None:
             progress()
+    read.model.together({"bits": sums})
     found: Floats = sums.cpu().numpy() / math.log(2)
     return found
 
@@ -204,6 +205,7 @@ def compare(reading: Reading, base: Read, expert: Read, progress: Progress | Non
                 row.index_add_(0, places.sequences, values.double())
         if progress is not None:
             progress()
+    base.model.together({"compared": sums})
     mine, theirs, distance, agreed = sums.cpu().numpy()
     return Compared(mine / math.log(2), theirs / math.log(2), distance / math.log(2), agreed)
 

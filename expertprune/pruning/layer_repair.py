@@ -40,6 +40,7 @@ class LayerRepair:
 
     Attributes:
         stored: the dtypes that weights are written in, by full name.
+        together: adds the sums of a team's other members (see `TextRun`).
     """
 
     family: Family
@@ -49,6 +50,7 @@ class LayerRepair:
     shape: LayerShape
     kept: KeptUnits
     stored: Mapping[str, torch.dtype]
+    together: Callable[[dict[str, Tensor]], None]
 
     def touches(self, structure: Structure) -> bool:
         """Whether an output projection lost inputs. Those of routed experts are not repaired here."""
@@ -181,6 +183,7 @@ class LayerRepair:
         """The change of a projection and its new weight, rounded as it is written; the layer has it now."""
         block = self.family.block(structure)
         weight = self.small.get_parameter(block.output_weight)
+        self.together({"gram": moments.gram, "cross": moments.cross})
         repaired = weight.float() + least_squares(moments, damping)
         repaired = repaired.to(self.stored.get(self._name(structure), weight.dtype)).to(weight.dtype)
         self.small.get_submodule(block.output).weight = nn.Parameter(repaired, requires_grad=False)

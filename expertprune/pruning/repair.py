@@ -131,7 +131,9 @@ def by_least_squares(job: RepairJob, progress: Progress | None = None) -> Weight
             progress()
     for index, layer in text.layers(progress, skip=done):
         small = pruned_layer(layer, text.family, index, text.shapes[index], kept[index], text.model.config)
-        repaired = LayerRepair(text.family, index, layer, small, text.shapes[index], kept[index], job.stored)
+        repaired = LayerRepair(
+            text.family, index, layer, small, text.shapes[index], kept[index], job.stored, text.together
+        )
         yield from repaired.weights(dense, expert, job.settings.damping)
         _run_through(streams.get("passengers in the base"), layer, index)
         _run_through(streams.get("passengers"), small, index)

@@ -20,7 +20,7 @@ from expertprune.arch import MODELING, PER_LAYER, ExpertTensor, per_layer, stock
 from expertprune.artifacts.plan import Plan
 from expertprune.corpora.batches import Batch
 from expertprune.errors import CheckpointError, PlanError
-from expertprune.files import digest_of, require_room, scratch_folder, working_folder
+from expertprune.files import digest_of, require_room, resumable_folder, scratch_folder
 from expertprune.models.base import ResolvedBase
 from expertprune.models.checkpoint import DTYPES, write_weights
 from expertprune.models.passes import TextRun
@@ -130,7 +130,7 @@ def _solved_weights(
     if given.store is None:
         place = scratch_folder(folder / "repair")
     else:
-        place = working_folder(given.store / "repairs" / _digest(plan, base, given))
+        place = resumable_folder(given.store / "repairs" / f"{_digest(plan, base, given)}.unfinished")
     with place as folder:
         unfinished = Unfinished(folder)
         stored = {name: DTYPES[info.dtype] for name, info in base.checkpoint.tensors.items() if info.dtype in DTYPES}

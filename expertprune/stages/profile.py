@@ -14,6 +14,7 @@ from expertprune.corpora.batches import Batch
 from expertprune.corpora.documents import CorpusName, corpus_names
 from expertprune.errors import CheckpointError, SpecError
 from expertprune.models.passes import TextRun
+from expertprune.models.running import to_stream
 from expertprune.models.spool import Limits
 from expertprune.profiling.gradients import backward_bytes
 from expertprune.profiling.store import description, measure, profile_key, profile_path
@@ -51,11 +52,9 @@ def profiles_of(prepared: Prepared, track: Track, run: bool = True) -> dict[Corp
             raise SpecError(f"the profile of {name} lacks the {lacking} pass: run the profile stage")
         if any(each.made_by is Pass.GRADIENT for each in missing):  # asked before the model is loaded for any pass
             check_backward_fits(prepared, text.batches)
-        for each in missing:
+        if missing:
             run_text = TextRun(prepared.running.model, base.family, base.layers, text.batches)
-            steps = len(text.batches) if each.made_by is Pass.GRADIENT else len(base.layers)
-            with track(f"profile {name}" + ("" if each == FORWARD else f" ({each})"), steps) as step:
-                measure(run_text, each, path, description(base, str(name), text.documents, key), step)
+            measure(run_text, missing, path, description(base, str(name), text.documents, key), track)
         profiles[name] = Profile(path)
     return profiles
 
@@ -68,6 +67,8 @@ def _cuts_units(budget: Budget) -> bool:
 def check_backward_fits(prepared: Prepared, batches: Sequence[Batch]) -> None:
     """Raises `CheckpointError` where a backward pass through the whole model would not fit into memory."""
     base = prepared.base
+    if to_stream(base.checkpoint, base, Limits.of_environment()):
+        return  # one layer is held at a time
     size = torch.empty(0, dtype=base.dtype).element_size()
     tokens = max(batch.ids.numel() for batch in batches)
     weights = base.checkpoint.parameters * size
