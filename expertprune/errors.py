@@ -60,6 +60,12 @@ class ServingError(ExpertpruneError):
     exit_code = 1
 
 
+class UnfinishedError(ExpertpruneError):
+    """Other processes have not done their part of the work, or have failed in the middle of it."""
+
+    exit_code = 1
+
+
 def first_line(error: Exception) -> str:
     """What an error says in its first line, or its class where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

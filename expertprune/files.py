@@ -140,12 +140,11 @@ def scratch_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def resumable_folder(path: Path) -> Iterator[Path]:
-    """A folder for unfinished work at `path`; it goes when the block ends well, and stays when it does not.
+def working_folder(path: Path) -> Iterator[Path]:
+    """A folder for unfinished work at `path`: it goes when the block ends well, and stays when it does not.
 
-    The next run finds what a killed one has left. A folder that another process is at work in is
-    left alone: this one gets another, which it does not leave. Those of the same suffix that nobody
-    came back for go with time.
+    The next run for the same `path` finds what is there. Those of the same suffix that nobody has
+    touched for a week go. While another process works there, this one gets a temporary folder.
 
     Raises:
         CheckpointError: the disk is full, or the parent folder cannot be written.
@@ -153,20 +152,23 @@ def resumable_folder(path: Path) -> Iterator[Path]:
     with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         for other in path.parent.glob(f"*{path.suffix}"):
-            with _locked(other) as lock:
-                if other != path and lock is not _Lock.TAKEN and _age(other) > ABANDONED_AFTER:
-                    shutil.rmtree(other, ignore_errors=True)
-    with _locked(path) as lock:
-        if lock is _Lock.OURS and path.exists():
-            try:
-                yield path
-            finally:
-                if not any(path.iterdir()):
-                    path.rmdir()
-            shutil.rmtree(path, ignore_errors=True)
+            temporary = other.suffix in (".partial", ".replaced")  # of a run that `_remove_leftovers` looks for
+            if other != path and not temporary and _age(other) > ABANDONED_AFTER:
+                with _locked(other) as lock:
+                    if lock is not _Lock.TAKEN:
+                        shutil.rmtree(other, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(_locked(path))
+        if lock is _Lock.TAKEN or not path.exists():
+            yield stack.enter_context(scratch_folder(path))
             return
-    with scratch_folder(path) as other:
-        yield other
+        try:
+            with disk_errors(path, "no room left on the disk"):
+                yield path
+        finally:
+            if not any(path.iterdir()):
+                path.rmdir()
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _replace_folder(new: Path, out: Path) -> None:
@@ -201,7 +203,7 @@ class _Lock(Enum):
 
 
 @functools.cache
-def _machine() -> str:
+def machine() -> str:
     """This host and its present boot, as they stand in the names of temporary folders."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
@@ -228,10 +230,17 @@ def _locked(path: Path, wait: bool = False) -> Iterator[_Lock]:
 
 
 @contextlib.contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Run the block while no other process runs one for the same folder or file, on file systems that have locks."""
+    with _locked(path, wait=True):
+        yield
+
+
+@contextlib.contextmanager
 def _own_folder(path: Path) -> Iterator[Path]:
     """A new folder beside `path`, locked by this process; whatever is left of it at the end goes."""
     while True:
-        folder = path.with_name(f".{path.name}.{_machine()}-{secrets.token_hex(4)}.partial")
+        folder = path.with_name(f".{path.name}.{machine()}-{secrets.token_hex(4)}.partial")
         folder.mkdir()
         with _locked(folder, wait=True):
             if not folder.exists():  # another run took it for a leftover before it was locked
@@ -250,7 +259,7 @@ def _remove_leftovers(path: Path) -> None:
         match = pattern.fullmatch(leftover.name)
         if match is None:
             continue
-        here = match.group(1).startswith(f"{_machine()}-")
+        here = match.group(1).startswith(f"{machine()}-")
         with _locked(leftover) as lock:
             gone = here and lock is _Lock.OURS
             if lock is _Lock.TAKEN or not (gone or _age(leftover) > ABANDONED_AFTER):

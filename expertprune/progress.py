@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from expertprune.errors import UsageError
 
@@ -53,6 +54,25 @@ def _refused(error: MemoryError | RuntimeError) -> str | None:
     if found := re.search(r"tried to allocate (\d+) bytes", text):
         return f" ({int(found.group(1)) / 2**30:.2f} GiB more were asked for)"
     return ""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a task has come: its stage, and so many of the stage's steps."""
+
+    stage: str = "waiting"
+    done: int = 0
+    steps: int = 0
+
+
+# Takes the names of tasks that run at the same time; gives a function that shows one's standing.
+Board = Callable[[Sequence[str]], contextlib.AbstractContextManager[Callable[[str, Standing], None]]]
+
+
+@contextlib.contextmanager
+def no_board(names: Sequence[str]) -> Iterator[Callable[[str, Standing], None]]:
+    """Show nothing."""
+    yield lambda name, standing: None
 
 
 def no_progress() -> None:

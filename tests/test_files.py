@@ -172,8 +172,8 @@ def test_a_file_in_the_way_of_the_parent_folder_becomes_a_message(tmp_path: Path
 
 # --- staged folders -------------------------------------------------------------------------------------------------
 
-HERE = f".expert.{files._machine()}-0123abcd"  # of this host and boot; no process has its lock
-HOST, _, BOOT = files._machine().rpartition("-")
+HERE = f".expert.{files.machine()}-0123abcd"  # of this host and boot; no process has its lock
+HOST, _, BOOT = files.machine().rpartition("-")
 WEEK = 7 * 24 * 3600
 YOUNG, OLD = WEEK - 3600, WEEK + 3600
 

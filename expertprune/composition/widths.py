@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from expertprune.artifacts.plan import StructureBudget
 from expertprune.errors import PlanError
@@ -44,7 +44,10 @@ class LayerWidths:
 
 
 def summary(budget: Budget, base: Sequence[LayerShape], widths: Sequence[LayerWidths]) -> dict[str, StructureBudget]:
-    """By structure that the base has: what was requested, and what each layer has, keeps and loses."""
+    """By structure that the base has: what was requested, and what each layer has, keeps and loses.
+
+    A single number is that of every layer which has such units.
+    """
     result = {}
     for structure in Structure:
         neurons = structure is Structure.FFN
@@ -53,8 +56,9 @@ def summary(budget: Budget, base: Sequence[LayerShape], widths: Sequence[LayerWi
             continue
         kept = [layer.ffn if neurons else layer.of(structure) for layer in widths]
         entries = {"of": of, "kept": kept, "removed": [a - b for a, b in zip(of, kept, strict=True)]}
-        one = len(set(of)) == len(set(kept)) == 1
-        numbers = {key: values[0] if one else values for key, values in entries.items()}
+        there = {(a, b) for a, b in zip(of, kept, strict=True) if a}
+        one = len(there) == 1
+        numbers = {key: max(values) if one else values for key, values in entries.items()}
         result[structure.value] = StructureBudget(requested=getattr(budget, structure.value), **numbers)
     return result
 
@@ -87,10 +91,17 @@ def check_structures(budget: Budget, base: ResolvedBase) -> None:
             why = f"heads of family {family.family!r} cannot be cut: {family.why_no_heads}"
             if structure is Structure.EXPERTS:
                 why = f"layers of family {family.family!r} have none"
+            if structure is Structure.FFN:
+                why = f"neurons of family {family.family!r} cannot be cut: {family.why_no_neurons}"
             raise PlanError(f"budget.{structure.value}: {why}; structures that can be cut: {allowed}")
     _check_shared(budget, base)
     if family.has_ffn:
         return
+    if budget.overall and budget.experts and family.why_no_neurons:
+        raise PlanError(
+            f"budget: parameters beside experts are met by neurons, and those of family {family.family!r} cannot be cut: "
+            f"{family.why_no_neurons}; leave one of the two out"
+        )
     if (budget.ffn or (budget.overall and budget.experts)) and budget.multiple_of % ALIGNED:
         raise PlanError(
             f"budget.multiple_of: {budget.multiple_of} is no multiple of {ALIGNED}; widths of routed experts must be, "
@@ -135,6 +146,16 @@ def check_own_widths(budget: Budget, base: ResolvedBase) -> None:
         )
 
 
+def common_shape(base: ResolvedBase) -> LayerShape:
+    """The shape of the layers that can be cut; in a mixture, some layers may have an FFN that stays whole."""
+    return max(base.layers, key=lambda shape: shape.neurons)
+
+
+def in_layer(widths: LayerWidths, shape: LayerShape) -> LayerWidths:
+    """Widths of a layer that may have nothing but heads to cut."""
+    return widths if shape.ffn else replace(widths, ffn=0, experts=0)
+
+
 # --- legal widths ---------------------------------------------------------------------------------------------------
 
 
@@ -151,10 +172,11 @@ def legal_ffn(shape: LayerShape, multiple_of: int, floor: float) -> list[int]:
 
 def legal_experts(base: ResolvedBase, floor: float) -> list[int]:
     """Numbers of routed experts that a layer may keep, ascending: no fewer than the router chooses
-    for each token.
+    for each token, and as many of each group that it chooses among.
     """
-    of = base.layers[0].experts
-    return list(range(max(base.family.experts_per_token(base.checkpoint.config), least(of, floor)), of + 1))
+    shape = common_shape(base)
+    smallest = max(base.family.least_experts(base.checkpoint.config), least(shape.experts, floor))
+    return [count for count in range(smallest, shape.experts + 1) if count % shape.expert_groups == 0]
 
 
 def legal_widths(base: ResolvedBase, budget: Budget, layer: int, structure: Structure) -> list[int]:

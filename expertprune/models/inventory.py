@@ -11,7 +11,7 @@ from expertprune.arch import Family
 from expertprune.errors import CheckpointError, first_line
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.loading import build_model
-from expertprune.units import LayerShape
+from expertprune.units import LayerShape, Segment
 
 # Buffers that older checkpoints stored and newer models compute.
 _COMPUTED = r"rotary_emb\.inv_freq$"
@@ -23,9 +23,33 @@ def check_widths(checkpoint: Checkpoint, family: Family, shapes: Sequence[LayerS
     Raises:
         CheckpointError: a tensor is missing or is of another width than the config says.
     """
+    _check_layers(checkpoint, family, len(shapes))
     problems = [each for layer, shape in enumerate(shapes) for each in _of_layer(checkpoint, family, layer, shape)]
     if problems:
         raise _disagreement(checkpoint, problems)
+
+
+def _check_layers(checkpoint: Checkpoint, family: Family, count: int) -> None:
+    """Raises `CheckpointError` where whole layers are missing."""
+    numbers = re.compile(re.escape(family.layers) + r"\.(\d+)\.")
+    found = {int(match.group(1)) for name in checkpoint.tensors if (match := numbers.match(name))}
+    if absent := sorted(set(range(count)) - found):
+        raise CheckpointError(
+            f"{checkpoint.folder}: config.json disagrees with the weights: {family.config.layers} is {count}, and no tensor "
+            f"belongs to {_counted(absent)}; fetch or copy the files of those layers again"
+        )
+
+
+def _counted(layers: Sequence[int]) -> str:
+    """Numbers of layers in words: runs of them are shortened."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    parts = [f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+    return ("layer " if len(layers) == 1 else "layers ") + ", ".join(parts)
 
 
 def _of_layer(checkpoint: Checkpoint, family: Family, layer: int, shape: LayerShape) -> Iterator[str]:
@@ -39,7 +63,7 @@ def _of_layer(checkpoint: Checkpoint, family: Family, layer: int, shape: LayerSh
             continue
         found = checkpoint.tensors[name].shape
         widths: dict[int, int] = {coupled.axis: sum(shape.segment_rows(segment) for segment in coupled.segments)}
-        if len(found) == 2:
+        if len(found) == 2 and Segment.EXPERT not in coupled.segments:
             widths[1 - coupled.axis] = shape.hidden
         for axis, width in widths.items():
             if axis >= len(found) or found[axis] != width:
@@ -48,7 +72,7 @@ def _of_layer(checkpoint: Checkpoint, family: Family, layer: int, shape: LayerSh
 
 def _missing_routed_experts(checkpoint: Checkpoint, family: Family, layer: int, count: int) -> list[str]:
     """Tensors of routed experts that are stored neither together, as the model runs them, nor one by one."""
-    if family.experts is None:
+    if family.experts is None or not count:
         return []
     prefix, problems = family.layer_prefix(layer), []
     for run in family.experts.run:
@@ -133,6 +157,7 @@ def _stored_otherwise(family: Family, shapes: Sequence[LayerShape]) -> dict[str,
             family.layer_prefix(layer) + name for name in family.experts.on_disk(run.name, shape.experts)
         )
         for layer, shape in enumerate(shapes)
+        if shape.experts
         for run in family.experts.run
     }
 

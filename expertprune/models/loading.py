@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from expertprune.arch import PER_LAYER, attention_of, families, stock_architectures
-from expertprune.arch.per_layer import with_layer_widths
+from expertprune.arch.per_layer import model_with_layer_widths, with_layer_widths
 from expertprune.errors import CheckpointError, SpecError, first_line
+from expertprune.models.checkpoint import Checkpoint
+from expertprune.models.encodings import encoding_of
 
 log = logging.getLogger(__name__)
 
@@ -87,8 +89,20 @@ def model_class(folder: Path) -> Any:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if not config.get(PER_LAYER):
         return transformers.AutoModelForCausalLM
-    family = families().get(config["model_type"])
-    return with_layer_widths(class_of(config), family.layers if family else "")
+    family, causal = families().get(config["model_type"]), class_of(config)
+    path = within_decoder(causal, family.layers) if family else "layers"
+    return with_layer_widths(causal, model_with_layer_widths(decoder_class_of(causal, config), path))
+
+
+def within_decoder(causal: Any, path: str) -> str:
+    """The place in its decoder of what lies at `path` of a causal language model."""
+    return path.removeprefix(f"{causal.base_model_prefix}.")
+
+
+def decoder_class_of(causal: Any, config: dict[str, Any]) -> Any:
+    """The class of the decoder that a causal language model of transformers holds."""
+    with torch.device("meta"):
+        return type(causal(causal.config_class.from_dict(config)).base_model)
 
 
 def class_of(config: dict[str, Any]) -> Any:
@@ -121,12 +135,23 @@ def load_model(
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        model = model_class(folder).from_pretrained(
-            folder, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=attention_of(config)
-        )
+        options = {"dtype": dtype, "attn_implementation": attention_of(config)}
+        if encoding_of(config) is None:
+            model = model_class(folder).from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+        else:
+            model = _decoded(folder, trust_remote_code, options)
     except (ValueError, OSError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: cannot be loaded: {first_line(error)}") from error
     return model.to(device or default_device()).eval().requires_grad_(False)
+
+
+def _decoded(folder: Path, trust_remote_code: bool, options: dict[str, Any]) -> Any:
+    """The model of a folder stored in fewer bits; each tensor is decoded when transformers asks for it."""
+    config = quiet_transformers().AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        made = type(build_model(folder, trust_remote_code))
+    del config.quantization_config
+    return made.from_pretrained(None, config=config, state_dict=Checkpoint(folder).deferred(), **options)
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:

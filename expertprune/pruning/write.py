@@ -9,27 +9,31 @@ import inspect
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from expertprune.arch import MODELING, PER_LAYER, ExpertTensor, per_layer, stock_architectures
+from expertprune.arch import MODELING, PER_LAYER, ExpertTensor, Family, per_layer
 from expertprune.artifacts.plan import Plan
 from expertprune.corpora.batches import Batch
+from expertprune.engine.team import team
 from expertprune.errors import CheckpointError, PlanError
-from expertprune.files import digest_of, require_room, resumable_folder, scratch_folder
+from expertprune.files import digest_of, require_room, scratch_folder, working_folder
 from expertprune.models.base import ResolvedBase
-from expertprune.models.checkpoint import DTYPES, write_weights
+from expertprune.models.checkpoint import write_weights
+from expertprune.models.loading import class_of, decoder_class_of, within_decoder
 from expertprune.models.passes import TextRun
+from expertprune.models.tensorfile import DTYPES
 from expertprune.progress import Progress
 from expertprune.pruning.repair import Passengers, RepairJob, check_repair
 from expertprune.pruning.slicing import cut_tensor
 from expertprune.pruning.unfinished import Unfinished
 from expertprune.spec.schema import Compensation
 from expertprune.tokenizing import Renumbering, read_vocabulary, trimmed, write_tokenizer
+from expertprune.units import KeptUnits
 
 _SPARE = 64 * 2**20  # tokenizer, cards and index, generously
 
@@ -91,6 +95,9 @@ def prune(
         PlanError: the plan keeps tokens without the parts they are merged from.
         CheckpointError: the disk has no room, or the base or its tokenizer cannot be read.
     """
+    if not team().leads:  # this member's part of the repair is all that it does
+        with _solved_weights(plan, base, folder, repair_input, progress):
+            return
     require_room(folder, bytes_needed(plan, base))
     config = base.family.pruned_config(base.checkpoint.config, plan.kept)
     rows = torch.tensor(plan.vocabulary.rows.index) if plan.vocabulary is not None else None
@@ -109,7 +116,7 @@ def prune(
         shutil.copyfile(path, target)
     if smaller is not None:
         write_tokenizer(base.folder, folder, smaller)
-    if config == base.checkpoint.config:
+    if config == base.checkpoint.config and base.checkpoint.encoding is None:
         shutil.copyfile(base.folder / "config.json", folder / "config.json")
     else:
         (folder / f"{MODELING}.py").unlink(missing_ok=True)  # that of a base which had widths of single layers
@@ -126,16 +133,23 @@ def _solved_weights(
     if given is None or not plan.cuts_layers:
         yield None
         return
-    text = TextRun(given.model, base.family, plan.shapes, given.batches)
-    if given.store is None:
+    text = team().run(TextRun(given.model, base.family, plan.shapes, given.batches))
+    stored = {name: DTYPES[info.dtype] for name, info in base.checkpoint.tensors.items() if info.dtype in DTYPES}
+    job = RepairJob(text, plan.kept, given.settings, stored, given.passengers)
+    weights = check_repair(given.settings.method).weights
+    if not team().leads:
+        for _ in weights(job, progress):
+            pass
+        yield None
+        return
+    if given.store is None or team().size > 1:  # members of a team would not have finished the same layers
         place = scratch_folder(folder / "repair")
     else:
-        place = resumable_folder(given.store / "repairs" / f"{_digest(plan, base, given)}.unfinished")
+        place = working_folder(given.store / "repairs" / f"{_digest(plan, base, given)}.unfinished")
     with place as folder:
         unfinished = Unfinished(folder)
-        stored = {name: DTYPES[info.dtype] for name, info in base.checkpoint.tensors.items() if info.dtype in DTYPES}
-        job = RepairJob(text, plan.kept, given.settings, stored, given.passengers, unfinished)
-        for name, tensor in check_repair(given.settings.method).weights(job, progress):
+        job = replace(job, unfinished=unfinished if team().size == 1 else None)
+        for name, tensor in weights(job, progress):
             if not bool(tensor.isfinite().all()):
                 raise CheckpointError(f"{name}: the repair is not finite; raise compensation.damping")
             unfinished.put(name, tensor)
@@ -147,7 +161,7 @@ def _digest(plan: Plan, base: ResolvedBase, given: RepairInput) -> str:
     aboard = given.passengers
     ids = hashlib.sha256()
     for batch in [*given.batches, *(aboard.batches if aboard is not None else ())]:
-        ids.update(repr((batch.lengths, batch.ids.tolist())).encode())
+        ids.update(repr((batch.lengths, batch.ids.tolist(), batch.weights.tolist())).encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         ids.update(path.read_bytes())
     versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
@@ -169,13 +183,16 @@ def _write_tensors(
 
     def transform(name: str, tensor: Tensor) -> Tensor | None:
         if name in single:
-            return single[name].cut(tensor)
+            repaired = solved.take(name) if solved is not None else None
+            return single[name].cut(tensor) if repaired is None else repaired.to(tensor.dtype)
         if rows is not None and name in base.family.vocabulary:
             return tensor.index_select(0, rows)
         if name not in owners:
             return None
         layer, local = owners[name]
         repaired = solved.take(name) if solved is not None else None
+        if repaired is None and solved is not None:
+            repaired = _solved_together(base.family, layer, local, plan.kept[layer], solved)
         if repaired is not None:
             return repaired.to(tensor.dtype)
         cut = cut_tensor(local, tensor, base.family, plan.shapes[layer], plan.kept[layer])
@@ -186,14 +203,16 @@ def _write_tensors(
 
 
 def _modeling(config: Mapping[str, Any], layers: str) -> str:
-    """The code that an expert with widths of single layers carries, for users who have only transformers."""
-    (architecture, *_) = stock_architectures(config)
+    """The code that an expert with widths of single layers carries, for users who have no expertprune."""
+    causal = class_of(dict(config))
+    decoder = decoder_class_of(causal, dict(config))
     lines = [
         inspect.getsource(per_layer),
         "",
-        f"from transformers import {architecture}  # noqa: E402",
+        f"from transformers import {causal.__name__}, {decoder.__name__}  # noqa: E402",
         "",
-        f'ExpertForCausalLM = with_layer_widths({architecture}, "{layers}")',
+        f'ExpertModel = model_with_layer_widths({decoder.__name__}, "{within_decoder(causal, layers)}")',
+        f"ExpertForCausalLM = with_layer_widths({causal.__name__}, ExpertModel)",
         "",
     ]
     return "\n".join(lines)
@@ -227,6 +246,19 @@ def _stored_experts(plan: Plan, base: ResolvedBase) -> dict[str, _Stored]:
                 name = prefix + new[place].name if new is not None else None
                 found[prefix + tensor.name] = _Stored(name, tensor, neurons, shape.ffn)
     return found
+
+
+def _solved_together(family: Family, layer: int, name: str, kept: KeptUnits, solved: Unfinished) -> Tensor | None:
+    """The repaired output projections of routed experts that are stored as they run, if it is they."""
+    experts = family.experts
+    if experts is None or name not in (experts.output, experts.stored.get(experts.output)):
+        return None
+    found = [solved.take(family.layer_prefix(layer) + experts.output_of(expert)) for expert in kept.experts]
+    parts = [part for part in found if part is not None]
+    if not parts:
+        return None
+    whole = torch.stack(parts)
+    return whole.transpose(1, 2) if experts.transposed else whole
 
 
 def _zero_tensors(plan: Plan, base: ResolvedBase) -> Callable[[str], Iterator[tuple[str, Tensor]]]:

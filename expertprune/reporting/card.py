@@ -28,7 +28,8 @@ An expert cut from `{{ expert.base.model }}` for {{ purpose }}, without post-tra
 {{ "{:,}".format(plan.parameters.after) }} of {{ "{:,}".format(plan.parameters.before) }} parameters
 ({{ "%.1f" % (100 * plan.parameters.after / plan.parameters.before) }}%). {% if per_layer -%}
 Its layers have widths of their own. `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` builds it with
-`modeling_expert.py` in this folder; vLLM serves it wherever the package expertprune is installed too.
+`modeling_expert.py` in this folder, and so does `vllm serve folder --trust-remote-code`. Where the package expertprune is
+installed, vLLM needs no code of the folder.
 {%- else -%}
 It loads like any other checkpoint of its architecture, in
 transformers and in vLLM.
@@ -85,7 +86,8 @@ Its spec and plan are in `expertprune.json` too.
 {%- endif %}
 {%- if expert.base.trust_remote_code %} The base was run with Python code of its own.
 {%- endif %} Calibrated on {% for corpus, entry in expert.corpora.items() -%}
-{{ corpus }} ({{ entry.documents | length }} documents){{ ", " if not loop.last else "." }}
+{{ corpus }} ({{ entry.documents | length }} documents
+{%- if entry.generated %}, generated {{ entry.generated }}{% endif %}){{ ", " if not loop.last else "." }}
 {%- endfor %} Versions: {% for package, version in expert.versions.items() -%}
 {{ package }} {{ version }}{{ ", " if not loop.last else "." }}
 {%- endfor %} The spec and the plan are in `expertprune.json`. The base's licence applies.

@@ -45,13 +45,14 @@ print("PLATFORM", json.dumps({"cpu": platform.is_cpu(), "memory": platform.get_d
 class Servable:
     """A folder that vLLM can serve: an expert, or any other checkpoint.
 
-    `weight_bytes` is the size of its tensors.
+    `weight_bytes` is the size of its tensors; `chat` says whether it has a chat template.
     """
 
     folder: Path
     name: str
     weight_bytes: int
     checkpoint: Checkpoint
+    chat: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,16 @@ def check_folder(folder: str | Path, name: str | None = None) -> Servable:
         check_widths(checkpoint, family, family.layer_shapes(checkpoint.config))
     if not any(folder.glob("tokenizer*")) and not any(folder.glob("*.tiktoken")):
         raise CheckpointError(f"{folder}: has no tokenizer files (tokenizer.json, tokenizer_config.json)")
-    return Servable(folder, name or own, stored_bytes(checkpoint), checkpoint)
+    return Servable(folder, name or own, stored_bytes(checkpoint), checkpoint, _has_chat_template(folder))
+
+
+def _has_chat_template(folder: Path) -> bool:
+    if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    try:
+        return bool(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template"))
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def stored_bytes(checkpoint: Checkpoint, names: Sequence[str] | None = None) -> int:

@@ -213,7 +213,8 @@ def test_a_change_that_the_numbers_depend_on_is_computed_again(
 def test_an_interrupted_sweep_goes_on_where_it_was(
     tmp_path: Path, spec_file: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch, keep: bool, place: str
 ) -> None:
-    whole = run_json(spec_file, "--budgets", "0.5,0.25", *(["--out", tmp_path / "whole", "--keep-experts"] * keep))
+    undisturbed = ["--store", tmp_path / "other", *(["--out", tmp_path / "whole", "--keep-experts"] * keep)]
+    whole = run_json(spec_file, "--budgets", "0.5,0.25", *undisturbed)
     out = tmp_path / "sweep"
     arguments = [spec_file, "--budgets", "0.5,0.25", "--out", out, *["--keep-experts"] * keep]
     made: list[str] = []
@@ -238,7 +239,9 @@ def test_an_interrupted_sweep_goes_on_where_it_was(
     assert len(calls["prune"]) == (0 if keep else 1), "an expert that is whole is only measured"
 
 
-def test_experts_that_are_gone_or_were_not_kept_are_made_again(tmp_path: Path, spec_file: Path, calls: Calls) -> None:
+def test_experts_that_are_gone_or_were_not_kept_are_made_again(
+    tmp_path: Path, spec_file: Path, store: Path, calls: Calls
+) -> None:
     out = tmp_path / "sweep"
     first = run_json(spec_file, "--budgets", "0.5", "--out", out)
     assert run_json(spec_file, "--budgets", "0.5", "--out", out, "--keep-experts") == first
@@ -246,7 +249,8 @@ def test_experts_that_are_gone_or_were_not_kept_are_made_again(tmp_path: Path, s
     assert json.loads((out / "tiny-0.5" / "expertprune.json").read_text())["evaluation"] is not None
     run_json(spec_file, "--budgets", "0.5", "--out", out, "--keep-experts")
     assert len(calls["prune"]) == 2
-    (out / "sweep.json").unlink()  # as if killed between the expert and its record
+    for record in (out / "sweep.json", *(store / "sweeps").iterdir()):  # as if killed between the expert and its record
+        record.unlink()
     assert run_json(spec_file, "--budgets", "0.5", "--out", out, "--keep-experts") == first
     assert len(calls["prune"]) == 2
     shutil.rmtree(out / "tiny-0.5")
