@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from expertprune.artifacts.evaluation import CorpusResult, DocumentBits, Evaluation, Group, Measured, Settings
-from expertprune.corpora.batches import Batch
-from expertprune.corpora.documents import Corpus, CorpusName, Document
+from expertprune.corpora.batches import Batch, encode
+from expertprune.corpora.chat import Rendered
+from expertprune.corpora.documents import Corpus, CorpusName
+from expertprune.engine.team import team
 from expertprune.errors import SpecError
 from expertprune.evaluation.alignment import Aligning
-from expertprune.evaluation.documents import asked_of, cut_at, document_rows, document_rows_apart
+from expertprune.evaluation.documents import document_rows, document_rows_apart, texts_of
 from expertprune.evaluation.questions import choices_of, paired_answers, right_answers
 from expertprune.evaluation.reading import Compared, Floats, Read, Reading, bits, compare, read, read_together
 from expertprune.evaluation.retention import RESAMPLES, document_metrics
@@ -73,10 +75,9 @@ class Measuring:
                 "different tokens; use bits_per_byte"
             )
         # Where the expert has other tokens, both read what the base's tokens are cut to.
-        self._texts: dict[str, Sequence[Document]] = {
-            corpus.name: cut_at(corpus.evaluation, tokenizer, settings.max_tokens)
-            if other_tokens
-            else corpus.evaluation
+        end = settings.max_tokens if other_tokens else None
+        self._texts: dict[str, Sequence[Rendered]] = {
+            corpus.name: texts_of(corpus.evaluation, tokenizer, end)
             for corpus in corpora
             if set(self.metrics) - {"questions"}
         }
@@ -89,14 +90,15 @@ class Measuring:
         parts, readings, first = [], [], 0
         limit = None if self.other_tokens else self.settings.max_tokens
         for corpus in self.corpora:
-            asked = {False: asked_of(self._texts.get(corpus.name, ()), tokenizer, limit)}
+            asked = {False: encode(self._texts.get(corpus.name, ()), tokenizer, limit)}
             asked[True] = choices_of(corpus.questions, tokenizer) if "questions" in self.metrics else []
             for questions, sequences in asked.items():
                 if sequences:
                     readings.append(Reading.of(sequences))
                     parts.append(_Part(corpus.name, questions, slice(first, first + len(sequences))))
                     first += len(sequences)
-        return _Examples(Reading.joined(readings), parts)
+        reading = Reading.joined(readings)
+        return _Examples(replace(reading, batches=tuple(team().share(reading.batches))), parts)
 
     @property
     def batches(self) -> Sequence[Batch]:

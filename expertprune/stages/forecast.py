@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from expertprune.composition.parameters import removed_parameters, removed_with_rows
+from expertprune.corpora.batches import encode
 from expertprune.corpora.documents import corpus_names
 from expertprune.engine.forecast import Forecast, Forecaster, Work
 from expertprune.engine.memory import Sizes, Text, together
-from expertprune.evaluation.documents import asked_of
+from expertprune.evaluation.documents import texts_of
 from expertprune.evaluation.questions import choices_of
 from expertprune.evaluation.reading import Reading
 from expertprune.models.spool import Limits
@@ -94,7 +95,7 @@ def _evaluated(prepared: Prepared) -> Text | None:
     texts = []
     for corpus in prepared.evaluated:
         if set(metrics) - {"questions"}:
-            asked = asked_of(corpus.evaluation, tokenizer, settings.max_tokens)
+            asked = encode(texts_of(corpus.evaluation, tokenizer), tokenizer, settings.max_tokens)
             texts.append(Text.of(Reading.of(asked).batches))
         if "questions" in metrics:
             texts.append(Text.of(Reading.of(choices_of(corpus.questions, tokenizer)).batches))

@@ -12,6 +12,7 @@ from expertprune.composition.scoring import needed_part
 from expertprune.corpora.documents import CorpusName, corpus_names
 from expertprune.engine.memory import Sizes, Text, fitting, graph_estimate, profiling
 from expertprune.engine.tasks import Call, Engine, Local, Report, Shard, Task
+from expertprune.engine.team import team
 from expertprune.errors import SpecError
 from expertprune.files import digest_of
 from expertprune.models.passes import TextRun
@@ -21,7 +22,7 @@ from expertprune.profiling.store import description, measure, profile_key, profi
 from expertprune.progress import Track, silent
 from expertprune.relevance import Pass
 from expertprune.spec.schema import Budget, Spec
-from expertprune.stages.elsewhere import check_same, received, run_with, sent
+from expertprune.stages.elsewhere import agreed, check_same, received, run_with, sent
 from expertprune.stages.validate import Prepared, SpecLike, validate
 from expertprune.units import Structure
 
@@ -83,7 +84,7 @@ class _Place:
 
 def _place(prepared: Prepared, name: CorpusName) -> _Place:
     spec = prepared.spec
-    key = profile_key(prepared.base, prepared.calibration[name].documents, spec.calibration.max_tokens)
+    key = profile_key(prepared.base, prepared.calibration[name].digest, spec.calibration.max_tokens)
     return _Place(key, profile_path(prepared.store, key), parts_wanted(spec))
 
 
@@ -105,9 +106,11 @@ def parts_lacking(prepared: Prepared) -> dict[CorpusName, list[ProfilePart]]:
 def profile_corpus(prepared: Prepared, name: CorpusName, track: Track) -> None:
     """Run the passes over a corpus that its profile lacks."""
     base, text, place = prepared.base, prepared.calibration[name], _place(prepared, name)
-    if missing := place.missing:
+    base.checkpoint.fetch(track)
+    missing = team().lead(lambda: place.missing)
+    if missing:
         _check_fits(prepared, name, missing)
-        run_text = TextRun(prepared.running.model, base.family, base.layers, text.batches)
+        run_text = team().run(TextRun(prepared.running.model, base.family, base.layers, text.batches))
         measure(run_text, missing, place.path, description(base, str(name), text.documents, place.key), track)
 
 
@@ -157,7 +160,7 @@ def profile(
     Args:
         engine: what runs a task for each corpus; default: this process.
     """
-    prepared = spec if isinstance(spec, Prepared) else validate(spec, overrides, store)
+    prepared = spec if isinstance(spec, Prepared) else agreed(spec, overrides, store)
     return profiles_of(run_with(prepared, engine.device if engine is not None else None), track, engine=engine)
 
 

@@ -15,7 +15,8 @@ from expertprune.artifacts.expert import Expert
 from expertprune.corpora.documents import GENERAL, Corpus, CorpusName
 from expertprune.corpora.leaks import Examples
 from expertprune.corpora.loading import load_corpora
-from expertprune.errors import SpecError, gathered
+from expertprune.engine.team import team
+from expertprune.errors import SpecError, UsageError, gathered
 from expertprune.evaluation.harness import models
 from expertprune.evaluation.harness import tasks as harness
 from expertprune.evaluation.harness.stored import StoredScores, versions
@@ -26,11 +27,13 @@ from expertprune.evaluation.suites import Suite, TaskEntry, bare_task, find_suit
 from expertprune.files import store_folder
 from expertprune.models.base import ResolvedBase
 from expertprune.models.loading import load_tokenizer
-from expertprune.models.running import RunningBase, run_folder
+from expertprune.models.running import RunningBase, run_folder, to_stream
+from expertprune.models.spool import Limits
 from expertprune.progress import Track, silent
 from expertprune.reporting.card import write_card
 from expertprune.spec.schema import Spec
 from expertprune.stages.evaluate import measure_folder, measuring
+from expertprune.stages.generate import generator
 from expertprune.stages.validate import leak_guard
 
 Backend = Literal["hf", "vllm"]
@@ -98,6 +101,10 @@ def evaluate_suites(
             or lm-evaluation-harness is missing.
         ServingError, UsageError: the server cannot be had (backend `vllm`).
     """
+    if team().size > 1:
+        raise UsageError(
+            "suites need a whole model, whose work a team does not share: run them as tasks, by --engine ray or --shard"
+        )
     measurement = prepare(Path(expert), suites, tasks, backend, limit, base, store, overrides)
     if missing := sorted(set(floors or {}) - measurement.groups):
         raise SpecError(
@@ -159,16 +166,24 @@ def prepare(
         harness.require_harness(served=backend == "vllm")
         harness.check_names([entry for entry, _, _ in entries])
     resolved = expert.find_base(place, spec.base)
+    if entries and backend == "hf" and to_stream(resolved.checkpoint, resolved, Limits.of_environment()):
+        raise UsageError(
+            "tasks call the model as a whole, and the base's layers are streamed (base.layers): give --backend vllm, "
+            "which may share it over several GPUs, or measure the spec's corpora with `expertprune evaluate` alone"
+        )
     problems: list[str] = []
     corpora: list[Corpus] = []
     chosen: list[ChosenTask] = []
-    own = load_corpora(spec)
+    own = load_corpora(spec, place, generator(resolved, spec, place, write=False))
     guard = leak_guard(own, expert.calibration_digests)
     with gathered(problems):
-        corpora = guard.clean(_corpora(spec, suites, own))
+        corpora = guard.clean(_corpora(spec, suites, own, place))
+    asked_in_chat = any(entry.chat for entry, _, _ in entries)
+    tokenizer = load_tokenizer(resolved.folder, resolved.trust_remote_code) if asked_in_chat else None
     for entry, suite, generates in entries:
         with gathered(problems):
-            task = harness.load_task(entry, harness.generates(entry) if generates is None else generates, limit)
+            generates = harness.generates(entry) if generates is None else generates
+            task = harness.load_task(entry, generates, limit, tokenizer)
             chosen.append(ChosenTask(task, suite, entry.group_for(spec.dimensions)))
     problems += guard.problems(*(Examples(f"task {each.task.label}", "examples", each.task.texts) for each in chosen))
     if problems:
@@ -187,7 +202,7 @@ def _entries(suites: Sequence[Suite], names: Sequence[str]) -> list[tuple[TaskEn
     return found + [(entry, suite, None) for entry, suite in bare if entry.label not in known]
 
 
-def _corpora(spec: Spec, suites: Sequence[Suite], own: Mapping[CorpusName, Corpus]) -> list[Corpus]:
+def _corpora(spec: Spec, suites: Sequence[Suite], own: Mapping[CorpusName, Corpus], store: Path) -> list[Corpus]:
     """The corpora that the suites name; those that the spec does not name count as general."""
     wanted: list[str] = []
     for suite in suites:
@@ -201,7 +216,7 @@ def _corpora(spec: Spec, suites: Sequence[Suite], own: Mapping[CorpusName, Corpu
         others += [] if matches else [name]
     if others:
         try:
-            loaded = load_corpora(spec.model_copy(update={"general": [*spec.general, *others]}))
+            loaded = load_corpora(spec.model_copy(update={"general": [*spec.general, *others]}), store)
         except SpecError as error:
             raise SpecError([f"perplexity.corpora: {problem}" for problem in error.problems]) from None
         names = [CorpusName(GENERAL, name) for name in others]

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from expertprune.corpora.chat import has_template
 from expertprune.corpora.documents import Document
 from expertprune.errors import SpecError, first_line
 from expertprune.evaluation.harness.quiet import quiet
@@ -148,24 +149,29 @@ def output_type(entry: TaskEntry) -> str:
     return ""
 
 
-def load_task(entry: TaskEntry, generates: bool, limit: int | None = None) -> HarnessTask:
+def load_task(entry: TaskEntry, generates: bool, limit: int | None = None, tokenizer: Any = None) -> HarnessTask:
     """Load a task's data and build its prompts.
 
     Args:
         generates: whether its suite says that the task generates answers.
         limit: at most so many examples (of each member, where the task is a group).
+        tokenizer: the base's, where the task is asked through its chat template.
 
     Raises:
-        SpecError: its data cannot be loaded, it has no example, or its metric cannot be paired by
-        example.
+        SpecError: it is to be asked through a chat template, and there is none; its data cannot be
+            loaded, it has no example, or its metric cannot be paired by example.
     """
     label = entry.label
+    if entry.chat and not has_template(tokenizer):
+        raise SpecError(
+            f"task {label}: chat: the base has no chat template; leave 'chat' out, or take an instruct model"
+        )
     with quiet():
         try:
             leaves = _load(entry)
             for leaf in leaves.values():
                 leaf.set_config(key="num_fewshot", value=_few_shot(entry, leaf))
-            instances = {name: _build(leaf, limit) for name, leaf in leaves.items()}
+            instances = {name: _build(leaf, limit, entry, tokenizer) for name, leaf in leaves.items()}
         except SpecError as error:
             raise SpecError([f"task {label}: {problem}" for problem in error.problems]) from None
         except Exception as error:  # the data's library and the task's own functions fail in any way
@@ -207,12 +213,26 @@ def _few_shot(entry: TaskEntry, leaf: Any) -> int:
     return entry.few_shot if entry.few_shot is not None else int(own or 0)
 
 
-def _build(leaf: Any, limit: int | None) -> list[Any]:
+def _build(leaf: Any, limit: int | None, entry: TaskEntry, tokenizer: Any) -> list[Any]:
     leaf.set_fewshot_seed(seed=_SEED)
     if not len(leaf.eval_docs):
         return []
-    leaf.build_all_requests(limit=limit, rank=0, world_size=1)
+
+    def rendered(messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        open_end = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **open_end))
+
+    settings = _chat_settings(entry) | ({"chat_template": rendered} if entry.chat else {})
+    leaf.build_all_requests(limit=limit, rank=0, world_size=1, **settings)
     return list(leaf.instances)
+
+
+def _chat_settings(entry: TaskEntry) -> dict[str, bool]:
+    """What lm-evaluation-harness is told of chat templates."""
+    return {
+        "apply_chat_template": bool(entry.chat),
+        "fewshot_as_multiturn": bool(entry.chat) and entry.fewshot_as_multiturn,
+    }
 
 
 def _described(
@@ -288,7 +308,8 @@ def run_task(task: HarnessTask, model: Any, limit: int | None = None) -> Scores:
         for leaf in task.leaves.values():  # few-shot examples are drawn while prompts are built: the same ones again
             leaf.set_fewshot_seed(seed=_SEED)
         loaded = {"tasks": task.leaves, "groups": {}, "group_map": {}}
-        samples = evaluate(model, loaded, limit=limit, bootstrap_iters=0, log_samples=True)["samples"]
+        settings = {"limit": limit, "bootstrap_iters": 0, "log_samples": True, **_chat_settings(task.entry)}
+        samples = evaluate(model, loaded, **settings)["samples"]
     values, weights, examples, answers = [], [], [], []
     for name in task.leaves:
         for sample in samples[name]:

@@ -129,6 +129,7 @@ class CorpusFacts:
     documents: int
     profile: str | None
     stored: bool
+    generated: str | None
 
 
 @dataclass(frozen=True)
@@ -325,6 +326,7 @@ def _provenance(artifacts: Artifacts) -> Provenance:
                 len(record.documents),
                 expert.plan.profiles.get(name),
                 name in artifacts.profiles,
+                record.generated,
             )
             for name, record in expert.corpora.items()
         ],
