@@ -44,6 +44,7 @@ def load_corpus(
         calibration, evaluation = _from_files(source, spec, own_split)
     else:
         calibration, evaluation = _from_dataset(source, spec, own_split, store)
+    evaluation = [each for each in evaluation if each.conversation is None or each.conversation.answered]
     where = ", ".join(source.path) if source.path else f"dataset {source.dataset}"
     if not calibration:
         raise SpecError(f"corpus {name}: {where}: holds no document to calibrate on")
