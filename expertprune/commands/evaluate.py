@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from expertprune.commands.engines import as_team
 from expertprune.commands.terminal import (
     common,
     limits_options,
@@ -53,6 +54,7 @@ def _floors(_: click.Context, __: click.Parameter, text: str | None) -> dict[str
 @limits_options
 @common
 @reporting
+@as_team
 def evaluate(
     expert: Path,
     corpora: tuple[str, ...],

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from expertprune.artifacts.evaluation import CorpusResult, DocumentBits, Evaluation, Group, Measured, Settings
 from expertprune.corpora.batches import Batch, encode
 from expertprune.corpora.chat import Rendered
 from expertprune.corpora.documents import Corpus, CorpusName
+from expertprune.engine.team import team
 from expertprune.errors import SpecError
 from expertprune.evaluation.alignment import Aligning
 from expertprune.evaluation.documents import document_rows, document_rows_apart, texts_of
@@ -102,7 +103,8 @@ class Measuring:
                     readings.append(Reading.of(sequences))
                     parts.append(_Part(corpus.name, questions, slice(first, first + len(sequences))))
                     first += len(sequences)
-        return _Examples(Reading.joined(readings), parts)
+        reading = Reading.joined(readings)
+        return _Examples(replace(reading, batches=tuple(team().share(reading.batches))), parts)
 
     @property
     def batches(self) -> Sequence[Batch]:

@@ -31,7 +31,7 @@ class Reading:
     """Sequences in batches, whose `documents` are numbers of sequences.
 
     A model is asked for the tokens of each that the loss counts on. Sequences without any are in no
-    batch.
+    batch. In a team, `batches` are those of this member; `sequences` are always all.
     """
 
     sequences: tuple[Tokens, ...]
@@ -157,6 +157,7 @@ def bits(reading: Reading, read: Read, progress: Progress | None = None) -> Floa
             sums.index_add_(0, places.sequences, nats.double())
         if progress is not None:
             progress()
+    read.model.together({"bits": sums})
     found: Floats = sums.cpu().numpy() / math.log(2)
     return found
 
@@ -180,6 +181,7 @@ def compare(reading: Reading, base: Read, expert: Read, progress: Progress | Non
                 row.index_add_(0, places.sequences, values.double())
         if progress is not None:
             progress()
+    base.model.together({"compared": sums})
     mine, theirs, distance, agreed = sums.cpu().numpy()
     return Compared(mine / math.log(2), theirs / math.log(2), distance / math.log(2), agreed)
 

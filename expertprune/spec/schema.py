@@ -190,7 +190,18 @@ class Budget(Section):
     max_parameters: Size | None = Field(None, description="What may be left of the whole model, such as 100M.")
     retention: Retention | None = Field(None, description="As much as can go while this much is kept.")
     multiple_of: int = Field(64, ge=1, description="Kept FFN widths are a multiple of this.")
+    tensor_parallel: int = Field(
+        1,
+        ge=1,
+        description="GPUs that share each layer when it is served: kept KV heads are a multiple of this, and kept FFN "
+        "widths of this times multiple_of.",
+    )
     floor: float = Field(0.1, ge=0, le=1, description="At least this fraction of each structure stays in every layer.")
+
+    @property
+    def ffn_step(self) -> int:
+        """Kept FFN widths are a multiple of this."""
+        return self.multiple_of * self.tensor_parallel
 
     @property
     def overall(self) -> bool:

@@ -15,7 +15,8 @@ from expertprune.artifacts.expert import Expert
 from expertprune.corpora.documents import GENERAL, Corpus, CorpusName
 from expertprune.corpora.leaks import Examples
 from expertprune.corpora.loading import load_corpora
-from expertprune.errors import SpecError, gathered
+from expertprune.engine.team import team
+from expertprune.errors import SpecError, UsageError, gathered
 from expertprune.evaluation.harness import models
 from expertprune.evaluation.harness import tasks as harness
 from expertprune.evaluation.harness.stored import StoredScores, versions
@@ -26,7 +27,8 @@ from expertprune.evaluation.suites import Suite, TaskEntry, bare_task, find_suit
 from expertprune.files import store_folder
 from expertprune.models.base import ResolvedBase
 from expertprune.models.loading import load_tokenizer
-from expertprune.models.running import RunningBase, run_folder
+from expertprune.models.running import RunningBase, run_folder, to_stream
+from expertprune.models.spool import Limits
 from expertprune.progress import Track, silent
 from expertprune.reporting.card import write_card
 from expertprune.spec.schema import Spec
@@ -99,6 +101,10 @@ def evaluate_suites(
             or lm-evaluation-harness is missing.
         ServingError, UsageError: the server cannot be had (backend `vllm`).
     """
+    if team().size > 1:
+        raise UsageError(
+            "suites need a whole model, whose work a team does not share: run them as tasks, by --engine ray or --shard"
+        )
     measurement = prepare(Path(expert), suites, tasks, backend, limit, base, store, overrides)
     if missing := sorted(set(floors or {}) - measurement.groups):
         raise SpecError(
@@ -160,6 +166,11 @@ def prepare(
         harness.require_harness(served=backend == "vllm")
         harness.check_names([entry for entry, _, _ in entries])
     resolved = expert.find_base(place, spec.base)
+    if entries and backend == "hf" and to_stream(resolved.checkpoint, resolved, Limits.of_environment()):
+        raise UsageError(
+            "tasks call the model as a whole, and the base's layers are streamed (base.layers): give --backend vllm, "
+            "which may share it over several GPUs, or measure the spec's corpora with `expertprune evaluate` alone"
+        )
     problems: list[str] = []
     corpora: list[Corpus] = []
     chosen: list[ChosenTask] = []

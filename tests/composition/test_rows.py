@@ -285,7 +285,13 @@ def test_metrics_per_token_are_refused_with_a_vocabulary_and_left_out_where_none
     assert again.evaluate.metrics is None
     assert again.evaluate.chosen_metrics(other_tokens=True) == ["bits_per_byte", "questions"]
     assert spec_of({"keep": 320}, evaluate={"metrics": ["questions"]}).evaluate.metrics == ["questions"]
-    everything = ["bits_per_byte", "perplexity", "kl", "questions"]  # what a user lists is what the user wants
+    everything = [
+        "bits_per_byte",
+        "perplexity",
+        "kl",
+        "agreement",
+        "questions",
+    ]  # what a user lists is what the user wants
     for metrics in (everything, everything[:3]):
         with pytest.raises(SpecError, match=r"evaluate.metrics: perplexity, kl cannot be measured"):
             spec_of({"keep": 320}, evaluate={"metrics": metrics})
