@@ -17,7 +17,7 @@ from tests.tiny import WORDS, tiny_model
 pytest.importorskip("lm_eval")
 
 from expertprune.evaluation.harness.models import running_model
-from expertprune.evaluation.harness.tasks import load_task, run_task
+from expertprune.evaluation.harness.tasks import common_part, load_task, run_task
 
 TASK = """
 task: choose
@@ -81,6 +81,10 @@ def test_a_model_is_scored_on_what_follows_the_template(task: str) -> None:
         first, second = (last[tokenizer.get_vocab()[WORDS[i + place]]] for place in (2, 3))
         expected.append(float(int(second > first) == i % 2))
     assert scores.values.tolist() == expected
+
+
+def test_how_long_generations_stay_the_same_is_the_part_of_the_bases_text() -> None:
+    assert common_part(["the heart", "abcd", "", ""], ["the heart pumps", "abxd", "", "a"]) == (1 + 0.5 + 1 + 0) / 4
 
 
 def test_a_suite_says_it_for_all_its_tasks(task: str, tmp_path: Path) -> None:
