@@ -19,7 +19,7 @@ from expertprune.engine.team import team
 from expertprune.errors import SpecError, UsageError, gathered
 from expertprune.evaluation.harness import tasks as harness
 from expertprune.evaluation.harness.stored import versions
-from expertprune.evaluation.harness.tasks import HarnessTask, Scores, less_is_better
+from expertprune.evaluation.harness.tasks import HarnessTask, Scores, common_part, less_is_better
 from expertprune.evaluation.retention import Counted, Paired, bits_per_byte, summarize
 from expertprune.evaluation.suites import Suite, TaskEntry, bare_task, find_suites
 from expertprune.files import digest_of, store_folder
@@ -261,8 +261,10 @@ def _paired(task: HarnessTask, base: Scores, expert: Scores) -> Paired:
 
 
 def _result(each: ChosenTask, backend: Backend, paired: Paired, base: Scores, expert: Scores) -> TaskResult:
-    agreement = None
+    agreement = common = None
     if base.answers is not None and expert.answers is not None:
         agreement = float(np.mean([a == b for a, b in zip(base.answers, expert.answers, strict=True)]))
+    if base.texts is not None and expert.texts is not None:
+        common = common_part(base.texts, expert.texts)
     about = {"suite": each.suite, "group": each.group, "backend": backend, "metric": each.task.reported}
-    return TaskResult(**about, **paired.measured().model_dump(), agreement=agreement)
+    return TaskResult(**about, **paired.measured().model_dump(), agreement=agreement, common=common)
