@@ -50,9 +50,14 @@ def read_document(row: dict[str, Any], source: Source, where: str) -> Document:
         tools = _field(row, source.tools, where) if source.tools is not None else None
         conversation = read_conversation(_field(row, source.messages, where), tools, where, _unanswered(source))
     else:
-        completion = _field(row, source.completion, where) if source.completion is not None else []
+        completion = [] if _lacks_answer(row, source) else _field(row, str(source.completion), where)
         conversation = read_exchange(_field(row, str(source.prompt), where), completion, where, _unanswered(source))
     return Document(conversation.text) if source.documents == "raw" else Document.of(conversation)
+
+
+def _lacks_answer(row: dict[str, Any], source: Source) -> bool:
+    """Whether a row has no completion, and need not have one."""
+    return source.completion is None or (_unanswered(source) and not row.get(source.completion.partition(".")[0]))
 
 
 def _unanswered(source: Source) -> bool:

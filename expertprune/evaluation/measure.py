@@ -61,7 +61,8 @@ class Measuring:
         other_tokens: whether the experts have tokenizers of their own.
 
     Raises:
-        SpecError: a metric per token is asked for, and base and experts have different tokens.
+        SpecError: a metric per token is asked for, and base and experts have different tokens; or a
+            corpus has no answer before it is cut.
     """
 
     def __init__(
@@ -91,6 +92,11 @@ class Measuring:
         limit = None if self.other_tokens else self.settings.max_tokens
         for corpus in self.corpora:
             asked = {False: encode(self._texts.get(corpus.name, ()), tokenizer, limit)}
+            if any(each.answers for each in asked[False]) and not any(each.predicted for each in asked[False]):
+                raise SpecError(
+                    f"corpus {corpus.name}: no answer begins within the first {self.settings.max_tokens} tokens of its "
+                    "evaluation documents: raise evaluate.max_tokens"
+                )
             asked[True] = choices_of(corpus.questions, tokenizer) if "questions" in self.metrics else []
             for questions, sequences in asked.items():
                 if sequences:

@@ -38,41 +38,40 @@ class RoutingStatistics:
     def _weight_norms(self, layer: nn.Module) -> dict[str, Tensor]:
         """Norms of weights: what each routed expert and each neuron owns, and columns of outputs."""
         values = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
-        owned = torch.zeros(self.shape.experts, device=self.read.device)
-        neurons = torch.zeros(self.shape.experts, self.shape.ffn, device=self.read.device)
-        l1, l2 = torch.zeros_like(neurons), torch.zeros_like(neurons)
+        l1, squares = _column_sums(self.read)
+        owned, neurons = squares.sum(1), squares.clone()
         for tensor in self.experts.run:
-            # one routed expert at a time: float32 copies of all would take twice the layer's memory
-            for number, part in enumerate(values[tensor.name].movedim(tensor.expert_axis, 0)):
-                squares = _squares(part, tensor.axis)
-                owned[number] += squares.sum()
-                if tensor.axis is not None:
-                    neurons[number] += tensor.by_neuron(squares, self.shape.ffn)
-                if tensor.name == self.experts.output:
-                    l2[number] = squares.sqrt()
-        for number, part in enumerate(self.read):
-            l1[number] = part.float().abs().sum(0)
-        return {"output_l1": l1, "output_l2": l2, "neuron": neurons.sqrt(), "expert": owned.sqrt()}
+            if tensor.name == self.experts.output:
+                continue
+            of_all = values[tensor.name].movedim(tensor.expert_axis, 0)
+            if tensor.axis == 1:
+                _, own = _column_sums(of_all)
+            elif of_all.dim() == 3:  # along rows torch needs no copy
+                own = torch.linalg.vector_norm(of_all, dim=2, dtype=torch.float32).square()
+            else:
+                own = of_all.float().square().reshape(self.shape.experts, -1)
+            owned += own.sum(1)
+            if tensor.axis is not None:
+                neurons += tensor.by_neuron(own, self.shape.ffn)
+        return {"output_l1": l1, "output_l2": squares.sqrt(), "neuron": neurons.sqrt(), "expert": owned.sqrt()}
 
     def add(self, batch: Batch, call: RoutedCall) -> None:
-        """Add one batch; padding is left out."""
-        rows, length = batch.ids.shape
-        self.tokens[list(batch.documents)] += torch.tensor(batch.lengths, device=self.tokens.device)[:, None]
-        # built on the CPU, so that the device is not waited for
-        real = torch.tensor(batch.lengths)[:, None] > torch.arange(length)
-        document = torch.tensor(batch.documents)[:, None].expand(rows, length)
+        """Add one batch; padding is left out, and tokens weigh what the batch says."""
+        weights = batch.weights  # built on the CPU, so that the device is not waited for
+        self.tokens[list(batch.documents)] += weights.sum(1, keepdim=True).to(self.tokens.device)
+        document = torch.tensor(batch.documents)[:, None].expand(batch.ids.shape)
         pairs = call.pairs
-        real, document = (each.flatten().to(pairs.token.device)[pairs.token] for each in (real, document))
+        counts, document = (each.flatten().to(pairs.token.device)[pairs.token] for each in (weights, document))
         group = document * self.shape.experts + pairs.expert
-        weight = pairs.weight.float() * real
+        weight = pairs.weight.float()
         norm = torch.linalg.vector_norm(call.written, dim=1, dtype=torch.float32) * weight
-        self.routed.index_add_(0, group, real.float())
-        self.norm.index_add_(0, group, norm)
-        self.square.index_add_(0, group, norm.square())
+        self.routed.index_add_(0, group, counts)
+        self.norm.index_add_(0, group, norm * counts)
+        self.square.index_add_(0, group, norm.square() * counts)
         values = call.neurons.float() * weight[:, None]
-        batch_sum = torch.zeros_like(self.sum, dtype=torch.float32).index_add_(0, pairs.expert, values)
-        self.sum += batch_sum.double()
-        self.neurons.index_add_(0, group, values.square_())
+        batch_sum = torch.zeros_like(self.sum, dtype=torch.float32)
+        self.sum += batch_sum.index_add_(0, pairs.expert, values * counts[:, None]).double()
+        self.neurons.index_add_(0, group, values.square_().mul_(counts[:, None]))
 
     def sums(self) -> dict[str, Tensor]:
         """What is added over the members of a team, in place. A document is with one member only."""
@@ -106,10 +105,16 @@ class RoutingStatistics:
         }
 
 
-def _squares(part: Tensor, axis: int | None) -> Tensor:
-    """Sums of squares of one routed expert's tensor, float32: by position of an axis, or of all."""
-    if part.dim() == 2 and axis == 1:
-        return torch.ones(part.shape[0], device=part.device) @ part.float().square()
-    if part.dim() == 2 or axis is None:  # along rows torch needs no copy
-        return torch.linalg.vector_norm(part, dim=-1 if part.dim() else None, dtype=torch.float32).square()
-    return part.float().square()
+def _column_sums(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of absolute values and of squares of columns, `[matrices, rows, columns]` to `[matrices, columns]`.
+
+    One matrix at a time, in one buffer: float32 copies of all would take twice the layer's memory.
+    """
+    buffer = torch.empty(matrices.shape[1:], dtype=torch.float32, device=matrices.device)
+    ones = torch.ones(matrices.shape[1], device=matrices.device)
+    absolute = torch.empty(matrices.shape[0], matrices.shape[2], device=matrices.device)
+    squared = torch.empty_like(absolute)
+    for number, matrix in enumerate(matrices):
+        torch.mv(buffer.copy_(matrix).abs_().T, ones, out=absolute[number])
+        torch.mv(buffer.square_().T, ones, out=squared[number])
+    return absolute, squared

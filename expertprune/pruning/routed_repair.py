@@ -141,7 +141,8 @@ class RoutedRepair:
                 stream.hidden[number] = after
                 inputs = [real_tokens(batch, each.unflatten(0, batch.ids.shape)) for each in calls.pop()[:3]]
                 target = real_tokens(batch, targets[number]).float()
-                gathered.append((*inputs, target - real_tokens(batch, after).float(), token_weights(target)))
+                weights = token_weights(target) * real_tokens(batch, batch.weights).to(target.device)
+                gathered.append((*inputs, target - real_tokens(batch, after).float(), weights))
         finally:
             handle.remove()
         hidden, chosen, weights, residual, importance = (torch.cat(each) for each in zip(*gathered, strict=True))

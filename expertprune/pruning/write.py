@@ -145,7 +145,7 @@ def _solved_weights(
     if given.store is None or team().size > 1:  # members of a team would not have finished the same layers
         place = scratch_folder(folder / "repair")
     else:
-        place = working_folder(given.store / "repairs" / _digest(plan, base, given))
+        place = working_folder(given.store / "repairs" / f"{_digest(plan, base, given)}.unfinished")
     with place as folder:
         unfinished = Unfinished(folder)
         job = replace(job, unfinished=unfinished if team().size == 1 else None)

@@ -325,6 +325,30 @@ def test_a_build_that_does_not_fit_into_memory(workplace: Workplace, monkeypatch
     )
 
 
+def test_an_expert_outlives_an_evaluation_that_fails(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that runs out is the user's to mend; anything else is a failure of ours."""
+    refused = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4294967296 bytes."
+    for error, code, said in (
+        (RuntimeError(refused), 2, "evaluate: memory ran out (4.00 GiB more were asked for); lower"),
+        (KeyError("broken"), 1, "'broken'"),
+    ):
+        with monkeypatch.context() as patched:
+            everywhere(patched, "expertprune.evaluation.reading.compare", raising(error))
+            message = workplace.run("build", workplace.spec, "--out", workplace.out, "--overwrite", code=code)
+        assert f"the evaluation failed: {said}" in message
+        assert message.rstrip().endswith(f"run: expertprune evaluate {workplace.out}")
+        assert "Not evaluated yet" in (workplace.out / "README.md").read_text()
+    workplace.run("evaluate", workplace.out, code=0)
+    assert "Not evaluated yet" not in (workplace.out / "README.md").read_text()
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
+
+
 # --- plans and experts ----------------------------------------------------------------------------------------------
 
 
