@@ -152,7 +152,8 @@ def working_folder(path: Path) -> Iterator[Path]:
     with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         for other in path.parent.glob(f"*{path.suffix}"):
-            if other != path and not other.name.startswith(".") and _age(other) > ABANDONED_AFTER:
+            temporary = other.suffix in (".partial", ".replaced")  # of a run that `_remove_leftovers` looks for
+            if other != path and not temporary and _age(other) > ABANDONED_AFTER:
                 with _locked(other) as lock:
                     if lock is not _Lock.TAKEN:
                         shutil.rmtree(other, ignore_errors=True)

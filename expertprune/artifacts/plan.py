@@ -263,6 +263,7 @@ class _ShapeDocument(_Record):
     kv_heads: int
     head_dim: int
     experts: int = 0
+    expert_groups: int = 1
 
 
 class _LayerDocument(_Record):
@@ -299,6 +300,8 @@ def _layer_document(index: int, layer: LayerPlan, shape: LayerShape) -> dict[str
     of, kept = asdict(shape), {name: format_indices(units) for name, units in vars(layer.kept).items()}
     if not shape.experts:
         del of["experts"], kept["experts"]
+    if shape.expert_groups == 1:
+        del of["expert_groups"]
     return {
         "layer": index,
         "of": of,
@@ -352,7 +355,7 @@ def _check_kept(shape: LayerShape, kept: KeptUnits, layer: int) -> None:
             continue
         if not indices or indices[-1] >= count:
             raise ValueError(f"layer {layer}: {what} must keep some of 0-{count - 1}")
-    per_group = len(kept.query_heads) // len(kept.kv_groups)
+    per_group = len(kept.query_heads) // max(1, len(kept.kv_groups))
     groups = [head // shape.heads_per_group for head in kept.query_heads]
     if groups != [group for group in kept.kv_groups for _ in range(per_group)]:
         raise ValueError(f"layer {layer}: the query heads are not the same number in each kept KV group")

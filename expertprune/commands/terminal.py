@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from expertprune.errors import ExpertpruneError, SpecError
 from expertprune.files import MEMORY_VARIABLE, SPOOL_VARIABLE, to_json
+from expertprune.progress import within_memory
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -73,7 +74,8 @@ def reporting(command: F) -> F:
         with contextlib.suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            return command(*args, **kwargs)
+            with within_memory(command.__name__):  # outside of any stage too, such as while a model is loaded
+                return command(*args, **kwargs)
         except ExpertpruneError as error:
             problems = error.problems if isinstance(error, SpecError) else [str(error)]
             for problem in problems:
@@ -165,7 +167,8 @@ def progress_bar(stage: str, steps: int) -> Iterator[Callable[[], None]]:
             done = progress.tasks[0].completed + 1
             progress.update(task, completed=done, total=max(steps, done))
 
-        yield step
+        with within_memory(stage):
+            yield step
         progress.update(task, total=progress.tasks[0].completed)
 
 

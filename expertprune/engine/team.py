@@ -209,9 +209,7 @@ def _cut(batches: Sequence[Batch], wanted: int) -> list[Batch]:
         largest = found.pop(max(sizes)[1])
         middle = len(largest.documents) // 2
         for part in (slice(0, middle), slice(middle, None)):
-            lengths = largest.lengths[part]
-            ids = largest.ids[part, : max(lengths)]
-            found.append(replace(largest, ids=ids, lengths=lengths, documents=largest.documents[part]))
+            found.append(largest.part(part))
     return found
 
 

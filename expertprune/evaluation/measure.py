@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from expertprune.artifacts.evaluation import CorpusResult, DocumentBits, Evaluation, Group, Measured, Settings
-from expertprune.corpora.batches import Batch
-from expertprune.corpora.documents import Corpus, CorpusName, Document
+from expertprune.corpora.batches import Batch, encode
+from expertprune.corpora.chat import Rendered
+from expertprune.corpora.documents import Corpus, CorpusName
 from expertprune.engine.team import team
 from expertprune.errors import SpecError
 from expertprune.evaluation.alignment import Aligning
-from expertprune.evaluation.documents import asked_of, cut_at, document_rows, document_rows_apart
+from expertprune.evaluation.documents import document_rows, document_rows_apart, texts_of
 from expertprune.evaluation.questions import choices_of, paired_answers, right_answers
 from expertprune.evaluation.reading import Compared, Floats, Read, Reading, bits, compare, read, read_together
 from expertprune.evaluation.retention import RESAMPLES, document_metrics
@@ -60,7 +61,8 @@ class Measuring:
         other_tokens: whether the experts have tokenizers of their own.
 
     Raises:
-        SpecError: a metric per token is asked for, and base and experts have different tokens.
+        SpecError: a metric per token is asked for, and base and experts have different tokens; or a
+            corpus has no answer before it is cut.
     """
 
     def __init__(
@@ -74,10 +76,9 @@ class Measuring:
                 "different tokens; use bits_per_byte"
             )
         # Where the expert has other tokens, both read what the base's tokens are cut to.
-        self._texts: dict[str, Sequence[Document]] = {
-            corpus.name: cut_at(corpus.evaluation, tokenizer, settings.max_tokens)
-            if other_tokens
-            else corpus.evaluation
+        end = settings.max_tokens if other_tokens else None
+        self._texts: dict[str, Sequence[Rendered]] = {
+            corpus.name: texts_of(corpus.evaluation, tokenizer, end)
             for corpus in corpora
             if set(self.metrics) - {"questions"}
         }
@@ -90,7 +91,12 @@ class Measuring:
         parts, readings, first = [], [], 0
         limit = None if self.other_tokens else self.settings.max_tokens
         for corpus in self.corpora:
-            asked = {False: asked_of(self._texts.get(corpus.name, ()), tokenizer, limit)}
+            asked = {False: encode(self._texts.get(corpus.name, ()), tokenizer, limit)}
+            if any(each.answers for each in asked[False]) and not any(each.predicted for each in asked[False]):
+                raise SpecError(
+                    f"corpus {corpus.name}: no answer begins within the first {self.settings.max_tokens} tokens of its "
+                    "evaluation documents: raise evaluate.max_tokens"
+                )
             asked[True] = choices_of(corpus.questions, tokenizer) if "questions" in self.metrics else []
             for questions, sequences in asked.items():
                 if sequences:

@@ -29,14 +29,17 @@ SOURCES = ("arch", "artifacts/profile.py", "corpora/batches.py", "models/layers.
            "models/sources.py", "models/spool.py", "models/streaming.py", "profiling", "units.py")  # fmt: skip
 
 
-def profile_key(base: ResolvedBase, documents: Sequence[Document], max_tokens: int) -> ProfileKey:
-    """What the profile of these documents depends on, on this machine."""
-    digests = [digest_of(document.text) for document in documents]  # white space counts here
+def profile_key(base: ResolvedBase, text: str, max_tokens: int) -> ProfileKey:
+    """What a profile depends on, on this machine.
+
+    Args:
+        text: digest of the tokens that are read, see `CalibrationText`.
+    """
     remote = _digest_of_files(sorted(base.folder.rglob("*.py")), base.folder) if base.trust_remote_code else ""
     return ProfileKey(
         model=base.digest,
         tokenizer=base.tokenizer_digest,
-        corpus=digest_of(digests),
+        corpus=text,
         max_tokens=max_tokens,
         dtype=str(base.dtype).removeprefix("torch."),
         device=base.device.type,
@@ -94,12 +97,11 @@ def measure(
     """
     # A team starts a profile anew: its members would not have finished the same layers.
     alone = team().size == 1
-    with working_folder(path.with_suffix(".working")) if alone else contextlib.nullcontext(None) as folder:
+    with working_folder(path.with_name(f".{path.stem}.working")) if alone else contextlib.nullcontext(None) as folder:
         traversal = Traversal(text, parts, working=Working(folder))
         with track(f"profile {about['corpus']}", traversal.steps) as step:
             found = traversal.run(step)
-    if team().leads:
-        for part, statistics in found.items():
+        for part, statistics in found.items() if team().leads else ():
             own = {} if part == FORWARD else {"part": str(part)}
             save_profile(part.path(path), {**about, "tokens": text.tokens, **own}, statistics)
     team().wait()

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expertprune.arch import Block, Family
+from expertprune.arch import Block, Experts, Family
 from expertprune.models.layers import Call, observed
 from expertprune.models.passes import Stream, alone, real_tokens
 from expertprune.models.spool import Spool
+from expertprune.pruning.routed_repair import RoutedRepair
 from expertprune.pruning.solve import Moments, before_norm, least_squares, token_weights
 from expertprune.units import KeptUnits, LayerShape, Structure
 
@@ -53,10 +54,15 @@ class LayerRepair:
     together: Callable[[dict[str, Tensor]], None] = alone
 
     def touches(self, structure: Structure) -> bool:
-        """Whether an output projection lost inputs. Those of routed experts are not repaired here."""
+        """Whether the output projection of a block lost inputs."""
         if structure is Structure.FFN:
             return self.family.has_ffn and len(self.kept.ffn) < self.shape.ffn
         return len(self.kept.query_heads) < self.shape.query_heads
+
+    @property
+    def experts(self) -> Experts | None:
+        """The layer's routed experts, where some of them or of their neurons are dropped."""
+        return self.family.experts_of(self.shape) if len(self.kept.ffn) < self.shape.neurons else None
 
     def weights(self, dense: Stream, expert: Stream, damping: float) -> Iterator[tuple[str, Tensor]]:
         """Full names and values of the weights that are solved for; both streams are then behind the layer.
@@ -103,6 +109,9 @@ class LayerRepair:
         Args:
             attend: called before each batch, with its number.
         """
+        if self.experts is not None:
+            yield from self._solve_routed(self.experts, dense, expert, damping, attend)
+            return
         if not self.touches(Structure.FFN):
             for number in range(len(expert.batches)):
                 attend(number)
@@ -121,6 +130,17 @@ class LayerRepair:
         for number in range(len(expert.batches)):
             expert.hidden[number] = self._moved(expert.hidden[number], inputs[number], change)
         yield self._name(Structure.FFN), repaired
+
+    def _solve_routed(
+        self, experts: Experts, dense: Stream, expert: Stream, damping: float, attend: Callable[[int], None]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Run the whole layer, and repair the outputs of its routed experts."""
+        prefix = self.family.layer_prefix(self.index)
+        names = [prefix + experts.output_of(number) for number in self.kept.experts]
+        on_disk = (*names, prefix + experts.output, prefix + experts.stored.get(experts.output, ""))
+        dtype = next((self.stored[name] for name in on_disk if name in self.stored), None)
+        routed = RoutedRepair(self.small, experts, self.index, damping, dtype)
+        yield from zip(names, routed.solve(expert, dense.hidden, attend), strict=True)
 
     def _moved(self, after: Tensor, inputs: Tensor, change: Tensor) -> Tensor:
         """A batch behind the layer, once its FFN's output projection has changed."""
@@ -171,7 +191,8 @@ class LayerRepair:
         """Add one batch: `target` and `after` are the base's and the expert's stream behind the block."""
         block, batch = self.family.block(structure), stream.batches[number]
         wanted = real_tokens(batch, target).float()
-        residual, weights = wanted - real_tokens(batch, after).float(), token_weights(wanted)
+        residual = wanted - real_tokens(batch, after).float()
+        weights = token_weights(wanted) * real_tokens(batch, batch.weights).to(wanted.device)
         if block.output_norm is not None:
             given = (_joined(self.small, block, call.output), call.output, seen.outputs[structure][number])
             joined, own, output = (real_tokens(batch, states).float() for states in given)

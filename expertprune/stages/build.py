@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ from expertprune.progress import Track, silent
 from expertprune.stages.compose import plan_of
 from expertprune.stages.elsewhere import agreed, received, run_with, sent
 from expertprune.stages.evaluate import Meanwhile, evaluated_after, measure_folder, measuring, record
+from expertprune.stages.forecast import forecast
 from expertprune.stages.profile import profile_tasks
 from expertprune.stages.prune import write_folder
 from expertprune.stages.validate import Prepared, SpecLike
+
+log = logging.getLogger(__name__)
 
 
 def build(
@@ -45,6 +49,8 @@ def build(
     prepared = run_with(agreed(spec, overrides, store), engine.device)
     team().check_shared(out.absolute().parent, "--out")
     require_room(out, prepared.base.checkpoint.weight_bytes)
+    if team().leads:
+        log.warning("%s: this will take about %s", prepared.spec.name, next(forecast(prepared, stored=True).lines()))
     engine.run(profile_tasks(prepared), track)
     engine.run([_task(prepared, out, overwrite)], track)
     return out

@@ -20,12 +20,13 @@ from expertprune.evaluation.reading import Read
 from expertprune.files import store_folder
 from expertprune.models.loading import load_tokenizer
 from expertprune.models.passes import TextRun
-from expertprune.models.running import RunningBase, run_folder
+from expertprune.models.running import RunningBase, stream_folder
 from expertprune.progress import Track, silent
 from expertprune.pruning.repair import Passengers
 from expertprune.reporting.card import write_card
 from expertprune.spec.schema import Evaluate
 from expertprune.stages.elsewhere import facts
+from expertprune.stages.generate import generator
 from expertprune.stages.validate import evaluation_corpora, leak_guard
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def evaluate(
     with team().after_the_first():
         resolved = described.find_base(place, spec.base)
     team().agree({**facts(resolved), "expert": described.plan.digest})
-    loaded: dict[CorpusName, Corpus] = load_corpora(spec)
+    loaded: dict[CorpusName, Corpus] = load_corpora(spec, place, generator(resolved, spec, place, write=False))
     evaluated = evaluation_corpora(spec, loaded, leak_guard(loaded, described.calibration_digests))
     running = RunningBase(resolved)
     evaluator = measuring(running, evaluated, spec.evaluate, described.plan.vocabulary is not None)
@@ -83,7 +84,7 @@ def measure_folder(
     base = running.base
     tokenizer = load_tokenizer(folder, base.trust_remote_code) if evaluator.other_tokens else None
     with track("evaluate", evaluator.steps(len(base.layers))) as step:
-        expert = team().run(TextRun(run_folder(folder, base), base.family, (), ()))
+        expert = team().run(TextRun(stream_folder(folder, base), base.family, (), ()))
         return evaluator.against(expert, step, tokenizer, align)
 
 

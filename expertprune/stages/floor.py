@@ -65,7 +65,7 @@ def budgets_to_try(prepared: Prepared) -> list[Budget]:
     base, budget, shape = prepared.base, prepared.spec.budget, prepared.base.layers[0]
     parts = 1 if prepared.spec.compose.allocation == "uniform" else min(_BETWEEN, len(base.layers))
     found, before = [], 0
-    for width in reversed(legal_ffn(shape, budget.multiple_of, budget.floor)[:-1]):
+    for width in reversed(legal_ffn(shape, budget.ffn_step, budget.floor)[:-1]):
         layer = replace(LayerWidths.own(shape), ffn=width)
         removed = removed_parameters(base, [layer] * len(base.layers))
         for part in range(1, parts + 1):

@@ -50,7 +50,7 @@ def prune(
 def _check_corpora(found: Found, plan: Plan) -> None:
     """Raises `PlanError` if a corpus is no longer what it was when the plan was made: the repair would mix the two."""
     for name, text in found.calibration.items():
-        key = profile_key(found.base, text.documents, found.spec.calibration.max_tokens)
+        key = profile_key(found.base, text.digest, found.spec.calibration.max_tokens)
         if not key.same_text(plan.profiles.get(str(name))):
             raise PlanError(f"corpus {name} has changed since the plan was made: compose it again")
 
@@ -99,7 +99,11 @@ def describe_expert(prepared: Prepared, plan: Plan, folder: Path) -> Expert:
             weight_bytes=base.checkpoint.weight_bytes,
         ),
         corpora={
-            str(name): CorpusRecord(digest=corpus.digest, documents=[each.digest for each in corpus.calibration])
+            str(name): CorpusRecord(
+                digest=corpus.digest,
+                documents=[each.digest for each in corpus.calibration],
+                generated=corpus.generated,
+            )
             for name, corpus in prepared.corpora.items()
         },
         versions={"expertprune": __version__, **versions},

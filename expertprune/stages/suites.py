@@ -19,14 +19,18 @@ from expertprune.engine.team import team
 from expertprune.errors import SpecError, UsageError, gathered
 from expertprune.evaluation.harness import tasks as harness
 from expertprune.evaluation.harness.stored import versions
-from expertprune.evaluation.harness.tasks import HarnessTask, Scores, less_is_better
+from expertprune.evaluation.harness.tasks import HarnessTask, Scores, common_part, less_is_better
 from expertprune.evaluation.retention import Counted, Paired, bits_per_byte, summarize
 from expertprune.evaluation.suites import Suite, TaskEntry, bare_task, find_suites
 from expertprune.files import digest_of, store_folder
+from expertprune.models.loading import load_tokenizer
+from expertprune.models.running import to_stream
+from expertprune.models.spool import Limits
 from expertprune.progress import Track, silent
 from expertprune.reporting.card import write_card
 from expertprune.spec.schema import Spec
 from expertprune.stages.elsewhere import base_with, check_same
+from expertprune.stages.generate import generator
 from expertprune.stages.suite_scores import Backend, ChosenTask, Measurement
 from expertprune.stages.validate import leak_guard
 
@@ -146,17 +150,24 @@ class Asked:
             harness.require_harness(served=self.backend == "vllm")
             harness.check_names([entry for entry, _, _ in entries])
         resolved = base_with(expert.find_base(place, spec.base), spec.base, device, dtype)
+        if entries and self.backend == "hf" and to_stream(resolved.checkpoint, resolved, Limits.of_environment()):
+            raise UsageError(
+                "tasks call the model as a whole, and the base's layers are streamed (base.layers): give --backend vllm, "
+                "which may share it over several GPUs, or measure the spec's corpora with `expertprune evaluate` alone"
+            )
         problems: list[str] = []
         corpora: list[Corpus] = []
         chosen: list[ChosenTask] = []
-        own = load_corpora(spec)
+        own = load_corpora(spec, place, generator(resolved, spec, place, write=False))
         guard = leak_guard(own, expert.calibration_digests)
         with gathered(problems):
-            corpora = guard.clean(_corpora(spec, suites, own))
+            corpora = guard.clean(_corpora(spec, suites, own, place))
+        asked_in_chat = any(entry.chat for entry, _, _ in entries)
+        tokenizer = load_tokenizer(resolved.folder, resolved.trust_remote_code) if asked_in_chat else None
         for entry, suite, generates in entries:
             with gathered(problems):
                 wanted = harness.generates(entry) if generates is None else generates
-                task = harness.load_task(entry, wanted, self.limit)
+                task = harness.load_task(entry, wanted, self.limit, tokenizer)
                 chosen.append(ChosenTask(task, suite, entry.group_for(spec.dimensions)))
         problems += guard.problems(
             *(Examples(f"task {each.task.label}", "examples", each.task.texts) for each in chosen)
@@ -220,7 +231,7 @@ def _entries(suites: Sequence[Suite], names: Sequence[str]) -> list[tuple[TaskEn
     return found + [(entry, suite, None) for entry, suite in bare if entry.label not in known]
 
 
-def _corpora(spec: Spec, suites: Sequence[Suite], own: Mapping[CorpusName, Corpus]) -> list[Corpus]:
+def _corpora(spec: Spec, suites: Sequence[Suite], own: Mapping[CorpusName, Corpus], store: Path) -> list[Corpus]:
     """The corpora that the suites name; those that the spec does not name count as general."""
     wanted: list[str] = []
     for suite in suites:
@@ -234,7 +245,7 @@ def _corpora(spec: Spec, suites: Sequence[Suite], own: Mapping[CorpusName, Corpu
         others += [] if matches else [name]
     if others:
         try:
-            loaded = load_corpora(spec.model_copy(update={"general": [*spec.general, *others]}))
+            loaded = load_corpora(spec.model_copy(update={"general": [*spec.general, *others]}), store)
         except SpecError as error:
             raise SpecError([f"perplexity.corpora: {problem}" for problem in error.problems]) from None
         names = [CorpusName(GENERAL, name) for name in others]
@@ -250,8 +261,10 @@ def _paired(task: HarnessTask, base: Scores, expert: Scores) -> Paired:
 
 
 def _result(each: ChosenTask, backend: Backend, paired: Paired, base: Scores, expert: Scores) -> TaskResult:
-    agreement = None
+    agreement = common = None
     if base.answers is not None and expert.answers is not None:
         agreement = float(np.mean([a == b for a, b in zip(base.answers, expert.answers, strict=True)]))
+    if base.texts is not None and expert.texts is not None:
+        common = common_part(base.texts, expert.texts)
     about = {"suite": each.suite, "group": each.group, "backend": backend, "metric": each.task.reported}
-    return TaskResult(**about, **paired.measured().model_dump(), agreement=agreement)
+    return TaskResult(**about, **paired.measured().model_dump(), agreement=agreement, common=common)

@@ -172,6 +172,7 @@ def test_generated_answers_are_extracted_matched_and_compared_with_the_bases(wor
     assert (entry["base"], entry["expert"], entry["agreement"]) == pytest.approx(
         (base, expert, (mine == theirs).mean())
     )
+    assert 0 <= entry["common"] <= 1
     assert (entry["chance"], entry["metric"], entry["group"]) == (None, "exact_match", "general")
     assert entry["retention"] == pytest.approx(expert / base)
 
