@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from expertprune.arch import Experts
-from expertprune.models.passes import Stream, real_tokens
+from expertprune.models.passes import Stream, alone, real_tokens
 from expertprune.models.routed import Dispatch, RoutedExperts
 from expertprune.models.spool import Spool
 from expertprune.pruning.solve import token_weights
@@ -42,7 +42,7 @@ def routed_ridge(moments: RoutedMoments, damping: float) -> Tensor:
     expert have there. The square undoes that, so an expert that was hardly seen stays as it is.
     """
     energy = moments.gram.diagonal().double()
-    scarcity = globals().get("KAPPA", 1.0) * (energy.numel() / moments.tokens) ** 2
+    scarcity = (energy.numel() / moments.tokens.clamp_min(1e-6)) ** 2  # finite for an expert without tokens
     return energy * (damping + scarcity) + 1e-3 * damping * energy.median() + torch.finfo(torch.float32).tiny
 
 
@@ -85,11 +85,13 @@ class RoutedRepair:
 
     Their projections are solved one after the other for the error that the others leave, `SWEEPS`
     times. This comes close to solving them together, whose Gram matrix would have all neurons of
-    the layer. An expert that no token comes to stays as it is.
+    the layer. An expert that no token comes to stays as it is. Every member of a team solves the
+    same sums.
 
     Attributes:
         small: the pruned layer. Its output projections are replaced.
         stored: the dtype that they are written in; default: as they run.
+        together: adds sums of the other members of a team, in place (see `TextRun`).
     """
 
     small: nn.Module
@@ -97,6 +99,7 @@ class RoutedRepair:
     index: int
     damping: float
     stored: torch.dtype | None = None
+    together: Callable[[dict[str, Tensor]], None] = alone
 
     @torch.no_grad()
     def solve(self, stream: Stream, targets: Spool, attend: Callable[[int], None]) -> Tensor:
@@ -112,12 +115,13 @@ class RoutedRepair:
         """
         tokens = self._collected(stream, targets, attend)
         runner = RoutedExperts(self.small, self.experts)
-        solution = _Solution(runner, tokens, self.damping, self.stored or runner.written.dtype)
+        solution = _Solution(runner, tokens, self.damping, self.stored or runner.written.dtype, self.together)
         for _ in range(SWEEPS):
             start = 0
             for expert, count in enumerate(tokens.counts):
-                if count:
-                    solution.solve(expert, slice(start, start + count))
+                solution.solve(
+                    expert, slice(start, start + count)
+                )  # without tokens too: others of a team may have some
                 start += count
         weight = self.small.get_parameter(self.experts.output)
         weight.data = solution.repaired.transpose(1, 2) if self.experts.transposed else solution.repaired
@@ -166,8 +170,15 @@ class RoutedRepair:
 class _Solution:
     """The output projections so far: `repaired` as they are written, and `change` since the start."""
 
-    def __init__(self, runner: RoutedExperts, tokens: _Tokens, damping: float, stored: torch.dtype) -> None:
-        self.runner, self.tokens, self.damping, self.stored = runner, tokens, damping, stored
+    def __init__(
+        self,
+        runner: RoutedExperts,
+        tokens: _Tokens,
+        damping: float,
+        stored: torch.dtype,
+        together: Callable[[dict[str, Tensor]], None],
+    ) -> None:
+        self.runner, self.tokens, self.damping, self.stored, self.together = runner, tokens, damping, stored, together
         self.weight = runner.written.detach()
         self.repaired = self.weight.clone()
         self.change = torch.zeros(self.weight.shape, dtype=torch.float32, device=self.weight.device)
@@ -182,7 +193,9 @@ class _Solution:
         gram = weighted.T @ neurons
         cross = tokens.residual[place].T @ weighted + before @ gram
         seen = importance * gate.square()
-        moments = RoutedMoments(gram, cross, seen.sum().square() / seen.square().sum().clamp_min(1e-30))
+        counts = torch.stack([seen.sum(), seen.square().sum()])
+        self.together({"gram": gram, "cross": cross, "counts": counts})
+        moments = RoutedMoments(gram, cross, counts[0].square() / counts[1].clamp_min(1e-30))
         wished = self.weight[expert].float() + routed_least_squares(moments, self.damping)
         self.repaired[expert] = wished.to(self.stored).to(self.weight.dtype)
         self.change[expert] = self.repaired[expert].float() - self.weight[expert].float()
