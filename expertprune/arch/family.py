@@ -16,8 +16,8 @@ from pydantic import Field, ValidationError, model_validator
 from expertprune.arch.blocks import NO_FFN, Block, ConfigKeys, CoupledTensor, Data, Experts, Rewrite
 from expertprune.arch.gguf import GgufForm
 from expertprune.errors import CheckpointError, PlanError
+from expertprune.files import problems_of
 from expertprune.registry import loaded, nearest, plugins
-from expertprune.spec.reading import problems_of
 from expertprune.units import DENSE, KeptUnits, LayerShape, Structure
 
 _HERE = Path(__file__).parent

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from expertprune.errors import PlanError
-from expertprune.files import digest_of, write_json
+from expertprune.files import PLAN, digest_of, read_json, staged_output, to_json
 from expertprune.spec.schema import Retention
 from expertprune.spec.values import Amount, Rows
 from expertprune.units import (
@@ -231,19 +230,15 @@ class Plan:
         except ValueError as error:
             raise PlanError(f"{where}: damaged plan: {error}; compose it again") from None
 
-    def save(self, path: Path) -> None:
-        write_json(path, self.document())
+    def save(self, path: Path, overwrite: bool = False) -> None:
+        """Write the plan. Raises `CheckpointError` if something is there that may not be replaced."""
+        with staged_output(path, PLAN, overwrite) as temporary:
+            temporary.write_text(to_json(self.document()) + "\n", encoding="utf-8")
 
 
 def load_plan(path: Path) -> Plan:
     """Read a plan; raises `PlanError` if the file is missing or is no plan."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PlanError(f"{path}: no such file") from None
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PlanError(f"{path}: not a plan: {error}") from None
-    return Plan.from_document(data, str(path))
+    return Plan.from_document(read_json(path, error=PlanError), str(path))
 
 
 # --- the document ---------------------------------------------------------------------------------------------------

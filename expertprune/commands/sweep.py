@@ -7,7 +7,16 @@ from typing import Any
 
 import click
 
-from expertprune.commands.terminal import common, progress_bar, reporting, set_option, show, spec_argument, store_option
+from expertprune.commands.terminal import (
+    common,
+    overwrite_picture,
+    progress_bar,
+    reporting,
+    set_option,
+    show,
+    spec_argument,
+    store_option,
+)
 
 
 def _fractions(_: click.Context, __: click.Parameter, text: str) -> list[float]:
@@ -35,6 +44,7 @@ def _fractions(_: click.Context, __: click.Parameter, text: str) -> list[float]:
 )  # fmt: skip
 @click.option("--keep-experts", is_flag=True, help="Keep the experts too, in OUT/NAME-BUDGET.")
 @click.option("--picture", type=click.Path(path_type=Path), help="Draw the curve into this .png or .svg file.")
+@overwrite_picture
 @set_option
 @store_option
 @common
@@ -45,6 +55,7 @@ def sweep(
     out: Path | None,
     keep_experts: bool,
     picture: Path | None,
+    overwrite: bool,
     overrides: dict[str, Any],
     store: Path | None,
     as_json: bool,
@@ -59,8 +70,8 @@ def sweep(
     from expertprune.stages import sweep as sweeping
 
     if picture is not None:
-        check_picture(picture, made=out)
+        check_picture(picture, made=out, overwrite=overwrite)
     result = sweeping.sweep(spec, budgets, out, keep_experts, store, overrides, progress_bar)
     if picture is not None:
-        retention_curve(result, picture)
+        retention_curve(result, picture, overwrite)
     show(as_json, result.document(), lambda: sweep_table(result))

@@ -107,6 +107,14 @@ spec_argument = click.argument("spec", type=click.Path(path_type=Path))
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the expert that is there.")
 
 
+overwrite_picture = click.option("--overwrite", is_flag=True, help="Replace the picture that is there.")
+
+
+overwrite_file = click.option(
+    "--overwrite", is_flag=True, help="Replace the file that is there, if it is of this kind."
+)
+
+
 def _settings(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
     settings = {}
     for value in values:

@@ -13,9 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from expertprune.artifacts.evaluation import Group
 from expertprune.corpora.documents import CorpusName
 from expertprune.errors import SpecError, gathered
-from expertprune.files import digest_of, read_yaml, shipped
+from expertprune.files import digest_of, problems_of, read_yaml, shipped
 from expertprune.registry import nearest
-from expertprune.spec.reading import problems_of
 from expertprune.spec.schema import DIMENSIONS, Dimensions
 from expertprune.spec.values import Names
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from expertprune.artifacts.plan import Plan, RetentionFound
 from expertprune.artifacts.profile import Profile
@@ -17,6 +15,7 @@ from expertprune.corpora.documents import CorpusName
 from expertprune.errors import PlanError
 from expertprune.evaluation.documents import score_documents
 from expertprune.evaluation.retention import bits_per_byte
+from expertprune.files import temporary_folder
 from expertprune.models.running import run_folder
 from expertprune.progress import Track
 from expertprune.pruning.repair import check_repair
@@ -127,9 +126,7 @@ def _try(prepared: Prepared, profiles: Mapping[CorpusName, Profile], budget: Bud
     repair_input = None
     if check_repair(prepared.spec.compensation.method).runs_model:
         repair_input = RepairInput(prepared.running.model, prepared.repair_batches(), prepared.spec.compensation)
-    with tempfile.TemporaryDirectory(prefix="expertprune-") as temporary:
-        folder = Path(temporary) / "expert"
-        folder.mkdir()
+    with temporary_folder() as folder:
         prune(plan, prepared.base, folder, repair_input)
         expert = run_folder(folder, prepared.base)
     return plan, measure(prepared, expert)

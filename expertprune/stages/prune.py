@@ -9,7 +9,7 @@ from expertprune.artifacts.expert import BaseRecord, CorpusRecord, Expert, ances
 from expertprune.artifacts.plan import Plan, load_plan
 from expertprune.composition.scoring import check_criterion
 from expertprune.errors import PlanError
-from expertprune.files import check_output, require_room, staged_folder, store_folder
+from expertprune.files import check_inputs, check_output, require_room, staged_folder, store_folder
 from expertprune.profiling.store import profile_key
 from expertprune.progress import Track, silent
 from expertprune.pruning.repair import check_repair
@@ -29,10 +29,11 @@ def prune(
 ) -> Path:
     """Apply a plan: cut, repair as the plan's spec says, and write the expert's folder. It is not evaluated."""
     out = Path(out)
-    check_output(out, overwrite)
+    check_output(out, overwrite, inputs=[] if isinstance(plan, Plan) else [Path(plan)])
     plan = plan if isinstance(plan, Plan) else load_plan(Path(plan))
     spec = parse_spec(dict(plan.spec), f"plan {plan.name!r}", Path.cwd())
     found = find(spec, store_folder(store), evaluate=False)
+    check_inputs(out, found.inputs)
     check_plan(plan, found.base)
     require_room(out, bytes_needed(plan, found.base))
     _check_corpora(found, plan)

@@ -17,12 +17,14 @@ from expertprune.artifacts.sweep import SWEEP_SCHEMA, Point, Sweep, SweptBase
 from expertprune.errors import CheckpointError, PlanError, SpecError
 from expertprune.evaluation.retention import Floats, pooled
 from expertprune.files import (
+    check_output,
     check_parent,
     digest_of,
     folder_size,
     require_room,
     staged_folder,
     store_folder,
+    temporary_folder,
 )
 from expertprune.models.base import ResolvedBase
 from expertprune.progress import Track, silent
@@ -72,6 +74,7 @@ def sweep(
     places = {} if folder is None or not keep else {value: folder / f"{spec.name}-{value!r}" for value in prepared}
     for value, place in places.items():
         _check_place(place, prepared[value].spec)
+        check_output(place, overwrite=True, inputs=found.inputs)
 
     plans = {value: plan_of(each, track) for value, each in prepared.items()}
     keys = {value: _key(plan, found) for value, plan in plans.items()}
@@ -189,9 +192,7 @@ def _place(kept: Path | None) -> Iterator[Path]:
         with staged_folder(kept, overwrite=True) as folder:
             yield folder
     else:
-        with tempfile.TemporaryDirectory(prefix="expertprune-") as temporary:
-            folder = Path(temporary) / "expert"
-            folder.mkdir()
+        with temporary_folder() as folder:
             yield folder
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from expertprune.artifacts.expert import ancestor_of
+from expertprune.artifacts.expert import ancestor_of, places_of_bases
 from expertprune.composition.coverage import check_enough
 from expertprune.composition.defaults import AUTO, resolved
 from expertprune.composition.plan import foreseen_widths
@@ -27,7 +27,7 @@ from expertprune.pruning.repair import repairs
 from expertprune.pruning.selfcheck import check_family
 from expertprune.registry import Registry
 from expertprune.relevance import criteria
-from expertprune.spec.reading import load_spec, parse_spec
+from expertprune.spec.reading import load_spec, parse_spec, with_corpus_paths
 from expertprune.spec.schema import Budget, Spec
 from expertprune.spec.values import Coverage
 
@@ -67,6 +67,13 @@ class Found:
     evaluated: Sequence[Corpus]
     store: Path
     running: RunningBase
+
+    @property
+    def inputs(self) -> list[Path]:
+        """The files and folders that are read: the base, the bases that it was cut from, and the corpora."""
+        paths: list[Path] = []
+        with_corpus_paths(self.spec, lambda _, path: paths.append(Path(path)) or path)  # type: ignore[func-returns-value]
+        return [*places_of_bases(self.base, self.store), *paths]
 
     def repair_batches(self) -> list[Batch]:
         """The calibration text of all corpora together, each document once."""

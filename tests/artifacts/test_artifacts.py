@@ -146,9 +146,9 @@ def test_a_damaged_plan_is_refused_with_a_reason(tmp_path: Path, place: Any, val
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "not a plan: "),
-        (b"{", "not a plan: "),
-        (b"\xff\xfe{}", "not a plan: "),
+        (b"", "not valid JSON: "),
+        (b"{", "not valid JSON: "),
+        (b"\xff\xfe{}", "not UTF-8 text: "),
         (b"[]", "not a plan"),
         (b"{}", "not a plan"),
         (b'{"kind": "evaluation", "schema": 1}', "not a plan"),

@@ -239,7 +239,7 @@ def test_inspect_refuses_what_is_no_artifact(tmp_path: Path) -> None:
         "notes.txt": "is no spec (.yaml), profile (.safetensors), plan (.json) or expert (a folder)",
         "folder": "is no expert",
         "data.json": "not a plan",
-        "broken.json": "not a plan",
+        "broken.json": "not valid JSON",
         "noise.safetensors": "not a readable profile",
         "weights.safetensors": "a profile of schema None",
     }.items():

@@ -1,0 +1,47 @@
+"""Files and folders: written whole or not at all, read within limits, digests, disk room, and what ships."""
+
+from expertprune.files.digests import digest_of
+from expertprune.files.outputs import (
+    EXPERT,
+    GENERATOR,
+    GGUF,
+    PAGE,
+    PICTURE,
+    PLAN,
+    Kind,
+    check_inputs,
+    check_output,
+    check_parent,
+)
+from expertprune.files.ownership import age, locked, remove_leftovers, temporary_folder
+from expertprune.files.places import EXPERT_FILE, folder_size, require_room, shipped, store_folder, user_path
+from expertprune.files.reading import (
+    as_model,
+    not_a_file,
+    opened,
+    parse_json,
+    parse_yaml,
+    read_bytes,
+    read_json,
+    read_model,
+    read_text,
+    read_yaml,
+)
+from expertprune.files.staging import (
+    file_digest,
+    staged_file,
+    staged_folder,
+    staged_output,
+    to_json,
+    write_file,
+    write_json,
+)
+from expertprune.files.validation import problems_of
+
+__all__ = [
+    "EXPERT", "EXPERT_FILE", "GENERATOR", "GGUF", "PAGE", "PICTURE", "PLAN", "Kind", "age", "as_model", "check_inputs",
+    "check_output", "check_parent", "digest_of", "file_digest", "folder_size", "locked", "not_a_file", "opened",
+    "parse_json", "parse_yaml", "problems_of", "read_bytes", "read_json", "read_model", "read_text", "read_yaml",
+    "remove_leftovers", "require_room", "shipped", "staged_file", "staged_folder", "staged_output", "store_folder",
+    "temporary_folder", "to_json", "user_path", "write_file", "write_json",
+]  # fmt: skip
