@@ -18,7 +18,7 @@ from expertprune.artifacts.record import Record
 from expertprune.errors import CheckpointError, ExpertpruneError, SpecError
 from expertprune.files import EXPERT_FILE, as_model, digest_of, problems_of, read_json, write_json
 from expertprune.models.base import ResolvedBase, resolve_base
-from expertprune.spec.reading import parse_spec, with_corpus_paths
+from expertprune.spec.reading import parse_spec, trusting, with_corpus_paths
 from expertprune.spec.schema import Base, Spec
 
 EXPERT_SCHEMA = 2
@@ -219,7 +219,7 @@ class Expert(Description):
         if problems:
             raise SpecError(problems)
         spec.base = self.local_base(store)
-        return parse_spec(spec.document(), str(self.folder / EXPERT_FILE), Path.cwd(), overrides)
+        return trusting(parse_spec(spec.document(), str(self.folder / EXPERT_FILE), Path.cwd(), overrides), overrides)
 
     def local_base(self, store: Path, model: str | Path | None = None) -> Base:
         """The spec's base where it lies on this machine; it is looked for as the corpora are (see `local_spec`).
@@ -229,7 +229,7 @@ class Expert(Description):
         """
         base = self.spec.base
         found = str(model or self._find(base.model, self._noted(store).base) or base.model)
-        return base.model_copy(update={"model": found})
+        return base.model_copy(update={"model": found, "trust_remote_code": False})
 
     def find_base(self, store: Path, base: Base | None = None) -> ResolvedBase:
         """The base that the expert was cut from.

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from expertprune.commands.terminal import common, progress_bar, reporting, set_option, show, store_option
+from expertprune.commands.terminal import common, progress_bar, reporting, say, set_option, show, store_option
 
 
 def _floors(_: click.Context, __: click.Parameter, text: str | None) -> dict[str, float]:
@@ -86,6 +86,6 @@ def evaluate(
     show(as_json, found.document(), lambda: retention_table(found))
     short = shortfalls(found.summary, floors)
     for line in short:
-        click.echo(f"below the floor: {line}", err=True)
+        say(f"below the floor: {line}", error=True)
     if short:
         sys.exit(1)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from expertprune.commands.terminal import common, progress_bar, reporting, set_option, spec_argument, store_option
+from expertprune.commands.terminal import common, progress_bar, reporting, say, set_option, spec_argument, store_option
 from expertprune.files import to_json
 
 
@@ -31,4 +31,4 @@ def profile(spec: Path, overrides: dict[str, Any], store: Path | None, as_json: 
         click.echo(to_json({"kind": "profiles", "profiles": data}))
     else:
         for name, entry in data.items():
-            click.echo(f"{name}: {entry['tokens']:,} tokens, {entry['path']}")
+            say(f"{name}: {entry['tokens']:,} tokens, {entry['path']}")

@@ -6,17 +6,26 @@ from pathlib import Path
 
 import click
 
-from expertprune.commands.terminal import common, overwrite_option, print_expert, progress_bar, reporting, store_option
+from expertprune.commands.terminal import (
+    TRUST_HELP,
+    common,
+    overwrite_option,
+    print_expert,
+    progress_bar,
+    reporting,
+    store_option,
+)
 
 
 @click.command()
 @click.argument("plan", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="The expert's folder.")
 @overwrite_option
+@click.option("--trust-remote-code", is_flag=True, help=TRUST_HELP)
 @store_option
 @common
 @reporting
-def prune(plan: Path, out: Path, overwrite: bool, store: Path | None, as_json: bool) -> None:
+def prune(plan: Path, out: Path, overwrite: bool, trust_remote_code: bool, store: Path | None, as_json: bool) -> None:
     """Apply a plan: cut the base, repair it, write the expert.
 
     \b
@@ -24,4 +33,4 @@ def prune(plan: Path, out: Path, overwrite: bool, store: Path | None, as_json: b
     """
     from expertprune.stages import prune as stage
 
-    print_expert(stage.prune(plan, out, overwrite, store, progress_bar), as_json)
+    print_expert(stage.prune(plan, out, overwrite, store, progress_bar, trust_remote_code), as_json)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from expertprune.commands.terminal import reporting, stopped_by_signals
+from expertprune.commands.terminal import reporting, say, stopped_by_signals
 from expertprune.files import store_folder
 
 log = logging.getLogger(__name__)
@@ -56,10 +56,10 @@ def _serve_one(folder: str, port: int, host: str, arguments: Sequence[str], logs
 
     log = log_file(logs, check_folder(folder).name, port)
     server = Server(folder, port=port, host=host, arguments=arguments, log=log, patience=patience)
-    _say(f"starting {server.name}; vLLM's log: {server.log}")
+    _report(f"starting {server.name}; vLLM's log: {server.log}")
     with server:
         answer = server.complete()
-        _say(f"healthy after {server.load_seconds:.0f} s; {PROMPT!r} goes on {answer!r}")
+        _report(f"healthy after {server.load_seconds:.0f} s; {PROMPT!r} goes on {answer!r}")
         _tell(server.url, [server.name])
         while (failure := server.failure()) is None:
             time.sleep(0.25)
@@ -73,27 +73,27 @@ def _serve_several(
     from expertprune.serving.server import PROMPT
 
     deployment = Deployment(
-        folders, port=port, host=host, arguments=arguments, logs=logs, report=_say, patience=patience
+        folders, port=port, host=host, arguments=arguments, logs=logs, report=_report, patience=patience
     )
     for server in deployment.servers.values():
-        _say(f"{server.name}: vLLM's log: {server.log}")
+        _report(f"{server.name}: vLLM's log: {server.log}")
     with deployment:
         for server in deployment.servers.values():
             answer = server.complete()
-            _say(f"{server.name}: healthy after {server.load_seconds:.0f} s; {PROMPT!r} goes on {answer!r}")
+            _report(f"{server.name}: healthy after {server.load_seconds:.0f} s; {PROMPT!r} goes on {answer!r}")
         _tell(deployment.url, list(deployment.servers))
         deployment.watch()
 
 
-def _say(message: str) -> None:
-    click.echo(message, err=True)
+def _report(message: str) -> None:
+    say(message, error=True)
 
 
 def _tell(url: str, names: list[str]) -> None:
     """Print the endpoint and a curl line that tries it."""
-    click.echo(f"endpoint: {url}")
-    click.echo(f"models:   {', '.join(names)}")
+    say(f"endpoint: {url}")
+    say(f"models:   {', '.join(names)}")
     request = {"model": names[0], "prompt": "The heart pumps", "max_tokens": 16}
     body = shlex.quote(json.dumps(request, ensure_ascii=False))
-    click.echo(f"try it:   curl {url}/completions -H 'Content-Type: application/json' -d {body}")
-    click.echo("stop it:  Ctrl-C")
+    say(f"try it:   curl {url}/completions -H 'Content-Type: application/json' -d {body}")
+    say("stop it:  Ctrl-C")

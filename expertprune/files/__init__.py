@@ -24,6 +24,7 @@ from expertprune.files.reading import (
     read_bytes,
     read_json,
     read_model,
+    read_object,
     read_text,
     read_yaml,
 )
@@ -39,9 +40,10 @@ from expertprune.files.staging import (
 from expertprune.files.validation import problems_of
 
 __all__ = [
-    "EXPERT", "EXPERT_FILE", "GENERATOR", "GGUF", "PAGE", "PICTURE", "PLAN", "Kind", "age", "as_model", "check_inputs",
-    "check_output", "check_parent", "digest_of", "file_digest", "folder_size", "locked", "not_a_file", "opened",
-    "parse_json", "parse_yaml", "problems_of", "read_bytes", "read_json", "read_model", "read_text", "read_yaml",
-    "remove_leftovers", "require_room", "shipped", "staged_file", "staged_folder", "staged_output", "store_folder",
-    "temporary_folder", "to_json", "user_path", "write_file", "write_json",
+    "EXPERT", "EXPERT_FILE", "GENERATOR", "GGUF", "PAGE", "PICTURE", "PLAN", "Kind", "age", "as_model",
+    "check_inputs", "check_output", "check_parent", "digest_of", "file_digest", "folder_size", "locked",
+    "not_a_file", "opened", "parse_json", "parse_yaml", "problems_of", "read_bytes", "read_json", "read_model",
+    "read_object", "read_text", "read_yaml", "remove_leftovers", "require_room", "shipped", "staged_file",
+    "staged_folder", "staged_output", "store_folder", "temporary_folder", "to_json", "user_path", "write_file",
+    "write_json",
 ]  # fmt: skip

@@ -103,6 +103,20 @@ def read_json(
     return parse_json(read_text(path, limit, error), str(path), error, any_integer)
 
 
+def read_object(path: Path, limit: int = JSON_BYTES, any_integer: bool = True) -> dict[str, Any]:
+    """A JSON file of a model's folder, which must hold an object; `{}` where there is none.
+
+    Raises:
+        CheckpointError: it is no regular file or no JSON object; the message names it.
+    """
+    if not os.path.lexists(path):
+        return {}
+    data = read_json(path, limit, any_integer=any_integer)
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return data
+
+
 def parse_json(
     text: str, where: str, error: type[ExpertpruneError] = CheckpointError, any_integer: bool = False
 ) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from expertprune.arch import GROUPS, Family, families, recognized
 from expertprune.errors import CheckpointError
+from expertprune.files import read_object
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.registry import nearest
 
@@ -37,8 +38,8 @@ def causal_family(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Fa
     own_code = bool(config.get("auto_map")) and not _in_transformers(model_type)
     if own_code and not trust_remote_code:
         raise CheckpointError(
-            f"{where}: model_type {model_type!r} comes with Python code of its own (auto_map), which is not run unless the "
-            "spec says base.trust_remote_code: true"
+            f"{where}: model_type {model_type!r} comes with Python code of its own (auto_map: "
+            f"{', '.join(code_files(checkpoint.folder))}), which is not run unless you give --trust-remote-code"
         )
     _refuse_unknown_experts(config, where)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
@@ -53,6 +54,16 @@ def causal_family(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Fa
         where, model_type, family.ffn.output, family.attention.output,
     )  # fmt: skip
     return family
+
+
+def code_files(folder: Path) -> list[str]:
+    """The Python files that transformers would run to load a folder's model and tokenizer."""
+    named: list[str] = []
+    for file in ("config.json", "tokenizer_config.json"):
+        listed = read_object(folder / file).get("auto_map")
+        for entry in listed.values() if isinstance(listed, dict) else ():
+            named += [each for each in (entry if isinstance(entry, list) else [entry]) if isinstance(each, str)]
+    return sorted({f"{name.rpartition('.')[0].replace('--', ': ')}.py" for name in named})
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
@@ -70,6 +81,8 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
 
 def _refuse_other_kinds(config: dict[str, Any], where: Path) -> None:
     architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise CheckpointError(f"{where}: architectures: must be a list of names (found {architectures!r})")
     names = ", ".join(architectures) or str(config.get("model_type"))
     if config.get("is_encoder_decoder"):
         raise CheckpointError(f"{where}: {names} is an encoder-decoder, no causal language model")

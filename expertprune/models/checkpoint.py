@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from expertprune.errors import CheckpointError
-from expertprune.files import EXPERT_FILE
+from expertprune.files import EXPERT_FILE, read_object
 
 INDEX = "model.safetensors.index.json"
 
@@ -68,6 +69,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._check_links()
         self.config: dict[str, Any] = _read_json(folder / "config.json")
         self.tensors: dict[str, TensorInfo] = {}
         for file in self.shards:
@@ -77,6 +79,23 @@ class Checkpoint:
                     self.tensors[name] = TensorInfo(file, tuple(part.get_shape()), part.get_dtype())
         if (folder / INDEX).is_file() and (missing := sorted(set(self._weight_map) - set(self.tensors))):
             raise CheckpointError(f"{folder / INDEX}: lists tensors that no file holds: {', '.join(missing[:3])}")
+
+    def _check_links(self) -> None:
+        """Raises `CheckpointError` for a link to a file outside the folder, whose content the expert would take over.
+
+        The hub's own cache is the exception: its snapshots consist of links into the folder of its blobs.
+        """
+        inside = [self.folder.resolve()]
+        if self.folder.resolve().parent.name == "snapshots":
+            inside.append(self.folder.resolve().parents[1] / "blobs")
+        folders = [self.folder / name for name in _CARRIED_FOLDERS]
+        for path in (*self.folder.glob("*"), *(file for folder in folders for file in folder.glob("*"))):
+            used = path in folders or not path.is_dir()
+            if used and path.is_symlink() and not any(path.resolve().is_relative_to(each) for each in inside):
+                raise CheckpointError(
+                    f"{path}: is a link to a file outside the folder ({path.resolve()}); copy that file here, or remove "
+                    "the link"
+                )
 
     @property
     def _weight_map(self) -> dict[str, str]:
@@ -214,12 +233,6 @@ def _opened(path: Path) -> Any:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file, so the folder holds no model") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
-    return data
+    if not os.path.lexists(path):
+        raise CheckpointError(f"{path}: no such file, so the folder holds no model")
+    return read_object(path, any_integer=False)

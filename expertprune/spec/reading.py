@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from expertprune.errors import SpecError
-from expertprune.files import problems_of, read_yaml
+from expertprune.files import problems_of, read_yaml, user_path
 from expertprune.spec.schema import Spec
 
 
@@ -26,7 +26,20 @@ def load_spec(path: str | Path, overrides: Mapping[str, Any] | None = None) -> S
     """
     path = Path(path)
     data = read_yaml(path)
-    return parse_spec(data, where=str(path), folder=path.resolve().parent, overrides=overrides)
+    spec = parse_spec(data, where=str(path), folder=path.resolve().parent, overrides=overrides)
+    return trusting(spec, overrides)
+
+
+TRUST = "base.trust_remote_code"
+
+
+def trusting(spec: Spec, overrides: Mapping[str, Any] | None) -> Spec:
+    """A spec from a file, with the trust in the base's code that the caller states.
+
+    A file may come from anywhere, so what it says is no permission.
+    """
+    trusted = (overrides or {}).get(TRUST) is True
+    return spec.model_copy(update={"base": spec.base.model_copy(update={"trust_remote_code": trusted})})
 
 
 def parse_spec(data: Any, where: str, folder: Path, overrides: Mapping[str, Any] | None = None) -> Spec:
@@ -57,10 +70,10 @@ def _set(data: dict[str, Any], dotted: str, value: Any) -> None:
 
 def _absolute(spec: Spec, folder: Path) -> Spec:
     spec = spec.model_copy(deep=True)
-    model = folder / Path(spec.base.model).expanduser()
+    model = folder / user_path(spec.base.model)
     if model.exists() or spec.base.model.startswith((".", "/", "~")) or spec.base.model.endswith(".gguf"):
         spec.base.model = str(model.resolve())
-    return with_corpus_paths(spec, lambda _, path: str((folder / Path(path).expanduser()).resolve()))
+    return with_corpus_paths(spec, lambda _, path: str((folder / user_path(path)).resolve()))
 
 
 def with_corpus_paths(spec: Spec, change: Callable[[str, str], str]) -> Spec:

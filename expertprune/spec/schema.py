@@ -7,7 +7,18 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from expertprune.spec.values import Aggregate, Amount, Coverage, Fraction, Keep, Names, Rows, Size
+from expertprune.spec.values import (
+    Aggregate,
+    Amount,
+    Coverage,
+    Fraction,
+    Keep,
+    LocalPath,
+    LocalPaths,
+    Names,
+    Rows,
+    Size,
+)
 
 Dimension = Literal["language", "domain", "task"]
 
@@ -25,13 +36,13 @@ PER_TOKEN: tuple[Metric, ...] = ("perplexity", "kl")
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", populate_by_name=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, validate_default=True, allow_inf_nan=False)
 
 
 class Base(_Section):
     """The general model that is cut."""
 
-    model: str = Field(min_length=1, description="Hub id, local folder, .gguf file, or the name of a bundled model.")
+    model: LocalPath = Field(description="Hub id, local folder, .gguf file, or the name of a bundled model.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
@@ -39,7 +50,9 @@ class Base(_Section):
         "A GGUF file is also converted to it (auto: bfloat16).",
     )
     trust_remote_code: bool = Field(
-        False, description="Run Python code that comes with the model. Off unless you say so."
+        False,
+        description="The model comes with Python code of its own. That alone does not run it: give "
+        "--trust-remote-code on the command line.",
     )
 
 
@@ -65,7 +78,7 @@ class Dimensions(_Section):
 class Source(_Section):
     """Where the documents of one corpus come from: JSONL or text files, or a Hugging Face dataset."""
 
-    path: Names | None = Field(None, description="JSONL or .txt file(s), relative to the spec.")
+    path: LocalPaths | None = Field(None, description="JSONL or .txt file(s), relative to the spec.")
     field: str | None = Field(
         None,
         description="Field of a row that holds the text (default: text). Dots lead to a nested one: "
@@ -80,9 +93,11 @@ class Source(_Section):
     config: str | None = Field(None, description="Configuration of the dataset, such as a language.")
     revision: str | None = Field(None, description="Branch, tag or commit of the dataset.")
     split: str | None = Field(None, description="Split of the dataset (default: train).")
-    evaluation: Names | None = Field(None, description="File(s) of the evaluation split, read as `path` is.")
+    evaluation: LocalPaths | None = Field(None, description="File(s) of the evaluation split, read as `path` is.")
     evaluation_split: str | None = Field(None, description="Evaluation split of the dataset.")
-    questions: str | None = Field(None, description="JSONL of multiple-choice questions: question, choices, answer.")
+    questions: LocalPath | None = Field(
+        None, description="JSONL of multiple-choice questions: question, choices, answer."
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> Source:
@@ -105,7 +120,9 @@ class Source(_Section):
 class Corpora(_Section):
     """Where the corpora of the named values are found."""
 
-    catalogue: str | None = Field(None, description="Folder with a catalogue.yaml; default: the corpora that ship.")
+    catalogue: LocalPath | None = Field(
+        None, description="Folder with a catalogue.yaml; default: the corpora that ship."
+    )
     sources: dict[str, Source] = Field(
         default_factory=dict, description="Your own corpora, by value ('de') or by dimension and value ('language/de')."
     )

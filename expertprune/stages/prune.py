@@ -16,7 +16,7 @@ from expertprune.pruning.repair import check_repair
 from expertprune.pruning.write import RepairInput, bytes_needed, check_plan
 from expertprune.pruning.write import prune as write_expert
 from expertprune.reporting.card import write_card
-from expertprune.spec.reading import parse_spec
+from expertprune.spec.reading import TRUST, parse_spec, trusting
 from expertprune.stages.validate import Found, Prepared, check_unlisted, find, prepare
 
 
@@ -26,12 +26,18 @@ def prune(
     overwrite: bool = False,
     store: str | Path | None = None,
     track: Track = silent,
+    trust_remote_code: bool = False,
 ) -> Path:
-    """Apply a plan: cut, repair as the plan's spec says, and write the expert's folder. It is not evaluated."""
+    """Apply a plan: cut, repair as the plan's spec says, and write the expert's folder. It is not evaluated.
+
+    Args:
+        trust_remote_code: run Python code that comes with the base. What the plan says of it is no permission.
+    """
     out = Path(out)
     check_output(out, overwrite, inputs=[] if isinstance(plan, Plan) else [Path(plan)])
     plan = plan if isinstance(plan, Plan) else load_plan(Path(plan))
     spec = parse_spec(dict(plan.spec), f"plan {plan.name!r}", Path.cwd())
+    spec = trusting(spec, {TRUST: trust_remote_code})
     found = find(spec, store_folder(store), evaluate=False)
     check_inputs(out, found.inputs)
     check_plan(plan, found.base)

@@ -31,6 +31,7 @@ from expertprune.models.loading import load_tokenizer
 from expertprune.models.running import run_folder
 from expertprune.progress import Track, silent
 from expertprune.reporting.card import write_card
+from expertprune.spec.reading import TRUST
 from expertprune.spec.schema import Spec
 from expertprune.stages.validate import leak_guard
 
@@ -163,13 +164,15 @@ def prepare(
     problems: list[str] = []
     corpora: list[Corpus] = []
     chosen: list[ChosenTask] = []
-    own = load_corpora(spec)
+    own, trusted = load_corpora(spec), (overrides or {}).get(TRUST) is True
     guard = leak_guard(own, expert.calibration_digests)
     with gathered(problems):
         corpora = guard.clean(_corpora(spec, suites, own))
     for entry, suite, generates in entries:
         with gathered(problems):
-            task = harness.load_task(entry, harness.generates(entry) if generates is None else generates, limit)
+            task = harness.load_task(
+                entry, harness.generates(entry) if generates is None else generates, limit, trusted
+            )
             chosen.append(ChosenTask(task, suite, entry.group_for(spec.dimensions)))
     problems += guard.problems(*(Examples(f"task {each.task.label}", "examples", each.task.texts) for each in chosen))
     if problems:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from expertprune.corpora.documents import Document
 from expertprune.errors import SpecError, first_line
 from expertprune.evaluation.harness.quiet import quiet
+from expertprune.evaluation.harness.sandbox import check_code, sandbox_templates
 from expertprune.evaluation.suites import TaskEntry
 from expertprune.files import digest_of
 from expertprune.registry import nearest
@@ -148,20 +149,23 @@ def output_type(entry: TaskEntry) -> str:
     return ""
 
 
-def load_task(entry: TaskEntry, generates: bool, limit: int | None = None) -> HarnessTask:
+def load_task(entry: TaskEntry, generates: bool, limit: int | None = None, trusted: bool = False) -> HarnessTask:
     """Load a task's data and build its prompts.
 
     Args:
         generates: whether its suite says that the task generates answers.
         limit: at most so many examples (of each member, where the task is a group).
+        trusted: whether Python functions that the task's file names may run.
 
     Raises:
-        SpecError: its data cannot be loaded, it has no example, or its metric cannot be paired by
-        example.
+        SpecError: it would run code that is not trusted, its data cannot be loaded, it has no example,
+            or its metric cannot be paired by example.
     """
     label = entry.label
+    check_code(entry, trusted)
     with quiet():
         try:
+            sandbox_templates()
             leaves = _load(entry)
             for leaf in leaves.values():
                 leaf.set_config(key="num_fewshot", value=_few_shot(entry, leaf))
