@@ -17,9 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from expertprune.arch import family_of
 from expertprune.corpora.documents import Question
 from expertprune.evaluation.questions import answer_questions
 from expertprune.evaluation.retention import bootstrap
+from expertprune.models.passes import TextRun
 
 BLOCK = 512
 _ROWS = 2  # blocks in one pass
@@ -150,4 +152,5 @@ def piqa_answers(model: Any, tokenizer: Any, path: Path, count: int) -> Floats:
     """
     with jsonlines.open(path) as rows:
         every = [Question(row["goal"], tuple(row["choices"]), row["label"]) for row in rows]
-    return answer_questions(model, tokenizer, every[:count])
+    run = TextRun(model, family_of(model.config.model_type), (), ())
+    return answer_questions(run, tokenizer, every[:count])

@@ -25,11 +25,13 @@ import jsonlines
 import numpy as np
 
 import expertprune
+from expertprune.arch import family_of
 from expertprune.corpora.documents import Document
 from expertprune.evaluation.documents import score_alone
 from expertprune.evaluation.retention import bootstrap
 from expertprune.files import digest_of, shipped
 from expertprune.models.loading import load_model, load_tokenizer
+from expertprune.models.passes import TextRun
 from expertprune.progress import silent
 from expertprune.spec.reading import parse_spec
 from expertprune.spec.schema import Spec
@@ -179,7 +181,8 @@ def _digest(documents: list[Document]) -> str:
 
 def _figures(model: Any, tokenizer: Any, documents: list[Document]) -> dict[str, list[float]]:
     """Bits, tokens and predicted bytes of each document."""
-    bits, _, size = score_alone(model, tokenizer, documents)
+    run = TextRun(model, family_of(model.config.model_type), (), ())
+    bits, _, size = score_alone(run, tokenizer, documents)
     plain = tokenizer([document.text for document in documents], add_special_tokens=False)["input_ids"]
     return {"bits": bits.tolist(), "tokens": [len(ids) for ids in plain], "bytes": size.tolist()}
 

@@ -4,6 +4,7 @@ Each message names the file, the key and the fix; each class has an exit code.
 """
 
 import contextlib
+import shlex
 from collections.abc import Iterator
 
 
@@ -36,6 +37,17 @@ class PlanError(ExpertpruneError):
 
 class CheckpointError(ExpertpruneError):
     """A model folder cannot be read, understood or written."""
+
+
+class UnevaluatedError(ExpertpruneError):
+    """An expert was built, and its evaluation failed. It exits as the failure does, with 1 for a bug."""
+
+    def __init__(self, folder: object, failure: Exception) -> None:
+        self.exit_code = failure.exit_code if isinstance(failure, ExpertpruneError) else 1
+        super().__init__(
+            f"the evaluation failed: {first_line(failure)}; the expert itself is whole: when this is mended, run: "
+            f"expertprune evaluate {shlex.quote(str(folder))}"
+        )
 
 
 class UsageError(ExpertpruneError):

@@ -109,7 +109,7 @@ def server() -> Server:
 PLACES = {
     "profile": ("expertprune.artifacts.profile", "save_file", 2),  # the second profile is not yet in its place
     "prune": ("expertprune.models.checkpoint", "save_file", 2),  # two shards are written
-    "evaluate": ("expertprune.evaluation.measure", "score_documents", 1),  # the expert is whole but for its evaluation
+    "evaluate": ("expertprune.evaluation.measure", "compare", 1),  # the expert is whole but for its evaluation
 }
 
 

@@ -44,11 +44,12 @@ REPAIR = """
 from expertprune.pruning.repair import repair
 
 @repair("doubled", runs_model=True)
-def doubled(text, plan, settings, progress=None):
+def doubled(job, progress=None):
+    text = job.text
     for index, layer in text.layers(progress):
         weight = layer.get_parameter(text.family.ffn.output_weight).detach()
         name = text.family.layer_prefix(index) + text.family.ffn.output_weight
-        yield name, 2 * weight[:, list(plan[index].ffn)]
+        yield name, 2 * weight[:, list(job.kept[index].ffn)]
 """
 POINTS = {
     "expertprune.criteria": {"position": "grove.criterion"},

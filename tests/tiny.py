@@ -10,6 +10,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from expertprune.arch import family_of
+from expertprune.models.passes import TextRun
+
 WORDS = ["the", "heart", "pumps", "blood", "a", "judge", "reads", "law",
          "we", "sum", "numbers", "und", "der", "Arzt", "is"]  # fmt: skip
 WIDTHS = {
@@ -71,6 +74,11 @@ def tiny_model(family: str, seed: int = 0, **changes: Any) -> Any:
             neutral = 0 if family.startswith("gemma") else 1  # Gemma's norms multiply by 1 + weight
             parameter.copy_(neutral + 0.1 * noise if "norm" in name else 0.3 * noise)
     return model
+
+
+def as_run(model: Any) -> TextRun:
+    """How an evaluation runs a model in memory; it brings batches of its own."""
+    return TextRun(model, family_of(model.config.model_type), (), ())
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

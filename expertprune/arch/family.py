@@ -317,7 +317,11 @@ def _with_layers(config: dict[str, Any], widths: list[dict[str, int]]) -> dict[s
             "architectures": [EXPERT + name for name in stock_architectures(config)],
             PER_LAYER: layers,
             "allow_global_per_layer_attribute_access": True,
-            "auto_map": {"AutoModelForCausalLM": f"{MODELING}.ExpertForCausalLM"},
+            # vLLM without our plugin builds AutoModel, transformers AutoModelForCausalLM.
+            "auto_map": {
+                "AutoModel": f"{MODELING}.ExpertModel",
+                "AutoModelForCausalLM": f"{MODELING}.ExpertForCausalLM",
+            },
         }
     return config
 

@@ -26,8 +26,9 @@ Number = Annotated[float | None, BeforeValidator(_defined)]
 class Measured(Record):
     """One metric of base and expert on the same examples; `None` is undefined.
 
-    `retention` and its 95% interval, `low` to `high`, are defined in `evaluation.retention`. KL is
-    a distance to the base: it has neither `base` nor `retention`, and the interval is its own.
+    `retention` and its 95% interval, `low` to `high`, are defined in `evaluation.retention`. KL and
+    agreement compare with the base: they have neither `base` nor `retention`, and the interval is
+    their own.
     `chance` is what guessing gets, where that is known. `gained` counts examples on which the
     expert does better than the base, `lost` those on which it does worse; both are `None` for
     costs. `note` says why a retention or an interval is undefined.
@@ -49,7 +50,8 @@ class DocumentBits(Record):
     """Bits of one document's predicted tokens under base and expert, and KL in bits.
 
     `tokens` and `bytes` count what the base predicts; `expert_tokens` and `expert_bytes` differ
-    only where the expert has a tokenizer of its own. KL is undefined there.
+    only where the expert has a tokenizer of its own. KL is undefined there, and so is `agreed`: the
+    number of tokens for which both models think the same token likeliest.
     """
 
     digest: str
@@ -58,6 +60,7 @@ class DocumentBits(Record):
     base_bits: float
     expert_bits: float
     kl_bits: Number
+    agreed: int | None = None
     expert_tokens: int
     expert_bytes: int
 

@@ -9,6 +9,7 @@ import click
 
 from expertprune.commands.terminal import (
     common,
+    limits_options,
     overwrite_option,
     print_expert,
     progress_bar,
@@ -25,6 +26,7 @@ from expertprune.commands.terminal import (
 @set_option
 @overwrite_option
 @store_option
+@limits_options
 @common
 @reporting
 def build(spec: Path, out: Path, overrides: dict[str, Any], overwrite: bool, store: Path | None, as_json: bool) -> None:

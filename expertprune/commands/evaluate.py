@@ -8,7 +8,16 @@ from typing import Any
 
 import click
 
-from expertprune.commands.terminal import common, progress_bar, reporting, say, set_option, show, store_option
+from expertprune.commands.terminal import (
+    common,
+    limits_options,
+    progress_bar,
+    reporting,
+    say,
+    set_option,
+    show,
+    store_option,
+)
 
 
 def _floors(_: click.Context, __: click.Parameter, text: str | None) -> dict[str, float]:
@@ -42,6 +51,7 @@ def _floors(_: click.Context, __: click.Parameter, text: str | None) -> dict[str
 @click.option("--documents", type=click.IntRange(min=1), help="At most so many documents of each corpus.")
 @set_option
 @store_option
+@limits_options
 @common
 @reporting
 def evaluate(

@@ -7,7 +7,16 @@ from typing import Any
 
 import click
 
-from expertprune.commands.terminal import common, progress_bar, reporting, say, set_option, spec_argument, store_option
+from expertprune.commands.terminal import (
+    common,
+    limits_options,
+    progress_bar,
+    reporting,
+    say,
+    set_option,
+    spec_argument,
+    store_option,
+)
 from expertprune.files import to_json
 
 
@@ -15,6 +24,7 @@ from expertprune.files import to_json
 @spec_argument
 @set_option
 @store_option
+@limits_options
 @common
 @reporting
 def profile(spec: Path, overrides: dict[str, Any], store: Path | None, as_json: bool) -> None:

@@ -9,6 +9,7 @@ import click
 from expertprune.commands.terminal import (
     TRUST_HELP,
     common,
+    limits_options,
     overwrite_option,
     print_expert,
     progress_bar,
@@ -23,6 +24,7 @@ from expertprune.commands.terminal import (
 @overwrite_option
 @click.option("--trust-remote-code", is_flag=True, help=TRUST_HELP)
 @store_option
+@limits_options
 @common
 @reporting
 def prune(plan: Path, out: Path, overwrite: bool, trust_remote_code: bool, store: Path | None, as_json: bool) -> None:

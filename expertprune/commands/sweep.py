@@ -9,6 +9,7 @@ import click
 
 from expertprune.commands.terminal import (
     common,
+    limits_options,
     overwrite_picture,
     progress_bar,
     reporting,
@@ -47,6 +48,7 @@ def _fractions(_: click.Context, __: click.Parameter, text: str) -> list[float]:
 @overwrite_picture
 @set_option
 @store_option
+@limits_options
 @common
 @reporting
 def sweep(

@@ -6,6 +6,8 @@ import contextlib
 import functools
 import itertools
 import logging
+import os
+import re
 import shlex
 import signal
 import sys
@@ -21,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.segment import Segment
 
 from expertprune.errors import ExpertpruneError, SpecError
-from expertprune.files import parse_yaml, to_json
+from expertprune.files import MEMORY_VARIABLE, SPOOL_VARIABLE, parse_yaml, to_json
 from expertprune.formats import printable
 from expertprune.spec.reading import TRUST
 
@@ -131,6 +133,32 @@ store_option = click.option(
     "--store", type=click.Path(file_okay=False, path_type=Path), envvar="EXPERTPRUNE_STORE",
     help="Folder of stored profiles [default: EXPERTPRUNE_STORE, else the user's cache].",
 )  # fmt: skip
+
+
+def _memory(_: click.Context, __: click.Parameter, value: str | None) -> None:
+    """Passed on by the environment, which the processes that a command starts inherit."""
+    if value is not None:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", value, re.IGNORECASE)
+        if match is None:
+            raise click.BadParameter(f"{value!r} is no size, such as 12GiB")
+        os.environ[MEMORY_VARIABLE] = str(int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ")))
+
+
+def _spool(_: click.Context, __: click.Parameter, value: Path | None) -> None:
+    if value is not None:
+        os.environ[SPOOL_VARIABLE] = str(value.absolute())
+
+
+def limits_options(command: F) -> F:
+    """Add `--memory` and `--spool`: what the passes over text may use of this machine."""
+    command = click.option(
+        "--spool", type=click.Path(file_okay=False, path_type=Path), callback=_spool, expose_value=False,
+        help="Folder for hidden states that memory has no room for [default: EXPERTPRUNE_SPOOL].",
+    )(command)  # fmt: skip
+    return click.option(
+        "--memory", callback=_memory, expose_value=False, metavar="SIZE",
+        help="Host memory for the model and hidden states, such as 12GiB [default: EXPERTPRUNE_MEMORY, else what is free].",
+    )(command)  # fmt: skip
 
 
 spec_argument = click.argument("spec", type=click.Path(path_type=Path))

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from expertprune.arch import Family
 from expertprune.artifacts.evaluation import Alignment
-from expertprune.corpora.batches import Batch, make_batches, tokenize
-from expertprune.corpora.documents import Corpus, Document
+from expertprune.corpora.batches import Batch
+from expertprune.evaluation.reading import Read
 from expertprune.models.layers import head_only
-from expertprune.models.passes import TextRun
-
-_TOKENS_PER_BATCH = 1024
+from expertprune.models.passes import Step
 
 
 class LinearCKA:
@@ -65,42 +62,62 @@ def _inner(batch: Batch, states: Tensor) -> Tensor:
     return torch.cat([states[row, 1:length] for row, length in enumerate(batch.lengths)])
 
 
-@torch.no_grad()
-def align(
-    base: Any, expert: Any, family: Family, tokenizer: Any, documents: Sequence[Document], max_tokens: int
-) -> Alignment:
-    """Compare hidden states of two running models on documents, without the first token of each."""
-    batches = make_batches(tokenize(documents, tokenizer, max_tokens), _TOKENS_PER_BATCH)
-    runs = [TextRun(model, family, (), batches) for model in (base, expert)]
-    mine, theirs = (run.start() for run in runs)
-    values, tokens = [], 0
-    for (index, layer), (_, other) in zip(*(run.layers() for run in runs), strict=True):
-        cka = LinearCKA()
-        for ours, others in zip(mine.advance(layer, index), theirs.advance(other, index), strict=True):
-            cka.add(_inner(ours.batch, ours.after), _inner(others.batch, others.after))
-        values.append(cka.value())
-        tokens = cka.tokens
-    cosine = 0.0
-    for number, batch in enumerate(batches):
-        x = _final(base, family, batch, mine.hidden[number])
-        y = _final(expert, family, batch, theirs.hidden[number])
-        cosine += float(torch.cosine_similarity(x, y, dim=1).sum())
-    return Alignment(layers=values, cosine=cosine / tokens, documents=len(documents), tokens=tokens)
+class Aligning:
+    """Compares base and expert while they read in step (see `reading.read_together`).
+
+    Args:
+        corpora: of each batch, the corpus of its documents, or `None` to leave it out. The batches
+            of a corpus must follow each other, so that the sums of one corpus are held at a time.
+    """
+
+    def __init__(self, corpora: Sequence[str | None]) -> None:
+        self._corpora = corpora
+        self._values: dict[str, list[float]] = defaultdict(list)
+        self._tokens: dict[str, int] = {}
+        self._open: tuple[int, str, LinearCKA] | None = None
+
+    def watch(self, index: int, base: Step, expert: Step) -> None:
+        """One batch behind layer `index` of both models."""
+        corpus = self._corpora[base.number]
+        if corpus is None:
+            return
+        if self._open is None or self._open[:2] != (index, corpus):
+            self._close()
+            self._open = (index, corpus, LinearCKA())
+        self._open[2].add(_inner(base.batch, base.after), _inner(expert.batch, expert.after))
+
+    def _close(self) -> None:
+        if self._open is not None:
+            _, corpus, cka = self._open
+            self._values[corpus].append(cka.value())
+            self._tokens[corpus] = cka.tokens
+            self._open = None
+
+    @torch.no_grad()
+    def results(self, base: Read, expert: Read) -> dict[str, Alignment]:
+        """By dimension and value (`"language en"`), when both models are behind their last layer."""
+        self._close()
+        cosines: dict[str, float] = dict.fromkeys(self._values, 0.0)
+        documents: dict[str, int] = dict.fromkeys(self._values, 0)
+        for number, (batch, corpus) in enumerate(zip(base.stream.batches, self._corpora, strict=True)):
+            if corpus is not None:
+                x, y = (_final(each, batch, number) for each in (base, expert))
+                cosines[corpus] += float(torch.cosine_similarity(x, y, dim=1).sum())
+                documents[corpus] += len(batch.documents)
+        return {
+            corpus.replace("/", " ", 1): Alignment(
+                layers=values,
+                cosine=cosines[corpus] / self._tokens[corpus],
+                documents=documents[corpus],
+                tokens=self._tokens[corpus],
+            )
+            for corpus, values in self._values.items()
+        }
 
 
-def _final(model: Any, family: Family, batch: Batch, hidden: Tensor) -> Tensor:
+def _final(read: Read, batch: Batch, number: int) -> Tensor:
     """The states that the output head reads, `[tokens, hidden]`."""
-    with head_only(model, family, hidden):
-        states = model.get_decoder()(input_ids=batch.ids.to(hidden.device), use_cache=False).last_hidden_state
+    hidden, model = read.stream.hidden[number], read.model
+    with head_only(model.model, model.family, hidden):
+        states = model.model.get_decoder()(input_ids=batch.ids.to(hidden.device), use_cache=False).last_hidden_state
     return _inner(batch, states).double()
-
-
-def align_corpora(
-    base: Any, expert: Any, family: Family, tokenizer: Any, corpora: Sequence[Corpus], max_tokens: int
-) -> dict[str, Alignment]:
-    """`align` on the evaluation documents of each corpus, by dimension and value: `"language en"`."""
-    return {
-        corpus.name.replace("/", " ", 1): align(base, expert, family, tokenizer, corpus.evaluation, max_tokens)
-        for corpus in corpora
-        if any(len(ids) >= 2 for ids in tokenize(corpus.evaluation, tokenizer, max_tokens))
-    }

@@ -6,91 +6,94 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from expertprune.artifacts.evaluation import DocumentBits
-from expertprune.corpora.batches import make_batches, tokenize
+from expertprune.corpora.batches import tokenize
 from expertprune.corpora.documents import Document
-from expertprune.evaluation.retention import Floats
+from expertprune.evaluation.reading import Asked, Compared, Floats, Reading, bits, compare, read
+from expertprune.models.passes import TextRun
 from expertprune.progress import Progress
 
-TOKENS_PER_BATCH = 1024
-_Alone = tuple[Floats, Floats, Floats]  # bits, tokens and bytes of one model, `[documents]` each
-_CHUNK = 256  # positions whose distributions are held in float32 at a time
+
+def asked_of(documents: Sequence[Document], tokenizer: Any, max_tokens: int | None) -> list[Asked]:
+    """Each document up to `max_tokens`, of which all but the first token is asked for.
+
+    Nothing predicts the first token, so neither it nor its bytes count.
+    """
+    if max_tokens is None:
+        encoded = tokenizer([document.text for document in documents])["input_ids"] if documents else []
+        tokens = [list(ids) for ids in encoded]
+    else:
+        tokens = tokenize(documents, tokenizer, max_tokens)
+    return [
+        Asked(ids, 1, _predicted_bytes(tokenizer, document, ids) if len(ids) > 1 else 0)
+        for document, ids in zip(documents, tokens, strict=True)
+    ]
 
 
-@torch.inference_mode()
+def cut_at(documents: Sequence[Document], tokenizer: Any, max_tokens: int) -> list[Document]:
+    """The text of each document up to where a tokenizer has `max_tokens`, for another to read."""
+    return [Document(document.text[: _end(tokenizer, document, max_tokens)]) for document in documents]
+
+
+def document_rows(documents: Sequence[Document], reading: Reading, found: Compared) -> list[DocumentBits]:
+    """What both models need for each document, where they have the same tokens."""
+    return _rows(documents, reading, found.base, reading, found.expert, found)
+
+
+def document_rows_apart(
+    documents: Sequence[Document], base: Reading, base_bits: Floats, expert: Reading, expert_bits: Floats
+) -> list[DocumentBits]:
+    """The same where base and expert read other tokens; predictions over different rows have no KL."""
+    return _rows(documents, base, base_bits, expert, expert_bits, None)
+
+
+def _rows(
+    documents: Sequence[Document],
+    base: Reading,
+    base_bits: Floats,
+    expert: Reading,
+    expert_bits: Floats,
+    found: Compared | None,
+) -> list[DocumentBits]:
+    return [
+        DocumentBits(
+            digest=document.digest,
+            tokens=mine.tokens,
+            bytes=mine.size,
+            base_bits=float(base_bits[i]),
+            expert_bits=float(expert_bits[i]),
+            kl_bits=float(found.kl[i]) if found is not None else math.nan,
+            agreed=int(found.agreed[i]) if found is not None else None,
+            expert_tokens=theirs.tokens,
+            expert_bytes=theirs.size,
+        )
+        for i, (document, mine, theirs) in enumerate(zip(documents, base.sequences, expert.sequences, strict=True))
+    ]
+
+
 def score_documents(
-    base: Any,
-    expert: Any,
+    base: TextRun,
+    expert: TextRun,
     tokenizer: Any,
     documents: Sequence[Document],
     max_tokens: int,
     progress: Progress | None = None,
-    expert_tokenizer: Any = None,
 ) -> list[DocumentBits]:
-    """Bits of both models and `KL(base ‖ expert)` in bits, summed over each document's tokens.
-
-    Nothing predicts the first token, so neither it nor its bytes count.
+    """Bits of both models, and `KL(base ‖ expert)` in bits, summed over each document's tokens.
 
     Args:
-        expert_tokenizer: the expert's, where it is not the base's. Both then read the same text,
-            which ends where the base's tokenizer has `max_tokens`, each in its own tokens;
-            predictions over different rows have no KL.
+        base, expert: models with the same tokens; their own batches do not matter.
+        progress: called after each layer and each batch.
     """
-    if expert_tokenizer is not None:
-        cut = [Document(document.text[: _end(tokenizer, document, max_tokens)]) for document in documents]
-        mine = score_alone(base, tokenizer, cut, progress)
-        theirs = score_alone(expert, expert_tokenizer, cut, progress)
-        return _rows(documents, mine, theirs, np.full(len(cut), math.nan))
-    tokens = tokenize(documents, tokenizer, max_tokens)
-    bits, other, kl, count, size = (np.zeros(len(documents)) for _ in range(5))
-    for batch in make_batches(tokens, TOKENS_PER_BATCH):
-        ids = batch.ids.to(base.device)
-        mine, theirs = base(input_ids=ids).logits, expert(input_ids=ids).logits
-        for row, (index, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
-            sums = _row_sums(mine[row, : length - 1], theirs[row, : length - 1], ids[row, 1:length])
-            bits[index], other[index], kl[index] = sums
-            count[index] = length - 1
-            size[index] = _predicted_bytes(tokenizer, documents[index], max_tokens)
-        if progress is not None:
-            progress()
-    return _rows(documents, (bits, count, size), (other, count, size), kl)
+    reading = Reading.of(asked_of(documents, tokenizer, max_tokens))
+    mine, theirs = (read(reading, model, progress) for model in (base, expert))
+    return document_rows(documents, reading, compare(reading, mine, theirs, progress))
 
 
-def _rows(documents: Sequence[Document], base: _Alone, expert: _Alone, kl: Floats) -> list[DocumentBits]:
-    return [
-        DocumentBits(
-            digest=document.digest,
-            tokens=int(base[1][i]),
-            bytes=int(base[2][i]),
-            base_bits=base[0][i],
-            expert_bits=expert[0][i],
-            kl_bits=kl[i],
-            expert_tokens=int(expert[1][i]),
-            expert_bytes=int(expert[2][i]),
-        )
-        for i, document in enumerate(documents)
-    ]
-
-
-@torch.inference_mode()
-def score_alone(model: Any, tokenizer: Any, documents: Sequence[Document], progress: Progress | None = None) -> _Alone:
+def score_alone(model: TextRun, tokenizer: Any, documents: Sequence[Document]) -> tuple[Floats, Floats, Floats]:
     """One model on whole documents: bits, number and bytes of the predicted tokens of each."""
-    bits, tokens, size = (np.zeros(len(documents)) for _ in range(3))
-    encoded = [list(ids) for ids in tokenizer([document.text for document in documents])["input_ids"]]
-    for batch in make_batches(encoded, TOKENS_PER_BATCH):
-        ids = batch.ids.to(model.device)
-        logits = model(input_ids=ids).logits
-        for row, (document, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
-            bits[document] = _row_bits(logits[row, : length - 1], ids[row, 1:length])
-            tokens[document] = length - 1
-            size[document] = _predicted_bytes(tokenizer, documents[document], len(encoded[document]))
-        if progress is not None:
-            progress()
-    return bits, tokens, size
+    reading = Reading.of(asked_of(documents, tokenizer, None))
+    return bits(reading, read(reading, model)), reading.tokens, reading.sizes
 
 
 def _end(tokenizer: Any, document: Document, max_tokens: int) -> int:
@@ -99,37 +102,12 @@ def _end(tokenizer: Any, document: Document, max_tokens: int) -> int:
     return len(document.text) if len(offsets) <= max_tokens else max(end for _, end in offsets[:max_tokens])
 
 
-def _row_bits(logits: Tensor, targets: Tensor) -> float:
-    """Bits of one document's predicted tokens; logits are `[tokens, vocabulary]`."""
-    total = 0.0
-    for first in range(0, logits.shape[0], _CHUNK):
-        part = slice(first, first + _CHUNK)
-        total += float(torch.nn.functional.cross_entropy(logits[part].float(), targets[part], reduction="sum"))
-    return total / math.log(2)
-
-
-def _predicted_bytes(tokenizer: Any, document: Document, max_tokens: int) -> int:
-    """UTF-8 bytes of the document's text after its first token, up to where it was cut."""
+def _predicted_bytes(tokenizer: Any, document: Document, ids: list[int]) -> int:
+    """UTF-8 bytes of the document's text after its first token, up to the last one of `ids`."""
     if not tokenizer.is_fast:  # only fast tokenizers know where a token's text stands
-        ids = tokenize([document], tokenizer, max_tokens)[0]
         return len(tokenizer.decode(ids[1:], skip_special_tokens=True, clean_up_tokenization_spaces=False).encode())
-    encoded = tokenizer(document.text, return_offsets_mapping=True)["offset_mapping"]
-    first, last = encoded[0][1], len(document.text)
-    if len(encoded) > max_tokens:
-        last = max(end for _, end in encoded[:max_tokens])
+    offsets = tokenizer(document.text, return_offsets_mapping=True)["offset_mapping"]
+    first, last = offsets[0][1], len(document.text)
+    if len(offsets) > len(ids):
+        last = max(end for _, end in offsets[: len(ids)])
     return len(document.text[first:last].encode())
-
-
-def _row_sums(base: Tensor, expert: Tensor, targets: Tensor) -> tuple[float, float, float]:
-    """One document's bits under base and expert, and KL; logits are `[tokens, vocabulary]`."""
-    totals = [0.0, 0.0, 0.0]
-    for first in range(0, base.shape[0], _CHUNK):
-        part = slice(first, first + _CHUNK)
-        p = torch.log_softmax(base[part].float(), -1)
-        q = torch.log_softmax(expert[part].float(), -1)
-        index = targets[part, None]
-        totals[0] -= float(p.gather(1, index).double().sum())
-        totals[1] -= float(q.gather(1, index).double().sum())
-        totals[2] += float((p.exp() * (p - q)).sum(-1).double().sum())
-    bits = 1 / math.log(2)
-    return totals[0] * bits, totals[1] * bits, totals[2] * bits

@@ -2,83 +2,202 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from expertprune.artifacts.evaluation import CorpusResult, DocumentBits, Evaluation, Group, Measured, Settings
-from expertprune.corpora.documents import Corpus, CorpusName
+from expertprune.corpora.batches import Batch
+from expertprune.corpora.documents import Corpus, CorpusName, Document
 from expertprune.errors import SpecError
-from expertprune.evaluation.documents import score_documents
-from expertprune.evaluation.questions import answer_questions, paired_answers
-from expertprune.evaluation.retention import RESAMPLES, Floats, document_metrics
+from expertprune.evaluation.alignment import Aligning
+from expertprune.evaluation.documents import asked_of, cut_at, document_rows, document_rows_apart
+from expertprune.evaluation.questions import choices_of, paired_answers, right_answers
+from expertprune.evaluation.reading import Compared, Floats, Read, Reading, bits, compare, read, read_together
+from expertprune.evaluation.retention import RESAMPLES, document_metrics
+from expertprune.models.passes import Stream, TextRun
 from expertprune.progress import Progress
 from expertprune.spec.schema import PER_TOKEN, Evaluate
 
 
-def evaluate(
-    base: Any,
-    expert: Any,
-    tokenizer: Any,
-    corpora: Sequence[Corpus],
-    settings: Evaluate,
-    progress: Progress | None = None,
-    answers: dict[str, Floats] | None = None,
-    expert_tokenizer: Any = None,
-) -> Evaluation:
-    """Measure both models on every corpus (already guarded against leaks).
+@dataclass(frozen=True)
+class _Part:
+    """A corpus' documents or questions: their place among all sequences."""
+
+    corpus: str
+    questions: bool
+    here: slice
+
+
+@dataclass(frozen=True)
+class _Examples:
+    """Everything that is measured, in the tokens of one tokenizer."""
+
+    reading: Reading
+    parts: list[_Part]
+
+    def of(self, corpus: str, questions: bool) -> slice:
+        return next(part.here for part in self.parts if (part.corpus, part.questions) == (corpus, questions))
+
+    def corpus_of(self, batch: Batch) -> str | None:
+        """The corpus of a batch of documents; `None` for questions."""
+        first = batch.documents[0]
+        part = next(part for part in self.parts if part.here.start <= first < part.here.stop)
+        return None if part.questions else part.corpus
+
+    def part(self, here: slice) -> Reading:
+        """Some sequences, without batches."""
+        return Reading(self.reading.sequences[here], ())
+
+
+class Measuring:
+    """Measures experts of one base on the same examples. The base reads them once.
 
     Args:
-        base, expert: running models with the same tokenizer, unless the expert's own is given.
-        progress: called after each batch.
-        answers: the base's right answers by corpus, `[questions]`. What is missing is filled in, so
-            that several experts of one base ask it once.
-        expert_tokenizer: the expert's, where it is not the base's.
+        base: how the base runs; its own batches do not matter.
+        corpora: already guarded against leaks.
+        other_tokens: whether the experts have tokenizers of their own.
 
     Raises:
-        SpecError: a metric per token is asked for, and base and expert have different tokens.
+        SpecError: a metric per token is asked for, and base and experts have different tokens.
     """
-    answers = {} if answers is None else answers
-    metrics = settings.chosen_metrics(other_tokens=expert_tokenizer is not None)
-    if expert_tokenizer is not None and (wrong := [metric for metric in metrics if metric in PER_TOKEN]):
-        raise SpecError(
-            f"evaluate.metrics: {', '.join(wrong)} cannot be compared across vocabularies: base and expert have "
-            "different tokens; use bits_per_byte"
-        )
-    results = {}
-    for corpus in corpora:
-        found: dict[str, Measured] = {}
-        rows: list[DocumentBits] = []
-        if corpus.evaluation and set(metrics) - {"questions"}:
-            rows = score_documents(
-                base, expert, tokenizer, corpus.evaluation, settings.max_tokens, progress, expert_tokenizer
+
+    def __init__(
+        self, base: TextRun, tokenizer: Any, corpora: Sequence[Corpus], settings: Evaluate, other_tokens: bool = False
+    ) -> None:
+        self.base, self.corpora, self.settings, self.other_tokens = base, corpora, settings, other_tokens
+        self.metrics = settings.chosen_metrics(other_tokens)
+        if other_tokens and (wrong := [metric for metric in self.metrics if metric in PER_TOKEN]):
+            raise SpecError(
+                f"evaluate.metrics: {', '.join(wrong)} cannot be compared across vocabularies: base and expert have "
+                "different tokens; use bits_per_byte"
             )
-            found |= document_metrics(rows, metrics)
-        asked = corpus.questions if "questions" in metrics else ()
-        if asked:
-            if corpus.name not in answers:
-                answers[corpus.name] = answer_questions(base, tokenizer, asked, progress)
-            right = answer_questions(expert, expert_tokenizer or tokenizer, asked, progress)
-            found["questions"] = paired_answers(asked, answers[corpus.name], right).measured()
-        results[corpus.name] = CorpusResult(
-            group=group_of(corpus),
-            documents=len(corpus.evaluation),
-            questions=len(asked),
-            metrics=found,
-            per_document=rows,
+        # Where the expert has other tokens, both read what the base's tokens are cut to.
+        self._texts: dict[str, Sequence[Document]] = {
+            corpus.name: cut_at(corpus.evaluation, tokenizer, settings.max_tokens)
+            if other_tokens
+            else corpus.evaluation
+            for corpus in corpora
+            if set(self.metrics) - {"questions"}
+        }
+        self._examples = self._in_tokens(tokenizer)
+        self._known: Stream | None = None
+        self._bits: Floats | None = None
+
+    def _in_tokens(self, tokenizer: Any) -> _Examples:
+        """All documents and questions in a tokenizer's tokens."""
+        parts, readings, first = [], [], 0
+        limit = None if self.other_tokens else self.settings.max_tokens
+        for corpus in self.corpora:
+            asked = {False: asked_of(self._texts.get(corpus.name, ()), tokenizer, limit)}
+            asked[True] = choices_of(corpus.questions, tokenizer) if "questions" in self.metrics else []
+            for questions, sequences in asked.items():
+                if sequences:
+                    readings.append(Reading.of(sequences))
+                    parts.append(_Part(corpus.name, questions, slice(first, first + len(sequences))))
+                    first += len(sequences)
+        return _Examples(Reading.joined(readings), parts)
+
+    @property
+    def batches(self) -> Sequence[Batch]:
+        """What the base reads, and experts with its tokens too."""
+        return self._examples.reading.batches
+
+    @property
+    def known(self) -> Stream | None:
+        """The base's stream behind its last layer, if it has read the batches."""
+        return self._known
+
+    def steps(self, layers: int) -> int:
+        """How many steps `against` reports."""
+        known = self._known is not None or self._bits is not None
+        return layers * (1 if known else 2) + len(self.batches)
+
+    # --- against an expert ------------------------------------------------------------------------------------------
+
+    def against(
+        self, expert: TextRun, progress: Progress | None = None, tokenizer: Any = None, align: bool = False
+    ) -> Evaluation:
+        """Measure an expert.
+
+        Args:
+            expert: how it runs; its own batches do not matter.
+            progress: called after each layer and each batch.
+            tokenizer: the expert's, where it has other tokens than the base.
+            align: compare hidden states layer by layer too; only where both have the same tokens.
+        """
+        reading = self._examples.reading
+        if self.other_tokens:
+            if self._bits is None:
+                self._bits = bits(reading, read(reading, self.base, progress))
+            return self._apart(self._in_tokens(tokenizer), expert, progress)
+        if align:
+            aligning = Aligning([self._examples.corpus_of(batch) for batch in reading.batches])
+            base, theirs = read_together(reading, self.base, expert, aligning.watch, progress)
+            found = self.of_streams(base.stream, theirs, progress)
+            return found.model_copy(update={"alignment": aligning.results(base, theirs)})
+        known = self._known if self._known is not None else read(reading, self.base, progress).stream
+        return self.of_streams(known, read(reading, expert, progress), progress)
+
+    def of_streams(self, base: Stream, expert: Read, progress: Progress | None = None) -> Evaluation:
+        """Measure an expert that has read `batches`, as the base has, whose stream is kept."""
+        self._known = base
+        reading = self._examples.reading
+        found = compare(reading, Read(self.base, base), expert, progress)
+        rows = {}
+        for corpus in self.corpora:
+            if corpus.name in self._texts and corpus.evaluation:
+                here = self._examples.of(corpus.name, questions=False)
+                part = Compared(found.base[here], found.expert[here], found.kl[here], found.agreed[here])
+                rows[corpus.name] = document_rows(corpus.evaluation, self._examples.part(here), part)
+        return self._evaluation(rows, (found.base, self._examples), (found.expert, self._examples))
+
+    def _apart(self, others: _Examples, expert: TextRun, progress: Progress | None) -> Evaluation:
+        assert self._bits is not None
+        theirs = bits(others.reading, read(others.reading, expert, progress), progress)
+        rows: dict[str, list[DocumentBits]] = {}
+        for corpus in self.corpora:
+            if corpus.name in self._texts and corpus.evaluation:
+                mine, own = (each.of(corpus.name, questions=False) for each in (self._examples, others))
+                rows[corpus.name] = document_rows_apart(
+                    corpus.evaluation, self._examples.part(mine), self._bits[mine], others.part(own), theirs[own]
+                )
+        return self._evaluation(rows, (self._bits, self._examples), (theirs, others))
+
+    def _evaluation(
+        self,
+        rows: Mapping[str, list[DocumentBits]],
+        base: tuple[Floats, _Examples],
+        expert: tuple[Floats, _Examples],
+    ) -> Evaluation:
+        results = {}
+        for corpus in self.corpora:
+            found: dict[str, Measured] = {}
+            if corpus.name in rows:
+                found |= document_metrics(rows[corpus.name], self.metrics)
+            asked = corpus.questions if "questions" in self.metrics else ()
+            if asked:
+                right = []
+                for needed, examples in (base, expert):
+                    here = examples.of(corpus.name, questions=True)
+                    right.append(right_answers(asked, needed[here], examples.reading.sizes[here]))
+                found["questions"] = paired_answers(asked, *right).measured()
+            results[corpus.name] = CorpusResult(
+                group=group_of(corpus),
+                documents=len(corpus.evaluation),
+                questions=len(asked),
+                metrics=found,
+                per_document=rows.get(corpus.name, []),
+            )
+        about = Settings(
+            documents=self.settings.documents,
+            max_tokens=self.settings.max_tokens,
+            metrics=list(self.metrics),
+            resamples=RESAMPLES,
         )
-    about = Settings(
-        documents=settings.documents, max_tokens=settings.max_tokens, metrics=list(metrics), resamples=RESAMPLES
-    )
-    return Evaluation(settings=about, corpora=results)
+        return Evaluation(settings=about, corpora=results)
 
 
 def group_of(corpus: Corpus) -> Group:
     """Whether a corpus says what is kept of the expert's purpose, or in general."""
     return "general" if CorpusName.parse(corpus.name).is_general else "expert"
-
-
-def batches_needed(corpora: Sequence[Corpus]) -> int:
-    """About how many steps `evaluate` reports, for a progress bar."""
-    documents = sum(len(corpus.evaluation) for corpus in corpora)
-    questions = sum(len(question.choices) for corpus in corpora for question in corpus.questions)
-    return max(1, documents // 4 + questions // 20)

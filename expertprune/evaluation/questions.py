@@ -6,46 +6,48 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
-from expertprune.corpora.batches import make_batches
 from expertprune.corpora.documents import Question
-from expertprune.evaluation.documents import TOKENS_PER_BATCH
-from expertprune.evaluation.retention import Floats, Paired
+from expertprune.evaluation.reading import Asked, Floats, Reading, bits, read
+from expertprune.evaluation.retention import Paired
+from expertprune.models.passes import TextRun
 from expertprune.progress import Progress
 
 
-@torch.inference_mode()
-def answer_questions(
-    model: Any, tokenizer: Any, questions: Sequence[Question], progress: Progress | None = None
-) -> Floats:
-    """1 where the model prefers the right choice, 0 elsewhere, `[questions]`.
-
-    A choice's score is the log-likelihood of `" choice"` after the prompt, divided by its bytes.
-    This is `acc_norm` of lm-evaluation-harness, which divides by characters.
-    """
-    sequences, spans = [], []
+def choices_of(questions: Sequence[Question], tokenizer: Any) -> list[Asked]:
+    """Every choice of every question in turn: `" choice"` is asked for after the prompt."""
+    sequences = []
     for question in questions:
         start = len(tokenizer(question.prompt)["input_ids"])
         for choice in question.choices:
-            sequences.append(list(tokenizer(f"{question.prompt} {choice}")["input_ids"]))
-            spans.append((start, len(choice.encode())))
-    scores = np.zeros(len(sequences))
-    for batch in make_batches(sequences, TOKENS_PER_BATCH):
-        ids = batch.ids.to(model.device)
-        logits = model(input_ids=ids).logits
-        for row, (index, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
-            first, size = spans[index]
-            likelihood = torch.log_softmax(logits[row, first - 1 : length - 1].float(), -1)
-            scores[index] = float(likelihood.gather(1, ids[row, first:length, None]).sum()) / max(1, size)
-        if progress is not None:
-            progress()
+            ids = list(tokenizer(f"{question.prompt} {choice}")["input_ids"])
+            sequences.append(Asked(ids, max(1, start), max(1, len(choice.encode()))))
+    return sequences
+
+
+def right_answers(questions: Sequence[Question], bits: Floats, sizes: Floats) -> Floats:
+    """1 where the likeliest choice is the right one, 0 elsewhere, `[questions]`.
+
+    A choice's score is its log-likelihood divided by its bytes. This is `acc_norm` of
+    lm-evaluation-harness, which divides by characters.
+
+    Args:
+        bits, sizes: bits and bytes of each choice of each question, `[choices]`.
+    """
     right, offset = np.zeros(len(questions)), 0
     for number, question in enumerate(questions):
-        choices = scores[offset : offset + len(question.choices)]
-        right[number] = float(int(choices.argmax()) == question.answer)
-        offset += len(question.choices)
+        here = slice(offset, offset + len(question.choices))
+        right[number] = float(int((bits[here] / sizes[here]).argmin()) == question.answer)
+        offset = here.stop
     return right
+
+
+def answer_questions(
+    model: TextRun, tokenizer: Any, questions: Sequence[Question], progress: Progress | None = None
+) -> Floats:
+    """1 where the model prefers the right choice, 0 elsewhere, `[questions]` (see `right_answers`)."""
+    reading = Reading.of(choices_of(questions, tokenizer))
+    return right_answers(questions, bits(reading, read(reading, model, progress), progress), reading.sizes)
 
 
 def paired_answers(questions: Sequence[Question], base: Floats, expert: Floats) -> Paired:

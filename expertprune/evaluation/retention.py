@@ -162,7 +162,10 @@ def bits_per_byte(rows: Sequence[DocumentBits]) -> Paired:
 
 
 def document_metrics(rows: Sequence[DocumentBits], metrics: Iterable[str]) -> dict[str, Measured]:
-    """Those of `bits_per_byte`, `perplexity` and `kl` (bits per token) that are asked for."""
+    """Those of `bits_per_byte`, `perplexity`, `kl` (bits per token) and `agreement` that are asked for.
+
+    Agreement is the share of tokens before which base and expert think the same token likeliest.
+    """
     base, expert, kl, tokens = (_column(rows, key) for key in ("base_bits", "expert_bits", "kl_bits", "tokens"))
     result = {}
     for metric in metrics:
@@ -171,11 +174,13 @@ def document_metrics(rows: Sequence[DocumentBits], metrics: Iterable[str]) -> di
         elif metric == "perplexity":
             result[metric] = Paired(base, expert, tokens, less_is_better=True, exponential=True).measured()
         elif metric == "kl":
-            result[metric] = _distance(kl, tokens)
+            result[metric] = _to_base(kl, tokens)
+        elif metric == "agreement":
+            result[metric] = _to_base(_column(rows, "agreed"), tokens)
     return result
 
 
-def _distance(sums: Floats, weights: Floats) -> Measured:
+def _to_base(sums: Floats, weights: Floats) -> Measured:
     with np.errstate(divide="ignore", invalid="ignore"):
         low, high = bootstrap(lambda i: np.asarray(sums[i].sum(1) / weights[i].sum(1)), len(sums))
         return Measured(examples=len(sums), expert=float(sums.sum() / weights.sum()), low=low, high=high)

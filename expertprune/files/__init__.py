@@ -13,8 +13,26 @@ from expertprune.files.outputs import (
     check_output,
     check_parent,
 )
-from expertprune.files.ownership import age, locked, remove_leftovers, temporary_folder
-from expertprune.files.places import EXPERT_FILE, folder_size, require_room, shipped, store_folder, user_path
+from expertprune.files.ownership import (
+    age,
+    disk_errors,
+    locked,
+    one_at_a_time,
+    remove_leftovers,
+    scratch_folder,
+    temporary_folder,
+    working_folder,
+)
+from expertprune.files.places import (
+    EXPERT_FILE,
+    MEMORY_VARIABLE,
+    SPOOL_VARIABLE,
+    folder_size,
+    require_room,
+    shipped,
+    store_folder,
+    user_path,
+)
 from expertprune.files.reading import (
     as_model,
     not_a_file,
@@ -40,10 +58,11 @@ from expertprune.files.staging import (
 from expertprune.files.validation import problems_of
 
 __all__ = [
-    "EXPERT", "EXPERT_FILE", "GENERATOR", "GGUF", "PAGE", "PICTURE", "PLAN", "Kind", "age", "as_model",
-    "check_inputs", "check_output", "check_parent", "digest_of", "file_digest", "folder_size", "locked",
-    "not_a_file", "opened", "parse_json", "parse_yaml", "problems_of", "read_bytes", "read_json", "read_model",
-    "read_object", "read_text", "read_yaml", "remove_leftovers", "require_room", "shipped", "staged_file",
-    "staged_folder", "staged_output", "store_folder", "temporary_folder", "to_json", "user_path", "write_file",
+    "EXPERT", "EXPERT_FILE", "GENERATOR", "GGUF", "MEMORY_VARIABLE", "PAGE", "PICTURE", "PLAN", "SPOOL_VARIABLE",
+    "Kind", "age", "as_model", "check_inputs", "check_output", "check_parent", "digest_of", "disk_errors",
+    "file_digest", "folder_size", "locked", "not_a_file", "one_at_a_time", "opened", "parse_json", "parse_yaml",
+    "problems_of", "read_bytes", "read_json", "read_model", "read_object", "read_text", "read_yaml",
+    "remove_leftovers", "require_room", "scratch_folder", "shipped", "staged_file", "staged_folder",
+    "staged_output", "store_folder", "temporary_folder", "to_json", "user_path", "working_folder", "write_file",
     "write_json",
 ]  # fmt: skip

@@ -97,6 +97,55 @@ def temporary_folder() -> Iterator[Path]:
         yield inner
 
 
+@contextlib.contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` for the block; what killed runs left of such folders goes first.
+
+    Raises:
+        CheckpointError: the disk is full, or the parent folder cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(path.parent)
+            folder = stack.enter_context(own_folder(path))
+        yield folder
+
+
+@contextlib.contextmanager
+def working_folder(path: Path) -> Iterator[Path]:
+    """A folder for unfinished work: it goes when the block ends well, and stays when it does not.
+
+    The next run for the same `path` finds what is there. What nobody has touched for a week goes.
+    While another process works there, this one gets a temporary folder beside it.
+
+    Raises:
+        CheckpointError: the disk is full, or the parent folder cannot be written.
+    """
+    with disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        for other in path.parent.iterdir():
+            if other != path and not other.name.startswith(".") and age(other) > ABANDONED_AFTER:
+                with locked(other) as lock:
+                    if lock is not Lock.TAKEN:
+                        shutil.rmtree(other, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(locked(path))
+        if lock is Lock.TAKEN or not path.exists():
+            yield stack.enter_context(scratch_folder(path))
+            return
+        with disk_errors(path, "no room left on the disk"):
+            yield path
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Run the block while no other process runs one for the same folder or file, on file systems that have locks."""
+    with locked(path, wait=True):
+        yield
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed runs left in a folder: runs of this boot at once, others by age.
 
@@ -129,8 +178,8 @@ def age(path: Path) -> float:
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn errors of the disk into messages that name the output.
+def disk_errors(path: Path, full: str = "no room left on the disk; nothing was written") -> Iterator[None]:
+    """Turn errors of the disk into messages that name the output; `full` is the one for a disk without room.
 
     Raises:
         CheckpointError: the disk is full, or the path cannot be written.
@@ -139,12 +188,12 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            raise CheckpointError(f"{path}: no room left on the disk; nothing was written") from error
+            raise CheckpointError(f"{path}: {full}") from error
         if error.errno in _DENIED:
             raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
         raise
     except Exception as error:  # safetensors writes files itself, and wraps the disk's error in its text
         code = re.search(r"os error (\d+)", str(error))
         if code is not None and int(code.group(1)) in _FULL:
-            raise CheckpointError(f"{path}: no room left on the disk; nothing was written") from error
+            raise CheckpointError(f"{path}: {full}") from error
         raise

@@ -11,6 +11,8 @@ from platformdirs import user_cache_path
 from expertprune.errors import CheckpointError, UsageError
 
 STORE_VARIABLE = "EXPERTPRUNE_STORE"
+MEMORY_VARIABLE = "EXPERTPRUNE_MEMORY"
+SPOOL_VARIABLE = "EXPERTPRUNE_SPOOL"
 EXPERT_FILE = "expertprune.json"  # what makes a folder an expert
 _LONGEST_PATH, _LONGEST_NAME = 4095, 255  # bytes, of Linux
 

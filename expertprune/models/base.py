@@ -7,6 +7,7 @@ import importlib.util
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -17,7 +18,7 @@ from expertprune.models.admission import causal_family, code_files
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.gguf import converted
 from expertprune.models.inventory import check_inventory, check_widths
-from expertprune.models.loading import run_dtype
+from expertprune.models.loading import run_device, run_dtype
 from expertprune.registry import nearest
 from expertprune.spec.schema import Base
 from expertprune.units import LayerShape
@@ -32,7 +33,8 @@ _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.js
 class ResolvedBase:
     """A base resolved to an ordinary local folder.
 
-    `digest` covers the config and the weights, `tokenizer_digest` the tokenizer's files.
+    `digest` covers the config and the weights, `tokenizer_digest` the tokenizer's files. `source` is
+    where decoder layers come from while it runs.
     """
 
     name: str
@@ -43,7 +45,9 @@ class ResolvedBase:
     digest: str
     tokenizer_digest: str
     dtype: torch.dtype
+    device: torch.device
     trust_remote_code: bool = False
+    source: Literal["auto", "resident", "streamed"] = "auto"
 
 
 def resolve_base(base: Base, store: Path) -> ResolvedBase:
@@ -60,7 +64,8 @@ def resolve_base(base: Base, store: Path) -> ResolvedBase:
     family = causal_family(checkpoint, base.trust_remote_code)
     layers = family.layer_shapes(checkpoint.config)
     check_widths(checkpoint, family, layers)
-    stored = checkpoint.dtype
+    device = run_device(base.device)
+    dtype = run_dtype(base.dtype, checkpoint.dtype, device)
     check_inventory(checkpoint, family, layers, base.trust_remote_code)
     weights = {file: file_digest(folder / file, store) for file in checkpoint.shards}
     tokenizer = {
@@ -76,8 +81,10 @@ def resolve_base(base: Base, store: Path) -> ResolvedBase:
         layers=layers,
         digest=digest_of([checkpoint.config, weights]),
         tokenizer_digest=digest_of(tokenizer),
-        dtype=run_dtype(base.dtype, stored),
+        dtype=dtype,
         trust_remote_code=base.trust_remote_code,
+        device=device,
+        source=base.layers,
     )
 
 

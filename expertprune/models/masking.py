@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from expertprune.arch import Family
 from expertprune.models.layers import decoder_layers, routed_to
+from expertprune.models.sources import source_of
 from expertprune.units import KeptUnits, LayerShape, Segment
 
 
@@ -18,8 +20,19 @@ from expertprune.units import KeptUnits, LayerShape, Segment
 def masked(model: Any, family: Family, shapes: Sequence[LayerShape], kept: Sequence[KeptUnits]) -> Iterator[None]:
     """While open, dropped units write nothing: their columns of output projections are zero.
 
-    The router does not choose dropped routed experts.
+    The router does not choose dropped routed experts. A layer that is streamed is masked whenever it
+    is opened.
     """
+    source = source_of(model)
+    with contextlib.ExitStack() as stack:
+        for index, layer in enumerate(decoder_layers(model, family)):
+            change = functools.partial(_masked_layer, family=family, shape=shapes[index], units=kept[index])
+            stack.enter_context(source.amended(layer, index, change))
+        yield
+
+
+@contextlib.contextmanager
+def _masked_layer(layer: nn.Module, family: Family, shape: LayerShape, units: KeptUnits) -> Iterator[None]:
     stashed: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def silence(weight: Tensor, kept: Tensor) -> None:
@@ -33,16 +46,15 @@ def masked(model: Any, family: Family, shapes: Sequence[LayerShape], kept: Seque
     routers = contextlib.ExitStack()
     try:
         with torch.no_grad():
-            for layer, shape, units in zip(decoder_layers(model, family), shapes, kept, strict=True):
-                if family.experts is not None and len(units.experts) < shape.experts:
-                    routers.enter_context(routed_to(layer, family.experts, torch.tensor(units.experts)))
-                if family.experts is not None and units.shape(shape).ffn < shape.ffn:
-                    output = layer.get_parameter(family.experts.output).data
-                    for expert in units.experts:
-                        silence(output[expert], torch.tensor(units.neurons_of(expert, shape)))
-                blocks = [(family.ffn, Segment.FFN)] if family.has_ffn else []
-                for block, segment in (*blocks, (family.attention, Segment.QUERY)):
-                    silence(layer.get_parameter(block.output_weight).data, units.rows(segment, shape))
+            if family.experts is not None and len(units.experts) < shape.experts:
+                routers.enter_context(routed_to(layer, family.experts, torch.tensor(units.experts)))
+            if family.experts is not None and units.shape(shape).ffn < shape.ffn:
+                output = layer.get_parameter(family.experts.output).data
+                for expert in units.experts:
+                    silence(output[expert], torch.tensor(units.neurons_of(expert, shape)))
+            blocks = [(family.ffn, Segment.FFN)] if family.has_ffn else []
+            for block, segment in (*blocks, (family.attention, Segment.QUERY)):
+                silence(layer.get_parameter(block.output_weight).data, units.rows(segment, shape))
         yield
     finally:
         routers.close()

@@ -1,13 +1,14 @@
 """Run text through a decoder one layer at a time.
 
 Every pass over calibration text goes this way: open a layer, run every batch through it, close
-it. Between layers, only the hidden states of the batches are held. A model larger than memory
-therefore needs another source of layers (`TextRun.opened`), and nothing else changes.
+it. Between layers, only the hidden states of the batches are held, in a spool. So a model may be
+larger than memory: its layers then come from a checkpoint (`models.sources`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from expertprune.arch import Family
 from expertprune.corpora.batches import Batch
 from expertprune.models.layers import LayerRecorder, decoder_layers, head_only, layers_replaced
+from expertprune.models.sources import LayerSource, source_of
+from expertprune.models.spool import Spool
 from expertprune.progress import Progress
 from expertprune.units import LayerShape
 
@@ -48,21 +51,26 @@ class Step(NamedTuple):
 class Stream:
     """The hidden states of every batch before one layer, and the other arguments of every layer.
 
-    `hidden[b]` is `[rows, tokens, hidden]`. `arguments[b][l]` are the keyword arguments of layer
-    `l` (position embeddings, masks), shared between layers where the decoder shares them.
+    `hidden[b]` is `[rows, tokens, hidden]`, on the device of the layers. `arguments[b][l]` are the
+    keyword arguments of layer `l` (position embeddings, masks), shared between layers where the
+    decoder shares them.
     """
 
     batches: Sequence[Batch]
-    hidden: list[Tensor]
+    hidden: Spool
     arguments: list[list[dict[str, Any]]]
 
     def copy(self) -> Stream:
         """Another stream from here. Hidden states are never changed in place, so none is copied."""
-        return Stream(self.batches, list(self.hidden), self.arguments)
+        return Stream(self.batches, self.hidden.copy(), self.arguments)
 
-    def run(self, layer: nn.Module, index: int, batch: int) -> Tensor:
-        """One batch's output of a layer, `[rows, tokens, hidden]`; the stream stays as it is."""
-        output = layer(self.hidden[batch], **self.arguments[batch][index])
+    def run(self, layer: nn.Module, index: int, batch: int, before: Tensor | None = None) -> Tensor:
+        """One batch's output of a layer, `[rows, tokens, hidden]`; the stream stays as it is.
+
+        Args:
+            before: what goes into the layer; default: the hidden states of the stream.
+        """
+        output = layer(self.hidden[batch] if before is None else before, **self.arguments[batch][index])
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
@@ -74,7 +82,8 @@ class Stream:
             graph; the stream holds the states without it.
         """
         for number, batch in enumerate(self.batches):
-            before, after = self.hidden[number], self.run(layer, index, number)
+            before = self.hidden[number]
+            after = self.run(layer, index, number, before)
             self.hidden[number] = after.detach()
             yield Step(number, batch, before, after)
 
@@ -92,10 +101,14 @@ class TextRun:
     batches: Sequence[Batch]
 
     @property
+    def source(self) -> LayerSource:
+        """Where its layers come from."""
+        return source_of(self.model)
+
+    @property
     def device(self) -> torch.device:
         """The device of layers and hidden states."""
-        device: torch.device = next(self.model.parameters()).device
-        return device
+        return self.source.device
 
     @property
     def documents(self) -> int:
@@ -107,24 +120,30 @@ class TextRun:
         """The number of real tokens."""
         return sum(batch.tokens for batch in self.batches)
 
+    def over(self, batches: Sequence[Batch]) -> TextRun:
+        """The same model over other text."""
+        return replace(self, batches=batches)
+
     def each_batch(self) -> Iterator[TextRun]:
         """The same model with one batch each."""
         return (replace(self, batches=[batch]) for batch in self.batches)
 
-    @contextlib.contextmanager
-    def opened(self, index: int) -> Iterator[nn.Module]:
+    def opened(self, index: int, following: int | None = None) -> contextlib.AbstractContextManager[nn.Module]:
         """One decoder layer, ready to run on `device` while open.
 
-        The whole model is resident, so this only looks the layer up. A source that streams layers
-        from a checkpoint would load it here, and free it behind the `yield`.
+        Args:
+            following: the layer that is opened next; it may be read ahead.
         """
-        yield decoder_layers(self.model, self.family)[index]
+        return self.source.opened(decoder_layers(self.model, self.family)[index], index, following)
 
-    def layers(self, progress: Progress | None = None, last_first: bool = False) -> Iterator[tuple[int, nn.Module]]:
-        """Open each layer in turn; call `progress` when one is closed."""
-        order = range(len(decoder_layers(self.model, self.family)))
-        for index in reversed(order) if last_first else order:
-            with self.opened(index) as layer:
+    def layers(
+        self, progress: Progress | None = None, last_first: bool = False, skip: int = 0
+    ) -> Iterator[tuple[int, nn.Module]]:
+        """Open each layer in turn, but for the first `skip`; call `progress` when one is closed."""
+        number = len(decoder_layers(self.model, self.family))
+        order = [*range(number)[:: -1 if last_first else 1]][skip:]
+        for index, following in itertools.zip_longest(order, order[1:]):
+            with self.opened(index, following) as layer:
                 yield index, layer
             if progress is not None:
                 progress()
@@ -133,7 +152,7 @@ class TextRun:
     def start(self) -> Stream:
         """The stream before the first layer; the decoder itself makes the layers' arguments."""
         recorders = [LayerRecorder(layer) for layer in decoder_layers(self.model, self.family)]
-        stream, decoder = Stream(self.batches, [], []), self.model.get_decoder()
+        stream, decoder = Stream(self.batches, Spool(self.source.room), []), self.model.get_decoder()
         with layers_replaced(self.model, self.family, recorders):
             for batch in self.batches:
                 decoder(input_ids=batch.ids.to(self.device), use_cache=False)

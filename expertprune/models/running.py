@@ -6,12 +6,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from expertprune.models.base import ResolvedBase
+from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.loading import load_model, load_tokenizer
+from expertprune.models.spool import Limits
+from expertprune.models.streaming import load_streamed
+
+MARGIN = 0.7  # of what is free; the rest is for hidden states and the work on one batch
 
 
 class RunningBase:
-    """The model and the tokenizer of a base; each is loaded at its first use and kept."""
+    """The model and the tokenizer of a base; each is loaded at its first use and kept.
+
+    The model's layers are resident or streamed, as the base says and memory allows. Run it with
+    `TextRun`; only where `is_streamed(model)` is false can it be called as a whole.
+    """
 
     def __init__(self, base: ResolvedBase) -> None:
         self.base = base
@@ -23,7 +34,7 @@ class RunningBase:
 
     @cached_property
     def model(self) -> Any:
-        return run_folder(self.base.folder, self.base)
+        return run_checkpoint(self.base.checkpoint, self.base)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -31,5 +42,25 @@ class RunningBase:
 
 
 def run_folder(folder: Path, base: ResolvedBase) -> Any:
-    """A folder's model, in the dtype and with the trust of the base."""
-    return load_model(folder, base.dtype, trust_remote_code=base.trust_remote_code)
+    """A folder's model, run as the base is: dtype, device, source of layers, trust."""
+    return run_checkpoint(Checkpoint(folder), base)
+
+
+def run_checkpoint(checkpoint: Checkpoint, base: ResolvedBase) -> Any:
+    """A checkpoint's model, run as the base is."""
+    limits, trust = Limits.of_environment(), base.trust_remote_code
+    if to_stream(checkpoint, base, limits):
+        return load_streamed(checkpoint, base.family, base.dtype, base.device, limits, trust)
+    return load_model(checkpoint.folder, base.dtype, base.device, trust)
+
+
+def to_stream(checkpoint: Checkpoint, base: ResolvedBase, limits: Limits) -> bool:
+    """Whether layers are streamed: as the base says, or because the weights do not fit the device's memory."""
+    if base.source == "auto":
+        return weight_bytes(checkpoint, base.dtype) > MARGIN * limits.free(base.device)
+    return base.source == "streamed"
+
+
+def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """The memory of a resident model's weights."""
+    return checkpoint.parameters * torch.empty(0, dtype=dtype).element_size()

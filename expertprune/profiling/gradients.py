@@ -16,6 +16,7 @@ from expertprune.artifacts.profile import halved
 from expertprune.corpora.batches import Batch
 from expertprune.models.layers import Routed, observed, routed_shares
 from expertprune.models.passes import LOGITS, TextRun
+from expertprune.models.spool import Spool
 from expertprune.progress import Progress
 from expertprune.units import LayerShape
 
@@ -176,21 +177,22 @@ def backward(text: TextRun, loss: str, seed: int) -> Iterator[Differentiated]:
     differentiated, so only one layer's graph of one batch is held at a time.
     """
     stream = text.start()
-    before: list[list[Tensor]] = []
+    before: list[Spool] = []
     for index, layer in text.layers():
-        before.append(list(stream.hidden))
+        before.append(stream.hidden.copy())
         for _ in stream.advance(layer, index):
             pass
     ends = [loss_gradient(text, *pair, loss, seed) for pair in zip(text.batches, stream.hidden, strict=True)]
     above = [rescaled(gradient, HEAD_SCALE) for gradient in ends]
     routers = [text.family.experts.module] if text.family.experts is not None else []
     for index, layer in text.layers(last_first=True):
-        stream.hidden = [hidden.detach().requires_grad_() for hidden in before.pop()]
+        inputs_here = before.pop()
         for number, batch in enumerate(text.batches):
             gradient, scale = above[number]
             with observed(layer, *routers) as calls, mask_graph(layer, text.family, leaves=False) as inputs:
-                output = stream.run(layer, index, number)
-                below, *found = torch.autograd.grad(output, [stream.hidden[number], *inputs.values()], gradient)
+                leaf = inputs_here[number].detach().requires_grad_()
+                output = stream.run(layer, index, number, leaf)
+                below, *found = torch.autograd.grad(output, [leaf, *inputs.values()], gradient)
             routed = Routed.of(calls[routers[0]]) if routers else None
             noted = {name: value.detach() for name, value in inputs.items()}
             gradients = dict(zip(inputs, found, strict=True))

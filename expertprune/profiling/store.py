@@ -19,7 +19,6 @@ from expertprune.corpora.documents import Document
 from expertprune.errors import CheckpointError
 from expertprune.files import digest_of
 from expertprune.models.base import ResolvedBase
-from expertprune.models.loading import default_device
 from expertprune.models.passes import TextRun
 from expertprune.profiling.forward import forward_pass
 from expertprune.profiling.gradients import gradient_pass
@@ -30,8 +29,8 @@ from expertprune.relevance import Pass
 
 PACKAGES = ("torch", "transformers")
 # The modules that compute statistics: a change to any of them makes new profiles.
-SOURCES = ("arch", "artifacts/profile.py", "corpora/batches.py", "models/layers.py", "models/loading.py",
-           "models/passes.py", "profiling", "units.py")  # fmt: skip
+SOURCES = ("arch", "artifacts/profile.py", "corpora/batches.py", "models/layers.py", "models/loading.py", "models/passes.py",
+           "models/sources.py", "models/spool.py", "models/streaming.py", "profiling", "units.py")  # fmt: skip
 
 
 def profile_key(base: ResolvedBase, documents: Sequence[Document], max_tokens: int) -> ProfileKey:
@@ -44,7 +43,7 @@ def profile_key(base: ResolvedBase, documents: Sequence[Document], max_tokens: i
         corpus=digest_of(digests),
         max_tokens=max_tokens,
         dtype=str(base.dtype).removeprefix("torch."),
-        device=default_device().type,
+        device=base.device.type,
         attention=str(attention_of(base.checkpoint.config)),
         versions={name: importlib.metadata.version(name) for name in PACKAGES},
         code=digest_of([statistics_code(Path(expertprune.__file__).parent), remote]),

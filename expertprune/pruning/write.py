@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import importlib.metadata
 import inspect
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from expertprune.arch import MODELING, PER_LAYER, ExpertTensor, per_layer, stock_architectures
+from expertprune.arch import MODELING, PER_LAYER, ExpertTensor, per_layer
 from expertprune.artifacts.plan import Plan
 from expertprune.corpora.batches import Batch
 from expertprune.errors import CheckpointError, PlanError
-from expertprune.files import require_room
+from expertprune.files import digest_of, require_room, scratch_folder, working_folder
 from expertprune.models.base import ResolvedBase
-from expertprune.models.checkpoint import write_weights
+from expertprune.models.checkpoint import DTYPES, write_weights
+from expertprune.models.loading import class_of, decoder_class_of, within_decoder
 from expertprune.models.passes import TextRun
-from expertprune.pruning.repair import check_repair
+from expertprune.progress import Progress
+from expertprune.pruning.repair import Passengers, RepairJob, check_repair
 from expertprune.pruning.slicing import cut_tensor
+from expertprune.pruning.unfinished import Unfinished
 from expertprune.spec.schema import Compensation
 from expertprune.tokenizing import Renumbering, read_vocabulary, trimmed, write_tokenizer
 
@@ -32,11 +37,20 @@ _SPARE = 64 * 2**20  # tokenizer, cards and index, generously
 
 @dataclass(frozen=True)
 class RepairInput:
-    """What least squares need beside the plan: the running base and calibration text."""
+    """What a repair needs beside the plan.
+
+    Attributes:
+        model: the running base.
+        batches: calibration text.
+        passengers: text that is measured meanwhile, if the repair takes passengers.
+        store: where a killed repair leaves what it has finished, for the next run of the same one.
+    """
 
     model: Any
-    batches: list[Batch]
+    batches: Sequence[Batch]
     settings: Compensation
+    passengers: Passengers | None = None
+    store: Path | None = None
 
 
 def check_plan(plan: Plan, base: ResolvedBase) -> None:
@@ -63,7 +77,7 @@ def prune(
     base: ResolvedBase,
     folder: Path,
     repair_input: RepairInput | None = None,
-    progress: Callable[[], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Write the expert's model files into an existing, empty folder.
 
@@ -88,14 +102,64 @@ def prune(
                 f"the plan {plan.name!r} keeps tokens without the parts they are merged from: compose it again"
             )
         config = Renumbering(smaller.ids).config(config) | {"vocab_size": plan.vocabulary.rows.rows}
-    spool = _Spool(folder / ".repair")
-    if repair_input is not None and plan.cuts_layers:
-        text = TextRun(repair_input.model, base.family, plan.shapes, repair_input.batches)
-        method = check_repair(repair_input.settings.method)
-        for name, tensor in method.weights(text, plan.kept, repair_input.settings, progress):
+    with _solved_weights(plan, base, folder, repair_input, progress) as solved:
+        _write_tensors(plan, base, folder, solved, rows)
+    for path in base.checkpoint.carried_files:
+        target = folder / path.relative_to(base.folder)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
+    if smaller is not None:
+        write_tokenizer(base.folder, folder, smaller)
+    if config == base.checkpoint.config:
+        shutil.copyfile(base.folder / "config.json", folder / "config.json")
+    else:
+        (folder / f"{MODELING}.py").unlink(missing_ok=True)  # that of a base which had widths of single layers
+        if PER_LAYER in config:
+            (folder / f"{MODELING}.py").write_text(_modeling(config, base.family.layers))
+        (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def _solved_weights(
+    plan: Plan, base: ResolvedBase, folder: Path, given: RepairInput | None, progress: Progress | None
+) -> Iterator[Unfinished | None]:
+    """The repaired weights, until they are written; `None` where nothing is repaired."""
+    if given is None or not plan.cuts_layers:
+        yield None
+        return
+    text = TextRun(given.model, base.family, plan.shapes, given.batches)
+    if given.store is None:
+        place = scratch_folder(folder / "repair")
+    else:
+        place = working_folder(given.store / "repairs" / _digest(plan, base, given))
+    with place as folder:
+        unfinished = Unfinished(folder)
+        stored = {name: DTYPES[info.dtype] for name, info in base.checkpoint.tensors.items() if info.dtype in DTYPES}
+        job = RepairJob(text, plan.kept, given.settings, stored, given.passengers, unfinished)
+        for name, tensor in check_repair(given.settings.method).weights(job, progress):
             if not bool(tensor.isfinite().all()):
                 raise CheckpointError(f"{name}: the repair is not finite; raise compensation.damping")
-            spool.put(name, tensor)
+            unfinished.put(name, tensor)
+        yield unfinished
+
+
+def _digest(plan: Plan, base: ResolvedBase, given: RepairInput) -> str:
+    """Of everything that the numbers of a repair depend on, and the batches of its passengers."""
+    aboard = given.passengers
+    ids = hashlib.sha256()
+    for batch in [*given.batches, *(aboard.batches if aboard is not None else ())]:
+        ids.update(repr((batch.lengths, batch.ids.tolist())).encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        ids.update(path.read_bytes())
+    versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
+    about = [plan.digest, base.digest, str(base.dtype), str(base.device), given.settings.model_dump(), versions]
+    return digest_of([about, aboard is not None and aboard.base is None, ids.hexdigest()])
+
+
+def _write_tensors(
+    plan: Plan, base: ResolvedBase, folder: Path, solved: Unfinished | None, rows: Tensor | None
+) -> None:
+    """Write the weights, sliced or solved for, shard by shard."""
     owners = {
         base.family.layer_prefix(layer) + coupled.name: (layer, coupled.name)
         for layer in range(len(plan.shapes))
@@ -112,7 +176,7 @@ def prune(
         if name not in owners:
             return None
         layer, local = owners[name]
-        repaired = spool.take(name)
+        repaired = solved.take(name) if solved is not None else None
         if repaired is not None:
             return repaired.to(tensor.dtype)
         cut = cut_tensor(local, tensor, base.family, plan.shapes[layer], plan.kept[layer])
@@ -120,31 +184,19 @@ def prune(
 
     names = {old: stored.name for old, stored in single.items()}
     write_weights(base.checkpoint, folder, transform, _zero_tensors(plan, base), names)
-    spool.close()
-    for path in base.checkpoint.carried_files:
-        target = folder / path.relative_to(base.folder)
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, target)
-    if smaller is not None:
-        write_tokenizer(base.folder, folder, smaller)
-    if config == base.checkpoint.config:
-        shutil.copyfile(base.folder / "config.json", folder / "config.json")
-    else:
-        (folder / f"{MODELING}.py").unlink(missing_ok=True)  # that of a base which had widths of single layers
-        if PER_LAYER in config:
-            (folder / f"{MODELING}.py").write_text(_modeling(config, base.family.layers))
-        (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def _modeling(config: Mapping[str, Any], layers: str) -> str:
-    """The code that an expert with widths of single layers carries, for users who have only transformers."""
-    (architecture, *_) = stock_architectures(config)
+    """The code that an expert with widths of single layers carries, for users who have no expertprune."""
+    causal = class_of(dict(config))
+    decoder = decoder_class_of(causal, dict(config))
     lines = [
         inspect.getsource(per_layer),
         "",
-        f"from transformers import {architecture}  # noqa: E402",
+        f"from transformers import {causal.__name__}, {decoder.__name__}  # noqa: E402",
         "",
-        f'ExpertForCausalLM = with_layer_widths({architecture}, "{layers}")',
+        f'ExpertModel = model_with_layer_widths({decoder.__name__}, "{within_decoder(causal, layers)}")',
+        f"ExpertForCausalLM = with_layer_widths({causal.__name__}, ExpertModel)",
         "",
     ]
     return "\n".join(lines)
@@ -196,23 +248,3 @@ def _zero_tensors(plan: Plan, base: ResolvedBase) -> Callable[[str], Iterator[tu
                     yield family.layer_prefix(layer) + name, torch.zeros(shape.hidden, dtype=base.checkpoint.dtype)
 
     return extra
-
-
-class _Spool:
-    """Repaired weights on disk until their shard is written, so that memory holds one layer's."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._files: dict[str, Path] = {}
-
-    def put(self, name: str, tensor: Tensor) -> None:
-        self.folder.mkdir(exist_ok=True)
-        self._files[name] = self.folder / f"{len(self._files)}.safetensors"
-        save_file({"weight": tensor.cpu().contiguous()}, self._files[name])
-
-    def take(self, name: str) -> Tensor | None:
-        path = self._files.get(name)
-        return None if path is None else load_file(path)["weight"]
-
-    def close(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)

@@ -31,7 +31,8 @@ An expert cut from `{{ expert.base.model }}` for {{ purpose }}, without post-tra
 {{ "{:,}".format(plan.parameters.after) }} of {{ "{:,}".format(plan.parameters.before) }} parameters
 ({{ "%.1f" % (100 * plan.parameters.after / plan.parameters.before) }}%). {% if per_layer -%}
 Its layers have widths of their own. `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` builds it with
-`modeling_expert.py` in this folder; vLLM serves it wherever the package expertprune is installed too.
+`modeling_expert.py` in this folder, and so does `vllm serve folder --trust-remote-code`. Where the package expertprune is
+installed, vLLM needs no code of the folder.
 {%- else -%}
 It loads like any other checkpoint of its architecture, in
 transformers and in vLLM.

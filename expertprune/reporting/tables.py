@@ -16,11 +16,13 @@ from expertprune.artifacts.evaluation import Average, Evaluation, Measured
 from expertprune.artifacts.plan import Plan, VocabularyPlan
 from expertprune.artifacts.sweep import Sweep
 from expertprune.composition.overlap import Comparison, StructureComparison
+from expertprune.spec.schema import TO_BASE
 
 METRIC_LABELS = {
     "bits_per_byte": "bits per byte",
     "perplexity": "perplexity",
     "kl": "KL to base, bits/token",
+    "agreement": "same likeliest token as the base",
     "questions": "accuracy",
 }
 
@@ -39,8 +41,8 @@ def retention_rows(evaluation: Evaluation) -> list[list[str]]:
     for corpus, result in evaluation.corpora.items():
         for metric, numbers in result.metrics.items():
             questions = f" ({result.questions} questions{_flips(numbers)})" if metric == "questions" else ""
-            base = "" if metric == "kl" else _number(numbers.base)
-            retention = "" if metric == "kl" else _number(numbers.retention)
+            base = "" if metric in TO_BASE else _number(numbers.base)
+            retention = "" if metric in TO_BASE else _number(numbers.retention)
             cells = [metric_label(metric) + questions, base, _number(numbers.expert), retention]
             rows.append([corpus, *cells, _interval(numbers)])
     for name, numbers in evaluation.all_tasks.items():

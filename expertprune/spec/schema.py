@@ -26,13 +26,16 @@ Dimension = Literal["language", "domain", "task"]
 DIMENSIONS: tuple[Dimension, ...] = get_args(Dimension)
 
 
-Metric = Literal["bits_per_byte", "perplexity", "kl", "questions"]
+Metric = Literal["bits_per_byte", "perplexity", "kl", "agreement", "questions"]
 
 
 METRICS: tuple[Metric, ...] = get_args(Metric)
 
 
-PER_TOKEN: tuple[Metric, ...] = ("perplexity", "kl")
+PER_TOKEN: tuple[Metric, ...] = ("perplexity", "kl", "agreement")
+
+
+TO_BASE: tuple[Metric, ...] = ("kl", "agreement")  # they compare with the base, which has no value of its own
 
 
 class _Section(BaseModel):
@@ -46,8 +49,18 @@ class Base(_Section):
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="What the model is run in; auto: as stored on a GPU, float32 on a CPU. "
-        "A GGUF file is also converted to it (auto: bfloat16).",
+        description="What the model is run in; auto: as stored on a GPU; on a CPU float32, or bfloat16 where it is stored "
+        "so and the processor is faster with it. A GGUF file is also converted to it (auto: bfloat16).",
+    )
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="Where it is run: cpu, cuda, or one GPU of several such as cuda:1; auto: a GPU where there is one.",
+    )
+    layers: Literal["auto", "resident", "streamed"] = Field(
+        "auto",
+        description="resident: the whole model is in the memory of the device; streamed: one layer at a time is read "
+        "from the checkpoint, so the model may be larger than memory; auto: streamed where it does not fit.",
     )
     trust_remote_code: bool = Field(
         False,

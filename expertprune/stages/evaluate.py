@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,16 +13,20 @@ from expertprune.artifacts.evaluation import Evaluation
 from expertprune.artifacts.expert import Expert
 from expertprune.corpora.documents import Corpus, CorpusName
 from expertprune.corpora.loading import load_corpora
-from expertprune.evaluation.measure import batches_needed
-from expertprune.evaluation.measure import evaluate as evaluate_models
-from expertprune.evaluation.retention import Floats
+from expertprune.errors import UnevaluatedError
+from expertprune.evaluation.measure import Measuring
+from expertprune.evaluation.reading import Read
 from expertprune.files import store_folder
 from expertprune.models.loading import load_tokenizer
+from expertprune.models.passes import TextRun
 from expertprune.models.running import RunningBase, run_folder
 from expertprune.progress import Track, silent
+from expertprune.pruning.repair import Passengers
 from expertprune.reporting.card import write_card
 from expertprune.spec.schema import Evaluate
 from expertprune.stages.validate import evaluation_corpora, leak_guard
+
+log = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -50,30 +56,70 @@ def evaluate(
     resolved = described.find_base(place, spec.base)
     loaded: dict[CorpusName, Corpus] = load_corpora(spec)
     evaluated = evaluation_corpora(spec, loaded, leak_guard(loaded, described.calibration_digests))
-    return evaluate_folder(described.folder, RunningBase(resolved), evaluated, spec.evaluate, track)
+    running = RunningBase(resolved)
+    evaluator = measuring(running, evaluated, spec.evaluate, described.plan.vocabulary is not None)
+    return record(described.folder, measure_folder(evaluator, described.folder, running, track))
 
 
-def evaluate_folder(
-    folder: Path,
-    running: RunningBase,
-    corpora: Sequence[Corpus],
-    settings: Evaluate,
-    track: Track,
-    answers: dict[str, Floats] | None = None,
+def measuring(running: RunningBase, corpora: Sequence[Corpus], settings: Evaluate, other_tokens: bool) -> Measuring:
+    """What measures experts of a base on corpora, which are already guarded against leaks."""
+    return Measuring(
+        TextRun(running.model, running.base.family, (), ()), running.tokenizer, corpora, settings, other_tokens
+    )
+
+
+def measure_folder(
+    evaluator: Measuring, folder: Path, running: RunningBase, track: Track, align: bool = False
 ) -> Evaluation:
-    """Measure an expert against its base, and write the result into its folder.
+    """Measure the expert in a folder; nothing is written.
 
     Args:
-        corpora: already guarded against leaks.
-        answers: what the base answered, for the next expert of the same base (see
-            `evaluation.evaluate`).
+        align: compare hidden states too (see `Measuring.against`).
     """
-    described, base = Expert.load(folder), running.base
-    own = None  # unless the expert's tokenizer is another than the base's
-    if described.plan.vocabulary is not None:
-        own = load_tokenizer(folder, base.trust_remote_code)
-    expert = run_folder(folder, base)
-    with track("evaluate", batches_needed(corpora)) as step:
-        result = evaluate_models(running.model, expert, running.tokenizer, corpora, settings, step, answers, own)
-    write_card(replace(described, evaluation=result))
+    base = running.base
+    tokenizer = load_tokenizer(folder, base.trust_remote_code) if evaluator.other_tokens else None
+    with track("evaluate", evaluator.steps(len(base.layers))) as step:
+        expert = TextRun(run_folder(folder, base), base.family, (), ())
+        return evaluator.against(expert, step, tokenizer, align)
+
+
+class Meanwhile:
+    """Measures an expert while it is repaired, where the repair takes passengers; else afterwards.
+
+    Args:
+        evaluator: what is to be measured. Several experts of one base may share it, one after the
+            other; the base then reads once.
+    """
+
+    def __init__(self, evaluator: Measuring) -> None:
+        self.evaluator = evaluator
+        self.passengers = None if evaluator.other_tokens else Passengers(evaluator.batches, evaluator.known)
+
+    def result(self, folder: Path, running: RunningBase, track: Track) -> Evaluation:
+        """The evaluation of the expert, which is in its folder by now; nothing is written."""
+        aboard = self.passengers
+        if aboard is None or aboard.base is None or aboard.expert is None:
+            return measure_folder(self.evaluator, folder, running, track)
+        # The expert's embeddings and head are the base's; what was cut is behind it in its stream.
+        with track("evaluate", len(aboard.batches)) as step:
+            return self.evaluator.of_streams(aboard.base, Read(self.evaluator.base, aboard.expert), step)
+
+
+@contextlib.contextmanager
+def evaluated_after(folder: Path) -> Iterator[None]:
+    """The evaluation of an expert that is in its place: say so where it fails.
+
+    Raises:
+        UnevaluatedError: the evaluation failed.
+    """
+    try:
+        yield
+    except Exception as error:
+        log.info("the evaluation of %s failed", folder, exc_info=True)
+        raise UnevaluatedError(folder, error) from error
+
+
+def record(folder: Path, result: Evaluation) -> Evaluation:
+    """Write an evaluation into the folder of its expert."""
+    write_card(replace(Expert.load(folder), evaluation=result))
     return result

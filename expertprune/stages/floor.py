@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from expertprune.artifacts.plan import Plan, RetentionFound
 from expertprune.artifacts.profile import Profile
@@ -13,14 +14,13 @@ from expertprune.composition.plan import compose
 from expertprune.composition.widths import LayerWidths, legal_ffn
 from expertprune.corpora.documents import CorpusName
 from expertprune.errors import PlanError
-from expertprune.evaluation.documents import score_documents
+from expertprune.evaluation.measure import Measuring
 from expertprune.evaluation.retention import bits_per_byte
 from expertprune.files import temporary_folder
-from expertprune.models.running import run_folder
-from expertprune.progress import Track
-from expertprune.pruning.repair import check_repair
-from expertprune.pruning.write import RepairInput, prune
-from expertprune.spec.schema import Budget, Retention
+from expertprune.progress import Track, silent
+from expertprune.spec.schema import Budget, Evaluate, Retention
+from expertprune.stages.evaluate import Meanwhile, measuring
+from expertprune.stages.prune import write_weights
 from expertprune.stages.validate import Prepared, validation_documents
 
 log = logging.getLogger(__name__)
@@ -93,11 +93,12 @@ def plan_by_retention(prepared: Prepared, profiles: Mapping[CorpusName, Profile]
         raise PlanError("budget.retention: there is no smaller width to try; lower budget.multiple_of or budget.floor")
     low, high = -1, len(budgets)  # the largest that is known to hold, the smallest that is known not to
     tried: dict[int, tuple[Plan, Kept]] = {}
+    evaluator = measuring_held_back(prepared)
     with track("retention", len(budgets).bit_length() + 1) as step:
         middle = 0
         while high - low > 1:
             try:
-                tried[middle] = _try(prepared, profiles, budgets[middle])
+                tried[middle] = _try(prepared, profiles, budgets[middle], evaluator)
             except PlanError as error:  # more than the floor of widths allows
                 log.info("budget %g: %s", budgets[middle].parameters, error)
                 high = middle
@@ -120,26 +121,25 @@ def plan_by_retention(prepared: Prepared, profiles: Mapping[CorpusName, Profile]
     return replace(plan, spec=spec.document(), budget=budget)
 
 
-def _try(prepared: Prepared, profiles: Mapping[CorpusName, Profile], budget: Budget) -> tuple[Plan, Kept]:
+def _try(
+    prepared: Prepared, profiles: Mapping[CorpusName, Profile], budget: Budget, evaluator: Measuring
+) -> tuple[Plan, Kept]:
     """The plan under one budget, and what its expert keeps."""
     plan = compose(prepared.spec.model_copy(update={"budget": budget}), prepared.base, profiles)
-    repair_input = None
-    if check_repair(prepared.spec.compensation.method).runs_model:
-        repair_input = RepairInput(prepared.running.model, prepared.repair_batches(), prepared.spec.compensation)
+    meanwhile = Meanwhile(evaluator)
     with temporary_folder() as folder:
-        prune(plan, prepared.base, folder, repair_input)
-        expert = run_folder(folder, prepared.base)
-    return plan, measure(prepared, expert)
+        write_weights(prepared, plan, folder, passengers=meanwhile.passengers)
+        return plan, measure(prepared, meanwhile, folder)
 
 
-def measure(prepared: Prepared, expert: object) -> Kept:
-    """What a running expert keeps of the documents that were held back from calibration."""
-    kept = {}
-    for name, corpus in prepared.corpora.items():
-        documents = validation_documents(corpus)
-        settings = prepared.spec.calibration
-        scores = score_documents(
-            prepared.running.model, expert, prepared.running.tokenizer, documents, settings.max_tokens
-        )
-        kept[str(name)] = bits_per_byte(scores).point
-    return Kept(kept)
+def measuring_held_back(prepared: Prepared) -> Measuring:
+    """What measures experts on the documents that were held back from calibration."""
+    held_back = [replace(each, evaluation=tuple(validation_documents(each))) for each in prepared.corpora.values()]
+    settings = Evaluate(metrics=["bits_per_byte"], max_tokens=prepared.spec.calibration.max_tokens)
+    return measuring(prepared.running, held_back, settings, other_tokens=False)
+
+
+def measure(prepared: Prepared, meanwhile: Meanwhile, folder: Path) -> Kept:
+    """What the expert in a folder keeps of each corpus' held-back documents."""
+    found = meanwhile.result(folder, prepared.running, silent)
+    return Kept({name: bits_per_byte(each.per_document).point for name, each in found.corpora.items()})

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from expertprune.artifacts.profile import FORWARD, VOCABULARY, Profile
@@ -14,8 +13,8 @@ from expertprune.composition.scoring import needed_part
 from expertprune.corpora.batches import Batch
 from expertprune.corpora.documents import CorpusName, corpus_names
 from expertprune.errors import CheckpointError, SpecError
-from expertprune.models.loading import default_device
 from expertprune.models.passes import TextRun
+from expertprune.models.spool import Limits
 from expertprune.profiling.gradients import backward_bytes
 from expertprune.profiling.store import description, measure, profile_key, profile_path
 from expertprune.progress import Track, silent
@@ -74,8 +73,7 @@ def check_backward_fits(prepared: Prepared, batches: Sequence[Batch]) -> None:
     weights = base.checkpoint.parameters * size
     rows, chosen = base.checkpoint.config.get("vocab_size", 0), base.family.experts_per_token(base.checkpoint.config)
     needed = weights + backward_bytes(base.layers, rows, tokens, chosen)
-    on_gpu = default_device().type == "cuda"
-    free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
+    free = Limits.of_environment().free(base.device)
     free += weights if prepared.running.loaded else 0
     other = "regional, which needs one layer at a time" if base.family.has_ffn else "impact, which needs none"
     if needed > free:

@@ -12,7 +12,7 @@ from expertprune.errors import PlanError
 from expertprune.files import check_inputs, check_output, require_room, staged_folder, store_folder
 from expertprune.profiling.store import profile_key
 from expertprune.progress import Track, silent
-from expertprune.pruning.repair import check_repair
+from expertprune.pruning.repair import Passengers, check_repair
 from expertprune.pruning.write import RepairInput, bytes_needed, check_plan
 from expertprune.pruning.write import prune as write_expert
 from expertprune.reporting.card import write_card
@@ -58,16 +58,30 @@ def _check_corpora(found: Found, plan: Plan) -> None:
             raise PlanError(f"corpus {name} has changed since the plan was made: compose it again")
 
 
-def write_folder(prepared: Prepared, plan: Plan, folder: Path, track: Track = silent) -> None:
-    """Cut, repair as the spec says, and write the expert and its card into an empty folder."""
-    repair_input = None
-    if check_repair(prepared.spec.compensation.method).runs_model and plan.cuts_layers:
-        repair_input = RepairInput(prepared.running.model, prepared.repair_batches(), prepared.spec.compensation)
-    with track("prune and repair", len(prepared.base.layers)) as step:
-        write_expert(plan, prepared.base, folder, repair_input, step)
+def write_folder(
+    prepared: Prepared, plan: Plan, folder: Path, track: Track = silent, passengers: Passengers | None = None
+) -> None:
+    """Cut, repair as the spec says, and write the expert and its card into an empty folder.
+
+    Args:
+        passengers: text that the repair takes along, if it takes any.
+    """
+    write_weights(prepared, plan, folder, track, passengers)
     expert = describe_expert(prepared, plan, folder)
     write_card(expert)
     expert.remember_places(prepared.spec, prepared.store)
+
+
+def write_weights(
+    prepared: Prepared, plan: Plan, folder: Path, track: Track = silent, passengers: Passengers | None = None
+) -> None:
+    """The same without a card and a description."""
+    with track("prune and repair", len(prepared.base.layers)) as step:
+        given = None
+        if check_repair(prepared.spec.compensation.method).runs_model and plan.cuts_layers:
+            settings, model = prepared.spec.compensation, prepared.running.model
+            given = RepairInput(model, prepared.repair_batches(), settings, passengers, prepared.store)
+        write_expert(plan, prepared.base, folder, given, step)
 
 
 def describe_expert(prepared: Prepared, plan: Plan, folder: Path) -> Expert:

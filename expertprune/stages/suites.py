@@ -10,29 +10,28 @@ from typing import Any, Literal
 
 import numpy as np
 
-from expertprune.artifacts.evaluation import Alignment, Evaluation, Group, Settings, TaskResult
+from expertprune.artifacts.evaluation import Evaluation, Group, Settings, TaskResult
 from expertprune.artifacts.expert import Expert
 from expertprune.corpora.documents import GENERAL, Corpus, CorpusName
 from expertprune.corpora.leaks import Examples
 from expertprune.corpora.loading import load_corpora
 from expertprune.errors import SpecError, gathered
-from expertprune.evaluation.alignment import align_corpora
 from expertprune.evaluation.harness import models
 from expertprune.evaluation.harness import tasks as harness
 from expertprune.evaluation.harness.stored import StoredScores, versions
 from expertprune.evaluation.harness.tasks import HarnessTask, Scores, less_is_better, run_task
-from expertprune.evaluation.measure import batches_needed, group_of
-from expertprune.evaluation.measure import evaluate as evaluate_models
+from expertprune.evaluation.measure import group_of
 from expertprune.evaluation.retention import RESAMPLES, Counted, Paired, bits_per_byte, summarize
 from expertprune.evaluation.suites import Suite, TaskEntry, bare_task, find_suites
 from expertprune.files import store_folder
 from expertprune.models.base import ResolvedBase
 from expertprune.models.loading import load_tokenizer
-from expertprune.models.running import run_folder
+from expertprune.models.running import RunningBase, run_folder
 from expertprune.progress import Track, silent
 from expertprune.reporting.card import write_card
 from expertprune.spec.reading import TRUST
 from expertprune.spec.schema import Spec
+from expertprune.stages.evaluate import measure_folder, measuring
 from expertprune.stages.validate import leak_guard
 
 Backend = Literal["hf", "vllm"]
@@ -112,7 +111,7 @@ def evaluate_suites(
         counted.append(Counted(each.task.label, each.group, _paired(each.task, *scores[each.task.label])))
         found[each.task.label] = _result(each, measurement.backend, counted[-1].paired, *scores[each.task.label])
     generated = {each.task.label for each in measurement.tasks if each.task.generates}
-    of_corpora, alignment = _run_corpora(measurement, track)
+    of_corpora = _run_corpora(measurement, track)
     if measurement.corpora:
         counted += [
             Counted(f"{name} bits_per_byte", corpus.group, bits_per_byte(corpus.per_document))
@@ -132,7 +131,7 @@ def evaluate_suites(
         tasks={label: result for label, result in found.items() if label not in generated},
         generation={label: result for label, result in found.items() if label in generated},
         summary=summarize(counted),
-        alignment=alignment,
+        alignment=of_corpora.alignment if measurement.corpora else {},
     )
     write_card(replace(measurement.expert, evaluation=result))
     return result
@@ -274,29 +273,17 @@ def _result(each: ChosenTask, backend: Backend, paired: Paired, base: Scores, ex
 # --- corpora ----------------------------------------------------------------------------------------------------------
 
 
-def _run_corpora(measurement: Measurement, track: Track) -> tuple[Evaluation, dict[str, Alignment]]:
+def _run_corpora(measurement: Measurement, track: Track) -> Evaluation:
     """Perplexity and, where base and expert have the same tokens, alignment.
 
     Where no suite measures perplexity, the corpora of the evaluation that the folder holds.
     """
     if not measurement.corpora:
-        return measurement.expert.evaluation or Evaluation(settings=Settings(resamples=RESAMPLES)), {}
-    base = measurement.base
-    mine, theirs = (run_folder(folder, base) for folder in (base.folder, measurement.expert.folder))
-    tokenizer, own = load_tokenizer(base.folder, base.trust_remote_code), None
-    metrics = ["bits_per_byte", "kl"]
-    if (
-        measurement.expert.plan.vocabulary is not None
-    ):  # base and expert read other tokens: only their bytes are the same
-        own, metrics = load_tokenizer(measurement.expert.folder, base.trust_remote_code), ["bits_per_byte"]
+        return measurement.expert.evaluation or Evaluation(settings=Settings(resamples=RESAMPLES))
+    other_tokens = measurement.expert.plan.vocabulary is not None  # then only their bytes are the same
+    metrics = ["bits_per_byte"] if other_tokens else ["bits_per_byte", "kl"]
     settings = measurement.spec.evaluate.model_copy(update={"metrics": metrics})
-    with track("perplexity", batches_needed(measurement.corpora)) as step:
-        found = evaluate_models(mine, theirs, tokenizer, measurement.corpora, settings, step, None, own)
-    alignment: dict[str, Alignment] = {}
-    if own is None and any(suite.alignment for suite in measurement.suites):
-        aligned = [corpus for corpus in measurement.corpora if corpus.evaluation]
-        with track("alignment", len(aligned)) as step:
-            for corpus in aligned:
-                alignment |= align_corpora(mine, theirs, base.family, tokenizer, [corpus], settings.max_tokens)
-                step()
-    return found, alignment
+    running = RunningBase(measurement.base)
+    evaluator = measuring(running, measurement.corpora, settings, other_tokens)
+    align = not other_tokens and any(suite.alignment for suite in measurement.suites)
+    return measure_folder(evaluator, measurement.expert.folder, running, track, align)

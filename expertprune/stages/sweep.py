@@ -15,7 +15,8 @@ from expertprune.artifacts.expert import Expert, portable, portable_spec
 from expertprune.artifacts.plan import Plan
 from expertprune.artifacts.sweep import SWEEP_SCHEMA, Point, Sweep, SweptBase
 from expertprune.errors import CheckpointError, PlanError, SpecError
-from expertprune.evaluation.retention import Floats, pooled
+from expertprune.evaluation.measure import Measuring
+from expertprune.evaluation.retention import pooled
 from expertprune.files import (
     check_output,
     check_parent,
@@ -28,10 +29,11 @@ from expertprune.files import (
 )
 from expertprune.models.base import ResolvedBase
 from expertprune.progress import Track, silent
+from expertprune.pruning.repair import Passengers
 from expertprune.pruning.write import bytes_needed
 from expertprune.spec.schema import Budget, Spec
 from expertprune.stages.compose import plan_of
-from expertprune.stages.evaluate import evaluate_folder
+from expertprune.stages.evaluate import Meanwhile, evaluated_after, measure_folder, measuring, record
 from expertprune.stages.prune import write_folder
 from expertprune.stages.validate import Found, Prepared, SpecLike, as_spec, check_unlisted, find, prepare
 from expertprune.units import Structure
@@ -82,14 +84,14 @@ def sweep(
     _room(found.base, [plans[value] for value in todo], folder if keep else None)
     base = SweptBase(model=found.base.name, digest=found.base.digest, parameters=found.base.checkpoint.parameters)
     result = Sweep(name=spec.name, base=base, settings=spec.evaluate, points=[])
-    answers: dict[str, Floats] = {}
+    evaluator: Measuring | None = None
     for number, (value, plan) in enumerate(plans.items(), 1):
         if value in todo:
             step = _labelled(track, f"{number} of {len(plans)}, budget {value:g}: ")
-            with _place(places.get(value)) as place:
-                write_folder(prepared[value], plan, place, step)
-                evaluation = evaluate_folder(place, found.running, found.evaluated, spec.evaluate, step, answers)
-                point = _point(value, keys[value], plan, evaluation, folder_size(place))
+            if evaluator is None:
+                other_tokens = plan.vocabulary is not None
+                evaluator = measuring(found.running, found.evaluated, spec.evaluate, other_tokens)
+            point = _made(prepared[value], plan, keys[value], places.get(value), evaluator, value, step)
             known[point.key] = point
         result = result.model_copy(update={"points": [*result.points, known[keys[value]]]})
         if folder is not None:
@@ -156,6 +158,35 @@ def _prepared(found: Found, budgets: Mapping[float, Budget], problems: list[str]
 # --- one point ------------------------------------------------------------------------------------------------------
 
 
+def _made(
+    prepared: Prepared, plan: Plan, key: str, kept: Path | None, evaluator: Measuring, budget: float, track: Track
+) -> Point:
+    """Write and measure one expert. One that is in its place already is only measured."""
+    if kept is not None and _holds(kept, plan):
+        evaluation = record(kept, measure_folder(evaluator, kept, prepared.running, track))
+        return _point(budget, key, plan, evaluation, folder_size(kept))
+    meanwhile = Meanwhile(evaluator)
+    with _written(prepared, plan, kept, meanwhile.passengers, track) as folder:
+        evaluation = record(folder, meanwhile.result(folder, prepared.running, track))
+        return _point(budget, key, plan, evaluation, folder_size(folder))
+
+
+@contextlib.contextmanager
+def _written(
+    prepared: Prepared, plan: Plan, kept: Path | None, passengers: Passengers | None, track: Track
+) -> Iterator[Path]:
+    """The folder of a new expert: its place, which was checked, or one that vanishes after the block."""
+    if kept is not None:
+        with staged_folder(kept, overwrite=True) as folder:
+            write_folder(prepared, plan, folder, track, passengers)
+        with evaluated_after(kept):
+            yield kept
+        return
+    with temporary_folder() as folder:
+        write_folder(prepared, plan, folder, track, passengers)
+        yield folder
+
+
 def _point(budget: float, key: str, plan: Plan, evaluation: Evaluation, size: int) -> Point:
     return Point(
         budget=budget,
@@ -183,17 +214,6 @@ def _labelled(track: Track, label: str) -> Track:
 
 
 # --- the folder -----------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _place(kept: Path | None) -> Iterator[Path]:
-    """An empty folder for one expert: the staged one of a place that was checked, or one that vanishes afterwards."""
-    if kept is not None:
-        with staged_folder(kept, overwrite=True) as folder:
-            yield folder
-    else:
-        with temporary_folder() as folder:
-            yield folder
 
 
 def _known(out: Path) -> dict[str, Point]:

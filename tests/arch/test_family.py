@@ -335,7 +335,10 @@ def test_layers_of_different_widths_are_said_layer_by_layer(name: str) -> None:
     written = data.pruned_config(config, kept)
     assert written["intermediate_size"] == 20
     assert written["per_layer_config"] == {"0": {"intermediate_size": 19}}
-    assert written["auto_map"] == {"AutoModelForCausalLM": "modeling_expert.ExpertForCausalLM"}
+    assert written["auto_map"] == {
+        "AutoModel": "modeling_expert.ExpertModel",
+        "AutoModelForCausalLM": "modeling_expert.ExpertForCausalLM",
+    }
     assert written["architectures"] == ["ExpertOfThisFamily"]
     assert [shape.ffn for shape in data.layer_shapes(written)] == [19, 20, 20]
 

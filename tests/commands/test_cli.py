@@ -25,7 +25,7 @@ from tests.calling import call, call_json, strict
 from tests.conftest import refuse_to_load
 from tests.oracle import contents
 from tests.patching import everywhere
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import as_run, tiny_model, tiny_tokenizer
 
 COMMANDS = [
     "bench", "build", "compare", "compose", "evaluate", "export", "families", "init", "inspect", "list", "profile", "prune",
@@ -177,7 +177,7 @@ def write_questions(path: Path, base_is_right: bool) -> Path:
     rows = []
     for first, second in (("heart", "law"), ("judge", "blood"), ("sum", "we")):
         asked = Question(f"the {first} {second}", (first, second), 0)
-        prefers_first = bool(answer_questions(tiny_model("llama"), tiny_tokenizer(), [asked])[0])
+        prefers_first = bool(answer_questions(as_run(tiny_model("llama")), tiny_tokenizer(), [asked])[0])
         answer = 0 if prefers_first == base_is_right else 1
         rows.append({"question": asked.question, "choices": asked.choices, "answer": answer})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

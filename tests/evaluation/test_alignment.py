@@ -9,11 +9,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from expertprune.arch import family_of
-from expertprune.corpora.documents import Corpus, Document
-from expertprune.evaluation import alignment
-from expertprune.evaluation.alignment import LinearCKA, align, align_corpora
-from tests.tiny import WORDS, tiny_model, tiny_tokenizer
+from expertprune.corpora.documents import Corpus, Document, Question
+from expertprune.evaluation import reading
+from expertprune.evaluation.alignment import LinearCKA
+from expertprune.evaluation.measure import Measuring
+from expertprune.spec.schema import Evaluate
+from tests.tiny import WORDS, as_run, tiny_model, tiny_tokenizer
 
 Floats = NDArray[np.float64]
 
@@ -65,9 +66,13 @@ def texts() -> list[Document]:
 @pytest.mark.parametrize(("name", "per_batch"), [("llama", 1), ("llama", 1024), ("gemma3", 1024)])
 def test_layers_and_final_states_are_the_models_own(name: str, per_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against `output_hidden_states` of each document alone; the last of those is normed, so it is the final state."""
-    monkeypatch.setattr(alignment, "_TOKENS_PER_BATCH", per_batch)
+    monkeypatch.setattr(reading, "TOKENS_PER_BATCH", per_batch)
     base, expert, tokenizer = tiny_model(name, seed=0), tiny_model(name, seed=1), tiny_tokenizer()
-    found = align(base, expert, family_of(base.config.model_type), tokenizer, texts(), max_tokens=12)
+    corpora = [Corpus("language/en", (), tuple(texts())), Corpus("task/qa", (), tuple(texts()[:2]))]
+    measuring = Measuring(as_run(base), tokenizer, corpora, Evaluate(max_tokens=12))
+    plain, aligned = (measuring.against(as_run(expert), align=align) for align in (False, True))
+    found = aligned.alignment["language en"]
+    assert aligned.model_copy(update={"alignment": {}}) == plain
 
     def hidden(model: Any) -> list[Floats]:
         parts = []
@@ -86,14 +91,15 @@ def test_layers_and_final_states_are_the_models_own(name: str, per_batch: int, m
     x, y = mine[-1], theirs[-1]
     cosines = (x * y).sum(1) / np.sqrt((x * x).sum(1) * (y * y).sum(1))
     assert found.cosine == pytest.approx(cosines.mean(), rel=1e-4)
-    assert (found.documents, found.tokens) == (5, 2 + 11 + 8 + 8)
+    assert (found.documents, found.tokens) == (4, 2 + 11 + 8 + 8), "one document predicts nothing"
 
 
 def test_corpora_are_named_by_dimension_and_value_and_those_without_documents_left_out() -> None:
     documents = {"language/en": texts(), "task/qa": [], "general/domain/x": texts(), "domain/y": [Document("heart")]}
-    corpora = [Corpus(name, (), tuple(found)) for name, found in documents.items()]
-    model = tiny_model("llama")
-    found = align_corpora(model, model, family_of("llama"), tiny_tokenizer(), corpora, 64)
+    question = Question("heart", ("law", "blood"), 0)
+    corpora = [Corpus(name, (), tuple(found), (question,)) for name, found in documents.items()]
+    model = as_run(tiny_model("llama"))
+    found = Measuring(model, tiny_tokenizer(), corpora, Evaluate(max_tokens=64)).against(model, align=True).alignment
     assert list(found) == ["language en", "general domain/x"]
     assert found["language en"].layers == pytest.approx([1, 1, 1])  # a model and itself
     assert found["language en"].cosine == pytest.approx(1)

@@ -16,14 +16,14 @@ from transformers import PreTrainedTokenizerFast
 
 from expertprune.artifacts.evaluation import DocumentBits, Evaluation
 from expertprune.corpora.documents import Corpus, Document, Question
-from expertprune.evaluation import documents
-from expertprune.evaluation import questions as asking
+from expertprune.evaluation import reading
 from expertprune.evaluation.documents import score_documents
-from expertprune.evaluation.measure import evaluate
+from expertprune.evaluation.measure import Measuring
 from expertprune.evaluation.questions import answer_questions, paired_answers
 from expertprune.evaluation.retention import RESAMPLES, bootstrap, document_metrics
+from expertprune.models.passes import TextRun
 from expertprune.spec.schema import Evaluate
-from tests.tiny import WORDS, tiny_model, tiny_tokenizer
+from tests.tiny import WORDS, as_run, tiny_model, tiny_tokenizer
 
 Floats = NDArray[np.float64]
 VOCABULARY = [*WORDS, *(f"w{i}" for i in range(46))]
@@ -38,33 +38,31 @@ TEXTS = [words(length, seed) for seed, length in enumerate((7, 2, 15, 4, 30, 4))
 DOCUMENTS = [Document(" ".join(text)) for text in TEXTS]
 
 
-Models = tuple[Any, Any, PreTrainedTokenizerFast]
+Models = tuple[TextRun, TextRun, PreTrainedTokenizerFast]
 
 
 @pytest.fixture(scope="module")
 def models() -> Models:
     """Base, expert and their tokenizer."""
-    return tiny_model("llama", seed=0), tiny_model("llama", seed=1), tiny_tokenizer()
+    return as_run(tiny_model("llama", seed=0)), as_run(tiny_model("llama", seed=1)), tiny_tokenizer()
 
 
-def log_probabilities(model: Any, ids: list[int]) -> Floats:
+def log_probabilities(run: TextRun, ids: list[int]) -> Floats:
     """Natural logarithms of what follows each token of one sequence alone, `[tokens, vocabulary]`."""
     with torch.inference_mode():
-        logits = model(input_ids=torch.tensor([ids])).logits[0].double().numpy()
+        logits = run.model(input_ids=torch.tensor([ids])).logits[0].double().numpy()
     shifted = logits - logits.max(1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
 
 
-@pytest.mark.parametrize(("tokens_per_batch", "chunk"), [(1024, 256), (1, 256), (20, 3), (1024, 1)])
+@pytest.mark.parametrize(("tokens_per_batch", "logits"), [(1024, 2**24), (1, 2**24), (20, 3 * 64), (1024, 1)])
 def test_scores_equal_those_of_each_document_alone(
-    models: Models, monkeypatch: pytest.MonkeyPatch, tokens_per_batch: int, chunk: int
+    models: Models, monkeypatch: pytest.MonkeyPatch, tokens_per_batch: int, logits: int
 ) -> None:
     base, expert, tokenizer = models
-    monkeypatch.setattr(documents, "TOKENS_PER_BATCH", tokens_per_batch)
-    monkeypatch.setattr(documents, "_CHUNK", chunk)
-    calls: list[int] = []
-    rows = score_documents(base, expert, tokenizer, DOCUMENTS, 20, lambda: calls.append(1))
-    assert len(calls) == len(DOCUMENTS) or tokens_per_batch > 1
+    monkeypatch.setattr(reading, "TOKENS_PER_BATCH", tokens_per_batch)
+    monkeypatch.setattr(reading, "_LOGITS", logits)
+    rows = score_documents(base, expert, tokenizer, DOCUMENTS, 20)
     for row, text in zip(rows, TEXTS, strict=True):
         ids = tokenizer(" ".join(text))["input_ids"][:20]
         p, q = (log_probabilities(model, ids)[:-1] / math.log(2) for model in (base, expert))
@@ -72,6 +70,7 @@ def test_scores_equal_those_of_each_document_alone(
         distance = (2**p * (p - q)).sum()
         assert (row.base_bits, row.expert_bits, row.kl_bits) == pytest.approx((mine, theirs, distance), rel=1e-5)
         assert distance > 0.01
+        assert row.agreed == (p.argmax(1) == q.argmax(1)).sum()
         assert row.tokens == row.expert_tokens == min(len(text), 20) - 1
         size = len(" ".join(text[:20])) - len(text[0])  # the blank is predicted with the second word
         assert row.bytes == row.expert_bytes == size
@@ -119,6 +118,7 @@ SCORES = {
     "base_bits": [10.0, 20.0, 6.0],
     "expert_bits": [12.0, 30.0, 6.0],
     "kl_bits": [1.0, 2.0, 0.5],
+    "agreed": [4, 2, 2],
     "tokens": [5, 5, 2],
     "bytes": [20, 40, 12],
 }
@@ -133,14 +133,15 @@ def rows_of(scores: dict[str, list[Any]]) -> list[DocumentBits]:
 
 
 def test_metrics_over_documents_written_out() -> None:
-    metrics = document_metrics(rows_of(SCORES), ["bits_per_byte", "perplexity", "kl", "questions"])
-    base, expert, kl, tokens, _ = np.array(list(SCORES.values()))[
+    metrics = document_metrics(rows_of(SCORES), ["bits_per_byte", "perplexity", "kl", "agreement", "questions"])
+    base, expert, kl, agreed, tokens, _ = np.array(list(SCORES.values()))[
         :, np.random.default_rng(0).integers(0, 3, size=(RESAMPLES, 3))
     ].sum(2)  # of each resample
     expected: dict[str, tuple[dict[str, float], Floats]] = {
         "bits_per_byte": ({"base": 36 / 72, "expert": 48 / 72, "retention": 36 / 48}, base / expert),
         "perplexity": ({"base": 2**3, "expert": 2**4, "retention": 0.5}, 2 ** ((base - expert) / tokens)),
         "kl": ({"expert": 3.5 / 12}, kl / tokens),
+        "agreement": ({"expert": 8 / 12}, agreed / tokens),
     }
     assert metrics.keys() == expected.keys()
     for name, (numbers, resampled) in expected.items():
@@ -160,7 +161,7 @@ def test_bootstrap_is_seeded_and_leaves_out_what_is_not_finite() -> None:
     assert all(math.isnan(end) for end in bootstrap(lambda i: np.full(len(i), np.inf), 3))
 
 
-def likelihoods(model: Any, tokenizer: PreTrainedTokenizerFast, question: Question) -> Floats:
+def likelihoods(model: TextRun, tokenizer: PreTrainedTokenizerFast, question: Question) -> Floats:
     """Log-likelihood of each choice after the prompt, of one choice at a time."""
     prompt = tokenizer(f"Question: {question.question}\nAnswer:")["input_ids"]
     found = []
@@ -198,7 +199,7 @@ def some_questions(names: list[str] = VOCABULARY) -> list[Question]:
 def test_answers_equal_those_of_each_choice_alone(
     models: Models, monkeypatch: pytest.MonkeyPatch, tokens_per_batch: int, tokenizer: Any, names: list[str]
 ) -> None:
-    monkeypatch.setattr(asking, "TOKENS_PER_BATCH", tokens_per_batch)
+    monkeypatch.setattr(reading, "TOKENS_PER_BATCH", tokens_per_batch)
     expected, without_length, questions = [], [], some_questions(names)
     for question in questions:
         sums = likelihoods(models[0], tokenizer, question)
@@ -226,9 +227,15 @@ def test_evaluate_measures_every_corpus(models: Models) -> None:
         Corpus("task/qa", (), tuple(DOCUMENTS[3:]), tuple(some_questions()[:10])),
         Corpus("domain/medical", (), (), tuple(some_questions()[10:15])),
     ]
+    base, expert, tokenizer = models
     calls: list[int] = []
-    result = evaluate(*models, evaluated, Evaluate(max_tokens=20), lambda: calls.append(1))
-    over_documents: list[Any] = ["bits_per_byte", "perplexity", "kl"]
+    measuring = Measuring(base, tokenizer, evaluated, Evaluate(max_tokens=20))
+    steps = measuring.steps(layers=3)
+    result = measuring.against(expert, lambda: calls.append(1))
+    assert len(calls) == steps == 2 * 3 + 4  # layers of both, then four batches behind the last layer
+    assert measuring.against(expert, lambda: calls.append(1)) == result
+    assert len(calls) - steps == measuring.steps(3) == 3 + 4, "the base has read already"
+    over_documents: list[Any] = ["bits_per_byte", "perplexity", "kl", "agreement"]
     measured: dict[Any, list[list[str]]] = {
         "all": [over_documents, [*over_documents, "questions"], ["questions"]],
         "kl": [["kl"], ["kl"], []],
@@ -238,7 +245,6 @@ def test_evaluate_measures_every_corpus(models: Models) -> None:
     assert [list(entry.metrics) for entry in result.corpora.values()] == measured.pop("all")
     assert [(each.documents, each.questions) for each in result.corpora.values()] == [(3, 0), (3, 10), (0, 5)]
     assert (result.settings.max_tokens, result.settings.resamples) == (20, RESAMPLES)
-    assert len(calls) == 2 + 2 * 2  # a batch of documents each, a batch of questions for each model
     rows = score_documents(*models, evaluated[0].evaluation, 20)
     assert result.corpora["language/en"].per_document == rows
     assert result.corpora["language/en"].metrics == document_metrics(rows, over_documents)
@@ -249,6 +255,6 @@ def test_evaluate_measures_every_corpus(models: Models) -> None:
     document = json.loads(json.dumps(result.document(), allow_nan=False))
     assert Evaluation.from_document(document) == result
     for metric, expected in measured.items():
-        alone = evaluate(*models, evaluated, Evaluate(metrics=[metric]))
+        alone = Measuring(base, tokenizer, evaluated, Evaluate(metrics=[metric])).against(expert)
         assert [list(each.metrics) for each in alone.corpora.values()] == expected
         assert [bool(each.per_document) for each in alone.corpora.values()] == [metric == "kl"] * 2 + [False]

@@ -30,7 +30,7 @@ from expertprune.units import LayerShape
 from tests.engine_of_gguf import finish
 from tests.oracle import change_config
 from tests.patching import everywhere
-from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
+from tests.tiny import as_run, save_tiny, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture
@@ -63,16 +63,30 @@ def test_a_copy_with_a_null_quantization_config_is_accepted(folder: Path, store:
     assert resolve_base(Base(model=str(folder)), store).dtype is torch.float32
 
 
-DTYPES = [("cpu", "auto", torch.float32), ("cuda", "auto", torch.bfloat16), ("cuda", "float32", torch.float32)]
+DTYPES = [
+    ("cpu", 1.4, "auto", torch.float32),
+    ("cpu", 2.0, "auto", torch.bfloat16),
+    ("cpu", 2.0, "float32", torch.float32),
+    ("cuda", 0.1, "auto", torch.bfloat16),
+    ("cuda", 2.0, "float32", torch.float32),
+]
 
 
-@pytest.mark.parametrize(("device", "asked", "run"), DTYPES)
-def test_auto_runs_in_the_stored_dtype_on_a_gpu_and_in_float32_on_a_cpu(
-    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch, device: str, asked: str, run: torch.dtype
+@pytest.mark.parametrize(("device", "gain", "asked", "run"), DTYPES)
+def test_auto_runs_in_the_stored_dtype_on_a_gpu_and_on_a_cpu_in_the_faster_one(
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch, device: str, gain: float, asked: str, run: torch.dtype
 ) -> None:
     everywhere(monkeypatch, "expertprune.models.loading.default_device", lambda: torch.device(device))
+    everywhere(monkeypatch, "expertprune.models.loading.bfloat16_gain", lambda: gain)
     base = resolve_base(Base(model=str(save_tiny(tmp_path / "model", dtype=torch.bfloat16)), dtype=asked), store)
     assert (base.checkpoint.dtype, base.dtype) == (torch.bfloat16, run)
+
+
+def test_a_device_that_is_not_there_is_named(tiny_llama: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert resolve_base(Base(model=str(tiny_llama), device="cuda:0"), store).device == torch.device("cuda:0")
+    with pytest.raises(SpecError, match=r"base\.device: cuda:1: torch finds 1 GPU"):
+        resolve_base(Base(model=str(tiny_llama), device="cuda:1"), store)
 
 
 def test_the_digests_change_with_what_they_cover(tiny_llama: Path, folder: Path, store: Path) -> None:
@@ -432,6 +446,6 @@ def test_the_bundled_gemma_is_the_model_that_was_published(real_store: Path) -> 
     assert ids[0] == 2
     assert tokenizer.decode(ids[1:]) == GERMAN
     assert tokenizer.convert_ids_to_tokens(tokenizer("𓀀")["input_ids"][1:]) == ["<0xF0>", "<0x93>", "<0x80>", "<0x80>"]
-    (bits,) = score_documents(model, model, tokenizer, [Document(GERMAN)], max_tokens=512)
+    (bits,) = score_documents(as_run(model), as_run(model), tokenizer, [Document(GERMAN)], max_tokens=512)
     assert (bits.bytes, bits.tokens) == (len(GERMAN.encode()), len(ids) - 1)
     assert bits.base_bits / bits.bytes < 1.0

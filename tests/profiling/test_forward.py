@@ -189,7 +189,7 @@ def test_a_profile_is_named_by_all_that_it_depends_on(base: ResolvedBase, monkey
     documents = [Document("the heart"), Document("a judge")]
     plain = profile_key(base, documents, 32).digest
     assert profile_key(base, [Document("the heart"), Document("a judge")], 32).digest == plain
-    moved = dataclasses.replace(base, name="other", folder=Path("elsewhere"))
+    moved = dataclasses.replace(base, name="other", folder=Path("elsewhere"), source="streamed")
     assert profile_key(moved, documents, 32).digest == plain
     others = [
         profile_key(base, documents[:1], 32),
@@ -199,9 +199,9 @@ def test_a_profile_is_named_by_all_that_it_depends_on(base: ResolvedBase, monkey
         profile_key(dataclasses.replace(base, digest="0" * 64), documents, 32),
         profile_key(dataclasses.replace(base, tokenizer_digest="0" * 64), documents, 32),
         profile_key(dataclasses.replace(base, dtype=torch.bfloat16), documents, 32),
+        profile_key(dataclasses.replace(base, device=torch.device("cuda:1")), documents, 32),
     ]
     for name, stands_in in (
-        ("default_device", lambda: torch.device("cuda")),
         ("attention_of", lambda config: "eager"),
         ("statistics_code", lambda package: "other"),
     ):

@@ -19,7 +19,8 @@ from expertprune.errors import CheckpointError
 from expertprune.models.base import ResolvedBase
 from expertprune.models.loading import load_model
 from expertprune.models.passes import TextRun
-from expertprune.pruning.repair import Moments, _before_norm, least_squares, repairs, token_weights
+from expertprune.pruning.repair import RepairJob, repairs
+from expertprune.pruning.solve import Moments, before_norm, least_squares, token_weights
 from expertprune.pruning.write import RepairInput, prune
 from expertprune.spec.schema import Compensation
 from expertprune.units import KeptUnits
@@ -162,7 +163,7 @@ def repair_input(
 
 def repaired_weights(base: ResolvedBase, kept: list[KeptUnits], batches: list[Batch]) -> dict[str, Tensor]:
     text = TextRun(load_model(base.folder, torch.float32, torch.device("cpu")), base.family, base.layers, batches)
-    return dict(repairs[Compensation().method].weights(text, kept, Compensation(), None))
+    return dict(repairs[Compensation().method].weights(RepairJob(text, kept, Compensation()), None))
 
 
 class Watched:
@@ -346,5 +347,5 @@ def test_channels_that_the_norm_silences_stay_what_they_are(quiet: float) -> Non
     norm = a_norm(torch.tensor([1.0, quiet, 1.0, 1.0, 1.0]))
     own = torch.ones(1, 5)
     residual = torch.tensor([[0.5, 0.3, 0.0, 0.0, 0.0]])
-    owed, _ = _before_norm(norm, residual, norm(own), own, own)
+    owed, _ = before_norm(norm, residual, norm(own), own, own)
     torch.testing.assert_close(owed, torch.tensor([[0.25, 0.0, 0.0, 0.0, 0.0]]), atol=1e-5, rtol=0)

@@ -1,4 +1,7 @@
-"""Experts of every family through real vLLM on a CPU: the greedy tokens of transformers, and their probabilities."""
+"""Experts of every family through real vLLM on a CPU: the greedy tokens of transformers, and their probabilities.
+
+Where layers have widths of their own, both with this package's plugin and without it, as vLLM comes.
+"""
 
 from __future__ import annotations
 
@@ -37,22 +40,26 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
 }
 PROMPTS = [[5, 9, 14, 3, 22, 41, 7, 30], [60, 2, 33]]
 NEW = 8
+OWN_WIDTHS = "widths of single layers"
 
 SCRIPT = """
 import gc, json, os, sys, traceback
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-from expertprune.serving.plugin import register
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
-register()
-out, prompts, new, *folders = sys.argv[1:]
+out, plugin, prompts, new, *folders = sys.argv[1:]
+if plugin == "plugin":
+    from expertprune.serving.plugin import register
+
+    register()
 results = {}
 for folder in folders:
     try:
         engine = LLM(
-            folder, dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=4, skip_tokenizer_init=True
+            folder, dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=4, skip_tokenizer_init=True,
+            trust_remote_code=plugin != "plugin",
         )
         settings = SamplingParams(temperature=0, max_tokens=int(new), ignore_eos=True, detokenize=False, logprobs=0)
         inputs = [{"prompt_token_ids": ids} for ids in json.loads(prompts)]
@@ -73,10 +80,10 @@ for folder in folders:
 
 @dataclass
 class Served:
-    """Tokens and their log-probabilities by transformers and by vLLM (or its error), by family and expert."""
+    """Tokens and their log-probabilities by transformers and by vLLM (or its error), by family, expert and route."""
 
     expected: dict[tuple[str, str], list[list[tuple[int, float]]]]
-    found: dict[tuple[str, str], Any]
+    found: dict[tuple[str, str, str], Any]
 
 
 def expert_kinds(name: str) -> dict[str, list[dict[str, int]]]:
@@ -86,11 +93,17 @@ def expert_kinds(name: str) -> dict[str, list[dict[str, int]]]:
     units = {"ffn": 64} if family.has_ffn else {"experts": 4}
     kinds: dict[str, list[dict[str, int]]] = {"uniform": [{**units, **heads}] * 3}
     if family.vllm_single_layers:
-        kinds["widths of single layers"] = [{"ffn": 64}, {"ffn": 32, **heads}, {"ffn": 80}]
+        kinds[OWN_WIDTHS] = [{"ffn": 64}, {"ffn": 32, **heads}, {"ffn": 80}]
     return kinds
 
 
-CASES = [(name, kind) for name in FAMILIES for kind in expert_kinds(name)]
+EXPERTS = [(name, kind) for name in FAMILIES for kind in expert_kinds(name)]
+CASES = [
+    (*expert, route)
+    for expert in EXPERTS
+    for route in ("plugin", "stock")
+    if expert[1] == OWN_WIDTHS or route == "plugin"
+]
 
 
 @torch.no_grad()
@@ -112,7 +125,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
     pytest.importorskip("vllm")
     root = tmp_path_factory.mktemp("served")
     folders = {}
-    for number, (name, kind) in enumerate(CASES):
+    for number, (name, kind) in enumerate(EXPERTS):
         own = root / name
         # untied: a tied random model repeats the token that it reads
         sizes = {**SIZES, "tie_word_embeddings": False, **OWN_SIZES.get(name, {})}
@@ -121,24 +134,31 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
         widths = zip(base.layers, expert_kinds(name)[kind], strict=True)
         plan = plan_of(base, [random_units(shape, generator, **kept) for shape, kept in widths])
         folders[name, kind] = pruned(plan, base, root / f"{name}-{number}")
-    out = root / "tokens.json"
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
-    command = [sys.executable, "-c", SCRIPT, str(out), json.dumps(PROMPTS), str(NEW), *map(str, folders.values())]
+    expected = {key: generated(folder) for key, folder in folders.items()}
+    found: dict[tuple[str, str, str], Any] = {}
+    for route in ("plugin", "stock"):
+        chosen = {key: folder for key, folder in folders.items() if (*key, route) in CASES}
+        results, error = _by_vllm(root, route, list(chosen.values()))
+        for key, folder in chosen.items():
+            found[(*key, route)] = results.get(str(folder), f"vLLM ended: {error}")
+    return Served(expected, found)
+
+
+def _by_vllm(root: Path, route: str, folders: list[Path]) -> tuple[dict[str, Any], str]:
+    """What vLLM generates for each folder, and the end of its log."""
+    out, log = root / f"{route}.json", root / f"{route}.log"
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ, **({"VLLM_PLUGINS": ""} if route == "stock" else {})}
+    command = [sys.executable, "-c", SCRIPT, str(out), route, json.dumps(PROMPTS), str(NEW), *map(str, folders)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert out.is_file(), run.stderr[-3000:]
-    results = json.loads(out.read_text())
-    log = root / "vllm.log"
     log.write_text(run.stdout + run.stderr)
     print(f"vLLM's log: {log}")
-    return Served(
-        {key: generated(folder) for key, folder in folders.items()},
-        {key: results.get(str(folder), f"vLLM ended: {run.stderr[-500:]}") for key, folder in folders.items()},
-    )
+    assert out.is_file(), run.stderr[-3000:]
+    return json.loads(out.read_text()), run.stderr[-500:]
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES)
-def test_vllm_generates_what_transformers_does(name: str, kind: str, served: Served) -> None:
-    found, expected = served.found[name, kind], served.expected[name, kind]
+@pytest.mark.parametrize(("name", "kind", "route"), CASES)
+def test_vllm_generates_what_transformers_does(name: str, kind: str, route: str, served: Served) -> None:
+    found, expected = served.found[name, kind, route], served.expected[name, kind]
     assert isinstance(found, list), found
     for ours, theirs in zip(found, expected, strict=True):
         assert [token for token, _ in ours] == [token for token, _ in theirs]

@@ -22,6 +22,7 @@ from expertprune.files import shipped, to_json
 from expertprune.models.loading import load_model, load_tokenizer
 from expertprune.reporting.tables import retention_table
 from tests.engines import ALONE, TRANSFORMERS, VLLM, run_script
+from tests.tiny import as_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # the first test builds the expert
 SPEC = Path(__file__).parents[2] / "profiles" / "english-medical-qa.yaml"
@@ -101,7 +102,8 @@ def test_a_local_suite_on_both_models(expert: Path, real_store: Path, tmp_path: 
     questions = [Question(row["question"], tuple(row["choices"]), row["answer"]) for row in map(json.loads, rows)]
     base = Expert.load(folder).find_base(real_store).folder
     mine, theirs = (
-        answer_questions(load_model(each, torch.float32), load_tokenizer(each), questions) for each in (base, folder)
+        answer_questions(as_run(load_model(each, torch.float32)), load_tokenizer(each), questions)
+        for each in (base, folder)
     )
     entry = found["tasks"]["medical_questions"]
     assert (entry["base"], entry["expert"]) == pytest.approx((mine.mean(), theirs.mean()), abs=1 / 12)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -16,6 +18,9 @@ from expertprune.artifacts.plan import BaseReference, Parameters, Plan, Retentio
 from expertprune.corpora.documents import Corpus, Document
 from expertprune.errors import PlanError, SpecError
 from expertprune.evaluation.documents import score_documents
+from expertprune.models.checkpoint import Checkpoint
+from expertprune.models.loading import load_model
+from expertprune.models.passes import TextRun
 from expertprune.profiling.store import measure as measure_corpus
 from expertprune.progress import silent
 from expertprune.pruning.write import prune as prune_base
@@ -95,7 +100,7 @@ def test_bisection_finds_what_trying_every_budget_finds(
     budgets = budgets_to_try(prepared)
     tried: list[int] = []
 
-    def fake(_: Prepared, profiles: Any, budget: Any) -> tuple[Plan, Kept]:
+    def fake(_: Prepared, profiles: Any, budget: Any, evaluator: Any) -> tuple[Plan, Kept]:
         number = budgets.index(budget)
         tried.append(number)
         if number >= reachable:
@@ -127,8 +132,8 @@ def fake_measure(monkeypatch: pytest.MonkeyPatch, keeps: Any) -> list[int]:
     """Retention as a function of an expert's parameters; the sizes that were measured."""
     sizes: list[int] = []
 
-    def faked(_: Prepared, expert: Any) -> Kept:
-        sizes.append(sum(parameter.numel() for parameter in expert.parameters()))
+    def faked(_: Prepared, __: Any, folder: Path) -> Kept:
+        sizes.append(Checkpoint(folder).parameters)
         return kept_of(keeps(sizes[-1]), 1.0)
 
     monkeypatch.setattr(retaining, "measure", faked)
@@ -220,10 +225,10 @@ def test_documents_that_are_held_back_calibrate_nothing(
         profiled[about["corpus"]] = set(about["documents"])
         return measure_corpus(text, part, path, about, *rest)
 
-    def pruning(plan: Plan, base: Any, folder: Path, repair_input: Any) -> None:
+    def pruning(plan: Plan, base: Any, folder: Path, repair_input: Any, *rest: Any) -> None:
         for batch in repair_input.batches:
             repaired.extend(tuple(row[:n].tolist()) for row, n in zip(batch.ids, batch.lengths, strict=True))
-        prune_base(plan, base, folder, repair_input)
+        prune_base(plan, base, folder, repair_input, *rest)
 
     everywhere(monkeypatch, "expertprune.profiling.store.measure", profiling)
     everywhere(monkeypatch, "expertprune.pruning.write.prune", pruning)
@@ -238,16 +243,36 @@ def test_documents_that_are_held_back_calibrate_nothing(
         assert profiled[str(name)]
 
 
-def test_the_measure_reads_what_was_held_back(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The base against itself keeps everything of every corpus."""
-    asked: list[list[Document]] = []
-    original = score_documents
+@pytest.mark.parametrize("method", ["none", "least_squares"])
+def test_an_expert_is_measured_on_what_was_held_back(
+    retaining_spec: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """The same numbers while it is repaired, and from its folder afterwards; the base reads once."""
+    retaining_spec["compensation"] = method
+    prepared = expertprune.validate(parse_spec(retaining_spec, "spec", tmp_path))
+    tried: list[tuple[Kept, Kept]] = []
+    tokenizer, limit = prepared.running.tokenizer, prepared.spec.calibration.max_tokens
 
-    def scoring(base: Any, expert: Any, tokenizer: Any, documents: list[Document], *rest: Any) -> Any:
-        asked.append(list(documents))
-        return original(base, expert, tokenizer, documents, *rest)
+    def measuring(_: Prepared, meanwhile: Any, folder: Path) -> Kept:
+        runs = [TextRun(model, prepared.base.family, (), ())
+                for model in (prepared.running.model, load_model(folder, torch.float32))]  # fmt: skip
+        held = {str(name): validation_documents(corpus) for name, corpus in prepared.corpora.items()}
+        rows = {name: score_documents(*runs, tokenizer, documents, limit) for name, documents in held.items()}
+        expected = {name: sum(row.base_bits for row in each) / sum(row.expert_bits for row in each)
+                    for name, each in rows.items()}  # fmt: skip
+        tried.append((measure(prepared, meanwhile, folder), Kept(expected)))
+        return tried[-1][0]
 
-    everywhere(monkeypatch, "expertprune.evaluation.documents.score_documents", scoring)
-    kept = measure(prepared, prepared.running.model)
-    assert dict(kept.corpora) == dict.fromkeys(CORPORA, 1.0)
-    assert asked == [validation_documents(corpus) for corpus in prepared.corpora.values()]
+    monkeypatch.setattr(retaining, "measure", measuring)
+    started: list[int] = []
+    finish = TextRun.finish
+    monkeypatch.setattr(TextRun, "finish", lambda run, *rest: (started.append(1), finish(run, *rest))[1])
+    with contextlib.suppress(PlanError):
+        plan_of(prepared, silent)
+    assert tried
+    for found, expected in tried:
+        assert dict(found.corpora) == pytest.approx(dict(expected.corpora), rel=1e-5)
+        assert list(found.corpora) == CORPORA
+        assert found.corpora["language/en"] != 1
+    ours = len(started) - 2 * len(CORPORA) * len(tried)  # the reference above lets both models read each corpus
+    assert ours == (0 if method == "least_squares" else 1 + len(tried))

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import yaml
 
+from expertprune.artifacts.expert import Expert
 from expertprune.artifacts.profile import FORWARD, Profile, ProfilePart
 from tests.calling import call
 from tests.patching import everywhere
 from tests.processes import Finished, server
 
 # Profiles that are stored when a child is held: the second is not in its place yet, and later stages have all four.
-STORED = {"profile": 1, "prune": 4, "evaluate": 4}
+STORED = {"profile": 1, "prune": 4}
 UNEVALUATED = ["--set", "evaluate.enabled=false"]
 
 terminated = pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL], ids=lambda sent: sent.name)
@@ -49,8 +50,7 @@ def check_end(finished: Finished, sent: signal.Signals) -> None:
 
 @pytest.mark.parametrize(
     ("place", "sent"),
-    [("profile", signal.SIGINT), ("profile", signal.SIGKILL), ("prune", signal.SIGTERM), ("prune", signal.SIGKILL),
-     ("evaluate", signal.SIGINT)],
+    [("profile", signal.SIGINT), ("profile", signal.SIGKILL), ("prune", signal.SIGTERM), ("prune", signal.SIGKILL)],
 )  # fmt: skip
 def test_an_interrupted_build_leaves_no_expert_and_the_next_one_reuses_its_profiles(
     tmp_path: Path, spec_file: Path, store: Path, monkeypatch: pytest.MonkeyPatch, place: str, sent: signal.Signals
@@ -102,11 +102,26 @@ def test_an_interrupted_overwrite_keeps_the_old_expert(tmp_path: Path, spec_file
     out = tmp_path / "experts" / "expert"
     call("build", spec_file, "--out", out, "--set", "budget.ffn=0.5", *UNEVALUATED)
     old = contents(out)
-    check_end(server().run("build", spec_file, "--out", out, "--overwrite", hold="evaluate", send=sent), sent)
+    check_end(server().run("build", spec_file, "--out", out, "--overwrite", hold="prune", send=sent), sent)
     assert contents(out) == old
     call("build", spec_file, "--out", out, "--overwrite", *UNEVALUATED)
     assert names(out.parent) == {"expert"}
     assert contents(out) != old
+
+
+@terminated
+def test_an_expert_outlives_the_evaluation_behind_its_build(
+    tmp_path: Path, spec_file: Path, sent: signal.Signals
+) -> None:
+    out, undisturbed = tmp_path / "expert", tmp_path / "undisturbed"
+    check_end(server().run("build", spec_file, "--out", out, hold="evaluate", send=sent), sent)
+    assert Expert.load(out).evaluation is None
+    call("evaluate", out)
+    call("build", spec_file, "--out", undisturbed)
+    assert contents(out).keys() == contents(undisturbed).keys()
+    assert Expert.load(out).evaluation == Expert.load(undisturbed).evaluation
+    changed = {name for name, data in contents(undisturbed).items() if contents(out)[name] != data}
+    assert not changed
 
 
 @terminated

@@ -28,7 +28,7 @@ from expertprune.spec.reading import parse_spec
 from expertprune.stages import suites as measuring
 from tests.calling import call
 from tests.experts import about, write_sources
-from tests.tiny import WORDS
+from tests.tiny import WORDS, as_run
 from tests.vocabularies import save_worded, worded_spec
 
 pytest.importorskip("lm_eval")
@@ -129,7 +129,7 @@ def test_a_task_with_choices_is_scored_as_our_own_questions_are(workplace: Workp
     shown = json.loads(workplace.run("--suite", suite, "--json").stdout)
     assert shown == workplace.evaluation()
     tokenizer = load_tokenizer(workplace.expert)
-    base, expert = (answer_questions(model, tokenizer, some_questions()) for model in workplace.models())
+    base, expert = (answer_questions(as_run(model), tokenizer, some_questions()) for model in workplace.models())
     entry = shown["tasks"]["choose"]
     assert base.tolist() != expert.tolist()
     assert (entry["base"], entry["expert"]) == pytest.approx((base.mean(), expert.mean()))

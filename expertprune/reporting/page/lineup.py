@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from expertprune.reporting.page.findings import MetricRow, ReportData
 from expertprune.reporting.page.reasons import CutStructure
-from expertprune.spec.schema import PER_TOKEN
+from expertprune.spec.schema import PER_TOKEN, TO_BASE
 
 _Item = TypeVar("_Item")
 
@@ -83,7 +83,7 @@ def _row(experts: Sequence[ReportData], key: tuple[str, str, str], same_base: bo
         values = f"not the same {first.unit}"
     elif metric in PER_TOKEN and not _same(there, lambda each: each[0].base.tokenizer_digest):
         values = "different tokenizers"
-    elif metric == "kl" and not same_base:
-        values = "distances to different bases"
+    elif metric in TO_BASE and not same_base:
+        values = "compared with different bases"
     retention = None if same_base and values is None else values or "relative to different bases"
     return LineupRow(first.name, first.label, cells, values, retention)

@@ -206,7 +206,7 @@ def test_another_base_makes_retention_relative(tiny_build: Build, tmp_path: Path
     assert tokens["KL to base, bits/token"][0] == "different tokenizers"
     weights = reasons("weights")
     assert weights["perplexity"][0] is None
-    assert weights["KL to base, bits/token"][0] == "distances to different bases"
+    assert weights["KL to base, bits/token"][0] == "compared with different bases"
 
 
 def test_other_documents_cannot_be_compared(tiny_build: Build, tmp_path: Path) -> None:

@@ -1,0 +1,213 @@
+"""What models read to be measured, and what its tokens cost them.
+
+A model reads every sequence layer by layer (`models.passes`). Its output head then predicts the
+tokens that count, a few at a time, so neither a whole model nor a whole distribution is held.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from expertprune.corpora.batches import Batch, make_batches
+from expertprune.models.passes import Step, Stream, TextRun
+from expertprune.progress import Progress
+
+Floats = NDArray[np.float64]
+
+TOKENS_PER_BATCH = 1024
+_LOGITS = 2**24  # of one model, held at a time: 64 MiB in float32, and some copies of them
+
+
+class Asked(NamedTuple):
+    """A sequence of tokens, of which a model is asked for those from `start` on.
+
+    `start` is 1 or more: nothing predicts the first token. `size` counts the UTF-8 bytes of the
+    text that is asked for.
+    """
+
+    ids: list[int]
+    start: int
+    size: int
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are asked for."""
+        return max(0, len(self.ids) - self.start)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Sequences in batches, whose `documents` are numbers of sequences.
+
+    Sequences of fewer than two tokens ask for nothing and are in no batch.
+    """
+
+    sequences: tuple[Asked, ...]
+    batches: tuple[Batch, ...]
+
+    @classmethod
+    def of(cls, sequences: Sequence[Asked]) -> Reading:
+        return cls(tuple(sequences), tuple(make_batches([each.ids for each in sequences], TOKENS_PER_BATCH)))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Reading]) -> Reading:
+        """One after the other. Each keeps its batches, so its numbers do not depend on the others."""
+        sequences: list[Asked] = []
+        batches: list[Batch] = []
+        for part in parts:
+            first = len(sequences)
+            batches += [
+                replace(batch, documents=tuple(first + number for number in batch.documents)) for batch in part.batches
+            ]
+            sequences += part.sequences
+        return cls(tuple(sequences), tuple(batches))
+
+    @property
+    def tokens(self) -> Floats:
+        """How many tokens each sequence asks for, `[sequences]`."""
+        return np.array([each.tokens for each in self.sequences], dtype=np.float64)
+
+    @property
+    def sizes(self) -> Floats:
+        """Bytes of what each sequence asks for, `[sequences]`."""
+        return np.array([each.size for each in self.sequences], dtype=np.float64)
+
+
+class Read(NamedTuple):
+    """A model behind its last layer: what it made of every batch of a reading."""
+
+    model: TextRun
+    stream: Stream
+
+    def logits(self, number: int, places: Places) -> Tensor:
+        """Predictions at some places of a batch, `[places, vocabulary]`, float32."""
+        hidden = self.stream.hidden[number][places.rows, places.columns]
+        alone = Batch(torch.zeros(len(hidden), 1, dtype=torch.int64), (1,) * len(hidden), tuple(range(len(hidden))))
+        return torch.cat([logits[:, 0] for _, logits in self.model.logits(alone, hidden[:, None])])
+
+
+class Places(NamedTuple):
+    """Where tokens of a batch are predicted, `[places]` each.
+
+    `columns` are the positions before the tokens, `targets` the tokens, and `sequences` the
+    sequences that they belong to.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    targets: Tensor
+    sequences: Tensor
+
+
+def _places(reading: Reading, batch: Batch, device: torch.device, vocabulary: int) -> Iterator[Places]:
+    """All places of a batch that count, a few at a time."""
+    rows: list[int] = []
+    columns: list[int] = []
+    sequences: list[int] = []
+    for row, (sequence, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
+        here = range(reading.sequences[sequence].start - 1, length - 1)
+        columns += here
+        rows += [row] * len(here)
+        sequences += [sequence] * len(here)
+    at, before = torch.tensor(rows, dtype=torch.int64), torch.tensor(columns, dtype=torch.int64)
+    parts = (at, before, batch.ids[at, before + 1], torch.tensor(sequences, dtype=torch.int64))
+    for part in zip(*(each.split(max(1, _LOGITS // vocabulary)) for each in parts), strict=True):
+        yield Places(*(each.to(device) for each in part))
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+# Gets a layer's number and the same batch of both models, behind that layer.
+Watch = Callable[[int, Step, Step], None]
+
+
+@torch.no_grad()
+def read(reading: Reading, model: TextRun, progress: Progress | None = None) -> Read:
+    """Let one model read; `progress` is called after each layer."""
+    return Read(model, replace(model, batches=reading.batches).finish(progress))
+
+
+@torch.no_grad()
+def read_together(
+    reading: Reading, base: TextRun, expert: TextRun, watch: Watch, progress: Progress | None = None
+) -> tuple[Read, Read]:
+    """Let two models read in step, for whoever watches their layers side by side."""
+    runs = [replace(model, batches=reading.batches) for model in (base, expert)]
+    mine, theirs = (run.start() for run in runs)
+    layers = zip(*(run.layers(progress) for run in runs), strict=True)
+    for (index, layer), (_, other) in layers:
+        for ours, others in zip(mine.advance(layer, index), theirs.advance(other, index), strict=True):
+            watch(index, ours, others)
+    return Read(base, mine), Read(expert, theirs)
+
+
+# --- what it cost -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Sums over what each sequence asks for, `[sequences]` each.
+
+    `base` and `expert` are bits, `kl` is `KL(base ‖ expert)` in bits, and `agreed` counts the
+    tokens of which both think the same one likeliest.
+    """
+
+    base: Floats
+    expert: Floats
+    kl: Floats
+    agreed: Floats
+
+
+@torch.no_grad()
+def bits(reading: Reading, read: Read, progress: Progress | None = None) -> Floats:
+    """Bits that one model needs for what each sequence asks for, `[sequences]`.
+
+    Args:
+        progress: called after each batch.
+    """
+    device, vocabulary = read.model.device, _vocabulary(read.model)
+    sums = torch.zeros(len(reading.sequences), dtype=torch.float64, device=device)
+    for number, batch in enumerate(reading.batches):
+        for places in _places(reading, batch, device, vocabulary):
+            nats = torch.nn.functional.cross_entropy(read.logits(number, places), places.targets, reduction="none")
+            sums.index_add_(0, places.sequences, nats.double())
+        if progress is not None:
+            progress()
+    found: Floats = sums.cpu().numpy() / math.log(2)
+    return found
+
+
+@torch.no_grad()
+def compare(reading: Reading, base: Read, expert: Read, progress: Progress | None = None) -> Compared:
+    """Two models with the same tokens on what each sequence asks for; `progress` as in `bits`."""
+    device, vocabulary = base.model.device, _vocabulary(base.model)
+    sums = torch.zeros(4, len(reading.sequences), dtype=torch.float64, device=device)
+    for number, batch in enumerate(reading.batches):
+        for places in _places(reading, batch, device, vocabulary):
+            p, q = (torch.log_softmax(each.logits(number, places), -1) for each in (base, expert))
+            target = places.targets[:, None]
+            found = (
+                -p.gather(1, target)[:, 0],
+                -q.gather(1, target)[:, 0],
+                (p.exp() * (p - q)).sum(-1),
+                p.argmax(-1) == q.argmax(-1),
+            )
+            for row, values in zip(sums, found, strict=True):
+                row.index_add_(0, places.sequences, values.double())
+        if progress is not None:
+            progress()
+    mine, theirs, distance, agreed = sums.cpu().numpy()
+    return Compared(mine / math.log(2), theirs / math.log(2), distance / math.log(2), agreed)
+
+
+def _vocabulary(model: TextRun) -> int:
+    rows: int = model.model.get_output_embeddings().weight.shape[0]
+    return rows

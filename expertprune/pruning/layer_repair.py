@@ -1,0 +1,239 @@
+"""Repair one pruned layer: its attention first, and then its FFN behind the repaired attention."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expertprune.arch import Block, Family
+from expertprune.models.layers import Call, observed
+from expertprune.models.passes import Stream, real_tokens
+from expertprune.models.spool import Spool
+from expertprune.pruning.solve import Moments, before_norm, least_squares, token_weights
+from expertprune.units import KeptUnits, LayerShape, Structure
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """What the base's layer did, batch by batch.
+
+    Attributes:
+        middle: the stream behind attention, if heads are cut.
+        outputs: of the projections that lost inputs, where a norm follows them.
+        forms: how many results beside the first each block returns, or `None` where it returns no
+            tuple; by the block's path.
+    """
+
+    middle: Spool
+    outputs: dict[Structure, Spool]
+    forms: dict[str, int | None]
+
+
+@dataclass(frozen=True)
+class LayerRepair:
+    """A layer of the base, and the same layer with the kept units only, which is repaired.
+
+    Attributes:
+        stored: the dtypes that weights are written in, by full name.
+    """
+
+    family: Family
+    index: int
+    layer: nn.Module
+    small: nn.Module
+    shape: LayerShape
+    kept: KeptUnits
+    stored: Mapping[str, torch.dtype]
+
+    def touches(self, structure: Structure) -> bool:
+        """Whether an output projection lost inputs. Those of routed experts are not repaired here."""
+        if structure is Structure.FFN:
+            return self.family.has_ffn and len(self.kept.ffn) < self.shape.ffn
+        return len(self.kept.query_heads) < self.shape.query_heads
+
+    def weights(self, dense: Stream, expert: Stream, damping: float) -> Iterator[tuple[str, Tensor]]:
+        """Full names and values of the weights that are solved for; both streams are then behind the layer.
+
+        Each block of the pruned layer runs once per batch.
+        """
+        seen = self._run_dense(dense)
+        if not self.touches(Structure.QUERY_HEADS):
+            yield from self._behind_attention(dense, expert, seen, damping, lambda number: None)
+            return
+        inputs = Spool(expert.hidden.room)
+        yield self._solve_heads(expert, seen, inputs, damping)
+        projection = self.small.get_submodule(self.family.attention.output)
+        attention = _StandIn(seen.forms[self._attention])
+
+        def attend(number: int) -> None:
+            attention.output = projection(inputs[number])
+
+        with _replaced(self.small, self._attention, attention):
+            yield from self._behind_attention(dense, expert, seen, damping, attend)
+
+    # --- the two blocks ---------------------------------------------------------------------------------------------
+
+    def _solve_heads(self, expert: Stream, seen: _Dense, inputs: Spool, damping: float) -> tuple[str, Tensor]:
+        """Repair the output of attention; `inputs` gets what goes into it. The stream stays as it is."""
+        block, moments = self.family.attention, self._moments(Structure.QUERY_HEADS)
+        feed_forward = _StandIn(seen.forms[self._feed_forward], width=self.shape.hidden)
+        with _replaced(self.small, self._feed_forward, feed_forward), observed(self.small, block.output) as calls:
+            for number in range(len(expert.batches)):
+                before = expert.hidden[number]
+                expert.run(self.small, self.index, number, before)
+                call = calls[block.output]
+                after = before + _joined(self.small, block, call.output)
+                self._add(moments, Structure.QUERY_HEADS, expert, number, seen, seen.middle[number], after, call)
+                inputs.append(call.input)
+        _, repaired = self._solved(Structure.QUERY_HEADS, moments, damping)
+        return self._name(Structure.QUERY_HEADS), repaired
+
+    def _behind_attention(
+        self, dense: Stream, expert: Stream, seen: _Dense, damping: float, attend: Callable[[int], None]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Run the whole layer, and repair the output of its FFN if it lost inputs.
+
+        Args:
+            attend: called before each batch, with its number.
+        """
+        if not self.touches(Structure.FFN):
+            for number in range(len(expert.batches)):
+                attend(number)
+                expert.hidden[number] = expert.run(self.small, self.index, number)
+            return
+        block, moments, inputs = self.family.ffn, self._moments(Structure.FFN), Spool(expert.hidden.room)
+        with observed(self.small, block.output) as calls:
+            for number in range(len(expert.batches)):
+                attend(number)
+                after = expert.run(self.small, self.index, number)
+                call = calls[block.output]
+                self._add(moments, Structure.FFN, expert, number, seen, dense.hidden[number], after, call)
+                expert.hidden[number] = after
+                inputs.append(call.input)
+        change, repaired = self._solved(Structure.FFN, moments, damping)
+        for number in range(len(expert.batches)):
+            expert.hidden[number] = self._moved(expert.hidden[number], inputs[number], change)
+        yield self._name(Structure.FFN), repaired
+
+    def _moved(self, after: Tensor, inputs: Tensor, change: Tensor) -> Tensor:
+        """A batch behind the layer, once its FFN's output projection has changed."""
+        block, more = self.family.ffn, inputs @ change.T
+        if block.output_norm is None:
+            return after + more
+        now = self.small.get_submodule(block.output)(inputs)
+        return after - _joined(self.small, block, now - more) + _joined(self.small, block, now)
+
+    # --- moments and solution ---------------------------------------------------------------------------------------
+
+    def _run_dense(self, stream: Stream) -> _Dense:
+        """Advance the base's stream, and keep what the projections that lost inputs shall aim at."""
+        cut = [each for each in (Structure.QUERY_HEADS, Structure.FFN) if self.touches(each)]
+        room = stream.hidden.room
+        seen = _Dense(Spool(room), {each: Spool(room) for each in cut}, {})
+        heads = Structure.QUERY_HEADS in cut
+        paths = [self.family.block(each).output for each in cut]
+        with observed(self.layer, *paths, *([self._attention, self._feed_forward] if heads else [])) as calls:
+            for step in stream.advance(self.layer, self.index):
+                for structure in cut:
+                    block = self.family.block(structure)
+                    output = calls[block.output].output
+                    if structure is Structure.QUERY_HEADS:
+                        seen.middle.append(step.before + _joined(self.layer, block, output))
+                    if block.output_norm is not None:
+                        seen.outputs[structure].append(output)
+        for path in (self._attention, self._feed_forward) if heads else ():
+            output = calls[path].output
+            seen.forms[path] = len(output) - 1 if isinstance(output, tuple) else None
+        return seen
+
+    def _moments(self, structure: Structure) -> Moments:
+        weight = self.small.get_parameter(self.family.block(structure).output_weight)
+        return Moments.zeros(weight.shape[1], weight.shape[0], weight.device)
+
+    def _add(
+        self,
+        moments: Moments,
+        structure: Structure,
+        stream: Stream,
+        number: int,
+        seen: _Dense,
+        target: Tensor,
+        after: Tensor,
+        call: Call,
+    ) -> None:
+        """Add one batch: `target` and `after` are the base's and the expert's stream behind the block."""
+        block, batch = self.family.block(structure), stream.batches[number]
+        wanted = real_tokens(batch, target).float()
+        residual, weights = wanted - real_tokens(batch, after).float(), token_weights(wanted)
+        if block.output_norm is not None:
+            given = (_joined(self.small, block, call.output), call.output, seen.outputs[structure][number])
+            joined, own, output = (real_tokens(batch, states).float() for states in given)
+            residual, scale = before_norm(self.small.get_submodule(block.output_norm), residual, joined, own, output)
+            weights = weights / scale.square()
+        moments.add(real_tokens(batch, call.input).float(), residual, weights)
+
+    def _solved(self, structure: Structure, moments: Moments, damping: float) -> tuple[Tensor, Tensor]:
+        """The change of a projection and its new weight, rounded as it is written; the layer has it now."""
+        block = self.family.block(structure)
+        weight = self.small.get_parameter(block.output_weight)
+        repaired = weight.float() + least_squares(moments, damping)
+        repaired = repaired.to(self.stored.get(self._name(structure), weight.dtype)).to(weight.dtype)
+        self.small.get_submodule(block.output).weight = nn.Parameter(repaired, requires_grad=False)
+        return repaired - weight, repaired
+
+    def _name(self, structure: Structure) -> str:
+        return f"{self.family.layer_prefix(self.index)}{self.family.block(structure).output_weight}"
+
+    @property
+    def _attention(self) -> str:
+        """The path of the module that holds attention."""
+        return self.family.attention.output.partition(".")[0]
+
+    @property
+    def _feed_forward(self) -> str:
+        """The path of the module that holds the FFN or the routed experts."""
+        experts = self.family.experts
+        return (experts.module if experts is not None else self.family.ffn.output).partition(".")[0]
+
+
+def _joined(layer: nn.Module, block: Block, output: Tensor) -> Tensor:
+    """What a block adds to the residual stream, given its projection's output."""
+    result: Tensor = output if block.output_norm is None else layer.get_submodule(block.output_norm)(output)
+    return result
+
+
+class _StandIn(nn.Module):
+    """Takes the place of a block that need not run, and returns its results in its form.
+
+    Attributes:
+        output: what it returns; `None`: zeros of the block's width.
+    """
+
+    def __init__(self, further: int | None, width: int = 0) -> None:
+        """`further`: how many results beside the first the block returns; `None`: it returns no tuple."""
+        super().__init__()
+        self._further, self._width = further, width
+        self.output: Tensor | None = None
+
+    def forward(self, *states: Tensor, **named: Any) -> Any:
+        output = self.output
+        if output is None:
+            first = states[0] if states else next(iter(named.values()))
+            output = first.new_zeros(*first.shape[:-1], self._width)
+        return output if self._further is None else (output, *[None] * self._further)
+
+
+@contextlib.contextmanager
+def _replaced(layer: nn.Module, path: str, stand_in: nn.Module) -> Iterator[None]:
+    """While open, `stand_in` takes the place of a child of the layer."""
+    original = layer.get_submodule(path)
+    setattr(layer, path, stand_in)
+    try:
+        yield
+    finally:
+        setattr(layer, path, original)

@@ -1,0 +1,100 @@
+"""The arithmetic of the closed-form repair: weighted least squares with a ridge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from expertprune.errors import CheckpointError
+
+
+@dataclass
+class Moments:
+    """Sums over tokens for the least squares, float32 on the model's device.
+
+    `gram` is `Σ w x xᵀ`, `[kept, kept]`. `cross` is `Σ w r xᵀ`, `[hidden, kept]`, where the
+    residual `r` is the target minus the layer's present output.
+    """
+
+    gram: Tensor
+    cross: Tensor
+
+    @classmethod
+    def zeros(cls, kept: int, hidden: int, device: torch.device) -> Moments:
+        return cls(torch.zeros(kept, kept, device=device), torch.zeros(hidden, kept, device=device))
+
+    def add(self, inputs: Tensor, residual: Tensor, weight: Tensor) -> None:
+        """`inputs` are `[tokens, kept]`, `residual` `[tokens, hidden]`, `weight` `[tokens]`."""
+        weighted = inputs * weight[:, None]
+        self.gram.addmm_(weighted.T, inputs)
+        self.cross.addmm_(residual.T, weighted)
+
+    def taken(self) -> tuple[Tensor, Tensor]:
+        """Both in float64. They are no longer here afterwards, so the float32 gram is free."""
+        gram, self.gram = self.gram.double(), torch.empty(0)
+        cross, self.cross = self.cross.double(), torch.empty(0)
+        return gram, cross
+
+
+def least_squares(moments: Moments, damping: float) -> Tensor:
+    """The change `Δ` of the kept columns, `[hidden, kept]`, float32.
+
+    It minimizes `Σ w ‖r − Δ x‖² + Σ_j d_j ‖Δ_j‖²`, a ridge towards the original columns (`Δ = 0`)
+    with `d_j = damping · (h_jj + median(h) / 1000)` and `h_jj` the energy of input `j`. In
+    proportion to the input's own energy, the ridge means the same for quiet and for massive
+    activations. The second term holds inputs that were hardly seen.
+
+    The solution is `Δ = C (H + D)⁻¹`, with `H` the gram matrix and `C` the cross moment, in float64
+    by Cholesky. Where `C = 0`, it is exactly 0. Both moments are used up: one matrix of `[kept,
+    kept]` in float64 is held, and factorized where it lies.
+
+    Raises:
+        CheckpointError: the damping is too small for these inputs.
+    """
+    gram, cross = moments.taken()
+    energy = gram.diagonal()
+    ridge = damping * energy + 1e-3 * damping * energy.median() + torch.finfo(torch.float32).tiny
+    energy += ridge
+    # The gram matrix is symmetric. LAPACK wants columns in a row, as its transpose has them: no copy.
+    factor, failed = gram.mT, torch.zeros((), dtype=torch.int32, device=gram.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, failed))
+    if bool(failed):
+        raise CheckpointError(
+            f"the least squares cannot be solved with damping {damping:g}; raise compensation.damping"
+        )
+    # Δ (L Lᵀ) = C: first Y Lᵀ = C, then Δ L = Y. Unlike `cholesky_solve`, it copies no factor.
+    half = torch.linalg.solve_triangular(factor.mT, cross, upper=True, left=False)
+    return torch.linalg.solve_triangular(factor, half, upper=False, left=False).float()
+
+
+def token_weights(target: Tensor) -> Tensor:
+    """One over the mean square of each token's residual stream, `[tokens, hidden]` to `[tokens]`.
+
+    The next layer normalizes the stream, so an error counts relative to the stream's own size.
+    Without weights, a few tokens with massive activations would decide everything.
+    """
+    return 1.0 / target.square().mean(1).clamp_min(1e-12)
+
+
+def before_norm(norm: nn.Module, residual: Tensor, joined: Tensor, own: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+    """The residual before an output norm, where the projection is linear; all `[tokens, hidden]`.
+
+    The norm maps `v` to `γ ⊙ v / rms(v)`. Take `rms` of the dense output: the repaired one should
+    come close to it. Then the stream's target `c = joined + residual` needs `v = c · rms / γ`. A
+    channel with a small `γ` would have to grow very large for that, and would shrink all others
+    through `rms(v)`. So each channel minimizes `γ² (v − c · rms / γ)² + m (v − d)²`, with `d` the
+    dense output and `m` the median of `γ²`. Channels that count in the stream make up for what
+    earlier layers lost; the others keep the dense output.
+
+    Returns:
+        The residual before the norm, and the root mean square of each token's dense output,
+        `[tokens]`.
+    """
+    dtype = next(norm.parameters()).dtype
+    gain = norm(torch.ones(1, dense.shape[1], dtype=torch.float32, device=dense.device).to(dtype)).float()
+    typical = gain.square().median()
+    rms = dense.square().mean(1).sqrt().clamp_min(1e-12)
+    wished = (gain * (joined + residual) * rms[:, None] + typical * dense) / (gain.square() + typical)
+    return wished - own, rms
