@@ -120,6 +120,13 @@ class Family(Data):
     def layer_prefix(self, layer: int) -> str:
         return f"{self.layers}.{layer}."
 
+    @property
+    def size_keys(self) -> list[str]:
+        """The config's keys that say how many of something a layer or the vocabulary has."""
+        keys = self.config
+        counted = self.experts.count if self.experts is not None else ()
+        return [keys.hidden, self.width_key, keys.query_heads, keys.kv_heads, keys.head_dim, "vocab_size", *counted]
+
     def layer_shapes(self, config: Mapping[str, Any]) -> tuple[LayerShape, ...]:
         """The shape of every layer, from the contents of `config.json`.
 
@@ -137,6 +144,8 @@ class Family(Data):
                 "cannot lose single experts, since every group has the same number"
             )
         config, single = {**self.defaults, **config}, config.get(PER_LAYER) or {}
+        if not isinstance(single, Mapping) or not all(isinstance(each, Mapping) for each in single.values()):
+            raise CheckpointError(f"config.json: {PER_LAYER!r} must map layers to their keys")
         return tuple(
             self._layer_shape({**config, **single.get(str(i), single.get(str(i).zfill(len(str(count - 1))), {}))})
             for i in range(count)
@@ -284,7 +293,7 @@ class Family(Data):
 
 def _positive(config: Mapping[str, Any], key: str) -> int:
     value = config.get(key)
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise CheckpointError(f"config.json: {key!r} must be a positive whole number, found {value!r}")
     return value
 

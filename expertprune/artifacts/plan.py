@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from expertprune.errors import PlanError
 from expertprune.files import PLAN, digest_of, read_json, staged_output, to_json
@@ -17,6 +17,7 @@ from expertprune.units import (
     KeptRows,
     KeptUnits,
     LayerShape,
+    Structure,
     format_indices,
     pack_indices,
     parse_indices,
@@ -47,8 +48,8 @@ class BaseReference(_Record):
 class Parameters(_Record):
     """Parameters of the base and of the expert."""
 
-    before: int
-    after: int
+    before: int = Field(gt=0)
+    after: int = Field(gt=0)
 
 
 class KindCount(_Record):
@@ -244,6 +245,12 @@ def load_plan(path: Path) -> Plan:
 # --- the document ---------------------------------------------------------------------------------------------------
 
 
+# More than any model has: of anything in one layer, and of FFN neurons in all layers.
+_MOST, _MOST_NEURONS = 2**24, 2**25
+_Count = Annotated[int, Field(ge=0, le=_MOST)]
+_Width = Annotated[int, Field(ge=1, le=_MOST)]
+
+
 class _KeptText(_Record):
     ffn: str
     query_heads: str
@@ -252,12 +259,12 @@ class _KeptText(_Record):
 
 
 class _ShapeDocument(_Record):
-    hidden: int
-    ffn: int
-    query_heads: int
-    kv_heads: int
-    head_dim: int
-    experts: int = 0
+    hidden: _Width
+    ffn: _Count
+    query_heads: _Width
+    kv_heads: _Width
+    head_dim: _Width
+    experts: _Count = 0
 
 
 class _LayerDocument(_Record):
@@ -268,7 +275,7 @@ class _LayerDocument(_Record):
 
 
 class _VocabularyDocument(_Record):
-    of: int
+    of: _Width
     rows: int
     tokens: int
     kept: str
@@ -317,16 +324,24 @@ def _vocabulary_document(plan: VocabularyPlan) -> dict[str, Any]:
 
 def _plan(data: _PlanDocument) -> Plan:
     shapes = [LayerShape(**vars(layer.of)) for layer in data.layers]
-    layers = [
-        LayerPlan(KeptUnits(**{name: parse_indices(text) for name, text in vars(layer.kept).items()}), layer.why)
-        for layer in data.layers
-    ]
+    for index, each in enumerate(data.layers):
+        if each.layer != index:
+            raise ValueError(f"layers: layer {each.layer} stands where layer {index} belongs")
+    if sum(shape.neurons for shape in shapes) > _MOST_NEURONS:
+        raise ValueError("layers: they have more FFN neurons than any model")
+    layers = [LayerPlan(_kept(each.kept, shape), each.why) for each, shape in zip(data.layers, shapes, strict=True)]
     for index, (shape, layer) in enumerate(zip(shapes, layers, strict=True)):
         _check_kept(shape, layer.kept, index)
     vocabulary = _vocabulary(data.vocabulary) if data.vocabulary is not None else None
     return Plan(
         data.name, data.base, data.parameters, shapes, layers, data.budget, data.profiles, data.spec, vocabulary
     )
+
+
+def _kept(text: _KeptText, shape: LayerShape) -> KeptUnits:
+    if shape.query_heads % shape.kv_heads:
+        raise ValueError(f"{shape.query_heads} query heads are no multiple of {shape.kv_heads} KV heads")
+    return KeptUnits(**{name: parse_indices(runs, shape.units(Structure(name))) for name, runs in vars(text).items()})
 
 
 def _vocabulary(data: _VocabularyDocument) -> VocabularyPlan:

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.segment import Segment
 
 from expertprune.errors import ExpertpruneError, SpecError
-from expertprune.files import MEMORY_VARIABLE, SPOOL_VARIABLE, parse_yaml, to_json
+from expertprune.files import MEMORY_VARIABLE, SPOOL_VARIABLE, parse_yaml, remove_all_leftovers, store_folder, to_json
 from expertprune.formats import printable
 from expertprune.spec.reading import TRUST
 
@@ -105,12 +105,21 @@ def reporting(command: F) -> F:
         with contextlib.suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
+            remove_all_leftovers(store_folder(kwargs.get("store")))
             return command(*args, **kwargs)
         except ExpertpruneError as error:
             problems = error.problems if isinstance(error, SpecError) else [str(error)]
             for problem in problems:
                 say(f"error: {problem}", error=True)
             sys.exit(error.exit_code)
+        except BrokenPipeError:  # whoever read the output has enough
+            sys.stdout = None  # type: ignore[assignment]  # else Python flushes it at its end, and fails again
+            sys.exit(1)
+        except OSError as error:  # of a disk, a permission, a name: the system's words say what
+            if error.filename is None:
+                raise
+            say(f"error: {error.filename}: {error.strerror}", error=True)
+            sys.exit(2)
         except KeyboardInterrupt:
             click.echo("interrupted: no half-written file is left; the next run reuses the stored profiles", err=True)
             sys.exit(1)

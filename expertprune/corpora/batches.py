@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from expertprune.corpora.documents import Corpus, Document
-from expertprune.errors import SpecError
+from expertprune.errors import CheckpointError, SpecError
 from expertprune.spec.schema import Spec
 
 
@@ -61,6 +61,16 @@ def make_batches(tokens: Sequence[Sequence[int]], tokens_per_batch: int, pad: in
             ids[row, : len(tokens[index])] = torch.tensor(tokens[index])
         batches.append(Batch(ids, tuple(len(tokens[i]) for i in group), tuple(group)))
     return batches
+
+
+def check_ids(batches: Sequence[Batch], rows: int) -> None:
+    """Raises `CheckpointError` for a token id that has no row in the model's vocabulary."""
+    largest = max((int(batch.ids.max()) for batch in batches), default=0)
+    if largest >= rows:
+        raise CheckpointError(
+            f"the tokenizer gives the token id {largest}, and the model's vocabulary has {rows} rows: this tokenizer is "
+            "of another model"
+        )
 
 
 def calibration_batches(corpus: Corpus, tokenizer: Any, spec: Spec) -> tuple[list[Document], list[Batch]]:

@@ -1,6 +1,7 @@
 """Files and folders: written whole or not at all, read within limits, digests, disk room, and what ships."""
 
 from expertprune.files.digests import digest_of
+from expertprune.files.keeping import HOLDINGS, Held, duration, holdings, prune_store, remove_all_leftovers
 from expertprune.files.outputs import (
     EXPERT,
     GENERATOR,
@@ -58,11 +59,11 @@ from expertprune.files.staging import (
 from expertprune.files.validation import problems_of
 
 __all__ = [
-    "EXPERT", "EXPERT_FILE", "GENERATOR", "GGUF", "MEMORY_VARIABLE", "PAGE", "PICTURE", "PLAN", "SPOOL_VARIABLE",
-    "Kind", "age", "as_model", "check_inputs", "check_output", "check_parent", "digest_of", "disk_errors",
-    "file_digest", "folder_size", "locked", "not_a_file", "one_at_a_time", "opened", "parse_json", "parse_yaml",
-    "problems_of", "read_bytes", "read_json", "read_model", "read_object", "read_text", "read_yaml",
-    "remove_leftovers", "require_room", "scratch_folder", "shipped", "staged_file", "staged_folder",
-    "staged_output", "store_folder", "temporary_folder", "to_json", "user_path", "working_folder", "write_file",
-    "write_json",
+    "EXPERT", "EXPERT_FILE", "GENERATOR", "GGUF", "HOLDINGS", "MEMORY_VARIABLE", "PAGE", "PICTURE", "PLAN",
+    "SPOOL_VARIABLE", "Held", "Kind", "age", "as_model", "check_inputs", "check_output", "check_parent",
+    "digest_of", "disk_errors", "duration", "file_digest", "folder_size", "holdings", "locked", "not_a_file",
+    "one_at_a_time", "opened", "parse_json", "parse_yaml", "problems_of", "prune_store", "read_bytes", "read_json",
+    "read_model", "read_object", "read_text", "read_yaml", "remove_all_leftovers", "remove_leftovers",
+    "require_room", "scratch_folder", "shipped", "staged_file", "staged_folder", "staged_output", "store_folder",
+    "temporary_folder", "to_json", "user_path", "working_folder", "write_file", "write_json",
 ]  # fmt: skip

@@ -197,6 +197,10 @@ def write_weights(
                 if written is None:
                     continue
                 tensor = shard.get_tensor(name)
+                if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                    raise CheckpointError(
+                        f"{base.folder / file}: {name} holds values that are not finite; fetch it again"
+                    )
                 new = transform(name, tensor)
                 changed |= new is not None
                 tensors[written] = (tensor if new is None else new).contiguous()
@@ -214,7 +218,8 @@ def write_weights(
         return
     if any_changed:
         index = _read_json(base.folder / INDEX)
-        index["metadata"] = {**index.get("metadata", {}), "total_size": total}
+        about = index.get("metadata")
+        index["metadata"] = {**(about if isinstance(about, dict) else {}), "total_size": total}
         if "total_parameters" in index["metadata"]:
             index["metadata"]["total_parameters"] = parameters
         index["weight_map"] = dict(sorted(weight_map.items()))

@@ -15,13 +15,14 @@ from expertprune.composition.plan import foreseen_widths
 from expertprune.composition.rows import foreseen_rows
 from expertprune.composition.scoring import rules
 from expertprune.composition.widths import LayerWidths
-from expertprune.corpora.batches import Batch, calibration_batches, make_batches, tokenize
+from expertprune.corpora.batches import Batch, calibration_batches, check_ids, make_batches, tokenize
 from expertprune.corpora.documents import Corpus, CorpusName, Document
 from expertprune.corpora.leaks import LeakGuard
 from expertprune.corpora.loading import HELD_OUT, load_corpora
 from expertprune.errors import SpecError, gathered
 from expertprune.files import digest_of, store_folder
 from expertprune.models.base import ResolvedBase, resolve_base
+from expertprune.models.inventory import vocabulary_rows
 from expertprune.models.running import RunningBase
 from expertprune.pruning.repair import repairs
 from expertprune.pruning.selfcheck import check_family
@@ -159,7 +160,9 @@ def _calibration_text(corpus: Corpus, spec: Spec, running: RunningBase) -> Calib
         if not rest:
             raise SpecError(f"corpus {corpus.name}: budget.retention holds documents back, and there is only one")
         corpus = replace(corpus, calibration=rest)
-    return CalibrationText(*calibration_batches(corpus, running.tokenizer, spec))
+    documents, batches = calibration_batches(corpus, running.tokenizer, spec)
+    check_ids(batches, vocabulary_rows(running.base.checkpoint, running.base.family))
+    return CalibrationText(documents, batches)
 
 
 def prepare(found: Found, budget: Budget | None = None) -> Prepared:

@@ -144,7 +144,7 @@ REFUSED: list[tuple[Prepare, str]] = [
     (spec(general="genral"), "general: no corpus for 'genral'; did you mean 'general'?"),
     (spec(evaluate={"corpora": "finance"}), "evaluate.corpora: 'finance' is none of the spec's corpora: language/en"),
     (corpus(None), "mine.jsonl: no such file"),
-    (corpus('{"text": "the heart"}\nnot json\n'), "mine.jsonl, line 2: not a JSON object: 'not json'"),
+    (corpus('{"text": "the heart"}\nnot json\n'), "mine.jsonl, line 2: not valid JSON"),
     (corpus(""), "domain/medical.* holds no document to calibrate on"),
     (corpus('{"text": "heart"}\n{"text": "law"}\n'), "domain/medical: every document is shorter than two tokens"),
     (spec(budget={"ffn": 0.99, "multiple_of": 4}), "the largest legal one is 0.875"),

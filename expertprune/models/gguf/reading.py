@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 
 from expertprune.arch import Family, families
 from expertprune.errors import CheckpointError
-from expertprune.files import digest_of, file_digest, require_room, staged_folder
+from expertprune.files import digest_of, file_digest, opened, require_room, staged_folder
 from expertprune.models.loading import quiet_transformers
 
 log = logging.getLogger(__name__)
@@ -102,12 +103,22 @@ def _readable(file: Path) -> Any:
 def _header(file: Path) -> _Header:
     from gguf import GGUFReader
 
+    _check_counts(file)
     reader = GGUFReader(file)
     wanted = [key for key in reader.fields if key not in ("tokenizer.ggml.tokens", "tokenizer.ggml.scores")]
     metadata = {key: reader.fields[key].contents() for key in wanted if not key.startswith("GGUF.")}
     values = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
     frequencies = [tensor.data.ravel().tolist() for tensor in reader.tensors if tensor.name == _FREQUENCIES]
     return _Header(str(metadata["general.architecture"]), metadata, values, tuple(*frequencies))
+
+
+def _check_counts(file: Path) -> None:
+    """Raises `CheckpointError` for counts of metadata and tensors that the file has no room for."""
+    with opened(file) as content:
+        magic, _, tensors, keys = struct.unpack("<4sIQQ", content.read(24).ljust(24, b"\0"))
+    # a tensor takes 32 bytes or more of the header, a key 13
+    if magic != b"GGUF" or 32 * tensors + 13 * keys > file.stat().st_size:
+        raise CheckpointError(f"{file}: no whole GGUF file: it is shorter than its header says")
 
 
 def _family(file: Path, header: _Header) -> Family:
