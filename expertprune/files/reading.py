@@ -37,10 +37,12 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         OSError: it is a folder, a FIFO, a device, or may not be read.
     """
     # Without O_NONBLOCK, opening a FIFO waits for somebody who writes.
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        mode = os.fstat(file.fileno()).st_mode
-        if not stat.S_ISREG(mode):
-            raise OSError(f"it is {_kind(mode)}, not a file")
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(handle)
+        raise OSError(f"it is {_kind(mode)}, not a file")
+    with os.fdopen(handle, "rb") as file:
         yield file
 
 
