@@ -329,7 +329,10 @@ def _plan(data: _PlanDocument) -> Plan:
             raise ValueError(f"layers: layer {each.layer} stands where layer {index} belongs")
     if sum(shape.neurons for shape in shapes) > _MOST_NEURONS:
         raise ValueError("layers: they have more FFN neurons than any model")
-    layers = [LayerPlan(_kept(each.kept, shape), each.why) for each, shape in zip(data.layers, shapes, strict=True)]
+    layers = [
+        LayerPlan(_kept(each.kept, shape, each.layer), each.why)
+        for each, shape in zip(data.layers, shapes, strict=True)
+    ]
     for index, (shape, layer) in enumerate(zip(shapes, layers, strict=True)):
         _check_kept(shape, layer.kept, index)
     vocabulary = _vocabulary(data.vocabulary) if data.vocabulary is not None else None
@@ -338,10 +341,17 @@ def _plan(data: _PlanDocument) -> Plan:
     )
 
 
-def _kept(text: _KeptText, shape: LayerShape) -> KeptUnits:
+def _kept(text: _KeptText, shape: LayerShape, layer: int) -> KeptUnits:
     if shape.query_heads % shape.kv_heads:
         raise ValueError(f"{shape.query_heads} query heads are no multiple of {shape.kv_heads} KV heads")
-    return KeptUnits(**{name: parse_indices(runs, shape.units(Structure(name))) for name, runs in vars(text).items()})
+    kept = {}
+    for name, runs in vars(text).items():
+        count = shape.units(Structure(name))
+        try:
+            kept[name] = parse_indices(runs, count)
+        except ValueError as error:
+            raise ValueError(f"layer {layer}: {name} must keep some of 0-{count - 1}: {error}") from None
+    return KeptUnits(**kept)
 
 
 def _vocabulary(data: _VocabularyDocument) -> VocabularyPlan:

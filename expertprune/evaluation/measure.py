@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +53,9 @@ class _Examples:
         return Reading(self.reading.sequences[here], ())
 
 
+log = logging.getLogger(__name__)
+
+
 class Measuring:
     """Measures experts of one base on the same examples. The base reads them once.
 
@@ -89,7 +93,10 @@ class Measuring:
     def _check(self, corpus: Corpus, questions: bool, sequences: Sequence[Asked]) -> None:
         """Raises `SpecError` where there is nothing to predict, or a question is longer than the base's context."""
         if not questions and not any(each.tokens for each in sequences):
-            raise SpecError(f"corpus {corpus.name}: every evaluation document is shorter than two tokens")
+            problem = f"corpus {corpus.name}: every evaluation document is shorter than two tokens"
+            if not (corpus.questions and "questions" in self.metrics):
+                raise SpecError(problem)
+            log.warning("%s: only its questions are measured", problem)
         context = getattr(self.base.model.config, "max_position_embeddings", None)
         longest = max(len(each.ids) for each in sequences)
         if questions and context is not None and longest > context:

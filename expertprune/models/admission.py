@@ -94,7 +94,7 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
 
 def _refuse_other_kinds(config: dict[str, Any], where: Path) -> None:
     architectures = config.get("architectures") or []
-    if not isinstance(config.get("model_type", ""), str):
+    if not isinstance(config.get("model_type"), str | None):
         raise CheckpointError(f"{where}: model_type: must be a name (found {config['model_type']!r})")
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise CheckpointError(f"{where}: architectures: must be a list of names (found {architectures!r})")
