@@ -60,6 +60,12 @@ class ServingError(ExpertpruneError):
     exit_code = 1
 
 
+class UnfinishedError(ExpertpruneError):
+    """Other processes have not done their part of the work, or have failed in the middle of it."""
+
+    exit_code = 1
+
+
 @contextlib.contextmanager
 def refused(what: object) -> Iterator[None]:
     """Turn whatever a library raises over a file of the user's into an error that names the file.

@@ -11,7 +11,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from expertprune.arch import family_of
 from expertprune.models.base import ResolvedBase
-from expertprune.models.checkpoint import Checkpoint, TensorInfo
+from expertprune.models.checkpoint import Checkpoint
+from expertprune.models.tensorfile import TensorInfo
 
 
 def config_of(
@@ -54,4 +55,9 @@ def base_of(
     checkpoint.config = config_of(family, ffn, groups, per_group, hidden, layers, **changes)
     checkpoint.tensors = tensors_of(checkpoint.config)
     shapes = family_of(family).layer_shapes(checkpoint.config)
-    return ResolvedBase("base", checkpoint.folder, checkpoint, family_of(family), shapes, "d", "t", torch.float32)
+    base = ResolvedBase(
+        "base", checkpoint.folder, checkpoint, family_of(family), shapes, Path("nowhere"), "t", torch.float32,
+        torch.device("cpu"),
+    )  # fmt: skip
+    vars(base)["digest"] = "d"  # there are no weights that it could be of
+    return base

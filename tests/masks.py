@@ -13,8 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from expertprune.arch import Family, family_of
+from expertprune.artifacts.profile import ProfilePart
 from expertprune.corpora.batches import make_batches
 from expertprune.models.passes import TextRun
+from expertprune.profiling.traversal import Traversal
+from expertprune.progress import no_progress
+from expertprune.relevance import Pass
 from expertprune.units import LayerShape
 from tests.tiny import tiny_model
 
@@ -140,6 +144,13 @@ def regional_gradients(of: Tiny, documents: list[list[int]]) -> dict[str, Tensor
         handle.remove()
         result |= {name: torch.stack(each) for name, each in zip(masks.names(), zip(*rows, strict=True), strict=True)}
     return result
+
+
+def measured(text: TextRun, part: str, seed: int = 0, progress: Any = no_progress) -> dict[str, Tensor]:
+    """One part of a profile: `forward`, `regional`, `vocabulary`, or a gradient by its loss."""
+    made = Pass(part) if part in set(Pass) else Pass.GRADIENT
+    wanted = ProfilePart(made, part if made is Pass.GRADIENT else "")
+    return Traversal(text, [wanted], seed).run(progress)[wanted]
 
 
 def layer_activations(of: Tiny, ids: Sequence[int]) -> dict[str, NDArray[np.float64]]:

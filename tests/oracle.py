@@ -29,6 +29,12 @@ SHARDS = {"one file": "1GB", "several files": "20KB"}
 IDS = torch.randint(0, 64, (2, 17), generator=torch.Generator().manual_seed(5))
 
 
+def fetched(base: ResolvedBase) -> ResolvedBase:
+    """The same base, with its weights in its folder."""
+    base.checkpoint.fetch()
+    return base
+
+
 def resolved(folder: Path, store: Path) -> ResolvedBase:
     return resolve_base(Base(model=str(folder)), store)
 

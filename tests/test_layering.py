@@ -18,7 +18,7 @@ PACKAGE = Path(expertprune.__file__).parent
 # A room may import from itself and from the rooms before it.
 ORDER = [
     "errors", "registry", "units", "files", "formats", "progress", "spec", "corpora", "arch", "tokenizing", "relevance",
-    "models", "artifacts", "profiling", "composition", "pruning", "evaluation", "serving", "reporting", "stages",
+    "models", "artifacts", "engine", "profiling", "composition", "pruning", "evaluation", "serving", "reporting", "stages",
     "commands", "cli",
 ]  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))

@@ -23,13 +23,15 @@ class BundledModel(Data):
     """A model that comes as a package: the GGUF `file` inside the installed `module`.
 
     A model that is too large for one package comes in several `parts`. Their bytes in this order
-    are the file with the digest `sha256`.
+    are the file with the digest `sha256`. The output matrix of a `tied` model is its embedding, though
+    the file stores both.
     """
 
     file: str
     module: str | None = None
     parts: tuple[PackagedFile, ...] = ()
     sha256: str | None = None
+    tied: bool = False
     install: str
     licence: str
 

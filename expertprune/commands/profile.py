@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from expertprune.commands.engines import Where, engine_options, shard_options, show_report
 from expertprune.commands.terminal import (
     common,
     limits_options,
@@ -25,9 +26,11 @@ from expertprune.files import to_json
 @set_option
 @store_option
 @limits_options
+@shard_options
+@engine_options
 @common
 @reporting
-def profile(spec: Path, overrides: dict[str, Any], store: Path | None, as_json: bool) -> None:
+def profile(spec: Path, overrides: dict[str, Any], store: Path | None, where: Where, as_json: bool) -> None:
     """Profile every corpus of a spec; profiles that are stored already are reused.
 
     \b
@@ -35,7 +38,12 @@ def profile(spec: Path, overrides: dict[str, Any], store: Path | None, as_json: 
     """
     from expertprune.stages import profile as stage
 
-    profiles = stage.profile(spec, store, overrides, progress_bar)
+    shard = where.share(store)
+    if shard is not None:
+        show_report(stage.profile_shard(spec, shard, store, overrides, progress_bar), shard, as_json)
+        return
+    with where.opened(store) as engine:
+        profiles = stage.profile(spec, store, overrides, progress_bar, engine)
     data = {str(name): {"path": str(p.path), "tokens": p.tokens, "digest": p.digest} for name, p in profiles.items()}
     if as_json:
         click.echo(to_json({"kind": "profiles", "profiles": data}))

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from expertprune.commands.engines import Where, engine_options, shard_options, show_report
 from expertprune.commands.terminal import (
     common,
     limits_options,
@@ -49,6 +50,8 @@ def _fractions(_: click.Context, __: click.Parameter, text: str) -> list[float]:
 @set_option
 @store_option
 @limits_options
+@shard_options
+@engine_options
 @common
 @reporting
 def sweep(
@@ -60,6 +63,7 @@ def sweep(
     overwrite: bool,
     overrides: dict[str, Any],
     store: Path | None,
+    where: Where,
     as_json: bool,
 ) -> None:
     """Show what experts of several sizes keep: one profile, many plans.
@@ -73,7 +77,13 @@ def sweep(
 
     if picture is not None:
         check_picture(picture, made=out, overwrite=overwrite)
-    result = sweeping.sweep(spec, budgets, out, keep_experts, store, overrides, progress_bar)
+    shard = where.share(store)
+    if shard is not None:
+        report = sweeping.sweep_shard(spec, budgets, shard, out, keep_experts, store, overrides, progress_bar)
+        show_report(report, shard, as_json)
+        return
+    with where.opened(store) as engine:
+        result = sweeping.sweep(spec, budgets, out, keep_experts, store, overrides, progress_bar, engine)
     if picture is not None:
         retention_curve(result, picture, overwrite)
     show(as_json, result.document(), lambda: sweep_table(result))

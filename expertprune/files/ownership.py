@@ -114,17 +114,17 @@ def scratch_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def working_folder(path: Path) -> Iterator[Path]:
-    """A folder for unfinished work: it goes when the block ends well, and stays when it does not.
+    """A folder for unfinished work at `path`: it goes when the block ends well, and stays when it does not.
 
-    The next run for the same `path` finds what is there. What nobody has touched for a week goes.
-    While another process works there, this one gets a temporary folder beside it.
+    The next run for the same `path` finds what is there. Those of the same suffix that nobody has
+    touched for a week go. While another process works there, this one gets a temporary folder.
 
     Raises:
         CheckpointError: the disk is full, or the parent folder cannot be written.
     """
     with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
-        for other in path.parent.iterdir():
+        for other in path.parent.glob(f"*{path.suffix}"):
             if other != path and not other.name.startswith(".") and age(other) > ABANDONED_AFTER:
                 with locked(other) as lock:
                     if lock is not Lock.TAKEN:
@@ -134,8 +134,12 @@ def working_folder(path: Path) -> Iterator[Path]:
         if lock is Lock.TAKEN or not path.exists():
             yield stack.enter_context(scratch_folder(path))
             return
-        with disk_errors(path, "no room left on the disk"):
-            yield path
+        try:
+            with disk_errors(path, "no room left on the disk"):
+                yield path
+        finally:
+            if not any(path.iterdir()):
+                path.rmdir()
         shutil.rmtree(path, ignore_errors=True)
 
 

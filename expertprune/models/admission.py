@@ -10,12 +10,13 @@ from expertprune.arch import GROUPS, Family, families, recognized
 from expertprune.errors import CheckpointError
 from expertprune.files import read_object
 from expertprune.models.checkpoint import Checkpoint
+from expertprune.models.encodings import READ
 from expertprune.registry import nearest
 
 log = logging.getLogger(__name__)
 
 
-_ORDER = "prune the unquantized model first, then quantize the expert"
+_ORDER = f"of quantized models, {READ} are read; of others, prune the unquantized model first, then quantize the expert"
 
 
 # Config keys of unlisted families that give the number of routed experts.

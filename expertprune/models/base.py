@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import logging
@@ -12,11 +13,12 @@ from typing import Literal
 import torch
 
 from expertprune.arch import Family, bundled_models
-from expertprune.errors import CheckpointError, SpecError, first_line
+from expertprune.errors import CheckpointError, SpecError
 from expertprune.files import digest_of, file_digest, require_room, staged_file
 from expertprune.models.admission import causal_family, code_files
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.gguf import converted
+from expertprune.models.hub import hub_checkpoint, weights_digest
 from expertprune.models.inventory import check_inventory, check_widths
 from expertprune.models.loading import run_device, run_dtype
 from expertprune.registry import nearest
@@ -31,10 +33,9 @@ _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.js
 
 @dataclass(frozen=True)
 class ResolvedBase:
-    """A base resolved to an ordinary local folder.
+    """A base resolved to an ordinary local folder, whose weights may be still to come (see `Checkpoint.fetch`).
 
-    `digest` covers the config and the weights, `tokenizer_digest` the tokenizer's files. `source` is
-    where decoder layers come from while it runs.
+    `tokenizer_digest` covers the tokenizer's files. `source` is where decoder layers come from while it runs.
     """
 
     name: str
@@ -42,23 +43,32 @@ class ResolvedBase:
     checkpoint: Checkpoint
     family: Family
     layers: tuple[LayerShape, ...]
-    digest: str
+    store: Path
     tokenizer_digest: str
     dtype: torch.dtype
     device: torch.device
     trust_remote_code: bool = False
     source: Literal["auto", "resident", "streamed"] = "auto"
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the config and the weights, which are fetched first if they are not here."""
+        self.checkpoint.fetch()
+        weights = {file: weights_digest(self.checkpoint.folder / file, self.store) for file in self.checkpoint.shards}
+        return digest_of([self.checkpoint.config, weights])
+
 
 def resolve_base(base: Base, store: Path) -> ResolvedBase:
-    """Find the base, fetch or convert it if needed, and check that it is a causal language model we can cut.
+    """Find the base, and check by its headers that it is a causal language model we can cut.
+
+    Weights of the hub are not downloaded, and GGUF files not converted, until they are read.
 
     Raises:
         SpecError: no such model.
         CheckpointError: its folder is incomplete, quantized, of another kind, or disagrees with its config.
     """
-    folder = _local_folder(base, store)
-    checkpoint = Checkpoint(folder)
+    checkpoint = _checkpoint(base, store)
+    folder = checkpoint.folder
     if base.trust_remote_code and (code := code_files(folder)):
         log.warning("%s: runs Python code that comes with it: %s", folder, ", ".join(code))
     family = causal_family(checkpoint, base.trust_remote_code)
@@ -67,7 +77,6 @@ def resolve_base(base: Base, store: Path) -> ResolvedBase:
     device = run_device(base.device)
     dtype = run_dtype(base.dtype, checkpoint.dtype, device)
     check_inventory(checkpoint, family, layers, base.trust_remote_code)
-    weights = {file: file_digest(folder / file, store) for file in checkpoint.shards}
     tokenizer = {
         path.name: file_digest(path, store) for pattern in _TOKENIZER_FILES for path in sorted(folder.glob(pattern))
     }
@@ -79,7 +88,7 @@ def resolve_base(base: Base, store: Path) -> ResolvedBase:
         checkpoint=checkpoint,
         family=family,
         layers=layers,
-        digest=digest_of([checkpoint.config, weights]),
+        store=store,
         tokenizer_digest=digest_of(tokenizer),
         dtype=dtype,
         trust_remote_code=base.trust_remote_code,
@@ -88,23 +97,23 @@ def resolve_base(base: Base, store: Path) -> ResolvedBase:
     )
 
 
-def _local_folder(base: Base, store: Path) -> Path:
+def _checkpoint(base: Base, store: Path) -> Checkpoint:
     name = base.model
     path = Path(name)
     if name in bundled_models():
-        return converted(_bundled_file(name, store), base.dtype, store)
+        return converted(_bundled_file(name, store), base.dtype, store, bundled_models()[name].tied)
     if name.endswith(".gguf"):
         if not path.is_file():
             raise SpecError(f"base.model: {name}: no such file")
         return converted(path, base.dtype, store)
     if path.is_dir():
-        return path.resolve()
+        return Checkpoint(path.resolve())
     if path.is_absolute():
         raise SpecError(f"base.model: {name}: no such folder")
     if name.count("/") != 1:
         hint = nearest(name, bundled_models()).replace("; valid", "; bundled models")
         raise SpecError(f"base.model: {name!r} is no folder, no hub id (owner/name) and no bundled model{hint}")
-    return _from_hub(base)
+    return hub_checkpoint(name, base.revision, base.trust_remote_code)
 
 
 def _bundled_file(name: str, store: Path) -> Path:
@@ -143,25 +152,3 @@ def _bundled_file(name: str, store: Path) -> Path:
 
 def _again(install: str) -> str:
     return install.replace("pip install", "pip install --force-reinstall", 1)
-
-
-def _from_hub(base: Base) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(
-                base.model,
-                revision=base.revision,
-                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*"]
-                + (["*.py"] if base.trust_remote_code else []),
-            )
-        )
-    except LocalEntryNotFoundError:
-        raise SpecError(
-            f"base.model: {base.model!r} is not in the local cache and the hub cannot be reached; "
-            f"download it where there is a network, or use a folder or a bundled model{nearest('', bundled_models())}"
-        ) from None
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise SpecError(f"base.model: {base.model!r}: {first_line(error)}") from None

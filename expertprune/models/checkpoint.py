@@ -8,15 +8,17 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from expertprune.errors import CheckpointError
 from expertprune.files import EXPERT_FILE, read_object
+from expertprune.models.encodings import Encoding, encoding_of
+from expertprune.models.tensorfile import DTYPES, TensorInfo, in_order, written_file
+from expertprune.progress import Track, silent
 
 INDEX = "model.safetensors.index.json"
 
@@ -38,47 +40,90 @@ _NOT_CARRIED = {
 }  # fmt: skip
 
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "I8": torch.int8, "BOOL": torch.bool,
-}  # fmt: skip
+class Pending(Protocol):
+    """Weights that are not in their folder yet, though their headers are known.
+
+    `tensors` are those that will be there, as they will be stored.
+    """
+
+    tensors: Mapping[str, TensorInfo]
+
+    def fetch(self, track: Track) -> None:
+        """Put the weights into the folder."""
 
 
 @dataclass(frozen=True)
-class TensorInfo:
-    """The file of a tensor, its shape, and its dtype in the words of safetensors."""
+class Deferred:
+    """A tensor that is read when it is indexed, in the form in which transformers takes tensors of open files."""
 
-    file: str
-    shape: tuple[int, ...]
-    dtype: str
+    checkpoint: Checkpoint
+    name: str
 
-    @property
-    def parameters(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+    def get_dtype(self) -> str:
+        return self.checkpoint.tensors[self.name].dtype
+
+    def get_shape(self) -> list[int]:
+        return list(self.checkpoint.tensors[self.name].shape)
+
+    def __getitem__(self, key: Any) -> Tensor:
+        return self.checkpoint.read(self.name)[key]
 
 
 class Checkpoint:
     """A model folder: its config and the headers of its tensors. Tensors are read when they are asked for.
 
+    What is stored in FP8 blocks or in MXFP4 appears as bfloat16 (see `encodings`), and `config` without its
+    `quantization_config`.
+
+    Attributes:
+        encoding: how tensors are stored, where it is not as they are.
+        pending: fetches the weights, where only their headers are here yet.
+
     Raises:
         CheckpointError: a file is missing, truncated or corrupt, or holds pickled weights only.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    encoding: Encoding | None = None
+    pending: Pending | None = None
+
+    def __init__(self, folder: Path, pending: Pending | None = None) -> None:
+        self.folder, self.pending = folder, pending
         self._check_links()
         self.config: dict[str, Any] = _read_json(folder / "config.json")
-        self.tensors: dict[str, TensorInfo] = {}
+        self.encoding = encoding_of(self.config)
+        if self.encoding is not None:
+            del self.config["quantization_config"]
+        self._take(self._headers() if pending is None else dict(pending.tensors))
+
+    def _take(self, stored: dict[str, TensorInfo]) -> None:
+        self._stored = stored
+        self.tensors = stored if self.encoding is None else self.encoding.decoded(stored)
+
+    def _headers(self) -> dict[str, TensorInfo]:
+        found: dict[str, TensorInfo] = {}
         for file in self.shards:
-            with _opened(folder / file) as shard:
+            with _opened(self.folder / file) as shard:
                 for name in shard.keys():  # noqa: SIM118 - a safetensors handle is no mapping
                     part = shard.get_slice(name)
-                    self.tensors[name] = TensorInfo(file, tuple(part.get_shape()), part.get_dtype())
-        if (folder / INDEX).is_file() and (missing := sorted(set(self._weight_map) - set(self.tensors))):
-            raise CheckpointError(f"{folder / INDEX}: lists tensors that no file holds: {', '.join(missing[:3])}")
+                    found[name] = TensorInfo(file, tuple(part.get_shape()), part.get_dtype())
+        if (self.folder / INDEX).is_file() and (missing := sorted(set(self._weight_map) - set(found))):
+            raise CheckpointError(f"{self.folder / INDEX}: lists tensors that no file holds: {', '.join(missing[:3])}")
+        return found
+
+    def fetch(self, track: Track = silent) -> None:
+        """Put weights that are not here yet into the folder.
+
+        Raises:
+            CheckpointError: they are not those that their headers promised, or the disk has no room.
+        """
+        if self.pending is None:
+            return
+        promised = self._stored
+        self.pending.fetch(track)
+        self.pending = None
+        self._take(self._headers())
+        if changed := [name for name, info in promised.items() if self._stored.get(name) != info]:
+            raise CheckpointError(f"{self.folder}: {changed[0]} is not what the headers said; fetch the model again")
 
     def _check_links(self) -> None:
         """Raises `CheckpointError` for a link to a file outside the folder, whose content the expert would take over.
@@ -108,6 +153,8 @@ class Checkpoint:
     @property
     def shards(self) -> list[str]:
         """File names of the weights, in order."""
+        if self.pending is not None:
+            return sorted({info.file for info in self.pending.tensors.values()})
         if (self.folder / INDEX).is_file():
             listed = sorted(set(self._weight_map.values()))
             for file in listed:
@@ -141,7 +188,9 @@ class Checkpoint:
 
     @property
     def weight_bytes(self) -> int:
-        """Size of the weights' files."""
+        """Size of the weights' files; of their values alone, where they are stored in fewer bits or not here yet."""
+        if self.encoding is not None or self.pending is not None:
+            return sum(info.bytes for info in self.tensors.values())
         return sum((self.folder / file).stat().st_size for file in self.shards)
 
     @property
@@ -159,10 +208,21 @@ class Checkpoint:
         return DTYPES[name]
 
     def read(self, name: str) -> Tensor:
-        """One tensor, read now."""
-        with _opened(self.folder / self.tensors[name].file) as shard:
+        """One tensor, read now. Where it is not decoded, its memory is the file's, mapped."""
+        self.fetch()
+        if self.encoding is not None:
+            return self.encoding.read(name, self._stored, self._as_stored)
+        return self._as_stored(name)
+
+    def _as_stored(self, name: str) -> Tensor:
+        with _opened(self.folder / self._stored[name].file) as shard:
             tensor: Tensor = shard.get_tensor(name)
             return tensor
+
+    def deferred(self) -> dict[str, Deferred]:
+        """All tensors, none of them read yet: a `state_dict` for transformers' `from_pretrained`."""
+        self.fetch()
+        return {name: Deferred(self, name) for name in self.tensors}
 
 
 def write_weights(
@@ -174,46 +234,25 @@ def write_weights(
 ) -> None:
     """Write the base's tensors into `out`, transformed, in the base's files.
 
-    Files in which nothing changes are copied byte for byte.
+    One tensor is in memory at a time. Files in which nothing changes are copied byte for byte.
 
     Args:
         transform: from a tensor's name and value to its new value, or to `None` if it stays as it is.
         extra: from a file's name to tensors that are added to it.
         names: from old names of tensors to new ones, or to `None` for tensors that are left out.
     """
+    base.fetch()
     names = names or {}
     weight_map: dict[str, str] = {}
     total = parameters = 0
     any_changed = False
     for file in base.shards:
-        here = [name for name, info in base.tensors.items() if info.file == file]
-        changed = False
-        tensors: dict[str, Tensor] = {}
-        with _opened(base.folder / file) as shard:
-            metadata = shard.metadata() or {"format": "pt"}
-            for name in here:
-                written = names.get(name, name)
-                changed |= written != name
-                if written is None:
-                    continue
-                tensor = shard.get_tensor(name)
-                if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                    raise CheckpointError(
-                        f"{base.folder / file}: {name} holds values that are not finite; fetch it again"
-                    )
-                new = transform(name, tensor)
-                changed |= new is not None
-                tensors[written] = (tensor if new is None else new).contiguous()
-        for name, tensor in extra(file) if extra is not None else ():
-            tensors[name], changed = tensor, True
-        if changed:
-            save_file(tensors, out / file, metadata=metadata)
-        else:
-            shutil.copyfile(base.folder / file, out / file)
+        added = dict(extra(file)) if extra is not None else {}
+        sizes, changed = _write_shard(base, file, out, transform, added, names)
         any_changed |= changed
-        weight_map |= dict.fromkeys(tensors, file)
-        parameters += sum(tensor.numel() for tensor in tensors.values())
-        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        weight_map |= dict.fromkeys(sizes, file)
+        parameters += sum(count for count, _ in sizes.values())
+        total += sum(size for _, size in sizes.values())
     if not (base.folder / INDEX).is_file():
         return
     if any_changed:
@@ -226,6 +265,54 @@ def write_weights(
         (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     else:
         shutil.copyfile(base.folder / INDEX, out / INDEX)
+
+
+def _write_shard(
+    base: Checkpoint,
+    file: str,
+    out: Path,
+    transform: Callable[[str, Tensor], Tensor | None],
+    extra: Mapping[str, Tensor],
+    names: Mapping[str, str | None],
+) -> tuple[dict[str, tuple[int, int]], bool]:
+    """One file of `write_weights`: the parameters and bytes of each tensor in it, and whether it differs from the base's.
+
+    One tensor is in memory at a time.
+    """
+    here = [name for name, info in base.tensors.items() if info.file == file]
+    sources = {written: name for name in here if (written := names.get(name, name)) is not None}
+    changed = base.encoding is not None or bool(extra) or any(names.get(name, name) != name for name in here)
+    infos = {renamed: base.tensors[name] for renamed, name in sources.items()}
+    expected = {name: (_dtype(base, info), info.shape) for name, info in infos.items()}
+    expected |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in extra.items()}
+    with _opened(base.folder / file) as shard:
+        metadata = shard.metadata() or {"format": "pt"}
+    sizes: dict[str, tuple[int, int]] = {}
+    with written_file(out / file, expected, metadata) as made:
+        for name in in_order({name: dtype for name, (dtype, _) in expected.items()}):
+            if name in extra:
+                tensor = extra[name]
+            else:
+                tensor = base.read(sources[name])
+                if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                    raise CheckpointError(
+                        f"{base.folder / file}: {sources[name]} holds values that are not finite; fetch it again"
+                    )
+                if (new := transform(sources[name], tensor)) is not None:
+                    tensor, changed = new, True
+            made.add(name, tensor)
+            sizes[name] = tensor.numel(), tensor.numel() * tensor.element_size()
+    if not changed:
+        shutil.copyfile(base.folder / file, out / file)
+    return sizes, changed
+
+
+def _dtype(base: Checkpoint, info: TensorInfo) -> torch.dtype:
+    if info.dtype not in DTYPES:
+        raise CheckpointError(
+            f"{base.folder / info.file}: holds tensors of dtype {info.dtype}, which cannot be written"
+        )
+    return DTYPES[info.dtype]
 
 
 def _opened(path: Path) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from expertprune.arch import ExpertTensor, Family
-from expertprune.models.checkpoint import Checkpoint, TensorInfo
+from expertprune.models.checkpoint import Checkpoint
+from expertprune.models.tensorfile import TensorInfo
 from expertprune.units import LayerShape, Structure
 
 

@@ -23,9 +23,33 @@ def check_widths(checkpoint: Checkpoint, family: Family, shapes: Sequence[LayerS
     Raises:
         CheckpointError: a tensor is missing or is of another width than the config says.
     """
+    _check_layers(checkpoint, family, len(shapes))
     problems = [each for layer, shape in enumerate(shapes) for each in _of_layer(checkpoint, family, layer, shape)]
     if problems:
         raise _disagreement(checkpoint, problems)
+
+
+def _check_layers(checkpoint: Checkpoint, family: Family, count: int) -> None:
+    """Raises `CheckpointError` where whole layers are missing."""
+    numbers = re.compile(re.escape(family.layers) + r"\.(\d+)\.")
+    found = {int(match.group(1)) for name in checkpoint.tensors if (match := numbers.match(name))}
+    if absent := sorted(set(range(count)) - found):
+        raise CheckpointError(
+            f"{checkpoint.folder}: config.json disagrees with the weights: {family.config.layers} is {count}, and no tensor "
+            f"belongs to {_counted(absent)}; fetch or copy the files of those layers again"
+        )
+
+
+def _counted(layers: Sequence[int]) -> str:
+    """Numbers of layers in words: runs of them are shortened."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    parts = [f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+    return ("layer " if len(layers) == 1 else "layers ") + ", ".join(parts)
 
 
 def _of_layer(checkpoint: Checkpoint, family: Family, layer: int, shape: LayerShape) -> Iterator[str]:

@@ -15,6 +15,8 @@ from expertprune.arch import PER_LAYER, attention_of, families, stock_architectu
 from expertprune.arch.per_layer import model_with_layer_widths, with_layer_widths
 from expertprune.errors import SpecError, refused
 from expertprune.files import read_object
+from expertprune.models.checkpoint import Checkpoint
+from expertprune.models.encodings import encoding_of
 
 log = logging.getLogger(__name__)
 
@@ -133,10 +135,21 @@ def load_model(
     """
     with refused(f"{folder}: cannot be loaded"):
         config = read_object(folder / "config.json")
-        model = model_class(folder).from_pretrained(
-            folder, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=attention_of(config)
-        )
+        options = {"dtype": dtype, "attn_implementation": attention_of(config)}
+        if encoding_of(config) is None:
+            model = model_class(folder).from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+        else:
+            model = _decoded(folder, trust_remote_code, options)
     return model.to(device or default_device()).eval().requires_grad_(False)
+
+
+def _decoded(folder: Path, trust_remote_code: bool, options: dict[str, Any]) -> Any:
+    """The model of a folder stored in fewer bits; each tensor is decoded when transformers asks for it."""
+    config = quiet_transformers().AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        made = type(build_model(folder, trust_remote_code))
+    del config.quantization_config
+    return made.from_pretrained(None, config=config, state_dict=Checkpoint(folder).deferred(), **options)
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -32,6 +32,10 @@ def real_tokens(batch: Batch, states: Tensor) -> Tensor:
     if all(length == states.shape[1] for length in batch.lengths):
         return states.flatten(0, 1)
     return torch.cat([states[row, :length] for row, length in enumerate(batch.lengths)])
+
+
+def alone(sums: dict[str, Tensor]) -> None:
+    """The sums of a team of one are complete."""
 
 
 class Step(NamedTuple):
@@ -92,13 +96,17 @@ class Stream:
 class TextRun:
     """A model and the text that runs through it: what every pass needs.
 
-    `shapes` are the widths of its layers; leave them empty where only hidden states are wanted.
+    Attributes:
+        shapes: the widths of its layers; leave them empty where only hidden states are wanted.
+        together: every pass calls it at the end of each layer with the layer's sums over documents,
+            by name. It adds those of the other members of a team, in place.
     """
 
     model: Any
     family: Family
     shapes: Sequence[LayerShape]
     batches: Sequence[Batch]
+    together: Callable[[dict[str, Tensor]], None] = alone
 
     @property
     def source(self) -> LayerSource:
@@ -137,11 +145,16 @@ class TextRun:
         return self.source.opened(decoder_layers(self.model, self.family)[index], index, following)
 
     def layers(
-        self, progress: Progress | None = None, last_first: bool = False, skip: int = 0
+        self, progress: Progress | None = None, last_first: bool = False, skip: int = 0, until: int | None = None
     ) -> Iterator[tuple[int, nn.Module]]:
-        """Open each layer in turn, but for the first `skip`; call `progress` when one is closed."""
+        """Open each layer in turn; call `progress` when one is closed.
+
+        Args:
+            skip: leave out the first so many layers.
+            until: leave out this layer and those behind it.
+        """
         number = len(decoder_layers(self.model, self.family))
-        order = [*range(number)[:: -1 if last_first else 1]][skip:]
+        order = [*range(number)[skip:until]][:: -1 if last_first else 1]
         for index, following in itertools.zip_longest(order, order[1:]):
             with self.opened(index, following) as layer:
                 yield index, layer

@@ -48,6 +48,7 @@ def run_folder(folder: Path, base: ResolvedBase) -> Any:
 
 def run_checkpoint(checkpoint: Checkpoint, base: ResolvedBase) -> Any:
     """A checkpoint's model, run as the base is."""
+    checkpoint.fetch()
     limits, trust = Limits.of_environment(), base.trust_remote_code
     if to_stream(checkpoint, base, limits):
         return load_streamed(checkpoint, base.family, base.dtype, base.device, limits, trust)

@@ -127,7 +127,8 @@ def source_of(model: Any) -> LayerSource:
     """The source of a model's layers; that of an ordinary model is `ResidentLayers`."""
     if not hasattr(model, _ATTRIBUTE):
         device = next(model.parameters()).device
-        attach(model, ResidentLayers(device, Room(device, Limits.of_environment())))
+        taken = sum(value.nbytes for value in model.parameters())
+        attach(model, ResidentLayers(device, Room(device, Limits.of_environment(), taken)))
     source: LayerSource = getattr(model, _ATTRIBUTE)
     return source
 

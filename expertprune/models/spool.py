@@ -95,13 +95,17 @@ class Room:
 
     def __init__(self, device: torch.device, limits: Limits | None = None, taken: int = 0) -> None:
         """`taken`: bytes of host memory that the model needs."""
-        self.device, self.limits = device, limits or Limits()
-        self._tiers = [_Tier(int(SHARE * self.limits.free(device, taken)), lambda tensor: tensor)]
+        self.device, self.limits, self._taken = device, limits or Limits(), taken
+        self._tiers = [_Tier(int(SHARE * self.free()), lambda tensor: tensor)]
         if device.type == "cuda":
             host = int(SHARE * self.limits.free(torch.device("cpu")))
             self._tiers.append(_Tier(host, lambda tensor: tensor.to("cpu").pin_memory()))
         self._folder: Path | None = None
         self._numbers = itertools.count()
+
+    def free(self) -> int:
+        """Bytes that the device has free now."""
+        return self.limits.free(self.device, self._taken)
 
     def hold(self, tensor: Tensor) -> _Held:
         """Put a tensor away.

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import Tensor, nn
+from torch import nn
 
 from expertprune.arch import Family, attention_of
 from expertprune.errors import CheckpointError, first_line
-from expertprune.models.checkpoint import Checkpoint
+from expertprune.models.checkpoint import Checkpoint, Deferred
 from expertprune.models.layers import decoder_layers
 from expertprune.models.loading import model_class, quiet_transformers
 from expertprune.models.sources import LayerState, StreamedLayers, attach, release
@@ -67,16 +67,6 @@ def empty_model(folder: Path, dtype: torch.dtype, trust_remote_code: bool = Fals
     return model.eval().requires_grad_(False)
 
 
-class _Unread:
-    """A stored tensor that is read when transformers takes it."""
-
-    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
-        self._checkpoint, self._name = checkpoint, name
-
-    def __getitem__(self, _: Any) -> Tensor:
-        return self._checkpoint.read(self._name)
-
-
 def _fill(
     model: Any, checkpoint: Checkpoint, names: Collection[str], dtype: torch.dtype, device: torch.device
 ) -> set[str]:
@@ -91,7 +81,7 @@ def _fill(
         dtype_plan=model._get_dtype_plan(dtype),
         weight_mapping=get_model_conversion_mapping(model),
     )
-    stored = {name: _Unread(checkpoint, name) for name in names}
+    stored = {name: Deferred(checkpoint, name) for name in names}
     done, _ = convert_and_load_state_dict_in_model(model, stored, config)
     problems = [*done.conversion_errors, *(name for name, *_ in done.mismatched_keys), *done.error_msgs]
     if problems:

@@ -5,27 +5,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from expertprune.models.passes import TextRun
-from expertprune.profiling.gradients import MaskGradients, mask_graph
-from expertprune.progress import Progress
+from expertprune.corpora.batches import Batch
+from expertprune.models.passes import real_tokens
+from expertprune.profiling.gradients import MaskGradients
+from expertprune.profiling.observation import Observation
+from expertprune.units import LayerShape
 
 
-@torch.no_grad()
-def regional_pass(text: TextRun, progress: Progress | None = None) -> dict[str, Tensor]:
-    """Gradients of the mean norm of each layer's output with respect to its own units' masks.
+class RegionalGradients:
+    """Gradients of the mean norm of a layer's output with respect to its own units' masks.
 
-    Each layer's graph begins at its output projections and ends at its output, so the pass takes
-    the memory of the forward pass and one layer's graph.
+    The layer's graph begins at its output projections (`leaves` of `units_observed`) and ends at
+    its output, so it takes the memory of one layer's graph of one batch.
     """
-    stream = text.start()
-    result: dict[str, Tensor] = {}
-    for index, layer in text.layers(progress):
-        gradients = MaskGradients(text.shapes[index], text.documents)
-        with mask_graph(layer, text.family, leaves=True) as inputs:
-            for step in stream.advance(layer, index):
-                total = torch.linalg.vector_norm(step.real(step.after).float(), dim=-1).sum()
-                ffn, heads = torch.autograd.grad(total, [inputs["ffn"], inputs["heads"]])
-                pairs = {"ffn": (inputs["ffn"].detach(), ffn), "heads": (inputs["heads"].detach(), heads)}
-                gradients.add(step.batch, [1 / length for length in step.batch.lengths], **pairs)
-        result |= gradients.tensors(index)
-    return result
+
+    def __init__(self, shape: LayerShape, documents: int, device: torch.device) -> None:
+        self._gradients = MaskGradients(shape, documents, device)
+
+    def add(self, batch: Batch, seen: Observation, after: Tensor) -> None:
+        """Add one batch; `after` is the layer's output with its graph, `[rows, tokens, hidden]`."""
+        with torch.enable_grad():
+            total = torch.linalg.vector_norm(real_tokens(batch, after).float(), dim=-1).sum()
+        ffn, heads = torch.autograd.grad(total, [seen.inputs["ffn"], seen.inputs["heads"]])
+        values, weights = seen.values(), (1 / torch.tensor(batch.lengths, dtype=torch.float32)).to(after.device)
+        self._gradients.add(batch, weights, ffn=(values["ffn"], ffn), heads=(values["heads"], heads))
+
+    def sums(self) -> dict[str, Tensor]:
+        """What is added over the members of a team, in place."""
+        return self._gradients.sums()
+
+    def tensors(self, index: int) -> dict[str, Tensor]:
+        """Everything of this layer under its stored names."""
+        return self._gradients.tensors(index)

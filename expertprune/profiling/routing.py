@@ -55,6 +55,11 @@ class RoutingStatistics:
             self.neurons.sum[own] += values.sum(0)
             self.neurons.square_sum[own] += values.square().sum(0)
 
+    def sums(self) -> dict[str, Tensor]:
+        """What is added over the members of a team, in place."""
+        own = {"tokens": self.tokens, "routed": self.routed, "norm": self.norm, "square": self.square}
+        return {**{f"experts.{name}": tensor for name, tensor in own.items()}, **self.neurons.sums("neurons")}
+
     def tensors(self, index: int) -> dict[str, Tensor]:
         """Everything of this layer under its stored names."""
         read = self.layer.get_parameter(self.family.output).float()

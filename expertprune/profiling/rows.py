@@ -10,47 +10,49 @@ from scipy.sparse import csr_array, diags_array
 from scipy.spatial.distance import squareform
 from torch import Tensor
 
+from expertprune.corpora.batches import Batch
 from expertprune.models.passes import TextRun
-from expertprune.progress import Progress
 
 FOLDS = 8  # groups of documents; what is chosen without one is tested on it
 _CLUSTERED = 4096  # documents whose distances from each other are held at a time
 
 
-@torch.inference_mode()
-def vocabulary_pass(text: TextRun, progress: Progress | None = None) -> dict[str, Tensor]:
+class RowMass:
     """Occurrences and probability of every vocabulary row over a corpus (see `Profile`).
 
     The probability is the model's softmax over all rows, summed over the positions of all real
     tokens, the last of each document included.
+    """
 
-    Args:
-        progress: called after each layer and after each batch of predictions.
+    def __init__(self, text: TextRun) -> None:
+        self._counts = _counts(text, text.model.get_output_embeddings().weight.shape[0])
+        self._fold = folds_of_similar(self._counts)
+        self.mass = torch.zeros(FOLDS, self._counts.shape[1], dtype=torch.float64, device=text.device)
 
-    Returns:
+    def add(self, batch: Batch, first: int, logits: Tensor) -> None:
+        """Add some positions of a batch, `[rows, positions, vocabulary]`, of which `first` is the first."""
+        for row, (document, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
+            real = logits[row, : max(0, length - first)]
+            self.mass[int(self._fold[document])] += torch.softmax(real, -1).sum(0).double()
+
+    def sums(self) -> dict[str, Tensor]:
+        """What is added over the members of a team, in place."""
+        return {"mass": self.mass}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored.
+
         `mass` `[folds, rows]`, float32; `fold` `[documents]`; and `document`, `row` and
         `occurrences`, `[entries]`: one entry for each row in each document that has its token.
-    """
-    stream = text.finish(progress)
-    rows = text.model.get_output_embeddings().weight.shape[0]
-    counts = _counts(text, rows)
-    fold = folds_of_similar(counts)
-    mass = torch.zeros(FOLDS, rows, dtype=torch.float64)
-    for batch, hidden in zip(text.batches, stream.hidden, strict=True):
-        for first, logits in text.logits(batch, hidden):
-            for row, (document, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
-                real = logits[row, : max(0, length - first)]
-                mass[fold[document]] += torch.softmax(real, -1).sum(0).double().cpu()
-        if progress is not None:
-            progress()
-    entries = counts.tocoo()
-    return {
-        "mass": mass.float(),
-        "fold": torch.from_numpy(fold),
-        "document": torch.from_numpy(entries.row.astype(np.int64)),
-        "row": torch.from_numpy(entries.col.astype(np.int64)),
-        "occurrences": torch.from_numpy(entries.data),
-    }
+        """
+        entries = self._counts.tocoo()
+        return {
+            "mass": self.mass.float().cpu(),
+            "fold": torch.from_numpy(self._fold),
+            "document": torch.from_numpy(entries.row.astype(np.int64)),
+            "row": torch.from_numpy(entries.col.astype(np.int64)),
+            "occurrences": torch.from_numpy(entries.data),
+        }
 
 
 def _counts(text: TextRun, rows: int) -> csr_array:

@@ -5,27 +5,21 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 import expertprune
 from expertprune.arch import attention_of
 from expertprune.artifacts.profile import FORWARD, Profile, ProfileKey, ProfilePart, save_profile
 from expertprune.corpora.documents import Document
-from expertprune.errors import CheckpointError
-from expertprune.files import digest_of
+from expertprune.files import digest_of, working_folder
 from expertprune.models.base import ResolvedBase
 from expertprune.models.passes import TextRun
-from expertprune.profiling.forward import forward_pass
-from expertprune.profiling.gradients import gradient_pass
-from expertprune.profiling.regional import regional_pass
-from expertprune.profiling.rows import vocabulary_pass
-from expertprune.progress import Progress
-from expertprune.relevance import Pass
+from expertprune.profiling.traversal import Traversal
+from expertprune.profiling.working import Working
+from expertprune.progress import Track, silent
 
 PACKAGES = ("torch", "transformers")
 # The modules that compute statistics: a change to any of them makes new profiles.
@@ -82,29 +76,25 @@ def description(base: ResolvedBase, corpus: str, documents: Sequence[Document], 
     }
 
 
-PASSES: dict[Pass, Callable[[TextRun, str, Progress | None], dict[str, Tensor]]] = {
-    Pass.FORWARD: lambda text, _, progress: forward_pass(text, progress),
-    Pass.GRADIENT: lambda text, loss, progress: gradient_pass(text, loss, progress=progress),
-    Pass.REGIONAL: lambda text, _, progress: regional_pass(text, progress),
-    Pass.VOCABULARY: lambda text, _, progress: vocabulary_pass(text, progress),
-}
-
-
 def measure(
-    text: TextRun, part: ProfilePart, path: Path, about: dict[str, Any], progress: Progress | None = None
+    text: TextRun, parts: Sequence[ProfilePart], path: Path, about: dict[str, Any], track: Track = silent
 ) -> Profile:
-    """Run the pass that makes a part of a profile, and store it.
+    """Run text through the model once, and store the parts of a profile that this makes.
+
+    A run that was killed in the middle goes on with what it has finished.
 
     Args:
         path: of the profile (see `profile_path`).
         about: its `description`.
 
     Raises:
-        CheckpointError: the pass gives numbers that are not finite.
+        CheckpointError: the pass gives numbers that are not finite, or the disk is full.
     """
-    statistics = PASSES[part.made_by](text, part.variant, progress)
-    bad = [name for name, tensor in statistics.items() if not bool(tensor.isfinite().all())]
-    if bad:
-        raise CheckpointError(f"{bad[0]}: the {part} pass gave values that are not finite: try base.dtype: float32")
-    about = {**about, "tokens": text.tokens} | ({} if part == FORWARD else {"part": str(part)})
-    return save_profile(part.path(path), about, statistics)
+    with working_folder(path.with_suffix(".working")) as folder:
+        traversal = Traversal(text, parts, working=Working(folder))
+        with track(f"profile {about['corpus']}", traversal.steps) as step:
+            found = traversal.run(step)
+    for part, statistics in found.items():
+        own = {} if part == FORWARD else {"part": str(part)}
+        save_profile(part.path(path), {**about, "tokens": text.tokens, **own}, statistics)
+    return Profile(path)

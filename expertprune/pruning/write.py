@@ -22,9 +22,10 @@ from expertprune.corpora.batches import Batch
 from expertprune.errors import CheckpointError, PlanError
 from expertprune.files import digest_of, require_room, scratch_folder, working_folder
 from expertprune.models.base import ResolvedBase
-from expertprune.models.checkpoint import DTYPES, write_weights
+from expertprune.models.checkpoint import write_weights
 from expertprune.models.loading import class_of, decoder_class_of, within_decoder
 from expertprune.models.passes import TextRun
+from expertprune.models.tensorfile import DTYPES
 from expertprune.progress import Progress
 from expertprune.pruning.repair import Passengers, RepairJob, check_repair
 from expertprune.pruning.slicing import cut_tensor
@@ -115,7 +116,7 @@ def prune(
         shutil.copyfile(path, target)
     if smaller is not None:
         write_tokenizer(base.folder, folder, smaller)
-    if config == base.checkpoint.config:
+    if config == base.checkpoint.config and base.checkpoint.encoding is None:
         shutil.copyfile(base.folder / "config.json", folder / "config.json")
     else:
         (folder / f"{MODELING}.py").unlink(missing_ok=True)  # that of a base which had widths of single layers

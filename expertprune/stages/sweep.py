@@ -5,36 +5,28 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from expertprune.artifacts.evaluation import Evaluation
-from expertprune.artifacts.expert import Expert, portable, portable_spec
+from expertprune.artifacts.expert import Expert, portable_spec
 from expertprune.artifacts.plan import Plan
-from expertprune.artifacts.sweep import SWEEP_SCHEMA, Point, Sweep, SweptBase
+from expertprune.artifacts.sweep import Point, Sweep, SweptBase
+from expertprune.engine.tasks import Call, Engine, Local, Report, Shard, Task
 from expertprune.errors import CheckpointError, PlanError, SpecError
 from expertprune.evaluation.measure import Measuring
-from expertprune.evaluation.retention import pooled
-from expertprune.files import (
-    check_output,
-    check_parent,
-    digest_of,
-    folder_size,
-    require_room,
-    staged_folder,
-    store_folder,
-    temporary_folder,
-)
+from expertprune.files import check_output, check_parent, digest_of, require_room, store_folder
 from expertprune.models.base import ResolvedBase
 from expertprune.progress import Track, silent
-from expertprune.pruning.repair import Passengers
 from expertprune.pruning.write import bytes_needed
 from expertprune.spec.schema import Budget, Spec
 from expertprune.stages.compose import plan_of
-from expertprune.stages.evaluate import Meanwhile, evaluated_after, measure_folder, measuring, record
-from expertprune.stages.prune import write_folder
+from expertprune.stages.elsewhere import run_with, sent
+from expertprune.stages.evaluate import measuring
+from expertprune.stages.points import holds, load_point, make_point, point_elsewhere, point_key, save_point
+from expertprune.stages.profile import profile_tasks
 from expertprune.stages.validate import Found, Prepared, SpecLike, as_spec, check_unlisted, find, prepare
 from expertprune.units import Structure
 
@@ -49,6 +41,7 @@ def sweep(
     store: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
     track: Track = silent,
+    engine: Engine | None = None,
 ) -> Sweep:
     """Build and evaluate an expert for each budget; the base is profiled and loaded once.
 
@@ -57,18 +50,49 @@ def sweep(
             `max_parameters`, else of every structure that it names.
         out: a folder for `sweep.json`, written after each budget; what it holds already is not computed again.
         keep: keep the experts, in `out/NAME-BUDGET`.
+        engine: what runs a task for each corpus and each budget; default: this process.
 
     Raises:
         SpecError: illegal budgets, all of them at once; or a spec with `budget.retention`, which finds its own.
         CheckpointError: `out` cannot be written, or holds something else.
     """
-    spec = as_spec(spec, overrides)
+    engine = engine or Local()
+    sweeping = _begin(as_spec(spec, overrides), budgets, out, keep, store, track, engine)
+    engine.run(sweeping.tasks(), track, sweeping.write)
+    return sweeping.write()
+
+
+def sweep_shard(
+    spec: SpecLike,
+    budgets: Sequence[float],
+    shard: Shard,
+    out: str | Path | None = None,
+    keep: bool = False,
+    store: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    track: Track = silent,
+) -> Report:
+    """A shard's part of a sweep, in the store (see `sweep`); it waits for the profiles of all shards."""
+    sweeping = _begin(as_spec(spec, overrides), budgets, out, keep, store, track, shard)
+    return shard.work(sweeping.tasks(), track)
+
+
+def _begin(
+    spec: Spec,
+    budgets: Sequence[float],
+    out: str | Path | None,
+    keep: bool,
+    store: str | Path | None,
+    track: Track,
+    engine: Engine,
+) -> _Sweeping:
+    """Check everything, profile what is not profiled, and decide the plans."""
     if keep and out is None:
         raise SpecError("the experts need a folder to be kept in: give out (--out)")
     legal, problems = _budgets(spec, budgets)
     folder = None if out is None else Path(out)
     known = {} if folder is None else _known(folder)
-    found = find(spec, store_folder(store))
+    found = run_with(find(spec, store_folder(store)), engine.device)
     if not any(corpus.evaluation for corpus in found.evaluated):
         raise SpecError("evaluate.corpora: none of them has documents, and a sweep measures bits per byte on documents")
     prepared = _prepared(found, legal, problems)
@@ -77,28 +101,91 @@ def sweep(
     for value, place in places.items():
         _check_place(place, prepared[value].spec)
         check_output(place, overwrite=True, inputs=found.inputs)
+    tasks = {task.digest: task for each in prepared.values() for task in profile_tasks(each)}
+    engine.run(list(tasks.values()), track)
+    plans = {value: plan_of(each, track, run=False) for value, each in prepared.items()}
+    sweeping = _Sweeping(found, prepared, plans, places, folder, known)
+    _room(found.base, [plans[task] for task in plans if not sweeping.done(task)], folder if keep else None)
+    return sweeping
 
-    plans = {value: plan_of(each, track) for value, each in prepared.items()}
-    keys = {value: _key(plan, found) for value, plan in plans.items()}
-    todo = [value for value in plans if keys[value] not in known or (keep and not _holds(places[value], plans[value]))]
-    _room(found.base, [plans[value] for value in todo], folder if keep else None)
-    base = SweptBase(model=found.base.name, digest=found.base.digest, parameters=found.base.checkpoint.parameters)
-    result = Sweep(name=spec.name, base=base, settings=spec.evaluate, points=[])
-    evaluator: Measuring | None = None
-    for number, (value, plan) in enumerate(plans.items(), 1):
-        if value in todo:
-            step = _labelled(track, f"{number} of {len(plans)}, budget {value:g}: ")
-            if evaluator is None:
-                other_tokens = plan.vocabulary is not None
-                evaluator = measuring(found.running, found.evaluated, spec.evaluate, other_tokens)
-            point = _made(prepared[value], plan, keys[value], places.get(value), evaluator, value, step)
-            known[point.key] = point
-        result = result.model_copy(update={"points": [*result.points, known[keys[value]]]})
-        if folder is not None:
-            current = {point.key for point in result.points}
-            earlier = [point for key, point in known.items() if key not in current]
-            result.model_copy(update={"earlier": earlier}).save(folder / SWEEP_FILE)
-    return result
+
+@dataclass(frozen=True)
+class _Sweeping:
+    """A sweep whose plans are decided.
+
+    Attributes:
+        places: where experts are kept; empty if they are not.
+        folder: of `sweep.json`.
+        known: points of earlier runs in that file, by key.
+    """
+
+    found: Found
+    prepared: Mapping[float, Prepared]
+    plans: Mapping[float, Plan]
+    places: Mapping[float, Path]
+    folder: Path | None
+    known: Mapping[str, Point]
+
+    @cached_property
+    def evaluator(self) -> Measuring:
+        """It measures all experts that are built in this process; the base reads once."""
+        other_tokens = any(plan.vocabulary is not None for plan in self.plans.values())
+        return measuring(self.found.running, self.found.evaluated, self.found.spec.evaluate, other_tokens)
+
+    @cached_property
+    def keys(self) -> dict[float, str]:
+        return {value: point_key(plan, self.found) for value, plan in self.plans.items()}
+
+    def point(self, value: float) -> Point | None:
+        key = self.keys[value]
+        return self.known.get(key) or load_point(self.found.store, key)
+
+    def done(self, value: float) -> bool:
+        kept = value not in self.places or holds(self.places[value], self.plans[value])
+        return kept and self.point(value) is not None
+
+    def tasks(self) -> list[Task]:
+        return [self._task(number, value) for number, value in enumerate(self.plans, 1)]
+
+    def _task(self, number: int, value: float) -> Task:
+        place = self.places.get(value)
+
+        def run(track: Track) -> None:
+            label = f"{number} of {len(self.plans)}, budget {value:g}: "
+            point = make_point(
+                self.prepared[value], self.plans[value], value, place, self.evaluator, _labelled(track, label)
+            )
+            save_point(self.found.store, point)
+
+        kept = None if place is None else str(place.resolve())
+        arguments = {**sent(self.prepared[value]), "budget": value, "place": kept, "expected": self.keys[value]}
+        return Task(
+            name=f"budget {value:g}",
+            digest=digest_of([self.keys[value], kept]),
+            done=lambda: self.done(value),
+            run=run,
+            elsewhere=Call(point_elsewhere, arguments),
+        )
+
+    def write(self) -> Sweep:
+        """The points that are known by now; in the folder too, if there is one."""
+        base = self.found.base
+        points = [point for value in self.plans if (point := self.point(value)) is not None]
+        result = Sweep(
+            name=self.found.spec.name,
+            base=SweptBase(model=base.name, digest=base.digest, parameters=base.checkpoint.parameters),
+            settings=self.found.spec.evaluate,
+            points=points,
+        )
+        if self.folder is not None:
+            current = {point.key for point in points}
+            earlier = [point for key, point in self.known.items() if key not in current]
+            result.model_copy(update={"earlier": earlier}).save(self.folder / SWEEP_FILE)
+        return result
+
+
+def _labelled(track: Track, label: str) -> Track:
+    return lambda stage, steps: track(label + stage, steps)
 
 
 # --- budgets --------------------------------------------------------------------------------------------------------
@@ -155,64 +242,6 @@ def _prepared(found: Found, budgets: Mapping[float, Budget], problems: list[str]
     return prepared
 
 
-# --- one point ------------------------------------------------------------------------------------------------------
-
-
-def _made(
-    prepared: Prepared, plan: Plan, key: str, kept: Path | None, evaluator: Measuring, budget: float, track: Track
-) -> Point:
-    """Write and measure one expert. One that is in its place already is only measured."""
-    if kept is not None and _holds(kept, plan):
-        evaluation = record(kept, measure_folder(evaluator, kept, prepared.running, track))
-        return _point(budget, key, plan, evaluation, folder_size(kept))
-    meanwhile = Meanwhile(evaluator)
-    with _written(prepared, plan, kept, meanwhile.passengers, track) as folder:
-        evaluation = record(folder, meanwhile.result(folder, prepared.running, track))
-        return _point(budget, key, plan, evaluation, folder_size(folder))
-
-
-@contextlib.contextmanager
-def _written(
-    prepared: Prepared, plan: Plan, kept: Path | None, passengers: Passengers | None, track: Track
-) -> Iterator[Path]:
-    """The folder of a new expert: its place, which was checked, or one that vanishes after the block."""
-    if kept is not None:
-        with staged_folder(kept, overwrite=True) as folder:
-            write_folder(prepared, plan, folder, track, passengers)
-        with evaluated_after(kept):
-            yield kept
-        return
-    with temporary_folder() as folder:
-        write_folder(prepared, plan, folder, track, passengers)
-        yield folder
-
-
-def _point(budget: float, key: str, plan: Plan, evaluation: Evaluation, size: int) -> Point:
-    return Point(
-        budget=budget,
-        key=key,
-        parameters=plan.parameters.document(),
-        fraction=plan.parameters.after / plan.parameters.before,
-        bytes=size,
-        expert=pooled(evaluation, "expert"),
-        general=pooled(evaluation, "general"),
-        corpora={name: each.model_copy(update={"per_document": []}) for name, each in evaluation.corpora.items()},
-    )
-
-
-def _key(plan: Plan, found: Found) -> str:
-    """Digest of the plan, its spec included, and of what is measured."""
-    examples = [
-        [corpus.name, [document.text for document in corpus.evaluation], [asdict(asked) for asked in corpus.questions]]
-        for corpus in found.evaluated
-    ]
-    return digest_of([SWEEP_SCHEMA, plan.document(), str(found.base.dtype), examples])
-
-
-def _labelled(track: Track, label: str) -> Track:
-    return lambda stage, steps: track(label + stage, steps)
-
-
 # --- the folder -----------------------------------------------------------------------------------------------------
 
 
@@ -239,14 +268,6 @@ def _check_place(place: Path, spec: Spec) -> None:
         if Expert.load(place).spec == portable_spec(spec):
             return
     raise CheckpointError(f"{place}: exists, and is no expert of this spec and budget; choose another --out")
-
-
-def _holds(place: Path, plan: Plan) -> bool:
-    """Whether the expert of a plan is there."""
-    try:
-        return Expert.load(place).plan.digest == portable(plan).digest
-    except CheckpointError:
-        return False
 
 
 def _room(base: ResolvedBase, plans: Sequence[Plan], out: Path | None) -> None:

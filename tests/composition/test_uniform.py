@@ -38,7 +38,8 @@ def bare_base(shape: LayerShape, family: str = "llama") -> ResolvedBase:
         "num_key_value_heads": shape.kv_heads,
         "head_dim": shape.head_dim,
     }
-    return ResolvedBase("b", Path(), checkpoint, family_of(family), (shape, shape), "d", "t", torch.float32)
+    shapes, cpu = (shape, shape), torch.device("cpu")
+    return ResolvedBase("b", Path(), checkpoint, family_of(family), shapes, Path(), "t", torch.float32, cpu)
 
 
 def resolved(base: ResolvedBase | None = None, **budget: Any) -> LayerWidths:

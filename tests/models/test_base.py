@@ -28,7 +28,7 @@ from expertprune.models.loading import load_model, load_tokenizer
 from expertprune.spec.schema import Base
 from expertprune.units import LayerShape
 from tests.engine_of_gguf import finish
-from tests.oracle import change_config
+from tests.oracle import change_config, fetched
 from tests.patching import everywhere
 from tests.tiny import as_run, save_tiny, tiny_model, tiny_tokenizer
 
@@ -139,7 +139,7 @@ def test_a_folder_that_transformers_cannot_load_is_named(tmp_path: Path, load: C
         ("/nowhere/at/all", "/nowhere/at/all: no such folder"),
         ("/nowhere/weights.gguf", "/nowhere/weights.gguf: no such file"),
         ("smollm2-135m-instrukt", "did you mean 'smollm2-135m-instruct'?"),
-        ("zzz", "no bundled model; bundled models: gemma-3-270m, smollm2-135m-instruct"),
+        ("zzz", "no bundled model; bundled models: gemma-3-270m, qwen2.5-coder-1.5b-instruct, smollm2-135m-instruct"),
         ("a/b/c", "no folder, no hub id"),
     ],
 )
@@ -315,7 +315,7 @@ def test_a_gguf_file_whose_positions_would_be_read_wrongly_is_refused(tmp_path: 
 def test_linear_scaling_is_taken_over(tmp_path: Path, store: Path) -> None:
     path = tmp_path / "tiny.gguf"
     to_gguf(path, rope_scaling=8.0, scaling=gguf.RopeScalingType.LINEAR)
-    base = resolve_base(Base(model=str(path), dtype="float32"), store)
+    base = fetched(resolve_base(Base(model=str(path), dtype="float32"), store))
     model = tiny_model("llama", rope_parameters={"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0})
     ids = torch.arange(2, 60)[None]
     found, expected = load_model(base.folder, torch.float32)(ids).logits, model(ids).logits
@@ -428,7 +428,7 @@ GERMAN = (
 )
 def test_the_bundled_gemma_is_the_model_that_was_published(real_store: Path) -> None:
     """Widths, windows and rotations as published; text in its languages costs what a trained model makes it cost."""
-    base = resolve_base(Base(model=GEMMA), real_store)
+    base = fetched(resolve_base(Base(model=GEMMA), real_store))
     assert base.layers == (LayerShape(hidden=640, ffn=2048, query_heads=4, kv_heads=1, head_dim=256),) * 18
     vocabulary = 262_144 * 640
     ffn, attention, norms = 3 * 640 * 2048, 2 * 640 * (4 + 1) * 256, 4 * 640 + 2 * 256

@@ -17,6 +17,7 @@ from expertprune.arch import family_of
 from expertprune.errors import CheckpointError
 from expertprune.models.checkpoint import Checkpoint, write_weights
 from expertprune.models.costs import unit_parameters
+from expertprune.models.tensorfile import DTYPES, in_order, written_file
 from expertprune.units import Structure
 from tests.oracle import change_config, pad_headers, read_json, resolved, stored_tensors
 from tests.tiny import save_tiny
@@ -81,6 +82,17 @@ def without(name: str) -> Callable[[Path], Any]:
     return change
 
 
+def without_layer(layer: int) -> Callable[[Path], Any]:
+    """A layer's tensors are taken out of the index and of all files, as where its shards were never made."""
+
+    def change(folder: Path) -> None:
+        for name in list(read_json(folder / INDEX)["weight_map"]):
+            if name.startswith(f"model.layers.{layer}."):
+                without(name)(folder)
+
+    return change
+
+
 def narrower(folder: Path) -> None:
     name = "model.layers.1.mlp.down_proj.weight"
     path = folder / read_json(folder / INDEX)["weight_map"][name]
@@ -139,7 +151,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "heads": (says(num_attention_heads=12), [DISAGREES, "q_proj.weight is [24, 24], the config makes axis 0 48"]),
     "KV heads": (says(num_key_value_heads=1), [DISAGREES, "k_proj.weight is [12, 24], the config makes axis 0 4"]),
     "head_dim": (says(head_dim=8), [DISAGREES, "q_proj.weight is [24, 24], the config makes axis 0 48"]),
-    "layers": (says(num_hidden_layers=4), [DISAGREES, "model.layers.3.mlp.gate_proj.weight is missing"]),
+    "layers": (says(num_hidden_layers=4), [DISAGREES, "num_hidden_layers is 4, and no tensor belongs to layer 3;"]),
+    "many layers": (says(num_hidden_layers=7), ["no tensor belongs to layers 3 to 6"]),
+    "a layer in the middle": (without_layer(1), ["num_hidden_layers is 3, and no tensor belongs to layer 1;"]),
     "hidden": (says(hidden_size=48), [DISAGREES, "48"]),
     "no up": (without("model.layers.1.mlp.up_proj.weight"), ["model.layers.1.mlp.up_proj.weight is missing"]),
     "no o": (without("model.layers.1.self_attn.o_proj.weight"), ["model.layers.1.self_attn.o_proj.weight is missing"]),
@@ -197,6 +211,22 @@ def test_unit_parameters_written_out(biases: bool, tmp_path: Path) -> None:
 
 
 # --- writing
+
+
+def test_a_file_written_tensor_by_tensor_is_that_of_safetensors(tmp_path: Path) -> None:
+    """Byte for byte, for all dtypes, a scalar and an empty tensor."""
+    tensors = {f"{9 - rank}.{name}": torch.arange(6).reshape(2, 3).to(dtype)
+               for rank, (name, dtype) in enumerate(DTYPES.items()) if name != "F8_E8M0"}  # fmt: skip
+    tensors |= {"scalar": torch.tensor(3.0), "none": torch.zeros(0, 4), "straße": torch.ones(1)}
+    save_file(tensors, tmp_path / "whole", metadata={"format": "pt"})
+    expected = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    with written_file(tmp_path / "parts", expected, {"format": "pt"}) as made:
+        for name in in_order({name: tensor.dtype for name, tensor in tensors.items()}):
+            made.add(name, tensors[name])
+    assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
+    with written_file(tmp_path / "parts", expected) as made:
+        made.add("9.BOOL", torch.ones(1, 2, dtype=torch.bool))  # smaller than expected, and the others do not come
+    assert load_file(tmp_path / "parts")["9.BOOL"].tolist() == [[True, True]]
 
 
 def test_only_files_with_a_changed_tensor_are_written_anew(folder: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from expertprune.spec.schema import Base
 from expertprune.stages.export import export
 from tests.calling import call, call_json
 from tests.engine_of_gguf import engine_of, finish, needs_engine
-from tests.oracle import load, logits_of, plan_of, pruned, random_plan, random_units, resolved
+from tests.oracle import fetched, load, logits_of, plan_of, pruned, random_plan, random_units, resolved
 from tests.tiny import FAMILIES
 from tests.vocabularies import TEXT, save_worded
 
@@ -92,7 +92,7 @@ def test_an_expert_of_each_family_comes_back_with_the_same_logits(
 ) -> None:
     expert, file = made(family)
     base = resolve_base(Base(model=str(file), dtype="float32"), store)
-    assert (logits_of(load(base.folder), IDS) - logits_of(load(expert), IDS)).abs().max() < 1e-5
+    assert (logits_of(load(fetched(base).folder), IDS) - logits_of(load(expert), IDS)).abs().max() < 1e-5
     assert base.layers == resolved(expert, store).layers
 
 
@@ -110,7 +110,7 @@ def test_quantized_files_hold_exactly_what_their_type_holds(
     exact = logits_of(model, IDS)
     round_matrices(model, kind)
     base = resolve_base(Base(model=str(tmp_path / "small.gguf"), dtype="float32"), store)
-    found = logits_of(load(base.folder), IDS)
+    found = logits_of(load(fetched(base).folder), IDS)
     assert (found - logits_of(model, IDS)).abs().max() < 1e-4
     assert (found - exact).abs().max() > 1e-4
 
@@ -296,7 +296,7 @@ def test_settings_are_taken_over(
         assert_same_predictions(folder, file, ROUNDING.get(family, 1e-4))
         return
     base = resolve_base(Base(model=str(file), dtype="float32"), store)
-    assert (logits_of(load(base.folder), IDS) - logits_of(load(folder), IDS)).abs().max() < 1e-5
+    assert (logits_of(load(fetched(base).folder), IDS) - logits_of(load(folder), IDS)).abs().max() < 1e-5
     if "llama3" in str(changes):
         found = base.checkpoint.config["rope_parameters"]
         assert {key: found[key] for key in changes["rope_parameters"]} == changes["rope_parameters"]

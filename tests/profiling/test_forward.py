@@ -24,11 +24,10 @@ from expertprune.models.base import ResolvedBase, resolve_base
 from expertprune.models.loading import load_model, load_tokenizer
 from expertprune.models.passes import TextRun
 from expertprune.profiling import store as store_module
-from expertprune.profiling.forward import forward_pass
 from expertprune.profiling.store import description, measure, profile_key, profile_path, statistics_code
 from expertprune.spec.schema import Base
 from expertprune.units import LayerShape
-from tests.masks import Tiny, assert_near, ffn_output, layer_activations, tiny, token_lists
+from tests.masks import Tiny, assert_near, ffn_output, layer_activations, measured, tiny, token_lists
 from tests.patching import everywhere
 
 LAYERS, HEADS, GROUPS = 3, 6, 3
@@ -36,7 +35,7 @@ SHAPE = LayerShape(hidden=24, ffn=32, query_heads=HEADS, kv_heads=GROUPS, head_d
 
 
 def collected(of: Tiny, tokens_per_batch: int = 30) -> dict[str, Tensor]:
-    return forward_pass(of.text(token_lists(), tokens_per_batch))
+    return measured(of.text(token_lists(), tokens_per_batch), "forward")
 
 
 def reference(of: Tiny) -> dict[str, NDArray[np.float64]]:
@@ -175,13 +174,13 @@ def test_a_stored_profile_holds_what_was_collected(base: ResolvedBase, store: Pa
     batches = make_batches(tokens, 10)
     key = profile_key(base, documents, 32)
     text = TextRun(model, base.family, base.layers, batches)
-    profile = measure(text, FORWARD, profile_path(store, key), description(base, "language/en", documents, key))
+    profile = measure(text, [FORWARD], profile_path(store, key), description(base, "language/en", documents, key))
     assert profile.path == profile_path(store, key)
     again = Profile(profile.path)
     assert (again.corpus, again.tokens, again.digest) == ("language/en", 4 + 5 + 3, key.digest)
     assert again.documents == [document.digest for document in documents]
     assert again.layers == list(base.layers) == [SHAPE] * LAYERS
-    expected = forward_pass(text)
+    expected = measured(text, "forward")
     assert all(torch.equal(again.read(name), tensor) for name, tensor in expected.items())
 
 
@@ -191,12 +190,14 @@ def test_a_profile_is_named_by_all_that_it_depends_on(base: ResolvedBase, monkey
     assert profile_key(base, [Document("the heart"), Document("a judge")], 32).digest == plain
     moved = dataclasses.replace(base, name="other", folder=Path("elsewhere"), source="streamed")
     assert profile_key(moved, documents, 32).digest == plain
+    weights = dataclasses.replace(base)
+    vars(weights)["digest"] = "0" * 64
     others = [
         profile_key(base, documents[:1], 32),
         profile_key(base, [Document("the\n  heart"), documents[1]], 32),  # white space changes tokens
         profile_key(base, documents[::-1], 32),
         profile_key(base, documents, 33),
-        profile_key(dataclasses.replace(base, digest="0" * 64), documents, 32),
+        profile_key(weights, documents, 32),
         profile_key(dataclasses.replace(base, tokenizer_digest="0" * 64), documents, 32),
         profile_key(dataclasses.replace(base, dtype=torch.bfloat16), documents, 32),
         profile_key(dataclasses.replace(base, device=torch.device("cuda:1")), documents, 32),

@@ -15,8 +15,8 @@ from torch import Tensor
 from expertprune.arch import families
 from expertprune.models import passes
 from expertprune.models.layers import head_only
-from expertprune.profiling.gradients import gradient_pass, rescaled
-from expertprune.profiling.regional import regional_pass
+from expertprune.profiling import traversal
+from expertprune.profiling.gradients import rescaled
 from tests.masks import (
     LENGTHS,
     Masks,
@@ -24,6 +24,7 @@ from tests.masks import (
     assert_near,
     cross_entropy,
     mask_gradients,
+    measured,
     regional_gradients,
     tiny,
     token_lists,
@@ -49,8 +50,16 @@ def _not_halved(monkeypatch: pytest.MonkeyPatch) -> None:
     everywhere(monkeypatch, "expertprune.artifacts.profile.halved", lambda name, values: {name: values})
 
 
-def gradients(of: Tiny, documents: list[list[int]], tokens_per_batch: int = 30, **settings: Any) -> dict[str, Tensor]:
-    return gradient_pass(of.text(documents, tokens_per_batch), **{"loss": "language_model", **settings})
+@pytest.fixture
+def no_graphs_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no room for the graphs of all layers, so layers are run again."""
+    monkeypatch.setattr(traversal, "graph_bytes", lambda text: 1 << 60)
+
+
+def gradients(
+    of: Tiny, documents: list[list[int]], tokens_per_batch: int = 30, loss: str = "language_model", seed: int = 0
+) -> dict[str, Tensor]:
+    return measured(of.text(documents, tokens_per_batch), loss, seed)
 
 
 def with_groups(found: dict[str, Tensor], of: Tiny) -> dict[str, Tensor]:
@@ -69,9 +78,11 @@ def with_groups(found: dict[str, Tensor], of: Tiny) -> dict[str, Tensor]:
 
 
 @EACH_MODEL
+@pytest.mark.parametrize("kept", [True, False], ids=["graphs-kept", "run-again"])
 def test_gradients_equal_autograd_on_explicit_masks_however_batches_are_cut(
-    family: str, changes: dict[str, Any]
+    family: str, changes: dict[str, Any], kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(traversal, "graph_bytes", lambda text: 0 if kept else 1 << 60)
     of, documents = tiny(family, **changes), token_lists()
     expected = mask_gradients(of, documents)
     for tokens_per_batch in BATCHED:
@@ -116,10 +127,10 @@ def test_half_precision_keeps_gradients_that_are_small() -> None:
 def test_rescaling_is_exact_and_brings_the_largest_gradient_into_the_range_of_half_precision(largest: float) -> None:
     """A gradient without a largest number is left as it is."""
     for value in (0.0, torch.inf, torch.nan):
-        scaled, scale = rescaled(torch.tensor([value, 0.0]), 8.0)
+        scaled, scale = rescaled(torch.tensor([value, 0.0]), torch.tensor(8.0, dtype=torch.float64))
         assert scale == 8.0
     gradient = torch.tensor([largest, -largest / 3, 0.0])
-    scaled, scale = rescaled(gradient, 8.0)
+    scaled, scale = rescaled(gradient, torch.tensor(8.0, dtype=torch.float64))
     assert np.frexp(scale)[0] == 0.5  # a power of two
     assert torch.equal(scaled.double() / (scale / 8), gradient.double())
     if largest > 1e-30:
@@ -183,7 +194,7 @@ def test_regional_gradients_equal_those_of_the_whole_model_with_one_layer_masked
     of, documents = tiny(family, **changes), token_lists()
     expected = regional_gradients(of, documents)
     for tokens_per_batch in BATCHED:
-        found = with_groups(regional_pass(of.text(documents, tokens_per_batch)), of)
+        found = with_groups(measured(of.text(documents, tokens_per_batch), "regional"), of)
         assert set(found) == set(expected)
         for name, values in expected.items():
             assert_near(found[name], values, 1e-5, f"{name}, {tokens_per_batch} tokens in a batch")
@@ -224,7 +235,8 @@ def most_saved(of: Tiny, run: Callable[[], object]) -> int:
     return saved.peak
 
 
-@pytest.mark.parametrize("which", ["gradient", "regional"])
+@pytest.mark.parametrize("which", ["language_model", "regional"])
+@pytest.mark.usefixtures("no_graphs_kept")
 def test_no_more_than_one_layers_graph_is_held(which: str) -> None:
     layers, documents = 12, token_lists((30,))
     of = tiny("llama", num_hidden_layers=layers)
@@ -237,7 +249,7 @@ def test_no_more_than_one_layers_graph_is_held(which: str) -> None:
 
     def by_layer() -> None:
         text = of.text(documents, 100)
-        gradient_pass(text, "language_model") if which == "gradient" else regional_pass(text)
+        measured(text, which)
 
     assert most_saved(of, by_layer) <= 2 * most_saved(of, whole) / layers
 
@@ -245,8 +257,8 @@ def test_no_more_than_one_layers_graph_is_held(which: str) -> None:
 def test_a_pass_leaves_the_model_as_it_was() -> None:
     of = tiny("llama")
     state = {name: tensor.clone() for name, tensor in of.model.state_dict().items()}
-    for run in (lambda text: gradient_pass(text, "kl"), regional_pass):
-        run(of.text(token_lists()))
+    for which in ("kl", "regional", "forward"):
+        measured(of.text(token_lists()), which)
         assert all(parameter.grad is None for parameter in of.model.parameters())
         assert not any(module._forward_pre_hooks or module._forward_hooks for module in of.model.modules())
         for name, tensor in of.model.state_dict().items():

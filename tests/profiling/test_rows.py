@@ -9,8 +9,8 @@ from scipy.sparse import csr_array
 
 from expertprune.models import passes
 from expertprune.profiling import rows as predictions
-from expertprune.profiling.rows import FOLDS, folds_of_similar, vocabulary_pass
-from tests.masks import LENGTHS, tiny, token_lists
+from expertprune.profiling.rows import FOLDS, folds_of_similar
+from tests.masks import LENGTHS, measured, tiny, token_lists
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def test_counts_and_mass_are_the_models_own(
     of, documents = tiny(family, **({"final_logit_softcapping": 3.0} if "gemma" in family else {})), token_lists()
     steps: list[int] = []
     text = of.text(documents, tokens_per_batch)
-    found = vocabulary_pass(text, lambda: steps.append(1))
+    found = measured(text, "vocabulary", progress=lambda: steps.append(1))
     mass, entries = torch.zeros(FOLDS, 64, dtype=torch.float64), {}
     folds = found["fold"].tolist()
     assert sorted(folds) == [0, 1, 2, 4, 5, 6]  # six documents over eight folds

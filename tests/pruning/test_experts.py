@@ -20,15 +20,13 @@ from expertprune.artifacts.plan import StructureBudget
 from expertprune.artifacts.profile import FORWARD
 from expertprune.composition.scoring import corpus_score, unit_statistics
 from expertprune.errors import PlanError, SpecError
-from expertprune.profiling.forward import forward_pass
-from expertprune.profiling.gradients import gradient_pass
 from expertprune.profiling.store import measure
 from expertprune.relevance import criteria
 from expertprune.spec.reading import parse_spec
 from expertprune.spec.schema import Spec
 from expertprune.units import Structure
 from tests.calling import call
-from tests.masks import LENGTHS, tiny_of, token_lists
+from tests.masks import LENGTHS, measured, tiny_of, token_lists
 from tests.oracle import load, read_json
 from tests.tiny import WORDS, save_tiny, tiny_model
 
@@ -73,7 +71,7 @@ def routing_of(model: Any, layer: int, ids: list[int]) -> tuple[Array, Array, Ar
 @pytest.mark.parametrize(("name", "tokens_per_batch"), [("mixtral", 1), ("olmoe", 30), ("qwen2_moe", 1000)])
 def test_routing_statistics_are_those_of_each_document_alone(name: str, tokens_per_batch: int) -> None:
     model = tiny_model(name)
-    found = forward_pass(tiny_of(model).text(token_lists(), tokens_per_batch))
+    found = measured(tiny_of(model).text(token_lists(), tokens_per_batch), "forward")
     for layer in range(3):
         for number, ids in enumerate(token_lists()):
             weights, norms, _ = routing_of(model, layer, ids)
@@ -104,7 +102,7 @@ def test_reap_is_the_mean_over_all_tokens_of_the_corpus_that_are_routed_to_an_ex
     of, texts = tiny_of(tiny_model(name)), token_lists((4, 2, 6, 2, 3), seed=1)
     path = tmp_path / "p.safetensors"
     about = {"digest": "d", "corpus": "c", "tokens": 17, "layers": [vars(shape) for shape in of.shapes]}
-    profile = measure(of.text(texts), FORWARD, path, about)
+    profile = measure(of.text(texts), [FORWARD], path, about)
     scores, largest, quantile = (
         [
             corpus_score(criteria["reap"], unit_statistics(profile, Structure.EXPERTS, layer, 0), how).double().numpy()
@@ -293,7 +291,7 @@ def weighted_neurons(model: Any, layer: int, ids: list[int]) -> Array:
 @pytest.mark.parametrize(("name", "tokens_per_batch"), [("mixtral", 1), ("olmoe", 30), ("qwen3_moe", 1000)])
 def test_statistics_of_neurons_are_those_of_each_document_alone(name: str, tokens_per_batch: int) -> None:
     model = tiny_model(name)
-    found = forward_pass(tiny_of(model).text(token_lists(), tokens_per_batch))
+    found = measured(tiny_of(model).text(token_lists(), tokens_per_batch), "forward")
     for layer in range(3):
         every = [weighted_neurons(model, layer, ids) for ids in token_lists()]
         for number, values in enumerate(every):
@@ -320,7 +318,7 @@ def test_statistics_of_neurons_are_those_of_each_document_alone(name: str, token
 def test_gradients_of_masks_are_those_of_one_backward_pass_through_the_whole_model(name: str) -> None:
     """A mask `m` on a column makes it `m w`, so `∂L/∂m = w · ∂L/∂w` at 1."""
     model = tiny_model(name).requires_grad_(False)
-    found = gradient_pass(tiny_of(model).text(token_lists()), "language_model")
+    found = measured(tiny_of(model).text(token_lists()), "language_model")
     layers = model.model.layers
     weights = [(layer.mlp.experts.down_proj, layer.self_attn.o_proj.weight) for layer in layers]
     for weight in (each for pair in weights for each in pair):

@@ -122,15 +122,15 @@ def test_failure_midway_leaves_no_folder_and_keeps_the_expert_that_was_there(
     """The writer of shards fails at the third."""
     (pruned(random_plan(base, ffn=20), base, tmp_path / "expert") / "expertprune.json").write_text("{}")
     before = contents(tmp_path / "expert")
-    real, paths = checkpoint.save_file, []
+    real, paths = checkpoint.written_file, []
 
-    def save(tensors: Any, path: Path, metadata: Any = None) -> None:
+    def written(path: Path, *args: Any) -> Any:
         paths.append(path)
         if len(paths) == 3:
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(tensors, path, metadata=metadata)
+        return real(path, *args)
 
-    monkeypatch.setattr(checkpoint, "save_file", save)
+    monkeypatch.setattr(checkpoint, "written_file", written)
     for out in (tmp_path / "new" / "expert", tmp_path / "expert"):
         paths.clear()
         with pytest.raises(CheckpointError, match="no room left on the disk"), staged_folder(out, overwrite=True) as at:

@@ -85,7 +85,7 @@ class Bench:
         text = TextRun(model, self.base.family, self.base.layers, make_batches(tokens, tokens_per_batch))
         path, about = profile_path(self.store, key), description(self.base, "language/en", documents, key)
         for part in (FORWARD, *parts):
-            measure(text, part, path, about)
+            measure(text, [part], path, about)
         return Profile(path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 import xml.etree.ElementTree
 from pathlib import Path
@@ -73,7 +74,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
         original = everywhere(monkeypatch, f"expertprune.{path}", call)
 
-    for path in ("pruning.write.prune", "models.loading.load_model", "evaluation.questions.answer_questions"):
+    for path in ("pruning.write.prune", "models.loading.load_model"):
         note(path, calls.setdefault(path.rpartition(".")[2], []))
     return calls
 
@@ -93,13 +94,18 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_each_point_is_what_build_gives_under_the_same_budget(
-    tmp_path: Path, spec_file: Path, calls: Calls, temporary: Path
+    tmp_path: Path, spec_file: Path, calls: Calls, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    read: list[str] = []
+    streams = everywhere(monkeypatch, "expertprune.pruning.repair._passenger_streams",
+                         lambda job: (found := streams(job), read.extend(found))[0])  # fmt: skip
     data = run_json(spec_file, "--budgets", BUDGETS)
     assert [point["budget"] for point in data["points"]] == [0.5, 0.25]
     base_name = Path(yaml.safe_load(spec_file.read_text())["base"]).name
-    assert [folder.name for folder in calls["load_model"]] == [base_name, "expert", "expert"], "the base is loaded once"
-    assert len(calls["answer_questions"]) == 3, "the base is asked once"
+    assert [folder.name for folder in calls["load_model"]] == [base_name], (
+        "experts are measured while they are repaired"
+    )
+    assert read == ["passengers in the base", "passengers", "passengers"], "the base reads once"
     assert list(temporary.iterdir()) == []
     for point in data["points"]:
         value = point["budget"]
@@ -203,11 +209,12 @@ def test_a_change_that_the_numbers_depend_on_is_computed_again(
     assert (saved["points"], saved["earlier"]) == (after["points"], before["points"]), "what was found stays"
 
 
-@pytest.mark.parametrize(("keep", "place"), [(False, "pruning.write.prune"), (True, "evaluation.measure.evaluate")])
+@pytest.mark.parametrize(("keep", "place"), [(False, "pruning.write.prune"), (True, "evaluation.reading.compare")])
 def test_an_interrupted_sweep_goes_on_where_it_was(
     tmp_path: Path, spec_file: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch, keep: bool, place: str
 ) -> None:
-    whole = run_json(spec_file, "--budgets", "0.5,0.25", *(["--out", tmp_path / "whole", "--keep-experts"] * keep))
+    undisturbed = ["--store", tmp_path / "other", *(["--out", tmp_path / "whole", "--keep-experts"] * keep)]
+    whole = run_json(spec_file, "--budgets", "0.5,0.25", *undisturbed)
     out = tmp_path / "sweep"
     arguments = [spec_file, "--budgets", "0.5,0.25", "--out", out, *["--keep-experts"] * keep]
     made: list[str] = []
@@ -222,18 +229,19 @@ def test_an_interrupted_sweep_goes_on_where_it_was(
     with monkeypatch.context() as patched:
         original = everywhere(patched, f"expertprune.{place}", interrupted)
         assert "interrupted" in run(*arguments, code=1).stderr
-    assert {path.name for path in out.iterdir()} == {"sweep.json", *["tiny-0.5"] * keep}, "nothing half-written"
+    whole_experts = ["tiny-0.5", "tiny-0.25"] * keep
+    assert {path.name for path in out.iterdir()} == {"sweep.json", *whole_experts}, "nothing half-written"
     assert list(temporary.iterdir()) == []
     saved = json.loads((out / "sweep.json").read_text())
     assert saved["points"] == whole["points"][:1]
     calls = counted(monkeypatch)
     assert run_json(*arguments) == whole
-    assert len(calls["prune"]) == 1
-    if keep:
-        assert {path.name for path in out.iterdir()} == {"sweep.json", "tiny-0.5", "tiny-0.25"}
+    assert len(calls["prune"]) == (0 if keep else 1), "an expert that is whole is only measured"
 
 
-def test_experts_that_are_gone_or_were_not_kept_are_made_again(tmp_path: Path, spec_file: Path, calls: Calls) -> None:
+def test_experts_that_are_gone_or_were_not_kept_are_made_again(
+    tmp_path: Path, spec_file: Path, store: Path, calls: Calls
+) -> None:
     out = tmp_path / "sweep"
     first = run_json(spec_file, "--budgets", "0.5", "--out", out)
     assert run_json(spec_file, "--budgets", "0.5", "--out", out, "--keep-experts") == first
@@ -241,7 +249,11 @@ def test_experts_that_are_gone_or_were_not_kept_are_made_again(tmp_path: Path, s
     assert json.loads((out / "tiny-0.5" / "expertprune.json").read_text())["evaluation"] is not None
     run_json(spec_file, "--budgets", "0.5", "--out", out, "--keep-experts")
     assert len(calls["prune"]) == 2
-    (out / "sweep.json").unlink()  # as if killed between the expert and its record
+    for record in (out / "sweep.json", *(store / "sweeps").iterdir()):  # as if killed between the expert and its record
+        record.unlink()
+    assert run_json(spec_file, "--budgets", "0.5", "--out", out, "--keep-experts") == first
+    assert len(calls["prune"]) == 2
+    shutil.rmtree(out / "tiny-0.5")
     assert run_json(spec_file, "--budgets", "0.5", "--out", out, "--keep-experts") == first
     assert len(calls["prune"]) == 3
 

@@ -17,6 +17,7 @@ from expertprune.errors import CheckpointError
 from expertprune.files import GGUF, require_room, staged_output
 from expertprune.models.admission import causal_family
 from expertprune.models.checkpoint import Checkpoint
+from expertprune.models.gguf.names import gguf_name, is_one_of, name_map
 from expertprune.models.gguf.reading import frequency_factors
 from expertprune.models.gguf.vocabulary import GgufVocabulary, gguf_vocabulary
 from expertprune.models.inventory import check_widths, vocabulary_rows
@@ -206,11 +207,8 @@ def _windows(source: _Source, context: int) -> dict[str, Any]:
 
 def _entries(source: _Source) -> Iterator[_Entry]:
     """Every tensor of the file."""
-    import gguf
-
     form, checkpoint, family = source.form, source.checkpoint, source.family
-    architecture = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[form.architecture]
-    names = gguf.get_tensor_name_map(architecture, len(source.layers))
+    names = name_map(form, len(source.layers))
     tied = bool(source.values.get("tie_word_embeddings"))
     grouped = set()
     for layer in range(len(source.layers)):
@@ -231,7 +229,7 @@ def _entries(source: _Source) -> Iterator[_Entry]:
     for name, info in checkpoint.tensors.items():
         if name in grouped or name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
             continue
-        shape = info.shape[1:] if _is(name, form.vectors) else info.shape
+        shape = info.shape[1:] if is_one_of(name, form.vectors) else info.shape
         yield _Entry(_named(source, names, name), shape, lambda name=name: _arranged(source, name))  # type: ignore[misc]
     if tied and form.own_head:
         embedding = family.vocabulary[0]
@@ -243,27 +241,22 @@ def _entries(source: _Source) -> Iterator[_Entry]:
 
 
 def _named(source: _Source, names: Any, name: str) -> str:
-    found: str | None = names.get_name(name, try_suffixes=(".weight", ".bias"))
-    local = (found or "").split(".", 2)[-1] if (found or "").startswith("blk.") else found
-    if found is None or (found.endswith(".bias") and local not in source.form.biases):
+    found = gguf_name(names, source.form, name)
+    if found is None:
         raise CheckpointError(
             f"{source.checkpoint.folder}: a GGUF file of architecture {source.form.architecture!r} has no place for {name}"
         )
     return found
 
 
-def _is(name: str, local: tuple[str, ...]) -> bool:
-    return any(name.endswith(f".{each}") for each in local)
-
-
 def _arranged(source: _Source, name: str) -> Tensor:
     """A tensor as the format holds it: rotary halves interleaved, norms with their offset."""
     tensor = source.checkpoint.read(name).float()
-    if _is(name, source.form.vectors):
+    if is_one_of(name, source.form.vectors):
         return tensor.squeeze(0)
     if source.form.norm_offset and name.endswith("norm.weight"):
         return tensor + source.form.norm_offset
-    if _is(name.rpartition(".")[0], source.form.interleaved):
+    if is_one_of(name.rpartition(".")[0], source.form.interleaved):
         width = source.layers[0].head_dim
         halves = tensor.reshape(-1, 2, width // 2, *tensor.shape[1:])
         return halves.swapaxes(1, 2).reshape(tensor.shape)

@@ -1,0 +1,127 @@
+"""One point of a sweep: an expert of one budget, built, measured, and kept in the store."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from expertprune.artifacts.evaluation import Evaluation
+from expertprune.artifacts.expert import Expert, portable
+from expertprune.artifacts.plan import Plan
+from expertprune.artifacts.sweep import SWEEP_SCHEMA, Point
+from expertprune.errors import CheckpointError
+from expertprune.evaluation.measure import Measuring
+from expertprune.evaluation.retention import pooled
+from expertprune.files import digest_of, folder_size, staged_folder, temporary_folder, write_json
+from expertprune.progress import Track, silent
+from expertprune.pruning.repair import Passengers
+from expertprune.stages.compose import plan_of
+from expertprune.stages.elsewhere import check_same, received
+from expertprune.stages.evaluate import Meanwhile, evaluated_after, measure_folder, measuring, record
+from expertprune.stages.prune import write_folder
+from expertprune.stages.validate import Found, Prepared
+
+
+def point_key(plan: Plan, found: Found) -> str:
+    """Digest of the plan, its spec included, and of what is measured."""
+    examples = [
+        [corpus.name, [document.text for document in corpus.evaluation], [asdict(asked) for asked in corpus.questions]]
+        for corpus in found.evaluated
+    ]
+    return digest_of([SWEEP_SCHEMA, plan.document(), str(found.base.dtype), examples])
+
+
+def make_point(
+    prepared: Prepared, plan: Plan, budget: float, kept: Path | None, evaluator: Measuring, track: Track
+) -> Point:
+    """Write and measure the expert of a plan. One that is in its place already is only measured.
+
+    Args:
+        kept: its place, which was checked; `None`: it vanishes afterwards.
+        evaluator: of the base's experts.
+    """
+    key = point_key(plan, prepared)
+    if kept is not None and holds(kept, plan):
+        evaluation = record(kept, measure_folder(evaluator, kept, prepared.running, track))
+        return _point(budget, key, plan, evaluation, folder_size(kept))
+    meanwhile = Meanwhile(evaluator)
+    with _written(prepared, plan, kept, meanwhile.passengers, track) as folder:
+        evaluation = record(folder, meanwhile.result(folder, prepared.running, track))
+        return _point(budget, key, plan, evaluation, folder_size(folder))
+
+
+@contextlib.contextmanager
+def _written(
+    prepared: Prepared, plan: Plan, kept: Path | None, passengers: Passengers | None, track: Track
+) -> Iterator[Path]:
+    """The folder of a new expert: its place, which was checked, or one that vanishes after the block."""
+    if kept is not None:
+        with staged_folder(kept, overwrite=True) as folder:
+            write_folder(prepared, plan, folder, track, passengers)
+        with evaluated_after(kept):
+            yield kept
+        return
+    with temporary_folder() as folder:
+        write_folder(prepared, plan, folder, track, passengers)
+        yield folder
+
+
+def holds(place: Path, plan: Plan) -> bool:
+    """Whether the expert of a plan is there."""
+    try:
+        return Expert.load(place).plan.digest == portable(plan).digest
+    except CheckpointError:
+        return False
+
+
+def point_elsewhere(
+    spec: Mapping[str, Any],
+    store: str,
+    means: Mapping[str, str],
+    budget: float,
+    place: str | None,
+    expected: str,
+    track: Track = silent,
+) -> None:
+    """`make_point` in a process that shares the store with the one that asks; the point goes there.
+
+    Raises:
+        UsageError: this machine would measure something else than `expected`, the point's key.
+    """
+    prepared = received(spec, store, means)
+    plan = plan_of(prepared, track, run=False)
+    check_same(f"budget {budget:g}", expected, point_key(plan, prepared))
+    evaluator = measuring(prepared.running, prepared.evaluated, prepared.spec.evaluate, plan.vocabulary is not None)
+    place_kept = None if place is None else Path(place)
+    save_point(prepared.store, make_point(prepared, plan, budget, place_kept, evaluator, track))
+
+
+def load_point(store: Path, key: str) -> Point | None:
+    """A point that was measured before; a damaged file is measured again."""
+    with contextlib.suppress(OSError, ValueError):
+        return Point.model_validate_json(_path(store, key).read_text(encoding="utf-8"))
+    return None
+
+
+def save_point(store: Path, point: Point) -> None:
+    write_json(_path(store, point.key), point.model_dump(mode="json"))
+
+
+def _path(store: Path, key: str) -> Path:
+    return store / "sweeps" / f"{key}.json"
+
+
+def _point(budget: float, key: str, plan: Plan, evaluation: Evaluation, size: int) -> Point:
+    return Point(
+        budget=budget,
+        key=key,
+        parameters=plan.parameters.document(),
+        fraction=plan.parameters.after / plan.parameters.before,
+        bytes=size,
+        expert=pooled(evaluation, "expert"),
+        general=pooled(evaluation, "general"),
+        corpora={name: each.model_copy(update={"per_document": []}) for name, each in evaluation.corpora.items()},
+    )

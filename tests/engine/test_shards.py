@@ -1,0 +1,132 @@
+"""Shards of a sweep and of corpora: each task once, whatever dies, and the same numbers as in one process."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import expertprune
+from expertprune.engine import tasks as engine
+from expertprune.engine.leases import Leases
+from expertprune.engine.tasks import Call, Collect, Report, Shard, Task
+from expertprune.errors import UnfinishedError, UsageError
+from expertprune.progress import Track, silent
+from tests.calling import call, call_json
+from tests.processes import server
+
+BUDGETS = "0.5,0.25,0.75"
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_PAUSE", 0.05)
+
+
+@pytest.fixture
+def spec_file(tmp_path: Path, spec_data: dict[str, Any]) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**spec_data, "evaluate": {"documents": 2}}))
+    return path
+
+
+def nothing(track: Track) -> None:
+    raise AssertionError
+
+
+class Work:
+    """Tasks whose results are files."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self.folder, self.made = folder, []
+        self.made: list[str] = []
+        self.tasks = [self._task(str(number)) for number in range(count)]
+
+    def _task(self, name: str) -> Task:
+        def run(track: Track) -> None:
+            self.made.append(name)
+            (self.folder / name).touch()
+
+        return Task(name, f"d{name}", (self.folder / name).exists, run, Call(nothing, {}))
+
+
+def shard(folder: Path, index: int, count: int) -> Shard:
+    return Shard(index, count, Leases(folder / "leases"))
+
+
+def test_a_shard_does_its_own_share_first_then_what_nobody_does(tmp_path: Path) -> None:
+    work = Work(tmp_path, 7)
+    with Leases(tmp_path / "leases").held("d3"):
+        report = shard(tmp_path, 1, 3).work(work.tasks, silent)
+    assert work.made == ["1", "4", "2", "5", "0", "6"], "3 is another's, and not in the share 1, 4"
+    assert report == Report(work.made, ["3"])
+    assert shard(tmp_path, 2, 3).work(work.tasks, silent) == Report(["3"], [])
+
+
+def test_a_shard_waits_for_its_own_share_until_the_lease_of_a_dead_process_expires(tmp_path: Path) -> None:
+    work = Work(tmp_path, 2)
+    leases = tmp_path / "leases"
+    leases.mkdir()
+    (leases / "d0.1.lease").write_text('{"machine": "far-0", "pids": "", "pid": 1, "started": 1}')
+    begin = time.monotonic()
+    mine = Shard(0, 2, Leases(leases, expires_after=0.6))
+    assert mine.work(work.tasks, silent).here == ["1", "0"]
+    assert time.monotonic() - begin > 0.5
+
+
+def test_what_is_not_done_cannot_be_collected(tmp_path: Path) -> None:
+    work = Work(tmp_path, 3)
+    work.tasks[1].run(silent)
+    with pytest.raises(UnfinishedError, match=r"2 of 3 tasks are not done: 0, 2;"):
+        Collect(Leases(tmp_path / "leases")).run(work.tasks, silent)
+
+
+@pytest.mark.parametrize(("text", "words"), [("9/8", "no shard 9 of 8"), ("0/8", "no shard 0"), ("3", "not NUMBER/COUNT"),
+                                             ("-1/8", "not NUMBER/COUNT")])  # fmt: skip
+def test_a_shard_that_is_none_is_refused(spec_file: Path, no_model: None, text: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        Shard.parse(text)
+    assert words in call("sweep", spec_file, "--budgets", "0.5", "--shard", text, code=2).stderr
+    assert words in call("profile", spec_file, "--shard", text, code=2).stderr
+
+
+def test_ways_to_run_tasks_exclude_each_other(spec_file: Path, no_model: None) -> None:
+    assert "not several" in call("profile", spec_file, "--shard", "1/2", "--collect", code=2).stderr
+    assert "need --engine ray" in call("profile", spec_file, "--members", "2", code=2).stderr
+
+
+def test_three_shards_of_which_one_is_killed_give_what_one_process_gives(
+    tmp_path: Path, spec_file: Path, store: Path
+) -> None:
+    """The killed one holds a lease in the middle of its second profile; the others do its work too."""
+    shared = tmp_path / "shared"
+    arguments = ["sweep", spec_file, "--budgets", BUDGETS, "--store", shared]
+    killed = server().run(*arguments, "--shard", "1/3", hold="profile", send=signal.SIGKILL)
+    assert killed.code == -signal.SIGKILL
+    assert "tasks are not done: profile" in call(*arguments, "--collect", code=1).stderr
+    with ThreadPoolExecutor() as threads:  # one shard in a process of its own, beside one in this process
+        other = threads.submit(server().run, *arguments, "--shard", "2/3", "--json")
+        here = call_json(*arguments, "--shard", "3/3")["done_here"]
+    assert other.result().code == 0, other.result().stderr
+    done = here + json.loads(other.result().stdout)["done_here"]
+    assert sorted(done) == ["budget 0.25", "budget 0.5", "budget 0.75"]
+    collected = call_json(*arguments, "--collect", "--out", tmp_path / "out")
+    undisturbed = expertprune.sweep(spec_file, [float(each) for each in BUDGETS.split(",")], store=store)
+    assert collected == undisturbed.document()
+    assert (tmp_path / "out" / "sweep.json").is_file()
+    assert list((shared / "leases").iterdir()) == []
+
+
+def test_profiles_are_shared_out_and_listed(spec_file: Path, store: Path) -> None:
+    report = call_json("profile", spec_file, "--shard", "2/2")
+    assert report["left"] == []
+    assert sorted(report["done_here"]) == ["profile domain/medical", "profile general/general", "profile language/en",
+                                           "profile task/qa"]  # fmt: skip
+    assert len(call_json("profile", spec_file, "--collect")["profiles"]) == 4
+    assert "shard 1/2 did nothing; everything is done" in call("profile", spec_file, "--shard", "1/2").stdout
