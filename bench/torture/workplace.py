@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import yaml
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from expertprune.artifacts.expert import Expert
@@ -49,18 +49,14 @@ class Workplace:
         made = cls(folder)
         for each in (folder, made.temporary, made.out.parent):
             each.mkdir(parents=True)
+        tokenizer = _tokenizer()
         torch.manual_seed(seed)
         config = LlamaConfig(
-            vocab_size=64, hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=6,
-            num_key_value_heads=3, max_position_embeddings=128, bos_token_id=0, eos_token_id=1,
+            vocab_size=len(tokenizer), hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=6,
+            num_key_value_heads=3, max_position_embeddings=128,
         )  # fmt: skip
         LlamaForCausalLM(config).save_pretrained(folder / "base", max_shard_size="20KB")
-        names = {name: index for index, name in enumerate(["<s>", "</s>", "<unk>", *WORDS])}
-        tokenizer = Tokenizer(models.WordLevel(names, unk_token="<unk>"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-        ).save_pretrained(folder / "base")
+        tokenizer.save_pretrained(folder / "base")
         made.spec.write_text(yaml.safe_dump(made._spec_data(random.Random(seed))))
         (made.out.parent / "thesis.txt").write_text("precious")
         (made.out.parent / "photos").mkdir()
@@ -109,6 +105,19 @@ class Workplace:
         folders = (self.out.parent, self.store, self.temporary)
         hidden = [path for folder in folders for path in folder.rglob(".*") if path.suffix in (".partial", ".replaced")]
         return [f"left over: {path}" for path in (*hidden, *self.temporary.iterdir())]
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE, which GGUF files can hold."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator([" ".join(WORDS)], trainer)
+    made.add_special_tokens(["<s>", "</s>"])
+    template = {"single": "<s> $A", "special_tokens": [("<s>", made.token_to_id("<s>"))]}
+    made.post_processor = processors.TemplateProcessing(**template)
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
 
 
 def contents(path: Path) -> dict[str, bytes]:

@@ -193,7 +193,7 @@ def _settings(context: click.Context, __: click.Parameter, values: tuple[str, ..
         try:
             settings[key.strip()] = parse_yaml(text, key.strip())
         except SpecError as error:
-            raise click.BadParameter(str(error)) from None
+            raise click.BadParameter(f"{text!r} is not a YAML value: {error}") from None
     return settings
 
 

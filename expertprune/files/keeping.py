@@ -18,6 +18,7 @@ from expertprune.files.places import folder_size
 HOLDINGS = {
     "profiles": "statistics of a base on a corpus",
     "evaluations": "a base's answers to tasks",
+    "sweeps": "points of sweeps",
     "repairs": "unfinished repairs, to go on from",
     "bases": "GGUF files converted to safetensors",
     "gguf": "bundled models joined from several packages",

@@ -89,7 +89,10 @@ def refuse_present(out: Path, overwrite: bool, kind: Kind) -> None:
     if not os.path.lexists(out):
         return
     if out.is_symlink() or not (out.is_dir() if kind.folder else out.is_file()):
-        raise CheckpointError(f"{out}: exists and is not a {'folder' if kind.folder else 'file'}")
+        there = "it is a folder" if out.is_dir() and not out.is_symlink() else "it exists and is not a file"
+        raise CheckpointError(
+            f"{out}: exists and is not a folder" if kind.folder else f"{out}: cannot be written: {there}"
+        )
     if kind.folder and not any(out.iterdir()):
         if out.resolve() in (Path.cwd(), *Path.cwd().parents):
             raise CheckpointError(f"{out}: you are in this folder; name a new one, such as {out / 'expert'}")
