@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from bench.torture.children import prepare, run
+from bench.torture.workplace import Workplace, first_commands
 
 
 def main() -> None:
@@ -29,7 +30,6 @@ def main() -> None:
     prepare()
     from bench.torture.fuzz import fuzz
     from bench.torture.kills import full_disks, kills, pairs
-    from bench.torture.workplace import Workplace
 
     begun, broken, tried = time.monotonic(), [], 0
     root = Path(tempfile.mkdtemp(prefix="torture-"))
@@ -54,13 +54,10 @@ def main() -> None:
     sys.exit(1 if broken else 0)
 
 
-def _first(place: "Workplace", begin: Path) -> None:  # noqa: F821, UP037 - imported only after `prepare`
-    """An expert, its export and its store, from which trials begin."""
+def _first(place: Workplace, begin: Path) -> None:
+    """An expert, its plan, its export and its store, from which trials begin."""
     begin.mkdir()
-    for arguments in (
-        ["build", str(place.spec), "--out", str(place.out)],
-        ["export", str(place.out), "--out", str(begin / "expert.gguf"), "--type", "f32"],
-    ):
+    for arguments in first_commands(place, begin):
         done = run(arguments, place.store, place.temporary)
         if done.code != 0:
             raise RuntimeError(done.output)

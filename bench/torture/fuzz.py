@@ -19,6 +19,8 @@ from bench.torture.workplace import Workplace
 
 SECONDS, MEGABYTES = 5.0, 500.0  # that a refusal may take, the memory above that of a command which does nothing
 
+PLACE = b"@PLACE@"  # stands for the workplace in inputs that are kept
+
 # What stands in places where nobody expects it.
 VALUES: list[Any] = [
     None, True, False, 0, -1, 1, 2**31, 2**63, 10**23, 0.5, -0.5, 1e308, float("nan"), float("inf"), "", " ", "a", "nan",
@@ -43,11 +45,10 @@ class Kind:
 
 
 def kinds(place: Workplace, begin: Path) -> list[Kind]:
-    """All kinds, over a copy of the expert and the base that may be damaged."""
+    """All kinds, over a plan, an expert and a base in the workplace, which may be damaged, and an export in `begin`."""
     folder, out = place.folder, str(place.out.parent / "made")
     plan, suite, gguf = folder / "plan.json", folder / "suite.yaml", folder / "model.gguf"
     expert, corpus = place.out, folder / "medical.path.jsonl"
-    run(["compose", str(place.spec), "--out", str(plan)], place.store, place.temporary)
     questions = [{"question": "w1 w2", "choices": ["w3", "w4"], "answer": 0}] * 4
     (folder / "questions.jsonl").write_text("".join(json.dumps(each) + "\n" for each in questions))
     task = {
@@ -199,7 +200,7 @@ def fuzz(place: Workplace, begin: Path, number: int, seed: int, keep: Path | Non
         name = f"{kind.name}-{hashlib.sha256(content).hexdigest()[:12]}"
         if problems and keep is not None:
             keep.mkdir(parents=True, exist_ok=True)
-            (keep / name).write_bytes(content)
+            (keep / name).write_bytes(content.replace(str(place.folder).encode(), PLACE))
         yield name, problems
 
 

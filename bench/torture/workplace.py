@@ -107,6 +107,15 @@ class Workplace:
         return [f"left over: {path}" for path in (*hidden, *self.temporary.iterdir())]
 
 
+def first_commands(place: Workplace, begin: Path) -> list[list[str]]:
+    """What makes an expert, its plan and its export, from which trials begin."""
+    return [
+        ["build", str(place.spec), "--out", str(place.out)],
+        ["compose", str(place.spec), "--out", str(place.folder / "plan.json")],
+        ["export", str(place.out), "--out", str(begin / "expert.gguf"), "--type", "f32"],
+    ]
+
+
 def _tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE, which GGUF files can hold."""
     made = Tokenizer(models.BPE())

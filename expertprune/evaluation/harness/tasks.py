@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expertprune.corpora.documents import Document
-from expertprune.errors import SpecError, first_line
+from expertprune.errors import SpecError, first_line, refused
 from expertprune.evaluation.harness.quiet import quiet
 from expertprune.evaluation.harness.sandbox import check_code, sandbox_templates
 from expertprune.evaluation.suites import TaskEntry
@@ -176,7 +176,8 @@ def load_task(entry: TaskEntry, generates: bool, limit: int | None = None, trust
             reason = first_line(error)
             hint = "; it comes from the Hugging Face hub: is there a network?" if entry.name is not None else ""
             raise SpecError(f"task {label}: its data cannot be loaded: {reason}{hint}") from error
-        return _described(label, entry, leaves, instances, generates)
+        with refused(f"task {label}: its examples cannot be read"):
+            return _described(label, entry, leaves, instances, generates)
 
 
 def _load(entry: TaskEntry) -> dict[str, Any]:
@@ -292,7 +293,8 @@ def run_task(task: HarnessTask, model: Any, limit: int | None = None) -> Scores:
         for leaf in task.leaves.values():  # few-shot examples are drawn while prompts are built: the same ones again
             leaf.set_fewshot_seed(seed=_SEED)
         loaded = {"tasks": task.leaves, "groups": {}, "group_map": {}}
-        samples = evaluate(model, loaded, limit=limit, bootstrap_iters=0, log_samples=True)["samples"]
+        with refused(f"task {task.label}: it cannot be run"):  # a task's own keys can be wrong in any way
+            samples = evaluate(model, loaded, limit=limit, bootstrap_iters=0, log_samples=True)["samples"]
     values, weights, examples, answers = [], [], [], []
     for name in task.leaves:
         for sample in samples[name]:
