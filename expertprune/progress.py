@@ -1,10 +1,13 @@
-"""How a stage reports its progress."""
+"""How a stage reports its progress, and what it says when memory runs out."""
 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+
+from expertprune.errors import UsageError
 
 Progress = Callable[[], None]
 # Takes a stage's name and its number of steps; gives a function to call after each step.
@@ -14,7 +17,43 @@ Track = Callable[[str, int], contextlib.AbstractContextManager[Callable[[], None
 @contextlib.contextmanager
 def silent(stage: str, steps: int) -> Iterator[Callable[[], None]]:
     """Report nothing."""
-    yield no_progress
+    with within_memory(stage):
+        yield no_progress
+
+
+@contextlib.contextmanager
+def within_memory(stage: str) -> Iterator[None]:
+    """Turn a failed allocation in the block into one line with the stage and the settings that help.
+
+    Raises:
+        UsageError: memory ran out, on a GPU or on the host.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        needed = _refused(error)
+        if needed is None:
+            raise
+        raise UsageError(
+            f"{stage}: memory ran out{needed}; lower calibration.tokens_per_batch, read one layer at a time "
+            "(base.layers: streamed), or keep hidden states in files (--spool FOLDER)"
+        ) from error
+
+
+def _refused(error: MemoryError | RuntimeError) -> str | None:
+    """What an allocation asked for, in words, or `None` for an error of another kind.
+
+    torch has a class for GPUs alone (`OutOfMemoryError`); on CPUs it says so in a `RuntimeError`.
+    """
+    text = str(error)
+    gpu = type(error).__name__ == "OutOfMemoryError"
+    if not (gpu or isinstance(error, MemoryError) or re.search(r"can't allocate memory|not enough memory", text)):
+        return None
+    if found := re.search(r"[Tt]ried to allocate ([\d.]+ [KMGT]iB)", text):
+        return f" ({found.group(1)} more were asked for)"
+    if found := re.search(r"tried to allocate (\d+) bytes", text):
+        return f" ({int(found.group(1)) / 2**30:.2f} GiB more were asked for)"
+    return ""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import base64
 import binascii
 import itertools
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
@@ -26,10 +26,14 @@ DENSE = (Structure.FFN, Structure.QUERY_HEADS, Structure.KV_GROUPS)
 
 
 class Segment(StrEnum):
-    """What one stretch of a tensor's axis belongs to. An axis is a concatenation of segments."""
+    """What one stretch of a tensor's axis belongs to. An axis is a concatenation of segments.
+
+    `QUERY` has `head_dim` positions for each query head, `QUERY_HEAD` has one.
+    """
 
     FFN = "ffn"
     QUERY = "query"
+    QUERY_HEAD = "query_head"
     KEY_VALUE = "key_value"
     EXPERT = "expert"
 
@@ -40,7 +44,11 @@ class LayerShape:
 
     Query head `h` reads KV head `h // heads_per_group`. A KV group is one KV head and its query
     heads. `experts` counts routed experts, 0 in a dense layer. With routed experts, `ffn` is the
-    width of each one, and neuron `j` of routed expert `e` is the layer's unit `e * ffn + j`.
+    width of each one, and neuron `j` of routed expert `e` is the layer's unit `e * ffn + j`. They
+    lie in `expert_groups` runs of the same length, each of which keeps as many.
+
+    A width is 0 where the family says that nothing of it can be cut: of an attention that stays
+    whole, and of an FFN between layers of routed experts.
     """
 
     hidden: int
@@ -49,10 +57,15 @@ class LayerShape:
     kv_heads: int
     head_dim: int
     experts: int = 0
+    expert_groups: int = 1
 
     @property
     def heads_per_group(self) -> int:
-        return self.query_heads // self.kv_heads
+        return self.query_heads // max(1, self.kv_heads)
+
+    @property
+    def experts_per_group(self) -> int:
+        return self.experts // self.expert_groups
 
     @property
     def neurons(self) -> int:
@@ -73,9 +86,21 @@ class LayerShape:
         return {
             Segment.FFN: self.ffn,
             Segment.QUERY: self.query_heads * self.head_dim,
+            Segment.QUERY_HEAD: self.query_heads,
             Segment.KEY_VALUE: self.kv_heads * self.head_dim,
             Segment.EXPERT: self.experts,
         }[segment]
+
+    def indivisible(self, parts: int) -> list[str]:
+        """What vLLM cannot share among so many GPUs, in words; KV heads may be fewer than GPUs."""
+        found = []
+        if self.ffn % parts:
+            found.append(f"{self.ffn} FFN neurons")
+        if self.query_heads % parts:
+            found.append(f"{self.query_heads} query heads")
+        if self.kv_heads % parts and parts % self.kv_heads:
+            found.append(f"{self.kv_heads} KV heads")
+        return found
 
     @property
     def all_kept(self) -> KeptUnits:
@@ -111,8 +136,12 @@ class KeptUnits:
     def shape(self, base: LayerShape) -> LayerShape:
         """The layer's shape once the other units are gone."""
         ffn = len(self.ffn) // max(1, len(self.experts))
-        return LayerShape(
-            base.hidden, ffn, len(self.query_heads), len(self.kv_groups), base.head_dim, len(self.experts)
+        return replace(
+            base,
+            ffn=ffn,
+            query_heads=len(self.query_heads),
+            kv_heads=len(self.kv_groups),
+            experts=len(self.experts),
         )
 
     def neurons_of(self, expert: int, base: LayerShape) -> tuple[int, ...]:
@@ -127,7 +156,9 @@ class KeptUnits:
         """
         if segment in (Segment.FFN, Segment.EXPERT):
             return torch.tensor(self.ffn if segment is Segment.FFN else self.experts, dtype=torch.int64)
-        heads = self.query_heads if segment is Segment.QUERY else self.kv_groups
+        heads = self.kv_groups if segment is Segment.KEY_VALUE else self.query_heads
+        if segment is Segment.QUERY_HEAD:
+            return torch.tensor(heads, dtype=torch.int64)
         first = torch.tensor(heads, dtype=torch.int64) * base.head_dim
         return (first[:, None] + torch.arange(base.head_dim)).reshape(-1)
 

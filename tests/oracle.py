@@ -75,12 +75,14 @@ def random_units(
     def choose(count: int | None, of: int) -> list[int]:
         return sorted(torch.randperm(of, generator=generator)[: of if count is None else count].tolist())
 
-    per_group = shape.query_heads // shape.kv_heads
-    groups = choose(kv_groups, shape.kv_heads)
+    per_group = shape.query_heads // max(1, shape.kv_heads)
+    groups = choose(kv_groups if shape.kv_heads else 0, shape.kv_heads)
     heads = [group * per_group + head for group in groups for head in choose(heads_per_group, per_group)]
     if not shape.experts:
-        return KeptUnits(tuple(choose(ffn, shape.ffn)), tuple(heads), tuple(groups))
-    chosen = choose(experts, shape.experts)
+        return KeptUnits(tuple(choose(min(ffn or shape.ffn, shape.ffn), shape.ffn)), tuple(heads), tuple(groups))
+    of = shape.experts // shape.expert_groups
+    each = None if experts is None else experts // shape.expert_groups
+    chosen = [group * of + expert for group in range(shape.expert_groups) for expert in choose(each, of)]
     neurons = [expert * shape.ffn + neuron for expert in chosen for neuron in choose(ffn, shape.ffn)]
     return KeptUnits(tuple(neurons), tuple(heads), tuple(groups), tuple(chosen))
 
@@ -111,12 +113,13 @@ def pruned(plan: Plan, base: ResolvedBase, folder: Path, repair_input: RepairInp
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The folder in plain transformers; every tensor of it is used and none is made up."""
-    capped = read_json(folder / "config.json").get("attn_logit_softcapping") is not None
+    config = read_json(folder / "config.json")
+    eager = config.get("attn_logit_softcapping") is not None or config["model_type"] == "gpt_oss"
     model, notes = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
         output_loading_info=True,
-        **({"attn_implementation": "eager"} if capped else {}),  # the only one that caps
+        **({"attn_implementation": "eager"} if eager else {}),  # the only one that caps, and that knows sinks
     )
     assert not any(notes.values()), notes
     return model.eval().requires_grad_(False)
@@ -152,26 +155,28 @@ def masked(model: Any, plan: Plan) -> Iterator[None]:
         return lambda module, arguments: (arguments[0] * mask,)
 
     handles, restored = [], []
-    for layer, kept in zip(model.model.layers, plan.kept, strict=True):
-        heads: nn.Linear = layer.self_attn.o_proj
-        head_mask = torch.zeros(heads.in_features)
-        if hasattr(layer.mlp, "gate"):
-            handles.append(layer.mlp.gate.register_forward_hook(without_experts(kept.experts)))
+    for layer, kept, shape in zip(model.model.layers, plan.kept, plan.shapes, strict=True):
+        if hasattr(layer.mlp, "experts"):
+            router = layer.mlp.gate if hasattr(layer.mlp, "gate") else layer.mlp.router
+            handles.append(router.register_forward_hook(without_experts(kept.experts)))
             down = layer.mlp.experts.down_proj  # [experts, hidden, neurons]
             restored.append((down, down.detach().clone()))
+            down = down.transpose(1, 2) if layer.mlp.experts.is_transposed else down
             for expert in kept.experts:
                 for neuron in range(down.shape[2]):
                     if expert * down.shape[2] + neuron not in kept.ffn:
                         down[expert, :, neuron] = 0
-        else:
+        elif shape.ffn:
             neurons: nn.Linear = layer.mlp.down_proj if hasattr(layer.mlp, "down_proj") else layer.mlp.c_proj
             neuron_mask = torch.zeros(neurons.in_features)
             neuron_mask[list(kept.ffn)] = 1
             handles.append(neurons.register_forward_pre_hook(hook(neuron_mask)))
-        head_dim = layer.self_attn.head_dim
-        for head in kept.query_heads:
-            head_mask[head * head_dim : (head + 1) * head_dim] = 1
-        handles.append(heads.register_forward_pre_hook(hook(head_mask)))
+        if shape.query_heads:
+            heads: nn.Linear = layer.self_attn.o_proj
+            head_mask, head_dim = torch.zeros(heads.in_features), layer.self_attn.head_dim
+            for head in kept.query_heads:
+                head_mask[head * head_dim : (head + 1) * head_dim] = 1
+            handles.append(heads.register_forward_pre_hook(hook(head_mask)))
     try:
         yield
     finally:
@@ -182,18 +187,33 @@ def masked(model: Any, plan: Plan) -> Iterator[None]:
 
 
 def without_experts(kept: tuple[int, ...]) -> Any:
-    """A router whose other logits are −∞: softmax over all, the largest per token, normalized where the model does."""
+    """A router whose other logits are −∞, step by step: scores, groups, the largest per token, and their weights."""
 
     def route(router: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
-        logits = arguments[0].reshape(-1, router.weight.shape[1]) @ router.weight.T
-        torch.testing.assert_close(logits, output[0])
+        hidden = arguments[0].reshape(-1, router.weight.shape[1]).double()
+        own, logits = hidden @ router.weight.double().T + getattr(router, "bias", 0), output[0]
+        torch.testing.assert_close(logits.double(), own, rtol=1e-4, atol=1e-4)  # some routers stay in float32
         gone = torch.ones(logits.shape[1], dtype=torch.bool)
         gone[list(kept)] = False
-        chances = torch.softmax(logits.masked_fill(gone, -torch.inf), -1)
-        weights, chosen = torch.topk(chances, router.top_k, dim=-1)
-        if getattr(router, "norm_topk_prob", True):  # where there is no such switch, it is always on
+        logits = logits.masked_fill(gone, -torch.inf)
+        bias = getattr(router, "e_score_correction_bias", None)
+        # of the families here, those whose correction lies in the router itself take the sigmoid, all others the softmax
+        scores = torch.softmax(logits, -1) if bias is None else logits.sigmoid()
+        if hasattr(router, "moe_statics"):
+            bias = router.moe_statics.e_score_correction_bias[0]
+        ranked = (scores if bias is None else scores + bias).masked_fill(gone, -torch.inf)
+        if (groups := getattr(router, "num_group", None) or 1) > 1:
+            of_groups = ranked.unflatten(1, (groups, -1))
+            ranks = of_groups.amax(-1) if bias is None else of_groups.topk(2, -1).values.sum(-1)
+            best = torch.zeros_like(ranks).scatter_(1, ranks.topk(router.topk_group, -1).indices, 1).bool()
+            ranked = of_groups.masked_fill(~best[..., None], -torch.inf).flatten(1)
+        chosen = ranked.topk(router.top_k, -1).indices
+        weights = scores.gather(1, chosen)
+        # where there is no such switch, it is always on, but for one family that never normalizes and scales instead
+        if getattr(router, "norm_topk_prob", not hasattr(router, "topk_method")):
             weights = weights / weights.sum(-1, keepdim=True)
-        return logits, weights, chosen
+        weights = weights * getattr(router, "routed_scaling_factor", 1)
+        return logits, weights.to(output[1].dtype), chosen
 
     return route
 

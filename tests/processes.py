@@ -14,12 +14,13 @@ import os
 import resource
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,11 +30,12 @@ HOLD_AT_MOST = 60  # seconds after which a child that got no signal gives up
 
 @dataclass(frozen=True)
 class Finished:
-    """Exit code (negative: the signal that ended it) and output of a command."""
+    """Exit code (negative: the signal that ended it) and output of a command; seconds since a signal was sent."""
 
     code: int
     stdout: str
     stderr: str
+    seconds: float = 0.0
 
 
 class Server:
@@ -68,29 +70,69 @@ class Server:
             send: the signal that it gets there.
             file_limit: bytes above which no file can grow, as on a full disk.
         """
-        output = [str(self.folder / name) for name in ("stdout", "stderr")]
+        (finished,) = self._run(arguments, [{"hold": hold}], send, file_limit)
+        return finished
+
+    def team(
+        self,
+        *members: Sequence[Any],
+        held: int | None = None,
+        hold: str | None = None,
+        send: signal.Signals | None = None,
+    ) -> list[Finished]:
+        """Run commands side by side, as `torchrun` would start the members of a team.
+
+        Args:
+            members: the arguments of each command.
+            held: the rank that gets the signal at the place `hold`.
+        """
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        common = {"WORLD_SIZE": str(len(members)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        given: list[dict[str, Any]] = [
+            {
+                "arguments": [str(each) for each in arguments],
+                "environment": {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                "hold": hold if rank == held else None,
+            }
+            for rank, arguments in enumerate(members)
+        ]
+        return self._run((), given, send, None)
+
+    def _run(
+        self,
+        arguments: Sequence[Any],
+        members: list[dict[str, Any]],
+        send: signal.Signals | None,
+        file_limit: int | None,
+    ) -> list[Finished]:
+        for number, member in enumerate(members):
+            member["output"] = [str(self.folder / f"{name}-{number}") for name in ("stdout", "stderr")]
         request = {
             "arguments": [str(argument) for argument in arguments],
             "store": os.environ.get("EXPERTPRUNE_STORE", ""),
-            "hold": hold,
+            "environment": {},
             "file_limit": file_limit,
-            "output": output,
+            "members": members,
         }
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         told: dict[str, Any] = {}
-        while "code" not in told:
+        sent = time.monotonic()
+        while "codes" not in told:
             line = self._process.stdout.readline()
             assert line, "the server is gone"
             told |= json.loads(line)
-            if send is not None and {"pid", "held"} <= told.keys():
+            if send is not None and "held" in told:
                 os.kill(told["pid"], send)
-                send = None
-        texts = [Path(path).read_text(encoding="utf-8") for path in output]
-        assert hold is None or "held" in told, f"never came to {hold}: {texts[1]}"
-        return Finished(told["code"], *texts)
+                send, sent = None, time.monotonic()
+        seconds = time.monotonic() - sent
+        texts = [[Path(path).read_text(encoding="utf-8") for path in member["output"]] for member in members]
+        assert "held" in told or not any(member["hold"] for member in members), f"never came to its place: {texts}"
+        return [Finished(code, *text, seconds) for code, text in zip(told["codes"], texts, strict=True)]
 
     def close(self) -> None:
         self._process.kill()
@@ -108,22 +150,23 @@ def server() -> Server:
 # Where a child can be held: module, name of a function in it, and after which call of it.
 PLACES = {
     "profile": ("expertprune.artifacts.profile", "save_file", 2),  # the second profile is not yet in its place
-    "prune": ("expertprune.models.checkpoint", "save_file", 2),  # two shards are written
+    "repair": ("expertprune.pruning.layer_repair", "least_squares", 2),  # in the second layer
+    "prune": ("expertprune.models.checkpoint", "written_file", 2),  # one shard is written, the next begun
     "evaluate": ("expertprune.evaluation.measure", "compare", 1),  # the expert is whole but for its evaluation
 }
 
 
 def serve() -> None:
-    """Read requests from standard input, and answer each with the lines `pid`, perhaps `held`, and `code`."""
+    """Read requests from standard input, and answer each with perhaps a line `held`, and the line `codes`."""
     prepare()
     for line in sys.stdin:
         request = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            child(request)
-        say(1, {"pid": pid})
-        _, status = os.waitpid(pid, 0)
-        say(1, {"code": os.waitstatus_to_exitcode(status)})
+        pids = []
+        for member in request["members"]:
+            pids.append(os.fork())
+            if pids[-1] == 0:
+                child({**request, **member})
+        say(1, {"codes": [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]})
 
 
 def prepare() -> None:
@@ -148,7 +191,7 @@ def child(request: dict[str, Any]) -> NoReturn:
         protocol = os.dup(1)
         for descriptor, path in zip((1, 2), request["output"], strict=True):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-        os.environ["EXPERTPRUNE_STORE"] = request["store"]
+        os.environ.update(request["environment"], EXPERTPRUNE_STORE=request["store"])
         if request["hold"]:
             hold_after(*PLACES[request["hold"]], protocol)
         if request["file_limit"]:
@@ -175,7 +218,7 @@ def hold_after(module: str, name: str, calls: int, protocol: int) -> None:
     def held(*args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
         if next(counted) == calls:
-            say(protocol, {"held": name})
+            say(protocol, {"held": name, "pid": os.getpid()})
             until = time.monotonic() + HOLD_AT_MOST
             while time.monotonic() < until:
                 select.select([], [], [], 0.05)

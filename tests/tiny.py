@@ -34,6 +34,8 @@ OF_GEMMA = {
     "pad_token_id": 1,
 }
 ROUTED = {"num_experts": 6, "num_experts_per_tok": 2}
+SHARED = {"n_routed_experts": 6, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LATENT = {**SHARED, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
 # By family: what its config says beside the widths. Gemma's window is shorter than the tests' texts, and the scale of its
 # attention logits is not the one that follows from the width of a head.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -56,7 +58,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmoe": {**ROUTED, "pad_token_id": 1},
     "qwen2_moe": {**ROUTED, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 20},
     "qwen3_moe": {**ROUTED, "head_dim": 4, "moe_intermediate_size": 16, "norm_topk_prob": True},
-}
+    "deepseek_v2": {**LATENT, "first_k_dense_replace": 1, "num_key_value_heads": 6, "routed_scaling_factor": 1.5,
+                    "n_group": 2, "topk_group": 1, "topk_method": "group_limited_greedy"},
+    "deepseek_v3": {**LATENT, "first_k_dense_replace": 1, "num_key_value_heads": 6, "n_group": 2, "topk_group": 1,
+                    "num_mtp_layers": 0},
+    "glm4_moe": {**SHARED, "head_dim": 4, "first_k_dense_replace": 1, "attention_bias": True, "use_qk_norm": True,
+                 "pad_token_id": 1, "num_mtp_layers": 0},
+    "ernie4_5_moe": {"moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 16, "moe_num_shared_experts": 1,
+                     "tie_word_embeddings": False},
+    "gpt_oss": {"num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": 4, "sliding_window": 4,
+                "attn_implementation": "eager"},
+    "qwen3_next": {**ROUTED, "head_dim": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 20,
+                   "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+                   "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 4,
+                   "linear_value_head_dim": 4},
+}  # fmt: skip
 
 
 def tiny_model(family: str, seed: int = 0, **changes: Any) -> Any:
@@ -73,6 +89,9 @@ def tiny_model(family: str, seed: int = 0, **changes: Any) -> Any:
             noise = torch.randn_like(parameter)
             neutral = 0 if family.startswith("gemma") else 1  # Gemma's norms multiply by 1 + weight
             parameter.copy_(neutral + 0.1 * noise if "norm" in name else 0.3 * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # stored, though no gradient changes it
+                buffer.copy_(0.3 * torch.randn_like(buffer))
     return model
 
 

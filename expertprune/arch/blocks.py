@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from expertprune.units import KeptUnits, LayerShape, Segment
 
@@ -51,12 +51,15 @@ class ExpertTensor(Data):
     """One tensor of routed experts. The file may give its name alone where no axis has neurons.
 
     `axis` (0 rows, 1 columns) of one routed expert's share is the concatenation of `segments`, each
-    with one position per neuron.
+    with one position per neuron. The segments alternate, neuron by neuron, if `interleaved`.
+    `expert_axis` is the axis of a tensor of all routed experts that has one position for each.
     """
 
     name: str
     axis: Literal[0, 1] | None = None
     segments: tuple[Segment, ...] = ()
+    interleaved: bool = False
+    expert_axis: Literal[0, 1] = 0
 
     @model_validator(mode="before")
     @classmethod
@@ -71,8 +74,62 @@ class ExpertTensor(Data):
 
     def rows(self, neurons: Sequence[int], width: int) -> Tensor:
         """Positions along `axis` of some neurons of a routed expert of `width`, int64."""
-        one = torch.tensor(neurons, dtype=torch.int64)
-        return torch.cat([one + place * width for place in range(len(self.segments))])
+        one, parts = torch.tensor(neurons, dtype=torch.int64), len(self.segments)
+        if self.interleaved:
+            return (one[:, None] * parts + torch.arange(parts)).flatten()
+        return torch.cat([one + place * width for place in range(parts)])
+
+    def by_neuron(self, values: Tensor, width: int) -> Tensor:
+        """Sum values of positions along `axis` over each neuron's: `[..., axis]` to `[..., width]`."""
+        if self.interleaved:
+            return values.unflatten(-1, (width, -1)).sum(-1)
+        return values.unflatten(-1, (-1, width)).sum(-2)
+
+
+class ExpertLayers(Data):
+    """The config's keys that say which layers have routed experts; the others have one FFN.
+
+    Attributes:
+        first, last: the first and the last such layer, counted from 0; -1 is the model's last.
+        every: of so many layers in a row, the last one is such a layer.
+        without: a list of layers that are none.
+    """
+
+    first: str | None = None
+    last: str | None = None
+    every: str | None = None
+    without: str | None = None
+
+    def has(self, config: Mapping[str, Any], layer: int) -> bool:
+        """Whether a layer has routed experts. Keys that the config leaves out exclude none."""
+
+        def said(key: str | None, default: Any) -> Any:
+            value = config.get(key) if key is not None else None
+            return default if value is None else value
+
+        last = said(self.last, -1)
+        return (
+            layer >= said(self.first, 0)
+            and (last == -1 or layer <= last)
+            and (layer + 1) % said(self.every, 1) == 0
+            and layer not in said(self.without, ())
+        )
+
+
+class ExpertGroups(Data):
+    """The config's keys of a router that first chooses some groups of routed experts.
+
+    A group is a run of routed experts, all groups are equally large.
+
+    Attributes:
+        count: the number of groups.
+        chosen: the number of groups that the router chooses for a token.
+        least: the fewest routed experts of a group; the router sums so many scores to rank it.
+    """
+
+    count: str
+    chosen: str
+    least: int = 1
 
 
 class Experts(Data):
@@ -87,69 +144,106 @@ class Experts(Data):
             written.
         per_token: the config's key for how many of them the router chooses for a token.
         width: the config's key for the neurons of one of them.
+        layers: which layers have them.
+        groups: of a router that first chooses among groups.
         router: the running module that gives logits, weights and the chosen ones.
         module: the running module that is called with hidden states, the chosen ones and weights.
-        activation: the activation function inside `module`. A neuron is that of its first row,
-            times its other rows.
-        run: the tensors of the running layer. Row `e` of their first axis belongs to routed expert
-            `e`.
+        run: the tensors of the running layer that have one position for each routed expert.
+        input, output: those of them that read the hidden states and write to them, `[experts, rows,
+            columns]`.
+        input_bias, output_bias: their biases, where they have some.
+        transposed: whether `input` and `output` have their inputs as rows.
         stored: other names on disk of tensors in `run` that are stored as they run.
-        each: the tensors that one routed expert owns on disk, with `{expert}` for its number.
+        each: the tensors that one routed expert owns on disk, with `{expert}` for its number. Empty
+            where they are only stored as they run.
     """
 
     count: tuple[str, ...]
     per_token: str
     width: str
+    layers: ExpertLayers = ExpertLayers()
+    groups: ExpertGroups | None = None
     router: str
     module: str
-    activation: str = "act_fn"
     run: tuple[ExpertTensor, ...]
+    input: str
+    output: str
+    input_bias: str | None = None
+    output_bias: str | None = None
+    transposed: bool = False
     stored: Mapping[str, str] = Field(default_factory=dict)
-    each: tuple[ExpertTensor, ...]
+    each: tuple[ExpertTensor, ...] = ()
 
     @model_validator(mode="after")
     def _read_and_written(self) -> Self:
-        for key, tensors in (("run", self.run), ("each", self.each)):
-            if [tensor.axis for tensor in tensors].count(1) != 1 or not any(tensor.axis == 0 for tensor in tensors):
-                raise ValueError(f"experts.{key}: needs tensors whose rows are neurons, and one whose columns are")
+        named = {tensor.name: tensor for tensor in self.run}
+        for name, axis in ((self.input, self._rows), (self.output, 1 - self._rows)):
+            if name not in named or named[name].axis != axis:
+                raise ValueError(f"experts.run: needs {name} with neurons on axis {axis}")
+        if missing := {self.input_bias, self.output_bias} - {None, *named}:
+            raise ValueError(f"experts.run: needs {', '.join(sorted(map(str, missing)))}")
+        if self.each and [tensor.axis for tensor in self.each].count(1) != 1:
+            raise ValueError("experts.each: needs one tensor whose columns are neurons")
         return self
 
     @property
-    def input(self) -> str:
-        """The running tensor with rows for the neurons of each routed expert."""
-        return next(tensor.name for tensor in self.run if tensor.axis == 0)
-
-    @property
-    def output(self) -> str:
-        """The running tensor with one column for each neuron of a routed expert."""
-        return next(tensor.name for tensor in self.run if tensor.axis == 1)
+    def _rows(self) -> int:
+        """The axis of `input` that has the neurons."""
+        return 1 if self.transposed else 0
 
     @property
     def tensors(self) -> tuple[CoupledTensor, ...]:
         """The tensors in `run`, under their running and their stored names."""
-        names = dict.fromkeys([*(tensor.name for tensor in self.run), *self.stored.values()])
-        return tuple(CoupledTensor(name=name, axis=0, segments=(Segment.EXPERT,), optional=True) for name in names)
+        axes = {tensor.name: tensor.expert_axis for tensor in self.run}
+        axes |= {stored: axes[run] for run, stored in self.stored.items()}
+        return tuple(
+            CoupledTensor(name=name, axis=axis, segments=(Segment.EXPERT,), optional=True)
+            for name, axis in axes.items()
+        )
 
     def of_one(self, expert: int) -> tuple[ExpertTensor, ...]:
         """The tensors that one routed expert owns, by their names on disk."""
         return tuple(each.model_copy(update={"name": each.name.replace("{expert}", str(expert))}) for each in self.each)
 
+    def output_of(self, expert: int) -> str:
+        """What a repair calls one routed expert's output projection, `[hidden, ffn]`.
+
+        It is the name on disk where routed experts are stored one by one.
+        """
+        return next((each.name for each in self.of_one(expert) if each.axis == 1), f"{self.output}.{expert}")
+
     def on_disk(self, run: str, experts: int) -> tuple[str, ...]:
         """The names on disk of a running tensor that is not stored as it runs."""
-        if not run.startswith(f"{self.module}."):
+        if not run.startswith(f"{self.module}.") or not self.each:
             return (self.stored.get(run, run),)
         return tuple(tensor.name for expert in range(experts) for tensor in self.of_one(expert))
+
+    def are_in(self, layer: nn.Module) -> bool:
+        """Whether a running layer has routed experts."""
+        return any(name == self.module for name, _ in layer.named_modules())
+
+    def read(self, layer: nn.Module) -> Tensor:
+        """A running layer's input projections, `[experts, rows, hidden]`, a view."""
+        weight = layer.get_parameter(self.input)
+        return weight.transpose(1, 2) if self.transposed else weight
+
+    def written(self, layer: nn.Module) -> Tensor:
+        """A running layer's output projections, `[experts, hidden, ffn]`, a view."""
+        weight = layer.get_parameter(self.output)
+        return weight.transpose(1, 2) if self.transposed else weight
 
     def cut(self, name: str, tensor: Tensor, shape: LayerShape, kept: KeptUnits) -> Tensor:
         """The share of a running tensor that the kept routed experts and their kept neurons own.
 
         Args:
-            name: the tensor's name within the layer, such as `mlp.experts.down_proj`.
-            tensor: `[routed experts, ...]`.
+            name: the tensor's running or stored name within the layer, such as
+                `mlp.experts.down_proj`.
         """
-        whole = next((each for each in self.run if each.name == name), None)
-        tensor = tensor if len(kept.experts) == shape.experts else tensor[list(kept.experts)]
-        if whole is None or whole.axis is None or kept.shape(shape).ffn == shape.ffn:
+        names = {stored: run for run, stored in self.stored.items()}
+        whole = next(each for each in self.run if each.name == names.get(name, name))
+        if len(kept.experts) < shape.experts:
+            tensor = tensor.index_select(whole.expert_axis, torch.tensor(kept.experts, device=tensor.device))
+        if whole.axis is None or kept.shape(shape).ffn == shape.ffn:
             return tensor
         parts = [
             part.index_select(whole.axis, whole.rows(kept.neurons_of(expert, shape), shape.ffn).to(part.device))
@@ -158,7 +252,7 @@ class Experts(Data):
         return torch.stack(parts)
 
 
-NO_FFN = Block(output="", tensors=())
+NO_BLOCK = Block(output="", tensors=())
 
 
 class Rewrite(Data):

@@ -13,21 +13,23 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from expertprune.arch.blocks import NO_FFN, Block, ConfigKeys, CoupledTensor, Data, Experts, Rewrite
+from expertprune.arch.blocks import NO_BLOCK, Block, ConfigKeys, CoupledTensor, Data, Experts, Rewrite
 from expertprune.arch.gguf import GgufForm
+from expertprune.arch.single_layers import PER_LAYER, stock_architectures, with_defaults, with_layers
+from expertprune.arch.widths import (
+    agreed,
+    groups_of,
+    heads_of,
+    least_experts,
+    positive,
+    refuse_groups,
+)
 from expertprune.errors import CheckpointError, PlanError
 from expertprune.files import problems_of
 from expertprune.registry import loaded, nearest, plugins
 from expertprune.units import DENSE, KeptUnits, LayerShape, Structure
 
 _HERE = Path(__file__).parent
-GROUPS = ("n_group", "num_expert_group")  # config keys: groups that a router first chooses among
-PER_LAYER = "per_layer_config"  # transformers' name for widths of single layers
-_PER_LAYER_KEYS = ("allow_global_per_layer_attribute_access", "auto_map")
-MODELING = "modeling_expert"  # the module in an expert's folder that builds such layers
-# The prefix of the class in the config of such an expert. An engine that does not know the class
-# refuses the folder; it would build all layers alike under the stock name.
-EXPERT = "Expert"
 
 
 class Family(Data):
@@ -37,7 +39,10 @@ class Family(Data):
         residual: `additive`: a layer's output is its input plus the outputs of the two blocks.
             `normed`: each output passes its block's `output_norm` first. The repair relies on it.
         defaults: the config's meaning of keys that it leaves out.
-        structures: what can be cut. Where heads cannot, `why_no_heads` says why.
+        attention: where heads are not cut, it may be left out. Nothing of it is measured then, and
+            layers may have attentions of different kinds.
+        structures: what can be cut. Where heads or neurons cannot, `why_no_heads` and
+            `why_no_neurons` say why.
         heads_require: values of the config without which head counts cannot change. Dots lead into
             nested keys.
         attention_implementation: the one of transformers that computes the network exactly.
@@ -51,13 +56,14 @@ class Family(Data):
     layers: str
     residual: Literal["additive", "normed"]
     config: ConfigKeys
-    attention: Block
-    ffn: Block = NO_FFN
+    attention: Block = NO_BLOCK
+    ffn: Block = NO_BLOCK
     experts: Experts | None = None
     config_requires: Mapping[str, Any] = Field(default_factory=dict)
     defaults: Mapping[str, int] = Field(default_factory=dict)
     structures: tuple[Structure, ...] = DENSE
     why_no_heads: str = ""
+    why_no_neurons: str = ""
     attention_implementation: Literal["sdpa", "eager"] = "sdpa"
     # By the oracle in the project's tests. The program sets it, and checks other families itself.
     tested: bool = True
@@ -75,16 +81,20 @@ class Family(Data):
 
     @model_validator(mode="after")
     def _neurons_or_experts(self) -> Self:
-        if len({self.ffn == NO_FFN, self.config.ffn is None, self.experts is not None}) > 1:
+        if len({self.ffn == NO_BLOCK, self.config.ffn is None, self.experts is not None}) > 1:
             raise ValueError("a family has either ffn, and its key in config, or experts")
-        if Structure.FFN not in self.structures or (Structure.EXPERTS in self.structures) != (self.experts is not None):
-            raise ValueError("structures: ffn is always one of them, experts goes with experts")
+        if (Structure.EXPERTS in self.structures) != (self.experts is not None):
+            raise ValueError("structures: experts goes with experts")
+        if bool(self.why_no_neurons) == (Structure.FFN in self.structures):
+            raise ValueError("why_no_neurons goes with structures that name no ffn, and only with those")
         return self
 
     @model_validator(mode="after")
     def _heads_with_their_groups(self) -> Self:
         if (Structure.QUERY_HEADS in self.structures) != self.heads_are_units:
             raise ValueError("structures: query_heads and kv_groups are cut together or not at all")
+        if self.heads_are_units and not self.has_attention:
+            raise ValueError("structures: heads can be cut where attention is described")
         if bool(self.why_no_heads) == self.heads_are_units:
             raise ValueError("why_no_heads goes with structures that name no heads, and only with those")
         return self
@@ -92,7 +102,7 @@ class Family(Data):
     @model_validator(mode="after")
     def _norms_as_promised(self) -> Self:
         for name, block in (("ffn", self.ffn), ("attention", self.attention)):
-            if (block.output_norm is not None) != (self.residual == "normed"):
+            if block != NO_BLOCK and (block.output_norm is not None) != (self.residual == "normed"):
                 raise ValueError(f"{name}.output_norm goes with residual: normed, and only with it")
         return self
 
@@ -103,6 +113,20 @@ class Family(Data):
     def has_ffn(self) -> bool:
         """Whether every token passes the one FFN of a layer: there are no routed experts."""
         return self.experts is None
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether the attention is described, so that it can be measured."""
+        return self.attention != NO_BLOCK
+
+    def blocks(self) -> dict[Structure, Block]:
+        """The described blocks, in the order in which a layer runs them."""
+        named = {Structure.QUERY_HEADS: self.attention, Structure.FFN: self.ffn}
+        return {structure: block for structure, block in named.items() if block != NO_BLOCK}
+
+    def experts_of(self, shape: LayerShape) -> Experts | None:
+        """The routed experts of a layer of this shape, if it has some."""
+        return self.experts if shape.experts else None
 
     @property
     def width_key(self) -> str:
@@ -134,49 +158,36 @@ class Family(Data):
             CheckpointError: a key is missing, or the head counts make no legal grouped-query
                 attention.
         """
-        count = _positive(config, self.config.layers)
+        count = positive(config, self.config.layers)
         for key, wanted in self.config_requires.items():
             if config.get(key) not in (None, wanted):
                 raise CheckpointError(f"config.json: {key!r} is {config[key]!r}, and only {wanted!r} can be cut")
-        if self.experts is not None and (grouped := [key for key in GROUPS if (config.get(key) or 0) > 1]):
-            raise CheckpointError(
-                f"config.json: {grouped[0]!r} is {config[grouped[0]]!r}: a router that chooses among groups of experts "
-                "cannot lose single experts, since every group has the same number"
-            )
+        if self.experts is not None and self.experts.groups is None:
+            refuse_groups(config)
         config, single = {**self.defaults, **config}, config.get(PER_LAYER) or {}
         if not isinstance(single, Mapping) or not all(isinstance(each, Mapping) for each in single.values()):
             raise CheckpointError(f"config.json: {PER_LAYER!r} must map layers to their keys")
-        return tuple(
-            self._layer_shape({**config, **single.get(str(i), single.get(str(i).zfill(len(str(count - 1))), {}))})
-            for i in range(count)
-        )
+        own = [single.get(str(i), single.get(str(i).zfill(len(str(count - 1))), {})) for i in range(count)]
+        return tuple(self._layer_shape({**config, **each}, layer) for layer, each in enumerate(own))
 
-    def _layer_shape(self, config: Mapping[str, Any]) -> LayerShape:
-        keys = self.config
-        hidden, query_heads = _positive(config, keys.hidden), _positive(config, keys.query_heads)
-        kv_heads = _positive(config, keys.kv_heads) if config.get(keys.kv_heads) is not None else query_heads
-        head_dim = _positive(config, keys.head_dim) if config.get(keys.head_dim) is not None else hidden // query_heads
-        if query_heads % kv_heads:
-            raise CheckpointError(
-                f"config.json: {keys.query_heads} ({query_heads}) is no multiple of {keys.kv_heads} ({kv_heads})"
-            )
-        return LayerShape(
-            hidden, _positive(config, self.width_key), query_heads, kv_heads, head_dim, self._count(config)
-        )
-
-    def _count(self, config: Mapping[str, Any]) -> int:
-        """The number of routed experts in a layer."""
+    def _layer_shape(self, config: Mapping[str, Any], layer: int) -> LayerShape:
+        hidden = positive(config, self.config.hidden)
+        heads = heads_of(config, self.config) if self.has_attention else (0, 0, 0)
         if self.experts is None:
-            return 0
-        keys = [key for key in self.experts.count if config.get(key) is not None] or [self.experts.count[0]]
-        counts = {_positive(config, key) for key in keys}
-        if len(counts) > 1:
-            raise CheckpointError(f"config.json: {' and '.join(keys)} disagree")
-        return counts.pop()
+            return LayerShape(hidden, positive(config, self.width_key), *heads)
+        if not self.experts.layers.has(config, layer):  # its one FFN stays whole
+            return LayerShape(hidden, 0, *heads)
+        count = agreed(config, self.experts.count)
+        groups = groups_of(config, self.experts, count)
+        return LayerShape(hidden, positive(config, self.width_key), *heads, count, groups)
+
+    def least_experts(self, config: Mapping[str, Any]) -> int:
+        """The fewest routed experts that a layer can have; 0 in a dense model."""
+        return 0 if self.experts is None else least_experts({**self.defaults, **config}, self.experts)
 
     def experts_per_token(self, config: Mapping[str, Any]) -> int:
         """The number of routed experts that a token passes; 0 in a dense model."""
-        return 0 if self.experts is None else _positive({**self.defaults, **config}, self.experts.per_token)
+        return 0 if self.experts is None else positive({**self.defaults, **config}, self.experts.per_token)
 
     def pruned_config(self, config: Mapping[str, Any], kept: list[KeptUnits]) -> dict[str, Any]:
         """The expert's `config.json`: the base's, with the new widths.
@@ -194,53 +205,67 @@ class Family(Data):
         for new in changed:
             self._check_heads(config, new)
         self._check_experts(config, shapes)
-        result |= self._widths(max(shapes, key=lambda shape: shape.ffn))
+        result |= self._widths(max(shapes, key=lambda shape: shape.ffn), bool(changed))
         if self.experts is not None:
             keys = [key for key in self.experts.count if key in config] or [self.experts.count[0]]
-            result |= dict.fromkeys(keys, shapes[0].experts)
+            result |= dict.fromkeys(keys, max(shape.experts for shape in shapes))
         if changed:
             result[self.config.query_heads] = max(shape.query_heads for shape in shapes)
             result[self.config.kv_heads] = max(shape.kv_heads for shape in shapes)
-        else:  # as the base says it, or leaves it to follow from the other keys
-            del result[self.config.head_dim]
-            result |= {key: value for key, value in config.items() if key == self.config.head_dim}
         if changed and self.when_heads_change is not None:
-            result = _with_defaults(result, self.when_heads_change.model_type)
+            result = with_defaults(result, self.when_heads_change.model_type)
             result = {k: v for k, v in result.items() if k not in self.when_heads_change.remove}
             result |= {
                 **self.when_heads_change.set,
                 "model_type": self.when_heads_change.model_type,
                 "architectures": list(self.when_heads_change.architectures),
             }
-        return _with_layers(result, [self._widths(shape) for shape in shapes])
+        return with_layers(result, [self._widths(shape, self.has_attention) for shape in shapes])
 
-    def _widths(self, shape: LayerShape) -> dict[str, int]:
-        """A layer's widths by the config's keys, without the number of routed experts."""
-        keys = self.config
-        heads = {keys.query_heads: shape.query_heads, keys.kv_heads: shape.kv_heads, keys.head_dim: shape.head_dim}
-        return {self.width_key: shape.ffn} | heads
+    def _widths(self, shape: LayerShape, heads: bool) -> dict[str, int]:
+        """A layer's widths by the config's keys, without the number of routed experts.
+
+        Args:
+            heads: whether to say those of heads; a config may leave them to follow from others.
+        """
+        keys, widths = self.config, {self.width_key: shape.ffn} if shape.ffn else {}
+        if heads:
+            widths |= {
+                keys.query_heads: shape.query_heads,
+                keys.kv_heads: shape.kv_heads,
+                keys.head_dim: shape.head_dim,
+            }
+        return widths
 
     def _check_experts(self, config: Mapping[str, Any], shapes: list[LayerShape]) -> None:
-        least = self.experts_per_token(config)
-        counts = {shape.experts for shape in shapes}
-        if self.experts is not None and len(counts) > 1:
-            raise PlanError(f"family {self.family!r} keeps the same number of routed experts in every layer")
-        if self.experts is not None and len({shape.ffn for shape in shapes}) > 1:
+        routed = [shape for shape in shapes if shape.experts]
+        if self.experts is None or not routed:
+            return
+        for what, numbers in (
+            ("number of routed experts in", {shape.experts for shape in routed}),
+            ("number of neurons in the routed experts of", {shape.ffn for shape in routed}),
+        ):
+            if len(numbers) > 1:
+                raise PlanError(f"family {self.family!r} keeps the same {what} every layer")
+        kept, groups = routed[0].experts, routed[0].expert_groups
+        chosen, least = self.experts_per_token(config), self.least_experts(config)
+        if kept < chosen:
             raise PlanError(
-                f"family {self.family!r} keeps the same number of neurons in the routed experts of every layer"
+                f"{kept} routed experts are fewer than the {chosen} that the router chooses for each token "
+                f"({self.experts.per_token})"
             )
-        if min(counts) < least:
+        if kept < least or kept % groups:
             raise PlanError(
-                f"{min(counts)} routed experts are fewer than the {least} that the router chooses for each token "
-                f"({self.experts.per_token if self.experts else ''})"
+                f"{kept} routed experts do not fit a router that first chooses among groups: each of the {groups} groups "
+                f"({self.experts.groups and self.experts.groups.count}) keeps as many, at least {least // groups}"
             )
 
     def layer_config(self, config: Any, index: int, shape: LayerShape) -> Any:
         """A running model's config with one layer's widths, to build that layer alone."""
         small = copy.copy(config.per_layer_config[index] if config.is_heterogeneous else config)
-        for key, value in self._widths(shape).items():
+        for key, value in self._widths(shape, self.has_attention).items():
             setattr(small, key, value)
-        for key in self.experts.count if self.experts is not None else ():
+        for key in self.experts.count if self.experts is not None and shape.experts else ():
             if hasattr(small, key):
                 setattr(small, key, shape.experts)
         return small
@@ -291,57 +316,12 @@ class Family(Data):
                     )
 
 
-def _positive(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"config.json: {key!r} must be a positive whole number, found {value!r}")
-    return value
-
-
 def _looked_up(config: Mapping[str, Any], dotted: str, default: Any) -> Any:
     """The value at a dotted key of a config, or `default`."""
     value: Any = config
     for key in dotted.split("."):
         value = value.get(key, default) if isinstance(value, Mapping) else default
     return value
-
-
-def stock_architectures(config: Mapping[str, Any]) -> list[str]:
-    """The classes of transformers in a config, without the prefix `EXPERT`."""
-    return [name.removeprefix(EXPERT) for name in config.get("architectures") or []]
-
-
-def _with_layers(config: dict[str, Any], widths: list[dict[str, int]]) -> dict[str, Any]:
-    """The config with the widths of single layers, and the code that reads them."""
-    layers = {
-        str(index): different
-        for index, layer in enumerate(widths)
-        if (different := {key: value for key, value in layer.items() if config.get(key) not in (None, value)})
-    }
-    if config.pop(PER_LAYER, None) is not None:  # the base has such layers itself
-        config = {key: value for key, value in config.items() if key not in _PER_LAYER_KEYS}
-        config["architectures"] = stock_architectures(config)
-    if layers:
-        config |= {
-            "architectures": [EXPERT + name for name in stock_architectures(config)],
-            PER_LAYER: layers,
-            "allow_global_per_layer_attribute_access": True,
-            # vLLM without our plugin builds AutoModel, transformers AutoModelForCausalLM.
-            "auto_map": {
-                "AutoModel": f"{MODELING}.ExpertModel",
-                "AutoModelForCausalLM": f"{MODELING}.ExpertForCausalLM",
-            },
-        }
-    return config
-
-
-def _with_defaults(config: dict[str, Any], other: str) -> dict[str, Any]:
-    """The config with defaults of its own class, for keys that `other` has too."""
-    from transformers import CONFIG_MAPPING
-
-    mine = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)).to_dict()
-    theirs = CONFIG_MAPPING[other]().to_dict()
-    return {key: value for key, value in mine.items() if key in theirs and key not in config} | config
 
 
 @functools.cache

@@ -41,10 +41,13 @@ class BaseRecord(Record):
 
 
 class CorpusRecord(Record):
-    """The calibration text of one corpus: its digest, and that of each document."""
+    """The calibration text of one corpus: its digest, that of each document, and how the base
+    generated it, if it did.
+    """
 
     digest: str
     documents: list[str]
+    generated: str | None = None
 
 
 class _File(Record):

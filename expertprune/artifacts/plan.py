@@ -265,6 +265,7 @@ class _ShapeDocument(_Record):
     kv_heads: _Width
     head_dim: _Width
     experts: _Count = 0
+    expert_groups: _Width = 1
 
 
 class _LayerDocument(_Record):
@@ -301,6 +302,8 @@ def _layer_document(index: int, layer: LayerPlan, shape: LayerShape) -> dict[str
     of, kept = asdict(shape), {name: format_indices(units) for name, units in vars(layer.kept).items()}
     if not shape.experts:
         del of["experts"], kept["experts"]
+    if shape.expert_groups == 1:
+        del of["expert_groups"]
     return {
         "layer": index,
         "of": of,
@@ -372,7 +375,7 @@ def _check_kept(shape: LayerShape, kept: KeptUnits, layer: int) -> None:
             continue
         if not indices or indices[-1] >= count:
             raise ValueError(f"layer {layer}: {what} must keep some of 0-{count - 1}")
-    per_group = len(kept.query_heads) // len(kept.kv_groups)
+    per_group = len(kept.query_heads) // max(1, len(kept.kv_groups))
     groups = [head // shape.heads_per_group for head in kept.query_heads]
     if groups != [group for group in kept.kv_groups for _ in range(per_group)]:
         raise ValueError(f"layer {layer}: the query heads are not the same number in each kept KV group")

@@ -41,7 +41,7 @@ class ProfileKey:
     Attributes:
         model: digest of the base's config and weights.
         tokenizer: digest of its tokenizer's files.
-        corpus: digest of the documents, in their order.
+        corpus: digest of the documents' tokens and answers, in their order.
         max_tokens: where documents are cut.
         dtype: the type of the running base's weights, such as `float32`.
         device: the type of its device, such as `cuda`.

@@ -19,13 +19,17 @@ ROLES: tuple[Role, ...] = get_args(Role)
 
 
 class Load(Record):
-    """What the servers are asked: requests, tokens of each, how many at a time, and how often all of it."""
+    """What the servers are asked: requests, tokens of each, how many at a time, and how often all of it.
+
+    With `chat`, prompts are messages, which the servers put into the chat template.
+    """
 
     prompts: int = 32
     input_tokens: int = 128
     output_tokens: int = 64
     concurrency: int = 8
     rounds: int = 3
+    chat: bool = False
 
 
 class Figures(Record):

@@ -95,8 +95,9 @@ def throughput_table(result: Timing) -> RenderableType:
         told = [f"{ratio.median:.3f}", f"{ratio.low:.3f} to {ratio.high:.3f}"] if ratio else ["", ""]
         table.add_row(Text(label), *cells, *told)
     speed = result.ratios["output_tokens_per_second"].median
+    asked = "messages" if load.chat else "prompts"
     about = (
-        f"{load.rounds} runs of each: {load.prompts} prompts of {load.input_tokens} tokens, "
+        f"{load.rounds} runs of each: {load.prompts} {asked} of {load.input_tokens} tokens, "
         f"{load.output_tokens} new tokens each, {load.concurrency} at a time.\n"
         f"{speed:.3f} times as fast; the weights read per token would allow {result.limit:.3f}: "
         f"{speed / result.limit:.0%} of the limit."

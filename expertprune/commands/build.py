@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from expertprune.commands.engines import Where, as_team, engine_options
 from expertprune.commands.terminal import (
     common,
     limits_options,
@@ -27,9 +28,19 @@ from expertprune.commands.terminal import (
 @overwrite_option
 @store_option
 @limits_options
+@engine_options
 @common
 @reporting
-def build(spec: Path, out: Path, overrides: dict[str, Any], overwrite: bool, store: Path | None, as_json: bool) -> None:
+@as_team
+def build(
+    spec: Path,
+    out: Path,
+    overrides: dict[str, Any],
+    overwrite: bool,
+    store: Path | None,
+    where: Where,
+    as_json: bool,
+) -> None:
     """Build and evaluate an expert: profile, compose, prune and evaluate in a row.
 
     \b
@@ -37,4 +48,7 @@ def build(spec: Path, out: Path, overrides: dict[str, Any], overwrite: bool, sto
     """
     from expertprune.stages import build as stage
 
-    print_expert(stage.build(spec, out, overrides, overwrite, store, progress_bar), as_json)
+    where.check()
+    with where.opened(store) as engine:
+        stage.build(spec, out, overrides, overwrite, store, progress_bar, engine)
+    print_expert(out, as_json)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,12 +35,21 @@ class Where:
     shard: str | None
     collect: bool
 
-    def share(self, store: Path | None) -> Shard | None:
-        """The shard that is asked for, if one is. Raises `UsageError` if it is none, or options exclude each other."""
+    @property
+    def tasks(self) -> bool:
+        """Whether tasks are run in another way than in this process, one after the other."""
+        return self.engine != "local" or self.shard is not None or self.collect
+
+    def check(self) -> None:
+        """Raises `UsageError` where options exclude each other."""
         if sum((self.engine != "local", self.shard is not None, self.collect)) > 1:
             raise UsageError("give one of --engine ray, --shard and --collect, not several")
         if self.engine == "local" and (self.address, self.cpus, self.gpus, self.members) != (None, None, None, 1):
             raise UsageError("--address, --cpus-per-task, --gpus-per-task and --members need --engine ray")
+
+    def share(self, store: Path | None) -> Shard | None:
+        """The shard that is asked for, if one is. Raises `UsageError` if it is none, or options exclude each other."""
+        self.check()
         if self.shard is None:
             return None
         from expertprune.engine.tasks import Shard
@@ -116,6 +126,25 @@ def show_report(report: Report, shard: Shard, as_json: bool) -> None:
         return f"{here}; {left}\nwhen all shards have ended: the same command with --collect in place of --shard"
 
     show(as_json, report.document(), text)
+
+
+def as_team(command: F) -> F:
+    """Join the team that `torchrun` has started this process for, if it has. Members but the first print nothing."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **keywords: Any) -> Any:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            return command(*args, **keywords)
+        from expertprune.engine.team import joined
+
+        with joined() as team, contextlib.ExitStack() as stack:
+            if not team.leads:
+                messages.quiet = True
+                stack.callback(setattr, messages, "quiet", False)
+                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            return command(*args, **keywords)
+
+    return run  # type: ignore[return-value]
 
 
 def _tell(message: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from expertprune.commands.engines import Where, engine_options, shard_options, show_report
+from expertprune.commands.engines import Where, as_team, engine_options, shard_options, show_report
 from expertprune.commands.terminal import (
     common,
     limits_options,
@@ -30,6 +30,7 @@ from expertprune.files import to_json
 @engine_options
 @common
 @reporting
+@as_team
 def profile(spec: Path, overrides: dict[str, Any], store: Path | None, where: Where, as_json: bool) -> None:
     """Profile every corpus of a spec; profiles that are stored already are reused.
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from expertprune.commands.engines import as_team
 from expertprune.commands.terminal import (
     TRUST_HELP,
     common,
@@ -27,6 +28,7 @@ from expertprune.commands.terminal import (
 @limits_options
 @common
 @reporting
+@as_team
 def prune(plan: Path, out: Path, overwrite: bool, trust_remote_code: bool, store: Path | None, as_json: bool) -> None:
     """Apply a plan: cut the base, repair it, write the expert.
 

@@ -9,11 +9,15 @@ import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from expertprune.commands.terminal import reporting, say, stopped_by_signals
 from expertprune.files import store_folder
+
+if TYPE_CHECKING:
+    from expertprune.serving.server import Server
 
 log = logging.getLogger(__name__)
 
@@ -52,15 +56,14 @@ def serve(folders: tuple[str, ...], port: int, host: str, log: Path | None, pati
 
 def _serve_one(folder: str, port: int, host: str, arguments: Sequence[str], logs: Path, patience: float) -> None:
     from expertprune.serving.engine import check_folder
-    from expertprune.serving.server import PROMPT, Server, log_file
+    from expertprune.serving.server import Server, log_file
 
     log = log_file(logs, check_folder(folder).name, port)
     server = Server(folder, port=port, host=host, arguments=arguments, log=log, patience=patience)
     _report(f"starting {server.name}; vLLM's log: {server.log}")
     with server:
-        answer = server.complete()
-        _report(f"healthy after {server.load_seconds:.0f} s; {PROMPT!r} goes on {answer!r}")
-        _tell(server.url, [server.name])
+        _report(f"healthy after {server.load_seconds:.0f} s; {_tried(server)}")
+        _tell(server.url, [server])
         while (failure := server.failure()) is None:
             time.sleep(0.25)
         raise failure
@@ -70,7 +73,6 @@ def _serve_several(
     folders: Sequence[str], port: int, host: str, arguments: Sequence[str], logs: Path, patience: float
 ) -> None:
     from expertprune.serving.deployment import Deployment
-    from expertprune.serving.server import PROMPT
 
     deployment = Deployment(
         folders, port=port, host=host, arguments=arguments, logs=logs, report=_report, patience=patience
@@ -79,9 +81,8 @@ def _serve_several(
         _report(f"{server.name}: vLLM's log: {server.log}")
     with deployment:
         for server in deployment.servers.values():
-            answer = server.complete()
-            _report(f"{server.name}: healthy after {server.load_seconds:.0f} s; {PROMPT!r} goes on {answer!r}")
-        _tell(deployment.url, list(deployment.servers))
+            _report(f"{server.name}: healthy after {server.load_seconds:.0f} s; {_tried(server)}")
+        _tell(deployment.url, list(deployment.servers.values()))
         deployment.watch()
 
 
@@ -89,11 +90,22 @@ def _report(message: str) -> None:
     say(message, error=True)
 
 
-def _tell(url: str, names: list[str]) -> None:
+def _tried(server: Server) -> str:
+    """What the server answers, in words."""
+    from expertprune.serving.server import PROMPT, QUESTION
+
+    if server.servable.chat:
+        return f"{QUESTION!r} is answered {server.complete()!r}"
+    return f"{PROMPT!r} goes on {server.complete()!r}"
+
+
+def _tell(url: str, servers: Sequence[Server]) -> None:
     """Print the endpoint and a curl line that tries it."""
+    from expertprune.serving.server import trial
+
     say(f"endpoint: {url}")
-    say(f"models:   {', '.join(names)}")
-    request = {"model": names[0], "prompt": "The heart pumps", "max_tokens": 16}
+    say(f"models:   {', '.join(server.name for server in servers)}")
+    path, request = trial(servers[0].servable, servers[0].name, 16)
     body = shlex.quote(json.dumps(request, ensure_ascii=False))
-    say(f"try it:   curl {url}/completions -H 'Content-Type: application/json' -d {body}")
+    say(f"try it:   curl {url}/{path} -H 'Content-Type: application/json' -d {body}")
     say("stop it:  Ctrl-C")

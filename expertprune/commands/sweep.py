@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from expertprune.commands.engines import Where, engine_options, shard_options, show_report
+from expertprune.commands.engines import Where, as_team, engine_options, shard_options, show_report
 from expertprune.commands.terminal import (
     common,
     limits_options,
@@ -54,6 +54,7 @@ def _fractions(_: click.Context, __: click.Parameter, text: str) -> list[float]:
 @engine_options
 @common
 @reporting
+@as_team
 def sweep(
     spec: Path,
     budgets: list[float],

@@ -25,6 +25,7 @@ from rich.segment import Segment
 from expertprune.errors import ExpertpruneError, SpecError
 from expertprune.files import MEMORY_VARIABLE, SPOOL_VARIABLE, parse_yaml, remove_all_leftovers, store_folder, to_json
 from expertprune.formats import printable
+from expertprune.progress import within_memory
 from expertprune.spec.reading import TRUST
 
 if TYPE_CHECKING:
@@ -106,7 +107,8 @@ def reporting(command: F) -> F:
             signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             remove_all_leftovers(store_folder(kwargs.get("store")))
-            return command(*args, **kwargs)
+            with within_memory(command.__name__):  # outside of any stage too, such as while a model is loaded
+                return command(*args, **kwargs)
         except ExpertpruneError as error:
             problems = error.problems if isinstance(error, SpecError) else [str(error)]
             for problem in problems:
@@ -227,7 +229,8 @@ def progress_bar(stage: str, steps: int) -> Iterator[Callable[[], None]]:
             done = progress.tasks[0].completed + 1
             progress.update(task, completed=done, total=max(steps, done))
 
-        yield step
+        with within_memory(stage):
+            yield step
         progress.update(task, total=progress.tasks[0].completed)
 
 

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from expertprune.commands.terminal import common, reporting, set_option, show, spec_argument, store_option
+from expertprune.commands.terminal import (
+    common,
+    limits_options,
+    reporting,
+    set_option,
+    show,
+    spec_argument,
+    store_option,
+)
 
 if TYPE_CHECKING:
     from expertprune.stages.validate import Prepared
@@ -18,21 +26,27 @@ if TYPE_CHECKING:
 @spec_argument
 @set_option
 @store_option
+@limits_options
 @common
 @reporting
 def validate(spec: Path, overrides: dict[str, Any], store: Path | None, as_json: bool) -> None:
-    """Check a spec and what it names: base, corpora, budget. No model is loaded.
+    """Check a spec and what it names: base, corpora, budget. No weights are read.
+
+    A few seconds of measurement forecast what a build takes where nothing is stored yet.
 
     \b
     expertprune validate profiles/english-medical-qa.yaml
     """
     from expertprune.spec.values import Coverage
     from expertprune.stages import validate as stage
+    from expertprune.stages.forecast import forecast
 
     prepared = stage.validate(spec, overrides, store)
-    data = _document(prepared)
+    expected = forecast(prepared)
+    data = _document(prepared) | {"forecast": expected.document()}
     more = isinstance(prepared.spec.budget.vocabulary, Coverage)
-    show(as_json, data, lambda: "\n".join([f"{spec}: valid", *_lines(data, more)]))
+    lines = [*_lines(data, more), *(f"  build   {line}" for line in expected.lines())]
+    show(as_json, data, lambda: "\n".join([f"{spec}: valid", *lines]))
 
 
 def _document(prepared: Prepared) -> dict[str, Any]:

@@ -86,8 +86,9 @@ def removed_from_layer(base: ResolvedBase, index: int, widths: LayerWidths) -> i
     cost = {s: unit_parameters(base.checkpoint, base.family, shape, index, s) for s in Structure if shape.units(s)}
     total = cost.get(Structure.FFN, 0) * (shape.ffn - widths.ffn) * max(1, widths.experts)
     total += cost.get(Structure.EXPERTS, 0) * (shape.experts - widths.experts)
-    total += cost[Structure.KV_GROUPS] * (shape.kv_heads - widths.kv_groups)
-    return total + cost[Structure.QUERY_HEADS] * widths.kv_groups * (shape.heads_per_group - widths.heads_per_group)
+    total += cost.get(Structure.KV_GROUPS, 0) * (shape.kv_heads - widths.kv_groups)
+    heads = widths.kv_groups * (shape.heads_per_group - widths.heads_per_group)
+    return total + cost.get(Structure.QUERY_HEADS, 0) * heads
 
 
 def added_parameters(base: ResolvedBase, layers: Sequence[LayerWidths]) -> int:

@@ -41,7 +41,7 @@ def select_layer(shape: LayerShape, widths: LayerWidths, scores: Mapping[Structu
     everything = shape.all_kept
     experts = everything.experts
     if widths.experts < shape.experts:
-        experts = tuple(keep_largest(scores[Structure.EXPERTS].score, widths.experts).tolist())
+        experts = _experts(shape, widths.experts, scores[Structure.EXPERTS].score)
     ffn, groups, heads = everything.ffn, everything.kv_groups, everything.query_heads
     if shape.experts:
         ffn = _neurons(shape, widths, scores, experts)
@@ -60,6 +60,16 @@ def select_layer(shape: LayerShape, widths: LayerWidths, scores: Mapping[Structu
     else:
         heads = tuple(head for head in heads if head // per_group in groups)
     return KeptUnits(ffn, heads, groups, experts)
+
+
+def _experts(shape: LayerShape, count: int, score: Tensor) -> tuple[int, ...]:
+    """The routed experts that a layer keeps: the highest-scoring ones, as many of each group."""
+    per_group, groups = shape.experts_per_group, shape.expert_groups
+    return tuple(
+        group * per_group + int(expert)
+        for group, own in enumerate(score.split(per_group))
+        for expert in keep_largest(own, count // groups)
+    )
 
 
 def _neurons(

@@ -204,7 +204,11 @@ def corpus_scores(profile: Profile, structures: Sequence[Structure], spec: Spec)
     for structure in structures:
         criterion = check_criterion(criterion_name(spec.relevance, structure))
         raw, activation = [], []
-        for layer in range(len(profile.layers)):
+        for layer, shape in enumerate(profile.layers):
+            if not shape.units(structure):  # nothing of this layer is cut
+                raw.append(torch.zeros(0, dtype=torch.float64))
+                activation.append(raw[-1])
+                continue
             statistics = unit_statistics(profile, structure, layer, spec.relevance.seed, part)
             raw.append(corpus_score(criterion, statistics, spec.compose.aggregate).double())
             square = torch.linalg.vector_norm(statistics.rms, dim=0).square() / statistics.documents

@@ -17,14 +17,17 @@ from expertprune.composition.parameters import (
 from expertprune.composition.widths import (
     LayerWidths,
     check_structures,
+    common_shape,
     expressible,
     first_units,
+    in_layer,
     least,
     legal_experts,
     legal_ffn,
     removal,
     rounded_down,
     said,
+    shareable,
 )
 from expertprune.errors import PlanError
 from expertprune.models.base import ResolvedBase
@@ -44,13 +47,14 @@ def uniform_widths(budget: Budget, base: ResolvedBase) -> tuple[LayerWidths, ...
     Raises:
         PlanError: not reachable; the message names the nearest legal values.
     """
-    if len(set(base.layers)) > 1:
+    shape = common_shape(base)
+    whole = replace(shape, ffn=0, experts=0, expert_groups=1) if shape.experts else shape
+    if set(base.layers) - {shape, whole}:
         raise PlanError(
             "compose.allocation: the layers of this base have different widths, so the same cut cannot be made in all of "
             "them; use allocation: global"
         )
     check_structures(budget, base)
-    shape = base.layers[0]
     groups = _kept_groups(budget, base)
     heads = _kept_heads_per_group(budget, base, groups)
     layer = LayerWidths(_kept_ffn(budget, shape), heads, groups, _kept_experts(budget, base))
@@ -62,21 +66,45 @@ def uniform_widths(budget: Budget, base: ResolvedBase) -> tuple[LayerWidths, ...
             f"budget: kv_groups and query_heads together leave {layer.query_heads} of {shape.query_heads} query heads, "
             f"fewer than budget.floor ({budget.floor:g}) allows"
         )
+    _check_heads(budget, shape, layer)
+    widths = _everywhere(layer, base)
     # The family's config must be able to say these widths: asked now, before any work.
-    base.family.pruned_config(base.checkpoint.config, [first_units(layer, shape)] * len(base.layers))
-    return (layer,) * len(base.layers)
+    base.family.pruned_config(
+        base.checkpoint.config, [first_units(*pair) for pair in zip(widths, base.layers, strict=True)]
+    )
+    return widths
+
+
+def _everywhere(layer: LayerWidths, base: ResolvedBase) -> tuple[LayerWidths, ...]:
+    return tuple(in_layer(layer, shape) for shape in base.layers)
+
+
+def _check_heads(budget: Budget, shape: LayerShape, layer: LayerWidths) -> None:
+    """Raises `PlanError` where the heads that stay cannot be shared among `budget.tensor_parallel` GPUs."""
+    if shareable(budget, shape, layer.heads_per_group, layer.kv_groups):
+        return
+    legal = [
+        f"{heads * groups} in {groups} KV groups"
+        for groups in range(shape.kv_heads, 0, -1)
+        for heads in range(shape.heads_per_group, 0, -1)
+        if (heads, groups) != (shape.heads_per_group, shape.kv_heads) and shareable(budget, shape, heads, groups)
+    ]
+    raise PlanError(
+        f"budget: {layer.query_heads} query heads in {layer.kv_groups} KV groups would stay, which cannot be shared among "
+        f"{budget.tensor_parallel} GPUs (budget.tensor_parallel); legal: {'; '.join(legal[:4]) or 'no cut of heads'}"
+    )
 
 
 def _enough_parameters(wanted: float, budget: Budget, base: ResolvedBase, layer: LayerWidths) -> LayerWidths:
     """The layer with the most neurons, or routed experts, such that enough parameters go."""
     if base.family.has_ffn or budget.experts:
-        legal = [replace(layer, ffn=width) for width in legal_ffn(base.layers[0], budget.multiple_of, budget.floor)]
+        legal = [replace(layer, ffn=width) for width in legal_ffn(common_shape(base), budget.ffn_step, budget.floor)]
     else:
         legal = [replace(layer, experts=count) for count in legal_experts(base, budget.floor)]
     rows = removed_with_rows(base, wanted_rows(budget, base))
 
     def removed(each: LayerWidths) -> int:
-        return rows + removed_parameters(base, (each,) * len(base.layers))
+        return rows + removed_parameters(base, _everywhere(each, base))
 
     for each in reversed(legal):
         if removed(each) >= wanted:
@@ -85,11 +113,11 @@ def _enough_parameters(wanted: float, budget: Budget, base: ResolvedBase, layer:
 
 
 def _kept_ffn(budget: Budget, shape: LayerShape) -> int:
-    legal = legal_ffn(shape, budget.multiple_of, budget.floor)
+    legal = legal_ffn(shape, budget.ffn_step, budget.floor)
     removed = removal(budget.ffn, shape.ffn, "ffn")
     if not removed:
         return shape.ffn
-    rule = f"kept widths are multiples of {budget.multiple_of} and at least {budget.floor:g} of {shape.ffn}"
+    rule = f"kept widths are multiples of {budget.ffn_step} and at least {budget.floor:g} of {shape.ffn}"
     if isinstance(removed, int):
         if shape.ffn - removed not in legal:
             what = f"{said(budget.ffn)}: " if isinstance(budget.ffn, Keep) else ""
@@ -101,7 +129,7 @@ def _kept_ffn(budget: Budget, shape: LayerShape) -> int:
     if len(legal) == 1:
         raise PlanError(f"budget.ffn: nothing can be removed from {shape.ffn} neurons ({rule}); lower multiple_of")
     wanted = shape.ffn * (1 - removed)
-    if wanted < legal[0] - budget.multiple_of / 2:
+    if wanted < legal[0] - budget.ffn_step / 2:
         largest = rounded_down((shape.ffn - legal[0]) / shape.ffn)
         raise PlanError(f"budget.ffn: {removed:g} is too much ({rule}); the largest legal one is {largest}")
     kept = min(legal, key=lambda width: (abs(width - wanted), -width))
@@ -128,11 +156,12 @@ def _nearest_counts(removed: int, legal: list[int], keep: bool) -> str:
 
 
 def _kept_experts(budget: Budget, base: ResolvedBase) -> int:
-    of, legal = base.layers[0].experts, legal_experts(base, budget.floor)
+    shape, legal = common_shape(base), legal_experts(base, budget.floor)
+    of, groups = shape.experts, shape.expert_groups
     if not budget.experts:
         return of
     removed = removal(budget.experts, of, "experts")
-    count = removed if isinstance(removed, int) else round(removed * of)
+    count = removed if isinstance(removed, int) else round(removed * of / groups) * groups
     largest, chosen = of - legal[0], base.family.experts_per_token(base.checkpoint.config)
     if count > largest:
         raise PlanError(
@@ -142,13 +171,21 @@ def _kept_experts(budget: Budget, base: ResolvedBase) -> int:
     if removed and not count:
         raise PlanError(
             f"budget.experts: {removed:g} of {of} is less than half a routed expert and removes nothing; the smallest "
-            f"legal one is {1 / of:.4g}"
+            f"legal one is {groups / of:.4g}"
+        )
+    if count % groups:
+        near = sorted({count - count % groups, min(count - count % groups + groups, largest)} - {0})
+        raise PlanError(
+            f"budget.experts: {count} of {of} routed experts is not the same number in each of the {groups} groups that the "
+            f"router first chooses among; legal near it: {' and '.join(map(str, near))}"
         )
     return of - count
 
 
 def _kept_groups(budget: Budget, base: ResolvedBase) -> int:
     shape = base.layers[0]
+    if not budget.kv_groups:
+        return shape.kv_heads
 
     def legal(removed: int) -> bool:
         return expressible(base, shape.heads_per_group, shape.kv_heads - removed)

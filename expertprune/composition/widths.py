@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from expertprune.artifacts.plan import StructureBudget
 from expertprune.errors import PlanError
@@ -44,7 +44,10 @@ class LayerWidths:
 
 
 def summary(budget: Budget, base: Sequence[LayerShape], widths: Sequence[LayerWidths]) -> dict[str, StructureBudget]:
-    """By structure that the base has: what was requested, and what each layer has, keeps and loses."""
+    """By structure that the base has: what was requested, and what each layer has, keeps and loses.
+
+    A single number is that of every layer which has such units.
+    """
     result = {}
     for structure in Structure:
         neurons = structure is Structure.FFN
@@ -53,8 +56,9 @@ def summary(budget: Budget, base: Sequence[LayerShape], widths: Sequence[LayerWi
             continue
         kept = [layer.ffn if neurons else layer.of(structure) for layer in widths]
         entries = {"of": of, "kept": kept, "removed": [a - b for a, b in zip(of, kept, strict=True)]}
-        one = len(set(of)) == len(set(kept)) == 1
-        numbers = {key: values[0] if one else values for key, values in entries.items()}
+        there = {(a, b) for a, b in zip(of, kept, strict=True) if a}
+        one = len(there) == 1
+        numbers = {key: max(values) if one else values for key, values in entries.items()}
         result[structure.value] = StructureBudget(requested=getattr(budget, structure.value), **numbers)
     return result
 
@@ -87,9 +91,17 @@ def check_structures(budget: Budget, base: ResolvedBase) -> None:
             why = f"heads of family {family.family!r} cannot be cut: {family.why_no_heads}"
             if structure is Structure.EXPERTS:
                 why = f"layers of family {family.family!r} have none"
+            if structure is Structure.FFN:
+                why = f"neurons of family {family.family!r} cannot be cut: {family.why_no_neurons}"
             raise PlanError(f"budget.{structure.value}: {why}; structures that can be cut: {allowed}")
+    _check_shared(budget, base)
     if family.has_ffn:
         return
+    if budget.overall and budget.experts and family.why_no_neurons:
+        raise PlanError(
+            f"budget: parameters beside experts are met by neurons, and those of family {family.family!r} cannot be cut: "
+            f"{family.why_no_neurons}; leave one of the two out"
+        )
     if (budget.ffn or (budget.overall and budget.experts)) and budget.multiple_of % ALIGNED:
         raise PlanError(
             f"budget.multiple_of: {budget.multiple_of} is no multiple of {ALIGNED}; widths of routed experts must be, "
@@ -102,6 +114,27 @@ def check_structures(budget: Budget, base: ResolvedBase) -> None:
         )
 
 
+def _check_shared(budget: Budget, base: ResolvedBase) -> None:
+    """Raises `PlanError` where the base itself cannot be shared among `budget.tensor_parallel` GPUs."""
+    gpus = budget.tensor_parallel
+    for layer, shape in enumerate(base.layers):
+        if problems := shape.indivisible(gpus):
+            raise PlanError(
+                f"budget.tensor_parallel: layer {layer} of this base has {' and '.join(problems)}, which cannot be shared "
+                f"among {gpus} GPUs; take fewer"
+            )
+
+
+def shareable(budget: Budget, shape: LayerShape, heads_per_group: int, groups: int) -> bool:
+    """Whether these heads can be shared among `budget.tensor_parallel` GPUs.
+
+    Where GPUs outnumber KV heads, each KV head is on several, so cutting one would save nothing.
+    """
+    gpus = budget.tensor_parallel
+    kv_heads = groups % gpus == 0 or groups == shape.kv_heads
+    return kv_heads and heads_per_group * groups % gpus == 0
+
+
 def check_own_widths(budget: Budget, base: ResolvedBase) -> None:
     """Raises `PlanError` where routed experts would be cut and layers shall have widths of their
     own.
@@ -111,6 +144,16 @@ def check_own_widths(budget: Budget, base: ResolvedBase) -> None:
             "compose.allocation: the config of this base has one number of routed experts and one of neurons in each, for "
             "all layers; leave allocation out, or use allocation: uniform"
         )
+
+
+def common_shape(base: ResolvedBase) -> LayerShape:
+    """The shape of the layers that can be cut; in a mixture, some layers may have an FFN that stays whole."""
+    return max(base.layers, key=lambda shape: shape.neurons)
+
+
+def in_layer(widths: LayerWidths, shape: LayerShape) -> LayerWidths:
+    """Widths of a layer that may have nothing but heads to cut."""
+    return widths if shape.ffn else replace(widths, ffn=0, experts=0)
 
 
 # --- legal widths ---------------------------------------------------------------------------------------------------
@@ -129,10 +172,11 @@ def legal_ffn(shape: LayerShape, multiple_of: int, floor: float) -> list[int]:
 
 def legal_experts(base: ResolvedBase, floor: float) -> list[int]:
     """Numbers of routed experts that a layer may keep, ascending: no fewer than the router chooses
-    for each token.
+    for each token, and as many of each group that it chooses among.
     """
-    of = base.layers[0].experts
-    return list(range(max(base.family.experts_per_token(base.checkpoint.config), least(of, floor)), of + 1))
+    shape = common_shape(base)
+    smallest = max(base.family.least_experts(base.checkpoint.config), least(shape.experts, floor))
+    return [count for count in range(smallest, shape.experts + 1) if count % shape.expert_groups == 0]
 
 
 def legal_widths(base: ResolvedBase, budget: Budget, layer: int, structure: Structure) -> list[int]:
@@ -141,14 +185,14 @@ def legal_widths(base: ResolvedBase, budget: Budget, layer: int, structure: Stru
     """
     shape = base.layers[layer]
     if structure is Structure.FFN:
-        return legal_ffn(shape, budget.multiple_of, budget.floor)[::-1]
+        return legal_ffn(shape, budget.ffn_step, budget.floor)[::-1]
     if structure is Structure.EXPERTS:
         return legal_experts(base, budget.floor)[::-1]
     own = shape.kv_heads if structure is Structure.KV_GROUPS else shape.heads_per_group
 
     def can_say(width: int) -> bool:
         heads, groups = (shape.heads_per_group, width) if structure is Structure.KV_GROUPS else (width, shape.kv_heads)
-        return expressible(base, heads, groups)
+        return shareable(budget, shape, heads, groups) and expressible(base, heads, groups)
 
     smallest = max(1, least(own, budget.floor))
     return [own, *(width for width in range(own - 1, smallest - 1, -1) if can_say(width))]
@@ -156,8 +200,10 @@ def legal_widths(base: ResolvedBase, budget: Budget, layer: int, structure: Stru
 
 def may_keep(base: ResolvedBase, budget: Budget, layer: int, widths: LayerWidths) -> bool:
     """Whether the heads and groups of a layer, each of them legal, are legal together."""
-    enough = widths.query_heads >= least(base.layers[layer].query_heads, budget.floor)
-    return enough and expressible(base, widths.heads_per_group, widths.kv_groups)
+    shape = base.layers[layer]
+    enough = widths.query_heads >= least(shape.query_heads, budget.floor)
+    shared = shareable(budget, shape, widths.heads_per_group, widths.kv_groups)
+    return enough and shared and expressible(base, widths.heads_per_group, widths.kv_groups)
 
 
 def expressible(base: ResolvedBase, heads_per_group: int, groups: int) -> bool:

@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from expertprune.corpora.chat import Rendered, Span, render
 from expertprune.corpora.documents import Corpus, Document
 from expertprune.errors import CheckpointError, SpecError
+from expertprune.files import digest_of
 from expertprune.spec.schema import Spec
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of a document, or of a window of it.
+
+    Attributes:
+        ids: `[tokens]`.
+        answers: `[tokens]`, whether the loss counts on each; `None`: on all of them.
+        size: UTF-8 bytes of the text that the predicted tokens stand for, where it is known. Special
+            tokens have no text.
+    """
+
+    ids: tuple[int, ...]
+    answers: tuple[bool, ...] | None = None
+    size: int = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def predicted(self) -> int:
+        """How many tokens the loss counts on. Nothing predicts the first one."""
+        return max(0, len(self.ids) - 1) if self.answers is None else sum(self.answers[1:])
 
 
 @dataclass(frozen=True)
@@ -21,33 +47,129 @@ class Batch:
     `documents` are positions in the corpus, `[rows]`; `ids` is `[rows, tokens]`; `lengths`,
     `[rows]`, counts the real tokens. Padding follows the text, so under causal attention no real
     token ever sees it and no mask is needed.
+
+    `answers` `[rows, tokens]` says on which tokens the loss counts; `None`: on all real ones. In
+    statistics, the other tokens of a conversation weigh `prompt_weight`.
     """
 
     ids: Tensor
     lengths: tuple[int, ...]
     documents: tuple[int, ...]
+    answers: Tensor | None = None
+    prompt_weight: float = 1.0
 
     @property
     def tokens(self) -> int:
         return sum(self.lengths)
 
+    def part(self, rows: slice) -> Batch:
+        """Some of the rows, no wider than the longest of them."""
+        lengths = self.lengths[rows]
+        width = max(lengths)
+        answers = None if self.answers is None else self.answers[rows, :width]
+        return replace(
+            self, ids=self.ids[rows, :width], lengths=lengths, documents=self.documents[rows], answers=answers
+        )
 
-def tokenize(documents: Sequence[Document], tokenizer: Any, max_tokens: int) -> list[list[int]]:
-    """Token ids of each document, special tokens included, cut at `max_tokens`."""
-    if not documents:
-        return []
-    texts = [document.text for document in documents]
-    encoded = tokenizer(texts, truncation=True, max_length=max_tokens, return_attention_mask=False)
-    return [list(ids) for ids in encoded["input_ids"]]
+    @property
+    def real(self) -> Tensor:
+        """`[rows, tokens]`, false on padding."""
+        return torch.arange(self.ids.shape[1])[None] < torch.tensor(self.lengths)[:, None]
+
+    @property
+    def targets(self) -> Tensor:
+        """`[rows, tokens - 1]`: whether the loss counts on the token behind each position."""
+        counted = self.real if self.answers is None else self.real & self.answers
+        return counted[:, 1:]
+
+    @property
+    def predicted(self) -> tuple[int, ...]:
+        """How many tokens of each row the loss counts on."""
+        return tuple(self.targets.sum(1).tolist())
+
+    @property
+    def weights(self) -> Tensor:
+        """`[rows, tokens]`, float32: how much each token counts in statistics; padding counts 0."""
+        real = self.real.float()
+        return real if self.answers is None else torch.where(self.answers, real, self.prompt_weight * real)
 
 
-def make_batches(tokens: Sequence[Sequence[int]], tokens_per_batch: int, pad: int = 0) -> list[Batch]:
+def tokenize(documents: Sequence[Document], tokenizer: Any, max_tokens: int) -> list[Tokens]:
+    """Token ids of each document, special tokens included, cut at `max_tokens`.
+
+    Raises:
+        SpecError: the chat template cannot render a conversation.
+    """
+    return encode([rendered(document, tokenizer) for document in documents], tokenizer, max_tokens)
+
+
+def rendered(document: Document, tokenizer: Any) -> Rendered:
+    """`render`, with errors that quote the document."""
+    try:
+        return render(document, tokenizer)
+    except SpecError as error:
+        beginning = " ".join(document.text.split())[:40]
+        raise SpecError([f"conversation {beginning!r}: {problem}" for problem in error.problems]) from None
+
+
+def encode(texts: Sequence[Rendered], tokenizer: Any, max_tokens: int | None = None) -> list[Tokens]:
+    """Token ids of rendered texts, cut at `max_tokens`.
+
+    Raises:
+        SpecError: a conversation and a tokenizer that does not say where its tokens stand.
+    """
+    found: dict[int, Tokens] = {}
+    for chat in (False, True):
+        mine = [i for i, text in enumerate(texts) if (text.answers is not None) == chat]
+        if not mine:
+            continue
+        if chat and not tokenizer.is_fast:
+            raise SpecError("the base's tokenizer is a slow one, which does not tell answers apart: 'documents: raw'")
+        limit = {} if max_tokens is None else {"truncation": True, "max_length": max_tokens}
+        encoded = tokenizer(
+            [texts[i].text for i in mine],
+            add_special_tokens=not chat,  # a chat template writes them itself
+            return_attention_mask=False,
+            return_offsets_mapping=tokenizer.is_fast,
+            **limit,
+        )
+        offsets = encoded["offset_mapping"] if tokenizer.is_fast else [None] * len(mine)
+        for i, ids, places in zip(mine, encoded["input_ids"], offsets, strict=True):
+            found[i] = _tokens(texts[i], list(ids), places, tokenizer)
+    return [found[i] for i in range(len(texts))]
+
+
+def _tokens(text: Rendered, ids: list[int], places: list[Span] | None, tokenizer: Any) -> Tokens:
+    if places is None:
+        said = tokenizer.decode(ids[1:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Tokens(tuple(ids), None, len(said.encode()))
+    if text.answers is None:
+        first = places[0][1] if places else 0
+        return Tokens(tuple(ids), None, len(text.text[first : max((end for _, end in places), default=0)].encode()))
+    special, answers, ends = set(tokenizer.all_special_ids), [], dict[Span, int]()
+    for number, (index, (start, end)) in enumerate(zip(ids, places, strict=True)):
+        span = next((span for span in text.answers if start < span[1] and end > span[0]), None)
+        answers.append(span is not None)
+        if span is not None and number and index not in special:
+            ends[span] = max(ends.get(span, 0), min(end, span[1]))
+    said = sum(len(text.text[span[0] : end].encode()) for span, end in ends.items())  # offsets may leave spaces out
+    return Tokens(tuple(ids), tuple(answers), said)
+
+
+def make_batches(
+    documents: Sequence[Tokens | Sequence[int]], tokens_per_batch: int, pad: int = 0, prompt_weight: float = 1.0
+) -> list[Batch]:
     """Batches of documents of similar length.
 
     A batch has at most `tokens_per_batch` tokens, padding included, or one longer document.
-    Documents of fewer than two tokens predict nothing and are left out.
+    Documents in which the loss counts on no token are left out.
+
+    Args:
+        documents: bare ids count whole.
+        prompt_weight: see `Batch`.
     """
-    order = sorted((i for i in range(len(tokens)) if len(tokens[i]) >= 2), key=lambda i: (len(tokens[i]), i))
+    tokens = [each if isinstance(each, Tokens) else Tokens(tuple(each)) for each in documents]
+    order = sorted((i for i in range(len(tokens)) if tokens[i].predicted), key=lambda i: (len(tokens[i]), i))
     groups: list[list[int]] = []
     for index in order:
         if groups and len(tokens[index]) * (len(groups[-1]) + 1) <= tokens_per_batch:
@@ -56,10 +178,16 @@ def make_batches(tokens: Sequence[Sequence[int]], tokens_per_batch: int, pad: in
             groups.append([index])
     batches = []
     for group in groups:
-        ids = torch.full((len(group), len(tokens[group[-1]])), pad, dtype=torch.int64)
+        width = len(tokens[group[-1]])
+        ids = torch.full((len(group), width), pad, dtype=torch.int64)
+        answers = torch.ones(len(group), width, dtype=torch.bool)
         for row, index in enumerate(group):
-            ids[row, : len(tokens[index])] = torch.tensor(tokens[index])
-        batches.append(Batch(ids, tuple(len(tokens[i]) for i in group), tuple(group)))
+            ids[row, : len(tokens[index])] = torch.tensor(tokens[index].ids)
+            if (own := tokens[index].answers) is not None:
+                answers[row, : len(own)] = torch.tensor(own)
+        whole = all(tokens[index].answers is None for index in group)
+        lengths = tuple(len(tokens[index]) for index in group)
+        batches.append(Batch(ids, lengths, tuple(group), None if whole else answers, prompt_weight))
     return batches
 
 
@@ -73,11 +201,81 @@ def check_ids(batches: Sequence[Batch], rows: int) -> None:
         )
 
 
-def calibration_batches(corpus: Corpus, tokenizer: Any, spec: Spec) -> tuple[list[Document], list[Batch]]:
-    """Documents of two tokens or more, and their batches; raises `SpecError` for none."""
-    tokens = tokenize(corpus.calibration, tokenizer, spec.calibration.max_tokens)
-    usable = [i for i, ids in enumerate(tokens) if len(ids) >= 2]
-    if not usable:
-        raise SpecError(f"corpus {corpus.name}: every document is shorter than two tokens")
-    batches = make_batches([tokens[i] for i in usable], spec.calibration.tokens_per_batch)
-    return [corpus.calibration[i] for i in usable], batches
+@dataclass(frozen=True)
+class CalibrationText:
+    """What of a corpus is profiled: windows of its documents.
+
+    Attributes:
+        documents: `[windows]`, the document of each.
+        tokens: `[windows]`.
+        batches: their rows are positions in both.
+    """
+
+    documents: list[Document]
+    tokens: list[Tokens]
+    batches: list[Batch]
+
+    @property
+    def digest(self) -> str:
+        """Digest of what a pass reads: ids, answers and their weights; not how batches are cut."""
+        weights = {batch.prompt_weight for batch in self.batches if batch.answers is not None}
+        return digest_of([[[each.ids, each.answers] for each in self.tokens], sorted(weights)])
+
+
+def calibration_text(documents: Sequence[Document], tokenizer: Any, spec: Spec) -> CalibrationText:
+    """The windows of documents that calibration reads, as many of each as `calibration.windows`.
+
+    Windows in which the loss counts on no token are left out.
+    """
+    settings = spec.calibration
+    texts = [rendered(document, tokenizer) for document in documents]
+    if settings.windows == 1:
+        every = [[each] for each in encode(texts, tokenizer, settings.max_tokens)]
+    else:
+        whole = encode(texts, tokenizer)
+        every = [windows(each, settings.max_tokens, settings.windows, tokenizer.bos_token_id) for each in whole]
+    pairs = [(document, each) for document, own in zip(documents, every, strict=True) for each in own if each.predicted]
+    tokens = [each for _, each in pairs]
+    batches = make_batches(tokens, settings.tokens_per_batch, prompt_weight=settings.prompt_weight)
+    return CalibrationText([document for document, _ in pairs], tokens, batches)
+
+
+def windows(tokens: Tokens, max_tokens: int, count: int, bos: int | None = None) -> list[Tokens]:
+    """At most `count` windows of at most `max_tokens`, spread evenly over a document.
+
+    The first begins with the document, the last ends with it, unless there is only one.
+
+    Args:
+        bos: the token that begins every text; if it begins this one, it begins each window.
+    """
+    number = min(count, -(-len(tokens) // max_tokens))
+    if number <= 1:
+        return [_window(tokens, 0, max_tokens, None)]
+    last = len(tokens) - max_tokens
+    head = bos if bos is not None and tokens.ids[0] == bos else None
+    return [_window(tokens, round(last * i / (number - 1)), max_tokens, head if i else None) for i in range(number)]
+
+
+def _window(tokens: Tokens, start: int, length: int, head: int | None) -> Tokens:
+    part = slice(start, start + length)
+    ids, answers = tokens.ids[part], None if tokens.answers is None else tokens.answers[part]
+    if head is None:
+        return Tokens(ids, answers)
+    return Tokens((head, *ids[1:]), None if answers is None else (False, *answers[1:]))
+
+
+def corpus_text(corpus: Corpus, tokenizer: Any, spec: Spec) -> CalibrationText:
+    """`calibration_text` of a corpus.
+
+    Raises:
+        SpecError: a conversation cannot be rendered, or no token is left for the loss to count on.
+    """
+    try:
+        text = calibration_text(corpus.calibration, tokenizer, spec)
+    except SpecError as error:
+        raise SpecError([f"corpus {corpus.name}: {problem}" for problem in error.problems]) from None
+    if not text.batches:
+        chat = any(document.conversation is not None for document in corpus.calibration)
+        longer = f"no answer begins within the first {spec.calibration.max_tokens} tokens: raise calibration.max_tokens"
+        raise SpecError(f"corpus {corpus.name}: {longer if chat else 'every document is shorter than two tokens'}")
+    return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -10,7 +11,8 @@ from expertprune.corpora.documents import GENERAL, CorpusName, corpus_names
 from expertprune.errors import SpecError
 from expertprune.files import read_yaml, shipped
 from expertprune.registry import nearest
-from expertprune.spec.schema import DIMENSIONS, Source, Spec
+from expertprune.spec.schema import DIMENSIONS, Spec
+from expertprune.spec.sources import Source
 
 
 def catalogue_sources(folder: Path) -> dict[CorpusName, Source]:
@@ -51,15 +53,28 @@ def find_sources(spec: Spec) -> dict[CorpusName, Source]:
     for name in corpus_names(spec):
         source = _find(name, spec.corpora.sources, catalogue)
         if source is None:
+            key = GENERAL if name.is_general else f"dimensions.{name.dimension}"
             known = {each.value for each in catalogue if each.dimension == name.dimension}
             known |= {key.rpartition("/")[2] for key in spec.corpora.sources}
-            key = GENERAL if name.is_general else f"dimensions.{name.dimension}"
-            problems.append(f"{key}: no corpus for {name.value!r}{nearest(name.value, known)}")
+            hint = nearest(name.value, known)
+            hint += "" if "did you mean" in hint else _own_source(name)
+            problems.append(f"{key}: no corpus for {name.value!r}{hint}")
         else:
             found[name] = source
     if problems:
         raise SpecError(problems)
     return found
+
+
+def _own_source(name: CorpusName) -> str:
+    """What to write into a spec for a corpus of the user's own."""
+    file = re.sub(r"[^\w.-]+", "-", name.value)
+
+    def pasted(source: str) -> str:
+        return f"corpora: {{sources: {{{name}: {{{source}}}}}}}"
+
+    own, openings = f"path: {file}.jsonl", f"path: {file}.jsonl, generate: {{from: continuation, tokens: 200k}}"
+    return f"; give your own documents, {pasted(own)}, or a few openings for the base to go on from, {pasted(openings)}"
 
 
 def _find(name: CorpusName, inline: dict[str, Source], catalogue: dict[CorpusName, Source]) -> Source | None:

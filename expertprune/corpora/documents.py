@@ -5,15 +5,25 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+from expertprune.corpora.messages import Conversation
 from expertprune.files import digest_of
 from expertprune.spec.schema import Spec
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text."""
+    """One text, or a conversation, whose `text` is what is said in it.
+
+    A conversation is read by a model as the base's chat template renders it.
+    """
 
     text: str
+    conversation: Conversation | None = None
+
+    @classmethod
+    def of(cls, conversation: Conversation) -> Document:
+        """A conversation as a document."""
+        return cls(conversation.text, conversation)
 
     @property
     def digest(self) -> str:
@@ -49,7 +59,7 @@ class Corpus:
     """Documents of one dimension value, or of `general`.
 
     `set_aside` says that the evaluation documents are a tenth of the corpus rather than a split of
-    their own.
+    their own. `generated` says how the base made the calibration documents, if it did.
     """
 
     name: str
@@ -57,6 +67,7 @@ class Corpus:
     evaluation: tuple[Document, ...]
     questions: tuple[Question, ...] = ()
     set_aside: bool = False
+    generated: str | None = None
 
     @property
     def digest(self) -> str:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from expertprune.corpora.catalogue import find_sources
 from expertprune.corpora.documents import Corpus, CorpusName, Document
-from expertprune.corpora.reading import read_dataset, read_files, read_questions
+from expertprune.corpora.kept import Kept
+from expertprune.corpora.reading import on_hub, pinned, read_dataset, read_files, read_questions
 from expertprune.errors import SpecError, gathered
 from expertprune.files import digest_of
-from expertprune.spec.schema import Source, Spec
+from expertprune.spec.schema import Spec
+from expertprune.spec.sources import Source
 
 HELD_OUT = 10  # one document in ten is set aside where a corpus has no evaluation split
 
 
-def load_corpus(name: CorpusName, source: Source, spec: Spec) -> Corpus:
+Generator = Callable[[CorpusName, Source, Corpus], Corpus]  # replaces calibration by what the base writes
+
+
+def load_corpus(
+    name: CorpusName, source: Source, spec: Spec, store: Path | None = None, generator: Generator | None = None
+) -> Corpus:
     """Read a corpus and split it.
 
     Where the source has no evaluation split, documents whose digest is divisible by ten are set
@@ -24,16 +32,28 @@ def load_corpus(name: CorpusName, source: Source, spec: Spec) -> Corpus:
     `calibration.documents`, `calibration.seed` chooses. The evaluation documents do not depend on
     the seed.
 
+    Args:
+        store: where rows of data sets on the hub are kept, so that the next run needs no network.
+        generator: makes the calibration documents of sources with `generate`; `None` leaves their
+            own documents in place.
+
     Raises:
         SpecError: a file is missing or malformed (file and line named), or no document is left.
     """
     own_split = source.evaluation is not None or source.evaluation_split is not None
-    calibration, evaluation = (_from_files if source.dataset is None else _from_dataset)(source, spec, own_split)
+    if source.dataset is None:
+        calibration, evaluation = _from_files(source, spec, own_split)
+    else:
+        calibration, evaluation = _from_dataset(source, spec, own_split, store)
     where = ", ".join(source.path) if source.path else f"dataset {source.dataset}"
     if not calibration:
         raise SpecError(f"corpus {name}: {where}: holds no document to calibrate on")
     questions = read_questions(Path(source.questions)) if source.questions else ()
-    return Corpus(str(name), tuple(calibration), tuple(evaluation), questions, set_aside=not own_split)
+    corpus = Corpus(str(name), tuple(calibration), tuple(evaluation), questions, set_aside=not own_split)
+    if source.generate is not None and generator is not None:
+        corpus = generator(name, source, corpus)
+    answered = [each for each in corpus.evaluation if each.conversation is None or each.conversation.answered]
+    return replace(corpus, evaluation=tuple(answered))  # a prompt alone evaluates nothing
 
 
 _Split = tuple[list[Document], list[Document]]  # calibration and evaluation
@@ -55,7 +75,24 @@ def _from_files(source: Source, spec: Spec, own_split: bool) -> _Split:
     return calibration, _choose(evaluation, spec.evaluate.documents, seed=0)
 
 
-def _from_dataset(source: Source, spec: Spec, own_split: bool) -> _Split:
+def _from_dataset(source: Source, spec: Spec, own_split: bool, store: Path | None) -> _Split:
+    """What the store keeps of a data set on the hub, or else what `_streamed` reads of it."""
+    if store is None or not on_hub(source):
+        return _streamed(source, spec, own_split)
+    wanted = [spec.calibration.documents, spec.calibration.seed, spec.evaluate.documents]
+    read_from = source.model_dump(mode="json", exclude={"questions", "generate"})
+    path = store / "datasets" / f"{digest_of([read_from, wanted, source.generate is not None])}.jsonl"
+    if (kept := Kept.load(path)) is None:
+        exact = pinned(source)
+        calibration, evaluation = _streamed(exact, spec, own_split)
+        about = {"dataset": source.dataset, "revision": exact.revision}
+        kept = Kept(about, {"calibration": calibration, "evaluation": evaluation})
+        if calibration:
+            kept.save(path)
+    return list(kept.splits["calibration"]), list(kept.splits["evaluation"])
+
+
+def _streamed(source: Source, spec: Spec, own_split: bool) -> _Split:
     """Two shuffled streams, each read no further than needed."""
 
     def stream(split: str | None, seed: int, evaluation: bool) -> Iterator[Document]:
@@ -70,13 +107,13 @@ def _from_dataset(source: Source, spec: Spec, own_split: bool) -> _Split:
     )
 
 
-def load_corpora(spec: Spec) -> dict[CorpusName, Corpus]:
-    """Every corpus of a spec. Raises one `SpecError` with all problems."""
+def load_corpora(spec: Spec, store: Path | None = None, generator: Generator | None = None) -> dict[CorpusName, Corpus]:
+    """Every corpus of a spec (see `load_corpus`). Raises one `SpecError` with all problems."""
     corpora: dict[CorpusName, Corpus] = {}
     problems: list[str] = []
     for name, source in find_sources(spec).items():
         with gathered(problems):
-            corpora[name] = load_corpus(name, source, spec)
+            corpora[name] = load_corpus(name, source, spec, store, generator)
     if problems:
         raise SpecError(problems)
     return corpora

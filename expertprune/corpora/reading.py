@@ -10,26 +10,59 @@ from types import NoneType
 from typing import Any
 
 from expertprune.corpora.documents import Document, Question
+from expertprune.corpora.messages import read_conversation, read_exchange
+from expertprune.corpora.tables import csv_rows, parquet_rows
 from expertprune.errors import SpecError, first_line
 from expertprune.files import not_a_file, opened, parse_json, read_text
 from expertprune.registry import nearest
-from expertprune.spec.schema import Source
+from expertprune.spec.sources import Source
 
 LONGEST = 64 * 2**20  # bytes of one document
 SHUFFLED = 2048  # rows of a data set that are shuffled at a time; their texts must fit into memory
+_NO_NETWORK = "; with a network, its rows are kept in the store for later runs without; or give files as 'path'"
 _KINDS = {list: "a list", dict: "a mapping", bool: "a boolean", int: "a number", float: "a number", NoneType: "null"}
 
 
 def read_files(source: Source, paths: Sequence[str]) -> Iterator[Document]:
-    """The documents of JSONL and text files, in order. Raises `SpecError` naming file and line."""
+    """The documents of JSONL, parquet, CSV and text files, in order.
+
+    Raises:
+        SpecError: naming file and line (row, in a parquet file).
+    """
     for path in map(Path, paths):
         if problem := not_a_file(path):
             raise SpecError(f"{path}: {problem}")
         if path.suffix in (".txt", ".md"):
+            if source.chat:
+                raise SpecError(f"{path}: a text file has no fields, and so no conversations")
             yield Document(read_text(path, LONGEST, SpecError))
             continue
-        for number, row in _json_rows(path):
-            yield Document(_text(row, source, f"{path}, line {number}"))
+        place = "row" if path.suffix == ".parquet" else "line"
+        for number, row in _ROWS.get(path.suffix, _json_rows)(path):
+            yield read_document(row, source, f"{path}, {place} {number}")
+
+
+def read_document(row: dict[str, Any], source: Source, where: str) -> Document:
+    """The text or the conversation of a row. Raises `SpecError` with `where` the row stands."""
+    if not source.chat:
+        return Document(_text(row, source, where))
+    if source.messages is not None:
+        tools = _field(row, source.tools, where) if source.tools is not None else None
+        conversation = read_conversation(_field(row, source.messages, where), tools, where, _unanswered(source))
+    else:
+        completion = [] if _lacks_answer(row, source) else _field(row, str(source.completion), where)
+        conversation = read_exchange(_field(row, str(source.prompt), where), completion, where, _unanswered(source))
+    return Document(conversation.text) if source.documents == "raw" else Document.of(conversation)
+
+
+def _lacks_answer(row: dict[str, Any], source: Source) -> bool:
+    """Whether a row has no completion, and need not have one."""
+    return source.completion is None or (_unanswered(source) and not row.get(source.completion.partition(".")[0]))
+
+
+def _unanswered(source: Source) -> bool:
+    """Whether conversations need no answer, because the base is to give one."""
+    return source.generate is not None and source.generate.from_ == "prompts"
 
 
 def read_dataset(source: Source, split: str, seed: int) -> Iterator[Document]:
@@ -37,6 +70,7 @@ def read_dataset(source: Source, split: str, seed: int) -> Iterator[Document]:
     split.
 
     Args:
+        source: its `revision` is a commit where the data set is on the hub (see `pinned`).
         seed: shuffles the rows as `IterableDataset.shuffle` does: the order of the shards, and
             `SHUFFLED` rows at a time.
     """
@@ -44,13 +78,36 @@ def read_dataset(source: Source, split: str, seed: int) -> Iterator[Document]:
 
     where = f"dataset {source.dataset!r}, split {split!r}"
     try:
+        files = {} if source.data_files is None else {"data_files": source.data_files}
         rows = datasets.load_dataset(
-            source.dataset, source.config, split=split, revision=source.revision, streaming=True
+            source.dataset, source.config, split=split, revision=source.revision, streaming=True, **files
         )
         for row in rows.shuffle(seed=seed, buffer_size=SHUFFLED):
-            yield Document(_text(row, source, where))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise SpecError(f"{where}: {first_line(error)}") from None
+            yield read_document(row, source, where)
+    except SpecError:
+        raise
+    except Exception as error:  # of the libraries for HTTP and for the files' formats
+        raise SpecError(f"{where}: {first_line(error)}{_NO_NETWORK if on_hub(source) else ''}") from None
+
+
+def on_hub(source: Source) -> bool:
+    """Whether a source's data set is on the hub, and no folder or files of this machine."""
+    if source.dataset is None or Path(source.dataset).exists():
+        return False
+    return "/" in source.dataset or any("://" in path for paths in (source.data_files or {}).values() for path in paths)
+
+
+def pinned(source: Source) -> Source:
+    """The source with the commit of its data set, where the hub says it."""
+    from huggingface_hub import HfApi
+
+    if not on_hub(source) or source.revision is not None:
+        return source
+    try:
+        commit = HfApi().dataset_info(str(source.dataset), timeout=20).sha
+    except Exception:  # of the HTTP library, which changes; reading says what is wrong
+        return source
+    return source.model_copy(update={"revision": commit})
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -141,6 +198,9 @@ def _field(row: Any, name: str, where: str) -> Any:
             fields = value.keys() if isinstance(value, dict) else ()
             raise SpecError(f"{where}: has no field {name!r}{nearest(part, fields)}")
     return value
+
+
+_ROWS = {".csv": csv_rows, ".parquet": parquet_rows}
 
 
 def read_questions(path: Path) -> tuple[Question, ...]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from expertprune.engine.leases import Leases
+from expertprune.engine.team import team
 from expertprune.errors import UnfinishedError, UsageError
 from expertprune.progress import Track
 
@@ -67,13 +68,13 @@ class Engine(Protocol):
 
 
 class Local:
-    """Run tasks in this process, one after the other."""
+    """Run tasks in this process, or in the team that it belongs to, one after the other."""
 
     device: str | None = None
 
     def run(self, tasks: Sequence[Task], track: Track, finished: Callable[[], object] | None = None) -> None:
         for task in tasks:
-            if not task.done():
+            if not team().lead(task.done):
                 task.run(track)
             if finished is not None:
                 finished()

@@ -22,7 +22,8 @@ from torch import Tensor
 from expertprune.corpora.batches import Batch
 from expertprune.engine.watch import Watch
 from expertprune.errors import ExpertpruneError, UsageError, first_line
-from expertprune.files import staged_folder
+from expertprune.files import scratch_folder, staged_folder, temporary_folder
+from expertprune.models.passes import TextRun
 
 T = TypeVar("T")
 
@@ -64,29 +65,42 @@ class Team:
                 mine.append(batch)
         return mine
 
-    def sum(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The sum of every tensor over the members, each of which has the same names and shapes."""
+    def run(self, text: TextRun) -> TextRun:
+        """This member's share of a run over text."""
         if self.size == 1:
-            return dict(tensors)
-        found = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-        together: dict[tuple[torch.dtype, torch.device], list[str]] = {}
-        for name, tensor in found.items():
-            if tensor.numel() * tensor.element_size() > _SMALL:
+            return text
+        return replace(text, batches=self.share(text.batches), whole=text.batches, together=self.add)
+
+    def add(self, sums: Mapping[str, Tensor]) -> None:
+        """Add the other members' tensors, which have the same names and shapes, in place."""
+        if self.size == 1:
+            return
+        small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for tensor in sums.values():
+            if tensor.numel() * tensor.element_size() > _SMALL and tensor.is_contiguous():
                 distributed.all_reduce(tensor)
-            elif tensor.numel():
-                together.setdefault((tensor.dtype, tensor.device), []).append(name)
-        for names in together.values():
-            flat = torch.cat([found[name].flatten() for name in names])
+            else:
+                small.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+        for tensors in small.values():
+            flat = torch.cat([tensor.flatten() for tensor in tensors])
             distributed.all_reduce(flat)
-            for name, part in zip(names, flat.split([found[name].numel() for name in names]), strict=True):
-                found[name] = part.view_as(found[name])
-        return found
+            for tensor, part in zip(tensors, flat.split([each.numel() for each in tensors]), strict=True):
+                tensor.copy_(part.view_as(tensor))
 
     def lead(self, work: Callable[[], T]) -> T:
-        """Do something in the first member alone, and give its result, plain data, to all."""
+        """Do something in the first member alone; all get its result, plain data, or raise its error."""
         if self.size == 1:
             return work()
-        return self.told(work() if self.leads else None)  # type: ignore[return-value]
+        outcome: tuple[Any, ExpertpruneError | None] = None, None
+        if self.leads:
+            try:
+                outcome = work(), None
+            except ExpertpruneError as error:
+                outcome = None, error
+        value, failed = self.told(outcome)
+        if failed is not None:
+            raise failed
+        return value  # type: ignore[no-any-return]
 
     def told(self, value: T) -> T:
         """What the first member gives, in all members."""
@@ -150,6 +164,18 @@ class Team:
             )
 
     @contextlib.contextmanager
+    def temporary(self, shared: Path) -> Iterator[Path]:
+        """An empty folder that vanishes behind the block; below `shared` where there are other members."""
+        if self.leads:
+            alone = self.size == 1
+            with temporary_folder() if alone else scratch_folder(shared / "repairs" / "expert") as folder:
+                yield self.told(folder)
+                self.wait()
+        else:
+            yield self.told(shared)
+            self.wait()
+
+    @contextlib.contextmanager
     def staged(self, out: Path, overwrite: bool = False) -> Iterator[Path]:
         """`staged_folder`, made by the first member, in all members; `out` is there behind the block."""
         if self.leads:
@@ -173,14 +199,14 @@ def _order(batch: Batch) -> tuple[int, tuple[int, ...]]:
 def _cut(batches: Sequence[Batch], wanted: int) -> list[Batch]:
     """Batches cut between their rows until there are so many, or no more can be cut."""
     found = list(batches)
-    while len(found) < wanted and any(len(batch.documents) > 1 for batch in found):
-        largest = max((batch for batch in found if len(batch.documents) > 1), key=lambda each: each.ids.numel())
-        found.remove(largest)
+    while len(found) < wanted:
+        sizes = [(batch.ids.numel(), number) for number, batch in enumerate(found) if len(batch.documents) > 1]
+        if not sizes:
+            break
+        largest = found.pop(max(sizes)[1])
         middle = len(largest.documents) // 2
         for part in (slice(0, middle), slice(middle, None)):
-            lengths = largest.lengths[part]
-            ids = largest.ids[part, : max(lengths)]
-            found.append(replace(largest, ids=ids, lengths=lengths, documents=largest.documents[part]))
+            found.append(largest.part(part))
     return found
 
 
@@ -246,7 +272,8 @@ def _stopped_by(watch: Watch) -> Iterator[None]:
     try:
         yield
     except ExpertpruneError as error:
-        if watch.failure is None:
+        caused = isinstance(error.__cause__, RuntimeError) and watch.noticed(_NOTICE) is not None
+        if watch.failure is None and not caused:
             watch.tell(str(error), error.exit_code)
         raise
     except (RuntimeError, KeyboardInterrupt) as error:  # an exchange that failed, or the watch or a user interrupts

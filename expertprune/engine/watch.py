@@ -148,7 +148,8 @@ class Watch:
         self._noticed.set()
         _thread.interrupt_main()
         if not self._ended.wait(_GRACE):
-            print(f"error: {failure.error()}", file=sys.stderr, flush=True)
+            sys.stderr.write(f"error: {failure.error()}\n")
+            sys.stderr.flush()
             os._exit(failure.exit_code)
 
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from expertprune.artifacts.evaluation import CorpusResult, DocumentBits, Evaluation, Group, Measured, Settings
-from expertprune.corpora.batches import Batch
-from expertprune.corpora.documents import Corpus, CorpusName, Document
+from expertprune.corpora.batches import Batch, Tokens, encode
+from expertprune.corpora.chat import Rendered
+from expertprune.corpora.documents import Corpus, CorpusName
+from expertprune.engine.team import team
 from expertprune.errors import CheckpointError, SpecError
 from expertprune.evaluation.alignment import Aligning
-from expertprune.evaluation.documents import asked_of, cut_at, document_rows, document_rows_apart
+from expertprune.evaluation.documents import document_rows, document_rows_apart, texts_of
 from expertprune.evaluation.questions import choices_of, paired_answers, right_answers
-from expertprune.evaluation.reading import Asked, Compared, Floats, Read, Reading, bits, compare, read, read_together
+from expertprune.evaluation.reading import Compared, Floats, Read, Reading, bits, compare, read, read_together
 from expertprune.evaluation.retention import RESAMPLES, document_metrics
 from expertprune.models.passes import Stream, TextRun
 from expertprune.progress import Progress
@@ -65,7 +67,8 @@ class Measuring:
         other_tokens: whether the experts have tokenizers of their own.
 
     Raises:
-        SpecError: a metric per token is asked for, and base and experts have different tokens.
+        SpecError: a metric per token is asked for, and base and experts have different tokens; or a
+            corpus has no answer before it is cut.
     """
 
     def __init__(
@@ -79,10 +82,9 @@ class Measuring:
                 "different tokens; use bits_per_byte"
             )
         # Where the expert has other tokens, both read what the base's tokens are cut to.
-        self._texts: dict[str, Sequence[Document]] = {
-            corpus.name: cut_at(corpus.evaluation, tokenizer, settings.max_tokens)
-            if other_tokens
-            else corpus.evaluation
+        end = settings.max_tokens if other_tokens else None
+        self._texts: dict[str, Sequence[Rendered]] = {
+            corpus.name: texts_of(corpus.evaluation, tokenizer, end)
             for corpus in corpora
             if set(self.metrics) - {"questions"}
         }
@@ -90,9 +92,9 @@ class Measuring:
         self._known: Stream | None = None
         self._bits: Floats | None = None
 
-    def _check(self, corpus: Corpus, questions: bool, sequences: Sequence[Asked]) -> None:
+    def _check(self, corpus: Corpus, questions: bool, sequences: Sequence[Tokens]) -> None:
         """Raises `SpecError` where there is nothing to predict, or a question is longer than the base's context."""
-        if not questions and not any(each.tokens for each in sequences):
+        if not questions and not any(each.predicted for each in sequences):
             problem = f"corpus {corpus.name}: every evaluation document is shorter than two tokens"
             if not (corpus.questions and "questions" in self.metrics):
                 raise SpecError(problem)
@@ -109,7 +111,12 @@ class Measuring:
         parts, readings, first = [], [], 0
         limit = None if self.other_tokens else self.settings.max_tokens
         for corpus in self.corpora:
-            asked = {False: asked_of(self._texts.get(corpus.name, ()), tokenizer, limit)}
+            asked = {False: encode(self._texts.get(corpus.name, ()), tokenizer, limit)}
+            if any(each.answers for each in asked[False]) and not any(each.predicted for each in asked[False]):
+                raise SpecError(
+                    f"corpus {corpus.name}: no answer begins within the first {self.settings.max_tokens} tokens of its "
+                    "evaluation documents: raise evaluate.max_tokens"
+                )
             asked[True] = choices_of(corpus.questions, tokenizer) if "questions" in self.metrics else []
             for questions, sequences in asked.items():
                 if sequences:
@@ -117,7 +124,8 @@ class Measuring:
                     readings.append(Reading.of(sequences))
                     parts.append(_Part(corpus.name, questions, slice(first, first + len(sequences))))
                     first += len(sequences)
-        return _Examples(Reading.joined(readings), parts)
+        reading = Reading.joined(readings)
+        return _Examples(replace(reading, batches=tuple(team().share(reading.batches))), parts)
 
     @property
     def batches(self) -> Sequence[Batch]:

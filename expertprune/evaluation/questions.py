@@ -7,21 +7,23 @@ from typing import Any
 
 import numpy as np
 
+from expertprune.corpora.batches import Tokens
 from expertprune.corpora.documents import Question
-from expertprune.evaluation.reading import Asked, Floats, Reading, bits, read
+from expertprune.evaluation.reading import Floats, Reading, bits, read
 from expertprune.evaluation.retention import Paired
 from expertprune.models.passes import TextRun
 from expertprune.progress import Progress
 
 
-def choices_of(questions: Sequence[Question], tokenizer: Any) -> list[Asked]:
+def choices_of(questions: Sequence[Question], tokenizer: Any) -> list[Tokens]:
     """Every choice of every question in turn: `" choice"` is asked for after the prompt."""
     sequences = []
     for question in questions:
         start = len(tokenizer(question.prompt)["input_ids"])
         for choice in question.choices:
-            ids = list(tokenizer(f"{question.prompt} {choice}")["input_ids"])
-            sequences.append(Asked(ids, max(1, start), max(1, len(choice.encode()))))
+            ids = tuple(tokenizer(f"{question.prompt} {choice}")["input_ids"])
+            answers = tuple(place >= start for place in range(len(ids)))
+            sequences.append(Tokens(ids, answers, max(1, len(choice.encode()))))
     return sequences
 
 

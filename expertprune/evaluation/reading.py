@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from expertprune.corpora.batches import Batch, make_batches
+from expertprune.corpora.batches import Batch, Tokens, make_batches
 from expertprune.models.passes import Step, Stream, TextRun
 from expertprune.progress import Progress
 
@@ -26,41 +26,25 @@ TOKENS_PER_BATCH = 1024
 _LOGITS = 2**24  # of one model, held at a time: 64 MiB in float32, and some copies of them
 
 
-class Asked(NamedTuple):
-    """A sequence of tokens, of which a model is asked for those from `start` on.
-
-    `start` is 1 or more: nothing predicts the first token. `size` counts the UTF-8 bytes of the
-    text that is asked for.
-    """
-
-    ids: list[int]
-    start: int
-    size: int
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens are asked for."""
-        return max(0, len(self.ids) - self.start)
-
-
 @dataclass(frozen=True)
 class Reading:
     """Sequences in batches, whose `documents` are numbers of sequences.
 
-    Sequences of fewer than two tokens ask for nothing and are in no batch.
+    A model is asked for the tokens of each that the loss counts on. Sequences without any are in no
+    batch. In a team, `batches` are those of this member; `sequences` are always all.
     """
 
-    sequences: tuple[Asked, ...]
+    sequences: tuple[Tokens, ...]
     batches: tuple[Batch, ...]
 
     @classmethod
-    def of(cls, sequences: Sequence[Asked]) -> Reading:
-        return cls(tuple(sequences), tuple(make_batches([each.ids for each in sequences], TOKENS_PER_BATCH)))
+    def of(cls, sequences: Sequence[Tokens]) -> Reading:
+        return cls(tuple(sequences), tuple(make_batches(sequences, TOKENS_PER_BATCH)))
 
     @classmethod
     def joined(cls, parts: Sequence[Reading]) -> Reading:
         """One after the other. Each keeps its batches, so its numbers do not depend on the others."""
-        sequences: list[Asked] = []
+        sequences: list[Tokens] = []
         batches: list[Batch] = []
         for part in parts:
             first = len(sequences)
@@ -73,7 +57,7 @@ class Reading:
     @property
     def tokens(self) -> Floats:
         """How many tokens each sequence asks for, `[sequences]`."""
-        return np.array([each.tokens for each in self.sequences], dtype=np.float64)
+        return np.array([each.predicted for each in self.sequences], dtype=np.float64)
 
     @property
     def sizes(self) -> Floats:
@@ -107,18 +91,10 @@ class Places(NamedTuple):
     sequences: Tensor
 
 
-def _places(reading: Reading, batch: Batch, device: torch.device, vocabulary: int) -> Iterator[Places]:
+def _places(batch: Batch, device: torch.device, vocabulary: int) -> Iterator[Places]:
     """All places of a batch that count, a few at a time."""
-    rows: list[int] = []
-    columns: list[int] = []
-    sequences: list[int] = []
-    for row, (sequence, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
-        here = range(reading.sequences[sequence].start - 1, length - 1)
-        columns += here
-        rows += [row] * len(here)
-        sequences += [sequence] * len(here)
-    at, before = torch.tensor(rows, dtype=torch.int64), torch.tensor(columns, dtype=torch.int64)
-    parts = (at, before, batch.ids[at, before + 1], torch.tensor(sequences, dtype=torch.int64))
+    rows, columns = batch.targets.nonzero(as_tuple=True)
+    parts = (rows, columns, batch.ids[rows, columns + 1], torch.tensor(batch.documents)[rows])
     for part in zip(*(each.split(max(1, _LOGITS // vocabulary)) for each in parts), strict=True):
         yield Places(*(each.to(device) for each in part))
 
@@ -176,11 +152,12 @@ def bits(reading: Reading, read: Read, progress: Progress | None = None) -> Floa
     device, vocabulary = read.model.device, _vocabulary(read.model)
     sums = torch.zeros(len(reading.sequences), dtype=torch.float64, device=device)
     for number, batch in enumerate(reading.batches):
-        for places in _places(reading, batch, device, vocabulary):
+        for places in _places(batch, device, vocabulary):
             nats = torch.nn.functional.cross_entropy(read.logits(number, places), places.targets, reduction="none")
             sums.index_add_(0, places.sequences, nats.double())
         if progress is not None:
             progress()
+    read.model.together({"bits": sums})
     found: Floats = sums.cpu().numpy() / math.log(2)
     return found
 
@@ -191,7 +168,7 @@ def compare(reading: Reading, base: Read, expert: Read, progress: Progress | Non
     device, vocabulary = base.model.device, _vocabulary(base.model)
     sums = torch.zeros(4, len(reading.sequences), dtype=torch.float64, device=device)
     for number, batch in enumerate(reading.batches):
-        for places in _places(reading, batch, device, vocabulary):
+        for places in _places(batch, device, vocabulary):
             p, q = (torch.log_softmax(each.logits(number, places), -1) for each in (base, expert))
             target = places.targets[:, None]
             found = (
@@ -204,6 +181,7 @@ def compare(reading: Reading, base: Read, expert: Read, progress: Progress | Non
                 row.index_add_(0, places.sequences, values.double())
         if progress is not None:
             progress()
+    base.model.together({"compared": sums})
     mine, theirs, distance, agreed = sums.cpu().numpy()
     return Compared(mine / math.log(2), theirs / math.log(2), distance / math.log(2), agreed)
 

@@ -72,6 +72,8 @@ class TaskEntry(_Measured):
         description="What guessing gets; default: one over the number of choices, where there are choices.",
     )
     few_shot: int | None = Field(None, ge=0, description="Examples in the prompt; default: what the task says.")
+    chat: bool | None = Field(None, description="Ask through the chat template; default: as the suite says.")
+    fewshot_as_multiturn: bool = Field(True, description="With chat: each example of the prompt is a turn of its own.")
 
     @model_validator(mode="after")
     def _one_origin(self) -> TaskEntry:
@@ -99,6 +101,7 @@ class Suite(_Measured):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     perplexity: Perplexity | None = None
     alignment: bool = Field(False, description="Compare hidden states, on the documents of perplexity.")
+    chat: bool = Field(False, description="Ask every task through the base's chat template, as people do.")
     tasks: list[TaskEntry] = Field(default_factory=list, description="Questions with choices, or likelihoods of texts.")
     generation: list[TaskEntry] = Field(default_factory=list, description="Tasks whose answers are generated.")
 
@@ -111,6 +114,7 @@ class Suite(_Measured):
         for entry in (*self.tasks, *self.generation):  # what the suite says holds for each of its tasks
             if entry.group is None and not entry.measures:
                 entry.group, entry.measures = self.group, list(self.measures)
+            entry.chat = self.chat if entry.chat is None else entry.chat
         return self
 
     @property

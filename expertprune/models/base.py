@@ -6,6 +6,8 @@ import functools
 import hashlib
 import importlib.util
 import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -54,8 +56,10 @@ class ResolvedBase:
     def digest(self) -> str:
         """SHA-256 of the config and the weights, which are fetched first if they are not here."""
         self.checkpoint.fetch()
-        weights = {file: weights_digest(self.checkpoint.folder / file, self.store) for file in self.checkpoint.shards}
-        return digest_of([self.checkpoint.config, weights])
+        files = self.checkpoint.shards
+        with ThreadPoolExecutor(os.cpu_count()) as readers:  # hashing leaves other threads free to run
+            found = readers.map(lambda file: weights_digest(self.checkpoint.folder / file, self.store), files)
+            return digest_of([self.checkpoint.config, dict(zip(files, found, strict=True))])
 
 
 def resolve_base(base: Base, store: Path) -> ResolvedBase:

@@ -219,6 +219,12 @@ class Checkpoint:
             tensor: Tensor = shard.get_tensor(name)
             return tensor
 
+    def maps(self, name: str, value: Tensor) -> bool:
+        """Whether a tensor that came from `read` may still lie in the file's memory."""
+        info = self.tensors.get(name)
+        as_stored = info is not None and DTYPES.get(info.dtype) == value.dtype
+        return self.encoding is None and as_stored and value.device.type == "cpu"
+
     def deferred(self) -> dict[str, Deferred]:
         """All tensors, none of them read yet: a `state_dict` for transformers' `from_pretrained`."""
         self.fetch()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from expertprune.arch import ExpertTensor, Family
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.tensorfile import TensorInfo
-from expertprune.units import LayerShape, Structure
+from expertprune.units import LayerShape, Segment, Structure
 
 
 def row_parameters(checkpoint: Checkpoint, family: Family) -> int:
@@ -29,7 +29,8 @@ def unit_parameters(checkpoint: Checkpoint, family: Family, shape: LayerShape, l
         for segment in coupled.segments:
             rows = shape.segment_rows(segment)
             if structure is Structure.QUERY_HEADS:
-                total += per_row * shape.head_dim if segment == "query" else 0
+                own = segment in (Segment.QUERY, Segment.QUERY_HEAD)
+                total += per_row * rows // shape.query_heads if own else 0
             else:
                 total += per_row * rows // shape.units(structure)
     return total
@@ -37,7 +38,7 @@ def unit_parameters(checkpoint: Checkpoint, family: Family, shape: LayerShape, l
 
 def _routed_expert(checkpoint: Checkpoint, family: Family, shape: LayerShape, layer: int) -> int:
     """A routed expert's own tensors, its share of those that hold all of them, and its row of the router."""
-    if family.experts is None:
+    if family.experts is None or not shape.experts:
         return 0
     own, shared = _of_routed_experts(checkpoint, family, layer)
     return sum(info.parameters for info, _ in own) + sum(info.parameters // shape.experts for info, _ in shared)

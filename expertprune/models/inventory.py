@@ -11,7 +11,7 @@ from expertprune.arch import Family
 from expertprune.errors import CheckpointError, refused
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.loading import build_model
-from expertprune.units import LayerShape
+from expertprune.units import LayerShape, Segment
 
 # Buffers that older checkpoints stored and newer models compute.
 _COMPUTED = r"rotary_emb\.inv_freq$"
@@ -63,7 +63,7 @@ def _of_layer(checkpoint: Checkpoint, family: Family, layer: int, shape: LayerSh
             continue
         found = checkpoint.tensors[name].shape
         widths: dict[int, int] = {coupled.axis: sum(shape.segment_rows(segment) for segment in coupled.segments)}
-        if len(found) == 2:
+        if len(found) == 2 and Segment.EXPERT not in coupled.segments:
             widths[1 - coupled.axis] = shape.hidden
         for axis, width in widths.items():
             if axis >= len(found) or found[axis] != width:
@@ -72,7 +72,7 @@ def _of_layer(checkpoint: Checkpoint, family: Family, layer: int, shape: LayerSh
 
 def _missing_routed_experts(checkpoint: Checkpoint, family: Family, layer: int, count: int) -> list[str]:
     """Tensors of routed experts that are stored neither together, as the model runs them, nor one by one."""
-    if family.experts is None:
+    if family.experts is None or not count:
         return []
     prefix, problems = family.layer_prefix(layer), []
     for run in family.experts.run:
@@ -154,6 +154,7 @@ def _stored_otherwise(family: Family, shapes: Sequence[LayerShape]) -> dict[str,
             family.layer_prefix(layer) + name for name in family.experts.on_disk(run.name, shape.experts)
         )
         for layer, shape in enumerate(shapes)
+        if shape.experts
         for run in family.experts.run
     }
 

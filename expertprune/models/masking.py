@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from expertprune.arch import Family
-from expertprune.models.layers import decoder_layers, routed_to
+from expertprune.models.layers import decoder_layers
+from expertprune.models.routed import routed_to
 from expertprune.models.sources import source_of
-from expertprune.units import KeptUnits, LayerShape, Segment
+from expertprune.units import KeptUnits, LayerShape, Segment, Structure
 
 
 @contextlib.contextmanager
@@ -49,11 +50,11 @@ def _masked_layer(layer: nn.Module, family: Family, shape: LayerShape, units: Ke
             if family.experts is not None and len(units.experts) < shape.experts:
                 routers.enter_context(routed_to(layer, family.experts, torch.tensor(units.experts)))
             if family.experts is not None and units.shape(shape).ffn < shape.ffn:
-                output = layer.get_parameter(family.experts.output).data
+                output = family.experts.written(layer).data
                 for expert in units.experts:
                     silence(output[expert], torch.tensor(units.neurons_of(expert, shape)))
-            blocks = [(family.ffn, Segment.FFN)] if family.has_ffn else []
-            for block, segment in (*blocks, (family.attention, Segment.QUERY)):
+            for structure, block in family.blocks().items():
+                segment = Segment.FFN if structure is Structure.FFN else Segment.QUERY
                 silence(layer.get_parameter(block.output_weight).data, units.rows(segment, shape))
         yield
     finally:

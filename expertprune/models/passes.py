@@ -98,8 +98,10 @@ class TextRun:
 
     Attributes:
         shapes: the widths of its layers; leave them empty where only hidden states are wanted.
+        batches: those that run here.
         together: every pass calls it at the end of each layer with the layer's sums over documents,
             by name. It adds those of the other members of a team, in place.
+        whole: the batches of all members, where there are others.
     """
 
     model: Any
@@ -107,6 +109,7 @@ class TextRun:
     shapes: Sequence[LayerShape]
     batches: Sequence[Batch]
     together: Callable[[dict[str, Tensor]], None] = alone
+    whole: Sequence[Batch] = ()
 
     @property
     def source(self) -> LayerSource:
@@ -120,17 +123,22 @@ class TextRun:
 
     @property
     def documents(self) -> int:
-        """Their number."""
-        return 1 + max(document for batch in self.batches for document in batch.documents)
+        """The number of documents, of all members."""
+        return 1 + max(document for batch in self.everything for document in batch.documents)
 
     @property
     def tokens(self) -> int:
-        """The number of real tokens."""
-        return sum(batch.tokens for batch in self.batches)
+        """The number of real tokens, of all members."""
+        return sum(batch.tokens for batch in self.everything)
+
+    @property
+    def everything(self) -> Sequence[Batch]:
+        """The batches of all members of the team, perhaps cut in another way."""
+        return self.whole or self.batches
 
     def over(self, batches: Sequence[Batch]) -> TextRun:
         """The same model over other text."""
-        return replace(self, batches=batches)
+        return replace(self, batches=batches, whole=())
 
     def each_batch(self) -> Iterator[TextRun]:
         """The same model with one batch each."""

@@ -46,6 +46,12 @@ def run_folder(folder: Path, base: ResolvedBase) -> Any:
     return run_checkpoint(Checkpoint(folder), base)
 
 
+def stream_folder(folder: Path, base: ResolvedBase) -> Any:
+    """The same, but its layers are always streamed, so it is never whole in memory beside the base."""
+    limits = Limits.of_environment()
+    return load_streamed(Checkpoint(folder), base.family, base.dtype, base.device, limits, base.trust_remote_code)
+
+
 def run_checkpoint(checkpoint: Checkpoint, base: ResolvedBase) -> Any:
     """A checkpoint's model, run as the base is."""
     checkpoint.fetch()

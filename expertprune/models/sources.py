@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -94,6 +95,7 @@ class StreamedLayers(LayerSource):
             raise
         finally:
             release(layer)
+            _trim()
 
     def _weights(self, index: int) -> LayerState:
         ahead, self._ahead = self._ahead, None
@@ -116,6 +118,12 @@ def release(module: nn.Module) -> None:
     """Give the memory of all parameters back; they stay as shapes on the device `meta`."""
     empty = {name: torch.empty_like(value, device="meta") for name, value in module.named_parameters()}
     module.load_state_dict(empty, strict=False, assign=True)
+
+
+def _trim() -> None:
+    """Give freed memory back to the system: glibc keeps blocks of many megabytes, in each thread's arena."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def attach(model: Any, source: LayerSource) -> None:

@@ -107,7 +107,6 @@ def _read_layer(
     lacking = [name for name, value in state.items() if value.is_meta]
     if lacking:
         raise CheckpointError(f"{checkpoint.folder}: no file holds {prefix}{lacking[0]}")
-    # A tensor that runs as it is stored is a view of the mapped file, which may be read again and
+    # A tensor that runs as it is stored may be a view of the mapped file, which may be read again and
     # again: copy it.
-    return {name: value.clone() if prefix + name in checkpoint.tensors and not value.is_cuda else value
-            for name, value in state.items()}  # fmt: skip
+    return {name: value.clone() if checkpoint.maps(prefix + name, value) else value for name, value in state.items()}

@@ -21,10 +21,19 @@ class ChannelStatistics:
         self.sum = torch.zeros(channels, dtype=torch.float64, device=device)
         self.square_sum = torch.zeros(channels, dtype=torch.float64, device=device)
 
-    def add(self, document: int, values: Tensor) -> None:
-        """`values` is `[tokens, channels]`, float32."""
-        square_sum = torch.linalg.vector_norm(values, dim=0, dtype=torch.float64).square()
-        self.square[document] = square_sum / values.shape[0]
+    def add(self, document: int, values: Tensor, weights: Tensor | None = None) -> None:
+        """Add a document.
+
+        Args:
+            values: `[tokens, channels]`, float32.
+            weights: of its tokens, `[tokens]`; default: 1 each.
+        """
+        total: Tensor | int = values.shape[0]
+        scaled = values
+        if weights is not None:
+            total, scaled, values = weights.sum(), values * weights.sqrt()[:, None], values * weights[:, None]
+        square_sum = torch.linalg.vector_norm(scaled, dim=0, dtype=torch.float64).square()
+        self.square[document] = square_sum / total
         self.sum += values.sum(0, dtype=torch.float64)
         self.square_sum += square_sum
 

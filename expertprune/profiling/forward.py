@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from expertprune.arch import Block, Family
+from expertprune.arch import Family
 from expertprune.corpora.batches import Batch
 from expertprune.errors import CheckpointError
 from expertprune.models.passes import TextRun
 from expertprune.profiling.channels import ChannelStatistics, second_moments
-from expertprune.profiling.observation import Observation
+from expertprune.profiling.observation import Observation, observed_blocks
 from expertprune.profiling.routing import RoutingStatistics
 from expertprune.units import LayerShape, Segment
 
@@ -20,16 +20,19 @@ class LayerCollector:
 
     def __init__(self, layer: nn.Module, family: Family, shape: LayerShape, documents: int) -> None:
         self.shape = shape
-        self.routed = RoutingStatistics(layer, family, documents, shape) if family.experts else None
+        experts, parameter = family.experts_of(shape), next(layer.parameters())
+        self.routed = RoutingStatistics(layer, experts, documents, shape) if experts is not None else None
         self._weights = _weight_statistics(layer, family, shape)
-        columns = layer.get_parameter(family.attention.output_weight).float()
-        self.device, self.dtype = columns.device, next(layer.parameters()).dtype
+        self.device, self.dtype = parameter.device, parameter.dtype
         self.ffn = ChannelStatistics(documents, shape.ffn if family.has_ffn else 0, self.device)
         self.heads = ChannelStatistics(documents, shape.query_heads * shape.head_dim, self.device)
         self.head_impact = torch.zeros(documents, shape.query_heads, device=self.device)
         self.group_impact = torch.zeros(documents, shape.kv_heads, device=self.device)
         self.stream = torch.zeros(documents, device=self.device)
+        if not family.has_attention:
+            return
         # Gram matrices of the output projection's columns, [kv_heads, group_dim, group_dim]
+        columns = layer.get_parameter(family.attention.output_weight).float()
         columns = columns.unflatten(1, (shape.kv_heads, -1)).permute(1, 2, 0)
         self._gram = columns @ columns.transpose(1, 2)
 
@@ -38,7 +41,8 @@ class LayerCollector:
         values = seen.values()
         if self.routed is not None and seen.routed is not None:
             self.routed.add(batch, seen.routed)
-        self.update(batch, values.get("ffn", after[..., :0]), values["heads"], after)
+        none = after[..., :0]
+        self.update(batch, values.get("ffn", none), values.get("heads", none), after)
 
     def update(self, batch: Batch, ffn: Tensor, heads: Tensor, stream: Tensor) -> None:
         """Add one batch; padding is left out.
@@ -48,15 +52,24 @@ class LayerCollector:
             heads: that of the attention's, `[rows, tokens, query_heads * head_dim]`.
             stream: the layer's output, `[rows, tokens, hidden]`.
         """
-        shape = self.shape
+        shape, all_weights = self.shape, None if batch.answers is None else batch.weights.to(stream.device)
         for row, (document, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
-            self.stream[document] = stream[row, :length].float().square().mean()
-            self.ffn.add(document, ffn[row, :length].float())
-            self.heads.add(document, heads[row, :length].float())
-            grouped = heads[row, :length].unflatten(1, (shape.kv_heads, -1)).transpose(0, 1)  # [kv_heads, tokens, _]
+            squares, weights, total = stream[row, :length].float().square().mean(1), None, torch.tensor(length)
+            if all_weights is not None:
+                weights = all_weights[row, :length]
+                squares, total = squares * weights, weights.sum()
+            self.stream[document] = squares.sum() / total
+            self.ffn.add(document, ffn[row, :length].float(), weights)
+            if not shape.query_heads:
+                continue
+            own = heads[row, :length]
+            self.heads.add(document, own.float(), weights)
+            if weights is not None:
+                own = own * weights.sqrt()[:, None].to(own.dtype)
+            grouped = own.unflatten(1, (shape.kv_heads, -1)).transpose(0, 1)  # [kv_heads, tokens, _]
             # mean_t ‖W o_t‖² = ⟨WᵀW, mean_t o_t o_tᵀ⟩: of the whole block for the group, of its
             # diagonal blocks for the heads
-            change = second_moments(grouped) * self._gram / length
+            change = second_moments(grouped) * self._gram / total
             self.group_impact[document] = change.sum((1, 2))
             blocks = change.unflatten(1, (-1, shape.head_dim)).unflatten(3, (-1, shape.head_dim))
             self.head_impact[document] = blocks.sum((2, 4)).diagonal(dim1=1, dim2=2).flatten()
@@ -69,8 +82,8 @@ class LayerCollector:
 
     def check(self, index: int) -> None:
         """Raises `CheckpointError` where activations were not finite."""
-        neurons = self.ffn if self.routed is None else self.routed.neurons
-        if not bool(neurons.square_sum.isfinite().all() and self.heads.square_sum.isfinite().all()):
+        finite = all(bool(each.square_sum.isfinite().all()) for each in (self.ffn, self.heads))
+        if not finite or (self.routed is not None and not self.routed.finite):
             raise CheckpointError(
                 f"layer {index}: activations are not finite in {self.dtype}: damaged weights, or "
                 "too narrow a base.dtype (float32 and bfloat16 are wide)"
@@ -93,20 +106,15 @@ class LayerCollector:
         }
 
 
-def _blocks(family: Family) -> list[tuple[str, Block]]:
-    """The blocks whose output projection is observed, by the names of their statistics."""
-    return [("ffn", family.ffn), ("heads", family.attention)] if family.has_ffn else [("heads", family.attention)]
-
-
 def _weight_statistics(layer: nn.Module, family: Family, shape: LayerShape) -> dict[str, Tensor]:
     statistics: dict[str, Tensor] = {}
-    for name, block in _blocks(family):
+    for name, block in observed_blocks(family).items():
         weight = layer.get_parameter(block.output_weight).float()
         statistics[f"{name}.{{layer}}.output_l1"] = weight.abs().sum(0).cpu()
         statistics[f"{name}.{{layer}}.output_l2"] = torch.linalg.vector_norm(weight, dim=0).cpu()
     state = dict(layer.named_parameters())
     squares = {segment: torch.zeros(shape.segment_rows(segment)) for segment in Segment}
-    for coupled in family.tensors:
+    for coupled in family.ffn.tensors + family.attention.tensors:
         if coupled.name not in state:
             continue
         values = state[coupled.name].float().square()
@@ -115,19 +123,21 @@ def _weight_statistics(layer: nn.Module, family: Family, shape: LayerShape) -> d
         owned = rows.cpu().split([shape.segment_rows(segment) for segment in coupled.segments])
         for segment, values in zip(coupled.segments, owned, strict=True):
             squares[segment] += values
-    queries = squares[Segment.QUERY].unflatten(0, (shape.query_heads, -1)).sum(1)
-    keys = squares[Segment.KEY_VALUE].unflatten(0, (shape.kv_heads, -1)).sum(1)
     if family.has_ffn:
         statistics["ffn.{layer}.weight_norm"] = squares[Segment.FFN].sqrt()
+    if not family.has_attention:
+        return statistics
+    queries = squares[Segment.QUERY].unflatten(0, (shape.query_heads, -1)).sum(1) + squares[Segment.QUERY_HEAD]
+    keys = squares[Segment.KEY_VALUE].unflatten(0, (shape.kv_heads, -1)).sum(1)
     statistics["heads.{layer}.weight_norm"] = queries.sqrt()
     statistics["groups.{layer}.weight_norm"] = (queries.unflatten(0, (shape.kv_heads, -1)).sum(1) + keys).sqrt()
     return statistics
 
 
 def predicted_tokens(text: TextRun) -> Tensor:
-    """How many tokens of each document the model predicts, `[documents]`, float32."""
+    """How many tokens of each document the loss counts on, `[documents]`, float32."""
     tokens = torch.zeros(text.documents)
-    for batch in text.batches:
-        for document, length in zip(batch.documents, batch.lengths, strict=True):
-            tokens[document] = length - 1
+    for batch in text.everything:
+        for document, predicted in zip(batch.documents, batch.predicted, strict=True):
+            tokens[document] = predicted
     return tokens

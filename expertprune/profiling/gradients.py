@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from expertprune.arch import Experts, Family
 from expertprune.artifacts.profile import halved
 from expertprune.corpora.batches import Batch
-from expertprune.models.layers import Routed, routed_shares
-from expertprune.models.passes import LOGITS, Stream, TextRun
+from expertprune.models.passes import Stream, TextRun
+from expertprune.models.routed import RoutedCall
 from expertprune.profiling.observation import Observation
 from expertprune.profiling.rows import RowMass
 from expertprune.units import LayerShape
@@ -41,7 +39,7 @@ class MaskGradients:
         self,
         batch: Batch,
         weights: Tensor,
-        heads: tuple[Tensor, Tensor],
+        heads: tuple[Tensor, Tensor] | None = None,
         ffn: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Add one batch.
@@ -51,31 +49,28 @@ class MaskGradients:
             heads, ffn: input and gradient of an output projection, `[rows, tokens, channels]` each.
         """
         for row, (document, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
-            sums = [(a[row, :length].float() * g[row, :length].float()).sum(0) * weights[row]
-                    for a, g in ([heads] if ffn is None else [heads, ffn])]  # fmt: skip
-            self.heads[document] += sums[0].unflatten(0, (self.shape.query_heads, -1)).sum(1)
-            if ffn is not None:
+            sums = [None if pair is None else
+                    (pair[0][row, :length].float() * pair[1][row, :length].float()).sum(0) * weights[row]
+                    for pair in (heads, ffn)]  # fmt: skip
+            if sums[0] is not None:
+                self.heads[document] += sums[0].unflatten(0, (self.shape.query_heads, -1)).sum(1)
+            if sums[1] is not None:
                 self.ffn[document] += sums[1]
 
-    def add_routed(
-        self,
-        layer: nn.Module,
-        experts: Experts,
-        batch: Batch,
-        weights: Tensor,
-        call: Routed,
-        gradient: Tensor,
-    ) -> None:
-        """Add a batch; `gradient` is that of the routed experts' output, `[tokens, hidden]`."""
-        gradient = gradient.flatten(0, -2).float()
-        by_document = torch.zeros(len(self.ffn))
-        by_document[list(batch.documents)] = weights.cpu()
-        for share in routed_shares(layer, experts, batch, call):
-            value = (gradient[share.place] @ share.read) * share.neurons * share.weight[:, None]
-            first = share.expert * self.shape.ffn
-            own = value.cpu() * by_document[share.document][:, None]
-            of = share.document.to(self.ffn.device)
-            self.ffn[:, first : first + self.shape.ffn].index_add_(0, of, own.to(self.ffn.device))
+    def add_routed(self, batch: Batch, weights: Tensor, call: RoutedCall, gradient: Tensor) -> None:
+        """Add a batch; `gradient` is that of the call's neurons, `[pairs, ffn]`.
+
+        A router's weight multiplies a neuron behind its mask, so the gradient has it.
+        """
+        rows, length = batch.ids.shape
+        real = torch.tensor(batch.lengths)[:, None] > torch.arange(length)
+        document = torch.tensor(batch.documents)[:, None].expand(rows, length)
+        token = call.pairs.token
+        real, document = (each.flatten().to(token.device)[token] for each in (real, document))
+        factor = weights.repeat_interleave(length)[token] * real
+        own = call.neurons.float() * gradient.float() * factor[:, None]
+        by_expert = self.ffn.view(-1, self.shape.ffn)  # `[documents * experts, ffn]`
+        by_expert.index_add_(0, document * self.shape.experts + call.pairs.expert, own)
 
     def sums(self) -> dict[str, Tensor]:
         """What is added over the members of a team, in place. A document is with one member only."""
@@ -128,19 +123,19 @@ class Upstream:
         """The same with its largest element at about `LARGEST`."""
         return Upstream(*rescaled(self.gradient, self.scale))
 
-    def through(self, taped: Taped, layer: nn.Module, batch: Batch, family: Family, into: MaskGradients) -> Upstream:
+    def through(self, taped: Taped, batch: Batch, into: MaskGradients) -> Upstream:
         """Backpropagate one batch through a layer, and add the gradients of its units' masks to `into`.
 
         The division by the number of a document's losses comes last, in float32: the gradient of
         their mean over hundreds of tokens would vanish in half precision.
         """
         below, found = taped.backward(self.gradient)
-        losses = torch.tensor([length - 1 for length in batch.lengths], dtype=torch.float64)
+        losses = torch.tensor(batch.predicted, dtype=torch.float64)
         weights = (1 / (self.scale * losses.to(self.scale.device))).float()
         values = taped.seen.values()
         into.add(batch, weights, **{name: (values[name], found[name]) for name in ("heads", "ffn") if name in found})
-        if family.experts is not None and taped.seen.routed is not None:
-            into.add_routed(layer, family.experts, batch, weights, taped.seen.routed, found["written"])
+        if taped.seen.routed is not None:
+            into.add_routed(batch, weights, taped.seen.routed, found["neurons"])
         return Upstream(below, self.scale).rescaled()
 
 
@@ -166,7 +161,7 @@ def rescaled(gradient: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 def loss_gradient(
     text: TextRun, batch: Batch, hidden: Tensor, loss: str, seed: int = 0, mass: RowMass | None = None
 ) -> Tensor:
-    """The gradient of the sum of all tokens' losses, times `HEAD_SCALE`.
+    """The gradient of the sum of the losses of all tokens that count, times `HEAD_SCALE`.
 
     It is with respect to the last layer's output, `[rows, tokens, hidden]`.
 
@@ -180,7 +175,7 @@ def loss_gradient(
     ids, length = batch.ids.to(hidden.device), batch.ids.shape[1]
     leaf = hidden.detach().requires_grad_()
     draws = _draws(batch, seed).to(hidden.device) if loss == "kl" else None
-    real = (torch.tensor(batch.lengths)[:, None] - 1 > torch.arange(length)).to(hidden.device)  # positions with a loss
+    counted = batch.targets.to(hidden.device)  # positions with a loss
     total = torch.zeros_like(leaf)
     with torch.enable_grad():
         for first, logits in text.logits(batch, leaf, until=length if mass is not None else length - 1):
@@ -193,7 +188,7 @@ def loss_gradient(
                 targets = torch.stack([_drawn(torch.softmax(row.detach(), -1), chosen)
                                        for row, chosen in zip(logits, draws[:, positions], strict=True)])  # fmt: skip
             each = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-            total += torch.autograd.grad((each * real[:, positions].flatten()).sum() * HEAD_SCALE, leaf)[0]
+            total += torch.autograd.grad((each * counted[:, positions].flatten()).sum() * HEAD_SCALE, leaf)[0]
     return total
 
 
@@ -211,16 +206,3 @@ def _drawn(chances: Tensor, draws: Tensor) -> Tensor:
     sums = chances.cumsum(-1)
     # right=True: a token of probability 0 is never drawn. The last sum is 1 only up to rounding.
     return torch.searchsorted(sums, draws[:, None] * sums[:, -1:], right=True)[:, 0].clamp_max(sums.shape[1] - 1)
-
-
-def backward_bytes(shapes: Sequence[LayerShape], vocabulary: int, tokens: int, experts_per_token: int = 0) -> int:
-    """An estimate of a backward pass' peak memory beside the weights, with float32 activations.
-
-    It holds every layer's hidden states, one layer's graph, and logits of a few positions.
-
-    Args:
-        tokens: of the largest batch, padding included.
-    """
-    shape = max(shapes, key=lambda each: each.ffn)
-    graph = 12 * shape.hidden + 6 * shape.ffn * max(1, experts_per_token) + 6 * shape.query_heads * shape.head_dim
-    return 4 * (tokens * ((len(shapes) + 3) * shape.hidden + graph) + 4 * min(LOGITS, tokens * vocabulary))

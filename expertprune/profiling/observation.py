@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from expertprune.arch import Family
-from expertprune.models.layers import Routed
+from expertprune.arch import Block, Family
+from expertprune.models.routed import RoutedCall, routing_observed
+from expertprune.units import Structure
 
 
 @dataclass
@@ -20,13 +21,13 @@ class Observation:
     Attributes:
         inputs: what masks of units would multiply, by name, part of the graph where gradients are
             on. These are the inputs of both output projections, `heads` and `ffn`,
-            `[rows, tokens, channels]`. A layer with routed experts has their summed output,
-            `written`, in place of `ffn`.
-        routed: the inputs of routed experts.
+            `[rows, tokens, channels]`. A layer with routed experts has their neurons, `neurons`,
+            `[pairs, ffn]`, in place of `ffn`.
+        routed: what routed experts did, without the graph.
     """
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
-    routed: Routed | None = None
+    routed: RoutedCall | None = None
 
     def values(self) -> dict[str, Tensor]:
         """The inputs without their graph."""
@@ -35,6 +36,12 @@ class Observation:
     def taken(self) -> Observation:
         """This call, which the next one does not overwrite."""
         return Observation(dict(self.inputs), self.routed)
+
+
+def observed_blocks(family: Family) -> dict[str, Block]:
+    """The blocks whose output projection is observed, by the names of their statistics."""
+    names = {Structure.QUERY_HEADS: "heads", Structure.FFN: "ffn"}
+    return {names[structure]: block for structure, block in family.blocks().items()}
 
 
 @contextlib.contextmanager
@@ -56,17 +63,15 @@ def units_observed(layer: nn.Module, family: Family, leaves: bool = False) -> It
 
         return note
 
-    def note_routed(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> None:
-        seen.inputs["written"] = output
-        seen.routed = Routed(*(value.detach() for value in (*arguments, *keywords.values())[:3]))
+    def note_routed(call: RoutedCall) -> None:
+        seen.inputs["neurons"] = call.neurons
+        seen.routed = RoutedCall(call.pairs, call.neurons.detach(), call.written.detach())
 
-    blocks = [("heads", family.attention), *([("ffn", family.ffn)] if family.has_ffn else [])]
+    blocks = observed_blocks(family).items()
     handles = [layer.get_submodule(block.output).register_forward_pre_hook(note_input(name)) for name, block in blocks]
-    if family.experts is not None:
-        module = layer.get_submodule(family.experts.module)
-        handles.append(module.register_forward_hook(note_routed, with_kwargs=True))
     try:
-        yield seen
+        with routing_observed(layer, family.experts, note_routed):
+            yield seen
     finally:
         for handle in handles:
             handle.remove()

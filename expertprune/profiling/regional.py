@@ -25,9 +25,10 @@ class RegionalGradients:
     def add(self, batch: Batch, seen: Observation, after: Tensor) -> None:
         """Add one batch; `after` is the layer's output with its graph, `[rows, tokens, hidden]`."""
         with torch.enable_grad():
-            total = torch.linalg.vector_norm(real_tokens(batch, after).float(), dim=-1).sum()
+            norms = torch.linalg.vector_norm(real_tokens(batch, after).float(), dim=-1)
+            total = norms @ real_tokens(batch, batch.weights).to(norms.device)
         ffn, heads = torch.autograd.grad(total, [seen.inputs["ffn"], seen.inputs["heads"]])
-        values, weights = seen.values(), (1 / torch.tensor(batch.lengths, dtype=torch.float32)).to(after.device)
+        values, weights = seen.values(), (1 / batch.weights.sum(1)).to(after.device)
         self._gradients.add(batch, weights, ffn=(values["ffn"], ffn), heads=(values["heads"], heads))
 
     def sums(self) -> dict[str, Tensor]:

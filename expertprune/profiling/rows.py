@@ -59,7 +59,7 @@ def _counts(text: TextRun, rows: int) -> csr_array:
     """How often each document has each row's token, `[documents, rows]`, int64."""
     found = [
         (np.full(length, document), ids[:length].cpu().numpy())
-        for batch in text.batches
+        for batch in text.everything
         for document, ids, length in zip(batch.documents, batch.ids, batch.lengths, strict=True)
     ]
     document, row = (np.concatenate(each) for each in zip(*found, strict=True))

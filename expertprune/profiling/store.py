@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -14,6 +15,7 @@ import expertprune
 from expertprune.arch import attention_of
 from expertprune.artifacts.profile import FORWARD, Profile, ProfileKey, ProfilePart, save_profile
 from expertprune.corpora.documents import Document
+from expertprune.engine.team import team
 from expertprune.files import digest_of, working_folder
 from expertprune.models.base import ResolvedBase
 from expertprune.models.passes import TextRun
@@ -27,14 +29,17 @@ SOURCES = ("arch", "artifacts/profile.py", "corpora/batches.py", "models/layers.
            "models/sources.py", "models/spool.py", "models/streaming.py", "profiling", "units.py")  # fmt: skip
 
 
-def profile_key(base: ResolvedBase, documents: Sequence[Document], max_tokens: int) -> ProfileKey:
-    """What the profile of these documents depends on, on this machine."""
-    digests = [digest_of(document.text) for document in documents]  # white space counts here
+def profile_key(base: ResolvedBase, text: str, max_tokens: int) -> ProfileKey:
+    """What a profile depends on, on this machine.
+
+    Args:
+        text: digest of the tokens that are read, see `CalibrationText`.
+    """
     remote = _digest_of_files(sorted(base.folder.rglob("*.py")), base.folder) if base.trust_remote_code else ""
     return ProfileKey(
         model=base.digest,
         tokenizer=base.tokenizer_digest,
-        corpus=digest_of(digests),
+        corpus=text,
         max_tokens=max_tokens,
         dtype=str(base.dtype).removeprefix("torch."),
         device=base.device.type,
@@ -90,11 +95,14 @@ def measure(
     Raises:
         CheckpointError: the pass gives numbers that are not finite, or the disk is full.
     """
-    with working_folder(path.with_suffix(".working")) as folder:
+    # A team starts a profile anew: its members would not have finished the same layers.
+    alone = team().size == 1
+    with working_folder(path.with_name(f".{path.stem}.working")) if alone else contextlib.nullcontext(None) as folder:
         traversal = Traversal(text, parts, working=Working(folder))
         with track(f"profile {about['corpus']}", traversal.steps) as step:
             found = traversal.run(step)
-    for part, statistics in found.items():
-        own = {} if part == FORWARD else {"part": str(part)}
-        save_profile(part.path(path), {**about, "tokens": text.tokens, **own}, statistics)
+        for part, statistics in found.items() if team().leads else ():
+            own = {} if part == FORWARD else {"part": str(part)}
+            save_profile(part.path(path), {**about, "tokens": text.tokens, **own}, statistics)
+    team().wait()
     return Profile(path)

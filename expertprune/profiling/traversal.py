@@ -68,7 +68,12 @@ class Traversal:
 
     @functools.cached_property
     def keeps_graphs(self) -> bool:
-        """Whether a batch's graph in all layers, and the sums of all layers, fit the free memory."""
+        """Whether a batch's graph in all layers, and the sums of all layers, fit the free memory of all members."""
+        lacking = {"lacking": torch.tensor(float(not self._graphs_fit()), device=self.device)}
+        self.text.together(lacking)
+        return not bool(lacking["lacking"])
+
+    def _graphs_fit(self) -> bool:
         if self.gradient is None or self.regional is not None or is_streamed(self.text.model):
             return False
         sums = sum(8 * (shape.neurons + 2 * shape.query_heads * shape.head_dim) for shape in self.text.shapes)
@@ -106,18 +111,26 @@ class Traversal:
     # --- layer by layer ---------------------------------------------------------------------------
 
     def _layer_by_layer(self, progress: Progress) -> None:
-        left, above = self.layers, None
-        if self.gradient is not None and self.mass is None:
-            left, above = self.working.resumed(self.gradient, self.text)
+        left, above = self._resumed()
         stream, before = self._forward(left, progress)
         if above is None and self._has_head:
             above = self._head(stream, progress)
         if self.mass is not None:
             self._finish(VOCABULARY, self.mass.sums(), self.mass.tensors)
         if self.gradient is not None and above is not None:
-            for index in range(left, self.layers):
-                self.found[self.gradient] |= self.working.load(self.gradient, index)
             self._back(self.gradient, stream, before, above, progress)
+
+    def _resumed(self) -> tuple[int, list[Upstream] | None]:
+        """How many layers are not finished by an earlier run, and the gradients above them; the others are read."""
+        if self.gradient is None or self.mass is not None:
+            return self.layers, None
+        left, above = self.working.resumed(self.gradient, self.text)
+        finished = [(part, index) for part in self.found if part != VOCABULARY for index in range(left, self.layers)]
+        if not all(self.working.has(*each) for each in finished):
+            return self.layers, None
+        for part, index in finished:
+            self.found[part] |= self.working.load(part, index)
+        return left, above
 
     def _forward(self, until: int, progress: Progress) -> tuple[Stream, list[Spool]]:
         """Run all batches through the first `until` layers; the hidden states before each, for a gradient."""
@@ -177,7 +190,7 @@ class Traversal:
             with units_observed(layer, self.text.family) as seen:
                 for number, batch in enumerate(self.text.batches):
                     taped = Taped.run(stream, layer, index, number, inputs[number], seen)
-                    above[number] = above[number].through(taped, layer, batch, self.text.family, gradients)
+                    above[number] = above[number].through(taped, batch, gradients)
             self._finish(part, gradients.sums(), gradients.tensors, index)
             self.working.keep(part, index, above, self.text)
 
@@ -198,7 +211,7 @@ class Traversal:
                     collector.add(batch, tapes[-1].seen, stream.hidden[0])
             (above,) = self._head_of(batch, stream.hidden[0])
             for index in reversed(range(self.layers)):
-                above = above.through(tapes.pop(), layers[index], batch, text.family, gradients[index])
+                above = above.through(tapes.pop(), batch, gradients[index])
             progress()
         for index in range(self.layers):
             for part, collector in collectors[index].items():
@@ -217,11 +230,14 @@ class Traversal:
         if bad:
             raise CheckpointError(f"{bad[0]}: the {part} pass gave values that are not finite: try base.dtype: float32")
         self.found[part] |= finished
-        self.working.save(part, finished, *index)
+        if not self.keeps_graphs:  # else all layers are finished at once, and the profile follows
+            self.working.save(part, finished, *index)
 
 
 def graph_bytes(text: TextRun) -> int:
     """The memory of the graph of the largest batch in the widest layer: measured by running it once."""
+    if not text.batches:  # a member of a team without documents
+        return 0
     widest = max(range(len(text.shapes)), key=lambda index: (text.shapes[index].ffn, text.shapes[index].query_heads))
     one = dataclasses.replace(text, batches=[max(text.batches, key=lambda batch: batch.ids.numel())])
     stream = one.start()

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expertprune.arch import Block, Family
+from expertprune.arch import Block, Experts, Family
 from expertprune.models.layers import Call, observed
-from expertprune.models.passes import Stream, real_tokens
+from expertprune.models.passes import Stream, alone, real_tokens
 from expertprune.models.spool import Spool
+from expertprune.pruning.routed_repair import RoutedRepair
 from expertprune.pruning.solve import Moments, before_norm, least_squares, token_weights
 from expertprune.units import KeptUnits, LayerShape, Structure
 
@@ -40,6 +41,7 @@ class LayerRepair:
 
     Attributes:
         stored: the dtypes that weights are written in, by full name.
+        together: adds sums of the other members of a team, in place (see `TextRun`).
     """
 
     family: Family
@@ -49,12 +51,18 @@ class LayerRepair:
     shape: LayerShape
     kept: KeptUnits
     stored: Mapping[str, torch.dtype]
+    together: Callable[[dict[str, Tensor]], None] = alone
 
     def touches(self, structure: Structure) -> bool:
-        """Whether an output projection lost inputs. Those of routed experts are not repaired here."""
+        """Whether the output projection of a block lost inputs."""
         if structure is Structure.FFN:
             return self.family.has_ffn and len(self.kept.ffn) < self.shape.ffn
         return len(self.kept.query_heads) < self.shape.query_heads
+
+    @property
+    def experts(self) -> Experts | None:
+        """The layer's routed experts, where some of them or of their neurons are dropped."""
+        return self.family.experts_of(self.shape) if len(self.kept.ffn) < self.shape.neurons else None
 
     def weights(self, dense: Stream, expert: Stream, damping: float) -> Iterator[tuple[str, Tensor]]:
         """Full names and values of the weights that are solved for; both streams are then behind the layer.
@@ -68,7 +76,7 @@ class LayerRepair:
         inputs = Spool(expert.hidden.room)
         yield self._solve_heads(expert, seen, inputs, damping)
         projection = self.small.get_submodule(self.family.attention.output)
-        attention = _StandIn(seen.forms[self._attention])
+        attention = _StandIn(seen.forms.get(self._attention))
 
         def attend(number: int) -> None:
             attention.output = projection(inputs[number])
@@ -81,7 +89,7 @@ class LayerRepair:
     def _solve_heads(self, expert: Stream, seen: _Dense, inputs: Spool, damping: float) -> tuple[str, Tensor]:
         """Repair the output of attention; `inputs` gets what goes into it. The stream stays as it is."""
         block, moments = self.family.attention, self._moments(Structure.QUERY_HEADS)
-        feed_forward = _StandIn(seen.forms[self._feed_forward], width=self.shape.hidden)
+        feed_forward = _StandIn(seen.forms.get(self._feed_forward), width=self.shape.hidden)
         with _replaced(self.small, self._feed_forward, feed_forward), observed(self.small, block.output) as calls:
             for number in range(len(expert.batches)):
                 before = expert.hidden[number]
@@ -101,6 +109,9 @@ class LayerRepair:
         Args:
             attend: called before each batch, with its number.
         """
+        if self.experts is not None:
+            yield from self._solve_routed(self.experts, dense, expert, damping, attend)
+            return
         if not self.touches(Structure.FFN):
             for number in range(len(expert.batches)):
                 attend(number)
@@ -119,6 +130,17 @@ class LayerRepair:
         for number in range(len(expert.batches)):
             expert.hidden[number] = self._moved(expert.hidden[number], inputs[number], change)
         yield self._name(Structure.FFN), repaired
+
+    def _solve_routed(
+        self, experts: Experts, dense: Stream, expert: Stream, damping: float, attend: Callable[[int], None]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Run the whole layer, and repair the outputs of its routed experts."""
+        prefix = self.family.layer_prefix(self.index)
+        names = [prefix + experts.output_of(number) for number in self.kept.experts]
+        on_disk = (*names, prefix + experts.output, prefix + experts.stored.get(experts.output, ""))
+        dtype = next((self.stored[name] for name in on_disk if name in self.stored), None)
+        routed = RoutedRepair(self.small, experts, self.index, damping, dtype)
+        yield from zip(names, routed.solve(expert, dense.hidden, attend), strict=True)
 
     def _moved(self, after: Tensor, inputs: Tensor, change: Tensor) -> Tensor:
         """A batch behind the layer, once its FFN's output projection has changed."""
@@ -146,7 +168,7 @@ class LayerRepair:
                         seen.middle.append(step.before + _joined(self.layer, block, output))
                     if block.output_norm is not None:
                         seen.outputs[structure].append(output)
-        for path in (self._attention, self._feed_forward) if heads else ():
+        for path in (self._attention, self._feed_forward) if heads and stream.batches else ():
             output = calls[path].output
             seen.forms[path] = len(output) - 1 if isinstance(output, tuple) else None
         return seen
@@ -169,7 +191,8 @@ class LayerRepair:
         """Add one batch: `target` and `after` are the base's and the expert's stream behind the block."""
         block, batch = self.family.block(structure), stream.batches[number]
         wanted = real_tokens(batch, target).float()
-        residual, weights = wanted - real_tokens(batch, after).float(), token_weights(wanted)
+        residual = wanted - real_tokens(batch, after).float()
+        weights = token_weights(wanted) * real_tokens(batch, batch.weights).to(wanted.device)
         if block.output_norm is not None:
             given = (_joined(self.small, block, call.output), call.output, seen.outputs[structure][number])
             joined, own, output = (real_tokens(batch, states).float() for states in given)
@@ -178,7 +201,11 @@ class LayerRepair:
         moments.add(real_tokens(batch, call.input).float(), residual, weights)
 
     def _solved(self, structure: Structure, moments: Moments, damping: float) -> tuple[Tensor, Tensor]:
-        """The change of a projection and its new weight, rounded as it is written; the layer has it now."""
+        """The change of a projection and its new weight, rounded as it is written; the layer has it now.
+
+        Every member of a team solves the same sums.
+        """
+        self.together({"gram": moments.gram, "cross": moments.cross})
         block = self.family.block(structure)
         weight = self.small.get_parameter(block.output_weight)
         repaired = weight.float() + least_squares(moments, damping)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,8 +17,6 @@ from expertprune.pruning.unfinished import Unfinished
 from expertprune.registry import Registry
 from expertprune.spec.schema import Compensation
 from expertprune.units import KeptUnits
-
-log = logging.getLogger(__name__)
 
 Weights = Iterator[tuple[str, Tensor]]
 
@@ -118,10 +115,6 @@ def by_least_squares(job: RepairJob, progress: Progress | None = None) -> Weight
         CheckpointError: the damping is too small for these inputs.
     """
     text, kept = job.text, job.kept
-    if any(
-        units.shape(shape).ffn < shape.ffn and shape.experts for shape, units in zip(text.shapes, kept, strict=True)
-    ):
-        log.warning("neurons of routed experts are cut without repair; heads of the same layers are repaired")
     dense = text.start()
     expert = dense.copy()
     streams = {"dense": dense, "expert": expert, **_passenger_streams(job)}
@@ -131,7 +124,9 @@ def by_least_squares(job: RepairJob, progress: Progress | None = None) -> Weight
             progress()
     for index, layer in text.layers(progress, skip=done):
         small = pruned_layer(layer, text.family, index, text.shapes[index], kept[index], text.model.config)
-        repaired = LayerRepair(text.family, index, layer, small, text.shapes[index], kept[index], job.stored)
+        repaired = LayerRepair(
+            text.family, index, layer, small, text.shapes[index], kept[index], job.stored, text.together
+        )
         yield from repaired.weights(dense, expert, job.settings.damping)
         _run_through(streams.get("passengers in the base"), layer, index)
         _run_through(streams.get("passengers"), small, index)

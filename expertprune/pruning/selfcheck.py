@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expertprune.arch import PER_LAYER, Family
+from expertprune.arch import PER_LAYER, Experts, Family
 from expertprune.artifacts.plan import BaseReference, LayerPlan, Parameters, Plan
 from expertprune.corpora.batches import Batch
 from expertprune.errors import CheckpointError, ExpertpruneError
@@ -31,7 +31,8 @@ from expertprune.models.passes import TextRun
 from expertprune.pruning.write import prune
 from expertprune.units import KeptUnits, LayerShape, Structure
 
-_LAYERS, _FFN, _HEAD_DIM, _EXPERTS, _VOCABULARY, _TOKENS = 2, 20, 4, 5, 64, 17
+_LAYERS, _FFN, _HEAD_DIM, _EXPERTS, _VOCABULARY, _TOKENS = 2, 20, 4, 6, 64, 17
+_KEPT_EXPERTS = 4
 _TOLERANCE = 1e-4  # of the largest logit: rounding is a hundred times smaller, a wrong row far larger
 
 
@@ -64,7 +65,7 @@ def check_family(base: ResolvedBase, layer_widths: bool = False) -> list[str]:
             if base.family.has_ffn:
                 _check_stream(model, tiny)
             done = []
-            for number, (name, cut) in enumerate(_cuts(base.family, tiny.layers[0], layer_widths).items()):
+            for number, (name, cut) in enumerate(_cuts(base.family, tiny.layers[-1], layer_widths).items()):
                 plan = _random_plan(tiny, cut, number)
                 folder = scratch / f"expert-{number}"
                 folder.mkdir()
@@ -85,8 +86,9 @@ def _cuts(family: Family, shape: LayerShape, layer_widths: bool) -> dict[str, li
     if Structure.FFN in family.structures:
         cuts["ffn"] = [TinyCut(ffn=12)] * _LAYERS
     if family.experts is not None:
-        cuts["experts"] = [TinyCut(experts=_EXPERTS - 1)] * _LAYERS
-        cuts["experts and ffn"] = [TinyCut(ffn=12, experts=_EXPERTS - 1)] * _LAYERS
+        cuts["experts"] = [TinyCut(experts=_KEPT_EXPERTS)] * _LAYERS
+    if family.experts is not None and Structure.FFN in family.structures:
+        cuts["experts and ffn"] = [TinyCut(ffn=12, experts=_KEPT_EXPERTS)] * _LAYERS
     if family.heads_are_units:
         cuts |= {"kv_groups": [TinyCut(kv_groups=groups)] * _LAYERS} if groups else {}
         cuts |= {"query_heads": [TinyCut(heads_per_group=heads)] * _LAYERS} if heads else {}
@@ -124,27 +126,37 @@ def _tiny_copy(base: ResolvedBase, folder: Path) -> ResolvedBase:
 
 def _tiny_config(base: ResolvedBase) -> dict[str, Any]:
     keys, shape = base.family.config, base.layers[0]
-    per_group, groups = min(shape.heads_per_group, 2), min(shape.kv_heads, 3)
-    heads = per_group * groups
-    hidden = heads * _HEAD_DIM
-    widths = {
-        keys.hidden: hidden,
+    groups = min(shape.kv_heads, 3) or 2  # an attention that is not described has some heads too
+    heads = min(shape.heads_per_group, 2) * groups or groups
+    widths: dict[str, Any] = {
+        keys.hidden: heads * _HEAD_DIM,
         keys.layers: _LAYERS,
         keys.query_heads: heads,
         keys.kv_heads: groups,
-        keys.head_dim: _HEAD_DIM,
     }
+    widths |= {keys.head_dim: _HEAD_DIM} if base.family.has_attention else {}
     widths |= {keys.ffn: _FFN} if keys.ffn is not None else {}
     config = {key: value for key, value in base.checkpoint.config.items() if not key.endswith("_token_id")}
     if (experts := base.family.experts) is not None:
         widths |= {key: _EXPERTS for key in experts.count if key in config}
-        widths |= {experts.per_token: 2, experts.width: _FFN}
+        widths |= {experts.per_token: 2, experts.width: _FFN} | _tiny_routing(experts, config)
     for key, value in config.items():
         if isinstance(value, list) and len(value) == len(base.layers):  # one entry for each layer
             config[key] = [value[0], next((each for each in value if each != value[0]), value[0])]
     if PER_LAYER in config:
         config = {k: v for k, v in config.items() if k not in (PER_LAYER, "auto_map")}
     return config | widths | {"vocab_size": _VOCABULARY, "dtype": "float32", "pad_token_id": 0}
+
+
+def _tiny_routing(experts: Experts, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a config with which the last of two layers has routed experts, in two groups if there are any."""
+    layers, groups = experts.layers, experts.groups
+    values: dict[str | None, Any] = {layers.last: -1, layers.without: []}
+    for key, most in ((layers.first, 1), (layers.every, 2)):
+        values[key] = min(config.get(key or "") or most, most)
+    if groups is not None and (config.get(groups.count) or 1) > 1:
+        values |= {groups.count: 2, groups.chosen: 1}
+    return {key: value for key, value in values.items() if key is not None and key in config}
 
 
 def _random_plan(base: ResolvedBase, cut: Sequence[TinyCut], seed: int) -> Plan:
@@ -155,7 +167,9 @@ def _random_plan(base: ResolvedBase, cut: Sequence[TinyCut], seed: int) -> Plan:
 
     layers = []
     for shape, widths in zip(base.layers, cut, strict=True):
-        experts, groups = choose(widths.experts, shape.experts), choose(widths.kv_groups, shape.kv_heads)
+        groups, of = choose(widths.kv_groups, shape.kv_heads), shape.experts_per_group
+        count = None if widths.experts is None else widths.experts // shape.expert_groups
+        experts = [run * of + each for run in range(shape.expert_groups) for each in choose(count, of)]
         ffn = [expert * shape.ffn + neuron for expert in experts or [0] for neuron in choose(widths.ffn, shape.ffn)]
         per_group = shape.heads_per_group
         heads = [group * per_group + head for group in groups for head in choose(widths.heads_per_group, per_group)]

@@ -9,16 +9,17 @@ import inspect
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from expertprune.arch import MODELING, PER_LAYER, ExpertTensor, per_layer
+from expertprune.arch import MODELING, PER_LAYER, ExpertTensor, Family, per_layer
 from expertprune.artifacts.plan import Plan
 from expertprune.corpora.batches import Batch
+from expertprune.engine.team import team
 from expertprune.errors import CheckpointError, PlanError
 from expertprune.files import digest_of, require_room, scratch_folder, working_folder
 from expertprune.models.base import ResolvedBase
@@ -32,6 +33,7 @@ from expertprune.pruning.slicing import cut_tensor
 from expertprune.pruning.unfinished import Unfinished
 from expertprune.spec.schema import Compensation
 from expertprune.tokenizing import Renumbering, read_vocabulary, trimmed, write_tokenizer
+from expertprune.units import KeptUnits
 
 _SPARE = 64 * 2**20  # tokenizer, cards and index, generously
 
@@ -98,6 +100,9 @@ def prune(
         PlanError: the plan keeps tokens without the parts they are merged from.
         CheckpointError: the disk has no room, or the base or its tokenizer cannot be read.
     """
+    if not team().leads:  # this member's part of the repair is all that it does
+        with _solved_weights(plan, base, folder, repair_input, progress):
+            return
     require_room(folder, bytes_needed(plan, base))
     config = base.family.pruned_config(base.checkpoint.config, plan.kept)
     rows = torch.tensor(plan.vocabulary.rows.index) if plan.vocabulary is not None else None
@@ -133,16 +138,23 @@ def _solved_weights(
     if given is None or not plan.cuts_layers:
         yield None
         return
-    text = TextRun(given.model, base.family, plan.shapes, given.batches)
-    if given.store is None:
+    text = team().run(TextRun(given.model, base.family, plan.shapes, given.batches))
+    stored = {name: DTYPES[info.dtype] for name, info in base.checkpoint.tensors.items() if info.dtype in DTYPES}
+    job = RepairJob(text, plan.kept, given.settings, stored, given.passengers)
+    weights = check_repair(given.settings.method).weights
+    if not team().leads:
+        for _ in weights(job, progress):
+            pass
+        yield None
+        return
+    if given.store is None or team().size > 1:  # members of a team would not have finished the same layers
         place = scratch_folder(folder / "repair")
     else:
-        place = working_folder(given.store / "repairs" / _digest(plan, base, given))
+        place = working_folder(given.store / "repairs" / f"{_digest(plan, base, given)}.unfinished")
     with place as folder:
         unfinished = Unfinished(folder)
-        stored = {name: DTYPES[info.dtype] for name, info in base.checkpoint.tensors.items() if info.dtype in DTYPES}
-        job = RepairJob(text, plan.kept, given.settings, stored, given.passengers, unfinished)
-        for name, tensor in check_repair(given.settings.method).weights(job, progress):
+        job = replace(job, unfinished=unfinished if team().size == 1 else None)
+        for name, tensor in weights(job, progress):
             if not bool(tensor.isfinite().all()):
                 raise CheckpointError(f"{name}: the repair is not finite; raise compensation.damping")
             unfinished.put(name, tensor)
@@ -154,7 +166,7 @@ def _digest(plan: Plan, base: ResolvedBase, given: RepairInput) -> str:
     aboard = given.passengers
     ids = hashlib.sha256()
     for batch in [*given.batches, *(aboard.batches if aboard is not None else ())]:
-        ids.update(repr((batch.lengths, batch.ids.tolist())).encode())
+        ids.update(repr((batch.lengths, batch.ids.tolist(), batch.weights.tolist())).encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         ids.update(path.read_bytes())
     versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
@@ -176,13 +188,16 @@ def _write_tensors(
 
     def transform(name: str, tensor: Tensor) -> Tensor | None:
         if name in single:
-            return single[name].cut(tensor)
+            repaired = solved.take(name) if solved is not None else None
+            return single[name].cut(tensor) if repaired is None else repaired.to(tensor.dtype)
         if rows is not None and name in base.family.vocabulary:
             return tensor.index_select(0, rows)
         if name not in owners:
             return None
         layer, local = owners[name]
         repaired = solved.take(name) if solved is not None else None
+        if repaired is None and solved is not None:
+            repaired = _solved_together(base.family, layer, local, plan.kept[layer], solved)
         if repaired is not None:
             return repaired.to(tensor.dtype)
         cut = cut_tensor(local, tensor, base.family, plan.shapes[layer], plan.kept[layer])
@@ -236,6 +251,19 @@ def _stored_experts(plan: Plan, base: ResolvedBase) -> dict[str, _Stored]:
                 name = prefix + new[place].name if new is not None else None
                 found[prefix + tensor.name] = _Stored(name, tensor, neurons, shape.ffn)
     return found
+
+
+def _solved_together(family: Family, layer: int, name: str, kept: KeptUnits, solved: Unfinished) -> Tensor | None:
+    """The repaired output projections of routed experts that are stored as they run, if it is they."""
+    experts = family.experts
+    if experts is None or name not in (experts.output, experts.stored.get(experts.output)):
+        return None
+    found = [solved.take(family.layer_prefix(layer) + experts.output_of(expert)) for expert in kept.experts]
+    parts = [part for part in found if part is not None]
+    if not parts:
+        return None
+    whole = torch.stack(parts)
+    return whole.transpose(1, 2) if experts.transposed else whole
 
 
 def _zero_tensors(plan: Plan, base: ResolvedBase) -> Callable[[str], Iterator[tuple[str, Tensor]]]:

@@ -89,7 +89,8 @@ Its spec and plan are in `expertprune.json` too.
 {%- endif %}
 {%- if expert.base.trust_remote_code %} The base was run with Python code of its own.
 {%- endif %} Calibrated on {% for corpus, entry in expert.corpora.items() -%}
-{{ corpus }} ({{ entry.documents | length }} documents){{ ", " if not loop.last else "." }}
+{{ corpus }} ({{ entry.documents | length }} documents
+{%- if entry.generated %}, generated {{ entry.generated }}{% endif %}){{ ", " if not loop.last else "." }}
 {%- endfor %} Versions: {% for package, version in expert.versions.items() -%}
 {{ package }} {{ version }}{{ ", " if not loop.last else "." }}
 {%- endfor %} The spec and the plan are in `expertprune.json`. The base's licence applies.

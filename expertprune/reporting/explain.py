@@ -86,7 +86,8 @@ def _spec(spec: Spec) -> RenderableType:
 
 
 def _profile(profile: Profile) -> RenderableType:
-    about, shape = profile.about, profile.layers[0]
+    about, shape = profile.about, max(profile.layers, key=lambda layer: layer.neurons)
+    heads = f", {shape.query_heads} query heads, {shape.kv_heads} KV groups" if shape.kv_heads else ""
     return _pairs(
         f"profile {about['digest'][:12]}",
         {
@@ -94,8 +95,7 @@ def _profile(profile: Profile) -> RenderableType:
             "corpus": about["corpus"],
             "documents": len(about["documents"]),
             "tokens": f"{about['tokens']:,}",
-            "layers": f"{len(profile.layers)} of {_widths(shape)}, {shape.query_heads} query heads, "
-            f"{shape.kv_heads} KV groups",
+            "layers": f"{len(profile.layers)} of {_widths(shape)}{heads}",
             "run in": about["key"]["dtype"],
         },
     )

@@ -45,13 +45,14 @@ print("PLATFORM", json.dumps({"cpu": platform.is_cpu(), "memory": platform.get_d
 class Servable:
     """A folder that vLLM can serve: an expert, or any other checkpoint.
 
-    `weight_bytes` is the size of its tensors.
+    `weight_bytes` is the size of its tensors; `chat` says whether it has a chat template.
     """
 
     folder: Path
     name: str
     weight_bytes: int
     checkpoint: Checkpoint
+    chat: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,16 @@ def check_folder(folder: str | Path, name: str | None = None) -> Servable:
         check_widths(checkpoint, family, family.layer_shapes(checkpoint.config))
     if not any(folder.glob("tokenizer*")) and not any(folder.glob("*.tiktoken")):
         raise CheckpointError(f"{folder}: has no tokenizer files (tokenizer.json, tokenizer_config.json)")
-    return Servable(folder, name or own, stored_bytes(checkpoint), checkpoint)
+    return Servable(folder, name or own, stored_bytes(checkpoint), checkpoint, _has_chat_template(folder))
+
+
+def _has_chat_template(folder: Path) -> bool:
+    if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    try:
+        return bool(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template"))
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def stored_bytes(checkpoint: Checkpoint, names: Sequence[str] | None = None) -> int:
@@ -222,11 +232,33 @@ def server_arguments(
     """Arguments of vLLM's server; what the user gave comes last.
 
     Raises:
-        UsageError: see `engine_settings`, `option_names`, `platform`.
+        UsageError: see `engine_settings`, `option_names`, `platform`, `check_shared`.
     """
+    check_shared(servable, _gpus(given))
     settings = engine_settings(servable, platform(), engines, option_names(given))
     where = [f"--model={servable.folder.resolve()}", f"--served-model-name={servable.name}"]
     return [*where, f"--host={host}", f"--port={port}", *as_arguments(settings), *given]
+
+
+def check_shared(servable: Servable, gpus: int) -> None:
+    """Raises `UsageError` where a layer cannot be shared among so many GPUs."""
+    config = servable.checkpoint.config
+    if gpus < 2 or config.get("model_type") not in families():
+        return
+    for layer, shape in enumerate(family_of(config["model_type"]).layer_shapes(config)):
+        if problems := shape.indivisible(gpus):
+            raise UsageError(
+                f"{servable.folder}: layer {layer} has {' and '.join(problems)}, which cannot be shared among {gpus} GPUs: "
+                f"give a smaller --tensor-parallel-size, or build the expert with budget.tensor_parallel: {gpus}"
+            )
+
+
+def _gpus(given: Sequence[str]) -> int:
+    """How many GPUs share each layer, by the arguments of vLLM; 1 where they say nothing, or no number."""
+    found = re.findall(
+        r"(?:^|\x00)(?:--tensor-parallel-size|-tp)[=\x00](\d+)(?=$|\x00)", "\x00".join(given).replace("_", "-")
+    )
+    return int(found[-1]) if found else 1
 
 
 def load_engine(folder: str | Path, **settings: Any) -> Any:
@@ -242,6 +274,7 @@ def load_engine(folder: str | Path, **settings: Any) -> Any:
         UsageError: vLLM is missing, or memory is short.
     """
     servable = check_folder(folder)
+    check_shared(servable, int(settings.get("tensor_parallel_size", 1)))
     settings = {**engine_settings(servable, platform(), given=list(settings)), **settings}
     from vllm import LLM
 

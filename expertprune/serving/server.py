@@ -19,6 +19,7 @@ from expertprune.serving import engine
 from expertprune.serving.processes import ProcessTree, check_port, client_address, ending, free_port
 
 PROMPT = "The heart pumps"
+QUESTION = "What does the heart do?"  # for models that chat
 PATIENCE = 900.0  # seconds until a server that is not healthy is given up
 
 
@@ -114,16 +115,20 @@ class Server:
         while not self.healthy():
             time.sleep(0.25)
 
-    def complete(self, prompt: str = PROMPT, max_tokens: int = 8) -> str:
-        """The server's greedy continuation of a prompt.
+    def complete(self, prompt: str | None = None, max_tokens: int = 8) -> str:
+        """The server's greedy continuation of a prompt, or its answer where the model chats.
+
+        Args:
+            prompt: default: `PROMPT`, or `QUESTION` where the model chats.
 
         Raises:
             ServingError: it does not answer as it should.
         """
-        request = {"model": self.name, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+        path, request = trial(self.servable, self.name, max_tokens, prompt)
         try:
-            return str(self._ask("/v1/completions", request)["choices"][0]["text"])
-        except (OSError, ValueError, LookupError) as error:
+            choice = self._ask(f"/v1/{path}", {**request, "temperature": 0})["choices"][0]
+            return str(choice["message"]["content"] if self.servable.chat else choice["text"])
+        except (OSError, ValueError, LookupError, TypeError) as error:
             raise self._failure(f"is healthy but does not answer a prompt ({error})") from None
 
     def _ask(self, path: str, request: dict[str, Any]) -> Any:
@@ -162,6 +167,16 @@ class Server:
         self.stop()
         if self._own_log and error is None:
             self.log.unlink(missing_ok=True)
+
+
+def trial(
+    servable: engine.Servable, name: str, max_tokens: int, prompt: str | None = None
+) -> tuple[str, dict[str, Any]]:
+    """The route behind `/v1/` and the request that try a model: a message where it chats."""
+    about: dict[str, Any] = {"model": name, "max_tokens": max_tokens}
+    if servable.chat:
+        return "chat/completions", {**about, "messages": [{"role": "user", "content": prompt or QUESTION}]}
+    return "completions", {**about, "prompt": prompt or PROMPT}
 
 
 def log_file(folder: Path, name: str, port: int) -> Path:

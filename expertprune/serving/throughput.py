@@ -66,6 +66,7 @@ def bench(
     other = Path(against) if against is not None else _base_folder(expert, base, store)
     folders: dict[Role, Path] = {"base": other, "expert": expert}
     servables = {role: engine.check_folder(folder) for role, folder in folders.items()}
+    load = load.model_copy(update={"chat": all(servable.chat for servable in servables.values())})
     _check_before(expert, servables, load)
     arguments = [*_common_arguments(list(servables.values()), arguments), *arguments]
     reads = {role: bytes_per_token(servable.checkpoint) for role, servable in servables.items()}
@@ -142,7 +143,7 @@ def _write_prompts(file: Path, tokenizer_folder: Path, load: Load) -> Path:
     """Write different pieces of the shipped general text, of `load.input_tokens` of the base's tokens each."""
     tokenizer = load_tokenizer(tokenizer_folder)
     texts = []
-    for part in sorted((shipped("corpora") / "general").glob("*.jsonl")):
+    for part in sorted((shipped("corpora") / "general").glob("general.*.jsonl")):
         with jsonlines.open(part) as rows:
             texts += [row["text"] for row in rows]
     tokens = tokenizer("\n\n".join(texts), add_special_tokens=False)["input_ids"]
@@ -162,8 +163,9 @@ def _measure(server: Server, prompts: Path, load: Load, role: Role, number: int,
         read: bytes of weights per token (see `bytes_per_token`).
     """
     result = prompts.with_name("result.json")
+    backend, endpoint = ("openai-chat", "/v1/chat/completions") if load.chat else ("vllm", "/v1/completions")
     options = {
-        "backend": "vllm", "base-url": server.root, "endpoint": "/v1/completions", "model": server.name,
+        "backend": backend, "base-url": server.root, "endpoint": endpoint, "model": server.name,
         "tokenizer": server.servable.folder.resolve(), "dataset-name": "custom", "dataset-path": prompts,
         "custom-output-len": load.output_tokens, "num-prompts": load.prompts, "max-concurrency": load.concurrency,
         "num-warmups": min(load.prompts, load.concurrency), "temperature": 0, "seed": 0,

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from expertprune.spec.values import (
-    Aggregate,
-    Amount,
-    Coverage,
-    Fraction,
-    Keep,
-    LocalPath,
-    LocalPaths,
-    Names,
-    Rows,
-    Size,
-)
+from expertprune.spec.sources import Corpora, Section
+from expertprune.spec.values import Aggregate, Amount, Coverage, Fraction, Keep, LocalPath, Names, Rows, Size
 
 Dimension = Literal["language", "domain", "task"]
 
@@ -38,11 +27,7 @@ PER_TOKEN: tuple[Metric, ...] = ("perplexity", "kl", "agreement")
 TO_BASE: tuple[Metric, ...] = ("kl", "agreement")  # they compare with the base, which has no value of its own
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", populate_by_name=True, validate_default=True, allow_inf_nan=False)
-
-
-class Base(_Section):
+class Base(Section):
     """The general model that is cut."""
 
     model: LocalPath = Field(description="Hub id, local folder, .gguf file, or the name of a bundled model.")
@@ -69,7 +54,7 @@ class Base(_Section):
     )
 
 
-class Dimensions(_Section):
+class Dimensions(Section):
     """What the expert is for. Several values of one dimension: it serves all of them."""
 
     language: Names = Field(default_factory=list)
@@ -88,69 +73,25 @@ class Dimensions(_Section):
         return {name: values for name in DIMENSIONS if (values := getattr(self, name))}
 
 
-class Source(_Section):
-    """Where the documents of one corpus come from: JSONL or text files, or a Hugging Face dataset."""
-
-    path: LocalPaths | None = Field(None, description="JSONL or .txt file(s), relative to the spec.")
-    field: str | None = Field(
-        None,
-        description="Field of a row that holds the text (default: text). Dots lead to a nested one: "
-        "messages.0.content.",
-    )
-    template: str | None = Field(
-        None, description="Text built from fields, which hold text, numbers or booleans: 'Q: {question}\\nA: {answer}'."
-    )
-    dataset: str | None = Field(
-        None, description="Hugging Face dataset, streamed; calibration.seed chooses among its rows."
-    )
-    config: str | None = Field(None, description="Configuration of the dataset, such as a language.")
-    revision: str | None = Field(None, description="Branch, tag or commit of the dataset.")
-    split: str | None = Field(None, description="Split of the dataset (default: train).")
-    evaluation: LocalPaths | None = Field(None, description="File(s) of the evaluation split, read as `path` is.")
-    evaluation_split: str | None = Field(None, description="Evaluation split of the dataset.")
-    questions: LocalPath | None = Field(
-        None, description="JSONL of multiple-choice questions: question, choices, answer."
-    )
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> Source:
-        if (self.path is None) == (self.dataset is None):
-            raise ValueError("give exactly one of 'path' and 'dataset'")
-        if self.field and self.template:
-            raise ValueError("give 'field' or 'template', not both")
-        wrong = ["config", "revision", "split", "evaluation_split"] if self.path else ["evaluation"]
-        if set_here := [key for key in wrong if getattr(self, key) is not None]:
-            raise ValueError(f"{', '.join(set_here)} does not go with {'path' if self.path else 'dataset'!r}")
-        return self
-
-    def with_paths(self, change: Callable[[str, str], str]) -> Source:
-        """A copy with other paths; `change` takes a path's key and the path."""
-        lists = {key: [change(key, path) for path in getattr(self, key) or ()] for key in ("path", "evaluation")}
-        questions = change("questions", self.questions) if self.questions is not None else None
-        return self.model_copy(update={**{key: paths or None for key, paths in lists.items()}, "questions": questions})
-
-
-class Corpora(_Section):
-    """Where the corpora of the named values are found."""
-
-    catalogue: LocalPath | None = Field(
-        None, description="Folder with a catalogue.yaml; default: the corpora that ship."
-    )
-    sources: dict[str, Source] = Field(
-        default_factory=dict, description="Your own corpora, by value ('de') or by dimension and value ('language/de')."
-    )
-
-
-class Calibration(_Section):
+class Calibration(Section):
     """How much of each corpus is profiled."""
 
     documents: int = Field(256, ge=1, description="At most so many documents of each corpus.")
     max_tokens: int = Field(512, ge=2, description="Longer documents are cut at so many tokens.")
+    windows: int = Field(
+        1, ge=1, description="At most so many windows of max_tokens, spread evenly over each longer document."
+    )
+    prompt_weight: float = Field(
+        1.0,
+        ge=0,
+        description="How much a token of a conversation counts in statistics where it is not an answer's. "
+        "The loss counts on answers only.",
+    )
     tokens_per_batch: int = Field(2048, ge=1, description="Speed and memory only: results do not depend on it.")
     seed: int = Field(0, ge=0, description="Chooses the documents where a corpus has more of them.")
 
 
-class Relevance(_Section):
+class Relevance(Section):
     """How a unit is scored on a corpus."""
 
     criterion: str = Field(
@@ -169,7 +110,7 @@ class Relevance(_Section):
     seed: int = Field(0, ge=0, description="For criteria that draw random numbers.")
 
 
-class Fusion(_Section):
+class Fusion(Section):
     """How general and expert relevance become one score."""
 
     method: Literal["weighted", "shared_exclusive"] = Field(
@@ -182,7 +123,7 @@ class Fusion(_Section):
     beta: float = Field(0.5, ge=0, le=1, description="Its weight on general-exclusive units and on vocabulary rows.")
 
 
-class Compose(_Section):
+class Compose(Section):
     """How the scores of several corpora become one decision per unit."""
 
     rule: str = Field(
@@ -207,7 +148,7 @@ class Compose(_Section):
     )
 
 
-class Retention(_Section):
+class Retention(Section):
     """The smallest expert that keeps at least this much of held-back calibration text.
 
     It is found by trying budgets.
@@ -225,7 +166,7 @@ class Retention(_Section):
         return self
 
 
-class Budget(_Section):
+class Budget(Section):
     """What goes, in the way that suits you.
 
     One rule for every key: a fraction (0.25), a percentage (25%) and a whole number (384) say what
@@ -251,7 +192,18 @@ class Budget(_Section):
     max_parameters: Size | None = Field(None, description="What may be left of the whole model, such as 100M.")
     retention: Retention | None = Field(None, description="As much as can go while this much is kept.")
     multiple_of: int = Field(64, ge=1, description="Kept FFN widths are a multiple of this.")
+    tensor_parallel: int = Field(
+        1,
+        ge=1,
+        description="GPUs that share each layer when it is served: kept KV heads are a multiple of this, and kept FFN "
+        "widths of this times multiple_of.",
+    )
     floor: float = Field(0.1, ge=0, le=1, description="At least this fraction of each structure stays in every layer.")
+
+    @property
+    def ffn_step(self) -> int:
+        """Kept FFN widths are a multiple of this."""
+        return self.multiple_of * self.tensor_parallel
 
     @property
     def overall(self) -> bool:
@@ -278,7 +230,7 @@ class Budget(_Section):
         return self
 
 
-class Compensation(_Section):
+class Compensation(Section):
     """How the layers that were cut are repaired, without training."""
 
     method: str = Field(
@@ -291,7 +243,7 @@ class Compensation(_Section):
     )
 
 
-class Evaluate(_Section):
+class Evaluate(Section):
     """What is measured of base and expert. Default: the evaluation documents of every corpus that the spec names."""
 
     corpora: Names | None = Field(None, description="Names as in dimensions and general; default: all of them.")
@@ -312,14 +264,14 @@ class Evaluate(_Section):
         return [metric for metric in METRICS if not (other_tokens and metric in PER_TOKEN)]
 
 
-def _shorthand(key: str, section: type[_Section]) -> BeforeValidator:
+def _shorthand(key: str, section: type[Section]) -> BeforeValidator:
     """A section that may be written as the value of its first key alone."""
     return BeforeValidator(
         lambda value: {key: value} if isinstance(value, str) else value, json_schema_input_type=str | section
     )
 
 
-class Spec(_Section):
+class Spec(Section):
     """An expert, as its user describes it."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)

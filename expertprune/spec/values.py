@@ -162,20 +162,35 @@ Aggregate = Annotated[
 _SCALES = {"k": 10**3, "m": 10**6, "b": 10**9}
 
 
-def _size(value: Any) -> int:
+def _scaled(value: Any) -> int:
+    """A whole number of at least 1, written out or with k, M or B; 0 for anything else."""
     number, scale = value, 1
     if isinstance(value, str) and value[-1:].lower() in _SCALES:
         number, scale = value[:-1], _SCALES[value[-1].lower()]
     try:
-        size = 0 if isinstance(value, bool) else int(float(number) * scale)
+        return 0 if isinstance(value, bool) else max(0, int(float(number) * scale))
     except (TypeError, ValueError, OverflowError):
-        size = 0
-    if size < 1:
-        raise ValueError("must be a number of parameters, such as 100M, 1.5B or 100000000")
-    return size
+        return 0
+
+
+def _size(value: Any) -> int:
+    if size := _scaled(value):
+        return size
+    raise ValueError("must be a number of parameters, such as 100M, 1.5B or 100000000")
+
+
+def _count(value: Any) -> int:
+    if count := _scaled(value):
+        return count
+    raise ValueError("must be a number of at least 1, such as 200k or 200000")
+
+
+_WRITTEN = WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string"}]})
 
 
 # A number of parameters: 100000000, "100M", "1.5B".
-Size = Annotated[
-    int, PlainValidator(_size), WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string"}]})
-]
+Size = Annotated[int, PlainValidator(_size), _WRITTEN]
+
+
+# A number of other things: 200000, "200k".
+Count = Annotated[int, PlainValidator(_count), _WRITTEN]

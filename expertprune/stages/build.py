@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from expertprune.files import check_inputs, check_output, require_room, staged_folder
+from expertprune.artifacts.expert import Expert, portable
+from expertprune.artifacts.plan import Plan
+from expertprune.engine.tasks import Call, Engine, Local, Task
+from expertprune.engine.team import team
+from expertprune.errors import CheckpointError
+from expertprune.files import EXPERT_FILE, check_inputs, check_output, digest_of, require_room
 from expertprune.progress import Track, silent
 from expertprune.spec.schema import Spec
 from expertprune.stages.compose import plan_of
-from expertprune.stages.evaluate import Meanwhile, evaluated_after, measuring, record
+from expertprune.stages.elsewhere import agreed, received, run_with, sent
+from expertprune.stages.evaluate import Meanwhile, evaluated_after, measure_folder, measuring, record
+from expertprune.stages.forecast import forecast
+from expertprune.stages.profile import profile_tasks
 from expertprune.stages.prune import write_folder
-from expertprune.stages.validate import SpecLike, validate
+from expertprune.stages.validate import Prepared, SpecLike
+
+log = logging.getLogger(__name__)
 
 
 def build(
@@ -22,27 +33,92 @@ def build(
     overwrite: bool = False,
     store: str | Path | None = None,
     track: Track = silent,
+    engine: Engine | None = None,
 ) -> Path:
     """All stages in a row: profile, compose, prune, evaluate.
 
     The folder appears when the expert is whole. It is evaluated afterwards.
 
+    Args:
+        engine: what runs a task for each corpus, and one for the expert; default: this process.
+
     Raises:
         UnevaluatedError: the expert is there, and its evaluation failed.
     """
-    out = Path(out)
-    check_output(out, overwrite, inputs=[] if isinstance(spec, Spec) else [Path(spec)])
-    prepared = validate(spec, overrides, store)
+    out, engine = Path(out), engine or Local()
+    read = [] if isinstance(spec, Spec) else [Path(spec)]
+    team().lead(lambda: check_output(out, overwrite, inputs=read))
+    prepared = run_with(agreed(spec, overrides, store), engine.device)
     check_inputs(out, prepared.inputs)
+    team().check_shared(out.absolute().parent, "--out")
     require_room(out, prepared.base.checkpoint.weight_bytes)
+    if team().leads:
+        log.warning("%s: this will take about %s", prepared.spec.name, next(forecast(prepared, stored=True).lines()))
+    engine.run(profile_tasks(prepared), track)
+    engine.run([_task(prepared, out, overwrite)], track)
+    return out
+
+
+def _task(prepared: Prepared, out: Path, overwrite: bool) -> Task:
+    before = _stamp(out)
+    arguments = {**sent(prepared), "out": str(out.resolve()), "overwrite": overwrite}
+    return Task(
+        name=f"build {prepared.spec.name}",
+        digest=digest_of([arguments, before]),
+        done=lambda: _stamp(out) != before,
+        run=lambda track: _make(prepared, plan_of(prepared, track), out, overwrite, track),
+        elsewhere=Call(build_elsewhere, arguments),
+    )
+
+
+def _stamp(out: Path) -> tuple[int, int] | None:
+    """It changes with every expert that is published in a folder."""
+    try:
+        status = (out / EXPERT_FILE).stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def build_elsewhere(
+    spec: Mapping[str, Any],
+    store: str,
+    means: Mapping[str, str],
+    out: str,
+    overwrite: bool,
+    track: Track = silent,
+) -> None:
+    """Prune and evaluate in a process that shares the store and `out` with the one that asks.
+
+    A process before this one may have died after it had published the expert: then it is only
+    evaluated.
+    """
+    prepared, place = received(spec, store, means), Path(out)
     plan = plan_of(prepared, track)
+    if not team().lead(lambda: _published(place, plan)):
+        _make(prepared, plan, place, overwrite, track)
+    elif prepared.spec.evaluate.enabled:
+        evaluator = measuring(prepared.running, prepared.evaluated, prepared.spec.evaluate, plan.vocabulary is not None)
+        with evaluated_after(place):
+            record(place, measure_folder(evaluator, place, prepared.running, track))
+
+
+def _published(out: Path, plan: Plan) -> bool:
+    """Whether the expert of a plan is there, without an evaluation."""
+    try:
+        expert = Expert.load(out)
+    except CheckpointError:
+        return False
+    return expert.plan.digest == portable(plan).digest and expert.evaluation is None
+
+
+def _make(prepared: Prepared, plan: Plan, out: Path, overwrite: bool, track: Track) -> None:
     meanwhile = None
     if prepared.spec.evaluate.enabled:
         other_tokens = plan.vocabulary is not None
         meanwhile = Meanwhile(measuring(prepared.running, prepared.evaluated, prepared.spec.evaluate, other_tokens))
-    with staged_folder(out, overwrite) as folder:
+    with team().staged(out, overwrite) as folder:
         write_folder(prepared, plan, folder, track, meanwhile.passengers if meanwhile is not None else None)
     if meanwhile is not None:
         with evaluated_after(out):
             record(out, meanwhile.result(out, prepared.running, track))
-    return out

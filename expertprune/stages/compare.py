@@ -129,7 +129,7 @@ def _check_two(prepared: Sequence[Prepared], stored: Sequence[Profile]) -> None:
 def _keys(prepared: Prepared) -> list[ProfileKey]:
     """The keys of the profiles of a spec's corpora, in their order."""
     longest = prepared.spec.calibration.max_tokens
-    return [profile_key(prepared.base, prepared.calibration[name].documents, longest) for name in prepared.corpora]
+    return [profile_key(prepared.base, prepared.calibration[name].digest, longest) for name in prepared.corpora]
 
 
 def _stored(store: Path, key: ProfileKey, part: ProfilePart | None) -> list[Profile]:

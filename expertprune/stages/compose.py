@@ -8,6 +8,7 @@ from typing import Any
 
 from expertprune.artifacts.plan import Plan
 from expertprune.composition.plan import compose as compose_profiles
+from expertprune.engine.team import team
 from expertprune.progress import Track, silent
 from expertprune.stages.floor import plan_by_retention
 from expertprune.stages.profile import profiles_of
@@ -42,4 +43,4 @@ def plan_of(prepared: Prepared, track: Track, run: bool = True) -> Plan:
     profiles = profiles_of(prepared, track, run)
     if prepared.spec.budget.retention is not None:
         return plan_by_retention(prepared, profiles, track)
-    return compose_profiles(prepared.spec, prepared.base, profiles)
+    return team().lead(lambda: compose_profiles(prepared.spec, prepared.base, profiles))

@@ -1,4 +1,4 @@
-"""A prepared spec on the way to a process elsewhere, which shares the store and the base's folder."""
+"""What processes that work on one spec must have in common, and how a prepared spec comes to them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,51 @@ from typing import Any, TypeVar
 
 import torch
 
+from expertprune import __version__
+from expertprune.artifacts.expert import portable_spec
+from expertprune.engine.team import team
 from expertprune.errors import UsageError
+from expertprune.files import digest_of
+from expertprune.models.base import ResolvedBase
 from expertprune.models.loading import run_dtype
 from expertprune.models.running import RunningBase
 from expertprune.spec.reading import parse_spec
-from expertprune.spec.schema import Spec
-from expertprune.stages.validate import Found, Prepared, find, prepare
+from expertprune.spec.schema import Base, Spec
+from expertprune.stages.validate import Found, Prepared, SpecLike, find, prepare, validate
+
+
+def agreed(spec: SpecLike, overrides: Mapping[str, Any] | None, store: str | Path | None) -> Prepared:
+    """`validate`, in every member of a team; the first one begins, and leaves what it has converted.
+
+    Raises:
+        UsageError: members disagree, or do not share the store.
+    """
+    with team().after_the_first():
+        prepared = validate(spec, overrides, store)
+    agree(prepared)
+    return prepared
+
+
+def agree(found: Found, out: Path | None = None) -> None:
+    """Raises `UsageError` where members of a team have other inputs than the first, or do not share its folders."""
+    spec = digest_of(portable_spec(found.spec).document())
+    corpora = digest_of({str(name): corpus.digest for name, corpus in found.corpora.items()})
+    team().agree({**facts(found.base), "spec": spec, "corpora": corpora})
+    team().check_shared(found.store, "--store")
+    if out is not None:
+        team().check_shared(out.absolute().parent, "--out")
+
+
+def facts(base: ResolvedBase) -> dict[str, str]:
+    """What members of a team must have in common to run a base."""
+    return {
+        "version of expertprune": __version__,
+        "version of torch": torch.__version__,
+        "checkpoint": base.digest,
+        "tokenizer": base.tokenizer_digest,
+        "dtype": str(base.dtype),
+        "kind of device": base.device.type,
+    }
 
 
 def sent(prepared: Prepared) -> dict[str, Any]:
@@ -55,11 +94,17 @@ def run_with(found: F, device: str | None, dtype: str = "auto") -> F:
     """
     if device is None:
         return found
-    base = found.base
-    place = base.device if base.device.type == device else torch.device(device)
-    wanted = found.spec.base.dtype if dtype == "auto" else dtype
-    base = replace(base, device=place, dtype=run_dtype(wanted, base.checkpoint.dtype, place))
+    base = base_with(found.base, found.spec.base, device, dtype)
     return replace(found, base=base, running=RunningBase(base))
+
+
+def base_with(base: ResolvedBase, spec: Base, device: str | None, dtype: str = "auto") -> ResolvedBase:
+    """The same for a base alone; `dtype` is in place of the spec's."""
+    if device is None:
+        return base
+    place = base.device if base.device.type == device else torch.device(device)
+    wanted = spec.dtype if dtype == "auto" else dtype
+    return replace(base, device=place, dtype=run_dtype(wanted, base.checkpoint.dtype, place))
 
 
 def _parsed(spec: Mapping[str, Any]) -> Spec:

@@ -13,17 +13,20 @@ from expertprune.artifacts.evaluation import Evaluation
 from expertprune.artifacts.expert import Expert
 from expertprune.corpora.documents import Corpus, CorpusName
 from expertprune.corpora.loading import load_corpora
+from expertprune.engine.team import team
 from expertprune.errors import UnevaluatedError
 from expertprune.evaluation.measure import Measuring
 from expertprune.evaluation.reading import Read
 from expertprune.files import store_folder
 from expertprune.models.loading import load_tokenizer
 from expertprune.models.passes import TextRun
-from expertprune.models.running import RunningBase, run_folder
+from expertprune.models.running import RunningBase, stream_folder
 from expertprune.progress import Track, silent
 from expertprune.pruning.repair import Passengers
 from expertprune.reporting.card import write_card
 from expertprune.spec.schema import Evaluate
+from expertprune.stages.elsewhere import facts
+from expertprune.stages.generate import generator
 from expertprune.stages.validate import evaluation_corpora, leak_guard
 
 log = logging.getLogger(__name__)
@@ -49,12 +52,15 @@ def evaluate(
         SpecError: a document that calibrated the expert is among those to evaluate on.
     """
     described, place = Expert.load(expert), store_folder(store)
+    team().check_shared(described.folder, "expert")
     overrides = dict(overrides or {}) | ({"evaluate.corpora": corpora} if corpora else {})
     if base is not None:
         overrides["base.model"] = str(base)
     spec = described.local_spec(place, overrides)
-    resolved = described.find_base(place, spec.base)
-    loaded: dict[CorpusName, Corpus] = load_corpora(spec)
+    with team().after_the_first():
+        resolved = described.find_base(place, spec.base)
+    team().agree({**facts(resolved), "expert": described.plan.digest})
+    loaded: dict[CorpusName, Corpus] = load_corpora(spec, place, generator(resolved, spec, place, write=False))
     evaluated = evaluation_corpora(spec, loaded, leak_guard(loaded, described.calibration_digests))
     running = RunningBase(resolved)
     evaluator = measuring(running, evaluated, spec.evaluate, described.plan.vocabulary is not None)
@@ -63,9 +69,8 @@ def evaluate(
 
 def measuring(running: RunningBase, corpora: Sequence[Corpus], settings: Evaluate, other_tokens: bool) -> Measuring:
     """What measures experts of a base on corpora, which are already guarded against leaks."""
-    return Measuring(
-        TextRun(running.model, running.base.family, (), ()), running.tokenizer, corpora, settings, other_tokens
-    )
+    base = team().run(TextRun(running.model, running.base.family, (), ()))
+    return Measuring(base, running.tokenizer, corpora, settings, other_tokens)
 
 
 def measure_folder(
@@ -79,7 +84,7 @@ def measure_folder(
     base = running.base
     tokenizer = load_tokenizer(folder, base.trust_remote_code) if evaluator.other_tokens else None
     with track("evaluate", evaluator.steps(len(base.layers))) as step:
-        expert = TextRun(run_folder(folder, base), base.family, (), ())
+        expert = team().run(TextRun(stream_folder(folder, base), base.family, (), ()))
         return evaluator.against(expert, step, tokenizer, align)
 
 
@@ -121,5 +126,7 @@ def evaluated_after(folder: Path) -> Iterator[None]:
 
 def record(folder: Path, result: Evaluation) -> Evaluation:
     """Write an evaluation into the folder of its expert."""
-    write_card(replace(Expert.load(folder), evaluation=result))
+    if team().leads:
+        write_card(replace(Expert.load(folder), evaluation=result))
+    team().wait()
     return result

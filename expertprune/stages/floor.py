@@ -13,10 +13,10 @@ from expertprune.composition.parameters import removed_parameters
 from expertprune.composition.plan import compose
 from expertprune.composition.widths import LayerWidths, legal_ffn
 from expertprune.corpora.documents import CorpusName
+from expertprune.engine.team import team
 from expertprune.errors import PlanError
 from expertprune.evaluation.measure import Measuring
 from expertprune.evaluation.retention import bits_per_byte
-from expertprune.files import temporary_folder
 from expertprune.progress import Track, silent
 from expertprune.spec.schema import Budget, Evaluate, Retention
 from expertprune.stages.evaluate import Meanwhile, measuring
@@ -65,7 +65,7 @@ def budgets_to_try(prepared: Prepared) -> list[Budget]:
     base, budget, shape = prepared.base, prepared.spec.budget, prepared.base.layers[0]
     parts = 1 if prepared.spec.compose.allocation == "uniform" else min(_BETWEEN, len(base.layers))
     found, before = [], 0
-    for width in reversed(legal_ffn(shape, budget.multiple_of, budget.floor)[:-1]):
+    for width in reversed(legal_ffn(shape, budget.ffn_step, budget.floor)[:-1]):
         layer = replace(LayerWidths.own(shape), ffn=width)
         removed = removed_parameters(base, [layer] * len(base.layers))
         for part in range(1, parts + 1):
@@ -125,9 +125,10 @@ def _try(
     prepared: Prepared, profiles: Mapping[CorpusName, Profile], budget: Budget, evaluator: Measuring
 ) -> tuple[Plan, Kept]:
     """The plan under one budget, and what its expert keeps."""
-    plan = compose(prepared.spec.model_copy(update={"budget": budget}), prepared.base, profiles)
+    spec = prepared.spec.model_copy(update={"budget": budget})
+    plan = team().lead(lambda: compose(spec, prepared.base, profiles))
     meanwhile = Meanwhile(evaluator)
-    with temporary_folder() as folder:
+    with team().temporary(prepared.store) as folder:
         write_weights(prepared, plan, folder, passengers=meanwhile.passengers)
         return plan, measure(prepared, meanwhile, folder)
 

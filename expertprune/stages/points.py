@@ -12,10 +12,11 @@ from expertprune.artifacts.evaluation import Evaluation
 from expertprune.artifacts.expert import Expert, portable
 from expertprune.artifacts.plan import Plan
 from expertprune.artifacts.sweep import SWEEP_SCHEMA, Point
+from expertprune.engine.team import team
 from expertprune.errors import CheckpointError
 from expertprune.evaluation.measure import Measuring
 from expertprune.evaluation.retention import pooled
-from expertprune.files import digest_of, folder_size, staged_folder, temporary_folder, write_json
+from expertprune.files import digest_of, folder_size, write_json
 from expertprune.progress import Track, silent
 from expertprune.pruning.repair import Passengers
 from expertprune.stages.compose import plan_of
@@ -44,7 +45,7 @@ def make_point(
         evaluator: of the base's experts.
     """
     key = point_key(plan, prepared)
-    if kept is not None and holds(kept, plan):
+    if kept is not None and team().lead(lambda: holds(kept, plan)):
         evaluation = record(kept, measure_folder(evaluator, kept, prepared.running, track))
         return _point(budget, key, plan, evaluation, folder_size(kept))
     meanwhile = Meanwhile(evaluator)
@@ -59,12 +60,12 @@ def _written(
 ) -> Iterator[Path]:
     """The folder of a new expert: its place, which was checked, or one that vanishes after the block."""
     if kept is not None:
-        with staged_folder(kept, overwrite=True) as folder:
+        with team().staged(kept, overwrite=True) as folder:
             write_folder(prepared, plan, folder, track, passengers)
         with evaluated_after(kept):
             yield kept
         return
-    with temporary_folder() as folder:
+    with team().temporary(prepared.store) as folder:
         write_folder(prepared, plan, folder, track, passengers)
         yield folder
 
@@ -107,7 +108,10 @@ def load_point(store: Path, key: str) -> Point | None:
 
 
 def save_point(store: Path, point: Point) -> None:
-    write_json(_path(store, point.key), point.model_dump(mode="json"))
+    """Keep a point in the store."""
+    if team().leads:
+        write_json(_path(store, point.key), point.model_dump(mode="json"))
+    team().wait()
 
 
 def _path(store: Path, key: str) -> Path:

@@ -7,24 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from expertprune.artifacts.profile import FORWARD, VOCABULARY, Profile, ProfileKey, ProfilePart
 from expertprune.composition.scoring import needed_part
-from expertprune.corpora.batches import Batch
 from expertprune.corpora.documents import CorpusName, corpus_names
+from expertprune.engine.memory import Sizes, Text, fitting, graph_estimate, profiling
 from expertprune.engine.tasks import Call, Engine, Local, Report, Shard, Task
-from expertprune.errors import CheckpointError, SpecError
+from expertprune.engine.team import team
+from expertprune.errors import SpecError
 from expertprune.files import digest_of
 from expertprune.models.passes import TextRun
 from expertprune.models.running import to_stream
 from expertprune.models.spool import Limits
-from expertprune.profiling.gradients import backward_bytes
 from expertprune.profiling.store import description, measure, profile_key, profile_path
 from expertprune.progress import Track, silent
 from expertprune.relevance import Pass
-from expertprune.spec.schema import Budget
-from expertprune.stages.elsewhere import check_same, received, run_with, sent
+from expertprune.spec.schema import Budget, Spec
+from expertprune.stages.elsewhere import agreed, check_same, received, run_with, sent
 from expertprune.stages.validate import Prepared, SpecLike, validate
 from expertprune.units import Structure
 
@@ -43,6 +41,7 @@ def profiles_of(
         CheckpointError: the backward pass does not fit into memory.
     """
     names = corpus_names(prepared.spec)
+    prepared.base.checkpoint.fetch(track)  # profiles are named by the digest of the weights
     if run:
         (engine or Local()).run(profile_tasks(prepared), track)
     places = {name: _place(prepared, name) for name in names}
@@ -84,25 +83,34 @@ class _Place:
 
 
 def _place(prepared: Prepared, name: CorpusName) -> _Place:
-    spec, part = prepared.spec, needed_part(prepared.spec.relevance)
-    parts = [FORWARD]
-    if part is not None and _cuts_units(spec.budget):
+    spec = prepared.spec
+    key = profile_key(prepared.base, prepared.calibration[name].digest, spec.calibration.max_tokens)
+    return _Place(key, profile_path(prepared.store, key), parts_wanted(spec))
+
+
+def parts_wanted(spec: Spec) -> list[ProfilePart]:
+    """The results of passes that the profile of each corpus must have."""
+    parts, part = [FORWARD], needed_part(spec.relevance)
+    if part is not None and cuts_units(spec.budget):
         parts.append(part)
     if spec.budget.vocabulary is not None:
         parts.append(VOCABULARY)
-    key = profile_key(prepared.base, prepared.calibration[name].documents, spec.calibration.max_tokens)
-    return _Place(key, profile_path(prepared.store, key), parts)
+    return parts
+
+
+def parts_lacking(prepared: Prepared) -> dict[CorpusName, list[ProfilePart]]:
+    """Those that are not in the store, by corpus."""
+    return {name: _place(prepared, name).missing for name in corpus_names(prepared.spec)}
 
 
 def profile_corpus(prepared: Prepared, name: CorpusName, track: Track) -> None:
     """Run the passes over a corpus that its profile lacks."""
     base, text, place = prepared.base, prepared.calibration[name], _place(prepared, name)
     base.checkpoint.fetch(track)
-    missing = place.missing
-    if any(each.made_by is Pass.GRADIENT for each in missing):  # asked before the model is loaded for any pass
-        check_backward_fits(prepared, text.batches)
+    missing = team().lead(lambda: place.missing)
     if missing:
-        run_text = TextRun(prepared.running.model, base.family, base.layers, text.batches)
+        _check_fits(prepared, name, missing)
+        run_text = team().run(TextRun(prepared.running.model, base.family, base.layers, text.batches))
         measure(run_text, missing, place.path, description(base, str(name), text.documents, place.key), track)
 
 
@@ -124,30 +132,18 @@ def profile_elsewhere(
     profile_corpus(prepared, name, track)
 
 
-def _cuts_units(budget: Budget) -> bool:
+def cuts_units(budget: Budget) -> bool:
     """Whether units of layers are to go, and not vocabulary rows alone, which no criterion scores."""
     return any(getattr(budget, each.value) for each in Structure) or budget.overall or budget.retention is not None
 
 
-def check_backward_fits(prepared: Prepared, batches: Sequence[Batch]) -> None:
-    """Raises `CheckpointError` where a backward pass through the whole model would not fit into memory."""
-    base = prepared.base
-    if to_stream(base.checkpoint, base, Limits.of_environment()):
-        return  # one layer is held at a time
-    size = torch.empty(0, dtype=base.dtype).element_size()
-    tokens = max(batch.ids.numel() for batch in batches)
-    weights = base.checkpoint.parameters * size
-    rows, chosen = base.checkpoint.config.get("vocab_size", 0), base.family.experts_per_token(base.checkpoint.config)
-    needed = weights + backward_bytes(base.layers, rows, tokens, chosen)
-    free = Limits.of_environment().free(base.device)
-    free += weights if prepared.running.loaded else 0
-    other = "regional, which needs one layer at a time" if base.family.has_ffn else "impact, which needs none"
-    if needed > free:
-        raise CheckpointError(
-            f"relevance.criterion: {prepared.spec.relevance.criterion} needs a backward pass through the whole model, about "
-            f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; take criterion {other}, "
-            "or lower calibration.tokens_per_batch"
-        )
+def _check_fits(prepared: Prepared, name: CorpusName, missing: Sequence[ProfilePart]) -> None:
+    """Raises `CheckpointError` where the passes do not fit into memory, before the model is loaded."""
+    base, limits = prepared.base, Limits.of_environment()
+    sizes, gradient = Sizes.of(base), any(each.made_by is Pass.GRADIENT for each in missing)
+    need = profiling(sizes, Text.of(prepared.calibration[name].batches), graph_estimate(base), gradient, False)
+    weights = sizes.weights(to_stream(base.checkpoint, base, limits))
+    fitting(f"profile {name}", need, 0 if prepared.running.loaded else weights, base, limits)
 
 
 def profile(
@@ -164,7 +160,7 @@ def profile(
     Args:
         engine: what runs a task for each corpus; default: this process.
     """
-    prepared = spec if isinstance(spec, Prepared) else validate(spec, overrides, store)
+    prepared = spec if isinstance(spec, Prepared) else agreed(spec, overrides, store)
     return profiles_of(run_with(prepared, engine.device if engine is not None else None), track, engine=engine)
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from expertprune.artifacts.expert import BaseRecord, CorpusRecord, Expert, ancestor_of, portable, portable_base
 from expertprune.artifacts.plan import Plan, load_plan
 from expertprune.composition.scoring import check_criterion
+from expertprune.engine.team import team
 from expertprune.errors import PlanError
-from expertprune.files import check_inputs, check_output, require_room, staged_folder, store_folder
+from expertprune.files import check_inputs, check_output, require_room, store_folder
 from expertprune.profiling.store import profile_key
 from expertprune.progress import Track, silent
 from expertprune.pruning.repair import Passengers, check_repair
@@ -17,6 +18,7 @@ from expertprune.pruning.write import RepairInput, bytes_needed, check_plan
 from expertprune.pruning.write import prune as write_expert
 from expertprune.reporting.card import write_card
 from expertprune.spec.reading import TRUST, parse_spec, trusting
+from expertprune.stages.elsewhere import agree
 from expertprune.stages.validate import Found, Prepared, check_unlisted, find, prepare
 
 
@@ -38,14 +40,16 @@ def prune(
     plan = plan if isinstance(plan, Plan) else load_plan(Path(plan))
     spec = parse_spec(dict(plan.spec), f"plan {plan.name!r}", Path.cwd())
     spec = trusting(spec, {TRUST: trust_remote_code})
-    found = find(spec, store_folder(store), evaluate=False)
+    with team().after_the_first():
+        found = find(spec, store_folder(store), evaluate=False)
+    agree(found, out)
     check_inputs(out, found.inputs)
     check_plan(plan, found.base)
     require_room(out, bytes_needed(plan, found.base))
     _check_corpora(found, plan)
     prepared = prepare(found)
     check_unlisted(prepared)
-    with staged_folder(out, overwrite) as folder:
+    with team().staged(out, overwrite) as folder:
         write_folder(prepared, plan, folder, track)
     return out
 
@@ -53,7 +57,7 @@ def prune(
 def _check_corpora(found: Found, plan: Plan) -> None:
     """Raises `PlanError` if a corpus is no longer what it was when the plan was made: the repair would mix the two."""
     for name, text in found.calibration.items():
-        key = profile_key(found.base, text.documents, found.spec.calibration.max_tokens)
+        key = profile_key(found.base, text.digest, found.spec.calibration.max_tokens)
         if not key.same_text(plan.profiles.get(str(name))):
             raise PlanError(f"corpus {name} has changed since the plan was made: compose it again")
 
@@ -67,9 +71,10 @@ def write_folder(
         passengers: text that the repair takes along, if it takes any.
     """
     write_weights(prepared, plan, folder, track, passengers)
-    expert = describe_expert(prepared, plan, folder)
-    write_card(expert)
-    expert.remember_places(prepared.spec, prepared.store)
+    if team().leads:
+        expert = describe_expert(prepared, plan, folder)
+        write_card(expert)
+        expert.remember_places(prepared.spec, prepared.store)
 
 
 def write_weights(
@@ -101,7 +106,11 @@ def describe_expert(prepared: Prepared, plan: Plan, folder: Path) -> Expert:
             weight_bytes=base.checkpoint.weight_bytes,
         ),
         corpora={
-            str(name): CorpusRecord(digest=corpus.digest, documents=[each.digest for each in corpus.calibration])
+            str(name): CorpusRecord(
+                digest=corpus.digest,
+                documents=[each.digest for each in corpus.calibration],
+                generated=corpus.generated,
+            )
             for name, corpus in prepared.corpora.items()
         },
         versions={"expertprune": __version__, **versions},

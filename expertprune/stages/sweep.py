@@ -15,6 +15,7 @@ from expertprune.artifacts.expert import Expert, portable_spec
 from expertprune.artifacts.plan import Plan
 from expertprune.artifacts.sweep import Point, Sweep, SweptBase
 from expertprune.engine.tasks import Call, Engine, Local, Report, Shard, Task
+from expertprune.engine.team import team
 from expertprune.errors import CheckpointError, PlanError, SpecError
 from expertprune.evaluation.measure import Measuring
 from expertprune.files import check_output, check_parent, digest_of, require_room, store_folder
@@ -23,7 +24,7 @@ from expertprune.progress import Track, silent
 from expertprune.pruning.write import bytes_needed
 from expertprune.spec.schema import Budget, Spec
 from expertprune.stages.compose import plan_of
-from expertprune.stages.elsewhere import run_with, sent
+from expertprune.stages.elsewhere import agree, run_with, sent
 from expertprune.stages.evaluate import measuring
 from expertprune.stages.points import holds, load_point, make_point, point_elsewhere, point_key, save_point
 from expertprune.stages.profile import profile_tasks
@@ -92,7 +93,9 @@ def _begin(
     legal, problems = _budgets(spec, budgets)
     folder = None if out is None else Path(out)
     known = {} if folder is None else _known(folder)
-    found = run_with(find(spec, store_folder(store)), engine.device)
+    with team().after_the_first():
+        found = run_with(find(spec, store_folder(store)), engine.device)
+    agree(found, folder)
     if not any(corpus.evaluation for corpus in found.evaluated):
         raise SpecError("evaluate.corpora: none of them has documents, and a sweep measures bits per byte on documents")
     prepared = _prepared(found, legal, problems)
@@ -177,7 +180,7 @@ class _Sweeping:
             settings=self.found.spec.evaluate,
             points=points,
         )
-        if self.folder is not None:
+        if self.folder is not None and team().leads:
             current = {point.key for point in points}
             earlier = [point for key, point in self.known.items() if key not in current]
             result.model_copy(update={"earlier": earlier}).save(self.folder / SWEEP_FILE)

@@ -15,7 +15,7 @@ from expertprune.composition.plan import foreseen_widths
 from expertprune.composition.rows import foreseen_rows
 from expertprune.composition.scoring import rules
 from expertprune.composition.widths import LayerWidths
-from expertprune.corpora.batches import Batch, calibration_batches, check_ids, make_batches, tokenize
+from expertprune.corpora.batches import Batch, CalibrationText, calibration_text, check_ids, corpus_text
 from expertprune.corpora.documents import Corpus, CorpusName, Document
 from expertprune.corpora.leaks import LeakGuard
 from expertprune.corpora.loading import HELD_OUT, load_corpora
@@ -31,6 +31,7 @@ from expertprune.relevance import criteria
 from expertprune.spec.reading import load_spec, parse_spec, with_corpus_paths
 from expertprune.spec.schema import Budget, Spec
 from expertprune.spec.values import Coverage
+from expertprune.stages.generate import generator
 
 log = logging.getLogger(__name__)
 
@@ -39,14 +40,6 @@ HELD_BACK = 8  # documents of a corpus that a retention floor is measured on, wh
 
 
 SpecLike = Spec | str | Path
-
-
-@dataclass(frozen=True)
-class CalibrationText:
-    """The documents of a corpus that are profiled, and their batches."""
-
-    documents: list[Document]
-    batches: list[Batch]
 
 
 @dataclass(frozen=True)
@@ -79,9 +72,7 @@ class Found:
     def repair_batches(self) -> list[Batch]:
         """The calibration text of all corpora together, each document once."""
         documents = {each.digest: each for text in self.calibration.values() for each in text.documents}
-        settings = self.spec.calibration
-        tokens = tokenize(list(documents.values()), self.running.tokenizer, settings.max_tokens)
-        return make_batches(tokens, settings.tokens_per_batch)
+        return calibration_text(list(documents.values()), self.running.tokenizer, self.spec).batches
 
 
 @dataclass(frozen=True)
@@ -136,7 +127,7 @@ def find(spec: Spec, store: Path, evaluate: bool = True) -> Found:
     with gathered(problems):
         base = resolve_base(spec.base, store)
     with gathered(problems):
-        corpora = load_corpora(spec)
+        corpora = load_corpora(spec, store, generator(base, spec, store) if base is not None else None)
         if evaluate and spec.evaluate.enabled:
             ancestor = ancestor_of(base) if base is not None else None
             digests = ancestor.calibration_digests if ancestor is not None else ()
@@ -160,9 +151,9 @@ def _calibration_text(corpus: Corpus, spec: Spec, running: RunningBase) -> Calib
         if not rest:
             raise SpecError(f"corpus {corpus.name}: budget.retention holds documents back, and there is only one")
         corpus = replace(corpus, calibration=rest)
-    documents, batches = calibration_batches(corpus, running.tokenizer, spec)
-    check_ids(batches, vocabulary_rows(running.base.checkpoint, running.base.family))
-    return CalibrationText(documents, batches)
+    text = corpus_text(corpus, running.tokenizer, spec)
+    check_ids(text.batches, vocabulary_rows(running.base.checkpoint, running.base.family))
+    return text
 
 
 def prepare(found: Found, budget: Budget | None = None) -> Prepared:

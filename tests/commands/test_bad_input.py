@@ -151,7 +151,7 @@ REFUSED: list[tuple[Prepare, str]] = [
     (config(num_key_value_heads=4), "num_attention_heads (6) is no multiple of num_key_value_heads (4)"),
     (config(model_type="bert", architectures=["BertForMaskedLM"]), "BertForMaskedLM is no causal language model"),
     (config(model_type="lama", architectures=None), "model_type 'lama' is not supported; did you mean 'llama'?"),
-    (config(quantization_config={"quant_method": "gptq"}), "quantized (gptq); prune the unquantized model first"),
+    (config(quantization_config={"quant_method": "gptq"}), "quantized (gptq); of quantized models, FP8 in blocks"),
     (model(truncate), "truncated or corrupt"),
     (model(pickle_only), "only pytorch_model.bin, which could run code when read"),
     (model(lambda folder: (folder / "config.json").unlink()), "config.json: no such file"),
@@ -309,16 +309,44 @@ def test_a_full_disk_is_a_message_leaves_nothing_and_the_next_run_succeeds(
 # --- passes ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_backward_pass_that_does_not_fit(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which `regional` does not need: it goes through single layers."""
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    workplace.run("profile", workplace.spec, "--set", "relevance=regional", code=0)
-    assert len([name for name in workplace.profiles() if name.endswith(".regional.safetensors")]) == 4
+def test_a_build_that_does_not_fit_into_memory(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before the model is loaded, with the setting that helps."""
     everywhere(monkeypatch, "expertprune.models.loading.load_model", refuse_to_load)
-    workplace.data["relevance"] = "fisher"
+    available = 300_000
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+    workplace.data["base"] = {"model": workplace.data["base"], "layers": "resident"}
     message = workplace.build_refused()
-    assert "relevance.criterion: fisher needs a backward pass through the whole model" in message
-    assert "0.0 GiB are free; take criterion regional" in message
+    assert "profile " in message
+    assert "needs" in message
+    assert "1 MiB free; set base.layers: streamed, or lower calibration.tokens_per_batch" in message
+    available = 1000
+    assert "base.layers: the weights take 1 MiB, and memory has 1 MiB free; set base.layers: streamed" in (
+        workplace.build_refused()
+    )
+
+
+def test_an_expert_outlives_an_evaluation_that_fails(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that runs out is the user's to mend; anything else is a failure of ours."""
+    refused = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4294967296 bytes."
+    for error, code, said in (
+        (RuntimeError(refused), 2, "evaluate: memory ran out (4.00 GiB more were asked for); lower"),
+        (KeyError("broken"), 1, "'broken'"),
+    ):
+        with monkeypatch.context() as patched:
+            everywhere(patched, "expertprune.evaluation.reading.compare", raising(error))
+            message = workplace.run("build", workplace.spec, "--out", workplace.out, "--overwrite", code=code)
+        assert f"the evaluation failed: {said}" in message
+        assert message.rstrip().endswith(f"run: expertprune evaluate {workplace.out}")
+        assert "Not evaluated yet" in (workplace.out / "README.md").read_text()
+    workplace.run("evaluate", workplace.out, code=0)
+    assert "Not evaluated yet" not in (workplace.out / "README.md").read_text()
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
 
 
 # --- plans and experts ----------------------------------------------------------------------------------------------

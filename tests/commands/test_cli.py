@@ -124,7 +124,7 @@ def test_the_stages_one_by_one_give_what_build_gives(tmp_path: Path, spec_file: 
     assert list(evaluation["corpora"]) == CORPORA
     for result in evaluation["corpora"].values():
         assert result["documents"] == 4
-        assert set(result["metrics"]) == {"bits_per_byte", "perplexity", "kl"}
+        assert set(result["metrics"]) == {"bits_per_byte", "perplexity", "kl", "agreement"}
         bits = result["metrics"]["bits_per_byte"]
         assert bits["retention"] == pytest.approx(bits["base"] / bits["expert"])
     assert strict((tmp_path / "steps" / "expertprune.json").read_text())["evaluation"] == evaluation

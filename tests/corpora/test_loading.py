@@ -15,13 +15,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertprune.corpora.batches import calibration_batches, make_batches, tokenize
+from expertprune.corpora.batches import corpus_text, make_batches, tokenize
 from expertprune.corpora.catalogue import catalogue_sources, find_sources
 from expertprune.corpora.documents import Corpus, CorpusName, Document, corpus_names
 from expertprune.corpora.loading import load_corpora, load_corpus
 from expertprune.errors import SpecError
 from expertprune.spec.reading import parse_spec
-from expertprune.spec.schema import Source, Spec
+from expertprune.spec.schema import Spec
+from expertprune.spec.sources import Source
 from tests.tiny import tiny_tokenizer
 
 GERMAN = CorpusName("language", "de")
@@ -366,9 +367,13 @@ def test_unknown_corpora_are_named_all_at_once_with_their_nearest_name(catalogue
     with pytest.raises(SpecError) as caught:
         find_sources(spec)
     assert caught.value.problems == [
-        "dimensions.language: no corpus for 'ge'; valid: de, german",
+        "dimensions.language: no corpus for 'ge'; valid: de, german; give your own documents, "
+        "corpora: {sources: {language/ge: {path: ge.jsonl}}}, or a few openings for the base to go on from, "
+        "corpora: {sources: {language/ge: {path: ge.jsonl, generate: {from: continuation, tokens: 200k}}}}",
         "dimensions.domain: no corpus for 'medcal'; did you mean 'medical'?",
-        "dimensions.task: no corpus for 'qa'; valid: german",
+        "dimensions.task: no corpus for 'qa'; valid: german; give your own documents, "
+        "corpora: {sources: {task/qa: {path: qa.jsonl}}}, or a few openings for the base to go on from, "
+        "corpora: {sources: {task/qa: {path: qa.jsonl, generate: {from: continuation, tokens: 200k}}}}",
         "general: no corpus for 'genral'; did you mean 'general'?",
     ]
 
@@ -498,15 +503,16 @@ def test_documents_of_like_length_share_a_batch_so_that_little_is_padded() -> No
 
 def test_documents_of_one_token_are_left_out_of_calibration_and_the_rows_still_fit() -> None:
     documents = tuple(map(Document, ("law", "the heart", "blood", "a judge reads")))
-    kept, batches = calibration_batches(Corpus("language/de", documents, ()), tiny_tokenizer(), make_spec())
+    text = corpus_text(Corpus("language/de", documents, ()), tiny_tokenizer(), make_spec())
+    kept = text.documents
     assert [document.text for document in kept] == ["the heart", "a judge reads"]
     vocabulary = tiny_tokenizer().get_vocab()
     ids = tokenize([Document("the heart pumps blood"), Document("law")], tiny_tokenizer(), max_tokens=3)
-    assert ids == [[vocabulary["the"], vocabulary["heart"], vocabulary["pumps"]], [vocabulary["law"]]]
-    for batch in batches:
+    assert [each.ids for each in ids] == [
+        tuple(map(vocabulary.get, words.split())) for words in ("the heart pumps", "law")
+    ]
+    for batch in text.batches:
         for row, document, length in zip(batch.ids.tolist(), batch.documents, batch.lengths, strict=True):
             assert row[:length] == [vocabulary[word] for word in kept[document].text.split()]
     with pytest.raises(SpecError, match="corpus language/de: every document is shorter than two tokens"):
-        calibration_batches(
-            Corpus("language/de", (Document("law"), Document("blood")), ()), tiny_tokenizer(), make_spec()
-        )
+        corpus_text(Corpus("language/de", (Document("law"), Document("blood")), ()), tiny_tokenizer(), make_spec())

@@ -15,6 +15,7 @@ from expertprune.corpora.catalogue import catalogue_sources
 from expertprune.corpora.documents import CorpusName, Document
 from expertprune.corpora.leaks import Examples, LeakGuard
 from expertprune.corpora.loading import load_corpus
+from expertprune.corpora.messages import Conversation
 from expertprune.files import shipped
 from expertprune.spec.reading import parse_spec
 
@@ -25,6 +26,7 @@ NAMES = [
     *(f"task/{value}" for value in ("qa", "summarization", "math", "sentiment")),
     "general/general",
 ]
+CHAT = ["domain/medical-chat", "domain/software-chat", "general/chat"]
 SIZES = {"calibration": 24, "evaluation": 8}
 DOMAINS = {"medical", "legal", "finance", "software", "science", "history", "geography", "everyday", "arts"}
 TASKS = {"qa", "summarization", "math", "sentiment", "dialogue", "prose"}
@@ -46,7 +48,6 @@ def rows(name: str, split: str) -> list[dict[str, Any]]:
     return rows_of(FOLDER / f"{name}.{split}.jsonl")
 
 
-EVERY = [(name, split) for name in NAMES for split in SIZES]
 QUESTIONS = rows_of(FOLDER / "task" / "qa.questions.jsonl")
 
 
@@ -66,9 +67,9 @@ def guess_language(text: str) -> str:
     return max(FUNCTION_WORDS, key=lambda language: sum(counts[w] for w in set(FUNCTION_WORDS[language].split())))
 
 
-def test_the_catalogue_names_fourteen_corpora_and_every_file_of_the_folder() -> None:
+def test_the_catalogue_names_every_file_of_the_folder() -> None:
     sources = catalogue_sources(FOLDER)
-    assert sorted(map(str, sources)) == sorted(NAMES)
+    assert sorted(map(str, sources)) == sorted([*NAMES, *CHAT])
     named = {path for source in sources.values() for path in (*source.path, *source.evaluation, source.questions)}
     assert named - {None} == {str(path) for path in FOLDER.rglob("*.jsonl")}
     about = yaml.safe_load((FOLDER / "catalogue.yaml").read_text(encoding="utf-8"))
@@ -106,14 +107,46 @@ def test_a_shipped_corpus_is_what_the_catalogue_promises(name: str) -> None:
             assert len({row[dimension] for row in splits["evaluation"]}) >= least
 
 
+@pytest.mark.parametrize("name", CHAT)
+def test_a_shipped_corpus_of_conversations_is_what_the_catalogue_promises(name: str) -> None:
+    """Every base's template takes them: user and assistant in turn, and no system message."""
+    corpus = CorpusName.parse(name)
+    data = {"name": "x", "base": "a/b", "dimensions": {"language": "en"}, "budget": {"ffn": 0.25}}
+    loaded = load_corpus(corpus, catalogue_sources(FOLDER)[corpus], parse_spec(data, "x", Path("/nowhere")))
+    assert (len(loaded.calibration), len(loaded.evaluation), loaded.set_aside) == (24, 8, False)
+    for row in [each for split in SIZES for each in rows(name, split)]:
+        said = [message["content"] for message in row["messages"]]
+        where = said[0][:60]
+        assert list(row) == ["messages", "language", "domain", "task"], where
+        assert row["domain"] in DOMAINS, where
+        assert row["task"] in TASKS, where
+        assert [message["role"] for message in row["messages"]] == ["user", "assistant"] * (len(said) // 2), where
+        assert 2 <= len(said) <= 6, where
+        assert all(text == text.strip() != "" for text in said), where
+        assert not re.search(r"https?://|www\.|\S+@\S+\.\w", " ".join(said)), where
+        assert guess_language(" ".join(said)) == row["language"] == "en", where
+        assert 35 <= len(" ".join(said).split()) <= 250, where
+        assert corpus.is_general or row["domain"] == corpus.value.removesuffix("-chat"), where
+    assert {row["task"] for row in rows(name, "calibration")} == TASKS
+    if corpus.is_general:
+        assert {row["domain"] for row in rows(name, "calibration")} == DOMAINS
+
+
+def documents(split: str) -> list[Document]:
+    """All documents of a split, texts and what is said in conversations."""
+    texts = [row["text"] for name in NAMES for row in rows(name, split)]
+    talks = [row["messages"] for name in CHAT for row in rows(name, split)]
+    return [*map(Document, texts), *(Document.of(Conversation.of(talk)) for talk in talks)]
+
+
 def test_no_document_occurs_twice_anywhere() -> None:
-    digests = Counter(Document(row["text"]).digest for name, split in EVERY for row in rows(name, split))
-    assert len(digests) == 14 * (24 + 8)
+    digests = Counter(document.digest for split in SIZES for document in documents(split))
+    assert len(digests) == (len(NAMES) + len(CHAT)) * (24 + 8)
     assert set(digests.values()) == {1}
 
 
 def test_no_evaluation_document_is_near_a_calibration_document_of_any_corpus() -> None:
-    splits = {split: [Document(row["text"]) for name in NAMES for row in rows(name, split)] for split in SIZES}
+    splits = {split: documents(split) for split in SIZES}
     guard = LeakGuard(splits["calibration"])
     assert guard.leaks(Examples("all", "documents", [[each] for each in splits["evaluation"]])) == [{}]
     altered = Document(splits["calibration"][100].text.replace(",", "") + " Indeed.")

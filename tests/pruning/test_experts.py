@@ -319,23 +319,30 @@ def test_gradients_of_masks_are_those_of_one_backward_pass_through_the_whole_mod
     """A mask `m` on a column makes it `m w`, so `∂L/∂m = w · ∂L/∂w` at 1."""
     model = tiny_model(name).requires_grad_(False)
     found = measured(tiny_of(model).text(token_lists()), "language_model")
-    layers = model.model.layers
-    weights = [(layer.mlp.experts.down_proj, layer.self_attn.o_proj.weight) for layer in layers]
-    for weight in (each for pair in weights for each in pair):
+    of = tiny_of(model)
+    layers = [(index, layer) for index, layer in enumerate(model.model.layers) if of.shapes[index].experts]
+    assert layers
+    weights = {
+        index: (layer.mlp.experts.down_proj, layer.self_attn.o_proj.weight if of.family.has_attention else None)
+        for index, layer in layers
+    }
+    for weight in (each for pair in weights.values() for each in pair if each is not None):
         weight.requires_grad_(True)
     for number, ids in enumerate(token_lists()):
         model.zero_grad()
         tokens = torch.tensor([ids])
         logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
         torch.nn.functional.cross_entropy(logits, tokens[0, 1:]).backward()
-        for layer, (down, heads) in enumerate(weights):
-            neurons = numbers((down * down.grad).sum(1)).ravel()
-            of_experts = neurons.reshape(EXPERTS, -1).sum(1)
-            of_heads = numbers((heads * heads.grad).sum(0)).reshape(6, -1).sum(1)
-            for key, expected in (("ffn", neurons), ("experts", of_experts), ("heads", of_heads)):
+        for layer, (down, heads) in weights.items():
+            product = down * down.grad  # of the hidden axis, only the sum counts
+            neurons = numbers(product.sum(2 if model.model.layers[layer].mlp.experts.is_transposed else 1)).ravel()
+            expected = {"ffn": neurons, "experts": neurons.reshape(EXPERTS, -1).sum(1)}
+            if heads is not None:
+                expected["heads"] = numbers((heads * heads.grad).sum(0)).reshape(6, -1).sum(1)
+            for key, values in expected.items():
                 mine = stored_half(found, f"{key}.{layer}.value")[number]
-                np.testing.assert_allclose(mine, expected, rtol=3e-3, atol=2e-3 * np.abs(expected).max())
-    assert found["ffn.0.value"].shape == (len(LENGTHS), EXPERTS * WIDTH[name])
+                np.testing.assert_allclose(mine, values, rtol=3e-3, atol=2e-3 * np.abs(values).max())
+    assert found[f"ffn.{layers[0][0]}.value"].shape == (len(LENGTHS), EXPERTS * of.shapes[layers[0][0]].ffn)
 
 
 # --- plans of neurons ----------------------------------------------------------------------------------------------
@@ -376,13 +383,10 @@ def test_parameters_beside_experts_are_met_by_neurons(tmp_path: Path) -> None:
     assert (before - after - 3 * (3 * 24 * 32 + 24)) % step == 0
 
 
-def test_experts_with_fewer_neurons_are_built_from_the_shortest_spec(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_experts_with_fewer_neurons_are_built_from_the_shortest_spec(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "base", "mixtral")
     spec = spec_of(folder, tmp_path, {"ffn": 0.25, "experts": 1, "kv_groups": 1})
     out = expertprune.build(spec, tmp_path / "expert", store=tmp_path / "store")
-    assert "neurons of routed experts are cut without repair" in caplog.text
     config, about = read_json(out / "config.json"), read_json(out / "expertprune.json")
     assert (config["num_local_experts"], config["intermediate_size"], config["num_key_value_heads"]) == (5, 24, 2)
     relevance = about["spec"]["relevance"]
@@ -443,3 +447,27 @@ def test_validate_and_inspect_say_what_was_decided(tmp_path: Path) -> None:
     told = call("inspect", tmp_path / "plan.json").output
     for words in (r"criterion +│ fisher", r"criterion of routed experts +│ reap", r"allocation +│ uniform"):
         assert re.search(words, told), told
+
+
+@pytest.mark.parametrize(
+    ("name", "budget", "kept"),
+    [
+        ("deepseek_v3", {"experts": 0.34}, {"n_routed_experts": 4, "num_attention_heads": 6}),
+        ("glm4_moe", {"experts": 1, "kv_groups": 1}, {"n_routed_experts": 5, "num_key_value_heads": 2}),
+        ("gpt_oss", {"experts": 1, "ffn": 8, "kv_groups": 1}, {"num_local_experts": 5, "intermediate_size": 24}),
+        ("qwen3_next", {"parameters": 0.2}, {"num_experts": 4}),
+    ],
+)
+def test_models_whose_layers_are_of_different_kinds_are_built(
+    name: str, budget: dict[str, Any], kept: dict[str, int], tmp_path: Path
+) -> None:
+    """Profiled, composed, repaired, written and explained, from a spec that names a budget alone."""
+    folder = save_tiny(tmp_path / "base", name)
+    out = expertprune.build(spec_of(folder, tmp_path, budget), tmp_path / "expert", store=tmp_path / "store")
+    config, about = read_json(out / "config.json"), read_json(out / "expertprune.json")
+    assert {key: config[key] for key in kept} == kept
+    stored = sum(parameter.numel() for parameter in load(out).parameters())
+    # the bias that corrects a router's choice is stored beside the parameters
+    beside = sum(buffer.numel() for path, buffer in load(out).named_buffers() if path.endswith("correction_bias"))
+    assert about["parameters"]["after"] == stored + beside
+    assert call("inspect", out).output

@@ -18,6 +18,7 @@ from expertprune.composition.scoring import check_criterion, corpus_scores, need
 from expertprune.corpora.batches import make_batches
 from expertprune.corpora.documents import Document
 from expertprune.errors import SpecError
+from expertprune.files import digest_of
 from expertprune.models.base import ResolvedBase, resolve_base
 from expertprune.models.loading import load_model
 from expertprune.models.passes import TextRun
@@ -81,7 +82,7 @@ class Bench:
         tokens = token_lists() if tokens is None else tokens
         model = load_model(self.base.folder, self.base.dtype)
         documents = [Document(" ".join(map(str, ids))) for ids in tokens]
-        key = profile_key(self.base, documents, 32)
+        key = profile_key(self.base, digest_of(tokens), 32)
         text = TextRun(model, self.base.family, self.base.layers, make_batches(tokens, tokens_per_batch))
         path, about = profile_path(self.store, key), description(self.base, "language/en", documents, key)
         for part in (FORWARD, *parts):

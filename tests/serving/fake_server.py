@@ -46,6 +46,9 @@ class Handler(BaseHTTPRequestHandler):
             self.answer({"error": "out of order"}, 500)
         elif request.get("stream"):
             self.stream()
+        elif self.path == "/v1/chat/completions":
+            (message,) = request["messages"]
+            self.answer({"choices": [{"message": {"content": f"{self.model} heard {message['content']}"}}]})
         else:
             self.answer({"model": request["model"], "choices": [{"text": f" said {self.model}"}]})
 

@@ -32,9 +32,19 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 32,
 }
+LATENT = {
+    "num_key_value_heads": 4,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
+    "kv_lora_rank": 64,
+}
 OWN_SIZES: dict[str, dict[str, Any]] = {
     # vLLM's class has no bias on the output projection of this family's attention, and drops one without a word.
     "qwen3": {"attention_bias": False},
+    "deepseek_v2": LATENT,
+    # What vLLM's class reads beside the keys that transformers reads.
+    "deepseek_v3": {**LATENT, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     # vLLM's class has no head of its own for this family.
     "gemma2": {"tie_word_embeddings": True},
 }

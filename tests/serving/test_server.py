@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from expertprune.errors import ServingError
+from expertprune.serving.engine import check_folder
 from expertprune.serving.processes import ProcessTree, check_port
-from expertprune.serving.server import Server
+from expertprune.serving.server import Server, trial
 
 pytestmark = pytest.mark.usefixtures("fake_vllm")
 
@@ -33,6 +35,20 @@ def test_inside_the_block_it_answers_and_after_it_nothing_runs(
     assert nothing_runs(started)
     check_port("127.0.0.1", server.port)
     assert "POST /v1/completions" in server.log.read_text()
+
+
+def test_a_model_with_a_chat_template_is_asked_in_a_conversation(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_llama, tmp_path / "chatty")
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    with Server(folder) as server:
+        assert server.complete() == "chatty heard What does the heart do?"
+        assert server.complete("Is it well?") == "chatty heard Is it well?"
+        path, request = trial(server.servable, server.name, 16)
+    assert path == "chat/completions"
+    assert request["messages"] == [{"role": "user", "content": "What does the heart do?"}]
+    assert trial(check_folder(tiny_llama), "llama", 16) == (
+        "completions", {"model": "llama", "max_tokens": 16, "prompt": "The heart pumps"},
+    )  # fmt: skip
 
 
 def test_one_that_dies_is_reported_with_the_end_of_its_log(tiny_llama: Path, started: list[ProcessTree]) -> None:

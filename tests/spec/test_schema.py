@@ -77,7 +77,8 @@ def test_the_minimal_spec_is_valid_and_has_the_documented_defaults() -> None:
     assert holds(spec.model_dump(), expected)
     assert spec.dimensions.chosen == {"language": ["de"]}
     assert spec.evaluate.metrics is None
-    assert spec.evaluate.chosen_metrics(other_tokens=False) == ["bits_per_byte", "perplexity", "kl", "questions"]
+    every = ["bits_per_byte", "perplexity", "kl", "agreement", "questions"]
+    assert spec.evaluate.chosen_metrics(other_tokens=False) == every
 
 
 def test_an_empty_spec_names_every_required_key_at_once() -> None:

@@ -86,6 +86,7 @@ class MetricRow:
     lost: int | None
     note: str | None
     agreement: float | None = None
+    common: float | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ class CorpusFacts:
     documents: int
     profile: str | None
     stored: bool
+    generated: str | None
 
 
 @dataclass(frozen=True)
@@ -325,6 +327,7 @@ def _provenance(artifacts: Artifacts) -> Provenance:
                 len(record.documents),
                 expert.plan.profiles.get(name),
                 name in artifacts.profiles,
+                record.generated,
             )
             for name, record in expert.corpora.items()
         ],

@@ -1,0 +1,176 @@
+"""Render conversations by a chat template, and find their answers in the text."""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from expertprune.corpora.documents import Document
+from expertprune.corpora.messages import ANSWER, Conversation
+from expertprune.errors import SpecError, first_line
+
+TIME_LIMIT = 10.0  # seconds that a template may take for one conversation
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# Some templates print the date. A fixed one keeps profiles the same from day to day.
+_TODAY = datetime.datetime(2025, 1, 1, tzinfo=datetime.UTC)
+_Result = TypeVar("_Result")
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """The text that a model reads.
+
+    `answers` are the spans of characters, `[start, end)`, that the loss counts on. `None`: a plain
+    document, of which every token counts and to which the tokenizer adds its special tokens.
+    """
+
+    text: str
+    answers: tuple[Span, ...] | None = None
+
+    def cut(self, end: int) -> Rendered:
+        """The text up to a character."""
+        if self.answers is None:
+            return Rendered(self.text[:end])
+        kept = tuple((start, min(stop, end)) for start, stop in self.answers if start < end)
+        return Rendered(self.text[:end], kept)
+
+
+def render(document: Document, tokenizer: Any) -> Rendered:
+    """The text of a document: a conversation through the tokenizer's chat template.
+
+    Raises:
+        SpecError: there is no template, it refuses the conversation, fails or does not end, or it
+            changes answers so that they cannot be found.
+    """
+    if document.conversation is None:
+        return Rendered(document.text)
+    return ChatTemplate(tokenizer).render(document.conversation)
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Whether a tokenizer comes with a chat template."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        if not has_template(tokenizer):
+            raise SpecError(
+                "the base has no chat template, so conversations cannot be rendered; take an instruct model as "
+                "base.model, or set 'documents: raw' in their source"
+            )
+        self._tokenizer = tokenizer
+        added = (str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values())
+        self._special = sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
+
+    def render(self, conversation: Conversation) -> Rendered:
+        """The text of a conversation and the spans of its answers; see `render`."""
+        return _within(TIME_LIMIT, lambda: self._render(conversation))
+
+    def prompt(self, conversation: Conversation) -> str:
+        """The text up to where the first answer begins."""
+        return _within(TIME_LIMIT, lambda: self._text(conversation, conversation.prompt, opened=True)[0])
+
+    def _render(self, conversation: Conversation) -> Rendered:
+        text, marked = self._text(conversation, conversation.messages)
+        spans = marked or list(self._by_prefixes(conversation, text))
+        return Rendered(text, tuple((start, start + len(text[start:end].rstrip())) for start, end in spans))
+
+    def _text(
+        self, conversation: Conversation, messages: Sequence[dict[str, Any]], opened: bool = False
+    ) -> tuple[str, list[Span]]:
+        """The text of messages, and the spans that the template itself marks as generated."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        tokenizer = self._tokenizer
+        try:
+            template = tokenizer.get_chat_template(None, conversation.tools)
+            (text,), marked = render_jinja_template(
+                [messages],
+                tools=conversation.tools,
+                chat_template=template,
+                return_assistant_tokens_mask=_GENERATION.search(template) is not None,
+                add_generation_prompt=opened,
+                strftime_now=_TODAY.strftime,
+                **tokenizer.special_tokens_map,
+            )
+        except Exception as error:  # a template is a program: it may fail in any way
+            roles = ", ".join(dict.fromkeys(str(message["role"]) for message in messages))
+            raise SpecError(
+                f"the base's chat template refuses a conversation of the roles {roles}: {first_line(error)}; leave such "
+                "conversations out, or set 'documents: raw'"
+            ) from None
+        return text, list(marked[0]) if marked else []
+
+    def _by_prefixes(self, conversation: Conversation, text: str) -> Iterator[Span]:
+        """Find each answer as what it adds to the conversation before it.
+
+        Templates may render an earlier answer otherwise than the last one (without its reasoning),
+        so that a shorter conversation is no prefix. The answer's own content is searched then.
+        """
+        messages, behind = conversation.messages, 0
+        for number, message in enumerate(messages):
+            if message["role"] != ANSWER:
+                continue
+            content = message["content"].strip()
+            before = self._prefix(conversation, text, messages[:number], opened=True)
+            start = max(behind, before or 0)
+            if before == self._prefix(conversation, text, messages[:number]):  # no prompt that opens an answer
+                start = max(start, text.find(content, start))
+            if (end := self._prefix(conversation, text, messages[: number + 1])) is None or before is None:
+                found = text.find(content, start)
+                if not content or found < 0:
+                    raise SpecError(
+                        f"the base's chat template changes message {number + 1}, so its answer cannot be found; "
+                        "set 'documents: raw'"
+                    )
+                start = start if before is not None else found
+                end = found + len(content)
+                end += next((len(token) for token in self._special if text.startswith(token, end)), 0)
+            yield start, end
+            behind = end
+
+    def _prefix(
+        self, conversation: Conversation, text: str, messages: Sequence[dict[str, Any]], opened: bool = False
+    ) -> int | None:
+        """How long the text of the first messages is, if the whole text begins with it."""
+        try:
+            shorter, _ = self._text(conversation, messages, opened)
+        except SpecError:  # the whole was rendered, so this is about the part alone
+            return None
+        return len(shorter) if messages and text.startswith(shorter) else None
+
+
+def _within(seconds: float, function: Callable[[], _Result]) -> _Result:
+    """What a function returns; raises `SpecError` if it takes too long.
+
+    It runs in a thread of its own, where an exception can be raised from outside.
+    """
+    done: list[Callable[[], _Result]] = []
+
+    def run() -> None:
+        try:
+            result = function()
+            done.append(lambda: result)
+        except BaseException as error:
+            done.append(lambda error=error: _raise(error))  # type: ignore[misc]
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not done:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(TimeoutError))
+        raise SpecError(f"the base's chat template did not end within {seconds:g} s; set 'documents: raw'")
+    return done[0]()
+
+
+def _raise(error: BaseException) -> Any:
+    raise error

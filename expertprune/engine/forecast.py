@@ -1,0 +1,211 @@
+"""What a build will take: memory by arithmetic from shapes, time from a few seconds of measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from expertprune.engine.memory import (
+    Memory,
+    Need,
+    Sizes,
+    Text,
+    evaluating,
+    fitting,
+    gibibytes,
+    peak,
+    profiling,
+    repairing,
+)
+from expertprune.engine.rates import HEAD_BOTH, Rates, measured_rates
+from expertprune.models.base import ResolvedBase
+from expertprune.models.running import to_stream
+from expertprune.models.spool import SHARE, Limits
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done with a base.
+
+    Attributes:
+        profiled: text of each corpus that has no profile yet.
+        gradient: whether the criterion needs gradients of the loss.
+        vocabulary: whether probabilities of tokens are wanted.
+        repaired: text of the repair; `None` where there is none.
+        evaluated: text that base and expert read.
+        together: whether the evaluation's text goes along with the repair's.
+        kept: of parameters that layers have, the part that stays.
+        written: bytes of the expert.
+    """
+
+    profiled: Mapping[str, Text]
+    gradient: bool
+    vocabulary: bool
+    repaired: Text | None
+    evaluated: Text | None
+    together: bool
+    kept: float
+    written: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: its name, the tokens that it runs, its time in seconds, and its peaks."""
+
+    name: str
+    tokens: int
+    seconds: float
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a build will take.
+
+    Attributes:
+        streamed: whether layers are streamed.
+        disk: bytes of the expert and of weights that are still to come.
+    """
+
+    streamed: bool
+    stages: tuple[Stage, ...]
+    disk: int
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def memory(self) -> Memory:
+        return peak(stage.memory for stage in self.stages)
+
+    def document(self) -> dict[str, Any]:
+        """Plain data, in bytes and seconds."""
+        return {
+            "layers": "streamed" if self.streamed else "resident",
+            "seconds": round(self.seconds, 1),
+            "memory": asdict(self.memory),
+            "disk": self.disk,
+            "stages": [
+                {"name": each.name, "tokens": each.tokens, "seconds": round(each.seconds, 1), **asdict(each.memory)}
+                for each in self.stages
+            ],
+        }
+
+    def lines(self) -> Iterator[str]:
+        """The same for people."""
+        total = self.memory
+        device = [f"{gibibytes(total.device)} on the device"] if total.device else []
+        spool = [f"{gibibytes(total.spool)} of spool"] if total.spool else []
+        room = ", ".join([*device, f"{gibibytes(total.host)} of memory", *spool, f"{gibibytes(self.disk)} of disk"])
+        yield f"{duration(self.seconds)}; {room}; layers {'streamed' if self.streamed else 'resident'}"
+        for each in self.stages:
+            room = gibibytes(each.memory.device or each.memory.host)
+            yield f"{each.name}: {each.tokens:,} tokens, {duration(each.seconds)}, {room}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+class Forecaster:
+    """Forecasts work with one base on this machine.
+
+    Raises:
+        CheckpointError: the work does not fit into memory, and the message says with which setting it would.
+    """
+
+    def __init__(self, base: ResolvedBase, sizes: Sizes, work: Work, limits: Limits, rates: Rates) -> None:
+        self.base, self.sizes, self.work, self.limits, self.rates = base, sizes, work, limits, rates
+        self.streamed = to_stream(base.checkpoint, base, limits)
+        self.weights = sizes.weights(self.streamed)
+
+    @classmethod
+    def measured(cls, base: ResolvedBase, sizes: Sizes, work: Work, limits: Limits, scratch: Path) -> Forecaster:
+        """With rates that are measured now, unless shapes alone say that it does not fit."""
+        cls(base, sizes, work, limits, Rates.of_shapes(base)).forecast()
+        texts = [text for text in (*work.profiled.values(), work.repaired, work.evaluated) if text is not None]
+        largest = max(texts, key=lambda text: text.batch, default=Text(1, 1, 1, 1))
+        return cls(base, sizes, work, limits, measured_rates(base, largest.batch, largest.width, scratch))
+
+    def forecast(self) -> Forecast:
+        """The forecast; see the class for what it refuses."""
+        stages = list(self._stages())
+        pending = self.sizes.stored if self.base.checkpoint.pending is not None else 0
+        return Forecast(self.streamed, tuple(stages), self.work.written + pending)
+
+    def _stages(self) -> Iterator[Stage]:
+        work, graph = self.work, self.rates.graph
+        for name, text in work.profiled.items():
+            keeps = self._keeps_graphs(text)
+            need = profiling(self.sizes, text, graph, work.gradient, keeps)
+            yield self._stage(f"profile {name}", text.tokens, self._profile_seconds(name, text, keeps), need)
+        along = work.evaluated.tokens if work.evaluated is not None and work.together else 0
+        if work.repaired is not None:
+            need = repairing(self.sizes, work.repaired, graph, along)
+            yield self._stage("repair", work.repaired.tokens + along, self._repair_seconds(work.repaired, along), need)
+        yield self._stage("write", 0, self._write_seconds(), Need(4 * self.sizes.tensor))
+        if work.evaluated is not None:
+            need = evaluating(self.sizes, work.evaluated, graph)
+            yield self._stage("evaluate", work.evaluated.tokens, self._evaluation_seconds(work.evaluated), need)
+
+    def _stage(self, name: str, tokens: int, seconds: float, need: Need) -> Stage:
+        return Stage(name, tokens, seconds, fitting(name, need, self.weights, self.base, self.limits))
+
+    def _keeps_graphs(self, text: Text) -> bool:
+        """Whether a batch's graph in all layers is kept, as the traversal decides."""
+        if not self.work.gradient or self.streamed:
+            return False
+        sums = 8 * text.documents * self.sizes.layers * (self.sizes.neurons + 2 * self.sizes.heads)
+        left = self.limits.free(self.base.device) - self.weights
+        return self.sizes.layers * self.rates.graph * text.batch + sums <= SHARE * left
+
+    # --- seconds ----------------------------------------------------------------------------------------------------
+
+    def _pass(self, seconds: float) -> float:
+        """A way through all layers, which are read meanwhile if they are streamed."""
+        if not self.streamed:
+            return seconds
+        return max(
+            seconds,
+            (self.sizes.stored * self.sizes.layer * self.sizes.layers / self.sizes.parameters) / self.rates.read,
+        )
+
+    def _loading(self) -> float:
+        """Weights that are read before the first pass."""
+        part = self.sizes.skeleton / self.sizes.parameters if self.streamed else 1.0
+        return part * self.sizes.stored / self.rates.read
+
+    def _profile_seconds(self, name: str, text: Text, keeps_graphs: bool) -> float:
+        layers, rates = text.tokens * self.sizes.layers, self.rates
+        first = self._loading() if name == next(iter(self.work.profiled)) else 0.0
+        head = text.tokens * self.sizes.vocabulary * rates.head
+        if not self.work.gradient:
+            return first + self._pass(layers * rates.forward) + (head if self.work.vocabulary else 0.0)
+        if keeps_graphs:
+            return first + layers * rates.both + HEAD_BOTH * head
+        return first + self._pass(layers * rates.forward) + self._pass(layers * rates.both) + HEAD_BOTH * head
+
+    def _repair_seconds(self, text: Text, along: int) -> float:
+        sizes, rates = self.sizes, self.rates
+        layers = (text.tokens + along) * sizes.layers * rates.forward * (1 + self.work.kept)
+        solved = 0.0
+        for kept, cut in zip(sizes.kept, sizes.cut, strict=True):
+            if cut:
+                moments = 2 * text.tokens * kept * (kept + 2 * sizes.hidden)
+                solved += moments / rates.products + (kept**3 / 3 + 2 * kept**2 * sizes.hidden) / rates.factors
+        return self._pass(layers + sizes.layers * solved) + (0.0 if self.work.profiled else self._loading())
+
+    def _write_seconds(self) -> float:
+        return self.sizes.stored / self.rates.read + self.work.written / self.rates.written
+
+    def _evaluation_seconds(self, text: Text) -> float:
+        head = 2 * text.tokens * self.sizes.vocabulary * self.rates.head
+        if self.work.together and self.work.repaired is not None:
+            return head
+        return head + 2 * self._pass(text.tokens * self.sizes.layers * self.rates.forward * (1 + self.work.kept) / 2)

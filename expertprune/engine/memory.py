@@ -1,0 +1,263 @@
+"""How much memory each stage takes, by arithmetic from shapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from expertprune.corpora.batches import Batch
+from expertprune.errors import CheckpointError
+from expertprune.models.base import ResolvedBase
+from expertprune.models.passes import LOGITS
+from expertprune.models.running import to_stream
+from expertprune.models.spool import SHARE, Limits
+from expertprune.models.tensorfile import DTYPES
+
+PROCESS = 500 * 2**20  # of an interpreter with torch and transformers, before it loads a model
+
+
+_COPIES = 5  # of the logits that are held at a time: scores, probabilities, gradients, and what is in between
+
+
+_READ = 6 * 4 * 2**24  # bytes of logits of base and expert that are compared at a time, with their probabilities
+
+
+@dataclass(frozen=True)
+class Text:
+    """The size of some text. Padding counts: it is computed like the rest.
+
+    Attributes:
+        tokens: of all batches.
+        batch: of the largest batch.
+        width: of the longest document.
+    """
+
+    tokens: int
+    batch: int
+    width: int
+    documents: int
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch]) -> Text:
+        return cls(
+            sum(batch.ids.numel() for batch in batches),
+            max((batch.ids.numel() for batch in batches), default=0),
+            max((batch.ids.shape[1] for batch in batches), default=0),
+            sum(len(batch.documents) for batch in batches),
+        )
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What of a base decides how much memory it takes; parameters are counted as they run.
+
+    Attributes:
+        value: bytes of a value in the run's dtype.
+        stored: bytes of all weights as they are stored.
+        parameters: of all; `layer`: of the largest decoder layer; `skeleton`: of all but the layers.
+        tensor: of the largest tensor of a layer, in values.
+        kept: the widths of projections' inputs in the expert, `ffn` and `heads`; the base's where they are not known yet.
+        cut: whether inputs of the FFN's output projection go, and of the attention's.
+    """
+
+    value: int
+    stored: int
+    parameters: int
+    layer: int
+    skeleton: int
+    tensor: int
+    layers: int
+    hidden: int
+    vocabulary: int
+    neurons: int
+    heads: int
+    kept: tuple[int, int]
+    cut: tuple[bool, bool]
+    normed: bool
+
+    @classmethod
+    def of(
+        cls, base: ResolvedBase, kept: tuple[int, int] | None = None, cut: tuple[bool, bool] = (True, True)
+    ) -> Sizes:
+        """Of a base. `kept` and `cut` are as in the attributes."""
+        tensors, prefix = base.checkpoint.tensors, f"{base.family.layers}."
+        by_layer: dict[str, int] = {}
+        for name, info in tensors.items():
+            if name.startswith(prefix):
+                layer = name.removeprefix(prefix).partition(".")[0]
+                by_layer[layer] = by_layer.get(layer, 0) + info.parameters
+        widest = max(base.layers, key=lambda shape: (shape.neurons, shape.query_heads * shape.head_dim))
+        whole = (0 if base.family.experts else widest.ffn, widest.query_heads * widest.head_dim)
+        within = [info.parameters for name, info in tensors.items() if name.startswith(prefix)]
+        together = widest.neurons * widest.hidden * 2 if base.family.experts else 0  # gate and up of all routed experts
+        return cls(
+            value=base.dtype.itemsize,
+            stored=sum(info.parameters * DTYPES[info.dtype].itemsize for info in tensors.values()),
+            parameters=base.checkpoint.parameters,
+            layer=max(by_layer.values()),
+            skeleton=base.checkpoint.parameters - sum(by_layer.values()),
+            tensor=max([together, *within]),
+            layers=len(base.layers),
+            hidden=widest.hidden,
+            vocabulary=tensors[base.family.vocabulary[0]].shape[0],
+            neurons=widest.neurons,
+            heads=whole[1],
+            kept=whole if kept is None else kept,
+            cut=(cut[0] and base.family.has_ffn, cut[1]),
+            normed=base.family.residual == "normed",
+        )
+
+    def weights(self, streamed: bool) -> int:
+        """Bytes of weights that are held: all, or the skeleton, the layer that runs and the one that is read."""
+        return self.value * (self.skeleton + 2 * self.layer if streamed else self.parameters)
+
+    def states(self, tokens: int) -> int:
+        """Bytes of hidden states."""
+        return self.value * tokens * self.hidden
+
+    def logits(self, batch: int) -> int:
+        """Bytes while logits are held, a few positions at a time."""
+        return 4 * _COPIES * min(LOGITS, batch * self.vocabulary)
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a stage holds beside the weights, in bytes.
+
+    Attributes:
+        work: at once, on the device.
+        states: hidden states between layers; what memory has no room for goes to the spool.
+        host: statistics in host memory until they are stored.
+    """
+
+    work: int = 0
+    states: int = 0
+    host: int = 0
+
+    def __or__(self, other: Need) -> Need:
+        """Whichever is more, of each."""
+        return Need(max(self.work, other.work), max(self.states, other.states), max(self.host, other.host))
+
+
+def profiling(sizes: Sizes, text: Text, graph: float, gradient: bool, keeps_graphs: bool) -> Need:
+    """A corpus' profile.
+
+    A pass with gradients keeps the hidden states before every layer and the gradients behind one. Where it keeps the
+    graphs of a batch in all layers, it needs no states.
+
+    Args:
+        graph: bytes of one token's graph in one layer.
+    """
+    measured = 4 * text.documents * (2 * sizes.neurons + 2 * sizes.heads)
+    moments = 4 * sizes.tensor * (1 if sizes.value == 4 else 2)  # of weights, whose norms are taken
+    one = int(graph * text.batch)
+    stored = 2 * 2 * text.documents * sizes.layers * (2 * sizes.neurons + sizes.heads)  # twice: when they are written
+    if not gradient:
+        return Need(max(one, moments) + measured, sizes.states(text.tokens), stored)
+    work = max(one * (sizes.layers if keeps_graphs else 1), moments, sizes.logits(text.batch)) + measured
+    held = text.batch if keeps_graphs else (sizes.layers + 1) * text.tokens
+    return Need(work, sizes.states(held), stored)
+
+
+def repairing(sizes: Sizes, text: Text, graph: float, passengers: int = 0) -> Need:
+    """A repair by least squares, with `passengers` tokens that are measured meanwhile.
+
+    Two streams run. Where inputs of a projection go, what goes into it is kept, and what it aims at. The solution holds
+    the gram matrix in float64, and the one in float32 while that is made.
+    """
+    rows = [sizes.hidden, sizes.hidden]
+    solved = 0
+    for kept, cut, middle in zip(sizes.kept, sizes.cut, (0, sizes.hidden), strict=True):
+        if cut:
+            rows += [kept, middle] + ([sizes.hidden] if sizes.normed else [])
+            solved = max(solved, 12 * kept * kept + 20 * kept * sizes.hidden)
+    small = sizes.value * sizes.layer
+    states = sizes.value * (text.tokens * sum(rows) + 2 * passengers * sizes.hidden)
+    return Need(max(solved, int(graph * text.batch)) + small, states)
+
+
+def evaluating(sizes: Sizes, text: Text, graph: float) -> Need:
+    """Base and expert read the same text in step, and predict its tokens."""
+    return Need(
+        max(int(graph * text.batch), min(_READ, 6 * 4 * text.tokens * sizes.vocabulary)), 2 * sizes.states(text.tokens)
+    )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peaks of a stage, in bytes. On a CPU, `device` and `host` are the same memory, and `device` is 0."""
+
+    device: int
+    host: int
+    spool: int
+
+    @classmethod
+    def of(cls, need: Need, weights: int, device: torch.device, limits: Limits) -> Memory:
+        """What a stage takes, given what is free: states stay in memory up to a share of what weights leave."""
+        on_gpu = device.type == "cuda"
+        left = max(0, int(SHARE * (limits.free(device) - weights)))
+        near = min(need.states, left)
+        rest = need.states - near
+        if not on_gpu:
+            return cls(0, PROCESS + weights + need.work + near + need.host, rest)
+        pinned = min(rest, int(SHARE * limits.free(torch.device("cpu"))))
+        return cls(weights + need.work + near, PROCESS + need.host + pinned, rest - pinned)
+
+
+def fitting(name: str, need: Need, weights: int, base: ResolvedBase, limits: Limits) -> Memory:
+    """What a stage takes.
+
+    Raises:
+        CheckpointError: it does not fit; the message says with which setting it would.
+    """
+    free, streamed = limits.free(base.device), to_stream(base.checkpoint, base, limits)
+    where = "the device" if base.device.type == "cuda" else "memory"
+    if weights > free and not streamed:
+        raise CheckpointError(
+            f"base.layers: the weights take {gibibytes(weights)}, and {where} has {gibibytes(free)} free; set base.layers: "
+            "streamed, which holds one layer at a time"
+        )
+    if weights + need.work > free:
+        other = "" if streamed else "set base.layers: streamed, or "
+        raise CheckpointError(
+            f"{name}: needs {gibibytes(weights + need.work)}, {gibibytes(need.work)} of it for one batch and for sums, and "
+            f"{where} has {gibibytes(free)} free; {other}lower calibration.tokens_per_batch"
+        )
+    memory = Memory.of(need, weights, base.device, limits)
+    if memory.spool and limits.spool is None:
+        raise CheckpointError(
+            f"{name}: hidden states between layers take {gibibytes(need.states)}, {gibibytes(memory.spool)} more than there "
+            "is room for; name a folder for them with --spool FOLDER, or lower calibration.documents"
+        )
+    return memory
+
+
+def graph_estimate(base: ResolvedBase) -> float:
+    """Bytes of one token's graph in one layer, by counting: what products, norms and activations keep."""
+    shape = max(base.layers, key=lambda each: each.ffn)
+    chosen = max(1, base.family.experts_per_token(base.checkpoint.config))
+    return base.dtype.itemsize * (12 * shape.hidden + 6 * shape.ffn * chosen + 6 * shape.query_heads * shape.head_dim)
+
+
+def together(texts: Sequence[Text]) -> Text:
+    """Several texts as one."""
+    return Text(
+        sum(text.tokens for text in texts),
+        max(text.batch for text in texts),
+        max(text.width for text in texts),
+        sum(text.documents for text in texts),
+    )
+
+
+def peak(each: Iterable[Memory]) -> Memory:
+    """The largest of each kind."""
+    every = list(each) or [Memory(0, 0, 0)]
+    return Memory(*(max(getattr(one, name) for one in every) for name in ("device", "host", "spool")))
+
+
+def gibibytes(size: float) -> str:
+    """Bytes for people."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{math.ceil(size / 2**20):,} MiB"

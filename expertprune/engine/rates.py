@@ -1,0 +1,217 @@
+"""How fast this machine is at a base's shapes: a few seconds of measurement with random weights."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expertprune.engine.memory import graph_estimate
+from expertprune.models.base import ResolvedBase
+from expertprune.models.layers import LayerRecorder, decoder_layers, layers_replaced
+from expertprune.models.streaming import empty_model
+
+_OPERATIONS = 1e11  # of a timed run of a layer: a second on two slow cores
+
+
+_LEAST_TOKENS = 64
+
+
+_SIDE = 1536  # of matrices whose products and factors are timed
+
+
+_ROWS = 4096  # of the output matrix that is timed
+
+
+_SAMPLE = 2**27  # bytes that are read, at most a part of the weights
+
+
+_PARTS = 8
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds and bytes, measured on the device at a base's shapes.
+
+    Attributes:
+        forward: seconds of a token in one layer.
+        both: seconds of a token in one layer, forward and back.
+        graph: bytes that a token's graph holds in one layer.
+        head: seconds of a token and a row of the vocabulary, forward; with the loss' gradient it is `HEAD_BOTH` times that.
+        products: float32 operations a second, in matrix products.
+        factors: float64 operations a second, where a matrix is factorized.
+        read: bytes a second of weights, from the disk to the device.
+        written: bytes a second.
+    """
+
+    forward: float
+    both: float
+    graph: float
+    head: float
+    products: float
+    factors: float
+    read: float
+    written: float
+
+    @classmethod
+    def of_shapes(cls, base: ResolvedBase) -> Rates:
+        """Without measurement: only the size of the graph is known."""
+        return cls(0.0, 0.0, graph_estimate(base), 0.0, math.inf, math.inf, math.inf, math.inf)
+
+
+HEAD_BOTH = 2.5
+
+
+def measured_rates(base: ResolvedBase, tokens: int, width: int, scratch: Path) -> Rates:
+    """Time a layer, the head, the arithmetic of a repair, and the disk.
+
+    Args:
+        tokens: of the largest batch; no more are run.
+        width: of its documents.
+        scratch: an existing folder on the disk that is written.
+    """
+    device, config = base.device, base.checkpoint.config
+    layer = max(range(len(base.layers)), key=lambda index: base.layers[index].neurons)
+    active = _active_parameters(base, layer)
+    most = max(_LEAST_TOKENS, min(tokens, int(_OPERATIONS / (2 * active))))
+    rows, columns = max(1, most // width), min(most, width)
+    with torch.no_grad():
+        forward, both, graph = _timed_layer(base, layer, rows, columns)
+        vocabulary = min(_ROWS, int(config.get("vocab_size") or _ROWS))
+        states = torch.randn(min(256, tokens), base.layers[layer].hidden, device=device).to(base.dtype)
+        matrix = torch.randn(vocabulary, states.shape[1], device=device).to(base.dtype)
+        head = _seconds(lambda: nn.functional.linear(states, matrix).float().logsumexp(-1), device)
+        order = min(_SIDE, base.layers[layer].neurons)
+        side = torch.randn(order, order, device=device)
+        product = _seconds(lambda: side.T @ side, device)
+        positive = (side.T @ side).double() + torch.eye(order, device=device) * order
+        factor = _seconds(lambda: torch.linalg.cholesky_ex(positive), device)
+    return Rates(
+        forward=forward,
+        both=both,
+        graph=graph,
+        head=head / (len(states) * vocabulary),
+        products=2 * order**3 / product,
+        factors=order**3 / 3 / factor,
+        read=_reading(base),
+        written=_writing(scratch, min(_SAMPLE, base.checkpoint.weight_bytes // _PARTS)),
+    )
+
+
+def _active_parameters(base: ResolvedBase, layer: int) -> int:
+    """Parameters of a layer that a token passes."""
+    shape, prefix = base.layers[layer], base.family.layer_prefix(layer)
+    whole = sum(info.parameters for name, info in base.checkpoint.tensors.items() if name.startswith(prefix))
+    if not shape.experts:
+        return whole
+    idle = shape.experts - base.family.experts_per_token(base.checkpoint.config)
+    return whole - idle * 3 * shape.ffn * shape.hidden
+
+
+def _timed_layer(base: ResolvedBase, index: int, rows: int, columns: int) -> tuple[float, float, float]:
+    """Seconds of a token forward, and forward and back; bytes of its graph."""
+    model = empty_model(base.folder, base.dtype, base.trust_remote_code)
+    layers = decoder_layers(model, base.family)
+    own, others = base.family.layer_prefix(index), f"{base.family.layers}."
+    weights = {  # the layer's, and the final norm's and the like, which the decoder runs too
+        name: (torch.randn(value.shape, device=base.device) / 50).to(value.dtype)
+        for name, value in model.named_parameters()
+        if name.startswith(own) or not (name.startswith(others) or name in base.family.vocabulary)
+    }
+    model.load_state_dict(weights, strict=False, assign=True)
+    layer = layers[index].requires_grad_(False)
+    model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(base.device))  # buffers
+    hidden = torch.randn(rows, columns, base.layers[index].hidden, device=base.device).to(base.dtype)
+    recorders = [LayerRecorder(each) for each in layers]
+    with layers_replaced(model, base.family, recorders):
+        model.get_decoder()(inputs_embeds=hidden, use_cache=False)
+    arguments = recorders[index].arguments
+
+    def run(states: Tensor) -> Tensor:
+        output = layer(states, **arguments)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    held: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Any:
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    constant = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        run(hidden.clone().requires_grad_())
+
+    def back() -> None:
+        leaf = hidden.clone().requires_grad_()
+        with torch.enable_grad():
+            torch.autograd.grad(run(leaf), leaf, hidden)
+
+    tokens = rows * columns
+    graph = sum(size for pointer, size in held.items() if pointer not in constant) + 2 * hidden.nbytes
+    forward = _seconds(lambda: run(hidden), base.device)
+    return forward / tokens, _seconds(back, base.device) / tokens, graph / tokens
+
+
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """The shorter of two runs, behind one that warms up what is short."""
+    times: list[float] = []
+    while len(times) < 2 or (len(times) < 4 and sum(times) < 0.2):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _reading(base: ResolvedBase) -> float:
+    """Bytes a second of weights, from the disk past its cache, cast as they run, to the device."""
+    checkpoint = base.checkpoint
+    if checkpoint.pending is not None:
+        return _USUAL
+    names = sorted(checkpoint.tensors, key=lambda name: checkpoint.tensors[name].bytes, reverse=True)
+    seconds, size = 0.0, 0
+    for name in names:
+        if size >= min(_SAMPLE, base.checkpoint.weight_bytes / _PARTS):
+            break
+        path = checkpoint.folder / checkpoint.tensors[name].file
+        with contextlib.suppress(OSError, AttributeError), path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        start = time.perf_counter()
+        checkpoint.read(name).to(base.device, base.dtype, copy=True)
+        seconds += time.perf_counter() - start
+        size += checkpoint.tensors[name].bytes
+    return size / max(seconds, 1e-6)
+
+
+_USUAL = 5e8  # bytes a second of a disk of which nothing can be measured
+
+
+def _writing(folder: Path, size: int) -> float:
+    """Bytes a second, of `size` bytes."""
+    path, block = folder / f".rate-{os.getpid()}", bytes(2**20)
+    try:
+        start = time.perf_counter()
+        with path.open("wb") as file:
+            for _ in range(max(1, size // len(block))):
+                file.write(block)
+            written = file.tell()
+            file.flush()
+            os.fsync(file.fileno())
+        return written / (time.perf_counter() - start)
+    except OSError:
+        return _USUAL
+    finally:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,189 @@
+"""Closed-form repair of routed experts: solve for the output projections of those that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from expertprune.arch import Experts
+from expertprune.models.passes import Stream, real_tokens
+from expertprune.models.routed import Dispatch, RoutedExperts
+from expertprune.models.spool import Spool
+from expertprune.pruning.solve import token_weights
+
+SWEEPS = 3  # over the routed experts of a layer; after three, the error hardly falls any more
+
+
+@dataclass(frozen=True)
+class RoutedMoments:
+    """Sums over the tokens of one routed expert, float32.
+
+    Attributes:
+        gram: `Σ ω g² n nᵀ`, `[ffn, ffn]`, of neurons `n`, router weights `g`, token weights `ω`.
+        cross: `Σ ω g r nᵀ`, `[hidden, ffn]`, of what the expert should add to its present output.
+        tokens: how many tokens of equal weight would say as much: `(Σ ω g²)² / Σ (ω g²)²`, a scalar.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    tokens: Tensor
+
+
+def routed_ridge(moments: RoutedMoments, damping: float) -> Tensor:
+    """The ridge of each neuron, `[ffn]`, float64.
+
+    `d_j = h_jj · (damping + (ffn / tokens)²) + damping · median(h) / 1000`, with `h_jj` the energy
+    of neuron `j`. The first and the last term are those of the repair of a dense FFN. The square
+    holds what few tokens say. Of `m` tokens, each lies along a direction of its own as long as `m`
+    is below `ffn`; their Gram matrix then has `ffn / m` times the energy that other tokens of the
+    expert have there. The square undoes that, so an expert that was hardly seen stays as it is.
+    """
+    energy = moments.gram.diagonal().double()
+    scarcity = globals().get("KAPPA", 1.0) * (energy.numel() / moments.tokens) ** 2
+    return energy * (damping + scarcity) + 1e-3 * damping * energy.median() + torch.finfo(torch.float32).tiny
+
+
+def routed_least_squares(moments: RoutedMoments, damping: float) -> Tensor:
+    """The change `Δ` of one routed expert's output projection, `[hidden, ffn]`, float32.
+
+    It minimizes `Σ ω ‖r − g Δ n‖² + Σ_j d_j ‖Δ_j‖²` (see `routed_ridge`): `Δ = C (H + D)⁻¹`, in
+    float64 by Cholesky. Tokens count by the square of their router weight, which is how much of the
+    expert they see.
+    """
+    gram = moments.gram.double()
+    gram.diagonal().add_(routed_ridge(moments, damping))
+    factor, _ = torch.linalg.cholesky_ex(gram)  # waits for nothing; what fails is not finite, and is refused later
+    return torch.cholesky_solve(moments.cross.double().T, factor).T.float()
+
+
+@dataclass
+class _Tokens:
+    """All real tokens of a layer, sorted by routed expert.
+
+    `inputs` and `residual` are `[tokens, hidden]`, the residual being float32; `importance` is
+    `[tokens]`; `counts` are the pairs of each routed expert.
+    """
+
+    inputs: Tensor
+    residual: Tensor
+    importance: Tensor
+    pairs: Dispatch
+    counts: list[int]
+
+
+@dataclass(frozen=True)
+class RoutedRepair:
+    """The routed experts of a pruned layer, which are repaired.
+
+    The target is the dense residual stream behind the layer. So the experts that stay make up for
+    their lost neurons, for experts that were dropped, on the tokens that come to them instead, for
+    the router's weights, whose sum changes with the experts that it chooses among, and for what
+    earlier layers lost.
+
+    Their projections are solved one after the other for the error that the others leave, `SWEEPS`
+    times. This comes close to solving them together, whose Gram matrix would have all neurons of
+    the layer. An expert that no token comes to stays as it is.
+
+    Attributes:
+        small: the pruned layer. Its output projections are replaced.
+        stored: the dtype that they are written in; default: as they run.
+    """
+
+    small: nn.Module
+    experts: Experts
+    index: int
+    damping: float
+    stored: torch.dtype | None = None
+
+    @torch.no_grad()
+    def solve(self, stream: Stream, targets: Spool, attend: Callable[[int], None]) -> Tensor:
+        """Solve for the output projections, and advance the stream through the layer.
+
+        Args:
+            stream: that of the expert, before the layer.
+            targets: the dense stream behind the layer, `[rows, tokens, hidden]` for each batch.
+            attend: called before each batch, with its number.
+
+        Returns:
+            The output projections, `[routed experts kept, hidden, ffn]`.
+        """
+        tokens = self._collected(stream, targets, attend)
+        runner = RoutedExperts(self.small, self.experts)
+        solution = _Solution(runner, tokens, self.damping, self.stored or runner.written.dtype)
+        for _ in range(SWEEPS):
+            start = 0
+            for expert, count in enumerate(tokens.counts):
+                if count:
+                    solution.solve(expert, slice(start, start + count))
+                start += count
+        weight = self.small.get_parameter(self.experts.output)
+        weight.data = solution.repaired.transpose(1, 2) if self.experts.transposed else solution.repaired
+        self._advance(stream, targets, tokens.residual)
+        return solution.repaired
+
+    def _collected(self, stream: Stream, targets: Spool, attend: Callable[[int], None]) -> _Tokens:
+        """Run every batch through the layer; the stream is then behind it, without the repair."""
+        calls: list[tuple[Tensor, ...]] = []
+
+        def note(_: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
+            calls.append((*arguments, *keywords.values()))
+
+        gathered = []
+        module = self.small.get_submodule(self.experts.module)
+        handle = module.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            for number, batch in enumerate(stream.batches):
+                attend(number)
+                after = stream.run(self.small, self.index, number)
+                stream.hidden[number] = after
+                inputs = [real_tokens(batch, each.unflatten(0, batch.ids.shape)) for each in calls.pop()[:3]]
+                target = real_tokens(batch, targets[number]).float()
+                weights = token_weights(target) * real_tokens(batch, batch.weights).to(target.device)
+                gathered.append((*inputs, target - real_tokens(batch, after).float(), weights))
+        finally:
+            handle.remove()
+        hidden, chosen, weights, residual, importance = (torch.cat(each) for each in zip(*gathered, strict=True))
+        pairs = Dispatch.of(chosen, weights, self.experts.written(self.small).shape[0])
+        counts = pairs.ends.diff(prepend=pairs.ends.new_zeros(1)).tolist()
+        return _Tokens(hidden, residual, importance, pairs, counts)
+
+    def _advance(self, stream: Stream, targets: Spool, residual: Tensor) -> None:
+        """The stream behind the repaired layer: the target less what is still missing of it."""
+        start = 0
+        for number, batch in enumerate(stream.batches):
+            behind, target = stream.hidden[number].clone(), targets[number]  # padding stays as the layer gave it
+            for row, length in enumerate(batch.lengths):
+                behind[row, :length] = (target[row, :length].float() - residual[start : start + length]).to(
+                    behind.dtype
+                )
+                start += length
+            stream.hidden[number] = behind
+
+
+class _Solution:
+    """The output projections so far: `repaired` as they are written, and `change` since the start."""
+
+    def __init__(self, runner: RoutedExperts, tokens: _Tokens, damping: float, stored: torch.dtype) -> None:
+        self.runner, self.tokens, self.damping, self.stored = runner, tokens, damping, stored
+        self.weight = runner.written.detach()
+        self.repaired = self.weight.clone()
+        self.change = torch.zeros(self.weight.shape, dtype=torch.float32, device=self.weight.device)
+
+    def solve(self, expert: int, here: slice) -> None:
+        """Solve one routed expert for the residual that the others leave, and take its share off it."""
+        tokens, before = self.tokens, self.change[expert].clone()
+        place, gate = tokens.pairs.token[here], tokens.pairs.weight[here].float()
+        neurons = self.runner.neurons_of(tokens.inputs[place], expert).float() * gate[:, None]
+        importance = tokens.importance[place]
+        weighted = neurons * importance[:, None]
+        gram = weighted.T @ neurons
+        cross = tokens.residual[place].T @ weighted + before @ gram
+        seen = importance * gate.square()
+        moments = RoutedMoments(gram, cross, seen.sum().square() / seen.square().sum().clamp_min(1e-30))
+        wished = self.weight[expert].float() + routed_least_squares(moments, self.damping)
+        self.repaired[expert] = wished.to(self.stored).to(self.weight.dtype)
+        self.change[expert] = self.repaired[expert].float() - self.weight[expert].float()
+        tokens.residual.index_add_(0, place, neurons @ (before - self.change[expert]).T)

@@ -1,0 +1,164 @@
+"""Sources: conversations in every kind of file, data sets that are read once, and keys that contradict each other."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub
+import pyarrow
+import pytest
+import yaml
+from pyarrow import parquet
+
+from expertprune.corpora.documents import Corpus
+from expertprune.corpora.loading import load_corpus
+from expertprune.corpora.messages import Conversation
+from expertprune.errors import SpecError
+from expertprune.spec.reading import parse_spec
+from expertprune.spec.sources import Source
+from tests.corpora.test_loading import GERMAN, load, make_spec, problems_of, texts, write_rows
+
+TALKS = [
+    [{"role": "user", "content": f"Was ist {i}?"}, {"role": "assistant", "content": f"Es ist {i},\nja."}]
+    for i in range(3)
+]
+
+
+def conversations(corpus: Corpus) -> set[str]:
+    found = [document.conversation for document in corpus.calibration]
+    return {each.data for each in found if each is not None}
+
+
+def test_conversations_are_read_from_every_kind_of_file(tmp_path: Path) -> None:
+    expected = {Conversation.of(talk).data for talk in TALKS}
+    flat = [{"ask": talk[0]["content"], "say": {"it": talk[1]["content"]}, "id": 7} for talk in TALKS]
+    own = write_rows(tmp_path / "own.jsonl", [{"talk": talk} for talk in TALKS])
+    parquet.write_table(pyarrow.Table.from_pylist([{"talk": talk} for talk in TALKS]), tmp_path / "talks.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(flat), tmp_path / "flat.parquet")
+    with (tmp_path / "talks.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerows([["talk", "ask", "say"], *([json.dumps(t), t[0]["content"], t[1]["content"]] for t in TALKS)])
+    write_rows(tmp_path / "flat.jsonl", flat)
+    talks, pairs = {"messages": "talk"}, {"prompt": "ask", "completion": "say.it"}
+    for name, source in (("own.jsonl", talks), ("talks.parquet", talks), ("talks.csv", talks), ("flat.jsonl", pairs),
+                         ("flat.parquet", pairs), ("talks.csv", {"prompt": "ask", "completion": "say"})):  # fmt: skip
+        read = load({"path": str(tmp_path / name), "evaluation": str(tmp_path / name), **source})
+        assert conversations(read) == expected, name
+    raw = load({"path": own, "evaluation": own, **talks, "documents": "raw"})
+    assert texts(raw.calibration) == [f"Was ist {i}?\n\nEs ist {i},\nja." for i in range(3)]
+    assert all(document.conversation is None for document in raw.calibration)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("a.csv", b"text\none\ntwo,three\n", "a.csv, line 3: has more fields than the header"),
+        ("a.csv", b'text\n"one\n', "a.csv, line 1: not CSV: unexpected end of data"),
+        ("a.csv", b"text\n\xff\n", "a.csv: not UTF-8 text"),
+        ("a.csv", b"txet\none\n", "a.csv, line 2: has no field 'text'; did you mean 'txet'?"),
+        ("a.parquet", b"PAR1 and no more", "a.parquet: not a parquet file"),
+    ],
+)
+def test_a_damaged_table_is_named_with_its_line(tmp_path: Path, name: str, content: bytes, problem: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    (found,) = problems_of({"path": str(tmp_path / name)})
+    assert problem in found
+
+
+def test_a_conversation_that_cannot_be_read_is_named_with_its_line(tmp_path: Path) -> None:
+    rows = [{"talk": TALKS[0]}, {"talk": TALKS[0][:1]}]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    (found,) = problems_of({"path": path, "messages": "talk"})
+    assert found.startswith(f"{path}, line 2: a conversation without an answer")
+    (tmp_path / "a.txt").write_text("one")
+    assert "a text file has no fields" in problems_of({"path": str(tmp_path / "a.txt"), "messages": "talk"})[0]
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ({"messages": "a", "field": "b"}, "give 'field' or 'messages', not both"),
+        ({"completion": "a"}, "give 'prompt' with 'completion'"),
+        ({"prompt": "a"}, "give 'completion' with 'prompt', or 'generate' with from: prompts"),
+        ({"tools": "a"}, "'tools' goes with 'messages'"),
+        ({"generate": {}}, "generate.from: prompts needs 'messages' or 'prompt'"),
+        ({"messages": "a", "generate": {}, "documents": "raw"}, "does not go with 'raw'"),
+        ({"messages": "a", "generate": {"tokens": "many"}}, "must be a number of at least 1, such as 200k"),
+        ({"data_files": "a.csv"}, "data_files does not go with 'path'"),
+    ],
+)
+def test_keys_that_contradict_each_other_are_one_line(source: dict[str, Any], problem: str) -> None:
+    data = {"name": "x", "base": "a/b", "dimensions": {"domain": "law"}, "budget": {"ffn": 0.1}}
+    data["corpora"] = {"sources": {"law": {"path": "x.jsonl", **source}}}
+    with pytest.raises(SpecError) as caught:
+        parse_spec(data, "my.yaml", Path("/nowhere"))
+    (line,) = caught.value.problems
+    assert problem in line
+
+
+def test_what_an_unknown_value_says_to_paste_is_a_legal_spec() -> None:
+    for source in ("path: nl.jsonl", "path: nl.jsonl, generate: {from: continuation, tokens: 200k}"):
+        pasted = yaml.safe_load(f"corpora: {{sources: {{language/nl: {{{source}}}}}}}")
+        spec = make_spec(Path("/here"), dimensions={"language": "nl"}, **pasted)
+        assert spec.corpora.sources["language/nl"].path == ["/here/nl.jsonl"]
+    generate = spec.corpora.sources["language/nl"].generate
+    assert generate is not None
+    assert (generate.tokens, generate.temperature, generate.seed) == (200_000, 1.0, 0)
+
+
+# --- data sets ------------------------------------------------------------------------------------------------------
+
+
+def test_files_of_a_data_set_are_found_beside_the_spec(tmp_path: Path) -> None:
+    write_rows(tmp_path / "one.jsonl", [{"talk": talk} for talk in TALKS[:2]])
+    write_rows(tmp_path / "two.jsonl", [{"talk": talk} for talk in TALKS[2:]])
+    source = {"dataset": "json", "messages": "talk", "evaluation_split": "test",
+              "data_files": {"train": "*.jsonl", "test": "one.jsonl"}}  # fmt: skip
+    spec = make_spec(tmp_path, corpora={"sources": {"de": source}})
+    corpus = load_corpus(GERMAN, spec.corpora.sources["de"], spec, tmp_path / "store")
+    assert conversations(corpus) == {Conversation.of(talk).data for talk in TALKS}
+    assert len(corpus.evaluation) == 2
+    assert not (tmp_path / "store").exists()  # files of this machine may change, and need no network
+
+
+def test_rows_from_the_hub_are_pinned_and_kept_for_runs_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    revisions: list[str | None] = []
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for i in range(60):
+            yield {"talk": [{"role": "user", "content": f"Was ist {i}?"}, {"role": "assistant", "content": f"{i}"}]}
+
+    def load_dataset(*names: Any, revision: str | None, **settings: Any) -> Any:
+        revisions.append(revision)
+        return datasets.IterableDataset.from_generator(rows)
+
+    class Hub:
+        def dataset_info(self, name: str, timeout: float) -> Any:
+            return type("Info", (), {"sha": "c0ffee"})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    source = Source.model_validate({"dataset": "owner/data", "messages": "talk"})
+    first = load_corpus(GERMAN, source, make_spec(), tmp_path)
+    assert revisions == ["c0ffee", "c0ffee"]
+    assert len(first.calibration) + len(first.evaluation) == 60
+
+    def no_network(*names: Any, **settings: Any) -> Any:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", no_network)
+    assert load_corpus(GERMAN, source, make_spec(), tmp_path) == first
+    with pytest.raises(SpecError, match=r"dataset 'owner/data', split 'train': no network; with a network, its rows"):
+        load_corpus(GERMAN, source, make_spec(calibration={"seed": 1}), tmp_path)
+    (kept,) = (tmp_path / "datasets").glob("*.jsonl")
+    assert json.loads(kept.read_text().splitlines()[0])["about"] == {"dataset": "owner/data", "revision": "c0ffee"}
+    kept.write_text("damaged")
+    with pytest.raises(SpecError, match="no network"):
+        load_corpus(GERMAN, source, make_spec(), tmp_path)
