@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import jinja2.nodes
 import jinja2.sandbox
 
 from expertprune.corpora.chat import TIME_LIMIT, within
+from expertprune.files import read_object
 from expertprune.tokenizing.companions import special_ids
 from expertprune.tokenizing.vocabulary import BYTES, Kind, Vocabulary, nested
 
@@ -44,7 +44,9 @@ def essential_ids(vocabulary: Vocabulary, folder: Path, tokenizer: Any) -> dict[
 
 def _named(vocabulary: Vocabulary, folder: Path) -> set[int]:
     """Ids in the configs and the post-processor, and the unknown token."""
-    named = {index for name in ("config.json", "generation_config.json") for index in special_ids(_read(folder / name))}
+    named = {
+        index for name in ("config.json", "generation_config.json") for index in special_ids(read_object(folder / name))
+    }
     unknown = vocabulary.model.get("unk_token")
     if unknown in vocabulary.tokens:
         named.add(vocabulary.tokens[unknown])
@@ -69,7 +71,7 @@ def _with_roles(vocabulary: Vocabulary, folder: Path) -> set[int]:
 
     found: set[int] = set()
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        settings = {key: value for key, value in _read(folder / name).items() if key != "added_tokens_decoder"}
+        settings = {key: value for key, value in read_object(folder / name).items() if key != "added_tokens_decoder"}
         found.update(vocabulary.added[text] for text in texts(settings) if text in vocabulary.added)
     return found
 
@@ -122,9 +124,5 @@ def _template_texts(tokenizer: Any) -> Iterator[str]:
 
 
 def _stop_strings(folder: Path) -> Iterator[str]:
-    stops = _read(folder / "generation_config.json").get("stop_strings") or []
+    stops = read_object(folder / "generation_config.json").get("stop_strings") or []
     yield from [stops] if isinstance(stops, str) else stops
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
