@@ -49,7 +49,7 @@ def build(
     prepared = run_with(agreed(spec, overrides, store), engine.device)
     team().check_shared(out.absolute().parent, "--out")
     require_room(out, prepared.base.checkpoint.weight_bytes)
-    if team().leads:
+    if team().leads and isinstance(engine, Local):  # a forecast is of this machine
         log.warning("%s: this will take about %s", prepared.spec.name, next(forecast(prepared, stored=True).lines()))
     engine.run(profile_tasks(prepared), track)
     engine.run([_task(prepared, out, overwrite)], track)
