@@ -42,7 +42,7 @@ def routed_ridge(moments: RoutedMoments, damping: float) -> Tensor:
     expert have there. The square undoes that, so an expert that was hardly seen stays as it is.
     """
     energy = moments.gram.diagonal().double()
-    scarcity = globals().get("KAPPA", 1.0) * (energy.numel() / moments.tokens) ** 2
+    scarcity = (energy.numel() / moments.tokens.clamp_min(1e-6)) ** 2  # finite for an expert without tokens
     return energy * (damping + scarcity) + 1e-3 * damping * energy.median() + torch.finfo(torch.float32).tiny
 
 
@@ -85,7 +85,8 @@ class RoutedRepair:
 
     Their projections are solved one after the other for the error that the others leave, `SWEEPS`
     times. This comes close to solving them together, whose Gram matrix would have all neurons of
-    the layer. An expert that no token comes to stays as it is.
+    the layer. An expert that no token comes to stays as it is. Every member of a team solves the
+    same sums.
 
     Attributes:
         small: the pruned layer. Its output projections are replaced.
@@ -201,9 +202,9 @@ class _Solution:
         gram = weighted.T @ neurons
         cross = tokens.residual[place].T @ weighted + before @ gram
         seen = importance * gate.square()
-        first, second = seen.sum()[None], seen.square().sum()[None]
-        self.together({"gram": gram, "cross": cross, "first": first, "second": second})
-        moments = RoutedMoments(gram, cross, first[0].square() / second[0].clamp_min(1e-30))
+        counts = torch.stack([seen.sum(), seen.square().sum()])
+        self.together({"gram": gram, "cross": cross, "counts": counts})
+        moments = RoutedMoments(gram, cross, counts[0].square() / counts[1].clamp_min(1e-30))
         wished = self.weight[expert].float() + routed_least_squares(moments, self.damping)
         self.repaired[expert] = wished.to(self.stored).to(self.weight.dtype)
         self.change[expert] = self.repaired[expert].float() - self.weight[expert].float()

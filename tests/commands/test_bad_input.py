@@ -16,7 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from expertprune import files
+from expertprune.files import places
 from tests.calling import call
 from tests.conftest import refuse_to_load
 from tests.patching import everywhere
@@ -144,7 +144,7 @@ REFUSED: list[tuple[Prepare, str]] = [
     (spec(general="genral"), "general: no corpus for 'genral'; did you mean 'general'?"),
     (spec(evaluate={"corpora": "finance"}), "evaluate.corpora: 'finance' is none of the spec's corpora: language/en"),
     (corpus(None), "mine.jsonl: no such file"),
-    (corpus('{"text": "the heart"}\nnot json\n'), "mine.jsonl, line 2: not a JSON object: 'not json'"),
+    (corpus('{"text": "the heart"}\nnot json\n'), "mine.jsonl, line 2: not valid JSON"),
     (corpus(""), "domain/medical.* holds no document to calibrate on"),
     (corpus('{"text": "heart"}\n{"text": "law"}\n'), "domain/medical: every document is shorter than two tokens"),
     (spec(budget={"ffn": 0.99, "multiple_of": 4}), "the largest legal one is 0.875"),
@@ -183,8 +183,8 @@ def test_every_problem_of_spec_base_and_corpora_is_a_line_of_its_own(workplace: 
     [
         (None, ["tiny.yaml: no such file"]),
         ("name: [", ["tiny.yaml: not valid YAML"]),
-        ("name: &a [*a]\n", ["name: "]),
-        ("&a name: {b: &c {d: *c}}\n", ["name: "]),
+        ("name: &a [*a]\n", ["aliases hold themselves"]),
+        ("&a name: {b: &c {d: *c}}\n", ["aliases hold themselves"]),
         (
             "name: a\nbudget:\n  ffn: 0.5\n  floor: 0.2\n  ffn: 0.25\nname: b\n",
             ["tiny.yaml: budget.ffn: stands twice, in lines 3 and 5; keep one", "name: stands twice, in lines 1 and 6"],
@@ -273,7 +273,7 @@ def test_an_output_that_is_in_the_way(workplace: Workplace, no_model: None, opti
 def test_a_disk_without_room(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = workplace.folder / "plan.json"
     workplace.run("compose", workplace.spec, "--out", plan, code=0)
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(places.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     assert "MiB are free" in workplace.refused("prune", plan, "--out", workplace.out)
     everywhere(monkeypatch, "expertprune.models.loading.load_model", refuse_to_load)
     message = workplace.build_refused()
@@ -365,7 +365,7 @@ def test_a_corpus_that_changed_after_the_plan(workplace: Workplace, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [("{", "not a plan"), ('{"kind": "plan", "schema": 99}', "a plan of schema 99")]
+    ("content", "words"), [("{", "not valid JSON"), ('{"kind": "plan", "schema": 99}', "a plan of schema 99")]
 )
 def test_a_plan_that_is_none(workplace: Workplace, content: str, words: str) -> None:
     plan = workplace.folder / "plan.json"
@@ -398,7 +398,7 @@ def test_a_folder_that_is_no_expert(workplace: Workplace) -> None:
     workplace.out.mkdir()
     contents = {
         None: "is no expert (it has no expertprune.json)",
-        "{": "cannot be read",
+        "{": "not valid JSON",
         '{"kind": "plan"}': "is not an expert's description",
         '{"kind": "expert"}': "expertprune.json",
     }
