@@ -52,7 +52,7 @@ def build(
     check_inputs(out, prepared.inputs)
     team().check_shared(out.absolute().parent, "--out")
     require_room(out, prepared.base.checkpoint.weight_bytes)
-    if team().leads:
+    if team().leads and isinstance(engine, Local):  # a forecast is of this machine
         log.warning("%s: this will take about %s", prepared.spec.name, next(forecast(prepared, stored=True).lines()))
     engine.run(profile_tasks(prepared), track)
     engine.run([_task(prepared, out, overwrite)], track)

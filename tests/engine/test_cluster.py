@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -73,8 +74,6 @@ def test_a_sweep_survives_a_node_and_gives_the_local_numbers(
             super().run(tasks, track, kill_once)
 
     def board(names: Any) -> Any:
-        import contextlib
-
         return contextlib.nullcontext(lambda name, standing: standings.append((name, standing)))
 
     with Killing(address=nodes.address, cpus=1, board=board) as engine:
@@ -91,7 +90,10 @@ def test_a_sweep_survives_a_node_and_gives_the_local_numbers(
 
 
 @pytest.mark.slow
-def test_a_team_is_a_placement_group(tmp_path: Path, spec_file: Path, nodes: Any) -> None:
+def test_a_team_is_a_placement_group(tmp_path: Path, spec_data: dict[str, Any], nodes: Any) -> None:
+    """One corpus: a team for its profile, and one for the expert."""
+    spec_file = tmp_path / "tiny.yaml"
+    spec_file.write_text(yaml.safe_dump({**spec_data, "dimensions": {"domain": "medical"}, "general": []}))
     while len(nodes.workers) < 2:  # one was killed
         nodes.workers.append(nodes.add_node(num_cpus=1))
     expertprune.build(spec_file, tmp_path / "one")
