@@ -205,8 +205,7 @@ def _cut(batches: Sequence[Batch], wanted: int) -> list[Batch]:
             break
         largest = found.pop(max(sizes)[1])
         middle = len(largest.documents) // 2
-        for part in (slice(0, middle), slice(middle, None)):
-            found.append(largest.part(part))
+        found += [largest.part(slice(0, middle)), largest.part(slice(middle, None))]
     return found
 
 
