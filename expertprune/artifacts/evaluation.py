@@ -78,8 +78,9 @@ class CorpusResult(Record):
 class TaskResult(Measured):
     """What was measured on one task of a suite.
 
-    `metric` is lm-evaluation-harness' word. `agreement` is the share of prompts that expert and
-    base answer with the same text, where answers are generated.
+    `metric` is lm-evaluation-harness' word. Where answers are generated, `agreement` is the share of
+    prompts that expert and base answer alike, and `common` how long what they write stays the same:
+    the mean part of the base's text, from its beginning, that the expert writes too.
     """
 
     suite: str
@@ -87,6 +88,7 @@ class TaskResult(Measured):
     backend: str
     metric: str
     agreement: float | None = None
+    common: Number = None
 
 
 class Average(Record):

@@ -35,6 +35,11 @@ class Where:
     shard: str | None
     collect: bool
 
+    @property
+    def tasks(self) -> bool:
+        """Whether tasks are run in another way than in this process, one after the other."""
+        return self.engine != "local" or self.shard is not None or self.collect
+
     def check(self) -> None:
         """Raises `UsageError` where options exclude each other."""
         if sum((self.engine != "local", self.shard is not None, self.collect)) > 1:

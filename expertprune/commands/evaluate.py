@@ -8,12 +8,13 @@ from typing import Any
 
 import click
 
-from expertprune.commands.engines import as_team
+from expertprune.commands.engines import Where, as_team, engine_options, shard_options, show_report
 from expertprune.commands.terminal import (
     common,
     limits_options,
     progress_bar,
     reporting,
+    say,
     set_option,
     show,
     store_option,
@@ -52,6 +53,8 @@ def _floors(_: click.Context, __: click.Parameter, text: str | None) -> dict[str
 @set_option
 @store_option
 @limits_options
+@shard_options
+@engine_options
 @common
 @reporting
 @as_team
@@ -67,6 +70,7 @@ def evaluate(
     documents: int | None,
     overrides: dict[str, Any],
     store: Path | None,
+    where: Where,
     as_json: bool,
 ) -> None:
     """Measure what an expert kept of its base, and record it in the expert's folder.
@@ -78,7 +82,10 @@ def evaluate(
 
     overrides |= {"evaluate.documents": documents} if documents else {}
     base = base and base.resolve()
+    shard = where.share(store)
     if not suites and not tasks:
+        if where.tasks:
+            raise click.UsageError("--engine ray, --shard and --collect run suites: give --suite or --task")
         if floors or limit is not None or backend != "hf":
             raise click.UsageError("--fail-under, --limit and --backend need --suite or --task")
         from expertprune.stages import evaluate as stage
@@ -91,12 +98,17 @@ def evaluate(
     from expertprune.evaluation.retention import shortfalls
     from expertprune.stages import suites as measuring
 
-    found = measuring.evaluate_suites(
-        expert, suites, tasks, backend, limit, base, store, overrides, floors, progress_bar  # type: ignore[arg-type]
-    )  # fmt: skip
+    if shard is not None:
+        asked = measuring.Asked(expert, suites, tasks, backend, limit, base, store, overrides)  # type: ignore[arg-type]
+        show_report(measuring.suites_shard(asked, shard, progress_bar), shard, as_json)
+        return
+    with where.opened(store) as engine:
+        found = measuring.evaluate_suites(
+            expert, suites, tasks, backend, limit, base, store, overrides, floors, progress_bar, engine  # type: ignore[arg-type]
+        )  # fmt: skip
     show(as_json, found.document(), lambda: retention_table(found))
     short = shortfalls(found.summary, floors)
     for line in short:
-        click.echo(f"below the floor: {line}", err=True)
+        say(f"below the floor: {line}", error=True)
     if short:
         sys.exit(1)

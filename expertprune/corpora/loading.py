@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from expertprune.corpora.catalogue import find_sources
@@ -49,7 +50,10 @@ def load_corpus(
         raise SpecError(f"corpus {name}: {where}: holds no document to calibrate on")
     questions = read_questions(Path(source.questions)) if source.questions else ()
     corpus = Corpus(str(name), tuple(calibration), tuple(evaluation), questions, set_aside=not own_split)
-    return generator(name, source, corpus) if source.generate is not None and generator is not None else corpus
+    if source.generate is not None and generator is not None:
+        corpus = generator(name, source, corpus)
+    answered = [each for each in corpus.evaluation if each.conversation is None or each.conversation.answered]
+    return replace(corpus, evaluation=tuple(answered))  # a prompt alone evaluates nothing
 
 
 _Split = tuple[list[Document], list[Document]]  # calibration and evaluation

@@ -68,6 +68,11 @@ class Conversation:
         return "\n\n".join(said for message in self.messages if (said := _said(message)))
 
     @property
+    def answered(self) -> bool:
+        """Whether it has an answer."""
+        return any(message["role"] == ANSWER for message in self.messages)
+
+    @property
     def prompt(self) -> list[dict[str, Any]]:
         """The messages before the first answer."""
         answers = [i for i, message in enumerate(self.messages) if message["role"] == ANSWER]

@@ -144,7 +144,7 @@ class Forecaster:
         for name, text in work.profiled.items():
             keeps = self._keeps_graphs(text)
             need = profiling(self.sizes, text, graph, work.gradient, keeps)
-            yield self._stage(f"profile {name}", text.tokens, self._profile_seconds(text, keeps), need)
+            yield self._stage(f"profile {name}", text.tokens, self._profile_seconds(name, text, keeps), need)
         along = work.evaluated.tokens if work.evaluated is not None and work.together else 0
         if work.repaired is not None:
             need = repairing(self.sizes, work.repaired, graph, along)
@@ -181,9 +181,9 @@ class Forecaster:
         part = self.sizes.skeleton / self.sizes.parameters if self.streamed else 1.0
         return part * self.sizes.stored / self.rates.read
 
-    def _profile_seconds(self, text: Text, keeps_graphs: bool) -> float:
+    def _profile_seconds(self, name: str, text: Text, keeps_graphs: bool) -> float:
         layers, rates = text.tokens * self.sizes.layers, self.rates
-        first = self._loading() if text is next(iter(self.work.profiled.values())) else 0.0
+        first = self._loading() if name == next(iter(self.work.profiled)) else 0.0
         head = text.tokens * self.sizes.vocabulary * rates.head
         if not self.work.gradient:
             return first + self._pass(layers * rates.forward) + (head if self.work.vocabulary else 0.0)

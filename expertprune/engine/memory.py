@@ -16,10 +16,13 @@ from expertprune.models.running import to_stream
 from expertprune.models.spool import SHARE, Limits
 from expertprune.models.tensorfile import DTYPES
 
-PROCESS = 450 * 2**20  # of an interpreter with torch and transformers, before it loads a model
+PROCESS = 500 * 2**20  # of an interpreter with torch and transformers, before it loads a model
 
 
-_COPIES = 4  # of the logits that are held at a time: scores, probabilities, gradients, and one in between
+_COPIES = 5  # of the logits that are held at a time: scores, probabilities, gradients, and what is in between
+
+
+_READ = 6 * 4 * 2**24  # bytes of logits of base and expert that are compared at a time, with their probabilities
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,9 @@ def repairing(sizes: Sizes, text: Text, graph: float, passengers: int = 0) -> Ne
 
 def evaluating(sizes: Sizes, text: Text, graph: float) -> Need:
     """Base and expert read the same text in step, and predict its tokens."""
-    return Need(max(int(graph * text.batch), 2 * sizes.logits(text.tokens)), 2 * sizes.states(text.tokens))
+    return Need(
+        max(int(graph * text.batch), min(_READ, 6 * 4 * text.tokens * sizes.vocabulary)), 2 * sizes.states(text.tokens)
+    )
 
 
 @dataclass(frozen=True)

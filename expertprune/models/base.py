@@ -6,6 +6,8 @@ import functools
 import hashlib
 import importlib.util
 import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,7 +17,7 @@ import torch
 from expertprune.arch import Family, bundled_models
 from expertprune.errors import CheckpointError, SpecError
 from expertprune.files import digest_of, file_digest, require_room, staged_file
-from expertprune.models.admission import causal_family
+from expertprune.models.admission import causal_family, code_files
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.gguf import converted
 from expertprune.models.hub import hub_checkpoint, weights_digest
@@ -54,8 +56,10 @@ class ResolvedBase:
     def digest(self) -> str:
         """SHA-256 of the config and the weights, which are fetched first if they are not here."""
         self.checkpoint.fetch()
-        weights = {file: weights_digest(self.checkpoint.folder / file, self.store) for file in self.checkpoint.shards}
-        return digest_of([self.checkpoint.config, weights])
+        files = self.checkpoint.shards
+        with ThreadPoolExecutor(os.cpu_count()) as readers:  # hashing leaves other threads free to run
+            found = readers.map(lambda file: weights_digest(self.checkpoint.folder / file, self.store), files)
+            return digest_of([self.checkpoint.config, dict(zip(files, found, strict=True))])
 
 
 def resolve_base(base: Base, store: Path) -> ResolvedBase:
@@ -69,6 +73,8 @@ def resolve_base(base: Base, store: Path) -> ResolvedBase:
     """
     checkpoint = _checkpoint(base, store)
     folder = checkpoint.folder
+    if base.trust_remote_code and (code := code_files(folder)):
+        log.warning("%s: runs Python code that comes with it: %s", folder, ", ".join(code))
     family = causal_family(checkpoint, base.trust_remote_code)
     layers = family.layer_shapes(checkpoint.config)
     check_widths(checkpoint, family, layers)

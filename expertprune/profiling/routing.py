@@ -56,24 +56,22 @@ class RoutingStatistics:
         return {"output_l1": l1, "output_l2": squares.sqrt(), "neuron": neurons.sqrt(), "expert": owned.sqrt()}
 
     def add(self, batch: Batch, call: RoutedCall) -> None:
-        """Add one batch; padding is left out."""
-        rows, length = batch.ids.shape
-        self.tokens[list(batch.documents)] += torch.tensor(batch.lengths, device=self.tokens.device)[:, None]
-        # built on the CPU, so that the device is not waited for
-        real = torch.tensor(batch.lengths)[:, None] > torch.arange(length)
-        document = torch.tensor(batch.documents)[:, None].expand(rows, length)
+        """Add one batch; padding is left out, and tokens weigh what the batch says."""
+        weights = batch.weights  # built on the CPU, so that the device is not waited for
+        self.tokens[list(batch.documents)] += weights.sum(1, keepdim=True).to(self.tokens.device)
+        document = torch.tensor(batch.documents)[:, None].expand(batch.ids.shape)
         pairs = call.pairs
-        real, document = (each.flatten().to(pairs.token.device)[pairs.token] for each in (real, document))
+        counts, document = (each.flatten().to(pairs.token.device)[pairs.token] for each in (weights, document))
         group = document * self.shape.experts + pairs.expert
-        weight = pairs.weight.float() * real
+        weight = pairs.weight.float()
         norm = torch.linalg.vector_norm(call.written, dim=1, dtype=torch.float32) * weight
-        self.routed.index_add_(0, group, real.float())
-        self.norm.index_add_(0, group, norm)
-        self.square.index_add_(0, group, norm.square())
+        self.routed.index_add_(0, group, counts)
+        self.norm.index_add_(0, group, norm * counts)
+        self.square.index_add_(0, group, norm.square() * counts)
         values = call.neurons.float() * weight[:, None]
-        batch_sum = torch.zeros_like(self.sum, dtype=torch.float32).index_add_(0, pairs.expert, values)
-        self.sum += batch_sum.double()
-        self.neurons.index_add_(0, group, values.square_())
+        batch_sum = torch.zeros_like(self.sum, dtype=torch.float32)
+        self.sum += batch_sum.index_add_(0, pairs.expert, values * counts[:, None]).double()
+        self.neurons.index_add_(0, group, values.square_().mul_(counts[:, None]))
 
     def sums(self) -> dict[str, Tensor]:
         """What is added over the members of a team, in place. A document is with one member only."""

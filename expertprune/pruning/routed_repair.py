@@ -116,12 +116,14 @@ class RoutedRepair:
         tokens = self._collected(stream, targets, attend)
         runner = RoutedExperts(self.small, self.experts)
         solution = _Solution(runner, tokens, self.damping, self.stored or runner.written.dtype, self.together)
+        all_counts = {"counts": torch.tensor(tokens.counts, dtype=torch.float64, device=tokens.residual.device)}
+        self.together(all_counts)
+        seen = all_counts["counts"].tolist()
         for _ in range(SWEEPS):
             start = 0
             for expert, count in enumerate(tokens.counts):
-                solution.solve(
-                    expert, slice(start, start + count)
-                )  # without tokens too: others of a team may have some
+                if seen[expert]:  # by any member
+                    solution.solve(expert, slice(start, start + count))
                 start += count
         weight = self.small.get_parameter(self.experts.output)
         weight.data = solution.repaired.transpose(1, 2) if self.experts.transposed else solution.repaired
@@ -145,13 +147,21 @@ class RoutedRepair:
                 stream.hidden[number] = after
                 inputs = [real_tokens(batch, each.unflatten(0, batch.ids.shape)) for each in calls.pop()[:3]]
                 target = real_tokens(batch, targets[number]).float()
-                gathered.append((*inputs, target - real_tokens(batch, after).float(), token_weights(target)))
+                weights = token_weights(target) * real_tokens(batch, batch.weights).to(target.device)
+                gathered.append((*inputs, target - real_tokens(batch, after).float(), weights))
         finally:
             handle.remove()
+        gathered = gathered or [self._nothing()]
         hidden, chosen, weights, residual, importance = (torch.cat(each) for each in zip(*gathered, strict=True))
         pairs = Dispatch.of(chosen, weights, self.experts.written(self.small).shape[0])
         counts = pairs.ends.diff(prepend=pairs.ends.new_zeros(1)).tolist()
         return _Tokens(hidden, residual, importance, pairs, counts)
+
+    def _nothing(self) -> tuple[Tensor, ...]:
+        """What a member of a team without documents collects."""
+        written = self.experts.written(self.small)
+        states, pairs, floats = (0, written.shape[1]), written.new_empty(0, 1), written.new_empty(0).float()
+        return written.new_empty(states), pairs.long(), pairs, floats.new_empty(states), floats
 
     def _advance(self, stream: Stream, targets: Spool, residual: Tensor) -> None:
         """The stream behind the repaired layer: the target less what is still missing of it."""

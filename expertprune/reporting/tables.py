@@ -47,6 +47,7 @@ def retention_rows(evaluation: Evaluation) -> list[list[str]]:
             rows.append([corpus, *cells, _interval(numbers)])
     for name, numbers in evaluation.all_tasks.items():
         agreement = "" if numbers.agreement is None else f", {numbers.agreement:.0%} as the base"
+        agreement += "" if numbers.common is None else f", the same for {numbers.common:.0%} of its text"
         label = f"{numbers.metric} ({numbers.examples} examples{_flips(numbers)}{agreement})"
         cells = [_number(value) for value in (numbers.base, numbers.expert, numbers.retention)]
         rows.append([name, label, *cells, _interval(numbers)])

@@ -27,6 +27,7 @@ class Job:
         folder: of the model.
         prompts: token ids.
         tokens: how many to write at least, if the prompts are enough for it.
+        whole: whether only texts that come to an end count.
         length: of prompt and answer together, in tokens.
         temperature: 0 is greedy, and writes one answer to each prompt.
         seed: of the draws.
@@ -35,6 +36,7 @@ class Job:
     folder: str
     prompts: list[list[int]]
     tokens: int
+    whole: bool
     length: int
     temperature: float
     seed: int
@@ -75,7 +77,7 @@ def generate(job: Job, log: Path) -> list[Sample]:
             tree.stop()
         if tree.code != 0:
             raise ServingError(
-                f"{job.folder}: generation {ending(tree.code)}; the end of its log, {log}:\n{tree.tail()}"
+                f"{job.folder}: generation ended ({ending(tree.code)}); the end of its log, {log}:\n{tree.tail()}"
             )
         return [Sample(**json.loads(line)) for line in written.read_text(encoding="utf-8").splitlines()]
 
@@ -101,8 +103,9 @@ def samples(model: Any, job: Job) -> Iterator[Sample]:
         prompts = [{"prompt_token_ids": prompt} for prompt in job.prompts]
         for place, answer in enumerate(model.generate(prompts, settings, use_tqdm=False)):
             (output,) = answer.outputs
-            total += len(output.token_ids)
-            yield Sample(place, output.text, len(output.token_ids), output.finish_reason == "stop")
+            ended = output.finish_reason == "stop"
+            total += len(output.token_ids) if ended or not job.whole else 0
+            yield Sample(place, output.text, len(output.token_ids), ended)
         if total >= job.tokens:
             return
 

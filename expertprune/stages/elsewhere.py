@@ -21,7 +21,7 @@ from expertprune.models.base import ResolvedBase
 from expertprune.models.loading import run_dtype
 from expertprune.models.running import RunningBase
 from expertprune.spec.reading import parse_spec
-from expertprune.spec.schema import Spec
+from expertprune.spec.schema import Base, Spec
 from expertprune.stages.validate import Found, Prepared, SpecLike, find, prepare, validate
 
 
@@ -94,11 +94,17 @@ def run_with(found: F, device: str | None, dtype: str = "auto") -> F:
     """
     if device is None:
         return found
-    base = found.base
-    place = base.device if base.device.type == device else torch.device(device)
-    wanted = found.spec.base.dtype if dtype == "auto" else dtype
-    base = replace(base, device=place, dtype=run_dtype(wanted, base.checkpoint.dtype, place))
+    base = base_with(found.base, found.spec.base, device, dtype)
     return replace(found, base=base, running=RunningBase(base))
+
+
+def base_with(base: ResolvedBase, spec: Base, device: str | None, dtype: str = "auto") -> ResolvedBase:
+    """The same for a base alone; `dtype` is in place of the spec's."""
+    if device is None:
+        return base
+    place = base.device if base.device.type == device else torch.device(device)
+    wanted = spec.dtype if dtype == "auto" else dtype
+    return replace(base, device=place, dtype=run_dtype(wanted, base.checkpoint.dtype, place))
 
 
 def _parsed(spec: Mapping[str, Any]) -> Spec:

@@ -63,7 +63,7 @@ def _documents(
     if not pairs:
         raise SpecError(f"no opening is shorter than calibration.max_tokens ({length}) less {_LEAST}")
     prompts = [ids for _, ids in pairs]
-    wanted = settings.model_dump(mode="json")
+    wanted = settings.model_dump(mode="json", by_alias=True)
     key = digest_of([base.digest, base.tokenizer_digest, prompts, wanted, length])
     path = store / "generated" / f"{key}.jsonl"
     if (kept := Kept.load(path)) is not None:
@@ -78,8 +78,16 @@ def _documents(
         f"{settings.tokens:,}",
         job_log,
     )
-    tokens = round(_SPARE * settings.tokens)
-    job = generation.Job(str(base.folder), prompts, tokens, length, settings.temperature, settings.seed)
+    base.checkpoint.fetch()
+    job = generation.Job(
+        folder=str(base.checkpoint.folder),
+        prompts=prompts,
+        tokens=round(_SPARE * settings.tokens),
+        whole=settings.from_ == "prompts",
+        length=length,
+        temperature=settings.temperature,
+        seed=settings.seed,
+    )
     written = generation.generate(job, job_log)
     documents = _kept([opening for opening, _ in pairs], written, Sieve(corpus.calibration), settings, corpus.name)
     about = {"base": base.name, "digest": base.digest, **wanted}
@@ -96,7 +104,7 @@ def _kept(
         if tokens >= settings.tokens:
             break
         if settings.from_ == "prompts" and not sample.ended:
-            sieve.refused["longer than calibration.max_tokens"] += 1
+            sieve.refused["without an end within calibration.max_tokens"] += 1
         elif sieve.keeps(sample.text):
             documents.append(asked[sample.prompt].completed(sample.text))
             tokens += sample.tokens

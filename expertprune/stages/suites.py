@@ -2,69 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from expertprune.artifacts.evaluation import Evaluation, Group, Settings, TaskResult
+from expertprune.artifacts.evaluation import Evaluation, TaskResult
 from expertprune.artifacts.expert import Expert
 from expertprune.corpora.documents import GENERAL, Corpus, CorpusName
 from expertprune.corpora.leaks import Examples
 from expertprune.corpora.loading import load_corpora
+from expertprune.engine.tasks import Call, Engine, Local, Report, Shard, Task
 from expertprune.engine.team import team
 from expertprune.errors import SpecError, UsageError, gathered
-from expertprune.evaluation.harness import models
 from expertprune.evaluation.harness import tasks as harness
-from expertprune.evaluation.harness.stored import StoredScores, versions
-from expertprune.evaluation.harness.tasks import HarnessTask, Scores, less_is_better, run_task
-from expertprune.evaluation.measure import group_of
-from expertprune.evaluation.retention import RESAMPLES, Counted, Paired, bits_per_byte, summarize
+from expertprune.evaluation.harness.stored import versions
+from expertprune.evaluation.harness.tasks import HarnessTask, Scores, common_part, less_is_better
+from expertprune.evaluation.retention import Counted, Paired, bits_per_byte, summarize
 from expertprune.evaluation.suites import Suite, TaskEntry, bare_task, find_suites
-from expertprune.files import store_folder
-from expertprune.models.base import ResolvedBase
+from expertprune.files import digest_of, store_folder
 from expertprune.models.loading import load_tokenizer
-from expertprune.models.running import RunningBase, run_folder, to_stream
+from expertprune.models.running import to_stream
 from expertprune.models.spool import Limits
 from expertprune.progress import Track, silent
-from expertprune.reporting.card import write_card
+from expertprune.spec.reading import TRUST
 from expertprune.spec.schema import Spec
-from expertprune.stages.evaluate import measure_folder, measuring
+from expertprune.stages.elsewhere import base_with, check_same
+from expertprune.stages.evaluate import record
 from expertprune.stages.generate import generator
+from expertprune.stages.suite_scores import Backend, ChosenTask, Measurement
 from expertprune.stages.validate import leak_guard
-
-Backend = Literal["hf", "vllm"]
-
-
-@dataclass(frozen=True)
-class ChosenTask:
-    """A task of a suite, and the group that it counts in."""
-
-    task: HarnessTask
-    suite: str
-    group: Group
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """Everything that is measured, found and checked before a model is loaded."""
-
-    expert: Expert
-    spec: Spec
-    base: ResolvedBase
-    store: Path
-    suites: list[Suite]
-    backend: Backend
-    limit: int | None
-    tasks: list[ChosenTask]
-    corpora: list[Corpus]
-
-    @property
-    def groups(self) -> set[str]:
-        return {each.group for each in self.tasks} | {group_of(corpus) for corpus in self.corpora}
 
 
 def evaluate_suites(
@@ -78,6 +47,7 @@ def evaluate_suites(
     overrides: Mapping[str, Any] | None = None,
     floors: Mapping[str, float] | None = None,
     track: Track = silent,
+    engine: Engine | None = None,
 ) -> Evaluation:
     """Measure an expert against its base on suites, and write the result into its folder.
 
@@ -94,6 +64,7 @@ def evaluate_suites(
         base: the base's folder, where it is no longer at its recorded place.
         overrides: dotted keys of the spec.
         floors: groups of which something must be measured; see `retention.shortfalls`.
+        engine: what runs a task for each suite; default: this process does them all together.
 
     Raises:
         CheckpointError: the folder is no expert, or the base is not the one that it was cut from.
@@ -105,19 +76,24 @@ def evaluate_suites(
         raise UsageError(
             "suites need a whole model, whose work a team does not share: run them as tasks, by --engine ray or --shard"
         )
-    measurement = prepare(Path(expert), suites, tasks, backend, limit, base, store, overrides)
+    asked = Asked(Path(expert), tuple(suites), tuple(tasks), backend, limit, base, store, overrides)
+    measurement = asked.prepared(device=None if engine is None else engine.device)
     if missing := sorted(set(floors or {}) - measurement.groups):
         raise SpecError(
             f"--fail-under: nothing that is measured counts as {' or as '.join(missing)}: add a suite that does"
         )
     counted: list[Counted] = []
     found: dict[str, TaskResult] = {}
-    scores = _run_tasks(measurement, track)
+    if engine is None or isinstance(engine, Local):
+        measurement.run(track)
+    else:
+        engine.run(asked.tasks_of(measurement), track)
+    scores = measurement.scores()
     for each in measurement.tasks:
         counted.append(Counted(each.task.label, each.group, _paired(each.task, *scores[each.task.label])))
         found[each.task.label] = _result(each, measurement.backend, counted[-1].paired, *scores[each.task.label])
     generated = {each.task.label for each in measurement.tasks if each.task.generates}
-    of_corpora = _run_corpora(measurement, track)
+    of_corpora = measurement.results()
     if measurement.corpora:
         counted += [
             Counted(f"{name} bits_per_byte", corpus.group, bits_per_byte(corpus.per_document))
@@ -139,56 +115,111 @@ def evaluate_suites(
         summary=summarize(counted),
         alignment=of_corpora.alignment if measurement.corpora else {},
     )
-    write_card(replace(measurement.expert, evaluation=result))
+    record(measurement.expert.folder, result, measurement.expert.plan.digest)
     return result
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
 
 
-def prepare(
-    folder: Path,
-    names: Sequence[str],
-    tasks: Sequence[str],
-    backend: Backend,
-    limit: int | None,
-    base: str | Path | None,
-    store: str | Path | None,
-    overrides: Mapping[str, Any] | None,
-) -> Measurement:
-    """Find and check everything that `evaluate_suites` needs; see there."""
-    expert, place = Expert.load(folder), store_folder(store)
-    overrides = {**(overrides or {}), **({"base.model": str(base)} if base is not None else {})}
-    spec = expert.local_spec(place, overrides)
-    suites = find_suites(names)
-    entries = _entries(suites, tasks)
-    if entries:
-        harness.require_harness(served=backend == "vllm")
-        harness.check_names([entry for entry, _, _ in entries])
-    resolved = expert.find_base(place, spec.base)
-    if entries and backend == "hf" and to_stream(resolved.checkpoint, resolved, Limits.of_environment()):
-        raise UsageError(
-            "tasks call the model as a whole, and the base's layers are streamed (base.layers): give --backend vllm, "
-            "which may share it over several GPUs, or measure the spec's corpora with `expertprune evaluate` alone"
-        )
-    problems: list[str] = []
-    corpora: list[Corpus] = []
-    chosen: list[ChosenTask] = []
-    own = load_corpora(spec, place, generator(resolved, spec, place, write=False))
-    guard = leak_guard(own, expert.calibration_digests)
-    with gathered(problems):
-        corpora = guard.clean(_corpora(spec, suites, own, place))
-    asked_in_chat = any(entry.chat for entry, _, _ in entries)
-    tokenizer = load_tokenizer(resolved.folder, resolved.trust_remote_code) if asked_in_chat else None
-    for entry, suite, generates in entries:
+@dataclass(frozen=True)
+class Asked:
+    """What a user wants to have measured (see `evaluate_suites`)."""
+
+    expert: Path
+    suites: Sequence[str]
+    tasks: Sequence[str]
+    backend: Backend
+    limit: int | None
+    base: str | Path | None
+    store: str | Path | None
+    overrides: Mapping[str, Any] | None
+
+    def prepared(self, align: bool | None = None, device: str | None = None, dtype: str = "auto") -> Measurement:
+        """Find and check everything that is needed.
+
+        Args:
+            align: whether hidden states are compared; default: if a suite says so.
+            device, dtype: what the models run with; default: as the spec says, on this machine.
+        """
+        expert, place = Expert.load(self.expert), store_folder(self.store)
+        moved = {"base.model": str(self.base)} if self.base is not None else {}
+        spec = expert.local_spec(place, {**(self.overrides or {}), **moved})
+        suites = find_suites(self.suites)
+        entries = _entries(suites, self.tasks)
+        if entries:
+            harness.require_harness(served=self.backend == "vllm")
+            harness.check_names([entry for entry, _, _ in entries])
+        resolved = base_with(expert.find_base(place, spec.base), spec.base, device, dtype)
+        if entries and self.backend == "hf" and to_stream(resolved.checkpoint, resolved, Limits.of_environment()):
+            raise UsageError(
+                "tasks call the model as a whole, and the base's layers are streamed (base.layers): give --backend vllm, "
+                "which may share it over several GPUs, or measure the spec's corpora with `expertprune evaluate` alone"
+            )
+        problems: list[str] = []
+        corpora: list[Corpus] = []
+        chosen: list[ChosenTask] = []
+        own = load_corpora(spec, place, generator(resolved, spec, place, write=False))
+        guard = leak_guard(own, expert.calibration_digests)
         with gathered(problems):
-            generates = harness.generates(entry) if generates is None else generates
-            task = harness.load_task(entry, generates, limit, tokenizer)
-            chosen.append(ChosenTask(task, suite, entry.group_for(spec.dimensions)))
-    problems += guard.problems(*(Examples(f"task {each.task.label}", "examples", each.task.texts) for each in chosen))
-    if problems:
-        raise SpecError(problems)
-    return Measurement(expert, spec, resolved, place, suites, backend, limit, chosen, corpora)
+            corpora = guard.clean(_corpora(spec, suites, own, place))
+        trusted = (self.overrides or {}).get(TRUST) is True
+        asked_in_chat = any(entry.chat for entry, _, _ in entries)
+        tokenizer = load_tokenizer(resolved.folder, resolved.trust_remote_code) if asked_in_chat else None
+        for entry, suite, generates in entries:
+            with gathered(problems):
+                wanted = harness.generates(entry) if generates is None else generates
+                task = harness.load_task(entry, wanted, self.limit, tokenizer, trusted)
+                chosen.append(ChosenTask(task, suite, entry.group_for(spec.dimensions)))
+        problems += guard.problems(
+            *(Examples(f"task {each.task.label}", "examples", each.task.texts) for each in chosen)
+        )
+        if problems:
+            raise SpecError(problems)
+        align = any(suite.alignment for suite in suites) if align is None else align
+        return Measurement(expert, spec, resolved, place, suites, self.backend, self.limit, chosen, corpora, align)
+
+    def tasks_of(self, whole: Measurement) -> list[Task]:
+        """A task for each suite, and one for the tasks that are named alone."""
+        parts = [replace(self, suites=(name,), tasks=()) for name in dict.fromkeys(self.suites)]
+        parts += [replace(self, suites=(), tasks=self.tasks)] if self.tasks else []
+        return [part._task(whole) for part in parts]
+
+    def _task(self, whole: Measurement) -> Task:
+        means = {"device": whole.base.device.type, "dtype": str(whole.base.dtype).removeprefix("torch.")}
+        part = self.prepared(whole.align, **means)
+        asked = replace(
+            self,
+            expert=self.expert.resolve(),
+            suites=tuple(str(Path(name).resolve()) if Path(name).is_file() else name for name in self.suites),
+            store=whole.store.resolve(),
+        )
+        arguments = {"asked": asked, "align": whole.align, "means": means, "expected": part.keys}
+        return Task(
+            name=" ".join(("suite", *self.suites) if self.suites else ("tasks", *self.tasks)),
+            digest=digest_of(part.keys),
+            done=lambda: part.done,
+            run=part.run,
+            elsewhere=Call(measure_elsewhere, arguments),
+        )
+
+
+def measure_elsewhere(
+    asked: Asked, align: bool, means: Mapping[str, str], expected: list[str], track: Track = silent
+) -> None:
+    """Measure in a process that shares the store with the one that asks; the results go there.
+
+    Raises:
+        UsageError: this machine would measure something else than `expected`, names of results.
+    """
+    part = asked.prepared(align, **means)
+    check_same(", ".join(asked.suites or asked.tasks), digest_of(expected), digest_of(part.keys))
+    part.run(track)
+
+
+def suites_shard(asked: Asked, shard: Shard, track: Track = silent) -> Report:
+    """A shard's part of an evaluation on suites, in the store."""
+    return shard.work(asked.tasks_of(asked.prepared()), track)
 
 
 def _entries(suites: Sequence[Suite], names: Sequence[str]) -> list[tuple[TaskEntry, str, bool | None]]:
@@ -224,50 +255,7 @@ def _corpora(spec: Spec, suites: Sequence[Suite], own: Mapping[CorpusName, Corpu
     return list(chosen.values())
 
 
-# --- tasks ------------------------------------------------------------------------------------------------------------
-
-
-def _run_tasks(measurement: Measurement, track: Track) -> dict[str, tuple[Scores, Scores]]:
-    """Scores of base and expert on every task; those of the base are kept in the store."""
-    stored = StoredScores(measurement.store, measurement.base, measurement.backend, measurement.limit)
-    tasks = [each.task for each in measurement.tasks]
-    base = {task.label: scores for task in tasks if (scores := stored.load(task)) is not None}
-    missing = [task for task in tasks if task.label not in base]
-    for task, scores in _run(measurement, measurement.base.folder, "base", missing, track):
-        base[task.label] = scores
-        stored.save(task, scores)
-    result = {}
-    for task, scores in _run(measurement, measurement.expert.folder, "expert", tasks, track):
-        if scores.examples != base[task.label].examples:
-            raise SpecError(f"task {task.label}: base and expert were not asked the same: its prompts differ")
-        result[task.label] = (base[task.label], scores)
-    return result
-
-
-def _run(
-    measurement: Measurement, folder: Path, name: str, tasks: Sequence[HarnessTask], track: Track
-) -> Iterator[tuple[HarnessTask, Scores]]:
-    """One model on each task, through the chosen backend."""
-    if not tasks:
-        return
-    with _answering(measurement, folder, name) as model, track(f"tasks, {name}", len(tasks)) as step:
-        for task in tasks:
-            yield task, run_task(task, model, measurement.limit)
-            step()
-
-
-@contextlib.contextmanager
-def _answering(measurement: Measurement, folder: Path, name: str) -> Iterator[Any]:
-    base = measurement.base
-    tokenizer = load_tokenizer(folder, base.trust_remote_code)
-    if measurement.backend == "hf":
-        yield models.running_model(run_folder(folder, base), tokenizer)
-        return
-    from expertprune.serving.server import Server
-
-    arguments = [f"--dtype={str(base.dtype).removeprefix('torch.')}"]
-    with Server(folder, model_name=name, arguments=arguments) as server:
-        yield models.served_model(folder, server.url, name, tokenizer)
+# --- results -----------------------------------------------------------------------------------------------------------
 
 
 def _paired(task: HarnessTask, base: Scores, expert: Scores) -> Paired:
@@ -275,27 +263,10 @@ def _paired(task: HarnessTask, base: Scores, expert: Scores) -> Paired:
 
 
 def _result(each: ChosenTask, backend: Backend, paired: Paired, base: Scores, expert: Scores) -> TaskResult:
-    agreement = None
+    agreement = common = None
     if base.answers is not None and expert.answers is not None:
         agreement = float(np.mean([a == b for a, b in zip(base.answers, expert.answers, strict=True)]))
+    if base.texts is not None and expert.texts is not None:
+        common = common_part(base.texts, expert.texts)
     about = {"suite": each.suite, "group": each.group, "backend": backend, "metric": each.task.reported}
-    return TaskResult(**about, **paired.measured().model_dump(), agreement=agreement)
-
-
-# --- corpora ----------------------------------------------------------------------------------------------------------
-
-
-def _run_corpora(measurement: Measurement, track: Track) -> Evaluation:
-    """Perplexity and, where base and expert have the same tokens, alignment.
-
-    Where no suite measures perplexity, the corpora of the evaluation that the folder holds.
-    """
-    if not measurement.corpora:
-        return measurement.expert.evaluation or Evaluation(settings=Settings(resamples=RESAMPLES))
-    other_tokens = measurement.expert.plan.vocabulary is not None  # then only their bytes are the same
-    metrics = ["bits_per_byte"] if other_tokens else ["bits_per_byte", "kl"]
-    settings = measurement.spec.evaluate.model_copy(update={"metrics": metrics})
-    running = RunningBase(measurement.base)
-    evaluator = measuring(running, measurement.corpora, settings, other_tokens)
-    align = not other_tokens and any(suite.alignment for suite in measurement.suites)
-    return measure_folder(evaluator, measurement.expert.folder, running, track, align)
+    return TaskResult(**about, **paired.measured().model_dump(), agreement=agreement, common=common)

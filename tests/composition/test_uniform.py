@@ -17,12 +17,12 @@ from expertprune.arch import family_of
 from expertprune.artifacts.plan import StructureBudget
 from expertprune.composition.parameters import removed_parameters
 from expertprune.composition.uniform import uniform_widths
-from expertprune.composition.widths import LayerWidths, first_units, summary
+from expertprune.composition.widths import LayerWidths, first_units, legal_widths, may_keep, summary
 from expertprune.errors import PlanError
 from expertprune.models.base import ResolvedBase
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.spec.schema import Budget
-from expertprune.units import LayerShape
+from expertprune.units import LayerShape, Structure
 from tests.bases import base_of, tensors_of
 
 
@@ -277,3 +277,31 @@ def test_layers_that_differ() -> None:
     assert "use allocation: global" in refusal(other, ffn=0.5)
     # A neuron has three rows of 48; a group two of k and v and eight of q and o, each twice as there are two channels.
     assert removed_parameters(base, widths) == 64 * 3 * 48 + 192 * 3 * 48 + 2 * (4 * 2 * 2 + 2 * 2) * 48
+
+
+# --- several GPUs ---------------------------------------------------------------------------------------------------
+
+SIXTEEN = LayerShape(64, 1024, 16, 8, 4)
+
+
+def test_widths_can_be_shared_among_gpus() -> None:
+    base, gpus = bare_base(SIXTEEN), {"tensor_parallel": 4}
+    assert resolved(base, ffn=0.3, **gpus).ffn == 768  # of multiples of 4 · 64, the nearest to 716.8
+    assert "multiples of 256" in refusal(base, ffn=128, **gpus)
+    assert resolved(base, kv_groups=4, **gpus).kv_groups == 4
+    message = refusal(base, kv_groups=3, **gpus)
+    assert "10 query heads in 5 KV groups would stay, which cannot be shared among 4 GPUs" in message
+    assert "legal: 8 in 8 KV groups; 8 in 4 KV groups; 4 in 4 KV groups" in message
+    budget = Budget(kv_groups=1, **gpus)
+    assert legal_widths(base, budget, 0, Structure.KV_GROUPS) == [8, 4]
+    assert legal_widths(base, budget, 0, Structure.FFN) == [1024, 768, 512, 256]
+    assert not may_keep(base, budget, 0, LayerWidths(1024, 2, 6))
+
+
+def test_a_base_that_gpus_cannot_share_is_refused() -> None:
+    message = refusal(bare_base(LayerShape(24, 1000, 6, 3, 4)), ffn=0.25, tensor_parallel=16)
+    assert "layer 0 of this base has 1000 FFN neurons and 6 query heads and 3 KV heads" in message
+    few = bare_base(replace(SIXTEEN, kv_heads=2))  # each KV head is on two of four GPUs, which vLLM allows
+    assert resolved(few, ffn=256, tensor_parallel=4).kv_groups == 2
+    assert "no cut of heads" not in refusal(few, kv_groups=1, tensor_parallel=4)
+    assert "8 query heads in 1 KV groups would stay" in refusal(few, kv_groups=1, tensor_parallel=4)

@@ -24,32 +24,19 @@ from expertprune.models.gguf import conversion
 from expertprune.spec.schema import Base
 from expertprune.stages.export import export
 from tests.engine_of_gguf import finish
+from tests.models.test_gguf import READ, tiny
 from tests.oracle import fetched, load, read_json
-from tests.tiny import FAMILIES
-from tests.vocabularies import save_worded
-
-UNREAD = {"mixtral", "olmo2", "olmoe"}  # transformers has no reader for them
-WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-OWN: dict[str, dict[str, Any]] = {
-    "mistral": {"sliding_window": None},
-    "gemma2": {"query_pre_attn_scalar": 16},
-    "gemma3": {"query_pre_attn_scalar": 16},
-    "qwen3": {"attention_bias": False},
-    "qwen2_moe": {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
-    "qwen3_moe": {"moe_intermediate_size": 32},
-}
 
 
 def file_of(family: str, folder: Path, kind: str = "q8_0", **changes: Any) -> Path:
-    model = save_worded(folder / "model", "byte_level", family, **{**WIDE, **OWN.get(family, {}), **changes})
-    return export(model, folder / f"{family}.gguf", type=kind).path
+    return export(tiny(folder / "model", family, **changes), folder / f"{family}.gguf", type=kind).path
 
 
 def of(file: Path, store: Path, dtype: str = "float32") -> ResolvedBase:
     return resolve_base(Base(model=str(file), dtype=dtype), store)
 
 
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - UNREAD))
+@pytest.mark.parametrize("family", READ)
 def test_the_folder_holds_what_transformers_reads_bit_for_bit(family: str, store: Path, tmp_path: Path) -> None:
     file = file_of(family, tmp_path)
     read = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +16,14 @@ from torch import Tensor
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from expertprune.corpora.batches import make_batches
 from expertprune.errors import CheckpointError
 from expertprune.models.base import resolve_base
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.encodings import BlockFp8, Mxfp4
 from expertprune.models.loading import load_model
+from expertprune.models.passes import TextRun
+from expertprune.models.running import RunningBase
 from expertprune.models.tensorfile import TensorInfo
 from expertprune.spec.schema import Base
 from tests.oracle import change_config, logits_of, pruned, random_plan, read_json, resolved
@@ -71,47 +77,79 @@ def test_mxfp4_is_read_as_transformers_reads_it(monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(read(Mxfp4(), "w", stored), expected)
 
 
-def quantized(folder: Path, out: Path) -> tuple[Path, dict[str, Tensor]]:
-    """A copy of a folder with the matrices of its layers in FP8 blocks; and what they are worth, in bfloat16."""
+Stored = Callable[[str, Tensor], dict[str, Tensor] | None]
+
+
+def fp8_of(name: str, tensor: Tensor) -> dict[str, Tensor] | None:
+    """Matrices of layers in FP8 blocks."""
+    if tensor.ndim != 2 or "layers" not in name:
+        return None
+    scales = torch.rand(*(-(-size // block) for size, block in zip(tensor.shape, (8, 16), strict=True))) / 4
+    wide = scales.repeat_interleave(8, 0)[: tensor.shape[0]].repeat_interleave(16, 1)[:, : tensor.shape[1]]
+    stored = (tensor / wide).to(torch.float8_e4m3fn)
+    return {name: stored, f"{name}_scale_inv": scales, "": (stored.float() * wide).bfloat16()}
+
+
+def mxfp4_of(name: str, tensor: Tensor) -> dict[str, Tensor] | None:
+    """Matrices of routed experts in MXFP4: other values than before, of about their size."""
+    if tensor.ndim != 3:
+        return None
+    experts, into, out = tensor.shape
+    blocks = torch.randint(0, 256, (experts, out, into // 32, 16)).to(torch.uint8)
+    scales = torch.randint(122, 126, (experts, out, into // 32)).to(torch.uint8)
+    return {f"{name}_blocks": blocks, f"{name}_scales": scales, "": convert_moe_packed_tensors(blocks, scales)}
+
+
+def quantized(folder: Path, out: Path, settings: dict[str, Any], stored: Stored) -> Path:
+    """A copy of a folder in fewer bits. The folder itself gets what the copy's values are worth, in bfloat16."""
     shutil.copytree(folder, out)
-    values: dict[str, Tensor] = {}
+    places: dict[str, str] = {}
     for path in sorted(out.glob("*.safetensors")):
-        tensors = load_file(path)
-        for name, tensor in list(tensors.items()):
-            values[name] = tensor.bfloat16()
-            tensors[name] = values[name]
-            if tensor.ndim == 2 and "layers" in name:
-                rows, columns = (-(-size // block) for size, block in zip(tensor.shape, (8, 16), strict=True))
-                scales = torch.rand(rows, columns) / 4
-                wide = scales.repeat_interleave(8, 0)[: tensor.shape[0]].repeat_interleave(16, 1)[:, : tensor.shape[1]]
-                tensors[name] = (tensor / wide).to(torch.float8_e4m3fn)
-                values[name] = (tensors[name].float() * wide).bfloat16()
-                tensors[name + "_scale_inv"] = scales
+        values, tensors = {}, {}
+        for name, tensor in load_file(path).items():
+            found = stored(name, tensor.float()) or {name: tensor.bfloat16(), "": tensor.bfloat16()}
+            values[name] = found.pop("")
+            tensors |= found
         save_file(tensors, path, metadata={"format": "pt"})
+        save_file(values, folder / path.name, metadata={"format": "pt"})
+        places |= dict.fromkeys(tensors, path.name)
     index = out / "model.safetensors.index.json"
-    if index.is_file():
-        places = {name: path.name for path in sorted(out.glob("*.safetensors")) for name in load_file(path)}
-        index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    change_config(out, quantization_config=FP8)
-    return out, values
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    change_config(out, quantization_config=settings)
+    return out
 
 
-def test_an_fp8_base_is_the_model_of_its_values_and_gives_bfloat16_experts(store: Path, tmp_path: Path) -> None:
+ENCODED: dict[str, tuple[str, dict[str, Any], dict[str, Any], Stored]] = {
+    "fp8": ("llama", {}, FP8, fp8_of),
+    "mxfp4": ("gpt_oss", {"hidden_size": 64, "intermediate_size": 32}, {"quant_method": "mxfp4"}, mxfp4_of),
+}
+
+
+@pytest.mark.parametrize("kind", ENCODED)
+def test_such_a_base_is_the_model_of_its_values_and_gives_bfloat16_experts(
+    kind: str, store: Path, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
-    plain = save_tiny(tmp_path / "plain", max_shard_size="20KB")
-    folder, values = quantized(plain, tmp_path / "fp8")
-    for path in plain.glob("*.safetensors"):
-        save_file({name: values[name] for name in load_file(path)}, path, metadata={"format": "pt"})
+    family, widths, settings, stored = ENCODED[kind]
+    plain = save_tiny(tmp_path / "plain", family, max_shard_size="20KB", **widths)
+    folder = quantized(plain, tmp_path / "encoded", settings, stored)
     base, dense = resolved(folder, store), resolved(plain, store)
     assert base.checkpoint.dtype is torch.bfloat16
     assert {name: info.shape for name, info in base.checkpoint.tensors.items()} == {
-        name: tuple(tensor.shape) for name, tensor in values.items()
+        name: info.shape for name, info in dense.checkpoint.tensors.items()
     }
-    assert base.checkpoint.parameters == dense.checkpoint.parameters
-    found = logits_of(load_model(folder, torch.float32), IDS)
-    assert torch.equal(found, logits_of(load_model(plain, torch.float32), IDS))
-    for widths in ({"ffn": 20}, {}):  # cut, and as it is
-        experts = [pruned(random_plan(each, 0, **widths), each, tmp_path / f"{each.folder.name}-{len(widths)}")
+    expected = logits_of(load_model(plain, torch.float32), IDS)
+    assert torch.equal(logits_of(load_model(folder, torch.float32), IDS), expected)
+    text = TextRun(
+        RunningBase(replace(base, source="streamed", dtype=torch.float32)).model,
+        base.family,
+        base.layers,
+        make_batches([IDS[0]], 99),
+    )
+    ((_, streamed),) = text.logits(text.batches[0], text.finish().hidden[0])
+    assert (streamed - expected).abs().max() < 1e-5
+    for cut in ({"heads_per_group": 1}, {}):  # cut, and as it is
+        experts = [pruned(random_plan(each, 0, **cut), each, tmp_path / f"{each.folder.name}-{len(cut)}")
                    for each in (base, dense)]  # fmt: skip
         assert not read_json(experts[0] / "config.json").get("quantization_config")
         one, other = (Checkpoint(expert) for expert in experts)

@@ -101,3 +101,26 @@ def test_regional_gradients_weigh_tokens() -> None:
         for name, values in zip(masks.names(), (torch.stack(each) for each in zip(*rows, strict=True)), strict=True):
             if not name.startswith("groups"):
                 assert_near(found[f"{name}.value"], values, 1e-5, name)
+
+
+def test_statistics_of_routed_experts_weigh_tokens() -> None:
+    of = tiny("qwen2_moe")
+
+    def statistics(weight: float, masked: bool = True) -> dict[str, Tensor]:
+        answers = ANSWERS if masked else [None] * len(IDS)
+        tokens = [Tokens(tuple(ids), own and tuple(own)) for ids, own in zip(IDS, answers, strict=True)]  # type: ignore[arg-type]
+        batches = make_batches(tokens, 30, pad=63, prompt_weight=weight)
+        return measured(TextRun(of.model, of.family, of.shapes, batches), "forward")
+
+    none, part, whole, plain = statistics(0.0), statistics(WEIGHT), statistics(1.0), statistics(1.0, masked=False)
+    sums = [f"experts.{layer}.{name}" for layer in range(3) for name in ("routed", "norm_sum")]
+    sums += [f"ffn.{layer}.{name}" for layer in range(3) for name in ("sum", "square_sum")]
+    for name in sums:  # a sum is linear in the weight
+        assert_near(part[name], (1 - WEIGHT) * none[name] + WEIGHT * whole[name], 1e-5, name)
+    for name in (*sums, "ffn.1.rms", "experts.1.frequency", "experts.1.impact"):
+        assert_near(whole[name], plain[name], 1e-5, name)
+    counted = torch.tensor(
+        [float(len(ids) if own is None else sum(own)) for ids, own in zip(IDS, ANSWERS, strict=True)]
+    )
+    assert_near(none["experts.0.routed"].sum(1), 2 * counted, 1e-6)  # two routed experts a token
+    assert_near(none["experts.0.frequency"].sum(1), torch.full((len(IDS),), 2.0), 1e-6)

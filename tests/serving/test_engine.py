@@ -181,3 +181,22 @@ def test_several_engines_on_a_cpu_are_not_bound_to_the_same_cores(monkeypatch: p
     assert engine.environment(CPU, 1000)["OMP_NUM_THREADS"] == "1"
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-3")
     assert engine.environment(CPU, 2) == alone
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["-tp", "4"], "6 query heads and 3 KV heads, which cannot be shared among 4 GPUs"),
+        (["--seed", "1", "--tensor-parallel-size=3"], "32 FFN neurons, which cannot be shared among 3 GPUs"),
+        (["--tensor_parallel_size", "2"], "3 KV heads, which cannot be shared among 2 GPUs"),
+    ],
+)
+def test_widths_that_gpus_cannot_share_are_said_before_anything_starts(
+    fake_vllm: None, tiny_llama: Path, arguments: list[str], problem: str
+) -> None:
+    found = engine.check_folder(tiny_llama)
+    with pytest.raises(UsageError, match=problem):
+        engine.server_arguments(found, "127.0.0.1", 8000, arguments)
+    engine.server_arguments(found, "127.0.0.1", 8000, ["--tensor-parallel-size", "1"])
+    with pytest.raises(UsageError, match=r"among 2 GPUs: .* budget\.tensor_parallel: 2"):
+        engine.load_engine(tiny_llama, tensor_parallel_size=2)

@@ -90,6 +90,11 @@ def test_the_base_answers_the_prompts_of_a_corpus_once(
     )  # not in the store: its own documents
     load(base, store, source, max_tokens=99)
     assert len(writer.jobs) == 2
+    assert corpus.evaluation == ()  # a prompt alone evaluates nothing
+    write_rows(tmp_path / "e.jsonl", [{"ask": "a judge", "say": "reads"}])
+    answered = load(base, store, source.model_copy(update={"completion": "say"}))
+    assert [each.conversation.messages[-1]["content"] for each in answered.evaluation] == ["reads"]
+    assert answered.calibration == corpus.calibration
 
 
 def test_texts_of_no_use_are_an_error_that_says_why(

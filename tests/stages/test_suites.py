@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 import yaml
 from click.testing import Result
+from safetensors.torch import load_file, save_file
 
 import expertprune
 from expertprune.artifacts.expert import Expert
@@ -25,7 +27,7 @@ from expertprune.evaluation.questions import answer_questions
 from expertprune.evaluation.suites import load_suite
 from expertprune.models.loading import load_model, load_tokenizer
 from expertprune.spec.reading import parse_spec
-from expertprune.stages import suites as measuring
+from expertprune.stages import suite_scores
 from tests.calling import call
 from tests.experts import about, write_sources
 from tests.tiny import WORDS, as_run
@@ -170,6 +172,7 @@ def test_generated_answers_are_extracted_matched_and_compared_with_the_bases(wor
     assert (entry["base"], entry["expert"], entry["agreement"]) == pytest.approx(
         (base, expert, (mine == theirs).mean())
     )
+    assert 0 <= entry["common"] <= 1
     assert (entry["chance"], entry["metric"], entry["group"]) == (None, "exact_match", "general")
     assert entry["retention"] == pytest.approx(expert / base)
 
@@ -222,33 +225,55 @@ def test_an_expert_with_a_vocabulary_of_its_own_is_compared_by_the_byte(tmp_path
     assert found["alignment"] == {}  # other tokens have other states
 
 
-def test_the_bases_answers_are_stored_and_used_until_something_changes(
+def test_answers_are_stored_and_used_until_something_changes(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Path] = []
-    load = measuring.run_folder
-    monkeypatch.setattr(measuring, "run_folder", lambda folder, base: (asked.append(folder), load(folder, base))[1])
+    load = suite_scores.run_folder
+    monkeypatch.setattr(suite_scores, "run_folder", lambda folder, base: (asked.append(folder), load(folder, base))[1])
     suite = workplace.suite(tasks=[CHOOSE])
 
     def models_asked(*args: Any) -> int:
         asked.clear()
         workplace.run("--suite", suite, *args)
-        assert asked[-1] == workplace.expert
         return len(asked)
 
     assert models_asked() == 2
     first = workplace.evaluation()
-    assert models_asked() == 1
+    assert models_asked() == 0
     assert workplace.evaluation() == first
     assert models_asked("--limit", "10") == 2
     workplace.suite(tasks=[{"file": "tasks/choose.yaml", "metric": "acc"}])
     assert models_asked() == 2
     monkeypatch.setattr(stored, "versions", lambda: {"torch": "another"})
     assert models_asked() == 2
+    assert models_asked() == 0
+    weights = next(workplace.expert.glob("*.safetensors"))
+    save_file({name: tensor * 1.01 for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
     assert models_asked() == 1
+    assert asked == [workplace.expert], "the base's answers stay"
     for path in (workplace.store / "evaluations").iterdir():
         path.write_text("{")
     assert models_asked() == 2
+
+
+def test_suites_in_shards_give_what_one_process_gives(
+    workplace: Workplace, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Two suites that share a corpus, one of them with alignment."""
+    reading = workplace.suite("reading", perplexity={"corpora": ["general", "qa"]}, alignment=True)
+    choosing = workplace.suite("choosing", tasks=[CHOOSE], perplexity={"corpora": ["general", "medical"]})
+    arguments = ["--suite", reading, "--suite", choosing]
+    workplace.run(*arguments)
+    expected = workplace.evaluation()
+    workplace.store = shutil.copytree(workplace.store, tmp_path_factory.mktemp("other") / "store")
+    shutil.rmtree(workplace.store / "evaluations")
+    assert "not done: suite" in workplace.run(*arguments, "--collect", code=1).stderr
+    reports = [json.loads(workplace.run(*arguments, "--shard", f"{number}/2", "--json").stdout) for number in (2, 1)]
+    assert [len(each["done_here"]) for each in reports] == [2, 0]
+    workplace.run(*arguments, "--collect")
+    assert workplace.evaluation() == expected
+    assert "give --suite or --task" in workplace.run("--collect", code=2).stderr
 
 
 def test_with_vllm_each_model_has_a_server_of_its_own_in_turn(
@@ -370,6 +395,28 @@ def ask(workplace: Workplace, **changed: str) -> Path:
     plain = CHOICE.replace("Question: ", "").replace("\\nAnswer:", "")
     workplace.text("tasks/choose.yaml", plain)
     return workplace.suite(tasks=[CHOOSE])
+
+
+@pytest.mark.parametrize("place", ["the task", "what it includes"])
+def test_functions_of_a_task_run_only_if_this_command_line_says_so(workplace: Workplace, place: str) -> None:
+    mark = workplace.folder / "was run"
+    code = workplace.text("tasks/code.py", f"open({str(mark)!r}, 'w')\ndef same(data): return data\n")
+    function = "process_docs: !function code.same\n"
+    workplace.text("tasks/choose.yaml", (function if place == "the task" else "include: more.yaml\n") + CHOICE)
+    workplace.text("tasks/more.yaml", function)
+    suite = workplace.suite(tasks=[CHOOSE])
+    message = workplace.refused("--suite", suite)
+    assert f"runs Python code (!function): {code}" in message
+    assert "--trust-remote-code" in message
+    assert not mark.exists()
+    workplace.run("--suite", suite, "--trust-remote-code")
+    assert mark.exists()
+
+
+def test_templates_of_a_task_have_no_access_to_python(workplace: Workplace) -> None:
+    escape = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    workplace.text("tasks/choose.yaml", CHOICE.replace("{{question}}", escape))
+    assert "task choose: " in workplace.refused("--suite", workplace.suite(tasks=[CHOOSE]))
 
 
 LEAK = "task choose: 1 of 4 examples also calibrate the expert, or one that it is cut from (the first: "

