@@ -121,4 +121,4 @@ def _make(prepared: Prepared, plan: Plan, out: Path, overwrite: bool, track: Tra
         write_folder(prepared, plan, folder, track, meanwhile.passengers if meanwhile is not None else None)
     if meanwhile is not None:
         with evaluated_after(out):
-            record(out, meanwhile.result(out, prepared.running, track))
+            record(out, meanwhile.result(out, prepared.running, track), portable(plan).digest)

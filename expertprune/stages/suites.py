@@ -27,10 +27,10 @@ from expertprune.models.loading import load_tokenizer
 from expertprune.models.running import to_stream
 from expertprune.models.spool import Limits
 from expertprune.progress import Track, silent
-from expertprune.reporting.card import write_card
 from expertprune.spec.reading import TRUST
 from expertprune.spec.schema import Spec
 from expertprune.stages.elsewhere import base_with, check_same
+from expertprune.stages.evaluate import record
 from expertprune.stages.generate import generator
 from expertprune.stages.suite_scores import Backend, ChosenTask, Measurement
 from expertprune.stages.validate import leak_guard
@@ -115,7 +115,7 @@ def evaluate_suites(
         summary=summarize(counted),
         alignment=of_corpora.alignment if measurement.corpora else {},
     )
-    write_card(replace(measurement.expert, evaluation=result))
+    record(measurement.expert.folder, result, measurement.expert.plan.digest)
     return result
 
 

@@ -127,7 +127,9 @@ def find(spec: Spec, store: Path, evaluate: bool = True) -> Found:
     with gathered(problems):
         base = resolve_base(spec.base, store)
     with gathered(problems):
-        corpora = load_corpora(spec, store, generator(base, spec, store) if base is not None else None)
+        # The base writes no text for a spec that has other problems: that takes minutes.
+        writes = generator(base, spec, store) if base is not None and not problems else None
+        corpora = load_corpora(spec, store, writes)
         if evaluate and spec.evaluate.enabled:
             ancestor = ancestor_of(base) if base is not None else None
             digests = ancestor.calibration_digests if ancestor is not None else ()

@@ -280,7 +280,7 @@ def test_a_disk_without_room(workplace: Workplace, monkeypatch: pytest.MonkeyPat
     assert f"{workplace.out}: needs 0 MiB of disk, 0 MiB are free; free some, or choose a folder" in message
 
 
-@pytest.mark.parametrize("stage", ["profile", "weights", "description"])
+@pytest.mark.parametrize("stage", ["profile", "weights", "evaluation"])
 def test_a_full_disk_is_a_message_leaves_nothing_and_the_next_run_succeeds(
     tiny_build: tuple[Path, Path], tmp_path: Path, stage: str
 ) -> None:
@@ -289,21 +289,22 @@ def test_a_full_disk_is_a_message_leaves_nothing_and_the_next_run_succeeds(
     sizes = {
         "profile": min(path.stat().st_size for path in (filled / "profiles").iterdir()),
         "weights": max(path.stat().st_size for path in whole.glob("*.safetensors")),
-        "description": (whole / "expertprune.json").stat().st_size,
+        "evaluation": (whole / "expertprune.json").stat().st_size,
     }
     if stage != "profile":
         shutil.copytree(filled, store)
-    assert sizes["description"] > sizes["weights"]
+    assert sizes["evaluation"] > sizes["weights"]
     arguments = ("build", filled.with_name("tiny.yaml"), "--out", tmp_path / "out" / "expert", "--store", store)
     (tmp_path / "out").mkdir()
     finished = server().run(*arguments, file_limit=sizes[stage] - 1)
     assert finished.code == 2
     assert "no room left on the disk" in finished.stderr
     assert "Traceback" not in finished.stderr
-    assert list((tmp_path / "out").iterdir()) == []
+    left = [path.name for path in (tmp_path / "out").iterdir()]
+    assert left == (["expert"] if stage == "evaluation" else [])  # whole, and not evaluated yet
     stored = [path.name for path in sorted((store / "profiles").iterdir())]
     assert stored == ([] if stage == "profile" else [path.name for path in sorted((filled / "profiles").iterdir())])
-    call(*arguments)
+    call(*(arguments if stage != "evaluation" else ("evaluate", tmp_path / "out" / "expert", "--store", store)))
 
 
 # --- passes ---------------------------------------------------------------------------------------------------------

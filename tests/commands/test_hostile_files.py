@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from expertprune.corpora.reading import read_questions
 from expertprune.errors import CheckpointError, SpecError
-from expertprune.models.gguf.reading import converted
+from expertprune.models.gguf.reading import header_of
 from tests.calling import call, call_json
 
 Data = dict[str, Any]
@@ -237,7 +237,7 @@ def test_a_gguf_file_that_promises_more_than_it_has(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGUF\x03\0\0\0" + (2**60).to_bytes(8, "little") * 2 + b"\0" * 1000)
     with pytest.raises(CheckpointError, match="shorter than its header says"):
-        converted(path, "auto", tmp_path)
+        header_of(path)
 
 
 # --- plans and experts ----------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import yaml
 
 import expertprune
 from tests.calling import call
+from tests.patching import everywhere
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -102,3 +103,19 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(
         option = "--out" if command in ("build", "compose") else "--picture"
         message = refused(tmp_path, command, spec_file, option, tmp_path / out, *budgets)
         assert "File name too long" in message
+
+
+def test_an_evaluation_is_never_written_into_another_expert(expert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that took the place of the measured one meanwhile, as a build with --overwrite does."""
+    other = json.loads((expert / "expertprune.json").read_text())
+    other["plan"]["profiles"] = {}
+    written = json.dumps(other)
+
+    def measured(*arguments: Any, **options: Any) -> Any:
+        result = original(*arguments, **options)
+        (expert / "expertprune.json").write_text(written)
+        return result
+
+    original = everywhere(monkeypatch, "expertprune.stages.evaluate.measure_folder", measured)
+    assert "another expert took its place" in call("evaluate", expert, code=2).stderr
+    assert (expert / "expertprune.json").read_text() == written
