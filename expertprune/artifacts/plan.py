@@ -261,9 +261,9 @@ class _KeptText(_Record):
 class _ShapeDocument(_Record):
     hidden: _Width
     ffn: _Count
-    query_heads: _Width
-    kv_heads: _Width
-    head_dim: _Width
+    query_heads: _Count
+    kv_heads: _Count
+    head_dim: _Count
     experts: _Count = 0
     expert_groups: _Width = 1
 
@@ -345,7 +345,7 @@ def _plan(data: _PlanDocument) -> Plan:
 
 
 def _kept(text: _KeptText, shape: LayerShape, layer: int) -> KeptUnits:
-    if shape.query_heads % shape.kv_heads:
+    if shape.kv_heads and shape.query_heads % shape.kv_heads:
         raise ValueError(f"{shape.query_heads} query heads are no multiple of {shape.kv_heads} KV heads")
     kept = {}
     for name, runs in vars(text).items():

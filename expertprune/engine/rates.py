@@ -130,9 +130,11 @@ def _timed_layer(base: ResolvedBase, index: int, rows: int, columns: int) -> tup
     layer = layers[index].requires_grad_(False)
     model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(base.device))  # buffers
     hidden = torch.randn(rows, columns, base.layers[index].hidden, device=base.device).to(base.dtype)
+    _shrink_embedding(model, base)
     recorders = [LayerRecorder(each) for each in layers]
+    ids = torch.zeros(rows, columns, dtype=torch.int64, device=base.device)
     with layers_replaced(model, base.family, recorders):
-        model.get_decoder()(inputs_embeds=hidden, use_cache=False)
+        model.get_decoder()(input_ids=ids, use_cache=False)
     arguments = recorders[index].arguments
 
     def run(states: Tensor) -> Tensor:
@@ -160,6 +162,14 @@ def _timed_layer(base: ResolvedBase, index: int, rows: int, columns: int) -> tup
     graph = sum(size for pointer, size in held.items() if pointer not in constant) + 2 * hidden.nbytes
     forward = _seconds(lambda: run(hidden), base.device)
     return forward / tokens, _seconds(back, base.device) / tokens, graph / tokens
+
+
+def _shrink_embedding(model: Any, base: ResolvedBase) -> None:
+    """Put an embedding of a single row in the place of the model's, which has no memory."""
+    path = base.family.vocabulary[0].removesuffix(".weight")
+    parent, _, name = path.rpartition(".")
+    row = nn.Embedding(1, base.layers[0].hidden, device=base.device, dtype=base.dtype)
+    setattr(model.get_submodule(parent), name, row)
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:

@@ -149,7 +149,7 @@ def bits(reading: Reading, read: Read, progress: Progress | None = None) -> Floa
     Args:
         progress: called after each batch.
     """
-    device, vocabulary = read.model.device, _vocabulary(read.model)
+    device, vocabulary = read.model.device, read.model.rows
     sums = torch.zeros(len(reading.sequences), dtype=torch.float64, device=device)
     for number, batch in enumerate(reading.batches):
         for places in _places(batch, device, vocabulary):
@@ -165,7 +165,7 @@ def bits(reading: Reading, read: Read, progress: Progress | None = None) -> Floa
 @torch.no_grad()
 def compare(reading: Reading, base: Read, expert: Read, progress: Progress | None = None) -> Compared:
     """Two models with the same tokens on what each sequence asks for; `progress` as in `bits`."""
-    device, vocabulary = base.model.device, _vocabulary(base.model)
+    device, vocabulary = base.model.device, base.model.rows
     sums = torch.zeros(4, len(reading.sequences), dtype=torch.float64, device=device)
     for number, batch in enumerate(reading.batches):
         for places in _places(batch, device, vocabulary):
@@ -184,8 +184,3 @@ def compare(reading: Reading, base: Read, expert: Read, progress: Progress | Non
     base.model.together({"compared": sums})
     mine, theirs, distance, agreed = sums.cpu().numpy()
     return Compared(mine / math.log(2), theirs / math.log(2), distance / math.log(2), agreed)
-
-
-def _vocabulary(model: TextRun) -> int:
-    rows: int = model.model.get_output_embeddings().weight.shape[0]
-    return rows

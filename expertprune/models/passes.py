@@ -122,6 +122,12 @@ class TextRun:
         return self.source.device
 
     @property
+    def rows(self) -> int:
+        """The number of vocabulary rows."""
+        rows: int = self.model.get_parameter(self.family.vocabulary[0]).shape[0]
+        return rows
+
+    @property
     def documents(self) -> int:
         """The number of documents, of all members."""
         return 1 + max(document for batch in self.everything for document in batch.documents)
@@ -172,7 +178,7 @@ class TextRun:
     @torch.no_grad()  # not inference mode: a backward pass may go through what comes out
     def start(self) -> Stream:
         """The stream before the first layer; the decoder itself makes the layers' arguments."""
-        check_ids(self.batches, self.model.get_input_embeddings().weight.shape[0])
+        check_ids(self.batches, self.rows)
         recorders = [LayerRecorder(layer) for layer in decoder_layers(self.model, self.family)]
         stream, decoder = Stream(self.batches, Spool(self.source.room), []), self.model.get_decoder()
         with layers_replaced(self.model, self.family, recorders):
@@ -203,7 +209,7 @@ class TextRun:
             The first of some positions, and their logits, `[rows, positions, vocabulary]`, float32.
         """
         ids = batch.ids.to(hidden.device)
-        vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        vocabulary = self.rows
         end = ids.shape[1] if until is None else until
         step = max(1, LOGITS // (vocabulary * ids.shape[0]))
         for first in range(0, end, step):

@@ -25,7 +25,7 @@ class RowMass:
     """
 
     def __init__(self, text: TextRun) -> None:
-        self._counts = _counts(text, text.model.get_output_embeddings().weight.shape[0])
+        self._counts = _counts(text, text.rows)
         self._fold = folds_of_similar(self._counts)
         self.mass = torch.zeros(FOLDS, self._counts.shape[1], dtype=torch.float64, device=text.device)
 

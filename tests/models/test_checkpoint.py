@@ -139,7 +139,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         for content, problem in (
             (b"{", "not valid JSON"),
             (b"[]", "not a JSON object"),
-            (b'{"a": "\xff"}', "not valid"),
+            (b'{"a": "\xff"}', "not UTF-8 text"),
         )
     },
     "no config": (lambda folder: (folder / "config.json").unlink(), ["config.json: no such file"]),

@@ -392,7 +392,7 @@ def test_the_command_writes_a_file_once(made: Callable[[str], tuple[Path, Path]]
     assert "--type: 'q4_1' is none of f32, f16, bf16, q8_0" in call(*line[:-1], "q4_1", code=2).output
     with pytest.raises(UsageError, match="--format: 'onnx' is none of gguf"):
         export(expert, tmp_path / "b", format="onnx")
-    with pytest.raises(CheckpointError, match="is not a file that can be written"):
+    with pytest.raises(CheckpointError, match="it is a folder"):
         export(expert, tmp_path)
 
 

@@ -66,7 +66,7 @@ def write(name: str, text: str) -> Any:
         (narrow, "disagrees with the weights"),
         (forget("tokenizer*"), "no tokenizer files"),
         (forget("config.json"), "is no expert .* and no checkpoint"),
-        (write("expertprune.json", "{"), "cannot be read"),
+        (write("expertprune.json", "{"), "not valid JSON"),
         (write("expertprune.json", '{"kind": "expert", "schema": 2}'), "damaged"),
     ],
 )

@@ -106,7 +106,7 @@ def test_bisection_finds_what_trying_every_budget_finds(
         if number >= reachable:
             raise PlanError("more than the floor allows")
         found = StructureBudget(requested=0, of=32, kept=4, removed=28)
-        base, parameters = BaseReference(model="b", digest="d"), Parameters(before=0, after=0)
+        base, parameters = BaseReference(model="b", digest="d"), Parameters(before=1, after=1)
         plan = Plan(str(number), base, parameters, [], [], {"ffn": found})
         return plan, kept_of(keeps[number])
 
