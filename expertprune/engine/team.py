@@ -208,7 +208,7 @@ def _cut(batches: Sequence[Batch], wanted: int) -> list[Batch]:
             break
         largest = found.pop(max(sizes)[1])
         middle = len(largest.documents) // 2
-        for part in (slice(0, middle), slice(middle, None)):
+        for part in (range(middle), range(middle, len(largest.documents))):
             found.append(largest.part(part))
     return found
 

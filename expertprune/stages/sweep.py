@@ -103,6 +103,7 @@ def _begin(
     places = {} if folder is None or not keep else {value: folder / f"{spec.name}-{value!r}" for value in prepared}
     for value, place in places.items():
         _check_place(place, prepared[value].spec)
+    found.running.keep_states(lasting=len(prepared) > 1)
     tasks = {task.digest: task for each in prepared.values() for task in profile_tasks(each)}
     engine.run(list(tasks.values()), track)
     plans = {value: plan_of(each, track, run=False) for value, each in prepared.items()}
