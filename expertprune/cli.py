@@ -22,8 +22,8 @@ def main() -> None:
 
 for found in pkgutil.iter_modules(commands.__path__):
     module = importlib.import_module(f"{commands.__name__}.{found.name}")
-    for value in vars(module).values():
-        if isinstance(value, click.Command):
+    for name, value in vars(module).items():
+        if isinstance(value, click.Command) and not name.startswith("_"):  # a command of a command's own
             main.add_command(value)
 
 if __name__ == "__main__":

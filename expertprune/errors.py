@@ -66,6 +66,26 @@ class UnfinishedError(ExpertpruneError):
     exit_code = 1
 
 
-def first_line(error: Exception) -> str:
+@contextlib.contextmanager
+def refused(what: object) -> Iterator[None]:
+    """Turn whatever a library raises over a file of the user's into an error that names the file.
+
+    Libraries that read models fail in any way over a damaged one, from `KeyError` to a panic of Rust
+    code, which is no `Exception`.
+
+    Raises:
+        CheckpointError: the block failed.
+    """
+    try:
+        yield
+    except (ExpertpruneError, MemoryError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"{what}: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
     """What an error says in its first line, or its class where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

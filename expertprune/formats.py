@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 UNDEFINED = "undefined"
 
 
@@ -38,3 +40,14 @@ def quantity(value: float) -> str:
 STYLES = {
     "count": count, "percent": percent, "ratio": ratio, "short": short, "megabytes": megabytes, "quantity": quantity
 }  # fmt: skip
+
+
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Text with control characters written out as JSON does (`\\u001b`): they could change what a terminal shows.
+
+    Line breaks and tabs stay.
+    """
+    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

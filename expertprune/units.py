@@ -229,12 +229,14 @@ def format_indices(indices: tuple[int, ...]) -> str:
     return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def parse_indices(text: str) -> tuple[int, ...]:
-    """The inverse of `format_indices`; raises `ValueError` if the text is not ascending runs."""
+def parse_indices(text: str, of: int) -> tuple[int, ...]:
+    """The inverse of `format_indices`; raises `ValueError` if the text is not ascending runs below `of`."""
     indices: list[int] = []
     for run in text.split():
         first, dash, last = run.partition("-")
         inside = range(int(first), int(last if dash else first) + 1)
+        if inside and inside[-1] >= of:  # before the run is written out
+            raise ValueError(f"{run!r}: there are only {of}")
         if not inside:
             raise ValueError(f"indices are not ascending: {run!r}")
         indices.extend(inside)

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,16 +22,27 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
-from expertprune import files
 from expertprune.errors import CheckpointError
 from expertprune.files import (
+    GGUF,
+    PAGE,
+    PICTURE,
+    PLAN,
+    Kind,
     check_output,
     digest_of,
     file_digest,
+    ownership,
+    places,
+    remove_leftovers,
+    renaming,
     require_room,
     staged_file,
     staged_folder,
+    staged_output,
+    staging,
     store_folder,
+    temporary_folder,
     write_file,
     write_json,
 )
@@ -58,7 +70,7 @@ def test_the_store_is_the_argument_then_the_variable_then_the_cache(
     assert store_folder(tmp_path / "argument") == tmp_path / "argument"
     assert store_folder() == tmp_path / "variable"
     monkeypatch.setenv("EXPERTPRUNE_STORE", "")
-    monkeypatch.setattr(files, "user_cache_path", lambda name: tmp_path / "cache" / name)
+    monkeypatch.setattr(places, "user_cache_path", lambda name: tmp_path / "cache" / name)
     assert store_folder() == tmp_path / "cache" / "expertprune"
     monkeypatch.setenv("HOME", str(tmp_path))
     assert store_folder("~/profiles") == tmp_path / "profiles"
@@ -81,7 +93,7 @@ def test_a_file_digest_is_of_the_bytes_and_is_remembered_until_the_file_changes(
     os.utime(path, ns=(1, 1))
     check(b"first")
     with monkeypatch.context() as patched:
-        patched.setattr(files.hashlib, "file_digest", None)  # the file is not read again
+        patched.setattr(staging.hashlib, "file_digest", None)  # the file is not read again
         check(b"first")
     path.write_bytes(b"other")  # of the same size, later
     os.utime(path, ns=(2, 2))
@@ -172,8 +184,8 @@ def test_a_file_in_the_way_of_the_parent_folder_becomes_a_message(tmp_path: Path
 
 # --- staged folders -------------------------------------------------------------------------------------------------
 
-HERE = f".expert.{files.machine()}-0123abcd"  # of this host and boot; no process has its lock
-HOST, _, BOOT = files.machine().rpartition("-")
+HERE = f".expert.{ownership.machine()}-0123abcd"  # of this host and boot; no process has its lock
+HOST, _, BOOT = ownership.machine().rpartition("-")
 WEEK = 7 * 24 * 3600
 YOUNG, OLD = WEEK - 3600, WEEK + 3600
 
@@ -192,7 +204,7 @@ with staged_folder(Path(sys.argv[1])) as folder:
 @contextlib.contextmanager
 def other_run(out: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process that has begun to write `out`."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(staging.__file__).parents[2])}
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", STAGES, str(out)], env=environment, **pipes) as run:
         assert run.stdout is not None
@@ -230,7 +242,7 @@ def test_what_another_run_writes_stays_until_that_run_is_killed(tmp_path: Path) 
         (leftover,) = tmp_path.iterdir()
         aged(leftover, 2 * WEEK)
         stage(tmp_path / "expert")
-        assert names(leftover) == ["model.safetensors"]
+        assert names(leftover) == ["expert", "expert/model.safetensors"]
         run.kill()
         run.wait()
         stage(tmp_path / "expert")
@@ -244,21 +256,20 @@ def test_what_another_run_writes_stays_until_that_run_is_killed(tmp_path: Path) 
         (f".expert.elsewhere-{BOOT}-0123abcd.partial", YOUNG, True),
         (f".expert.elsewhere-{BOOT}-0123abcd.partial", OLD, False),
         (f".expert.{HOST}-ffffffff-0123abcd.partial", OLD, False),
-        (".expert.4711.partial", OLD, False),
-        (f".expert.v2.{HERE[8:]}.partial", OLD, True),  # of an expert named expert.v2
-        (".expert.partial", OLD, True),
+        (f".another.v2.{HERE[8:]}.partial", 0, False),  # whatever it was to become
+        (".expert.4711.partial", OLD, True),  # of another program
+        (".film.mp4.partial", OLD, True),
     ],
 )
 def test_a_leftover_without_an_owner_goes_if_it_is_of_this_boot_or_old(
     tmp_path: Path, name: str, age: float, stays: bool
 ) -> None:
-    for kind in ("folder", "file"):
-        leftover = tmp_path / kind / name
-        (leftover / "tokenizer" if kind == "folder" else leftover.parent).mkdir(parents=True)
-        (leftover / "tokenizer" / "vocab.json" if kind == "folder" else leftover).write_text("half")
-        aged(leftover, age)
-        stage(tmp_path / kind / "expert")
-        assert leftover.exists() == stays
+    leftover = tmp_path / name
+    (leftover / "tokenizer").mkdir(parents=True)
+    (leftover / "tokenizer" / "vocab.json").write_text("half")
+    aged(leftover, age)
+    stage(tmp_path / "expert")
+    assert leftover.exists() == stays
 
 
 @pytest.mark.parametrize(("age", "stays"), [(YOUNG, True), (OLD, False)])
@@ -273,7 +284,7 @@ def test_without_locks_a_leftover_of_this_boot_goes_by_its_age(
     (leftover / "young").write_text("half")
     aged(leftover, OLD)
     os.utime(leftover / "young", (time.time() - age,) * 2)  # the folder's own time says nothing of its files
-    monkeypatch.setattr(files.fcntl, "flock", refused)
+    monkeypatch.setattr(ownership.fcntl, "flock", refused)
     stage(tmp_path / "expert")
     assert leftover.exists() == stays
     write_file(tmp_path / "plan.json", b"whole")
@@ -283,7 +294,7 @@ def test_without_locks_a_leftover_of_this_boot_goes_by_its_age(
 def test_a_folder_that_another_run_removes_before_it_is_locked_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lock, seen = files.fcntl.flock, []
+    lock, seen = ownership.fcntl.flock, []
 
     def late(handle: int, operation: int) -> None:
         seen.extend(tmp_path.glob("*.partial"))
@@ -291,9 +302,9 @@ def test_a_folder_that_another_run_removes_before_it_is_locked_is_made_again(
             seen[0].rmdir()
         lock(handle, operation)
 
-    monkeypatch.setattr(files.fcntl, "flock", late)
+    monkeypatch.setattr(ownership.fcntl, "flock", late)
     overwrite(tmp_path / "expert")
-    assert len(set(seen)) == 2
+    assert len(set(seen)) == 3  # the output is tried once, and made twice
     check_expert(tmp_path, "new")
 
 
@@ -302,11 +313,13 @@ def test_an_expert_that_a_killed_run_had_moved_aside_comes_back_until_it_is_repl
     tmp_path: Path, fails: bool
 ) -> None:
     """Killed between its two renamings: no expert in its place, the old one under another name."""
-    expert(tmp_path / f"{HERE}.replaced", "old")
+    aside = tmp_path / f"{HERE}.replaced" / "expert"
+    expert(aside, "old")
     with pytest.raises(CheckpointError, match="--overwrite"), staged_folder(tmp_path / "expert"):
         pass
     check_expert(tmp_path, "old")
-    os.replace(tmp_path / "expert", tmp_path / f"{HERE}.replaced")
+    aside.parent.mkdir()
+    os.replace(tmp_path / "expert", aside)
     overwrite(tmp_path / "expert", fails)
     check_expert(tmp_path, "old" if fails else "new")
 
@@ -321,22 +334,183 @@ def test_overwriting_replaces_the_whole_expert_or_nothing(tmp_path: Path, fails:
 
 
 def test_an_old_expert_that_a_killed_run_had_replaced_is_removed(tmp_path: Path) -> None:
-    expert(tmp_path / f"{HERE}.replaced", "old")
+    expert(tmp_path / f"{HERE}.replaced" / "expert", "old")
     overwrite(expert(tmp_path / "expert", "newer"))
     check_expert(tmp_path, "new")
 
 
-def test_an_expert_stays_where_renaming_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, replace = expert(tmp_path / "expert"), os.replace
+@pytest.fixture(params=["with renameat2", "without"])
+def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A system that can rename with flags, and one that cannot."""
+    if request.param == "without":
+        monkeypatch.setattr(renaming, "_renameat2", lambda: None)
+    return str(request.param)
+
+
+@FAILS
+def test_an_expert_is_replaced_or_stays_where_the_system_cannot_swap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    out, new = expert(tmp_path / "expert"), staging.rename_new
+    monkeypatch.setattr(renaming, "_renameat2", lambda: None)
+    calls = itertools.count(1)
 
     def failing(source: Path, target: Path) -> None:
-        if Path(target) == out:
+        if next(calls) == 2:  # the first finds that the expert is there
             raise KeyboardInterrupt
-        replace(source, target)
+        new(source, target)
 
-    monkeypatch.setattr(files.os, "replace", failing)
+    if fails:
+        monkeypatch.setattr(staging, "rename_new", failing)
     overwrite(out)
-    check_expert(tmp_path, "old")
+    check_expert(tmp_path, "old" if fails else "new")
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["new", "overwrite"])
+def test_what_comes_to_the_output_meanwhile_stays_and_the_result_lies_beside_it(
+    tmp_path: Path, system: str, again: bool
+) -> None:
+    out = tmp_path / "expert"
+    if again:
+        expert(out, "old")
+
+    def write() -> None:
+        with staged_folder(out, overwrite=again) as temporary:
+            (temporary / "expertprune.json").write_text("new")
+            shutil.rmtree(out, ignore_errors=True)
+            expert(out, "of another run")
+            (out / "thesis.txt").write_text("precious")
+
+    with pytest.raises(CheckpointError, match=r"something else came there .*the result is .*expert-2$"):
+        write()
+    assert names(tmp_path) == [
+        "expert",
+        "expert-2",
+        "expert-2/expertprune.json",
+        "expert/expertprune.json",
+        "expert/thesis.txt",
+    ]
+    assert (out / "expertprune.json").read_text() == "of another run"
+    assert (tmp_path / "expert-2" / "expertprune.json").read_text() == "new"
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["new", "overwrite"])
+def test_a_file_that_comes_to_the_output_meanwhile_stays(tmp_path: Path, system: str, again: bool) -> None:
+    out = tmp_path / "plan.json"
+    if again:
+        out.write_text('{"kind": "plan"}')
+
+    def write() -> None:
+        with staged_output(out, PLAN, overwrite=again) as temporary:
+            temporary.write_text("new")
+            (tmp_path / "theirs").write_text("precious")
+            os.replace(tmp_path / "theirs", out)
+
+    with pytest.raises(CheckpointError, match=r"the result is .*plan-2.json$"):
+        write()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "plan.json": "precious",
+        "plan-2.json": "new",
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [(PLAN, '{\n  "schema": 2,\n  "kind": "plan"'), (GGUF, "GGUF\x03"), (PICTURE, "<?xml?><svg"),
+     (PAGE, '<meta name="generator" content="expertprune report">')],
+    ids=lambda each: each.name if isinstance(each, Kind) else "",
+)  # fmt: skip
+def test_overwriting_replaces_files_of_the_same_kind_only(
+    tmp_path: Path, system: str, kind: Kind, content: str
+) -> None:
+    out = tmp_path / "out"
+    out.write_text("name: a spec")
+    for overwrite, words in ((False, f"exists; choose another {kind.option}"), (True, f"is no {kind.name}")):
+        with pytest.raises(CheckpointError, match=words):
+            check_output(out, overwrite, kind)
+    out.write_text(content)
+    with staged_output(out, kind, overwrite=True) as temporary:
+        temporary.write_text("new")
+    assert names(tmp_path) == ["out"]
+    assert out.read_text() == "new"
+
+
+def test_an_output_is_never_what_the_command_reads(tmp_path: Path) -> None:
+    base = expert(tmp_path / "base")
+    (tmp_path / "link").symlink_to(base)
+    for inputs in ([base], [base / "corpus.jsonl"], [tmp_path / "link" / "corpus.jsonl"]):
+        with pytest.raises(CheckpointError, match="the command reads"):
+            check_output(base, True, inputs=inputs)
+    check_output(base, True, inputs=[tmp_path / "basement", tmp_path])
+
+
+@pytest.mark.parametrize("name", ["n" * 250, "ä" * 120])
+def test_names_as_long_as_the_file_system_allows_are_written(tmp_path: Path, name: str) -> None:
+    stage(tmp_path / name)
+    write_file(tmp_path / f"{name[:-1]}f", b"x")
+    assert names(tmp_path) == sorted([name, f"{name[:-1]}f"])
+
+
+@pytest.mark.parametrize("out", ["n" * 256, "new/" + "n" * 256, ".", "..", "/"])
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError):
+        check_output(Path(out), False)
+    assert names(tmp_path) == []
+
+
+def test_everything_has_the_mode_that_the_umask_says(tmp_path: Path) -> None:
+    """Libraries that write files themselves give them 0600."""
+    before = os.umask(0o027)
+    try:
+        with staged_folder(tmp_path / "expert") as folder:
+            (folder / "sub").mkdir(0o700)
+            for path in (folder / "weights", folder / "sub" / "part"):
+                path.touch(0o600)
+        with staged_file(tmp_path / "profile") as temporary:
+            temporary.touch(0o600)
+    finally:
+        os.umask(before)
+    modes = {str(path.relative_to(tmp_path)): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert modes == {
+        "expert": 0o750,
+        "expert/sub": 0o750,
+        "expert/weights": 0o640,
+        "expert/sub/part": 0o640,
+        "profile": 0o640,
+    }
+
+
+@STAGED
+def test_everything_is_on_the_disk_before_it_is_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, staged: Any
+) -> None:
+    events: list[str] = []
+    sync, rename, replace = os.fsync, os.rename, os.replace
+
+    def named(handle: int) -> str:
+        return Path(os.readlink(f"/proc/self/fd/{handle}")).name
+
+    monkeypatch.setattr(os, "fsync", lambda handle: events.append(f"sync {named(handle)}") or sync(handle))
+    monkeypatch.setattr(os, "rename", lambda old, new: events.append(f"rename {new.name}") or rename(old, new))
+    with staged(tmp_path / "out") as temporary:
+        (temporary / "part" if temporary.is_dir() else temporary).write_text("new")
+        monkeypatch.setattr(os, "replace", lambda old, new: events.append(f"rename {new.name}") or replace(old, new))
+    content = ["sync part", "sync out"] if staged is staged_folder else ["sync out"]
+    assert events == [*content, "rename out", f"sync {tmp_path.name}"]
+
+
+def test_temporary_folders_of_killed_commands_go_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    killed = tmp_path / f".expertprune.{ownership.machine()}-0123abcd.partial"
+    (killed / "folder").mkdir(parents=True)
+    with temporary_folder() as folder:
+        remove_leftovers(tmp_path)
+        assert not killed.exists()
+        assert names(tmp_path) == [folder.parent.name, f"{folder.parent.name}/folder"]
+    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

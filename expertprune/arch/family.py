@@ -25,8 +25,8 @@ from expertprune.arch.widths import (
     refuse_groups,
 )
 from expertprune.errors import CheckpointError, PlanError
+from expertprune.files import problems_of
 from expertprune.registry import loaded, nearest, plugins
-from expertprune.spec.reading import problems_of
 from expertprune.units import DENSE, KeptUnits, LayerShape, Structure
 
 _HERE = Path(__file__).parent
@@ -144,6 +144,13 @@ class Family(Data):
     def layer_prefix(self, layer: int) -> str:
         return f"{self.layers}.{layer}."
 
+    @property
+    def size_keys(self) -> list[str]:
+        """The config's keys that say how many of something a layer or the vocabulary has."""
+        keys = self.config
+        counted = self.experts.count if self.experts is not None else ()
+        return [keys.hidden, self.width_key, keys.query_heads, keys.kv_heads, keys.head_dim, "vocab_size", *counted]
+
     def layer_shapes(self, config: Mapping[str, Any]) -> tuple[LayerShape, ...]:
         """The shape of every layer, from the contents of `config.json`.
 
@@ -158,6 +165,8 @@ class Family(Data):
         if self.experts is not None and self.experts.groups is None:
             refuse_groups(config)
         config, single = {**self.defaults, **config}, config.get(PER_LAYER) or {}
+        if not isinstance(single, Mapping) or not all(isinstance(each, Mapping) for each in single.values()):
+            raise CheckpointError(f"config.json: {PER_LAYER!r} must map layers to their keys")
         own = [single.get(str(i), single.get(str(i).zfill(len(str(count - 1))), {})) for i in range(count)]
         return tuple(self._layer_shape({**config, **each}, layer) for layer, each in enumerate(own))
 

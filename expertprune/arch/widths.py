@@ -14,7 +14,7 @@ GROUPS = ("n_group", "num_expert_group")  # config keys: groups that a router fi
 def positive(config: Mapping[str, Any], key: str) -> int:
     """The positive whole number at a key; raises `CheckpointError` where there is none."""
     value = config.get(key)
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise CheckpointError(f"config.json: {key!r} must be a positive whole number, found {value!r}")
     return value
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -16,9 +16,9 @@ from expertprune.artifacts.evaluation import Evaluation
 from expertprune.artifacts.plan import Plan
 from expertprune.artifacts.record import Record
 from expertprune.errors import CheckpointError, ExpertpruneError, SpecError
-from expertprune.files import EXPERT_FILE, digest_of, write_json
+from expertprune.files import EXPERT_FILE, as_model, digest_of, problems_of, read_json, write_json
 from expertprune.models.base import ResolvedBase, resolve_base
-from expertprune.spec.reading import parse_spec, problems_of, with_corpus_paths
+from expertprune.spec.reading import parse_spec, trusting, with_corpus_paths
 from expertprune.spec.schema import Base, Spec
 
 EXPERT_SCHEMA = 2
@@ -107,7 +107,7 @@ class Description:
         try:
             return Spec.model_validate(self.plan.spec)
         except ValidationError as error:
-            problems = "; ".join(problems_of(error))
+            problems = "; ".join(problems_of(error, Spec))
             raise CheckpointError(f"expert {self.name}: the spec in {EXPERT_FILE} cannot be used: {problems}") from None
 
     @property
@@ -159,13 +159,9 @@ class Expert(Description):
         """
         folder = Path(folder)
         path = folder / EXPERT_FILE
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise CheckpointError(f"{folder}: is no expert (it has no {EXPERT_FILE})") from None
-        except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path}: cannot be read: {error}") from None
-        description, measured = _read(data, str(path))
+        if not os.path.lexists(path):
+            raise CheckpointError(f"{folder}: is no expert (it has no {EXPERT_FILE})")
+        description, measured = _read(read_json(path), str(path))
         try:
             evaluation = Evaluation.from_document(measured) if measured is not None else None
         except ValidationError as error:
@@ -226,7 +222,7 @@ class Expert(Description):
         if problems:
             raise SpecError(problems)
         spec.base = self.local_base(store)
-        return parse_spec(spec.document(), str(self.folder / EXPERT_FILE), Path.cwd(), overrides)
+        return trusting(parse_spec(spec.document(), str(self.folder / EXPERT_FILE), Path.cwd(), overrides), overrides)
 
     def local_base(self, store: Path, model: str | Path | None = None) -> Base:
         """The spec's base where it lies on this machine; it is looked for as the corpora are (see `local_spec`).
@@ -236,7 +232,7 @@ class Expert(Description):
         """
         base = self.spec.base
         found = str(model or self._find(base.model, self._noted(store).base) or base.model)
-        return base.model_copy(update={"model": found})
+        return base.model_copy(update={"model": found, "trust_remote_code": False})
 
     def find_base(self, store: Path, base: Base | None = None) -> ResolvedBase:
         """The base that the expert was cut from.
@@ -281,6 +277,15 @@ class Expert(Description):
 def ancestor_of(base: ResolvedBase) -> Description | None:
     """How a base was made, if it is an expert itself."""
     return Expert.load(base.folder).description if (base.folder / EXPERT_FILE).is_file() else None
+
+
+def places_of_bases(base: ResolvedBase, store: Path) -> list[Path]:
+    """The folders of a base, of the base that it was cut from, and so on, as far as this machine knows them."""
+    description = ancestor_of(base)
+    lineage = description.lineage if description is not None else []
+    experts = [Expert(**_fields(each), folder=base.folder) for each in lineage]
+    noted = [Path(each.local_base(store).model) for each in experts]
+    return [base.folder, *(place for place in (Path(base.name), *noted) if place.exists())]
 
 
 def portable(plan: Plan) -> Plan:
@@ -329,11 +334,8 @@ def _read(data: Any, where: str) -> tuple[Description, dict[str, Any] | None]:
         raise CheckpointError(
             f"{where}: an expert {written}, and this version reads schema {EXPERT_SCHEMA}: build the expert again"
         )
-    try:
-        file = _File.model_validate({key: value for key, value in data.items() if key not in ("kind", "schema")})
-    except ValidationError as error:
-        problems = "; ".join(problems_of(error, _File))
-        raise CheckpointError(f"{where}: damaged: {problems}; build the expert again") from None
+    contents = {key: value for key, value in data.items() if key not in ("kind", "schema")}
+    file = as_model(contents, _File, f"{where}: damaged, build the expert again")
     plan = Plan.from_document(file.plan | {key: data[key] for key in _OF_PLAN}, where)
     ancestor = None if file.ancestor is None else _read(file.ancestor, f"{where}: ancestor")[0]
     return Description(plan, file.base, file.corpora, file.versions, file.criterion_paper, ancestor), file.evaluation

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from expertprune.errors import PlanError
-from expertprune.files import digest_of, write_json
+from expertprune.files import PLAN, digest_of, read_json, staged_output, to_json
 from expertprune.spec.schema import Retention
 from expertprune.spec.values import Amount, Rows
 from expertprune.units import (
     KeptRows,
     KeptUnits,
     LayerShape,
+    Structure,
     format_indices,
     pack_indices,
     parse_indices,
@@ -48,8 +48,8 @@ class BaseReference(_Record):
 class Parameters(_Record):
     """Parameters of the base and of the expert."""
 
-    before: int
-    after: int
+    before: int = Field(gt=0)
+    after: int = Field(gt=0)
 
 
 class KindCount(_Record):
@@ -231,22 +231,24 @@ class Plan:
         except ValueError as error:
             raise PlanError(f"{where}: damaged plan: {error}; compose it again") from None
 
-    def save(self, path: Path) -> None:
-        write_json(path, self.document())
+    def save(self, path: Path, overwrite: bool = False) -> None:
+        """Write the plan. Raises `CheckpointError` if something is there that may not be replaced."""
+        with staged_output(path, PLAN, overwrite) as temporary:
+            temporary.write_text(to_json(self.document()) + "\n", encoding="utf-8")
 
 
 def load_plan(path: Path) -> Plan:
     """Read a plan; raises `PlanError` if the file is missing or is no plan."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PlanError(f"{path}: no such file") from None
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PlanError(f"{path}: not a plan: {error}") from None
-    return Plan.from_document(data, str(path))
+    return Plan.from_document(read_json(path, error=PlanError), str(path))
 
 
 # --- the document ---------------------------------------------------------------------------------------------------
+
+
+# More than any model has: of anything in one layer, and of FFN neurons in all layers.
+_MOST, _MOST_NEURONS = 2**24, 2**25
+_Count = Annotated[int, Field(ge=0, le=_MOST)]
+_Width = Annotated[int, Field(ge=1, le=_MOST)]
 
 
 class _KeptText(_Record):
@@ -257,13 +259,13 @@ class _KeptText(_Record):
 
 
 class _ShapeDocument(_Record):
-    hidden: int
-    ffn: int
-    query_heads: int
-    kv_heads: int
-    head_dim: int
-    experts: int = 0
-    expert_groups: int = 1
+    hidden: _Width
+    ffn: _Count
+    query_heads: _Width
+    kv_heads: _Width
+    head_dim: _Width
+    experts: _Count = 0
+    expert_groups: _Width = 1
 
 
 class _LayerDocument(_Record):
@@ -274,7 +276,7 @@ class _LayerDocument(_Record):
 
 
 class _VocabularyDocument(_Record):
-    of: int
+    of: _Width
     rows: int
     tokens: int
     kept: str
@@ -325,9 +327,14 @@ def _vocabulary_document(plan: VocabularyPlan) -> dict[str, Any]:
 
 def _plan(data: _PlanDocument) -> Plan:
     shapes = [LayerShape(**vars(layer.of)) for layer in data.layers]
+    for index, each in enumerate(data.layers):
+        if each.layer != index:
+            raise ValueError(f"layers: layer {each.layer} stands where layer {index} belongs")
+    if sum(shape.neurons for shape in shapes) > _MOST_NEURONS:
+        raise ValueError("layers: they have more FFN neurons than any model")
     layers = [
-        LayerPlan(KeptUnits(**{name: parse_indices(text) for name, text in vars(layer.kept).items()}), layer.why)
-        for layer in data.layers
+        LayerPlan(_kept(each.kept, shape, each.layer), each.why)
+        for each, shape in zip(data.layers, shapes, strict=True)
     ]
     for index, (shape, layer) in enumerate(zip(shapes, layers, strict=True)):
         _check_kept(shape, layer.kept, index)
@@ -335,6 +342,19 @@ def _plan(data: _PlanDocument) -> Plan:
     return Plan(
         data.name, data.base, data.parameters, shapes, layers, data.budget, data.profiles, data.spec, vocabulary
     )
+
+
+def _kept(text: _KeptText, shape: LayerShape, layer: int) -> KeptUnits:
+    if shape.query_heads % shape.kv_heads:
+        raise ValueError(f"{shape.query_heads} query heads are no multiple of {shape.kv_heads} KV heads")
+    kept = {}
+    for name, runs in vars(text).items():
+        count = shape.units(Structure(name))
+        try:
+            kept[name] = parse_indices(runs, count)
+        except ValueError as error:
+            raise ValueError(f"layer {layer}: {name} must keep some of 0-{count - 1}: {error}") from None
+    return KeptUnits(**kept)
 
 
 def _vocabulary(data: _VocabularyDocument) -> VocabularyPlan:

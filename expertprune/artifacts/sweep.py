@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -11,8 +11,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from expertprune.artifacts.evaluation import CorpusResult, Measured
 from expertprune.artifacts.record import Record
 from expertprune.errors import CheckpointError
-from expertprune.files import write_json
-from expertprune.spec.reading import problems_of
+from expertprune.files import problems_of, read_json, write_json
 from expertprune.spec.schema import Evaluate
 
 SWEEP_SCHEMA: Literal[2] = 2
@@ -80,10 +79,10 @@ class Sweep(Record):
             FileNotFoundError: there is none.
             CheckpointError: the file holds something else.
         """
+        if not os.path.lexists(path):
+            raise FileNotFoundError(path)
         try:
-            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise
-        except (OSError, ValueError) as error:
+            return cls.model_validate(read_json(path))
+        except (CheckpointError, ValidationError) as error:
             reason = "; ".join(problems_of(error, cls)) if isinstance(error, ValidationError) else str(error)
             raise CheckpointError(f"{path}: not a sweep ({reason}); remove it, or choose another folder") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import statistics
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -11,8 +11,7 @@ from pydantic import ValidationError
 
 from expertprune.artifacts.record import Record
 from expertprune.errors import CheckpointError
-from expertprune.files import write_json
-from expertprune.spec.reading import problems_of
+from expertprune.files import problems_of, read_json, write_json
 
 THROUGHPUT_FILE = "throughput.json"
 Role = Literal["base", "expert"]
@@ -143,12 +142,12 @@ class Timing(Record):
         Raises:
             CheckpointError: it is no timing, or one of another version.
         """
-        try:
-            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
+        if not os.path.lexists(path):
             return None
+        try:
+            return cls.model_validate(read_json(path))
         except ValidationError as error:
             problems = "; ".join(problems_of(error, cls)[:3])
             raise CheckpointError(f"{path}: is no timing ({problems}); delete it and measure again") from None
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: cannot be read ({error}); delete it and measure again") from None
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; delete it and measure again") from None

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from expertprune.commands.terminal import common, progress_bar, reporting, show, stopped_by_signals, store_option
+from expertprune.commands.terminal import (
+    common,
+    overwrite_picture,
+    progress_bar,
+    reporting,
+    show,
+    stopped_by_signals,
+    store_option,
+)
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -31,6 +39,7 @@ _COUNT = click.IntRange(min=1)
 @click.option("--concurrency", default=8, show_default=True, type=_COUNT, help="Requests at a time.")
 @click.option("--rounds", default=3, show_default=True, type=_COUNT, help="Runs of each model, in turn.")
 @click.option("--picture", type=click.Path(path_type=Path), help="Draw the ratios into this .png or .svg file.")
+@overwrite_picture
 @store_option
 @common
 @reporting
@@ -39,6 +48,7 @@ def bench(
     base: Path | None,
     against: Path | None,
     picture: Path | None,
+    overwrite: bool,
     store: Path | None,
     as_json: bool,
     **load: int,
@@ -58,11 +68,11 @@ def bench(
     if base is not None and against is not None:
         raise click.UsageError("give --base or --against, not both")
     if picture is not None:
-        check_picture(picture)
+        check_picture(picture, overwrite=overwrite)
     with stopped_by_signals():
         result = throughput.bench(places[0], base, against, Load(**load), store, folders[1:], progress_bar)
     if picture is not None:
-        throughput_picture(result, picture)
+        throughput_picture(result, picture, overwrite)
     show(as_json, result.document(), lambda: throughput_table(result))
 
 

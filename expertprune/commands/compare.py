@@ -7,7 +7,15 @@ from typing import Any
 
 import click
 
-from expertprune.commands.terminal import common, progress_bar, reporting, set_option, show, store_option
+from expertprune.commands.terminal import (
+    common,
+    overwrite_picture,
+    progress_bar,
+    reporting,
+    set_option,
+    show,
+    store_option,
+)
 
 
 @click.command()
@@ -21,6 +29,7 @@ from expertprune.commands.terminal import common, progress_bar, reporting, set_o
     help="Compare these units only [default: all].",
 )  # fmt: skip
 @click.option("--picture", type=click.Path(path_type=Path), help="Draw heat maps into this .png or .svg file.")
+@overwrite_picture
 @set_option
 @store_option
 @common

@@ -7,8 +7,17 @@ from typing import Any
 
 import click
 
-from expertprune.commands.terminal import common, progress_bar, reporting, set_option, show, spec_argument, store_option
-from expertprune.files import check_parent
+from expertprune.commands.terminal import (
+    common,
+    overwrite_file,
+    progress_bar,
+    reporting,
+    set_option,
+    show,
+    spec_argument,
+    store_option,
+)
+from expertprune.files import PLAN, check_output
 
 
 @click.command()
@@ -17,12 +26,19 @@ from expertprune.files import check_parent
     "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The plan to write, a JSON file."
 )
 @click.option("--stored-only", is_flag=True, help="Fail if a profile is missing, instead of measuring it.")
+@overwrite_file
 @set_option
 @store_option
 @common
 @reporting
 def compose(
-    spec: Path, out: Path, stored_only: bool, overrides: dict[str, Any], store: Path | None, as_json: bool
+    spec: Path,
+    out: Path,
+    stored_only: bool,
+    overwrite: bool,
+    overrides: dict[str, Any],
+    store: Path | None,
+    as_json: bool,
 ) -> None:
     """Decide which units stay, and write the plan.
 
@@ -32,7 +48,7 @@ def compose(
     from expertprune.reporting import explain as inspection
     from expertprune.stages import compose as stage
 
-    check_parent(out)
+    check_output(out, overwrite, PLAN, [spec])
     plan = stage.compose(spec, store, overrides, progress_bar, run=not stored_only)
-    plan.save(out)
+    plan.save(out, overwrite)
     show(as_json, plan.document(), lambda: inspection.explain(plan))

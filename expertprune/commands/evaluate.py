@@ -14,6 +14,7 @@ from expertprune.commands.terminal import (
     limits_options,
     progress_bar,
     reporting,
+    say,
     set_option,
     show,
     store_option,
@@ -108,6 +109,6 @@ def evaluate(
     show(as_json, found.document(), lambda: retention_table(found))
     short = shortfalls(found.summary, floors)
     for line in short:
-        click.echo(f"below the floor: {line}", err=True)
+        say(f"below the floor: {line}", error=True)
     if short:
         sys.exit(1)

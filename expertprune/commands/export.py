@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from expertprune.commands.terminal import common, reporting, show
+from expertprune.commands.terminal import common, overwrite_file, reporting, show
 
 
 @click.command()
@@ -16,7 +16,7 @@ from expertprune.commands.terminal import common, reporting, show
 @click.option(
     "--type", "stored", default="f16", show_default=True, help="Type of the stored matrices: f32, f16, bf16 or q8_0."
 )
-@click.option("--overwrite", is_flag=True, help="Replace the file that is there.")
+@overwrite_file
 @common
 @reporting
 def export(expert: Path, out: Path, kind: str, stored: str, overwrite: bool, as_json: bool) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 from pathlib import Path
 
 import click
 
 from expertprune.commands.terminal import common, leading_comment, records_table, reporting, show
 from expertprune.errors import SpecError
-from expertprune.files import check_parent, shipped
+from expertprune.files import Kind, check_output, shipped, staged_output
 from expertprune.registry import nearest
 from expertprune.spec.reading import load_spec
+
+COPY = Kind("copy", made=lambda _: False)  # nothing that is there is ever replaced
 
 
 @click.command()
@@ -56,10 +58,11 @@ def copy_spec(spec: Path, out: Path) -> list[Path]:
     for source in load_spec(spec).corpora.sources.values():
         named = [*(source.path or []), *(source.evaluation or []), *([source.questions] if source.questions else [])]
         copies |= {Path(file): out.parent / Path(file).relative_to(spec.parent.resolve()) for file in named}
-    if there := [str(target) for target in copies.values() if target.exists()]:
+    if there := [str(target) for target in copies.values() if os.path.lexists(target)]:
         raise SpecError(f"{', '.join(there)}: exists already; choose another --out, or remove it")
+    for target in copies.values():
+        check_output(target, overwrite=False, kind=COPY)
     for original, target in copies.items():
-        check_parent(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(original, target)
+        with staged_output(target, COPY) as temporary:
+            temporary.write_bytes(original.read_bytes())
     return list(copies.values())

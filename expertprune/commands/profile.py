@@ -13,6 +13,7 @@ from expertprune.commands.terminal import (
     limits_options,
     progress_bar,
     reporting,
+    say,
     set_option,
     spec_argument,
     store_option,
@@ -49,4 +50,4 @@ def profile(spec: Path, overrides: dict[str, Any], store: Path | None, where: Wh
         click.echo(to_json({"kind": "profiles", "profiles": data}))
     else:
         for name, entry in data.items():
-            click.echo(f"{name}: {entry['tokens']:,} tokens, {entry['path']}")
+            say(f"{name}: {entry['tokens']:,} tokens, {entry['path']}")

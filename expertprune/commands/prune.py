@@ -8,6 +8,7 @@ import click
 
 from expertprune.commands.engines import as_team
 from expertprune.commands.terminal import (
+    TRUST_HELP,
     common,
     limits_options,
     overwrite_option,
@@ -22,12 +23,13 @@ from expertprune.commands.terminal import (
 @click.argument("plan", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="The expert's folder.")
 @overwrite_option
+@click.option("--trust-remote-code", is_flag=True, help=TRUST_HELP)
 @store_option
 @limits_options
 @common
 @reporting
 @as_team
-def prune(plan: Path, out: Path, overwrite: bool, store: Path | None, as_json: bool) -> None:
+def prune(plan: Path, out: Path, overwrite: bool, trust_remote_code: bool, store: Path | None, as_json: bool) -> None:
     """Apply a plan: cut the base, repair it, write the expert.
 
     \b
@@ -35,4 +37,4 @@ def prune(plan: Path, out: Path, overwrite: bool, store: Path | None, as_json: b
     """
     from expertprune.stages import prune as stage
 
-    print_expert(stage.prune(plan, out, overwrite, store, progress_bar), as_json)
+    print_expert(stage.prune(plan, out, overwrite, store, progress_bar, trust_remote_code), as_json)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from expertprune.commands.terminal import reporting, stopped_by_signals
+from expertprune.commands.terminal import reporting, say, stopped_by_signals
 from expertprune.files import store_folder
 
 if TYPE_CHECKING:
@@ -60,9 +60,9 @@ def _serve_one(folder: str, port: int, host: str, arguments: Sequence[str], logs
 
     log = log_file(logs, check_folder(folder).name, port)
     server = Server(folder, port=port, host=host, arguments=arguments, log=log, patience=patience)
-    _say(f"starting {server.name}; vLLM's log: {server.log}")
+    _report(f"starting {server.name}; vLLM's log: {server.log}")
     with server:
-        _say(f"healthy after {server.load_seconds:.0f} s; {_tried(server)}")
+        _report(f"healthy after {server.load_seconds:.0f} s; {_tried(server)}")
         _tell(server.url, [server])
         while (failure := server.failure()) is None:
             time.sleep(0.25)
@@ -75,19 +75,19 @@ def _serve_several(
     from expertprune.serving.deployment import Deployment
 
     deployment = Deployment(
-        folders, port=port, host=host, arguments=arguments, logs=logs, report=_say, patience=patience
+        folders, port=port, host=host, arguments=arguments, logs=logs, report=_report, patience=patience
     )
     for server in deployment.servers.values():
-        _say(f"{server.name}: vLLM's log: {server.log}")
+        _report(f"{server.name}: vLLM's log: {server.log}")
     with deployment:
         for server in deployment.servers.values():
-            _say(f"{server.name}: healthy after {server.load_seconds:.0f} s; {_tried(server)}")
+            _report(f"{server.name}: healthy after {server.load_seconds:.0f} s; {_tried(server)}")
         _tell(deployment.url, list(deployment.servers.values()))
         deployment.watch()
 
 
-def _say(message: str) -> None:
-    click.echo(message, err=True)
+def _report(message: str) -> None:
+    say(message, error=True)
 
 
 def _tried(server: Server) -> str:
@@ -103,9 +103,9 @@ def _tell(url: str, servers: Sequence[Server]) -> None:
     """Print the endpoint and a curl line that tries it."""
     from expertprune.serving.server import trial
 
-    click.echo(f"endpoint: {url}")
-    click.echo(f"models:   {', '.join(server.name for server in servers)}")
+    say(f"endpoint: {url}")
+    say(f"models:   {', '.join(server.name for server in servers)}")
     path, request = trial(servers[0].servable, servers[0].name, 16)
     body = shlex.quote(json.dumps(request, ensure_ascii=False))
-    click.echo(f"try it:   curl {url}/{path} -H 'Content-Type: application/json' -d {body}")
-    click.echo("stop it:  Ctrl-C")
+    say(f"try it:   curl {url}/{path} -H 'Content-Type: application/json' -d {body}")
+    say("stop it:  Ctrl-C")

@@ -11,6 +11,7 @@ from expertprune.commands.engines import Where, as_team, engine_options, shard_o
 from expertprune.commands.terminal import (
     common,
     limits_options,
+    overwrite_picture,
     progress_bar,
     reporting,
     set_option,
@@ -45,6 +46,7 @@ def _fractions(_: click.Context, __: click.Parameter, text: str) -> list[float]:
 )  # fmt: skip
 @click.option("--keep-experts", is_flag=True, help="Keep the experts too, in OUT/NAME-BUDGET.")
 @click.option("--picture", type=click.Path(path_type=Path), help="Draw the curve into this .png or .svg file.")
+@overwrite_picture
 @set_option
 @store_option
 @limits_options
@@ -59,6 +61,7 @@ def sweep(
     out: Path | None,
     keep_experts: bool,
     picture: Path | None,
+    overwrite: bool,
     overrides: dict[str, Any],
     store: Path | None,
     where: Where,
@@ -74,7 +77,7 @@ def sweep(
     from expertprune.stages import sweep as sweeping
 
     if picture is not None:
-        check_picture(picture, made=out)
+        check_picture(picture, made=out, overwrite=overwrite)
     shard = where.share(store)
     if shard is not None:
         report = sweeping.sweep_shard(spec, budgets, shard, out, keep_experts, store, overrides, progress_bar)
@@ -83,5 +86,5 @@ def sweep(
     with where.opened(store) as engine:
         result = sweeping.sweep(spec, budgets, out, keep_experts, store, overrides, progress_bar, engine)
     if picture is not None:
-        retention_curve(result, picture)
+        retention_curve(result, picture, overwrite)
     show(as_json, result.document(), lambda: sweep_table(result))

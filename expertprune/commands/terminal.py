@@ -17,24 +17,56 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-import yaml
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.segment import Segment
 
 from expertprune.errors import ExpertpruneError, SpecError
-from expertprune.files import MEMORY_VARIABLE, SPOOL_VARIABLE, to_json
+from expertprune.files import MEMORY_VARIABLE, SPOOL_VARIABLE, parse_yaml, remove_all_leftovers, store_folder, to_json
+from expertprune.formats import printable
 from expertprune.progress import within_memory
+from expertprune.spec.reading import TRUST
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-output = Console()
-if not output.is_terminal:  # a pipe or a file has no width of its own
-    output = Console(width=120)
-messages = Console(stderr=True)
+
+class _Printable:
+    """Something for a console, without control characters in its text."""
+
+    def __init__(self, content: ConsoleRenderable) -> None:
+        self.content = content
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self.content, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+
+class _Safe(RenderHook):
+    """Names in files that others wrote reach the terminal as text, never as orders to it."""
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Printable(each) for each in renderables]
+
+
+def _console(stderr: bool = False) -> Console:
+    console = Console(stderr=stderr)
+    if not console.is_terminal:  # a pipe or a file has no width of its own
+        console = Console(stderr=stderr, width=None if stderr else 120)
+    console.push_render_hook(_Safe())
+    return console
+
+
+output, messages = _console(), _console(stderr=True)
+
+
+def say(text: str, error: bool = False) -> None:
+    """Print a line, on standard error if it is not the command's result; control characters are written out."""
+    click.echo(printable(text), err=error)
+
 
 _STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
 
@@ -74,13 +106,22 @@ def reporting(command: F) -> F:
         with contextlib.suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
+            remove_all_leftovers(store_folder(kwargs.get("store")))
             with within_memory(command.__name__):  # outside of any stage too, such as while a model is loaded
                 return command(*args, **kwargs)
         except ExpertpruneError as error:
             problems = error.problems if isinstance(error, SpecError) else [str(error)]
             for problem in problems:
-                click.echo(f"error: {problem}", err=True)
+                say(f"error: {problem}", error=True)
             sys.exit(error.exit_code)
+        except BrokenPipeError:  # whoever read the output has enough
+            sys.stdout = None  # type: ignore[assignment]  # else Python flushes it at its end, and fails again
+            sys.exit(1)
+        except OSError as error:  # of a disk, a permission, a name: the system's words say what
+            if error.filename is None:
+                raise
+            say(f"error: {error.filename}: {error.strerror}", error=True)
+            sys.exit(2)
         except KeyboardInterrupt:
             click.echo("interrupted: no half-written file is left; the next run reuses the stored profiles", err=True)
             sys.exit(1)
@@ -137,29 +178,50 @@ spec_argument = click.argument("spec", type=click.Path(path_type=Path))
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the expert that is there.")
 
 
-def _settings(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
-    settings = {}
+overwrite_picture = click.option("--overwrite", is_flag=True, help="Replace the picture that is there.")
+
+
+overwrite_file = click.option(
+    "--overwrite", is_flag=True, help="Replace the file that is there, if it is of this kind."
+)
+
+
+def _settings(context: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
+    settings: dict[str, Any] = {TRUST: True} if context.meta.get(TRUST) else {}
     for value in values:
         key, sign, text = value.partition("=")
         if not sign or not key:
             raise click.BadParameter(f"{value!r} is not KEY=VALUE, such as budget.ffn=0.3")
         try:
-            settings[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise click.BadParameter(f"{text!r} is not a YAML value") from None
+            settings[key.strip()] = parse_yaml(text, key.strip())
+        except SpecError as error:
+            raise click.BadParameter(f"{text!r} is not a YAML value: {error}") from None
     return settings
 
 
-set_option = click.option(
-    "--set", "overrides", multiple=True, callback=_settings, metavar="KEY=VALUE",
-    help="Change a key of the spec, such as budget.ffn=0.3.",
-)  # fmt: skip
+TRUST_HELP = "Run Python code that comes with the base, or with a suite's tasks. The code is named."
+
+
+def _trust(context: click.Context, __: click.Parameter, trusted: bool) -> None:
+    context.meta[TRUST] = trusted
+
+
+def set_option(command: F) -> F:
+    """Add `--set`, and `--trust-remote-code`, which sets a key too: what a file says is no permission."""
+    trust = click.option(
+        "--trust-remote-code", is_flag=True, is_eager=True, expose_value=False, callback=_trust, help=TRUST_HELP
+    )
+    change = click.option(
+        "--set", "overrides", multiple=True, callback=_settings, metavar="KEY=VALUE",
+        help="Change a key of the spec, such as budget.ffn=0.3.",
+    )  # fmt: skip
+    return change(trust(command))
 
 
 @contextlib.contextmanager
 def progress_bar(stage: str, steps: int) -> Iterator[Callable[[], None]]:
     """A progress bar on standard error."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=messages) as progress:
         task = progress.add_task(stage, total=steps)
 
@@ -176,7 +238,7 @@ def show(as_json: bool, data: Any, text: Callable[[], Any]) -> None:
     """Print `data` as JSON, or what `text` returns: a string or something that rich can print."""
     shown = to_json(data) if as_json else text()
     if isinstance(shown, str):
-        click.echo(shown)
+        say(shown)
     else:
         output.print(shown)
 
@@ -217,6 +279,6 @@ def print_expert(folder: Path, as_json: bool) -> None:
     if expert.evaluation is not None:
         output.print(retention_table(expert.evaluation))
     before, after = expert.plan.parameters.before, expert.plan.parameters.after
-    click.echo(f"expert:     {folder} ({folder_size(folder) / 1e6:.1f} MB)")
+    say(f"expert:     {folder} ({folder_size(folder) / 1e6:.1f} MB)")
     click.echo(f"parameters: {after:,} of {before:,} ({after / before:.1%})")
-    click.echo(f"serve it:   expertprune serve {shlex.quote(str(folder))}")
+    say(f"serve it:   expertprune serve {shlex.quote(str(folder))}")

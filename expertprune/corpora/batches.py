@@ -11,7 +11,7 @@ from torch import Tensor
 
 from expertprune.corpora.chat import Rendered, Span, render
 from expertprune.corpora.documents import Corpus, Document
-from expertprune.errors import SpecError
+from expertprune.errors import CheckpointError, SpecError
 from expertprune.files import digest_of
 from expertprune.spec.schema import Spec
 
@@ -188,6 +188,16 @@ def make_batches(
         lengths = tuple(len(tokens[index]) for index in group)
         batches.append(Batch(ids, lengths, tuple(group), None if whole else answers, prompt_weight))
     return batches
+
+
+def check_ids(batches: Sequence[Batch], rows: int) -> None:
+    """Raises `CheckpointError` for a token id that has no row in the model's vocabulary."""
+    largest = max((int(batch.ids.max()) for batch in batches), default=0)
+    if largest >= rows:
+        raise CheckpointError(
+            f"the tokenizer gives the token id {largest}, and the model's vocabulary has {rows} rows: this tokenizer is "
+            "of another model"
+        )
 
 
 @dataclass(frozen=True)

@@ -73,11 +73,11 @@ class ChatTemplate:
 
     def render(self, conversation: Conversation) -> Rendered:
         """The text of a conversation and the spans of its answers; see `render`."""
-        return _within(TIME_LIMIT, lambda: self._render(conversation))
+        return within(TIME_LIMIT, lambda: self._render(conversation))
 
     def prompt(self, conversation: Conversation) -> str:
         """The text up to where the first answer begins."""
-        return _within(TIME_LIMIT, lambda: self._text(conversation, conversation.prompt, opened=True)[0])
+        return within(TIME_LIMIT, lambda: self._text(conversation, conversation.prompt, opened=True)[0])
 
     def _render(self, conversation: Conversation) -> Rendered:
         text, marked = self._text(conversation, conversation.messages)
@@ -149,7 +149,7 @@ class ChatTemplate:
         return len(shorter) if messages and text.startswith(shorter) else None
 
 
-def _within(seconds: float, function: Callable[[], _Result]) -> _Result:
+def within(seconds: float, function: Callable[[], _Result]) -> _Result:
     """What a function returns; raises `SpecError` if it takes too long.
 
     It runs in a thread of its own, where an exception can be raised from outside.

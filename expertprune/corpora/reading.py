@@ -9,15 +9,15 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-import jsonlines
-
 from expertprune.corpora.documents import Document, Question
 from expertprune.corpora.messages import read_conversation, read_exchange
 from expertprune.corpora.tables import csv_rows, parquet_rows
 from expertprune.errors import SpecError, first_line
+from expertprune.files import not_a_file, opened, parse_json, read_text
 from expertprune.registry import nearest
 from expertprune.spec.sources import Source
 
+LONGEST = 64 * 2**20  # bytes of one document
 SHUFFLED = 2048  # rows of a data set that are shuffled at a time; their texts must fit into memory
 _NO_NETWORK = "; with a network, its rows are kept in the store for later runs without; or give files as 'path'"
 _KINDS = {list: "a list", dict: "a mapping", bool: "a boolean", int: "a number", float: "a number", NoneType: "null"}
@@ -30,12 +30,12 @@ def read_files(source: Source, paths: Sequence[str]) -> Iterator[Document]:
         SpecError: naming file and line (row, in a parquet file).
     """
     for path in map(Path, paths):
-        if not path.is_file():
-            raise SpecError(f"{path}: no such file")
+        if problem := not_a_file(path):
+            raise SpecError(f"{path}: {problem}")
         if path.suffix in (".txt", ".md"):
             if source.chat:
                 raise SpecError(f"{path}: a text file has no fields, and so no conversations")
-            yield Document(_read_text(path))
+            yield Document(read_text(path, LONGEST, SpecError))
             continue
         place = "row" if path.suffix == ".parquet" else "line"
         for number, row in _ROWS.get(path.suffix, _json_rows)(path):
@@ -110,24 +110,28 @@ def pinned(source: Source) -> Source:
     return source.model_copy(update={"revision": commit})
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise SpecError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
-
-
 def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield number, jsonlines.Reader([line.decode()]).read(type=dict)
-            except UnicodeDecodeError as error:
-                raise SpecError(f"{path}, line {number}: not UTF-8 text: {error.reason}") from None
-            except jsonlines.InvalidLineError as error:
-                raise SpecError(f"{path}, line {number}: not a JSON object: {error.line[:60]!r}") from None
+    try:
+        with opened(path) as file:
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST + 1), b""), start=1):
+                if len(line) > LONGEST:
+                    raise SpecError(f"{path}, line {number}: longer than {LONGEST / 2**20:g} MiB; split the document")
+                if line.strip():
+                    yield number, _row(line, f"{path}, line {number}")
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _row(line: bytes, where: str) -> dict[str, Any]:
+    """A line of a JSONL file."""
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as error:
+        raise SpecError(f"{where}: not UTF-8 text: {error.reason}") from None
+    row = parse_json(text.removeprefix("\ufeff"), where, SpecError, any_integer=True)  # some editors begin files so
+    if not isinstance(row, dict):
+        raise SpecError(f"{where}: not a JSON object: {text[:60]!r}")
+    return row
 
 
 def _text(row: dict[str, Any], source: Source, where: str) -> str:
@@ -140,8 +144,13 @@ def _text(row: dict[str, Any], source: Source, where: str) -> str:
     except ValueError as error:
         problem = f"template {source.template!r}: {error}; write {{{{ for a brace that names no field"
         raise SpecError(problem) from None
-    for literal, name, _, _ in pieces:
+    for literal, name, form, conversion in pieces:
         parts.append(literal)
+        if form or conversion:
+            raise SpecError(
+                f"template {source.template!r}: {name}: formats, such as {form or conversion!r} here, are not "
+                "supported; name the field alone"
+            )
         if name is not None:
             parts.append(_written(_field(row, name, where), name, where))
     return "".join(parts)
@@ -196,8 +205,8 @@ _ROWS = {".csv": csv_rows, ".parquet": parquet_rows}
 
 def read_questions(path: Path) -> tuple[Question, ...]:
     """The multiple-choice questions of a JSONL file. Raises `SpecError` naming file and line."""
-    if not path.is_file():
-        raise SpecError(f"{path}: no such file")
+    if problem := not_a_file(path):
+        raise SpecError(f"{path}: {problem}")
     questions = []
     for number, row in _json_rows(path):
         where = f"{path}, line {number}"
@@ -206,6 +215,8 @@ def read_questions(path: Path) -> tuple[Question, ...]:
         if not isinstance(choices, list) or not whole or not 0 <= answer < len(choices):
             raise SpecError(f"{where}: 'answer' must be the index of one of 'choices'")
         written = tuple(_written(choice, f"choices.{i}", where) for i, choice in enumerate(choices))
+        if len(written) < 2:
+            raise SpecError(f"{where}: a question needs two choices or more")
         if not all(choice.strip() for choice in written):
             raise SpecError(f"{where}: a choice is empty")
         questions.append(Question(_written(_field(row, "question", where), "question", where), written, answer))

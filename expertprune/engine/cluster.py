@@ -16,6 +16,7 @@ from expertprune.progress import Board, Standing, Track, no_board, silent
 
 _RETRIES = 3  # of a task whose worker dies; Ray runs it on another node where there is one
 _LOOK = 0.5  # seconds between two looks at the tasks' progress
+_KNOCK = 10.0  # seconds in which a cluster's address must answer
 _PASSED_ON = "EXPERTPRUNE_"  # environment variables that tasks get too
 
 
@@ -147,16 +148,26 @@ def _connected(address: str | None, tell: Callable[[str], None]) -> Any:
     except ImportError:
         raise UsageError("--engine ray: Ray is not installed; run: pip install 'expertprune[ray]'") from None
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray would warn that it will change its default
+    wanted = address or os.environ.get("RAY_ADDRESS")
     try:
+        if wanted is not None:
+            _knock(wanted)
         context = ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError, OSError) as error:
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise UsageError(
-            f"--address {address or 'of RAY_ADDRESS'}: no Ray cluster answers there ({first_line(error)}); start one with "
-            "'ray start --head', or leave --address out for one on this machine"
+            f"--address: no Ray cluster answers at {wanted or 'this machine'} ({first_line(error)}); start one with "
+            "'ray start --head', or leave --address and RAY_ADDRESS out for one on this machine"
         ) from None
     if context.dashboard_url:
         tell(f"dashboard: http://{context.dashboard_url}")
     return ray
+
+
+def _knock(address: str) -> None:
+    """Raises `OSError` where nobody listens at HOST:PORT. Ray itself would try for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK).close()
 
 
 # --- in the processes of the cluster ----------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def perform_in_team(
         def placed(rank: int, target: Callable[..., Any]) -> Any:
             strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
             # A process ends with its task: its GPU memory and its group of torch.distributed go with it.
-            return ray.remote(target).options(**resources, scheduling_strategy=strategy, max_retries=0, max_calls=1)
+            return ray.remote(max_calls=1)(target).options(**resources, scheduling_strategy=strategy, max_retries=0)
 
         address, port = ray.get(placed(0, free_address).remote())
         running = [

@@ -10,7 +10,6 @@ import contextlib
 import datetime
 import os
 import socket
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor
 from expertprune.corpora.batches import Batch
 from expertprune.engine.watch import Watch
 from expertprune.errors import ExpertpruneError, UsageError, first_line
-from expertprune.files import staged_folder
+from expertprune.files import scratch_folder, staged_folder, temporary_folder
 from expertprune.models.passes import TextRun
 
 T = TypeVar("T")
@@ -168,10 +167,8 @@ class Team:
     def temporary(self, shared: Path) -> Iterator[Path]:
         """An empty folder that vanishes behind the block; below `shared` where there are other members."""
         if self.leads:
-            parent = None if self.size == 1 else shared
-            with tempfile.TemporaryDirectory(prefix="expertprune-", dir=parent) as place:
-                folder = Path(place) / "expert"
-                folder.mkdir()
+            alone = self.size == 1
+            with temporary_folder() if alone else scratch_folder(shared / "repairs" / "expert") as folder:
                 yield self.told(folder)
                 self.wait()
         else:
@@ -208,8 +205,7 @@ def _cut(batches: Sequence[Batch], wanted: int) -> list[Batch]:
             break
         largest = found.pop(max(sizes)[1])
         middle = len(largest.documents) // 2
-        for part in (range(middle), range(middle, len(largest.documents))):
-            found.append(largest.part(part))
+        found += [largest.part(range(middle)), largest.part(range(middle, len(largest.documents)))]
     return found
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from expertprune.artifacts.evaluation import CorpusResult, DocumentBits, Evaluation, Group, Measured, Settings
-from expertprune.corpora.batches import Batch, encode
+from expertprune.corpora.batches import Batch, Tokens, encode
 from expertprune.corpora.chat import Rendered
 from expertprune.corpora.documents import Corpus, CorpusName
 from expertprune.engine.team import team
-from expertprune.errors import SpecError
+from expertprune.errors import CheckpointError, SpecError
 from expertprune.evaluation.alignment import Aligning
 from expertprune.evaluation.documents import document_rows, document_rows_apart, texts_of
 from expertprune.evaluation.questions import choices_of, paired_answers, right_answers
@@ -52,6 +55,9 @@ class _Examples:
         return Reading(self.reading.sequences[here], ())
 
 
+log = logging.getLogger(__name__)
+
+
 class Measuring:
     """Measures experts of one base on the same examples. The base reads them once.
 
@@ -86,6 +92,20 @@ class Measuring:
         self._known: Stream | None = None
         self._bits: Floats | None = None
 
+    def _check(self, corpus: Corpus, questions: bool, sequences: Sequence[Tokens]) -> None:
+        """Raises `SpecError` where there is nothing to predict, or a question is longer than the base's context."""
+        if not questions and not any(each.predicted for each in sequences):
+            problem = f"corpus {corpus.name}: every evaluation document is shorter than two tokens"
+            if not (corpus.questions and "questions" in self.metrics):
+                raise SpecError(problem)
+            log.warning("%s: only its questions are measured", problem)
+        context = getattr(self.base.model.config, "max_position_embeddings", None)
+        longest = max(len(each.ids) for each in sequences)
+        if questions and context is not None and longest > context:
+            raise SpecError(
+                f"corpus {corpus.name}: a question has {longest} tokens with its choice, and the base's context {context}"
+            )
+
     def _in_tokens(self, tokenizer: Any) -> _Examples:
         """All documents and questions in a tokenizer's tokens."""
         parts, readings, first = [], [], 0
@@ -100,6 +120,7 @@ class Measuring:
             asked[True] = choices_of(corpus.questions, tokenizer) if "questions" in self.metrics else []
             for questions, sequences in asked.items():
                 if sequences:
+                    self._check(corpus, questions, sequences)
                     readings.append(Reading.of(sequences))
                     parts.append(_Part(corpus.name, questions, slice(first, first + len(sequences))))
                     first += len(sequences)
@@ -178,6 +199,10 @@ class Measuring:
         base: tuple[Floats, _Examples],
         expert: tuple[Floats, _Examples],
     ) -> Evaluation:
+        for who, (needed, _) in (("base", base), ("expert", expert)):
+            if not np.isfinite(needed).all():
+                raise CheckpointError(f"the {who} gives values that are not finite on the evaluation's text: its weights "
+                                      "are damaged, or try base.dtype: float32")  # fmt: skip
         results = {}
         for corpus in self.corpora:
             found: dict[str, Measured] = {}

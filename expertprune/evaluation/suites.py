@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from expertprune.artifacts.evaluation import Group
 from expertprune.corpora.documents import CorpusName
 from expertprune.errors import SpecError, gathered
-from expertprune.files import digest_of, read_yaml, shipped
+from expertprune.files import digest_of, problems_of, read_yaml, shipped, user_path
 from expertprune.registry import nearest
-from expertprune.spec.reading import problems_of
 from expertprune.spec.schema import DIMENSIONS, Dimensions
-from expertprune.spec.values import Names
+from expertprune.spec.values import LocalPath, Names
 
 
 class _SuiteKeys(BaseModel):
@@ -60,7 +59,7 @@ class TaskEntry(_Measured):
     """One task of lm-evaluation-harness, by name or as a YAML file."""
 
     name: str | None = Field(None, description="Task, group or tag of lm-evaluation-harness.")
-    file: str | None = Field(
+    file: LocalPath | None = Field(
         None, description="A task YAML, relative to the suite; data files in it are relative to itself."
     )
     metric: str | None = Field(None, description="The metric; default: the first that the task computes, of "
@@ -179,7 +178,7 @@ def load_suite(path: Path) -> Suite:
     for section in ("tasks", "generation"):
         for number, entry in enumerate(getattr(suite, section)):
             if entry.file is not None:
-                entry.file = str((path.resolve().parent / Path(entry.file).expanduser()).resolve())
+                entry.file = str((path.resolve().parent / user_path(entry.file)).resolve())
                 try:
                     _task_file(Path(entry.file))
                 except SpecError as error:
@@ -202,11 +201,50 @@ def bare_task(name: str) -> tuple[TaskEntry, str]:
     return TaskEntry(name=name), ""
 
 
+class _Function(str):
+    """The name of a function in a task YAML, such as `utils.process_docs`."""
+
+
 class _Loader(yaml.SafeLoader):
     """Reads a task YAML without importing its functions."""
 
 
-_Loader.add_constructor("!function", lambda loader, node: str(loader.construct_scalar(node)))  # type: ignore[arg-type]
+_Loader.add_constructor("!function", lambda loader, node: _Function(loader.construct_scalar(node)))  # type: ignore[arg-type]
+
+
+def task_code(path: Path) -> list[str]:
+    """The files and modules whose functions a task YAML, or one that it includes, would run.
+
+    Raises:
+        SpecError: one of the files cannot be read.
+    """
+    found: set[str] = set()
+    todo, read = [path.resolve()], set[Path]()
+    while todo:
+        here = todo.pop()
+        if here in read:
+            continue
+        read.add(here)
+        data = read_yaml(here, _Loader)
+        for name in _functions(data):
+            module = name.rpartition(".")[0]
+            file = here.parent / f"{module.replace('.', '/')}.py"
+            found.add(str(file) if file.exists() else f"the module {module}")
+        included = data.get("include", []) if isinstance(data, dict) else []
+        for each in included if isinstance(included, list) else [included]:
+            try:
+                todo.append((here.parent / user_path(str(each))).resolve())
+            except ValueError as error:
+                raise SpecError(f"{here}: include: {error}") from None
+    return sorted(found)
+
+
+def _functions(data: Any) -> Iterator[_Function]:
+    if isinstance(data, _Function):
+        yield data
+    elif isinstance(data, dict | list):
+        for each in data.values() if isinstance(data, dict) else data:
+            yield from _functions(each)
 
 
 def _task_file(path: Path) -> dict[str, Any]:

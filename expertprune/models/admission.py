@@ -8,6 +8,7 @@ from typing import Any
 
 from expertprune.arch import GROUPS, Family, families, recognized
 from expertprune.errors import CheckpointError
+from expertprune.files import read_object
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.encodings import READ
 from expertprune.registry import nearest
@@ -34,12 +35,13 @@ def causal_family(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Fa
     _refuse_other_kinds(config, where)
     model_type = config.get("model_type")
     if model_type in families():
+        _refuse_sizes(checkpoint, families()[model_type])
         return families()[model_type]
     own_code = bool(config.get("auto_map")) and not _in_transformers(model_type)
     if own_code and not trust_remote_code:
         raise CheckpointError(
-            f"{where}: model_type {model_type!r} comes with Python code of its own (auto_map), which is not run unless the "
-            "spec says base.trust_remote_code: true"
+            f"{where}: model_type {model_type!r} comes with Python code of its own (auto_map: "
+            f"{', '.join(code_files(checkpoint.folder))}), which is not run unless you give --trust-remote-code"
         )
     _refuse_unknown_experts(config, where)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
@@ -48,12 +50,34 @@ def causal_family(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Fa
         raise CheckpointError(
             f"{where}: model_type {model_type!r} is not supported{nearest(str(model_type), families())}"
         )
+    _refuse_sizes(checkpoint, family)
     log.warning(
         "%s: model_type %r is not listed; its tensors look like a gated FFN (%s) and an attention of heads (%s), so it is "
         "taken for one and checked on a tiny random copy",
         where, model_type, family.ffn.output, family.attention.output,
     )  # fmt: skip
     return family
+
+
+def _refuse_sizes(checkpoint: Checkpoint, family: Family) -> None:
+    """Refuse sizes that the weights do not have, before anything of these sizes is made."""
+    config, where = checkpoint.config, checkpoint.folder / "config.json"
+    largest = max((size for info in checkpoint.tensors.values() for size in info.shape), default=0)
+    limits = dict.fromkeys(family.size_keys, largest) | {family.config.layers: len(checkpoint.tensors)}
+    for key, limit in limits.items():
+        value = config.get(key)
+        if isinstance(value, int) and value > limit:
+            raise CheckpointError(f"{where}: {key} is {value}, and the weights have no more than {limit} of them")
+
+
+def code_files(folder: Path) -> list[str]:
+    """The Python files that transformers would run to load a folder's model and tokenizer."""
+    named: list[str] = []
+    for file in ("config.json", "tokenizer_config.json"):
+        listed = read_object(folder / file).get("auto_map")
+        for entry in listed.values() if isinstance(listed, dict) else ():
+            named += [each for each in (entry if isinstance(entry, list) else [entry]) if isinstance(each, str)]
+    return sorted({f"{name.rpartition('.')[0].replace('--', ': ')}.py" for name in named})
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
@@ -71,6 +95,10 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
 
 def _refuse_other_kinds(config: dict[str, Any], where: Path) -> None:
     architectures = config.get("architectures") or []
+    if not isinstance(config.get("model_type"), str | None):
+        raise CheckpointError(f"{where}: model_type: must be a name (found {config['model_type']!r})")
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise CheckpointError(f"{where}: architectures: must be a list of names (found {architectures!r})")
     names = ", ".join(architectures) or str(config.get("model_type"))
     if config.get("is_encoder_decoder"):
         raise CheckpointError(f"{where}: {names} is an encoder-decoder, no causal language model")

@@ -17,7 +17,7 @@ import torch
 from expertprune.arch import Family, bundled_models
 from expertprune.errors import CheckpointError, SpecError
 from expertprune.files import digest_of, file_digest, require_room, staged_file
-from expertprune.models.admission import causal_family
+from expertprune.models.admission import causal_family, code_files
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.gguf import converted
 from expertprune.models.hub import hub_checkpoint, weights_digest
@@ -73,6 +73,8 @@ def resolve_base(base: Base, store: Path) -> ResolvedBase:
     """
     checkpoint = _checkpoint(base, store)
     folder = checkpoint.folder
+    if base.trust_remote_code and (code := code_files(folder)):
+        log.warning("%s: runs Python code that comes with it: %s", folder, ", ".join(code))
     family = causal_family(checkpoint, base.trust_remote_code)
     layers = family.layer_shapes(checkpoint.config)
     check_widths(checkpoint, family, layers)

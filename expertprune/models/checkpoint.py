@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from expertprune.errors import CheckpointError
-from expertprune.files import EXPERT_FILE
+from expertprune.files import EXPERT_FILE, read_object
 from expertprune.models.encodings import Encoding, encoding_of
 from expertprune.models.tensorfile import DTYPES, TensorInfo, in_order, written_file
 from expertprune.progress import Track, silent
@@ -87,6 +88,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path, pending: Pending | None = None) -> None:
         self.folder, self.pending = folder, pending
+        self._check_links()
         self.config: dict[str, Any] = _read_json(folder / "config.json")
         self.encoding = encoding_of(self.config)
         if self.encoding is not None:
@@ -122,6 +124,23 @@ class Checkpoint:
         self._take(self._headers())
         if changed := [name for name, info in promised.items() if self._stored.get(name) != info]:
             raise CheckpointError(f"{self.folder}: {changed[0]} is not what the headers said; fetch the model again")
+
+    def _check_links(self) -> None:
+        """Raises `CheckpointError` for a link to a file outside the folder, whose content the expert would take over.
+
+        The hub's own cache is the exception: its snapshots consist of links into the folder of its blobs.
+        """
+        inside = [self.folder.resolve()]
+        if self.folder.resolve().parent.name == "snapshots":
+            inside.append(self.folder.resolve().parents[1] / "blobs")
+        folders = [self.folder / name for name in _CARRIED_FOLDERS]
+        for path in (*self.folder.glob("*"), *(file for folder in folders for file in folder.glob("*"))):
+            used = path in folders or not path.is_dir()
+            if used and path.is_symlink() and not any(path.resolve().is_relative_to(each) for each in inside):
+                raise CheckpointError(
+                    f"{path}: is a link to a file outside the folder ({path.resolve()}); copy that file here, or remove "
+                    "the link"
+                )
 
     @property
     def _weight_map(self) -> dict[str, str]:
@@ -244,7 +263,8 @@ def write_weights(
         return
     if any_changed:
         index = _read_json(base.folder / INDEX)
-        index["metadata"] = {**index.get("metadata", {}), "total_size": total}
+        about = index.get("metadata")
+        index["metadata"] = {**(about if isinstance(about, dict) else {}), "total_size": total}
         if "total_parameters" in index["metadata"]:
             index["metadata"]["total_parameters"] = parameters
         index["weight_map"] = dict(sorted(weight_map.items()))
@@ -280,6 +300,10 @@ def _write_shard(
                 tensor = extra[name]
             else:
                 tensor = base.read(sources[name])
+                if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                    raise CheckpointError(
+                        f"{base.folder / file}: {sources[name]} holds values that are not finite; fetch it again"
+                    )
                 if (new := transform(sources[name], tensor)) is not None:
                     tensor, changed = new, True
             made.add(name, tensor)
@@ -307,12 +331,6 @@ def _opened(path: Path) -> Any:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file, so the folder holds no model") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
-    return data
+    if not os.path.lexists(path):
+        raise CheckpointError(f"{path}: no such file, so the folder holds no model")
+    return read_object(path, any_integer=False)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from expertprune.arch import Family
-from expertprune.errors import CheckpointError, first_line
+from expertprune.errors import CheckpointError, refused
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.loading import build_model
 from expertprune.units import LayerShape, Segment
@@ -119,11 +119,8 @@ def check_inventory(
         CheckpointError: tensors are missing, unknown to the model, or of other shapes.
     """
     config = checkpoint.folder / "config.json"
-    try:
-        with torch.device("meta"):
-            model = build_model(checkpoint.folder, trust_remote_code)
-    except (ValueError, OSError, RuntimeError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{config}: transformers builds no model from it: {first_line(error)}") from None
+    with refused(f"{config}: transformers builds no model from it"), torch.device("meta"):
+        model = build_model(checkpoint.folder, trust_remote_code)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     ignored = "|".join([_COMPUTED, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])])

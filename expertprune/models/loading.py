@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import os
 import time
@@ -14,7 +13,8 @@ import torch
 
 from expertprune.arch import PER_LAYER, attention_of, families, stock_architectures
 from expertprune.arch.per_layer import model_with_layer_widths, with_layer_widths
-from expertprune.errors import CheckpointError, SpecError, first_line
+from expertprune.errors import SpecError, refused
+from expertprune.files import read_object
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.encodings import encoding_of
 
@@ -86,7 +86,7 @@ def build_model(folder: Path, trust_remote_code: bool = False) -> Any:
 def model_class(folder: Path) -> Any:
     """The class that builds a folder's model; this package's own where layers have widths of their own."""
     transformers = quiet_transformers()
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_object(folder / "config.json")
     if not config.get(PER_LAYER):
         return transformers.AutoModelForCausalLM
     family, causal = families().get(config["model_type"]), class_of(config)
@@ -133,15 +133,13 @@ def load_model(
 
     One whose layers have widths of their own is built by this package's code, not by the copy in its folder.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    with refused(f"{folder}: cannot be loaded"):
+        config = read_object(folder / "config.json")
         options = {"dtype": dtype, "attn_implementation": attention_of(config)}
         if encoding_of(config) is None:
             model = model_class(folder).from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
         else:
             model = _decoded(folder, trust_remote_code, options)
-    except (ValueError, OSError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: cannot be loaded: {first_line(error)}") from error
     return model.to(device or default_device()).eval().requires_grad_(False)
 
 
@@ -156,7 +154,5 @@ def _decoded(folder: Path, trust_remote_code: bool, options: dict[str, Any]) -> 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """The folder's tokenizer."""
-    try:
+    with refused(f"{folder}: the tokenizer cannot be loaded"):
         return quiet_transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError) as error:
-        raise CheckpointError(f"{folder}: the tokenizer cannot be loaded: {first_line(error)}") from error

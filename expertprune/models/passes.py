@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from expertprune.arch import Family
-from expertprune.corpora.batches import Batch
+from expertprune.corpora.batches import Batch, check_ids
 from expertprune.models.layers import LayerRecorder, decoder_layers, head_only, layers_replaced
 from expertprune.models.sources import LayerSource, source_of
 from expertprune.models.spool import Spool
@@ -179,6 +179,7 @@ class TextRun:
     @torch.no_grad()  # not inference mode: a backward pass may go through what comes out
     def start(self) -> Stream:
         """The stream before the first layer; the decoder itself makes the layers' arguments."""
+        check_ids(self.batches, self.model.get_input_embeddings().weight.shape[0])
         recorders = [LayerRecorder(layer) for layer in decoder_layers(self.model, self.family)]
         stream, decoder = Stream(self.batches, Spool(self.source.room), []), self.model.get_decoder()
         with layers_replaced(self.model, self.family, recorders):

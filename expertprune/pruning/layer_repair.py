@@ -142,7 +142,7 @@ class LayerRepair:
         names = [prefix + experts.output_of(number) for number in self.kept.experts]
         on_disk = (*names, prefix + experts.output, prefix + experts.stored.get(experts.output, ""))
         dtype = next((self.stored[name] for name in on_disk if name in self.stored), None)
-        routed = RoutedRepair(self.small, experts, self.index, damping, dtype)
+        routed = RoutedRepair(self.small, experts, self.index, damping, dtype, self.together)
         yield from zip(names, routed.solve(expert, dense.hidden, attend), strict=True)
 
     def _moved(self, after: Tensor, inputs: Tensor, change: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from expertprune.arch import Experts
-from expertprune.models.passes import Stream, real_tokens
+from expertprune.models.passes import Stream, alone, real_tokens
 from expertprune.models.routed import Dispatch, RoutedExperts
 from expertprune.models.spool import Spool
 from expertprune.pruning.solve import token_weights
@@ -42,7 +42,7 @@ def routed_ridge(moments: RoutedMoments, damping: float) -> Tensor:
     expert have there. The square undoes that, so an expert that was hardly seen stays as it is.
     """
     energy = moments.gram.diagonal().double()
-    scarcity = globals().get("KAPPA", 1.0) * (energy.numel() / moments.tokens) ** 2
+    scarcity = (energy.numel() / moments.tokens.clamp_min(1e-6)) ** 2  # finite for an expert without tokens
     return energy * (damping + scarcity) + 1e-3 * damping * energy.median() + torch.finfo(torch.float32).tiny
 
 
@@ -85,11 +85,13 @@ class RoutedRepair:
 
     Their projections are solved one after the other for the error that the others leave, `SWEEPS`
     times. This comes close to solving them together, whose Gram matrix would have all neurons of
-    the layer. An expert that no token comes to stays as it is.
+    the layer. An expert that no token comes to stays as it is. Every member of a team solves the
+    same sums.
 
     Attributes:
         small: the pruned layer. Its output projections are replaced.
         stored: the dtype that they are written in; default: as they run.
+        together: adds sums of the other members of a team, in place (see `TextRun`).
     """
 
     small: nn.Module
@@ -97,6 +99,7 @@ class RoutedRepair:
     index: int
     damping: float
     stored: torch.dtype | None = None
+    together: Callable[[dict[str, Tensor]], None] = alone
 
     @torch.no_grad()
     def solve(self, stream: Stream, targets: Spool, attend: Callable[[int], None]) -> Tensor:
@@ -112,11 +115,14 @@ class RoutedRepair:
         """
         tokens = self._collected(stream, targets, attend)
         runner = RoutedExperts(self.small, self.experts)
-        solution = _Solution(runner, tokens, self.damping, self.stored or runner.written.dtype)
+        solution = _Solution(runner, tokens, self.damping, self.stored or runner.written.dtype, self.together)
+        all_counts = {"counts": torch.tensor(tokens.counts, dtype=torch.float64, device=tokens.residual.device)}
+        self.together(all_counts)
+        seen = all_counts["counts"].tolist()
         for _ in range(SWEEPS):
             start = 0
             for expert, count in enumerate(tokens.counts):
-                if count:
+                if seen[expert]:  # by any member
                     solution.solve(expert, slice(start, start + count))
                 start += count
         weight = self.small.get_parameter(self.experts.output)
@@ -145,10 +151,17 @@ class RoutedRepair:
                 gathered.append((*inputs, target - real_tokens(batch, after).float(), weights))
         finally:
             handle.remove()
+        gathered = gathered or [self._nothing()]
         hidden, chosen, weights, residual, importance = (torch.cat(each) for each in zip(*gathered, strict=True))
         pairs = Dispatch.of(chosen, weights, self.experts.written(self.small).shape[0])
         counts = pairs.ends.diff(prepend=pairs.ends.new_zeros(1)).tolist()
         return _Tokens(hidden, residual, importance, pairs, counts)
+
+    def _nothing(self) -> tuple[Tensor, ...]:
+        """What a member of a team without documents collects."""
+        written = self.experts.written(self.small)
+        states, pairs, floats = (0, written.shape[1]), written.new_empty(0, 1), written.new_empty(0).float()
+        return written.new_empty(states), pairs.long(), pairs, floats.new_empty(states), floats
 
     def _advance(self, stream: Stream, targets: Spool, residual: Tensor) -> None:
         """The stream behind the repaired layer: the target less what is still missing of it."""
@@ -166,8 +179,15 @@ class RoutedRepair:
 class _Solution:
     """The output projections so far: `repaired` as they are written, and `change` since the start."""
 
-    def __init__(self, runner: RoutedExperts, tokens: _Tokens, damping: float, stored: torch.dtype) -> None:
-        self.runner, self.tokens, self.damping, self.stored = runner, tokens, damping, stored
+    def __init__(
+        self,
+        runner: RoutedExperts,
+        tokens: _Tokens,
+        damping: float,
+        stored: torch.dtype,
+        together: Callable[[dict[str, Tensor]], None],
+    ) -> None:
+        self.runner, self.tokens, self.damping, self.stored, self.together = runner, tokens, damping, stored, together
         self.weight = runner.written.detach()
         self.repaired = self.weight.clone()
         self.change = torch.zeros(self.weight.shape, dtype=torch.float32, device=self.weight.device)
@@ -182,7 +202,9 @@ class _Solution:
         gram = weighted.T @ neurons
         cross = tokens.residual[place].T @ weighted + before @ gram
         seen = importance * gate.square()
-        moments = RoutedMoments(gram, cross, seen.sum().square() / seen.square().sum().clamp_min(1e-30))
+        counts = torch.stack([seen.sum(), seen.square().sum()])
+        self.together({"gram": gram, "cross": cross, "counts": counts})
+        moments = RoutedMoments(gram, cross, counts[0].square() / counts[1].clamp_min(1e-30))
         wished = self.weight[expert].float() + routed_least_squares(moments, self.damping)
         self.repaired[expert] = wished.to(self.stored).to(self.weight.dtype)
         self.change[expert] = self.repaired[expert].float() - self.weight[expert].float()

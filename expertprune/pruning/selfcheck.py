@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from expertprune.arch import PER_LAYER, Experts, Family
 from expertprune.artifacts.plan import BaseReference, LayerPlan, Parameters, Plan
 from expertprune.corpora.batches import Batch
 from expertprune.errors import CheckpointError, ExpertpruneError
+from expertprune.files import temporary_folder
 from expertprune.models.base import ResolvedBase
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.inventory import check_widths
@@ -58,16 +58,16 @@ def check_family(base: ResolvedBase, layer_widths: bool = False) -> list[str]:
     Raises:
         CheckpointError: the cut model and the masked one differ; the message names the tensor.
     """
-    with tempfile.TemporaryDirectory(prefix="expertprune-oracle-") as scratch:
+    with temporary_folder() as scratch:
         try:
-            tiny = _tiny_copy(base, Path(scratch) / "base")
+            tiny = _tiny_copy(base, scratch / "base")
             model = load_model(tiny.folder, torch.float32, torch.device("cpu"), base.trust_remote_code)
             if base.family.has_ffn:
                 _check_stream(model, tiny)
             done = []
             for number, (name, cut) in enumerate(_cuts(base.family, tiny.layers[-1], layer_widths).items()):
                 plan = _random_plan(tiny, cut, number)
-                folder = Path(scratch) / f"expert-{number}"
+                folder = scratch / f"expert-{number}"
                 folder.mkdir()
                 _compare(model, tiny, plan, folder, name)
                 done.append(name)

@@ -61,7 +61,12 @@ class RepairInput:
 
 def check_plan(plan: Plan, base: ResolvedBase) -> None:
     """Raises `PlanError` if the plan was made for another base."""
-    if plan.base.digest != base.digest or list(plan.shapes) != list(base.layers):
+    if plan.base.digest == base.digest and list(plan.shapes) != list(base.layers):
+        raise PlanError(
+            f"the plan {plan.name!r} was edited: its {len(plan.shapes)} layers are not the {len(base.layers)} of "
+            f"{base.name}: compose it again"
+        )
+    if plan.base.digest != base.digest:
         raise PlanError(
             f"the plan {plan.name!r} was made for {plan.base.model} (digest {plan.base.digest[:12]}), "
             f"not for {base.name} (digest {base.digest[:12]}): compose it again for this base"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from expertprune.artifacts.expert import Expert
 from expertprune.files import write_file
+from expertprune.formats import printable
 from expertprune.reporting.tables import retention_notes, retention_rows, widths
 from expertprune.spec.schema import Spec
 
@@ -112,7 +115,9 @@ def card_text(expert: Expert, headline: Sequence[tuple[str, str]] = ()) -> str:
     Args:
         headline: what the report says at a glance, as pairs of text.
     """
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=True)
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=True, finalize=_plain_text
+    )
     environment.filters["widths"] = widths
     measured, spec = expert.evaluation, expert.spec
     return environment.from_string(_CARD).render(
@@ -126,6 +131,13 @@ def card_text(expert: Expert, headline: Sequence[tuple[str, str]] = ()) -> str:
         notes=retention_notes(measured) if measured is not None else [],
         headline=headline,
     )
+
+
+def _plain_text(value: Any) -> Any:
+    """A value that Markdown shows as the text that it is: no HTML, no control characters, one line."""
+    if not isinstance(value, str) or isinstance(value, Markup):  # `tojson` has escaped what it writes
+        return value
+    return printable(" ".join(value.splitlines())).replace("<", "&lt;")
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from expertprune.artifacts.expert import Expert
 from expertprune.artifacts.plan import Plan, RetentionFound, load_plan
 from expertprune.artifacts.profile import Profile
 from expertprune.corpora.documents import corpus_names
-from expertprune.errors import SpecError
-from expertprune.files import EXPERT_FILE, folder_size
+from expertprune.errors import PlanError, SpecError
+from expertprune.files import EXPERT_FILE, as_model, folder_size, not_a_file
 from expertprune.reporting.card import purpose
 from expertprune.reporting.tables import plan_table, retention_table, vocabulary_table
 from expertprune.spec.reading import load_spec
@@ -34,8 +34,8 @@ def read(path: Path) -> Artifact:
     """
     if path.is_dir():
         return Expert.load(path)
-    if not path.is_file():
-        raise SpecError(f"{path}: no such file or folder")
+    if problem := not_a_file(path):
+        raise SpecError(f"{path}: {'no such file or folder' if problem == 'no such file' else problem}")
     if path.suffix in (".yaml", ".yml"):
         return load_spec(path)
     if path.suffix == ".safetensors":
@@ -113,7 +113,7 @@ def _parameters(plan: Plan) -> str:
 
 
 def _plan(plan: Plan) -> RenderableType:
-    spec = Spec.model_validate(plan.spec)
+    spec = as_model(dict(plan.spec), Spec, f"plan {plan.name!r}: spec", PlanError)
     pairs = {
         "for": purpose(spec),
         "base": plan.base.model,

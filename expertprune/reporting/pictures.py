@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expertprune.artifacts.timing import METRICS, ROLES, Timing
 from expertprune.errors import CheckpointError
-from expertprune.files import staged_file
+from expertprune.files import PICTURE, check_output, staged_output
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,33 +35,34 @@ _CELL, _TREE, _GAP, _HEAD, _LETTER = 0.56, 0.9, 0.4, 0.95, 0.078  # inches
 _CURVES = (("expert", "#0072B2", "o", "-"), ("general", "#D55E00", "s", "--"))
 
 
-def check_picture(path: Path, made: Path | None = None) -> None:
+def check_picture(path: Path, made: Path | None = None, overwrite: bool = False, inputs: Iterable[Path] = ()) -> None:
     """Raises `CheckpointError` if a picture cannot be written there.
 
     Args:
         made: a folder that will exist when the picture is written.
+        overwrite: whether a picture that is there may be replaced.
+        inputs: files that the command reads.
     """
     if path.suffix.lower() not in FORMATS:
         raise CheckpointError(f"{path}: a picture is a {' or '.join(FORMATS)} file")
     parent = path.absolute().parent
     if not parent.is_dir() and (made is None or parent != made.absolute()):
         raise CheckpointError(f"{path}: cannot be written: there is no folder {parent}")
-    if path.is_dir():
-        raise CheckpointError(f"{path}: cannot be written: it is a folder")
+    check_output(path, overwrite, PICTURE, inputs)
 
 
-def save_picture(figure: Figure, path: Path) -> None:
+def save_picture(figure: Figure, path: Path, overwrite: bool = False) -> None:
     """Write a figure, whole or not at all; the same figure gives the same SVG."""
     import matplotlib
 
-    check_picture(path)
+    check_picture(path, overwrite=overwrite)
     settings: Any = {"svg.hashsalt": "expertprune", "svg.fonttype": "none"}
     metadata = {"Date": None} if path.suffix.lower() == ".svg" else {}
-    with matplotlib.rc_context(settings), staged_file(path) as temporary:
+    with matplotlib.rc_context(settings), staged_output(path, PICTURE, overwrite) as temporary:
         figure.savefig(temporary, format=path.suffix.lower()[1:], dpi=150, metadata=metadata)
 
 
-def draw_comparison(comparison: Comparison, path: Path) -> None:
+def draw_comparison(comparison: Comparison, path: Path, overwrite: bool = False) -> None:
     """A heat map of the overlap for each structure, with a dendrogram above it."""
     from matplotlib.figure import Figure
 
@@ -95,7 +97,7 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
     bar.set_label("Jaccard index", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set(edgecolor=QUIET, linewidth=0.5)
-    save_picture(figure, path)
+    save_picture(figure, path, overwrite)
 
 
 def _dendrogram(axes: Axes, result: StructureComparison, names: list[str]) -> None:
@@ -148,7 +150,7 @@ def _heat_map(axes: Axes, result: StructureComparison, names: list[str], lowest:
     return image
 
 
-def retention_curve(sweep: Sweep, path: Path) -> None:
+def retention_curve(sweep: Sweep, path: Path, overwrite: bool = False) -> None:
     """Retention in bits per byte against the parameters kept, for expert and general text.
 
     Both curves begin at the base, which keeps everything. Bands are the intervals.
@@ -194,7 +196,7 @@ def retention_curve(sweep: Sweep, path: Path) -> None:
     axes.grid(axis="y", color="#dddddd", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    save_picture(figure, path)
+    save_picture(figure, path, overwrite)
 
 
 def _label_curves(axes: Any, left: float, labels: list[tuple[float, str, str]]) -> None:
@@ -208,7 +210,7 @@ def _label_curves(axes: Any, left: float, labels: list[tuple[float, str, str]]) 
         axes.text(left, place, name, ha="right", va="center", color=colour, fontsize=11, fontweight="bold")
 
 
-def throughput_picture(timing: Timing, path: Path) -> None:
+def throughput_picture(timing: Timing, path: Path, overwrite: bool = False) -> None:
     """Expert over base by metric: every pair, their median, and the limit of the speed-up."""
     from matplotlib.figure import Figure
 
@@ -243,4 +245,4 @@ def throughput_picture(timing: Timing, path: Path) -> None:
         0.99, 0.02, "blue dots: better, orange squares: worse", transform=axes.transAxes, ha="right", fontsize=8, color=QUIET
     )  # fmt: skip
     axes.spines[["top", "right", "left"]].set_visible(False)
-    save_picture(figure, path)
+    save_picture(figure, path, overwrite)

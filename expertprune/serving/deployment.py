@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from expertprune.errors import ServingError, UsageError
+from expertprune.files import temporary_folder
 from expertprune.serving import engine
 from expertprune.serving.processes import ProcessTree, check_port, free_ports, stop_all
 from expertprune.serving.routing import Router, proxy_command
@@ -123,9 +123,9 @@ class Deployment:
                 engines=len(folders),
             )
         self.host, self.port, self.report = host, port, report
-        self._folder = tempfile.TemporaryDirectory(prefix="expertprune-")
+        self._folder = contextlib.ExitStack()
         ports = {name: server.port for name, server in self.servers.items()}
-        self.router = Router(ports, host, port, Path(self._folder.name), api_keys(arguments))
+        self.router = Router(ports, host, port, self._folder.enter_context(temporary_folder()), api_keys(arguments))
         self.url = self.router.url
 
     def start(self) -> None:
@@ -160,7 +160,7 @@ class Deployment:
         """End everything, within 10 s."""
         stop_all([self.router.tree, *(server.tree for server in self.servers.values())])
         with contextlib.suppress(OSError):
-            self._folder.cleanup()
+            self._folder.close()
 
     def __enter__(self) -> Self:
         try:

@@ -9,7 +9,6 @@ import platform as python_platform
 import re
 import subprocess
 import sys
-import tempfile
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ import psutil
 from expertprune.artifacts.expert import Expert
 from expertprune.artifacts.timing import ROLES, THROUGHPUT_FILE, Load, Role, Run, Timing
 from expertprune.errors import CheckpointError, ServingError, UsageError
-from expertprune.files import shipped, store_folder
+from expertprune.files import shipped, store_folder, temporary_folder
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.loading import load_tokenizer, quiet_transformers
 from expertprune.progress import Track, silent
@@ -72,11 +71,11 @@ def bench(
     arguments = [*_common_arguments(list(servables.values()), arguments), *arguments]
     reads = {role: bytes_per_token(servable.checkpoint) for role, servable in servables.items()}
     runs: list[Run] = []
-    with tempfile.TemporaryDirectory(prefix="expertprune-") as folder, track("bench", 2 * load.rounds) as step:
-        prompts = _write_prompts(Path(folder) / "prompts.jsonl", other, load)
+    with temporary_folder() as folder, track("bench", 2 * load.rounds) as step:
+        prompts = _write_prompts(folder / "prompts.jsonl", other, load)
         for number in range(1, load.rounds + 1):
             for role in ROLES:
-                log = Path(folder) / f"{role}-{number}.log"
+                log = folder / f"{role}-{number}.log"
                 with Server(folders[role], arguments=arguments, log=log, model_name=role) as server:
                     runs.append(_measure(server, prompts, load, role, number, reads[role]))
                 step()

@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from expertprune.errors import SpecError
-from expertprune.files import read_yaml
-from expertprune.registry import nearest
+from expertprune.files import problems_of, read_yaml, user_path
 from expertprune.spec.schema import Spec
 
 
@@ -27,7 +26,20 @@ def load_spec(path: str | Path, overrides: Mapping[str, Any] | None = None) -> S
     """
     path = Path(path)
     data = read_yaml(path)
-    return parse_spec(data, where=str(path), folder=path.resolve().parent, overrides=overrides)
+    spec = parse_spec(data, where=str(path), folder=path.resolve().parent, overrides=overrides)
+    return trusting(spec, overrides)
+
+
+TRUST = "base.trust_remote_code"
+
+
+def trusting(spec: Spec, overrides: Mapping[str, Any] | None) -> Spec:
+    """A spec from a file, with the trust in the base's code that the caller states.
+
+    A file may come from anywhere, so what it says is no permission.
+    """
+    trusted = (overrides or {}).get(TRUST) is True
+    return spec.model_copy(update={"base": spec.base.model_copy(update={"trust_remote_code": trusted})})
 
 
 def parse_spec(data: Any, where: str, folder: Path, overrides: Mapping[str, Any] | None = None) -> Spec:
@@ -40,7 +52,7 @@ def parse_spec(data: Any, where: str, folder: Path, overrides: Mapping[str, Any]
     try:
         spec = Spec.model_validate(data)
     except ValidationError as error:
-        raise SpecError([f"{where}: {problem}" for problem in problems_of(error)]) from None
+        raise SpecError([f"{where}: {problem}" for problem in problems_of(error, Spec)]) from None
     return _absolute(spec, folder)
 
 
@@ -58,10 +70,10 @@ def _set(data: dict[str, Any], dotted: str, value: Any) -> None:
 
 def _absolute(spec: Spec, folder: Path) -> Spec:
     spec = spec.model_copy(deep=True)
-    model = folder / Path(spec.base.model).expanduser()
+    model = folder / user_path(spec.base.model)
     if model.exists() or spec.base.model.startswith((".", "/", "~")) or spec.base.model.endswith(".gguf"):
         spec.base.model = str(model.resolve())
-    return with_corpus_paths(spec, lambda _, path: str((folder / Path(path).expanduser()).resolve()))
+    return with_corpus_paths(spec, lambda _, path: str((folder / user_path(path)).resolve()))
 
 
 def with_corpus_paths(spec: Spec, change: Callable[[str, str], str]) -> Spec:
@@ -80,36 +92,3 @@ def with_corpus_paths(spec: Spec, change: Callable[[str, str], str]) -> Spec:
 
         spec.corpora.sources[name] = source.with_paths(changed)
     return spec
-
-
-def problems_of(error: ValidationError, model: type[BaseModel] | None = None) -> list[str]:
-    """The problems of a user's YAML, read as `model` (default: a spec), one for each key."""
-    model = model or Spec
-    found: dict[str, str] = {}
-    for problem in error.errors():
-        # pydantic names the branches of unions; the user does not know these names.
-        parts = [str(p) for p in problem["loc"] if not (isinstance(p, str) and ("[" in p or p in ("float",)))]
-        key = ".".join(parts) or model.__name__.lower()
-        if problem["type"] == "extra_forbidden":
-            message = f"unknown key {key!r}{nearest(parts[-1], _keys_at(parts[:-1], model))}"
-        elif problem["type"] == "missing":
-            message = f"missing key {key!r}"
-        else:
-            message = f"{key}: {problem['msg'].removeprefix('Value error, ')} (found {_short(problem['input'])})"
-        found.setdefault(key, message)
-    return list(found.values())
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _keys_at(parents: list[str], model: type[BaseModel]) -> list[str]:
-    for parent in parents:
-        field = model.model_fields.get(parent)
-        candidates = [field.annotation, *get_args(field.annotation)] if field is not None else []
-        inner = [a for a in candidates if isinstance(a, type) and issubclass(a, BaseModel)]
-        if inner:  # an entry of a dictionary has no field of its own; its model was found one level up
-            model = inner[0]
-    return [field.alias or name for name, field in model.model_fields.items()]

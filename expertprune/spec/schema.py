@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field, model_validator
 
 from expertprune.spec.sources import Corpora, Section
-from expertprune.spec.values import Aggregate, Amount, Coverage, Fraction, Keep, Names, Rows, Size
+from expertprune.spec.values import Aggregate, Amount, Coverage, Fraction, Keep, LocalPath, Names, Rows, Size
 
 Dimension = Literal["language", "domain", "task"]
 
@@ -30,7 +30,7 @@ TO_BASE: tuple[Metric, ...] = ("kl", "agreement")  # they compare with the base,
 class Base(Section):
     """The general model that is cut."""
 
-    model: str = Field(min_length=1, description="Hub id, local folder, .gguf file, or the name of a bundled model.")
+    model: LocalPath = Field(description="Hub id, local folder, .gguf file, or the name of a bundled model.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
@@ -48,7 +48,9 @@ class Base(Section):
         "from the checkpoint, so the model may be larger than memory; auto: streamed where it does not fit.",
     )
     trust_remote_code: bool = Field(
-        False, description="Run Python code that comes with the model. Off unless you say so."
+        False,
+        description="The model comes with Python code of its own. That alone does not run it: give "
+        "--trust-remote-code on the command line.",
     )
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from expertprune.spec.values import Count, Names
+from expertprune.spec.values import Count, LocalPath, LocalPaths, Names
 
 _CHAT = ("messages", "prompt", "completion", "tools")
 _OF_FILES = ("evaluation",)
@@ -19,7 +19,7 @@ _OF_DATASET = ("config", "revision", "split", "evaluation_split", "data_files")
 class Section(BaseModel):
     """A mapping of a spec. Unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", populate_by_name=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, validate_default=True, allow_inf_nan=False)
 
 
 class Generate(Section):
@@ -45,7 +45,7 @@ def _dataset_files(value: Any) -> Any:
 
 
 DataFiles = Annotated[
-    dict[str, Names], BeforeValidator(_dataset_files, json_schema_input_type=str | list[str] | dict[str, Names])
+    dict[str, LocalPaths], BeforeValidator(_dataset_files, json_schema_input_type=str | list[str] | dict[str, Names])
 ]
 
 
@@ -56,7 +56,7 @@ class Source(Section):
     The base's chat template renders conversations, and the loss counts on their answers only.
     """
 
-    path: Names | None = Field(None, description="JSONL, parquet, CSV or .txt file(s), relative to the spec.")
+    path: LocalPaths | None = Field(None, description="JSONL, parquet, CSV or .txt file(s), relative to the spec.")
     field: str | None = Field(
         None,
         description="Field of a row that holds the text (default: text). Dots lead to a nested one: "
@@ -89,9 +89,11 @@ class Source(Section):
         None, description="Branch, tag or commit of the dataset; default: its newest when the rows are first read."
     )
     split: str | None = Field(None, description="Split of the dataset (default: train).")
-    evaluation: Names | None = Field(None, description="File(s) of the evaluation split, read as `path` is.")
+    evaluation: LocalPaths | None = Field(None, description="File(s) of the evaluation split, read as `path` is.")
     evaluation_split: str | None = Field(None, description="Evaluation split of the dataset.")
-    questions: str | None = Field(None, description="JSONL of multiple-choice questions: question, choices, answer.")
+    questions: LocalPath | None = Field(
+        None, description="JSONL of multiple-choice questions: question, choices, answer."
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> Source:
@@ -151,7 +153,9 @@ def _changed(path: str, change: Callable[[str], str]) -> str:
 class Corpora(Section):
     """Where the corpora of the named values are found."""
 
-    catalogue: str | None = Field(None, description="Folder with a catalogue.yaml; default: the corpora that ship.")
+    catalogue: LocalPath | None = Field(
+        None, description="Folder with a catalogue.yaml; default: the corpora that ship."
+    )
     sources: dict[str, Source] = Field(
         default_factory=dict, description="Your own corpora, by value ('de') or by dimension and value ('language/de')."
     )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, PlainValidator, WithJsonSchema
+
+from expertprune.files import user_path
 
 
 def _listed(value: Any) -> Any:
@@ -17,6 +20,17 @@ Name = Annotated[str, Field(min_length=1)]
 
 
 Names = Annotated[list[Name], BeforeValidator(_listed, json_schema_input_type=Name | list[Name])]
+
+
+def _path(text: str) -> str:
+    user_path(text)  # its `ValueError` says what is wrong
+    return text
+
+
+LocalPath = Annotated[str, Field(min_length=1), AfterValidator(_path)]
+
+
+LocalPaths = Annotated[list[LocalPath], BeforeValidator(_listed, json_schema_input_type=LocalPath | list[LocalPath])]
 
 
 @dataclass(frozen=True)
@@ -52,7 +66,7 @@ def _removed(value: Any) -> int | float | Keep:
         ((key, number),) = value.items()
     if isinstance(number, str) and (percent := _PERCENT.fullmatch(number.strip())):
         number = round(float(percent[1]) / 100, 12)
-    if isinstance(number, bool) or not isinstance(number, int | float):
+    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
         raise ValueError("must be what goes (0.25, 25%, remove: 384) or what stays (keep: 75%, keep: 1152)")
     if key == "keep" and isinstance(number, int) and number >= 1:
         return Keep(keep=number)

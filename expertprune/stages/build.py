@@ -12,8 +12,9 @@ from expertprune.artifacts.plan import Plan
 from expertprune.engine.tasks import Call, Engine, Local, Task
 from expertprune.engine.team import team
 from expertprune.errors import CheckpointError
-from expertprune.files import EXPERT_FILE, check_output, digest_of, require_room
+from expertprune.files import EXPERT_FILE, check_inputs, check_output, digest_of, require_room
 from expertprune.progress import Track, silent
+from expertprune.spec.schema import Spec
 from expertprune.stages.compose import plan_of
 from expertprune.stages.elsewhere import agreed, received, run_with, sent
 from expertprune.stages.evaluate import Meanwhile, evaluated_after, measure_folder, measuring, record
@@ -45,11 +46,13 @@ def build(
         UnevaluatedError: the expert is there, and its evaluation failed.
     """
     out, engine = Path(out), engine or Local()
-    team().lead(lambda: check_output(out, overwrite))
+    read = [] if isinstance(spec, Spec) else [Path(spec)]
+    team().lead(lambda: check_output(out, overwrite, inputs=read))
     prepared = run_with(agreed(spec, overrides, store), engine.device)
+    check_inputs(out, prepared.inputs)
     team().check_shared(out.absolute().parent, "--out")
     require_room(out, prepared.base.checkpoint.weight_bytes)
-    if team().leads:
+    if team().leads and isinstance(engine, Local):  # a forecast is of this machine
         log.warning("%s: this will take about %s", prepared.spec.name, next(forecast(prepared, stored=True).lines()))
     prepared.running.keep_states(lasting=prepared.spec.budget.retention is not None)
     engine.run(profile_tasks(prepared), track)
@@ -119,4 +122,4 @@ def _make(prepared: Prepared, plan: Plan, out: Path, overwrite: bool, track: Tra
         write_folder(prepared, plan, folder, track, meanwhile.passengers if meanwhile is not None else None)
     if meanwhile is not None:
         with evaluated_after(out):
-            record(out, meanwhile.result(out, prepared.running, track))
+            record(out, meanwhile.result(out, prepared.running, track), portable(plan).digest)

@@ -31,6 +31,7 @@ def compare(
     structures: Sequence[str] = (),
     everything: bool = False,
     picture: str | Path | None = None,
+    overwrite: bool = False,
     track: Track = silent,
 ) -> Comparison:
     """How much the profiles of corpora have in common; profiles that are missing are made first.
@@ -41,6 +42,7 @@ def compare(
         structures: `ffn`, `query_heads`, `kv_groups`; none named: all of them.
         everything: compare all other stored profiles of the base too.
         picture: a .png or .svg file to draw the comparison into.
+        overwrite: replace the picture that is there.
 
     Raises:
         SpecError: specs of different bases, a criterion that does not see the corpus, fewer than two corpora.
@@ -48,7 +50,7 @@ def compare(
     """
     check_fraction(fraction)
     if picture is not None:
-        check_picture(Path(picture))
+        check_picture(Path(picture), overwrite=overwrite)
     wanted = [_structure(name) for name in structures] or list(Structure)
     prepared = [
         validate(spec, overrides, store) for spec in ([specs] if isinstance(specs, Spec | str | Path) else specs)
@@ -74,7 +76,7 @@ def compare(
     if not comparison.structures:
         raise SpecError(f"{', '.join(wanted)}: no layer has more than one, so there is nothing to compare")
     if picture is not None:
-        draw_comparison(comparison, Path(picture))
+        draw_comparison(comparison, Path(picture), overwrite)
     return comparison
 
 

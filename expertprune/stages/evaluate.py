@@ -14,10 +14,10 @@ from expertprune.artifacts.expert import Expert
 from expertprune.corpora.documents import Corpus, CorpusName
 from expertprune.corpora.loading import load_corpora
 from expertprune.engine.team import team
-from expertprune.errors import UnevaluatedError
+from expertprune.errors import CheckpointError, UnevaluatedError
 from expertprune.evaluation.measure import Measuring
 from expertprune.evaluation.reading import Read
-from expertprune.files import store_folder
+from expertprune.files import one_at_a_time, store_folder
 from expertprune.models.loading import load_tokenizer
 from expertprune.models.passes import TextRun
 from expertprune.models.running import RunningBase, stream_folder
@@ -64,7 +64,8 @@ def evaluate(
     evaluated = evaluation_corpora(spec, loaded, leak_guard(loaded, described.calibration_digests))
     running = RunningBase(resolved)
     evaluator = measuring(running, evaluated, spec.evaluate, described.plan.vocabulary is not None)
-    return record(described.folder, measure_folder(evaluator, described.folder, running, track))
+    measured = measure_folder(evaluator, described.folder, running, track)
+    return record(described.folder, measured, described.plan.digest)
 
 
 def measuring(running: RunningBase, corpora: Sequence[Corpus], settings: Evaluate, other_tokens: bool) -> Measuring:
@@ -124,9 +125,26 @@ def evaluated_after(folder: Path) -> Iterator[None]:
         raise UnevaluatedError(folder, error) from error
 
 
-def record(folder: Path, result: Evaluation) -> Evaluation:
-    """Write an evaluation into the folder of its expert."""
-    if team().leads:
-        write_card(replace(Expert.load(folder), evaluation=result))
+def record(folder: Path, result: Evaluation, plan: str | None = None) -> Evaluation:
+    """Write an evaluation into the folder of its expert.
+
+    Args:
+        plan: digest of the plan of the expert that was measured, where another could have taken its
+            place meanwhile.
+
+    Raises:
+        CheckpointError: another expert is there now.
+    """
+
+    def write() -> None:
+        with one_at_a_time(folder):  # a build that replaces the folder waits
+            expert = Expert.load(folder)
+            if plan is not None and expert.plan.digest != plan:
+                raise CheckpointError(
+                    f"{folder}: another expert took its place while it was measured; evaluate it again"
+                )
+            write_card(replace(expert, evaluation=result))
+
+    team().lead(write)
     team().wait()
     return result

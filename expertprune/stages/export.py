@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from expertprune.artifacts.expert import Expert
-from expertprune.errors import CheckpointError, UsageError
-from expertprune.files import EXPERT_FILE, check_parent
+from expertprune.errors import UsageError
+from expertprune.files import EXPERT_FILE, GGUF, check_output
 from expertprune.models.gguf.writing import TYPES, Exported, write_gguf
 from expertprune.registry import nearest
 
@@ -30,10 +30,6 @@ def export(
     for asked, known, option in ((format, FORMATS, "--format"), (type, TYPES, "--type")):
         if asked not in known:
             raise UsageError(f"{option}: {asked!r} is none of {', '.join(known)}{nearest(asked, known)}")
-    check_parent(out)
-    if out.is_dir() or out.is_symlink():
-        raise CheckpointError(f"{out}: is not a file that can be written; name one, such as {folder.name}.{format}")
-    if out.exists() and not overwrite:
-        raise CheckpointError(f"{out}: exists; choose another --out, or give --overwrite to replace it")
+    check_output(out, overwrite, GGUF, [folder])
     name = Expert.load(folder).name if (folder / EXPERT_FILE).is_file() else folder.resolve().name
-    return write_gguf(folder, out, type, name)
+    return write_gguf(folder, out, type, name, overwrite)

@@ -78,8 +78,9 @@ def _documents(
         f"{settings.tokens:,}",
         job_log,
     )
+    base.checkpoint.fetch()
     job = generation.Job(
-        folder=str(base.folder),
+        folder=str(base.checkpoint.folder),
         prompts=prompts,
         tokens=round(_SPARE * settings.tokens),
         whole=settings.from_ == "prompts",

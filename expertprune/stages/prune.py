@@ -10,14 +10,14 @@ from expertprune.artifacts.plan import Plan, load_plan
 from expertprune.composition.scoring import check_criterion
 from expertprune.engine.team import team
 from expertprune.errors import PlanError
-from expertprune.files import check_output, require_room, store_folder
+from expertprune.files import check_inputs, check_output, require_room, store_folder
 from expertprune.profiling.store import profile_key
 from expertprune.progress import Track, silent
 from expertprune.pruning.repair import Passengers, check_repair
 from expertprune.pruning.write import RepairInput, bytes_needed, check_plan
 from expertprune.pruning.write import prune as write_expert
 from expertprune.reporting.card import write_card
-from expertprune.spec.reading import parse_spec
+from expertprune.spec.reading import TRUST, parse_spec, trusting
 from expertprune.stages.elsewhere import agree
 from expertprune.stages.validate import Found, Prepared, check_unlisted, find, prepare
 
@@ -28,15 +28,22 @@ def prune(
     overwrite: bool = False,
     store: str | Path | None = None,
     track: Track = silent,
+    trust_remote_code: bool = False,
 ) -> Path:
-    """Apply a plan: cut, repair as the plan's spec says, and write the expert's folder. It is not evaluated."""
+    """Apply a plan: cut, repair as the plan's spec says, and write the expert's folder. It is not evaluated.
+
+    Args:
+        trust_remote_code: run Python code that comes with the base. What the plan says of it is no permission.
+    """
     out = Path(out)
-    check_output(out, overwrite)
+    check_output(out, overwrite, inputs=[] if isinstance(plan, Plan) else [Path(plan)])
     plan = plan if isinstance(plan, Plan) else load_plan(Path(plan))
     spec = parse_spec(dict(plan.spec), f"plan {plan.name!r}", Path.cwd())
+    spec = trusting(spec, {TRUST: trust_remote_code})
     with team().after_the_first():
         found = find(spec, store_folder(store), evaluate=False)
     agree(found, out)
+    check_inputs(out, found.inputs)
     check_plan(plan, found.base)
     require_room(out, bytes_needed(plan, found.base))
     _check_corpora(found, plan)

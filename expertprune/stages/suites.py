@@ -27,9 +27,10 @@ from expertprune.models.loading import load_tokenizer
 from expertprune.models.running import to_stream
 from expertprune.models.spool import Limits
 from expertprune.progress import Track, silent
-from expertprune.reporting.card import write_card
+from expertprune.spec.reading import TRUST
 from expertprune.spec.schema import Spec
 from expertprune.stages.elsewhere import base_with, check_same
+from expertprune.stages.evaluate import record
 from expertprune.stages.generate import generator
 from expertprune.stages.suite_scores import Backend, ChosenTask, Measurement
 from expertprune.stages.validate import leak_guard
@@ -114,7 +115,7 @@ def evaluate_suites(
         summary=summarize(counted),
         alignment=of_corpora.alignment if measurement.corpora else {},
     )
-    write_card(replace(measurement.expert, evaluation=result))
+    record(measurement.expert.folder, result, measurement.expert.plan.digest)
     return result
 
 
@@ -162,12 +163,13 @@ class Asked:
         guard = leak_guard(own, expert.calibration_digests)
         with gathered(problems):
             corpora = guard.clean(_corpora(spec, suites, own, place))
+        trusted = (self.overrides or {}).get(TRUST) is True
         asked_in_chat = any(entry.chat for entry, _, _ in entries)
         tokenizer = load_tokenizer(resolved.folder, resolved.trust_remote_code) if asked_in_chat else None
         for entry, suite, generates in entries:
             with gathered(problems):
                 wanted = harness.generates(entry) if generates is None else generates
-                task = harness.load_task(entry, wanted, self.limit, tokenizer)
+                task = harness.load_task(entry, wanted, self.limit, tokenizer, trusted)
                 chosen.append(ChosenTask(task, suite, entry.group_for(spec.dimensions)))
         problems += guard.problems(
             *(Examples(f"task {each.task.label}", "examples", each.task.texts) for each in chosen)

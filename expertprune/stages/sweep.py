@@ -18,7 +18,7 @@ from expertprune.engine.tasks import Call, Engine, Local, Report, Shard, Task
 from expertprune.engine.team import team
 from expertprune.errors import CheckpointError, PlanError, SpecError
 from expertprune.evaluation.measure import Measuring
-from expertprune.files import check_parent, digest_of, require_room, store_folder
+from expertprune.files import check_output, check_parent, digest_of, require_room, store_folder
 from expertprune.models.base import ResolvedBase
 from expertprune.progress import Track, silent
 from expertprune.pruning.write import bytes_needed
@@ -103,6 +103,7 @@ def _begin(
     places = {} if folder is None or not keep else {value: folder / f"{spec.name}-{value!r}" for value in prepared}
     for value, place in places.items():
         _check_place(place, prepared[value].spec)
+        check_output(place, overwrite=True, inputs=found.inputs)
     found.running.keep_states(lasting=len(prepared) > 1)
     tasks = {task.digest: task for each in prepared.values() for task in profile_tasks(each)}
     engine.run(list(tasks.values()), track)

@@ -8,26 +8,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from expertprune.artifacts.expert import ancestor_of
+from expertprune.artifacts.expert import ancestor_of, places_of_bases
 from expertprune.composition.coverage import check_enough
 from expertprune.composition.defaults import AUTO, resolved
 from expertprune.composition.plan import foreseen_widths
 from expertprune.composition.rows import foreseen_rows
 from expertprune.composition.scoring import rules
 from expertprune.composition.widths import LayerWidths
-from expertprune.corpora.batches import Batch, CalibrationText, corpus_text, each_once
+from expertprune.corpora.batches import Batch, CalibrationText, check_ids, corpus_text, each_once
 from expertprune.corpora.documents import Corpus, CorpusName, Document
 from expertprune.corpora.leaks import LeakGuard
 from expertprune.corpora.loading import HELD_OUT, load_corpora
 from expertprune.errors import SpecError, gathered
 from expertprune.files import digest_of, store_folder
 from expertprune.models.base import ResolvedBase, resolve_base
+from expertprune.models.inventory import vocabulary_rows
 from expertprune.models.running import RunningBase
 from expertprune.pruning.repair import repairs
 from expertprune.pruning.selfcheck import check_family
 from expertprune.registry import Registry
 from expertprune.relevance import criteria
-from expertprune.spec.reading import load_spec, parse_spec
+from expertprune.spec.reading import load_spec, parse_spec, with_corpus_paths
 from expertprune.spec.schema import Budget, Spec
 from expertprune.spec.values import Coverage
 from expertprune.stages.generate import generator
@@ -60,6 +61,13 @@ class Found:
     evaluated: Sequence[Corpus]
     store: Path
     running: RunningBase
+
+    @property
+    def inputs(self) -> list[Path]:
+        """The files and folders that are read: the base, the bases that it was cut from, and the corpora."""
+        paths: list[Path] = []
+        with_corpus_paths(self.spec, lambda _, path: paths.append(Path(path)) or path)  # type: ignore[func-returns-value]
+        return [*places_of_bases(self.base, self.store), *paths]
 
     def repaired(self) -> dict[CorpusName, list[Batch | None]]:
         """What a repair runs of the batches of each corpus: every window once (see `each_once`)."""
@@ -122,7 +130,9 @@ def find(spec: Spec, store: Path, evaluate: bool = True) -> Found:
     with gathered(problems):
         base = resolve_base(spec.base, store)
     with gathered(problems):
-        corpora = load_corpora(spec, store, generator(base, spec, store) if base is not None else None)
+        # The base writes no text for a spec that has other problems: that takes minutes.
+        writes = generator(base, spec, store) if base is not None and not problems else None
+        corpora = load_corpora(spec, store, writes)
         if evaluate and spec.evaluate.enabled:
             ancestor = ancestor_of(base) if base is not None else None
             digests = ancestor.calibration_digests if ancestor is not None else ()
@@ -146,7 +156,9 @@ def _calibration_text(corpus: Corpus, spec: Spec, running: RunningBase) -> Calib
         if not rest:
             raise SpecError(f"corpus {corpus.name}: budget.retention holds documents back, and there is only one")
         corpus = replace(corpus, calibration=rest)
-    return corpus_text(corpus, running.tokenizer, spec)
+    text = corpus_text(corpus, running.tokenizer, spec)
+    check_ids(text.batches, vocabulary_rows(running.base.checkpoint, running.base.family))
+    return text
 
 
 def prepare(found: Found, budget: Budget | None = None) -> Prepared:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from expertprune.files import read_object
 from expertprune.tokenizing.trimming import Trimmed
 from expertprune.tokenizing.vocabulary import pair_of
 
@@ -70,14 +71,14 @@ def write_tokenizer(base: Path, folder: Path, smaller: Trimmed) -> None:
     _write(folder / "tokenizer.json", smaller.data)
     for name in ("tokenizer_config.json", "generation_config.json"):
         if (base / name).is_file():
-            config = renumbering.config(_read(base / name))
+            config = renumbering.config(read_object(base / name))
             if isinstance(known := config.get("added_tokens_decoder"), dict):
                 config["added_tokens_decoder"] = {
                     str(smaller.ids[int(index)]): token for index, token in known.items() if int(index) in smaller.ids
                 }
             _write(folder / name, config)
     if (base / "added_tokens.json").is_file():
-        known = _read(base / "added_tokens.json")
+        known = read_object(base / "added_tokens.json")
         added = {token: smaller.ids[index] for token, index in known.items() if index in smaller.ids}
         _write(folder / "added_tokens.json", added)
     model = smaller.data["model"]
@@ -89,11 +90,6 @@ def write_tokenizer(base: Path, folder: Path, smaller: Trimmed) -> None:
     for pattern in _STALE:
         for path in folder.glob(pattern):
             path.unlink()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return data
 
 
 def _write(path: Path, data: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import jinja2.nodes
 import jinja2.sandbox
 
+from expertprune.corpora.chat import TIME_LIMIT, within
+from expertprune.files import read_object
 from expertprune.tokenizing.companions import special_ids
 from expertprune.tokenizing.vocabulary import BYTES, Kind, Vocabulary, nested
 
@@ -42,7 +44,9 @@ def essential_ids(vocabulary: Vocabulary, folder: Path, tokenizer: Any) -> dict[
 
 def _named(vocabulary: Vocabulary, folder: Path) -> set[int]:
     """Ids in the configs and the post-processor, and the unknown token."""
-    named = {index for name in ("config.json", "generation_config.json") for index in special_ids(_read(folder / name))}
+    named = {
+        index for name in ("config.json", "generation_config.json") for index in special_ids(read_object(folder / name))
+    }
     unknown = vocabulary.model.get("unk_token")
     if unknown in vocabulary.tokens:
         named.add(vocabulary.tokens[unknown])
@@ -67,7 +71,7 @@ def _with_roles(vocabulary: Vocabulary, folder: Path) -> set[int]:
 
     found: set[int] = set()
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        settings = {key: value for key, value in _read(folder / name).items() if key != "added_tokens_decoder"}
+        settings = {key: value for key, value in read_object(folder / name).items() if key != "added_tokens_decoder"}
         found.update(vocabulary.added[text] for text in texts(settings) if text in vocabulary.added)
     return found
 
@@ -113,16 +117,12 @@ def _template_texts(tokenizer: Any) -> Iterator[str]:
                     yield text
         for roles in (_ROLES[:3], _ROLES[1:3], _ROLES[1:2]):
             messages = [{"role": role, "content": role} for role in roles]
-            with contextlib.suppress(Exception):  # a template may refuse a conversation in any way
-                yield tokenizer.apply_chat_template(
-                    messages, chat_template=template, tokenize=False, add_generation_prompt=True
-                )
+            settings = {"chat_template": template, "tokenize": False, "add_generation_prompt": True}
+            render = functools.partial(tokenizer.apply_chat_template, messages, **settings)
+            with contextlib.suppress(Exception):  # a template may refuse a conversation in any way, or not end
+                yield within(TIME_LIMIT, render)
 
 
 def _stop_strings(folder: Path) -> Iterator[str]:
-    stops = _read(folder / "generation_config.json").get("stop_strings") or []
+    stops = read_object(folder / "generation_config.json").get("stop_strings") or []
     yield from [stops] if isinstance(stops, str) else stops
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

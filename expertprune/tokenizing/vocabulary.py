@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from expertprune.errors import CheckpointError
+from expertprune.files import read_object
 
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 SPACE = "▁"  # how SentencePiece writes a space
@@ -139,7 +140,7 @@ def read_vocabulary(folder: Path) -> Vocabulary:
         CheckpointError: there is no `tokenizer.json`, the tokenizer needs code of its own, or is of
             another kind.
     """
-    config, path = _json(folder / "tokenizer_config.json"), folder / "tokenizer.json"
+    config, path = read_object(folder / "tokenizer_config.json"), folder / "tokenizer.json"
     name = config.get("tokenizer_class", "unknown class")
     if isinstance(config.get("auto_map"), dict) and "AutoTokenizer" in config["auto_map"]:
         raise CheckpointError(
@@ -151,7 +152,7 @@ def read_vocabulary(folder: Path) -> Vocabulary:
             f"{folder}: budget.vocabulary: the tokenizer ({name}) has no tokenizer.json, so it is a slow one; save it as "
             "a fast one first (AutoTokenizer.from_pretrained(...).save_pretrained(...))"
         )
-    return Vocabulary(_json(path), str(path))
+    return Vocabulary(read_object(path), str(path))
 
 
 def pair_of(merge: Any) -> tuple[str, str]:
@@ -194,18 +195,6 @@ def _kind(data: dict[str, Any], where: str) -> Kind:
     if any("ByteLevel" in steps(part) for part in parts):
         return Kind.BYTE_LEVEL
     return Kind.SENTENCEPIECE
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
-    return data
 
 
 def _byte_characters() -> dict[str, int]:

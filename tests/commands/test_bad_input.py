@@ -16,7 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from expertprune import files
+from expertprune.files import places
 from tests.calling import call
 from tests.conftest import refuse_to_load
 from tests.patching import everywhere
@@ -144,7 +144,7 @@ REFUSED: list[tuple[Prepare, str]] = [
     (spec(general="genral"), "general: no corpus for 'genral'; did you mean 'general'?"),
     (spec(evaluate={"corpora": "finance"}), "evaluate.corpora: 'finance' is none of the spec's corpora: language/en"),
     (corpus(None), "mine.jsonl: no such file"),
-    (corpus('{"text": "the heart"}\nnot json\n'), "mine.jsonl, line 2: not a JSON object: 'not json'"),
+    (corpus('{"text": "the heart"}\nnot json\n'), "mine.jsonl, line 2: not valid JSON"),
     (corpus(""), "domain/medical.* holds no document to calibrate on"),
     (corpus('{"text": "heart"}\n{"text": "law"}\n'), "domain/medical: every document is shorter than two tokens"),
     (spec(budget={"ffn": 0.99, "multiple_of": 4}), "the largest legal one is 0.875"),
@@ -183,8 +183,8 @@ def test_every_problem_of_spec_base_and_corpora_is_a_line_of_its_own(workplace: 
     [
         (None, ["tiny.yaml: no such file"]),
         ("name: [", ["tiny.yaml: not valid YAML"]),
-        ("name: &a [*a]\n", ["name: "]),
-        ("&a name: {b: &c {d: *c}}\n", ["name: "]),
+        ("name: &a [*a]\n", ["aliases hold themselves"]),
+        ("&a name: {b: &c {d: *c}}\n", ["aliases hold themselves"]),
         (
             "name: a\nbudget:\n  ffn: 0.5\n  floor: 0.2\n  ffn: 0.25\nname: b\n",
             ["tiny.yaml: budget.ffn: stands twice, in lines 3 and 5; keep one", "name: stands twice, in lines 1 and 6"],
@@ -273,14 +273,14 @@ def test_an_output_that_is_in_the_way(workplace: Workplace, no_model: None, opti
 def test_a_disk_without_room(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = workplace.folder / "plan.json"
     workplace.run("compose", workplace.spec, "--out", plan, code=0)
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(places.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     assert "MiB are free" in workplace.refused("prune", plan, "--out", workplace.out)
     everywhere(monkeypatch, "expertprune.models.loading.load_model", refuse_to_load)
     message = workplace.build_refused()
     assert f"{workplace.out}: needs 0 MiB of disk, 0 MiB are free; free some, or choose a folder" in message
 
 
-@pytest.mark.parametrize("stage", ["profile", "weights", "description"])
+@pytest.mark.parametrize("stage", ["profile", "weights", "evaluation"])
 def test_a_full_disk_is_a_message_leaves_nothing_and_the_next_run_succeeds(
     tiny_build: tuple[Path, Path], tmp_path: Path, stage: str
 ) -> None:
@@ -289,21 +289,22 @@ def test_a_full_disk_is_a_message_leaves_nothing_and_the_next_run_succeeds(
     sizes = {
         "profile": min(path.stat().st_size for path in (filled / "profiles").iterdir()),
         "weights": max(path.stat().st_size for path in whole.glob("*.safetensors")),
-        "description": (whole / "expertprune.json").stat().st_size,
+        "evaluation": (whole / "expertprune.json").stat().st_size,
     }
     if stage != "profile":
         shutil.copytree(filled, store)
-    assert sizes["description"] > sizes["weights"]
+    assert sizes["evaluation"] > sizes["weights"]
     arguments = ("build", filled.with_name("tiny.yaml"), "--out", tmp_path / "out" / "expert", "--store", store)
     (tmp_path / "out").mkdir()
     finished = server().run(*arguments, file_limit=sizes[stage] - 1)
     assert finished.code == 2
     assert "no room left on the disk" in finished.stderr
     assert "Traceback" not in finished.stderr
-    assert list((tmp_path / "out").iterdir()) == []
+    left = [path.name for path in (tmp_path / "out").iterdir()]
+    assert left == (["expert"] if stage == "evaluation" else [])  # whole, and not evaluated yet
     stored = [path.name for path in sorted((store / "profiles").iterdir())]
     assert stored == ([] if stage == "profile" else [path.name for path in sorted((filled / "profiles").iterdir())])
-    call(*arguments)
+    call(*(arguments if stage != "evaluation" else ("evaluate", tmp_path / "out" / "expert", "--store", store)))
 
 
 # --- passes ---------------------------------------------------------------------------------------------------------
@@ -365,7 +366,7 @@ def test_a_corpus_that_changed_after_the_plan(workplace: Workplace, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [("{", "not a plan"), ('{"kind": "plan", "schema": 99}', "a plan of schema 99")]
+    ("content", "words"), [("{", "not valid JSON"), ('{"kind": "plan", "schema": 99}', "a plan of schema 99")]
 )
 def test_a_plan_that_is_none(workplace: Workplace, content: str, words: str) -> None:
     plan = workplace.folder / "plan.json"
@@ -398,7 +399,7 @@ def test_a_folder_that_is_no_expert(workplace: Workplace) -> None:
     workplace.out.mkdir()
     contents = {
         None: "is no expert (it has no expertprune.json)",
-        "{": "cannot be read",
+        "{": "not valid JSON",
         '{"kind": "plan"}': "is not an expert's description",
         '{"kind": "expert"}': "expertprune.json",
     }

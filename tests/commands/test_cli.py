@@ -29,7 +29,7 @@ from tests.tiny import as_run, tiny_model, tiny_tokenizer
 
 COMMANDS = [
     "bench", "build", "compare", "compose", "evaluate", "export", "families", "init", "inspect", "list", "profile", "prune",
-    "report", "schema", "serve", "sweep", "validate", "vocabulary",
+    "report", "schema", "serve", "store", "sweep", "validate", "vocabulary",
 ]  # fmt: skip
 CORPORA = ["language/en", "domain/medical", "task/qa", "general/general"]
 # The tiny model by hand: embeddings and output 64 × 24 each, a last norm, and three layers of four attention
@@ -239,7 +239,7 @@ def test_inspect_refuses_what_is_no_artifact(tmp_path: Path) -> None:
         "notes.txt": "is no spec (.yaml), profile (.safetensors), plan (.json) or expert (a folder)",
         "folder": "is no expert",
         "data.json": "not a plan",
-        "broken.json": "not a plan",
+        "broken.json": "not valid JSON",
         "noise.safetensors": "not a readable profile",
         "weights.safetensors": "a profile of schema None",
     }.items():

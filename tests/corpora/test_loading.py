@@ -130,7 +130,7 @@ ROW = {
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b'{"text": "a"}\nnot json\n', ", line 2: not a JSON object: 'not json'"),
+        (b'{"text": "a"}\nnot json\n', ", line 2: not valid JSON"),
         (b'{"text": "a"}\n\n\n["b"]\n', ", line 4: not a JSON object"),
         (b'{"text": "a"}\n\n\n{"txet": "b"}\n', ", line 4: has no field 'text'; did you mean 'txet'?"),
         (b'{"text": "a"}\n{"body": "b", "id": 3}\n', ", line 2: has no field 'text'; valid: body, id"),

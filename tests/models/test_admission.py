@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
@@ -18,6 +19,7 @@ from expertprune.models.loading import load_model
 from expertprune.pruning.selfcheck import check_family
 from expertprune.spec.reading import parse_spec
 from expertprune.spec.schema import Base
+from tests.calling import call
 from tests.oracle import (
     assert_same,
     change_config,
@@ -160,8 +162,33 @@ def own_code(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> P
 def test_code_of_a_models_own_is_not_run_unless_allowed(own_code: Path, store: Path) -> None:
     (own_code / "modeling_invented.py").write_text("raise AssertionError('was run')")
     message = refusal(own_code, store)
-    assert "model_type 'invented' comes with Python code of its own (auto_map)" in message
-    assert "base.trust_remote_code: true" in message
+    assert "model_type 'invented' comes with Python code of its own (auto_map: " in message
+    assert "modeling_invented.py" in message
+    assert "--trust-remote-code" in message
+
+
+def test_no_file_allows_code(own_code: Path, tmp_path: Path, spec_data: dict[str, Any]) -> None:
+    """Neither a spec nor a plan nor an expert, which may come from anywhere: only the command line does."""
+    data = {**spec_data, "base": {"model": str(own_code), "trust_remote_code": True}}
+    data |= {"evaluate": {"enabled": False}, "budget": {"ffn": 0}, "relevance": "random", "compensation": "none"}
+    spec, plan, out = tmp_path / "tiny.yaml", tmp_path / "plan.json", tmp_path / "expert"
+    spec.write_text(yaml.safe_dump(data))
+    trust, mark = "--trust-remote-code", tmp_path / "was run"
+    call("compose", spec, "--out", plan, trust)
+    call("prune", plan, "--out", out, trust)
+    assert read_json(out / "expertprune.json")["spec"]["base"]["trust_remote_code"] is True
+    code = (own_code / "modeling_invented.py").read_text()
+    (own_code / "modeling_invented.py").write_text(f"open({str(mark)!r}, 'w')\n{code}")
+    for command in (
+        ("validate", spec),
+        ("compose", spec, "--out", tmp_path / "other.json"),
+        ("evaluate", out),
+        ("prune", plan, "--out", tmp_path / "other"),
+    ):
+        assert "which is not run unless you give --trust-remote-code" in call(*command, code=2).stderr
+    assert not mark.exists()
+    call("validate", spec, trust)
+    assert mark.exists()
 
 
 def test_code_that_is_allowed_is_run_checked_and_recorded(

@@ -263,3 +263,30 @@ def test_extra_tensors_are_listed_in_the_index(folder: Path, tmp_path: Path) -> 
     old, new = read_json(folder / INDEX), read_json(out / INDEX)
     assert new["metadata"]["total_size"] == old["metadata"]["total_size"] + 3 * 4
     assert new["weight_map"] == old["weight_map"] | {"more": SHARD}
+
+
+# --- links ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "config.json", "additional_chat_templates"])
+def test_a_link_out_of_the_folder_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
+    """An expert would hold the content of any file of this machine."""
+    target = tmp_path / "secret"
+    if name == "additional_chat_templates":
+        target.mkdir()
+    else:
+        shutil.copy(folder / "config.json", target)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(target)
+    with pytest.raises(CheckpointError, match=f"{name}: is a link to a file outside the folder"):
+        Checkpoint(folder)
+
+
+def test_links_within_the_folder_and_of_the_hubs_cache_are_followed(tmp_path: Path, folder: Path) -> None:
+    snapshot, blobs = tmp_path / "snapshots" / "0123", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    shutil.copytree(folder, blobs)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+    (snapshot / "same.json").symlink_to("config.json")
+    assert Checkpoint(snapshot).parameters == Checkpoint(folder).parameters

@@ -117,7 +117,7 @@ def units(cut: str, seed: int = 0) -> list[KeptUnits]:
 def test_masked_weights_are_masked_inputs(family: str, cut: str) -> None:
     model, kept = tiny_model(family), units(cut)
     dense = logits_of(model)
-    with oracle.masked(model, SimpleNamespace(kept=kept)):  # type: ignore[arg-type]
+    with oracle.masked(model, SimpleNamespace(kept=kept, shapes=SHAPES)):  # type: ignore[arg-type]
         expected = logits_of(model)
     with masked(model, family_of(family), SHAPES, kept):
         torch.testing.assert_close(logits_of(model), expected, atol=1e-5, rtol=1e-5)

@@ -48,12 +48,12 @@ def test_one_expert_is_the_ridge_regression_of_its_tokens() -> None:
 def test_an_expert_that_few_tokens_come_to_stays_as_it_is() -> None:
     """Of 256 neurons, one token says one direction: without the second term, the change would fit it nearly exactly."""
     generator = torch.Generator().manual_seed(2)
-    for tokens, most in ((1, 0.01), (8, 0.05), (16384, 1.01)):
+    for tokens, most in ((0, 0.0), (1, 0.01), (8, 0.05), (16384, 1.01)):
         inputs = torch.randn(tokens, 256, generator=generator)
         wanted = torch.randn(6, 256, generator=generator)
         moments = RoutedMoments(inputs.T @ inputs, wanted @ inputs.T @ inputs, torch.tensor(tokens))
         change = routed_least_squares(moments, 1e-4)
-        assert (change @ inputs.T).norm() < most * (wanted @ inputs.T).norm(), tokens
+        assert (change @ inputs.T).norm() <= most * (wanted @ inputs.T).norm(), tokens
     assert (change - wanted).norm() < 0.01 * wanted.norm(), "enough tokens say what the change is"
 
 

@@ -166,9 +166,10 @@ def test_any_name_is_shown_as_it_is(tmp_path: Path, text: str) -> None:
     assert text in explained
     assert "10,000 of 12,345 (81.0%)" in explained
     written = card(an_expert(tmp_path, name=text, base=text, value=text))
-    assert f"# {text}\n" in written
-    assert f"An expert cut from `{text}` for language {text}, de; task qa" in written
-    escaped = text.replace("|", "\\|")
+    plain = text.replace("<", "&lt;")  # Markdown shows it as it is, and runs nothing
+    assert f"# {plain}\n" in written
+    assert f"An expert cut from `{plain}` for language {plain}, de; task qa" in written
+    escaped = plain.replace("|", "\\|")
     assert f"| language/{escaped} | bits per byte |" in written
     assert yaml.safe_load(written.split("---\n")[1])["base_model"] == text
     strict((tmp_path / EXPERT_FILE).read_text(encoding="utf-8"))  # with an undefined retention

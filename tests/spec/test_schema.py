@@ -258,7 +258,7 @@ def test_a_base_is_a_path_if_it_looks_like_one_or_is_there(base: str, absolute: 
     [
         (b"name: [unclosed", "not valid YAML"),
         (b"", "a spec is a mapping"),
-        (b"name: \xff\xfe", "cannot be read"),
+        (b"name: \xff\xfe", "not UTF-8 text"),
         (None, "no such file"),
     ],
 )

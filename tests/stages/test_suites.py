@@ -397,6 +397,28 @@ def ask(workplace: Workplace, **changed: str) -> Path:
     return workplace.suite(tasks=[CHOOSE])
 
 
+@pytest.mark.parametrize("place", ["the task", "what it includes"])
+def test_functions_of_a_task_run_only_if_this_command_line_says_so(workplace: Workplace, place: str) -> None:
+    mark = workplace.folder / "was run"
+    code = workplace.text("tasks/code.py", f"open({str(mark)!r}, 'w')\ndef same(data): return data\n")
+    function = "process_docs: !function code.same\n"
+    workplace.text("tasks/choose.yaml", (function if place == "the task" else "include: more.yaml\n") + CHOICE)
+    workplace.text("tasks/more.yaml", function)
+    suite = workplace.suite(tasks=[CHOOSE])
+    message = workplace.refused("--suite", suite)
+    assert f"runs Python code (!function): {code}" in message
+    assert "--trust-remote-code" in message
+    assert not mark.exists()
+    workplace.run("--suite", suite, "--trust-remote-code")
+    assert mark.exists()
+
+
+def test_templates_of_a_task_have_no_access_to_python(workplace: Workplace) -> None:
+    escape = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    workplace.text("tasks/choose.yaml", CHOICE.replace("{{question}}", escape))
+    assert "task choose: " in workplace.refused("--suite", workplace.suite(tasks=[CHOOSE]))
+
+
 LEAK = "task choose: 1 of 4 examples also calibrate the expert, or one that it is cut from (the first: "
 
 

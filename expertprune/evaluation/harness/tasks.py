@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from expertprune.corpora.chat import has_template
 from expertprune.corpora.documents import Document
-from expertprune.errors import SpecError, first_line
+from expertprune.errors import SpecError, first_line, refused
 from expertprune.evaluation.harness.quiet import quiet
+from expertprune.evaluation.harness.sandbox import check_code, sandbox_templates
 from expertprune.evaluation.suites import TaskEntry
 from expertprune.files import digest_of
 from expertprune.registry import nearest
@@ -153,25 +154,31 @@ def output_type(entry: TaskEntry) -> str:
     return ""
 
 
-def load_task(entry: TaskEntry, generates: bool, limit: int | None = None, tokenizer: Any = None) -> HarnessTask:
+def load_task(
+    entry: TaskEntry, generates: bool, limit: int | None = None, tokenizer: Any = None, trusted: bool = False
+) -> HarnessTask:
     """Load a task's data and build its prompts.
 
     Args:
         generates: whether its suite says that the task generates answers.
         limit: at most so many examples (of each member, where the task is a group).
         tokenizer: the base's, where the task is asked through its chat template.
+        trusted: whether Python functions that the task's file names may run.
 
     Raises:
-        SpecError: it is to be asked through a chat template, and there is none; its data cannot be
-            loaded, it has no example, or its metric cannot be paired by example.
+        SpecError: it is to be asked through a chat template, and there is none; it would run code that
+            is not trusted; its data cannot be loaded, it has no example, or its metric cannot be
+            paired by example.
     """
     label = entry.label
+    check_code(entry, trusted)
     if entry.chat and not has_template(tokenizer):
         raise SpecError(
             f"task {label}: chat: the base has no chat template; leave 'chat' out, or take an instruct model"
         )
     with quiet():
         try:
+            sandbox_templates()
             leaves = _load(entry)
             for leaf in leaves.values():
                 leaf.set_config(key="num_fewshot", value=_few_shot(entry, leaf))
@@ -182,7 +189,8 @@ def load_task(entry: TaskEntry, generates: bool, limit: int | None = None, token
             reason = first_line(error)
             hint = "; it comes from the Hugging Face hub: is there a network?" if entry.name is not None else ""
             raise SpecError(f"task {label}: its data cannot be loaded: {reason}{hint}") from error
-        return _described(label, entry, leaves, instances, generates)
+        with refused(f"task {label}: its examples cannot be read"):
+            return _described(label, entry, leaves, instances, generates)
 
 
 def _load(entry: TaskEntry) -> dict[str, Any]:
@@ -313,7 +321,8 @@ def run_task(task: HarnessTask, model: Any, limit: int | None = None) -> Scores:
             leaf.set_fewshot_seed(seed=_SEED)
         loaded = {"tasks": task.leaves, "groups": {}, "group_map": {}}
         settings = {"limit": limit, "bootstrap_iters": 0, "log_samples": True, **_chat_settings(task.entry)}
-        samples = evaluate(model, loaded, **settings)["samples"]
+        with refused(f"task {task.label}: it cannot be run"):  # a task's own keys can be wrong in any way
+            samples = evaluate(model, loaded, **settings)["samples"]
     values, weights, examples, answers, texts = [], [], [], [], []
     for name in task.leaves:
         for sample in samples[name]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from expertprune.arch import Family, GgufForm, gguf_names
 from expertprune.errors import CheckpointError
-from expertprune.files import require_room, staged_file
+from expertprune.files import GGUF, require_room, staged_output
 from expertprune.models.admission import causal_family
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.gguf.names import gguf_name, is_one_of, name_map
@@ -72,7 +72,7 @@ class _Source:
         return self.checkpoint.folder / "config.json"
 
 
-def write_gguf(folder: Path, out: Path, kind: str, name: str) -> Exported:
+def write_gguf(folder: Path, out: Path, kind: str, name: str, overwrite: bool = False) -> Exported:
     """Write a model's folder as one GGUF file.
 
     Matrices are stored as `kind`; vectors, norms and routers as float32. Where `kind` is `q8_0`, matrices whose width
@@ -94,7 +94,7 @@ def write_gguf(folder: Path, out: Path, kind: str, name: str) -> Exported:
         vocabulary_rows(source.checkpoint, source.family),
     )  # fmt: skip
     require_room(out, sum(4 * math.prod(entry.shape) for entry in entries))
-    with staged_file(out) as temporary:
+    with staged_output(out, GGUF, overwrite) as temporary:
         counts = _written(temporary, source, metadata, words, entries, kind, name)
     return Exported(out, source.form.architecture, counts, int(metadata["context_length"]))
 

@@ -16,7 +16,7 @@ from rich.text import Text
 from expertprune import formats
 from expertprune.artifacts.timing import METRICS
 from expertprune.errors import CheckpointError
-from expertprune.files import check_parent, to_json, write_file
+from expertprune.files import GENERATOR, PAGE, check_output, staged_output, to_json, write_file
 from expertprune.reporting.card import CARD_FILE, card_text
 from expertprune.reporting.page import charts
 from expertprune.reporting.page.evidence import read_artifacts
@@ -54,6 +54,7 @@ def report(
     compare: Sequence[str | Path] = (),
     out: str | Path | None = None,
     store: str | Path | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write the report of an expert, or of several side by side, and refresh their model cards.
 
@@ -61,6 +62,7 @@ def report(
         compare: folders of other experts.
         out: the page; default: `report.html`, or `comparison.html` where there are several, in the
             expert's folder.
+        overwrite: replace the page that is there; the default page is always made anew.
 
     Returns:
         The report's data: `kind`, `schema`, `page`, `experts` (each a `ReportData`), and a
@@ -74,7 +76,8 @@ def report(
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise CheckpointError(f"{' '.join(map(str, folders))}: the same expert twice; compare it with another one")
     page = Path(out) if out is not None else folders[0] / ("comparison.html" if compare else "report.html")
-    _check_page(page)
+    overwrite = overwrite or out is None
+    _check_page(page, overwrite)
     read = [read_artifacts(folder, store) for folder in folders]
     experts = [findings(artifacts) for artifacts in read]
     data: dict[str, Any] = json.loads(
@@ -93,18 +96,17 @@ def report(
         artifacts.expert.folder / CARD_FILE: card_text(artifacts.expert, headline_rows(document))
         for artifacts, document in zip(read, data["experts"], strict=True)
     }
-    write_file(page, html.encode())
+    with staged_output(page, PAGE, overwrite) as temporary:
+        temporary.write_bytes(html.encode())
     for card, text in cards.items():
         write_file(card, text.encode())
     return data
 
 
-def _check_page(page: Path) -> None:
-    check_parent(page)
+def _check_page(page: Path, overwrite: bool) -> None:
     if page.suffix.lower() not in (".html", ".htm"):
         raise CheckpointError(f"{page}: the report is an .html file; choose another --out")
-    if page.is_dir():
-        raise CheckpointError(f"{page}: cannot be written: it is a folder; choose another --out")
+    check_output(page, overwrite, PAGE)
 
 
 def render(data: Mapping[str, Any]) -> str:
@@ -124,7 +126,11 @@ def render(data: Mapping[str, Any]) -> str:
     )
     pictures = None if data["lineup"] else expert_pictures(data["experts"][0])
     return environment.get_template("report.html").render(
-        **_numbered(data, ""), pictures=pictures, speeds=SPEEDS, names=_names(data["experts"])
+        **_numbered(data, ""),
+        pictures=pictures,
+        speeds=SPEEDS,
+        names=_names(data["experts"]),
+        generator=GENERATOR,
     )
 
 

@@ -188,12 +188,12 @@ def _shares(name: str, layers: Sequence[Array], cut: Sequence[NDArray[np.bool_]]
 
 
 def _overlap(by_corpus: Mapping[str, Sequence[Array]], cut: Sequence[NDArray[np.bool_]]) -> Overlap | None:
-    """The overlap at the fraction that was cut; `None` where no layer has two units."""
+    """The overlap at the fraction that was cut; `None` for one corpus, or where no layer has two units."""
     units = sum(gone.size for gone in cut)
     fraction = sum(int(gone.sum()) for gone in cut) / units or FRACTION
     choosable = [layer for layer, gone in enumerate(cut) if gone.size > 1]
     layers = [np.stack([scores[layer] for scores in by_corpus.values()]) for layer in choosable]
-    compared = compare_structure(layers, fraction)
+    compared = compare_structure(layers, fraction) if len(by_corpus) > 1 else None
     if compared is None:
         return None
     counts = [irrelevant_units(scores.shape[1], fraction) for scores in layers]

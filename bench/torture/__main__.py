@@ -1,0 +1,69 @@
+"""Torture expertprune, and print what did not hold.
+
+python -m bench.torture --part kills --number 1000
+python -m bench.torture --part pairs --number 50
+python -m bench.torture --part disk --number 1000
+python -m bench.torture --part fuzz --number 10000
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from bench.torture.children import prepare, run
+from bench.torture.workplace import Workplace, first_commands
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=["kills", "pairs", "disk", "fuzz"], required=True)
+    parser.add_argument("--number", type=int, required=True, help="how many trials")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, help="fuzz: a folder for the inputs that broke something")
+    options = parser.parse_args()
+    prepare()
+    from bench.torture.fuzz import fuzz
+    from bench.torture.kills import full_disks, kills, pairs
+
+    begun, broken, tried = time.monotonic(), [], 0
+    root = Path(tempfile.mkdtemp(prefix="torture-"))
+    try:
+        place, begin = Workplace.make(root / "place", options.seed), root / "begin"
+        _first(place, begin)
+        if options.part == "fuzz":
+            trials = fuzz(place, begin, options.number, options.seed, options.keep)
+        else:
+            trials = {"kills": kills, "pairs": pairs, "disk": full_disks}[options.part](
+                place, begin, options.number, options.seed
+            )
+        for name, problems in trials:
+            tried += 1
+            if problems:
+                broken.append(name)
+                print(f"{name}:", *problems, sep="\n  ", flush=True)
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+    result = {"part": options.part, "seed": options.seed, "trials": tried, "broken": len(broken)}
+    print(json.dumps({**result, "seconds": round(time.monotonic() - begun, 1)}))
+    sys.exit(1 if broken else 0)
+
+
+def _first(place: Workplace, begin: Path) -> None:
+    """An expert, its plan, its export and its store, from which trials begin."""
+    begin.mkdir()
+    for arguments in first_commands(place, begin):
+        done = run(arguments, place.store, place.temporary)
+        if done.code != 0:
+            raise RuntimeError(done.output)
+    shutil.copytree(place.out, begin / "expert")
+    shutil.copytree(place.store, begin / "store")
+
+
+if __name__ == "__main__":
+    main()

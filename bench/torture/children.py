@@ -1,0 +1,179 @@
+"""Commands in forked children, disturbed at a chosen moment.
+
+Importing everything takes seconds, so one process does it once and forks a child for each command.
+An audit hook counts what a child changes on the disk; at a chosen change, the child is killed or
+told that the disk is full.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+CHANGES = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.link", "os.chmod", "shutil.rmtree", "shutil.copyfile"}
+GIVEN_UP = 120.0  # seconds after which a command counts as hanging
+
+
+@dataclass(frozen=True)
+class Disturbance:
+    """What happens to a command.
+
+    Attributes:
+        after: seconds after which it is killed.
+        change: the number of the change to the disk at which `kind` happens to it, from 1.
+        file_limit: bytes above which no file can grow.
+    """
+
+    after: float | None = None
+    change: int | None = None
+    kind: Literal["kill", "full"] = "kill"
+    file_limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a command ended: its exit code (negative: a signal), output, time, peak memory, and changes to the disk."""
+
+    code: int
+    output: str
+    seconds: float
+    megabytes: float
+    changes: int
+
+    @property
+    def clean(self) -> bool:
+        """Whether it ended as a command may: well, or with a message for the user."""
+        return self.code in (0, 2) and "Traceback" not in self.output
+
+
+def prepare() -> None:
+    """Import what commands need; nothing is computed, so that no thread is lost in the forks."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    rooms = (
+        "stages.build",
+        "stages.sweep",
+        "stages.suites",
+        "stages.export",
+        "cli",
+        "reporting.explain",
+        "reporting.page",
+    )
+    for module in ("sklearn.feature_extraction.text", "gguf", *(f"expertprune.{name}" for name in rooms)):
+        importlib.import_module(module)
+    transformers = importlib.import_module("transformers")
+    for name in ("AutoModelForCausalLM", "AutoTokenizer", "LlamaForCausalLM", "PreTrainedTokenizerFast"):
+        getattr(transformers, name)
+
+
+@dataclass(frozen=True)
+class Started:
+    """A command that runs, and where its output and its count of changes go."""
+
+    pid: int
+    begun: float
+    folder: Path
+
+
+def start(arguments: list[str], store: Path, temporary: Path, disturbed: Disturbance | None = None) -> Started:
+    """Start a command in a child."""
+    folder = Path(tempfile.mkdtemp(prefix="torture-"))
+    (folder / "output").touch()
+    begun = time.monotonic()
+    pid = os.fork()
+    if pid == 0:
+        _child(arguments, store, temporary, disturbed or Disturbance(), folder)
+    return Started(pid, begun, folder)
+
+
+def finish(started: Started, kill_after: float | None = None) -> Finished:
+    """Wait for a command, kill it where that is wanted, and read what it left."""
+    limit = GIVEN_UP if kill_after is None else kill_after
+    while True:
+        pid, status, used = os.wait4(started.pid, os.WNOHANG)
+        if pid:
+            break
+        if time.monotonic() - started.begun > limit:
+            os.kill(started.pid, signal.SIGKILL)
+            limit = float("inf")
+        time.sleep(0.002)
+    seconds = time.monotonic() - started.begun
+    output = (started.folder / "output").read_text(errors="replace")
+    counted = started.folder / "changes"
+    changes = counted.stat().st_size if counted.exists() else 0
+    for path in started.folder.iterdir():
+        path.unlink()
+    started.folder.rmdir()
+    return Finished(os.waitstatus_to_exitcode(status), output, seconds, used.ru_maxrss / 1024, changes)
+
+
+def run(arguments: list[str], store: Path, temporary: Path, disturbed: Disturbance | None = None) -> Finished:
+    """A command from its start to its end."""
+    started = start(arguments, store, temporary, disturbed)
+    return finish(started, disturbed.after if disturbed is not None else None)
+
+
+def _child(arguments: list[str], store: Path, temporary: Path, disturbed: Disturbance, folder: Path) -> NoReturn:
+    code = 70
+    try:
+        output = os.open(folder / "output", os.O_WRONLY)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.environ |= {"EXPERTPRUNE_STORE": str(store), "TMPDIR": str(temporary)}
+        tempfile.tempdir = str(temporary)
+        if disturbed.file_limit is not None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (disturbed.file_limit,) * 2)
+        _watch(os.open(folder / "changes", os.O_WRONLY | os.O_CREAT), disturbed)
+        from expertprune.cli import main
+
+        main(arguments, prog_name="expertprune")
+    except SystemExit as exit_:
+        code = exit_.code if isinstance(exit_.code, int) else 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _watch(counter: int, disturbed: Disturbance) -> None:
+    """Count changes to the disk, one byte each in a file, and disturb the command at the chosen one."""
+    from expertprune.files import staging
+
+    count = 0
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal count
+        written = (
+            event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        )
+        if event not in CHANGES and not written:
+            return
+        if written and not str(arguments[0]).startswith("/tmp"):
+            return  # devices, pipes
+        count += 1
+        os.write(counter, b"x")
+        if count == disturbed.change:
+            if disturbed.kind == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(arguments[0]))
+
+    def swapped(one: Path, other: Path) -> bool:  # the swap itself passes by Python's audit
+        sys.audit("os.rename", str(one), str(other), -1, -1)
+        done = exchange(one, other)
+        sys.audit("os.rename", str(one), str(other), -1, -1)
+        return done
+
+    exchange, staging.exchange = staging.exchange, swapped
+    sys.addaudithook(hook)

@@ -1,0 +1,70 @@
+"""Files and folders: written whole or not at all, read within limits, digests, disk room, and what ships."""
+
+from expertprune.files.digests import digest_of
+from expertprune.files.keeping import HOLDINGS, Held, duration, holdings, prune_store, remove_all_leftovers
+from expertprune.files.outputs import (
+    EXPERT,
+    GENERATOR,
+    GGUF,
+    PAGE,
+    PICTURE,
+    PLAN,
+    Kind,
+    check_inputs,
+    check_output,
+    check_parent,
+)
+from expertprune.files.ownership import (
+    age,
+    disk_errors,
+    locked,
+    machine,
+    one_at_a_time,
+    remove_leftovers,
+    scratch_folder,
+    temporary_folder,
+    working_folder,
+)
+from expertprune.files.places import (
+    EXPERT_FILE,
+    MEMORY_VARIABLE,
+    SPOOL_VARIABLE,
+    folder_size,
+    require_room,
+    shipped,
+    store_folder,
+    user_path,
+)
+from expertprune.files.reading import (
+    as_model,
+    not_a_file,
+    opened,
+    parse_json,
+    parse_yaml,
+    read_bytes,
+    read_json,
+    read_model,
+    read_object,
+    read_text,
+    read_yaml,
+)
+from expertprune.files.staging import (
+    file_digest,
+    staged_file,
+    staged_folder,
+    staged_output,
+    to_json,
+    write_file,
+    write_json,
+)
+from expertprune.files.validation import problems_of
+
+__all__ = [
+    "EXPERT", "EXPERT_FILE", "GENERATOR", "GGUF", "HOLDINGS", "MEMORY_VARIABLE", "PAGE", "PICTURE", "PLAN",
+    "SPOOL_VARIABLE", "Held", "Kind", "age", "as_model", "check_inputs", "check_output", "check_parent",
+    "digest_of", "disk_errors", "duration", "file_digest", "folder_size", "holdings", "locked", "machine", "not_a_file",
+    "one_at_a_time", "opened", "parse_json", "parse_yaml", "problems_of", "prune_store", "read_bytes", "read_json",
+    "read_model", "read_object", "read_text", "read_yaml", "remove_all_leftovers", "remove_leftovers",
+    "require_room", "scratch_folder", "shipped", "staged_file", "staged_folder", "staged_output", "store_folder",
+    "temporary_folder", "to_json", "user_path", "working_folder", "write_file", "write_json",
+]  # fmt: skip

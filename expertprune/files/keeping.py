@@ -1,0 +1,81 @@
+"""What the store holds, what of it is old, and leftovers of killed commands."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from expertprune.errors import UsageError
+from expertprune.files.ownership import Lock, locked, remove_leftovers
+from expertprune.files.places import folder_size
+
+# The store's folders, and what is in them. Everything can be made again.
+HOLDINGS = {
+    "profiles": "statistics of a base on a corpus",
+    "evaluations": "a base's answers to tasks",
+    "sweeps": "points of sweeps",
+    "repairs": "unfinished repairs, to go on from",
+    "bases": "GGUF files converted to safetensors",
+    "gguf": "bundled models joined from several packages",
+    "digests": "digests of files, by path and time",
+    "places": "where bases and corpora of experts lie",
+    "logs": "logs of vLLM",
+}
+
+
+@dataclass(frozen=True)
+class Held:
+    """One entry of the store; `unused` is seconds since it was last written or read."""
+
+    kind: str
+    path: Path
+    bytes: int
+    unused: float
+
+
+def holdings(store: Path) -> Iterator[Held]:
+    """Every entry of the store."""
+    for kind in HOLDINGS:
+        for path in sorted((store / kind).glob("[!.]*")) if (store / kind).is_dir() else ():
+            files = [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path]
+            used = max(
+                (max(status.st_mtime, status.st_atime) for status in (each.stat() for each in files)), default=0.0
+            )
+            size = folder_size(path) if path.is_dir() else path.stat().st_size
+            yield Held(kind, path, size, max(0.0, time.time() - used))
+
+
+def prune_store(store: Path, older_than: float) -> list[Held]:
+    """Remove what was not used for so many seconds, unless a command works in it; what went is returned."""
+    gone = []
+    for held in holdings(store):
+        if held.unused < older_than:
+            continue
+        with locked(held.path) as lock:
+            if lock is Lock.TAKEN:
+                continue
+            shutil.rmtree(held.path) if held.path.is_dir() else held.path.unlink(missing_ok=True)
+        gone.append(held)
+    return gone
+
+
+def remove_all_leftovers(store: Path) -> None:
+    """Remove what killed commands left in the store and among temporary files."""
+    for folder in (Path(tempfile.gettempdir()), *(store / kind for kind in HOLDINGS)):
+        remove_leftovers(folder)
+
+
+_UNITS = {"h": 3600.0, "d": 24 * 3600.0, "w": 7 * 24 * 3600.0}
+
+
+def duration(text: str) -> float:
+    """Seconds of `12h`, `30d` or `4w`. Raises `UsageError` for other text."""
+    found = re.fullmatch(r"(\d{1,6})([hdw])", text.strip())
+    if found is None:
+        raise UsageError(f"{text!r} is no time: give hours, days or weeks, such as 12h, 30d or 4w")
+    return int(found[1]) * _UNITS[found[2]]

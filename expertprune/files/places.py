@@ -1,0 +1,78 @@
+"""Where things lie: the store, what ships with the project, room on a disk, and paths that users write."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from platformdirs import user_cache_path
+
+from expertprune.errors import CheckpointError, UsageError
+
+STORE_VARIABLE = "EXPERTPRUNE_STORE"
+MEMORY_VARIABLE = "EXPERTPRUNE_MEMORY"
+SPOOL_VARIABLE = "EXPERTPRUNE_SPOOL"
+EXPERT_FILE = "expertprune.json"  # what makes a folder an expert
+_LONGEST_PATH, _LONGEST_NAME = 4095, 255  # bytes, of Linux
+
+
+def store_folder(store: str | Path | None = None) -> Path:
+    """The folder of profiles: the argument, else `EXPERTPRUNE_STORE`, else the user's cache.
+
+    Raises:
+        UsageError: it cannot be the path of a folder.
+    """
+    try:
+        if store is not None:
+            return user_path(str(store))
+        if os.environ.get(STORE_VARIABLE):
+            return user_path(os.environ[STORE_VARIABLE])
+    except ValueError as error:
+        raise UsageError(f"the store: {error}") from None
+    return Path(user_cache_path("expertprune"))
+
+
+def user_path(text: str) -> Path:
+    """A path that a user wrote, with `~` replaced by the home folder.
+
+    Raises:
+        ValueError: no file can have that path: a NUL, a name that is too long, an unknown user.
+    """
+    try:
+        path = Path(text).expanduser()
+        written = os.fsencode(path)
+    except RuntimeError:
+        raise ValueError(f"{text!r}: the home folder of this user is not known; write the whole path") from None
+    except UnicodeEncodeError:
+        raise ValueError(f"{text!r} is no path: it holds half of a character") from None
+    if b"\0" in written:
+        raise ValueError(f"{text!r} is no path: it holds a NUL")
+    if len(written) > _LONGEST_PATH or any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts):
+        raise ValueError(f"{text[:40]!r}... is no path: it is too long")
+    return path
+
+
+def shipped(folder: str) -> Path:
+    """A folder that ships with the project (`corpora` or `profiles`), in a wheel or a clone."""
+    package = Path(__file__).parent.parent
+    installed = package / "_shipped" / folder
+    return installed if installed.is_dir() else package.parent / folder
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def require_room(folder: Path, needed: int) -> None:
+    """Raises `CheckpointError` unless the disk of `folder` has `needed` bytes free."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise CheckpointError(
+            f"{folder}: needs {needed / 2**20:,.0f} MiB of disk, {free / 2**20:,.0f} MiB are free; "
+            "free some, or choose a folder on another disk"
+        )

@@ -1,0 +1,299 @@
+"""Files that no program should choke on: each is refused in a line that names it, soon, without a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from expertprune.corpora.reading import read_questions
+from expertprune.errors import CheckpointError, SpecError
+from expertprune.models.gguf.reading import header_of
+from tests.calling import call, call_json
+
+Data = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def soon() -> Iterator[None]:
+    """A refusal takes no more than five seconds, whatever is written in the file."""
+    begun = time.monotonic()
+    yield
+    assert time.monotonic() - begun < 20  # the imports and the machine's other work included
+
+
+def refused(*arguments: Any) -> str:
+    message = call(*arguments, code=2).stderr
+    assert "error: " in message.lower()
+    return message
+
+
+def written(folder: Path, data: Data) -> Path:
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+# --- YAML -----------------------------------------------------------------------------------------------------------
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{after}: &{after} [{', '.join([f'*{before}'] * 10)}]\n"
+    for before, after in zip("abcdefgh", "bcdefghi", strict=True)
+)
+YAMLS = {
+    "digits": (f"calibration: {{seed: {'9' * 5000}}}", "not valid YAML"),
+    "large": (f"calibration: {{seed: {'9' * 23}}}", "too large"),
+    "not a number": ("budget: {ffn: .nan}", "budget.ffn: nan is not a number"),
+    "infinite": ("budget: {ffn: .inf}", "budget.ffn: inf is not a number"),
+    "no integer": ("budget: {ffn: !!int abc}", "not valid YAML"),
+    "no date": ("budget: {ffn: 2024-13-45}", "not valid YAML"),
+    "no boolean": ("budget: !!bool maybe", "not valid YAML"),
+    "no time": ("budget: !!timestamp soon", "not valid YAML"),
+    "no bytes": ("budget: !!binary 'ä'", "not valid YAML"),
+    "laughs": (LAUGHS, "aliases"),
+    "deep": ("a: " + "[" * 5000, "nested too deeply"),
+    "deep and closed": ("a: " + "[" * 70 + "]" * 70, "nested too deeply"),
+    "half a character": ('name: "\\ud800"', "half of a character"),
+    "long": ("# " + "x" * 300_000, "larger than"),
+    "python": ("name: !!python/object/apply:os.system ['true']", "not valid YAML"),
+}
+
+
+@pytest.mark.parametrize("case", YAMLS)
+def test_a_spec_of_hostile_yaml(tmp_path: Path, case: str) -> None:
+    content, words = YAMLS[case]
+    path = tmp_path / "mine.yaml"
+    path.write_text(content)
+    message = refused("validate", path)
+    assert str(path) in message
+    assert words in message
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "1e400"])
+def test_no_key_takes_a_number_that_is_none(spec_file: Path, value: str) -> None:
+    for key in ("budget.ffn", "budget.floor", "compensation.damping", "compose.fusion.lambda", "budget.parameters"):
+        assert "Traceback" not in refused("validate", spec_file, "--set", f"{key}={value}")
+
+
+PATHS = {"a\0b": "NUL", "~nosuchuser/model": "home folder", "n" * 300: "too long", "/".join(["n"] * 3000): "too long"}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("key", ["base.model", "corpora.catalogue", "corpora.sources.medical.path"])
+def test_a_path_that_is_none(tmp_path: Path, spec_data: Data, key: str, path: str) -> None:
+    spec_data["base"] = {"model": spec_data["base"]}
+    *parents, last = key.split(".")
+    inner = spec_data
+    for parent in parents:
+        inner = inner[parent]
+    inner[last] = path
+    message = refused("validate", written(tmp_path, spec_data))
+    assert key in message
+    assert PATHS[path] in message
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "folder", "device"])
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path, spec_data: Data, kind: str) -> None:
+    path = tmp_path / "mine.jsonl"
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero")
+    assert f"it is a {kind}, not a file" in refused("validate", path)
+    assert f"it is a {kind}, not a file" in refused("prune", path, "--out", tmp_path / "out")
+    spec_data["corpora"]["sources"]["medical"]["path"] = str(path)
+    assert f"it is a {kind}, not a file" in refused("validate", written(tmp_path, spec_data))
+
+
+# --- corpora --------------------------------------------------------------------------------------------------------
+
+ROWS = {
+    "deep": ('{"text": ' + "[" * 5000 + "]" * 5000 + "}", "nested too deeply"),
+    "half a character": ('{"text": "the \\ud800 heart"}', "half of a character"),
+    "digits": (f'{{"text": {"9" * 5000}}}', "not valid JSON"),
+    "not a number": ('{"text": NaN}', "NaN is no number of JSON"),
+    "bytes": ("\udcff", "not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_a_corpus_of_hostile_json(tmp_path: Path, spec_data: Data, case: str) -> None:
+    content, words = ROWS[case]
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"text": "a heart"}\n' + content + "\n", errors="surrogateescape")
+    spec_data["corpora"]["sources"]["medical"]["path"] = str(path)
+    message = refused("validate", written(tmp_path, spec_data))
+    assert f"{path}, line 2: " in message
+    assert words in message
+
+
+def test_a_format_in_a_template_is_an_error(tmp_path: Path, spec_data: Data) -> None:
+    for template in ("{text:>9}", "{text!r}"):
+        spec_data["corpora"]["sources"]["medical"]["template"] = template
+        assert "text: formats, such as" in refused("validate", written(tmp_path, spec_data))
+
+
+def test_a_question_has_two_choices_or_more(tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"question": "is", "choices": ["the heart"], "answer": 0}\n')
+    with pytest.raises(SpecError, match="line 1: a question needs two choices or more"):
+        read_questions(path)
+
+
+# --- bases ----------------------------------------------------------------------------------------------------------
+
+CONFIGS: dict[str, tuple[Data, str]] = {
+    "architectures": (
+        {"architectures": "LlamaForCausalLM"},
+        "architectures: must be a list of names (found 'LlamaForCausalLM')",
+    ),
+    "architecture": ({"architectures": [3]}, "architectures: must be a list of names"),
+    "kind": ({"model_type": ["llama"]}, "model_type: must be a name"),
+    "layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, and the weights have no more than"),
+    "width": ({"hidden_size": 2**40}, "hidden_size is"),
+    "rows": ({"vocab_size": 2**40}, "vocab_size is"),
+    "no rows": ({"vocab_size": "64"}, "config.json"),
+    "text": ({"hidden_size": "24"}, "must be a positive whole number"),
+    "yes": ({"num_attention_heads": True}, "must be a positive whole number"),
+    "rope": ({"rope_parameters": [1]}, "config.json"),
+    "digits": ({"rms_norm_eps": 10**30}, "too large"),
+    "context": ({"max_position_embeddings": "long"}, "config.json"),
+    "window": ({"sliding_window": {}, "tie_word_embeddings": "no"}, "config.json"),
+}
+
+
+@pytest.fixture
+def base(tmp_path: Path, tiny_llama: Path, spec_data: Data) -> Path:
+    """A copy of the base that may be damaged, and which the spec names."""
+    spec_data["base"] = str(shutil.copytree(tiny_llama, tmp_path / "base"))
+    return tmp_path / "base"
+
+
+def changed(path: Path, change: Callable[[Any], Any]) -> None:
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps(change(data) or data))
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_config_of_wrong_types_and_sizes(tmp_path: Path, base: Path, spec_data: Data, case: str) -> None:
+    changes, words = CONFIGS[case]
+    changed(base / "config.json", lambda data: data | changes)
+    assert words in refused("validate", written(tmp_path, spec_data))
+
+
+TOKENIZERS: dict[str, Callable[[Any], Any]] = {
+    "list": lambda data: [data],
+    "model": lambda data: data | {"model": []},
+    "ids": lambda data: data["model"].update(vocab=dict.fromkeys(data["model"]["vocab"], "0")),
+    "added": lambda data: data | {"added_tokens": {"id": "x"}},
+    "post": lambda data: data | {"post_processor": {"type": "TemplateProcessing", "single": [{"Nothing": 0}]}},
+    "beyond": lambda data: data["model"].update(vocab={k: v + 60 for k, v in data["model"]["vocab"].items()}),
+}
+
+
+@pytest.mark.parametrize("case", TOKENIZERS)
+def test_a_tokenizer_of_wrong_types_or_ids(tmp_path: Path, base: Path, spec_data: Data, case: str) -> None:
+    changed(base / "tokenizer.json", TOKENIZERS[case])
+    message = refused("validate", written(tmp_path, spec_data))
+    assert ("the model's vocabulary has 64 rows" if case == "beyond" else "tokenizer") in message
+
+
+@pytest.mark.parametrize("listed", [[], {"weight_map": []}, {"weight_map": {"a": 3}}, {"weight_map": {"a": "../b"}}])
+def test_an_index_of_wrong_types(tmp_path: Path, base: Path, spec_data: Data, listed: Any) -> None:
+    (base / "model.safetensors.index.json").write_text(json.dumps(listed))
+    assert "model.safetensors.index.json" in refused("validate", written(tmp_path, spec_data))
+
+
+def poison(folder: Path, tensor: str, row: int | None) -> None:
+    """Put NaN into a row of a tensor, or into all of it."""
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        if tensor in tensors:
+            tensors[tensor][slice(None) if row is None else row] = torch.nan
+            save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_a_row_that_is_not_finite_is_an_error_though_no_text_uses_it(
+    tmp_path: Path, base: Path, spec_data: Data
+) -> None:
+    poison(base, "model.embed_tokens.weight", 2)  # <unk>
+    message = refused("build", written(tmp_path, spec_data), "--out", tmp_path / "expert")
+    assert "model.embed_tokens.weight holds values that are not finite" in message
+    assert not (tmp_path / "expert").exists()
+
+
+def test_a_gguf_file_that_promises_more_than_it_has(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF\x03\0\0\0" + (2**60).to_bytes(8, "little") * 2 + b"\0" * 1000)
+    with pytest.raises(CheckpointError, match="shorter than its header says"):
+        header_of(path)
+
+
+# --- plans and experts ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def expert(tiny_build: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("EXPERTPRUNE_STORE", str(tiny_build[1]))
+    return Path(shutil.copytree(tiny_build[0], tmp_path / "expert"))
+
+
+PLANS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "range": (lambda data: data["layers"][0]["kept"].update(ffn="0-999999999999"), "there are only 32"),
+    "width": (lambda data: data["layers"][0]["of"].update(ffn=10**12), "layers.0.of.ffn"),
+    "no heads": (lambda data: data["layers"][0]["of"].update(kv_heads=0), "layers.0.of.kv_heads"),
+    "heads": (lambda data: data["layers"][0]["of"].update(kv_heads=4), "are no multiple of"),
+    "nothing": (lambda data: data["parameters"].update(before=0), "parameters.before"),
+    "first": (lambda data: data["layers"].pop(0), "layer 1 stands where layer 0 belongs"),
+    "last": (lambda data: data["layers"].pop(), "was edited: its 2 layers are not the 3 of"),
+    "spec": (lambda data: data.update(spec={"name": 3}), "error"),
+}
+
+
+@pytest.mark.parametrize("case", PLANS)
+def test_a_plan_of_wrong_types_and_sizes(tmp_path: Path, spec_data: Data, case: str) -> None:
+    change, words = PLANS[case]
+    data = {**spec_data, "relevance": "magnitude", "compensation": "none"}
+    call("compose", written(tmp_path, data), "--out", tmp_path / "plan.json")
+    changed(tmp_path / "plan.json", lambda plan: change(plan) and None)
+    assert words in refused("prune", tmp_path / "plan.json", "--out", tmp_path / "expert")
+    if case == "spec":
+        refused("inspect", tmp_path / "plan.json")
+
+
+def test_an_expert_with_truncated_weights(expert: Path) -> None:
+    path = sorted(expert.glob("*.safetensors"))[0]
+    path.write_bytes(path.read_bytes()[:-50])
+    assert str(expert) in refused("evaluate", expert)
+
+
+def test_an_expert_of_damaged_numbers(expert: Path) -> None:
+    poison(expert, "model.norm.weight", None)
+    assert "the expert gives values that are not finite" in refused("evaluate", expert)
+
+
+def test_a_corpus_that_predicts_nothing(tmp_path: Path, spec_data: Data) -> None:
+    path = tmp_path / "short.jsonl"
+    path.write_text('{"text": "a"}\n')
+    spec_data["corpora"]["sources"]["qa"]["evaluation"] = str(path)
+    message = refused("build", written(tmp_path, spec_data), "--out", tmp_path / "expert")
+    assert "corpus task/qa: every evaluation document is shorter than two tokens" in message
+
+
+def test_the_report_of_an_expert_with_one_corpus(tmp_path: Path, spec_data: Data) -> None:
+    """There is nothing that its profile could be compared with."""
+    data = {**spec_data, "dimensions": {"language": "en"}, "general": [], "evaluate": {"enabled": False}}
+    call("build", written(tmp_path, data), "--out", tmp_path / "expert")
+    found = call_json("report", tmp_path / "expert")["experts"][0]
+    assert found["name"] == "tiny"

@@ -1,0 +1,121 @@
+"""No command replaces what it was not told to replace, and none writes over what it reads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import expertprune
+from tests.calling import call
+from tests.patching import everywhere
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(folder: Path, *arguments: Any) -> str:
+    """The message of a command that changes nothing in a folder."""
+    before = contents(folder)
+    message = call(*arguments, code=2).stderr
+    assert contents(folder) == before
+    return message
+
+
+@pytest.fixture
+def expert(tiny_build: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the evaluated tiny expert; its profiles are in the store."""
+    monkeypatch.setenv("EXPERTPRUNE_STORE", str(tiny_build[1]))
+    return Path(shutil.copytree(tiny_build[0], tmp_path / "expert"))
+
+
+def test_a_build_never_replaces_its_base_or_the_base_of_its_base(
+    tmp_path: Path, spec_data: dict[str, Any], tiny_llama: Path
+) -> None:
+    """Nor a folder in which one of its corpora lies."""
+    cuts_nothing = {"budget": {"ffn": 0}, "relevance": "random", "compensation": "none", "evaluate": {"enabled": False}}
+    bases = {"first": tiny_llama, "second": tmp_path / "first", "third": tmp_path / "second"}
+    for name, base in bases.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**spec_data, **cuts_nothing, "base": str(base)}))
+        if name != "third":
+            expertprune.build(tmp_path / f"{name}.yaml", tmp_path / name)
+    third = tmp_path / "third.yaml"
+    for out in ("first", "second"):
+        message = refused(tmp_path, "build", third, "--out", tmp_path / out, "--overwrite")
+        assert "the command reads" in message
+        assert str(tmp_path / out) in message
+    data = yaml.safe_load(third.read_text())
+    shutil.copytree(tmp_path / "first", tmp_path / "other")
+    source = data["corpora"]["sources"]["medical"]
+    source["path"] = str(shutil.copy(source["path"], tmp_path / "other"))
+    third.write_text(yaml.safe_dump(data))
+    assert "the command reads" in refused(tmp_path, "build", third, "--out", tmp_path / "other", "--overwrite")
+
+
+def test_a_plan_never_replaces_what_is_no_plan(tmp_path: Path, spec_file: Path) -> None:
+    composed = ("compose", spec_file, "--out")
+    (tmp_path / "notes.txt").write_text("precious")
+    assert "the command reads" in refused(tmp_path, *composed, spec_file, "--overwrite")
+    assert "exists; choose another --out" in refused(tmp_path, *composed, tmp_path / "notes.txt")
+    assert "is no plan" in refused(tmp_path, *composed, tmp_path / "notes.txt", "--overwrite")
+    call(*composed, tmp_path / "plan.json")
+    assert "exists; choose another --out" in refused(tmp_path, *composed, tmp_path / "plan.json")
+    call(*composed, tmp_path / "plan.json", "--overwrite", "--set", "budget.ffn=0.5")
+    assert json.loads((tmp_path / "plan.json").read_text())["spec"]["budget"]["ffn"] == 0.5
+
+
+def test_an_export_and_a_report_never_replace_what_is_none(expert: Path) -> None:
+    config = expert / "config.json"
+    assert "exists" in refused(expert, "export", expert, "--out", config)
+    assert "is no GGUF file" in refused(expert, "export", expert, "--out", config, "--overwrite")
+    page = expert.with_name("mine.html")
+    page.write_text("<p>precious")
+    for options, words in (((), "exists"), (("--overwrite",), "is no page of expertprune")):
+        assert words in refused(expert.parent, "report", expert, "--out", page, *options)
+    call("report", expert)
+    call("report", expert)  # its own page is made anew
+    (expert / "report.html").write_text("<p>precious")
+    assert "is no page of expertprune" in refused(expert, "report", expert)
+
+
+def test_a_picture_never_replaces_what_is_none(tmp_path: Path, spec_file: Path) -> None:
+    picture = tmp_path / "overlap.svg"
+    picture.write_text("precious")
+    compared = ("compare", spec_file, "--picture", picture)
+    for options, words in (((), "exists; choose another --picture"), (("--overwrite",), "is no picture")):
+        assert words in refused(tmp_path, *compared, *options)
+    picture.write_text("<svg>")
+    call(*compared, "--overwrite")
+    assert len(picture.read_text()) > 1000
+
+
+def test_an_output_that_cannot_be_written_is_found_before_the_work(
+    tmp_path: Path, spec_file: Path, no_model: None
+) -> None:
+    long = "n" * 256
+    for command, out in (("build", long), ("compose", long), ("compare", f"{long}.svg"), ("sweep", f"{long}.svg")):
+        budgets = ("--budgets", "0.25") if command == "sweep" else ()
+        option = "--out" if command in ("build", "compose") else "--picture"
+        message = refused(tmp_path, command, spec_file, option, tmp_path / out, *budgets)
+        assert "File name too long" in message
+
+
+def test_an_evaluation_is_never_written_into_another_expert(expert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that took the place of the measured one meanwhile, as a build with --overwrite does."""
+    other = json.loads((expert / "expertprune.json").read_text())
+    other["plan"]["profiles"] = {}
+    written = json.dumps(other)
+
+    def measured(*arguments: Any, **options: Any) -> Any:
+        result = original(*arguments, **options)
+        (expert / "expertprune.json").write_text(written)
+        return result
+
+    original = everywhere(monkeypatch, "expertprune.stages.evaluate.measure_folder", measured)
+    assert "another expert took its place" in call("evaluate", expert, code=2).stderr
+    assert (expert / "expertprune.json").read_text() == written

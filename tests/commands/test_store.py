@@ -1,0 +1,63 @@
+"""The store is shown and emptied, and any command removes what killed ones left."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from expertprune.files import machine
+from tests.calling import call, call_json
+
+DAY = 24 * 3600
+
+
+def entry(store: Path, name: str, size: int, days: float) -> Path:
+    """A file of the store that was not used for some days."""
+    path = store / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x" * size)
+    os.utime(path, (time.time() - days * DAY,) * 2)
+    return path
+
+
+def test_the_store_is_shown_and_what_is_old_is_removed(store: Path) -> None:
+    old = entry(store, "profiles/a.safetensors", 100, 40)
+    base = entry(store, "bases/model-0123/model.safetensors", 1000, 31)
+    new = entry(store, "profiles/b.safetensors", 10, 2)
+    read = entry(store, "evaluations/c.json", 5, 50)
+    os.utime(read, (time.time() - DAY, time.time() - 50 * DAY))  # written long ago, read yesterday
+    foreign = entry(store, "mine/thesis.txt", 7, 400)
+    shown = call_json("store")
+    assert {each["kind"]: (each["entries"], each["bytes"]) for each in shown["holds"]} == {
+        "profiles": (2, 110), "bases": (1, 1000), "evaluations": (1, 5)
+    }  # fmt: skip
+    assert shown["bytes"] == 1115
+    gone = call_json("store", "prune", "--older-than", "30d")
+    assert gone["bytes"] == 1100
+    assert not old.exists()
+    assert not base.parent.exists()
+    assert new.exists()
+    assert read.exists()
+    call("store", "prune", "--older-than", "0d")
+    assert not new.exists()
+    assert foreign.exists()
+    assert "holds nothing" in call("store").stdout
+    for text in ("30", "d", "-1d", "soon"):
+        assert "is no time" in call("store", "prune", "--older-than", text, code=2).stderr
+
+
+def test_any_command_removes_what_killed_ones_left(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left = [tmp_path / f".expertprune.{machine()}-0123abcd.partial",
+            store / "profiles" / f".x.safetensors.{machine()}-0123abcd.partial"]  # fmt: skip
+    for folder in left:
+        folder.mkdir(parents=True)
+        (folder / "half").write_text("x")
+    call("list", "criteria")
+    assert [folder.exists() for folder in left] == [False, False]

@@ -1,0 +1,108 @@
+"""Tasks on a Ray cluster of two nodes on this machine: the local engine's numbers, also when a node is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import expertprune
+from expertprune.engine.cluster import Cluster
+from expertprune.errors import UsageError
+from expertprune.progress import Standing
+from tests.calling import call
+from tests.engine.test_team import check_same
+
+
+@pytest.fixture
+def spec_file(tmp_path: Path, spec_data: dict[str, Any]) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**spec_data, "evaluate": {"documents": 2}}))
+    return path
+
+
+def test_ray_that_is_not_installed_or_not_there_is_one_line(
+    spec_file: Path, no_model: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["sweep", spec_file, "--budgets", "0.5", "--engine", "ray"]
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert "run: pip install 'expertprune[ray]'" in call(*arguments, code=2).stderr
+
+
+def test_an_address_where_nobody_listens_is_one_line(spec_file: Path, no_model: None) -> None:
+    pytest.importorskip("ray")
+    arguments = ["sweep", spec_file, "--budgets", "0.5", "--engine", "ray", "--address", "127.0.0.1:1"]
+    assert "no Ray cluster answers at 127.0.0.1:1" in call(*arguments, code=2).stderr
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Any]:
+    """A head that runs no tasks, and two nodes of one CPU each."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster as Nodes
+
+    found = Nodes(initialize_head=True, head_node_args={"num_cpus": 0})
+    found.workers = [found.add_node(num_cpus=1) for _ in range(2)]
+    yield found
+    found.shutdown()
+
+
+@pytest.mark.slow
+def test_a_sweep_survives_a_node_and_gives_the_local_numbers(
+    tmp_path: Path, spec_file: Path, store: Path, nodes: Any
+) -> None:
+    """A node is killed when the first profile is there. What was finished by then is not done again."""
+    budgets = [0.25, 0.5, 0.75]
+    shared, standings = tmp_path / "shared", []
+    before: dict[Path, int] = {}
+
+    class Killing(Cluster):
+        def run(self, tasks: Any, track: Any, finished: Any = None) -> None:
+            def kill_once() -> None:
+                if not before:
+                    before.update(
+                        {path: path.stat().st_ino for path in (shared / "profiles").glob("[!.]*.safetensors")}
+                    )
+                    nodes.remove_node(nodes.workers.pop(), allow_graceful=False)
+
+            super().run(tasks, track, kill_once)
+
+    def board(names: Any) -> Any:
+        return contextlib.nullcontext(lambda name, standing: standings.append((name, standing)))
+
+    with Killing(address=nodes.address, cpus=1, board=board) as engine:
+        found = expertprune.sweep(spec_file, budgets, store=shared, engine=engine)
+    assert found.document() == expertprune.sweep(spec_file, budgets, store=store).document()
+    assert before
+    assert {path: path.stat().st_ino for path in before} == before
+    assert {name for name, standing in standings if standing == Standing("done", 1, 1)} == {
+        "profile language/en", "profile domain/medical", "profile task/qa", "profile general/general",
+        "budget 0.25", "budget 0.5", "budget 0.75",
+    }  # fmt: skip
+    again = expertprune.sweep(spec_file, budgets, store=shared)
+    assert json.dumps(again.document()) == json.dumps(found.document())
+
+
+@pytest.mark.slow
+def test_a_team_is_a_placement_group(tmp_path: Path, spec_data: dict[str, Any], nodes: Any) -> None:
+    """One corpus: a team for its profile, and one for the expert."""
+    spec_file = tmp_path / "tiny.yaml"
+    spec_file.write_text(yaml.safe_dump({**spec_data, "dimensions": {"domain": "medical"}, "general": []}))
+    while len(nodes.workers) < 2:  # one was killed
+        nodes.workers.append(nodes.add_node(num_cpus=1))
+    expertprune.build(spec_file, tmp_path / "one")
+    with Cluster(address=nodes.address, cpus=1, members=2) as engine:
+        expertprune.build(spec_file, tmp_path / "team", store=tmp_path / "shared", engine=engine)
+    check_same(tmp_path / "one", tmp_path / "team")
+
+
+@pytest.mark.slow
+def test_what_no_node_has_is_refused(nodes: Any) -> None:
+    with pytest.raises(UsageError, match="no node of the cluster has 9 CPUs"), Cluster(nodes.address, cpus=9):
+        pass
