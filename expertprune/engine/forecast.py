@@ -150,12 +150,11 @@ class Forecaster:
             own = self._kept_states(text, kept)
             kept += own
             shared = own if work.gradient and not keeps else 0  # with the states before each layer
-            need = replace(need, states=need.states + kept - shared)
+            need = self._beside(need, kept - shared)
             yield self._stage(f"profile {name}", text.tokens, self._profile_seconds(name, text, keeps), need)
         along = work.evaluated.tokens if work.evaluated is not None and work.together else 0
         if work.repaired is not None:
-            need = repairing(self.sizes, work.repaired, graph, along)
-            need = replace(need, states=need.states + kept)
+            need = self._beside(repairing(self.sizes, work.repaired, graph, along), kept)
             seconds = self._repair_seconds(work.repaired, along, kept)
             yield self._stage("repair", work.repaired.tokens + along, seconds, need)
         yield self._stage("write", 0, self._write_seconds(), Need(4 * self.sizes.tensor))
@@ -178,8 +177,16 @@ class Forecaster:
         """Bytes that the profile of a text leaves for the repair, behind those that have left so many bytes."""
         if self.work.repaired is None or not self.work.keeps or self.streamed:
             return 0
-        left = int(SHARE * (self.limits.free(self.base.device) - self.weights)) - before
-        return keeping(self.sizes, text, self.work.repaired, self.rates.graph, self.work.gradient, left)
+        return keeping(self.sizes, text, self.work.repaired, self.work.gradient, self._room - before)
+
+    def _beside(self, need: Need, kept: int) -> Need:
+        """What a stage needs while so many bytes are kept for the repair, which give way where both do not fit."""
+        return replace(need, states=max(need.states, min(need.states + kept, self._room)))
+
+    @property
+    def _room(self) -> int:
+        """Bytes of hidden states that memory takes beside the weights."""
+        return int(SHARE * (self.limits.free(self.base.device) - self.weights))
 
     # --- seconds ----------------------------------------------------------------------------------------------------
 

@@ -179,7 +179,7 @@ def repairing(sizes: Sizes, text: Text, graph: float, passengers: int = 0) -> Ne
     return Need(max(solved, int(graph * text.batch)) + small, states)
 
 
-def keeping(sizes: Sizes, profiled: Text, repaired: Text, graph: float, gradient: bool, left: int) -> int:
+def keeping(sizes: Sizes, profiled: Text, repaired: Text, gradient: bool, left: int) -> int:
     """Bytes of the hidden states that the profile of a corpus leaves for the repair; 0 where memory has no room.
 
     Args:
@@ -187,7 +187,7 @@ def keeping(sizes: Sizes, profiled: Text, repaired: Text, graph: float, gradient
         left: what memory still takes of hidden states. The passes come first.
     """
     own = sizes.layers * sizes.states(profiled.tokens)
-    needed = profiling(sizes, profiled, graph, gradient, False) | repairing(sizes, repaired, graph)
+    needed = profiling(sizes, profiled, 0.0, gradient, False) | repairing(sizes, repaired, 0.0)
     return own if own + needed.states <= left else 0
 
 

@@ -73,7 +73,7 @@ class Repair:
         name: what a spec calls it.
         weights: its arguments are the job and a function to call after each layer. It yields full
             names of weights and their new values, in the pruned widths and the model's dtype. It
-            may ignore the job's passengers and what is unfinished.
+            may ignore the job's passengers, states and what is unfinished.
         runs_model: if off, `weights` is never called and no model is loaded for it.
     """
 

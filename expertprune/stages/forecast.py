@@ -18,7 +18,7 @@ from expertprune.evaluation.reading import Reading
 from expertprune.models.spool import Limits
 from expertprune.relevance import Pass
 from expertprune.spec.schema import Spec
-from expertprune.stages.profile import parts_lacking, parts_wanted, repairs
+from expertprune.stages.profile import is_repaired, parts_lacking, parts_wanted
 from expertprune.stages.validate import Prepared, SpecLike, validate
 
 
@@ -79,10 +79,10 @@ def _work(prepared: Prepared, stored: bool) -> Work:
         profiled=profiled,
         gradient=any(part.made_by is Pass.GRADIENT for part in parts),
         vocabulary=spec.budget.vocabulary is not None,
-        repaired=Text.of(prepared.repair_batches()) if repairs(spec) else None,
+        repaired=Text.of(prepared.repair_batches()) if is_repaired(spec) else None,
         keeps=team().size == 1,
         evaluated=evaluated,
-        together=repairs(spec) and spec.budget.vocabulary is None,
+        together=is_repaired(spec) and spec.budget.vocabulary is None,
         kept=1 - removed / before,
         written=base.checkpoint.dtype.itemsize * after,
     )

@@ -124,12 +124,12 @@ def _keep(prepared: Prepared, name: CorpusName, missing: Sequence[ProfilePart]) 
     Members of a team share out the repair's text in another way than a corpus.
     """
     running, spec, base = prepared.running, prepared.spec, prepared.base
-    if running.states is None or not repairs(spec) or team().size > 1 or is_streamed(running.model):
+    if running.states is None or not is_repaired(spec) or team().size > 1 or is_streamed(running.model):
         return keep_nothing
     batches, room = prepared.calibration[name].batches, source_of(running.model).room
     gradient = any(each.made_by is Pass.GRADIENT for each in missing)
-    repaired, graph = Text.of(prepared.repair_batches()), graph_estimate(base)
-    if not keeping(Sizes.of(base), Text.of(batches), repaired, graph, gradient, room.left):
+    repaired = Text.of(prepared.repair_batches())
+    if not keeping(Sizes.of(base), Text.of(batches), repaired, gradient, room.left):
         return keep_nothing
     return running.states.keeping(batches, prepared.repaired()[name], room)
 
@@ -157,7 +157,7 @@ def cuts_units(budget: Budget) -> bool:
     return any(getattr(budget, each.value) for each in Structure) or budget.overall or budget.retention is not None
 
 
-def repairs(spec: Spec) -> bool:
+def is_repaired(spec: Spec) -> bool:
     """Whether an expert is repaired by running the model."""
     return check_repair(spec.compensation.method).runs_model and cuts_units(spec.budget)
 

@@ -170,6 +170,9 @@ def test_states_that_profiles_leave_save_the_repair_runs_of_the_base(
     assert found.name == "repair"
     assert without.seconds - found.seconds == pytest.approx(corpora * 1000 * 3 * 1e-3)
     assert found.memory.host - without.memory.host == corpora * one
+    if corpora == 2:  # documents that are read meanwhile take their place
+        work = work_of(repaired=repaired, keeps=True, evaluated=Text(1600, 100, 50, 10))
+        assert forecaster(resident, work).forecast().memory.spool == 0
 
 
 def test_a_spool_takes_what_memory_does_not(base: ResolvedBase, free: Any, tmp_path: Path) -> None:
