@@ -32,19 +32,9 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 32,
 }
-LATENT = {
-    "num_key_value_heads": 4,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 32,
-    "kv_lora_rank": 512,
-}
 OWN_SIZES: dict[str, dict[str, Any]] = {
     # vLLM's class has no bias on the output projection of this family's attention, and drops one without a word.
     "qwen3": {"attention_bias": False},
-    "deepseek_v2": LATENT,
-    # What vLLM's class reads beside the keys that transformers reads.
-    "deepseek_v3": {**LATENT, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     # vLLM's class has no head of its own for this family.
     "gemma2": {"tie_word_embeddings": True},
 }
@@ -107,8 +97,9 @@ def expert_kinds(name: str) -> dict[str, list[dict[str, int]]]:
     return kinds
 
 
-# vLLM's CPU router leaves out the bias that corrects the choice of a softmax router without groups.
-NOT_ON_CPUS = {"ernie4_5_moe"}
+# Families that vLLM's CPU build cannot run as this test does: its router leaves out the bias that corrects the choice of a
+# softmax router without groups; its linear attention wants bfloat16; its latent attention knows one head size only.
+NOT_ON_CPUS = {"ernie4_5_moe", "qwen3_next", "deepseek_v2", "deepseek_v3"}
 EXPERTS = [(name, kind) for name in FAMILIES if name not in NOT_ON_CPUS for kind in expert_kinds(name)]
 CASES = [
     (*expert, route)
