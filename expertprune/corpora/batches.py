@@ -62,14 +62,13 @@ class Batch:
     def tokens(self) -> int:
         return sum(self.lengths)
 
-    def part(self, rows: slice) -> Batch:
+    def part(self, rows: Sequence[int]) -> Batch:
         """Some of the rows, no wider than the longest of them."""
-        lengths = self.lengths[rows]
+        rows = list(rows)
+        lengths, documents = (tuple(each[row] for row in rows) for each in (self.lengths, self.documents))
         width = max(lengths)
         answers = None if self.answers is None else self.answers[rows, :width]
-        return replace(
-            self, ids=self.ids[rows, :width], lengths=lengths, documents=self.documents[rows], answers=answers
-        )
+        return replace(self, ids=self.ids[rows, :width], lengths=lengths, documents=documents, answers=answers)
 
     @property
     def real(self) -> Tensor:
@@ -220,6 +219,26 @@ class CalibrationText:
         """Digest of what a pass reads: ids, answers and their weights; not how batches are cut."""
         weights = {batch.prompt_weight for batch in self.batches if batch.answers is not None}
         return digest_of([[[each.ids, each.answers] for each in self.tokens], sorted(weights)])
+
+
+def each_once(texts: Sequence[CalibrationText]) -> list[list[Batch | None]]:
+    """The batches of several texts, without windows that an earlier batch has; `None` where nothing is left.
+
+    They are the batches that are profiled, so a later pass can use what a profile has computed.
+    """
+    seen: set[Tokens] = set()
+    found = []
+    for text in texts:
+        own: list[Batch | None] = []
+        for batch in text.batches:
+            rows = []
+            for row, window in enumerate(text.tokens[document] for document in batch.documents):
+                if window not in seen:
+                    seen.add(window)
+                    rows.append(row)
+            own.append(batch if len(rows) == len(batch.documents) else batch.part(rows) if rows else None)
+        found.append(own)
+    return found
 
 
 def calibration_text(documents: Sequence[Document], tokenizer: Any, spec: Spec) -> CalibrationText:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from expertprune.engine.memory import (
     evaluating,
     fitting,
     gibibytes,
+    keeping,
     peak,
     profiling,
     repairing,
@@ -34,6 +35,7 @@ class Work:
         gradient: whether the criterion needs gradients of the loss.
         vocabulary: whether probabilities of tokens are wanted.
         repaired: text of the repair; `None` where there is none.
+        keeps: whether profiles leave hidden states for the repair, where there is room.
         evaluated: text that base and expert read.
         together: whether the evaluation's text goes along with the repair's.
         kept: of parameters that layers have, the part that stays.
@@ -44,6 +46,7 @@ class Work:
     gradient: bool
     vocabulary: bool
     repaired: Text | None
+    keeps: bool
     evaluated: Text | None
     together: bool
     kept: float
@@ -140,15 +143,20 @@ class Forecaster:
         return Forecast(self.streamed, tuple(stages), self.work.written + pending)
 
     def _stages(self) -> Iterator[Stage]:
-        work, graph = self.work, self.rates.graph
+        work, graph, kept = self.work, self.rates.graph, 0
         for name, text in work.profiled.items():
             keeps = self._keeps_graphs(text)
             need = profiling(self.sizes, text, graph, work.gradient, keeps)
+            own = self._kept_states(text, kept)
+            kept += own
+            shared = own if work.gradient and not keeps else 0  # with the states before each layer
+            need = self._beside(need, kept - shared)
             yield self._stage(f"profile {name}", text.tokens, self._profile_seconds(name, text, keeps), need)
         along = work.evaluated.tokens if work.evaluated is not None and work.together else 0
         if work.repaired is not None:
-            need = repairing(self.sizes, work.repaired, graph, along)
-            yield self._stage("repair", work.repaired.tokens + along, self._repair_seconds(work.repaired, along), need)
+            need = self._beside(repairing(self.sizes, work.repaired, graph, along), kept)
+            seconds = self._repair_seconds(work.repaired, along, kept)
+            yield self._stage("repair", work.repaired.tokens + along, seconds, need)
         yield self._stage("write", 0, self._write_seconds(), Need(4 * self.sizes.tensor))
         if work.evaluated is not None:
             need = evaluating(self.sizes, work.evaluated, graph)
@@ -164,6 +172,21 @@ class Forecaster:
         sums = 8 * text.documents * self.sizes.layers * (self.sizes.neurons + 2 * self.sizes.heads)
         left = self.limits.free(self.base.device) - self.weights
         return self.sizes.layers * self.rates.graph * text.batch + sums <= SHARE * left
+
+    def _kept_states(self, text: Text, before: int) -> int:
+        """Bytes that the profile of a text leaves for the repair, behind those that have left so many bytes."""
+        if self.work.repaired is None or not self.work.keeps or self.streamed:
+            return 0
+        return keeping(self.sizes, text, self.work.repaired, self.work.gradient, self._room - before)
+
+    def _beside(self, need: Need, kept: int) -> Need:
+        """What a stage needs while so many bytes are kept for the repair, which give way where both do not fit."""
+        return replace(need, states=max(need.states, min(need.states + kept, self._room)))
+
+    @property
+    def _room(self) -> int:
+        """Bytes of hidden states that memory takes beside the weights."""
+        return int(SHARE * (self.limits.free(self.base.device) - self.weights))
 
     # --- seconds ----------------------------------------------------------------------------------------------------
 
@@ -191,9 +214,11 @@ class Forecaster:
             return first + layers * rates.both + HEAD_BOTH * head
         return first + self._pass(layers * rates.forward) + self._pass(layers * rates.both) + HEAD_BOTH * head
 
-    def _repair_seconds(self, text: Text, along: int) -> float:
+    def _repair_seconds(self, text: Text, along: int, kept_states: int) -> float:
         sizes, rates = self.sizes, self.rates
-        layers = (text.tokens + along) * sizes.layers * rates.forward * (1 + self.work.kept)
+        watched = sizes.cut[1] or sizes.normed  # the base's layers run for more than their output
+        known = 0 if watched else min(text.tokens, kept_states // (sizes.layers * sizes.states(1)))
+        layers = ((text.tokens + along) * (1 + self.work.kept) - known) * sizes.layers * rates.forward
         solved = 0.0
         for kept, cut in zip(sizes.kept, sizes.cut, strict=True):
             if cut:

@@ -179,6 +179,18 @@ def repairing(sizes: Sizes, text: Text, graph: float, passengers: int = 0) -> Ne
     return Need(max(solved, int(graph * text.batch)) + small, states)
 
 
+def keeping(sizes: Sizes, profiled: Text, repaired: Text, gradient: bool, left: int) -> int:
+    """Bytes of the hidden states that the profile of a corpus leaves for the repair; 0 where memory has no room.
+
+    Args:
+        profiled, repaired: text of the corpus, and of the repair.
+        left: what memory still takes of hidden states. The passes come first.
+    """
+    own = sizes.layers * sizes.states(profiled.tokens)
+    needed = profiling(sizes, profiled, 0.0, gradient, False) | repairing(sizes, repaired, 0.0)
+    return own if own + needed.states <= left else 0
+
+
 def evaluating(sizes: Sizes, text: Text, graph: float) -> Need:
     """Base and expert read the same text in step, and predict its tokens."""
     return Need(

@@ -205,7 +205,7 @@ def _cut(batches: Sequence[Batch], wanted: int) -> list[Batch]:
             break
         largest = found.pop(max(sizes)[1])
         middle = len(largest.documents) // 2
-        found += [largest.part(slice(0, middle)), largest.part(slice(middle, None))]
+        found += [largest.part(range(middle)), largest.part(range(middle, len(largest.documents)))]
     return found
 
 

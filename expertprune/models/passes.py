@@ -21,6 +21,7 @@ from expertprune.corpora.batches import Batch, check_ids
 from expertprune.models.layers import LayerRecorder, decoder_layers, head_only, layers_replaced
 from expertprune.models.sources import LayerSource, source_of
 from expertprune.models.spool import Spool
+from expertprune.models.states import KeptStates
 from expertprune.progress import Progress
 from expertprune.units import LayerShape
 
@@ -90,6 +91,12 @@ class Stream:
             after = self.run(layer, index, number, before)
             self.hidden[number] = after.detach()
             yield Step(number, batch, before, after)
+
+    def move(self, layer: nn.Module, index: int, kept: KeptStates | None = None) -> None:
+        """Go behind a layer. It runs only the batches whose states behind it are not kept."""
+        for number, batch in enumerate(self.batches):
+            states = kept.behind(index, batch) if kept is not None else None
+            self.hidden[number] = self.run(layer, index, number) if states is None else states
 
 
 @dataclass(frozen=True)
@@ -192,8 +199,7 @@ class TextRun:
         """The stream behind the last layer."""
         stream = self.start()
         for index, layer in self.layers(progress):
-            for _ in stream.advance(layer, index):
-                pass
+            stream.move(layer, index)
         return stream
 
     def logits(self, batch: Batch, hidden: Tensor, until: int | None = None) -> Iterator[tuple[int, Tensor]]:

@@ -12,6 +12,7 @@ from expertprune.models.base import ResolvedBase
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.loading import load_model, load_tokenizer
 from expertprune.models.spool import Limits
+from expertprune.models.states import KeptStates
 from expertprune.models.streaming import load_streamed
 
 MARGIN = 0.7  # of what is free; the rest is for hidden states and the work on one batch
@@ -22,15 +23,27 @@ class RunningBase:
 
     The model's layers are resident or streamed, as the base says and memory allows. Run it with
     `TextRun`; only where `is_streamed(model)` is false can it be called as a whole.
+
+    Attributes:
+        states: where passes over calibration text leave hidden states for repairs; `None`: they leave none.
     """
 
     def __init__(self, base: ResolvedBase) -> None:
         self.base = base
+        self.states: KeptStates | None = None
 
     @property
     def loaded(self) -> bool:
         """Whether the model is in memory."""
         return "model" in vars(self)
+
+    def keep_states(self, lasting: bool = False) -> None:
+        """From now on, passes over calibration text leave hidden states for repairs, where there is room.
+
+        Args:
+            lasting: there will be several repairs.
+        """
+        self.states = KeptStates(lasting)
 
     @cached_property
     def model(self) -> Any:

@@ -53,8 +53,8 @@ class _Tier:
     def __init__(self, left: int, put: Callable[[Tensor], Tensor]) -> None:
         self.left, self.put = left, put
 
-    def hold(self, tensor: Tensor) -> _Held:
-        held = _Held(self.put(tensor))
+    def hold(self, tensor: Tensor) -> Held:
+        held = Held(self.put(tensor))
         self._change(-tensor.nbytes)
         weakref.finalize(held, self._change, tensor.nbytes)
         return held
@@ -63,7 +63,7 @@ class _Tier:
         self.left += size
 
 
-class _Held:
+class Held:
     """One tensor in a room. Its memory is free again when nothing refers to it."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -73,7 +73,7 @@ class _Held:
         return self._tensor
 
 
-class _HeldInFile(_Held):
+class _HeldInFile(Held):
     """A tensor in a file. Reading maps the file, so its pages are no memory of the process."""
 
     def __init__(self, path: Path, tensor: Tensor) -> None:
@@ -100,6 +100,8 @@ class Room:
         if device.type == "cuda":
             host = int(SHARE * self.limits.free(torch.device("cpu")))
             self._tiers.append(_Tier(host, lambda tensor: tensor.to("cpu").pin_memory()))
+        # Drops tensors that can be computed again, and says whether there were any.
+        self.give_way: Callable[[], bool] = lambda: False
         self._folder: Path | None = None
         self._numbers = itertools.count()
 
@@ -107,7 +109,16 @@ class Room:
         """Bytes that the device has free now."""
         return self.limits.free(self.device, self._taken)
 
-    def hold(self, tensor: Tensor) -> _Held:
+    @property
+    def left(self) -> int:
+        """Bytes of hidden states that memory still takes."""
+        return sum(tier.left for tier in self._tiers)
+
+    def in_memory(self, size: int) -> bool:
+        """Whether memory takes a tensor of so many bytes."""
+        return any(size <= tier.left for tier in self._tiers)
+
+    def hold(self, tensor: Tensor) -> Held:
         """Put a tensor away.
 
         Raises:
@@ -116,6 +127,8 @@ class Room:
         for tier in self._tiers:
             if tensor.nbytes <= tier.left:
                 return tier.hold(tensor)
+        if self.give_way():
+            return self.hold(tensor)
         if self.limits.spool is None:
             raise CheckpointError(
                 "hidden states between layers need more memory than is free: name a folder for them with --spool "
@@ -133,7 +146,7 @@ class Room:
             self._folder = stack.enter_context(scratch_folder(spool / "hidden-states"))
         return self._folder
 
-    def back(self, held: _Held) -> Tensor:
+    def back(self, held: Held) -> Tensor:
         """What was put away, on the device. It must not be changed in place."""
         return held.tensor().to(self.device, non_blocking=True)
 
@@ -141,7 +154,7 @@ class Room:
 class Spool:
     """Tensors by number, in a room; they come back on its device and are never changed in place."""
 
-    def __init__(self, room: Room, held: list[_Held] | None = None) -> None:
+    def __init__(self, room: Room, held: list[Held] | None = None) -> None:
         self.room, self._held = room, [] if held is None else held
 
     def append(self, tensor: Tensor) -> None:

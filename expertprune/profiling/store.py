@@ -19,6 +19,7 @@ from expertprune.engine.team import team
 from expertprune.files import digest_of, working_folder
 from expertprune.models.base import ResolvedBase
 from expertprune.models.passes import TextRun
+from expertprune.models.states import Keep, keep_nothing
 from expertprune.profiling.traversal import Traversal
 from expertprune.profiling.working import Working
 from expertprune.progress import Track, silent
@@ -82,7 +83,12 @@ def description(base: ResolvedBase, corpus: str, documents: Sequence[Document], 
 
 
 def measure(
-    text: TextRun, parts: Sequence[ProfilePart], path: Path, about: dict[str, Any], track: Track = silent
+    text: TextRun,
+    parts: Sequence[ProfilePart],
+    path: Path,
+    about: dict[str, Any],
+    track: Track = silent,
+    keep: Keep = keep_nothing,
 ) -> Profile:
     """Run text through the model once, and store the parts of a profile that this makes.
 
@@ -91,6 +97,7 @@ def measure(
     Args:
         path: of the profile (see `profile_path`).
         about: its `description`.
+        keep: see `Traversal`.
 
     Raises:
         CheckpointError: the pass gives numbers that are not finite, or the disk is full.
@@ -98,7 +105,7 @@ def measure(
     # A team starts a profile anew: its members would not have finished the same layers.
     alone = team().size == 1
     with working_folder(path.with_name(f".{path.stem}.working")) if alone else contextlib.nullcontext(None) as folder:
-        traversal = Traversal(text, parts, working=Working(folder))
+        traversal = Traversal(text, parts, working=Working(folder), keep=keep)
         with track(f"profile {about['corpus']}", traversal.steps) as step:
             found = traversal.run(step)
         for part, statistics in found.items() if team().leads else ():

@@ -16,6 +16,7 @@ from expertprune.errors import CheckpointError
 from expertprune.models.passes import Stream, TextRun
 from expertprune.models.sources import is_streamed
 from expertprune.models.spool import SHARE, Spool
+from expertprune.models.states import Keep, keep_nothing
 from expertprune.profiling.forward import LayerCollector, predicted_tokens
 from expertprune.profiling.gradients import MaskGradients, Taped, Upstream, loss_gradient
 from expertprune.profiling.observation import Observation, units_observed
@@ -51,15 +52,21 @@ class Traversal:
     """
 
     def __init__(
-        self, text: TextRun, parts: Sequence[ProfilePart], seed: int = 0, working: Working | None = None
+        self,
+        text: TextRun,
+        parts: Sequence[ProfilePart],
+        seed: int = 0,
+        working: Working | None = None,
+        keep: Keep = keep_nothing,
     ) -> None:
         """
         Args:
             parts: what to measure; one gradient at most.
             seed: of the draws of a gradient against the model's own predictions.
             working: where finished layers are kept until all is done, and found after a kill.
+            keep: takes the hidden states behind each layer, for a later pass.
         """
-        self.text, self.seed, self.working = text, seed, working or Working(None)
+        self.text, self.seed, self.working, self.keep = text, seed, working or Working(None), keep
         self.gradient = next((part for part in parts if part.made_by is Pass.GRADIENT), None)
         self.regional = next((part for part in parts if part.made_by is Pass.REGIONAL), None)
         self.layers, self.documents, self.device = len(text.shapes), text.documents, text.device
@@ -145,6 +152,7 @@ class Traversal:
                     with torch.set_grad_enabled(self.regional in collectors):
                         after = stream.run(layer, index, number)
                     stream.hidden[number] = after.detach()
+                    self.keep(number, index, after.detach())
                     for collector in collectors.values():
                         collector.add(batch, seen, after)
             for part, collector in collectors.items():
@@ -201,12 +209,13 @@ class Traversal:
         text, layers = self.text, [layer for _, layer in self.text.layers()]
         collectors = [dict(self._collectors(*each)) for each in enumerate(layers)]
         gradients = [MaskGradients(shape, self.documents, self.device) for shape in text.shapes]
-        for one in text.each_batch():
+        for number, one in enumerate(text.each_batch()):
             stream, batch, tapes = one.start(), one.batches[0], []
             for index, layer in enumerate(layers):
                 with units_observed(layer, text.family) as seen:
                     tapes.append(Taped.run(stream, layer, index, 0, stream.hidden[0], seen))
                 stream.hidden[0] = tapes[-1].after.detach()
+                self.keep(number, index, stream.hidden[0])
                 for collector in collectors[index].values():
                     collector.add(batch, tapes[-1].seen, stream.hidden[0])
             (above,) = self._head_of(batch, stream.hidden[0])

@@ -14,6 +14,7 @@ from expertprune.arch import Block, Experts, Family
 from expertprune.models.layers import Call, observed
 from expertprune.models.passes import Stream, alone, real_tokens
 from expertprune.models.spool import Spool
+from expertprune.models.states import KeptStates
 from expertprune.pruning.routed_repair import RoutedRepair
 from expertprune.pruning.solve import Moments, before_norm, least_squares, token_weights
 from expertprune.units import KeptUnits, LayerShape, Structure
@@ -42,6 +43,7 @@ class LayerRepair:
     Attributes:
         stored: the dtypes that weights are written in, by full name.
         together: adds sums of the other members of a team, in place (see `TextRun`).
+        states: what is known of the base's hidden states.
     """
 
     family: Family
@@ -52,6 +54,7 @@ class LayerRepair:
     kept: KeptUnits
     stored: Mapping[str, torch.dtype]
     together: Callable[[dict[str, Tensor]], None] = alone
+    states: KeptStates | None = None
 
     def touches(self, structure: Structure) -> bool:
         """Whether the output projection of a block lost inputs."""
@@ -153,15 +156,22 @@ class LayerRepair:
     # --- moments and solution ---------------------------------------------------------------------------------------
 
     def _run_dense(self, stream: Stream) -> _Dense:
-        """Advance the base's stream, and keep what the projections that lost inputs shall aim at."""
+        """Advance the base's stream, and keep what the projections that lost inputs shall aim at.
+
+        What an FFN without an output norm aims at is the stream itself; then known states do.
+        """
         cut = [each for each in (Structure.QUERY_HEADS, Structure.FFN) if self.touches(each)]
         room = stream.hidden.room
         seen = _Dense(Spool(room), {each: Spool(room) for each in cut}, {})
         heads = Structure.QUERY_HEADS in cut
-        paths = [self.family.block(each).output for each in cut]
+        watched = [each for each in cut if each is Structure.QUERY_HEADS or self.family.block(each).output_norm]
+        if not watched:
+            stream.move(self.layer, self.index, self.states)
+            return seen
+        paths = [self.family.block(each).output for each in watched]
         with observed(self.layer, *paths, *([self._attention, self._feed_forward] if heads else [])) as calls:
             for step in stream.advance(self.layer, self.index):
-                for structure in cut:
+                for structure in watched:
                     block = self.family.block(structure)
                     output = calls[block.output].output
                     if structure is Structure.QUERY_HEADS:

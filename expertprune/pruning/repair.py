@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from expertprune.corpora.batches import Batch
 from expertprune.models.passes import Stream, TextRun
+from expertprune.models.states import KeptStates
 from expertprune.progress import Progress
 from expertprune.pruning.layer_repair import LayerRepair
 from expertprune.pruning.slicing import pruned_layer
@@ -49,6 +50,7 @@ class RepairJob:
             one must see it as it is written.
         passengers: text that is measured meanwhile.
         unfinished: where to keep what is finished, so that a killed repair goes on from there.
+        states: what is known of the base's hidden states. The repair releases them layer by layer.
     """
 
     text: TextRun
@@ -57,6 +59,7 @@ class RepairJob:
     stored: Mapping[str, torch.dtype] = field(default_factory=dict)
     passengers: Passengers | None = None
     unfinished: Unfinished | None = None
+    states: KeptStates | None = None
 
 
 Method = Callable[[RepairJob, Progress | None], Weights]
@@ -70,7 +73,7 @@ class Repair:
         name: what a spec calls it.
         weights: its arguments are the job and a function to call after each layer. It yields full
             names of weights and their new values, in the pruned widths and the model's dtype. It
-            may ignore the job's passengers and what is unfinished.
+            may ignore the job's passengers, states and what is unfinished.
         runs_model: if off, `weights` is never called and no model is loaded for it.
     """
 
@@ -109,7 +112,8 @@ def by_least_squares(job: RepairJob, progress: Progress | None = None) -> Weight
     """Solve every output projection that lost inputs again, layer by layer.
 
     Two streams run through the model: the base's, and the expert's. The target of a projection is
-    the base's residual stream behind its block, so it also makes up for what earlier layers lost.
+    the base's residual stream behind its block, so it also makes up for what earlier layers lost. A
+    layer of the base need not run where its output is known and nothing else of it is needed.
 
     Raises:
         CheckpointError: the damping is too small for these inputs.
@@ -125,12 +129,14 @@ def by_least_squares(job: RepairJob, progress: Progress | None = None) -> Weight
     for index, layer in text.layers(progress, skip=done):
         small = pruned_layer(layer, text.family, index, text.shapes[index], kept[index], text.model.config)
         repaired = LayerRepair(
-            text.family, index, layer, small, text.shapes[index], kept[index], job.stored, text.together
+            text.family, index, layer, small, text.shapes[index], kept[index], job.stored, text.together, job.states
         )
         yield from repaired.weights(dense, expert, job.settings.damping)
         _run_through(streams.get("passengers in the base"), layer, index)
         _run_through(streams.get("passengers"), small, index)
         del small, repaired  # before the next layer is opened
+        if job.states is not None:
+            job.states.release(index)
         if job.unfinished is not None:
             job.unfinished.save(index + 1, streams)
 
@@ -150,5 +156,4 @@ def _passenger_streams(job: RepairJob) -> dict[str, Stream]:
 
 def _run_through(stream: Stream | None, layer: nn.Module, index: int) -> None:
     if stream is not None:
-        for _ in stream.advance(layer, index):
-            pass
+        stream.move(layer, index)

@@ -26,6 +26,7 @@ from expertprune.models.base import ResolvedBase
 from expertprune.models.checkpoint import write_weights
 from expertprune.models.loading import class_of, decoder_class_of, within_decoder
 from expertprune.models.passes import TextRun
+from expertprune.models.states import KeptStates
 from expertprune.models.tensorfile import DTYPES
 from expertprune.progress import Progress
 from expertprune.pruning.repair import Passengers, RepairJob, check_repair
@@ -47,6 +48,7 @@ class RepairInput:
         batches: calibration text.
         passengers: text that is measured meanwhile, if the repair takes passengers.
         store: where a killed repair leaves what it has finished, for the next run of the same one.
+        states: what is known of the base's hidden states (see `RepairJob`).
     """
 
     model: Any
@@ -54,6 +56,7 @@ class RepairInput:
     settings: Compensation
     passengers: Passengers | None = None
     store: Path | None = None
+    states: KeptStates | None = None
 
 
 def check_plan(plan: Plan, base: ResolvedBase) -> None:
@@ -140,7 +143,7 @@ def _solved_weights(
         return
     text = team().run(TextRun(given.model, base.family, plan.shapes, given.batches))
     stored = {name: DTYPES[info.dtype] for name, info in base.checkpoint.tensors.items() if info.dtype in DTYPES}
-    job = RepairJob(text, plan.kept, given.settings, stored, given.passengers)
+    job = RepairJob(text, plan.kept, given.settings, stored, given.passengers, states=given.states)
     weights = check_repair(given.settings.method).weights
     if not team().leads:
         for _ in weights(job, progress):

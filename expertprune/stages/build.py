@@ -54,6 +54,7 @@ def build(
     require_room(out, prepared.base.checkpoint.weight_bytes)
     if team().leads and isinstance(engine, Local):  # a forecast is of this machine
         log.warning("%s: this will take about %s", prepared.spec.name, next(forecast(prepared, stored=True).lines()))
+    prepared.running.keep_states(lasting=prepared.spec.budget.retention is not None)
     engine.run(profile_tasks(prepared), track)
     engine.run([_task(prepared, out, overwrite)], track)
     return out

@@ -11,14 +11,14 @@ from expertprune.corpora.batches import encode
 from expertprune.corpora.documents import corpus_names
 from expertprune.engine.forecast import Forecast, Forecaster, Work
 from expertprune.engine.memory import Sizes, Text, together
+from expertprune.engine.team import team
 from expertprune.evaluation.documents import texts_of
 from expertprune.evaluation.questions import choices_of
 from expertprune.evaluation.reading import Reading
 from expertprune.models.spool import Limits
-from expertprune.pruning.repair import check_repair
 from expertprune.relevance import Pass
 from expertprune.spec.schema import Spec
-from expertprune.stages.profile import cuts_units, parts_lacking, parts_wanted
+from expertprune.stages.profile import is_repaired, parts_lacking, parts_wanted
 from expertprune.stages.validate import Prepared, SpecLike, validate
 
 
@@ -74,15 +74,15 @@ def _work(prepared: Prepared, stored: bool) -> Work:
     for name in corpus_names(spec):
         if lacking.get(name, parts):
             profiled[str(name)] = Text.of(prepared.calibration[name].batches)
-    repairs = check_repair(spec.compensation.method).runs_model and cuts_units(spec.budget)
     evaluated = _evaluated(prepared) if spec.evaluate.enabled else None
     return Work(
         profiled=profiled,
         gradient=any(part.made_by is Pass.GRADIENT for part in parts),
         vocabulary=spec.budget.vocabulary is not None,
-        repaired=Text.of(prepared.repair_batches()) if repairs else None,
+        repaired=Text.of(prepared.repair_batches()) if is_repaired(spec) else None,
+        keeps=team().size == 1,
         evaluated=evaluated,
-        together=repairs and spec.budget.vocabulary is None,
+        together=is_repaired(spec) and spec.budget.vocabulary is None,
         kept=1 - removed / before,
         written=base.checkpoint.dtype.itemsize * after,
     )

@@ -10,16 +10,19 @@ from typing import Any
 from expertprune.artifacts.profile import FORWARD, VOCABULARY, Profile, ProfileKey, ProfilePart
 from expertprune.composition.scoring import needed_part
 from expertprune.corpora.documents import CorpusName, corpus_names
-from expertprune.engine.memory import Sizes, Text, fitting, graph_estimate, profiling
+from expertprune.engine.memory import Sizes, Text, fitting, graph_estimate, keeping, profiling
 from expertprune.engine.tasks import Call, Engine, Local, Report, Shard, Task
 from expertprune.engine.team import team
 from expertprune.errors import SpecError
 from expertprune.files import digest_of
 from expertprune.models.passes import TextRun
 from expertprune.models.running import to_stream
+from expertprune.models.sources import is_streamed, source_of
 from expertprune.models.spool import Limits
+from expertprune.models.states import Keep, keep_nothing
 from expertprune.profiling.store import description, measure, profile_key, profile_path
 from expertprune.progress import Track, silent
+from expertprune.pruning.repair import check_repair
 from expertprune.relevance import Pass
 from expertprune.spec.schema import Budget, Spec
 from expertprune.stages.elsewhere import agreed, check_same, received, run_with, sent
@@ -111,7 +114,24 @@ def profile_corpus(prepared: Prepared, name: CorpusName, track: Track) -> None:
     if missing:
         _check_fits(prepared, name, missing)
         run_text = team().run(TextRun(prepared.running.model, base.family, base.layers, text.batches))
-        measure(run_text, missing, place.path, description(base, str(name), text.documents, place.key), track)
+        about = description(base, str(name), text.documents, place.key)
+        measure(run_text, missing, place.path, about, track, _keep(prepared, name, missing))
+
+
+def _keep(prepared: Prepared, name: CorpusName, missing: Sequence[ProfilePart]) -> Keep:
+    """What keeps the hidden states of a corpus for the repair, if there is one, and room.
+
+    Members of a team share out the repair's text in another way than a corpus.
+    """
+    running, spec, base = prepared.running, prepared.spec, prepared.base
+    if running.states is None or not is_repaired(spec) or team().size > 1 or is_streamed(running.model):
+        return keep_nothing
+    batches, room = prepared.calibration[name].batches, source_of(running.model).room
+    gradient = any(each.made_by is Pass.GRADIENT for each in missing)
+    repaired = Text.of(prepared.repair_batches())
+    if not keeping(Sizes.of(base), Text.of(batches), repaired, gradient, room.left):
+        return keep_nothing
+    return running.states.keeping(batches, prepared.repaired()[name], room)
 
 
 def profile_elsewhere(
@@ -135,6 +155,11 @@ def profile_elsewhere(
 def cuts_units(budget: Budget) -> bool:
     """Whether units of layers are to go, and not vocabulary rows alone, which no criterion scores."""
     return any(getattr(budget, each.value) for each in Structure) or budget.overall or budget.retention is not None
+
+
+def is_repaired(spec: Spec) -> bool:
+    """Whether an expert is repaired by running the model."""
+    return check_repair(spec.compensation.method).runs_model and cuts_units(spec.budget)
 
 
 def _check_fits(prepared: Prepared, name: CorpusName, missing: Sequence[ProfilePart]) -> None:

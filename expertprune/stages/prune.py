@@ -84,8 +84,9 @@ def write_weights(
     with track("prune and repair", len(prepared.base.layers)) as step:
         given = None
         if check_repair(prepared.spec.compensation.method).runs_model and plan.cuts_layers:
-            settings, model = prepared.spec.compensation, prepared.running.model
-            given = RepairInput(model, prepared.repair_batches(), settings, passengers, prepared.store)
+            settings, running = prepared.spec.compensation, prepared.running
+            batches = prepared.repair_batches()
+            given = RepairInput(running.model, batches, settings, passengers, prepared.store, running.states)
         write_expert(plan, prepared.base, folder, given, step)
 
 

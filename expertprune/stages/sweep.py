@@ -104,6 +104,7 @@ def _begin(
     for value, place in places.items():
         _check_place(place, prepared[value].spec)
         check_output(place, overwrite=True, inputs=found.inputs)
+    found.running.keep_states(lasting=len(prepared) > 1)
     tasks = {task.digest: task for each in prepared.values() for task in profile_tasks(each)}
     engine.run(list(tasks.values()), track)
     plans = {value: plan_of(each, track, run=False) for value, each in prepared.items()}

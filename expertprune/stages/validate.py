@@ -15,7 +15,7 @@ from expertprune.composition.plan import foreseen_widths
 from expertprune.composition.rows import foreseen_rows
 from expertprune.composition.scoring import rules
 from expertprune.composition.widths import LayerWidths
-from expertprune.corpora.batches import Batch, CalibrationText, calibration_text, check_ids, corpus_text
+from expertprune.corpora.batches import Batch, CalibrationText, check_ids, corpus_text, each_once
 from expertprune.corpora.documents import Corpus, CorpusName, Document
 from expertprune.corpora.leaks import LeakGuard
 from expertprune.corpora.loading import HELD_OUT, load_corpora
@@ -69,10 +69,13 @@ class Found:
         with_corpus_paths(self.spec, lambda _, path: paths.append(Path(path)) or path)  # type: ignore[func-returns-value]
         return [*places_of_bases(self.base, self.store), *paths]
 
+    def repaired(self) -> dict[CorpusName, list[Batch | None]]:
+        """What a repair runs of the batches of each corpus: every window once (see `each_once`)."""
+        return dict(zip(self.calibration, each_once(list(self.calibration.values())), strict=True))
+
     def repair_batches(self) -> list[Batch]:
-        """The calibration text of all corpora together, each document once."""
-        documents = {each.digest: each for text in self.calibration.values() for each in text.documents}
-        return calibration_text(list(documents.values()), self.running.tokenizer, self.spec).batches
+        """The same of all corpora together."""
+        return [batch for own in self.repaired().values() for batch in own if batch is not None]
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ RATES = Rates(forward=1e-3, both=3e-3, graph=100.0, head=1e-6, products=1e9, fac
 
 def work_of(**changes: Any) -> Work:
     text = Text(1000, 100, 50, 10)
-    return replace(Work({"a": text, "b": text}, True, False, text, text, True, 0.75, 2_000_000), **changes)
+    return replace(Work({"a": text, "b": text}, True, False, text, False, text, True, 0.75, 2_000_000), **changes)
 
 
 def forecaster(base: ResolvedBase, work: Work, limits: Limits | None = None) -> Forecaster:
@@ -153,6 +153,26 @@ def test_what_does_not_fit_is_refused_with_the_setting_that_helps(
     with pytest.raises(CheckpointError) as caught:
         forecaster(replace(base, source=source), work_of()).forecast()
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("corpora", [0, 1, 2])
+def test_states_that_profiles_leave_save_the_repair_runs_of_the_base(
+    corpora: int, base: ResolvedBase, free: Any
+) -> None:
+    """There is room for those of so many corpora beside the 68 values of each of the repair's tokens."""
+    one, needed = 4 * 3 * 24 * 1000, 4 * 68 * 2000
+    free(4 * (3 * LAYER + SKELETON) + 2 * (needed + corpora * one + (one - 1)))  # half of the rest is for states
+    resident, repaired = replace(base, source="resident"), Text(2000, 100, 50, 20)
+    without, found = (
+        forecaster(resident, work_of(repaired=repaired, keeps=keeps, evaluated=None)).forecast().stages[2]
+        for keeps in (False, True)
+    )
+    assert found.name == "repair"
+    assert without.seconds - found.seconds == pytest.approx(corpora * 1000 * 3 * 1e-3)
+    assert found.memory.host - without.memory.host == corpora * one
+    if corpora == 2:  # documents that are read meanwhile take their place
+        work = work_of(repaired=repaired, keeps=True, evaluated=Text(1600, 100, 50, 10))
+        assert forecaster(resident, work).forecast().memory.spool == 0
 
 
 def test_a_spool_takes_what_memory_does_not(base: ResolvedBase, free: Any, tmp_path: Path) -> None:
