@@ -32,12 +32,13 @@ from .peers import METHODS
 from .quality import STOCK
 from .records import Table, made, save_table
 
-REPAIR = "repair"
+REPAIR, BUILD = "repair", "profile, compose and repair"
 OURS: dict[str, dict[str, Any]] = {
     "profile (forward pass)": STOCK,
     "profile + gradient pass": {"relevance.criterion": "fisher"},
     "profile + regional pass": {"relevance.criterion": "regional"},
     REPAIR: STOCK,
+    BUILD: {"relevance.criterion": "fisher"},
 }
 
 
@@ -66,6 +67,11 @@ def measure(bench: Bench, name: str, documents: int) -> dict[str, Any]:
             (Path(temporary) / "expert").mkdir()
             start = time.perf_counter()
             write_folder(prepared, plan, Path(temporary) / "expert")
+        elif name == BUILD:
+            (Path(temporary) / "expert").mkdir()
+            start = time.perf_counter()
+            prepared.running.keep_states()  # as `build` does
+            write_folder(prepared, plan_of(prepared, silent), Path(temporary) / "expert")
         elif name in OURS:
             start = time.perf_counter()
             profiles_of(prepared, silent)

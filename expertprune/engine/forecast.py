@@ -12,6 +12,7 @@ from expertprune.engine.memory import (
     Need,
     Sizes,
     Text,
+    by_rows,
     evaluating,
     fitting,
     gibibytes,
@@ -221,7 +222,12 @@ class Forecaster:
         layers = ((text.tokens + along) * (1 + self.work.kept) - known) * sizes.layers * rates.forward
         solved = 0.0
         for kept, cut in zip(sizes.kept, sizes.cut, strict=True):
-            if cut:
+            if not cut:
+                continue
+            if by_rows(text.tokens, kept):
+                products = 2 * text.tokens * (kept + sizes.hidden) + text.tokens**2 / 3 + 2 * kept * sizes.hidden
+                solved += text.tokens * products / rates.factors
+            else:
                 moments = 2 * text.tokens * kept * (kept + 2 * sizes.hidden)
                 solved += moments / rates.products + (kept**3 / 3 + 2 * kept**2 * sizes.hidden) / rates.factors
         return self._pass(layers + sizes.layers * solved) + (0.0 if self.work.profiled else self._loading())

@@ -162,18 +162,31 @@ def profiling(sizes: Sizes, text: Text, graph: float, gradient: bool, keeps_grap
     return Need(work, sizes.states(held), stored)
 
 
+def by_rows(tokens: int, inputs: int) -> bool:
+    """Whether a repair solves one equation for each token, and not one for each input of a projection.
+
+    With fewer tokens than half the inputs, that takes less memory and less time.
+    """
+    return 2 * tokens < inputs
+
+
 def repairing(sizes: Sizes, text: Text, graph: float, passengers: int = 0) -> Need:
     """A repair by least squares, with `passengers` tokens that are measured meanwhile.
 
     Two streams run. Where inputs of a projection go, what goes into it is kept, and what it aims at. The solution holds
-    the gram matrix in float64, and the one in float32 while that is made.
+    the gram matrix in float64, and the one in float32 while that is made; or the tokens' rows (see `by_rows`), those
+    over the ridge, and their products.
     """
     rows = [sizes.hidden, sizes.hidden]
     solved = 0
     for kept, cut, middle in zip(sizes.kept, sizes.cut, (0, sizes.hidden), strict=True):
         if cut:
             rows += [kept, middle] + ([sizes.hidden] if sizes.normed else [])
-            solved = max(solved, 12 * kept * kept + 20 * kept * sizes.hidden)
+            if by_rows(text.tokens, kept):
+                own = text.tokens * (20 * kept + 28 * sizes.hidden + 16 * text.tokens) + 12 * kept * sizes.hidden
+            else:
+                own = 12 * kept * kept + 20 * kept * sizes.hidden
+            solved = max(solved, own)
     small = sizes.value * sizes.layer
     states = sizes.value * (text.tokens * sum(rows) + 2 * passengers * sizes.hidden)
     return Need(max(solved, int(graph * text.batch)) + small, states)

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from expertprune.arch import Block, Experts, Family
+from expertprune.engine.memory import by_rows
 from expertprune.models.layers import Call, observed
 from expertprune.models.passes import Stream, alone, real_tokens
 from expertprune.models.spool import Spool
 from expertprune.models.states import KeptStates
 from expertprune.pruning.routed_repair import RoutedRepair
-from expertprune.pruning.solve import Moments, before_norm, least_squares, token_weights
+from expertprune.pruning.solve import Moments, Rows, before_norm, token_weights
 from expertprune.units import KeptUnits, LayerShape, Structure
 
 
@@ -91,7 +92,7 @@ class LayerRepair:
 
     def _solve_heads(self, expert: Stream, seen: _Dense, inputs: Spool, damping: float) -> tuple[str, Tensor]:
         """Repair the output of attention; `inputs` gets what goes into it. The stream stays as it is."""
-        block, moments = self.family.attention, self._moments(Structure.QUERY_HEADS)
+        block, moments = self.family.attention, self._moments(Structure.QUERY_HEADS, expert)
         feed_forward = _StandIn(seen.forms.get(self._feed_forward), width=self.shape.hidden)
         with _replaced(self.small, self._feed_forward, feed_forward), observed(self.small, block.output) as calls:
             for number in range(len(expert.batches)):
@@ -120,7 +121,7 @@ class LayerRepair:
                 attend(number)
                 expert.hidden[number] = expert.run(self.small, self.index, number)
             return
-        block, moments, inputs = self.family.ffn, self._moments(Structure.FFN), Spool(expert.hidden.room)
+        block, moments, inputs = self.family.ffn, self._moments(Structure.FFN, expert), Spool(expert.hidden.room)
         with observed(self.small, block.output) as calls:
             for number in range(len(expert.batches)):
                 attend(number)
@@ -183,13 +184,17 @@ class LayerRepair:
             seen.forms[path] = len(output) - 1 if isinstance(output, tuple) else None
         return seen
 
-    def _moments(self, structure: Structure) -> Moments:
+    def _moments(self, structure: Structure, stream: Stream) -> Moments | Rows:
+        """Sums over tokens, or the tokens themselves where they are few."""
         weight = self.small.get_parameter(self.family.block(structure).output_weight)
+        tokens = sum(batch.tokens for batch in stream.batches)
+        if self.together is alone and by_rows(tokens, weight.shape[1]):
+            return Rows()
         return Moments.zeros(weight.shape[1], weight.shape[0], weight.device)
 
     def _add(
         self,
-        moments: Moments,
+        moments: Moments | Rows,
         structure: Structure,
         stream: Stream,
         number: int,
@@ -210,15 +215,15 @@ class LayerRepair:
             weights = weights / scale.square()
         moments.add(real_tokens(batch, call.input).float(), residual, weights)
 
-    def _solved(self, structure: Structure, moments: Moments, damping: float) -> tuple[Tensor, Tensor]:
+    def _solved(self, structure: Structure, moments: Moments | Rows, damping: float) -> tuple[Tensor, Tensor]:
         """The change of a projection and its new weight, rounded as it is written; the layer has it now.
 
         Every member of a team solves the same sums.
         """
-        self.together({"gram": moments.gram, "cross": moments.cross})
+        self.together(dict(moments.sums()))
         block = self.family.block(structure)
         weight = self.small.get_parameter(block.output_weight)
-        repaired = weight.float() + least_squares(moments, damping)
+        repaired = weight.float() + moments.solved(damping)
         repaired = repaired.to(self.stored.get(self._name(structure), weight.dtype)).to(weight.dtype)
         self.small.get_submodule(block.output).weight = nn.Parameter(repaired, requires_grad=False)
         return repaired - weight, repaired

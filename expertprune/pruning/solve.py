@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +32,59 @@ class Moments:
         self.gram.addmm_(weighted.T, inputs)
         self.cross.addmm_(residual.T, weighted)
 
+    def sums(self) -> Mapping[str, Tensor]:
+        """What is added over the members of a team."""
+        return {"gram": self.gram, "cross": self.cross}
+
+    def solved(self, damping: float) -> Tensor:
+        """See `least_squares`."""
+        return least_squares(self, damping)
+
     def taken(self) -> tuple[Tensor, Tensor]:
         """Both in float64. They are no longer here afterwards, so the float32 gram is free."""
         gram, self.gram = self.gram.double(), torch.empty(0)
         cross, self.cross = self.cross.double(), torch.empty(0)
         return gram, cross
+
+
+@dataclass
+class Rows:
+    """The tokens themselves, for the least squares of fewer tokens than inputs.
+
+    `inputs` are `√w x`, `[tokens, kept]` of each batch, and `residuals` `√w r`, `[tokens, hidden]`,
+    float32 on the model's device.
+    """
+
+    inputs: list[Tensor] = field(default_factory=list)
+    residuals: list[Tensor] = field(default_factory=list)
+
+    def add(self, inputs: Tensor, residual: Tensor, weight: Tensor) -> None:
+        """As `Moments.add`."""
+        root = weight.sqrt()[:, None]
+        self.inputs.append(inputs * root)
+        self.residuals.append(residual * root)
+
+    def sums(self) -> Mapping[str, Tensor]:
+        """Nothing: rows of a team's members are not added."""
+        return {}
+
+    def solved(self, damping: float) -> Tensor:
+        """The change of `least_squares`, by a system of one equation for each token.
+
+        `Δ = Rᵀ (X D⁻¹ Xᵀ + 1)⁻¹ X D⁻¹`, with `X` the inputs and `R` the residuals: the same as
+        `C (H + D)⁻¹`, as `H = Xᵀ X` and `C = Rᵀ X` (Woodbury). In float64 by Cholesky.
+        """
+        inputs, residuals = torch.cat(self.inputs).double(), torch.cat(self.residuals).double()
+        scaled = inputs / ridge_of(inputs.square().sum(0), damping)
+        system = inputs @ scaled.mT
+        system.diagonal().add_(1)
+        solution = torch.cholesky_solve(residuals, torch.linalg.cholesky(system))
+        return (solution.mT @ scaled).float()
+
+
+def ridge_of(energy: Tensor, damping: float) -> Tensor:
+    """`d_j` of `least_squares`, from the energy of each input; `[kept]`, float64."""
+    return damping * energy + 1e-3 * damping * energy.median() + torch.finfo(torch.float32).tiny
 
 
 def least_squares(moments: Moments, damping: float) -> Tensor:
@@ -55,8 +104,7 @@ def least_squares(moments: Moments, damping: float) -> Tensor:
     """
     gram, cross = moments.taken()
     energy = gram.diagonal()
-    ridge = damping * energy + 1e-3 * damping * energy.median() + torch.finfo(torch.float32).tiny
-    energy += ridge
+    energy += ridge_of(energy, damping)
     # The gram matrix is symmetric. LAPACK wants columns in a row, as its transpose has them: no copy.
     factor, failed = gram.mT, torch.zeros((), dtype=torch.int32, device=gram.device)
     torch.linalg.cholesky_ex(factor, out=(factor, failed))
