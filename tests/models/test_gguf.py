@@ -455,4 +455,4 @@ def test_an_expert_of_a_real_model(kind: str, real_store: Path, store: Path, tmp
     plain = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     for text in TEXTS:
         assert plain(text, add_special_tokens=False) == tokenizer(text, add_special_tokens=False)
-    assert Checkpoint(resolve_base(Base(model=str(file)), store).folder).parameters == Checkpoint(expert).parameters
+    assert resolve_base(Base(model=str(file)), store).checkpoint.parameters == Checkpoint(expert).parameters
