@@ -1,6 +1,6 @@
 """What each method costs: time over a plain forward pass of the same text, and peak memory.
 
-    OMP_NUM_THREADS=1 python -m bench.cost --data DATA [--documents 20]
+    OMP_NUM_THREADS=1 python -m bench.cost --data DATA [--documents 20] [--builds]
 
 Each method runs in a process of its own, which runs the plain forward pass first.
 """
@@ -47,9 +47,9 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def measure(bench: Bench, name: str, documents: int) -> dict[str, Any]:
+def measure(bench: Bench, name: str, documents: int, dtype: str = "auto") -> dict[str, Any]:
     """Seconds of a plain forward pass and of the method; peak memory before and after, GiB."""
-    overrides = OURS.get(name, {})
+    overrides = {**OURS.get(name, {}), "base.dtype": dtype}
     cell = Cell("ours" if name in OURS else name, documents=documents, overrides=overrides)
     prepared = expertprune.validate(bench.spec(cell), store=None)
     model, batches = prepared.running.model, prepared.repair_batches()
@@ -84,14 +84,36 @@ def measure(bench: Bench, name: str, documents: int) -> dict[str, Any]:
     return {"plain": plain, "seconds": seconds, "before": before, "peak": peak(), "tokens": tokens}
 
 
+def builds(data: Path, documents: int) -> None:
+    """Measure a default build without its evaluation, and save the table."""
+    table = Table(["base runs in", "plain forward pass (s)", "build (s)", "build over pass", "peak memory (GiB)"])
+    command = [sys.executable, "-m", "bench.cost", f"--data={data}", f"--documents={documents}", "--one", BUILD]
+    for dtype in ("float32", "bfloat16"):
+        run = subprocess.run([*command, "--dtype", dtype], stdout=subprocess.PIPE, text=True, check=True)
+        found = json.loads(run.stdout.splitlines()[-1])
+        add_build(table, dtype, found)
+    save_table("cost_build", table, made(), f"{found['tokens']:,} tokens; {torch.get_num_threads()} threads.")
+    print(table)
+
+
+def add_build(table: Table, dtype: str, found: dict[str, Any]) -> None:
+    ratio = found["seconds"] / found["plain"]
+    table.add(dtype, f"{found['plain']:.1f}", f"{found['seconds']:.1f}", f"{ratio:.2f}", f"{found['peak']:.2f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of JSON lines, as for bench.quality")
     parser.add_argument("--documents", type=int, default=20, help="calibration documents of each corpus; default: 20")
+    parser.add_argument("--dtype", default="auto", help="what the base runs in; default: auto")
+    parser.add_argument("--builds", action="store_true", help="only a whole build, in float32 and in bfloat16")
     parser.add_argument("--one", choices=[*METHODS, *OURS], help="measure one method here, and print it as JSON")
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(measure(Bench(arguments.data.resolve()), arguments.one, arguments.documents)))
+        print(json.dumps(measure(Bench(arguments.data.resolve()), arguments.one, arguments.documents, arguments.dtype)))
+        return
+    if arguments.builds:
+        builds(arguments.data, arguments.documents)
         return
     table = Table(["method", "time over a plain forward pass", "peak memory (GiB)", "beyond the running model"])
     command = [sys.executable, "-m", "bench.cost", f"--data={arguments.data}", f"--documents={arguments.documents}"]

@@ -253,7 +253,8 @@ def main() -> None:
     settings = f"{chosen.base}, {chosen.source}, {chosen.dtype}, {chosen.criterion}, {chosen.documents} documents"
     note = f"{settings} of {chosen.words} words; {torch.get_num_threads()} threads."
     if chosen.save:
-        save_table(f"scale-{Path(chosen.base).name}-{chosen.source}-{chosen.criterion}", table, made(), note)
+        name = f"scale_{Path(chosen.base).name}_{chosen.source}_{chosen.criterion}".replace("-", "_").replace(".", "_")
+            save_table(name, table, made(), note)
     print(f"{table}\n\n{note}")
 
 

@@ -22,7 +22,14 @@ from .vocabulary import EXPERTS, text_of_expert
 
 FOLDER = Path(__file__).parent
 FILES = (FOLDER / "README.md", FOLDER / "LOG.md")
-RECORDED = ("constants", "cost", "quantize", "serving")  # each is kept by the command of its name
+RECORDED = (
+    "constants",
+    "cost",
+    "cost_build",
+    "scale_llama_8b_streamed_fisher",
+    "quantize",
+    "serving",
+)  # each is kept by the command of its name
 
 
 def _quality(table: Callable[[quality.Get], Table]) -> Callable[[], str]:
