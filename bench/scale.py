@@ -254,7 +254,7 @@ def main() -> None:
     note = f"{settings} of {chosen.words} words; {torch.get_num_threads()} threads."
     if chosen.save:
         name = f"scale_{Path(chosen.base).name}_{chosen.source}_{chosen.criterion}".replace("-", "_").replace(".", "_")
-            save_table(name, table, made(), note)
+        save_table(name, table, made(), note)
     print(f"{table}\n\n{note}")
 
 
