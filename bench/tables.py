@@ -24,13 +24,6 @@ FOLDER = Path(__file__).parent
 FILES = (FOLDER / "README.md", FOLDER / "LOG.md")
 # Each is kept by a command of `bench`.
 RECORDED = ("constants", "cost", "cost_build", "scale_llama_8b_streamed_fisher", "quantize", "serving")
-    "constants",
-    "cost",
-    "cost_build",
-    "scale_llama_8b_streamed_fisher",
-    "quantize",
-    "serving",
-)  # each is kept by the command of its name
 
 
 def _quality(table: Callable[[quality.Get], Table]) -> Callable[[], str]:
