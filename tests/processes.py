@@ -150,7 +150,7 @@ def server() -> Server:
 # Where a child can be held: module, name of a function in it, and after which call of it.
 PLACES = {
     "profile": ("expertprune.artifacts.profile", "save_file", 2),  # the second profile is not yet in its place
-    "repair": ("expertprune.pruning.layer_repair", "least_squares", 2),  # in the second layer
+    "repair": ("expertprune.pruning.solve", "least_squares", 2),  # in the second layer
     "prune": ("expertprune.models.checkpoint", "written_file", 2),  # one shard is written, the next begun
     "evaluate": ("expertprune.evaluation.measure", "compare", 1),  # the expert is whole but for its evaluation
 }

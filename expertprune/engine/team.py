@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as distributed
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from expertprune.corpora.batches import Batch
 from expertprune.engine.watch import Watch
@@ -30,6 +31,7 @@ T = TypeVar("T")
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # An exchange may wait for hours while one member writes. `Watch` notices members that are gone.
 _PATIENCE = datetime.timedelta(days=7)
+_MEETING = datetime.timedelta(minutes=10)  # until all members have come
 _SMALL = 2**20  # bytes up to which tensors are sent together
 _NOTICE = 5.0  # seconds in which the end of a member that an exchange has failed for is known
 _PIECES = 4  # of a member's share of batches, at least, where documents allow it
@@ -249,11 +251,12 @@ def _connect() -> Watch:
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     try:
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_PATIENCE)
+        store, rank, size = next(rendezvous("env://", timeout=_MEETING))
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     except (ValueError, RuntimeError) as error:
         names = ", ".join(f"{name}={os.environ.get(name)}" for name in VARIABLES)
         raise UsageError(f"the team of {names} does not come together: {first_line(error)}") from None
-    rank, size = distributed.get_rank(), distributed.get_world_size()
     hosts: list[Any] = [None] * size
     distributed.all_gather_object(hosts, socket.gethostname())
 
