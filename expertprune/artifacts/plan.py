@@ -353,7 +353,8 @@ def _kept(text: _KeptText, shape: LayerShape, layer: int) -> KeptUnits:
         try:
             kept[name] = parse_indices(runs, count)
         except ValueError as error:
-            raise ValueError(f"layer {layer}: {name} must keep some of 0-{count - 1}: {error}") from None
+            some = f"some of 0-{count - 1}" if count else "nothing"
+            raise ValueError(f"layer {layer}: {name} must keep {some}: {error}") from None
     return KeptUnits(**kept)
 
 

@@ -252,7 +252,7 @@ def expert(tiny_build: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.Mo
 PLANS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "range": (lambda data: data["layers"][0]["kept"].update(ffn="0-999999999999"), "there are only 32"),
     "width": (lambda data: data["layers"][0]["of"].update(ffn=10**12), "layers.0.of.ffn"),
-    "no heads": (lambda data: data["layers"][0]["of"].update(kv_heads=0), "layers.0.of.kv_heads"),
+    "no heads": (lambda data: data["layers"][0]["of"].update(kv_heads=0), "kv_groups must keep nothing"),
     "heads": (lambda data: data["layers"][0]["of"].update(kv_heads=4), "are no multiple of"),
     "nothing": (lambda data: data["parameters"].update(before=0), "parameters.before"),
     "first": (lambda data: data["layers"].pop(0), "layer 1 stands where layer 0 belongs"),
