@@ -118,7 +118,7 @@ DAMAGE: list[tuple[tuple[Any, ...], Any, str]] = [
     (GROUPS, "", "layer 0: kv_groups must keep some"),
     (FFN, "5 0-2", "indices are not ascending"),
     (("layers", 0, "kept", "neurons"), "0", "layers.0.kept.neurons: Extra inputs"),
-    (("layers", 0, "kept", "experts"), "0", "layer 0: experts must keep some of 0--1"),  # a layer that has none
+    (("layers", 0, "kept", "experts"), "0", "layer 0: experts must keep nothing"),  # a layer that has none
     (FFN, GONE, "layers.0.kept.ffn: Field required"),
     (FFN, [0, 1, 2, 5], "layers.0.kept.ffn: Input should be a valid string"),
     (("budget", "ffn", "requested"), "half", "budget.ffn.requested"),
