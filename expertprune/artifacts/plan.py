@@ -189,10 +189,6 @@ class Plan:
         """Whether any layer loses a unit, and so has something to repair."""
         return any(layer.kept != shape.all_kept for layer, shape in zip(self.layers, self.shapes, strict=True))
 
-    @property
-    def cuts_nothing(self) -> bool:
-        return not self.cuts_layers and self.vocabulary is None
-
     def document(self) -> dict[str, Any]:
         """The plan as plain data, which `from_document` reads."""
         return {

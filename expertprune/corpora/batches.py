@@ -93,15 +93,6 @@ class Batch:
         return real if self.answers is None else torch.where(self.answers, real, self.prompt_weight * real)
 
 
-def tokenize(documents: Sequence[Document], tokenizer: Any, max_tokens: int) -> list[Tokens]:
-    """Token ids of each document, special tokens included, cut at `max_tokens`.
-
-    Raises:
-        SpecError: the chat template cannot render a conversation.
-    """
-    return encode([rendered(document, tokenizer) for document in documents], tokenizer, max_tokens)
-
-
 def rendered(document: Document, tokenizer: Any) -> Rendered:
     """`render`, with errors that quote the document."""
     try:

@@ -10,9 +10,8 @@ from expertprune.artifacts.evaluation import DocumentBits
 from expertprune.corpora.batches import encode, rendered
 from expertprune.corpora.chat import Rendered
 from expertprune.corpora.documents import Document
-from expertprune.evaluation.reading import Compared, Floats, Reading, bits, compare, read
+from expertprune.evaluation.reading import Compared, Floats, Reading, bits, read
 from expertprune.models.passes import TextRun
-from expertprune.progress import Progress
 
 
 def texts_of(documents: Sequence[Document], tokenizer: Any, end: int | None = None) -> list[Rendered]:
@@ -62,28 +61,6 @@ def _rows(
         )
         for i, (document, mine, theirs) in enumerate(zip(documents, base.sequences, expert.sequences, strict=True))
     ]
-
-
-def score_documents(
-    base: TextRun,
-    expert: TextRun,
-    tokenizer: Any,
-    documents: Sequence[Document],
-    max_tokens: int,
-    progress: Progress | None = None,
-) -> list[DocumentBits]:
-    """Bits of both models, and `KL(base ‖ expert)` in bits, summed over each document's tokens.
-
-    Nothing predicts the first token, so neither it nor its bytes count. Of a conversation, only
-    answers count: their tokens with the one that ends each, and the bytes of their text.
-
-    Args:
-        base, expert: models with the same tokens; their own batches do not matter.
-        progress: called after each layer and each batch.
-    """
-    reading = Reading.of(encode(texts_of(documents, tokenizer), tokenizer, max_tokens))
-    mine, theirs = (read(reading, model, progress) for model in (base, expert))
-    return document_rows(documents, reading, compare(reading, mine, theirs, progress))
 
 
 def score_alone(model: TextRun, tokenizer: Any, documents: Sequence[Document]) -> tuple[Floats, Floats, Floats]:

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from expertprune.corpora import chat
-from expertprune.corpora.batches import CalibrationText, Tokens, corpus_text, make_batches, tokenize, windows
+from expertprune.corpora.batches import CalibrationText, Tokens, corpus_text, encode, make_batches, rendered, windows
 from expertprune.corpora.chat import Rendered, render
 from expertprune.corpora.documents import Corpus, Document
 from expertprune.corpora.messages import Conversation, read_conversation, read_exchange
@@ -69,6 +69,10 @@ def answers_of(text: Rendered) -> list[str]:
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
+
+
+def tokens_of(document: Document, tokenizer: Any, max_tokens: int) -> list[Tokens]:
+    return encode([rendered(document, tokenizer)], tokenizer, max_tokens)
 
 
 def test_every_form_of_a_conversation_is_read_as_the_same() -> None:
@@ -149,7 +153,7 @@ def test_answers_are_found_in_the_rendered_text(template: str, expected: list[st
 def test_the_mask_is_that_of_transformers_where_the_template_marks_answers() -> None:
     tokenizer = chat_tokenizer(MARKED.replace("<|im_end|>\n{% endgeneration %}", "<|im_end|>{% endgeneration %}\n"))
     wanted = tokenizer.apply_chat_template(TWO_TURNS, return_dict=True, return_assistant_tokens_mask=True)
-    (tokens,) = tokenize([document(TWO_TURNS)], tokenizer, 99)
+    (tokens,) = tokens_of(document(TWO_TURNS), tokenizer, 99)
     assert list(tokens.ids) == wanted["input_ids"]
     assert tokens.answers is not None
     assert [int(each) for each in tokens.answers] == wanted["assistant_masks"]
@@ -173,7 +177,7 @@ def test_a_rendered_text_does_not_depend_on_the_day() -> None:
 )  # fmt: skip
 def test_a_template_that_cannot_render_is_one_line(template: str | None, messages: Any, problem: str) -> None:
     with pytest.raises(SpecError) as caught:
-        tokenize([document(messages)], chat_tokenizer(template), 99)
+        tokens_of(document(messages), chat_tokenizer(template), 99)
     (line,) = caught.value.problems
     assert problem in line
     assert "documents: raw" in line
@@ -195,7 +199,7 @@ def test_a_template_that_loops_is_stopped(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_loss_counts_on_answers_and_their_bytes_are_those_of_their_text() -> None:
     tokenizer = chat_tokenizer(CHATML)
     talk = [TWO_TURNS[0], {"role": ANSWER, "content": "é blood"}]
-    (tokens,) = tokenize([document(talk)], tokenizer, 99)
+    (tokens,) = tokens_of(document(talk), tokenizer, 99)
     words = tokenizer.convert_ids_to_tokens(list(tokens.ids))
     assert words == [
         "<|im_start|>",
@@ -212,7 +216,7 @@ def test_the_loss_counts_on_answers_and_their_bytes_are_those_of_their_text() ->
     assert tokens.answers == (False,) * 7 + (True,) * 3
     assert tokens.predicted == 3
     assert tokens.size == len("é blood".encode())
-    cut = tokenize([document(talk)], tokenizer, 8)[0]
+    cut = tokens_of(document(talk), tokenizer, 8)[0]
     assert (cut.ids, cut.predicted, cut.size) == (tokens.ids[:8], 1, 2)
 
 
@@ -245,7 +249,7 @@ def test_calibration_reads_windows_with_answers_and_names_a_corpus_without() -> 
     def text(**calibration: Any) -> CalibrationText:
         return corpus_text(Corpus("domain/law", (talk,), ()), tokenizer, make_spec(calibration=calibration))
 
-    assert text().tokens == tokenize([talk], tokenizer, 512)
+    assert text().tokens == tokens_of(talk, tokenizer, 512)
     # 20 tokens; the windows begin at 0, 5, 10 and 15; the third, "<|im_start|> user a judge <|im_end|>", has no answer.
     assert [each.ids[0] for each in text(max_tokens=5, windows=4).tokens] == [text().tokens[0].ids[i] for i in (5, 15)]
     with pytest.raises(SpecError, match="corpus domain/law: no answer begins within the first 5 tokens"):

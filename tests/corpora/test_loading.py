@@ -15,8 +15,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertprune.corpora.batches import corpus_text, make_batches, tokenize
+from expertprune.corpora.batches import corpus_text, encode, make_batches
 from expertprune.corpora.catalogue import catalogue_sources, find_sources
+from expertprune.corpora.chat import Rendered
 from expertprune.corpora.documents import Corpus, CorpusName, Document, corpus_names
 from expertprune.corpora.loading import load_corpora, load_corpus
 from expertprune.errors import SpecError
@@ -507,7 +508,7 @@ def test_documents_of_one_token_are_left_out_of_calibration_and_the_rows_still_f
     kept = text.documents
     assert [document.text for document in kept] == ["the heart", "a judge reads"]
     vocabulary = tiny_tokenizer().get_vocab()
-    ids = tokenize([Document("the heart pumps blood"), Document("law")], tiny_tokenizer(), max_tokens=3)
+    ids = encode([Rendered("the heart pumps blood"), Rendered("law")], tiny_tokenizer(), max_tokens=3)
     assert [each.ids for each in ids] == [
         tuple(map(vocabulary.get, words.split())) for words in ("the heart pumps", "law")
     ]

@@ -10,9 +10,10 @@ import torch
 from expertprune.arch import family_of
 from expertprune.corpora.chat import render
 from expertprune.corpora.documents import Document
-from expertprune.evaluation.documents import score_alone, score_documents
+from expertprune.evaluation.documents import score_alone
 from expertprune.models.passes import TextRun
 from tests.corpora.test_chat import CHATML, TWO_TURNS, chat_tokenizer, document
+from tests.scoring import score_documents
 from tests.tiny import tiny_model
 
 

@@ -17,12 +17,12 @@ from transformers import PreTrainedTokenizerFast
 from expertprune.artifacts.evaluation import DocumentBits, Evaluation
 from expertprune.corpora.documents import Corpus, Document, Question
 from expertprune.evaluation import reading
-from expertprune.evaluation.documents import score_documents
 from expertprune.evaluation.measure import Measuring
 from expertprune.evaluation.questions import answer_questions, paired_answers
 from expertprune.evaluation.retention import RESAMPLES, bootstrap, document_metrics
 from expertprune.models.passes import TextRun
 from expertprune.spec.schema import Evaluate
+from tests.scoring import score_documents
 from tests.tiny import WORDS, as_run, tiny_model, tiny_tokenizer
 
 Floats = NDArray[np.float64]

@@ -21,7 +21,6 @@ from expertprune.arch import bundled_models
 from expertprune.arch.bundled import BundledModel
 from expertprune.corpora.documents import Document
 from expertprune.errors import CheckpointError, SpecError
-from expertprune.evaluation.documents import score_documents
 from expertprune.models import base as models
 from expertprune.models.base import resolve_base
 from expertprune.models.loading import load_model, load_tokenizer
@@ -30,6 +29,7 @@ from expertprune.units import LayerShape
 from tests.engine_of_gguf import finish
 from tests.oracle import change_config, fetched
 from tests.patching import everywhere
+from tests.scoring import score_documents
 from tests.tiny import as_run, save_tiny, tiny_model, tiny_tokenizer
 
 

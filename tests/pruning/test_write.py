@@ -70,7 +70,8 @@ def test_budget_zero_gives_the_base_byte_for_byte(
 ) -> None:
     spec_data["budget"] = {"ffn": 0, "query_heads": 0, "kv_groups": 0}
     plan = expertprune.compose(parse_spec(spec_data, "spec", tmp_path))
-    assert plan.cuts_nothing
+    assert not plan.cuts_layers
+    assert plan.vocabulary is None
     assert contents(pruned(plan, base, tmp_path / "expert")) == contents(base.folder)
 
 

@@ -17,7 +17,6 @@ from expertprune.artifacts.expert import Expert
 from expertprune.artifacts.plan import BaseReference, Parameters, Plan, RetentionFound, StructureBudget
 from expertprune.corpora.documents import Corpus, Document
 from expertprune.errors import PlanError, SpecError
-from expertprune.evaluation.documents import score_documents
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.loading import load_model
 from expertprune.models.passes import TextRun
@@ -32,6 +31,7 @@ from expertprune.stages.floor import Kept, budgets_to_try, measure, plan_by_rete
 from expertprune.stages.validate import Prepared, validation_documents
 from tests.calling import call
 from tests.patching import everywhere
+from tests.scoring import score_documents
 
 CORPORA = ["language/en", "domain/medical", "task/qa", "general/general"]
 
