@@ -96,13 +96,6 @@ def test_a_plan_digest_covers_every_part() -> None:
     assert a_plan().digest == plan.digest
 
 
-def test_a_plan_that_keeps_everything_cuts_nothing() -> None:
-    whole = LayerPlan(SHAPE.all_kept)
-    plan = dataclasses.replace(a_plan(), layers=[whole, whole], vocabulary=None)
-    assert plan.cuts_nothing
-    assert not dataclasses.replace(plan, layers=[whole, a_plan().layers[1]]).cuts_nothing
-
-
 # A path into a plan's document, what is put there (`GONE`: nothing), and what is said of it.
 GONE = object()
 FFN, HEADS, GROUPS = (("layers", 0, "kept", structure) for structure in ("ffn", "query_heads", "kv_groups"))
