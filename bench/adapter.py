@@ -87,8 +87,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of JSON lines")
     parser.add_argument("--out", type=Path, required=True, help="where experts and adapters are, or are made")
-    parser.add_argument("--steps", type=int, default=48, help="blocks of 512 tokens to train on; default: 48")
-    parser.add_argument("--blocks", type=int, default=12, help="blocks of 512 tokens to measure; default: 12")
+    parser.add_argument("--steps", type=int, default=32, help="blocks of 512 tokens to train on; default: 32")
+    parser.add_argument("--blocks", type=int, default=8, help="blocks of 512 tokens to measure; default: 8")
     arguments = parser.parse_args()
     out = arguments.out
     folders = {name: out / name.replace(" ", "-") for name in EXPERTS}
