@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from expertprune.arch import bundled_models
-from expertprune.errors import CheckpointError, SpecError, first_line
+from expertprune.errors import CheckpointError, ExpertpruneError, SpecError, UsageError, first_line
 from expertprune.files import file_digest, require_room
 from expertprune.models.checkpoint import INDEX, SINGLE, Checkpoint
 from expertprune.models.tensorfile import TensorInfo
@@ -52,14 +52,14 @@ class HubWeights:
     """Weights that are still on the hub."""
 
     def __init__(self, name: str, folder: Path) -> None:
-        from huggingface_hub import get_safetensors_metadata
+        from huggingface_hub import HfApi
         from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
         self.name, self.folder = name, folder
         self._commit = folder.name  # the cache names a snapshot by its commit
         try:
             with _base_errors(name):
-                found: Any = get_safetensors_metadata(name, revision=self._commit)
+                found: Any = HfApi().get_safetensors_metadata(name, revision=self._commit)
         except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
             raise CheckpointError(f"base.model: {name!r}: {first_line(error)}") from None
         self.tensors: Mapping[str, TensorInfo] = {
@@ -84,7 +84,7 @@ def _base_errors(name: str) -> Iterator[None]:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        with hub_errors(name, "base.model: "):
+        with hub_errors(f"base.model: {name!r}", name, SpecError):
             yield
     except LocalEntryNotFoundError:
         raise SpecError(
@@ -94,32 +94,33 @@ def _base_errors(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def hub_errors(name: str, prefix: str = "") -> Iterator[None]:
+def hub_errors(what: str, name: str, kind: type[ExpertpruneError] = UsageError) -> Iterator[None]:
     """Turn what the hub refuses, and a network that fails, into one line that says the fix.
 
     Args:
+        what: what the line begins with: the repository, and the key or option that names it.
         name: of the repository, `owner/name`.
-        prefix: what the line begins with, such as the key of the spec.
+        kind: the error that is raised.
 
     Raises:
-        SpecError: the block failed.
+        LocalEntryNotFoundError: files are not in the cache, and the hub cannot be reached.
     """
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
 
     try:
         yield
-    except LocalEntryNotFoundError:  # where files may be in the cache, their reader knows more
+    except LocalEntryNotFoundError:
         raise
     except HfHubHTTPError as error:
-        raise SpecError(f"{prefix}{name!r}: {_refusal(name, error)}") from None
+        raise kind(f"{what}: {_refusal(name, error)}") from None
     except HFValidationError as error:
-        raise SpecError(f"{prefix}{name!r}: {first_line(error)}") from None
+        raise kind(f"{what}: {first_line(error)}") from None
     except (HTTPError, ConnectionError) as error:
-        raise SpecError(f"{prefix}{name!r}: the hub cannot be reached ({first_line(error)})") from None
+        raise kind(f"{what}: the hub cannot be reached ({first_line(error)})") from None
 
 
 def _refusal(name: str, error: Any) -> str:
-    """What to do about an answer of the hub that is none of success."""
+    """What the hub refuses, and what to do about it."""
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
