@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, get_args
@@ -88,7 +89,8 @@ class Tracking:
         if self._failed:
             return
         try:
-            call()
+            with _quiet():
+                call()
         except Exception as error:  # each tracker has errors of its own
             self._failed = True
             log.warning("--log: %s failed, and gets no more figures: %s", self._module.__name__, first_line(error))
@@ -110,7 +112,8 @@ def tracking(tracker: Tracker, name: str, settings: Mapping[str, Any]) -> Iterat
     except ImportError:
         raise UsageError(f"--log: {tracker} is not installed; run: {_INSTALL[tracker]}") from None
     try:
-        module.init(project=PROJECT, name=name, config=dict(settings))
+        with _quiet():
+            module.init(project=PROJECT, name=name, config=dict(settings))
     except Exception as error:  # a tracker asks for a login, a network or a disk, each with its own errors
         raise UsageError(f"--log: {tracker} does not start: {first_line(error)}") from error
     run = Tracking(module)
@@ -118,6 +121,11 @@ def tracking(tracker: Tracker, name: str, settings: Mapping[str, Any]) -> Iterat
         yield run
     finally:
         run.finish()
+
+
+def _quiet() -> contextlib.AbstractContextManager[object]:
+    """What a tracker prints goes to standard error: standard output is for the command's result."""
+    return contextlib.redirect_stdout(sys.stderr)
 
 
 def _metric(name: str, numbers: Measured) -> dict[str, float | None]:

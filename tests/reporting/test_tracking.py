@@ -31,6 +31,7 @@ class Tracker(ModuleType):
         self.broken = ""
 
     def init(self, **about: Any) -> None:
+        print("the dashboard is at ...")  # as trackio does; --json must stay JSON
         self.begun.append(about)
 
     def log(self, figures: dict[str, Any]) -> None:
