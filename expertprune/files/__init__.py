@@ -49,7 +49,9 @@ from expertprune.files.reading import (
     read_yaml,
 )
 from expertprune.files.staging import (
+    HASHED,
     file_digest,
+    known_digest,
     staged_file,
     staged_folder,
     staged_output,
@@ -60,9 +62,10 @@ from expertprune.files.staging import (
 from expertprune.files.validation import problems_of
 
 __all__ = [
-    "EXPERT", "EXPERT_FILE", "GENERATOR", "GGUF", "HOLDINGS", "MEMORY_VARIABLE", "PAGE", "PICTURE", "PLAN",
+    "EXPERT", "EXPERT_FILE", "GENERATOR", "GGUF", "HASHED", "HOLDINGS", "MEMORY_VARIABLE", "PAGE", "PICTURE", "PLAN",
     "SPOOL_VARIABLE", "Held", "Kind", "age", "as_model", "check_inputs", "check_output", "check_parent",
-    "digest_of", "disk_errors", "duration", "file_digest", "folder_size", "holdings", "locked", "machine", "not_a_file",
+    "digest_of", "disk_errors", "duration", "file_digest", "folder_size", "holdings", "known_digest",
+    "locked", "machine", "not_a_file",
     "one_at_a_time", "opened", "parse_json", "parse_yaml", "problems_of", "prune_store", "read_bytes", "read_json",
     "read_model", "read_object", "read_text", "read_yaml", "remove_all_leftovers", "remove_leftovers",
     "require_room", "scratch_folder", "shipped", "staged_file", "staged_folder", "staged_output", "store_folder",

