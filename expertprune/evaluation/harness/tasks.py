@@ -68,12 +68,6 @@ class Scores:
             "texts": texts,
         }  # fmt: skip
 
-    @classmethod
-    def from_document(cls, data: dict[str, Any]) -> Scores:
-        answers, texts = (None if data[key] is None else tuple(data[key]) for key in ("answers", "texts"))
-        values, weights = (np.array(data[key], dtype=np.float64) for key in ("values", "weights"))
-        return cls(data["metric"], values, weights, tuple(data["examples"]), answers, texts)
-
 
 @dataclass
 class HarnessTask:
