@@ -37,8 +37,9 @@ def main() -> None:
     from bench.torture.fuzz import fuzz
     from bench.torture.kills import full_disks, kills, pairs
 
+    stopped: list[int] = []  # a signal ends the bench after its trial, and what was tried counts
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+        signal.signal(number, lambda number, _: stopped.append(number))
     begun, broken, tried = time.monotonic(), [], 0
     root = Path(tempfile.mkdtemp(prefix="torture-"))
     try:
@@ -55,8 +56,10 @@ def main() -> None:
             if problems:
                 broken.append(name)
                 print(f"{name}:", *problems, sep="\n  ", flush=True)
-    except _Stopped:
-        print("stopped", flush=True)
+            if tried % 500 == 0:
+                print(f"{tried} after {time.monotonic() - begun:.0f} s", flush=True)
+            if stopped:
+                break
     finally:
         shutil.rmtree(root, ignore_errors=True)
     seconds = time.monotonic() - begun
@@ -65,14 +68,6 @@ def main() -> None:
     if options.save:
         save_row(options.part, tried, len(broken), seconds)
     sys.exit(1 if broken else 0)
-
-
-class _Stopped(BaseException):
-    """The user stops the bench; the trials until then count."""
-
-
-def _stop(number: int, frame: object) -> None:
-    raise _Stopped
 
 
 def _first(place: Workplace, begin: Path) -> None:

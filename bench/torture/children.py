@@ -8,6 +8,7 @@ told that the disk is full.
 from __future__ import annotations
 
 import errno
+import faulthandler
 import gc
 import importlib
 import os
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 CHANGES = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.link", "os.chmod", "shutil.rmtree", "shutil.copyfile"}
-GIVEN_UP = 120.0  # seconds after which a command counts as hanging
+GIVEN_UP = 300.0  # seconds after which a command counts as hanging; others may need the machine too
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,7 @@ def _child(arguments: list[str], store: Path, temporary: Path, disturbed: Distur
         _watch(os.open(folder / "changes", os.O_WRONLY | os.O_CREAT), disturbed)
         from expertprune.cli import main
 
+        faulthandler.dump_traceback_later(GIVEN_UP - 5, file=sys.__stderr__)
         main(arguments, prog_name="expertprune")
     except SystemExit as exit_:
         code = exit_.code if isinstance(exit_.code, int) else 0

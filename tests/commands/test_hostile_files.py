@@ -310,6 +310,19 @@ def test_a_corpus_that_predicts_nothing(tmp_path: Path, spec_data: Data) -> None
     assert "corpus task/qa: every evaluation document is shorter than two tokens" in message
 
 
+def test_a_corpus_of_which_only_questions_predict_something_is_warned_of(
+    tmp_path: Path, spec_data: Data, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, asked = tmp_path / "short.jsonl", tmp_path / "questions.jsonl"
+    path.write_text('{"text": "a"}\n')
+    asked.write_text('{"question": "the", "choices": ["heart", "pumps"], "answer": 0}\n' * 4)
+    spec_data["corpora"]["sources"]["qa"] |= {"evaluation": str(path), "questions": str(asked)}
+    call("build", written(tmp_path, spec_data), "--out", tmp_path / "expert")
+    (warned,) = [record for record in caplog.records if "predict" in record.message or "shorter" in record.message]
+    assert warned.levelname == "WARNING"  # which the terminal shows
+    assert "corpus task/qa: every evaluation document is shorter than two tokens: only its questions" in warned.message
+
+
 def test_the_report_of_an_expert_with_one_corpus(tmp_path: Path, spec_data: Data) -> None:
     """There is nothing that its profile could be compared with."""
     data = {**spec_data, "dimensions": {"language": "en"}, "general": [], "evaluate": {"enabled": False}}
