@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertprune.corpora.chat import Rendered, Span, render
+from expertprune.corpora.chat import Rendered, render
 from expertprune.corpora.documents import Corpus, Document
+from expertprune.corpora.templates import Span
 from expertprune.errors import CheckpointError, SpecError
 from expertprune.files import digest_of
 from expertprune.spec.schema import Spec

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from expertprune.arch import bundled_models
 from expertprune.errors import CheckpointError, ExpertpruneError, SpecError, UsageError, first_line
-from expertprune.files import known_digest, require_room
+from expertprune.files import known_digest, read_kept, require_room
 from expertprune.models.checkpoint import INDEX, SINGLE, Checkpoint
 from expertprune.models.tensorfile import TensorInfo
 from expertprune.progress import Track
@@ -41,11 +42,14 @@ def _has_weights(folder: Path) -> bool:
     """Whether all files are there that the index names; a damaged index is the checkpoint's to refuse."""
     if not (folder / INDEX).is_file():
         return (folder / SINGLE).is_file()
-    try:
-        files = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError):
-        return True
-    return all((folder / str(file)).is_file() for file in files)
+    index = read_kept(folder / INDEX, _Index)
+    return index is None or all((folder / file).is_file() for file in set(index.weight_map.values()))
+
+
+class _Index(BaseModel):
+    """Which file holds each tensor."""
+
+    weight_map: dict[str, str]
 
 
 class HubWeights:
