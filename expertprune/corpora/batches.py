@@ -135,12 +135,15 @@ class Batch:
         placed: dict[torch.device, Placed] = vars(self).setdefault("_placed", {})
         if device not in placed:
             weights, real = self.weights, self.real.flatten().nonzero()[:, 0]
-            tensors = (
-                torch.tensor(self.documents), real, weights, self.asked.float(), weights.sum(1),
-                torch.tensor(self.predicted, dtype=torch.float64),
-            )  # fmt: skip
-            whole = len(real) == self.ids.numel()
-            placed[device] = Placed(*(tensor.to(device) for tensor in tensors), whole)
+            placed[device] = Placed(
+                documents=torch.tensor(self.documents).to(device),
+                real=real.to(device),
+                weights=weights.to(device),
+                asked=self.asked.float().to(device),
+                totals=weights.sum(1).to(device),
+                predicted=torch.tensor(self.predicted, dtype=torch.float64).to(device),
+                whole=len(real) == self.ids.numel(),
+            )
         return placed[device]
 
 

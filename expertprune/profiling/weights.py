@@ -26,9 +26,9 @@ def weight_statistics(layer: nn.Module, family: Family, shape: LayerShape) -> di
 def _of_blocks(layer: nn.Module, family: Family, shape: LayerShape) -> dict[str, Tensor]:
     statistics: dict[str, Tensor] = {}
     for name, block in observed_blocks(family).items():
-        l1, squares = column_sums(layer.get_parameter(block.output_weight)[None])
-        statistics[f"{name}.{{layer}}.output_l1"] = l1[0].cpu()
-        statistics[f"{name}.{{layer}}.output_l2"] = squares[0].sqrt().cpu()
+        absolute, squared = column_sums(layer.get_parameter(block.output_weight)[None])
+        statistics[f"{name}.{{layer}}.output_l1"] = absolute[0].cpu()
+        statistics[f"{name}.{{layer}}.output_l2"] = squared[0].sqrt().cpu()
     state = dict(layer.named_parameters())
     squares = {segment: torch.zeros(shape.segment_rows(segment)) for segment in Segment}
     for coupled in family.ffn.tensors + family.attention.tensors:
