@@ -29,6 +29,7 @@ class LayerCollector:
         self.head_impact = torch.zeros(documents, shape.query_heads, device=self.device)
         self.group_impact = torch.zeros(documents, shape.kv_heads, device=self.device)
         self.stream = torch.zeros(documents, device=self.device)
+        self.influence = torch.zeros(documents, device=self.device)
         if not family.has_attention:
             return
         # Gram matrices of the output projection's columns, [kv_heads, group_dim, group_dim]
@@ -36,13 +37,17 @@ class LayerCollector:
         columns = columns.unflatten(1, (shape.kv_heads, -1)).permute(1, 2, 0)
         self._gram = columns @ columns.transpose(1, 2)
 
-    def add(self, batch: Batch, seen: Observation, after: Tensor) -> None:
-        """Add one batch that has passed the layer; `after` is its output, `[rows, tokens, hidden]`."""
+    def add(self, batch: Batch, seen: Observation, before: Tensor, after: Tensor) -> None:
+        """Add one batch; `before` and `after` are the layer's input and output, `[rows, tokens, hidden]`."""
         values = seen.values()
         if self.routed is not None and seen.routed is not None:
             self.routed.add(batch, seen.routed)
         none = after[..., :0]
         self.update(batch, values.get("ffn", none), values.get("heads", none), after)
+        for row, (document, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
+            turn = 1 - nn.functional.cosine_similarity(before[row, :length].float(), after[row, :length].float(), dim=1)
+            weights = batch.weights[row, :length].to(turn.device)
+            self.influence[document] = (turn * weights).sum() / weights.sum()
 
     def update(self, batch: Batch, ffn: Tensor, heads: Tensor, stream: Tensor) -> None:
         """Add one batch; padding is left out.
@@ -77,6 +82,7 @@ class LayerCollector:
     def sums(self) -> dict[str, Tensor]:
         """What is added over the members of a team, in place. A document is with one member only."""
         own = {"head_impact": self.head_impact, "group_impact": self.group_impact, "stream": self.stream}
+        own["influence"] = self.influence
         routed = {} if self.routed is None else self.routed.sums()
         return {**self.ffn.sums("ffn"), **self.heads.sums("heads"), **own, **routed}
 
@@ -102,6 +108,7 @@ class LayerCollector:
             f"heads.{index}.impact": self.head_impact.cpu(),
             f"groups.{index}.impact": self.group_impact.cpu(),
             f"stream.{index}.square": self.stream.cpu(),
+            f"stream.{index}.influence": self.influence.cpu(),
             **{name.format(layer=index): tensor for name, tensor in self._weights.items()},
         }
 
