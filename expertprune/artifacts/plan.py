@@ -134,9 +134,14 @@ class RowReasons(_Record):
 
 
 class DepthReasons(_Record):
-    """Why whole layers go, or stay: one `relevance` for each layer of the base; `why` is of all layers together."""
+    """Why whole layers go, or stay.
+
+    `relevance` has one number for each layer of the base, `source` the dimension, or `general`, that
+    gave it. `why` is of all layers together.
+    """
 
     relevance: list[float]
+    source: list[str]
     why: UnitReasons
 
 
@@ -326,8 +331,10 @@ def _plan(data: _PlanDocument) -> Plan:
         LayerPlan(kept_units(each.kept, shape, each.layer), each.why)
         for each, shape in zip(data.layers, shapes, strict=True)
     ]
-    if layers and (layers[0].kept.gone or (data.depth is not None and len(data.depth.relevance) != len(layers))):
-        raise ValueError("layers: the first one must stay, and depth.relevance has one number for each")
+    if layers and layers[0].kept.gone:
+        raise ValueError("layers: layer 0 must stay")
+    if data.depth is not None and not len(data.depth.relevance) == len(data.depth.source) == len(layers):
+        raise ValueError("depth: it must have one relevance and one source for each layer")
     vocabulary = _vocabulary(data.vocabulary) if data.vocabulary is not None else None
     return Plan(
         data.name,

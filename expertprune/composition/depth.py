@@ -35,8 +35,13 @@ def choose_layers(
     gone = _least_relevant(scores.score, count, base)
     check_kinds(base.checkpoint, base.family, base.layers, gone, base.trust_remote_code)
     staying = [layer for layer in range(len(base.layers)) if layer not in gone]
-    why = reasons(staying, scores, list(spec.dimensions.chosen))
-    return gone, DepthReasons(relevance=[float(each) for each in scores.score], why=why)
+    names = [*spec.dimensions.chosen, "general"]
+    why = DepthReasons(
+        relevance=scores.score.tolist(),
+        source=[names[index] for index in scores.source.tolist()],
+        why=reasons(staying, scores, list(spec.dimensions.chosen)),
+    )
+    return gone, why
 
 
 def foreseen_layers(budget: Budget, base: ResolvedBase) -> tuple[int, ...]:
