@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expertprune.errors import CheckpointError
-from expertprune.files.ownership import disk_errors, own_folder
+from expertprune.files.ownership import disk_errors, own_folder, remove_leftovers
 from expertprune.files.places import ADAPTER_WEIGHTS, EXPERT_FILE
 
 _HEAD = 4096  # bytes of a file that say what it is
@@ -126,6 +126,7 @@ def _try(out: Path, kind: Kind) -> None:
     while not parent.exists():
         missing.insert(0, parent.name)
         parent = parent.parent
+    remove_leftovers(parent)  # of commands that were killed while they tried
     with disk_errors(out), own_folder(parent / out.name) as folder:
         inner = folder.joinpath(*missing)
         inner.mkdir(parents=True, exist_ok=True)

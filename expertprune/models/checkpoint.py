@@ -35,7 +35,7 @@ _CARRIED_FOLDERS = ("additional_chat_templates",)
 
 
 _NOT_CARRIED = {
-    "README.md", EXPERT_FILE, "report.html", "comparison.html", "throughput.json", INDEX,
+    "README.md", EXPERT_FILE, "report.html", "comparison.html", "throughput.json", "changes.json", INDEX,
     "pytorch_model.bin.index.json", ".gitattributes",
 }  # fmt: skip
 
