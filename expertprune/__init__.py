@@ -1,9 +1,9 @@
 """expertprune: turn a general language model into a compact expert, without post-training.
 
 The verbs are functions here, under the same names as the commands: `validate`, `profile`, `compose`, `prune`, `build`,
-`evaluate`, `export`, `bench`, `sweep`, `compare`, `vocabulary`, `inspect`, `report` as `write_report`, and `push` as
-`push_to_hub`; `load_engine` gives an expert's `vllm.LLM`. They are imported at their first use, so that `import
-expertprune` is quick.
+`evaluate`, `export`, `bench`, `sweep`, `compare`, `vocabulary`, `inspect`, `report` as `write_report`, `push` as
+`push_to_hub`, and `adapter` as `cut_adapter`; `load_engine` gives an expert's `vllm.LLM`. They are imported at their
+first use, so that `import expertprune` is quick.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from expertprune.serving.throughput import bench
     from expertprune.spec.reading import load_spec
     from expertprune.spec.schema import Spec
+    from expertprune.stages.adapter import cut_adapter
     from expertprune.stages.build import build
     from expertprune.stages.compare import compare
     from expertprune.stages.compose import compose
@@ -55,6 +56,7 @@ _PLACES = {
     "load_engine": ("expertprune.serving.engine", None),
     "push_to_hub": ("expertprune.stages.push", "push"),
     "write_report": ("expertprune.reporting.page", "report"),
+    "cut_adapter": ("expertprune.stages.adapter", None),
     "Spec": ("expertprune.spec.schema", None),
     "load_spec": ("expertprune.spec.reading", None),
 }
@@ -66,6 +68,7 @@ __all__ = [
     "build",
     "compare",
     "compose",
+    "cut_adapter",
     "evaluate",
     "evaluate_suites",
     "export",

@@ -16,7 +16,7 @@ from expertprune.artifacts.evaluation import Evaluation
 from expertprune.artifacts.plan import Plan
 from expertprune.artifacts.record import Record
 from expertprune.errors import CheckpointError, ExpertpruneError, SpecError
-from expertprune.files import EXPERT_FILE, as_model, digest_of, problems_of, read_json, write_json
+from expertprune.files import EXPERT_FILE, as_model, digest_of, problems_of, read_json, read_kept, write_json
 from expertprune.models.base import ResolvedBase, resolve_base
 from expertprune.models.origin import Origin
 from expertprune.spec.reading import parse_spec, trusting, with_corpus_paths
@@ -268,10 +268,7 @@ class Expert(Description):
 
     def _noted(self, store: Path) -> _Places:
         """What `remember_places` wrote on this machine."""
-        try:
-            return _Places.model_validate_json(self._places_file(store).read_bytes())
-        except (OSError, ValidationError):
-            return _Places()
+        return read_kept(self._places_file(store), _Places) or _Places()
 
     def _places_file(self, store: Path) -> Path:
         return store / "places" / f"{digest_of([self.base.digest, self.plan.digest])}.json"

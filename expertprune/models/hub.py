@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from expertprune.arch import bundled_models
 from expertprune.errors import CheckpointError, ExpertpruneError, SpecError, UsageError, first_line
-from expertprune.files import file_digest, require_room
+from expertprune.files import known_digest, read_kept, require_room
 from expertprune.models.checkpoint import INDEX, SINGLE, Checkpoint
 from expertprune.models.tensorfile import TensorInfo
 from expertprune.progress import Track
@@ -41,11 +42,14 @@ def _has_weights(folder: Path) -> bool:
     """Whether all files are there that the index names; a damaged index is the checkpoint's to refuse."""
     if not (folder / INDEX).is_file():
         return (folder / SINGLE).is_file()
-    try:
-        files = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError):
-        return True
-    return all((folder / str(file)).is_file() for file in files)
+    index = read_kept(folder / INDEX, _Index)
+    return index is None or all((folder / file).is_file() for file in set(index.weight_map.values()))
+
+
+class _Index(BaseModel):
+    """Which file holds each tensor."""
+
+    weight_map: dict[str, str]
 
 
 class HubWeights:
@@ -74,8 +78,22 @@ class HubWeights:
 
         require_room(self.folder, sum(info.bytes for info in self.tensors.values()))
         files = sorted({info.file for info in self.tensors.values()})
-        with _base_errors(self.name):
+        with _base_errors(self.name), _bars():
             snapshot_download(self.name, revision=self._commit, allow_patterns=files)
+
+
+@contextlib.contextmanager
+def _bars() -> Iterator[None]:
+    """The hub's progress bars on: `transformers`, made quiet, has turned them off."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    off = are_progress_bars_disabled()
+    enable_progress_bars()
+    try:
+        yield
+    finally:
+        if off:
+            disable_progress_bars()
 
 
 @contextlib.contextmanager
@@ -140,10 +158,10 @@ def _refusal(name: str, error: Any) -> str:
     return first_line(error)
 
 
-def weights_digest(path: Path, store: Path) -> str:
-    """SHA-256 of a file of weights. The hub's cache names such files by it, so those are not read."""
+def known_weights_digest(path: Path, store: Path) -> str | None:
+    """SHA-256 of a file of weights where it is known: the store remembers it, or the hub's cache names the file by it."""
     if path.is_symlink():
         blob = path.resolve()
         if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
             return blob.name
-    return file_digest(path, store)
+    return known_digest(path, store)

@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from expertprune.errors import CheckpointError, SpecError
 from expertprune.files import file_digest
 from expertprune.models.base import resolve_base
-from expertprune.models.hub import weights_digest
+from expertprune.models.hub import known_weights_digest
 from expertprune.models.origin import Origin, origin_of
 from expertprune.spec.schema import Base
 from tests.hub import TOKEN, Hub, serving, take_for_the_real_one
@@ -131,6 +131,8 @@ def test_weights_that_the_cache_names_by_their_digest_are_not_read(tmp_path: Pat
     for blob in (by_content, by_commit):
         blob.write_bytes(b"weights")
         (tmp_path / f"{blob.name[0]}.safetensors").symlink_to(blob)
-    assert weights_digest(tmp_path / "a.safetensors", store) == "a" * 64
-    assert weights_digest(tmp_path / "b.safetensors", store) == file_digest(by_commit, store)
-    assert weights_digest(by_content, store) == file_digest(by_content, store)  # no link: a file of the user's
+    assert known_weights_digest(tmp_path / "a.safetensors", store) == "a" * 64
+    assert known_weights_digest(tmp_path / "b.safetensors", store) is None
+    assert known_weights_digest(by_content, store) is None  # no link: a file of the user's
+    read = file_digest(by_content, store)
+    assert known_weights_digest(by_content, store) == read != "a" * 64
