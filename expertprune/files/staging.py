@@ -14,7 +14,7 @@ from typing import Any
 
 from expertprune.errors import CheckpointError
 from expertprune.files.digests import digest_of
-from expertprune.files.outputs import Kind, check_output
+from expertprune.files.outputs import EXPERT, Kind, check_output
 from expertprune.files.ownership import disk_errors, locked, own_folder, remove_leftovers
 from expertprune.files.renaming import exchange, rename_new, sync, sync_entry
 
@@ -53,7 +53,7 @@ def staged_output(path: Path, kind: Kind, overwrite: bool = False) -> Iterator[P
 
 
 @contextlib.contextmanager
-def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
+def staged_folder(out: Path, overwrite: bool = False, kind: Kind = EXPERT) -> Iterator[Path]:
     """A temporary folder that becomes `out` when the block ends well, and vanishes when it does not.
 
     A run that is killed leaves its temporary folder behind. A later run beside it removes it.
@@ -63,7 +63,7 @@ def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
             meanwhile, which stays. The result is then beside it.
     """
     remove_leftovers(out.parent)  # first: an expert that a killed run had moved aside comes back
-    check_output(out, overwrite)
+    check_output(out, overwrite, kind)
     with _present(out) as present, _making(out) as made:
         made.mkdir()
         yield made

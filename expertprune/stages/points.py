@@ -17,7 +17,7 @@ from expertprune.errors import CheckpointError
 from expertprune.evaluation.changes import of_corpora
 from expertprune.evaluation.measure import Measuring
 from expertprune.evaluation.retention import pooled
-from expertprune.files import digest_of, folder_size, write_json
+from expertprune.files import digest_of, folder_size, read_kept, write_json
 from expertprune.progress import Track, silent
 from expertprune.pruning.repair import Passengers
 from expertprune.stages.compose import plan_of
@@ -105,9 +105,7 @@ def point_elsewhere(
 
 def load_point(store: Path, key: str) -> Point | None:
     """A point that was measured before; a damaged file is measured again."""
-    with contextlib.suppress(OSError, ValueError):
-        return Point.model_validate_json(_path(store, key).read_text(encoding="utf-8"))
-    return None
+    return read_kept(_path(store, key), Point)
 
 
 def save_point(store: Path, point: Point) -> None:

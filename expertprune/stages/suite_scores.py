@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -23,7 +22,7 @@ from expertprune.evaluation.harness.tasks import HarnessTask, run_task
 from expertprune.evaluation.measure import group_of
 from expertprune.evaluation.retention import RESAMPLES
 from expertprune.evaluation.suites import Suite
-from expertprune.files import EXPERT_FILE, digest_of, file_digest, write_json
+from expertprune.files import EXPERT_FILE, digest_of, file_digest, read_kept, write_json
 from expertprune.models.base import ResolvedBase
 from expertprune.models.loading import load_tokenizer
 from expertprune.models.running import RunningBase, run_folder
@@ -193,9 +192,7 @@ class Measurement:
         return self.store / "evaluations" / f"{digest_of(['corpus', *about, versions()])}.json"
 
     def _stored(self, corpus: Corpus) -> _OnCorpus | None:
-        with contextlib.suppress(OSError, ValueError):
-            return _OnCorpus.model_validate(json.loads(self._path(corpus).read_text(encoding="utf-8")))
-        return None
+        return read_kept(self._path(corpus), _OnCorpus)
 
 
 class _OnCorpus(Record):

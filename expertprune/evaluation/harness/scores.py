@@ -38,12 +38,6 @@ class Scores:
         """Plain data that gives the same scores back."""
         return {**vars(self), "values": self.values.tolist(), "weights": self.weights.tolist()}
 
-    @classmethod
-    def from_document(cls, data: dict[str, Any]) -> Scores:
-        answers, texts, margins = (None if data[k] is None else tuple(data[k]) for k in ("answers", "texts", "margins"))
-        values, weights = (np.array(data[key], dtype=np.float64) for key in ("values", "weights"))
-        return cls(data["metric"], values, weights, tuple(data["examples"]), answers, texts, margins)
-
 
 @dataclass(frozen=True)
 class Asked:

@@ -206,7 +206,12 @@ def findings(artifacts: Artifacts) -> ReportData:
         name=expert.name,
         folder=str(expert.folder),
         purpose=purpose(expert.spec),
-        base=BaseFacts(expert.base.model, expert.base.digest, expert.base.tokenizer_digest, expert.base.revision),
+        base=BaseFacts(
+            expert.base.model,
+            expert.base.digest,
+            expert.base.tokenizer_digest,
+            expert.base.hub.commit or expert.base.revision,
+        ),
         size=_size(artifacts),
         retention={group: pooled(measured, group) if measured is not None else None for group in get_args(Group)},
         speed=throughput.headline if throughput is not None else None,
