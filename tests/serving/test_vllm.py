@@ -19,6 +19,7 @@ import pytest
 import expertprune
 from expertprune.artifacts.timing import Load
 from expertprune.serving import engine, throughput
+from expertprune.serving.chat import Ended, Settings, running
 from expertprune.serving.deployment import Deployment
 from expertprune.serving.processes import check_port, free_port
 from tests.test_examples import probe_path
@@ -104,6 +105,24 @@ def test_a_chat_is_answered_whole_and_as_a_stream(serving: Serving) -> None:
     pieces = [chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**request, stream=True)]
     assert len([piece for piece in pieces if piece]) > 1
     assert "".join(pieces) == whole.choices[0].message.content
+
+
+def test_the_chat_command_speaks_to_it(serving: Serving) -> None:
+    """The same model on both sides: the same words, piece by piece, as many as it counts."""
+    base, expert = running(f"{serving.root}/v1", f"{serving.root}/v1")
+    said = []
+    for side in (base, expert):
+        *pieces, end = side.endpoint.answer(QUESTION, Settings(max_tokens=12))
+        assert side.endpoint.chats
+        assert isinstance(end, Ended)
+        assert 1 < len(pieces) <= end.tokens <= 12
+        said.append("".join(map(str, pieces)))
+    assert said[0] == said[1]
+    drawn = [
+        "".join(map(str, list(base.endpoint.answer(QUESTION, Settings(seed, temperature=1.0, max_tokens=12)))[:-1]))
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]  # the seed is what draws
 
 
 def test_vllms_benchmark_measures_it(serving: Serving, experts: list[Path], tmp_path: Path) -> None:
