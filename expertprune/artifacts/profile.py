@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from expertprune.errors import CheckpointError
-from expertprune.files import digest_of, staged_file
+from expertprune.files import digest_of, parse_json, staged_file
 from expertprune.relevance import Pass
 from expertprune.units import LayerShape
 
@@ -151,10 +151,10 @@ class Profile:
         self.path = path
         try:
             with safe_open(path, framework="pt") as file:
-                self.about: dict[str, Any] = json.loads((file.metadata() or {}).get("expertprune", "{}"))
+                self.about: dict[str, Any] = parse_json((file.metadata() or {}).get("expertprune", "{}"), str(path))
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such profile") from None
-        except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        except (SafetensorError, CheckpointError, OSError) as error:
             raise CheckpointError(f"{path}: not a readable profile ({error}); delete it and profile again") from None
         if not isinstance(self.about, dict):
             raise CheckpointError(f"{path}: not a profile; delete it and profile again")

@@ -214,7 +214,7 @@ class LayerRepair:
         block, batch = self.family.block(structure), stream.batches[number]
         wanted = real_tokens(batch, target).float()
         residual = wanted - real_tokens(batch, after).float()
-        weights = token_weights(wanted) * real_tokens(batch, batch.weights).to(wanted.device)
+        weights = token_weights(wanted) * real_tokens(batch, batch.on(wanted.device).weights)
         if block.output_norm is not None:
             given = (_joined(self.small, block, call.output), call.output, seen.outputs[structure][number])
             joined, own, output = (real_tokens(batch, states).float() for states in given)

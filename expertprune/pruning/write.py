@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertprune.arch import MODELING, PER_LAYER, ExpertTensor, Family, per_layer
+from expertprune.arch import MODELING, PER_LAYER, Family, per_layer
 from expertprune.artifacts.plan import Plan
 from expertprune.corpora.batches import Batch
 from expertprune.engine.team import team
@@ -30,7 +30,7 @@ from expertprune.models.states import KeptStates
 from expertprune.models.tensorfile import DTYPES
 from expertprune.progress import Progress
 from expertprune.pruning.repair import Passengers, RepairJob, check_repair
-from expertprune.pruning.slicing import cut_tensor
+from expertprune.pruning.slicing import cut_tensor, stored_experts
 from expertprune.pruning.unfinished import Unfinished
 from expertprune.spec.schema import Compensation
 from expertprune.tokenizing import Renumbering, read_vocabulary, trimmed, write_tokenizer
@@ -187,7 +187,7 @@ def _write_tensors(
         for coupled in base.family.tensors
     }
 
-    single = _stored_experts(plan, base)
+    single = stored_experts(plan, base.family)
 
     def transform(name: str, tensor: Tensor) -> Tensor | None:
         if name in single:
@@ -242,37 +242,6 @@ def _modeling(config: Mapping[str, Any], layers: str) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """A tensor that one expert owns on disk: its new name, `None` where the expert goes, and the neurons that stay."""
-
-    name: str | None
-    tensor: ExpertTensor
-    neurons: tuple[int, ...]
-    width: int
-
-    def cut(self, values: Tensor) -> Tensor | None:
-        if self.tensor.axis is None or len(self.neurons) == self.width:
-            return None
-        return values.index_select(self.tensor.axis, self.tensor.rows(self.neurons, self.width))
-
-
-def _stored_experts(plan: Plan, base: ResolvedBase) -> dict[str, _Stored]:
-    """Experts that are stored one by one, in the layers that stay, by the names of what each owns."""
-    experts, found = base.family.experts, {}
-    for layer, position in new_positions(plan.kept).items():
-        shape, kept = plan.shapes[layer], plan.kept[layer]
-        prefix, moved = base.family.layer_prefix(layer), base.family.layer_prefix(position)
-        for number in range(shape.experts if experts is not None else 0):
-            assert experts is not None
-            new = experts.of_one(kept.experts.index(number)) if number in kept.experts else None
-            neurons = kept.neurons_of(number, shape)
-            for place, tensor in enumerate(experts.of_one(number)):
-                name = moved + new[place].name if new is not None else None
-                found[prefix + tensor.name] = _Stored(name, tensor, neurons, shape.ffn)
-    return found
 
 
 def _solved_together(family: Family, layer: int, name: str, kept: KeptUnits, solved: Unfinished) -> Tensor | None:

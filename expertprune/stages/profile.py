@@ -115,7 +115,8 @@ def profile_corpus(prepared: Prepared, name: CorpusName, track: Track) -> None:
         _check_fits(prepared, name, missing)
         run_text = team().run(TextRun(prepared.running.model, base.family, base.layers, text.batches))
         about = description(base, str(name), text.documents, place.key)
-        measure(run_text, missing, place.path, about, track, _keep(prepared, name, missing))
+        keep, weights = _keep(prepared, name, missing), prepared.running.weights
+        measure(run_text, missing, place.path, about, track, keep, weights)
 
 
 def _keep(prepared: Prepared, name: CorpusName, missing: Sequence[ProfilePart]) -> Keep:
