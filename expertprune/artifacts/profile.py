@@ -122,6 +122,8 @@ class Profile:
     - `ffn.l.weight_norm`, `heads.l.weight_norm`, `groups.l.weight_norm` `[units]`: Frobenius norm
       of all weights that a unit owns;
     - `stream.l.square` `[documents]`: mean square of the residual stream behind the layer;
+    - `stream.l.influence` `[documents]`: mean over tokens of `1 − cos(x, y)`, where the layer turns
+      the residual stream `x` into `y` (ShortGPT's block influence, arXiv:2403.03853);
     - `tokens` `[documents]`: how many tokens of each document the model predicts.
 
     In a layer with routed experts, `ffn` stands for all neurons of all of them. Each activation

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from expertprune.arch import CoupledTensor, ExpertTensor, Family
 from expertprune.artifacts.plan import Plan
-from expertprune.units import KeptUnits, LayerShape
+from expertprune.units import KeptUnits, LayerShape, new_positions
 
 
 def pruned_layer(
@@ -84,15 +84,16 @@ class StoredExpert:
 
 
 def stored_experts(plan: Plan, family: Family) -> dict[str, StoredExpert]:
-    """Routed experts that are stored one by one, by the names of what each owns."""
+    """Routed experts that are stored one by one, in the layers that stay, by the names of what each owns."""
     experts, found = family.experts, {}
-    for layer, (shape, kept) in enumerate(zip(plan.shapes, plan.kept, strict=True)):
-        prefix = family.layer_prefix(layer)
+    for layer, position in new_positions(plan.kept).items():
+        shape, kept = plan.shapes[layer], plan.kept[layer]
+        prefix, moved = family.layer_prefix(layer), family.layer_prefix(position)
         for number in range(shape.experts if experts is not None else 0):
             assert experts is not None
             new = experts.of_one(kept.experts.index(number)) if number in kept.experts else None
             neurons = kept.neurons_of(number, shape)
             for place, tensor in enumerate(experts.of_one(number)):
-                name = prefix + new[place].name if new is not None else None
+                name = moved + new[place].name if new is not None else None
                 found[prefix + tensor.name] = StoredExpert(name, tensor, neurons, shape.ffn)
     return found

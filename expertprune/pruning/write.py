@@ -34,7 +34,7 @@ from expertprune.pruning.slicing import cut_tensor, stored_experts
 from expertprune.pruning.unfinished import Unfinished
 from expertprune.spec.schema import Compensation
 from expertprune.tokenizing import Renumbering, read_vocabulary, trimmed, write_tokenizer
-from expertprune.units import KeptUnits
+from expertprune.units import KeptUnits, new_positions
 
 _SPARE = 64 * 2**20  # tokenizer, cards and index, generously
 
@@ -49,6 +49,7 @@ class RepairInput:
         passengers: text that is measured meanwhile, if the repair takes passengers.
         store: where a killed repair leaves what it has finished, for the next run of the same one.
         states: what is known of the base's hidden states (see `RepairJob`).
+        own: this member's share of the batches; default: a share of any cut.
     """
 
     model: Any
@@ -57,6 +58,7 @@ class RepairInput:
     passengers: Passengers | None = None
     store: Path | None = None
     states: KeptStates | None = None
+    own: Sequence[Batch] | None = None
 
 
 def check_plan(plan: Plan, base: ResolvedBase) -> None:
@@ -141,7 +143,7 @@ def _solved_weights(
     if given is None or not plan.cuts_layers:
         yield None
         return
-    text = team().run(TextRun(given.model, base.family, plan.shapes, given.batches))
+    text = team().run(TextRun(given.model, base.family, plan.shapes, given.batches), given.own)
     stored = {name: DTYPES[info.dtype] for name, info in base.checkpoint.tensors.items() if info.dtype in DTYPES}
     job = RepairJob(text, plan.kept, given.settings, stored, given.passengers, states=given.states)
     weights = check_repair(given.settings.method).weights
@@ -183,7 +185,7 @@ def _write_tensors(
     """Write the weights, sliced or solved for, shard by shard."""
     owners = {
         base.family.layer_prefix(layer) + coupled.name: (layer, coupled.name)
-        for layer in range(len(plan.shapes))
+        for layer in new_positions(plan.kept)
         for coupled in base.family.tensors
     }
 
@@ -206,8 +208,26 @@ def _write_tensors(
         cut = cut_tensor(local, tensor, base.family, plan.shapes[layer], plan.kept[layer])
         return None if cut is tensor else cut
 
-    names = {old: stored.name for old, stored in single.items()}
+    names = _moved(plan, base) | {old: stored.name for old, stored in single.items()}
     write_weights(base.checkpoint, folder, transform, _zero_tensors(plan, base), names)
+
+
+def _moved(plan: Plan, base: ResolvedBase) -> dict[str, str | None]:
+    """From names of tensors in the base's layers to those in the expert's; `None` where the layer goes."""
+    if not plan.gone:
+        return {}
+    family, names = base.family, list(base.checkpoint.tensors)
+    positions: dict[int, int | None] = {**dict.fromkeys(plan.gone), **new_positions(plan.kept)}
+    prefixes = {
+        family.layer_prefix(layer): None if position is None else family.layer_prefix(position)
+        for layer, position in positions.items()
+    }
+    return {
+        name: None if new is None else new + name.removeprefix(old)
+        for old, new in prefixes.items()
+        for name in names
+        if name.startswith(old)
+    }
 
 
 def _modeling(config: Mapping[str, Any], layers: str) -> str:
@@ -242,16 +262,18 @@ def _solved_together(family: Family, layer: int, name: str, kept: KeptUnits, sol
 def _zero_tensors(plan: Plan, base: ResolvedBase) -> Callable[[str], Iterator[tuple[str, Tensor]]]:
     """Tensors that the config's rewrite asks for, zero, in every layer, in the file of the output projection."""
     family, rewrite = base.family, base.family.when_heads_change
-    pairs = zip(plan.shapes, plan.kept, strict=True)
+    positions = new_positions(plan.kept)
+    pairs = [(plan.shapes[layer], plan.kept[layer]) for layer in positions]
     changed = any(family.heads_changed(shape, kept.shape(shape)) for shape, kept in pairs)
 
     def extra(file: str) -> Iterator[tuple[str, Tensor]]:
         if rewrite is None or not changed:
             return
-        for layer, shape in enumerate(plan.shapes):
+        for layer, position in positions.items():
             anchor = base.checkpoint.tensors[family.layer_prefix(layer) + family.attention.output_weight]
             if anchor.file == file:
                 for name in rewrite.zero_tensors:
-                    yield family.layer_prefix(layer) + name, torch.zeros(shape.hidden, dtype=base.checkpoint.dtype)
+                    zeros = torch.zeros(plan.shapes[layer].hidden, dtype=base.checkpoint.dtype)
+                    yield family.layer_prefix(position) + name, zeros
 
     return extra

@@ -33,7 +33,7 @@ transformers and in vLLM.
 | structure | kept in each layer | of |
 |---|---|---|
 {% for structure, entry in plan.budget.items() -%}
-| {{ structure }} | {{ entry.kept | widths }} | {{ entry.of | widths }} |
+| {{ names.get(structure, structure) }} | {{ entry.kept | widths }} | {{ entry.of | widths }} |
 {% endfor %}
 {%- if plan.vocabulary -%}
 | vocabulary rows, of the whole model | {{ plan.vocabulary.rows.rows }} | {{ plan.vocabulary.rows.of }} |
@@ -119,6 +119,7 @@ def card_text(expert: Expert, headline: Sequence[tuple[str, str]] = ()) -> str:
         plan=expert.plan,
         spec=spec,
         purpose=purpose(spec),
+        names={"layers": "layers, of the whole model"},
         fusion=fusion_of(spec),
         per_layer=any(isinstance(entry.kept, list) for entry in expert.plan.budget.values()),
         rows=retention_rows(measured) if measured is not None else [],

@@ -209,7 +209,7 @@ def _budgets(spec: Spec, values: Sequence[float]) -> tuple[dict[float, Budget], 
     Raises:
         SpecError: the spec cannot be swept, or no budget is legal.
     """
-    structures = [structure.value for structure in Structure if getattr(spec.budget, structure.value)]
+    structures = [key for key in ("layers", *Structure) if getattr(spec.budget, key)]
     if not structures and spec.budget.vocabulary is not None:
         structures = ["vocabulary"]
     overall = spec.budget.overall

@@ -20,6 +20,7 @@ import torch
 import expertprune
 from expertprune.arch import families
 from expertprune.models.loading import load_model
+from expertprune.units import GONE
 from tests.adapters import LINEAR, expert_of, trained, with_adapter
 from tests.oracle import plan_of, random_units, resolved
 from tests.tiny import FAMILIES, save_tiny
@@ -97,14 +98,17 @@ class Served:
     found: dict[tuple[str, str, str], Any]
 
 
-def expert_kinds(name: str) -> dict[str, list[dict[str, int]]]:
-    """What each layer keeps: the same, and, where the family's classes can be built so, other widths in each."""
+def expert_kinds(name: str) -> dict[str, list[dict[str, int] | None]]:
+    """What each layer keeps: the same, and, where the family's classes can be built so, other widths in each.
+
+    One layer goes whole.
+    """
     family = next(each for each in families().values() if each.family == name)
     heads = {"kv_groups": 1} if family.heads_are_units else {}
     units = {"ffn": 64} if family.has_ffn else {"experts": 4}
-    kinds: dict[str, list[dict[str, int]]] = {"uniform": [{**units, **heads}] * 3}
+    kinds: dict[str, list[dict[str, int] | None]] = {"uniform": [{**units, **heads}, {**units, **heads}, None]}
     if family.vllm_single_layers:
-        kinds[OWN_WIDTHS] = [{"ffn": 64}, {"ffn": 32, **heads}, {"ffn": 80}]
+        kinds[OWN_WIDTHS] = [{"ffn": 64}, None, {"ffn": 32, **heads}]
     return kinds
 
 
@@ -151,8 +155,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
         base = resolved(own if own.is_dir() else save_tiny(own, name, **sizes), root / "store")
         generator = torch.Generator().manual_seed(number)
         widths = zip(base.layers, expert_kinds(name)[kind], strict=True)
-        plan = plan_of(base, [random_units(shape, generator, **kept) for shape, kept in widths])
-        folders[name, kind] = expert_of(plan, base, root / f"{name}-{number}")
+        units = [GONE if kept is None else random_units(shape, generator, **kept) for shape, kept in widths]
+        folders[name, kind] = expert_of(plan_of(base, units), base, root / f"{name}-{number}")
     expected = {key: generated(folder) for key, folder in folders.items()}
     for (name, kind), folder in list(folders.items()):
         if name in ADAPTERS:
