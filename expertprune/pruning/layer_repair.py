@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from expertprune.arch import Block, Experts, Family
 from expertprune.engine.memory import by_rows
+from expertprune.engine.team import team
 from expertprune.models.layers import Call, observed
 from expertprune.models.passes import Stream, alone, real_tokens
 from expertprune.models.spool import Spool
@@ -225,12 +226,14 @@ class LayerRepair:
     def _solved(self, structure: Structure, moments: Moments | Rows, damping: float) -> tuple[Tensor, Tensor]:
         """The change of a projection and its new weight, rounded as it is written; the layer has it now.
 
-        Every member of a team solves the same sums.
+        Members of a team factorize the same sums, and each solves for some rows of the weight.
         """
         self.together(dict(moments.sums()))
         block = self.family.block(structure)
         weight = self.small.get_parameter(block.output_weight)
-        repaired = weight.float() + moments.solved(damping)
+        change = moments.solved(damping, team().part(weight.shape[0]))
+        self.together({"change": change})
+        repaired = weight.float() + change
         repaired = repaired.to(self.stored.get(self._name(structure), weight.dtype)).to(weight.dtype)
         self.small.get_submodule(block.output).weight = nn.Parameter(repaired, requires_grad=False)
         return repaired - weight, repaired

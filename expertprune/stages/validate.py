@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ HELD_BACK = 8  # documents of a corpus that a retention floor is measured on, wh
 
 
 SpecLike = Spec | str | Path
+Share = Callable[[Sequence[Batch]], Sequence[Batch]]
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,13 @@ class Found:
         with_corpus_paths(self.spec, lambda _, path: paths.append(Path(path)) or path)  # type: ignore[func-returns-value]
         return [*places_of_bases(self.base, self.store), *paths]
 
-    def repaired(self) -> dict[CorpusName, list[Batch | None]]:
+    def repaired(self, share: Share = list) -> dict[CorpusName, list[Batch | None]]:
         """What a repair runs of the batches of each corpus: every window once (see `each_once`)."""
-        return dict(zip(self.calibration, each_once(list(self.calibration.values())), strict=True))
+        return dict(zip(self.calibration, each_once(list(self.calibration.values()), share), strict=True))
 
-    def repair_batches(self) -> list[Batch]:
+    def repair_batches(self, share: Share = list) -> list[Batch]:
         """The same of all corpora together."""
-        return [batch for own in self.repaired().values() for batch in own if batch is not None]
+        return [batch for own in self.repaired(share).values() for batch in own if batch is not None]
 
 
 @dataclass(frozen=True)
