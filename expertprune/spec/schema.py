@@ -238,6 +238,13 @@ class Compensation(Section):
         description="least_squares: solve for the kept columns of every cut output projection, so that the pruned "
         "model's residual stream comes close to the base's; none: keep the columns unchanged.",
     )
+    general: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="How much the general corpora count in it together, whatever their number of tokens; the dimensions "
+        "share the rest equally.",
+    )
     damping: float = Field(
         0.3, gt=0, le=10, description="Ridge towards the original columns, relative to their inputs' energy."
     )
