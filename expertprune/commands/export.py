@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -33,5 +34,8 @@ def export(expert: Path, out: Path, kind: str, stored: str, overwrite: bool, as_
         "kind": "export", "format": kind, "file": str(out), "bytes": size, "architecture": written.architecture,
         "context": written.context, "tensors": written.tensors,
     }  # fmt: skip
+    quantize = shlex.join(["llama-quantize", str(out), str(out.with_name(f"{out.stem}-q4_k_m.gguf")), "Q4_K_M"])
+    fewer = "" if stored == "q8_0" else f"\nfewer bits, by llama.cpp's tool: {quantize}"
     counts = ", ".join(f"{count} {name}" for name, count in sorted(written.tensors.items()))
-    show(as_json, data, lambda: f"{out}: {size / 1e6:.1f} MB, architecture {written.architecture}, tensors: {counts}")
+    what = f"{out}: {size / 1e6:.1f} MB, architecture {written.architecture}, tensors: {counts}"
+    show(as_json, data, lambda: what + fewer)

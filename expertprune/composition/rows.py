@@ -124,11 +124,11 @@ class CorpusRows:
 
     def relevance(self, without: int | None = None) -> Tensor:
         """A token's frequency plus the mean probability that the model puts on it, `[rows]`; zero
-        without any text.
+        without any text. Of conversations, the mean is over predictions of answers.
         """
         counts = self.counts(without)
         mass = self.mass.sum(0) if without is None else self.mass.sum(0) - self.mass[without]
-        return (counts + mass) / counts.sum().clamp_min(1)
+        return counts / counts.sum().clamp_min(1) + mass / mass.sum().clamp_min(1)
 
 
 def row_scores(

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertprune.corpora.chat import Rendered, Span, render
+from expertprune.corpora.chat import Rendered, render
 from expertprune.corpora.documents import Corpus, Document
+from expertprune.corpora.templates import Span
 from expertprune.errors import CheckpointError, SpecError
 from expertprune.files import digest_of
 from expertprune.spec.schema import Spec
@@ -38,6 +39,29 @@ class Tokens:
     def predicted(self) -> int:
         """How many tokens the loss counts on. Nothing predicts the first one."""
         return max(0, len(self.ids) - 1) if self.answers is None else sum(self.answers[1:])
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What a pass needs of a batch beside its ids, on one device.
+
+    Attributes:
+        documents: `[rows]`, int64.
+        real: `[real tokens]`, int64: where they are in the batch, row after row.
+        weights: `[rows, tokens]`, float32 (see `Batch.weights`).
+        asked: `[rows, tokens]`, float32: 1 where `Batch.asked` holds, 0 elsewhere.
+        totals: `[rows]`, the sums of the weights.
+        predicted: `[rows]`, float64: how many tokens the loss counts on.
+        whole: whether nothing is padding.
+    """
+
+    documents: Tensor
+    real: Tensor
+    weights: Tensor
+    asked: Tensor
+    totals: Tensor
+    predicted: Tensor
+    whole: bool
 
 
 @dataclass(frozen=True)
@@ -80,10 +104,14 @@ class Batch:
         return torch.arange(self.ids.shape[1])[None] < torch.tensor(self.lengths)[:, None]
 
     @property
+    def counted(self) -> Tensor:
+        """`[rows, tokens]`: whether the loss counts on each token; the first one has none before it."""
+        return self.real if self.answers is None else self.real & self.answers
+
+    @property
     def targets(self) -> Tensor:
         """`[rows, tokens - 1]`: whether the loss counts on the token behind each position."""
-        counted = self.real if self.answers is None else self.real & self.answers
-        return counted[:, 1:]
+        return self.counted[:, 1:]
 
     @property
     def predicted(self) -> tuple[int, ...]:
@@ -97,6 +125,33 @@ class Batch:
         if self.scales is not None:
             real = real * torch.tensor(self.scales)[:, None]
         return real if self.answers is None else torch.where(self.answers, real, self.prompt_weight * real)
+
+    @property
+    def asked(self) -> Tensor:
+        """`[rows, tokens]`: whether the prediction behind each token counts.
+
+        It does where the loss counts on the token that it predicts. Behind the last token, it does
+        where the loss counts on that one.
+        """
+        counted, last = self.counted, torch.tensor(self.lengths)[:, None] - 1
+        following = torch.cat([counted[:, 1:], torch.zeros_like(counted[:, :1])], 1)
+        return following.scatter(1, last, counted.gather(1, last))
+
+    def on(self, device: torch.device) -> Placed:
+        """What a pass needs on a device. It is copied there once, so layers do not wait for it."""
+        placed: dict[torch.device, Placed] = vars(self).setdefault("_placed", {})
+        if device not in placed:
+            weights, real = self.weights, self.real.flatten().nonzero()[:, 0]
+            placed[device] = Placed(
+                documents=torch.tensor(self.documents).to(device),
+                real=real.to(device),
+                weights=weights.to(device),
+                asked=self.asked.float().to(device),
+                totals=weights.sum(1).to(device),
+                predicted=torch.tensor(self.predicted, dtype=torch.float64).to(device),
+                whole=len(real) == self.ids.numel(),
+            )
+        return placed[device]
 
 
 def rendered(document: Document, tokenizer: Any) -> Rendered:

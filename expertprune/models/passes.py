@@ -30,9 +30,8 @@ LOGITS = 2**25  # held at a time: 128 MiB in float32
 
 def real_tokens(batch: Batch, states: Tensor) -> Tensor:
     """Leave padding out: `[rows, tokens, channels]` to `[real tokens, channels]`."""
-    if all(length == states.shape[1] for length in batch.lengths):
-        return states.flatten(0, 1)
-    return torch.cat([states[row, :length] for row, length in enumerate(batch.lengths)])
+    placed, flat = batch.on(states.device), states.flatten(0, 1)
+    return flat if placed.whole else flat.index_select(0, placed.real)
 
 
 def alone(sums: dict[str, Tensor]) -> None:

@@ -37,7 +37,7 @@ class Dispatch:
     def of(cls, chosen: Tensor, weights: Tensor, experts: int) -> Dispatch:
         """Sort the router's choice; both are `[tokens, per token]`."""
         expert, order = chosen.flatten().sort(stable=True)
-        ends = torch.bincount(expert, minlength=experts).cumsum(0, dtype=torch.int32)
+        ends = torch.searchsorted(expert, torch.arange(experts, device=expert.device), right=True, out_int32=True)
         return cls(order // chosen.shape[1], expert, weights.flatten()[order], ends)
 
 
@@ -121,7 +121,7 @@ class RoutedExperts:
             chosen, weights: the router's choice, `[tokens, per token]` each.
         """
         pairs = Dispatch.of(chosen, weights, self.count)
-        neurons = self.neurons(hidden[pairs.token], pairs)
+        neurons = self.neurons(hidden.index_select(0, pairs.token), pairs)
         written = grouped_linear(neurons, self.written, pairs.ends)
         if self._biases[1] is not None:
             written = written + self._biases[1][pairs.expert]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from expertprune.models.base import ResolvedBase
 from expertprune.models.checkpoint import Checkpoint
@@ -25,11 +26,13 @@ class RunningBase:
     `TextRun`; only where `is_streamed(model)` is false can it be called as a whole.
 
     Attributes:
+        weights: statistics of the weights of each layer, by name; the profiles of all corpora share them.
         states: where passes over calibration text leave hidden states for repairs; `None`: they leave none.
     """
 
     def __init__(self, base: ResolvedBase) -> None:
         self.base = base
+        self.weights: dict[int, dict[str, Tensor]] = {}
         self.states: KeptStates | None = None
 
     @property

@@ -6,14 +6,17 @@ import torch
 from torch import Tensor
 
 from expertprune.artifacts.profile import halved
+from expertprune.corpora.batches import Placed
 
 
 class ChannelStatistics:
     """Sums over tokens of each channel of an output projection's input, per document and in total.
 
-    They do not depend on how documents are cut into batches. They are summed in float64, because
-    the variance of a channel with a large mean is the small difference of large sums. They stay on
-    the device until the layer ends, so that `add` waits for nothing.
+    They do not depend on how documents are cut into batches. The variance of a channel with a large
+    mean is the small difference of large sums. So each document gives its mean and its squares
+    around that mean, in float32, and these are added in float64. Sums stay on the device until the
+    layer ends, so `add` waits for nothing, and it takes as many kernels for one document as for
+    many.
     """
 
     def __init__(self, documents: int, channels: int, device: torch.device | None = None) -> None:
@@ -21,21 +24,15 @@ class ChannelStatistics:
         self.sum = torch.zeros(channels, dtype=torch.float64, device=device)
         self.square_sum = torch.zeros(channels, dtype=torch.float64, device=device)
 
-    def add(self, document: int, values: Tensor, weights: Tensor | None = None) -> None:
-        """Add a document.
-
-        Args:
-            values: `[tokens, channels]`, float32.
-            weights: of its tokens, `[tokens]`; default: 1 each.
-        """
-        total: Tensor | int = values.shape[0]
-        scaled = values
-        if weights is not None:
-            total, scaled, values = weights.sum(), values * weights.sqrt()[:, None], values * weights[:, None]
-        square_sum = torch.linalg.vector_norm(scaled, dim=0, dtype=torch.float64).square()
-        self.square[document] = square_sum / total
-        self.sum += values.sum(0, dtype=torch.float64)
-        self.square_sum += square_sum
+    def add(self, placed: Placed, values: Tensor) -> None:
+        """Add the documents of a batch; `values` is `[rows, tokens, channels]`."""
+        values, totals = values.float(), placed.totals[:, None]
+        means = over_tokens(placed.weights, values) / totals
+        around = over_tokens(placed.weights, (values - means[:, None]).square_())
+        self.square.index_copy_(0, placed.documents, around / totals + means.square())
+        means, totals = means.double(), totals.double()
+        self.sum += (totals * means).sum(0)
+        self.square_sum += (around.double() + totals * means.square()).sum(0)
 
     def sums(self, prefix: str) -> dict[str, Tensor]:
         """What is added over the members of a team, in place."""
@@ -50,12 +47,6 @@ class ChannelStatistics:
         }
 
 
-def second_moments(values: Tensor) -> Tensor:
-    """`Σ_t x_t x_tᵀ` of several groups, float32: `[groups, tokens, n]` to `[groups, n, n]`.
-
-    On a GPU, products of half precision are multiplied as they are and summed in float32.
-    """
-    if values.is_cuda and values.dtype in (torch.bfloat16, torch.float16):
-        return torch.bmm(values.transpose(1, 2), values, out_dtype=torch.float32)
-    values = values.float()
-    return values.transpose(1, 2) @ values
+def over_tokens(weights: Tensor, values: Tensor) -> Tensor:
+    """Weighted sums over the tokens of each row: `[rows, tokens]` and `[rows, tokens, n]` to `[rows, n]`, float32."""
+    return torch.bmm(weights[:, None], values)[:, 0]

@@ -42,33 +42,27 @@ class MaskGradients:
         heads: tuple[Tensor, Tensor] | None = None,
         ffn: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """Add one batch.
+        """Add one batch. No loss depends on padding, whose gradients are zero.
 
         Args:
             weights: a factor for the gradients of each row, `[rows]`, float32.
             heads, ffn: input and gradient of an output projection, `[rows, tokens, channels]` each.
         """
-        for row, (document, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
-            sums = [None if pair is None else
-                    (pair[0][row, :length].float() * pair[1][row, :length].float()).sum(0) * weights[row]
-                    for pair in (heads, ffn)]  # fmt: skip
-            if sums[0] is not None:
-                self.heads[document] += sums[0].unflatten(0, (self.shape.query_heads, -1)).sum(1)
-            if sums[1] is not None:
-                self.ffn[document] += sums[1]
+        documents = batch.on(weights.device).documents
+        if heads is not None:
+            sums = over_channels(*heads).unflatten(1, (self.shape.query_heads, -1)).sum(2)
+            self.heads.index_add_(0, documents, sums * weights[:, None])
+        if ffn is not None:
+            self.ffn.index_add_(0, documents, over_channels(*ffn) * weights[:, None])
 
     def add_routed(self, batch: Batch, weights: Tensor, call: RoutedCall, gradient: Tensor) -> None:
         """Add a batch; `gradient` is that of the call's neurons, `[pairs, ffn]`.
 
         A router's weight multiplies a neuron behind its mask, so the gradient has it.
         """
-        rows, length = batch.ids.shape
-        real = torch.tensor(batch.lengths)[:, None] > torch.arange(length)
-        document = torch.tensor(batch.documents)[:, None].expand(rows, length)
-        token = call.pairs.token
-        real, document = (each.flatten().to(token.device)[token] for each in (real, document))
-        factor = weights.repeat_interleave(length)[token] * real
-        own = call.neurons.float() * gradient.float() * factor[:, None]
+        row = call.pairs.token // batch.ids.shape[1]
+        document = batch.on(weights.device).documents.index_select(0, row)
+        own = call.neurons.float() * gradient * weights.index_select(0, row)[:, None]
         by_expert = self.ffn.view(-1, self.shape.ffn)  # `[documents * experts, ffn]`
         by_expert.index_add_(0, document * self.shape.experts + call.pairs.expert, own)
 
@@ -83,6 +77,11 @@ class MaskGradients:
         if self.shape.experts:
             found |= halved(f"experts.{index}.value", ffn.unflatten(1, (self.shape.experts, -1)).sum(2))
         return found
+
+
+def over_channels(values: Tensor, gradients: Tensor) -> Tensor:
+    """`Σ_t a_tc g_tc`, float32: two of `[rows, tokens, channels]` to `[rows, channels]`."""
+    return (values.float() * gradients).sum(1)
 
 
 @dataclass(frozen=True)
@@ -130,8 +129,7 @@ class Upstream:
         their mean over hundreds of tokens would vanish in half precision.
         """
         below, found = taped.backward(self.gradient)
-        losses = torch.tensor(batch.predicted, dtype=torch.float64)
-        weights = (1 / (self.scale * losses.to(self.scale.device))).float()
+        weights = (1 / (self.scale * batch.on(self.scale.device).predicted)).float()
         values = taped.seen.values()
         into.add(batch, weights, **{name: (values[name], found[name]) for name in ("heads", "ffn") if name in found})
         if taped.seen.routed is not None:
@@ -185,8 +183,7 @@ def loss_gradient(
             positions = slice(first, first + logits.shape[1])
             targets = ids[:, first + 1 : first + 1 + logits.shape[1]]
             if draws is not None:
-                targets = torch.stack([_drawn(torch.softmax(row.detach(), -1), chosen)
-                                       for row, chosen in zip(logits, draws[:, positions], strict=True)])  # fmt: skip
+                targets = _drawn(torch.softmax(logits.detach(), -1), draws[:, positions])
             each = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
             total += torch.autograd.grad((each * counted[:, positions].flatten()).sum() * HEAD_SCALE, leaf)[0]
     return total
@@ -202,7 +199,8 @@ def _draws(batch: Batch, seed: int) -> Tensor:
 
 
 def _drawn(chances: Tensor, draws: Tensor) -> Tensor:
-    """Draw tokens by `chances`, `[positions, vocabulary]`, and uniform `draws`, `[positions]`."""
+    """Draw tokens by `chances`, `[rows, positions, vocabulary]`, and uniform `draws`, `[rows, positions]`."""
     sums = chances.cumsum(-1)
     # right=True: a token of probability 0 is never drawn. The last sum is 1 only up to rounding.
-    return torch.searchsorted(sums, draws[:, None] * sums[:, -1:], right=True)[:, 0].clamp_max(sums.shape[1] - 1)
+    places = torch.searchsorted(sums, draws[..., None] * sums[..., -1:], right=True)[..., 0]
+    return places.clamp_max(sums.shape[-1] - 1)

@@ -22,13 +22,14 @@ class RegionalGradients:
     def __init__(self, shape: LayerShape, documents: int, device: torch.device) -> None:
         self._gradients = MaskGradients(shape, documents, device)
 
-    def add(self, batch: Batch, seen: Observation, after: Tensor) -> None:
+    def add(self, batch: Batch, seen: Observation, before: Tensor, after: Tensor) -> None:
         """Add one batch; `after` is the layer's output with its graph, `[rows, tokens, hidden]`."""
+        placed = batch.on(after.device)
         with torch.enable_grad():
             norms = torch.linalg.vector_norm(real_tokens(batch, after).float(), dim=-1)
-            total = norms @ real_tokens(batch, batch.weights).to(norms.device)
+            total = norms @ real_tokens(batch, placed.weights)
         ffn, heads = torch.autograd.grad(total, [seen.inputs["ffn"], seen.inputs["heads"]])
-        values, weights = seen.values(), (1 / batch.weights.sum(1)).to(after.device)
+        values, weights = seen.values(), 1 / placed.totals
         self._gradients.add(batch, weights, ffn=(values["ffn"], ffn), heads=(values["heads"], heads))
 
     def sums(self) -> dict[str, Tensor]:

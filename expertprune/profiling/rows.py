@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.sparse import csr_array, diags_array
 from scipy.spatial.distance import squareform
-from torch import Tensor
+from torch import Tensor, nn
 
 from expertprune.corpora.batches import Batch
 from expertprune.models.passes import TextRun
@@ -20,20 +20,24 @@ _CLUSTERED = 4096  # documents whose distances from each other are held at a tim
 class RowMass:
     """Occurrences and probability of every vocabulary row over a corpus (see `Profile`).
 
-    The probability is the model's softmax over all rows, summed over the positions of all real
-    tokens, the last of each document included.
+    The probability is the model's softmax over all rows, summed over the positions that count: of a
+    text all real tokens, the last of each document included; of a conversation those that predict
+    an answer's tokens (see `Batch.asked`).
     """
 
     def __init__(self, text: TextRun) -> None:
         self._counts = _counts(text, text.rows)
         self._fold = folds_of_similar(self._counts)
+        self._folds = nn.functional.one_hot(torch.from_numpy(self._fold), FOLDS).float().to(text.device)
         self.mass = torch.zeros(FOLDS, self._counts.shape[1], dtype=torch.float64, device=text.device)
 
     def add(self, batch: Batch, first: int, logits: Tensor) -> None:
         """Add some positions of a batch, `[rows, positions, vocabulary]`, of which `first` is the first."""
-        for row, (document, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
-            real = logits[row, : max(0, length - first)]
-            self.mass[int(self._fold[document])] += torch.softmax(real, -1).sum(0).double()
+        placed = batch.on(logits.device)
+        of_fold = self._folds.index_select(0, placed.documents)  # [rows, folds]
+        asked = placed.asked[:, first : first + logits.shape[1]]
+        weights = of_fold.T[:, :, None] * asked
+        self.mass += (weights.flatten(1) @ torch.softmax(logits, -1).flatten(0, 1)).double()
 
     def sums(self) -> dict[str, Tensor]:
         """What is added over the members of a team, in place."""

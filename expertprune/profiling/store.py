@@ -20,7 +20,7 @@ from expertprune.files import digest_of, working_folder
 from expertprune.models.base import ResolvedBase
 from expertprune.models.passes import TextRun
 from expertprune.models.states import Keep, keep_nothing
-from expertprune.profiling.traversal import Traversal
+from expertprune.profiling.traversal import Statistics, Traversal
 from expertprune.profiling.working import Working
 from expertprune.progress import Track, silent
 
@@ -89,6 +89,7 @@ def measure(
     about: dict[str, Any],
     track: Track = silent,
     keep: Keep = keep_nothing,
+    weights: dict[int, Statistics] | None = None,
 ) -> Profile:
     """Run text through the model once, and store the parts of a profile that this makes.
 
@@ -97,7 +98,7 @@ def measure(
     Args:
         path: of the profile (see `profile_path`).
         about: its `description`.
-        keep: see `Traversal`.
+        keep, weights: see `Traversal`.
 
     Raises:
         CheckpointError: the pass gives numbers that are not finite, or the disk is full.
@@ -105,7 +106,7 @@ def measure(
     # A team starts a profile anew: its members would not have finished the same layers.
     alone = team().size == 1
     with working_folder(path.with_name(f".{path.stem}.working")) if alone else contextlib.nullcontext(None) as folder:
-        traversal = Traversal(text, parts, working=Working(folder), keep=keep)
+        traversal = Traversal(text, parts, working=Working(folder), keep=keep, weights=weights)
         with track(f"profile {about['corpus']}", traversal.steps) as step:
             found = traversal.run(step)
         for part, statistics in found.items() if team().leads else ():

@@ -22,6 +22,7 @@ from expertprune.profiling.gradients import MaskGradients, Taped, Upstream, loss
 from expertprune.profiling.observation import Observation, units_observed
 from expertprune.profiling.regional import RegionalGradients
 from expertprune.profiling.rows import RowMass
+from expertprune.profiling.weights import weight_statistics
 from expertprune.profiling.working import Working
 from expertprune.progress import Progress, no_progress
 from expertprune.relevance import Pass
@@ -32,7 +33,7 @@ Statistics = dict[str, Tensor]
 class Collector(Protocol):
     """Sums of one layer and one part of a profile."""
 
-    def add(self, batch: Batch, seen: Observation, after: Tensor) -> None: ...
+    def add(self, batch: Batch, seen: Observation, before: Tensor, after: Tensor) -> None: ...
 
     def sums(self) -> Statistics: ...
 
@@ -58,6 +59,7 @@ class Traversal:
         seed: int = 0,
         working: Working | None = None,
         keep: Keep = keep_nothing,
+        weights: dict[int, Statistics] | None = None,
     ) -> None:
         """
         Args:
@@ -65,8 +67,11 @@ class Traversal:
             seed: of the draws of a gradient against the model's own predictions.
             working: where finished layers are kept until all is done, and found after a kill.
             keep: takes the hidden states behind each layer, for a later pass.
+            weights: the statistics of each layer's weights, which every corpus has; those that are not there yet are
+                added.
         """
         self.text, self.seed, self.working, self.keep = text, seed, working or Working(None), keep
+        self.weights = {} if weights is None else weights
         self.gradient = next((part for part in parts if part.made_by is Pass.GRADIENT), None)
         self.regional = next((part for part in parts if part.made_by is Pass.REGIONAL), None)
         self.layers, self.documents, self.device = len(text.shapes), text.documents, text.device
@@ -149,21 +154,20 @@ class Traversal:
                 before.append(stream.hidden.copy())
             with units_observed(layer, self.text.family, leaves=self.regional is not None) as seen:
                 for number, batch in enumerate(self.text.batches):
+                    entering = stream.hidden[number]
                     with torch.set_grad_enabled(self.regional in collectors):
-                        after = stream.run(layer, index, number)
+                        after = stream.run(layer, index, number, entering)
                     stream.hidden[number] = after.detach()
                     self.keep(number, index, after.detach())
                     for collector in collectors.values():
-                        collector.add(batch, seen, after)
+                        collector.add(batch, seen, entering, after)
             for part, collector in collectors.items():
                 self._finish(part, collector.sums(), collector.tensors, index)
         return stream, before
 
     def _collectors(self, index: int, layer: nn.Module) -> Iterator[tuple[ProfilePart, Collector]]:
         """Those of a layer's parts that need no gradient from above; finished ones are read instead."""
-        made: dict[ProfilePart, Callable[[], Collector]] = {
-            FORWARD: lambda: LayerCollector(layer, self.text.family, self.text.shapes[index], self.documents)
-        }
+        made: dict[ProfilePart, Callable[[], Collector]] = {FORWARD: lambda: self._layer_collector(index, layer)}
         if self.regional is not None:
             made[self.regional] = lambda: RegionalGradients(self.text.shapes[index], self.documents, self.device)
         for part in made.keys() & self.found.keys():
@@ -171,6 +175,12 @@ class Traversal:
                 self.found[part] |= self.working.load(part, index)
             else:
                 yield part, made[part]()
+
+    def _layer_collector(self, index: int, layer: nn.Module) -> LayerCollector:
+        family, shape = self.text.family, self.text.shapes[index]
+        if index not in self.weights:
+            self.weights[index] = weight_statistics(layer, family, shape)
+        return LayerCollector(layer, family, shape, self.documents, self.weights[index])
 
     def _head(self, stream: Stream, progress: Progress) -> list[Upstream]:
         """The gradients of all batches' losses behind the last layer, and the masses of vocabulary rows."""
@@ -217,7 +227,7 @@ class Traversal:
                 stream.hidden[0] = tapes[-1].after.detach()
                 self.keep(number, index, stream.hidden[0])
                 for collector in collectors[index].values():
-                    collector.add(batch, tapes[-1].seen, stream.hidden[0])
+                    collector.add(batch, tapes[-1].seen, tapes[-1].before.detach(), stream.hidden[0])
             (above,) = self._head_of(batch, stream.hidden[0])
             for index in reversed(range(self.layers)):
                 above = above.through(tapes.pop(), batch, gradients[index])

@@ -26,7 +26,7 @@ _Sums = Moments | Rows | Halves[Moments] | Halves[Rows]
 
 
 @dataclass(frozen=True)
-class _Dense:
+class Dense:
     """What the base's layer did, batch by batch.
 
     Attributes:
@@ -49,6 +49,8 @@ class LayerRepair:
         stored: the dtypes that weights are written in, by full name.
         together: adds sums of the other members of a team, in place (see `TextRun`).
         states: what is known of the base's hidden states.
+        takes_over: whether the next layers go whole. Its FFN or routed experts then do their work
+            too: they aim at the base's stream behind those layers (ReplaceMe, arXiv:2505.02819).
     """
 
     family: Family
@@ -60,24 +62,29 @@ class LayerRepair:
     stored: Mapping[str, torch.dtype]
     together: Callable[[dict[str, Tensor]], None] = alone
     states: KeptStates | None = None
+    takes_over: bool = False
 
     def touches(self, structure: Structure) -> bool:
-        """Whether the output projection of a block lost inputs."""
+        """Whether the output projection of a block is solved for: it lost inputs, or takes over."""
         if structure is Structure.FFN:
-            return self.family.has_ffn and len(self.kept.ffn) < self.shape.ffn
+            return self.family.has_ffn and (self.takes_over or len(self.kept.ffn) < self.shape.ffn)
         return len(self.kept.query_heads) < self.shape.query_heads
 
     @property
     def experts(self) -> Experts | None:
-        """The layer's routed experts, where some of them or of their neurons are dropped."""
-        return self.family.experts_of(self.shape) if len(self.kept.ffn) < self.shape.neurons else None
+        """The layer's routed experts, where some of them or of their neurons are dropped, or they take over."""
+        changed = self.takes_over or len(self.kept.ffn) < self.shape.neurons
+        return self.family.experts_of(self.shape) if changed else None
 
-    def weights(self, dense: Stream, expert: Stream, damping: Damping) -> Iterator[tuple[str, Tensor]]:
-        """Full names and values of the weights that are solved for; both streams are then behind the layer.
+    def weights(self, seen: Dense, dense: Stream, expert: Stream, damping: Damping) -> Iterator[tuple[str, Tensor]]:
+        """Full names and values of the weights that are solved for; the expert's stream is then behind the layer.
 
         Each block of the pruned layer runs once per batch.
+
+        Args:
+            seen: what `run_dense` gave.
+            dense: the base's stream behind the layer, and behind those whose work it takes over.
         """
-        seen = self._run_dense(dense)
         if not self.touches(Structure.QUERY_HEADS):
             yield from self._behind_attention(dense, expert, seen, damping, lambda number: None)
             return
@@ -94,7 +101,7 @@ class LayerRepair:
 
     # --- the two blocks ---------------------------------------------------------------------------------------------
 
-    def _solve_heads(self, expert: Stream, seen: _Dense, inputs: Spool, damping: Damping) -> tuple[str, Tensor]:
+    def _solve_heads(self, expert: Stream, seen: Dense, inputs: Spool, damping: Damping) -> tuple[str, Tensor]:
         """Repair the output of attention; `inputs` gets what goes into it. The stream stays as it is."""
         block, moments = self.family.attention, self._moments(Structure.QUERY_HEADS, expert, damping)
         feed_forward = _StandIn(seen.forms.get(self._feed_forward), width=self.shape.hidden)
@@ -110,7 +117,7 @@ class LayerRepair:
         return self._name(Structure.QUERY_HEADS), repaired
 
     def _behind_attention(
-        self, dense: Stream, expert: Stream, seen: _Dense, damping: Damping, attend: Callable[[int], None]
+        self, dense: Stream, expert: Stream, seen: Dense, damping: Damping, attend: Callable[[int], None]
     ) -> Iterator[tuple[str, Tensor]]:
         """Run the whole layer, and repair the output of its FFN if it lost inputs.
 
@@ -161,14 +168,14 @@ class LayerRepair:
 
     # --- moments and solution ---------------------------------------------------------------------------------------
 
-    def _run_dense(self, stream: Stream) -> _Dense:
+    def run_dense(self, stream: Stream) -> Dense:
         """Advance the base's stream, and keep what the projections that lost inputs shall aim at.
 
         What an FFN without an output norm aims at is the stream itself; then known states do.
         """
         cut = [each for each in (Structure.QUERY_HEADS, Structure.FFN) if self.touches(each)]
         room = stream.hidden.room
-        seen = _Dense(Spool(room), {each: Spool(room) for each in cut}, {})
+        seen = Dense(Spool(room), {each: Spool(room) for each in cut}, {})
         heads = Structure.QUERY_HEADS in cut
         watched = [each for each in cut if each is Structure.QUERY_HEADS or self.family.block(each).output_norm]
         if not watched:
@@ -207,7 +214,7 @@ class LayerRepair:
         structure: Structure,
         stream: Stream,
         number: int,
-        seen: _Dense,
+        seen: Dense,
         target: Tensor,
         after: Tensor,
         call: Call,
@@ -216,7 +223,7 @@ class LayerRepair:
         block, batch = self.family.block(structure), stream.batches[number]
         wanted = real_tokens(batch, target).float()
         residual = wanted - real_tokens(batch, after).float()
-        weights = token_weights(wanted) * real_tokens(batch, batch.weights).to(wanted.device)
+        weights = token_weights(wanted) * real_tokens(batch, batch.on(wanted.device).weights)
         if block.output_norm is not None:
             given = (_joined(self.small, block, call.output), call.output, seen.outputs[structure][number])
             joined, own, output = (real_tokens(batch, states).float() for states in given)

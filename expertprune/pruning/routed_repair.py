@@ -147,7 +147,7 @@ class RoutedRepair:
                 stream.hidden[number] = after
                 inputs = [real_tokens(batch, each.unflatten(0, batch.ids.shape)) for each in calls.pop()[:3]]
                 target = real_tokens(batch, targets[number]).float()
-                weights = token_weights(target) * real_tokens(batch, batch.weights).to(target.device)
+                weights = token_weights(target) * real_tokens(batch, batch.on(target.device).weights)
                 gathered.append((*inputs, target - real_tokens(batch, after).float(), weights))
         finally:
             handle.remove()
@@ -167,13 +167,12 @@ class RoutedRepair:
         """The stream behind the repaired layer: the target less what is still missing of it."""
         start = 0
         for number, batch in enumerate(stream.batches):
-            behind, target = stream.hidden[number].clone(), targets[number]  # padding stays as the layer gave it
-            for row, length in enumerate(batch.lengths):
-                behind[row, :length] = (target[row, :length].float() - residual[start : start + length]).to(
-                    behind.dtype
-                )
-                start += length
-            stream.hidden[number] = behind
+            behind, target = stream.hidden[number], real_tokens(batch, targets[number])
+            own = (target.float() - residual[start : start + batch.tokens]).to(behind.dtype)
+            start += batch.tokens
+            # padding stays as the layer gave it
+            flat = behind.flatten(0, 1).index_copy(0, batch.on(behind.device).real, own)
+            stream.hidden[number] = flat.view_as(behind)
 
 
 class _Solution:

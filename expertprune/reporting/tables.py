@@ -17,6 +17,7 @@ from expertprune.artifacts.plan import Plan, VocabularyPlan
 from expertprune.artifacts.sweep import Sweep
 from expertprune.composition.overlap import Comparison, StructureComparison
 from expertprune.spec.schema import TO_BASE
+from expertprune.units import format_indices
 
 METRIC_LABELS = {
     "bits_per_byte": "bits per byte",
@@ -108,6 +109,8 @@ def plan_table(plan: Plan) -> Table:
     table = Table("structure", "kept in each layer", "protected by", "shared", "expert-exclusive", "general-exclusive")
     for structure, entry in plan.budget.items():
         reasons = [layer.why[structure] for layer in plan.layers if structure in layer.why]
+        if structure == "layers" and plan.depth is not None:
+            reasons = [plan.depth.why]
         protected: Counter[str] = Counter()
         for reason in reasons:
             protected.update(reason.protected)
@@ -117,7 +120,8 @@ def plan_table(plan: Plan) -> Table:
         for kind in ("shared", "expert_exclusive", "general_exclusive"):
             of = [count for reason in reasons if (count := getattr(reason, kind)) is not None]
             kinds.append(f"{sum(k.kept for k in of):,} of {sum(k.units for k in of):,} kept" if of else "")
-        table.add_row(structure, f"{widths(entry.kept)} of {widths(entry.of)}", who, *kinds)
+        gone = f" (without {format_indices(plan.gone)})" if structure == "layers" else ""
+        table.add_row(structure, f"{widths(entry.kept)} of {widths(entry.of)}{gone}", who, *kinds)
     return table
 
 

@@ -175,6 +175,11 @@ class Budget(Section):
     of the average layer where layers may have different widths.
     """
 
+    layers: Amount = Field(
+        0,
+        description="Whole decoder layers, never the first one. They go before anything else, so the other keys are of "
+        "the layers that stay.",
+    )
     ffn: Amount = Field(0, description="FFN neurons; in a mixture, of each routed expert.")
     query_heads: Amount = Field(0, description="Query heads, the same number in each KV group.")
     kv_groups: Amount = Field(0, description="KV heads with their query heads.")
@@ -187,7 +192,7 @@ class Budget(Section):
     parameters: Fraction | None = Field(
         None,
         description="Of all parameters; FFN neurons make up what the other keys do not remove, or FFN neurons and KV "
-        "groups against each other where allocation is global.",
+        "groups against each other where allocation is global. It never takes whole layers: name them in layers.",
     )
     max_parameters: Size | None = Field(None, description="What may be left of the whole model, such as 100M.")
     retention: Retention | None = Field(None, description="As much as can go while this much is kept.")
@@ -224,7 +229,19 @@ class Budget(Section):
             raise ValueError("give query_heads as what goes, not as keep:, where kv_groups take query heads with them")
         if self.vocabulary is not None and self.retention is not None:
             raise ValueError("give 'vocabulary' or 'retention', not both: retention tries FFN widths alone")
-        keys = ("ffn", "query_heads", "kv_groups", "experts", "vocabulary", "parameters", "max_parameters", "retention")
+        if self.layers and self.retention is not None:
+            raise ValueError("give 'layers' or 'retention', not both: retention tries FFN widths alone")
+        keys = (
+            "layers",
+            "ffn",
+            "query_heads",
+            "kv_groups",
+            "experts",
+            "vocabulary",
+            "parameters",
+            "max_parameters",
+            "retention",
+        )
         if not self.model_fields_set & set(keys):
             raise ValueError(f"name at least one of {', '.join(keys)}")
         return self

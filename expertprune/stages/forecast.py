@@ -48,10 +48,10 @@ def _sizes(prepared: Prepared) -> Sizes:
     base, widths = prepared.base, prepared.widths
     if widths is None:
         return Sizes.of(base, cut=_may_be_cut(prepared.spec))
-    pairs = list(zip(base.layers, widths, strict=True))
+    pairs = [(shape, new) for shape, new in zip(base.layers, widths, strict=True) if not new.gone]
     kept = max(new.ffn for new in widths), max(new.query_heads * shape.head_dim for shape, new in pairs)
     cut = (
-        any(new.ffn < shape.ffn for shape, new in pairs),
+        any(new.ffn < shape.ffn for shape, new in pairs) or any(new.gone for new in widths),
         any(new.query_heads < shape.query_heads for shape, new in pairs),
     )
     return Sizes.of(base, kept, cut)

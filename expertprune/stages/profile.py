@@ -115,7 +115,8 @@ def profile_corpus(prepared: Prepared, name: CorpusName, track: Track) -> None:
         _check_fits(prepared, name, missing)
         run_text = team().run(TextRun(prepared.running.model, base.family, base.layers, text.batches))
         about = description(base, str(name), text.documents, place.key)
-        measure(run_text, missing, place.path, about, track, _keep(prepared, name, missing))
+        keep, weights = _keep(prepared, name, missing), prepared.running.weights
+        measure(run_text, missing, place.path, about, track, keep, weights)
 
 
 def _keep(prepared: Prepared, name: CorpusName, missing: Sequence[ProfilePart]) -> Keep:
@@ -153,13 +154,13 @@ def profile_elsewhere(
 
 
 def cuts_units(budget: Budget) -> bool:
-    """Whether units of layers are to go, and not vocabulary rows alone, which no criterion scores."""
+    """Whether units inside layers are to go, which a criterion scores."""
     return any(getattr(budget, each.value) for each in Structure) or budget.overall or budget.retention is not None
 
 
 def is_repaired(spec: Spec) -> bool:
     """Whether an expert is repaired by running the model."""
-    return check_repair(spec.compensation.method).runs_model and cuts_units(spec.budget)
+    return check_repair(spec.compensation.method).runs_model and (cuts_units(spec.budget) or bool(spec.budget.layers))
 
 
 def _check_fits(prepared: Prepared, name: CorpusName, missing: Sequence[ProfilePart]) -> None:

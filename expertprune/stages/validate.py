@@ -191,7 +191,8 @@ def check_unlisted(prepared: Prepared) -> None:
     """
     base = prepared.base
     if not base.family.tested:
-        done = check_family(base, layer_widths=prepared.spec.compose.allocation != "uniform")
+        own_widths, layers = prepared.spec.compose.allocation != "uniform", bool(prepared.spec.budget.layers)
+        done = check_family(base, layer_widths=own_widths, layers=layers)
         log.warning("%s: the oracle holds on a tiny random copy (%s)", base.name, ", ".join(done))
 
 

@@ -15,7 +15,7 @@ from bench import quality, records, tables, vocabulary
 from bench.cells import Bench, Cell, Result, agrees, stored
 from bench.measure import Sums
 
-COMMANDS = ("constants", "cost", "quality", "quantize", "serving", "tables", "vocabulary")
+COMMANDS = ("adapter", "constants", "cost", "quality", "quantize", "serving", "tables", "vocabulary")
 
 
 @pytest.mark.parametrize("name", [path.name for path in tables.FILES])

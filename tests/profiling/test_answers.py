@@ -81,6 +81,21 @@ def test_statistics_weigh_tokens(tokens_per_batch: int) -> None:
         assert_near(found[name], torch.tensor(values), 1e-5, name)
 
 
+@pytest.mark.parametrize("tokens_per_batch", [1, 30])
+def test_probabilities_of_rows_are_those_where_answers_are_predicted(tokens_per_batch: int) -> None:
+    """Of the last token of each, they count as it does: the first document is a text, and others may end in an answer."""
+    of = tiny("llama")
+    found = measured(conversations(of, tokens_per_batch), "vocabulary")
+    expected = torch.zeros(found["mass"].shape, dtype=torch.float64)
+    for fold, ids, answers in zip(found["fold"].tolist(), IDS, ANSWERS, strict=True):
+        with torch.no_grad():
+            chances = torch.softmax(of.model(torch.tensor([ids])).logits[0].double(), -1)
+        counts = [True] * len(ids) if answers is None else [*answers[1:], answers[-1]]
+        expected[fold] += chances[torch.tensor(counts)].sum(0)
+    torch.testing.assert_close(found["mass"], expected.float(), rtol=1e-5, atol=1e-6)
+    assert found["occurrences"].sum() == sum(map(len, IDS))  # the rows of prompts are needed as they are
+
+
 def test_regional_gradients_weigh_tokens() -> None:
     of = tiny("llama")
     exact = of.double()

@@ -171,17 +171,21 @@ def test_any_name_is_shown_as_it_is(tmp_path: Path, text: str) -> None:
     assert f"An expert cut from `{plain}` for language {plain}, de; task qa" in written
     escaped = plain.replace("|", "\\|")
     assert f"| language/{escaped} | bits per byte |" in written
-    assert yaml.safe_load(written.split("---\n")[1])["base_model"] == text
+    assert yaml.safe_load(written.split("---\n")[1])["model-index"][0]["name"] == plain
     strict((tmp_path / EXPERT_FILE).read_text(encoding="utf-8"))  # with an undefined retention
 
 
 def test_the_card_says_what_was_cut_and_what_was_kept(tmp_path: Path) -> None:
     text = card(an_expert(tmp_path))
-    assert yaml.safe_load(text.split("---\n")[1]) == {
+    metadata = yaml.safe_load(text.split("---\n")[1])
+    assert metadata.pop("model-index")
+    assert metadata == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "base_model": "owner/model",
-        "tags": ["expertprune", "pruned"],
+        "base_model_relation": "finetune",
+        "language": ["en", "de"],
+        "tags": ["expertprune", "pruned", "qa"],
     }
     for line in (
         "# made-up",

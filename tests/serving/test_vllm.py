@@ -21,6 +21,7 @@ from expertprune.artifacts.timing import Load
 from expertprune.serving import engine, throughput
 from expertprune.serving.deployment import Deployment
 from expertprune.serving.processes import check_port, free_port
+from tests.test_examples import probe_path
 
 pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
@@ -94,6 +95,7 @@ def serving(experts: list[Path], tmp_path_factory: pytest.TempPathFactory) -> It
 
 def test_a_chat_is_answered_whole_and_as_a_stream(serving: Serving) -> None:
     client = serving.client()
+    assert httpx.get(f"{serving.root}{probe_path()}").status_code == 200  # what Kubernetes asks
     assert [model.id for model in client.models.list()] == ["quarter"]
     request = {"model": "quarter", "messages": QUESTION, "max_tokens": 12, "temperature": 0}
     whole = client.chat.completions.create(**request)

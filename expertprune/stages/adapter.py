@@ -1,0 +1,188 @@
+"""Cut a LoRA adapter of a base along with an expert of it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from expertprune.artifacts.adapter import CONFIG, Adapter, same_name
+from expertprune.artifacts.expert import Description, Expert
+from expertprune.errors import CheckpointError
+from expertprune.files import ADAPTER, ADAPTER_WEIGHTS, CUT_ALONG, check_output, require_room, staged_folder, write_json
+from expertprune.models.admission import causal_family
+from expertprune.models.checkpoint import Checkpoint
+from expertprune.models.tensorfile import DTYPES, in_order, written_file
+from expertprune.pruning.adapters import Along, Step
+
+_SPARE = 2**20  # bytes of a config, generously
+
+
+@dataclass(frozen=True)
+class CutAdapter:
+    """An adapter that was cut along.
+
+    Attributes:
+        folder: where it is.
+        base: what it was trained for, as the expert's description names it.
+        expert: the name of the expert that it fits now.
+        plans: the number of plans that it was cut along.
+        before, after: its parameters.
+    """
+
+    folder: Path
+    base: str
+    expert: str
+    plans: int
+    before: int
+    after: int
+
+    def document(self) -> dict[str, Any]:
+        return {"kind": "adapter", **asdict(self), "folder": str(self.folder)}
+
+
+def cut_adapter(
+    adapter: str | Path, expert: str | Path, out: str | Path, overwrite: bool = False, same_base: bool = False
+) -> CutAdapter:
+    """Cut a PEFT LoRA adapter of an expert's base, or of a base that this one was cut from, along with the expert.
+
+    No model is loaded, and the base need not be there. `out` gets the weights and the config that PEFT and vLLM read.
+
+    Args:
+        same_base: take the adapter's base for the expert's, though its name is another one. Shapes are checked anyway.
+
+    Raises:
+        CheckpointError: the adapter or the expert cannot be read, the adapter is of another base, or holds something that
+            cannot be cut along; the message names it.
+    """
+    given, folder, out = Adapter.load(Path(adapter)), Path(expert), Path(out)
+    made = Expert.load(folder)
+    check_output(out, overwrite, ADAPTER, [given.folder, folder])
+    chain, steps = _fitting(given, made, same_base)
+    _check_names(given, chain, steps)
+    require_room(out, given.weights.stat().st_size + _SPARE)
+    with staged_folder(out, overwrite, ADAPTER) as temporary:
+        after = _write_weights(given, chain, steps, temporary / ADAPTER_WEIGHTS)
+        config = {**given.document, "base_model_name_or_path": _reference(folder), "revision": None}
+        write_json(temporary / CONFIG, config)
+    before = sum(info.parameters for info in given.tensors.values())
+    return CutAdapter(out, chain[0].base.model, made.name, len(chain), before, after)
+
+
+def _fitting(
+    adapter: Adapter, expert: Expert, same_base: bool
+) -> tuple[Sequence[Description], Mapping[str, list[Step]]]:
+    """The experts along which an adapter is cut, and what each of them does to its tensors.
+
+    An adapter of the expert's base is cut along the expert's plan; one of a base further back along all plans since.
+    Where names do not tell, shapes do: bases whose shapes both fit give the same cut.
+
+    Raises:
+        CheckpointError: neither fits.
+    """
+    lineage, said = expert.lineage, adapter.config.base_model_name_or_path
+    named = [place for place, each in enumerate(lineage) if said is not None and same_name(each.base.model, said)]
+    if not named and not same_base:
+        if said is not None and same_name(str(expert.folder.resolve()), said):
+            raise CheckpointError(
+                f"{adapter.folder}: is an adapter of the expert {expert.name} itself; load it as it is"
+            )
+        bases = ", which was cut from ".join(each.base.model for each in lineage)
+        raise CheckpointError(
+            f"{adapter.folder / CONFIG}: base_model_name_or_path is {said!r}, and the expert {expert.name} was cut from "
+            f"{bases}; if it is the same model under another name, give --same-base"
+        )
+    checkpoint = Checkpoint(expert.folder)
+    family = causal_family(checkpoint, trust_remote_code=True)  # none of it is run
+    problems: list[CheckpointError] = []
+    for place in reversed(named or range(len(lineage))):
+        chain = lineage[place::-1]
+        parameters = adapter.config.target_parameters or ()
+        alongs = [Along(family, chain[first:], checkpoint, parameters) for first in range(len(chain))]
+        try:
+            return chain, _steps(adapter, alongs, f"{chain[0].base.model}, the base of the expert {chain[0].name}")
+        except CheckpointError as problem:
+            problems.append(problem)
+    raise problems[0]
+
+
+def _steps(adapter: Adapter, alongs: Sequence[Along], base: str) -> dict[str, list[Step]]:
+    """What is done to each tensor, plan by plan; raises `CheckpointError` where the first plan's base does not fit."""
+    found: dict[str, list[Step]] = {}
+    for name, info in adapter.tensors.items():
+        steps: list[Step] = []
+        try:
+            for along in alongs:
+                steps.append(along.step(steps[-1].name or "" if steps else name))
+                if steps[-1].name is None:
+                    break
+        except CheckpointError as problem:
+            raise CheckpointError(f"{adapter.weights}: does not go with {base}: {problem}") from None
+        expected = steps[0].shape
+        if len(info.shape) != len(expected) or any(
+            wanted not in (None, length) for wanted, length in zip(expected, info.shape, strict=True)
+        ):
+            wanted = [length if each is None else each for each, length in zip(expected, info.shape, strict=False)]
+            raise CheckpointError(
+                f"{adapter.weights}: does not go with {base}: {name} is {list(info.shape)}, and that base makes it {wanted}"
+            )
+        _check_rank(adapter, name, info.shape, steps[0])
+        found[name] = steps
+    return found
+
+
+def _check_rank(adapter: Adapter, name: str, shape: Sequence[int], step: Step) -> None:
+    """Raises `CheckpointError` where a tensor's rank is none of the config's, or `A` or `B` is without the other."""
+    if step.rank_axis is None:
+        return
+    length = shape[step.rank_axis]
+    if length not in {step.ranks * rank for rank in adapter.config.ranks}:
+        raise CheckpointError(
+            f"{adapter.weights}: {name} is of rank {length / step.ranks:g}, and {CONFIG} says r: {adapter.config.r}"
+        )
+    swap = {"A": "B", "B": "A"}
+    other = re.sub(r"\.lora_(embedding_)?([AB])\b", lambda found: f".lora_{found[1] or ''}{swap[found[2]]}", name)
+    if other not in adapter.tensors:
+        raise CheckpointError(f"{adapter.weights}: holds {name}, and no {other}; train or fetch the adapter again")
+
+
+def _check_names(adapter: Adapter, chain: Sequence[Description], steps: Mapping[str, list[Step]]) -> None:
+    """Raises `CheckpointError` where the config names tokens, or single routed experts, by numbers that change."""
+    where, config = adapter.folder / CONFIG, adapter.config
+    if any(each.plan.vocabulary is not None for each in chain):
+        for key in ("trainable_token_indices", "alora_invocation_tokens"):
+            if getattr(config, key):
+                raise CheckpointError(
+                    f"{where}: {key} names tokens by ids that the expert's smaller vocabulary does not have"
+                )
+    numbered = [name for name in config.names if re.search(r"experts\\?\.\d", name)]
+    if numbered and any(step[-1].name != name for name, step in steps.items()):
+        raise CheckpointError(f"{where}: {numbered[0]!r} names a routed expert by a number that changes in this expert")
+
+
+def _write_weights(adapter: Adapter, chain: Sequence[Description], steps: Mapping[str, list[Step]], path: Path) -> int:
+    """Write what stays of all tensors, one in memory at a time; returns the number of parameters."""
+    sources = {step[-1].name: name for name, step in steps.items() if step[-1].name is not None}
+    infos = {new: adapter.tensors[old] for new, old in sources.items() if new is not None}
+    expected = {name: (DTYPES[info.dtype], info.shape) for name, info in infos.items()}
+    metadata = {"format": "pt", CUT_ALONG: " ".join(each.plan.digest for each in chain)}
+    written = 0
+    with written_file(path, expected, metadata) as file:
+        for name in in_order({name: dtype for name, (dtype, _) in expected.items()}):
+            tensor: Tensor = adapter.read(sources[name])
+            for step in steps[sources[name]]:
+                tensor = step.cut(tensor)
+            file.add(name, tensor)
+            written += math.prod(tensor.shape)
+    return written
+
+
+def _reference(expert: Path) -> str:
+    """How PEFT finds the expert from the current folder; its name alone where it lies elsewhere, for no place is told."""
+    place = expert.resolve()
+    return str(place.relative_to(Path.cwd())) if place.is_relative_to(Path.cwd()) else place.name
