@@ -14,7 +14,7 @@ from expertprune.errors import CheckpointError
 from expertprune.pruning.solve import Moments, Rows
 from expertprune.spec.values import Damping
 
-DAMPINGS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+DAMPINGS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
 MIXTURES = 64
 
 FIXED = 0.3  # for what nothing is held out from
