@@ -88,8 +88,8 @@ def malformed(model: str, chance: random.Random) -> tuple[str, bytes]:
     return path, json.dumps({**about, **chance.choice(wrong)}).encode()
 
 
-def requests(models: Sequence[str], number: int, seed: int) -> list[Asked]:
-    """So many requests; one in ten is cancelled, one in ten malformed."""
+def requests(models: Sequence[str], number: int, seed: int, words: int = 24) -> list[Asked]:
+    """So many requests of at most so many words; one in ten is cancelled, one in ten malformed."""
     chance = random.Random(seed)
     made = []
     for _ in range(number):
@@ -98,7 +98,7 @@ def requests(models: Sequence[str], number: int, seed: int) -> list[Asked]:
             made.append(Asked("malformed", model, *malformed(model, chance)))
             continue
         chat, stream = chance.random() < 0.5, chance.random() < 0.5
-        text = " ".join(chance.choices(WORDS, k=chance.randint(1, 24)))
+        text = " ".join(chance.choices(WORDS, k=chance.randint(1, words)))
         prompt: dict[str, Any] = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
         tokens = 64 if kind == "cancelled" else chance.randint(1, 8)
         body = {"model": model, "max_tokens": tokens, "stream": stream, "ignore_eos": True, **prompt}

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from expertprune.arch.blocks import ConfigKeys, Data
 
+QUANTIZER = "llama-quantize"  # llama.cpp's tool for types of fewer bits
 _DEFAULT_THETA = 10000.0
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -273,21 +273,27 @@ class CalibrationText:
         return digest_of([[[each.ids, each.answers] for each in self.tokens], sorted(weights)])
 
 
-def each_once(texts: Sequence[CalibrationText]) -> list[list[Batch | None]]:
+def each_once(
+    texts: Sequence[CalibrationText], share: Callable[[Sequence[Batch]], Sequence[Batch]] = list
+) -> list[list[Batch | None]]:
     """The batches of several texts, without windows that an earlier batch has; `None` where nothing is left.
 
     They are the batches that are profiled, so a later pass can use what a profile has computed.
+
+    Args:
+        share: gives those of a text's batches that run here, perhaps cut between their rows.
     """
     seen: set[Tokens] = set()
     found = []
     for text in texts:
+        first: set[int] = set()  # documents whose window no earlier batch has
+        for document in (document for batch in text.batches for document in batch.documents):
+            if text.tokens[document] not in seen:
+                seen.add(text.tokens[document])
+                first.add(document)
         own: list[Batch | None] = []
-        for batch in text.batches:
-            rows = []
-            for row, window in enumerate(text.tokens[document] for document in batch.documents):
-                if window not in seen:
-                    seen.add(window)
-                    rows.append(row)
+        for batch in share(text.batches):
+            rows = [row for row, document in enumerate(batch.documents) if document in first]
             own.append(batch if len(rows) == len(batch.documents) else batch.part(rows) if rows else None)
         found.append(own)
     return found

@@ -14,23 +14,22 @@ def shared_out(
 ) -> list[Batch]:
     """The batches of several corpora, so scaled that each corpus has its share of the weight.
 
-    A token of corpus `c`, whose weights sum to `T_c`, is scaled by `shares_c · T / T_c`. A window
-    of several corpora runs once, and has the sum of their scales. `T` is such that the mean scale
-    over the weights of all windows is 1.
+    A token of corpus `c`, whose weights sum to `T_c`, is scaled by `shares_c · T / T_c`, with `T` the
+    sum over all corpora. A window of several corpora runs once, and has the sum of their scales.
 
     Args:
         texts: of each corpus.
-        repaired: the batches of each corpus, each window once (see `each_once`).
+        repaired: the batches of each corpus that run here, each window once (see `each_once`).
         shares: of each corpus; they sum to 1.
     """
     own = [float(sum(batch.weights.sum() for batch in text.batches)) for text in texts]
-    batches = [(text, batch) for text, each in zip(texts, repaired, strict=True) for batch in each if batch is not None]
-    whole = float(sum(batch.weights.sum() for _, batch in batches))
     scales: Counter[Tokens] = Counter()
     for text, share, tokens in zip(texts, shares, own, strict=True):
         for window in text.tokens:
-            scales[window] += share * whole / tokens
+            scales[window] += share * sum(own) / tokens
     return [
         replace(batch, scales=tuple(scales[text.tokens[document]] for document in batch.documents))
-        for text, batch in batches
+        for text, each in zip(texts, repaired, strict=True)
+        for batch in each
+        if batch is not None
     ]

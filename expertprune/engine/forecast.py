@@ -36,7 +36,6 @@ class Work:
         gradient: whether the criterion needs gradients of the loss.
         vocabulary: whether probabilities of tokens are wanted.
         repaired: text of the repair; `None` where there is none.
-        keeps: whether profiles leave hidden states for the repair, where there is room.
         evaluated: text that base and expert read.
         together: whether the evaluation's text goes along with the repair's.
         kept: of parameters that layers have, the part that stays.
@@ -48,7 +47,6 @@ class Work:
     gradient: bool
     vocabulary: bool
     repaired: Text | None
-    keeps: bool
     evaluated: Text | None
     together: bool
     kept: float
@@ -166,7 +164,8 @@ class Forecaster:
             yield self._stage("evaluate", work.evaluated.tokens, self._evaluation_seconds(work.evaluated), need)
 
     def _stage(self, name: str, tokens: int, seconds: float, need: Need) -> Stage:
-        return Stage(name, tokens, seconds, fitting(name, need, self.weights, self.base, self.limits))
+        in_files = self.sizes.in_files(self.streamed)
+        return Stage(name, tokens, seconds, fitting(name, need, self.weights, self.base, self.limits, in_files))
 
     def _keeps_graphs(self, text: Text) -> bool:
         """Whether a batch's graph in all layers is kept, as the traversal decides."""
@@ -178,7 +177,7 @@ class Forecaster:
 
     def _kept_states(self, text: Text, before: int) -> int:
         """Bytes that the profile of a text leaves for the repair, behind those that have left so many bytes."""
-        if self.work.repaired is None or not self.work.keeps or self.streamed:
+        if self.work.repaired is None or self.streamed:
             return 0
         return keeping(self.sizes, text, self.work.repaired, self.work.gradient, self._room - before)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from expertprune.corpora.batches import Batch
 from expertprune.errors import CheckpointError
-from expertprune.pruning.solve import Moments, Rows
+from expertprune.pruning.solve import WHOLE, Moments, Rows
 from expertprune.spec.values import Damping
 
 DAMPINGS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
@@ -52,10 +52,13 @@ class Halves(Generic[Sums]):
             here = (place == number).nonzero()[:, 0].to(self.device)  # found on the host: no device waits
             half.add(inputs[here], residual[here], weight[here])
 
-    def solved(self) -> Tensor:
-        """The change of `least_squares` on both halves, with the best damping. The moments are used up."""
+    def solved(self, rows: slice = WHOLE) -> Tensor:
+        """Some rows of the change of `least_squares` on both halves, with the best damping (see `Moments.solved`).
+
+        The moments are used up.
+        """
         damping = self.best_damping()
-        return self.first.with_all(self.second).solved(damping)
+        return self.first.with_all(self.second).solved(damping, rows)
 
     def best_damping(self) -> float:
         """The one of `DAMPINGS` with which the solution of each half leaves least of the other's residual.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from expertprune.arch import Block, Experts, Family
 from expertprune.engine.memory import by_rows
+from expertprune.engine.team import team
 from expertprune.models.layers import Call, observed
 from expertprune.models.passes import Stream, alone, real_tokens
 from expertprune.models.spool import Spool
@@ -238,12 +239,17 @@ class LayerRepair:
     def _solved(self, structure: Structure, moments: _Sums, damping: Damping) -> tuple[Tensor, Tensor]:
         """The change of a projection and its new weight, rounded as it is written; the layer has it now.
 
-        Every member of a team solves the same sums.
+        Members of a team factorize the same sums, and each solves for some rows of the weight.
         """
         self.together(dict(moments.sums()))
         block = self.family.block(structure)
         weight = self.small.get_parameter(block.output_weight)
-        change = moments.solved() if isinstance(moments, Halves) else moments.solved(fixed_damping(damping))
+        rows = team().part(weight.shape[0])
+        if isinstance(moments, Halves):
+            change = moments.solved(rows)
+        else:
+            change = moments.solved(fixed_damping(damping), rows)
+        self.together({"change": change})
         repaired = weight.float() + change
         repaired = repaired.to(self.stored.get(self._name(structure), weight.dtype)).to(weight.dtype)
         self.small.get_submodule(block.output).weight = nn.Parameter(repaired, requires_grad=False)

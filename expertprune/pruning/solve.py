@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from expertprune.errors import CheckpointError
 
+WHOLE = slice(None)
+
 
 @dataclass
 class Moments:
@@ -36,9 +38,12 @@ class Moments:
         """What is added over the members of a team."""
         return {"gram": self.gram, "cross": self.cross}
 
-    def solved(self, damping: float) -> Tensor:
-        """See `least_squares`."""
-        return least_squares(self, damping)
+    def solved(self, damping: float, rows: slice = WHOLE) -> Tensor:
+        """Some rows of `least_squares`; the others are zero."""
+        change = torch.zeros(self.cross.shape, device=self.cross.device)
+        self.cross = self.cross[rows]
+        change[rows] = least_squares(self, damping)
+        return change
 
     def loss(self, change: Tensor) -> Tensor:
         """`Σ w ‖r − Δ x‖² − Σ w ‖r‖² = tr(Δ H Δᵀ) − 2 tr(C Δᵀ)`, a scalar."""
@@ -83,8 +88,8 @@ class Rows:
         """Nothing: rows of a team's members are not added."""
         return {}
 
-    def solved(self, damping: float) -> Tensor:
-        """The change of `least_squares`, by a system of one equation for each token.
+    def solved(self, damping: float, rows: slice = WHOLE) -> Tensor:
+        """The change of `least_squares`, all rows of it, by a system of one equation for each token.
 
         `Δ = Rᵀ (X D⁻¹ Xᵀ + 1)⁻¹ X D⁻¹`, with `X` the inputs and `R` the residuals: the same as
         `C (H + D)⁻¹`, as `H = Xᵀ X` and `C = Rᵀ X` (Woodbury). In float64 by Cholesky.

@@ -11,7 +11,6 @@ from expertprune.corpora.batches import encode
 from expertprune.corpora.documents import corpus_names
 from expertprune.engine.forecast import Forecast, Forecaster, Work
 from expertprune.engine.memory import Sizes, Text, together
-from expertprune.engine.team import team
 from expertprune.evaluation.documents import texts_of
 from expertprune.evaluation.questions import choices_of
 from expertprune.evaluation.reading import Reading
@@ -81,7 +80,6 @@ def _work(prepared: Prepared, stored: bool) -> Work:
         gradient=any(part.made_by is Pass.GRADIENT for part in parts),
         vocabulary=spec.budget.vocabulary is not None,
         repaired=Text.of(prepared.repair_batches()) if is_repaired(spec) else None,
-        keeps=team().size == 1,
         evaluated=evaluated,
         together=is_repaired(spec) and spec.budget.vocabulary is None,
         kept=1 - removed / before,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from expertprune.artifacts.changes import CHANGES_FILE
 from expertprune.artifacts.expert import Expert
 from expertprune.errors import CheckpointError, UsageError, refused
 from expertprune.files import file_digest, store_folder, write_file
@@ -20,7 +21,8 @@ from expertprune.reporting.metadata import card_metadata
 
 log = logging.getLogger(__name__)
 
-_REPORTS = ("report.html", "comparison.html", "throughput.json")  # their commands name folders of this machine
+_PRIVATE = (CHANGES_FILE, "report.html")  # they show documents of the evaluation, which may be nobody else's business
+_REPORTS = ("comparison.html", "throughput.json")  # their commands name folders of this machine
 _TEXT = (".json", ".jinja", ".md", ".html", ".txt", ".py", ".yaml")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")  # any text may be a token
 _SETTINGS = ".gitattributes"  # of the repository; the hub writes it
@@ -97,12 +99,16 @@ def _write_metadata(expert: Expert, base_model: str | None) -> None:
 def _files(folder: Path, store: Path) -> Iterator[str]:
     """The files to upload, relative to the folder: all but hidden and half-written ones.
 
-    Reports that name places of this machine are left out. Raises `CheckpointError` for other files that do.
+    Texts of the evaluation, and reports that name places of this machine, are left out. Raises `CheckpointError` for
+    other files that do.
     """
     places = {place for place in (Path.home(), Path.cwd(), folder.resolve().parent, store.absolute()) if place.name}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if not path.is_file() or path.suffix == ".partial" or any(part.startswith(".") for part in name.parts):
+            continue
+        if name.as_posix() in _PRIVATE:
+            log.info("%s: stays here, since it shows texts of the evaluation", path)
             continue
         if path.suffix in _TEXT and path.name not in _VOCABULARIES:
             content = path.read_bytes()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ HELD_BACK = 8  # documents of a corpus that a retention floor is measured on, wh
 
 
 SpecLike = Spec | str | Path
+Share = Callable[[Sequence[Batch]], Sequence[Batch]]
 
 
 @dataclass(frozen=True)
@@ -71,15 +72,14 @@ class Found:
         with_corpus_paths(self.spec, lambda _, path: paths.append(Path(path)) or path)  # type: ignore[func-returns-value]
         return [*places_of_bases(self.base, self.store), *paths]
 
-    def repaired(self) -> dict[CorpusName, list[Batch | None]]:
+    def repaired(self, share: Share = list) -> dict[CorpusName, list[Batch | None]]:
         """What a repair runs of the batches of each corpus: every window once (see `each_once`)."""
-        return dict(zip(self.calibration, each_once(list(self.calibration.values())), strict=True))
+        return dict(zip(self.calibration, each_once(list(self.calibration.values()), share), strict=True))
 
-    def repair_batches(self) -> list[Batch]:
+    def repair_batches(self, share: Share = list) -> list[Batch]:
         """The same of all corpora together, weighed as the spec says (see `corpus_shares`)."""
-        shares = corpus_shares(self.spec)
-        texts, repaired = self.calibration, self.repaired()
-        return shared_out(list(texts.values()), list(repaired.values()), [shares[name] for name in texts])
+        shares, texts = corpus_shares(self.spec), self.calibration
+        return shared_out(list(texts.values()), list(self.repaired(share).values()), [shares[name] for name in texts])
 
 
 @dataclass(frozen=True)

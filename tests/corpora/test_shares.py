@@ -46,18 +46,18 @@ def test_corpora_of_equal_weight_and_share_are_pooled_as_they_are() -> None:
 
 
 def test_a_window_of_two_corpora_runs_once_for_both() -> None:
-    """Weights 6 and 4 of tokens that sum to 8; the shared window has 2 of each corpus."""
+    """Weights 6 and 4; the shared window has 2 of each corpus."""
     shared = whole(9, 9)
     found = weights_of([text_of(whole(1, 1, 1, 1), shared), text_of(shared, whole(3, 3))], [0.75, 0.25])
     assert found == {
-        (1, 1, 1, 1): pytest.approx(0.75 * 8 * 4 / 6),
-        (9, 9): pytest.approx(0.75 * 8 * 2 / 6 + 0.25 * 8 * 2 / 4),
-        (3, 3): pytest.approx(0.25 * 8 * 2 / 4),
+        (1, 1, 1, 1): pytest.approx(0.75 * 10 * 4 / 6),
+        (9, 9): pytest.approx(0.75 * 10 * 2 / 6 + 0.25 * 10 * 2 / 4),
+        (3, 3): pytest.approx(0.25 * 10 * 2 / 4),
     }
 
 
 def test_parts_of_a_batch_keep_the_scales_of_their_rows() -> None:
     texts = [text_of(whole(1, 1), whole(2, 2)), text_of(whole(1, 1))]
     (batch,) = shared_out(texts, each_once(texts), [0.5, 0.5])
-    assert batch.part([1]).weights.tolist() == [[0.5, 0.5]]  # 0.5 * 4 / 4
-    assert batch.part([0]).weights.tolist() == [[1.5, 1.5]]  # and 0.5 * 4 / 2
+    assert batch.part([1]).weights.tolist() == [[0.75, 0.75]]  # 0.5 * 6 / 4
+    assert batch.part([0]).weights.tolist() == [[2.25, 2.25]]  # and 0.5 * 6 / 2

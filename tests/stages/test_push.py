@@ -40,7 +40,10 @@ def expert(tiny_build: tuple[Path, Path], tmp_path: Path) -> Path:
 def test_an_expert_is_pushed_and_loads_from_the_hub(hub: Hub, expert: Path) -> None:
     (expert / ".cache").mkdir()
     (expert / ".cache" / "state").write_text("of some tool")
-    (expert / "report.html").write_text(f"expertprune evaluate {expert}")
+    (expert / "report.html").write_text("an answer that changed")
+    (expert / "comparison.html").write_text(f"expertprune evaluate {expert}")
+    stays = {"report.html", "comparison.html", "changes.json"}
+    assert stays <= {path.name for path in expert.iterdir()}
     pushed = call_json("push", expert, NAME, "--private", "--base-model", "owner/base")
     repository = hub.repositories[NAME]
     assert repository.private
@@ -48,7 +51,7 @@ def test_an_expert_is_pushed_and_loads_from_the_hub(hub: Hub, expert: Path) -> N
     uploaded = {name: content for name, content in repository.files.items() if name != ".gitattributes"}
     assert sorted(pushed["files"]) == sorted(uploaded)
     assert uploaded == {path.name: path.read_bytes() for path in expert.iterdir()
-                        if path.is_file() and path.name != "report.html"}  # fmt: skip
+                        if path.is_file() and path.name not in stays}  # fmt: skip
     for content in uploaded.values():
         assert str(expert.parent).encode() not in content
     downloaded, local = load_model(Path(snapshot()), torch.float32), load_model(expert, torch.float32)
