@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ def shared_out(
         shares: of each corpus; they sum to 1.
     """
     own = [float(sum(batch.weights.sum() for batch in text.batches)) for text in texts]
-    scales: Counter[Tokens] = Counter()
+    scales: defaultdict[Tokens, float] = defaultdict(float)
     for text, share, tokens in zip(texts, shares, own, strict=True):
         for window in text.tokens:
             scales[window] += share * sum(own) / tokens

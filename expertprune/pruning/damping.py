@@ -52,12 +52,8 @@ class Halves(Generic[Sums]):
             here = (place == number).nonzero()[:, 0].to(self.device)  # found on the host: no device waits
             half.add(inputs[here], residual[here], weight[here])
 
-    def solved(self, rows: slice = WHOLE) -> Tensor:
-        """Some rows of the change of `least_squares` on both halves, with the best damping (see `Moments.solved`).
-
-        The moments are used up.
-        """
-        damping = self.best_damping()
+    def solved(self, damping: float, rows: slice = WHOLE) -> Tensor:
+        """As `Moments.solved`, on the tokens of both halves, which are used up."""
         return self.first.with_all(self.second).solved(damping, rows)
 
     def best_damping(self) -> float:
@@ -72,11 +68,11 @@ class Halves(Generic[Sums]):
         """
         draws = torch.Generator().manual_seed(0)
         mixtures = torch.randn(MIXTURES, self.outputs, generator=draws).to(self.device)
-        halves = self.first.mixed(mixtures), self.second.mixed(mixtures)
+        first, second = self.first.mixed(mixtures), self.second.mixed(mixtures)
         losses: dict[float, float] = {}
         for damping in reversed(DAMPINGS):
             try:
-                losses[damping] = _held_out(*halves, damping) + _held_out(*reversed(halves), damping)
+                losses[damping] = _held_out(first, second, damping) + _held_out(second, first, damping)
             except CheckpointError:
                 break  # what is smaller fails too
         if not losses:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -202,11 +203,9 @@ class LayerRepair:
         weight = self.small.get_parameter(self.family.block(structure).output_weight)
         outputs, kept = weight.shape
         tokens = sum(batch.tokens for batch in stream.batches)
-        rows = self.together is alone and by_rows(tokens, kept)
-
-        def new() -> Moments | Rows:
-            return Rows() if rows else Moments.zeros(kept, outputs, weight.device)
-
+        if self.together is alone and by_rows(tokens, kept):
+            return Halves(Rows(), Rows(), outputs, weight.device) if damping == "auto" else Rows()
+        new = partial(Moments.zeros, kept, outputs, weight.device)
         return Halves(new(), new(), outputs, weight.device) if damping == "auto" else new()
 
     def _add(
@@ -244,11 +243,8 @@ class LayerRepair:
         self.together(dict(moments.sums()))
         block = self.family.block(structure)
         weight = self.small.get_parameter(block.output_weight)
-        rows = team().part(weight.shape[0])
-        if isinstance(moments, Halves):
-            change = moments.solved(rows)
-        else:
-            change = moments.solved(fixed_damping(damping), rows)
+        ridge = moments.best_damping() if isinstance(moments, Halves) else fixed_damping(damping)
+        change = moments.solved(ridge, team().part(weight.shape[0]))
         self.together({"change": change})
         repaired = weight.float() + change
         repaired = repaired.to(self.stored.get(self._name(structure), weight.dtype)).to(weight.dtype)
