@@ -1,9 +1,9 @@
-"""The smallest expert that keeps what the user asks for, found by trying budgets."""
+"""A small expert that keeps what the user asks for: the forecast chooses what is built and measured."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,12 +20,16 @@ from expertprune.evaluation.retention import bits_per_byte
 from expertprune.progress import Track, silent
 from expertprune.spec.schema import Budget, Evaluate, Retention
 from expertprune.stages.evaluate import Meanwhile, measuring
+from expertprune.stages.outlook import expected
 from expertprune.stages.prune import write_weights
 from expertprune.stages.validate import Prepared, validation_documents
 
 log = logging.getLogger(__name__)
 
 
+BUILDS = 3  # experts that are built at most
+_CAREFUL = 1.5  # times what is foreseen, for the last build where none has held
+_LEAST = 0.1  # of what is foreseen: what is measured on few documents may be nothing at all
 _BETWEEN = 4  # budgets to try for each legal width, where layers may differ
 
 
@@ -75,50 +79,109 @@ def budgets_to_try(prepared: Prepared) -> list[Budget]:
     return found
 
 
-def plan_by_retention(prepared: Prepared, profiles: Mapping[CorpusName, Profile], track: Track) -> Plan:
-    """The plan of the largest cut that holds the floor of `budget.retention`, by bisection over
-    budgets.
+class _Forecast:
+    """What each budget's expert will keep, corrected by the experts that were built.
 
-    Every try is a whole expert, repaired, measured on calibration documents held back for it
-    (`validation_documents`). It is assumed that a larger cut keeps less.
+    Args:
+        budgets: of ascending size. It is assumed that a larger cut keeps less.
+    """
+
+    def __init__(self, prepared: Prepared, profiles: Mapping[CorpusName, Profile], budgets: Sequence[Budget]) -> None:
+        self.prepared, self.profiles, self.budgets = prepared, profiles, budgets
+        self._found: dict[int, Kept | None] = {}
+        self._factors: dict[str, float] = {}
+
+    def foreseen(self, index: int) -> Kept | None:
+        """As profiles alone have it; `None` where the floor of widths does not allow the cut."""
+        if index not in self._found:
+            self._found[index] = team().lead(lambda: _foreseen(self.prepared, self.profiles, self.budgets[index]))
+        return self._found[index]
+
+    def correct(self, index: int, kept: Kept) -> None:
+        """Scale what each corpus loses, as an expert that was built says."""
+        foreseen = self.foreseen(index)
+        assert foreseen is not None
+        for name, retention in kept.corpora.items():
+            lost = 1 / foreseen.corpora[name] - 1
+            self._factors[name] = max(_LEAST, (1 / retention - 1) / lost) if lost > 0 else 1.0
+
+    def holds(self, index: int, floor: Retention, margin: float) -> bool:
+        """Whether a cut is foreseen to hold the floor, if it loses `margin` times what is foreseen."""
+        foreseen = self.foreseen(index)
+        if foreseen is None:
+            return False
+        lost = {name: (1 / kept - 1) * margin * self._factors.get(name, 1.0) for name, kept in foreseen.corpora.items()}
+        return Kept({name: 1 / (1 + each) for name, each in lost.items()}).holds(floor)
+
+    def largest(self, low: int, high: int, floor: Retention, margin: float) -> int:
+        """The largest cut between two that is foreseen to hold the floor; `low` if none is."""
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.holds(middle, floor, margin) else (low, middle)
+        return low
+
+
+def plan_by_retention(prepared: Prepared, profiles: Mapping[CorpusName, Profile], track: Track) -> Plan:
+    """The plan of a large cut that holds the floor of `budget.retention`, in at most `BUILDS` builds.
+
+    The forecast says which cut to build first (see `composition.excess`). The expert is repaired, and
+    measured on calibration documents held back for it (`validation_documents`), which corrects the
+    forecast for the next. It is assumed that a larger cut keeps less.
 
     Raises:
-        PlanError: not even the smallest cut holds the floor; the message says what it keeps.
+        PlanError: no cut that was built holds the floor; the message says what the smallest keeps.
     """
-    spec = prepared.spec
-    floor = spec.budget.retention
+    floor = prepared.spec.budget.retention
     assert floor is not None
     budgets = budgets_to_try(prepared)
     if not budgets:
         raise PlanError("budget.retention: there is no smaller width to try; lower budget.multiple_of or budget.floor")
+    forecast = _Forecast(prepared, profiles, budgets)
     low, high = -1, len(budgets)  # the largest that is known to hold, the smallest that is known not to
     tried: dict[int, tuple[Plan, Kept]] = {}
     evaluator = measuring_held_back(prepared)
-    with track("retention", len(budgets).bit_length() + 1) as step:
-        middle = 0
-        while high - low > 1:
-            try:
-                tried[middle] = _try(prepared, profiles, budgets[middle], evaluator)
-            except PlanError as error:  # more than the floor of widths allows
-                log.info("budget %g: %s", budgets[middle].parameters, error)
-                high = middle
-            else:
-                kept = tried[middle][1]
-                log.info("removing %.4f of the parameters keeps %s", budgets[middle].parameters, kept)
-                low, high = (middle, high) if kept.holds(floor) else (low, middle)
+    with track("retention", BUILDS) as step:
+        for build in range(BUILDS):
+            last = build == BUILDS - 1 and low < 0
+            chosen = forecast.largest(low, high, floor, _CAREFUL if last else 1.0)
+            if chosen == low and low >= 0:
+                break
+            chosen = max(chosen, 0)  # where nothing is foreseen to hold, the smallest cut may
+            if chosen >= high:
+                break
+            tried[chosen] = _try(prepared, profiles, budgets[chosen], evaluator)
+            kept = tried[chosen][1]
+            log.info("removing %.4f of the parameters keeps %s", budgets[chosen].parameters, kept)
+            forecast.correct(chosen, kept)
+            low, high = (chosen, high) if kept.holds(floor) else (low, chosen)
             step()
-            middle = (low + high) // 2
     if low < 0:
-        best = tried[0][1] if 0 in tried else None
-        wanted = ", ".join(f"{name} {value:g}" for name, value in floor.model_dump().items() if value is not None)
-        raise PlanError(
-            f"budget.retention: no cut keeps {wanted}; the smallest, {budgets[0].parameters:.4f} of the parameters, "
-            f"keeps {best}: lower the floor, calibrate on more text, or lower budget.multiple_of"
-        )
+        raise PlanError(_refusal(floor, budgets, {index: kept for index, (_, kept) in tried.items()}))
     plan, kept = tried[low]
     requested = RetentionFound(retention=floor, found=dict(kept.corpora))
     budget = {name: entry.model_copy(update={"requested": requested}) for name, entry in plan.budget.items()}
-    return replace(plan, spec=spec.document(), budget=budget)
+    return replace(plan, spec=prepared.spec.document(), budget=budget)
+
+
+def _refusal(floor: Retention, budgets: Sequence[Budget], tried: Mapping[int, Kept]) -> str:
+    wanted = ", ".join(f"{name} {value:g}" for name, value in floor.model_dump().items() if value is not None)
+    smallest = min(tried)
+    which = "the smallest" if smallest == 0 else f"the smallest of {len(tried)} that were built"
+    return (
+        f"budget.retention: no cut keeps {wanted}; {which}, {budgets[smallest].parameters:.4f} of the parameters, "
+        f"keeps {tried[smallest]}: lower the floor, calibrate on more text, or lower budget.multiple_of"
+    )
+
+
+def _foreseen(prepared: Prepared, profiles: Mapping[CorpusName, Profile], budget: Budget) -> Kept | None:
+    """What a budget's expert will keep; `None` where the floor of widths does not allow it."""
+    spec = prepared.spec.model_copy(update={"budget": budget})
+    try:
+        plan = compose(spec, prepared.base, profiles)
+    except PlanError as error:
+        log.info("budget %g: %s", budget.parameters, error)
+        return None
+    return Kept({name: each.retention for name, each in expected(prepared, plan, profiles).items()})
 
 
 def _try(

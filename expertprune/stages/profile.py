@@ -96,6 +96,9 @@ def parts_wanted(spec: Spec) -> list[ProfilePart]:
     parts, part = [FORWARD], needed_part(spec.relevance)
     if part is not None and cuts_units(spec.budget):
         parts.append(part)
+    foreseen = ProfilePart(Pass.GRADIENT, spec.relevance.loss)  # where retention is forecast
+    if spec.budget.retention is not None and foreseen not in parts:
+        parts.append(foreseen)
     if spec.budget.vocabulary is not None:
         parts.append(VOCABULARY)
     return parts

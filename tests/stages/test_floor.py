@@ -1,4 +1,4 @@
-"""The smallest expert that keeps enough: bisection against trying every budget, on documents that calibrate nothing."""
+"""A small expert that keeps enough: three builds at most, measured on documents that calibrate nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import expertprune
@@ -85,47 +85,78 @@ def test_budgets_are_legal_steps_apart(prepared: Prepared, allocation: str, laye
         assert budget.multiple_of == 4
 
 
-# --- bisection ------------------------------------------------------------------------------------------------------
+# --- search ---------------------------------------------------------------------------------------------------------
 
 
-@given(
-    losses=st.lists(st.floats(0, 0.2), min_size=7, max_size=7), reachable=st.integers(1, 7), expert=st.floats(0.3, 1)
-)
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_bisection_finds_what_trying_every_budget_finds(
-    prepared: Prepared, losses: list[float], reachable: int, expert: float
-) -> None:
-    """A larger cut keeps less; beyond `reachable`, the floor of widths refuses the budget."""
-    keeps = [1 - sum(losses[: number + 1]) for number in range(7)]
+def searched(
+    prepared: Prepared, keeps: list[float], guessed: list[float], floor: float, reachable: int = 7
+) -> tuple[Plan | None, list[int]]:
+    """The plan that is found where experts keep `keeps`, and `guessed` is foreseen; and what was built."""
     budgets = budgets_to_try(prepared)
     tried: list[int] = []
 
     def fake(_: Prepared, profiles: Any, budget: Any, evaluator: Any) -> tuple[Plan, Kept]:
         number = budgets.index(budget)
+        assert number < reachable, "the floor of widths does not allow it"
         tried.append(number)
-        if number >= reachable:
-            raise PlanError("more than the floor allows")
         found = StructureBudget(requested=0, of=32, kept=4, removed=28)
         base, parameters = BaseReference(model="b", digest="d"), Parameters(before=1, after=1)
         plan = Plan(str(number), base, parameters, [], [], {"ffn": found})
         return plan, kept_of(keeps[number])
 
-    prepared.spec.budget.retention = Retention(expert=expert)
-    holding = [number for number in range(reachable) if keeps[number] >= expert]
+    def foreseen(_: Prepared, profiles: Any, budget: Any) -> Kept | None:
+        number = budgets.index(budget)
+        return kept_of(guessed[number]) if number < reachable else None
+
+    prepared.spec.budget.retention = Retention(expert=floor)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(retaining, "_try", fake)
-        if not holding:
-            with pytest.raises(PlanError, match=r"budget\.retention: no cut keeps"):
-                plan_by_retention(prepared, {}, silent)
-        else:
-            plan = plan_by_retention(prepared, {}, silent)
-            assert plan.name == str(max(holding))
-            best = kept_of(keeps[max(holding)])
-            assert plan.budget["ffn"].requested == RetentionFound(
-                retention=Retention(expert=expert), found=best.corpora
-            )
-            assert plan.spec == prepared.spec.document()
-    assert len(tried) == len(set(tried)) <= 4
+        patched.setattr(retaining, "_foreseen", foreseen)
+        try:
+            return plan_by_retention(prepared, {}, silent), tried
+        except PlanError:
+            return None, tried
+
+
+LOSSES = st.lists(st.floats(0.001, 0.2), min_size=7, max_size=7)
+ANY = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@given(losses=LOSSES, factor=st.floats(0.3, 3), reachable=st.integers(1, 7), expert=st.floats(0.3, 0.99))
+@ANY
+def test_a_forecast_that_is_right_up_to_a_factor_finds_the_largest_cut(
+    prepared: Prepared, losses: list[float], factor: float, reachable: int, expert: float
+) -> None:
+    lost = [sum(losses[: number + 1]) for number in range(7)]
+    keeps, guessed = [1 / (1 + each) for each in lost], [1 / (1 + each * factor) for each in lost]
+    holding = [number for number in range(reachable) if keeps[number] >= expert * (1 + 1e-9)]
+    assume(not any(abs(each / expert - 1) < 1e-6 for each in keeps))
+    plan, tried = searched(prepared, keeps, guessed, expert, reachable)
+    assert len(tried) == len(set(tried)) <= 3
+    if not holding:
+        assert plan is None
+        assert 0 in tried
+    else:
+        assert plan is not None
+        assert plan.name == str(max(holding))
+        best = kept_of(keeps[max(holding)])
+        assert plan.budget["ffn"].requested == RetentionFound(
+            retention=Retention(expert=expert), found=dict(best.corpora)
+        )
+        assert plan.spec == prepared.spec.document()
+
+
+@given(losses=LOSSES, guesses=LOSSES, expert=st.floats(0.3, 0.99))
+@ANY
+def test_whatever_is_foreseen_at_most_three_are_built_and_the_plan_is_the_largest_that_held(
+    prepared: Prepared, losses: list[float], guesses: list[float], expert: float
+) -> None:
+    keeps, guessed = ([1 / (1 + sum(each[: n + 1])) for n in range(7)] for each in (losses, guesses))
+    plan, tried = searched(prepared, keeps, guessed, expert)
+    held = [number for number in tried if keeps[number] >= expert]
+    assert 1 <= len(tried) == len(set(tried)) <= 3
+    assert (plan is None) == (not held)
+    assert plan is None or plan.name == str(max(held))
 
 
 def fake_measure(monkeypatch: pytest.MonkeyPatch, keeps: Any) -> list[int]:
@@ -155,9 +186,9 @@ def test_the_expert_that_is_measured_is_the_one_that_is_planned(
     sizes = fake_measure(monkeypatch, lambda size: 0.95 if total - size < most + group else 0.8)
     plan = plan_of(prepared, silent)
     assert plan.parameters.after in sizes
-    assert most * (1 - 1e-6) <= total - plan.parameters.after < most + group
+    assert 0 < total - plan.parameters.after < most + group
     if allocation == "uniform":
-        assert [len(kept.ffn) for kept in plan.kept] == [32 - 4 * steps] * 3
+        assert len({len(kept.ffn) for kept in plan.kept}) == 1
 
 
 def test_a_floor_that_no_cut_holds_names_the_best_and_writes_nothing(
@@ -169,9 +200,9 @@ def test_a_floor_that_no_cut_holds_names_the_best_and_writes_nothing(
     for command, out in (("compose", "plan.json"), ("build", "expert")):
         sizes.clear()
         message = call(command, path, "--out", tmp_path / out, code=2).stderr
-        assert len(sizes) == 1, "where the smallest cut fails, no larger one is tried"
+        assert 1 <= len(sizes) <= 3
         assert "budget.retention: no cut keeps expert 0.9; the smallest, 0.0" in message
-        assert f"keeps expert {0.7 + 1e-6 * (sizes[0] % 7):.4f}" in message
+        assert f"keeps expert {0.7 + 1e-6 * (sizes[-1] % 7):.4f}" in message
     assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith((".", "expert", "plan"))] == []
 
 
