@@ -3,7 +3,8 @@
 A question of `NAME.continuation.jsonl` is the beginning of an evaluation document and four
 sentences, one of which goes on: the other three are from other documents of the same corpus, of
 about the same length. What goes on is at most the fifth sentence after the first, so that no
-document dominates. `medical.questions.jsonl` are the corpora's questions on medicine.
+document dominates. Documents of `UNSUITED` kinds are left out. `medical.questions.jsonl` are the
+corpora's questions on medicine.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ CORPORA = {
     "task": ["math", "qa", "sentiment", "summarization"],
 }
 CHOICES, SENTENCES = 4, 5
+UNSUITED = ("code", "table", "language")  # no sentences, or a language that gives the answer away
 
 
 def sentences(text: str) -> list[str]:
@@ -62,7 +64,8 @@ def write(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 def main() -> None:
     for dimension, values in CORPORA.items():
         for value in values:
-            texts = [row["text"] for row in rows_of(ROOT / "corpora" / dimension / f"{value}.evaluation.jsonl")]
+            rows = rows_of(ROOT / "corpora" / dimension / f"{value}.evaluation.jsonl")
+            texts = [row["text"] for row in rows if row.get("kind") not in UNSUITED]
             write(DATA / f"{value}.continuation.jsonl", continuations(texts))
     questions = rows_of(ROOT / "corpora" / "task" / "qa.questions.jsonl")
     medical = [

@@ -1,8 +1,9 @@
 """expertprune: turn a general language model into a compact expert, without post-training.
 
 The verbs are functions here, under the same names as the commands: `validate`, `profile`, `compose`, `prune`, `build`,
-`evaluate`, `export`, `bench`, `sweep`, `compare`, `vocabulary`, `inspect`, and `report` as `write_report`; `load_engine`
-gives an expert's `vllm.LLM`. They are imported at their first use, so that `import expertprune` is quick.
+`evaluate`, `export`, `bench`, `sweep`, `compare`, `vocabulary`, `inspect`, `report` as `write_report`, `push` as
+`push_to_hub`, and `adapter` as `cut_adapter`; `load_engine` gives an expert's `vllm.LLM`. They are imported at their
+first use, so that `import expertprune` is quick.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from expertprune.serving.throughput import bench
     from expertprune.spec.reading import load_spec
     from expertprune.spec.schema import Spec
+    from expertprune.stages.adapter import cut_adapter
     from expertprune.stages.build import build
     from expertprune.stages.compare import compare
     from expertprune.stages.compose import compose
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from expertprune.stages.export import export
     from expertprune.stages.profile import profile
     from expertprune.stages.prune import prune
+    from expertprune.stages.push import push as push_to_hub
     from expertprune.stages.suites import evaluate_suites
     from expertprune.stages.sweep import sweep
     from expertprune.stages.validate import validate
@@ -51,7 +54,9 @@ _PLACES = {
     "evaluate_suites": ("expertprune.stages.suites", None),
     "bench": ("expertprune.serving.throughput", None),
     "load_engine": ("expertprune.serving.engine", None),
+    "push_to_hub": ("expertprune.stages.push", "push"),
     "write_report": ("expertprune.reporting.page", "report"),
+    "cut_adapter": ("expertprune.stages.adapter", None),
     "Spec": ("expertprune.spec.schema", None),
     "load_spec": ("expertprune.spec.reading", None),
 }
@@ -63,6 +68,7 @@ __all__ = [
     "build",
     "compare",
     "compose",
+    "cut_adapter",
     "evaluate",
     "evaluate_suites",
     "export",
@@ -71,6 +77,7 @@ __all__ = [
     "load_spec",
     "profile",
     "prune",
+    "push_to_hub",
     "sweep",
     "validate",
     "vocabulary",

@@ -51,3 +51,8 @@ def printable(text: str) -> str:
     Line breaks and tabs stay.
     """
     return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def one_line(text: str) -> str:
+    """Text as Markdown shows it as it is: one line, without control characters or HTML."""
+    return printable(" ".join(text.splitlines())).replace("<", "&lt;")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 from expertprune.errors import UsageError
@@ -19,6 +20,24 @@ def silent(stage: str, steps: int) -> Iterator[Callable[[], None]]:
     """Report nothing."""
     with within_memory(stage):
         yield no_progress
+
+
+_watching: ContextVar[Track] = ContextVar("watching", default=silent)
+
+
+@contextlib.contextmanager
+def watching(track: Track) -> Iterator[None]:
+    """Let `track` show work in the block that no stage hands one to, such as loading and hashing."""
+    before = _watching.set(track)
+    try:
+        yield
+    finally:
+        _watching.reset(before)
+
+
+def shown(stage: str, steps: int) -> contextlib.AbstractContextManager[Callable[[], None]]:
+    """A stage of its own for whoever watches this thread, if anybody does."""
+    return _watching.get()(stage, steps)
 
 
 @contextlib.contextmanager

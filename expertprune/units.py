@@ -6,6 +6,7 @@ import base64
 import binascii
 import itertools
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -117,13 +118,15 @@ class KeptUnits:
     """Indices of the units that one layer keeps, ascending, in the base's numbering.
 
     `query_heads` lists heads of kept groups only, the same number in each group. With routed
-    experts, `ffn` lists neurons of kept ones only, the same number in each.
+    experts, `ffn` lists neurons of kept ones only, the same number in each. Where the whole layer
+    goes, it is `gone` and keeps nothing.
     """
 
     ffn: tuple[int, ...]
     query_heads: tuple[int, ...]
     kv_groups: tuple[int, ...]
     experts: tuple[int, ...] = ()
+    gone: bool = False
 
     def of(self, structure: Structure) -> tuple[int, ...]:
         return {
@@ -161,6 +164,16 @@ class KeptUnits:
             return torch.tensor(heads, dtype=torch.int64)
         first = torch.tensor(heads, dtype=torch.int64) * base.head_dim
         return (first[:, None] + torch.arange(base.head_dim)).reshape(-1)
+
+
+# Of a layer that goes whole: the residual stream passes its place unchanged.
+GONE = KeptUnits((), (), (), gone=True)
+
+
+def new_positions(kept: Sequence[KeptUnits]) -> dict[int, int]:
+    """From the position of each layer that stays in the base to its position in the expert, ascending."""
+    staying = [layer for layer, units in enumerate(kept) if not units.gone]
+    return {layer: position for position, layer in enumerate(staying)}
 
 
 # The number of written rows is a multiple, so that products over the vocabulary stay aligned.

@@ -156,7 +156,7 @@ def measured(text: TextRun, part: str, seed: int = 0, progress: Any = no_progres
 def layer_activations(of: Tiny, ids: Sequence[int]) -> dict[str, NDArray[np.float64]]:
     """Of one document alone, the inputs of `down_proj` (`ffn.0`) and `o_proj` (`heads.0`), and what a layer gives.
 
-    `[tokens, channels]` each; the last are `stream.0` and so on.
+    `[tokens, channels]` each; the last are `stream.0` and so on, behind what the first layer gets, `stream.-1`.
     """
     seen: dict[str, NDArray[np.float64]] = {}
 
@@ -168,6 +168,7 @@ def layer_activations(of: Tiny, ids: Sequence[int]) -> dict[str, NDArray[np.floa
         for name, module in ((f"ffn.{index}", ffn_output(layer)), (f"heads.{index}", layer.self_attn.o_proj)):
             handles.append(module.register_forward_pre_hook(lambda _, given, name=name: note(name, given)))
         handles.append(layer.register_forward_hook(lambda _, __, output, i=index: note(f"stream.{i}", output)))
+    handles.append(of.model.model.layers[0].register_forward_pre_hook(lambda _, given: note("stream.-1", given[0])))
     with torch.no_grad():
         of.model(input_ids=torch.tensor([list(ids)]), use_cache=False)
     for handle in handles:

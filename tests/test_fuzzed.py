@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from bench.torture.fuzz import PLACE, Kind, kinds
+from bench.torture.fuzz import PLACE
+from bench.torture.inputs import Kind, kinds
 from bench.torture.workplace import Workplace, first_commands
 from expertprune.cli import main
 from tests.calling import call

@@ -1,12 +1,10 @@
-"""Every command in README, and the snippet in docs/python.md, work as they stand."""
+"""Every command in README works as it stands; `test_tutorial` asks its curl line of a server."""
 
 from __future__ import annotations
 
 import json
 import os
 import shlex
-import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.documents import ROOT, blocks, commands, page
+from tests.documents import ROOT, commands, page
 
 SERVING = [command for command in commands() if command.startswith(("expertprune serve", "curl "))]
 EXPERTPRUNE = [command for command in commands() if command.startswith("expertprune ") and command not in SERVING]
@@ -25,7 +23,7 @@ MAKE = [command for command in commands() if command.startswith("make ")]
 def test_every_command_belongs_to_a_group_that_is_tested() -> None:
     assert len(EXPERTPRUNE) + len(SETUP) + len(MAKE) + len(SERVING) == len(commands())
     assert [command.split()[1] for command in EXPERTPRUNE] == ["init", "validate", "build", "evaluate", "report"]
-    assert len(SERVING) == 2
+    assert [command.partition(" experts/")[0].split(" -s ")[0] for command in SERVING] == ["expertprune serve", "curl"]
     assert len(page("README.md").splitlines()) <= 150
 
 
@@ -76,38 +74,3 @@ def test_commands_in_their_order(workplace: Path, real_store: Path) -> None:
     assert sum(kept) == 32_256  # of 30 layers of 1536 together, 0.3 less: 504 times 64
     assert list(about["evaluation"]["corpora"]) == ["domain/medical"]
     assert (workplace / "experts" / "my-expert" / "report.html").is_file()
-
-
-@pytest.mark.slow
-def test_the_python_snippet(workplace: Path, real_store: Path) -> None:
-    (snippet,) = blocks("python", page("docs/python.md"))
-    printed = output_of(shlex.join([sys.executable, "-c", snippet]), workplace, real_store)
-    parameters, retention = printed.strip().splitlines()[-2:]
-    assert parameters == "114608448"
-    assert 0.5 < float(retention) < 1.1
-
-
-@pytest.mark.slow
-@pytest.mark.vllm
-def test_the_serving_command_answers_the_curl_line(workplace: Path, real_store: Path, tmp_path: Path) -> None:
-    pytest.importorskip("vllm")
-    if not (workplace / "experts" / "my-expert").is_dir():
-        pytest.skip("the commands before it did not run")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    serve, curl = (command.replace("8000", port) for command in SERVING)
-    settings = {**environment(real_store), "VLLM_CPU_KVCACHE_SPACE": "1"}
-    arguments = [*shlex.split(serve), "--patience", "600", "--", "--enforce-eager", "--max-model-len", "256"]
-    arguments[:1] = [sys.executable, "-m", "expertprune.cli"]
-    with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(arguments, cwd=workplace, env=settings, stdout=subprocess.PIPE, stderr=log, text=True)
-    assert server.stdout is not None
-    try:
-        said = [next(server.stdout, "") for _ in range(4)]  # it speaks once the server is healthy, or ends
-        assert f"endpoint: http://127.0.0.1:{port}/v1\n" in said, (tmp_path / "log").read_text()
-        done = subprocess.run(curl, shell=True, cwd=workplace, capture_output=True, text=True, timeout=120, check=True)
-        assert json.loads(done.stdout)["choices"][0]["text"].strip()
-    finally:
-        server.send_signal(signal.SIGINT)
-        assert server.wait(timeout=30) == 130

@@ -4,6 +4,9 @@ python -m bench.torture --part kills --number 1000
 python -m bench.torture --part pairs --number 50
 python -m bench.torture --part disk --number 1000
 python -m bench.torture --part fuzz --number 10000
+
+With `--save`, the numbers go into the table of bench/README.md: after an interruption too, and added to
+those of other seeds at the same commit.
 """
 
 from __future__ import annotations
@@ -11,12 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 from bench.torture.children import prepare, run
+from bench.torture.records import save_row
 from bench.torture.workplace import Workplace, first_commands
 
 
@@ -26,11 +31,15 @@ def main() -> None:
     parser.add_argument("--number", type=int, required=True, help="how many trials")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="fuzz: a folder for the inputs that broke something")
+    parser.add_argument("--save", action="store_true", help="put the numbers into bench/results")
     options = parser.parse_args()
     prepare()
     from bench.torture.fuzz import fuzz
     from bench.torture.kills import full_disks, kills, pairs
 
+    stopped: list[int] = []  # a signal ends the bench after its trial, and what was tried counts
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: stopped.append(number))
     begun, broken, tried = time.monotonic(), [], 0
     root = Path(tempfile.mkdtemp(prefix="torture-"))
     try:
@@ -47,10 +56,17 @@ def main() -> None:
             if problems:
                 broken.append(name)
                 print(f"{name}:", *problems, sep="\n  ", flush=True)
+            if tried % 500 == 0:
+                print(f"{tried} after {time.monotonic() - begun:.0f} s", flush=True)
+            if stopped:
+                break
     finally:
         shutil.rmtree(root, ignore_errors=True)
+    seconds = time.monotonic() - begun
     result = {"part": options.part, "seed": options.seed, "trials": tried, "broken": len(broken)}
-    print(json.dumps({**result, "seconds": round(time.monotonic() - begun, 1)}))
+    print(json.dumps({**result, "seconds": round(seconds, 1)}))
+    if options.save:
+        save_row(options.part, tried, len(broken), seconds)
     sys.exit(1 if broken else 0)
 
 

@@ -8,6 +8,8 @@ told that the disk is full.
 from __future__ import annotations
 
 import errno
+import faulthandler
+import gc
 import importlib
 import os
 import resource
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 CHANGES = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.link", "os.chmod", "shutil.rmtree", "shutil.copyfile"}
-GIVEN_UP = 120.0  # seconds after which a command counts as hanging
+GIVEN_UP = 300.0  # seconds after which a command counts as hanging; others may need the machine too
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,15 @@ class Disturbance:
 
 @dataclass(frozen=True)
 class Finished:
-    """How a command ended: its exit code (negative: a signal), output, time, peak memory, and changes to the disk."""
+    """How a command ended: its exit code (negative: a signal), output, peak memory, and changes to the disk.
+
+    `seconds` are of the clock, `busy` of the processor: other work on the machine does not count.
+    """
 
     code: int
     output: str
     seconds: float
+    busy: float
     megabytes: float
     changes: int
 
@@ -73,6 +79,20 @@ def prepare() -> None:
     transformers = importlib.import_module("transformers")
     for name in ("AutoModelForCausalLM", "AutoTokenizer", "LlamaForCausalLM", "PreTrainedTokenizerFast"):
         getattr(transformers, name)
+    warm()
+    gc.collect()
+    gc.freeze()  # children then copy fewer pages
+
+
+def warm() -> None:
+    """Read what each command reads anew, and no trial changes: families, and what plugins register."""
+    from expertprune.arch import families
+    from expertprune.composition.scoring import rules
+    from expertprune.pruning.repair import repairs
+    from expertprune.relevance.statistics import criteria
+
+    for each in (families(), rules, repairs, criteria):
+        len(each)
 
 
 @dataclass(frozen=True)
@@ -113,7 +133,8 @@ def finish(started: Started, kill_after: float | None = None) -> Finished:
     for path in started.folder.iterdir():
         path.unlink()
     started.folder.rmdir()
-    return Finished(os.waitstatus_to_exitcode(status), output, seconds, used.ru_maxrss / 1024, changes)
+    busy = used.ru_utime + used.ru_stime
+    return Finished(os.waitstatus_to_exitcode(status), output, seconds, busy, used.ru_maxrss / 1024, changes)
 
 
 def run(arguments: list[str], store: Path, temporary: Path, disturbed: Disturbance | None = None) -> Finished:
@@ -124,6 +145,8 @@ def run(arguments: list[str], store: Path, temporary: Path, disturbed: Disturban
 
 def _child(arguments: list[str], store: Path, temporary: Path, disturbed: Disturbance, folder: Path) -> NoReturn:
     code = 70
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a process that nobody forked
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         output = os.open(folder / "output", os.O_WRONLY)
         os.dup2(output, 1)
@@ -136,6 +159,7 @@ def _child(arguments: list[str], store: Path, temporary: Path, disturbed: Distur
         _watch(os.open(folder / "changes", os.O_WRONLY | os.O_CREAT), disturbed)
         from expertprune.cli import main
 
+        faulthandler.dump_traceback_later(GIVEN_UP - 5, file=sys.__stderr__)
         main(arguments, prog_name="expertprune")
     except SystemExit as exit_:
         code = exit_.code if isinstance(exit_.code, int) else 0

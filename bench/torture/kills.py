@@ -174,7 +174,9 @@ def _in_namespaces(place: Workplace, two: list[Command]) -> list[Finished]:
         for each in two
     ]
     outputs = [process.communicate()[0] for process in begun]
-    return [Finished(process.returncode, output, 0.0, 0.0, 0) for process, output in zip(begun, outputs, strict=True)]
+    return [
+        Finished(process.returncode, output, 0.0, 0.0, 0.0, 0) for process, output in zip(begun, outputs, strict=True)
+    ]
 
 
 def _environment() -> dict[str, str]:

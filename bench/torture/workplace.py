@@ -116,6 +116,27 @@ def first_commands(place: Workplace, begin: Path) -> list[list[str]]:
     ]
 
 
+CHAT = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }} {% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def tiny_chat_model(folder: Path, seed: int) -> Path:
+    """A random model that vLLM can serve, with a chat template, in a new folder."""
+    tokenizer = _tokenizer()
+    tokenizer.chat_template = CHAT
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, max_position_embeddings=512, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def _tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE, which GGUF files can hold."""
     made = Tokenizer(models.BPE())

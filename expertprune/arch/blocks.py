@@ -9,6 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from expertprune.errors import PlanError
 from expertprune.units import KeptUnits, LayerShape, Segment
 
 
@@ -114,6 +115,35 @@ class ExpertLayers(Data):
             and (layer + 1) % said(self.every, 1) == 0
             and layer not in said(self.without, ())
         )
+
+    def moved(self, config: Mapping[str, Any], staying: Sequence[int]) -> dict[str, Any]:
+        """The keys' values once only some layers stay, each of which is as it was.
+
+        Args:
+            staying: their positions, ascending, in the present numbering.
+
+        Raises:
+            PlanError: these keys cannot say it, or no layer with routed experts would stay.
+        """
+        wanted = [self.has(config, layer) for layer in staying]
+        dense = [position for position, has in enumerate(wanted) if not has]
+        values: dict[str, Any] = {}
+        if config.get(self.first or "") is not None:
+            values[self.first or ""] = sum(layer < config[self.first or ""] for layer in staying)
+        if config.get(self.last or "", -1) != -1:
+            values[self.last or ""] = sum(layer <= config[self.last or ""] for layer in staying) - 1
+        if self.without is not None and (self.without in config or dense):
+            values[self.without] = dense
+            if self.every is not None and self.every in config:
+                values[self.every] = 1
+        moved = {**config, **values}
+        if not any(wanted) or [self.has(moved, position) for position in range(len(staying))] != wanted:
+            keys = [key for key in (self.first, self.last, self.every, self.without) if key is not None]
+            raise PlanError(
+                f"layers {', '.join(map(str, staying))} cannot stay alone: the config could not say which of them have "
+                f"routed experts ({', '.join(keys) or 'all layers have some'})"
+            )
+        return values
 
 
 class ExpertGroups(Data):

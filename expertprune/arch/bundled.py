@@ -24,7 +24,7 @@ class BundledModel(Data):
 
     A model that is too large for one package comes in several `parts`. Their bytes in this order
     are the file with the digest `sha256`. The output matrix of a `tied` model is its embedding, though
-    the file stores both.
+    the file stores both. `hub` is its id on the hub, and `licence` the hub's word for its licence.
     """
 
     file: str
@@ -33,6 +33,7 @@ class BundledModel(Data):
     sha256: str | None = None
     tied: bool = False
     install: str
+    hub: str | None = None
     licence: str
 
     @model_validator(mode="after")

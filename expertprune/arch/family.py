@@ -14,6 +14,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from expertprune.arch.blocks import NO_BLOCK, Block, ConfigKeys, CoupledTensor, Data, Experts, Rewrite
+from expertprune.arch.depth import check_depth, with_fewer_layers
 from expertprune.arch.gguf import GgufForm
 from expertprune.arch.single_layers import PER_LAYER, stock_architectures, with_defaults, with_layers
 from expertprune.arch.widths import (
@@ -27,7 +28,7 @@ from expertprune.arch.widths import (
 from expertprune.errors import CheckpointError, PlanError
 from expertprune.files import problems_of
 from expertprune.registry import loaded, nearest, plugins
-from expertprune.units import DENSE, KeptUnits, LayerShape, Structure
+from expertprune.units import DENSE, KeptUnits, LayerShape, Structure, new_positions
 
 _HERE = Path(__file__).parent
 
@@ -190,16 +191,21 @@ class Family(Data):
         return 0 if self.experts is None else positive({**self.defaults, **config}, self.experts.per_token)
 
     def pruned_config(self, config: Mapping[str, Any], kept: list[KeptUnits]) -> dict[str, Any]:
-        """The expert's `config.json`: the base's, with the new widths.
+        """The expert's `config.json`: the base's, with the layers that stay and the new widths.
 
         Raises:
-            PlanError: the family's config cannot express these widths; the message says which are
-                legal.
+            PlanError: the family's config cannot express these layers or widths; the message says
+                which widths are legal.
         """
-        base = self.layer_shapes(config)
-        shapes = [layer.shape(shape) for layer, shape in zip(kept, base, strict=True)]
+        staying = list(new_positions(kept))
+        base = [self.layer_shapes(config)[layer] for layer in staying]
+        shapes = [kept[layer].shape(shape) for layer, shape in zip(staying, base, strict=True)]
         result = dict(config)
-        if shapes == list(base):
+        if len(staying) < len(kept):
+            check_depth(config, self.family)
+            routed = {} if self.experts is None else self.experts.layers.moved({**self.defaults, **config}, staying)
+            config = result = with_fewer_layers(config, self.config.layers, staying, routed)
+        if shapes == base and (len(staying) == len(kept) or PER_LAYER not in config):
             return result
         changed = [new for new, old in zip(shapes, base, strict=True) if self.heads_changed(old, new)]
         for new in changed:

@@ -165,9 +165,12 @@ class PreTokenizer(Data):
 
 
 class GgufNames(Data):
-    """The format's names for kinds of tokenizer. `engine` is the program that reads the files."""
+    """The format's names for kinds of tokenizer. `engine` is the program that reads the files, `quantizer` its
+    tool that stores them in fewer bits.
+    """
 
     engine: str
+    quantizer: str
     byte_level: str
     sentencepiece: str
     pre_tokenizers: tuple[PreTokenizer, ...]

@@ -65,6 +65,20 @@ class DocumentBits(Record):
     expert_bytes: int
 
 
+class QuestionAnswers(Record):
+    """The choices that base and expert take for one question, by number, and their margins.
+
+    A margin is by how many bits per byte the right choice's log-probability lies above that of the
+    best wrong one.
+    """
+
+    digest: str
+    base: int
+    expert: int
+    base_margin: float
+    expert_margin: float
+
+
 class CorpusResult(Record):
     """What was measured on one corpus: its metrics by name, and what they are made of."""
 
@@ -73,6 +87,7 @@ class CorpusResult(Record):
     questions: int
     metrics: dict[str, Measured]
     per_document: list[DocumentBits] = Field(default_factory=list)
+    per_question: list[QuestionAnswers] = Field(default_factory=list)
 
 
 class TaskResult(Measured):

@@ -16,8 +16,9 @@ from expertprune.artifacts.evaluation import Evaluation
 from expertprune.artifacts.plan import Plan
 from expertprune.artifacts.record import Record
 from expertprune.errors import CheckpointError, ExpertpruneError, SpecError
-from expertprune.files import EXPERT_FILE, as_model, digest_of, problems_of, read_json, write_json
+from expertprune.files import EXPERT_FILE, as_model, digest_of, problems_of, read_json, read_kept, write_json
 from expertprune.models.base import ResolvedBase, resolve_base
+from expertprune.models.origin import Origin
 from expertprune.spec.reading import parse_spec, trusting, with_corpus_paths
 from expertprune.spec.schema import Base, Spec
 
@@ -29,7 +30,8 @@ class BaseRecord(Record):
     """The base as an expert remembers it.
 
     `model` is a hub id, the name of a bundled model, or the name of a local folder or file. `digest` covers config and
-    weights, `tokenizer_digest` the tokenizer's files; `weight_bytes` is the size of the weights' files.
+    weights, `tokenizer_digest` the tokenizer's files; `weight_bytes` is the size of the weights' files. `revision` is
+    what the spec says, and `hub` what is known of the base on the hub, its commit among it.
     """
 
     model: str
@@ -38,6 +40,7 @@ class BaseRecord(Record):
     revision: str | None
     trust_remote_code: bool
     weight_bytes: int
+    hub: Origin = Origin()
 
 
 class CorpusRecord(Record):
@@ -265,10 +268,7 @@ class Expert(Description):
 
     def _noted(self, store: Path) -> _Places:
         """What `remember_places` wrote on this machine."""
-        try:
-            return _Places.model_validate_json(self._places_file(store).read_bytes())
-        except (OSError, ValidationError):
-            return _Places()
+        return read_kept(self._places_file(store), _Places) or _Places()
 
     def _places_file(self, store: Path) -> Path:
         return store / "places" / f"{digest_of([self.base.digest, self.plan.digest])}.json"

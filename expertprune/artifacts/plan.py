@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from expertprune.artifacts.kept import KeptText, ShapeDocument, Width, kept_document, kept_units
 from expertprune.errors import PlanError
 from expertprune.files import PLAN, digest_of, read_json, staged_output, to_json
 from expertprune.spec.schema import Retention
@@ -17,10 +18,7 @@ from expertprune.units import (
     KeptRows,
     KeptUnits,
     LayerShape,
-    Structure,
-    format_indices,
     pack_indices,
-    parse_indices,
     unpack_indices,
 )
 
@@ -135,6 +133,18 @@ class RowReasons(_Record):
     first_dropped: list[str]
 
 
+class DepthReasons(_Record):
+    """Why whole layers go, or stay.
+
+    `relevance` has one number for each layer of the base, `source` the dimension, or `general`, that
+    gave it. `why` is of all layers together.
+    """
+
+    relevance: list[float]
+    source: list[str]
+    why: UnitReasons
+
+
 @dataclass(frozen=True)
 class LayerPlan:
     """What one layer keeps, and why: the reasons of each structure that is cut, by its name."""
@@ -163,7 +173,8 @@ class Plan:
         spec: the spec's own document, with what it leaves open decided.
         profiles: the digest of each corpus' profile.
         shapes: the base's layers.
-        budget: by structure, for the structures that the base has.
+        budget: by structure, for the structures that the base has; `layers` where whole layers go.
+        depth: where whole layers go.
     """
 
     name: str
@@ -175,10 +186,16 @@ class Plan:
     profiles: Mapping[str, str] = field(default_factory=dict)
     spec: Mapping[str, Any] = field(default_factory=dict)
     vocabulary: VocabularyPlan | None = None
+    depth: DepthReasons | None = None
 
     @property
     def kept(self) -> list[KeptUnits]:
         return [layer.kept for layer in self.layers]
+
+    @property
+    def gone(self) -> tuple[int, ...]:
+        """The layers that go whole, in the base's numbering."""
+        return tuple(layer for layer, units in enumerate(self.kept) if units.gone)
 
     @property
     def digest(self) -> str:
@@ -203,6 +220,7 @@ class Plan:
                 _layer_document(index, layer, shape)
                 for index, (layer, shape) in enumerate(zip(self.layers, self.shapes, strict=True))
             ],
+            **({"depth": self.depth.document()} if self.depth is not None else {}),
             **({"vocabulary": _vocabulary_document(self.vocabulary)} if self.vocabulary is not None else {}),
             "spec": dict(self.spec),
         }
@@ -241,38 +259,18 @@ def load_plan(path: Path) -> Plan:
 # --- the document ---------------------------------------------------------------------------------------------------
 
 
-# More than any model has: of anything in one layer, and of FFN neurons in all layers.
-_MOST, _MOST_NEURONS = 2**24, 2**25
-_Count = Annotated[int, Field(ge=0, le=_MOST)]
-_Width = Annotated[int, Field(ge=1, le=_MOST)]
-
-
-class _KeptText(_Record):
-    ffn: str
-    query_heads: str
-    kv_groups: str
-    experts: str = ""
-
-
-class _ShapeDocument(_Record):
-    hidden: _Width
-    ffn: _Count
-    query_heads: _Count
-    kv_heads: _Count
-    head_dim: _Count
-    experts: _Count = 0
-    expert_groups: _Width = 1
+_MOST_NEURONS = 2**25  # of all layers: more than any model has
 
 
 class _LayerDocument(_Record):
     layer: int
-    of: _ShapeDocument
-    kept: _KeptText
+    of: ShapeDocument
+    kept: KeptText | None
     why: dict[str, UnitReasons]
 
 
 class _VocabularyDocument(_Record):
-    of: _Width
+    of: Width
     rows: int
     tokens: int
     kept: str
@@ -291,19 +289,20 @@ class _PlanDocument(BaseModel):
     profiles: dict[str, str]
     layers: list[_LayerDocument]
     vocabulary: _VocabularyDocument | None = None
+    depth: DepthReasons | None = None
     spec: dict[str, Any]
 
 
 def _layer_document(index: int, layer: LayerPlan, shape: LayerShape) -> dict[str, Any]:
-    of, kept = asdict(shape), {name: format_indices(units) for name, units in vars(layer.kept).items()}
+    of = asdict(shape)
     if not shape.experts:
-        del of["experts"], kept["experts"]
+        del of["experts"]
     if shape.expert_groups == 1:
         del of["expert_groups"]
     return {
         "layer": index,
         "of": of,
-        "kept": kept,
+        "kept": kept_document(layer.kept, shape),
         "why": {name: reasons.document() for name, reasons in layer.why.items()},
     }
 
@@ -329,29 +328,26 @@ def _plan(data: _PlanDocument) -> Plan:
     if sum(shape.neurons for shape in shapes) > _MOST_NEURONS:
         raise ValueError("layers: they have more FFN neurons than any model")
     layers = [
-        LayerPlan(_kept(each.kept, shape, each.layer), each.why)
+        LayerPlan(kept_units(each.kept, shape, each.layer), each.why)
         for each, shape in zip(data.layers, shapes, strict=True)
     ]
-    for index, (shape, layer) in enumerate(zip(shapes, layers, strict=True)):
-        _check_kept(shape, layer.kept, index)
+    if layers and layers[0].kept.gone:
+        raise ValueError("layers: layer 0 must stay")
+    if data.depth is not None and not len(data.depth.relevance) == len(data.depth.source) == len(layers):
+        raise ValueError("depth: it must have one relevance and one source for each layer")
     vocabulary = _vocabulary(data.vocabulary) if data.vocabulary is not None else None
     return Plan(
-        data.name, data.base, data.parameters, shapes, layers, data.budget, data.profiles, data.spec, vocabulary
+        data.name,
+        data.base,
+        data.parameters,
+        shapes,
+        layers,
+        data.budget,
+        data.profiles,
+        data.spec,
+        vocabulary,
+        data.depth,
     )
-
-
-def _kept(text: _KeptText, shape: LayerShape, layer: int) -> KeptUnits:
-    if shape.kv_heads and shape.query_heads % shape.kv_heads:
-        raise ValueError(f"{shape.query_heads} query heads are no multiple of {shape.kv_heads} KV heads")
-    kept = {}
-    for name, runs in vars(text).items():
-        count = shape.units(Structure(name))
-        try:
-            kept[name] = parse_indices(runs, count)
-        except ValueError as error:
-            some = f"some of 0-{count - 1}" if count else "nothing"
-            raise ValueError(f"layer {layer}: {name} must keep {some}: {error}") from None
-    return KeptUnits(**kept)
 
 
 def _vocabulary(data: _VocabularyDocument) -> VocabularyPlan:
@@ -359,23 +355,3 @@ def _vocabulary(data: _VocabularyDocument) -> VocabularyPlan:
     if not rows.kept or not all(0 <= row < data.of for row in rows.padding):
         raise ValueError(f"vocabulary: rows must be some of 0-{data.of - 1}")
     return VocabularyPlan(rows, data.tokenizer, data.why)
-
-
-def _check_kept(shape: LayerShape, kept: KeptUnits, layer: int) -> None:
-    for indices, count, what in (
-        (kept.ffn, shape.neurons, "ffn"),
-        (kept.query_heads, shape.query_heads, "query_heads"),
-        (kept.kv_groups, shape.kv_heads, "kv_groups"),
-        (kept.experts, shape.experts, "experts"),
-    ):
-        if not count and not indices:  # the model has none
-            continue
-        if not indices or indices[-1] >= count:
-            raise ValueError(f"layer {layer}: {what} must keep some of 0-{count - 1}")
-    per_group = len(kept.query_heads) // max(1, len(kept.kv_groups))
-    groups = [head // shape.heads_per_group for head in kept.query_heads]
-    if groups != [group for group in kept.kv_groups for _ in range(per_group)]:
-        raise ValueError(f"layer {layer}: the query heads are not the same number in each kept KV group")
-    neurons = len(kept.ffn) // max(1, len(kept.experts))
-    if shape.experts and [unit // shape.ffn for unit in kept.ffn] != [e for e in kept.experts for _ in range(neurons)]:
-        raise ValueError(f"layer {layer}: the FFN neurons are not the same number in each kept routed expert")

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from expertprune.errors import CheckpointError
-from expertprune.files import digest_of, staged_file
+from expertprune.files import digest_of, parse_json, staged_file
 from expertprune.relevance import Pass
 from expertprune.units import LayerShape
 
@@ -122,6 +122,8 @@ class Profile:
     - `ffn.l.weight_norm`, `heads.l.weight_norm`, `groups.l.weight_norm` `[units]`: Frobenius norm
       of all weights that a unit owns;
     - `stream.l.square` `[documents]`: mean square of the residual stream behind the layer;
+    - `stream.l.influence` `[documents]`: mean over tokens of `1 − cos(x, y)`, where the layer turns
+      the residual stream `x` into `y` (ShortGPT's block influence, arXiv:2403.03853);
     - `tokens` `[documents]`: how many tokens of each document the model predicts.
 
     In a layer with routed experts, `ffn` stands for all neurons of all of them. Each activation
@@ -149,10 +151,10 @@ class Profile:
         self.path = path
         try:
             with safe_open(path, framework="pt") as file:
-                self.about: dict[str, Any] = json.loads((file.metadata() or {}).get("expertprune", "{}"))
+                self.about: dict[str, Any] = parse_json((file.metadata() or {}).get("expertprune", "{}"), str(path))
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such profile") from None
-        except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        except (SafetensorError, CheckpointError, OSError) as error:
             raise CheckpointError(f"{path}: not a readable profile ({error}); delete it and profile again") from None
         if not isinstance(self.about, dict):
             raise CheckpointError(f"{path}: not a profile; delete it and profile again")

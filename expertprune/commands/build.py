@@ -19,6 +19,7 @@ from expertprune.commands.terminal import (
     spec_argument,
     store_option,
 )
+from expertprune.commands.tracking import about_spec, log_option, tracked
 
 
 @click.command()
@@ -29,6 +30,7 @@ from expertprune.commands.terminal import (
 @store_option
 @limits_options
 @engine_options
+@log_option
 @common
 @reporting
 @as_team
@@ -39,6 +41,7 @@ def build(
     overwrite: bool,
     store: Path | None,
     where: Where,
+    tracker: str | None,
     as_json: bool,
 ) -> None:
     """Build and evaluate an expert: profile, compose, prune and evaluate in a row.
@@ -46,9 +49,13 @@ def build(
     \b
     expertprune build profiles/english-medical-qa.yaml --out experts/medical-qa --set budget.ffn=0.3
     """
+    from expertprune.artifacts.expert import Expert
     from expertprune.stages import build as stage
 
     where.check()
-    with where.opened(store) as engine:
-        stage.build(spec, out, overrides, overwrite, store, progress_bar, engine)
+    with where.opened(store) as engine, tracked(tracker, lambda: about_spec(spec, overrides)) as run:
+        track = progress_bar if run is None else run.track(progress_bar)
+        stage.build(spec, out, overrides, overwrite, store, track, engine)
+        if run is not None and (measured := Expert.load(out).evaluation) is not None:
+            run.evaluation(measured)
     print_expert(out, as_json)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from expertprune.commands.terminal import messages, show
+from expertprune.commands.terminal import BAR, messages, show
 from expertprune.errors import UsageError
 from expertprune.progress import Standing
 
@@ -154,10 +154,9 @@ def _tell(message: str) -> None:
 @contextlib.contextmanager
 def board(names: Sequence[str]) -> Iterator[Callable[[str, Standing], None]]:
     """One line for each task on standard error."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=messages) as progress:
+    with Progress(*BAR, console=messages) as progress:
         rows = {name: progress.add_task(f"{name}: waiting", total=None) for name in names}
 
         def tell(name: str, standing: Standing) -> None:

@@ -19,6 +19,7 @@ from expertprune.commands.terminal import (
     show,
     store_option,
 )
+from expertprune.commands.tracking import about_expert, log_option, tracked
 
 
 def _floors(_: click.Context, __: click.Parameter, text: str | None) -> dict[str, float]:
@@ -55,6 +56,7 @@ def _floors(_: click.Context, __: click.Parameter, text: str | None) -> dict[str
 @limits_options
 @shard_options
 @engine_options
+@log_option
 @common
 @reporting
 @as_team
@@ -71,6 +73,7 @@ def evaluate(
     overrides: dict[str, Any],
     store: Path | None,
     where: Where,
+    tracker: str | None,
     as_json: bool,
 ) -> None:
     """Measure what an expert kept of its base, and record it in the expert's folder.
@@ -90,7 +93,11 @@ def evaluate(
             raise click.UsageError("--fail-under, --limit and --backend need --suite or --task")
         from expertprune.stages import evaluate as stage
 
-        result = stage.evaluate(expert, list(corpora), base, store, overrides, progress_bar)
+        with tracked(tracker, lambda: about_expert(expert)) as run:
+            track = progress_bar if run is None else run.track(progress_bar)
+            result = stage.evaluate(expert, list(corpora), base, store, overrides, track)
+            if run is not None:
+                run.evaluation(result)
         show(as_json, result.document(), lambda: retention_table(result))
         return
     if corpora:
@@ -99,13 +106,18 @@ def evaluate(
     from expertprune.stages import suites as measuring
 
     if shard is not None:
+        if tracker is not None:
+            raise click.UsageError("--log: a shard knows only its own part; give --log with --collect")
         asked = measuring.Asked(expert, suites, tasks, backend, limit, base, store, overrides)  # type: ignore[arg-type]
         show_report(measuring.suites_shard(asked, shard, progress_bar), shard, as_json)
         return
-    with where.opened(store) as engine:
+    with where.opened(store) as engine, tracked(tracker, lambda: about_expert(expert)) as run:
+        track = progress_bar if run is None else run.track(progress_bar)
         found = measuring.evaluate_suites(
-            expert, suites, tasks, backend, limit, base, store, overrides, floors, progress_bar, engine  # type: ignore[arg-type]
+            expert, suites, tasks, backend, limit, base, store, overrides, floors, track, engine  # type: ignore[arg-type]
         )  # fmt: skip
+        if run is not None:
+            run.evaluation(found)
     show(as_json, found.document(), lambda: retention_table(found))
     short = shortfalls(found.summary, floors)
     for line in short:

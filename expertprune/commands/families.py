@@ -94,6 +94,6 @@ def _checked(folder: Path, trust_remote_code: bool, store: Path | None) -> dict[
         base = resolve_base(Base(model=str(folder), trust_remote_code=trust_remote_code), store_folder(store))
     finally:
         admission.setLevel(level)
-    held = check_family(base, layer_widths=True)
+    held = check_family(base, layer_widths=True, layers=True)
     listed = base.checkpoint.config["model_type"] in known()
     return {"kind": "family check", "family": base.family.family, "listed": listed, "held": held}

@@ -19,6 +19,7 @@ from expertprune.commands.terminal import (
     spec_argument,
     store_option,
 )
+from expertprune.commands.tracking import about_spec, log_option, tracked
 
 
 def _fractions(_: click.Context, __: click.Parameter, text: str) -> list[float]:
@@ -52,6 +53,7 @@ def _fractions(_: click.Context, __: click.Parameter, text: str) -> list[float]:
 @limits_options
 @shard_options
 @engine_options
+@log_option
 @common
 @reporting
 @as_team
@@ -65,6 +67,7 @@ def sweep(
     overrides: dict[str, Any],
     store: Path | None,
     where: Where,
+    tracker: str | None,
     as_json: bool,
 ) -> None:
     """Show what experts of several sizes keep: one profile, many plans.
@@ -80,11 +83,17 @@ def sweep(
         check_picture(picture, made=out, overwrite=overwrite)
     shard = where.share(store)
     if shard is not None:
+        if tracker is not None:
+            raise click.UsageError("--log: a shard knows only its own points; give --log with --collect")
         report = sweeping.sweep_shard(spec, budgets, shard, out, keep_experts, store, overrides, progress_bar)
         show_report(report, shard, as_json)
         return
-    with where.opened(store) as engine:
-        result = sweeping.sweep(spec, budgets, out, keep_experts, store, overrides, progress_bar, engine)
+    with where.opened(store) as engine, tracked(tracker, lambda: about_spec(spec, overrides)) as run:
+        track = progress_bar if run is None else run.track(progress_bar)
+        told = None if run is None else run.points
+        result = sweeping.sweep(spec, budgets, out, keep_experts, store, overrides, track, engine, told)
+        if run is not None:
+            run.table(result)
     if picture is not None:
         retention_curve(result, picture, overwrite)
     show(as_json, result.document(), lambda: sweep_table(result))

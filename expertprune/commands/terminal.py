@@ -11,6 +11,7 @@ import re
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -19,13 +20,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.segment import Segment
 
 from expertprune.errors import ExpertpruneError, SpecError
 from expertprune.files import MEMORY_VARIABLE, SPOOL_VARIABLE, parse_yaml, remove_all_leftovers, store_folder, to_json
 from expertprune.formats import printable
-from expertprune.progress import within_memory
+from expertprune.progress import watching, within_memory
 from expertprune.spec.reading import TRUST
 
 if TYPE_CHECKING:
@@ -68,6 +76,17 @@ def say(text: str, error: bool = False) -> None:
     click.echo(printable(text), err=error)
 
 
+# The columns of a progress bar.
+BAR = (
+    TextColumn("{task.description}", markup=False),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeElapsedColumn(),
+    TextColumn("left:"),
+    TimeRemainingColumn(),
+)
+
+
 _STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
@@ -107,7 +126,8 @@ def reporting(command: F) -> F:
             signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             remove_all_leftovers(store_folder(kwargs.get("store")))
-            with within_memory(command.__name__):  # outside of any stage too, such as while a model is loaded
+            # Outside of any stage too, such as while a model is loaded.
+            with watching(progress_bar), within_memory(command.__name__):
                 return command(*args, **kwargs)
         except ExpertpruneError as error:
             problems = error.problems if isinstance(error, SpecError) else [str(error)]
@@ -218,20 +238,27 @@ def set_option(command: F) -> F:
     return change(trust(command))
 
 
+_bars: list[Progress] = []  # those on the terminal: a stage within another adds its bar to the same display
+
+
 @contextlib.contextmanager
 def progress_bar(stage: str, steps: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on standard error."""
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=messages) as progress:
-        task = progress.add_task(stage, total=steps)
+    """A progress bar on standard error, with the time that the stage has taken and the time that is left."""
+    with contextlib.ExitStack() as stack:
+        progress = _bars[-1] if _bars else stack.enter_context(Progress(*BAR, console=messages))
+        _bars.append(progress)
+        stack.callback(_bars.pop)
+        task, lock, done = progress.add_task(stage, total=steps), threading.Lock(), 0
 
         def step() -> None:
-            done = progress.tasks[0].completed + 1
-            progress.update(task, completed=done, total=max(steps, done))
+            nonlocal done
+            with lock:  # some stages have threads of their own
+                done += 1
+                progress.update(task, completed=done, total=max(steps, done))
 
         with within_memory(stage):
             yield step
-        progress.update(task, total=progress.tasks[0].completed)
+        progress.update(task, total=done, completed=done)
 
 
 def show(as_json: bool, data: Any, text: Callable[[], Any]) -> None:

@@ -58,7 +58,7 @@ def _document(prepared: Prepared) -> dict[str, Any]:
     before, after, budget = base.checkpoint.parameters, None, None
     if widths is not None:
         after = before - removed_parameters(base, widths) - removed_with_rows(base, rows)
-        if len(set(widths)) == 1:
+        if len({layer for layer in widths if not layer.gone}) == 1:
             entries = summary(spec.budget, base.layers, widths)
             budget = {structure: entry.document() for structure, entry in entries.items()}
     return {

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from expertprune.composition.widths import LayerWidths, rounded_down
 from expertprune.errors import PlanError
 from expertprune.models.base import ResolvedBase
-from expertprune.models.costs import row_parameters, unit_parameters
+from expertprune.models.costs import layer_parameters, row_parameters, unit_parameters
 from expertprune.models.inventory import vocabulary_rows
 from expertprune.spec.schema import Budget
 from expertprune.spec.values import Coverage, Keep, Remove
@@ -82,6 +82,8 @@ def removed_parameters(base: ResolvedBase, widths: Sequence[LayerWidths]) -> int
 
 def removed_from_layer(base: ResolvedBase, index: int, widths: LayerWidths) -> int:
     """How many parameters leave one layer."""
+    if widths.gone:
+        return layer_parameters(base.checkpoint, base.family, index)
     shape = base.layers[index]
     cost = {s: unit_parameters(base.checkpoint, base.family, shape, index, s) for s in Structure if shape.units(s)}
     total = cost.get(Structure.FFN, 0) * (shape.ffn - widths.ffn) * max(1, widths.experts)
@@ -96,10 +98,10 @@ def added_parameters(base: ResolvedBase, layers: Sequence[LayerWidths]) -> int:
     any heads change.
     """
     rewrite = base.family.when_heads_change
-    pairs = zip(base.layers, layers, strict=True)
+    pairs = [(shape, widths) for shape, widths in zip(base.layers, layers, strict=True) if not widths.gone]
     if rewrite is None or all((s.query_heads, s.kv_heads) == (w.query_heads, w.kv_groups) for s, w in pairs):
         return 0
-    return sum(shape.hidden * len(rewrite.zero_tensors) for shape in base.layers)
+    return sum(shape.hidden * len(rewrite.zero_tensors) for shape, _ in pairs)
 
 
 def unreachable(wanted: float, largest: int, budget: Budget, total: int) -> str:

@@ -4,25 +4,26 @@ here.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from expertprune.artifacts.plan import BaseReference, KindCount, LayerPlan, Parameters, Plan, UnitReasons
+from expertprune.artifacts.plan import BaseReference, LayerPlan, Parameters, Plan, UnitReasons
 from expertprune.artifacts.profile import Profile
+from expertprune.composition.depth import choose_layers, foreseen_layers
 from expertprune.composition.parameters import removed_parameters, removed_with_rows
 from expertprune.composition.ranking import FusedScores, global_widths
+from expertprune.composition.reasons import reasons
 from expertprune.composition.rows import choose_rows
-from expertprune.composition.scoring import EXPERT, GENERAL, SHARED, Fused, check_scored, score_units
+from expertprune.composition.scoring import Fused, check_scored, score_units
 from expertprune.composition.uniform import uniform_widths
 from expertprune.composition.widths import LayerWidths, check_structures, summary
 from expertprune.corpora.documents import CorpusName, corpus_names
 from expertprune.errors import SpecError
 from expertprune.models.base import ResolvedBase
 from expertprune.spec.schema import Spec
-from expertprune.units import KeptUnits, LayerShape, Structure
+from expertprune.units import GONE, KeptUnits, LayerShape, Structure
 
 
 def keep_largest(scores: Tensor, count: int) -> Tensor:
@@ -38,6 +39,8 @@ def select_layer(shape: LayerShape, widths: LayerWidths, scores: Mapping[Structu
     Groups first, then the same number of heads in each kept group; experts first, then as many
     neurons in each kept expert.
     """
+    if widths.gone:
+        return GONE
     everything = shape.all_kept
     experts = everything.experts
     if widths.experts < shape.experts:
@@ -86,28 +89,7 @@ def _neurons(
 
 def explain(kept: KeptUnits, scores: Mapping[Structure, Fused], dimensions: list[str]) -> dict[str, UnitReasons]:
     """Why a layer keeps what it keeps, by structure that was scored."""
-    why = {}
-    for structure, fused in scores.items():
-        mask = torch.zeros(fused.score.numel(), dtype=torch.bool)
-        mask[torch.tensor(kept.of(structure))] = True
-        names = [*dimensions, "general"]
-        counts = Counter(names[index] for index in fused.source[mask].tolist())
-        why[structure.value] = UnitReasons(
-            threshold=float(fused.score[~mask].max()) if not bool(mask.all()) else None,
-            protected={name: counts[name] for name in names if name != "general" or fused.kind is not None},
-            **_kinds(fused.kind, mask),
-        )
-    return why
-
-
-def _kinds(kind: Tensor | None, kept: Tensor) -> dict[str, KindCount]:
-    if kind is None:
-        return {}
-    names = {"shared": SHARED, "expert_exclusive": EXPERT, "general_exclusive": GENERAL}
-    return {
-        name: KindCount(units=int((kind == number).sum()), kept=int(((kind == number) & kept).sum()))
-        for name, number in names.items()
-    }
+    return {structure.value: reasons(kept.of(structure), fused, dimensions) for structure, fused in scores.items()}
 
 
 def foreseen_widths(spec: Spec, base: ResolvedBase) -> Sequence[LayerWidths] | None:
@@ -124,12 +106,13 @@ def foreseen_widths(spec: Spec, base: ResolvedBase) -> Sequence[LayerWidths] | N
     """
     check_structures(spec.budget, base)
     check_scored(spec.relevance, _competing(spec, base)[0], base.family.has_ffn)
+    gone = foreseen_layers(spec.budget, base)
     if spec.budget.retention is not None:
         return None
     if spec.compose.allocation == "uniform":
-        return uniform_widths(spec.budget, base)
+        return uniform_widths(spec.budget, base, gone)
     base.family.check_single_layers(base.checkpoint.config)
-    return global_widths(spec.budget, base, _flat_scores(base))
+    return global_widths(spec.budget, base, _flat_scores(base), gone)
 
 
 def _flat_scores(base: ResolvedBase) -> FusedScores:
@@ -184,11 +167,13 @@ def compose(spec: Spec, base: ResolvedBase, profiles: Mapping[CorpusName, Profil
     structures, together = _competing(spec, base)
     scores: FusedScores = score_units(spec, wanted, structures, together)
     uniform = spec.compose.allocation == "uniform"
-    widths = uniform_widths(spec.budget, base) if uniform else global_widths(spec.budget, base, scores)
+    gone, depth = choose_layers(spec, base, wanted)
+    widths = uniform_widths(spec.budget, base, gone) if uniform else global_widths(spec.budget, base, scores, gone)
     layers = []
     for shape, layer, here in _by_layer(base, widths, scores):
         kept = select_layer(shape, layer, here)
         cut = {structure: fused for structure, fused in here.items() if layer.of(structure) < shape.units(structure)}
+        cut = {} if layer.gone else cut
         layers.append(LayerPlan(kept, explain(kept, cut, list(spec.dimensions.chosen))))
     before = base.checkpoint.parameters
     removed = removed_parameters(base, widths) + removed_with_rows(base, vocabulary.rows.rows if vocabulary else None)
@@ -202,4 +187,5 @@ def compose(spec: Spec, base: ResolvedBase, profiles: Mapping[CorpusName, Profil
         budget=summary(spec.budget, base.layers, widths),
         parameters=Parameters(before=before, after=before - removed),
         vocabulary=vocabulary,
+        depth=depth,
     )

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from expertprune.composition.parameters import (
     added_parameters,
@@ -22,6 +23,7 @@ from expertprune.composition.widths import (
     check_structures,
     legal_widths,
     may_keep,
+    own_widths,
     removal,
     rounded_down,
     said,
@@ -31,7 +33,7 @@ from expertprune.models.base import ResolvedBase
 from expertprune.models.costs import unit_parameters
 from expertprune.spec.schema import Budget
 from expertprune.spec.values import Keep
-from expertprune.units import Structure
+from expertprune.units import LayerShape, Structure
 
 FusedScores = Mapping[Structure, Sequence[Fused]]
 
@@ -82,22 +84,25 @@ def steps(base: ResolvedBase, budget: Budget, scores: FusedScores, structure: St
     return sorted(found, key=lambda step: (step.price, step.layer, -step.width))
 
 
-def global_widths(budget: Budget, base: ResolvedBase, scores: FusedScores) -> tuple[LayerWidths, ...]:
+def global_widths(
+    budget: Budget, base: ResolvedBase, scores: FusedScores, gone: Sequence[int] = ()
+) -> tuple[LayerWidths, ...]:
     """Widths of every layer from one ranking by score per parameter, with floors.
 
-    A fraction or count of a structure is met over the whole model: as many units go as if every
-    layer lost it. With `parameters` or `max_parameters`, FFN neurons and KV groups stand in one
+    A fraction or count of a structure is met over all layers that stay: as many units go as if each
+    of them lost it. With `parameters` or `max_parameters`, FFN neurons and KV groups stand in one
     ranking.
 
     Args:
         scores: of every structure that may be cut.
+        gone: the layers that go whole.
 
     Raises:
         PlanError: not reachable; the message names the largest legal value.
     """
     check_structures(budget, base)
     check_own_widths(budget, base)
-    layers = [LayerWidths.own(shape) for shape in base.layers]
+    layers = own_widths(base, gone)
     for structure in (Structure.KV_GROUPS, Structure.QUERY_HEADS, Structure.FFN):
         if getattr(budget, structure.value):
             _take_units(layers, base, budget, steps(base, budget, scores, structure), structure)
@@ -107,28 +112,28 @@ def global_widths(budget: Budget, base: ResolvedBase, scores: FusedScores) -> tu
         if not budget.kv_groups and Structure.KV_GROUPS in scores:
             every = sorted(every + steps(base, budget, scores, Structure.KV_GROUPS), key=lambda step: step.price)
         rows = removed_with_rows(base, wanted_rows(budget, base))
-        gone = rows + sum(removed_from_layer(base, index, layer) for index, layer in enumerate(layers))
+        removed = rows + sum(removed_from_layer(base, index, layer) for index, layer in enumerate(layers))
         for step in every:
-            if gone - added_parameters(base, layers) >= wanted:
+            if removed - added_parameters(base, layers) >= wanted:
                 break
             narrow = _narrowed(base, budget, layers, step)
             if narrow is not None:
-                gone -= removed_from_layer(base, step.layer, layers[step.layer])
-                gone += removed_from_layer(base, step.layer, narrow)
+                removed -= removed_from_layer(base, step.layer, layers[step.layer])
+                removed += removed_from_layer(base, step.layer, narrow)
                 layers[step.layer] = narrow
-        removed = gone - added_parameters(base, layers)
+        removed -= added_parameters(base, layers)
         if removed < wanted:
             raise PlanError(unreachable(wanted, removed, budget, base.checkpoint.parameters))
     return tuple(layers)
 
 
-def _wanted_units(base: ResolvedBase, structure: Structure, amount: int | float | Keep) -> float:
-    """How many units are to go over the whole model; of query heads, how many of each KV group,
+def _wanted_units(shapes: Sequence[LayerShape], structure: Structure, amount: int | float | Keep) -> float:
+    """How many units are to go over all layers that stay; of query heads, how many of each KV group,
     summed over layers.
     """
     heads = structure is Structure.QUERY_HEADS
-    per_layer = [shape.heads_per_group if heads else shape.units(structure) for shape in base.layers]
-    own, per_group = sum(per_layer), base.layers[0].kv_heads if heads else 1
+    per_layer = [shape.heads_per_group if heads else shape.units(structure) for shape in shapes]
+    own, per_group = sum(per_layer), shapes[0].kv_heads if heads else 1
     if isinstance(amount, float):
         return amount * own
     if isinstance(amount, int):
@@ -139,7 +144,8 @@ def _wanted_units(base: ResolvedBase, structure: Structure, amount: int | float 
 def _narrowed(base: ResolvedBase, budget: Budget, layers: Sequence[LayerWidths], step: Step) -> LayerWidths | None:
     """What a layer keeps after a step; `None` where it is as narrow already, or may not be."""
     present = layers[step.layer]
-    narrow = replace(present, **{_FIELD[step.structure]: step.width})
+    narrower: dict[str, Any] = {_FIELD[step.structure]: step.width}
+    narrow = replace(present, **narrower)
     if getattr(present, _FIELD[step.structure]) <= step.width:
         return None
     if step.structure is not Structure.FFN and not may_keep(base, budget, step.layer, narrow):
@@ -152,8 +158,9 @@ def _take_units(
 ) -> None:
     """Go down the ranking until as many units as wanted are gone, to the nearest step."""
     field, amount = _FIELD[structure], getattr(budget, structure.value)
-    wanted = _wanted_units(base, structure, amount)
-    own = sum(getattr(LayerWidths.own(shape), field) for shape in base.layers)
+    staying = [shape for shape, layer in zip(base.layers, layers, strict=True) if not layer.gone]
+    wanted = _wanted_units(staying, structure, amount)
+    own = sum(getattr(LayerWidths.own(shape), field) for shape in staying)
     removed = own - sum(getattr(layer, field) for layer in layers)
     smallest = 0
     for step in ranked:

@@ -285,11 +285,12 @@ def score_units(
     for group in groups:
         scores = {name: corpus_scores(profile, group, spec) for name, profile in profiles.items()}
         for structure in group:
-            result[structure] = _fused({name: each[structure] for name, each in scores.items()}, spec)
+            result[structure] = fused({name: each[structure] for name, each in scores.items()}, spec)
     return result
 
 
-def _fused(scores: Mapping[CorpusName, CorpusScores], spec: Spec) -> list[Fused]:
+def fused(scores: Mapping[CorpusName, CorpusScores], spec: Spec) -> list[Fused]:
+    """The scores of all corpora as one for each unit: composed over dimensions, fused with general, layer by layer."""
     chosen = spec.dimensions.chosen
     general = [scores[CorpusName("general", value)] for value in spec.general]
     rule = rules.named(spec.compose.rule, "compose.rule")
@@ -306,6 +307,6 @@ def _fused(scores: Mapping[CorpusName, CorpusScores], spec: Spec) -> list[Fused]
             continue
         general_score = torch.stack([corpus.scaled[layer] for corpus in general]).amax(0)
         general_rms = torch.stack([corpus.activation[layer] for corpus in general]).amax(0)
-        fused, kind = fuse(expert, general_score, rule(rms), general_rms, spec.compose.fusion)
-        result.append(Fused(fused, torch.where(fused > expert, len(chosen), source), kind))
+        score, kind = fuse(expert, general_score, rule(rms), general_rms, spec.compose.fusion)
+        result.append(Fused(score, torch.where(score > expert, len(chosen), source), kind))
     return result

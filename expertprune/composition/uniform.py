@@ -4,7 +4,7 @@ can say them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from expertprune.composition.parameters import (
@@ -15,6 +15,7 @@ from expertprune.composition.parameters import (
     wanted_rows,
 )
 from expertprune.composition.widths import (
+    GONE_WIDTHS,
     LayerWidths,
     check_structures,
     common_shape,
@@ -36,13 +37,16 @@ from expertprune.spec.values import Keep
 from expertprune.units import LayerShape
 
 
-def uniform_widths(budget: Budget, base: ResolvedBase) -> tuple[LayerWidths, ...]:
-    """Legal widths, the same in every layer, that meet a budget.
+def uniform_widths(budget: Budget, base: ResolvedBase, gone: Sequence[int] = ()) -> tuple[LayerWidths, ...]:
+    """Legal widths, the same in every layer that stays, that meet a budget.
 
     A count must be legal as it stands. A fraction goes to the nearest legal width, and is refused
     where that would remove nothing. `parameters` is met from above by the smallest FFN cut that
     removes at least this fraction; `max_parameters` likewise. In a mixture whole routed experts go
     instead, or neurons inside them where the budget says how many routed experts go.
+
+    Args:
+        gone: the layers that go whole.
 
     Raises:
         PlanError: not reachable; the message names the nearest legal values.
@@ -60,14 +64,14 @@ def uniform_widths(budget: Budget, base: ResolvedBase) -> tuple[LayerWidths, ...
     layer = LayerWidths(_kept_ffn(budget, shape), heads, groups, _kept_experts(budget, base))
     wanted = wanted_parameters(budget, base)
     if wanted is not None:
-        layer = _enough_parameters(wanted, budget, base, layer)
+        layer = _enough_parameters(wanted, budget, base, layer, gone)
     if layer.query_heads < least(shape.query_heads, budget.floor):
         raise PlanError(
             f"budget: kv_groups and query_heads together leave {layer.query_heads} of {shape.query_heads} query heads, "
             f"fewer than budget.floor ({budget.floor:g}) allows"
         )
     _check_heads(budget, shape, layer)
-    widths = _everywhere(layer, base)
+    widths = _everywhere(layer, base, gone)
     # The family's config must be able to say these widths: asked now, before any work.
     base.family.pruned_config(
         base.checkpoint.config, [first_units(*pair) for pair in zip(widths, base.layers, strict=True)]
@@ -75,8 +79,8 @@ def uniform_widths(budget: Budget, base: ResolvedBase) -> tuple[LayerWidths, ...
     return widths
 
 
-def _everywhere(layer: LayerWidths, base: ResolvedBase) -> tuple[LayerWidths, ...]:
-    return tuple(in_layer(layer, shape) for shape in base.layers)
+def _everywhere(layer: LayerWidths, base: ResolvedBase, gone: Sequence[int]) -> tuple[LayerWidths, ...]:
+    return tuple(GONE_WIDTHS if place in gone else in_layer(layer, shape) for place, shape in enumerate(base.layers))
 
 
 def _check_heads(budget: Budget, shape: LayerShape, layer: LayerWidths) -> None:
@@ -95,7 +99,9 @@ def _check_heads(budget: Budget, shape: LayerShape, layer: LayerWidths) -> None:
     )
 
 
-def _enough_parameters(wanted: float, budget: Budget, base: ResolvedBase, layer: LayerWidths) -> LayerWidths:
+def _enough_parameters(
+    wanted: float, budget: Budget, base: ResolvedBase, layer: LayerWidths, gone: Sequence[int]
+) -> LayerWidths:
     """The layer with the most neurons, or routed experts, such that enough parameters go."""
     if base.family.has_ffn or budget.experts:
         legal = [replace(layer, ffn=width) for width in legal_ffn(common_shape(base), budget.ffn_step, budget.floor)]
@@ -104,7 +110,7 @@ def _enough_parameters(wanted: float, budget: Budget, base: ResolvedBase, layer:
     rows = removed_with_rows(base, wanted_rows(budget, base))
 
     def removed(each: LayerWidths) -> int:
-        return rows + removed_parameters(base, _everywhere(each, base))
+        return rows + removed_parameters(base, _everywhere(each, base, gone))
 
     for each in reversed(legal):
         if removed(each) >= wanted:

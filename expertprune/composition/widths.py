@@ -11,19 +11,23 @@ from expertprune.errors import PlanError
 from expertprune.models.base import ResolvedBase
 from expertprune.spec.schema import Budget
 from expertprune.spec.values import Keep
-from expertprune.units import KeptUnits, LayerShape, Structure
+from expertprune.units import GONE, KeptUnits, LayerShape, Structure
 
 ALIGNED = 8  # rows of 16 bytes in 16-bit weights, below which torch refuses grouped products
 
 
 @dataclass(frozen=True)
 class LayerWidths:
-    """What one layer keeps, in units; `ffn` is of each routed expert where there are several."""
+    """What one layer keeps, in units; `ffn` is of each routed expert where there are several.
+
+    A layer that goes whole is `gone`, and keeps none.
+    """
 
     ffn: int
     heads_per_group: int
     kv_groups: int
     experts: int = 0
+    gone: bool = False
 
     @classmethod
     def own(cls, shape: LayerShape) -> LayerWidths:
@@ -43,23 +47,37 @@ class LayerWidths:
         }[structure]
 
 
+GONE_WIDTHS = LayerWidths(0, 0, 0, gone=True)
+
+
+def own_widths(base: ResolvedBase, gone: Sequence[int]) -> list[LayerWidths]:
+    """The widths of all layers if only some whole layers go."""
+    return [GONE_WIDTHS if layer in gone else LayerWidths.own(shape) for layer, shape in enumerate(base.layers)]
+
+
 def summary(budget: Budget, base: Sequence[LayerShape], widths: Sequence[LayerWidths]) -> dict[str, StructureBudget]:
     """By structure that the base has: what was requested, and what each layer has, keeps and loses.
 
-    A single number is that of every layer which has such units.
+    A single number is that of every layer that stays and has such units.
     """
     result = {}
+    if gone := sum(layer.gone for layer in widths):
+        counts = {"of": len(base), "kept": len(base) - gone, "removed": gone}
+        result["layers"] = StructureBudget(requested=budget.layers, **counts)
     for structure in Structure:
         neurons = structure is Structure.FFN
         of = [shape.ffn if neurons else shape.units(structure) for shape in base]
         if not any(of):
             continue
         kept = [layer.ffn if neurons else layer.of(structure) for layer in widths]
-        entries = {"of": of, "kept": kept, "removed": [a - b for a, b in zip(of, kept, strict=True)]}
-        there = {(a, b) for a, b in zip(of, kept, strict=True) if a}
-        one = len(there) == 1
-        numbers = {key: max(values) if one else values for key, values in entries.items()}
-        result[structure.value] = StructureBudget(requested=getattr(budget, structure.value), **numbers)
+        there = {(a, b) for a, b, layer in zip(of, kept, widths, strict=True) if a and not layer.gone}
+        requested = getattr(budget, structure.value)
+        if len(there) == 1:
+            ((own, left),) = there
+            result[structure.value] = StructureBudget(requested=requested, of=own, kept=left, removed=own - left)
+            continue
+        removed = [a - b for a, b in zip(of, kept, strict=True)]
+        result[structure.value] = StructureBudget(requested=requested, of=of, kept=kept, removed=removed)
     return result
 
 
@@ -221,6 +239,8 @@ def expressible(base: ResolvedBase, heads_per_group: int, groups: int) -> bool:
 
 def first_units(widths: LayerWidths, shape: LayerShape) -> KeptUnits:
     """Any units of the right number: enough to ask whether a config can say the widths."""
+    if widths.gone:
+        return GONE
     heads = [
         group * shape.heads_per_group + head
         for group in range(widths.kv_groups)

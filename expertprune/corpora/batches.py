@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertprune.corpora.chat import Rendered, Span, render
+from expertprune.corpora.chat import Rendered, render
 from expertprune.corpora.documents import Corpus, Document
+from expertprune.corpora.templates import Span
 from expertprune.errors import CheckpointError, SpecError
 from expertprune.files import digest_of
 from expertprune.spec.schema import Spec
@@ -72,7 +73,8 @@ class Batch:
     token ever sees it and no mask is needed.
 
     `answers` `[rows, tokens]` says on which tokens the loss counts; `None`: on all real ones. In
-    statistics, the other tokens of a conversation weigh `prompt_weight`.
+    statistics, the other tokens of a conversation weigh `prompt_weight`, and all tokens of a row
+    weigh its `scales`, `[rows]`, at least 0; `None`: 1.
     """
 
     ids: Tensor
@@ -80,6 +82,7 @@ class Batch:
     documents: tuple[int, ...]
     answers: Tensor | None = None
     prompt_weight: float = 1.0
+    scales: tuple[float, ...] | None = None
 
     @property
     def tokens(self) -> int:
@@ -91,7 +94,9 @@ class Batch:
         lengths, documents = (tuple(each[row] for row in rows) for each in (self.lengths, self.documents))
         width = max(lengths)
         answers = None if self.answers is None else self.answers[rows, :width]
-        return replace(self, ids=self.ids[rows, :width], lengths=lengths, documents=documents, answers=answers)
+        scales = None if self.scales is None else tuple(self.scales[row] for row in rows)
+        ids = self.ids[rows, :width]
+        return replace(self, ids=ids, lengths=lengths, documents=documents, answers=answers, scales=scales)
 
     @property
     def real(self) -> Tensor:
@@ -117,6 +122,8 @@ class Batch:
     def weights(self) -> Tensor:
         """`[rows, tokens]`, float32: how much each token counts in statistics; padding counts 0."""
         real = self.real.float()
+        if self.scales is not None:
+            real = real * torch.tensor(self.scales)[:, None]
         return real if self.answers is None else torch.where(self.answers, real, self.prompt_weight * real)
 
     @property

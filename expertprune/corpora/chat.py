@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
-import datetime
 import re
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from expertprune.corpora.documents import Document
 from expertprune.corpora.messages import ANSWER, Conversation
+from expertprune.corpora.templates import Span, TemplateStoppedError, run_template
 from expertprune.errors import SpecError, first_line
 
-TIME_LIMIT = 10.0  # seconds that a template may take for one conversation
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# Some templates print the date. A fixed one keeps profiles the same from day to day.
-_TODAY = datetime.datetime(2025, 1, 1, tzinfo=datetime.UTC)
-_Result = TypeVar("_Result")
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -73,42 +66,37 @@ class ChatTemplate:
 
     def render(self, conversation: Conversation) -> Rendered:
         """The text of a conversation and the spans of its answers; see `render`."""
-        return within(TIME_LIMIT, lambda: self._render(conversation))
-
-    def prompt(self, conversation: Conversation) -> str:
-        """The text up to where the first answer begins."""
-        return within(TIME_LIMIT, lambda: self._text(conversation, conversation.prompt, opened=True)[0])
-
-    def _render(self, conversation: Conversation) -> Rendered:
         text, marked = self._text(conversation, conversation.messages)
         spans = marked or list(self._by_prefixes(conversation, text))
         return Rendered(text, tuple((start, start + len(text[start:end].rstrip())) for start, end in spans))
+
+    def prompt(self, conversation: Conversation) -> str:
+        """The text up to where the first answer begins."""
+        return self._text(conversation, conversation.prompt, opened=True)[0]
 
     def _text(
         self, conversation: Conversation, messages: Sequence[dict[str, Any]], opened: bool = False
     ) -> tuple[str, list[Span]]:
         """The text of messages, and the spans that the template itself marks as generated."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         tokenizer = self._tokenizer
         try:
             template = tokenizer.get_chat_template(None, conversation.tools)
-            (text,), marked = render_jinja_template(
-                [messages],
+            return run_template(
+                template,
+                messages,
                 tools=conversation.tools,
-                chat_template=template,
-                return_assistant_tokens_mask=_GENERATION.search(template) is not None,
-                add_generation_prompt=opened,
-                strftime_now=_TODAY.strftime,
-                **tokenizer.special_tokens_map,
+                special=tokenizer.special_tokens_map,
+                opened=opened,
+                marked=_GENERATION.search(template) is not None,
             )
-        except Exception as error:  # a template is a program: it may fail in any way
+        except TemplateStoppedError:
+            raise
+        except Exception as error:  # of the tokenizer, which may have no template for tools, or of the template
             roles = ", ".join(dict.fromkeys(str(message["role"]) for message in messages))
             raise SpecError(
                 f"the base's chat template refuses a conversation of the roles {roles}: {first_line(error)}; leave such "
                 "conversations out, or set 'documents: raw'"
             ) from None
-        return text, list(marked[0]) if marked else []
 
     def _by_prefixes(self, conversation: Conversation, text: str) -> Iterator[Span]:
         """Find each answer as what it adds to the conversation before it.
@@ -144,33 +132,8 @@ class ChatTemplate:
         """How long the text of the first messages is, if the whole text begins with it."""
         try:
             shorter, _ = self._text(conversation, messages, opened)
+        except TemplateStoppedError:
+            raise
         except SpecError:  # the whole was rendered, so this is about the part alone
             return None
         return len(shorter) if messages and text.startswith(shorter) else None
-
-
-def within(seconds: float, function: Callable[[], _Result]) -> _Result:
-    """What a function returns; raises `SpecError` if it takes too long.
-
-    It runs in a thread of its own, where an exception can be raised from outside.
-    """
-    done: list[Callable[[], _Result]] = []
-
-    def run() -> None:
-        try:
-            result = function()
-            done.append(lambda: result)
-        except BaseException as error:
-            done.append(lambda error=error: _raise(error))  # type: ignore[misc]
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not done:
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(TimeoutError))
-        raise SpecError(f"the base's chat template did not end within {seconds:g} s; set 'documents: raw'")
-    return done[0]()
-
-
-def _raise(error: BaseException) -> Any:
-    raise error

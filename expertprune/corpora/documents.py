@@ -45,6 +45,11 @@ class Question:
         return f"Question: {self.question}\nAnswer:"
 
     @property
+    def digest(self) -> str:
+        """It tells questions apart."""
+        return digest_of([self.question, self.choices, self.answer])
+
+    @property
     def texts(self) -> tuple[Document, ...]:
         """Texts by which the leak guard knows the question: alone, with its answer, and with its
         choices.

@@ -9,9 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from expertprune.corpora.documents import Document
-from expertprune.corpora.messages import Conversation
-from expertprune.files import write_file
+from expertprune.corpora.messages import read_conversation
+from expertprune.corpora.tables import json_rows
+from expertprune.errors import SpecError
+from expertprune.files import as_model, write_file
 
 
 @dataclass(frozen=True)
@@ -31,22 +35,48 @@ class Kept:
     @classmethod
     def load(cls, path: Path) -> Kept | None:
         """What `save` wrote; `None` if it is missing or damaged, so that it is made again."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            header, *rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-            splits: dict[str, list[Document]] = {split: [] for split in header["splits"]}
-            for row in rows:
-                splits[row["split"]].append(_document(row))
-            return cls(header["about"], splits)
+        with contextlib.suppress(SpecError):
+            rows = json_rows(path)
+            _, header = next(rows, (0, {}))
+            about = as_model(header, _Header, str(path), SpecError)
+            splits: dict[str, list[Document]] = {split: [] for split in about.splits}
+            for number, row in rows:
+                line = as_model(row, _Line, f"{path}, line {number}", SpecError)
+                if line.split not in splits:
+                    return None
+                splits[line.split].append(_document(line))
+            return cls(about.about, splits)
         return None
+
+
+class _Header(BaseModel):
+    """The first line."""
+
+    about: dict[str, Any]
+    splits: list[str]
+
+
+class _Messages(BaseModel):
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None
+
+
+class _Line(BaseModel):
+    """Every other line: a text or a conversation."""
+
+    split: str
+    text: str | None = None
+    conversation: _Messages | None = None
+
+
+def _document(line: _Line) -> Document:
+    if line.conversation is None:
+        return Document(line.text or "")
+    told = line.conversation
+    return Document.of(read_conversation(told.messages, told.tools, line.split, unanswered=True))
 
 
 def _row(document: Document) -> dict[str, Any]:
     if document.conversation is None:
         return {"text": document.text}
-    return {"conversation": json.loads(document.conversation.data)}
-
-
-def _document(row: dict[str, Any]) -> Document:
-    if "text" in row:
-        return Document(row["text"])
-    return Document.of(Conversation.of(row["conversation"]["messages"], row["conversation"]["tools"]))
+    return {"conversation": {"messages": document.conversation.messages, "tools": document.conversation.tools}}

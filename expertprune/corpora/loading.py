@@ -79,9 +79,7 @@ def _from_dataset(source: Source, spec: Spec, own_split: bool, store: Path | Non
     """What the store keeps of a data set on the hub, or else what `_streamed` reads of it."""
     if store is None or not on_hub(source):
         return _streamed(source, spec, own_split)
-    wanted = [spec.calibration.documents, spec.calibration.seed, spec.evaluate.documents]
-    read_from = source.model_dump(mode="json", exclude={"questions", "generate"})
-    path = store / "datasets" / f"{digest_of([read_from, wanted, source.generate is not None])}.jsonl"
+    path = kept_file(source, spec, store)
     if (kept := Kept.load(path)) is None:
         exact = pinned(source)
         calibration, evaluation = _streamed(exact, spec, own_split)
@@ -90,6 +88,13 @@ def _from_dataset(source: Source, spec: Spec, own_split: bool, store: Path | Non
         if calibration:
             kept.save(path)
     return list(kept.splits["calibration"]), list(kept.splits["evaluation"])
+
+
+def kept_file(source: Source, spec: Spec, store: Path) -> Path:
+    """Where the store keeps the documents of a data set on the hub."""
+    wanted = [spec.calibration.documents, spec.calibration.seed, spec.evaluate.documents]
+    read_from = source.model_dump(mode="json", exclude={"questions", "generate"})
+    return store / "datasets" / f"{digest_of([read_from, wanted, source.generate is not None])}.jsonl"
 
 
 def _streamed(source: Source, spec: Spec, own_split: bool) -> _Split:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from expertprune.errors import SpecError
+from expertprune.files import parse_json
 
 ANSWER = "assistant"  # the role whose messages count
 _KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content")  # what templates read besides role and content
@@ -123,10 +125,8 @@ def read_exchange(prompt: Any, completion: Any, where: str, unanswered: bool = F
 def _listed(value: Any) -> Any:
     """A list that is written as JSON text, read."""
     if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            return json.loads(value)
-        except json.JSONDecodeError:
-            return value
+        with contextlib.suppress(SpecError):
+            return parse_json(value, "", SpecError, any_integer=True)
     return value
 
 

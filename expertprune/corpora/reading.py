@@ -11,13 +11,12 @@ from typing import Any
 
 from expertprune.corpora.documents import Document, Question
 from expertprune.corpora.messages import read_conversation, read_exchange
-from expertprune.corpora.tables import csv_rows, parquet_rows
+from expertprune.corpora.tables import LONGEST, csv_rows, json_rows, parquet_rows
 from expertprune.errors import SpecError, first_line
-from expertprune.files import not_a_file, opened, parse_json, read_text
+from expertprune.files import check_values, not_a_file, read_text
 from expertprune.registry import nearest
 from expertprune.spec.sources import Source
 
-LONGEST = 64 * 2**20  # bytes of one document
 SHUFFLED = 2048  # rows of a data set that are shuffled at a time; their texts must fit into memory
 _NO_NETWORK = "; with a network, its rows are kept in the store for later runs without; or give files as 'path'"
 _KINDS = {list: "a list", dict: "a mapping", bool: "a boolean", int: "a number", float: "a number", NoneType: "null"}
@@ -38,12 +37,19 @@ def read_files(source: Source, paths: Sequence[str]) -> Iterator[Document]:
             yield Document(read_text(path, LONGEST, SpecError))
             continue
         place = "row" if path.suffix == ".parquet" else "line"
-        for number, row in _ROWS.get(path.suffix, _json_rows)(path):
+        for number, row in _ROWS.get(path.suffix, json_rows)(path):
             yield read_document(row, source, f"{path}, {place} {number}")
 
 
 def read_document(row: dict[str, Any], source: Source, where: str) -> Document:
     """The text or the conversation of a row. Raises `SpecError` with `where` the row stands."""
+    document = _document(row, source, where)
+    if len(document.text) > LONGEST:
+        raise SpecError(f"{where}: longer than {LONGEST / 2**20:g} MiB; split the document")
+    return document
+
+
+def _document(row: dict[str, Any], source: Source, where: str) -> Document:
     if not source.chat:
         return Document(_text(row, source, where))
     if source.messages is not None:
@@ -83,6 +89,7 @@ def read_dataset(source: Source, split: str, seed: int) -> Iterator[Document]:
             source.dataset, source.config, split=split, revision=source.revision, streaming=True, **files
         )
         for row in rows.shuffle(seed=seed, buffer_size=SHUFFLED):
+            check_values(row, where, SpecError, any_integer=True)
             yield read_document(row, source, where)
     except SpecError:
         raise
@@ -108,30 +115,6 @@ def pinned(source: Source) -> Source:
     except Exception:  # of the HTTP library, which changes; reading says what is wrong
         return source
     return source.model_copy(update={"revision": commit})
-
-
-def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        with opened(path) as file:
-            for number, line in enumerate(iter(lambda: file.readline(LONGEST + 1), b""), start=1):
-                if len(line) > LONGEST:
-                    raise SpecError(f"{path}, line {number}: longer than {LONGEST / 2**20:g} MiB; split the document")
-                if line.strip():
-                    yield number, _row(line, f"{path}, line {number}")
-    except OSError as error:
-        raise SpecError(f"{path}: cannot be read: {error.strerror or error}") from None
-
-
-def _row(line: bytes, where: str) -> dict[str, Any]:
-    """A line of a JSONL file."""
-    try:
-        text = line.decode()
-    except UnicodeDecodeError as error:
-        raise SpecError(f"{where}: not UTF-8 text: {error.reason}") from None
-    row = parse_json(text.removeprefix("\ufeff"), where, SpecError, any_integer=True)  # some editors begin files so
-    if not isinstance(row, dict):
-        raise SpecError(f"{where}: not a JSON object: {text[:60]!r}")
-    return row
 
 
 def _text(row: dict[str, Any], source: Source, where: str) -> str:
@@ -208,7 +191,7 @@ def read_questions(path: Path) -> tuple[Question, ...]:
     if problem := not_a_file(path):
         raise SpecError(f"{path}: {problem}")
     questions = []
-    for number, row in _json_rows(path):
+    for number, row in json_rows(path):
         where = f"{path}, line {number}"
         choices, answer = _field(row, "choices", where), _field(row, "answer", where)
         whole = isinstance(answer, int) and not isinstance(answer, bool)

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Self
 
 import psutil
+from pydantic import TypeAdapter, ValidationError
 
 from expertprune.errors import CheckpointError
-from expertprune.files import machine
+from expertprune.files import machine, read_json
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +52,8 @@ class Owner:
     def read(cls, path: Path) -> Self:
         """The owner that a lease names; where it is not written yet, or damaged, one that nobody knows."""
         try:
-            return cls(**json.loads(path.read_text()))
-        except (ValueError, TypeError):
+            return TypeAdapter(cls).validate_python(read_json(path))
+        except (CheckpointError, ValidationError):
             return cls("unknown-", "", 0, 0.0)
 
     @property

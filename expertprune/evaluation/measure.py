@@ -9,15 +9,23 @@ from typing import Any
 
 import numpy as np
 
-from expertprune.artifacts.evaluation import CorpusResult, DocumentBits, Evaluation, Group, Measured, Settings
+from expertprune.artifacts.evaluation import (
+    CorpusResult,
+    DocumentBits,
+    Evaluation,
+    Group,
+    Measured,
+    QuestionAnswers,
+    Settings,
+)
 from expertprune.corpora.batches import Batch, Tokens, encode
 from expertprune.corpora.chat import Rendered
-from expertprune.corpora.documents import Corpus, CorpusName
+from expertprune.corpora.documents import Corpus, CorpusName, Question
 from expertprune.engine.team import team
 from expertprune.errors import CheckpointError, SpecError
 from expertprune.evaluation.alignment import Aligning
 from expertprune.evaluation.documents import document_rows, document_rows_apart, texts_of
-from expertprune.evaluation.questions import choices_of, paired_answers, right_answers
+from expertprune.evaluation.questions import Answers, answers, choices_of, paired_answers
 from expertprune.evaluation.reading import Compared, Floats, Read, Reading, bits, compare, read, read_together
 from expertprune.evaluation.retention import RESAMPLES, document_metrics
 from expertprune.models.passes import Stream, TextRun
@@ -209,18 +217,18 @@ class Measuring:
             if corpus.name in rows:
                 found |= document_metrics(rows[corpus.name], self.metrics)
             asked = corpus.questions if "questions" in self.metrics else ()
+            answered: list[QuestionAnswers] = []
             if asked:
-                right = []
-                for needed, examples in (base, expert):
-                    here = examples.of(corpus.name, questions=True)
-                    right.append(right_answers(asked, needed[here], examples.reading.sizes[here]))
-                found["questions"] = paired_answers(asked, *right).measured()
+                mine, theirs = (self._answers(corpus, needed, examples) for needed, examples in (base, expert))
+                found["questions"] = paired_answers(asked, mine.right, theirs.right).measured()
+                answered = _question_rows(asked, mine, theirs)
             results[corpus.name] = CorpusResult(
                 group=group_of(corpus),
                 documents=len(corpus.evaluation),
                 questions=len(asked),
                 metrics=found,
                 per_document=rows.get(corpus.name, []),
+                per_question=answered,
             )
         about = Settings(
             documents=self.settings.documents,
@@ -229,6 +237,24 @@ class Measuring:
             resamples=RESAMPLES,
         )
         return Evaluation(settings=about, corpora=results)
+
+    def _answers(self, corpus: Corpus, needed: Floats, examples: _Examples) -> Answers:
+        """What a model answers that needs so many bits for each sequence."""
+        here = examples.of(corpus.name, questions=True)
+        return answers(corpus.questions, needed[here], examples.reading.sizes[here])
+
+
+def _question_rows(questions: Sequence[Question], base: Answers, expert: Answers) -> list[QuestionAnswers]:
+    return [
+        QuestionAnswers(
+            digest=question.digest,
+            base=int(base.picks[i]),
+            expert=int(expert.picks[i]),
+            base_margin=float(base.margins[i]),
+            expert_margin=float(expert.margins[i]),
+        )
+        for i, question in enumerate(questions)
+    ]
 
 
 def group_of(corpus: Corpus) -> Group:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from expertprune.corpora.batches import Tokens
 from expertprune.corpora.documents import Question
@@ -13,6 +14,8 @@ from expertprune.evaluation.reading import Floats, Reading, bits, read
 from expertprune.evaluation.retention import Paired
 from expertprune.models.passes import TextRun
 from expertprune.progress import Progress
+
+Indices = NDArray[np.int64]
 
 
 def choices_of(questions: Sequence[Question], tokenizer: Any) -> list[Tokens]:
@@ -27,29 +30,50 @@ def choices_of(questions: Sequence[Question], tokenizer: Any) -> list[Tokens]:
     return sequences
 
 
-def right_answers(questions: Sequence[Question], bits: Floats, sizes: Floats) -> Floats:
-    """1 where the likeliest choice is the right one, 0 elsewhere, `[questions]`.
+class Answers(NamedTuple):
+    """What one model answers, `[questions]` each.
 
-    A choice's score is its log-likelihood divided by its bytes. This is `acc_norm` of
+    `picks` are the numbers of the likeliest choices. `right` is 1 where that is the right choice, 0
+    elsewhere. `margins` say by how much the right choice's score lies above the best wrong one's.
+    """
+
+    picks: Indices
+    right: Floats
+    margins: Floats
+
+
+def answers(questions: Sequence[Question], bits: Floats, sizes: Floats) -> Answers:
+    """The answers of a model that needs so many bits for each choice.
+
+    A choice's score is its log-likelihood in bits divided by its bytes. This is `acc_norm` of
     lm-evaluation-harness, which divides by characters.
 
     Args:
         bits, sizes: bits and bytes of each choice of each question, `[choices]`.
     """
-    right, offset = np.zeros(len(questions)), 0
-    for number, question in enumerate(questions):
+    picks, margins, offset = [], [], 0
+    for question in questions:
         here = slice(offset, offset + len(question.choices))
-        right[number] = float(int((bits[here] / sizes[here]).argmin()) == question.answer)
+        scores = -bits[here] / sizes[here]
+        picks.append(int(scores.argmax()))
+        margins.append(margin(scores, question.answer))
         offset = here.stop
-    return right
+    chosen = np.array(picks, dtype=np.int64)
+    right = (chosen == [question.answer for question in questions]).astype(np.float64)
+    return Answers(chosen, right, np.array(margins))
+
+
+def margin(scores: Floats, answer: int) -> float:
+    """By how much the score of choice `answer` lies above the best of the others; below it is negative."""
+    return float(scores[answer] - np.delete(scores, answer).max(initial=-np.inf))
 
 
 def answer_questions(
     model: TextRun, tokenizer: Any, questions: Sequence[Question], progress: Progress | None = None
 ) -> Floats:
-    """1 where the model prefers the right choice, 0 elsewhere, `[questions]` (see `right_answers`)."""
+    """1 where the model prefers the right choice, 0 elsewhere, `[questions]` (see `answers`)."""
     reading = Reading.of(choices_of(questions, tokenizer))
-    return right_answers(questions, bits(reading, read(reading, model, progress), progress), reading.sizes)
+    return answers(questions, bits(reading, read(reading, model, progress), progress), reading.sizes).right
 
 
 def paired_answers(questions: Sequence[Question], base: Floats, expert: Floats) -> Paired:

@@ -3,6 +3,8 @@
 from expertprune.files.digests import digest_of
 from expertprune.files.keeping import HOLDINGS, Held, duration, holdings, prune_store, remove_all_leftovers
 from expertprune.files.outputs import (
+    ADAPTER,
+    CUT_ALONG,
     EXPERT,
     GENERATOR,
     GGUF,
@@ -26,6 +28,7 @@ from expertprune.files.ownership import (
     working_folder,
 )
 from expertprune.files.places import (
+    ADAPTER_WEIGHTS,
     EXPERT_FILE,
     MEMORY_VARIABLE,
     SPOOL_VARIABLE,
@@ -37,19 +40,23 @@ from expertprune.files.places import (
 )
 from expertprune.files.reading import (
     as_model,
+    check_values,
     not_a_file,
     opened,
     parse_json,
     parse_yaml,
     read_bytes,
     read_json,
+    read_kept,
     read_model,
     read_object,
     read_text,
     read_yaml,
 )
 from expertprune.files.staging import (
+    HASHED,
     file_digest,
+    known_digest,
     staged_file,
     staged_folder,
     staged_output,
@@ -60,11 +67,12 @@ from expertprune.files.staging import (
 from expertprune.files.validation import problems_of
 
 __all__ = [
-    "EXPERT", "EXPERT_FILE", "GENERATOR", "GGUF", "HOLDINGS", "MEMORY_VARIABLE", "PAGE", "PICTURE", "PLAN",
-    "SPOOL_VARIABLE", "Held", "Kind", "age", "as_model", "check_inputs", "check_output", "check_parent",
-    "digest_of", "disk_errors", "duration", "file_digest", "folder_size", "holdings", "locked", "machine", "not_a_file",
+    "ADAPTER", "ADAPTER_WEIGHTS", "CUT_ALONG", "EXPERT", "EXPERT_FILE", "GENERATOR", "GGUF", "HASHED", "HOLDINGS",
+    "MEMORY_VARIABLE", "PAGE", "PICTURE", "PLAN", "SPOOL_VARIABLE", "Held", "Kind", "age", "as_model", "check_inputs",
+    "check_output", "check_parent", "check_values", "digest_of", "disk_errors", "duration", "file_digest", "folder_size",
+    "holdings", "known_digest", "locked", "machine", "not_a_file",
     "one_at_a_time", "opened", "parse_json", "parse_yaml", "problems_of", "prune_store", "read_bytes", "read_json",
-    "read_model", "read_object", "read_text", "read_yaml", "remove_all_leftovers", "remove_leftovers",
+    "read_kept", "read_model", "read_object", "read_text", "read_yaml", "remove_all_leftovers", "remove_leftovers",
     "require_room", "scratch_folder", "shipped", "staged_file", "staged_folder", "staged_output", "store_folder",
     "temporary_folder", "to_json", "user_path", "working_folder", "write_file", "write_json",
 ]  # fmt: skip

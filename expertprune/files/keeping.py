@@ -22,8 +22,11 @@ HOLDINGS = {
     "repairs": "unfinished repairs, to go on from",
     "bases": "GGUF files converted to safetensors",
     "gguf": "bundled models joined from several packages",
+    "datasets": "documents of data sets on the hub",
+    "generated": "documents that bases wrote",
     "digests": "digests of files, by path and time",
     "places": "where bases and corpora of experts lie",
+    "leases": "which process works on which task",
     "logs": "logs of vLLM",
 }
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expertprune.errors import CheckpointError
-from expertprune.files.ownership import disk_errors, own_folder
-from expertprune.files.places import EXPERT_FILE
+from expertprune.files.ownership import disk_errors, own_folder, remove_leftovers
+from expertprune.files.places import ADAPTER_WEIGHTS, EXPERT_FILE
 
 _HEAD = 4096  # bytes of a file that say what it is
 
@@ -46,7 +46,14 @@ def _begins(*signs: bytes) -> Callable[[Path], bool]:
     return made
 
 
+def _cut_adapter(path: Path) -> bool:
+    weights = path / ADAPTER_WEIGHTS
+    return weights.is_file() and _begins(CUT_ALONG.encode())(weights)
+
+
 GENERATOR = "expertprune report"  # in the page's head
+CUT_ALONG = "expertprune_cut_along"  # in the header of an adapter's weights that were cut along with an expert
+ADAPTER = Kind("adapter that expertprune cut", _cut_adapter, folder=True)
 EXPERT = Kind(f"expert (it has no {EXPERT_FILE})", lambda path: (path / EXPERT_FILE).is_file(), folder=True)
 PLAN = Kind("plan", _begins(b'"kind": "plan"'))
 GGUF = Kind("GGUF file", _begins(b"GGUF\x03"))
@@ -119,6 +126,7 @@ def _try(out: Path, kind: Kind) -> None:
     while not parent.exists():
         missing.insert(0, parent.name)
         parent = parent.parent
+    remove_leftovers(parent)  # of commands that were killed while they tried
     with disk_errors(out), own_folder(parent / out.name) as folder:
         inner = folder.joinpath(*missing)
         inner.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ STORE_VARIABLE = "EXPERTPRUNE_STORE"
 MEMORY_VARIABLE = "EXPERTPRUNE_MEMORY"
 SPOOL_VARIABLE = "EXPERTPRUNE_SPOOL"
 EXPERT_FILE = "expertprune.json"  # what makes a folder an expert
+ADAPTER_WEIGHTS = "adapter_model.safetensors"  # PEFT's name for the weights of an adapter
 _LONGEST_PATH, _LONGEST_NAME = 4095, 255  # bytes, of Linux
 
 

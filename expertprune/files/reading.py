@@ -129,8 +129,7 @@ def parse_json(
         raise error(f"{where}: lists and mappings are nested too deeply") from None
     except ValueError as problem:  # of which JSONDecodeError is one; another is a number of thousands of digits
         raise error(f"{where}: not valid JSON: {str(problem).partition(';')[0]}") from None
-    if (wrong := _wrong_value(data, any_integer)) is not None:
-        raise error(f"{where}: {wrong}")
+    check_values(data, where, error, any_integer)
     return data
 
 
@@ -145,6 +144,13 @@ def read_model(path: Path, model: type[M], error: type[ExpertpruneError] = Check
         ExpertpruneError: of the class `error`; the message names the file and every wrong key.
     """
     return as_model(read_json(path, error=error), model, str(path), error)
+
+
+def read_kept(path: Path, model: type[M]) -> M | None:
+    """What a file of our own holds; `None` where it is missing or damaged, so that it is made again."""
+    with contextlib.suppress(CheckpointError):
+        return read_model(path, model)
+    return None
 
 
 def as_model(data: Any, model: type[M], where: str, error: type[ExpertpruneError] = CheckpointError) -> M:
@@ -194,8 +200,7 @@ def parse_yaml(text: str, where: str, loader: type[yaml.SafeLoader] = yaml.SafeL
     finally:
         if reader is not None:
             reader.dispose()
-    if (wrong := _wrong_value(data, any_integer=False)) is not None:
-        raise SpecError(f"{where}: {wrong}")
+    check_values(data, where, SpecError)
     return data
 
 
@@ -240,6 +245,14 @@ def _repeated_keys(node: yaml.Node | None, where: str, seen: set[int]) -> Iterat
 
 
 _HALF = re.compile("[\ud800-\udfff]")  # of a character beyond the first 65,536
+
+
+def check_values(
+    data: Any, where: str, error: type[ExpertpruneError] = CheckpointError, any_integer: bool = False
+) -> None:
+    """Raises `error` for plain data that holds NaN, infinity, half a character or a huge number, or is too deep."""
+    if (wrong := _wrong_value(data, any_integer)) is not None:
+        raise error(f"{where}: {wrong}")
 
 
 def _wrong_value(data: Any, any_integer: bool) -> str | None:

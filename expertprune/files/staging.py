@@ -8,13 +8,13 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from expertprune.errors import CheckpointError
 from expertprune.files.digests import digest_of
-from expertprune.files.outputs import Kind, check_output
+from expertprune.files.outputs import EXPERT, Kind, check_output
 from expertprune.files.ownership import disk_errors, locked, own_folder, remove_leftovers
 from expertprune.files.renaming import exchange, rename_new, sync, sync_entry
 
@@ -53,7 +53,7 @@ def staged_output(path: Path, kind: Kind, overwrite: bool = False) -> Iterator[P
 
 
 @contextlib.contextmanager
-def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
+def staged_folder(out: Path, overwrite: bool = False, kind: Kind = EXPERT) -> Iterator[Path]:
     """A temporary folder that becomes `out` when the block ends well, and vanishes when it does not.
 
     A run that is killed leaves its temporary folder behind. A later run beside it removes it.
@@ -63,7 +63,7 @@ def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
             meanwhile, which stays. The result is then beside it.
     """
     remove_leftovers(out.parent)  # first: an expert that a killed run had moved aside comes back
-    check_output(out, overwrite)
+    check_output(out, overwrite, kind)
     with _present(out) as present, _making(out) as made:
         made.mkdir()
         yield made
@@ -183,17 +183,40 @@ def _finite(data: Any) -> Any:
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
-def file_digest(path: Path, store: Path) -> str:
-    """SHA-256 of a file's bytes, remembered in the store by path, size and modification time."""
+def _remembered(path: Path, store: Path) -> Path:
+    """Where the store remembers a file's digest: by path, size and modification time."""
     status = path.stat()
-    key = digest_of([str(path.resolve()), status.st_size, status.st_mtime_ns])
-    remembered = store / "digests" / key
+    return store / "digests" / digest_of([str(path.resolve()), status.st_size, status.st_mtime_ns])
+
+
+def known_digest(path: Path, store: Path) -> str | None:
+    """What the store remembers of a file's digest."""
     with contextlib.suppress(OSError):
-        text = remembered.read_text()
+        text = _remembered(path, store).read_text()
         if len(text) == 64:
             return text
+    return None
+
+
+_BLOCK = 2**22  # bytes in memory
+HASHED = 16 * _BLOCK  # bytes that a step of `file_digest` reads
+
+
+def file_digest(path: Path, store: Path, step: Callable[[], None] | None = None) -> str:
+    """SHA-256 of a file's bytes, remembered in the store by path, size and modification time.
+
+    Args:
+        step: called after every `HASHED` bytes that are read, and after the rest.
+    """
+    if (known := known_digest(path, store)) is not None:
+        return known
+    remembered, digest, read = _remembered(path, store), hashlib.sha256(), 0
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            read += len(block)
+            if step is not None and (len(block) < _BLOCK or read % HASHED == 0):
+                step()
     with contextlib.suppress(CheckpointError):  # without a store, the next run only reads the file again
-        write_file(remembered, digest.encode())
-    return digest
+        write_file(remembered, digest.hexdigest().encode())
+    return digest.hexdigest()

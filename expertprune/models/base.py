@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib.util
 import logging
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,18 +17,22 @@ import torch
 
 from expertprune.arch import Family, bundled_models
 from expertprune.errors import CheckpointError, SpecError
-from expertprune.files import digest_of, file_digest, require_room, staged_file
+from expertprune.files import HASHED, digest_of, file_digest, require_room, staged_file
 from expertprune.models.admission import causal_family, code_files
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.gguf import converted
-from expertprune.models.hub import hub_checkpoint, weights_digest
+from expertprune.models.hub import hub_checkpoint, known_weights_digest
 from expertprune.models.inventory import check_inventory, check_widths
 from expertprune.models.loading import run_device, run_dtype
+from expertprune.progress import shown, silent
 from expertprune.registry import nearest
 from expertprune.spec.schema import Base
 from expertprune.units import LayerShape
 
 log = logging.getLogger(__name__)
+
+
+_MUCH = 2**29  # bytes from which hashing takes long enough to be shown
 
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.tiktoken")
@@ -56,10 +61,16 @@ class ResolvedBase:
     def digest(self) -> str:
         """SHA-256 of the config and the weights, which are fetched first if they are not here."""
         self.checkpoint.fetch()
-        files = self.checkpoint.shards
-        with ThreadPoolExecutor(os.cpu_count()) as readers:  # hashing leaves other threads free to run
-            found = readers.map(lambda file: weights_digest(self.checkpoint.folder / file, self.store), files)
-            return digest_of([self.checkpoint.config, dict(zip(files, found, strict=True))])
+        paths = {file: self.checkpoint.folder / file for file in self.checkpoint.shards}
+        known = {file: known_weights_digest(path, self.store) for file, path in paths.items()}
+        unread = [path.stat().st_size for file, path in paths.items() if known[file] is None]
+        hashing = shown if sum(unread) > _MUCH else silent
+        with (
+            hashing("hash weights", sum(math.ceil(size / HASHED) for size in unread)) as step,
+            ThreadPoolExecutor(os.cpu_count()) as readers,  # hashing leaves other threads free to run
+        ):
+            found = readers.map(lambda file: known[file] or file_digest(paths[file], self.store, step), paths)
+            return digest_of([self.checkpoint.config, dict(zip(paths, found, strict=True))])
 
 
 def resolve_base(base: Base, store: Path) -> ResolvedBase:

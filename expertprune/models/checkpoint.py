@@ -35,7 +35,7 @@ _CARRIED_FOLDERS = ("additional_chat_templates",)
 
 
 _NOT_CARRIED = {
-    "README.md", EXPERT_FILE, "report.html", "comparison.html", "throughput.json", INDEX,
+    "README.md", EXPERT_FILE, "report.html", "comparison.html", "throughput.json", "changes.json", INDEX,
     "pytorch_model.bin.index.json", ".gitattributes",
 }  # fmt: skip
 
@@ -102,10 +102,7 @@ class Checkpoint:
     def _headers(self) -> dict[str, TensorInfo]:
         found: dict[str, TensorInfo] = {}
         for file in self.shards:
-            with _opened(self.folder / file) as shard:
-                for name in shard.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-                    part = shard.get_slice(name)
-                    found[name] = TensorInfo(file, tuple(part.get_shape()), part.get_dtype())
+            found |= headers(self.folder / file)
         if (self.folder / INDEX).is_file() and (missing := sorted(set(self._weight_map) - set(found))):
             raise CheckpointError(f"{self.folder / INDEX}: lists tensors that no file holds: {', '.join(missing[:3])}")
         return found
@@ -215,7 +212,7 @@ class Checkpoint:
         return self._as_stored(name)
 
     def _as_stored(self, name: str) -> Tensor:
-        with _opened(self.folder / self._stored[name].file) as shard:
+        with opened_weights(self.folder / self._stored[name].file) as shard:
             tensor: Tensor = shard.get_tensor(name)
             return tensor
 
@@ -291,7 +288,7 @@ def _write_shard(
     infos = {renamed: base.tensors[name] for renamed, name in sources.items()}
     expected = {name: (_dtype(base, info), info.shape) for name, info in infos.items()}
     expected |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in extra.items()}
-    with _opened(base.folder / file) as shard:
+    with opened_weights(base.folder / file) as shard:
         metadata = shard.metadata() or {"format": "pt"}
     sizes: dict[str, tuple[int, int]] = {}
     with written_file(out / file, expected, metadata) as made:
@@ -321,7 +318,15 @@ def _dtype(base: Checkpoint, info: TensorInfo) -> torch.dtype:
     return DTYPES[info.dtype]
 
 
-def _opened(path: Path) -> Any:
+def headers(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file, none of them read; raises `CheckpointError` for a damaged file."""
+    with opened_weights(path) as shard:
+        parts = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 - the handle is no mapping
+        return {name: TensorInfo(path.name, tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+
+
+def opened_weights(path: Path) -> Any:
+    """A safetensors file, open for reading; raises `CheckpointError` where it is missing or damaged."""
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""How many parameters leave a checkpoint with one unit."""
+"""How many parameters leave a checkpoint with one unit, or with a whole layer."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ def row_parameters(checkpoint: Checkpoint, family: Family) -> int:
     """Parameters of one vocabulary row: of the embedding, and of the head where it is stored."""
     stored = [checkpoint.tensors[name] for name in family.vocabulary if name in checkpoint.tensors]
     return sum(info.parameters // info.shape[0] for info in stored)
+
+
+def layer_parameters(checkpoint: Checkpoint, family: Family, layer: int) -> int:
+    """Parameters of a whole layer, its norms included."""
+    prefix = family.layer_prefix(layer)
+    return sum(info.parameters for name, info in checkpoint.tensors.items() if name.startswith(prefix))
 
 
 def unit_parameters(checkpoint: Checkpoint, family: Family, shape: LayerShape, layer: int, structure: Structure) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from expertprune.errors import SpecError, refused
 from expertprune.files import read_object
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.encodings import encoding_of
+from expertprune.progress import shown
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +136,7 @@ def load_model(
 
     One whose layers have widths of their own is built by this package's code, not by the copy in its folder.
     """
-    with refused(f"{folder}: cannot be loaded"):
+    with refused(f"{folder}: cannot be loaded"), _weights_shown("load weights"):
         config = read_object(folder / "config.json")
         options = {"dtype": dtype, "attn_implementation": attention_of(config)}
         if encoding_of(config) is None:
@@ -141,6 +144,25 @@ def load_model(
         else:
             model = _decoded(folder, trust_remote_code, options)
     return model.to(device or default_device()).eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _weights_shown(stage: str) -> Iterator[None]:
+    """Show how many weights transformers has loaded in the block, in place of its own bar."""
+
+    def counted(_: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+        items = args[0] if args else kwargs["iterable"]
+        with shown(stage, len(items)) as step:
+            for item in items:
+                yield item
+                step()
+
+    hooks = quiet_transformers().utils.logging
+    before = hooks.set_tqdm_hook(counted)
+    try:
+        yield
+    finally:
+        hooks.set_tqdm_hook(before)
 
 
 def _decoded(folder: Path, trust_remote_code: bool, options: dict[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from expertprune.arch import Family
 from expertprune.models.layers import decoder_layers
 from expertprune.models.routed import routed_to
-from expertprune.models.sources import source_of
+from expertprune.models.sources import Change, source_of
 from expertprune.units import KeptUnits, LayerShape, Segment, Structure
 
 
@@ -21,15 +21,27 @@ from expertprune.units import KeptUnits, LayerShape, Segment, Structure
 def masked(model: Any, family: Family, shapes: Sequence[LayerShape], kept: Sequence[KeptUnits]) -> Iterator[None]:
     """While open, dropped units write nothing: their columns of output projections are zero.
 
-    The router does not choose dropped routed experts. A layer that is streamed is masked whenever it
-    is opened.
+    The router does not choose dropped routed experts. A layer that is gone passes its input on. A
+    layer that is streamed is masked whenever it is opened.
     """
     source = source_of(model)
     with contextlib.ExitStack() as stack:
         for index, layer in enumerate(decoder_layers(model, family)):
-            change = functools.partial(_masked_layer, family=family, shape=shapes[index], units=kept[index])
+            change: Change = _skipped
+            if not kept[index].gone:
+                change = functools.partial(_masked_layer, family=family, shape=shapes[index], units=kept[index])
             stack.enter_context(source.amended(layer, index, change))
         yield
+
+
+@contextlib.contextmanager
+def _skipped(layer: nn.Module) -> Iterator[None]:
+    """While open, the layer gives its input back."""
+    layer.forward = lambda hidden, **_: hidden
+    try:
+        yield
+    finally:
+        del layer.forward
 
 
 @contextlib.contextmanager

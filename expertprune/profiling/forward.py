@@ -39,6 +39,7 @@ class LayerCollector:
         self.head_impact = torch.zeros(documents, shape.query_heads, device=self.device)
         self.group_impact = torch.zeros(documents, shape.kv_heads, device=self.device)
         self.stream = torch.zeros(documents, device=self.device)
+        self.influence = torch.zeros(documents, device=self.device)
         if not family.has_attention:
             return
         # Gram matrices of the output projection's columns: of groups, `[kv_heads, group_dim, group_dim]`, and of heads,
@@ -49,13 +50,18 @@ class LayerCollector:
         blocks = self._group_gram.unflatten(1, (-1, shape.head_dim)).unflatten(3, (-1, shape.head_dim))
         self._head_gram = blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).flatten(0, 1).contiguous()
 
-    def add(self, batch: Batch, seen: Observation, after: Tensor) -> None:
-        """Add one batch that has passed the layer; `after` is its output, `[rows, tokens, hidden]`."""
+    def add(self, batch: Batch, seen: Observation, before: Tensor, after: Tensor) -> None:
+        """Add one batch; `before` and `after` are the layer's input and output, `[rows, tokens, hidden]`."""
         values = seen.values()
         if self.routed is not None and seen.routed is not None:
             self.routed.add(batch, seen.routed)
         none = after[..., :0]
         self.update(batch, values.get("ffn", none), values.get("heads", none), after)
+        placed, turned = (
+            batch.on(after.device),
+            1 - nn.functional.cosine_similarity(before.float(), after.float(), dim=2),
+        )
+        self.influence.index_copy_(0, placed.documents, (turned * placed.weights).sum(1) / placed.totals)
 
     def update(self, batch: Batch, ffn: Tensor, heads: Tensor, stream: Tensor) -> None:
         """Add one batch; padding is left out.
@@ -80,6 +86,7 @@ class LayerCollector:
     def sums(self) -> dict[str, Tensor]:
         """What is added over the members of a team, in place. A document is with one member only."""
         own = {"head_impact": self.head_impact, "group_impact": self.group_impact, "stream": self.stream}
+        own["influence"] = self.influence
         routed = {} if self.routed is None else self.routed.sums()
         return {**self.ffn.sums("ffn"), **self.heads.sums("heads"), **own, **routed}
 
@@ -105,6 +112,7 @@ class LayerCollector:
             f"heads.{index}.impact": self.head_impact.cpu(),
             f"groups.{index}.impact": self.group_impact.cpu(),
             f"stream.{index}.square": self.stream.cpu(),
+            f"stream.{index}.influence": self.influence.cpu(),
             **{name.format(layer=index): tensor for name, tensor in self._weights.items()},
         }
 

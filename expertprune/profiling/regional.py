@@ -22,7 +22,7 @@ class RegionalGradients:
     def __init__(self, shape: LayerShape, documents: int, device: torch.device) -> None:
         self._gradients = MaskGradients(shape, documents, device)
 
-    def add(self, batch: Batch, seen: Observation, after: Tensor) -> None:
+    def add(self, batch: Batch, seen: Observation, before: Tensor, after: Tensor) -> None:
         """Add one batch; `after` is the layer's output with its graph, `[rows, tokens, hidden]`."""
         placed = batch.on(after.device)
         with torch.enable_grad():

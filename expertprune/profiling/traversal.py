@@ -33,7 +33,7 @@ Statistics = dict[str, Tensor]
 class Collector(Protocol):
     """Sums of one layer and one part of a profile."""
 
-    def add(self, batch: Batch, seen: Observation, after: Tensor) -> None: ...
+    def add(self, batch: Batch, seen: Observation, before: Tensor, after: Tensor) -> None: ...
 
     def sums(self) -> Statistics: ...
 
@@ -154,12 +154,13 @@ class Traversal:
                 before.append(stream.hidden.copy())
             with units_observed(layer, self.text.family, leaves=self.regional is not None) as seen:
                 for number, batch in enumerate(self.text.batches):
+                    entering = stream.hidden[number]
                     with torch.set_grad_enabled(self.regional in collectors):
-                        after = stream.run(layer, index, number)
+                        after = stream.run(layer, index, number, entering)
                     stream.hidden[number] = after.detach()
                     self.keep(number, index, after.detach())
                     for collector in collectors.values():
-                        collector.add(batch, seen, after)
+                        collector.add(batch, seen, entering, after)
             for part, collector in collectors.items():
                 self._finish(part, collector.sums(), collector.tensors, index)
         return stream, before
@@ -226,7 +227,7 @@ class Traversal:
                 stream.hidden[0] = tapes[-1].after.detach()
                 self.keep(number, index, stream.hidden[0])
                 for collector in collectors[index].values():
-                    collector.add(batch, tapes[-1].seen, stream.hidden[0])
+                    collector.add(batch, tapes[-1].seen, tapes[-1].before.detach(), stream.hidden[0])
             (above,) = self._head_of(batch, stream.hidden[0])
             for index in reversed(range(self.layers)):
                 above = above.through(tapes.pop(), batch, gradients[index])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,13 +18,17 @@ from expertprune.models.layers import Call, observed
 from expertprune.models.passes import Stream, alone, real_tokens
 from expertprune.models.spool import Spool
 from expertprune.models.states import KeptStates
+from expertprune.pruning.damping import Halves, fixed_damping
 from expertprune.pruning.routed_repair import RoutedRepair
 from expertprune.pruning.solve import Moments, Rows, before_norm, token_weights
+from expertprune.spec.values import Damping
 from expertprune.units import KeptUnits, LayerShape, Structure
+
+_Sums = Moments | Rows | Halves[Moments] | Halves[Rows]
 
 
 @dataclass(frozen=True)
-class _Dense:
+class Dense:
     """What the base's layer did, batch by batch.
 
     Attributes:
@@ -46,6 +51,8 @@ class LayerRepair:
         stored: the dtypes that weights are written in, by full name.
         together: adds sums of the other members of a team, in place (see `TextRun`).
         states: what is known of the base's hidden states.
+        takes_over: whether the next layers go whole. Its FFN or routed experts then do their work
+            too: they aim at the base's stream behind those layers (ReplaceMe, arXiv:2505.02819).
     """
 
     family: Family
@@ -57,24 +64,29 @@ class LayerRepair:
     stored: Mapping[str, torch.dtype]
     together: Callable[[dict[str, Tensor]], None] = alone
     states: KeptStates | None = None
+    takes_over: bool = False
 
     def touches(self, structure: Structure) -> bool:
-        """Whether the output projection of a block lost inputs."""
+        """Whether the output projection of a block is solved for: it lost inputs, or takes over."""
         if structure is Structure.FFN:
-            return self.family.has_ffn and len(self.kept.ffn) < self.shape.ffn
+            return self.family.has_ffn and (self.takes_over or len(self.kept.ffn) < self.shape.ffn)
         return len(self.kept.query_heads) < self.shape.query_heads
 
     @property
     def experts(self) -> Experts | None:
-        """The layer's routed experts, where some of them or of their neurons are dropped."""
-        return self.family.experts_of(self.shape) if len(self.kept.ffn) < self.shape.neurons else None
+        """The layer's routed experts, where some of them or of their neurons are dropped, or they take over."""
+        changed = self.takes_over or len(self.kept.ffn) < self.shape.neurons
+        return self.family.experts_of(self.shape) if changed else None
 
-    def weights(self, dense: Stream, expert: Stream, damping: float) -> Iterator[tuple[str, Tensor]]:
-        """Full names and values of the weights that are solved for; both streams are then behind the layer.
+    def weights(self, seen: Dense, dense: Stream, expert: Stream, damping: Damping) -> Iterator[tuple[str, Tensor]]:
+        """Full names and values of the weights that are solved for; the expert's stream is then behind the layer.
 
         Each block of the pruned layer runs once per batch.
+
+        Args:
+            seen: what `run_dense` gave.
+            dense: the base's stream behind the layer, and behind those whose work it takes over.
         """
-        seen = self._run_dense(dense)
         if not self.touches(Structure.QUERY_HEADS):
             yield from self._behind_attention(dense, expert, seen, damping, lambda number: None)
             return
@@ -91,9 +103,9 @@ class LayerRepair:
 
     # --- the two blocks ---------------------------------------------------------------------------------------------
 
-    def _solve_heads(self, expert: Stream, seen: _Dense, inputs: Spool, damping: float) -> tuple[str, Tensor]:
+    def _solve_heads(self, expert: Stream, seen: Dense, inputs: Spool, damping: Damping) -> tuple[str, Tensor]:
         """Repair the output of attention; `inputs` gets what goes into it. The stream stays as it is."""
-        block, moments = self.family.attention, self._moments(Structure.QUERY_HEADS, expert)
+        block, moments = self.family.attention, self._moments(Structure.QUERY_HEADS, expert, damping)
         feed_forward = _StandIn(seen.forms.get(self._feed_forward), width=self.shape.hidden)
         with _replaced(self.small, self._feed_forward, feed_forward), observed(self.small, block.output) as calls:
             for number in range(len(expert.batches)):
@@ -107,7 +119,7 @@ class LayerRepair:
         return self._name(Structure.QUERY_HEADS), repaired
 
     def _behind_attention(
-        self, dense: Stream, expert: Stream, seen: _Dense, damping: float, attend: Callable[[int], None]
+        self, dense: Stream, expert: Stream, seen: Dense, damping: Damping, attend: Callable[[int], None]
     ) -> Iterator[tuple[str, Tensor]]:
         """Run the whole layer, and repair the output of its FFN if it lost inputs.
 
@@ -122,7 +134,8 @@ class LayerRepair:
                 attend(number)
                 expert.hidden[number] = expert.run(self.small, self.index, number)
             return
-        block, moments, inputs = self.family.ffn, self._moments(Structure.FFN, expert), Spool(expert.hidden.room)
+        block, moments = self.family.ffn, self._moments(Structure.FFN, expert, damping)
+        inputs = Spool(expert.hidden.room)
         with observed(self.small, block.output) as calls:
             for number in range(len(expert.batches)):
                 attend(number)
@@ -137,14 +150,14 @@ class LayerRepair:
         yield self._name(Structure.FFN), repaired
 
     def _solve_routed(
-        self, experts: Experts, dense: Stream, expert: Stream, damping: float, attend: Callable[[int], None]
+        self, experts: Experts, dense: Stream, expert: Stream, damping: Damping, attend: Callable[[int], None]
     ) -> Iterator[tuple[str, Tensor]]:
         """Run the whole layer, and repair the outputs of its routed experts."""
         prefix = self.family.layer_prefix(self.index)
         names = [prefix + experts.output_of(number) for number in self.kept.experts]
         on_disk = (*names, prefix + experts.output, prefix + experts.stored.get(experts.output, ""))
         dtype = next((self.stored[name] for name in on_disk if name in self.stored), None)
-        routed = RoutedRepair(self.small, experts, self.index, damping, dtype, self.together)
+        routed = RoutedRepair(self.small, experts, self.index, fixed_damping(damping), dtype, self.together)
         yield from zip(names, routed.solve(expert, dense.hidden, attend), strict=True)
 
     def _moved(self, after: Tensor, inputs: Tensor, change: Tensor) -> Tensor:
@@ -157,14 +170,14 @@ class LayerRepair:
 
     # --- moments and solution ---------------------------------------------------------------------------------------
 
-    def _run_dense(self, stream: Stream) -> _Dense:
+    def run_dense(self, stream: Stream) -> Dense:
         """Advance the base's stream, and keep what the projections that lost inputs shall aim at.
 
         What an FFN without an output norm aims at is the stream itself; then known states do.
         """
         cut = [each for each in (Structure.QUERY_HEADS, Structure.FFN) if self.touches(each)]
         room = stream.hidden.room
-        seen = _Dense(Spool(room), {each: Spool(room) for each in cut}, {})
+        seen = Dense(Spool(room), {each: Spool(room) for each in cut}, {})
         heads = Structure.QUERY_HEADS in cut
         watched = [each for each in cut if each is Structure.QUERY_HEADS or self.family.block(each).output_norm]
         if not watched:
@@ -185,21 +198,23 @@ class LayerRepair:
             seen.forms[path] = len(output) - 1 if isinstance(output, tuple) else None
         return seen
 
-    def _moments(self, structure: Structure, stream: Stream) -> Moments | Rows:
-        """Sums over tokens, or the tokens themselves where they are few."""
+    def _moments(self, structure: Structure, stream: Stream, damping: Damping) -> _Sums:
+        """Sums over tokens, or the tokens themselves where they are few; in halves where they choose the damping."""
         weight = self.small.get_parameter(self.family.block(structure).output_weight)
+        outputs, kept = weight.shape
         tokens = sum(batch.tokens for batch in stream.batches)
-        if self.together is alone and by_rows(tokens, weight.shape[1]):
-            return Rows()
-        return Moments.zeros(weight.shape[1], weight.shape[0], weight.device)
+        if self.together is alone and by_rows(tokens, kept):
+            return Halves(Rows(), Rows(), outputs, weight.device) if damping == "auto" else Rows()
+        new = partial(Moments.zeros, kept, outputs, weight.device)
+        return Halves(new(), new(), outputs, weight.device) if damping == "auto" else new()
 
     def _add(
         self,
-        moments: Moments | Rows,
+        moments: _Sums,
         structure: Structure,
         stream: Stream,
         number: int,
-        seen: _Dense,
+        seen: Dense,
         target: Tensor,
         after: Tensor,
         call: Call,
@@ -214,9 +229,13 @@ class LayerRepair:
             joined, own, output = (real_tokens(batch, states).float() for states in given)
             residual, scale = before_norm(self.small.get_submodule(block.output_norm), residual, joined, own, output)
             weights = weights / scale.square()
-        moments.add(real_tokens(batch, call.input).float(), residual, weights)
+        inputs = real_tokens(batch, call.input).float()
+        if isinstance(moments, Halves):
+            moments.add(inputs, residual, weights, batch)
+        else:
+            moments.add(inputs, residual, weights)
 
-    def _solved(self, structure: Structure, moments: Moments | Rows, damping: float) -> tuple[Tensor, Tensor]:
+    def _solved(self, structure: Structure, moments: _Sums, damping: Damping) -> tuple[Tensor, Tensor]:
         """The change of a projection and its new weight, rounded as it is written; the layer has it now.
 
         Members of a team factorize the same sums, and each solves for some rows of the weight.
@@ -224,7 +243,8 @@ class LayerRepair:
         self.together(dict(moments.sums()))
         block = self.family.block(structure)
         weight = self.small.get_parameter(block.output_weight)
-        change = moments.solved(damping, team().part(weight.shape[0]))
+        ridge = moments.best_damping() if isinstance(moments, Halves) else fixed_damping(damping)
+        change = moments.solved(ridge, team().part(weight.shape[0]))
         self.together({"change": change})
         repaired = weight.float() + change
         repaired = repaired.to(self.stored.get(self._name(structure), weight.dtype)).to(weight.dtype)

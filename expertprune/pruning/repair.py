@@ -112,8 +112,9 @@ def by_least_squares(job: RepairJob, progress: Progress | None = None) -> Weight
     """Solve every output projection that lost inputs again, layer by layer.
 
     Two streams run through the model: the base's, and the expert's. The target of a projection is
-    the base's residual stream behind its block, so it also makes up for what earlier layers lost. A
-    layer of the base need not run where its output is known and nothing else of it is needed.
+    the base's residual stream behind its block, so it also makes up for what earlier layers lost.
+    Where whole layers go, the FFN before them aims at the stream behind them. A layer of the base
+    need not run where its output is known and nothing else of it is needed.
 
     Raises:
         CheckpointError: the damping is too small for these inputs.
@@ -127,16 +128,32 @@ def by_least_squares(job: RepairJob, progress: Progress | None = None) -> Weight
         for _ in range(done):
             progress()
     for index, layer in text.layers(progress, skip=done):
-        small = pruned_layer(layer, text.family, index, text.shapes[index], kept[index], text.model.config)
-        repaired = LayerRepair(
-            text.family, index, layer, small, text.shapes[index], kept[index], job.stored, text.together, job.states
-        )
-        yield from repaired.weights(dense, expert, job.settings.damping)
+        next_goes = index + 1 < len(kept) and kept[index + 1].gone
+        if kept[index].gone:
+            dense.move(layer, index, job.states)
+        else:
+            small = pruned_layer(layer, text.family, index, text.shapes[index], kept[index], text.model.config)
+            repaired = LayerRepair(
+                text.family,
+                index,
+                layer,
+                small,
+                text.shapes[index],
+                kept[index],
+                job.stored,
+                text.together,
+                job.states,
+                next_goes,
+            )
+            seen = repaired.run_dense(dense)
         _run_through(streams.get("passengers in the base"), layer, index)
-        _run_through(streams.get("passengers"), small, index)
-        del small, repaired  # before the next layer is opened
         if job.states is not None:
             job.states.release(index)
+        if next_goes:  # what the last layer that stays aims at lies behind the next one
+            continue
+        yield from repaired.weights(seen, dense, expert, job.settings.damping)
+        _run_through(streams.get("passengers"), small, repaired.index)
+        del small, repaired, seen  # before the next layer is opened
         if job.unfinished is not None:
             job.unfinished.save(index + 1, streams)
 

@@ -29,28 +29,30 @@ from expertprune.models.loading import build_model, load_model
 from expertprune.models.masking import masked
 from expertprune.models.passes import TextRun
 from expertprune.pruning.write import prune
-from expertprune.units import KeptUnits, LayerShape, Structure
+from expertprune.units import GONE, KeptUnits, LayerShape, Structure, new_positions
 
-_LAYERS, _FFN, _HEAD_DIM, _EXPERTS, _VOCABULARY, _TOKENS = 2, 20, 4, 6, 64, 17
+_LAYERS, _FFN, _HEAD_DIM, _EXPERTS, _VOCABULARY, _TOKENS = 3, 20, 4, 6, 64, 17
 _KEPT_EXPERTS = 4
 _TOLERANCE = 1e-4  # of the largest logit: rounding is a hundred times smaller, a wrong row far larger
 
 
 @dataclass(frozen=True)
 class TinyCut:
-    """How many units of a layer one cut of the tiny copy keeps; `None` keeps all."""
+    """How many units of a layer one cut of the tiny copy keeps; `None` keeps all. `gone`: the layer goes whole."""
 
     ffn: int | None = None
     heads_per_group: int | None = None
     kv_groups: int | None = None
     experts: int | None = None
+    gone: bool = False
 
 
-def check_family(base: ResolvedBase, layer_widths: bool = False) -> list[str]:
+def check_family(base: ResolvedBase, layer_widths: bool = False, layers: bool = False) -> list[str]:
     """Cut each structure of a tiny random copy of the base, and all together; compare with masking.
 
     Args:
         layer_widths: cut layers to different widths too.
+        layers: cut a whole layer too.
 
     Returns:
         What was compared, in words.
@@ -65,7 +67,10 @@ def check_family(base: ResolvedBase, layer_widths: bool = False) -> list[str]:
             if base.family.has_ffn:
                 _check_stream(model, tiny)
             done = []
-            for number, (name, cut) in enumerate(_cuts(base.family, tiny.layers[-1], layer_widths).items()):
+            cuts = _cuts(base.family, tiny.layers[-1], layer_widths)
+            if layers:
+                cuts["a whole layer"] = [TinyCut(), TinyCut(gone=True), TinyCut()]
+            for number, (name, cut) in enumerate(cuts.items()):
                 plan = _random_plan(tiny, cut, number)
                 folder = scratch / f"expert-{number}"
                 folder.mkdir()
@@ -93,9 +98,9 @@ def _cuts(family: Family, shape: LayerShape, layer_widths: bool) -> dict[str, li
         cuts |= {"kv_groups": [TinyCut(kv_groups=groups)] * _LAYERS} if groups else {}
         cuts |= {"query_heads": [TinyCut(heads_per_group=heads)] * _LAYERS} if heads else {}
         if layer_widths and family.has_ffn:
-            cuts["widths of single layers"] = [TinyCut(12, heads, groups), TinyCut(ffn=7)]
+            cuts["widths of single layers"] = [TinyCut(12, heads, groups), TinyCut(ffn=7), TinyCut()]
     elif layer_widths and family.has_ffn:
-        cuts["widths of single layers"] = [TinyCut(ffn=12), TinyCut(ffn=7)]
+        cuts["widths of single layers"] = [TinyCut(ffn=12), TinyCut(ffn=7), TinyCut()]
     return cuts
 
 
@@ -142,17 +147,18 @@ def _tiny_config(base: ResolvedBase) -> dict[str, Any]:
         widths |= {experts.per_token: 2, experts.width: _FFN} | _tiny_routing(experts, config)
     for key, value in config.items():
         if isinstance(value, list) and len(value) == len(base.layers):  # one entry for each layer
-            config[key] = [value[0], next((each for each in value if each != value[0]), value[0])]
+            other = next((each for each in value if each != value[0]), value[0])
+            config[key] = [value[0], *[other] * (_LAYERS - 1)]
     if PER_LAYER in config:
         config = {k: v for k, v in config.items() if k not in (PER_LAYER, "auto_map")}
     return config | widths | {"vocab_size": _VOCABULARY, "dtype": "float32", "pad_token_id": 0}
 
 
 def _tiny_routing(experts: Experts, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of a config with which the last of two layers has routed experts, in two groups if there are any."""
+    """Values of a config with which the last layer has routed experts, in two groups if there are any."""
     layers, groups = experts.layers, experts.groups
     values: dict[str | None, Any] = {layers.last: -1, layers.without: []}
-    for key, most in ((layers.first, 1), (layers.every, 2)):
+    for key, most in ((layers.first, 1), (layers.every, _LAYERS)):
         values[key] = min(config.get(key or "") or most, most)
     if groups is not None and (config.get(groups.count) or 1) > 1:
         values |= {groups.count: 2, groups.chosen: 1}
@@ -167,6 +173,9 @@ def _random_plan(base: ResolvedBase, cut: Sequence[TinyCut], seed: int) -> Plan:
 
     layers = []
     for shape, widths in zip(base.layers, cut, strict=True):
+        if widths.gone:
+            layers.append(LayerPlan(GONE))
+            continue
         groups, of = choose(widths.kv_groups, shape.kv_heads), shape.experts_per_group
         count = None if widths.experts is None else widths.experts // shape.expert_groups
         experts = [run * of + each for run in range(shape.expert_groups) for each in choose(count, of)]
@@ -255,14 +264,19 @@ class _LeafOutputs:
 
 def _first_difference(base: ResolvedBase, plan: Plan, wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
     """The first module in the layers whose output differs from the masked model's."""
+    positions = new_positions(plan.kept)
+    moved = {
+        base.family.layer_prefix(position): base.family.layer_prefix(layer) for layer, position in positions.items()
+    }
     owners = {
-        base.family.layer_prefix(layer) + tensor.name.rpartition(".")[0]: (layer, tensor)
-        for layer in range(len(base.layers))
+        base.family.layer_prefix(position) + tensor.name.rpartition(".")[0]: (layer, tensor)
+        for layer, position in positions.items()
         for tensor in base.family.tensors
         if tensor.axis == 0
     }
     for name, mine in given.items():
-        theirs = wanted[name]
+        prefix = next(each for each in moved if name.startswith(each))
+        theirs = wanted[moved[prefix] + name.removeprefix(prefix)]
         if name in owners:
             layer, tensor = owners[name]
             rows, offset = [], 0

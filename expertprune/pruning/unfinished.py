@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from expertprune.errors import first_line
-from expertprune.files import write_json
+from expertprune.files import read_kept, write_json
 from expertprune.models.passes import Stream
 
 log = logging.getLogger(__name__)
@@ -87,11 +87,14 @@ class Unfinished:
         return layers
 
     def _behind(self) -> int:
-        try:
-            layers = json.loads((self.folder / _STATE).read_text())["layers"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return 0
-        return layers if isinstance(layers, int) else 0
+        state = read_kept(self.folder / _STATE, _State)
+        return 0 if state is None else state.layers
+
+
+class _State(BaseModel):
+    """How many layers are finished."""
+
+    layers: int
 
 
 def _tensors(streams: Mapping[str, Stream]) -> Iterator[tuple[str, Tensor]]:

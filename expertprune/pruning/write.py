@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertprune.arch import MODELING, PER_LAYER, ExpertTensor, Family, per_layer
+from expertprune.arch import MODELING, PER_LAYER, Family, per_layer
 from expertprune.artifacts.plan import Plan
 from expertprune.corpora.batches import Batch
 from expertprune.engine.team import team
@@ -30,11 +30,11 @@ from expertprune.models.states import KeptStates
 from expertprune.models.tensorfile import DTYPES
 from expertprune.progress import Progress
 from expertprune.pruning.repair import Passengers, RepairJob, check_repair
-from expertprune.pruning.slicing import cut_tensor
+from expertprune.pruning.slicing import cut_tensor, stored_experts
 from expertprune.pruning.unfinished import Unfinished
 from expertprune.spec.schema import Compensation
 from expertprune.tokenizing import Renumbering, read_vocabulary, trimmed, write_tokenizer
-from expertprune.units import KeptUnits
+from expertprune.units import KeptUnits, new_positions
 
 _SPARE = 64 * 2**20  # tokenizer, cards and index, generously
 
@@ -185,11 +185,11 @@ def _write_tensors(
     """Write the weights, sliced or solved for, shard by shard."""
     owners = {
         base.family.layer_prefix(layer) + coupled.name: (layer, coupled.name)
-        for layer in range(len(plan.shapes))
+        for layer in new_positions(plan.kept)
         for coupled in base.family.tensors
     }
 
-    single = _stored_experts(plan, base)
+    single = stored_experts(plan, base.family)
 
     def transform(name: str, tensor: Tensor) -> Tensor | None:
         if name in single:
@@ -208,8 +208,26 @@ def _write_tensors(
         cut = cut_tensor(local, tensor, base.family, plan.shapes[layer], plan.kept[layer])
         return None if cut is tensor else cut
 
-    names = {old: stored.name for old, stored in single.items()}
+    names = _moved(plan, base) | {old: stored.name for old, stored in single.items()}
     write_weights(base.checkpoint, folder, transform, _zero_tensors(plan, base), names)
+
+
+def _moved(plan: Plan, base: ResolvedBase) -> dict[str, str | None]:
+    """From names of tensors in the base's layers to those in the expert's; `None` where the layer goes."""
+    if not plan.gone:
+        return {}
+    family, names = base.family, list(base.checkpoint.tensors)
+    positions: dict[int, int | None] = {**dict.fromkeys(plan.gone), **new_positions(plan.kept)}
+    prefixes = {
+        family.layer_prefix(layer): None if position is None else family.layer_prefix(position)
+        for layer, position in positions.items()
+    }
+    return {
+        name: None if new is None else new + name.removeprefix(old)
+        for old, new in prefixes.items()
+        for name in names
+        if name.startswith(old)
+    }
 
 
 def _modeling(config: Mapping[str, Any], layers: str) -> str:
@@ -228,36 +246,6 @@ def _modeling(config: Mapping[str, Any], layers: str) -> str:
     return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """A tensor that one expert owns on disk: its new name, `None` where the expert goes, and the neurons that stay."""
-
-    name: str | None
-    tensor: ExpertTensor
-    neurons: tuple[int, ...]
-    width: int
-
-    def cut(self, values: Tensor) -> Tensor | None:
-        if self.tensor.axis is None or len(self.neurons) == self.width:
-            return None
-        return values.index_select(self.tensor.axis, self.tensor.rows(self.neurons, self.width))
-
-
-def _stored_experts(plan: Plan, base: ResolvedBase) -> dict[str, _Stored]:
-    """Experts that are stored one by one, by the names of what each owns."""
-    experts, found = base.family.experts, {}
-    for layer, (shape, kept) in enumerate(zip(plan.shapes, plan.kept, strict=True)):
-        prefix = base.family.layer_prefix(layer)
-        for number in range(shape.experts if experts is not None else 0):
-            assert experts is not None
-            new = experts.of_one(kept.experts.index(number)) if number in kept.experts else None
-            neurons = kept.neurons_of(number, shape)
-            for place, tensor in enumerate(experts.of_one(number)):
-                name = prefix + new[place].name if new is not None else None
-                found[prefix + tensor.name] = _Stored(name, tensor, neurons, shape.ffn)
-    return found
-
-
 def _solved_together(family: Family, layer: int, name: str, kept: KeptUnits, solved: Unfinished) -> Tensor | None:
     """The repaired output projections of routed experts that are stored as they run, if it is they."""
     experts = family.experts
@@ -274,16 +262,18 @@ def _solved_together(family: Family, layer: int, name: str, kept: KeptUnits, sol
 def _zero_tensors(plan: Plan, base: ResolvedBase) -> Callable[[str], Iterator[tuple[str, Tensor]]]:
     """Tensors that the config's rewrite asks for, zero, in every layer, in the file of the output projection."""
     family, rewrite = base.family, base.family.when_heads_change
-    pairs = zip(plan.shapes, plan.kept, strict=True)
+    positions = new_positions(plan.kept)
+    pairs = [(plan.shapes[layer], plan.kept[layer]) for layer in positions]
     changed = any(family.heads_changed(shape, kept.shape(shape)) for shape, kept in pairs)
 
     def extra(file: str) -> Iterator[tuple[str, Tensor]]:
         if rewrite is None or not changed:
             return
-        for layer, shape in enumerate(plan.shapes):
+        for layer, position in positions.items():
             anchor = base.checkpoint.tensors[family.layer_prefix(layer) + family.attention.output_weight]
             if anchor.file == file:
                 for name in rewrite.zero_tensors:
-                    yield family.layer_prefix(layer) + name, torch.zeros(shape.hidden, dtype=base.checkpoint.dtype)
+                    zeros = torch.zeros(plan.shapes[layer].hidden, dtype=base.checkpoint.dtype)
+                    yield family.layer_prefix(position) + name, zeros
 
     return extra

@@ -7,24 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
 
 from expertprune.artifacts.expert import Expert
 from expertprune.files import write_file
-from expertprune.formats import printable
+from expertprune.formats import one_line
+from expertprune.models.origin import CARD_FILE
+from expertprune.reporting.metadata import card_metadata
 from expertprune.reporting.tables import retention_notes, retention_rows, widths
 from expertprune.spec.schema import Spec
 
-CARD_FILE = "README.md"
-
-
-_CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-base_model: {{ expert.base.model | tojson }}
-tags: [expertprune, pruned]
----
-
+_CARD = """
 # {{ expert.name }}
 
 An expert cut from `{{ expert.base.model }}` for {{ purpose }}, without post-training:
@@ -41,7 +33,7 @@ transformers and in vLLM.
 | structure | kept in each layer | of |
 |---|---|---|
 {% for structure, entry in plan.budget.items() -%}
-| {{ structure }} | {{ entry.kept | widths }} | {{ entry.of | widths }} |
+| {{ names.get(structure, structure) }} | {{ entry.kept | widths }} | {{ entry.of | widths }} |
 {% endfor %}
 {%- if plan.vocabulary -%}
 | vocabulary rows, of the whole model | {{ plan.vocabulary.rows.rows }} | {{ plan.vocabulary.rows.of }} |
@@ -83,6 +75,8 @@ Not evaluated yet: `expertprune evaluate` fills this in.
 ## Provenance
 
 Base digest `{{ expert.base.digest }}`.
+{%- if expert.base.hub.commit %} On the hub it is commit `{{ expert.base.hub.commit }}`.
+{%- endif %}
 {%- if expert.ancestor %} The base is an expert itself: `{{ expert.ancestor.name }}`, cut from
 `{{ expert.ancestor.base.model }}` (digest `{{ expert.ancestor.base.digest }}`).
 Its spec and plan are in `expertprune.json` too.
@@ -120,24 +114,26 @@ def card_text(expert: Expert, headline: Sequence[tuple[str, str]] = ()) -> str:
     )
     environment.filters["widths"] = widths
     measured, spec = expert.evaluation, expert.spec
-    return environment.from_string(_CARD).render(
+    body = environment.from_string(_CARD).render(
         expert=expert,
         plan=expert.plan,
         spec=spec,
         purpose=purpose(spec),
+        names={"layers": "layers, of the whole model"},
         fusion=fusion_of(spec),
         per_layer=any(isinstance(entry.kept, list) for entry in expert.plan.budget.values()),
         rows=retention_rows(measured) if measured is not None else [],
         notes=retention_notes(measured) if measured is not None else [],
         headline=headline,
     )
+    return f"---\n{card_metadata(expert)}\n---\n{body}"
 
 
 def _plain_text(value: Any) -> Any:
-    """A value that Markdown shows as the text that it is: no HTML, no control characters, one line."""
-    if not isinstance(value, str) or isinstance(value, Markup):  # `tojson` has escaped what it writes
+    """A value that Markdown shows as the text that it is."""
+    if not isinstance(value, str):
         return value
-    return printable(" ".join(value.splitlines())).replace("<", "&lt;")
+    return one_line(value)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import psutil
 from expertprune.arch import families, family_of
 from expertprune.artifacts.expert import Expert
 from expertprune.errors import CheckpointError, UsageError
-from expertprune.files import EXPERT_FILE
+from expertprune.files import EXPERT_FILE, read_object
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.inventory import check_widths
 
@@ -94,10 +94,7 @@ def check_folder(folder: str | Path, name: str | None = None) -> Servable:
 def _has_chat_template(folder: Path) -> bool:
     if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
         return True
-    try:
-        return bool(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template"))
-    except (OSError, ValueError, AttributeError):
-        return False
+    return bool(read_object(folder / "tokenizer_config.json").get("chat_template"))
 
 
 def stored_bytes(checkpoint: Checkpoint, names: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field, model_validator
 
 from expertprune.spec.sources import Corpora, Section
-from expertprune.spec.values import Aggregate, Amount, Coverage, Fraction, Keep, LocalPath, Names, Rows, Size
+from expertprune.spec.values import Aggregate, Amount, Coverage, Damping, Fraction, Keep, LocalPath, Names, Rows, Size
 
 Dimension = Literal["language", "domain", "task"]
 
@@ -175,6 +175,11 @@ class Budget(Section):
     of the average layer where layers may have different widths.
     """
 
+    layers: Amount = Field(
+        0,
+        description="Whole decoder layers, never the first one. They go before anything else, so the other keys are of "
+        "the layers that stay.",
+    )
     ffn: Amount = Field(0, description="FFN neurons; in a mixture, of each routed expert.")
     query_heads: Amount = Field(0, description="Query heads, the same number in each KV group.")
     kv_groups: Amount = Field(0, description="KV heads with their query heads.")
@@ -187,7 +192,7 @@ class Budget(Section):
     parameters: Fraction | None = Field(
         None,
         description="Of all parameters; FFN neurons make up what the other keys do not remove, or FFN neurons and KV "
-        "groups against each other where allocation is global.",
+        "groups against each other where allocation is global. It never takes whole layers: name them in layers.",
     )
     max_parameters: Size | None = Field(None, description="What may be left of the whole model, such as 100M.")
     retention: Retention | None = Field(None, description="As much as can go while this much is kept.")
@@ -198,7 +203,9 @@ class Budget(Section):
         description="GPUs that share each layer when it is served: kept KV heads are a multiple of this, and kept FFN "
         "widths of this times multiple_of.",
     )
-    floor: float = Field(0.1, ge=0, le=1, description="At least this fraction of each structure stays in every layer.")
+    floor: float = Field(
+        0.1, ge=0, le=1, description="At least this fraction of each structure stays in every layer, and of the layers."
+    )
 
     @property
     def ffn_step(self) -> int:
@@ -224,7 +231,19 @@ class Budget(Section):
             raise ValueError("give query_heads as what goes, not as keep:, where kv_groups take query heads with them")
         if self.vocabulary is not None and self.retention is not None:
             raise ValueError("give 'vocabulary' or 'retention', not both: retention tries FFN widths alone")
-        keys = ("ffn", "query_heads", "kv_groups", "experts", "vocabulary", "parameters", "max_parameters", "retention")
+        if self.layers and self.retention is not None:
+            raise ValueError("give 'layers' or 'retention', not both: retention tries FFN widths alone")
+        keys = (
+            "layers",
+            "ffn",
+            "query_heads",
+            "kv_groups",
+            "experts",
+            "vocabulary",
+            "parameters",
+            "max_parameters",
+            "retention",
+        )
         if not self.model_fields_set & set(keys):
             raise ValueError(f"name at least one of {', '.join(keys)}")
         return self
@@ -238,8 +257,17 @@ class Compensation(Section):
         description="least_squares: solve for the kept columns of every cut output projection, so that the pruned "
         "model's residual stream comes close to the base's; none: keep the columns unchanged.",
     )
-    damping: float = Field(
-        0.3, gt=0, le=10, description="Ridge towards the original columns, relative to their inputs' energy."
+    general: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="How much the general corpora count in it together, whatever their number of tokens; the dimensions "
+        "share the rest equally.",
+    )
+    damping: Damping = Field(
+        "auto",
+        description="Ridge towards the original columns, relative to their inputs' energy; auto: for each projection, "
+        "the one whose solution on half of the documents leaves least on the other half; 0.3 for routed experts.",
     )
 
 

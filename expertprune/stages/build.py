@@ -12,6 +12,7 @@ from expertprune.artifacts.plan import Plan
 from expertprune.engine.tasks import Call, Engine, Local, Task
 from expertprune.engine.team import team
 from expertprune.errors import CheckpointError
+from expertprune.evaluation.changes import of_corpora
 from expertprune.files import EXPERT_FILE, check_inputs, check_output, digest_of, require_room
 from expertprune.progress import Track, silent
 from expertprune.spec.schema import Spec
@@ -101,7 +102,8 @@ def build_elsewhere(
     elif prepared.spec.evaluate.enabled:
         evaluator = measuring(prepared.running, prepared.evaluated, prepared.spec.evaluate, plan.vocabulary is not None)
         with evaluated_after(place):
-            record(place, measure_folder(evaluator, place, prepared.running, track))
+            measured = measure_folder(evaluator, place, prepared.running, track)
+            record(place, measured, of_corpora(evaluator.corpora, measured.corpora))
 
 
 def _published(out: Path, plan: Plan) -> bool:
@@ -122,4 +124,5 @@ def _make(prepared: Prepared, plan: Plan, out: Path, overwrite: bool, track: Tra
         write_folder(prepared, plan, folder, track, meanwhile.passengers if meanwhile is not None else None)
     if meanwhile is not None:
         with evaluated_after(out):
-            record(out, meanwhile.result(out, prepared.running, track), portable(plan).digest)
+            measured = meanwhile.result(out, prepared.running, track)
+            record(out, measured, of_corpora(prepared.evaluated, measured.corpora), portable(plan).digest)

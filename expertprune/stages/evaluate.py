@@ -9,12 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from expertprune.artifacts.changes import Changes
 from expertprune.artifacts.evaluation import Evaluation
 from expertprune.artifacts.expert import Expert
 from expertprune.corpora.documents import Corpus, CorpusName
 from expertprune.corpora.loading import load_corpora
 from expertprune.engine.team import team
 from expertprune.errors import CheckpointError, UnevaluatedError
+from expertprune.evaluation.changes import of_corpora
 from expertprune.evaluation.measure import Measuring
 from expertprune.evaluation.reading import Read
 from expertprune.files import one_at_a_time, store_folder
@@ -65,7 +67,7 @@ def evaluate(
     running = RunningBase(resolved)
     evaluator = measuring(running, evaluated, spec.evaluate, described.plan.vocabulary is not None)
     measured = measure_folder(evaluator, described.folder, running, track)
-    return record(described.folder, measured, described.plan.digest)
+    return record(described.folder, measured, of_corpora(evaluated, measured.corpora), described.plan.digest)
 
 
 def measuring(running: RunningBase, corpora: Sequence[Corpus], settings: Evaluate, other_tokens: bool) -> Measuring:
@@ -125,10 +127,11 @@ def evaluated_after(folder: Path) -> Iterator[None]:
         raise UnevaluatedError(folder, error) from error
 
 
-def record(folder: Path, result: Evaluation, plan: str | None = None) -> Evaluation:
+def record(folder: Path, result: Evaluation, changes: Changes, plan: str | None = None) -> Evaluation:
     """Write an evaluation into the folder of its expert.
 
     Args:
+        changes: the largest ones, with their texts, for a file of their own.
         plan: digest of the plan of the expert that was measured, where another could have taken its
             place meanwhile.
 
@@ -143,6 +146,7 @@ def record(folder: Path, result: Evaluation, plan: str | None = None) -> Evaluat
                 raise CheckpointError(
                     f"{folder}: another expert took its place while it was measured; evaluate it again"
                 )
+            changes.save(folder)
             write_card(replace(expert, evaluation=result))
 
     team().lead(write)

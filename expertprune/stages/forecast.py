@@ -15,6 +15,7 @@ from expertprune.evaluation.documents import texts_of
 from expertprune.evaluation.questions import choices_of
 from expertprune.evaluation.reading import Reading
 from expertprune.models.spool import Limits
+from expertprune.pruning.damping import DAMPINGS
 from expertprune.relevance import Pass
 from expertprune.spec.schema import Spec
 from expertprune.stages.profile import is_repaired, parts_lacking, parts_wanted
@@ -46,10 +47,10 @@ def _sizes(prepared: Prepared) -> Sizes:
     base, widths = prepared.base, prepared.widths
     if widths is None:
         return Sizes.of(base, cut=_may_be_cut(prepared.spec))
-    pairs = list(zip(base.layers, widths, strict=True))
+    pairs = [(shape, new) for shape, new in zip(base.layers, widths, strict=True) if not new.gone]
     kept = max(new.ffn for new in widths), max(new.query_heads * shape.head_dim for shape, new in pairs)
     cut = (
-        any(new.ffn < shape.ffn for shape, new in pairs),
+        any(new.ffn < shape.ffn for shape, new in pairs) or any(new.gone for new in widths),
         any(new.query_heads < shape.query_heads for shape, new in pairs),
     )
     return Sizes.of(base, kept, cut)
@@ -83,6 +84,7 @@ def _work(prepared: Prepared, stored: bool) -> Work:
         together=is_repaired(spec) and spec.budget.vocabulary is None,
         kept=1 - removed / before,
         written=base.checkpoint.dtype.itemsize * after,
+        dampings=len(DAMPINGS) if spec.compensation.damping == "auto" else 0,
     )
 
 

@@ -16,6 +16,7 @@ from expertprune.errors import SpecError
 from expertprune.files import digest_of
 from expertprune.models.base import ResolvedBase
 from expertprune.models.loading import load_tokenizer
+from expertprune.progress import shown
 from expertprune.serving import generation
 from expertprune.spec.schema import Spec
 from expertprune.spec.sources import Generate, Source
@@ -88,7 +89,9 @@ def _documents(
         temperature=settings.temperature,
         seed=settings.seed,
     )
-    written = generation.generate(job, job_log)
+    with shown(f"generate {corpus.name}", 1) as step:
+        written = generation.generate(job, job_log)
+        step()
     documents = _kept([opening for opening, _ in pairs], written, Sieve(corpus.calibration), settings, corpus.name)
     about = {"base": base.name, "digest": base.digest, **wanted}
     Kept(about, {"calibration": documents}).save(path)

@@ -14,9 +14,10 @@ from expertprune.artifacts.plan import Plan
 from expertprune.artifacts.sweep import SWEEP_SCHEMA, Point
 from expertprune.engine.team import team
 from expertprune.errors import CheckpointError
+from expertprune.evaluation.changes import of_corpora
 from expertprune.evaluation.measure import Measuring
 from expertprune.evaluation.retention import pooled
-from expertprune.files import digest_of, folder_size, write_json
+from expertprune.files import digest_of, folder_size, read_kept, write_json
 from expertprune.progress import Track, silent
 from expertprune.pruning.repair import Passengers
 from expertprune.stages.compose import plan_of
@@ -46,11 +47,13 @@ def make_point(
     """
     key = point_key(plan, prepared)
     if kept is not None and team().lead(lambda: holds(kept, plan)):
-        evaluation = record(kept, measure_folder(evaluator, kept, prepared.running, track))
+        evaluation = measure_folder(evaluator, kept, prepared.running, track)
+        record(kept, evaluation, of_corpora(evaluator.corpora, evaluation.corpora))
         return _point(budget, key, plan, evaluation, folder_size(kept))
     meanwhile = Meanwhile(evaluator)
     with _written(prepared, plan, kept, meanwhile.passengers, track) as folder:
-        evaluation = record(folder, meanwhile.result(folder, prepared.running, track))
+        evaluation = meanwhile.result(folder, prepared.running, track)
+        record(folder, evaluation, of_corpora(evaluator.corpora, evaluation.corpora))
         return _point(budget, key, plan, evaluation, folder_size(folder))
 
 
@@ -102,9 +105,7 @@ def point_elsewhere(
 
 def load_point(store: Path, key: str) -> Point | None:
     """A point that was measured before; a damaged file is measured again."""
-    with contextlib.suppress(OSError, ValueError):
-        return Point.model_validate_json(_path(store, key).read_text(encoding="utf-8"))
-    return None
+    return read_kept(_path(store, key), Point)
 
 
 def save_point(store: Path, point: Point) -> None:
@@ -127,5 +128,8 @@ def _point(budget: float, key: str, plan: Plan, evaluation: Evaluation, size: in
         bytes=size,
         expert=pooled(evaluation, "expert"),
         general=pooled(evaluation, "general"),
-        corpora={name: each.model_copy(update={"per_document": []}) for name, each in evaluation.corpora.items()},
+        corpora={
+            name: each.model_copy(update={"per_document": [], "per_question": []})
+            for name, each in evaluation.corpora.items()
+        },
     )

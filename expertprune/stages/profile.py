@@ -152,13 +152,13 @@ def profile_elsewhere(
 
 
 def cuts_units(budget: Budget) -> bool:
-    """Whether units of layers are to go, and not vocabulary rows alone, which no criterion scores."""
+    """Whether units inside layers are to go, which a criterion scores."""
     return any(getattr(budget, each.value) for each in Structure) or budget.overall or budget.retention is not None
 
 
 def is_repaired(spec: Spec) -> bool:
     """Whether an expert is repaired by running the model."""
-    return check_repair(spec.compensation.method).runs_model and cuts_units(spec.budget)
+    return check_repair(spec.compensation.method).runs_model and (cuts_units(spec.budget) or bool(spec.budget.layers))
 
 
 def _check_fits(prepared: Prepared, name: CorpusName, missing: Sequence[ProfilePart]) -> None:

@@ -11,6 +11,7 @@ from expertprune.composition.scoring import check_criterion
 from expertprune.engine.team import team
 from expertprune.errors import PlanError
 from expertprune.files import check_inputs, check_output, require_room, store_folder
+from expertprune.models.origin import origin_of
 from expertprune.profiling.store import profile_key
 from expertprune.progress import Track, silent
 from expertprune.pruning.repair import Passengers, check_repair
@@ -105,6 +106,7 @@ def describe_expert(prepared: Prepared, plan: Plan, folder: Path) -> Expert:
             revision=prepared.spec.base.revision,
             trust_remote_code=prepared.spec.base.trust_remote_code,
             weight_bytes=base.checkpoint.weight_bytes,
+            hub=origin_of(base.name, base.folder),
         ),
         corpora={
             str(name): CorpusRecord(

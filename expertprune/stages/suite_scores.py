@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from expertprune.artifacts.changes import CHANGES_FILE
 from expertprune.artifacts.evaluation import Alignment, CorpusResult, Evaluation, Group, Settings
 from expertprune.artifacts.expert import Expert
 from expertprune.artifacts.record import Record
 from expertprune.corpora.documents import Corpus
 from expertprune.errors import SpecError
 from expertprune.evaluation.harness import models
+from expertprune.evaluation.harness.scores import Scores
 from expertprune.evaluation.harness.stored import StoredScores, versions
-from expertprune.evaluation.harness.tasks import HarnessTask, Scores, run_task
+from expertprune.evaluation.harness.tasks import HarnessTask, run_task
 from expertprune.evaluation.measure import group_of
 from expertprune.evaluation.retention import RESAMPLES
 from expertprune.evaluation.suites import Suite
-from expertprune.files import EXPERT_FILE, digest_of, file_digest, write_json
+from expertprune.files import EXPERT_FILE, digest_of, file_digest, read_kept, write_json
 from expertprune.models.base import ResolvedBase
 from expertprune.models.loading import load_tokenizer
 from expertprune.models.running import RunningBase, run_folder
@@ -191,9 +192,7 @@ class Measurement:
         return self.store / "evaluations" / f"{digest_of(['corpus', *about, versions()])}.json"
 
     def _stored(self, corpus: Corpus) -> _OnCorpus | None:
-        with contextlib.suppress(OSError, ValueError):
-            return _OnCorpus.model_validate(json.loads(self._path(corpus).read_text(encoding="utf-8")))
-        return None
+        return read_kept(self._path(corpus), _OnCorpus)
 
 
 class _OnCorpus(Record):
@@ -204,4 +203,4 @@ class _OnCorpus(Record):
 
 
 _READ = (".safetensors", ".json", ".model", ".jinja", ".txt")
-_OURS = (EXPERT_FILE, "throughput.json")  # files in an expert's folder on which its answers do not depend
+_OURS = (EXPERT_FILE, "throughput.json", CHANGES_FILE)  # files in an expert's folder on which its answers do not depend

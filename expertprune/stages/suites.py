@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from expertprune.artifacts.changes import AnswerChange, Changes
 from expertprune.artifacts.evaluation import Evaluation, TaskResult
 from expertprune.artifacts.expert import Expert
 from expertprune.corpora.documents import GENERAL, Corpus, CorpusName
@@ -17,9 +18,11 @@ from expertprune.corpora.loading import load_corpora
 from expertprune.engine.tasks import Call, Engine, Local, Report, Shard, Task
 from expertprune.engine.team import team
 from expertprune.errors import SpecError, UsageError, gathered
+from expertprune.evaluation import changes
 from expertprune.evaluation.harness import tasks as harness
+from expertprune.evaluation.harness.scores import Scores, common_part
 from expertprune.evaluation.harness.stored import versions
-from expertprune.evaluation.harness.tasks import HarnessTask, Scores, common_part, less_is_better
+from expertprune.evaluation.harness.tasks import HarnessTask, less_is_better
 from expertprune.evaluation.retention import Counted, Paired, bits_per_byte, summarize
 from expertprune.evaluation.suites import Suite, TaskEntry, bare_task, find_suites
 from expertprune.files import digest_of, store_folder
@@ -115,8 +118,23 @@ def evaluate_suites(
         summary=summarize(counted),
         alignment=of_corpora.alignment if measurement.corpora else {},
     )
-    record(measurement.expert.folder, result, measurement.expert.plan.digest)
+    record(measurement.expert.folder, result, _changes(measurement, of_corpora), measurement.expert.plan.digest)
     return result
+
+
+def _changes(measured: Measurement, found: Evaluation) -> Changes:
+    """The largest changes on corpora, those in the folder where none were measured, and on tasks."""
+    if measured.corpora:
+        known = changes.of_corpora(measured.corpora, found.corpora)
+    else:
+        known = Changes.read(measured.expert.folder) or Changes()
+    of_corpora: dict[str, list[AnswerChange]] = {}
+    for each in known.answers:
+        if each.source in found.corpora:
+            of_corpora.setdefault(each.source, []).append(each)
+    scores = measured.scores()
+    tasks = [changes.of_task(each.task, each.group, *scores[each.task.label]) for each in measured.tasks]
+    return known.model_copy(update={"answers": changes.largest([*of_corpora.values(), *tasks])})
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
@@ -264,7 +282,7 @@ def _paired(task: HarnessTask, base: Scores, expert: Scores) -> Paired:
 
 def _result(each: ChosenTask, backend: Backend, paired: Paired, base: Scores, expert: Scores) -> TaskResult:
     agreement = common = None
-    if base.answers is not None and expert.answers is not None:
+    if each.task.generates and base.answers is not None and expert.answers is not None:
         agreement = float(np.mean([a == b for a, b in zip(base.answers, expert.answers, strict=True)]))
     if base.texts is not None and expert.texts is not None:
         common = common_part(base.texts, expert.texts)

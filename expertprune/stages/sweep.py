@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +43,7 @@ def sweep(
     overrides: Mapping[str, Any] | None = None,
     track: Track = silent,
     engine: Engine | None = None,
+    told: Callable[[Sweep], object] | None = None,
 ) -> Sweep:
     """Build and evaluate an expert for each budget; the base is profiled and loaded once.
 
@@ -52,6 +53,7 @@ def sweep(
         out: a folder for `sweep.json`, written after each budget; what it holds already is not computed again.
         keep: keep the experts, in `out/NAME-BUDGET`.
         engine: what runs a task for each corpus and each budget; default: this process.
+        told: called after each budget, with the points that are known by then.
 
     Raises:
         SpecError: illegal budgets, all of them at once; or a spec with `budget.retention`, which finds its own.
@@ -59,7 +61,13 @@ def sweep(
     """
     engine = engine or Local()
     sweeping = _begin(as_spec(spec, overrides), budgets, out, keep, store, track, engine)
-    engine.run(sweeping.tasks(), track, sweeping.write)
+
+    def finished() -> None:
+        written = sweeping.write()
+        if told is not None:
+            told(written)
+
+    engine.run(sweeping.tasks(), track, finished)
     return sweeping.write()
 
 
@@ -201,7 +209,7 @@ def _budgets(spec: Spec, values: Sequence[float]) -> tuple[dict[float, Budget], 
     Raises:
         SpecError: the spec cannot be swept, or no budget is legal.
     """
-    structures = [structure.value for structure in Structure if getattr(spec.budget, structure.value)]
+    structures = [key for key in ("layers", *Structure) if getattr(spec.budget, key)]
     if not structures and spec.budget.vocabulary is not None:
         structures = ["vocabulary"]
     overall = spec.budget.overall

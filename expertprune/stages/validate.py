@@ -14,11 +14,13 @@ from expertprune.composition.defaults import AUTO, resolved
 from expertprune.composition.plan import foreseen_widths
 from expertprune.composition.rows import foreseen_rows
 from expertprune.composition.scoring import rules
+from expertprune.composition.shares import corpus_shares
 from expertprune.composition.widths import LayerWidths
 from expertprune.corpora.batches import Batch, CalibrationText, check_ids, corpus_text, each_once
 from expertprune.corpora.documents import Corpus, CorpusName, Document
 from expertprune.corpora.leaks import LeakGuard
 from expertprune.corpora.loading import HELD_OUT, load_corpora
+from expertprune.corpora.shares import shared_out
 from expertprune.errors import SpecError, gathered
 from expertprune.files import digest_of, store_folder
 from expertprune.models.base import ResolvedBase, resolve_base
@@ -75,8 +77,9 @@ class Found:
         return dict(zip(self.calibration, each_once(list(self.calibration.values()), share), strict=True))
 
     def repair_batches(self, share: Share = list) -> list[Batch]:
-        """The same of all corpora together."""
-        return [batch for own in self.repaired(share).values() for batch in own if batch is not None]
+        """The same of all corpora together, weighed as the spec says (see `corpus_shares`)."""
+        shares, texts = corpus_shares(self.spec), self.calibration
+        return shared_out(list(texts.values()), list(self.repaired(share).values()), [shares[name] for name in texts])
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,8 @@ def check_unlisted(prepared: Prepared) -> None:
     """
     base = prepared.base
     if not base.family.tested:
-        done = check_family(base, layer_widths=prepared.spec.compose.allocation != "uniform")
+        own_widths, layers = prepared.spec.compose.allocation != "uniform", bool(prepared.spec.budget.layers)
+        done = check_family(base, layer_widths=own_widths, layers=layers)
         log.warning("%s: the oracle holds on a tiny random copy (%s)", base.name, ", ".join(done))
 
 

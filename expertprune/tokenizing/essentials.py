@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import jinja2.nodes
 import jinja2.sandbox
 
-from expertprune.corpora.chat import TIME_LIMIT, within
+from expertprune.corpora.templates import TemplateFailedError, TemplateStoppedError, run_template
 from expertprune.files import read_object
 from expertprune.tokenizing.companions import special_ids
 from expertprune.tokenizing.vocabulary import BYTES, Kind, Vocabulary, nested
@@ -117,10 +116,8 @@ def _template_texts(tokenizer: Any) -> Iterator[str]:
                     yield text
         for roles in (_ROLES[:3], _ROLES[1:3], _ROLES[1:2]):
             messages = [{"role": role, "content": role} for role in roles]
-            settings = {"chat_template": template, "tokenize": False, "add_generation_prompt": True}
-            render = functools.partial(tokenizer.apply_chat_template, messages, **settings)
-            with contextlib.suppress(Exception):  # a template may refuse a conversation in any way, or not end
-                yield within(TIME_LIMIT, render)
+            with contextlib.suppress(TemplateFailedError, TemplateStoppedError):
+                yield run_template(template, messages, special=tokenizer.special_tokens_map, opened=True)[0]
 
 
 def _stop_strings(folder: Path) -> Iterator[str]:

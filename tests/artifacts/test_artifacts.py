@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from expertprune.artifacts.plan import (
     BaseReference,
+    DepthReasons,
     KindCount,
     LayerPlan,
     Parameters,
@@ -89,6 +90,7 @@ def test_a_plan_digest_covers_every_part() -> None:
         "name": "other", "base": BaseReference(model="elsewhere", digest="d"), "spec": {}, "profiles": {},
         "shapes": [SHAPE, dataclasses.replace(SHAPE, hidden=9)], "layers": plan.layers[::-1], "budget": {},
         "parameters": Parameters(before=1000, after=701), "vocabulary": None,
+        "depth": DepthReasons(relevance=[0.5, 0.25], source=["domain"] * 2, why=UnitReasons(threshold=None, protected={})),
     }  # fmt: skip
     assert changes.keys() == {field.name for field in dataclasses.fields(Plan)}
     changed = {dataclasses.replace(plan, **{name: value}).digest for name, value in changes.items()}

@@ -233,10 +233,29 @@ def test_a_row_that_is_not_finite_is_an_error_though_no_text_uses_it(
     assert not (tmp_path / "expert").exists()
 
 
-def test_a_gguf_file_that_promises_more_than_it_has(tmp_path: Path) -> None:
+def number(value: int, size: int = 8) -> bytes:
+    return value.to_bytes(size, "little")
+
+
+TEXT, ARRAY = number(8, 4), number(9, 4)  # types of values
+KEY = number(1) + b"k"
+GGUFS = {  # number of tensors and of keys, what follows, and the message
+    "counts": (2**60, 2**60, b"", "shorter than its header says"),
+    "numbers": (0, 1, KEY + ARRAY + number(0, 4) + number(2**60), "shorter than its header says"),
+    "texts": (0, 1, KEY + ARRAY + TEXT + number(2**60), "shorter than its header says"),
+    "text": (0, 1, KEY + TEXT + number(2**63), "shorter than its header says"),
+    "arrays": (0, 1, KEY + ARRAY + ARRAY + number(2) + ARRAY, "has an array of values of type 9"),
+    "type": (0, 1, KEY + number(77, 4), "is of type 77"),
+    "dimensions": (1, 0, KEY + number(9, 4), "has 9 dimensions"),
+}
+
+
+@pytest.mark.parametrize("case", GGUFS)
+def test_a_gguf_file_that_promises_more_than_it_has(tmp_path: Path, case: str) -> None:
+    tensors, keys, content, words = GGUFS[case]
     path = tmp_path / "model.gguf"
-    path.write_bytes(b"GGUF\x03\0\0\0" + (2**60).to_bytes(8, "little") * 2 + b"\0" * 1000)
-    with pytest.raises(CheckpointError, match="shorter than its header says"):
+    path.write_bytes(b"GGUF\x03\0\0\0" + number(tensors) + number(keys) + content + b"\0" * 1000)
+    with pytest.raises(CheckpointError, match=words):
         header_of(path)
 
 
@@ -289,6 +308,27 @@ def test_a_corpus_that_predicts_nothing(tmp_path: Path, spec_data: Data) -> None
     spec_data["corpora"]["sources"]["qa"]["evaluation"] = str(path)
     message = refused("build", written(tmp_path, spec_data), "--out", tmp_path / "expert")
     assert "corpus task/qa: every evaluation document is shorter than two tokens" in message
+
+
+def test_a_corpus_of_which_only_questions_predict_something_is_warned_of(
+    tmp_path: Path, spec_data: Data, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, asked = tmp_path / "short.jsonl", tmp_path / "questions.jsonl"
+    path.write_text('{"text": "a"}\n')
+    asked.write_text('{"question": "the", "choices": ["heart", "pumps"], "answer": 0}\n' * 4)
+    spec_data["corpora"]["sources"]["qa"] |= {"evaluation": str(path), "questions": str(asked)}
+    call("build", written(tmp_path, spec_data), "--out", tmp_path / "expert")
+    (warned,) = [record for record in caplog.records if "predict" in record.message or "shorter" in record.message]
+    assert warned.levelname == "WARNING"  # which the terminal shows
+    assert "corpus task/qa: every evaluation document is shorter than two tokens: only its questions" in warned.message
+
+
+def test_a_question_longer_than_the_context_is_refused(tmp_path: Path, spec_data: Data) -> None:
+    asked = tmp_path / "questions.jsonl"
+    asked.write_text(json.dumps({"question": "the " * 5000, "choices": ["heart", "pumps"], "answer": 0}))
+    spec_data["corpora"]["sources"]["qa"]["questions"] = str(asked)
+    message = refused("build", written(tmp_path, spec_data), "--out", tmp_path / "expert")
+    assert "corpus task/qa: a question has 500" in message
 
 
 def test_the_report_of_an_expert_with_one_corpus(tmp_path: Path, spec_data: Data) -> None:

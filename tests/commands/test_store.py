@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
-from expertprune.files import machine
+import expertprune
+from expertprune.files import HOLDINGS, machine
 from tests.calling import call, call_json
 
 DAY = 24 * 3600
@@ -48,6 +50,11 @@ def test_the_store_is_shown_and_what_is_old_is_removed(store: Path) -> None:
     assert "holds nothing" in call("store").stdout
     for text in ("30", "d", "-1d", "soon"):
         assert "is no time" in call("store", "prune", "--older-than", text, code=2).stderr
+
+
+def test_everything_that_is_kept_in_the_store_is_shown() -> None:
+    code = "".join(path.read_text() for path in Path(expertprune.__file__).parent.rglob("*.py"))
+    assert set(re.findall(r'store\w*(?:\(\w*\))? / "([a-z]+)"', code)) == set(HOLDINGS)
 
 
 def test_any_command_removes_what_killed_ones_left(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from expertprune.corpora import chat
+from expertprune.corpora import templates
 from expertprune.corpora.batches import CalibrationText, Tokens, corpus_text, encode, make_batches, rendered, windows
 from expertprune.corpora.chat import Rendered, render
 from expertprune.corpora.documents import Corpus, Document
@@ -184,13 +185,24 @@ def test_a_template_that_cannot_render_is_one_line(template: str | None, message
     assert "\n" not in line
 
 
-def test_a_template_that_loops_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat, "TIME_LIMIT", 0.3)
-    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "did not end within 0.3 s"),
+        ("{{ 9 ** (9 ** 9) }}", "did not end within 0.3 s"),  # one number, which Python computes without a pause
+        ("{{ 'x' * 10 ** 11 }}", "needs more than 512 MiB"),
+    ],
+)
+def test_a_template_without_an_end_is_stopped_and_others_go_on(
+    monkeypatch: pytest.MonkeyPatch, template: str, problem: str
+) -> None:
+    monkeypatch.setattr(templates, "TIME_LIMIT", 0.3)
     before = time.monotonic()
-    with pytest.raises(SpecError, match=r"did not end within 0\.3 s"):
-        render(document(TWO_TURNS), chat_tokenizer(endless))
+    with pytest.raises(SpecError, match=re.escape(problem)):
+        render(document(TWO_TURNS), chat_tokenizer(template))
     assert time.monotonic() - before < 10
+    monkeypatch.undo()
+    assert render(document(TWO_TURNS), chat_tokenizer("whole")).text == "whole"
 
 
 # --- tokens, windows and batches ------------------------------------------------------------------------------------

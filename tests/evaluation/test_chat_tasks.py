@@ -17,7 +17,8 @@ from tests.tiny import WORDS, tiny_model
 pytest.importorskip("lm_eval")
 
 from expertprune.evaluation.harness.models import running_model
-from expertprune.evaluation.harness.tasks import common_part, load_task, run_task
+from expertprune.evaluation.harness.scores import common_part
+from expertprune.evaluation.harness.tasks import load_task, run_task
 
 TASK = """
 task: choose

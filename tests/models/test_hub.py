@@ -2,112 +2,127 @@
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import dataclass, field
-from fnmatch import fnmatch
+import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError, NotASafetensorsRepoError
-from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
+from huggingface_hub import constants
 
 from expertprune.errors import CheckpointError, SpecError
 from expertprune.files import file_digest
 from expertprune.models.base import resolve_base
-from expertprune.models.checkpoint import Checkpoint
-from expertprune.models.hub import weights_digest
+from expertprune.models.hub import known_weights_digest
+from expertprune.models.origin import Origin, origin_of
 from expertprune.spec.schema import Base
+from tests.hub import TOKEN, Hub, serving, take_for_the_real_one
 
-COMMIT = "c" * 40
-
-
-@dataclass
-class Hub:
-    """A hub with one repository, and a cache."""
-
-    repository: Path
-    cache: Path
-    asked: list[tuple[str | None, list[str]]] = field(default_factory=list)
-
-    def snapshot_download(self, name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
-        assert name == "owner/model"
-        folder = self.cache / "snapshots" / COMMIT
-        folder.mkdir(parents=True, exist_ok=True)
-        fetched = [path for path in sorted(self.repository.iterdir())
-                   if any(fnmatch(path.name, pattern) for pattern in allow_patterns)]  # fmt: skip
-        for path in fetched:
-            shutil.copyfile(path, folder / path.name)
-        self.asked.append((revision, [path.name for path in fetched if path.suffix in (".safetensors", ".bin")]))
-        return str(folder)
-
-    def get_safetensors_metadata(self, name: str, revision: str) -> Any:
-        assert (name, revision) == ("owner/model", COMMIT)
-        tensors = Checkpoint(self.repository).tensors
-        headers = {
-            file: SafetensorsFileMetadata({"format": "pt"}, {
-                tensor: TensorInfo(info.dtype, list(info.shape), (0, 0))  # type: ignore[arg-type]
-                for tensor, info in tensors.items() if info.file == file
-            })
-            for file in {info.file for info in tensors.values()}
-        }  # fmt: skip
-        return SafetensorsRepoMetadata(None, True, {tensor: info.file for tensor, info in tensors.items()}, headers)
+CARD = """---
+license: other
+license_name: made-up
+license_link: https://example.org/licence
+language: [en, de]
+---
+# A model
+"""
 
 
 @pytest.fixture
-def hub(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    repository = Path(shutil.copytree(tiny_llama, tmp_path / "repository"))
-    (repository / "consolidated.safetensors").write_bytes(b"the same weights again, in another layout")
-    (repository / "pytorch_model.bin").write_bytes(b"and again")
-    found = Hub(repository, tmp_path / "cache")
-    for name in ("snapshot_download", "get_safetensors_metadata"):
-        monkeypatch.setattr(f"huggingface_hub.{name}", getattr(found, name))
-    return found
+def hub(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub with one model in several shards, and the same weights beside them in other layouts."""
+    with serving(Hub()) as found:
+        files = found.add("owner/model", tiny_llama).files
+        files["consolidated.safetensors"] = b"the same weights again, in another layout"
+        files["pytorch_model.bin"] = b"and again"
+        files["README.md"] = CARD.encode()
+        take_for_the_real_one(monkeypatch, found, tmp_path / "cache")
+        yield found
 
 
 def test_weights_are_downloaded_when_they_are_needed_and_only_those_of_the_index(
     hub: Hub, tiny_llama: Path, store: Path
 ) -> None:
-    base = resolve_base(Base(model="owner/model", revision="v1"), store)
+    base = resolve_base(Base(model="owner/model", revision="main"), store)
     local = resolve_base(Base(model=str(tiny_llama)), store)
-    assert hub.asked == [("v1", [])]
+    shards = local.checkpoint.shards
+    assert len(shards) > 1
+    assert not list(base.folder.glob("*.safetensors"))
     assert (base.layers, base.dtype, base.checkpoint.dtype) == (local.layers, local.dtype, local.checkpoint.dtype)
     assert base.checkpoint.tensors == local.checkpoint.tensors
     assert base.digest == local.digest
-    assert hub.asked[1:] == [(COMMIT, local.checkpoint.shards)]
-    resolve_base(Base(model="owner/model", revision="v1"), store)  # from the cache: nothing is asked of the headers
-    assert hub.asked[2:] == [("v1", [])]
+    assert sorted(path.name for path in base.folder.glob("*.safetensors")) == shards
+    assert sorted(hub.downloads(".safetensors")) == shards  # their headers first
+    assert hub.downloads(".bin") == []
+    hub.asked.clear()
+    resolve_base(Base(model="owner/model", revision="main"), store)
+    assert hub.downloads("") == []  # all from the cache
+
+
+def test_the_origin_of_a_base_is_its_commit_and_what_its_card_says(hub: Hub, store: Path, tmp_path: Path) -> None:
+    base = resolve_base(Base(model="owner/model"), store)
+    origin = origin_of(base.name, base.folder)
+    said = {"license": "other", "license_name": "made-up", "license_link": "https://example.org/licence"}
+    commit = hub.repositories["owner/model"].commit
+    assert origin == Origin(name="owner/model", commit=commit, language=["en", "de"], **said)
+    (tmp_path / "README.md").write_text(CARD)
+    assert origin_of(str(tmp_path), tmp_path) == origin.model_copy(update={"name": None, "commit": None})
+    (tmp_path / "README.md").write_text("---\nlicense: [mit\n---\n")
+    assert origin_of(str(tmp_path), tmp_path) == Origin()
+    bundled = origin_of("smollm2-135m-instruct", tmp_path)
+    assert (bundled.name, bundled.license) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
 
 
 def test_headers_are_enough_to_refuse_a_model(hub: Hub, store: Path) -> None:
-    from tests.oracle import change_config
-
-    change_config(hub.repository, intermediate_size=64)
+    files = hub.repositories["owner/model"].files
+    files["config.json"] = json.dumps(json.loads(files["config.json"]) | {"intermediate_size": 64}).encode()
     with pytest.raises(CheckpointError, match=r"gate_proj\.weight is \[32, 24\], the config makes axis 0 64"):
         resolve_base(Base(model="owner/model"), store)
-    assert hub.asked == [(None, [])]
+    assert not list(Path(constants.HF_HUB_CACHE).rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize(
-    ("error", "kind", "words"),
+    ("change", "token", "words"),
     [
         (
-            NotASafetensorsRepoError("'owner/model' is not a safetensors repo."),
-            CheckpointError,
-            "not a safetensors repo",
+            {"gated": True},
+            TOKEN,
+            "is gated: accept the licence at {url}/owner/model, and take the token of that account",
         ),
-        (LocalEntryNotFoundError("offline"), SpecError, "is not in the local cache and the hub cannot be reached"),
+        (
+            {"gated": True},
+            None,
+            "is gated: accept the licence at {url}/owner/model, and set HF_TOKEN to a token of that",
+        ),
+        ({"private": True}, None, "the hub has no such repository, or it is private: set HF_TOKEN"),
+        ({"private": True}, "hf_another", "the hub has no such repository, or HF_TOKEN may not read it"),
     ],
 )
-def test_what_the_hub_does_not_have_is_said(
-    hub: Hub, store: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception], words: str
+def test_a_base_that_is_kept_from_you_is_one_line_with_the_fix(
+    hub: Hub, store: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, bool], token: str | None, words: str
 ) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise error
-
-    monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", refuse)
-    with pytest.raises(kind, match=words):
+    for name, value in change.items():
+        setattr(hub.repositories["owner/model"], name, value)
+    monkeypatch.delenv("HF_TOKEN")
+    if token is not None:
+        monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(SpecError) as refused:
         resolve_base(Base(model="owner/model"), store)
+    (problem,) = refused.value.problems
+    assert problem.startswith("base.model: 'owner/model': ")
+    assert words.format(url=hub.url) in problem
+    assert "\n" not in problem
+
+
+def test_what_the_hub_does_not_have_is_said(hub: Hub, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SpecError, match="'owner/model': has no such revision"):
+        resolve_base(Base(model="owner/model", revision="v1"), store)
+    for file in ("model.safetensors.index.json", "consolidated.safetensors"):
+        del hub.repositories["owner/model"].files[file]
+    with pytest.raises(CheckpointError, match="not a safetensors repo"):
+        resolve_base(Base(model="owner/model"), store)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # a port at which nobody listens
+    with pytest.raises(SpecError, match="'owner/other' is not in the local cache and the hub cannot be reached"):
+        resolve_base(Base(model="owner/other"), store)
 
 
 def test_weights_that_the_cache_names_by_their_digest_are_not_read(tmp_path: Path, store: Path) -> None:
@@ -116,6 +131,8 @@ def test_weights_that_the_cache_names_by_their_digest_are_not_read(tmp_path: Pat
     for blob in (by_content, by_commit):
         blob.write_bytes(b"weights")
         (tmp_path / f"{blob.name[0]}.safetensors").symlink_to(blob)
-    assert weights_digest(tmp_path / "a.safetensors", store) == "a" * 64
-    assert weights_digest(tmp_path / "b.safetensors", store) == file_digest(by_commit, store)
-    assert weights_digest(by_content, store) == file_digest(by_content, store)  # no link: a file of the user's
+    assert known_weights_digest(tmp_path / "a.safetensors", store) == "a" * 64
+    assert known_weights_digest(tmp_path / "b.safetensors", store) is None
+    assert known_weights_digest(by_content, store) is None  # no link: a file of the user's
+    read = file_digest(by_content, store)
+    assert known_weights_digest(by_content, store) == read != "a" * 64

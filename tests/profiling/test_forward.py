@@ -46,6 +46,9 @@ def reference(of: Tiny) -> dict[str, NDArray[np.float64]]:
         found["tokens"].append(len(ids) - 1)
         for index, layer in enumerate(of.model.model.layers):
             found[f"stream.{index}.square"].append((seen[f"stream.{index}"] ** 2).mean())
+            before, after = seen[f"stream.{index - 1}"], seen[f"stream.{index}"]
+            norms = np.linalg.norm(before, axis=1) * np.linalg.norm(after, axis=1)
+            found[f"stream.{index}.influence"].append((1 - (before * after).sum(1) / norms).mean())
             for name in (f"ffn.{index}", f"heads.{index}"):
                 found[f"{name}.rms"].append(np.sqrt((seen[name] ** 2).mean(0)))
                 found[f"{name}.sum"].append(seen[name].sum(0))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ from expertprune.pruning.repair import RepairJob, repairs
 from expertprune.pruning.solve import Moments, Rows, before_norm, least_squares, token_weights
 from expertprune.pruning.write import RepairInput, prune
 from expertprune.spec.schema import Compensation
-from expertprune.units import KeptUnits
+from expertprune.units import GONE, KeptUnits
 from tests.oracle import load, plan_of, pruned, random_plan, random_units, resolved, stored_tensors
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
-DEFAULT_DAMPING = Compensation().damping
+DEFAULT_DAMPING = 0.3
 
 
 def random_documents(count: int = 24, longest: int = 31, seed: int = 0) -> list[list[int]]:
@@ -236,36 +237,60 @@ def test_layers_of_their_own_widths_are_repaired_and_those_that_lost_nothing_are
     assert_ridges_are_solved(base, plan_of(base, kept), tmp_path)
 
 
+@pytest.mark.parametrize("widths", [{}, {"ffn": 22, "kv_groups": 2}])
+def test_the_ffn_before_layers_that_go_takes_over(
+    widths: dict[str, int], base: ResolvedBase, tmp_path: Path, store: Path
+) -> None:
+    """The last layer goes, or the two in the middle of four."""
+    assert_ridges_are_solved(base, without(base, [2], **widths), tmp_path)
+    longer = (
+        {"num_hidden_layers": 4, "layer_types": None}
+        if base.family.family.startswith("gemma")
+        else {"num_hidden_layers": 4}
+    )
+    base = resolved(save_changed(tmp_path / "longer", spread_gains, base.family.model_types[0], **longer), store)
+    (tmp_path / "second").mkdir()
+    assert_ridges_are_solved(base, without(base, [1, 2], **widths), tmp_path / "second")
+
+
+def without(base: ResolvedBase, gone: Sequence[int], **widths: int) -> Plan:
+    plan = random_plan(base, seed=3, **widths)
+    return plan_of(base, [GONE if layer in gone else units for layer, units in enumerate(plan.kept)])
+
+
 def assert_ridges_are_solved(base: ResolvedBase, plan: Plan, tmp_path: Path) -> None:
     """Run the written expert itself: each projection must be the slow ridge's answer on what reaches it there.
 
     That holds layer by layer only if the prefix was the repaired one, the target the dense residual stream, and every
-    token counted once, with the weight of its own target. Projections that lost nothing stay as they were.
+    token counted once, with the weight of its own target. An FFN before layers that go aims behind them. Projections that
+    lost nothing, and take over nothing, stay as they were.
     """
     documents = random_documents()
     folder = pruned(plan, base, tmp_path / "expert", repair_input(base, documents=documents))
     expert, before = (load_model(each, torch.float32, torch.device("cpu"))
                       for each in (folder, pruned(plan, base, tmp_path / "cut")))  # fmt: skip
     ours, dense = Watched(expert, documents), Watched(load(base.folder), documents)
-    for layer, (shape, kept) in enumerate(zip(plan.shapes, plan.kept, strict=True)):
-        for block, path, lost in (
-            ("attention", "self_attn.o_proj", len(kept.query_heads) < shape.query_heads),
-            ("ffn", "mlp.down_proj", len(kept.ffn) < shape.ffn),
+    staying = [layer for layer, kept in enumerate(plan.kept) if not kept.gone]
+    for place, (layer, following) in enumerate(itertools.pairwise([*staying, len(plan.kept)])):
+        shape, kept = plan.shapes[layer], plan.kept[layer]
+        for block, path, lost, behind in (
+            ("attention", "self_attn.o_proj", len(kept.query_heads) < shape.query_heads, layer),
+            ("ffn", "mlp.down_proj", len(kept.ffn) < shape.ffn or following > layer + 1, following - 1),
         ):
-            name = f"model.layers.{layer}.{path}.weight"
+            name = f"model.layers.{place}.{path}.weight"
             sliced, repaired = before.get_parameter(name).double(), expert.get_parameter(name).double()
             if not lost:
                 assert torch.equal(sliced, repaired), name
                 continue
-            target, reached = dense.stream(layer, block).double(), ours.stream(layer, block).double()
-            inputs = ours.inputs(layer, block).double()
+            target, reached = dense.stream(behind, block).double(), ours.stream(place, block).double()
+            inputs = ours.inputs(place, block).double()
             weight = 1 / target.square().mean(1)
             if dense.norms[layer] is None:
                 owed = target - (reached - inputs @ (repaired - sliced).T)  # with the columns as they were cut
                 change = slow_least_squares(inputs.numpy(), owed.numpy(), weight.numpy(), DEFAULT_DAMPING)
             else:
-                own = (ours.output(layer, block) - inputs @ (repaired - sliced).T).double()
-                wished = target - (reached - ours.added(layer, block))  # of what the norm gives
+                own = (ours.output(place, block) - inputs @ (repaired - sliced).T).double()
+                wished = target - (reached - ours.added(place, block))  # of what the norm gives
                 norm, output = dense.norms[layer][block == "ffn"], dense.output(layer, block).double()
                 change = slow_normed(inputs, own, wished, output, gains_of(norm), weight)
             np.testing.assert_allclose(

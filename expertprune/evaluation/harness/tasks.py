@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -20,6 +19,8 @@ from expertprune.corpora.documents import Document
 from expertprune.errors import SpecError, first_line, refused
 from expertprune.evaluation.harness.quiet import quiet
 from expertprune.evaluation.harness.sandbox import check_code, sandbox_templates
+from expertprune.evaluation.harness.scores import Asked, Scores, choice_scores, example_of
+from expertprune.evaluation.questions import margin
 from expertprune.evaluation.suites import TaskEntry
 from expertprune.files import digest_of
 from expertprune.registry import nearest
@@ -43,45 +44,13 @@ _FILES = ("json", "csv", "text", "parquet")  # dataset builders that read local 
 _LONG = 60  # characters from which the leak guard looks at a field of an example
 
 
-@dataclass(frozen=True)
-class Scores:
-    """One model's score on each example of a task.
-
-    The metric is `sum(values) / sum(weights)`, both `[examples]`: right answers over their number,
-    or bits over bytes (words), of which less is better. Where the task generates answers, `texts`
-    are what the model wrote, and `answers` what is extracted from it. `examples` are digests: the
-    same prompt and target give the same one.
-    """
-
-    metric: str
-    values: Floats
-    weights: Floats
-    examples: tuple[str, ...]
-    answers: tuple[str, ...] | None = None
-    texts: tuple[str, ...] | None = None
-
-    def document(self) -> dict[str, Any]:
-        answers, texts = (None if each is None else list(each) for each in (self.answers, self.texts))
-        values, weights = self.values.tolist(), self.weights.tolist()
-        return {
-            "metric": self.metric, "values": values, "weights": weights, "examples": list(self.examples), "answers": answers,
-            "texts": texts,
-        }  # fmt: skip
-
-    @classmethod
-    def from_document(cls, data: dict[str, Any]) -> Scores:
-        answers, texts = (None if data[key] is None else tuple(data[key]) for key in ("answers", "texts"))
-        values, weights = (np.array(data[key], dtype=np.float64) for key in ("values", "weights"))
-        return cls(data["metric"], values, weights, tuple(data["examples"]), answers, texts)
-
-
 @dataclass
 class HarnessTask:
     """A task ready to run.
 
     `metric` and `filter` are lm-evaluation-harness' words. `chance` is what guessing gets, where
     that is known. `digest` covers prompts, targets, metric and answer extraction. `texts` are what
-    the leak guard looks at, by example.
+    the leak guard looks at, by example, and `asked` what people do.
     """
 
     label: str
@@ -94,6 +63,7 @@ class HarnessTask:
     chance: float | None
     digest: str
     texts: list[list[Document]]
+    asked: list[Asked]
 
     @property
     def reported(self) -> str:
@@ -269,13 +239,15 @@ def _described(
     for name, those in instances.items():
         for instance in those:
             by_example.setdefault((name, instance.doc_id), []).append(instance)
-    requests, texts, guesses = [], [], []
+    requests, texts, guesses, asked = [], [], [], []
     for (name, _), those in by_example.items():
         document = those[0].doc
         target = leaves[name].doc_to_target(document)
         requests.append([[each.args for each in those], target, those[0].request_type])
         prompt = leaves[name].doc_to_text(document)
-        texts.append(_texts(document, prompt if isinstance(prompt, str) else str(those[0].args[0]), target))
+        prompt = prompt if isinstance(prompt, str) else str(those[0].args[0])
+        texts.append(_texts(document, prompt, target))
+        asked.append(example_of(leaves[name], document, prompt, target))
         guesses.append((2 if "acc_mutual_info" in metrics else 1) / len(those))  # it asks for each choice twice
     chance = entry.chance
     if chance is None and first.OUTPUT_TYPE == "multiple_choice" and metric.startswith("acc"):
@@ -283,7 +255,7 @@ def _described(
     about = [metric, entry.filter or filters[0], first.config.filter_list, first.config.metric_list]
     digest = digest_of(json.loads(json.dumps([about, requests], default=_named)))
     return HarnessTask(
-        label, entry, leaves, metric, entry.filter or filters[0], generates, len(requests), chance, digest, texts
+        label, entry, leaves, metric, entry.filter or filters[0], generates, len(requests), chance, digest, texts, asked
     )
 
 
@@ -323,36 +295,31 @@ def run_task(task: HarnessTask, model: Any, limit: int | None = None) -> Scores:
         settings = {"limit": limit, "bootstrap_iters": 0, "log_samples": True, **_chat_settings(task.entry)}
         with refused(f"task {task.label}: it cannot be run"):  # a task's own keys can be wrong in any way
             samples = evaluate(model, loaded, **settings)["samples"]
-    values, weights, examples, answers, texts = [], [], [], [], []
-    for name in task.leaves:
-        for sample in samples[name]:
-            if sample["filter"] != task.filter:
-                continue
-            value, weight = _value(task, sample.get(task.metric))
-            values.append(value)
-            weights.append(weight)
-            examples.append(digest_of([name, sample["doc_hash"], sample["prompt_hash"], sample["target_hash"]]))
-            if task.generates:
-                answers.append(str(sample["filtered_resps"][0]).strip())
-                texts.append(str(sample["resps"][0][0]))
+    chosen = [(name, each) for name in task.leaves for each in samples[name] if each["filter"] == task.filter]
+    pairs = [_value(task, sample.get(task.metric)) for _, sample in chosen]
+    answers: list[str] = []
+    texts: list[str] = []
+    margins: list[float | None] = []
+    for (_, sample), asked in zip(chosen, task.asked, strict=True):
+        if task.generates:
+            answers.append(str(sample["filtered_resps"][0]).strip())
+            texts.append(str(sample["resps"][0][0]))
+        elif asked.choices:
+            scores = choice_scores(task.metric, asked.choices, [each[0] for each in sample["filtered_resps"]])
+            answers.append(asked.choices[int(scores.argmax())])
+            margins.append(None if asked.answer is None else margin(scores, asked.answer))
     return Scores(
         task.reported,
-        np.array(values),
-        np.array(weights),
-        tuple(examples),
-        tuple(answers) if task.generates else None,
+        np.array([value for value, _ in pairs]),
+        np.array([weight for _, weight in pairs]),
+        tuple(digest_of([name, *(each[f"{part}_hash"] for part in _HASHED)]) for name, each in chosen),
+        tuple(answers) if answers else None,
         tuple(texts) if task.generates else None,
+        tuple(margins) if margins else None,
     )
 
 
-def common_part(base: Sequence[str], expert: Sequence[str]) -> float:
-    """The mean part of each text of the base, from its beginning, that the expert's has too."""
-
-    def part(mine: str, theirs: str) -> float:
-        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(mine, theirs, strict=False))
-        return sum(1 for _ in same) / len(mine) if mine else float(not theirs)
-
-    return float(np.mean([part(*pair) for pair in zip(base, expert, strict=True)]))
+_HASHED = ("doc", "prompt", "target")  # what tells examples apart
 
 
 def less_is_better(metric: str) -> bool:

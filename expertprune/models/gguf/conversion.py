@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy
 import torch
+from pydantic import BaseModel, RootModel
 from torch import Tensor
 
 from expertprune.arch import Family, GgufForm, families
@@ -20,6 +20,8 @@ from expertprune.files import (
     digest_of,
     file_digest,
     one_at_a_time,
+    read_model,
+    read_object,
     require_room,
     staged_file,
     staged_folder,
@@ -197,16 +199,30 @@ def _shape(name: str, source: _Source, header: Header, form: GgufForm) -> tuple[
     return (1, *shape) if is_one_of(name, form.vectors) else shape
 
 
+class _PlannedTensor(BaseModel):
+    """Where a tensor of the folder comes from, and what it becomes."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+    stored: str
+    expert: int | None
+
+
+class _Plan(RootModel[dict[str, _PlannedTensor]]):
+    """The tensors by name."""
+
+
 class Conversion:
     """The weights of a GGUF file on their way into a folder that has everything else."""
 
     def __init__(self, file: Path, folder: Path) -> None:
         self.file, self.folder = file, folder
-        plan: dict[str, Any] = json.loads((folder / _PLAN).read_text(encoding="utf-8"))
+        plan = read_model(folder / _PLAN, _Plan).root
         self.tensors: Mapping[str, TensorInfo] = {
-            name: TensorInfo(each["file"], tuple(each["shape"]), each["dtype"]) for name, each in plan.items()
+            name: TensorInfo(each.file, each.shape, each.dtype) for name, each in plan.items()
         }
-        self._sources = {name: _Source(each["stored"], each["expert"]) for name, each in plan.items()}
+        self._sources = {name: _Source(each.stored, each.expert) for name, each in plan.items()}
 
     def fetch(self, track: Track) -> None:
         """Write the weights, file by file and one tensor at a time in memory; a file that is there stays."""
@@ -260,7 +276,7 @@ class _Arrangement:
 
     @staticmethod
     def of(folder: Path) -> _Arrangement:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_object(folder / "config.json")
         family = families()[config["model_type"]]
         assert family.gguf is not None
         return _Arrangement(family.gguf, family.layer_shapes(config)[0].head_dim)

@@ -8,7 +8,6 @@ into the config.
 from __future__ import annotations
 
 import contextlib
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 
 from expertprune.arch import Family, families
 from expertprune.errors import CheckpointError
-from expertprune.files import opened
+from expertprune.models.gguf.lengths import check_lengths
 from expertprune.models.loading import quiet_transformers
 
 FREQUENCIES = "rope_freqs.weight"
@@ -57,22 +56,13 @@ def readable(file: Path) -> Iterator[None]:
 def header_of(file: Path) -> Header:
     from gguf import GGUFReader
 
-    _check_counts(file)
+    check_lengths(file)
     reader = GGUFReader(file)
     wanted = [key for key in reader.fields if key not in ("tokenizer.ggml.tokens", "tokenizer.ggml.scores")]
     metadata = {key: reader.fields[key].contents() for key in wanted if not key.startswith("GGUF.")}
     shapes = {tensor.name: tuple(reversed(tensor.shape.tolist())) for tensor in reader.tensors}
     frequencies = [tensor.data.ravel().tolist() for tensor in reader.tensors if tensor.name == FREQUENCIES]
     return Header(str(metadata["general.architecture"]), metadata, shapes, tuple(*frequencies))
-
-
-def _check_counts(file: Path) -> None:
-    """Raises `CheckpointError` for counts of metadata and tensors that the file has no room for."""
-    with opened(file) as content:
-        magic, _, tensors, keys = struct.unpack("<4sIQQ", content.read(24).ljust(24, b"\0"))
-    # a tensor takes 32 bytes or more of the header, a key 13
-    if magic != b"GGUF" or 32 * tensors + 13 * keys > file.stat().st_size:
-        raise CheckpointError(f"{file}: no whole GGUF file: it is shorter than its header says")
 
 
 def family_in(file: Path, header: Header) -> Family:

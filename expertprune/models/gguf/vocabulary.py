@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from expertprune.arch import PreTokenizer, gguf_names
 from expertprune.errors import CheckpointError
 from expertprune.tokenizing.vocabulary import BYTES, SPACE, Kind, Vocabulary, nested, pair_of, steps
+
+log = logging.getLogger(__name__)
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # the format's types of tokens
 
@@ -71,7 +74,7 @@ def gguf_vocabulary(folder: Path, vocabulary: Vocabulary, tokenizer: Any, rows: 
     return GgufVocabulary(
         kind, pre, tokens, types, scores, merges,
         {name: index for name, index in special.items() if index is not None},
-        begins, ends, space, _template(tokenizer),
+        begins, ends, space, _template(folder, tokenizer),
     )  # fmt: skip
 
 
@@ -173,8 +176,14 @@ def _around(tokenizer: Any) -> tuple[bool, bool]:
     return begins, len(whole) > len(plain) + begins and whole[-1] == tokenizer.eos_token_id
 
 
-def _template(tokenizer: Any) -> str | list[dict[str, str]] | None:
+def _template(where: Path, tokenizer: Any) -> str | list[dict[str, str]] | None:
+    """The chat template; several have names, of which the engine asks for `tool_use` where there are tools."""
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict):
+        if "default" not in template:
+            log.warning(
+                "%s: has chat templates (%s) and none named default, so %s takes ChatML unless you give it a file",
+                where, ", ".join(template), gguf_names().engine,
+            )  # fmt: skip
         return [{"name": name, "template": text} for name, text in template.items()]
     return template or None

@@ -17,7 +17,8 @@ from expertprune import formats
 from expertprune.artifacts.timing import METRICS
 from expertprune.errors import CheckpointError
 from expertprune.files import GENERATOR, PAGE, check_output, staged_output, to_json, write_file
-from expertprune.reporting.card import CARD_FILE, card_text
+from expertprune.models.origin import CARD_FILE
+from expertprune.reporting.card import card_text
 from expertprune.reporting.page import charts
 from expertprune.reporting.page.evidence import read_artifacts
 from expertprune.reporting.page.findings import findings

@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from expertprune.artifacts.changes import Changes
 from expertprune.artifacts.expert import Expert
 from expertprune.artifacts.plan import Plan
 from expertprune.artifacts.profile import Profile, ProfilePart
@@ -22,14 +23,15 @@ log = logging.getLogger(__name__)
 class Artifacts:
     """What a report is made of.
 
-    `profiles` holds those of the plan's corpora that the store still has, with the pass that the
-    criterion needs, and `absent` the names of the other corpora. `bytes` is the size of the
-    weights' files.
+    `changes` are the largest of the evaluation, with their texts. `profiles` holds those of the
+    plan's corpora that the store still has, with the pass that the criterion needs, and `absent` the
+    names of the other corpora. `bytes` is the size of the weights' files.
     """
 
     expert: Expert
     bytes: int
     timing: Timing | None
+    changes: Changes | None
     profiles: dict[str, Profile]
     absent: list[str]
     store: Path
@@ -49,7 +51,13 @@ def read_artifacts(folder: Path, store: str | Path | None = None) -> Artifacts:
     there = {name: found for name, found in profiles.items() if found is not None}
     absent = [name for name, found in profiles.items() if found is None]
     return Artifacts(
-        expert, Checkpoint(folder).weight_bytes, Timing.read(folder / THROUGHPUT_FILE), there, absent, place
+        expert=expert,
+        bytes=Checkpoint(folder).weight_bytes,
+        timing=Timing.read(folder / THROUGHPUT_FILE),
+        changes=Changes.read(folder),
+        profiles=there,
+        absent=absent,
+        store=place,
     )
 
 

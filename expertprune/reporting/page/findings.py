@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import yaml
 
+from expertprune.artifacts.changes import Changes
 from expertprune.artifacts.evaluation import Alignment, Evaluation, Group, Measured
 from expertprune.artifacts.timing import METRICS, Timing
 from expertprune.composition.scoring import check_criterion, criterion_name, needed_part
@@ -152,7 +153,8 @@ class ReportData:
     """The numbers of one expert's report: what `report --json` prints and the page shows.
 
     `retention` is the headline: bits per byte over the documents of all corpora of a group, each
-    document once. `missing` has a line for each section that is not there.
+    document once. `changes` are empty where the evaluation kept none. `missing` has a line for each
+    section that is not there.
     """
 
     name: str
@@ -164,6 +166,7 @@ class ReportData:
     speed: Speed | None
     metrics: list[MetricRow]
     outcome: dict[str, int]
+    changes: Changes
     structures: list[CutStructure]
     relevance: list[StructureRelevance] | None
     alignment: dict[str, Alignment]
@@ -175,6 +178,7 @@ class ReportData:
         """Plain data."""
         return {
             **asdict(self),
+            "changes": self.changes.document(),
             "retention": {group: found and found.model_dump() for group, found in self.retention.items()},
             "alignment": [{"name": name, **found.model_dump()} for name, found in self.alignment.items()],
         }
@@ -202,12 +206,18 @@ def findings(artifacts: Artifacts) -> ReportData:
         name=expert.name,
         folder=str(expert.folder),
         purpose=purpose(expert.spec),
-        base=BaseFacts(expert.base.model, expert.base.digest, expert.base.tokenizer_digest, expert.base.revision),
+        base=BaseFacts(
+            expert.base.model,
+            expert.base.digest,
+            expert.base.tokenizer_digest,
+            expert.base.hub.commit or expert.base.revision,
+        ),
         size=_size(artifacts),
         retention={group: pooled(measured, group) if measured is not None else None for group in get_args(Group)},
         speed=throughput.headline if throughput is not None else None,
         metrics=metrics,
         outcome={"metrics": sum(counts.values()), **counts},
+        changes=artifacts.changes or Changes(),
         structures=kept_units(expert.plan),
         relevance=None if isinstance(relevance, Missing) else relevance,
         alignment=alignment,

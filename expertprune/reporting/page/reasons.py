@@ -111,8 +111,8 @@ def decided(plan: Plan) -> list[Structure]:
 
 
 def kept_units(plan: Plan) -> list[CutStructure]:
-    """Kept and cut units of every structure that the model has."""
-    found = []
+    """Kept and cut units of every structure that the model has; whole layers first, where some go."""
+    found = _kept_layers(plan)
     for structure in Structure:
         of = [shape.units(structure) for shape in plan.shapes]
         if not sum(of):
@@ -134,6 +134,29 @@ def kept_units(plan: Plan) -> list[CutStructure]:
             )
         )
     return found
+
+
+def _kept_layers(plan: Plan) -> list[CutStructure]:
+    if plan.depth is None:
+        return []
+    kept = [int(not units.gone) for units in plan.kept]
+    sources = {
+        source: [stays if source == own else 0 for stays, own in zip(kept, plan.depth.source, strict=True)]
+        for source in plan.depth.why.protected
+    }
+    layers = CutStructure(
+        structure="layers",
+        label="whole layers",
+        decided=True,
+        units=len(kept),
+        kept=sum(kept),
+        cut=len(kept) - sum(kept),
+        kept_fraction=sum(kept) / len(kept),
+        of=[1] * len(kept),
+        kept_by_layer=kept,
+        protected=[Protected(source, sum(counts), counts) for source, counts in sources.items()],
+    )
+    return [layers]
 
 
 def _protected(why: Sequence[UnitReasons | None]) -> list[Protected]:

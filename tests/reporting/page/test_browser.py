@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +10,10 @@ from typing import Any
 import pytest
 
 from expertprune.reporting.page import report
+from tests.browsers import CHROMIUM, browser
 from tests.experts import copied, measured
 
-CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-)
+__all__ = ["browser"]
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
 PHONE, DESK = 390, 1280
 
@@ -30,18 +27,6 @@ CUT = """() => [...document.querySelectorAll('svg text')].filter(text => {
   return inner.width && (inner.left < outer.left - 1 || inner.right > outer.right + 1 || inner.top < outer.top - 1
     || inner.bottom > outer.bottom + 1);
 }).map(text => text.textContent)"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
-    with (
-        api.sync_playwright() as play,
-        contextlib.closing(
-            play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # root, in a container
-        ) as found,
-    ):
-        yield found
 
 
 def look(browser: Any, page: Path, width: int, scheme: str) -> SimpleNamespace:

@@ -171,6 +171,10 @@ def test_no_text_of_a_user_becomes_a_part_of_the_page(tiny_build: Build, tmp_pat
     document = json.loads(text) | {"name": NAME}
     document["base"]["model"] = "</title><script>alert(3)</script>"
     document["criterion_paper"] = "javascript:alert(4)"
+    hostile = "</pre><img src=x onerror=alert(5)>"
+    answer = {"source": "task/qa", "group": "expert", "outcome": "lost", "gold": hostile, "change": -2.5}
+    answer |= {"base_margin": 0.5, "expert_margin": -2.0, "prompt": hostile, "base": hostile, "expert": hostile}
+    (folder / "changes.json").write_text(json.dumps({"answers": [answer]}))
     document["evaluation"]["tasks"] = {"</style>{{ 1 / 0 }}": document["evaluation"]["tasks"]["choices"]}
     (folder / "expertprune.json").write_text(json.dumps(document))
     report(folder, store=tiny_build[1])
@@ -184,6 +188,9 @@ def test_no_text_of_a_user_becomes_a_part_of_the_page(tiny_build: Build, tmp_pat
     names = [words(cell) for cell in root.iter("th")]
     assert any(name.startswith(corpus) for name in names)
     assert any(name.startswith("</style>{{ 1 / 0 }}") for name in names)
+    (shown,) = (each for each in root.iter("details") if each.get("class") == "change")
+    assert words(shown).count(hostile) == 4
+    assert "margin 0.500 to -2.000" in words(shown)
     assert not [a for a in root.iter("a") if not a.get("href", "").startswith(("#", "https://arxiv.org/"))]
 
 
