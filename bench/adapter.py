@@ -87,19 +87,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of JSON lines")
     parser.add_argument("--out", type=Path, required=True, help="where experts and adapters are, or are made")
-    parser.add_argument("--steps", type=int, default=48, help="blocks of 512 tokens to train on; default: 48")
-    parser.add_argument("--blocks", type=int, default=12, help="blocks of 512 tokens to measure; default: 12")
+    parser.add_argument("--steps", type=int, default=32, help="blocks of 512 tokens to train on; default: 32")
+    parser.add_argument("--blocks", type=int, default=8, help="blocks of 512 tokens to measure; default: 8")
+    parser.add_argument("--documents", type=int, default=24, help="calibration documents of each corpus; default: 24")
+    parser.add_argument("--task", action="append", choices=TASKS, help="default: all")
     arguments = parser.parse_args()
     out = arguments.out
+    plain = {"evaluate.enabled": False, "calibration.documents": arguments.documents}
     folders = {name: out / name.replace(" ", "-") for name in EXPERTS}
     for name, changes in EXPERTS.items():
         if not folders[name].is_dir():
-            expertprune.build(SPEC, folders[name], {"evaluate.enabled": False, **changes})
+            expertprune.build(SPEC, folders[name], {**plain, **changes})
     base = resolve_base(Base(model=SMOLLM), store_folder())
     base.checkpoint.fetch()
     tokenizer = load_tokenizer(base.folder)
     table = Table(COLUMNS)
-    for task, path in TASKS.items():
+    for task in arguments.task or TASKS:
+        path = TASKS[task]
         adapter = out / f"adapter-{task}"
         if not adapter.is_dir():
             trained(
@@ -116,7 +120,8 @@ def main() -> None:
             table.add(task, name, *row(data, size, found))
     note = (
         f"Adapters of rank {RANK} (lora_alpha {ALPHA}), {arguments.steps} steps of 512 tokens (AdamW, {RATE:g} falling "
-        f"to 0); {arguments.blocks} blocks of 512 tokens measured, in float32."
+        f"to 0); {arguments.blocks} blocks of 512 tokens measured, in float32. Experts: {arguments.documents} calibration "
+        "documents of each corpus."
     )
     save_table("adapter", table, made((*PACKAGES, "peft")), note)
     print(f"{table}\n\n{note}")

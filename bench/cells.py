@@ -32,8 +32,10 @@ from .records import RESULTS, NotMeasuredError, made, read, write
 
 PIECE = 1800  # characters of a calibration document: long articles are cut at line ends
 QA = "Question: {question}\nAnswer: {long_answer}"
+SHIPPED = Path(__file__).resolve().parent.parent / "corpora"
 # Corpora by name: file, template. Calibration rows only.
 CORPORA = {
+    "general": (str(SHIPPED / "general/general.calibration.jsonl"), "{text}"),
     "medical": ("domain/pubmedqa_calibration.jsonl", "{text}\n" + QA),
     "abstracts": ("domain/pubmedqa_calibration.jsonl", "{text}"),
     "qa": ("domain/pubmedqa_calibration.jsonl", QA),

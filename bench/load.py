@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import aiohttp
 import psutil
@@ -88,8 +88,8 @@ def malformed(model: str, chance: random.Random) -> tuple[str, bytes]:
     return path, json.dumps({**about, **chance.choice(wrong)}).encode()
 
 
-def requests(models: Sequence[str], number: int, seed: int) -> list[Asked]:
-    """So many requests; one in ten is cancelled, one in ten malformed."""
+def requests(models: Sequence[str], number: int, seed: int, words: int = 24) -> list[Asked]:
+    """So many requests of at most so many words; one in ten is cancelled, one in ten malformed."""
     chance = random.Random(seed)
     made = []
     for _ in range(number):
@@ -98,7 +98,7 @@ def requests(models: Sequence[str], number: int, seed: int) -> list[Asked]:
             made.append(Asked("malformed", model, *malformed(model, chance)))
             continue
         chat, stream = chance.random() < 0.5, chance.random() < 0.5
-        text = " ".join(chance.choices(WORDS, k=chance.randint(1, 24)))
+        text = " ".join(chance.choices(WORDS, k=chance.randint(1, words)))
         prompt: dict[str, Any] = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
         tokens = 64 if kind == "cancelled" else chance.randint(1, 8)
         body = {"model": model, "max_tokens": tokens, "stream": stream, "ignore_eos": True, **prompt}
@@ -168,14 +168,21 @@ class Endpoint:
             time.sleep(0.2)
         self.seconds = time.monotonic() - begun
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait()
+
     def members(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def server(self, name: str) -> psutil.Process:
         """The vLLM server of a model; its engine is its child."""
         for member in self.members():
-            words = member.cmdline()
-            if "vllm.entrypoints.openai.api_server" in words and name in words:
+            if f"--served-model-name={name}" in member.cmdline():
                 return member
         raise LookupError(name)
 
@@ -309,18 +316,20 @@ def main() -> None:
     place = Path(tempfile.mkdtemp(prefix="load-"))
     try:
         folders = [tiny_chat_model(place / name, seed) for seed, name in enumerate(("one", "two"))]
-        endpoint = Endpoint(folders, place)
-        print(f"both healthy after {endpoint.seconds:.0f} s", flush=True)
-        load, begun = Load(endpoint), time.monotonic()
-        asyncio.run(load.run(requests(endpoint.names, options.number, options.seed), options.seed))
-        seconds = time.monotonic() - begun
-        problems = [*load.problems(), *endpoint.end(signal.SIGTERM)]
+        with Endpoint(folders, place) as endpoint:
+            print(f"both healthy after {endpoint.seconds:.0f} s", flush=True)
+            load, begun = Load(endpoint), time.monotonic()
+            asyncio.run(load.run(requests(endpoint.names, options.number, options.seed), options.seed))
+            seconds = time.monotonic() - begun
+            problems = [*load.problems(), *endpoint.end(signal.SIGTERM)]
+        print(json.dumps(load.told()), flush=True)
         for number in (signal.SIGINT, signal.SIGKILL):
-            problems += Endpoint(folders, place).end(number)
+            with Endpoint(folders, place) as endpoint:
+                problems += endpoint.end(number)
     finally:
         shutil.rmtree(place, ignore_errors=True)
     print(*problems[:50], sep="\n")
-    print(json.dumps({**load.told(), "broken": len(problems), "seconds": round(seconds)}))
+    print(json.dumps({"part": "load", "broken": len(problems), "seconds": round(seconds)}))
     if options.save:
         save_row("load", len(load.answers), len(problems), seconds)
     sys.exit(1 if problems else 0)

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 from safetensors import SafetensorError
 
 from expertprune.errors import CheckpointError
@@ -32,8 +33,10 @@ from expertprune.files import (
     check_output,
     digest_of,
     file_digest,
+    machine,
     ownership,
     places,
+    read_kept,
     remove_leftovers,
     renaming,
     require_room,
@@ -270,6 +273,31 @@ def test_a_leftover_without_an_owner_goes_if_it_is_of_this_boot_or_old(
     aged(leftover, age)
     stage(tmp_path / "expert")
     assert leftover.exists() == stays
+
+
+def test_what_is_left_of_trying_an_output_goes_with_the_next_command(tmp_path: Path) -> None:
+    """A killed command tried `new/expert` where `new` was not yet."""
+    leftover = tmp_path / f".expert.{machine()}-0123abcd.partial"
+    (leftover / "new").mkdir(parents=True)
+    check_output(tmp_path / "new" / "expert", False)
+    assert names(tmp_path) == []
+
+
+class Counted(BaseModel):
+    count: int
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"\xff", b"[" * 9999, b"[]", b'{"count": "many"}', b'{"count": NaN}', b'{"count": 1e999}', b"9" * 9999],
+)
+def test_a_file_of_the_store_that_is_damaged_is_as_good_as_none(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "count.json"
+    assert read_kept(path, Counted) is None
+    path.write_bytes(content)
+    assert read_kept(path, Counted) is None
+    write_json(path, {"count": 3})
+    assert read_kept(path, Counted) == Counted(count=3)
 
 
 @pytest.mark.parametrize(("age", "stays"), [(YOUNG, True), (OLD, False)])

@@ -75,7 +75,7 @@ def test_loading_and_hashing_are_shown_where_they_take_long(
         load_model(tiny_llama, torch.float32)
         again = resolve_base(Base(model=str(tiny_llama)), store).digest  # remembered: nothing to show
     assert again == digest
-    assert seen.stages == [("hash llama", files, files), ("load llama", tensors, tensors)]
+    assert seen.stages == [("hash weights", files, files), ("load weights", tensors, tensors)]
     load_model(tiny_llama, torch.float32)
     assert len(seen.stages) == 2
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,7 +73,8 @@ class Batch:
     token ever sees it and no mask is needed.
 
     `answers` `[rows, tokens]` says on which tokens the loss counts; `None`: on all real ones. In
-    statistics, the other tokens of a conversation weigh `prompt_weight`.
+    statistics, the other tokens of a conversation weigh `prompt_weight`, and all tokens of a row
+    weigh its `scales`, `[rows]`, at least 0; `None`: 1.
     """
 
     ids: Tensor
@@ -81,6 +82,7 @@ class Batch:
     documents: tuple[int, ...]
     answers: Tensor | None = None
     prompt_weight: float = 1.0
+    scales: tuple[float, ...] | None = None
 
     @property
     def tokens(self) -> int:
@@ -92,7 +94,9 @@ class Batch:
         lengths, documents = (tuple(each[row] for row in rows) for each in (self.lengths, self.documents))
         width = max(lengths)
         answers = None if self.answers is None else self.answers[rows, :width]
-        return replace(self, ids=self.ids[rows, :width], lengths=lengths, documents=documents, answers=answers)
+        scales = None if self.scales is None else tuple(self.scales[row] for row in rows)
+        ids = self.ids[rows, :width]
+        return replace(self, ids=ids, lengths=lengths, documents=documents, answers=answers, scales=scales)
 
     @property
     def real(self) -> Tensor:
@@ -118,6 +122,8 @@ class Batch:
     def weights(self) -> Tensor:
         """`[rows, tokens]`, float32: how much each token counts in statistics; padding counts 0."""
         real = self.real.float()
+        if self.scales is not None:
+            real = real * torch.tensor(self.scales)[:, None]
         return real if self.answers is None else torch.where(self.answers, real, self.prompt_weight * real)
 
     @property
@@ -267,21 +273,27 @@ class CalibrationText:
         return digest_of([[[each.ids, each.answers] for each in self.tokens], sorted(weights)])
 
 
-def each_once(texts: Sequence[CalibrationText]) -> list[list[Batch | None]]:
+def each_once(
+    texts: Sequence[CalibrationText], share: Callable[[Sequence[Batch]], Sequence[Batch]] = list
+) -> list[list[Batch | None]]:
     """The batches of several texts, without windows that an earlier batch has; `None` where nothing is left.
 
     They are the batches that are profiled, so a later pass can use what a profile has computed.
+
+    Args:
+        share: gives those of a text's batches that run here, perhaps cut between their rows.
     """
     seen: set[Tokens] = set()
     found = []
     for text in texts:
+        first: set[int] = set()  # documents whose window no earlier batch has
+        for document in (document for batch in text.batches for document in batch.documents):
+            if text.tokens[document] not in seen:
+                seen.add(text.tokens[document])
+                first.add(document)
         own: list[Batch | None] = []
-        for batch in text.batches:
-            rows = []
-            for row, window in enumerate(text.tokens[document] for document in batch.documents):
-                if window not in seen:
-                    seen.add(window)
-                    rows.append(row)
+        for batch in share(text.batches):
+            rows = [row for row, document in enumerate(batch.documents) if document in first]
             own.append(batch if len(rows) == len(batch.documents) else batch.part(rows) if rows else None)
         found.append(own)
     return found

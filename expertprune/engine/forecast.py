@@ -36,22 +36,22 @@ class Work:
         gradient: whether the criterion needs gradients of the loss.
         vocabulary: whether probabilities of tokens are wanted.
         repaired: text of the repair; `None` where there is none.
-        keeps: whether profiles leave hidden states for the repair, where there is room.
         evaluated: text that base and expert read.
         together: whether the evaluation's text goes along with the repair's.
         kept: of parameters that layers have, the part that stays.
         written: bytes of the expert.
+        dampings: how many the repair tries for each projection; 0 where the spec says which.
     """
 
     profiled: Mapping[str, Text]
     gradient: bool
     vocabulary: bool
     repaired: Text | None
-    keeps: bool
     evaluated: Text | None
     together: bool
     kept: float
     written: int
+    dampings: int = 0
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class Forecaster:
             yield self._stage(f"profile {name}", text.tokens, self._profile_seconds(name, text, keeps), need)
         along = work.evaluated.tokens if work.evaluated is not None and work.together else 0
         if work.repaired is not None:
-            need = self._beside(repairing(self.sizes, work.repaired, graph, along), kept)
+            need = self._beside(repairing(self.sizes, work.repaired, graph, along, work.dampings > 0), kept)
             seconds = self._repair_seconds(work.repaired, along, kept)
             yield self._stage("repair", work.repaired.tokens + along, seconds, need)
         yield self._stage("write", 0, self._write_seconds(), Need(4 * self.sizes.tensor))
@@ -164,7 +164,8 @@ class Forecaster:
             yield self._stage("evaluate", work.evaluated.tokens, self._evaluation_seconds(work.evaluated), need)
 
     def _stage(self, name: str, tokens: int, seconds: float, need: Need) -> Stage:
-        return Stage(name, tokens, seconds, fitting(name, need, self.weights, self.base, self.limits))
+        in_files = self.sizes.in_files(self.streamed)
+        return Stage(name, tokens, seconds, fitting(name, need, self.weights, self.base, self.limits, in_files))
 
     def _keeps_graphs(self, text: Text) -> bool:
         """Whether a batch's graph in all layers is kept, as the traversal decides."""
@@ -176,7 +177,7 @@ class Forecaster:
 
     def _kept_states(self, text: Text, before: int) -> int:
         """Bytes that the profile of a text leaves for the repair, behind those that have left so many bytes."""
-        if self.work.repaired is None or not self.work.keeps or self.streamed:
+        if self.work.repaired is None or self.streamed:
             return 0
         return keeping(self.sizes, text, self.work.repaired, self.work.gradient, self._room - before)
 
@@ -229,7 +230,8 @@ class Forecaster:
                 solved += text.tokens * products / rates.factors
             else:
                 moments = 2 * text.tokens * kept * (kept + 2 * sizes.hidden)
-                solved += moments / rates.products + (kept**3 / 3 + 2 * kept**2 * sizes.hidden) / rates.factors
+                tried = 2 * self.work.dampings * (kept**3 / 3)  # on either half; a few outputs cost next to nothing
+                solved += moments / rates.products + (tried + kept**3 / 3 + 2 * kept**2 * sizes.hidden) / rates.factors
         return self._pass(layers + sizes.layers * solved) + (0.0 if self.work.profiled else self._loading())
 
     def _write_seconds(self) -> float:

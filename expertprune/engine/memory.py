@@ -19,6 +19,9 @@ from expertprune.models.tensorfile import DTYPES
 PROCESS = 500 * 2**20  # of an interpreter with torch and transformers, before it loads a model
 
 
+BLOCK = 2**24  # values of a weight that are in float32 at a time while its norms are taken, and their squares
+
+
 _COPIES = 5  # of the logits that are held at a time: scores, probabilities, gradients, and what is in between
 
 
@@ -56,11 +59,14 @@ class Sizes:
 
     Attributes:
         value: bytes of a value in the run's dtype.
+        routed: whether layers have routed experts.
         stored: bytes of all weights as they are stored.
         parameters: of all; `layer`: of the largest decoder layer; `skeleton`: of all but the layers.
         tensor: of the largest tensor of a layer, in values.
         kept: the widths of projections' inputs in the expert, `ffn` and `heads`; the base's where they are not known yet.
         cut: whether inputs of the FFN's output projection go, and of the attention's.
+        mapped: whether weights run as they are stored, on the CPU. Those that are not put together from several stored
+            tensors then stay in the memory of their files, which the system takes back when it needs it.
     """
 
     value: int
@@ -73,10 +79,12 @@ class Sizes:
     hidden: int
     vocabulary: int
     neurons: int
+    routed: bool
     heads: int
     kept: tuple[int, int]
     cut: tuple[bool, bool]
     normed: bool
+    mapped: bool
 
     @classmethod
     def of(
@@ -104,15 +112,23 @@ class Sizes:
             hidden=widest.hidden,
             vocabulary=tensors[base.family.vocabulary[0]].shape[0],
             neurons=widest.neurons,
+            routed=base.family.experts is not None,
             heads=whole[1],
             kept=whole if kept is None else kept,
             cut=(cut[0] and base.family.has_ffn, cut[1]),
             normed=base.family.residual == "normed",
+            mapped=base.device.type == "cpu" and _stored_as_it_runs(base),
         )
 
     def weights(self, streamed: bool) -> int:
         """Bytes of weights that are held: all, or the skeleton, the layer that runs and the one that is read."""
         return self.value * (self.skeleton + 2 * self.layer if streamed else self.parameters)
+
+    def in_files(self, streamed: bool) -> int:
+        """Those of `weights` that stay in the memory of mapped files."""
+        if not self.mapped:
+            return 0
+        return self.value * (self.skeleton if streamed or self.routed else self.parameters)
 
     def states(self, tokens: int) -> int:
         """Bytes of hidden states."""
@@ -152,7 +168,8 @@ def profiling(sizes: Sizes, text: Text, graph: float, gradient: bool, keeps_grap
         graph: bytes of one token's graph in one layer.
     """
     measured = 4 * text.documents * (2 * sizes.neurons + 2 * sizes.heads)
-    moments = 4 * sizes.tensor * (1 if sizes.value == 4 else 2)  # of weights, whose norms are taken
+    # norms of weights, and Gram matrices of the attention's output
+    moments = max(8 * min(BLOCK, sizes.tensor), 8 * sizes.hidden * sizes.heads)
     one = int(graph * text.batch)
     stored = 2 * 2 * text.documents * sizes.layers * (2 * sizes.neurons + sizes.heads)  # twice: when they are written
     if not gradient:
@@ -170,12 +187,15 @@ def by_rows(tokens: int, inputs: int) -> bool:
     return 2 * tokens < inputs
 
 
-def repairing(sizes: Sizes, text: Text, graph: float, passengers: int = 0) -> Need:
+def repairing(sizes: Sizes, text: Text, graph: float, passengers: int = 0, halves: bool = False) -> Need:
     """A repair by least squares, with `passengers` tokens that are measured meanwhile.
 
     Two streams run. Where inputs of a projection go, what goes into it is kept, and what it aims at. The solution holds
     the gram matrix in float64, and the one in float32 while that is made; or the tokens' rows (see `by_rows`), those
     over the ridge, and their products.
+
+    Args:
+        halves: whether it chooses its damping, which takes a gram matrix of either half of the text.
     """
     rows = [sizes.hidden, sizes.hidden]
     solved = 0
@@ -185,7 +205,7 @@ def repairing(sizes: Sizes, text: Text, graph: float, passengers: int = 0) -> Ne
             if by_rows(text.tokens, kept):
                 own = text.tokens * (20 * kept + 28 * sizes.hidden + 16 * text.tokens) + 12 * kept * sizes.hidden
             else:
-                own = 12 * kept * kept + 20 * kept * sizes.hidden
+                own = (16 if halves else 12) * kept * kept + 20 * kept * sizes.hidden
             solved = max(solved, own)
     small = sizes.value * sizes.layer
     states = sizes.value * (text.tokens * sum(rows) + 2 * passengers * sizes.hidden)
@@ -220,20 +240,24 @@ class Memory:
     spool: int
 
     @classmethod
-    def of(cls, need: Need, weights: int, device: torch.device, limits: Limits) -> Memory:
-        """What a stage takes, given what is free: states stay in memory up to a share of what weights leave."""
+    def of(cls, need: Need, weights: int, device: torch.device, limits: Limits, in_files: int = 0) -> Memory:
+        """What a stage takes, given what is free: states stay in memory up to a share of what weights leave.
+
+        Args:
+            in_files: bytes of the weights that stay in the memory of mapped files.
+        """
         on_gpu = device.type == "cuda"
         left = max(0, int(SHARE * (limits.free(device) - weights)))
         near = min(need.states, left)
         rest = need.states - near
         if not on_gpu:
-            return cls(0, PROCESS + weights + need.work + near + need.host, rest)
+            return cls(0, PROCESS + weights - in_files + need.work + near + need.host, rest)
         pinned = min(rest, int(SHARE * limits.free(torch.device("cpu"))))
         return cls(weights + need.work + near, PROCESS + need.host + pinned, rest - pinned)
 
 
-def fitting(name: str, need: Need, weights: int, base: ResolvedBase, limits: Limits) -> Memory:
-    """What a stage takes.
+def fitting(name: str, need: Need, weights: int, base: ResolvedBase, limits: Limits, in_files: int = 0) -> Memory:
+    """What a stage takes; `in_files` is as in `Memory.of`.
 
     Raises:
         CheckpointError: it does not fit; the message says with which setting it would.
@@ -251,13 +275,18 @@ def fitting(name: str, need: Need, weights: int, base: ResolvedBase, limits: Lim
             f"{name}: needs {gibibytes(weights + need.work)}, {gibibytes(need.work)} of it for one batch and for sums, and "
             f"{where} has {gibibytes(free)} free; {other}lower calibration.tokens_per_batch"
         )
-    memory = Memory.of(need, weights, base.device, limits)
+    memory = Memory.of(need, weights, base.device, limits, in_files)
     if memory.spool and limits.spool is None:
         raise CheckpointError(
             f"{name}: hidden states between layers take {gibibytes(need.states)}, {gibibytes(memory.spool)} more than there "
             "is room for; name a folder for them with --spool FOLDER, or lower calibration.documents"
         )
     return memory
+
+
+def _stored_as_it_runs(base: ResolvedBase) -> bool:
+    checkpoint = base.checkpoint
+    return checkpoint.encoding is None and checkpoint.pending is None and checkpoint.dtype == base.dtype
 
 
 def graph_estimate(base: ResolvedBase) -> float:

@@ -67,11 +67,20 @@ class Team:
                 mine.append(batch)
         return mine
 
-    def run(self, text: TextRun) -> TextRun:
-        """This member's share of a run over text."""
+    def run(self, text: TextRun, own: Sequence[Batch] | None = None) -> TextRun:
+        """This member's share of a run over text.
+
+        Args:
+            own: its share, where it was cut in another way; default: `share` of the text's batches.
+        """
         if self.size == 1:
             return text
-        return replace(text, batches=self.share(text.batches), whole=text.batches, together=self.add)
+        mine = self.share(text.batches) if own is None else own
+        return replace(text, batches=mine, whole=text.batches, together=self.add)
+
+    def part(self, number: int) -> slice:
+        """This member's part of so many things in a row, of about the same size as the others'."""
+        return slice(self.rank * number // self.size, (self.rank + 1) * number // self.size)
 
     def add(self, sums: Mapping[str, Tensor]) -> None:
         """Add the other members' tensors, which have the same names and shapes, in place."""

@@ -66,7 +66,7 @@ class ResolvedBase:
         unread = [path.stat().st_size for file, path in paths.items() if known[file] is None]
         hashing = shown if sum(unread) > _MUCH else silent
         with (
-            hashing(f"hash {self.folder.name}", sum(math.ceil(size / HASHED) for size in unread)) as step,
+            hashing("hash weights", sum(math.ceil(size / HASHED) for size in unread)) as step,
             ThreadPoolExecutor(os.cpu_count()) as readers,  # hashing leaves other threads free to run
         ):
             found = readers.map(lambda file: known[file] or file_digest(paths[file], self.store, step), paths)

@@ -136,7 +136,7 @@ def load_model(
 
     One whose layers have widths of their own is built by this package's code, not by the copy in its folder.
     """
-    with refused(f"{folder}: cannot be loaded"), _weights_shown(f"load {folder.name}"):
+    with refused(f"{folder}: cannot be loaded"), _weights_shown("load weights"):
         config = read_object(folder / "config.json")
         options = {"dtype": dtype, "attn_implementation": attention_of(config)}
         if encoding_of(config) is None:

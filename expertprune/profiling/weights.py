@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from expertprune.arch import Experts, Family
+from expertprune.engine.memory import BLOCK
 from expertprune.profiling.observation import observed_blocks
 from expertprune.units import LayerShape, Segment
-
-BLOCK = 2**24  # values of a weight that are in float32 at a time: 64 MiB
 
 
 def weight_statistics(layer: nn.Module, family: Family, shape: LayerShape) -> dict[str, Tensor]:

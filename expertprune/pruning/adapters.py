@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -23,7 +23,7 @@ from expertprune.artifacts.plan import Plan
 from expertprune.errors import CheckpointError
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.pruning.slicing import StoredExpert, cut_tensor, kept_positions, select, stored_experts
-from expertprune.units import KeptUnits, LayerShape
+from expertprune.units import KeptUnits, LayerShape, new_positions
 
 _PREFIX = "base_model.model."  # of all tensors in adapters of causal language models
 _WRAPPED = ".base_layer"
@@ -49,15 +49,16 @@ class Step:
     """What a plan does to one tensor of an adapter.
 
     Attributes:
-        name: its new name; `None` where the routed expert that it belongs to goes.
-        shape: the shape that the base gives it; `None` for the rank's axis and for others that the base does not say.
+        name: its new name; `None` where the layer or the routed expert that it belongs to goes.
+        shape: the shape that the base gives it; `None` for the rank's axis and for others that the base does not say, and
+            in place of all of it where the expert has nothing to compare with.
         cut: from its values to those that stay.
         rank_axis: the axis of the rank, if it has one.
         ranks: how many times the rank that axis is long.
     """
 
     name: str | None
-    shape: tuple[int | None, ...]
+    shape: tuple[int | None, ...] | None
     cut: Callable[[Tensor], Tensor]
     rank_axis: int | None = None
     ranks: int = 1
@@ -71,7 +72,7 @@ class Along:
         family: of the expert; the base's tensors have the same names.
         experts: the expert that the plan made, then those that were cut from it, in order.
         checkpoint: of the last of them. It knows the axes that no plan cuts.
-        parameters: the adapter's `target_parameters`.
+        parameters: the adapter's `target_parameters`, with the layers numbered as in the plan's base.
     """
 
     family: Family
@@ -92,6 +93,17 @@ class Along:
         path = name.removeprefix(_PREFIX)
         if path == name:
             raise CheckpointError(f"{name} does not begin with {_PREFIX}: the adapter is of no causal language model")
+        layer, _ = self._layer(path)
+        if layer is not None and self._last_position(layer) is None:
+            return Step(None, None, lambda tensor: tensor)
+        step = self._staying(name, path)
+        if layer is None or step.name is None or step.name != name:
+            return step
+        moved = self.family.layer_prefix(new_positions(self.plan.kept)[layer])
+        return replace(step, name=name.replace(self.family.layer_prefix(layer), moved, 1))
+
+    def _staying(self, name: str, path: str) -> Step:
+        """What becomes of a tensor, in a layer that stays or in none; of names, only those of routed experts change."""
         part = next((part for part in _PARTS if path.endswith(f".{part}")), None)
         if part is None:
             return self._whole(name, path.replace(f"{_WRAPPED}.", "."))
@@ -101,6 +113,13 @@ class Along:
         if layer is not None and experts is not None and local == experts.module:
             return self._stacked(name, part, experts, layer)
         return self._beside(name, part, f"{module}.weight")
+
+    def _last_position(self, layer: int) -> int | None:
+        """A layer's position in the last expert; `None` where it goes on the way there."""
+        position: int | None = layer
+        for expert in self.experts:
+            position = None if position is None else new_positions(expert.plan.kept).get(position)
+        return position
 
     def _layer(self, path: str) -> tuple[int | None, str]:
         """The layer of a path, if it is in one, and the path within it."""
@@ -116,7 +135,7 @@ class Along:
     def _beside(self, name: str, part: str, weight: str) -> Step:
         base, kept, follows = self._base_shape(weight), self._kept(weight), _PARTS[part]
         if part.startswith(_MAGNITUDE):
-            self._check_magnitude(weight, base, kept)
+            self._check_magnitude(weight)
         new: str | None = name
         if (single := self._single.get(weight)) is not None:
             new = single.name and name.replace(weight.removesuffix("weight"), single.name.removesuffix("weight"))
@@ -141,17 +160,22 @@ class Along:
             return None
         return coupled.axis, kept_positions(coupled, self.plan.shapes[layer], self.plan.kept[layer])
 
-    def _check_magnitude(self, weight: str, base: tuple[int, ...], kept: Kept | None) -> None:
-        """Raises `CheckpointError` where DoRA divides by norms of which the expert has less.
+    def _check_magnitude(self, weight: str) -> None:
+        """Raises `CheckpointError` where DoRA divides by norms that are others in the expert.
 
-        DoRA divides by the norm of each output's row, or, of an embedding, of each channel's column.
+        DoRA divides by the norm of each output's row, or, of an embedding, of each channel's column. A plan cuts these, or
+        the repair changes them.
         """
-        axis = 0 if weight == self.family.vocabulary[0] else 1
-        if axis == 0 or (kept is not None and kept[0] == axis and len(kept[1]) < base[axis]):
+        if weight == self.family.vocabulary[0] or self._is_output(weight):
             raise CheckpointError(
-                f"{weight}: the norms that DoRA (use_dora) divides by would be of fewer weights; train the adapter without "
+                f"{weight}: the norms that DoRA (use_dora) divides by are others in the expert; train the adapter without "
                 "this module, or without DoRA"
             )
+
+    def _is_output(self, weight: str) -> bool:
+        """Whether a plan that cuts layers may change more of a weight than its rows."""
+        outputs = [block.output_weight for block in self.family.blocks().values()]
+        return self.plan.cuts_layers and self._layer(weight)[1] in outputs
 
     # --- beside the weights of all routed experts of a layer ----------------------------------------------------------
 
@@ -194,9 +218,7 @@ class Along:
             kept = self._kept(weight)
             return Step(name, base, lambda tensor: select(tensor, *kept) if kept is not None else tensor)
         shape, units = self.plan.shapes[layer], self.plan.kept[layer]
-        outputs = [block.output_weight for block in self.family.blocks().values()]
-        repaired = self.experts[0].spec.compensation.method != "none"
-        if local in outputs and units != shape.all_kept and repaired:
+        if self._is_output(weight) and self.experts[0].spec.compensation.method != "none":
             raise CheckpointError(
                 f"{weight}: this weight of the adapter (modules_to_save) would take the place of one that the expert's "
                 "repair has solved for; train the module by LoRA, or build the expert with compensation.method: none"
@@ -213,7 +235,7 @@ class Along:
         """
         layer, local = self._layer(weight)
         single, coupled = self._single.get(weight), self._coupled(local)
-        found = self._in_expert(weight, local, single)
+        found = self._in_expert(layer, weight, local, single)
         if found is None:
             raise CheckpointError(f"the base has no {weight}, or PEFT would train it in another form")
         shape = list(found)
@@ -225,18 +247,20 @@ class Along:
             shape[coupled.axis] = sum(map(self.plan.shapes[layer].segment_rows, coupled.segments))
         return tuple(shape)
 
-    def _in_expert(self, weight: str, local: str, single: StoredExpert | None) -> tuple[int, ...] | None:
-        """The shape of the same tensor in the expert."""
-        routed = self.family.experts
-        names = [weight]
-        if (
-            single is not None and routed is not None
-        ):  # all routed experts of a layer are alike, and the first one is there
+    def _in_expert(
+        self, layer: int | None, weight: str, local: str, single: StoredExpert | None
+    ) -> tuple[int, ...] | None:
+        """The shape of the same tensor in the last expert; of one of its routed experts, that of the first one's."""
+        routed, names = self.family.experts, [local]
+        if single is not None and routed is not None:
             patterns = [re.escape(each.name).replace(re.escape("{expert}"), r"\d+") for each in routed.each]
             place = next(place for place, pattern in enumerate(patterns) if re.fullmatch(pattern, local))
-            names = [weight.removesuffix(local) + routed.of_one(0)[place].name]
+            names = [routed.of_one(0)[place].name]
         elif routed is not None:
-            names.append(weight.removesuffix(local) + routed.stored.get(local, local))
+            names.append(routed.stored.get(local, local))
+        if layer is not None:
+            position = self._last_position(layer)
+            names = [] if position is None else [self.family.layer_prefix(position) + each for each in names]
         if weight in self.family.vocabulary[1:2]:  # a head that is tied to the embedding
             names.append(self.family.vocabulary[0])
         return next((self.checkpoint.tensors[each].shape for each in names if each in self.checkpoint.tensors), None)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from expertprune.arch import Experts
 from expertprune.models.passes import Stream, alone, real_tokens
 from expertprune.models.routed import Dispatch, RoutedExperts
-from expertprune.models.spool import Spool
+from expertprune.models.spool import SHARE, Spool
 from expertprune.pruning.solve import token_weights
 
+KEPT = 2**30  # bytes of factorized equations, at most
 SWEEPS = 3  # over the routed experts of a layer; after three, the error hardly falls any more
 
 
@@ -22,13 +23,11 @@ class RoutedMoments:
     """Sums over the tokens of one routed expert, float32.
 
     Attributes:
-        gram: `Σ ω g² n nᵀ`, `[ffn, ffn]`, of neurons `n`, router weights `g`, token weights `ω`.
-        cross: `Σ ω g r nᵀ`, `[hidden, ffn]`, of what the expert should add to its present output.
+        gram: `H = Σ ω g² n nᵀ`, `[ffn, ffn]`, of neurons `n`, router weights `g`, token weights `ω`.
         tokens: how many tokens of equal weight would say as much: `(Σ ω g²)² / Σ (ω g²)²`, a scalar.
     """
 
     gram: Tensor
-    cross: Tensor
     tokens: Tensor
 
 
@@ -46,17 +45,39 @@ def routed_ridge(moments: RoutedMoments, damping: float) -> Tensor:
     return energy * (damping + scarcity) + 1e-3 * damping * energy.median() + torch.finfo(torch.float32).tiny
 
 
-def routed_least_squares(moments: RoutedMoments, damping: float) -> Tensor:
-    """The change `Δ` of one routed expert's output projection, `[hidden, ffn]`, float32.
+@dataclass(frozen=True)
+class RoutedSystem:
+    """The equations of one routed expert, `H + D`, which stay the same while others change.
 
-    It minimizes `Σ ω ‖r − g Δ n‖² + Σ_j d_j ‖Δ_j‖²` (see `routed_ridge`): `Δ = C (H + D)⁻¹`, in
-    float64 by Cholesky. Tokens count by the square of their router weight, which is how much of the
-    expert they see.
+    Attributes:
+        factor: the Cholesky factor of `H + D`, `[ffn, ffn]`, float64.
+        ridge: the diagonal of `D`, `[ffn]`, float64 (see `routed_ridge`).
     """
-    gram = moments.gram.double()
-    gram.diagonal().add_(routed_ridge(moments, damping))
-    factor, _ = torch.linalg.cholesky_ex(gram)  # waits for nothing; what fails is not finite, and is refused later
-    return torch.cholesky_solve(moments.cross.double().T, factor).T.float()
+
+    factor: Tensor
+    ridge: Tensor
+
+    @classmethod
+    def of(cls, moments: RoutedMoments, damping: float) -> RoutedSystem:
+        gram, ridge = moments.gram.double(), routed_ridge(moments, damping)
+        gram.diagonal().add_(ridge)
+        factor, _ = torch.linalg.cholesky_ex(gram)  # waits for nothing; what fails is not finite, and is refused later
+        return cls(factor, ridge)
+
+    def change(self, cross: Tensor, before: Tensor) -> Tensor:
+        """The change `Δ` of the expert's output projection since the start, `[hidden, ffn]`, float32.
+
+        It minimizes `Σ ω ‖r + g Δ₀ n − g Δ n‖² + Σ_j d_j ‖Δ_j‖²`, with `Δ₀` the change before, and
+        `r` the residual that it has left. That is `Δ = (C + Δ₀ H) (H + D)⁻¹ = Δ₀ + (C − Δ₀ D) (H +
+        D)⁻¹`, in float64. Tokens count by the square of their router weight, which is how much of
+        the expert they see.
+
+        Args:
+            cross: `C = Σ ω g r nᵀ`, `[hidden, ffn]`.
+            before: `Δ₀`, `[hidden, ffn]`.
+        """
+        wished = cross.double() - before.double() * self.ridge
+        return before + torch.cholesky_solve(wished.T, self.factor).T.float()
 
 
 @dataclass
@@ -115,10 +136,13 @@ class RoutedRepair:
         """
         tokens = self._collected(stream, targets, attend)
         runner = RoutedExperts(self.small, self.experts)
-        solution = _Solution(runner, tokens, self.damping, self.stored or runner.written.dtype, self.together)
-        all_counts = {"counts": torch.tensor(tokens.counts, dtype=torch.float64, device=tokens.residual.device)}
-        self.together(all_counts)
-        seen = all_counts["counts"].tolist()
+        size = 8 * runner.count * runner.written.shape[2] ** 2
+        lacks = float(size > min(KEPT, SHARE * stream.hidden.room.free()))
+        counts = torch.tensor([lacks, *tokens.counts], dtype=torch.float64, device=tokens.residual.device)
+        self.together({"counts": counts})
+        (lacking, *seen) = counts.tolist()
+        stored = self.stored or runner.written.dtype
+        solution = _Solution(runner, tokens, self.damping, stored, self.together, keeps=not lacking)
         for _ in range(SWEEPS):
             start = 0
             for expert, count in enumerate(tokens.counts):
@@ -176,7 +200,12 @@ class RoutedRepair:
 
 
 class _Solution:
-    """The output projections so far: `repaired` as they are written, and `change` since the start."""
+    """The output projections so far: `repaired` as they are written, and `change` since the start.
+
+    Args:
+        keeps: keep the factorized equations of the first sweep for the others. All members of a team
+            do, or none.
+    """
 
     def __init__(
         self,
@@ -185,11 +214,13 @@ class _Solution:
         damping: float,
         stored: torch.dtype,
         together: Callable[[dict[str, Tensor]], None],
+        keeps: bool,
     ) -> None:
         self.runner, self.tokens, self.damping, self.stored, self.together = runner, tokens, damping, stored, together
         self.weight = runner.written.detach()
         self.repaired = self.weight.clone()
         self.change = torch.zeros(self.weight.shape, dtype=torch.float32, device=self.weight.device)
+        self._keeps, self._kept = keeps, dict[int, RoutedSystem]()
 
     def solve(self, expert: int, here: slice) -> None:
         """Solve one routed expert for the residual that the others leave, and take its share off it."""
@@ -198,13 +229,19 @@ class _Solution:
         neurons = self.runner.neurons_of(tokens.inputs[place], expert).float() * gate[:, None]
         importance = tokens.importance[place]
         weighted = neurons * importance[:, None]
-        gram = weighted.T @ neurons
-        cross = tokens.residual[place].T @ weighted + before @ gram
-        seen = importance * gate.square()
-        counts = torch.stack([seen.sum(), seen.square().sum()])
-        self.together({"gram": gram, "cross": cross, "counts": counts})
-        moments = RoutedMoments(gram, cross, counts[0].square() / counts[1].clamp_min(1e-30))
-        wished = self.weight[expert].float() + routed_least_squares(moments, self.damping)
+        sums = {"cross": tokens.residual[place].T @ weighted}
+        system = self._kept.get(expert)
+        if system is None:
+            seen = importance * gate.square()
+            sums |= {"gram": weighted.T @ neurons, "counts": torch.stack([seen.sum(), seen.square().sum()])}
+        self.together(sums)
+        if system is None:
+            first, second = sums["counts"]
+            moments = RoutedMoments(sums["gram"], first.square() / second.clamp_min(1e-30))
+            system = RoutedSystem.of(moments, self.damping)
+            if self._keeps:
+                self._kept[expert] = system
+        wished = self.weight[expert].float() + system.change(sums["cross"], before)
         self.repaired[expert] = wished.to(self.stored).to(self.weight.dtype)
         self.change[expert] = self.repaired[expert].float() - self.weight[expert].float()
         tokens.residual.index_add_(0, place, neurons @ (before - self.change[expert]).T)

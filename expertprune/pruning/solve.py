@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from expertprune.errors import CheckpointError
 
+WHOLE = slice(None)
+
 
 @dataclass
 class Moments:
@@ -36,9 +38,27 @@ class Moments:
         """What is added over the members of a team."""
         return {"gram": self.gram, "cross": self.cross}
 
-    def solved(self, damping: float) -> Tensor:
-        """See `least_squares`."""
-        return least_squares(self, damping)
+    def solved(self, damping: float, rows: slice = WHOLE) -> Tensor:
+        """Some rows of `least_squares`; the others are zero."""
+        change = torch.zeros(self.cross.shape, device=self.cross.device)
+        self.cross = self.cross[rows]
+        change[rows] = least_squares(self, damping)
+        return change
+
+    def loss(self, change: Tensor) -> Tensor:
+        """`Σ w ‖r − Δ x‖² − Σ w ‖r‖² = tr(Δ H Δᵀ) − 2 tr(C Δᵀ)`, a scalar."""
+        return ((change @ self.gram - 2 * self.cross) * change).sum()
+
+    def mixed(self, mixtures: Tensor) -> Moments:
+        """Of `mixtures @ residual`, `mixtures` being `[mixed, hidden]`. The gram matrix is the same tensor."""
+        return Moments(self.gram, mixtures @ self.cross)
+
+    def with_all(self, others: Moments) -> Moments:
+        """Of the tokens of both, which are used up."""
+        self.gram += others.gram
+        self.cross += others.cross
+        others.gram, others.cross = torch.empty(0), torch.empty(0)
+        return self
 
     def taken(self) -> tuple[Tensor, Tensor]:
         """Both in float64. They are no longer here afterwards, so the float32 gram is free."""
@@ -68,8 +88,8 @@ class Rows:
         """Nothing: rows of a team's members are not added."""
         return {}
 
-    def solved(self, damping: float) -> Tensor:
-        """The change of `least_squares`, by a system of one equation for each token.
+    def solved(self, damping: float, rows: slice = WHOLE) -> Tensor:
+        """The change of `least_squares`, all rows of it, by a system of one equation for each token.
 
         `Δ = Rᵀ (X D⁻¹ Xᵀ + 1)⁻¹ X D⁻¹`, with `X` the inputs and `R` the residuals: the same as
         `C (H + D)⁻¹`, as `H = Xᵀ X` and `C = Rᵀ X` (Woodbury). In float64 by Cholesky.
@@ -80,6 +100,19 @@ class Rows:
         system.diagonal().add_(1)
         solution = torch.cholesky_solve(residuals, torch.linalg.cholesky(system))
         return (solution.mT @ scaled).float()
+
+    def loss(self, change: Tensor) -> Tensor:
+        """As `Moments.loss`."""
+        moved = torch.cat(self.inputs) @ change.T
+        return ((moved - 2 * torch.cat(self.residuals)) * moved).sum()
+
+    def mixed(self, mixtures: Tensor) -> Rows:
+        """As `Moments.mixed`."""
+        return Rows(self.inputs, [each @ mixtures.T for each in self.residuals])
+
+    def with_all(self, others: Rows) -> Rows:
+        """Of the tokens of both."""
+        return Rows([*self.inputs, *others.inputs], [*self.residuals, *others.residuals])
 
 
 def ridge_of(energy: Tensor, damping: float) -> Tensor:

@@ -49,6 +49,7 @@ class RepairInput:
         passengers: text that is measured meanwhile, if the repair takes passengers.
         store: where a killed repair leaves what it has finished, for the next run of the same one.
         states: what is known of the base's hidden states (see `RepairJob`).
+        own: this member's share of the batches; default: a share of any cut.
     """
 
     model: Any
@@ -57,6 +58,7 @@ class RepairInput:
     passengers: Passengers | None = None
     store: Path | None = None
     states: KeptStates | None = None
+    own: Sequence[Batch] | None = None
 
 
 def check_plan(plan: Plan, base: ResolvedBase) -> None:
@@ -141,7 +143,7 @@ def _solved_weights(
     if given is None or not plan.cuts_layers:
         yield None
         return
-    text = team().run(TextRun(given.model, base.family, plan.shapes, given.batches))
+    text = team().run(TextRun(given.model, base.family, plan.shapes, given.batches), given.own)
     stored = {name: DTYPES[info.dtype] for name, info in base.checkpoint.tensors.items() if info.dtype in DTYPES}
     job = RepairJob(text, plan.kept, given.settings, stored, given.passengers, states=given.states)
     weights = check_repair(given.settings.method).weights

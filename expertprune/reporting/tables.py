@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from rich.box import HORIZONTALS
 from rich.console import Group, RenderableType
@@ -13,9 +13,11 @@ from rich.text import Text
 
 from expertprune import formats
 from expertprune.artifacts.evaluation import Average, Evaluation, Measured
+from expertprune.artifacts.evaluation import Group as DocumentGroup
 from expertprune.artifacts.plan import Plan, VocabularyPlan
 from expertprune.artifacts.sweep import Sweep
 from expertprune.composition.overlap import Comparison, StructureComparison
+from expertprune.evaluation.retention import pooled
 from expertprune.spec.schema import TO_BASE
 from expertprune.units import format_indices
 
@@ -37,15 +39,21 @@ def metric_label(metric: str) -> str:
 
 
 def retention_rows(evaluation: Evaluation) -> list[list[str]]:
-    """Name, metric, base, expert, retention, interval: a row per metric, then the averages."""
+    """Name, metric, base, expert, retention, interval.
+
+    First the headline: bits per byte over all documents of a group. Then text, corpus by corpus;
+    questions and tasks below it, each with its interval; the averages of suites last.
+    """
     rows = []
-    for corpus, result in evaluation.corpora.items():
-        for metric, numbers in result.metrics.items():
-            questions = f" ({result.questions} questions{_flips(numbers)})" if metric == "questions" else ""
-            base = "" if metric in TO_BASE else _number(numbers.base)
-            retention = "" if metric in TO_BASE else _number(numbers.retention)
-            cells = [metric_label(metric) + questions, base, _number(numbers.expert), retention]
-            rows.append([corpus, *cells, _interval(numbers)])
+    for group in get_args(DocumentGroup):
+        if (numbers := pooled(evaluation, group)) is not None:
+            cells = [_number(value) for value in (numbers.base, numbers.expert, numbers.retention)]
+            rows.append([group, f"bits per byte, all {numbers.examples} documents", *cells, _interval(numbers)])
+    for asked in (False, True):
+        for corpus, result in evaluation.corpora.items():
+            for metric, numbers in result.metrics.items():
+                if (metric == "questions") == asked:
+                    rows.append([corpus, *_metric_cells(metric, numbers)])
     for name, numbers in evaluation.all_tasks.items():
         agreement = "" if numbers.agreement is None else f", {numbers.agreement:.0%} as the base"
         agreement += "" if numbers.common is None else f", the same for {numbers.common:.0%} of its text"
@@ -57,6 +65,16 @@ def retention_rows(evaluation: Evaluation) -> list[list[str]]:
             label = f"mean of {len(average.metrics)}, {MEASURES[measure]}"
             rows.append([group, label, "", "", _number(average.retention), _interval(average)])
     return rows
+
+
+def _metric_cells(metric: str, numbers: Measured) -> list[str]:
+    """The cells of a corpus' metric, behind its name."""
+    label = metric_label(metric)
+    if metric == "questions":
+        label += f" ({numbers.examples} questions{_flips(numbers)})"
+    if metric in TO_BASE:
+        return [label, "", _number(numbers.expert), "", _interval(numbers)]
+    return [label, *(_number(each) for each in (numbers.base, numbers.expert, numbers.retention)), _interval(numbers)]
 
 
 def _flips(numbers: Measured) -> str:

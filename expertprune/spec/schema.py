@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field, model_validator
 
 from expertprune.spec.sources import Corpora, Section
-from expertprune.spec.values import Aggregate, Amount, Coverage, Fraction, Keep, LocalPath, Names, Rows, Size
+from expertprune.spec.values import Aggregate, Amount, Coverage, Damping, Fraction, Keep, LocalPath, Names, Rows, Size
 
 Dimension = Literal["language", "domain", "task"]
 
@@ -203,7 +203,9 @@ class Budget(Section):
         description="GPUs that share each layer when it is served: kept KV heads are a multiple of this, and kept FFN "
         "widths of this times multiple_of.",
     )
-    floor: float = Field(0.1, ge=0, le=1, description="At least this fraction of each structure stays in every layer.")
+    floor: float = Field(
+        0.1, ge=0, le=1, description="At least this fraction of each structure stays in every layer, and of the layers."
+    )
 
     @property
     def ffn_step(self) -> int:
@@ -255,8 +257,17 @@ class Compensation(Section):
         description="least_squares: solve for the kept columns of every cut output projection, so that the pruned "
         "model's residual stream comes close to the base's; none: keep the columns unchanged.",
     )
-    damping: float = Field(
-        0.3, gt=0, le=10, description="Ridge towards the original columns, relative to their inputs' energy."
+    general: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="How much the general corpora count in it together, whatever their number of tokens; the dimensions "
+        "share the rest equally.",
+    )
+    damping: Damping = Field(
+        "auto",
+        description="Ridge towards the original columns, relative to their inputs' energy; auto: for each projection, "
+        "the one whose solution on half of the documents leaves least on the other half; 0.3 for routed experts.",
     )
 
 

@@ -6,11 +6,13 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from expertprune.arch import Family
 from expertprune.artifacts.adapter import CONFIG, Adapter, same_name
 from expertprune.artifacts.expert import Description, Expert
 from expertprune.errors import CheckpointError
@@ -18,7 +20,9 @@ from expertprune.files import ADAPTER, ADAPTER_WEIGHTS, CUT_ALONG, check_output,
 from expertprune.models.admission import causal_family
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.tensorfile import DTYPES, in_order, written_file
+from expertprune.pruning.adapter_config import renumbered, renumbered_names
 from expertprune.pruning.adapters import Along, Step
+from expertprune.units import new_positions
 
 _SPARE = 2**20  # bytes of a config, generously
 
@@ -63,52 +67,81 @@ def cut_adapter(
     given, folder, out = Adapter.load(Path(adapter)), Path(expert), Path(out)
     made = Expert.load(folder)
     check_output(out, overwrite, ADAPTER, [given.folder, folder])
-    chain, steps = _fitting(given, made, same_base)
-    _check_names(given, chain, steps)
+    fit = _fitting(given, made, same_base)
+    config = _config(given, fit)
     require_room(out, given.weights.stat().st_size + _SPARE)
     with staged_folder(out, overwrite, ADAPTER) as temporary:
-        after = _write_weights(given, chain, steps, temporary / ADAPTER_WEIGHTS)
-        config = {**given.document, "base_model_name_or_path": _reference(folder), "revision": None}
-        write_json(temporary / CONFIG, config)
+        after = _write_weights(given, fit, temporary / ADAPTER_WEIGHTS)
+        write_json(temporary / CONFIG, config | {"base_model_name_or_path": _reference(folder), "revision": None})
     before = sum(info.parameters for info in given.tensors.values())
-    return CutAdapter(out, chain[0].base.model, made.name, len(chain), before, after)
+    return CutAdapter(out, fit.chain[0].base.model, made.name, len(fit.chain), before, after)
 
 
-def _fitting(
-    adapter: Adapter, expert: Expert, same_base: bool
-) -> tuple[Sequence[Description], Mapping[str, list[Step]]]:
-    """The experts along which an adapter is cut, and what each of them does to its tensors.
+@dataclass(frozen=True)
+class _Fit:
+    """How an adapter is cut: the experts whose plans it follows, in order, and by tensor what each plan does to it."""
+
+    family: Family
+    chain: Sequence[Description]
+    steps: Mapping[str, list[Step]]
+
+    @property
+    def names(self) -> dict[str, str | None]:
+        """The new name of each tensor."""
+        return {name: step[-1].name for name, step in self.steps.items()}
+
+
+def _fitting(adapter: Adapter, expert: Expert, same_base: bool) -> _Fit:
+    """Find the base of an adapter among an expert's.
 
     An adapter of the expert's base is cut along the expert's plan; one of a base further back along all plans since.
-    Where names do not tell, shapes do: bases whose shapes both fit give the same cut.
+    Where names do not tell, shapes do: two bases whose shapes fit give the same cut, unless layers or routed experts have
+    other numbers.
 
     Raises:
-        CheckpointError: neither fits.
+        CheckpointError: no base fits, or several do and give different cuts.
     """
     lineage, said = expert.lineage, adapter.config.base_model_name_or_path
     named = [place for place, each in enumerate(lineage) if said is not None and same_name(each.base.model, said)]
+    bases = ", which was cut from ".join(each.base.model for each in lineage)
     if not named and not same_base:
         if said is not None and same_name(str(expert.folder.resolve()), said):
             raise CheckpointError(
                 f"{adapter.folder}: is an adapter of the expert {expert.name} itself; load it as it is"
             )
-        bases = ", which was cut from ".join(each.base.model for each in lineage)
         raise CheckpointError(
             f"{adapter.folder / CONFIG}: base_model_name_or_path is {said!r}, and the expert {expert.name} was cut from "
             f"{bases}; if it is the same model under another name, give --same-base"
         )
     checkpoint = Checkpoint(expert.folder)
     family = causal_family(checkpoint, trust_remote_code=True)  # none of it is run
+    fits: list[_Fit] = []
     problems: list[CheckpointError] = []
     for place in reversed(named or range(len(lineage))):
         chain = lineage[place::-1]
-        parameters = adapter.config.target_parameters or ()
-        alongs = [Along(family, chain[first:], checkpoint, parameters) for first in range(len(chain))]
+        about = f"{chain[0].base.model}, the base of the expert {chain[0].name}"
         try:
-            return chain, _steps(adapter, alongs, f"{chain[0].base.model}, the base of the expert {chain[0].name}")
+            fits.append(_Fit(family, chain, _steps(adapter, _alongs(adapter, chain, family, checkpoint), about)))
         except CheckpointError as problem:
             problems.append(problem)
-    raise problems[0]
+    if not fits:
+        raise problems[0]
+    if any(fit.names != fits[0].names for fit in fits):
+        raise CheckpointError(
+            f"{adapter.folder / CONFIG}: shapes do not tell which base the adapter is of: {bases}; write its name as "
+            "base_model_name_or_path"
+        )
+    return fits[0]
+
+
+def _alongs(adapter: Adapter, chain: Sequence[Description], family: Family, checkpoint: Checkpoint) -> list[Along]:
+    """Each plan of a chain, ready for the tensors that the one before it leaves."""
+    alongs, parameters = [], adapter.config.target_parameters or []
+    for first, expert in enumerate(chain):
+        alongs.append(Along(family, chain[first:], checkpoint, parameters))
+        if expert.plan.gone:
+            parameters = renumbered_names(parameters, family.layers, new_positions(expert.plan.kept))
+    return alongs
 
 
 def _steps(adapter: Adapter, alongs: Sequence[Along], base: str) -> dict[str, list[Step]]:
@@ -123,17 +156,23 @@ def _steps(adapter: Adapter, alongs: Sequence[Along], base: str) -> dict[str, li
                     break
         except CheckpointError as problem:
             raise CheckpointError(f"{adapter.weights}: does not go with {base}: {problem}") from None
-        expected = steps[0].shape
-        if len(info.shape) != len(expected) or any(
-            wanted not in (None, length) for wanted, length in zip(expected, info.shape, strict=True)
-        ):
-            wanted = [length if each is None else each for each, length in zip(expected, info.shape, strict=False)]
-            raise CheckpointError(
-                f"{adapter.weights}: does not go with {base}: {name} is {list(info.shape)}, and that base makes it {wanted}"
-            )
+        _check_shape(adapter, name, info.shape, steps[0].shape, base)
         _check_rank(adapter, name, info.shape, steps[0])
         found[name] = steps
     return found
+
+
+def _check_shape(
+    adapter: Adapter, name: str, shape: Sequence[int], expected: Sequence[int | None] | None, base: str
+) -> None:
+    """Raises `CheckpointError` where a tensor does not have the shape that the base gives it."""
+    if expected is None:
+        return
+    wanted = [length if each is None else each for each, length in zip_longest(expected, shape)]
+    if wanted != list(shape):
+        raise CheckpointError(
+            f"{adapter.weights}: does not go with {base}: {name} is {list(shape)}, and that base makes it {wanted}"
+        )
 
 
 def _check_rank(adapter: Adapter, name: str, shape: Sequence[int], step: Step) -> None:
@@ -151,31 +190,48 @@ def _check_rank(adapter: Adapter, name: str, shape: Sequence[int], step: Step) -
         raise CheckpointError(f"{adapter.weights}: holds {name}, and no {other}; train or fetch the adapter again")
 
 
-def _check_names(adapter: Adapter, chain: Sequence[Description], steps: Mapping[str, list[Step]]) -> None:
-    """Raises `CheckpointError` where the config names tokens, or single routed experts, by numbers that change."""
-    where, config = adapter.folder / CONFIG, adapter.config
+def _config(adapter: Adapter, fit: _Fit) -> dict[str, Any]:
+    """The config of the cut adapter.
+
+    Raises:
+        CheckpointError: nothing of the adapter stays; or its config names tokens, layers or routed experts by numbers that
+            change, in a way that cannot be renumbered.
+    """
+    where, config, chain = adapter.folder / CONFIG, adapter.config, fit.chain
+    if not any(fit.names.values()):
+        raise CheckpointError(f"{adapter.folder}: changes only layers or routed experts that the expert does not have")
     if any(each.plan.vocabulary is not None for each in chain):
         for key in ("trainable_token_indices", "alora_invocation_tokens"):
             if getattr(config, key):
                 raise CheckpointError(
                     f"{where}: {key} names tokens by ids that the expert's smaller vocabulary does not have"
                 )
+    positions = {layer: layer for layer in range(len(chain[0].plan.shapes))}
+    for each in chain:
+        new = new_positions(each.plan.kept)
+        positions = {layer: new[position] for layer, position in positions.items() if position in new}
+    if len(positions) < len(chain[0].plan.shapes):
+        try:
+            return renumbered(adapter.document, fit.family.layers, positions)
+        except CheckpointError as problem:
+            raise CheckpointError(f"{where}: {problem}") from None
     numbered = [name for name in config.names if re.search(r"experts\\?\.\d", name)]
-    if numbered and any(step[-1].name != name for name, step in steps.items()):
+    if numbered and any(new != old for old, new in fit.names.items()):
         raise CheckpointError(f"{where}: {numbered[0]!r} names a routed expert by a number that changes in this expert")
+    return dict(adapter.document)
 
 
-def _write_weights(adapter: Adapter, chain: Sequence[Description], steps: Mapping[str, list[Step]], path: Path) -> int:
+def _write_weights(adapter: Adapter, fit: _Fit, path: Path) -> int:
     """Write what stays of all tensors, one in memory at a time; returns the number of parameters."""
-    sources = {step[-1].name: name for name, step in steps.items() if step[-1].name is not None}
-    infos = {new: adapter.tensors[old] for new, old in sources.items() if new is not None}
+    sources = {new: old for old, new in fit.names.items() if new is not None}
+    infos = {new: adapter.tensors[old] for new, old in sources.items()}
     expected = {name: (DTYPES[info.dtype], info.shape) for name, info in infos.items()}
-    metadata = {"format": "pt", CUT_ALONG: " ".join(each.plan.digest for each in chain)}
+    metadata = {"format": "pt", CUT_ALONG: " ".join(each.plan.digest for each in fit.chain)}
     written = 0
     with written_file(path, expected, metadata) as file:
         for name in in_order({name: dtype for name, (dtype, _) in expected.items()}):
             tensor: Tensor = adapter.read(sources[name])
-            for step in steps[sources[name]]:
+            for step in fit.steps[sources[name]]:
                 tensor = step.cut(tensor)
             file.add(name, tensor)
             written += math.prod(tensor.shape)

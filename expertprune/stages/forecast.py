@@ -11,11 +11,11 @@ from expertprune.corpora.batches import encode
 from expertprune.corpora.documents import corpus_names
 from expertprune.engine.forecast import Forecast, Forecaster, Work
 from expertprune.engine.memory import Sizes, Text, together
-from expertprune.engine.team import team
 from expertprune.evaluation.documents import texts_of
 from expertprune.evaluation.questions import choices_of
 from expertprune.evaluation.reading import Reading
 from expertprune.models.spool import Limits
+from expertprune.pruning.damping import DAMPINGS
 from expertprune.relevance import Pass
 from expertprune.spec.schema import Spec
 from expertprune.stages.profile import is_repaired, parts_lacking, parts_wanted
@@ -80,11 +80,11 @@ def _work(prepared: Prepared, stored: bool) -> Work:
         gradient=any(part.made_by is Pass.GRADIENT for part in parts),
         vocabulary=spec.budget.vocabulary is not None,
         repaired=Text.of(prepared.repair_batches()) if is_repaired(spec) else None,
-        keeps=team().size == 1,
         evaluated=evaluated,
         together=is_repaired(spec) and spec.budget.vocabulary is None,
         kept=1 - removed / before,
         written=base.checkpoint.dtype.itemsize * after,
+        dampings=len(DAMPINGS) if spec.compensation.damping == "auto" else 0,
     )
 
 

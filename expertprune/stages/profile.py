@@ -120,19 +120,17 @@ def profile_corpus(prepared: Prepared, name: CorpusName, track: Track) -> None:
 
 
 def _keep(prepared: Prepared, name: CorpusName, missing: Sequence[ProfilePart]) -> Keep:
-    """What keeps the hidden states of a corpus for the repair, if there is one, and room.
-
-    Members of a team share out the repair's text in another way than a corpus.
-    """
+    """What keeps the hidden states of a corpus for the repair, if there is one, and room."""
     running, spec, base = prepared.running, prepared.spec, prepared.base
-    if running.states is None or not is_repaired(spec) or team().size > 1 or is_streamed(running.model):
+    if running.states is None or not is_repaired(spec) or is_streamed(running.model):
         return keep_nothing
-    batches, room = prepared.calibration[name].batches, source_of(running.model).room
+    share = team().share  # the repair's share of a corpus is cut as that of its profile
+    batches, room = share(prepared.calibration[name].batches), source_of(running.model).room
     gradient = any(each.made_by is Pass.GRADIENT for each in missing)
-    repaired = Text.of(prepared.repair_batches())
+    repaired = Text.of(prepared.repair_batches(share))
     if not keeping(Sizes.of(base), Text.of(batches), repaired, gradient, room.left):
         return keep_nothing
-    return running.states.keeping(batches, prepared.repaired()[name], room)
+    return running.states.keeping(batches, prepared.repaired(share)[name], room)
 
 
 def profile_elsewhere(

@@ -86,8 +86,8 @@ def write_weights(
         given = None
         if check_repair(prepared.spec.compensation.method).runs_model and plan.cuts_layers:
             settings, running = prepared.spec.compensation, prepared.running
-            batches = prepared.repair_batches()
-            given = RepairInput(running.model, batches, settings, passengers, prepared.store, running.states)
+            batches, own = prepared.repair_batches(), prepared.repair_batches(team().share)
+            given = RepairInput(running.model, batches, settings, passengers, prepared.store, running.states, own)
         write_expert(plan, prepared.base, folder, given, step)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ from expertprune.composition.defaults import AUTO, resolved
 from expertprune.composition.plan import foreseen_widths
 from expertprune.composition.rows import foreseen_rows
 from expertprune.composition.scoring import rules
+from expertprune.composition.shares import corpus_shares
 from expertprune.composition.widths import LayerWidths
 from expertprune.corpora.batches import Batch, CalibrationText, check_ids, corpus_text, each_once
 from expertprune.corpora.documents import Corpus, CorpusName, Document
 from expertprune.corpora.leaks import LeakGuard
 from expertprune.corpora.loading import HELD_OUT, load_corpora
+from expertprune.corpora.shares import shared_out
 from expertprune.errors import SpecError, gathered
 from expertprune.files import digest_of, store_folder
 from expertprune.models.base import ResolvedBase, resolve_base
@@ -40,6 +42,7 @@ HELD_BACK = 8  # documents of a corpus that a retention floor is measured on, wh
 
 
 SpecLike = Spec | str | Path
+Share = Callable[[Sequence[Batch]], Sequence[Batch]]
 
 
 @dataclass(frozen=True)
@@ -69,13 +72,14 @@ class Found:
         with_corpus_paths(self.spec, lambda _, path: paths.append(Path(path)) or path)  # type: ignore[func-returns-value]
         return [*places_of_bases(self.base, self.store), *paths]
 
-    def repaired(self) -> dict[CorpusName, list[Batch | None]]:
+    def repaired(self, share: Share = list) -> dict[CorpusName, list[Batch | None]]:
         """What a repair runs of the batches of each corpus: every window once (see `each_once`)."""
-        return dict(zip(self.calibration, each_once(list(self.calibration.values())), strict=True))
+        return dict(zip(self.calibration, each_once(list(self.calibration.values()), share), strict=True))
 
-    def repair_batches(self) -> list[Batch]:
-        """The same of all corpora together."""
-        return [batch for own in self.repaired().values() for batch in own if batch is not None]
+    def repair_batches(self, share: Share = list) -> list[Batch]:
+        """The same of all corpora together, weighed as the spec says (see `corpus_shares`)."""
+        shares, texts = corpus_shares(self.spec), self.calibration
+        return shared_out(list(texts.values()), list(self.repaired(share).values()), [shares[name] for name in texts])
 
 
 @dataclass(frozen=True)

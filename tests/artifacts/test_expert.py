@@ -157,8 +157,8 @@ def test_a_damaged_description_is_named_with_its_key(tmp_path: Path, change: dic
 
 def test_a_spec_that_this_version_cannot_read_does_not_keep_the_expert_from_being_served(tmp_path: Path) -> None:
     expert = described(tmp_path)
-    expert.plan.spec["budget"]["layers"] = 3
+    expert.plan.spec["budget"]["columns"] = 3
     expert.save()
     assert Expert.load(tmp_path) == expert
-    with pytest.raises(CheckpointError, match=r"unknown key 'budget\.layers'"):
+    with pytest.raises(CheckpointError, match=r"unknown key 'budget\.columns'"):
         _ = Expert.load(tmp_path).spec

@@ -73,7 +73,7 @@ def profiles_for(
 
 
 def test_a_row_scores_frequency_plus_mass_the_largest_over_dimensions_and_general_at_its_price(tmp_path: Path) -> None:
-    """de: 3 of 4 tokens are row 1; medical: 1 of 2 is row 2; the general corpus counts half."""
+    """de: 3 of 4 tokens are row 1; medical: 1 of 2 is row 2; the general corpus counts half. Row 9 has the other mass."""
     spec = spec_of(
         {"coverage": 0.5},
         dimensions={"language": ["de", "fr"], "domain": "medical"},
@@ -83,15 +83,16 @@ def test_a_row_scores_frequency_plus_mass_the_largest_over_dimensions_and_genera
     profiles = profiles_for(
         tmp_path,
         spec,
-        de=({1: 3, 0: 1}, {1: 0.5}),
-        fr=({3: 1}, {1: 0.25}),
-        medical=({2: 1, 1: 1}, {2: 0.125}),
-        general=({4: 1}, {2: 1.5}),
+        de=({1: 3, 0: 1}, {1: 0.5, 9: 0.5}),
+        fr=({3: 1}, {1: 0.25, 9: 0.75}),
+        medical=({2: 1, 1: 1}, {2: 0.125, 9: 0.875}),
+        general=({4: 1, 2: 1}, {2: 0.875, 9: 0.125}),
     )
     parts = {name: CorpusRows(profile.part(VOCABULARY)) for name, profile in profiles.items()}
     score, source = row_scores(spec, parts)
-    # row 0: de 1/4. row 1: de 3/4 + 1/2. row 2: medical 1/2 + 1/8, general 3/4. row 3: fr 1. row 4: general 1/2.
-    assert score[:6].tolist() == [0.25, 1.25, 0.75, 1.0, 0.5, 0.0]
+    # row 0: de 1/4. row 1: de 3/4 + 1/2. row 2: medical 1/2 + 1/8, general half of 1/2 + 7/8. row 3: fr 1.
+    # row 4: general 1/4.
+    assert score[:6].tolist() == [0.25, 1.25, 0.6875, 1.0, 0.25, 0.0]
     assert source[:5].tolist() == [0, 0, 2, 0, 2]
 
 

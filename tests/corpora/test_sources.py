@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ import pytest
 import yaml
 from pyarrow import parquet
 
-from expertprune.corpora.documents import Corpus
+from expertprune.corpora import reading, tables
+from expertprune.corpora.documents import Corpus, Document
+from expertprune.corpora.kept import Kept
 from expertprune.corpora.loading import load_corpus
-from expertprune.corpora.messages import Conversation
+from expertprune.corpora.messages import Conversation, read_conversation
 from expertprune.errors import SpecError
 from expertprune.spec.reading import parse_spec
 from expertprune.spec.sources import Source
@@ -61,13 +64,72 @@ def test_conversations_are_read_from_every_kind_of_file(tmp_path: Path) -> None:
         ("a.csv", b'text\n"one\n', "a.csv, line 1: not CSV: unexpected end of data"),
         ("a.csv", b"text\n\xff\n", "a.csv: not UTF-8 text"),
         ("a.csv", b"txet\none\n", "a.csv, line 2: has no field 'text'; did you mean 'txet'?"),
+        ("a.csv", b"text,text\none,two\n", "a.csv, line 1: two columns are named 'text'"),
+        ("a.csv", b"text\none\n" + b"two " * 300, "a.csv, line 3: longer than"),
+        ("a.csv", b'text\n"one\n' + b"two\n" * 300 + b'"', "not CSV: field larger than field limit"),
         ("a.parquet", b"PAR1 and no more", "a.parquet: not a parquet file"),
     ],
 )
-def test_a_damaged_table_is_named_with_its_line(tmp_path: Path, name: str, content: bytes, problem: str) -> None:
+def test_a_damaged_table_is_named_with_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, problem: str
+) -> None:
+    monkeypatch.setattr(tables, "LONGEST", 1000)
     (tmp_path / name).write_bytes(content)
     (found,) = problems_of({"path": str(tmp_path / name)})
     assert problem in found
+
+
+@pytest.mark.parametrize(
+    ("column", "problem"),
+    [
+        (pyarrow.array(["a" * 2000]), "a.parquet, row 1: longer than"),
+        (pyarrow.array([[float("nan")]]), "a.parquet, row 1: text.0: nan is not a number"),
+        (pyarrow.array(["ab" * 200_000] * 9), "a.parquet: column 'text' unpacks to"),
+        (pyarrow.array([b"\xff"]).cast(pyarrow.string(), safe=False), "a.parquet: not a parquet file"),
+    ],
+)
+def test_a_parquet_file_is_read_within_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: pyarrow.Array, problem: str
+) -> None:
+    monkeypatch.setattr(tables, "_UNPACKED", 500_000)
+    monkeypatch.setattr(tables, "_RATIO", 1)
+    monkeypatch.setattr(reading, "LONGEST", 1000)
+    table = pyarrow.table({"text": column})
+    parquet.write_table(table, tmp_path / "a.parquet", use_dictionary=False, compression="zstd")
+    (found,) = problems_of({"path": str(tmp_path / "a.parquet")})
+    assert problem in found
+
+
+def test_a_table_that_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
+    for name in ("a.csv", "a.parquet"):
+        os.mkfifo(tmp_path / name)
+        assert "it is a FIFO, not a file" in "".join(problems_of({"path": str(tmp_path / name)}))
+
+
+KEPT = {
+    "texts": [Document("one"), Document("two\nlines")],
+    "talks": [Document.of(read_conversation(TALKS[0], None, ""))],
+}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"splits"', b'"parts"'), (b'"texts"]', b'"texts", 3]'), (b'"text": "one"', b'"text": 1'), (b'"two', b"\xff"),
+        (b'"split": "talks"', b'"split": "x"'), (b'"role"', b'"rule"'), (b'"tools": null', b'"tools": 3'), (b"}\n", b"\n"),
+    ],
+)  # fmt: skip
+def test_kept_documents_come_back_or_are_made_again(tmp_path: Path, old: bytes, new: bytes) -> None:
+    path = tmp_path / "kept.jsonl"
+    assert Kept.load(path) is None
+    Kept({"revision": "1"}, {name: KEPT[name] for name in ("talks", "texts")}).save(path)
+    read = Kept.load(path)
+    assert read is not None
+    assert (read.about, dict(read.splits)) == ({"revision": "1"}, KEPT)
+    damaged = path.read_bytes().replace(old, new, 1)
+    assert damaged != path.read_bytes()
+    path.write_bytes(damaged)
+    assert Kept.load(path) is None
 
 
 def test_a_conversation_that_cannot_be_read_is_named_with_its_line(tmp_path: Path) -> None:

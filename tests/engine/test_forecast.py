@@ -57,6 +57,9 @@ def test_sizes_of_a_base(base: ResolvedBase) -> None:
     assert (sizes.kept, sizes.cut) == ((20, 16), (True, False))
     assert sizes.weights(streamed=False) == 4 * (3 * LAYER + SKELETON)
     assert sizes.weights(streamed=True) == 4 * (2 * LAYER + SKELETON)
+    # stored in float32 as they run: the files hold them, but the layers that are read one by one
+    assert (sizes.in_files(streamed=False), sizes.in_files(streamed=True)) == (4 * sizes.parameters, 4 * SKELETON)
+    assert Sizes.of(replace(base, dtype=torch.bfloat16)).in_files(streamed=False) == 0
 
 
 def test_text_counts_padding() -> None:
@@ -81,6 +84,8 @@ def test_needs_of_each_stage(base: ResolvedBase) -> None:
     assert repairing(sizes, text, 1.0, passengers=70) == Need(
         solved + 4 * LAYER, 4 * (1000 * (24 + 24 + 20) + 2 * 70 * 24)
     )
+    halved = repairing(sizes, text, 1.0, halves=True).work  # another gram matrix in float32
+    assert halved == solved + 4 * 20 * 20 + 4 * LAYER
     assert evaluating(sizes, text, 1.0) == Need(6 * 4 * 1000 * 64, 4 * 2 * 24 * 1000)
 
 
@@ -91,6 +96,7 @@ def test_states_beyond_half_of_what_weights_leave_go_to_the_spool(free: Any) -> 
     assert found == Memory(0, memory.PROCESS + 4 * GIB + 1 * GIB + 3 * GIB + 2 * GIB, 4 * GIB)
     assert Memory.of(need, 4 * GIB, cpu, Limits(memory=6 * GIB)).spool == 6 * GIB
     assert Memory.of(replace(need, states=3 * GIB), 4 * GIB, cpu, Limits()).spool == 0
+    assert Memory.of(need, 4 * GIB, cpu, Limits(), in_files=1 * GIB) == replace(found, host=found.host - 1 * GIB)
 
 
 RATES = Rates(forward=1e-3, both=3e-3, graph=100.0, head=1e-6, products=1e9, factors=1e9, read=1e3, written=1e6)
@@ -98,7 +104,7 @@ RATES = Rates(forward=1e-3, both=3e-3, graph=100.0, head=1e-6, products=1e9, fac
 
 def work_of(**changes: Any) -> Work:
     text = Text(1000, 100, 50, 10)
-    return replace(Work({"a": text, "b": text}, True, False, text, False, text, True, 0.75, 2_000_000), **changes)
+    return replace(Work({"a": text, "b": text}, True, False, text, text, True, 0.75, 2_000_000), **changes)
 
 
 def forecaster(base: ResolvedBase, work: Work, limits: Limits | None = None) -> Forecaster:
@@ -118,8 +124,11 @@ def test_seconds_of_each_stage(base: ResolvedBase, free: Any) -> None:
         resident["profile b"].seconds + stored / 1e3
     )  # is loaded first
     solved = 2 * 1000 * 20 * (20 + 2 * 24) / 1e9 + (20**3 / 3 + 2 * 20**2 * 24) / 1e9
-    assert resident["repair"].seconds == pytest.approx(2000 * 3 * 1e-3 * 1.75 + 3 * solved)
+    # the profiles leave the base's states of the 1,000 tokens that the repair reads
+    assert resident["repair"].seconds == pytest.approx((2000 * 1.75 - 1000) * 3 * 1e-3 + 3 * solved)
     assert resident["repair"].tokens == 2000
+    choosing = forecaster(replace(base, source="resident"), work_of(dampings=6)).forecast().stages[2]
+    assert choosing.seconds == pytest.approx(resident["repair"].seconds + 3 * 12 * (20**3 / 3) / 1e9)
     assert resident["evaluate"].seconds == pytest.approx(2 * head)  # rode along
     assert resident["write"].seconds == pytest.approx(stored / 1e3 + 2)
     streamed = {
@@ -161,17 +170,16 @@ def test_states_that_profiles_leave_save_the_repair_runs_of_the_base(
 ) -> None:
     """There is room for those of so many corpora beside the 68 values of each of the repair's tokens."""
     one, needed = 4 * 3 * 24 * 1000, 4 * 68 * 2000
-    free(4 * (3 * LAYER + SKELETON) + 2 * (needed + corpora * one + (one - 1)))  # half of the rest is for states
     resident, repaired = replace(base, source="resident"), Text(2000, 100, 50, 20)
-    without, found = (
-        forecaster(resident, work_of(repaired=repaired, keeps=keeps, evaluated=None)).forecast().stages[2]
-        for keeps in (False, True)
-    )
-    assert found.name == "repair"
-    assert without.seconds - found.seconds == pytest.approx(corpora * 1000 * 3 * 1e-3)
-    assert found.memory.host - without.memory.host == corpora * one
+    without, found = [], []
+    for kept, into in ((0, without), (corpora, found)):
+        free(4 * (3 * LAYER + SKELETON) + 2 * (needed + kept * one + (one - 1)))  # half of the rest is for states
+        into += forecaster(resident, work_of(repaired=repaired, evaluated=None)).forecast().stages
+    assert found[2].name == "repair"
+    assert without[2].seconds - found[2].seconds == pytest.approx(corpora * 1000 * 3 * 1e-3)
+    assert found[2].memory.host - without[2].memory.host == corpora * one
     if corpora == 2:  # documents that are read meanwhile take their place
-        work = work_of(repaired=repaired, keeps=True, evaluated=Text(1600, 100, 50, 10))
+        work = work_of(repaired=repaired, evaluated=Text(1600, 100, 50, 10))
         assert forecaster(resident, work).forecast().memory.spool == 0
 
 

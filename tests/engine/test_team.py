@@ -71,9 +71,9 @@ def well(finished: list[Finished]) -> None:
     [
         ("llama", {"ffn": 0.25, "kv_groups": 1, "multiple_of": 4}),
         ("worded", {"vocabulary": {"keep": 384}}),
-        ("gemma3_text", {"ffn": 0.25, "multiple_of": 4}),
+        ("gemma3_text", {"layers": 1, "ffn": 0.25, "multiple_of": 4}),
         ("llama", {"retention": {"expert": 0.9}, "multiple_of": 8}),
-        ("mixtral", {"experts": 2}),
+        ("mixtral", {"layers": 1, "experts": 2}),
         ("qwen3_moe", {"ffn": 0.5, "multiple_of": 8}),
     ],
 )

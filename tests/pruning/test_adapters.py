@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import expertprune
-from expertprune.artifacts.plan import Plan, VocabularyPlan
+from expertprune.artifacts.plan import LayerPlan, Plan, VocabularyPlan
 from expertprune.composition.rows import essentials
 from expertprune.errors import CheckpointError
 from expertprune.models.base import ResolvedBase
 from expertprune.models.inventory import vocabulary_rows
 from expertprune.models.loading import load_model
-from expertprune.units import KeptRows
+from expertprune.units import GONE, KeptRows
 from tests.adapters import CONFIG, LINEAR, WEIGHTS, expert_of, trained, with_adapter
 from tests.calling import call, call_json
 from tests.oracle import (
@@ -255,6 +256,106 @@ def test_an_adapter_of_the_first_base_is_cut_along_all_plans(twice: tuple[Path, 
     with masked(model.get_base_model(), plans[1]):
         expected = logits_of(model)
     assert_same(logits_of(with_adapter(exact(folder / "second"), tmp_path / "both")), expected)
+
+
+# --- fewer layers -------------------------------------------------------------------------------------------------------
+
+
+def without_layer(base: ResolvedBase, gone: int, seed: int, **widths: int) -> Plan:
+    generator = torch.Generator().manual_seed(seed)
+    layers = enumerate(base.layers)
+    return plan_of(
+        base, [GONE if layer == gone else random_units(shape, generator, **widths) for layer, shape in layers]
+    )
+
+
+@contextlib.contextmanager
+def skipping(model: Any, plan: Plan) -> Iterator[None]:
+    """While open, layers that the plan has no more hand on what they get; those that stay are masked."""
+    whole = [shape.all_kept if units.gone else units for shape, units in zip(plan.shapes, plan.kept, strict=True)]
+    layers = [model.model.layers[layer] for layer in plan.gone]
+    handles = [layer.register_forward_hook(lambda _, given, __: given[0]) for layer in layers]
+    with masked(model, replace(plan, layers=[LayerPlan(units) for units in whole])):
+        yield
+    for handle in handles:
+        handle.remove()
+
+
+NUMBERED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "layers to transform": (
+        "llama", {"target_modules": LINEAR, "layers_to_transform": [0, 1, 3]},
+        {"target_modules": LINEAR, "layers_to_transform": [0, 2]},
+    ),
+    "full names, and patterns of ranks and scales": (
+        "llama",
+        {"target_modules": ["model.layers.1.mlp.up_proj", "layers.3.mlp.up_proj", "k_proj"],
+         "rank_pattern": {r"layers\.3\.mlp\.up_proj": 2, "layers.1.mlp.up_proj": 3, "k_proj": 5},
+         "alpha_pattern": {"^model.layers.2.self_attn.k_proj": 30}},
+        {"target_modules": ["layers.2.mlp.up_proj", "k_proj"], "rank_pattern": {r"layers\.2\.mlp\.up_proj": 2, "k_proj": 5},
+         "alpha_pattern": {"^model.layers.1.self_attn.k_proj": 30}},
+    ),
+    "an expression for all layers": (
+        "gemma3", {"target_modules": r".*\.layers\.[0-9]+\.mlp\.\w+_proj", "modules_to_save": ["q_norm"]},
+        {"target_modules": r".*\.layers\.[0-9]+\.mlp\.\w+_proj", "modules_to_save": ["q_norm"]},
+    ),
+    "routed experts": (
+        "qwen3_moe", {"target_modules": ["q_proj"], "target_parameters": ["layers.3.mlp.experts.down_proj"]},
+        {"target_modules": ["q_proj"], "target_parameters": ["layers.2.mlp.experts.down_proj"]},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NUMBERED)
+def test_layers_are_renumbered_where_some_go(case: str, tmp_path: Path, store: Path) -> None:
+    family, config, expected_config = NUMBERED[case]
+    kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2} if family == "gemma3" else {}
+    base = resolved(save_tiny(tmp_path / "base", family, num_hidden_layers=4, **kinds), store)
+    plan = without_layer(base, 1, 4, ffn=11)
+    adapter = trained(base.folder, tmp_path / "adapter", **config)
+    expert = expert_of(plan, base, tmp_path / "expert")
+    expertprune.cut_adapter(adapter, expert, tmp_path / "cut")
+    model = merged(base.folder, adapter)
+    with skipping(model, plan):
+        expected = logits_of(model)
+    small = exact(expert)
+    without, found = logits_of(small), logits_of(with_adapter(small, tmp_path / "cut"))
+    assert_same(found, expected)
+    assert (without - expected).abs().max() > 0.05
+    stored = read_json(tmp_path / "cut" / CONFIG)
+    for key, value in expected_config.items():
+        assert (sorted(stored[key]) if isinstance(value, list) else stored[key]) == (
+            sorted(value) if isinstance(value, list) else value
+        )
+
+
+def test_layers_go_one_after_the_other_along_a_chain(tmp_path: Path, store: Path) -> None:
+    """Of layers 0 to 3 first 1 goes, then the expert's 1, which was 2: what was 3 is 1 in the end."""
+    base = resolved(save_tiny(tmp_path / "base", "qwen3_moe", num_hidden_layers=4), store)
+    first = resolved(expert_of(without_layer(base, 1, 1, ffn=12), base, tmp_path / "first"), store)
+    second = expert_of(without_layer(first, 1, 2, experts=4), first, tmp_path / "second")
+    parameters = [f"layers.{layer}.mlp.experts.{name}_proj" for layer in range(4) for name in ("gate_up", "down")]
+    adapter = trained(base.folder, tmp_path / "adapter", target_modules=["o_proj"], target_parameters=parameters)
+    assert expertprune.cut_adapter(adapter, second, tmp_path / "both").plans == 2
+    expertprune.cut_adapter(adapter, first.folder, tmp_path / "one")
+    changed(tmp_path / "one", base_model_name_or_path="first")
+    expertprune.cut_adapter(tmp_path / "one", second, tmp_path / "two")
+    both, two = load_file(tmp_path / "both" / WEIGHTS), load_file(tmp_path / "two" / WEIGHTS)
+    assert both.keys() == two.keys()
+    assert {name.split(".")[4] for name in both} == {"0", "1"}
+    assert all(torch.equal(both[name], two[name]) for name in both)
+    assert sorted(read_json(tmp_path / "both" / CONFIG)["target_parameters"]) == sorted(parameters[:4])
+    either = trained(first.folder, tmp_path / "either", target_modules=["o_proj"])
+    changed(either, base_model_name_or_path="owner/model")  # its layers 0 to 2 could be those of either base
+    with pytest.raises(
+        CheckpointError, match="shapes do not tell which base the adapter is of: first, which was cut from"
+    ):
+        expertprune.cut_adapter(either, second, tmp_path / "none", same_base=True)
+    alone = trained(base.folder, tmp_path / "alone", target_modules=["o_proj"], layers_to_transform=[1, 2])
+    with pytest.raises(CheckpointError, match="changes only layers or routed experts that the expert does not have"):
+        expertprune.cut_adapter(alone, second, tmp_path / "none")
+    changed(adapter, target_modules=r".*layers\.[023]\..*o_proj")
+    with pytest.raises(CheckpointError, match="names layers or routed experts by numbers, some of which change"):
+        expertprune.cut_adapter(adapter, second, tmp_path / "none")
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------------

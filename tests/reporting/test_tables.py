@@ -12,7 +12,15 @@ import pytest
 import yaml
 from rich.console import Console, RenderableType
 
-from expertprune.artifacts.evaluation import Average, CorpusResult, Evaluation, Measured, Settings, TaskResult
+from expertprune.artifacts.evaluation import (
+    Average,
+    CorpusResult,
+    DocumentBits,
+    Evaluation,
+    Measured,
+    Settings,
+    TaskResult,
+)
 from expertprune.artifacts.expert import CorpusRecord, Expert
 from expertprune.artifacts.plan import (
     BaseReference,
@@ -130,8 +138,8 @@ def test_retention_rows_say_every_metric_and_the_averages() -> None:
     assert retention_rows(an_evaluation()) == [
         ["language/en", "bits per byte", "0.5000", "0.6667", "0.7500", "0.7000 to 0.8000"],
         ["language/en", "KL to base, bits/token", "", "0.2500", "", "0.1250 to 0.3750"],
-        ["language/en", "accuracy (12 questions, +3 −0)", "0.0000", "0.2500", "undefined", "undefined to undefined"],
         ["task/qa", "perplexity", "8.0000", "8.0000", "8.0000", "8.0000 to 8.0000"],
+        ["language/en", "accuracy (12 questions, +3 −0)", "0.0000", "0.2500", "undefined", "undefined to undefined"],
         [
             "sums",
             "exact_match (50 examples, +2 −14, 40% as the base)",
@@ -142,6 +150,23 @@ def test_retention_rows_say_every_metric_and_the_averages() -> None:
         ],
         ["general", "mean of 1, accuracy of tasks", "", "", "0.8000", "0.7000 to 0.9000"],
     ]
+
+
+def test_the_headline_is_bits_per_byte_over_documents_whatever_tasks_say() -> None:
+    """Base (40 + 30) / 40 bytes, expert (50 + 50) / 40; a document of two corpora counts once."""
+
+    def bits(digest: str, base: float, expert: float) -> DocumentBits:
+        return DocumentBits(
+            digest=digest, tokens=9, bytes=20, base_bits=base, expert_bits=expert, kl_bits=0, expert_tokens=9,
+            expert_bytes=20,
+        )  # fmt: skip
+
+    measured = an_evaluation()
+    rows = [bits("a", 40, 50), bits("b", 30, 50)]
+    corpora = {name: each.model_copy(update={"per_document": rows}) for name, each in measured.corpora.items()}
+    first, *rest = retention_rows(measured.model_copy(update={"corpora": corpora}))
+    assert first[:5] == ["expert", "bits per byte, all 2 documents", "1.7500", "2.5000", "0.7000"]
+    assert rest == retention_rows(measured)
 
 
 def test_the_plan_table_sums_over_layers() -> None:
@@ -158,7 +183,7 @@ def test_the_plan_table_sums_over_layers() -> None:
 @pytest.mark.parametrize("text", HOSTILE)
 def test_any_name_is_shown_as_it_is(tmp_path: Path, text: str) -> None:
     table = shown(retention_table(an_evaluation(text)))
-    assert table.count(text) == 2  # in the table, and in the note below it
+    assert table.count(text) == 3  # with its text, with its questions, and in the note below the table
     assert "accuracy: the base (0.0000) is no better than chance (0.2500)" in table
     assert "nan" not in table
     assert f"plan {text}" in shown(explain(a_plan(text)))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +20,10 @@ import psutil
 import pytest
 
 import expertprune
+from bench.load import Answer, ask, requests
 from expertprune.artifacts.timing import Load
 from expertprune.serving import engine, throughput
+from expertprune.serving.chat import Ended, Settings, running
 from expertprune.serving.deployment import Deployment
 from expertprune.serving.processes import check_port, free_port
 from tests.test_examples import probe_path
@@ -26,6 +31,7 @@ from tests.test_examples import probe_path
 pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
+aiohttp = pytest.importorskip("aiohttp")
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 
 ROOT = Path(__file__).parent.parent.parent
@@ -106,6 +112,24 @@ def test_a_chat_is_answered_whole_and_as_a_stream(serving: Serving) -> None:
     assert "".join(pieces) == whole.choices[0].message.content
 
 
+def test_the_chat_command_speaks_to_it(serving: Serving) -> None:
+    """The same model on both sides: the same words, piece by piece, as many as it counts."""
+    base, expert = running(f"{serving.root}/v1", f"{serving.root}/v1")
+    said = []
+    for side in (base, expert):
+        *pieces, end = side.endpoint.answer(QUESTION, Settings(max_tokens=12))
+        assert side.endpoint.chats
+        assert isinstance(end, Ended)
+        assert 1 < len(pieces) <= end.tokens <= 12
+        said.append("".join(map(str, pieces)))
+    assert said[0] == said[1]
+    drawn = [
+        "".join(map(str, list(base.endpoint.answer(QUESTION, Settings(seed, temperature=1.0, max_tokens=12)))[:-1]))
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]  # the seed is what draws
+
+
 def test_vllms_benchmark_measures_it(serving: Serving, experts: list[Path], tmp_path: Path) -> None:
     """A token of KV cache takes 30 layers × (K and V) × 3 heads × 64 channels × 2 bytes, and blocks hold 128 tokens."""
     load = Load(prompts=4, input_tokens=16, output_tokens=4, concurrency=2)
@@ -128,6 +152,35 @@ def test_vllms_benchmark_measures_it(serving: Serving, experts: list[Path], tmp_
     assert row.memory_bytes > experts[0].joinpath("model.safetensors").stat().st_size
     if engine.platform().cpu:
         assert row.kv_cache_tokens == 2**30 // (30 * 2 * 3 * 64 * 2 * 128) * 128
+
+
+def test_bursts_of_requests_are_all_answered_and_what_is_malformed_is_refused(serving: Serving) -> None:
+    """One in ten is cancelled in the middle, and must not go on in the engine; one in ten is malformed."""
+    everything = requests(["quarter"], 200, seed=0, words=5)
+
+    async def send() -> list[Answer]:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+            bursts = [everything[start : start + 50] for start in range(0, len(everything), 50)]
+            return [
+                answer
+                for burst in bursts
+                for answer in await asyncio.gather(*(ask(session, serving.root, asked) for asked in burst))
+            ]
+
+    answers = asyncio.run(send())
+    assert [answer.problem for answer in answers if answer.problem] == []
+    statuses = {kind: {each.status for each in answers if each.asked.kind == kind} for kind in ("valid", "malformed")}
+    assert statuses["valid"] == {200}
+    assert statuses["malformed"] <= {400, 404, 422}
+    assert {each.asked.kind for each in answers} == {"valid", "cancelled", "malformed"}
+    for _ in range(50):
+        with urllib.request.urlopen(f"{serving.root}/metrics") as page:
+            running = re.search(r"^vllm:num_requests_running\{.*\} ([\d.]+)$", page.read().decode(), re.MULTILINE)
+        assert running is not None
+        if float(running[1]) == 0:
+            break
+        time.sleep(0.2)
+    assert float(running[1]) == 0
 
 
 def alive(process: psutil.Process) -> bool:

@@ -26,7 +26,7 @@ from tests.tiny import save_tiny
 def test_an_expert_of_a_streamed_base_is_the_same(
     tmp_path: Path, spec_data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec_data["budget"] |= {"kv_groups": 1}
+    spec_data["budget"] |= {"kv_groups": 1, "layers": 1}
     spec = parse_spec(spec_data, "spec", tmp_path)
     resident, streamed = (
         expertprune.build(spec, tmp_path / layers, {"base.layers": layers}, store=tmp_path / f"{layers}-store")
@@ -70,7 +70,7 @@ def test_a_build_with_gradients_and_hidden_states_in_files_is_the_same(
                 **spec_data,
                 "base": str(base),
                 "relevance": {"criterion": "fisher"},
-                "budget": {"ffn": 0.5, "multiple_of": 8},
+                "budget": {"layers": 1, "ffn": 0.5, "multiple_of": 8},
             }
         )
     )
