@@ -8,6 +8,7 @@ Each method runs in a process of its own, which runs the plain forward pass firs
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import resource
 import subprocess
@@ -33,12 +34,14 @@ from .quality import STOCK
 from .records import Table, made, save_table
 
 REPAIR, BUILD = "repair", "profile, compose and repair"
+STREAMED = f"{BUILD}, layers streamed"
 OURS: dict[str, dict[str, Any]] = {
     "profile (forward pass)": STOCK,
     "profile + gradient pass": {"relevance.criterion": "fisher"},
     "profile + regional pass": {"relevance.criterion": "regional"},
     REPAIR: STOCK,
     BUILD: {"relevance.criterion": "fisher"},
+    STREAMED: {"relevance.criterion": "fisher", "base.layers": "streamed"},
 }
 
 
@@ -52,13 +55,16 @@ def measure(bench: Bench, name: str, documents: int, dtype: str = "auto") -> dic
     overrides = {**OURS.get(name, {}), "base.dtype": dtype}
     cell = Cell("ours" if name in OURS else name, documents=documents, overrides=overrides)
     prepared = expertprune.validate(bench.spec(cell), store=None)
-    model, batches = prepared.running.model, prepared.repair_batches()
+    batches = prepared.repair_batches()
+    # A streamed model is none that can be called: a resident one takes the plain pass, and goes.
+    model = load_model(prepared.base.folder, prepared.base.dtype) if name == STREAMED else prepared.running.model
     with torch.inference_mode():
         model(input_ids=batches[0].ids, use_cache=False)
         start = time.perf_counter()
         for batch in batches:
             model(input_ids=batch.ids, use_cache=False)
         plain = time.perf_counter() - start
+    del model
     before = peak()
     with tempfile.TemporaryDirectory() as temporary:
         prepared = replace(prepared, store=Path(temporary))
@@ -67,7 +73,7 @@ def measure(bench: Bench, name: str, documents: int, dtype: str = "auto") -> dic
             (Path(temporary) / "expert").mkdir()
             start = time.perf_counter()
             write_folder(prepared, plan, Path(temporary) / "expert")
-        elif name == BUILD:
+        elif name in (BUILD, STREAMED):
             (Path(temporary) / "expert").mkdir()
             start = time.perf_counter()
             prepared.running.keep_states()  # as `build` does
@@ -86,19 +92,21 @@ def measure(bench: Bench, name: str, documents: int, dtype: str = "auto") -> dic
 
 def builds(data: Path, documents: int) -> None:
     """Measure a default build without its evaluation, and save the table."""
-    table = Table(["base runs in", "plain forward pass (s)", "build (s)", "build over pass", "peak memory (GiB)"])
-    command = [sys.executable, "-m", "bench.cost", f"--data={data}", f"--documents={documents}", "--one", BUILD]
-    for dtype in ("float32", "bfloat16"):
-        run = subprocess.run([*command, "--dtype", dtype], stdout=subprocess.PIPE, text=True, check=True)
+    table = Table(
+        ["base runs in", "layers", "plain forward pass (s)", "build (s)", "build over pass", "peak memory (GiB)"]
+    )
+    command = [sys.executable, "-m", "bench.cost", f"--data={data}", f"--documents={documents}"]
+    for dtype, name in itertools.product(("float32", "bfloat16"), (BUILD, STREAMED)):
+        run = subprocess.run([*command, "--one", name, "--dtype", dtype], stdout=subprocess.PIPE, text=True, check=True)
         found = json.loads(run.stdout.splitlines()[-1])
-        add_build(table, dtype, found)
+        add_build(table, dtype, "streamed, run again" if name == STREAMED else "resident", found)
     save_table("cost_build", table, made(), f"{found['tokens']:,} tokens; {torch.get_num_threads()} threads.")
     print(table)
 
 
-def add_build(table: Table, dtype: str, found: dict[str, Any]) -> None:
+def add_build(table: Table, dtype: str, layers: str, found: dict[str, Any]) -> None:
     ratio = found["seconds"] / found["plain"]
-    table.add(dtype, f"{found['plain']:.1f}", f"{found['seconds']:.1f}", f"{ratio:.2f}", f"{found['peak']:.2f}")
+    table.add(dtype, layers, f"{found['plain']:.1f}", f"{found['seconds']:.1f}", f"{ratio:.2f}", f"{found['peak']:.2f}")
 
 
 def main() -> None:
@@ -106,7 +114,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of JSON lines, as for bench.quality")
     parser.add_argument("--documents", type=int, default=20, help="calibration documents of each corpus; default: 20")
     parser.add_argument("--dtype", default="auto", help="what the base runs in; default: auto")
-    parser.add_argument("--builds", action="store_true", help="only a whole build, in float32 and in bfloat16")
+    parser.add_argument("--builds", action="store_true", help="only whole builds: float32, bfloat16, layers streamed")
     parser.add_argument("--one", choices=[*METHODS, *OURS], help="measure one method here, and print it as JSON")
     arguments = parser.parse_args()
     if arguments.one:

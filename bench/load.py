@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import aiohttp
 import psutil
@@ -168,14 +168,21 @@ class Endpoint:
             time.sleep(0.2)
         self.seconds = time.monotonic() - begun
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait()
+
     def members(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def server(self, name: str) -> psutil.Process:
         """The vLLM server of a model; its engine is its child."""
         for member in self.members():
-            words = member.cmdline()
-            if "vllm.entrypoints.openai.api_server" in words and name in words:
+            if f"--served-model-name={name}" in member.cmdline():
                 return member
         raise LookupError(name)
 
@@ -309,18 +316,20 @@ def main() -> None:
     place = Path(tempfile.mkdtemp(prefix="load-"))
     try:
         folders = [tiny_chat_model(place / name, seed) for seed, name in enumerate(("one", "two"))]
-        endpoint = Endpoint(folders, place)
-        print(f"both healthy after {endpoint.seconds:.0f} s", flush=True)
-        load, begun = Load(endpoint), time.monotonic()
-        asyncio.run(load.run(requests(endpoint.names, options.number, options.seed), options.seed))
-        seconds = time.monotonic() - begun
-        problems = [*load.problems(), *endpoint.end(signal.SIGTERM)]
+        with Endpoint(folders, place) as endpoint:
+            print(f"both healthy after {endpoint.seconds:.0f} s", flush=True)
+            load, begun = Load(endpoint), time.monotonic()
+            asyncio.run(load.run(requests(endpoint.names, options.number, options.seed), options.seed))
+            seconds = time.monotonic() - begun
+            problems = [*load.problems(), *endpoint.end(signal.SIGTERM)]
+        print(json.dumps(load.told()), flush=True)
         for number in (signal.SIGINT, signal.SIGKILL):
-            problems += Endpoint(folders, place).end(number)
+            with Endpoint(folders, place) as endpoint:
+                problems += endpoint.end(number)
     finally:
         shutil.rmtree(place, ignore_errors=True)
     print(*problems[:50], sep="\n")
-    print(json.dumps({**load.told(), "broken": len(problems), "seconds": round(seconds)}))
+    print(json.dumps({"part": "load", "broken": len(problems), "seconds": round(seconds)}))
     if options.save:
         save_row("load", len(load.answers), len(problems), seconds)
     sys.exit(1 if problems else 0)

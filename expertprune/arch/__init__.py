@@ -8,7 +8,7 @@ family's name.
 from expertprune.arch.blocks import Block, CoupledTensor, Experts, ExpertTensor
 from expertprune.arch.bundled import bundled_models
 from expertprune.arch.family import Family, families, family_of
-from expertprune.arch.gguf import QUANTIZER, GgufForm, PreTokenizer, gguf_names
+from expertprune.arch.gguf import GgufForm, PreTokenizer, gguf_names
 from expertprune.arch.recognition import attention_of, recognized
 from expertprune.arch.single_layers import EXPERT, MODELING, PER_LAYER, stock_architectures
 from expertprune.arch.widths import GROUPS
@@ -18,7 +18,6 @@ __all__ = [
     "GROUPS",
     "MODELING",
     "PER_LAYER",
-    "QUANTIZER",
     "Block",
     "CoupledTensor",
     "ExpertTensor",

@@ -12,7 +12,6 @@ from pydantic import Field
 
 from expertprune.arch.blocks import ConfigKeys, Data
 
-QUANTIZER = "llama-quantize"  # llama.cpp's tool for types of fewer bits
 _DEFAULT_THETA = 10000.0
 
 
@@ -166,9 +165,12 @@ class PreTokenizer(Data):
 
 
 class GgufNames(Data):
-    """The format's names for kinds of tokenizer. `engine` is the program that reads the files."""
+    """The format's names for kinds of tokenizer. `engine` is the program that reads the files, `quantizer` its
+    tool that stores them in fewer bits.
+    """
 
     engine: str
+    quantizer: str
     byte_level: str
     sentencepiece: str
     pre_tokenizers: tuple[PreTokenizer, ...]

@@ -26,7 +26,7 @@ def export(expert: Path, out: Path, kind: str, stored: str, overwrite: bool, as_
     \b
     expertprune export experts/medical-qa --format gguf --type q8_0 --out medical-qa.gguf
     """
-    from expertprune.arch import QUANTIZER
+    from expertprune.arch import gguf_names
     from expertprune.stages import export as stage
 
     written = stage.export(expert, out, kind, stored, overwrite)
@@ -35,8 +35,8 @@ def export(expert: Path, out: Path, kind: str, stored: str, overwrite: bool, as_
         "kind": "export", "format": kind, "file": str(out), "bytes": size, "architecture": written.architecture,
         "context": written.context, "tensors": written.tensors,
     }  # fmt: skip
-    quantize = shlex.join([QUANTIZER, str(out), str(out.with_name(f"{out.stem}-q4_k_m.gguf")), "Q4_K_M"])
-    fewer = "" if stored == "q8_0" else f"\nfor fewer bits: {quantize}"
+    quantize = shlex.join([gguf_names().quantizer, str(out), str(out.with_name(f"{out.stem}-q4_k_m.gguf")), "Q4_K_M"])
+    fewer = "" if stored == "q8_0" else f"\nin fewer bits, by {gguf_names().engine}: {quantize}"
     counts = ", ".join(f"{count} {name}" for name, count in sorted(written.tensors.items()))
     what = f"{out}: {size / 1e6:.1f} MB, architecture {written.architecture}, tensors: {counts}"
     show(as_json, data, lambda: what + fewer)

@@ -57,10 +57,11 @@ class LayerCollector:
             self.routed.add(batch, seen.routed)
         none = after[..., :0]
         self.update(batch, values.get("ffn", none), values.get("heads", none), after)
-        for row, (document, length) in enumerate(zip(batch.documents, batch.lengths, strict=True)):
-            turn = 1 - nn.functional.cosine_similarity(before[row, :length].float(), after[row, :length].float(), dim=1)
-            weights = batch.weights[row, :length].to(turn.device)
-            self.influence[document] = (turn * weights).sum() / weights.sum()
+        placed, turned = (
+            batch.on(after.device),
+            1 - nn.functional.cosine_similarity(before.float(), after.float(), dim=2),
+        )
+        self.influence.index_copy_(0, placed.documents, (turned * placed.weights).sum(1) / placed.totals)
 
     def update(self, batch: Batch, ffn: Tensor, heads: Tensor, stream: Tensor) -> None:
         """Add one batch; padding is left out.

@@ -250,11 +250,9 @@ class Along:
     def _in_expert(
         self, layer: int | None, weight: str, local: str, single: StoredExpert | None
     ) -> tuple[int, ...] | None:
-        """The shape of the same tensor in the last expert."""
+        """The shape of the same tensor in the last expert; of one of its routed experts, that of the first one's."""
         routed, names = self.family.experts, [local]
-        if (
-            single is not None and routed is not None
-        ):  # all routed experts of a layer are alike, and the first one is there
+        if single is not None and routed is not None:
             patterns = [re.escape(each.name).replace(re.escape("{expert}"), r"\d+") for each in routed.each]
             place = next(place for place, pattern in enumerate(patterns) if re.fullmatch(pattern, local))
             names = [routed.of_one(0)[place].name]

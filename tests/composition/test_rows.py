@@ -90,7 +90,8 @@ def test_a_row_scores_frequency_plus_mass_the_largest_over_dimensions_and_genera
     )
     parts = {name: CorpusRows(profile.part(VOCABULARY)) for name, profile in profiles.items()}
     score, source = row_scores(spec, parts)
-    # row 0: de 1/4. row 1: de 3/4 + 1/2. row 2: medical 1/2 + 1/8, general half of 1/2 + 7/8. row 3: fr 1. row 4: general 1/4.
+    # row 0: de 1/4. row 1: de 3/4 + 1/2. row 2: medical 1/2 + 1/8, general half of 1/2 + 7/8. row 3: fr 1.
+    # row 4: general 1/4.
     assert score[:6].tolist() == [0.25, 1.25, 0.6875, 1.0, 0.25, 0.0]
     assert source[:5].tolist() == [0, 0, 2, 0, 2]
 

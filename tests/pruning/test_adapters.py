@@ -344,6 +344,12 @@ def test_layers_go_one_after_the_other_along_a_chain(tmp_path: Path, store: Path
     assert {name.split(".")[4] for name in both} == {"0", "1"}
     assert all(torch.equal(both[name], two[name]) for name in both)
     assert sorted(read_json(tmp_path / "both" / CONFIG)["target_parameters"]) == sorted(parameters[:4])
+    either = trained(first.folder, tmp_path / "either", target_modules=["o_proj"])
+    changed(either, base_model_name_or_path="owner/model")  # its layers 0 to 2 could be those of either base
+    with pytest.raises(
+        CheckpointError, match="shapes do not tell which base the adapter is of: first, which was cut from"
+    ):
+        expertprune.cut_adapter(either, second, tmp_path / "none", same_base=True)
     alone = trained(base.folder, tmp_path / "alone", target_modules=["o_proj"], layers_to_transform=[1, 2])
     with pytest.raises(CheckpointError, match="changes only layers or routed experts that the expert does not have"):
         expertprune.cut_adapter(alone, second, tmp_path / "none")

@@ -92,6 +92,8 @@ def _turn(speakers: Sequence[Speaker], prompt: str, settings: Settings, console:
             if console.is_terminal:
                 live.update(columns(speakers), refresh=True)
         live.update(columns(speakers), refresh=True)
+    if not console.is_terminal:  # there, the display leaves its last line open
+        console.line()
 
 
 def columns(speakers: Sequence[Speaker]) -> Table:
