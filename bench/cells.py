@@ -80,7 +80,9 @@ class Cell:
         every = json.loads(json.dumps(asdict(self)))
         names = ("method", "model", "sets", "blocks", "piqa") if self.method == "base" else tuple(every)
         # Most results were asked for before a cell could name its dtype.
-        return {name: every[name] for name in dict.fromkeys((*names, "dtype")) if (name, every[name]) != ("dtype", "auto")}
+        return {
+            name: every[name] for name in dict.fromkeys((*names, "dtype")) if (name, every[name]) != ("dtype", "auto")
+        }
 
     def path(self, results: Path = RESULTS) -> Path:
         return results / f"{digest_of(self.asked)[:16]}.json"
