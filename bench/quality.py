@@ -64,6 +64,24 @@ def peers(get: Get) -> Table:
     return table
 
 
+# The paper's rule: a neuron is irrelevant where it is so in *every* document.
+CUS_PRUN_MAX = replace(CUS_PRUN, overrides={**CUS_PRUN.overrides, "compose.aggregate": "max"})
+ANCHORS = ("ours", "flap", "flap_least_squares", "wanda_sp_least_squares", "modegpt", "Cus-Prun alone, max")
+
+
+def anchors(get: Get) -> Table:
+    """A quarter of the FFN neurons by the strongest one-shot methods, all in bfloat16."""
+    shape = Cell("base", piqa=0, dtype="bfloat16")
+    table = Table(["method", "removed", *_columns(shape)])
+    base = get(shape)
+    table.add("base", "", *_measured([base], base))
+    for method in ANCHORS:
+        alone = replace(CUS_PRUN_MAX, piqa=0, dtype=shape.dtype)
+        result = get(alone if method == "Cus-Prun alone, max" else _of(method, shape))
+        table.add(method, _millions(result), *_measured([result], base))
+    return table
+
+
 def sizes(get: Get) -> Table:
     """The best methods at other sizes, heads included."""
     shape = Cell("base")
@@ -318,7 +336,7 @@ def _millions(result: Result) -> str:
 _TABLES = (peers, sizes, tokens, gemma, parts, task, task_means, dimensions)
 TABLES: dict[str, Callable[[Get], Table]] = {table.__name__: table for table in _TABLES}
 # Their cells have no results yet, so no document has them.
-PENDING: dict[str, Callable[[Get], Table]] = {"levers": levers}
+PENDING: dict[str, Callable[[Get], Table]] = {"levers": levers, "anchors": anchors}
 
 
 def text_of(table: Callable[[Get], Table], get: Get) -> str:
