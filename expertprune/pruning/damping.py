@@ -42,7 +42,7 @@ class Halves(Generic[Sums]):
         return {f"{name} of the {half} half": each for half, sums in parts.items() for name, each in sums.items()}
 
     def add(self, inputs: Tensor, residual: Tensor, weight: Tensor, batch: Batch) -> None:
-        """Add the real tokens of a batch: those of every second document to one half.
+        """Add the real tokens of a batch: those of every second document, or window of one, to each half.
 
         The other arguments are as of `Moments.add`.
         """

@@ -265,7 +265,7 @@ class Compensation(Section):
         "share the rest equally.",
     )
     damping: Damping = Field(
-        "auto",
+        0.3,
         description="Ridge towards the original columns, relative to their inputs' energy; auto: for each projection, "
         "the one whose solution on half of the documents leaves least on the other half; 0.3 for routed experts.",
     )
