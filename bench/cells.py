@@ -78,11 +78,11 @@ class Cell:
     def asked(self) -> dict[str, Any]:
         """The cell as plain data; of a base only model and measure, as nothing calibrates it."""
         every = json.loads(json.dumps(asdict(self)))
-        names = ("method", "model", "sets", "blocks", "piqa") if self.method == "base" else tuple(every)
-        # Most results were asked for before a cell could name its dtype.
-        return {
-            name: every[name] for name in dict.fromkeys((*names, "dtype")) if (name, every[name]) != ("dtype", "auto")
-        }
+        names = ("method", "model", "sets", "blocks", "piqa", "dtype") if self.method == "base" else tuple(every)
+        asked = {name: every[name] for name in names}
+        if self.dtype == "auto":
+            del asked["dtype"]  # results that were measured before cells had a dtype keep their digests
+        return asked
 
     def path(self, results: Path = RESULTS) -> Path:
         return results / f"{digest_of(self.asked)[:16]}.json"

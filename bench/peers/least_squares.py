@@ -25,12 +25,11 @@ def wanda_sp_least_squares(model: Any, batches: Sequence[Batch], fraction: float
 
     Layers are cut in order. With `h` the hidden state of a layer's FFN at full width, `[ffn]`, and
     `h_k` that of its kept neurons, on the outputs of the layers already cut below it, a ridge
-    regression gives the matrix `B`, `[ffn, kept]`, of the least `Σ ‖h − B h_k‖² + λ ‖B‖²`. The
+    regression finds the matrix `B`, `[ffn, kept]`, that minimizes `Σ ‖h − B h_k‖² + λ ‖B‖²`. The
     output projection becomes `W_down B`. `λ` is `RIDGE` of the mean of `Σ h_j²` over the kept
     neurons.
 
-    Deviations from the published method: only FFN neurons go, so there are no heads to fold. The
-    ridge is our choice; the paper has one of this form.
+    Only FFN neurons go, so no heads are repaired. The size of the ridge is our choice.
 
     Papers: GRAIL, https://arxiv.org/abs/2602.23795; Wanda, https://arxiv.org/abs/2306.11695
     """

@@ -24,13 +24,13 @@ def replaceme(model: Any, batches: Sequence[Batch], fraction: float, seed: int =
 
     Of all ranges of `n` layers, the one goes whose input `X` and output `Z` have the least mean
     cosine distance over tokens, on the dense model. `X = Y + M`, with `M` the output of the FFN in
-    the layer before. The map `T` of the least `Σ ‖Z − Y − T M‖²` is merged into that FFN:
+    the layer before. The map `T` that minimizes `Σ ‖Z − Y − T M‖²` is merged into that FFN:
     `W_down` becomes `T W_down`. `n` is the number of layers that comes nearest to the target; the
     number of parameters that it removes is returned.
 
-    Deviations: the range is never the first layer, as nothing stands before it. `RIDGE` keeps the
-    system solvable (the paper's has a ridge too, 0 in its default). Not for families that put a
-    norm behind each block (Gemma 3): the map cannot pass it.
+    The range never holds the first layer, as no FFN stands before it. `RIDGE` keeps the system
+    solvable; the published configuration sets 0. Not for families that put a norm behind each block
+    (Gemma 3): the map cannot pass it.
 
     Paper: https://arxiv.org/abs/2505.02819
 

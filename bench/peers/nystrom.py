@@ -28,9 +28,9 @@ def modegpt(model: Any, batches: Sequence[Batch], fraction: float, seed: int = 0
     loses the part `L φ softmax(−b / ε)_l` of its neurons, with `φ` the wanted fraction and `b_l`
     the layer's Block Influence, as in ShortGPT.
 
-    Left out: query and key (CR decomposition), value and output (SVD). The budget here is of FFN
-    neurons. Rotary positions allow the first only by pairs of channels, and with grouped heads one
-    choice of them must serve all queries of a group.
+    Left out, as the budget here is of FFN neurons: query and key (CR decomposition), value and
+    output (SVD). With rotary positions the first could only remove pairs of channels. With grouped
+    heads each choice would have to serve all query heads of a group.
 
     Our choices, which the formulas leave open: `λ` is the mean of `C`'s diagonal; `ε` is
     `TEMPERATURE`; a layer loses at most `MOST`, and the others share the rest by the same rule.
