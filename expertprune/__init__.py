@@ -1,7 +1,7 @@
 """expertprune: turn a general language model into a compact expert, without post-training.
 
-The verbs are functions here, under the same names as the commands: `validate`, `profile`, `compose`, `prune`, `build`,
-`evaluate`, `export`, `bench`, `sweep`, `compare`, `vocabulary`, `inspect`, `report` as `write_report`, `push` as
+The verbs are functions here, under the same names as the commands: `validate`, `forecast`, `profile`, `compose`, `prune`,
+`build`, `evaluate`, `export`, `bench`, `sweep`, `compare`, `vocabulary`, `inspect`, `report` as `write_report`, `push` as
 `push_to_hub`, and `adapter` as `cut_adapter`; `load_engine` gives an expert's `vllm.LLM`. They are imported at their
 first use, so that `import expertprune` is quick.
 """
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from expertprune.stages.compose import compose
     from expertprune.stages.evaluate import evaluate
     from expertprune.stages.export import export
+    from expertprune.stages.outlook import forecast
     from expertprune.stages.profile import profile
     from expertprune.stages.prune import prune
     from expertprune.stages.push import push as push_to_hub
@@ -50,6 +51,7 @@ _PLACES = {
             "vocabulary",
         )
     },
+    "forecast": ("expertprune.stages.outlook", None),
     "inspect": ("expertprune.reporting.explain", "describe"),
     "evaluate_suites": ("expertprune.stages.suites", None),
     "bench": ("expertprune.serving.throughput", None),
@@ -72,6 +74,7 @@ __all__ = [
     "evaluate",
     "evaluate_suites",
     "export",
+    "forecast",
     "inspect",
     "load_engine",
     "load_spec",

@@ -19,7 +19,7 @@ from expertprune.files import digest_of, parse_json, staged_file
 from expertprune.relevance import Pass
 from expertprune.units import LayerShape
 
-PROFILE_SCHEMA = 3
+PROFILE_SCHEMA = 4
 
 
 def halved(name: str, values: Tensor) -> dict[str, Tensor]:
@@ -138,7 +138,9 @@ class Profile:
 
     Every other pass over the same corpus has a file of its own beside it, a `ProfilePart`.
     `gradient-language_model`, `gradient-kl` and `regional` hold `ffn.l.value`, `heads.l.value` and
-    `experts.l.value`, `[documents, units]`, float16 with a scale. `vocabulary` holds:
+    `experts.l.value`, `[documents, units]`, float16 with a scale. A gradient's file holds `loss`
+    `[documents]`, float32, too: the mean loss of each document's own tokens, in nats. `vocabulary`
+    holds:
 
     - `mass` `[folds, rows]`, float32: the probability that the model puts on each vocabulary row,
       summed over the positions of a fold's documents;

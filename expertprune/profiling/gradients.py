@@ -157,7 +157,13 @@ def rescaled(gradient: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def loss_gradient(
-    text: TextRun, batch: Batch, hidden: Tensor, loss: str, seed: int = 0, mass: RowMass | None = None
+    text: TextRun,
+    batch: Batch,
+    hidden: Tensor,
+    loss: str,
+    seed: int = 0,
+    mass: RowMass | None = None,
+    losses: Tensor | None = None,
 ) -> Tensor:
     """The gradient of the sum of the losses of all tokens that count, times `HEAD_SCALE`.
 
@@ -169,6 +175,7 @@ def loss_gradient(
             curvature of `KL(dense ‖ masked)`, whose own gradient is zero at the dense model.
         seed: of the draws; each document has its own.
         mass: takes the probabilities of the same predictions.
+        losses: takes the documents' mean losses against their own next tokens, `[documents]`, in nats.
     """
     ids, length = batch.ids.to(hidden.device), batch.ids.shape[1]
     leaf = hidden.detach().requires_grad_()
@@ -182,11 +189,21 @@ def loss_gradient(
             logits = logits[:, : length - 1 - first]  # the last position predicts nothing
             positions = slice(first, first + logits.shape[1])
             targets = ids[:, first + 1 : first + 1 + logits.shape[1]]
+            if losses is not None:
+                _add_losses(losses, batch, logits.detach(), targets, counted[:, positions])
             if draws is not None:
                 targets = _drawn(torch.softmax(logits.detach(), -1), draws[:, positions])
             each = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
             total += torch.autograd.grad((each * counted[:, positions].flatten()).sum() * HEAD_SCALE, leaf)[0]
     return total
+
+
+def _add_losses(losses: Tensor, batch: Batch, logits: Tensor, targets: Tensor, counted: Tensor) -> None:
+    """Add some positions' share in their documents' mean losses."""
+    each = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+    sums = (each.unflatten(0, targets.shape) * counted).sum(1)
+    places = batch.on(losses.device)
+    losses.index_add_(0, places.documents, (sums / places.predicted).float())
 
 
 def _draws(batch: Batch, seed: int) -> Tensor:

@@ -76,6 +76,7 @@ class Traversal:
         self.regional = next((part for part in parts if part.made_by is Pass.REGIONAL), None)
         self.layers, self.documents, self.device = len(text.shapes), text.documents, text.device
         self.found: dict[ProfilePart, Statistics] = {part: {} for part in parts}
+        self.losses = torch.zeros(self.documents, device=self.device)
         self.mass = RowMass(text) if VOCABULARY in self.found and not self.working.has(VOCABULARY) else None
 
     @functools.cached_property
@@ -127,6 +128,7 @@ class Traversal:
         stream, before = self._forward(left, progress)
         if above is None and self._has_head:
             above = self._head(stream, progress)
+            self._finish_losses()
         if self.mass is not None:
             self._finish(VOCABULARY, self.mass.sums(), self.mass.tensors)
         if self.gradient is not None and above is not None:
@@ -138,10 +140,11 @@ class Traversal:
             return self.layers, None
         left, above = self.working.resumed(self.gradient, self.text)
         finished = [(part, index) for part in self.found if part != VOCABULARY for index in range(left, self.layers)]
-        if not all(self.working.has(*each) for each in finished):
+        if not self.working.has(self.gradient) or not all(self.working.has(*each) for each in finished):
             return self.layers, None
         for part, index in finished:
             self.found[part] |= self.working.load(part, index)
+        self.found[self.gradient] |= self.working.load(self.gradient)
         return left, above
 
     def _forward(self, until: int, progress: Progress) -> tuple[Stream, list[Spool]]:
@@ -192,7 +195,7 @@ class Traversal:
 
     def _head_of(self, batch: Batch, hidden: Tensor) -> Iterator[Upstream]:
         if self.gradient is not None:
-            gradient = loss_gradient(self.text, batch, hidden, self.gradient.variant, self.seed, self.mass)
+            gradient = loss_gradient(self.text, batch, hidden, self.gradient.variant, self.seed, self.mass, self.losses)
             yield Upstream.at_the_head(gradient)
         elif self.mass is not None:
             for first, logits in self.text.logits(batch, hidden):
@@ -236,10 +239,15 @@ class Traversal:
             for part, collector in collectors[index].items():
                 self._finish(part, collector.sums(), collector.tensors, index)
             self._finish(self.gradient, gradients[index].sums(), gradients[index].tensors, index)
+        self._finish_losses()
         if self.mass is not None:
             self._finish(VOCABULARY, self.mass.sums(), self.mass.tensors)
 
     # --- the end of a layer -----------------------------------------------------------------------
+
+    def _finish_losses(self) -> None:
+        if self.gradient is not None:
+            self._finish(self.gradient, {"loss": self.losses}, lambda: {"loss": self.losses.cpu()})
 
     def _finish(self, part: ProfilePart, sums: Statistics, tensors: Callable[..., Statistics], *index: int) -> None:
         """The end of a layer, or of the head: add the sums of the team, and store what follows from them."""

@@ -16,7 +16,7 @@ from expertprune.artifacts.plan import Plan
 from expertprune.artifacts.sweep import Point, Sweep, SweptBase
 from expertprune.engine.tasks import Call, Engine, Local, Report, Shard, Task
 from expertprune.engine.team import team
-from expertprune.errors import CheckpointError, PlanError, SpecError
+from expertprune.errors import CheckpointError, PlanError, SpecError, gathered
 from expertprune.evaluation.measure import Measuring
 from expertprune.files import check_output, check_parent, digest_of, require_room, store_folder
 from expertprune.models.base import ResolvedBase
@@ -28,8 +28,8 @@ from expertprune.stages.elsewhere import agree, run_with, sent
 from expertprune.stages.evaluate import measuring
 from expertprune.stages.points import holds, load_point, make_point, point_elsewhere, point_key, save_point
 from expertprune.stages.profile import profile_tasks
+from expertprune.stages.sizes import of_size, problem_of, sized_keys
 from expertprune.stages.validate import Found, Prepared, SpecLike, as_spec, check_unlisted, find, prepare
-from expertprune.units import Structure
 
 SWEEP_FILE = "sweep.json"
 
@@ -209,31 +209,29 @@ def _budgets(spec: Spec, values: Sequence[float]) -> tuple[dict[float, Budget], 
     Raises:
         SpecError: the spec cannot be swept, or no budget is legal.
     """
-    structures = [key for key in ("layers", *Structure) if getattr(spec.budget, key)]
-    if not structures and spec.budget.vocabulary is not None:
-        structures = ["vocabulary"]
-    overall = spec.budget.overall
-    wrong, problems = [], []
+    keys: list[str] = []
+    wrong: list[str] = []
+    problems: list[str] = []
     if spec.budget.retention is not None:
         wrong.append(
             "budget.retention: a spec with a retention floor finds its own budget, so there is nothing to sweep: build "
             "it, or give budget.parameters in its place"
         )
-    elif not overall and not structures:
-        wrong.append("budget: it removes nothing: say which structures the budgets are of, or budget.parameters")
+    else:
+        with gathered(wrong):
+            keys = sized_keys(spec.budget)
     if not spec.evaluate.enabled:
         wrong.append("evaluate.enabled: a sweep is made of evaluations: set it to true")
     if "bits_per_byte" not in (spec.evaluate.metrics or ("bits_per_byte",)):
         wrong.append("evaluate.metrics: a sweep measures bits_per_byte: add it")
     legal: dict[float, Budget] = {}
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-            problems.append(f"budgets: {value!r} is not a fraction to remove, above 0 and below 1")
+        if (problem := problem_of(value)) is not None:
+            problems.append(f"budgets: {problem}")
         elif float(value) in legal:
             problems.append(f"budgets: {value:g} is there twice")
         else:
-            keys = {"parameters": value, "max_parameters": None} if overall else dict.fromkeys(structures, value)
-            legal[float(value)] = Budget.model_validate({**spec.budget.model_dump(), **keys})
+            legal[float(value)] = of_size(spec.budget, keys, float(value))
     if not values:
         problems.append("budgets: name at least one, such as 0.25")
     if wrong or not legal:

@@ -195,9 +195,9 @@ def test_a_truncated_profile_is_refused(tmp_path: Path, size: int) -> None:
 @pytest.mark.parametrize(
     ("metadata", "reason"),
     [
-        (None, "a profile of schema None, not 3"),
-        ({"format": "pt"}, "a profile of schema None, not 3"),
-        ({"expertprune": json.dumps({"schema": 1})}, "a profile of schema 1, not 3"),
+        (None, "a profile of schema None, not 4"),
+        ({"format": "pt"}, "a profile of schema None, not 4"),
+        ({"expertprune": json.dumps({"schema": 1})}, "a profile of schema 1, not 4"),
         ({"expertprune": "{"}, "not a readable profile"),
         ({"expertprune": "[]"}, "profile"),
     ],

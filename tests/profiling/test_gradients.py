@@ -63,8 +63,8 @@ def gradients(
 
 
 def with_groups(found: dict[str, Tensor], of: Tiny) -> dict[str, Tensor]:
-    """`ffn.0.value` as `ffn.0`, and KV groups as the sums of their heads, head by head."""
-    result = {name.removesuffix(".value"): tensor for name, tensor in found.items()}
+    """`ffn.0.value` as `ffn.0`, and KV groups as the sums of their heads, head by head; no losses."""
+    result = {name.removesuffix(".value"): tensor for name, tensor in found.items() if name != "loss"}
     for layer, shape in enumerate(of.shapes):
         heads = result[f"heads.{layer}"]
         groups = torch.zeros(heads.shape[0], shape.kv_heads)
@@ -72,6 +72,16 @@ def with_groups(found: dict[str, Tensor], of: Tiny) -> dict[str, Tensor]:
             groups[:, head // shape.heads_per_group] += heads[:, head]
         result[f"groups.{layer}"] = groups
     return result
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["graphs-kept", "run-again"])
+@pytest.mark.parametrize("loss", ["language_model", "kl"])
+def test_the_loss_is_that_of_each_documents_own_tokens(loss: str, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traversal, "graph_bytes", lambda text: 0 if kept else 1 << 60)
+    of, documents = tiny("llama"), token_lists()
+    expected = torch.stack([cross_entropy(of.model, ids).detach() for ids in documents])
+    for tokens_per_batch in BATCHED:
+        assert_near(gradients(of, documents, tokens_per_batch, loss)["loss"], expected, 1e-5)
 
 
 # --- the whole model ------------------------------------------------------------------------------------------------

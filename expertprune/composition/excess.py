@@ -1,0 +1,130 @@
+"""How much of a corpus an expert will lose, foreseen from profiles before anything is cut."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from expertprune.artifacts.profile import Profile, ProfilePart
+from expertprune.corpora.documents import CorpusName
+from expertprune.errors import SpecError
+from expertprune.units import KeptUnits, LayerShape, Structure
+
+_NORMAL = 1.96  # standard deviations on either side that hold 95% of a normal distribution
+
+
+@dataclass(frozen=True)
+class Law:
+    """`excess = scale · curvature^power`, in nats a token, fitted to experts that were built.
+
+    `spread` is the standard deviation of the logarithm of measured over foreseen excess, on models
+    that the fit had not seen.
+    """
+
+    scale: float
+    power: float
+    spread: float
+
+    def excess(self, curvature: float) -> float:
+        return self.scale * curvature**self.power
+
+
+# Fitted by `python -m bench.foreseen`, see bench/README.md.
+REPAIRED = Law(scale=1.0, power=1.0, spread=0.3)
+UNREPAIRED = Law(scale=1.0, power=1.0, spread=0.6)
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """What an expert will keep of one corpus.
+
+    Attributes:
+        excess: what the loss will rise by, in nats a token.
+        retention: bits per byte of the base over those of the expert.
+        low, high: its 95% interval: from documents to documents, and as far as the law misses.
+    """
+
+    excess: float
+    retention: float
+    low: float
+    high: float
+
+
+def curvature(profile: Profile, part: ProfilePart, kept: Sequence[KeptUnits]) -> Tensor:
+    """`½ Σ_u T_d (∂L_d/∂m_u)²` over the units `u` that go, in nats a token, `[documents]`, float64.
+
+    This is what the loss rises by to second order (optimal brain damage), with the diagonal of the
+    empirical Fisher information as its curvature, as the criterion `fisher` has it. Nothing is
+    repaired in it.
+
+    Args:
+        part: the gradient pass to read.
+
+    Raises:
+        SpecError: the profile lacks that pass.
+    """
+    stored = _gradients(profile, part)
+    total = torch.zeros(len(profile.documents), dtype=torch.float64)
+    for layer, (shape, units) in enumerate(zip(profile.layers, kept, strict=True)):
+        for name, gone in _gone(shape, units):
+            value = stored.read_half(f"{name}.{layer}.value")[:, list(gone)]
+            total += value.double().square().sum(1)
+    return profile.read("tokens").double() * total / 2
+
+
+def _gradients(profile: Profile, part: ProfilePart) -> Profile:
+    stored = profile.part(part)
+    if stored is None:
+        raise SpecError(f"the profile of {profile.corpus} lacks the {part} pass: run the profile stage")
+    return stored
+
+
+def _gone(shape: LayerShape, kept: KeptUnits) -> Iterator[tuple[str, Sequence[int]]]:
+    """The masks that a layer loses, under the names that profiles give them.
+
+    A routed expert has one mask, whatever the number of its neurons. KV groups go as the query
+    heads that they take with them.
+    """
+    experts = set(range(shape.experts)) - set(kept.experts)
+    neurons = set(range(shape.neurons)) - set(kept.ffn)
+    inside = {neuron for neuron in neurons if not shape.experts or neuron // shape.ffn not in experts}
+    heads = set(range(shape.units(Structure.QUERY_HEADS))) - set(kept.query_heads)
+    for name, gone in (("experts", experts), ("ffn", inside), ("heads", heads)):
+        if gone:
+            yield name, sorted(gone)
+
+
+def foreseen(profile: Profile, part: ProfilePart, kept: Sequence[KeptUnits], law: Law) -> Foreseen:
+    """What is kept of a profile's corpus where such units stay.
+
+    The curvature of the corpus is the mean over its tokens. Its standard error is that of a ratio
+    of sums over documents.
+    """
+    tokens = profile.read("tokens").double()
+    each = curvature(profile, part, kept)
+    mean = float((each * tokens).sum() / tokens.sum())
+    loss = float((_gradients(profile, part).read("loss").double() * tokens).sum() / tokens.sum())
+    if mean == 0:
+        return Foreseen(0.0, 1.0, 1.0, 1.0)
+    count = len(tokens)
+    error = float(((each - mean) * tokens).square().sum().sqrt() / tokens.sum())
+    error *= math.sqrt(count / (count - 1)) if count > 1 else 0.0
+    deviation = math.hypot(law.spread, law.power * error / mean)
+    excess = law.excess(mean)
+
+    def retention(deviations: float) -> float:
+        return loss / (loss + excess * math.exp(deviations * deviation))
+
+    return Foreseen(excess, retention(0), retention(_NORMAL), retention(-_NORMAL))
+
+
+def foreseen_corpora(
+    profiles: Mapping[CorpusName, Profile], part: ProfilePart, kept: Sequence[KeptUnits], repaired: bool
+) -> dict[str, Foreseen]:
+    """The same of every corpus, by name."""
+    law = REPAIRED if repaired else UNREPAIRED
+    return {str(name): foreseen(profile, part, kept, law) for name, profile in profiles.items()}

@@ -1,0 +1,55 @@
+"""What experts of several sizes will keep, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from expertprune.composition.excess import Foreseen
+
+BROKEN = 0.8  # of its bits per byte: a base that keeps less of a corpus no longer bears the cut
+
+
+@dataclass(frozen=True)
+class Size:
+    """A foreseen expert.
+
+    Attributes:
+        removed: the fraction that was asked for, of all parameters or of each structure.
+        parameters: that stay.
+        fraction: of the base's parameters.
+        speed: the base's parameters over the expert's: how many times as fast an expert decodes at
+            most, where reading weights is all that takes time.
+        corpora: what is kept of each.
+    """
+
+    removed: float
+    parameters: int
+    fraction: float
+    speed: float
+    corpora: Mapping[str, Foreseen]
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What experts of several sizes will keep.
+
+    Attributes:
+        sizes: those that can be reached, smallest cut first.
+        unreachable: why others cannot, by size.
+        breaks: the smallest size at which a corpus keeps less than `BROKEN`, by corpus; `None` where none does.
+        warnings: what the forecast does not see.
+    """
+
+    name: str
+    base: str
+    parameters: int
+    sizes: Sequence[Size]
+    unreachable: Mapping[float, str]
+    breaks: Mapping[str, float | None]
+    warnings: Sequence[str]
+
+    def document(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"kind": "forecast", **asdict(self)}

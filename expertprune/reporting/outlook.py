@@ -1,0 +1,66 @@
+"""What experts of several sizes will keep: a table for the terminal, and a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from expertprune.composition.outlook import BROKEN, Outlook
+from expertprune.reporting.pictures import QUIET, save_picture
+
+_STYLES = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."), ("#CC79A7", "D", ":"))
+
+
+def outlook_table(outlook: Outlook) -> RenderableType:
+    """A row for each size, a column for each corpus; where each corpus breaks, and warnings, below."""
+    title = f"{outlook.name}: what experts of {outlook.base} will keep, in bits per byte of the base over theirs"
+    table = Table("removed", title=Text(title))
+    corpora = list(outlook.breaks)
+    for header in ("parameters", "of base", "faster\n(at most)", *(f"{name}\n(95% interval)" for name in corpora)):
+        table.add_column(Text(header), justify="right")
+    for size in outlook.sizes:
+        kept = [size.corpora[name] for name in corpora]
+        cells = [f"{each.retention:.3f}\n({each.low:.3f} to {each.high:.3f})" for each in kept]
+        table.add_row(f"{size.removed:g}", f"{size.parameters:,}", f"{size.fraction:.1%}", f"{size.speed:.2f}", *cells)
+    return Group(table, *(Text(line) for line in _lines(outlook)))
+
+
+def _lines(outlook: Outlook) -> list[str]:
+    lines = []
+    for name, broken in outlook.breaks.items():
+        where = "in none of these sizes" if broken is None else f"from {broken:g} removed"
+        lines.append(f"{name}: breaks (keeps less than {BROKEN:g}) {where}")
+    lines += [f"{size:g} removed: {why}" for size, why in outlook.unreachable.items()]
+    return lines + [f"warning: {warning}" for warning in outlook.warnings]
+
+
+def outlook_picture(outlook: Outlook, path: Path, overwrite: bool = False) -> None:
+    """Retention of each corpus against the parameters kept. Bands are the intervals."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    figure = Figure(figsize=(6.4, 4.4), facecolor="white", layout="constrained")
+    axes = figure.add_subplot()
+    kept = [1.0, *(size.fraction for size in outlook.sizes)]
+    for number, name in enumerate(outlook.breaks):
+        colour, marker, line = _STYLES[number % len(_STYLES)]
+        each = [size.corpora[name] for size in outlook.sizes]
+        low, high = [1.0, *(one.low for one in each)], [1.0, *(one.high for one in each)]
+        axes.fill_between(kept, low, high, color=colour, alpha=0.15, linewidth=0)
+        retention = [1.0, *(one.retention for one in each)]
+        axes.plot(kept, retention, color=colour, marker=marker, linestyle=line, markersize=5, label=name)
+    axes.axhline(BROKEN, color=QUIET, linewidth=0.8, linestyle=":")
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_xlabel("parameters kept")
+    axes.set_ylabel("retention (bits per byte, base over expert)")
+    axes.set_title("What experts of this base will keep", loc="left", fontsize=12, fontweight="bold")
+    bands = "forecast; bands: 95% intervals"
+    axes.text(0.985, 0.97, bands, transform=axes.transAxes, ha="right", va="top", fontsize=9, color=QUIET)
+    axes.legend(loc="lower right", frameon=False, fontsize=9, prop={"size": 9})
+    axes.grid(axis="y", color="#dddddd", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    save_picture(figure, path, overwrite)

@@ -1,0 +1,147 @@
+"""What a base will bear: what experts of several sizes will keep, before anything is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from expertprune.artifacts.plan import Plan
+from expertprune.artifacts.profile import Profile, ProfilePart
+from expertprune.composition.excess import Foreseen, foreseen_corpora
+from expertprune.composition.outlook import BROKEN, Outlook, Size
+from expertprune.composition.plan import compose
+from expertprune.corpora.documents import CorpusName
+from expertprune.engine.team import team
+from expertprune.errors import PlanError, SpecError
+from expertprune.files import store_folder
+from expertprune.progress import Track, silent
+from expertprune.relevance import Pass
+from expertprune.spec.schema import Budget, Spec
+from expertprune.stages.profile import cuts_units, is_repaired, profiles_of
+from expertprune.stages.sizes import of_size, problem_of, sized_keys
+from expertprune.stages.validate import Found, Prepared, SpecLike, as_spec, find, prepare
+from expertprune.tokenizing.languages import LANGUAGES, known_languages
+
+SIZES = tuple(step / 20 for step in range(1, 11))
+TESTED = 0.25  # of units or parameters: larger cuts than this, the law was not fitted to
+
+
+def forecast(
+    spec: SpecLike,
+    sizes: Sequence[float] = SIZES,
+    store: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    track: Track = silent,
+    run: bool = True,
+) -> Outlook:
+    """Foresee from profiles what experts of several sizes keep. Nothing is cut, and no expert is run.
+
+    Args:
+        sizes: fractions to remove in place of the spec's budget: of all parameters where it says `parameters`,
+            `max_parameters` or `retention`, else of every structure that it names.
+        run: whether profiles that are missing may be made.
+
+    Raises:
+        SpecError: illegal sizes, or a budget that is not foreseen: whole layers, or vocabulary rows alone.
+        PlanError: no size can be reached.
+    """
+    parsed = as_spec(spec, overrides)
+    keys = _keys(parsed.budget, sizes)
+    found = find(parsed, store_folder(store), evaluate=False)
+    prepared, unreachable = _prepared(found, {size: of_size(parsed.budget, keys, size) for size in sorted(sizes)})
+    profiles = profiled(next(iter(prepared.values())), track, run)
+    reached: list[Size] = []
+    for size, each in prepared.items():
+        try:
+            plan = team().lead(lambda each=each: compose(each.spec, each.base, profiles))  # type: ignore[misc]
+        except PlanError as error:
+            unreachable[size] = str(error)
+        else:
+            reached.append(_size(size, plan, expected(each, plan, profiles)))
+    if not reached:
+        raise PlanError(f"no size can be reached; {_first(unreachable)}")
+    return Outlook(
+        name=parsed.name,
+        base=found.base.name,
+        parameters=found.base.checkpoint.parameters,
+        sizes=reached,
+        unreachable=unreachable,
+        breaks={name: _breaks(reached, name) for name in reached[0].corpora},
+        warnings=list(_warnings(found, reached)),
+    )
+
+
+def profiled(prepared: Prepared, track: Track = silent, run: bool = True) -> dict[CorpusName, Profile]:
+    """The profiles of all corpora with the gradient pass, whatever the spec's criterion needs beside it."""
+    relevance = prepared.spec.relevance
+    experts = None if relevance.experts is None else "fisher"
+    changed = relevance.model_copy(update={"criterion": "fisher", "experts": experts})
+    profiles_of(replace(prepared, spec=prepared.spec.model_copy(update={"relevance": changed})), track, run)
+    return profiles_of(prepared, track, run)
+
+
+def expected(prepared: Prepared, plan: Plan, profiles: Mapping[CorpusName, Profile]) -> dict[str, Foreseen]:
+    """What the expert of a plan keeps of each corpus; `profiles` are those of `profiled`."""
+    part = ProfilePart(Pass.GRADIENT, prepared.spec.relevance.loss)
+    return foreseen_corpora(profiles, part, plan.kept, is_repaired(prepared.spec))
+
+
+def _keys(budget: Budget, sizes: Sequence[float]) -> list[str]:
+    """The keys that a size stands for. Raises `SpecError` with all that is wrong."""
+    problems = [f"sizes: {problem}" for size in sizes if (problem := problem_of(size)) is not None]
+    if not sizes:
+        problems.append("sizes: name at least one, such as 0.25")
+    if budget.layers:
+        problems.append("budget.layers: what whole layers cost is not foreseen: leave it out, or sweep")
+    elif not cuts_units(budget) and budget.retention is None:
+        problems.append("budget: a forecast needs FFN neurons, heads or routed experts that go, or budget.parameters")
+    if problems:
+        raise SpecError(problems)
+    return sized_keys(budget)
+
+
+def _prepared(found: Found, budgets: Mapping[float, Budget]) -> tuple[dict[float, Prepared], dict[float, str]]:
+    """The spec under each budget, and why others cannot be reached."""
+    prepared: dict[float, Prepared] = {}
+    unreachable: dict[float, str] = {}
+    for size, budget in budgets.items():
+        try:
+            prepared[size] = prepare(found, budget)
+        except PlanError as error:
+            unreachable[size] = str(error)
+    if not prepared:
+        raise PlanError(f"no size can be reached; {_first(unreachable)}")
+    return prepared, unreachable
+
+
+def _first(unreachable: Mapping[float, str]) -> str:
+    size, why = next(iter(unreachable.items()))
+    return f"{size:g}: {why}"
+
+
+def _size(removed: float, plan: Plan, corpora: Mapping[str, Foreseen]) -> Size:
+    before, after = plan.parameters.before, plan.parameters.after
+    return Size(removed, after, after / before, before / after, corpora)
+
+
+def _breaks(sizes: Sequence[Size], corpus: str) -> float | None:
+    return next((size.removed for size in sizes if size.corpora[corpus].retention < BROKEN), None)
+
+
+def _warnings(found: Found, sizes: Sequence[Size]) -> Iterator[str]:
+    spec: Spec = found.spec
+    named = set(spec.dimensions.language or ()) | set(spec.general)
+    if not spec.dimensions.language or spec.general:
+        named.add("en")  # what shipped corpora are in
+    others = [LANGUAGES[code] for code in known_languages(found.running.tokenizer) if code not in named]
+    if others:
+        yield (
+            f"the base's tokenizer was made for {', '.join(others)} too, and no corpus names them: they degrade most, "
+            "and the forecast does not see it; list what you need as a language or a general corpus"
+        )
+    if spec.budget.vocabulary is not None:
+        yield "vocabulary rows that go count in the size, but what they cost in bits is not foreseen"
+    if any(size.removed > TESTED for size in sizes):
+        yield f"figures of cuts above {TESTED:.0%} are extrapolated: no expert was built to test them"

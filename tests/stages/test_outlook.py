@@ -1,0 +1,77 @@
+"""`forecast` of a tiny model: sizes by arithmetic, nothing cut, what cannot be foreseen refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import expertprune
+from expertprune.errors import PlanError, SpecError
+from expertprune.spec.reading import parse_spec
+from expertprune.stages import outlook
+from tests.calling import call, call_json
+from tests.patching import everywhere
+from tests.stages.test_sweep import AFTER, BEFORE
+
+
+def refuse(*_: Any, **__: Any) -> None:
+    raise AssertionError("something was cut")
+
+
+def test_sizes_are_those_of_the_experts_and_nothing_is_cut(
+    spec_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everywhere(monkeypatch, "expertprune.pruning.write.prune", refuse)
+    picture = tmp_path / "out.png"
+    found = call_json("forecast", spec_file, "--sizes", "25%,0.5,0.99", "--picture", picture)
+    assert [(each["removed"], each["parameters"]) for each in found["sizes"]] == [(n, AFTER[n]) for n in (0.25, 0.5)]
+    assert [each["speed"] for each in found["sizes"]] == [pytest.approx(BEFORE / AFTER[n]) for n in (0.25, 0.5)]
+    assert list(found["unreachable"]) == ["0.99"]
+    first, second = (each["corpora"] for each in found["sizes"])
+    assert list(first) == ["language/en", "domain/medical", "task/qa", "general/general"]
+    for name in first:
+        assert second[name]["excess"] > 0
+        assert first[name]["excess"] < second[name]["excess"]
+        assert first[name]["low"] < first[name]["retention"] < first[name]["high"] < 1
+    assert picture.stat().st_size > 0
+    assert "faster" in call("forecast", spec_file, "--sizes", "0.25", "--stored-only").output
+
+
+def test_a_base_breaks_where_a_corpus_first_keeps_too_little(
+    spec_data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = parse_spec(spec_data, "spec", tmp_path)
+    sizes = expertprune.forecast(spec, [0.25, 0.5]).sizes
+    between = (sizes[0].corpora["task/qa"].retention + sizes[1].corpora["task/qa"].retention) / 2
+    monkeypatch.setattr(outlook, "BROKEN", between)
+    assert expertprune.forecast(spec, [0.5, 0.25]).breaks["task/qa"] == 0.5
+    monkeypatch.setattr(outlook, "BROKEN", 0.0)
+    assert set(expertprune.forecast(spec, [0.5, 0.25]).breaks.values()) == {None}
+
+
+def test_what_cannot_be_foreseen_is_refused(spec_data: dict[str, Any], spec_file: Path, tmp_path: Path) -> None:
+    assert "lacks the" in call("forecast", spec_file, "--stored-only", code=2).stderr
+    assert "'5%..x'" in call("forecast", spec_file, "--sizes", "5%..x", code=2).stderr
+    with pytest.raises(SpecError, match=r"1\.5 is not a fraction to remove"):
+        expertprune.forecast(spec_file, [1.5])
+    with pytest.raises(PlanError, match=r"no size can be reached; 0\.99: budget\.ffn"):
+        expertprune.forecast(spec_file, [0.99])
+    spec_data["budget"]["layers"] = 1
+    with pytest.raises(SpecError, match=r"budget\.layers: what whole layers cost is not foreseen"):
+        expertprune.forecast(parse_spec(spec_data, "spec", tmp_path))
+
+
+def test_a_multilingual_base_warns_of_languages_that_no_corpus_names(
+    spec_data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outlook, "known_languages", lambda tokenizer: ["en", "de", "zh"])
+    warning = expertprune.forecast(parse_spec(spec_data, "spec", tmp_path), [0.25]).warnings[0]
+    assert "was made for German, Chinese too" in warning
+    spec_data["corpora"]["sources"] |= dict.fromkeys(("de", "zh"), spec_data["corpora"]["sources"]["en"])
+    spec_data["dimensions"]["language"] = ["en", "de"]
+    spec_data["general"] = ["zh"]
+    (tmp_path / "named.yaml").write_text(yaml.safe_dump(spec_data))
+    assert expertprune.forecast(tmp_path / "named.yaml", [0.25]).warnings == []
