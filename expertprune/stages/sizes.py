@@ -29,7 +29,7 @@ def sized_keys(budget: Budget) -> list[str]:
 
 def of_size(budget: Budget, keys: Iterable[str], size: float) -> Budget:
     """The budget that removes such a fraction of what its keys count."""
-    changed = dict.fromkeys(keys, size)
+    changed: dict[str, float | None] = dict.fromkeys(keys, size)
     if "parameters" in changed:
         changed |= {"max_parameters": None, "retention": None}
     return Budget.model_validate({**budget.model_dump(), **changed})
