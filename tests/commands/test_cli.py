@@ -28,7 +28,7 @@ from tests.patching import everywhere
 from tests.tiny import as_run, tiny_model, tiny_tokenizer
 
 COMMANDS = [
-    "adapter", "bench", "build", "chat", "compare", "compose", "evaluate", "export", "families", "init",
+    "adapter", "bench", "build", "chat", "compare", "compose", "evaluate", "export", "families", "forecast", "init",
     "inspect", "list", "profile", "prune", "push", "report", "schema", "serve", "store", "sweep", "validate", "vocabulary",
 ]  # fmt: skip
 CORPORA = ["language/en", "domain/medical", "task/qa", "general/general"]
