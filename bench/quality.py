@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,25 @@ def peers(get: Get) -> Table:
         cell = CUS_PRUN if method == "Cus-Prun alone" else _of(method, shape)
         results = [get(replace(cell, seed=seed)) for seed in (SEEDS[:1] if method in ONE_SEED else SEEDS)]
         table.add(method, _millions(results[0]), *_measured(results, base))
+    return table
+
+
+# The paper's rule: a neuron is irrelevant where it is so in *every* document.
+CUS_PRUN_MAX = replace(CUS_PRUN, overrides={**CUS_PRUN.overrides, "compose.aggregate": "max"})
+ANCHORS = ("ours", "modegpt", "flap_least_squares", "wanda_sp_least_squares", "flap", "Cus-Prun alone, max")
+MEASURED_ANCHORS = ("modegpt",)
+
+
+def anchors(get: Get, methods: Sequence[str] = MEASURED_ANCHORS) -> Table:
+    """A quarter of the FFN neurons by the strongest one-shot methods, all in bfloat16."""
+    shape = Cell("base", piqa=0, dtype="bfloat16")
+    table = Table(["method", "removed", *_columns(shape)])
+    base = get(shape)
+    table.add("base", "", *_measured([base], base))
+    for method in methods:
+        alone = replace(CUS_PRUN_MAX, piqa=0, dtype=shape.dtype)
+        result = get(alone if method == "Cus-Prun alone, max" else _of(method, shape))
+        table.add(method, _millions(result), *_measured([result], base))
     return table
 
 
@@ -137,7 +157,7 @@ def parts(get: Get, chosen: Mapping[str, dict[str, Any]] = PARTS) -> Table:
 
 # What a lever does, as changes of a cell: each default replaced, one at a time.
 LEVERS: dict[str, dict[str, Any]] = {
-    "the ridge: 0.3 everywhere": {"overrides": {"compensation.damping": 0.3}},
+    "the ridge: 0.3": {"overrides": {"compensation.damping": 0.3}},
     "the repair: general text counts a quarter": {"overrides": {"compensation.general": 0.25}},
     "fusion: general text counts half": {"overrides": {"compose.fusion": {"lambda": 0.5}}},
     "fusion: shared/exclusive": {"overrides": SHARED_EXCLUSIVE},
@@ -315,10 +335,13 @@ def _millions(result: Result) -> str:
     return f"{result.removed / 1e6:.2f}M"
 
 
-_TABLES = (peers, sizes, tokens, gemma, parts, task, task_means, dimensions)
+_TABLES = (peers, anchors, sizes, tokens, gemma, parts, task, task_means, dimensions)
 TABLES: dict[str, Callable[[Get], Table]] = {table.__name__: table for table in _TABLES}
 # Their cells have no results yet, so no document has them.
-PENDING: dict[str, Callable[[Get], Table]] = {"levers": levers}
+PENDING: dict[str, Callable[[Get], Table]] = {
+    "levers": levers,
+    "all_anchors": partial(anchors, methods=ANCHORS),
+}
 
 
 def text_of(table: Callable[[Get], Table], get: Get) -> str:

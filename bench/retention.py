@@ -2,7 +2,7 @@
 
     python -m bench.retention
 
-It sweeps the spec of `make demo` and draws `bench/pictures/retention.png`. Beside it,
+It sweeps profiles/english-medical-qa.yaml and draws `bench/pictures/retention.png`. Beside it,
 `retention.json` records the points and the digest of the defaults, by which a test sees that the
 picture is stale. Points are kept in the store, so a run that was stopped goes on.
 """

@@ -2,7 +2,7 @@
 
 Each is a function `(model, batches, fraction, seed) -> (model, removed)`:
 
-- `model`: a running float32 transformers model (`expertprune.models.loading.load_model`), pruned in
+- `model`: a running transformers model (`expertprune.models.loading.load_model`), pruned in
   place;
 - `batches`: calibration text (`expertprune.corpora.batches.make_batches`), the same for every
   method;
@@ -22,7 +22,10 @@ from typing import Any
 from .common import Pruned
 from .fluctuation import flap
 from .layer_removal import shortgpt
+from .least_squares import flap_least_squares, wanda_sp_least_squares
+from .linear_map import replaceme
 from .llm_pruner import llm_pruner_taylor
+from .nystrom import modegpt
 from .reference import magnitude, random
 from .residual_slicing import slicegpt
 from .wanda import wanda_sp
@@ -36,6 +39,10 @@ METHODS: dict[str, Callable[[Any, Any, float, int], Pruned]] = {
     "llm_pruner_taylor": llm_pruner_taylor,
     "shortgpt": shortgpt,
     "slicegpt": slicegpt,
+    "wanda_sp_least_squares": wanda_sp_least_squares,
+    "flap_least_squares": flap_least_squares,
+    "modegpt": modegpt,
+    "replaceme": replaceme,
 }
 
 __all__ = ["METHODS", *METHODS]

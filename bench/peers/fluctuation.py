@@ -64,6 +64,15 @@ def flap(model: Any, batches: Sequence[Batch], fraction: float, seed: int = 0, h
     return model, before - network.parameters + gone
 
 
+def flap_kept(network: Network, batches: Sequence[Batch], fraction: float) -> Tensor:
+    """The neurons that `flap` keeps where no heads go, `[layers, ffn]`, bool."""
+    stream, ffn, scores = network.start(batches), network.family.ffn, []
+    for index in range(len(network.layers)):
+        (moments,), stream.hidden = observe(network, stream, index, [ffn.output])
+        scores.append(standardized(fluctuation(network, index, ffn, moments)))
+    return without_lowest(torch.stack(scores), network.wanted(fraction) * len(scores))
+
+
 @torch.no_grad()
 def fluctuation(network: Network, index: int, block: Block, moments: Moments) -> Tensor:
     """`Var(X_j) · Σ_i W[i, j]²` of an output projection's inputs, `[channels]`, float64."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -55,10 +55,15 @@ def block_influence(network: Network, batches: Sequence[Batch]) -> Tensor:
     influence = []
     for index in range(len(network.layers)):
         _, outputs = observe(network, stream, index, [])
-        cosines = [
-            torch.cosine_similarity(real_tokens(batch, before), real_tokens(batch, output), dim=1, eps=1e-12)
-            for batch, before, output in zip(batches, stream.hidden, outputs, strict=True)
-        ]
-        influence.append(1 - torch.cat(cosines).double().mean())
+        influence.append(cosine_distance(batches, stream.hidden, outputs))
         stream.hidden = outputs
     return torch.stack(influence)
+
+
+def cosine_distance(batches: Sequence[Batch], before: Iterable[Tensor], after: Iterable[Tensor]) -> Tensor:
+    """One minus the mean cosine of two hidden states of each real token, a scalar, float64."""
+    cosines = [
+        torch.cosine_similarity(real_tokens(batch, old).float(), real_tokens(batch, new).float(), dim=1, eps=1e-12)
+        for batch, old, new in zip(batches, before, after, strict=True)
+    ]
+    return 1 - torch.cat(cosines).double().mean()

@@ -8,7 +8,6 @@ told that the disk is full.
 from __future__ import annotations
 
 import errno
-import faulthandler
 import gc
 import importlib
 import os
@@ -23,7 +22,9 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 CHANGES = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.link", "os.chmod", "shutil.rmtree", "shutil.copyfile"}
-GIVEN_UP = 300.0  # seconds after which a command counts as hanging; others may need the machine too
+GIVEN_UP = (
+    120.0  # seconds after which a command counts as hanging; those do not count in which others have the processor
+)
 
 
 @dataclass(frozen=True)
@@ -117,14 +118,15 @@ def start(arguments: list[str], store: Path, temporary: Path, disturbed: Disturb
 
 def finish(started: Started, kill_after: float | None = None) -> Finished:
     """Wait for a command, kill it where that is wanted, and read what it left."""
-    limit = GIVEN_UP if kill_after is None else kill_after
+    asleep, looked = 0.0, started.begun
     while True:
         pid, status, used = os.wait4(started.pid, os.WNOHANG)
         if pid:
             break
-        if time.monotonic() - started.begun > limit:
+        now = time.monotonic()
+        asleep, looked = asleep + (now - looked) * (not _ready(started.pid)), now
+        if asleep > GIVEN_UP or (kill_after is not None and now - started.begun > kill_after):
             os.kill(started.pid, signal.SIGKILL)
-            limit = float("inf")
         time.sleep(0.002)
     seconds = time.monotonic() - started.begun
     output = (started.folder / "output").read_text(errors="replace")
@@ -135,6 +137,14 @@ def finish(started: Started, kill_after: float | None = None) -> Finished:
     started.folder.rmdir()
     busy = used.ru_utime + used.ru_stime
     return Finished(os.waitstatus_to_exitcode(status), output, seconds, busy, used.ru_maxrss / 1024, changes)
+
+
+def _ready(pid: int) -> bool:
+    """Whether a process runs, or could run if it had a processor."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "R"
+    except OSError:
+        return False
 
 
 def run(arguments: list[str], store: Path, temporary: Path, disturbed: Disturbance | None = None) -> Finished:
@@ -159,7 +169,7 @@ def _child(arguments: list[str], store: Path, temporary: Path, disturbed: Distur
         _watch(os.open(folder / "changes", os.O_WRONLY | os.O_CREAT), disturbed)
         from expertprune.cli import main
 
-        faulthandler.dump_traceback_later(GIVEN_UP - 5, file=sys.__stderr__)
+        resource.setrlimit(resource.RLIMIT_CPU, (int(GIVEN_UP), int(GIVEN_UP) + 5))
         main(arguments, prog_name="expertprune")
     except SystemExit as exit_:
         code = exit_.code if isinstance(exit_.code, int) else 0

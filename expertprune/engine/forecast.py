@@ -40,7 +40,6 @@ class Work:
         together: whether the evaluation's text goes along with the repair's.
         kept: of parameters that layers have, the part that stays.
         written: bytes of the expert.
-        dampings: how many the repair tries for each projection; 0 where the spec says which.
     """
 
     profiled: Mapping[str, Text]
@@ -51,7 +50,6 @@ class Work:
     together: bool
     kept: float
     written: int
-    dampings: int = 0
 
 
 @dataclass(frozen=True)
@@ -155,7 +153,7 @@ class Forecaster:
             yield self._stage(f"profile {name}", text.tokens, self._profile_seconds(name, text, keeps), need)
         along = work.evaluated.tokens if work.evaluated is not None and work.together else 0
         if work.repaired is not None:
-            need = self._beside(repairing(self.sizes, work.repaired, graph, along, work.dampings > 0), kept)
+            need = self._beside(repairing(self.sizes, work.repaired, graph, along), kept)
             seconds = self._repair_seconds(work.repaired, along, kept)
             yield self._stage("repair", work.repaired.tokens + along, seconds, need)
         yield self._stage("write", 0, self._write_seconds(), Need(4 * self.sizes.tensor))
@@ -230,8 +228,7 @@ class Forecaster:
                 solved += text.tokens * products / rates.factors
             else:
                 moments = 2 * text.tokens * kept * (kept + 2 * sizes.hidden)
-                tried = 2 * self.work.dampings * (kept**3 / 3)  # on either half; a few outputs cost next to nothing
-                solved += moments / rates.products + (tried + kept**3 / 3 + 2 * kept**2 * sizes.hidden) / rates.factors
+                solved += moments / rates.products + (kept**3 / 3 + 2 * kept**2 * sizes.hidden) / rates.factors
         return self._pass(layers + sizes.layers * solved) + (0.0 if self.work.profiled else self._loading())
 
     def _write_seconds(self) -> float:

@@ -187,15 +187,12 @@ def by_rows(tokens: int, inputs: int) -> bool:
     return 2 * tokens < inputs
 
 
-def repairing(sizes: Sizes, text: Text, graph: float, passengers: int = 0, halves: bool = False) -> Need:
+def repairing(sizes: Sizes, text: Text, graph: float, passengers: int = 0) -> Need:
     """A repair by least squares, with `passengers` tokens that are measured meanwhile.
 
     Two streams run. Where inputs of a projection go, what goes into it is kept, and what it aims at. The solution holds
     the gram matrix in float64, and the one in float32 while that is made; or the tokens' rows (see `by_rows`), those
     over the ridge, and their products.
-
-    Args:
-        halves: whether it chooses its damping, which takes a gram matrix of either half of the text.
     """
     rows = [sizes.hidden, sizes.hidden]
     solved = 0
@@ -205,7 +202,7 @@ def repairing(sizes: Sizes, text: Text, graph: float, passengers: int = 0, halve
             if by_rows(text.tokens, kept):
                 own = text.tokens * (20 * kept + 28 * sizes.hidden + 16 * text.tokens) + 12 * kept * sizes.hidden
             else:
-                own = (16 if halves else 12) * kept * kept + 20 * kept * sizes.hidden
+                own = 12 * kept * kept + 20 * kept * sizes.hidden
             solved = max(solved, own)
     small = sizes.value * sizes.layer
     states = sizes.value * (text.tokens * sum(rows) + 2 * passengers * sizes.hidden)

@@ -173,9 +173,9 @@ def _shrink_embedding(model: Any, base: ResolvedBase) -> None:
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """The shorter of two runs, behind one that warms up what is short."""
+    """The shortest of three runs, or of more where they are short: the first ones prepare memory and threads."""
     times: list[float] = []
-    while len(times) < 2 or (len(times) < 4 and sum(times) < 0.2):
+    while len(times) < 3 or (len(times) < 10 and sum(times) < 0.3):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()

@@ -107,7 +107,8 @@ class Watch:
         return self.failure
 
     def tell(self, message: str, exit_code: int) -> None:
-        """Tell the other members that this one stops."""
+        """Tell the other members that this one stops. That they end then is no news."""
+        self._ended.set()
         self._spread(Failure(self.rank, self.host, message, exit_code), self.rank)
 
     def close(self, well: bool) -> None:

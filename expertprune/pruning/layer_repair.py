@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,13 +17,9 @@ from expertprune.models.layers import Call, observed
 from expertprune.models.passes import Stream, alone, real_tokens
 from expertprune.models.spool import Spool
 from expertprune.models.states import KeptStates
-from expertprune.pruning.damping import Halves, fixed_damping
 from expertprune.pruning.routed_repair import RoutedRepair
 from expertprune.pruning.solve import Moments, Rows, before_norm, token_weights
-from expertprune.spec.values import Damping
 from expertprune.units import KeptUnits, LayerShape, Structure
-
-_Sums = Moments | Rows | Halves[Moments] | Halves[Rows]
 
 
 @dataclass(frozen=True)
@@ -78,7 +73,7 @@ class LayerRepair:
         changed = self.takes_over or len(self.kept.ffn) < self.shape.neurons
         return self.family.experts_of(self.shape) if changed else None
 
-    def weights(self, seen: Dense, dense: Stream, expert: Stream, damping: Damping) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, seen: Dense, dense: Stream, expert: Stream, damping: float) -> Iterator[tuple[str, Tensor]]:
         """Full names and values of the weights that are solved for; the expert's stream is then behind the layer.
 
         Each block of the pruned layer runs once per batch.
@@ -103,9 +98,9 @@ class LayerRepair:
 
     # --- the two blocks ---------------------------------------------------------------------------------------------
 
-    def _solve_heads(self, expert: Stream, seen: Dense, inputs: Spool, damping: Damping) -> tuple[str, Tensor]:
+    def _solve_heads(self, expert: Stream, seen: Dense, inputs: Spool, damping: float) -> tuple[str, Tensor]:
         """Repair the output of attention; `inputs` gets what goes into it. The stream stays as it is."""
-        block, moments = self.family.attention, self._moments(Structure.QUERY_HEADS, expert, damping)
+        block, moments = self.family.attention, self._moments(Structure.QUERY_HEADS, expert)
         feed_forward = _StandIn(seen.forms.get(self._feed_forward), width=self.shape.hidden)
         with _replaced(self.small, self._feed_forward, feed_forward), observed(self.small, block.output) as calls:
             for number in range(len(expert.batches)):
@@ -119,7 +114,7 @@ class LayerRepair:
         return self._name(Structure.QUERY_HEADS), repaired
 
     def _behind_attention(
-        self, dense: Stream, expert: Stream, seen: Dense, damping: Damping, attend: Callable[[int], None]
+        self, dense: Stream, expert: Stream, seen: Dense, damping: float, attend: Callable[[int], None]
     ) -> Iterator[tuple[str, Tensor]]:
         """Run the whole layer, and repair the output of its FFN if it lost inputs.
 
@@ -134,7 +129,7 @@ class LayerRepair:
                 attend(number)
                 expert.hidden[number] = expert.run(self.small, self.index, number)
             return
-        block, moments = self.family.ffn, self._moments(Structure.FFN, expert, damping)
+        block, moments = self.family.ffn, self._moments(Structure.FFN, expert)
         inputs = Spool(expert.hidden.room)
         with observed(self.small, block.output) as calls:
             for number in range(len(expert.batches)):
@@ -150,14 +145,14 @@ class LayerRepair:
         yield self._name(Structure.FFN), repaired
 
     def _solve_routed(
-        self, experts: Experts, dense: Stream, expert: Stream, damping: Damping, attend: Callable[[int], None]
+        self, experts: Experts, dense: Stream, expert: Stream, damping: float, attend: Callable[[int], None]
     ) -> Iterator[tuple[str, Tensor]]:
         """Run the whole layer, and repair the outputs of its routed experts."""
         prefix = self.family.layer_prefix(self.index)
         names = [prefix + experts.output_of(number) for number in self.kept.experts]
         on_disk = (*names, prefix + experts.output, prefix + experts.stored.get(experts.output, ""))
         dtype = next((self.stored[name] for name in on_disk if name in self.stored), None)
-        routed = RoutedRepair(self.small, experts, self.index, fixed_damping(damping), dtype, self.together)
+        routed = RoutedRepair(self.small, experts, self.index, damping, dtype, self.together)
         yield from zip(names, routed.solve(expert, dense.hidden, attend), strict=True)
 
     def _moved(self, after: Tensor, inputs: Tensor, change: Tensor) -> Tensor:
@@ -198,19 +193,17 @@ class LayerRepair:
             seen.forms[path] = len(output) - 1 if isinstance(output, tuple) else None
         return seen
 
-    def _moments(self, structure: Structure, stream: Stream, damping: Damping) -> _Sums:
-        """Sums over tokens, or the tokens themselves where they are few; in halves where they choose the damping."""
+    def _moments(self, structure: Structure, stream: Stream) -> Moments | Rows:
+        """Sums over tokens, or the tokens themselves where they are few."""
         weight = self.small.get_parameter(self.family.block(structure).output_weight)
-        outputs, kept = weight.shape
         tokens = sum(batch.tokens for batch in stream.batches)
-        if self.together is alone and by_rows(tokens, kept):
-            return Halves(Rows(), Rows(), outputs, weight.device) if damping == "auto" else Rows()
-        new = partial(Moments.zeros, kept, outputs, weight.device)
-        return Halves(new(), new(), outputs, weight.device) if damping == "auto" else new()
+        if self.together is alone and by_rows(tokens, weight.shape[1]):
+            return Rows()
+        return Moments.zeros(weight.shape[1], weight.shape[0], weight.device)
 
     def _add(
         self,
-        moments: _Sums,
+        moments: Moments | Rows,
         structure: Structure,
         stream: Stream,
         number: int,
@@ -229,13 +222,9 @@ class LayerRepair:
             joined, own, output = (real_tokens(batch, states).float() for states in given)
             residual, scale = before_norm(self.small.get_submodule(block.output_norm), residual, joined, own, output)
             weights = weights / scale.square()
-        inputs = real_tokens(batch, call.input).float()
-        if isinstance(moments, Halves):
-            moments.add(inputs, residual, weights, batch)
-        else:
-            moments.add(inputs, residual, weights)
+        moments.add(real_tokens(batch, call.input).float(), residual, weights)
 
-    def _solved(self, structure: Structure, moments: _Sums, damping: Damping) -> tuple[Tensor, Tensor]:
+    def _solved(self, structure: Structure, moments: Moments | Rows, damping: float) -> tuple[Tensor, Tensor]:
         """The change of a projection and its new weight, rounded as it is written; the layer has it now.
 
         Members of a team factorize the same sums, and each solves for some rows of the weight.
@@ -243,8 +232,7 @@ class LayerRepair:
         self.together(dict(moments.sums()))
         block = self.family.block(structure)
         weight = self.small.get_parameter(block.output_weight)
-        ridge = moments.best_damping() if isinstance(moments, Halves) else fixed_damping(damping)
-        change = moments.solved(ridge, team().part(weight.shape[0]))
+        change = moments.solved(damping, team().part(weight.shape[0]))
         self.together({"change": change})
         repaired = weight.float() + change
         repaired = repaired.to(self.stored.get(self._name(structure), weight.dtype)).to(weight.dtype)

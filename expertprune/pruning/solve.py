@@ -45,21 +45,6 @@ class Moments:
         change[rows] = least_squares(self, damping)
         return change
 
-    def loss(self, change: Tensor) -> Tensor:
-        """`Σ w ‖r − Δ x‖² − Σ w ‖r‖² = tr(Δ H Δᵀ) − 2 tr(C Δᵀ)`, a scalar."""
-        return ((change @ self.gram - 2 * self.cross) * change).sum()
-
-    def mixed(self, mixtures: Tensor) -> Moments:
-        """Of `mixtures @ residual`, `mixtures` being `[mixed, hidden]`. The gram matrix is the same tensor."""
-        return Moments(self.gram, mixtures @ self.cross)
-
-    def with_all(self, others: Moments) -> Moments:
-        """Of the tokens of both, which are used up."""
-        self.gram += others.gram
-        self.cross += others.cross
-        others.gram, others.cross = torch.empty(0), torch.empty(0)
-        return self
-
     def taken(self) -> tuple[Tensor, Tensor]:
         """Both in float64. They are no longer here afterwards, so the float32 gram is free."""
         gram, self.gram = self.gram.double(), torch.empty(0)
@@ -100,19 +85,6 @@ class Rows:
         system.diagonal().add_(1)
         solution = torch.cholesky_solve(residuals, torch.linalg.cholesky(system))
         return (solution.mT @ scaled).float()
-
-    def loss(self, change: Tensor) -> Tensor:
-        """As `Moments.loss`."""
-        moved = torch.cat(self.inputs) @ change.T
-        return ((moved - 2 * torch.cat(self.residuals)) * moved).sum()
-
-    def mixed(self, mixtures: Tensor) -> Rows:
-        """As `Moments.mixed`."""
-        return Rows(self.inputs, [each @ mixtures.T for each in self.residuals])
-
-    def with_all(self, others: Rows) -> Rows:
-        """Of the tokens of both."""
-        return Rows([*self.inputs, *others.inputs], [*self.residuals, *others.residuals])
 
 
 def ridge_of(energy: Tensor, damping: float) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field, model_validator
 
 from expertprune.spec.sources import Corpora, Section
-from expertprune.spec.values import Aggregate, Amount, Coverage, Damping, Fraction, Keep, LocalPath, Names, Rows, Size
+from expertprune.spec.values import Aggregate, Amount, Coverage, Fraction, Keep, LocalPath, Names, Rows, Size
 
 Dimension = Literal["language", "domain", "task"]
 
@@ -264,10 +264,8 @@ class Compensation(Section):
         description="How much the general corpora count in it together, whatever their number of tokens; the dimensions "
         "share the rest equally.",
     )
-    damping: Damping = Field(
-        "auto",
-        description="Ridge towards the original columns, relative to their inputs' energy; auto: for each projection, "
-        "the one whose solution on half of the documents leaves least on the other half; 0.3 for routed experts.",
+    damping: float = Field(
+        1.0, gt=0, le=10, description="Ridge towards the original columns, relative to their inputs' energy."
     )
 
 

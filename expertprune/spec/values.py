@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, PlainValidator, WithJsonSchema
 
@@ -194,6 +194,3 @@ Size = Annotated[int, PlainValidator(_size), _WRITTEN]
 
 # A number of other things: 200000, "200k".
 Count = Annotated[int, PlainValidator(_count), _WRITTEN]
-
-
-Damping = Literal["auto"] | Annotated[float, Field(gt=0, le=10)]

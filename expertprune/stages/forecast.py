@@ -15,7 +15,6 @@ from expertprune.evaluation.documents import texts_of
 from expertprune.evaluation.questions import choices_of
 from expertprune.evaluation.reading import Reading
 from expertprune.models.spool import Limits
-from expertprune.pruning.damping import DAMPINGS
 from expertprune.relevance import Pass
 from expertprune.spec.schema import Spec
 from expertprune.stages.profile import is_repaired, parts_lacking, parts_wanted
@@ -84,7 +83,6 @@ def _work(prepared: Prepared, stored: bool) -> Work:
         together=is_repaired(spec) and spec.budget.vocabulary is None,
         kept=1 - removed / before,
         written=base.checkpoint.dtype.itemsize * after,
-        dampings=len(DAMPINGS) if spec.compensation.damping == "auto" else 0,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from expertprune.artifacts.changes import CHANGES_FILE
 from expertprune.artifacts.expert import Expert
+from expertprune.artifacts.timing import THROUGHPUT_FILE
 from expertprune.errors import CheckpointError, UsageError, refused
 from expertprune.files import file_digest, store_folder, write_file
 from expertprune.models.checkpoint import Checkpoint
@@ -19,11 +19,9 @@ from expertprune.models.origin import CARD_FILE
 from expertprune.reporting.card import card_text
 from expertprune.reporting.metadata import card_metadata
 
-log = logging.getLogger(__name__)
-
-_PRIVATE = (CHANGES_FILE, "report.html")  # they show documents of the evaluation, which may be nobody else's business
-_REPORTS = ("comparison.html", "throughput.json")  # their commands name folders of this machine
-_TEXT = (".json", ".jinja", ".md", ".html", ".txt", ".py", ".yaml")
+# Reports show texts that evaluated the expert, and name folders of this machine.
+_REPORTS = ("*.html", CHANGES_FILE, THROUGHPUT_FILE)
+_TEXT = (".json", ".jinja", ".md", ".txt", ".py", ".yaml")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")  # any text may be a token
 _SETTINGS = ".gitattributes"  # of the repository; the hub writes it
 
@@ -47,7 +45,8 @@ def push(
 ) -> Pushed:
     """Upload an expert's folder to the hub, as `owner/name`. An upload that broke off goes on.
 
-    The model card's metadata are written into the folder first; what you wrote below them stays.
+    The model card's metadata are written into the folder first; what you wrote below them stays. Reports
+    are not uploaded, since they show texts that evaluated the expert.
 
     Args:
         private: make the repository private. One that is there must be.
@@ -97,25 +96,19 @@ def _write_metadata(expert: Expert, base_model: str | None) -> None:
 
 
 def _files(folder: Path, store: Path) -> Iterator[str]:
-    """The files to upload, relative to the folder: all but hidden and half-written ones.
+    """The files to upload, relative to the folder: all but hidden and half-written ones, and reports.
 
-    Texts of the evaluation, and reports that name places of this machine, are left out. Raises `CheckpointError` for
-    other files that do.
+    Raises `CheckpointError` for a file that names a place of this machine.
     """
     places = {place for place in (Path.home(), Path.cwd(), folder.resolve().parent, store.absolute()) if place.name}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if not path.is_file() or path.suffix == ".partial" or any(part.startswith(".") for part in name.parts):
-            continue
-        if name.as_posix() in _PRIVATE:
-            log.info("%s: stays here, since it shows texts of the evaluation", path)
+        hidden = path.suffix == ".partial" or any(part.startswith(".") for part in name.parts)
+        if hidden or not path.is_file() or any(path.match(pattern) for pattern in _REPORTS):
             continue
         if path.suffix in _TEXT and path.name not in _VOCABULARIES:
             content = path.read_bytes()
             found = next((place for place in sorted(places) if f"{place}/".encode() in content), None)
-            if found is not None and path.name in _REPORTS:
-                log.warning("%s: stays here, since it names %s", path, found)
-                continue
             if found is not None:
                 raise CheckpointError(f"{path}: names a place of this machine, {found}; take it out, then push again")
         yield name.as_posix()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from bench import peers
+from bench.peers.least_squares import RIDGE
+from bench.peers.linear_map import RIDGE as MAP_RIDGE
+from bench.peers.nystrom import MOST, TEMPERATURE, shared
 from bench.peers.residual_slicing import slice_to
 from expertprune.corpora.batches import Batch, make_batches
 from tests.tiny import WIDTHS, tiny_model
@@ -49,7 +53,10 @@ def logits_of(model: Any, ids: torch.Tensor | None = None) -> torch.Tensor:
 
 def inputs_of(model: Any, batches: list[Batch], path: str) -> list[Floats]:
     """The inputs of each layer's submodule, `[tokens, channels]`, document by document."""
-    modules = [layer.get_submodule(path) for layer in model.model.layers]
+    return inputs_of_modules(model, batches, [layer.get_submodule(path) for layer in model.model.layers])
+
+
+def inputs_of_modules(model: Any, batches: list[Batch], modules: list[Any]) -> list[Floats]:
     seen: dict[Any, list[Floats]] = {module: [] for module in modules}
     handles = [
         module.register_forward_pre_hook(lambda m, x: seen[m].append(x[0][0].double().numpy())) for module in seen
@@ -59,6 +66,19 @@ def inputs_of(model: Any, batches: list[Batch], path: str) -> list[Floats]:
     for handle in handles:
         handle.remove()
     return [np.concatenate(seen[module]) for module in modules]
+
+
+def states_of(model: Any, batches: list[Batch]) -> list[Floats]:
+    """The hidden states before each layer, and behind the last."""
+    norms = [layer.input_layernorm for layer in model.model.layers]
+    return inputs_of_modules(model, batches, [*norms, model.model.norm])
+
+
+def influences(model: Any, batches: list[Batch]) -> Floats:
+    """One minus the mean cosine of each layer's input and output over tokens, `[layers]`."""
+    states = states_of(model, batches)
+    pairs = itertools.pairwise(states)
+    return np.array([1 - ((x * y).sum(1) / np.sqrt((x**2).sum(1) * (y**2).sum(1))).mean() for x, y in pairs])
 
 
 def down(model: Any, layer: int) -> Floats:
@@ -258,6 +278,146 @@ def test_flap_with_heads_cuts_nearest_to_the_wanted_parameters(variant: str) -> 
     assert removed == removed_after[count] - biases
 
 
+# --- least squares behind a selector --------------------------------------------------------------
+
+
+def ridge_fit(inputs: Floats, kept: list[int], ridge: float) -> Floats:
+    """The transposed map of the least `‖X − X_k Bᵀ‖² + λ‖B‖²`, by rows added to the system."""
+    few = inputs[:, kept]
+    rows = np.sqrt(ridge * (few**2).sum() / len(kept)) * np.eye(len(kept))
+    wanted = np.concatenate([inputs, np.zeros((len(kept), FFN))])
+    return np.linalg.lstsq(np.concatenate([few, rows]), wanted, rcond=None)[0]
+
+
+def check_replaced(after: Any, reference: Any, layer: int, kept: list[int], weight: Floats, bias: Any) -> None:
+    """A layer's FFN has this output projection, which the reference then has too."""
+    new, old = after.model.layers[layer].mlp, reference.model.layers[layer].mlp
+    np.testing.assert_allclose(new.down_proj.weight.numpy(), weight, rtol=2e-3, atol=1e-5)
+    assert torch.equal(new.up_proj.weight, old.up_proj.weight[kept])
+    silence(reference, layer, list(range(FFN)))
+    with torch.no_grad():
+        old.down_proj.weight[:, kept] = torch.tensor(weight, dtype=torch.float32)
+    if bias is None:
+        assert new.down_proj.bias is None
+    else:
+        np.testing.assert_allclose(new.down_proj.bias.numpy(), bias, rtol=2e-3, atol=1e-5)
+        old.down_proj.bias = torch.nn.Parameter(torch.tensor(bias, dtype=torch.float32), requires_grad=False)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_wanda_sp_with_least_squares_fits_each_layer_on_the_replaced_prefix(variant: str) -> None:
+    model, batches = make(variant), make_text()
+    before, reference = copy.deepcopy(model), copy.deepcopy(model)
+    pruned, removed = peers.wanda_sp_least_squares(model, batches, FRACTION)
+    found = kept_units(before, pruned)
+    for layer in range(LAYERS):
+        inputs, weight = inputs_of(reference, batches, "mlp.down_proj")[layer], down(before, layer)
+        kept = without(np.abs(weight).sum(0) * np.sqrt((inputs**2).sum(0)), WANTED)
+        assert found[layer] == kept
+        old = before.model.layers[layer].mlp.down_proj.bias
+        bias = None if old is None else old.double().numpy()
+        check_replaced(pruned, reference, layer, kept, weight @ ridge_fit(inputs, kept, RIDGE).T, bias)
+    assert removed == removed_by(variant, WANTED * LAYERS)
+    torch.testing.assert_close(logits_of(pruned), logits_of(reference), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_flap_with_least_squares_fits_about_the_means(variant: str) -> None:
+    model, batches = make(variant), make_text()
+    before, reference = copy.deepcopy(model), copy.deepcopy(model)
+    selected, removed_by_flap = peers.flap(copy.deepcopy(model), batches, FRACTION)
+    expected = kept_units(before, selected)
+    pruned, removed = peers.flap_least_squares(model, batches, FRACTION)
+    assert kept_units(before, pruned) == expected
+    assert removed == removed_by_flap
+    for layer, kept in enumerate(expected):
+        inputs, weight = inputs_of(reference, batches, "mlp.down_proj")[layer], down(before, layer)
+        mean = inputs.mean(0)
+        # A layer that loses nothing stays as it is.
+        fit = ridge_fit(inputs - mean, kept, RIDGE) if len(kept) < FFN else np.eye(FFN)
+        old = before.model.layers[layer].mlp.down_proj.bias
+        bias = weight @ (mean - mean[kept] @ fit) + (0 if old is None else old.double().numpy())
+        bias = bias if old is not None or len(kept) < FFN else None
+        check_replaced(pruned, reference, layer, kept, weight @ fit.T, bias)
+    torch.testing.assert_close(logits_of(pruned), logits_of(reference), rtol=0, atol=1e-3)
+
+
+# --- MoDeGPT --------------------------------------------------------------------------------------
+
+
+def test_modegpt_keeps_the_highest_leverage_and_repairs_by_nystrom() -> None:
+    model, batches = make("biases, tied"), make_text()
+    before = copy.deepcopy(model)
+    pruned, removed = peers.modegpt(model, batches, FRACTION)
+    found = kept_units(before, pruned)
+    for layer, inputs in enumerate(inputs_of(before, batches, "mlp.down_proj")):
+        _, values, axes = np.linalg.svd(inputs, full_matrices=False)
+        shares = values**2 / (values**2 + (inputs**2).sum() / FFN)
+        scores = (axes**2 * shares[:, None]).sum(0)
+        kept = found[layer]
+        assert kept == without(scores, FFN - len(kept))
+        # Nyström: the best output from the kept neurons, `min ‖X W − X_k V‖`, without a ridge.
+        weight = np.linalg.lstsq(inputs[:, kept], inputs @ down(before, layer).T, rcond=None)[0].T
+        new = pruned.model.layers[layer].mlp.down_proj
+        np.testing.assert_allclose(new.weight.numpy(), weight, rtol=1e-2, atol=2e-4)
+        assert torch.equal(new.bias, before.model.layers[layer].mlp.down_proj.bias)
+    assert FFN * LAYERS - sum(map(len, found)) == WANTED * LAYERS
+    assert removed == removed_by("biases, tied", WANTED * LAYERS)
+    lost = [FFN - len(kept) for kept in found]
+    np.testing.assert_allclose(lost, softmax_shares(influences(before, batches)), rtol=0, atol=1)
+
+
+def softmax_shares(influence: Floats) -> Floats:
+    weights = np.exp(-influence / TEMPERATURE)
+    return np.asarray(WANTED * len(influence) * weights / weights.sum())
+
+
+def test_modegpt_shares_what_a_full_layer_cannot_lose() -> None:
+    # exp(0) : exp(-1) : exp(-9) of 36 would be 26.3, 9.7 and 0: the first may lose 0.95 of 20.
+    influence = TEMPERATURE * torch.tensor([0.0, 1.0, 9.0], dtype=torch.float64)
+    assert int(MOST * 20) == 19
+    # The other two share 17 as 1 : exp(-8).
+    assert shared(influence, 12, 20) == [19, 17, 0]
+
+
+# --- ReplaceMe ------------------------------------------------------------------------------------
+
+
+def test_replaceme_puts_a_linear_map_in_place_of_the_nearest_layers() -> None:
+    layers, number = 6, 2
+    model, batches = make("biases, tied", num_hidden_layers=layers), make_text()
+    before = copy.deepcopy(model)
+    states = states_of(before, batches)
+
+    def distance(first: int) -> float:
+        x, z = states[first], states[first + number]
+        return float(1 - ((x * z).sum(1) / np.sqrt((x**2).sum(1) * (z**2).sum(1))).mean())
+
+    size = sum(p.numel() for p in before.model.layers[0].parameters())
+    fraction = 15 / 32
+    assert round(layers * removed_by("biases, tied", 15) / size) == number
+    pruned, removed = peers.replaceme(model, batches, fraction)
+    first = min(range(1, layers - number + 1), key=distance)
+    assert removed == number * size
+    gone = [not list(layer.parameters()) for layer in pruned.model.layers]
+    assert gone == [first <= i < first + number for i in range(layers)]
+    old, new = (each.model.layers[first - 1].mlp.down_proj for each in (before, pruned))
+    written = inputs_of(before, batches, "mlp.down_proj")[first - 1] @ down(before, first - 1).T
+    written = written + old.bias.double().numpy()
+    rows = np.sqrt(MAP_RIDGE * (written**2).sum() / HIDDEN) * np.eye(HIDDEN)
+    wanted = states[first + number] - (states[first] - written)
+    map_ = np.linalg.lstsq(
+        np.concatenate([written, rows]), np.concatenate([wanted, np.zeros((HIDDEN, HIDDEN))]), rcond=None
+    )[0].T
+    np.testing.assert_allclose(new.weight.numpy(), map_ @ down(before, first - 1), rtol=1e-2, atol=1e-4)
+    np.testing.assert_allclose(new.bias.numpy(), map_ @ old.bias.double().numpy(), rtol=1e-2, atol=1e-4)
+
+
+def test_replaceme_refuses_a_norm_behind_the_block() -> None:
+    with pytest.raises(ValueError, match="a norm stands behind it"):
+        peers.replaceme(make("four norms"), make_text(), FRACTION)
+
+
 # --- LLM-Pruner -----------------------------------------------------------------------------------
 
 
@@ -328,18 +488,7 @@ def test_shortgpt_removes_the_layers_of_least_influence(variant: str) -> None:
     layers = 6
     model, batches = make(variant, num_hidden_layers=layers), make_text()
     before = copy.deepcopy(model)
-    influence = np.zeros(layers)
-    states: list[tuple[Floats, Floats]] = []
-    for index, layer in enumerate(before.model.layers):
-        states.clear()
-        handle = layer.register_forward_hook(
-            lambda _, inputs, output: states.append((inputs[0][0].double().numpy(), output[0].double().numpy()))
-        )
-        for ids in documents(batches):
-            logits_of(before, ids)
-        handle.remove()
-        cosines = [(x @ y) / np.sqrt((x @ x) * (y @ y)) for old, new in states for x, y in zip(old, new, strict=True)]
-        influence[index] = 1 - sum(cosines) / len(cosines)
+    influence = influences(before, batches)
     size = sum(p.numel() for p in before.model.layers[0].parameters())
     target = layers * removed_by(variant, 26)  # of 32 neurons
     count = round(target / size)

@@ -116,6 +116,12 @@ def every_cell(retired: bool = False) -> list[Cell]:
     return cells
 
 
+def test_a_dtype_of_its_own_makes_another_cell_and_the_usual_one_none() -> None:
+    assert Cell("base").path() == Cell("base", dtype="auto").path() != Cell("base", dtype="bfloat16").path()
+    assert Cell("flap", dtype="bfloat16").asked["dtype"] == "bfloat16"
+    assert "dtype" not in Cell("flap").asked
+
+
 def test_every_cell_is_a_legal_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Bench, "pieces", lambda self, name: tmp_path / f"{name}.jsonl")
     specs: dict[str, Any] = {}

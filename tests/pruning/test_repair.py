@@ -28,7 +28,7 @@ from expertprune.units import GONE, KeptUnits
 from tests.oracle import load, plan_of, pruned, random_plan, random_units, resolved, stored_tensors
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
-DEFAULT_DAMPING = 0.3
+DEFAULT_DAMPING = 1.0
 
 
 def random_documents(count: int = 24, longest: int = 31, seed: int = 0) -> list[list[int]]:

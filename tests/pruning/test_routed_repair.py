@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from expertprune.models.passes import TextRun
+from expertprune.pruning import routed_repair
 from expertprune.pruning.repair import RepairJob, by_least_squares
 from expertprune.pruning.routed_repair import RoutedMoments, RoutedSystem
 from expertprune.pruning.write import RepairInput
@@ -159,6 +160,15 @@ def test_a_layer_comes_close_to_the_best_that_its_kept_experts_can_do_together(
     assert error(after) < 0.9 * error(before)
     # all that can be won at all, but for a tenth: the ridge, and experts solved one after the other
     assert error(before) - error(after) > 0.9 * (error(before) - error(best))
+
+
+def test_equations_that_there_is_no_room_for_are_factorized_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Layer("mixtral", {"experts": 4}, num_hidden_layers=2)
+    text = layer.of.text(token_lists([30] * 10, seed=4), 600)
+    kept = layer.repaired(text)
+    monkeypatch.setattr(routed_repair, "KEPT", 0)
+    for expert, weight in layer.repaired(text).items():
+        np.testing.assert_array_equal(weight, kept[expert])
 
 
 @pytest.mark.parametrize("name", ["olmoe", "gpt_oss", "deepseek_v3", "ernie4_5_moe"])

@@ -137,7 +137,7 @@ def test_an_interrupted_evaluation_leaves_the_expert_as_it_was(
     assert contents(out) == old
     call("evaluate", out)
     new = contents(out)
-    assert {name for name in new if new[name] != old.get(name)} == {"expertprune.json", "README.md"}
+    assert {name for name in new if new[name] != old.get(name)} == {"expertprune.json", "changes.json", "README.md"}
 
 
 @terminated
