@@ -149,9 +149,9 @@ class Compose(Section):
 
 
 class Retention(Section):
-    """The smallest expert that keeps at least this much of held-back calibration text.
+    """A small expert that keeps at least this much of held-back calibration text.
 
-    It is found by trying budgets.
+    The forecast says which cut to build first. At most three experts are built and measured.
     """
 
     expert: Annotated[float, Field(gt=0, le=1)] | None = Field(
