@@ -143,8 +143,7 @@ class Compose(Section):
     allocation: Literal["auto", "uniform", "global"] = Field(
         "auto",
         description="global: one ranking over layers; uniform: every layer keeps the same width, as stock configs say it; "
-        "search: widths that keep the predictions, tried on calibration text; auto: global, or uniform where the base's "
-        "family has no layers of different widths, as with experts.",
+        "auto: global, or uniform where the base's family has no layers of different widths, as with routed experts.",
     )
 
 
