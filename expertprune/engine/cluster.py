@@ -88,14 +88,15 @@ class Cluster:
         missing = [task for task in tasks if not task.done()]
         if not missing:
             return
-        steps = self._ray.remote(num_cpus=0)(_Steps).remote()
+        steps = self._steps()
         pending = {self._submitted(task, steps): task for task in missing}
         failures: list[ExpertpruneError] = []
         with self.board([task.name for task in missing]) as show:
             while pending:
                 ready, _ = self._ray.wait(list(pending), num_returns=len(pending), timeout=_LOOK)
-                for name, standing in self._ray.get(steps.read.remote()).items():
-                    show(name, standing)
+                with contextlib.suppress(self._ray.exceptions.RayError):  # tasks go on though nobody can tell how far
+                    for name, standing in self._ray.get(steps.read.remote()).items():
+                        show(name, standing)
                 for reference in ready:
                     task = pending.pop(reference)
                     try:
@@ -108,6 +109,13 @@ class Cluster:
                         finished()
         if failures:
             raise failures[0]
+
+    def _steps(self) -> Any:
+        """The actor that knows how far tasks are, on the node of this process: other nodes may die."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = NodeAffinitySchedulingStrategy(self._ray.get_runtime_context().get_node_id(), soft=True)
+        return self._ray.remote(num_cpus=0)(_Steps).options(scheduling_strategy=here).remote()
 
     def _submitted(self, task: Task, steps: Any) -> Any:
         passed = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
