@@ -123,11 +123,6 @@ def test_the_chat_command_speaks_to_it(serving: Serving) -> None:
         assert 1 < len(pieces) <= end.tokens <= 12
         said.append("".join(map(str, pieces)))
     assert said[0] == said[1]
-    drawn = [
-        "".join(map(str, list(base.endpoint.answer(QUESTION, Settings(seed, temperature=1.0, max_tokens=12)))[:-1]))
-        for seed in (1, 1, 2)
-    ]
-    assert drawn[0] == drawn[1] != drawn[2]  # the seed is what draws
 
 
 def test_vllms_benchmark_measures_it(serving: Serving, experts: list[Path], tmp_path: Path) -> None:

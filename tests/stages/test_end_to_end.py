@@ -26,6 +26,7 @@ from tests.tiny import as_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # the first test builds the expert
 SPEC = Path(__file__).parents[2] / "profiles" / "english-medical-qa.yaml"
+LAYERS = 30  # of SmolLM2
 PROMPTS = [
     "The heart pumps blood",
     "Question: What does insulin do?\nAnswer:",
@@ -114,7 +115,7 @@ def test_a_local_suite_on_both_models(expert: Path, real_store: Path, tmp_path: 
         "bits": ["domain/medical bits_per_byte"], "accuracy": ["medical_continuation", "medical_questions"]
     }  # fmt: skip
     layers = found["alignment"]["domain medical"]["layers"]
-    assert len(layers) == 30
+    assert len(layers) == LAYERS
     assert all(0.3 < value < 1 + 1e-6 for value in layers)  # 1 before the first layer that lost anything
     assert layers[-1] < 1
 
@@ -154,8 +155,9 @@ def test_transformers_and_vllm_begin_the_same_in_bfloat16(expert: Path, tmp_path
 
     Most prompts begin with the same four tokens; one that does not parts where bfloat16 cannot tell two tokens apart.
 
-    bfloat16 has 8 significant bits, so logits between 16 and 32 lie 1/8 apart, and the two engines may round a sum to
-    either side: a difference of at most two such steps is no difference.
+    bfloat16 has 8 significant bits, so logits between 16 and 32 lie 1/8 apart. Two blocks a layer add to the stream, and
+    each sum is rounded by up to half a step: a variance of 1/12. So a logit of `L` layers has a deviation of
+    `sqrt(2 L / 12)` steps, and a difference of at most two deviations is no difference.
     """
     pytest.importorskip("vllm")
     expected = run_script(ALONE + TRANSFORMERS, expert, "bfloat16", tmp_path, PROMPTS)
@@ -167,4 +169,4 @@ def test_transformers_and_vllm_begin_the_same_in_bfloat16(expert: Path, tmp_path
         if parting is not None:
             first, second = steps[parting]
             spacing = 2.0 ** (math.floor(math.log2(abs(first))) - 7)
-            assert first - second <= 2 * spacing
+            assert first - second <= 2 * math.sqrt(2 * LAYERS / 12) * spacing
