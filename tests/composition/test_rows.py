@@ -73,7 +73,7 @@ def profiles_for(
 
 
 def test_a_row_scores_frequency_plus_mass_the_largest_over_dimensions_and_general_at_its_price(tmp_path: Path) -> None:
-    """de: 3 of 4 tokens are row 1; medical: 1 of 2 is row 2; the general corpus counts half. Row 9 has the other mass."""
+    """de: 3 of 4 tokens are row 1; medical: 1 of 2 is row 2; the general corpus counts half. Other mass is on row 9."""
     spec = spec_of(
         {"coverage": 0.5},
         dimensions={"language": ["de", "fr"], "domain": "medical"},
