@@ -11,75 +11,11 @@ those of other seeds at the same commit.
 
 from __future__ import annotations
 
-import argparse
-import json
-import shutil
-import signal
-import sys
-import tempfile
-import time
-from pathlib import Path
+import os
 
-from bench.torture.children import prepare, run
-from bench.torture.records import save_row
-from bench.torture.workplace import Workplace, first_commands
+# Libraries read these when they are first imported: no network is tried, and no thread is lost in a fork.
+os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
+from bench.torture.trials import main
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["kills", "pairs", "disk", "fuzz"], required=True)
-    parser.add_argument("--number", type=int, required=True, help="how many trials")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", type=Path, help="fuzz: a folder for the inputs that broke something")
-    parser.add_argument("--save", action="store_true", help="put the numbers into bench/results")
-    options = parser.parse_args()
-    prepare()
-    from bench.torture.fuzz import fuzz
-    from bench.torture.kills import full_disks, kills, pairs
-
-    stopped: list[int] = []  # a signal ends the bench after its trial, and what was tried counts
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: stopped.append(number))
-    begun, broken, tried = time.monotonic(), [], 0
-    root = Path(tempfile.mkdtemp(prefix="torture-"))
-    try:
-        place, begin = Workplace.make(root / "place", options.seed), root / "begin"
-        _first(place, begin)
-        if options.part == "fuzz":
-            trials = fuzz(place, begin, options.number, options.seed, options.keep)
-        else:
-            trials = {"kills": kills, "pairs": pairs, "disk": full_disks}[options.part](
-                place, begin, options.number, options.seed
-            )
-        for name, problems in trials:
-            tried += 1
-            if problems:
-                broken.append(name)
-                print(f"{name}:", *problems, sep="\n  ", flush=True)
-            if tried % 500 == 0:
-                print(f"{tried} after {time.monotonic() - begun:.0f} s", flush=True)
-            if stopped:
-                break
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
-    seconds = time.monotonic() - begun
-    result = {"part": options.part, "seed": options.seed, "trials": tried, "broken": len(broken)}
-    print(json.dumps({**result, "seconds": round(seconds, 1)}))
-    if options.save:
-        save_row(options.part, tried, len(broken), seconds)
-    sys.exit(1 if broken else 0)
-
-
-def _first(place: Workplace, begin: Path) -> None:
-    """An expert, its plan, its export and its store, from which trials begin."""
-    begin.mkdir()
-    for arguments in first_commands(place, begin):
-        done = run(arguments, place.store, place.temporary)
-        if done.code != 0:
-            raise RuntimeError(done.output)
-    shutil.copytree(place.out, begin / "expert")
-    shutil.copytree(place.store, begin / "store")
-
-
-if __name__ == "__main__":
-    main()
+main(__doc__)

@@ -65,7 +65,6 @@ class Finished:
 
 def prepare() -> None:
     """Import what commands need; nothing is computed, so that no thread is lost in the forks."""
-    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     rooms = (
         "stages.build",
         "stages.sweep",
