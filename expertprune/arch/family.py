@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.resources
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -280,17 +280,22 @@ class Family(Data):
     def heads_changed(old: LayerShape, new: LayerShape) -> bool:
         return (old.query_heads, old.kv_heads) != (new.query_heads, new.kv_heads)
 
-    def check_single_layers(self, config: Mapping[str, Any]) -> None:
-        """Raises `PlanError` where layers of different widths cannot be built or served."""
-        architectures = stock_architectures(config)
+    def check_single_layers(self, config: Mapping[str, Any], loaders: Collection[str]) -> None:
+        """Raises `PlanError` where layers of different widths cannot be built, or one of `loaders` does not read them.
+
+        Args:
+            loaders: of transformers, vllm and gguf.
+        """
         instead = "; with compose.allocation: uniform all layers keep the same widths"
-        if not architectures:
+        if not stock_architectures(config):
             raise PlanError(
                 "config.json of the base names no architectures, so there is no class to build layers of different "
                 f"widths from{instead}"
             )
-        if not self.vllm_single_layers:
+        if "vllm" in loaders and not self.vllm_single_layers:
             raise PlanError(f"vLLM serves no layers of different widths of family {self.family!r}{instead}")
+        if "gguf" in loaders and (self.gguf is None or self.gguf.layered is None):
+            raise PlanError(f"llama.cpp reads no layers of different widths of family {self.family!r}{instead}")
 
     def _check_heads(self, config: Mapping[str, Any], new: LayerShape) -> None:
         rewrite = self.when_heads_change

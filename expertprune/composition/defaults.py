@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
+from expertprune.arch import Family
 from expertprune.errors import PlanError, SpecError
 from expertprune.models.base import ResolvedBase
 from expertprune.spec.schema import Spec
@@ -18,17 +19,20 @@ def resolved(spec: Spec, base: ResolvedBase) -> Spec:
 
     `relevance.criterion`: fisher, or reap where nothing but whole experts is cut.
     `relevance.experts`: reap where the criterion was left open, else the same as the criterion;
-    `None` where there are none. `compose.allocation`: global where the family has layers of
-    different widths, else uniform.
+    `None` where there are none. `compose.allocation`: global where all of `serve_with` read layers
+    of different widths of the family, else uniform.
 
     Raises:
-        SpecError: a criterion of experts for a base that has none.
+        SpecError: a criterion of experts for a base that has none, or a format that cannot say the
+            expert.
     """
     relevance, compose, routed = spec.relevance, spec.compose, not base.family.has_ffn
     if relevance.experts is not None and not routed:
         raise SpecError(
             f"relevance.experts: layers of family {base.family.family!r} have no experts; leave this key out"
         )
+    if "gguf" in spec.serve_with:
+        _check_gguf(spec, base.family)
     open_, criterion, experts = relevance.criterion == AUTO, relevance.criterion, relevance.experts
     if open_:
         criterion = "reap" if routed and _only_experts(spec) else "fisher"
@@ -38,7 +42,7 @@ def resolved(spec: Spec, base: ResolvedBase) -> Spec:
     if allocation == AUTO:
         allocation = "uniform"
         with contextlib.suppress(PlanError):
-            base.family.check_single_layers(base.checkpoint.config)
+            base.family.check_single_layers(base.checkpoint.config, spec.serve_with)
             allocation = "global"
     return spec.model_copy(
         update={
@@ -46,6 +50,19 @@ def resolved(spec: Spec, base: ResolvedBase) -> Spec:
             "compose": compose.model_copy(update={"allocation": allocation}),
         }
     )
+
+
+def _check_gguf(spec: Spec, family: Family) -> None:
+    """Raises `SpecError` where no expert of the family can be written as GGUF, or none with fewer heads."""
+    form = family.gguf
+    if form is None:
+        raise SpecError(f"serve_with: models of family {family.family!r} cannot be written as GGUF; leave gguf out")
+    heads = next((key for key in ("kv_groups", "query_heads") if getattr(spec.budget, key)), None)
+    if heads is not None and form.heads_fill_hidden:
+        raise SpecError(
+            f"budget.{heads}: llama.cpp reads no model of family {family.family!r} whose query heads are together "
+            f"narrower than the hidden size; leave {heads} out, or gguf out of serve_with"
+        )
 
 
 def _only_experts(spec: Spec) -> bool:

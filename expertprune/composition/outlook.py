@@ -22,6 +22,7 @@ class Size:
         speed: the base's parameters over the expert's: how many times as fast an expert decodes at
             most, where reading weights is all that takes time.
         corpora: what is kept of each.
+        instead: what the other allocation would keep at this size; empty where there is none.
     """
 
     removed: float
@@ -29,6 +30,7 @@ class Size:
     fraction: float
     speed: float
     corpora: Mapping[str, Foreseen]
+    instead: Mapping[str, Foreseen]
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Outlook:
     """What experts of several sizes will keep.
 
     Attributes:
+        allocation: global or uniform, as the spec says or as `serve_with` decides.
         sizes: those that can be reached, smallest cut first.
         unreachable: why others cannot, by size.
         breaks: the smallest size at which a corpus keeps less than `BROKEN`, by corpus; `None` where none does.
@@ -45,6 +48,7 @@ class Outlook:
     name: str
     base: str
     parameters: int
+    allocation: str
     sizes: Sequence[Size]
     unreachable: Mapping[float, str]
     breaks: Mapping[str, float | None]

@@ -111,7 +111,7 @@ def foreseen_widths(spec: Spec, base: ResolvedBase) -> Sequence[LayerWidths] | N
         return None
     if spec.compose.allocation == "uniform":
         return uniform_widths(spec.budget, base, gone)
-    base.family.check_single_layers(base.checkpoint.config)
+    base.family.check_single_layers(base.checkpoint.config, spec.serve_with)
     return global_widths(spec.budget, base, _flat_scores(base), gone)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -11,6 +12,7 @@ from rich.text import Text
 from expertprune.composition.outlook import BROKEN, Outlook
 from expertprune.reporting.pictures import QUIET, save_picture
 
+_COMPARED = 0.25  # removed, where allocations are compared
 _STYLES = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."), ("#CC79A7", "D", ":"))
 
 
@@ -29,12 +31,23 @@ def outlook_table(outlook: Outlook) -> RenderableType:
 
 
 def _lines(outlook: Outlook) -> list[str]:
-    lines = []
+    lines = list(_allocation(outlook))
     for name, broken in outlook.breaks.items():
         where = "in none of these sizes" if broken is None else f"from {broken:g} removed"
         lines.append(f"{name}: breaks (keeps less than {BROKEN:g}) {where}")
     lines += [f"{size:g} removed: {why}" for size, why in outlook.unreachable.items()]
     return lines + [f"warning: {warning}" for warning in outlook.warnings]
+
+
+def _allocation(outlook: Outlook) -> Iterator[str]:
+    """What the other allocation would keep, at the size nearest to a quarter."""
+    widths = {"global": "a width of its own in each layer", "uniform": "one width in all layers, a stock config"}
+    other = next(name for name in widths if name != outlook.allocation)
+    yield f"allocation {outlook.allocation}: {widths[outlook.allocation]}"
+    if compared := [size for size in outlook.sizes if size.instead]:
+        size = min(compared, key=lambda each: abs(each.removed - _COMPARED))
+        kept = [f"{each.retention:.3f} of {name}" for name, each in size.instead.items()]
+        yield f"  {other} ({widths[other]}) would keep {', '.join(kept)} at {size.removed:g} removed"
 
 
 def outlook_picture(outlook: Outlook, path: Path, overwrite: bool = False) -> None:

@@ -7,12 +7,15 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field, model_validator
 
 from expertprune.spec.sources import Corpora, Section
-from expertprune.spec.values import Aggregate, Amount, Coverage, Fraction, Keep, LocalPath, Names, Rows, Size
+from expertprune.spec.values import Aggregate, Amount, Coverage, Fraction, Keep, LocalPath, Names, Rows, Size, listed
 
 Dimension = Literal["language", "domain", "task"]
 
 
 DIMENSIONS: tuple[Dimension, ...] = get_args(Dimension)
+
+
+Serving = Literal["transformers", "vllm", "gguf"]
 
 
 Metric = Literal["bits_per_byte", "perplexity", "kl", "agreement", "questions"]
@@ -143,7 +146,7 @@ class Compose(Section):
     allocation: Literal["auto", "uniform", "global"] = Field(
         "auto",
         description="global: one ranking over layers; uniform: every layer keeps the same width, as stock configs say it; "
-        "auto: global, or uniform where the base's family has no layers of different widths, as with routed experts.",
+        "auto: global where all that serve_with names read layers of different widths of the base's family, else uniform.",
     )
 
 
@@ -310,6 +313,13 @@ class Spec(Section):
     relevance: Annotated[Relevance, _shorthand("criterion", Relevance)] = Field(default_factory=Relevance)
     compose: Compose = Field(default_factory=Compose)
     budget: Budget
+    serve_with: Annotated[list[Serving], BeforeValidator(listed, json_schema_input_type=Serving | list[Serving])] = (
+        Field(
+            default_factory=lambda: ["transformers", "vllm"],
+            min_length=1,
+            description="What will load the expert: transformers, vllm, gguf (llama.cpp), or several of them.",
+        )
+    )
     compensation: Annotated[Compensation, _shorthand("method", Compensation)] = Field(default_factory=Compensation)
     evaluate: Evaluate = Field(default_factory=Evaluate)
 

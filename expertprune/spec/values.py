@@ -12,14 +12,15 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, Pl
 from expertprune.files import user_path
 
 
-def _listed(value: Any) -> Any:
+def listed(value: Any) -> Any:
+    """A single name as a list of one."""
     return [value] if isinstance(value, str) else value
 
 
 Name = Annotated[str, Field(min_length=1)]
 
 
-Names = Annotated[list[Name], BeforeValidator(_listed, json_schema_input_type=Name | list[Name])]
+Names = Annotated[list[Name], BeforeValidator(listed, json_schema_input_type=Name | list[Name])]
 
 
 def _path(text: str) -> str:
@@ -30,7 +31,7 @@ def _path(text: str) -> str:
 LocalPath = Annotated[str, Field(min_length=1), AfterValidator(_path)]
 
 
-LocalPaths = Annotated[list[LocalPath], BeforeValidator(_listed, json_schema_input_type=LocalPath | list[LocalPath])]
+LocalPaths = Annotated[list[LocalPath], BeforeValidator(listed, json_schema_input_type=LocalPath | list[LocalPath])]
 
 
 @dataclass(frozen=True)

@@ -59,13 +59,14 @@ def forecast(
         except PlanError as error:
             unreachable[size] = str(error)
         else:
-            reached.append(_size(size, plan, expected(each, plan, profiles)))
+            reached.append(_size(size, plan, expected(each, plan, profiles), _instead(found, each, profiles)))
     if not reached:
         raise PlanError(f"no size can be reached; {_first(unreachable)}")
     return Outlook(
         name=parsed.name,
         base=found.base.name,
         parameters=found.base.checkpoint.parameters,
+        allocation=next(iter(prepared.values())).spec.compose.allocation,
         sizes=reached,
         unreachable=unreachable,
         breaks={name: _breaks(reached, name) for name in reached[0].corpora},
@@ -121,9 +122,22 @@ def _first(unreachable: Mapping[float, str]) -> str:
     return f"{size:g}: {why}"
 
 
-def _size(removed: float, plan: Plan, corpora: Mapping[str, Foreseen]) -> Size:
+def _size(removed: float, plan: Plan, corpora: Mapping[str, Foreseen], instead: Mapping[str, Foreseen]) -> Size:
     before, after = plan.parameters.before, plan.parameters.after
-    return Size(removed, after, after / before, before / after, corpora)
+    return Size(removed, after, after / before, before / after, corpora, instead)
+
+
+def _instead(found: Found, chosen: Prepared, profiles: Mapping[CorpusName, Profile]) -> dict[str, Foreseen]:
+    """What the other allocation would keep under the same budget; empty where the base or the budget has none."""
+    spec = chosen.spec
+    other = "global" if spec.compose.allocation == "uniform" else "uniform"
+    changed = {"compose": spec.compose.model_copy(update={"allocation": other}), "serve_with": ["transformers"]}
+    try:
+        prepared = prepare(replace(found, spec=spec.model_copy(update=changed)))
+        plan = team().lead(lambda: compose(prepared.spec, prepared.base, profiles))
+    except PlanError:
+        return {}
+    return expected(prepared, plan, profiles)
 
 
 def _breaks(sizes: Sequence[Size], corpus: str) -> float | None:

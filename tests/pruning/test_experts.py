@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import expertprune
-from expertprune.arch import families, family_of
+from expertprune.arch import families
 from expertprune.artifacts.plan import StructureBudget
 from expertprune.artifacts.profile import FORWARD
 from expertprune.composition.scoring import corpus_score, unit_statistics
-from expertprune.errors import PlanError, SpecError
+from expertprune.errors import ExpertpruneError, PlanError, SpecError
 from expertprune.profiling.store import measure
 from expertprune.relevance import criteria
 from expertprune.spec.reading import parse_spec
@@ -427,14 +427,42 @@ def test_criterion_and_allocation_of_experts_may_be_left_out(
 
 
 @pytest.mark.parametrize(
-    ("family", "allocation"), [("llama", "global"), ("qwen2", "global"), ("starcoder2", "uniform")]
+    ("family", "serve_with", "allocation"),
+    [
+        ("llama", None, "global"),
+        ("qwen2", None, "global"),
+        ("starcoder2", None, "uniform"),
+        ("starcoder2", "transformers", "global"),
+        ("llama", ["vllm", "gguf"], "global"),
+        ("qwen2", ["vllm", "gguf"], "uniform"),
+    ],
 )
-def test_criterion_and_allocation_of_dense_models(family: str, allocation: str, tmp_path: Path) -> None:
-    assert bool(family_of(family).vllm_single_layers) == (allocation == "global")
+def test_what_serves_decides_the_allocation(
+    family: str, serve_with: str | list[str] | None, allocation: str, tmp_path: Path
+) -> None:
     folder = save_tiny(tmp_path / "base", family)
-    prepared = expertprune.validate(spec_of(folder, tmp_path, {"ffn": 0.25}))
+    more = {} if serve_with is None else {"serve_with": serve_with}
+    spec = Spec.model_validate(spec_of(folder, tmp_path, {"ffn": 0.25}).document() | more)
+    prepared = expertprune.validate(spec)
     assert (prepared.spec.relevance.criterion, prepared.spec.relevance.experts) == ("fisher", None)
     assert prepared.spec.compose.allocation == allocation
+
+
+@pytest.mark.parametrize(
+    ("family", "changed", "said"),
+    [
+        ("glm4_moe", {"budget": {"experts": 1}}, "serve_with: models of family 'glm4_moe' cannot be written as GGUF"),
+        ("qwen2", {"compose": {"allocation": "global"}}, "llama.cpp reads no layers of different widths"),
+        ("qwen2", {"budget": {"ffn": 0.25, "kv_groups": 1}}, "budget.kv_groups: llama.cpp reads no model"),
+    ],
+)
+def test_what_llama_cpp_cannot_read_is_refused_before_the_work(
+    family: str, changed: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    folder = save_tiny(tmp_path / "base", family)
+    document = spec_of(folder, tmp_path, {"ffn": 0.25}).document() | {"serve_with": "gguf"}
+    with pytest.raises(ExpertpruneError, match=re.escape(said)):
+        expertprune.validate(Spec.model_validate(document | changed))
 
 
 def test_validate_and_inspect_say_what_was_decided(tmp_path: Path) -> None:

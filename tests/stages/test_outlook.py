@@ -52,6 +52,20 @@ def test_a_base_breaks_where_a_corpus_first_keeps_too_little(
     assert set(expertprune.forecast(spec, [0.5, 0.25]).breaks.values()) == {None}
 
 
+def test_the_other_allocation_stands_beside(spec_file: Path) -> None:
+    """It is what a spec that names the other allocation foresees."""
+    own, one = (
+        call_json("forecast", spec_file, "--sizes", "0.25", "--set", f"compose.allocation={name}")
+        for name in ("global", "uniform")
+    )
+    assert (own["allocation"], one["allocation"]) == ("global", "uniform")
+    assert own["sizes"][0]["instead"] == one["sizes"][0]["corpora"] != own["sizes"][0]["corpora"]
+    assert one["sizes"][0]["instead"] == own["sizes"][0]["corpora"]
+    said = call("forecast", spec_file, "--sizes", "0.25", "--set", "compose.allocation=uniform").output
+    kept = own["sizes"][0]["corpora"]["task/qa"]["retention"]
+    assert f"{kept:.3f} of task/qa" in " ".join(said.split())
+
+
 def test_what_cannot_be_foreseen_is_refused(spec_data: dict[str, Any], spec_file: Path, tmp_path: Path) -> None:
     assert "lacks the" in call("forecast", spec_file, "--stored-only", code=2).stderr
     assert "'5%..x'" in call("forecast", spec_file, "--sizes", "5%..x", code=2).stderr
