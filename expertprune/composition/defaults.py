@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
-from expertprune.arch import Family
+from expertprune.arch import Family, gguf_names
 from expertprune.errors import PlanError, SpecError
 from expertprune.models.base import ResolvedBase
 from expertprune.spec.schema import Spec
@@ -60,7 +60,7 @@ def _check_gguf(spec: Spec, family: Family) -> None:
     heads = next((key for key in ("kv_groups", "query_heads") if getattr(spec.budget, key)), None)
     if heads is not None and form.heads_fill_hidden:
         raise SpecError(
-            f"budget.{heads}: llama.cpp reads no model of family {family.family!r} whose query heads are together "
+            f"budget.{heads}: {gguf_names().engine} reads no model of family {family.family!r} whose query heads are together "
             f"narrower than the hidden size; leave {heads} out, or gguf out of serve_with"
         )
 

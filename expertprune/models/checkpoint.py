@@ -26,6 +26,9 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
+CONFIG = "config.json"
+
+
 # Files in other formats of weights, which must not be carried into an expert.
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
 
@@ -89,7 +92,8 @@ class Checkpoint:
     def __init__(self, folder: Path, pending: Pending | None = None) -> None:
         self.folder, self.pending = folder, pending
         self._check_links()
-        self.config: dict[str, Any] = _read_json(folder / "config.json")
+        self._seen = {CONFIG: _stamp(folder / CONFIG)}
+        self.config: dict[str, Any] = _read_json(folder / CONFIG)
         self.encoding = encoding_of(self.config)
         if self.encoding is not None:
             del self.config["quantization_config"]
@@ -102,10 +106,22 @@ class Checkpoint:
     def _headers(self) -> dict[str, TensorInfo]:
         found: dict[str, TensorInfo] = {}
         for file in self.shards:
+            self._seen[file] = _stamp(self.folder / file)
             found |= headers(self.folder / file)
+        self.check_unchanged(CONFIG)
         if (self.folder / INDEX).is_file() and (missing := sorted(set(self._weight_map) - set(found))):
             raise CheckpointError(f"{self.folder / INDEX}: lists tensors that no file holds: {', '.join(missing[:3])}")
         return found
+
+    def check_unchanged(self, *files: str) -> None:
+        """Raises `CheckpointError` where a file is another one than when its header was read.
+
+        Args:
+            files: names, of config.json and the shards; default: all of them.
+        """
+        for file in files or self._seen:
+            if _stamp(self.folder / file) != self._seen[file]:
+                raise CheckpointError(f"{self.folder / file}: was replaced while it was read; run the command again")
 
     def fetch(self, track: Track = silent) -> None:
         """Put weights that are not here yet into the folder.
@@ -117,7 +133,7 @@ class Checkpoint:
             return
         promised = self._stored
         self.pending.fetch(track)
-        self.pending = None
+        self.pending, self._seen = None, {CONFIG: _stamp(self.folder / CONFIG)}
         self._take(self._headers())
         if changed := [name for name, info in promised.items() if self._stored.get(name) != info]:
             raise CheckpointError(f"{self.folder}: {changed[0]} is not what the headers said; fetch the model again")
@@ -175,7 +191,7 @@ class Checkpoint:
             for path in [*self.folder.iterdir(), *below]
             if path.is_file()
             and path.suffix not in _WEIGHT_SUFFIXES
-            and path.name not in _NOT_CARRIED | {"config.json"}
+            and path.name not in _NOT_CARRIED | {CONFIG}
             and not path.name.endswith(".partial")
         )
 
@@ -212,7 +228,9 @@ class Checkpoint:
         return self._as_stored(name)
 
     def _as_stored(self, name: str) -> Tensor:
-        with opened_weights(self.folder / self._stored[name].file) as shard:
+        file = self._stored[name].file
+        with opened_weights(self.folder / file) as shard:
+            self.check_unchanged(file)
             tensor: Tensor = shard.get_tensor(name)
             return tensor
 
@@ -226,6 +244,15 @@ class Checkpoint:
         """All tensors, none of them read yet: a `state_dict` for transformers' `from_pretrained`."""
         self.fetch()
         return {name: Deferred(self, name) for name in self.tensors}
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """It changes when a file is replaced or written to."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def write_weights(
@@ -256,6 +283,7 @@ def write_weights(
         weight_map |= dict.fromkeys(sizes, file)
         parameters += sum(count for count, _ in sizes.values())
         total += sum(size for _, size in sizes.values())
+    base.check_unchanged()
     if not (base.folder / INDEX).is_file():
         return
     if any_changed:

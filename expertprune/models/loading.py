@@ -18,7 +18,6 @@ from expertprune.arch.per_layer import model_with_layer_widths, with_layer_width
 from expertprune.errors import SpecError, refused
 from expertprune.files import read_object
 from expertprune.models.checkpoint import Checkpoint
-from expertprune.models.encodings import encoding_of
 from expertprune.progress import shown
 
 log = logging.getLogger(__name__)
@@ -137,12 +136,13 @@ def load_model(
     One whose layers have widths of their own is built by this package's code, not by the copy in its folder.
     """
     with refused(f"{folder}: cannot be loaded"), _weights_shown("load weights"):
-        config = read_object(folder / "config.json")
-        options = {"dtype": dtype, "attn_implementation": attention_of(config)}
-        if encoding_of(config) is None:
+        checkpoint = Checkpoint(folder)
+        options = {"dtype": dtype, "attn_implementation": attention_of(checkpoint.config)}
+        if checkpoint.encoding is None:
             model = model_class(folder).from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
         else:
-            model = _decoded(folder, trust_remote_code, options)
+            model = _decoded(checkpoint, trust_remote_code, options)
+        checkpoint.check_unchanged()
     return model.to(device or default_device()).eval().requires_grad_(False)
 
 
@@ -165,13 +165,14 @@ def _weights_shown(stage: str) -> Iterator[None]:
         hooks.set_tqdm_hook(before)
 
 
-def _decoded(folder: Path, trust_remote_code: bool, options: dict[str, Any]) -> Any:
+def _decoded(checkpoint: Checkpoint, trust_remote_code: bool, options: dict[str, Any]) -> Any:
     """The model of a folder stored in fewer bits; each tensor is decoded when transformers asks for it."""
+    folder = checkpoint.folder
     config = quiet_transformers().AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         made = type(build_model(folder, trust_remote_code))
     del config.quantization_config
-    return made.from_pretrained(None, config=config, state_dict=Checkpoint(folder).deferred(), **options)
+    return made.from_pretrained(None, config=config, state_dict=checkpoint.deferred(), **options)
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:

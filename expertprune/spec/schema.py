@@ -18,6 +18,9 @@ DIMENSIONS: tuple[Dimension, ...] = get_args(Dimension)
 Serving = Literal["transformers", "vllm", "gguf"]
 
 
+SERVED: tuple[Serving, ...] = ("transformers", "vllm")
+
+
 Metric = Literal["bits_per_byte", "perplexity", "kl", "agreement", "questions"]
 
 
@@ -315,9 +318,9 @@ class Spec(Section):
     budget: Budget
     serve_with: Annotated[list[Serving], BeforeValidator(listed, json_schema_input_type=Serving | list[Serving])] = (
         Field(
-            default_factory=lambda: ["transformers", "vllm"],
+            default_factory=lambda: list(SERVED),
             min_length=1,
-            description="What will load the expert: transformers, vllm, gguf (llama.cpp), or several of them.",
+            description="What will load the expert: transformers, vllm, gguf (a file that `export` writes), or several of them.",
         )
     )
     compensation: Annotated[Compensation, _shorthand("method", Compensation)] = Field(default_factory=Compensation)

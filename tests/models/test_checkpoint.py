@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from expertprune.arch import family_of
 from expertprune.errors import CheckpointError
-from expertprune.models.checkpoint import Checkpoint, write_weights
+from expertprune.models.checkpoint import Checkpoint, headers, write_weights
 from expertprune.models.costs import unit_parameters
+from expertprune.models.loading import load_model, model_class
 from expertprune.models.tensorfile import DTYPES, in_order, written_file
 from expertprune.units import Structure
 from tests.oracle import change_config, pad_headers, read_json, resolved, stored_tensors
@@ -290,3 +291,57 @@ def test_links_within_the_folder_and_of_the_hubs_cache_are_followed(tmp_path: Pa
         (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
     (snapshot / "same.json").symlink_to("config.json")
     assert Checkpoint(snapshot).parameters == Checkpoint(folder).parameters
+
+
+# --- folders that are replaced while they are read
+
+
+@pytest.fixture
+def other(folder: Path, tmp_path: Path) -> Path:
+    """Another model of the same shapes, in as many shards."""
+    return save_tiny(tmp_path / "other", "llama", max_shard_size="20KB")
+
+
+def exchange(one: Path, two: Path) -> None:
+    """What `build --overwrite` does to the folder at its output."""
+    aside = one.with_name("aside")
+    one.rename(aside)
+    two.rename(one)
+    aside.rename(two)
+
+
+def test_two_folders_are_never_read_as_one(folder: Path, other: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(folder)
+    first, *_, last = checkpoint.tensors
+    checkpoint.read(first)
+    exchange(folder, other)
+    with pytest.raises(CheckpointError, match="was replaced while it was read; run the command again"):
+        checkpoint.read(last)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError, match="was replaced while it was read"):
+        write_weights(checkpoint, tmp_path / "out", lambda name, tensor: None)
+    exchange(folder, other)
+    write_weights(checkpoint, tmp_path / "out", lambda name, tensor: None)
+
+
+@pytest.mark.parametrize("before", ["headers", "from_pretrained"])
+def test_a_model_is_not_loaded_from_two_folders(
+    before: str, folder: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = []
+
+    def first(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not done:
+                done.append(exchange(folder, other))
+            return original(*args, **kwargs)
+
+        return call
+
+    if before == "headers":
+        monkeypatch.setattr("expertprune.models.checkpoint.headers", first(headers))
+    else:
+        monkeypatch.setattr("expertprune.models.loading.model_class", first(model_class))
+    with pytest.raises(CheckpointError, match="was replaced while it was read"):
+        load_model(folder, torch.float32)
+    assert done

@@ -96,6 +96,7 @@ def write_gguf(folder: Path, out: Path, kind: str, name: str, overwrite: bool = 
     require_room(out, sum(4 * math.prod(entry.shape) for entry in entries))
     with staged_output(out, GGUF, overwrite) as temporary:
         counts = _written(temporary, source, metadata, words, entries, kind, name)
+        source.checkpoint.check_unchanged()
     return Exported(out, source.form.architecture, counts, int(metadata["context_length"]))
 
 
