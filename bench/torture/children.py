@@ -1,18 +1,21 @@
 """Commands in forked children, disturbed at a chosen moment.
 
 Importing everything takes seconds, so one process does it once and forks a child for each command.
-An audit hook counts what a child changes on the disk; at a chosen change, the child is killed or
-told that the disk is full.
+An audit hook counts what a child changes on the disk; at a chosen change, the child is killed, or
+told that the disk is full if the change needs room.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import importlib
+import mmap
 import os
 import resource
 import signal
+import struct
 import sys
 import tempfile
 import time
@@ -21,10 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-CHANGES = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.link", "os.chmod", "shutil.rmtree", "shutil.copyfile"}
+GROWS = {"os.rename", "os.mkdir", "os.link", "shutil.copyfile"}  # what a full disk may refuse, beside writing
+CHANGES = GROWS | {"os.rmdir", "os.remove", "os.chmod", "shutil.rmtree"}
 GIVEN_UP = (
     120.0  # seconds after which a command counts as hanging; those do not count in which others have the processor
 )
+
+
+_COUNT = struct.Struct("q")
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,8 @@ class Disturbance:
 
     Attributes:
         after: seconds after which it is killed.
-        change: the number of the change to the disk at which `kind` happens to it, from 1.
+        change: the number of the change to the disk at which `kind` happens to it, from 1; a full disk is met at the
+            first one from there that needs room.
         file_limit: bytes above which no file can grow.
     """
 
@@ -97,28 +105,32 @@ def warm() -> None:
 
 @dataclass(frozen=True)
 class Started:
-    """A command that runs, and where its output and its count of changes go."""
+    """A command that runs, the pipe of its output, and the memory that counts its changes."""
 
     pid: int
     begun: float
-    folder: Path
+    output: int
+    counter: mmap.mmap
 
 
 def start(arguments: list[str], store: Path, temporary: Path, disturbed: Disturbance | None = None) -> Started:
     """Start a command in a child."""
-    folder = Path(tempfile.mkdtemp(prefix="torture-"))
-    (folder / "output").touch()
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    counter = mmap.mmap(-1, _COUNT.size)
     begun = time.monotonic()
     pid = os.fork()
     if pid == 0:
-        _child(arguments, store, temporary, disturbed or Disturbance(), folder)
-    return Started(pid, begun, folder)
+        _child(arguments, store, temporary, disturbed or Disturbance(), writing, counter)
+    os.close(writing)
+    return Started(pid, begun, reading, counter)
 
 
 def finish(started: Started, kill_after: float | None = None) -> Finished:
     """Wait for a command, kill it where that is wanted, and read what it left."""
-    asleep, looked = 0.0, started.begun
+    asleep, looked, output = 0.0, started.begun, b""
     while True:
+        output += _read(started.output)
         pid, status, used = os.wait4(started.pid, os.WNOHANG)
         if pid:
             break
@@ -128,14 +140,22 @@ def finish(started: Started, kill_after: float | None = None) -> Finished:
             os.kill(started.pid, signal.SIGKILL)
         time.sleep(0.002)
     seconds = time.monotonic() - started.begun
-    output = (started.folder / "output").read_text(errors="replace")
-    counted = started.folder / "changes"
-    changes = counted.stat().st_size if counted.exists() else 0
-    for path in started.folder.iterdir():
-        path.unlink()
-    started.folder.rmdir()
+    output += _read(started.output)
+    os.close(started.output)
+    (changes,) = _COUNT.unpack(started.counter)
+    started.counter.close()
     busy = used.ru_utime + used.ru_stime
-    return Finished(os.waitstatus_to_exitcode(status), output, seconds, busy, used.ru_maxrss / 1024, changes)
+    text = output.decode(errors="replace")
+    return Finished(os.waitstatus_to_exitcode(status), text, seconds, busy, used.ru_maxrss / 1024, changes)
+
+
+def _read(pipe: int) -> bytes:
+    """What a pipe holds now."""
+    read = b""
+    with contextlib.suppress(BlockingIOError):
+        while more := os.read(pipe, 65536):
+            read += more
+    return read
 
 
 def _ready(pid: int) -> bool:
@@ -152,12 +172,13 @@ def run(arguments: list[str], store: Path, temporary: Path, disturbed: Disturban
     return finish(started, disturbed.after if disturbed is not None else None)
 
 
-def _child(arguments: list[str], store: Path, temporary: Path, disturbed: Disturbance, folder: Path) -> NoReturn:
+def _child(
+    arguments: list[str], store: Path, temporary: Path, disturbed: Disturbance, output: int, counter: mmap.mmap
+) -> NoReturn:
     code = 70
     signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a process that nobody forked
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
-        output = os.open(folder / "output", os.O_WRONLY)
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.environ |= {"EXPERTPRUNE_STORE": str(store), "TMPDIR": str(temporary)}
@@ -165,7 +186,7 @@ def _child(arguments: list[str], store: Path, temporary: Path, disturbed: Distur
         if disturbed.file_limit is not None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (disturbed.file_limit,) * 2)
-        _watch(os.open(folder / "changes", os.O_WRONLY | os.O_CREAT), disturbed)
+        _watch(counter, disturbed)
         from expertprune.cli import main
 
         resource.setrlimit(resource.RLIMIT_CPU, (int(GIVEN_UP), int(GIVEN_UP) + 5))
@@ -180,14 +201,14 @@ def _child(arguments: list[str], store: Path, temporary: Path, disturbed: Distur
         os._exit(code)
 
 
-def _watch(counter: int, disturbed: Disturbance) -> None:
-    """Count changes to the disk, one byte each in a file, and disturb the command at the chosen one."""
+def _watch(counter: mmap.mmap, disturbed: Disturbance) -> None:
+    """Count changes to the disk, in memory that outlives the child, and disturb the command at the chosen one."""
     from expertprune.files import staging
 
-    count = 0
+    count, due = 0, False
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal count
+        nonlocal count, due
         written = (
             event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         )
@@ -196,10 +217,12 @@ def _watch(counter: int, disturbed: Disturbance) -> None:
         if written and not str(arguments[0]).startswith("/tmp"):
             return  # devices, pipes
         count += 1
-        os.write(counter, b"x")
-        if count == disturbed.change:
-            if disturbed.kind == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
+        _COUNT.pack_into(counter, 0, count)
+        due = due or count == disturbed.change
+        if due and disturbed.kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if due and (written or event in GROWS):
+            due = False
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(arguments[0]))
 
     def swapped(one: Path, other: Path) -> bool:  # the swap itself passes by Python's audit
@@ -208,5 +231,5 @@ def _watch(counter: int, disturbed: Disturbance) -> None:
         sys.audit("os.rename", str(one), str(other), -1, -1)
         return done
 
-    exchange, staging.exchange = staging.exchange, swapped
+    exchange, staging.exchange = staging.exchange, swapped  # type: ignore[attr-defined]
     sys.addaudithook(hook)

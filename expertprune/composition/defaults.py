@@ -60,8 +60,8 @@ def _check_gguf(spec: Spec, family: Family) -> None:
     heads = next((key for key in ("kv_groups", "query_heads") if getattr(spec.budget, key)), None)
     if heads is not None and form.heads_fill_hidden:
         raise SpecError(
-            f"budget.{heads}: {gguf_names().engine} reads no model of family {family.family!r} whose query heads are together "
-            f"narrower than the hidden size; leave {heads} out, or gguf out of serve_with"
+            f"budget.{heads}: {gguf_names().engine} reads no model of family {family.family!r} whose query heads are "
+            f"together narrower than the hidden size; leave {heads} out, or gguf out of serve_with"
         )
 
 

@@ -320,7 +320,7 @@ class Spec(Section):
         Field(
             default_factory=lambda: list(SERVED),
             min_length=1,
-            description="What will load the expert: transformers, vllm, gguf (a file that `export` writes), or several of them.",
+            description="What will load the expert: transformers, vllm, gguf (what `export` writes), or several of them.",
         )
     )
     compensation: Annotated[Compensation, _shorthand("method", Compensation)] = Field(default_factory=Compensation)

@@ -25,6 +25,7 @@ from expertprune.stages.export import export
 from tests.calling import call, call_json
 from tests.engine_of_gguf import engine_of, finish, needs_engine
 from tests.oracle import fetched, load, logits_of, plan_of, pruned, random_plan, random_units, resolved
+from tests.processes import server
 from tests.tiny import FAMILIES
 from tests.vocabularies import TEXT, save_worded
 
@@ -366,6 +367,21 @@ def test_a_part_of_a_tokenizer_without_a_name_is_refused(tmp_path: Path) -> None
     data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
     (folder / "tokenizer.json").write_text(json.dumps(data))
     assert "has no name for this pre-tokenizer (Split, ByteLevel)" in refusal(folder, tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize("kind", ["f32", "bf16"])
+@pytest.mark.parametrize("missing", [1, 3000])
+def test_a_disk_without_room_for_the_last_bytes(
+    made: Callable[[str], tuple[Path, Path]], kind: str, missing: int, tmp_path: Path
+) -> None:
+    """A file that may not grow to its size fails in the middle of a write, as on a full disk."""
+    folder, _ = made("llama")
+    size = export(folder, tmp_path / "whole.gguf", type=kind).path.stat().st_size
+    arguments = ("export", folder, "--type", kind, "--out", tmp_path / "out.gguf")
+    finished = server().run(*arguments, file_limit=size - missing)
+    assert finished.code == 2
+    assert "no room left on the disk" in finished.stderr
+    assert [path.name for path in tmp_path.glob("*.gguf")] == ["whole.gguf"]
 
 
 def test_weights_that_half_precision_does_not_hold_are_refused(tmp_path: Path) -> None:

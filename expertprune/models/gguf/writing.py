@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -294,13 +295,25 @@ def _written(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for entry, stored in zip(entries, types, strict=True):
-            writer.write_tensor_data(_quantized(source, entry, stored))
+            writer.write_tensor_data(_quantized(source, entry, stored).view(_whole()))
     finally:
         writer.close()
     counts: dict[str, int] = {}
     for stored in types:
         counts[stored.name] = counts.get(stored.name, 0) + 1
     return counts
+
+
+@functools.cache
+def _whole() -> type:
+    """An array that Python writes. NumPy's own `tofile` says nothing where the disk has no room for its last bytes."""
+    import numpy
+
+    class Whole(numpy.ndarray):
+        def tofile(self, file: Any, *_: Any) -> None:
+            file.write(numpy.ascontiguousarray(self).data)
+
+    return Whole
 
 
 def _type(entry: _Entry, kind: str) -> str:
