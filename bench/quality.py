@@ -157,7 +157,7 @@ def parts(get: Get, chosen: Mapping[str, dict[str, Any]] = PARTS) -> Table:
 
 # What a lever does, as changes of a cell: each default replaced, one at a time.
 LEVERS: dict[str, dict[str, Any]] = {
-    "the ridge: 0.3": {"overrides": {"compensation.damping": 0.3}},
+    "the ridge: a third": {"overrides": {"compensation.ridge": 5000}},
     "the repair: general text counts a quarter": {"overrides": {"compensation.general": 0.25}},
     "fusion: general text counts half": {"overrides": {"compose.fusion": {"lambda": 0.5}}},
     "fusion: shared/exclusive": {"overrides": SHARED_EXCLUSIVE},

@@ -73,7 +73,7 @@ class LayerRepair:
         changed = self.takes_over or len(self.kept.ffn) < self.shape.neurons
         return self.family.experts_of(self.shape) if changed else None
 
-    def weights(self, seen: Dense, dense: Stream, expert: Stream, damping: float) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, seen: Dense, dense: Stream, expert: Stream, ridge: float) -> Iterator[tuple[str, Tensor]]:
         """Full names and values of the weights that are solved for; the expert's stream is then behind the layer.
 
         Each block of the pruned layer runs once per batch.
@@ -83,10 +83,10 @@ class LayerRepair:
             dense: the base's stream behind the layer, and behind those whose work it takes over.
         """
         if not self.touches(Structure.QUERY_HEADS):
-            yield from self._behind_attention(dense, expert, seen, damping, lambda number: None)
+            yield from self._behind_attention(dense, expert, seen, ridge, lambda number: None)
             return
         inputs = Spool(expert.hidden.room)
-        yield self._solve_heads(expert, seen, inputs, damping)
+        yield self._solve_heads(expert, seen, inputs, ridge)
         projection = self.small.get_submodule(self.family.attention.output)
         attention = _StandIn(seen.forms.get(self._attention))
 
@@ -94,11 +94,11 @@ class LayerRepair:
             attention.output = projection(inputs[number])
 
         with _replaced(self.small, self._attention, attention):
-            yield from self._behind_attention(dense, expert, seen, damping, attend)
+            yield from self._behind_attention(dense, expert, seen, ridge, attend)
 
     # --- the two blocks ---------------------------------------------------------------------------------------------
 
-    def _solve_heads(self, expert: Stream, seen: Dense, inputs: Spool, damping: float) -> tuple[str, Tensor]:
+    def _solve_heads(self, expert: Stream, seen: Dense, inputs: Spool, ridge: float) -> tuple[str, Tensor]:
         """Repair the output of attention; `inputs` gets what goes into it. The stream stays as it is."""
         block, moments = self.family.attention, self._moments(Structure.QUERY_HEADS, expert)
         feed_forward = _StandIn(seen.forms.get(self._feed_forward), width=self.shape.hidden)
@@ -110,11 +110,11 @@ class LayerRepair:
                 after = before + _joined(self.small, block, call.output)
                 self._add(moments, Structure.QUERY_HEADS, expert, number, seen, seen.middle[number], after, call)
                 inputs.append(call.input)
-        _, repaired = self._solved(Structure.QUERY_HEADS, moments, damping)
+        _, repaired = self._solved(Structure.QUERY_HEADS, moments, ridge)
         return self._name(Structure.QUERY_HEADS), repaired
 
     def _behind_attention(
-        self, dense: Stream, expert: Stream, seen: Dense, damping: float, attend: Callable[[int], None]
+        self, dense: Stream, expert: Stream, seen: Dense, ridge: float, attend: Callable[[int], None]
     ) -> Iterator[tuple[str, Tensor]]:
         """Run the whole layer, and repair the output of its FFN if it lost inputs.
 
@@ -122,7 +122,7 @@ class LayerRepair:
             attend: called before each batch, with its number.
         """
         if self.experts is not None:
-            yield from self._solve_routed(self.experts, dense, expert, damping, attend)
+            yield from self._solve_routed(self.experts, dense, expert, ridge, attend)
             return
         if not self.touches(Structure.FFN):
             for number in range(len(expert.batches)):
@@ -139,20 +139,20 @@ class LayerRepair:
                 self._add(moments, Structure.FFN, expert, number, seen, dense.hidden[number], after, call)
                 expert.hidden[number] = after
                 inputs.append(call.input)
-        change, repaired = self._solved(Structure.FFN, moments, damping)
+        change, repaired = self._solved(Structure.FFN, moments, ridge)
         for number in range(len(expert.batches)):
             expert.hidden[number] = self._moved(expert.hidden[number], inputs[number], change)
         yield self._name(Structure.FFN), repaired
 
     def _solve_routed(
-        self, experts: Experts, dense: Stream, expert: Stream, damping: float, attend: Callable[[int], None]
+        self, experts: Experts, dense: Stream, expert: Stream, ridge: float, attend: Callable[[int], None]
     ) -> Iterator[tuple[str, Tensor]]:
         """Run the whole layer, and repair the outputs of its routed experts."""
         prefix = self.family.layer_prefix(self.index)
         names = [prefix + experts.output_of(number) for number in self.kept.experts]
         on_disk = (*names, prefix + experts.output, prefix + experts.stored.get(experts.output, ""))
         dtype = next((self.stored[name] for name in on_disk if name in self.stored), None)
-        routed = RoutedRepair(self.small, experts, self.index, damping, dtype, self.together)
+        routed = RoutedRepair(self.small, experts, self.index, ridge, dtype, self.together)
         yield from zip(names, routed.solve(expert, dense.hidden, attend), strict=True)
 
     def _moved(self, after: Tensor, inputs: Tensor, change: Tensor) -> Tensor:
@@ -224,7 +224,7 @@ class LayerRepair:
             weights = weights / scale.square()
         moments.add(real_tokens(batch, call.input).float(), residual, weights)
 
-    def _solved(self, structure: Structure, moments: Moments | Rows, damping: float) -> tuple[Tensor, Tensor]:
+    def _solved(self, structure: Structure, moments: Moments | Rows, ridge: float) -> tuple[Tensor, Tensor]:
         """The change of a projection and its new weight, rounded as it is written; the layer has it now.
 
         Members of a team factorize the same sums, and each solves for some rows of the weight.
@@ -232,7 +232,7 @@ class LayerRepair:
         self.together(dict(moments.sums()))
         block = self.family.block(structure)
         weight = self.small.get_parameter(block.output_weight)
-        change = moments.solved(damping, team().part(weight.shape[0]))
+        change = moments.solved(ridge, team().part(weight.shape[0]))
         self.together({"change": change})
         repaired = weight.float() + change
         repaired = repaired.to(self.stored.get(self._name(structure), weight.dtype)).to(weight.dtype)

@@ -117,7 +117,7 @@ def by_least_squares(job: RepairJob, progress: Progress | None = None) -> Weight
     need not run where its output is known and nothing else of it is needed.
 
     Raises:
-        CheckpointError: the damping is too small for these inputs.
+        CheckpointError: the ridge is too small for these inputs.
     """
     text, kept = job.text, job.kept
     dense = text.start()
@@ -151,7 +151,7 @@ def by_least_squares(job: RepairJob, progress: Progress | None = None) -> Weight
             job.states.release(index)
         if next_goes:  # what the last layer that stays aims at lies behind the next one
             continue
-        yield from repaired.weights(seen, dense, expert, job.settings.damping)
+        yield from repaired.weights(seen, dense, expert, job.settings.ridge)
         _run_through(streams.get("passengers"), small, repaired.index)
         del small, repaired, seen  # before the next layer is opened
         if job.unfinished is not None:

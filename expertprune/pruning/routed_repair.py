@@ -12,7 +12,7 @@ from expertprune.arch import Experts
 from expertprune.models.passes import Stream, alone, real_tokens
 from expertprune.models.routed import Dispatch, RoutedExperts
 from expertprune.models.spool import SHARE, Spool
-from expertprune.pruning.solve import token_weights
+from expertprune.pruning.solve import damping_of, token_weights, tokens_of, weight_sums
 
 KEPT = 2**30  # bytes of factorized equations, at most
 SWEEPS = 3  # over the routed experts of a layer; after three, the error hardly falls any more
@@ -118,7 +118,7 @@ class RoutedRepair:
     small: nn.Module
     experts: Experts
     index: int
-    damping: float
+    ridge: float
     stored: torch.dtype | None = None
     together: Callable[[dict[str, Tensor]], None] = alone
 
@@ -139,10 +139,11 @@ class RoutedRepair:
         size = 8 * runner.count * runner.written.shape[2] ** 2
         lacks = float(size > min(KEPT, SHARE * stream.hidden.room.free()))
         counts = torch.tensor([lacks, *tokens.counts], dtype=torch.float64, device=tokens.residual.device)
-        self.together({"counts": counts})
+        weights = weight_sums(tokens.importance)
+        self.together({"counts": counts, "weights": weights})
         (lacking, *seen) = counts.tolist()
-        stored = self.stored or runner.written.dtype
-        solution = _Solution(runner, tokens, self.damping, stored, self.together, keeps=not lacking)
+        stored, damping = self.stored or runner.written.dtype, damping_of(self.ridge, weights)
+        solution = _Solution(runner, tokens, damping, stored, self.together, keeps=not lacking)
         for _ in range(SWEEPS):
             start = 0
             for expert, count in enumerate(tokens.counts):
@@ -233,11 +234,10 @@ class _Solution:
         system = self._kept.get(expert)
         if system is None:
             seen = importance * gate.square()
-            sums |= {"gram": weighted.T @ neurons, "counts": torch.stack([seen.sum(), seen.square().sum()])}
+            sums |= {"gram": weighted.T @ neurons, "counts": weight_sums(seen)}
         self.together(sums)
         if system is None:
-            first, second = sums["counts"]
-            moments = RoutedMoments(sums["gram"], first.square() / second.clamp_min(1e-30))
+            moments = RoutedMoments(sums["gram"], tokens_of(sums["counts"]))
             system = RoutedSystem.of(moments, self.damping)
             if self._keeps:
                 self._kept[expert] = system

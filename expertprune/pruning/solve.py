@@ -18,31 +18,34 @@ class Moments:
     """Sums over tokens for the least squares, float32 on the model's device.
 
     `gram` is `Σ w x xᵀ`, `[kept, kept]`. `cross` is `Σ w r xᵀ`, `[hidden, kept]`, where the
-    residual `r` is the target minus the layer's present output.
+    residual `r` is the target minus the layer's present output. `weights` is `Σ w` and `Σ w²`, `[2]`.
     """
 
     gram: Tensor
     cross: Tensor
+    weights: Tensor
 
     @classmethod
     def zeros(cls, kept: int, hidden: int, device: torch.device) -> Moments:
-        return cls(torch.zeros(kept, kept, device=device), torch.zeros(hidden, kept, device=device))
+        sizes = ((kept, kept), (hidden, kept), (2,))
+        return cls(*(torch.zeros(size, device=device) for size in sizes))
 
     def add(self, inputs: Tensor, residual: Tensor, weight: Tensor) -> None:
         """`inputs` are `[tokens, kept]`, `residual` `[tokens, hidden]`, `weight` `[tokens]`."""
         weighted = inputs * weight[:, None]
         self.gram.addmm_(weighted.T, inputs)
         self.cross.addmm_(residual.T, weighted)
+        self.weights += weight_sums(weight)
 
     def sums(self) -> Mapping[str, Tensor]:
         """What is added over the members of a team."""
-        return {"gram": self.gram, "cross": self.cross}
+        return {"gram": self.gram, "cross": self.cross, "weights": self.weights}
 
-    def solved(self, damping: float, rows: slice = WHOLE) -> Tensor:
+    def solved(self, ridge: float, rows: slice = WHOLE) -> Tensor:
         """Some rows of `least_squares`; the others are zero."""
         change = torch.zeros(self.cross.shape, device=self.cross.device)
         self.cross = self.cross[rows]
-        change[rows] = least_squares(self, damping)
+        change[rows] = least_squares(self, ridge)
         return change
 
     def taken(self) -> tuple[Tensor, Tensor]:
@@ -62,24 +65,27 @@ class Rows:
 
     inputs: list[Tensor] = field(default_factory=list)
     residuals: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
 
     def add(self, inputs: Tensor, residual: Tensor, weight: Tensor) -> None:
         """As `Moments.add`."""
         root = weight.sqrt()[:, None]
         self.inputs.append(inputs * root)
         self.residuals.append(residual * root)
+        self.weights.append(weight)
 
     def sums(self) -> Mapping[str, Tensor]:
         """Nothing: rows of a team's members are not added."""
         return {}
 
-    def solved(self, damping: float, rows: slice = WHOLE) -> Tensor:
+    def solved(self, ridge: float, rows: slice = WHOLE) -> Tensor:
         """The change of `least_squares`, all rows of it, by a system of one equation for each token.
 
         `Δ = Rᵀ (X D⁻¹ Xᵀ + 1)⁻¹ X D⁻¹`, with `X` the inputs and `R` the residuals: the same as
         `C (H + D)⁻¹`, as `H = Xᵀ X` and `C = Rᵀ X` (Woodbury). In float64 by Cholesky.
         """
         inputs, residuals = torch.cat(self.inputs).double(), torch.cat(self.residuals).double()
+        damping = damping_of(ridge, weight_sums(torch.cat(self.weights)))
         scaled = inputs / ridge_of(inputs.square().sum(0), damping)
         system = inputs @ scaled.mT
         system.diagonal().add_(1)
@@ -92,21 +98,38 @@ def ridge_of(energy: Tensor, damping: float) -> Tensor:
     return damping * energy + 1e-3 * damping * energy.median() + torch.finfo(torch.float32).tiny
 
 
-def least_squares(moments: Moments, damping: float) -> Tensor:
+def weight_sums(weight: Tensor) -> Tensor:
+    """`Σ w` and `Σ w²`, `[2]`."""
+    return torch.stack([weight.sum(), weight.square().sum()])
+
+
+def tokens_of(sums: Tensor) -> Tensor:
+    """How many tokens of equal weight say as much, `(Σ w)² / Σ w²` (Kish's effective sample size), a scalar."""
+    return sums[0].square() / sums[1].clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def damping_of(ridge: float, sums: Tensor) -> float:
+    """The ridge relative to the inputs' energy: `ridge / tokens`, with one token at least."""
+    return ridge / float(tokens_of(sums).clamp_min(1))
+
+
+def least_squares(moments: Moments, ridge: float) -> Tensor:
     """The change `Δ` of the kept columns, `[hidden, kept]`, float32.
 
     It minimizes `Σ w ‖r − Δ x‖² + Σ_j d_j ‖Δ_j‖²`, a ridge towards the original columns (`Δ = 0`)
-    with `d_j = damping · (h_jj + median(h) / 1000)` and `h_jj` the energy of input `j`. In
+    with `d_j = (ridge / tokens) · (h_jj + median(h) / 1000)` and `h_jj` the energy of input `j`. In
     proportion to the input's own energy, the ridge means the same for quiet and for massive
-    activations. The second term holds inputs that were hardly seen.
+    activations. The second term holds inputs that were hardly seen. What a fit to tokens owes to
+    chance falls as one over their number (`tokens_of`), and so does the ridge.
 
     The solution is `Δ = C (H + D)⁻¹`, with `H` the gram matrix and `C` the cross moment, in float64
     by Cholesky. Where `C = 0`, it is exactly 0. Both moments are used up: one matrix of `[kept,
     kept]` in float64 is held, and factorized where it lies.
 
     Raises:
-        CheckpointError: the damping is too small for these inputs.
+        CheckpointError: the ridge is too small for these inputs.
     """
+    damping = damping_of(ridge, moments.weights)
     gram, cross = moments.taken()
     energy = gram.diagonal()
     energy += ridge_of(energy, damping)
@@ -115,7 +138,7 @@ def least_squares(moments: Moments, damping: float) -> Tensor:
     torch.linalg.cholesky_ex(factor, out=(factor, failed))
     if bool(failed):
         raise CheckpointError(
-            f"the least squares cannot be solved with damping {damping:g}; raise compensation.damping"
+            f"the least squares cannot be solved with a ridge of {ridge:g} tokens; raise compensation.ridge"
         )
     # Δ (L Lᵀ) = C: first Y Lᵀ = C, then Δ L = Y. Unlike `cholesky_solve`, it copies no factor.
     half = torch.linalg.solve_triangular(factor.mT, cross, upper=True, left=False)

@@ -161,7 +161,7 @@ def _solved_weights(
         job = replace(job, unfinished=unfinished if team().size == 1 else None)
         for name, tensor in weights(job, progress):
             if not bool(tensor.isfinite().all()):
-                raise CheckpointError(f"{name}: the repair is not finite; raise compensation.damping")
+                raise CheckpointError(f"{name}: the repair is not finite; raise compensation.ridge")
             unfinished.put(name, tensor)
         yield unfinished
 

@@ -269,8 +269,11 @@ class Compensation(Section):
         description="How much the general corpora count in it together, whatever their number of tokens; the dimensions "
         "share the rest equally.",
     )
-    damping: float = Field(
-        1.0, gt=0, le=10, description="Ridge towards the original columns, relative to their inputs' energy."
+    ridge: float = Field(
+        15_000,
+        gt=0,
+        description="Ridge towards the original columns, in tokens: they weigh as much as so many tokens on which each "
+        "column alone keeps its value.",
     )
 
 

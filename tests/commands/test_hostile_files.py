@@ -80,7 +80,7 @@ def test_a_spec_of_hostile_yaml(tmp_path: Path, case: str) -> None:
 
 @pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "1e400"])
 def test_no_key_takes_a_number_that_is_none(spec_file: Path, value: str) -> None:
-    for key in ("budget.ffn", "budget.floor", "compensation.damping", "compose.fusion.lambda", "budget.parameters"):
+    for key in ("budget.ffn", "budget.floor", "compensation.ridge", "compose.fusion.lambda", "budget.parameters"):
         assert "Traceback" not in refused("validate", spec_file, "--set", f"{key}={value}")
 
 

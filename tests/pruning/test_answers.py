@@ -22,9 +22,9 @@ def test_least_squares_weigh_tokens(tiny_llama: Path, store: Path, monkeypatch: 
     kept, documents = random_plan(base, seed=4, **CUTS["both"]).kept, random_documents()
     seen: list[Moments] = []
 
-    def noted(moments: Moments, damping: float) -> torch.Tensor:
-        seen.append(Moments(moments.gram.clone(), moments.cross.clone()))
-        return solve(moments, damping)
+    def noted(moments: Moments, ridge: float) -> torch.Tensor:
+        seen.append(Moments(moments.gram.clone(), moments.cross.clone(), moments.weights.clone()))
+        return solve(moments, ridge)
 
     solve = everywhere(monkeypatch, "expertprune.pruning.solve.least_squares", noted)
 

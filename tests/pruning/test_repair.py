@@ -28,7 +28,7 @@ from expertprune.units import GONE, KeptUnits
 from tests.oracle import load, plan_of, pruned, random_plan, random_units, resolved, stored_tensors
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
-DEFAULT_DAMPING = 1.0
+RIDGE = 200.0  # tokens; the documents here have about as many
 
 
 def random_documents(count: int = 24, longest: int = 31, seed: int = 0) -> list[list[int]]:
@@ -42,6 +42,12 @@ def moments_of(inputs: Tensor, residual: Tensor, weight: Tensor) -> Moments:
     moments = Moments.zeros(inputs.shape[1], residual.shape[1], torch.device("cpu"))
     moments.add(inputs, residual, weight)
     return moments
+
+
+def damping_of(weight: Tensor, ridge: float = RIDGE) -> float:
+    """The ridge relative to the energy of so many tokens of unlike weights, by Kish's effective sample size."""
+    numbers = weight.double().numpy()
+    return float(ridge * (numbers**2).sum() / numbers.sum() ** 2) if len(numbers) else ridge
 
 
 def ridge_of(inputs: np.ndarray, weight: np.ndarray, damping: float) -> np.ndarray:
@@ -73,7 +79,7 @@ def slow_normed(inputs: Tensor, own: Tensor, wished: Tensor, dense: Tensor, gain
         weights = np.concatenate([(weight / rms**2 * share / both).numpy() for share in (factor**2, typical)])
         owed = torch.cat([wished[:, channel] / factor * rms, dense[:, channel]]) - own[:, channel].repeat(2)
         stacked = inputs.repeat(2, 1).numpy()
-        rows.append(slow_least_squares(stacked, owed[:, None].numpy(), weights, DEFAULT_DAMPING))
+        rows.append(slow_least_squares(stacked, owed[:, None].numpy(), weights, damping_of(weight / rms**2)))
     return np.concatenate(rows)
 
 
@@ -93,16 +99,16 @@ def weighted_error(target: Tensor, states: Tensor) -> float:
 # --- least_squares and its moments
 
 
-@pytest.mark.parametrize(("tokens", "kept", "damping"), [(200, 15, 1e-3), (7, 15, 0.05), (200, 1, 1.0), (0, 5, 0.05)])
-def test_least_squares_is_the_weighted_ridge(tokens: int, kept: int, damping: float) -> None:
+@pytest.mark.parametrize(("tokens", "kept", "ridge"), [(200, 15, 0.2), (7, 15, 0.3), (200, 1, 200.0), (0, 5, 10.0)])
+def test_least_squares_is_the_weighted_ridge(tokens: int, kept: int, ridge: float) -> None:
     """Inputs of very different sizes; the third one is never seen, and must not move."""
     rng = np.random.default_rng(tokens + kept)
     inputs = rng.normal(size=(tokens, kept)) * rng.uniform(0.1, 10, size=kept) + 0.5
     inputs[:, 2:3] = 0
     residual, weight = rng.normal(size=(tokens, 6)), rng.uniform(0.1, 3, size=tokens)
     moments = moments_of(*(torch.tensor(a, dtype=torch.float32) for a in (inputs, residual, weight)))
-    found = least_squares(moments, damping)
-    expected = slow_least_squares(inputs, residual, weight, damping)
+    found = least_squares(moments, ridge)
+    expected = slow_least_squares(inputs, residual, weight, damping_of(torch.tensor(weight), ridge))
     assert not found[:, 2:3].any()
     np.testing.assert_allclose(found.numpy(), expected, rtol=2e-3, atol=2e-4 * np.abs(expected).max(initial=0))
     assert found.dtype == torch.float32
@@ -110,15 +116,15 @@ def test_least_squares_is_the_weighted_ridge(tokens: int, kept: int, damping: fl
         rows = Rows()
         for part in (slice(None, 3), slice(3, None)):
             rows.add(*(torch.tensor(a[part], dtype=torch.float32) for a in (inputs, residual, weight)))
-        directly = rows.solved(damping)
+        directly = rows.solved(ridge)
         assert not directly[:, 2:3].any()
         np.testing.assert_allclose(directly.numpy(), expected, rtol=2e-3, atol=2e-4 * np.abs(expected).max())
 
 
-def test_a_gram_matrix_that_cannot_be_solved_asks_for_more_damping() -> None:
-    moments = Moments(-torch.eye(3), torch.ones(2, 3))
-    with pytest.raises(CheckpointError, match=r"cannot be solved with damping 0\.3; raise compensation\.damping"):
-        least_squares(moments, 0.3)
+def test_a_gram_matrix_that_cannot_be_solved_asks_for_more_ridge() -> None:
+    moments = Moments(-torch.eye(3), torch.ones(2, 3), torch.tensor([5.0, 5.0]))
+    with pytest.raises(CheckpointError, match=r"with a ridge of 1\.5 tokens; raise compensation\.ridge"):
+        least_squares(moments, 1.5)
 
 
 def test_token_weight_is_one_over_the_mean_square() -> None:
@@ -163,15 +169,16 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def repair_input(
-    base: ResolvedBase, damping: float = DEFAULT_DAMPING, documents: list[list[int]] | None = None
+    base: ResolvedBase, ridge: float = RIDGE, documents: list[list[int]] | None = None
 ) -> RepairInput:
     model = load_model(base.folder, torch.float32, torch.device("cpu"))
-    return RepairInput(model, make_batches(documents or random_documents(), 256), Compensation(damping=damping))
+    return RepairInput(model, make_batches(documents or random_documents(), 256), Compensation(ridge=ridge))
 
 
 def repaired_weights(base: ResolvedBase, kept: list[KeptUnits], batches: list[Batch]) -> dict[str, Tensor]:
     text = TextRun(load_model(base.folder, torch.float32, torch.device("cpu")), base.family, base.layers, batches)
-    return dict(repairs[Compensation().method].weights(RepairJob(text, kept, Compensation()), None))
+    settings = Compensation(ridge=RIDGE)
+    return dict(repairs[settings.method].weights(RepairJob(text, kept, settings), None))
 
 
 class Watched:
@@ -287,7 +294,7 @@ def assert_ridges_are_solved(base: ResolvedBase, plan: Plan, tmp_path: Path) -> 
             weight = 1 / target.square().mean(1)
             if dense.norms[layer] is None:
                 owed = target - (reached - inputs @ (repaired - sliced).T)  # with the columns as they were cut
-                change = slow_least_squares(inputs.numpy(), owed.numpy(), weight.numpy(), DEFAULT_DAMPING)
+                change = slow_least_squares(inputs.numpy(), owed.numpy(), weight.numpy(), damping_of(weight))
             else:
                 own = (ours.output(place, block) - inputs @ (repaired - sliced).T).double()
                 wished = target - (reached - ours.added(place, block))  # of what the norm gives

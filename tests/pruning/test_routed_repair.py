@@ -22,7 +22,7 @@ from tests.oracle import load, plan_of, pruned, random_units, resolved
 from tests.tiny import save_tiny, tiny_model
 
 Array = NDArray[np.float64]
-DAMPING = 1e-4
+RIDGE = 0.1  # tokens
 
 
 def numbers(tensor: torch.Tensor) -> Array:
@@ -75,7 +75,7 @@ class Layer:
 
     def repaired(self, text: TextRun) -> dict[int, Array]:
         """Output projections of kept experts, by their number."""
-        found = dict(by_least_squares(RepairJob(text, self.kept, Compensation(damping=DAMPING))))
+        found = dict(by_least_squares(RepairJob(text, self.kept, Compensation(ridge=RIDGE))))
         names = self.of.family.experts
         assert names is not None
         prefix = self.of.family.layer_prefix(self.index)
@@ -183,7 +183,7 @@ def test_the_stream_behind_a_repaired_layer_is_what_the_written_expert_computes(
     texts = token_lists([50] * 8, seed=6)
     batches = list(tiny_of(model).text(texts, 200).batches)
     cut = load(pruned(plan, base, tmp_path / "cut"))
-    settings = Compensation(damping=1e-3)
+    settings = Compensation(ridge=0.4)
     out = load(pruned(plan, base, tmp_path / "repaired", RepairInput(model, batches, settings)))
     errors = {}
     for kind, expert in (("cut", cut), ("repaired", out)):

@@ -61,7 +61,7 @@ def test_nothing_cut_gives_the_base_byte_for_byte(
     base = resolved(folder, store)
     plan = plan_of(base, [shape.all_kept for shape in base.layers])
     # A model that cannot run: nothing needs repair, so it must not be touched.
-    repair_input = RepairInput(None, [], Compensation(damping=0.05)) if with_repair else None
+    repair_input = RepairInput(None, [], Compensation(ridge=20)) if with_repair else None
     assert contents(pruned(plan, base, tmp_path / "expert", repair_input)) == contents(folder)
 
 
@@ -163,8 +163,8 @@ def test_repair_that_is_not_finite_is_refused(
     bad[3, 4] = float("nan")
     method = Repair("bad", lambda *arguments: iter([(name, bad)]), runs_model=True)
     everywhere(monkeypatch, "expertprune.pruning.repair.check_repair", lambda _: method)
-    with pytest.raises(CheckpointError, match=rf"{name}: the repair is not finite; raise compensation\.damping"):
-        pruned(random_plan(base, ffn=20), base, tmp_path / "expert", RepairInput(None, [], Compensation(damping=0.05)))
+    with pytest.raises(CheckpointError, match=rf"{name}: the repair is not finite; raise compensation\.ridge"):
+        pruned(random_plan(base, ffn=20), base, tmp_path / "expert", RepairInput(None, [], Compensation(ridge=20)))
 
 
 # --- what comes along

@@ -42,7 +42,7 @@ FULL: dict[str, Any] = {
         "allocation": "uniform",
     },
     "budget": {"ffn": 384, "kv_groups": 1, "multiple_of": 8, "floor": 0.2},
-    "compensation": {"method": "none", "damping": 0.5},
+    "compensation": {"method": "none", "ridge": 500.0},
     "evaluate": {"corpora": ["medical"], "documents": 3, "max_tokens": 77, "metrics": ["kl"], "enabled": False},
 }
 
