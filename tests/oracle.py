@@ -54,10 +54,13 @@ def bases_of(variants: Mapping[str, dict[str, Any]], root: Path) -> GetDense:
     """The base of a variant, in one file or several, made once."""
 
     @functools.cache
-    def get(variant: str, shards: str = "several files") -> Dense:
+    def made(variant: str, shards: str) -> Dense:
         folder = save_tiny(root / f"{variant} {shards}", max_shard_size=SHARDS[shards], **variants[variant])
         assert len(list(folder.glob("*.safetensors"))) > 1 or shards == "one file"
         return Dense(resolved(folder, root / "store"), exact(folder))
+
+    def get(variant: str, shards: str = "several files") -> Dense:
+        return made(variant, shards)  # one key, however it is called
 
     return get
 

@@ -203,7 +203,6 @@ def test_a_layer_is_measured_as_it_runs(family: str, tmp_path: Path, store: Path
             stream.run(layer, 0, 0)
             times.append(time.perf_counter() - start)
     assert 0.2 < rates.forward * 512 / min(times) < 5  # other processes may run: orders of magnitude
-    assert rates.both > rates.forward
     # at least the layer's input, output and what goes into its down projections, in float32
     assert rates.graph > 4 * (2 * 192 + (256 * 2 if family == "qwen3_moe" else 1024))
     assert min(rates.head, rates.products, rates.factors, rates.read, rates.written) > 0
