@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from expertprune.errors import CheckpointError
-from expertprune.files import digest_of, parse_json, staged_file
+from expertprune.files import digest_of, parse_json, problems_of, staged_file
 from expertprune.relevance import Pass
 from expertprune.units import LayerShape
 
@@ -106,6 +107,18 @@ FORWARD = ProfilePart(Pass.FORWARD)
 VOCABULARY = ProfilePart(Pass.VOCABULARY)
 
 
+class _Header(BaseModel):
+    """What the header of every profile says, whatever its pass adds."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    digest: str
+    corpus: str
+    documents: list[str]
+    tokens: int = Field(ge=0)
+    layers: list[LayerShape]
+
+
 class Profile:
     """The stored statistics of one model on one corpus: a safetensors file with a header.
 
@@ -151,23 +164,32 @@ class Profile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        damaged = f"{path}: not a readable profile"
         try:
             with safe_open(path, framework="pt") as file:
                 self.about: dict[str, Any] = parse_json((file.metadata() or {}).get("expertprune", "{}"), str(path))
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such profile") from None
         except (SafetensorError, CheckpointError, OSError) as error:
-            raise CheckpointError(f"{path}: not a readable profile ({error}); delete it and profile again") from None
+            raise CheckpointError(f"{damaged} ({error}); delete it and profile again") from None
         if not isinstance(self.about, dict):
             raise CheckpointError(f"{path}: not a profile; delete it and profile again")
         if self.about.get("schema") != PROFILE_SCHEMA:
             raise CheckpointError(f"{path}: a profile of schema {self.about.get('schema')}, not {PROFILE_SCHEMA}")
+        try:
+            self._checked = _Header.model_validate(self.about)
+        except ValidationError as error:
+            problems = "; ".join(problems_of(error, _Header))
+            raise CheckpointError(f"{damaged} ({problems}); delete it and profile again") from None
 
     def read(self, name: str) -> Tensor:
         """One statistic, as stored."""
-        with safe_open(self.path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                tensor: Tensor = file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.path}: {error}; delete this profile and profile again") from None
+        return tensor
 
     def part(self, part: ProfilePart) -> Profile | None:
         """What another pass over the same corpus measured; `None` if it was not made."""
@@ -180,23 +202,23 @@ class Profile:
 
     @property
     def digest(self) -> str:
-        return str(self.about["digest"])
+        return self._checked.digest
 
     @property
     def corpus(self) -> str:
-        return str(self.about["corpus"])
+        return self._checked.corpus
 
     @property
     def documents(self) -> list[str]:
-        return list(self.about["documents"])
+        return self._checked.documents
 
     @property
     def tokens(self) -> int:
-        return int(self.about["tokens"])
+        return self._checked.tokens
 
     @property
     def layers(self) -> list[LayerShape]:
-        return [LayerShape(**shape) for shape in self.about["layers"]]
+        return self._checked.layers
 
 
 def save_profile(path: Path, about: dict[str, Any], statistics: dict[str, Tensor]) -> Profile:

@@ -15,7 +15,7 @@ from typing import Any
 
 from expertprune.errors import SpecError
 
-TIME_LIMIT = 4.0  # seconds that a template may take for one conversation
+TIME_LIMIT = 3.0  # seconds that a template may take for one conversation
 _PROCESS = Path(__file__).with_name("template_process.py")
 Span = tuple[int, int]
 

@@ -17,7 +17,13 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> list[str]:
         parts = [str(p) for p in problem["loc"] if not (isinstance(p, str) and ("[" in p or p in ("float",)))]
         key = ".".join(parts) or model.__name__.lower()
         if problem["type"] == "extra_forbidden":
-            message = f"unknown key {key!r}{nearest(parts[-1], _keys_at(parts[:-1], model))}"
+            parts, name = (
+                parts[: len(problem["loc"]) - 1],
+                str(problem["loc"][-1]),
+            )  # a user's key may look like a branch
+            parts = parts[:-1] if parts and parts[-1] == name else parts
+            key = ".".join([*parts, name])
+            message = f"unknown key {key!r}{nearest(name, _keys_at(parts, model))}"
         elif problem["type"] == "missing":
             message = f"missing key {key!r}"
         else:

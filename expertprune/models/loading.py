@@ -15,7 +15,7 @@ import torch
 
 from expertprune.arch import PER_LAYER, attention_of, families, stock_architectures
 from expertprune.arch.per_layer import model_with_layer_widths, with_layer_widths
-from expertprune.errors import SpecError, refused
+from expertprune.errors import CheckpointError, SpecError, refused
 from expertprune.files import read_object
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.progress import shown
@@ -175,7 +175,23 @@ def _decoded(checkpoint: Checkpoint, trust_remote_code: bool, options: dict[str,
     return made.from_pretrained(None, config=config, state_dict=checkpoint.deferred(), **options)
 
 
+MOST_TOKENS = 2**24  # sixty times the largest vocabularies
+
+
+def _check_token_ids(path: Path) -> None:
+    """Raises `CheckpointError` for an id that no vocabulary has: the tokenizer would take memory for all ids below."""
+    data = read_object(path)
+    model, added = data.get("model"), data.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    named = dict(vocabulary) if isinstance(vocabulary, dict) else {}
+    named |= {str(each.get("content")): each.get("id") for each in added or () if isinstance(each, dict)}
+    for token, index in named.items():
+        if isinstance(index, int) and index >= MOST_TOKENS:
+            raise CheckpointError(f"{path}: token {token[:40]!r} has the id {index}; ids are below {MOST_TOKENS:,}")
+
+
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """The folder's tokenizer."""
+    _check_token_ids(folder / "tokenizer.json")
     with refused(f"{folder}: the tokenizer cannot be loaded"):
         return quiet_transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)

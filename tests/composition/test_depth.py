@@ -43,7 +43,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> ResolvedBase:
 
 
 def made_up(folder: Path, base: ResolvedBase) -> dict[CorpusName, Profile]:
-    profiles, about = {}, {"layers": [vars(shape) for shape in base.layers]}
+    profiles: dict[CorpusName, Profile] = {}
+    layers = [vars(shape) for shape in base.layers]
+    about = {"digest": "d", "corpus": "domain/law", "documents": [], "tokens": 0, "layers": layers}
     for number, (name, rows) in enumerate(INFLUENCE.items()):
         tensors = {f"stream.{layer}.influence": torch.tensor([row[layer] for row in rows]) for layer in range(4)}
         profiles[CorpusName.parse(name)] = save_profile(folder / f"{number}.safetensors", about, tensors)

@@ -168,9 +168,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return resolved(folder, root / "store")
 
 
-def repair_input(
-    base: ResolvedBase, ridge: float = RIDGE, documents: list[list[int]] | None = None
-) -> RepairInput:
+def repair_input(base: ResolvedBase, ridge: float = RIDGE, documents: list[list[int]] | None = None) -> RepairInput:
     model = load_model(base.folder, torch.float32, torch.device("cpu"))
     return RepairInput(model, make_batches(documents or random_documents(), 256), Compensation(ridge=ridge))
 

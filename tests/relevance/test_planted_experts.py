@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 import expertprune
 from expertprune.models.base import resolve_base
 from expertprune.spec.schema import Base, Spec
+from tests.oracle import fetched
 
 pytestmark = pytest.mark.slow
 CORPORA = Path(__file__).parents[2] / "corpora"
@@ -127,7 +128,7 @@ def measured(folder: Path) -> dict[str, float]:
 def test_the_experts_of_the_dimensions_are_kept_and_what_they_are_for_stays(real_store: Path, tmp_path: Path) -> None:
     """SmolLM2-135M with four experts in each layer."""
     mixture = tmp_path / "mixture"
-    plant(resolve_base(Base(model="smollm2-135m-instruct"), real_store).folder, mixture)
+    plant(fetched(resolve_base(Base(model="smollm2-135m-instruct"), real_store)).folder, mixture)
     before, found = measured(mixture), {}
     for name, (dimensions, expected) in PURPOSES.items():
         spec = {

@@ -190,7 +190,8 @@ def test_the_two_losses_are_read_from_their_own_parts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("largest", [3.4e38, 1e6, 65504.0, 1.0, 1e-38, 2.0**-140, 0.0])
 def test_half_precision_keeps_any_magnitude(tmp_path: Path, largest: float) -> None:
     values = torch.tensor([[largest, -largest / 2], [largest / 1000, 0.0]])
-    back = save_profile(tmp_path / "p.safetensors", {}, halved("x", values)).read_half("x")
+    about = {"digest": "d", "corpus": "domain/law", "documents": [], "tokens": 0, "layers": []}
+    back = save_profile(tmp_path / "p.safetensors", about, halved("x", values)).read_half("x")
     assert back.dtype == torch.float32
     np.testing.assert_allclose(back.double().numpy(), values.double().numpy(), rtol=2.0**-11, atol=2.0**-150)
 
