@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +67,9 @@ def peers(get: Get) -> Table:
 # The paper's rule: a neuron is irrelevant where it is so in *every* document.
 CUS_PRUN_MAX = replace(CUS_PRUN, overrides={**CUS_PRUN.overrides, "compose.aggregate": "max"})
 ANCHORS = ("ours", "modegpt", "flap_least_squares", "wanda_sp_least_squares", "flap", "Cus-Prun alone, max")
-MEASURED_ANCHORS = ("modegpt",)
 
 
-def anchors(get: Get, methods: Sequence[str] = MEASURED_ANCHORS) -> Table:
+def anchors(get: Get, methods: Sequence[str] = ANCHORS) -> Table:
     """A quarter of the FFN neurons by the strongest one-shot methods, all in bfloat16."""
     shape = Cell("base", piqa=0, dtype="bfloat16")
     table = Table(["method", "removed", *_columns(shape)])
@@ -338,10 +336,7 @@ def _millions(result: Result) -> str:
 _TABLES = (peers, anchors, sizes, tokens, gemma, parts, task, task_means, dimensions)
 TABLES: dict[str, Callable[[Get], Table]] = {table.__name__: table for table in _TABLES}
 # Their cells have no results yet, so no document has them.
-PENDING: dict[str, Callable[[Get], Table]] = {
-    "levers": levers,
-    "all_anchors": partial(anchors, methods=ANCHORS),
-}
+PENDING: dict[str, Callable[[Get], Table]] = {"levers": levers}
 
 
 def text_of(table: Callable[[Get], Table], get: Get) -> str:

@@ -60,8 +60,16 @@ def write(path: Path, data: dict[str, Any]) -> None:
 
 def made(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
     """Commit, date and versions of this run; packages that are not installed are left out."""
-    git = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    commit = subprocess.run(git, cwd=RESULTS.parent, capture_output=True, text=True, check=False).stdout.strip()
+
+    def git(*words: str) -> str:
+        run = subprocess.run(["git", *words], cwd=RESULTS.parent, capture_output=True, text=True, check=False)
+        return run.stdout.strip()
+
+    commit = git("rev-parse", "--short", "HEAD")
+    if commit and git(
+        "status", "--porcelain", "--untracked-files=no", "--", ":/", f":(exclude,top)bench/{RESULTS.name}"
+    ):
+        commit += "-dirty"  # results of other runs do not count
     versions = {}
     for name in packages:
         try:
