@@ -13,23 +13,23 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> list[str]:
     """The problems of data that was read as `model`, one for each key."""
     found: dict[str, str] = {}
     for problem in error.errors():
-        # pydantic names the branches of unions; the user does not know these names.
-        parts = [str(p) for p in problem["loc"] if not (isinstance(p, str) and ("[" in p or p in ("float",)))]
+        parts = [str(part) for part in problem["loc"] if not _is_branch(part)]
         key = ".".join(parts) or model.__name__.lower()
         if problem["type"] == "extra_forbidden":
-            parts, name = (
-                parts[: len(problem["loc"]) - 1],
-                str(problem["loc"][-1]),
-            )  # a user's key may look like a branch
-            parts = parts[:-1] if parts and parts[-1] == name else parts
-            key = ".".join([*parts, name])
-            message = f"unknown key {key!r}{nearest(name, _keys_at(parts, model))}"
+            parents, name = [str(part) for part in problem["loc"][:-1] if not _is_branch(part)], str(problem["loc"][-1])
+            key = ".".join([*parents, name])  # a user's own key may look like a branch
+            message = f"unknown key {key!r}{nearest(name, _keys_at(parents, model))}"
         elif problem["type"] == "missing":
             message = f"missing key {key!r}"
         else:
             message = f"{key}: {problem['msg'].removeprefix('Value error, ')} (found {_short(problem['input'])})"
         found.setdefault(key, message)
     return list(found.values())
+
+
+def _is_branch(part: str | int) -> bool:
+    """Whether pydantic names the branch of a union, which the user does not know."""
+    return isinstance(part, str) and ("[" in part or part in ("float",))
 
 
 def _short(value: Any) -> str:
