@@ -23,7 +23,16 @@ from .vocabulary import EXPERTS, text_of_expert
 FOLDER = Path(__file__).parent
 FILES = (FOLDER / "README.md", FOLDER / "LOG.md")
 # Each is kept by a command of `bench`.
-RECORDED = ("adapter", "constants", "cost", "cost_build", "scale_llama_8b_streamed_fisher", "quantize", "serving", "torture")
+RECORDED = (
+    "adapter",
+    "constants",
+    "cost",
+    "cost_build",
+    "scale_llama_8b_streamed_fisher",
+    "quantize",
+    "serving",
+    "torture",
+)
 
 
 def _quality(table: Callable[[quality.Get], Table]) -> Callable[[], str]:

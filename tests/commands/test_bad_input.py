@@ -155,7 +155,8 @@ REFUSED: list[tuple[Prepare, str]] = [
     (model(truncate), "truncated or corrupt"),
     (model(pickle_only), "only pytorch_model.bin, which could run code when read"),
     (model(lambda folder: (folder / "config.json").unlink()), "config.json: no such file"),
-    (model(lambda folder: (folder / "tokenizer.json").write_text("{")), "the tokenizer cannot be loaded"),
+    (model(lambda folder: (folder / "tokenizer.json").write_text("{")), "tokenizer.json: not valid JSON"),
+    (model(lambda folder: (folder / "tokenizer.json").write_text("{}")), "the tokenizer cannot be loaded"),
 ]
 
 

@@ -101,7 +101,13 @@ def test_reap_is_the_mean_over_all_tokens_of_the_corpus_that_are_routed_to_an_ex
     """`S_j = mean_{x in X_j} g_j(x) ‖E_j(x)‖` (arXiv:2510.13999), also where one document alone needs an expert."""
     of, texts = tiny_of(tiny_model(name)), token_lists((4, 2, 6, 2, 3), seed=1)
     path = tmp_path / "p.safetensors"
-    about = {"digest": "d", "corpus": "c", "tokens": 17, "layers": [vars(shape) for shape in of.shapes]}
+    about = {
+        "digest": "d",
+        "corpus": "c",
+        "documents": [],
+        "tokens": 17,
+        "layers": [vars(shape) for shape in of.shapes],
+    }
     profile = measure(of.text(texts), [FORWARD], path, about)
     scores, largest, quantile = (
         [
