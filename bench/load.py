@@ -273,6 +273,7 @@ class Load:
         return [each for each in self.answers if each.asked.kind == "valid" and each.problem and self._excused(each)]
 
     def _excused(self, answer: Answer) -> bool:
+        """Whether a request, of any kind, was under way at the dead model; one that is cancelled is not asked again."""
         here = answer.asked.model == self.endpoint.names[0]
         return here and any(answer.begun < back and answer.ended > killed for killed, back in self.outages)
 
@@ -288,7 +289,7 @@ class Load:
         found = [
             f"{each.asked.kind} request to {each.asked.model}: {each.problem}"
             for each in self.answers
-            if each.problem and not (each.asked.kind == "valid" and self._excused(each))
+            if each.problem and not self._excused(each)
         ]
         found += [f"back after {back - killed:.0f} s" for killed, back in self.outages if back - killed > BACK]
         if (growth := self.growth()) > GROWTH:
