@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from expertprune.arch.blocks import NO_BLOCK, Block, ConfigKeys, CoupledTensor, Data, Experts, Rewrite
 from expertprune.arch.depth import check_depth, with_fewer_layers
-from expertprune.arch.gguf import GgufForm
+from expertprune.arch.gguf import GgufForm, gguf_names
 from expertprune.arch.single_layers import PER_LAYER, stock_architectures, with_defaults, with_layers
 from expertprune.arch.widths import (
     agreed,
@@ -295,7 +295,8 @@ class Family(Data):
         if "vllm" in loaders and not self.vllm_single_layers:
             raise PlanError(f"vLLM serves no layers of different widths of family {self.family!r}{instead}")
         if "gguf" in loaders and (self.gguf is None or self.gguf.layered is None):
-            raise PlanError(f"llama.cpp reads no layers of different widths of family {self.family!r}{instead}")
+            engine = gguf_names().engine
+            raise PlanError(f"{engine} reads no layers of different widths of family {self.family!r}{instead}")
 
     def _check_heads(self, config: Mapping[str, Any], new: LayerShape) -> None:
         rewrite = self.when_heads_change
