@@ -24,6 +24,8 @@ INSTALL = "several folders behind one endpoint need the proxy Envoy; run: pip in
 _TYPES = "type.googleapis.com/envoy.extensions.filters"
 _NAMESPACE = "expertprune"  # of what the filter finds in a body
 _LARGEST_BODY = 32 * 2**20
+# vLLM's server closes a connection that was idle for 5 s. A request that is sent at that moment would be lost.
+_IDLE = "3s"
 _PATIENCE = 30.0
 
 
@@ -65,10 +67,16 @@ def _cluster(model: str, port: int) -> dict[str, Any]:
     endpoint = {"endpoint": {"address": _address("127.0.0.1", port)}}
     unlimited = 2**31 - 1  # Envoy would refuse the 1025th request at a time; vLLM has a queue
     limits = dict.fromkeys(("max_connections", "max_pending_requests", "max_requests"), unlimited)
+    options = {
+        "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
+        "common_http_protocol_options": {"idle_timeout": _IDLE},
+        "explicit_http_config": {"http_protocol_options": {}},
+    }
     return {
         "name": model,
         "type": "STATIC",
         "connect_timeout": "5s",
+        "typed_extension_protocol_options": {options["@type"].removeprefix("type.googleapis.com/"): options},
         "circuit_breakers": {"thresholds": [limits]},
         "load_assignment": {"cluster_name": model, "endpoints": [{"lb_endpoints": [endpoint]}]},
     }

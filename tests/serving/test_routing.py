@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import importlib.util
 import itertools
 import json
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -144,6 +146,23 @@ def test_a_stream_arrives_piece_by_piece(endpoint: str) -> None:
     said = [json.loads(line.removeprefix(b"data: "))["choices"][0]["delta"]["content"] for line in lines]
     assert said == ["alpha 0", "alpha 1", "alpha 2"]
     assert times[2] - times[0] > 0.4
+
+
+def test_an_idle_connection_is_closed_before_the_server_closes_it(tmp_path: Path) -> None:
+    """vLLM's server closes it after 5 s, and would lose a request that is sent at that moment."""
+    content = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        with routed({"alpha": (port, ProcessTree([], tmp_path / "log"))}, tmp_path) as router:
+            with concurrent.futures.ThreadPoolExecutor() as pool:
+                asking = pool.submit(ask, router.url, {"model": "alpha"})
+                connection, _ = listening.accept()
+                connection.recv(2**16)
+                connection.sendall(content)
+                assert asking.result() == (200, {})
+            connection.settimeout(30)
+            assert connection.recv(1) == b""
+            connection.close()
 
 
 @pytest.mark.parametrize(("host", "expected"), [("localhost", {"127.0.0.1", "::1"}), ("0.0.0.0", {"0.0.0.0"})])
