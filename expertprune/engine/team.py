@@ -283,8 +283,8 @@ def _stopped_by(watch: Watch) -> Iterator[None]:
     try:
         yield
     except ExpertpruneError as error:
-        caused = isinstance(error.__cause__, RuntimeError) and watch.noticed(_NOTICE) is not None
-        if watch.failure is None and not caused:
+        failure = watch.noticed(_NOTICE if isinstance(error.__cause__, RuntimeError) else 0)
+        if failure is None:
             watch.tell(str(error), error.exit_code)
         raise
     except (RuntimeError, KeyboardInterrupt) as error:  # an exchange that failed, or the watch or a user interrupts

@@ -11,6 +11,7 @@ import secrets
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Self
@@ -102,8 +103,14 @@ class Watch:
         return watch
 
     def noticed(self, seconds: float) -> Failure | None:
-        """The failure of another member, if there is one within some seconds."""
-        self._noticed.wait(seconds)
+        """The failure of another member, if there is one within some seconds.
+
+        The main thread calls this when an exchange has failed. The interrupt may come only then; it
+        ends here, or it would replace the error that is on its way.
+        """
+        with contextlib.suppress(KeyboardInterrupt):
+            self._noticed.wait(seconds)
+            time.sleep(0)  # Python delivers what is pending
         return self.failure
 
     def tell(self, message: str, exit_code: int) -> None:
@@ -146,8 +153,8 @@ class Watch:
             if self.failure is not None or self._ended.is_set():
                 return
             self.failure = failure
-        self._noticed.set()
         _thread.interrupt_main()
+        self._noticed.set()  # after the interrupt: see `noticed`
         if not self._ended.wait(_GRACE):
             sys.stderr.write(f"error: {failure.error()}\n")
             sys.stderr.flush()

