@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from expertprune.errors import CheckpointError
-from expertprune.files import EXPERT_FILE, read_object
+from expertprune.files import EXPERT_FILE, read_object, user_path
 from expertprune.models.encodings import Encoding, encoding_of
 from expertprune.models.tensorfile import DTYPES, TensorInfo, in_order, written_file
 from expertprune.progress import Track, silent
@@ -171,8 +171,12 @@ class Checkpoint:
         if (self.folder / INDEX).is_file():
             listed = sorted(set(self._weight_map.values()))
             for file in listed:
-                if Path(file).name != file:
-                    raise CheckpointError(f"{self.folder / INDEX}: {file!r} is no plain file name")
+                try:
+                    plain = user_path(file).name == file
+                except ValueError:
+                    plain = False
+                if not plain:
+                    raise CheckpointError(f"{self.folder / INDEX}: {file[:40]!r} is no plain file name")
             return listed
         if (self.folder / SINGLE).is_file():
             return [SINGLE]
