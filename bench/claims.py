@@ -229,12 +229,13 @@ def _sums(texts: Sequence[str]) -> Iterator[int]:
 
 
 def text() -> str:
-    """Both tables: every cell, and what the task's text is worth over all of them."""
+    """Both tables, of the sparsities that were measured: every cell, and what the task's text is worth."""
     base = stored(BASE)
+    sparsities = [each for each in SPARSITIES if all(cell.path.is_file() for cell in cells((each,)))]
     every = Table(["removed", "criterion", "scored on", *TASKS, "mean", "WikiText-2: excess ln (95%)"])
     every.add("", "base", "", *_accuracies(base.right), "")
     used = [base.made]
-    for sparsity in SPARSITIES:
+    for sparsity in sparsities:
         for criterion, way in [("magnitude", "general only"), *itertools.product(CRITERIA, WAYS)]:
             found = [stored(cell) for cell in cells((sparsity,)) if (cell.criterion, cell.way) == (criterion, way)]
             used += [each.made for each in found]
@@ -244,12 +245,12 @@ def text() -> str:
             right = {task: each.right[task] for each in found for task in each.right}
             interval = f"{lost.value:.3f} ({lost.low:.3f} to {lost.high:.3f})"
             every.add(f"{sparsity:.0%}", criterion, scored, *_accuracies(right), interval)
-    means = Table(["scored on", "less than", *(f"{sparsity:.0%}" for sparsity in SPARSITIES), "both"])
+    means = Table(["scored on", "less than", *(f"{sparsity:.0%}" for sparsity in sparsities), "all"])
     for way in WAYS:
         for other in ("general only", "task only"):
             if way in FUSED or (way, other) == ("task only", "general only"):
-                gains = [gain(way, other, (sparsity,)) for sparsity in SPARSITIES]
-                means.add(way, other, *gains, gain(way, other, SPARSITIES))
+                gains = [gain(way, other, (sparsity,)) for sparsity in sparsities]
+                means.add(way, other, *gains, gain(way, other, sparsities))
     return f"{every}\n\n{described(used)}\n\nPoints of accuracy more, mean over tasks and criteria:\n\n{means}"
 
 
