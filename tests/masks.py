@@ -67,13 +67,17 @@ def ffn_output(layer: Any) -> Any:
 
 
 class Masks:
-    """Masks of ones on the units of some layers; a query head's channels carry its own mask times its KV group's."""
+    """Masks of ones on the units of some layers; a query head's channels carry its own mask times its KV group's.
 
-    def __init__(self, of: Tiny, layers: Sequence[int]) -> None:
+    With `tokens`, every token of a document has masks of its own: `[tokens, units]`.
+    """
+
+    def __init__(self, of: Tiny, layers: Sequence[int], tokens: int | None = None) -> None:
         self.of, self.layers = of, layers
 
         def ones(count: int) -> Tensor:
-            return torch.ones(count, dtype=of.model.dtype, requires_grad=True)
+            size = (count,) if tokens is None else (tokens, count)
+            return torch.ones(size, dtype=of.model.dtype, requires_grad=True)
 
         self.ffn = {layer: ones(of.shapes[layer].ffn) for layer in layers}
         self.heads = {layer: ones(of.shapes[layer].query_heads) for layer in layers}
@@ -96,11 +100,10 @@ class Masks:
         handles = []
         for index in self.layers:
             layer, shape = self.of.model.model.layers[index], self.of.shapes[index]
-            per_channel = torch.ones(shape.head_dim, dtype=self.of.model.dtype)
 
-            def of_heads(index: int = index, shape: LayerShape = shape, per_channel: Tensor = per_channel) -> Tensor:
-                masks = self.heads[index] * self.groups[index].repeat_interleave(shape.heads_per_group)
-                return torch.outer(masks, per_channel).flatten()
+            def of_heads(index: int = index, shape: LayerShape = shape) -> Tensor:
+                masks = self.heads[index] * self.groups[index].repeat_interleave(shape.heads_per_group, -1)
+                return masks.repeat_interleave(shape.head_dim, -1)
 
             handles.append(ffn_output(layer).register_forward_pre_hook(times(lambda i=index: self.ffn[i])))  # type: ignore[misc]
             handles.append(layer.self_attn.o_proj.register_forward_pre_hook(times(of_heads)))
@@ -127,6 +130,20 @@ def mask_gradients(of: Tiny, documents: Sequence[Sequence[int]]) -> dict[str, Te
         for ids in documents:
             rows.append(torch.autograd.grad(cross_entropy(exact.model, ids), masks.leaves))
     return {name: torch.stack(each) for name, each in zip(masks.names(), zip(*rows, strict=True), strict=True)}
+
+
+def segment_norms(of: Tiny, documents: Sequence[Sequence[int]], segment: int) -> dict[str, Tensor]:
+    """`sqrt(Σ_s (∂L_d/∂m_us)²)` in float64 over masks on `segment` tokens in a row, by name, `[documents, units]`."""
+    exact = of.double()
+    found: dict[str, list[Tensor]] = {}
+    for ids in documents:
+        masks = Masks(exact, range(len(of.shapes)), len(ids))
+        with masks.hooked():
+            each = torch.autograd.grad(cross_entropy(exact.model, ids), masks.leaves)
+        for name, by_token in zip(masks.names(), each, strict=True):
+            sums = torch.stack([part.sum(0) for part in by_token.split(segment)])
+            found.setdefault(name, []).append(sums.square().sum(0).sqrt())
+    return {name: torch.stack(rows) for name, rows in found.items()}
 
 
 def regional_gradients(of: Tiny, documents: list[list[int]]) -> dict[str, Tensor]:

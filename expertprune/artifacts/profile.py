@@ -20,7 +20,7 @@ from expertprune.files import digest_of, parse_json, problems_of, staged_file
 from expertprune.relevance import Pass
 from expertprune.units import LayerShape
 
-PROFILE_SCHEMA = 4
+PROFILE_SCHEMA = 5
 
 
 def halved(name: str, values: Tensor) -> dict[str, Tensor]:
@@ -151,9 +151,15 @@ class Profile:
 
     Every other pass over the same corpus has a file of its own beside it, a `ProfilePart`.
     `gradient-language_model`, `gradient-kl` and `regional` hold `ffn.l.value`, `heads.l.value` and
-    `experts.l.value`, `[documents, units]`, float16 with a scale. A gradient's file holds `loss`
-    `[documents]`, float32, too: the mean loss of each document's own tokens, in nats. `vocabulary`
-    holds:
+    `experts.l.value`, `[documents, units]`, float16 with a scale: derivatives with respect to the
+    units' masks. A gradient's file also holds
+
+    - `ffn.l.norm`, `heads.l.norm`, `groups.l.norm` and `experts.l.norm`, `[documents, units]`,
+      float16 with a scale: the norm of the derivatives with respect to a mask of its own on each
+      segment of 32 tokens;
+    - `loss` `[documents]`, float32: the mean loss of each document's own tokens, in nats.
+
+    `vocabulary` holds:
 
     - `mass` `[folds, rows]`, float32: the probability that the model puts on each vocabulary row,
       summed over the positions of a fold's documents;

@@ -55,11 +55,11 @@ class Foreseen:
 
 
 def curvature(profile: Profile, part: ProfilePart, kept: Sequence[KeptUnits]) -> Tensor:
-    """`½ Σ_u T_d (∂L_d/∂m_u)²` over the units `u` that go, in nats a token, `[documents]`, float64.
+    """Half the Fisher information of the masks of the units that go, in nats a token, `[documents]`, float64.
 
     This is what the loss rises by to second order (optimal brain damage), with the diagonal of the
-    empirical Fisher information as its curvature, as the criterion `fisher` has it. Nothing is
-    repaired in it.
+    empirical Fisher information as its curvature, as the criterion `fisher` has it: `½ Σ_u T_d Σ_s
+    (∂L_d/∂m_us)²`. Nothing is repaired in it.
 
     Args:
         part: the gradient pass to read.
@@ -71,8 +71,8 @@ def curvature(profile: Profile, part: ProfilePart, kept: Sequence[KeptUnits]) ->
     total = torch.zeros(len(profile.documents), dtype=torch.float64)
     for layer, (shape, units) in enumerate(zip(profile.layers, kept, strict=True)):
         for name, gone in _gone(shape, units):
-            value = stored.read_half(f"{name}.{layer}.value")[:, list(gone)]
-            total += value.double().square().sum(1)
+            norm = stored.read_half(f"{name}.{layer}.norm")[:, list(gone)]
+            total += norm.double().square().sum(1)
     return profile.read("tokens").double() * total / 2
 
 

@@ -151,12 +151,13 @@ def _from_part(profile: Profile, structure: Structure, layer: int, part: Profile
         raise SpecError(
             f"the profile of {profile.corpus} lacks the {part} pass that this criterion needs: run the profile stage"
         )
-    if structure in (Structure.FFN, Structure.EXPERTS):
-        return {part.made_by.value: stored.read_half(f"{_PREFIX[structure]}.{layer}.value")}
-    heads = stored.read_half(f"heads.{layer}.value")
-    if structure is Structure.KV_GROUPS:  # the group's mask multiplies all its heads
-        heads = heads.unflatten(1, (profile.layers[layer].kv_heads, -1)).sum(2)
-    return {part.made_by.value: heads}
+    groups = structure is Structure.KV_GROUPS
+    value = stored.read_half(f"{'heads' if groups else _PREFIX[structure]}.{layer}.value")
+    if groups:  # the group's mask multiplies all its heads
+        value = value.unflatten(1, (profile.layers[layer].kv_heads, -1)).sum(2)
+    if part.made_by is not Pass.GRADIENT:
+        return {part.made_by.value: value}
+    return {"gradient": value, "gradient_norm": stored.read_half(f"{_PREFIX[structure]}.{layer}.norm")}
 
 
 def corpus_score(criterion: Criterion, statistics: UnitStatistics, how: str | float) -> Tensor:

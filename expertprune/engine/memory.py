@@ -167,11 +167,11 @@ def profiling(sizes: Sizes, text: Text, graph: float, gradient: bool, keeps_grap
     Args:
         graph: bytes of one token's graph in one layer.
     """
-    measured = 4 * text.documents * (2 * sizes.neurons + 2 * sizes.heads)
+    measured = 4 * text.documents * (3 * sizes.neurons + 2 * sizes.heads)
     # norms of weights, and Gram matrices of the attention's output
     moments = max(8 * min(BLOCK, sizes.tensor), 8 * sizes.hidden * sizes.heads)
     one = int(graph * text.batch)
-    stored = 2 * 2 * text.documents * sizes.layers * (2 * sizes.neurons + sizes.heads)  # twice: when they are written
+    stored = 2 * 2 * text.documents * sizes.layers * (3 * sizes.neurons + sizes.heads)  # twice: when they are written
     if not gradient:
         return Need(max(one, moments) + measured, sizes.states(text.tokens), stored)
     work = max(one * (sizes.layers if keeps_graphs else 1), moments, sizes.logits(text.batch)) + measured

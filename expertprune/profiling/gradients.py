@@ -19,6 +19,7 @@ from expertprune.units import LayerShape
 # Scales keep gradients within half precision, from 2⁻²⁴ to 2¹⁶. Powers of two change no digit.
 HEAD_SCALE = 2.0**8  # of the loss: the gradient of a logit is at most 1
 LARGEST = 2.0**6  # of the gradients that enter a layer: within it, they may grow by 2¹⁰
+SEGMENT = 32  # tokens
 
 
 class MaskGradients:
@@ -26,14 +27,22 @@ class MaskGradients:
 
     This is the derivative with respect to a mask that multiplies the unit's channels, at 1. That of
     a KV group is the sum over its query heads, so only heads are stored. The mask of a routed
-    expert multiplies its output, so its derivative is the sum over its neurons. Sums stay on the
-    device until the layer ends.
+    expert multiplies its output, so its derivative is the sum over its neurons.
+
+    With `squares` also `Σ_s (Σ_{t in s} …)²` over segments of `SEGMENT` tokens, of every unit, KV
+    groups and routed experts included. Sums stay on the device until the layer ends.
     """
 
-    def __init__(self, shape: LayerShape, documents: int, device: torch.device | None = None) -> None:
+    def __init__(
+        self, shape: LayerShape, documents: int, device: torch.device | None = None, squares: bool = False
+    ) -> None:
         self.shape = shape
         self.ffn = torch.zeros(documents, shape.neurons, device=device)
         self.heads = torch.zeros(documents, shape.query_heads, device=device)
+        widths = {"ffn": shape.neurons, "heads": shape.query_heads, "groups": shape.kv_heads, "experts": shape.experts}
+        self.squares = {
+            name: torch.zeros(documents, width, device=device) for name, width in widths.items() if width and squares
+        }
 
     def add(
         self,
@@ -50,25 +59,44 @@ class MaskGradients:
         """
         documents = batch.on(weights.device).documents
         if heads is not None:
-            sums = over_channels(*heads).unflatten(1, (self.shape.query_heads, -1)).sum(2)
-            self.heads.index_add_(0, documents, sums * weights[:, None])
+            parts = by_segment(*heads, weights).unflatten(2, (self.shape.query_heads, -1)).sum(3)
+            self.heads.index_add_(0, documents, parts.sum(1))
+            self._add_squares("heads", documents, parts)
+            self._add_squares("groups", documents, parts.unflatten(2, (self.shape.kv_heads, -1)).sum(3))
         if ffn is not None:
-            self.ffn.index_add_(0, documents, over_channels(*ffn) * weights[:, None])
+            parts = by_segment(*ffn, weights)
+            self.ffn.index_add_(0, documents, parts.sum(1))
+            self._add_squares("ffn", documents, parts)
+
+    def _add_squares(self, name: str, documents: Tensor, parts: Tensor) -> None:
+        """Add the squares of `[rows, segments, units]`."""
+        if name in self.squares:
+            self.squares[name].index_add_(0, documents, parts.square().sum(1))
 
     def add_routed(self, batch: Batch, weights: Tensor, call: RoutedCall, gradient: Tensor) -> None:
         """Add a batch; `gradient` is that of the call's neurons, `[pairs, ffn]`.
 
         A router's weight multiplies a neuron behind its mask, so the gradient has it.
         """
-        row = call.pairs.token // batch.ids.shape[1]
-        document = batch.on(weights.device).documents.index_select(0, row)
+        rows, length = batch.ids.shape
+        row, place = call.pairs.token // length, call.pairs.token % length
+        segments = -(-length // SEGMENT)
         own = call.neurons.float() * gradient * weights.index_select(0, row)[:, None]
-        by_expert = self.ffn.view(-1, self.shape.ffn)  # `[documents * experts, ffn]`
-        by_expert.index_add_(0, document * self.shape.experts + call.pairs.expert, own)
+        parts = own.new_zeros(rows * segments * self.shape.experts, self.shape.ffn)
+        parts.index_add_(0, (row * segments + place // SEGMENT) * self.shape.experts + call.pairs.expert, own)
+        parts = parts.view(rows, segments, self.shape.neurons)
+        documents = batch.on(weights.device).documents
+        self.ffn.index_add_(0, documents, parts.sum(1))
+        self._add_squares("ffn", documents, parts)
+        self._add_squares("experts", documents, parts.unflatten(2, (self.shape.experts, -1)).sum(3))
 
     def sums(self) -> dict[str, Tensor]:
         """What is added over the members of a team, in place. A document is with one member only."""
-        return {"ffn": self.ffn, "heads": self.heads}
+        return {
+            "ffn": self.ffn,
+            "heads": self.heads,
+            **{f"squares of {name}": each for name, each in self.squares.items()},
+        }
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         """Everything of this layer under its stored names."""
@@ -76,12 +104,23 @@ class MaskGradients:
         found = {**halved(f"ffn.{index}.value", ffn), **halved(f"heads.{index}.value", heads)}
         if self.shape.experts:
             found |= halved(f"experts.{index}.value", ffn.unflatten(1, (self.shape.experts, -1)).sum(2))
+        for name, each in self.squares.items():
+            found |= halved(f"{name}.{index}.norm", each.cpu().sqrt())
         return found
 
 
-def over_channels(values: Tensor, gradients: Tensor) -> Tensor:
-    """`Σ_t a_tc g_tc`, float32: two of `[rows, tokens, channels]` to `[rows, channels]`."""
-    return (values.float() * gradients).sum(1)
+def by_segment(values: Tensor, gradients: Tensor, weights: Tensor) -> Tensor:
+    """`w Σ_{t in s} a_tc g_tc`, float32: two of `[rows, tokens, channels]` to `[rows, segments, channels]`.
+
+    Args:
+        weights: of the rows, `[rows]`.
+    """
+    each = values.float() * gradients
+    whole = each.shape[1] // SEGMENT * SEGMENT
+    parts = each[:, :whole].unflatten(1, (-1, SEGMENT)).sum(2)
+    if whole < each.shape[1]:
+        parts = torch.cat([parts, each[:, whole:].sum(1, keepdim=True)], 1)
+    return parts * weights[:, None, None]
 
 
 @dataclass(frozen=True)

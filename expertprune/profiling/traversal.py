@@ -89,7 +89,7 @@ class Traversal:
     def _graphs_fit(self) -> bool:
         if self.gradient is None or self.regional is not None or is_streamed(self.text.model):
             return False
-        sums = sum(8 * (shape.neurons + 2 * shape.query_heads * shape.head_dim) for shape in self.text.shapes)
+        sums = sum(12 * (shape.neurons + 2 * shape.query_heads * shape.head_dim) for shape in self.text.shapes)
         needed = self.layers * graph_bytes(self.text) + self.documents * sums
         return needed <= SHARE * self.text.source.room.free()
 
@@ -206,7 +206,7 @@ class Traversal:
     ) -> None:
         """From the last of the layers that `before` has to the first."""
         for index, layer in self.text.layers(progress, last_first=True, until=len(before)):
-            gradients = MaskGradients(self.text.shapes[index], self.documents, self.device)
+            gradients = MaskGradients(self.text.shapes[index], self.documents, self.device, squares=True)
             inputs = before.pop()
             with units_observed(layer, self.text.family) as seen:
                 for number, batch in enumerate(self.text.batches):
@@ -221,7 +221,7 @@ class Traversal:
         assert self.gradient is not None
         text, layers = self.text, [layer for _, layer in self.text.layers()]
         collectors = [dict(self._collectors(*each)) for each in enumerate(layers)]
-        gradients = [MaskGradients(shape, self.documents, self.device) for shape in text.shapes]
+        gradients = [MaskGradients(shape, self.documents, self.device, squares=True) for shape in text.shapes]
         for number, one in enumerate(text.each_batch()):
             stream, batch, tapes = one.start(), one.batches[0], []
             for index, layer in enumerate(layers):

@@ -8,12 +8,14 @@ from expertprune.units import Structure
 
 @criterion("fisher", paper="https://arxiv.org/abs/2204.09656", needs=Pass.GRADIENT, structures=tuple(Structure))
 def fisher(statistics: UnitStatistics) -> Tensor:
-    """`T_d (∂L_d/∂m_u)²`, the empirical Fisher information of a unit's mask, `[documents, units]`.
+    """`T_d Σ_s (∂L_d/∂m_us)²`, the empirical Fisher information of a unit's mask, `[documents, units]`.
 
-    `L_d` is the mean loss over the document's `T_d` predicted tokens. The gradients of single
-    tokens are nearly uncorrelated. So `T_d` times the square of their mean estimates the mean of
-    their squares, whatever the length.
+    `L_d` is the mean loss over the document's `T_d` predicted tokens, and `m_us` multiplies the unit
+    on segment `s` alone, 32 tokens in a row. The Fisher information is the mean over predictions of
+    their squared gradients. One squared sum over a whole document estimates it too, with much more
+    noise, because a document has few of them; squares of single tokens have least noise, and miss
+    that neighbours share what they predict.
     """
-    assert statistics.gradient is not None
+    assert statistics.gradient_norm is not None
     assert statistics.tokens is not None
-    return statistics.gradient.square() * statistics.tokens[:, None]
+    return statistics.gradient_norm.square() * statistics.tokens[:, None]

@@ -32,6 +32,8 @@ class UnitStatistics:
         tokens: `[documents]`, predicted tokens of each document.
         gradient: `[documents, units]`, derivative of the document's mean loss with respect to the
             unit's mask, at 1; `None` without the gradient pass.
+        gradient_norm: `[documents, units]`, norm of the derivatives of the same loss with respect to a
+            mask of its own on each segment of 32 tokens; `None` without the gradient pass.
         regional: `[documents, units]`, derivative of the mean norm of the layer's output with
             respect to the unit's mask; `None` without the regional pass.
         routed: of routed experts only, `[documents, experts]`: how many of a document's tokens are
@@ -53,6 +55,7 @@ class UnitStatistics:
     variance: Tensor | None = None
     tokens: Tensor | None = None
     gradient: Tensor | None = None
+    gradient_norm: Tensor | None = None
     regional: Tensor | None = None
     frequency: Tensor | None = None
     routed: Tensor | None = None

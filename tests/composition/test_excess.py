@@ -31,7 +31,7 @@ def profile_of(
     if gradients:
         found: dict[str, Tensor] = {"loss": torch.tensor([2.0, 4.0])}
         for name, rows in values.items():
-            found |= halved(f"{name}.0.value", torch.tensor(rows))
+            found |= halved(f"{name}.0.norm", torch.tensor(rows))
         save_profile(PART.path(path), about, found)
     return Profile(path)
 

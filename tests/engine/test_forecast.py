@@ -69,7 +69,7 @@ def test_text_counts_padding() -> None:
 
 def test_needs_of_each_stage(base: ResolvedBase) -> None:
     sizes, text = Sizes.of(base, kept=(20, 24), cut=(True, False)), Text(1000, 100, 50, 10)
-    sums, stored = 4 * 10 * (2 * 32 + 2 * 24), 4 * 10 * 3 * (2 * 32 + 24)
+    sums, stored = 4 * 10 * (3 * 32 + 2 * 24), 4 * 10 * 3 * (3 * 32 + 24)
     logits = 5 * 4 * 100 * 64
     assert profiling(sizes, text, 200.0, gradient=False, keeps_graphs=False) == Need(
         20_000 + sums, 4 * 24 * 1000, stored

@@ -26,6 +26,7 @@ from tests.masks import (
     mask_gradients,
     measured,
     regional_gradients,
+    segment_norms,
     tiny,
     token_lists,
 )
@@ -64,7 +65,7 @@ def gradients(
 
 def with_groups(found: dict[str, Tensor], of: Tiny) -> dict[str, Tensor]:
     """`ffn.0.value` as `ffn.0`, and KV groups as the sums of their heads, head by head; no losses."""
-    result = {name.removesuffix(".value"): tensor for name, tensor in found.items() if name != "loss"}
+    result = {name.removesuffix(".value"): tensor for name, tensor in found.items() if name.endswith(".value")}
     for layer, shape in enumerate(of.shapes):
         heads = result[f"heads.{layer}"]
         groups = torch.zeros(heads.shape[0], shape.kv_heads)
@@ -100,6 +101,22 @@ def test_gradients_equal_autograd_on_explicit_masks_however_batches_are_cut(
         assert set(found) == set(expected)
         for name, values in expected.items():
             assert_near(found[name], values, 1e-5, f"{name}, {tokens_per_batch} tokens in a batch")
+
+
+@EACH_MODEL
+@pytest.mark.parametrize("kept", [True, False], ids=["graphs-kept", "run-again"])
+def test_norms_equal_autograd_on_a_mask_for_each_segment(
+    family: str, changes: dict[str, Any], kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(traversal, "graph_bytes", lambda text: 0 if kept else 1 << 60)
+    monkeypatch.setattr("expertprune.profiling.gradients.SEGMENT", 4)
+    of, documents = tiny(family, **changes), token_lists()
+    expected = segment_norms(of, documents, 4)
+    for tokens_per_batch in BATCHED:
+        found = gradients(of, documents, tokens_per_batch)
+        assert {name for name in found if name.endswith(".norm")} == {f"{name}.norm" for name in expected}
+        for name, values in expected.items():
+            assert_near(found[f"{name}.norm"], values, 1e-5, f"{name}, {tokens_per_batch} tokens in a batch")
 
 
 @pytest.mark.parametrize("loss", ["language_model", "kl"])

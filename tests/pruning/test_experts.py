@@ -351,6 +351,40 @@ def test_gradients_of_masks_are_those_of_one_backward_pass_through_the_whole_mod
     assert found[f"ffn.{layers[0][0]}.value"].shape == (len(LENGTHS), EXPERTS * of.shapes[layers[0][0]].ffn)
 
 
+@pytest.mark.parametrize(("name", "tokens_per_batch"), [("mixtral", 1), ("olmoe", 30), ("qwen3_moe", 1000)])
+def test_norms_of_gradients_are_those_of_a_mask_for_each_segment(
+    name: str, tokens_per_batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On token `t`, the derivative is the neuron's activation times its column's product with `∂L/∂output_t`."""
+    monkeypatch.setattr("expertprune.profiling.gradients.SEGMENT", 4)
+    model = tiny_model(name).requires_grad_(False)
+    found = measured(tiny_of(model).text(token_lists(), tokens_per_batch), "language_model")
+    model.requires_grad_(True)
+    outputs: list[torch.Tensor] = []
+
+    def note(_: Any, __: Any, output: torch.Tensor) -> None:
+        if output.requires_grad:  # not where the routing is looked up
+            output.retain_grad()
+            outputs.append(output)
+
+    for layer in model.model.layers:
+        layer.mlp.experts.register_forward_hook(note)
+    for number, ids in enumerate(token_lists()):
+        outputs.clear()
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:])).backward()
+        gradients = [numbers(output.grad).reshape(len(ids), -1) for output in outputs]
+        for index, gradient in enumerate(gradients):
+            down = numbers(model.model.layers[index].mlp.experts.down_proj)
+            by_token = weighted_neurons(model, index, ids) * np.concatenate([gradient @ each for each in down], 1)
+            segments = np.stack([by_token[first : first + 4].sum(0) for first in range(0, len(ids), 4)])
+            experts = segments.reshape(len(segments), EXPERTS, -1).sum(2)
+            for key, each in (("ffn", segments), ("experts", experts)):
+                expected = np.sqrt((each**2).sum(0))
+                mine = stored_half(found, f"{key}.{index}.norm")[number]
+                np.testing.assert_allclose(mine, expected, rtol=3e-3, atol=2e-3 * expected.max())
+
+
 # --- plans of neurons ----------------------------------------------------------------------------------------------
 
 

@@ -34,6 +34,7 @@ from tests.masks import (
     layer_activations,
     mask_gradients,
     regional_gradients,
+    segment_norms,
     tiny,
     token_lists,
 )
@@ -107,16 +108,17 @@ def raw_scores(profile: Profile, criterion: str, structure: Structure, layer: in
 
 @pytest.mark.parametrize("family", KINDS)
 @pytest.mark.usefixtures("_not_halved")
-def test_gradient_criteria_written_out(tmp_path: Path, family: str) -> None:
+def test_gradient_criteria_written_out(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("expertprune.profiling.gradients.SEGMENT", 4)
     of = tiny(family)
-    expected = mask_gradients(of, token_lists())
+    expected, norms = mask_gradients(of, token_lists()), segment_norms(of, token_lists(), 4)
     profile = bench(of, tmp_path).profile([TEXT])
     predicted = torch.tensor([length - 1.0 for length in LENGTHS], dtype=torch.float64)
     for layer in range(len(of.shapes)):
         for structure, name in NAMES.items():
             slope = expected[f"{name}.{layer}"]
             assert_near(raw_scores(profile, "taylor", structure, layer), slope.abs(), 1e-5, f"taylor {name}")
-            fisher = slope**2 * predicted[:, None]
+            fisher = norms[f"{name}.{layer}"] ** 2 * predicted[:, None]
             assert_near(raw_scores(profile, "fisher", structure, layer), fisher, 1e-5, f"fisher {name}")
 
 
