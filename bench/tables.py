@@ -15,7 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from . import instruct, quality
+from . import claims, instruct, quality
 from .cells import stored
 from .records import Table, stored_table
 from .vocabulary import EXPERTS, text_of_expert
@@ -28,6 +28,7 @@ RECORDED = (
     "constants",
     "cost",
     "cost_build",
+    "outlook",
     "scale_llama_8b_streamed_fisher",
     "quantize",
     "serving",
@@ -44,6 +45,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "retired_parts": _quality(partial(quality.parts, chosen=quality.RETIRED)),
     "retired_criterion": _quality(partial(quality.task, criteria=("obs",))),
     **{name: partial(stored_table, name) for name in RECORDED},
+    "claims": claims.text,
     "instruct": instruct.text,
     "vocabulary": lambda: "\n\n".join(text_of_expert(name) for name in EXPERTS),
 }

@@ -195,9 +195,9 @@ def test_a_truncated_profile_is_refused(tmp_path: Path, size: int) -> None:
 @pytest.mark.parametrize(
     ("metadata", "reason"),
     [
-        (None, "a profile of schema None, not 4"),
-        ({"format": "pt"}, "a profile of schema None, not 4"),
-        ({"expertprune": json.dumps({"schema": 1})}, "a profile of schema 1, not 4"),
+        (None, "a profile of schema None, not 5"),
+        ({"format": "pt"}, "a profile of schema None, not 5"),
+        ({"expertprune": json.dumps({"schema": 1})}, "a profile of schema 1, not 5"),
         ({"expertprune": "{"}, "not a readable profile"),
         ({"expertprune": "[]"}, "profile"),
     ],

@@ -177,7 +177,10 @@ def test_several_engines_on_a_cpu_are_not_bound_to_the_same_cores(monkeypatch: p
     alone = {"VLLM_NO_USAGE_STATS": "1"}
     assert engine.environment(CPU) == alone
     assert engine.environment(GPU, 2) == alone
-    assert engine.environment(CPU, 2) == {**alone, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    several = {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }  # fmt: skip
+    assert engine.environment(CPU, 2) == {**alone, **several}
     assert engine.environment(CPU, 1000)["OMP_NUM_THREADS"] == "1"
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-3")
     assert engine.environment(CPU, 2) == alone
