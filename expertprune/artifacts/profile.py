@@ -156,7 +156,7 @@ class Profile:
 
     - `ffn.l.norm`, `heads.l.norm`, `groups.l.norm` and `experts.l.norm`, `[documents, units]`,
       float16 with a scale: the norm of the derivatives with respect to a mask of its own on each
-      segment of 32 tokens;
+      segment of 8 tokens;
     - `loss` `[documents]`, float32: the mean loss of each document's own tokens, in nats.
 
     `vocabulary` holds:

@@ -19,7 +19,7 @@ from expertprune.units import LayerShape
 # Scales keep gradients within half precision, from 2⁻²⁴ to 2¹⁶. Powers of two change no digit.
 HEAD_SCALE = 2.0**8  # of the loss: the gradient of a logit is at most 1
 LARGEST = 2.0**6  # of the gradients that enter a layer: within it, they may grow by 2¹⁰
-SEGMENT = 32  # tokens
+SEGMENT = 8  # tokens
 
 
 class MaskGradients:

@@ -11,7 +11,7 @@ def fisher(statistics: UnitStatistics) -> Tensor:
     """`T_d Σ_s (∂L_d/∂m_us)²`, the empirical Fisher information of a unit's mask, `[documents, units]`.
 
     `L_d` is the mean loss over the document's `T_d` predicted tokens, and `m_us` multiplies the unit
-    on segment `s` alone, 32 tokens in a row. The Fisher information is the mean over predictions of
+    on segment `s` alone, 8 tokens in a row. The Fisher information is the mean over predictions of
     their squared gradients. One squared sum over a whole document estimates it too, with much more
     noise, because a document has few of them; squares of single tokens have least noise, and miss
     that neighbours share what they predict.

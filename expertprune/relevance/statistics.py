@@ -33,7 +33,7 @@ class UnitStatistics:
         gradient: `[documents, units]`, derivative of the document's mean loss with respect to the
             unit's mask, at 1; `None` without the gradient pass.
         gradient_norm: `[documents, units]`, norm of the derivatives of the same loss with respect to a
-            mask of its own on each segment of 32 tokens; `None` without the gradient pass.
+            mask of its own on each segment of 8 tokens; `None` without the gradient pass.
         regional: `[documents, units]`, derivative of the mean norm of the layer's output with
             respect to the unit's mask; `None` without the regional pass.
         routed: of routed experts only, `[documents, experts]`: how many of a document's tokens are
