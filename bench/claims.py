@@ -245,12 +245,13 @@ def text() -> str:
             right = {task: each.right[task] for each in found for task in each.right}
             interval = f"{lost.value:.3f} ({lost.low:.3f} to {lost.high:.3f})"
             every.add(f"{sparsity:.0%}", criterion, scored, *_accuracies(right), interval)
-    means = Table(["scored on", "less than", *(f"{sparsity:.0%}" for sparsity in sparsities), "all"])
+    each_and_all = [(each,) for each in sparsities] + ([tuple(sparsities)] if len(sparsities) > 1 else [])
+    columns = [" and ".join(f"{sparsity:.0%}" for sparsity in those) for those in each_and_all]
+    means = Table(["scored on", "against", *columns])
     for way in WAYS:
         for other in ("general only", "task only"):
             if way in FUSED or (way, other) == ("task only", "general only"):
-                gains = [gain(way, other, (sparsity,)) for sparsity in sparsities]
-                means.add(way, other, *gains, gain(way, other, sparsities))
+                means.add(way, other, *(gain(way, other, those) for those in each_and_all))
     return f"{every}\n\n{described(used)}\n\nPoints of accuracy more, mean over tasks and criteria:\n\n{means}"
 
 

@@ -28,7 +28,6 @@ RECORDED = (
     "constants",
     "cost",
     "cost_build",
-    "outlook",
     "scale_llama_8b_streamed_fisher",
     "quantize",
     "serving",
