@@ -59,9 +59,9 @@ def timed(timing: Timing) -> str:
     engine = ", ".join(f"{name} {version}" for name, version in timing.versions.items() if name.startswith("vllm"))
     return "\n" + paragraph(
         f"Through vLLM it generates {own:.1f} tokens/s where the base generates {base:.1f}: {speed.median:.2f} times as "
-        f"fast ({speed.low:.2f} to {speed.high:.2f}). That is `expertprune bench {FOLDER} --rounds {load.rounds} --prompts "
-        f"{load.prompts}`: {load.rounds} runs of each in turn, {load.prompts} prompts of {load.input_tokens} tokens, "
-        f"{load.output_tokens} new tokens each, {load.concurrency} at a time; {engine}, {timing.machine}."
+        f"fast ({speed.low:.2f} to {speed.high:.2f}). (`expertprune bench {FOLDER} --rounds {load.rounds} --prompts "
+        f"{load.prompts}`: {load.input_tokens} tokens in, {load.output_tokens} out, {load.concurrency} requests at a "
+        f"time; {engine}, {timing.machine}.)"
     ) + "\n"  # fmt: skip
 
 
