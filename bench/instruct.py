@@ -161,7 +161,7 @@ class Bench:
         }
         tokens = sum(batch.tokens for batch in prepared.repair_batches())
         about = {"arm": name, "tokens": tokens, "documents": self.documents, "made": made()}
-        write(_path(name), {**about, "sets": sets})
+        write(path_of(name), {**about, "sets": sets})
 
 
 def _enough(documents: Sequence[Document], tokenizer: Any, tokens: int) -> int:
@@ -170,7 +170,7 @@ def _enough(documents: Sequence[Document], tokenizer: Any, tokens: int) -> int:
     return next(number for number, total in enumerate(itertools.accumulate(sizes), 1) if total >= tokens)
 
 
-def _path(arm: str) -> Path:
+def path_of(arm: str) -> Path:
     return RESULTS / f"instruct-{arm.replace(', ', '-').replace(' ', '-')}.json"
 
 
@@ -179,7 +179,7 @@ def text() -> str:
 
     A cell is the retention of bits per byte of answers, and the agreement with the base.
     """
-    found = [read(_path(arm)) for arm in ARMS if _path(arm).is_file()]
+    found = [read(path_of(arm)) for arm in ARMS if path_of(arm).is_file()]
     table = Table(["calibrated on", "tokens", *SETS])
     for each in found:
         cells = []

@@ -115,18 +115,26 @@ class Watch:
 
     def tell(self, message: str, exit_code: int) -> None:
         """Tell the other members that this one stops. That they end then is no news."""
-        self._ended.set()
+        self._end()
         self._spread(Failure(self.rank, self.host, message, exit_code), self.rank)
 
     def close(self, well: bool) -> None:
         """End the watch; without a word unless the work has come to its end well."""
-        self._ended.set()
+        self._end()
         for connection in self._connections.values():
             if well:
                 _send(connection, _BYE)
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)  # the listener still reads from it
             connection.close()
+
+    def _end(self) -> None:
+        """From here on nothing interrupts the main thread. An interrupt that is on its way ends here."""
+        with contextlib.suppress(KeyboardInterrupt):
+            with self._lock:
+                self._ended.set()
+            time.sleep(0)  # Python delivers what is pending
+        self._ended.set()
 
     def _listen(self, other: int, connection: socket.socket) -> None:
         line = b""
@@ -153,7 +161,7 @@ class Watch:
             if self.failure is not None or self._ended.is_set():
                 return
             self.failure = failure
-        _thread.interrupt_main()
+            _thread.interrupt_main()
         self._noticed.set()  # after the interrupt: see `noticed`
         if not self._ended.wait(_GRACE):
             sys.stderr.write(f"error: {failure.error()}\n")

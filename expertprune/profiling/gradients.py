@@ -116,11 +116,10 @@ def by_segment(values: Tensor, gradients: Tensor, weights: Tensor) -> Tensor:
         weights: of the rows, `[rows]`.
     """
     each = values.float() * gradients
-    whole = each.shape[1] // SEGMENT * SEGMENT
-    parts = each[:, :whole].unflatten(1, (-1, SEGMENT)).sum(2)
-    if whole < each.shape[1]:
-        parts = torch.cat([parts, each[:, whole:].sum(1, keepdim=True)], 1)
-    return parts * weights[:, None, None]
+    full = each.shape[1] // SEGMENT
+    parts = each[:, : full * SEGMENT].unflatten(1, (full, SEGMENT)).sum(2)
+    rest = each[:, full * SEGMENT :].sum(1, keepdim=True)
+    return torch.cat([parts, rest], 1) * weights[:, None, None]
 
 
 @dataclass(frozen=True)

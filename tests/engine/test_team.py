@@ -147,7 +147,7 @@ def test_an_error_of_one_member_is_told_by_all(tmp_path: Path, spec_file: Path) 
     wrong = ["build", spec_file, "--out", tmp_path / "out", "--set", "base.dtype=float61"]
     right = ["build", spec_file, "--out", tmp_path / "out"]
     finished = server().team(right, wrong)
-    assert [each.code for each in finished] == [2, 2]
+    assert [each.code for each in finished] == [2, 2], finished
     assert "rank 1 of the team" in finished[0].stderr
     assert "base.dtype" in finished[0].stderr
     assert not (tmp_path / "out").exists()
