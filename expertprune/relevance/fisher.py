@@ -12,9 +12,9 @@ def fisher(statistics: UnitStatistics) -> Tensor:
 
     `L_d` is the mean loss over the document's `T_d` predicted tokens, and `m_us` multiplies the unit
     on segment `s` alone, 8 tokens in a row. The Fisher information is the mean over predictions of
-    their squared gradients. One squared sum over a whole document estimates it too, with much more
-    noise, because a document has few of them; squares of single tokens have least noise, and miss
-    that neighbours share what they predict.
+    their squared gradients. One squared sum over a whole document estimates it too, with more noise,
+    because a corpus has few documents. Squares of single tokens have the least noise, but leave out
+    that the gradients of neighbours are correlated.
     """
     assert statistics.gradient_norm is not None
     assert statistics.tokens is not None
