@@ -4,8 +4,9 @@
     python -m bench.team --hosts    # as root: each member has a network namespace and a host name of its own
 
 Each process computes in one thread. Nothing is evaluated. Seconds are those that pass, so the machine needs a free core
-for each member. Weights are compared as they are stored: in bfloat16, numbers that are next to each other differ by up
-to 0.008.
+for each member. A base in bfloat16 rounds by the shapes of batches, which members cut in their own way: of units whose
+scores are nearly equal, others may be kept. Weights are compared where the same units are kept, as they are stored: in
+bfloat16, numbers that are next to each other differ by up to 0.008.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import operator
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
+
+from expertprune.artifacts.expert import Expert
 
 from .records import Table, made, save_table
 
@@ -113,17 +118,22 @@ def build_here(spec: str, folder: Path, documents: int) -> None:
             print(json.dumps(stages | {"both": sum(stages.values())}))
 
 
-def difference(one: Path, other: Path) -> float:
-    """The largest difference of a weight, over the largest weight of its tensor; infinite where other units are kept."""
-    largest = 0.0
+def compared(one: Path, other: Path) -> tuple[int, float]:
+    """How many FFN neurons of an expert another one does not keep, and by how much their weights differ.
+
+    Where layers keep the same neurons: the largest difference of a weight, over the largest weight of its tensor.
+    """
+    mine, theirs = ([set(layer.ffn) for layer in Expert.load(folder).plan.kept] for folder in (one, other))
+    pairs = list(zip(mine, theirs, strict=True))
+    apart = 0.0
     for file in sorted(one.glob("*.safetensors")):
-        mine, theirs = load_file(file), load_file(other / file.name)
-        for name, weight in mine.items():
-            if weight.shape != theirs[name].shape:
-                return float("inf")
-            apart = (weight.float() - theirs[name].float()).abs().max() / weight.float().abs().max().clamp_min(1e-30)
-            largest = max(largest, float(apart))
-    return largest
+        here, there = load_file(file), load_file(other / file.name)
+        for name, weight in here.items():
+            layer = re.search(r"\.layers\.(\d+)\.", name)
+            if layer is None or operator.eq(*pairs[int(layer[1])]):
+                scale = weight.float().abs().max().clamp_min(1e-30)
+                apart = max(apart, float((weight.float() - there[name].float()).abs().max() / scale))
+    return sum(len(kept - others) for kept, others in pairs), apart
 
 
 def main() -> None:
@@ -138,7 +148,8 @@ def main() -> None:
     if chosen.member is not None:
         build_here(chosen.spec, chosen.member, chosen.documents)
         return
-    table = Table(["members", "profile (s)", "prune and repair (s)", "both (s)", "times as fast", "weights differ by"])
+    columns = ["members", "profile (s)", "prune and repair (s)", "both (s)", "times as fast"]
+    table = Table([*columns, "other units", "weights differ by"])
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         hosts = stack.enter_context(two_hosts()) if chosen.hosts else []
@@ -149,10 +160,10 @@ def main() -> None:
             settings = [str(place), "--spec", chosen.spec, "--documents", str(chosen.documents)]
             found = run_team(members, hosts if members > 1 else [], settings)
             alone = alone or found
-            apart = difference(folder / str(chosen.members[0]) / "expert", place / "expert")
+            others, apart = compared(folder / str(chosen.members[0]) / "expert", place / "expert")
             table.add(
                 str(members), f"{found['profile']:.1f}", f"{found['prune']:.1f}", f"{found['both']:.1f}",
-                f"{alone['both'] / found['both']:.2f}", f"{apart:.1e}",
+                f"{alone['both'] / found['both']:.2f}", str(others), f"{apart:.1e}",
             )  # fmt: skip
             print(table, flush=True)
     where = "in network namespaces of their own" if chosen.hosts else "on one host"
