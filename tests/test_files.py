@@ -29,7 +29,7 @@ from expertprune.files import (
     PAGE,
     PICTURE,
     PLAN,
-    Kind,
+    OutputKind,
     check_output,
     digest_of,
     file_digest,
@@ -446,10 +446,10 @@ def test_a_file_that_comes_to_the_output_meanwhile_stays(tmp_path: Path, system:
     ("kind", "content"),
     [(PLAN, '{\n  "schema": 2,\n  "kind": "plan"'), (GGUF, "GGUF\x03"), (PICTURE, "<?xml?><svg"),
      (PAGE, '<meta name="generator" content="expertprune report">')],
-    ids=lambda each: each.name if isinstance(each, Kind) else "",
+    ids=lambda each: each.name if isinstance(each, OutputKind) else "",
 )  # fmt: skip
 def test_overwriting_replaces_files_of_the_same_kind_only(
-    tmp_path: Path, system: str, kind: Kind, content: str
+    tmp_path: Path, system: str, kind: OutputKind, content: str
 ) -> None:
     out = tmp_path / "out"
     out.write_text("name: a spec")

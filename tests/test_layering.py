@@ -6,6 +6,7 @@ import ast
 import functools
 import graphlib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -87,6 +88,12 @@ def test_no_modules_import_each_other() -> None:
         graph[module_of(path)] = names & known
     sorter = graphlib.TopologicalSorter(graph)
     sorter.prepare()  # it raises an error that names the circle
+
+
+def test_no_two_public_classes_share_a_name() -> None:
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES]
+    names = Counter(node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    assert [name for name, count in names.items() if count > 1 and not name.startswith("_")] == []
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from pyarrow import parquet
 from bench.torture.workplace import Workplace
 from expertprune.corpora.catalogue import find_sources
 from expertprune.corpora.documents import Document
-from expertprune.corpora.kept import Kept
+from expertprune.corpora.kept import KeptDocuments
 from expertprune.corpora.loading import kept_file
 from expertprune.spec.reading import load_spec
 
@@ -136,7 +136,8 @@ def _spec_of_tables(place: Workplace) -> tuple[Path, Path]:
     spec = load_spec(path)
     kept = kept_file(next(each for each in find_sources(spec).values() if each.dataset), spec, place.store)
     splits = {"calibration": "general.path", "evaluation": "general.evaluation"}
-    Kept({}, {split: [Document(text) for text in _texts(folder, name)] for split, name in splits.items()}).save(kept)
+    documents = {split: [Document(text) for text in _texts(folder, name)] for split, name in splits.items()}
+    KeptDocuments({}, documents).save(kept)
     return path, kept
 
 

@@ -13,11 +13,11 @@ _Count = Annotated[int, Field(ge=0, le=_MOST)]
 Width = Annotated[int, Field(ge=1, le=_MOST)]
 
 
-class _Document(BaseModel):
+class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class KeptText(_Document):
+class KeptText(_Strict):
     """The kept units of each structure, as runs (see `units.format_indices`)."""
 
     ffn: str
@@ -26,7 +26,7 @@ class KeptText(_Document):
     experts: str = ""
 
 
-class ShapeDocument(_Document):
+class ShapeDocument(_Strict):
     """A `LayerShape` within limits."""
 
     hidden: Width

@@ -17,7 +17,7 @@ from expertprune.errors import UsageError
 from expertprune.files import store_folder
 
 if TYPE_CHECKING:
-    from expertprune.serving.chat import Settings, Side
+    from expertprune.serving.chat import ChatSettings, Side
 
 
 @click.command()
@@ -59,13 +59,13 @@ def chat(
     \b
     expertprune chat experts/medical-qa -- --max-model-len 2048
     """
-    from expertprune.serving.chat import Settings
+    from expertprune.serving.chat import ChatSettings
 
     places = list(itertools.takewhile(lambda text: not text.startswith("-"), arguments))
     if len(places) > 1:
         raise click.UsageError(f"{places[1]}: chat with one expert at a time")
     expert = Path(places[0]) if places else None
-    settings = Settings(seed, temperature, max_tokens)
+    settings = ChatSettings(seed, temperature, max_tokens)
     logs = store_folder(store) / "logs" if log is None else log
     with stopped_by_signals(), contextlib.ExitStack() as stack:
         sides = stack.enter_context(
@@ -103,7 +103,7 @@ def _sides(
         yield sides
 
 
-def _in_terminal(sides: Sequence[Side], settings: Settings, in_turn: bool) -> None:
+def _in_terminal(sides: Sequence[Side], settings: ChatSettings, in_turn: bool) -> None:
     from expertprune.serving.chat.terminal import talk
 
     for side in sides:
@@ -120,7 +120,7 @@ def _in_terminal(sides: Sequence[Side], settings: Settings, in_turn: bool) -> No
     talk(sides, prompts(), settings, output, in_turn)
 
 
-def _in_browser(sides: Sequence[Side], port: int, settings: Settings, in_turn: bool) -> None:
+def _in_browser(sides: Sequence[Side], port: int, settings: ChatSettings, in_turn: bool) -> None:
     """Serve the page until a signal comes, or an engine dies."""
     from expertprune.serving.chat import Page
 

@@ -108,7 +108,9 @@ def evaluate(
     if shard is not None:
         if tracker is not None:
             raise click.UsageError("--log: a shard knows only its own part; give --log with --collect")
-        asked = measuring.Asked(expert, suites, tasks, backend, limit, base, store, overrides)  # type: ignore[arg-type]
+        asked = measuring.SuiteRequest(
+            expert, suites, tasks, backend, limit, base, store, overrides  # type: ignore[arg-type]
+        )  # fmt: skip
         show_report(measuring.suites_shard(asked, shard, progress_bar), shard, as_json)
         return
     with where.opened(store) as engine, tracked(tracker, lambda: about_expert(expert)) as run:

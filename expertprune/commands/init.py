@@ -9,11 +9,11 @@ import click
 
 from expertprune.commands.terminal import common, leading_comment, records_table, reporting, show
 from expertprune.errors import SpecError
-from expertprune.files import Kind, check_output, shipped, staged_output
+from expertprune.files import OutputKind, check_output, shipped, staged_output
 from expertprune.registry import nearest
 from expertprune.spec.reading import load_spec
 
-COPY = Kind("copy", made=lambda _: False)  # nothing that is there is ever replaced
+COPY = OutputKind("copy", made=lambda _: False)  # nothing that is there is ever replaced
 
 
 @click.command()

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from expertprune.commands.terminal import common, records_table, reporting, show, store_option
-from expertprune.files import HOLDINGS, Held, duration, holdings, prune_store, store_folder
+from expertprune.files import HOLDINGS, StoreEntry, duration, holdings, prune_store, store_folder
 from expertprune.formats import megabytes
 
 
@@ -52,7 +52,7 @@ def _prune(outer: Path | None, older_than: str, store: Path | None, as_json: boo
     _tell(folder, prune_store(folder, duration(older_than)), as_json, "lost")
 
 
-def _tell(folder: Path, entries: Sequence[Held], as_json: bool, verb: str) -> None:
+def _tell(folder: Path, entries: Sequence[StoreEntry], as_json: bool, verb: str) -> None:
     records: list[dict[str, Any]] = []
     for kind, about in HOLDINGS.items():
         mine = [each for each in entries if each.kind == kind]

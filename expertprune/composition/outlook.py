@@ -12,7 +12,7 @@ BROKEN = 0.8  # of its bits per byte: a base that keeps less of a corpus no long
 
 
 @dataclass(frozen=True)
-class Size:
+class ForeseenSize:
     """A foreseen expert.
 
     Attributes:
@@ -49,7 +49,7 @@ class Outlook:
     base: str
     parameters: int
     allocation: str
-    sizes: Sequence[Size]
+    sizes: Sequence[ForeseenSize]
     unreachable: Mapping[float, str]
     breaks: Mapping[str, float | None]
     warnings: Sequence[str]

@@ -42,7 +42,7 @@ _FIELD = {Structure.FFN: "ffn", Structure.QUERY_HEADS: "heads_per_group", Struct
 
 
 @dataclass(frozen=True)
-class Step:
+class WidthStep:
     """One legal step of a layer's width: from a legal width to the next smaller one.
 
     `price` is what the units that go are worth, per parameter; along a layer's steps it never
@@ -57,7 +57,7 @@ class Step:
     units: int
 
 
-def steps(base: ResolvedBase, budget: Budget, scores: FusedScores, structure: Structure) -> list[Step]:
+def steps(base: ResolvedBase, budget: Budget, scores: FusedScores, structure: Structure) -> list[WidthStep]:
     """Every step of a structure in every layer, cheapest price first.
 
     Within a layer the least relevant units go first, so a larger budget never keeps what a smaller
@@ -80,7 +80,7 @@ def steps(base: ResolvedBase, budget: Budget, scores: FusedScores, structure: St
             # their order round.
             price = worth / cost if float(ordered[0]) >= 0 else worth
             highest = max(highest, price)
-            found.append(Step(highest, layer, structure, narrow, cost * (wide - narrow), wide - narrow))
+            found.append(WidthStep(highest, layer, structure, narrow, cost * (wide - narrow), wide - narrow))
     return sorted(found, key=lambda step: (step.price, step.layer, -step.width))
 
 
@@ -141,7 +141,7 @@ def _wanted_units(shapes: Sequence[LayerShape], structure: Structure, amount: in
     return removal(amount, own * per_group // len(per_layer), structure.value) / per_group * len(per_layer)
 
 
-def _narrowed(base: ResolvedBase, budget: Budget, layers: Sequence[LayerWidths], step: Step) -> LayerWidths | None:
+def _narrowed(base: ResolvedBase, budget: Budget, layers: Sequence[LayerWidths], step: WidthStep) -> LayerWidths | None:
     """What a layer keeps after a step; `None` where it is as narrow already, or may not be."""
     present = layers[step.layer]
     narrower: dict[str, Any] = {_FIELD[step.structure]: step.width}
@@ -154,7 +154,7 @@ def _narrowed(base: ResolvedBase, budget: Budget, layers: Sequence[LayerWidths],
 
 
 def _take_units(
-    layers: list[LayerWidths], base: ResolvedBase, budget: Budget, ranked: list[Step], structure: Structure
+    layers: list[LayerWidths], base: ResolvedBase, budget: Budget, ranked: list[WidthStep], structure: Structure
 ) -> None:
     """Go down the ranking until as many units as wanted are gone, to the nearest step."""
     field, amount = _FIELD[structure], getattr(budget, structure.value)

@@ -19,7 +19,7 @@ from expertprune.files import as_model, write_file
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptDocuments:
     """Documents by split, and where they come from."""
 
     about: Mapping[str, Any]
@@ -33,7 +33,7 @@ class Kept:
         write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
 
     @classmethod
-    def load(cls, path: Path) -> Kept | None:
+    def load(cls, path: Path) -> KeptDocuments | None:
         """What `save` wrote; `None` if it is missing or damaged, so that it is made again."""
         with contextlib.suppress(SpecError):
             rows = json_rows(path)

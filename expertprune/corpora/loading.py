@@ -9,7 +9,7 @@ from pathlib import Path
 
 from expertprune.corpora.catalogue import find_sources
 from expertprune.corpora.documents import Corpus, CorpusName, Document
-from expertprune.corpora.kept import Kept
+from expertprune.corpora.kept import KeptDocuments
 from expertprune.corpora.reading import on_hub, pinned, read_dataset, read_files, read_questions
 from expertprune.errors import SpecError, gathered
 from expertprune.files import digest_of
@@ -80,11 +80,11 @@ def _from_dataset(source: Source, spec: Spec, own_split: bool, store: Path | Non
     if store is None or not on_hub(source):
         return _streamed(source, spec, own_split)
     path = kept_file(source, spec, store)
-    if (kept := Kept.load(path)) is None:
+    if (kept := KeptDocuments.load(path)) is None:
         exact = pinned(source)
         calibration, evaluation = _streamed(exact, spec, own_split)
         about = {"dataset": source.dataset, "revision": exact.revision}
-        kept = Kept(about, {"calibration": calibration, "evaluation": evaluation})
+        kept = KeptDocuments(about, {"calibration": calibration, "evaluation": evaluation})
         if calibration:
             kept.save(path)
     return list(kept.splits["calibration"]), list(kept.splits["evaluation"])

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from expertprune.engine.tasks import Call, Task
+from expertprune.engine.tasks import RemoteCall, Task
 from expertprune.errors import ExpertpruneError, UnfinishedError, UsageError, first_line
 from expertprune.progress import Board, Standing, Track, no_board, silent
 
@@ -196,7 +196,7 @@ class _Steps:
         return changed
 
 
-def _perform(name: str, call: Call, environment: dict[str, str], steps: Any, leads: bool = True) -> str:
+def _perform(name: str, call: RemoteCall, environment: dict[str, str], steps: Any, leads: bool = True) -> str:
     """Do a task; returns the name of the host."""
     os.environ.update(environment)
     call(_reported(name, steps) if leads else silent)

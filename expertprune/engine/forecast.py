@@ -11,7 +11,7 @@ from expertprune.engine.memory import (
     Memory,
     Need,
     Sizes,
-    Text,
+    TextSize,
     by_rows,
     evaluating,
     fitting,
@@ -42,11 +42,11 @@ class Work:
         written: bytes of the expert.
     """
 
-    profiled: Mapping[str, Text]
+    profiled: Mapping[str, TextSize]
     gradient: bool
     vocabulary: bool
-    repaired: Text | None
-    evaluated: Text | None
+    repaired: TextSize | None
+    evaluated: TextSize | None
     together: bool
     kept: float
     written: int
@@ -132,7 +132,7 @@ class Forecaster:
         """With rates that are measured now, unless shapes alone say that it does not fit."""
         cls(base, sizes, work, limits, Rates.of_shapes(base)).forecast()
         texts = [text for text in (*work.profiled.values(), work.repaired, work.evaluated) if text is not None]
-        largest = max(texts, key=lambda text: text.batch, default=Text(1, 1, 1, 1))
+        largest = max(texts, key=lambda text: text.batch, default=TextSize(1, 1, 1, 1))
         return cls(base, sizes, work, limits, measured_rates(base, largest.batch, largest.width, scratch))
 
     def forecast(self) -> Forecast:
@@ -165,7 +165,7 @@ class Forecaster:
         in_files = self.sizes.in_files(self.streamed)
         return Stage(name, tokens, seconds, fitting(name, need, self.weights, self.base, self.limits, in_files))
 
-    def _keeps_graphs(self, text: Text) -> bool:
+    def _keeps_graphs(self, text: TextSize) -> bool:
         """Whether a batch's graph in all layers is kept, as the traversal decides."""
         if not self.work.gradient or self.streamed:
             return False
@@ -173,7 +173,7 @@ class Forecaster:
         left = self.limits.free(self.base.device) - self.weights
         return self.sizes.layers * self.rates.graph * text.batch + sums <= SHARE * left
 
-    def _kept_states(self, text: Text, before: int) -> int:
+    def _kept_states(self, text: TextSize, before: int) -> int:
         """Bytes that the profile of a text leaves for the repair, behind those that have left so many bytes."""
         if self.work.repaired is None or self.streamed:
             return 0
@@ -204,7 +204,7 @@ class Forecaster:
         part = self.sizes.skeleton / self.sizes.parameters if self.streamed else 1.0
         return part * self.sizes.stored / self.rates.read
 
-    def _profile_seconds(self, name: str, text: Text, keeps_graphs: bool) -> float:
+    def _profile_seconds(self, name: str, text: TextSize, keeps_graphs: bool) -> float:
         layers, rates = text.tokens * self.sizes.layers, self.rates
         first = self._loading() if name == next(iter(self.work.profiled)) else 0.0
         head = text.tokens * self.sizes.vocabulary * rates.head
@@ -214,7 +214,7 @@ class Forecaster:
             return first + layers * rates.both + HEAD_BOTH * head
         return first + self._pass(layers * rates.forward) + self._pass(layers * rates.both) + HEAD_BOTH * head
 
-    def _repair_seconds(self, text: Text, along: int, kept_states: int) -> float:
+    def _repair_seconds(self, text: TextSize, along: int, kept_states: int) -> float:
         sizes, rates = self.sizes, self.rates
         watched = sizes.cut[1] or sizes.normed  # the base's layers run for more than their output
         known = 0 if watched else min(text.tokens, kept_states // (sizes.layers * sizes.states(1)))
@@ -234,7 +234,7 @@ class Forecaster:
     def _write_seconds(self) -> float:
         return self.sizes.stored / self.rates.read + self.work.written / self.rates.written
 
-    def _evaluation_seconds(self, text: Text) -> float:
+    def _evaluation_seconds(self, text: TextSize) -> float:
         head = 2 * text.tokens * self.sizes.vocabulary * self.rates.head
         if self.work.together and self.work.repaired is not None:
             return head

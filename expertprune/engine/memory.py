@@ -29,7 +29,7 @@ _READ = 6 * 4 * 2**24  # bytes of logits of base and expert that are compared at
 
 
 @dataclass(frozen=True)
-class Text:
+class TextSize:
     """The size of some text. Padding counts: it is computed like the rest.
 
     Attributes:
@@ -44,7 +44,7 @@ class Text:
     documents: int
 
     @classmethod
-    def of(cls, batches: Sequence[Batch]) -> Text:
+    def of(cls, batches: Sequence[Batch]) -> TextSize:
         return cls(
             sum(batch.ids.numel() for batch in batches),
             max((batch.ids.numel() for batch in batches), default=0),
@@ -158,7 +158,7 @@ class Need:
         return Need(max(self.work, other.work), max(self.states, other.states), max(self.host, other.host))
 
 
-def profiling(sizes: Sizes, text: Text, graph: float, gradient: bool, keeps_graphs: bool) -> Need:
+def profiling(sizes: Sizes, text: TextSize, graph: float, gradient: bool, keeps_graphs: bool) -> Need:
     """A corpus' profile.
 
     A pass with gradients keeps the hidden states before every layer and the gradients behind one. Where it keeps the
@@ -187,7 +187,7 @@ def by_rows(tokens: int, inputs: int) -> bool:
     return 2 * tokens < inputs
 
 
-def repairing(sizes: Sizes, text: Text, graph: float, passengers: int = 0) -> Need:
+def repairing(sizes: Sizes, text: TextSize, graph: float, passengers: int = 0) -> Need:
     """A repair by least squares, with `passengers` tokens that are measured meanwhile.
 
     Two streams run. Where inputs of a projection go, what goes into it is kept, and what it aims at. The solution holds
@@ -209,7 +209,7 @@ def repairing(sizes: Sizes, text: Text, graph: float, passengers: int = 0) -> Ne
     return Need(max(solved, int(graph * text.batch)) + small, states)
 
 
-def keeping(sizes: Sizes, profiled: Text, repaired: Text, gradient: bool, left: int) -> int:
+def keeping(sizes: Sizes, profiled: TextSize, repaired: TextSize, gradient: bool, left: int) -> int:
     """Bytes of the hidden states that the profile of a corpus leaves for the repair; 0 where memory has no room.
 
     Args:
@@ -221,7 +221,7 @@ def keeping(sizes: Sizes, profiled: Text, repaired: Text, gradient: bool, left: 
     return own if own + needed.states <= left else 0
 
 
-def evaluating(sizes: Sizes, text: Text, graph: float) -> Need:
+def evaluating(sizes: Sizes, text: TextSize, graph: float) -> Need:
     """Base and expert read the same text in step, and predict its tokens."""
     return Need(
         max(int(graph * text.batch), min(_READ, 6 * 4 * text.tokens * sizes.vocabulary)), 2 * sizes.states(text.tokens)
@@ -293,9 +293,9 @@ def graph_estimate(base: ResolvedBase) -> float:
     return base.dtype.itemsize * (12 * shape.hidden + 6 * shape.ffn * chosen + 6 * shape.query_heads * shape.head_dim)
 
 
-def together(texts: Sequence[Text]) -> Text:
+def together(texts: Sequence[TextSize]) -> TextSize:
     """Several texts as one."""
-    return Text(
+    return TextSize(
         sum(text.tokens for text in texts),
         max(text.batch for text in texts),
         max(text.width for text in texts),

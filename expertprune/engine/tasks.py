@@ -20,7 +20,7 @@ _PAUSE = 2.0  # seconds between two looks at what other processes do
 
 
 @dataclass(frozen=True)
-class Call:
+class RemoteCall:
     """A task as a function of its module and plain arguments, for a process elsewhere."""
 
     function: Callable[..., Any]
@@ -49,7 +49,7 @@ class Task:
     digest: str
     done: Callable[[], bool]
     run: Callable[[Track], None]
-    elsewhere: Call
+    elsewhere: RemoteCall
 
 
 class Engine(Protocol):

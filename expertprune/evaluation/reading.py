@@ -102,7 +102,7 @@ def _places(batch: Batch, device: torch.device, vocabulary: int) -> Iterator[Pla
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 # Gets a layer's number and the same batch of both models, behind that layer.
-Watch = Callable[[int, Step, Step], None]
+StepWatcher = Callable[[int, Step, Step], None]
 
 
 @torch.no_grad()
@@ -113,7 +113,7 @@ def read(reading: Reading, model: TextRun, progress: Progress | None = None) -> 
 
 @torch.no_grad()
 def read_together(
-    reading: Reading, base: TextRun, expert: TextRun, watch: Watch, progress: Progress | None = None
+    reading: Reading, base: TextRun, expert: TextRun, watch: StepWatcher, progress: Progress | None = None
 ) -> tuple[Read, Read]:
     """Let two models read in step, for whoever watches their layers side by side."""
     runs = [replace(model, batches=reading.batches) for model in (base, expert)]

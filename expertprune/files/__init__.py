@@ -1,7 +1,7 @@
 """Files and folders: written whole or not at all, read within limits, digests, disk room, and what ships."""
 
 from expertprune.files.digests import digest_of
-from expertprune.files.keeping import HOLDINGS, Held, duration, holdings, prune_store, remove_all_leftovers
+from expertprune.files.keeping import HOLDINGS, StoreEntry, duration, holdings, prune_store, remove_all_leftovers
 from expertprune.files.outputs import (
     ADAPTER,
     CUT_ALONG,
@@ -11,7 +11,7 @@ from expertprune.files.outputs import (
     PAGE,
     PICTURE,
     PLAN,
-    Kind,
+    OutputKind,
     check_inputs,
     check_output,
     check_parent,
@@ -68,8 +68,8 @@ from expertprune.files.validation import problems_of
 
 __all__ = [
     "ADAPTER", "ADAPTER_WEIGHTS", "CUT_ALONG", "EXPERT", "EXPERT_FILE", "GENERATOR", "GGUF", "HASHED", "HOLDINGS",
-    "MEMORY_VARIABLE", "PAGE", "PICTURE", "PLAN", "SPOOL_VARIABLE", "Held", "Kind", "age", "as_model", "check_inputs",
-    "check_output", "check_parent", "check_values", "digest_of", "disk_errors", "duration", "file_digest", "folder_size",
+    "MEMORY_VARIABLE", "PAGE", "PICTURE", "PLAN", "SPOOL_VARIABLE", "OutputKind", "StoreEntry", "age", "as_model",
+    "check_inputs", "check_output", "check_parent", "check_values", "digest_of", "disk_errors", "duration", "file_digest", "folder_size",
     "holdings", "known_digest", "locked", "machine", "not_a_file",
     "one_at_a_time", "opened", "parse_json", "parse_yaml", "problems_of", "prune_store", "read_bytes", "read_json",
     "read_kept", "read_model", "read_object", "read_text", "read_yaml", "remove_all_leftovers", "remove_leftovers",

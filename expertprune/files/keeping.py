@@ -32,7 +32,7 @@ HOLDINGS = {
 
 
 @dataclass(frozen=True)
-class Held:
+class StoreEntry:
     """One entry of the store; `unused` is seconds since it was last written or read."""
 
     kind: str
@@ -41,7 +41,7 @@ class Held:
     unused: float
 
 
-def holdings(store: Path) -> Iterator[Held]:
+def holdings(store: Path) -> Iterator[StoreEntry]:
     """Every entry of the store."""
     for kind in HOLDINGS:
         for path in sorted((store / kind).glob("[!.]*")) if (store / kind).is_dir() else ():
@@ -50,10 +50,10 @@ def holdings(store: Path) -> Iterator[Held]:
                 (max(status.st_mtime, status.st_atime) for status in (each.stat() for each in files)), default=0.0
             )
             size = folder_size(path) if path.is_dir() else path.stat().st_size
-            yield Held(kind, path, size, max(0.0, time.time() - used))
+            yield StoreEntry(kind, path, size, max(0.0, time.time() - used))
 
 
-def prune_store(store: Path, older_than: float) -> list[Held]:
+def prune_store(store: Path, older_than: float) -> list[StoreEntry]:
     """Remove what was not used for so many seconds, unless a command works in it; what went is returned."""
     gone = []
     for held in holdings(store):

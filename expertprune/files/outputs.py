@@ -20,7 +20,7 @@ _HEAD = 4096  # bytes of a file that say what it is
 
 
 @dataclass(frozen=True)
-class Kind:
+class OutputKind:
     """What a command writes.
 
     Attributes:
@@ -53,12 +53,12 @@ def _cut_adapter(path: Path) -> bool:
 
 GENERATOR = "expertprune report"  # in the page's head
 CUT_ALONG = "expertprune_cut_along"  # in the header of an adapter's weights that were cut along with an expert
-ADAPTER = Kind("adapter that expertprune cut", _cut_adapter, folder=True)
-EXPERT = Kind(f"expert (it has no {EXPERT_FILE})", lambda path: (path / EXPERT_FILE).is_file(), folder=True)
-PLAN = Kind("plan", _begins(b'"kind": "plan"'))
-GGUF = Kind("GGUF file", _begins(b"GGUF\x03"))
-PAGE = Kind("page of expertprune", _begins(f'content="{GENERATOR}"'.encode()))
-PICTURE = Kind("picture", _begins(b"\x89PNG\r\n", b"<svg"), option="--picture")
+ADAPTER = OutputKind("adapter that expertprune cut", _cut_adapter, folder=True)
+EXPERT = OutputKind(f"expert (it has no {EXPERT_FILE})", lambda path: (path / EXPERT_FILE).is_file(), folder=True)
+PLAN = OutputKind("plan", _begins(b'"kind": "plan"'))
+GGUF = OutputKind("GGUF file", _begins(b"GGUF\x03"))
+PAGE = OutputKind("page of expertprune", _begins(f'content="{GENERATOR}"'.encode()))
+PICTURE = OutputKind("picture", _begins(b"\x89PNG\r\n", b"<svg"), option="--picture")
 
 
 def check_parent(path: Path) -> None:
@@ -71,7 +71,7 @@ def check_parent(path: Path) -> None:
                 return
 
 
-def check_output(out: Path, overwrite: bool, kind: Kind = EXPERT, inputs: Iterable[Path] = ()) -> None:
+def check_output(out: Path, overwrite: bool, kind: OutputKind = EXPERT, inputs: Iterable[Path] = ()) -> None:
     """Check that an output can be written, and may be.
 
     Args:
@@ -89,7 +89,7 @@ def check_output(out: Path, overwrite: bool, kind: Kind = EXPERT, inputs: Iterab
     _try(out, kind)
 
 
-def refuse_present(out: Path, overwrite: bool, kind: Kind) -> None:
+def refuse_present(out: Path, overwrite: bool, kind: OutputKind) -> None:
     """Raises `CheckpointError` where something is that may not be replaced."""
     if out.name in ("", ".."):
         raise CheckpointError(f"{out}: cannot be written; name something new in it, such as {out / 'expert'}")
@@ -119,7 +119,7 @@ def check_inputs(out: Path, inputs: Iterable[Path]) -> None:
             raise CheckpointError(f"{out}: the command reads {each}, which this would replace; choose another --out")
 
 
-def _try(out: Path, kind: Kind) -> None:
+def _try(out: Path, kind: OutputKind) -> None:
     """Create, write and rename where the output will be. Nothing is left of it."""
     parent = out.absolute().parent
     missing: list[str] = []

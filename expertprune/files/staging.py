@@ -14,7 +14,7 @@ from typing import Any
 
 from expertprune.errors import CheckpointError
 from expertprune.files.digests import digest_of
-from expertprune.files.outputs import EXPERT, Kind, check_output
+from expertprune.files.outputs import EXPERT, OutputKind, check_output
 from expertprune.files.ownership import disk_errors, locked, own_folder, remove_leftovers
 from expertprune.files.renaming import exchange, rename_new, sync, sync_entry
 
@@ -39,7 +39,7 @@ def staged_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def staged_output(path: Path, kind: Kind, overwrite: bool = False) -> Iterator[Path]:
+def staged_output(path: Path, kind: OutputKind, overwrite: bool = False) -> Iterator[Path]:
     """The same for a file that the user asked for; `path` is replaced only as `check_output` allows.
 
     Raises:
@@ -53,7 +53,7 @@ def staged_output(path: Path, kind: Kind, overwrite: bool = False) -> Iterator[P
 
 
 @contextlib.contextmanager
-def staged_folder(out: Path, overwrite: bool = False, kind: Kind = EXPERT) -> Iterator[Path]:
+def staged_folder(out: Path, overwrite: bool = False, kind: OutputKind = EXPERT) -> Iterator[Path]:
     """A temporary folder that becomes `out` when the block ends well, and vanishes when it does not.
 
     A run that is killed leaves its temporary folder behind. A later run beside it removes it.

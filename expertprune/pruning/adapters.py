@@ -45,7 +45,7 @@ Kept = tuple[int, Tensor]
 
 
 @dataclass(frozen=True)
-class Step:
+class TensorCut:
     """What a plan does to one tensor of an adapter.
 
     Attributes:
@@ -84,7 +84,7 @@ class Along:
     def plan(self) -> Plan:
         return self.experts[0].plan
 
-    def step(self, name: str) -> Step:
+    def step(self, name: str) -> TensorCut:
         """What becomes of a tensor.
 
         Raises:
@@ -95,14 +95,14 @@ class Along:
             raise CheckpointError(f"{name} does not begin with {_PREFIX}: the adapter is of no causal language model")
         layer, _ = self._layer(path)
         if layer is not None and self._last_position(layer) is None:
-            return Step(None, None, lambda tensor: tensor)
+            return TensorCut(None, None, lambda tensor: tensor)
         step = self._staying(name, path)
         if layer is None or step.name is None or step.name != name:
             return step
         moved = self.family.layer_prefix(new_positions(self.plan.kept)[layer])
         return replace(step, name=name.replace(self.family.layer_prefix(layer), moved, 1))
 
-    def _staying(self, name: str, path: str) -> Step:
+    def _staying(self, name: str, path: str) -> TensorCut:
         """What becomes of a tensor, in a layer that stays or in none; of names, only those of routed experts change."""
         part = next((part for part in _PARTS if path.endswith(f".{part}")), None)
         if part is None:
@@ -132,7 +132,7 @@ class Along:
 
     # --- beside one weight --------------------------------------------------------------------------------------------
 
-    def _beside(self, name: str, part: str, weight: str) -> Step:
+    def _beside(self, name: str, part: str, weight: str) -> TensorCut:
         base, kept, follows = self._base_shape(weight), self._kept(weight), _PARTS[part]
         if part.startswith(_MAGNITUDE):
             self._check_magnitude(weight)
@@ -146,7 +146,7 @@ class Along:
             return select(tensor, follows.index(kept[0]), kept[1])
 
         shape = tuple(None if axis < 0 else base[axis] for axis in follows)
-        return Step(new, shape, cut, follows.index(_RANK) if _RANK in follows else None)
+        return TensorCut(new, shape, cut, follows.index(_RANK) if _RANK in follows else None)
 
     def _kept(self, weight: str) -> Kept | None:
         """The axis of a weight that is cut, and what of it stays; `None` for a weight that stays whole."""
@@ -179,7 +179,7 @@ class Along:
 
     # --- beside the weights of all routed experts of a layer ----------------------------------------------------------
 
-    def _stacked(self, name: str, part: str, experts: Experts, layer: int) -> Step:
+    def _stacked(self, name: str, part: str, experts: Experts, layer: int) -> TensorCut:
         """PEFT wraps a module once for each of its parameters, the first one innermost."""
         shape, kept = self.plan.shapes[layer], self.plan.kept[layer]
         inside = [each for each in experts.run if each.name.startswith(f"{experts.module}.")]
@@ -199,8 +199,8 @@ class Along:
             return _together(_those_kept(each, part, tensor if has_neurons else None, shape, kept), part)
 
         if part == _A:
-            return Step(name, (None, inputs), cut, 0, shape.experts)
-        return Step(name, (outputs, None), cut, 1, shape.experts)
+            return TensorCut(name, (None, inputs), cut, 0, shape.experts)
+        return TensorCut(name, (outputs, None), cut, 1, shape.experts)
 
     def _targeted(self, layer: int, tensor: ExpertTensor) -> bool:
         full = self.family.layer_prefix(layer) + tensor.name
@@ -208,7 +208,7 @@ class Along:
 
     # --- whole weights ------------------------------------------------------------------------------------------------
 
-    def _whole(self, name: str, weight: str) -> Step:
+    def _whole(self, name: str, weight: str) -> TensorCut:
         """A weight that the adapter brings itself (`modules_to_save`, and embeddings beside their LoRA)."""
         base, (layer, local) = self._base_shape(weight), self._layer(weight)
         routed = self.family.experts
@@ -216,14 +216,14 @@ class Along:
             raise CheckpointError(f"{weight}: routed experts in modules_to_save cannot be cut along, only their LoRA")
         if layer is None:
             kept = self._kept(weight)
-            return Step(name, base, lambda tensor: select(tensor, *kept) if kept is not None else tensor)
+            return TensorCut(name, base, lambda tensor: select(tensor, *kept) if kept is not None else tensor)
         shape, units = self.plan.shapes[layer], self.plan.kept[layer]
         if self._is_output(weight) and self.experts[0].spec.compensation.method != "none":
             raise CheckpointError(
                 f"{weight}: this weight of the adapter (modules_to_save) would take the place of one that the expert's "
                 "repair has solved for; train the module by LoRA, or build the expert with compensation.method: none"
             )
-        return Step(name, base, lambda tensor: cut_tensor(local, tensor, self.family, shape, units))
+        return TensorCut(name, base, lambda tensor: cut_tensor(local, tensor, self.family, shape, units))
 
     # --- the base -----------------------------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ class Supervised(Protocol):
     def failure(self) -> ServingError | None: ...
 
 
-class Watch:
+class Supervisor:
     """Watch one process, and restart it. Its state: it runs, waits for a restart, starts, or is given up.
 
     The pauses before restarts in a row are 1, 2, 4, ... seconds, at most a minute.
@@ -147,8 +147,8 @@ class Deployment:
         Raises:
             ServingError: the router, or the last engine, has been given up.
         """
-        watches = [Watch(server, self.report) for server in self.servers.values()]
-        router = Watch(self.router, self.report)
+        watches = [Supervisor(server, self.report) for server in self.servers.values()]
+        router = Supervisor(self.router, self.report)
         while not until():
             for watched in (*watches, router):
                 watched.step()

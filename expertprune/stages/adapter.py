@@ -21,7 +21,7 @@ from expertprune.models.admission import causal_family
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.tensorfile import DTYPES, in_order, written_file
 from expertprune.pruning.adapter_config import renumbered, renumbered_names
-from expertprune.pruning.adapters import Along, Step
+from expertprune.pruning.adapters import Along, TensorCut
 from expertprune.units import new_positions
 
 _SPARE = 2**20  # bytes of a config, generously
@@ -83,7 +83,7 @@ class _Fit:
 
     family: Family
     chain: Sequence[Description]
-    steps: Mapping[str, list[Step]]
+    steps: Mapping[str, list[TensorCut]]
 
     @property
     def names(self) -> dict[str, str | None]:
@@ -144,11 +144,11 @@ def _alongs(adapter: Adapter, chain: Sequence[Description], family: Family, chec
     return alongs
 
 
-def _steps(adapter: Adapter, alongs: Sequence[Along], base: str) -> dict[str, list[Step]]:
+def _steps(adapter: Adapter, alongs: Sequence[Along], base: str) -> dict[str, list[TensorCut]]:
     """What is done to each tensor, plan by plan; raises `CheckpointError` where the first plan's base does not fit."""
-    found: dict[str, list[Step]] = {}
+    found: dict[str, list[TensorCut]] = {}
     for name, info in adapter.tensors.items():
-        steps: list[Step] = []
+        steps: list[TensorCut] = []
         try:
             for along in alongs:
                 steps.append(along.step(steps[-1].name or "" if steps else name))
@@ -175,7 +175,7 @@ def _check_shape(
         )
 
 
-def _check_rank(adapter: Adapter, name: str, shape: Sequence[int], step: Step) -> None:
+def _check_rank(adapter: Adapter, name: str, shape: Sequence[int], step: TensorCut) -> None:
     """Raises `CheckpointError` where a tensor's rank is none of the config's, or `A` or `B` is without the other."""
     if step.rank_axis is None:
         return

@@ -9,7 +9,7 @@ from typing import Any
 
 from expertprune.artifacts.expert import Expert, portable
 from expertprune.artifacts.plan import Plan
-from expertprune.engine.tasks import Call, Engine, Local, Task
+from expertprune.engine.tasks import RemoteCall, Engine, Local, Task
 from expertprune.engine.team import team
 from expertprune.errors import CheckpointError
 from expertprune.evaluation.changes import of_corpora
@@ -69,7 +69,7 @@ def _task(prepared: Prepared, out: Path, overwrite: bool) -> Task:
         digest=digest_of([arguments, before]),
         done=lambda: _stamp(out) != before,
         run=lambda track: _make(prepared, plan_of(prepared, track), out, overwrite, track),
-        elsewhere=Call(build_elsewhere, arguments),
+        elsewhere=RemoteCall(build_elsewhere, arguments),
     )
 
 

@@ -34,7 +34,7 @@ _BETWEEN = 4  # budgets to try for each legal width, where layers may differ
 
 
 @dataclass(frozen=True)
-class Kept:
+class FloorFound:
     """What an expert keeps of each corpus' held-back documents: bits per byte of the base over the
     expert's.
     """
@@ -88,16 +88,16 @@ class _Forecast:
 
     def __init__(self, prepared: Prepared, profiles: Mapping[CorpusName, Profile], budgets: Sequence[Budget]) -> None:
         self.prepared, self.profiles, self.budgets = prepared, profiles, budgets
-        self._found: dict[int, Kept | None] = {}
+        self._found: dict[int, FloorFound | None] = {}
         self._factors: dict[str, float] = {}
 
-    def foreseen(self, index: int) -> Kept | None:
+    def foreseen(self, index: int) -> FloorFound | None:
         """As profiles alone have it; `None` where the floor of widths does not allow the cut."""
         if index not in self._found:
             self._found[index] = team().lead(lambda: _foreseen(self.prepared, self.profiles, self.budgets[index]))
         return self._found[index]
 
-    def correct(self, index: int, kept: Kept) -> None:
+    def correct(self, index: int, kept: FloorFound) -> None:
         """Scale what each corpus loses, as an expert that was built says."""
         foreseen = self.foreseen(index)
         assert foreseen is not None
@@ -111,7 +111,7 @@ class _Forecast:
         if foreseen is None:
             return False
         lost = {name: (1 / kept - 1) * margin * self._factors.get(name, 1.0) for name, kept in foreseen.corpora.items()}
-        return Kept({name: 1 / (1 + each) for name, each in lost.items()}).holds(floor)
+        return FloorFound({name: 1 / (1 + each) for name, each in lost.items()}).holds(floor)
 
     def largest(self, low: int, high: int, floor: Retention, margin: float) -> int:
         """The largest cut between two that is foreseen to hold the floor; `low` if none is."""
@@ -138,7 +138,7 @@ def plan_by_retention(prepared: Prepared, profiles: Mapping[CorpusName, Profile]
         raise PlanError("budget.retention: there is no smaller width to try; lower budget.multiple_of or budget.floor")
     forecast = _Forecast(prepared, profiles, budgets)
     low, high = -1, len(budgets)  # the largest that is known to hold, the smallest that is known not to
-    tried: dict[int, tuple[Plan, Kept]] = {}
+    tried: dict[int, tuple[Plan, FloorFound]] = {}
     evaluator = measuring_held_back(prepared)
     with track("retention", BUILDS) as step:
         for build in range(BUILDS):
@@ -163,7 +163,7 @@ def plan_by_retention(prepared: Prepared, profiles: Mapping[CorpusName, Profile]
     return replace(plan, spec=prepared.spec.document(), budget=budget)
 
 
-def _refusal(floor: Retention, budgets: Sequence[Budget], tried: Mapping[int, Kept]) -> str:
+def _refusal(floor: Retention, budgets: Sequence[Budget], tried: Mapping[int, FloorFound]) -> str:
     wanted = ", ".join(f"{name} {value:g}" for name, value in floor.model_dump().items() if value is not None)
     smallest = min(tried)
     which = "the smallest" if smallest == 0 else f"the smallest of {len(tried)} that were built"
@@ -173,7 +173,7 @@ def _refusal(floor: Retention, budgets: Sequence[Budget], tried: Mapping[int, Ke
     )
 
 
-def _foreseen(prepared: Prepared, profiles: Mapping[CorpusName, Profile], budget: Budget) -> Kept | None:
+def _foreseen(prepared: Prepared, profiles: Mapping[CorpusName, Profile], budget: Budget) -> FloorFound | None:
     """What a budget's expert will keep; `None` where the floor of widths does not allow it."""
     spec = prepared.spec.model_copy(update={"budget": budget})
     try:
@@ -181,12 +181,12 @@ def _foreseen(prepared: Prepared, profiles: Mapping[CorpusName, Profile], budget
     except PlanError as error:
         log.info("budget %g: %s", budget.parameters, error)
         return None
-    return Kept({name: each.retention for name, each in expected(prepared, plan, profiles).items()})
+    return FloorFound({name: each.retention for name, each in expected(prepared, plan, profiles).items()})
 
 
 def _try(
     prepared: Prepared, profiles: Mapping[CorpusName, Profile], budget: Budget, evaluator: Measuring
-) -> tuple[Plan, Kept]:
+) -> tuple[Plan, FloorFound]:
     """The plan under one budget, and what its expert keeps."""
     spec = prepared.spec.model_copy(update={"budget": budget})
     plan = team().lead(lambda: compose(spec, prepared.base, profiles))
@@ -203,7 +203,7 @@ def measuring_held_back(prepared: Prepared) -> Measuring:
     return measuring(prepared.running, held_back, settings, other_tokens=False)
 
 
-def measure(prepared: Prepared, meanwhile: Meanwhile, folder: Path) -> Kept:
+def measure(prepared: Prepared, meanwhile: Meanwhile, folder: Path) -> FloorFound:
     """What the expert in a folder keeps of each corpus' held-back documents."""
     found = meanwhile.result(folder, prepared.running, silent)
-    return Kept({name: bits_per_byte(each.per_document).point for name, each in found.corpora.items()})
+    return FloorFound({name: bits_per_byte(each.per_document).point for name, each in found.corpora.items()})

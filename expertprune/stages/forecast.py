@@ -10,7 +10,7 @@ from expertprune.composition.parameters import removed_parameters, removed_with_
 from expertprune.corpora.batches import encode
 from expertprune.corpora.documents import corpus_names
 from expertprune.engine.forecast import Forecast, Forecaster, Work
-from expertprune.engine.memory import Sizes, Text, together
+from expertprune.engine.memory import Sizes, TextSize, together
 from expertprune.evaluation.documents import texts_of
 from expertprune.evaluation.questions import choices_of
 from expertprune.evaluation.reading import Reading
@@ -69,16 +69,16 @@ def _work(prepared: Prepared, stored: bool) -> Work:
     after = before - removed - removed_with_rows(base, prepared.rows)
     parts = parts_wanted(spec)
     lacking = parts_lacking(prepared) if stored and base.checkpoint.pending is None else {}
-    profiled: dict[str, Text] = {}
+    profiled: dict[str, TextSize] = {}
     for name in corpus_names(spec):
         if lacking.get(name, parts):
-            profiled[str(name)] = Text.of(prepared.calibration[name].batches)
+            profiled[str(name)] = TextSize.of(prepared.calibration[name].batches)
     evaluated = _evaluated(prepared) if spec.evaluate.enabled else None
     return Work(
         profiled=profiled,
         gradient=any(part.made_by is Pass.GRADIENT for part in parts),
         vocabulary=spec.budget.vocabulary is not None,
-        repaired=Text.of(prepared.repair_batches()) if is_repaired(spec) else None,
+        repaired=TextSize.of(prepared.repair_batches()) if is_repaired(spec) else None,
         evaluated=evaluated,
         together=is_repaired(spec) and spec.budget.vocabulary is None,
         kept=1 - removed / before,
@@ -86,7 +86,7 @@ def _work(prepared: Prepared, stored: bool) -> Work:
     )
 
 
-def _evaluated(prepared: Prepared) -> Text | None:
+def _evaluated(prepared: Prepared) -> TextSize | None:
     """What base and expert read to be measured."""
     settings, tokenizer = prepared.spec.evaluate, prepared.running.tokenizer
     metrics = settings.chosen_metrics(prepared.spec.budget.vocabulary is not None)
@@ -94,7 +94,7 @@ def _evaluated(prepared: Prepared) -> Text | None:
     for corpus in prepared.evaluated:
         if set(metrics) - {"questions"}:
             asked = encode(texts_of(corpus.evaluation, tokenizer), tokenizer, settings.max_tokens)
-            texts.append(Text.of(Reading.of(asked).batches))
+            texts.append(TextSize.of(Reading.of(asked).batches))
         if "questions" in metrics:
-            texts.append(Text.of(Reading.of(choices_of(corpus.questions, tokenizer)).batches))
+            texts.append(TextSize.of(Reading.of(choices_of(corpus.questions, tokenizer)).batches))
     return together(texts) if texts else None

@@ -10,7 +10,7 @@ from typing import Any
 
 from expertprune.corpora.documents import Corpus, CorpusName, Document
 from expertprune.corpora.generated import Opening, Sieve, openings
-from expertprune.corpora.kept import Kept
+from expertprune.corpora.kept import KeptDocuments
 from expertprune.corpora.loading import Generator
 from expertprune.errors import SpecError
 from expertprune.files import digest_of
@@ -67,7 +67,7 @@ def _documents(
     wanted = settings.model_dump(mode="json", by_alias=True)
     key = digest_of([base.digest, base.tokenizer_digest, prompts, wanted, length])
     path = store / "generated" / f"{key}.jsonl"
-    if (kept := Kept.load(path)) is not None:
+    if (kept := KeptDocuments.load(path)) is not None:
         return kept.splits["calibration"]
     if not write:
         return corpus.calibration
@@ -94,7 +94,7 @@ def _documents(
         step()
     documents = _kept([opening for opening, _ in pairs], written, Sieve(corpus.calibration), settings, corpus.name)
     about = {"base": base.name, "digest": base.digest, **wanted}
-    Kept(about, {"calibration": documents}).save(path)
+    KeptDocuments(about, {"calibration": documents}).save(path)
     return documents
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from expertprune.artifacts.plan import Plan
 from expertprune.artifacts.profile import Profile, ProfilePart
 from expertprune.composition.excess import Foreseen, foreseen_corpora
-from expertprune.composition.outlook import BROKEN, Outlook, Size
+from expertprune.composition.outlook import BROKEN, Outlook, ForeseenSize
 from expertprune.composition.plan import compose
 from expertprune.corpora.documents import CorpusName
 from expertprune.engine.team import team
@@ -52,7 +52,7 @@ def forecast(
     found = find(parsed, store_folder(store), evaluate=False)
     prepared, unreachable = _prepared(found, {size: of_size(parsed.budget, keys, size) for size in sorted(sizes)})
     profiles = profiled(next(iter(prepared.values())), track, run)
-    reached: list[Size] = []
+    reached: list[ForeseenSize] = []
     for size, each in prepared.items():
         try:
             plan = team().lead(lambda each=each: compose(each.spec, each.base, profiles))  # type: ignore[misc]
@@ -122,9 +122,9 @@ def _first(unreachable: Mapping[float, str]) -> str:
     return f"{size:g}: {why}"
 
 
-def _size(removed: float, plan: Plan, corpora: Mapping[str, Foreseen], instead: Mapping[str, Foreseen]) -> Size:
+def _size(removed: float, plan: Plan, corpora: Mapping[str, Foreseen], instead: Mapping[str, Foreseen]) -> ForeseenSize:
     before, after = plan.parameters.before, plan.parameters.after
-    return Size(removed, after, after / before, before / after, corpora, instead)
+    return ForeseenSize(removed, after, after / before, before / after, corpora, instead)
 
 
 def _instead(found: Found, chosen: Prepared, profiles: Mapping[CorpusName, Profile]) -> dict[str, Foreseen]:
@@ -140,11 +140,11 @@ def _instead(found: Found, chosen: Prepared, profiles: Mapping[CorpusName, Profi
     return expected(prepared, plan, profiles)
 
 
-def _breaks(sizes: Sequence[Size], corpus: str) -> float | None:
+def _breaks(sizes: Sequence[ForeseenSize], corpus: str) -> float | None:
     return next((size.removed for size in sizes if size.corpora[corpus].retention < BROKEN), None)
 
 
-def _warnings(found: Found, sizes: Sequence[Size]) -> Iterator[str]:
+def _warnings(found: Found, sizes: Sequence[ForeseenSize]) -> Iterator[str]:
     spec: Spec = found.spec
     named = set(spec.dimensions.language or ()) | set(spec.general)
     if not spec.dimensions.language or spec.general:

@@ -10,8 +10,8 @@ from typing import Any
 from expertprune.artifacts.profile import FORWARD, VOCABULARY, Profile, ProfileKey, ProfilePart
 from expertprune.composition.scoring import needed_part
 from expertprune.corpora.documents import CorpusName, corpus_names
-from expertprune.engine.memory import Sizes, Text, fitting, graph_estimate, keeping, profiling
-from expertprune.engine.tasks import Call, Engine, Local, Report, Shard, Task
+from expertprune.engine.memory import Sizes, TextSize, fitting, graph_estimate, keeping, profiling
+from expertprune.engine.tasks import RemoteCall, Engine, Local, Report, Shard, Task
 from expertprune.engine.team import team
 from expertprune.errors import SpecError
 from expertprune.files import digest_of
@@ -68,7 +68,7 @@ def _task(prepared: Prepared, name: CorpusName) -> Task:
         digest=digest_of([place.key.digest, *map(str, place.parts)]),
         done=lambda: not place.missing,
         run=lambda track: profile_corpus(prepared, name, track),
-        elsewhere=Call(profile_elsewhere, arguments),
+        elsewhere=RemoteCall(profile_elsewhere, arguments),
     )
 
 
@@ -130,8 +130,8 @@ def _keep(prepared: Prepared, name: CorpusName, missing: Sequence[ProfilePart]) 
     share = team().share  # the repair's share of a corpus is cut as that of its profile
     batches, room = share(prepared.calibration[name].batches), source_of(running.model).room
     gradient = any(each.made_by is Pass.GRADIENT for each in missing)
-    repaired = Text.of(prepared.repair_batches(share))
-    if not keeping(Sizes.of(base), Text.of(batches), repaired, gradient, room.left):
+    repaired = TextSize.of(prepared.repair_batches(share))
+    if not keeping(Sizes.of(base), TextSize.of(batches), repaired, gradient, room.left):
         return keep_nothing
     return running.states.keeping(batches, prepared.repaired(share)[name], room)
 
@@ -168,7 +168,7 @@ def _check_fits(prepared: Prepared, name: CorpusName, missing: Sequence[ProfileP
     """Raises `CheckpointError` where the passes do not fit into memory, before the model is loaded."""
     base, limits = prepared.base, Limits.of_environment()
     sizes, gradient = Sizes.of(base), any(each.made_by is Pass.GRADIENT for each in missing)
-    need = profiling(sizes, Text.of(prepared.calibration[name].batches), graph_estimate(base), gradient, False)
+    need = profiling(sizes, TextSize.of(prepared.calibration[name].batches), graph_estimate(base), gradient, False)
     weights = sizes.weights(to_stream(base.checkpoint, base, limits))
     fitting(f"profile {name}", need, 0 if prepared.running.loaded else weights, base, limits)
 

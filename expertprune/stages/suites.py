@@ -15,7 +15,7 @@ from expertprune.artifacts.expert import Expert
 from expertprune.corpora.documents import GENERAL, Corpus, CorpusName
 from expertprune.corpora.leaks import Examples
 from expertprune.corpora.loading import load_corpora
-from expertprune.engine.tasks import Call, Engine, Local, Report, Shard, Task
+from expertprune.engine.tasks import RemoteCall, Engine, Local, Report, Shard, Task
 from expertprune.engine.team import team
 from expertprune.errors import SpecError, UsageError, gathered
 from expertprune.evaluation import changes
@@ -79,7 +79,7 @@ def evaluate_suites(
         raise UsageError(
             "suites need a whole model, whose work a team does not share: run them as tasks, by --engine ray or --shard"
         )
-    asked = Asked(Path(expert), tuple(suites), tuple(tasks), backend, limit, base, store, overrides)
+    asked = SuiteRequest(Path(expert), tuple(suites), tuple(tasks), backend, limit, base, store, overrides)
     measurement = asked.prepared(device=None if engine is None else engine.device)
     if missing := sorted(set(floors or {}) - measurement.groups):
         raise SpecError(
@@ -141,7 +141,7 @@ def _changes(measured: Measurement, found: Evaluation) -> Changes:
 
 
 @dataclass(frozen=True)
-class Asked:
+class SuiteRequest:
     """What a user wants to have measured (see `evaluate_suites`)."""
 
     expert: Path
@@ -218,12 +218,12 @@ class Asked:
             digest=digest_of(part.keys),
             done=lambda: part.done,
             run=part.run,
-            elsewhere=Call(measure_elsewhere, arguments),
+            elsewhere=RemoteCall(measure_elsewhere, arguments),
         )
 
 
 def measure_elsewhere(
-    asked: Asked, align: bool, means: Mapping[str, str], expected: list[str], track: Track = silent
+    asked: SuiteRequest, align: bool, means: Mapping[str, str], expected: list[str], track: Track = silent
 ) -> None:
     """Measure in a process that shares the store with the one that asks; the results go there.
 
@@ -235,7 +235,7 @@ def measure_elsewhere(
     part.run(track)
 
 
-def suites_shard(asked: Asked, shard: Shard, track: Track = silent) -> Report:
+def suites_shard(asked: SuiteRequest, shard: Shard, track: Track = silent) -> Report:
     """A shard's part of an evaluation on suites, in the store."""
     return shard.work(asked.tasks_of(asked.prepared()), track)
 

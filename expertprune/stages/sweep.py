@@ -14,7 +14,7 @@ from typing import Any
 from expertprune.artifacts.expert import Expert, portable_spec
 from expertprune.artifacts.plan import Plan
 from expertprune.artifacts.sweep import Point, Sweep, SweptBase
-from expertprune.engine.tasks import Call, Engine, Local, Report, Shard, Task
+from expertprune.engine.tasks import RemoteCall, Engine, Local, Report, Shard, Task
 from expertprune.engine.team import team
 from expertprune.errors import CheckpointError, PlanError, SpecError, gathered
 from expertprune.evaluation.measure import Measuring
@@ -176,7 +176,7 @@ class _Sweeping:
             digest=digest_of([self.keys[value], kept]),
             done=lambda: self.done(value),
             run=run,
-            elsewhere=Call(point_elsewhere, arguments),
+            elsewhere=RemoteCall(point_elsewhere, arguments),
         )
 
     def write(self) -> Sweep:

@@ -8,11 +8,11 @@ tokenizer's code.
 from expertprune.tokenizing.companions import Renumbering, write_tokenizer
 from expertprune.tokenizing.essentials import essential_ids
 from expertprune.tokenizing.trimming import Trimmed, trimmed
-from expertprune.tokenizing.vocabulary import Kind, Vocabulary, read_vocabulary
+from expertprune.tokenizing.vocabulary import TokenizerKind, Vocabulary, read_vocabulary
 
 __all__ = [
-    "Kind",
     "Renumbering",
+    "TokenizerKind",
     "Trimmed",
     "Vocabulary",
     "essential_ids",

@@ -13,7 +13,7 @@ import jinja2.sandbox
 from expertprune.corpora.templates import TemplateFailedError, TemplateStoppedError, run_template
 from expertprune.files import read_object
 from expertprune.tokenizing.companions import special_ids
-from expertprune.tokenizing.vocabulary import BYTES, Kind, Vocabulary, nested
+from expertprune.tokenizing.vocabulary import BYTES, TokenizerKind, Vocabulary, nested
 
 _ROLES = ("system", "user", "assistant", "tool")
 
@@ -49,7 +49,7 @@ def _named(vocabulary: Vocabulary, folder: Path) -> set[int]:
     unknown = vocabulary.model.get("unk_token")
     if unknown in vocabulary.tokens:
         named.add(vocabulary.tokens[unknown])
-    if vocabulary.kind is Kind.UNIGRAM and vocabulary.model.get("unk_id") is not None:
+    if vocabulary.kind is TokenizerKind.UNIGRAM and vocabulary.model.get("unk_id") is not None:
         named.add(vocabulary.model["unk_id"])
     for part in nested(vocabulary.data.get("post_processor")):
         for entry in (part.get("special_tokens") or {}).values():
@@ -78,13 +78,13 @@ def _with_roles(vocabulary: Vocabulary, folder: Path) -> set[int]:
 def _alphabet(vocabulary: Vocabulary) -> set[int]:
     """Tokens that spell any text: bytes, or without them all characters of the base."""
     tokens = vocabulary.tokens
-    if vocabulary.kind is Kind.BYTE_LEVEL:
+    if vocabulary.kind is TokenizerKind.BYTE_LEVEL:
         kept = {index for token, index in tokens.items() if len(token) == 1}
     else:
         kept = {tokens[byte] for byte in BYTES if byte in tokens}
         if not vocabulary.reaches_bytes:
             kept |= {index for token, index in tokens.items() if len(token) == 1}
-    if vocabulary.kind is Kind.UNIGRAM:
+    if vocabulary.kind is TokenizerKind.UNIGRAM:
         # An unknown character scores ten below the worst piece, so the worst piece stays. Without
         # bytes, a piece stays if it alone covers some character.
         scores = [score for _, score in vocabulary.model["vocab"]]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from expertprune.errors import CheckpointError
-from expertprune.tokenizing.vocabulary import Kind, Vocabulary, nested, pair_of
+from expertprune.tokenizing.vocabulary import TokenizerKind, Vocabulary, nested, pair_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def trimmed(vocabulary: Vocabulary, kept: Iterable[int]) -> Trimmed:
 
 def _model(vocabulary: Vocabulary, ids: dict[int, int]) -> dict[str, Any]:
     model = dict(vocabulary.model)
-    if vocabulary.kind is Kind.UNIGRAM:
+    if vocabulary.kind is TokenizerKind.UNIGRAM:
         model["vocab"] = [entry for index, entry in enumerate(model["vocab"]) if index in ids]
         if model.get("unk_id") is not None:
             model["unk_id"] = ids[model["unk_id"]]

@@ -22,7 +22,7 @@ _PLACEHOLDER = re.compile(
 )
 
 
-class Kind(StrEnum):
+class TokenizerKind(StrEnum):
     """The kinds of tokenizer whose vocabulary can be cut."""
 
     BYTE_LEVEL = "byte-level BPE"
@@ -45,7 +45,7 @@ class Vocabulary:
 
         self.data, self.model = data, data.get("model") or {}
         self.kind = _kind(data, where)
-        if self.kind is Kind.UNIGRAM:
+        if self.kind is TokenizerKind.UNIGRAM:
             self.tokens = {piece: index for index, (piece, _) in enumerate(self.model["vocab"])}
         else:
             self.tokens = dict(self.model["vocab"])
@@ -74,7 +74,7 @@ class Vocabulary:
     @property
     def reaches_bytes(self) -> bool:
         """Whether bytes spell all text and decode to it, so that no character must stay."""
-        if self.kind is Kind.BYTE_LEVEL:
+        if self.kind is TokenizerKind.BYTE_LEVEL:
             return True
         spelled = bool(self.model.get("byte_fallback")) and all(byte in self.tokens for byte in BYTES)
         return spelled and "ByteFallback" in steps(self.data.get("decoder"))
@@ -90,7 +90,7 @@ class Vocabulary:
         token = self.by_id[index]
         if token in self.added:
             return token
-        if self.kind is Kind.BYTE_LEVEL:
+        if self.kind is TokenizerKind.BYTE_LEVEL:
             return bytes(_BYTE_OF[char] for char in token if char in _BYTE_OF).decode(errors="replace")
         return token.replace(SPACE, " ")
 
@@ -103,7 +103,7 @@ class Vocabulary:
         needs itself only.
         """
         token = self.by_id[index]
-        if self.kind is Kind.UNIGRAM or token not in self.tokens:
+        if self.kind is TokenizerKind.UNIGRAM or token not in self.tokens:
             return frozenset((index,))
         if token not in self._needs:
             self._needs[token] = self._path(token)
@@ -176,25 +176,26 @@ def nested(part: Any) -> Iterator[dict[str, Any]]:
             yield from nested(member)
 
 
-def _kind(data: dict[str, Any], where: str) -> Kind:
+def _kind(data: dict[str, Any], where: str) -> TokenizerKind:
     model = data.get("model") or {}
     name = model.get("type") or ("BPE" if "merges" in model else "of no stated type")
     if name == "Unigram":
-        return Kind.UNIGRAM
+        return TokenizerKind.UNIGRAM
     if name != "BPE":
         raise CheckpointError(
-            f"{where}: budget.vocabulary: a {name} tokenizer cannot be cut; {', '.join(kind.value for kind in Kind)} can"
+            f"{where}: budget.vocabulary: a {name} tokenizer cannot be cut; "
+            f"{', '.join(kind.value for kind in TokenizerKind)} can"
         )
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise CheckpointError(
                 f"{where}: budget.vocabulary: a BPE tokenizer with {key} {model[key]!r} cannot be cut; "
-                f"{', '.join(kind.value for kind in Kind)} can"
+                f"{', '.join(kind.value for kind in TokenizerKind)} can"
             )
     parts = [data.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")]
     if any("ByteLevel" in steps(part) for part in parts):
-        return Kind.BYTE_LEVEL
-    return Kind.SENTENCEPIECE
+        return TokenizerKind.BYTE_LEVEL
+    return TokenizerKind.SENTENCEPIECE
 
 
 def _byte_characters() -> dict[str, int]:

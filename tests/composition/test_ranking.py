@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from expertprune.composition.parameters import removed_parameters
 from expertprune.composition.plan import select_layer
-from expertprune.composition.ranking import Step, global_widths, steps
+from expertprune.composition.ranking import WidthStep, global_widths, steps
 from expertprune.composition.scoring import Fused
 from expertprune.composition.uniform import uniform_widths
 from expertprune.composition.widths import LayerWidths, legal_widths
@@ -91,13 +91,13 @@ def test_a_step_is_worth_the_mean_of_what_goes_for_each_parameter() -> None:
 # --- one ranking over layers ----------------------------------------------------------------------------------------
 
 
-def slow_ranking(base: ResolvedBase, scores: Scores, structures: Sequence[Structure], **rules: Any) -> list[Step]:
+def slow_ranking(base: ResolvedBase, scores: Scores, structures: Sequence[Structure], **rules: Any) -> list[WidthStep]:
     """Take the cheapest next step of any layer again and again: the mean score of what goes, per parameter.
 
     Llama without biases, hidden 48 and head_dim 2, so costs are written out; every head count divides 48.
     """
     multiple_of, floor = rules.get("multiple_of", 64), rules.get("floor", 0.1)
-    queues: dict[tuple[int, Structure], list[Step]] = {}
+    queues: dict[tuple[int, Structure], list[WidthStep]] = {}
     for layer, shape in enumerate(base.layers):
         for structure in structures:
             values = scores[structure][layer].score.tolist()
@@ -117,7 +117,7 @@ def slow_ranking(base: ResolvedBase, scores: Scores, structures: Sequence[Struct
             for width in widths:
                 gone = values[own - present : own - width]
                 price = sum(gone) / len(gone) / cost
-                queue.append(Step(price, layer, structure, width, (present - width) * cost, present - width))
+                queue.append(WidthStep(price, layer, structure, width, (present - width) * cost, present - width))
                 present = width
             queues[layer, structure] = queue
     order = []
@@ -126,21 +126,21 @@ def slow_ranking(base: ResolvedBase, scores: Scores, structures: Sequence[Struct
     return order
 
 
-def after(base: ResolvedBase, moves: Sequence[Step]) -> list[LayerWidths]:
+def after(base: ResolvedBase, moves: Sequence[WidthStep]) -> list[LayerWidths]:
     layers = [LayerWidths.own(shape) for shape in base.layers]
     for move in moves:
         layers[move.layer] = replace(layers[move.layer], **{FIELDS[move.structure]: move.width})
     return layers
 
 
-def nearest_prefix(order: Sequence[Step], wanted: float) -> Sequence[Step]:
+def nearest_prefix(order: Sequence[WidthStep], wanted: float) -> Sequence[WidthStep]:
     """As many steps as bring the number of units nearest to what is wanted; the longer of two."""
     sums = [0, *itertools.accumulate(move.units for move in order)]
     best = min(range(len(sums)), key=lambda count: (abs(sums[count] - wanted), -count))
     return order[:best]
 
 
-def enough(order: Sequence[Step], wanted: float) -> Sequence[Step]:
+def enough(order: Sequence[WidthStep], wanted: float) -> Sequence[WidthStep]:
     """The fewest steps that remove so many parameters."""
     sums = [0, *itertools.accumulate(move.parameters for move in order)]
     return order[: next(count for count, removed in enumerate(sums) if removed >= wanted)]

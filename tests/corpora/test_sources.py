@@ -18,7 +18,7 @@ from pyarrow import parquet
 
 from expertprune.corpora import reading, tables
 from expertprune.corpora.documents import Corpus, Document
-from expertprune.corpora.kept import Kept
+from expertprune.corpora.kept import KeptDocuments
 from expertprune.corpora.loading import load_corpus
 from expertprune.corpora.messages import Conversation, read_conversation
 from expertprune.errors import SpecError
@@ -121,15 +121,15 @@ KEPT = {
 )  # fmt: skip
 def test_kept_documents_come_back_or_are_made_again(tmp_path: Path, old: bytes, new: bytes) -> None:
     path = tmp_path / "kept.jsonl"
-    assert Kept.load(path) is None
-    Kept({"revision": "1"}, {name: KEPT[name] for name in ("talks", "texts")}).save(path)
-    read = Kept.load(path)
+    assert KeptDocuments.load(path) is None
+    KeptDocuments({"revision": "1"}, {name: KEPT[name] for name in ("talks", "texts")}).save(path)
+    read = KeptDocuments.load(path)
     assert read is not None
     assert (read.about, dict(read.splits)) == ({"revision": "1"}, KEPT)
     damaged = path.read_bytes().replace(old, new, 1)
     assert damaged != path.read_bytes()
     path.write_bytes(damaged)
-    assert Kept.load(path) is None
+    assert KeptDocuments.load(path) is None
 
 
 def test_a_conversation_that_cannot_be_read_is_named_with_its_line(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from expertprune.corpora.batches import make_batches
 from expertprune.engine import memory
 from expertprune.engine.forecast import Forecaster, Work, duration
-from expertprune.engine.memory import Memory, Need, Sizes, Text, evaluating, profiling, repairing
+from expertprune.engine.memory import Memory, Need, Sizes, TextSize, evaluating, profiling, repairing
 from expertprune.engine.rates import Rates, measured_rates
 from expertprune.errors import CheckpointError
 from expertprune.models.base import ResolvedBase
@@ -64,11 +64,11 @@ def test_sizes_of_a_base(base: ResolvedBase) -> None:
 
 def test_text_counts_padding() -> None:
     batches = make_batches([[1] * 5, [1] * 7, [1] * 20], tokens_per_batch=16)
-    assert Text.of(batches) == Text(tokens=2 * 7 + 20, batch=20, width=20, documents=3)
+    assert TextSize.of(batches) == TextSize(tokens=2 * 7 + 20, batch=20, width=20, documents=3)
 
 
 def test_needs_of_each_stage(base: ResolvedBase) -> None:
-    sizes, text = Sizes.of(base, kept=(20, 24), cut=(True, False)), Text(1000, 100, 50, 10)
+    sizes, text = Sizes.of(base, kept=(20, 24), cut=(True, False)), TextSize(1000, 100, 50, 10)
     sums, stored = 4 * 10 * (3 * 32 + 2 * 24), 4 * 10 * 3 * (3 * 32 + 24)
     logits = 5 * 4 * 100 * 64
     assert profiling(sizes, text, 200.0, gradient=False, keeps_graphs=False) == Need(
@@ -101,7 +101,7 @@ RATES = Rates(forward=1e-3, both=3e-3, graph=100.0, head=1e-6, products=1e9, fac
 
 
 def work_of(**changes: Any) -> Work:
-    text = Text(1000, 100, 50, 10)
+    text = TextSize(1000, 100, 50, 10)
     return replace(Work({"a": text, "b": text}, True, False, text, text, True, 0.75, 2_000_000), **changes)
 
 
@@ -166,7 +166,7 @@ def test_states_that_profiles_leave_save_the_repair_runs_of_the_base(
 ) -> None:
     """There is room for those of so many corpora beside the 68 values of each of the repair's tokens."""
     one, needed = 4 * 3 * 24 * 1000, 4 * 68 * 2000
-    resident, repaired = replace(base, source="resident"), Text(2000, 100, 50, 20)
+    resident, repaired = replace(base, source="resident"), TextSize(2000, 100, 50, 20)
     without, found = [], []
     for kept, into in ((0, without), (corpora, found)):
         free(4 * (3 * LAYER + SKELETON) + 2 * (needed + kept * one + (one - 1)))  # half of the rest is for states
@@ -175,7 +175,7 @@ def test_states_that_profiles_leave_save_the_repair_runs_of_the_base(
     assert without[2].seconds - found[2].seconds == pytest.approx(corpora * 1000 * 3 * 1e-3)
     assert found[2].memory.host - without[2].memory.host == corpora * one
     if corpora == 2:  # documents that are read meanwhile take their place
-        work = work_of(repaired=repaired, evaluated=Text(1600, 100, 50, 10))
+        work = work_of(repaired=repaired, evaluated=TextSize(1600, 100, 50, 10))
         assert forecaster(resident, work).forecast().memory.spool == 0
 
 

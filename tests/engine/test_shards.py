@@ -15,7 +15,7 @@ import yaml
 import expertprune
 from expertprune.engine import tasks as engine
 from expertprune.engine.leases import Leases
-from expertprune.engine.tasks import Call, Collect, Report, Shard, Task
+from expertprune.engine.tasks import RemoteCall, Collect, Report, Shard, Task
 from expertprune.errors import UnfinishedError, UsageError
 from expertprune.progress import Track, silent
 from tests.calling import call, call_json
@@ -53,7 +53,7 @@ class Work:
             self.made.append(name)
             (self.folder / name).touch()
 
-        return Task(name, f"d{name}", (self.folder / name).exists, run, Call(nothing, {}))
+        return Task(name, f"d{name}", (self.folder / name).exists, run, RemoteCall(nothing, {}))
 
 
 def shard(folder: Path, index: int, count: int) -> Shard:

@@ -13,7 +13,7 @@ import pytest
 
 from expertprune.errors import ServingError, UsageError
 from expertprune.serving import deployment
-from expertprune.serving.deployment import Deployment, Watch, model_names
+from expertprune.serving.deployment import Deployment, Supervisor, model_names
 from expertprune.serving.processes import ProcessTree, free_port
 from tests.experts import described
 from tests.serving.test_routing import ask
@@ -124,7 +124,7 @@ def test_pauses_double_and_a_steady_run_is_forgiven(tmp_path: Path, monkeypatch:
     clock = [0.0]
     monkeypatch.setattr(deployment.time, "monotonic", lambda: clock[0])
     mortal, said = Mortal(tmp_path), []
-    watch = Watch(mortal, said.append)
+    watch = Supervisor(mortal, said.append)
 
     def die_and_come_back(pause: float) -> None:
         mortal.dead = True

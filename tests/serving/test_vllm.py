@@ -23,7 +23,7 @@ import expertprune
 from bench.load import Answer, ask, requests
 from expertprune.artifacts.timing import Load
 from expertprune.serving import engine, throughput
-from expertprune.serving.chat import Ended, Settings, running
+from expertprune.serving.chat import Ended, ChatSettings, running
 from expertprune.serving.deployment import Deployment
 from expertprune.serving.processes import check_port, free_port
 from tests.test_examples import probe_path
@@ -117,7 +117,7 @@ def test_the_chat_command_speaks_to_it(serving: Serving) -> None:
     base, expert = running(f"{serving.root}/v1", f"{serving.root}/v1")
     said = []
     for side in (base, expert):
-        *pieces, end = side.endpoint.answer(QUESTION, Settings(max_tokens=12))
+        *pieces, end = side.endpoint.answer(QUESTION, ChatSettings(max_tokens=12))
         assert side.endpoint.chats
         assert isinstance(end, Ended)
         assert 1 < len(pieces) <= end.tokens <= 12

@@ -27,7 +27,7 @@ from expertprune.spec.reading import parse_spec
 from expertprune.spec.schema import Retention
 from expertprune.stages import floor as retaining
 from expertprune.stages.compose import plan_of
-from expertprune.stages.floor import Kept, budgets_to_try, measure, plan_by_retention
+from expertprune.stages.floor import FloorFound, budgets_to_try, measure, plan_by_retention
 from expertprune.stages.validate import Prepared, validation_documents
 from tests.calling import call
 from tests.patching import everywhere
@@ -48,9 +48,9 @@ def prepared(retaining_spec: dict[str, Any], tmp_path: Path) -> Prepared:
     return expertprune.validate(parse_spec(retaining_spec, "spec", tmp_path))
 
 
-def kept_of(expert: float, general: float | None = None) -> Kept:
+def kept_of(expert: float, general: float | None = None) -> FloorFound:
     corpora = dict.fromkeys(CORPORA[:3], 1.0) | {"domain/medical": expert}
-    return Kept(corpora if general is None else corpora | {"general/general": general})
+    return FloorFound(corpora if general is None else corpora | {"general/general": general})
 
 
 # --- what holds -----------------------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def kept_of(expert: float, general: float | None = None) -> Kept:
     ],
 )
 def test_the_worst_corpus_of_a_kind_decides(kept: dict[str, float], floor: dict[str, float], holds: bool) -> None:
-    assert Kept(kept).holds(Retention(**floor)) is holds
+    assert FloorFound(kept).holds(Retention(**floor)) is holds
 
 
 @pytest.mark.parametrize(("allocation", "layers_at_once"), [("uniform", 3), ("global", 1)])
@@ -95,7 +95,7 @@ def searched(
     budgets = budgets_to_try(prepared)
     tried: list[int] = []
 
-    def fake(_: Prepared, profiles: Any, budget: Any, evaluator: Any) -> tuple[Plan, Kept]:
+    def fake(_: Prepared, profiles: Any, budget: Any, evaluator: Any) -> tuple[Plan, FloorFound]:
         number = budgets.index(budget)
         assert number < reachable, "the floor of widths does not allow it"
         tried.append(number)
@@ -104,7 +104,7 @@ def searched(
         plan = Plan(str(number), base, parameters, [], [], {"ffn": found})
         return plan, kept_of(keeps[number])
 
-    def foreseen(_: Prepared, profiles: Any, budget: Any) -> Kept | None:
+    def foreseen(_: Prepared, profiles: Any, budget: Any) -> FloorFound | None:
         number = budgets.index(budget)
         return kept_of(guessed[number]) if number < reachable else None
 
@@ -163,7 +163,7 @@ def fake_measure(monkeypatch: pytest.MonkeyPatch, keeps: Any) -> list[int]:
     """Retention as a function of an expert's parameters; the sizes that were measured."""
     sizes: list[int] = []
 
-    def faked(_: Prepared, __: Any, folder: Path) -> Kept:
+    def faked(_: Prepared, __: Any, folder: Path) -> FloorFound:
         sizes.append(Checkpoint(folder).parameters)
         return kept_of(keeps(sizes[-1]), 1.0)
 
@@ -281,17 +281,17 @@ def test_an_expert_is_measured_on_what_was_held_back(
     """The same numbers while it is repaired, and from its folder afterwards; the base reads once."""
     retaining_spec["compensation"] = method
     prepared = expertprune.validate(parse_spec(retaining_spec, "spec", tmp_path))
-    tried: list[tuple[Kept, Kept]] = []
+    tried: list[tuple[FloorFound, FloorFound]] = []
     tokenizer, limit = prepared.running.tokenizer, prepared.spec.calibration.max_tokens
 
-    def measuring(_: Prepared, meanwhile: Any, folder: Path) -> Kept:
+    def measuring(_: Prepared, meanwhile: Any, folder: Path) -> FloorFound:
         runs = [TextRun(model, prepared.base.family, (), ())
                 for model in (prepared.running.model, load_model(folder, torch.float32))]  # fmt: skip
         held = {str(name): validation_documents(corpus) for name, corpus in prepared.corpora.items()}
         rows = {name: score_documents(*runs, tokenizer, documents, limit) for name, documents in held.items()}
         expected = {name: sum(row.base_bits for row in each) / sum(row.expert_bits for row in each)
                     for name, each in rows.items()}  # fmt: skip
-        tried.append((measure(prepared, meanwhile, folder), Kept(expected)))
+        tried.append((measure(prepared, meanwhile, folder), FloorFound(expected)))
         return tried[-1][0]
 
     monkeypatch.setattr(retaining, "measure", measuring)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from expertprune.corpora.documents import CorpusName
-from expertprune.corpora.kept import Kept
+from expertprune.corpora.kept import KeptDocuments
 from expertprune.corpora.loading import load_corpus
 from expertprune.errors import SpecError
 from expertprune.models.base import resolve_base
@@ -83,7 +83,7 @@ def test_the_base_answers_the_prompts_of_a_corpus_once(
     assert load(base, store, source) == corpus
     assert len(writer.jobs) == 1
     (kept,) = (store / "generated").glob("*.jsonl")
-    about = Kept.load(kept).about
+    about = KeptDocuments.load(kept).about
     assert (about["base"], about["seed"], about["temperature"]) == (str(base), 5, 0.7)
     assert (
         len(load(base, store, source, write=False, max_tokens=99).calibration) == 3

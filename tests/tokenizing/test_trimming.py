@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
 from expertprune.errors import CheckpointError
-from expertprune.tokenizing import Kind, Vocabulary, essential_ids, trimmed
+from expertprune.tokenizing import TokenizerKind, Vocabulary, essential_ids, trimmed
 from tests.vocabularies import KINDS, data_of, tokenizer_of, words
 
 
@@ -55,8 +55,8 @@ KIND = pytest.mark.parametrize("kind", KINDS)
 
 
 def test_kinds_are_told_apart() -> None:
-    bpe, unigram = Kind.BYTE_LEVEL, Kind.UNIGRAM
-    assert [vocabulary_of(kind).kind for kind in KINDS] == [bpe, bpe, Kind.SENTENCEPIECE, unigram, unigram]
+    bpe, unigram = TokenizerKind.BYTE_LEVEL, TokenizerKind.UNIGRAM
+    assert [vocabulary_of(kind).kind for kind in KINDS] == [bpe, bpe, TokenizerKind.SENTENCEPIECE, unigram, unigram]
     assert [kind for kind in KINDS if not vocabulary_of(kind).reaches_bytes] == ["unigram_without_bytes"]
 
 

@@ -26,7 +26,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-class _Document(BaseModel):
+class _ScoresDocument(BaseModel):
     """`Scores.document()`. A number that JSON cannot say is null."""
 
     metric: str
@@ -57,7 +57,7 @@ class StoredScores:
 
     def load(self, task: HarnessTask) -> Scores | None:
         """The scores, if they are there and can be read; a damaged file is measured again."""
-        kept = read_kept(self.path(task), _Document)
+        kept = read_kept(self.path(task), _ScoresDocument)
         if kept is None or not len(kept.values) == len(kept.weights) == len(kept.examples):
             return None
         values, weights = (np.array(numbers, dtype=np.float64) for numbers in (kept.values, kept.weights))

@@ -56,7 +56,7 @@ _PART = 2**22  # values that are dequantized at once
 
 
 @dataclass(frozen=True)
-class _Source:
+class _Origin:
     """Where a tensor's values lie in the file: a stored tensor, or one routed expert's part of it."""
 
     stored: str
@@ -114,7 +114,7 @@ def _prepare(file: Path, folder: Path, dtype: torch.dtype, tied: bool) -> None:
         write_json(temporary / _PLAN, plan)
 
 
-def _sources(file: Path, header: Header, family: Family, model: Any) -> dict[str, _Source]:
+def _sources(file: Path, header: Header, family: Family, model: Any) -> dict[str, _Origin]:
     """Where each tensor of the folder comes from.
 
     Raises:
@@ -124,7 +124,7 @@ def _sources(file: Path, header: Header, family: Family, model: Any) -> dict[str
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
     names, form = name_map(family.gguf, len(family.layer_shapes(model.config.to_dict()))), family.gguf
-    found: dict[str, _Source] = {}
+    found: dict[str, _Origin] = {}
     absent: list[str] = []
     for name, expert, pattern in _on_disk(family, model.config.to_dict(), shapes):
         stored = gguf_name(names, form, pattern)
@@ -137,7 +137,7 @@ def _sources(file: Path, header: Header, family: Family, model: Any) -> dict[str
         if stored is None or have is None or wanted != (have if expert is None else have[1:]):
             absent.append(name)
         else:
-            found[name] = _Source(stored, expert)
+            found[name] = _Origin(stored, expert)
     if absent:
         raise CheckpointError(f"{file}: gives no value to {', '.join(sorted(absent)[:3])}; {FOLDER}")
     used = {source.stored for source in found.values()} | {FREQUENCIES} | ({"token_embd.weight"} if tied else set())
@@ -170,7 +170,7 @@ def _on_disk(
 
 
 def _in_files(
-    sources: Mapping[str, _Source], header: Header, form: GgufForm, dtype: torch.dtype
+    sources: Mapping[str, _Origin], header: Header, form: GgufForm, dtype: torch.dtype
 ) -> dict[str, TensorInfo]:
     """The header of every tensor of the folder, with the files filled in order."""
     kind = next(name for name, each in DTYPES.items() if each == dtype)
@@ -192,7 +192,7 @@ def _in_files(
     }
 
 
-def _shape(name: str, source: _Source, header: Header, form: GgufForm) -> tuple[int, ...]:
+def _shape(name: str, source: _Origin, header: Header, form: GgufForm) -> tuple[int, ...]:
     shape = header.shapes[source.stored]
     if source.expert is not None:
         return shape[1:]
@@ -222,7 +222,7 @@ class Conversion:
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(each.file, each.shape, each.dtype) for name, each in plan.items()
         }
-        self._sources = {name: _Source(each.stored, each.expert) for name, each in plan.items()}
+        self._sources = {name: _Origin(each.stored, each.expert) for name, each in plan.items()}
 
     def fetch(self, track: Track) -> None:
         """Write the weights, file by file and one tensor at a time in memory; a file that is there stays."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from expertprune.arch import PreTokenizer, gguf_names
 from expertprune.errors import CheckpointError
-from expertprune.tokenizing.vocabulary import BYTES, SPACE, Kind, Vocabulary, nested, pair_of, steps
+from expertprune.tokenizing.vocabulary import BYTES, SPACE, TokenizerKind, Vocabulary, nested, pair_of, steps
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +58,9 @@ def gguf_vocabulary(folder: Path, vocabulary: Vocabulary, tokenizer: Any, rows: 
         raise CheckpointError(f"{where}: has {vocabulary.size} tokens, the embedding {rows} rows")
     tokens, types = _tokens(vocabulary, tokenizer, rows)
     names = gguf_names()
-    if vocabulary.kind is Kind.BYTE_LEVEL:
+    if vocabulary.kind is TokenizerKind.BYTE_LEVEL:
         kind, pre, scores, space = names.byte_level, _parting(where, vocabulary), None, None
-    elif vocabulary.kind is Kind.SENTENCEPIECE:
+    elif vocabulary.kind is TokenizerKind.SENTENCEPIECE:
         kind, pre, space = names.sentencepiece, "default", _space_before(where, vocabulary)
         scores = _scores(vocabulary, rows)
     else:
@@ -89,11 +89,11 @@ def _tokens(vocabulary: Vocabulary, tokenizer: Any, rows: int) -> tuple[list[str
             types.append(UNUSED)
             continue
         tokens.append(token)
-        if vocabulary.kind is Kind.SENTENCEPIECE and token == vocabulary.model.get("unk_token"):
+        if vocabulary.kind is TokenizerKind.SENTENCEPIECE and token == vocabulary.model.get("unk_token"):
             types.append(UNKNOWN)
         elif token in vocabulary.added:
             types.append(CONTROL if token in special else USER_DEFINED)
-        elif vocabulary.kind is Kind.SENTENCEPIECE and token in BYTES:
+        elif vocabulary.kind is TokenizerKind.SENTENCEPIECE and token in BYTES:
             types.append(BYTE)
         else:
             types.append(NORMAL)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from expertprune.serving.chat.endpoints import Ended, Endpoint, Settings, connect
+from expertprune.serving.chat.endpoints import Ended, Endpoint, ChatSettings, connect
 from expertprune.serving.chat.page import Page
 from expertprune.serving.chat.sides import Side, running, started
 
-__all__ = ["Ended", "Endpoint", "Page", "Settings", "Side", "connect", "running", "started"]
+__all__ = ["ChatSettings", "Ended", "Endpoint", "Page", "Side", "connect", "running", "started"]

@@ -20,7 +20,7 @@ Message = Mapping[str, str]  # `role` and `content`
 
 
 @dataclass(frozen=True)
-class Settings:
+class ChatSettings:
     """How both models write; temperature 0 is greedy."""
 
     seed: int = 0
@@ -70,7 +70,7 @@ class Endpoint:
     chats: bool
     key: str | None = None
 
-    def answer(self, messages: Sequence[Message], settings: Settings) -> Generator[str | Ended, None, None]:
+    def answer(self, messages: Sequence[Message], settings: ChatSettings) -> Generator[str | Ended, None, None]:
         """The pieces of the answer to a conversation as they come, and its end.
 
         Raises:
@@ -86,7 +86,7 @@ class Endpoint:
                     yield str(piece)
         yield Ended(tokens, first, time.monotonic() - begin)
 
-    def _events(self, messages: Sequence[Message], settings: Settings) -> Iterator[dict[str, Any]]:
+    def _events(self, messages: Sequence[Message], settings: ChatSettings) -> Iterator[dict[str, Any]]:
         path, asked = self._request(messages)
         asked |= {
             "model": self.model,

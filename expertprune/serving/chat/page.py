@@ -14,7 +14,7 @@ import jinja2
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from expertprune.errors import ExpertpruneError
-from expertprune.serving.chat.endpoints import Ended, Settings
+from expertprune.serving.chat.endpoints import Ended, ChatSettings
 from expertprune.serving.chat.sides import Side
 from expertprune.serving.processes import check_port
 
@@ -53,7 +53,7 @@ class Page(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, sides: Sequence[Side], port: int, settings: Settings, in_turn: bool = False) -> None:
+    def __init__(self, sides: Sequence[Side], port: int, settings: ChatSettings, in_turn: bool = False) -> None:
         """Listen on a port of 127.0.0.1; `serve_forever` answers.
 
         Args:
@@ -128,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Cache-Control", "no-store")
         self.end_headers()  # HTTP/1.0: the answer ends with the connection
         messages = [message.model_dump() for message in asked.messages]
-        settings = Settings(asked.seed, asked.temperature, asked.max_tokens)
+        settings = ChatSettings(asked.seed, asked.temperature, asked.max_tokens)
         pieces = side.endpoint.answer(messages, settings)
         try:
             for piece in pieces:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from expertprune.errors import ExpertpruneError
 from expertprune.serving.chat.differences import first_difference
-from expertprune.serving.chat.endpoints import Ended, Settings
+from expertprune.serving.chat.endpoints import Ended, ChatSettings
 from expertprune.serving.chat.sides import Side
 
 MARK = "reverse"
@@ -41,7 +41,7 @@ class Speaker:
         self.answer, self.about, self.done = "", "", False
         self.messages.append({"role": "user", "content": prompt})
 
-    def reply(self, settings: Settings) -> None:
+    def reply(self, settings: ChatSettings) -> None:
         """Answer the last prompt; a failure is said in `about`, and leaves no trace in the history."""
         try:
             for piece in self.side.endpoint.answer(self.messages, settings):
@@ -58,7 +58,7 @@ class Speaker:
 
 
 def talk(
-    sides: Sequence[Side], prompts: Iterable[str], settings: Settings, console: Console, in_turn: bool = False
+    sides: Sequence[Side], prompts: Iterable[str], settings: ChatSettings, console: Console, in_turn: bool = False
 ) -> None:
     """Put each prompt to both sides, and show their answers as they are written.
 
@@ -75,7 +75,7 @@ def talk(
             _turn(speakers, prompt, settings, console, in_turn)
 
 
-def _turn(speakers: Sequence[Speaker], prompt: str, settings: Settings, console: Console, in_turn: bool) -> None:
+def _turn(speakers: Sequence[Speaker], prompt: str, settings: ChatSettings, console: Console, in_turn: bool) -> None:
     def ask(asked: Sequence[Speaker]) -> None:
         for speaker in asked:
             speaker.reply(settings)

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from expertprune.cli import main
-from expertprune.serving.chat import Settings, running
+from expertprune.serving.chat import ChatSettings, running
 from expertprune.serving.chat.terminal import Speaker, columns, talk
 from expertprune.serving.processes import ProcessTree, check_port, free_port
 from tests.calling import call
@@ -73,7 +73,7 @@ def test_each_side_keeps_its_own_history_until_it_is_told_to_forget() -> None:
         fake_endpoint(["The heart moves", "refuse", "x"], models=("cut",)) as expert,
     ):
         text = io.StringIO()
-        talk(running(base.url, expert.url), prompts, Settings(), Console(file=text, width=100), in_turn=True)
+        talk(running(base.url, expert.url), prompts, ChatSettings(), Console(file=text, width=100), in_turn=True)
         heard = [[[m["content"] for m in asked["messages"]] for _, asked in each.asked] for each in (base, expert)]
     assert heard[0] == [["Which organ?"], ["Which organ?", "The heart pumps", "And then?"], ["Again?"]]
     assert heard[1] == [["Which organ?"], ["Which organ?", "The heart moves", "And then?"], ["Again?"]]

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from expertprune.errors import ServingError, UsageError
-from expertprune.serving.chat import Ended, Settings, connect
+from expertprune.serving.chat import Ended, ChatSettings, connect
 from expertprune.serving.chat.differences import first_difference
 from tests.serving.fake_endpoint import fake_endpoint
 
@@ -22,7 +22,7 @@ CONVERSATION = [
 def test_a_model_is_asked_by_messages_or_continues_the_text(chats: bool) -> None:
     with fake_endpoint(["In the chest."], chats=chats, key="secret") as fake:
         endpoint = connect(fake.url, key="secret")
-        *pieces, end = endpoint.answer(CONVERSATION, Settings(seed=3, temperature=0.5, max_tokens=9))
+        *pieces, end = endpoint.answer(CONVERSATION, ChatSettings(seed=3, temperature=0.5, max_tokens=9))
         assert endpoint.chats == chats
         ((path, asked),) = fake.asked
     assert pieces == ["In", " the", " chest."]
@@ -41,7 +41,7 @@ def test_a_model_is_asked_by_messages_or_continues_the_text(chats: bool) -> None
 def test_pieces_come_before_the_answer_is_whole() -> None:
     with fake_endpoint(["one two"]) as fake:
         fake.go_on.clear()
-        pieces = connect(fake.url).answer(CONVERSATION, Settings())
+        pieces = connect(fake.url).answer(CONVERSATION, ChatSettings())
         assert next(pieces) == "one"
         assert not fake.go_on.is_set()
         threading.Timer(0.1, fake.go_on.set).start()
@@ -50,7 +50,7 @@ def test_pieces_come_before_the_answer_is_whole() -> None:
 
 def test_a_refusal_is_said_in_the_endpoints_words() -> None:
     with fake_endpoint(["refuse"]) as fake, pytest.raises(ServingError, match=r"too long \(HTTP 400\)"):
-        list(connect(fake.url).answer(CONVERSATION, Settings()))
+        list(connect(fake.url).answer(CONVERSATION, ChatSettings()))
 
 
 def test_one_of_several_models_is_named_by_the_address_or_by_the_expert() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from expertprune.errors import UsageError
-from expertprune.serving.chat import Page, Settings, running
+from expertprune.serving.chat import Page, ChatSettings, running
 from tests.browsers import CHROMIUM, browser
 from tests.serving.fake_endpoint import FakeEndpoint, fake_endpoint
 
@@ -22,7 +22,7 @@ HOSTILE = "<img src=x onerror=alert(1)>"
 
 @contextlib.contextmanager
 def served(base: FakeEndpoint, expert: FakeEndpoint) -> Iterator[Page]:
-    with Page(running(base.url, expert.url), 0, Settings(seed=7, max_tokens=5)) as page:
+    with Page(running(base.url, expert.url), 0, ChatSettings(seed=7, max_tokens=5)) as page:
         threading.Thread(target=page.serve_forever, daemon=True).start()
         yield page
         page.shutdown()
@@ -130,4 +130,4 @@ def test_other_pages_and_damaged_requests_are_refused() -> None:
         assert fake.asked == []
         assert status("POST", "/base", good, **json_type) == 200
         with pytest.raises(UsageError, match="is not free"):
-            Page([], page.server_port, Settings())
+            Page([], page.server_port, ChatSettings())
