@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 from expertprune.artifacts.expert import Expert
-from expertprune.artifacts.timing import THROUGHPUT_FILE, Timing
+from expertprune.artifacts.timing import Timing
+from expertprune.files import THROUGHPUT_FILE
 from expertprune.errors import CheckpointError
 from expertprune.files import folder_size
 from expertprune.reporting.tables import retention_rows

@@ -13,9 +13,7 @@ from pydantic import Field, ValidationError
 from expertprune.artifacts.evaluation import Group, Number
 from expertprune.artifacts.record import Record
 from expertprune.errors import CheckpointError
-from expertprune.files import problems_of, read_json, write_json
-
-CHANGES_FILE = "changes.json"
+from expertprune.files import CHANGES_FILE, problems_of, read_json, write_json
 
 Outcome = Literal["lost", "gained", "neither"]
 

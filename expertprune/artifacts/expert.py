@@ -195,7 +195,7 @@ class Expert(Description):
         """
         places = _Places(base=spec.base.model, corpora={name: path for path, name in _portable_names(spec).items()})
         with contextlib.suppress(CheckpointError):  # a store that cannot be written costs a question later
-            write_json(self._places_file(store), places.model_dump())
+            write_json(_places_file(self, store), places.model_dump())
 
     def local_spec(self, store: Path, overrides: Mapping[str, Any] | None = None) -> Spec:
         """The spec with base and corpora where they lie on this machine.
@@ -209,11 +209,11 @@ class Expert(Description):
         Raises:
             SpecError: a corpus' file is in none of these places, or an override is not legal.
         """
-        noted = self._noted(store).corpora
+        noted = _noted(self, store).corpora
         problems: list[str] = []
 
         def corpus_file(key: str, name: str) -> str:
-            found = self._find(name, noted.get(name))
+            found = _find(name, noted.get(name), self.folder)
             if found is None and not any(key == given or key.startswith(f"{given}.") for given in overrides or ()):
                 problems.append(
                     f"{key}: {name} lies neither in the current folder nor beside {self.folder}: change into its "
@@ -234,7 +234,7 @@ class Expert(Description):
             model: its folder, where you know it.
         """
         base = self.spec.base
-        found = str(model or self._find(base.model, self._noted(store).base) or base.model)
+        found = str(model or base_place(self, self.folder, store))
         return base.model_copy(update={"model": found, "trust_remote_code": False})
 
     def find_base(self, store: Path, base: Base | None = None) -> ResolvedBase:
@@ -259,19 +259,32 @@ class Expert(Description):
             )
         return resolved
 
-    def _find(self, name: str, noted: str | None) -> str | None:
-        """The first place where a local file or folder is."""
-        beside = self.folder.resolve()
-        places = [Path(noted)] if noted is not None else []
-        places += [folder / name for folder in (Path.cwd(), beside, beside.parent)]
-        return next((str(path) for path in places if path.exists()), None)
 
-    def _noted(self, store: Path) -> _Places:
-        """What `remember_places` wrote on this machine."""
-        return read_kept(self._places_file(store), _Places) or _Places()
+def base_place(description: Description, folder: Path, store: Path) -> str:
+    """Where the base of an expert lies on this machine; what the spec says if it is in no place that is looked in.
 
-    def _places_file(self, store: Path) -> Path:
-        return store / "places" / f"{digest_of([self.base.digest, self.plan.digest])}.json"
+    Args:
+        folder: where it is looked for besides: the expert's folder, or that of an expert cut from it.
+    """
+    model = description.spec.base.model
+    return _find(model, _noted(description, store).base, folder) or model
+
+
+def _find(name: str, noted: str | None, beside: Path) -> str | None:
+    """The first place where a local file or folder is."""
+    beside = beside.resolve()
+    places = [Path(noted)] if noted is not None else []
+    places += [folder / name for folder in (Path.cwd(), beside, beside.parent)]
+    return next((str(path) for path in places if path.exists()), None)
+
+
+def _noted(description: Description, store: Path) -> _Places:
+    """What `Expert.remember_places` wrote on this machine."""
+    return read_kept(_places_file(description, store), _Places) or _Places()
+
+
+def _places_file(description: Description, store: Path) -> Path:
+    return store / "places" / f"{digest_of([description.base.digest, description.plan.digest])}.json"
 
 
 def ancestor_of(base: ResolvedBase) -> Description | None:
@@ -283,9 +296,8 @@ def places_of_bases(base: ResolvedBase, store: Path) -> list[Path]:
     """The folders of a base, of the base that it was cut from, and so on, as far as this machine knows them."""
     description = ancestor_of(base)
     lineage = description.lineage if description is not None else []
-    experts = [Expert(**_fields(each), folder=base.folder) for each in lineage]
-    noted = [Path(each.local_base(store).model) for each in experts]
-    return [base.folder, *(place for place in (Path(base.name), *noted) if place.exists())]
+    bases = [Path(base_place(each, base.folder, store)) for each in lineage]
+    return [base.folder, *(place for place in (Path(base.name), *bases) if place.exists())]
 
 
 def portable(plan: Plan) -> Plan:

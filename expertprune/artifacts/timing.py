@@ -13,7 +13,6 @@ from expertprune.artifacts.record import Record
 from expertprune.errors import CheckpointError
 from expertprune.files import problems_of, read_json, write_json
 
-THROUGHPUT_FILE = "throughput.json"
 Role = Literal["base", "expert"]
 ROLES: tuple[Role, ...] = get_args(Role)
 

@@ -29,9 +29,13 @@ from expertprune.files.ownership import (
 )
 from expertprune.files.places import (
     ADAPTER_WEIGHTS,
+    CHANGES_FILE,
+    COMPARISON_PAGE,
     EXPERT_FILE,
     MEMORY_VARIABLE,
+    REPORT_PAGE,
     SPOOL_VARIABLE,
+    THROUGHPUT_FILE,
     folder_size,
     require_room,
     shipped,
@@ -67,12 +71,13 @@ from expertprune.files.staging import (
 from expertprune.files.validation import problems_of
 
 __all__ = [
-    "ADAPTER", "ADAPTER_WEIGHTS", "CUT_ALONG", "EXPERT", "EXPERT_FILE", "GENERATOR", "GGUF", "HASHED", "HOLDINGS",
-    "MEMORY_VARIABLE", "PAGE", "PICTURE", "PLAN", "SPOOL_VARIABLE", "OutputKind", "StoreEntry", "age", "as_model",
-    "check_inputs", "check_output", "check_parent", "check_values", "digest_of", "disk_errors", "duration", "file_digest", "folder_size",
-    "holdings", "known_digest", "locked", "machine", "not_a_file",
-    "one_at_a_time", "opened", "parse_json", "parse_yaml", "problems_of", "prune_store", "read_bytes", "read_json",
-    "read_kept", "read_model", "read_object", "read_text", "read_yaml", "remove_all_leftovers", "remove_leftovers",
-    "require_room", "scratch_folder", "shipped", "staged_file", "staged_folder", "staged_output", "store_folder",
-    "temporary_folder", "to_json", "user_path", "working_folder", "write_file", "write_json",
+    "ADAPTER", "ADAPTER_WEIGHTS", "CHANGES_FILE", "COMPARISON_PAGE", "CUT_ALONG", "EXPERT", "EXPERT_FILE",
+    "GENERATOR", "GGUF", "HASHED", "HOLDINGS", "MEMORY_VARIABLE", "PAGE", "PICTURE", "PLAN", "REPORT_PAGE",
+    "SPOOL_VARIABLE", "THROUGHPUT_FILE", "OutputKind", "StoreEntry", "age", "as_model", "check_inputs",
+    "check_output", "check_parent", "check_values", "digest_of", "disk_errors", "duration", "file_digest",
+    "folder_size", "holdings", "known_digest", "locked", "machine", "not_a_file", "one_at_a_time", "opened",
+    "parse_json", "parse_yaml", "problems_of", "prune_store", "read_bytes", "read_json", "read_kept",
+    "read_model", "read_object", "read_text", "read_yaml", "remove_all_leftovers", "remove_leftovers",
+    "require_room", "scratch_folder", "shipped", "staged_file", "staged_folder", "staged_output",
+    "store_folder", "temporary_folder", "to_json", "user_path", "working_folder", "write_file", "write_json",
 ]  # fmt: skip

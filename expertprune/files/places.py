@@ -14,6 +14,9 @@ STORE_VARIABLE = "EXPERTPRUNE_STORE"
 MEMORY_VARIABLE = "EXPERTPRUNE_MEMORY"
 SPOOL_VARIABLE = "EXPERTPRUNE_SPOOL"
 EXPERT_FILE = "expertprune.json"  # what makes a folder an expert
+CHANGES_FILE = "changes.json"  # beside it: the examples that changed most,
+THROUGHPUT_FILE = "throughput.json"  # the speeds,
+REPORT_PAGE, COMPARISON_PAGE = "report.html", "comparison.html"  # and the pages of `report`
 ADAPTER_WEIGHTS = "adapter_model.safetensors"  # PEFT's name for the weights of an adapter
 _LONGEST_PATH, _LONGEST_NAME = 4095, 255  # bytes, of Linux
 

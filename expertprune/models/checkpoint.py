@@ -15,7 +15,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from expertprune.errors import CheckpointError
-from expertprune.files import EXPERT_FILE, read_object, user_path
+from expertprune.files import (
+    CHANGES_FILE,
+    COMPARISON_PAGE,
+    EXPERT_FILE,
+    REPORT_PAGE,
+    THROUGHPUT_FILE,
+    read_object,
+    user_path,
+)
 from expertprune.models.encodings import Encoding, encoding_of
 from expertprune.models.tensorfile import DTYPES, TensorInfo, in_order, written_file
 from expertprune.progress import Track, silent
@@ -38,7 +46,7 @@ _CARRIED_FOLDERS = ("additional_chat_templates",)
 
 
 _NOT_CARRIED = {
-    "README.md", EXPERT_FILE, "report.html", "comparison.html", "throughput.json", "changes.json", INDEX,
+    "README.md", EXPERT_FILE, CHANGES_FILE, THROUGHPUT_FILE, REPORT_PAGE, COMPARISON_PAGE, INDEX,
     "pytorch_model.bin.index.json", ".gitattributes",
 }  # fmt: skip
 

@@ -17,9 +17,9 @@ import jsonlines
 import psutil
 
 from expertprune.artifacts.expert import Expert
-from expertprune.artifacts.timing import ROLES, THROUGHPUT_FILE, Load, Role, Run, Timing
+from expertprune.artifacts.timing import ROLES, Load, Role, Run, Timing
 from expertprune.errors import CheckpointError, ServingError, UsageError
-from expertprune.files import shipped, store_folder, temporary_folder
+from expertprune.files import THROUGHPUT_FILE, shipped, store_folder, temporary_folder
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.loading import load_tokenizer, quiet_transformers
 from expertprune.progress import Track, silent

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from expertprune.artifacts.changes import CHANGES_FILE
 from expertprune.artifacts.expert import Expert
-from expertprune.artifacts.timing import THROUGHPUT_FILE
 from expertprune.errors import CheckpointError, UsageError, refused
-from expertprune.files import file_digest, store_folder, write_file
+from expertprune.files import CHANGES_FILE, THROUGHPUT_FILE, file_digest, store_folder, write_file
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.hub import hub_errors
 from expertprune.models.origin import CARD_FILE

@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from expertprune.artifacts.changes import CHANGES_FILE
 from expertprune.artifacts.evaluation import Alignment, CorpusResult, Evaluation, Group, Settings
 from expertprune.artifacts.expert import Expert
 from expertprune.artifacts.record import Record
@@ -22,7 +21,15 @@ from expertprune.evaluation.harness.tasks import HarnessTask, run_task
 from expertprune.evaluation.measure import group_of
 from expertprune.evaluation.retention import RESAMPLES
 from expertprune.evaluation.suites import Suite
-from expertprune.files import EXPERT_FILE, digest_of, file_digest, read_kept, write_json
+from expertprune.files import (
+    CHANGES_FILE,
+    EXPERT_FILE,
+    THROUGHPUT_FILE,
+    digest_of,
+    file_digest,
+    read_kept,
+    write_json,
+)
 from expertprune.models.base import ResolvedBase
 from expertprune.models.loading import load_tokenizer
 from expertprune.models.running import RunningBase, run_folder
@@ -203,4 +210,4 @@ class _OnCorpus(Record):
 
 
 _READ = (".safetensors", ".json", ".model", ".jinja", ".txt")
-_OURS = (EXPERT_FILE, "throughput.json", CHANGES_FILE)  # files in an expert's folder on which its answers do not depend
+_OURS = (EXPERT_FILE, THROUGHPUT_FILE, CHANGES_FILE)  # files in an expert's folder on which its answers do not depend

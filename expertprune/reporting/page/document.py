@@ -16,7 +16,16 @@ from rich.text import Text
 from expertprune import formats
 from expertprune.artifacts.timing import METRICS
 from expertprune.errors import CheckpointError
-from expertprune.files import GENERATOR, PAGE, check_output, staged_output, to_json, write_file
+from expertprune.files import (
+    COMPARISON_PAGE,
+    GENERATOR,
+    PAGE,
+    REPORT_PAGE,
+    check_output,
+    staged_output,
+    to_json,
+    write_file,
+)
 from expertprune.models.origin import CARD_FILE
 from expertprune.reporting.card import card_text
 from expertprune.reporting.page import charts
@@ -76,7 +85,7 @@ def report(
     folders = [Path(folder) for folder in (expert, *compare)]
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise CheckpointError(f"{' '.join(map(str, folders))}: the same expert twice; compare it with another one")
-    page = Path(out) if out is not None else folders[0] / ("comparison.html" if compare else "report.html")
+    page = Path(out) if out is not None else folders[0] / (COMPARISON_PAGE if compare else REPORT_PAGE)
     overwrite = overwrite or out is None
     _check_page(page, overwrite)
     read = [read_artifacts(folder, store) for folder in folders]

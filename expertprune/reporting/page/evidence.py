@@ -10,10 +10,10 @@ from expertprune.artifacts.changes import Changes
 from expertprune.artifacts.expert import Expert
 from expertprune.artifacts.plan import Plan
 from expertprune.artifacts.profile import Profile, ProfilePart
-from expertprune.artifacts.timing import THROUGHPUT_FILE, Timing
+from expertprune.artifacts.timing import Timing
 from expertprune.composition.scoring import needed_part
 from expertprune.errors import CheckpointError
-from expertprune.files import store_folder
+from expertprune.files import THROUGHPUT_FILE, store_folder
 from expertprune.models.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
