@@ -16,9 +16,8 @@ from pathlib import Path
 
 from expertprune.artifacts.expert import Expert
 from expertprune.artifacts.timing import Timing
-from expertprune.files import THROUGHPUT_FILE
 from expertprune.errors import CheckpointError
-from expertprune.files import folder_size
+from expertprune.files import THROUGHPUT_FILE, folder_size
 from expertprune.reporting.tables import retention_rows
 
 from .records import Table, made, paragraph

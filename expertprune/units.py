@@ -92,14 +92,14 @@ class LayerShape:
             Segment.EXPERT: self.experts,
         }[segment]
 
-    def indivisible(self, parts: int) -> list[str]:
+    def indivisible(self, gpus: int) -> list[str]:
         """What vLLM cannot share among so many GPUs, in words; KV heads may be fewer than GPUs."""
         found = []
-        if self.ffn % parts:
+        if self.ffn % gpus:
             found.append(f"{self.ffn} FFN neurons")
-        if self.query_heads % parts:
+        if self.query_heads % gpus:
             found.append(f"{self.query_heads} query heads")
-        if self.kv_heads % parts and parts % self.kv_heads:
+        if self.kv_heads % gpus and gpus % self.kv_heads:
             found.append(f"{self.kv_heads} KV heads")
         return found
 

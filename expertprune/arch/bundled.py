@@ -22,14 +22,14 @@ class PackagedFile(Data):
 class BundledModel(Data):
     """A model that comes as a package: the GGUF `file` inside the installed `module`.
 
-    A model that is too large for one package comes in several `parts`. Their bytes in this order
+    A model that is too large for one package comes in several `files`. Their bytes in this order
     are the file with the digest `sha256`. The output matrix of a `tied` model is its embedding, though
     the file stores both. `hub` is its id on the hub, and `licence` the hub's word for its licence.
     """
 
     file: str
     module: str | None = None
-    parts: tuple[PackagedFile, ...] = ()
+    files: tuple[PackagedFile, ...] = ()
     sha256: str | None = None
     tied: bool = False
     install: str
@@ -38,14 +38,14 @@ class BundledModel(Data):
 
     @model_validator(mode="after")
     def _one_or_several(self) -> Self:
-        if (self.module is None) == (not self.parts) or bool(self.parts) != (self.sha256 is not None):
-            raise ValueError("a bundled model needs either a module, or parts and the sha256 of their whole")
+        if (self.module is None) == (not self.files) or bool(self.files) != (self.sha256 is not None):
+            raise ValueError("a bundled model needs either a module, or files and the sha256 of their whole")
         return self
 
     @property
     def packaged(self) -> tuple[PackagedFile, ...]:
         """The files that hold its bytes, in order."""
-        return self.parts if self.module is None else (PackagedFile(module=self.module, file=self.file),)
+        return self.files if self.module is None else (PackagedFile(module=self.module, file=self.file),)
 
 
 @functools.cache

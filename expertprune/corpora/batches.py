@@ -88,7 +88,7 @@ class Batch:
     def tokens(self) -> int:
         return sum(self.lengths)
 
-    def part(self, rows: Sequence[int]) -> Batch:
+    def of_rows(self, rows: Sequence[int]) -> Batch:
         """Some of the rows, no wider than the longest of them."""
         rows = list(rows)
         lengths, documents = (tuple(each[row] for row in rows) for each in (self.lengths, self.documents))
@@ -294,7 +294,7 @@ def each_once(
         own: list[Batch | None] = []
         for batch in share(text.batches):
             rows = [row for row, document in enumerate(batch.documents) if document in first]
-            own.append(batch if len(rows) == len(batch.documents) else batch.part(rows) if rows else None)
+            own.append(batch if len(rows) == len(batch.documents) else batch.of_rows(rows) if rows else None)
         found.append(own)
     return found
 
@@ -334,8 +334,8 @@ def windows(tokens: Tokens, max_tokens: int, count: int, bos: int | None = None)
 
 
 def _window(tokens: Tokens, start: int, length: int, head: int | None) -> Tokens:
-    part = slice(start, start + length)
-    ids, answers = tokens.ids[part], None if tokens.answers is None else tokens.answers[part]
+    here = slice(start, start + length)
+    ids, answers = tokens.ids[here], None if tokens.answers is None else tokens.answers[here]
     if head is None:
         return Tokens(ids, answers)
     return Tokens((head, *ids[1:]), None if answers is None else (False, *answers[1:]))

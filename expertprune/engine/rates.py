@@ -31,10 +31,8 @@ _SIDE = 1536  # of matrices whose products and factors are timed
 _ROWS = 4096  # of the output matrix that is timed
 
 
-_SAMPLE = 2**27  # bytes that are read, at most a part of the weights
-
-
-_PARTS = 8
+_SAMPLE = 2**27  # bytes that are read; and at most this share of the weights
+_SAMPLED = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def measured_rates(base: ResolvedBase, tokens: int, width: int, scratch: Path) -
         products=2 * order**3 / product,
         factors=order**3 / 3 / factor,
         read=_reading(base),
-        written=_writing(scratch, min(_SAMPLE, base.checkpoint.weight_bytes // _PARTS)),
+        written=_writing(scratch, min(_SAMPLE, int(base.checkpoint.weight_bytes * _SAMPLED))),
     )
 
 
@@ -194,7 +192,7 @@ def _reading(base: ResolvedBase) -> float:
     names = sorted(checkpoint.tensors, key=lambda name: checkpoint.tensors[name].bytes, reverse=True)
     seconds, size = 0.0, 0
     for name in names:
-        if size >= min(_SAMPLE, base.checkpoint.weight_bytes / _PARTS):
+        if size >= min(_SAMPLE, base.checkpoint.weight_bytes * _SAMPLED):
             break
         path = checkpoint.folder / checkpoint.tensors[name].file
         with contextlib.suppress(OSError, AttributeError), path.open("rb") as file:

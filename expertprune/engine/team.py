@@ -50,7 +50,7 @@ class Team:
         return self.rank == 0
 
     def share(self, batches: Sequence[Batch]) -> list[Batch]:
-        """This member's part of batches, balanced by tokens, padding included; perhaps none.
+        """This member's share of batches, balanced by tokens, padding included; perhaps none.
 
         Every member gives the same batches. They are cut between rows where there are few, so a
         document has the same neighbours in its batch, or fewer, in a team of any size.
@@ -78,8 +78,8 @@ class Team:
         mine = self.share(text.batches) if own is None else own
         return replace(text, batches=mine, whole=text.batches, together=self.add)
 
-    def part(self, number: int) -> slice:
-        """This member's part of so many things in a row, of about the same size as the others'."""
+    def own_range(self, number: int) -> slice:
+        """This member's range of so many things in a row, about as long as the others'."""
         return slice(self.rank * number // self.size, (self.rank + 1) * number // self.size)
 
     def add(self, sums: Mapping[str, Tensor]) -> None:
@@ -95,8 +95,8 @@ class Team:
         for tensors in small.values():
             flat = torch.cat([tensor.flatten() for tensor in tensors])
             distributed.all_reduce(flat)
-            for tensor, part in zip(tensors, flat.split([each.numel() for each in tensors]), strict=True):
-                tensor.copy_(part.view_as(tensor))
+            for tensor, summed in zip(tensors, flat.split([each.numel() for each in tensors]), strict=True):
+                tensor.copy_(summed.view_as(tensor))
 
     def lead(self, work: Callable[[], T]) -> T:
         """Do something in the first member alone; all get its result, plain data, or raise its error."""
@@ -216,7 +216,7 @@ def _cut(batches: Sequence[Batch], wanted: int) -> list[Batch]:
             break
         largest = found.pop(max(sizes)[1])
         middle = len(largest.documents) // 2
-        found += [largest.part(range(middle)), largest.part(range(middle, len(largest.documents)))]
+        found += [largest.of_rows(range(middle)), largest.of_rows(range(middle, len(largest.documents)))]
     return found
 
 

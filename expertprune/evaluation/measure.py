@@ -34,7 +34,7 @@ from expertprune.spec.schema import PER_TOKEN, Evaluate
 
 
 @dataclass(frozen=True)
-class _Part:
+class _Range:
     """A corpus' documents or questions: their place among all sequences."""
 
     corpus: str
@@ -47,19 +47,19 @@ class _Examples:
     """Everything that is measured, in the tokens of one tokenizer."""
 
     reading: Reading
-    parts: list[_Part]
+    ranges: list[_Range]
 
     def of(self, corpus: str, questions: bool) -> slice:
-        return next(part.here for part in self.parts if (part.corpus, part.questions) == (corpus, questions))
+        return next(each.here for each in self.ranges if (each.corpus, each.questions) == (corpus, questions))
 
     def corpus_of(self, batch: Batch) -> str | None:
         """The corpus of a batch of documents; `None` for questions."""
         first = batch.documents[0]
-        part = next(part for part in self.parts if part.here.start <= first < part.here.stop)
-        return None if part.questions else part.corpus
+        found = next(each for each in self.ranges if each.here.start <= first < each.here.stop)
+        return None if found.questions else found.corpus
 
-    def part(self, here: slice) -> Reading:
-        """Some sequences, without batches."""
+    def reading_of(self, here: slice) -> Reading:
+        """Some of the sequences."""
         return Reading(self.reading.sequences[here], ())
 
 
@@ -116,7 +116,7 @@ class Measuring:
 
     def _in_tokens(self, tokenizer: Any) -> _Examples:
         """All documents and questions in a tokenizer's tokens."""
-        parts, readings, first = [], [], 0
+        ranges, readings, first = [], [], 0
         limit = None if self.other_tokens else self.settings.max_tokens
         for corpus in self.corpora:
             asked = {False: encode(self._texts.get(corpus.name, ()), tokenizer, limit)}
@@ -130,10 +130,10 @@ class Measuring:
                 if sequences:
                     self._check(corpus, questions, sequences)
                     readings.append(Reading.of(sequences))
-                    parts.append(_Part(corpus.name, questions, slice(first, first + len(sequences))))
+                    ranges.append(_Range(corpus.name, questions, slice(first, first + len(sequences))))
                     first += len(sequences)
         reading = Reading.joined(readings)
-        return _Examples(replace(reading, batches=tuple(team().share(reading.batches))), parts)
+        return _Examples(replace(reading, batches=tuple(team().share(reading.batches))), ranges)
 
     @property
     def batches(self) -> Sequence[Batch]:
@@ -185,8 +185,8 @@ class Measuring:
         for corpus in self.corpora:
             if corpus.name in self._texts and corpus.evaluation:
                 here = self._examples.of(corpus.name, questions=False)
-                part = Compared(found.base[here], found.expert[here], found.kl[here], found.agreed[here])
-                rows[corpus.name] = document_rows(corpus.evaluation, self._examples.part(here), part)
+                compared = Compared(found.base[here], found.expert[here], found.kl[here], found.agreed[here])
+                rows[corpus.name] = document_rows(corpus.evaluation, self._examples.reading_of(here), compared)
         return self._evaluation(rows, (found.base, self._examples), (found.expert, self._examples))
 
     def _apart(self, others: _Examples, expert: TextRun, progress: Progress | None) -> Evaluation:
@@ -197,7 +197,11 @@ class Measuring:
             if corpus.name in self._texts and corpus.evaluation:
                 mine, own = (each.of(corpus.name, questions=False) for each in (self._examples, others))
                 rows[corpus.name] = document_rows_apart(
-                    corpus.evaluation, self._examples.part(mine), self._bits[mine], others.part(own), theirs[own]
+                    corpus.evaluation,
+                    self._examples.reading_of(mine),
+                    self._bits[mine],
+                    others.reading_of(own),
+                    theirs[own],
                 )
         return self._evaluation(rows, (self._bits, self._examples), (theirs, others))
 

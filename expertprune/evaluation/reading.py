@@ -42,16 +42,16 @@ class Reading:
         return cls(tuple(sequences), tuple(make_batches(sequences, TOKENS_PER_BATCH)))
 
     @classmethod
-    def joined(cls, parts: Sequence[Reading]) -> Reading:
+    def joined(cls, readings: Sequence[Reading]) -> Reading:
         """One after the other. Each keeps its batches, so its numbers do not depend on the others."""
         sequences: list[Tokens] = []
         batches: list[Batch] = []
-        for part in parts:
+        for reading in readings:
             first = len(sequences)
             batches += [
-                replace(batch, documents=tuple(first + number for number in batch.documents)) for batch in part.batches
+                replace(batch, documents=tuple(first + number for number in batch.documents)) for batch in reading.batches
             ]
-            sequences += part.sequences
+            sequences += reading.sequences
         return cls(tuple(sequences), tuple(batches))
 
     @property
@@ -94,9 +94,9 @@ class Places(NamedTuple):
 def _places(batch: Batch, device: torch.device, vocabulary: int) -> Iterator[Places]:
     """All places of a batch that count, a few at a time."""
     rows, columns = batch.targets.nonzero(as_tuple=True)
-    parts = (rows, columns, batch.ids[rows, columns + 1], torch.tensor(batch.documents)[rows])
-    for part in zip(*(each.split(max(1, _LOGITS // vocabulary)) for each in parts), strict=True):
-        yield Places(*(each.to(device) for each in part))
+    values = (rows, columns, batch.ids[rows, columns + 1], torch.tensor(batch.documents)[rows])
+    for chunk in zip(*(each.split(max(1, _LOGITS // vocabulary)) for each in values), strict=True):
+        yield Places(*(each.to(device) for each in chunk))
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

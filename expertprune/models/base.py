@@ -135,7 +135,7 @@ def _bundled_file(name: str, store: Path) -> Path:
     """The GGUF file of a bundled model: in its package, or joined once from several packages, in the store."""
     entry = bundled_models()[name]
     joined = store / "gguf" / entry.file
-    if entry.parts and joined.is_file() and file_digest(joined, store) == entry.sha256:
+    if entry.files and joined.is_file() and file_digest(joined, store) == entry.sha256:
         return joined
     paths = []
     for packaged in entry.packaged:
@@ -146,20 +146,20 @@ def _bundled_file(name: str, store: Path) -> Path:
         if not path.is_file():
             raise SpecError(f"base.model: {name!r}: {path} is missing; run: {_again(entry.install)}")
         paths.append(path)
-    if not entry.parts:
+    if not entry.files:
         return paths[0]
     require_room(joined, sum(path.stat().st_size for path in paths))
     digest = hashlib.sha256()
     with staged_file(joined) as temporary:
         with temporary.open("wb") as whole:
             for path in paths:
-                with path.open("rb") as part:
-                    while block := part.read(2**20):
+                with path.open("rb") as file:
+                    while block := file.read(2**20):
                         digest.update(block)
                         whole.write(block)
         if digest.hexdigest() != entry.sha256:
             raise SpecError(
-                f"base.model: {name!r}: the parts beside {paths[0]} do not make the file that they should "
+                f"base.model: {name!r}: the files beside {paths[0]} do not make the file that they should "
                 f"(SHA-256 {digest.hexdigest()[:12]}, not {str(entry.sha256)[:12]}); run: {_again(entry.install)}"
             )
     return joined

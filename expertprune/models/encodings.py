@@ -30,7 +30,7 @@ _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of the eight positive code
 _GROUP = 32  # values that share an exponent in MXFP4
 
 
-_PART = 2**24  # values decoded at once
+_AT_ONCE = 2**24  # values decoded at once
 
 
 Get = Callable[[str], Tensor]
@@ -121,7 +121,7 @@ class Mxfp4:
         exponents = scales.reshape(-1, output, groups, 1).to(torch.int32) - 127
         table = torch.tensor([*_VALUES, *(-value for value in _VALUES)], dtype=torch.bfloat16)
         result = torch.empty(len(codes), groups * _GROUP, output, dtype=torch.bfloat16)
-        step = max(1, _PART // (groups * _GROUP))
+        step = max(1, _AT_ONCE // (groups * _GROUP))
         for expert, start in ((e, s) for e in range(len(codes)) for s in range(0, output, step)):
             rows = slice(start, min(start + step, output))
             part = codes[expert, rows]

@@ -36,18 +36,18 @@ class KeptStates:
         """The function by which a pass over `batches` leaves its states here.
 
         Args:
-            wanted: what a later pass will run of each batch: all of its rows, some (`Batch.part`), or nothing.
+            wanted: what a later pass will run of each batch: all of its rows, some (`Batch.of_rows`), or nothing.
         """
         self._room, room.give_way = room, self.clear
-        keys = [None if part is None else _key(part) for part in wanted]
+        keys = [None if some is None else _key(some) for some in wanted]
 
         def keep(number: int, index: int, hidden: Tensor) -> None:
-            batch, part, key = batches[number], wanted[number], keys[number]
-            if part is None or key is None:
+            batch, some, key = batches[number], wanted[number], keys[number]
+            if some is None or key is None:
                 return
-            if part.documents != batch.documents:
-                rows = [batch.documents.index(document) for document in part.documents]
-                hidden = hidden[rows, : part.ids.shape[1]]
+            if some.documents != batch.documents:
+                rows = [batch.documents.index(document) for document in some.documents]
+                hidden = hidden[rows, : some.ids.shape[1]]
             if room.in_memory(hidden.nbytes):
                 self._held[index][key] = room.hold(hidden)
 

@@ -28,9 +28,9 @@ from expertprune.units import KeptUnits, LayerShape, new_positions
 _PREFIX = "base_model.model."  # of all tensors in adapters of causal language models
 _WRAPPED = ".base_layer"
 _A, _B, _MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
-# Of each part of an adapter, what its axes follow: an axis of the base's weight, the rank, or nothing of the base.
+# What the axes of each tensor of an adapter follow: an axis of the base's weight, the rank, or nothing of the base.
 _RANK, _FREE = -1, -2
-_PARTS = {
+_FOLLOWS = {
     _A: (_RANK, 1),
     _B: (0, _RANK),
     "lora_B.bias": (0,),
@@ -104,15 +104,15 @@ class Along:
 
     def _staying(self, name: str, path: str) -> TensorCut:
         """What becomes of a tensor, in a layer that stays or in none; of names, only those of routed experts change."""
-        part = next((part for part in _PARTS if path.endswith(f".{part}")), None)
-        if part is None:
+        ending = next((ending for ending in _FOLLOWS if path.endswith(f".{ending}")), None)
+        if ending is None:
             return self._whole(name, path.replace(f"{_WRAPPED}.", "."))
-        module = re.sub(rf"({re.escape(_WRAPPED)})+$", "", path.removesuffix(f".{part}"))
+        module = re.sub(rf"({re.escape(_WRAPPED)})+$", "", path.removesuffix(f".{ending}"))
         layer, local = self._layer(module)
         experts = self.family.experts_of(self.plan.shapes[layer]) if layer is not None else None
         if layer is not None and experts is not None and local == experts.module:
-            return self._stacked(name, part, experts, layer)
-        return self._beside(name, part, f"{module}.weight")
+            return self._stacked(name, ending, experts, layer)
+        return self._beside(name, ending, f"{module}.weight")
 
     def _last_position(self, layer: int) -> int | None:
         """A layer's position in the last expert; `None` where it goes on the way there."""
@@ -132,9 +132,9 @@ class Along:
 
     # --- beside one weight --------------------------------------------------------------------------------------------
 
-    def _beside(self, name: str, part: str, weight: str) -> TensorCut:
-        base, kept, follows = self._base_shape(weight), self._kept(weight), _PARTS[part]
-        if part.startswith(_MAGNITUDE):
+    def _beside(self, name: str, ending: str, weight: str) -> TensorCut:
+        base, kept, follows = self._base_shape(weight), self._kept(weight), _FOLLOWS[ending]
+        if ending.startswith(_MAGNITUDE):
             self._check_magnitude(weight)
         new: str | None = name
         if (single := self._single.get(weight)) is not None:
@@ -179,26 +179,26 @@ class Along:
 
     # --- beside the weights of all routed experts of a layer ----------------------------------------------------------
 
-    def _stacked(self, name: str, part: str, experts: Experts, layer: int) -> TensorCut:
+    def _stacked(self, name: str, ending: str, experts: Experts, layer: int) -> TensorCut:
         """PEFT wraps a module once for each of its parameters, the first one innermost."""
         shape, kept = self.plan.shapes[layer], self.plan.kept[layer]
         inside = [each for each in experts.run if each.name.startswith(f"{experts.module}.")]
         wrapped = [each for each in inside if self._targeted(layer, each)]
         depth = name.count(_WRAPPED)
-        if part not in (_A, _B) or depth >= len(wrapped):
+        if ending not in (_A, _B) or depth >= len(wrapped):
             raise CheckpointError(f"{name}: no parameter in target_parameters of the adapter's config belongs to it")
         tensor = wrapped[len(wrapped) - 1 - depth]
         if tensor.name not in (experts.input, experts.output):
             raise CheckpointError(f"{name}: LoRA of {tensor.name} cannot be cut along")
         width, reads = len(tensor.segments) * shape.ffn, tensor.name == experts.input
         inputs, outputs = (shape.hidden, width) if reads else (width, shape.hidden)
-        has_neurons = part == (_B if reads else _A)
+        has_neurons = ending == (_B if reads else _A)
 
         def cut(values: Tensor) -> Tensor:
-            each = _by_expert(values, part, shape.experts)
-            return _together(_those_kept(each, part, tensor if has_neurons else None, shape, kept), part)
+            each = _by_expert(values, ending, shape.experts)
+            return _together(_those_kept(each, ending, tensor if has_neurons else None, shape, kept), ending)
 
-        if part == _A:
+        if ending == _A:
             return TensorCut(name, (None, inputs), cut, 0, shape.experts)
         return TensorCut(name, (outputs, None), cut, 1, shape.experts)
 
@@ -273,25 +273,25 @@ class Along:
         return next((each for each in self.family.tensors if each.name == local), None)
 
 
-def _by_expert(values: Tensor, part: str, experts: int) -> Tensor:
+def _by_expert(values: Tensor, ending: str, experts: int) -> Tensor:
     """LoRA of stacked weights by routed expert: `A` as `[experts, rank, inputs]`, `B` as `[experts, outputs, rank]`.
 
     PEFT keeps `A` as `[experts * rank, inputs]`, and `B` as `[outputs, rank * experts]`, where routed experts alternate.
     """
-    if part == _A:
+    if ending == _A:
         return values.unflatten(0, (experts, -1))
     return values.unflatten(1, (-1, experts)).permute(2, 0, 1)
 
 
-def _together(each: Tensor, part: str) -> Tensor:
+def _together(each: Tensor, ending: str) -> Tensor:
     """The inverse of `_by_expert`."""
-    return (each.flatten(0, 1) if part == _A else each.permute(1, 2, 0).flatten(1)).contiguous()
+    return (each.flatten(0, 1) if ending == _A else each.permute(1, 2, 0).flatten(1)).contiguous()
 
 
-def _those_kept(each: Tensor, part: str, tensor: ExpertTensor | None, shape: LayerShape, kept: KeptUnits) -> Tensor:
+def _those_kept(each: Tensor, ending: str, tensor: ExpertTensor | None, shape: LayerShape, kept: KeptUnits) -> Tensor:
     """Kept routed experts, and the kept neurons of each where `tensor` says how neurons lie on the axis that is no rank."""
     if tensor is None:
         return each[list(kept.experts)]
-    axis = 1 if part == _A else 0
+    axis = 1 if ending == _A else 0
     rows = {expert: tensor.rows(kept.neurons_of(expert, shape), shape.ffn) for expert in kept.experts}
     return torch.stack([each[expert].index_select(axis, positions) for expert, positions in rows.items()])

@@ -232,7 +232,7 @@ class LayerRepair:
         self.together(dict(moments.sums()))
         block = self.family.block(structure)
         weight = self.small.get_parameter(block.output_weight)
-        change = moments.solved(ridge, team().part(weight.shape[0]))
+        change = moments.solved(ridge, team().own_range(weight.shape[0]))
         self.together({"change": change})
         repaired = weight.float() + change
         repaired = repaired.to(self.stored.get(self._name(structure), weight.dtype)).to(weight.dtype)

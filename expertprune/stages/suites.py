@@ -20,7 +20,7 @@ from expertprune.engine.team import team
 from expertprune.errors import SpecError, UsageError, gathered
 from expertprune.evaluation import changes
 from expertprune.evaluation.harness import tasks as harness
-from expertprune.evaluation.harness.scores import Scores, common_part
+from expertprune.evaluation.harness.scores import Scores, common_beginning
 from expertprune.evaluation.harness.stored import versions
 from expertprune.evaluation.harness.tasks import HarnessTask, less_is_better
 from expertprune.evaluation.retention import Counted, Paired, bits_per_byte, summarize
@@ -199,25 +199,25 @@ class SuiteRequest:
 
     def tasks_of(self, whole: Measurement) -> list[Task]:
         """A task for each suite, and one for the tasks that are named alone."""
-        parts = [replace(self, suites=(name,), tasks=()) for name in dict.fromkeys(self.suites)]
-        parts += [replace(self, suites=(), tasks=self.tasks)] if self.tasks else []
-        return [part._task(whole) for part in parts]
+        requests = [replace(self, suites=(name,), tasks=()) for name in dict.fromkeys(self.suites)]
+        requests += [replace(self, suites=(), tasks=self.tasks)] if self.tasks else []
+        return [each._task(whole) for each in requests]
 
     def _task(self, whole: Measurement) -> Task:
         means = {"device": whole.base.device.type, "dtype": str(whole.base.dtype).removeprefix("torch.")}
-        part = self.prepared(whole.align, **means)
+        measurement = self.prepared(whole.align, **means)
         asked = replace(
             self,
             expert=self.expert.resolve(),
             suites=tuple(str(Path(name).resolve()) if Path(name).is_file() else name for name in self.suites),
             store=whole.store.resolve(),
         )
-        arguments = {"asked": asked, "align": whole.align, "means": means, "expected": part.keys}
+        arguments = {"asked": asked, "align": whole.align, "means": means, "expected": measurement.keys}
         return Task(
             name=" ".join(("suite", *self.suites) if self.suites else ("tasks", *self.tasks)),
-            digest=digest_of(part.keys),
-            done=lambda: part.done,
-            run=part.run,
+            digest=digest_of(measurement.keys),
+            done=lambda: measurement.done,
+            run=measurement.run,
             elsewhere=RemoteCall(measure_elsewhere, arguments),
         )
 
@@ -230,13 +230,13 @@ def measure_elsewhere(
     Raises:
         UsageError: this machine would measure something else than `expected`, names of results.
     """
-    part = asked.prepared(align, **means)
-    check_same(", ".join(asked.suites or asked.tasks), digest_of(expected), digest_of(part.keys))
-    part.run(track)
+    measurement = asked.prepared(align, **means)
+    check_same(", ".join(asked.suites or asked.tasks), digest_of(expected), digest_of(measurement.keys))
+    measurement.run(track)
 
 
 def suites_shard(asked: SuiteRequest, shard: Shard, track: Track = silent) -> Report:
-    """A shard's part of an evaluation on suites, in the store."""
+    """A shard's share of an evaluation on suites, in the store."""
     return shard.work(asked.tasks_of(asked.prepared()), track)
 
 
@@ -285,6 +285,6 @@ def _result(each: ChosenTask, backend: Backend, paired: Paired, base: Scores, ex
     if each.task.generates and base.answers is not None and expert.answers is not None:
         agreement = float(np.mean([a == b for a, b in zip(base.answers, expert.answers, strict=True)]))
     if base.texts is not None and expert.texts is not None:
-        common = common_part(base.texts, expert.texts)
+        common = common_beginning(base.texts, expert.texts)
     about = {"suite": each.suite, "group": each.group, "backend": backend, "metric": each.task.reported}
     return TaskResult(**about, **paired.measured().model_dump(), agreement=agreement, common=common)

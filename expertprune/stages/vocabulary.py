@@ -20,7 +20,7 @@ from expertprune.stages.validate import Prepared, SpecLike, validate
 from expertprune.tokenizing import trimmed
 from expertprune.units import ROW_MULTIPLE
 
-_PARTS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the base's rows, shown where no sizes are asked for
+_FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the base's rows, shown where no sizes are asked for
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def vocabulary(
     profiles = profiles_of(prepared, track)
     ranking = RowRanking(prepared.spec, prepared.base, profiles)
     if not asked:
-        fractions = (round(of * part / ROW_MULTIPLE) * ROW_MULTIPLE for part in _PARTS)
+        fractions = (round(of * fraction / ROW_MULTIPLE) * ROW_MULTIPLE for fraction in _FRACTIONS)
         asked = [count for count in fractions if must.smallest <= count < of]
         if own.vocabulary is not None:
             asked.append(choose_rows(prepared.spec, prepared.base, profiles).rows.rows)

@@ -59,5 +59,5 @@ def test_a_window_of_two_corpora_runs_once_for_both() -> None:
 def test_parts_of_a_batch_keep_the_scales_of_their_rows() -> None:
     texts = [text_of(whole(1, 1), whole(2, 2)), text_of(whole(1, 1))]
     (batch,) = shared_out(texts, each_once(texts), [0.5, 0.5])
-    assert batch.part([1]).weights.tolist() == [[0.75, 0.75]]  # 0.5 * 6 / 4
-    assert batch.part([0]).weights.tolist() == [[2.25, 2.25]]  # and 0.5 * 6 / 2
+    assert batch.of_rows([1]).weights.tolist() == [[0.75, 0.75]]  # 0.5 * 6 / 4
+    assert batch.of_rows([0]).weights.tolist() == [[2.25, 2.25]]  # and 0.5 * 6 / 2

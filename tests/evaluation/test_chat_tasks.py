@@ -17,7 +17,7 @@ from tests.tiny import WORDS, tiny_model
 pytest.importorskip("lm_eval")
 
 from expertprune.evaluation.harness.models import running_model
-from expertprune.evaluation.harness.scores import common_part
+from expertprune.evaluation.harness.scores import common_beginning
 from expertprune.evaluation.harness.tasks import load_task, run_task
 
 TASK = """
@@ -85,7 +85,7 @@ def test_a_model_is_scored_on_what_follows_the_template(task: str) -> None:
 
 
 def test_how_long_generations_stay_the_same_is_the_part_of_the_bases_text() -> None:
-    assert common_part(["the heart", "abcd", "", ""], ["the heart pumps", "abxd", "", "a"]) == (1 + 0.5 + 1 + 0) / 4
+    assert common_beginning(["the heart", "abcd", "", ""], ["the heart pumps", "abxd", "", "a"]) == (1 + 0.5 + 1 + 0) / 4
 
 
 def test_a_suite_says_it_for_all_its_tasks(task: str, tmp_path: Path) -> None:

@@ -350,7 +350,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Packages:
         (found.part(number).parents[1] / "__init__.py").write_text("raise AssertionError('its code ran')")
     entry = {
         "file": "tiny.gguf",
-        "parts": [{"module": f"tiny_model_part{number}", "file": "data/tiny.gguf.part"} for number in range(3)],
+        "files": [{"module": f"tiny_model_part{number}", "file": "data/tiny.gguf.part"} for number in range(3)],
         "sha256": hashlib.sha256(found.gguf).hexdigest(),
         "install": PIP,
         "licence": "none",
@@ -368,7 +368,7 @@ def no_model(store: Path) -> str:
     return str(caught.value)
 
 
-def test_the_parts_of_a_bundled_model_are_joined_and_converted_once(packages: Packages, store: Path) -> None:
+def test_the_files_of_a_bundled_model_are_joined_and_converted_once(packages: Packages, store: Path) -> None:
     (store / "gguf").mkdir(parents=True)
     (store / "gguf" / "tiny.gguf").write_bytes(packages.gguf[:-1])  # damaged before: joined again
     base = resolve_base(Base(model="tiny", dtype="float32"), store)
@@ -389,13 +389,13 @@ REINSTALL = "run: pip install --force-reinstall tiny-model==1.0"
     [
         (lambda part: shutil.rmtree(part.parents[1]), "'tiny' comes as a package that is not installed", f"run: {PIP}"),
         (lambda part: part.unlink(), f"{Path('data', 'tiny.gguf.part')} is missing", REINSTALL),
-        (lambda part: part.write_bytes(b""), "the parts", REINSTALL),
-        (lambda part: part.write_bytes(part.read_bytes()[:-1]), "the parts", REINSTALL),
-        (lambda part: part.write_bytes(part.read_bytes()[:-1] + b"x"), "the parts", REINSTALL),
+        (lambda part: part.write_bytes(b""), "the files", REINSTALL),
+        (lambda part: part.write_bytes(part.read_bytes()[:-1]), "the files", REINSTALL),
+        (lambda part: part.write_bytes(part.read_bytes()[:-1] + b"x"), "the files", REINSTALL),
     ],
     ids=["no package", "no part", "empty", "shorter", "another byte"],
 )
-def test_parts_that_are_damaged_are_not_joined(
+def test_files_that_are_damaged_are_not_joined(
     packages: Packages, store: Path, damage: Callable[[Path], Any], begins: str, ends: str
 ) -> None:
     damage(packages.part(2))

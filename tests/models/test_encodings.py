@@ -73,7 +73,7 @@ def test_mxfp4_is_read_as_transformers_reads_it(monkeypatch: pytest.MonkeyPatch)
     expected = convert_moe_packed_tensors(blocks, scales)
     assert expected.shape == (3, 64, 40)
     assert torch.equal(read(Mxfp4(), "w", stored), expected)
-    monkeypatch.setattr("expertprune.models.encodings._PART", 64 * 7)  # seven rows at a time
+    monkeypatch.setattr("expertprune.models.encodings._AT_ONCE", 64 * 7)  # seven rows at a time
     assert torch.equal(read(Mxfp4(), "w", stored), expected)
 
 

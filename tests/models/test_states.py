@@ -16,14 +16,14 @@ CPU = torch.device("cpu")
 def test_rows_that_are_wanted_are_kept_without_padding_that_goes_with_the_others() -> None:
     first, second, third = make_batches([[1, 2], [3, 4, 5], [6, 7, 8, 9], [1] * 4, [2] * 4, [3] * 4], 8)
     assert [each.documents for each in (first, second, third)] == [(0, 1), (2, 3), (4, 5)]
-    states, part = KeptStates(), first.part([0])
-    keep = states.keeping([first, second, third], [part, second, None], Room(CPU))
+    states, some = KeptStates(), first.of_rows([0])
+    keep = states.keeping([first, second, third], [some, second, None], Room(CPU))
     hidden = torch.randn(3, 2, 4, 5)
     keep(0, 7, hidden[0, :, :3])
     keep(1, 7, hidden[1])
     keep(2, 7, hidden[2])
-    assert part.ids.tolist() == [[1, 2]]
-    found = states.behind(7, part)
+    assert some.ids.tolist() == [[1, 2]]
+    found = states.behind(7, some)
     assert found is not None
     assert torch.equal(found, hidden[0, :1, :2])
     assert torch.equal(states.behind(7, second), hidden[1])  # type: ignore[arg-type]

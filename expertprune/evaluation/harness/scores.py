@@ -82,11 +82,11 @@ def choice_scores(metric: str, choices: Sequence[str], found: Sequence[float]) -
     return bits
 
 
-def common_part(base: Sequence[str], expert: Sequence[str]) -> float:
-    """The mean part of each text of the base, from its beginning, that the expert's has too."""
+def common_beginning(base: Sequence[str], expert: Sequence[str]) -> float:
+    """The mean share of each text of the base, from its beginning, that the expert's has too."""
 
-    def part(mine: str, theirs: str) -> float:
+    def share(mine: str, theirs: str) -> float:
         same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(mine, theirs, strict=False))
         return sum(1 for _ in same) / len(mine) if mine else float(not theirs)
 
-    return float(np.mean([part(*pair) for pair in zip(base, expert, strict=True)]))
+    return float(np.mean([share(*pair) for pair in zip(base, expert, strict=True)]))

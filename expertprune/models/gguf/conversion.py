@@ -52,7 +52,7 @@ _PLAN = "conversion.json"  # in a folder whose weights are still to come
 _SHARD = 5 * 2**30  # bytes of a file of weights; a larger tensor has a file of its own
 
 
-_PART = 2**22  # values that are dequantized at once
+_AT_ONCE = 2**22  # values that are dequantized at once
 
 
 @dataclass(frozen=True)
@@ -302,7 +302,7 @@ def _dequantized(data: Any, kind: Any, dtype: torch.dtype) -> Tensor:
     if len(shape) == 1:
         return torch.from_numpy(numpy.array(dequantize(data, kind))).to(dtype)
     result = torch.empty(shape, dtype=dtype)
-    rows = max(1, _PART // math.prod(shape[1:]))
+    rows = max(1, _AT_ONCE // math.prod(shape[1:]))
     for start in range(0, shape[0], rows):
         part = dequantize(data[start : start + rows], kind)
         result[start : start + rows] = torch.from_numpy(numpy.array(part))
