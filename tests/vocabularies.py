@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from expertprune.artifacts.profile import Profile, save_profile
 from expertprune.profiling.rows import FOLDS
+from tests.profiles import made_up_about
 from tests.tiny import tiny_model
 
 TEXT = [
@@ -176,6 +177,6 @@ def counted_profile(folder: Path, name: str, rows: int, documents: list[list[int
         "occurrences": torch.cat([counts for _, counts in counted]),
     }
     names = [str(number) for number in range(len(documents))]
-    about = {"digest": name, "corpus": name, "documents": names, "tokens": 1, "layers": []}
+    about = made_up_about(name, name, names, tokens=1)
     save_profile(folder / f"{name}.vocabulary.safetensors", about, statistics)
     return save_profile(folder / f"{name}.safetensors", about, {"tokens": torch.zeros(1)})

@@ -107,16 +107,33 @@ FORWARD = ProfilePart(Pass.FORWARD)
 VOCABULARY = ProfilePart(Pass.VOCABULARY)
 
 
-class _Header(BaseModel):
-    """What the header of every profile says, whatever its pass adds."""
+class ProfileAbout(BaseModel):
+    """What the header of a profile says.
 
-    model_config = ConfigDict(extra="ignore")
+    Attributes:
+        digest: the key's when it was measured; it is the profile's name.
+        base: the name of the base.
+        corpus: the name of the corpus.
+        documents: digests of its documents.
+        layers: the base's widths, layer by layer.
+        tokens: how many tokens were read, padding left out.
+        part: the name of the `ProfilePart`, except for the forward pass.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
     digest: str
+    key: ProfileKey
+    base: str
     corpus: str
     documents: list[str]
-    tokens: int = Field(ge=0)
     layers: list[LayerShape]
+    tokens: int = Field(ge=0)
+    part: str | None = None
+
+    def document(self) -> dict[str, Any]:
+        """What the file's header holds, as plain data."""
+        return {"schema": PROFILE_SCHEMA, **self.model_dump(mode="json", exclude_none=True)}
 
 
 class Profile:
@@ -173,19 +190,19 @@ class Profile:
         damaged = f"{path}: not a readable profile"
         try:
             with safe_open(path, framework="pt") as file:
-                self.about: dict[str, Any] = parse_json((file.metadata() or {}).get("expertprune", "{}"), str(path))
+                header = parse_json((file.metadata() or {}).get("expertprune", "{}"), str(path))
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such profile") from None
         except (SafetensorError, CheckpointError, OSError) as error:
             raise CheckpointError(f"{damaged} ({error}); delete it and profile again") from None
-        if not isinstance(self.about, dict):
+        if not isinstance(header, dict):
             raise CheckpointError(f"{path}: not a profile; delete it and profile again")
-        if self.about.get("schema") != PROFILE_SCHEMA:
-            raise CheckpointError(f"{path}: a profile of schema {self.about.get('schema')}, not {PROFILE_SCHEMA}")
+        if header.get("schema") != PROFILE_SCHEMA:
+            raise CheckpointError(f"{path}: a profile of schema {header.get('schema')}, not {PROFILE_SCHEMA}")
         try:
-            self._checked = _Header.model_validate(self.about)
+            self.about = ProfileAbout.model_validate(header)
         except ValidationError as error:
-            problems = "; ".join(problems_of(error, _Header))
+            problems = "; ".join(problems_of(error, ProfileAbout))
             raise CheckpointError(f"{damaged} ({problems}); delete it and profile again") from None
 
     def read(self, name: str) -> Tensor:
@@ -208,32 +225,31 @@ class Profile:
 
     @property
     def digest(self) -> str:
-        return self._checked.digest
+        return self.about.digest
 
     @property
     def corpus(self) -> str:
-        return self._checked.corpus
+        return self.about.corpus
 
     @property
     def documents(self) -> list[str]:
-        return self._checked.documents
+        return self.about.documents
 
     @property
     def tokens(self) -> int:
-        return self._checked.tokens
+        return self.about.tokens
 
     @property
     def layers(self) -> list[LayerShape]:
-        return self._checked.layers
+        return self.about.layers
 
 
-def save_profile(path: Path, about: dict[str, Any], statistics: dict[str, Tensor]) -> Profile:
+def save_profile(path: Path, about: ProfileAbout, statistics: dict[str, Tensor]) -> Profile:
     """Write a profile, whole or not at all."""
-    about = {"schema": PROFILE_SCHEMA, **about}
     with staged_file(path) as temporary:
         save_file(
             {name: tensor.contiguous() for name, tensor in statistics.items()},
             temporary,
-            metadata={"expertprune": json.dumps(about)},
+            metadata={"expertprune": json.dumps(about.document())},
         )
     return Profile(path)

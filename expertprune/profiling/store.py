@@ -7,13 +7,11 @@ import functools
 import hashlib
 import importlib.metadata
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import expertprune
 from expertprune.arch import attention_of
-from expertprune.artifacts.profile import FORWARD, Profile, ProfileKey, ProfilePart, save_profile
+from expertprune.artifacts.profile import FORWARD, Profile, ProfileAbout, ProfileKey, ProfilePart, save_profile
 from expertprune.corpora.documents import Document
 from expertprune.engine.team import team
 from expertprune.files import digest_of, working_folder
@@ -70,23 +68,26 @@ def profile_path(store: Path, key: ProfileKey) -> Path:
     return store / "profiles" / f"{key.digest}.safetensors"
 
 
-def description(base: ResolvedBase, corpus: str, documents: Sequence[Document], key: ProfileKey) -> dict[str, Any]:
-    """The description that is stored in a profile's header; `measure` adds the number of tokens."""
-    return {
-        "digest": key.digest,
-        "key": asdict(key),
-        "base": base.name,
-        "corpus": corpus,
-        "documents": [document.digest for document in documents],
-        "layers": [asdict(shape) for shape in base.layers],
-    }
+def about_profile(
+    base: ResolvedBase, corpus: str, documents: Sequence[Document], key: ProfileKey, tokens: int
+) -> ProfileAbout:
+    """The header of a corpus' profile."""
+    return ProfileAbout(
+        digest=key.digest,
+        key=key,
+        base=base.name,
+        corpus=corpus,
+        documents=[document.digest for document in documents],
+        layers=list(base.layers),
+        tokens=tokens,
+    )
 
 
 def measure(
     text: TextRun,
     parts: Sequence[ProfilePart],
     path: Path,
-    about: dict[str, Any],
+    about: ProfileAbout,
     track: Track = silent,
     keep: Keep = keep_nothing,
     weights: dict[int, Statistics] | None = None,
@@ -97,7 +98,7 @@ def measure(
 
     Args:
         path: of the profile (see `profile_path`).
-        about: its `description`.
+        about: of the forward pass (see `about_profile`).
         keep, weights: see `Traversal`.
 
     Raises:
@@ -107,10 +108,10 @@ def measure(
     alone = team().size == 1
     with working_folder(path.with_name(f".{path.stem}.working")) if alone else contextlib.nullcontext(None) as folder:
         traversal = Traversal(text, parts, working=Working(folder), keep=keep, weights=weights)
-        with track(f"profile {about['corpus']}", traversal.steps) as step:
+        with track(f"profile {about.corpus}", traversal.steps) as step:
             found = traversal.run(step)
         for part, statistics in found.items() if team().leads else ():
-            own = {} if part == FORWARD else {"part": str(part)}
-            save_profile(part.path(path), {**about, "tokens": text.tokens, **own}, statistics)
+            own = about if part == FORWARD else about.model_copy(update={"part": str(part)})
+            save_profile(part.path(path), own, statistics)
     team().wait()
     return Profile(path)

@@ -51,7 +51,7 @@ def describe(path: Path) -> dict[str, Any]:
     if isinstance(found, Spec):
         return {"kind": "spec", "spec": found.document(), "corpora": [str(name) for name in corpus_names(found)]}
     if isinstance(found, Profile):
-        return {"kind": "profile", **found.about}
+        return {"kind": "profile", **found.about.document()}
     if isinstance(found, Expert):
         return {**found.document(), "folder": str(found.folder), "bytes": folder_size(found.folder)}
     return found.document()
@@ -89,14 +89,14 @@ def _profile(profile: Profile) -> RenderableType:
     about, shape = profile.about, max(profile.layers, key=lambda layer: layer.neurons)
     heads = f", {shape.query_heads} query heads, {shape.kv_heads} KV groups" if shape.kv_heads else ""
     return _pairs(
-        f"profile {about['digest'][:12]}",
+        f"profile {about.digest[:12]}",
         {
-            "base": about["base"],
-            "corpus": about["corpus"],
-            "documents": len(about["documents"]),
-            "tokens": f"{about['tokens']:,}",
+            "base": about.base,
+            "corpus": about.corpus,
+            "documents": len(about.documents),
+            "tokens": f"{about.tokens:,}",
             "layers": f"{len(profile.layers)} of {_widths(shape)}{heads}",
-            "run in": about["key"]["dtype"],
+            "run in": about.key.dtype,
         },
     )
 

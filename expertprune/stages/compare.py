@@ -141,12 +141,11 @@ def _stored(store: Path, key: ProfileKey, part: ProfilePart | None) -> list[Prof
     for path in sorted((store / "profiles").glob("*.safetensors")):
         try:
             found = Profile(path)
-            mine = (
-                found.about["key"]["model"] == key.model and key.same_means(found.digest) and "part" not in found.about
-            )
+            about = found.about
+            mine = about.key.model == key.model and key.same_means(about.digest) and about.part is None
             if mine and (part is None or found.part(part) is not None):
                 profiles.append(found)
-        except (CheckpointError, KeyError, TypeError) as error:
+        except CheckpointError as error:
             log.warning("%s is left out: %s", path, error)
     return sorted(profiles, key=lambda found: (found.corpus, found.digest))
 

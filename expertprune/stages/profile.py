@@ -20,7 +20,7 @@ from expertprune.models.running import to_stream
 from expertprune.models.sources import is_streamed, source_of
 from expertprune.models.spool import Limits
 from expertprune.models.states import Keep, keep_nothing
-from expertprune.profiling.store import description, measure, profile_key, profile_path
+from expertprune.profiling.store import about_profile, measure, profile_key, profile_path
 from expertprune.progress import Track, silent
 from expertprune.pruning.repair import check_repair
 from expertprune.relevance import Pass
@@ -117,7 +117,7 @@ def profile_corpus(prepared: Prepared, name: CorpusName, track: Track) -> None:
     if missing:
         _check_fits(prepared, name, missing)
         run_text = team().run(TextRun(prepared.running.model, base.family, base.layers, text.batches))
-        about = description(base, str(name), text.documents, place.key)
+        about = about_profile(base, str(name), text.documents, place.key, run_text.tokens)
         keep, weights = _keep(prepared, name, missing), prepared.running.weights
         measure(run_text, missing, place.path, about, track, keep, weights)
 

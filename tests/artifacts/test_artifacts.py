@@ -30,6 +30,7 @@ from expertprune.artifacts.profile import Profile, ProfileKey, save_profile
 from expertprune.errors import CheckpointError, PlanError
 from expertprune.spec.values import Coverage
 from expertprune.units import KeptRows, KeptUnits, LayerShape, format_indices, parse_indices
+from tests.profiles import KEY, made_up_about
 
 SHAPE = LayerShape(hidden=8, ffn=6, query_heads=6, kv_heads=3, head_dim=2)
 
@@ -161,8 +162,7 @@ def test_what_is_not_a_plan_of_this_version_is_refused(tmp_path: Path, content: 
     assert str(error.value).startswith(f"{path}: {reason}")
 
 
-LAYERS = [dataclasses.asdict(SHAPE)]
-ABOUT = {"digest": "abc", "corpus": "language/zh-日本", "documents": ["x", "y"], "tokens": 9, "layers": LAYERS}
+ABOUT = made_up_about("abc", "language/zh-日本", ["x", "y"], tokens=9, layers=[SHAPE])
 
 
 def statistics() -> dict[str, torch.Tensor]:
@@ -175,6 +175,7 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
     for profile in (saved, Profile(saved.path)):
         assert (profile.digest, profile.corpus, profile.tokens) == ("abc", "language/zh-日本", 9)
         assert (profile.documents, profile.layers) == (["x", "y"], [SHAPE])
+        assert profile.about == ABOUT
         for name, tensor in statistics().items():
             assert torch.equal(profile.read(name), tensor)
             assert profile.read(name).dtype == tensor.dtype
@@ -208,9 +209,6 @@ def test_tensors_of_another_kind_or_version_are_no_profile(
     save_file({"weight": torch.zeros(2)}, tmp_path / "p.safetensors", metadata=metadata)
     with pytest.raises(CheckpointError, match=reason):
         Profile(tmp_path / "p.safetensors")
-
-
-KEY = ProfileKey("m", "t", "c", 32, "float32", "cpu", "sdpa", {"torch": "2", "transformers": "5"}, "s")
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(ProfileKey), ids=lambda field: field.name)

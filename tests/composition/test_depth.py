@@ -24,6 +24,7 @@ from expertprune.spec.schema import Budget, Compose, Dimensions, Spec
 from expertprune.units import Structure
 from tests.bases import base_of
 from tests.oracle import fetched, resolved
+from tests.profiles import made_up_about
 from tests.tiny import save_tiny
 
 # By corpus, documents by layers. Of its sum over layers, the mean medical document has .4706, .1176,
@@ -44,8 +45,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> ResolvedBase:
 
 def made_up(folder: Path, base: ResolvedBase) -> dict[CorpusName, Profile]:
     profiles: dict[CorpusName, Profile] = {}
-    layers = [vars(shape) for shape in base.layers]
-    about = {"digest": "d", "corpus": "domain/law", "documents": [], "tokens": 0, "layers": layers}
+    about = made_up_about(layers=base.layers)
     for number, (name, rows) in enumerate(INFLUENCE.items()):
         tensors = {f"stream.{layer}.influence": torch.tensor([row[layer] for row in rows]) for layer in range(4)}
         profiles[CorpusName.parse(name)] = save_profile(folder / f"{number}.safetensors", about, tensors)

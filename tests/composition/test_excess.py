@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from expertprune.composition.excess import Law, curvature, foreseen
 from expertprune.errors import SpecError
 from expertprune.relevance import Pass
 from expertprune.units import KeptUnits, LayerShape
+from tests.profiles import made_up_about
 
 PART = ProfilePart(Pass.GRADIENT, "language_model")
 DENSE = LayerShape(hidden=8, ffn=3, query_heads=2, kv_heads=1, head_dim=4)
@@ -25,7 +25,7 @@ def profile_of(
     folder: Path, shape: LayerShape, values: dict[str, list[list[float]]], gradients: bool = True
 ) -> Profile:
     """Two documents of three tokens and one, with losses of 2 and 4 nats a token."""
-    about = {"digest": "d", "corpus": "domain/law", "documents": ["a", "b"], "layers": [asdict(shape)], "tokens": 4}
+    about = made_up_about(documents=["a", "b"], tokens=4, layers=[shape])
     path = folder / "p.safetensors"
     save_profile(path, about, {"tokens": torch.tensor([3.0, 1.0])})
     if gradients:

@@ -22,6 +22,7 @@ from expertprune.spec.reading import parse_spec
 from expertprune.spec.schema import METRICS, Base, Spec
 from expertprune.units import KeptRows, pack_indices, unpack_indices
 from tests.oracle import read_json
+from tests.profiles import made_up_about
 from tests.vocabularies import save_worded, tokenizer_of, worded_spec
 
 TOKENS = 404  # of the byte-level tokenizer: 400 and four added ones
@@ -52,7 +53,7 @@ def stored(folder: Path, name: str, count: Tensor, mass: Tensor) -> Profile:
         "row": row,
         "occurrences": count[row],
     }
-    about = {"digest": name, "corpus": name, "documents": [name], "tokens": int(count.sum()), "layers": []}
+    about = made_up_about(name, name, [name], tokens=int(count.sum()))
     save_profile(folder / f"{name}.vocabulary.safetensors", about, statistics)
     return save_profile(folder / f"{name}.safetensors", about, {"tokens": torch.zeros(1)})
 

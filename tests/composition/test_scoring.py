@@ -31,6 +31,7 @@ from expertprune.composition.scoring import (
 from expertprune.corpora.documents import CorpusName
 from expertprune.spec.schema import Budget, Dimensions, Fusion, Relevance, Spec
 from expertprune.units import DENSE, LayerShape, Structure
+from tests.profiles import made_up_about
 
 # Few values, so that ties are common.
 
@@ -95,7 +96,7 @@ def made_profile(folder: Path, corpus: str, seed: int, silent: bool = False) -> 
             statistics[f"{block}.{layer}.weight_norm"] = draw(units)
             if block != "ffn":
                 statistics[f"{block}.{layer}.impact"] = draw(DOCUMENTS, units)
-    about = {"digest": corpus, "corpus": corpus, "documents": ["x"] * 3, "tokens": 9, "layers": [vars(SHAPE)] * LAYERS}
+    about = made_up_about(corpus, corpus, ["x"] * 3, tokens=9, layers=[SHAPE] * LAYERS)
     return save_profile(folder / f"{corpus}-{seed}.safetensors", about, statistics)
 
 

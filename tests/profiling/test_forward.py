@@ -24,7 +24,7 @@ from expertprune.models.base import ResolvedBase, resolve_base
 from expertprune.models.loading import load_model, load_tokenizer
 from expertprune.models.passes import TextRun
 from expertprune.profiling import store as store_module
-from expertprune.profiling.store import description, measure, profile_key, profile_path, statistics_code
+from expertprune.profiling.store import about_profile, measure, profile_key, profile_path, statistics_code
 from expertprune.spec.schema import Base
 from expertprune.units import LayerShape
 from tests.masks import Tiny, assert_near, ffn_output, layer_activations, measured, tiny, token_lists
@@ -177,7 +177,8 @@ def test_a_stored_profile_holds_what_was_collected(base: ResolvedBase, store: Pa
     batches = make_batches(tokens, 10)
     key = profile_key(base, "digest of the text", 32)
     text = TextRun(model, base.family, base.layers, batches)
-    profile = measure(text, [FORWARD], profile_path(store, key), description(base, "language/en", documents, key))
+    about = about_profile(base, "language/en", documents, key, text.tokens)
+    profile = measure(text, [FORWARD], profile_path(store, key), about)
     assert profile.path == profile_path(store, key)
     again = Profile(profile.path)
     assert (again.corpus, again.tokens, again.digest) == ("language/en", 4 + 5 + 3, key.digest)

@@ -14,6 +14,7 @@ from expertprune.profiling.store import measure
 from expertprune.profiling.working import Working
 from expertprune.relevance import Pass
 from tests.models.test_sources import text_of
+from tests.profiles import made_up_about
 from tests.tiny import save_tiny
 
 GRADIENT = ProfilePart(Pass.GRADIENT, "kl")
@@ -26,8 +27,7 @@ class Killed(BaseException):
 
 
 def measure_all(text: TextRun, path: Path) -> list[Profile]:
-    about = {"digest": path.stem, "corpus": "c", "documents": [], "layers": []}
-    measure(text, PARTS, path, about)
+    measure(text, PARTS, path, made_up_about(path.stem))
     return [Profile(part.path(path)) for part in PARTS]
 
 

@@ -28,6 +28,7 @@ from expertprune.units import Structure
 from tests.calling import call
 from tests.masks import LENGTHS, measured, tiny_of, token_lists
 from tests.oracle import load, read_json
+from tests.profiles import made_up_about
 from tests.tiny import WORDS, save_tiny, tiny_model
 
 EXPERTS, CHOSEN = 6, 2
@@ -101,14 +102,7 @@ def test_reap_is_the_mean_over_all_tokens_of_the_corpus_that_are_routed_to_an_ex
     """`S_j = mean_{x in X_j} g_j(x) ‖E_j(x)‖` (arXiv:2510.13999), also where one document alone needs an expert."""
     of, texts = tiny_of(tiny_model(name)), token_lists((4, 2, 6, 2, 3), seed=1)
     path = tmp_path / "p.safetensors"
-    about = {
-        "digest": "d",
-        "corpus": "c",
-        "documents": [],
-        "tokens": 17,
-        "layers": [vars(shape) for shape in of.shapes],
-    }
-    profile = measure(of.text(texts), [FORWARD], path, about)
+    profile = measure(of.text(texts), [FORWARD], path, made_up_about(tokens=17, layers=of.shapes))
     scores, largest, quantile = (
         [
             corpus_score(criteria["reap"], unit_statistics(profile, Structure.EXPERTS, layer, 0), how).double().numpy()

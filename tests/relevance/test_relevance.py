@@ -22,7 +22,7 @@ from expertprune.files import digest_of
 from expertprune.models.base import ResolvedBase, resolve_base
 from expertprune.models.loading import load_model
 from expertprune.models.passes import TextRun
-from expertprune.profiling.store import description, measure, profile_key, profile_path
+from expertprune.profiling.store import about_profile, measure, profile_key, profile_path
 from expertprune.relevance import Pass, UnitStatistics, criteria
 from expertprune.spec.schema import Base, Budget, Dimensions, Relevance, Spec
 from expertprune.units import DENSE, Structure
@@ -39,6 +39,7 @@ from tests.masks import (
     token_lists,
 )
 from tests.patching import everywhere
+from tests.profiles import made_up_about
 from tests.tiny import tiny_tokenizer
 
 NAMES = {Structure.FFN: "ffn", Structure.QUERY_HEADS: "heads", Structure.KV_GROUPS: "groups"}
@@ -85,7 +86,8 @@ class Bench:
         documents = [Document(" ".join(map(str, ids))) for ids in tokens]
         key = profile_key(self.base, digest_of(tokens), 32)
         text = TextRun(model, self.base.family, self.base.layers, make_batches(tokens, tokens_per_batch))
-        path, about = profile_path(self.store, key), description(self.base, "language/en", documents, key)
+        path = profile_path(self.store, key)
+        about = about_profile(self.base, "language/en", documents, key, text.tokens)
         for part in (FORWARD, *parts):
             measure(text, [part], path, about)
         return Profile(path)
@@ -192,8 +194,7 @@ def test_the_two_losses_are_read_from_their_own_parts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("largest", [3.4e38, 1e6, 65504.0, 1.0, 1e-38, 2.0**-140, 0.0])
 def test_half_precision_keeps_any_magnitude(tmp_path: Path, largest: float) -> None:
     values = torch.tensor([[largest, -largest / 2], [largest / 1000, 0.0]])
-    about = {"digest": "d", "corpus": "domain/law", "documents": [], "tokens": 0, "layers": []}
-    back = save_profile(tmp_path / "p.safetensors", about, halved("x", values)).read_half("x")
+    back = save_profile(tmp_path / "p.safetensors", made_up_about(), halved("x", values)).read_half("x")
     assert back.dtype == torch.float32
     np.testing.assert_allclose(back.double().numpy(), values.double().numpy(), rtol=2.0**-11, atol=2.0**-150)
 
