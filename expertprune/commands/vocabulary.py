@@ -36,5 +36,5 @@ def vocabulary(spec: Path, rows: list[int], overrides: dict[str, Any], store: Pa
     from expertprune.reporting.tables import vocabulary_tables
     from expertprune.stages import vocabulary as tradeoff
 
-    result = tradeoff.vocabulary(spec, rows, store, overrides, progress_bar).document()
-    show(as_json, result, lambda: vocabulary_tables(result))
+    result = tradeoff.vocabulary(spec, rows, store, overrides, progress_bar)
+    show(as_json, result.document(), lambda: vocabulary_tables(result))

@@ -17,6 +17,7 @@ from expertprune.artifacts.evaluation import Group as DocumentGroup
 from expertprune.artifacts.plan import Plan, VocabularyPlan
 from expertprune.artifacts.sweep import Sweep
 from expertprune.composition.overlap import Comparison, StructureComparison
+from expertprune.composition.tradeoff import TradeOff
 from expertprune.evaluation.retention import pooled
 from expertprune.spec.schema import TO_BASE
 from expertprune.units import format_indices
@@ -165,32 +166,32 @@ def vocabulary_table(vocabulary: VocabularyPlan) -> Table:
     return table
 
 
-def vocabulary_tables(tradeoff: Mapping[str, Any]) -> Group:
+def vocabulary_tables(tradeoff: TradeOff) -> Group:
     """Vocabularies of several sizes, and the effect of each on every corpus."""
-    base = tradeoff["base"]
-    kept = ", ".join(f"{reason} {count:,}" for reason, count in tradeoff["always_kept"].items())
+    base = tradeoff.base
+    kept = ", ".join(f"{reason} {count:,}" for reason, count in tradeoff.always_kept.items())
     about = Text(
-        f"{base['model']}: {base['tokenizer']}, {base['tokens']:,} tokens in {base['rows']:,} rows, "
-        f"{base['parameters']:,} parameters.\nAlways kept: {kept} (they overlap); at least {tradeoff['smallest']:,} rows.\n"
+        f"{base.model}: {base.tokenizer}, {base.tokens:,} tokens in {base.rows:,} rows, {base.parameters:,} parameters.\n"
+        f"Always kept: {kept} (they overlap); at least {tradeoff.smallest:,} rows.\n"
         "Covered: the share of the base's tokens whose rows are kept, in calibration text and in measured text."
     )
-    sizes = Table("rows", "parameters", "of base", "saved", title=Text(f"{tradeoff['name']}: sizes"))
+    sizes = Table("rows", "parameters", "of base", "saved", title=Text(f"{tradeoff.name}: sizes"))
     table = Table("corpus", "rows", "covered,\ncalibration", "covered,\nmeasured", title=Text("by corpus"))
     for header in ("tokens\nper word", "tokens,\nof the base's"):
         table.add_column(header)
     for column in (*sizes.columns, *table.columns[1:]):
         column.justify = "right"
-    for size in tradeoff["sizes"]:
-        sizes.add_row(f"{size['rows']:,}", f"{size['parameters']:,}", f"{size['fraction']:.1%}", f"{size['saved']:,}")
-    for name, corpus in tradeoff["corpora"].items():
-        label = f"{name} ({corpus['split']}, {corpus['words']:,} words)"
-        table.add_row(Text(label), f"{base['rows']:,}", "", "", f"{corpus['tokens_per_word']:.3f}", "")
-        for number, size in enumerate(tradeoff["sizes"], 1):
-            here = size["corpora"][name]
+    for size in tradeoff.sizes:
+        sizes.add_row(f"{size.rows:,}", f"{size.parameters:,}", f"{size.fraction:.1%}", f"{size.saved:,}")
+    for name, corpus in tradeoff.corpora.items():
+        label = f"{name} ({corpus.split}, {corpus.words:,} words)"
+        table.add_row(Text(label), f"{base.rows:,}", "", "", f"{corpus.tokens_per_word:.3f}", "")
+        for number, size in enumerate(tradeoff.sizes, 1):
+            here = size.corpora[name]
             table.add_row(
-                "", f"{size['rows']:,}", f"{here['calibration_coverage']:.4%}", f"{here['coverage']:.4%}",
-                f"{here['tokens_per_word']:.3f}", f"{here['tokens_of_base']:.1%}",
-                end_section=number == len(tradeoff["sizes"]),
+                "", f"{size.rows:,}", f"{here.calibration_coverage:.4%}", f"{here.coverage:.4%}",
+                f"{here.tokens_per_word:.3f}", f"{here.tokens_of_base:.1%}",
+                end_section=number == len(tradeoff.sizes),
             )  # fmt: skip
     return Group(about, sizes, table)
 

@@ -10,7 +10,7 @@ from typing import Any
 from expertprune.artifacts.plan import Plan
 from expertprune.artifacts.profile import Profile, ProfilePart
 from expertprune.composition.excess import Foreseen, foreseen_corpora
-from expertprune.composition.outlook import BROKEN, Outlook, ForeseenSize
+from expertprune.composition.outlook import BROKEN, ForeseenSize, Outlook
 from expertprune.composition.plan import compose
 from expertprune.corpora.documents import CorpusName
 from expertprune.engine.team import team
@@ -76,17 +76,16 @@ def forecast(
 
 def profiled(prepared: Prepared, track: Track = silent, run: bool = True) -> dict[CorpusName, Profile]:
     """The profiles of all corpora with the gradient pass, whatever the spec's criterion needs beside it."""
-    relevance = prepared.spec.relevance
-    experts = None if relevance.experts is None else "fisher"
-    changed = relevance.model_copy(update={"criterion": "fisher", "experts": experts})
-    profiles_of(replace(prepared, spec=prepared.spec.model_copy(update={"relevance": changed})), track, run)
-    return profiles_of(prepared, track, run)
+    return profiles_of(prepared, track, run, also=[_gradient(prepared.spec)])
+
+
+def _gradient(spec: Spec) -> ProfilePart:
+    return ProfilePart(Pass.GRADIENT, spec.relevance.loss)
 
 
 def expected(prepared: Prepared, plan: Plan, profiles: Mapping[CorpusName, Profile]) -> dict[str, Foreseen]:
     """What the expert of a plan keeps of each corpus; `profiles` are those of `profiled`."""
-    part = ProfilePart(Pass.GRADIENT, prepared.spec.relevance.loss)
-    return foreseen_corpora(profiles, part, plan.kept, is_repaired(prepared.spec))
+    return foreseen_corpora(profiles, _gradient(prepared.spec), plan.kept, is_repaired(prepared.spec))
 
 
 def _keys(budget: Budget, sizes: Sequence[float]) -> list[str]:

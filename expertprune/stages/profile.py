@@ -31,13 +31,18 @@ from expertprune.units import Structure
 
 
 def profiles_of(
-    prepared: Prepared, track: Track, run: bool = True, engine: Engine | None = None
+    prepared: Prepared,
+    track: Track,
+    run: bool = True,
+    engine: Engine | None = None,
+    also: Sequence[ProfilePart] = (),
 ) -> dict[CorpusName, Profile]:
     """The profile of every corpus, with the pass that the criterion needs; what is stored is not measured again.
 
     Args:
         run: whether what is missing may be measured.
         engine: where it is measured; default: here.
+        also: parts that each profile must have besides those that the spec needs.
 
     Raises:
         SpecError: something is missing and must not be measured.
@@ -46,8 +51,8 @@ def profiles_of(
     names = corpus_names(prepared.spec)
     prepared.base.checkpoint.fetch(track)  # profiles are named by the digest of the weights
     if run:
-        (engine or Local()).run(profile_tasks(prepared), track)
-    places = {name: _place(prepared, name) for name in names}
+        (engine or Local()).run(profile_tasks(prepared, also), track)
+    places = {name: _place(prepared, name, also) for name in names}
     for name, place in places.items():
         if place.missing:
             lacking = " and the ".join(map(str, place.missing))
@@ -55,19 +60,19 @@ def profiles_of(
     return {name: Profile(place.path) for name, place in places.items()}
 
 
-def profile_tasks(prepared: Prepared) -> list[Task]:
-    """The profile of each corpus, as a task."""
-    return [_task(prepared, name) for name in corpus_names(prepared.spec)]
+def profile_tasks(prepared: Prepared, also: Sequence[ProfilePart] = ()) -> list[Task]:
+    """The profile of each corpus, as a task; for `also` see `profiles_of`."""
+    return [_task(prepared, name, also) for name in corpus_names(prepared.spec)]
 
 
-def _task(prepared: Prepared, name: CorpusName) -> Task:
-    place = _place(prepared, name)
-    arguments = {**sent(prepared), "corpus": str(name), "expected": place.key.digest}
+def _task(prepared: Prepared, name: CorpusName, also: Sequence[ProfilePart]) -> Task:
+    place = _place(prepared, name, also)
+    arguments = {**sent(prepared), "corpus": str(name), "expected": place.key.digest, "also": tuple(also)}
     return Task(
         name=f"profile {name}",
         digest=digest_of([place.key.digest, *map(str, place.parts)]),
         done=lambda: not place.missing,
-        run=lambda track: profile_corpus(prepared, name, track),
+        run=lambda track: profile_corpus(prepared, name, track, also),
         elsewhere=RemoteCall(profile_elsewhere, arguments),
     )
 
@@ -85,10 +90,10 @@ class _Place:
         return [each for each in self.parts if not each.path(self.path).is_file()]
 
 
-def _place(prepared: Prepared, name: CorpusName) -> _Place:
+def _place(prepared: Prepared, name: CorpusName, also: Sequence[ProfilePart] = ()) -> _Place:
     spec = prepared.spec
     key = profile_key(prepared.base, prepared.calibration[name].digest, spec.calibration.max_tokens)
-    return _Place(key, profile_path(prepared.store, key), parts_wanted(spec))
+    return _Place(key, profile_path(prepared.store, key), list(dict.fromkeys([*parts_wanted(spec), *also])))
 
 
 def parts_wanted(spec: Spec) -> list[ProfilePart]:
@@ -109,9 +114,9 @@ def parts_lacking(prepared: Prepared) -> dict[CorpusName, list[ProfilePart]]:
     return {name: _place(prepared, name).missing for name in corpus_names(prepared.spec)}
 
 
-def profile_corpus(prepared: Prepared, name: CorpusName, track: Track) -> None:
-    """Run the passes over a corpus that its profile lacks."""
-    base, text, place = prepared.base, prepared.calibration[name], _place(prepared, name)
+def profile_corpus(prepared: Prepared, name: CorpusName, track: Track, also: Sequence[ProfilePart] = ()) -> None:
+    """Run the passes over a corpus that its profile lacks; for `also` see `profiles_of`."""
+    base, text, place = prepared.base, prepared.calibration[name], _place(prepared, name, also)
     base.checkpoint.fetch(track)
     missing = team().lead(lambda: place.missing)
     if missing:
@@ -142,6 +147,7 @@ def profile_elsewhere(
     means: Mapping[str, str],
     corpus: str,
     expected: str,
+    also: Sequence[ProfilePart] = (),
     track: Track = silent,
 ) -> None:
     """`profile_corpus` in a process that shares the store with the one that asks.
@@ -151,7 +157,7 @@ def profile_elsewhere(
     """
     prepared, name = received(spec, store, means), CorpusName.parse(corpus)
     check_same(f"profile {corpus}", expected, _place(prepared, name).key.digest)
-    profile_corpus(prepared, name, track)
+    profile_corpus(prepared, name, track, also)
 
 
 def cuts_units(budget: Budget) -> bool:
@@ -198,5 +204,5 @@ def profile_shard(
     overrides: Mapping[str, Any] | None = None,
     track: Track = silent,
 ) -> Report:
-    """A shard's part of the profiles of a spec, in the store."""
+    """A shard's share of the profiles of a spec, in the store."""
     return shard.work(profile_tasks(validate(spec, overrides, store)), track)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from expertprune.artifacts.plan import VocabularyPlan
+from expertprune.artifacts.profile import VOCABULARY
 from expertprune.composition.parameters import aligned, removed_with_rows
 from expertprune.composition.rows import RowRanking, choose_rows, essentials
+from expertprune.composition.tradeoff import BaseVocabulary, CorpusCoverage, CorpusTokens, TradeOff, VocabularySize
 from expertprune.corpora.documents import Document
 from expertprune.errors import PlanError
+from expertprune.models.base import ResolvedBase
 from expertprune.models.inventory import vocabulary_rows
 from expertprune.progress import Track, silent
 from expertprune.stages.profile import profiles_of
@@ -36,23 +39,6 @@ class Text:
     def words(self) -> int:
         """Stretches without white space: words, in languages that part them so."""
         return sum(len(text.split()) for text in self.texts)
-
-
-@dataclass
-class TradeOff:
-    """Vocabularies of several sizes. `corpora` and each entry of `sizes` map a corpus to what its
-    text gives.
-    """
-
-    name: str
-    base: dict[str, Any]
-    always_kept: dict[str, int]
-    smallest: int
-    corpora: dict[str, dict[str, Any]] = field(default_factory=dict)
-    sizes: list[dict[str, Any]] = field(default_factory=list)
-
-    def document(self) -> dict[str, Any]:
-        return {"kind": "vocabulary", **asdict(self)}
 
 
 def vocabulary(
@@ -79,16 +65,12 @@ def vocabulary(
     for count in asked:
         if not must.smallest <= count < of:
             raise PlanError(f"--rows {count}: must be at least {must.smallest:,} and below the base's {of:,}")
-    own = prepared.spec.budget
-    if own.vocabulary is None:  # so that profiles hold what rows are chosen by
-        spec = prepared.spec.model_copy(update={"budget": own.model_copy(update={"vocabulary": 0.5})})
-        prepared = replace(prepared, spec=spec)
-    profiles = profiles_of(prepared, track)
+    profiles = profiles_of(prepared, track, also=[VOCABULARY])
     ranking = RowRanking(prepared.spec, prepared.base, profiles)
     if not asked:
         fractions = (round(of * fraction / ROW_MULTIPLE) * ROW_MULTIPLE for fraction in _FRACTIONS)
         asked = [count for count in fractions if must.smallest <= count < of]
-        if own.vocabulary is not None:
+        if prepared.spec.budget.vocabulary is not None:
             asked.append(choose_rows(prepared.spec, prepared.base, profiles).rows.rows)
     return _measured(prepared, ranking, [ranking.plan(count) for count in sorted(set(asked))])
 
@@ -96,39 +78,70 @@ def vocabulary(
 def _measured(prepared: Prepared, ranking: RowRanking, plans: list[VocabularyPlan]) -> TradeOff:
     from tokenizers import Tokenizer
 
-    must, of = ranking.must, ranking.of
-    base, parameters = prepared.base, prepared.base.checkpoint.parameters
-    about = {"model": base.name, "parameters": parameters, "rows": of, "tokens": len(must.vocabulary.by_id)}
-    kept = {reason: len(ids) for reason, ids in must.reasons.items() if ids}
-    result = TradeOff(prepared.spec.name, {**about, "tokenizer": must.vocabulary.kind.value}, kept, must.smallest)
-    texts = {str(name): _text(prepared, str(name), corpus.calibration) for name, corpus in prepared.corpora.items()}
+    must, base = ranking.must, prepared.base
     tokenizer = Tokenizer.from_str(json.dumps(must.vocabulary.data))
-    encoded = {name: _encoded(tokenizer, text) for name, text in texts.items()}
-    calibrated = {str(name): int(rows.occurrences.sum()) for name, rows in ranking.corpora.items()}
-    for name, text in texts.items():
-        tokens = sum(map(len, encoded[name]))
-        about = {"calibration_tokens": calibrated[name], "split": text.split, "words": text.words, "tokens": tokens}
-        result.corpora[name] = {**about, "tokens_per_word": tokens / max(1, text.words)}
-    for plan in plans:
-        why = plan.why
-        assert why is not None
-        smaller = Tokenizer.from_str(json.dumps(trimmed(must.vocabulary, plan.rows.kept).data))
-        corpora = {}
-        for name, text in texts.items():
-            ids, of_base = set(plan.rows.kept), result.corpora[name]
-            covered = sum(index in ids for document in encoded[name] for index in document)
-            tokens = sum(map(len, _encoded(smaller, text)))
-            corpora[name] = {
-                "calibration_coverage": why.coverage[name],
-                "unseen": why.unseen[name].document() if name in why.unseen else None,
-                "coverage": covered / max(1, of_base["tokens"]),
-                "tokens_per_word": tokens / max(1, of_base["words"]),
-                "tokens_of_base": tokens / max(1, of_base["tokens"]),
-            }
-        saved = removed_with_rows(base, plan.rows.rows)
-        size = {"rows": plan.rows.rows, "parameters": parameters - saved, "fraction": 1 - saved / parameters}
-        result.sizes.append({**size, "saved": saved, "threshold": why.threshold, "corpora": corpora})
-    return result
+    corpora: dict[str, CorpusTokens] = {}
+    encoded: dict[str, tuple[Text, list[list[int]]]] = {}
+    for name, corpus in prepared.corpora.items():
+        text = _text(prepared, str(name), corpus.calibration)
+        ids = _encoded(tokenizer, text)
+        tokens = sum(map(len, ids))
+        encoded[str(name)] = text, ids
+        corpora[str(name)] = CorpusTokens(
+            calibration_tokens=int(ranking.corpora[name].occurrences.sum()),
+            split=text.split,
+            words=text.words,
+            tokens=tokens,
+            tokens_per_word=tokens / max(1, text.words),
+        )
+    return TradeOff(
+        name=prepared.spec.name,
+        base=BaseVocabulary(
+            model=base.name,
+            parameters=base.checkpoint.parameters,
+            rows=ranking.of,
+            tokens=len(must.vocabulary.by_id),
+            tokenizer=must.vocabulary.kind.value,
+        ),
+        always_kept={reason: len(ids) for reason, ids in must.reasons.items() if ids},
+        smallest=must.smallest,
+        corpora=corpora,
+        sizes=[_size(base, ranking, plan, corpora, encoded) for plan in plans],
+    )
+
+
+def _size(
+    base: ResolvedBase,
+    ranking: RowRanking,
+    plan: VocabularyPlan,
+    of_base: Mapping[str, CorpusTokens],
+    encoded: Mapping[str, tuple[Text, list[list[int]]]],
+) -> VocabularySize:
+    from tokenizers import Tokenizer
+
+    why, kept, before = plan.why, set(plan.rows.kept), base.checkpoint.parameters
+    assert why is not None
+    smaller = Tokenizer.from_str(json.dumps(trimmed(ranking.must.vocabulary, plan.rows.kept).data))
+    corpora = {}
+    for name, (text, documents) in encoded.items():
+        covered = sum(index in kept for document in documents for index in document)
+        tokens, words, own = of_base[name].tokens, text.words, sum(map(len, _encoded(smaller, text)))
+        corpora[name] = CorpusCoverage(
+            calibration_coverage=why.coverage[name],
+            unseen=why.unseen.get(name),
+            coverage=covered / max(1, tokens),
+            tokens_per_word=own / max(1, words),
+            tokens_of_base=own / max(1, tokens),
+        )
+    saved = removed_with_rows(base, plan.rows.rows)
+    return VocabularySize(
+        rows=plan.rows.rows,
+        parameters=before - saved,
+        fraction=1 - saved / before,
+        saved=saved,
+        threshold=why.threshold,
+        corpora=corpora,
+    )
 
 
 def _text(prepared: Prepared, name: str, calibration: Sequence[Document]) -> Text:
