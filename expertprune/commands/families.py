@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from expertprune.commands.terminal import common, reporting, show, store_option
 from expertprune.errors import SpecError
+
+if TYPE_CHECKING:
+    from expertprune.arch import Family
 
 
 @click.command()
@@ -31,8 +35,11 @@ def families(folder: Path | None, trust_remote_code: bool, store: Path | None, a
     expertprune families --check path/to/model
     """
     if folder is None:
-        listed = listed_families()
-        show(as_json, {"kind": "families", "families": listed}, lambda: _table(listed))
+        from expertprune.arch import families as known
+
+        listed = sorted({each.family: each for each in known().values()}.values(), key=lambda each: each.family)
+        data = {"kind": "families", "families": [_document(each) for each in listed]}
+        show(as_json, data, lambda: _table(listed))
         return
     if not folder.is_dir():
         raise SpecError(f"--check: {folder}: no such folder")
@@ -42,36 +49,28 @@ def families(folder: Path | None, trust_remote_code: bool, store: Path | None, a
     show(as_json, checked, lambda: text)
 
 
-def listed_families() -> list[dict[str, Any]]:
-    """What each family allows: the structures that can be cut, and whether vLLM serves layers of different widths."""
-    from expertprune.arch import families as known
-
-    each = {family.family: family for family in known().values()}
-    return [
-        {
-            "family": name,
-            "model_types": list(family.model_types),
-            "structures": [structure.value for structure in family.structures],
-            "why_no_heads": family.why_no_heads,
-            "layer_widths": {"transformers": True, "vllm": bool(family.vllm_single_layers)},
-        }
-        for name, family in sorted(each.items())
-    ]
+def _document(family: Family) -> dict[str, Any]:
+    """What a family allows: the structures that can be cut, and whether vLLM serves layers of different widths."""
+    return {
+        "family": family.family,
+        "model_types": list(family.model_types),
+        "structures": [structure.value for structure in family.structures],
+        "why_no_heads": family.why_no_heads,
+        "layer_widths": {"transformers": True, "vllm": bool(family.vllm_single_layers)},
+    }
 
 
-def _table(families: list[dict[str, Any]]) -> Any:
+def _table(families: Sequence[Family]) -> Any:
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     table = Table("family", "model_type", "structures that can be cut", "different widths per layer in vLLM")
-    for family in families:
-        structures = ", ".join(family["structures"])
-        vllm = "yes" if family["layer_widths"]["vllm"] else "no: uniform widths only"
-        table.add_row(family["family"], ", ".join(family["model_types"]), structures, vllm)
-    notes = [
-        f"{family['family']}: no heads, since {family['why_no_heads']}" for family in families if family["why_no_heads"]
-    ]
+    for each in families:
+        structures = ", ".join(structure.value for structure in each.structures)
+        vllm = "yes" if each.vllm_single_layers else "no: uniform widths only"
+        table.add_row(each.family, ", ".join(each.model_types), structures, vllm)
+    notes = [f"{each.family}: no heads, since {each.why_no_heads}" for each in families if each.why_no_heads]
     notes.append(
         "A model of another family is accepted if its tensors look like a gated FFN (gate_proj, up_proj, down_proj) and "
         "attention heads (q_proj, k_proj, v_proj, o_proj), and if cutting equals masking on a tiny random copy. "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from expertprune.files import EXPERT_FILE, check_inputs, check_output, digest_of
 from expertprune.progress import Track, silent
 from expertprune.spec.schema import Spec
 from expertprune.stages.compose import plan_of
-from expertprune.stages.elsewhere import agreed, received, run_with, sent
+from expertprune.stages.elsewhere import SentSpec, agreed, run_with
 from expertprune.stages.evaluate import Meanwhile, evaluated_after, measure_folder, measuring, record
 from expertprune.stages.forecast import forecast
 from expertprune.stages.profile import profile_tasks
@@ -63,13 +64,13 @@ def build(
 
 def _task(prepared: Prepared, out: Path, overwrite: bool) -> Task:
     before = _stamp(out)
-    arguments = {**sent(prepared), "out": str(out.resolve()), "overwrite": overwrite}
+    sent, place = SentSpec.of(prepared), str(out.resolve())
     return Task(
         name=f"build {prepared.spec.name}",
-        digest=digest_of([arguments, before]),
+        digest=digest_of([asdict(sent), place, overwrite, before]),
         done=lambda: _stamp(out) != before,
         run=lambda track: _make(prepared, plan_of(prepared, track), out, overwrite, track),
-        elsewhere=RemoteCall(build_elsewhere, arguments),
+        elsewhere=RemoteCall(build_elsewhere, {"sent": sent, "out": place, "overwrite": overwrite}),
     )
 
 
@@ -83,9 +84,7 @@ def _stamp(out: Path) -> tuple[int, int] | None:
 
 
 def build_elsewhere(
-    spec: Mapping[str, Any],
-    store: str,
-    means: Mapping[str, str],
+    sent: SentSpec,
     out: str,
     overwrite: bool,
     track: Track = silent,
@@ -95,7 +94,7 @@ def build_elsewhere(
     A process before this one may have died after it had published the expert: then it is only
     evaluated.
     """
-    prepared, place = received(spec, store, means), Path(out)
+    prepared, place = sent.prepared(), Path(out)
     plan = plan_of(prepared, track)
     if not team().lead(lambda: _published(place, plan)):
         _make(prepared, plan, place, overwrite, track)

@@ -6,7 +6,7 @@ import functools
 import json
 import socket
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,24 +59,37 @@ def facts(base: ResolvedBase) -> dict[str, str]:
     }
 
 
-def sent(prepared: Prepared) -> dict[str, Any]:
-    """A prepared spec as plain data: the arguments of `received`."""
-    base = prepared.base
-    means = {"device": base.device.type, "dtype": str(base.dtype).removeprefix("torch.")}
-    return {"spec": prepared.spec.document(), "store": str(prepared.store.resolve()), "means": means}
+@dataclass(frozen=True)
+class SentSpec:
+    """A prepared spec as plain data, for a process that shares the store.
 
-
-def received(spec: Mapping[str, Any], store: str, means: Mapping[str, str]) -> Prepared:
-    """The prepared spec again. Specs that differ in the budget alone share the running base.
-
-    Args:
-        means: the device and the dtype that the base runs with where the task comes from.
+    Attributes:
+        spec: its document.
+        device, dtype: what the base runs with where the task comes from.
     """
-    parsed = _parsed(spec)
-    kept = parsed.budget.retention  # it holds calibration documents back
-    budget = {"retention": kept.model_dump()} if kept is not None else {"parameters": 0.5}
-    key = json.dumps({**spec, "budget": budget}, sort_keys=True)
-    return prepare(_found(key, store, means["device"], means["dtype"]), parsed.budget)
+
+    spec: Mapping[str, Any]
+    store: str
+    device: str
+    dtype: str
+
+    @classmethod
+    def of(cls, prepared: Prepared) -> SentSpec:
+        device, dtype = means_of(prepared.base)
+        return cls(prepared.spec.document(), str(prepared.store.resolve()), device, dtype)
+
+    def prepared(self) -> Prepared:
+        """The prepared spec again. Specs that differ in the budget alone share the running base."""
+        parsed = _parsed(self.spec)
+        kept = parsed.budget.retention  # it holds calibration documents back
+        budget = {"retention": kept.model_dump()} if kept is not None else {"parameters": 0.5}
+        key = json.dumps({**self.spec, "budget": budget}, sort_keys=True)
+        return prepare(_found(key, self.store, self.device, self.dtype), parsed.budget)
+
+
+def means_of(base: ResolvedBase) -> tuple[str, str]:
+    """The type of device and the dtype that a base runs with."""
+    return base.device.type, str(base.dtype).removeprefix("torch.")
 
 
 @functools.lru_cache(maxsize=1)  # a base stays loaded from task to task; two would not fit

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from expertprune.artifacts.evaluation import Evaluation
 from expertprune.artifacts.expert import Expert, portable
@@ -21,7 +20,7 @@ from expertprune.files import digest_of, folder_size, read_kept, write_json
 from expertprune.progress import Track, silent
 from expertprune.pruning.repair import Passengers
 from expertprune.stages.compose import plan_of
-from expertprune.stages.elsewhere import check_same, received
+from expertprune.stages.elsewhere import SentSpec, check_same
 from expertprune.stages.evaluate import Meanwhile, evaluated_after, measure_folder, measuring, record
 from expertprune.stages.prune import write_folder
 from expertprune.stages.validate import Found, Prepared
@@ -82,9 +81,7 @@ def holds(place: Path, plan: Plan) -> bool:
 
 
 def point_elsewhere(
-    spec: Mapping[str, Any],
-    store: str,
-    means: Mapping[str, str],
+    sent: SentSpec,
     budget: float,
     place: str | None,
     expected: str,
@@ -95,7 +92,7 @@ def point_elsewhere(
     Raises:
         UsageError: this machine would measure something else than `expected`, the point's key.
     """
-    prepared = received(spec, store, means)
+    prepared = sent.prepared()
     plan = plan_of(prepared, track, run=False)
     check_same(f"budget {budget:g}", expected, point_key(plan, prepared))
     evaluator = measuring(prepared.running, prepared.evaluated, prepared.spec.evaluate, plan.vocabulary is not None)

@@ -25,7 +25,7 @@ from expertprune.progress import Track, silent
 from expertprune.pruning.repair import check_repair
 from expertprune.relevance import Pass
 from expertprune.spec.schema import Budget, Spec
-from expertprune.stages.elsewhere import agreed, check_same, received, run_with, sent
+from expertprune.stages.elsewhere import SentSpec, agreed, check_same, run_with
 from expertprune.stages.validate import Prepared, SpecLike, validate
 from expertprune.units import Structure
 
@@ -67,7 +67,7 @@ def profile_tasks(prepared: Prepared, also: Sequence[ProfilePart] = ()) -> list[
 
 def _task(prepared: Prepared, name: CorpusName, also: Sequence[ProfilePart]) -> Task:
     place = _place(prepared, name, also)
-    arguments = {**sent(prepared), "corpus": str(name), "expected": place.key.digest, "also": tuple(also)}
+    arguments = {"sent": SentSpec.of(prepared), "corpus": str(name), "expected": place.key.digest, "also": tuple(also)}
     return Task(
         name=f"profile {name}",
         digest=digest_of([place.key.digest, *map(str, place.parts)]),
@@ -142,9 +142,7 @@ def _keep(prepared: Prepared, name: CorpusName, missing: Sequence[ProfilePart]) 
 
 
 def profile_elsewhere(
-    spec: Mapping[str, Any],
-    store: str,
-    means: Mapping[str, str],
+    sent: SentSpec,
     corpus: str,
     expected: str,
     also: Sequence[ProfilePart] = (),
@@ -155,7 +153,7 @@ def profile_elsewhere(
     Raises:
         UsageError: this machine would measure something else than `expected`, the profile's digest.
     """
-    prepared, name = received(spec, store, means), CorpusName.parse(corpus)
+    prepared, name = sent.prepared(), CorpusName.parse(corpus)
     check_same(f"profile {corpus}", expected, _place(prepared, name).key.digest)
     profile_corpus(prepared, name, track, also)
 

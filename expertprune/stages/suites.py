@@ -32,7 +32,7 @@ from expertprune.models.spool import Limits
 from expertprune.progress import Track, silent
 from expertprune.spec.reading import TRUST
 from expertprune.spec.schema import Spec
-from expertprune.stages.elsewhere import base_with, check_same
+from expertprune.stages.elsewhere import base_with, check_same, means_of
 from expertprune.stages.evaluate import record
 from expertprune.stages.generate import generator
 from expertprune.stages.suite_scores import Backend, ChosenTask, Measurement
@@ -204,8 +204,8 @@ class SuiteRequest:
         return [each._task(whole) for each in requests]
 
     def _task(self, whole: Measurement) -> Task:
-        means = {"device": whole.base.device.type, "dtype": str(whole.base.dtype).removeprefix("torch.")}
-        measurement = self.prepared(whole.align, **means)
+        means = means_of(whole.base)
+        measurement = self.prepared(whole.align, *means)
         asked = replace(
             self,
             expert=self.expert.resolve(),
@@ -223,14 +223,17 @@ class SuiteRequest:
 
 
 def measure_elsewhere(
-    asked: SuiteRequest, align: bool, means: Mapping[str, str], expected: list[str], track: Track = silent
+    asked: SuiteRequest, align: bool, means: tuple[str, str], expected: list[str], track: Track = silent
 ) -> None:
     """Measure in a process that shares the store with the one that asks; the results go there.
+
+    Args:
+        means: the type of device and the dtype that the models run with (see `means_of`).
 
     Raises:
         UsageError: this machine would measure something else than `expected`, names of results.
     """
-    measurement = asked.prepared(align, **means)
+    measurement = asked.prepared(align, *means)
     check_same(", ".join(asked.suites or asked.tasks), digest_of(expected), digest_of(measurement.keys))
     measurement.run(track)
 

@@ -24,7 +24,7 @@ from expertprune.progress import Track, silent
 from expertprune.pruning.write import bytes_needed
 from expertprune.spec.schema import Budget, Spec
 from expertprune.stages.compose import plan_of
-from expertprune.stages.elsewhere import agree, run_with, sent
+from expertprune.stages.elsewhere import SentSpec, agree, run_with
 from expertprune.stages.evaluate import measuring
 from expertprune.stages.points import holds, load_point, make_point, point_elsewhere, point_key, save_point
 from expertprune.stages.profile import profile_tasks
@@ -170,7 +170,7 @@ class _Sweeping:
             save_point(self.found.store, point)
 
         kept = None if place is None else str(place.resolve())
-        arguments = {**sent(self.prepared[value]), "budget": value, "place": kept, "expected": self.keys[value]}
+        arguments = {"sent": SentSpec.of(self.prepared[value]), "budget": value, "place": kept, "expected": self.keys[value]}
         return Task(
             name=f"budget {value:g}",
             digest=digest_of([self.keys[value], kept]),
