@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from expertprune.artifacts.plan import KindCount, UnitReasons
-from expertprune.composition.scoring import EXPERT, GENERAL, SHARED, Fused
+from expertprune.composition.scoring import Fused, UnitKind
 
 
 def reasons(kept: Sequence[int], fused: Fused, dimensions: Sequence[str]) -> UnitReasons:
@@ -28,8 +28,12 @@ def reasons(kept: Sequence[int], fused: Fused, dimensions: Sequence[str]) -> Uni
 def _kinds(kind: Tensor | None, kept: Tensor) -> dict[str, KindCount]:
     if kind is None:
         return {}
-    names = {"shared": SHARED, "expert_exclusive": EXPERT, "general_exclusive": GENERAL}
+    names = {
+        "shared": UnitKind.SHARED,
+        "expert_exclusive": UnitKind.EXPERT,
+        "general_exclusive": UnitKind.GENERAL,
+    }
     return {
-        name: KindCount(units=int((kind == number).sum()), kept=int(((kind == number) & kept).sum()))
-        for name, number in names.items()
+        name: KindCount(units=int((kind == each).sum()), kept=int(((kind == each) & kept).sum()))
+        for name, each in names.items()
     }

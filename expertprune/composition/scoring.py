@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -236,7 +237,12 @@ def percentile(scores: Tensor) -> Tensor:
     return (low + high).double() / 2 / max(1, scores.numel() - 1)
 
 
-SHARED, EXPERT, GENERAL = 0, 1, 2
+class UnitKind(IntEnum):
+    """Whether a unit serves the expert and general text alike, or one of them only (see `fuse`)."""
+
+    SHARED = 0
+    EXPERT = 1
+    GENERAL = 2
 
 
 @dataclass
@@ -245,7 +251,7 @@ class Fused:
 
     score: Tensor
     source: Tensor  # index into the dimensions, or their number for `general`
-    kind: Tensor | None  # SHARED, EXPERT or GENERAL; None without general corpora
+    kind: Tensor | None  # a `UnitKind`; None without general corpora
 
 
 def fuse(
@@ -265,12 +271,13 @@ def fuse(
         The fused score and the kind of each unit, `[units]` each.
     """
     delta = (general_rms - expert_rms).abs() / (general_rms + expert_rms).clamp_min(1e-30)
-    kind = torch.where(delta <= fusion.tau, SHARED, torch.where(expert_rms > general_rms, EXPERT, GENERAL))
+    exclusive_to = torch.where(expert_rms > general_rms, UnitKind.EXPERT, UnitKind.GENERAL)
+    kind = torch.where(delta <= fusion.tau, UnitKind.SHARED, exclusive_to)
     weighted = fusion.lambda_ * general + (1 - fusion.lambda_) * expert
     if fusion.method == "weighted":
         return weighted, kind
-    exclusive = torch.where(kind == EXPERT, expert, torch.maximum(fusion.beta * general, expert))
-    return torch.where(kind == SHARED, weighted, exclusive), kind
+    exclusive = torch.where(kind == UnitKind.EXPERT, expert, torch.maximum(fusion.beta * general, expert))
+    return torch.where(kind == UnitKind.SHARED, weighted, exclusive), kind
 
 
 def score_units(

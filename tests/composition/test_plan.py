@@ -12,7 +12,7 @@ import torch
 import expertprune
 from expertprune.artifacts.plan import KindCount, UnitReasons, load_plan
 from expertprune.composition.plan import compose, explain, keep_largest, select_layer
-from expertprune.composition.scoring import EXPERT, GENERAL, SHARED, Fused
+from expertprune.composition.scoring import Fused, UnitKind
 from expertprune.composition.widths import LayerWidths
 from expertprune.corpora.documents import CorpusName
 from expertprune.errors import PlanError, SpecError

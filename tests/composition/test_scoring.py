@@ -17,10 +17,8 @@ from torch import Tensor
 
 from expertprune.artifacts.profile import Profile, save_profile
 from expertprune.composition.scoring import (
-    EXPERT,
-    GENERAL,
-    SHARED,
     CorpusScores,
+    UnitKind,
     corpus_scores,
     fuse,
     percentile,
@@ -33,7 +31,7 @@ from expertprune.spec.schema import Budget, Dimensions, Fusion, Relevance, Spec
 from expertprune.units import DENSE, LayerShape, Structure
 from tests.profiles import made_up_about
 
-# Few values, so that ties are common.
+SHARED, EXPERT, GENERAL = UnitKind
 
 
 # --- rules ----------------------------------------------------------------------------------------------------------
