@@ -59,26 +59,6 @@ class Question:
         return Document(self.question), Document(answered), Document(f"{self.question}\n{choices}")
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """Documents of one dimension value, or of `general`.
-
-    `set_aside` says that the evaluation documents are a tenth of the corpus rather than a split of
-    their own. `generated` says how the base made the calibration documents, if it did.
-    """
-
-    name: str
-    calibration: tuple[Document, ...]
-    evaluation: tuple[Document, ...]
-    questions: tuple[Question, ...] = ()
-    set_aside: bool = False
-    generated: str | None = None
-
-    @property
-    def digest(self) -> str:
-        return digest_of([document.digest for document in self.calibration])
-
-
 GENERAL = "general"
 
 
@@ -108,6 +88,26 @@ class CorpusName:
     def answers_to(self, text: str) -> bool:
         """Whether a user who writes `text` means this corpus: `language/de`, or `de` alone."""
         return text in (str(self), self.value)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents of one dimension value, or of `general`.
+
+    `set_aside` says that the evaluation documents are a tenth of the corpus rather than a split of
+    their own. `generated` says how the base made the calibration documents, if it did.
+    """
+
+    name: CorpusName
+    calibration: tuple[Document, ...]
+    evaluation: tuple[Document, ...]
+    questions: tuple[Question, ...] = ()
+    set_aside: bool = False
+    generated: str | None = None
+
+    @property
+    def digest(self) -> str:
+        return digest_of([document.digest for document in self.calibration])
 
 
 def corpus_names(spec: Spec) -> list[CorpusName]:

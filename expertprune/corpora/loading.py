@@ -49,7 +49,7 @@ def load_corpus(
     if not calibration:
         raise SpecError(f"corpus {name}: {where}: holds no document to calibrate on")
     questions = read_questions(Path(source.questions)) if source.questions else ()
-    corpus = Corpus(str(name), tuple(calibration), tuple(evaluation), questions, set_aside=not own_split)
+    corpus = Corpus(name, tuple(calibration), tuple(evaluation), questions, set_aside=not own_split)
     if source.generate is not None and generator is not None:
         corpus = generator(name, source, corpus)
     answered = [each for each in corpus.evaluation if each.conversation is None or each.conversation.answered]

@@ -26,7 +26,7 @@ def of_corpora(corpora: Iterable[Corpus], results: Mapping[str, CorpusResult]) -
     """
     answers, documents = [], []
     for corpus in corpora:
-        result = results[corpus.name]
+        result = results[str(corpus.name)]
         answers.append(_questions(corpus, result))
         documents.append(_documents(corpus, result))
     return Changes(answers=largest(answers), documents=largest(documents))
@@ -68,7 +68,7 @@ def _rank(change: AnswerChange | DocumentChange) -> tuple[float, int]:
 def _questions(corpus: Corpus, result: CorpusResult) -> list[AnswerChange]:
     return [
         _answer(
-            corpus.name,
+            str(corpus.name),
             result.group,
             question.prompt,
             (question.choices[row.base], question.choices[row.expert]),
@@ -89,8 +89,8 @@ def _documents(corpus: Corpus, result: CorpusResult) -> list[DocumentChange]:
             text = shortened(document.text)
             found.append(
                 DocumentChange(
-                    source=corpus.name, group=result.group, digest=row.digest, text=text, base=base, expert=expert,
-                    change=expert - base,
+                    source=str(corpus.name), group=result.group, digest=row.digest, text=text, base=base,
+                    expert=expert, change=expert - base,
                 )
             )  # fmt: skip
     return found

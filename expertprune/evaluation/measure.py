@@ -37,7 +37,7 @@ from expertprune.spec.schema import PER_TOKEN, Evaluate
 class _Range:
     """A corpus' documents or questions: their place among all sequences."""
 
-    corpus: str
+    corpus: CorpusName
     questions: bool
     here: slice
 
@@ -49,14 +49,14 @@ class _Examples:
     reading: Reading
     ranges: list[_Range]
 
-    def of(self, corpus: str, questions: bool) -> slice:
+    def of(self, corpus: CorpusName, questions: bool) -> slice:
         return next(each.here for each in self.ranges if (each.corpus, each.questions) == (corpus, questions))
 
     def corpus_of(self, batch: Batch) -> str | None:
         """The corpus of a batch of documents; `None` for questions."""
         first = batch.documents[0]
         found = next(each for each in self.ranges if each.here.start <= first < each.here.stop)
-        return None if found.questions else found.corpus
+        return None if found.questions else str(found.corpus)
 
     def reading_of(self, here: slice) -> Reading:
         """Some of the sequences."""
@@ -91,7 +91,7 @@ class Measuring:
             )
         # Where the expert has other tokens, both read what the base's tokens are cut to.
         end = settings.max_tokens if other_tokens else None
-        self._texts: dict[str, Sequence[Rendered]] = {
+        self._texts: dict[CorpusName, Sequence[Rendered]] = {
             corpus.name: texts_of(corpus.evaluation, tokenizer, end)
             for corpus in corpora
             if set(self.metrics) - {"questions"}
@@ -192,7 +192,7 @@ class Measuring:
     def _apart(self, others: _Examples, expert: TextRun, progress: Progress | None) -> Evaluation:
         assert self._bits is not None
         theirs = bits(others.reading, read(others.reading, expert, progress), progress)
-        rows: dict[str, list[DocumentBits]] = {}
+        rows: dict[CorpusName, list[DocumentBits]] = {}
         for corpus in self.corpora:
             if corpus.name in self._texts and corpus.evaluation:
                 mine, own = (each.of(corpus.name, questions=False) for each in (self._examples, others))
@@ -207,7 +207,7 @@ class Measuring:
 
     def _evaluation(
         self,
-        rows: Mapping[str, list[DocumentBits]],
+        rows: Mapping[CorpusName, list[DocumentBits]],
         base: tuple[Floats, _Examples],
         expert: tuple[Floats, _Examples],
     ) -> Evaluation:
@@ -226,7 +226,7 @@ class Measuring:
                 mine, theirs = (self._answers(corpus, needed, examples) for needed, examples in (base, expert))
                 found["questions"] = paired_answers(asked, mine.right, theirs.right).measured()
                 answered = _question_rows(asked, mine, theirs)
-            results[corpus.name] = CorpusResult(
+            results[str(corpus.name)] = CorpusResult(
                 group=group_of(corpus),
                 documents=len(corpus.evaluation),
                 questions=len(asked),
@@ -263,4 +263,4 @@ def _question_rows(questions: Sequence[Question], base: Answers, expert: Answers
 
 def group_of(corpus: Corpus) -> Group:
     """Whether a corpus says what is kept of the expert's purpose, or in general."""
-    return "general" if CorpusName.parse(corpus.name).is_general else "expert"
+    return "general" if corpus.name.is_general else "expert"

@@ -92,7 +92,7 @@ def _documents(
     with shown(f"generate {corpus.name}", 1) as step:
         written = generation.generate(job, job_log)
         step()
-    documents = _kept([opening for opening, _ in pairs], written, Sieve(corpus.calibration), settings, corpus.name)
+    documents = _kept([opening for opening, _ in pairs], written, Sieve(corpus.calibration), settings, str(corpus.name))
     about = {"base": base.name, "digest": base.digest, **wanted}
     KeptDocuments(about, {"calibration": documents}).save(path)
     return documents

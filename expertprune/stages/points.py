@@ -29,7 +29,7 @@ from expertprune.stages.validate import Found, Prepared
 def point_key(plan: Plan, found: Found) -> str:
     """Digest of the plan, its spec included, and of what is measured."""
     examples = [
-        [corpus.name, [document.text for document in corpus.evaluation], [asdict(asked) for asked in corpus.questions]]
+        [str(corpus.name), [each.text for each in corpus.evaluation], [asdict(asked) for asked in corpus.questions]]
         for corpus in found.evaluated
     ]
     return digest_of([SWEEP_SCHEMA, plan.document(), str(found.base.dtype), examples])

@@ -119,7 +119,7 @@ class Measurement:
         if not self.corpora:
             return self.expert.evaluation or Evaluation(settings=Settings(resamples=RESAMPLES))
         about = self.settings
-        stored = {corpus.name: self._stored(corpus) for corpus in self.corpora}
+        stored = {str(corpus.name): self._stored(corpus) for corpus in self.corpora}
         known = {name: each for name, each in stored.items() if each is not None}
         return Evaluation(
             settings=Settings(
@@ -177,8 +177,9 @@ class Measurement:
         evaluator = measuring(running, corpora, self.settings, self.other_tokens)
         found = measure_folder(evaluator, self.expert.folder, running, track, self.align and not self.other_tokens)
         for corpus in corpora:
-            aligned = {key: value for key, value in found.alignment.items() if key == corpus.name.replace("/", " ", 1)}
-            kept = _OnCorpus(result=found.corpora[corpus.name], alignment=aligned)
+            name = str(corpus.name)
+            aligned = {key: value for key, value in found.alignment.items() if key == name.replace("/", " ", 1)}
+            kept = _OnCorpus(result=found.corpora[name], alignment=aligned)
             write_json(self._path(corpus), kept.model_dump(mode="json"))
 
     @property
@@ -194,7 +195,7 @@ class Measurement:
 
     def _path(self, corpus: Corpus) -> Path:
         asked = [asdict(question) for question in corpus.questions]
-        text = [corpus.name, [each.text for each in corpus.evaluation], asked, group_of(corpus)]
+        text = [str(corpus.name), [each.text for each in corpus.evaluation], asked, group_of(corpus)]
         about = [self.of_base.model, self.of_expert.model, text, self.settings.model_dump(mode="json"), self.align]
         return self.store / "evaluations" / f"{digest_of(['corpus', *about, versions()])}.json"
 

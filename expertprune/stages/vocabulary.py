@@ -13,7 +13,7 @@ from expertprune.artifacts.profile import VOCABULARY
 from expertprune.composition.parameters import aligned, removed_with_rows
 from expertprune.composition.rows import RowRanking, choose_rows, essentials
 from expertprune.composition.tradeoff import BaseVocabulary, CorpusCoverage, CorpusTokens, TradeOff, VocabularySize
-from expertprune.corpora.documents import Document
+from expertprune.corpora.documents import CorpusName, Document
 from expertprune.errors import PlanError
 from expertprune.models.base import ResolvedBase
 from expertprune.models.inventory import vocabulary_rows
@@ -83,7 +83,7 @@ def _measured(prepared: Prepared, ranking: RowRanking, plans: list[VocabularyPla
     corpora: dict[str, CorpusTokens] = {}
     encoded: dict[str, tuple[Text, list[list[int]]]] = {}
     for name, corpus in prepared.corpora.items():
-        text = _text(prepared, str(name), corpus.calibration)
+        text = _text(prepared, name, corpus.calibration)
         ids = _encoded(tokenizer, text)
         tokens = sum(map(len, ids))
         encoded[str(name)] = text, ids
@@ -144,7 +144,7 @@ def _size(
     )
 
 
-def _text(prepared: Prepared, name: str, calibration: Sequence[Document]) -> Text:
+def _text(prepared: Prepared, name: CorpusName, calibration: Sequence[Document]) -> Text:
     held_out = next((corpus.evaluation for corpus in prepared.evaluated if corpus.name == name), ())
     split, documents = ("evaluation", held_out) if held_out else ("calibration", calibration)
     return Text(split, [document.text for document in documents])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from expertprune.corpora.documents import Corpus, Document
+from expertprune.corpora.documents import Corpus, CorpusName, Document
 from expertprune.corpora.generated import Opening, Sieve, openings
 from expertprune.corpora.messages import Conversation
 from expertprune.spec.sources import Generate
@@ -35,7 +35,7 @@ def test_prompts_that_evaluate_are_never_asked() -> None:
         )
 
     calibration = (talk("the heart", "pumps"), talk("a judge", "reads"), talk("the heart", "is"), talk("law", "is"))
-    corpus = Corpus("domain/law", calibration, (talk("a judge", "is"),))
+    corpus = Corpus(CorpusName("domain", "law"), calibration, (talk("a judge", "is"),))
     assert [each.document.text for each in openings(corpus, PROMPTS)] == ["the heart", "law"]
 
 

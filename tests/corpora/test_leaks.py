@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from expertprune.corpora.documents import Corpus, Document, Question
+from expertprune.corpora.documents import Corpus, CorpusName, Document, Question
 from expertprune.corpora.leaks import Examples, LeakGuard
 from expertprune.errors import SpecError
 
@@ -67,7 +67,7 @@ def test_nothing_leaks_from_or_into_nothing() -> None:
 def corpus(
     name: str, calibration: list[str], evaluated: list[str], *questions: Question, aside: bool = False
 ) -> Corpus:
-    return Corpus(name, tuple(map(Document, calibration)), tuple(map(Document, evaluated)), questions, aside)
+    return Corpus(CorpusName.parse(name), tuple(map(Document, calibration)), tuple(map(Document, evaluated)), questions, aside)
 
 
 def clean(corpora: list[Corpus], digests: list[str] | None = None) -> list[Corpus]:
@@ -100,7 +100,7 @@ def test_documents_set_aside_are_dropped_where_they_leak() -> None:
     )
     assert [document.text for document in first.evaluation] == [UNRELATED]
     assert [document.text for document in second.evaluation] == ["mountains are rarely blue at night"]
-    assert (first.name, first.calibration) == ("language/en", (Document(LETTERS),))
+    assert (str(first.name), first.calibration) == ("language/en", (Document(LETTERS),))
 
 
 @pytest.mark.parametrize("evaluated", [[], [LETTERS]])

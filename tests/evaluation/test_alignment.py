@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from expertprune.corpora.documents import Corpus, Document, Question
+from expertprune.corpora.documents import Corpus, CorpusName, Document, Question
 from expertprune.evaluation import reading
 from expertprune.evaluation.alignment import LinearCKA
 from expertprune.evaluation.measure import Measuring
@@ -68,7 +68,7 @@ def test_layers_and_final_states_are_the_models_own(name: str, per_batch: int, m
     """Against `output_hidden_states` of each document alone; the last of those is normed, so it is the final state."""
     monkeypatch.setattr(reading, "TOKENS_PER_BATCH", per_batch)
     base, expert, tokenizer = tiny_model(name, seed=0), tiny_model(name, seed=1), tiny_tokenizer()
-    corpora = [Corpus("language/en", (), tuple(texts())), Corpus("task/qa", (), tuple(texts()[:2]))]
+    corpora = [Corpus(CorpusName.parse("language/en"), (), tuple(texts())), Corpus(CorpusName.parse("task/qa"), (), tuple(texts()[:2]))]
     measuring = Measuring(as_run(base), tokenizer, corpora, Evaluate(max_tokens=12))
     plain, aligned = (measuring.against(as_run(expert), align=align) for align in (False, True))
     found = aligned.alignment["language en"]
@@ -97,7 +97,7 @@ def test_layers_and_final_states_are_the_models_own(name: str, per_batch: int, m
 def test_corpora_are_named_by_dimension_and_value_and_those_without_documents_left_out() -> None:
     documents = {"language/en": texts(), "task/qa": [], "general/domain/x": texts(), "domain/y": [Document("heart")]}
     question = Question("heart", ("law", "blood"), 0)
-    corpora = [Corpus(name, (), tuple(found), (question,)) for name, found in documents.items()]
+    corpora = [Corpus(CorpusName.parse(name), (), tuple(found), (question,)) for name, found in documents.items()]
     model = as_run(tiny_model("llama"))
     found = Measuring(model, tiny_tokenizer(), corpora, Evaluate(max_tokens=64)).against(model, align=True).alignment
     assert list(found) == ["language en", "general domain/x"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from expertprune.artifacts.changes import AnswerChange, Changes
-from expertprune.corpora.documents import Corpus, Document, Question
+from expertprune.corpora.documents import Corpus, CorpusName, Document, Question
 from expertprune.errors import CheckpointError
 from expertprune.evaluation.changes import LIMIT, LONGEST, largest, of_corpora, shortened
 from expertprune.evaluation.measure import Measuring
@@ -37,7 +37,7 @@ def expected_answers(questions: list[Question]) -> list[tuple[Any, ...]]:
 
 def test_flipped_answers_have_their_texts_and_margins_and_documents_their_loss() -> None:
     questions = some_questions()
-    corpora = [Corpus("language/en", (), tuple(DOCUMENTS)), Corpus("general/qa", (), (), tuple(questions))]
+    corpora = [Corpus(CorpusName.parse("language/en"), (), tuple(DOCUMENTS)), Corpus(CorpusName.parse("general/qa"), (), (), tuple(questions))]
     base, expert = (as_run(tiny_model("llama", seed=seed)) for seed in (0, 1))
     result = Measuring(base, tiny_tokenizer(), corpora, Evaluate(max_tokens=20)).against(expert)
     found = of_corpora(corpora, result.corpora)
@@ -90,7 +90,7 @@ def test_the_file_comes_back_and_another_is_named(tmp_path: Path) -> None:
 
 
 def test_a_document_without_predicted_bytes_has_no_change() -> None:
-    corpora = [Corpus("language/en", (), (Document("heart"), DOCUMENTS[0]))]
+    corpora = [Corpus(CorpusName.parse("language/en"), (), (Document("heart"), DOCUMENTS[0]))]
     base, expert = (as_run(tiny_model("llama", seed=seed)) for seed in (0, 1))
     result = Measuring(base, tiny_tokenizer(), corpora, Evaluate(metrics=["bits_per_byte"])).against(expert)
     assert [each.text for each in of_corpora(corpora, result.corpora).documents] == [DOCUMENTS[0].text]

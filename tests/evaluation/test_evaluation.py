@@ -15,7 +15,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from expertprune.artifacts.evaluation import DocumentBits, Evaluation
-from expertprune.corpora.documents import Corpus, Document, Question
+from expertprune.corpora.documents import Corpus, CorpusName, Document, Question
 from expertprune.evaluation import reading
 from expertprune.evaluation.measure import Measuring
 from expertprune.evaluation.questions import answer_questions, paired_answers
@@ -223,9 +223,9 @@ def test_chance_of_a_question_set_is_the_mean_over_its_questions() -> None:
 
 def test_evaluate_measures_every_corpus(models: Models) -> None:
     evaluated = [
-        Corpus("language/en", (), tuple(DOCUMENTS[:3])),
-        Corpus("task/qa", (), tuple(DOCUMENTS[3:]), tuple(some_questions()[:10])),
-        Corpus("domain/medical", (), (), tuple(some_questions()[10:15])),
+        Corpus(CorpusName.parse("language/en"), (), tuple(DOCUMENTS[:3])),
+        Corpus(CorpusName.parse("task/qa"), (), tuple(DOCUMENTS[3:]), tuple(some_questions()[:10])),
+        Corpus(CorpusName.parse("domain/medical"), (), (), tuple(some_questions()[10:15])),
     ]
     base, expert, tokenizer = models
     calls: list[int] = []
@@ -241,7 +241,7 @@ def test_evaluate_measures_every_corpus(models: Models) -> None:
         "kl": [["kl"], ["kl"], []],
         "questions": [[], ["questions"], ["questions"]],
     }
-    assert list(result.corpora) == [corpus.name for corpus in evaluated]
+    assert list(result.corpora) == [str(corpus.name) for corpus in evaluated]
     assert [list(entry.metrics) for entry in result.corpora.values()] == measured.pop("all")
     assert [(each.documents, each.questions) for each in result.corpora.values()] == [(3, 0), (3, 10), (0, 5)]
     assert (result.settings.max_tokens, result.settings.resamples) == (20, RESAMPLES)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import expertprune
 from expertprune.artifacts.expert import Expert
 from expertprune.artifacts.plan import BaseReference, Parameters, Plan, RetentionFound, StructureBudget
-from expertprune.corpora.documents import Corpus, Document
+from expertprune.corpora.documents import Corpus, CorpusName, Document
 from expertprune.errors import PlanError, SpecError
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.loading import load_model
@@ -237,10 +237,10 @@ def test_the_plan_of_a_floor_can_be_pruned(retaining_spec: dict[str, Any], tmp_p
 )
 def test_a_tenth_is_held_back_or_eight_up_to_a_quarter_but_one_at_least(documents: int, held: int) -> None:
     texts = tuple(Document(f"text {number}") for number in range(documents))
-    found = validation_documents(Corpus("language/en", texts, ()))
+    found = validation_documents(Corpus(CorpusName.parse("language/en"), texts, ()))
     assert len(found) == held
     assert set(found) < set(texts)
-    shuffled = validation_documents(Corpus("language/en", texts[::-1], ()))
+    shuffled = validation_documents(Corpus(CorpusName.parse("language/en"), texts[::-1], ()))
     assert set(shuffled) == set(found), "the order of the corpus does not matter"
 
 
