@@ -2,8 +2,8 @@
 
 The verbs are functions here, under the same names as the commands: `validate`, `forecast`, `profile`, `compose`, `prune`,
 `build`, `evaluate`, `export`, `bench`, `sweep`, `compare`, `vocabulary`, `inspect`, `report` as `write_report`, `push` as
-`push_to_hub`, and `adapter` as `cut_adapter`; `load_engine` gives an expert's `vllm.LLM`. They are imported at their
-first use, so that `import expertprune` is quick.
+`push_to_hub`, `adapter` as `cut_adapter`, and `evaluate --suite` as `evaluate_suites`. `load_spec` reads a `Spec`, and
+`load_engine` gives an expert's `vllm.LLM`. They are imported at their first use, so that `import expertprune` is quick.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The config of a model with fewer decoder layers: what it says layer by layer is cut along."""
+"""Write the config of a model that lost decoder layers: its lists by layer lose the same entries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an expert's `config.json` says of layers of different widths, and in the words of another family."""
+"""The `config.json` of an expert whose layers differ in width, as it is or rewritten as another family's."""
 
 from __future__ import annotations
 

@@ -78,6 +78,6 @@ def refuse_groups(config: Mapping[str, Any]) -> None:
     """Raises `CheckpointError` for a router that chooses among groups that the family's file omits."""
     if grouped := [key for key in GROUPS if (config.get(key) or 0) > 1]:
         raise CheckpointError(
-            f"config.json: {grouped[0]!r} is {config[grouped[0]]!r}: a router that chooses among groups of experts cannot "
-            "lose single experts unless the family's file describes the groups"
+            f"config.json: {grouped[0]!r} is {config[grouped[0]]!r}: a router that chooses among groups of routed experts "
+            "cannot lose single ones unless the family's file describes the groups"
         )

@@ -1,4 +1,4 @@
-"""What a spec leaves to the base: `auto` and keys that only some families have."""
+"""Decide what a spec leaves open: values of `auto`, and keys that only some families have."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ def resolved(spec: Spec, base: ResolvedBase) -> Spec:
     """The spec with what it leaves open decided for a base; what it says itself stays, and a second
     time changes nothing.
 
-    `relevance.criterion`: fisher, or reap where nothing but whole experts is cut.
+    `relevance.criterion`: fisher, or reap where nothing but whole routed experts is cut.
     `relevance.experts`: reap where the criterion was left open, else the same as the criterion;
     `None` where there are none. `compose.allocation`: global where all of `serve_with` read layers
     of different widths of the family, else uniform.
 
     Raises:
-        SpecError: a criterion of experts for a base that has none, or a format that cannot say the
+        SpecError: a criterion of routed experts for a base that has none, or a format that cannot say the
             expert.
     """
     relevance, compose, routed = spec.relevance, spec.compose, not base.family.has_ffn
     if relevance.experts is not None and not routed:
         raise SpecError(
-            f"relevance.experts: layers of family {base.family.family!r} have no experts; leave this key out"
+            f"relevance.experts: layers of family {base.family.family!r} have no routed experts; leave this key out"
         )
     if "gguf" in spec.serve_with:
         _check_gguf(spec, base.family)
@@ -66,7 +66,7 @@ def _check_gguf(spec: Spec, family: Family) -> None:
 
 
 def _only_experts(spec: Spec) -> bool:
-    """Whether a budget cuts no other units of layers than whole experts."""
+    """Whether a budget cuts no other units of layers than whole routed experts."""
     budget = spec.budget
     others = [structure for structure in Structure if structure is not Structure.EXPERTS]
     return not any(getattr(budget, each.value) for each in others) and not (budget.overall and budget.experts)

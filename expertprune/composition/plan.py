@@ -1,5 +1,4 @@
-"""Profiles to a plan: algebra on scores, without the model. Every decision about units is made
-here.
+"""Make a plan from profiles: choose the units that stay by their scores. No model runs.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ def keep_largest(scores: Tensor, count: int) -> Tensor:
 def select_layer(shape: LayerShape, widths: LayerWidths, scores: Mapping[Structure, Fused]) -> KeptUnits:
     """Keep the highest-scoring units of one layer.
 
-    Groups first, then the same number of heads in each kept group; experts first, then as many
-    neurons in each kept expert.
+    Groups first, then the same number of heads in each kept group; routed experts first, then as
+    many neurons in each kept one.
     """
     if widths.gone:
         return GONE
@@ -132,7 +131,7 @@ def _competing(spec: Spec, base: ResolvedBase) -> tuple[list[Structure], bool]:
     named = [structure for structure in Structure if getattr(budget, structure.value)]
     if not budget.overall:
         return named, False
-    if not base.family.has_ffn:  # whole experts make up what is wanted, or neurons where experts are named
+    if not base.family.has_ffn:  # whole routed experts make up what is wanted, or neurons where those are named
         return [*named, Structure.FFN if budget.experts else Structure.EXPERTS], False
     if uniform or budget.kv_groups:
         return [*named, Structure.FFN], False

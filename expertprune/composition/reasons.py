@@ -1,4 +1,4 @@
-"""Why some units are kept: for a plan's readers."""
+"""Explain in a plan why units are kept."""
 
 from __future__ import annotations
 

@@ -70,13 +70,13 @@ def check_scored(relevance: Relevance, structures: Sequence[Structure], has_ffn:
         criterion = check_criterion(name)
         if structure not in criterion.structures:
             others = ", ".join(other for other in sorted(criteria) if structure in criteria[other].structures)
-            own = "; relevance.experts can name one for whole experts alone" if not has_ffn else ""
+            own = "; relevance.experts can name one for whole routed experts alone" if not has_ffn else ""
             raise SpecError(
                 f"relevance.{key}: {name} does not score {structure.value}; criteria that do: {others}{own}"
             )
         if criterion.needs not in (None, Pass.GRADIENT) and not has_ffn:
             raise SpecError(
-                f"relevance.{key}: {name} needs the {criterion.needs} pass, which is not made through experts; take "
+                f"relevance.{key}: {name} needs the {criterion.needs} pass, which is not made through routed experts; take "
                 "fisher, or impact, which needs none"
             )
 

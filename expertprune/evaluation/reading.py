@@ -1,4 +1,4 @@
-"""What models read to be measured, and what its tokens cost them.
+"""Run a model over the evaluation's text, and count the bits that it needs for each token.
 
 A model reads every sequence layer by layer (`models.passes`). Its output head then predicts the
 tokens that count, a few at a time, so neither a whole model nor a whole distribution is held.

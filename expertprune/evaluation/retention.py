@@ -198,7 +198,7 @@ def pooled(evaluation: Evaluation, group: Group) -> Measured | None:
 
 @dataclass(frozen=True)
 class Counted:
-    """A metric that counts in the summary, under its name, as one of what it measures."""
+    """A metric of the summary: its name, its group, and what base and expert have of it."""
 
     name: str
     group: Group

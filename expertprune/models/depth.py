@@ -1,4 +1,4 @@
-"""Whether the layers of a model stay what they are once other layers go."""
+"""Check that the config without some layers builds each remaining layer as before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What passes the prunable units of a layer while it runs."""
+"""Record the activations of a layer's prunable units while the layer runs."""
 
 from __future__ import annotations
 

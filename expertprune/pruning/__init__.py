@@ -1,1 +1,1 @@
-"""A plan and a base to an expert."""
+"""Cut the base as a plan says, repair what stays, and write the expert."""

@@ -1,4 +1,4 @@
-"""What an adapter's config says of layers by number, once some of the layers are gone."""
+"""Renumber the layers in an adapter's config after some layers were removed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plan and the base's folder to the expert's folder. Nothing is decided here."""
+"""Write the expert's folder from a plan and the base's folder. The plan has decided everything."""
 
 from __future__ import annotations
 
@@ -247,7 +247,10 @@ def _modeling(config: Mapping[str, Any], layers: str) -> str:
 
 
 def _solved_together(family: Family, layer: int, name: str, kept: KeptUnits, solved: Unfinished) -> Tensor | None:
-    """The repaired output projections of routed experts that are stored as they run, if it is they."""
+    """The repaired output projections of a layer's routed experts as one tensor, if the checkpoint stores them so.
+
+    `None` where `name` is another tensor, or none of them was repaired.
+    """
     experts = family.experts
     if experts is None or name not in (experts.output, experts.stored.get(experts.output)):
         return None

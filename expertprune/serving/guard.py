@@ -1,4 +1,4 @@
-"""A process that outlives its parent, and then ends whatever the parent has started.
+"""A watchdog process: when its parent ends, it ends every process that the parent had started.
 
 A parent that is killed cannot clean up, and vLLM's engines are no children of it alone. So the parent marks all that it
 starts with a token in the environment, and holds a pipe to this program. When the pipe closes, for whatever reason, this

@@ -1,4 +1,4 @@
-"""What profiles say when they are laid side by side: the stages that decide nothing and cut nothing."""
+"""Compare corpora by their profiles: how far they need the same units. Nothing is cut."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What processes that work on one spec must have in common, and how a prepared spec comes to them."""
+"""Send a prepared spec to another process, and check that both would compute the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a base will bear: what experts of several sizes will keep, before anything is cut."""
+"""Forecast what experts of several sizes will keep, before anything is cut."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured for suites, kept in the store: of each task and corpus, once for a base and an expert."""
+"""Measure suites, and keep each result in the store, so that no task or corpus is measured twice."""
 
 from __future__ import annotations
 

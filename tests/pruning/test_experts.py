@@ -244,15 +244,15 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"budget": {"ffn": 5, "multiple_of": 8}}, PlanError, "budget.ffn: 5 neurons cannot be removed"),
     ({"compose": {"allocation": "global"}}, PlanError, "compose.allocation: uniform"),
     ({"relevance": "activation"}, SpecError, r"criterion: activation does not score experts; criteria that do: fisher, "
-     r"frequency, impact.*; relevance\.experts can name one for whole experts alone"),
+     r"frequency, impact.*; relevance\.experts can name one for whole routed experts alone"),
     ({"relevance": "regional", "budget": {"kv_groups": 1}}, SpecError,
-     "regional needs the regional pass, which is not made through experts; take fisher, or impact"),
+     "regional needs the regional pass, which is not made through routed experts; take fisher, or impact"),
     ({"relevance": {"criterion": "impact", "experts": "regional"}}, SpecError, "experts: regional does not score experts"),
     ({"relevance": {"experts": "reep"}}, SpecError, "'reep'.*reap"),
     ({"relevance": "reap", "budget": {"kv_groups": 1}}, SpecError, "reap does not score kv_groups"),
     ({"budget": {"retention": {"expert": 0.9}}}, PlanError, "give budget.experts, budget.ffn or budget.parameters"),
     ({"family": "llama", "relevance": {"criterion": "impact", "experts": "reap"}, "budget": {"ffn": 0.25, "multiple_of": 4}},
-     SpecError, r"relevance\.experts: layers of family 'llama' have no experts; leave this key"),
+     SpecError, r"relevance\.experts: layers of family 'llama' have no routed experts; leave this key"),
     ({"family": "llama"}, PlanError, r"budget\.experts: layers of family 'llama' have none"),
 ]  # fmt: skip
 

@@ -186,7 +186,7 @@ CONFIGS: list[tuple[str, dict[str, Any], str | None]] = [
     (
         "mixtral",
         {"n_group": 3, "topk_group": 2},
-        "'n_group' is 3: a router that chooses among groups of experts cannot",
+        "'n_group' is 3: a router that chooses among groups of routed experts cannot lose single ones",
     ),
     ("mixtral", {"n_group": None}, None),
     ("mixtral", {"n_group": 1}, None),
