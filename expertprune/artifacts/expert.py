@@ -19,7 +19,7 @@ from expertprune.errors import CheckpointError, ExpertpruneError, SpecError
 from expertprune.files import EXPERT_FILE, as_model, digest_of, problems_of, read_json, read_kept, write_json
 from expertprune.models.base import ResolvedBase, resolve_base
 from expertprune.models.origin import Origin
-from expertprune.spec.reading import parse_spec, trusting, with_corpus_paths
+from expertprune.spec.reading import parse_spec, trusting, with_base, with_corpus_paths
 from expertprune.spec.schema import Base, Spec
 
 EXPERT_SCHEMA = 2
@@ -224,7 +224,7 @@ class Expert(Description):
         spec = with_corpus_paths(self.spec, corpus_file)
         if problems:
             raise SpecError(problems)
-        spec.base = self.local_base(store)
+        spec = spec.model_copy(update={"base": self.local_base(store)})
         return trusting(parse_spec(spec.document(), str(self.folder / EXPERT_FILE), Path.cwd(), overrides), overrides)
 
     def local_base(self, store: Path, model: str | Path | None = None) -> Base:
@@ -313,8 +313,7 @@ def portable_spec(spec: Spec) -> Spec:
     """The spec of a portable plan."""
     names = _portable_names(spec)
     spec = with_corpus_paths(spec, lambda _, path: names[path])
-    spec.base.model = portable_base(spec.base.model)
-    return spec
+    return with_base(spec, model=portable_base(spec.base.model))
 
 
 def portable_base(model: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -205,6 +205,11 @@ class Plan:
     def cuts_layers(self) -> bool:
         """Whether any layer loses a unit, and so has something to repair."""
         return any(layer.kept != shape.all_kept for layer, shape in zip(self.layers, self.shapes, strict=True))
+
+    def holding(self, found: RetentionFound) -> Plan:
+        """This plan, found for a retention floor: its budget names the floor and what the expert keeps."""
+        budget = {name: entry.model_copy(update={"requested": found}) for name, entry in self.budget.items()}
+        return replace(self, budget=budget)
 
     def document(self) -> dict[str, Any]:
         """The plan as plain data, which `from_document` reads."""

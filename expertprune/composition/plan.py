@@ -21,7 +21,7 @@ from expertprune.composition.widths import LayerWidths, check_structures, summar
 from expertprune.corpora.documents import CorpusName, corpus_names
 from expertprune.errors import SpecError
 from expertprune.models.base import ResolvedBase
-from expertprune.spec.schema import Spec
+from expertprune.spec.schema import Budget, Spec
 from expertprune.units import GONE, KeptUnits, LayerShape, Structure
 
 
@@ -147,18 +147,23 @@ def _by_layer(
     ]
 
 
-def compose(spec: Spec, base: ResolvedBase, profiles: Mapping[CorpusName, Profile]) -> Plan:
+def compose(
+    spec: Spec, base: ResolvedBase, profiles: Mapping[CorpusName, Profile], budget: Budget | None = None
+) -> Plan:
     """Decide which units are kept.
 
     Args:
         spec: with what it leaves open decided (see `defaults.resolved`), and its budget checked (see
-            `foreseen_widths`).
+            `foreseen_widths`). The plan records it.
         profiles: one for each corpus that the spec names.
+        budget: what decides in place of the spec's budget, where that is a retention floor.
 
     Raises:
         SpecError: a corpus without a profile, or without the pass that the criterion needs.
         PlanError: the budget cannot be met, or the family's config cannot say the widths.
     """
+    recorded = spec
+    spec = spec if budget is None else spec.model_copy(update={"budget": budget})
     if missing := [str(name) for name in corpus_names(spec) if name not in profiles]:
         raise SpecError(f"no profile for {', '.join(missing)}: run the profile stage first")
     wanted = {name: profiles[name] for name in corpus_names(spec)}
@@ -179,7 +184,7 @@ def compose(spec: Spec, base: ResolvedBase, profiles: Mapping[CorpusName, Profil
     return Plan(
         name=spec.name,
         base=BaseReference(model=base.name, digest=base.digest),
-        spec=spec.document(),
+        spec=recorded.document(),
         profiles={str(name): profile.digest for name, profile in wanted.items()},
         shapes=list(base.layers),
         layers=layers,

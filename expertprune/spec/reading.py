@@ -39,7 +39,12 @@ def trusting(spec: Spec, overrides: Mapping[str, Any] | None) -> Spec:
     A file may come from anywhere, so what it says is no permission.
     """
     trusted = (overrides or {}).get(TRUST) is True
-    return spec.model_copy(update={"base": spec.base.model_copy(update={"trust_remote_code": trusted})})
+    return with_base(spec, trust_remote_code=trusted)
+
+
+def with_base(spec: Spec, **changes: Any) -> Spec:
+    """A copy of a spec with other values of `base`."""
+    return spec.model_copy(update={"base": spec.base.model_copy(update=changes)})
 
 
 def parse_spec(data: Any, where: str, folder: Path, overrides: Mapping[str, Any] | None = None) -> Spec:
@@ -69,10 +74,9 @@ def _set(data: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _absolute(spec: Spec, folder: Path) -> Spec:
-    spec = spec.model_copy(deep=True)
     model = folder / user_path(spec.base.model)
     if model.exists() or spec.base.model.startswith((".", "/", "~")) or spec.base.model.endswith(".gguf"):
-        spec.base.model = str(model.resolve())
+        spec = with_base(spec, model=str(model.resolve()))
     return with_corpus_paths(spec, lambda _, path: str((folder / user_path(path)).resolve()))
 
 
@@ -82,13 +86,13 @@ def with_corpus_paths(spec: Spec, change: Callable[[str, str], str]) -> Spec:
     Args:
         change: from a path's dotted key and the path to the new path.
     """
-    spec = spec.model_copy(deep=True)
-    if spec.corpora.catalogue is not None:
-        spec.corpora.catalogue = change("corpora.catalogue", spec.corpora.catalogue)
-    for name, source in spec.corpora.sources.items():
+    corpora = spec.corpora
+    changed: dict[str, Any] = {}
+    if corpora.catalogue is not None:
+        changed["catalogue"] = change("corpora.catalogue", corpora.catalogue)
 
-        def changed(key: str, path: str, name: str = name) -> str:
-            return change(f"corpora.sources.{name}.{key}", path)
+    def below(name: str) -> Callable[[str, str], str]:
+        return lambda key, path: change(f"corpora.sources.{name}.{key}", path)
 
-        spec.corpora.sources[name] = source.with_paths(changed)
-    return spec
+    changed["sources"] = {name: source.with_paths(below(name)) for name, source in corpora.sources.items()}
+    return spec.model_copy(update={"corpora": corpora.model_copy(update=changed)})

@@ -17,9 +17,11 @@ _OF_DATASET = ("config", "revision", "split", "evaluation_split", "data_files")
 
 
 class Section(BaseModel):
-    """A mapping of a spec. Unknown keys are errors."""
+    """A mapping of a spec. Unknown keys are errors, and nothing is assigned afterwards."""
 
-    model_config = ConfigDict(extra="forbid", populate_by_name=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, populate_by_name=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class Generate(Section):

@@ -158,9 +158,7 @@ def plan_by_retention(prepared: Prepared, profiles: Mapping[CorpusName, Profile]
     if low < 0:
         raise PlanError(_refusal(floor, budgets, {index: kept for index, (_, kept) in tried.items()}))
     plan, kept = tried[low]
-    requested = RetentionFound(retention=floor, found=dict(kept.corpora))
-    budget = {name: entry.model_copy(update={"requested": requested}) for name, entry in plan.budget.items()}
-    return replace(plan, spec=prepared.spec.document(), budget=budget)
+    return plan.holding(RetentionFound(retention=floor, found=dict(kept.corpora)))
 
 
 def _refusal(floor: Retention, budgets: Sequence[Budget], tried: Mapping[int, FloorFound]) -> str:
@@ -175,9 +173,8 @@ def _refusal(floor: Retention, budgets: Sequence[Budget], tried: Mapping[int, Fl
 
 def _foreseen(prepared: Prepared, profiles: Mapping[CorpusName, Profile], budget: Budget) -> FloorFound | None:
     """What a budget's expert will keep; `None` where the floor of widths does not allow it."""
-    spec = prepared.spec.model_copy(update={"budget": budget})
     try:
-        plan = compose(spec, prepared.base, profiles)
+        plan = compose(prepared.spec, prepared.base, profiles, budget)
     except PlanError as error:
         log.info("budget %g: %s", budget.parameters, error)
         return None
@@ -188,8 +185,7 @@ def _try(
     prepared: Prepared, profiles: Mapping[CorpusName, Profile], budget: Budget, evaluator: Measuring
 ) -> tuple[Plan, FloorFound]:
     """The plan under one budget, and what its expert keeps."""
-    spec = prepared.spec.model_copy(update={"budget": budget})
-    plan = team().lead(lambda: compose(spec, prepared.base, profiles))
+    plan = team().lead(lambda: compose(prepared.spec, prepared.base, profiles, budget))
     meanwhile = Meanwhile(evaluator)
     with team().temporary(prepared.store) as folder:
         write_weights(prepared, plan, folder, passengers=meanwhile.passengers)

@@ -18,7 +18,7 @@ from expertprune.corpora.documents import CorpusName
 from expertprune.errors import PlanError, SpecError
 from expertprune.models.base import resolve_base
 from expertprune.spec.reading import parse_spec
-from expertprune.spec.schema import Budget, Spec
+from expertprune.spec.schema import Budget, Relevance, Spec
 from expertprune.units import KeptUnits, LayerShape, Structure
 
 # --- selection ------------------------------------------------------------------------------------------------------
@@ -45,6 +45,7 @@ def fused(scores: list[float], sources: list[int] | None = None, kinds: list[int
     return Fused(torch.tensor(scores, dtype=torch.float64), torch.tensor(sources or [0] * units), kind)
 
 
+SHARED, EXPERT, GENERAL = UnitKind
 GQA = LayerShape(hidden=8, ffn=4, query_heads=9, kv_heads=3, head_dim=2)
 
 
@@ -156,8 +157,7 @@ def test_compose_refuses_what_it_cannot_do(tiny_spec: Spec, store: Path) -> None
     without = {name: profile for name, profile in profiles.items() if name.dimension != "domain"}
     with pytest.raises(SpecError, match="no profile for domain/medical: run the profile stage first"):
         compose(tiny_spec, base, without)
-    unknown = tiny_spec.model_copy(deep=True)
-    unknown.relevance.criterion = "impakt"
+    unknown = tiny_spec.model_copy(update={"relevance": Relevance(criterion="impakt")})
     with pytest.raises(SpecError, match="did you mean 'impact'"):
         compose(unknown, base, profiles)
     too_much = tiny_spec.model_copy(update={"budget": Budget(kv_groups=3)})

@@ -67,7 +67,7 @@ def test_an_interrupted_build_leaves_no_expert_and_the_next_one_reuses_its_profi
     profiled = []
 
     def counting(text: Any, parts: list[ProfilePart], path: Path, about: Any, *rest: Any) -> Profile:
-        profiled.append(about["corpus"])
+        profiled.append(about.corpus)
         return original(text, parts, path, about, *rest)
 
     original = everywhere(monkeypatch, "expertprune.profiling.store.measure", counting)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 import expertprune
 from expertprune.errors import PlanError
@@ -68,6 +69,8 @@ def test_specs_of_one_base_share_what_is_loaded_and_nothing_else(tiny_spec: Spec
     assert found.spec == tiny_spec
     with pytest.raises(dataclasses.FrozenInstanceError):
         first.spec = second.spec  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        first.spec.budget = second.spec.budget  # type: ignore[misc]
 
 
 def test_a_plan_of_another_base_is_refused_before_its_budget_is_judged(
