@@ -1,5 +1,4 @@
-"""Make a plan from profiles: choose the units that stay by their scores. No model runs.
-"""
+"""Make a plan from profiles: choose the units that stay by their scores. No model runs."""
 
 from __future__ import annotations
 

@@ -17,17 +17,20 @@ from expertprune.corpora.tables import json_rows
 from expertprune.errors import SpecError
 from expertprune.files import as_model, write_file
 
+# Facts of where documents come from, by name, such as `dataset` and `revision`; for people who read the file.
+Facts = dict[str, str | int | float | None]
+
 
 @dataclass(frozen=True)
 class KeptDocuments:
     """Documents by split, and where they come from."""
 
-    about: Mapping[str, Any]
+    about: Facts
     splits: Mapping[str, Sequence[Document]]
 
     def save(self, path: Path) -> None:
         """Write them as JSON lines, whole or not at all: what they are, then a document a line."""
-        lines: list[dict[str, Any]] = [{"about": dict(self.about), "splits": list(self.splits)}]
+        lines: list[dict[str, Any]] = [{"about": self.about, "splits": list(self.splits)}]
         for split, documents in self.splits.items():
             lines += [{"split": split, **_row(document)} for document in documents]
         write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
@@ -52,7 +55,7 @@ class KeptDocuments:
 class _Header(BaseModel):
     """The first line."""
 
-    about: dict[str, Any]
+    about: Facts
     splits: list[str]
 
 

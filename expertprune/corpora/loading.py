@@ -9,7 +9,7 @@ from pathlib import Path
 
 from expertprune.corpora.catalogue import find_sources
 from expertprune.corpora.documents import Corpus, CorpusName, Document
-from expertprune.corpora.kept import KeptDocuments
+from expertprune.corpora.kept import Facts, KeptDocuments
 from expertprune.corpora.reading import on_hub, pinned, read_dataset, read_files, read_questions
 from expertprune.errors import SpecError, gathered
 from expertprune.files import digest_of
@@ -83,7 +83,7 @@ def _from_dataset(source: Source, spec: Spec, own_split: bool, store: Path | Non
     if (kept := KeptDocuments.load(path)) is None:
         exact = pinned(source)
         calibration, evaluation = _streamed(exact, spec, own_split)
-        about = {"dataset": source.dataset, "revision": exact.revision}
+        about: Facts = {"dataset": source.dataset, "revision": exact.revision}
         kept = KeptDocuments(about, {"calibration": calibration, "evaluation": evaluation})
         if calibration:
             kept.save(path)

@@ -49,7 +49,8 @@ class Reading:
         for reading in readings:
             first = len(sequences)
             batches += [
-                replace(batch, documents=tuple(first + number for number in batch.documents)) for batch in reading.batches
+                replace(batch, documents=tuple(first + number for number in batch.documents))
+                for batch in reading.batches
             ]
             sequences += reading.sequences
         return cls(tuple(sequences), tuple(batches))

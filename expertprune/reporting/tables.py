@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any, get_args
+from typing import get_args
 
 from rich.box import HORIZONTALS
 from rich.console import Group, RenderableType

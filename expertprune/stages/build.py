@@ -10,7 +10,7 @@ from typing import Any
 
 from expertprune.artifacts.expert import Expert, portable
 from expertprune.artifacts.plan import Plan
-from expertprune.engine.tasks import RemoteCall, Engine, Local, Task
+from expertprune.engine.tasks import Engine, Local, RemoteCall, Task
 from expertprune.engine.team import team
 from expertprune.errors import CheckpointError
 from expertprune.evaluation.changes import of_corpora

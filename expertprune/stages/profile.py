@@ -11,7 +11,7 @@ from expertprune.artifacts.profile import FORWARD, VOCABULARY, Profile, ProfileK
 from expertprune.composition.scoring import needed_part
 from expertprune.corpora.documents import CorpusName, corpus_names
 from expertprune.engine.memory import Sizes, TextSize, fitting, graph_estimate, keeping, profiling
-from expertprune.engine.tasks import RemoteCall, Engine, Local, Report, Shard, Task
+from expertprune.engine.tasks import Engine, Local, RemoteCall, Report, Shard, Task
 from expertprune.engine.team import team
 from expertprune.errors import SpecError
 from expertprune.files import digest_of

@@ -15,7 +15,7 @@ from expertprune.artifacts.expert import Expert
 from expertprune.corpora.documents import GENERAL, Corpus, CorpusName
 from expertprune.corpora.leaks import Examples
 from expertprune.corpora.loading import load_corpora
-from expertprune.engine.tasks import RemoteCall, Engine, Local, Report, Shard, Task
+from expertprune.engine.tasks import Engine, Local, RemoteCall, Report, Shard, Task
 from expertprune.engine.team import team
 from expertprune.errors import SpecError, UsageError, gathered
 from expertprune.evaluation import changes

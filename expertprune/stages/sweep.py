@@ -14,7 +14,7 @@ from typing import Any
 from expertprune.artifacts.expert import Expert, portable_spec
 from expertprune.artifacts.plan import Plan
 from expertprune.artifacts.sweep import Point, Sweep, SweptBase
-from expertprune.engine.tasks import RemoteCall, Engine, Local, Report, Shard, Task
+from expertprune.engine.tasks import Engine, Local, RemoteCall, Report, Shard, Task
 from expertprune.engine.team import team
 from expertprune.errors import CheckpointError, PlanError, SpecError, gathered
 from expertprune.evaluation.measure import Measuring
@@ -170,7 +170,12 @@ class _Sweeping:
             save_point(self.found.store, point)
 
         kept = None if place is None else str(place.resolve())
-        arguments = {"sent": SentSpec.of(self.prepared[value]), "budget": value, "place": kept, "expected": self.keys[value]}
+        arguments = {
+            "sent": SentSpec.of(self.prepared[value]),
+            "budget": value,
+            "place": kept,
+            "expected": self.keys[value],
+        }
         return Task(
             name=f"budget {value:g}",
             digest=digest_of([self.keys[value], kept]),

@@ -259,7 +259,9 @@ def test_calibration_reads_windows_with_answers_and_names_a_corpus_without() -> 
     tokenizer, talk = chat_tokenizer(CHATML), document(TWO_TURNS)
 
     def text(**calibration: Any) -> CalibrationText:
-        return corpus_text(Corpus(CorpusName("domain", "law"), (talk,), ()), tokenizer, make_spec(calibration=calibration))
+        return corpus_text(
+            Corpus(CorpusName("domain", "law"), (talk,), ()), tokenizer, make_spec(calibration=calibration)
+        )
 
     assert text().tokens == tokens_of(talk, tokenizer, 512)
     # 20 tokens; the windows begin at 0, 5, 10 and 15; the third, "<|im_start|> user a judge <|im_end|>", has no answer.

@@ -67,7 +67,9 @@ def test_nothing_leaks_from_or_into_nothing() -> None:
 def corpus(
     name: str, calibration: list[str], evaluated: list[str], *questions: Question, aside: bool = False
 ) -> Corpus:
-    return Corpus(CorpusName.parse(name), tuple(map(Document, calibration)), tuple(map(Document, evaluated)), questions, aside)
+    return Corpus(
+        CorpusName.parse(name), tuple(map(Document, calibration)), tuple(map(Document, evaluated)), questions, aside
+    )
 
 
 def clean(corpora: list[Corpus], digests: list[str] | None = None) -> list[Corpus]:

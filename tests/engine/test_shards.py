@@ -15,7 +15,7 @@ import yaml
 import expertprune
 from expertprune.engine import tasks as engine
 from expertprune.engine.leases import Leases
-from expertprune.engine.tasks import RemoteCall, Collect, Report, Shard, Task
+from expertprune.engine.tasks import Collect, RemoteCall, Report, Shard, Task
 from expertprune.errors import UnfinishedError, UsageError
 from expertprune.progress import Track, silent
 from tests.calling import call, call_json

@@ -68,7 +68,10 @@ def test_layers_and_final_states_are_the_models_own(name: str, per_batch: int, m
     """Against `output_hidden_states` of each document alone; the last of those is normed, so it is the final state."""
     monkeypatch.setattr(reading, "TOKENS_PER_BATCH", per_batch)
     base, expert, tokenizer = tiny_model(name, seed=0), tiny_model(name, seed=1), tiny_tokenizer()
-    corpora = [Corpus(CorpusName.parse("language/en"), (), tuple(texts())), Corpus(CorpusName.parse("task/qa"), (), tuple(texts()[:2]))]
+    corpora = [
+        Corpus(CorpusName.parse("language/en"), (), tuple(texts())),
+        Corpus(CorpusName.parse("task/qa"), (), tuple(texts()[:2])),
+    ]
     measuring = Measuring(as_run(base), tokenizer, corpora, Evaluate(max_tokens=12))
     plain, aligned = (measuring.against(as_run(expert), align=align) for align in (False, True))
     found = aligned.alignment["language en"]

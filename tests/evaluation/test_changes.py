@@ -37,7 +37,10 @@ def expected_answers(questions: list[Question]) -> list[tuple[Any, ...]]:
 
 def test_flipped_answers_have_their_texts_and_margins_and_documents_their_loss() -> None:
     questions = some_questions()
-    corpora = [Corpus(CorpusName.parse("language/en"), (), tuple(DOCUMENTS)), Corpus(CorpusName.parse("general/qa"), (), (), tuple(questions))]
+    corpora = [
+        Corpus(CorpusName.parse("language/en"), (), tuple(DOCUMENTS)),
+        Corpus(CorpusName.parse("general/qa"), (), (), tuple(questions)),
+    ]
     base, expert = (as_run(tiny_model("llama", seed=seed)) for seed in (0, 1))
     result = Measuring(base, tiny_tokenizer(), corpora, Evaluate(max_tokens=20)).against(expert)
     found = of_corpora(corpora, result.corpora)

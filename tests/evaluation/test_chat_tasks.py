@@ -85,7 +85,9 @@ def test_a_model_is_scored_on_what_follows_the_template(task: str) -> None:
 
 
 def test_how_long_generations_stay_the_same_is_the_part_of_the_bases_text() -> None:
-    assert common_beginning(["the heart", "abcd", "", ""], ["the heart pumps", "abxd", "", "a"]) == (1 + 0.5 + 1 + 0) / 4
+    assert (
+        common_beginning(["the heart", "abcd", "", ""], ["the heart pumps", "abxd", "", "a"]) == (1 + 0.5 + 1 + 0) / 4
+    )
 
 
 def test_a_suite_says_it_for_all_its_tasks(task: str, tmp_path: Path) -> None:

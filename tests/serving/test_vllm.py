@@ -23,7 +23,7 @@ import expertprune
 from bench.load import Answer, ask, requests
 from expertprune.artifacts.timing import Load
 from expertprune.serving import engine, throughput
-from expertprune.serving.chat import Ended, ChatSettings, running
+from expertprune.serving.chat import ChatSettings, Ended, running
 from expertprune.serving.deployment import Deployment
 from expertprune.serving.processes import check_port, free_port
 from tests.test_examples import probe_path

@@ -6,12 +6,30 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+
+
+class Leaf(Protocol):
+    """What is used of a task of lm-evaluation-harness, which has no types. A group of tasks has several leaves."""
+
+    OUTPUT_TYPE: str
+    config: Any
+    eval_docs: Sequence[Any]
+    instances: Sequence[Any]
+    multiple_input: Any
+
+    def get_config(self, key: str) -> Any: ...
+    def set_config(self, key: str, value: Any) -> None: ...
+    def set_fewshot_seed(self, seed: int) -> None: ...
+    def build_all_requests(self, **settings: Any) -> None: ...
+    def doc_to_text(self, document: Any, /) -> Any: ...
+    def doc_to_target(self, document: Any, /) -> Any: ...
+    def doc_to_choice(self, document: Any, /) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -52,7 +70,7 @@ class Asked:
     gold: str | None
 
 
-def example_of(leaf: Any, document: Any, prompt: str, target: Any) -> Asked:
+def example_of(leaf: Leaf, document: Any, prompt: str, target: Any) -> Asked:
     """An example as people read it."""
     if leaf.OUTPUT_TYPE != "multiple_choice":
         return Asked(prompt, (), None, target if isinstance(target, str) else None)

@@ -19,7 +19,7 @@ from expertprune.corpora.documents import Document
 from expertprune.errors import SpecError, first_line, refused
 from expertprune.evaluation.harness.quiet import quiet
 from expertprune.evaluation.harness.sandbox import check_code, sandbox_templates
-from expertprune.evaluation.harness.scores import Asked, Scores, choice_scores, example_of
+from expertprune.evaluation.harness.scores import Asked, Leaf, Scores, choice_scores, example_of
 from expertprune.evaluation.questions import margin
 from expertprune.evaluation.suites import TaskEntry
 from expertprune.files import digest_of
@@ -55,7 +55,7 @@ class HarnessTask:
 
     label: str
     entry: TaskEntry
-    leaves: dict[str, Any]
+    leaves: dict[str, Leaf]
     metric: str
     filter: str
     generates: bool
@@ -163,7 +163,7 @@ def load_task(
             return _described(label, entry, leaves, instances, generates)
 
 
-def _load(entry: TaskEntry) -> dict[str, Any]:
+def _load(entry: TaskEntry) -> dict[str, Leaf]:
     if entry.name is not None:
         return dict(_manager(True).load([entry.name])["tasks"])
     from lm_eval.tasks._yaml_loader import load_yaml
@@ -190,12 +190,12 @@ def _absolute(files: Any, folder: Path) -> Any:
     return str(files) if "://" in files else str(path.resolve())
 
 
-def _few_shot(entry: TaskEntry, leaf: Any) -> int:
+def _few_shot(entry: TaskEntry, leaf: Leaf) -> int:
     own = leaf.get_config("num_fewshot")
     return entry.few_shot if entry.few_shot is not None else int(own or 0)
 
 
-def _build(leaf: Any, limit: int | None, entry: TaskEntry, tokenizer: Any) -> list[Any]:
+def _build(leaf: Leaf, limit: int | None, entry: TaskEntry, tokenizer: Any) -> list[Any]:
     leaf.set_fewshot_seed(seed=_SEED)
     if not len(leaf.eval_docs):
         return []
@@ -218,7 +218,7 @@ def _chat_settings(entry: TaskEntry) -> dict[str, bool]:
 
 
 def _described(
-    label: str, entry: TaskEntry, leaves: dict[str, Any], instances: dict[str, list[Any]], generates: bool
+    label: str, entry: TaskEntry, leaves: dict[str, Leaf], instances: dict[str, list[Any]], generates: bool
 ) -> HarnessTask:
     first = next(iter(leaves.values()))
     if not any(instances.values()):

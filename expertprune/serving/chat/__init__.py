@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from expertprune.serving.chat.endpoints import Ended, Endpoint, ChatSettings, connect
+from expertprune.serving.chat.endpoints import ChatSettings, Ended, Endpoint, connect
 from expertprune.serving.chat.page import Page
 from expertprune.serving.chat.sides import Side, running, started
 

@@ -14,7 +14,7 @@ import jinja2
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from expertprune.errors import ExpertpruneError
-from expertprune.serving.chat.endpoints import Ended, ChatSettings
+from expertprune.serving.chat.endpoints import ChatSettings, Ended
 from expertprune.serving.chat.sides import Side
 from expertprune.serving.processes import check_port
 

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from expertprune.errors import ExpertpruneError
 from expertprune.serving.chat.differences import first_difference
-from expertprune.serving.chat.endpoints import Ended, ChatSettings
+from expertprune.serving.chat.endpoints import ChatSettings, Ended
 from expertprune.serving.chat.sides import Side
 
 MARK = "reverse"

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from expertprune.errors import ServingError, UsageError
-from expertprune.serving.chat import Ended, ChatSettings, connect
+from expertprune.serving.chat import ChatSettings, Ended, connect
 from expertprune.serving.chat.differences import first_difference
 from tests.serving.fake_endpoint import fake_endpoint
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from expertprune.errors import UsageError
-from expertprune.serving.chat import Page, ChatSettings, running
+from expertprune.serving.chat import ChatSettings, Page, running
 from tests.browsers import CHROMIUM, browser
 from tests.serving.fake_endpoint import FakeEndpoint, fake_endpoint
 
