@@ -90,10 +90,19 @@ def test_no_modules_import_each_other() -> None:
     sorter.prepare()  # it raises an error that names the circle
 
 
-def test_no_two_public_classes_share_a_name() -> None:
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES]
-    names = Counter(node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+def types_of(text: str) -> Iterator[str]:
+    """The public classes of a module, and names such as `Floats` that it assigns to other types."""
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign) and isinstance(target := node.targets[0], ast.Name):
+            yield from [target.id] if re.fullmatch(r"[A-Z]\w*[a-z]", target.id) else []
+
+
+def test_no_two_types_share_a_name() -> None:
+    names = Counter(name for path in SOURCES for name in types_of(path.read_text(encoding="utf-8")))
     assert [name for name, count in names.items() if count > 1 and not name.startswith("_")] == []
+    assert list(types_of("class A: ...\nBc = A\nD = 1")) == ["A", "Bc"]
 
 
 @functools.cache

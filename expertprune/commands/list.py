@@ -11,7 +11,7 @@ import click
 
 from expertprune.commands.terminal import common, leading_comment, records_table, reporting, show
 
-Record = dict[str, Any]  # one line of a table: its columns by their headers
+Row = dict[str, Any]  # one line of a table: its columns by their headers
 
 
 @click.command("list")
@@ -29,7 +29,7 @@ def list_names(kind: str, as_json: bool) -> None:
     show(as_json, {"kind": kind, kind: records}, lambda: records_table(records))
 
 
-def _corpora() -> Iterator[Record]:
+def _corpora() -> Iterator[Row]:
     """The corpora that ship, with the number of documents and questions in each."""
     from expertprune.files import read_yaml, shipped
 
@@ -47,7 +47,7 @@ def _rows(path: Path) -> int:
     return sum(1 for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
 
 
-def _suites() -> Iterator[Record]:
+def _suites() -> Iterator[Row]:
     """The suites that ship; `hub` says whether their data come from the Hugging Face hub."""
     from expertprune.evaluation.suites import load_suite, shipped_suites
 
@@ -62,7 +62,7 @@ def _suites() -> Iterator[Record]:
         }
 
 
-def _criteria() -> Iterator[Record]:
+def _criteria() -> Iterator[Row]:
     """All registered criteria: what they score, the pass over the model that they need, and their paper."""
     from expertprune.relevance import criteria
 
@@ -76,7 +76,7 @@ def _criteria() -> Iterator[Record]:
         }
 
 
-def _models() -> Iterator[Record]:
+def _models() -> Iterator[Row]:
     """The models that come as Python packages."""
     from expertprune.arch import bundled_models
 

@@ -10,7 +10,8 @@ from expertprune.artifacts.evaluation import DocumentBits
 from expertprune.corpora.batches import encode, rendered
 from expertprune.corpora.chat import Rendered
 from expertprune.corpora.documents import Document
-from expertprune.evaluation.reading import Compared, Floats, Reading, bits, read
+from expertprune.evaluation.arrays import Floats
+from expertprune.evaluation.reading import Compared, Reading, bits, read
 from expertprune.models.passes import TextRun
 
 

@@ -24,9 +24,10 @@ from expertprune.corpora.documents import Corpus, CorpusName, Question
 from expertprune.engine.team import team
 from expertprune.errors import CheckpointError, SpecError
 from expertprune.evaluation.alignment import Aligning
+from expertprune.evaluation.arrays import Floats
 from expertprune.evaluation.documents import document_rows, document_rows_apart, texts_of
 from expertprune.evaluation.questions import Answers, answers, choices_of, paired_answers
-from expertprune.evaluation.reading import Compared, Floats, Read, Reading, bits, compare, read, read_together
+from expertprune.evaluation.reading import Compared, Read, Reading, bits, compare, read, read_together
 from expertprune.evaluation.retention import RESAMPLES, document_metrics
 from expertprune.models.passes import Stream, TextRun
 from expertprune.progress import Progress

@@ -6,16 +6,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from expertprune.corpora.batches import Tokens
 from expertprune.corpora.documents import Question
-from expertprune.evaluation.reading import Floats, Reading, bits, read
+from expertprune.evaluation.arrays import Floats, Indices
+from expertprune.evaluation.reading import Reading, bits, read
 from expertprune.evaluation.retention import Paired
 from expertprune.models.passes import TextRun
 from expertprune.progress import Progress
-
-Indices = NDArray[np.int64]
 
 
 def choices_of(questions: Sequence[Question], tokenizer: Any) -> list[Tokens]:

@@ -13,14 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from expertprune.corpora.batches import Batch, Tokens, make_batches
+from expertprune.evaluation.arrays import Floats
 from expertprune.models.passes import Step, Stream, TextRun
 from expertprune.progress import Progress
-
-Floats = NDArray[np.float64]
 
 TOKENS_PER_BATCH = 1024
 _LOGITS = 2**24  # of one model, held at a time: 64 MiB in float32, and some copies of them

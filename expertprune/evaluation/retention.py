@@ -8,17 +8,11 @@ from dataclasses import dataclass
 from typing import get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from expertprune.artifacts.evaluation import Average, DocumentBits, Evaluation, Group, Measure, Measured
+from expertprune.evaluation.arrays import Floats, Indices
 
 RESAMPLES = 2000
-
-
-Floats = NDArray[np.float64]
-
-
-Indices = NDArray[np.int64]
 
 
 _TAIL = 0.025  # with more resamples than this undefined, the interval has no end on that side

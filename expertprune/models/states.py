@@ -12,7 +12,7 @@ from expertprune.corpora.batches import Batch
 from expertprune.models.spool import Held, Room
 
 # A pass calls it with a batch's number, a layer's index, and the batch's hidden states behind that layer.
-Keep = Callable[[int, int, Tensor], None]
+KeepStates = Callable[[int, int, Tensor], None]
 
 
 def keep_nothing(number: int, index: int, hidden: Tensor) -> None:
@@ -32,7 +32,7 @@ class KeptStates:
         self._held: dict[int, dict[str, Held]] = defaultdict(dict)
         self._room: Room | None = None
 
-    def keeping(self, batches: Sequence[Batch], wanted: Sequence[Batch | None], room: Room) -> Keep:
+    def keeping(self, batches: Sequence[Batch], wanted: Sequence[Batch | None], room: Room) -> KeepStates:
         """The function by which a pass over `batches` leaves its states here.
 
         Args:

@@ -17,7 +17,7 @@ from expertprune.engine.team import team
 from expertprune.files import digest_of, working_folder
 from expertprune.models.base import ResolvedBase
 from expertprune.models.passes import TextRun
-from expertprune.models.states import Keep, keep_nothing
+from expertprune.models.states import KeepStates, keep_nothing
 from expertprune.profiling.traversal import Statistics, Traversal
 from expertprune.profiling.working import Working
 from expertprune.progress import Track, silent
@@ -89,7 +89,7 @@ def measure(
     path: Path,
     about: ProfileAbout,
     track: Track = silent,
-    keep: Keep = keep_nothing,
+    keep: KeepStates = keep_nothing,
     weights: dict[int, Statistics] | None = None,
 ) -> Profile:
     """Run text through the model once, and store the parts of a profile that this makes.

@@ -16,7 +16,7 @@ from expertprune.errors import CheckpointError
 from expertprune.models.passes import Stream, TextRun
 from expertprune.models.sources import is_streamed
 from expertprune.models.spool import SHARE, Spool
-from expertprune.models.states import Keep, keep_nothing
+from expertprune.models.states import KeepStates, keep_nothing
 from expertprune.profiling.forward import LayerCollector, predicted_tokens
 from expertprune.profiling.gradients import MaskGradients, Taped, Upstream, loss_gradient
 from expertprune.profiling.observation import Observation, units_observed
@@ -58,7 +58,7 @@ class Traversal:
         parts: Sequence[ProfilePart],
         seed: int = 0,
         working: Working | None = None,
-        keep: Keep = keep_nothing,
+        keep: KeepStates = keep_nothing,
         weights: dict[int, Statistics] | None = None,
     ) -> None:
         """

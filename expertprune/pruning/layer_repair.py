@@ -18,7 +18,7 @@ from expertprune.models.passes import Stream, alone, real_tokens
 from expertprune.models.spool import Spool
 from expertprune.models.states import KeptStates
 from expertprune.pruning.routed_repair import RoutedRepair
-from expertprune.pruning.solve import Moments, Rows, before_norm, token_weights
+from expertprune.pruning.solve import Moments, TokenRows, before_norm, token_weights
 from expertprune.units import KeptUnits, LayerShape, Structure
 
 
@@ -193,17 +193,17 @@ class LayerRepair:
             seen.forms[path] = len(output) - 1 if isinstance(output, tuple) else None
         return seen
 
-    def _moments(self, structure: Structure, stream: Stream) -> Moments | Rows:
+    def _moments(self, structure: Structure, stream: Stream) -> Moments | TokenRows:
         """Sums over tokens, or the tokens themselves where they are few."""
         weight = self.small.get_parameter(self.family.block(structure).output_weight)
         tokens = sum(batch.tokens for batch in stream.batches)
         if self.together is alone and by_rows(tokens, weight.shape[1]):
-            return Rows()
+            return TokenRows()
         return Moments.zeros(weight.shape[1], weight.shape[0], weight.device)
 
     def _add(
         self,
-        moments: Moments | Rows,
+        moments: Moments | TokenRows,
         structure: Structure,
         stream: Stream,
         number: int,
@@ -224,7 +224,7 @@ class LayerRepair:
             weights = weights / scale.square()
         moments.add(real_tokens(batch, call.input).float(), residual, weights)
 
-    def _solved(self, structure: Structure, moments: Moments | Rows, ridge: float) -> tuple[Tensor, Tensor]:
+    def _solved(self, structure: Structure, moments: Moments | TokenRows, ridge: float) -> tuple[Tensor, Tensor]:
         """The change of a projection and its new weight, rounded as it is written; the layer has it now.
 
         Members of a team factorize the same sums, and each solves for some rows of the weight.

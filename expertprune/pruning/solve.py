@@ -56,7 +56,7 @@ class Moments:
 
 
 @dataclass
-class Rows:
+class TokenRows:
     """The tokens themselves, for the least squares of fewer tokens than inputs.
 
     `inputs` are `√w x`, `[tokens, kept]` of each batch, and `residuals` `√w r`, `[tokens, hidden]`,

@@ -19,7 +19,7 @@ from expertprune.models.passes import TextRun
 from expertprune.models.running import to_stream
 from expertprune.models.sources import is_streamed, source_of
 from expertprune.models.spool import Limits
-from expertprune.models.states import Keep, keep_nothing
+from expertprune.models.states import KeepStates, keep_nothing
 from expertprune.profiling.store import about_profile, measure, profile_key, profile_path
 from expertprune.progress import Track, silent
 from expertprune.pruning.repair import check_repair
@@ -127,7 +127,7 @@ def profile_corpus(prepared: Prepared, name: CorpusName, track: Track, also: Seq
         measure(run_text, missing, place.path, about, track, keep, weights)
 
 
-def _keep(prepared: Prepared, name: CorpusName, missing: Sequence[ProfilePart]) -> Keep:
+def _keep(prepared: Prepared, name: CorpusName, missing: Sequence[ProfilePart]) -> KeepStates:
     """What keeps the hidden states of a corpus for the repair, if there is one, and room."""
     running, spec, base = prepared.running, prepared.spec, prepared.base
     if running.states is None or not is_repaired(spec) or is_streamed(running.model):

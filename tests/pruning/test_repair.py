@@ -21,7 +21,7 @@ from expertprune.models.base import ResolvedBase
 from expertprune.models.loading import load_model
 from expertprune.models.passes import TextRun
 from expertprune.pruning.repair import RepairJob, repairs
-from expertprune.pruning.solve import Moments, Rows, before_norm, least_squares, token_weights
+from expertprune.pruning.solve import Moments, TokenRows, before_norm, least_squares, token_weights
 from expertprune.pruning.write import RepairInput, prune
 from expertprune.spec.schema import Compensation
 from expertprune.units import GONE, KeptUnits
@@ -113,7 +113,7 @@ def test_least_squares_is_the_weighted_ridge(tokens: int, kept: int, ridge: floa
     np.testing.assert_allclose(found.numpy(), expected, rtol=2e-3, atol=2e-4 * np.abs(expected).max(initial=0))
     assert found.dtype == torch.float32
     if tokens:  # the same from the tokens themselves, in two batches
-        rows = Rows()
+        rows = TokenRows()
         for part in (slice(None, 3), slice(3, None)):
             rows.add(*(torch.tensor(a[part], dtype=torch.float32) for a in (inputs, residual, weight)))
         directly = rows.solved(ridge)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from expertprune.corpora.chat import has_template
 from expertprune.corpora.documents import Document
@@ -24,9 +23,6 @@ from expertprune.evaluation.questions import margin
 from expertprune.evaluation.suites import TaskEntry
 from expertprune.files import digest_of
 from expertprune.registry import nearest
-
-Floats = NDArray[np.float64]
-
 
 _PREFERRED = ("exact_match", "acc_norm", "acc", "f1", "bits_per_byte", "byte_perplexity", "word_perplexity")
 

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from expertprune.reporting.page.document import Number, headline_rows, headline_table, render, report
+from expertprune.reporting.page.document import PlacedNumber, headline_rows, headline_table, render, report
 
-__all__ = ["Number", "headline_rows", "headline_table", "render", "report"]
+__all__ = ["PlacedNumber", "headline_rows", "headline_table", "render", "report"]

@@ -44,7 +44,7 @@ SPEEDS = {metric: (words.removesuffix(", bytes"), more) for metric, (words, more
 
 
 @dataclass(frozen=True)
-class Number:
+class PlacedNumber:
     """A number of the report's data, and where it stands there: a JSON pointer (RFC 6901)."""
 
     value: float
@@ -153,20 +153,20 @@ def _names(experts: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _numbered(data: Any, pointer: str) -> Any:
-    """Plain data with every number as a `Number`."""
+    """Plain data with every number as a `PlacedNumber`."""
     if isinstance(data, Mapping):
         return {key: _numbered(value, f"{pointer}/{key.replace('~', '~0').replace('/', '~1')}")
                 for key, value in data.items()}  # fmt: skip
     if isinstance(data, list):
         return [_numbered(value, f"{pointer}/{index}") for index, value in enumerate(data)]
-    return Number(data, pointer) if isinstance(data, int | float) and not isinstance(data, bool) else data
+    return PlacedNumber(data, pointer) if isinstance(data, int | float) and not isinstance(data, bool) else data
 
 
 def _filter(style: str) -> Any:
     return lambda value: _written(value, style)
 
 
-def _written(value: Number | None, style: str) -> Markup:
+def _written(value: PlacedNumber | None, style: str) -> Markup:
     """A number rounded for people, with its exact value for machines."""
     if value is None:
         return Markup(f'<span class="quiet">{formats.UNDEFINED}</span>')
@@ -185,7 +185,7 @@ def _groups(rows: Sequence[Mapping[str, Any]]) -> list[tuple[tuple[str, str], li
 
 def _plain(value: Any) -> str | Markup:
     """A setting or a machine, as a program recorded it."""
-    if isinstance(value, Number):
+    if isinstance(value, PlacedNumber):
         return _written(value, "quantity")
     if isinstance(value, Mapping):
         return Markup(", ").join(

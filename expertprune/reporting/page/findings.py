@@ -50,7 +50,7 @@ class Remains:
 
 
 @dataclass(frozen=True)
-class Size:
+class ExpertSize:
     """Parameters, bytes of the weights' files, and vocabulary rows where they were cut."""
 
     parameters: Remains
@@ -161,7 +161,7 @@ class ReportData:
     folder: str
     purpose: str
     base: BaseFacts
-    size: Size
+    size: ExpertSize
     retention: dict[Group, Measured | None]
     speed: Speed | None
     metrics: list[MetricRow]
@@ -227,14 +227,14 @@ def findings(artifacts: Artifacts) -> ReportData:
     )
 
 
-def _size(artifacts: Artifacts) -> Size:
+def _size(artifacts: Artifacts) -> ExpertSize:
     expert, plan = artifacts.expert, artifacts.expert.plan
     rows = plan.vocabulary.rows if plan.vocabulary is not None else None
 
     def remains(base: int, left: int) -> Remains:
         return Remains(base, left, left / base)
 
-    return Size(
+    return ExpertSize(
         parameters=remains(plan.parameters.before, plan.parameters.after),
         weights=remains(expert.base.weight_bytes, artifacts.bytes),
         vocabulary=None if rows is None else remains(rows.of, rows.rows),

@@ -14,7 +14,7 @@ import pytest
 from click.testing import Result
 
 from expertprune.files import to_json
-from expertprune.reporting.page import Number, charts, headline_rows, render, report
+from expertprune.reporting.page import PlacedNumber, charts, headline_rows, render, report
 from tests.calling import call, call_json
 from tests.experts import about, copied, measured
 from tests.html import at, numbers, parsed, words
@@ -89,7 +89,7 @@ def test_the_numbers_that_matter_are_on_the_page(full: Page) -> None:
 def test_no_number_gets_onto_the_page_without_its_place() -> None:
     template = jinja2.Environment(autoescape=True).from_string("{{ number }}")
     with pytest.raises(TypeError, match="/a: a number"):
-        template.render(number=Number(0.5, "/a"))
+        template.render(number=PlacedNumber(0.5, "/a"))
 
 
 @pytest.mark.usefixtures("undrawn")
