@@ -28,9 +28,11 @@ RECORDED = (
     "constants",
     "cost",
     "cost_build",
+    "forecast",
     "scale_llama_8b_streamed_fisher",
     "quantize",
     "serving",
+    "team",
     "torture",
 )
 
