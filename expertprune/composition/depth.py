@@ -75,13 +75,15 @@ def layers_to_go(budget: Budget, base: ResolvedBase) -> int:
 
 
 def layer_scores(spec: Spec, profiles: Mapping[CorpusName, Profile]) -> Fused:
-    """The fused influence of every layer, `[layers]`: composed and fused as other units are.
+    """The fused influence of every layer, `[layers]`: composed as other units are, and fused by weight.
 
-    The influence of a layer on a corpus is that on its documents, aggregated. A layer's activation
-    is its influence over the layers' mean.
+    The influence of a layer on a corpus is that on its documents, aggregated. A layer has no
+    activation beside its influence, so none is exclusive.
     """
     found = {name: _of_corpus(profile, spec) for name, profile in profiles.items()}
-    (result,) = fused(found, spec)
+    fusion = spec.compose.fusion.model_copy(update={"method": "weighted"})
+    weighted = spec.model_copy(update={"compose": spec.compose.model_copy(update={"fusion": fusion})})
+    (result,) = fused(found, weighted)
     return result
 
 

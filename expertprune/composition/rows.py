@@ -136,8 +136,8 @@ def row_scores(
 ) -> tuple[Tensor, Tensor]:
     """The relevance of every row, and who gave it.
 
-    Values of a dimension: the largest; dimensions: by the spec's rule; general: at least `β` times
-    its relevance (`compose.fusion.beta`). So under `intersection` a row goes when it is irrelevant
+    Values of a dimension: the largest; dimensions: by the spec's rule; general: at least its
+    relevance times `compose.fusion.rows`. So under `intersection` a row goes when it is irrelevant
     to every value and below the general floor.
 
     Args:
@@ -156,7 +156,7 @@ def row_scores(
     source = (per_dimension - score).abs().argmin(0)
     if spec.general:
         general = torch.stack([relevance[CorpusName("general", value)] for value in spec.general]).amax(0)
-        general = general * spec.compose.fusion.beta
+        general = general * spec.compose.fusion.rows
         source = torch.where(general > score, len(chosen), source)
         score = torch.maximum(score, general)
     return score, source

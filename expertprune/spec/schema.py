@@ -120,13 +120,14 @@ class Fusion(Section):
     """How general and expert relevance become one score."""
 
     method: Literal["weighted", "shared_exclusive"] = Field(
-        "weighted",
+        "shared_exclusive",
         description="weighted: the general score counts lambda on every unit; shared_exclusive: on shared units only, while "
         "exclusive ones keep the score of their own side (after arXiv:2510.22489).",
     )
     tau: float = Field(0.1, ge=0, le=1, description="Units whose activation differs by at most this are shared.")
     lambda_: float = Field(0.25, ge=0, le=1, alias="lambda", description="Weight of the general score.")
-    beta: float = Field(0.5, ge=0, le=1, description="Its weight on general-exclusive units and on vocabulary rows.")
+    beta: float = Field(1.0, ge=0, le=1, description="Its weight on general-exclusive units.")
+    rows: float = Field(0.5, ge=0, le=1, description="Its weight on vocabulary rows.")
 
 
 class Compose(Section):

@@ -79,7 +79,7 @@ def test_a_row_scores_frequency_plus_mass_the_largest_over_dimensions_and_genera
         {"coverage": 0.5},
         dimensions={"language": ["de", "fr"], "domain": "medical"},
         general=["general"],
-        compose={"fusion": {"beta": 0.5}},
+        compose={"fusion": {"rows": 0.5}},
     )
     profiles = profiles_for(
         tmp_path,

@@ -261,6 +261,7 @@ def test_scores_are_fused_with_the_activations_of_the_dimensions(
         pytest.param(0.6, 0.2, 1.1, 1.0, {}, 0.4, SHARED, id="shared: the difference has no direction"),
         pytest.param(0.2, 0.6, 3.0, 1.0, {}, 0.2, EXPERT, id="expert: general has no say"),
         pytest.param(0.2, 0.6, 1.0, 3.0, {}, 0.3, GENERAL, id="general: half of its score"),
+        pytest.param(0.2, 0.6, 1.0, 3.0, {"beta": 1}, 0.6, GENERAL, id="general: all of its score"),
         pytest.param(0.2, 0.6, 1.0, 3.0, {"beta": 0}, 0.2, GENERAL, id="general: never below the expert's"),
         pytest.param(0.2, 0.6, 1.0, 1.0, {"tau": 0}, 0.4, SHARED, id="tau 0: equal activations are shared"),
         pytest.param(0.2, 0.6, 1.0, 1.001, {"tau": 0}, 0.3, GENERAL, id="tau 0: nothing else is"),
@@ -275,10 +276,10 @@ def test_fuse(
     s_t: float, s_g: float, n_t: float, n_g: float, constants: dict[str, float], score: float, kind: int
 ) -> None:
     tensors = [torch.tensor([value], dtype=torch.float64) for value in (s_t, s_g, n_t, n_g)]
-    fused, found = fuse(*tensors, Fusion(**{"method": "shared_exclusive", "lambda": 0.5, **constants}))
+    fused, found = fuse(*tensors, Fusion(**{"lambda": 0.5, "beta": 0.5, **constants}))
     assert fused.tolist() == pytest.approx([score])
     assert found.tolist() == [kind]
-    weighted, found = fuse(*tensors, Fusion(**{"lambda": 0.25, **constants}))
+    weighted, found = fuse(*tensors, Fusion(**{"method": "weighted", "lambda": 0.25, **constants}))
     share = constants.get("lambda", 0.25)
     assert weighted.tolist() == pytest.approx([share * s_g + (1 - share) * s_t]), "whatever their kind"
     assert found.tolist() == [kind]

@@ -225,7 +225,8 @@ def test_the_card_says_what_was_cut_and_what_was_kept(tmp_path: Path) -> None:
         assert line in text.splitlines()
     assert "language/en (3 documents), task/qa (1 documents)." in text
     assert "(https://example.org/paper)" in text
-    assert "general relevance weighted 0.25" in text
+    assert "shared/exclusive fusion with general relevance (after" in text
+    assert "2510.22489" in text
     assert "Not evaluated yet" not in text
     # A blank line inside a table, or text right after it, would end or join it.
     tables = re.findall(r"\n\n(\|.*?\|)\n\n", text, re.DOTALL)
@@ -239,10 +240,10 @@ def test_the_card_says_what_was_cut_and_what_was_kept(tmp_path: Path) -> None:
 
 def test_the_card_speaks_of_general_relevance_only_where_there_is_some(tmp_path: Path) -> None:
     expert = an_expert(tmp_path)
-    expert.plan.spec["compose"]["fusion"] |= {"method": "shared_exclusive"}
+    expert.plan.spec["compose"]["fusion"] |= {"method": "weighted"}
     text = card(expert)
-    assert "shared/exclusive fusion with general relevance" in text
-    assert "2510.22489" in text
+    assert "general relevance weighted 0.25" in text
+    assert "2510.22489" not in text
     expert = an_expert(tmp_path)
     expert.plan.spec["general"] = []
     text = card(expert)

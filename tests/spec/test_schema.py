@@ -106,7 +106,7 @@ UNKNOWN = [
 def test_an_unknown_key_names_file_key_and_the_nearest_key_or_all(
     changes: dict[str, Any], key: str, nearest: str | None
 ) -> None:
-    hint = f"did you mean '{nearest}'?" if nearest else "valid: beta, lambda, method, tau"
+    hint = f"did you mean '{nearest}'?" if nearest else "valid: beta, lambda, method, rows, tau"
     assert problems_of(**changes) == [f"my.yaml: unknown key '{key}'; {hint}"]
 
 
