@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import shutil
 from collections import defaultdict
@@ -24,7 +25,7 @@ from expertprune.models.base import ResolvedBase, resolve_base
 from expertprune.models.loading import load_model, load_tokenizer
 from expertprune.models.passes import TextRun
 from expertprune.profiling import store as store_module
-from expertprune.profiling.store import about_profile, measure, profile_key, profile_path, statistics_code
+from expertprune.profiling.store import SOURCES, about_profile, measure, profile_key, profile_path, statistics_code
 from expertprune.spec.schema import Base
 from expertprune.units import LayerShape
 from tests.masks import Tiny, assert_near, ffn_output, layer_activations, measured, tiny, token_lists
@@ -235,9 +236,61 @@ def test_changed_code_of_statistics_makes_new_profiles(tmp_path: Path) -> None:
     package = Path(expertprune.__file__).parent
     copy = shutil.copytree(package, tmp_path / "copy")
     found = [statistics_code(package), statistics_code(copy)]
-    for file in ("reporting/card.py", "profiling/gradients.py", "models/passes.py", "arch/families/llama.yaml"):
+    for file in ("reporting/card.py", "profiling/gradients.py", "models/routed.py", "arch/families/llama.yaml"):
         (copy / file).write_text((copy / file).read_text() + "\n")
         statistics_code.cache_clear()
         found.append(statistics_code(copy))
     assert found[0] == found[1] == found[2]
     assert len(set(found[2:])) == 4
+
+
+# What profiling imports and its key leaves out, and why it cannot change a number.
+WITHOUT_NUMBERS = {
+    "errors.py": "messages",
+    "registry.py": "names of functions",
+    "progress.py": "what a terminal shows",
+    "files": "reads and writes whole files",
+    "engine/watch.py": "ends a team whose member died",
+    "engine/memory.py": "how much is done at a time",
+    "spec": "settings; the key has what they come to",
+    "corpora/chat.py": "the key has the digest of the tokens",
+    "corpora/documents.py": "as above",
+    "corpora/messages.py": "as above",
+    "corpora/templates.py": "as above",
+    "tokenizing": "as above",
+    "models/base.py": "finds and checks the base, whose weights the key has by their digest",
+    "models/hub.py": "as above",
+    "models/gguf": "as above",
+    "models/admission.py": "as above",
+    "models/inventory.py": "as above",
+    "models/running.py": "chooses between loading and streaming, which are both in the key",
+    "relevance": "scores what profiles hold",
+}
+
+
+def test_the_key_has_all_code_that_profiling_imports() -> None:
+    package = Path(expertprune.__file__).parent
+    found, todo = set[Path](), sorted((package / "profiling").glob("*.py"))
+    while todo:
+        path = todo.pop()
+        if path in found:
+            continue
+        found.add(path)
+        for module in modules_imported(path):
+            inner = package.joinpath(*module.split(".")[1:])
+            todo += [each for each in (inner.with_suffix(".py"), inner / "__init__.py") if each.is_file()]
+    parts = [*SOURCES, *WITHOUT_NUMBERS]
+    holders = {path: [each for each in parts if path.is_relative_to(package / each)] for path in found}
+    assert {path for path, held in holders.items() if len(held) != 1} == set()  # neither lacking nor in both lists
+    assert {each for held in holders.values() for each in held} == set(parts)  # no entry is left over
+
+
+def modules_imported(path: Path) -> set[str]:
+    """The modules of the package that a file imports, and names that may be modules."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name.startswith("expertprune.")}
