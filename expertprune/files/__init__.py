@@ -19,6 +19,7 @@ from expertprune.files.outputs import (
 from expertprune.files.ownership import (
     age,
     disk_errors,
+    is_leftover,
     locked,
     machine,
     one_at_a_time,
@@ -75,9 +76,10 @@ __all__ = [
     "GENERATOR", "GGUF", "HASHED", "HOLDINGS", "MEMORY_VARIABLE", "PAGE", "PICTURE", "PLAN", "REPORT_PAGE",
     "SPOOL_VARIABLE", "THROUGHPUT_FILE", "OutputKind", "StoreEntry", "age", "as_model", "check_inputs",
     "check_output", "check_parent", "check_values", "digest_of", "disk_errors", "duration", "file_digest",
-    "folder_size", "holdings", "known_digest", "locked", "machine", "not_a_file", "one_at_a_time", "opened",
-    "parse_json", "parse_yaml", "problems_of", "prune_store", "read_bytes", "read_json", "read_kept",
-    "read_model", "read_object", "read_text", "read_yaml", "remove_all_leftovers", "remove_leftovers",
-    "require_room", "scratch_folder", "shipped", "staged_file", "staged_folder", "staged_output",
-    "store_folder", "temporary_folder", "to_json", "user_path", "working_folder", "write_file", "write_json",
+    "folder_size", "holdings", "is_leftover", "known_digest", "locked", "machine", "not_a_file",
+    "one_at_a_time", "opened", "parse_json", "parse_yaml", "problems_of", "prune_store", "read_bytes",
+    "read_json", "read_kept", "read_model", "read_object", "read_text", "read_yaml", "remove_all_leftovers",
+    "remove_leftovers", "require_room", "scratch_folder", "shipped", "staged_file", "staged_folder",
+    "staged_output", "store_folder", "temporary_folder", "to_json", "user_path", "working_folder", "write_file",
+    "write_json",
 ]  # fmt: skip

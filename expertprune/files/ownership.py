@@ -150,6 +150,11 @@ def one_at_a_time(path: Path) -> Iterator[None]:
         yield
 
 
+def is_leftover(path: Path) -> bool:
+    """Whether a path is a folder in the making, or lies in one, by its names (see `own_folder`)."""
+    return any(_LEFTOVER.fullmatch(name) for name in path.parts)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed runs left in a folder: runs of this boot at once, others by age.
 

@@ -19,7 +19,7 @@ import psutil
 from expertprune.arch import families, family_of
 from expertprune.artifacts.expert import Expert
 from expertprune.errors import CheckpointError, UsageError
-from expertprune.files import EXPERT_FILE, read_object
+from expertprune.files import EXPERT_FILE, is_leftover, read_object
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.inventory import check_widths
 
@@ -75,7 +75,7 @@ def check_folder(folder: str | Path, name: str | None = None) -> Servable:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
-    if re.fullmatch(r"\..+\.\d+\.(partial|replaced)", folder.resolve().name):
+    if is_leftover(folder.resolve()):
         raise CheckpointError(f"{folder}: is what an unfinished build left; build the expert again")
     expert = (folder / EXPERT_FILE).exists()
     if not expert and not (folder / "config.json").is_file():

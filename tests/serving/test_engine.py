@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import expertprune
 from expertprune.errors import CheckpointError, UsageError
+from expertprune.files.ownership import own_folder
 from expertprune.serving import engine
 from tests.experts import described
 from tests.serving.conftest import CPU
@@ -44,9 +45,16 @@ def test_the_name_of_a_served_folder(folder: Path) -> None:
     assert engine.check_folder(folder, "mine").name == "mine"
     described(folder, "medical-qa").save()
     assert engine.check_folder(folder).name == "medical-qa"
-    left = folder.rename(folder.with_name(".medical-qa.4711.partial"))
-    with pytest.raises(CheckpointError, match="unfinished build"):
-        engine.check_folder(left)
+
+
+@pytest.mark.parametrize("kind", ["partial", "replaced"])
+def test_what_an_unfinished_build_leaves_is_not_served(folder: Path, kind: str) -> None:
+    with own_folder(folder.parent / "medical-qa", kind) as making:
+        shutil.copytree(folder, making, dirs_exist_ok=True)
+        shutil.copytree(folder, making / "medical-qa")
+        for place in (making, making / "medical-qa"):
+            with pytest.raises(CheckpointError, match="unfinished build"):
+                engine.check_folder(place)
 
 
 def forget(pattern: str) -> Any:
