@@ -90,8 +90,8 @@ class Calibration(Section):
     prompt_weight: float = Field(
         1.0,
         ge=0,
-        description="How much a token of a conversation counts in statistics where it is not an answer's. "
-        "The loss counts on answers only.",
+        description="How much a token of a conversation counts in statistics and in the repair where it is not an "
+        "answer's. The loss counts on answers only.",
     )
     tokens_per_batch: int = Field(2048, ge=1, description="Speed and memory only: results do not depend on it.")
     seed: int = Field(0, ge=0, description="Chooses the documents where a corpus has more of them.")

@@ -69,6 +69,7 @@ def test_the_minimal_spec_is_valid_and_has_the_documented_defaults() -> None:
     expected = {
         "base": {"model": "owner/model", "dtype": "auto", "trust_remote_code": False},
         "general": ["general"],
+        "calibration": {"documents": 256, "max_tokens": 512, "windows": 1, "prompt_weight": 1.0, "seed": 0},
         "relevance": {"criterion": "auto", "experts": None},
         "compose": {"rule": "intersection", "allocation": "auto"},
         "budget": {"ffn": 0.25, "query_heads": 0, "kv_groups": 0, "multiple_of": 64},
