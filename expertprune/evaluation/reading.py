@@ -17,11 +17,10 @@ from torch import Tensor
 
 from expertprune.corpora.batches import Batch, Tokens, make_batches
 from expertprune.evaluation.arrays import Floats
-from expertprune.models.passes import Step, Stream, TextRun
+from expertprune.models.passes import Step, Stream, TextRun, places_at_once
 from expertprune.progress import Progress
 
 TOKENS_PER_BATCH = 1024
-_LOGITS = 2**24  # of one model, held at a time: 64 MiB in float32, and some copies of them
 
 
 @dataclass(frozen=True)
@@ -72,9 +71,7 @@ class Read(NamedTuple):
 
     def logits(self, number: int, places: Places) -> Tensor:
         """Predictions at some places of a batch, `[places, vocabulary]`, float32."""
-        hidden = self.stream.hidden[number][places.rows, places.columns]
-        alone = Batch(torch.zeros(len(hidden), 1, dtype=torch.int64), (1,) * len(hidden), tuple(range(len(hidden))))
-        return torch.cat([logits[:, 0] for _, logits in self.model.logits(alone, hidden[:, None])])
+        return self.model.head(self.stream.hidden[number][places.rows, places.columns][:, None])[:, 0]
 
 
 class Places(NamedTuple):
@@ -90,11 +87,11 @@ class Places(NamedTuple):
     sequences: Tensor
 
 
-def _places(batch: Batch, device: torch.device, vocabulary: int) -> Iterator[Places]:
+def _places(batch: Batch, device: torch.device, at_once: int) -> Iterator[Places]:
     """All places of a batch that count, a few at a time."""
     rows, columns = batch.targets.nonzero(as_tuple=True)
     values = (rows, columns, batch.ids[rows, columns + 1], torch.tensor(batch.documents)[rows])
-    for chunk in zip(*(each.split(max(1, _LOGITS // vocabulary)) for each in values), strict=True):
+    for chunk in zip(*(each.split(at_once) for each in values), strict=True):
         yield Places(*(each.to(device) for each in chunk))
 
 
@@ -148,10 +145,10 @@ def bits(reading: Reading, read: Read, progress: Progress | None = None) -> Floa
     Args:
         progress: called after each batch.
     """
-    device, vocabulary = read.model.device, read.model.rows
+    device, at_once = read.model.device, places_at_once(read.model.rows)
     sums = torch.zeros(len(reading.sequences), dtype=torch.float64, device=device)
     for number, batch in enumerate(reading.batches):
-        for places in _places(batch, device, vocabulary):
+        for places in _places(batch, device, at_once):
             nats = torch.nn.functional.cross_entropy(read.logits(number, places), places.targets, reduction="none")
             sums.index_add_(0, places.sequences, nats.double())
         if progress is not None:
@@ -164,10 +161,10 @@ def bits(reading: Reading, read: Read, progress: Progress | None = None) -> Floa
 @torch.no_grad()
 def compare(reading: Reading, base: Read, expert: Read, progress: Progress | None = None) -> Compared:
     """Two models with the same tokens on what each sequence asks for; `progress` as in `bits`."""
-    device, vocabulary = base.model.device, base.model.rows
+    device, at_once = base.model.device, places_at_once(base.model.rows, models=2)
     sums = torch.zeros(4, len(reading.sequences), dtype=torch.float64, device=device)
     for number, batch in enumerate(reading.batches):
-        for places in _places(batch, device, vocabulary):
+        for places in _places(batch, device, at_once):
             p, q = (torch.log_softmax(each.logits(number, places), -1) for each in (base, expert))
             target = places.targets[:, None]
             found = (

@@ -68,7 +68,7 @@ def head_only(model: Any, family: Family, hidden: Tensor) -> Iterator[None]:
     """While open, the model skips its decoder layers: `hidden` goes straight into its output head.
 
     Final norm, output projection, caps and scales are the model's own. Call the model with any
-    token ids of the right shape; `logits_to_keep` selects positions.
+    token ids of the right shape.
     """
     with layers_replaced(model, family, [_Handover(decoder_layers(model, family)[0], hidden)]):
         yield

@@ -25,13 +25,18 @@ from expertprune.models.states import KeptStates
 from expertprune.progress import Progress
 from expertprune.units import LayerShape
 
-LOGITS = 2**25  # held at a time: 128 MiB in float32
+LOGITS = 2**25  # held at a time, of all models together: 128 MiB in float32
 
 
 def real_tokens(batch: Batch, states: Tensor) -> Tensor:
     """Leave padding out: `[rows, tokens, channels]` to `[real tokens, channels]`."""
     placed, flat = batch.on(states.device), states.flatten(0, 1)
     return flat if placed.whole else flat.index_select(0, placed.real)
+
+
+def places_at_once(vocabulary: int, models: int = 1) -> int:
+    """At how many positions the logits of so many models are held at a time."""
+    return max(1, LOGITS // (models * vocabulary))
 
 
 def alone(sums: dict[str, Tensor]) -> None:
@@ -213,12 +218,18 @@ class TextRun:
         Yields:
             The first of some positions, and their logits, `[rows, positions, vocabulary]`, float32.
         """
-        ids = batch.ids.to(hidden.device)
-        vocabulary = self.rows
-        end = ids.shape[1] if until is None else until
-        step = max(1, LOGITS // (vocabulary * ids.shape[0]))
+        rows, length = batch.ids.shape
+        end = length if until is None else until
+        step = max(1, places_at_once(self.rows) // rows)
         for first in range(0, end, step):
-            positions = torch.arange(first, min(first + step, end), device=ids.device)
-            with head_only(self.model, self.family, hidden):
-                logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits
-            yield first, logits.float()
+            yield first, self.head(hidden[:, first : min(first + step, end)])
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Predictions behind some states of the last layer.
+
+        From `[rows, positions, hidden]` to `[rows, positions, vocabulary]`, float32.
+        """
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)  # any will do
+        with head_only(self.model, self.family, hidden):
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits.float()

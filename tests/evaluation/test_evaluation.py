@@ -20,6 +20,7 @@ from expertprune.evaluation import reading
 from expertprune.evaluation.measure import Measuring
 from expertprune.evaluation.questions import answer_questions, paired_answers
 from expertprune.evaluation.retention import RESAMPLES, bootstrap, document_metrics
+from expertprune.models import passes
 from expertprune.models.passes import TextRun
 from expertprune.spec.schema import Evaluate
 from tests.scoring import score_documents
@@ -55,14 +56,18 @@ def log_probabilities(run: TextRun, ids: list[int]) -> Floats:
     return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
 
 
-@pytest.mark.parametrize(("tokens_per_batch", "logits"), [(1024, 2**24), (1, 2**24), (20, 3 * 64), (1024, 1)])
+@pytest.mark.parametrize(("tokens_per_batch", "logits"), [(1024, 2**25), (1, 2**25), (20, 6 * 64), (1024, 1)])
 def test_scores_equal_those_of_each_document_alone(
     models: Models, monkeypatch: pytest.MonkeyPatch, tokens_per_batch: int, logits: int
 ) -> None:
     base, expert, tokenizer = models
     monkeypatch.setattr(reading, "TOKENS_PER_BATCH", tokens_per_batch)
-    monkeypatch.setattr(reading, "_LOGITS", logits)
+    monkeypatch.setattr(passes, "LOGITS", logits)
+    seen: list[int] = []
+    hook = base.model.lm_head.register_forward_hook(lambda _, __, found: seen.append(found.shape[:-1].numel()))
     rows = score_documents(base, expert, tokenizer, DOCUMENTS, 20)
+    hook.remove()
+    assert max(seen) <= max(1, logits // (2 * 64))  # of each of two models
     for row, text in zip(rows, TEXTS, strict=True):
         ids = tokenizer(" ".join(text))["input_ids"][:20]
         p, q = (log_probabilities(model, ids)[:-1] / math.log(2) for model in (base, expert))
