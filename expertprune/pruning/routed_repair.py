@@ -12,7 +12,7 @@ from expertprune.arch import Experts
 from expertprune.models.passes import Stream, alone, real_tokens
 from expertprune.models.routed import Dispatch, RoutedExperts
 from expertprune.models.spool import SHARE, Spool
-from expertprune.pruning.solve import damping_of, token_weights, tokens_of, weight_sums
+from expertprune.pruning.solve import damping_of, narrow_products, token_weights, tokens_of, weight_sums
 
 KEPT = 2**30  # bytes of factorized equations, at most
 SWEEPS = 3  # over the routed experts of a layer; after three, the error hardly falls any more
@@ -230,11 +230,11 @@ class _Solution:
         neurons = self.runner.neurons_of(tokens.inputs[place], expert).float() * gate[:, None]
         importance = tokens.importance[place]
         weighted = neurons * importance[:, None]
-        sums = {"cross": tokens.residual[place].T @ weighted}
         system = self._kept.get(expert)
-        if system is None:
-            seen = importance * gate.square()
-            sums |= {"gram": weighted.T @ neurons, "counts": weight_sums(seen)}
+        with narrow_products(neurons.device):
+            sums = {"cross": tokens.residual[place].T @ weighted}
+            if system is None:
+                sums |= {"gram": weighted.T @ neurons, "counts": weight_sums(importance * gate.square())}
         self.together(sums)
         if system is None:
             moments = RoutedMoments(sums["gram"], tokens_of(sums["counts"]))

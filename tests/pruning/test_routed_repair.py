@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from expertprune.models.passes import TextRun
-from expertprune.pruning import routed_repair
+from expertprune.pruning import routed_repair, solve
 from expertprune.pruning.repair import RepairJob, by_least_squares
 from expertprune.pruning.routed_repair import RoutedMoments, RoutedSystem
 from expertprune.pruning.write import RepairInput
@@ -169,6 +171,43 @@ def test_equations_that_there_is_no_room_for_are_factorized_again(monkeypatch: p
     monkeypatch.setattr(routed_repair, "KEPT", 0)
     for expert, weight in layer.repaired(text).items():
         np.testing.assert_array_equal(weight, kept[expert])
+
+
+class Products(TorchDispatchMode):
+    """Notes the shape of every matrix product, and torch's precision of products while it runs."""
+
+    def __init__(self, setting: SimpleNamespace) -> None:
+        super().__init__()
+        self.setting, self.seen = setting, set[tuple[tuple[int, ...], str]]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in ("mm", "addmm_"):
+            self.seen.add((tuple(found.shape), self.setting.fp32_precision))
+        return found
+
+
+@pytest.mark.parametrize(("devices", "narrow"), [(("cuda",), "ieee"), (("cuda", "cpu"), "tf32")])
+def test_second_moments_alone_are_products_of_tf32_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, devices: tuple[str, ...], narrow: str
+) -> None:
+    """As if this processor were one."""
+    setting = SimpleNamespace(fp32_precision="ieee")
+    monkeypatch.setattr(torch.backends.cuda, "matmul", setting)
+    monkeypatch.setattr(solve, "_NARROW", devices)
+    layer = Layer("mixtral", {"ffn": 12}, num_hidden_layers=2)
+    text = layer.of.text(token_lists([30] * 10, seed=4), 600)
+    with Products(setting) as routed:
+        layer.repaired(text)
+    moments = {(12, 12), (layer.shape.hidden, 12)}
+    assert {each for each in routed.seen if each[0] in moments} == {(shape, narrow) for shape in moments}
+    assert {each[1] for each in routed.seen if each[0] not in moments} == {"ieee"}
+    with Products(setting) as dense:
+        solve.Moments.zeros(5, 3, torch.device("cpu")).add(torch.ones(7, 5), torch.ones(7, 3), torch.ones(7))
+    assert dense.seen == {((5, 5), narrow), ((3, 5), narrow)}
+    with pytest.raises(ValueError, match="in the block"), solve.narrow_products(torch.device("cpu")):
+        raise ValueError("in the block")
+    assert setting.fp32_precision == "ieee"
 
 
 @pytest.mark.parametrize("name", ["olmoe", "gpt_oss", "deepseek_v3", "ernie4_5_moe"])
