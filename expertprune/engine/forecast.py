@@ -16,7 +16,9 @@ from expertprune.engine.memory import (
     evaluating,
     fitting,
     gibibytes,
+    graphs_are_kept,
     keeping,
+    layer_sums,
     peak,
     profiling,
     repairing,
@@ -40,6 +42,8 @@ class Work:
         together: whether the evaluation's text goes along with the repair's.
         kept: of parameters that layers have, the part that stays.
         written: bytes of the expert.
+        tried: experts that are built at most before this one, for `budget.retention`.
+        held_back: text that they are measured on.
     """
 
     profiled: Mapping[str, TextSize]
@@ -50,6 +54,14 @@ class Work:
     together: bool
     kept: float
     written: int
+    tried: int = 0
+    held_back: TextSize | None = None
+
+    @property
+    def texts(self) -> list[TextSize]:
+        """All texts that are read."""
+        others = (self.repaired, self.evaluated, self.held_back)
+        return [*self.profiled.values(), *(text for text in others if text is not None)]
 
 
 @dataclass(frozen=True)
@@ -68,12 +80,21 @@ class Forecast:
 
     Attributes:
         streamed: whether layers are streamed.
-        disk: bytes of the expert and of weights that are still to come.
+        written: bytes of the expert, or of the largest of several.
+        fetched: bytes of the base's weights that are still to come.
+        stored: bytes of profiles, and of repaired weights until they are written.
     """
 
     streamed: bool
     stages: tuple[Stage, ...]
-    disk: int
+    written: int
+    fetched: int
+    stored: int
+
+    @property
+    def disk(self) -> int:
+        """Bytes of all files but the spool."""
+        return self.written + self.fetched + self.stored
 
     @property
     def seconds(self) -> float:
@@ -131,26 +152,46 @@ class Forecaster:
     def measured(cls, base: ResolvedBase, sizes: Sizes, work: Work, limits: Limits, scratch: Path) -> Forecaster:
         """With rates that are measured now, unless shapes alone say that it does not fit."""
         cls(base, sizes, work, limits, Rates.of_shapes(base)).forecast()
-        texts = [text for text in (*work.profiled.values(), work.repaired, work.evaluated) if text is not None]
-        largest = max(texts, key=lambda text: text.batch, default=TextSize(1, 1, 1, 1))
+        largest = max(work.texts, key=lambda text: text.batch, default=TextSize(1, 1, 1, 1))
         return cls(base, sizes, work, limits, measured_rates(base, largest.batch, largest.width, scratch))
 
     def forecast(self) -> Forecast:
         """The forecast; see the class for what it refuses."""
-        stages = list(self._stages())
-        pending = self.sizes.stored if self.base.checkpoint.pending is not None else 0
-        return Forecast(self.streamed, tuple(stages), self.work.written + pending)
+        return self.of_experts({"": (self.sizes, self.work)})
 
-    def _stages(self) -> Iterator[Stage]:
-        work, graph, kept = self.work, self.rates.graph, 0
+    def of_experts(self, experts: Mapping[str, tuple[Sizes, Work]]) -> Forecast:
+        """The forecast of several experts of the base, by name. What is profiled is this one's work, and done once."""
+        pending = self.sizes.stored if self.base.checkpoint.pending is not None else 0
+        stages, kept, stored = self._profiles()
+        written = solved = 0
+        for name, (sizes, work) in experts.items():
+            one = Forecaster(self.base, sizes, work, self.limits, self.rates)
+            stages += [
+                replace(stage, name=f"{name}: {stage.name}" if name else stage.name) for stage in one._expert(kept)
+            ]
+            written, solved = max(written, work.written), max(solved, sizes.solved if work.repaired is not None else 0)
+        return Forecast(self.streamed, tuple(stages), written, pending, stored + solved)
+
+    def _profiles(self) -> tuple[list[Stage], int, int]:
+        """The stages of profiles; bytes of states that they leave for repairs, and of what they store."""
+        work, kept, stored = self.work, 0, 0
+        stages = []
         for name, text in work.profiled.items():
             keeps = self._keeps_graphs(text)
-            need = profiling(self.sizes, text, graph, work.gradient, keeps)
+            need = profiling(self.sizes, text, self.rates.graph, work.gradient, keeps)
+            stored += need.host
             own = self._kept_states(text, kept)
             kept += own
             shared = own if work.gradient and not keeps else 0  # with the states before each layer
             need = self._beside(need, kept - shared)
-            yield self._stage(f"profile {name}", text.tokens, self._profile_seconds(name, text, keeps), need)
+            stages.append(self._stage(f"profile {name}", text.tokens, self._profile_seconds(name, text, keeps), need))
+        return stages, kept, stored
+
+    def _expert(self, kept: int) -> Iterator[Stage]:
+        """The stages of an expert whose corpora are profiled; `kept` are bytes of states that profiles have left."""
+        work, graph = self.work, self.rates.graph
+        if work.tried and work.held_back is not None:
+            yield self._tried(work.tried, work.held_back, kept)
         along = work.evaluated.tokens if work.evaluated is not None and work.together else 0
         if work.repaired is not None:
             need = self._beside(repairing(self.sizes, work.repaired, graph, along), kept)
@@ -161,6 +202,16 @@ class Forecaster:
             need = evaluating(self.sizes, work.evaluated, graph)
             yield self._stage("evaluate", work.evaluated.tokens, self._evaluation_seconds(work.evaluated), need)
 
+    def _tried(self, number: int, text: TextSize, kept: int) -> Stage:
+        """Experts that are built and measured on held-back text, to find the one that holds a floor."""
+        need, tokens, seconds = evaluating(self.sizes, text, self.rates.graph), text.tokens, self._write_seconds()
+        if self.work.repaired is not None:
+            need |= self._beside(repairing(self.sizes, self.work.repaired, self.rates.graph, text.tokens), kept)
+            tokens += self.work.repaired.tokens
+            seconds += self._repair_seconds(self.work.repaired, text.tokens, kept)
+        seconds += self._reading_seconds(text, along=self.work.repaired is not None)
+        return self._stage(f"retention, {number} experts at most", number * tokens, number * seconds, need)
+
     def _stage(self, name: str, tokens: int, seconds: float, need: Need) -> Stage:
         in_files = self.sizes.in_files(self.streamed)
         return Stage(name, tokens, seconds, fitting(name, need, self.weights, self.base, self.limits, in_files))
@@ -169,9 +220,9 @@ class Forecaster:
         """Whether a batch's graph in all layers is kept, as the traversal decides."""
         if not self.work.gradient or self.streamed:
             return False
-        sums = 8 * text.documents * self.sizes.layers * (self.sizes.neurons + 2 * self.sizes.heads)
-        left = self.limits.free(self.base.device) - self.weights
-        return self.sizes.layers * self.rates.graph * text.batch + sums <= SHARE * left
+        graphs = int(self.sizes.layers * self.rates.graph * text.batch)
+        sums = self.sizes.layers * layer_sums(text.documents, self.sizes.widest)
+        return graphs_are_kept(graphs, sums, self.limits.free(self.base.device) - self.weights)
 
     def _kept_states(self, text: TextSize, before: int) -> int:
         """Bytes that the profile of a text leaves for the repair, behind those that have left so many bytes."""
@@ -229,13 +280,20 @@ class Forecaster:
             else:
                 moments = 2 * text.tokens * kept * (kept + 2 * sizes.hidden)
                 solved += moments / rates.products + (kept**3 / 3 + 2 * kept**2 * sizes.hidden) / rates.factors
+        if sizes.routed is not None and sizes.routed.repaired:
+            products, equations = sizes.routed.operations(text.tokens)
+            solved += products / rates.products + equations / rates.factors
         return self._pass(layers + sizes.layers * solved) + (0.0 if self.work.profiled else self._loading())
 
     def _write_seconds(self) -> float:
         return self.sizes.stored / self.rates.read + self.work.written / self.rates.written
 
     def _evaluation_seconds(self, text: TextSize) -> float:
+        return self._reading_seconds(text, along=self.work.together and self.work.repaired is not None)
+
+    def _reading_seconds(self, text: TextSize, along: bool) -> float:
+        """What base and expert make of a text, and their layers too unless it went along with the repair."""
         head = 2 * text.tokens * self.sizes.vocabulary * self.rates.head
-        if self.work.together and self.work.repaired is not None:
+        if along:
             return head
         return head + 2 * self._pass(text.tokens * self.sizes.layers * self.rates.forward * (1 + self.work.kept) / 2)

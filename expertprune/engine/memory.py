@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from expertprune.corpora.batches import Batch
+from expertprune.engine.routed import RoutedSizes
 from expertprune.errors import CheckpointError
 from expertprune.models.base import ResolvedBase
-from expertprune.models.passes import LOGITS
+from expertprune.models.passes import places_at_once
 from expertprune.models.running import to_stream
 from expertprune.models.spool import SHARE, Limits
 from expertprune.models.tensorfile import DTYPES
+from expertprune.units import LayerShape
 
 PROCESS = 500 * 2**20  # of an interpreter with torch and transformers, before it loads a model
 
@@ -25,7 +27,7 @@ BLOCK = 2**24  # values of a weight that are in float32 at a time while its norm
 _COPIES = 5  # of the logits that are held at a time: scores, probabilities, gradients, and what is in between
 
 
-_READ = 6 * 4 * 2**24  # bytes of logits of base and expert that are compared at a time, with their probabilities
+_COMPARED = 6  # the same, of each of base and expert, where they are compared
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class Sizes:
 
     Attributes:
         value: bytes of a value in the run's dtype.
-        routed: whether layers have routed experts.
+        routed: the routed experts that layers keep, if there are some.
+        widest: the shape of the widest layer.
         stored: bytes of all weights as they are stored.
         parameters: of all; `layer`: of the largest decoder layer; `skeleton`: of all but the layers.
         tensor: of the largest tensor of a layer, in values.
@@ -79,7 +82,8 @@ class Sizes:
     hidden: int
     vocabulary: int
     neurons: int
-    routed: bool
+    routed: RoutedSizes | None
+    widest: LayerShape
     heads: int
     kept: tuple[int, int]
     cut: tuple[bool, bool]
@@ -88,9 +92,16 @@ class Sizes:
 
     @classmethod
     def of(
-        cls, base: ResolvedBase, kept: tuple[int, int] | None = None, cut: tuple[bool, bool] = (True, True)
+        cls,
+        base: ResolvedBase,
+        kept: tuple[int, int] | None = None,
+        cut: tuple[bool, bool] = (True, True),
+        experts: int | None = None,
     ) -> Sizes:
-        """Of a base. `kept` and `cut` are as in the attributes."""
+        """Of a base. `kept` and `cut` are as in the attributes; of routed experts, so many stay of a layer.
+
+        Where there are routed experts, `ffn` in `kept` and `cut` is of each.
+        """
         tensors, prefix = base.checkpoint.tensors, f"{base.family.layers}."
         by_layer: dict[str, int] = {}
         for name, info in tensors.items():
@@ -101,6 +112,15 @@ class Sizes:
         whole = (0 if base.family.experts else widest.ffn, widest.query_heads * widest.head_dim)
         within = [info.parameters for name, info in tensors.items() if name.startswith(prefix)]
         together = widest.neurons * widest.hidden * 2 if base.family.experts else 0  # gate and up of all routed experts
+        routed = None
+        if base.family.experts is not None:
+            routed = RoutedSizes(
+                experts=experts or widest.experts,
+                ffn=widest.ffn if kept is None else kept[0],
+                hidden=widest.hidden,
+                chosen=max(1, base.family.experts_per_token(base.checkpoint.config)),
+                repaired=cut[0],
+            )
         return cls(
             value=base.dtype.itemsize,
             stored=sum(info.parameters * DTYPES[info.dtype].itemsize for info in tensors.values()),
@@ -112,7 +132,8 @@ class Sizes:
             hidden=widest.hidden,
             vocabulary=tensors[base.family.vocabulary[0]].shape[0],
             neurons=widest.neurons,
-            routed=base.family.experts is not None,
+            routed=routed,
+            widest=widest,
             heads=whole[1],
             kept=whole if kept is None else kept,
             cut=(cut[0] and base.family.has_ffn, cut[1]),
@@ -134,9 +155,17 @@ class Sizes:
         """Bytes of hidden states."""
         return self.value * tokens * self.hidden
 
-    def logits(self, batch: int) -> int:
+    def logits(self, batch: int, copies: int = _COPIES, models: int = 1) -> int:
         """Bytes while logits are held, a few positions at a time."""
-        return 4 * _COPIES * min(LOGITS, batch * self.vocabulary)
+        return 4 * copies * self.vocabulary * min(batch, places_at_once(self.vocabulary, models))
+
+    @property
+    def solved(self) -> int:
+        """Bytes of the weights that a repair solves for, which wait on the disk until they are written."""
+        each = sum(width for width, cut in zip(self.kept, self.cut, strict=True) if cut)
+        if self.routed is not None and self.routed.repaired:
+            each += self.routed.experts * self.routed.ffn
+        return self.value * self.layers * self.hidden * each
 
 
 @dataclass(frozen=True)
@@ -162,21 +191,44 @@ def profiling(sizes: Sizes, text: TextSize, graph: float, gradient: bool, keeps_
     """A corpus' profile.
 
     A pass with gradients keeps the hidden states before every layer and the gradients behind one. Where it keeps the
-    graphs of a batch in all layers, it needs no states.
+    graphs of a batch in all layers, it needs no states, and holds the sums of all layers.
 
     Args:
         graph: bytes of one token's graph in one layer.
     """
-    measured = 4 * text.documents * (3 * sizes.neurons + 2 * sizes.heads)
+    measured = layer_sums(text.documents, sizes.widest)
     # norms of weights, and Gram matrices of the attention's output
     moments = max(8 * min(BLOCK, sizes.tensor), 8 * sizes.hidden * sizes.heads)
     one = int(graph * text.batch)
     stored = 2 * 2 * text.documents * sizes.layers * (3 * sizes.neurons + sizes.heads)  # twice: when they are written
     if not gradient:
         return Need(max(one, moments) + measured, sizes.states(text.tokens), stored)
-    work = max(one * (sizes.layers if keeps_graphs else 1), moments, sizes.logits(text.batch)) + measured
+    at_once = sizes.layers if keeps_graphs else 1
+    work = max(at_once * one, moments, sizes.logits(text.batch)) + at_once * measured
     held = text.batch if keeps_graphs else (sizes.layers + 1) * text.tokens
     return Need(work, sizes.states(held), stored)
+
+
+def layer_sums(documents: int, shape: LayerShape) -> int:
+    """Bytes of a layer's sums while it is profiled.
+
+    Of each document, every neuron has a square, a gradient and that one's square, and every channel of a head a square;
+    units of attention have a few more. Output projections of attention have Gram matrices of groups and of heads.
+    """
+    heads = shape.query_heads * shape.head_dim
+    grams = heads * (shape.heads_per_group + 1) * shape.head_dim
+    return 4 * (documents * (3 * shape.neurons + 2 * heads) + grams)
+
+
+def graphs_are_kept(graphs: int, sums: int, free: int) -> bool:
+    """Whether a pass with gradients keeps a batch's graphs of all layers.
+
+    Args:
+        graphs: bytes of those.
+        sums: bytes of the sums of all layers (see `layer_sums`).
+        free: bytes that the device has free beside the model.
+    """
+    return graphs + sums <= SHARE * free
 
 
 def by_rows(tokens: int, inputs: int) -> bool:
@@ -192,7 +244,7 @@ def repairing(sizes: Sizes, text: TextSize, graph: float, passengers: int = 0) -
 
     Two streams run. Where inputs of a projection go, what goes into it is kept, and what it aims at. The solution holds
     the gram matrix in float64, and the one in float32 while that is made; or the tokens' rows (see `by_rows`), those
-    over the ridge, and their products.
+    over the ridge, and their products. Routed experts have equations of their own (see `RoutedSizes.work`).
     """
     rows = [sizes.hidden, sizes.hidden]
     solved = 0
@@ -204,6 +256,8 @@ def repairing(sizes: Sizes, text: TextSize, graph: float, passengers: int = 0) -
             else:
                 own = 12 * kept * kept + 20 * kept * sizes.hidden
             solved = max(solved, own)
+    if sizes.routed is not None and sizes.routed.repaired:
+        solved = max(solved, sizes.routed.work(text.tokens, sizes.value))
     small = sizes.value * sizes.layer
     states = sizes.value * (text.tokens * sum(rows) + 2 * passengers * sizes.hidden)
     return Need(max(solved, int(graph * text.batch)) + small, states)
@@ -223,9 +277,8 @@ def keeping(sizes: Sizes, profiled: TextSize, repaired: TextSize, gradient: bool
 
 def evaluating(sizes: Sizes, text: TextSize, graph: float) -> Need:
     """Base and expert read the same text in step, and predict its tokens."""
-    return Need(
-        max(int(graph * text.batch), min(_READ, 6 * 4 * text.tokens * sizes.vocabulary)), 2 * sizes.states(text.tokens)
-    )
+    work = max(int(graph * text.batch), sizes.logits(text.batch, _COMPARED, models=2))
+    return Need(work, 2 * sizes.states(text.tokens))
 
 
 @dataclass(frozen=True)

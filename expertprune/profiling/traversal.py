@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from expertprune.artifacts.profile import FORWARD, VOCABULARY, ProfilePart
 from expertprune.corpora.batches import Batch
+from expertprune.engine.memory import graphs_are_kept, layer_sums
 from expertprune.errors import CheckpointError
 from expertprune.models.passes import Stream, TextRun
 from expertprune.models.sources import is_streamed
-from expertprune.models.spool import SHARE, Spool
+from expertprune.models.spool import Spool
 from expertprune.models.states import KeepStates, keep_nothing
 from expertprune.profiling.forward import LayerCollector, predicted_tokens
 from expertprune.profiling.gradients import MaskGradients, Taped, Upstream, loss_gradient
@@ -89,9 +90,8 @@ class Traversal:
     def _graphs_fit(self) -> bool:
         if self.gradient is None or self.regional is not None or is_streamed(self.text.model):
             return False
-        sums = sum(12 * (shape.neurons + 2 * shape.query_heads * shape.head_dim) for shape in self.text.shapes)
-        needed = self.layers * graph_bytes(self.text) + self.documents * sums
-        return needed <= SHARE * self.text.source.room.free()
+        sums = sum(layer_sums(self.documents, shape) for shape in self.text.shapes)
+        return graphs_are_kept(self.layers * graph_bytes(self.text), sums, self.text.source.room.free())
 
     @property
     def steps(self) -> int:

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from expertprune.arch import Experts
+from expertprune.engine.routed import KEPT, SWEEPS
 from expertprune.models.passes import Stream, alone, real_tokens
 from expertprune.models.routed import Dispatch, RoutedExperts
 from expertprune.models.spool import SHARE, Spool
 from expertprune.pruning.solve import damping_of, narrow_products, token_weights, tokens_of, weight_sums
-
-KEPT = 2**30  # bytes of factorized equations, at most
-SWEEPS = 3  # over the routed experts of a layer; after three, the error hardly falls any more
 
 
 @dataclass(frozen=True)

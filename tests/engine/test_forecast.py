@@ -15,13 +15,17 @@ import torch
 from expertprune.corpora.batches import make_batches
 from expertprune.engine import memory
 from expertprune.engine.forecast import Forecaster, Work, duration
-from expertprune.engine.memory import Memory, Need, Sizes, TextSize, evaluating, profiling, repairing
+from expertprune.engine.memory import Memory, Need, Sizes, TextSize, evaluating, layer_sums, profiling, repairing
 from expertprune.engine.rates import Rates, measured_rates
+from expertprune.engine.routed import RoutedSizes
 from expertprune.errors import CheckpointError
 from expertprune.models.base import ResolvedBase
 from expertprune.models.passes import TextRun
 from expertprune.models.running import RunningBase
 from expertprune.models.spool import Limits
+from expertprune.profiling.forward import LayerCollector
+from expertprune.profiling.gradients import MaskGradients
+from tests.masks import tiny
 from tests.oracle import resolved
 from tests.tiny import save_tiny
 
@@ -69,7 +73,8 @@ def test_text_counts_padding() -> None:
 
 def test_needs_of_each_stage(base: ResolvedBase) -> None:
     sizes, text = Sizes.of(base, kept=(20, 24), cut=(True, False)), TextSize(1000, 100, 50, 10)
-    sums, stored = 4 * 10 * (3 * 32 + 2 * 24), 4 * 10 * 3 * (3 * 32 + 24)
+    grams = 4 * (3 * 8 * 8 + 6 * 4 * 4)  # of groups of two heads, and of heads
+    sums, stored = 4 * 10 * (3 * 32 + 2 * 24) + grams, 4 * 10 * 3 * (3 * 32 + 24)
     logits = 5 * 4 * 100 * 64
     assert profiling(sizes, text, 200.0, gradient=False, keeps_graphs=False) == Need(
         20_000 + sums, 4 * 24 * 1000, stored
@@ -78,13 +83,23 @@ def test_needs_of_each_stage(base: ResolvedBase) -> None:
     both = profiling(sizes, text, 200.0, gradient=True, keeps_graphs=False)
     assert both == Need(logits + sums, 4 * 24 * (3 + 1) * 1000, stored)
     kept = profiling(sizes, text, 2000.0, gradient=True, keeps_graphs=True)
-    assert kept == Need(3 * 200_000 + sums, 4 * 24 * 100, stored)
+    assert kept == Need(3 * 200_000 + 3 * sums, 4 * 24 * 100, stored)  # all layers end together
     # two streams, and 20 values of each token that go into the FFN's output projection; passengers have two streams
     solved = 8 * 20 * 20 + 4 * 20 * 20 + (8 + 8 + 4) * 20 * 24
     assert repairing(sizes, text, 1.0, passengers=70) == Need(
         solved + 4 * LAYER, 4 * (1000 * (24 + 24 + 20) + 2 * 70 * 24)
     )
-    assert evaluating(sizes, text, 1.0) == Need(6 * 4 * 1000 * 64, 4 * 2 * 24 * 1000)
+    assert evaluating(sizes, text, 1.0) == Need(6 * 4 * 100 * 64, 4 * 2 * 24 * 1000)  # batch by batch
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_sums_of_a_layer_are_those_that_a_profile_holds(family: str) -> None:
+    of, documents = tiny(family), 50
+    layer, shape = of.model.model.layers[0], of.shapes[0]
+    collector = LayerCollector(layer, of.family, shape, documents, {})
+    held = [*collector.sums().values(), collector._group_gram, collector._head_gram]
+    held += MaskGradients(shape, documents, squares=True).sums().values()
+    assert layer_sums(documents, shape) == pytest.approx(sum(each.nbytes for each in held), rel=0.1)
 
 
 def test_states_beyond_half_of_what_weights_leave_go_to_the_spool(free: Any) -> None:
@@ -135,7 +150,18 @@ def test_seconds_of_each_stage(base: ResolvedBase, free: Any) -> None:
     apart = forecaster(replace(base, source="streamed"), work_of(together=False, profiled={})).forecast()
     assert [stage.name for stage in apart.stages] == ["repair", "write", "evaluate"]
     assert apart.stages[-1].seconds == pytest.approx(2 * head + 2 * layers)
-    assert apart.disk == 2_000_000
+    assert apart.disk == 2_000_000 + 4 * 3 * 24 * 20  # what is solved waits in the store
+    tried = forecaster(replace(base, source="resident"), work_of(tried=3, held_back=TextSize(1000, 100, 50, 10))).forecast()
+    mixture = replace(Sizes.of(base, kept=(20, 24), cut=(False, False)), routed=RoutedSizes(4, 10, 24, 2, True))
+    found = Forecaster(replace(base, source="resident"), mixture, work_of(), Limits(), RATES).forecast()
+    products = 3 * 8 * 2000 * 24 * 10 + 2 * 2000 * 10**2  # 1000 tokens come to two each; the Gram matrices once
+    equations = 4 * (10**3 / 3 + 3 * 2 * 24 * 10**2)
+    (stage,) = (each for each in found.stages if each.name == "repair")
+    layers = (2000 * 1.75 - 1000) * 3 * 1e-3
+    assert stage.seconds == pytest.approx(layers + 3 * (products / 1e9 + equations / 1e9), rel=1e-6)
+    (stage,) = (each for each in tried.stages if each.name == "retention, 3 experts at most")
+    once = [resident[name].seconds for name in ("repair", "write", "evaluate")]
+    assert (stage.seconds, stage.tokens) == (pytest.approx(3 * sum(once)), 6000)
 
 
 @pytest.mark.parametrize(

@@ -252,6 +252,7 @@ WITHOUT_NUMBERS = {
     "files": "reads and writes whole files",
     "engine/watch.py": "ends a team whose member died",
     "engine/memory.py": "how much is done at a time",
+    "engine/routed.py": "as above",
     "spec": "settings; the key has what they come to",
     "corpora/chat.py": "the key has the digest of the tokens",
     "corpora/documents.py": "as above",

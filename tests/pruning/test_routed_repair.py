@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +12,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from expertprune.engine.routed import RoutedSizes
 from expertprune.models.passes import TextRun
 from expertprune.pruning import routed_repair, solve
 from expertprune.pruning.repair import RepairJob, by_least_squares
-from expertprune.pruning.routed_repair import RoutedMoments, RoutedSystem
+from expertprune.pruning.routed_repair import RoutedMoments, RoutedRepair, RoutedSystem
 from expertprune.pruning.write import RepairInput
 from expertprune.spec.schema import Compensation
 from expertprune.units import KeptUnits, LayerShape
@@ -208,6 +211,52 @@ def test_second_moments_alone_are_products_of_tf32_on_a_gpu(
     with pytest.raises(ValueError, match="in the block"), solve.narrow_products(torch.device("cpu")):
         raise ValueError("in the block")
     assert setting.fp32_precision == "ieee"
+
+
+class Live(TorchDispatchMode):
+    """The most bytes of tensors that were made in the block and alive at a time; views share their bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self.now = 0
+        self._users: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {each.untyped_storage().data_ptr() for each in tree_leaves((args, kwargs)) if torch.is_tensor(each)}
+        found = func(*args, **(kwargs or {}))
+        for each in tree_leaves(found):
+            if torch.is_tensor(each):
+                place, size = each.untyped_storage().data_ptr(), each.untyped_storage().nbytes()
+                if place in self._users or place not in given:
+                    self.now += 0 if self._users.get(place) else size
+                    self._users[place] = self._users.get(place, 0) + 1
+                    weakref.finalize(each, self._gone, place, size)
+        self.peak = max(self.peak, self.now)
+        return found
+
+    def _gone(self, place: int, size: int) -> None:
+        self._users[place] -= 1
+        if not self._users[place]:
+            del self._users[place]
+            self.now -= size
+
+
+@pytest.mark.parametrize(("documents", "ffn"), [(60, 16), (4, 256)])
+def test_the_memory_of_a_repair_is_what_is_forecast(documents: int, ffn: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where tokens take most of it, and where matrices do."""
+    layer = Layer("mixtral", {"ffn": ffn}, num_hidden_layers=2, intermediate_size=2 * ffn)
+    live, solve_ = Live(), RoutedRepair.solve
+
+    def watched(*args: Any) -> torch.Tensor:
+        with live:
+            return solve_(*args)
+
+    monkeypatch.setattr(RoutedRepair, "solve", watched)
+    layer.repaired(layer.of.text(token_lists([60] * documents, seed=4), 600))
+    hidden, tokens = layer.shape.hidden, 60 * documents
+    sizes = RoutedSizes(experts=layer.shape.experts, ffn=ffn, hidden=hidden, chosen=2, repaired=True)
+    # the streams' own states are counted elsewhere
+    assert sizes.work(tokens, 4) + 4 * tokens * hidden == pytest.approx(live.peak, rel=0.25)
 
 
 @pytest.mark.parametrize("name", ["olmoe", "gpt_oss", "deepseek_v3", "ernie4_5_moe"])
