@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ from expertprune.stages.export import export
 from tests.engine_of_gguf import finish
 from tests.models.test_gguf import READ, tiny
 from tests.oracle import fetched, load, read_json
+from tests.patching import everywhere
 
 
 def file_of(family: str, folder: Path, kind: str = "q8_0", **changes: Any) -> Path:
@@ -81,6 +83,22 @@ def test_a_file_is_checked_by_its_header_and_converted_once(
     assert base.checkpoint.tensors == promised
     monkeypatch.setattr(conversion, "_dequantized", None)  # not called again
     assert of(file, store).digest == base.digest
+
+
+def test_checking_a_file_reads_no_weights(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = file_of("llama", tmp_path)
+
+    def digest(path: Path, *rest: Any) -> str:
+        assert path != file
+        return str(original(path, *rest))
+
+    original = everywhere(monkeypatch, "expertprune.files.staging.file_digest", digest)
+    base = of(file, store)
+    assert of(file, store).folder == base.folder
+    os.utime(file, ns=(0, 10**18))  # another one, whose header is the same
+    assert of(file, store).folder != base.folder
+    with pytest.raises(CheckpointError, match="was replaced since it was checked"):
+        base.checkpoint.fetch()
 
 
 def load_all(folder: Path) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,6 @@ from expertprune.arch import Family, GgufForm, families
 from expertprune.errors import CheckpointError
 from expertprune.files import (
     digest_of,
-    file_digest,
     one_at_a_time,
     read_model,
     read_object,
@@ -55,6 +55,9 @@ _SHARD = 5 * 2**30  # bytes of a file of weights; a larger tensor has a file of 
 _AT_ONCE = 2**22  # values that are dequantized at once
 
 
+_HEAD = 2**20  # bytes: metadata, but for long lists of tokens
+
+
 @dataclass(frozen=True)
 class _Origin:
     """Where a tensor's values lie in the file: a stored tensor, or one routed expert's part of it."""
@@ -64,7 +67,7 @@ class _Origin:
 
 
 def converted(file: Path, dtype: str, store: Path, tied: bool = False) -> Checkpoint:
-    """A GGUF file as a folder of safetensors in the store. Its weights are converted when they are first needed.
+    """A GGUF file as a folder of safetensors in the store. Its weights are read and converted when they are first needed.
 
     Args:
         dtype: of the weights; `auto` is bfloat16.
@@ -77,13 +80,25 @@ def converted(file: Path, dtype: str, store: Path, tied: bool = False) -> Checkp
     """
     dtype = "bfloat16" if dtype == "auto" else dtype
     version = quiet_transformers().__version__
-    key = digest_of([file_digest(file, store), dtype, version, _RECIPE, *(["tied"] if tied else [])])
+    identity = _identity(file)
+    key = digest_of([identity, dtype, version, _RECIPE, *(["tied"] if tied else [])])
     folder = store / "bases" / f"{file.stem}-{key[:16]}"
     if not (folder / "config.json").is_file():
         _prepare(file, folder, getattr(torch, dtype), tied)
     if not (folder / _PLAN).is_file():
         return Checkpoint(folder)
-    return Checkpoint(folder, Conversion(file, folder))
+    return Checkpoint(folder, Conversion(file, folder, identity))
+
+
+def _identity(file: Path) -> list[Any]:
+    """What tells a file from others and from what was there before, without reading its weights.
+
+    That is what the store remembers digests by, and the bytes that it begins with.
+    """
+    status = file.stat()
+    with file.open("rb") as content:
+        head = hashlib.sha256(content.read(_HEAD)).hexdigest()
+    return [str(file.resolve()), status.st_size, status.st_mtime_ns, head]
 
 
 def _prepare(file: Path, folder: Path, dtype: torch.dtype, tied: bool) -> None:
@@ -216,8 +231,8 @@ class _Plan(RootModel[dict[str, _PlannedTensor]]):
 class Conversion:
     """The weights of a GGUF file on their way into a folder that has everything else."""
 
-    def __init__(self, file: Path, folder: Path) -> None:
-        self.file, self.folder = file, folder
+    def __init__(self, file: Path, folder: Path, identity: list[Any]) -> None:
+        self.file, self.folder, self._identity = file, folder, identity
         plan = read_model(folder / _PLAN, _Plan).root
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(each.file, each.shape, each.dtype) for name, each in plan.items()
@@ -231,6 +246,8 @@ class Conversion:
         with one_at_a_time(self.folder):
             if not (self.folder / _PLAN).is_file():  # another process was faster
                 return
+            if _identity(self.file) != self._identity:
+                raise CheckpointError(f"{self.file}: was replaced since it was checked; run the command again")
             require_room(self.folder, sum(info.bytes for info in self.tensors.values()))
             with readable(self.file):
                 stored = {tensor.name: tensor for tensor in GGUFReader(self.file).tensors}
