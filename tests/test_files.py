@@ -275,6 +275,18 @@ def test_a_leftover_without_an_owner_goes_if_it_is_of_this_boot_or_old(
     assert leftover.exists() == stays
 
 
+def test_room_is_counted_by_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of two folders would fit alone."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000 * 2**20))
+    needs = {"--out": (tmp_path / "new" / "expert", 600 * 2**20), "--store": (tmp_path / "store", 300 * 2**20)}
+    places.require_rooms(needs)
+    with pytest.raises(CheckpointError) as caught:
+        places.require_rooms({**needs, "--spool": (tmp_path, 200 * 2**20), "HF_HOME": (tmp_path, 0)})
+    words = f"600 MiB in {tmp_path}/new/expert (--out), 300 MiB in {tmp_path}/store (--store), 200 MiB in {tmp_path}"
+    assert f"{words} (--spool); 1,000 MiB are free; free some" in str(caught.value)
+    assert str(caught.value).endswith("with --out or --store or --spool")
+
+
 def test_what_is_left_of_trying_an_output_goes_with_the_next_command(tmp_path: Path) -> None:
     """A killed command tried `new/expert` where `new` was not yet."""
     leftover = tmp_path / f".expert.{machine()}-0123abcd.partial"

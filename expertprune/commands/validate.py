@@ -40,10 +40,11 @@ def validate(spec: Path, overrides: dict[str, Any], store: Path | None, as_json:
     from expertprune.spec.values import Coverage
     from expertprune.stages import validate as stage
     from expertprune.stages.forecast import forecast
+    from expertprune.stages.outlook import notes
 
     prepared = stage.validate(spec, overrides, store)
     expected = forecast(prepared)
-    data = _document(prepared) | {"forecast": expected.document()}
+    data = _document(prepared) | {"notes": list(notes(prepared)), "forecast": expected.document()}
     more = isinstance(prepared.spec.budget.vocabulary, Coverage)
     lines = [*_lines(data, more), *(f"  build   {line}" for line in expected.lines())]
     show(as_json, data, lambda: "\n".join([f"{spec}: valid", *lines]))
@@ -90,3 +91,4 @@ def _lines(data: dict[str, Any], more: bool) -> Iterator[str]:
     yield "  units   " + ", ".join(f"{key} {value}" for key, value in data["decided"].items())
     for name, counts in data["corpora"].items():
         yield f"  corpus  {name}: {', '.join(f'{count} {what}' for what, count in counts.items() if count)}"
+    yield from (f"  note    {note}" for note in data["notes"])

@@ -135,8 +135,11 @@ class Team:
         if self.size > 1:
             distributed.barrier()
 
-    def agree(self, facts: Mapping[str, str]) -> None:
+    def agree(self, facts: Callable[[], Mapping[str, str]]) -> None:
         """Compare facts, such as digests, with those of the first member.
+
+        Args:
+            facts: not called where there is one member: digests of weights need the weights.
 
         Raises:
             UsageError: they differ; it names every member that disagrees, with its host, and in what.
@@ -144,7 +147,7 @@ class Team:
         if self.size == 1:
             return
         told: list[Any] = [None] * self.size
-        distributed.all_gather_object(told, (socket.gethostname(), dict(facts)))
+        distributed.all_gather_object(told, (socket.gethostname(), dict(facts())))
         first_host, first = told[0]
         problems = [
             f"rank {rank} on {host}: another {name} ({_short(own.get(name))}, not {_short(value)})"

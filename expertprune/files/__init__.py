@@ -39,6 +39,7 @@ from expertprune.files.places import (
     THROUGHPUT_FILE,
     folder_size,
     require_room,
+    require_rooms,
     shipped,
     store_folder,
     user_path,
@@ -79,7 +80,7 @@ __all__ = [
     "folder_size", "holdings", "is_leftover", "known_digest", "locked", "machine", "not_a_file",
     "one_at_a_time", "opened", "parse_json", "parse_yaml", "problems_of", "prune_store", "read_bytes",
     "read_json", "read_kept", "read_model", "read_object", "read_text", "read_yaml", "remove_all_leftovers",
-    "remove_leftovers", "require_room", "scratch_folder", "shipped", "staged_file", "staged_folder",
-    "staged_output", "store_folder", "temporary_folder", "to_json", "user_path", "working_folder", "write_file",
-    "write_json",
+    "remove_leftovers", "require_room", "require_rooms", "scratch_folder", "shipped", "staged_file",
+    "staged_folder", "staged_output", "store_folder", "temporary_folder", "to_json", "user_path",
+    "working_folder", "write_file", "write_json",
 ]  # fmt: skip

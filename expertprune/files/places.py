@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from platformdirs import user_cache_path
@@ -69,12 +70,40 @@ def folder_size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def require_room(folder: Path, needed: int) -> None:
-    """Raises `CheckpointError` unless the disk of `folder` has `needed` bytes free."""
+def _existing(folder: Path) -> Path:
+    """The nearest folder that is there."""
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    return existing
+
+
+def require_rooms(needs: Mapping[str, tuple[Path, int]]) -> None:
+    """Compare what is to be written with what is free, on each disk.
+
+    Args:
+        needs: by the option that names it, such as `--store`, a folder and how many bytes come there.
+
+    Raises:
+        CheckpointError: a disk has less room than its folders need together; the message has their options.
+    """
+    disks: dict[int, list[tuple[str, Path, int]]] = {}
+    for option, (folder, needed) in needs.items():
+        if needed:
+            disks.setdefault(_existing(folder).stat().st_dev, []).append((option, folder, needed))
+    for here in disks.values():
+        free, needed = shutil.disk_usage(_existing(here[0][1])).free, sum(each for _, _, each in here)
+        if needed > free:
+            parts = ", ".join(f"{each / 2**20:,.0f} MiB in {folder} ({option})" for option, folder, each in here)
+            raise CheckpointError(
+                f"the disk lacks room: {parts}; {free / 2**20:,.0f} MiB are free; free some, or name a folder on another "
+                f"disk with {' or '.join(option for option, _, _ in here)}"
+            )
+
+
+def require_room(folder: Path, needed: int) -> None:
+    """Raises `CheckpointError` unless the disk of `folder` has `needed` bytes free."""
+    free = shutil.disk_usage(_existing(folder)).free
     if free < needed:
         raise CheckpointError(
             f"{folder}: needs {needed / 2**20:,.0f} MiB of disk, {free / 2**20:,.0f} MiB are free; "

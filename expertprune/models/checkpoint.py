@@ -26,7 +26,7 @@ from expertprune.files import (
 )
 from expertprune.models.encodings import Encoding, encoding_of
 from expertprune.models.tensorfile import DTYPES, TensorInfo, in_order, written_file
-from expertprune.progress import Track, silent
+from expertprune.progress import Track, shown
 
 INDEX = "model.safetensors.index.json"
 
@@ -131,8 +131,8 @@ class Checkpoint:
             if _stamp(self.folder / file) != self._seen[file]:
                 raise CheckpointError(f"{self.folder / file}: was replaced while it was read; run the command again")
 
-    def fetch(self, track: Track = silent) -> None:
-        """Put weights that are not here yet into the folder.
+    def fetch(self, track: Track = shown) -> None:
+        """Put weights that are not here yet into the folder; whoever watches this thread sees it.
 
         Raises:
             CheckpointError: they are not those that their headers promised, or the disk has no room.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,14 +17,12 @@ from expertprune.files import EXPERT_FILE, check_inputs, check_output, digest_of
 from expertprune.progress import Track, silent
 from expertprune.spec.schema import Spec
 from expertprune.stages.compose import plan_of
-from expertprune.stages.elsewhere import SentSpec, agreed, run_with
+from expertprune.stages.elsewhere import SentSpec, agree, run_with
 from expertprune.stages.evaluate import Meanwhile, evaluated_after, measure_folder, measuring, record
-from expertprune.stages.forecast import forecast
+from expertprune.stages.forecast import tell
 from expertprune.stages.profile import profile_tasks
 from expertprune.stages.prune import write_folder
-from expertprune.stages.validate import Prepared, SpecLike
-
-log = logging.getLogger(__name__)
+from expertprune.stages.validate import Prepared, SpecLike, validate
 
 
 def build(
@@ -39,23 +36,27 @@ def build(
 ) -> Path:
     """All stages in a row: profile, compose, prune, evaluate.
 
-    The folder appears when the expert is whole. It is evaluated afterwards.
+    What it will take is logged first, before weights are fetched or a model is loaded. The folder appears when the
+    expert is whole. It is evaluated afterwards.
 
     Args:
         engine: what runs a task for each corpus, and one for the expert; default: this process.
 
     Raises:
+        CheckpointError: it does not fit into memory or on a disk; the message has the setting that helps.
         UnevaluatedError: the expert is there, and its evaluation failed.
     """
     out, engine = Path(out), engine or Local()
     read = [] if isinstance(spec, Spec) else [Path(spec)]
     team().lead(lambda: check_output(out, overwrite, inputs=read))
-    prepared = run_with(agreed(spec, overrides, store), engine.device)
+    with team().after_the_first():
+        prepared = run_with(validate(spec, overrides, store), engine.device)
     check_inputs(out, prepared.inputs)
-    team().check_shared(out.absolute().parent, "--out")
     require_room(out, prepared.base.checkpoint.weight_bytes)
     if team().leads and isinstance(engine, Local):  # a forecast is of this machine
-        log.warning("%s: this will take about %s", prepared.spec.name, next(forecast(prepared, stored=True).lines()))
+        tell({"": prepared}, [out])
+    prepared.base.checkpoint.fetch(track)
+    agree(prepared, out)
     prepared.running.keep_states(lasting=prepared.spec.budget.retention is not None)
     engine.run(profile_tasks(prepared), track)
     engine.run([_task(prepared, out, overwrite)], track)

@@ -38,10 +38,17 @@ def agreed(spec: SpecLike, overrides: Mapping[str, Any] | None, store: str | Pat
 
 
 def agree(found: Found, out: Path | None = None) -> None:
-    """Raises `UsageError` where members of a team have other inputs than the first, or do not share its folders."""
-    spec = digest_of(portable_spec(found.spec).document())
-    corpora = digest_of({str(name): corpus.digest for name, corpus in found.corpora.items()})
-    team().agree({**facts(found.base), "spec": spec, "corpora": corpora})
+    """Raises `UsageError` where members of a team have other inputs than the first, or do not share its folders.
+
+    Members of a team fetch weights that are not here yet; a process alone does not.
+    """
+
+    def inputs() -> dict[str, str]:
+        corpora = {str(name): corpus.digest for name, corpus in found.corpora.items()}
+        spec = portable_spec(found.spec).document()
+        return {**facts(found.base), "spec": digest_of(spec), "corpora": digest_of(corpora)}
+
+    team().agree(inputs)
     team().check_shared(found.store, "--store")
     if out is not None:
         team().check_shared(out.absolute().parent, "--out")

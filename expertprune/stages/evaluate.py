@@ -61,7 +61,7 @@ def evaluate(
     spec = described.local_spec(place, overrides)
     with team().after_the_first():
         resolved = described.find_base(place, spec.base)
-    team().agree({**facts(resolved), "expert": described.plan.digest})
+    team().agree(lambda: {**facts(resolved), "expert": described.plan.digest})
     loaded: dict[CorpusName, Corpus] = load_corpora(spec, place, generator(resolved, spec, place, write=False))
     evaluated = evaluation_corpora(spec, loaded, leak_guard(loaded, described.calibration_digests))
     running = RunningBase(resolved)

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from expertprune.composition.parameters import removed_parameters, removed_with_rows
 from expertprune.corpora.batches import encode
-from expertprune.corpora.documents import corpus_names
+from expertprune.corpora.documents import Document, corpus_names
 from expertprune.engine.forecast import Forecast, Forecaster, Work
 from expertprune.engine.memory import Sizes, TextSize, together
 from expertprune.evaluation.documents import texts_of
 from expertprune.evaluation.questions import choices_of
 from expertprune.evaluation.reading import Reading
+from expertprune.files import require_rooms
 from expertprune.models.spool import Limits
 from expertprune.relevance import Pass
 from expertprune.spec.schema import Spec
+from expertprune.stages.floor import BUILDS
+from expertprune.stages.outlook import notes
 from expertprune.stages.profile import is_repaired, parts_lacking, parts_wanted
-from expertprune.stages.validate import Prepared, SpecLike, validate
+from expertprune.stages.validate import Prepared, SpecLike, validate, validation_documents
+
+log = logging.getLogger(__name__)
 
 
 def forecast(
@@ -34,12 +41,50 @@ def forecast(
             reading them once. Otherwise nothing counts as stored.
 
     Raises:
-        CheckpointError: the build does not fit into memory; the message says with which setting it would.
+        CheckpointError: the build does not fit into memory, or on a disk; the message says with which setting it would.
     """
-    prepared = spec if isinstance(spec, Prepared) else validate(spec, overrides, store)
-    prepared.store.mkdir(parents=True, exist_ok=True)
-    sizes, work = _sizes(prepared), _work(prepared, stored)
-    return Forecaster.measured(prepared.base, sizes, work, Limits.of_environment(), prepared.store).forecast()
+    return of_experts({"": spec if isinstance(spec, Prepared) else validate(spec, overrides, store)}, stored)
+
+
+def of_experts(experts: Mapping[str, Prepared], stored: bool = False, places: Sequence[Path] = ()) -> Forecast:
+    """The same of several experts of one base and one text, by name.
+
+    Args:
+        places: where experts are written that stay, if it is known.
+    """
+    first = next(iter(experts.values()))
+    first.store.mkdir(parents=True, exist_ok=True)
+    limits, work = Limits.of_environment(), _work(first, stored)
+    forecaster = Forecaster.measured(first.base, _sizes(first), work, limits, first.store)
+    found = forecaster.of_experts(
+        {name: (_sizes(each), replace(work, **_expert(each))) for name, each in experts.items()}
+    )
+    _check_rooms(found, first, limits, places)
+    return found
+
+
+def tell(experts: Mapping[str, Prepared], places: Sequence[Path] = ()) -> None:
+    """Log what is about to be done will take, and what a user should know before; see `of_experts` for what it refuses."""
+    first = next(iter(experts.values()))
+    lines = "\n  ".join(of_experts(experts, stored=True, places=places).lines())
+    about = "about" if len(experts) == 1 else "at most (what is known already is not built again)"
+    log.warning("%s: this will take %s %s", first.spec.name, about, lines)
+    for note in notes(first):
+        log.warning("%s: %s", first.spec.name, note)
+
+
+def _check_rooms(found: Forecast, prepared: Prepared, limits: Limits, places: Sequence[Path]) -> None:
+    """Raises `CheckpointError` where a disk has no room for what is to be written there."""
+    store, weights = prepared.store, prepared.base.checkpoint.folder
+    in_store = weights.is_relative_to(store.resolve()) or weights.is_relative_to(store)
+    needs = {"--store": (store, found.stored + (found.fetched if in_store else 0))}
+    if not in_store and found.fetched:  # they come to the hub's cache
+        needs["HF_HOME"] = (weights, found.fetched)
+    if limits.spool is not None:
+        needs["--spool"] = (limits.spool, found.memory.spool)
+    if places:
+        needs["--out"] = (places[0], found.written * len(places))
+    require_rooms(needs)
 
 
 def _sizes(prepared: Prepared) -> Sizes:
@@ -49,41 +94,49 @@ def _sizes(prepared: Prepared) -> Sizes:
     pairs = [(shape, new) for shape, new in zip(base.layers, widths, strict=True) if not new.gone]
     kept = max(new.ffn for new in widths), max(new.query_heads * shape.head_dim for shape, new in pairs)
     cut = (
-        any(new.ffn < shape.ffn for shape, new in pairs) or any(new.gone for new in widths),
+        any(new.ffn < shape.ffn or new.experts < shape.experts for shape, new in pairs)
+        or any(new.gone for new in widths),
         any(new.query_heads < shape.query_heads for shape, new in pairs),
     )
-    return Sizes.of(base, kept, cut)
+    return Sizes.of(base, kept, cut, max(new.experts for new in widths))
 
 
 def _may_be_cut(spec: Spec) -> tuple[bool, bool]:
     budget = spec.budget
     if budget.overall or budget.retention is not None:
         return True, True
-    return bool(budget.ffn), bool(budget.query_heads or budget.kv_groups)
+    return bool(budget.ffn or budget.experts), bool(budget.query_heads or budget.kv_groups)
 
 
 def _work(prepared: Prepared, stored: bool) -> Work:
     spec, base = prepared.spec, prepared.base
-    before = base.checkpoint.parameters
-    removed = 0 if prepared.widths is None else removed_parameters(base, prepared.widths)
-    after = before - removed - removed_with_rows(base, prepared.rows)
     parts = parts_wanted(spec)
     lacking = parts_lacking(prepared) if stored and base.checkpoint.pending is None else {}
     profiled: dict[str, TextSize] = {}
     for name in corpus_names(spec):
         if lacking.get(name, parts):
             profiled[str(name)] = TextSize.of(prepared.calibration[name].batches)
-    evaluated = _evaluated(prepared) if spec.evaluate.enabled else None
+    retention = spec.budget.retention is not None
     return Work(
         profiled=profiled,
         gradient=any(part.made_by is Pass.GRADIENT for part in parts),
         vocabulary=spec.budget.vocabulary is not None,
         repaired=TextSize.of(prepared.repair_batches()) if is_repaired(spec) else None,
-        evaluated=evaluated,
+        evaluated=_evaluated(prepared) if spec.evaluate.enabled else None,
         together=is_repaired(spec) and spec.budget.vocabulary is None,
-        kept=1 - removed / before,
-        written=base.checkpoint.dtype.itemsize * after,
+        tried=BUILDS if retention else 0,
+        held_back=_held_back(prepared) if retention else None,
+        **_expert(prepared),
     )
+
+
+def _expert(prepared: Prepared) -> dict[str, Any]:
+    """What of `Work` differs between experts of one base and one text."""
+    base = prepared.base
+    before = base.checkpoint.parameters
+    removed = 0 if prepared.widths is None else removed_parameters(base, prepared.widths)
+    after = before - removed - removed_with_rows(base, prepared.rows)
+    return {"kept": 1 - removed / before, "written": base.checkpoint.dtype.itemsize * after}
 
 
 def _evaluated(prepared: Prepared) -> TextSize | None:
@@ -93,8 +146,18 @@ def _evaluated(prepared: Prepared) -> TextSize | None:
     texts = []
     for corpus in prepared.evaluated:
         if set(metrics) - {"questions"}:
-            asked = encode(texts_of(corpus.evaluation, tokenizer), tokenizer, settings.max_tokens)
-            texts.append(TextSize.of(Reading.of(asked).batches))
+            texts.append(_read(prepared, corpus.evaluation, settings.max_tokens))
         if "questions" in metrics:
             texts.append(TextSize.of(Reading.of(choices_of(corpus.questions, tokenizer)).batches))
     return together(texts) if texts else None
+
+
+def _held_back(prepared: Prepared) -> TextSize:
+    """What the experts of a retention floor are measured on (see `floor.measuring_held_back`)."""
+    limit = prepared.spec.calibration.max_tokens
+    return together([_read(prepared, validation_documents(each), limit) for each in prepared.corpora.values()])
+
+
+def _read(prepared: Prepared, documents: Sequence[Document], max_tokens: int) -> TextSize:
+    tokenizer = prepared.running.tokenizer
+    return TextSize.of(Reading.of(encode(texts_of(documents, tokenizer), tokenizer, max_tokens)).batches)

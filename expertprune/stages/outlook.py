@@ -129,7 +129,7 @@ def _size(removed: float, plan: Plan, corpora: Mapping[str, Foreseen], instead: 
 def _instead(found: Found, chosen: Prepared, profiles: Mapping[CorpusName, Profile]) -> dict[str, Foreseen]:
     """What the other allocation would keep under the same budget; empty where the base or the budget has none."""
     spec = chosen.spec
-    other = "global" if spec.compose.allocation == "uniform" else "uniform"
+    other = _other_allocation(spec.compose.allocation)
     changed = {"compose": spec.compose.model_copy(update={"allocation": other}), "serve_with": ["transformers"]}
     try:
         prepared = prepare(replace(found, spec=spec.model_copy(update=changed)))
@@ -139,11 +139,28 @@ def _instead(found: Found, chosen: Prepared, profiles: Mapping[CorpusName, Profi
     return expected(prepared, plan, profiles)
 
 
+def _other_allocation(allocation: str) -> str:
+    return "global" if allocation == "uniform" else "uniform"
+
+
 def _breaks(sizes: Sequence[ForeseenSize], corpus: str) -> float | None:
     return next((size.removed for size in sizes if size.corpora[corpus].retention < BROKEN), None)
 
 
-def _warnings(found: Found, sizes: Sequence[ForeseenSize]) -> Iterator[str]:
+def notes(prepared: Prepared) -> Iterator[str]:
+    """What a user should know before a build."""
+    budget, chosen = prepared.spec.budget, prepared.spec.compose.allocation
+    if prepared.allocation_left_open and not budget.layers and cuts_units(budget):
+        other = _other_allocation(chosen)
+        yield (
+            f"compose.allocation: auto is {chosen} here; expertprune forecast says what {other} would keep beside it, "
+            "before anything is cut"
+        )
+    yield from unnamed_languages(prepared)
+
+
+def unnamed_languages(found: Found) -> Iterator[str]:
+    """A warning of languages that the base's tokenizer was made for and no corpus names, if there are some."""
     spec: Spec = found.spec
     named = set(spec.dimensions.language or ()) | set(spec.general)
     if not spec.dimensions.language or spec.general:
@@ -152,9 +169,13 @@ def _warnings(found: Found, sizes: Sequence[ForeseenSize]) -> Iterator[str]:
     if others:
         yield (
             f"the base's tokenizer was made for {', '.join(others)} too, and no corpus names them: they degrade most, "
-            "and the forecast does not see it; list what you need as a language or a general corpus"
+            "and no forecast sees it; list what you need as a language or a general corpus"
         )
-    if spec.budget.vocabulary is not None:
+
+
+def _warnings(found: Found, sizes: Sequence[ForeseenSize]) -> Iterator[str]:
+    yield from unnamed_languages(found)
+    if found.spec.budget.vocabulary is not None:
         yield "vocabulary rows that go count in the size, but what they cost in bits is not foreseen"
     if any(size.removed > TESTED for size in sizes):
         yield f"figures of cuts above {TESTED:.0%} are extrapolated: no expert was built to test them"

@@ -26,6 +26,7 @@ from expertprune.spec.schema import Budget, Spec
 from expertprune.stages.compose import plan_of
 from expertprune.stages.elsewhere import SentSpec, agree, run_with
 from expertprune.stages.evaluate import measuring
+from expertprune.stages.forecast import tell
 from expertprune.stages.points import holds, load_point, make_point, point_elsewhere, point_key, save_point
 from expertprune.stages.profile import profile_tasks
 from expertprune.stages.sizes import of_size, problem_of, sized_keys
@@ -47,6 +48,8 @@ def sweep(
 ) -> Sweep:
     """Build and evaluate an expert for each budget; the base is profiled and loaded once.
 
+    What it will take is logged first.
+
     Args:
         budgets: fractions to remove in place of the spec's budget: of all parameters where it says `parameters` or
             `max_parameters`, else of every structure that it names.
@@ -57,7 +60,8 @@ def sweep(
 
     Raises:
         SpecError: illegal budgets, all of them at once; or a spec with `budget.retention`, which finds its own.
-        CheckpointError: `out` cannot be written, or holds something else.
+        CheckpointError: `out` cannot be written, or holds something else; or the sweep does not fit into memory or on a
+            disk.
     """
     engine = engine or Local()
     sweeping = _begin(as_spec(spec, overrides), budgets, out, keep, store, track, engine)
@@ -103,7 +107,6 @@ def _begin(
     known = {} if folder is None else _known(folder)
     with team().after_the_first():
         found = run_with(find(spec, store_folder(store)), engine.device)
-    agree(found, folder)
     if not any(corpus.evaluation for corpus in found.evaluated):
         raise SpecError("evaluate.corpora: none of them has documents, and a sweep measures bits per byte on documents")
     prepared = _prepared(found, legal, problems)
@@ -112,6 +115,10 @@ def _begin(
     for value, place in places.items():
         _check_place(place, prepared[value].spec)
         check_output(place, overwrite=True, inputs=found.inputs)
+    if team().leads and isinstance(engine, Local):  # a forecast is of this machine
+        tell({f"budget {value:g}": each for value, each in prepared.items()}, list(places.values()))
+    found.base.checkpoint.fetch(track)
+    agree(found, folder)
     found.running.keep_states(lasting=len(prepared) > 1)
     tasks = {task.digest: task for each in prepared.values() for task in profile_tasks(each)}
     engine.run(list(tasks.values()), track)

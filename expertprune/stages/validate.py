@@ -90,10 +90,12 @@ class Prepared(Found):
         spec: with what it left open decided for the base.
         widths: what the budget comes to, as far as that is known without profiles (see `foreseen_widths`).
         rows: vocabulary rows that stay, as far as that is known (see `foreseen_rows`).
+        allocation_left_open: whether the spec left `compose.allocation` to the base.
     """
 
     widths: Sequence[LayerWidths] | None
     rows: int | None
+    allocation_left_open: bool = False
 
 
 def as_spec(spec: SpecLike, overrides: Mapping[str, Any] | None = None) -> Spec:
@@ -175,12 +177,13 @@ def prepare(found: Found, budget: Budget | None = None) -> Prepared:
         PlanError: the budget is not reachable.
     """
     base, spec = found.base, found.spec
+    left_open = spec.compose.allocation == AUTO
     spec = resolved(spec if budget is None else spec.model_copy(update={"budget": budget}), base)
     widths, rows = foreseen_widths(spec, base), foreseen_rows(spec, base)
     if isinstance(spec.budget.vocabulary, Coverage):
         tokens = {name: sum(batch.tokens for batch in found.calibration[name].batches) for name in found.corpora}
         check_enough(spec.budget.vocabulary.coverage, {name: tokens[name] for name in tokens if not name.is_general})
-    return Prepared(**{**vars(found), "spec": spec}, widths=widths, rows=rows)
+    return Prepared(**{**vars(found), "spec": spec}, widths=widths, rows=rows, allocation_left_open=left_open)
 
 
 def check_unlisted(prepared: Prepared) -> None:

@@ -276,6 +276,7 @@ def test_a_disk_without_room(workplace: Workplace, monkeypatch: pytest.MonkeyPat
     workplace.run("compose", workplace.spec, "--out", plan, code=0)
     monkeypatch.setattr(places.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     assert "MiB are free" in workplace.refused("prune", plan, "--out", workplace.out)
+    assert "free some, or name a folder on another disk with --store" in workplace.refused("validate", workplace.spec)
     everywhere(monkeypatch, "expertprune.models.loading.load_model", refuse_to_load)
     message = workplace.build_refused()
     assert f"{workplace.out}: needs 0 MiB of disk, 0 MiB are free; free some, or choose a folder" in message

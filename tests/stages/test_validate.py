@@ -44,18 +44,26 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return found
 
 
-def test_everything_is_checked_once(tiny_spec: Spec, tmp_path: Path, calls: Counter[str]) -> None:
+def test_everything_is_checked_once_and_what_follows_is_told(
+    tiny_spec: Spec, tmp_path: Path, calls: Counter[str], caplog: pytest.LogCaptureFixture
+) -> None:
     few = {"evaluate.documents": 1, "evaluate.corpora": ["medical"]}
     once = {"base": 1, "corpora": 1, "open keys": 1, "budget": 1}
     expertprune.build(tiny_spec, tmp_path / "built", few)
     assert calls == once  # a plan that was just made needs no check
+    stages = [line.partition(":")[0] for line in caplog.messages[0].splitlines()]
+    corpora = ("language/en", "domain/medical", "task/qa", "general/general")
+    assert stages == ["tiny", *(f"  profile {name}" for name in corpora), "  repair", "  write", "  evaluate"]
     plan = expertprune.compose(tiny_spec)
     calls.clear()
     expertprune.prune(plan, tmp_path / "pruned")
     assert calls == {**once, "plan": 1}
     calls.clear()
+    caplog.clear()
     expertprune.sweep(tiny_spec, [0.5, 0.25], overrides=few)
     assert calls == {**once, "open keys": 2, "budget": 2}
+    stages = [line.rpartition(":")[0] for line in caplog.messages[0].splitlines()[1:]]  # profiles are there by now
+    assert stages == [f"  budget {value}: {name}" for value in (0.5, 0.25) for name in ("repair", "write", "evaluate")]
 
 
 def test_specs_of_one_base_share_what_is_loaded_and_nothing_else(tiny_spec: Spec, store: Path) -> None:

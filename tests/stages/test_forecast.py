@@ -1,0 +1,114 @@
+"""What is said and refused before a build begins: memory, disks, stages, and what a user should know."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+
+import expertprune
+from expertprune.engine import memory
+from expertprune.errors import CheckpointError
+from expertprune.files import places
+from expertprune.spec.reading import parse_spec
+from expertprune.spec.schema import Spec
+from expertprune.stages import outlook
+from expertprune.stages.forecast import forecast
+from tests.calling import call, call_json
+from tests.models.test_conversion import file_of
+from tests.patching import everywhere
+
+
+@pytest.fixture
+def of_gguf(spec_data: dict[str, Any], tmp_path: Path) -> Spec:
+    """A spec whose base has no weights yet."""
+    spec_data["base"] = {"model": str(file_of("llama", tmp_path)), "dtype": "float32"}
+    return parse_spec(spec_data, "spec", tmp_path)
+
+
+def test_a_build_that_cannot_fit_is_refused_before_weights_are_fetched(
+    of_gguf: Spec, tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    for run in (lambda: expertprune.build(of_gguf, tmp_path / "expert"), lambda: expertprune.sweep(of_gguf, [0.25])):
+        with pytest.raises(CheckpointError, match=r"lower calibration\.tokens_per_batch"):
+            run()
+    assert list(store.glob("bases/*/config.json"))
+    assert not list(store.glob("bases/*/*.safetensors"))
+
+
+def test_fetching_weights_is_shown(of_gguf: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages: list[str] = []
+
+    @contextlib.contextmanager
+    def track(stage: str, steps: int) -> Iterator[Callable[[], None]]:
+        stages.append(stage)
+        yield lambda: None
+
+    few = {"evaluate.documents": 1, "evaluate.corpora": ["medical"]}
+    runs: dict[str, Callable[[], object]] = {
+        "profile": lambda: expertprune.profile(of_gguf, track=track),
+        "build": lambda: expertprune.build(of_gguf, tmp_path / "expert", few, track=track),
+        "sweep": lambda: expertprune.sweep(of_gguf, [0.25], overrides=few, track=track),
+    }
+    for name, run in runs.items():
+        monkeypatch.setenv("EXPERTPRUNE_STORE", str(tmp_path / name))
+        stages.clear()
+        run()
+        assert stages[0] == "convert llama.gguf", name
+
+
+def test_what_is_written_is_compared_with_each_disk(
+    tiny_spec: Spec, tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs: dict[str, tuple[Path, int]] = {}
+
+    def note(found: dict[str, tuple[Path, int]]) -> None:
+        needs.update(found)
+        raise CheckpointError("no room")
+
+    everywhere(monkeypatch, "expertprune.files.places.require_rooms", note)
+    monkeypatch.setattr(memory, "SHARE", 0.0)  # memory takes no hidden states
+    monkeypatch.setenv(places.SPOOL_VARIABLE, str(tmp_path / "spool"))
+    with pytest.raises(CheckpointError, match="no room"):
+        expertprune.build(tiny_spec, tmp_path / "expert", {"base.layers": "streamed"})
+    assert {name: folder for name, (folder, _) in needs.items()} == {
+        "--store": store, "--spool": tmp_path / "spool", "--out": tmp_path / "expert",
+    }  # fmt: skip
+    assert all(size > 0 for _, size in needs.values())
+    # 24 of 32 neurons of each of 3 layers stay
+    before = 3 * (3 * 24 * 32 + 2 * 24 * 24 + 2 * 24 * 12 + 2 * 24) + 2 * 64 * 24 + 24
+    assert needs["--out"][1] == 4 * (before - 3 * 8 * 3 * 24)
+
+
+def test_a_retention_floor_may_take_several_experts(tiny_spec: Spec) -> None:
+    budget = {"retention": {"expert": 0.9}, "multiple_of": 4}
+    spec = parse_spec({**tiny_spec.document(), "budget": budget}, "spec", Path.cwd())
+    stages = {stage.name: stage for stage in forecast(spec).stages}
+    tried = stages["retention, 3 experts at most"]
+    assert tried.tokens > 3 * (stages["repair"].tokens - stages["evaluate"].tokens) > 0  # and the held-back documents
+    assert tried.seconds > 3 * stages["write"].seconds
+    assert "retention, 3 experts at most" not in {stage.name for stage in forecast(tiny_spec).stages}
+
+
+def test_what_a_user_should_know_before_is_said_by_validate_and_build(
+    spec_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(outlook, "known_languages", lambda tokenizer: ["en", "zh"])
+    few = ("evaluate.documents=1", "evaluate.corpora=[medical]")
+    auto = ("--set", "compose.allocation=auto")
+    found = call_json("validate", spec_file, *auto)
+    other = {"global": "uniform", "uniform": "global"}[found["decided"]["allocation"]]
+    assert len(found["notes"]) == 2
+    assert f"expertprune forecast says what {other} would keep" in found["notes"][0]
+    assert "was made for Chinese too" in found["notes"][1]
+    assert "was made for Chinese too" in call("validate", spec_file, *auto).output
+    assert len(call_json("validate", spec_file)["notes"]) == 1  # its allocation is its own choice
+    call("build", spec_file, "--out", tmp_path / "expert", *auto, *(part for each in few for part in ("--set", each)))
+    for note in found["notes"]:
+        assert note in caplog.text
