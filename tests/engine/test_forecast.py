@@ -151,7 +151,9 @@ def test_seconds_of_each_stage(base: ResolvedBase, free: Any) -> None:
     assert [stage.name for stage in apart.stages] == ["repair", "write", "evaluate"]
     assert apart.stages[-1].seconds == pytest.approx(2 * head + 2 * layers)
     assert apart.disk == 2_000_000 + 4 * 3 * 24 * 20  # what is solved waits in the store
-    tried = forecaster(replace(base, source="resident"), work_of(tried=3, held_back=TextSize(1000, 100, 50, 10))).forecast()
+    tried = forecaster(
+        replace(base, source="resident"), work_of(tried=3, held_back=TextSize(1000, 100, 50, 10))
+    ).forecast()
     mixture = replace(Sizes.of(base, kept=(20, 24), cut=(False, False)), routed=RoutedSizes(4, 10, 24, 2, True))
     found = Forecaster(replace(base, source="resident"), mixture, work_of(), Limits(), RATES).forecast()
     products = 3 * 8 * 2000 * 24 * 10 + 2 * 2000 * 10**2  # 1000 tokens come to two each; the Gram matrices once
