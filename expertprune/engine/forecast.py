@@ -41,6 +41,7 @@ class Work:
         evaluated: text that base and expert read.
         together: whether the evaluation's text goes along with the repair's.
         kept: of parameters that layers have, the part that stays.
+        rows: of the vocabulary's rows, the part that stays.
         written: bytes of the expert.
         tried: experts that are built at most before this one, for `budget.retention`.
         held_back: text that they are measured on.
@@ -54,6 +55,7 @@ class Work:
     together: bool
     kept: float
     written: int
+    rows: float = 1.0
     tried: int = 0
     held_back: TextSize | None = None
 
@@ -278,7 +280,7 @@ class Forecaster:
                 products = 2 * text.tokens * (kept + sizes.hidden) + text.tokens**2 / 3 + 2 * kept * sizes.hidden
                 solved += text.tokens * products / rates.factors
             else:
-                moments = 2 * text.tokens * kept * (kept + 2 * sizes.hidden)
+                moments = 2 * text.tokens * kept * (kept + sizes.hidden)
                 solved += moments / rates.products + (kept**3 / 3 + 2 * kept**2 * sizes.hidden) / rates.factors
         if sizes.routed is not None and sizes.routed.repaired:
             products, equations = sizes.routed.operations(text.tokens)
@@ -293,7 +295,7 @@ class Forecaster:
 
     def _reading_seconds(self, text: TextSize, along: bool) -> float:
         """What base and expert make of a text, and their layers too unless it went along with the repair."""
-        head = 2 * text.tokens * self.sizes.vocabulary * self.rates.head
+        head = (1 + self.work.rows) * text.tokens * self.sizes.vocabulary * self.rates.head
         if along:
             return head
         return head + 2 * self._pass(text.tokens * self.sizes.layers * self.rates.forward * (1 + self.work.kept) / 2)

@@ -17,6 +17,7 @@ from expertprune.evaluation.documents import texts_of
 from expertprune.evaluation.questions import choices_of
 from expertprune.evaluation.reading import Reading
 from expertprune.files import require_rooms
+from expertprune.models.inventory import vocabulary_rows
 from expertprune.models.spool import Limits
 from expertprune.relevance import Pass
 from expertprune.spec.schema import Spec
@@ -133,10 +134,14 @@ def _work(prepared: Prepared, stored: bool) -> Work:
 def _expert(prepared: Prepared) -> dict[str, Any]:
     """What of `Work` differs between experts of one base and one text."""
     base = prepared.base
-    before = base.checkpoint.parameters
+    before, vocabulary = base.checkpoint.parameters, vocabulary_rows(base.checkpoint, base.family)
     removed = 0 if prepared.widths is None else removed_parameters(base, prepared.widths)
     after = before - removed - removed_with_rows(base, prepared.rows)
-    return {"kept": 1 - removed / before, "written": base.checkpoint.dtype.itemsize * after}
+    return {
+        "kept": 1 - removed / before,
+        "rows": 1.0 if prepared.rows is None else prepared.rows / vocabulary,
+        "written": base.checkpoint.dtype.itemsize * after,
+    }
 
 
 def _evaluated(prepared: Prepared) -> TextSize | None:

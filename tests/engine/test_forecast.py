@@ -136,11 +136,14 @@ def test_seconds_of_each_stage(base: ResolvedBase, free: Any) -> None:
     assert resident["profile a"].seconds == pytest.approx(
         resident["profile b"].seconds + stored / 1e3
     )  # is loaded first
-    solved = 2 * 1000 * 20 * (20 + 2 * 24) / 1e9 + (20**3 / 3 + 2 * 20**2 * 24) / 1e9
+    # a token is added to the gram matrix of its inputs, and to their products with what is missing
+    solved = 2 * 1000 * 20 * (20 + 24) / 1e9 + (20**3 / 3 + 2 * 20**2 * 24) / 1e9
     # the profiles leave the base's states of the 1,000 tokens that the repair reads
     assert resident["repair"].seconds == pytest.approx((2000 * 1.75 - 1000) * 3 * 1e-3 + 3 * solved)
     assert resident["repair"].tokens == 2000
     assert resident["evaluate"].seconds == pytest.approx(2 * head)  # rode along
+    fewer = forecaster(replace(base, source="resident"), work_of(rows=0.25)).forecast().stages[-1]
+    assert fewer.seconds == pytest.approx(1.25 * head)
     assert resident["write"].seconds == pytest.approx(stored / 1e3 + 2)
     streamed = {
         stage.name: stage for stage in forecaster(replace(base, source="streamed"), work_of()).forecast().stages
