@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -201,55 +202,82 @@ def bare_task(name: str) -> tuple[TaskEntry, str]:
     return TaskEntry(name=name), ""
 
 
-class _Function(str):
-    """The name of a function in a task YAML, such as `utils.process_docs`."""
+@dataclass(frozen=True)
+class TaskFunction:
+    """A function that a task YAML names, such as `utils.process_docs`, and the folder of that YAML."""
+
+    name: str
+    folder: Path
+
+    @property
+    def code(self) -> str:
+        """The file that is run, or the module where there is no such file."""
+        module = self.name.rpartition(".")[0]
+        file = self.folder / f"{module.replace('.', '/')}.py"
+        return str(file) if file.exists() else f"the module {module}"
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads a task YAML without importing its functions."""
+@dataclass(frozen=True)
+class TaskFile:
+    """A task YAML together with what it includes. Nothing is imported.
+
+    Attributes:
+        keys: those of the task; its own ones count before included ones.
+        functions: all that stand anywhere in the files.
+    """
+
+    keys: dict[str, Any]
+    functions: tuple[TaskFunction, ...]
 
 
-_Loader.add_constructor("!function", lambda loader, node: _Function(loader.construct_scalar(node)))  # type: ignore[arg-type]
-
-
-def task_code(path: Path) -> list[str]:
-    """The files and modules whose functions a task YAML, or one that it includes, would run.
+def read_task(path: Path) -> TaskFile:
+    """Read a task YAML and the files that it includes, as lm-evaluation-harness puts them together.
 
     Raises:
-        SpecError: one of the files cannot be read.
+        SpecError: one of the files cannot be read, or is included twice.
     """
-    found: set[str] = set()
-    todo, read = [path.resolve()], set[Path]()
-    while todo:
-        here = todo.pop()
-        if here in read:
-            continue
-        read.add(here)
-        data = read_yaml(here, _Loader)
-        for name in _functions(data):
-            module = name.rpartition(".")[0]
-            file = here.parent / f"{module.replace('.', '/')}.py"
-            found.add(str(file) if file.exists() else f"the module {module}")
-        included = data.get("include", []) if isinstance(data, dict) else []
-        for each in included if isinstance(included, list) else [included]:
-            try:
-                todo.append((here.parent / user_path(str(each))).resolve())
-            except ValueError as error:
-                raise SpecError(f"{here}: include: {error}") from None
-    return sorted(found)
+    return _read_task(path.resolve(), set())
 
 
-def _functions(data: Any) -> Iterator[_Function]:
-    if isinstance(data, _Function):
-        yield data
-    elif isinstance(data, dict | list):
-        for each in data.values() if isinstance(data, dict) else data:
-            yield from _functions(each)
+def _read_task(path: Path, seen: set[Path]) -> TaskFile:
+    if path in seen:
+        raise SpecError(f"{path}: is included twice, or includes itself")
+    seen.add(path)
+    data, functions = _task_yaml(path)
+    if not isinstance(data, dict):
+        raise SpecError(f"{path}: a task is a mapping of keys")
+    included = data.pop("include", [])
+    keys: dict[str, Any] = {}
+    for each in included if isinstance(included, list) else [included]:
+        try:
+            place = (path.parent / str(each)).resolve()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise SpecError(f"{path}: include: {error}") from None
+        inner = _read_task(place, seen)
+        inner.keys.pop("task_list", None)  # it is of tasks in the included file itself
+        keys |= inner.keys
+        functions += inner.functions
+    return TaskFile(keys | data, tuple(functions))
+
+
+def _task_yaml(path: Path) -> tuple[Any, list[TaskFunction]]:
+    """The content of one task YAML, and the functions that stand anywhere in it."""
+    functions: list[TaskFunction] = []
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def function(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> TaskFunction:
+        functions.append(TaskFunction(str(loader.construct_scalar(node)), path.parent))
+        return functions[-1]
+
+    Loader.add_constructor("!function", function)
+    return read_yaml(path, Loader), functions
 
 
 def _task_file(path: Path) -> dict[str, Any]:
     """The keys of a task YAML. Raises `SpecError` if it names no task."""
-    data = read_yaml(path, _Loader)
+    data, _ = _task_yaml(path)
     if not isinstance(data, dict) or not isinstance(data.get("task"), str):
         raise SpecError(f"{path}: is no task of lm-evaluation-harness: it has no key 'task' with a name")
     return data

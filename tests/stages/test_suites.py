@@ -25,8 +25,9 @@ from expertprune.artifacts.expert import Expert
 from expertprune.corpora.documents import Question
 from expertprune.errors import SpecError
 from expertprune.evaluation.harness import models, stored, tasks
+from expertprune.evaluation.harness.sandbox import metric_code
 from expertprune.evaluation.questions import answer_questions
-from expertprune.evaluation.suites import load_suite
+from expertprune.evaluation.suites import TaskEntry, load_suite
 from expertprune.files import read_json
 from expertprune.models.loading import load_model, load_tokenizer
 from expertprune.spec.reading import parse_spec
@@ -426,20 +427,52 @@ def ask(workplace: Workplace, **changed: str) -> Path:
     return workplace.suite(tasks=[CHOOSE])
 
 
-@pytest.mark.parametrize("place", ["the task", "what it includes"])
-def test_functions_of_a_task_run_only_if_this_command_line_says_so(workplace: Workplace, place: str) -> None:
+METRIC = "  - {metric: FILE, aggregation: mean, higher_is_better: true}\n"
+CODE = {  # what a task says, and what the file that it includes does
+    "a function": ("process_docs: !function code.same\n" + CHOICE, ""),
+    "a function of an included file": ("include: more.yaml\n" + CHOICE, "process_docs: !function code.same\n"),
+    "a metric": (CHOICE + METRIC, ""),
+    "a metric of an included file": (
+        "include: more.yaml\n" + CHOICE.partition("metric_list")[0],
+        CHOICE[CHOICE.index("metric_list") :] + METRIC,
+    ),
+}
+ASKS = {  # where else a file could hide that would be run
+    "a key": CHOICE + "? !function code.same\n: 1\n",
+    "a pair": CHOICE + "metadata: !!pairs [x: !function code.same]\n",
+    "a metric of its own library": CHOICE + METRIC.replace("FILE", "FILE, hf_evaluate: true"),
+}
+
+
+@pytest.mark.parametrize("case", [*CODE, *ASKS])
+def test_code_of_a_task_runs_only_if_this_command_line_says_so(
+    workplace: Workplace, case: str, caplog: pytest.LogCaptureFixture
+) -> None:
     mark = workplace.folder / "was run"
     code = workplace.text("tasks/code.py", f"open({str(mark)!r}, 'w')\ndef same(data): return data\n")
-    function = "process_docs: !function code.same\n"
-    workplace.text("tasks/choose.yaml", (function if place == "the task" else "include: more.yaml\n") + CHOICE)
-    workplace.text("tasks/more.yaml", function)
+    task, included = CODE.get(case, (ASKS.get(case, ""), ""))
+    workplace.text("tasks/choose.yaml", task.replace("FILE", str(code)))
+    workplace.text("tasks/more.yaml", included.replace("FILE", str(code)))
     suite = workplace.suite(tasks=[CHOOSE])
     message = workplace.refused("--suite", suite)
-    assert f"runs Python code (!function): {code}" in message
+    assert f"choose.yaml runs Python code: {code}; " in message
     assert "--trust-remote-code" in message
     assert not mark.exists()
-    workplace.run("--suite", suite, "--trust-remote-code")
-    assert mark.exists()
+    if case in CODE:
+        workplace.run("--suite", suite, "--trust-remote-code")
+        assert mark.exists()
+        assert f"task choose: runs Python code: {code}" in [record.getMessage() for record in caplog.records]
+
+
+def test_a_metric_that_a_task_of_the_library_asks_for_is_refused_too(tmp_path: Path) -> None:
+    import evaluate
+
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'was run')!r}, 'w')\n")
+    entry = TaskEntry(name="library")
+    with pytest.raises(SpecError, match="task library: runs Python code: .*own.py"), metric_code(entry, trusted=False):
+        with contextlib.suppress(Exception):  # as the library does
+            evaluate.load(str(tmp_path / "own.py"))
+    assert not (tmp_path / "was run").exists()
 
 
 def test_templates_of_a_task_have_no_access_to_python(workplace: Workplace) -> None:

@@ -17,10 +17,10 @@ from expertprune.corpora.chat import has_template
 from expertprune.corpora.documents import Document
 from expertprune.errors import SpecError, first_line, refused
 from expertprune.evaluation.harness.quiet import quiet
-from expertprune.evaluation.harness.sandbox import check_code, sandbox_templates
+from expertprune.evaluation.harness.sandbox import check_code, metric_code, sandbox_templates, with_functions
 from expertprune.evaluation.harness.scores import Asked, Leaf, Scores, choice_scores, example_of
 from expertprune.evaluation.questions import margin
-from expertprune.evaluation.suites import TaskEntry
+from expertprune.evaluation.suites import TaskEntry, TaskFile, read_task
 from expertprune.files import digest_of
 from expertprune.registry import nearest
 
@@ -46,7 +46,8 @@ class HarnessTask:
 
     `metric` and `filter` are lm-evaluation-harness' words. `chance` is what guessing gets, where
     that is known. `digest` covers prompts, targets, metric and answer extraction. `texts` are what
-    the leak guard looks at, by example, and `asked` what people do.
+    the leak guard looks at, by example, and `asked` what people do. `trusted` says whether its
+    metrics may run Python files.
     """
 
     label: str
@@ -60,6 +61,7 @@ class HarnessTask:
     digest: str
     texts: list[list[Document]]
     asked: list[Asked]
+    trusted: bool
 
     @property
     def reported(self) -> str:
@@ -104,7 +106,7 @@ def output_type(entry: TaskEntry) -> str:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     if entry.file is not None:
-        return str(load_yaml(entry.file, resolve_func=False).get("output_type"))
+        return str(read_task(Path(entry.file)).keys.get("output_type"))
     index = _manager(True).task_index
     names = [entry.name]
     while names:
@@ -129,7 +131,7 @@ def load_task(
         generates: whether its suite says that the task generates answers.
         limit: at most so many examples (of each member, where the task is a group).
         tokenizer: the base's, where the task is asked through its chat template.
-        trusted: whether Python functions that the task's file names may run.
+        trusted: whether Python code that the task names, functions and metrics, may run.
 
     Raises:
         SpecError: it is to be asked through a chat template, and there is none; it would run code that
@@ -137,15 +139,17 @@ def load_task(
             paired by example.
     """
     label = entry.label
-    check_code(entry, trusted)
+    file = None if entry.file is None else read_task(Path(entry.file))
+    if file is not None:
+        check_code(entry, file, trusted)
     if entry.chat and not has_template(tokenizer):
         raise SpecError(
             f"task {label}: chat: the base has no chat template; leave 'chat' out, or take an instruct model"
         )
-    with quiet():
+    with metric_code(entry, trusted), quiet():
         try:
             sandbox_templates()
-            leaves = _load(entry)
+            leaves = _load(entry, file)
             for leaf in leaves.values():
                 leaf.set_config(key="num_fewshot", value=_few_shot(entry, leaf))
             instances = {name: _build(leaf, limit, entry, tokenizer) for name, leaf in leaves.items()}
@@ -156,16 +160,13 @@ def load_task(
             hint = "; it comes from the Hugging Face hub: is there a network?" if entry.name is not None else ""
             raise SpecError(f"task {label}: its data cannot be loaded: {reason}{hint}") from error
         with refused(f"task {label}: its examples cannot be read"):
-            return _described(label, entry, leaves, instances, generates)
+            return _described(label, entry, leaves, instances, generates, trusted)
 
 
-def _load(entry: TaskEntry) -> dict[str, Leaf]:
-    if entry.name is not None:
+def _load(entry: TaskEntry, file: TaskFile | None) -> dict[str, Leaf]:
+    if file is None:
         return dict(_manager(True).load([entry.name])["tasks"])
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    path = Path(str(entry.file))
-    config = load_yaml(path)
+    path, config = Path(str(entry.file)), with_functions(file.keys)
     data = config.get("dataset_kwargs") or {}
     if config.get("dataset_path") in _FILES and "data_files" in data:
         config["dataset_kwargs"] = {**data, "data_files": _absolute(data["data_files"], path.parent)}
@@ -214,7 +215,12 @@ def _chat_settings(entry: TaskEntry) -> dict[str, bool]:
 
 
 def _described(
-    label: str, entry: TaskEntry, leaves: dict[str, Leaf], instances: dict[str, list[Any]], generates: bool
+    label: str,
+    entry: TaskEntry,
+    leaves: dict[str, Leaf],
+    instances: dict[str, list[Any]],
+    generates: bool,
+    trusted: bool,
 ) -> HarnessTask:
     first = next(iter(leaves.values()))
     if not any(instances.values()):
@@ -251,8 +257,9 @@ def _described(
     about = [metric, entry.filter or filters[0], first.config.filter_list, first.config.metric_list]
     digest = digest_of(json.loads(json.dumps([about, requests], default=_named)))
     return HarnessTask(
-        label, entry, leaves, metric, entry.filter or filters[0], generates, len(requests), chance, digest, texts, asked
-    )
+        label, entry, leaves, metric, entry.filter or filters[0], generates, len(requests), chance, digest, texts, asked,
+        trusted,
+    )  # fmt: skip
 
 
 def _named(value: Any) -> str:
@@ -284,7 +291,7 @@ def run_task(task: HarnessTask, model: Any, limit: int | None = None) -> Scores:
     """
     from lm_eval.evaluator import evaluate
 
-    with quiet():
+    with metric_code(task.entry, task.trusted), quiet():
         for leaf in task.leaves.values():  # few-shot examples are drawn while prompts are built: the same ones again
             leaf.set_fewshot_seed(seed=_SEED)
         loaded = {"tasks": task.leaves, "groups": {}, "group_map": {}}
