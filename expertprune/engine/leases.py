@@ -169,7 +169,7 @@ def _linked(temporary: Path, path: Path) -> bool:
         return False
     except OSError:  # a file system without hard links
         try:
-            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
             return False
         with os.fdopen(handle, "w") as file:

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expertprune.errors import UsageError
-from expertprune.files.ownership import Lock, locked, remove_leftovers
+from expertprune.files.ownership import UNFINISHED, Lock, locked, remove_abandoned, remove_leftovers
 from expertprune.files.places import folder_size
 
 # The store's folders, and what is in them. Everything can be made again.
 HOLDINGS = {
-    "profiles": "statistics of a base on a corpus",
+    "profiles": "statistics of a base on a corpus, and unfinished ones, to go on from",
     "evaluations": "a base's answers to tasks",
     "sweeps": "points of sweeps",
     "repairs": "unfinished repairs, to go on from",
@@ -42,9 +42,11 @@ class StoreEntry:
 
 
 def holdings(store: Path) -> Iterator[StoreEntry]:
-    """Every entry of the store."""
+    """Every entry of the store; hidden files are none, but for unfinished work."""
     for kind in HOLDINGS:
-        for path in sorted((store / kind).glob("[!.]*")) if (store / kind).is_dir() else ():
+        for path in sorted((store / kind).iterdir()) if (store / kind).is_dir() else ():
+            if path.name.startswith(".") and path.suffix not in UNFINISHED:
+                continue
             files = [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path]
             used = max(
                 (max(status.st_mtime, status.st_atime) for status in (each.stat() for each in files)), default=0.0
@@ -68,9 +70,11 @@ def prune_store(store: Path, older_than: float) -> list[StoreEntry]:
 
 
 def remove_all_leftovers(store: Path) -> None:
-    """Remove what killed commands left in the store and among temporary files."""
+    """Remove what killed commands left among temporary files and in the store, where old unfinished work goes too."""
     for folder in (Path(tempfile.gettempdir()), *(store / kind for kind in HOLDINGS)):
         remove_leftovers(folder)
+    for kind in HOLDINGS:
+        remove_abandoned(store / kind)
 
 
 _UNITS = {"h": 3600.0, "d": 24 * 3600.0, "w": 7 * 24 * 3600.0}

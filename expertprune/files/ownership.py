@@ -31,6 +31,7 @@ from expertprune.files.digests import digest_of
 from expertprune.files.renaming import rename_new
 
 ABANDONED_AFTER = 7 * 24 * 3600.0  # seconds since the last change, for a leftover of unknown owner
+UNFINISHED = (".working", ".unfinished")  # suffixes of the store's folders of unfinished work
 _LEFTOVER = re.compile(r"\..+\.([A-Za-z0-9-]{1,40}-[0-9a-f]{8})-[0-9a-f]{8}\.(partial|replaced)", re.DOTALL)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DENIED = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
@@ -116,19 +117,18 @@ def scratch_folder(path: Path) -> Iterator[Path]:
 def working_folder(path: Path) -> Iterator[Path]:
     """A folder for unfinished work at `path`: it goes when the block ends well, and stays when it does not.
 
-    The next run for the same `path` finds what is there. Those of the same suffix that nobody has
-    touched for a week go. While another process works there, this one gets a temporary folder.
+    The next run for the same `path` finds what is there; see also `remove_abandoned`. While another
+    process works there, this one gets a temporary folder.
+
+    Args:
+        path: its suffix is one of `UNFINISHED`.
 
     Raises:
         CheckpointError: the disk is full, or the parent folder cannot be written.
     """
     with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
-        for other in path.parent.glob(f"*{path.suffix}"):
-            if other != path and not other.name.startswith(".") and age(other) > ABANDONED_AFTER:
-                with locked(other) as lock:
-                    if lock is not Lock.TAKEN:
-                        shutil.rmtree(other, ignore_errors=True)
+        remove_abandoned(path.parent, keep=path)
     with contextlib.ExitStack() as stack:
         lock = stack.enter_context(locked(path))
         if lock is Lock.TAKEN or not path.exists():
@@ -176,6 +176,19 @@ def remove_leftovers(folder: Path) -> None:
                 with contextlib.suppress(FileExistsError):
                     rename_new(aside, folder / aside.name)
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def remove_abandoned(folder: Path, keep: Path | None = None) -> None:
+    """Remove unfinished work in a folder of the store that nobody has touched for a week, all but `keep`."""
+    try:
+        found = [Path(entry.path) for entry in os.scandir(folder) if entry.name.endswith(UNFINISHED)]
+    except OSError:
+        return
+    for work in found:
+        if work != keep and age(work) > ABANDONED_AFTER:
+            with locked(work) as lock:
+                if lock is not Lock.TAKEN:
+                    shutil.rmtree(work, ignore_errors=True)
 
 
 def age(path: Path) -> float:

@@ -1,4 +1,4 @@
-"""Write a safetensors file tensor by tensor: one tensor at a time is in memory."""
+"""Write safetensors files: tensor by tensor, with one at a time in memory, or whole."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
+
+from expertprune.files import staged_file
 
 # Dtypes by safetensors' names, in the order in which it ranks them.
 DTYPES = {
@@ -93,6 +96,16 @@ def written_file(
         made = TensorFile(file, room + -room % 8, metadata)
         yield made
         made.finish()
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file of the store, whole or not at all.
+
+    Raises:
+        CheckpointError: the disk is full, or the folder cannot be written.
+    """
+    with staged_file(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
 
 
 def in_order(dtypes: Mapping[str, torch.dtype]) -> list[str]:

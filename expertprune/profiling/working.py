@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from expertprune.artifacts.profile import ProfilePart
-from expertprune.files import digest_of, staged_file
+from expertprune.files import digest_of
 from expertprune.models.passes import TextRun
 from expertprune.models.sources import is_streamed
+from expertprune.models.tensorfile import save_tensors
 from expertprune.profiling.gradients import Upstream
 
 
@@ -41,14 +42,14 @@ class Working:
             CheckpointError: the disk is full.
         """
         if self.folder is not None:
-            _write(self._path(part, index), tensors)
+            save_tensors(self._path(part, index), tensors)
 
     def keep(self, part: ProfilePart, index: int, above: Sequence[Upstream], text: TextRun) -> None:
         """Keep the gradients of the input of layer `index`, which is finished, if the model is streamed."""
         if self.folder is not None and is_streamed(text.model):
             states = {f"{number}.gradient": each.gradient.cpu() for number, each in enumerate(above)}
             scales = {f"{number}.scale": each.scale.cpu() for number, each in enumerate(above)}
-            _write(self._above(part, index, text), states | scales)
+            save_tensors(self._above(part, index, text), states | scales)
             self._above(part, index + 1, text).unlink(missing_ok=True)
 
     def resumed(self, part: ProfilePart, text: TextRun) -> tuple[int, list[Upstream] | None]:
@@ -71,8 +72,3 @@ class Working:
         """States are of the batches as they are cut; another cut does not find them."""
         cut = digest_of([[batch.documents, batch.lengths] for batch in text.batches])[:16]
         return (self.folder or Path()) / f"{part}.above-{index}.{cut}.safetensors"
-
-
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    with staged_file(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)

@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from pydantic import BaseModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from expertprune.errors import first_line
+from expertprune.errors import CheckpointError, first_line
 from expertprune.files import read_kept, write_json
 from expertprune.models.passes import Stream
+from expertprune.models.tensorfile import save_tensors
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Unfinished:
 
     def put(self, name: str, weight: Tensor) -> None:
         """Keep a solved weight by its full name."""
-        save_file({"weight": weight.cpu().contiguous()}, self._weight(name))
+        save_tensors(self._weight(name), {"weight": weight})
 
     def take(self, name: str) -> Tensor | None:
         """A solved weight, or `None` if it was not solved for."""
@@ -59,9 +59,9 @@ class Unfinished:
         try:
             state.mkdir(exist_ok=True)
             for name, tensor in _tensors(streams):
-                save_file({"hidden": tensor.cpu().contiguous()}, state / name)
+                save_tensors(state / name, {"hidden": tensor})
             write_json(self.folder / _STATE, {"layers": layers})
-        except (OSError, SafetensorError) as error:
+        except (OSError, CheckpointError) as error:
             log.warning("the repair could not be kept behind layer %d: %s", layers, first_line(error))
             shutil.rmtree(state, ignore_errors=True)
         else:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import expertprune
-from expertprune.files import HOLDINGS, machine
+from expertprune.files import HOLDINGS, locked, machine
 from tests.calling import call, call_json
 
 DAY = 24 * 3600
@@ -68,3 +68,24 @@ def test_any_command_removes_what_killed_ones_left(
         (folder / "half").write_text("x")
     call("list", "criteria")
     assert [folder.exists() for folder in left] == [False, False]
+
+
+@pytest.mark.parametrize("name", ["profiles/.x.working", "repairs/y.unfinished"])
+def test_unfinished_work_is_shown_and_goes_after_a_week_unless_a_command_works_there(store: Path, name: str) -> None:
+    path = entry(store, f"{name}/layer.safetensors", 100, 6.9)
+    os.utime(path.parent, (time.time() - 6.9 * DAY,) * 2)
+
+    def shown() -> list[tuple[str, int]]:
+        return [(each["kind"], each["bytes"]) for each in call_json("store")["holds"]]
+
+    assert shown() == [(name.partition("/")[0], 100)]
+    for each in (path, path.parent):
+        os.utime(each, (time.time() - 7.1 * DAY,) * 2)
+    with locked(path.parent):
+        call("list", "criteria")
+        assert path.exists()
+    call("list", "criteria")
+    assert not path.parent.exists()
+    entry(store, f"{name}/layer.safetensors", 100, 5)
+    call("store", "prune", "--older-than", "4d")
+    assert shown() == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import multiprocessing
@@ -43,6 +44,22 @@ def holder(tmp_path: Path) -> Iterator[Any]:
 def taken(folder: Path, **changes: Any) -> bool:
     with Leases(folder, **changes).held("task") as mine:
         return mine
+
+
+def test_without_hard_links_too_a_lease_has_the_mode_that_the_umask_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> None:
+        raise OSError(errno.EPERM, "no links")
+
+    monkeypatch.setattr(os, "link", refused)
+    before = os.umask(0o027)
+    try:
+        with Leases(tmp_path).held("task"):
+            (path,) = tmp_path.iterdir()
+            assert path.stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
 
 
 def test_a_lease_has_one_holder_until_it_is_given_back(tmp_path: Path) -> None:
