@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from expertprune.commands.terminal import BAR, messages, show
+from expertprune.commands.terminal import BAR, messages, say, show
 from expertprune.errors import UsageError
 from expertprune.progress import Standing
 
@@ -148,7 +148,7 @@ def as_team(command: F) -> F:
 
 
 def _tell(message: str) -> None:
-    click.echo(message, err=True)
+    say(message, error=True)
 
 
 @contextlib.contextmanager

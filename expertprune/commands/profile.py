@@ -47,7 +47,7 @@ def profile(spec: Path, overrides: dict[str, Any], store: Path | None, where: Wh
         profiles = stage.profile(spec, store, overrides, progress_bar, engine)
     data = {str(name): {"path": str(p.path), "tokens": p.tokens, "digest": p.digest} for name, p in profiles.items()}
     if as_json:
-        click.echo(to_json({"kind": "profiles", "profiles": data}))
+        say(to_json({"kind": "profiles", "profiles": data}))
     else:
         for name, entry in data.items():
             say(f"{name}: {entry['tokens']:,} tokens, {entry['path']}")

@@ -6,7 +6,7 @@ import json
 
 import click
 
-from expertprune.commands.terminal import reporting
+from expertprune.commands.terminal import reporting, say
 
 
 @click.command()
@@ -19,4 +19,4 @@ def schema() -> None:
     """
     from expertprune.spec.schema import Spec
 
-    click.echo(json.dumps(Spec.model_json_schema(by_alias=True), indent=2))
+    say(json.dumps(Spec.model_json_schema(by_alias=True), indent=2))

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.logging import RichHandler
 from rich.progress import (
     BarColumn,
@@ -42,29 +42,18 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class _Printable:
-    """Something for a console, without control characters in its text."""
+class SafeConsole(Console):
+    """A console to which names in files that others wrote are text, never orders: in tables, bars and logs alike."""
 
-    def __init__(self, content: ConsoleRenderable) -> None:
-        self.content = content
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        for segment in console.render(self.content, options):
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
-class _Safe(RenderHook):
-    """Names in files that others wrote reach the terminal as text, never as orders to it."""
-
-    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
-        return [_Printable(each) for each in renderables]
-
-
 def _console(stderr: bool = False) -> Console:
-    console = Console(stderr=stderr)
+    console = SafeConsole(stderr=stderr)
     if not console.is_terminal:  # a pipe or a file has no width of its own
-        console = Console(stderr=stderr, width=None if stderr else 120)
-    console.push_render_hook(_Safe())
+        console = SafeConsole(stderr=stderr, width=None if stderr else 120)
     return console
 
 
@@ -112,7 +101,7 @@ def stopped_by_signals() -> Iterator[None]:
     try:
         yield
     except Stopped as stopped:
-        click.echo(f"stopped by {signal.Signals(stopped.number).name}; nothing is left running", err=True)
+        say(f"stopped by {signal.Signals(stopped.number).name}; nothing is left running", error=True)
         sys.exit(128 + stopped.number)
 
 
@@ -121,6 +110,7 @@ def reporting(command: F) -> F:
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
+        _log_to_terminal(logging.WARNING)
         # SIGTERM then cleans up as Ctrl-C does: temporary folders are removed.
         with contextlib.suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -143,7 +133,7 @@ def reporting(command: F) -> F:
             say(f"error: {error.filename}: {error.strerror}", error=True)
             sys.exit(2)
         except KeyboardInterrupt:
-            click.echo("interrupted: no half-written file is left; the next run reuses the stored profiles", err=True)
+            say("interrupted: no half-written file is left; the next run reuses the stored profiles", error=True)
             sys.exit(1)
 
     return run  # type: ignore[return-value]
@@ -156,8 +146,13 @@ def common(command: F) -> F:
 
 
 def _logs(_: click.Context, __: click.Parameter, verbose: bool) -> None:
+    _log_to_terminal(logging.INFO if verbose else logging.WARNING)
+
+
+def _log_to_terminal(level: int) -> None:
+    """Show logs from this level on, unless they are shown already."""
     handler = RichHandler(console=messages, show_path=False, markup=False)
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.basicConfig(level=level, format="%(message)s", handlers=[handler])
 
 
 store_option = click.option(
@@ -301,11 +296,11 @@ def print_expert(folder: Path, as_json: bool) -> None:
 
     expert = Expert.load(folder)
     if as_json:
-        click.echo(to_json({**expert.document(), "folder": str(folder), "bytes": folder_size(folder)}))
+        say(to_json({**expert.document(), "folder": str(folder), "bytes": folder_size(folder)}))
         return
     if expert.evaluation is not None:
         output.print(retention_table(expert.evaluation))
     before, after = expert.plan.parameters.before, expert.plan.parameters.after
     say(f"expert:     {folder} ({folder_size(folder) / 1e6:.1f} MB)")
-    click.echo(f"parameters: {after:,} of {before:,} ({after / before:.1%})")
+    say(f"parameters: {after:,} of {before:,} ({after / before:.1%})")
     say(f"serve it:   expertprune serve {shlex.quote(str(folder))}")

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from expertprune.errors import UnfinishedError
+from expertprune.formats import printable
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +165,7 @@ class Watch:
             _thread.interrupt_main()
         self._noticed.set()  # after the interrupt: see `noticed`
         if not self._ended.wait(_GRACE):
-            sys.stderr.write(f"error: {failure.error()}\n")
+            sys.stderr.write(printable(f"error: {failure.error()}\n"))
             sys.stderr.flush()
             os._exit(failure.exit_code)
 

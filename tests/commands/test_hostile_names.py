@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from pathlib import Path
 
 import pytest
 from rich.table import Table
 from rich.text import Text
 
+import expertprune
 from expertprune.artifacts.expert import Expert
-from expertprune.commands import terminal
+from expertprune.commands import engines, terminal
 from expertprune.formats import printable
+from expertprune.progress import Standing
 from expertprune.reporting.card import card_text
+from expertprune.serving.chat import Settings, running
+from expertprune.serving.chat.terminal import talk
 from tests.calling import call
 from tests.experts import about, copied
+from tests.serving.fake_endpoint import fake_endpoint
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m<script>alert(1)</script>\u202e"
 
@@ -33,6 +40,30 @@ def test_what_a_console_prints_has_no_control_characters_but_its_own(capsys: pyt
     shown = capsys.readouterr().out
     assert "\\u001b]0;owned" in shown
     assert not set(shown) & set("\x1b\x07\x9b\u202e")
+
+
+def test_bars_boards_and_chats_show_no_control_characters_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = terminal.SafeConsole(file=io.StringIO(), width=250, force_terminal=True)
+    for module in (terminal, engines):
+        monkeypatch.setattr(module, "messages", console)
+    with terminal.progress_bar(HOSTILE, 1) as step:
+        step()
+    with engines.board([HOSTILE]) as tell:
+        tell(HOSTILE, Standing(HOSTILE, 1, 2))
+    with fake_endpoint([HOSTILE, HOSTILE], models=(HOSTILE,)) as fake:
+        talk(running(fake.url, fake.url), ["Who?"], Settings(), console, in_turn=True)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert shown.count("\\u001b]0;owned") >= 5
+    assert not set(shown) & set("\x07\x9b\u202e")
+    assert not re.search("\x1b(?:\\]0|\\[2J)", shown)
+
+
+def test_everything_that_is_shown_is_printable() -> None:
+    """No other call than `say` writes to the terminal, and consoles and logs are safe."""
+    for path in Path(expertprune.__file__).parent.rglob("*.py"):
+        assert not re.search(r"(?:click\.echo|sys\.stderr\.write)\((?!printable)", path.read_text()), path
+    assert isinstance(terminal.output, terminal.SafeConsole)
+    assert isinstance(terminal.messages, terminal.SafeConsole)
 
 
 def test_names_of_an_expert_reach_neither_the_terminal_nor_the_card(
