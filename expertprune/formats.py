@@ -53,6 +53,11 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
+def file_name(text: str) -> str:
+    """Text as part of a file's name: letters and digits of any language, dots and dashes, 60 at most."""
+    return re.sub(r"[^\w.-]+", "-", text)[:60]
+
+
 def one_line(text: str) -> str:
     """Text as Markdown shows it as it is: one line, without control characters or HTML."""
     return printable(" ".join(text.splitlines())).replace("<", "&lt;")

@@ -1,14 +1,29 @@
-"""Replace a function of the package wherever a module has imported it."""
+"""Replace a function of the package wherever a module has imported it, and let a folder refuse to be written."""
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import expertprune
+
+
+def read_only(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Let nothing be made in a folder. The superuser may write anywhere, so its mode alone would not do."""
+    real = Path.mkdir
+
+    def mkdir(path: Path, *arguments: Any, **options: Any) -> None:
+        if path.absolute().parent == folder.absolute():
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
 
 
 def everywhere(monkeypatch: pytest.MonkeyPatch, path: str, new: Any) -> Any:

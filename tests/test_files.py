@@ -434,6 +434,47 @@ def test_what_comes_to_the_output_meanwhile_stays_and_the_result_lies_beside_it(
     assert (tmp_path / "expert-2" / "expertprune.json").read_text() == "new"
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["once", "and once more"])
+def test_what_comes_while_the_old_one_is_moved_aside_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    out, replace = expert(tmp_path / "expert"), os.replace
+    monkeypatch.setattr(renaming, "_renameat2", lambda: None)
+
+    def late(old: Path, place: Path) -> None:
+        if old == out:
+            shutil.rmtree(out)
+            expert(out, "of another run")
+        replace(old, place)
+        if old == out and again:
+            expert(out, "of a third run")
+
+    monkeypatch.setattr(staging.os, "replace", late)
+    with pytest.raises(CheckpointError, match="something else came there"):
+        overwrite(out)
+    found = {path.parent.name: path.read_text() for path in tmp_path.rglob("expertprune.json")}
+    first = {"expert": "of a third run", "expert-2": "of another run", "expert-3": "new"}
+    assert found == (first if again else {"expert": "of another run", "expert-2": "new"})
+
+
+def test_where_the_system_can_swap_an_expert_is_at_the_path_at_any_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So nothing is moved aside."""
+    if renaming._renameat2() is None:
+        pytest.skip("this system cannot swap")
+    own = staging.own_folder
+
+    def beside(path: Path, kind: str = "partial") -> Any:
+        assert kind == "partial"
+        return own(path, kind)
+
+    out = expert(tmp_path / "expert")
+    monkeypatch.setattr(staging, "own_folder", beside)
+    overwrite(out)
+    check_expert(tmp_path, "new")
+
+
 @pytest.mark.parametrize("again", [False, True], ids=["new", "overwrite"])
 def test_a_file_that_comes_to_the_output_meanwhile_stays(tmp_path: Path, system: str, again: bool) -> None:
     out = tmp_path / "plan.json"

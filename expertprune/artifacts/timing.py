@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from expertprune.artifacts.record import Record
 from expertprune.errors import CheckpointError
-from expertprune.files import problems_of, read_json, write_json
+from expertprune.files import TIMING, problems_of, read_json, staged_output, to_json
 
 Role = Literal["base", "expert"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -132,7 +132,9 @@ class Timing(Record):
         return self.model_dump(mode="json")
 
     def save(self, path: Path) -> None:
-        write_json(path, self.document())
+        """Write it in the place of an earlier timing. Raises `CheckpointError` if something else is there."""
+        with staged_output(path, TIMING, overwrite=True) as made:
+            made.write_text(to_json(self.document()) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> Self | None:

@@ -11,10 +11,12 @@ from expertprune.files.outputs import (
     PAGE,
     PICTURE,
     PLAN,
+    TIMING,
     OutputKind,
     check_inputs,
     check_output,
     check_parent,
+    check_writable,
 )
 from expertprune.files.ownership import (
     age,
@@ -38,10 +40,12 @@ from expertprune.files.places import (
     SPOOL_VARIABLE,
     THROUGHPUT_FILE,
     folder_size,
+    numbered,
     require_room,
     require_rooms,
     shipped,
     store_folder,
+    unused,
     user_path,
 )
 from expertprune.files.reading import (
@@ -75,12 +79,12 @@ from expertprune.files.validation import problems_of
 __all__ = [
     "ADAPTER", "ADAPTER_WEIGHTS", "CHANGES_FILE", "COMPARISON_PAGE", "CUT_ALONG", "EXPERT", "EXPERT_FILE",
     "GENERATOR", "GGUF", "HASHED", "HOLDINGS", "MEMORY_VARIABLE", "PAGE", "PICTURE", "PLAN", "REPORT_PAGE",
-    "SPOOL_VARIABLE", "THROUGHPUT_FILE", "OutputKind", "StoreEntry", "age", "as_model", "check_inputs",
-    "check_output", "check_parent", "check_values", "digest_of", "disk_errors", "duration", "file_digest",
-    "folder_size", "holdings", "is_leftover", "known_digest", "locked", "machine", "not_a_file",
-    "one_at_a_time", "opened", "parse_json", "parse_yaml", "problems_of", "prune_store", "read_bytes",
-    "read_json", "read_kept", "read_model", "read_object", "read_text", "read_yaml", "remove_all_leftovers",
-    "remove_leftovers", "require_room", "require_rooms", "scratch_folder", "shipped", "staged_file",
-    "staged_folder", "staged_output", "store_folder", "temporary_folder", "to_json", "user_path",
-    "working_folder", "write_file", "write_json",
+    "SPOOL_VARIABLE", "THROUGHPUT_FILE", "TIMING", "OutputKind", "StoreEntry", "age", "as_model",
+    "check_inputs", "check_output", "check_parent", "check_values", "check_writable", "digest_of",
+    "disk_errors", "duration", "file_digest", "folder_size", "holdings", "is_leftover", "known_digest",
+    "locked", "machine", "not_a_file", "numbered", "one_at_a_time", "opened", "parse_json", "parse_yaml",
+    "problems_of", "prune_store", "read_bytes", "read_json", "read_kept", "read_model", "read_object",
+    "read_text", "read_yaml", "remove_all_leftovers", "remove_leftovers", "require_room", "require_rooms",
+    "scratch_folder", "shipped", "staged_file", "staged_folder", "staged_output", "store_folder",
+    "temporary_folder", "to_json", "unused", "user_path", "working_folder", "write_file", "write_json",
 ]  # fmt: skip

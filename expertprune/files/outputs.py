@@ -58,6 +58,7 @@ EXPERT = OutputKind(f"expert (it has no {EXPERT_FILE})", lambda path: (path / EX
 PLAN = OutputKind("plan", _begins(b'"kind": "plan"'))
 GGUF = OutputKind("GGUF file", _begins(b"GGUF\x03"))
 PAGE = OutputKind("page of expertprune", _begins(f'content="{GENERATOR}"'.encode()))
+TIMING = OutputKind("timing", _begins(b'"kind": "throughput"'))
 PICTURE = OutputKind("picture", _begins(b"\x89PNG\r\n", b"<svg"), option="--picture")
 
 
@@ -86,7 +87,7 @@ def check_output(out: Path, overwrite: bool, kind: OutputKind = EXPERT, inputs: 
     check_inputs(out, inputs)
     with disk_errors(out):
         refuse_present(out, overwrite, kind)
-    _try(out, kind)
+    check_writable(out)
 
 
 def refuse_present(out: Path, overwrite: bool, kind: OutputKind) -> None:
@@ -119,8 +120,13 @@ def check_inputs(out: Path, inputs: Iterable[Path]) -> None:
             raise CheckpointError(f"{out}: the command reads {each}, which this would replace; choose another --out")
 
 
-def _try(out: Path, kind: OutputKind) -> None:
-    """Create, write and rename where the output will be. Nothing is left of it."""
+def check_writable(out: Path) -> None:
+    """Create, write and rename something where an output will be. Nothing is left of it.
+
+    Raises:
+        CheckpointError: the disk does not take it.
+    """
+    check_parent(out)
     parent = out.absolute().parent
     missing: list[str] = []
     while not parent.exists():

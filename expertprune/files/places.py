@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from platformdirs import user_cache_path
@@ -56,6 +57,17 @@ def user_path(text: str) -> Path:
     if len(written) > _LONGEST_PATH or any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts):
         raise ValueError(f"{text[:40]!r}... is no path: it is too long")
     return path
+
+
+def numbered(path: Path, folder: bool = False) -> Iterator[Path]:
+    """Other names beside a path: `plan-2.json`, `plan-3.json`, ...; of a folder `expert.v1-2`, ..."""
+    for number in itertools.count(2):
+        yield path.with_name(f"{path.name}-{number}" if folder else f"{path.stem}-{number}{path.suffix}")
+
+
+def unused(path: Path) -> bool:
+    """Whether nothing is at a path, or an empty file."""
+    return not os.path.lexists(path) or (path.is_file() and not path.is_symlink() and not path.stat().st_size)
 
 
 def shipped(folder: str) -> Path:

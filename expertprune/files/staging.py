@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -16,6 +15,7 @@ from expertprune.errors import CheckpointError
 from expertprune.files.digests import digest_of
 from expertprune.files.outputs import EXPERT, OutputKind, check_output
 from expertprune.files.ownership import disk_errors, locked, own_folder, remove_leftovers
+from expertprune.files.places import numbered
 from expertprune.files.renaming import exchange, rename_new, sync, sync_entry
 
 _Identity = tuple[int, int] | None  # of a file or folder: its device and number there; `None` where there is none
@@ -116,19 +116,30 @@ def _replaced(made: Path, path: Path, expected: _Identity) -> bool:
             exchange(made, path)
             return False
         with own_folder(path, "replaced") as aside:
-            os.replace(path, aside / path.name)
+            moved = aside / path.name
+            os.replace(path, moved)
             try:
-                rename_new(made, path)
+                if _identity(moved) == expected:
+                    rename_new(made, path)
+                    return True
             except BaseException:
-                rename_new(aside / path.name, path)
+                _put_back(moved, path)
                 raise
-        return True
+            _put_back(moved, path)
+            return False
+
+
+def _put_back(moved: Path, path: Path) -> None:
+    """Rename back what was moved aside, or beside its place if something is there by now."""
+    try:
+        rename_new(moved, path)
+    except FileExistsError:
+        _beside(moved, path)
 
 
 def _beside(made: Path, path: Path) -> Path:
-    """Keep a result under another name: `expert-2`, `plan-2.json`."""
-    for number in itertools.count(2):
-        other = path.with_name(f"{path.stem}-{number}{path.suffix}" if made.is_file() else f"{path.name}-{number}")
+    """Rename to a name beside `path` that nothing has."""
+    for other in numbered(path, folder=made.is_dir()):
         with contextlib.suppress(FileExistsError):
             rename_new(made, other)
             sync_entry(other)

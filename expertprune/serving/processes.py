@@ -38,14 +38,14 @@ class ProcessTree:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start the command. The first start empties the log, later ones append to it.
+        """Start the command. What it prints goes to the end of its log.
 
         Raises:
             CheckpointError: the log cannot be written.
         """
         try:
             self.log.parent.mkdir(parents=True, exist_ok=True)
-            output = self.log.open("wb" if self.process is None else "ab")
+            output = self.log.open("ab")
         except OSError as error:
             raise CheckpointError(f"{self.log}: cannot be written: {error.strerror}") from None
         with output:

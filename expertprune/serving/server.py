@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import re
 import subprocess
 import tempfile
 import time
@@ -15,6 +15,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from expertprune.errors import ServingError
+from expertprune.files import numbered, store_folder, unused
+from expertprune.formats import file_name
 from expertprune.serving import engine
 from expertprune.serving.processes import ProcessTree, check_port, client_address, ending, free_port
 
@@ -56,7 +58,8 @@ class Server:
         Args:
             port: default: any that is free.
             arguments: of vLLM's command line; they win over the project's own.
-            log: default: a temporary file, which is kept after a failure.
+            log: default: a temporary file, which is kept after a failure. Where a file is, it stays,
+                and the log is written beside it: `log-2`.
             model_name: default: the expert's name, or the folder's if it is no expert.
             patience: seconds to wait for a server to get healthy.
             engines: number of engines that share the memory.
@@ -75,7 +78,7 @@ class Server:
         self.load_seconds: float | None = None
         self._keys = api_keys(arguments)
         self._own_log = log is None
-        self.log = _temporary_log() if log is None else Path(log)
+        self.log = _temporary_log() if log is None else _new_log(Path(log))
         variables = engine.environment(engine.platform(), engines)
         self.tree = ProcessTree([*engine.COMMAND, *own], self.log, variables)
         self._started = 0.0
@@ -181,8 +184,15 @@ def trial(
 
 def log_file(folder: Path, name: str, port: int) -> Path:
     """The log file of a server that outlives this process's temporary files."""
-    plain = re.sub(r"[^\w.-]+", "-", name)
-    return folder / f"{plain}-{port}.log"
+    return folder / f"{file_name(name)}-{port}.log"
+
+
+def _new_log(path: Path) -> Path:
+    """Where a log is written for which `path` is wanted: what is there stays, but for an earlier log in the store."""
+    if path.parent == store_folder() / "logs":
+        with contextlib.suppress(OSError):
+            path.unlink()
+    return next(place for place in (path, *numbered(path)) if unused(place))
 
 
 def api_keys(arguments: Sequence[str]) -> list[str]:

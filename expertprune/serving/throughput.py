@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform as python_platform
 import re
 import subprocess
@@ -18,7 +17,7 @@ import psutil
 
 from expertprune.artifacts.expert import Expert
 from expertprune.artifacts.timing import ROLES, Load, Role, Run, Timing
-from expertprune.errors import CheckpointError, ServingError, UsageError
+from expertprune.errors import CheckpointError, ServingError, UsageError, refused
 from expertprune.files import THROUGHPUT_FILE, shipped, store_folder, temporary_folder
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.loading import load_tokenizer, quiet_transformers
@@ -58,7 +57,7 @@ def bench(
         arguments: of vLLM's command line, for both.
 
     Raises:
-        CheckpointError: the folder is no expert, or the base cannot be found.
+        CheckpointError: the folder is no expert or cannot be written, or the base cannot be found.
         UsageError: vLLM is missing, or memory is short.
         ServingError: a server died, or did not answer every prompt.
     """
@@ -67,7 +66,9 @@ def bench(
     folders: dict[Role, Path] = {"base": other, "expert": expert}
     servables = {role: engine.check_folder(folder) for role, folder in folders.items()}
     load = load.model_copy(update={"chat": all(servable.chat for servable in servables.values())})
-    _check_before(expert, servables, load)
+    out = expert / (THROUGHPUT_FILE if against is None else f"throughput-{file_name(servables['base'].name)}.json")
+    check_output(out, overwrite=True, kind=TIMING)
+    _check_before(servables, load)
     arguments = [*_common_arguments(list(servables.values()), arguments), *arguments]
     reads = {role: bytes_per_token(servable.checkpoint) for role, servable in servables.items()}
     runs: list[Run] = []
@@ -87,14 +88,12 @@ def bench(
         machine=machine(),
         versions=versions(),
     )
-    result.save(expert / (THROUGHPUT_FILE if against is None else f"throughput-{servables['base'].name}.json"))
+    result.save(out)
     return result
 
 
-def _check_before(expert: Path, servables: Mapping[Role, engine.Servable], load: Load) -> None:
+def _check_before(servables: Mapping[Role, engine.Servable], load: Load) -> None:
     """Check early what would otherwise fail after minutes."""
-    if not os.access(expert, os.W_OK):
-        raise CheckpointError(f"{expert}: cannot be written, and {THROUGHPUT_FILE} belongs there")
     for servable in servables.values():
         longest = servable.checkpoint.config.get("max_position_embeddings")
         if longest and load.input_tokens + load.output_tokens > longest:

@@ -19,7 +19,7 @@ from expertprune.errors import CheckpointError, UnevaluatedError
 from expertprune.evaluation.changes import of_corpora
 from expertprune.evaluation.measure import Measuring
 from expertprune.evaluation.reading import Read
-from expertprune.files import one_at_a_time, store_folder
+from expertprune.files import EXPERT_FILE, check_writable, one_at_a_time, store_folder
 from expertprune.models.loading import load_tokenizer
 from expertprune.models.passes import TextRun
 from expertprune.models.running import RunningBase, stream_folder
@@ -50,11 +50,13 @@ def evaluate(
         overrides: dotted keys of the spec, such as `{"evaluate.documents": 32}`.
 
     Raises:
-        CheckpointError: the folder is no expert, or the base is not the one that it was cut from.
+        CheckpointError: the folder is no expert or cannot be written, or the base is not the one that
+            it was cut from.
         SpecError: a document that calibrated the expert is among those to evaluate on.
     """
     described, place = Expert.load(expert), store_folder(store)
     team().check_shared(described.folder, "expert")
+    team().lead(lambda: check_writable(described.folder / EXPERT_FILE))
     overrides = dict(overrides or {}) | ({"evaluate.corpora": corpora} if corpora else {})
     if base is not None:
         overrides["base.model"] = str(base)

@@ -25,7 +25,7 @@ from expertprune.evaluation.harness.stored import versions
 from expertprune.evaluation.harness.tasks import HarnessTask, less_is_better
 from expertprune.evaluation.retention import Counted, Paired, bits_per_byte, summarize
 from expertprune.evaluation.suites import Suite, TaskEntry, bare_task, find_suites
-from expertprune.files import digest_of, store_folder
+from expertprune.files import EXPERT_FILE, check_writable, digest_of, store_folder
 from expertprune.models.loading import load_tokenizer
 from expertprune.models.running import to_stream
 from expertprune.models.spool import Limits
@@ -70,7 +70,8 @@ def evaluate_suites(
         engine: what runs a task for each suite; default: this process does them all together.
 
     Raises:
-        CheckpointError: the folder is no expert, or the base is not the one that it was cut from.
+        CheckpointError: the folder is no expert or cannot be written, or the base is not the one that
+            it was cut from.
         SpecError: an unknown suite or task, one without examples, one that calibrated the expert,
             or lm-evaluation-harness is missing.
         ServingError, UsageError: the server cannot be had (backend `vllm`).
@@ -79,6 +80,7 @@ def evaluate_suites(
         raise UsageError(
             "suites need a whole model, whose work a team does not share: run them as tasks, by --engine ray or --shard"
         )
+    check_writable(Expert.load(expert).folder / EXPERT_FILE)
     asked = SuiteRequest(Path(expert), tuple(suites), tuple(tasks), backend, limit, base, store, overrides)
     measurement = asked.prepared(device=None if engine is None else engine.device)
     if missing := sorted(set(floors or {}) - measurement.groups):

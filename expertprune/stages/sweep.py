@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from expertprune.engine.tasks import Engine, Local, RemoteCall, Report, Shard, T
 from expertprune.engine.team import team
 from expertprune.errors import CheckpointError, PlanError, SpecError, gathered
 from expertprune.evaluation.measure import Measuring
-from expertprune.files import check_output, check_parent, digest_of, require_room, store_folder
+from expertprune.files import check_output, check_writable, digest_of, require_room, store_folder
 from expertprune.models.base import ResolvedBase
 from expertprune.progress import Track, silent
 from expertprune.pruning.write import bytes_needed
@@ -269,12 +268,7 @@ def _prepared(found: Found, budgets: Mapping[float, Budget], problems: list[str]
 
 def _known(out: Path) -> dict[str, Point]:
     """The points of earlier runs by key. Raises `CheckpointError` if the folder cannot be used."""
-    check_parent(out)
-    if out.exists() and not out.is_dir():
-        raise CheckpointError(f"{out}: exists and is not a folder")
-    existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise CheckpointError(f"{out}: cannot be written: no permission to write in {existing}")
+    check_writable(out / SWEEP_FILE)
     try:
         sweep = Sweep.load(out / SWEEP_FILE)
     except FileNotFoundError:

@@ -12,7 +12,7 @@ import yaml
 
 import expertprune
 from tests.calling import call
-from tests.patching import everywhere
+from tests.patching import everywhere, read_only
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -103,6 +103,16 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(
         option = "--out" if command in ("build", "compose") else "--picture"
         message = refused(tmp_path, command, spec_file, option, tmp_path / out, *budgets)
         assert "File name too long" in message
+
+
+@pytest.mark.parametrize("options", [(), ("--suite", "mine.yaml")], ids=["corpora", "suite"])
+def test_an_evaluation_that_cannot_be_written_is_found_before_the_work(
+    expert: Path, no_model: None, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(expert.parent)
+    Path("mine.yaml").write_text("{name: mine, perplexity: {}}")
+    read_only(monkeypatch, expert)
+    assert "cannot be written: Read-only file system" in refused(expert, "evaluate", expert, *options)
 
 
 def test_an_evaluation_is_never_written_into_another_expert(expert: Path, monkeypatch: pytest.MonkeyPatch) -> None:

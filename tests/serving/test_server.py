@@ -99,9 +99,15 @@ def test_a_key_that_vllm_asks_for_is_sent(tiny_llama: Path, tmp_path: Path) -> N
     assert "Bearer secret" in server.log.read_text()
 
 
-def test_a_log_begins_anew_and_goes_on_after_a_restart(tiny_llama: Path, tmp_path: Path) -> None:
-    (tmp_path / "log").write_text("of yesterday")
-    with Server(tiny_llama, log=tmp_path / "log") as server:
+def test_a_log_begins_anew_and_goes_on_after_a_restart(tiny_llama: Path, tmp_path: Path, store: Path) -> None:
+    """What is there stays, but for an earlier log in the store."""
+    for folder, stays in ((tmp_path, True), (store / "logs", False)):
+        folder.mkdir(exist_ok=True)
+        (folder / "llama.log").write_text("of yesterday")
+        server = Server(tiny_llama, log=folder / "llama.log")
+        assert server.log.name == ("llama-2.log" if stays else "llama.log")
+        assert (folder / "llama.log").exists() == stays
+    with server:
         server.stop()
         server.start()
         server.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from expertprune.artifacts.timing import METRICS, Load, Ratio, Role, Run, Timing
 from expertprune.errors import CheckpointError, ServingError, UsageError
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.reporting.pictures import throughput_picture
-from expertprune.serving import throughput
+from expertprune.serving import engine, throughput
 from expertprune.serving.throughput import bytes_per_token
 from tests.calling import call
+from tests.patching import read_only
 from tests.tiny import WORDS, save_tiny
 
 # In place of vLLM's benchmark: notes how it was called, and writes a result of which the model's name decides the speed.
@@ -173,6 +175,25 @@ def test_what_cannot_be_measured_is_refused_before_anything_starts(tiny_llama: P
         expertprune.bench(tiny_llama)
     with pytest.raises(UsageError, match="takes 128 tokens at a time, not 100 and 29"):
         expertprune.bench(tiny_llama, against=tiny_llama, load=Load(input_tokens=100, output_tokens=29))
+
+
+def test_a_timing_is_written_into_its_folder_and_over_nothing_else(
+    tmp_path: Path, tiny_llama: Path, fake_vllm: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a plan names a model leads to no other folder; what cannot be written is refused before anything starts."""
+    check = engine.check_folder
+    monkeypatch.setattr(engine, "check_folder", lambda folder: replace(check(folder), name="../../other/thesis"))
+    monkeypatch.setattr(throughput, "Server", None)
+    expert = save_tiny(tmp_path / "expert")
+    there = expert / "throughput-..-..-other-thesis.json"
+    there.write_text("precious")
+    with pytest.raises(CheckpointError, match=f"{there}: is no timing"):
+        expertprune.bench(expert, against=tiny_llama)
+    assert there.read_text() == "precious"
+    there.unlink()
+    read_only(monkeypatch, expert)
+    with pytest.raises(CheckpointError, match=f"{there}: cannot be written: Read-only file system"):
+        expertprune.bench(expert, against=tiny_llama)
 
 
 @pytest.mark.usefixtures("text")

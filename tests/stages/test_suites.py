@@ -469,9 +469,12 @@ def test_a_metric_that_a_task_of_the_library_asks_for_is_refused_too(tmp_path: P
 
     (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'was run')!r}, 'w')\n")
     entry = TaskEntry(name="library")
-    with pytest.raises(SpecError, match="task library: runs Python code: .*own.py"), metric_code(entry, trusted=False):
-        with contextlib.suppress(Exception):  # as the library does
-            evaluate.load(str(tmp_path / "own.py"))
+    with (
+        pytest.raises(SpecError, match=r"task library: runs Python code: .*own\.py"),
+        metric_code(entry, trusted=False),
+        contextlib.suppress(Exception),  # as the library does
+    ):
+        evaluate.load(str(tmp_path / "own.py"))
     assert not (tmp_path / "was run").exists()
 
 

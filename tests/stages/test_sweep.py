@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 import xml.etree.ElementTree
@@ -24,7 +23,7 @@ from expertprune.reporting.pictures import retention_curve
 from expertprune.spec.schema import Evaluate
 from expertprune.stages.sweep import SWEEP_FILE
 from tests.calling import call, call_json
-from tests.patching import everywhere
+from tests.patching import everywhere, read_only
 from tests.tiny import write_corpus
 
 BUDGETS = "0.5,0.25"  # not ascending
@@ -300,7 +299,7 @@ def test_all_illegal_budgets_are_reported_at_once(refused: Any, spec_file: Path)
         (["--picture", "missing/curve.png"], "missing/curve.png: cannot be written: there is no folder"),
         (["--out", "file/sweep"], "not a folder"),
         (["--out", "file"], "is a file"),
-        (["--out", "locked/sweep"], "no permission to write in"),
+        (["--out", "locked/sweep"], "locked/sweep/sweep.json: cannot be written: Read-only file system"),
         (["--out", "text"], "sweep.json: not a sweep"),
         (["--out", "wrong"], "sweep.json: not a sweep"),
         (["--out", "theirs", "--keep-experts"], "tiny-0.5: exists, and is no expert of this spec and budget"),
@@ -316,9 +315,7 @@ def test_what_cannot_be_swept_is_refused_before_any_work(
     for name, content in contents.items():
         Path(name).parent.mkdir(parents=True)
         Path(name).write_text(content)
-    real = os.access
-    # The superuser may write anywhere, so the folder's mode alone would not show it.
-    monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in str(path) and real(path, mode))
+    read_only(monkeypatch, Path("locked"))
     message = "\n".join(refused("--budgets", "0.25,0.5", *args))
     assert "rror: " in message
     assert words in message
