@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from expertprune.commands.terminal import output, reporting, say, stopped_by_signals, store_option
+from expertprune.commands.terminal import Finite, output, reporting, say, stopped_by_signals, store_option
 from expertprune.errors import UsageError
 from expertprune.files import store_folder
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @click.option("--base-url", metavar="URL", help="The same, of the base.")
 @click.option("--base", type=click.Path(path_type=Path), help="The base's folder, if it has moved.")
 @click.option("--seed", default=0, show_default=True, help="Of both models' draws.")
-@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0, 2), help="0 is greedy.")
+@click.option("--temperature", default=0.0, show_default=True, type=Finite(0, 2), help="0 is greedy.")
 @click.option("--max-tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Of one answer.")
 @click.option("--in-turn", is_flag=True, help="Let the two answer one after the other, to time them.")
 @click.option(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from expertprune.commands.terminal import BAR, messages, say, show
+from expertprune.commands.terminal import BAR, Finite, messages, say, show
 from expertprune.errors import UsageError
 from expertprune.progress import Standing
 
@@ -83,9 +83,9 @@ def engine_options(command: F) -> F:
         click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
                      help="Run tasks in this process, or on a Ray cluster whose nodes share the store."),
         click.option("--address", help="Of the Ray cluster, such as auto [default: RAY_ADDRESS, else this machine]."),
-        click.option("--cpus-per-task", "cpus", type=click.FloatRange(min=0, min_open=True),
+        click.option("--cpus-per-task", "cpus", type=Finite(min=0, min_open=True),
                      help="CPUs of each process on Ray [default: 1 beside a GPU, else all of a node]."),
-        click.option("--gpus-per-task", "gpus", type=click.FloatRange(min=0),
+        click.option("--gpus-per-task", "gpus", type=Finite(min=0),
                      help="GPUs of each process on Ray [default: 1 where the cluster has GPUs]."),
         click.option("--members", type=click.IntRange(min=1), default=1, show_default=True,
                      help="Processes on Ray that share the documents of one task."),

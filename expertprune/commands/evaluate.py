@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def _floors(_: click.Context, __: click.Parameter, text: str | None) -> dict[str
             floors[group.strip()] = float(value)
         except ValueError:
             raise click.BadParameter(f"{part!r} is not GROUP=RETENTION, such as expert=0.97") from None
-        if group.strip() not in ("expert", "general") or not floors[group.strip()] > 0:
+        if group.strip() not in ("expert", "general") or not 0 < floors[group.strip()] < math.inf:
             raise click.BadParameter(f"{part!r}: give expert or general a retention above 0, such as expert=0.97")
     return floors
 

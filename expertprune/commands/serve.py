@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from expertprune.commands.terminal import reporting, say, stopped_by_signals
+from expertprune.commands.terminal import Finite, reporting, say, stopped_by_signals
 from expertprune.files import store_folder
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
     "--log", type=click.Path(file_okay=False, path_type=Path), help="Folder of vLLM's logs [default: STORE/logs]."
 )
 @click.option(
-    "--patience", default=900.0, show_default=True, type=click.FloatRange(min=1), metavar="SECONDS",
+    "--patience", default=900.0, show_default=True, type=Finite(min=1), metavar="SECONDS",
     help="How long an engine may take to start.",
 )  # fmt: skip
 @reporting

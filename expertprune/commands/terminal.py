@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import logging
+import math
 import os
 import re
 import shlex
@@ -63,6 +64,16 @@ output, messages = _console(), _console(stderr=True)
 def say(text: str, error: bool = False) -> None:
     """Print a line, on standard error if it is not the command's result; control characters are written out."""
     click.echo(printable(text), err=error)
+
+
+class Finite(click.FloatRange):
+    """A number within a range; NaN, which no range excludes, and infinity are none."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        number = super().convert(value, parameter, context)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", parameter, context)
+        return number
 
 
 # The columns of a progress bar.

@@ -80,6 +80,23 @@ class Deferred:
         return self.checkpoint.read(self.name)[key]
 
 
+def check_link(path: Path, folder: Path) -> None:
+    """Check that a path in a model's folder does not lead out of it.
+
+    The hub's own cache is the exception: its snapshots consist of links into the folder of its blobs.
+
+    Raises:
+        CheckpointError: it is a link to a file elsewhere.
+    """
+    place, inside = path.resolve(), [folder.resolve()]
+    if inside[0].parent.name == "snapshots":
+        inside.append(inside[0].parents[1] / "blobs")
+    if path.is_symlink() and not any(place.is_relative_to(each) for each in inside):
+        raise CheckpointError(
+            f"{path}: is a link to a file outside the folder ({place}); copy that file here, or remove the link"
+        )
+
+
 class Checkpoint:
     """A model folder: its config and the headers of its tensors. Tensors are read when they are asked for.
 
@@ -147,21 +164,11 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder}: {changed[0]} is not what the headers said; fetch the model again")
 
     def _check_links(self) -> None:
-        """Raises `CheckpointError` for a link to a file outside the folder, whose content the expert would take over.
-
-        The hub's own cache is the exception: its snapshots consist of links into the folder of its blobs.
-        """
-        inside = [self.folder.resolve()]
-        if self.folder.resolve().parent.name == "snapshots":
-            inside.append(self.folder.resolve().parents[1] / "blobs")
+        """Raises `CheckpointError` for a link to a file outside the folder, whose content the expert would take over."""
         folders = [self.folder / name for name in _CARRIED_FOLDERS]
         for path in (*self.folder.glob("*"), *(file for folder in folders for file in folder.glob("*"))):
-            used = path in folders or not path.is_dir()
-            if used and path.is_symlink() and not any(path.resolve().is_relative_to(each) for each in inside):
-                raise CheckpointError(
-                    f"{path}: is a link to a file outside the folder ({path.resolve()}); copy that file here, or remove "
-                    "the link"
-                )
+            if path in folders or not path.is_dir():
+                check_link(path, self.folder)
 
     @property
     def _weight_map(self) -> dict[str, str]:
@@ -238,6 +245,14 @@ class Checkpoint:
         if self.encoding is not None:
             return self.encoding.read(name, self._stored, self._as_stored)
         return self._as_stored(name)
+
+    def read_finite(self, name: str) -> Tensor:
+        """The same; raises `CheckpointError` if the tensor holds NaN or infinity."""
+        tensor = self.read(name)
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            where = self.folder / self.tensors[name].file
+            raise CheckpointError(f"{where}: {name} holds values that are not finite; fetch it again")
+        return tensor
 
     def _as_stored(self, name: str) -> Tensor:
         file = self._stored[name].file
@@ -336,11 +351,7 @@ def _write_shard(
             if name in extra:
                 tensor = extra[name]
             else:
-                tensor = base.read(sources[name])
-                if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                    raise CheckpointError(
-                        f"{base.folder / file}: {sources[name]} holds values that are not finite; fetch it again"
-                    )
+                tensor = base.read_finite(sources[name])
                 if (new := transform(sources[name], tensor)) is not None:
                     tensor, changed = new, True
             made.add(name, tensor)

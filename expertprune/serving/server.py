@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -192,7 +193,7 @@ def _new_log(path: Path) -> Path:
     if path.parent == store_folder() / "logs":
         with contextlib.suppress(OSError):
             path.unlink()
-    return next(place for place in (path, *numbered(path)) if unused(place))
+    return next(place for place in itertools.chain([path], numbered(path)) if unused(place))
 
 
 def api_keys(arguments: Sequence[str]) -> list[str]:

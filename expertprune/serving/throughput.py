@@ -17,8 +17,9 @@ import psutil
 
 from expertprune.artifacts.expert import Expert
 from expertprune.artifacts.timing import ROLES, Load, Role, Run, Timing
-from expertprune.errors import CheckpointError, ServingError, UsageError, refused
-from expertprune.files import THROUGHPUT_FILE, shipped, store_folder, temporary_folder
+from expertprune.errors import ServingError, UsageError
+from expertprune.files import THROUGHPUT_FILE, TIMING, check_output, shipped, store_folder, temporary_folder
+from expertprune.formats import file_name
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.loading import load_tokenizer, quiet_transformers
 from expertprune.progress import Track, silent

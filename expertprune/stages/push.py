@@ -11,7 +11,7 @@ from typing import Any
 from expertprune.artifacts.expert import Expert
 from expertprune.errors import CheckpointError, UsageError, refused
 from expertprune.files import CHANGES_FILE, THROUGHPUT_FILE, file_digest, store_folder, write_file
-from expertprune.models.checkpoint import Checkpoint
+from expertprune.models.checkpoint import Checkpoint, check_link
 from expertprune.models.hub import hub_errors
 from expertprune.models.origin import CARD_FILE
 from expertprune.reporting.card import card_text
@@ -96,7 +96,7 @@ def _write_metadata(expert: Expert, base_model: str | None) -> None:
 def _files(folder: Path, store: Path) -> Iterator[str]:
     """The files to upload, relative to the folder: all but hidden and half-written ones, and reports.
 
-    Raises `CheckpointError` for a file that names a place of this machine.
+    Raises `CheckpointError` for a file that names a place of this machine, and for a link to a file elsewhere.
     """
     places = {place for place in (Path.home(), Path.cwd(), folder.resolve().parent, store.absolute()) if place.name}
     for path in sorted(folder.rglob("*")):
@@ -104,6 +104,7 @@ def _files(folder: Path, store: Path) -> Iterator[str]:
         hidden = path.suffix == ".partial" or any(part.startswith(".") for part in name.parts)
         if hidden or not path.is_file() or any(path.match(pattern) for pattern in _REPORTS):
             continue
+        check_link(path, folder)
         if path.suffix in _TEXT and path.name not in _VOCABULARIES:
             content = path.read_bytes()
             found = next((place for place in sorted(places) if f"{place}/".encode() in content), None)

@@ -31,6 +31,7 @@ from expertprune.files import (
     write_json,
 )
 from expertprune.models.base import ResolvedBase
+from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.loading import load_tokenizer
 from expertprune.models.running import RunningBase, run_folder
 from expertprune.progress import Track
@@ -151,9 +152,13 @@ class Measurement:
         """One model on each task, through the chosen backend."""
         if not tasks:
             return
+        if any(task.generates for task in tasks):  # what a damaged model writes does not show it
+            checkpoint = Checkpoint(folder)
+            for each in checkpoint.tensors:
+                checkpoint.read_finite(each)
         with self._answering(folder, name) as model, track(f"tasks, {name}", len(tasks)) as step:
             for task in tasks:
-                yield task, run_task(task, model, self.limit)
+                yield task, run_task(task, model, self.limit, name)
                 step()
 
     @contextlib.contextmanager

@@ -26,6 +26,20 @@ from tests.tiny import save_tiny, tiny_model
 Data = dict[str, Any]
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999"])
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("serve", "--patience"),
+        ("chat", "--temperature"),
+        ("profile", "--cpus-per-task"),
+        ("profile", "--gpus-per-task"),
+    ],
+)
+def test_no_option_takes_a_number_that_is_none(command: str, option: str, value: str) -> None:
+    assert f"Invalid value for '{option}'" in call(command, f"{option}={value}", "nowhere", code=2).stderr
+
+
 class Workplace:
     """A folder with a spec, where commands run and nothing may stay behind."""
 

@@ -384,13 +384,27 @@ def test_a_disk_without_room_for_the_last_bytes(
     assert [path.name for path in tmp_path.glob("*.gguf")] == ["whole.gguf"]
 
 
-def test_weights_that_half_precision_does_not_hold_are_refused(tmp_path: Path) -> None:
-    folder = tiny(tmp_path / "model", "llama")
+def set_head(folder: Path, value: float) -> None:
+    """Give one weight of the output head a value."""
     for path in folder.glob("*.safetensors"):
         tensors = load_file(path)
         for weight in (tensors[name] for name in tensors if name == "lm_head.weight"):
-            weight[3, 3] = 1e5
+            weight[3, 3] = value
         save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0"])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, kind: str) -> None:
+    folder = tiny(tmp_path / "model", "llama")
+    set_head(folder, torch.nan)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight holds values that are not finite"):
+        export(folder, tmp_path / "a.gguf", type=kind)
+    assert not list(tmp_path.glob("*a.gguf*"))
+
+
+def test_weights_that_half_precision_does_not_hold_are_refused(tmp_path: Path) -> None:
+    folder = tiny(tmp_path / "model", "llama")
+    set_head(folder, 1e5)
     with pytest.raises(CheckpointError, match=r"output\.weight has weights that float16 does not hold.*--type f32"):
         export(folder, tmp_path / "a.gguf", type="f16")
     assert not list(tmp_path.glob("*a.gguf*"))

@@ -144,6 +144,14 @@ def test_a_repository_with_other_content_stays_unless_it_may_be_replaced(hub: Hu
     assert other.files[first.name] == first.read_bytes()
 
 
+def test_a_link_to_a_file_elsewhere_is_not_uploaded(hub: Hub, expert: Path, tmp_path: Path) -> None:
+    (tmp_path / "id_rsa").write_text("secret")
+    (expert / "sub").mkdir()
+    (expert / "sub" / "x").symlink_to(tmp_path / "id_rsa")
+    assert "sub/x: is a link to a file outside the folder" in call("push", expert, NAME, code=2).stderr
+    assert NAME not in hub.repositories
+
+
 @pytest.mark.parametrize(
     ("repository", "arguments", "token", "words"),
     [

@@ -33,6 +33,7 @@ from expertprune.models.loading import load_model, load_tokenizer
 from expertprune.spec.reading import parse_spec
 from expertprune.stages import suite_scores
 from tests.calling import call
+from tests.commands.test_hostile_files import poison
 from tests.evaluation.test_evaluation import likelihoods
 from tests.experts import about, write_sources
 from tests.tiny import WORDS, as_run
@@ -399,7 +400,7 @@ def test_what_a_task_needs_and_what_is_not_there(
         ({"tasks": [CHOOSE]}, ["--base", "/nowhere/at/all"], ["say where it is with --base"]),
         ({"perplexity": {}}, ["--corpus", "medical"], ["--corpus without --suite"]),
         *[({"perplexity": {}}, ["--fail-under", text], ["--fail-under"])
-          for text in ("expert", "expert=x", "exprt=0.9", "expert=0", "expert=nan")],
+          for text in ("expert", "expert=x", "exprt=0.9", "expert=0", "expert=nan", "expert=inf")],
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_with_its_name(
@@ -476,6 +477,19 @@ def test_a_metric_that_a_task_of_the_library_asks_for_is_refused_too(tmp_path: P
     ):
         evaluate.load(str(tmp_path / "own.py"))
     assert not (tmp_path / "was run").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [("tasks", "task choose: the expert gives likelihoods that are not finite"),
+     ("generation", "model.norm.weight holds values that are not finite")],
+)  # fmt: skip
+def test_an_expert_of_damaged_numbers_is_an_error(workplace: Workplace, section: str, words: str) -> None:
+    poison(workplace.expert, "model.norm.weight", None)
+    workplace.text("tasks/say.yaml", GENERATE)
+    workplace.data("generate.jsonl", [{"question": "the heart", "right": "pumps"}])
+    suite = workplace.suite(**{section: [CHOOSE if section == "tasks" else {"file": "tasks/say.yaml"}]})
+    assert words in workplace.refused("--suite", suite)
 
 
 def test_templates_of_a_task_have_no_access_to_python(workplace: Workplace) -> None:

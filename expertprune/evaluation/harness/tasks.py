@@ -15,7 +15,7 @@ import numpy as np
 
 from expertprune.corpora.chat import has_template
 from expertprune.corpora.documents import Document
-from expertprune.errors import SpecError, first_line, refused
+from expertprune.errors import CheckpointError, SpecError, first_line, refused
 from expertprune.evaluation.harness.quiet import quiet
 from expertprune.evaluation.harness.sandbox import check_code, metric_code, sandbox_templates, with_functions
 from expertprune.evaluation.harness.scores import Asked, Leaf, Scores, choice_scores, example_of
@@ -282,12 +282,17 @@ def _texts(document: Any, prompt: str, target: Any) -> list[Document]:
     return [Document(text) for text in dict.fromkeys(found)]
 
 
-def run_task(task: HarnessTask, model: Any, limit: int | None = None) -> Scores:
+def run_task(task: HarnessTask, model: Any, limit: int | None = None, who: str = "model") -> Scores:
     """A model's scores on a task.
 
     Args:
         model: from `running_model` or `served_model`.
         limit: as in `load_task`.
+        who: the model in words.
+
+    Raises:
+        CheckpointError: a likelihood is not finite, or the task fails.
+        SpecError: its metric cannot be paired by example, or it would run code that is not trusted.
     """
     from lm_eval.evaluator import evaluate
 
@@ -299,6 +304,11 @@ def run_task(task: HarnessTask, model: Any, limit: int | None = None) -> Scores:
         with refused(f"task {task.label}: it cannot be run"):  # a task's own keys can be wrong in any way
             samples = evaluate(model, loaded, **settings)["samples"]
     chosen = [(name, each) for name in task.leaves for each in samples[name] if each["filter"] == task.filter]
+    if not task.generates and not all(_finite(sample) for _, sample in chosen):
+        raise CheckpointError(
+            f"task {task.label}: the {who} gives likelihoods that are not finite: its weights are damaged, or try "
+            "base.dtype: float32"
+        )
     pairs = [_value(task, sample.get(task.metric)) for _, sample in chosen]
     answers: list[str] = []
     texts: list[str] = []
@@ -323,6 +333,12 @@ def run_task(task: HarnessTask, model: Any, limit: int | None = None) -> Scores:
 
 
 _HASHED = ("doc", "prompt", "target")  # what tells examples apart
+
+
+def _finite(sample: Any) -> bool:
+    """Whether all log-likelihoods that an example asked for are numbers: alone, or with whether they are the greedy ones."""
+    found = [each[0] if isinstance(each, tuple | list) else each for each in sample["filtered_resps"]]
+    return all(math.isfinite(each) for each in found if isinstance(each, float))
 
 
 def less_is_better(metric: str) -> bool:

@@ -85,7 +85,7 @@ def write_gguf(folder: Path, out: Path, kind: str, name: str, overwrite: bool = 
 
     Raises:
         CheckpointError: the folder holds no model of a known family, the format cannot express its tokenizer or
-            its config, a weight overflows `kind`, or the disk has no room.
+            its config, a weight is not finite or overflows `kind`, or the disk has no room.
     """
     source = _source(folder)
     metadata = _metadata(source)
@@ -227,7 +227,7 @@ def _entries(source: _Source) -> Iterator[_Entry]:
             grouped |= set(parts)
             shape = (len(parts), *checkpoint.tensors[parts[0]].shape)
             name = _named(source, names, family.layer_prefix(layer) + pattern.replace(".{expert}", ""))
-            yield _Entry(name, shape, lambda parts=parts: torch.stack([checkpoint.read(part) for part in parts]))  # type: ignore[misc]
+            yield _Entry(name, shape, lambda parts=parts: torch.stack([checkpoint.read_finite(part) for part in parts]))  # type: ignore[misc]
     for name, info in checkpoint.tensors.items():
         if name in grouped or name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
             continue
@@ -235,7 +235,9 @@ def _entries(source: _Source) -> Iterator[_Entry]:
         yield _Entry(_named(source, names, name), shape, lambda name=name: _arranged(source, name))  # type: ignore[misc]
     if tied and form.own_head:
         embedding = family.vocabulary[0]
-        yield _Entry("output.weight", checkpoint.tensors[embedding].shape, lambda: checkpoint.read(embedding).float())
+        yield _Entry(
+            "output.weight", checkpoint.tensors[embedding].shape, lambda: checkpoint.read_finite(embedding).float()
+        )
     parameters = source.values.get("rope_parameters") or {}
     if form.frequencies is not None and parameters.get("rope_type") == form.frequencies["rope_type"]:
         factors = frequency_factors(source.config, parameters)
@@ -253,7 +255,7 @@ def _named(source: _Source, names: Any, name: str) -> str:
 
 def _arranged(source: _Source, name: str) -> Tensor:
     """A tensor as the format holds it: rotary halves interleaved, norms with their offset."""
-    tensor = source.checkpoint.read(name).float()
+    tensor = source.checkpoint.read_finite(name).float()
     if is_one_of(name, source.form.vectors):
         return tensor.squeeze(0)
     if source.form.norm_offset and name.endswith("norm.weight"):
