@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -96,7 +97,7 @@ class Checkpoint:
     """
 
     encoding: Encoding | None = None
-    left_out: frozenset[str] = frozenset()
+    left_out: Mapping[str, TensorInfo] = MappingProxyType({})
     pending: Pending | None = None
 
     def __init__(self, folder: Path, pending: Pending | None = None) -> None:
@@ -116,13 +117,13 @@ class Checkpoint:
 
     def leave_out(self, names: Collection[str], settings: Mapping[str, Any]) -> None:
         """Treat some tensors as if they were not stored; `settings` are what the config then says."""
-        self.left_out |= frozenset(names)
+        self.left_out = {name: self.tensors[name] for name in names}
         self.config |= settings
         self._take(self._stored)
 
     def leaves_out_of(self, file: str) -> bool:
         """Whether a file holds tensors that are left out."""
-        return any(self._stored[name].file == file for name in self.left_out)
+        return any(info.file == file for info in self.left_out.values())
 
     def _headers(self) -> dict[str, TensorInfo]:
         found: dict[str, TensorInfo] = {}
