@@ -98,6 +98,7 @@ def test_the_deployment_waits_as_long_as_the_command_and_its_service_finds_it() 
 
 # --- teams and clusters -----------------------------------------------------------------------------------------------
 
+
 @pytest.fixture
 def stand_ins(tmp_path: Path) -> Path:
     """A folder of programs that write their names and arguments, a line each, into `started` beside it."""

@@ -34,7 +34,7 @@ def test_an_installed_wheel_has_all_that_commands_need(tmp_path: Path, store: Pa
     lines = [
         "init english-math-own-corpus",
         "list corpora",
-        f"validate english-math-own-corpus.yaml --set base.model={tiny_llama} --set budget.ffn=0.25 --set budget.multiple_of=4",
+        f"validate english-math-own-corpus.yaml --set base.model={tiny_llama} --set budget.ffn=8 --set budget.multiple_of=8",
     ]
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     run = [sys.executable, "-c", SCRIPT, *lines]
