@@ -176,9 +176,10 @@ def main() -> None:
     if arguments.mixture:
         with tempfile.TemporaryDirectory() as temporary:
             table, tokens = mixture(arguments.documents, Path(temporary))
+        threads = torch.get_num_threads()
         note = (
             f"{MIXTURE_LAYERS} layers of Qwen3 30B A3B with widths divided by {MIXTURE_PART}, random weights, a "
-            f"vocabulary of {MIXTURE_VOCABULARY:,}; {tokens:,} tokens in float32; {torch.get_num_threads()} thread(s)."
+            f"vocabulary of {MIXTURE_VOCABULARY:,}; {tokens:,} tokens in float32; {threads} thread{'s' * (threads > 1)}."
         )
         if arguments.save:
             save_table("cost_mixture", table, made(), note)
