@@ -38,7 +38,10 @@ def test_prompts_that_evaluate_are_never_asked() -> None:
     corpus = Corpus(CorpusName("domain", "law"), calibration, (talk("a judge", "is"),))
     assert [each.document.text for each in openings(corpus, PROMPTS)] == ["the heart", "law"]
     plain = Corpus(CorpusName("task", "qa"), (), (Document("law"),), (Question("the heart", ("pumps", "reads"), 0),))
-    for others in ([Corpus(CorpusName("general", "chat"), (), (talk("law", "reads"), talk("the heart", "reads")))], [plain]):
+    for others in (
+        [Corpus(CorpusName("general", "chat"), (), (talk("law", "reads"), talk("the heart", "reads")))],
+        [plain],
+    ):
         assert openings(corpus, PROMPTS, others) == []
 
 
