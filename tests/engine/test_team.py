@@ -154,7 +154,7 @@ def test_another_version_of_transformers_is_named(
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     with pytest.raises(UsageError, match=r"rank 1 on elsewhere: another version of transformers \(4\.0\.0, not "):
-        Team(0, 2).agree(facts(resolved(tiny_llama, store)))
+        Team(0, 2).agree(lambda: facts(resolved(tiny_llama, store)))
 
 
 def test_an_error_of_one_member_is_told_by_all(tmp_path: Path, spec_file: Path) -> None:
