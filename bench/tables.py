@@ -28,6 +28,7 @@ RECORDED = (
     "constants",
     "cost",
     "cost_build",
+    "cost_mixture",
     "forecast",
     "scale_llama_8b_streamed_fisher",
     "quantize",

@@ -90,13 +90,30 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         common = {"WORLD_SIZE": str(len(members)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        places = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(len(members))]
+        return self._beside(members, places, held, hold, send)
+
+    def beside(
+        self, *commands: Sequence[Any], held: int, hold: str, send: signal.Signals = signal.SIGKILL
+    ) -> list[Finished]:
+        """Run commands side by side, each for itself; the one numbered `held` gets the signal at the place `hold`."""
+        return self._beside(commands, [{}] * len(commands), held, hold, send)
+
+    def _beside(
+        self,
+        commands: Sequence[Sequence[Any]],
+        environments: Sequence[dict[str, str]],
+        held: int | None,
+        hold: str | None,
+        send: signal.Signals | None,
+    ) -> list[Finished]:
         given: list[dict[str, Any]] = [
             {
                 "arguments": [str(each) for each in arguments],
-                "environment": {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                "hold": hold if rank == held else None,
+                "environment": environment,
+                "hold": hold if number == held else None,
             }
-            for rank, arguments in enumerate(members)
+            for number, (arguments, environment) in enumerate(zip(commands, environments, strict=True))
         ]
         return self._run((), given, send, None)
 
@@ -149,6 +166,7 @@ def server() -> Server:
 
 # Where a child can be held: module, name of a function in it, and after which call of it.
 PLACES = {
+    "first profile": ("expertprune.artifacts.profile", "save_file", 1),
     "profile": ("expertprune.artifacts.profile", "save_file", 2),  # the second profile is not yet in its place
     "repair": ("expertprune.pruning.solve", "least_squares", 2),  # in the second layer
     "prune": ("expertprune.models.checkpoint", "written_file", 2),  # one shard is written, the next begun

@@ -15,6 +15,7 @@ import pytest
 from expertprune.serving.processes import free_port
 from tests.documents import ROOT, blocks, commands, page
 from tests.hub import Hub, environment, serving
+from tests.serving.fake_endpoint import fake_endpoint
 
 TUTORIAL = page("docs/tutorial.md")
 COMMANDS = [
@@ -44,17 +45,17 @@ def settings(store: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "EXPERTPRUNE_STORE": str(store), "PATH": path}
 
 
-def run(words: list[str], place: Path, environment: dict[str, str]) -> str:
+def run(words: list[str], place: Path, environment: dict[str, str], typed: str | None = None) -> str:
     """What a command prints."""
     if words[0] == "expertprune":
         words = [sys.executable, "-m", *words]
-    done = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(words, cwd=place, env=environment, input=typed, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stderr}"
     return done.stdout
 
 
 def test_the_page_goes_from_data_to_the_hub_and_shows_the_spec_that_ships() -> None:
-    assert list(NAMED) == ["init", "validate", "build", "inspect", "report", "serve", "push"]
+    assert list(NAMED) == ["init", "validate", "build", "inspect", "report", "serve", "chat", "push"]
     assert len(CURLS) == 2
     shipped = page("profiles/bicycle-support.yaml").partition("\n")[2]
     assert blocks("yaml", TUTORIAL)[0] == shipped
@@ -97,6 +98,21 @@ def test_what_is_served_answers_the_curl_lines_of_the_page_and_of_readme(
     finally:
         server.send_signal(signal.SIGINT)
         assert server.wait(timeout=30) == 130
+
+
+@pytest.mark.slow
+def test_both_answer_in_the_terminal(place: Path, real_store: Path) -> None:
+    """With stand-ins of the two engines, under the names that the expert's folder gives them."""
+    with (
+        fake_endpoint(["Bleed the brake."], models=("smollm2-135m-instruct",)) as base,
+        fake_endpoint(["Bleed the line."], models=("bicycle-support",)) as expert,
+    ):
+        words = [*shlex.split(NAMED["chat"]), "--base-url", base.url, "--expert-url", expert.url]
+        shown = run(words, place, settings(real_store), "My brake lever is soft.\n")
+        heard = [each.asked[0][1]["messages"][0]["content"] for each in (base, expert)]
+    assert heard == ["My brake lever is soft."] * 2
+    assert "Bleed the brake." in shown
+    assert "Bleed the line." in shown
 
 
 @pytest.mark.slow

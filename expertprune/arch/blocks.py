@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Self
 
 import torch
@@ -280,6 +281,38 @@ class Experts(Data):
             for expert, part in zip(kept.experts, tensor, strict=True)
         ]
         return torch.stack(parts)
+
+
+class Predictors(Data):
+    """Layers for multi-token prediction. Only speculative decoding runs them, so experts are
+    written without them.
+
+    Attributes:
+        count: the config's keys for their number. Those that a config has are written.
+        tensors: how the names of their tensors begin. Empty where they are numbered on after the
+            decoder layers.
+    """
+
+    count: tuple[str, ...]
+    tensors: tuple[str, ...] = ()
+
+    def among(self, names: Iterable[str], config: Mapping[str, Any], layers: str, decoders: int) -> list[str]:
+        """Those names of tensors that are theirs.
+
+        Args:
+            layers: where the decoder layers are, such as `model.layers`.
+            decoders: how many of them there are.
+        """
+        if self.tensors:
+            return [name for name in names if name.startswith(self.tensors)]
+        counts = [config[key] for key in self.count if isinstance(config.get(key), int)]
+        numbers = re.compile(re.escape(layers) + r"\.(\d+)\.")
+        found = {name: int(match.group(1)) for name in names if (match := numbers.match(name))}
+        return [name for name, layer in found.items() if decoders <= layer < decoders + max(counts, default=1)]
+
+    def none_left(self, config: Mapping[str, Any]) -> dict[str, int]:
+        """The config's keys of a model without them."""
+        return dict.fromkeys([key for key in self.count if key in config] or self.count[:1], 0)
 
 
 NO_BLOCK = Block(output="", tensors=())

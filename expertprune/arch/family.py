@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.resources
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from expertprune.arch.blocks import NO_BLOCK, Block, ConfigKeys, CoupledTensor, Data, Experts, Rewrite
+from expertprune.arch.blocks import NO_BLOCK, Block, ConfigKeys, CoupledTensor, Data, Experts, Predictors, Rewrite
 from expertprune.arch.depth import check_depth, with_fewer_layers
 from expertprune.arch.gguf import GgufForm, gguf_names
 from expertprune.arch.single_layers import PER_LAYER, stock_architectures, with_defaults, with_layers
@@ -46,6 +46,7 @@ class Family(Data):
             `why_no_neurons` say why.
         heads_require: values of the config without which head counts cannot change. Dots lead into
             nested keys.
+        predictors: layers for multi-token prediction that its checkpoints may hold.
         attention_implementation: the one of transformers that computes the network exactly.
         vllm_single_layers: vLLM's classes that read a layer's widths from the config while they
             build it, so that `serving.plugin` can give each layer its own widths.
@@ -72,6 +73,7 @@ class Family(Data):
     heads_require: Mapping[str, Any] = Field(default_factory=dict)
     when_heads_change: Rewrite | None = None
     vllm_single_layers: tuple[str, ...] = ()
+    predictors: Predictors | None = None
     gguf: GgufForm | None = None
     vocabulary: tuple[str, ...] = ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias")
     """Tensors with one row per token: the embedding, then those that may be absent."""
@@ -144,6 +146,12 @@ class Family(Data):
 
     def layer_prefix(self, layer: int) -> str:
         return f"{self.layers}.{layer}."
+
+    def of_predictors(self, config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+        """Those of a checkpoint's tensors that belong to its layers for multi-token prediction."""
+        if self.predictors is None:
+            return []
+        return self.predictors.among(names, config, self.layers, positive(config, self.config.layers))
 
     @property
     def size_keys(self) -> list[str]:

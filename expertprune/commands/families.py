@@ -49,15 +49,29 @@ def families(folder: Path | None, trust_remote_code: bool, store: Path | None, a
     show(as_json, checked, lambda: text)
 
 
+# Both ways work for the same families: those with a class that builds layers one by one.
+_ROUTES = {"plugin": "own class", "stock": "Transformers backend"}
+_WIDTHS = {"plugin": "different widths per layer: vLLM with the plugin", "stock": "stock vLLM"}
+
+
 def _document(family: Family) -> dict[str, Any]:
-    """What a family allows: the structures that can be cut, and whether vLLM serves layers of different widths."""
+    """What a family allows: the structures that can be cut, and how vLLM serves layers of different widths.
+
+    Of `vllm_routes`, `plugin` is this package's plugin around vLLM's own class. `stock` is vLLM's Transformers
+    backend, which runs the expert's modeling file.
+    """
     return {
         "family": family.family,
         "model_types": list(family.model_types),
         "structures": [structure.value for structure in family.structures],
         "why_no_heads": family.why_no_heads,
         "layer_widths": {"transformers": True, "vllm": bool(family.vllm_single_layers)},
+        "vllm_routes": _routes(family),
     }
+
+
+def _routes(family: Family) -> dict[str, str]:
+    return dict(_ROUTES) if family.vllm_single_layers else {}
 
 
 def _table(families: Sequence[Family]) -> Any:
@@ -65,12 +79,16 @@ def _table(families: Sequence[Family]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("family", "model_type", "structures that can be cut", "different widths per layer in vLLM")
+    table = Table("family", "model_type", "structures that can be cut", *(_WIDTHS[route] for route in _ROUTES))
     for each in families:
         structures = ", ".join(structure.value for structure in each.structures)
-        vllm = "yes" if each.vllm_single_layers else "no: uniform widths only"
-        table.add_row(each.family, ", ".join(each.model_types), structures, vllm)
+        routes = (_routes(each).get(route, "no") for route in _ROUTES)
+        table.add_row(each.family, ", ".join(each.model_types), structures, *routes)
     notes = [f"{each.family}: no heads, since {each.why_no_heads}" for each in families if each.why_no_heads]
+    notes.append(
+        "Where vLLM has no way, compose.allocation: uniform gives all layers the same widths. The Transformers backend "
+        "needs --trust-remote-code."
+    )
     notes.append(
         "A model of another family is accepted if its tensors look like a gated FFN (gate_proj, up_proj, down_proj) and "
         "attention heads (q_proj, k_proj, v_proj, o_proj), and if cutting equals masking on a tiny random copy. "

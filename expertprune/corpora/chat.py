@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from expertprune.corpora.documents import Document
-from expertprune.corpora.messages import ANSWER, Conversation
-from expertprune.corpora.templates import Span, TemplateStoppedError, run_template
+from expertprune.corpora.messages import ANSWER, Conversation, with_text_arguments
+from expertprune.corpora.templates import Span, TemplateFailedError, TemplateStoppedError, run_template
 from expertprune.errors import SpecError, first_line
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -81,14 +82,20 @@ class ChatTemplate:
         tokenizer = self._tokenizer
         try:
             template = tokenizer.get_chat_template(None, conversation.tools)
-            return run_template(
+            run = functools.partial(
+                run_template,
                 template,
-                messages,
                 tools=conversation.tools,
                 special=tokenizer.special_tokens_map,
                 opened=opened,
                 marked=_GENERATION.search(template) is not None,
             )
+            try:
+                return run(messages)
+            except TemplateFailedError:
+                if (others := with_text_arguments(messages)) == list(messages):
+                    raise
+                return run(others)  # few templates join the arguments of tool calls as text
         except TemplateStoppedError:
             raise
         except Exception as error:  # of the tokenizer, which may have no template for tools, or of the template

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
@@ -34,8 +34,7 @@ class Opening:
     def of(cls, document: Document, settings: Generate) -> Self:
         """The opening of a document: its prompt, or its first words."""
         conversation = document.conversation
-        if settings.from_ == "prompts":
-            assert conversation is not None  # the spec's schema sees to it
+        if settings.from_ == "prompts" and conversation is not None:
             return cls(Document.of(Conversation.of(conversation.prompt, conversation.tools)))
         text = document.text.strip()
         if len(text) > _OPENING:
@@ -58,13 +57,24 @@ class Opening:
         return Document.of(Conversation.of([*conversation.messages, answer], conversation.tools))
 
 
-def openings(corpus: Corpus, settings: Generate) -> list[Opening]:
-    """Different openings of a corpus' calibration documents; none that an evaluation document has."""
-    evaluated = {Opening.of(document, settings).document.digest for document in corpus.evaluation}
+def openings(corpus: Corpus, settings: Generate, every: Iterable[Corpus] = ()) -> list[Opening]:
+    """Different openings of a corpus' calibration documents.
+
+    Left out are those that an evaluation document has, or a question, of this corpus or of one in `every`.
+    """
+    evaluated = {digest for each in (corpus, *every) for digest in _evaluated(each, settings)}
     found = {
         opening.document.digest: opening for opening in (Opening.of(each, settings) for each in corpus.calibration)
     }
     return [opening for digest, opening in found.items() if digest not in evaluated and opening.document.text.strip()]
+
+
+def _evaluated(corpus: Corpus, settings: Generate) -> Iterator[str]:
+    """Digests of the texts that evaluate on a corpus, and of their openings."""
+    asked = (text for question in corpus.questions for text in (Document(question.prompt), *question.texts))
+    for document in (*corpus.evaluation, *asked):
+        yield document.digest
+        yield Opening.of(document, settings).document.digest
 
 
 class Sieve:

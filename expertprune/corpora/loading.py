@@ -19,7 +19,8 @@ from expertprune.spec.sources import Source
 HELD_OUT = 10  # one document in ten is set aside where a corpus has no evaluation split
 
 
-Generator = Callable[[CorpusName, Source, Corpus], Corpus]  # replaces calibration by what the base writes
+# Replaces a corpus' calibration by what the base writes; it asks nothing that evaluates in one of the corpora.
+Generator = Callable[[CorpusName, Source, Corpus, Sequence[Corpus]], Corpus]
 
 
 def load_corpus(
@@ -40,6 +41,11 @@ def load_corpus(
     Raises:
         SpecError: a file is missing or malformed (file and line named), or no document is left.
     """
+    corpus = _read_corpus(name, source, spec, store)
+    return _completed(name, source, corpus, generator, [corpus])
+
+
+def _read_corpus(name: CorpusName, source: Source, spec: Spec, store: Path | None) -> Corpus:
     own_split = source.evaluation is not None or source.evaluation_split is not None
     if source.dataset is None:
         calibration, evaluation = _from_files(source, spec, own_split)
@@ -49,9 +55,15 @@ def load_corpus(
     if not calibration:
         raise SpecError(f"corpus {name}: {where}: holds no document to calibrate on")
     questions = read_questions(Path(source.questions)) if source.questions else ()
-    corpus = Corpus(name, tuple(calibration), tuple(evaluation), questions, set_aside=not own_split)
+    return Corpus(name, tuple(calibration), tuple(evaluation), questions, set_aside=not own_split)
+
+
+def _completed(
+    name: CorpusName, source: Source, corpus: Corpus, generator: Generator | None, every: Sequence[Corpus]
+) -> Corpus:
+    """A corpus with what the base writes for it, and without evaluation documents that nobody answers."""
     if source.generate is not None and generator is not None:
-        corpus = generator(name, source, corpus)
+        corpus = generator(name, source, corpus, every)
     answered = [each for each in corpus.evaluation if each.conversation is None or each.conversation.answered]
     return replace(corpus, evaluation=tuple(answered))  # a prompt alone evaluates nothing
 
@@ -114,11 +126,18 @@ def _streamed(source: Source, spec: Spec, own_split: bool) -> _Split:
 
 def load_corpora(spec: Spec, store: Path | None = None, generator: Generator | None = None) -> dict[CorpusName, Corpus]:
     """Every corpus of a spec (see `load_corpus`). Raises one `SpecError` with all problems."""
+    sources = find_sources(spec)
+    read: dict[CorpusName, Corpus] = {}
     corpora: dict[CorpusName, Corpus] = {}
     problems: list[str] = []
-    for name, source in find_sources(spec).items():
+    for name, source in sources.items():
         with gathered(problems):
-            corpora[name] = load_corpus(name, source, spec, store, generator)
+            read[name] = _read_corpus(name, source, spec, store)
+    if problems:  # the base writes nothing then
+        raise SpecError(problems)
+    for name, corpus in read.items():
+        with gathered(problems):
+            corpora[name] = _completed(name, sources[name], corpus, generator, list(read.values()))
     if problems:
         raise SpecError(problems)
     return corpora

@@ -142,9 +142,39 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(role, str) or not role:
         raise SpecError(f"{where}: its role is {role!r}, not a name")
     kept = {key: message[key] for key in _KEPT if message.get(key)}
+    if isinstance(kept.get("tool_calls"), list):
+        kept["tool_calls"] = [_call(each) for each in kept["tool_calls"]]
     if content is None and "tool_calls" not in kept:
         raise SpecError(f"{where}: has no content")
     return {"role": role, "content": _content(content, where), **kept}
+
+
+def _call(call: Any) -> Any:
+    """A tool call with its arguments as a mapping, which templates expect; OpenAI's form has them as JSON text."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+        with contextlib.suppress(SpecError):
+            arguments = parse_json(function["arguments"], "", SpecError, any_integer=True)
+            if isinstance(arguments, dict):
+                return {**call, "function": {**function, "arguments": arguments}}
+    return call
+
+
+def with_text_arguments(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose tool calls have their arguments as JSON text, as OpenAI's form has them."""
+
+    def written(call: Any) -> Any:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("arguments"), dict):
+            return call
+        return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+    return [
+        {**message, "tool_calls": [written(call) for call in message["tool_calls"]]}
+        if isinstance(message.get("tool_calls"), list)
+        else message
+        for message in messages
+    ]
 
 
 def _content(content: Any, where: str) -> str:

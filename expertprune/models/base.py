@@ -88,6 +88,7 @@ def resolve_base(base: Base, store: Path) -> ResolvedBase:
         log.warning("%s: runs Python code that comes with it: %s", folder, ", ".join(code))
     family = causal_family(checkpoint, base.trust_remote_code)
     layers = family.layer_shapes(checkpoint.config)
+    _leave_predictors_out(checkpoint, family)
     check_widths(checkpoint, family, layers)
     device = run_device(base.device)
     dtype = run_dtype(base.dtype, checkpoint.dtype, device)
@@ -110,6 +111,19 @@ def resolve_base(base: Base, store: Path) -> ResolvedBase:
         device=device,
         source=base.layers,
     )
+
+
+def _leave_predictors_out(checkpoint: Checkpoint, family: Family) -> None:
+    names = family.of_predictors(checkpoint.config, checkpoint.tensors)
+    if family.predictors is None or not names:
+        return
+    parameters = sum(checkpoint.tensors[name].parameters for name in names)
+    log.warning(
+        "%s: its layers for multi-token prediction (%s and others, %s parameters) are left out: only speculative "
+        "decoding runs them, and an expert is written without them",
+        checkpoint.folder, names[0], f"{parameters:,}",
+    )  # fmt: skip
+    checkpoint.leave_out(names, family.predictors.none_left(checkpoint.config))
 
 
 def _checkpoint(base: Base, store: Path) -> Checkpoint:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -105,6 +106,7 @@ class Checkpoint:
 
     Attributes:
         encoding: how tensors are stored, where it is not as they are.
+        left_out: tensors that are stored, and are treated as if they were not.
         pending: fetches the weights, where only their headers are here yet.
 
     Raises:
@@ -112,6 +114,7 @@ class Checkpoint:
     """
 
     encoding: Encoding | None = None
+    left_out: Mapping[str, TensorInfo] = MappingProxyType({})
     pending: Pending | None = None
 
     def __init__(self, folder: Path, pending: Pending | None = None) -> None:
@@ -126,7 +129,18 @@ class Checkpoint:
 
     def _take(self, stored: dict[str, TensorInfo]) -> None:
         self._stored = stored
-        self.tensors = stored if self.encoding is None else self.encoding.decoded(stored)
+        found = stored if self.encoding is None else self.encoding.decoded(stored)
+        self.tensors = {name: info for name, info in found.items() if name not in self.left_out}
+
+    def leave_out(self, names: Collection[str], settings: Mapping[str, Any]) -> None:
+        """Treat some tensors as if they were not stored; `settings` are what the config then says."""
+        self.left_out = {name: self.tensors[name] for name in names}
+        self.config |= settings
+        self._take(self._stored)
+
+    def leaves_out_of(self, file: str) -> bool:
+        """Whether a file holds tensors that are left out."""
+        return any(info.file == file for info in self.left_out.values())
 
     def _headers(self) -> dict[str, TensorInfo]:
         found: dict[str, TensorInfo] = {}
@@ -220,8 +234,8 @@ class Checkpoint:
 
     @property
     def weight_bytes(self) -> int:
-        """Size of the weights' files; of their values alone, where they are stored in fewer bits or not here yet."""
-        if self.encoding is not None or self.pending is not None:
+        """Size of the weights' files; of their values alone, where some count otherwise or are not here yet."""
+        if self.encoding is not None or self.pending is not None or self.left_out:
             return sum(info.bytes for info in self.tensors.values())
         return sum((self.folder / file).stat().st_size for file in self.shards)
 
@@ -305,6 +319,9 @@ def write_weights(
     any_changed = False
     for file in base.shards:
         added = dict(extra(file)) if extra is not None else {}
+        if base.leaves_out_of(file) and not added and all(info.file != file for info in base.tensors.values()):
+            any_changed = True
+            continue
         sizes, changed = _write_shard(base, file, out, transform, added, names)
         any_changed |= changed
         weight_map |= dict.fromkeys(sizes, file)
@@ -339,7 +356,8 @@ def _write_shard(
     """
     here = [name for name, info in base.tensors.items() if info.file == file]
     sources = {written: name for name in here if (written := names.get(name, name)) is not None}
-    changed = base.encoding is not None or bool(extra) or any(names.get(name, name) != name for name in here)
+    changed = base.encoding is not None or bool(extra) or base.leaves_out_of(file)
+    changed |= any(names.get(name, name) != name for name in here)
     infos = {renamed: base.tensors[name] for renamed, name in sources.items()}
     expected = {name: (_dtype(base, info), info.shape) for name, info in infos.items()}
     expected |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in extra.items()}

@@ -126,7 +126,7 @@ def prune(
         shutil.copyfile(path, target)
     if smaller is not None:
         write_tokenizer(base.folder, folder, smaller)
-    if config == base.checkpoint.config and base.checkpoint.encoding is None:
+    if config == base.checkpoint.config and base.checkpoint.encoding is None and not base.checkpoint.left_out:
         shutil.copyfile(base.folder / "config.json", folder / "config.json")
     else:
         (folder / f"{MODELING}.py").unlink(missing_ok=True)  # that of a base which had widths of single layers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import json
 import socket
 from collections.abc import Mapping
@@ -59,6 +60,7 @@ def facts(base: ResolvedBase) -> dict[str, str]:
     return {
         "version of expertprune": __version__,
         "version of torch": torch.__version__,
+        "version of transformers": importlib.metadata.version("transformers"),
         "checkpoint": base.digest,
         "tokenizer": base.tokenizer_digest,
         "dtype": str(base.dtype),

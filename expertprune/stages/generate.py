@@ -39,13 +39,16 @@ def generator(base: ResolvedBase, spec: Spec, store: Path, write: bool = True) -
     """
     tokenizers: list[Any] = []
 
-    def make(name: CorpusName, source: Source, corpus: Corpus) -> Corpus:
+    def make(name: CorpusName, source: Source, corpus: Corpus, every: Sequence[Corpus]) -> Corpus:
         settings = source.generate
         assert settings is not None
         if not tokenizers:
             tokenizers.append(load_tokenizer(base.folder, base.trust_remote_code))
+        asked = openings(corpus, settings, every)
         try:
-            documents = _documents(base, tokenizers[0], corpus, settings, spec.calibration.max_tokens, store, write)
+            documents = _documents(
+                base, tokenizers[0], corpus, asked, settings, spec.calibration.max_tokens, store, write
+            )
         except SpecError as error:
             raise SpecError([f"corpus {name}: generate: {problem}" for problem in error.problems]) from None
         how = f"by {base.name} from {settings.from_}, temperature {settings.temperature:g}, seed {settings.seed}"
@@ -55,9 +58,16 @@ def generator(base: ResolvedBase, spec: Spec, store: Path, write: bool = True) -
 
 
 def _documents(
-    base: ResolvedBase, tokenizer: Any, corpus: Corpus, settings: Generate, length: int, store: Path, write: bool
+    base: ResolvedBase,
+    tokenizer: Any,
+    corpus: Corpus,
+    asked: Sequence[Opening],
+    settings: Generate,
+    length: int,
+    store: Path,
+    write: bool,
 ) -> Sequence[Document]:
-    pairs = [(opening, opening.ids(tokenizer)) for opening in openings(corpus, settings)]
+    pairs = [(opening, opening.ids(tokenizer)) for opening in asked]
     if not pairs:
         raise SpecError("no opening is left: all of them evaluate")
     pairs = [(opening, ids) for opening, ids in pairs if len(ids) + _LEAST <= length]

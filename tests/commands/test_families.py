@@ -21,9 +21,12 @@ def test_every_family_is_listed_with_what_it_allows() -> None:
         "structures": ["ffn", "query_heads", "kv_groups"],
         "why_no_heads": "",
         "layer_widths": {"transformers": True, "vllm": True},
+        "vllm_routes": {"plugin": "own class", "stock": "Transformers backend"},
     }
+    assert entries["olmo2"]["vllm_routes"] == {}
     table = call("families").output
     assert all(name in table for name in entries)
+    assert "The Transformers backend needs --trust-remote-code." in " ".join(table.split())
     served = {name for name, entry in entries.items() if entry["layer_widths"]["vllm"]}
     assert served == {"gemma2", "gemma3", "llama", "mistral", "phi3", "qwen2", "qwen3"}
 

@@ -91,9 +91,12 @@ def test_every_form_of_a_conversation_is_read_as_the_same() -> None:
     assert expected.prompt == TWO_TURNS[:1]
 
 
-def test_tool_calls_reach_the_template_and_count_as_an_answer() -> None:
+@pytest.mark.parametrize("given", [{"a": 1}, '{"a": 1}'], ids=["mapping", "OpenAI's text"])
+@pytest.mark.parametrize("form", ["{{ c.function.arguments | tojson }}", "{{ '' + c.function.arguments }}"])
+def test_tool_calls_reach_the_template_and_count_as_an_answer(given: Any, form: str) -> None:
     call = {"type": "function", "function": {"name": "sum", "arguments": {"a": 1}}}
-    messages = [TWO_TURNS[0], {"role": ANSWER, "content": None, "tool_calls": [call]},
+    asked = {"type": "function", "function": {"name": "sum", "arguments": given}}
+    messages = [TWO_TURNS[0], {"role": ANSWER, "content": None, "tool_calls": [asked]},
                 {"role": "tool", "content": "1", "name": "sum"}]  # fmt: skip
     tools = [{"type": "function", "function": {"name": "sum", "parameters": {}}}]
     read = read_conversation(messages, tools, "here")
@@ -103,7 +106,7 @@ def test_tool_calls_reach_the_template_and_count_as_an_answer() -> None:
     )
     template = (
         "{{ tools[0].function.name }}{% for m in messages %} {{ m.content }}"
-        "{% for c in m.tool_calls %}<|im_start|>{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}"
+        "{% for c in m.tool_calls %}<|im_start|>{{ c.function.name }}" + form + "{% endfor %}"
         "{% endfor %}"
     )
     assert answers_of(render(Document.of(read), chat_tokenizer(template))) == [' <|im_start|>sum{"a": 1}']

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from expertprune.corpora.documents import Corpus, CorpusName, Document
+from expertprune.corpora.documents import Corpus, CorpusName, Document, Question
 from expertprune.corpora.generated import Opening, Sieve, openings
 from expertprune.corpora.messages import Conversation
 from expertprune.spec.sources import Generate
@@ -37,6 +37,12 @@ def test_prompts_that_evaluate_are_never_asked() -> None:
     calibration = (talk("the heart", "pumps"), talk("a judge", "reads"), talk("the heart", "is"), talk("law", "is"))
     corpus = Corpus(CorpusName("domain", "law"), calibration, (talk("a judge", "is"),))
     assert [each.document.text for each in openings(corpus, PROMPTS)] == ["the heart", "law"]
+    plain = Corpus(CorpusName("task", "qa"), (), (Document("law"),), (Question("the heart", ("pumps", "reads"), 0),))
+    for others in (
+        [Corpus(CorpusName("general", "chat"), (), (talk("law", "reads"), talk("the heart", "reads")))],
+        [plain],
+    ):
+        assert openings(corpus, PROMPTS, others) == []
 
 
 def test_texts_that_are_of_no_use_are_left_out_and_counted() -> None:

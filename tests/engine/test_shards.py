@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -104,17 +103,15 @@ def test_ways_to_run_tasks_exclude_each_other(spec_file: Path, no_model: None) -
 def test_three_shards_of_which_one_is_killed_give_what_one_process_gives(
     tmp_path: Path, spec_file: Path, store: Path
 ) -> None:
-    """The killed one holds a lease in the middle of its second profile; the others do its work too."""
+    """The killed one holds a lease in the middle of a profile; the others do its work too."""
     shared = tmp_path / "shared"
     arguments = ["sweep", spec_file, "--budgets", BUDGETS, "--store", shared]
-    killed = server().run(*arguments, "--shard", "1/3", hold="profile", send=signal.SIGKILL)
-    assert killed.code == -signal.SIGKILL
     assert "tasks are not done: profile" in call(*arguments, "--collect", code=1).stderr
-    with ThreadPoolExecutor() as threads:  # one shard in a process of its own, beside one in this process
-        other = threads.submit(server().run, *arguments, "--shard", "2/3", "--json")
-        here = call_json(*arguments, "--shard", "3/3")["done_here"]
-    assert other.result().code == 0, other.result().stderr
-    done = here + json.loads(other.result().stdout)["done_here"]
+    shards = [[*arguments, "--shard", f"{number}/3", "--json"] for number in (1, 2, 3)]
+    killed, *others = server().beside(*shards, held=0, hold="first profile")
+    assert killed.code == -signal.SIGKILL
+    assert [each.code for each in others] == [0, 0], others
+    done = [name for each in others for name in json.loads(each.stdout)["done_here"]]
     assert sorted(done) == ["budget 0.25", "budget 0.5", "budget 0.75"]
     collected = call_json(*arguments, "--collect", "--out", tmp_path / "out")
     undisturbed = expertprune.sweep(spec_file, [float(each) for each in BUDGETS.split(",")], store=store)

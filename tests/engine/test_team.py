@@ -18,6 +18,9 @@ from expertprune.artifacts.evaluation import CorpusResult
 from expertprune.artifacts.expert import Expert
 from expertprune.corpora.batches import Batch, make_batches
 from expertprune.engine.team import Team
+from expertprune.errors import UsageError
+from expertprune.stages.elsewhere import facts
+from tests.oracle import resolved
 from tests.processes import Finished, server
 from tests.tiny import save_tiny
 from tests.vocabularies import save_worded, worded_spec
@@ -141,6 +144,17 @@ def test_members_that_disagree_are_named(tmp_path: Path, spec_file: Path, spec_d
         assert "another checkpoint" in each.stderr
         assert "another spec" in each.stderr
         assert "rank 2 on " not in each.stderr
+
+
+def test_another_version_of_transformers_is_named(
+    tiny_llama: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gather(told: list[Any], own: tuple[str, dict[str, str]]) -> None:
+        told[:] = [own, ("elsewhere", {**own[1], "version of transformers": "4.0.0"})]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    with pytest.raises(UsageError, match=r"rank 1 on elsewhere: another version of transformers \(4\.0\.0, not "):
+        Team(0, 2).agree(lambda: facts(resolved(tiny_llama, store)))
 
 
 def test_an_error_of_one_member_is_told_by_all(tmp_path: Path, spec_file: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from expertprune.corpora.documents import CorpusName
 from expertprune.corpora.kept import KeptDocuments
-from expertprune.corpora.loading import load_corpus
+from expertprune.corpora.loading import load_corpora, load_corpus
 from expertprune.errors import SpecError
 from expertprune.models.base import resolve_base
 from expertprune.serving import generation
@@ -95,6 +95,29 @@ def test_the_base_answers_the_prompts_of_a_corpus_once(
     answered = load(base, store, source.model_copy(update={"completion": "say"}))
     assert [each.conversation.messages[-1]["content"] for each in answered.evaluation] == ["reads"]
     assert answered.calibration == corpus.calibration
+
+
+def test_no_prompt_is_asked_that_evaluates_on_another_corpus(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = Writer(["law is law"])
+    monkeypatch.setattr(generation, "generate", writer)
+    paths = {
+        name: write_rows(tmp_path / f"{name}.jsonl", [{"ask": ask, "say": "is"} for ask in asked])
+        for name, asked in (("law", ("the law", "the heart")), ("other", ("blood",)), ("both", ("the heart",)))
+    }
+    fields = {"prompt": "ask", "completion": "say"}
+    sources = {
+        "law": {"path": paths["law"], "evaluation": paths["other"], "generate": {"tokens": 4}, **fields},
+        "medical": {"path": paths["other"], "evaluation": paths["both"], **fields},
+    }
+    data = {"name": "x", "base": str(base), "budget": {"ffn": 0.1}, "general": [], "corpora": {"sources": sources}}
+    spec = parse_spec({**data, "dimensions": {"domain": ["law", "medical"]}}, "my.yaml", tmp_path)
+    load_corpora(spec, tmp_path / "store", generator(resolve_base(spec.base, tmp_path), spec, tmp_path / "store"))
+    (job,) = writer.jobs
+    assert job.prompts == [
+        tiny_tokenizer()("<|im_start|>user\nthe law<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+    ]
 
 
 def test_texts_of_no_use_are_an_error_that_says_why(
