@@ -57,6 +57,9 @@ class KindCount(_Record):
     kept: int
 
 
+KINDS = ("shared", "expert_exclusive", "general_exclusive")
+
+
 class UnitReasons(_Record):
     """Why a layer keeps the units of one structure.
 
@@ -196,6 +199,20 @@ class Plan:
     def gone(self) -> tuple[int, ...]:
         """The layers that go whole, in the base's numbering."""
         return tuple(layer for layer, units in enumerate(self.kept) if units.gone)
+
+    def reasons(self, structure: str) -> list[UnitReasons]:
+        """Why units of a structure are kept, by layer that it was chosen in; of `layers`, once for all."""
+        if structure == "layers":
+            return [self.depth.why] if self.depth is not None else []
+        return [layer.why[structure] for layer in self.layers if structure in layer.why]
+
+    def kinds(self, structure: str) -> dict[str, KindCount]:
+        """The units of a structure in all layers by their kind (`KINDS`); empty without general corpora."""
+        found = {}
+        for kind in KINDS:
+            if of := [count for why in self.reasons(structure) if (count := getattr(why, kind)) is not None]:
+                found[kind] = KindCount(units=sum(each.units for each in of), kept=sum(each.kept for each in of))
+        return found
 
     @property
     def digest(self) -> str:

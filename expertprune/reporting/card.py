@@ -13,7 +13,7 @@ from expertprune.files import write_file
 from expertprune.formats import one_line
 from expertprune.models.origin import CARD_FILE
 from expertprune.reporting.metadata import card_metadata
-from expertprune.reporting.tables import retention_notes, retention_rows, widths
+from expertprune.reporting.tables import kind_cells, kinds_sentences, retention_notes, retention_rows, widths
 from expertprune.spec.schema import Spec
 
 _CARD = """
@@ -40,6 +40,15 @@ transformers and in vLLM.
 
 Its tokenizer is the base's without the other tokens and their merges. Tokens differ, so retention is in bits per byte.
 {% endif %}
+{% if kinds -%}
+{{ kinds_sentences }}
+
+| structure | shared | expert-exclusive | general-exclusive |
+|---|---|---|---|
+{% for structure, cells in kinds.items() -%}
+| {{ names.get(structure, structure) }} | {{ cells | join(" | ") }} |
+{% endfor %}
+{% endif -%}
 Method: criterion `{{ spec.relevance.criterion }}` ({{ expert.criterion_paper }}), rule `{{ spec.compose.rule }}`
 over dimensions (Cus-Prun, https://arxiv.org/abs/2506.02561),{% if fusion %} {{ fusion.text }}{% if fusion.paper %} (after
 {{ fusion.paper }}){% endif %},{% endif %} repair `{{ spec.compensation.method }}`.
@@ -121,6 +130,8 @@ def card_text(expert: Expert, headline: Sequence[tuple[str, str]] = ()) -> str:
         purpose=purpose(spec),
         names={"layers": "layers, of the whole model"},
         fusion=fusion_of(spec),
+        kinds={each: kind_cells(expert.plan, each) for each in expert.plan.budget if expert.plan.kinds(each)},
+        kinds_sentences=kinds_sentences(spec),
         per_layer=any(isinstance(entry.kept, list) for entry in expert.plan.budget.values()),
         rows=retention_rows(measured) if measured is not None else [],
         notes=retention_notes(measured) if measured is not None else [],

@@ -13,12 +13,12 @@ from rich.text import Text
 from expertprune import formats
 from expertprune.artifacts.evaluation import Average, Evaluation, Measured
 from expertprune.artifacts.evaluation import Group as DocumentGroup
-from expertprune.artifacts.plan import Plan, VocabularyPlan
+from expertprune.artifacts.plan import KINDS, Plan, VocabularyPlan
 from expertprune.artifacts.sweep import Sweep
 from expertprune.composition.overlap import Comparison, StructureComparison
 from expertprune.composition.tradeoff import TradeOff
 from expertprune.evaluation.retention import pooled
-from expertprune.spec.schema import TO_BASE
+from expertprune.spec.schema import TO_BASE, Spec
 from expertprune.units import format_indices
 
 METRIC_LABELS = {
@@ -126,21 +126,33 @@ def plan_table(plan: Plan) -> Table:
     """By structure: kept units, who protected them, and shared and exclusive ones."""
     table = Table("structure", "kept in each layer", "protected by", "shared", "expert-exclusive", "general-exclusive")
     for structure, entry in plan.budget.items():
-        reasons = [layer.why[structure] for layer in plan.layers if structure in layer.why]
-        if structure == "layers" and plan.depth is not None:
-            reasons = [plan.depth.why]
         protected: Counter[str] = Counter()
-        for reason in reasons:
+        for reason in plan.reasons(structure):
             protected.update(reason.protected)
         uncut = "not cut" if entry.kept == entry.of else "left with their KV groups"
         who = ", ".join(f"{name} {count:,}" for name, count in protected.items()) or uncut
-        kinds = []
-        for kind in ("shared", "expert_exclusive", "general_exclusive"):
-            of = [count for reason in reasons if (count := getattr(reason, kind)) is not None]
-            kinds.append(f"{sum(k.kept for k in of):,} of {sum(k.units for k in of):,} kept" if of else "")
+        kinds = kind_cells(plan, structure)
         gone = f" (without {format_indices(plan.gone)})" if structure == "layers" else ""
         table.add_row(structure, f"{widths(entry.kept)} of {widths(entry.of)}{gone}", who, *kinds)
     return table
+
+
+def kinds_sentences(spec: Spec) -> str:
+    """What shared and exclusive units are, and whether that decided anything."""
+    fusion = spec.compose.fusion
+    layers = " Of a whole layer, its influence stands for its activation." if spec.budget.layers else ""
+    weighted = " Fusion is weighted here, so the kind of a unit did not change its score."
+    return (
+        "A unit is shared if its activation on the expert's text and its activation on general text, each over its "
+        f"layer's mean, differ by at most {fusion.tau:g} of their sum. If not, it is exclusive to the side on which it is "
+        f"more active.{layers}{weighted if fusion.method == 'weighted' else ''}"
+    )
+
+
+def kind_cells(plan: Plan, structure: str) -> list[str]:
+    """How many of a structure's shared, expert-exclusive and general-exclusive units stay, as text."""
+    found = plan.kinds(structure)
+    return [f"{found[kind].kept:,} of {found[kind].units:,} kept" if kind in found else "" for kind in KINDS]
 
 
 def vocabulary_table(vocabulary: VocabularyPlan) -> Table:

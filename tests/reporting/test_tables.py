@@ -180,6 +180,12 @@ def test_the_plan_table_sums_over_layers() -> None:
     assert table_rows(shown(plan_table(uncut)))["query_heads"] == ["6 of 6", "not cut", "", "", ""]
 
 
+def test_the_card_counts_shared_and_exclusive_units(tmp_path: Path) -> None:
+    text = card(an_expert(tmp_path))
+    assert "\n|---|---|---|---|\n| ffn | 14 of 22 kept | 34 of 42 kept | 0 of 0 kept |\n\nMethod:" in text
+    assert "differ by at most 0.1 of their sum" in text
+
+
 @pytest.mark.parametrize("text", HOSTILE)
 def test_any_name_is_shown_as_it_is(tmp_path: Path, text: str) -> None:
     table = shown(retention_table(an_evaluation(text)))

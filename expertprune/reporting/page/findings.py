@@ -18,7 +18,7 @@ from expertprune.files import digest_of
 from expertprune.reporting.card import FusionWords, fusion_of, purpose
 from expertprune.reporting.page.evidence import Artifacts
 from expertprune.reporting.page.reasons import CutStructure, StructureRelevance, kept_units, relevance_findings
-from expertprune.reporting.tables import metric_label
+from expertprune.reporting.tables import kinds_sentences, metric_label
 from expertprune.units import Structure
 
 SPEED = "output_tokens_per_second"
@@ -152,7 +152,7 @@ class Provenance:
 class ReportData:
     """The numbers of one expert's report: what `report --json` prints and the page shows.
 
-    `retention` is the headline: bits per byte over the documents of all corpora of a group, each
+    `kinds` says what the kinds of units are. `retention` is the headline: bits per byte over the documents of all corpora of a group, each
     document once. `changes` are empty where the evaluation kept none. `missing` has a line for each
     section that is not there.
     """
@@ -168,6 +168,7 @@ class ReportData:
     outcome: dict[str, int]
     changes: Changes
     structures: list[CutStructure]
+    kinds: str
     relevance: list[StructureRelevance] | None
     alignment: dict[str, Alignment]
     throughput: Throughput | None
@@ -219,6 +220,7 @@ def findings(artifacts: Artifacts) -> ReportData:
         outcome={"metrics": sum(counts.values()), **counts},
         changes=artifacts.changes or Changes(),
         structures=kept_units(expert.plan),
+        kinds=kinds_sentences(expert.spec),
         relevance=None if isinstance(relevance, Missing) else relevance,
         alignment=alignment,
         throughput=throughput,

@@ -36,10 +36,20 @@ class Protected:
 
 
 @dataclass(frozen=True)
+class Kind:
+    """Units that are shared, or exclusive to the expert or to general: in all, and how many stay."""
+
+    name: str
+    units: int
+    kept: int
+
+
+@dataclass(frozen=True)
 class CutStructure:
     """Kept and cut units of one structure; `of` and `kept_by_layer` count them by layer.
 
     `decided` is false where no unit was chosen, as of query heads that left with their KV group.
+    `kinds` is empty there, and without general corpora.
     """
 
     structure: str
@@ -52,6 +62,7 @@ class CutStructure:
     of: list[int]
     kept_by_layer: list[int]
     protected: list[Protected]
+    kinds: list[Kind]
 
 
 @dataclass(frozen=True)
@@ -131,6 +142,7 @@ def kept_units(plan: Plan) -> list[CutStructure]:
                 of=of,
                 kept_by_layer=kept,
                 protected=_protected(why),
+                kinds=_kinds(plan, structure.value),
             )
         )
     return found
@@ -155,8 +167,13 @@ def _kept_layers(plan: Plan) -> list[CutStructure]:
         of=[1] * len(kept),
         kept_by_layer=kept,
         protected=[Protected(source, sum(counts), counts) for source, counts in sources.items()],
+        kinds=_kinds(plan, "layers"),
     )
     return [layers]
+
+
+def _kinds(plan: Plan, structure: str) -> list[Kind]:
+    return [Kind(name.replace("_", "-"), found.units, found.kept) for name, found in plan.kinds(structure).items()]
 
 
 def _protected(why: Sequence[UnitReasons | None]) -> list[Protected]:

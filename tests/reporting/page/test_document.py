@@ -83,6 +83,7 @@ def test_the_numbers_that_matter_are_on_the_page(full: Page) -> None:
         expected |= {f"relevance/{s}/overlap/matrix/{c}/{other}" for other in range(4)}
     expected |= {f"alignment/{value}/layers/{layer}" for value in (0, 1) for layer in range(3)}
     expected |= {f"structures/{s}/kept_by_layer/{layer}" for s in (0, 2) for layer in range(3)}
+    expected |= {f"structures/{s}/kinds/{kind}/{key}" for s in (0, 2) for kind in range(3) for key in ("units", "kept")}
     assert {f"/experts/0/{place}" for place in expected} - set(numbers(parsed(text))) == set()
 
 

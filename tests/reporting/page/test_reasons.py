@@ -14,6 +14,7 @@ from expertprune.artifacts.profile import Profile
 from expertprune.composition.scoring import check_criterion
 from expertprune.reporting.page.reasons import (
     CorpusRelevance,
+    Kind,
     Protected,
     _overlap,
     _shares,
@@ -43,8 +44,10 @@ def test_kept_units_are_counted_by_layer_and_by_who_protected_them() -> None:
     assert (ffn.units, ffn.kept, ffn.cut, ffn.kept_fraction) == (8, 5, 3, 5 / 8)
     assert (ffn.of, ffn.kept_by_layer) == ([4, 4], [3, 2])
     assert ffn.protected == [Protected("language", 2, [2, 0]), Protected("general", 3, [1, 2])]
+    assert ffn.kinds == [Kind("shared", 4, 3)]
     for uncut, units in ((heads, 4), (groups, 2)):
         assert (uncut.decided, uncut.kept, uncut.cut, uncut.kept_fraction) == (False, units, 0, 1.0)
+        assert uncut.kinds == []
     assert decided(a_plan()) == [Structure.FFN]
 
 
