@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError
 
-from expertprune.artifacts.evaluation import Group, Number
+from expertprune.artifacts.evaluation import CorpusGroup, Number
 from expertprune.artifacts.record import Record
 from expertprune.errors import CheckpointError
 from expertprune.files import CHANGES_FILE, problems_of, read_json, write_json
@@ -29,7 +29,7 @@ class AnswerChange(Record):
     """
 
     source: str
-    group: Group
+    group: CorpusGroup
     prompt: str
     base: str
     expert: str
@@ -47,7 +47,7 @@ class DocumentChange(Record):
     """
 
     source: str
-    group: Group
+    group: CorpusGroup
     digest: str
     text: str
     base: float

@@ -12,6 +12,9 @@ from expertprune.artifacts.record import Record
 Group = Literal["expert", "general"]  # what the expert is for, and what it should keep besides
 
 
+CorpusGroup = Literal["expert", "general", "other"]  # other: what the spec does not name, and no average counts
+
+
 Measure = Literal["bits", "accuracy"]  # averages never mix the two
 
 
@@ -82,7 +85,7 @@ class QuestionAnswers(Record):
 class CorpusResult(Record):
     """What was measured on one corpus: its metrics by name, and what they are made of."""
 
-    group: Group
+    group: CorpusGroup
     documents: int
     questions: int
     metrics: dict[str, Measured]

@@ -39,6 +39,10 @@ def _floors(_: click.Context, __: click.Parameter, text: str | None) -> dict[str
 @click.command()
 @click.argument("expert", type=click.Path(path_type=Path))
 @click.option("--corpus", "corpora", multiple=True, help="One of the spec's corpora, such as medical [default: all].")
+@click.option(
+    "--other", "others", multiple=True, metavar="NAME",
+    help="Measure and show this corpus too, which the spec does not name, such as de [default: the spec's].",
+)  # fmt: skip
 @click.option("--suite", "suites", multiple=True, metavar="NAME|FILE", help="Measure this suite instead.")
 @click.option("--task", "tasks", multiple=True, metavar="NAME", help="Measure this task of lm-evaluation-harness.")
 @click.option(
@@ -64,6 +68,7 @@ def _floors(_: click.Context, __: click.Parameter, text: str | None) -> dict[str
 def evaluate(
     expert: Path,
     corpora: tuple[str, ...],
+    others: tuple[str, ...],
     suites: tuple[str, ...],
     tasks: tuple[str, ...],
     backend: str,
@@ -85,6 +90,7 @@ def evaluate(
     from expertprune.reporting.tables import retention_table
 
     overrides |= {"evaluate.documents": documents} if documents else {}
+    overrides |= {"evaluate.others": list(others)} if others else {}
     base = base and base.resolve()
     shard = where.share(store)
     if not suites and not tasks:
@@ -101,8 +107,9 @@ def evaluate(
                 run.evaluation(result)
         show(as_json, result.document(), lambda: retention_table(result))
         return
-    if corpora:
-        raise click.UsageError("give --corpus without --suite and --task: a suite names its own corpora")
+    if corpora or others:
+        given = "--corpus" if corpora else "--other"
+        raise click.UsageError(f"give {given} without --suite and --task: a suite names its own corpora")
     from expertprune.evaluation.retention import shortfalls
     from expertprune.stages import suites as measuring
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from expertprune.corpora.documents import GENERAL, CorpusName, corpus_names
+from expertprune.corpora.documents import GENERAL, OTHER, CorpusName, corpus_names
 from expertprune.errors import SpecError
 from expertprune.files import read_yaml, shipped
 from expertprune.registry import nearest
@@ -44,10 +44,13 @@ def catalogue_sources(folder: Path) -> dict[CorpusName, Source]:
     return sources
 
 
+def _catalogue_of(spec: Spec) -> dict[CorpusName, Source]:
+    return catalogue_sources(Path(spec.corpora.catalogue) if spec.corpora.catalogue else shipped("corpora"))
+
+
 def find_sources(spec: Spec) -> dict[CorpusName, Source]:
     """The source of every corpus of a spec; raises `SpecError` naming all that have none."""
-    folder = Path(spec.corpora.catalogue) if spec.corpora.catalogue else shipped("corpora")
-    catalogue = catalogue_sources(folder)
+    catalogue = _catalogue_of(spec)
     found: dict[CorpusName, Source] = {}
     problems = []
     for name in corpus_names(spec):
@@ -64,6 +67,44 @@ def find_sources(spec: Spec) -> dict[CorpusName, Source]:
     if problems:
         raise SpecError(problems)
     return found
+
+
+def other_sources(spec: Spec) -> dict[CorpusName, Source]:
+    """The source of each of `evaluate.others`.
+
+    Raises:
+        SpecError: naming all that have none, and all that the spec names already.
+    """
+    named, catalogue = find_sources(spec), _catalogue_of(spec)
+    problems = []
+    for value in spec.evaluate.others:
+        name = CorpusName(OTHER, value)
+        source = _find(name, spec.corpora.sources, catalogue)
+        same = [str(each) for each, known in named.items() if each.answers_to(value) or known == source]
+        if same:
+            problems.append(f"evaluate.others: {value!r} is {same[0]}, which the spec names already: take it out")
+        elif source is None:
+            known_values = {each.value for each in catalogue} | {key.rpartition("/")[2] for key in spec.corpora.sources}
+            hint = nearest(value, known_values)
+            hint += "" if "did you mean" in hint else _own_source(name)
+            problems.append(f"evaluate.others: no corpus for {value!r}{hint}")
+        else:
+            named[name] = source
+    if problems:
+        raise SpecError(problems)
+    return {name: source for name, source in named.items() if name.dimension == OTHER}
+
+
+# Shipped corpora of a language, a skill and a subject each, the most unlike first.
+_UNLIKE = ("de", "math", "software", "zh", "legal", "qa")
+
+
+def unnamed(spec: Spec, count: int = 3) -> list[str]:
+    """A few corpora that ship and that a spec does not name: what `evaluate.others` may be."""
+    if spec.corpora.catalogue is not None:
+        return []
+    named = {value for name in corpus_names(spec) for value in (name.value, name.value.rpartition("/")[2])}
+    return [value for value in _UNLIKE if value not in named][:count]
 
 
 def _own_source(name: CorpusName) -> str:
@@ -83,7 +124,7 @@ def _find(name: CorpusName, inline: dict[str, Source], catalogue: dict[CorpusNam
             return inline[candidate]
     if name in catalogue:
         return catalogue[name]
-    if name.is_general:  # any corpus can be named as a general one
+    if name.dimension in (GENERAL, OTHER):  # any corpus can be named so
         matches = [source for other, source in catalogue.items() if other.answers_to(name.value)]
         if len(matches) == 1:
             return matches[0]

@@ -62,9 +62,12 @@ class Question:
 GENERAL = "general"
 
 
+OTHER = "other"  # of corpora that a spec only evaluates on: `evaluate.others`
+
+
 @dataclass(frozen=True, order=True)
 class CorpusName:
-    """A corpus' name, `language/de`; `dimension` is one of the three, or `general`."""
+    """A corpus' name, `language/de`; `dimension` is one of the three, `general` or `other`."""
 
     dimension: str
     value: str

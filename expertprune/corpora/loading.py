@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from expertprune.corpora.catalogue import find_sources
+from expertprune.corpora.catalogue import find_sources, other_sources
 from expertprune.corpora.documents import Corpus, CorpusName, Document
 from expertprune.corpora.kept import Facts, KeptDocuments
 from expertprune.corpora.reading import on_hub, pinned, read_dataset, read_files, read_questions
@@ -126,7 +126,18 @@ def _streamed(source: Source, spec: Spec, own_split: bool) -> _Split:
 
 def load_corpora(spec: Spec, store: Path | None = None, generator: Generator | None = None) -> dict[CorpusName, Corpus]:
     """Every corpus of a spec (see `load_corpus`). Raises one `SpecError` with all problems."""
-    sources = find_sources(spec)
+    return _loaded(find_sources(spec), spec, store, generator)
+
+
+def load_others(spec: Spec, store: Path | None = None) -> list[Corpus]:
+    """The corpora of `evaluate.others`, without calibration documents. Raises one `SpecError` with all problems."""
+    loaded = _loaded(other_sources(spec), spec, store, None) if spec.evaluate.others else {}
+    return [replace(corpus, calibration=()) for corpus in loaded.values()]
+
+
+def _loaded(
+    sources: Mapping[CorpusName, Source], spec: Spec, store: Path | None, generator: Generator | None
+) -> dict[CorpusName, Corpus]:
     read: dict[CorpusName, Corpus] = {}
     corpora: dict[CorpusName, Corpus] = {}
     problems: list[str] = []

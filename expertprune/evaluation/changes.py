@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from expertprune.artifacts.changes import AnswerChange, Changes, DocumentChange, Outcome
-from expertprune.artifacts.evaluation import CorpusResult, Group
+from expertprune.artifacts.evaluation import CorpusGroup, CorpusResult, Group
 from expertprune.corpora.documents import Corpus
 from expertprune.evaluation.harness.scores import Scores
 from expertprune.evaluation.harness.tasks import HarnessTask
@@ -98,7 +98,7 @@ def _documents(corpus: Corpus, result: CorpusResult) -> list[DocumentChange]:
 
 def _answer(
     source: str,
-    group: Group,
+    group: CorpusGroup,
     prompt: str,
     answers: tuple[str, str],
     gold: str | None,

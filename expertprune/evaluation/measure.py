@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 
 from expertprune.artifacts.evaluation import (
+    CorpusGroup,
     CorpusResult,
     DocumentBits,
     Evaluation,
-    Group,
     Measured,
     QuestionAnswers,
     Settings,
 )
 from expertprune.corpora.batches import Batch, Tokens, encode
 from expertprune.corpora.chat import Rendered
-from expertprune.corpora.documents import Corpus, CorpusName, Question
+from expertprune.corpora.documents import GENERAL, OTHER, Corpus, CorpusName, Question
 from expertprune.engine.team import team
 from expertprune.errors import CheckpointError, SpecError
 from expertprune.evaluation.alignment import Aligning
@@ -262,6 +262,7 @@ def _question_rows(questions: Sequence[Question], base: Answers, expert: Answers
     ]
 
 
-def group_of(corpus: Corpus) -> Group:
-    """Whether a corpus says what is kept of the expert's purpose, or in general."""
-    return "general" if corpus.name.is_general else "expert"
+def group_of(corpus: Corpus) -> CorpusGroup:
+    """Whether a corpus says what is kept of the expert's purpose, in general, or of what the spec does not name."""
+    groups: dict[str, CorpusGroup] = {GENERAL: "general", OTHER: "other"}
+    return groups.get(corpus.name.dimension, "expert")

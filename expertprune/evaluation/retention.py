@@ -9,7 +9,7 @@ from typing import get_args
 
 import numpy as np
 
-from expertprune.artifacts.evaluation import Average, DocumentBits, Evaluation, Group, Measure, Measured
+from expertprune.artifacts.evaluation import Average, CorpusGroup, DocumentBits, Evaluation, Group, Measure, Measured
 from expertprune.evaluation.arrays import Floats, Indices
 
 RESAMPLES = 2000
@@ -195,7 +195,7 @@ class Counted:
     """A metric of the summary: its name, its group, and what base and expert have of it."""
 
     name: str
-    group: Group
+    group: CorpusGroup
     paired: Paired
 
     @property

@@ -13,7 +13,15 @@ from expertprune.files import write_file
 from expertprune.formats import one_line
 from expertprune.models.origin import CARD_FILE
 from expertprune.reporting.metadata import card_metadata
-from expertprune.reporting.tables import kind_cells, kinds_sentences, retention_notes, retention_rows, widths
+from expertprune.reporting.tables import (
+    UNNAMED,
+    kind_cells,
+    kinds_sentences,
+    other_rows,
+    retention_notes,
+    retention_rows,
+    widths,
+)
 from expertprune.spec.schema import Spec
 
 _CARD = """
@@ -75,6 +83,15 @@ answers right that the base has wrong, and 5 wrong that the base has right.
 {% for row in rows -%}
 | {{ row | map("replace", "|", "\\|") | join(" | ") }} |
 {% endfor %}
+{%- if others %}
+{{ unnamed | capitalize }}: nothing was calibrated for these, and no average counts them.
+
+| corpus | metric | base | expert | retention | 95% interval |
+|---|---|---|---|---|---|
+{% for row in others -%}
+| {{ row | map("replace", "|", "\\|") | join(" | ") }} |
+{% endfor %}
+{%- endif %}
 {%- for note in notes %}
 {{ note }}.
 {% endfor %}
@@ -134,6 +151,8 @@ def card_text(expert: Expert, headline: Sequence[tuple[str, str]] = ()) -> str:
         kinds_sentences=kinds_sentences(spec),
         per_layer=any(isinstance(entry.kept, list) for entry in expert.plan.budget.values()),
         rows=retention_rows(measured) if measured is not None else [],
+        others=other_rows(measured) if measured is not None else [],
+        unnamed=UNNAMED,
         notes=retention_notes(measured) if measured is not None else [],
         headline=headline,
     )

@@ -30,6 +30,9 @@ METRIC_LABELS = {
 }
 
 
+UNNAMED = "not named in the spec"
+
+
 MEASURES = {"bits": "bits of text", "accuracy": "accuracy of tasks"}
 
 
@@ -42,18 +45,15 @@ def retention_rows(evaluation: Evaluation) -> list[list[str]]:
     """Name, metric, base, expert, retention, interval.
 
     First the headline: bits per byte over all documents of a group. Then text, corpus by corpus;
-    questions and tasks below it, each with its interval; the averages of suites last.
+    questions and tasks below it, each with its interval; the averages of suites last. What the spec
+    does not name is not here: see `other_rows`.
     """
     rows = []
     for group in get_args(DocumentGroup):
         if (numbers := pooled(evaluation, group)) is not None:
             cells = [_number(value) for value in (numbers.base, numbers.expert, numbers.retention)]
             rows.append([group, f"bits per byte, all {numbers.examples} documents", *cells, _interval(numbers)])
-    for asked in (False, True):
-        for corpus, result in evaluation.corpora.items():
-            for metric, numbers in result.metrics.items():
-                if (metric == "questions") == asked:
-                    rows.append([corpus, *_metric_cells(metric, numbers)])
+    rows += _corpus_rows(evaluation, others=False)
     for name, numbers in evaluation.all_tasks.items():
         agreement = "" if numbers.agreement is None else f", {numbers.agreement:.0%} as the base"
         agreement += "" if numbers.common is None else f", the same for {numbers.common:.0%} of its text"
@@ -65,6 +65,23 @@ def retention_rows(evaluation: Evaluation) -> list[list[str]]:
             label = f"mean of {len(average.metrics)}, {MEASURES[measure]}"
             rows.append([group, label, "", "", _number(average.retention), _interval(average)])
     return rows
+
+
+def other_rows(evaluation: Evaluation) -> list[list[str]]:
+    """The same of corpora that the spec does not name (`evaluate.others`)."""
+    return _corpus_rows(evaluation, others=True)
+
+
+def _corpus_rows(evaluation: Evaluation, others: bool) -> list[list[str]]:
+    """Text, corpus by corpus, and questions below it."""
+    return [
+        [corpus, *_metric_cells(metric, numbers)]
+        for asked in (False, True)
+        for corpus, result in evaluation.corpora.items()
+        if (result.group == "other") == others
+        for metric, numbers in result.metrics.items()
+        if (metric == "questions") == asked
+    ]
 
 
 def _metric_cells(metric: str, numbers: Measured) -> list[str]:
@@ -108,10 +125,15 @@ def retention_table(evaluation: Evaluation) -> Table:
     table = Table(corpus, "metric", title="What the expert kept", caption=notes or None, caption_justify="left")
     for column in ("base", "expert", "retention", "95% interval"):
         table.add_column(column, justify="right")
-    previous = None
-    for corpus, *cells in retention_rows(evaluation):
-        table.add_row(Text(corpus if corpus != previous else ""), *cells)
-        previous = corpus
+    others = other_rows(evaluation)
+    for number, rows in enumerate((retention_rows(evaluation), others)):
+        previous = None
+        if number and others:
+            table.add_section()
+            table.add_row(Text(f"{UNNAMED}:"))
+        for corpus, *cells in rows:
+            table.add_row(Text(corpus if corpus != previous else ""), *cells)
+            previous = corpus
     return table
 
 

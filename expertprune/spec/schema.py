@@ -282,6 +282,11 @@ class Evaluate(Section):
     """What is measured of base and expert. Default: the evaluation documents of every corpus that the spec names."""
 
     corpora: Names | None = Field(None, description="Names as in dimensions and general; default: all of them.")
+    others: Names = Field(
+        default_factory=list,
+        description="Corpora that the spec does not name, such as [de, math, software]: measured, and shown apart. No "
+        "average counts them, and nothing is chosen by them.",
+    )
     documents: int = Field(64, ge=1, description="At most so many evaluation documents of each corpus.")
     max_tokens: int = Field(1024, ge=2, description="Longer documents are cut at so many tokens.")
     metrics: list[Metric] | None = Field(

@@ -65,7 +65,7 @@ def evaluate(
         resolved = described.find_base(place, spec.base)
     team().agree(lambda: {**facts(resolved), "expert": described.plan.digest})
     loaded: dict[CorpusName, Corpus] = load_corpora(spec, place, generator(resolved, spec, place, write=False))
-    evaluated = evaluation_corpora(spec, loaded, leak_guard(loaded, described.calibration_digests))
+    evaluated = evaluation_corpora(spec, loaded, leak_guard(loaded, described.calibration_digests), place)
     running = RunningBase(resolved)
     evaluator = measuring(running, evaluated, spec.evaluate, described.plan.vocabulary is not None)
     measured = measure_folder(evaluator, described.folder, running, track)

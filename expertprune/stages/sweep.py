@@ -16,7 +16,7 @@ from expertprune.artifacts.sweep import Point, Sweep, SweptBase
 from expertprune.engine.tasks import Engine, Local, RemoteCall, Report, Shard, Task
 from expertprune.engine.team import team
 from expertprune.errors import CheckpointError, PlanError, SpecError, gathered
-from expertprune.evaluation.measure import Measuring
+from expertprune.evaluation.measure import Measuring, group_of
 from expertprune.files import check_output, check_writable, digest_of, require_room, store_folder
 from expertprune.models.base import ResolvedBase
 from expertprune.progress import Track, silent
@@ -106,7 +106,7 @@ def _begin(
     known = {} if folder is None else _known(folder)
     with team().after_the_first():
         found = run_with(find(spec, store_folder(store)), engine.device)
-    if not any(corpus.evaluation for corpus in found.evaluated):
+    if not any(corpus.evaluation for corpus in found.evaluated if group_of(corpus) != "other"):
         raise SpecError("evaluate.corpora: none of them has documents, and a sweep measures bits per byte on documents")
     prepared = _prepared(found, legal, problems)
     check_unlisted(next(iter(prepared.values())))

@@ -19,7 +19,7 @@ from expertprune.composition.widths import LayerWidths
 from expertprune.corpora.batches import Batch, CalibrationText, check_ids, corpus_text, each_once
 from expertprune.corpora.documents import Corpus, CorpusName, Document
 from expertprune.corpora.leaks import LeakGuard
-from expertprune.corpora.loading import HELD_OUT, load_corpora
+from expertprune.corpora.loading import HELD_OUT, load_corpora, load_others
 from expertprune.corpora.shares import shared_out
 from expertprune.errors import SpecError, gathered
 from expertprune.files import digest_of, store_folder
@@ -142,7 +142,7 @@ def find(spec: Spec, store: Path, evaluate: bool = True) -> Found:
         if evaluate and spec.evaluate.enabled:
             ancestor = ancestor_of(base) if base is not None else None
             digests = ancestor.calibration_digests if ancestor is not None else ()
-            evaluated = evaluation_corpora(spec, corpora, leak_guard(corpora, digests))
+            evaluated = evaluation_corpora(spec, corpora, leak_guard(corpora, digests), store)
     if problems or base is None:
         raise SpecError(problems)
     running = RunningBase(base)
@@ -221,19 +221,23 @@ def leak_guard(corpora: Mapping[CorpusName, Corpus], digests: Iterable[str]) -> 
     return LeakGuard((document for corpus in corpora.values() for document in corpus.calibration), digests)
 
 
-def evaluation_corpora(spec: Spec, corpora: Mapping[CorpusName, Corpus], guard: LeakGuard) -> list[Corpus]:
-    """The corpora to evaluate on, without documents that leak."""
+def evaluation_corpora(
+    spec: Spec, corpora: Mapping[CorpusName, Corpus], guard: LeakGuard, store: Path
+) -> list[Corpus]:
+    """The corpora to evaluate on, without documents that leak: the spec's own, then `evaluate.others`."""
+    others = load_others(spec, store)
     if spec.evaluate.corpora is None:
-        return guard.clean(list(corpora.values()))
+        return guard.clean([*corpora.values(), *others])
     chosen = []
     for wanted in spec.evaluate.corpora:
         matches = [corpus for name, corpus in corpora.items() if name.answers_to(wanted)]
         if not matches:
             raise SpecError(
-                f"evaluate.corpora: {wanted!r} is none of the spec's corpora: {', '.join(map(str, corpora))}"
+                f"evaluate.corpora: {wanted!r} is none of the spec's corpora: {', '.join(map(str, corpora))}; name "
+                "others in evaluate.others"
             )
         chosen += matches
-    return guard.clean(chosen)
+    return guard.clean([*chosen, *others])
 
 
 def validation_documents(corpus: Corpus) -> list[Document]:

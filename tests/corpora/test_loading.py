@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertprune.corpora.batches import corpus_text, encode, make_batches
-from expertprune.corpora.catalogue import catalogue_sources, find_sources
+from expertprune.corpora.catalogue import catalogue_sources, find_sources, other_sources, unnamed
 from expertprune.corpora.chat import Rendered
 from expertprune.corpora.documents import Corpus, CorpusName, Document, corpus_names
-from expertprune.corpora.loading import load_corpora, load_corpus
+from expertprune.corpora.loading import load_corpora, load_corpus, load_others
 from expertprune.errors import SpecError
 from expertprune.spec.reading import parse_spec
 from expertprune.spec.schema import Spec
@@ -356,6 +356,34 @@ def test_an_inline_source_comes_before_the_catalogue_and_the_longer_name_first(c
         sources = {key: {"path": f"/data/{key}.jsonl"} for key in keys}
         spec = make_spec(catalogue.parent, corpora={"catalogue": "mine", "sources": sources})
         assert find_sources(spec)[GERMAN].path == [f"/data/{keys[-1]}.jsonl"]
+
+
+def test_other_corpora_are_found_by_their_names_and_calibrate_nothing() -> None:
+    spec = make_spec(evaluate={"others": ["math", "language/zh"]})
+    found = {corpus.name: corpus for corpus in load_others(spec)}
+    assert [*found] == ["other/math", "other/language/zh"]
+    for corpus in found.values():
+        assert (len(corpus.calibration), len(corpus.evaluation)) == (0, 8)
+    assert {str(name) for name in load_corpora(spec)} == {"language/de"}
+    assert unnamed(spec) == ["math", "software", "zh"]
+    assert len(load_others(make_spec(evaluate={"others": unnamed(spec, 9)}))) == 5  # all of them ship
+
+
+@pytest.mark.parametrize(
+    ("other", "problem"),
+    [
+        ("de", "evaluate.others: 'de' is language/de, which the spec names already: take it out"),
+        ("language/de", "evaluate.others: 'language/de' is language/de, which"),
+        ("task/math", "evaluate.others: 'task/math' is general/math, which"),  # the same files under another name
+        (["zh", "language/zh"], "evaluate.others: 'language/zh' is other/zh, which"),
+        ("sofware", "evaluate.others: no corpus for 'sofware'; did you mean 'software'?"),
+    ],
+)
+def test_other_corpora_are_those_that_the_spec_does_not_name(other: Any, problem: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        other_sources(make_spec(general="math", evaluate={"others": other}))
+    (found,) = caught.value.problems
+    assert found.startswith(problem)
 
 
 def test_unknown_corpora_are_named_all_at_once_with_their_nearest_name(catalogue: Path) -> None:

@@ -34,7 +34,7 @@ from expertprune.artifacts.plan import (
 from expertprune.files import EXPERT_FILE
 from expertprune.reporting.card import write_card
 from expertprune.reporting.explain import explain
-from expertprune.reporting.tables import plan_table, retention_rows, retention_table
+from expertprune.reporting.tables import other_rows, plan_table, retention_rows, retention_table
 from expertprune.spec.schema import Spec
 from expertprune.units import KeptUnits, LayerShape
 from tests.calling import strict
@@ -167,6 +167,20 @@ def test_the_headline_is_bits_per_byte_over_documents_whatever_tasks_say() -> No
     first, *rest = retention_rows(measured.model_copy(update={"corpora": corpora}))
     assert first[:5] == ["expert", "bits per byte, all 2 documents", "1.7500", "2.5000", "0.7000"]
     assert rest == retention_rows(measured)
+
+
+def test_what_the_spec_does_not_name_stands_apart_and_counts_in_no_average(tmp_path: Path) -> None:
+    expert = an_expert(tmp_path)
+    before = an_evaluation()
+    other = before.corpora["task/qa"].model_copy(update={"group": "other"})
+    measured = before.model_copy(update={"corpora": {**before.corpora, "other/de": other}})
+    assert retention_rows(measured) == retention_rows(before)
+    row = ["other/de", "perplexity", "8.0000", "8.0000", "8.0000", "8.0000 to 8.0000"]
+    assert other_rows(measured) == [row]
+    rows = [*table_rows(shown(retention_table(measured)))]
+    assert rows.index("other/de") == rows.index("not named in the spec:") + 1 > rows.index("sums")
+    text = card(replace(expert, evaluation=measured))
+    assert re.search(r"\n\nNot named in the spec: .*\n\n\|.*\n\|.*\n\| other/de \| perplexity \|", text)
 
 
 def test_the_plan_table_sums_over_layers() -> None:

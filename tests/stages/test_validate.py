@@ -12,11 +12,14 @@ import pytest
 from pydantic import ValidationError
 
 import expertprune
-from expertprune.errors import PlanError
+from expertprune.errors import PlanError, SpecError
+from expertprune.evaluation.measure import group_of
+from expertprune.spec.reading import parse_spec
 from expertprune.spec.schema import Budget, Spec
 from expertprune.stages import build, prune, sweep  # noqa: F401 - so that they are patched
 from expertprune.stages.validate import find, prepare
 from tests.patching import everywhere
+from tests.tiny import write_corpus
 
 CHECKS = {
     "base": "expertprune.models.base.resolve_base",
@@ -79,6 +82,21 @@ def test_specs_of_one_base_share_what_is_loaded_and_nothing_else(tiny_spec: Spec
         first.spec = second.spec  # type: ignore[misc]
     with pytest.raises(ValidationError, match="frozen"):
         first.spec.budget = second.spec.budget  # type: ignore[misc]
+
+
+def test_other_corpora_are_measured_apart_and_do_not_calibrate(
+    spec_data: dict[str, Any], store: Path, tmp_path: Path
+) -> None:
+    sources = spec_data["corpora"]["sources"]
+    sources["spare"] = {"path": str(write_corpus(tmp_path / "spare.jsonl", seed=20))}
+    spec = parse_spec(spec_data, "spec", tmp_path, {"evaluate.others": ["spare"], "evaluate.corpora": ["en"]})
+    found = find(spec, store)
+    assert [group_of(corpus) for corpus in found.evaluated] == ["expert", "other"]
+    assert found.evaluated[1].evaluation
+    assert "spare" not in {name.value for name in found.calibration}
+    sources["spare"]["evaluation"] = sources["en"]["path"]  # what calibrates measures nothing
+    with pytest.raises(SpecError, match="corpus other/spare: .* also calibrate the expert"):
+        find(parse_spec(spec_data, "spec", tmp_path, {"evaluate.others": ["spare"]}), store)
 
 
 def test_a_plan_of_another_base_is_refused_before_its_budget_is_judged(

@@ -22,6 +22,9 @@ _MARKERS = "osD^vP"  # series are told apart without colour too
 _SOURCES = ("language", "domain", "task", "general")
 
 
+_GROUPS = {"expert": (SERIES[0], "o"), "general": (SERIES[1], "s"), "other": (SERIES[2], "D")}
+
+
 _STRONGEST = 0.62  # opacity of a heat map's strongest cell: the page's text stays readable on it
 
 
@@ -66,7 +69,7 @@ def retention_picture(name: str, metrics: Sequence[Mapping[str, Any]]) -> str | 
     axes.axvline(1, color=MUTED, linewidth=1.4, linestyle=(0, (4, 3)))
     axes.set_xlabel("retention (1: as the base)", color=MUTED, fontsize=_SMALL, labelpad=7)
     for place, row in enumerate(drawn):
-        colour, marker = (SERIES[1], "s") if row["group"] == "general" else (SERIES[0], "o")
+        colour, marker = _GROUPS[row["group"]]
         if row["low"] is not None and row["high"] is not None:
             axes.plot([row["low"], row["high"]], [place] * 2, color=colour, linewidth=2.4, solid_capstyle="round")
         axes.plot([row["retention"]], [place], color=colour, marker=marker, markersize=7.5, linestyle="")

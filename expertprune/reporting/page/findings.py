@@ -10,15 +10,17 @@ from typing import Any, get_args
 import yaml
 
 from expertprune.artifacts.changes import Changes
-from expertprune.artifacts.evaluation import Alignment, Evaluation, Group, Measured
+from expertprune.artifacts.evaluation import Alignment, CorpusGroup, Evaluation, Group, Measured
 from expertprune.artifacts.timing import METRICS, Timing
 from expertprune.composition.scoring import check_criterion, criterion_name, needed_part
+from expertprune.corpora.catalogue import unnamed
 from expertprune.evaluation.retention import pooled
 from expertprune.files import digest_of
 from expertprune.reporting.card import FusionWords, fusion_of, purpose
 from expertprune.reporting.page.evidence import Artifacts
 from expertprune.reporting.page.reasons import CutStructure, StructureRelevance, kept_units, relevance_findings
 from expertprune.reporting.tables import kinds_sentences, metric_label
+from expertprune.spec.schema import Spec
 from expertprune.units import Structure
 
 SPEED = "output_tokens_per_second"
@@ -67,7 +69,7 @@ class MetricRow:
     same way.
     """
 
-    group: Group
+    group: CorpusGroup
     suite: str
     name: str
     metric: str
@@ -153,7 +155,7 @@ class ReportData:
     """The numbers of one expert's report: what `report --json` prints and the page shows.
 
     `kinds` says what the kinds of units are. `retention` is the headline: bits per byte over the documents of all corpora of a group, each
-    document once. `changes` are empty where the evaluation kept none. `missing` has a line for each
+    document once. `outcome` counts metrics of the two groups. `changes` are empty where the evaluation kept none. `missing` has a line for each
     section that is not there.
     """
 
@@ -192,6 +194,8 @@ def findings(artifacts: Artifacts) -> ReportData:
     metrics = metric_rows(measured) if measured is not None else []
     if not metrics:
         missing["metrics"] = Missing("Nothing has been measured of this expert yet.", f"expertprune evaluate {folder}")
+    elif measured is not None and not measured.settings.suites and all(row.group != "other" for row in metrics):
+        missing["others"] = _no_others(expert.spec, folder)
     relevance = _relevance(artifacts)
     if isinstance(relevance, Missing):
         missing["relevance"] = relevance
@@ -202,7 +206,8 @@ def findings(artifacts: Artifacts) -> ReportData:
     throughput = _speeds(artifacts.timing) if artifacts.timing is not None else None
     if throughput is None:
         missing["throughput"] = Missing("Base and expert have not been timed.", f"expertprune bench {folder}")
-    counts = {verdict: sum(row.verdict == verdict for row in metrics) for verdict in ("loss", "open", "gain")}
+    verdicts = [row.verdict for row in metrics if row.group != "other"]
+    counts = {verdict: verdicts.count(verdict) for verdict in ("loss", "open", "gain")}
     return ReportData(
         name=expert.name,
         folder=str(expert.folder),
@@ -229,6 +234,11 @@ def findings(artifacts: Artifacts) -> ReportData:
     )
 
 
+def _no_others(spec: Spec, folder: str) -> Missing:
+    names = " ".join(f"--other {name}" for name in unnamed(spec) or ["NAME"])
+    return Missing("No corpus was measured that the spec does not name.", f"expertprune evaluate {folder} {names}")
+
+
 def _size(artifacts: Artifacts) -> ExpertSize:
     expert, plan = artifacts.expert, artifacts.expert.plan
     rows = plan.vocabulary.rows if plan.vocabulary is not None else None
@@ -247,7 +257,7 @@ def _size(artifacts: Artifacts) -> ExpertSize:
 
 
 def metric_rows(evaluation: Evaluation) -> list[MetricRow]:
-    """One row per metric: the expert's, then the general ones, in the evaluation's order."""
+    """One row per metric: the expert's, the general ones, and those of others, in the evaluation's order."""
     rows = []
     for corpus, result in evaluation.corpora.items():
         documents = [document.digest for document in result.per_document]
@@ -264,7 +274,7 @@ def metric_rows(evaluation: Evaluation) -> list[MetricRow]:
         for name, task in tasks.items():
             same = digest_of([kind, task.suite, name, task.metric, task.examples])
             rows.append(_row(task, name=name, label=metric_label(task.metric), unit=unit, same=same))
-    return sorted(rows, key=lambda row: row.group == "general")
+    return sorted(rows, key=lambda row: get_args(CorpusGroup).index(row.group))
 
 
 def _row(numbers: Measured, **about: Any) -> MetricRow:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
+from expertprune.artifacts.evaluation import CorpusGroup
 from expertprune.reporting.page.findings import MetricRow, ReportData
 from expertprune.reporting.page.reasons import CutStructure
 from expertprune.spec.schema import PER_TOKEN, TO_BASE
@@ -49,7 +50,7 @@ def lineup(experts: Sequence[ReportData]) -> Lineup:
     """Several experts side by side, with every structure and metric that one of them has."""
     same_base = _same(experts, lambda expert: expert.base.digest)
     keys = dict.fromkeys((row.group, row.name, row.metric) for each in experts for row in each.metrics)
-    rows = [_row(experts, key, same_base) for key in sorted(keys, key=lambda key: key[0] == "general")]
+    rows = [_row(experts, key, same_base) for key in sorted(keys, key=lambda key: get_args(CorpusGroup).index(key[0]))]
     notes = []
     if not same_base:
         names = ", ".join(dict.fromkeys(expert.base.model for expert in experts))

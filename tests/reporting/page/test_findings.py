@@ -14,12 +14,13 @@ import pytest
 from expertprune.artifacts.evaluation import Evaluation, Settings, TaskResult
 from expertprune.artifacts.plan import VocabularyPlan
 from expertprune.errors import CheckpointError, PlanError
-from expertprune.reporting.page import headline_rows
+from expertprune.reporting.page import headline_rows, report
 from expertprune.reporting.page.evidence import read_artifacts
 from expertprune.reporting.page.findings import Remains, ReportData, findings, metric_rows
 from expertprune.reporting.page.lineup import lineup
 from expertprune.units import KeptRows
 from tests.experts import about, copied, measured, throughput
+from tests.html import parsed, words
 
 Build = tuple[Path, Path]
 
@@ -99,6 +100,24 @@ def test_the_interval_decides_whether_something_was_lost(low: float, high: float
     (row,) = metric_rows(Evaluation(settings=Settings(resamples=2000), tasks={"task": task}))
     assert row.verdict == verdict
     assert row.low == (None if math.isnan(low) else low)
+
+
+def test_what_the_spec_does_not_name_comes_last_and_is_counted_nowhere(tiny_build: Build, tmp_path: Path) -> None:
+    before = report_of(*tiny_build)
+    command = f"expertprune evaluate {tiny_build[0]} --other de --other math --other software"
+    assert before.missing["others"].command == command
+    evaluation = about(tiny_build[0])["evaluation"]
+    other = {"language/de": evaluation["corpora"]["task/qa"] | {"group": "other"}}
+    evaluation["corpora"] = {f"other/{name}": each for name, each in other.items()} | evaluation["corpora"]
+    folder = copied(tiny_build, tmp_path / "e", evaluation=evaluation)
+    found = report_of(folder, tiny_build[1])
+    assert (found.retention, found.outcome) == (before.retention, before.outcome)
+    assert [row for row in found.metrics if row.group != "other"] == before.metrics
+    assert found.metrics[-1].name == "other/language/de"
+    assert "others" not in found.missing
+    report(folder, store=tiny_build[1])
+    tables = [words(table) for table in parsed((folder / "report.html").read_text()).iter("table")]
+    assert ["other/language/de" in each for each in tables[:2]] == [False, True]
 
 
 def test_what_is_missing_names_the_command_that_fills_it_in(tiny_build: Build, tmp_path: Path) -> None:
