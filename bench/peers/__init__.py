@@ -28,6 +28,7 @@ from .llm_pruner import llm_pruner_taylor
 from .nystrom import modegpt
 from .reference import magnitude, random
 from .residual_slicing import slicegpt
+from .rising import slimgpt
 from .wanda import wanda_sp
 
 METHODS: dict[str, Callable[[Any, Any, float, int], Pruned]] = {
@@ -42,6 +43,7 @@ METHODS: dict[str, Callable[[Any, Any, float, int], Pruned]] = {
     "wanda_sp_least_squares": wanda_sp_least_squares,
     "flap_least_squares": flap_least_squares,
     "modegpt": modegpt,
+    "slimgpt": slimgpt,
     "replaceme": replaceme,
 }
 

@@ -106,6 +106,13 @@ def without_lowest(scores: Tensor, count: int) -> Tensor:
     return kept.view_as(scores)
 
 
+def whole(values: Tensor, total: int) -> list[int]:
+    """Values `[layers]`, which add up to `total`, as whole numbers that do: rounded down, the largest remainders up."""
+    counts = values.long()
+    counts[torch.argsort(counts - values, stable=True)[: total - int(counts.sum())]] += 1
+    return [int(count) for count in counts]
+
+
 @dataclass
 class Moments:
     """Sums over the real tokens of a module's input channels, `[channels]`, float64."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from expertprune.corpora.batches import Batch
 
-from .common import Network, Pruned, without_lowest
+from .common import Network, Pruned, whole, without_lowest
 from .layer_removal import cosine_distance
 from .least_squares import Gram, cut_and_replace, observe_gram
 
@@ -75,7 +75,4 @@ def shared(influence: Tensor, wanted: int, width: int) -> list[int]:
         full |= lost >= limit
         rest = weights * ~full
         lost = torch.where(full, float(limit), (total - limit * int(full.sum())) * rest / rest.sum())
-    counts = lost.long()
-    # What rounding down leaves goes to the largest remainders.
-    counts[torch.argsort(counts - lost, stable=True)[: total - int(counts.sum())]] += 1
-    return [int(count) for count in counts]
+    return whole(lost, total)

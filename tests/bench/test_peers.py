@@ -16,6 +16,7 @@ from bench.peers.least_squares import RIDGE
 from bench.peers.linear_map import RIDGE as MAP_RIDGE
 from bench.peers.nystrom import MOST, TEMPERATURE, shared
 from bench.peers.residual_slicing import slice_to
+from bench.peers.rising import rising
 from expertprune.corpora.batches import Batch, make_batches
 from tests.tiny import WIDTHS, tiny_model
 
@@ -378,6 +379,45 @@ def test_modegpt_shares_what_a_full_layer_cannot_lose() -> None:
     assert int(MOST * 20) == 19
     # The other two share 17 as 1 : exp(-8).
     assert shared(influence, 12, 20) == [19, 17, 0]
+
+
+# --- SlimGPT --------------------------------------------------------------------------------------
+
+
+def greedily(inputs: Floats, weight: Floats, count: int) -> list[int]:
+    """Takes `count` neurons one by one, each time the one without which least squares is worst off least."""
+    rows = np.concatenate([inputs, np.sqrt(RIDGE * (inputs**2).sum() / FFN) * np.eye(FFN)])
+    wanted, kept = rows @ weight.T, list(range(FFN))
+
+    def error(units: list[int]) -> float:
+        fit = np.linalg.lstsq(rows[:, units], wanted, rcond=None)[0]
+        return float(((wanted - rows[:, units] @ fit) ** 2).sum())
+
+    for _ in range(count):
+        kept.remove(min(kept, key=lambda j: error([k for k in kept if k != j])))
+    return kept
+
+
+def test_slimgpt_takes_the_least_error_at_ratios_that_rise() -> None:
+    model, batches = make("biases, tied"), make_text()
+    before, reference = copy.deepcopy(model), copy.deepcopy(model)
+    pruned, removed = peers.slimgpt(model, batches, FRACTION)
+    found = kept_units(before, pruned)
+    # 2 + (x − 2) log(l + 1) / log 3 for l = 0, 1, 2 is 2, 0.369 · 2 + 0.631 x, x: together 24, so x is 13.03.
+    for layer, lost in enumerate((2, 9, 13)):
+        inputs, weight = inputs_of(reference, batches, "mlp.down_proj")[layer], down(before, layer)
+        assert found[layer] == greedily(inputs, weight, lost)
+        old = before.model.layers[layer].mlp.down_proj.bias.double().numpy()
+        check_replaced(
+            pruned, reference, layer, found[layer], weight @ ridge_fit(inputs, found[layer], RIDGE).T, old
+        )
+    assert removed == removed_by("biases, tied", WANTED * LAYERS)
+    # The published example: 20% of LLaMA-7B's 11,008 neurons in 32 layers, from 0.0625 to 0.25.
+    lost_by = rising(round(0.2 * 11008), 11008, 32)
+    assert lost_by[0] == 0.0625 * 11008
+    assert lost_by[-1] / 11008 == pytest.approx(0.25, abs=1e-3)
+    with pytest.raises(ValueError, match="leave the last layer nothing"):
+        rising(24, 32, 3)
 
 
 # --- ReplaceMe ------------------------------------------------------------------------------------
