@@ -194,17 +194,7 @@ class Bench:
     def _compute(self, cell: Cell, prepared: Prepared) -> dict[str, Any]:
         seconds: dict[str, float] = {}
         start = time.perf_counter()
-        removed = 0
-        if cell.method == "base":
-            model = prepared.running.model
-        elif cell.method == "ours":
-            model, removed = _ours(prepared, seconds)
-        else:
-            model = load_model(prepared.base.folder, prepared.base.dtype)
-            begun = time.perf_counter()
-            peer = METHODS[cell.method]
-            model, removed = peer(model, prepared.repair_batches(), float(cell.budget["ffn"]), cell.seed)
-            seconds["method"] = time.perf_counter() - begun
+        model, removed = built(cell, prepared, seconds)
         measured = time.perf_counter()
         sums = {name: losses(model, self.blocks(prepared, name, cell.blocks)) for name in cell.sets}
         piqa_file = self.data / "general/piqa_report.jsonl"
@@ -218,6 +208,19 @@ class Bench:
             "piqa": answers,
             "seconds": seconds,
         }
+
+
+def built(cell: Cell, prepared: Prepared, seconds: dict[str, float]) -> tuple[Any, int]:
+    """The running model of a cell, and how many parameters it lost; `seconds` gets what its stages took."""
+    if cell.method == "base":
+        return prepared.running.model, 0
+    if cell.method == "ours":
+        return _ours(prepared, seconds)
+    model = load_model(prepared.base.folder, prepared.base.dtype)
+    begun = time.perf_counter()
+    found = METHODS[cell.method](model, prepared.repair_batches(), float(cell.budget["ffn"]), cell.seed)
+    seconds["method"] = time.perf_counter() - begun
+    return found
 
 
 def agrees(before: Any, now: Any) -> bool:

@@ -15,7 +15,7 @@ from bench import claims, instruct, quality, records, tables, vocabulary
 from bench.cells import Bench, Cell, Result, agrees, stored
 from bench.measure import Sums
 
-COMMANDS = ("adapter", "constants", "cost", "quality", "quantize", "serving", "tables", "vocabulary")
+COMMANDS = ("adapter", "bytes", "constants", "cost", "quality", "quantize", "serving", "tables", "vocabulary")
 
 
 @pytest.mark.parametrize("name", [path.name for path in tables.FILES])
