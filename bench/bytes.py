@@ -74,7 +74,8 @@ def quantized(model: Any, scheme: Scheme | None) -> tuple[Any, int]:
             if isinstance(module, nn.Linear):
                 weight, group = module.weight, scheme.group(module.in_features)
                 weight.copy_(rounded(weight, scheme.bits, group))
-                bits += weight.numel() * (scheme.bits - 8 * weight.element_size()) + weight.numel() // group * SCALE_BITS
+                saved = 8 * weight.element_size() - scheme.bits
+                bits += weight.numel() // group * SCALE_BITS - weight.numel() * saved
     return model, bits // 8
 
 

@@ -60,7 +60,7 @@ def rising(wanted: int, width: int, layers: int) -> list[int]:
     first = min(FIRST * width, wanted)
     last = first + (wanted - first) / float(curve.mean())
     if last >= width:
-        raise ValueError(f"ratios that rise from {FIRST} to {wanted / width:.3g} on average leave the last layer nothing")
+        raise ValueError(f"ratios from {FIRST} that are {wanted / width:.3g} on average leave the last layer nothing")
     return whole(first + (last - first) * curve, wanted * layers)
 
 

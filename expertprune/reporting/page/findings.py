@@ -154,9 +154,10 @@ class Provenance:
 class ReportData:
     """The numbers of one expert's report: what `report --json` prints and the page shows.
 
-    `kinds` says what the kinds of units are. `retention` is the headline: bits per byte over the documents of all corpora of a group, each
-    document once. `outcome` counts metrics of the two groups. `changes` are empty where the evaluation kept none. `missing` has a line for each
-    section that is not there.
+    `kinds` says what the kinds of units are. `retention` is the headline: bits per byte over the
+    documents of all corpora of a group, each document once. `outcome` counts the metrics of both
+    groups. `changes` are empty where the evaluation kept none. `missing` has a line for each section
+    that is not there.
     """
 
     name: str
