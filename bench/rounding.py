@@ -72,7 +72,8 @@ def second_moments(stream: Stream, layer: nn.Module, index: int, paths: Sequence
             stream.run(layer, index, number)
             for path in paths:
                 inputs = real_tokens(batch, calls[path].input).float()
-                found[path] = found.get(path, torch.zeros(1)) + inputs.T @ inputs
+                here = inputs.T @ inputs
+                found[path] = found[path] + here if path in found else here
     return found
 
 

@@ -221,9 +221,7 @@ def leak_guard(corpora: Mapping[CorpusName, Corpus], digests: Iterable[str]) -> 
     return LeakGuard((document for corpus in corpora.values() for document in corpus.calibration), digests)
 
 
-def evaluation_corpora(
-    spec: Spec, corpora: Mapping[CorpusName, Corpus], guard: LeakGuard, store: Path
-) -> list[Corpus]:
+def evaluation_corpora(spec: Spec, corpora: Mapping[CorpusName, Corpus], guard: LeakGuard, store: Path) -> list[Corpus]:
     """The corpora to evaluate on, without documents that leak: the spec's own, then `evaluate.others`."""
     others = load_others(spec, store)
     if spec.evaluate.corpora is None:

@@ -408,9 +408,7 @@ def test_slimgpt_takes_the_least_error_at_ratios_that_rise() -> None:
         inputs, weight = inputs_of(reference, batches, "mlp.down_proj")[layer], down(before, layer)
         assert found[layer] == greedily(inputs, weight, lost)
         old = before.model.layers[layer].mlp.down_proj.bias.double().numpy()
-        check_replaced(
-            pruned, reference, layer, found[layer], weight @ ridge_fit(inputs, found[layer], RIDGE).T, old
-        )
+        check_replaced(pruned, reference, layer, found[layer], weight @ ridge_fit(inputs, found[layer], RIDGE).T, old)
     assert removed == removed_by("biases, tied", WANTED * LAYERS)
     # The published example: 20% of LLaMA-7B's 11,008 neurons in 32 layers, from 0.0625 to 0.25.
     lost_by = rising(round(0.2 * 11008), 11008, 32)

@@ -250,7 +250,7 @@ def test_the_card_says_what_was_cut_and_what_was_kept(tmp_path: Path) -> None:
     assert "Not evaluated yet" not in text
     # A blank line inside a table, or text right after it, would end or join it.
     tables = re.findall(r"\n\n(\|.*?\|)\n\n", text, re.DOTALL)
-    assert [len(table.splitlines()) for table in tables] == [2 + 3, 2 + 6]
+    assert [len(table.splitlines()) for table in tables] == [2 + 3, 2 + 1, 2 + 6]
     for table in tables:
         assert len({line.count("|") for line in table.splitlines()}) == 1
     bare = card(replace(an_expert(tmp_path), evaluation=None))

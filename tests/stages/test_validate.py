@@ -95,7 +95,7 @@ def test_other_corpora_are_measured_apart_and_do_not_calibrate(
     assert found.evaluated[1].evaluation
     assert "spare" not in {name.value for name in found.calibration}
     sources["spare"]["evaluation"] = sources["en"]["path"]  # what calibrates measures nothing
-    with pytest.raises(SpecError, match="corpus other/spare: .* also calibrate the expert"):
+    with pytest.raises(SpecError, match=r"corpus other/spare: .* also calibrate the expert"):
         find(parse_spec(spec_data, "spec", tmp_path, {"evaluate.others": ["spare"]}), store)
 
 
