@@ -207,7 +207,7 @@ class Plan:
         return [layer.why[structure] for layer in self.layers if structure in layer.why]
 
     def kinds(self, structure: str) -> dict[str, KindCount]:
-        """The units of a structure in all layers by their kind (`KINDS`); empty without general corpora."""
+        """The units of a structure by their kind (`KINDS`), in all layers that lose some; empty without general corpora."""
         found = {}
         for kind in KINDS:
             if of := [count for why in self.reasons(structure) if (count := getattr(why, kind)) is not None]:

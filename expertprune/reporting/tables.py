@@ -167,7 +167,7 @@ def kinds_sentences(spec: Spec) -> str:
     return (
         "A unit is shared if its activation on the expert's text and its activation on general text, each over its "
         f"layer's mean, differ by at most {fusion.tau:g} of their sum. If not, it is exclusive to the side on which it is "
-        f"more active.{layers}{weighted if fusion.method == 'weighted' else ''}"
+        f"more active.{layers} Layers that lose none are not counted.{weighted if fusion.method == 'weighted' else ''}"
     )
 
 
