@@ -69,7 +69,7 @@ def text() -> str:
     found = Table(["model", "weights", "MB", "of the base's", *columns])
     for row in rows:
         cells = [row["model"], row["weights"], f"{row['bytes'] / 1e6:.1f}", f"{row['bytes'] / base['bytes']:.1%}"]
-        for (name, sums), before in zip(_sums(row).items(), _sums(base).values(), strict=True):
+        for sums, before in zip(_sums(row).values(), _sums(base).values(), strict=True):
             lost = excess(before, sums)
             cells += [f"{sums.perplexity:.2f}", f"{lost.value:.3f} ({lost.low:.3f} to {lost.high:.3f})"]
         found.add(*cells)
