@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from . import claims, instruct, quality
+from .bytes import text as text_of_bytes
 from .cells import stored
 from .records import Table, stored_table
 from .vocabulary import EXPERTS, text_of_expert
@@ -47,6 +48,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "retired_parts": _quality(partial(quality.parts, chosen=quality.RETIRED)),
     "retired_criterion": _quality(partial(quality.task, criteria=("obs",))),
     **{name: partial(stored_table, name) for name in RECORDED},
+    "bytes": text_of_bytes,
     "claims": claims.text,
     "instruct": instruct.text,
     "vocabulary": lambda: "\n\n".join(text_of_expert(name) for name in EXPERTS),
