@@ -162,7 +162,11 @@ def plan_table(plan: Plan) -> Table:
 def kinds_sentences(spec: Spec) -> str:
     """What shared and exclusive units are, and whether that decided anything."""
     fusion = spec.compose.fusion
-    layers = " Of a whole layer, its influence stands for its activation." if spec.budget.layers else ""
+    layers = (
+        " Of a whole layer, its influence stands for its activation, and all kinds are scored alike."
+        if spec.budget.layers
+        else ""
+    )
     weighted = " Fusion is weighted here, so the kind of a unit did not change its score."
     return (
         "A unit is shared if its activation on the expert's text and its activation on general text, each over its "

@@ -360,7 +360,7 @@ def test_an_inline_source_comes_before_the_catalogue_and_the_longer_name_first(c
 
 def test_other_corpora_are_found_by_their_names_and_calibrate_nothing() -> None:
     spec = make_spec(evaluate={"others": ["math", "language/zh"]})
-    found = {corpus.name: corpus for corpus in load_others(spec)}
+    found = {str(corpus.name): corpus for corpus in load_others(spec)}
     assert [*found] == ["other/math", "other/language/zh"]
     for corpus in found.values():
         assert (len(corpus.calibration), len(corpus.evaluation)) == (0, 8)
