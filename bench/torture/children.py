@@ -73,6 +73,14 @@ class Finished:
 
 def prepare() -> None:
     """Import what commands need; nothing is computed, so that no thread is lost in the forks."""
+    import_rooms()
+    warm()
+    gc.collect()
+    gc.freeze()  # children then copy fewer pages
+
+
+def import_rooms() -> None:
+    """Import what commands need, which takes seconds."""
     rooms = (
         "stages.build",
         "stages.sweep",
@@ -87,9 +95,6 @@ def prepare() -> None:
     transformers = importlib.import_module("transformers")
     for name in ("AutoModelForCausalLM", "AutoTokenizer", "LlamaForCausalLM", "PreTrainedTokenizerFast"):
         getattr(transformers, name)
-    warm()
-    gc.collect()
-    gc.freeze()  # children then copy fewer pages
 
 
 def warm() -> None:

@@ -9,15 +9,16 @@ from expertprune.arch.blocks import Block, CoupledTensor, Experts, ExpertTensor
 from expertprune.arch.bundled import bundled_models
 from expertprune.arch.family import Family, families, family_of
 from expertprune.arch.gguf import GgufForm, PreTokenizer, gguf_names
-from expertprune.arch.recognition import attention_of, recognized
+from expertprune.arch.recognition import USUAL_LAYERS, USUAL_SIZES, attention_of, recognized
 from expertprune.arch.single_layers import EXPERT, MODELING, PER_LAYER, stock_architectures
-from expertprune.arch.widths import GROUPS
+from expertprune.arch.widths import grouped
 
 __all__ = [
     "EXPERT",
-    "GROUPS",
     "MODELING",
     "PER_LAYER",
+    "USUAL_LAYERS",
+    "USUAL_SIZES",
     "Block",
     "CoupledTensor",
     "ExpertTensor",
@@ -30,6 +31,7 @@ __all__ = [
     "families",
     "family_of",
     "gguf_names",
+    "grouped",
     "recognized",
     "stock_architectures",
 ]

@@ -23,6 +23,9 @@ _KEYS = ConfigKeys(
     kv_heads="num_key_value_heads",
     head_dim="head_dim",
 )
+# Keys of sizes in the configs of most families.
+USUAL_LAYERS = _KEYS.layers
+USUAL_SIZES = (_KEYS.hidden, _KEYS.ffn or "", _KEYS.query_heads, _KEYS.kv_heads, _KEYS.head_dim, "vocab_size")
 _FFN = {"gate_proj": Segment.FFN, "up_proj": Segment.FFN}
 _ATTENTION = {"q_proj": Segment.QUERY, "k_proj": Segment.KEY_VALUE, "v_proj": Segment.KEY_VALUE}
 # A model that has both has them behind the blocks.

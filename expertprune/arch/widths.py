@@ -8,7 +8,7 @@ from typing import Any
 from expertprune.arch.blocks import ConfigKeys, Experts
 from expertprune.errors import CheckpointError
 
-GROUPS = ("n_group", "num_expert_group")  # config keys: groups that a router first chooses among
+_GROUPS = ("n_group", "num_expert_group")  # config keys: groups that a router first chooses among
 
 
 def positive(config: Mapping[str, Any], key: str) -> int:
@@ -74,10 +74,15 @@ def least_experts(config: Mapping[str, Any], experts: Experts) -> int:
     return max(groups.least, -(-chosen // positive(config, groups.chosen))) * positive(config, groups.count)
 
 
+def grouped(config: Mapping[str, Any]) -> list[str]:
+    """The keys of a config by which a router first chooses among several groups of routed experts."""
+    return [key for key in _GROUPS if config.get(key) and positive(config, key) > 1]
+
+
 def refuse_groups(config: Mapping[str, Any]) -> None:
     """Raises `CheckpointError` for a router that chooses among groups that the family's file omits."""
-    if grouped := [key for key in GROUPS if (config.get(key) or 0) > 1]:
+    if keys := grouped(config):
         raise CheckpointError(
-            f"config.json: {grouped[0]!r} is {config[grouped[0]]!r}: a router that chooses among groups of routed experts "
+            f"config.json: {keys[0]!r} is {config[keys[0]]!r}: a router that chooses among groups of routed experts "
             "cannot lose single ones unless the family's file describes the groups"
         )

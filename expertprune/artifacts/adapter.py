@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from expertprune.errors import CheckpointError
-from expertprune.files import ADAPTER_WEIGHTS, as_model, read_object
+from expertprune.files import ADAPTER_WEIGHTS, as_model, not_a_folder, read_object
 from expertprune.models.checkpoint import headers, opened_weights
 from expertprune.models.tensorfile import DTYPES, TensorInfo
 
@@ -83,9 +83,9 @@ class Adapter:
         Raises:
             CheckpointError: the folder is no adapter, has pickled weights only, or is of a kind that cannot be cut.
         """
-        if not folder.is_dir():
+        if problem := not_a_folder(folder):
             raise CheckpointError(
-                f"{folder}: no such folder; download an adapter of the hub first: "
+                f"{folder}: {problem}; download an adapter of the hub first: "
                 f"hf download OWNER/NAME --local-dir {folder.name or 'DIR'}"
             )
         path = folder / CONFIG

@@ -11,6 +11,7 @@ import click
 
 from expertprune.commands.terminal import common, reporting, show, store_option
 from expertprune.errors import SpecError
+from expertprune.files import not_a_folder
 
 if TYPE_CHECKING:
     from expertprune.arch import Family
@@ -41,8 +42,8 @@ def families(folder: Path | None, trust_remote_code: bool, store: Path | None, a
         data = {"kind": "families", "families": [_document(each) for each in listed]}
         show(as_json, data, lambda: _table(listed))
         return
-    if not folder.is_dir():
-        raise SpecError(f"--check: {folder}: no such folder")
+    if problem := not_a_folder(folder):
+        raise SpecError(f"--check: {folder}: {problem}")
     checked = _checked(folder, trust_remote_code, store)
     how = "listed" if checked["listed"] else "not listed, recognized by its tensors"
     text = f"{folder}: family {checked['family']} ({how}); cutting equals masking: {', '.join(checked['held'])}"

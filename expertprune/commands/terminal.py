@@ -8,7 +8,6 @@ import itertools
 import logging
 import math
 import os
-import re
 import shlex
 import signal
 import sys
@@ -32,7 +31,15 @@ from rich.progress import (
 from rich.segment import Segment
 
 from expertprune.errors import ExpertpruneError, SpecError
-from expertprune.files import MEMORY_VARIABLE, SPOOL_VARIABLE, parse_yaml, remove_all_leftovers, store_folder, to_json
+from expertprune.files import (
+    MEMORY_VARIABLE,
+    SPOOL_VARIABLE,
+    parse_yaml,
+    remove_all_leftovers,
+    size_in_bytes,
+    store_folder,
+    to_json,
+)
 from expertprune.formats import printable
 from expertprune.progress import watching, within_memory
 from expertprune.spec.reading import TRUST
@@ -175,10 +182,10 @@ store_option = click.option(
 def _memory(_: click.Context, __: click.Parameter, value: str | None) -> None:
     """Passed on by the environment, which the processes that a command starts inherit."""
     if value is not None:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", value, re.IGNORECASE)
-        if match is None:
-            raise click.BadParameter(f"{value!r} is no size, such as 12GiB")
-        os.environ[MEMORY_VARIABLE] = str(int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ")))
+        try:
+            os.environ[MEMORY_VARIABLE] = str(size_in_bytes(value))
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from None
 
 
 def _spool(_: click.Context, __: click.Parameter, value: Path | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -68,6 +69,14 @@ def numbered(path: Path, folder: bool = False) -> Iterator[Path]:
 def unused(path: Path) -> bool:
     """Whether nothing is at a path, or an empty file."""
     return not os.path.lexists(path) or (path.is_file() and not path.is_symlink() and not path.stat().st_size)
+
+
+def size_in_bytes(text: str) -> int:
+    """Bytes of `12884901888`, `12GiB`, `12G` or `1.5 TiB`; raises `ValueError` for other text."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE | re.ASCII)
+    if match is None:
+        raise ValueError(f"{text!r} is no size, such as 12GiB")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
 def shipped(folder: str) -> Path:

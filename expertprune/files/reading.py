@@ -8,7 +8,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
@@ -47,19 +47,31 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def _kind(mode: int) -> str:
-    kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a FIFO", stat.S_ISCHR: "a device", stat.S_ISBLK: "a device"}
+    kinds = {
+        stat.S_ISREG: "a file", stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a FIFO", stat.S_ISCHR: "a device",
+        stat.S_ISBLK: "a device",
+    }  # fmt: skip
     return next((words for test, words in kinds.items() if test(mode)), "a socket")
 
 
 def not_a_file(path: Path) -> str | None:
     """Why a path cannot be read as a file: it is missing, or something else; `None` for a file."""
+    return _other_than(path, "file", stat.S_ISREG)
+
+
+def not_a_folder(path: Path) -> str | None:
+    """Why a path is not a folder: it is missing, or something else; `None` for a folder."""
+    return _other_than(path, "folder", stat.S_ISDIR)
+
+
+def _other_than(path: Path, wanted: str, is_wanted: Callable[[int], bool]) -> str | None:
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
-        return "no such file"
+        return f"no such {wanted}"
     except (OSError, ValueError) as error:
         return f"cannot be read: {error}"
-    return None if stat.S_ISREG(mode) else f"it is {_kind(mode)}, not a file"
+    return None if is_wanted(mode) else f"it is {_kind(mode)}, not a {wanted}"
 
 
 def read_bytes(path: Path, limit: int, error: type[ExpertpruneError] = CheckpointError) -> bytes:

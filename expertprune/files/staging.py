@@ -16,6 +16,7 @@ from expertprune.files.digests import digest_of
 from expertprune.files.outputs import EXPERT, OutputKind, check_output
 from expertprune.files.ownership import disk_errors, locked, own_folder, remove_leftovers
 from expertprune.files.places import numbered
+from expertprune.files.reading import not_a_file, opened
 from expertprune.files.renaming import exchange, rename_new, sync, sync_entry
 
 _Identity = tuple[int, int] | None  # of a file or folder: its device and number there; `None` where there is none
@@ -218,11 +219,16 @@ def file_digest(path: Path, store: Path, step: Callable[[], None] | None = None)
 
     Args:
         step: called after every `HASHED` bytes that are read, and after the rest.
+
+    Raises:
+        CheckpointError: it is missing, or no regular file.
     """
+    if problem := not_a_file(path):
+        raise CheckpointError(f"{path}: {problem}")
     if (known := known_digest(path, store)) is not None:
         return known
     remembered, digest, read = _remembered(path, store), hashlib.sha256(), 0
-    with path.open("rb") as file:
+    with opened(path) as file:
         while block := file.read(_BLOCK):
             digest.update(block)
             read += len(block)

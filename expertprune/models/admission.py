@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from expertprune.arch import GROUPS, Family, families, recognized
+from expertprune.arch import Family, families, grouped, recognized
 from expertprune.errors import CheckpointError
 from expertprune.files import read_object
 from expertprune.models.checkpoint import Checkpoint
@@ -35,7 +35,6 @@ def causal_family(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Fa
     _refuse_other_kinds(config, where)
     model_type = config.get("model_type")
     if model_type in families():
-        _refuse_sizes(checkpoint, families()[model_type])
         return families()[model_type]
     own_code = bool(config.get("auto_map")) and not _in_transformers(model_type)
     if own_code and not trust_remote_code:
@@ -50,24 +49,12 @@ def causal_family(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Fa
         raise CheckpointError(
             f"{where}: model_type {model_type!r} is not supported{nearest(str(model_type), families())}"
         )
-    _refuse_sizes(checkpoint, family)
     log.warning(
         "%s: model_type %r is not listed; its tensors look like a gated FFN (%s) and an attention of heads (%s), so it is "
         "taken for one and checked on a tiny random copy",
         where, model_type, family.ffn.output, family.attention.output,
     )  # fmt: skip
     return family
-
-
-def _refuse_sizes(checkpoint: Checkpoint, family: Family) -> None:
-    """Refuse sizes that the weights do not have, before anything of these sizes is made."""
-    config, where = checkpoint.config, checkpoint.folder / "config.json"
-    largest = max((size for info in checkpoint.tensors.values() for size in info.shape), default=0)
-    limits = dict.fromkeys(family.size_keys, largest) | {family.config.layers: len(checkpoint.tensors)}
-    for key, limit in limits.items():
-        value = config.get(key)
-        if isinstance(value, int) and value > limit:
-            raise CheckpointError(f"{where}: {key} is {value}, and the weights have no more than {limit} of them")
 
 
 def code_files(folder: Path) -> list[str]:
@@ -95,10 +82,6 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
 
 def _refuse_other_kinds(config: dict[str, Any], where: Path) -> None:
     architectures = config.get("architectures") or []
-    if not isinstance(config.get("model_type"), str | None):
-        raise CheckpointError(f"{where}: model_type: must be a name (found {config['model_type']!r})")
-    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
-        raise CheckpointError(f"{where}: architectures: must be a list of names (found {architectures!r})")
     names = ", ".join(architectures) or str(config.get("model_type"))
     if config.get("is_encoder_decoder"):
         raise CheckpointError(f"{where}: {names} is an encoder-decoder, no causal language model")
@@ -116,7 +99,7 @@ def _refuse_unknown_experts(config: dict[str, Any], where: Path) -> None:
     count = next((key for key in _EXPERTS if isinstance(config.get(key), int) and config[key] > 1), None)
     if count is None:
         return
-    groups = next((f", in groups ({key}: {config[key]})" for key in GROUPS if (config.get(key) or 0) > 1), "")
+    groups = next((f", in groups ({key}: {config[key]})" for key in grouped(config)), "")
     known = ", ".join(sorted(name for name, family in families().items() if family.experts is not None))
     raise CheckpointError(
         f"{where}: model_type {config.get('model_type')!r} routes tokens to experts ({count}: {config[count]}){groups}, and "

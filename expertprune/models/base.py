@@ -17,12 +17,12 @@ import torch
 
 from expertprune.arch import Family, bundled_models
 from expertprune.errors import CheckpointError, SpecError
-from expertprune.files import HASHED, digest_of, file_digest, require_room, staged_file
+from expertprune.files import HASHED, digest_of, file_digest, not_a_file, not_a_folder, require_room, staged_file
 from expertprune.models.admission import causal_family, code_files
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.gguf import converted
 from expertprune.models.hub import hub_checkpoint, known_weights_digest
-from expertprune.models.inventory import check_inventory, check_widths
+from expertprune.models.inventory import check_inventory, checked_layers
 from expertprune.models.loading import run_device, run_dtype
 from expertprune.progress import shown, silent
 from expertprune.registry import nearest
@@ -87,9 +87,8 @@ def resolve_base(base: Base, store: Path) -> ResolvedBase:
     if base.trust_remote_code and (code := code_files(folder)):
         log.warning("%s: runs Python code that comes with it: %s", folder, ", ".join(code))
     family = causal_family(checkpoint, base.trust_remote_code)
-    layers = family.layer_shapes(checkpoint.config)
     _leave_predictors_out(checkpoint, family)
-    check_widths(checkpoint, family, layers)
+    layers = checked_layers(checkpoint, family)
     device = run_device(base.device)
     dtype = run_dtype(base.dtype, checkpoint.dtype, device)
     check_inventory(checkpoint, family, layers, base.trust_remote_code)
@@ -132,13 +131,13 @@ def _checkpoint(base: Base, store: Path) -> Checkpoint:
     if name in bundled_models():
         return converted(_bundled_file(name, store), base.dtype, store, bundled_models()[name].tied)
     if name.endswith(".gguf"):
-        if not path.is_file():
-            raise SpecError(f"base.model: {name}: no such file")
+        if problem := not_a_file(path):
+            raise SpecError(f"base.model: {name}: {problem}")
         return converted(path, base.dtype, store)
     if path.is_dir():
         return Checkpoint(path.resolve())
     if path.is_absolute():
-        raise SpecError(f"base.model: {name}: no such folder")
+        raise SpecError(f"base.model: {name}: {not_a_folder(path)}")
     if name.count("/") != 1:
         hint = nearest(name, bundled_models()).replace("; valid", "; bundled models")
         raise SpecError(f"base.model: {name!r} is no folder, no hub id (owner/name) and no bundled model{hint}")

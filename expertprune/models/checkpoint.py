@@ -22,6 +22,7 @@ from expertprune.files import (
     EXPERT_FILE,
     REPORT_PAGE,
     THROUGHPUT_FILE,
+    not_a_file,
     read_object,
     user_path,
 )
@@ -121,7 +122,7 @@ class Checkpoint:
         self.folder, self.pending = folder, pending
         self._check_links()
         self._seen = {CONFIG: _stamp(folder / CONFIG)}
-        self.config: dict[str, Any] = _read_json(folder / CONFIG)
+        self.config = _read_config(folder / CONFIG)
         self.encoding = encoding_of(self.config)
         if self.encoding is not None:
             del self.config["quantization_config"]
@@ -395,13 +396,24 @@ def headers(path: Path) -> dict[str, TensorInfo]:
 
 
 def opened_weights(path: Path) -> Any:
-    """A safetensors file, open for reading; raises `CheckpointError` where it is missing or damaged."""
+    """A safetensors file, open for reading; raises `CheckpointError` where it is missing, no file, or damaged."""
+    if problem := not_a_file(path):  # the library would wait for somebody who writes into a FIFO
+        raise CheckpointError(f"{path}: {problem}, though the folder's index names it")
     try:
         return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file, though the folder's index names it") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: truncated or corrupt ({error}); fetch or copy the file again") from None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """A model's config; raises `CheckpointError` where a key that says what it is holds something else than names."""
+    config = _read_json(path)
+    architectures = config.get("architectures") or []
+    if not isinstance(config.get("model_type"), str | None):
+        raise CheckpointError(f"{path}: model_type: must be a name (found {config['model_type']!r})")
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise CheckpointError(f"{path}: architectures: must be a list of names (found {architectures!r})")
+    return config
 
 
 def _read_json(path: Path) -> dict[str, Any]:

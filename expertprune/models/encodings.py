@@ -52,8 +52,9 @@ def encoding_of(config: Mapping[str, Any]) -> Encoding | None:
     if not isinstance(settings, dict):
         return None
     block = settings.get("weight_block_size")
-    if settings.get("quant_method") == "fp8" and isinstance(block, list) and len(block) == 2:
-        return BlockFp8(int(block[0]), int(block[1]))
+    sizes = [size for size in block if isinstance(size, int) and size > 0] if isinstance(block, list) else []
+    if settings.get("quant_method") == "fp8" and len(sizes) == 2 and sizes == block:
+        return BlockFp8(*sizes)
     return Mxfp4() if settings.get("quant_method") == "mxfp4" else None
 
 

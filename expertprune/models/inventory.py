@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
-from expertprune.arch import Family
+from expertprune.arch import PER_LAYER, USUAL_LAYERS, USUAL_SIZES, Family
 from expertprune.errors import CheckpointError, refused
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.loading import build_model
@@ -15,6 +16,46 @@ from expertprune.units import LayerShape, Segment
 
 # Buffers that older checkpoints stored and newer models compute.
 _COMPUTED = r"rotary_emb\.inv_freq$"
+
+
+def checked_layers(checkpoint: Checkpoint, family: Family | None) -> tuple[LayerShape, ...]:
+    """The shape of every layer of a folder's model, for whatever runs or cuts it.
+
+    Args:
+        family: `None` where it is not known; then only the usual keys of sizes are checked, and there are no shapes.
+
+    Raises:
+        CheckpointError: a size, a tensor or a width of the config is not that of the weights.
+    """
+    shapes = [info.shape for info in checkpoint.tensors.values()]
+    refuse_sizes(checkpoint.config, family, shapes, str(checkpoint.folder / "config.json"))
+    if family is None:
+        return ()
+    layers = family.layer_shapes(checkpoint.config)
+    check_widths(checkpoint, family, layers)
+    return layers
+
+
+def refuse_sizes(
+    config: Mapping[str, Any], family: Family | None, shapes: Sequence[tuple[int, ...]], where: str
+) -> None:
+    """Refuse sizes that the weights do not have, before anything of these sizes is made.
+
+    Args:
+        config: the contents of `config.json`.
+        family: as above.
+        shapes: of the weights.
+        where: of the config, for the message.
+    """
+    largest = max((size for shape in shapes for size in shape), default=0)
+    sizes = USUAL_SIZES if family is None else family.size_keys
+    limits = dict.fromkeys(sizes, largest) | {USUAL_LAYERS if family is None else family.config.layers: len(shapes)}
+    single = config.get(PER_LAYER)
+    for each in (config, *(single.values() if isinstance(single, Mapping) else ())):
+        for key, limit in limits.items():
+            value = each.get(key) if isinstance(each, Mapping) else None
+            if isinstance(value, int) and value > limit:
+                raise CheckpointError(f"{where}: {key} is {value}, and the weights have no more than {limit} of them")
 
 
 def check_widths(checkpoint: Checkpoint, family: Family, shapes: Sequence[LayerShape]) -> None:

@@ -75,10 +75,19 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The folder's config, with the defaults of its class.
+
+    Raises:
+        CheckpointError: a value is of the wrong type, or the class refuses it.
+    """
+    with refused(f"{folder / 'config.json'}: transformers cannot read it"):
+        return quiet_transformers().AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
 def build_model(folder: Path, trust_remote_code: bool = False) -> Any:
     """The folder's model with the initial weights of its class, on torch's default device."""
-    transformers = quiet_transformers()
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = load_config(folder, trust_remote_code)
     made = model_class(folder)
     if hasattr(made, "from_config"):
         return made.from_config(config, trust_remote_code=trust_remote_code)
@@ -168,7 +177,7 @@ def _weights_shown(stage: str) -> Iterator[None]:
 def _decoded(checkpoint: Checkpoint, trust_remote_code: bool, options: dict[str, Any]) -> Any:
     """The model of a folder stored in fewer bits; each tensor is decoded when transformers asks for it."""
     folder = checkpoint.folder
-    config = quiet_transformers().AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = load_config(folder, trust_remote_code)
     with torch.device("meta"):
         made = type(build_model(folder, trust_remote_code))
     del config.quantization_config

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from expertprune.models.base import ResolvedBase
 from expertprune.models.checkpoint import Checkpoint
+from expertprune.models.inventory import checked_layers
 from expertprune.models.loading import load_model, load_tokenizer
 from expertprune.models.spool import Limits
 from expertprune.models.states import KeptStates
@@ -59,13 +60,20 @@ class RunningBase:
 
 def run_folder(folder: Path, base: ResolvedBase) -> Any:
     """A folder's model, run as the base is: dtype, device, source of layers, trust."""
-    return run_checkpoint(Checkpoint(folder), base)
+    return run_checkpoint(_checked(folder, base), base)
 
 
 def stream_folder(folder: Path, base: ResolvedBase) -> Any:
     """The same, but its layers are always streamed, so it is never whole in memory beside the base."""
     limits = Limits.of_environment()
-    return load_streamed(Checkpoint(folder), base.family, base.dtype, base.device, limits, base.trust_remote_code)
+    return load_streamed(_checked(folder, base), base.family, base.dtype, base.device, limits, base.trust_remote_code)
+
+
+def _checked(folder: Path, base: ResolvedBase) -> Checkpoint:
+    """The checkpoint of a folder whose sizes and widths are those of its weights, as those of a base are."""
+    checkpoint = Checkpoint(folder)
+    checked_layers(checkpoint, base.family)
+    return checkpoint
 
 
 def run_checkpoint(checkpoint: Checkpoint, base: ResolvedBase) -> Any:

@@ -15,8 +15,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from expertprune.errors import CheckpointError
-from expertprune.files import MEMORY_VARIABLE, SPOOL_VARIABLE, disk_errors, scratch_folder
+from expertprune.errors import CheckpointError, UsageError
+from expertprune.files import MEMORY_VARIABLE, SPOOL_VARIABLE, disk_errors, scratch_folder, size_in_bytes, user_path
 
 SHARE = 0.5  # of what is free beside the model; the rest is for the work on one batch
 
@@ -35,9 +35,19 @@ class Limits:
 
     @classmethod
     def of_environment(cls) -> Limits:
-        """From `EXPERTPRUNE_MEMORY` (bytes) and `EXPERTPRUNE_SPOOL`, which the command line sets."""
+        """From `EXPERTPRUNE_MEMORY`, such as 12GiB, and `EXPERTPRUNE_SPOOL`, which the command line sets.
+
+        Raises:
+            UsageError: one is no size, or no path.
+        """
         memory, spool = os.environ.get(MEMORY_VARIABLE), os.environ.get(SPOOL_VARIABLE)
-        return cls(int(memory) if memory else None, Path(spool).expanduser() if spool else None)
+        name = MEMORY_VARIABLE
+        try:
+            size = size_in_bytes(memory) if memory else None
+            name = SPOOL_VARIABLE
+            return cls(size, user_path(spool) if spool else None)
+        except ValueError as error:
+            raise UsageError(f"{name}: {error}") from None
 
     def free(self, device: torch.device, taken: int = 0) -> int:
         """Bytes that are free on a device; `taken` bytes of `memory` are the model's already."""

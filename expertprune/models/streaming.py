@@ -12,10 +12,10 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from expertprune.arch import Family, attention_of
-from expertprune.errors import CheckpointError, first_line
+from expertprune.errors import CheckpointError, refused
 from expertprune.models.checkpoint import Checkpoint, Deferred
 from expertprune.models.layers import decoder_layers
-from expertprune.models.loading import model_class, quiet_transformers
+from expertprune.models.loading import load_config, model_class
 from expertprune.models.sources import LayerState, StreamedLayers, attach, release
 from expertprune.models.spool import Limits, Room
 
@@ -36,16 +36,14 @@ def load_streamed(
     Raises:
         CheckpointError: the folder cannot be loaded.
     """
-    try:
+    with refused(f"{checkpoint.folder}: cannot be loaded"):
         model, twin = (empty_model(checkpoint.folder, dtype, trust_remote_code) for _ in range(2))
-    except (ValueError, OSError, RuntimeError) as error:
-        raise CheckpointError(f"{checkpoint.folder}: cannot be loaded: {first_line(error)}") from error
-    prefix = f"{family.layers}."
-    skeleton = [name for name in checkpoint.tensors if not name.startswith(prefix)]
-    lacking = _fill(model, checkpoint, skeleton, dtype, device)
-    model.tie_weights(missing_keys=lacking, recompute_mapping=False)
-    model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
-    layers = decoder_layers(twin, family)
+        prefix = f"{family.layers}."
+        skeleton = [name for name in checkpoint.tensors if not name.startswith(prefix)]
+        lacking = _fill(model, checkpoint, skeleton, dtype, device)
+        model.tie_weights(missing_keys=lacking, recompute_mapping=False)
+        model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+        layers = decoder_layers(twin, family)
     read = functools.partial(_read_layer, twin, layers, checkpoint, family, dtype, device)
     largest = max(sum(value.nbytes for value in layer.parameters()) for layer in layers)
     taken = sum(value.nbytes for value in model.parameters() if not value.is_meta) + 2 * largest
@@ -55,8 +53,7 @@ def load_streamed(
 
 def empty_model(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
     """The folder's model with parameters on the device `meta`; buffers hold what the model computes for them."""
-    transformers = quiet_transformers()
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = load_config(folder, trust_remote_code)
     made = model_class(folder)
     settings = {"dtype": dtype, "attn_implementation": attention_of(config.to_dict())}
     with init_empty_weights(include_buffers=False):

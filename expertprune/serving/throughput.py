@@ -17,7 +17,7 @@ import psutil
 
 from expertprune.artifacts.expert import Expert
 from expertprune.artifacts.timing import ROLES, Load, Role, Run, Timing
-from expertprune.errors import ServingError, UsageError
+from expertprune.errors import ServingError, UsageError, refused
 from expertprune.files import THROUGHPUT_FILE, TIMING, check_output, shipped, store_folder, temporary_folder
 from expertprune.formats import file_name
 from expertprune.models.checkpoint import Checkpoint
@@ -97,7 +97,7 @@ def _check_before(servables: Mapping[Role, engine.Servable], load: Load) -> None
     """Check early what would otherwise fail after minutes."""
     for servable in servables.values():
         longest = servable.checkpoint.config.get("max_position_embeddings")
-        if longest and load.input_tokens + load.output_tokens > longest:
+        if isinstance(longest, int) and 0 < longest < load.input_tokens + load.output_tokens:
             raise UsageError(
                 f"{servable.folder}: takes {longest} tokens at a time, not {load.input_tokens} and {load.output_tokens} new "
                 "ones; give fewer with --input-tokens or --output-tokens"
@@ -129,8 +129,9 @@ def bytes_per_token(checkpoint: Checkpoint) -> int:
     import torch
 
     transformers = quiet_transformers()
-    config = transformers.AutoConfig.for_model(**checkpoint.config)
-    with torch.device("meta"):
+    what = f"{checkpoint.folder / 'config.json'}: transformers builds no model from it"
+    with refused(what), torch.device("meta"):
+        config = transformers.AutoConfig.for_model(**checkpoint.config)
         model = transformers.AutoModelForCausalLM.from_config(config)
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     looked_up = {name for name, value in model.named_parameters(remove_duplicate=False) if value is embedding}

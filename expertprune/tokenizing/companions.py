@@ -6,9 +6,12 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from expertprune.files import read_object
+from pydantic import Field, RootModel, TypeAdapter, ValidationError
+
+from expertprune.errors import CheckpointError
+from expertprune.files import as_model, read_object
 from expertprune.tokenizing.trimming import Trimmed
 from expertprune.tokenizing.vocabulary import pair_of
 
@@ -17,6 +20,37 @@ _STALE = ("*.model", "*.tiktoken", "tekken.json", "vocab.txt")
 _ID = re.compile(r"_token_(ids?|index)$|_token_indices$")
 _ID_LISTS = ("suppress_tokens", "begin_suppress_tokens")
 _SEQUENCES = ("bad_words_ids", "force_words_ids")
+
+
+_Ids = bool | int | list[int] | None
+_SHAPES: dict[str, Any] = {
+    "bad_words_ids": list[list[int]] | None,
+    "force_words_ids": list[list[int] | list[list[int]]] | None,
+    "forced_decoder_ids": list[tuple[int, int | None]] | None,
+    "sequence_bias": list[tuple[list[int], float]] | None,
+    "stop_strings": str | list[str] | None,
+    "added_tokens_decoder": dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Any] | None,
+    **dict.fromkeys(_ID_LISTS, _Ids),
+}
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A config of a model's folder; `{}` where there is none.
+
+    Raises:
+        CheckpointError: it is no JSON object, or a key that holds token ids or texts of tokens holds something else.
+    """
+    settings = read_object(path)
+    for key, value in settings.items():
+        shape = _SHAPES.get(key, _Ids if _ID.search(key) else None)
+        if shape is None:
+            continue
+        try:
+            TypeAdapter(shape).validate_json(json.dumps(value), strict=True)
+        except ValidationError as error:
+            told = error.errors()[0]["msg"]
+            raise CheckpointError(f"{path}: {key}: {told[0].lower()}{told[1:]} (found {str(value)[:40]})") from None
+    return settings
 
 
 class Renumbering:
@@ -56,13 +90,21 @@ class Renumbering:
 
 
 def special_ids(config: Mapping[str, Any]) -> Iterator[int]:
-    """Ids with a role in a config (BOS, EOS, padding, forced, ...), whose tokens must stay."""
+    """Ids with a role in a config (BOS, EOS, padding, forced, ...), whose tokens must stay.
+
+    Args:
+        config: from `read_settings`.
+    """
     for key, value in config.items():
         if key == "forced_decoder_ids":
-            yield from (index for _, index in value or ())
+            yield from (index for _, index in value or () if index is not None)
         elif _ID.search(key):
             values = value if isinstance(value, list) else [value]
             yield from (index for index in values if isinstance(index, int) and not isinstance(index, bool))
+
+
+class _Added(RootModel[dict[str, int]]):
+    """Ids of added tokens, as old tokenizers keep them."""
 
 
 def write_tokenizer(base: Path, folder: Path, smaller: Trimmed) -> None:
@@ -71,14 +113,14 @@ def write_tokenizer(base: Path, folder: Path, smaller: Trimmed) -> None:
     _write(folder / "tokenizer.json", smaller.data)
     for name in ("tokenizer_config.json", "generation_config.json"):
         if (base / name).is_file():
-            config = renumbering.config(read_object(base / name))
+            config = renumbering.config(read_settings(base / name))
             if isinstance(known := config.get("added_tokens_decoder"), dict):
                 config["added_tokens_decoder"] = {
                     str(smaller.ids[int(index)]): token for index, token in known.items() if int(index) in smaller.ids
                 }
             _write(folder / name, config)
     if (base / "added_tokens.json").is_file():
-        known = read_object(base / "added_tokens.json")
+        known = as_model(read_object(base / "added_tokens.json"), _Added, str(base / "added_tokens.json")).root
         added = {token: smaller.ids[index] for token, index in known.items() if index in smaller.ids}
         _write(folder / "added_tokens.json", added)
     model = smaller.data["model"]

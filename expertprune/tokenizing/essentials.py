@@ -11,9 +11,9 @@ import jinja2.nodes
 import jinja2.sandbox
 
 from expertprune.corpora.templates import TemplateFailedError, TemplateStoppedError, run_template
-from expertprune.files import read_object
-from expertprune.tokenizing.companions import special_ids
-from expertprune.tokenizing.vocabulary import BYTES, TokenizerKind, Vocabulary, nested
+from expertprune.errors import CheckpointError
+from expertprune.tokenizing.companions import read_settings, special_ids
+from expertprune.tokenizing.vocabulary import BYTES, TokenizerKind, Vocabulary
 
 _ROLES = ("system", "user", "assistant", "tool")
 
@@ -42,20 +42,11 @@ def essential_ids(vocabulary: Vocabulary, folder: Path, tokenizer: Any) -> dict[
 
 
 def _named(vocabulary: Vocabulary, folder: Path) -> set[int]:
-    """Ids in the configs and the post-processor, and the unknown token."""
-    named = {
-        index for name in ("config.json", "generation_config.json") for index in special_ids(read_object(folder / name))
-    }
-    unknown = vocabulary.model.get("unk_token")
-    if unknown in vocabulary.tokens:
-        named.add(vocabulary.tokens[unknown])
-    if vocabulary.kind is TokenizerKind.UNIGRAM and vocabulary.model.get("unk_id") is not None:
-        named.add(vocabulary.model["unk_id"])
-    for part in nested(vocabulary.data.get("post_processor")):
-        for entry in (part.get("special_tokens") or {}).values():
-            named.update(entry["ids"])
-        named.update(part[key][1] for key in ("sep", "cls") if key in part)
-    return named
+    """Ids in the configs and in the tokenizer's own sections; raises `CheckpointError` where the latter name no token."""
+    if absent := sorted(vocabulary.named - set(vocabulary.by_id)):
+        raise CheckpointError(f"{folder / 'tokenizer.json'}: names the token {absent[0]}, which it does not have")
+    configs = [read_settings(folder / name) for name in ("config.json", "generation_config.json")]
+    return vocabulary.named | {index for config in configs for index in special_ids(config)}
 
 
 def _with_roles(vocabulary: Vocabulary, folder: Path) -> set[int]:
@@ -70,7 +61,7 @@ def _with_roles(vocabulary: Vocabulary, folder: Path) -> set[int]:
 
     found: set[int] = set()
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        settings = {key: value for key, value in read_object(folder / name).items() if key != "added_tokens_decoder"}
+        settings = {key: value for key, value in read_settings(folder / name).items() if key != "added_tokens_decoder"}
         found.update(vocabulary.added[text] for text in texts(settings) if text in vocabulary.added)
     return found
 
@@ -108,7 +99,7 @@ def _template_texts(tokenizer: Any) -> Iterator[str]:
     named = templates if isinstance(templates, dict) else {"default": templates}
     environment = jinja2.sandbox.SandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
     for template in named.values():
-        with contextlib.suppress(jinja2.TemplateError):
+        with contextlib.suppress(jinja2.TemplateError, RecursionError):
             tree = environment.parse(template)
             for literal in tree.find_all((jinja2.nodes.TemplateData, jinja2.nodes.Const)):
                 text = getattr(literal, "data", getattr(literal, "value", None))
@@ -121,5 +112,5 @@ def _template_texts(tokenizer: Any) -> Iterator[str]:
 
 
 def _stop_strings(folder: Path) -> Iterator[str]:
-    stops = read_object(folder / "generation_config.json").get("stop_strings") or []
+    stops = read_settings(folder / "generation_config.json").get("stop_strings") or []
     yield from [stops] if isinstance(stops, str) else stops

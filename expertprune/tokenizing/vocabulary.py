@@ -11,7 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from expertprune.errors import CheckpointError
+from expertprune.errors import CheckpointError, refused
 from expertprune.files import read_object
 
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
@@ -43,16 +43,15 @@ class Vocabulary:
     def __init__(self, data: dict[str, Any], where: str) -> None:
         from tokenizers import Tokenizer
 
+        with refused(f"{where}: not a tokenizer that can be read"):  # what it takes has the types that follow
+            loaded = Tokenizer.from_str(json.dumps(data))
         self.data, self.model = data, data.get("model") or {}
         self.kind = _kind(data, where)
         if self.kind is TokenizerKind.UNIGRAM:
             self.tokens = {piece: index for index, (piece, _) in enumerate(self.model["vocab"])}
         else:
             self.tokens = dict(self.model["vocab"])
-        try:  # the library may give added tokens other numbers than the file
-            loaded = Tokenizer.from_str(json.dumps(data))
-        except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"{where}: not a tokenizer that can be read: {error}") from None
+        # The library may give added tokens other numbers than the file.
         self.added = {token.content: index for index, token in loaded.get_added_tokens_decoder().items()}
         self.by_id = {index: token for token, index in (self.tokens | self.added).items()}
         self._needs: dict[str, frozenset[int]] = {}
@@ -65,6 +64,22 @@ class Vocabulary:
         Roles that `tokenizer_config.json` gives to some of them are not seen here.
         """
         return {index for token, index in self.added.items() if _PLACEHOLDER.fullmatch(token)}
+
+    @functools.cached_property
+    def named(self) -> set[int]:
+        """Ids that other sections name: the unknown token, padding, and what is put around texts."""
+        found = set[int]()
+        if self.model.get("unk_token") in self.tokens:
+            found.add(self.tokens[self.model["unk_token"]])
+        if self.kind is TokenizerKind.UNIGRAM and self.model.get("unk_id") is not None:
+            found.add(self.model["unk_id"])
+        if self.data.get("padding"):
+            found.add(self.data["padding"]["pad_id"])
+        for part in nested(self.data.get("post_processor")):
+            for entry in (part.get("special_tokens") or {}).values():
+                found.update(entry["ids"])
+            found.update(part[key][1] for key in ("sep", "cls") if key in part)
+        return found
 
     @property
     def size(self) -> int:

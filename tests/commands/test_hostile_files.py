@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,28 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from bench.torture.children import import_rooms
 from expertprune.corpora.reading import read_questions
 from expertprune.errors import CheckpointError, SpecError
 from expertprune.models.gguf.reading import header_of
+from expertprune.serving.engine import check_folder
 from tests.calling import call, call_json
+from tests.limits import frugal
+from tests.vocabularies import save_worded
 
 Data = dict[str, Any]
 
 
-@pytest.fixture(autouse=True)
-def soon() -> Iterator[None]:
-    """A refusal takes no more than five seconds, whatever is written in the file."""
-    begun = time.monotonic()
-    yield
-    assert time.monotonic() - begun < 20  # the imports and the machine's other work included
+@pytest.fixture(autouse=True, scope="module")
+def imported() -> None:
+    """What commands import takes seconds, which are not the refusals'."""
+    import_rooms()
 
 
 def refused(*arguments: Any) -> str:
-    message = call(*arguments, code=2).stderr
+    """The message of a command that refuses what it reads, soon and without much memory."""
+    with frugal():
+        message = call(*arguments, code=2).stderr
     assert "error: " in message.lower()
     return message
 
@@ -114,6 +118,22 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path, spec_data: Data, kin
     assert f"it is a {kind}, not a file" in refused("prune", path, "--out", tmp_path / "out")
     spec_data["corpora"]["sources"]["medical"]["path"] = str(path)
     assert f"it is a {kind}, not a file" in refused("validate", written(tmp_path, spec_data))
+
+
+PARTS = ["tokenizer.json", "tokenizer_config.json", "config.json", "model-00002-of-*", "x.gguf", "folder"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_fifo_in_place_of_a_part_of_a_base_is_refused_at_once(
+    tmp_path: Path, base: Path, spec_data: Data, part: str
+) -> None:
+    path = base if part == "folder" else next(base.glob(part), base / part)
+    shutil.rmtree(path) if part == "folder" else path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    spec_data["base"] = str(path if part == "x.gguf" else base)
+    message = refused("validate", written(tmp_path, spec_data))
+    assert str(path) in message
+    assert "it is a FIFO, not a f" in message
 
 
 # --- corpora --------------------------------------------------------------------------------------------------------
@@ -241,6 +261,8 @@ def number(value: int, size: int = 8) -> bytes:
 
 TEXT, ARRAY = number(8, 4), number(9, 4)  # types of values
 KEY = number(1) + b"k"
+NAMED = number(20) + b"general.architecture" + TEXT + number(5) + b"llama"
+BLOCKS = number(17) + b"llama.block_count" + number(4, 4) + number(10**9, 4)
 GGUFS = {  # number of tensors and of keys, what follows, and the message
     "counts": (2**60, 2**60, b"", "shorter than its header says"),
     "numbers": (0, 1, KEY + ARRAY + number(0, 4) + number(2**60), "shorter than its header says"),
@@ -249,6 +271,7 @@ GGUFS = {  # number of tensors and of keys, what follows, and the message
     "arrays": (0, 1, KEY + ARRAY + ARRAY + number(2) + ARRAY, "has an array of values of type 9"),
     "type": (0, 1, KEY + number(77, 4), "is of type 77"),
     "dimensions": (1, 0, KEY + number(9, 4), "has 9 dimensions"),
+    "blocks": (0, 2, NAMED + BLOCKS, "llama.block_count is 1000000000, and it has only 0 tensors"),
 }
 
 
@@ -291,6 +314,75 @@ def test_a_plan_of_wrong_types_and_sizes(tmp_path: Path, spec_data: Data, case: 
     assert words in refused("prune", tmp_path / "plan.json", "--out", tmp_path / "expert")
     if case == "spec":
         refused("inspect", tmp_path / "plan.json")
+
+
+def test_a_fifo_in_place_of_an_expert_s_weights(expert: Path) -> None:
+    path = sorted(expert.glob("*.safetensors"))[0]
+    path.unlink()
+    os.mkfifo(path)
+    for command in (["evaluate", expert], ["export", expert, "--out", expert.parent / "x.gguf"]):
+        assert f"{path}: it is a FIFO, not a file" in refused(*command)
+
+
+OWN = {
+    "layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, and the weights have no more than"),
+    "rows": ({"vocab_size": 2**40}, "vocab_size is"),
+    "kind": ({"model_type": ["llama"]}, "model_type: must be a name"),
+    "groups": ({"model_type": "olmoe", "num_experts": 4, "n_group": "x"}, "config.json"),
+    "strict": ({"rms_norm_eps": "x"}, "config.json"),
+    "context": ({"max_position_embeddings": 2**40}, "context_length is 1099511627776"),
+}
+
+
+@pytest.mark.parametrize("case", OWN)
+def test_a_folder_that_is_run_or_exported_has_a_config_of_wrong_types_and_sizes(
+    expert: Path, tmp_path: Path, case: str
+) -> None:
+    """The base's config is checked before; this one is read by everything that runs it."""
+    changes, words = OWN[case]
+    worded = save_worded(tmp_path / "worded")
+    for folder in (expert, worded):
+        changed(folder / "config.json", lambda data: data | changes)
+    assert words in refused("export", worded, "--out", tmp_path / "x.gguf")
+    if case in ("context", "groups"):  # of which evaluation makes nothing
+        return
+    assert str(expert) in refused("evaluate", expert)
+    if case != "strict":  # which vLLM itself reads
+        with pytest.raises(CheckpointError, match=re.escape(words)):
+            check_folder(expert)
+
+
+def test_an_exported_tokenizer_with_ids_that_no_vocabulary_has(tmp_path: Path) -> None:
+    changed(save_worded(tmp_path / "base") / "tokenizer.json", TOKENIZERS["far"])
+    assert SAYS["far"] in refused("export", tmp_path / "base", "--out", tmp_path / "x.gguf")
+
+
+SETTINGS: dict[str, Data] = {
+    "stop_strings": {"stop_strings": 5},
+    "text": {"stop_strings": [5]},
+    "forced_decoder_ids": {"forced_decoder_ids": "abc"},
+    "pair": {"forced_decoder_ids": [[1]]},
+    "suppress_tokens": {"suppress_tokens": [[1]]},
+    "bad_words_ids": {"bad_words_ids": [3]},
+    "eos_token_id": {"eos_token_id": {"id": 1}},
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_settings_of_wrong_types_beside_a_vocabulary_that_is_cut(tmp_path: Path, spec_data: Data, case: str) -> None:
+    spec_data["base"] = str(save_worded(tmp_path / "base"))
+    spec_data["budget"] = {"vocabulary": 0.9}
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(SETTINGS[case]))
+    (key,) = SETTINGS[case]
+    assert f"generation_config.json: {key}: " in refused("validate", written(tmp_path, spec_data))
+
+
+@pytest.mark.parametrize(("name", "value"), [("MEMORY", "abc"), ("SPOOL", "~nosuchuser/x")])
+def test_limits_of_the_environment_that_are_none(
+    expert: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(f"EXPERTPRUNE_{name}", value)
+    assert f"EXPERTPRUNE_{name}: '{value}'" in refused("evaluate", expert)
 
 
 def test_an_expert_with_truncated_weights(expert: Path) -> None:

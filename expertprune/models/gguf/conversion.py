@@ -39,6 +39,7 @@ from expertprune.models.gguf.reading import (
     readable,
     tokenizer_in,
 )
+from expertprune.models.inventory import refuse_sizes
 from expertprune.models.loading import quiet_transformers
 from expertprune.models.tensorfile import DTYPES, TensorInfo, in_order, written_file
 from expertprune.progress import Progress, Track
@@ -112,7 +113,8 @@ def _prepare(file: Path, folder: Path, dtype: torch.dtype, tied: bool) -> None:
         tokenizer = tokenizer_in(file, header)
     if tied:
         config.tie_word_embeddings = True
-    with torch.device("meta"):
+    refuse_sizes(config.to_dict(), family, list(header.shapes.values()), str(file))
+    with readable(file), torch.device("meta"):
         model = quiet_transformers().AutoModelForCausalLM.from_config(config, dtype=dtype)
     sources = _sources(file, header, family, model)
     infos = _in_files(sources, header, family.gguf, dtype)

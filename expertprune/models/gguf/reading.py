@@ -61,6 +61,9 @@ def header_of(file: Path) -> Header:
     wanted = [key for key in reader.fields if key not in ("tokenizer.ggml.tokens", "tokenizer.ggml.scores")]
     metadata = {key: reader.fields[key].contents() for key in wanted if not key.startswith("GGUF.")}
     shapes = {tensor.name: tuple(reversed(tensor.shape.tolist())) for tensor in reader.tensors}
+    for key, value in metadata.items():
+        if key.endswith(".block_count") and isinstance(value, int) and value > len(shapes):
+            raise CheckpointError(f"{file}: {key} is {value}, and it has only {len(shapes)} tensors")
     frequencies = [tensor.data.ravel().tolist() for tensor in reader.tensors if tensor.name == FREQUENCIES]
     return Header(str(metadata["general.architecture"]), metadata, shapes, tuple(*frequencies))
 

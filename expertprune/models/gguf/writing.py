@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from expertprune.arch import Family, GgufForm, gguf_names
-from expertprune.errors import CheckpointError
+from expertprune.errors import CheckpointError, refused
 from expertprune.files import GGUF, require_room, staged_output
 from expertprune.models.admission import causal_family
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.gguf.names import gguf_name, is_one_of, name_map
 from expertprune.models.gguf.reading import frequency_factors
 from expertprune.models.gguf.vocabulary import GgufVocabulary, gguf_vocabulary
-from expertprune.models.inventory import check_widths, vocabulary_rows
-from expertprune.models.loading import quiet_transformers
+from expertprune.models.inventory import checked_layers, vocabulary_rows
+from expertprune.models.loading import load_config, load_tokenizer
 from expertprune.tokenizing import read_vocabulary
 from expertprune.units import LayerShape
 
@@ -88,12 +88,11 @@ def write_gguf(folder: Path, out: Path, kind: str, name: str, overwrite: bool = 
             its config, a weight is not finite or overflows `kind`, or the disk has no room.
     """
     source = _source(folder)
-    metadata = _metadata(source)
-    entries = list(_entries(source))
-    words = gguf_vocabulary(
-        folder, read_vocabulary(folder), quiet_transformers().AutoTokenizer.from_pretrained(folder),
-        vocabulary_rows(source.checkpoint, source.family),
-    )  # fmt: skip
+    rows = vocabulary_rows(source.checkpoint, source.family)
+    with refused(f"{folder}: cannot be written as GGUF"):  # its config and tokenizer can be wrong in any way
+        metadata = _metadata(source)
+        entries = list(_entries(source))
+        words = gguf_vocabulary(folder, read_vocabulary(folder), load_tokenizer(folder), rows)
     require_room(out, sum(4 * math.prod(entry.shape) for entry in entries))
     with staged_output(out, GGUF, overwrite) as temporary:
         counts = _written(temporary, source, metadata, words, entries, kind, name)
@@ -109,8 +108,7 @@ def _source(folder: Path) -> _Source:
         raise CheckpointError(
             f"{where}: models of type {checkpoint.config.get('model_type')!r} cannot be written as GGUF"
         )
-    layers = family.layer_shapes(checkpoint.config)
-    check_widths(checkpoint, family, layers)
+    layers = checked_layers(checkpoint, family)
     form = family.gguf
     if len(set(layers)) > 1:
         if form.layered is None:
@@ -126,7 +124,7 @@ def _source(folder: Path) -> _Source:
             f"wide as the hidden size{'' if form.heads_grouped else ' and each has a KV head of its own'}; build the expert "
             "without query_heads and kv_groups"
         )
-    config = quiet_transformers().AutoConfig.from_pretrained(folder)
+    config = load_config(folder)
     return _Source(checkpoint, family, form, layers, config, config.to_dict())
 
 
@@ -151,7 +149,10 @@ def _metadata(source: _Source) -> dict[str, Any]:
             raise _unsaid(source, key, values[key], meant)
     found |= _rotations(source)
     found |= _windows(source, int(source.config.max_position_embeddings))
-    return found
+    for key, value in found.items():
+        if not isinstance(value, str | list) and not key.endswith(_REALS) and not 0 <= int(value) < 2**32:
+            raise CheckpointError(f"{source.where}: {key} is {value}, which the format does not hold")
+    return {key: float(value) if key.endswith(_REALS) else value for key, value in found.items()}
 
 
 def _by_layer(counts: list[int]) -> int | list[int]:
@@ -345,7 +346,7 @@ def _add(writer: Any, key: str, value: Any) -> None:
     elif isinstance(value, str):
         writer.add_string(key, value)
     elif key.endswith(_REALS):
-        writer.add_float32(key, float(value))
+        writer.add_float32(key, value)
     else:
         writer.add_uint32(key, int(value))
 
