@@ -67,27 +67,42 @@ class ChatTemplate:
 
     def render(self, conversation: Conversation) -> Rendered:
         """The text of a conversation and the spans of its answers; see `render`."""
-        text, marked = self._text(conversation, conversation.messages)
+        text, marked = self._text(conversation.tools, conversation.messages)
         spans = marked or list(self._by_prefixes(conversation, text))
         return Rendered(text, tuple((start, start + len(text[start:end].rstrip())) for start, end in spans))
 
     def prompt(self, conversation: Conversation) -> str:
         """The text up to where the first answer begins."""
-        return self._text(conversation, conversation.prompt, opened=True)[0]
+        return self._text(conversation.tools, conversation.prompt, opened=True)[0]
+
+    def question(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> str:
+        """The text of a question that a task asks.
+
+        Args:
+            add_generation_prompt: whether what opens an answer follows; else the last message is an answer that goes on.
+        """
+        ends = {"opened": add_generation_prompt, "continued": not add_generation_prompt}
+        return self._text(None, messages, **ends, fix="leave 'chat' out")[0]
 
     def _text(
-        self, conversation: Conversation, messages: Sequence[dict[str, Any]], opened: bool = False
+        self,
+        tools: Sequence[Any] | None,
+        messages: Sequence[dict[str, Any]],
+        opened: bool = False,
+        continued: bool = False,
+        fix: str = "leave such conversations out, or set 'documents: raw'",
     ) -> tuple[str, list[Span]]:
         """The text of messages, and the spans that the template itself marks as generated."""
         tokenizer = self._tokenizer
         try:
-            template = tokenizer.get_chat_template(None, conversation.tools)
+            template = tokenizer.get_chat_template(None, tools)
             run = functools.partial(
                 run_template,
                 template,
-                tools=conversation.tools,
+                tools=tools,
                 special=tokenizer.special_tokens_map,
                 opened=opened,
+                continued=continued,
                 marked=_GENERATION.search(template) is not None,
             )
             try:
@@ -96,13 +111,12 @@ class ChatTemplate:
                 if (others := with_text_arguments(messages)) == list(messages):
                     raise
                 return run(others)  # few templates join the arguments of tool calls as text
-        except TemplateStoppedError:
-            raise
+        except TemplateStoppedError as error:
+            raise TemplateStoppedError(f"{error}; {fix}") from None
         except Exception as error:  # of the tokenizer, which may have no template for tools, or of the template
             roles = ", ".join(dict.fromkeys(str(message["role"]) for message in messages))
             raise SpecError(
-                f"the base's chat template refuses a conversation of the roles {roles}: {first_line(error)}; leave such "
-                "conversations out, or set 'documents: raw'"
+                f"the base's chat template refuses a conversation of the roles {roles}: {first_line(error)}; {fix}"
             ) from None
 
     def _by_prefixes(self, conversation: Conversation, text: str) -> Iterator[Span]:
@@ -138,7 +152,7 @@ class ChatTemplate:
     ) -> int | None:
         """How long the text of the first messages is, if the whole text begins with it."""
         try:
-            shorter, _ = self._text(conversation, messages, opened)
+            shorter, _ = self._text(conversation.tools, messages, opened)
         except TemplateStoppedError:
             raise
         except SpecError:  # the whole was rendered, so this is about the part alone

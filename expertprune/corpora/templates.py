@@ -1,4 +1,4 @@
-"""Run chat templates in a process of their own (see `template_process`), which is ended when one takes too long."""
+"""Fill templates of chats and tasks in a process (see `template_process`) that ends when one takes too long."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def run_template(
     tools: Sequence[Any] | None = None,
     special: Mapping[str, Any] | None = None,
     opened: bool = False,
+    continued: bool = False,
     marked: bool = False,
 ) -> tuple[str, list[Span]]:
     """The text of messages, and the spans that the template itself marks as generated.
@@ -42,6 +43,7 @@ def run_template(
     Args:
         special: the tokenizer's special tokens by name, such as `bos_token`.
         opened: whether the text ends with what opens an answer.
+        continued: whether the text ends within the last message, which goes on.
         marked: whether the template marks answers.
 
     Raises:
@@ -49,21 +51,36 @@ def run_template(
         TemplateStoppedError: it did not end within `TIME_LIMIT` seconds.
     """
     asked = {
-        "template": template, "messages": list(messages), "tools": tools, "opened": opened, "marked": marked,
-        "special": dict(special or {}), "seconds": TIME_LIMIT,
+        "template": template, "messages": list(messages), "tools": tools, "opened": opened, "continued": continued,
+        "marked": marked, "special": dict(special or {}),
     }  # fmt: skip
+    answer = _answer(asked, "the base's chat template")
+    return answer["text"], [(start, end) for start, end in answer["spans"]]
+
+
+def fill_template(template: str, values: Mapping[str, Any]) -> str:
+    """The text of a task's template with the values of one example.
+
+    Raises:
+        TemplateFailedError, TemplateStoppedError: as above.
+    """
+    return str(_answer({"template": template, "values": dict(values)}, f"its template {template[:60]!r}")["text"])
+
+
+def _answer(asked: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """What the process answers; `what` names the template where it does not end."""
     with _lock:
-        answer = _ask(json.dumps(asked, default=str))
+        answer = _ask(json.dumps({**asked, "seconds": TIME_LIMIT}, default=str), what)
     if "error" in answer:
         raise TemplateFailedError(answer["error"])
-    return answer["text"], [(start, end) for start, end in answer["spans"]]
+    return answer
 
 
 _lock = threading.Lock()
 _running: list[tuple[int, subprocess.Popen[str]]] = []  # the process, and which process has started it
 
 
-def _ask(line: str) -> dict[str, Any]:
+def _ask(line: str, what: str) -> dict[str, Any]:
     process = _process()
     assert process.stdin is not None
     assert process.stdout is not None
@@ -79,9 +96,7 @@ def _ask(line: str) -> dict[str, Any]:
         raise
     code = process.wait()
     if code == -signal.SIGALRM:
-        raise TemplateStoppedError(
-            f"the base's chat template did not end within {TIME_LIMIT:g} s; set 'documents: raw'"
-        )
+        raise TemplateStoppedError(f"{what} did not end within {TIME_LIMIT:g} s")
     raise TemplateFailedError(f"the process that runs it ended with {code}")
 
 

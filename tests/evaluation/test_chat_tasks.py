@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from expertprune.corpora import templates
 from expertprune.errors import SpecError
 from expertprune.evaluation.suites import TaskEntry, load_suite
 from tests.corpora.test_chat import CHATML, chat_tokenizer
@@ -66,6 +68,35 @@ def test_prompts_are_what_the_template_makes_of_them(task: str) -> None:
     assert asked(one)[2][0].count("<|im_start|>user") == 1
     with pytest.raises(SpecError, match="task choose: chat: the base has no chat template; leave 'chat' out"):
         load_task(TaskEntry(file=task, chat=True), False, tokenizer=chat_tokenizer(None))
+
+
+ENDLESS = ["{{ 9 ** (9 ** 9) }}", "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"]
+
+
+@pytest.mark.parametrize("endless", ENDLESS)
+def test_templates_that_do_not_end_are_stopped(task: str, endless: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "TIME_LIMIT", 0.3)
+    with pytest.raises(SpecError, match=r"task choose: the base's chat template did not end .*; leave 'chat' out"):
+        load_task(TaskEntry(file=task, chat=True), False, tokenizer=chat_tokenizer(endless))
+    Path(task).write_text(TASK.replace("{{question}}", endless))
+    with pytest.raises(SpecError, match=r"task choose: its template .* did not end within 0.3 s"):
+        load_task(TaskEntry(file=task), False)
+
+
+def test_templates_of_tasks_reach_no_python_and_replace_by_patterns(task: str) -> None:
+    Path(task).write_text(TASK.replace("{{question}}", "{{question | regex_replace('^the', 'a', 1)}}"))
+    assert asked(load_task(TaskEntry(file=task), False))[0][0] == "a heart"
+    Path(task).write_text(TASK.replace("{{question}}", "{{ ''.__class__.__mro__ }}"))
+    with pytest.raises(SpecError, match="unsafe"):
+        load_task(TaskEntry(file=task), False)
+
+
+def test_a_fifo_in_place_of_a_task_s_data_is_refused_at_once(task: str) -> None:
+    data = Path(task).with_name("questions.jsonl")
+    data.unlink()
+    os.mkfifo(data)
+    with pytest.raises(SpecError, match=r"questions.jsonl: it is a FIFO, not a file"):
+        load_task(TaskEntry(file=task), False)
 
 
 def test_a_model_is_scored_on_what_follows_the_template(task: str) -> None:

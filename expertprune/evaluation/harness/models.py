@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from expertprune.corpora.chat import ChatTemplate, has_template
 from expertprune.evaluation.harness.quiet import quiet
 
 _BATCH = 8
@@ -15,7 +16,7 @@ def running_model(model: Any, tokenizer: Any) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     with quiet():
-        return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH)
+        return _asked(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH), tokenizer)
 
 
 def served_model(folder: Path, url: str, name: str, tokenizer: Any) -> Any:
@@ -32,7 +33,7 @@ def served_model(folder: Path, url: str, name: str, tokenizer: Any) -> Any:
     listed = requests.get(f"{url}/models", timeout=60).json()["data"]
     length = next((each.get("max_model_len") for each in listed if each["id"] == name), None) or 2048
     with quiet():
-        return LocalCompletionsAPI(
+        made = LocalCompletionsAPI(
             model=name,
             base_url=f"{url}/completions",
             tokenizer=str(folder),
@@ -43,3 +44,11 @@ def served_model(folder: Path, url: str, name: str, tokenizer: Any) -> Any:
             num_concurrent=_BATCH,
             batch_size=1,
         )
+        return _asked(made, tokenizer)
+
+
+def _asked(model: Any, tokenizer: Any) -> Any:
+    """The same model; it is asked through its chat template as tasks were built, under the same limits."""
+    if has_template(tokenizer):
+        model.apply_chat_template = ChatTemplate(tokenizer).question
+    return model

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from expertprune.corpora.templates import fill_template
 from expertprune.errors import SpecError
 from expertprune.evaluation.suites import TaskEntry, TaskFile, TaskFunction
 
@@ -99,12 +101,25 @@ def metric_code(entry: TaskEntry, trusted: bool) -> Iterator[None]:
 
 
 def sandbox_templates() -> None:
-    """Let lm-evaluation-harness fill templates without access to Python: a template is part of a task's file."""
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    """Let lm-evaluation-harness fill templates in a process of their own: a template is part of a task's file.
+
+    It has no access to Python there, and is ended when it takes too long or too much memory.
+    """
     from lm_eval import utils
 
-    if not isinstance(utils.env, ImmutableSandboxedEnvironment):
-        sandbox = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-        sandbox.filters.update(utils.env.filters)
-        utils.env = sandbox
+    utils.env = _Elsewhere()
+
+
+class _Elsewhere:
+    """What lm-evaluation-harness needs of a `jinja2.Environment`."""
+
+    def from_string(self, template: str) -> _Template:
+        return _Template(template)
+
+
+@dataclass(frozen=True)
+class _Template:
+    source: str
+
+    def render(self, **values: Any) -> str:
+        return fill_template(self.source, values)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from expertprune.corpora.chat import has_template
+from expertprune.corpora.chat import ChatTemplate, has_template
 from expertprune.corpora.documents import Document
 from expertprune.errors import CheckpointError, SpecError, first_line, refused
 from expertprune.evaluation.harness.quiet import quiet
@@ -21,7 +21,7 @@ from expertprune.evaluation.harness.sandbox import check_code, metric_code, sand
 from expertprune.evaluation.harness.scores import Asked, Leaf, Scores, choice_scores, example_of
 from expertprune.evaluation.questions import margin
 from expertprune.evaluation.suites import TaskEntry, TaskFile, read_task
-from expertprune.files import digest_of
+from expertprune.files import digest_of, not_a_file
 from expertprune.registry import nearest
 
 _PREFERRED = ("exact_match", "acc_norm", "acc", "f1", "bits_per_byte", "byte_perplexity", "word_perplexity")
@@ -180,8 +180,8 @@ def _absolute(files: Any, folder: Path) -> Any:
     if isinstance(files, list):
         return [_absolute(name, folder) for name in files]
     path = folder / Path(files).expanduser()
-    if "://" not in files and "*" not in files and not path.is_file():
-        raise SpecError(f"{path}: no such file")
+    if "://" not in files and "*" not in files and (problem := not_a_file(path)):
+        raise SpecError(f"{path}: {problem}")
     if path.is_file() and not path.stat().st_size:
         raise SpecError(f"{path}: holds no example")
     return str(files) if "://" in files else str(path.resolve())
@@ -196,12 +196,7 @@ def _build(leaf: Leaf, limit: int | None, entry: TaskEntry, tokenizer: Any) -> l
     leaf.set_fewshot_seed(seed=_SEED)
     if not len(leaf.eval_docs):
         return []
-
-    def rendered(messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        open_end = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **open_end))
-
-    settings = _chat_settings(entry) | ({"chat_template": rendered} if entry.chat else {})
+    settings = _chat_settings(entry) | ({"chat_template": ChatTemplate(tokenizer).question} if entry.chat else {})
     leaf.build_all_requests(limit=limit, rank=0, world_size=1, **settings)
     return list(leaf.instances)
 
