@@ -239,6 +239,38 @@ def check_expert(folder: Path, content: str) -> None:
     assert (folder / "expert" / "expertprune.json").read_text() == content
 
 
+@pytest.mark.skipif(subprocess.run(["unshare", "--pid", "true"], check=False).returncode != 0, reason="no namespaces")
+def test_two_containers_that_share_a_disk_do_not_take_each_other_for_dead(tmp_path: Path) -> None:
+    """Both processes have the id 1; the second begins, and publishes, while the first is in the middle."""
+    out = tmp_path / "expert"
+    code = """
+import os, sys, time
+from pathlib import Path
+from expertprune.files import staged_folder
+out, number = Path(sys.argv[1]), sys.argv[2]
+with staged_folder(out) as made:
+    (made / "weights").write_text(number)
+    print(os.getpid(), flush=True)
+    sys.stdin.readline()
+    (made / "expertprune.json").write_text("{}")
+"""
+    alone = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-c", code, str(out)]
+    pipes: dict[str, Any] = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
+    first, second = (subprocess.Popen([*alone, number], **pipes) for number in ("first", "second"))
+    with first, second:
+        assert [each.stdout.readline() for each in (first, second)] == ["1\n", "1\n"]
+        assert second.communicate("go\n")[1] == ""
+        said = first.communicate("go\n")[1]
+    assert "something else came there while this command ran, and stays; the result is" in said
+    assert (out / "weights").read_text() == "second"
+    assert (tmp_path / "expert-2" / "weights").read_text() == "first"
+
+
 def test_what_another_run_writes_stays_until_that_run_is_killed(tmp_path: Path) -> None:
     """However long it takes."""
     with other_run(tmp_path / "expert") as run:

@@ -34,6 +34,7 @@ from expertprune.errors import ExpertpruneError, SpecError
 from expertprune.files import (
     MEMORY_VARIABLE,
     SPOOL_VARIABLE,
+    note_parents,
     parse_yaml,
     remove_all_leftovers,
     size_in_bytes,
@@ -133,7 +134,9 @@ def reporting(command: F) -> F:
         with contextlib.suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            remove_all_leftovers(store_folder(kwargs.get("store")))
+            store = store_folder(kwargs.get("store"))
+            remove_all_leftovers(store)
+            note_parents(store)
             # Outside of any stage too, such as while a model is loaded.
             with watching(progress_bar), within_memory(command.__name__):
                 return command(*args, **kwargs)

@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import os
-import secrets
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -17,7 +16,7 @@ import psutil
 from pydantic import TypeAdapter, ValidationError
 
 from expertprune.errors import CheckpointError
-from expertprune.files import machine, read_json
+from expertprune.files import machine, own_folder, read_json
 
 log = logging.getLogger(__name__)
 
@@ -141,24 +140,19 @@ class Leases:
 
     def _now(self) -> float:
         """The time by the clock of the file system, which also dates the heartbeats."""
-        probe = self.folder / f".{secrets.token_hex(8)}.now"
-        probe.touch()
-        now = probe.stat().st_mtime
-        probe.unlink(missing_ok=True)
-        return now
+        with own_folder(self.folder / "now") as probe:
+            return probe.stat().st_mtime
 
     def _create(self, path: Path) -> bool:
         """Create a lease, whole, unless it exists; whether this process created it."""
-        temporary = self.folder / f".{secrets.token_hex(8)}.new"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(asdict(Owner.of_this_process(self.label))))
-            return _linked(temporary, path)
+            with own_folder(self.folder / "lease") as folder:
+                temporary = folder / "new"
+                temporary.write_text(json.dumps(asdict(Owner.of_this_process(self.label))))
+                return _linked(temporary, path)
         except OSError as error:
             raise CheckpointError(f"{self.folder}: leases cannot be written: {error.strerror}") from error
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
 
 
 def _linked(temporary: Path, path: Path) -> bool:

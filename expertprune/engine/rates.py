@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from expertprune.engine.memory import graph_estimate
+from expertprune.files import own_folder
 from expertprune.models.base import ResolvedBase
 from expertprune.models.layers import LayerRecorder, decoder_layers, layers_replaced
 from expertprune.models.streaming import empty_model
@@ -209,17 +210,16 @@ _USUAL = 5e8  # bytes a second of a disk of which nothing can be measured
 
 def _writing(folder: Path, size: int) -> float:
     """Bytes a second, of `size` bytes."""
-    path, block = folder / f".rate-{os.getpid()}", bytes(2**20)
+    block = bytes(2**20)
     try:
-        start = time.perf_counter()
-        with path.open("wb") as file:
-            for _ in range(max(1, size // len(block))):
-                file.write(block)
-            written = file.tell()
-            file.flush()
-            os.fsync(file.fileno())
-        return written / (time.perf_counter() - start)
+        with own_folder(folder / "rate") as own:
+            start = time.perf_counter()
+            with (own / "bytes").open("wb") as file:
+                for _ in range(max(1, size // len(block))):
+                    file.write(block)
+                written = file.tell()
+                file.flush()
+                os.fsync(file.fileno())
+            return written / (time.perf_counter() - start)
     except OSError:
         return _USUAL
-    finally:
-        path.unlink(missing_ok=True)

@@ -162,15 +162,11 @@ class Team:
         """Raises `UsageError` unless all members see the same folder, which the first one can write."""
         if self.size == 1:
             return
-        probe = folder.absolute() / f".team-{self.told(os.urandom(8).hex())}"
-        if self.leads:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe.touch()
-        self.wait()
         seen: list[Any] = [None] * self.size
-        distributed.all_gather_object(seen, (socket.gethostname(), probe.exists()))
-        if self.leads:
-            probe.unlink()
+        with contextlib.ExitStack() as stack:
+            probe = stack.enter_context(scratch_folder(folder.absolute() / "team")) if self.leads else None
+            place = Path(self.told(str(probe)))
+            distributed.all_gather_object(seen, (socket.gethostname(), place.exists()))
         blind = [f"rank {rank} on {host}" for rank, (host, sees) in enumerate(seen) if not sees]
         if blind:
             raise UsageError(

@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expertprune.errors import UsageError
-from expertprune.files.ownership import UNFINISHED, Lock, locked, remove_abandoned, remove_leftovers
+from expertprune.files.ownership import (
+    UNFINISHED,
+    Lock,
+    forget_parents,
+    locked,
+    noted_parents,
+    remove_abandoned,
+    remove_leftovers,
+)
 from expertprune.files.places import folder_size
 
 # The store's folders, and what is in them. Everything can be made again.
@@ -28,6 +36,7 @@ HOLDINGS = {
     "places": "where bases and corpora of experts lie",
     "leases": "which process works on which task",
     "logs": "logs of vLLM",
+    "parents": "where commands have something in the making",
 }
 
 
@@ -70,11 +79,14 @@ def prune_store(store: Path, older_than: float) -> list[StoreEntry]:
 
 
 def remove_all_leftovers(store: Path) -> None:
-    """Remove what killed commands left among temporary files and in the store, where old unfinished work goes too."""
-    for folder in (Path(tempfile.gettempdir()), *(store / kind for kind in HOLDINGS)):
+    """Remove what killed commands left: in the store, where old unfinished work goes too, among temporary files, and
+    where the store has a note of them.
+    """
+    for folder in (Path(tempfile.gettempdir()), *(store / kind for kind in HOLDINGS), *noted_parents(store)):
         remove_leftovers(folder)
     for kind in HOLDINGS:
         remove_abandoned(store / kind)
+    forget_parents(store)
 
 
 _UNITS = {"h": 3600.0, "d": 24 * 3600.0, "w": 7 * 24 * 3600.0}

@@ -51,8 +51,11 @@ def machine() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
     except OSError:
         boot = str(round(psutil.boot_time()))
-    host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:31]
-    return f"{host}-{digest_of(boot.strip())[:8]}"
+    return f"{_host()}-{digest_of(boot.strip())[:8]}"
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:31]
 
 
 @contextlib.contextmanager
@@ -78,6 +81,7 @@ def own_folder(path: Path, kind: str = "partial") -> Iterator[Path]:
     while True:
         folder = path.with_name(f".{tag}.{machine()}-{secrets.token_hex(4)}.{kind}")
         folder.mkdir()
+        _note(folder.absolute().parent)
         with locked(folder, wait=True):
             if not folder.exists():  # another run took it for a leftover before it was locked
                 continue
@@ -96,6 +100,21 @@ def temporary_folder() -> Iterator[Path]:
         inner = folder / "folder"
         inner.mkdir()
         yield inner
+
+
+_SOCKET = 40  # bytes of a socket's name in its folder
+_LONGEST_SOCKET = 107  # bytes of the path of a Unix socket
+
+
+@contextlib.contextmanager
+def socket_folder() -> Iterator[Path | None]:
+    """An empty temporary folder for sockets; `None` where its path would be too long for theirs.
+
+    If the process is killed, a later command removes it.
+    """
+    place = Path(tempfile.gettempdir()) / "ipc"
+    with disk_errors(place), own_folder(place) as folder:
+        yield folder if len(os.fsencode(folder)) + _SOCKET <= _LONGEST_SOCKET else None
 
 
 @contextlib.contextmanager
@@ -155,16 +174,58 @@ def is_leftover(path: Path) -> bool:
     return any(_LEFTOVER.fullmatch(name) for name in path.parts)
 
 
+_stores: list[Path] = []  # the store of this process' command
+
+
+def note_parents(store: Path) -> None:
+    """From now on, note in the store where this process has folders in the making, for `noted_parents`."""
+    _stores[:] = [store]
+
+
+def _note(parent: Path) -> None:
+    """Note a folder, unless it is one that every command looks through anyway."""
+    for store in _stores:
+        if parent == Path(tempfile.gettempdir()) or parent.is_relative_to(store.absolute()):
+            continue
+        notes = store / "parents"
+        with contextlib.suppress(OSError):  # a store that cannot be written costs a leftover
+            notes.mkdir(parents=True, exist_ok=True)
+            with locked(notes, wait=True):
+                (notes / f"{_host()}-{digest_of(str(parent))[:32]}").write_bytes(os.fsencode(parent))
+
+
+def noted_parents(store: Path) -> list[Path]:
+    """Folders of this host in which commands with this store had something in the making."""
+    found = []
+    for note in (store / "parents").glob(f"{_host()}-*"):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(Path(os.fsdecode(note.read_bytes()[:4096])))
+    return [folder for folder in found if folder.is_absolute()]
+
+
+def forget_parents(store: Path) -> None:
+    """Remove the notes of folders in which nothing is in the making any more."""
+    with locked(store / "parents", wait=True):
+        for note in (store / "parents").glob(f"{_host()}-*"):
+            with contextlib.suppress(OSError):
+                if not _leftovers(Path(os.fsdecode(note.read_bytes()[:4096]))):
+                    note.unlink()
+
+
+def _leftovers(folder: Path) -> list[Path]:
+    """Folders in the making, of anybody."""
+    try:
+        return [Path(entry.path) for entry in os.scandir(folder) if _LEFTOVER.fullmatch(entry.name)]
+    except (OSError, ValueError):
+        return []
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed runs left in a folder: runs of this boot at once, others by age.
 
     An expert that a killed run had moved aside goes back to its place, if nothing is there.
     """
-    try:
-        found = [Path(entry.path) for entry in os.scandir(folder) if _LEFTOVER.fullmatch(entry.name)]
-    except OSError:
-        return
-    for leftover in found:
+    for leftover in _leftovers(folder):
         match = _LEFTOVER.fullmatch(leftover.name)
         with contextlib.suppress(OSError), locked(leftover) as lock:
             if match is None or leftover.is_symlink() or leftover.stat().st_uid != os.getuid():

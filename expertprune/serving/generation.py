@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from expertprune.errors import ServingError
-from expertprune.files import digest_of
+from expertprune.files import digest_of, temporary_folder
 from expertprune.serving import engine
 from expertprune.serving.processes import ProcessTree, ending
 
@@ -64,8 +63,8 @@ def generate(job: Job, log: Path) -> list[Sample]:
     """
     on = engine.platform()
     engine.engine_settings(engine.check_folder(job.folder), on)
-    with tempfile.TemporaryDirectory(prefix="expertprune-") as folder:
-        asked, written = Path(folder) / "job.json", Path(folder) / "samples.jsonl"
+    with temporary_folder() as folder:
+        asked, written = folder / "job.json", folder / "samples.jsonl"
         asked.write_text(json.dumps(asdict(job)), encoding="utf-8")
         command = [sys.executable, "-m", "expertprune.serving.generation", str(asked), str(written)]
         tree = ProcessTree(command, log, engine.environment(on))

@@ -11,14 +11,17 @@ import signal
 import socket
 import subprocess
 import time
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
 
 from expertprune.errors import CheckpointError, UsageError
+from expertprune.files import socket_folder
 from expertprune.serving import guard
 
+SOCKETS = "VLLM_RPC_BASE_PATH"  # where vLLM puts its sockets, which it never removes
 GRACE = 4.0  # seconds between SIGTERM and SIGKILL
 _KILLED = 3.0  # seconds until a killed process is gone
 _TAIL = 20  # lines of a log that an error shows
@@ -26,6 +29,8 @@ _TAIL = 20  # lines of a log that an error shows
 
 class ProcessTree:
     """A command that writes into a log and leads a session, so that none of its descendants can be lost.
+
+    vLLM's sockets are in a folder of the tree's own, which goes with it.
 
     Attributes:
         process: what runs, or ran last.
@@ -36,6 +41,9 @@ class ProcessTree:
         self.log = log
         self.environment = {**os.environ, **(environment or {})}
         self.process: subprocess.Popen[bytes] | None = None
+        self._sockets: dict[str, str] = {}
+        self._own = contextlib.ExitStack()
+        weakref.finalize(self, self._own.close)
 
     def start(self) -> None:
         """Start the command. What it prints goes to the end of its log.
@@ -49,12 +57,13 @@ class ProcessTree:
         except OSError as error:
             raise CheckpointError(f"{self.log}: cannot be written: {error.strerror}") from None
         with output:
+            self._make_sockets()
             self.process = subprocess.Popen(
                 self.command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**self.environment, guard.VARIABLE: guard.token()},
+                env={**self.environment, **self._sockets, guard.VARIABLE: guard.token()},
                 start_new_session=True,
             )
 
@@ -83,6 +92,18 @@ class ProcessTree:
     def stop(self) -> None:
         """End all processes, after about `GRACE` seconds at the latest. Processes that have ended are no error."""
         stop_all([self])
+
+    def forget(self) -> None:
+        """Remove the sockets of a command that has ended."""
+        self._own.close()
+        self._sockets.clear()
+
+    def _make_sockets(self) -> None:
+        """A folder for vLLM's sockets, unless the user names one, or the path of temporary files is too long."""
+        if SOCKETS in self.environment or self._sockets:
+            return
+        if (folder := self._own.enter_context(socket_folder())) is not None:
+            self._sockets[SOCKETS] = str(folder)
 
     def tail(self) -> str:
         """The log's last lines, indented."""
@@ -118,6 +139,8 @@ def stop_all(trees: Iterable[ProcessTree]) -> None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     tree.process.wait(timeout=_KILLED)
         psutil.wait_procs(killed, timeout=_KILLED)
+        for tree in trees:
+            tree.forget()
 
 
 def check_port(host: str, port: int) -> None:

@@ -10,13 +10,14 @@ import subprocess
 import tempfile
 import time
 import urllib.request
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from expertprune.errors import ServingError
-from expertprune.files import numbered, store_folder, unused
+from expertprune.files import numbered, store_folder, temporary_folder, unused
 from expertprune.formats import file_name
 from expertprune.serving import engine
 from expertprune.serving.processes import ProcessTree, check_port, client_address, ending, free_port
@@ -78,8 +79,10 @@ class Server:
         self.url = f"{self.root}/v1"
         self.load_seconds: float | None = None
         self._keys = api_keys(arguments)
+        self._own = contextlib.ExitStack()
+        weakref.finalize(self, self._own.close)
         self._own_log = log is None
-        self.log = _temporary_log() if log is None else _new_log(Path(log))
+        self.log = self._own.enter_context(temporary_folder()) / "vllm.log" if log is None else _new_log(Path(log))
         variables = engine.environment(engine.platform(), engines)
         self.tree = ProcessTree([*engine.COMMAND, *own], self.log, variables)
         self._started = 0.0
@@ -149,7 +152,7 @@ class Server:
         return None if self.tree.alive else self._failure(f"died ({ending(self.tree.code)})")
 
     def _failure(self, what: str) -> ServingError:
-        self._own_log = False  # now it is worth keeping
+        self._keep_log()
         return ServingError(f"the server of {self.name} {what}; the end of its log, {self.log}:\n{self.tree.tail()}")
 
     def stop(self) -> None:
@@ -169,8 +172,16 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
-        if self._own_log and error is None:
-            self.log.unlink(missing_ok=True)
+        if error is not None:
+            self._keep_log()
+        self._own.close()
+
+    def _keep_log(self) -> None:
+        """Move a log of the server's own to where nothing removes it: it is worth keeping."""
+        if self._own_log and self.log.is_file():
+            self._own_log = False
+            kept = _temporary_log()
+            self.log = self.tree.log = self.log.replace(kept)
 
 
 def trial(

@@ -57,6 +57,21 @@ def test_everything_that_is_kept_in_the_store_is_shown() -> None:
     assert set(re.findall(r'store\w*(?:\(\w*\))? / "([a-z]+)"', code)) == set(HOLDINGS)
 
 
+def test_any_command_removes_what_was_killed_beside_another_output(
+    tmp_path: Path, spec_file: Path, store: Path
+) -> None:
+    out = tmp_path / "elsewhere" / "plan.json"
+    call("compose", spec_file, "--set", "relevance=magnitude", "--out", out)
+    (note,) = (store / "parents").iterdir()
+    left, foreign = (out.parent / name for name in (f".x.{machine()}-01234567.partial", ".mine.partial"))
+    left.mkdir()
+    foreign.mkdir()
+    call("list")
+    assert not left.exists()
+    assert foreign.exists()
+    assert not note.exists()
+
+
 def test_any_command_removes_what_killed_ones_left(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import uuid
 from pathlib import Path
 
 import psutil
@@ -54,6 +56,27 @@ def test_what_ignores_the_request_to_end_is_killed_with_its_descendants_and_noth
     assert tree.code == -signal.SIGTERM
     tree.stop()  # twice is no error
     assert (ending(3), ending(-9)) == ("exit code 3", "SIGKILL")
+
+
+@pytest.mark.parametrize("temporary", ["t", "t" * 90])
+def test_sockets_of_an_engine_go_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temporary: str) -> None:
+    """vLLM makes sockets named by UUIDs where this variable says, and removes none."""
+    place = Path(tempfile.mkdtemp()) / temporary
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    tree = started(
+        tmp_path, "import os, time; print(os.environ.get('VLLM_RPC_BASE_PATH'), 'ready', flush=True); time.sleep(600)"
+    )
+    wait_for("ready", tree)
+    said = tree.log.read_text().split()[0]
+    if len(temporary) > 80:  # a socket's path has at most 107 bytes
+        assert said == "None"
+    else:
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(f"{said}/{uuid.uuid4()}")
+        assert Path(said).is_relative_to(place)
+    tree.stop()
+    assert list(place.iterdir()) == []
 
 
 def test_children_of_a_leader_that_was_killed_are_found(tmp_path: Path) -> None:
