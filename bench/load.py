@@ -4,7 +4,8 @@
 
 `expertprune serve` serves two tiny random models behind one endpoint. Requests come in bursts: chats
 and completions, whole and as streams. One in ten is cancelled in the middle, and one in ten is
-malformed. The first model's engine is killed after a third of them, its server after two thirds.
+malformed. The first model's engine is killed twice, after a quarter of them and after a half, and its server after three
+quarters.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ PATIENCE = 300.0  # seconds for one answer
 # every number of tokens that it computes at once.
 ARGUMENTS = ("--max-model-len", "256", "--max-num-seqs", "16", "--max-num-batched-tokens", "16")
 TOO_LONG = "w1 " * 3000
+KILLS = (True, True, False)  # an engine, an engine again, its server, at equal distances over the requests
 
 Kind = Literal["valid", "cancelled", "malformed"]
 
@@ -187,9 +189,14 @@ class Endpoint:
         raise LookupError(name)
 
     def kill(self, name: str, engine: bool) -> None:
-        """Kill a model's engine, or the server in front of it."""
+        """Kill a model's engine, or the server in front of it; raises `LookupError` where it has none."""
         server = self.server(name)
-        for process in [each for each in server.children() if "EngineCore" in each.name()] if engine else [server]:
+        engines = [
+            each for each in server.children(recursive=True) if "EngineCore" in " ".join([each.name(), *each.cmdline()])
+        ]
+        if engine and not engines:
+            raise LookupError(f"the server of {name} has no process of an engine")
+        for process in engines if engine else [server]:
             process.kill()
 
     def end(self, number: signal.Signals) -> list[str]:
@@ -230,8 +237,8 @@ class Load:
     outages: list[tuple[float, float]] = field(default_factory=list)  # from a kill until the model answers again
 
     async def run(self, everything: Sequence[Asked], seed: int) -> None:
-        """Send all requests in bursts, and kill the first model's engine, later its server."""
-        chance, room, kills = random.Random(seed), asyncio.Semaphore(AT_ONCE), [True, False]
+        """Send all requests in bursts; kill the first model's engine twice, and once its server (see `KILLS`)."""
+        chance, room, kills = random.Random(seed), asyncio.Semaphore(AT_ONCE), list(KILLS)
         timeout = aiohttp.ClientTimeout(total=PATIENCE)
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
             sampling = asyncio.create_task(self._sample())
@@ -242,7 +249,7 @@ class Load:
                     await room.acquire()
                     running.append(asyncio.create_task(self._ask(session, asked, room)))
                 await asyncio.sleep(chance.uniform(0.0, 0.1))
-                if kills and sent >= len(everything) * (3 - len(kills)) / 3:
+                if kills and sent >= len(everything) * (1 + len(KILLS) - len(kills)) / (1 + len(KILLS)):
                     running.append(asyncio.create_task(self._kill(session, kills.pop(0))))
             await asyncio.gather(*running)
             sampling.cancel()

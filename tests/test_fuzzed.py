@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from bench.torture.fuzz import PLACE
-from bench.torture.inputs import Kind, kinds
+from bench.torture.children import import_rooms
+from bench.torture.fuzz import PLACE, listing
+from bench.torture.inputs import Kind, entry, kinds
 from bench.torture.workplace import Workplace, first_commands
-from expertprune.cli import main
 from tests.calling import call
+from tests.limits import frugal
 
 FOUND = sorted((Path(__file__).parent / "fuzzed").glob("*-*"))
 
@@ -21,6 +22,7 @@ FOUND = sorted((Path(__file__).parent / "fuzzed").glob("*-*"))
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Workplace, dict[str, Kind]]]:
     """A tiny base, an expert and everything else that commands read; and what of it is to be replaced."""
+    import_rooms()
     folder = tmp_path_factory.mktemp("fuzzed")
     place, begin = Workplace.make(folder / "place", seed=0), folder / "begin"
     begin.mkdir()
@@ -44,8 +46,11 @@ def test_what_broke_once(
     try:
         for command in kind.commands:
             kind.file.write_bytes(found.read_bytes().replace(PLACE, str(place.folder).encode()))
-            result = CliRunner().invoke(main, command)
+            before = listing(place)
+            with frugal():
+                result = CliRunner().invoke(entry(command), command)
             assert result.exit_code in (0, 2), f"{result.output}\n{result.exception!r}"
+            assert not listing(place) - before, "it writes outside its output"
             shutil.rmtree(place.out.parent / "made", ignore_errors=True)
     finally:
         kind.file.write_bytes(original)

@@ -1,5 +1,6 @@
 """Torture expertprune, and print what did not hold.
 
+python -m bench.torture
 python -m bench.torture --part kills --number 1000
 python -m bench.torture --part pairs --number 50
 python -m bench.torture --part disk --number 1000

@@ -42,7 +42,7 @@ class Disturbance:
         after: seconds after which it is killed.
         change: the number of the change to the disk at which `kind` happens to it, from 1; a full disk is met at the
             first one from there that needs room.
-        file_limit: bytes above which no file can grow.
+        file_limit: bytes above which no file can grow: the command is killed while it writes one, or told.
     """
 
     after: float | None = None
@@ -189,13 +189,14 @@ def _child(
         os.environ |= {"EXPERTPRUNE_STORE": str(store), "TMPDIR": str(temporary)}
         tempfile.tempdir = str(temporary)
         if disturbed.file_limit is not None:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN if disturbed.kind == "full" else signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             resource.setrlimit(resource.RLIMIT_FSIZE, (disturbed.file_limit,) * 2)
         _watch(counter, disturbed)
-        from expertprune.cli import main
+        from bench.torture.inputs import entry
 
         resource.setrlimit(resource.RLIMIT_CPU, (int(GIVEN_UP), int(GIVEN_UP) + 5))
-        main(arguments, prog_name="expertprune")
+        entry(arguments)(arguments, prog_name="expertprune")
     except SystemExit as exit_:
         code = exit_.code if isinstance(exit_.code, int) else 0
     except BaseException:
@@ -208,7 +209,7 @@ def _child(
 
 def _watch(counter: mmap.mmap, disturbed: Disturbance) -> None:
     """Count changes to the disk, in memory that outlives the child, and disturb the command at the chosen one."""
-    from expertprune.files import staging
+    from expertprune.files import renaming
 
     count, due = 0, False
 
@@ -230,11 +231,11 @@ def _watch(counter: mmap.mmap, disturbed: Disturbance) -> None:
             due = False
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(arguments[0]))
 
-    def swapped(one: Path, other: Path) -> bool:  # the swap itself passes by Python's audit
-        sys.audit("os.rename", str(one), str(other), -1, -1)
-        done = exchange(one, other)
-        sys.audit("os.rename", str(one), str(other), -1, -1)
+    def renamed(old: Path, new: Path, flag: int) -> bool:  # renameat2(2) passes by Python's audit
+        sys.audit("os.rename", str(old), str(new), -1, -1)
+        done = rename(old, new, flag)
+        sys.audit("os.rename", str(old), str(new), -1, -1)
         return done
 
-    exchange, staging.exchange = staging.exchange, swapped  # type: ignore[attr-defined]
+    rename, renaming._rename = renaming._rename, renamed
     sys.addaudithook(hook)

@@ -31,19 +31,25 @@ def hostile(kind: Kind, original: bytes, chance: random.Random) -> bytes:
         return garbled(original, chance)
 
 
-def fuzz(place: Workplace, begin: Path, number: int, seed: int, keep: Path | None) -> Iterator[tuple[str, list[str]]]:
+def fuzz(
+    place: Workplace, begin: Path, number: int | None, seed: int, keep: Path | None = None
+) -> Iterator[tuple[str, list[str]]]:
     """One hostile input at a time, and the commands that read it."""
     chance = random.Random(seed)
-    everything = kinds(place, begin)
+    groups: dict[str, list[Kind]] = {}
+    for each in kinds(place, begin):
+        groups.setdefault(each.group or each.name, []).append(each)
+    turns = list(groups.values())
     idle = run(["--help"], place.store, place.temporary)
-    for count in range(number):
-        kind = everything[count % len(everything)]
+    for count in range(10_000 if number is None else number):
+        turn = turns[count % len(turns)]
+        kind = turn[count // len(turns) % len(turn)]
         original = kind.file.read_bytes()
         content = hostile(kind, original, chance)
         problems = []
         for command in kind.commands:
             kind.file.write_bytes(content)
-            before = _listing(place)
+            before = listing(place)
             done = run(command, place.store, place.temporary)
             if not done.clean:
                 problems.append(f"{command[0]} exits with {done.code}: {done.output[-500:]}")
@@ -51,7 +57,7 @@ def fuzz(place: Workplace, begin: Path, number: int, seed: int, keep: Path | Non
                 problems.append(f"{command[0]} takes {done.busy:.1f} s")
             if done.megabytes > idle.megabytes + MEGABYTES:
                 problems.append(f"{command[0]} takes {done.megabytes - idle.megabytes:.0f} MB")
-            problems += [f"{command[0]} writes {path}" for path in _listing(place) - before]
+            problems += [f"{command[0]} writes {path}" for path in listing(place) - before]
             if command[0] in ("report", "evaluate"):
                 shutil.rmtree(place.out)
                 shutil.copytree(begin / "expert", place.out)
@@ -64,7 +70,7 @@ def fuzz(place: Workplace, begin: Path, number: int, seed: int, keep: Path | Non
         yield name, problems
 
 
-def _listing(place: Workplace) -> set[str]:
+def listing(place: Workplace) -> set[str]:
     """Everything beside the store, temporary files and outputs."""
     mine = (place.store, place.temporary, place.out, place.out.parent / "made")
     return {str(path) for path in place.folder.rglob("*") if not any(path.is_relative_to(each) for each in mine)}

@@ -5,20 +5,27 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import pyarrow
+import torch
 import yaml
 from pyarrow import parquet
+from safetensors.torch import save_file
 
 from bench.torture.workplace import Workplace
+from expertprune.cli import main
+from expertprune.commands.terminal import reporting
 from expertprune.corpora.catalogue import find_sources
 from expertprune.corpora.documents import Document
 from expertprune.corpora.kept import KeptDocuments
 from expertprune.corpora.loading import kept_file
+from expertprune.files import shipped
+from expertprune.serving import engine
 from expertprune.spec.reading import load_spec
 
 TEMPLATE = """{% for message in messages %}
@@ -36,6 +43,7 @@ class Kind:
 
     Attributes:
         data: whether the file is mutated as data; else as bytes.
+        group: kinds of one group share the turn of one kind.
     """
 
     name: str
@@ -43,6 +51,20 @@ class Kind:
     commands: list[list[str]]
     data: Callable[[str], Any] | None = None
     write: Callable[[Any], str] = json.dumps
+    group: str = ""
+
+
+@click.command("check-folder")
+@click.argument("folder")
+@reporting
+def check_folder(folder: str) -> None:
+    """What `expertprune serve` checks of a folder before it starts vLLM, which takes half a minute."""
+    engine.check_folder(folder)
+
+
+def entry(arguments: list[str]) -> click.Command:
+    """What runs a command: the command line, or `check_folder`."""
+    return click.Group(commands=[check_folder]) if arguments[0] == check_folder.name else main
 
 
 def kinds(place: Workplace, begin: Path) -> list[Kind]:
@@ -66,6 +88,12 @@ def kinds(place: Workplace, begin: Path) -> list[Kind]:
     tables, kept = _spec_of_tables(place)
     other, compose = ["validate", str(tables)], ["compose", str(place.spec), "--out", f"{out}/plan.json"]
     evaluated = ["evaluate", str(expert)]
+    rows = folder / "rows.yaml"
+    rows.write_text(yaml.safe_dump(yaml.safe_load(place.spec.read_text()) | {"budget": {"vocabulary": 0.1}}))
+    of_base = [check, ["validate", str(rows)]]
+    of_folder = [evaluated, ["export", str(expert), "--out", f"{out}/x.gguf"], ["check-folder", str(expert)]]
+    adapter = _adapter(folder)
+    cut = ["adapter", str(adapter), "--expert", str(expert), "--out", f"{out}/adapter"]
     return [
         Kind("spec", place.spec, [check], yaml.safe_load, yaml.safe_dump),
         Kind("spec-text", place.spec, [check]),
@@ -77,10 +105,10 @@ def kinds(place: Workplace, begin: Path) -> list[Kind]:
             json.loads,
         ),
         Kind("weights", sorted(expert.glob("*.safetensors"))[0], [evaluated]),
-        Kind("config", base / "config.json", [check], json.loads),
-        Kind("generation", base / "generation_config.json", [check], json.loads),
-        Kind("tokenizer", base / "tokenizer.json", [check], json.loads),
-        Kind("tokenizer-config", base / "tokenizer_config.json", [check], json.loads),
+        Kind("config", base / "config.json", of_base, json.loads),
+        Kind("generation", base / "generation_config.json", of_base, json.loads),
+        Kind("tokenizer", base / "tokenizer.json", of_base, json.loads),
+        Kind("tokenizer-config", base / "tokenizer_config.json", of_base, json.loads),
         Kind("index", base / "model.safetensors.index.json", [check], json.loads),
         Kind("shard", sorted(base.glob("*.safetensors"))[0], [check]),
         Kind("gguf", gguf, [["validate", str(spec_of_gguf)]]),
@@ -95,7 +123,53 @@ def kinds(place: Workplace, begin: Path) -> list[Kind]:
         Kind("places", sorted((place.store / "places").glob("*.json"))[0], [["report", str(expert)]], json.loads),
         Kind("suite", suite, [[*evaluated, "--suite", str(suite)]], yaml.safe_load, yaml.safe_dump),
         Kind("task", folder / "task.yaml", [[*evaluated, "--suite", str(suite)]], yaml.safe_load, yaml.safe_dump),
+        Kind("expert-config", expert / "config.json", of_folder, json.loads),
+        Kind("expert-generation", expert / "generation_config.json", of_folder, json.loads),
+        Kind("expert-tokenizer", expert / "tokenizer.json", of_folder, json.loads),
+        Kind("expert-index", expert / "model.safetensors.index.json", of_folder, json.loads),
+        Kind("adapter", adapter / "adapter_config.json", [cut], json.loads),
+        Kind("adapter-weights", adapter / "adapter_model.safetensors", [cut]),
+        *_shipped_specs(place),
+        *_shipped_suites(place, evaluated),
     ]
+
+
+def _adapter(folder: Path) -> Path:
+    """A LoRA adapter of the base, as PEFT writes it."""
+    made = folder / "adapter"
+    made.mkdir(exist_ok=True)
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(folder / "base"), "r": 2,
+        "lora_alpha": 4, "target_modules": ["down_proj"], "bias": "none",
+    }  # fmt: skip
+    (made / "adapter_config.json").write_text(json.dumps(config))
+    name, weights = "base_model.model.model.layers.{}.mlp.down_proj.lora_{}.weight", {}
+    for layer in range(3):
+        weights[name.format(layer, "A")], weights[name.format(layer, "B")] = torch.ones(2, 32), torch.ones(24, 2)
+    save_file(weights, made / "adapter_model.safetensors", metadata={"format": "pt"})
+    return made
+
+
+def _shipped_specs(place: Workplace) -> Iterator[Kind]:
+    """The specs that ship, for the tiny base."""
+    for path in sorted(shipped("profiles").glob("*.yaml")):
+        copy = place.folder / f"shipped-{path.name}"
+        copy.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"base": str(place.folder / "base")}))
+        command = ["validate", str(copy)]
+        yield Kind(f"shipped-{path.stem}", copy, [command], yaml.safe_load, yaml.safe_dump, "shipped specs")
+
+
+def _shipped_suites(place: Workplace, evaluated: list[str]) -> Iterator[Kind]:
+    """The suites that ship and need no hub."""
+    folder = place.folder / "suites"
+    shutil.copytree(shipped("profiles") / "suites", folder, dirs_exist_ok=True)
+    for path in sorted(folder.glob("*.yaml")):
+        data = yaml.safe_load(path.read_text())
+        entries = [*data.get("tasks", ()), *data.get("generation", ())]
+        if data.get("chat") or not all("file" in each for each in entries):
+            continue
+        command = [*evaluated, "--suite", str(path), "--limit", "2"]
+        yield Kind(f"shipped-suite-{path.stem}", path, [command], yaml.safe_load, yaml.safe_dump, "shipped suites")
 
 
 def _rows(text: str) -> Any:

@@ -83,7 +83,8 @@ class Workplace:
         """Remove outputs, store and temporary files."""
         for folder in (self.out, self.store, self.out.parent / "sweep"):
             shutil.rmtree(folder, ignore_errors=True)
-        (self.out.parent / "expert.gguf").unlink(missing_ok=True)
+        for name in ("expert.gguf", "plan.json"):
+            (self.out.parent / name).unlink(missing_ok=True)
 
     def problems(self) -> list[str]:
         """What may never be, whatever happened: the user's files are gone, or an expert looks finished and is not."""
@@ -99,6 +100,11 @@ class Workplace:
             except Exception as error:
                 found.append(f"{folder.parent.name} is not whole: {error}")
         return found
+
+    def stored(self) -> set[str]:
+        """Every file of the store, but for digests of files: they are named by the time of those."""
+        files = (str(path.relative_to(self.store)) for path in self.store.rglob("*") if not path.is_dir())
+        return {file for file in files if not file.startswith("digests/") or "/." in file}
 
     def leftovers(self) -> list[str]:
         """What is left of killed commands."""
