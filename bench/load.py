@@ -234,6 +234,7 @@ class Load:
     endpoint: Endpoint
     answers: list[Answer] = field(default_factory=list)
     memory: list[dict[int, int]] = field(default_factory=list)  # by process, once a second
+    killing: asyncio.Lock = field(default_factory=asyncio.Lock)
     outages: list[tuple[float, float]] = field(default_factory=list)  # from a kill until the model answers again
 
     async def run(self, everything: Sequence[Asked], seed: int) -> None:
@@ -263,12 +264,13 @@ class Load:
     async def _kill(self, session: aiohttp.ClientSession, engine: bool) -> None:
         name = self.endpoint.names[0]
         body = json.dumps({"model": name, "prompt": "w1", "max_tokens": 1}).encode()
-        self.endpoint.kill(name, engine)
-        begun = time.monotonic()
-        await asyncio.sleep(1.0)  # until the server has noticed
-        while (await ask(session, self.endpoint.root, Asked("valid", name, "/v1/completions", body))).status != 200:
-            await asyncio.sleep(0.5)
-        self.outages.append((begun, time.monotonic()))
+        async with self.killing:  # the model is back before it is killed again
+            self.endpoint.kill(name, engine)
+            begun = time.monotonic()
+            await asyncio.sleep(1.0)  # until the server has noticed
+            while (await ask(session, self.endpoint.root, Asked("valid", name, "/v1/completions", body))).status != 200:
+                await asyncio.sleep(0.5)
+            self.outages.append((begun, time.monotonic()))
 
     async def _sample(self) -> None:
         while True:
