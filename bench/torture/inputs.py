@@ -202,8 +202,8 @@ def _spec_of_tables(place: Workplace) -> tuple[Path, Path]:
     data = yaml.safe_load(place.spec.read_text())
     sources = data["corpora"]["sources"]
     sources["en"]["path"], sources["medical"]["path"] = str(folder / "en.csv"), str(folder / "medical.parquet")
-    talks, others = (str(folder / f"{name}.jsonl") for name in ("talks", "others"))
-    sources["qa"] = {"path": talks, "evaluation": others, "messages": "messages"}
+    paths = {"path": str(folder / "talks.jsonl"), "evaluation": str(folder / "others.jsonl")}
+    sources["qa"] = {**paths, "messages": "messages"}
     sources["general"] = {"dataset": "somebody/texts", "evaluation_split": "test"}
     path = folder / "tables.yaml"
     path.write_text(yaml.safe_dump({**data, "base": str(folder / "chat")}))

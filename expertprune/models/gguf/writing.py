@@ -134,7 +134,9 @@ def _metadata(source: _Source) -> dict[str, Any]:
     for key, meant in form.implied.items():
         if key in values and values[key] != meant:
             raise _unsaid(source, key, values[key], meant)
-    found = {name: getattr(source.config, key, None) for name, key in form.keys(source.family.config).items()}
+    found: dict[str, Any] = {
+        name: getattr(source.config, key, None) for name, key in form.keys(source.family.config).items()
+    }
     found = {name: value for name, value in found.items() if value is not None}
     if source.family.has_ffn:
         found["feed_forward_length"] = _by_layer([layer.ffn for layer in source.layers])
