@@ -183,7 +183,9 @@ def note_parents(store: Path) -> None:
 
 
 def _note(parent: Path) -> None:
-    """Note a folder, unless it is one that every command looks through anyway."""
+    """Note a folder, unless every command looks through it anyway, or it is within one that is in the making itself."""
+    if any(_LEFTOVER.fullmatch(part) for part in parent.parts):
+        return
     for store in _stores:
         if parent == Path(tempfile.gettempdir()) or parent.is_relative_to(store.absolute()):
             continue
