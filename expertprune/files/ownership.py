@@ -184,7 +184,7 @@ def note_parents(store: Path) -> None:
 
 def _note(parent: Path) -> None:
     """Note a folder, unless every command looks through it anyway, or it is within one that is in the making itself."""
-    if any(_LEFTOVER.fullmatch(part) for part in parent.parts):
+    if is_leftover(parent):
         return
     for store in _stores:
         if parent == Path(tempfile.gettempdir()) or parent.is_relative_to(store.absolute()):
