@@ -169,7 +169,7 @@ PLACES = {
     "first profile": ("expertprune.artifacts.profile", "save_file", 1),
     "profile": ("expertprune.artifacts.profile", "save_file", 2),  # the second profile is not yet in its place
     "repair": ("expertprune.pruning.solve", "least_squares", 2),  # in the second layer
-    "prune": ("expertprune.models.checkpoint", "written_file", 2),  # one shard is written, the next begun
+    "prune": ("expertprune.models.shards", "written_file", 2),  # one shard is written, the next begun
     "evaluate": ("expertprune.evaluation.measure", "compare", 1),  # the expert is whole but for its evaluation
 }
 

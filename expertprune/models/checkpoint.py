@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -27,7 +25,7 @@ from expertprune.files import (
     user_path,
 )
 from expertprune.models.encodings import Encoding, encoding_of
-from expertprune.models.tensorfile import DTYPES, TensorInfo, in_order, written_file
+from expertprune.models.tensorfile import DTYPES, TensorInfo
 from expertprune.progress import Track, shown
 
 INDEX = "model.safetensors.index.json"
@@ -188,7 +186,7 @@ class Checkpoint:
     @property
     def _weight_map(self) -> dict[str, str]:
         """The index: from tensors to files."""
-        listed = _read_json(self.folder / INDEX).get("weight_map")
+        listed = read_own_json(self.folder / INDEX).get("weight_map")
         if not isinstance(listed, dict) or not listed or not all(isinstance(file, str) for file in listed.values()):
             raise CheckpointError(f"{self.folder / INDEX}: its weight_map does not map tensors to files")
         return listed
@@ -297,97 +295,6 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def write_weights(
-    base: Checkpoint,
-    out: Path,
-    transform: Callable[[str, Tensor], Tensor | None],
-    extra: Callable[[str], Iterator[tuple[str, Tensor]]] | None = None,
-    names: Mapping[str, str | None] | None = None,
-) -> None:
-    """Write the base's tensors into `out`, transformed, in the base's files.
-
-    One tensor is in memory at a time. Files in which nothing changes are copied byte for byte.
-
-    Args:
-        transform: from a tensor's name and value to its new value, or to `None` if it stays as it is.
-        extra: from a file's name to tensors that are added to it.
-        names: from old names of tensors to new ones, or to `None` for tensors that are left out.
-    """
-    base.fetch()
-    names = names or {}
-    weight_map: dict[str, str] = {}
-    total = parameters = 0
-    any_changed = False
-    for file in base.shards:
-        added = dict(extra(file)) if extra is not None else {}
-        if base.leaves_out_of(file) and not added and all(info.file != file for info in base.tensors.values()):
-            any_changed = True
-            continue
-        sizes, changed = _write_shard(base, file, out, transform, added, names)
-        any_changed |= changed
-        weight_map |= dict.fromkeys(sizes, file)
-        parameters += sum(count for count, _ in sizes.values())
-        total += sum(size for _, size in sizes.values())
-    base.check_unchanged()
-    if not (base.folder / INDEX).is_file():
-        return
-    if any_changed:
-        index = _read_json(base.folder / INDEX)
-        about = index.get("metadata")
-        index["metadata"] = {**(about if isinstance(about, dict) else {}), "total_size": total}
-        if "total_parameters" in index["metadata"]:
-            index["metadata"]["total_parameters"] = parameters
-        index["weight_map"] = dict(sorted(weight_map.items()))
-        (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    else:
-        shutil.copyfile(base.folder / INDEX, out / INDEX)
-
-
-def _write_shard(
-    base: Checkpoint,
-    file: str,
-    out: Path,
-    transform: Callable[[str, Tensor], Tensor | None],
-    extra: Mapping[str, Tensor],
-    names: Mapping[str, str | None],
-) -> tuple[dict[str, tuple[int, int]], bool]:
-    """One file of `write_weights`: the parameters and bytes of each tensor in it, and whether it differs from the base's.
-
-    One tensor is in memory at a time.
-    """
-    here = [name for name, info in base.tensors.items() if info.file == file]
-    sources = {written: name for name in here if (written := names.get(name, name)) is not None}
-    changed = base.encoding is not None or bool(extra) or base.leaves_out_of(file)
-    changed |= any(names.get(name, name) != name for name in here)
-    infos = {renamed: base.tensors[name] for renamed, name in sources.items()}
-    expected = {name: (_dtype(base, info), info.shape) for name, info in infos.items()}
-    expected |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in extra.items()}
-    with opened_weights(base.folder / file) as shard:
-        metadata = shard.metadata() or {"format": "pt"}
-    sizes: dict[str, tuple[int, int]] = {}
-    with written_file(out / file, expected, metadata) as made:
-        for name in in_order({name: dtype for name, (dtype, _) in expected.items()}):
-            if name in extra:
-                tensor = extra[name]
-            else:
-                tensor = base.read_finite(sources[name])
-                if (new := transform(sources[name], tensor)) is not None:
-                    tensor, changed = new, True
-            made.add(name, tensor)
-            sizes[name] = tensor.numel(), tensor.numel() * tensor.element_size()
-    if not changed:
-        shutil.copyfile(base.folder / file, out / file)
-    return sizes, changed
-
-
-def _dtype(base: Checkpoint, info: TensorInfo) -> torch.dtype:
-    if info.dtype not in DTYPES:
-        raise CheckpointError(
-            f"{base.folder / info.file}: holds tensors of dtype {info.dtype}, which cannot be written"
-        )
-    return DTYPES[info.dtype]
-
-
 def headers(path: Path) -> dict[str, TensorInfo]:
     """The tensors of a safetensors file, none of them read; raises `CheckpointError` for a damaged file."""
     with opened_weights(path) as shard:
@@ -407,7 +314,7 @@ def opened_weights(path: Path) -> Any:
 
 def _read_config(path: Path) -> dict[str, Any]:
     """A model's config; raises `CheckpointError` where a key that says what it is holds something else than names."""
-    config = _read_json(path)
+    config = read_own_json(path)
     architectures = config.get("architectures") or []
     if not isinstance(config.get("model_type"), str | None):
         raise CheckpointError(f"{path}: model_type: must be a name (found {config['model_type']!r})")
@@ -416,7 +323,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_own_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a model's folder; raises `CheckpointError` where it is missing, or holds no object."""
     if not os.path.lexists(path):
         raise CheckpointError(f"{path}: no such file, so the folder holds no model")
     return read_object(path, any_integer=False)

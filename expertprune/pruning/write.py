@@ -23,9 +23,9 @@ from expertprune.engine.team import team
 from expertprune.errors import CheckpointError, PlanError
 from expertprune.files import digest_of, require_room, scratch_folder, working_folder
 from expertprune.models.base import ResolvedBase
-from expertprune.models.checkpoint import write_weights
 from expertprune.models.loading import class_of, decoder_class_of, within_decoder
 from expertprune.models.passes import TextRun
+from expertprune.models.shards import write_weights
 from expertprune.models.states import KeptStates
 from expertprune.models.tensorfile import DTYPES
 from expertprune.progress import Progress

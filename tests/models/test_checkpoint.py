@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from expertprune.arch import family_of
 from expertprune.errors import CheckpointError
-from expertprune.models.checkpoint import Checkpoint, headers, write_weights
+from expertprune.models.checkpoint import Checkpoint, headers
 from expertprune.models.costs import unit_parameters
 from expertprune.models.loading import load_model, model_class
+from expertprune.models.shards import write_weights
 from expertprune.models.tensorfile import DTYPES, in_order, written_file
 from expertprune.units import Structure
 from tests.oracle import change_config, pad_headers, read_json, resolved, stored_tensors

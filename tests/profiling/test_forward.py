@@ -249,6 +249,7 @@ WITHOUT_NUMBERS = {
     "errors.py": "messages",
     "registry.py": "names of functions",
     "progress.py": "what a terminal shows",
+    "formats.py": "as above",
     "files": "reads and writes whole files",
     "engine/watch.py": "ends a team whose member died",
     "engine/memory.py": "how much is done at a time",
