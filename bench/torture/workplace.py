@@ -102,9 +102,11 @@ class Workplace:
         return found
 
     def stored(self) -> set[str]:
-        """Every file of the store, but for digests of files: they are named by the time of those."""
+        """Every file of the store, but for digests of files, which are named by the time of those, and for notes of
+        folders, of which a run that finds its output begun has fewer.
+        """
         files = (str(path.relative_to(self.store)) for path in self.store.rglob("*") if not path.is_dir())
-        return {file for file in files if not file.startswith("digests/") or "/." in file}
+        return {file for file in files if not file.startswith(("digests/", "parents/")) or "/." in file}
 
     def leftovers(self) -> list[str]:
         """What is left of killed commands."""

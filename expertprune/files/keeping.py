@@ -82,7 +82,7 @@ def remove_all_leftovers(store: Path) -> None:
     """Remove what killed commands left: in the store, where old unfinished work goes too, among temporary files, and
     where the store has a note of them.
     """
-    for folder in (Path(tempfile.gettempdir()), *(store / kind for kind in HOLDINGS), *noted_parents(store)):
+    for folder in (Path(tempfile.gettempdir()), store, *(store / kind for kind in HOLDINGS), *noted_parents(store)):
         remove_leftovers(folder)
     for kind in HOLDINGS:
         remove_abandoned(store / kind)

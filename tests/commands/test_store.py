@@ -76,13 +76,13 @@ def test_any_command_removes_what_killed_ones_left(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    left = [tmp_path / f".expertprune.{machine()}-0123abcd.partial",
+    left = [tmp_path / f".expertprune.{machine()}-0123abcd.partial", store / f".rate.{machine()}-0123abcd.partial",
             store / "profiles" / f".x.safetensors.{machine()}-0123abcd.partial"]  # fmt: skip
     for folder in left:
         folder.mkdir(parents=True)
         (folder / "half").write_text("x")
     call("list", "criteria")
-    assert [folder.exists() for folder in left] == [False, False]
+    assert [folder.exists() for folder in left] == [False] * 3
 
 
 @pytest.mark.parametrize("name", ["profiles/.x.working", "repairs/y.unfinished"])
