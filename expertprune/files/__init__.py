@@ -27,6 +27,7 @@ from expertprune.files.ownership import (
     note_parents,
     one_at_a_time,
     own_folder,
+    remove_finished,
     remove_leftovers,
     scratch_folder,
     socket_folder,
@@ -90,7 +91,7 @@ __all__ = [
     "locked", "machine", "not_a_file", "not_a_folder", "note_parents", "numbered", "one_at_a_time", "opened",
     "own_folder", "parse_json", "parse_yaml", "problems_of", "prune_store", "read_bytes", "read_json",
     "read_kept", "read_model", "read_object", "read_text", "read_yaml", "remove_all_leftovers",
-    "remove_leftovers", "require_room", "require_rooms", "scratch_folder", "shipped", "size_in_bytes",
-    "socket_folder", "staged_file", "staged_folder", "staged_output", "store_folder", "temporary_folder",
+    "remove_finished", "remove_leftovers", "require_room", "require_rooms", "scratch_folder", "shipped",
+    "size_in_bytes", "socket_folder", "staged_file", "staged_folder", "staged_output", "store_folder", "temporary_folder",
     "to_json", "unused", "user_path", "working_folder", "write_file", "write_json",
 ]  # fmt: skip

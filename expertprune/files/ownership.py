@@ -159,7 +159,22 @@ def working_folder(path: Path) -> Iterator[Path]:
         finally:
             if not any(path.iterdir()):
                 path.rmdir()
-        shutil.rmtree(path, ignore_errors=True)
+        _remove_work(path)
+
+
+def remove_finished(path: Path) -> None:
+    """Remove the folder of work whose result is there by now, as a kill left it, unless somebody works in it."""
+    if path.is_dir():
+        with locked(path) as lock:
+            if lock is not Lock.TAKEN:
+                _remove_work(path)
+
+
+def _remove_work(path: Path) -> None:
+    """Remove a folder that is locked. What a kill leaves of it has the name of a leftover, and goes with those."""
+    with contextlib.suppress(OSError), own_folder(path) as aside:
+        os.replace(path, aside / "done")
+    shutil.rmtree(path, ignore_errors=True)  # where it could not be renamed
 
 
 @contextlib.contextmanager
@@ -251,7 +266,7 @@ def remove_abandoned(folder: Path, keep: Path | None = None) -> None:
         if work != keep and age(work) > ABANDONED_AFTER:
             with locked(work) as lock:
                 if lock is not Lock.TAKEN:
-                    shutil.rmtree(work, ignore_errors=True)
+                    _remove_work(work)
 
 
 def age(path: Path) -> float:

@@ -109,7 +109,7 @@ def measure(
     """
     # A team starts a profile anew: its members would not have finished the same layers.
     alone = team().size == 1
-    with working_folder(path.with_name(f".{path.stem}.working")) if alone else contextlib.nullcontext(None) as folder:
+    with working_folder(working_path(path)) if alone else contextlib.nullcontext(None) as folder:
         traversal = Traversal(text, parts, working=Working(folder), keep=keep, weights=weights)
         with track(f"profile {about.corpus}", traversal.steps) as step:
             found = traversal.run(step)
@@ -118,3 +118,8 @@ def measure(
             save_profile(part.path(path), own, statistics)
     team().wait()
     return Profile(path)
+
+
+def working_path(path: Path) -> Path:
+    """Where finished layers of a profile are kept until it is whole, by the profile's path."""
+    return path.with_name(f".{path.stem}.working")

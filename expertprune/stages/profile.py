@@ -14,13 +14,13 @@ from expertprune.engine.memory import Sizes, TextSize, fitting, graph_estimate, 
 from expertprune.engine.tasks import Engine, Local, RemoteCall, Report, Shard, Task
 from expertprune.engine.team import team
 from expertprune.errors import SpecError
-from expertprune.files import digest_of
+from expertprune.files import digest_of, remove_finished
 from expertprune.models.passes import TextRun
 from expertprune.models.running import to_stream
 from expertprune.models.sources import is_streamed, source_of
 from expertprune.models.spool import Limits
 from expertprune.models.states import KeepStates, keep_nothing
-from expertprune.profiling.store import about_profile, measure, profile_key, profile_path
+from expertprune.profiling.store import about_profile, measure, profile_key, profile_path, working_path
 from expertprune.progress import Track, silent
 from expertprune.pruning.repair import check_repair
 from expertprune.relevance import Pass
@@ -57,6 +57,8 @@ def profiles_of(
         if place.missing:
             lacking = " and the ".join(map(str, place.missing))
             raise SpecError(f"the profile of {name} lacks the {lacking} pass: run the profile stage")
+        if team().leads:
+            remove_finished(working_path(place.path))  # of a run that was killed when it had stored the profile
     return {name: Profile(place.path) for name, place in places.items()}
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+from expertprune import profile
 from expertprune.artifacts.profile import FORWARD, VOCABULARY, Profile, ProfilePart
+from expertprune.files import is_leftover, remove_leftovers, working_folder
 from expertprune.models.passes import TextRun
 from expertprune.profiling import traversal
 from expertprune.profiling.gradients import Taped
-from expertprune.profiling.store import measure
+from expertprune.profiling.store import measure, working_path
 from expertprune.profiling.working import Working
 from expertprune.relevance import Pass
 from tests.models.test_sources import text_of
@@ -68,3 +71,32 @@ def test_a_killed_pass_goes_on_and_gives_the_same_profile(
     back = max(0, saved - LAYERS - 2) if streamed else 0
     assert sorted(set(differentiated)) == list(range(LAYERS - back))
     assert {each.name for each in path.parent.iterdir()} == {each.path.name for each in found}
+
+
+def test_a_kill_while_finished_work_is_removed_leaves_what_the_next_command_removes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(path: Path, **_: object) -> None:
+        raise Killed
+
+    def work() -> None:
+        with working_folder(tmp_path / ".d.working") as folder:
+            (folder / "forward.0.safetensors").write_bytes(b"x")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", killed)
+        with pytest.raises(Killed):
+            work()
+    assert [is_leftover(path) for path in tmp_path.iterdir()] == [True]
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_work_of_a_profile_that_is_stored_goes_with_the_next_run(spec_file: Path, store: Path) -> None:
+    profiles = profile(spec_file, store=store)
+    left = [working_path(each.path) for each in profiles.values()]
+    for folder in left:
+        folder.mkdir()
+        (folder / "forward.0.safetensors").write_bytes(b"x")
+    profile(spec_file, store=store)
+    assert not any(folder.exists() for folder in left)
