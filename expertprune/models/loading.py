@@ -200,7 +200,9 @@ def _check_token_ids(path: Path) -> None:
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The folder's tokenizer."""
+    """The folder's tokenizer, which has encoded a word: settings of wrong types show only then."""
     _check_token_ids(folder / "tokenizer.json")
     with refused(f"{folder}: the tokenizer cannot be loaded"):
-        return quiet_transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        found = quiet_transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        found("word")
+        return found
