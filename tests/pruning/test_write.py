@@ -21,7 +21,7 @@ from expertprune.composition.parameters import removed_parameters
 from expertprune.composition.widths import LayerWidths
 from expertprune.errors import CheckpointError, PlanError
 from expertprune.files import staged_folder
-from expertprune.models import checkpoint
+from expertprune.models import shards
 from expertprune.models.base import ResolvedBase
 from expertprune.pruning.repair import Repair
 from expertprune.pruning.write import RepairInput, bytes_needed, check_plan, prune
@@ -123,7 +123,7 @@ def test_failure_midway_leaves_no_folder_and_keeps_the_expert_that_was_there(
     """The writer of shards fails at the third."""
     (pruned(random_plan(base, ffn=20), base, tmp_path / "expert") / "expertprune.json").write_text("{}")
     before = contents(tmp_path / "expert")
-    real, paths = checkpoint.written_file, []
+    real, paths = shards.written_file, []
 
     def written(path: Path, *args: Any) -> Any:
         paths.append(path)
@@ -131,7 +131,7 @@ def test_failure_midway_leaves_no_folder_and_keeps_the_expert_that_was_there(
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(path, *args)
 
-    monkeypatch.setattr(checkpoint, "written_file", written)
+    monkeypatch.setattr(shards, "written_file", written)
     for out in (tmp_path / "new" / "expert", tmp_path / "expert"):
         paths.clear()
         with pytest.raises(CheckpointError, match="no room left on the disk"), staged_folder(out, overwrite=True) as at:
