@@ -57,11 +57,8 @@ def find_sources(spec: Spec) -> dict[CorpusName, Source]:
         source = _find(name, spec.corpora.sources, catalogue)
         if source is None:
             key = GENERAL if name.is_general else f"dimensions.{name.dimension}"
-            known = {each.value for each in catalogue if each.dimension == name.dimension}
-            known |= {key.rpartition("/")[2] for key in spec.corpora.sources}
-            hint = nearest(name.value, known)
-            hint += "" if "did you mean" in hint else _own_source(name)
-            problems.append(f"{key}: no corpus for {name.value!r}{hint}")
+            values = {each.value for each in catalogue if each.dimension == name.dimension}
+            problems.append(_lacking(key, name, values, spec))
         else:
             found[name] = source
     if problems:
@@ -84,15 +81,19 @@ def other_sources(spec: Spec) -> dict[CorpusName, Source]:
         if same:
             problems.append(f"evaluate.others: {value!r} is {same[0]}, which the spec names already: take it out")
         elif source is None:
-            known_values = {each.value for each in catalogue} | {key.rpartition("/")[2] for key in spec.corpora.sources}
-            hint = nearest(value, known_values)
-            hint += "" if "did you mean" in hint else _own_source(name)
-            problems.append(f"evaluate.others: no corpus for {value!r}{hint}")
+            problems.append(_lacking("evaluate.others", name, {each.value for each in catalogue}, spec))
         else:
             named[name] = source
     if problems:
         raise SpecError(problems)
     return {name: source for name, source in named.items() if name.dimension == OTHER}
+
+
+def _lacking(key: str, name: CorpusName, values: set[str], spec: Spec) -> str:
+    """That a corpus has no source, with the nearest of some shipped values and the spec's own, or how to give one."""
+    hint = nearest(name.value, values | {source.rpartition("/")[2] for source in spec.corpora.sources})
+    hint += "" if "did you mean" in hint else _own_source(name)
+    return f"{key}: no corpus for {name.value!r}{hint}"
 
 
 # Shipped corpora of a language, a skill and a subject each, the most unlike first.
