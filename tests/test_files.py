@@ -615,6 +615,18 @@ def test_everything_is_on_the_disk_before_it_is_renamed(
     assert events == [*content, "rename out", f"sync {tmp_path.name}"]
 
 
+def test_new_folders_above_a_result_are_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    sync = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}")) or sync(handle)
+    )
+    with staged_folder(tmp_path / "one" / "two" / "out"):
+        pass
+    for folder in (tmp_path, tmp_path / "one", tmp_path / "one" / "two"):
+        assert str(folder) in synced
+
+
 def test_temporary_folders_of_killed_commands_go_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     killed = tmp_path / f".expertprune.{ownership.machine()}-0123abcd.partial"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 import os
 import re
@@ -22,6 +23,18 @@ THROUGHPUT_FILE = "throughput.json"  # the speeds,
 REPORT_PAGE, COMPARISON_PAGE = "report.html", "comparison.html"  # and the pages of `report`
 ADAPTER_WEIGHTS = "adapter_model.safetensors"  # PEFT's name for the weights of an adapter
 _LONGEST_PATH, _LONGEST_NAME = 4095, 255  # bytes, of Linux
+
+
+def against_file(model: str) -> str:
+    """The name of the file with an expert's speeds beside those of another model than its base."""
+    return f"throughput-{model}.json"
+
+
+def is_report(name: str) -> bool:
+    """Whether a file of an expert's folder tells of the expert and is no part of it."""
+    return name in (CHANGES_FILE, REPORT_PAGE, COMPARISON_PAGE, THROUGHPUT_FILE) or fnmatch.fnmatch(
+        name, against_file("*")
+    )
 
 
 def store_folder(store: str | Path | None = None) -> Path:

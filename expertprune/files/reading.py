@@ -23,6 +23,7 @@ YAML_BYTES = 256 * 2**10
 JSON_BYTES = 64 * 2**20
 DEPTH = 64  # of lists and mappings in each other
 YAML_NODES = 100_000  # aliases counted as often as they are used
+JSON_VALUES = 5_000_000  # by their commas, colons and brackets; at most 160 bytes of memory each
 INTEGER = 2**63  # larger numbers do not fit what computes with them
 
 M = TypeVar("M", bound=BaseModel)
@@ -135,6 +136,8 @@ def parse_json(
     text: str, where: str, error: type[ExpertpruneError] = CheckpointError, any_integer: bool = False
 ) -> Any:
     """JSON as plain data; see `read_json`."""
+    if sum(map(text.count, ",:[{")) > JSON_VALUES:
+        raise error(f"{where}: holds more than {JSON_VALUES:,} values, which no such file needs")
     try:
         data = json.loads(text, parse_constant=_no_constant)
     except RecursionError:
@@ -264,28 +267,27 @@ def check_values(
 ) -> None:
     """Raises `error` for plain data that holds NaN, infinity, half a character or a huge number, or is too deep."""
     if (wrong := _wrong_value(data, any_integer)) is not None:
-        raise error(f"{where}: {wrong}")
+        keys, told = wrong
+        raise error(": ".join([where, *filter(None, [".".join(keys[:8])]), told]))
 
 
-def _wrong_value(data: Any, any_integer: bool) -> str | None:
-    """What is wrong with plain data of any depth: its first value that nothing can compute with or write."""
-    todo: list[tuple[str, Any, int]] = [("", data, 0)]
-    while todo:
-        key, value, depth = todo.pop()
-        about = f"{key.removeprefix('.')}: " if key else ""
-        if isinstance(value, dict | list):
-            if depth >= DEPTH:
-                return "lists and mappings are nested too deeply"
-            pairs = value.items() if isinstance(value, dict) else enumerate(value)
-            todo += [(f"{key}.{name}" if depth < 8 else key, each, depth + 1) for name, each in pairs]
-            if isinstance(value, dict):
-                todo += [(key, name, depth) for name in value if isinstance(name, str)]
-        elif isinstance(value, str):
-            if _HALF.search(value):
-                return "a text holds half of a character (a lone surrogate)"
-        elif isinstance(value, float):
-            if not math.isfinite(value):
-                return f"{about}{value} is not a number that can be computed with"
-        elif isinstance(value, int) and not any_integer and not -INTEGER <= value < INTEGER:
-            return f"{about}the number {str(value)[:20]}... is too large"
+def _wrong_value(data: Any, any_integer: bool, depth: int = 0) -> tuple[tuple[str, ...], str] | None:
+    """The first value of plain data that nothing can compute with or write: its keys, and what is wrong with it."""
+    if isinstance(data, dict | list):
+        if depth >= DEPTH:
+            return (), "lists and mappings are nested too deeply"
+        for name, each in data.items() if isinstance(data, dict) else enumerate(data):
+            if isinstance(name, str) and _HALF.search(name):
+                return (), "a key holds half of a character (a lone surrogate)"
+            if (wrong := _wrong_value(each, any_integer, depth + 1)) is not None:
+                keys, told = wrong
+                return (str(name), *keys), told
+    elif isinstance(data, str):
+        if _HALF.search(data):
+            return (), "a text holds half of a character (a lone surrogate)"
+    elif isinstance(data, float):
+        if not math.isfinite(data):
+            return (), f"{data} is not a number that can be computed with"
+    elif isinstance(data, int) and not any_integer and not -INTEGER <= data < INTEGER:
+        return (), f"the number {str(data)[:20]}... is too large"
     return None

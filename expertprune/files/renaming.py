@@ -80,6 +80,15 @@ def sync_entry(path: Path) -> None:
     _sync_one(path.absolute().parent)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it that are missing, so that a power loss does not undo them."""
+    missing = [path, *path.parents]
+    missing = missing[: next((count for count, each in enumerate(missing) if each.exists()), len(missing))]
+    path.mkdir(parents=True, exist_ok=True)
+    for each in missing:
+        sync_entry(each)
+
+
 def _sync_one(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:

@@ -17,7 +17,7 @@ from expertprune.files.outputs import EXPERT, OutputKind, check_output
 from expertprune.files.ownership import disk_errors, locked, own_folder, remove_leftovers
 from expertprune.files.places import numbered
 from expertprune.files.reading import not_a_file, opened
-from expertprune.files.renaming import exchange, rename_new, sync, sync_entry
+from expertprune.files.renaming import exchange, make_folder, rename_new, sync, sync_entry
 
 _Identity = tuple[int, int] | None  # of a file or folder: its device and number there; `None` where there is none
 
@@ -76,7 +76,7 @@ def staged_folder(out: Path, overwrite: bool = False, kind: OutputKind = EXPERT)
 def _making(path: Path) -> Iterator[Path]:
     """A path for something new, in a folder of this process beside `path`."""
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         remove_leftovers(path.parent)
         with own_folder(path) as folder:
             yield folder / path.name

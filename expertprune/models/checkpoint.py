@@ -14,16 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from expertprune.errors import CheckpointError
-from expertprune.files import (
-    CHANGES_FILE,
-    COMPARISON_PAGE,
-    EXPERT_FILE,
-    REPORT_PAGE,
-    THROUGHPUT_FILE,
-    not_a_file,
-    read_object,
-    user_path,
-)
+from expertprune.files import EXPERT_FILE, is_report, not_a_file, read_object, user_path
 from expertprune.models.encodings import Encoding, encoding_of
 from expertprune.models.tensorfile import DTYPES, TensorInfo
 from expertprune.progress import Track, shown
@@ -45,10 +36,7 @@ _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msg
 _CARRIED_FOLDERS = ("additional_chat_templates",)
 
 
-_NOT_CARRIED = {
-    "README.md", EXPERT_FILE, CHANGES_FILE, THROUGHPUT_FILE, REPORT_PAGE, COMPARISON_PAGE, INDEX,
-    "pytorch_model.bin.index.json", ".gitattributes",
-}  # fmt: skip
+_NOT_CARRIED = {CONFIG, "README.md", EXPERT_FILE, INDEX, "pytorch_model.bin.index.json", ".gitattributes"}
 
 
 class Pending(Protocol):
@@ -223,7 +211,8 @@ class Checkpoint:
             for path in [*self.folder.iterdir(), *below]
             if path.is_file()
             and path.suffix not in _WEIGHT_SUFFIXES
-            and path.name not in _NOT_CARRIED | {CONFIG}
+            and path.name not in _NOT_CARRIED
+            and not is_report(path.name)
             and not path.name.endswith(".partial")
         )
 

@@ -18,7 +18,15 @@ import psutil
 from expertprune.artifacts.expert import Expert
 from expertprune.artifacts.timing import ROLES, Load, Role, Run, Timing
 from expertprune.errors import ServingError, UsageError, refused
-from expertprune.files import THROUGHPUT_FILE, TIMING, check_output, shipped, store_folder, temporary_folder
+from expertprune.files import (
+    THROUGHPUT_FILE,
+    TIMING,
+    against_file,
+    check_output,
+    shipped,
+    store_folder,
+    temporary_folder,
+)
 from expertprune.formats import file_name
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.loading import load_tokenizer, quiet_transformers
@@ -67,7 +75,7 @@ def bench(
     folders: dict[Role, Path] = {"base": other, "expert": expert}
     servables = {role: engine.check_folder(folder) for role, folder in folders.items()}
     load = load.model_copy(update={"chat": all(servable.chat for servable in servables.values())})
-    out = expert / (THROUGHPUT_FILE if against is None else f"throughput-{file_name(servables['base'].name)}.json")
+    out = expert / (THROUGHPUT_FILE if against is None else against_file(file_name(servables["base"].name)))
     check_output(out, overwrite=True, kind=TIMING)
     _check_before(servables, load)
     arguments = [*_common_arguments(list(servables.values()), arguments), *arguments]

@@ -10,15 +10,13 @@ from typing import Any
 
 from expertprune.artifacts.expert import Expert
 from expertprune.errors import CheckpointError, UsageError, refused
-from expertprune.files import CHANGES_FILE, THROUGHPUT_FILE, file_digest, store_folder, write_file
+from expertprune.files import file_digest, is_report, store_folder, write_file
 from expertprune.models.checkpoint import Checkpoint, check_link
 from expertprune.models.hub import hub_errors
 from expertprune.models.origin import CARD_FILE
 from expertprune.reporting.card import card_text
 from expertprune.reporting.metadata import card_metadata
 
-# Reports show texts that evaluated the expert, and name folders of this machine.
-_REPORTS = ("*.html", CHANGES_FILE, THROUGHPUT_FILE)
 _TEXT = (".json", ".jinja", ".md", ".txt", ".py", ".yaml")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")  # any text may be a token
 _SETTINGS = ".gitattributes"  # of the repository; the hub writes it
@@ -101,8 +99,9 @@ def _files(folder: Path, store: Path) -> Iterator[str]:
     places = {place for place in (Path.home(), Path.cwd(), folder.resolve().parent, store.absolute()) if place.name}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
+        # Reports show texts that evaluated the expert, and name folders of this machine.
         hidden = path.suffix == ".partial" or any(part.startswith(".") for part in name.parts)
-        if hidden or not path.is_file() or any(path.match(pattern) for pattern in _REPORTS):
+        if hidden or not path.is_file() or path.suffix == ".html" or is_report(path.name):
             continue
         check_link(path, folder)
         if path.suffix in _TEXT and path.name not in _VOCABULARIES:

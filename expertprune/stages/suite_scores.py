@@ -21,15 +21,7 @@ from expertprune.evaluation.harness.tasks import HarnessTask, run_task
 from expertprune.evaluation.measure import group_of
 from expertprune.evaluation.retention import RESAMPLES
 from expertprune.evaluation.suites import Suite
-from expertprune.files import (
-    CHANGES_FILE,
-    EXPERT_FILE,
-    THROUGHPUT_FILE,
-    digest_of,
-    file_digest,
-    read_kept,
-    write_json,
-)
+from expertprune.files import EXPERT_FILE, digest_of, file_digest, is_report, read_kept, write_json
 from expertprune.models.base import ResolvedBase
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.loading import load_tokenizer
@@ -95,7 +87,9 @@ class Measurement:
     def of_expert(self) -> StoredScores:
         """The expert's scores on tasks."""
         paths = [
-            path for path in sorted(self.expert.folder.iterdir()) if path.suffix in _READ and path.name not in _OURS
+            path
+            for path in sorted(self.expert.folder.iterdir())
+            if path.suffix in _READ and path.name != EXPERT_FILE and not is_report(path.name)
         ]
         files = {path.name: file_digest(path, self.store) for path in paths}
         return StoredScores(self.store, digest_of([files, str(self.base.dtype)]), self.backend, self.limit)
@@ -216,4 +210,3 @@ class _OnCorpus(Record):
 
 
 _READ = (".safetensors", ".json", ".model", ".jinja", ".txt")
-_OURS = (EXPERT_FILE, THROUGHPUT_FILE, CHANGES_FILE)  # files in an expert's folder on which its answers do not depend

@@ -316,6 +316,17 @@ def test_a_plan_of_wrong_types_and_sizes(tmp_path: Path, spec_data: Data, case: 
         refused("inspect", tmp_path / "plan.json")
 
 
+@pytest.mark.parametrize("values", ["[]", "{}", '"ab"', "1000", '{"ab": 1000}'])
+def test_millions_of_values_in_few_bytes(tmp_path: Path, values: str) -> None:
+    path = tmp_path / "plan.json"
+    for size in (2**26, 2**24):  # above the limit, and at most just below it
+        path.write_text("[" + ",".join([values] * ((size - 2) // (len(values) + 1))) + "]")
+        with frugal():
+            message = call("prune", path, "--out", tmp_path / "expert", code=2).stderr
+        assert f"{path}: " in message
+    assert "values, which no such file needs" in message or len(values) > 2
+
+
 def test_a_fifo_in_place_of_an_expert_s_weights(expert: Path) -> None:
     path = sorted(expert.glob("*.safetensors"))[0]
     path.unlink()

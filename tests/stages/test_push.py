@@ -42,7 +42,8 @@ def test_an_expert_is_pushed_and_loads_from_the_hub(hub: Hub, expert: Path) -> N
     (expert / ".cache" / "state").write_text("of some tool")
     (expert / "report.html").write_text("an answer that changed")
     (expert / "comparison.html").write_text(f"expertprune evaluate {expert}")
-    stays = {"report.html", "comparison.html", "changes.json"}
+    (expert / "throughput-other.json").write_text(f'{{"name": "{expert}"}}')
+    stays = {"report.html", "comparison.html", "changes.json", "throughput-other.json"}
     assert stays <= {path.name for path in expert.iterdir()}
     pushed = call_json("push", expert, NAME, "--private", "--base-model", "owner/base")
     repository = hub.repositories[NAME]
