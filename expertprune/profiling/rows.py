@@ -31,13 +31,13 @@ class RowMass:
         self._folds = nn.functional.one_hot(torch.from_numpy(self._fold), FOLDS).float().to(text.device)
         self.mass = torch.zeros(FOLDS, self._counts.shape[1], dtype=torch.float64, device=text.device)
 
-    def add(self, batch: Batch, first: int, logits: Tensor) -> None:
-        """Add some positions of a batch, `[rows, positions, vocabulary]`, of which `first` is the first."""
-        placed = batch.on(logits.device)
+    def add(self, batch: Batch, first: int, chances: Tensor) -> None:
+        """Add the softmax of some positions, `[rows, positions, vocabulary]`, of which `first` is the first."""
+        placed = batch.on(chances.device)
         of_fold = self._folds.index_select(0, placed.documents)  # [rows, folds]
-        asked = placed.asked[:, first : first + logits.shape[1]]
+        asked = placed.asked[:, first : first + chances.shape[1]]
         weights = of_fold.T[:, :, None] * asked
-        self.mass += (weights.flatten(1) @ torch.softmax(logits, -1).flatten(0, 1)).double()
+        self.mass += (weights.flatten(1) @ chances.flatten(0, 1)).double()
 
     def sums(self) -> dict[str, Tensor]:
         """What is added over the members of a team, in place."""

@@ -199,7 +199,7 @@ class Traversal:
             yield Upstream.at_the_head(gradient)
         elif self.mass is not None:
             for first, logits in self.text.logits(batch, hidden):
-                self.mass.add(batch, first, logits)
+                self.mass.add(batch, first, torch.softmax(logits, -1))
 
     def _back(
         self, part: ProfilePart, stream: Stream, before: list[Spool], above: list[Upstream], progress: Progress
