@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,8 +42,9 @@ def narrow_products(device: torch.device) -> Iterator[None]:
 class Moments:
     """Sums over tokens for the least squares, float32 on the model's device (see `narrow_products`).
 
-    `gram` is `Σ w x xᵀ`, `[kept, kept]`. `cross` is `Σ w r xᵀ`, `[hidden, kept]`, where the
-    residual `r` is the target minus the layer's present output. `weights` is `Σ w` and `Σ w²`, `[2]`.
+    `gram` is `Σ w x xᵀ`, `[kept, kept]`; only its diagonal and what is above it are summed. `cross` is
+    `Σ w r xᵀ`, `[hidden, kept]`, where the residual `r` is the target minus the layer's present
+    output. `weights` is `Σ w` and `Σ w²`, `[2]`.
     """
 
     gram: Tensor
@@ -58,7 +60,8 @@ class Moments:
         """`inputs` are `[tokens, kept]`, `residual` `[tokens, hidden]`, `weight` `[tokens]`."""
         weighted = inputs * weight[:, None]
         with narrow_products(inputs.device):
-            self.gram.addmm_(weighted.T, inputs)
+            for rows in _stripes(inputs.shape[1]):
+                self.gram[rows, rows.start :].addmm_(weighted[:, rows].T, inputs[:, rows.start :])
             self.cross.addmm_(residual.T, weighted)
         self.weights += weight_sums(weight)
 
@@ -78,6 +81,12 @@ class Moments:
         gram, self.gram = self.gram.double(), torch.empty(0)
         cross, self.cross = self.cross.double(), torch.empty(0)
         return gram, cross
+
+
+def _stripes(width: int) -> Iterator[slice]:
+    """At most eight ranges of rows of a symmetric matrix. To compute each from its diagonal on takes little over half."""
+    step = max(128, math.ceil(width / 8))
+    return (slice(first, min(first + step, width)) for first in range(0, width, step))
 
 
 @dataclass
@@ -158,7 +167,7 @@ def least_squares(moments: Moments, ridge: float) -> Tensor:
     gram, cross = moments.taken()
     energy = gram.diagonal()
     energy += ridge_of(energy, damping)
-    # The gram matrix is symmetric. LAPACK wants columns in a row, as its transpose has them: no copy.
+    # LAPACK reads one triangle. It wants columns in a row, as the transpose has them: no copy.
     factor, failed = gram.mT, torch.zeros((), dtype=torch.int32, device=gram.device)
     torch.linalg.cholesky_ex(factor, out=(factor, failed))
     if bool(failed):

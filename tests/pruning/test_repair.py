@@ -99,7 +99,9 @@ def weighted_error(target: Tensor, states: Tensor) -> float:
 # --- least_squares and its moments
 
 
-@pytest.mark.parametrize(("tokens", "kept", "ridge"), [(200, 15, 0.2), (7, 15, 0.3), (200, 1, 200.0), (0, 5, 10.0)])
+@pytest.mark.parametrize(
+    ("tokens", "kept", "ridge"), [(200, 15, 0.2), (900, 300, 0.2), (7, 15, 0.3), (200, 1, 200.0), (0, 5, 10.0)]
+)
 def test_least_squares_is_the_weighted_ridge(tokens: int, kept: int, ridge: float) -> None:
     """Inputs of very different sizes; the third one is never seen, and must not move."""
     rng = np.random.default_rng(tokens + kept)
