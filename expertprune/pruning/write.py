@@ -167,7 +167,11 @@ def _solved_weights(
 
 
 def _digest(plan: Plan, base: ResolvedBase, given: RepairInput) -> str:
-    """Of everything that the numbers of a repair depend on, and the batches of its passengers."""
+    """Of everything that the numbers of a repair depend on, and the batches of its passengers.
+
+    Whether the base's stream of the passengers is known does not count: a sweep that goes on may lack
+    what the one that was killed knew, and still finds its folder. It then starts that repair again.
+    """
     aboard = given.passengers
     ids = hashlib.sha256()
     for batch in [*given.batches, *(aboard.batches if aboard is not None else ())]:
@@ -176,7 +180,7 @@ def _digest(plan: Plan, base: ResolvedBase, given: RepairInput) -> str:
         ids.update(path.read_bytes())
     versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
     about = [plan.digest, base.digest, str(base.dtype), str(base.device), given.settings.model_dump(), versions]
-    return digest_of([about, aboard is not None and aboard.base is None, ids.hexdigest()])
+    return digest_of([about, ids.hexdigest()])
 
 
 def _write_tensors(

@@ -19,6 +19,7 @@ from expertprune.artifacts.evaluation import Evaluation, Group, Measured
 from expertprune.artifacts.sweep import Point, Sweep, SweptBase
 from expertprune.errors import SpecError
 from expertprune.evaluation.retention import pooled
+from expertprune.pruning.unfinished import Unfinished
 from expertprune.reporting.pictures import retention_curve
 from expertprune.spec.schema import Evaluate
 from expertprune.stages.sweep import SWEEP_FILE
@@ -236,6 +237,26 @@ def test_an_interrupted_sweep_goes_on_where_it_was(
     calls = counted(monkeypatch)
     assert run_json(*arguments) == whole
     assert len(calls["prune"]) == (0 if keep else 1), "an expert that is whole is only measured"
+
+
+def test_what_a_sweep_left_of_a_repair_goes_with_the_next(
+    spec_file: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second repair of the first run has the base's stream from the first; that of the next run does not."""
+    put, names = Unfinished.put, []
+
+    def interrupted(unfinished: Unfinished, name: str, weight: Any) -> None:
+        names.append(name)
+        put(unfinished, name, weight)
+        if names.count(name) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Unfinished, "put", interrupted)
+        assert "interrupted" in run(spec_file, "--budgets", "0.5,0.25", code=1).stderr
+    assert len(list((store / "repairs").iterdir())) == 1
+    run(spec_file, "--budgets", "0.5,0.25")
+    assert list((store / "repairs").iterdir()) == []
 
 
 def test_experts_that_are_gone_or_were_not_kept_are_made_again(
