@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from expertprune.arch import Family
 from expertprune.corpora.batches import Batch, check_ids
 from expertprune.models.layers import LayerRecorder, decoder_layers, head_only, layers_replaced
-from expertprune.models.sources import LayerSource, source_of
+from expertprune.models.sources import LayerSource, source_of, trim
 from expertprune.models.spool import Spool
 from expertprune.models.states import KeptStates
 from expertprune.progress import Progress
@@ -188,7 +188,11 @@ class TextRun:
 
     @torch.no_grad()  # not inference mode: a backward pass may go through what comes out
     def start(self) -> Stream:
-        """The stream before the first layer; the decoder itself makes the layers' arguments."""
+        """The stream before the first layer; the decoder itself makes the layers' arguments.
+
+        What earlier passes held and freed is given back to the system first.
+        """
+        trim()
         check_ids(self.batches, self.rows)
         recorders = [LayerRecorder(layer) for layer in decoder_layers(self.model, self.family)]
         stream, decoder = Stream(self.batches, Spool(self.source.room), []), self.model.get_decoder()

@@ -95,7 +95,7 @@ class StreamedLayers(LayerSource):
             raise
         finally:
             release(layer)
-            _trim()
+            trim()
 
     def _weights(self, index: int) -> LayerState:
         ahead, self._ahead = self._ahead, None
@@ -120,7 +120,7 @@ def release(module: nn.Module) -> None:
     module.load_state_dict(empty, strict=False, assign=True)
 
 
-def _trim() -> None:
+def trim() -> None:
     """Give freed memory back to the system: glibc keeps blocks of many megabytes, in each thread's arena."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
