@@ -72,5 +72,5 @@ def test_commands_in_their_order(workplace: Path, real_store: Path) -> None:
     about = json.loads((workplace / "experts" / "my-expert" / "expertprune.json").read_text())
     kept = about["plan"]["budget"]["ffn"]["kept"]
     assert sum(kept) == 32_256  # of 30 layers of 1536 together, 0.3 less: 504 times 64
-    assert list(about["evaluation"]["corpora"]) == ["domain/medical"]
+    assert "other/de" in about["evaluation"]["corpora"]
     assert (workplace / "experts" / "my-expert" / "report.html").is_file()

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 @common
 @reporting
 def validate(spec: Path, overrides: dict[str, Any], store: Path | None, as_json: bool) -> None:
-    """Check a spec and what it names: base, corpora, budget. No weights are read.
+    """Check a spec and what it names: base, corpora, budget.
+
+    No weights are read, unless a corpus has `generate` and its text is not in the store yet.
 
     A few seconds of measurement forecast what a build takes where nothing is stored yet.
 
