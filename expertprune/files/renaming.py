@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import functools
@@ -76,8 +77,12 @@ def sync(path: Path) -> None:
 
 
 def sync_entry(path: Path) -> None:
-    """Bring to the disk that `path` is in its folder, after it was renamed there."""
-    _sync_one(path.absolute().parent)
+    """Bring to the disk that `path` is in its folder, after it was renamed there.
+
+    A folder that may be written but not read is passed over.
+    """
+    with contextlib.suppress(PermissionError):
+        _sync_one(path.absolute().parent)
 
 
 def make_folder(path: Path) -> None:
