@@ -70,7 +70,7 @@ CUS_PRUN_MAX = replace(CUS_PRUN, overrides={**CUS_PRUN.overrides, "compose.aggre
 ANCHORS = ("ours", "modegpt", "flap_least_squares", "wanda_sp_least_squares", "flap", "Cus-Prun alone, max")
 
 
-def anchors(get: Get, methods: Sequence[str] = ANCHORS, seeds: Sequence[int] = SEEDS[:1]) -> Table:
+def anchors(get: Get, methods: Sequence[str] = ANCHORS, seeds: Sequence[int] = SEEDS) -> Table:
     """A quarter of the FFN neurons by the strongest one-shot methods and seed, all in bfloat16."""
     shape = Cell("base", piqa=0, dtype="bfloat16")
     table = Table(["method", "removed", *_columns(shape)])
@@ -81,6 +81,21 @@ def anchors(get: Get, methods: Sequence[str] = ANCHORS, seeds: Sequence[int] = S
         cell = alone if method == "Cus-Prun alone, max" else _of(method, shape)
         results = [get(replace(cell, seed=seed)) for seed in (SEEDS[:1] if cell == alone else seeds)]
         table.add(method, _millions(results[0]), *_measured(results, base))
+    return table
+
+
+def anchors_paired(get: Get) -> Table:
+    """The excess of ours less that of each peer, over the same seeds, paired by block."""
+    shape = Cell("base", piqa=0, dtype="bfloat16")
+    names = list(get(shape).sums)
+
+    def mean(method: str, name: str) -> Sums:
+        every = [get(replace(_of(method, shape), seed=seed)).sums[name] for seed in SEEDS]
+        return Sums(np.mean([each.nats for each in every], axis=0), every[0].tokens)
+
+    table = Table(["ours less", *names])
+    for method in ANCHORS[1:5]:
+        table.add(method, *(_signed(excess(mean(method, name), mean("ours", name))) for name in names))
     return table
 
 
@@ -335,12 +350,12 @@ def _millions(result: Result) -> str:
     return f"{result.removed / 1e6:.2f}M"
 
 
-_TABLES = (peers, anchors, sizes, tokens, gemma, parts, task, task_means, dimensions)
+_TABLES = (peers, anchors, anchors_paired, sizes, tokens, gemma, parts, task, task_means, dimensions)
 TABLES: dict[str, Callable[[Get], Table]] = {table.__name__: table for table in _TABLES}
 # Some of their cells have no results yet, so no document has them, or not these rows.
 PENDING: dict[str, Callable[[Get], Table]] = {
     "levers": levers,
-    "anchors": partial(anchors, methods=(*ANCHORS, "slimgpt"), seeds=SEEDS),
+    "anchors": partial(anchors, methods=(*ANCHORS, "slimgpt")),
 }
 
 
