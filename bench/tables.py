@@ -32,6 +32,7 @@ RECORDED = (
     "cost_mixture",
     "forecast",
     "scale_llama_8b_streamed_fisher",
+    "scale_qwen3_30b_a3b_streamed_fisher",
     "quantize",
     "serving",
     "team",
