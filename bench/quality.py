@@ -67,11 +67,12 @@ def peers(get: Get) -> Table:
 
 # The paper's rule: a neuron is irrelevant where it is so in *every* document.
 CUS_PRUN_MAX = replace(CUS_PRUN, overrides={**CUS_PRUN.overrides, "compose.aggregate": "max"})
-ANCHORS = ("ours", "modegpt", "flap_least_squares", "wanda_sp_least_squares", "flap", "Cus-Prun alone, max")
+RIVALS = ("modegpt", "flap_least_squares", "wanda_sp_least_squares", "flap")
+ANCHORS = ("ours", *RIVALS, "Cus-Prun alone, max")
 
 
-def anchors(get: Get, methods: Sequence[str] = ANCHORS, seeds: Sequence[int] = SEEDS) -> Table:
-    """A quarter of the FFN neurons by the strongest one-shot methods and seed, all in bfloat16."""
+def anchors(get: Get, methods: Sequence[str] = ANCHORS) -> Table:
+    """A quarter of the FFN neurons by the strongest one-shot methods, over the seeds, all in bfloat16."""
     shape = Cell("base", piqa=0, dtype="bfloat16")
     table = Table(["method", "removed", *_columns(shape)])
     base = get(shape)
@@ -79,7 +80,7 @@ def anchors(get: Get, methods: Sequence[str] = ANCHORS, seeds: Sequence[int] = S
     for method in methods:
         alone = replace(CUS_PRUN_MAX, piqa=0, dtype=shape.dtype)
         cell = alone if method == "Cus-Prun alone, max" else _of(method, shape)
-        results = [get(replace(cell, seed=seed)) for seed in (SEEDS[:1] if cell == alone else seeds)]
+        results = [get(replace(cell, seed=seed)) for seed in (SEEDS[:1] if cell == alone else SEEDS)]
         table.add(method, _millions(results[0]), *_measured(results, base))
     return table
 
@@ -90,11 +91,10 @@ def anchors_paired(get: Get) -> Table:
     names = list(get(shape).sums)
 
     def mean(method: str, name: str) -> Sums:
-        every = [get(replace(_of(method, shape), seed=seed)).sums[name] for seed in SEEDS]
-        return Sums(np.mean([each.nats for each in every], axis=0), every[0].tokens)
+        return _mean([get(replace(_of(method, shape), seed=seed)).sums[name] for seed in SEEDS])
 
     table = Table(["ours less", *names])
-    for method in ANCHORS[1:5]:
+    for method in RIVALS:
         table.add(method, *(_signed(excess(mean(method, name), mean("ours", name))) for name in names))
     return table
 
@@ -188,8 +188,7 @@ def levers(get: Get) -> Table:
     table = Table(["model", "lever", *columns])
 
     def mean(cell: Cell, name: str) -> Sums:
-        every = [get(replace(cell, seed=seed)).sums[name] for seed in SEEDS[:2]]
-        return Sums(np.mean([each.nats for each in every], axis=0), every[0].tokens)
+        return _mean([get(replace(cell, seed=seed)).sums[name] for seed in SEEDS[:2]])
 
     for shape in shapes:
         ours = replace(shape, method="ours")
@@ -331,9 +330,14 @@ def _measured(results: Sequence[Result], base: Result) -> list[str]:
     return columns
 
 
+def _mean(sums: Sequence[Sums]) -> Sums:
+    """The losses of several seeds on the same blocks, as one."""
+    return Sums(np.mean([each.nats for each in sums], axis=0), sums[0].tokens)
+
+
 def _losses(sums: Sequence[Sums], base: Sums) -> list[str]:
     """Perplexity; excess with its interval over documents, and the range over several seeds."""
-    mean = Sums(np.mean([each.nats for each in sums], axis=0), sums[0].tokens)
+    mean = _mean(sums)
     found = excess(base, mean)
     text = f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
     if len(sums) > 1:

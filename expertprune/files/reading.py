@@ -268,7 +268,8 @@ def check_values(
     """Raises `error` for plain data that holds NaN, infinity, half a character or a huge number, or is too deep."""
     if (wrong := _wrong_value(data, any_integer)) is not None:
         keys, told = wrong
-        raise error(": ".join([where, *filter(None, [".".join(keys[:8])]), told]))
+        about = f"{'.'.join(keys[:8])}: " if keys else ""  # enough to find it
+        raise error(f"{where}: {about}{told}")
 
 
 def _wrong_value(data: Any, any_integer: bool, depth: int = 0) -> tuple[tuple[str, ...], str] | None:
