@@ -164,7 +164,7 @@ class Bench:
     def blocks(self, prepared: Prepared, name: str, count: int) -> Blocks:
         key = (prepared.base.tokenizer_digest, name, count)
         if key not in self._sets:
-            self._sets[key] = blocks(self.data / SETS[name], prepared.running.tokenizer, count)
+            self._sets[key] = blocks(self.data / SETS[name], prepared.base.tokenizer, count)
         return self._sets[key]
 
     def run(self, cell: Cell) -> Result:
@@ -198,7 +198,7 @@ class Bench:
         measured = time.perf_counter()
         sums = {name: losses(model, self.blocks(prepared, name, cell.blocks)) for name in cell.sets}
         piqa_file = self.data / "general/piqa_report.jsonl"
-        answers = piqa_answers(model, prepared.running.tokenizer, piqa_file, cell.piqa).tolist() if cell.piqa else []
+        answers = piqa_answers(model, prepared.base.tokenizer, piqa_file, cell.piqa).tolist() if cell.piqa else []
         seconds["measure"] = time.perf_counter() - measured
         seconds["all"] = time.perf_counter() - start
         return {

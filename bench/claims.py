@@ -138,7 +138,7 @@ class Bench:
         self.prepared = expertprune.validate(every)
         plan_of(self.prepared, silent)  # profiles every corpus
         self.running = self.prepared.running
-        self.text = blocks(data / TEXT, self.running.tokenizer, TEXT_BLOCKS)
+        self.text = blocks(data / TEXT, self.prepared.base.tokenizer, TEXT_BLOCKS)
 
     def rows(self, task: str, part: str) -> list[dict[str, Any]]:
         with jsonlines.open(self.data / f"task/{task}_{part}.jsonl") as found:
@@ -204,7 +204,7 @@ class Bench:
     @torch.inference_mode()
     def ask(self, task: str) -> list[int]:
         """1 for each question whose right answer is the likelier one, 0 else."""
-        about, tokenizer, model = TASKS[task], self.running.tokenizer, self.running.model
+        about, tokenizer, model = TASKS[task], self.prepared.base.tokenizer, self.running.model
         rows = self.rows(task, "report")[: about.rows]
         prompts = [tokenizer(about.prompt.format(**row))["input_ids"] for row in rows]
         tokens = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in about.answers.values()]

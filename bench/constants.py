@@ -58,7 +58,7 @@ def held_out(bench: Bench, prepared: Prepared) -> dict[str, Blocks]:
         with tempfile.TemporaryDirectory() as folder:
             with jsonlines.open(path := Path(folder) / "held-out.jsonl", "w") as file:
                 file.write_all(free[-PIECES:])
-            found[name] = blocks(path, prepared.running.tokenizer, count)
+            found[name] = blocks(path, prepared.base.tokenizer, count)
     return found
 
 

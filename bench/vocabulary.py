@@ -161,7 +161,7 @@ class Bench:
             folder.mkdir()
             write_folder(prepared, plan, folder)
             models = {
-                "base": (prepared.running.model, prepared.running.tokenizer),
+                "base": (prepared.running.model, prepared.base.tokenizer),
                 "expert": (load_model(folder, prepared.base.dtype), load_tokenizer(folder)),
             }
             for name, documents in sets.items():

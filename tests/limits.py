@@ -12,12 +12,13 @@ from typing import Any
 
 from bench.torture.fuzz import MEGABYTES, SECONDS
 
+SLOWER = 4  # than the bench's quiet machine: another one, with coverage
 HANGS = 60  # seconds of the clock: longer than any refusal, on a machine that does other work too
 
 
 @contextlib.contextmanager
 def frugal() -> Iterator[None]:
-    """Fail if the block takes more than 5 s of the processor or 500 MB of memory, or does not end."""
+    """Fail if the block takes more than 20 s of the processor or 500 MB of memory, or does not end."""
 
     def hangs(*_: Any) -> None:
         raise AssertionError(f"the command has not ended after {HANGS} s")
@@ -31,7 +32,7 @@ def frugal() -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-    assert time.process_time() - begun < SECONDS
+    assert time.process_time() - begun < SLOWER * SECONDS
     assert _megabytes("VmHWM") - memory < MEGABYTES
 
 

@@ -7,7 +7,6 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,11 +22,10 @@ from expertprune.corpora.documents import CorpusName, corpus_names
 from expertprune.errors import CheckpointError, PlanError, SpecError
 from expertprune.models.base import ResolvedBase
 from expertprune.models.inventory import vocabulary_rows
-from expertprune.models.loading import load_tokenizer
 from expertprune.profiling.rows import FOLDS
 from expertprune.spec.schema import Spec
 from expertprune.spec.values import Coverage
-from expertprune.tokenizing import Vocabulary, essential_ids, read_vocabulary
+from expertprune.tokenizing import Vocabulary, essential_ids
 from expertprune.units import KeptRows
 
 FEW_TOKENS = 10_000  # of a corpus, below which the choice between rare rows is a guess
@@ -56,6 +54,7 @@ class Essentials:
         return aligned(len(self.ids))
 
 
+@functools.lru_cache(maxsize=4)
 def essentials(base: ResolvedBase) -> Essentials:
     """What must be kept of a base's vocabulary.
 
@@ -63,18 +62,13 @@ def essentials(base: ResolvedBase) -> Essentials:
         CheckpointError: its tokenizer is of a kind that cannot be cut, or has more tokens than the
         model has rows.
     """
-    return _essentials(base.folder, base.tokenizer_digest, vocabulary_rows(base.checkpoint, base.family))
-
-
-@functools.lru_cache(maxsize=4)
-def _essentials(folder: Path, digest: str, rows: int) -> Essentials:
-    vocabulary = read_vocabulary(folder)
+    vocabulary, rows = base.vocabulary, vocabulary_rows(base.checkpoint, base.family)
     if vocabulary.size > rows:
         raise CheckpointError(
-            f"{folder}: the tokenizer has ids up to {vocabulary.size - 1}, and the model has rows for {rows} only; "
+            f"{base.folder}: the tokenizer has ids up to {vocabulary.size - 1}, and the model has rows for {rows} only; "
             "they do not belong together"
         )
-    return Essentials(vocabulary, essential_ids(vocabulary, folder, load_tokenizer(folder)))
+    return Essentials(vocabulary, essential_ids(vocabulary, base.folder, base.tokenizer))
 
 
 def foreseen_rows(spec: Spec, base: ResolvedBase) -> int | None:
@@ -245,12 +239,12 @@ class RowRanking:
         return rows_until_kept(self.must, order, seen, self.of)
 
     def _why(self, kept: set[int], rows: int) -> RowReasons:
-        score, source, by_id = self._score.tolist(), self._source.tolist(), self.must.vocabulary
+        score, source, vocabulary = self._score.tolist(), self._source.tolist(), self.must.vocabulary
         names = [*self._spec.dimensions.chosen, *(["general"] if self._spec.general else [])]
         dropped = [index for index in self._order if index not in kept]
         threshold = score[dropped[0]] if dropped else None
         chosen = [index for index in self._order if index in kept]
-        parts = set().union(*(by_id.needs(index) - {index} for index in chosen))
+        parts = set().union(*map(vocabulary.parts, chosen))
         own = [index for index in chosen if index not in parts or threshold is None or score[index] >= threshold]
         sources = Counter(names[source[index]] for index in own)
         protected = {reason: len(ids) for reason, ids in self.must.reasons.items() if ids}
@@ -264,8 +258,8 @@ class RowRanking:
             coverage={name: float(each[index].sum() / each.sum()) for name, each in counts.items()},
             unseen={str(name): each.coverage(rows) for name, each in self.tested.items() if each is not None},
             tokens={name: int(each.sum()) for name, each in counts.items()},
-            last_kept=[by_id.text(index) for index in own[-_EXAMPLES:]],
-            first_dropped=[by_id.text(index) for index in dropped[:_EXAMPLES]],
+            last_kept=[vocabulary.text(index) for index in own[-_EXAMPLES:]],
+            first_dropped=[vocabulary.text(index) for index in dropped[:_EXAMPLES]],
         )
 
 
@@ -284,7 +278,7 @@ def filled(must: Essentials, order: Sequence[int], wanted: int) -> set[int]:
     for index in order:
         if len(kept) >= wanted:
             break
-        new = must.vocabulary.needs(index) - kept
+        new = must.vocabulary.needs(index, kept)
         if len(kept) + len(new) <= wanted:
             kept |= new
     return kept
@@ -302,10 +296,11 @@ def rows_until_kept(must: Essentials, order: Sequence[int], seen: set[int], of: 
         if not left:
             break
         if index not in kept:
-            new = must.vocabulary.needs(index) - kept
+            new = must.vocabulary.needs(index, kept)
             kept |= new
             left -= new
-            needed[list(new)] = len(kept)
+            for row in new:
+                needed[row] = len(kept)
     return needed
 
 

@@ -58,6 +58,7 @@ from expertprune.files.places import (
 from expertprune.files.reading import (
     as_model,
     check_values,
+    no_collection,
     not_a_file,
     not_a_folder,
     opened,
@@ -90,8 +91,8 @@ __all__ = [
     "SPOOL_VARIABLE", "THROUGHPUT_FILE", "TIMING", "OutputKind", "StoreEntry", "against_file", "age",
     "as_model", "check_inputs", "check_output", "check_parent", "check_values", "check_writable", "digest_of",
     "disk_errors", "duration", "file_digest", "folder_size", "holdings", "is_leftover", "is_report", "known_digest",
-    "locked", "machine", "not_a_file", "not_a_folder", "note_parents", "numbered", "one_at_a_time", "opened",
-    "own_folder", "parse_json", "parse_yaml", "problems_of", "prune_store", "read_bytes", "read_json",
+    "locked", "machine", "no_collection", "not_a_file", "not_a_folder", "note_parents", "numbered", "one_at_a_time",
+    "opened", "own_folder", "parse_json", "parse_yaml", "problems_of", "prune_store", "read_bytes", "read_json",
     "read_kept", "read_model", "read_object", "read_text", "read_yaml", "remove_all_leftovers",
     "remove_finished", "remove_leftovers", "require_room", "require_rooms", "scratch_folder", "shipped",
     "size_in_bytes", "socket_folder", "staged_file", "staged_folder", "staged_output", "store_folder", "temporary_folder",

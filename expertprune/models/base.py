@@ -11,7 +11,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -23,10 +23,11 @@ from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.gguf import converted
 from expertprune.models.hub import hub_checkpoint, known_weights_digest
 from expertprune.models.inventory import check_inventory, checked_layers
-from expertprune.models.loading import run_device, run_dtype
+from expertprune.models.loading import load_tokenizer, run_device, run_dtype
 from expertprune.progress import shown, silent
 from expertprune.registry import nearest
 from expertprune.spec.schema import Base
+from expertprune.tokenizing import Vocabulary, read_vocabulary
 from expertprune.units import LayerShape
 
 log = logging.getLogger(__name__)
@@ -38,11 +39,12 @@ _MUCH = 2**29  # bytes from which hashing takes long enough to be shown
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.tiktoken")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ResolvedBase:
     """A base resolved to an ordinary local folder, whose weights may be still to come (see `Checkpoint.fetch`).
 
     `tokenizer_digest` covers the tokenizer's files. `source` is where decoder layers come from while it runs.
+    The tokenizer and its vocabulary are read at their first use and kept.
     """
 
     name: str
@@ -56,6 +58,15 @@ class ResolvedBase:
     device: torch.device
     trust_remote_code: bool = False
     source: Literal["auto", "resident", "streamed"] = "auto"
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.folder, self.trust_remote_code)
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """Raises `CheckpointError` if the tokenizer is of a kind that cannot be cut."""
+        return read_vocabulary(self.folder)
 
     @functools.cached_property
     def digest(self) -> str:

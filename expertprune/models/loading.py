@@ -16,7 +16,7 @@ import torch
 from expertprune.arch import PER_LAYER, attention_of, families, stock_architectures
 from expertprune.arch.per_layer import model_with_layer_widths, with_layer_widths
 from expertprune.errors import CheckpointError, SpecError, refused
-from expertprune.files import read_object
+from expertprune.files import no_collection, read_object
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.progress import shown
 
@@ -202,7 +202,7 @@ def _check_token_ids(path: Path) -> None:
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """The folder's tokenizer, which has encoded a word: settings of wrong types show only then."""
     _check_token_ids(folder / "tokenizer.json")
-    with refused(f"{folder}: the tokenizer cannot be loaded"):
+    with refused(f"{folder}: the tokenizer cannot be loaded"), no_collection():
         found = quiet_transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         found("word")
         return found

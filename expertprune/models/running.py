@@ -12,7 +12,7 @@ from torch import Tensor
 from expertprune.models.base import ResolvedBase
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.inventory import checked_layers
-from expertprune.models.loading import load_model, load_tokenizer
+from expertprune.models.loading import load_model
 from expertprune.models.spool import Limits
 from expertprune.models.states import KeptStates
 from expertprune.models.streaming import load_streamed
@@ -21,7 +21,7 @@ MARGIN = 0.7  # of what is free; the rest is for hidden states and the work on o
 
 
 class RunningBase:
-    """The model and the tokenizer of a base; each is loaded at its first use and kept.
+    """The model of a base, which is loaded at its first use and kept.
 
     The model's layers are resident or streamed, as the base says and memory allows. Run it with
     `TextRun`; only where `is_streamed(model)` is false can it be called as a whole.
@@ -52,10 +52,6 @@ class RunningBase:
     @cached_property
     def model(self) -> Any:
         return run_checkpoint(self.base.checkpoint, self.base)
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        return load_tokenizer(self.base.folder, self.base.trust_remote_code)
 
 
 def run_folder(folder: Path, base: ResolvedBase) -> Any:

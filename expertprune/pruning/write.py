@@ -33,7 +33,7 @@ from expertprune.pruning.repair import Passengers, RepairJob, check_repair
 from expertprune.pruning.slicing import cut_tensor, stored_experts
 from expertprune.pruning.unfinished import Unfinished
 from expertprune.spec.schema import Compensation
-from expertprune.tokenizing import Renumbering, read_vocabulary, trimmed, write_tokenizer
+from expertprune.tokenizing import Renumbering, trimmed, write_tokenizer
 from expertprune.units import KeptUnits, new_positions
 
 _SPARE = 64 * 2**20  # tokenizer, cards and index, generously
@@ -111,7 +111,7 @@ def prune(
     require_room(folder, bytes_needed(plan, base))
     config = base.family.pruned_config(base.checkpoint.config, plan.kept)
     rows = torch.tensor(plan.vocabulary.rows.index) if plan.vocabulary is not None else None
-    smaller = trimmed(read_vocabulary(base.folder), plan.vocabulary.rows.kept) if plan.vocabulary is not None else None
+    smaller = trimmed(base.vocabulary, plan.vocabulary.rows.kept) if plan.vocabulary is not None else None
     if plan.vocabulary is not None and smaller is not None:
         if tuple(smaller.ids) != plan.vocabulary.rows.kept:
             raise PlanError(

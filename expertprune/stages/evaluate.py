@@ -75,7 +75,7 @@ def evaluate(
 def measuring(running: RunningBase, corpora: Sequence[Corpus], settings: Evaluate, other_tokens: bool) -> Measuring:
     """What measures experts of a base on corpora, which are already guarded against leaks."""
     base = team().run(TextRun(running.model, running.base.family, (), ()))
-    return Measuring(base, running.tokenizer, corpora, settings, other_tokens)
+    return Measuring(base, running.base.tokenizer, corpora, settings, other_tokens)
 
 
 def measure_folder(

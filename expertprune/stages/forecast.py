@@ -146,7 +146,7 @@ def _expert(prepared: Prepared) -> dict[str, Any]:
 
 def _evaluated(prepared: Prepared) -> TextSize | None:
     """What base and expert read to be measured."""
-    settings, tokenizer = prepared.spec.evaluate, prepared.running.tokenizer
+    settings, tokenizer = prepared.spec.evaluate, prepared.base.tokenizer
     metrics = settings.chosen_metrics(prepared.spec.budget.vocabulary is not None)
     texts = []
     for corpus in prepared.evaluated:
@@ -164,5 +164,5 @@ def _held_back(prepared: Prepared) -> TextSize:
 
 
 def _read(prepared: Prepared, documents: Sequence[Document], max_tokens: int) -> TextSize:
-    tokenizer = prepared.running.tokenizer
+    tokenizer = prepared.base.tokenizer
     return TextSize.of(Reading.of(encode(texts_of(documents, tokenizer), tokenizer, max_tokens)).batches)

@@ -165,7 +165,7 @@ def unnamed_languages(found: Found) -> Iterator[str]:
     named = set(spec.dimensions.language or ()) | set(spec.general)
     if not spec.dimensions.language or spec.general:
         named.add("en")  # what shipped corpora are in
-    others = [LANGUAGES[code] for code in known_languages(found.running.tokenizer) if code not in named]
+    others = [LANGUAGES[code] for code in known_languages(found.base.tokenizer) if code not in named]
     if others:
         yield (
             f"the base's tokenizer was made for {', '.join(others)} too, and no corpus names them: they degrade most, "

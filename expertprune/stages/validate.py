@@ -149,21 +149,21 @@ def find(spec: Spec, store: Path, evaluate: bool = True) -> Found:
     calibration: dict[CorpusName, CalibrationText] = {}
     for name, corpus in corpora.items():
         with gathered(problems):
-            calibration[name] = _calibration_text(corpus, spec, running)
+            calibration[name] = _calibration_text(corpus, spec, base)
     if problems:
         raise SpecError(problems)
     return Found(spec, base, corpora, calibration, evaluated, store, running)
 
 
-def _calibration_text(corpus: Corpus, spec: Spec, running: RunningBase) -> CalibrationText:
+def _calibration_text(corpus: Corpus, spec: Spec, base: ResolvedBase) -> CalibrationText:
     if spec.budget.retention is not None:
         held_back = validation_documents(corpus)
         rest = tuple(document for document in corpus.calibration if document not in held_back)
         if not rest:
             raise SpecError(f"corpus {corpus.name}: budget.retention holds documents back, and there is only one")
         corpus = replace(corpus, calibration=rest)
-    text = corpus_text(corpus, running.tokenizer, spec)
-    check_ids(text.batches, vocabulary_rows(running.base.checkpoint, running.base.family))
+    text = corpus_text(corpus, base.tokenizer, spec)
+    check_ids(text.batches, vocabulary_rows(base.checkpoint, base.family))
     return text
 
 

@@ -6,13 +6,13 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from expertprune.errors import CheckpointError, refused
-from expertprune.files import read_object
+from expertprune.files import no_collection, read_object
 
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 SPACE = "▁"  # how SentencePiece writes a space
@@ -54,7 +54,7 @@ class Vocabulary:
         # The library may give added tokens other numbers than the file.
         self.added = {token.content: index for index, token in loaded.get_added_tokens_decoder().items()}
         self.by_id = {index: token for token, index in (self.tokens | self.added).items()}
-        self._needs: dict[str, frozenset[int]] = {}
+        self._parts: dict[str, tuple[int, ...]] = {}
 
     @functools.cached_property
     def placeholders(self) -> set[int]:
@@ -109,42 +109,59 @@ class Vocabulary:
             return bytes(_BYTE_OF[char] for char in token if char in _BYTE_OF).decode(errors="replace")
         return token.replace(SPACE, " ")
 
-    def needs(self, index: int) -> frozenset[int]:
+    def needs(self, index: int, kept: Set[int] = frozenset()) -> set[int]:
         """The token itself and every token that BPE forms on the way to it.
+
+        Args:
+            kept: tokens to leave out; with each of them, all that it needs is among them.
+        """
+        found: set[int] = set()
+        left = [index]
+        while left:
+            if (each := left.pop()) not in kept and each not in found:
+                found.add(each)
+                left.extend(self.parts(each))
+        return found
+
+    def parts(self, index: int) -> tuple[int, ...]:
+        """The two tokens that BPE merges into this one; none for a character, and none in Unigram.
 
         BPE merges the pair of least rank first, and of equal ones the leftmost. So text that
         becomes one token goes through the same merges wherever it stands, and these are the merges
-        of its text alone. A token that its own text does not become (it is found whole, or never)
-        needs itself only.
+        of its text alone; so are those of each of the two parts. A token that its own text does not
+        become (it is found whole, or never) has no parts.
         """
         token = self.by_id[index]
         if self.kind is TokenizerKind.UNIGRAM or token not in self.tokens:
-            return frozenset((index,))
-        if token not in self._needs:
-            self._needs[token] = self._path(token)
-        return self._needs[token]
+            return ()
+        if token not in self._parts:
+            self._parts[token] = tuple(self.tokens[part] for part in self._last_merge(token))
+        return self._parts[token]
 
-    def _path(self, token: str) -> frozenset[int]:
-        itself = frozenset((self.tokens[token],))
+    def _last_merge(self, token: str) -> tuple[str, ...]:
+        rank, never = self.merges.get, len(self.merges)
         symbols = list(token)
-        if len(symbols) == 1 or any(symbol not in self.tokens for symbol in symbols):
-            return itself
-        formed = {self.tokens[symbol] for symbol in symbols}
-        while len(symbols) > 1:
-            ranks = [self.merges.get(pair, -1) for pair in itertools.pairwise(symbols)]
-            known = [rank for rank in ranks if rank >= 0]
-            if not known:
-                return itself
-            at = ranks.index(min(known))
-            symbols[at : at + 2] = ["".join(symbols[at : at + 2])]
-            formed.add(self.tokens[symbols[at]])
-        return frozenset(formed)
+        if any(symbol not in self.tokens for symbol in symbols):
+            return ()
+        ranks = [rank(pair, never) for pair in itertools.pairwise(symbols)]
+        while len(ranks) > 1:
+            least = min(ranks)
+            if least == never:
+                return ()
+            at = ranks.index(least)
+            symbols[at : at + 2] = [merged := symbols[at] + symbols[at + 1]]
+            del ranks[at]  # the pairs on both sides are new
+            if at:
+                ranks[at - 1] = rank((symbols[at - 1], merged), never)
+            if at < len(ranks):
+                ranks[at] = rank((merged, symbols[at + 1]), never)
+        return tuple(symbols) if ranks and ranks[0] != never else ()
 
     def closed(self, ids: Iterable[int]) -> set[int]:
         """The tokens and all that they need."""
         kept: set[int] = set()
         for index in ids:
-            kept |= self.needs(index)
+            kept |= self.needs(index, kept)
         return kept
 
 
@@ -167,7 +184,9 @@ def read_vocabulary(folder: Path) -> Vocabulary:
             f"{folder}: budget.vocabulary: the tokenizer ({name}) has no tokenizer.json, so it is a slow one; save it as "
             "a fast one first (AutoTokenizer.from_pretrained(...).save_pretrained(...))"
         )
-    return Vocabulary(read_object(path), str(path))
+    data = read_object(path)
+    with no_collection():
+        return Vocabulary(data, str(path))
 
 
 def pair_of(merge: Any) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from bench.torture.children import import_rooms
 from expertprune.corpora.reading import read_questions
 from expertprune.errors import CheckpointError, SpecError
 from expertprune.files.reading import JSON_VALUES
-from expertprune.models.gguf.reading import header_of
+from expertprune.models.gguf.reading import header_of, opened_gguf
 from expertprune.serving.engine import check_folder
 from tests.calling import call, call_json
 from tests.limits import frugal
@@ -282,7 +282,7 @@ def test_a_gguf_file_that_promises_more_than_it_has(tmp_path: Path, case: str) -
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGUF\x03\0\0\0" + number(tensors) + number(keys) + content + b"\0" * 1000)
     with pytest.raises(CheckpointError, match=words):
-        header_of(path)
+        header_of(path, opened_gguf(path))
 
 
 # --- plans and experts ----------------------------------------------------------------------------------------------

@@ -274,7 +274,7 @@ def test_documents_that_are_held_back_calibrate_nothing(
     fake_measure(monkeypatch, lambda size: 1.0)
     plan_of(prepared, silent)
     held = {name: validation_documents(corpus) for name, corpus in prepared.corpora.items()}
-    every = {tuple(prepared.running.tokenizer(d.text)["input_ids"]) for documents in held.values() for d in documents}
+    every = {tuple(prepared.base.tokenizer(d.text)["input_ids"]) for documents in held.values() for d in documents}
     assert len(every) >= 4
     assert not every & set(repaired)
     for name, corpus in prepared.corpora.items():
@@ -290,7 +290,7 @@ def test_an_expert_is_measured_on_what_was_held_back(
     retaining_spec["compensation"] = method
     prepared = expertprune.validate(parse_spec(retaining_spec, "spec", tmp_path))
     tried: list[tuple[FloorFound, FloorFound]] = []
-    tokenizer, limit = prepared.running.tokenizer, prepared.spec.calibration.max_tokens
+    tokenizer, limit = prepared.base.tokenizer, prepared.spec.calibration.max_tokens
 
     def measuring(_: Prepared, meanwhile: Any, folder: Path) -> FloorFound:
         runs = [TextRun(model, prepared.base.family, (), ())

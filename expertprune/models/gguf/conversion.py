@@ -19,6 +19,7 @@ from expertprune.arch import Family, GgufForm, families
 from expertprune.errors import CheckpointError
 from expertprune.files import (
     digest_of,
+    no_collection,
     one_at_a_time,
     read_model,
     read_object,
@@ -36,6 +37,8 @@ from expertprune.models.gguf.reading import (
     config_in,
     family_in,
     header_of,
+    opened_gguf,
+    read_already,
     readable,
     tokenizer_in,
 )
@@ -105,10 +108,11 @@ def _identity(file: Path) -> list[Any]:
 def _prepare(file: Path, folder: Path, dtype: torch.dtype, tied: bool) -> None:
     """Write a folder that has everything but the weights, and the plan for those."""
     with readable(file):
-        header = header_of(file)
+        reader = opened_gguf(file)
+        header = header_of(file, reader)
     family = family_in(file, header)
     assert family.gguf is not None
-    with readable(file):
+    with readable(file), read_already(reader), no_collection():
         config = config_in(file, header, family)
         tokenizer = tokenizer_in(file, header)
     if tied:
@@ -243,8 +247,6 @@ class Conversion:
 
     def fetch(self, track: Track) -> None:
         """Write the weights, file by file and one tensor at a time in memory; a file that is there stays."""
-        from gguf import GGUFReader
-
         with one_at_a_time(self.folder):
             if not (self.folder / _PLAN).is_file():  # another process was faster
                 return
@@ -252,7 +254,7 @@ class Conversion:
                 raise CheckpointError(f"{self.file}: was replaced since it was checked; run the command again")
             require_room(self.folder, sum(info.bytes for info in self.tensors.values()))
             with readable(self.file):
-                stored = {tensor.name: tensor for tensor in GGUFReader(self.file).tensors}
+                stored = {tensor.name: tensor for tensor in opened_gguf(self.file).tensors}
             with track(f"convert {self.file.name}", len(self.tensors)) as step:
                 for name in sorted({info.file for info in self.tensors.values()}):
                     self._write(name, stored, step)

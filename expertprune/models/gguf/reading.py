@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 from expertprune.arch import Family, families
 from expertprune.errors import CheckpointError
+from expertprune.files import no_collection
 from expertprune.models.gguf.lengths import check_lengths
 from expertprune.models.loading import quiet_transformers
 
@@ -53,11 +55,40 @@ def readable(file: Path) -> Iterator[None]:
         raise CheckpointError(f"{file}: transformers cannot read this GGUF file: {error}") from error
 
 
-def header_of(file: Path) -> Header:
+def opened_gguf(file: Path) -> Any:
+    """The file's `gguf.GGUFReader`, three times as fast: in the library's own, each of the millions of values of a
+    tokenizer is a `numpy.memmap`, which runs Python code when it is made.
+    """
     from gguf import GGUFReader
 
+    class Reader(GGUFReader):  # type: ignore[misc]
+        @property
+        def data(self) -> Any:
+            return self.plain
+
+        @data.setter
+        def data(self, mapped: Any) -> None:
+            self.plain = mapped.view(numpy.ndarray)
+
     check_lengths(file)
-    reader = GGUFReader(file)
+    with no_collection():
+        return Reader(file)
+
+
+@contextlib.contextmanager
+def read_already(reader: Any) -> Iterator[None]:
+    """Inside the block, transformers takes this reader; else it reads the file for the config and for the tokenizer."""
+    import gguf
+
+    own = gguf.GGUFReader
+    gguf.GGUFReader = lambda _: reader
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = own
+
+
+def header_of(file: Path, reader: Any) -> Header:
     wanted = [key for key in reader.fields if key not in ("tokenizer.ggml.tokens", "tokenizer.ggml.scores")]
     metadata = {key: reader.fields[key].contents() for key in wanted if not key.startswith("GGUF.")}
     shapes = {tensor.name: tuple(reversed(tensor.shape.tolist())) for tensor in reader.tensors}
