@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import psutil
 import torch
 
 from expertprune.corpora.batches import Batch
@@ -14,11 +15,19 @@ from expertprune.errors import CheckpointError
 from expertprune.models.base import ResolvedBase
 from expertprune.models.passes import places_at_once
 from expertprune.models.running import to_stream
+from expertprune.models.sources import trim
 from expertprune.models.spool import SHARE, Limits
 from expertprune.models.tensorfile import DTYPES
 from expertprune.units import LayerShape
 
-PROCESS = 500 * 2**20  # of an interpreter with torch and transformers, before it loads a model
+_PROCESS = 500 * 2**20  # of an interpreter with torch and transformers, before it loads a model
+
+
+def process_bytes() -> int:
+    """What this process takes now, tokenizer and corpora included; before it loads a model."""
+    trim()
+    used = psutil.Process().memory_info()
+    return max(_PROCESS, used.rss - getattr(used, "shared", 0))
 
 
 BLOCK = 2**24  # values of a weight that are in float32 at a time while its norms are taken, and their squares
@@ -301,9 +310,9 @@ class Memory:
         near = min(need.states, left)
         rest = need.states - near
         if not on_gpu:
-            return cls(0, PROCESS + weights - in_files + need.work + near + need.host, rest)
+            return cls(0, process_bytes() + weights - in_files + need.work + near + need.host, rest)
         pinned = min(rest, int(SHARE * limits.free(torch.device("cpu"))))
-        return cls(weights + need.work + near, PROCESS + need.host + pinned, rest - pinned)
+        return cls(weights + need.work + near, process_bytes() + need.host + pinned, rest - pinned)
 
 
 def fitting(name: str, need: Need, weights: int, base: ResolvedBase, limits: Limits, in_files: int = 0) -> Memory:

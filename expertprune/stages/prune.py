@@ -12,6 +12,7 @@ from expertprune.engine.team import team
 from expertprune.errors import PlanError
 from expertprune.files import check_inputs, check_output, require_room, store_folder
 from expertprune.models.origin import origin_of
+from expertprune.models.sources import trim
 from expertprune.profiling.store import profile_key
 from expertprune.progress import Track, silent
 from expertprune.pruning.repair import Passengers, check_repair
@@ -89,6 +90,7 @@ def write_weights(
             batches, own = prepared.repair_batches(), prepared.repair_batches(team().share)
             given = RepairInput(running.model, batches, settings, passengers, prepared.store, running.states, own)
         write_expert(plan, prepared.base, folder, given, step)
+    trim()
 
 
 def describe_expert(prepared: Prepared, plan: Plan, folder: Path) -> Expert:
