@@ -180,7 +180,7 @@ class Forecaster:
         stages = []
         for name, text in work.profiled.items():
             keeps = self._keeps_graphs(text)
-            need = profiling(self.sizes, text, self.rates.graph, work.gradient, keeps)
+            need = profiling(self.sizes, text, self.rates.graph, work.gradient, keeps, work.vocabulary)
             stored += need.host
             own = self._kept_states(text, kept)
             kept += own

@@ -196,14 +196,17 @@ class Need:
         return Need(max(self.work, other.work), max(self.states, other.states), max(self.host, other.host))
 
 
-def profiling(sizes: Sizes, text: TextSize, graph: float, gradient: bool, keeps_graphs: bool) -> Need:
+def profiling(
+    sizes: Sizes, text: TextSize, graph: float, gradient: bool, keeps_graphs: bool, row_masses: bool = False
+) -> Need:
     """A corpus' profile.
 
     A pass with gradients keeps the hidden states before every layer and the gradients behind one. Where it keeps the
-    graphs of a batch in all layers, it needs no states, and holds the sums of all layers.
+    graphs of a batch in all layers, it needs no states, and holds the sums of all layers, and the logits beside them.
 
     Args:
         graph: bytes of one token's graph in one layer.
+        row_masses: whether predictions are wanted without gradients too, for the rows of the vocabulary.
     """
     measured = layer_sums(text.documents, sizes.widest)
     # norms of weights, and Gram matrices of the attention's output
@@ -211,9 +214,10 @@ def profiling(sizes: Sizes, text: TextSize, graph: float, gradient: bool, keeps_
     one = int(graph * text.batch)
     stored = 2 * 2 * text.documents * sizes.layers * (3 * sizes.neurons + sizes.heads)  # twice: when they are written
     if not gradient:
-        return Need(max(one, moments) + measured, sizes.states(text.tokens), stored)
-    at_once = sizes.layers if keeps_graphs else 1
-    work = max(at_once * one, moments, sizes.logits(text.batch)) + at_once * measured
+        logits = sizes.logits(text.batch) if row_masses else 0
+        return Need(max(one, moments, logits) + measured, sizes.states(text.tokens), stored)
+    at_once, logits = sizes.layers if keeps_graphs else 1, sizes.logits(text.batch)
+    work = max(at_once * one + logits if keeps_graphs else max(one, logits), moments) + at_once * measured
     held = text.batch if keeps_graphs else (sizes.layers + 1) * text.tokens
     return Need(work, sizes.states(held), stored)
 

@@ -143,13 +143,12 @@ def _timed_layer(base: ResolvedBase, index: int, rows: int, columns: int) -> tup
 
     held: dict[int, int] = {}
 
-    def note(tensor: Tensor) -> Any:
+    def note(tensor: Tensor) -> None:  # and pack nothing: a graph that packs its own outputs is never freed
         storage = tensor.untyped_storage()
         held[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
     constant = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda packed: packed):
         run(hidden.clone().requires_grad_())
 
     def back() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -83,7 +84,10 @@ def test_needs_of_each_stage(base: ResolvedBase) -> None:
     both = profiling(sizes, text, 200.0, gradient=True, keeps_graphs=False)
     assert both == Need(logits + sums, 4 * 24 * (3 + 1) * 1000, stored)
     kept = profiling(sizes, text, 2000.0, gradient=True, keeps_graphs=True)
-    assert kept == Need(3 * 200_000 + 3 * sums, 4 * 24 * 100, stored)  # all layers end together
+    # all layers end together, and the logits are held beside their graphs
+    assert kept == Need(3 * 200_000 + logits + 3 * sums, 4 * 24 * 100, stored)
+    rows = profiling(sizes, text, 1.0, gradient=False, keeps_graphs=False, row_masses=True)
+    assert rows == Need(logits + sums, 4 * 24 * 1000, stored)
     # two streams, and 20 values of each token that go into the FFN's output projection; passengers have two streams
     solved = 8 * 20 * 20 + 4 * 20 * 20 + (8 + 8 + 4) * 20 * 24
     assert repairing(sizes, text, 1.0, passengers=70) == Need(
@@ -243,3 +247,13 @@ def test_a_layer_is_measured_as_it_runs(family: str, tmp_path: Path, store: Path
 
 def test_durations_for_people() -> None:
     assert [duration(seconds) for seconds in (3.4, 89, 91, 5000, 7200)] == ["3 s", "89 s", "2 min", "83 min", "2.0 h"]
+
+
+def test_the_graph_of_the_timed_layer_is_freed(base: ResolvedBase, tmp_path: Path) -> None:
+    def in_graphs() -> int:
+        gc.collect()
+        return sum(issubclass(type(each), torch.Tensor) and each.grad_fn is not None for each in gc.get_objects())
+
+    before = in_graphs()
+    measured_rates(base, tokens=64, width=16, scratch=tmp_path)
+    assert in_graphs() == before
