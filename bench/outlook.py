@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python -m bench.outlook --data DATA --save
 
-The experts are cells of `bench.quality` whose results are stored: a part of the FFN neurons of
-SmolLM2 or Gemma 3 270M, calibrated on PubMedQA (the dimension) and WikiText-2 (general text), and
-measured on report rows of both. Here their bases are profiled again and nothing is cut.
+The experts are cells like those of `bench.quality`: a part of the FFN neurons of SmolLM2 or Gemma 3
+270M goes, calibrated on PubMedQA (the dimension) and WikiText-2 (general text), and report rows of
+both are measured. Those without a stored result are built first.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from expertprune.progress import silent
 from expertprune.stages.compose import plan_of
 from expertprune.stages.outlook import expected, profiled
 
-from .cells import GEMMA, SMOLLM, Bench, Cell, Result, stored
+from .cells import GEMMA, SMOLLM, Bench, Cell, Result
 from .measure import excess
 from .quality import Get
 from .records import PACKAGES, Table, described, made, save_table
@@ -27,13 +27,13 @@ from .records import PACKAGES, Table, described, made, save_table
 SETS = {"domain/medical": "PubMedQA", "general/encyclopedia": "WikiText-2"}
 SIZES = {SMOLLM: (0.1, 0.2, 0.25, 0.3, 0.4), GEMMA: (0.15, 0.25)}
 SHAPES = {
-    SMOLLM: Cell("base"),
+    SMOLLM: Cell("base", piqa=0, dtype="bfloat16"),
     GEMMA: Cell("base", model=GEMMA, sets=("PubMedQA", "WikiText-2", "XQuAD-de"), blocks=8, piqa=0, documents=40),
 }
 
 
 def cells() -> Iterator[Cell]:
-    """Experts with stored results, those of a base one after the other."""
+    """The experts, those of a base one after the other."""
     for model, sizes in SIZES.items():
         for size in sizes:
             yield replace(SHAPES[model], method="ours", budget={"ffn": size})
@@ -71,7 +71,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of JSON lines, as for bench.quality")
     parser.add_argument("--save", action="store_true", help="keep the table in bench/results/")
     arguments = parser.parse_args()
-    found, used = table(Bench(arguments.data.resolve()), stored)
+    bench = Bench(arguments.data.resolve())
+    found, used = table(bench, bench.run)
     print(found)
     if arguments.save:
         experts = described(each.made for each in used).replace("\n", " ")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import expertprune
 from expertprune.engine.cluster import Cluster
 from expertprune.errors import UsageError
 from expertprune.progress import Standing
-from tests.calling import call
+from tests.calling import call, call_json
 from tests.engine.test_team import check_same
 
 
@@ -66,9 +68,7 @@ def test_a_sweep_survives_a_node_and_gives_the_local_numbers(
         def run(self, tasks: Any, track: Any, finished: Any = None) -> None:
             def kill_once() -> None:
                 if not before:
-                    before.update(
-                        {path: path.stat().st_ino for path in (shared / "profiles").glob("[!.]*.safetensors")}
-                    )
+                    before.update(stored_profiles(shared))
                     nodes.remove_node(nodes.workers.pop(), allow_graceful=False)
 
             super().run(tasks, track, kill_once)
@@ -87,6 +87,31 @@ def test_a_sweep_survives_a_node_and_gives_the_local_numbers(
     }  # fmt: skip
     again = expertprune.sweep(spec_file, budgets, store=shared)
     assert json.dumps(again.document()) == json.dumps(found.document())
+
+
+def stored_profiles(shared: Path) -> dict[Path, int]:
+    """The profiles that are stored, and which file each is."""
+    return {path: path.stat().st_ino for path in (shared / "profiles").glob("[!.]*.safetensors")}
+
+
+@pytest.mark.slow
+def test_a_driver_is_killed_and_the_next_one_goes_on(tmp_path: Path, spec_file: Path, store: Path, nodes: Any) -> None:
+    shared = tmp_path / "shared"
+    while len(nodes.workers) < 2:  # one was killed
+        nodes.workers.append(nodes.add_node(num_cpus=1))
+    arguments = ["sweep", spec_file, "--budgets", "0.25,0.5", "--store", shared]
+    arguments += ["--engine", "ray", "--address", nodes.address, "--cpus-per-task", "1"]
+    driver = subprocess.Popen([sys.executable, "-m", "expertprune", *map(str, arguments)], stderr=subprocess.PIPE)
+    last = time.monotonic() + 300
+    while not (before := stored_profiles(shared)):
+        assert driver.poll() is None, driver.communicate()
+        assert time.monotonic() < last
+        time.sleep(0.05)
+    driver.kill()
+    driver.communicate()
+    found = call_json(*arguments)
+    assert found == expertprune.sweep(spec_file, [0.25, 0.5], store=store).document()
+    assert {path: path.stat().st_ino for path in before} == before
 
 
 @pytest.mark.slow

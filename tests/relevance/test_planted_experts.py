@@ -125,28 +125,40 @@ def measured(folder: Path) -> dict[str, float]:
     return found
 
 
-def test_the_experts_of_the_dimensions_are_kept_and_what_they_are_for_stays(real_store: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def mixture(real_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M with four experts in each layer."""
-    mixture = tmp_path / "mixture"
-    plant(fetched(resolve_base(Base(model="smollm2-135m-instruct"), real_store)).folder, mixture)
+    folder = tmp_path_factory.mktemp("planted") / "mixture"
+    plant(fetched(resolve_base(Base(model="smollm2-135m-instruct"), real_store)).folder, folder)
+    return folder
+
+
+def two_experts(mixture: Path, dimensions: dict[str, list[str]], **changes: Any) -> Spec:
+    """A spec that keeps two experts of each layer."""
+    spec = {
+        "name": "planted",
+        "base": str(mixture),
+        "dimensions": dimensions,
+        "general": [],
+        "budget": {"experts": 2},
+        "calibration": {"documents": 6, "max_tokens": TOKENS},
+        "evaluate": {"enabled": False},
+    }
+    return Spec.model_validate(spec | changes)
+
+
+def test_the_experts_of_the_dimensions_are_kept_and_what_they_are_for_stays(
+    mixture: Path, real_store: Path, tmp_path: Path
+) -> None:
     before, found = measured(mixture), {}
     for name, (dimensions, expected) in PURPOSES.items():
-        spec = {
-            "name": "planted",
-            "base": str(mixture),
-            "dimensions": dimensions,
-            "general": [],
-            "budget": {"experts": 2},
-            "calibration": {"documents": 6, "max_tokens": TOKENS},
-            "evaluate": {"enabled": False},
-        }
-        plan = expertprune.compose(Spec.model_validate(spec), store=real_store)
+        plan = expertprune.compose(two_experts(mixture, dimensions), store=real_store)
         assert plan.spec["relevance"]["experts"] == "reap"
         right = [layer.experts == expected for layer in plan.kept]
         # One pair in six is right by chance. REAP is a mean over the tokens that come to an expert, however few they are,
         # so one that is seldom chosen but writes much can outlast another in single layers.
         assert sum(right) >= 0.75 * len(right), [layer.experts for layer in plan.kept]
-        by_frequency = Spec.model_validate({**spec, "relevance": {"criterion": "frequency"}})
+        by_frequency = two_experts(mixture, dimensions, relevance={"criterion": "frequency"})
         assert {layer.experts for layer in expertprune.compose(by_frequency, store=real_store).kept} == {expected}
         folder = expertprune.prune(plan, tmp_path / name, store=real_store)
         found[name] = {corpus: value - before[corpus] for corpus, value in measured(folder).items()}
@@ -155,3 +167,17 @@ def test_the_experts_of_the_dimensions_are_kept_and_what_they_are_for_stays(real
             kept, lost = found[name][corpus], found[other][corpus]
             assert lost > 1, f"{corpus} of {other}: {lost:.2f} bits per token more than before"
             assert kept < lost / 2, f"{corpus} of {name}: {kept:.2f} bits per token more, {lost:.2f} in the reverse"
+
+
+def test_a_repair_takes_back_half_of_what_dropped_experts_cost(mixture: Path, real_store: Path, tmp_path: Path) -> None:
+    dimensions, _ = PURPOSES["english"]
+    before, lost = measured(mixture), {}
+    for method in ("none", "least_squares"):
+        spec = two_experts(
+            mixture, dimensions, calibration={"documents": 24, "max_tokens": 2 * TOKENS}, compensation=method
+        )
+        folder = expertprune.prune(expertprune.compose(spec, store=real_store), tmp_path / method, store=real_store)
+        after = measured(folder)
+        lost[method] = sum(after[corpus] - before[corpus] for corpus in ROLES[:2])
+    assert lost["none"] > 0.1
+    assert lost["least_squares"] <= lost["none"] / 2
