@@ -259,13 +259,21 @@ class Forecaster:
 
     def _profile_seconds(self, name: str, text: TextSize, keeps_graphs: bool) -> float:
         layers, rates = text.tokens * self.sizes.layers, self.rates
-        first = self._loading() if name == next(iter(self.work.profiled)) else 0.0
+        is_first = name == next(iter(self.work.profiled))
+        first = self._statistics_seconds(text, weights=is_first) + (self._loading() if is_first else 0.0)
         head = text.tokens * self.sizes.vocabulary * rates.head
         if not self.work.gradient:
             return first + self._pass(layers * rates.forward) + (head if self.work.vocabulary else 0.0)
         if keeps_graphs:
             return first + layers * rates.both + HEAD_BOTH * head
         return first + self._pass(layers * rates.forward) + self._pass(layers * rates.both) + HEAD_BOTH * head
+
+    def _statistics_seconds(self, text: TextSize, weights: bool) -> float:
+        """Sums over a text: what each attention head and group writes, by its Gram matrix; and those of the weights."""
+        sizes, shape = self.sizes, self.sizes.widest
+        products = 2 * shape.query_heads * shape.head_dim**2 * (1 + shape.heads_per_group)
+        once = (sizes.parameters - sizes.skeleton) * self.rates.norms if weights else 0.0
+        return text.tokens * sizes.layers * products / self.rates.products + once
 
     def _repair_seconds(self, text: TextSize, along: int, kept_states: int) -> float:
         sizes, rates = self.sizes, self.rates

@@ -47,6 +47,7 @@ class Rates:
         head: seconds of a token and a row of the vocabulary, forward; with the loss' gradient it is `HEAD_BOTH` times that.
         products: float32 operations a second, in matrix products.
         factors: float64 operations a second, where a matrix is factorized.
+        norms: seconds of a value of a weight of which sums of absolute values and of squares are taken.
         read: bytes a second of weights, from the disk to the device.
         written: bytes a second.
     """
@@ -57,13 +58,14 @@ class Rates:
     head: float
     products: float
     factors: float
+    norms: float
     read: float
     written: float
 
     @classmethod
     def of_shapes(cls, base: ResolvedBase) -> Rates:
         """Without measurement: only the size of the graph is known."""
-        return cls(0.0, 0.0, graph_estimate(base), 0.0, math.inf, math.inf, math.inf, math.inf)
+        return cls(0.0, 0.0, graph_estimate(base), 0.0, math.inf, math.inf, 0.0, math.inf, math.inf)
 
 
 HEAD_BOTH = 2.5
@@ -88,6 +90,7 @@ def measured_rates(base: ResolvedBase, tokens: int, width: int, scratch: Path) -
         states = torch.randn(min(256, tokens), base.layers[layer].hidden, device=device).to(base.dtype)
         matrix = torch.randn(vocabulary, states.shape[1], device=device).to(base.dtype)
         head = _seconds(lambda: nn.functional.linear(states, matrix).float().logsumexp(-1), device)
+        norms = _seconds(lambda: (matrix.float().abs().sum(0), matrix.float().square().sum(0)), device)
         order = min(_SIDE, base.layers[layer].neurons)
         side = torch.randn(order, order, device=device)
         product = _seconds(lambda: side.T @ side, device)
@@ -100,6 +103,7 @@ def measured_rates(base: ResolvedBase, tokens: int, width: int, scratch: Path) -
         head=head / (len(states) * vocabulary),
         products=2 * order**3 / product,
         factors=order**3 / 3 / factor,
+        norms=norms / matrix.numel(),
         read=_reading(base),
         written=_writing(scratch, min(_SAMPLE, int(base.checkpoint.weight_bytes * _SAMPLED))),
     )
