@@ -118,6 +118,13 @@ def test_the_most_relevant_tokens_are_kept_with_the_parts_that_build_them(base: 
     assert plan.why.protected["language"] >= 1
     closed = must.vocabulary.closed(plan.rows.kept)
     assert closed == set(plan.rows.kept)
+    # tokens that need no other ones, and are less relevant, would fill all room
+    loners = [index for index in free if must.vocabulary.needs(index) <= {index, *must.ids} and index not in parts][:64]
+    assert len(loners) == 64
+    counts = {wanted: 2, **dict.fromkeys(loners, 1)}
+    spec = spec_of({"keep": must.smallest})
+    plan = choose_rows(spec, base, profiles_for(tmp_path / "other", spec, de=(counts, {})))
+    assert parts <= set(plan.rows.kept)
 
 
 @pytest.mark.parametrize(("asked", "rows"), [
