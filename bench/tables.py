@@ -31,6 +31,7 @@ RECORDED = (
     "cost_build",
     "cost_mixture",
     "forecast",
+    "outlook",
     "scale_llama_8b_streamed_fisher",
     "scale_qwen3_30b_a3b_streamed_fisher",
     "quantize",
