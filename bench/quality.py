@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +66,10 @@ def peers(get: Get) -> Table:
 
 # The paper's rule: a neuron is irrelevant where it is so in *every* document.
 CUS_PRUN_MAX = replace(CUS_PRUN, overrides={**CUS_PRUN.overrides, "compose.aggregate": "max"})
-RIVALS = ("modegpt", "flap_least_squares", "wanda_sp_least_squares", "flap")
-ANCHORS = ("ours", *RIVALS, "Cus-Prun alone, max")
+RIVALS = ("modegpt", "flap_least_squares", "wanda_sp_least_squares", "slimgpt", "flap")
+# Ours with one more general corpus.
+NAMED = {"ours, math among general": ("encyclopedia", "math"), "ours, German among general": ("encyclopedia", "de")}
+ANCHORS = ("ours", "ours, math among general", *RIVALS, "Cus-Prun alone, max")
 
 
 def anchors(get: Get, methods: Sequence[str] = ANCHORS) -> Table:
@@ -101,7 +102,7 @@ def anchors_paired(get: Get) -> Table:
 
 def sizes(get: Get) -> Table:
     """The best methods at other sizes, heads included."""
-    shape = Cell("base")
+    shape = Cell("base", piqa=0, dtype="bfloat16")
     table = Table(["budget", "method", "removed", *_columns(shape)])
     base = get(shape)
     # Parameters of the blocks without norms, of the FFN, and of all.
@@ -127,7 +128,7 @@ def gemma(get: Get) -> Table:
     base = get(shape)
     table.add("base", "", "", *_measured([base], base))
     for fraction, methods in (
-        (0.15, ("ours", "ours, no repair", "flap", "wanda_sp", "llm_pruner_taylor")),
+        (0.15, ("ours", "ours, German among general", "ours, no repair", "flap", "wanda_sp", "llm_pruner_taylor")),
         (0.25, ("ours", "flap")),
     ):
         for method in methods:
@@ -309,9 +310,11 @@ def draw_tokens(get: Get, path: Path = RESULTS.parent / "pictures/tokens.png") -
 
 
 def _of(method: str, shape: Cell) -> Cell:
-    """The cell of a peer, or of one of `OURS`."""
+    """The cell of a peer, or of one of `OURS` or `NAMED`."""
     if method in OURS:
         return replace(shape, method="ours", overrides=OURS[method])
+    if method in NAMED:
+        return replace(shape, method="ours", general=NAMED[method])
     return replace(shape, method=method)
 
 
@@ -359,7 +362,6 @@ TABLES: dict[str, Callable[[Get], Table]] = {table.__name__: table for table in 
 # Some of their cells have no results yet, so no document has them, or not these rows.
 PENDING: dict[str, Callable[[Get], Table]] = {
     "levers": levers,
-    "anchors": partial(anchors, methods=(*ANCHORS, "slimgpt")),
 }
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import jsonlines
 import pytest
 
-from bench.instruct import ARMS, Bench
+from bench.asking import code_of, names_it, passes, runs
+from bench.instruct import ARMS, Bench, Enough
 from expertprune.corpora.loading import load_corpora
 
-PROMPTS = {"medquad": 3, "oasst1": 2}
+PROMPTS = {"medquad": Enough(3, 60), "oasst1": Enough(2, 50)}
 
 
 @pytest.fixture
@@ -41,3 +42,53 @@ def test_arms_differ_in_one_thing_and_read_no_held_out_row(bench: Bench) -> None
     assert {document.text.split()[1] for document in medquad.calibration} == {"0", "1", "2"}
     assert {document.text.split()[1] for document in oasst.calibration} == {"0", "1"}
     assert {document.text.split()[1] for document in medquad.evaluation} == {"4", "5"}
+
+
+def test_base_answers_more_prompts_for_as_many_tokens_of_answers(bench: Bench) -> None:
+    spec = bench.spec(ARMS["generated, temperature 0"], PROMPTS)
+    wanted = {name: source.generate.tokens for name, source in spec.corpora.sources.items() if source.generate}
+    assert wanted == {"medquad": 60, "oasst1": 50}
+    assert all(len(corpus.calibration) == 4 for corpus in load_corpora(spec).values())  # 6 less 2 held out
+
+
+PROGRAM = {"test_list": ["assert twice(2) == 4", "assert twice(0) == 0"], "test_setup_code": ""}
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("Sure:\n```python\ndef twice(x):\n    return 2 * x\n```\nIt doubles.", True),
+        ("def twice(x): return x + x", True),
+        ("```\ndef twice(x):\n    return 2 * x", True),  # the block never ends
+        ("```python\ndef twice(x):\n    return x ** 2\n```", True),  # as far as the tests look
+        ("```python\ndef twice(x):\n    return 2 + x\n```", False),
+        ("I cannot do that.", False),
+        ("```python\nimport os\nos._exit(1)\n```", False),
+    ],
+)
+def test_an_answer_passes_if_its_code_passes_every_test(answer: str, right: bool) -> None:
+    assert passes(answer, PROGRAM) is right
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "while True: pass",
+        "import time\ntime.sleep(60)",
+        "found = bytearray(2 << 30)",
+        "open('large', 'wb').write(bytes(2 << 20))",
+        "input()",
+        "import os\nassert os.environ.get('HOME')",
+    ],
+)
+def test_programs_have_limits(program: str) -> None:
+    assert runs("pass", 1)
+    assert not runs(program, 1)
+
+
+def test_code_and_labels_are_found_in_what_a_model_says() -> None:
+    assert code_of("a\n```py\none\n```\n```py\ntwo\n```") == "one\n"
+    row = {"label_text": "positive"}
+    assert names_it("Positive.", row)
+    assert not names_it("Negative, not positive", row)
+    assert not names_it("", row)
