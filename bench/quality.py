@@ -102,7 +102,7 @@ def anchors_paired(get: Get) -> Table:
 
 def sizes(get: Get) -> Table:
     """The best methods at other sizes, heads included."""
-    shape = Cell("base", piqa=0, dtype="bfloat16")
+    shape = Cell("base")
     table = Table(["budget", "method", "removed", *_columns(shape)])
     base = get(shape)
     # Parameters of the blocks without norms, of the FFN, and of all.
