@@ -1,4 +1,4 @@
-"""Two tasks asked as people ask: through the chat template, in vLLM, with greedy answers.
+"""Tasks asked as people ask: through the chat template, in vLLM, with greedy answers.
 
 - sst2: is a review positive or negative? The answer must begin with the right word.
 - mbpp: write a Python function. The answer passes if its code passes the task's own tests (pass@1).
@@ -104,19 +104,16 @@ def _alone() -> tuple[str, ...]:
 
 TASKS = {
     "sst2": Task("task/sst2_report", 200, sentiment, 8, names_it),
-    "mbpp": Task("task/mbpp_report", 100, programming, 384, passes),
+    "mbpp": Task("task/mbpp_report", 40, programming, 256, passes),
 }
 
 
-def ask(folder: Path, tokenizer: Any, data: Path, log: Path) -> dict[str, list[int]]:
-    """By task 1 for each right answer of the model in a folder, 0 for others."""
-    found = {}
-    for name, task in TASKS.items():
-        with jsonlines.open(data / f"{task.file}.jsonl") as file:
-            rows = [row for row, _ in zip(file, range(task.rows), strict=False)]
-        answers = _answers(folder, tokenizer, [task.question(row) for row in rows], task.tokens, log)
-        found[name] = [int(task.right(answer.text, row)) for answer, row in zip(answers, rows, strict=True)]
-    return found
+def ask(task: Task, folder: Path, tokenizer: Any, data: Path, log: Path) -> list[int]:
+    """1 for each right answer of the model in a folder, 0 for others."""
+    with jsonlines.open(data / f"{task.file}.jsonl") as file:
+        rows = [row for row, _ in zip(file, range(task.rows), strict=False)]
+    answers = _answers(folder, tokenizer, [task.question(row) for row in rows], task.tokens, log)
+    return [int(task.right(answer.text, row)) for answer, row in zip(answers, rows, strict=True)]
 
 
 def _answers(folder: Path, tokenizer: Any, questions: Sequence[str], tokens: int, log: Path) -> list[Sample]:

@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +274,9 @@ def load_engine(folder: str | Path, **settings: Any) -> Any:
     """
     servable = check_folder(folder)
     check_shared(servable, int(settings.get("tensor_parallel_size", 1)))
+    if settings.get("dtype") == "float32":
+        every = sum(tensor.parameters for tensor in servable.checkpoint.tensors.values())
+        servable = replace(servable, weight_bytes=every * element_bytes("F32"))
     settings = {**engine_settings(servable, platform(), given=list(settings)), **settings}
     from vllm import LLM
 
