@@ -34,7 +34,8 @@ from expertprune.corpora.documents import Document
 from expertprune.corpora.loading import load_corpora
 from expertprune.evaluation.measure import Measuring
 from expertprune.files import store_folder
-from expertprune.models.base import resolve_base
+from expertprune.models.base import ResolvedBase, resolve_base
+from expertprune.models.sources import trim
 from expertprune.progress import silent
 from expertprune.spec.reading import parse_spec
 from expertprune.spec.schema import Spec
@@ -134,13 +135,17 @@ class Bench:
     def prompts(self) -> dict[str, Enough]:
         """The first conversations of each corpus that have the tokens that are wanted, by the base's own template."""
         every = {name: Enough(len(self.rows(f"{path}_calibration")) - self.documents, 0) for name, path in CHAT.items()}
-        spec = self.spec(Arm(), every)
-        base = resolve_base(spec.base, store_folder())
-        base.checkpoint.fetch()
+        tokenizer = self.resolved(every).tokenizer
         return {
-            name.value: _enough(corpus.calibration, base.tokenizer, self.tokens)
-            for name, corpus in load_corpora(spec).items()
+            name.value: _enough(corpus.calibration, tokenizer, self.tokens)
+            for name, corpus in load_corpora(self.spec(Arm(), every)).items()
         }
+
+    def resolved(self, prompts: Mapping[str, Enough]) -> ResolvedBase:
+        """The base, with its weights in its folder."""
+        base = resolve_base(self.spec(Arm(), prompts).base, store_folder())
+        base.checkpoint.fetch()
+        return base
 
     def judge(self, prepared: Prepared) -> Measuring:
         """What measures every arm: all sets as conversations. The base reads them once."""
@@ -162,20 +167,17 @@ class Bench:
             self._judge = measuring(prepared.running, list(load_corpora(judged).values()), judged.evaluate, False)
         return self._judge
 
-    def run(self, name: str, prompts: Mapping[str, Enough]) -> None:
-        """Cut, repair and measure one arm, and keep its figures."""
+    def run(self, name: str, prompts: Mapping[str, Enough]) -> Path:
+        """Cut, repair and measure one arm, and keep its figures; the folder of its expert."""
+        about = {"arm": name, "documents": self.documents, "made": made(MADE_WITH), "right": []}
         if name == BASE:
-            base = resolve_base(self.spec(Arm(), prompts).base, store_folder())
-            base.checkpoint.fetch()
-            right = self.ask(base.folder, base.tokenizer)
-            return write(path_of(self.base, name), {"arm": name, "right": right, "made": made(MADE_WITH)})
+            write(path_of(self.base, name), about)
+            return self.resolved(prompts).folder
         prepared = expertprune.validate(self.spec(ARMS[name], prompts))
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary) / "expert"
-            folder.mkdir()
-            write_folder(prepared, plan_of(prepared, silent), folder)
-            measured = measure_folder(self.judge(prepared), folder, prepared.running, silent)
-            right = self.ask(folder, prepared.base.tokenizer)
+        folder = self.work / name.replace(" ", "-")
+        folder.mkdir()
+        write_folder(prepared, plan_of(prepared, silent), folder)
+        measured = measure_folder(self.judge(prepared), folder, prepared.running, silent)
         sets = {
             str(corpus).partition("/")[2]: {
                 key: numbers.model_dump(mode="json") for key, numbers in found.metrics.items()
@@ -183,12 +185,16 @@ class Bench:
             for corpus, found in measured.corpora.items()
         }
         tokens = sum(batch.tokens for batch in prepared.repair_batches())
-        about = {"arm": name, "tokens": tokens, "documents": self.documents, "made": made(MADE_WITH)}
-        return write(path_of(self.base, name), {**about, "sets": sets, "right": right})
+        write(path_of(self.base, name), {**about, "tokens": tokens, "sets": sets})
+        return folder
 
-    def ask(self, folder: Path, tokenizer: Any) -> list[int]:
-        """1 for each right answer to the task of the base."""
-        return ask(TASKS[BASES[self.base]], folder, tokenizer, self.data, self.work / "vllm.log")
+    def ask(self, name: str, folder: Path, tokenizer: Any) -> None:
+        """Ask an arm the task of its base, and keep 1 for each right answer. The base must be out of memory."""
+        self._judge = None
+        trim()
+        right = ask(TASKS[BASES[self.base]], folder, tokenizer, self.data, self.work / "vllm.log")
+        path = path_of(self.base, name)
+        write(path, {**read(path), "right": right})
 
 
 def _enough(documents: Sequence[Document], tokenizer: Any, tokens: int) -> Enough:
@@ -228,7 +234,7 @@ def text() -> str:
                 numbers = found["sets"][name]
                 bits, same = (Measured.model_validate(numbers[key]) for key in ("bits_per_byte", "agreement"))
                 cells.append(f"{bits.retention:.3f}, {same.expert:.3f}")
-            right = f"{task}: {statistics.mean(found['right']):.3f}"
+            right = f"{task}: {statistics.mean(found['right']):.3f}" if found["right"] else ""
             tokens = "" if arm == BASE else f"{found['tokens']:,}"
             table.add(base, "not cut" if arm == BASE else arm, tokens, *(cells or [""] * len(SETS)), right)
     return f"{table}\n\n{described(used)}"
@@ -246,9 +252,14 @@ def main() -> None:
         data = arguments.data.resolve()
         bench = Bench(data, arguments.tokens, arguments.documents, Path(folder), arguments.base)
         prompts = bench.prompts()
+        folders = {}
         for arm in arguments.arm:
-            bench.run(arm, prompts)
+            folders[arm] = bench.run(arm, prompts)
             print(f"{arm}: measured", flush=True)
+        tokenizer = bench.resolved(prompts).tokenizer
+        for arm, expert in folders.items():
+            bench.ask(arm, expert, tokenizer)
+            print(f"{arm}: asked", flush=True)
     print(f"\n{text()}")
 
 
