@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import expertprune
@@ -19,6 +20,7 @@ from expertprune.files.ownership import own_folder
 from expertprune.serving import engine
 from tests.experts import described
 from tests.serving.conftest import CPU
+from tests.tiny import save_tiny
 
 GPU = engine.Platform(cpu=False, memory=80 * engine.GIB)
 
@@ -175,6 +177,16 @@ def test_load_engine_configures_vllm(fake_vllm: None, monkeypatch: pytest.Monkey
         "max_model_len": 64,
         "seed": 7,
     }
+
+
+def test_float32_needs_room_for_wider_weights(fake_vllm: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "llama", dtype=torch.bfloat16)
+    seen: list[int] = []
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=lambda **settings: settings))
+    monkeypatch.setattr(engine, "engine_settings", lambda servable, on, given: seen.append(servable.weight_bytes) or {})
+    engine.load_engine(folder)
+    engine.load_engine(folder, dtype="float32")
+    assert seen == [engine.check_folder(folder).weight_bytes, 2 * engine.check_folder(folder).weight_bytes]
 
 
 def test_several_engines_on_a_cpu_are_not_bound_to_the_same_cores(monkeypatch: pytest.MonkeyPatch) -> None:

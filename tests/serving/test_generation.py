@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from expertprune.errors import ServingError
+from expertprune.serving import engine, generation
 from expertprune.serving.generation import Job, Sample, generate, samples
 
 JOB = Job("folder", prompts=[[1, 2], [3]], tokens=14, whole=False, length=10, temperature=0.7, seed=3)
@@ -65,3 +68,20 @@ def test_a_process_that_fails_shows_the_end_of_its_log(
     with pytest.raises(ServingError, match=r"generation ended \(exit code 1\); the end of its log") as raised:
         generate(replace(JOB, folder=str(tiny_llama)), tmp_path / "log")
     assert str(raised.value).endswith("(the log is empty)")
+
+
+@pytest.mark.parametrize(
+    ("gain", "accelerator", "dtype"), [(0.2, False, "float32"), (1.0, False, None), (0.2, True, None)]
+)
+def test_float32_where_a_cpu_multiplies_bfloat16_slowly(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gain: float, accelerator: bool, dtype: str | None
+) -> None:
+    monkeypatch.setattr(generation, "bfloat16_gain", lambda: gain)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: accelerator)
+    started: list[dict[str, Any]] = []
+    monkeypatch.setattr(engine, "load_engine", lambda folder, **settings: started.append(settings) or Model())
+    asked, written = tmp_path / "job.json", tmp_path / "samples.jsonl"
+    asked.write_text(json.dumps(asdict(JOB)))
+    generation.main(str(asked), str(written))
+    assert started == [{"max_model_len": JOB.length} | ({"dtype": dtype} if dtype else {})]
+    assert len(written.read_text().splitlines()) >= 2

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -23,11 +25,13 @@ import expertprune
 from bench.load import Answer, ask, requests
 from expertprune.artifacts.timing import Load
 from expertprune.serving import engine, throughput
-from expertprune.serving.chat import ChatSettings, Ended, running
+from expertprune.serving.chat import ChatSettings, Ended, Page, running
 from expertprune.serving.deployment import Deployment
 from expertprune.serving.processes import check_port, free_port
+from tests.browsers import CHROMIUM, browser
 from tests.test_examples import probe_path
 
+__all__ = ["browser"]
 pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
@@ -123,6 +127,29 @@ def test_the_chat_command_speaks_to_it(serving: Serving) -> None:
         assert 1 < len(pieces) <= end.tokens <= 12
         said.append("".join(map(str, pieces)))
     assert said[0] == said[1]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
+def test_the_chat_page_speaks_to_it(serving: Serving, browser: Any) -> None:
+    """The same real model on both sides, in a browser: the same answer, no word marked."""
+    sides = running(f"{serving.root}/v1", f"{serving.root}/v1")
+    with (
+        Page(sides, 0, ChatSettings(max_tokens=12)) as page,
+        contextlib.closing(browser.new_page()) as tab,
+    ):
+        threading.Thread(target=page.serve_forever, daemon=True).start()
+        tab.goto(page.url)
+        tab.fill("#prompt", QUESTION[0]["content"])
+        tab.press("#prompt", "Enter")
+        said = []
+        for role in ("base", "expert"):
+            answer = tab.locator(f"[data-role={role}]")
+            answer.get_by_text("tokens/s").wait_for(timeout=60_000)
+            said.append(answer.locator(".text").inner_text())
+        assert said[0] == said[1]
+        assert said[0].strip()
+        assert tab.locator("mark").count() == 0
+        page.shutdown()
 
 
 def test_vllms_benchmark_measures_it(serving: Serving, experts: list[Path], tmp_path: Path) -> None:
