@@ -234,6 +234,7 @@ def server_arguments(
         UsageError: see `engine_settings`, `option_names`, `platform`, `check_shared`.
     """
     check_shared(servable, _gpus(given))
+    servable = _in_dtype(servable, _last_of(given, "--dtype", r"\w+"))
     settings = engine_settings(servable, platform(), engines, option_names(given))
     where = [f"--model={servable.folder.resolve()}", f"--served-model-name={servable.name}"]
     return [*where, f"--host={host}", f"--port={port}", *as_arguments(settings), *given]
@@ -254,10 +255,22 @@ def check_shared(servable: Servable, gpus: int) -> None:
 
 def _gpus(given: Sequence[str]) -> int:
     """How many GPUs share each layer, by the arguments of vLLM; 1 where they say nothing, or no number."""
-    found = re.findall(
-        r"(?:^|\x00)(?:--tensor-parallel-size|-tp)[=\x00](\d+)(?=$|\x00)", "\x00".join(given).replace("_", "-")
-    )
-    return int(found[-1]) if found else 1
+    found = _last_of([each.replace("_", "-") for each in given], "--tensor-parallel-size|-tp", r"\d+")
+    return int(found) if found else 1
+
+
+def _last_of(given: Sequence[str], option: str, value: str) -> str | None:
+    """What the arguments of vLLM say last of an option, as `--option=value` or `--option value`; both are patterns."""
+    found = re.findall(rf"(?:^|\x00)(?:{option})[=\x00]({value})(?=$|\x00)", "\x00".join(given))
+    return found[-1] if found else None
+
+
+def _in_dtype(servable: Servable, dtype: str | None) -> Servable:
+    """The folder with the bytes that its weights take in float32, where vLLM is told to run it so."""
+    if dtype not in ("float32", "float"):
+        return servable
+    every = sum(tensor.parameters for tensor in servable.checkpoint.tensors.values())
+    return replace(servable, weight_bytes=every * element_bytes("F32"))
 
 
 def load_engine(folder: str | Path, **settings: Any) -> Any:
@@ -274,9 +287,7 @@ def load_engine(folder: str | Path, **settings: Any) -> Any:
     """
     servable = check_folder(folder)
     check_shared(servable, int(settings.get("tensor_parallel_size", 1)))
-    if settings.get("dtype") == "float32":
-        every = sum(tensor.parameters for tensor in servable.checkpoint.tensors.values())
-        servable = replace(servable, weight_bytes=every * element_bytes("F32"))
+    servable = _in_dtype(servable, settings.get("dtype"))
     settings = {**engine_settings(servable, platform(), given=list(settings)), **settings}
     from vllm import LLM
 

@@ -186,7 +186,14 @@ def test_float32_needs_room_for_wider_weights(fake_vllm: None, monkeypatch: pyte
     monkeypatch.setattr(engine, "engine_settings", lambda servable, on, given: seen.append(servable.weight_bytes) or {})
     engine.load_engine(folder)
     engine.load_engine(folder, dtype="float32")
-    assert seen == [engine.check_folder(folder).weight_bytes, 2 * engine.check_folder(folder).weight_bytes]
+    servable = engine.check_folder(folder)
+    assert seen == [servable.weight_bytes, 2 * servable.weight_bytes]
+    monkeypatch.setattr(
+        engine, "engine_settings", lambda servable, on, engines, given: seen.append(servable.weight_bytes) or {}
+    )
+    for given in (["--dtype=float32"], ["--dtype", "float32"], ["--dtype", "float32", "--dtype", "bfloat16"], []):
+        engine.server_arguments(servable, "127.0.0.1", 8000, given)
+    assert seen[2:] == [2 * servable.weight_bytes] * 2 + [servable.weight_bytes] * 2
 
 
 def test_several_engines_on_a_cpu_are_not_bound_to_the_same_cores(monkeypatch: pytest.MonkeyPatch) -> None:
