@@ -1,7 +1,7 @@
-"""Tasks asked as people ask: through the chat template, in vLLM, with greedy answers.
+"""A task asked as people ask: MBPP through the chat template, in vLLM, with greedy answers.
 
-- sst2: is a review positive or negative? The answer must begin with the right word.
-- mbpp: write a Python function. The answer passes if its code passes the task's own tests (pass@1).
+The model is asked for a Python function. Its answer passes if the code in it passes the task's own
+tests (pass@1).
 
 Programs that a model wrote run one by one in a process of their own, in Python's isolated mode and an
 empty folder, with limits on time, memory and files. Where the machine allows it, they have no network,
@@ -16,8 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,31 +24,15 @@ from typing import Any
 import jsonlines
 
 from expertprune.corpora.chat import ChatTemplate
-from expertprune.serving.generation import Job, Sample, generate
+from expertprune.serving.generation import Job, generate
 
 SECONDS = 5  # of a program's processor time
 MEMORY = 1 << 30  # bytes of its address space
 _CODE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class Task:
-    """A file of rows, how many are asked, the question of one, how long answers may be, and which are right."""
-
-    file: str
-    rows: int
-    question: Callable[[Mapping[str, Any]], str]
-    tokens: int
-    right: Callable[[str, Mapping[str, Any]], bool]
-
-
-def sentiment(row: Mapping[str, Any]) -> str:
-    return f"Is this film review positive or negative? Answer with one word.\n\n{row['sentence'].strip()}"
-
-
-def names_it(answer: str, row: Mapping[str, Any]) -> bool:
-    """Whether an answer's first word is the label."""
-    return re.findall(r"[a-z]+", answer.lower())[:1] == [row["label_text"]]
+FILE, ROWS = "task/mbpp_report", 40
+TOKENS = 256  # of an answer
 
 
 def programming(row: Mapping[str, Any]) -> str:
@@ -102,23 +85,12 @@ def _alone() -> tuple[str, ...]:
     return words if allowed and allowed.returncode == 0 else ()
 
 
-TASKS = {
-    "sst2": Task("task/sst2_report", 200, sentiment, 8, names_it),
-    "mbpp": Task("task/mbpp_report", 40, programming, 256, passes),
-}
-
-
-def ask(task: Task, folder: Path, tokenizer: Any, data: Path, log: Path) -> list[int]:
-    """1 for each right answer of the model in a folder, 0 for others."""
-    with jsonlines.open(data / f"{task.file}.jsonl") as file:
-        rows = [row for row, _ in zip(file, range(task.rows), strict=False)]
-    answers = _answers(folder, tokenizer, [task.question(row) for row in rows], task.tokens, log)
-    return [int(task.right(answer.text, row)) for answer, row in zip(answers, rows, strict=True)]
-
-
-def _answers(folder: Path, tokenizer: Any, questions: Sequence[str], tokens: int, log: Path) -> list[Sample]:
+def ask(folder: Path, tokenizer: Any, data: Path, log: Path) -> list[int]:
+    """1 for each program of the model in a folder that passes, 0 for others."""
+    with jsonlines.open(data / f"{FILE}.jsonl") as file:
+        rows = [row for row, _ in zip(file, range(ROWS), strict=False)]
     template = ChatTemplate(tokenizer)
-    texts = [template.question([{"role": "user", "content": question}]) for question in questions]
+    texts = [template.question([{"role": "user", "content": programming(row)}]) for row in rows]
     prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    length = max(map(len, prompts)) + tokens
-    return generate(Job(str(folder), prompts, 1, False, length, 0.0, 0), log)
+    answers = generate(Job(str(folder), prompts, 1, False, max(map(len, prompts)) + TOKENS, 0.0, 0), log)
+    return [int(passes(answer.text, row)) for answer, row in zip(answers, rows, strict=True)]

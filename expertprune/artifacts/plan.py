@@ -275,6 +275,8 @@ class Plan:
 
 def load_plan(path: Path) -> Plan:
     """Read a plan; raises `PlanError` if the file is missing or is no plan."""
+    if path.suffix in (".yaml", ".yml"):
+        raise PlanError(f"{path}: is a spec, not a plan; expertprune build and expertprune compose read specs")
     return Plan.from_document(read_json(path, error=PlanError), str(path))
 
 

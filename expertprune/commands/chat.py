@@ -60,6 +60,7 @@ def chat(
     expertprune chat experts/medical-qa -- --max-model-len 2048
     """
     from expertprune.serving.chat import ChatSettings
+    from expertprune.serving.processes import check_port
 
     places = list(itertools.takewhile(lambda text: not text.startswith("-"), arguments))
     if len(places) > 1:
@@ -67,6 +68,8 @@ def chat(
     expert = Path(places[0]) if places else None
     settings = ChatSettings(seed, temperature, max_tokens)
     logs = store_folder(store) / "logs" if log is None else log
+    if not terminal and port:
+        check_port("127.0.0.1", port)  # before engines take minutes to start
     with stopped_by_signals(), contextlib.ExitStack() as stack:
         sides = stack.enter_context(
             _sides(expert, base, (expert_url, base_url), arguments[len(places) :], logs, store)

@@ -49,7 +49,7 @@ def _prune(outer: Path | None, older_than: str, store: Path | None, as_json: boo
     expertprune store prune --older-than 30d
     """
     folder = store_folder(store or outer)
-    _tell(folder, prune_store(folder, duration(older_than)), as_json, "lost")
+    _tell(folder, prune_store(folder, duration(older_than)), as_json, "removed")
 
 
 def _tell(folder: Path, entries: Sequence[StoreEntry], as_json: bool, verb: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 
 from expertprune.arch import Family, gguf_names
+from expertprune.composition.widths import check_own_widths
 from expertprune.errors import PlanError, SpecError
 from expertprune.models.base import ResolvedBase
 from expertprune.spec.schema import Spec
@@ -43,6 +44,7 @@ def resolved(spec: Spec, base: ResolvedBase) -> Spec:
         allocation = "uniform"
         with contextlib.suppress(PlanError):
             base.family.check_single_layers(base.checkpoint.config, spec.serve_with)
+            check_own_widths(spec.budget, base)
             allocation = "global"
     return spec.model_copy(
         update={

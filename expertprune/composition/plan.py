@@ -103,7 +103,8 @@ def foreseen_widths(spec: Spec, base: ResolvedBase) -> Sequence[LayerWidths] | N
         PlanError: the budget is not reachable, or the family has no layers of different widths.
     """
     check_structures(spec.budget, base)
-    check_scored(spec.relevance, _competing(spec, base)[0], base.family.has_ffn)
+    narrowed = [] if spec.budget.retention is None else [Structure.FFN]  # a floor tries FFN widths
+    check_scored(spec.relevance, [*_competing(spec, base)[0], *narrowed], base.family.has_ffn)
     gone = foreseen_layers(spec.budget, base)
     if spec.budget.retention is not None:
         return None

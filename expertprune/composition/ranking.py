@@ -174,12 +174,17 @@ def _take_units(
         removed += smallest
     else:
         if wanted > removed + smallest / 2:
-            largest = f"the largest legal one is {rounded_down(removed / own)}" if removed else "nothing can be removed"
+            largest = (
+                f"the largest legal one is {rounded_down(removed / own)} removed, {removed} of {own}"
+                if removed
+                else "nothing can be removed"
+            )
             raise PlanError(
-                f"budget.{structure.value}: {said(amount)} is too much (floor, multiple_of and what the config can say); "
-                f"{largest}"
+                f"budget.{structure.value}: {said(amount)} is too much; {largest} (by budget.floor, budget.multiple_of "
+                "and what the config can say)"
             )
     if not removed:
         raise PlanError(
-            f"budget.{structure.value}: {said(amount)} removes nothing; the smallest legal one is {smallest / own:.4g}"
+            f"budget.{structure.value}: {said(amount)} removes nothing; the smallest legal one is {smallest / own:.4g} "
+            f"removed, {smallest} of {own}"
         )

@@ -74,9 +74,12 @@ def check_scored(relevance: Relevance, structures: Sequence[Structure], has_ffn:
             raise SpecError(
                 f"relevance.{key}: {name} does not score {structure.value}; criteria that do: {others}{own}"
             )
-        if criterion.needs not in (None, Pass.GRADIENT) and not has_ffn:
+    named = {"criterion": relevance.criterion, "experts": relevance.experts}
+    for key, each in named.items():  # the pass that one needs is made, whether or not its scores choose
+        needs = None if has_ffn or each is None else check_criterion(each).needs
+        if needs not in (None, Pass.GRADIENT):
             raise SpecError(
-                f"relevance.{key}: {name} needs the {criterion.needs} pass, which is not made through routed experts; take "
+                f"relevance.{key}: {each} needs the {needs} pass, which is not made through routed experts; take "
                 "fisher, or impact, which needs none"
             )
 

@@ -177,6 +177,7 @@ def encode(texts: Sequence[Rendered], tokenizer: Any, max_tokens: int | None = N
         if chat and not tokenizer.is_fast:
             raise SpecError("the base's tokenizer is a slow one, which does not tell answers apart: 'documents: raw'")
         limit = {} if max_tokens is None else {"truncation": True, "max_length": max_tokens}
+        tokenizer.truncation_side = "right"  # a document is read from its beginning, whatever the tokenizer's habit
         encoded = tokenizer(
             [texts[i].text for i in mine],
             add_special_tokens=not chat,  # a chat template writes them itself

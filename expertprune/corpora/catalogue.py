@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -61,9 +63,25 @@ def find_sources(spec: Spec) -> dict[CorpusName, Source]:
             problems.append(_lacking(key, name, values, spec))
         else:
             found[name] = source
+    if not problems:
+        problems += _misspelt(spec)
     if problems:
         raise SpecError(problems)
     return found
+
+
+def _misspelt(spec: Spec) -> Iterator[str]:
+    """Sources that no name means, but one that has no source of its own nearly does."""
+    names = [*corpus_names(spec), *(CorpusName(OTHER, value) for value in spec.evaluate.others)]
+    sources = spec.corpora.sources
+    without = {name.value for name in names if not any(map(name.answers_to, sources))}
+    for key in sources:
+        if not any(name.answers_to(key) for name in names):
+            close = difflib.get_close_matches(
+                CorpusName.parse(key).value if "/" in key else key, without, n=1, cutoff=0.75
+            )
+            if close:
+                yield f"corpora.sources.{key}: no corpus has this name; did you mean {close[0]!r}?"
 
 
 def other_sources(spec: Spec) -> dict[CorpusName, Source]:

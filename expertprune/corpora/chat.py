@@ -13,6 +13,7 @@ from expertprune.corpora.messages import ANSWER, Conversation, with_text_argumen
 from expertprune.corpora.templates import Span, TemplateFailedError, TemplateStoppedError, run_template
 from expertprune.errors import SpecError, first_line
 
+_MARK = "\ue000"  # a character of no language
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -123,7 +124,8 @@ class ChatTemplate:
         """Find each answer as what it adds to the conversation before it.
 
         Templates may render an earlier answer otherwise than the last one (without its reasoning),
-        so that a shorter conversation is no prefix. The answer's own content is searched then.
+        so that a shorter conversation is no prefix. The answer is then what changes if a mark takes its
+        place.
         """
         messages, behind = conversation.messages, 0
         for number, message in enumerate(messages):
@@ -135,17 +137,33 @@ class ChatTemplate:
             if before == self._prefix(conversation, text, messages[:number]):  # no prompt that opens an answer
                 start = max(start, text.find(content, start))
             if (end := self._prefix(conversation, text, messages[: number + 1])) is None or before is None:
-                found = text.find(content, start)
-                if not content or found < 0:
+                span = self._by_mark(conversation, text, number)
+                if span is None or span[1] <= max(start, span[0]):
                     raise SpecError(
                         f"the base's chat template changes message {number + 1}, so its answer cannot be found; "
                         "set 'documents: raw'"
                     )
-                start = start if before is not None else found
-                end = found + len(content)
+                start = start if before is not None else max(start, span[0])
+                end = span[1]
                 end += next((len(token) for token in self._special if text.startswith(token, end)), 0)
             yield start, end
             behind = end
+
+    def _by_mark(self, conversation: Conversation, text: str, number: int) -> Span | None:
+        """What differs between the text and that of the same conversation with a mark as one of its answers."""
+        messages = list(conversation.messages)
+        messages[number] = {"role": ANSWER, "content": _MARK}
+        try:
+            other, _ = self._text(conversation.tools, messages)
+        except TemplateStoppedError:
+            raise
+        except SpecError:
+            return None
+        before, found, behind = other.partition(_MARK)
+        if not found:
+            return None
+        start = _alike(before, text)
+        return start, len(text) - _alike(behind[::-1], text[start:][::-1])
 
     def _prefix(
         self, conversation: Conversation, text: str, messages: Sequence[dict[str, Any]], opened: bool = False
@@ -158,3 +176,8 @@ class ChatTemplate:
         except SpecError:  # the whole was rendered, so this is about the part alone
             return None
         return len(shorter) if messages and text.startswith(shorter) else None
+
+
+def _alike(one: str, other: str) -> int:
+    """With how many characters both begin."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -106,8 +106,9 @@ class LeakGuard:
             else:
                 kept = tuple(document for i, document in enumerate(corpus.evaluation) if i not in leaks)
             if not kept and not corpus.questions:
+                why = f": all {len(leaks)} that were set aside are or resemble calibration documents" if leaks else ""
                 problems.append(
-                    f"corpus {corpus.name}: no document is left to evaluate on; give it more, or an evaluation split"
+                    f"corpus {corpus.name}: no document is left to evaluate on{why}; give it more, or an evaluation split"
                 )
             clean.append(replace(corpus, evaluation=kept))
         if problems:

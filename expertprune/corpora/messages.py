@@ -105,10 +105,17 @@ def read_conversation(messages: Any, tools: Any, where: str, unanswered: bool = 
     read = [_message(each, f"{where}, message {number}") for number, each in enumerate(messages, 1)]
     answers = [i for i, each in enumerate(read) if each["role"] == ANSWER and _said(each)]
     if not answers and unanswered and read:
-        return Conversation.of(read, _listed(tools) if tools else None)
+        return Conversation.of(read, _tools(tools, where))
     if not answers:
         raise SpecError(f"{where}: a conversation without an answer: no message of role {ANSWER!r} says anything")
-    return Conversation.of(read[: answers[-1] + 1], _listed(tools) if tools else None)
+    return Conversation.of(read[: answers[-1] + 1], _tools(tools, where))
+
+
+def _tools(tools: Any, where: str) -> list[Any] | None:
+    found = _listed(tools) if tools else None
+    if found is not None and not isinstance(found, list):
+        raise SpecError(f"{where}: tools must be a list, not {type(found).__name__}")
+    return found
 
 
 def read_exchange(prompt: Any, completion: Any, where: str, unanswered: bool = False) -> Conversation:
@@ -142,8 +149,11 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(role, str) or not role:
         raise SpecError(f"{where}: its role is {role!r}, not a name")
     kept = {key: message[key] for key in _KEPT if message.get(key)}
-    if isinstance(kept.get("tool_calls"), list):
-        kept["tool_calls"] = [_call(each) for each in kept["tool_calls"]]
+    if "tool_calls" in kept:
+        calls = _listed(kept["tool_calls"])
+        if not isinstance(calls, list) or not all(isinstance(each, dict) for each in calls):
+            raise SpecError(f"{where}: its tool_calls must be a list of mappings")
+        kept["tool_calls"] = [_call(each) for each in calls]
     if content is None and "tool_calls" not in kept:
         raise SpecError(f"{where}: has no content")
     return {"role": role, "content": _content(content, where), **kept}
@@ -187,5 +197,5 @@ def _content(content: Any, where: str) -> str:
         others = sorted({str(part.get("type")) for part in content if part.get("type") != "text"})
         if others:
             raise SpecError(f"{where}: holds {', '.join(others)}; only text can be read")
-        return "".join(str(part.get("text", "")) for part in content)
+        return "".join(str(part.get("text") or "") for part in content)
     raise SpecError(f"{where}: its content is {type(content).__name__}, not text")

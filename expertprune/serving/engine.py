@@ -34,6 +34,7 @@ _CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"  # in GiB; vLLM prefers it to its arg
 _BIND_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
 # `Server` gives these arguments itself.
 _OWN = ("model", "host", "port", "served-model-name", "uds")
+_SHORT = {"-tp": "tensor_parallel_size", "-pp": "pipeline_parallel_size"}
 _PLATFORM = """
 import json
 from vllm.platforms import current_platform as platform
@@ -217,7 +218,8 @@ def option_names(arguments: Sequence[str]) -> list[str]:
             raise UsageError(
                 f"--{name} cannot be given after --: expertprune says it itself (--host, --port before --)"
             )
-    return [name.replace("-", "_") for name in names]
+    short = [_SHORT[key] for text in arguments if (key := text.partition("=")[0]) in _SHORT]
+    return [*(name.replace("-", "_") for name in names), *short]
 
 
 def as_arguments(settings: Mapping[str, str | int | float | bool]) -> list[str]:

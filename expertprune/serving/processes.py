@@ -143,6 +143,13 @@ def stop_all(trees: Iterable[ProcessTree]) -> None:
             tree.forget()
 
 
+def reach_directly(host: str) -> None:
+    """Tell all clients of this process, and of those that it starts, that no proxy stands before this machine."""
+    for key in ("no_proxy", "NO_PROXY"):
+        known = [each for each in os.environ.get(key, "").split(",") if each]
+        os.environ[key] = ",".join(dict.fromkeys([*known, "127.0.0.1", "localhost", "::1", host]))
+
+
 def check_port(host: str, port: int) -> None:
     """Raises `UsageError` if the port cannot be listened on."""
     try:
@@ -151,7 +158,7 @@ def check_port(host: str, port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
             probe.listen(1)
-    except socket.gaierror:
+    except (socket.gaierror, UnicodeError):
         raise UsageError(f"--host {host}: is no address of this machine") from None
     except OSError as error:
         raise UsageError(f"port {port} of {host} is not free ({error.strerror}); choose another with --port") from None

@@ -20,7 +20,7 @@ from expertprune.errors import ServingError
 from expertprune.files import numbered, store_folder, temporary_folder, unused
 from expertprune.formats import file_name
 from expertprune.serving import engine
-from expertprune.serving.processes import ProcessTree, check_port, client_address, ending, free_port
+from expertprune.serving.processes import ProcessTree, check_port, client_address, ending, free_port, reach_directly
 
 PROMPT = "The heart pumps"
 QUESTION = "What does the heart do?"  # for models that chat
@@ -73,12 +73,13 @@ class Server:
         self.servable = servable = engine.check_folder(folder, model_name)
         self.host, self.port = host, free_port(host) if port is None else port
         check_port(self.host, self.port)
+        reach_directly(client_address(host))
         own = engine.server_arguments(servable, self.host, self.port, arguments, engines)
         self.name, self.patience = servable.name, patience
         self.root = f"http://{client_address(host)}:{self.port}"
         self.url = f"{self.root}/v1"
         self.load_seconds: float | None = None
-        self._keys = api_keys(arguments)
+        self.keys = api_keys(arguments)
         self._own = contextlib.ExitStack()
         weakref.finalize(self, self._own.close)
         self._own_log = log is None
@@ -141,7 +142,7 @@ class Server:
     def _ask(self, path: str, request: dict[str, Any]) -> Any:
         headers = {
             "Content-Type": "application/json",
-            **({"Authorization": f"Bearer {self._keys[0]}"} if self._keys else {}),
+            **({"Authorization": f"Bearer {self.keys[0]}"} if self.keys else {}),
         }
         asked = urllib.request.Request(self.root + path, json.dumps(request).encode(), headers)
         with urllib.request.urlopen(asked, timeout=self.patience) as answer:

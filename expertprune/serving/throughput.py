@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform as python_platform
 import re
 import subprocess
@@ -189,7 +190,8 @@ def _measure(server: Server, prompts: Path, load: Load, role: Role, number: int,
         "--disable-tqdm",
     ]
     command = [sys.executable, "-c", _CLIENT, *(f"--{key}={value}" for key, value in options.items()), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    key = {"OPENAI_API_KEY": server.keys[0]} if server.keys else {}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **key})
     if done.returncode != 0 or not result.is_file():
         end = "\n".join(f"  {line[:400]}" for line in (done.stdout + done.stderr).splitlines()[-15:])
         raise server.failure() or ServingError(f"vLLM's benchmark of {server.name} failed; its last lines:\n{end}")

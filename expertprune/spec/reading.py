@@ -51,6 +51,8 @@ def parse_spec(data: Any, where: str, folder: Path, overrides: Mapping[str, Any]
     """Check a spec given as plain data, whose paths are relative to `folder`."""
     if not isinstance(data, dict):
         raise SpecError(f"{where}: a spec is a mapping of keys (name, base, dimensions, budget, ...)")
+    if data.get("kind") == "plan":
+        raise SpecError(f"{where}: is a plan, not a spec; run: expertprune prune {where}")
     data = copy.deepcopy(data)
     for dotted, value in (overrides or {}).items():
         _set(data, dotted, value)

@@ -346,6 +346,16 @@ class Spec(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _floor_of_something(self) -> Spec:
+        """A floor holds for corpora; without a general one, any expert would keep it."""
+        floor = self.budget.retention
+        if floor is not None and floor.general is not None and not self.general:
+            raise ValueError(
+                "budget.retention.general: 'general' names no corpus that could keep it; name one, or leave the key out"
+            )
+        return self
+
     def document(self) -> dict[str, Any]:
         """The spec as plain data that gives the same spec back; defaults are written out."""
         data: dict[str, Any] = self.model_dump(mode="json", by_alias=True)

@@ -13,7 +13,9 @@ from expertprune.files import user_path
 
 
 def listed(value: Any) -> Any:
-    """A single name as a list of one."""
+    """A single name as a list of one. Raises `ValueError` for what YAML made a truth value of a name, such as `no`."""
+    if any(isinstance(each, bool) for each in (value if isinstance(value, list) else [value])):
+        raise ValueError("YAML reads no, off, yes and on as false and true; put the name in quotes, such as 'no'")
     return [value] if isinstance(value, str) else value
 
 

@@ -167,7 +167,7 @@ def _refusal(floor: Retention, budgets: Sequence[Budget], tried: Mapping[int, Fl
     which = "the smallest" if smallest == 0 else f"the smallest of {len(tried)} that were built"
     return (
         f"budget.retention: no cut keeps {wanted}; {which}, {budgets[smallest].parameters:.4f} of the parameters, "
-        f"keeps {tried[smallest]}: lower the floor, calibrate on more text, or lower budget.multiple_of"
+        f"keeps {tried[smallest]}: lower budget.retention, calibrate on more text, or lower budget.multiple_of"
     )
 
 

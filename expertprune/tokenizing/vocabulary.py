@@ -176,12 +176,12 @@ def read_vocabulary(folder: Path) -> Vocabulary:
     name = config.get("tokenizer_class", "unknown class")
     if isinstance(config.get("auto_map"), dict) and "AutoTokenizer" in config["auto_map"]:
         raise CheckpointError(
-            f"{folder}: budget.vocabulary: the tokenizer ({name}) comes with Python code of its own, which may change "
-            "the text in any way; only a tokenizer that tokenizer.json describes can be cut"
+            f"{folder}: the tokenizer ({name}) comes with Python code of its own, which may change the text in any "
+            "way; its vocabulary can only be cut, or written as GGUF, if tokenizer.json describes it"
         )
     if not path.is_file():
         raise CheckpointError(
-            f"{folder}: budget.vocabulary: the tokenizer ({name}) has no tokenizer.json, so it is a slow one; save it as "
+            f"{folder}: the tokenizer ({name}) has no tokenizer.json, so it is a slow one; save it as "
             "a fast one first (AutoTokenizer.from_pretrained(...).save_pretrained(...))"
         )
     data = read_object(path)
@@ -217,13 +217,13 @@ def _kind(data: dict[str, Any], where: str) -> TokenizerKind:
         return TokenizerKind.UNIGRAM
     if name != "BPE":
         raise CheckpointError(
-            f"{where}: budget.vocabulary: a {name} tokenizer cannot be cut; "
+            f"{where}: a {name} tokenizer cannot be cut, nor written as GGUF; "
             f"{', '.join(kind.value for kind in TokenizerKind)} can"
         )
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise CheckpointError(
-                f"{where}: budget.vocabulary: a BPE tokenizer with {key} {model[key]!r} cannot be cut; "
+                f"{where}: a BPE tokenizer with {key} {model[key]!r} cannot be cut, nor written as GGUF; "
                 f"{', '.join(kind.value for kind in TokenizerKind)} can"
             )
     parts = [data.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")]

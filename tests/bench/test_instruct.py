@@ -7,7 +7,7 @@ from pathlib import Path
 import jsonlines
 import pytest
 
-from bench.asking import code_of, names_it, passes, runs
+from bench.asking import code_of, passes, runs
 from bench.instruct import ARMS, Bench, Enough
 from expertprune.corpora.loading import load_corpora
 
@@ -86,9 +86,5 @@ def test_programs_have_limits(program: str) -> None:
     assert not runs(program, 1)
 
 
-def test_code_and_labels_are_found_in_what_a_model_says() -> None:
+def test_the_first_block_of_code_is_the_answer() -> None:
     assert code_of("a\n```py\none\n```\n```py\ntwo\n```") == "one\n"
-    row = {"label_text": "positive"}
-    assert names_it("Positive.", row)
-    assert not names_it("Negative, not positive", row)
-    assert not names_it("", row)

@@ -61,6 +61,19 @@ def test_only_texts_that_end_count_where_whole_ones_are_wanted_and_greedy_ones_a
     assert len(list(samples(Model(), replace(JOB, temperature=0.0)))) == 2
 
 
+def test_there_is_no_second_round_where_nothing_comes_to_an_end() -> None:
+    class Endless(Model):
+        def generate(self, *given: Any, **keys: Any) -> list[Any]:
+            return [
+                SimpleNamespace(
+                    outputs=[SimpleNamespace(text=each.outputs[0].text, token_ids=range(4), finish_reason="length")]
+                )
+                for each in super().generate(*given, **keys)
+            ]
+
+    assert len(list(samples(Endless(), replace(JOB, whole=True)))) == 2
+
+
 def test_a_process_that_fails_shows_the_end_of_its_log(
     tiny_llama: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, fake_vllm: None
 ) -> None:
@@ -83,5 +96,6 @@ def test_float32_where_a_cpu_multiplies_bfloat16_slowly(
     asked, written = tmp_path / "job.json", tmp_path / "samples.jsonl"
     asked.write_text(json.dumps(asdict(JOB)))
     generation.main(str(asked), str(written))
-    assert started == [{"max_model_len": JOB.length} | ({"dtype": dtype} if dtype else {})]
+    whole = {} if accelerator else {"enable_chunked_prefill": False}
+    assert started == [{"max_model_len": JOB.length} | whole | ({"dtype": dtype} if dtype else {})]
     assert len(written.read_text().splitlines()) >= 2

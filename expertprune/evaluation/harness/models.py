@@ -44,7 +44,22 @@ def served_model(folder: Path, url: str, name: str, tokenizer: Any) -> Any:
             num_concurrent=_BATCH,
             batch_size=1,
         )
+        _with_one_bos(made, tokenizer.bos_token_id)
         return _asked(made, tokenizer)
+
+
+def _with_one_bos(model: Any, bos: int | None) -> None:
+    """Drop the BOS that the tokenizer adds where the chat template has written one."""
+    plain = model.tok_encode
+
+    def once(ids: list[int]) -> list[int]:
+        return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+
+    def encode(string: Any, *args: Any, **keys: Any) -> Any:
+        found = plain(string, *args, **keys)
+        return once(found) if isinstance(string, str) else [once(each) for each in found]
+
+    model.tok_encode = encode
 
 
 def _asked(model: Any, tokenizer: Any) -> Any:

@@ -137,7 +137,7 @@ def connect(url: str, model: str | None = None, key: str | None = None) -> Endpo
     try:
         found = httpx.get(f"{address}/models", headers=_headers(key), timeout=_CONNECTING)
         models = [str(each["id"]) for each in found.json()["data"]] if found.is_success else []
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise UsageError(f"{address}: nothing answers there ({error})") from None
     except (ValueError, LookupError, TypeError):
         models = []
