@@ -149,6 +149,11 @@ def pickle_only(folder: Path) -> None:
     torch.save(tiny_model("llama").state_dict(), folder / "pytorch_model.bin")
 
 
+def misspelt(workplace: Workplace) -> None:
+    sources = workplace.data["corpora"]["sources"]
+    sources["medicla"] = sources.pop("medical")
+
+
 REFUSED: list[tuple[Prepare, str]] = [
     (spec(bugdet={"ffn": 0.2}), "tiny.yaml: unknown key 'bugdet'; did you mean 'budget'?"),
     (spec(relevance="impcat"), "relevance.criterion: unknown criterion 'impcat'; did you mean 'impact'?"),
@@ -157,6 +162,9 @@ REFUSED: list[tuple[Prepare, str]] = [
     (spec(dimensions={"domain": "medcal"}), "dimensions.domain: no corpus for 'medcal'; did you mean 'medical'?"),
     (spec(general="genral"), "general: no corpus for 'genral'; did you mean 'general'?"),
     (spec(evaluate={"corpora": "finance"}), "evaluate.corpora: 'finance' is none of the spec's corpora: language/en"),
+    (misspelt, "corpora.sources.medicla: no corpus has this name; did you mean 'medical'?"),
+    (spec(general=[], budget={"retention": {"general": 0.9}}), "budget.retention.general: 'general' names no corpus"),
+    (spec(dimensions={"language": [False]}), "put the name in quotes, such as 'no'"),
     (corpus(None), "mine.jsonl: no such file"),
     (corpus('{"text": "the heart"}\nnot json\n'), "mine.jsonl, line 2: not valid JSON"),
     (corpus(""), "domain/medical.* holds no document to calibrate on"),
@@ -436,3 +444,12 @@ def test_a_stored_profile_that_is_damaged(built: Workplace) -> None:
     assert "delete it and profile again" in message
     path.unlink()
     built.run("compose", built.spec, "--out", built.folder / "plan.json", code=0)
+
+
+def test_plans_and_specs_are_told_apart(workplace: Workplace, no_model: None) -> None:
+    plan = workplace.folder / "plan.json"
+    plan.write_text('{"kind": "plan"}')
+    assert "is a plan, not a spec; run: expertprune prune" in workplace.run("validate", plan, code=2)
+    workplace.write()
+    out = workplace.folder / "out"
+    assert "is a spec, not a plan" in workplace.run("prune", workplace.spec, "--out", out, code=2)

@@ -34,6 +34,12 @@ THINKING = (
     "{% if m.role == 'assistant' and loop.last %}<think>deep</think>{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# As DeepSeek-R1 does: what opens an answer opens its thoughts, and no rendered answer has them.
+OPENED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or () %}"
+    " call {{ c.function.name }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
 ALTERNATING = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}"
     "{% endif %}{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else ' ' + m.content + ' ' + eos_token }}"
@@ -124,6 +130,11 @@ def test_tool_calls_reach_the_template_and_count_as_an_answer(given: Any, form: 
         ([{"role": 3, "content": "y"}], "message 1: its role is 3, not a name"),
         ([{"role": "user"}], "message 1: has no content"),
         ([{"role": "user", "content": 5}], "message 1: its content is int, not text"),
+        (
+            [{"role": ANSWER, "content": None, "tool_calls": ["w"]}],
+            "message 1: its tool_calls must be a list of mappings",
+        ),
+        ([{"role": ANSWER, "content": None, "tool_calls": {"a": 1}}], "its tool_calls must be a list of mappings"),
         ([{"role": "user", "content": [{"type": "image"}]}], "message 1: holds image; only text can be read"),
     ],
 )
@@ -144,14 +155,47 @@ def test_what_is_no_conversation_is_named(messages: Any, problem: str) -> None:
         (THINKING, ["pumps blood<|im_end|>", "<think>deep</think>reads law<|im_end|>"]),
         (ALTERNATING, ["pumps blood </s>", "reads law </s>"]),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", ["pumps blood", "reads law"]),
+        ("{% for m in messages %}{{ m.content | upper }}; {% endfor %}x", ["PUMPS BLOOD", "READS LAW"]),
     ],
-    ids=["chatml", "marked", "thinking", "alternating", "no generation prompt"],
+    ids=["chatml", "marked", "thinking", "alternating", "no generation prompt", "in capitals"],
 )  # fmt: skip
 def test_answers_are_found_in_the_rendered_text(template: str, expected: list[str]) -> None:
     tokenizer = chat_tokenizer(template)
     text = render(document(TWO_TURNS), tokenizer)
     assert answers_of(text) == expected
     assert text.text == tokenizer.apply_chat_template(TWO_TURNS, tokenize=False)
+
+
+def test_an_answer_whose_words_the_question_has_is_not_looked_for_there() -> None:
+    asked = [{"role": USER, "content": "heart or blood"}, {"role": ANSWER, "content": "blood"}]
+    text = render(document([*asked, *asked]), chat_tokenizer(OPENED))
+    assert answers_of(text) == ["blood<|im_end|>"] * 2
+    assert text.answers is not None
+    assert [text.text[:start].count("heart or blood") for start, _ in text.answers] == [1, 2]
+
+
+def test_calls_of_tools_count_with_and_without_words_beside_them() -> None:
+    calls = [{"function": {"name": "sum", "arguments": {}}}]
+    for content, said in (("reads law", "reads law call sum<|im_end|>"), (None, " call sum<|im_end|>")):
+        turns = [
+            {"role": USER, "content": "law"},
+            {"role": ANSWER, "content": content, "tool_calls": calls},
+            {"role": "tool", "content": "a judge"},
+            {"role": ANSWER, "content": "a judge"},
+        ]
+        assert answers_of(render(document(turns), chat_tokenizer(OPENED))) == [said, "a judge<|im_end|>"]
+
+
+@pytest.mark.parametrize("tools", [{"type": "function"}, '{"name": "w"}', 3])
+def test_tools_are_a_list(tools: Any) -> None:
+    with pytest.raises(SpecError, match=r"here: tools must be a list, not (dict|str|int)"):
+        read_conversation(TWO_TURNS, tools, "here")
+
+
+def test_a_document_is_read_from_its_beginning_whatever_side_the_tokenizer_cuts() -> None:
+    right, left = chat_tokenizer(CHATML), chat_tokenizer(CHATML)
+    left.truncation_side = "left"
+    assert tokens_of(document(TWO_TURNS), left, 9) == tokens_of(document(TWO_TURNS), right, 9)
 
 
 def test_the_mask_is_that_of_transformers_where_the_template_marks_answers() -> None:
@@ -176,7 +220,7 @@ def test_a_rendered_text_does_not_depend_on_the_day() -> None:
         (ALTERNATING, [{"role": "system", "content": "law"}, *TWO_TURNS],
          "refuses a conversation of the roles system, user, assistant: System role not supported"),
         ("{{ messages[0].content", TWO_TURNS, "refuses a conversation"),
-        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}x", TWO_TURNS, "changes message 2"),
+        ("{% for m in messages %}{{ m.role | upper }}{% endfor %}x", TWO_TURNS, "changes message 2"),
     ],
 )  # fmt: skip
 def test_a_template_that_cannot_render_is_one_line(template: str | None, messages: Any, problem: str) -> None:

@@ -18,7 +18,7 @@ from tests.tiny import WORDS, tiny_model
 
 pytest.importorskip("lm_eval")
 
-from expertprune.evaluation.harness.models import running_model
+from expertprune.evaluation.harness.models import _with_one_bos, running_model
 from expertprune.evaluation.harness.scores import common_beginning
 from expertprune.evaluation.harness.tasks import load_task, run_task
 
@@ -125,3 +125,15 @@ def test_a_suite_says_it_for_all_its_tasks(task: str, tmp_path: Path) -> None:
     suite = tmp_path / "mine.yaml"
     suite.write_text(f"name: mine\nchat: true\ntasks: [{{file: {task}}}, {{name: arc_easy, chat: false}}]\n")
     assert [entry.chat for entry in load_suite(suite).tasks] == [True, False]
+
+
+def test_a_bos_that_the_template_wrote_is_not_written_again() -> None:
+    class Model:
+        def tok_encode(self, string: Any) -> Any:
+            one = [0, 0, 5] if isinstance(string, str) and string.startswith("<s>") else [0, 5]
+            return one if isinstance(string, str) else [self.__class__.tok_encode(self, each) for each in string]
+
+    model: Any = Model()
+    _with_one_bos(model, 0)
+    assert model.tok_encode("<s>a") == model.tok_encode("a") == [0, 5]
+    assert model.tok_encode(["<s>a", "a"]) == [[0, 5], [0, 5]]

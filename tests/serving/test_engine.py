@@ -230,3 +230,7 @@ def test_widths_that_gpus_cannot_share_are_said_before_anything_starts(
     engine.server_arguments(found, "127.0.0.1", 8000, ["--tensor-parallel-size", "1"])
     with pytest.raises(UsageError, match=r"among 2 GPUs: .* budget\.tensor_parallel: 2"):
         engine.load_engine(tiny_llama, tensor_parallel_size=2)
+
+
+def test_short_options_are_known_by_their_long_names() -> None:
+    assert engine.option_names(["-tp", "4", "-pp=2"]) == ["tensor_parallel_size", "pipeline_parallel_size"]

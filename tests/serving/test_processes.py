@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 import uuid
 from pathlib import Path
 
@@ -15,7 +17,15 @@ import psutil
 import pytest
 
 from expertprune.errors import CheckpointError, UsageError
-from expertprune.serving.processes import ProcessTree, check_port, client_address, ending, free_port, stop_all
+from expertprune.serving.processes import (
+    ProcessTree,
+    check_port,
+    client_address,
+    ending,
+    free_port,
+    reach_directly,
+    stop_all,
+)
 
 # A leader that ignores SIGTERM, as does its child, in a process group of its own; it says when both are ready.
 STUBBORN = """
@@ -151,3 +161,18 @@ def test_a_parent_that_is_killed_takes_all_with_it(tmp_path: Path) -> None:
     parent.wait()
     _, left = psutil.wait_procs(members, timeout=10)
     assert [process for process in left if process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_no_proxy_stands_between_a_machine_and_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "example.org")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    reach_directly("10.0.0.1")
+    reach_directly("127.0.0.1")
+    assert os.environ["no_proxy"] == "example.org,127.0.0.1,localhost,::1,10.0.0.1"
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert urllib.request.proxy_bypass("127.0.0.1")
+
+
+def test_a_host_that_is_no_name_is_refused() -> None:
+    with pytest.raises(UsageError, match="is no address of this machine"):
+        check_port(".local", 0)

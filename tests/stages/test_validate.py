@@ -19,7 +19,7 @@ from expertprune.spec.schema import Budget, Spec
 from expertprune.stages import build, prune, sweep  # noqa: F401 - so that they are patched
 from expertprune.stages.validate import find, prepare
 from tests.patching import everywhere
-from tests.tiny import write_corpus
+from tests.tiny import save_tiny, write_corpus
 
 CHECKS = {
     "base": "expertprune.models.base.resolve_base",
@@ -110,3 +110,24 @@ def test_a_plan_of_another_base_is_refused_before_its_budget_is_judged(
     with pytest.raises(PlanError, match="digest ffffffffffff"):
         expertprune.prune(tmp_path / "plan.json", tmp_path / "expert")
     assert calls["budget"] == 0
+
+
+def test_a_mixture_for_transformers_alone_gets_one_width_without_being_told(tmp_path: Path, spec_data: Any) -> None:
+    """Its config has one number of routed experts for all layers."""
+    spec_data |= {"base": str(save_tiny(tmp_path / "olmoe", "olmoe")), "budget": {"experts": 2}, "relevance": "fisher"}
+    spec_data |= {"serve_with": ["transformers"], "compose": {"allocation": "auto"}, "compensation": "none"}
+    prepared = expertprune.validate(parse_spec(spec_data, "here", tmp_path))
+    assert prepared.spec.compose.allocation == "uniform"
+
+
+def test_passes_that_a_model_cannot_make_are_refused_whatever_they_would_score(tmp_path: Path, spec_data: Any) -> None:
+    spec_data |= {"base": str(save_tiny(tmp_path / "olmoe", "olmoe")), "budget": {"experts": 2}}
+    spec_data |= {"relevance": {"criterion": "regional", "experts": "fisher"}, "compose": {"allocation": "uniform"}}
+    with pytest.raises(SpecError, match="regional needs the regional pass, which is not made through routed experts"):
+        expertprune.validate(parse_spec(spec_data, "here", tmp_path))
+
+
+def test_a_floor_needs_a_criterion_that_scores_neurons(tmp_path: Path, spec_data: Any) -> None:
+    spec_data |= {"budget": {"retention": {"expert": 0.9}}, "relevance": {"criterion": "reap"}}
+    with pytest.raises(SpecError, match="reap does not score ffn"):
+        expertprune.validate(parse_spec(spec_data, "here", tmp_path))
