@@ -222,23 +222,21 @@ def text() -> str:
     A cell is the retention of bits per byte of answers, and the agreement with the base; of programs the
     share that passes.
     """
-    table = Table(["model", "calibrated on", "tokens", *SETS, "programs"])
-    used = []
-    for base in BASES:
-        for arm in (BASE, *ARMS):
-            if not path_of(base, arm).is_file():
-                continue
-            found = read(path_of(base, arm))
-            used.append(found["made"])
-            cells = []
-            for name in SETS if arm != BASE else ():
-                numbers = found["sets"][name]
-                bits, same = (Measured.model_validate(numbers[key]) for key in ("bits_per_byte", "agreement"))
-                cells.append(f"{bits.retention:.3f}, {same.expert:.3f}")
-            right = f"{statistics.mean(found['right']):.3f}" if found["right"] else ""
-            tokens = "" if arm == BASE else f"{found['tokens']:,}"
-            table.add(base, "not cut" if arm == BASE else arm, tokens, *(cells or [""] * len(SETS)), right)
-    return f"{table}\n\n{described(used)}"
+    found = {
+        (base, arm): read(path_of(base, arm)) for base in BASES for arm in (BASE, *ARMS) if path_of(base, arm).is_file()
+    }
+    programs = any(each["right"] for each in found.values())
+    table = Table(["model", "calibrated on", "tokens", *SETS, *(["programs"] if programs else [])])
+    for (base, arm), each in found.items():
+        cells = [""] * len(SETS)
+        for place, name in enumerate(SETS if arm != BASE else ()):
+            numbers = each["sets"][name]
+            bits, same = (Measured.model_validate(numbers[key]) for key in ("bits_per_byte", "agreement"))
+            cells[place] = f"{bits.retention:.3f}, {same.expert:.3f}"
+        right = f"{statistics.mean(each['right']):.3f}" if each["right"] else ""
+        tokens = "" if arm == BASE else f"{each['tokens']:,}"
+        table.add(base, "not cut" if arm == BASE else arm, tokens, *cells, *([right] if programs else []))
+    return f"{table}\n\n{described(each['made'] for each in found.values())}"
 
 
 def main() -> None:
