@@ -9,6 +9,8 @@ import click
 
 from expertprune.commands.terminal import common, reporting, show
 
+_RANKS = (16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as --max-lora-rank; the first is its default
+
 
 @click.command()
 @click.argument("adapter", metavar="ADAPTER", type=click.Path(path_type=Path))
@@ -32,11 +34,13 @@ def adapter(adapter: Path, expert: Path, out: Path, overwrite: bool, same_base: 
 
     cut = stage.cut_adapter(adapter, expert, out, overwrite, same_base)
     lora = shlex.quote(f"{out.name}={out}")
+    most = next((each for each in _RANKS if each >= cut.rank), cut.rank)
+    rank = "" if cut.rank <= _RANKS[0] else f" --max-lora-rank {most}"
     show(
         as_json,
         cut.document(),
         lambda: (
             f"{out}: {cut.after:,} of {cut.before:,} parameters, for the expert {cut.expert}\n"
-            f"serve it: expertprune serve {shlex.quote(str(expert))} -- --enable-lora --lora-modules {lora}"
+            f"serve it: expertprune serve {shlex.quote(str(expert))} -- --enable-lora{rank} --lora-modules {lora}"
         ),
     )

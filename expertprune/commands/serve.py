@@ -107,5 +107,6 @@ def _tell(url: str, servers: Sequence[Server]) -> None:
     say(f"models:   {', '.join(server.name for server in servers)}")
     path, request = trial(servers[0].servable, servers[0].name, 16)
     body = shlex.quote(json.dumps(request, ensure_ascii=False))
-    say(f"try it:   curl {url}/{path} -H 'Content-Type: application/json' -d {body}")
+    key = ' -H "Authorization: Bearer $VLLM_API_KEY"' if servers[0].keys else ""
+    say(f"try it:   curl {url}/{path} -H 'Content-Type: application/json'{key} -d {body}")
     say("stop it:  Ctrl-C")

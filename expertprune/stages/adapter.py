@@ -37,6 +37,7 @@ class CutAdapter:
         expert: the name of the expert that it fits now.
         plans: the number of plans that it was cut along.
         before, after: its parameters.
+        rank: the largest of its ranks.
     """
 
     folder: Path
@@ -45,6 +46,7 @@ class CutAdapter:
     plans: int
     before: int
     after: int
+    rank: int
 
     def document(self) -> dict[str, Any]:
         return {"kind": "adapter", **asdict(self), "folder": str(self.folder)}
@@ -74,7 +76,7 @@ def cut_adapter(
         after = _write_weights(given, fit, temporary / ADAPTER_WEIGHTS)
         write_json(temporary / CONFIG, config | {"base_model_name_or_path": _reference(folder), "revision": None})
     before = sum(info.parameters for info in given.tensors.values())
-    return CutAdapter(out, fit.chain[0].base.model, made.name, len(fit.chain), before, after)
+    return CutAdapter(out, fit.chain[0].base.model, made.name, len(fit.chain), before, after, max(given.config.ranks))
 
 
 @dataclass(frozen=True)

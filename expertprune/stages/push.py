@@ -85,8 +85,8 @@ def _write_metadata(expert: Expert, base_model: str | None) -> None:
     from huggingface_hub import ModelCard
 
     path = expert.folder / CARD_FILE
-    text = path.read_text(encoding="utf-8") if path.is_file() else card_text(expert)
     with refused(path):
+        text = path.read_text(encoding="utf-8") if path.is_file() else card_text(expert)
         body = ModelCard(text).text
     write_file(path, f"---\n{card_metadata(expert, base_model)}\n---\n{body}".encode())
 

@@ -446,6 +446,13 @@ def plain(twice: tuple[Path, list[Plan]], tmp_path_factory: pytest.TempPathFacto
     )
 
 
+def test_the_line_that_serves_an_adapter_has_its_rank(twice: tuple[Path, list[Plan]], tmp_path: Path) -> None:
+    base, expert = twice[0] / "base", twice[0] / "second"
+    for rank, option in ((16, "--enable-lora --lora-modules"), (33, "--enable-lora --max-lora-rank 64 --lora-modules")):
+        adapter = trained(base, tmp_path / f"given-{rank}", target_modules=["q_proj"], r=rank)
+        assert option in call("adapter", adapter, "--expert", expert, "--out", tmp_path / f"cut-{rank}").stdout
+
+
 def test_a_base_under_another_name_is_found_by_its_shapes(
     twice: tuple[Path, list[Plan]], plain: Path, tmp_path: Path
 ) -> None:
