@@ -14,9 +14,9 @@ CHROMIUM = next(
 )
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """The browser; tests that use it are skipped without `CHROMIUM` or playwright."""
+@contextlib.contextmanager
+def opened() -> Iterator[Any]:
+    """The browser, for a test that cannot have its event loop afterwards; skipped without playwright."""
     api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
     with (
         api.sync_playwright() as play,
@@ -24,4 +24,11 @@ def browser() -> Iterator[Any]:
             play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # root, in a container
         ) as found,
     ):
+        yield found
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """The browser; tests that use it are skipped without `CHROMIUM` or playwright."""
+    with opened() as found:
         yield found

@@ -28,10 +28,9 @@ from expertprune.serving import engine, throughput
 from expertprune.serving.chat import ChatSettings, Ended, Page, running
 from expertprune.serving.deployment import Deployment
 from expertprune.serving.processes import check_port, free_port
-from tests.browsers import CHROMIUM, browser
+from tests.browsers import CHROMIUM, opened
 from tests.test_examples import probe_path
 
-__all__ = ["browser"]
 pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
@@ -130,11 +129,12 @@ def test_the_chat_command_speaks_to_it(serving: Serving) -> None:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
-def test_the_chat_page_speaks_to_it(serving: Serving, browser: Any) -> None:
+def test_the_chat_page_speaks_to_it(serving: Serving) -> None:
     """The same real model on both sides, in a browser: the same answer, no word marked."""
     sides = running(f"{serving.root}/v1", f"{serving.root}/v1")
     with (
         Page(sides, 0, ChatSettings(max_tokens=12)) as page,
+        opened() as browser,
         contextlib.closing(browser.new_page()) as tab,
     ):
         threading.Thread(target=page.serve_forever, daemon=True).start()
@@ -144,7 +144,7 @@ def test_the_chat_page_speaks_to_it(serving: Serving, browser: Any) -> None:
         said = []
         for role in ("base", "expert"):
             answer = tab.locator(f"[data-role={role}]")
-            answer.get_by_text("tokens/s").wait_for(timeout=60_000)
+            answer.get_by_text("tokens/s").wait_for(timeout=180_000)
             said.append(answer.locator(".text").inner_text())
         assert said[0] == said[1]
         assert said[0].strip()
