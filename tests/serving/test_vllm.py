@@ -181,7 +181,8 @@ def test_bursts_of_requests_are_all_answered_and_what_is_malformed_is_refused(se
     everything = requests(["quarter"], 200, seed=0, words=5)
 
     async def send() -> list[Answer]:
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        # vLLM closes idle connections after 5 s, perhaps just as a request goes out
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=3)) as session:
             bursts = [everything[start : start + 50] for start in range(0, len(everything), 50)]
             return [
                 answer
