@@ -122,7 +122,7 @@ def _on_a_cpu() -> dict[str, Any]:
     """Settings of an engine on a CPU.
 
     A prompt is read in one step: vLLM's CPU build (0.32.0) ends where a request with a seed is read in several. And
-    weights are in float32 where the CPU multiplies bfloat16 by much slower, which takes a sixth of the time here.
+    weights are in float32 where the CPU multiplies bfloat16 much more slowly.
     """
     import torch
 
