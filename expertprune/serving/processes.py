@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -25,6 +26,8 @@ SOCKETS = "VLLM_RPC_BASE_PATH"  # where vLLM puts its sockets, which it never re
 GRACE = 4.0  # seconds between SIGTERM and SIGKILL
 _KILLED = 3.0  # seconds until a killed process is gone
 _TAIL = 20  # lines of a log that an error shows
+_LOWEST_PORT = 10_000
+_TRIES = 100  # ports that are tried before any free one is taken
 
 
 class ProcessTree:
@@ -170,14 +173,35 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
-    """Free ports, all different."""
+    """Free ports, all different.
+
+    A server listens half a minute later. No outgoing connection takes its port meanwhile: they are below those that
+    the system gives to such connections, where there are any.
+    """
+    below = range(_LOWEST_PORT, _outgoing_ports().start)
+    wanted = [*random.SystemRandom().sample(below, min(len(below), _TRIES)), *[0] * count]  # 0: any, if all else fails
+    found: list[int] = []
     with contextlib.ExitStack() as probes:
-        found = []
-        for _ in range(count):
+        while len(found) < count:
             probe = probes.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
-            probe.bind((host, 0))
+            port = wanted.pop(0)
+            try:
+                probe.bind((host, port))
+            except OSError:
+                if not port:
+                    raise
+                continue
             found.append(int(probe.getsockname()[1]))
-        return found
+    return found
+
+
+def _outgoing_ports() -> range:
+    """The ports that the system gives to outgoing connections; where it does not say, IANA's dynamic ones (RFC 6335)."""
+    try:
+        low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    except (OSError, ValueError):
+        return range(49_152, 65_536)
+    return range(low, high + 1)
 
 
 def client_address(host: str) -> str:

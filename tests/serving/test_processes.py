@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -17,12 +18,14 @@ import psutil
 import pytest
 
 from expertprune.errors import CheckpointError, UsageError
+from expertprune.serving import processes
 from expertprune.serving.processes import (
     ProcessTree,
     check_port,
     client_address,
     ending,
     free_port,
+    free_ports,
     reach_directly,
     stop_all,
 )
@@ -123,6 +126,21 @@ def test_a_port_that_cannot_be_listened_on_is_refused() -> None:
         check_port("192.0.2.1", 8000)
     with pytest.raises(UsageError, match="no address"):
         check_port("no such host", 8000)
+
+
+def test_free_ports_differ_and_no_outgoing_connection_takes_them() -> None:
+    ports = free_ports(50)
+    assert len(set(ports)) == 50
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=300))
+        clients = [stack.enter_context(socket.create_connection(listener.getsockname())) for _ in range(200)]
+        assert max(ports) < min(client.getsockname()[1] for client in clients)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where other systems say it, we do not read it")
+def test_where_no_ports_are_left_below_any_free_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_outgoing_ports", lambda: range(1024, 65_536))
+    assert len(set(free_ports(3))) == 3
 
 
 @pytest.mark.parametrize(

@@ -43,9 +43,10 @@ def test_a_german_expert_is_smaller_and_still_speaks_german(german: Path, real_s
     )
     kept = {structure: about["plan"]["budget"][structure]["kept"] for structure in ("ffn", "query_heads")}
     assert config["vocab_size"] == 65_536
-    assert sum(kept["query_heads"]) == 18 * 3  # one of four a layer on average: each layer has widths of its own
+    heads = 18 * 4 - sum(kept["query_heads"])
+    assert abs(heads - 18) <= 1  # one of four a layer on average, to the nearest step: one head or two at once
     assert base["num_attention_heads"] == 4
-    neurons, heads = 18 * 2048 - sum(kept["ffn"]), 18
+    neurons = 18 * 2048 - sum(kept["ffn"])
     gone = (262_144 - 65_536) * 640 + neurons * 3 * 640 + heads * 2 * 256 * 640
     assert about["parameters"] == {"before": 268_098_176, "after": 268_098_176 - gone}
     assert neurons / (18 * 2048) == pytest.approx(0.15, abs=64 / 2048)
