@@ -15,7 +15,7 @@ from expertprune.corpora.batches import Batch
 from expertprune.models.layers import decoder_layers, observed
 from expertprune.models.passes import Stream, TextRun, real_tokens
 
-SCALE_BITS = 16  # a scale is stored in bfloat16
+STORED_BITS = 16  # of a scale, and of a weight that is not rounded: bfloat16, whatever the model runs in
 GROUPS = (128, 32)  # weights of a row that share a scale: the first that divides the row
 DAMPING = 0.01  # of the mean of the diagonal, in GPTQ
 
@@ -52,7 +52,7 @@ def quantized(model: Any, scheme: Scheme, batches: Sequence[Batch] = ()) -> tupl
         for path, module in linear.items():
             weight, group = module.weight, scheme.group(module.in_features)
             few = gptq(weight, products[path], scheme.bits, group) if products else nearest(weight, scheme.bits, group)
-            bits += weight.numel() // group * SCALE_BITS - weight.numel() * (8 * weight.element_size() - scheme.bits)
+            bits += weight.numel() // group * STORED_BITS - weight.numel() * (STORED_BITS - scheme.bits)
             weight.copy_(few)
         if stream is not None:
             stream.move(layer, index)
@@ -60,8 +60,8 @@ def quantized(model: Any, scheme: Scheme, batches: Sequence[Batch] = ()) -> tupl
 
 
 def bytes_of(model: Any) -> int:
-    """Bytes of a model's parameters, tied ones once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    """Bytes of a model's parameters as they are stored, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters()) * STORED_BITS // 8
 
 
 def second_moments(stream: Stream, layer: nn.Module, index: int, paths: Sequence[str]) -> dict[str, Tensor]:
