@@ -26,6 +26,7 @@ from tests.tiny import as_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # the first test builds the expert
 SPEC = Path(__file__).parents[2] / "profiles" / "english-medical-qa.yaml"
+FEW = {"calibration.documents": 10}
 LAYERS = 30  # of SmolLM2
 PROMPTS = [
     "The heart pumps blood",
@@ -37,15 +38,16 @@ PROMPTS = [
 
 @pytest.fixture(scope="session")
 def expert(tmp_path_factory: pytest.TempPathFactory, real_store: Path) -> Path:
-    """The expert of the demonstration, from the bundled SmolLM2."""
-    return expertprune.build(SPEC, tmp_path_factory.mktemp("experts") / "english-medical-qa", store=real_store)
+    """An expert of the bundled SmolLM2 by the shipped spec, on less text."""
+    folder = tmp_path_factory.mktemp("experts") / "english-medical-qa"
+    return expertprune.build(SPEC, folder, overrides=FEW, store=real_store)
 
 
 @pytest.fixture(scope="session")
 def stock(expert: Path, tmp_path_factory: pytest.TempPathFactory, real_store: Path) -> Path:
     """The same with one width for all layers, from the same profiles: a stock checkpoint."""
     overrides = {
-        "relevance.criterion": "impact", "compose.allocation": "uniform",
+        **FEW, "relevance.criterion": "impact", "compose.allocation": "uniform",
         "compensation": "none", "evaluate.enabled": False,
     }  # fmt: skip
     return expertprune.build(SPEC, tmp_path_factory.mktemp("stock") / "expert", overrides=overrides, store=real_store)
@@ -63,6 +65,7 @@ def test_the_default_beats_random_and_magnitude(
     found = {"default": bits(expert)}
     for criterion in ("random", "magnitude"):
         overrides: dict[str, Any] = {
+            **FEW,
             "relevance.criterion": criterion,
             "evaluate.corpora": ["medical", "general"],
             "evaluate.metrics": ["bits_per_byte"],
