@@ -143,7 +143,7 @@ class Profile:
 
     - `ffn.l.rms` `[documents, ffn]`, float16 with a scale (see `halved`): root mean square of each
       input of the FFN's output projection over a document's tokens;
-    - `ffn.l.sum`, `ffn.l.square_sum` `[ffn]`, float64: sums over all tokens;
+    - `ffn.l.sum`, `ffn.l.square_sum` `[ffn]`, float64: weighted sums over all tokens;
     - `heads.l.rms`, `heads.l.sum`, `heads.l.square_sum`: the same of the attention's output
       projection, `[..., query_heads * head_dim]`;
     - `heads.l.impact` `[documents, query_heads]`, `groups.l.impact` `[documents, kv_heads]`,
@@ -154,13 +154,15 @@ class Profile:
     - `stream.l.square` `[documents]`: mean square of the residual stream behind the layer;
     - `stream.l.influence` `[documents]`: mean over tokens of `1 − cos(x, y)`, where the layer turns
       the residual stream `x` into `y` (ShortGPT's block influence, arXiv:2403.03853);
-    - `tokens` `[documents]`: how many tokens of each document the model predicts.
+    - `tokens` `[documents]`: how many tokens of each document the model predicts;
+    - `weights` `[documents]`, float32: the sum of the weights of its tokens, of which a prompt's
+      weigh `calibration.prompt_weight`. In sums and means here, tokens count by their weight.
 
     In a layer with routed experts, `ffn` stands for all neurons of all of them. Each activation
     counts times the router's weight, and 0 on tokens that go elsewhere. Of the routed experts,
     `[documents, experts]`, float32:
 
-    - `experts.l.routed`: how many tokens are routed to each;
+    - `experts.l.routed`: how many tokens are routed to each, by their weight;
     - `experts.l.frequency`: their share of all tokens;
     - `experts.l.norm_sum`: the sum over them of the router's weight times the norm of the output;
     - `experts.l.impact`: the mean over all tokens of that product's square;

@@ -109,9 +109,9 @@ def unit_statistics(
         return _expert_statistics(profile, layer, number, part)
     channels = "ffn" if structure is Structure.FFN else "heads"
     prefix = _PREFIX[structure]
-    tokens = profile.tokens
-    mean = profile.read(f"{channels}.{layer}.sum") / tokens
-    variance = profile.read(f"{channels}.{layer}.square_sum") / tokens - mean.square()
+    weight = profile.read("weights").double().sum()
+    mean = profile.read(f"{channels}.{layer}.sum") / weight
+    variance = profile.read(f"{channels}.{layer}.square_sum") / weight - mean.square()
     return UnitStatistics(
         rms=profile.read_half(f"{channels}.{layer}.rms"),
         impact=None if structure is Structure.FFN else profile.read(f"{prefix}.{layer}.impact"),
@@ -142,7 +142,7 @@ def _expert_statistics(profile: Profile, layer: int, seed: int, part: ProfilePar
         tokens=profile.read("tokens"),
         frequency=profile.read(f"experts.{layer}.frequency"),
         routed=routed,
-        routed_norm=profile.read(f"experts.{layer}.norm_sum") / routed.clamp_min(1),
+        routed_norm=profile.read(f"experts.{layer}.norm_sum") / routed.clamp_min(torch.finfo(torch.float32).tiny),
         **_from_part(profile, Structure.EXPERTS, layer, part),
     )
 

@@ -138,3 +138,11 @@ def predicted_tokens(text: TextRun) -> Tensor:
         for document, predicted in zip(batch.documents, batch.predicted, strict=True):
             tokens[document] = predicted
     return tokens
+
+
+def token_weights(text: TextRun) -> Tensor:
+    """The sum of the weights of each document's tokens, `[documents]`, float32."""
+    weights = torch.zeros(text.documents)
+    for batch in text.everything:
+        weights[list(batch.documents)] = batch.weights.sum(1)
+    return weights

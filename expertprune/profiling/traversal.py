@@ -18,7 +18,7 @@ from expertprune.models.passes import Stream, TextRun
 from expertprune.models.sources import is_streamed
 from expertprune.models.spool import Spool
 from expertprune.models.states import KeepStates, keep_nothing
-from expertprune.profiling.forward import LayerCollector, predicted_tokens
+from expertprune.profiling.forward import LayerCollector, predicted_tokens, token_weights
 from expertprune.profiling.gradients import MaskGradients, Taped, Upstream, loss_gradient
 from expertprune.profiling.observation import Observation, units_observed
 from expertprune.profiling.regional import RegionalGradients
@@ -113,6 +113,7 @@ class Traversal:
         """
         if FORWARD in self.found:
             self.found[FORWARD]["tokens"] = predicted_tokens(self.text)
+            self.found[FORWARD]["weights"] = token_weights(self.text)
         if VOCABULARY in self.found and self.mass is None:
             self.found[VOCABULARY] = self.working.load(VOCABULARY)
         if self.keeps_graphs:

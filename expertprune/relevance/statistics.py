@@ -28,7 +28,7 @@ class UnitStatistics:
         output_l1: `[channels]`, L1 norm of each column of the output projection.
         output_l2: `[channels]`, L2 norm of the same.
         weight_norm: `[units]`, Frobenius norm of all weights that the unit owns.
-        variance: `[channels]`, variance of each input channel over all tokens of the corpus.
+        variance: `[channels]`, variance of each input channel over all tokens of the corpus, by their weight.
         tokens: `[documents]`, predicted tokens of each document.
         gradient: `[documents, units]`, derivative of the document's mean loss with respect to the
             unit's mask, at 1; `None` without the gradient pass.

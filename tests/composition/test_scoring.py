@@ -79,7 +79,7 @@ def made_profile(folder: Path, corpus: str, seed: int, silent: bool = False) -> 
     def draw(*shape: int) -> Tensor:
         return (torch.rand(*shape, generator=generator) + 0.05) * (0 if silent else 1)
 
-    statistics: dict[str, Tensor] = {"tokens": torch.full((DOCUMENTS,), 3.0)}
+    statistics: dict[str, Tensor] = {name: torch.full((DOCUMENTS,), 3.0) for name in ("tokens", "weights")}
     for layer in range(LAYERS):
         for block, channels in (("ffn", SHAPE.ffn), ("heads", SHAPE.query_heads * SHAPE.head_dim)):
             statistics |= {

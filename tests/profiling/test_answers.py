@@ -62,6 +62,7 @@ def test_statistics_weigh_tokens(tokens_per_batch: int) -> None:
     for ids, answers in zip(IDS, ANSWERS, strict=True):
         seen, weights = layer_activations(of, ids), weights_of(ids, answers)
         expected["tokens"].append(len(ids) - 1 if answers is None else sum(answers[1:]))
+        expected["weights"].append(weights.sum())
         for index, layer in enumerate(of.model.model.layers):
             for name in (f"ffn.{index}", f"heads.{index}"):
                 expected[f"{name}.rms"].append(np.sqrt(np.average(seen[name] ** 2, axis=0, weights=weights)))

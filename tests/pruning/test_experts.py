@@ -19,7 +19,9 @@ from expertprune.arch import families
 from expertprune.artifacts.plan import StructureBudget
 from expertprune.artifacts.profile import FORWARD
 from expertprune.composition.scoring import corpus_score, unit_statistics
+from expertprune.corpora.batches import Tokens, make_batches
 from expertprune.errors import ExpertpruneError, PlanError, SpecError
+from expertprune.models.passes import TextRun
 from expertprune.profiling.store import measure
 from expertprune.relevance import criteria
 from expertprune.spec.reading import parse_spec
@@ -125,6 +127,23 @@ def test_reap_is_the_mean_over_all_tokens_of_the_corpus_that_are_routed_to_an_ex
         np.testing.assert_allclose(quantile[layer], np.median(means, 0), rtol=1e-5)
         alone += int((served == 1).sum())
     assert alone > 0
+
+
+@pytest.mark.parametrize("prompt_weight", [0.0, 0.25, 4.0])
+def test_reap_is_the_mean_of_weighted_tokens(prompt_weight: float, tmp_path: Path) -> None:
+    """Every third token is an answer's; a document's tokens at an expert may weigh less than one together."""
+    of, texts = tiny_of(tiny_model("mixtral")), token_lists((4, 2, 6, 2, 3), seed=1)
+    tokens = [Tokens(tuple(ids), tuple(place % 3 == 1 for place in range(len(ids)))) for ids in texts]
+    text = TextRun(of.model, of.family, of.shapes, make_batches(tokens, 30, prompt_weight=prompt_weight))
+    profile = measure(text, [FORWARD], tmp_path / "p.safetensors", made_up_about(tokens=17, layers=of.shapes))
+    weighed = np.concatenate([np.where(each.answers, 1.0, prompt_weight) for each in tokens])[:, None]
+    for layer in range(3):
+        routings = [routing_of(of.model, layer, ids) for ids in texts]
+        weights, norms = (np.concatenate([each[part] for each in routings]) for part in (0, 1))
+        counts = weighed * (weights > 0)
+        expected = (counts * weights * norms).sum(0) / np.maximum(counts.sum(0), 1e-9)
+        statistics = unit_statistics(profile, Structure.EXPERTS, layer, 0)
+        np.testing.assert_allclose(numbers(corpus_score(criteria["reap"], statistics, "mean")), expected, rtol=1e-5)
 
 
 # --- planted experts --------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from expertprune.artifacts.profile import FORWARD, Profile, ProfilePart, halved, save_profile
 from expertprune.composition.scoring import check_criterion, corpus_scores, needed_part, unit_statistics
-from expertprune.corpora.batches import make_batches
+from expertprune.corpora.batches import Tokens, make_batches
 from expertprune.corpora.documents import Document
 from expertprune.errors import SpecError
 from expertprune.files import digest_of
@@ -164,6 +164,27 @@ def test_fluctuation_is_the_variance_over_all_tokens_massive_means_included(tmp_
             assert scores.shape == (len(LENGTHS), len(each))
             for row in scores:  # a float32 near 1000 is known to 3e-5, so its distance of about 1 from the mean as well
                 np.testing.assert_allclose(row.double().numpy(), each, rtol=2e-4, err_msg=f"{name} {layer}")
+
+
+@pytest.mark.parametrize("prompt_weight", [0.0, 0.25, 4.0])
+def test_fluctuation_is_the_variance_of_weighted_tokens(tmp_path: Path, prompt_weight: float) -> None:
+    """Every third token is an answer's; the others are a prompt's."""
+    of = tiny("llama")
+    tokens = [Tokens(tuple(ids), tuple(place % 3 == 1 for place in range(len(ids)))) for ids in token_lists()]
+    text = TextRun(of.model, of.family, of.shapes, make_batches(tokens, 30, prompt_weight=prompt_weight))
+    about = made_up_about(tokens=text.tokens, layers=of.shapes)
+    profile = measure(text, [FORWARD], tmp_path / "p.safetensors", about)
+    inputs = [layer_activations(of, each.ids) for each in tokens]
+    weights = np.concatenate([np.where(each.answers, 1.0, prompt_weight) for each in tokens])
+    for layer, module in enumerate(of.model.model.layers):
+        for structure, name in NAMES.items():
+            block, output = ("ffn", ffn_output(module)) if name == "ffn" else ("heads", module.self_attn.o_proj)
+            values = np.concatenate([each[f"{block}.{layer}"] for each in inputs])
+            variance = np.average((values - np.average(values, axis=0, weights=weights)) ** 2, axis=0, weights=weights)
+            each = variance * np.square(output.weight.detach().double().numpy()).sum(0)
+            expected = torch.tensor(each.reshape(of.shapes[layer].units(structure), -1).sum(1))
+            found = raw_scores(profile, "fluctuation", structure, layer)
+            assert_near(found, expected.expand(len(LENGTHS), -1), 1e-5, f"{name} {layer}")
 
 
 # --- parts ----------------------------------------------------------------------------------------------------------
