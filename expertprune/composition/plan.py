@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,9 +17,9 @@ from expertprune.composition.reasons import reasons
 from expertprune.composition.rows import choose_rows
 from expertprune.composition.scoring import Fused, check_scored, score_units
 from expertprune.composition.uniform import uniform_widths
-from expertprune.composition.widths import LayerWidths, check_structures, summary
+from expertprune.composition.widths import LayerWidths, check_structures, legal_widths, own_widths, summary
 from expertprune.corpora.documents import CorpusName, corpus_names
-from expertprune.errors import SpecError
+from expertprune.errors import PlanError, SpecError
 from expertprune.models.base import ResolvedBase
 from expertprune.spec.schema import Budget, Spec
 from expertprune.units import GONE, KeptUnits, LayerShape, Structure
@@ -105,9 +106,34 @@ def foreseen_widths(spec: Spec, base: ResolvedBase) -> Sequence[LayerWidths] | N
     check_structures(spec.budget, base)
     narrowed = [] if spec.budget.retention is None else [Structure.FFN]  # a floor tries FFN widths
     check_scored(spec.relevance, [*_competing(spec, base)[0], *narrowed], base.family.has_ffn)
+    if spec.budget.retention is None:
+        return _reached(spec, base)
+    first, *narrower = widths_to_try(spec, base)
+    if not narrower and list(first) == own_widths(base, ()):
+        raise PlanError("budget.retention: there is no smaller width to try; lower budget.multiple_of or budget.floor")
+    return None
+
+
+def widths_to_try(spec: Spec, base: ResolvedBase) -> list[Sequence[LayerWidths]]:
+    """What all layers keep under a retention floor, from the widest cut to the narrowest.
+
+    First, what the cut of heads leaves, as far as it is known without profiles. Then each layer goes down its own
+    legal FFN widths, one at a time.
+
+    Raises:
+        PlanError: the heads cannot go, or the family has no layers of different widths.
+    """
+    first = _reached(spec, base)
+    legal = [legal_widths(base, spec.budget, layer, Structure.FFN) for layer in range(len(base.layers))]
+    return [
+        [replace(layer, ffn=own[min(step, len(own) - 1)]) for layer, own in zip(first, legal, strict=True)]
+        for step in range(max(map(len, legal)))
+    ]
+
+
+def _reached(spec: Spec, base: ResolvedBase) -> Sequence[LayerWidths]:
+    """The widths that a budget comes to where all units are alike; a retention floor itself cuts nothing."""
     gone = foreseen_layers(spec.budget, base)
-    if spec.budget.retention is not None:
-        return None
     if spec.compose.allocation == "uniform":
         return uniform_widths(spec.budget, base, gone)
     base.family.check_single_layers(base.checkpoint.config, spec.serve_with)

@@ -10,8 +10,7 @@ from pathlib import Path
 from expertprune.artifacts.plan import Plan, RetentionFound
 from expertprune.artifacts.profile import Profile
 from expertprune.composition.parameters import removed_parameters
-from expertprune.composition.plan import compose
-from expertprune.composition.widths import LayerWidths, legal_ffn
+from expertprune.composition.plan import compose, widths_to_try
 from expertprune.corpora.documents import CorpusName
 from expertprune.engine.team import team
 from expertprune.errors import PlanError
@@ -63,20 +62,19 @@ class FloorFound:
 def budgets_to_try(prepared: Prepared) -> list[Budget]:
     """Budgets of ascending size, as parameters of the whole model.
 
-    What every layer loses at the FFN's legal widths; where layers may differ, steps of a quarter of
-    that (of a layer's own step, if there are fewer than four layers).
+    What the cut of heads removes, where there is one, and what it removes with every layer at its own next
+    legal FFN width, and so on; where layers may differ, steps of a quarter of that (of a layer's own step, if
+    there are fewer than four layers).
     """
-    base, budget, shape = prepared.base, prepared.spec.budget, prepared.base.layers[0]
-    parts = 1 if prepared.spec.compose.allocation == "uniform" else min(_BETWEEN, len(base.layers))
-    found, before = [], 0
-    for width in reversed(legal_ffn(shape, budget.ffn_step, budget.floor)[:-1]):
-        layer = replace(LayerWidths.own(shape), ffn=width)
-        removed = removed_parameters(base, [layer] * len(base.layers))
-        for part in range(1, parts + 1):
-            fraction = (before + (removed - before) * part / parts) / base.checkpoint.parameters
-            found.append(budget.model_copy(update={"retention": None, "parameters": fraction * (1 - 1e-9)}))
-        before = removed
-    return found
+    base, budget, spec = prepared.base, prepared.spec.budget, prepared.spec
+    parts = 1 if spec.compose.allocation == "uniform" else min(_BETWEEN, len(base.layers))
+    before, *sizes = (removed_parameters(base, widths) for widths in widths_to_try(spec, base))
+    removed: list[float] = [before] if before > 0 else []
+    for size in sizes:
+        removed += [before + (size - before) * part / parts for part in range(1, parts + 1)]
+        before = size
+    fractions = [each / base.checkpoint.parameters * (1 - 1e-9) for each in removed]
+    return [budget.model_copy(update={"retention": None, "parameters": fraction}) for fraction in fractions]
 
 
 class _Forecast:
@@ -134,8 +132,6 @@ def plan_by_retention(prepared: Prepared, profiles: Mapping[CorpusName, Profile]
     floor = prepared.spec.budget.retention
     assert floor is not None
     budgets = budgets_to_try(prepared)
-    if not budgets:
-        raise PlanError("budget.retention: there is no smaller width to try; lower budget.multiple_of or budget.floor")
     forecast = _Forecast(prepared, profiles, budgets)
     low, high = -1, len(budgets)  # the largest that is known to hold, the smallest that is known not to
     tried: dict[int, tuple[Plan, FloorFound]] = {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,65 @@ def test_budgets_are_legal_steps_apart(
         assert budget.parameters == pytest.approx(steps * layers_at_once * 4 * 3 * 24 / total)
         assert budget.retention is None
         assert budget.multiple_of == 4
+
+
+def removed_by(prepared: Prepared) -> list[float]:
+    """How many parameters each budget to try removes."""
+    return [(budget.parameters or 0) * prepared.base.checkpoint.parameters for budget in budgets_to_try(prepared)]
+
+
+def test_budgets_of_a_base_whose_layers_differ_begin_at_each_layers_own_width(
+    retaining_spec: dict[str, Any], tmp_path: Path
+) -> None:
+    """Widths of 32, 8 and 20 have 7, 1 and 4 steps of four neurons above the floor, of 4 · 3 · 24 parameters each."""
+    prepared = prepared_with(retaining_spec, tmp_path, {"compose.allocation": "global"})
+    layers = tuple(replace(shape, ffn=ffn) for shape, ffn in zip(prepared.base.layers, (32, 8, 20), strict=True))
+    found = removed_by(replace(prepared, base=replace(prepared.base, layers=layers)))
+    apart = [large - small for small, large in itertools.pairwise([0, *found])]
+    assert all(0 < each <= 4 * 3 * 24 * (1 + 1e-6) for each in apart)
+    assert found[-1] == pytest.approx((7 + 1 + 4) * 4 * 3 * 24)
+
+
+@pytest.mark.parametrize(("allocation", "parts"), [("uniform", 1), ("global", 3)])
+def test_budgets_go_on_from_what_cut_heads_leave(
+    retaining_spec: dict[str, Any], tmp_path: Path, allocation: str, parts: int
+) -> None:
+    """Three of six heads go in each of three layers, of 4 rows of q and 4 columns of o; the first budget is they alone."""
+    retaining_spec["budget"]["query_heads"] = 3
+    found = removed_by(prepared_with(retaining_spec, tmp_path, {"compose.allocation": allocation}))
+    heads, step = 3 * 3 * 2 * 4 * 24, 3 * 4 * 3 * 24
+    assert found == pytest.approx([heads + step * number / parts for number in range(7 * parts + 1)])
+
+
+@pytest.mark.parametrize("everything", [True, False])
+def test_heads_and_neurons_above_the_floor_go_where_enough_is_kept_else_heads_alone(
+    retaining_spec: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, everything: bool
+) -> None:
+    retaining_spec["budget"]["query_heads"] = 3
+    prepared = prepared_with(retaining_spec, tmp_path)
+    heads, total = 3 * 3 * 2 * 4 * 24, prepared.base.checkpoint.parameters
+    fake_measure(monkeypatch, lambda size: 0.95 if everything or size == total - heads else 0.1)
+    plan = plan_of(prepared, silent)
+    assert {len(kept.query_heads) for kept in plan.kept} == {3}
+    assert {len(kept.ffn) for kept in plan.kept} == {4 if everything else 32}
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize(
+    ("budget", "reason"),
+    [
+        ({"query_heads": {"keep": 7}}, "budget.query_heads: keep: 7 is more than the 6 that there are"),
+        ({"kv_groups": 3}, "budget.kv_groups: "),
+        ({"multiple_of": 64}, "there is no smaller width to try; lower budget.multiple_of or budget.floor"),
+    ],
+    ids=str,
+)
+def test_a_floor_is_refused_before_anything_is_profiled(
+    retaining_spec: dict[str, Any], tmp_path: Path, allocation: str, budget: dict[str, Any], reason: str
+) -> None:
+    retaining_spec["budget"] |= budget
+    with pytest.raises(PlanError, match=re.escape(reason)):
+        prepared_with(retaining_spec, tmp_path, {"compose.allocation": allocation})
 
 
 # --- search ---------------------------------------------------------------------------------------------------------
