@@ -128,17 +128,14 @@ def global_widths(
 
 
 def _wanted_units(shapes: Sequence[LayerShape], structure: Structure, amount: int | float | Keep) -> float:
-    """How many units are to go over all layers that stay; of query heads, how many of each KV group,
-    summed over layers.
-    """
-    heads = structure is Structure.QUERY_HEADS
-    per_layer = [shape.heads_per_group if heads else shape.units(structure) for shape in shapes]
-    own, per_group = sum(per_layer), shapes[0].kv_heads if heads else 1
+    """How many units are to go over all layers that stay."""
+    own = sum(shape.units(structure) for shape in shapes)
     if isinstance(amount, float):
         return amount * own
     if isinstance(amount, int):
-        return amount / per_group * len(per_layer)
-    return removal(amount, own * per_group // len(per_layer), structure.value) / per_group * len(per_layer)
+        return amount * len(shapes)
+    removal(amount, own // len(shapes), structure.value)  # raises where so many cannot stay
+    return own - amount.keep * len(shapes)
 
 
 def _narrowed(base: ResolvedBase, budget: Budget, layers: Sequence[LayerWidths], step: WidthStep) -> LayerWidths | None:
@@ -160,14 +157,16 @@ def _take_units(
     field, amount = _FIELD[structure], getattr(budget, structure.value)
     staying = [shape for shape, layer in zip(base.layers, layers, strict=True) if not layer.gone]
     wanted = _wanted_units(staying, structure, amount)
-    own = sum(getattr(LayerWidths.own(shape), field) for shape in staying)
-    removed = own - sum(getattr(layer, field) for layer in layers)
+    own = sum(shape.units(structure) for shape in staying)
+    # A step of heads takes as many of every KV group that the layer had.
+    each = [shape.kv_heads if structure is Structure.QUERY_HEADS else 1 for shape in base.layers]
+    removed = own - sum(number * getattr(layer, field) for number, layer in zip(each, layers, strict=True))
     smallest = 0
     for step in ranked:
         narrow = _narrowed(base, budget, layers, step)
         if narrow is None:
             continue
-        smallest = getattr(layers[step.layer], field) - step.width
+        smallest = each[step.layer] * (getattr(layers[step.layer], field) - step.width)
         if removed + smallest / 2 > wanted:
             break
         layers[step.layer] = narrow

@@ -182,6 +182,23 @@ def test_a_count_is_of_the_average_layer() -> None:
     assert global_widths(Budget(query_heads={"keep": 8}), base, scores) == heads
 
 
+@pytest.mark.parametrize("widest_first", [True, False])
+@pytest.mark.parametrize("amount", [5, {"keep": 5}, 0.5], ids=str)
+def test_query_heads_are_counted_whatever_the_kv_heads_of_each_layer(amount: Any, widest_first: bool) -> None:
+    """Layers of 4, 1 and 1 groups of 4 heads have 24, 8 in the average layer; as many go as are nearest to half or 5."""
+    base = base_of(layers=3)
+    groups = (4, 1, 1) if widest_first else (1, 1, 4)
+    layers = tuple(replace(s, query_heads=4 * n, kv_heads=n) for s, n in zip(base.layers, groups, strict=True))
+    base = replace(base, layers=layers)
+    wanted = {"5": 3 * 5, "{'keep': 5}": 24 - 3 * 5, "0.5": 12}[str(amount)]
+    for seed in range(20):
+        scores = random_scores(base, seed)
+        order = slow_ranking(base, scores, [HEADS])
+        sums = [0, *itertools.accumulate(move.units * base.layers[move.layer].kv_heads for move in order)]
+        best = min(range(len(sums)), key=lambda count: (abs(sums[count] - wanted), -count))
+        assert list(global_widths(Budget(query_heads=amount), base, scores)) == after(base, order[:best])
+
+
 @pytest.mark.parametrize("rules", RULES, ids=str)
 @pytest.mark.parametrize("fraction", [0.02, 0.1, 0.2])
 def test_neurons_and_groups_stand_in_one_ranking_for_parameters(fraction: float, rules: dict[str, Any]) -> None:
