@@ -153,6 +153,17 @@ class Compose(Section):
         "auto: global where all that serve_with names read layers of different widths of the base's family, else uniform.",
     )
 
+    @model_validator(mode="after")
+    def _zero_is_no_relevance(self) -> Compose:
+        """`beta` draws scores towards zero; where that is the mean of a layer, those below it would rise."""
+        fusion = self.fusion
+        if self.scale == "standard" and fusion.method == "shared_exclusive" and fusion.beta < 1:
+            raise ValueError(
+                f"fusion.beta {fusion.beta:g} weighs scores above zero, and scale: standard has scores below it, which "
+                "it would raise; take scale: share or percentile, or beta: 1"
+            )
+        return self
+
 
 class Retention(Section):
     """A small expert that keeps at least this much of held-back calibration text.

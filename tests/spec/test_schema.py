@@ -152,6 +152,16 @@ WRONG = [
     ({"budget": {"max_parameters": "infB"}}, "budget.max_parameters:", "found 'infB'"),
     ({"compose": {"allocation": "globl"}}, "compose.allocation:", "'uniform' or 'global'"),
     ({"evaluate": {"metrics": []}}, "evaluate.metrics:", "at least 1"),
+    (
+        {"compose": {"scale": "standard", "fusion": {"beta": 0.5}}},
+        "compose:",
+        "fusion.beta 0.5 weighs scores above zero",
+    ),
+    (
+        {"compose": {"scale": "standard", "fusion": {"beta": 0}}},
+        "compose:",
+        "take scale: share or percentile, or beta: 1",
+    ),
     ({"compose": {"fusion": {"lambda": 3}}}, "compose.fusion.lambda:", "less than or equal to 1"),
     ({"evaluate": {"metrics": ["kl", "bleu"]}}, "evaluate.metrics.1:", "found 'bleu'"),
 ]
@@ -194,6 +204,11 @@ def test_an_aggregate_of_another_kind_is_named_by_its_key_alone(aggregate: Any) 
 SHORTHANDS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"dimensions": {"task": "qa"}}, {"dimensions": {"task": ["qa"]}}),
     ({"compose": {"aggregate": "max"}}, {"compose": {"aggregate": "max"}}),
+    ({"compose": {"scale": "standard"}}, {"compose": {"scale": "standard"}}),
+    (
+        {"compose": {"scale": "standard", "fusion": {"method": "weighted", "beta": 0.5}}},
+        {"compose": {"fusion": {"beta": 0.5}}},
+    ),
     ({"budget": {"retention": {"general": 0.9}, "kv_groups": 1}}, {"budget": {"retention": {"general": 0.9}}}),
     ({"general": "medical"}, {"general": ["medical"]}),
     ({"relevance": "random"}, {"relevance": {"criterion": "random"}}),
