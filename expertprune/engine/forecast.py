@@ -68,7 +68,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: its name, the tokens that it runs, its time in seconds, and its peaks."""
+    """One stage: its name, the tokens that it runs, padding included, its time in seconds, and its peaks."""
 
     name: str
     tokens: int
@@ -128,7 +128,8 @@ class Forecast:
         yield f"{duration(self.seconds)}; {room}; layers {'streamed' if self.streamed else 'resident'}"
         for each in self.stages:
             room = gibibytes(each.memory.device or each.memory.host)
-            yield f"{each.name}: {each.tokens:,} tokens, {duration(each.seconds)}, {room}"
+            tokens = f"{each.tokens:,} tokens with padding, " if each.tokens else ""
+            yield f"{each.name}: {tokens}{duration(each.seconds)}, {room}"
 
 
 def duration(seconds: float) -> str:

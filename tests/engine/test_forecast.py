@@ -15,7 +15,7 @@ import torch
 
 from expertprune.corpora.batches import make_batches
 from expertprune.engine import memory
-from expertprune.engine.forecast import Forecaster, Work, duration
+from expertprune.engine.forecast import Forecast, Forecaster, Stage, Work, duration
 from expertprune.engine.memory import Memory, Need, Sizes, TextSize, evaluating, layer_sums, profiling, repairing
 from expertprune.engine.rates import Rates, measured_rates
 from expertprune.engine.routed import RoutedSizes
@@ -70,6 +70,13 @@ def test_sizes_of_a_base(base: ResolvedBase) -> None:
 def test_text_counts_padding() -> None:
     batches = make_batches([[1] * 5, [1] * 7, [1] * 20], tokens_per_batch=16)
     assert TextSize.of(batches) == TextSize(tokens=2 * 7 + 20, batch=20, width=20, documents=3)
+
+
+def test_tokens_of_a_stage_are_said_to_hold_padding() -> None:
+    stages = (Stage("profile x", 1200, 5.0, Memory(2**30, 0, 0)), Stage("write", 0, 1.0, Memory(2**30, 0, 0)))
+    _, profile, write = Forecast(False, stages, 0, 0, 0).lines()
+    assert profile.startswith("profile x: 1,200 tokens with padding, 5 s, ")
+    assert write.startswith("write: 1 s, ")
 
 
 def test_needs_of_each_stage(base: ResolvedBase) -> None:
