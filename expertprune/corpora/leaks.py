@@ -36,6 +36,8 @@ class LeakGuard:
       character 5-grams (scikit-learn) is at least 0.8; or
     - stands in such a document word for word, and has at least 60 characters.
 
+    Near duplicates and quotations are of what a conversation says without its system messages.
+
     Args:
         calibration: documents whose text is at hand: those of the spec's corpora.
         digests: of all documents that calibrated the expert and its ancestors, whose text may be
@@ -45,14 +47,16 @@ class LeakGuard:
     def __init__(self, calibration: Iterable[Document], digests: Iterable[str] = ()) -> None:
         self._calibration = {document.digest: document for document in calibration}
         self._digests = frozenset(digests) | set(self._calibration)
-        self._quoted = "\n".join(_plain(document) for document in self._calibration.values())
+        self._quoted = "\n".join(_plain(document.text) for document in self._calibration.values())
 
     def leaks(self, *sets: Examples) -> list[dict[int, Document]]:
         """By set, the positions of the examples that leak, with the text that does."""
         texts = {text.digest: text for examples in sets for each in examples.texts for text in each}
         bad = self._near_duplicates(list(texts.values())) | (self._digests & set(texts))
         bad |= {
-            digest for digest, text in texts.items() if len(plain := _plain(text)) >= _QUOTED and plain in self._quoted
+            digest
+            for digest, text in texts.items()
+            if len(plain := _plain(_compared(text))) >= _QUOTED and plain in self._quoted
         }
         found = []
         for examples in sets:
@@ -66,8 +70,8 @@ class LeakGuard:
             return set()
         from sklearn.feature_extraction.text import TfidfVectorizer
 
-        known = [document.text for document in self._calibration.values()]
-        new = [text.text for text in texts]
+        known = [_compared(document) for document in self._calibration.values()]
+        new = [_compared(text) for text in texts]
         vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(5, 5), sublinear_tf=True).fit([*known, *new])
         similarity = (vectorizer.transform(new) @ vectorizer.transform(known).T).max(axis=1).toarray().ravel()
         return {texts[i].digest for i in np.flatnonzero(similarity >= NEAR_DUPLICATE)}
@@ -116,9 +120,15 @@ class LeakGuard:
         return clean
 
 
-def _plain(document: Document) -> str:
+def _compared(document: Document) -> str:
+    """What tells a document from others."""
+    said = document.conversation.exchanged if document.conversation is not None else ""
+    return said or document.text
+
+
+def _plain(text: str) -> str:
     """A text without differences in white space and case."""
-    return " ".join(document.text.split()).casefold()
+    return " ".join(text.split()).casefold()
 
 
 def _problem(examples: Examples, found: Mapping[int, Document]) -> str:

@@ -13,6 +13,7 @@ from expertprune.errors import SpecError
 from expertprune.files import parse_json
 
 ANSWER = "assistant"  # the role whose messages count
+_INSTRUCTIONS = ("system", "developer")  # roles of messages that many conversations share
 _KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content")  # what templates read besides role and content
 # Roles of the ShareGPT form, https://github.com/lm-sys/FastChat, and of its variants for tools.
 _SHAREGPT = {
@@ -68,6 +69,13 @@ class Conversation:
     def text(self) -> str:
         """What is said, without roles: one paragraph a message."""
         return "\n\n".join(said for message in self.messages if (said := _said(message)))
+
+    @property
+    def exchanged(self) -> str:
+        """`text` without system messages, which tell no conversations apart: those of one product share them."""
+        return "\n\n".join(
+            said for message in self.messages if message["role"] not in _INSTRUCTIONS and (said := _said(message))
+        )
 
     @property
     def answered(self) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from expertprune.corpora.documents import Corpus, CorpusName, Document, Question
 from expertprune.corpora.leaks import Examples, LeakGuard
+from expertprune.corpora.messages import Conversation
 from expertprune.errors import SpecError
 
 LETTERS = (
@@ -48,6 +51,35 @@ def with_one_word_changed(text: str) -> str:
 )
 def test_what_counts_as_the_same_text(document: str, is_leaked: bool) -> None:
     assert found(["heart", document], [UNRELATED.replace("e", "x"), LETTERS]) == ([1] if is_leaked else [])
+
+
+_letters = random.Random(0)
+SHARED = " ".join("".join(_letters.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(800))
+
+
+def talk(asked: str, answered: str, system: str = SHARED, role: str = "system") -> Document:
+    said = ((role, system), ("user", asked), ("assistant", answered))
+    return Document.of(Conversation.of([{"role": role, "content": content} for role, content in said]))
+
+
+def leaking(examples: list[Document], calibration: list[Document]) -> list[int]:
+    (found,) = LeakGuard(calibration).leaks(Examples("some", "examples", [[each] for each in examples]))
+    return list(found)
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_system_message_that_all_conversations_share_is_no_leak(role: str) -> None:
+    known = talk(ASKED, LETTERS, role=role)
+    assert leaking([talk("Where do the boats go?", UNRELATED, role=role)], [known]) == []
+    other = "It is another day."
+    leaks = [
+        known,
+        talk(ASKED, LETTERS, other),
+        talk(ASKED, with_one_word_changed(LETTERS)),
+        talk("Why?", LETTERS, other),
+    ]
+    assert leaking(leaks, [known]) == [0, 1, 2, 3]
+    assert leaking([Document(SHARED[:400])], [known]) == [0]  # a text of its own that stands in what calibrated
 
 
 def test_the_digest_of_a_text_that_is_gone_is_enough() -> None:
