@@ -68,9 +68,20 @@ class ChatTemplate:
 
     def render(self, conversation: Conversation) -> Rendered:
         """The text of a conversation and the spans of its answers; see `render`."""
+        if conversation.verbatim:
+            return self._verbatim(conversation)
         text, marked = self._text(conversation.tools, conversation.messages)
         spans = marked or list(self._by_prefixes(conversation, text))
         return Rendered(text, tuple((start, start + len(text[start:end].rstrip())) for start, end in spans))
+
+    def _verbatim(self, conversation: Conversation) -> Rendered:
+        """What a model read and wrote. Many templates leave the thoughts of an answer out, which it also wrote."""
+        *asked, answer = conversation.messages
+        before, _ = self._text(conversation.tools, asked, opened=True)
+        other, _ = self._text(conversation.tools, [*asked, {"role": ANSWER, "content": _MARK}])
+        _, found, end = other.rpartition(_MARK)
+        text = before + answer["content"] + (end if found else self._tokenizer.eos_token or "")
+        return Rendered(text, ((len(before), len(text.rstrip())),))
 
     def prompt(self, conversation: Conversation) -> str:
         """The text up to where the first answer begins."""

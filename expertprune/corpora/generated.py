@@ -53,8 +53,8 @@ class Opening:
         conversation = self.document.conversation
         if conversation is None:
             return Document(self.document.text + text)
-        answer = {"role": ANSWER, "content": text.strip()}
-        return Document.of(Conversation.of([*conversation.messages, answer], conversation.tools))
+        answer = {"role": ANSWER, "content": text}
+        return Document.of(Conversation.of([*conversation.messages, answer], conversation.tools, verbatim=True))
 
 
 def openings(corpus: Corpus, settings: Generate, every: Iterable[Corpus] = ()) -> list[Opening]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class _Header(BaseModel):
 class _Messages(BaseModel):
     messages: list[dict[str, Any]]
     tools: list[Any] | None
+    verbatim: bool = False
 
 
 class _Line(BaseModel):
@@ -76,10 +77,12 @@ def _document(line: _Line) -> Document:
     if line.conversation is None:
         return Document(line.text or "")
     told = line.conversation
-    return Document.of(read_conversation(told.messages, told.tools, line.split, unanswered=True))
+    read = read_conversation(told.messages, told.tools, line.split, unanswered=True)
+    return Document.of(replace(read, verbatim=told.verbatim))
 
 
 def _row(document: Document) -> dict[str, Any]:
-    if document.conversation is None:
+    told = document.conversation
+    if told is None:
         return {"text": document.text}
-    return {"conversation": {"messages": document.conversation.messages, "tools": document.conversation.tools}}
+    return {"conversation": {"messages": told.messages, "tools": told.tools, "verbatim": told.verbatim}}

@@ -37,16 +37,20 @@ _SHAREGPT = {
 class Conversation:
     """Messages, and the tools that they may call, in the form that chat templates take.
 
-    `data` is both as JSON with sorted keys, so that conversations can be compared and hashed.
+    `data` is both as JSON with sorted keys, so that conversations can be compared and hashed. `verbatim` says that a
+    model wrote the last message, an answer, which is read word for word behind what opens it.
     """
 
     data: str
+    verbatim: bool = False
 
     @classmethod
-    def of(cls, messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None = None) -> Conversation:
+    def of(
+        cls, messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None = None, verbatim: bool = False
+    ) -> Conversation:
         """From messages with `role` and `content`."""
         whole = {"messages": list(messages), "tools": list(tools) if tools else None}
-        return cls(json.dumps(whole, sort_keys=True, ensure_ascii=False))
+        return cls(json.dumps(whole, sort_keys=True, ensure_ascii=False), verbatim)
 
     @cached_property
     def _read(self) -> dict[str, Any]:

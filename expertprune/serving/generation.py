@@ -97,6 +97,8 @@ def samples(model: Any, job: Job) -> Iterator[Sample]:
                 temperature=job.temperature,
                 max_tokens=job.length - len(prompt),
                 seed=int(digest_of([job.seed, number, place])[:8], 16),
+                skip_special_tokens=not job.whole,  # in answers, they part thoughts and calls from what is said
+                spaces_between_special_tokens=not job.whole,
             )
             for place, prompt in enumerate(job.prompts)
         ]

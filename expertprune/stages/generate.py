@@ -24,6 +24,7 @@ from expertprune.spec.sources import Generate, Source
 log = logging.getLogger(__name__)
 
 _LEAST = 16  # tokens that an answer must have room for
+_FORM = 2  # of what the store keeps; 1 had answers without special tokens, which were rendered without thoughts
 _SPARE = 1.1  # tokens to write for each that is wanted: some texts are of no use
 
 
@@ -75,7 +76,7 @@ def _documents(
         raise SpecError(f"no opening is shorter than calibration.max_tokens ({length}) less {_LEAST}")
     prompts = [ids for _, ids in pairs]
     wanted = settings.model_dump(mode="json", by_alias=True)
-    key = digest_of([base.digest, base.tokenizer_digest, prompts, wanted, length])
+    key = digest_of([_FORM, base.digest, base.tokenizer_digest, prompts, wanted, length])
     path = store / "generated" / f"{key}.jsonl"
     if (kept := KeptDocuments.load(path)) is not None:
         return kept.splits["calibration"]

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
+from expertprune.corpora.batches import encode
+from expertprune.corpora.chat import render
 from expertprune.corpora.documents import Corpus, CorpusName, Document, Question
 from expertprune.corpora.generated import Opening, Sieve, openings
+from expertprune.corpora.kept import KeptDocuments
 from expertprune.corpora.messages import Conversation
 from expertprune.spec.sources import Generate
-from tests.corpora.test_chat import CHATML, TWO_TURNS, chat_tokenizer
+from tests.corpora.test_chat import CHATML, TWO_TURNS, answers_of, chat_tokenizer
 
+# As DeepSeek-R1 does: what opens an answer opens its thoughts, and they are left out of rendered answers.
+REASONING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and '</think>' in m.content %}"
+    "{{ m.content.split('</think>')[-1] | trim }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
 PROMPTS, ONWARDS = Generate(), Generate.model_validate({"from": "continuation"})
 ENGLISH = (
     "The kidney filters the blood and returns most of the water to it, and the rest of it leaves the body as urine. "
@@ -20,12 +33,34 @@ def test_the_base_answers_prompts_or_continues_openings() -> None:
     asked = Opening.of(talk, PROMPTS)
     words = tokenizer.convert_ids_to_tokens(asked.ids(tokenizer))
     assert words == ["<|im_start|>", "user", "the", "heart", "<|im_end|>", "<|im_start|>", "assistant"]
-    answer = {"role": "assistant", "content": "reads law"}
-    assert asked.completed(" reads law\n") == Document.of(Conversation.of([TWO_TURNS[0], answer]))
+    written = asked.completed(" reads law\n")
+    assert written.text == "the heart\n\n reads law\n"
+    assert answers_of(render(written, tokenizer)) == [" reads law\n<|im_end|>"]
     begun = Opening.of(Document(ENGLISH), ONWARDS)
     assert begun.document.text == ENGLISH[:118]  # "It is a", and then a word that would be cut
     assert begun.completed(" part").text.endswith("as urine. It is a part")
     assert Opening.of(Document("血" * 200), ONWARDS).document.text == "血" * 120
+
+
+@pytest.mark.parametrize(
+    ("template", "opening"), [(CHATML, ""), (REASONING, "<think>\n"), ("{{ messages[-1].role }} ", None)]
+)
+def test_what_the_base_wrote_is_calibrated_on_word_for_word(template: str, opening: str | None, tmp_path: Path) -> None:
+    tokenizer, asked = chat_tokenizer(template), Opening.of(Document.of(Conversation.of(TWO_TURNS)), PROMPTS)
+    said = "deep\n</think>\n\nreads law"
+    written = asked.completed(said)
+    KeptDocuments({}, {"calibration": [written]}).save(tmp_path / "kept.jsonl")
+    kept = KeptDocuments.load(tmp_path / "kept.jsonl")
+    assert kept is not None
+    assert kept.splits["calibration"] == [written]
+    before, end = f"<|im_start|>user\nthe heart<|im_end|>\n<|im_start|>assistant\n{opening}", "<|im_end|>"
+    if opening is None:  # no answer is rendered at all: what ends it is the token that ends texts
+        before, end = "user ", "</s>"
+    text = render(kept.splits["calibration"][0], tokenizer)
+    assert text.text.rstrip() == before + said + end
+    assert answers_of(text) == [said + end]
+    (tokens,) = encode([text], tokenizer)
+    assert tokens.ids[: len(asked.ids(tokenizer))] == tuple(asked.ids(tokenizer))
 
 
 def test_prompts_that_evaluate_are_never_asked() -> None:

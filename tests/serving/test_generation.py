@@ -61,6 +61,14 @@ def test_only_texts_that_end_count_where_whole_ones_are_wanted_and_greedy_ones_a
     assert len(list(samples(Model(), replace(JOB, temperature=0.0)))) == 2
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_answers_keep_special_tokens_such_as_those_around_thoughts(whole: bool) -> None:
+    model = Model()
+    list(samples(model, replace(JOB, whole=whole)))
+    settings = [(each.skip_special_tokens, each.spaces_between_special_tokens) for each in model.rounds[0]]
+    assert settings == [(not whole, not whole)] * 2
+
+
 def test_there_is_no_second_round_where_nothing_comes_to_an_end() -> None:
     class Endless(Model):
         def generate(self, *given: Any, **keys: Any) -> list[Any]:
