@@ -172,14 +172,20 @@ def _message(message: Any, where: str) -> dict[str, Any]:
 
 
 def _call(call: Any) -> Any:
-    """A tool call with its arguments as a mapping, which templates expect; OpenAI's form has them as JSON text."""
+    """A tool call with its arguments as a mapping, which templates expect; OpenAI's form has them as JSON text.
+
+    What is no mapping becomes an empty one, as in vLLM, so that the expert is calibrated on what it will be served.
+    """
     function = call.get("function") if isinstance(call, dict) else None
-    if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-        with contextlib.suppress(SpecError):
-            arguments = parse_json(function["arguments"], "", SpecError, any_integer=True)
-            if isinstance(arguments, dict):
-                return {**call, "function": {**function, "arguments": arguments}}
-    return call
+    if not isinstance(function, dict):
+        return call
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = parse_json(arguments, "", SpecError, any_integer=True)
+        except SpecError:
+            arguments = None
+    return {**call, "function": {**function, "arguments": arguments if isinstance(arguments, dict) else {}}}
 
 
 def with_text_arguments(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -118,6 +118,23 @@ def test_tool_calls_reach_the_template_and_count_as_an_answer(given: Any, form: 
     assert answers_of(render(Document.of(read), chat_tokenizer(template))) == [' <|im_start|>sum{"a": 1}']
 
 
+@pytest.mark.parametrize("content", [{"content": None}, {"content": ""}, {}], ids=["null", "empty", "missing"])
+@pytest.mark.parametrize(
+    "given",
+    [{"arguments": ""}, {"arguments": None}, {"arguments": "[1]"}, {"arguments": "{a: 1"}, {}],
+    ids=["empty", "null", "a list", "not JSON", "missing"],
+)
+def test_what_a_call_lacks_is_empty_in_the_template_as_vllm_has_it(given: Any, content: Any) -> None:
+    """As `_postprocess_messages` and `_parse_chat_message_content` of `vllm/renderers/chat_utils.py` do."""
+    answer = {"role": ANSWER, **content, "tool_calls": [{"type": "function", "function": {"name": "sum", **given}}]}
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.content }}"
+        "{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}"
+    )
+    read = read_conversation([TWO_TURNS[0], answer], None, "here")
+    assert render(Document.of(read), chat_tokenizer(template)).text == "<|im_start|>the heart<|im_start|>sum{}"
+
+
 @pytest.mark.parametrize(
     ("messages", "problem"),
     [
