@@ -16,6 +16,8 @@ from expertprune.corpora.messages import ANSWER, Conversation
 from expertprune.spec.sources import Generate
 
 _OPENING = 120  # characters of a document that the base goes on from
+# What is cut at its end. More than 40 characters without a space are no word, but a script that parts none.
+_CUT_WORD = re.compile(r"\s+\S{0,40}$")
 _COMMON = 50  # most frequent words of a corpus, by which its language is known
 _LEAST_WORDS = 20  # of a text whose language is looked at
 _FOREIGN = 0.2  # a text is in another language if it has less than this part of the usual share of common words
@@ -38,7 +40,7 @@ class Opening:
             return cls(Document.of(Conversation.of(conversation.prompt, conversation.tools)))
         text = document.text.strip()
         if len(text) > _OPENING:
-            text = re.sub(r"\s+\S*$", "", text[:_OPENING]) or text[:_OPENING]
+            text = _CUT_WORD.sub("", text[:_OPENING])
         return cls(Document(text))
 
     def ids(self, tokenizer: Any) -> list[int]:

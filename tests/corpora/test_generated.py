@@ -42,6 +42,14 @@ def test_the_base_answers_prompts_or_continues_openings() -> None:
     assert Opening.of(Document("血" * 200), ONWARDS).document.text == "血" * 120
 
 
+@pytest.mark.parametrize("heading", ["心脏\n\n", "# 第一章 心脏的功能\n", "目录　"])
+def test_an_opening_goes_on_behind_a_heading_where_spaces_part_no_words(heading: str) -> None:
+    text = heading + "血液透过心脏流向全身各处，每一次跳动都把氧气送到细胞里。" * 9
+    assert Opening.of(Document(text), ONWARDS).document.text == text[:120]
+    mixed = heading + "医生用 CT 检查心音，" * 20
+    assert len(Opening.of(Document(mixed), ONWARDS).document.text) >= 100
+
+
 @pytest.mark.parametrize(
     ("template", "opening"), [(CHATML, ""), (REASONING, "<think>\n"), ("{{ messages[-1].role }} ", None)]
 )
