@@ -67,6 +67,17 @@ class UnfinishedError(ExpertpruneError):
 
 
 @contextlib.contextmanager
+def under(where: str) -> Iterator[None]:
+    """Put the file or key that errors of the block are about before each of their problems."""
+    try:
+        yield
+    except SpecError as error:
+        raise SpecError([f"{where}: {problem}" for problem in error.problems]) from None
+    except (PlanError, CheckpointError) as error:
+        raise type(error)(f"{where}: {error}") from error.__cause__
+
+
+@contextlib.contextmanager
 def refused(what: object) -> Iterator[None]:
     """Turn whatever a library raises over a file of the user's into an error that names the file.
 

@@ -19,7 +19,7 @@ from expertprune.composition.coverage import UnseenTokens, rows_for
 from expertprune.composition.parameters import aligned, wanted_rows
 from expertprune.composition.scoring import rules
 from expertprune.corpora.documents import CorpusName, corpus_names
-from expertprune.errors import CheckpointError, PlanError, SpecError
+from expertprune.errors import CheckpointError, PlanError, SpecError, under
 from expertprune.models.base import ResolvedBase
 from expertprune.models.inventory import vocabulary_rows
 from expertprune.profiling.rows import FOLDS
@@ -80,7 +80,8 @@ def foreseen_rows(spec: Spec, base: ResolvedBase) -> int | None:
     """
     if spec.budget.vocabulary is None:
         return None
-    must = essentials(base)  # before all else: a tokenizer of another kind is refused whatever the number
+    with under("budget.vocabulary"):
+        must = essentials(base)  # before all else: a tokenizer of another kind is refused whatever the number
     rows = wanted_rows(spec.budget, base)
     if rows is not None and rows < must.smallest:
         counts = ", ".join(f"{reason} {len(ids):,}" for reason, ids in must.reasons.items() if ids)

@@ -20,7 +20,7 @@ from expertprune.arch import MODELING, PER_LAYER, Family, per_layer
 from expertprune.artifacts.plan import Plan
 from expertprune.corpora.batches import Batch
 from expertprune.engine.team import team
-from expertprune.errors import CheckpointError, PlanError
+from expertprune.errors import CheckpointError, PlanError, under
 from expertprune.files import digest_of, require_room, scratch_folder, working_folder
 from expertprune.models.base import ResolvedBase
 from expertprune.models.loading import class_of, decoder_class_of, within_decoder
@@ -111,7 +111,8 @@ def prune(
     require_room(folder, bytes_needed(plan, base))
     config = base.family.pruned_config(base.checkpoint.config, plan.kept)
     rows = torch.tensor(plan.vocabulary.rows.index) if plan.vocabulary is not None else None
-    smaller = trimmed(base.vocabulary, plan.vocabulary.rows.kept) if plan.vocabulary is not None else None
+    with under("budget.vocabulary"):
+        smaller = trimmed(base.vocabulary, plan.vocabulary.rows.kept) if plan.vocabulary is not None else None
     if plan.vocabulary is not None and smaller is not None:
         if tuple(smaller.ids) != plan.vocabulary.rows.kept:
             raise PlanError(
