@@ -27,6 +27,11 @@ def short(value: float) -> str:
     return f"{value:.3f}"
 
 
+def interval(low: float | None, high: float | None) -> str:
+    """The two ends of an interval as `"0.9411 to 0.9533"`, or that there is none."""
+    return "no interval" if low is None or high is None else f"{ratio(low)} to {ratio(high)}"
+
+
 def megabytes(value: float) -> str:
     """Bytes as `"232.9 MB"`."""
     return f"{value / 1e6:,.1f} MB"

@@ -25,11 +25,13 @@ _EPSILON = 1e-12
 
 
 def bootstrap(statistic: Callable[[Indices], Floats], count: int, seed: int = 0) -> tuple[float, float]:
-    """The central 95% of a statistic over resamples of `count` examples.
+    """The central 95% of a statistic over resamples of `count` examples; not numbers for fewer than two.
 
     Args:
         statistic: from indices `[resamples, count]` to values `[resamples]`.
     """
+    if count < 2:
+        return math.nan, math.nan
     indices = np.random.default_rng(seed).integers(0, count, size=(RESAMPLES, count))
     values = statistic(indices)
     values = values[np.isfinite(values)]
@@ -107,6 +109,8 @@ class Paired:
                 f"in {undefined:.0%} of the resamples the base is no better than {guessing}, so there is no interval: "
                 "take more examples"
             )
+        elif len(self.base) < 2:
+            note = "there is no interval over a single example: take more"
         return Measured(
             examples=len(self.base),
             base=base,
@@ -126,7 +130,7 @@ def interval(metrics: Sequence[Paired]) -> tuple[tuple[float, float], float]:
 
     Examples are resampled within each metric, base and expert together. Where more than 2.5% of the
     resamples have no retention, the interval has no end on that side, and both ends are not
-    numbers.
+    numbers. Nor are they where a metric has a single example.
     """
     values = []
     for seed, metric in enumerate(metrics):
@@ -135,7 +139,7 @@ def interval(metrics: Sequence[Paired]) -> tuple[tuple[float, float], float]:
         values.append(metric.retention(indices))
     means = np.mean(values, axis=0)
     undefined = float(np.isnan(means).mean())
-    if undefined > _TAIL:
+    if undefined > _TAIL or any(len(metric.base) < 2 for metric in metrics):
         return (math.nan, math.nan), undefined
     low, high = np.quantile(means[~np.isnan(means)], [0.025, 0.975])
     return (float(low), float(high)), undefined
@@ -175,8 +179,9 @@ def document_metrics(rows: Sequence[DocumentBits], metrics: Iterable[str]) -> di
 
 
 def _to_base(sums: Floats, weights: Floats) -> Measured:
+    seen = np.flatnonzero(weights)
     with np.errstate(divide="ignore", invalid="ignore"):
-        low, high = bootstrap(lambda i: np.asarray(sums[i].sum(1) / weights[i].sum(1)), len(sums))
+        low, high = bootstrap(lambda i: np.asarray(sums[seen[i]].sum(1) / weights[seen[i]].sum(1)), len(seen))
         return Measured(examples=len(sums), expert=float(sums.sum() / weights.sum()), low=low, high=high)
 
 

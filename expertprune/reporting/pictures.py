@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -169,7 +170,8 @@ def retention_curve(sweep: Sweep, path: Path, overwrite: bool = False) -> None:
             continue
         kept = [fraction for fraction, _ in here] + [1.0]
         low, retention, high = (
-            [getattr(numbers, name) for _, numbers in here] + [1.0] for name in ("low", "retention", "high")
+            [math.nan if (value := getattr(numbers, name)) is None else value for _, numbers in here] + [1.0]
+            for name in ("low", "retention", "high")
         )
         axes.fill_between(kept, low, high, color=colour, alpha=0.15, linewidth=0)
         for edge in (low, high):  # bands that lie over each other mix their colours, edges do not

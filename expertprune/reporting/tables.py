@@ -115,7 +115,7 @@ def _number(value: float | None) -> str:
 
 
 def _interval(numbers: Measured | Average) -> str:
-    return f"{_number(numbers.low)} to {_number(numbers.high)}"
+    return formats.interval(numbers.low, numbers.high)
 
 
 def retention_table(evaluation: Evaluation) -> Table:
@@ -269,7 +269,7 @@ def sweep_rows(sweep: Sweep) -> list[list[str]]:
     rows = []
     for point in sweep.points:
         retention = [
-            "" if kept is None else f"{_number(kept.retention)} ({_number(kept.low)} to {_number(kept.high)})"
+            "" if kept is None else f"{_number(kept.retention)} ({formats.interval(kept.low, kept.high)})"
             for kept in (point.expert, point.general)
         ]
         accuracy = [_number(point.corpora[name].metrics["questions"].expert) for name in asked]

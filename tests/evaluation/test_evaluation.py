@@ -90,6 +90,16 @@ def test_documents_that_predict_nothing_count_nothing(models: Models) -> None:
         assert (numbers.retention, numbers.low, numbers.high) == (None, None, None)
 
 
+def test_a_single_document_has_no_interval() -> None:
+    one = {key: values[:1] for key, values in SCORES.items()}
+    nothing = {key: [*values[:1], 0, 0] for key, values in SCORES.items()}  # and two that predict nothing
+    for scores in (one, nothing):
+        rows = rows_of(scores)
+        for numbers in document_metrics(rows, ["bits_per_byte", "perplexity", "kl", "agreement"]).values():
+            assert numbers.expert is not None
+            assert (numbers.low, numbers.high) == (None, None)
+
+
 def other_tokenizer(**settings: Any) -> PreTrainedTokenizerFast:
     """One that puts a token before the text, and knows words of several bytes."""
     names = ["<s>", "</s>", "<unk>", "is", "n't", ".", "über", "日本", "heart"]
@@ -133,7 +143,7 @@ def rows_of(scores: dict[str, list[Any]]) -> list[DocumentBits]:
     rows = [dict(zip(scores, values, strict=True)) for values in zip(*scores.values(), strict=True)]
     return [
         DocumentBits(**{"digest": digest, "expert_tokens": row["tokens"], "expert_bytes": row["bytes"], **row})
-        for digest, row in zip("abc", rows, strict=True)
+        for digest, row in zip("abc", rows, strict=False)
     ]
 
 

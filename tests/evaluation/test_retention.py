@@ -85,6 +85,20 @@ def test_a_base_near_chance_has_a_retention_but_no_interval() -> None:
     assert undefined == np.isnan(resampled(several)).mean()
 
 
+def test_a_single_example_has_no_interval() -> None:
+    alone = bits([10.0], [12.0], [20.0])
+    for entry in (alone.measured(), answers("1", "1").measured()):
+        assert entry.retention is not None
+        assert (entry.low, entry.high) == (None, None)
+        assert entry.note == "there is no interval over a single example: take more"
+    several = [
+        Counted(name, "expert", paired) for name, paired in (("one", alone), ("two", bits([1, 2], [2, 3], [1, 1])))
+    ]
+    average = summarize(several)["expert"]["bits"]
+    assert average.retention == pytest.approx((10 / 12 + 3 / 5) / 2)
+    assert (average.low, average.high) == (None, None)
+
+
 def test_the_summary_averages_bits_and_accuracy_apart() -> None:
     tasks = [answers(BASE, EXPERT, chance=0.25), answers(BASE, BASE)]
     text = bits([10.0, 20.0, 6.0], [12.0, 30.0, 6.0], [20.0, 40.0, 12.0])

@@ -139,7 +139,7 @@ def test_retention_rows_say_every_metric_and_the_averages() -> None:
         ["language/en", "bits per byte", "0.5000", "0.6667", "0.7500", "0.7000 to 0.8000"],
         ["language/en", "KL to base, bits/token", "", "0.2500", "", "0.1250 to 0.3750"],
         ["task/qa", "perplexity", "8.0000", "8.0000", "8.0000", "8.0000 to 8.0000"],
-        ["language/en", "accuracy (12 questions, +3 −0)", "0.0000", "0.2500", "undefined", "undefined to undefined"],
+        ["language/en", "accuracy (12 questions, +3 −0)", "0.0000", "0.2500", "undefined", "no interval"],
         [
             "sums",
             "exact_match (50 examples, +2 −14, 40% as the base)",

@@ -21,6 +21,7 @@ from expertprune.errors import SpecError
 from expertprune.evaluation.retention import pooled
 from expertprune.pruning.unfinished import Unfinished
 from expertprune.reporting.pictures import retention_curve
+from expertprune.reporting.tables import sweep_rows
 from expertprune.spec.schema import Evaluate
 from expertprune.stages.sweep import SWEEP_FILE
 from tests.calling import call, call_json
@@ -369,3 +370,16 @@ def test_an_svg_names_its_curves_and_is_the_same_every_time(tmp_path: Path) -> N
     retention_curve(found.model_copy(update={"points": alone}), tmp_path / "c.svg")
     assert "expert" in texts(tmp_path / "c.svg")
     assert "general" not in texts(tmp_path / "c.svg")
+
+
+def test_a_group_without_an_interval_is_drawn_and_said(tmp_path: Path) -> None:
+    points = [point(0.5, 0.8, 0.6), point(0.1, 0.97, 0.95)]
+    single = [
+        each.model_copy(update={"expert": Measured(examples=1, expert=1.0, retention=kept)})
+        for each, kept in zip(points, (0.8, 0.97), strict=True)
+    ]
+    base = SweptBase(model="tiny", digest="d", parameters=100)
+    found = Sweep(name="tiny", base=base, settings=Evaluate(), points=single)
+    retention_curve(found, tmp_path / "a.svg")
+    assert "expert" in texts(tmp_path / "a.svg")
+    assert [row[4] for row in sweep_rows(found)] == ["0.8000 (no interval)", "0.9700 (no interval)"]

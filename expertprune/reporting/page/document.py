@@ -242,10 +242,8 @@ def headline_rows(expert: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _with_interval(numbers: Mapping[str, Any], key: str) -> str:
     if key == "ratio" and numbers["low"] is None:
         return f"{formats.ratio(numbers[key])} (one round)"
-    value, low, high = (
-        formats.UNDEFINED if numbers[each] is None else formats.ratio(numbers[each]) for each in (key, "low", "high")
-    )
-    return f"{value} ({low} to {high})"
+    value = formats.UNDEFINED if numbers[key] is None else formats.ratio(numbers[key])
+    return f"{value} ({formats.interval(numbers['low'], numbers['high'])})"
 
 
 def headline_table(data: Mapping[str, Any]) -> Table:

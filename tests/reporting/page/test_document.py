@@ -113,6 +113,22 @@ def test_the_headline_of_terminal_and_card_is_the_pages(tiny_build: Build, tmp_p
     assert str(folder / "report.html") in printed.replace("\n", "")
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_a_group_of_one_document_has_no_interval(tiny_build: Build, tmp_path: Path) -> None:
+    evaluation = about(tiny_build[0])["evaluation"]
+    general = evaluation["corpora"]["general/general"]
+    general["per_document"] = general["per_document"][:1]
+    general["metrics"] = {name: each | {"low": None, "high": None} for name, each in general["metrics"].items()}
+    folder = copied(tiny_build, tmp_path / "e", evaluation=evaluation)
+    data = call_json("report", folder, "--store", tiny_build[1])
+    kept = data["experts"][0]["retention"]["general"]
+    assert (kept["low"], kept["high"]) == (None, None)
+    headline = dict(headline_rows(data["experts"][0]))["general retention"]
+    assert headline == f"{kept['retention']:.4f} (no interval), bits per byte"
+    page = words(parsed((folder / "report.html").read_text()))
+    assert page.count("no interval") == 1 + len(general["metrics"])
+
+
 @pytest.mark.parametrize("which", ["full", "pair"])
 def test_the_page_stands_alone_and_can_be_read_without_seeing_it(which: str, request: pytest.FixtureRequest) -> None:
     root = parsed(request.getfixturevalue(which)[1])
