@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
 import numpy as np
 
-from expertprune.artifacts.evaluation import Average, CorpusGroup, DocumentBits, Evaluation, Group, Measure, Measured
+from expertprune.artifacts.evaluation import (
+    Average,
+    CorpusGroup,
+    CorpusResult,
+    DocumentBits,
+    Evaluation,
+    Group,
+    Measure,
+    Measured,
+)
+from expertprune.errors import SpecError
 from expertprune.evaluation.arrays import Floats, Indices
 
 RESAMPLES = 2000
@@ -208,6 +218,15 @@ class Counted:
         return "bits" if self.paired.less_is_better else "accuracy"
 
 
+def bits_of_corpora(corpora: Mapping[str, CorpusResult]) -> list[Counted]:
+    """What an average counts of corpora: the bits per byte of each that has documents."""
+    return [
+        Counted(f"{name} bits_per_byte", result.group, bits_per_byte(result.per_document))
+        for name, result in corpora.items()
+        if result.per_document
+    ]
+
+
 def summarize(metrics: Sequence[Counted]) -> dict[Group, dict[Measure, Average]]:
     """What is kept in bits of text and in accuracy of tasks, of the purpose and in general.
 
@@ -237,6 +256,14 @@ def _average(metrics: Sequence[Counted]) -> Average:
         metrics=[each.name for each in defined],
         undefined=[each.name for each in metrics if each not in defined],
     )
+
+
+def check_floors(floors: Mapping[str, float], groups: Collection[str]) -> None:
+    """Raises `SpecError` where a group has a floor, and nothing of it is going to be measured."""
+    if missing := sorted(set(floors) - set(groups)):
+        raise SpecError(
+            f"--fail-under: nothing that is measured counts as {' or as '.join(missing)}: add a corpus or a suite that does"
+        )
 
 
 def shortfalls(summary: dict[Group, dict[Measure, Average]], floors: dict[str, float]) -> list[str]:

@@ -17,8 +17,9 @@ from expertprune.corpora.loading import load_corpora
 from expertprune.engine.team import team
 from expertprune.errors import CheckpointError, UnevaluatedError
 from expertprune.evaluation.changes import of_corpora
-from expertprune.evaluation.measure import Measuring
+from expertprune.evaluation.measure import Measuring, group_of
 from expertprune.evaluation.reading import Read
+from expertprune.evaluation.retention import bits_of_corpora, check_floors, summarize
 from expertprune.files import EXPERT_FILE, check_writable, one_at_a_time, store_folder
 from expertprune.models.loading import load_tokenizer
 from expertprune.models.passes import TextRun
@@ -41,6 +42,7 @@ def evaluate(
     store: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
     track: Track = silent,
+    floors: Mapping[str, float] | None = None,
 ) -> Evaluation:
     """Measure an expert against its base again, and write the result into its folder.
 
@@ -48,6 +50,7 @@ def evaluate(
         corpora: which of its spec's corpora; default: all.
         base: the base's folder, where it is no longer at its recorded place.
         overrides: dotted keys of the spec, such as `{"evaluate.documents": 32}`.
+        floors: groups of which some text must be measured; see `retention.shortfalls`.
 
     Raises:
         CheckpointError: the folder is no expert or cannot be written, or the base is not the one that
@@ -66,9 +69,13 @@ def evaluate(
     team().agree(lambda: {**facts(resolved), "expert": described.plan.digest})
     loaded: dict[CorpusName, Corpus] = load_corpora(spec, place, generator(resolved, spec, place, write=False))
     evaluated = evaluation_corpora(spec, loaded, leak_guard(loaded, described.calibration_digests), place)
+    other_tokens = described.plan.vocabulary is not None
+    of_text = set(spec.evaluate.chosen_metrics(other_tokens)) - {"questions"}
+    check_floors(floors or {}, {group_of(corpus) for corpus in evaluated if of_text and corpus.evaluation})
     running = RunningBase(resolved)
-    evaluator = measuring(running, evaluated, spec.evaluate, described.plan.vocabulary is not None)
+    evaluator = measuring(running, evaluated, spec.evaluate, other_tokens)
     measured = measure_folder(evaluator, described.folder, running, track)
+    measured = measured.model_copy(update={"summary": summarize(bits_of_corpora(measured.corpora))})
     return record(described.folder, measured, of_corpora(evaluated, measured.corpora), described.plan.digest)
 
 

@@ -23,7 +23,7 @@ from expertprune.evaluation.harness import tasks as harness
 from expertprune.evaluation.harness.scores import Scores, common_beginning
 from expertprune.evaluation.harness.stored import versions
 from expertprune.evaluation.harness.tasks import HarnessTask, less_is_better
-from expertprune.evaluation.retention import Counted, Paired, bits_per_byte, summarize
+from expertprune.evaluation.retention import Counted, Paired, bits_of_corpora, check_floors, summarize
 from expertprune.evaluation.suites import Suite, TaskEntry, bare_task, find_suites
 from expertprune.files import EXPERT_FILE, check_writable, digest_of, store_folder
 from expertprune.models.loading import load_tokenizer
@@ -83,10 +83,7 @@ def evaluate_suites(
     check_writable(Expert.load(expert).folder / EXPERT_FILE)
     asked = SuiteRequest(Path(expert), tuple(suites), tuple(tasks), backend, limit, base, store, overrides)
     measurement = asked.prepared(device=None if engine is None else engine.device)
-    if missing := sorted(set(floors or {}) - measurement.groups):
-        raise SpecError(
-            f"--fail-under: nothing that is measured counts as {' or as '.join(missing)}: add a suite that does"
-        )
+    check_floors(floors or {}, measurement.groups)
     counted: list[Counted] = []
     found: dict[str, TaskResult] = {}
     if engine is None or isinstance(engine, Local):
@@ -100,11 +97,7 @@ def evaluate_suites(
     generated = {each.task.label for each in measurement.tasks if each.task.generates}
     of_corpora = measurement.results()
     if measurement.corpora:
-        counted += [
-            Counted(f"{name} bits_per_byte", corpus.group, bits_per_byte(corpus.per_document))
-            for name, corpus in of_corpora.corpora.items()
-            if corpus.per_document
-        ]
+        counted += bits_of_corpora(of_corpora.corpora)
     result = Evaluation(
         settings=of_corpora.settings.model_copy(
             update={

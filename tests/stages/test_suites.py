@@ -358,11 +358,30 @@ def test_a_floor_that_is_not_held_is_named_and_exits_with_1(workplace: Workplace
     assert found["tasks"]["choose"]["note"] in (workplace.expert / "README.md").read_text()
 
 
+def test_a_floor_holds_without_a_suite_too(workplace: Workplace) -> None:
+    shown = json.loads(workplace.run("--json").stdout)
+    assert shown == workplace.evaluation()
+    text = {name: result["metrics"]["bits_per_byte"] for name, result in shown["corpora"].items()}
+    for group, names in (("expert", [n for n in text if n != "general/general"]), ("general", ["general/general"])):
+        average = shown["summary"][group]["bits"]
+        assert average["metrics"] == [f"{name} bits_per_byte" for name in names]
+        assert average["retention"] == pytest.approx(sum(text[name]["retention"] for name in names) / len(names))
+    kept = shown["summary"]["expert"]["bits"]["retention"]
+    held = workplace.run("--fail-under", f"expert={kept - 0.01}")
+    assert "below the floor" not in held.output
+    assert f"{kept:.4f}" in held.output
+    broken = workplace.run("--fail-under", f"expert={kept + 0.01},general=0.01", code=1)
+    assert broken.stderr.count("below the floor") == 1
+    assert f"below the floor: expert bits: retention {kept:.4f} is below {kept + 0.01:g}" in broken.stderr
+
+
 def test_what_a_task_needs_and_what_is_not_there(
     workplace: Workplace, no_model: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     suite = workplace.suite(tasks=[CHOOSE])
-    assert "need --suite or --task" in workplace.refused("--fail-under", "expert=1")
+    assert "need --suite or --task" in workplace.refused("--limit", "3")
+    message = workplace.refused("--corpus", "medical", "--fail-under", "expert=0.9,general=0.9")
+    assert "--fail-under: nothing that is measured counts as general" in message
     for missing, backend in (("lm_eval", "hf"), ("lm_eval", "vllm"), ("tenacity", "vllm")):
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(sys.modules, missing, None)
