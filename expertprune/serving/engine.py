@@ -32,8 +32,12 @@ _LEAST_CACHE, _MOST_CACHE = GIB // 4, 4 * GIB
 _SHARE = 0.9  # of free memory on a CPU, of the whole memory on a GPU
 _CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"  # in GiB; vLLM prefers it to its argument
 _BIND_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
-# `Server` gives these arguments itself.
-_OWN = ("model", "host", "port", "served-model-name", "uds")
+# Arguments of vLLM that nobody may give, as patterns, and why.
+_REFUSED = {
+    "model|host|port|served-model-name|uds": "expertprune says it itself (--host, --port before --)",
+    "ssl-.*|enable-ssl-refresh": "expertprune asks its servers over http; let a proxy in front of the endpoint speak TLS",
+    "config": "a file could change what expertprune says itself; give the arguments that it holds after --",
+}
 _SHORT = {"-tp": "tensor_parallel_size", "-pp": "pipeline_parallel_size"}
 _PLATFORM = """
 import json
@@ -214,10 +218,10 @@ def option_names(arguments: Sequence[str]) -> list[str]:
     """
     names = [match.group(1) for text in arguments if (match := re.match(r"--(?:no-)?([A-Za-z][\w.-]*)", text))]
     for name in names:
-        if name.replace("_", "-") in _OWN:
-            raise UsageError(
-                f"--{name} cannot be given after --: expertprune says it itself (--host, --port before --)"
-            )
+        option = name.replace("_", "-")
+        reasons = (reason for pattern, reason in _REFUSED.items() if re.fullmatch(pattern, option))
+        if reason := next(reasons, None):
+            raise UsageError(f"--{name} cannot be given after --: {reason}")
     short = [_SHORT[key] for text in arguments if (key := text.partition("=")[0]) in _SHORT]
     return [*(name.replace("-", "_") for name in names), *short]
 
@@ -236,8 +240,7 @@ def server_arguments(
         UsageError: see `engine_settings`, `option_names`, `platform`, `check_shared`.
     """
     check_shared(servable, _gpus(given))
-    servable = _in_dtype(servable, _last_of(given, "--dtype", r"\w+"))
-    settings = engine_settings(servable, platform(), engines, option_names(given))
+    settings = engine_settings(as_served(servable, given), platform(), engines, option_names(given))
     where = [f"--model={servable.folder.resolve()}", f"--served-model-name={servable.name}"]
     return [*where, f"--host={host}", f"--port={port}", *as_arguments(settings), *given]
 
@@ -265,6 +268,11 @@ def _last_of(given: Sequence[str], option: str, value: str) -> str | None:
     """What the arguments of vLLM say last of an option, as `--option=value` or `--option value`; both are patterns."""
     found = re.findall(rf"(?:^|\x00)(?:{option})[=\x00]({value})(?=$|\x00)", "\x00".join(given))
     return found[-1] if found else None
+
+
+def as_served(servable: Servable, given: Sequence[str]) -> Servable:
+    """The folder with the bytes that its weights take in the dtype that the arguments of vLLM ask for."""
+    return _in_dtype(servable, _last_of(given, "--dtype", r"\w+"))
 
 
 def _in_dtype(servable: Servable, dtype: str | None) -> Servable:

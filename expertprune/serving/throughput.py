@@ -121,7 +121,8 @@ def _base_folder(folder: Path, base: str | Path | None, store: str | Path | None
 def _common_arguments(servables: Sequence[engine.Servable], given: Sequence[str]) -> list[str]:
     """Arguments that make both comparable: a KV cache of the same size, and no prefix caching."""
     names = engine.option_names(given)
-    caches = [engine.engine_settings(servable, engine.platform(), 1, names) for servable in servables]
+    wide = [engine.as_served(servable, given) for servable in servables]
+    caches = [engine.engine_settings(servable, engine.platform(), 1, names) for servable in wide]
     arguments = [] if "enable_prefix_caching" in names else ["--no-enable-prefix-caching"]
     if all("kv_cache_memory_bytes" in settings for settings in caches):
         arguments.append(

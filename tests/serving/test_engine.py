@@ -149,6 +149,24 @@ def test_what_expertprune_says_itself_cannot_be_given(option: str) -> None:
         engine.option_names(["--max-num-seqs", "3", option])
 
 
+@pytest.mark.parametrize(
+    ("given", "fix"),
+    [
+        (["--ssl-certfile", "cert.pem", "--ssl-keyfile", "key.pem"], "let a proxy in front of the endpoint speak TLS"),
+        (["--ssl_keyfile=key.pem"], "let a proxy in front of the endpoint speak TLS"),
+        (["--config", "vllm.yaml"], "give the arguments that it holds after --"),
+        (["--config=vllm.yaml"], "give the arguments that it holds after --"),
+    ],
+)
+def test_what_would_hide_the_server_or_its_arguments_is_refused(
+    fake_vllm: None, tiny_llama: Path, given: list[str], fix: str
+) -> None:
+    option = given[0].partition("=")[0]
+    with pytest.raises(UsageError, match=f"{option} cannot be given after --: .*{fix}"):
+        engine.server_arguments(engine.check_folder(tiny_llama), "127.0.0.1", 8000, given)
+    assert engine.option_names(["--config-format", "hf"]) == ["config_format"]
+
+
 def test_without_vllm_the_extras_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     engine.platform.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import expertprune
 from expertprune.artifacts.timing import METRICS, Load, Ratio, Role, Run, Timing
@@ -152,6 +153,22 @@ def test_both_are_measured_in_turn_on_the_same_prompts(
         assert each["options"]["custom-output-len"] == "3"
         assert each["options"]["max-concurrency"] == "2"
         assert each["options"]["temperature"] == "0"
+
+
+@pytest.mark.parametrize("given", [["--dtype", "float32"], ["--dtype=float32"], []])
+def test_the_cache_is_what_weights_leave_in_the_served_dtype(
+    tmp_path: Path, fake_vllm: None, monkeypatch: pytest.MonkeyPatch, given: list[str]
+) -> None:
+    """Of 4 GiB, 3.6 may be taken; the processes take 2, and weights of bfloat16 take twice their size in float32."""
+    monkeypatch.setattr(engine, "free_memory", lambda: 4 * 2**30)
+    small, large = (
+        engine.check_folder(save_tiny(tmp_path / name, dtype=torch.bfloat16, **size))
+        for name, size in (("small", {"intermediate_size": 16}), ("large", {}))
+    )
+    assert small.weight_bytes < large.weight_bytes
+    weights = large.weight_bytes * (2 if given else 1)
+    cache = int(4 * 2**30 * 0.9) - 2 * 2**30 - weights
+    assert throughput._common_arguments([small, large], given)[1] == f"--kv-cache-memory-bytes={cache}"
 
 
 @pytest.mark.usefixtures("text")
