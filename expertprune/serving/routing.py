@@ -25,6 +25,7 @@ _TYPES = "type.googleapis.com/envoy.extensions.filters"
 _UPSTREAM = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 _NAMESPACE = "expertprune"  # of what the filter finds in a body
 _LARGEST_BODY = 32 * 2**20
+_LARGEST_ANSWER = 2**20  # of Envoy's own, such as the list of models; it would allow 4096 bytes
 # vLLM's server closes a connection that was idle for 5 s. A request that is sent at that moment would be lost.
 _IDLE = "3s"
 _PATIENCE = 30.0
@@ -45,7 +46,10 @@ def configuration(ports: Mapping[str, int], host: str, port: int, keys: Sequence
             {"name": "model", "typed_config": _model_from_body()},
             {"name": "router", "typed_config": {"@type": f"{_TYPES}.http.router.v3.Router"}},
         ],
-        "route_config": {"virtual_hosts": [{"name": "models", "domains": ["*"], "routes": _routes(list(ports), keys)}]},
+        "route_config": {
+            "max_direct_response_body_size_bytes": _LARGEST_ANSWER,
+            "virtual_hosts": [{"name": "models", "domains": ["*"], "routes": _routes(list(ports), keys)}],
+        },
     }
     listener = {
         "address": _address(_numeric(host), port),

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from expertprune.errors import ServingError
-from expertprune.files import numbered, store_folder, temporary_folder, unused
+from expertprune.files import digest_of, numbered, store_folder, temporary_folder, unused
 from expertprune.formats import file_name
 from expertprune.serving import engine
 from expertprune.serving.processes import ProcessTree, check_port, client_address, ending, free_port, reach_directly
@@ -196,8 +196,10 @@ def trial(
 
 
 def log_file(folder: Path, name: str, port: int) -> Path:
-    """The log file of a server that outlives this process's temporary files."""
-    return folder / f"{file_name(name)}-{port}.log"
+    """The log file of a server that outlives this process's temporary files; every name has one of its own."""
+    short = file_name(name)
+    own = short if short == name else f"{short[:51]}-{digest_of(ascii(name))[:8]}"  # not all names are UTF-8
+    return folder / f"{own}-{port}.log"
 
 
 def _new_log(path: Path) -> Path:

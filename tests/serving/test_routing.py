@@ -86,6 +86,14 @@ def test_every_model_is_listed(endpoint: str) -> None:
         assert json.load(answer)["id"] == "alpha"
 
 
+def test_a_hundred_models_are_listed(tmp_path: Path) -> None:
+    names = [f"expert-{number}" for number in range(100)]
+    with routed({name: (free_port(), ProcessTree([], tmp_path / name)) for name in names}, tmp_path) as router:
+        with urllib.request.urlopen(f"{router.url}/models", timeout=30) as answer:
+            assert [entry["id"] for entry in json.load(answer)["data"]] == names
+        assert names[-1] in ask(router.url, {"model": "another"})[1]["error"]["message"]
+
+
 @pytest.mark.parametrize("model", ["alpha", STRANGE])
 @pytest.mark.parametrize("content_type", ["application/json", "application/json; charset=utf-8"])
 def test_a_request_goes_to_its_model(endpoint: str, model: str, content_type: str) -> None:

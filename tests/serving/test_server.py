@@ -12,7 +12,7 @@ import pytest
 from expertprune.errors import ServingError
 from expertprune.serving.engine import check_folder
 from expertprune.serving.processes import ProcessTree, check_port
-from expertprune.serving.server import Server, trial
+from expertprune.serving.server import Server, log_file, trial
 
 pytestmark = pytest.mark.usefixtures("fake_vllm")
 
@@ -97,6 +97,15 @@ def test_a_key_that_vllm_asks_for_is_sent(tiny_llama: Path, tmp_path: Path) -> N
     with Server(tiny_llama, arguments=["--api-key", "secret"], log=tmp_path / "log") as server:
         assert server.complete() == " said llama"
     assert "Bearer secret" in server.log.read_text()
+
+
+def test_every_name_has_a_log_file_of_its_own(tmp_path: Path) -> None:
+    long = "medical questions and answers in the language of the patients"
+    names = [long + "-de", long + "-fr", "medical qa", "medical/qa", "\udcff", "medical-qa"]
+    files = [log_file(tmp_path, name, 8000) for name in names]
+    assert len(set(files)) == len(names)
+    assert files[-1] == tmp_path / "medical-qa-8000.log"
+    assert all(file.parent == tmp_path and len(file.name) < 90 for file in files)
 
 
 def test_a_log_begins_anew_and_goes_on_after_a_restart(tiny_llama: Path, tmp_path: Path, store: Path) -> None:
