@@ -28,7 +28,8 @@ def renumbered(config: Mapping[str, Any], layers: str, positions: Mapping[int, i
     chosen = config.get("layers_to_transform")
     if chosen is not None:
         listed = [chosen] if isinstance(chosen, int) else chosen
-        result["layers_to_transform"] = [positions[layer] for layer in listed if layer in positions]
+        stay = [positions[layer] for layer in listed if layer in positions]
+        result["layers_to_transform"] = stay or [len(positions)]  # an empty list would mean all layers
     for key in _NAMES:
         value = config.get(key)
         if isinstance(value, dict):

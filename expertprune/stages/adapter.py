@@ -200,8 +200,11 @@ def _config(adapter: Adapter, fit: _Fit) -> dict[str, Any]:
             change, in a way that cannot be renumbered.
     """
     where, config, chain = adapter.folder / CONFIG, adapter.config, fit.chain
-    if not any(fit.names.values()):
-        raise CheckpointError(f"{adapter.folder}: changes only layers or routed experts that the expert does not have")
+    lora = [new for old, new in fit.names.items() if ".lora_" in old]
+    if not any(lora or fit.names.values()):  # PEFT loads no adapter that has only whole weights (modules_to_save)
+        raise CheckpointError(
+            f"{adapter.folder}: its LoRA changes only layers or routed experts that the expert does not have"
+        )
     if any(each.plan.vocabulary is not None for each in chain):
         for key in ("trainable_token_indices", "alora_invocation_tokens"):
             if getattr(config, key):

@@ -286,6 +286,10 @@ NUMBERED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "llama", {"target_modules": LINEAR, "layers_to_transform": [0, 1, 3]},
         {"target_modules": LINEAR, "layers_to_transform": [0, 2]},
     ),
+    "layers to transform of which none stays, and the head": (
+        "llama", {"target_modules": ["o_proj", "lm_head"], "layers_to_transform": [1]},
+        {"target_modules": ["o_proj", "lm_head"], "layers_to_transform": [3]},
+    ),
     "full names, and patterns of ranks and scales": (
         "llama",
         {"target_modules": ["model.layers.1.mlp.up_proj", "layers.3.mlp.up_proj", "k_proj"],
@@ -351,8 +355,15 @@ def test_layers_go_one_after_the_other_along_a_chain(tmp_path: Path, store: Path
     ):
         expertprune.cut_adapter(either, second, tmp_path / "none", same_base=True)
     alone = trained(base.folder, tmp_path / "alone", target_modules=["o_proj"], layers_to_transform=[1, 2])
-    with pytest.raises(CheckpointError, match="changes only layers or routed experts that the expert does not have"):
-        expertprune.cut_adapter(alone, second, tmp_path / "none")
+    whole = trained(
+        base.folder, tmp_path / "whole", target_modules=["o_proj"], layers_to_transform=[1, 2],
+        modules_to_save=["lm_head"],
+    )  # fmt: skip
+    for adapter_ in (alone, whole):
+        with pytest.raises(
+            CheckpointError, match="its LoRA changes only layers or routed experts that the expert does"
+        ):
+            expertprune.cut_adapter(adapter_, second, tmp_path / "none")
     changed(adapter, target_modules=r".*layers\.[023]\..*o_proj")
     with pytest.raises(CheckpointError, match="names layers or routed experts by numbers, some of which change"):
         expertprune.cut_adapter(adapter, second, tmp_path / "none")
