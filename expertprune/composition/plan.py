@@ -101,16 +101,13 @@ def foreseen_widths(spec: Spec, base: ResolvedBase) -> Sequence[LayerWidths] | N
         spec: with what it leaves open decided (see `defaults.resolved`).
 
     Raises:
-        PlanError: the budget is not reachable, or removes nothing, or the family has no layers of different widths.
+        PlanError: the budget is not reachable, or the family has no layers of different widths.
     """
     check_structures(spec.budget, base)
     narrowed = [] if spec.budget.retention is None else [Structure.FFN]  # a floor tries FFN widths
     check_scored(spec.relevance, [*_competing(spec, base)[0], *narrowed], base.family.has_ffn)
     if spec.budget.retention is None:
-        widths = _reached(spec, base)
-        if spec.budget.vocabulary is None and list(widths) == own_widths(base, ()):
-            raise PlanError("budget: it removes nothing; name what is to go, such as ffn: 25%")
-        return widths
+        return _reached(spec, base)
     first, *narrower = widths_to_try(spec, base)
     if not narrower and list(first) == own_widths(base, ()):
         raise PlanError("budget.retention: there is no smaller width to try; lower budget.multiple_of or budget.floor")

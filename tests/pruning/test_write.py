@@ -18,7 +18,6 @@ from transformers import AutoTokenizer
 import expertprune
 from expertprune.artifacts.plan import LayerPlan
 from expertprune.composition.parameters import removed_parameters
-from expertprune.composition.plan import compose
 from expertprune.composition.widths import LayerWidths
 from expertprune.errors import CheckpointError, PlanError
 from expertprune.files import staged_folder
@@ -27,7 +26,7 @@ from expertprune.models.base import ResolvedBase
 from expertprune.pruning.repair import Repair
 from expertprune.pruning.write import RepairInput, bytes_needed, check_plan, prune
 from expertprune.spec.reading import parse_spec
-from expertprune.spec.schema import Budget, Compensation
+from expertprune.spec.schema import Compensation
 from tests.oracle import contents, pad_headers, plan_of, pruned, random_plan, read_json, resolved
 from tests.patching import everywhere
 from tests.tiny import save_tiny, tiny_tokenizer
@@ -69,10 +68,8 @@ def test_nothing_cut_gives_the_base_byte_for_byte(
 def test_budget_zero_gives_the_base_byte_for_byte(
     spec_data: dict[str, Any], tmp_path: Path, base: ResolvedBase
 ) -> None:
-    """No spec may say so; plans of nothing are whole all the same."""
-    prepared = expertprune.validate(parse_spec(spec_data, "spec", tmp_path))
-    profiles = expertprune.profile(prepared)
-    plan = compose(prepared.spec, prepared.base, profiles, Budget(ffn=0, query_heads=0, kv_groups=0))
+    spec_data["budget"] = {"ffn": 0, "query_heads": 0, "kv_groups": 0}
+    plan = expertprune.compose(parse_spec(spec_data, "spec", tmp_path))
     assert not plan.cuts_layers
     assert plan.vocabulary is None
     assert contents(pruned(plan, base, tmp_path / "expert")) == contents(base.folder)

@@ -20,7 +20,6 @@ from expertprune.stages import build, prune, sweep  # noqa: F401 - so that they 
 from expertprune.stages.validate import find, prepare
 from tests.patching import everywhere
 from tests.tiny import save_tiny, write_corpus
-from tests.vocabularies import save_worded, worded_spec
 
 CHECKS = {
     "base": "expertprune.models.base.resolve_base",
@@ -132,32 +131,3 @@ def test_a_floor_needs_a_criterion_that_scores_neurons(tmp_path: Path, spec_data
     spec_data |= {"budget": {"retention": {"expert": 0.9}}, "relevance": {"criterion": "reap"}}
     with pytest.raises(SpecError, match="reap does not score ffn"):
         expertprune.validate(parse_spec(spec_data, "here", tmp_path))
-
-
-@pytest.mark.parametrize("allocation", ["uniform", "global"])
-@pytest.mark.parametrize("budget", [{"ffn": 0}, {"query_heads": 0, "kv_groups": 0}, {"layers": 0, "ffn": 0.0}], ids=str)
-def test_a_budget_that_removes_nothing_is_refused(
-    tmp_path: Path, spec_data: Any, budget: dict[str, Any], allocation: str
-) -> None:
-    spec_data |= {"budget": budget, "compose": {"allocation": allocation}}
-    with pytest.raises(PlanError, match="budget: it removes nothing; name what is to go"):
-        expertprune.validate(parse_spec(spec_data, "here", tmp_path))
-
-
-def test_a_width_kept_whole_is_no_cut(tmp_path: Path, spec_data: Any) -> None:
-    spec_data["budget"] = {"ffn": {"keep": 32}}
-    with pytest.raises(PlanError, match="budget: it removes nothing"):
-        expertprune.validate(parse_spec(spec_data, "here", tmp_path))
-
-
-@pytest.mark.parametrize("also", [{"layers": 1}, {"kv_groups": 1}], ids=str)
-def test_zero_of_one_structure_is_legal_where_others_go(tmp_path: Path, spec_data: Any, also: dict[str, Any]) -> None:
-    spec_data["budget"] = {"ffn": 0, **also}
-    prepared = expertprune.validate(parse_spec(spec_data, "here", tmp_path))
-    assert prepared.widths is not None
-    assert {layer.ffn for layer in prepared.widths if not layer.gone} == {32}
-
-
-def test_zero_of_one_structure_is_legal_where_rows_go(tmp_path: Path) -> None:
-    data = worded_spec(save_worded(tmp_path / "base"), tmp_path / "spec", {"vocabulary": {"keep": 320}, "ffn": 0})
-    assert expertprune.validate(parse_spec(data, "spec", tmp_path)).rows == 320
