@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from expertprune.errors import ServingError
+from expertprune.errors import ServingError, UsageError
 from expertprune.files import digest_of, numbered, store_folder, temporary_folder, unused
 from expertprune.formats import file_name
 from expertprune.serving import engine
@@ -68,7 +68,8 @@ class Server:
 
         Raises:
             CheckpointError: the folder is no expert and no checkpoint, or is incomplete.
-            UsageError: the port is taken, vLLM is missing, memory is short, or an argument is one of the server's own.
+            UsageError: the port is taken, vLLM is missing, memory is short, an argument is one of the server's own, or
+                a key is none.
         """
         self.servable = servable = engine.check_folder(folder, model_name)
         self.host, self.port = host, free_port(host) if port is None else port
@@ -211,7 +212,11 @@ def _new_log(path: Path) -> Path:
 
 
 def api_keys(arguments: Sequence[str]) -> list[str]:
-    """The API keys that vLLM accepts: those of `--api-key KEY...`, else of the variable VLLM_API_KEY."""
+    """The API keys that vLLM accepts: those of `--api-key KEY...`, else of the variable VLLM_API_KEY.
+
+    Raises:
+        UsageError: no request can carry one of them.
+    """
     keys: list[str] = []
     taking = False
     for text in arguments:
@@ -221,7 +226,11 @@ def api_keys(arguments: Sequence[str]) -> list[str]:
             keys += [value] if taking and sign else []
         elif taking:
             keys.append(text)
-    return keys or [key for key in [os.environ.get("VLLM_API_KEY")] if key]
+    keys = keys or [key for key in [os.environ.get("VLLM_API_KEY")] if key]
+    if not all(key.isascii() and key.isprintable() for key in keys):
+        raise UsageError("an API key (--api-key, or the variable VLLM_API_KEY) holds characters that no header of HTTP can "
+                         "carry; choose one of ASCII letters, digits and signs")  # fmt: skip
+    return keys
 
 
 def _temporary_log() -> Path:

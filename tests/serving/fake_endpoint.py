@@ -17,6 +17,7 @@ class FakeEndpoint(ThreadingHTTPServer):
         chats: whether it has a chat template; without one it refuses messages as vLLM does.
         asked: paths and bodies of the requests for streams.
         go_on: answers stop before their last word until it is set.
+        last_event: behind the last word of each answer; default: its usage.
     """
 
     daemon_threads = True
@@ -27,6 +28,7 @@ class FakeEndpoint(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.texts, self.models, self.chats, self.key = texts, models, chats, key
         self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.last_event: Any = ...
         self.go_on = threading.Event()
         self.go_on.set()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
@@ -78,7 +80,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.server.go_on.wait(30)
             piece = word if number == 0 else f" {word}"
             self.event({"choices": [{"delta": {"content": piece}} if self.server.chats else {"text": piece}]})
-        self.event({"choices": [], "usage": {"completion_tokens": len(words)}})
+        usage = {"choices": [], "usage": {"completion_tokens": len(words)}}
+        self.event(usage if self.server.last_event is ... else self.server.last_event)
         self.wfile.write(b"data: [DONE]\n\n")
 
     def event(self, data: Any) -> None:

@@ -78,12 +78,17 @@ class Endpoint:
         """
         begin, first, tokens = time.monotonic(), None, None
         for event in self._events(messages, settings):
-            tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
-            for choice in event.get("choices") or []:
-                piece = (choice.get("delta") or {}).get("content") if self.chats else choice.get("text")
-                if piece:
-                    first = time.monotonic() - begin if first is None else first
-                    yield str(piece)
+            try:
+                tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
+                choices = event.get("choices") or []
+                pieces = [
+                    (each.get("delta") or {}).get("content") if self.chats else each.get("text") for each in choices
+                ]
+            except (AttributeError, TypeError):
+                raise ServingError(f"{self.url}: sends what is no part of an answer: {str(event)[:200]}") from None
+            for piece in filter(None, pieces):
+                first = time.monotonic() - begin if first is None else first
+                yield str(piece)
         yield Ended(tokens, first, time.monotonic() - begin)
 
     def _events(self, messages: Sequence[Message], settings: ChatSettings) -> Iterator[dict[str, Any]]:
@@ -108,7 +113,7 @@ class Endpoint:
                     if not line.startswith("data:") or text == "[DONE]":
                         continue
                     event = json.loads(text)
-                    if "error" in event:
+                    if isinstance(event, Mapping) and (event.get("error") or event.get("object") == "error"):
                         raise ServingError(f"{self.url}: {_message(event)}")
                     yield event
         except (httpx.HTTPError, ValueError) as error:
@@ -136,9 +141,10 @@ def connect(url: str, model: str | None = None, key: str | None = None) -> Endpo
         raise UsageError(f"{url}: is no endpoint, such as http://127.0.0.1:8000/v1")
     try:
         found = httpx.get(f"{address}/models", headers=_headers(key), timeout=_CONNECTING)
-        models = [str(each["id"]) for each in found.json()["data"]] if found.is_success else []
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
         raise UsageError(f"{address}: nothing answers there ({error})") from None
+    try:
+        models = [str(each["id"]) for each in found.json()["data"]] if found.is_success else []
     except (ValueError, LookupError, TypeError):
         models = []
     if not models:
@@ -168,10 +174,10 @@ def _reason(answer: httpx.Response) -> str:
     """Why an endpoint refused, in its own words."""
     try:
         return f"{_message(answer.json())} (HTTP {answer.status_code})"
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         return f"HTTP {answer.status_code}"
 
 
 def _message(data: Any) -> str:
-    error = data["error"]
-    return str(error["message"] if isinstance(error, Mapping) else error)
+    error = data.get("error") or data["message"]
+    return str(error.get("message", error) if isinstance(error, Mapping) else error)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,10 +88,10 @@ def running(base_url: str, expert_url: str, expert: Path | None = None) -> list[
         expert: its folder, which says the sizes and which models are meant where an endpoint serves several.
 
     Raises:
-        UsageError: see `connect`.
+        UsageError: see `connect`, `api_keys`.
         CheckpointError: the folder is no expert.
     """
-    key = os.environ.get("VLLM_API_KEY")
+    key = next(iter(api_keys(())), None)
     described = Expert.load(expert) if expert is not None else None
     sizes = _sizes(described) if described is not None else dict.fromkeys(ROLES, "")
     wanted: dict[Role, str | None] = dict.fromkeys(ROLES)

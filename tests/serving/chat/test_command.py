@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -93,6 +95,31 @@ def test_the_first_word_that_differs_is_marked_in_the_columns() -> None:
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "The heart \x1b[7mpumps\x1b[0m blood" in shown
     assert "The heart \x1b[7mmoves\x1b[0m blood" in shown
+
+
+@pytest.mark.usefixtures("fake_vllm")
+def test_a_key_that_no_request_can_carry_is_refused_before_engines_start(
+    tiny_build: Build, started: list[ProcessTree], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, store = tiny_build
+    given = [folder, "--terminal", "--store", store, "--", "--api-key", "schlüssel"]
+    assert "an API key (--api-key" in call("chat", *given, code=2).stderr
+    monkeypatch.setenv("VLLM_API_KEY", "schlüssel")
+    with fake_endpoint([]) as fake:
+        for arguments in ([folder, "--store", store], ["--expert-url", fake.url, "--base-url", fake.url]):
+            error = call("chat", "--terminal", *arguments, code=2).stderr
+            assert "an API key (--api-key, or the variable VLLM_API_KEY) holds characters" in error
+            assert "schlüssel" not in error
+    assert not started
+
+
+def test_a_port_that_is_not_ours_to_take_is_refused_at_once(monkeypatch: pytest.MonkeyPatch, tiny_build: Build) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(socket.socket, "bind", refuse)
+    error = call("chat", tiny_build[0], "--port", 80, code=2).stderr
+    assert "port 80 of 127.0.0.1 is not free (Permission denied); choose another with --port" in error
 
 
 def test_what_is_missing_or_too_much_is_said(tiny_build: Build) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 
@@ -53,6 +54,36 @@ def test_a_refusal_is_said_in_the_endpoints_words() -> None:
         list(connect(fake.url).answer(CONVERSATION, ChatSettings()))
 
 
+@pytest.mark.parametrize(
+    ("event", "said"),
+    [
+        ({"error": {"message": "the engine died", "type": "InternalServerError", "param": None, "code": 500}},
+         "the engine died"),
+        ({"error": "the engine died"}, "the engine died"),
+        ({"error": {"type": "InternalServerError"}}, "InternalServerError"),
+        ({"object": "error", "message": "the engine died"}, "the engine died"),
+        (None, "no part of an answer: None"),
+        ({"choices": [None]}, "no part of an answer: .*choices"),
+        ({"usage": 3}, "no part of an answer: .*usage"),
+    ],
+)  # fmt: skip
+def test_what_fails_in_the_middle_of_an_answer_is_said(event: Any, said: str) -> None:
+    with fake_endpoint(["one two"]) as fake:
+        fake.last_event = event
+        pieces = connect(fake.url).answer(CONVERSATION, ChatSettings())
+        assert [next(pieces), next(pieces)] == ["one", " two"]
+        with pytest.raises(ServingError, match=said):
+            next(pieces)
+
+
+def test_no_error_is_no_error() -> None:
+    with fake_endpoint(["one"]) as fake:
+        fake.last_event = {"error": None, "choices": []}
+        pieces = list(connect(fake.url).answer(CONVERSATION, ChatSettings()))
+    assert pieces[0] == "one"
+    assert isinstance(pieces[1], Ended)
+
+
 def test_one_of_several_models_is_named_by_the_address_or_by_the_expert() -> None:
     with fake_endpoint([], models=("a", "b")) as fake:
         assert connect(f"{fake.url}#b").model == "b"
@@ -72,6 +103,9 @@ def test_what_is_no_endpoint_is_named() -> None:
         connect(url)
     with pytest.raises(UsageError, match="is no endpoint, such as http"):
         connect("localhost:8000")
+    for wrong in ("http://127.0.0.1:port/v1", "http://[::1/v1", "http://127.0.0.1:9\n/v1", f"http://{'a' * 64}.de/v1"):
+        with pytest.raises(UsageError, match="nothing answers there"):
+            connect(wrong)
 
 
 @pytest.mark.parametrize(
