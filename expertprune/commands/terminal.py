@@ -171,9 +171,10 @@ def _logs(_: click.Context, __: click.Parameter, verbose: bool) -> None:
 
 
 def _log_to_terminal(level: int) -> None:
-    """Show logs from this level on, unless they are shown already."""
+    """Show logs from this level on, unless they are shown already; what a build will take always."""
     handler = RichHandler(console=messages, show_path=False, markup=False)
     logging.basicConfig(level=level, format="%(message)s", handlers=[handler])
+    logging.getLogger("expertprune.stages.forecast").setLevel(logging.INFO)
 
 
 store_option = click.option(

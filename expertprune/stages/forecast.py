@@ -22,7 +22,7 @@ from expertprune.models.spool import Limits
 from expertprune.relevance import Pass
 from expertprune.spec.schema import Spec
 from expertprune.stages.floor import BUILDS
-from expertprune.stages.outlook import notes
+from expertprune.stages.outlook import notes, unnamed_languages
 from expertprune.stages.profile import is_repaired, parts_lacking, parts_wanted
 from expertprune.stages.validate import Prepared, SpecLike, validate, validation_documents
 
@@ -69,9 +69,10 @@ def tell(experts: Mapping[str, Prepared], places: Sequence[Path] = ()) -> None:
     first = next(iter(experts.values()))
     lines = "\n  ".join(of_experts(experts, stored=True, places=places).lines())
     about = "about" if len(experts) == 1 else "at most (what is known already is not built again)"
-    log.warning("%s: this will take %s %s", first.spec.name, about, lines)
+    log.info("%s: this will take %s %s", first.spec.name, about, lines)
+    warnings = list(unnamed_languages(first))
     for note in notes(first):
-        log.warning("%s: %s", first.spec.name, note)
+        log.log(logging.WARNING if note in warnings else logging.INFO, "%s: %s", first.spec.name, note)
 
 
 def _check_rooms(found: Forecast, prepared: Prepared, limits: Limits, places: Sequence[Path]) -> None:

@@ -110,5 +110,7 @@ def test_what_a_user_should_know_before_is_said_by_validate_and_build(
     assert "was made for Chinese too" in call("validate", spec_file, *auto).output
     assert len(call_json("validate", spec_file)["notes"]) == 1  # its allocation is its own choice
     call("build", spec_file, "--out", tmp_path / "expert", *auto, *(part for each in few for part in ("--set", each)))
-    for note in found["notes"]:
-        assert note in caplog.text
+    levels = {record.getMessage(): record.levelname for record in caplog.records}
+    (told,) = [message for message in levels if "this will take about" in message]
+    assert levels[told] == "INFO"  # shown without --verbose, and no warning
+    assert [levels[f"tiny: {note}"] for note in found["notes"]] == ["INFO", "WARNING"]

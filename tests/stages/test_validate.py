@@ -50,6 +50,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def test_everything_is_checked_once_and_what_follows_is_told(
     tiny_spec: Spec, tmp_path: Path, calls: Counter[str], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "expertprune.stages.forecast")
     few = {"evaluate.documents": 1, "evaluate.corpora": ["medical"]}
     once = {"base": 1, "corpora": 1, "open keys": 1, "budget": 1}
     expertprune.build(tiny_spec, tmp_path / "built", few)
