@@ -13,7 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from expertprune.commands.serve import _tell
 from expertprune.serving.processes import ProcessTree, check_port, free_port
+from expertprune.serving.server import Server
 from tests.calling import call
 
 ROOT = Path(__file__).parent.parent.parent
@@ -60,6 +62,22 @@ def test_folders_that_cannot_be_served_are_named(tmp_path: Path, tiny_llama: Pat
     call("serve", "--", "--max-num-seqs", 4, code=2)
     for arguments in ([tmp_path], [tiny_llama, tmp_path]):
         assert f"error: {tmp_path}: is no expert" in call("serve", *arguments, code=2).stderr
+
+
+@pytest.mark.usefixtures("fake_vllm")
+@pytest.mark.parametrize("key", ["sec$ret", None])
+def test_the_curl_line_sends_the_key_and_does_not_show_it(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str | None
+) -> None:
+    arguments = ["--api-key", key] if key else []
+    with Server(tiny_llama, arguments=arguments, log=tmp_path / "log") as server:
+        _tell(server.url, [server])
+        printed = capsys.readouterr().out
+        curl = next(line for line in printed.splitlines() if line.startswith("try it:")).partition("curl")[2]
+        environment = {**os.environ, "VLLM_API_KEY": key or ""}
+        subprocess.run(f"curl --silent {curl}", shell=True, env=environment, capture_output=True, check=True)
+    assert "sec$ret" not in printed
+    assert f"{f'Bearer {key}' if key else None}\n" in server.log.read_text()
 
 
 @pytest.mark.parametrize(

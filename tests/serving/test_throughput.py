@@ -23,14 +23,15 @@ from tests.tiny import WORDS, save_tiny
 
 # In place of vLLM's benchmark: notes how it was called, and writes a result of which the model's name decides the speed.
 CLIENT = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 options = dict(argument[2:].split("=", 1) for argument in sys.argv[1:] if "=" in argument)
 out = Path(options["result-dir"])
 speed = {"base": 100.0, "expert": 150.0}[options["model"]]
 prompts = [json.loads(line)["prompt"] for line in Path(options["dataset-path"]).read_text().splitlines()]
 with Path(NOTES).open("a") as notes:
-    notes.write(json.dumps({"options": options, "flags": [a for a in sys.argv if "=" not in a], "prompts": prompts}) + "\\n")
+    notes.write(json.dumps({"options": options, "flags": [a for a in sys.argv if "=" not in a], "prompts": prompts,
+                            "key": os.environ.get("OPENAI_API_KEY")}) + "\\n")
 count = int(options["num-prompts"])
 if FAILS: print("connection refused"); sys.exit(1)
 (out / options["result-filename"]).write_text(json.dumps({
@@ -153,6 +154,14 @@ def test_both_are_measured_in_turn_on_the_same_prompts(
         assert each["options"]["custom-output-len"] == "3"
         assert each["options"]["max-concurrency"] == "2"
         assert each["options"]["temperature"] == "0"
+
+
+@pytest.mark.usefixtures("text")
+def test_the_client_has_the_key_that_the_server_asks_for(tmp_path: Path, tiny_llama: Path, client: Any) -> None:
+    calls = client()
+    load = Load(prompts=2, input_tokens=12, rounds=1)
+    expertprune.bench(save_tiny(tmp_path / "e"), against=tiny_llama, load=load, arguments=["--api-key", "secret"])
+    assert [call["key"] for call in calls()] == ["secret", "secret"]
 
 
 @pytest.mark.parametrize("given", [["--dtype", "float32"], ["--dtype=float32"], []])
