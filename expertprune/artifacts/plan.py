@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from expertprune.artifacts.kept import KeptText, ShapeDocument, Width, kept_document, kept_units
 from expertprune.errors import PlanError
-from expertprune.files import PLAN, digest_of, read_json, staged_output, to_json
+from expertprune.files import PLAN, digest_of, problems_of, read_json, staged_output, to_json
 from expertprune.spec.schema import Retention
 from expertprune.spec.values import Amount, Rows
 from expertprune.units import (
@@ -261,9 +261,8 @@ class Plan:
         try:
             return _plan(_PlanDocument.model_validate(data))
         except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
-            raise PlanError(f"{where}: damaged plan: {key}: {first['msg']}; compose it again") from None
+            first = problems_of(error, _PlanDocument)[0]
+            raise PlanError(f"{where}: damaged plan: {first}; compose it again") from None
         except ValueError as error:
             raise PlanError(f"{where}: damaged plan: {error}; compose it again") from None
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from expertprune.corpora.documents import GENERAL, OTHER, CorpusName, corpus_names
 from expertprune.errors import SpecError
-from expertprune.files import read_yaml, shipped
+from expertprune.files import problems_of, read_yaml, shipped
 from expertprune.registry import nearest
 from expertprune.spec.schema import DIMENSIONS, Spec
 from expertprune.spec.sources import Source
@@ -37,8 +37,11 @@ def catalogue_sources(folder: Path) -> dict[CorpusName, Source]:
             try:
                 entry = {key: item for key, item in entry.items() if key != "about"}
                 source = Source.model_validate(entry)
-            except (ValidationError, AttributeError) as error:
-                problems.append(f"{path}: {dimension}.{value}: {str(error).splitlines()[-1].strip()}")
+            except ValidationError as error:
+                problems += [f"{path}: {dimension}.{value}: {problem}" for problem in problems_of(error, Source)]
+                continue
+            except AttributeError:
+                problems.append(f"{path}: {dimension}.{value}: must be a mapping of keys and values")
                 continue
             sources[CorpusName(dimension, str(value))] = source.with_paths(lambda _, path: str(folder / path))
     if problems:

@@ -17,7 +17,7 @@ from expertprune.errors import SpecError, gathered
 from expertprune.files import digest_of, problems_of, read_yaml, shipped, user_path
 from expertprune.registry import nearest
 from expertprune.spec.schema import DIMENSIONS, Dimensions
-from expertprune.spec.values import LocalPath, Names
+from expertprune.spec.values import FileName, LocalPath, Names
 
 
 class _SuiteKeys(BaseModel):
@@ -99,7 +99,7 @@ class Perplexity(_SuiteKeys):
 class Suite(_Measured):
     """What is measured of base and expert."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    name: FileName
     perplexity: Perplexity | None = None
     alignment: bool = Field(False, description="Compare hidden states, on the documents of perplexity.")
     chat: bool = Field(False, description="Ask every task through the base's chat template, as people do.")

@@ -7,7 +7,20 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field, model_validator
 
 from expertprune.spec.sources import Corpora, Section
-from expertprune.spec.values import Aggregate, Amount, Coverage, Fraction, Keep, LocalPath, Names, Rows, Size, listed
+from expertprune.spec.values import (
+    Aggregate,
+    Amount,
+    Coverage,
+    Device,
+    FileName,
+    Fraction,
+    Keep,
+    LocalPath,
+    Names,
+    Rows,
+    Size,
+    listed,
+)
 
 Dimension = Literal["language", "domain", "task"]
 
@@ -43,9 +56,8 @@ class Base(Section):
         description="What the model is run in; auto: as stored on a GPU; on a CPU float32, or bfloat16 where it is stored "
         "so and the processor is faster with it. A GGUF file is also converted to it (auto: bfloat16).",
     )
-    device: str = Field(
+    device: Device = Field(
         "auto",
-        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
         description="Where it is run: cpu, cuda, or one GPU of several such as cuda:1; auto: a GPU where there is one.",
     )
     layers: Literal["auto", "resident", "streamed"] = Field(
@@ -325,7 +337,7 @@ def _shorthand(key: str, section: type[Section]) -> BeforeValidator:
 class Spec(Section):
     """An expert, as its user describes it."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    name: FileName
     base: Annotated[Base, _shorthand("model", Base)]
     dimensions: Dimensions
     general: Names = Field(

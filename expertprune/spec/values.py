@@ -16,7 +16,40 @@ def listed(value: Any) -> Any:
     """A single name as a list of one. Raises `ValueError` for what YAML made a truth value of a name, such as `no`."""
     if any(isinstance(each, bool) for each in (value if isinstance(value, list) else [value])):
         raise ValueError("YAML reads no, off, yes and on as false and true; put the name in quotes, such as 'no'")
+    if value is None or isinstance(value, dict | int | float):
+        raise ValueError("must be text, or a list of texts")
     return [value] if isinstance(value, str) else value
+
+
+def formed(pattern: str, words: str) -> AfterValidator:
+    """A check of a whole text; `words` say what `pattern` allows."""
+
+    def check(text: str) -> str:
+        if re.fullmatch(pattern, text) is None:
+            raise ValueError(words)
+        return text
+
+    return AfterValidator(check)
+
+
+FILE_NAME = "[A-Za-z0-9][A-Za-z0-9._-]*"
+
+
+FileName = Annotated[
+    str,
+    Field(max_length=100, json_schema_extra={"pattern": f"^{FILE_NAME}$"}),
+    formed(FILE_NAME, "must be of letters, digits, '.', '_' and '-', the first a letter or a digit"),
+]
+
+
+DEVICE = r"auto|cpu|cuda(:\d+)?"
+
+
+Device = Annotated[
+    str,
+    Field(json_schema_extra={"pattern": f"^({DEVICE})$"}),
+    formed(DEVICE, "must be auto, cpu, cuda, or one GPU of several such as cuda:1"),
+]
 
 
 Name = Annotated[str, Field(min_length=1)]

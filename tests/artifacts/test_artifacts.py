@@ -116,7 +116,7 @@ DAMAGE: list[tuple[tuple[Any, ...], Any, str]] = [
     (("layers", 0, "kept", "neurons"), "0", "layers.0.kept.neurons: Extra inputs"),
     (("layers", 0, "kept", "experts"), "0", "layer 0: experts must keep nothing"),  # a layer that has none
     (FFN, GONE, "layers.0.kept.ffn: Field required"),
-    (FFN, [0, 1, 2, 5], "layers.0.kept.ffn: Input should be a valid string"),
+    (FFN, [0, 1, 2, 5], "layers.0.kept.ffn: must be text"),
     (("budget", "ffn", "requested"), "half", "budget.ffn.requested"),
     (("vocabulary", "padding"), [128], "rows must be some of 0-127"),
     *[((key,), GONE, key) for key in ("name", "base", "spec", "profiles", "budget", "parameters", "layers")],

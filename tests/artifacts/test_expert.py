@@ -137,9 +137,9 @@ def test_the_documents_of_all_ancestors_calibrated_an_expert(tmp_path: Path) -> 
     [
         ({"schema": 1}, "an expert of schema 1, and this version reads schema 2: build the expert again"),
         ({"base": {"model": "m"}}, "missing key 'base.digest'"),
-        ({"parameters": {"before": "many", "after": 1}}, "parameters.before: Input should be a valid integer"),
+        ({"parameters": {"before": "many", "after": 1}}, "parameters.before: must be a whole number"),
         ({"corpora": {"language/en": {"digest": "c", "documents": [1]}}}, "corpora.language/en.documents.0"),
-        ({"plan": 3}, "plan: Input should be a valid dictionary"),
+        ({"plan": 3}, "plan: must be a mapping"),
         ({"ancestor": {"kind": "expert"}}, f"{EXPERT_FILE}: ancestor: an expert of an older version"),
         ({"evaluation": {"corpora": {}}}, "damaged: evaluation: missing key 'settings'; evaluate the expert again"),
         ({"wrong": 1}, "unknown key 'wrong'"),

@@ -402,7 +402,7 @@ HURT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no weights": (lambda a: without(a, WEIGHTS), "has no adapter_model.safetensors"),
     "a pickle": (pickled, "holds only adapter_model.bin, a pickle, which could run code when read"),
     "damaged": (truncated, "adapter_model.safetensors: truncated or corrupt"),
-    "rank 0": (lambda a: changed(a, r=0), "adapter_config.json: r: Input should be greater than or equal to 1 (found 0)"),
+    "rank 0": (lambda a: changed(a, r=0), "adapter_config.json: r: must be at least 1 (found 0)"),
     "rank 0 of one module": (lambda a: changed(a, rank_pattern={"q_proj": 0}), "rank_pattern: a rank is 0"),
     "another rank": (lambda a: changed(a, r=5), "is of rank 4, and adapter_config.json says r: 5"),
     "prefix tuning": (lambda a: changed(a, peft_type="PREFIX_TUNING"), "peft_type is PREFIX_TUNING, and only LORA"),

@@ -151,7 +151,7 @@ WRONG = [
     ({"budget": {"max_parameters": -5}}, "budget.max_parameters:", "found -5"),
     ({"budget": {"max_parameters": "infB"}}, "budget.max_parameters:", "found 'infB'"),
     ({"compose": {"allocation": "globl"}}, "compose.allocation:", "'uniform' or 'global'"),
-    ({"evaluate": {"metrics": []}}, "evaluate.metrics:", "at least 1"),
+    ({"evaluate": {"metrics": []}}, "evaluate.metrics:", "must not be empty"),
     (
         {"compose": {"scale": "standard", "fusion": {"beta": 0.5}}},
         "compose:",
@@ -162,7 +162,7 @@ WRONG = [
         "compose:",
         "take scale: share or percentile, or beta: 1",
     ),
-    ({"compose": {"fusion": {"lambda": 3}}}, "compose.fusion.lambda:", "less than or equal to 1"),
+    ({"compose": {"fusion": {"lambda": 3}}}, "compose.fusion.lambda:", "must be at most 1"),
     ({"evaluate": {"metrics": ["kl", "bleu"]}}, "evaluate.metrics.1:", "found 'bleu'"),
 ]
 
@@ -172,6 +172,57 @@ def test_a_wrong_value_names_file_key_and_what_was_found(changes: dict[str, Any]
     (problem,) = problems_of(**changes)
     assert problem.startswith(f"my.yaml: {key}")
     assert words in problem
+
+
+TOLD = [
+    ({"calibration": {"documents": "many"}}, "calibration.documents: must be a whole number (found 'many')"),
+    ({"calibration": {"documents": 1.5}}, "calibration.documents: must be a whole number (found 1.5)"),
+    ({"calibration": {"documents": 0}}, "calibration.documents: must be at least 1 (found 0)"),
+    ({"calibration": 3}, "calibration: must be a mapping of keys and values (found 3)"),
+    ({"compose": {"fusion": {"tau": "x"}}}, "compose.fusion.tau: must be a number (found 'x')"),
+    ({"compensation": {"ridge": 0}}, "compensation.ridge: must be greater than 0 (found 0)"),
+    ({"evaluate": {"enabled": "maybe"}}, "evaluate.enabled: must be true or false (found 'maybe')"),
+    ({"evaluate": {"metrics": "kl"}}, "evaluate.metrics: must be a list (found 'kl')"),
+    ({"general": {"a": 1}}, "general: must be text, or a list of texts (found {'a': 1})"),
+    ({"general": [1]}, "general.0: must be text; put it in quotes (found 1)"),
+    ({"name": ["x"]}, "name: must be text (found ['x'])"),
+    ({"name": "a" * 101}, f"name: must have at most 100 characters (found '{'a' * 56}...)"),
+    (
+        {"name": "a b"},
+        "name: must be of letters, digits, '.', '_' and '-', the first a letter or a digit (found 'a b')",
+    ),
+    (
+        {"base": {"model": "a/b", "device": "gpu"}},
+        "base.device: must be auto, cpu, cuda, or one GPU of several such as cuda:1 (found 'gpu')",
+    ),
+    (
+        {"compose": {"scale": "shaer"}},
+        "compose.scale: must be 'share', 'percentile' or 'standard'; did you mean 'share'? (found 'shaer')",
+    ),
+    ({"serve_with": "tgi"}, "serve_with.0: must be 'transformers', 'vllm' or 'gguf' (found 'tgi')"),
+    ({"corpora": {"sources": {"de": {"path": ""}}}}, "corpora.sources.de.path.0: must not be empty (found '')"),
+]
+
+
+@pytest.mark.parametrize(("changes", "told"), TOLD, ids=[told.partition(":")[0] for _, told in TOLD])
+def test_a_wrong_value_is_told_in_the_projects_own_words(changes: dict[str, Any], told: str) -> None:
+    assert problems_of(**changes) == [f"my.yaml: {told}"]
+
+
+def test_no_message_of_pydantic_reaches_the_user() -> None:
+    wrong = [None, True, 3, -1.5, 1e9, "", "?" * 999, [], [None], {}, {"?": 1}]
+    document = spec_of(**FULL).document()
+    for section in document:
+        for value in wrong:
+            changes = [{section: value}]
+            if isinstance(document[section], dict):
+                changes += [{section: {**document[section], key: value}} for key in document[section]]
+            for each in changes:
+                try:
+                    spec_of(**each)
+                except SpecError as error:
+                    said = [problem for problem in error.problems if "Input" in problem or "should" in problem]
+                    assert said == [], each
 
 
 def test_sizes_may_be_written_short() -> None:
