@@ -348,12 +348,9 @@ def corpus_text(corpus: Corpus, tokenizer: Any, spec: Spec) -> CalibrationText:
     Raises:
         SpecError: a conversation cannot be rendered, or no token is left for the loss to count on.
     """
-    try:
-        text = calibration_text(corpus.calibration, tokenizer, spec)
-    except SpecError as error:
-        raise SpecError([f"corpus {corpus.name}: {problem}" for problem in error.problems]) from None
+    text = calibration_text(corpus.calibration, tokenizer, spec)
     if not text.batches:
         chat = any(document.conversation is not None for document in corpus.calibration)
         longer = f"no answer begins within the first {spec.calibration.max_tokens} tokens: raise calibration.max_tokens"
-        raise SpecError(f"corpus {corpus.name}: {longer if chat else 'every document is shorter than two tokens'}")
+        raise SpecError(longer if chat else "every document is shorter than two tokens")
     return text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -50,7 +50,17 @@ def catalogue_sources(folder: Path) -> dict[CorpusName, Source]:
 
 
 def _catalogue_of(spec: Spec) -> dict[CorpusName, Source]:
-    return catalogue_sources(Path(spec.corpora.catalogue) if spec.corpora.catalogue else shipped("corpora"))
+    return catalogue_sources(_folder(spec))
+
+
+def _folder(spec: Spec) -> Path:
+    return Path(spec.corpora.catalogue) if spec.corpora.catalogue else shipped("corpora")
+
+
+def source_key(name: CorpusName, spec: Spec) -> str:
+    """Where a user finds the source of a corpus: its key in the spec, or its name in the catalogue."""
+    own = _inline(name, spec.corpora.sources)
+    return f"corpora.sources.{own}" if own is not None else f"{_folder(spec) / 'catalogue.yaml'}: {name.value}"
 
 
 def find_sources(spec: Spec) -> dict[CorpusName, Source]:
@@ -140,10 +150,14 @@ def _own_source(name: CorpusName) -> str:
     return f"; give your own documents, {pasted(own)}, or a few openings for the base to go on from, {pasted(openings)}"
 
 
+def _inline(name: CorpusName, sources: Mapping[str, Source]) -> str | None:
+    """The key of a corpus' source in the spec itself, if it is there."""
+    return next((key for key in (str(name), name.value) if key in sources), None)
+
+
 def _find(name: CorpusName, inline: dict[str, Source], catalogue: dict[CorpusName, Source]) -> Source | None:
-    for candidate in (str(name), name.value):
-        if candidate in inline:
-            return inline[candidate]
+    if (own := _inline(name, inline)) is not None:
+        return inline[own]
     if name in catalogue:
         return catalogue[name]
     if name.dimension in (GENERAL, OTHER):  # any corpus can be named so

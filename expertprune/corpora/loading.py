@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from expertprune.corpora.catalogue import find_sources, other_sources
+from expertprune.corpora.catalogue import find_sources, other_sources, source_key
 from expertprune.corpora.documents import Corpus, CorpusName, Document
 from expertprune.corpora.kept import Facts, KeptDocuments
 from expertprune.corpora.reading import on_hub, pinned, read_dataset, read_files, read_questions
-from expertprune.errors import SpecError, gathered
+from expertprune.errors import SpecError, gathered, under
 from expertprune.files import digest_of
 from expertprune.spec.schema import Spec
 from expertprune.spec.sources import Source
@@ -39,7 +39,7 @@ def load_corpus(
             own documents in place.
 
     Raises:
-        SpecError: a file is missing or malformed (file and line named), or no document is left.
+        SpecError: a file is missing or malformed (key, file and line named), or no document is left.
     """
     corpus = _read_corpus(name, source, spec, store)
     return _completed(name, source, corpus, generator, [corpus])
@@ -47,14 +47,17 @@ def load_corpus(
 
 def _read_corpus(name: CorpusName, source: Source, spec: Spec, store: Path | None) -> Corpus:
     own_split = source.evaluation is not None or source.evaluation_split is not None
+    key = source_key(name, spec)
     if source.dataset is None:
-        calibration, evaluation = _from_files(source, spec, own_split)
+        calibration, evaluation = _from_files(source, spec, own_split, key)
     else:
-        calibration, evaluation = _from_dataset(source, spec, own_split, store)
-    where = ", ".join(source.path) if source.path else f"dataset {source.dataset}"
+        with under(f"{key}.dataset"):
+            calibration, evaluation = _from_dataset(source, spec, own_split, store)
     if not calibration:
-        raise SpecError(f"corpus {name}: {where}: holds no document to calibrate on")
-    questions = read_questions(Path(source.questions)) if source.questions else ()
+        where = f"{key}.path: {', '.join(source.path)}" if source.path else f"{key}.dataset: {source.dataset}"
+        raise SpecError(f"{where}: holds no document to calibrate on")
+    with under(f"{key}.questions"):
+        questions = read_questions(Path(source.questions)) if source.questions else ()
     return Corpus(name, tuple(calibration), tuple(evaluation), questions, set_aside=not own_split)
 
 
@@ -71,10 +74,12 @@ def _completed(
 _Split = tuple[list[Document], list[Document]]  # calibration and evaluation
 
 
-def _from_files(source: Source, spec: Spec, own_split: bool) -> _Split:
-    documents = list(_unique(read_files(source, source.path or [])))
+def _from_files(source: Source, spec: Spec, own_split: bool, key: str) -> _Split:
+    with under(f"{key}.path"):
+        documents = list(_unique(read_files(source, source.path or [])))
     if own_split:
-        evaluation = list(_unique(read_files(source, source.evaluation or [])))
+        with under(f"{key}.evaluation"):
+            evaluation = list(_unique(read_files(source, source.evaluation or [])))
     else:
         evaluation = [document for document in documents if _held_out(document)]
         if len(documents) == 1:

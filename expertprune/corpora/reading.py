@@ -119,6 +119,8 @@ def pinned(source: Source) -> Source:
 
 def _text(row: dict[str, Any], source: Source, where: str) -> str:
     """The text of a row: its `field`, or `template` with the fields that stand in braces."""
+    if source.field is None and source.template is None and "text" not in row:
+        raise SpecError(f"{where}: has no field 'text'{nearest('text', row)} (name it as 'field')")
     if source.template is None:
         return _string(row, source.field or "text", where)
     parts = []

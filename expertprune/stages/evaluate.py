@@ -15,7 +15,7 @@ from expertprune.artifacts.expert import Expert
 from expertprune.corpora.documents import Corpus, CorpusName
 from expertprune.corpora.loading import load_corpora
 from expertprune.engine.team import team
-from expertprune.errors import CheckpointError, UnevaluatedError
+from expertprune.errors import CheckpointError, UnevaluatedError, under
 from expertprune.evaluation.changes import of_corpora
 from expertprune.evaluation.measure import Measuring, group_of
 from expertprune.evaluation.reading import Read
@@ -67,8 +67,9 @@ def evaluate(
     with team().after_the_first():
         resolved = described.find_base(place, spec.base)
     team().agree(lambda: {**facts(resolved), "expert": described.plan.digest})
-    loaded: dict[CorpusName, Corpus] = load_corpora(spec, place, generator(resolved, spec, place, write=False))
-    evaluated = evaluation_corpora(spec, loaded, leak_guard(loaded, described.calibration_digests), place)
+    with under(str(described.folder / EXPERT_FILE)):
+        loaded: dict[CorpusName, Corpus] = load_corpora(spec, place, generator(resolved, spec, place, write=False))
+        evaluated = evaluation_corpora(spec, loaded, leak_guard(loaded, described.calibration_digests), place)
     other_tokens = described.plan.vocabulary is not None
     of_text = set(spec.evaluate.chosen_metrics(other_tokens)) - {"questions"}
     check_floors(floors or {}, {group_of(corpus) for corpus in evaluated if of_text and corpus.evaluation})

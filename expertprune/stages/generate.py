@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from expertprune.corpora.catalogue import source_key
 from expertprune.corpora.documents import Corpus, CorpusName, Document
 from expertprune.corpora.generated import Opening, Sieve, openings
 from expertprune.corpora.kept import KeptDocuments
 from expertprune.corpora.loading import Generator
-from expertprune.errors import SpecError
+from expertprune.errors import SpecError, under
 from expertprune.files import digest_of
 from expertprune.models.base import ResolvedBase
 from expertprune.models.loading import load_tokenizer
@@ -46,12 +47,10 @@ def generator(base: ResolvedBase, spec: Spec, store: Path, write: bool = True) -
         if not tokenizers:
             tokenizers.append(load_tokenizer(base.folder, base.trust_remote_code))
         asked = openings(corpus, settings, every)
-        try:
+        with under(f"{source_key(name, spec)}.generate"):
             documents = _documents(
                 base, tokenizers[0], corpus, asked, settings, spec.calibration.max_tokens, store, write
             )
-        except SpecError as error:
-            raise SpecError([f"corpus {name}: generate: {problem}" for problem in error.problems]) from None
         how = f"by {base.name} from {settings.from_}, temperature {settings.temperature:g}, seed {settings.seed}"
         return replace(corpus, calibration=tuple(documents), generated=how)
 

@@ -21,7 +21,7 @@ from expertprune.relevance import Pass
 from expertprune.spec.schema import Budget, Spec
 from expertprune.stages.profile import cuts_units, is_repaired, profiles_of
 from expertprune.stages.sizes import of_size, problem_of, sized_keys
-from expertprune.stages.validate import Found, Prepared, SpecLike, as_spec, find, prepare
+from expertprune.stages.validate import Found, Prepared, SpecLike, about, as_spec, find, prepare
 from expertprune.tokenizing.languages import LANGUAGES, known_languages
 
 SIZES = tuple(step / 20 for step in range(1, 11))
@@ -49,7 +49,8 @@ def forecast(
     """
     parsed = as_spec(spec, overrides)
     keys = _keys(parsed.budget, sizes)
-    found = find(parsed, store_folder(store), evaluate=False)
+    with about(spec):
+        found = find(parsed, store_folder(store), evaluate=False)
     prepared, unreachable = _prepared(found, {size: of_size(parsed.budget, keys, size) for size in sorted(sizes)})
     profiles = profiled(next(iter(prepared.values())), track, run)
     reached: list[ForeseenSize] = []

@@ -9,7 +9,7 @@ from expertprune.artifacts.expert import BaseRecord, CorpusRecord, Expert, ances
 from expertprune.artifacts.plan import Plan, load_plan
 from expertprune.composition.scoring import check_criterion
 from expertprune.engine.team import team
-from expertprune.errors import PlanError
+from expertprune.errors import PlanError, under
 from expertprune.files import check_inputs, check_output, require_room, store_folder
 from expertprune.models.origin import origin_of
 from expertprune.models.sources import trim
@@ -39,17 +39,19 @@ def prune(
     """
     out = Path(out)
     check_output(out, overwrite, inputs=[] if isinstance(plan, Plan) else [Path(plan)])
+    where = f"plan {plan.name!r}" if isinstance(plan, Plan) else str(plan)
     plan = plan if isinstance(plan, Plan) else load_plan(Path(plan))
-    spec = parse_spec(dict(plan.spec), f"plan {plan.name!r}", Path.cwd())
+    spec = parse_spec(dict(plan.spec), where, Path.cwd())
     spec = trusting(spec, {TRUST: trust_remote_code})
-    with team().after_the_first():
+    with under(where), team().after_the_first():
         found = find(spec, store_folder(store), evaluate=False)
     agree(found, out)
     check_inputs(out, found.inputs)
     check_plan(plan, found.base)
     require_room(out, bytes_needed(plan, found.base))
     _check_corpora(found, plan)
-    prepared = prepare(found)
+    with under(where):
+        prepared = prepare(found)
     check_unlisted(prepared)
     with team().staged(out, overwrite) as folder:
         write_folder(prepared, plan, folder, track)

@@ -29,7 +29,7 @@ from expertprune.stages.forecast import tell
 from expertprune.stages.points import holds, load_point, make_point, point_elsewhere, point_key, save_point
 from expertprune.stages.profile import profile_tasks
 from expertprune.stages.sizes import of_size, problem_of, sized_keys
-from expertprune.stages.validate import Found, Prepared, SpecLike, as_spec, check_unlisted, find, prepare
+from expertprune.stages.validate import Found, Prepared, SpecLike, about, as_spec, check_unlisted, find, prepare
 
 SWEEP_FILE = "sweep.json"
 
@@ -63,7 +63,7 @@ def sweep(
             disk.
     """
     engine = engine or Local()
-    sweeping = _begin(as_spec(spec, overrides), budgets, out, keep, store, track, engine)
+    sweeping = _begin(spec, overrides, budgets, out, keep, store, track, engine)
 
     def finished() -> None:
         written = sweeping.write()
@@ -85,12 +85,13 @@ def sweep_shard(
     track: Track = silent,
 ) -> Report:
     """A shard's part of a sweep, in the store (see `sweep`); it waits for the profiles of all shards."""
-    sweeping = _begin(as_spec(spec, overrides), budgets, out, keep, store, track, shard)
+    sweeping = _begin(spec, overrides, budgets, out, keep, store, track, shard)
     return shard.work(sweeping.tasks(), track)
 
 
 def _begin(
-    spec: Spec,
+    given: SpecLike,
+    overrides: Mapping[str, Any] | None,
     budgets: Sequence[float],
     out: str | Path | None,
     keep: bool,
@@ -101,10 +102,11 @@ def _begin(
     """Check everything, profile what is not profiled, and decide the plans."""
     if keep and out is None:
         raise SpecError("the experts need a folder to be kept in: give out (--out)")
+    spec = as_spec(given, overrides)
     legal, problems = _budgets(spec, budgets)
     folder = None if out is None else Path(out)
     known = {} if folder is None else _known(folder)
-    with team().after_the_first():
+    with about(given), team().after_the_first():
         found = run_with(find(spec, store_folder(store)), engine.device)
     if not any(corpus.evaluation for corpus in found.evaluated if group_of(corpus) != "other"):
         raise SpecError("evaluate.corpora: none of them has documents, and a sweep measures bits per byte on documents")

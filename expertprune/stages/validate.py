@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from expertprune.composition.scoring import rules
 from expertprune.composition.shares import corpus_shares
 from expertprune.composition.widths import LayerWidths
 from expertprune.corpora.batches import Batch, CalibrationText, check_ids, corpus_text, each_once
+from expertprune.corpora.catalogue import source_key
 from expertprune.corpora.documents import Corpus, CorpusName, Document
 from expertprune.corpora.leaks import LeakGuard
 from expertprune.corpora.loading import HELD_OUT, load_corpora, load_others
 from expertprune.corpora.shares import shared_out
-from expertprune.errors import SpecError, gathered
+from expertprune.errors import SpecError, gathered, under
 from expertprune.files import digest_of, store_folder
 from expertprune.models.base import ResolvedBase, resolve_base
 from expertprune.models.inventory import vocabulary_rows
@@ -104,6 +106,11 @@ def as_spec(spec: SpecLike, overrides: Mapping[str, Any] | None = None) -> Spec:
     return load_spec(spec, overrides)
 
 
+def about(spec: SpecLike) -> AbstractContextManager[None]:
+    """Errors of the block name the spec's file, if it is in one."""
+    return nullcontext() if isinstance(spec, Spec) else under(str(spec))
+
+
 def validate(spec: SpecLike, overrides: Mapping[str, Any] | None = None, store: str | Path | None = None) -> Prepared:
     """Find and check everything that a spec names: base, corpora, criterion, budget. No model is loaded.
 
@@ -112,8 +119,10 @@ def validate(spec: SpecLike, overrides: Mapping[str, Any] | None = None, store: 
         CheckpointError: the base is incomplete, damaged or of a kind that is not supported.
         PlanError: the budget is not reachable.
     """
-    prepared = prepare(find(as_spec(spec, overrides), store_folder(store)))
-    check_unlisted(prepared)
+    parsed = as_spec(spec, overrides)
+    with about(spec):
+        prepared = prepare(find(parsed, store_folder(store)))
+        check_unlisted(prepared)
     return prepared
 
 
@@ -148,10 +157,12 @@ def find(spec: Spec, store: Path, evaluate: bool = True) -> Found:
     running = RunningBase(base)
     calibration: dict[CorpusName, CalibrationText] = {}
     for name, corpus in corpora.items():
-        with gathered(problems):
+        with gathered(problems), under(source_key(name, spec)):
             calibration[name] = _calibration_text(corpus, spec, base)
     if problems:
         raise SpecError(problems)
+    for text in calibration.values():
+        check_ids(text.batches, vocabulary_rows(base.checkpoint, base.family))
     return Found(spec, base, corpora, calibration, evaluated, store, running)
 
 
@@ -160,11 +171,9 @@ def _calibration_text(corpus: Corpus, spec: Spec, base: ResolvedBase) -> Calibra
         held_back = validation_documents(corpus)
         rest = tuple(document for document in corpus.calibration if document not in held_back)
         if not rest:
-            raise SpecError(f"corpus {corpus.name}: budget.retention holds documents back, and there is only one")
+            raise SpecError("budget.retention holds documents back, and there is only one")
         corpus = replace(corpus, calibration=rest)
-    text = corpus_text(corpus, base.tokenizer, spec)
-    check_ids(text.batches, vocabulary_rows(base.checkpoint, base.family))
-    return text
+    return corpus_text(corpus, base.tokenizer, spec)
 
 
 def prepare(found: Found, budget: Budget | None = None) -> Prepared:

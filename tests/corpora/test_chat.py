@@ -330,6 +330,6 @@ def test_calibration_reads_windows_with_answers_and_names_a_corpus_without() -> 
     assert text().tokens == tokens_of(talk, tokenizer, 512)
     # 20 tokens; the windows begin at 0, 5, 10 and 15; the third, "<|im_start|> user a judge <|im_end|>", has no answer.
     assert [each.ids[0] for each in text(max_tokens=5, windows=4).tokens] == [text().tokens[0].ids[i] for i in (5, 15)]
-    with pytest.raises(SpecError, match="corpus domain/law: no answer begins within the first 5 tokens"):
+    with pytest.raises(SpecError, match="no answer begins within the first 5 tokens"):
         text(max_tokens=5)
     assert text(prompt_weight=0.5).digest != text().digest == text(tokens_per_batch=7).digest

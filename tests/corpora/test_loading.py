@@ -23,7 +23,6 @@ from expertprune.corpora.loading import load_corpora, load_corpus, load_others
 from expertprune.errors import SpecError
 from expertprune.spec.reading import parse_spec
 from expertprune.spec.schema import Spec
-from expertprune.spec.sources import Source
 from tests.tiny import tiny_tokenizer
 
 GERMAN = CorpusName("language", "de")
@@ -42,7 +41,8 @@ def write_rows(path: Path, rows: Iterable[Any]) -> str:
 
 
 def load(source: dict[str, Any], **changes: Any) -> Corpus:
-    return load_corpus(GERMAN, Source(**source), make_spec(**changes))
+    spec = make_spec(**changes, corpora={"sources": {"language/de": source}})
+    return load_corpus(GERMAN, spec.corpora.sources["language/de"], spec)
 
 
 def load_rows(folder: Path, rows: Iterable[Any], own: Iterable[Any] = (), **changes: Any) -> Corpus:
@@ -169,7 +169,7 @@ def test_a_field_that_is_missing_or_no_text_is_refused_with_what_to_name_instead
     templates = [] if "template" in words else [{"template": f"Say {{{field}}}!"}]
     for source in ({"field": field}, *templates):
         (problem,) = problems_of({"path": path, **source})
-        assert problem.startswith(f"{path}, line 1: {words}")
+        assert problem.startswith(f"corpora.sources.language/de.path: {path}, line 1: {words}")
 
 
 @pytest.mark.parametrize(("template", "words"), [("{text", "template"), ("text}", "template"), ("{}", "no field ''")])
@@ -180,7 +180,7 @@ def test_a_malformed_template_is_the_users_mistake(tmp_path: Path, template: str
 @pytest.mark.parametrize("key", ["path", "evaluation", "questions"])
 def test_a_missing_file_is_named(tmp_path: Path, key: str) -> None:
     source = {"path": write_rows(tmp_path / "a.jsonl", many(3)), key: str(tmp_path / "absent.jsonl")}
-    assert problems_of(source) == [f"{tmp_path / 'absent.jsonl'}: no such file"]
+    assert problems_of(source) == [f"corpora.sources.language/de.{key}: {tmp_path / 'absent.jsonl'}: no such file"]
 
 
 def test_the_problems_of_several_corpora_come_together(tmp_path: Path) -> None:
@@ -190,8 +190,8 @@ def test_the_problems_of_several_corpora_come_together(tmp_path: Path) -> None:
     with pytest.raises(SpecError) as caught:
         load_corpora(make_spec(dimensions=dimensions, corpora={"sources": sources}))
     first, second = caught.value.problems
-    assert first == "/absent.jsonl: no such file"
-    assert second.startswith(f"{good}, line 1")
+    assert first == "corpora.sources.de.path: /absent.jsonl: no such file"
+    assert second.startswith(f"corpora.sources.qa.path: {good}, line 1")
 
 
 # --- questions ------------------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def test_a_malformed_question_names_file_and_line(tmp_path: Path, row: dict[str,
     bad = {key: value for key, value in {**good, **row}.items() if value is not None}
     questions = write_rows(tmp_path / "q.jsonl", [good, bad])
     (problem,) = problems_of({"path": write_rows(tmp_path / "a.jsonl", many(3)), "questions": questions})
-    assert problem.startswith(f"{questions}, line 2: {words}")
+    assert problem.startswith(f"corpora.sources.language/de.questions: {questions}, line 2: {words}")
 
 
 # --- splitting ------------------------------------------------------------------------------------------------------
@@ -346,6 +346,14 @@ def test_corpora_are_found_in_the_specs_own_catalogue(catalogue: Path) -> None:
         assert str(corpus.name) == name
         assert all(d.text.startswith(name.partition("/")[2]) for d in corpus.calibration)
     assert len(corpora["language/de"].questions) == 1
+    write_rows(catalogue / "texts" / "de.jsonl", [])
+    (catalogue / "texts" / "medical.jsonl").unlink()
+    with pytest.raises(SpecError) as caught:
+        load_corpora(spec)
+    assert caught.value.problems == [
+        f"{catalogue / 'catalogue.yaml'}: de.path: {catalogue / 'texts' / 'de.jsonl'}: holds no document to calibrate on",
+        f"{catalogue / 'catalogue.yaml'}: medical.path: {catalogue / 'texts' / 'medical.jsonl'}: no such file",
+    ]
     for name in ("domain/medical", "medical"):  # any corpus can be general
         found = find_sources(make_spec(catalogue.parent, general=name, corpora="mine"))[CorpusName("general", name)]
         assert found.path == [str(catalogue / "texts" / "medical.jsonl")]
@@ -415,7 +423,8 @@ def test_unknown_corpora_are_named_all_at_once_with_their_nearest_name(catalogue
         ("language: {de: {path: a}, de: {path: b}}", "language.de: stands twice"),
         ("langauge: {de: {path: a}}", "'langauge' must be one of language, domain, task, general"),
         ("language: [de]", "'language' must be one of"),
-        ("language: {de: {paht: a}}", "language.de:"),
+        ("language: {de: {paht: a}}", "language.de: unknown key 'paht'; did you mean 'path'?"),
+        ("language: {de: a.jsonl}", "language.de: must be a mapping of keys and values"),
     ],
 )
 def test_a_damaged_catalogue_is_named(tmp_path: Path, content: str | None, words: str) -> None:
@@ -494,14 +503,14 @@ def test_a_dataset_is_opened_as_the_source_says_and_read_no_further_than_needed(
 
 
 def test_what_is_wrong_with_a_dataset_names_it_with_its_split(dataset: dict[str, Any], tmp_path: Path) -> None:
-    where = f"dataset {dataset['dataset']!r}, split"
+    where = f"corpora.sources.language/de.dataset: dataset {dataset['dataset']!r}, split"
     (problem,) = problems_of({"dataset": dataset["dataset"], "field": "questoin"})
     assert problem == f"{where} 'train': has no field 'questoin'; did you mean 'question'?"
     (problem,) = problems_of({**dataset, "split": "trian"})
     assert problem.startswith(f"{where} 'trian': ")
     write_rows(tmp_path / "data" / "train.jsonl", [{"question": " ", "answers": {"text": [" "]}}])
     (problem,) = problems_of({"dataset": dataset["dataset"], "field": "question"})
-    assert problem == f"corpus language/de: dataset {dataset['dataset']}: holds no document to calibrate on"
+    assert problem == f"corpora.sources.language/de.dataset: {dataset['dataset']}: holds no document to calibrate on"
 
 
 # --- batches --------------------------------------------------------------------------------------------------------
@@ -543,5 +552,5 @@ def test_documents_of_one_token_are_left_out_of_calibration_and_the_rows_still_f
     for batch in text.batches:
         for row, document, length in zip(batch.ids.tolist(), batch.documents, batch.lengths, strict=True):
             assert row[:length] == [vocabulary[word] for word in kept[document].text.split()]
-    with pytest.raises(SpecError, match="corpus language/de: every document is shorter than two tokens"):
+    with pytest.raises(SpecError, match="every document is shorter than two tokens"):
         corpus_text(Corpus(GERMAN, (Document("law"), Document("blood")), ()), tiny_tokenizer(), make_spec())

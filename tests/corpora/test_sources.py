@@ -136,7 +136,7 @@ def test_a_conversation_that_cannot_be_read_is_named_with_its_line(tmp_path: Pat
     rows = [{"talk": TALKS[0]}, {"talk": TALKS[0][:1]}]
     path = write_rows(tmp_path / "a.jsonl", rows)
     (found,) = problems_of({"path": path, "messages": "talk"})
-    assert found.startswith(f"{path}, line 2: a conversation without an answer")
+    assert found.startswith(f"corpora.sources.language/de.path: {path}, line 2: a conversation without an answer")
     (tmp_path / "a.txt").write_text("one")
     assert "a text file has no fields" in problems_of({"path": str(tmp_path / "a.txt"), "messages": "talk"})[0]
 

@@ -95,7 +95,7 @@ def test_the_profile_depends_on_what_counts(chat: Workplace) -> None:
 @pytest.mark.parametrize(
     ("template", "message", "problem"),
     [
-        (None, None, "corpus domain/medical: conversation '"),
+        (None, None, "corpora.sources.medical: conversation '"),
         (None, None, "the base has no chat template, so conversations cannot be rendered; take an instruct model"),
         (ALTERNATING, {"role": "system", "content": "law"}, "roles system, user, assistant: System role not supported"),
         ("{% for m in messages %}{{ m.content", None, "the base's chat template refuses a conversation"),
@@ -117,9 +117,8 @@ def test_a_conversation_that_the_base_cannot_read_is_one_line(
 
 def test_answers_beyond_the_last_token_are_named(chat: Workplace, no_model: None) -> None:
     chat.data["calibration"] = {"max_tokens": 7}
-    assert (
-        "corpus domain/medical: no answer begins within the first 7 tokens: raise calibration" in chat.build_refused()
-    )
+    said = "corpora.sources.medical: no answer begins within the first 7 tokens: raise calibration"
+    assert said in chat.build_refused()
 
 
 def test_evaluation_without_an_answer_is_named(chat: Workplace) -> None:

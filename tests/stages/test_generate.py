@@ -46,7 +46,8 @@ def base(tmp_path: Path) -> Path:
 
 def load(base: Path, store: Path, source: Source, write: bool = True, **calibration: int):  # type: ignore[no-untyped-def]
     data = {"name": "x", "base": str(base), "dimensions": {"domain": "law"}, "budget": {"ffn": 0.1}}
-    spec = parse_spec({**data, "calibration": calibration}, "my.yaml", Path("/nowhere"))
+    data |= {"calibration": calibration, "corpora": {"sources": {"law": source.model_dump(by_alias=True)}}}
+    spec = parse_spec(data, "my.yaml", Path("/nowhere"))
     return load_corpus(LAW, source, spec, store, generator(resolve_base(spec.base, store), spec, store, write))
 
 
@@ -128,12 +129,12 @@ def test_texts_of_no_use_are_an_error_that_says_why(
     source = Source.model_validate({"path": path, "evaluation": path, "generate": {"from": "continuation"}})
     with pytest.raises(SpecError) as caught:
         load(base, tmp_path / "store", source)
-    assert caught.value.problems == ["corpus domain/law: generate: no opening is left: all of them evaluate"]
+    assert caught.value.problems == ["corpora.sources.law.generate: no opening is left: all of them evaluate"]
     own = write_rows(tmp_path / "e.jsonl", ["we sum numbers"])
     with pytest.raises(SpecError) as caught:
         load(base, tmp_path / "store", source.model_copy(update={"evaluation": [own]}))
     (line,) = caught.value.problems
-    assert line.startswith("corpus domain/law: generate: none of 3 texts is of use: 2 empty, 1 repeating itself; ")
+    assert line.startswith("corpora.sources.law.generate: none of 3 texts is of use: 2 empty, 1 repeating itself; ")
     with pytest.raises(SpecError, match="no opening is shorter than calibration"):
         load(base, tmp_path / "store", source.model_copy(update={"evaluation": [own]}), max_tokens=17)
     assert not (tmp_path / "store" / "generated").exists()

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 import expertprune
-from expertprune.errors import PlanError, SpecError
+from expertprune.errors import CheckpointError, PlanError, SpecError
 from expertprune.evaluation.measure import group_of
 from expertprune.spec.reading import parse_spec
 from expertprune.spec.schema import Budget, Spec
@@ -68,6 +71,66 @@ def test_everything_is_checked_once_and_what_follows_is_told(
     assert calls == {**once, "open keys": 2, "budget": 2}
     stages = [line.rpartition(":")[0] for line in caplog.messages[0].splitlines()[1:]]  # profiles are there by now
     assert stages == [f"  budget {value}: {name}" for value in (0.5, 0.25) for name in ("repair", "write", "evaluate")]
+
+
+@pytest.fixture
+def in_file(spec_data: dict[str, Any], tmp_path: Path) -> Callable[[dict[str, Any]], str]:
+    """What is wrong with a spec in a file that is changed in some of its dotted keys."""
+
+    def problem(changes: dict[str, Any]) -> str:
+        path = tmp_path / "my.yaml"
+        path.write_text(yaml.safe_dump(spec_data))
+        with pytest.raises((SpecError, PlanError, CheckpointError)) as caught:
+            expertprune.validate(path, changes)
+        (line,) = str(caught.value).splitlines()
+        assert line.startswith(f"{path}: ")
+        return line.removeprefix(f"{path}: ")
+
+    return problem
+
+
+EN = "corpora.sources.en"
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({f"{EN}.path": "no.jsonl"}, rf"{EN}\.path: .*/no\.jsonl: no such file"),
+        ({f"{EN}.path": "empty.jsonl"}, rf"{EN}\.path: .*/empty\.jsonl: holds no document to calibrate on"),
+        ({f"{EN}.path": "broken.jsonl"}, rf"{EN}\.path: .*/broken\.jsonl, line 2: not valid JSON: "),
+        ({f"{EN}.path": "other.jsonl"}, rf"{EN}\.path: .*, line 1: has no field 'text'; did you mean 'txet'\? \(name it as"),
+        ({f"{EN}.path": "short.jsonl"}, rf"{EN}: every document is shorter than two tokens"),
+        ({f"{EN}.evaluation": "no.jsonl"}, rf"{EN}\.evaluation: .*/no\.jsonl: no such file"),
+        ({f"{EN}.questions": "no.jsonl"}, rf"{EN}\.questions: .*/no\.jsonl: no such file"),
+        ({"relevance.criterion": "fihser"}, r"relevance\.criterion: unknown criterion 'fihser'; did you mean 'fisher'\?"),
+        ({"budget.ffn": 0.9999}, r"budget\.ffn: 0\.9999 is too much .*; the largest legal one is"),
+        ({"budget.vocabulary": {"keep": 64}}, r"budget\.vocabulary: .*tokenizer\.json: a WordLevel tokenizer cannot be"),
+        ({"base.model": "./nowhere"}, r"base\.model: .*/nowhere: no such folder"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_names_file_and_key(
+    in_file: Callable[[dict[str, Any]], str], tmp_path: Path, changes: dict[str, Any], told: str
+) -> None:
+    content = {
+        "empty": "",
+        "broken": '{"text": "a"}\nnot json',
+        "other": '{"txet": "a"}',
+        "short": '{"text": "law"}\n{"text": "heart"}',
+    }
+    for name, text in content.items():
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    assert re.match(told, in_file(changes))
+
+
+def test_a_plan_is_named_where_a_corpus_that_it_was_made_from_is_gone(
+    spec_data: dict[str, Any], tmp_path: Path
+) -> None:
+    path = write_corpus(tmp_path / "moved.jsonl", seed=20)
+    spec_data["corpora"]["sources"]["en"] = {"path": str(path)}
+    expertprune.compose(parse_spec(spec_data, "spec", tmp_path)).save(tmp_path / "plan.json")
+    path.unlink()
+    with pytest.raises(SpecError, match=rf"^{tmp_path}/plan\.json: {EN}\.path: .*/moved\.jsonl: no such file"):
+        expertprune.prune(tmp_path / "plan.json", tmp_path / "expert")
 
 
 def test_specs_of_one_base_share_what_is_loaded_and_nothing_else(tiny_spec: Spec, store: Path) -> None:
