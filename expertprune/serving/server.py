@@ -217,19 +217,33 @@ def api_keys(arguments: Sequence[str]) -> list[str]:
     Raises:
         UsageError: no request can carry one of them.
     """
-    keys: list[str] = []
-    taking = False
-    for text in arguments:
-        name, sign, value = text.partition("=")
-        if text.startswith("-"):
-            taking = name.replace("_", "-") == "--api-key"
-            keys += [value] if taking and sign else []
-        elif taking:
-            keys.append(text)
-    keys = keys or [key for key in [os.environ.get("VLLM_API_KEY")] if key]
+    keys = list(_given_keys(arguments).values()) or [key for key in [os.environ.get("VLLM_API_KEY")] if key]
     if not all(key.isascii() and key.isprintable() for key in keys):
         raise UsageError("an API key (--api-key, or the variable VLLM_API_KEY) holds characters that no header of HTTP can "
                          "carry; choose one of ASCII letters, digits and signs")  # fmt: skip
+    return keys
+
+
+def without_keys(arguments: Sequence[str]) -> list[str]:
+    """Arguments of vLLM as they may be written down: stars stand for API keys."""
+    keys = _given_keys(arguments)
+    return [
+        text if place not in keys else text.removesuffix(keys[place]) + "***" for place, text in enumerate(arguments)
+    ]
+
+
+def _given_keys(arguments: Sequence[str]) -> dict[int, str]:
+    """The keys of `--api-key KEY...` or `--api-key=KEY`, by the position of the argument that holds each."""
+    keys: dict[int, str] = {}
+    taking = False
+    for place, text in enumerate(arguments):
+        name, sign, value = text.partition("=")
+        if text.startswith("-"):
+            taking = name.replace("_", "-") == "--api-key"
+            if taking and sign:
+                keys[place] = value
+        elif taking:
+            keys[place] = text
     return keys
 
 

@@ -33,7 +33,7 @@ from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.loading import load_tokenizer, quiet_transformers
 from expertprune.progress import Track, silent
 from expertprune.serving import engine
-from expertprune.serving.server import Server
+from expertprune.serving.server import Server, without_keys
 
 # `vllm bench serve`, whose command is missing where vLLM comes as the CPU package.
 _CLIENT = """
@@ -93,7 +93,7 @@ def bench(
     result = Timing.of(
         runs,
         load=load,
-        arguments=list(arguments),
+        arguments=without_keys(arguments),
         names={role: servable.name for role, servable in servables.items()},
         machine=machine(),
         versions=versions(),

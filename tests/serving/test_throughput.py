@@ -157,11 +157,16 @@ def test_both_are_measured_in_turn_on_the_same_prompts(
 
 
 @pytest.mark.usefixtures("text")
-def test_the_client_has_the_key_that_the_server_asks_for(tmp_path: Path, tiny_llama: Path, client: Any) -> None:
+def test_the_client_has_the_key_that_the_server_asks_for_and_nobody_reads_it(
+    tmp_path: Path, tiny_llama: Path, client: Any
+) -> None:
     calls = client()
     load = Load(prompts=2, input_tokens=12, rounds=1)
-    expertprune.bench(save_tiny(tmp_path / "e"), against=tiny_llama, load=load, arguments=["--api-key", "secret"])
+    given = ["--api-key", "secret", "8", "--max-num-seqs=8", "--api_key=another"]
+    result = expertprune.bench(save_tiny(tmp_path / "e"), against=tiny_llama, load=load, arguments=given)
     assert [call["key"] for call in calls()] == ["secret", "secret"]
+    assert result.arguments[-5:] == ["--api-key", "***", "***", "--max-num-seqs=8", "--api_key=***"]
+    assert "another" not in (tmp_path / "e" / "throughput-llama.json").read_text()
 
 
 @pytest.mark.parametrize("given", [["--dtype", "float32"], ["--dtype=float32"], []])
