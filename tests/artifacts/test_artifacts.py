@@ -113,9 +113,9 @@ DAMAGE: list[tuple[tuple[Any, ...], Any, str]] = [
     (HEADS, "", "layer 0: query_heads must keep some"),
     (GROUPS, "", "layer 0: kv_groups must keep some"),
     (FFN, "5 0-2", "indices are not ascending"),
-    (("layers", 0, "kept", "neurons"), "0", "layers.0.kept.neurons: Extra inputs"),
+    (("layers", 0, "kept", "neurons"), "0", "unknown key 'layers.0.kept.neurons'"),
     (("layers", 0, "kept", "experts"), "0", "layer 0: experts must keep nothing"),  # a layer that has none
-    (FFN, GONE, "layers.0.kept.ffn: Field required"),
+    (FFN, GONE, "missing key 'layers.0.kept.ffn'"),
     (FFN, [0, 1, 2, 5], "layers.0.kept.ffn: must be text"),
     (("budget", "ffn", "requested"), "half", "budget.ffn.requested"),
     (("vocabulary", "padding"), [128], "rows must be some of 0-127"),
