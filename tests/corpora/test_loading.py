@@ -350,9 +350,10 @@ def test_corpora_are_found_in_the_specs_own_catalogue(catalogue: Path) -> None:
     (catalogue / "texts" / "medical.jsonl").unlink()
     with pytest.raises(SpecError) as caught:
         load_corpora(spec)
+    where, texts_in = catalogue / "catalogue.yaml", catalogue / "texts"
     assert caught.value.problems == [
-        f"{catalogue / 'catalogue.yaml'}: de.path: {catalogue / 'texts' / 'de.jsonl'}: holds no document to calibrate on",
-        f"{catalogue / 'catalogue.yaml'}: medical.path: {catalogue / 'texts' / 'medical.jsonl'}: no such file",
+        f"{where}: de.path: {texts_in / 'de.jsonl'}: holds no document to calibrate on",
+        f"{where}: medical.path: {texts_in / 'medical.jsonl'}: no such file",
     ]
     for name in ("domain/medical", "medical"):  # any corpus can be general
         found = find_sources(make_spec(catalogue.parent, general=name, corpora="mine"))[CorpusName("general", name)]
