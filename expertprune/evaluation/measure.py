@@ -28,7 +28,7 @@ from expertprune.evaluation.arrays import Floats
 from expertprune.evaluation.documents import document_rows, document_rows_apart, texts_of
 from expertprune.evaluation.questions import Answers, answers, choices_of, paired_answers
 from expertprune.evaluation.reading import Compared, Read, Reading, bits, compare, read, read_together
-from expertprune.evaluation.retention import RESAMPLES, document_metrics
+from expertprune.evaluation.retention import RESAMPLES, bits_of_corpora, document_metrics, summarize
 from expertprune.models.passes import Stream, TextRun
 from expertprune.progress import Progress
 from expertprune.spec.schema import PER_TOKEN, Evaluate
@@ -241,7 +241,7 @@ class Measuring:
             metrics=list(self.metrics),
             resamples=RESAMPLES,
         )
-        return Evaluation(settings=about, corpora=results)
+        return Evaluation(settings=about, corpora=results, summary=summarize(bits_of_corpora(results)))
 
     def _answers(self, corpus: Corpus, needed: Floats, examples: _Examples) -> Answers:
         """What a model answers that needs so many bits for each sequence."""

@@ -60,7 +60,8 @@ def retention_rows(evaluation: Evaluation) -> list[list[str]]:
         label = f"{numbers.metric} ({numbers.examples} examples{_flips(numbers)}{agreement})"
         cells = [_number(value) for value in (numbers.base, numbers.expert, numbers.retention)]
         rows.append([name, label, *cells, _interval(numbers)])
-    for group, averages in evaluation.summary.items():
+    # Without tasks, the rows of all documents say what the averages do.
+    for group, averages in evaluation.summary.items() if evaluation.all_tasks else ():
         for measure, average in averages.items():
             label = f"mean of {len(average.metrics)}, {MEASURES[measure]}"
             rows.append([group, label, "", "", _number(average.retention), _interval(average)])

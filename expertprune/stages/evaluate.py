@@ -19,7 +19,7 @@ from expertprune.errors import CheckpointError, UnevaluatedError, under
 from expertprune.evaluation.changes import of_corpora
 from expertprune.evaluation.measure import Measuring, group_of
 from expertprune.evaluation.reading import Read
-from expertprune.evaluation.retention import bits_of_corpora, check_floors, summarize
+from expertprune.evaluation.retention import check_floors
 from expertprune.files import EXPERT_FILE, check_writable, one_at_a_time, store_folder
 from expertprune.models.loading import load_tokenizer
 from expertprune.models.passes import TextRun
@@ -76,7 +76,6 @@ def evaluate(
     running = RunningBase(resolved)
     evaluator = measuring(running, evaluated, spec.evaluate, other_tokens)
     measured = measure_folder(evaluator, described.folder, running, track)
-    measured = measured.model_copy(update={"summary": summarize(bits_of_corpora(measured.corpora))})
     return record(described.folder, measured, of_corpora(evaluated, measured.corpora), described.plan.digest)
 
 

@@ -176,7 +176,10 @@ def test_one_model_type_belongs_to_one_family(tmp_path: Path, monkeypatch: pytes
         ({"grove/__init__.py": ""}, "holds no family: no .yaml file"),
         ({"grove.py": ""}, "is a module, not a package"),
         ({"grove/__init__.py": "raise OSError('no bark')"}, "OSError: no bark"),
-        ({"grove/__init__.py": "", "grove/a.yaml": FAMILY.replace("trunk.blocks", "[1]")}, "a.yaml: layers: Input"),
+        (
+            {"grove/__init__.py": "", "grove/a.yaml": FAMILY.replace("trunk.blocks", "[1]")},
+            "a.yaml: layers: must be text",
+        ),
     ],
 )
 def test_a_plugins_family_that_cannot_be_read_names_the_plugin(

@@ -281,7 +281,7 @@ def test_what_cannot_be_tried_is_said(retaining_spec: dict[str, Any], tmp_path: 
     path = Path(retaining_spec["corpora"]["sources"]["medical"]["path"])
     path.write_text(path.read_text().splitlines(keepends=True)[0])
     with pytest.raises(
-        SpecError, match=r"domain/medical: budget\.retention holds documents back, and there is only one"
+        SpecError, match=r"corpora\.sources\.medical: budget\.retention holds documents back, and there is only one"
     ):
         expertprune.validate(spec)
 
