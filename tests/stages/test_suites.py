@@ -369,7 +369,6 @@ def test_a_floor_holds_without_a_suite_too(workplace: Workplace) -> None:
     kept = shown["summary"]["expert"]["bits"]["retention"]
     held = workplace.run("--fail-under", f"expert={kept - 0.01}")
     assert "below the floor" not in held.output
-    assert f"{kept:.4f}" in held.output
     broken = workplace.run("--fail-under", f"expert={kept + 0.01},general=0.01", code=1)
     assert broken.stderr.count("below the floor") == 1
     assert f"below the floor: expert bits: retention {kept:.4f} is below {kept + 0.01:g}" in broken.stderr
