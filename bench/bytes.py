@@ -5,8 +5,8 @@
 SmolLM2, and an expert without a quarter of its FFN neurons, as in the table of peers that repair
 too: PubMedQA and WikiText-2 calibrate, seed 0. Both are stored in bfloat16 and run in float32. The
 weights of all linear layers of the decoder go to fewer bits (`bench/rounding.py`); embeddings, output
-and norms stay in bfloat16, as llm-compressor leaves them by default. GPTQ calibrates on the same text as the expert.
-What was measured is kept in `bench/results/`, row by row.
+and norms stay in bfloat16, as llm-compressor leaves them by default. GPTQ calibrates on the same
+text as the expert. What was measured is kept in `bench/results/`, row by row.
 """
 
 from __future__ import annotations

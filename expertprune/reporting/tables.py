@@ -60,7 +60,7 @@ def retention_rows(evaluation: Evaluation) -> list[list[str]]:
         label = f"{numbers.metric} ({numbers.examples} examples{_flips(numbers)}{agreement})"
         cells = [_number(value) for value in (numbers.base, numbers.expert, numbers.retention)]
         rows.append([name, label, *cells, _interval(numbers)])
-    # Without tasks, the rows of all documents say what the averages do.
+    # Without tasks, the rows of all documents stand for the averages.
     for group, averages in evaluation.summary.items() if evaluation.all_tasks else ():
         for measure, average in averages.items():
             label = f"mean of {len(average.metrics)}, {MEASURES[measure]}"
