@@ -229,7 +229,7 @@ class Forecaster:
 
     def _kept_states(self, text: TextSize, before: int) -> int:
         """Bytes that the profile of a text leaves for the repair, behind those that have left so many bytes."""
-        if self.work.repaired is None or self.streamed:
+        if self.work.repaired is None:
             return 0
         return keeping(self.sizes, text, self.work.repaired, self.work.gradient, self._room - before)
 

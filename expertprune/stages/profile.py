@@ -17,7 +17,7 @@ from expertprune.errors import SpecError
 from expertprune.files import digest_of, remove_finished
 from expertprune.models.passes import TextRun
 from expertprune.models.running import to_stream
-from expertprune.models.sources import is_streamed, source_of
+from expertprune.models.sources import source_of
 from expertprune.models.spool import Limits
 from expertprune.models.states import KeepStates, keep_nothing
 from expertprune.profiling.store import about_profile, measure, profile_key, profile_path, working_path
@@ -132,7 +132,7 @@ def profile_corpus(prepared: Prepared, name: CorpusName, track: Track, also: Seq
 def _keep(prepared: Prepared, name: CorpusName, missing: Sequence[ProfilePart]) -> KeepStates:
     """What keeps the hidden states of a corpus for the repair, if there is one, and room."""
     running, spec, base = prepared.running, prepared.spec, prepared.base
-    if running.states is None or not is_repaired(spec) or is_streamed(running.model):
+    if running.states is None or not is_repaired(spec):
         return keep_nothing
     share = team().share  # the repair's share of a corpus is cut as that of its profile
     batches, room = share(prepared.calibration[name].batches), source_of(running.model).room

@@ -72,22 +72,24 @@ def same(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "criterion", "whole_graphs", "budget", "dense"),
+    ("family", "criterion", "layers", "budget", "dense"),
     [
-        ("llama", "impact", True, {"ffn": 0.25}, 0),
-        ("llama", "fisher", True, {"ffn": 0.25}, 0),
-        ("llama", "fisher", False, {"ffn": 0.25}, 0),
-        ("llama", "fisher", False, {"ffn": 0.25, "kv_groups": 1}, LAYERS),  # what attention does is not kept
-        ("gemma3_text", "fisher", True, {"ffn": 0.25}, LAYERS),  # nor what goes into an output norm
+        ("llama", "impact", "resident", {"ffn": 0.25}, 0),
+        ("llama", "fisher", "resident", {"ffn": 0.25}, 0),
+        ("llama", "fisher", "run again", {"ffn": 0.25}, 0),
+        ("llama", "fisher", "streamed", {"ffn": 0.25}, 0),
+        ("llama", "fisher", "run again", {"ffn": 0.25, "kv_groups": 1}, LAYERS),  # what attention does is not kept
+        ("gemma3_text", "fisher", "resident", {"ffn": 0.25}, LAYERS),  # nor what goes into an output norm
     ],
 )
 def test_the_repair_is_the_same_with_what_profiles_leave(
-    family: str, criterion: str, whole_graphs: bool, budget: dict[str, Any], dense: int, data: dict[str, Any],
+    family: str, criterion: str, layers: str, budget: dict[str, Any], dense: int, data: dict[str, Any],
     tmp_path: Path, runs: Counter[tuple[str, int]], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    if not whole_graphs:
+    if layers == "run again":
         monkeypatch.setattr(traversal, "graph_bytes", lambda text: 1 << 60)
-    data |= {"base": str(save_tiny(tmp_path / "base", family)), "evaluate": {"enabled": False}}
+    base = {"model": str(save_tiny(tmp_path / "base", family)), "layers": "streamed" if layers == "streamed" else "auto"}
+    data |= {"base": base, "evaluate": {"enabled": False}}
     data |= {"relevance": {"criterion": criterion}, "budget": {**budget, "multiple_of": 4}}
     spec, store = parse_spec(data, "spec", tmp_path), tmp_path / "own-store"
     batches = validate(spec, store=store).repair_batches()
