@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 import expertprune
+from expertprune.artifacts.plan import Plan
 from expertprune.models.base import resolve_base
 from expertprune.spec.schema import Base, Spec
 from tests.oracle import fetched
@@ -27,10 +28,6 @@ pytestmark = pytest.mark.slow
 CORPORA = Path(__file__).parents[2] / "corpora"
 # Expert `e` of every layer is for `ROLES[e]`.
 ROLES = ["domain/medical", "task/math", "language/de", "language/fr"]
-PURPOSES: dict[str, tuple[dict[str, list[str]], tuple[int, int]]] = {
-    "english": ({"domain": ["medical"], "task": ["math"]}, (0, 1)),
-    "others": ({"language": ["de", "fr"]}, (2, 3)),
-}
 TOKENS = 64
 CHOSEN = 2  # experts of a token
 SHARPNESS = 12  # from scores near 0 and 1 to logits
@@ -113,11 +110,11 @@ def router(hidden: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def measured(folder: Path) -> dict[str, float]:
-    """Bits per token of each corpus, on documents that neither routers nor plans have seen."""
+def measured(folder: Path, corpora: Sequence[str] = ROLES) -> dict[str, float]:
+    """Bits per token of corpora, on documents that neither routers nor plans have seen."""
     model, tokenizer = (each.from_pretrained(folder) for each in (AutoModelForCausalLM, AutoTokenizer))
     model, found = model.float().eval(), {}
-    for name in ROLES:
+    for name in corpora:
         ids = token_ids(tokenizer, name, "evaluation", 8)
         logits = model(ids, use_cache=False).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
@@ -125,59 +122,56 @@ def measured(folder: Path) -> dict[str, float]:
     return found
 
 
-@pytest.fixture(scope="module")
-def mixture(real_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M with four experts in each layer."""
-    folder = tmp_path_factory.mktemp("planted") / "mixture"
-    plant(fetched(resolve_base(Base(model="smollm2-135m-instruct"), real_store)).folder, folder)
-    return folder
-
-
-def two_experts(mixture: Path, dimensions: dict[str, list[str]], **changes: Any) -> Spec:
-    """A spec that keeps two experts of each layer."""
-    spec = {
-        "name": "planted",
-        "base": str(mixture),
-        "dimensions": dimensions,
-        "general": [],
-        "budget": {"experts": 2},
-        "calibration": {"documents": 6, "max_tokens": TOKENS},
-        "evaluate": {"enabled": False},
-    }
-    return Spec.model_validate(spec | changes)
-
-
-def test_the_experts_of_the_dimensions_are_kept_and_what_they_are_for_stays(
-    mixture: Path, real_store: Path, tmp_path: Path
+def test_the_experts_of_the_dimensions_are_kept_and_a_repair_takes_back_half_of_what_the_others_cost(
+    real_store: Path, tmp_path: Path
 ) -> None:
-    before, found = measured(mixture), {}
-    for name, (dimensions, expected) in PURPOSES.items():
-        plan = expertprune.compose(two_experts(mixture, dimensions), store=real_store)
+    """SmolLM2-135M with four experts in each layer, of which two stay."""
+    mixture = tmp_path / "mixture"
+    plant(fetched(resolve_base(Base(model="smollm2-135m-instruct"), real_store)).folder, mixture)
+
+    def composed(**changes: Any) -> Plan:
+        spec = {
+            "name": "planted",
+            "base": str(mixture),
+            "general": [],
+            "budget": {"experts": 2},
+            "compensation": "none",
+        }
+        return expertprune.compose(Spec.model_validate(spec | changes), store=real_store)
+
+    def pruned(plan: Plan, name: str) -> Path:
+        return expertprune.prune(plan, tmp_path / name, store=real_store)
+
+    def lost(folder: Path, corpora: Sequence[str] = ROLES) -> dict[str, float]:
+        return {corpus: bits - before[corpus] for corpus, bits in measured(folder, corpora).items()}
+
+    before = measured(mixture)
+    few = {"documents": 6, "max_tokens": TOKENS}
+    english = {
+        "dimensions": {"domain": ["medical"], "task": ["math"]},
+        "calibration": {"documents": 24, "max_tokens": 2 * TOKENS},  # the repair needs more
+    }
+    purposes: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
+        "english": (english, (0, 1)),
+        "others": ({"dimensions": {"language": ["de", "fr"]}, "calibration": few}, (2, 3)),
+    }
+    found = {}
+    for name, (changes, expected) in purposes.items():
+        plan = composed(**changes)
         assert plan.spec["relevance"]["experts"] == "reap"
         right = [layer.experts == expected for layer in plan.kept]
         # One pair in six is right by chance. REAP is a mean over the tokens that come to an expert, however few they are,
         # so one that is seldom chosen but writes much can outlast another in single layers.
         assert sum(right) >= 0.75 * len(right), [layer.experts for layer in plan.kept]
-        by_frequency = two_experts(mixture, dimensions, relevance={"criterion": "frequency"})
-        assert {layer.experts for layer in expertprune.compose(by_frequency, store=real_store).kept} == {expected}
-        folder = expertprune.prune(plan, tmp_path / name, store=real_store)
-        found[name] = {corpus: value - before[corpus] for corpus, value in measured(folder).items()}
+        by_frequency = composed(**changes, relevance={"criterion": "frequency"})
+        assert {layer.experts for layer in by_frequency.kept} == {expected}
+        found[name] = lost(pruned(plan, name))
     for name, other, own in (("english", "others", ROLES[:2]), ("others", "english", ROLES[2:])):
         for corpus in own:
-            kept, lost = found[name][corpus], found[other][corpus]
-            assert lost > 1, f"{corpus} of {other}: {lost:.2f} bits per token more than before"
-            assert kept < lost / 2, f"{corpus} of {name}: {kept:.2f} bits per token more, {lost:.2f} in the reverse"
-
-
-def test_a_repair_takes_back_half_of_what_dropped_experts_cost(mixture: Path, real_store: Path, tmp_path: Path) -> None:
-    dimensions, _ = PURPOSES["english"]
-    before, lost = measured(mixture), {}
-    for method in ("none", "least_squares"):
-        spec = two_experts(
-            mixture, dimensions, calibration={"documents": 24, "max_tokens": 2 * TOKENS}, compensation=method
-        )
-        folder = expertprune.prune(expertprune.compose(spec, store=real_store), tmp_path / method, store=real_store)
-        after = measured(folder)
-        lost[method] = sum(after[corpus] - before[corpus] for corpus in ROLES[:2])
-    assert lost["none"] > 0.1
-    assert lost["least_squares"] <= lost["none"] / 2
+            stays, goes = found[name][corpus], found[other][corpus]
+            assert goes > 1, f"{corpus} of {other}: {goes:.2f} bits per token more than before"
+            assert stays < goes / 2, f"{corpus} of {name}: {stays:.2f} bits per token more, {goes:.2f} in the reverse"
+    repaired = lost(pruned(composed(**english, compensation="least_squares"), "repaired"), ROLES[:2])
+    cost = sum(found["english"][corpus] for corpus in ROLES[:2])
+    assert cost > 0.1
+    assert sum(repaired.values()) <= cost / 2
