@@ -17,7 +17,6 @@ from expertprune.models.spool import Limits, Room, Spool
 from expertprune.models.streaming import load_streamed
 from expertprune.profiling import traversal
 from tests.masks import assert_near, measured, token_lists
-from tests.patching import everywhere
 from tests.tiny import save_tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -26,20 +25,15 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 def text_on(device: str, folder: Path, streamed: bool) -> TextRun:
     checkpoint, place = Checkpoint(folder), torch.device(device)
     family = family_of(checkpoint.config["model_type"])
-    model = (
-        load_streamed(checkpoint, family, torch.float32, place)
-        if streamed
-        else load_model(folder, torch.float32, place)
-    )
+    given = checkpoint, family, torch.float32, place
+    model = load_streamed(*given) if streamed else load_model(folder, torch.float32, place)
     return TextRun(model, family, family.layer_shapes(checkpoint.config), make_batches(token_lists(), 30, 63))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_moe"])
 @pytest.mark.parametrize("source", ["resident", "streamed", "pinned"])
-def test_every_pass_gives_what_it_gives_on_the_cpu(
-    name: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    everywhere(monkeypatch, "expertprune.artifacts.profile.halved", lambda name, values: {name: values})
+@pytest.mark.usefixtures("not_halved")
+def test_every_pass_gives_what_it_gives_on_the_cpu(name: str, source: str, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "base", name)
     on_cpu, on_gpu = text_on("cpu", folder, False), text_on("cuda", folder, source != "resident")
     if source == "pinned":
@@ -57,8 +51,7 @@ def test_every_pass_gives_what_it_gives_on_the_cpu(
 def test_no_pass_waits_for_the_device_inside_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch refuses what waits, from the first batch of a layer to its last."""
     text = text_on("cuda", save_tiny(tmp_path / "base", "llama"), False)
-    collectors = traversal.LayerCollector, traversal.MaskGradients
-    for collector in collectors:
+    for collector in (traversal.LayerCollector, traversal.MaskGradients):
         add = collector.add
 
         def watched(self: object, *given: object, add: object = add, **named: object) -> None:

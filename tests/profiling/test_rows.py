@@ -15,7 +15,7 @@ from tests.masks import LENGTHS, measured, tiny, token_lists
 
 @pytest.mark.parametrize(
     ("family", "tokens_per_batch", "logits"),
-    [("llama", 1, 2**25), ("gemma3_text", 16, 1), ("llama", 1000, 64 * 7), ("gemma3_text", 1000, 2**25)],
+    [("llama", 1, 2**25), ("gemma3_text", 16, 1), ("llama", 1000, 64 * 7)],
 )
 def test_counts_and_mass_are_the_models_own(
     family: str, tokens_per_batch: int, logits: int, monkeypatch: pytest.MonkeyPatch

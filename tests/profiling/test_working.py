@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from expertprune import profile
-from expertprune.artifacts.profile import FORWARD, VOCABULARY, Profile, ProfilePart
+from expertprune.artifacts.profile import FORWARD, VOCABULARY, ProfilePart
 from expertprune.files import is_leftover, remove_leftovers, working_folder
 from expertprune.models.passes import TextRun
 from expertprune.profiling import traversal
@@ -20,8 +21,7 @@ from tests.models.test_sources import text_of
 from tests.profiles import made_up_about
 from tests.tiny import save_tiny
 
-GRADIENT = ProfilePart(Pass.GRADIENT, "kl")
-PARTS = [FORWARD, GRADIENT, VOCABULARY]
+PARTS = [FORWARD, ProfilePart(Pass.GRADIENT, "kl"), VOCABULARY]
 LAYERS = 3
 
 
@@ -29,28 +29,40 @@ class Killed(BaseException):
     """The end of a process."""
 
 
-def measure_all(text: TextRun, path: Path) -> list[Profile]:
-    measure(text, PARTS, path, made_up_about(path.stem))
-    return [Profile(part.path(path)) for part in PARTS]
-
-
-def same(found: Profile, expected: Profile) -> bool:
-    def bytes_of(profile: Profile) -> bytes:
-        return profile.path.read_bytes()
-
-    return bytes_of(found) == bytes_of(expected)
-
-
-@pytest.mark.parametrize("streamed", [True, False], ids=["streamed", "resident"])
-@pytest.mark.parametrize("saved", range(2 * LAYERS + 2))
-def test_a_killed_pass_goes_on_and_gives_the_same_profile(
-    saved: int, streamed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed when so many results were kept: of each layer forward, the vocabulary, losses, of each layer backward."""
+@pytest.fixture(autouse=True)
+def _no_graphs_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(traversal, "graph_bytes", lambda text: 1 << 60)
-    folder = save_tiny(tmp_path / "base", "llama", num_hidden_layers=LAYERS)
-    expected = measure_all(text_of(folder, streamed), tmp_path / "undisturbed" / "d.safetensors")
-    kept, save = [], Working.save
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "base", "llama", num_hidden_layers=LAYERS)
+
+
+def measure_all(text: TextRun, path: Path) -> dict[str, bytes]:
+    """All profiles, by the names of their files."""
+    measure(text, PARTS, path, made_up_about(path.stem))
+    return {part.path(path).name: part.path(path).read_bytes() for part in PARTS}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path) -> dict[bool, dict[str, bytes]]:
+    """What streamed and resident passes give that nothing disturbs."""
+    return {
+        streamed: measure_all(text_of(folder, streamed), folder.parent / str(streamed) / "d.safetensors")
+        for streamed in (True, False)
+    }
+
+
+# Of each layer forward, the vocabulary, losses, of each layer backward.
+@pytest.mark.parametrize(
+    ("streamed", "saved"), [*((True, saved) for saved in (0, 2, 4, 5, 6, 7)), (False, 2), (False, 7)]
+)
+def test_a_killed_pass_goes_on_and_gives_the_same_profile(
+    saved: int, streamed: bool, folder: Path, undisturbed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed when so many results were kept."""
+    expected, kept, save = undisturbed[streamed], [], Working.save
 
     def killed(self: Working, *given: object) -> None:
         if len(kept) == saved:
@@ -58,43 +70,37 @@ def test_a_killed_pass_goes_on_and_gives_the_same_profile(
         save(self, *given)  # type: ignore[arg-type]
         kept.append(given)
 
-    path = tmp_path / "killed" / "d.safetensors"
+    path = tmp_path / "d.safetensors"
     with monkeypatch.context() as patched:
         patched.setattr(Working, "save", killed)
         with pytest.raises(Killed):
             measure_all(text_of(folder, streamed), path)
     differentiated, run = [], Taped.run
     monkeypatch.setattr(Taped, "run", lambda *given: (differentiated.append(given[2]), run(*given))[1])
-    found = measure_all(text_of(folder, streamed), path)
-    assert all(map(same, found, expected))
+    assert measure_all(text_of(folder, streamed), path) == expected
     # A layer counts as finished when its gradients and those above the next one are kept.
     back = max(0, saved - LAYERS - 2) if streamed else 0
     assert sorted(set(differentiated)) == list(range(LAYERS - back))
-    assert {each.name for each in path.parent.iterdir()} == {each.path.name for each in found}
+    assert {each.name for each in tmp_path.iterdir()} == set(expected)
 
 
 def test_a_kill_while_finished_work_is_removed_leaves_what_the_next_command_removes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(path: Path, **_: object) -> None:
+    def killed(*_: object, **__: object) -> None:
         raise Killed
-
-    def work() -> None:
-        with working_folder(tmp_path / ".d.working") as folder:
-            (folder / "forward.0.safetensors").write_bytes(b"x")
 
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "rmtree", killed)
-        with pytest.raises(Killed):
-            work()
+        with pytest.raises(Killed), working_folder(tmp_path / ".d.working") as folder:
+            (folder / "forward.0.safetensors").write_bytes(b"x")
     assert [is_leftover(path) for path in tmp_path.iterdir()] == [True]
     remove_leftovers(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_work_of_a_profile_that_is_stored_goes_with_the_next_run(spec_file: Path, store: Path) -> None:
-    profiles = profile(spec_file, store=store)
-    left = [working_path(each.path) for each in profiles.values()]
+    left = [working_path(each.path) for each in profile(spec_file, store=store).values()]
     for folder in left:
         folder.mkdir()
         (folder / "forward.0.safetensors").write_bytes(b"x")
