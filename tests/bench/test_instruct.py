@@ -7,16 +7,15 @@ from pathlib import Path
 import jsonlines
 import pytest
 
-from bench.asking import code_of, passes, runs
+from bench.asking import passes, runs
 from bench.instruct import ARMS, Bench, Enough
 from expertprune.corpora.loading import load_corpora
 
 PROMPTS = {"medquad": Enough(3, 60), "oasst1": Enough(2, 50)}
 
 
-@pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    """Six conversations of each corpus, told apart by their numbers."""
+def test_arms_differ_in_one_thing_and_read_no_held_out_row(tmp_path: Path) -> None:
+    """Of six conversations of each corpus, told apart by their numbers."""
     for name in ("domain/medquad", "chat/oasst1"):
         path = tmp_path / f"{name}_calibration.jsonl"
         path.parent.mkdir()
@@ -24,10 +23,7 @@ def bench(tmp_path: Path) -> Bench:
         rows = [{"messages": [{"role": role, "content": f"{text} {i}"} for role, text in said]} for i in range(6)]
         with jsonlines.open(path, "w") as file:
             file.write_all(rows)
-    return Bench(tmp_path, tokens=100, documents=2, work=tmp_path)
-
-
-def test_arms_differ_in_one_thing_and_read_no_held_out_row(bench: Bench) -> None:
+    bench = Bench(tmp_path, tokens=100, documents=2, work=tmp_path)
     plain = bench.spec(ARMS["conversations, prompts 1"], PROMPTS)
     for name, arm in ARMS.items():
         spec = bench.spec(arm, PROMPTS)
@@ -42,9 +38,7 @@ def test_arms_differ_in_one_thing_and_read_no_held_out_row(bench: Bench) -> None
     assert {document.text.split()[1] for document in medquad.calibration} == {"0", "1", "2"}
     assert {document.text.split()[1] for document in oasst.calibration} == {"0", "1"}
     assert {document.text.split()[1] for document in medquad.evaluation} == {"4", "5"}
-
-
-def test_base_answers_more_prompts_for_as_many_tokens_of_answers(bench: Bench) -> None:
+    # The base answers more prompts, for as many tokens of answers.
     spec = bench.spec(ARMS["generated, temperature 0"], PROMPTS)
     wanted = {name: source.generate.tokens for name, source in spec.corpora.sources.items() if source.generate}
     assert wanted == {"medquad": 60, "oasst1": 50}
@@ -60,9 +54,8 @@ PROGRAM = {"test_list": ["assert twice(2) == 4", "assert twice(0) == 0"], "test_
         ("Sure:\n```python\ndef twice(x):\n    return 2 * x\n```\nIt doubles.", True),
         ("def twice(x): return x + x", True),
         ("```\ndef twice(x):\n    return 2 * x", True),  # the block never ends
-        ("```python\ndef twice(x):\n    return x ** 2\n```", True),  # as far as the tests look
+        ("```py\ndef twice(x):\n    return 2 * x\n```\n```py\ndef twice(x):\n    return x\n```", True),  # the first
         ("```python\ndef twice(x):\n    return 2 + x\n```", False),
-        ("I cannot do that.", False),
         ("```python\nimport os\nos._exit(1)\n```", False),
     ],
 )
@@ -70,21 +63,8 @@ def test_an_answer_passes_if_its_code_passes_every_test(answer: str, right: bool
     assert passes(answer, PROGRAM) is right
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
-        "while True: pass",
-        "import time\ntime.sleep(60)",
-        "found = bytearray(2 << 30)",
-        "open('large', 'wb').write(bytes(2 << 20))",
-        "input()",
-        "import os\nassert os.environ.get('HOME')",
-    ],
-)
-def test_programs_have_limits(program: str) -> None:
+def test_programs_have_limits() -> None:
     assert runs("pass", 1)
-    assert not runs(program, 1)
-
-
-def test_the_first_block_of_code_is_the_answer() -> None:
-    assert code_of("a\n```py\none\n```\n```py\ntwo\n```") == "one\n"
+    for program in ("while True: pass", "import time\ntime.sleep(60)", "found = bytearray(2 << 30)", "input()",
+                    "open('large', 'wb').write(bytes(2 << 20))", "import os\nassert os.environ.get('HOME')"):  # fmt: skip
+        assert not runs(program, 1), program

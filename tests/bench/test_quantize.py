@@ -18,7 +18,6 @@ from expertprune.errors import CheckpointError
 from expertprune.models.base import resolve_base
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.spec.schema import Base
-from tests.experts import build_tiny
 
 # llm-compressor's pins are not vLLM's, so it usually has an environment of its own.
 COMPRESSOR = os.environ.get("EXPERTPRUNE_TEST_COMPRESSOR") or sys.executable
@@ -31,9 +30,8 @@ pytestmark = [
 ]
 
 
-def test_weights_round_to_the_nearest_step(tmp_path: Path, tiny_llama: Path, store: Path) -> None:
-    expert, built = build_tiny(tmp_path, tiny_llama)
-    folder = tmp_path / "w8a8"
+def test_weights_round_to_the_nearest_step(tmp_path: Path, tiny_build: tuple[Path, Path], store: Path) -> None:
+    (expert, built), folder = tiny_build, tmp_path / "w8a8"
     quantized(expert, folder, "W8A8", COMPRESSOR)
     stored = load_file(folder / "model.safetensors")
     checkpoint, seen = Checkpoint(expert), 0

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,11 @@ from bench.bytes import CELLS, SCHEMES, path_of
 from bench.cells import Bench, Cell, Result, agrees, stored
 from bench.measure import Sums
 
-COMMANDS = ("adapter", "bytes", "constants", "cost", "quality", "quantize", "serving", "tables", "vocabulary")
 
-
-@pytest.mark.parametrize("name", [path.name for path in tables.FILES])
-def test_the_tables_are_those_of_the_results(name: str) -> None:
-    text = (tables.FOLDER / name).read_text()
-    assert tables.filled(text, name) == text, f"bench/{name} is stale: run python -m bench.tables"
+def test_the_tables_are_those_of_the_results() -> None:
+    for path in tables.FILES:
+        text = path.read_text()
+        assert tables.filled(text, path.name) == text, f"{path.name} is stale: run python -m bench.tables"
 
 
 def test_every_table_and_every_result_is_used() -> None:
@@ -47,10 +43,12 @@ def test_a_table_is_written_between_its_marks_only(monkeypatch: pytest.MonkeyPat
     text = "a\n<!-- one -->\nold\n<!-- /one -->\nb\n<!-- two -->\n<!-- /two -->\nc\n"
     expected = "a\n<!-- one -->\nnew\n<!-- /one -->\nb\n<!-- two -->\nnewer\n<!-- /two -->\nc\n"
     assert tables.filled(text, "FILE") == expected
-    with pytest.raises(ValueError, match="FILE: <!-- three --> names no table; there are: one, two"):
-        tables.filled("<!-- three -->\n<!-- /three -->\n", "FILE")
-    with pytest.raises(ValueError, match="FILE: every <!-- NAME --> needs"):
-        tables.filled(text + "<!-- one -->\n", "FILE")
+    for wrong, said in (
+        ("<!-- three -->\n<!-- /three -->\n", "FILE: <!-- three --> names no table; there are: one, two"),
+        (text + "<!-- one -->\n", "FILE: every <!-- NAME --> needs"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            tables.filled(wrong, "FILE")
 
 
 def result(nats: float, removed: int = 0, piqa: float = 1.0) -> Result:
@@ -73,12 +71,8 @@ def test_a_row_shows_the_mean_over_seeds_and_their_range() -> None:
 
 
 def test_parts_and_means_are_compared_with_the_default() -> None:
-    losses = {"mean": 2.5, "fisher": 2.2}
-
     def get(cell: Cell) -> Result:
-        if cell.method == "base":
-            return result(2.0)
-        return result(losses.get(cell.overrides.get("compose.rule", ""), 2.3))
+        return result(2.0 if cell.method == "base" else 2.5 if cell.overrides.get("compose.rule") == "mean" else 2.3)
 
     rows = {row[0]: row for row in quality.parts(get).rows}
     assert rows["intersection → mean"][1:3] == ["0.500", "+0.200 (+0.200 to +0.200)"]
@@ -92,16 +86,13 @@ def test_parts_and_means_are_compared_with_the_default() -> None:
     assert means[quality.FUSED] == [quality.FUSED, *["0.100", ""] * 3, "1.000", ""]
 
 
-def test_a_table_names_all_commits_dates_and_versions_of_its_cells() -> None:
-    made = [
-        {"commits": ["b"], "dates": ["2026-01-03"], "versions": {"torch": "2"}},
-        {"commits": ["a"], "dates": ["2026-01-01"], "versions": {"torch": "2", "expertprune": "1"}},
-    ]
-    assert records.described(made) == "Commits a, b; expertprune 1, torch 2; 2026-01-01 to 2026-01-03."
-    assert records.described(made[:1]) == "Commit b; torch 2; 2026-01-03."
-
-
 def test_a_result_is_taken_only_for_what_it_was_measured_on(tmp_path: Path) -> None:
+    second = {"commits": ["b"], "dates": ["2026-01-03"], "versions": {"torch": "2"}}
+    first = {"commits": ["a"], "dates": ["2026-01-01"], "versions": {"torch": "2", "expertprune": "1"}}
+    assert records.described([second, first]) == "Commits a, b; expertprune 1, torch 2; 2026-01-01 to 2026-01-03."
+    assert Cell("base").path() == Cell("base", dtype="auto").path() != Cell("base", dtype="bfloat16").path()
+    assert Cell("flap", dtype="bfloat16").asked["dtype"] == "bfloat16"
+    assert "dtype" not in Cell("flap").asked
     before = {"base": "x", "spec": {"compose": {"rule": "mean", "gone": 1}}}
     assert agrees(before, {"base": "x", "spec": {"compose": {"rule": "mean", "new": 2}}})
     assert not agrees(before, {"base": "x", "spec": {"compose": {"rule": "union"}}})
@@ -125,12 +116,6 @@ def every_cell(retired: bool = False) -> list[Cell]:
     return cells
 
 
-def test_a_dtype_of_its_own_makes_another_cell_and_the_usual_one_none() -> None:
-    assert Cell("base").path() == Cell("base", dtype="auto").path() != Cell("base", dtype="bfloat16").path()
-    assert Cell("flap", dtype="bfloat16").asked["dtype"] == "bfloat16"
-    assert "dtype" not in Cell("flap").asked
-
-
 def test_every_cell_is_a_legal_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Bench, "pieces", lambda self, name: tmp_path / f"{name}.jsonl")
     specs: dict[str, Any] = {}
@@ -142,15 +127,3 @@ def test_every_cell_is_a_legal_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for spec in vocabulary.EXPERTS:
         specs[spec] = vocabulary.Bench(tmp_path, 12).spec(spec)
     assert len(specs) > 50
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_explain_themselves(
-    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    module = importlib.import_module(f"bench.{command}")
-    monkeypatch.setattr(sys, "argv", [command, "--help"])
-    with pytest.raises(SystemExit) as ended:
-        module.main()
-    assert ended.value.code == 0
-    assert f"python -m bench.{command}" in capsys.readouterr().out
