@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import math
 import shutil
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +32,14 @@ from expertprune.spec.reading import load_spec
 from expertprune.spec.schema import Relevance
 from expertprune.units import Structure
 from tests.calling import call, call_json
-from tests.conftest import refuse_to_load
-from tests.patching import everywhere
 from tests.tiny import save_tiny
 
 Data = dict[str, Any]
-Layers = list[np.ndarray[Any, np.dtype[np.float64]]]
 CORPORA = ["language/en", "domain/medical", "task/qa", "general/general"]
 
 
-# --- references -----------------------------------------------------------------------------------------------------
+@pytest.fixture(autouse=True)
+def _profiles_are_stored(warm_store: Path) -> None: ...
 
 
 def irrelevant_set(scores: list[list[float]], counts: list[int]) -> set[tuple[int, int]]:
@@ -59,124 +55,71 @@ def jaccard(first: set[Any], second: set[Any]) -> float:
     return len(first & second) / len(first | second)
 
 
-def random_layers(widths: list[int], corpora: int, seed: int, ties: bool) -> Layers:
-    generator = np.random.default_rng(seed)
-    if ties:
-        return [generator.integers(0, 4, (corpora, width)).astype(float) for width in widths]
-    return [generator.exponential(size=(corpora, width)) for width in widths]
-
-
-# --- overlap --------------------------------------------------------------------------------------------------------
+def spearman(first: list[Any], second: list[Any]) -> float:
+    """The mean over layers by their units."""
+    by_layer = [stats.spearmanr(*pair).statistic for pair in zip(first, second, strict=True)]
+    return float(np.average(by_layer, weights=[len(scores) for scores in first]))
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_overlap_is_that_of_sets(ties: bool) -> None:
-    counts = [2, 5, 1]
-    layers = random_layers([8, 20, 5], corpora=5, seed=3, ties=ties)
-    found = overlap(layers, counts)
-    sets = [irrelevant_set([scores[corpus].tolist() for scores in layers], counts) for corpus in range(5)]
+def test_overlap_is_that_of_sets_and_rank_correlation_that_of_layers(ties: bool) -> None:
+    counts, generator = [2, 5, 1], np.random.default_rng(3)
+    draw = (lambda size: generator.integers(0, 4, size).astype(float)) if ties else generator.random
+    layers = [draw((5, width)) for width in (8, 20, 6)]
+    scores = [[each[corpus] for each in layers] for corpus in range(5)]
+    sets = [irrelevant_set([each.tolist() for each in own], counts) for own in scores]
     assert all(len(chosen) == sum(counts) for chosen in sets)
     for row, column in itertools.product(range(5), range(5)):
-        assert found[row, column] == pytest.approx(jaccard(sets[row], sets[column]), abs=1e-15)
-
-
-@pytest.mark.parametrize(
-    ("units", "fraction", "count"), [(9, 0.25, 2), (3, 0.25, 1), (10, 0.25, 3), (9, 0.01, 1), (9, 0.99, 8)]
-)
-def test_the_set_is_neither_empty_nor_everything(units: int, fraction: float, count: int) -> None:
-    assert irrelevant_units(units, fraction) == count
+        assert overlap(layers, counts)[row, column] == pytest.approx(jaccard(sets[row], sets[column]), abs=1e-15)
+        expected = spearman(scores[row], scores[column])
+        assert rank_correlation(layers)[row, column] == pytest.approx(expected, abs=1e-12)
 
 
 def test_chance_is_expected_intersection_over_expected_union_of_all_pairs_of_sets() -> None:
     units, counts = [3, 4], [1, 2]
     choices = [list(itertools.combinations(range(n), k)) for n, k in zip(units, counts, strict=True)]
     sets = [{(0, *a)} | {(1, unit) for unit in b} for a, b in itertools.product(*choices)]
-    intersections = sum(len(a & b) for a, b in itertools.product(sets, sets))
-    unions = sum(len(a | b) for a, b in itertools.product(sets, sets))
-    assert chance_overlap(units, counts) == pytest.approx(intersections / unions)
+    pairs = list(itertools.product(sets, sets))
+    expected = sum(len(a & b) for a, b in pairs) / sum(len(a | b) for a, b in pairs)
+    assert chance_overlap(units, counts) == pytest.approx(expected)
 
 
-# --- rank correlation -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "expected"),
-    [
-        ([1, 2, 3, 4], [4, 3, 2, 1], -1),
-        ([5, 5, 7], [1, 2, 3], math.sqrt(3) / 2),  # ranks 1.5, 1.5, 3: product 1.5 over √(1.5 · 2)
-        ([1, 2, 3], [7, 7, 7], 0),  # no order to share
-    ],
-)
-def test_rank_correlation_by_hand(first: list[float], second: list[float], expected: float) -> None:
-    found = rank_correlation([np.array([first, second], dtype=float)])
-    assert found == pytest.approx(np.array([[1, expected], [expected, 1]]))
-
-
-@pytest.mark.parametrize("ties", [False, True])
-def test_rank_correlation_is_the_mean_over_layers_by_their_units(ties: bool) -> None:
-    widths = [10, 40, 25]
-    layers = random_layers(widths, corpora=4, seed=3, ties=ties)
-    found = rank_correlation(layers)
-    for row, column in itertools.product(range(4), range(4)):
-        by_layer = [stats.spearmanr(scores[row], scores[column]).statistic for scores in layers]
-        expected = sum(width * rho for width, rho in zip(widths, by_layer, strict=True)) / 75
-        assert found[row, column] == pytest.approx(expected, abs=1e-12)
-
-
-def test_layers_of_one_unit_do_not_count() -> None:
-    single = random_layers([1, 1], corpora=3, seed=6, ties=False)
-    wide = random_layers([8], corpora=3, seed=7, ties=False)
+def test_layers_that_leave_nothing_to_choose_or_to_order() -> None:
+    """Of several units, neither none nor all are irrelevant; where all are equal, the correlation is 0."""
+    generator = np.random.default_rng(6)
+    single, wide = [generator.random((3, 1)) for _ in range(2)], [generator.random((3, 8))]
     assert compare_structure(single, 0.25) is None
     mixed, alone = compare_structure([*single, *wide], 0.25), compare_structure(wide, 0.25)
     assert mixed is not None
     assert alone is not None
     assert (mixed.units, mixed.irrelevant, mixed.chance) == (8, 2, 1 / 7)
     assert np.array_equal(mixed.rank_correlation, alone.rank_correlation)
-
-
-# --- clustering -----------------------------------------------------------------------------------------------------
+    for units, fraction, count in ((9, 0.25, 2), (3, 0.25, 1), (10, 0.25, 3), (9, 0.01, 1), (9, 0.99, 8)):
+        assert irrelevant_units(units, fraction) == count
+    assert rank_correlation([np.array([[1.0, 2, 3], [7, 7, 7]])]).tolist() == [[1, 0], [0, 1]]
 
 
 def test_average_linkage_by_hand() -> None:
-    distance = np.array([[0, 0.5, 0.1], [0.5, 0, 0.7], [0.1, 0.7, 0]])
-    result = cluster(distance)
+    result = cluster(np.array([[0, 0.5, 0.1], [0.5, 0, 0.7], [0.1, 0.7, 0]]))
     # 0 and 2 meet at 0.1; their distances to 1 average (0.5 + 0.7) / 2 = 0.6, above the cut at 0.42.
     assert result.dendrogram[:, 2:] == pytest.approx(np.array([[0.1, 2], [0.6, 3]]))
     assert {frozenset(row[:2]) for row in result.dendrogram.tolist()} == {frozenset({0, 2}), frozenset({1, 3})}
     assert {frozenset(members) for members in result.clusters} == {frozenset({0, 2}), frozenset({1})}
-
-
-@pytest.mark.parametrize(
-    ("near", "far", "clusters"),
-    [(0.69, 1, [1, 2]), (0.71, 1, [1, 1, 1]), (0.3, 0.3, [1, 1, 1]), (0, 0, [3])],
-    ids=["near", "too far", "equally far", "the same"],
-)
-def test_the_dendrogram_is_cut_at_7_tenths_of_its_height(near: float, far: float, clusters: list[int]) -> None:
-    distance = np.array([[0, near, far], [near, 0, far], [far, far, 0]])
-    assert sorted(map(len, cluster(distance).clusters)) == clusters
-
-
-def test_planted_groups_are_found_and_stand_together() -> None:
-    generator = np.random.default_rng(0)
-    group = generator.permutation([0, 0, 0, 1, 1, 1, 1])
-    shared = generator.normal(size=(2, 6, 100))
-    layers = [shared[group, layer] + generator.normal(size=(7, 100)) for layer in range(6)]
-    result = compare_structure(layers, 0.25)
-    assert result is not None
-    planted = {frozenset(np.flatnonzero(group == g).tolist()) for g in (0, 1)}
-    assert {frozenset(members) for members in result.clustering.clusters} == planted
-    order = result.clustering.order
-    assert sorted(order) == list(range(7))
-    assert order == [corpus for members in result.clustering.clusters for corpus in members]
-    in_order = group[order]
-    assert np.count_nonzero(in_order[1:] != in_order[:-1]) == 1
-
-
-# --- the stage ------------------------------------------------------------------------------------------------------
+    assert result.order == [corpus for members in result.clusters for corpus in members]
+    # The dendrogram is cut at 7 tenths of its height: near it, too far, equally far, the same.
+    for near, far, clusters in ((0.69, 1, [1, 2]), (0.71, 1, [1, 1, 1]), (0.3, 0.3, [1, 1, 1]), (0, 0, [3])):
+        found = cluster(np.array([[0, near, far], [near, 0, far], [far, far, 0]])).clusters
+        assert sorted(map(len, found)) == clusters
 
 
 def names(data: Data) -> list[str]:
     return [corpus["name"] for corpus in data["corpora"]]
+
+
+def written(folder: Path, data: Data, **changes: Any) -> Path:
+    path = folder / f"{changes.get('name', 'tiny')}.yaml"
+    path.write_text(yaml.safe_dump(data | changes))
+    return path
 
 
 def own_relevance(profile: Profile, layer: int) -> list[float]:
@@ -185,41 +128,27 @@ def own_relevance(profile: Profile, layer: int) -> list[float]:
     return ((rms * profile.read(f"ffn.{layer}.output_l2")) ** 2).amax(0).tolist()
 
 
+@pytest.mark.usefixtures("no_model")
 def test_the_command_compares_every_pair_of_a_specs_corpora(spec_file: Path) -> None:
-    data = call_json("compare", spec_file, "--set", "compose.aggregate=max", "--fraction", "0.5")
+    """And its table shows what its JSON says."""
+    given = ["compare", spec_file, "--set", "compose.aggregate=max", "--fraction", "0.5"]
+    data, text = call_json(*given), call(*given).stdout
     profiles = expertprune.profile(spec_file)
     assert names(data) == CORPORA
     assert [corpus["profile"] for corpus in data["corpora"]] == [profile.digest for profile in profiles.values()]
     said = [data[key] for key in ("kind", "criterion", "aggregate", "fraction")]
     assert said == ["comparison", "impact", "max", 0.5]
-    assert list(data["structures"]) == ["ffn", "query_heads", "kv_groups"]
+    units = {structure: result["units"] for structure, result in data["structures"].items()}
+    assert units == {"ffn": 3 * 32, "query_heads": 3 * 6, "kv_groups": 3 * 3}
     scores = [[own_relevance(profile, layer) for layer in range(3)] for profile in profiles.values()]
     ffn = data["structures"]["ffn"]
-    assert (ffn["units"], ffn["irrelevant"], ffn["chance"]) == (3 * 32, 3 * 16, pytest.approx(0.5 / 1.5))
+    assert (ffn["irrelevant"], ffn["chance"]) == (3 * 16, pytest.approx(0.5 / 1.5))
     for a, b in itertools.combinations(range(4), 2):
         expected = jaccard(irrelevant_set(scores[a], [16] * 3), irrelevant_set(scores[b], [16] * 3))
         assert ffn["overlap"][a][b] == pytest.approx(expected)
-        by_layer = [stats.spearmanr(scores[a][layer], scores[b][layer]).statistic for layer in range(3)]
-        assert ffn["rank_correlation"][a][b] == pytest.approx(sum(by_layer) / 3, abs=1e-6)
-    assert data["structures"]["query_heads"]["units"] == 3 * 6
-    assert data["structures"]["kv_groups"]["units"] == 3 * 3
-
-
-def test_stored_profiles_are_compared_without_the_model(spec_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = call_json("compare", spec_file)
-    everywhere(monkeypatch, "expertprune.models.loading.load_model", refuse_to_load)
-    assert call_json("compare", spec_file) == first
-    assert expertprune.compare(load_spec(spec_file)).document() == first
-    groups = {"kv_groups": first["structures"]["kv_groups"]}
-    assert call_json("compare", spec_file, "--structure", "kv_groups")["structures"] == groups
-
-
-def test_the_table_shows_what_the_json_says(spec_file: Path) -> None:
-    data = call_json("compare", spec_file)
-    text = call("compare", spec_file).stdout
-    sections = dict(zip(data["structures"], text.split("\n\n")[1:], strict=True))
-    for structure, result in data["structures"].items():
-        lines = sections[structure].splitlines()
+        assert ffn["rank_correlation"][a][b] == pytest.approx(spearman(scores[a], scores[b]), abs=1e-6)
+    for (structure, result), section in zip(data["structures"].items(), text.split("\n\n")[1:], strict=True):
+        lines = section.splitlines()
         assert lines[0].startswith(f"{structure}: {result['irrelevant']} of {result['units']} units")
         assert lines[0].endswith(f"by chance {result['chance']:.2f}")
         rows = [line.split() for line in lines[1:] if "─" not in line][1:]
@@ -228,146 +157,43 @@ def test_the_table_shows_what_the_json_says(spec_file: Path) -> None:
             below = [f"{result['rank_correlation'][corpus][other]:.2f}" for other in order[:number]]
             above = [f"{result['overlap'][corpus][other]:.2f}" for other in order[number + 1 :]]
             assert rows[number] == [str(number + 1), CORPORA[corpus], *below, *above]
-        # A line above the head, below it, and below each cluster.
-        assert sum("─" in line for line in lines) == 2 + len(result["clusters"])
+        assert sum("─" in line for line in lines) == 2 + len(result["clusters"])  # around the head, below clusters
 
 
+@pytest.mark.usefixtures("no_model")
 def test_several_specs_name_their_corpora_together(tmp_path: Path, spec_data: Data) -> None:
-    paths = []
-    for value, dimension in (("medical", "domain"), ("qa", "task")):
-        path = tmp_path / f"{value}.yaml"
-        path.write_text(yaml.safe_dump({**spec_data, "name": value, "dimensions": {dimension: value}}))
-        paths.append(path)
-    assert names(call_json("compare", *paths)) == ["domain/medical", "general/general", "task/qa"]
+    paths = [written(tmp_path, spec_data, name=value, dimensions={dimension: value})
+             for value, dimension in (("medical", "domain"), ("qa", "task"))]  # fmt: skip
+    data = call_json("compare", *paths)
+    assert names(data) == ["domain/medical", "general/general", "task/qa"]
+    assert expertprune.compare([load_spec(path) for path in paths]).document() == data
 
 
-def test_all_takes_every_stored_profile_of_the_base(tmp_path: Path, spec_file: Path, spec_data: Data) -> None:
-    expertprune.profile(spec_file)
+def test_all_takes_every_other_profile_of_the_base_that_can_be_read(
+    tmp_path: Path, spec_data: Data, store: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Corpora of one name are told apart by their profiles."""
+    spec_file = written(tmp_path, spec_data, dimensions={"language": "en"}, general=[])
     expertprune.profile(spec_file, overrides={"base.model": str(save_tiny(tmp_path / "other", seed=1))})
-    (tmp_path / "en.yaml").write_text(yaml.safe_dump({**spec_data, "dimensions": {"language": "en"}, "general": []}))
-    data = call_json("compare", tmp_path / "en.yaml", "--all")
-    assert sorted(names(data)) == sorted(CORPORA)
-    assert names(data)[0] == "language/en", "the spec's own come first"
-
-
-def test_corpora_of_one_name_are_told_apart_by_their_profiles(spec_file: Path) -> None:
-    other = expertprune.profile(spec_file, overrides={"calibration.documents": 5, "dimensions": {"domain": "medical"}})
-    data = call_json("compare", spec_file, "--all")
-    medical = [corpus for corpus in data["corpora"] if corpus["name"].startswith("domain/medical")]
-    assert [corpus["name"] for corpus in medical] == [f"domain/medical ({c['profile'][:8]})" for c in medical]
-    assert [corpus["documents"] for corpus in medical] == [12, 5]
-    assert {profile.digest for profile in other.values()} <= {corpus["profile"] for corpus in data["corpora"]}
-    assert "language/en" in names(data), "its name is its own"
-
-
-def test_a_stored_profile_that_cannot_be_read_is_left_out(
-    spec_file: Path, store: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    first = call_json("compare", spec_file)
+    medical = {"calibration.documents": 5, "dimensions": {"domain": "medical"}}
+    (fewer,) = expertprune.profile(spec_file, overrides=medical).values()
     (store / "profiles" / "noise.safetensors").write_bytes(b"noise")
-    assert call_json("compare", spec_file, "--all") == first
+    data = call_json("compare", spec_file, "--all")
     assert "noise.safetensors is left out" in caplog.text
+    assert names(data)[0] == "language/en", "the spec's own come first, and its name is its own"
+    assert {name.partition(" ")[0] for name in names(data)} == set(CORPORA)
+    found = {corpus["profile"]: corpus for corpus in data["corpora"] if corpus["name"].startswith("domain/medical")}
+    assert len(data["corpora"]) == len(CORPORA) + 1
+    assert {corpus["name"] for corpus in found.values()} == {f"domain/medical ({digest[:8]})" for digest in found}
+    assert found[fewer.digest]["documents"] == 5
 
 
-def test_structures_with_one_unit_per_layer_are_left_out(tmp_path: Path, spec_file: Path) -> None:
-    base = save_tiny(tmp_path / "narrow", num_attention_heads=2, num_key_value_heads=1)
-    data = call_json("compare", spec_file, "--set", f"base.model={base}")
-    assert list(data["structures"]) == ["ffn", "query_heads"]
-    error = call("compare", spec_file, "--set", f"base.model={base}", "--structure", "kv_groups", code=2).stderr
+def test_structures_with_one_unit_per_layer_are_left_out(tmp_path: Path, spec_data: Data) -> None:
+    base = str(save_tiny(tmp_path / "narrow", num_attention_heads=2, num_key_value_heads=1))
+    narrow = written(tmp_path, spec_data, base=base, dimensions={"language": "en"})
+    assert list(call_json("compare", narrow)["structures"]) == ["ffn", "query_heads"]
+    error = call("compare", narrow, "--structure", "kv_groups", code=2).stderr
     assert "error: kv_groups: no layer has more than one" in error
-
-
-# --- pictures -------------------------------------------------------------------------------------------------------
-
-
-def text_of(path: Path) -> list[str]:
-    root = ElementTree.parse(path).getroot()
-    return ["".join(element.itertext()).strip() for element in root.iter("{http://www.w3.org/2000/svg}text")]
-
-
-def test_the_svg_names_every_corpus_and_prints_every_value(tmp_path: Path, spec_data: Data) -> None:
-    """A dollar sign in a name starts no formula."""
-    sources = spec_data["corpora"]["sources"]
-    sources["a$_b$"] = sources.pop("medical")
-    spec_data["dimensions"]["domain"] = "a$_b$"
-    spec_file = tmp_path / "tiny.yaml"
-    spec_file.write_text(yaml.safe_dump(spec_data))
-    corpora = ["language/en", "domain/a$_b$", "task/qa", "general/general"]
-    data = call_json("compare", spec_file, "--structure", "ffn", "--picture", tmp_path / "a.svg")
-    call("compare", spec_file, "--structure", "ffn", "--picture", tmp_path / "b.svg")
-    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
-    found = text_of(tmp_path / "a.svg")
-    ffn = data["structures"]["ffn"]
-    drawn = [text for text in found if text in corpora]
-    assert drawn == ffn["order"] * 2, "below and beside the heat map, in clustering order"
-    values = [text for text in found if len(text) == 4 and text.startswith("0.")]
-    order = [corpora.index(name) for name in ffn["order"]]
-    expected = [f"{ffn['overlap'][a][b]:.2f}" for a, b in itertools.product(order, order) if a != b]
-    assert "\n".join(expected) in "\n".join(values)
-    assert any("by chance 0.14" in text for text in found)
-    call("compare", spec_file, "--picture", tmp_path / "all.png")
-    with Image.open(tmp_path / "all.png") as image:
-        assert image.format == "PNG"
-        assert 1000 < image.size[0] < 3000, "three heat maps beside each other"
-
-
-# --- refusals -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def refused(tmp_path: Path, store: Path, no_model: None) -> Callable[..., str]:
-    """Runs a command that must fail, before a model is loaded, and leave nothing behind; gives its message."""
-
-    def run(*arguments: Any) -> str:
-        before = {path for folder in (tmp_path, store / "profiles") for path in folder.rglob("*")}
-        result = call("compare", *arguments, code=2)
-        assert {path for folder in (tmp_path, store / "profiles") for path in folder.rglob("*")} == before
-        assert result.stdout == ""
-        return result.stderr
-
-    return run
-
-
-def test_options_that_cannot_be_are_refused(spec_file: Path, refused: Callable[..., str]) -> None:
-    for fraction in ("0", "1", "25", "nan"):
-        assert "is not between 0 and 1" in refused(spec_file, "--fraction", fraction)
-    for criterion in ("magnitude", "random"):
-        message = refused(spec_file, "--set", f"relevance.criterion={criterion}")
-        assert f"relevance.criterion: {criterion} does not look at the corpus" in message
-    assert "'heads' is not one of" in refused(spec_file, "--structure", "heads")
-    assert "Missing argument 'SPEC...'" in refused()
-    with pytest.raises(SpecError, match="structures: 'heads' is none of ffn, query_heads, kv_groups"):
-        expertprune.compare(spec_file, structures=["heads"])
-    with pytest.raises(SpecError, match="needs a spec"):
-        expertprune.compare([])
-
-
-def test_specs_that_cannot_be_compared_are_refused(
-    tmp_path: Path, spec_data: Data, refused: Callable[..., str]
-) -> None:
-    other = save_tiny(tmp_path / "other", seed=1)
-    same = shutil.copytree(spec_data["base"], tmp_path / "same")
-
-    def written(name: str, **changes: Any) -> Path:
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump({**spec_data, "name": name, **changes}))
-        return path
-
-    first = written("first")
-    message = refused(first, written("third", base=str(same)), written("second", base=str(other)))
-    assert "base.model: specs 'first' and 'second' have different bases" in message
-    assert str(other) in message
-    assert "third" not in message, "the same model elsewhere is the same base"
-    scoring = refused(first, written("fourth", relevance="activation"))
-    assert "relevance.criterion: specs 'first' and 'fourth' differ" in scoring
-    scoring = refused(first, written("fifth", compose={"allocation": "uniform", "aggregate": 0.9}))
-    assert "compose.aggregate: specs 'first' and 'fifth' differ" in scoring
-    for general in ([], ["medical"]):
-        one = written("one", dimensions={"domain": "medical"}, general=general)
-        for arguments in ([one], [one, one], [one, "--all"]):
-            message = refused(*arguments)
-            assert "a comparison needs two different corpora, found domain/medical" in message
-            assert "--all" in message
 
 
 def test_criteria_say_whether_they_see_the_corpus(spec_file: Path) -> None:
@@ -375,24 +201,68 @@ def test_criteria_say_whether_they_see_the_corpus(spec_file: Path) -> None:
     for name, criterion in criteria.items():
         if Structure.FFN not in criterion.structures:  # of experts alone
             continue
-        first, second, *_ = expertprune.profile(spec_file, overrides={"relevance.criterion": name}).values()
+        profiles = list(expertprune.profile(spec_file, overrides={"relevance.criterion": name}).values())[:2]
         part = needed_part(Relevance(criterion=name))
-        pairs = zip(
-            relevance(first, Structure.FFN, criterion, "mean", part),
-            relevance(second, Structure.FFN, criterion, "mean", part),
-            strict=True,
-        )
-        assert criterion.sees_data != all(np.array_equal(a, b) for a, b in pairs), criterion.name
+        first, second = (relevance(profile, Structure.FFN, criterion, "mean", part) for profile in profiles)
+        assert criterion.sees_data != all(map(np.array_equal, first, second)), criterion.name
 
 
-def test_a_picture_that_cannot_be_written_is_refused_before_anything_else(
-    tmp_path: Path, spec_file: Path, refused: Callable[..., str]
+def test_the_svg_names_every_corpus_and_prints_every_value(tmp_path: Path, spec_data: Data) -> None:
+    """A dollar sign in a name starts no formula."""
+    sources = spec_data["corpora"]["sources"]
+    sources["a$_b$"] = sources.pop("medical")
+    spec_file = written(tmp_path, spec_data, dimensions={**spec_data["dimensions"], "domain": "a$_b$"})
+    corpora = ["language/en", "domain/a$_b$", "task/qa", "general/general"]
+    data = call_json("compare", spec_file, "--structure", "ffn", "--picture", tmp_path / "a.svg")
+    call("compare", spec_file, "--structure", "ffn", "--picture", tmp_path / "b.svg")
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    elements = ElementTree.parse(tmp_path / "a.svg").getroot().iter("{http://www.w3.org/2000/svg}text")
+    found = ["".join(element.itertext()).strip() for element in elements]
+    (ffn,) = data["structures"].values()
+    assert [text for text in found if text in corpora] == ffn["order"] * 2, "below and beside the heat map"
+    order = [corpora.index(name) for name in ffn["order"]]
+    expected = [f"{ffn['overlap'][a][b]:.2f}" for a, b in itertools.product(order, order) if a != b]
+    assert "\n".join(expected) in "\n".join(text for text in found if len(text) == 4 and text.startswith("0."))
+    assert any("by chance 0.14" in text for text in found)
+    call("compare", spec_file, "--picture", tmp_path / "all.png")
+    with Image.open(tmp_path / "all.png") as image:
+        assert image.format == "PNG"
+        assert 1000 < image.size[0] < 3000, "three heat maps beside each other"
+
+
+@pytest.mark.usefixtures("no_model")
+def test_what_cannot_be_compared_is_refused_and_leaves_nothing_behind(
+    tmp_path: Path, spec_data: Data, spec_file: Path, store: Path
 ) -> None:
+    def spec(name: str, **changes: Any) -> Path:
+        return written(tmp_path, spec_data, name=name, **changes)
+
     (tmp_path / "folder.png").mkdir()
-    refusals = {
-        "a.jpg": "a picture is a .png or .svg file",
-        "absent/a.png": "cannot be written: there is no folder",
-        "folder.png": "cannot be written: it is a folder",
-    }
-    for picture, words in refusals.items():
-        assert f"error: {tmp_path / picture}: {words}" in refused(spec_file, "--picture", tmp_path / picture)
+    same = spec("same", base=str(shutil.copytree(spec_data["base"], tmp_path / "base")))  # the same base elsewhere
+    other = spec("other", base=str(save_tiny(tmp_path / "another", seed=1)))
+    activation = spec("activation", relevance="activation")
+    aggregate = spec("aggregate", compose={"allocation": "uniform", "aggregate": 0.9})
+    alone = spec("alone", dimensions={"domain": "medical"}, general=["medical"])
+    rows: list[tuple[list[Any], str]] = [
+        *(([spec_file, "--fraction", fraction], "is not between 0 and 1") for fraction in ("0", "1", "nan")),
+        ([spec_file, "--set", "relevance.criterion=magnitude"], "magnitude does not look at the corpus"),
+        ([spec_file, "--structure", "heads"], "'heads' is not one of"),
+        ([], "Missing argument 'SPEC...'"),
+        ([spec_file, same, other], "specs 'tiny' and 'other' have different bases"),
+        ([spec_file, activation], "relevance.criterion: specs 'tiny' and 'activation' differ"),
+        ([spec_file, aggregate], "compose.aggregate: specs 'tiny' and 'aggregate' differ"),
+        ([alone, alone], "a comparison needs two different corpora, found domain/medical"),
+        ([spec_file, "--picture", tmp_path / "a.jpg"], "a.jpg: a picture is a .png or .svg file"),
+        ([spec_file, "--picture", tmp_path / "absent/a.png"], "cannot be written: there is no folder"),
+        ([spec_file, "--picture", tmp_path / "folder.png"], "cannot be written: it is a folder"),
+    ]
+    before = {path for folder in (tmp_path, store / "profiles") for path in folder.rglob("*")}
+    for arguments, words in rows:
+        result = call("compare", *arguments, code=2)
+        assert words in result.stderr
+        assert result.stdout == ""
+    assert {path for folder in (tmp_path, store / "profiles") for path in folder.rglob("*")} == before
+    with pytest.raises(SpecError, match="structures: 'heads' is none of ffn, query_heads, kv_groups"):
+        expertprune.compare(spec_file, structures=["heads"])
+    with pytest.raises(SpecError, match="needs a spec"):
+        expertprune.compare([])

@@ -1,19 +1,19 @@
-"""Which rows are kept: scores by hand, budgets met exactly, and what cannot be met refused with what can."""
+"""Which rows are kept: scores by hand, budgets met exactly or refused, and promises that hold on text drawn anew."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 import expertprune
-from expertprune.artifacts.plan import VocabularyPlan, load_plan
+from expertprune.artifacts.plan import load_plan
 from expertprune.artifacts.profile import VOCABULARY, Profile, save_profile
-from expertprune.composition.rows import CorpusRows, choose_rows, essentials, padding_rows, row_scores
+from expertprune.composition.coverage import UnseenTokens, check_enough, missing_interval, rows_for
+from expertprune.composition.rows import CorpusRows, RowRanking, choose_rows, essentials, padding_rows, row_scores
 from expertprune.corpora.documents import CorpusName, corpus_names
 from expertprune.errors import CheckpointError, PlanError, SpecError
 from expertprune.models.base import ResolvedBase, resolve_base
@@ -21,21 +21,21 @@ from expertprune.profiling.rows import FOLDS
 from expertprune.spec.reading import parse_spec
 from expertprune.spec.schema import METRICS, Base, Spec
 from expertprune.units import KeptRows, pack_indices, unpack_indices
-from tests.oracle import read_json
+from tests.oracle import change_config
 from tests.profiles import made_up_about
-from tests.vocabularies import save_worded, tokenizer_of, worded_spec
+from tests.vocabularies import counted_profile, save_worded, tokenizer_of, worded_spec
 
 TOKENS = 404  # of the byte-level tokenizer: 400 and four added ones
+DE = CorpusName("language", "de")
+
+
+def resolved(folder: Path) -> ResolvedBase:
+    return resolve_base(Base(model=str(folder)), folder.parent / "store")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_worded(tmp_path_factory.mktemp("worded") / "base")
-
-
-@pytest.fixture
-def base(folder: Path, store: Path) -> ResolvedBase:
-    return resolve_base(Base(model=str(folder)), store)
+def base(tmp_path_factory: pytest.TempPathFactory) -> ResolvedBase:
+    return resolved(save_worded(tmp_path_factory.mktemp("worded") / "base"))
 
 
 def spec_of(budget: Any, **changes: Any) -> Spec:
@@ -43,63 +43,53 @@ def spec_of(budget: Any, **changes: Any) -> Spec:
     return parse_spec({**data, **changes}, "spec", Path())
 
 
-def stored(folder: Path, name: str, count: Tensor, mass: Tensor) -> Profile:
+def profile_of(folder: Path, name: str, count: dict[int, int], mass: dict[int, float]) -> Profile:
     """One document with these tokens; `mass` is the mean probability of each row."""
-    row = count.nonzero()[:, 0]
+    total, masses = sum(count.values()), torch.zeros(FOLDS, 512)
+    masses[0, list(mass)] = torch.tensor(list(mass.values())) * total
     statistics = {
-        "mass": torch.cat([mass[None] * count.sum(), torch.zeros(FOLDS - 1, len(mass))]).float(),
+        "mass": masses,
         "fold": torch.zeros(1, dtype=torch.int64),
-        "document": torch.zeros(len(row), dtype=torch.int64),
-        "row": row,
-        "occurrences": count[row],
+        "document": torch.zeros(len(count), dtype=torch.int64),
+        "row": torch.tensor(list(count)),
+        "occurrences": torch.tensor(list(count.values())),
     }
-    about = made_up_about(name, name, [name], tokens=int(count.sum()))
+    about = made_up_about(name, name, [name], tokens=total)
     save_profile(folder / f"{name}.vocabulary.safetensors", about, statistics)
     return save_profile(folder / f"{name}.safetensors", about, {"tokens": torch.zeros(1)})
 
 
-def profiles_for(
-    folder: Path, spec: Spec, **rows: tuple[dict[int, int], dict[int, float]]
-) -> dict[CorpusName, Profile]:
-    """Profiles of made-up counts and masses, `{row: value}`, by the corpus' value."""
-    found = {}
-    for name in corpus_names(spec):
-        count, mass = torch.zeros(512, dtype=torch.int64), torch.zeros(512)
-        for row, value in rows[name.value][0].items():
-            count[row] = value
-        for row, share in rows[name.value][1].items():
-            mass[row] = share
-        found[name] = stored(folder, str(name).replace("/", "-"), count, mass)
-    return found
+def german(folder: Path, count: dict[int, int]) -> dict[CorpusName, Profile]:
+    """The same of a model that finds every row equally probable."""
+    document = [index for index, number in count.items() for _ in range(number)]
+    return {DE: counted_profile(folder, "de", 512, [document], [0])}
+
+
+def alone(base: ResolvedBase) -> list[int]:
+    """Tokens that need not stay and need no others: a row each."""
+    must = essentials(base)
+    free = sorted(index for index in must.vocabulary.by_id if index not in must.ids)
+    return [index for index in free if must.vocabulary.needs(index) <= {index, *must.ids}]
 
 
 def test_a_row_scores_frequency_plus_mass_the_largest_over_dimensions_and_general_at_its_price(tmp_path: Path) -> None:
     """de: 3 of 4 tokens are row 1; medical: 1 of 2 is row 2; the general corpus counts half. Other mass is on row 9."""
-    spec = spec_of(
-        {"coverage": 0.5},
-        dimensions={"language": ["de", "fr"], "domain": "medical"},
-        general=["general"],
-        compose={"fusion": {"rows": 0.5}},
-    )
-    profiles = profiles_for(
-        tmp_path,
-        spec,
-        de=({1: 3, 0: 1}, {1: 0.5, 9: 0.5}),
-        fr=({3: 1}, {1: 0.25, 9: 0.75}),
-        medical=({2: 1, 1: 1}, {2: 0.125, 9: 0.875}),
-        general=({4: 1, 2: 1}, {2: 0.875, 9: 0.125}),
-    )
-    parts = {name: CorpusRows(profile.part(VOCABULARY)) for name, profile in profiles.items()}
+    dimensions = {"language": ["de", "fr"], "domain": "medical"}
+    compose = {"fusion": {"rows": 0.5}}
+    spec = spec_of({"coverage": 0.5}, dimensions=dimensions, general=["general"], compose=compose)
+    rows: dict[str, tuple[dict[int, int], dict[int, float]]] = {
+        "de": ({1: 3, 0: 1}, {1: 0.5, 9: 0.5}),
+        "fr": ({3: 1}, {1: 0.25, 9: 0.75}),
+        "medical": ({2: 1, 1: 1}, {2: 0.125, 9: 0.875}),
+        "general": ({4: 1, 2: 1}, {2: 0.875, 9: 0.125}),
+    }
+    profiles = {name: profile_of(tmp_path, name.value, *rows[name.value]) for name in corpus_names(spec)}
+    parts = {name: CorpusRows(part) for name, each in profiles.items() if (part := each.part(VOCABULARY)) is not None}
     score, source = row_scores(spec, parts)
     # row 0: de 1/4. row 1: de 3/4 + 1/2. row 2: medical 1/2 + 1/8, general half of 1/2 + 7/8. row 3: fr 1.
     # row 4: general 1/4.
     assert score[:6].tolist() == [0.25, 1.25, 0.6875, 1.0, 0.25, 0.0]
     assert source[:5].tolist() == [0, 0, 2, 0, 2]
-
-
-def kept_texts(plan: VocabularyPlan, base: ResolvedBase) -> set[str]:
-    vocabulary = essentials(base).vocabulary
-    return {vocabulary.by_id[index] for index in plan.rows.kept}
 
 
 def test_the_most_relevant_tokens_are_kept_with_the_parts_that_build_them(base: ResolvedBase, tmp_path: Path) -> None:
@@ -108,119 +98,81 @@ def test_the_most_relevant_tokens_are_kept_with_the_parts_that_build_them(base: 
     by_need = sorted(free, key=lambda index: len(must.vocabulary.needs(index) - must.ids))
     wanted = by_need[-1]  # built through the most other tokens, and the only one that the corpus has
     parts = must.vocabulary.needs(wanted)
-    spec = spec_of({"keep": must.smallest + 64})
-    plan = choose_rows(spec, base, profiles_for(tmp_path, spec, de=({wanted: 1}, {wanted: 1.0})))
+    plan = choose_rows(spec_of({"keep": must.smallest + 64}), base, german(tmp_path, {wanted: 1}))
     assert len(parts - must.ids) > 2
-    assert parts <= set(plan.rows.kept)
+    assert parts | must.ids <= set(plan.rows.kept)
     assert plan.rows.rows == len(plan.rows.kept) == must.smallest + 64  # filled up with tokens, so none is without one
-    assert must.ids <= set(plan.rows.kept)
     assert plan.why.coverage == {"language/de": 1.0}
     assert plan.why.protected["language"] >= 1
-    closed = must.vocabulary.closed(plan.rows.kept)
-    assert closed == set(plan.rows.kept)
+    assert must.vocabulary.closed(plan.rows.kept) == set(plan.rows.kept)
     # tokens that need no other ones, and are less relevant, would fill all room
-    loners = [index for index in free if must.vocabulary.needs(index) <= {index, *must.ids} and index not in parts][:64]
+    loners = [index for index in alone(base) if index not in parts][:64]
     assert len(loners) == 64
     counts = {wanted: 2, **dict.fromkeys(loners, 1)}
-    spec = spec_of({"keep": must.smallest})
-    plan = choose_rows(spec, base, profiles_for(tmp_path / "other", spec, de=(counts, {})))
+    plan = choose_rows(spec_of({"keep": must.smallest}), base, german(tmp_path, counts))
     assert parts <= set(plan.rows.kept)
 
 
-@pytest.mark.parametrize(("asked", "rows"), [
-        ({"keep": 320}, 320), ({"keep": 321}, 384), ({"keep": 383}, 384), ({"remove": 192}, 320), ({"remove": 191}, 384),
-        (0.25, 384), ("30%", 384), ({"keep": "63%"}, 320),
-    ],
-)  # fmt: skip
-def test_rows_stay_in_multiples_of_64_whatever_way_they_are_said(
-    base: ResolvedBase, tmp_path: Path, asked: Any, rows: int
-) -> None:
-    """Of 512 rows: a quarter less is 384; 0.3 less, 358.4, is nearer to 384 than to 320; 0.37 less, 322.6, to 320."""
-    spec = spec_of(asked)
-    plan = choose_rows(spec, base, profiles_for(tmp_path, spec, de=({300: 1}, {})))
-    assert plan.rows.rows == rows
-    assert len(plan.rows.index) == rows
-    assert plan.rows.of == 512
+def test_rows_stay_in_multiples_of_64_whatever_way_they_are_said(base: ResolvedBase, tmp_path: Path) -> None:
+    """Of 512 rows: 0.3 less, 358.4, is nearer to 384 than to 320; 448 are 404 tokens and spare rows without one."""
+    profiles = german(tmp_path, {300: 1})
+    for asked, rows in (({"keep": 320}, 320), ({"keep": 321}, 384), ({"remove": 191}, 384), ("30%", 384),
+                        ({"keep": "63%"}, 320), ({"keep": 448}, 448)):  # fmt: skip
+        plan = choose_rows(spec_of(asked), base, profiles)
+        assert plan.rows.rows == len(plan.rows.index) == rows
+        assert plan.rows.of == 512
+        assert plan.rows.padding == tuple(range(TOKENS, rows))
+        assert rows < TOKENS or plan.rows.kept == tuple(range(TOKENS))
 
 
-def test_padding_takes_rows_without_tokens_first_and_then_the_least_relevant(
-    base: ResolvedBase, tmp_path: Path
-) -> None:
-    """448 rows and 404 tokens: 44 rows of the base's 108 spare ones. Without spare ones, the last kept one again."""
-    spec = spec_of({"keep": 448})
-    plan = choose_rows(spec, base, profiles_for(tmp_path, spec, de=({300: 1}, {})))
-    assert plan.rows.kept == tuple(range(TOKENS))
-    assert plan.rows.padding == tuple(range(TOKENS, 448))
-
-
-def test_padding_repeats_the_least_relevant_where_no_row_is_spare(tmp_path: Path, store: Path) -> None:
-    base = resolve_base(Base(model=str(save_worded(tmp_path / "base", rows=TOKENS))), store)
+def test_padding_repeats_the_least_relevant_where_no_row_is_spare(tmp_path: Path) -> None:
+    base = resolved(save_worded(tmp_path / "base", rows=TOKENS))
     score = torch.full((TOKENS,), 0.001)
     score[7] = 0
     assert padding_rows(essentials(base), score, {5, 7, 9}, TOKENS, 5) == (7, 7)
 
 
-def test_fewer_rows_than_must_be_kept_names_the_smallest_legal_number(base: ResolvedBase, tmp_path: Path) -> None:
+def test_what_cannot_be_kept_is_refused(base: ResolvedBase, tmp_path: Path) -> None:
     smallest = essentials(base).smallest
     assert 64 * 4 < smallest < TOKENS
     with pytest.raises(PlanError, match=rf"smallest legal number is {smallest}\b"):
         choose_rows(spec_of({"keep": smallest - 64}), base, {})
-    spec = spec_of({"keep": smallest})
-    choose_rows(spec, base, profiles_for(tmp_path, spec, de=({300: 1}, {})))
-
-
-@pytest.mark.parametrize("asked", [{"keep": 512}, {"keep": 513}, {"keep": 100_000}, 0.01, {"remove": 63}])
-def test_a_number_that_keeps_every_row_is_no_cut(base: ResolvedBase, asked: Any) -> None:
-    with pytest.raises(PlanError, match="nothing would go: the base has 512 rows"):
-        choose_rows(spec_of(asked), base, {})
-
-
-def test_fewer_rows_than_tokens_is_an_error(tmp_path: Path, store: Path) -> None:
-    folder = save_worded(tmp_path / "base", rows=400, pad_token_id=None)
-    base = resolve_base(Base(model=str(folder)), store)
-    with pytest.raises(CheckpointError, match=r"ids up to 403.*rows for 400 only"):
-        choose_rows(spec_of({"keep": 320}), base, {})
-
-
-def test_rows_that_disagree_with_the_config_are_an_error(tmp_path: Path, store: Path) -> None:
-    folder = save_worded(tmp_path / "base")
-    config = read_json(folder / "config.json")
-    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 448}))
-    with pytest.raises(
-        CheckpointError, match=r"model.embed_tokens.weight is \[512, 24\], the config makes it \[448, 24\]"
-    ):
-        resolve_base(Base(model=str(folder)), store)
-
-
-def test_a_profile_without_the_pass_says_so(base: ResolvedBase, tmp_path: Path) -> None:
-    spec = spec_of({"keep": 320})
-    profiles = profiles_for(tmp_path, spec, de=({300: 1}, {}))
-    for path in tmp_path.glob("*.vocabulary.safetensors"):
-        path.unlink()
+    profiles = german(tmp_path, {300: 1})
+    choose_rows(spec_of({"keep": smallest}), base, profiles)
+    for asked in ({"keep": 512}, {"keep": 100_000}, 0.01, {"remove": 63}):
+        with pytest.raises(PlanError, match="nothing would go: the base has 512 rows"):
+            choose_rows(spec_of(asked), base, {})
+    (tmp_path / "de.vocabulary.safetensors").unlink()
     with pytest.raises(SpecError, match="language/de lacks the vocabulary pass"):
-        choose_rows(spec, base, profiles)
+        choose_rows(spec_of({"keep": 320}), base, profiles)
+    few = resolved(save_worded(tmp_path / "few", rows=400, pad_token_id=None))
+    with pytest.raises(CheckpointError, match=r"ids up to 403.*rows for 400 only"):
+        choose_rows(spec_of({"keep": 320}), few, {})
+    change_config(few.folder, vocab_size=384)
+    with pytest.raises(CheckpointError, match=r"embed_tokens.weight is \[400, 24\], the config makes it \[384, 24\]"):
+        resolved(few.folder)
 
 
-@pytest.mark.parametrize(("tokens", "warned"), [(9_999, True), (10_000, False)])
 def test_a_corpus_of_few_tokens_is_warned_about_with_its_count(
-    base: ResolvedBase, tmp_path: Path, caplog: pytest.LogCaptureFixture, tokens: int, warned: bool
+    base: ResolvedBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    spec = spec_of({"keep": 320})
-    choose_rows(spec, base, profiles_for(tmp_path, spec, de=({300: tokens}, {})))
-    assert any("language/de" in m and "9,999" in m for m in caplog.messages) == warned
-    assert len(caplog.messages) == int(warned)
+    for tokens in (10_000, 9_999):
+        assert caplog.messages == []
+        choose_rows(spec_of({"keep": 320}), base, german(tmp_path, {300: tokens}))
+    (message,) = caplog.messages
+    assert "language/de" in message
+    assert "9,999" in message
 
 
-# --- from a spec to a plan ------------------------------------------------------------------------------------------
+def test_a_composed_plan_says_what_is_left_and_comes_back_from_its_file(base: ResolvedBase, tmp_path: Path) -> None:
+    def composed(allocation: str, **budget: Any) -> Any:
+        data = worded_spec(base.folder, tmp_path / "spec", {"vocabulary": {"keep": 320}, **budget})
+        return expertprune.compose(parse_spec({**data, "compose": {"allocation": allocation}}, "spec", tmp_path))
 
-
-def test_a_composed_plan_says_what_is_left_and_comes_back_from_its_file(folder: Path, tmp_path: Path) -> None:
-    data = worded_spec(folder, tmp_path / "spec", {"vocabulary": {"keep": 320}, "ffn": 0.25})
-    spec = parse_spec(data, "spec", tmp_path)
-    plan = expertprune.compose(spec)
-    assert plan.vocabulary is not None
+    plan = composed("uniform", ffn=0.25)
     # 192 rows of 24, twice: embedding and head are not tied here; and 8 of 32 neurons with three rows or columns each
-    assert plan.parameters.before - plan.parameters.after == 192 * 24 * 2 + 3 * 8 * 3 * 24
+    rows = 192 * 24 * 2
+    assert plan.parameters.before - plan.parameters.after == rows + 3 * 8 * 3 * 24
     plan.save(tmp_path / "plan.json")
     assert load_plan(tmp_path / "plan.json") == plan
     assert set(plan.vocabulary.why.protected) >= {"alphabet", "special and added tokens", "language", "general"}
@@ -228,42 +180,23 @@ def test_a_composed_plan_says_what_is_left_and_comes_back_from_its_file(folder: 
     german = tokenizer_of("byte_level").encode("Die Ärzte hören das Gesetz").ids
     kept = set(plan.vocabulary.rows.kept)
     assert len([index for index in german if index in kept]) > len(german) / 2
-
-
-def test_parameters_count_the_rows_that_go(folder: Path, tmp_path: Path, store: Path) -> None:
-    """What the rows remove, no neuron need; beyond that, neurons make up the rest."""
-    total = resolve_base(Base(model=str(folder)), store).checkpoint.parameters
-    rows = 192 * 24 * 2 / total
-    for wanted, cut in ((rows * 0.9, False), (rows * 1.05, True)):
-        data = worded_spec(folder, tmp_path / "spec", {"vocabulary": {"keep": 320}, "parameters": wanted})
-        plan = expertprune.compose(parse_spec(data, "spec", tmp_path))
+    # Rows are the same however layers are cut.
+    others = [composed("global", ffn=0.5), composed("uniform")]
+    assert [other.vocabulary.rows == plan.vocabulary.rows for other in others] == [True, True]
+    assert [other.cuts_layers for other in others] == [True, False]
+    # What the rows remove, no neuron need; beyond that, neurons make up the rest.
+    total = base.checkpoint.parameters
+    for wanted, cut in ((rows / total * 0.9, False), (rows / total * 1.05, True)):
+        plan = composed("uniform", parameters=wanted)
         assert plan.cuts_layers == cut
-        assert plan.parameters.after <= total * (1 - wanted)
-        assert plan.parameters.after >= total * (1 - wanted) - max(192 * 24 * 2, 4 * 3 * 3 * 24)
+        least = total * (1 - wanted)
+        assert least - max(rows, 4 * 3 * 3 * 24) <= plan.parameters.after <= least
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "global"])
-def test_rows_are_the_same_however_layers_are_cut(folder: Path, tmp_path: Path, allocation: str) -> None:
-    changes = {"compose": {"allocation": allocation}}
-    budget = {"vocabulary": {"keep": 384}, "ffn": 0.5}
-    found = expertprune.compose(parse_spec(worded_spec(folder, tmp_path / "spec", budget, **changes), "spec", tmp_path))
-    alone = expertprune.compose(
-        parse_spec(worded_spec(folder, tmp_path / "spec", {"vocabulary": {"keep": 384}}), "spec", tmp_path)
-    )
-    assert found.vocabulary is not None
-    assert alone.vocabulary is not None
-    assert found.vocabulary.rows == alone.vocabulary.rows
-    assert found.cuts_layers
-    assert not alone.cuts_layers
-
-
-def test_a_tokenizer_of_another_kind_is_refused_before_any_work(
-    tiny_spec: Spec, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("expertprune.models.running.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
-    with pytest.raises(
-        CheckpointError, match=r"^budget\.vocabulary: .*tokenizer\.json: a WordLevel tokenizer cannot be cut"
-    ):
+@pytest.mark.usefixtures("no_model")
+def test_a_tokenizer_of_another_kind_is_refused_before_any_work(tiny_spec: Spec) -> None:
+    words = r"^budget\.vocabulary: .*tokenizer\.json: a WordLevel tokenizer cannot be cut"
+    with pytest.raises(CheckpointError, match=words):
         expertprune.build(tiny_spec, "out", overrides={"budget.vocabulary": {"keep": 64}})
 
 
@@ -272,12 +205,8 @@ def test_a_tokenizer_of_another_kind_is_refused_before_any_work(
     [
         ({"vocabulary": 32768}, "write keep: 32768 if so many rows stay, or remove: 32768 if so many go"),
         ({"vocabulary": 0.0}, "must remove something"),
-        ({"vocabulary": -5}, "a count of at least 0"),
         ({"vocabulary": 1.0}, "below 1"),
-        ({"vocabulary": True}, "what stays"),
-        ({"vocabulary": "many"}, "what stays"),
         ({"vocabulary": {"covers": 0.9}}, "what stays"),
-        ({"vocabulary": {"coverage": 0}}, "above 0 and below 1"),
         ({"vocabulary": {"coverage": 1.0}}, "above 0 and below 1"),
         ({"vocabulary": {"coverage": 0.9}, "parameters": 0.3}, "as keep: or remove:"),
         ({"vocabulary": {"keep": 320}, "retention": {"expert": 0.9}}, "'vocabulary' or 'retention', not both"),
@@ -299,6 +228,94 @@ def test_metrics_per_token_are_refused_with_a_vocabulary_and_left_out_where_none
     for metrics, wrong in ((everything, "perplexity, kl, agreement"), (everything[:2], "perplexity")):
         with pytest.raises(SpecError, match=rf"evaluate.metrics: {wrong} cannot be measured"):
             spec_of({"keep": 320}, evaluate={"metrics": metrics})
+
+
+def test_the_interval_is_poissons_for_events_of_equal_weight() -> None:
+    """Poisson limits as printed, 95% each (Garwood, 1936): of 0, of 1, of 10 events, of one token or of five."""
+    for events, low, high in ((0, 0.0, 2.996), (1, 0.0513, 4.744), (10, 5.425, 16.962)):
+        missing = np.array([1.0] * events + [0.0] * 3)
+        assert missing_interval(missing) == pytest.approx((low, high), rel=1e-3)
+        assert not events or missing_interval(5 * missing) == pytest.approx((5 * low, 5 * high), rel=1e-3)
+
+
+def test_a_document_is_tested_on_what_the_other_folds_chose(base: ResolvedBase, tmp_path: Path) -> None:
+    """Three folds. `a` is everywhere; `b` twice in one document, and nowhere in other folds; `c` in two folds."""
+    a, b, c, *_ = alone(base)
+    documents, folds = [[a, a, b, b], [a, c], [a, a, a, c], [a]], [0, 1, 2, 2]
+    ranking = RowRanking(spec_of({"coverage": 0.5}), base, {DE: counted_profile(tmp_path, "de", 512, documents, folds)})
+    must, tested = len(essentials(base).ids), ranking.tested[DE]
+    assert tested is not None
+    found = tested.coverage(must + 2)
+    assert (found.documents, found.tokens) == (4, 11)
+    # Without fold 0, a and c are kept, and its two b are missed; without fold 1 or 2, a and b, and their c are missed.
+    assert found.estimate == pytest.approx(1 - 4 / 11)
+    assert tested.coverage(must).estimate == 0, "no token of the text must stay"
+    assert tested.coverage(512).estimate == 1
+    plan = ranking.plan(essentials(base).smallest + 64)
+    assert {a, b, c} <= set(plan.rows.kept)
+    assert plan.why.coverage == {"language/de": 1.0}
+    assert plan.why.unseen["language/de"].high <= 1
+    # One fold leaves nothing to test on.
+    profiles = {DE: counted_profile(tmp_path, "de", 512, [[a] * 9, [a]], [3, 3])}
+    assert RowRanking(spec_of({"coverage": 0.5}), base, profiles).tested == {DE: None}
+    with pytest.raises(PlanError, match="language/de has too few documents to test on"):
+        choose_rows(spec_of({"coverage": 0.5}), base, profiles)
+
+
+def evenly(needed: list[int]) -> UnseenTokens:
+    """Documents of one token each."""
+    count = len(needed)
+    return UnseenTokens(np.arange(count), np.ones(count, dtype=np.int64), np.array(needed))
+
+
+def test_the_fewest_rows_that_every_corpus_can_promise() -> None:
+    """Of 1,000 tokens none may be left out for 0.997 (2.996 in 1,000), one for 0.9952 (4.744 in 1,000)."""
+    one, other, none = evenly([0] * 999 + [300]), evenly([0] * 998 + [130, 200]), evenly([0] * 1000)
+    assert rows_for(0.997, {DE: one}, 128, 1024) == 320
+    assert rows_for(0.9952, {DE: one}, 128, 1024) == 128
+    assert rows_for(0.9952, {DE: other}, 128, 1024) == 192
+    assert rows_for(0.997, {DE: other, CorpusName("task", "qa"): one}, 128, 1024) == 320
+    assert rows_for(0.997, {DE: none}, 128, 1024) == 128
+    told = r"1,000 calibration tokens of language/de promise at most coverage: 0\.997; give it about 30,000 tokens"
+    with pytest.raises(PlanError, match=f"^budget.vocabulary: coverage: 0.9999 cannot be promised .*{told}"):
+        rows_for(0.9999, {DE: none}, 128, 1024)
+    with pytest.raises(PlanError, match="1,024 of 1,024 rows must be kept"):
+        rows_for(0.9, {DE: none}, 1024, 1024)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_too_little_text_is_told_before_any_model_runs(base: ResolvedBase, tmp_path: Path) -> None:
+    data = worded_spec(base.folder, tmp_path / "spec", {"vocabulary": {"coverage": 0.9999}})
+    with pytest.raises(PlanError, match=r"language/de promise at most coverage: 0\.9\d+; give it about 30,000 tokens"):
+        expertprune.validate(parse_spec(data, "spec", tmp_path))
+    check_enough(0.997, {DE: 1000})
+    with pytest.raises(PlanError, match="the 998 calibration tokens"):
+        check_enough(0.997, {DE: 998})
+
+
+def test_what_is_promised_holds_on_documents_drawn_anew(base: ResolvedBase, tmp_path: Path) -> None:
+    """Clustered Zipf text: a document repeats its own rare tokens. Coverage of the calibration text itself does not hold."""
+    tokens = np.array(alone(base))
+    weights = 1 / np.arange(1, len(tokens) + 1) ** 1.3
+    asked, promised, covered = 0.97, [], []
+    for seed in range(12):
+        generator = np.random.default_rng(seed)
+
+        def document(generator: np.random.Generator = generator) -> list[int]:
+            drawn = generator.choice(tokens, 40, p=weights / weights.sum())
+            return [int(token) for token in (*drawn, *generator.choice(drawn, 20))]
+
+        calibration = [document() for _ in range(40)]
+        profiles = {DE: counted_profile(tmp_path, "de", 512, calibration, [number % FOLDS for number in range(40)])}
+        unseen = [token for _ in range(400) for token in document()]
+        plan = choose_rows(spec_of({"coverage": asked}), base, profiles)
+        promised.append(np.isin(unseen, plan.rows.kept).mean())
+        counts = np.bincount([token for each in calibration for token in each], minlength=512)
+        best = np.argsort(-counts, kind="stable")
+        enough = 1 + int(np.searchsorted(np.cumsum(counts[best]) / counts.sum(), asked))
+        covered.append(np.isin(unseen, best[:enough]).mean())
+    assert sum(each >= asked for each in promised) >= 11, promised
+    assert sum(each >= asked for each in covered) <= 2, "the coverage of the calibration text promises too much"
 
 
 def test_packed_indices_come_back_and_damage_is_told() -> None:

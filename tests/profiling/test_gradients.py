@@ -190,7 +190,7 @@ def most_saved(of: Tiny, run: Callable[[], object]) -> int:
 
 def test_no_more_than_one_layers_graph_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     keep_graphs(monkeypatch, False)
-    layers, documents = 6, token_lists((30,))
+    layers, documents = 5, token_lists((30,))
     of = tiny("llama", num_hidden_layers=layers)
     of.model.requires_grad_(False)
     masks = Masks(of, range(layers))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,11 @@ class Killed(BaseException):
     """The end of a process."""
 
 
-@pytest.fixture(autouse=True)
-def _no_graphs_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(traversal, "graph_bytes", lambda text: 1 << 60)
+@pytest.fixture(scope="module", autouse=True)
+def _no_graphs_kept() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(traversal, "graph_bytes", lambda text: 1 << 60)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +58,7 @@ def undisturbed(folder: Path) -> dict[bool, dict[str, bytes]]:
 
 
 # Of each layer forward, the vocabulary, losses, of each layer backward.
-@pytest.mark.parametrize(
-    ("streamed", "saved"), [*((True, saved) for saved in (0, 2, 4, 5, 6, 7)), (False, 2), (False, 7)]
-)
+@pytest.mark.parametrize(("streamed", "saved"), [(True, 2), (True, 4), (True, 5), (True, 6), (False, 2), (False, 6)])
 def test_a_killed_pass_goes_on_and_gives_the_same_profile(
     saved: int, streamed: bool, folder: Path, undisturbed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
