@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from typing import Any
@@ -13,10 +14,10 @@ from transformers import PreTrainedTokenizerFast
 from expertprune.corpora import templates
 from expertprune.corpora.batches import CalibrationText, Tokens, corpus_text, encode, make_batches, rendered, windows
 from expertprune.corpora.chat import Rendered, render
-from expertprune.corpora.documents import Corpus, CorpusName, Document
+from expertprune.corpora.documents import Corpus, Document
 from expertprune.corpora.messages import Conversation, read_conversation, read_exchange
 from expertprune.errors import SpecError
-from tests.corpora.test_loading import make_spec
+from tests.corpora.test_loading import GERMAN, make_spec
 from tests.tiny import WORDS
 
 USER, ANSWER = "user", "assistant"
@@ -28,7 +29,7 @@ MARKED = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
     "<|im_end|>\n{% endgeneration %}{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
 )
-# As reasoning models do: the thoughts of all answers but the last are left out.
+# The thoughts of all answers but the last are left out.
 THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' and loop.last %}<think>deep</think>{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -45,12 +46,8 @@ ALTERNATING = (
     "{% endif %}{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else ' ' + m.content + ' ' + eos_token }}"
     "{% endfor %}"
 )
-TWO_TURNS = [
-    {"role": "user", "content": "the heart"},
-    {"role": "assistant", "content": "pumps blood"},
-    {"role": "user", "content": "a judge"},
-    {"role": "assistant", "content": "reads law"},
-]
+SAID = ("the heart", "pumps blood", "a judge", "reads law")
+TWO_TURNS = [{"role": role, "content": said} for role, said in zip((USER, ANSWER) * 2, SAID, strict=True)]
 
 
 def chat_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
@@ -58,10 +55,9 @@ def chat_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
     names = ["<s>", "</s>", "<unk>", *WORDS, "system", USER, ANSWER, "[INST]", "[/INST]", "deep", "think", "é"]
     tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]}
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", **special
-    )
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+               "additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]}  # fmt: skip
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     made.chat_template = template
     return made
 
@@ -75,11 +71,11 @@ def answers_of(text: Rendered) -> list[str]:
     return [text.text[start:end] for start, end in text.answers]
 
 
-# --- reading --------------------------------------------------------------------------------------------------------
-
-
 def tokens_of(document: Document, tokenizer: Any, max_tokens: int) -> list[Tokens]:
     return encode([rendered(document, tokenizer)], tokenizer, max_tokens)
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
 
 
 def test_every_form_of_a_conversation_is_read_as_the_same() -> None:
@@ -97,68 +93,54 @@ def test_every_form_of_a_conversation_is_read_as_the_same() -> None:
     assert expected.prompt == TWO_TURNS[:1]
 
 
-@pytest.mark.parametrize("given", [{"a": 1}, '{"a": 1}'], ids=["mapping", "OpenAI's text"])
+def call_of(**function: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "sum", **function}}
+
+
 @pytest.mark.parametrize("form", ["{{ c.function.arguments | tojson }}", "{{ '' + c.function.arguments }}"])
-def test_tool_calls_reach_the_template_and_count_as_an_answer(given: Any, form: str) -> None:
-    call = {"type": "function", "function": {"name": "sum", "arguments": {"a": 1}}}
-    asked = {"type": "function", "function": {"name": "sum", "arguments": given}}
-    messages = [TWO_TURNS[0], {"role": ANSWER, "content": None, "tool_calls": [asked]},
-                {"role": "tool", "content": "1", "name": "sum"}]  # fmt: skip
+def test_tool_calls_reach_the_template_and_count_as_an_answer(form: str) -> None:
+    """With their arguments as a mapping, or, if the template joins them as text, as OpenAI's form has them."""
     tools = [{"type": "function", "function": {"name": "sum", "parameters": {}}}]
-    read = read_conversation(messages, tools, "here")
-    assert (read.messages, read.tools) == (
-        [messages[0], {"role": ANSWER, "content": "", "tool_calls": [call]}],
-        tools,
-    )
+    for arguments in ({"a": 1}, '{"a": 1}'):
+        said = {"role": ANSWER, "content": None, "tool_calls": [call_of(arguments=arguments)]}
+        read = read_conversation([TWO_TURNS[0], said, {"role": "tool", "content": "1", "name": "sum"}], tools, "here")
+        answer = {"role": ANSWER, "content": "", "tool_calls": [call_of(arguments={"a": 1})]}
+        assert (read.messages, read.tools) == ([TWO_TURNS[0], answer], tools)
     template = (
         "{{ tools[0].function.name }}{% for m in messages %} {{ m.content }}"
-        "{% for c in m.tool_calls %}<|im_start|>{{ c.function.name }}" + form + "{% endfor %}"
-        "{% endfor %}"
+        "{% for c in m.tool_calls %}<|im_start|>{{ c.function.name }}" + form + "{% endfor %}{% endfor %}"
     )
     assert answers_of(render(Document.of(read), chat_tokenizer(template))) == [' <|im_start|>sum{"a": 1}']
 
 
-@pytest.mark.parametrize("content", [{"content": None}, {"content": ""}, {}], ids=["null", "empty", "missing"])
-@pytest.mark.parametrize(
-    "given",
-    [{"arguments": ""}, {"arguments": None}, {"arguments": "[1]"}, {"arguments": "{a: 1"}, {}],
-    ids=["empty", "null", "a list", "not JSON", "missing"],
-)
-def test_what_a_call_lacks_is_empty_in_the_template_as_vllm_has_it(given: Any, content: Any) -> None:
+def test_what_a_call_lacks_is_empty_as_vllm_has_it() -> None:
     """As `_postprocess_messages` and `_parse_chat_message_content` of `vllm/renderers/chat_utils.py` do."""
-    answer = {"role": ANSWER, **content, "tool_calls": [{"type": "function", "function": {"name": "sum", **given}}]}
-    template = (
-        "{% for m in messages %}<|im_start|>{{ m.content }}"
-        "{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}"
-    )
-    read = read_conversation([TWO_TURNS[0], answer], None, "here")
-    assert render(Document.of(read), chat_tokenizer(template)).text == "<|im_start|>the heart<|im_start|>sum{}"
+    expected = {"role": ANSWER, "content": "", "tool_calls": [call_of(arguments={})]}
+    arguments: list[dict[str, Any]] = [{"arguments": each} for each in ("", None, "[1]", "{a: 1")]
+    for given, content in itertools.product(({}, *arguments), ({"content": None}, {"content": ""}, {})):
+        answer = {"role": ANSWER, **content, "tool_calls": [call_of(**given)]}
+        assert read_conversation([TWO_TURNS[0], answer], None, "here").messages[1] == expected
 
 
-@pytest.mark.parametrize(
-    ("messages", "problem"),
-    [
+def test_what_is_no_conversation_is_named() -> None:
+    for messages, problem in (
         (TWO_TURNS[:1], "a conversation without an answer: no message of role 'assistant' says anything"),
         ([TWO_TURNS[0], {"role": ANSWER, "content": " "}], "a conversation without an answer"),
-        ([], "a conversation without an answer"),
         ("the heart", "messages must be a list of role and content, not str"),
         ([TWO_TURNS[0], "pumps blood"], "here, message 2: must be a mapping of role and content, not str"),
         ([{"speaker": "x", "content": "y"}], "message 1: has neither 'role' nor 'from'; its keys are speaker, content"),
         ([{"role": 3, "content": "y"}], "message 1: its role is 3, not a name"),
         ([{"role": "user"}], "message 1: has no content"),
         ([{"role": "user", "content": 5}], "message 1: its content is int, not text"),
-        (
-            [{"role": ANSWER, "content": None, "tool_calls": ["w"]}],
-            "message 1: its tool_calls must be a list of mappings",
-        ),
-        ([{"role": ANSWER, "content": None, "tool_calls": {"a": 1}}], "its tool_calls must be a list of mappings"),
+        ([{"role": ANSWER, "tool_calls": ["w"]}], "message 1: its tool_calls must be a list of mappings"),
         ([{"role": "user", "content": [{"type": "image"}]}], "message 1: holds image; only text can be read"),
-    ],
-)
-def test_what_is_no_conversation_is_named(messages: Any, problem: str) -> None:
-    with pytest.raises(SpecError) as caught:
-        read_conversation(messages, None, "here")
-    assert problem in str(caught.value)
+    ):
+        with pytest.raises(SpecError) as caught:
+            read_conversation(messages, None, "here")
+        assert problem in str(caught.value)
+    for tools in ({"type": "function"}, '{"name": "w"}', 3):
+        with pytest.raises(SpecError, match=r"here: tools must be a list, not (dict|str|int)"):
+            read_conversation(TWO_TURNS, tools, "here")
 
 
 # --- rendering ------------------------------------------------------------------------------------------------------
@@ -175,12 +157,14 @@ def test_what_is_no_conversation_is_named(messages: Any, problem: str) -> None:
         ("{% for m in messages %}{{ m.content | upper }}; {% endfor %}x", ["PUMPS BLOOD", "READS LAW"]),
     ],
     ids=["chatml", "marked", "thinking", "alternating", "no generation prompt", "in capitals"],
-)  # fmt: skip
+)
 def test_answers_are_found_in_the_rendered_text(template: str, expected: list[str]) -> None:
     tokenizer = chat_tokenizer(template)
     text = render(document(TWO_TURNS), tokenizer)
     assert answers_of(text) == expected
     assert text.text == tokenizer.apply_chat_template(TWO_TURNS, tokenize=False)
+    dated = chat_tokenizer("{{ strftime_now('%Y') }}" + template)
+    assert render(document(TWO_TURNS), dated).text == "2025" + text.text  # whatever the day
 
 
 def test_an_answer_whose_words_the_question_has_is_not_looked_for_there() -> None:
@@ -194,25 +178,9 @@ def test_an_answer_whose_words_the_question_has_is_not_looked_for_there() -> Non
 def test_calls_of_tools_count_with_and_without_words_beside_them() -> None:
     calls = [{"function": {"name": "sum", "arguments": {}}}]
     for content, said in (("reads law", "reads law call sum<|im_end|>"), (None, " call sum<|im_end|>")):
-        turns = [
-            {"role": USER, "content": "law"},
-            {"role": ANSWER, "content": content, "tool_calls": calls},
-            {"role": "tool", "content": "a judge"},
-            {"role": ANSWER, "content": "a judge"},
-        ]
+        turns = [{"role": USER, "content": "law"}, {"role": ANSWER, "content": content, "tool_calls": calls},
+                 {"role": "tool", "content": "a judge"}, {"role": ANSWER, "content": "a judge"}]  # fmt: skip
         assert answers_of(render(document(turns), chat_tokenizer(OPENED))) == [said, "a judge<|im_end|>"]
-
-
-@pytest.mark.parametrize("tools", [{"type": "function"}, '{"name": "w"}', 3])
-def test_tools_are_a_list(tools: Any) -> None:
-    with pytest.raises(SpecError, match=r"here: tools must be a list, not (dict|str|int)"):
-        read_conversation(TWO_TURNS, tools, "here")
-
-
-def test_a_document_is_read_from_its_beginning_whatever_side_the_tokenizer_cuts() -> None:
-    right, left = chat_tokenizer(CHATML), chat_tokenizer(CHATML)
-    left.truncation_side = "left"
-    assert tokens_of(document(TWO_TURNS), left, 9) == tokens_of(document(TWO_TURNS), right, 9)
 
 
 def test_the_mask_is_that_of_transformers_where_the_template_marks_answers() -> None:
@@ -225,46 +193,28 @@ def test_the_mask_is_that_of_transformers_where_the_template_marks_answers() -> 
     assert sum(wanted["assistant_masks"]) == 6
 
 
-def test_a_rendered_text_does_not_depend_on_the_day() -> None:
-    template = "{{ strftime_now('%Y') }}{% for m in messages %} {{ m.content }}{% endfor %}"
-    assert render(document(TWO_TURNS), chat_tokenizer(template)).text.startswith("2025 the heart")
-
-
-@pytest.mark.parametrize(
-    ("template", "messages", "problem"),
-    [
-        (None, TWO_TURNS, "the base has no chat template, so conversations cannot be rendered"),
+def test_a_template_that_cannot_render_is_one_line() -> None:
+    for template, messages, problem in (
         (ALTERNATING, [{"role": "system", "content": "law"}, *TWO_TURNS],
          "refuses a conversation of the roles system, user, assistant: System role not supported"),
-        ("{{ messages[0].content", TWO_TURNS, "refuses a conversation"),
         ("{% for m in messages %}{{ m.role | upper }}{% endfor %}x", TWO_TURNS, "changes message 2"),
-    ],
-)  # fmt: skip
-def test_a_template_that_cannot_render_is_one_line(template: str | None, messages: Any, problem: str) -> None:
-    with pytest.raises(SpecError) as caught:
-        tokens_of(document(messages), chat_tokenizer(template), 99)
-    (line,) = caught.value.problems
-    assert problem in line
-    assert "documents: raw" in line
-    assert "\n" not in line
+    ):  # fmt: skip
+        with pytest.raises(SpecError) as caught:
+            tokens_of(document(messages), chat_tokenizer(template), 99)
+        (line,) = caught.value.problems
+        assert problem in line
+        assert "documents: raw" in line
 
 
-@pytest.mark.parametrize(
-    ("template", "problem"),
-    [
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "did not end within 0.3 s"),
-        ("{{ 9 ** (9 ** 9) }}", "did not end within 0.3 s"),  # one number, which Python computes without a pause
-        ("{{ 'x' * 10 ** 11 }}", "needs more than 512 MiB"),
-    ],
-)
-def test_a_template_without_an_end_is_stopped_and_others_go_on(
-    monkeypatch: pytest.MonkeyPatch, template: str, problem: str
-) -> None:
+def test_a_template_without_an_end_is_stopped_and_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One number that Python computes without a pause, and a text without an end."""
     monkeypatch.setattr(templates, "TIME_LIMIT", 0.3)
     before = time.monotonic()
-    with pytest.raises(SpecError, match=re.escape(problem)):
-        render(document(TWO_TURNS), chat_tokenizer(template))
-    assert time.monotonic() - before < 10
+    for template, problem in (("{{ 'x' * 10 ** 11 }}", "needs more than 512 MiB"),
+                              ("{{ 9 ** (9 ** 9) }}", "did not end within 0.3 s")):  # fmt: skip
+        with pytest.raises(SpecError, match=re.escape(problem)):
+            render(document(TWO_TURNS), chat_tokenizer(template))
+    assert time.monotonic() - before < 20
     monkeypatch.undo()
     assert render(document(TWO_TURNS), chat_tokenizer("whole")).text == "whole"
 
@@ -276,22 +226,12 @@ def test_the_loss_counts_on_answers_and_their_bytes_are_those_of_their_text() ->
     tokenizer = chat_tokenizer(CHATML)
     talk = [TWO_TURNS[0], {"role": ANSWER, "content": "é blood"}]
     (tokens,) = tokens_of(document(talk), tokenizer, 99)
-    words = tokenizer.convert_ids_to_tokens(list(tokens.ids))
-    assert words == [
-        "<|im_start|>",
-        USER,
-        "the",
-        "heart",
-        "<|im_end|>",
-        "<|im_start|>",
-        ANSWER,
-        "é",
-        "blood",
-        "<|im_end|>",
-    ]
+    asked = ["<|im_start|>", USER, "the", "heart", "<|im_end|>", "<|im_start|>", ANSWER]
+    assert tokenizer.convert_ids_to_tokens(list(tokens.ids)) == [*asked, "é", "blood", "<|im_end|>"]
     assert tokens.answers == (False,) * 7 + (True,) * 3
     assert tokens.predicted == 3
     assert tokens.size == len("é blood".encode())
+    tokenizer.truncation_side = "left"  # a document is read from its beginning all the same
     cut = tokens_of(document(talk), tokenizer, 8)[0]
     assert (cut.ids, cut.predicted, cut.size) == (tokens.ids[:8], 1, 2)
 
@@ -304,9 +244,6 @@ def test_a_batch_says_which_predictions_count_and_what_each_token_weighs() -> No
     assert batch.targets.tolist() == [[True, True, False], [False, True, True]]
     assert batch.predicted == (2, 2)
     assert batch.weights.tolist() == [[1, 1, 1, 0], [0.25, 0.25, 1, 1]]
-    (whole,) = make_batches([plain], 99, prompt_weight=0.25)
-    assert whole.answers is None
-    assert whole.weights.tolist() == [[1, 1, 1]]
 
 
 def test_windows_are_spread_over_a_document_and_each_begins_as_a_text_does() -> None:
@@ -323,9 +260,7 @@ def test_calibration_reads_windows_with_answers_and_names_a_corpus_without() -> 
     tokenizer, talk = chat_tokenizer(CHATML), document(TWO_TURNS)
 
     def text(**calibration: Any) -> CalibrationText:
-        return corpus_text(
-            Corpus(CorpusName("domain", "law"), (talk,), ()), tokenizer, make_spec(calibration=calibration)
-        )
+        return corpus_text(Corpus(GERMAN, (talk,), ()), tokenizer, make_spec(calibration=calibration))
 
     assert text().tokens == tokens_of(talk, tokenizer, 512)
     # 20 tokens; the windows begin at 0, 5, 10 and 15; the third, "<|im_start|> user a judge <|im_end|>", has no answer.

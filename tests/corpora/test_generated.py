@@ -23,8 +23,8 @@ REASONING = (
 )
 PROMPTS, ONWARDS = Generate(), Generate.model_validate({"from": "continuation"})
 ENGLISH = (
-    "The kidney filters the blood and returns most of the water to it, and the rest of it leaves the body as urine. "
-    "It is a part of the work of the body that we do not see, and that we only miss when it stops."
+    "The kidney filters the blood and returns most of the water to it, and the rest of it leaves the body as urine. \
+It is a part of the work of the body that we do not see, and that we only miss when it stops."
 )
 
 
@@ -39,15 +39,11 @@ def test_the_base_answers_prompts_or_continues_openings() -> None:
     begun = Opening.of(Document(ENGLISH), ONWARDS)
     assert begun.document.text == ENGLISH[:118]  # "It is a", and then a word that would be cut
     assert begun.completed(" part").text.endswith("as urine. It is a part")
-    assert Opening.of(Document("血" * 200), ONWARDS).document.text == "血" * 120
-
-
-@pytest.mark.parametrize("heading", ["心脏\n\n", "# 第一章 心脏的功能\n", "目录　"])
-def test_an_opening_goes_on_behind_a_heading_where_spaces_part_no_words(heading: str) -> None:
-    text = heading + "血液透过心脏流向全身各处，每一次跳动都把氧气送到细胞里。" * 9
-    assert Opening.of(Document(text), ONWARDS).document.text == text[:120]
-    mixed = heading + "医生用 CT 检查心音，" * 20
-    assert len(Opening.of(Document(mixed), ONWARDS).document.text) >= 100
+    for heading in ("", "心脏\n\n", "# 第一章 心脏的功能\n"):  # where spaces part no words
+        text = heading + "血液透过心脏流向全身各处，每一次跳动都把氧气送到细胞里。" * 9
+        assert Opening.of(Document(text), ONWARDS).document.text == text[:120]
+        mixed = heading + "医生用 CT 检查心音，" * 20
+        assert len(Opening.of(Document(mixed), ONWARDS).document.text) >= 100
 
 
 @pytest.mark.parametrize(
@@ -73,19 +69,16 @@ def test_what_the_base_wrote_is_calibrated_on_word_for_word(template: str, openi
 
 def test_prompts_that_evaluate_are_never_asked() -> None:
     def talk(prompt: str, answer: str) -> Document:
-        return Document.of(
-            Conversation.of([{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}])
-        )
+        said = (("user", prompt), ("assistant", answer))
+        return Document.of(Conversation.of([{"role": role, "content": content} for role, content in said]))
 
     calibration = (talk("the heart", "pumps"), talk("a judge", "reads"), talk("the heart", "is"), talk("law", "is"))
     corpus = Corpus(CorpusName("domain", "law"), calibration, (talk("a judge", "is"),))
     assert [each.document.text for each in openings(corpus, PROMPTS)] == ["the heart", "law"]
     plain = Corpus(CorpusName("task", "qa"), (), (Document("law"),), (Question("the heart", ("pumps", "reads"), 0),))
-    for others in (
-        [Corpus(CorpusName("general", "chat"), (), (talk("law", "reads"), talk("the heart", "reads")))],
-        [plain],
-    ):
-        assert openings(corpus, PROMPTS, others) == []
+    chat = Corpus(CorpusName("general", "chat"), (), (talk("law", "reads"), talk("the heart", "reads")))
+    for other in (chat, plain):
+        assert openings(corpus, PROMPTS, [other]) == []
 
 
 def test_texts_that_are_of_no_use_are_left_out_and_counted() -> None:
@@ -95,11 +88,7 @@ def test_texts_that_are_of_no_use_are_left_out_and_counted() -> None:
         "Die Niere filtert das Blut und gibt den größten Teil des Wassers zurück, "
         "während der Rest als Harn den Körper verlässt, wenn er kann."
     )
-    assert sieve.keeps(good)
-    assert not sieve.keeps(f" {good}\n")
-    assert not sieve.keeps(german)
-    assert not sieve.keeps("the heart pumps the blood " * 20)
-    assert not sieve.keeps(" \n- -")
-    assert sieve.keeps("Yes.")
+    texts = (good, f" {good}\n", german, "the heart pumps the blood " * 20, " \n- -", "Yes.")
+    assert [sieve.keeps(text) for text in texts] == [True, False, False, False, False, True]
     assert sieve.refused == {"generated before": 1, "in another language": 1, "repeating itself": 1, "empty": 1}
     assert Sieve([]).keeps(german)

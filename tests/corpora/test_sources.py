@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import datasets
 import huggingface_hub
 import pyarrow
 import pytest
-import yaml
 from pyarrow import parquet
 
 from expertprune.corpora import reading, tables
@@ -22,7 +20,6 @@ from expertprune.corpora.kept import KeptDocuments
 from expertprune.corpora.loading import load_corpus
 from expertprune.corpora.messages import Conversation, read_conversation
 from expertprune.errors import SpecError
-from expertprune.spec.reading import parse_spec
 from expertprune.spec.sources import Source
 from tests.corpora.test_loading import GERMAN, load, make_spec, problems_of, texts, write_rows
 
@@ -57,53 +54,20 @@ def test_conversations_are_read_from_every_kind_of_file(tmp_path: Path) -> None:
     assert all(document.conversation is None for document in raw.calibration)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "problem"),
-    [
-        ("a.csv", b"text\none\ntwo,three\n", "a.csv, line 3: has more fields than the header"),
-        ("a.csv", b'text\n"one\n', "a.csv, line 1: not CSV: unexpected end of data"),
-        ("a.csv", b"text\n\xff\n", "a.csv: not UTF-8 text"),
-        ("a.csv", b"txet\none\n", "a.csv, line 2: has no field 'text'; did you mean 'txet'?"),
-        ("a.csv", b"text,text\none,two\n", "a.csv, line 1: two columns are named 'text'"),
-        ("a.csv", b"text\none\n" + b"two " * 300, "a.csv, line 3: longer than"),
-        ("a.csv", b'text\n"one\n' + b"two\n" * 300 + b'"', "not CSV: field larger than field limit"),
-        ("a.parquet", b"PAR1 and no more", "a.parquet: not a parquet file"),
-    ],
-)
-def test_a_damaged_table_is_named_with_its_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, problem: str
-) -> None:
-    monkeypatch.setattr(tables, "LONGEST", 1000)
-    (tmp_path / name).write_bytes(content)
-    (found,) = problems_of({"path": str(tmp_path / name)})
-    assert problem in found
-
-
-@pytest.mark.parametrize(
-    ("column", "problem"),
-    [
-        (pyarrow.array(["a" * 2000]), "a.parquet, row 1: longer than"),
-        (pyarrow.array([[float("nan")]]), "a.parquet, row 1: text.0: nan is not a number"),
-        (pyarrow.array(["ab" * 200_000] * 9), "a.parquet: column 'text' unpacks to"),
-        (pyarrow.array([b"\xff"]).cast(pyarrow.string(), safe=False), "a.parquet: not a parquet file"),
-    ],
-)
-def test_a_parquet_file_is_read_within_limits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: pyarrow.Array, problem: str
-) -> None:
+def test_a_parquet_file_is_read_within_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "_UNPACKED", 500_000)
     monkeypatch.setattr(tables, "_RATIO", 1)
     monkeypatch.setattr(reading, "LONGEST", 1000)
-    table = pyarrow.table({"text": column})
-    parquet.write_table(table, tmp_path / "a.parquet", use_dictionary=False, compression="zstd")
-    (found,) = problems_of({"path": str(tmp_path / "a.parquet")})
-    assert problem in found
-
-
-def test_a_table_that_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
-    for name in ("a.csv", "a.parquet"):
-        os.mkfifo(tmp_path / name)
-        assert "it is a FIFO, not a file" in "".join(problems_of({"path": str(tmp_path / name)}))
+    path = tmp_path / "a.parquet"
+    for column, problem in (
+        (pyarrow.array(["a" * 2000]), "row 1: longer than"),
+        (pyarrow.array([[float("nan")]]), "row 1: text.0: nan is not a number"),
+        (pyarrow.array(["ab" * 200_000] * 9), "column 'text' unpacks to"),
+        (pyarrow.array([b"\xff"]).cast(pyarrow.string(), safe=False), "not a parquet file"),
+    ):
+        parquet.write_table(pyarrow.table({"text": column}), path, use_dictionary=False, compression="zstd")
+        (found,) = problems_of({"path": str(path)})
+        assert problem in found
 
 
 KEPT = {
@@ -112,65 +76,34 @@ KEPT = {
 }
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        (b'"splits"', b'"parts"'), (b'"texts"]', b'"texts", 3]'), (b'"text": "one"', b'"text": 1'), (b'"two', b"\xff"),
-        (b'"split": "talks"', b'"split": "x"'), (b'"role"', b'"rule"'), (b'"tools": null', b'"tools": 3'), (b"}\n", b"\n"),
-    ],
-)  # fmt: skip
-def test_kept_documents_come_back_or_are_made_again(tmp_path: Path, old: bytes, new: bytes) -> None:
+def test_kept_documents_come_back_or_are_made_again(tmp_path: Path) -> None:
     path = tmp_path / "kept.jsonl"
     assert KeptDocuments.load(path) is None
     KeptDocuments({"revision": "1"}, {name: KEPT[name] for name in ("talks", "texts")}).save(path)
-    read = KeptDocuments.load(path)
+    read, whole = KeptDocuments.load(path), path.read_bytes()
     assert read is not None
     assert (read.about, dict(read.splits)) == ({"revision": "1"}, KEPT)
-    damaged = path.read_bytes().replace(old, new, 1)
-    assert damaged != path.read_bytes()
-    path.write_bytes(damaged)
-    assert KeptDocuments.load(path) is None
+    for old, new in ((b'"splits"', b'"parts"'), (b'"texts"]', b'"texts", 3]'), (b'"text": "one"', b'"text": 1'),
+                     (b'"two', b"\xff"), (b'"split": "talks"', b'"split": "x"'), (b'"role"', b'"rule"'),
+                     (b'"tools": null', b'"tools": 3'), (b"}\n", b"\n")):  # fmt: skip
+        assert old in whole
+        path.write_bytes(whole.replace(old, new, 1))
+        assert KeptDocuments.load(path) is None, old
 
 
-def test_a_conversation_that_cannot_be_read_is_named_with_its_line(tmp_path: Path) -> None:
-    rows = [{"talk": TALKS[0]}, {"talk": TALKS[0][:1]}]
-    path = write_rows(tmp_path / "a.jsonl", rows)
-    (found,) = problems_of({"path": path, "messages": "talk"})
-    assert found.startswith(f"corpora.sources.language/de.path: {path}, line 2: a conversation without an answer")
-    (tmp_path / "a.txt").write_text("one")
-    assert "a text file has no fields" in problems_of({"path": str(tmp_path / "a.txt"), "messages": "talk"})[0]
-
-
-@pytest.mark.parametrize(
-    ("source", "problem"),
-    [
+def test_keys_that_contradict_each_other_are_one_line() -> None:
+    for source, problem in (
         ({"messages": "a", "field": "b"}, "give 'field' or 'messages', not both"),
         ({"completion": "a"}, "give 'prompt' with 'completion'"),
         ({"prompt": "a"}, "give 'completion' with 'prompt', or 'generate' with from: prompts"),
-        ({"tools": "a"}, "'tools' goes with 'messages'"),
         ({"generate": {}}, "generate.from: prompts needs 'messages' or 'prompt'"),
         ({"messages": "a", "generate": {}, "documents": "raw"}, "does not go with 'raw'"),
-        ({"messages": "a", "generate": {"tokens": "many"}}, "must be a number of at least 1, such as 200k"),
         ({"data_files": "a.csv"}, "data_files does not go with 'path'"),
-    ],
-)
-def test_keys_that_contradict_each_other_are_one_line(source: dict[str, Any], problem: str) -> None:
-    data = {"name": "x", "base": "a/b", "dimensions": {"domain": "law"}, "budget": {"ffn": 0.1}}
-    data["corpora"] = {"sources": {"law": {"path": "x.jsonl", **source}}}
-    with pytest.raises(SpecError) as caught:
-        parse_spec(data, "my.yaml", Path("/nowhere"))
-    (line,) = caught.value.problems
-    assert problem in line
-
-
-def test_what_an_unknown_value_says_to_paste_is_a_legal_spec() -> None:
-    for source in ("path: nl.jsonl", "path: nl.jsonl, generate: {from: continuation, tokens: 200k}"):
-        pasted = yaml.safe_load(f"corpora: {{sources: {{language/nl: {{{source}}}}}}}")
-        spec = make_spec(Path("/here"), dimensions={"language": "nl"}, **pasted)
-        assert spec.corpora.sources["language/nl"].path == ["/here/nl.jsonl"]
-    generate = spec.corpora.sources["language/nl"].generate
-    assert generate is not None
-    assert (generate.tokens, generate.temperature, generate.seed) == (200_000, 1.0, 0)
+    ):
+        with pytest.raises(SpecError) as caught:
+            make_spec(corpora={"sources": {"de": {"path": "x.jsonl", **source}}})
+        (line,) = caught.value.problems
+        assert problem in line
 
 
 # --- data sets ------------------------------------------------------------------------------------------------------
@@ -191,14 +124,13 @@ def test_files_of_a_data_set_are_found_beside_the_spec(tmp_path: Path) -> None:
 def test_rows_from_the_hub_are_pinned_and_kept_for_runs_without_a_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    revisions: list[str | None] = []
+    calls: list[Any] = []
 
     def rows() -> Iterator[dict[str, Any]]:
-        for i in range(60):
-            yield {"talk": [{"role": "user", "content": f"Was ist {i}?"}, {"role": "assistant", "content": f"{i}"}]}
+        yield from ({"ask": f"Was ist {i}?", "say": f"{i}"} for i in range(60))
 
-    def load_dataset(*names: Any, revision: str | None, **settings: Any) -> Any:
-        revisions.append(revision)
+    def load_dataset(*names: Any, **settings: Any) -> Any:
+        calls.append((names, settings))
         return datasets.IterableDataset.from_generator(rows)
 
     class Hub:
@@ -207,9 +139,9 @@ def test_rows_from_the_hub_are_pinned_and_kept_for_runs_without_a_network(
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    source = Source.model_validate({"dataset": "owner/data", "messages": "talk"})
+    source = Source.model_validate({"dataset": "owner/data", "config": "de", "prompt": "ask", "completion": "say"})
     first = load_corpus(GERMAN, source, make_spec(), tmp_path)
-    assert revisions == ["c0ffee", "c0ffee"]
+    assert calls == [(("owner/data", "de"), {"split": "train", "revision": "c0ffee", "streaming": True})] * 2
     assert len(first.calibration) + len(first.evaluation) == 60
 
     def no_network(*names: Any, **settings: Any) -> Any:
