@@ -12,9 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,32 +22,9 @@ from pydantic import BaseModel
 from safetensors import SafetensorError
 
 from expertprune.errors import CheckpointError
-from expertprune.files import (
-    EXPERT_FILE,
-    GGUF,
-    HASHED,
-    PAGE,
-    PICTURE,
-    PLAN,
-    OutputKind,
-    check_output,
-    digest_of,
-    file_digest,
-    ownership,
-    places,
-    read_kept,
-    remove_leftovers,
-    renaming,
-    require_room,
-    staged_file,
-    staged_folder,
-    staged_output,
-    staging,
-    store_folder,
-    temporary_folder,
-    write_file,
-    write_json,
-)
+from expertprune.files import digests, outputs, ownership, places, reading, renaming, staging
+from expertprune.files.places import EXPERT_FILE
+from expertprune.files.staging import staged_file, staged_folder
 
 
 def names(folder: Path) -> list[str]:
@@ -72,22 +47,20 @@ def expert(folder: Path, content: str = "old") -> Path:
 # --- store and digests ----------------------------------------------------------------------------------------------
 
 
-def test_the_store_is_the_argument_then_the_variable_then_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_store_is_the_argument_the_variable_or_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EXPERTPRUNE_STORE", str(tmp_path / "variable"))
-    assert store_folder(tmp_path / "argument") == tmp_path / "argument"
-    assert store_folder() == tmp_path / "variable"
+    assert places.store_folder(tmp_path / "argument") == tmp_path / "argument"
+    assert places.store_folder() == tmp_path / "variable"
     monkeypatch.setenv("EXPERTPRUNE_STORE", "")
     monkeypatch.setattr(places, "user_cache_path", lambda name: tmp_path / "cache" / name)
-    assert store_folder() == tmp_path / "cache" / "expertprune"
+    assert places.store_folder() == tmp_path / "cache" / "expertprune"
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert store_folder("~/profiles") == tmp_path / "profiles"
+    assert places.store_folder("~/profiles") == tmp_path / "profiles"
 
 
 def test_a_digest_is_of_the_canonical_json() -> None:
     expected = hashlib.sha256('{"a":null,"b":[1,"ä"]}'.encode()).hexdigest()
-    assert digest_of({"b": [1, "ä"], "a": None}) == digest_of({"a": None, "b": [1, "ä"]}) == expected
+    assert digests.digest_of({"b": [1, "ä"], "a": None}) == digests.digest_of({"a": None, "b": [1, "ä"]}) == expected
 
 
 def test_a_file_digest_is_of_the_bytes_and_is_remembered_until_the_file_changes(tmp_path: Path) -> None:
@@ -98,10 +71,10 @@ def test_a_file_digest_is_of_the_bytes_and_is_remembered_until_the_file_changes(
         counted: list[int] = []
         path.write_bytes(content)
         os.utime(path, ns=(len(content), len(content)) if changed is None else (changed, changed))
-        digest = file_digest(path, store, lambda: counted.append(1))
+        digest = staging.file_digest(path, store, lambda: counted.append(1))
         assert (digest, len(counted)) == (hashlib.sha256(content).hexdigest(), steps)
 
-    for size, steps in ((0, 0), (1, 1), (HASHED, 1), (HASHED + 1, 2)):
+    for size, steps in ((0, 0), (1, 1), (staging.HASHED, 1), (staging.HASHED + 1, 2)):
         check(b"x" * size, steps)
     check(b"x", 0)
     check(b"y", 1, changed=2)  # of the same size, later
@@ -119,17 +92,19 @@ class Counted(BaseModel):
 
 def test_a_file_of_the_store_that_is_damaged_is_as_good_as_none(tmp_path: Path) -> None:
     path = tmp_path / "count.json"
-    assert read_kept(path, Counted) is None
+    assert reading.read_kept(path, Counted) is None
     wrong = (b'{"count": "many"}', b'{"count": NaN}', b'{"count": 1e999}')
     for content in (b"", b"{", b"\xff", b"[" * 9999, b"[]", b"9" * 9999, *wrong):
         path.write_bytes(content)
-        assert read_kept(path, Counted) is None, content
-    write_json(path, {"count": 3})
-    assert read_kept(path, Counted) == Counted(count=3)
+        assert reading.read_kept(path, Counted) is None, content
+    staging.write_json(path, {"count": 3})
+    assert reading.read_kept(path, Counted) == Counted(count=3)
 
 
 def test_write_json_writes_in_order_and_null_for_a_number_that_json_cannot_say(tmp_path: Path) -> None:
-    write_json(tmp_path / "data.json", {"b": [math.nan, 0.5], "a": {"c": math.inf}, "d": (-math.inf, "ä", True)})
+    staging.write_json(
+        tmp_path / "data.json", {"b": [math.nan, 0.5], "a": {"c": math.inf}, "d": (-math.inf, "ä", True)}
+    )
     text = (tmp_path / "data.json").read_text(encoding="utf-8")
     assert list(json.loads(text).items()) == [("b", [None, 0.5]), ("a", {"c": None}), ("d", [None, "ä", True])]
     assert "ä" in text
@@ -140,11 +115,10 @@ def test_write_json_writes_in_order_and_null_for_a_number_that_json_cannot_say(t
 
 
 @pytest.fixture(params=["with renameat2", "without"])
-def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def _system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A system that can rename with flags, and one that cannot."""
     if request.param == "without":
         monkeypatch.setattr(renaming, "_renameat2", lambda: None)
-    return str(request.param)
 
 
 STAGED = pytest.mark.parametrize("staged", [staged_file, staged_folder])
@@ -156,7 +130,8 @@ def within(made: Path) -> Path:
 
 
 @STAGED
-def test_what_is_staged_appears_at_the_end_or_not_at_all(tmp_path: Path, system: str, staged: Any) -> None:
+@pytest.mark.usefixtures("_system")
+def test_what_is_staged_appears_at_the_end_or_not_at_all(tmp_path: Path, staged: Any) -> None:
     """Also where something older is, which then stays."""
     out = tmp_path / "deep" / "out"
     again = {} if staged is staged_file else {"overwrite": True}
@@ -226,17 +201,16 @@ def test_everything_has_the_mode_that_the_umask_says(tmp_path: Path) -> None:
 
 
 @STAGED
-def test_everything_is_on_the_disk_before_it_is_renamed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, staged: Any
-) -> None:
-    """So are new folders above it."""
+def test_everything_is_on_the_disk_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, staged: Any) -> None:
+    """What is renamed, and new folders above it."""
     events: list[str] = []
     sync, rename, replace = os.fsync, os.rename, os.replace
 
-    def named(handle: int) -> str:
-        return Path(os.readlink(f"/proc/self/fd/{handle}")).name
+    def synced(handle: int) -> None:
+        events.append(f"sync {Path(os.readlink(f'/proc/self/fd/{handle}')).name}")
+        sync(handle)
 
-    monkeypatch.setattr(os, "fsync", lambda handle: events.append(f"sync {named(handle)}") or sync(handle))
+    monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "rename", lambda old, new: events.append(f"rename {new.name}") or rename(old, new))
     with staged(tmp_path / "one" / "two" / "out") as made:
         assert {"sync one", f"sync {tmp_path.name}"} <= set(events)
@@ -259,25 +233,13 @@ from pathlib import Path
 from expertprune.files import staged_folder
 
 with staged_folder(Path(sys.argv[1])) as folder:
-    (folder / "weights").write_text(sys.argv[2])
+    (folder / "weights").write_text("half")
     print(os.getpid(), flush=True)
     sys.stdin.readline()
-    (folder / "expertprune.json").write_text("{}")
 """
-
-
-@contextlib.contextmanager
-def other_run(out: Path, content: str = "half", alone: bool = False) -> Iterator[subprocess.Popen[str]]:
-    """Another process that has begun to write `out`; `alone`: with process ids of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(staging.__file__).parents[2])}
-    command = ["unshare", "--pid", "--fork", "--kill-child"] if alone else []
-    command += [sys.executable, "-c", STAGES, str(out), content]
-    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    with subprocess.Popen(command, env=environment, text=True, **pipes) as run:
-        assert run.stdout is not None
-        assert int(run.stdout.readline()) == 1 or not alone
-        yield run
-        run.kill()
+# where the system allows it, in a container: with process ids of its own
+CONTAINER = ["unshare", "--pid", "--fork", "--kill-child"]
+CONTAINED = subprocess.run([*CONTAINER, "true"], check=False, capture_output=True).returncode == 0
 
 
 def stage(out: Path) -> None:
@@ -298,46 +260,39 @@ def check_expert(folder: Path, content: str) -> None:
     assert (folder / "expert" / EXPERT_FILE).read_text() == content
 
 
-@pytest.mark.skipif(subprocess.run(["unshare", "--pid", "true"], check=False).returncode != 0, reason="no namespaces")
-def test_two_containers_that_share_a_disk_do_not_take_each_other_for_dead(tmp_path: Path) -> None:
-    """Both processes have the id 1; the second begins, and publishes, while the first is in the middle."""
-    out = tmp_path / "expert"
-    with other_run(out, "first", alone=True) as first, other_run(out, "second", alone=True) as second:
-        assert second.communicate("go\n")[1] == ""
-        said = first.communicate("go\n")[1]
-    assert "something else came there while this command ran, and stays; the result is" in said
-    assert (out / "weights").read_text() == "second"
-    assert (tmp_path / "expert-2" / "weights").read_text() == "first"
-
-
 def test_what_another_run_writes_stays_until_that_run_is_killed(tmp_path: Path) -> None:
-    """However long it takes."""
-    with other_run(tmp_path / "expert") as run:
+    """However long it takes, and whatever its process id."""
+    command = [*(CONTAINER if CONTAINED else []), sys.executable, "-c", STAGES, str(tmp_path / "expert")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(staging.__file__).parents[2])}
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+    with subprocess.Popen(command, env=environment, **pipes) as run:
+        assert run.stdout is not None
+        assert int(run.stdout.readline()) == 1 or not CONTAINED
         (leftover,) = tmp_path.iterdir()
         for path in (*leftover.rglob("*"), leftover):
             os.utime(path, (time.time() - 2 * WEEK,) * 2)
         stage(tmp_path / "expert")
         assert names(leftover) == ["expert", "expert/weights"]
         run.kill()
-        run.wait()
+        assert run.stdout.read() == b""  # until all of it has ended
         stage(tmp_path / "expert")
         assert not leftover.exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "age", "stays", "locks"),
-    [
-        (f"{HERE}.partial", 0, False, True),
-        (f".expert.elsewhere-{BOOT}-0123abcd.partial", YOUNG, True, True),
-        (f".expert.elsewhere-{BOOT}-0123abcd.partial", OLD, False, True),
-        (f".expert.{HOST}-ffffffff-0123abcd.partial", OLD, False, True),
-        (f".another.v2.{HERE[8:]}.partial", 0, False, True),  # whatever it was to become
-        (".expert.4711.partial", OLD, True, True),  # of another program
-        (".film.mp4.partial", OLD, True, True),
-        (f"{HERE}.partial", YOUNG, True, False),
-        (f"{HERE}.partial", OLD, False, False),
-    ],
-)
+LEFTOVERS = [
+    (f"{HERE}.partial", 0, False, True),
+    (f".expert.elsewhere-{BOOT}-0123abcd.partial", YOUNG, True, True),
+    (f".expert.elsewhere-{BOOT}-0123abcd.partial", OLD, False, True),
+    (f".expert.{HOST}-ffffffff-0123abcd.partial", OLD, False, True),
+    (f".another.v2.{HERE[8:]}.partial", 0, False, True),  # whatever it was to become
+    (".expert.4711.partial", OLD, True, True),  # of another program
+    (".film.mp4.partial", OLD, True, True),
+    (f"{HERE}.partial", YOUNG, True, False),
+    (f"{HERE}.partial", OLD, False, False),
+]
+
+
+@pytest.mark.parametrize(("name", "age", "stays", "locks"), LEFTOVERS)
 def test_a_leftover_without_an_owner_goes_if_it_is_of_this_boot_or_old(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, age: float, stays: bool, locks: bool
 ) -> None:
@@ -351,28 +306,11 @@ def test_a_leftover_without_an_owner_goes_if_it_is_of_this_boot_or_old(
     (leftover / "vocab.json").write_text("half")
     for path, seconds in ((leftover / "vocab.json", age), (leftover, OLD)):  # its own time says nothing of its files
         os.utime(path, (time.time() - seconds,) * 2)
-    check_output(tmp_path / "new" / "expert", False)  # where `new` is not yet
+    outputs.check_output(tmp_path / "new" / "expert", False)  # where `new` is not yet
     assert leftover.exists() == stays
     stage(tmp_path / "expert")
-    write_file(tmp_path / "plan.json", b"whole")
+    staging.write_file(tmp_path / "plan.json", b"whole")
     assert (leftover.exists(), (tmp_path / "plan.json").read_bytes()) == (stays, b"whole")
-
-
-def test_a_folder_that_another_run_removes_before_it_is_locked_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lock, seen = ownership.fcntl.flock, []
-
-    def late(handle: int, operation: int) -> None:
-        seen.extend(tmp_path.glob("*.partial"))
-        if len(seen) == 1:
-            seen[0].rmdir()
-        lock(handle, operation)
-
-    monkeypatch.setattr(ownership.fcntl, "flock", late)
-    overwrite(tmp_path / "expert")
-    assert len(set(seen)) == 3  # the output is tried once, and made twice
-    check_expert(tmp_path, "new")
 
 
 def test_an_expert_that_a_killed_run_had_moved_aside_comes_back_until_it_is_replaced(tmp_path: Path) -> None:
@@ -392,20 +330,7 @@ def test_an_expert_that_a_killed_run_had_moved_aside_comes_back_until_it_is_repl
     check_expert(tmp_path, "new")
 
 
-def test_temporary_folders_of_killed_commands_go_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    killed = tmp_path / f".expertprune.{ownership.machine()}-0123abcd.partial"
-    (killed / "folder").mkdir(parents=True)
-    with temporary_folder() as folder:
-        remove_leftovers(tmp_path)
-        assert not killed.exists()
-        assert names(tmp_path) == [folder.parent.name, f"{folder.parent.name}/folder"]
-    assert names(tmp_path) == []
-
-
-def test_an_expert_stays_where_the_system_cannot_swap_and_the_renaming_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_expert_stays_where_the_renaming_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, new, calls = expert(tmp_path / "expert"), staging.rename_new, itertools.count(1)
 
     def failing(source: Path, target: Path) -> None:
@@ -419,9 +344,7 @@ def test_an_expert_stays_where_the_system_cannot_swap_and_the_renaming_fails(
     check_expert(tmp_path, "old")
 
 
-def test_where_the_system_can_swap_an_expert_is_at_the_path_at_any_moment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_expert_is_at_the_path_at_any_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if renaming._renameat2() is None:
         pytest.skip("this system cannot swap")
     with staged_folder(expert(tmp_path / "expert"), overwrite=True) as made:
@@ -431,9 +354,8 @@ def test_where_the_system_can_swap_an_expert_is_at_the_path_at_any_moment(
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["new", "overwrite"])
-def test_what_comes_to_the_output_meanwhile_stays_and_the_result_lies_beside_it(
-    tmp_path: Path, system: str, again: bool
-) -> None:
+@pytest.mark.usefixtures("_system")
+def test_what_comes_to_the_output_meanwhile_stays_beside_the_result(tmp_path: Path, again: bool) -> None:
     out, plan = tmp_path / "expert", tmp_path / "plan.json"
     if again:
         expert(out, "old")
@@ -447,7 +369,7 @@ def test_what_comes_to_the_output_meanwhile_stays_and_the_result_lies_beside_it(
             (out / "thesis.txt").write_text("precious")
 
     def write_plan() -> None:
-        with staged_output(plan, PLAN, overwrite=again) as temporary:
+        with staging.staged_output(plan, outputs.PLAN, overwrite=again) as temporary:
             temporary.write_text("new")
             (tmp_path / "theirs").write_text("precious")
             os.replace(tmp_path / "theirs", plan)
@@ -461,11 +383,8 @@ def test_what_comes_to_the_output_meanwhile_stays_and_the_result_lies_beside_it(
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["once", "and once more"])
-def test_what_comes_while_the_old_one_is_moved_aside_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
-) -> None:
+def test_what_comes_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool) -> None:
     out, replace = expert(tmp_path / "expert"), os.replace
-    monkeypatch.setattr(renaming, "_renameat2", lambda: None)
 
     def late(old: Path, place: Path) -> None:
         if old == out:
@@ -475,33 +394,16 @@ def test_what_comes_while_the_old_one_is_moved_aside_stays(
         if old == out and again:
             expert(out, "of a third run")
 
-    monkeypatch.setattr(staging.os, "replace", late)
+    monkeypatch.setattr(renaming, "_renameat2", lambda: None)
+    monkeypatch.setattr(os, "replace", late)
     with pytest.raises(CheckpointError, match="something else came there"):
         overwrite(out)
-    found = {path.parent.name: path.read_text() for path in tmp_path.rglob(EXPERT_FILE)}
-    first = {"expert": "of a third run", "expert-2": "of another run", "expert-3": "new"}
-    assert found == (first if again else {"expert": "of another run", "expert-2": "new"})
+    found = [path.parent.name + " " + path.read_text() for path in sorted(tmp_path.rglob(EXPERT_FILE))]
+    others = ["expert of a third run", "expert-2 of another run"] if again else ["expert of another run"]
+    assert found == [*others, f"expert-{len(others) + 1} new"]
 
 
 # --- what may be written, and where ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("kind", "content"),
-    [(PLAN, '{\n  "schema": 2,\n  "kind": "plan"'), (GGUF, "GGUF\x03"), (PICTURE, "<?xml?><svg"),
-     (PAGE, '<meta name="generator" content="expertprune report">')],
-    ids=lambda each: each.name if isinstance(each, OutputKind) else "",
-)  # fmt: skip
-def test_overwriting_replaces_files_of_the_same_kind_only(tmp_path: Path, kind: OutputKind, content: str) -> None:
-    out = tmp_path / "out"
-    out.write_text("name: a spec")
-    for overwrite, words in ((False, f"exists; choose another {kind.option}"), (True, f"is no {kind.name}")):
-        with pytest.raises(CheckpointError, match=words):
-            check_output(out, overwrite, kind)
-    out.write_text(content)
-    with staged_output(out, kind, overwrite=True) as temporary:
-        temporary.write_text("new")
-    assert texts(tmp_path) == {"out": "new"}
 
 
 def test_an_output_is_never_what_the_command_reads(tmp_path: Path) -> None:
@@ -509,25 +411,24 @@ def test_an_output_is_never_what_the_command_reads(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(base)
     for inputs in ([base], [base / "corpus.jsonl"], [tmp_path / "link" / "corpus.jsonl"]):
         with pytest.raises(CheckpointError, match="the command reads"):
-            check_output(base, True, inputs=inputs)
-    check_output(base, True, inputs=[tmp_path / "basement", tmp_path])
+            outputs.check_output(base, True, inputs=inputs)
+    outputs.check_output(base, True, inputs=[tmp_path / "basement", tmp_path])
 
 
-@pytest.mark.parametrize("name", ["n" * 250, "ä" * 120])
-def test_names_as_long_as_the_file_system_allows_are_written(tmp_path: Path, name: str) -> None:
-    stage(tmp_path / name)
-    write_file(tmp_path / f"{name[:-1]}f", b"x")
-    assert names(tmp_path) == sorted([name, f"{name[:-1]}f"])
+def test_names_as_long_as_the_file_system_allows_are_written(tmp_path: Path) -> None:
+    for name in ("n" * 250, "ä" * 120):
+        stage(tmp_path / name)
+        staging.write_file(tmp_path / f"{name[:-1]}f", b"x")
+        assert (tmp_path / name).is_dir()
+        assert (tmp_path / f"{name[:-1]}f").read_bytes() == b"x"
 
 
-def test_an_output_that_cannot_be_written_is_refused_before_the_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_output_that_cannot_be_written_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is there is never touched, unless it is an expert; an empty folder is fine."""
     monkeypatch.chdir(tmp_path)
     for out in ("n" * 256, "new/" + "n" * 256, ".", "..", "/"):
         with pytest.raises(CheckpointError):
-            check_output(Path(out), False)
+            outputs.check_output(Path(out), False)
     assert names(tmp_path) == []
     target, thesis = expert(tmp_path / "target"), tmp_path / "thesis"
     thesis.mkdir()
@@ -539,9 +440,9 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     for overwrite in (False, True):
         for name in ("file", "link", "dangling"):
             with pytest.raises(CheckpointError, match="not a folder"):
-                check_output(tmp_path / name, overwrite)
+                outputs.check_output(tmp_path / name, overwrite)
         with pytest.raises(CheckpointError, match=f"{thesis}.*{'no expert' if overwrite else '--overwrite'}"):
-            check_output(thesis, overwrite)
+            outputs.check_output(thesis, overwrite)
         with pytest.raises(CheckpointError), staged_folder(thesis, overwrite):
             raise AssertionError("the block must not run")
     assert names(tmp_path) == before
@@ -549,17 +450,13 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     stage(tmp_path / "empty")
 
 
-def test_room_is_measured_on_the_nearest_folder_that_exists_and_counted_by_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_room_is_counted_by_disk_on_folders_that_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, folder, free = [], tmp_path / "not" / "yet", 1000 * 2**20
     monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(Path(path)) or SimpleNamespace(free=free))
-    require_room(folder, free)
+    places.require_room(folder, free)
     with pytest.raises(CheckpointError, match=rf"{folder}: needs 1,001 MiB of disk, 1,000 MiB are free"):
-        require_room(folder, free + 2**20)
-    with pytest.raises(CheckpointError):
-        require_room(folder, free + 1)
-    assert asked == [tmp_path] * 3
+        places.require_room(folder, free + 2**20)
+    assert asked == [tmp_path] * 2
     needs = {"--out": (tmp_path / "new" / "expert", 600 * 2**20), "--store": (tmp_path / "store", 300 * 2**20)}
     places.require_rooms(needs)  # each of two folders would fit alone, and these do together
     with pytest.raises(CheckpointError) as caught:

@@ -1,4 +1,4 @@
-"""Criteria, rules, repairs and families from another package, and what is said of names that nobody registered."""
+"""Criteria, rules, repairs and families from another distribution, and what is said of unknown names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from expertprune.spec.reading import parse_spec
 from expertprune.stages.validate import validate
 from tests import juniper
 from tests.juniper import JuniperConfig, JuniperForCausalLM
-from tests.plugins import distribution, wheel
+from tests.plugins import distribution, unpack
 from tests.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -75,14 +75,13 @@ print(json.dumps([prepared.base.family.family, prepared.base.family.tested]))
 """
 
 
-def test_a_wheel_brings_a_criterion_a_rule_a_repair_and_a_family(tmp_path: Path, spec_data: dict[str, Any]) -> None:
+def test_a_distribution_brings_entries_of_each_kind(tmp_path: Path, spec_data: dict[str, Any]) -> None:
     torch.manual_seed(0)
     base = JuniperForCausalLM(JuniperConfig())
     base.save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     installed = tmp_path / "installed"
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(installed)]
-    subprocess.run([*pip, str(wheel(distribution("grove", POINTS, MODULES), tmp_path))], check=True, timeout=120)
+    unpack(distribution("grove", POINTS, MODULES), installed)
 
     spec_data |= {
         "base": str(tmp_path / "base"),
@@ -110,14 +109,10 @@ def test_a_wheel_brings_a_criterion_a_rule_a_repair_and_a_family(tmp_path: Path,
 
 
 def test_every_name_that_nobody_registered_is_told_at_once(tmp_path: Path, spec_data: dict[str, Any]) -> None:
-    spec_data |= {
-        "relevance": {"criterion": "impcat", "experts": "reep"},
-        "compose": {"rule": "intersektion"},
-        "compensation": "least_square",
-        "general": ["generall"],
-    }
+    relevance = {"criterion": "impcat", "experts": "reep"}
+    spec_data |= {"relevance": relevance, "compose": {"rule": "intersektion"}, "compensation": "least_square"}
     with pytest.raises(SpecError) as caught:
-        validate(parse_spec(spec_data, "spec", tmp_path))
+        validate(parse_spec(spec_data | {"general": ["generall"]}, "spec", tmp_path))
     problems = caught.value.problems
     assert problems[:4] == [
         "relevance.criterion: unknown criterion 'impcat'; did you mean 'impact'?",

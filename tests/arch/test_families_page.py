@@ -37,7 +37,6 @@ def block(language: str, beginning: str = "") -> str:
 def arch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of the families' folder, to which files may be added."""
     folder = tmp_path / "arch"
-    folder.mkdir()
     shutil.copytree(HERE / "families", folder / "families")
     shutil.copy(HERE / "bundled.yaml", folder)
     monkeypatch.setattr(family, "_HERE", folder)
@@ -47,8 +46,8 @@ def arch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     families.cache_clear()
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     register()
     torch.manual_seed(0)
     made = JuniperForCausalLM(JuniperConfig())
@@ -56,9 +55,10 @@ def model(tmp_path: Path) -> Path:
         for parameter in made.parameters():
             noise = torch.randn_like(parameter)
             parameter.copy_(0.3 * noise if parameter.dim() > 1 else parameter + 0.1 * noise)
-    made.save_pretrained(tmp_path / "juniper")
-    tiny_tokenizer().save_pretrained(tmp_path / "juniper")
-    return tmp_path / "juniper"
+    folder = tmp_path_factory.mktemp("model") / "juniper"
+    made.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def check(model: Path, code: int) -> str:
@@ -73,37 +73,34 @@ def test_the_page_prints_what_a_layer_stores(model: Path, capsys: pytest.Capture
     assert capsys.readouterr().out == block("text", "before_mix")
 
 
-def test_with_the_file_the_oracle_holds_and_an_expert_is_built(
-    arch: Path, model: Path, spec_data: dict[str, Any], tmp_path: Path
-) -> None:
-    assert "model_type 'juniper' is not supported" in check(model, 2)
-    (arch / "families" / "juniper.yaml").write_text(block("yaml"))
-    families.cache_clear()
-    held = json.loads(check(model, 0))
-    assert held["listed"] is True
-    assert held["held"] == ["ffn", "kv_groups", "query_heads", "widths of single layers", "a whole layer"]
-    spec_data["base"] = str(model)
-    spec_data["budget"] = {"ffn": 0.25, "kv_groups": 1, "multiple_of": 4}
-    out = expertprune.build(parse_spec(spec_data, "spec", tmp_path), tmp_path / "expert")
-    config = read_json(out / "config.json")
-    assert (config["inner"], config["heads"], config["groups"], config["head_size"]) == (24, 4, 2, 4)
-    expert = AutoModelForCausalLM.from_pretrained(out)
-    assert expert.trunk.blocks[0].feed.rise.weight.shape == (48, 24)
-
-
 WRONG = {
     "[query, key_value]": "mix.read.weight is [48, 24], the config makes axis 0 36",
     "[key_value, key_value, query]": "trunk.blocks.0.mix.write.weight, or what goes into it, is off",
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG)
-def test_a_file_that_is_wrong_is_told_the_tensor(arch: Path, model: Path, wrong: str) -> None:
-    right = "[query, key_value, key_value]"
-    assert right in block("yaml")
-    assert wrong in " ".join(PAGE.split())  # a line may end inside it
-    (arch / "families" / "juniper.yaml").write_text(block("yaml").replace(right, wrong))
-    assert WRONG[wrong] in check(model, 2)
+def test_the_oracle_says_which_tensor_is_wrong_or_an_expert_is_built(
+    arch: Path, model: Path, spec_data: dict[str, Any], tmp_path: Path
+) -> None:
+    def write(content: str) -> None:
+        (arch / "families" / "juniper.yaml").write_text(content)
+        families.cache_clear()
+
+    assert "model_type 'juniper' is not supported" in check(model, 2)
+    for wrong, said in WRONG.items():
+        assert wrong in " ".join(PAGE.split())  # a line may end inside it
+        write(block("yaml").replace("[query, key_value, key_value]", wrong))
+        assert said in check(model, 2)
+    write(block("yaml"))
+    held = json.loads(check(model, 0))
+    assert held["listed"] is True
+    assert held["held"] == ["ffn", "kv_groups", "query_heads", "widths of single layers", "a whole layer"]
+    spec_data |= {"base": str(model), "budget": {"ffn": 0.25, "kv_groups": 1, "multiple_of": 4}}
+    out = expertprune.build(parse_spec(spec_data, "spec", tmp_path), tmp_path / "expert")
+    config = read_json(out / "config.json")
+    assert (config["inner"], config["heads"], config["groups"], config["head_size"]) == (24, 4, 2, 4)
+    expert = AutoModelForCausalLM.from_pretrained(out)
+    assert expert.trunk.blocks[0].feed.rise.weight.shape == (48, 24)
 
 
 def test_the_page_names_every_key_and_shows_the_file_that_other_tests_use() -> None:

@@ -12,20 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from expertprune.artifacts.plan import (
-    BaseReference,
-    DepthReasons,
-    KindCount,
-    LayerPlan,
-    Parameters,
-    Plan,
-    RowReasons,
-    StructureBudget,
-    UnitReasons,
-    UnseenCoverage,
-    VocabularyPlan,
-    load_plan,
-)  # fmt: skip
+from expertprune.artifacts import plan as plans
+from expertprune.artifacts.plan import LayerPlan, Parameters, Plan, UnitReasons, load_plan
 from expertprune.artifacts.profile import Profile, ProfileKey, save_profile
 from expertprune.errors import CheckpointError, PlanError
 from expertprune.spec.values import Coverage
@@ -37,40 +25,33 @@ SHAPE = LayerShape(hidden=8, ffn=6, query_heads=6, kv_heads=3, head_dim=2)
 
 def a_plan() -> Plan:
     kept = [KeptUnits((0, 1, 2, 5), (0, 5), (0, 2)), KeptUnits((1, 3, 4, 5), (3, 4), (1, 2))]
-    rows = RowReasons(
+    rows = plans.RowReasons(
         requested=Coverage(0.9), threshold=None, protected={"language": 3}, coverage={"language/en": 0.97},
-        unseen={"language/en": UnseenCoverage(estimate=0.95, low=0.91, high=0.99, documents=9, tokens=700)},
+        unseen={"language/en": plans.UnseenCoverage(estimate=0.95, low=0.91, high=0.99, documents=9, tokens=700)},
         tokens={"language/en": 800}, last_kept=["a"], first_dropped=["ß"],
     )  # fmt: skip
-    why = UnitReasons(threshold=0.1, protected={"language": 3, "general": 1}, shared=KindCount(units=6, kept=4))
+    why = UnitReasons(threshold=0.1, protected={"language": 3, "general": 1}, shared=plans.KindCount(units=6, kept=4))
     return Plan(
         name="made-up",
-        base=BaseReference(model="nowhere/ünï", digest="d"),
+        base=plans.BaseReference(model="nowhere/ünï", digest="d"),
         parameters=Parameters(before=1000, after=700),
         shapes=[SHAPE, SHAPE],
         layers=[LayerPlan(kept[0], {"ffn": why}), LayerPlan(kept[1])],
-        budget={"ffn": StructureBudget(requested=2, of=6, kept=4, removed=2)},
+        budget={"ffn": plans.StructureBudget(requested=2, of=6, kept=4, removed=2)},
         profiles={"language/en": "p"},
         spec={"name": "made-up", "dimensions": {"language": ["en"]}},
-        vocabulary=VocabularyPlan(KeptRows(128, (0, 5, 9), (3,)), "t", rows),
+        vocabulary=plans.VocabularyPlan(KeptRows(128, (0, 5, 9), (3,)), "t", rows),
     )
 
 
-@pytest.mark.parametrize(
-    ("indices", "text"),
-    [((), ""), ((7,), "7"), ((0, 1, 2, 5), "0-2 5"), ((3, 4), "3-4"), ((1, 3, 5), "1 3 5"), (tuple(range(100)), "0-99")],
-)  # fmt: skip
-def test_indices_are_written_as_runs(indices: tuple[int, ...], text: str) -> None:
-    assert format_indices(indices) == text
-    assert parse_indices(text, 10**6) == indices
-
-
-@pytest.mark.parametrize(
-    "text", ["2 1", "1 1", "0-3 3", "0-3 2-5", "a", "-1", "1-2-3", "1.5", "1,2", "0 - 3", "5-3", "0-2 9-5", "0-"]
-)
-def test_text_that_is_not_ascending_runs_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"not ascending|invalid literal"):
-        parse_indices(text, 10**6)
+def test_indices_are_written_as_ascending_runs_and_other_text_is_refused() -> None:
+    written = {(): "", (7,): "7", (0, 1, 2, 5): "0-2 5", (3, 4): "3-4", (1, 3, 5): "1 3 5", tuple(range(100)): "0-99"}
+    for indices, text in written.items():
+        assert format_indices(indices) == text
+        assert parse_indices(text, 10**6) == indices
+    for text in ("2 1", "1 1", "0-3 3", "0-3 2-5", "a", "-1", "1-2-3", "1.5", "1,2", "0 - 3", "5-3", "0-2 9-5", "0-"):
+        with pytest.raises(ValueError, match=r"not ascending|invalid literal"):
+            parse_indices(text, 10**6)
 
 
 def test_a_plan_survives_its_file(tmp_path: Path) -> None:
@@ -86,12 +67,12 @@ def test_a_plan_survives_its_file(tmp_path: Path) -> None:
 
 
 def test_a_plan_digest_covers_every_part() -> None:
-    plan = a_plan()
+    plan, why = a_plan(), UnitReasons(threshold=None, protected={})
     changes: dict[str, Any] = {
-        "name": "other", "base": BaseReference(model="elsewhere", digest="d"), "spec": {}, "profiles": {},
+        "name": "other", "base": plans.BaseReference(model="elsewhere", digest="d"), "spec": {}, "profiles": {},
         "shapes": [SHAPE, dataclasses.replace(SHAPE, hidden=9)], "layers": plan.layers[::-1], "budget": {},
         "parameters": Parameters(before=1000, after=701), "vocabulary": None,
-        "depth": DepthReasons(relevance=[0.5, 0.25], source=["domain"] * 2, why=UnitReasons(threshold=None, protected={})),
+        "depth": plans.DepthReasons(relevance=[0.5, 0.25], source=["domain"] * 2, why=why),
     }  # fmt: skip
     assert changes.keys() == {field.name for field in dataclasses.fields(Plan)}
     changed = {dataclasses.replace(plan, **{name: value}).digest for name, value in changes.items()}
@@ -105,21 +86,17 @@ FFN, HEADS, GROUPS = (("layers", 0, "kept", structure) for structure in ("ffn", 
 DAMAGE: list[tuple[tuple[Any, ...], Any, str]] = [
     (HEADS, "0-1", "layer 0: the query heads are not the same number in each kept"),
     (HEADS, "0 3", "layer 0: the query heads are not the same"),  # of a group that is gone
-    (HEADS, "0", "layer 0: the query heads are not the same"),
     (("layers", 1, "kept", "query_heads"), "3 6", "layer 1: query_heads must keep some of 0-5"),
     (FFN, "0-6", "layer 0: ffn must keep some of 0-5"),
-    (GROUPS, "0 3", "layer 0: kv_groups must keep some of 0-2"),
     (FFN, "", "layer 0: ffn must keep some of 0-5"),
-    (HEADS, "", "layer 0: query_heads must keep some"),
-    (GROUPS, "", "layer 0: kv_groups must keep some"),
+    (GROUPS, "0 3", "layer 0: kv_groups must keep some of 0-2"),
     (FFN, "5 0-2", "indices are not ascending"),
     (("layers", 0, "kept", "neurons"), "0", "unknown key 'layers.0.kept.neurons'"),
     (("layers", 0, "kept", "experts"), "0", "layer 0: experts must keep nothing"),  # a layer that has none
     (FFN, GONE, "missing key 'layers.0.kept.ffn'"),
-    (FFN, [0, 1, 2, 5], "layers.0.kept.ffn: must be text"),
     (("budget", "ffn", "requested"), "half", "budget.ffn.requested"),
     (("vocabulary", "padding"), [128], "rows must be some of 0-127"),
-    *[((key,), GONE, key) for key in ("name", "base", "spec", "profiles", "budget", "parameters", "layers")],
+    *[((key,), GONE, key) for key in ("base", "spec", "profiles", "parameters", "layers")],
 ]
 
 
@@ -139,27 +116,21 @@ def test_a_damaged_plan_is_refused_with_a_reason(tmp_path: Path, place: Any, val
     assert reason in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (b"", "not valid JSON: "),
-        (b"{", "not valid JSON: "),
-        (b"\xff\xfe{}", "not UTF-8 text: "),
-        (b"[]", "not a plan"),
-        (b"{}", "not a plan"),
-        (b'{"kind": "evaluation", "schema": 1}', "not a plan"),
-        (b'{"kind": "plan", "schema": 1}', "a plan of schema 1, this version reads 2; compose it again"),
-        (b'{"kind": "plan"}', "a plan of schema None, this version reads 2"),
-        (None, "no such file"),
-    ],
-)
-def test_what_is_not_a_plan_of_this_version_is_refused(tmp_path: Path, content: bytes | None, reason: str) -> None:
+def test_what_is_not_a_plan_of_this_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(PlanError) as error:
+    with pytest.raises(PlanError, match="no such file"):
         load_plan(path)
-    assert str(error.value).startswith(f"{path}: {reason}")
+    reasons = {
+        b"{": "not valid JSON: ",
+        b"\xff\xfe{}": "not UTF-8 text: ",
+        b"[]": "not a plan",
+        b'{"kind": "evaluation", "schema": 1}': "not a plan",
+        b'{"kind": "plan", "schema": 1}': "a plan of schema 1, this version reads 2; compose it again",
+    }
+    for content, reason in reasons.items():
+        path.write_bytes(content)
+        with pytest.raises(PlanError, match=f"^{path}: {reason}"):
+            load_plan(path)
 
 
 ABOUT = made_up_about("abc", "language/zh-日本", ["x", "y"], tokens=9, layers=[SHAPE])
@@ -181,42 +152,43 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
             assert profile.read(name).dtype == tensor.dtype
 
 
-@pytest.mark.parametrize("size", [0, 4, 8, 100, -1, -40], ids=lambda size: f"first {size} bytes")
-def test_a_truncated_profile_is_refused(tmp_path: Path, size: int) -> None:
+def test_a_truncated_profile_is_refused(tmp_path: Path) -> None:
     path = save_profile(tmp_path / "p.safetensors", ABOUT, statistics()).path
-    path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(CheckpointError, match=r"p\.safetensors: not a readable profile .*delete it and profile again"):
-        Profile(path)
+    whole = path.read_bytes()
+    for size in (0, 4, 8, 100, -1, -40):
+        path.write_bytes(whole[:size])
+        with pytest.raises(
+            CheckpointError, match=r"p\.safetensors: not a readable profile .*delete it and profile again"
+        ):
+            Profile(path)
     with pytest.raises(CheckpointError, match="no such profile"):
         Profile(tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="not a readable profile"):
         Profile(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("metadata", "reason"),
-    [
-        (None, "a profile of schema None, not 5"),
-        ({"format": "pt"}, "a profile of schema None, not 5"),
-        ({"expertprune": json.dumps({"schema": 1})}, "a profile of schema 1, not 5"),
-        ({"expertprune": "{"}, "not a readable profile"),
-        ({"expertprune": "[]"}, "profile"),
-    ],
-)
-def test_tensors_of_another_kind_or_version_are_no_profile(
-    tmp_path: Path, metadata: dict[str, str] | None, reason: str
-) -> None:
-    save_file({"weight": torch.zeros(2)}, tmp_path / "p.safetensors", metadata=metadata)
-    with pytest.raises(CheckpointError, match=reason):
-        Profile(tmp_path / "p.safetensors")
+def test_tensors_of_another_kind_or_version_are_no_profile(tmp_path: Path) -> None:
+    path = tmp_path / "p.safetensors"
+    reasons = {
+        json.dumps({"schema": 1}): "a profile of schema 1, not 5",
+        "{": "not a readable profile",
+        "[]": "profile",
+    }
+    for metadata, reason in reasons.items():
+        save_file({"weight": torch.zeros(2)}, path, metadata={"expertprune": metadata})
+        with pytest.raises(CheckpointError, match=reason):
+            Profile(path)
+    save_file({"weight": torch.zeros(2)}, path)
+    with pytest.raises(CheckpointError, match="a profile of schema None, not 5"):
+        Profile(path)
 
 
-@pytest.mark.parametrize("field", dataclasses.fields(ProfileKey), ids=lambda field: field.name)
-def test_a_profile_key_covers_every_field(field: dataclasses.Field[Any]) -> None:
-    value: Any = {"max_tokens": 33, "versions": {"torch": "3", "transformers": "5"}}.get(field.name, "other")
-    other = dataclasses.replace(KEY, **{field.name: value})
-    assert other.digest != KEY.digest
-    measured = field.name in ("model", "tokenizer", "corpus", "max_tokens")  # or else measured with
-    assert (KEY.same_text(other.digest), KEY.same_means(other.digest)) == (not measured, measured)
+def test_a_profile_key_covers_every_field() -> None:
+    for field in dataclasses.fields(ProfileKey):
+        value: Any = {"max_tokens": 33, "versions": {"torch": "3", "transformers": "5"}}.get(field.name, "other")
+        other = dataclasses.replace(KEY, **{field.name: value})
+        assert other.digest != KEY.digest, field.name
+        measured = field.name in ("model", "tokenizer", "corpus", "max_tokens")  # or else measured with
+        assert (KEY.same_text(other.digest), KEY.same_means(other.digest)) == (not measured, measured), field.name
     assert KEY.same_text(dataclasses.replace(KEY).digest)
     assert not KEY.same_text(None)

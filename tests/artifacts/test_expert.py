@@ -18,22 +18,19 @@ from expertprune.spec.reading import parse_spec
 from tests.experts import about, copied, described
 
 
-def test_an_expert_is_read_back_with_its_evaluation(tiny_build: tuple[Path, Path], tmp_path: Path) -> None:
-    before = (tiny_build[0] / EXPERT_FILE).read_text()
-    replace(Expert.load(tiny_build[0]), folder=tmp_path).save()
-    assert (tmp_path / EXPERT_FILE).read_text() == before
-    assert json.loads(before)["evaluation"]["corpora"].keys() == {
-        "language/en", "domain/medical", "task/qa", "general/general",
-    }  # fmt: skip
-
-
-def test_no_file_of_an_expert_names_a_place_of_the_builder(tiny_build: tuple[Path, Path], tiny_llama: Path) -> None:
+def test_an_expert_is_read_back_and_no_file_of_it_names_a_place_of_the_builder(
+    tiny_build: tuple[Path, Path], tiny_llama: Path, tmp_path: Path
+) -> None:
     folder, store = tiny_build
+    expert, written = Expert.load(folder), (folder / EXPERT_FILE).read_text()
+    replace(expert, folder=tmp_path).save()
+    assert (tmp_path / EXPERT_FILE).read_text() == written
+    corpora = {"language/en", "domain/medical", "task/qa", "general/general"}
+    assert json.loads(written)["evaluation"]["corpora"].keys() == corpora
     for path in folder.rglob("*"):
         if path.suffix in (".json", ".md"):
             text = path.read_text()
             assert not [place for place in (folder.parent, store, tiny_llama.parent) if str(place) in text], path
-    expert = Expert.load(folder)
     assert (expert.base.model, expert.spec.base.model, expert.plan.base.model) == ("llama",) * 3
     assert expert.spec.corpora.sources["medical"].path == ["medical.jsonl"]
 
@@ -81,25 +78,21 @@ def test_what_is_nowhere_is_named_with_what_to_give(
     assert spec.corpora.sources["qa"].path == [str(tiny_build[0].parent / "qa.jsonl")]
 
 
-def test_the_current_folder_and_that_around_the_expert_are_looked_into(
+def test_the_current_folder_and_the_experts_are_looked_into(
     moved: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = moved.parent.parent / "text"
-
-    def check(folder: Path) -> None:
-        expert = Expert.load(moved)
+    text, expert = moved.parent.parent / "text", Expert.load(moved)
+    for folder, current in ((text, text), (moved.parent, text.parent)):
+        for path in list(text.iterdir()) if folder != text else ():
+            path.rename(folder / path.name)
+        monkeypatch.chdir(current)
         assert expert.local_spec(store).corpora.sources["qa"].path == [str(folder / "qa.jsonl")]
         assert expert.find_base(store).folder == folder / "llama"
 
-    monkeypatch.chdir(text)
-    check(text)
-    monkeypatch.chdir(text.parent)
-    for path in list(text.iterdir()):
-        path.rename(moved.parent / path.name)
-    check(moved.parent)
 
-
-def test_an_expert_is_evaluated_elsewhere_with_the_places_given(moved: Path, tiny_build: tuple[Path, Path]) -> None:
+def test_an_expert_is_evaluated_elsewhere_but_with_no_other_base(
+    moved: Path, store: Path, tiny_build: tuple[Path, Path]
+) -> None:
     text = moved.parent.parent / "text"
     overrides: dict[str, Any] = {}
     for name in ("en", "medical", "qa", "general"):
@@ -107,13 +100,10 @@ def test_an_expert_is_evaluated_elsewhere_with_the_places_given(moved: Path, tin
         overrides[f"corpora.sources.{name}.evaluation"] = str(text / f"{name}.evaluation.jsonl")
     found = expertprune.evaluate(moved, base=text / "llama", overrides=overrides).document()
     assert found["corpora"] == about(tiny_build[0])["evaluation"]["corpora"]
-
-
-def test_another_model_in_the_bases_place_is_refused(moved: Path, store: Path) -> None:
     expert = Expert.load(moved)
-    other = replace(expert, base=expert.base.model_copy(update={"digest": "f" * 64}))
-    base = expert.local_base(store, moved.parent.parent / "text" / "llama")
+    base = expert.local_base(store, text / "llama")
     assert expert.find_base(store, base).digest == expert.base.digest
+    other = replace(expert, base=expert.base.model_copy(update={"digest": "f" * 64}))
     with pytest.raises(CheckpointError, match=r"is not the base of this expert .* recorded ffffffffffff"):
         other.find_base(store, base)
 
@@ -132,27 +122,27 @@ def test_the_documents_of_all_ancestors_calibrated_an_expert(tmp_path: Path) -> 
     assert middle.calibration_digests == {"a", "b"}
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"schema": 1}, "an expert of schema 1, and this version reads schema 2: build the expert again"),
-        ({"base": {"model": "m"}}, "missing key 'base.digest'"),
-        ({"parameters": {"before": "many", "after": 1}}, "parameters.before: must be a whole number"),
-        ({"corpora": {"language/en": {"digest": "c", "documents": [1]}}}, "corpora.language/en.documents.0"),
-        ({"plan": 3}, "plan: must be a mapping"),
-        ({"ancestor": {"kind": "expert"}}, f"{EXPERT_FILE}: ancestor: an expert of an older version"),
-        ({"evaluation": {"corpora": {}}}, "damaged: evaluation: missing key 'settings'; evaluate the expert again"),
-        ({"wrong": 1}, "unknown key 'wrong'"),
-    ],
-)
-def test_a_damaged_description_is_named_with_its_key(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+DAMAGE: list[tuple[dict[str, Any], str]] = [
+    ({"schema": 1}, "an expert of schema 1, and this version reads schema 2: build the expert again"),
+    ({"base": {"model": "m"}}, "missing key 'base.digest'"),
+    ({"corpora": {"language/en": {"digest": "c", "documents": [1]}}}, "corpora.language/en.documents.0"),
+    ({"plan": 3}, "plan: must be a mapping"),
+    ({"ancestor": {"kind": "expert"}}, f"{EXPERT_FILE}: ancestor: an expert of an older version"),
+    ({"evaluation": {"corpora": {}}}, "damaged: evaluation: missing key 'settings'; evaluate the expert again"),
+    ({"wrong": 1}, "unknown key 'wrong'"),
+]
+
+
+def test_a_damaged_description_is_named_with_its_key(tmp_path: Path) -> None:
     described(tmp_path).save()
     path = tmp_path / EXPERT_FILE
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(CheckpointError) as found:
-        Expert.load(tmp_path)
-    assert str(path) in str(found.value)
-    assert words in str(found.value)
+    whole = json.loads(path.read_text())
+    for change, words in DAMAGE:
+        path.write_text(json.dumps(whole | change))
+        with pytest.raises(CheckpointError) as found:
+            Expert.load(tmp_path)
+        assert str(path) in str(found.value)
+        assert words in str(found.value)
 
 
 def test_a_spec_that_this_version_cannot_read_does_not_keep_the_expert_from_being_served(tmp_path: Path) -> None:

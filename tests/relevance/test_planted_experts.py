@@ -29,7 +29,6 @@ CORPORA = Path(__file__).parents[2] / "corpora"
 # Expert `e` of every layer is for `ROLES[e]`.
 ROLES = ["domain/medical", "task/math", "language/de", "language/fr"]
 TOKENS = 64
-CHOSEN = 2  # experts of a token
 SHARPNESS = 12  # from scores near 0 and 1 to logits
 SHARED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
           "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "vocab_size", "tie_word_embeddings",
@@ -44,27 +43,6 @@ def token_ids(tokenizer: Any, corpus: str, split: str, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def inside(model: Any, ids: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Layer by layer of a dense model: what goes into the FFN, `[tokens, hidden]`, and the mean square of what its
-    neurons write, `[ffn]`."""
-    hidden: list[Tensor] = []
-    written: list[Tensor] = []
-    handles = []
-    for layer in model.model.layers:
-        down = layer.mlp.down_proj
-        handles.append(layer.mlp.register_forward_pre_hook(lambda _, given: hidden.append(given[0].flatten(0, 1))))
-        handles.append(
-            down.register_forward_pre_hook(
-                lambda down, given: written.append(given[0].square().mean((0, 1)) * down.weight.square().sum(0))
-            )
-        )
-    model(ids, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return hidden, written
-
-
-@torch.no_grad()
 def plant(dense_folder: Path, folder: Path) -> None:
     """Write a mixture of experts, expert `e` of every layer for `ROLES[e]`, in the form of Mixtral.
 
@@ -72,29 +50,36 @@ def plant(dense_folder: Path, folder: Path) -> None:
     """
     tokenizer = AutoTokenizer.from_pretrained(dense_folder)
     dense = AutoModelForCausalLM.from_pretrained(dense_folder, dtype=torch.float32).eval()
-    seen = [inside(dense, token_ids(tokenizer, name, "calibration", 12)) for name in ROLES]
-    config = MixtralConfig(
-        **{key: getattr(dense.config, key) for key in SHARED},
-        num_local_experts=len(ROLES),
-        num_experts_per_tok=CHOSEN,
-        sliding_window=None,
-    )
+    # corpus by corpus and layer by layer: what goes into the FFN, and the mean square of what its neurons write
+    hidden: list[Tensor] = []
+    written: list[Tensor] = []
+
+    def note_written(down: Any, given: Any) -> None:
+        written.append(given[0].square().mean((0, 1)) * down.weight.square().sum(0))
+
+    for layer in dense.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda _, given: hidden.append(given[0].flatten(0, 1)))
+        layer.mlp.down_proj.register_forward_pre_hook(note_written)
+    for name in ROLES:
+        dense(token_ids(tokenizer, name, "calibration", 12), use_cache=False)
+    shared = {key: getattr(dense.config, key) for key in SHARED}
+    experts = {"num_local_experts": len(ROLES), "num_experts_per_tok": 2, "sliding_window": None}
     with torch.device("meta"):
-        mixture = MixtralForCausalLM(config)
+        mixture = MixtralForCausalLM(MixtralConfig(**shared, **experts))
     state = {name: value for name, value in dense.state_dict().items() if ".mlp." not in name}
+    count = len(dense.model.layers)
     for index, layer in enumerate(dense.model.layers):
         prefix = f"model.layers.{index}.mlp"
         gate_up = torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight])
         down = layer.mlp.down_proj.weight.repeat(len(ROLES), 1, 1)
-        written = torch.stack([of_corpus[1][index] for of_corpus in seen])
-        written = written / written.sum(1, keepdim=True)
+        shares = torch.stack([each / each.sum() for each in written[index::count]])
         for expert in range(len(ROLES)):
-            others = torch.cat([written[:expert], written[expert + 1 :]]).amax(0)
-            gone = (others / written[expert]).argsort(descending=True)[: written.shape[1] // 10]
+            others = torch.cat([shares[:expert], shares[expert + 1 :]]).amax(0)
+            gone = (others / shares[expert]).argsort(descending=True)[: shares.shape[1] // 10]
             down[expert][:, gone] = 0
         state[f"{prefix}.experts.gate_up_proj"] = gate_up.repeat(len(ROLES), 1, 1)
         state[f"{prefix}.experts.down_proj"] = down
-        state[f"{prefix}.gate.weight"] = router([of_corpus[0][index] for of_corpus in seen])
+        state[f"{prefix}.gate.weight"] = router(hidden[index::count])
     mixture.load_state_dict(state, assign=True)
     mixture.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -122,21 +107,17 @@ def measured(folder: Path, corpora: Sequence[str] = ROLES) -> dict[str, float]:
     return found
 
 
-def test_the_experts_of_the_dimensions_are_kept_and_a_repair_takes_back_half_of_what_the_others_cost(
+def test_the_planted_experts_are_kept_and_half_of_what_the_others_cost_is_repaired(
     real_store: Path, tmp_path: Path
 ) -> None:
     """SmolLM2-135M with four experts in each layer, of which two stay."""
     mixture = tmp_path / "mixture"
     plant(fetched(resolve_base(Base(model="smollm2-135m-instruct"), real_store)).folder, mixture)
 
+    unrepaired = {"compensation": "none"}
+
     def composed(**changes: Any) -> Plan:
-        spec = {
-            "name": "planted",
-            "base": str(mixture),
-            "general": [],
-            "budget": {"experts": 2},
-            "compensation": "none",
-        }
+        spec = {"name": "planted", "base": str(mixture), "general": [], "budget": {"experts": 2}, **unrepaired}
         return expertprune.compose(Spec.model_validate(spec | changes), store=real_store)
 
     def pruned(plan: Plan, name: str) -> Path:
@@ -146,14 +127,13 @@ def test_the_experts_of_the_dimensions_are_kept_and_a_repair_takes_back_half_of_
         return {corpus: bits - before[corpus] for corpus, bits in measured(folder, corpora).items()}
 
     before = measured(mixture)
+    enough = {"documents": 24, "max_tokens": 2 * TOKENS}  # for the repair
+    english = {"dimensions": {"domain": ["medical"], "task": ["math"]}, "calibration": enough}
     few = {"documents": 6, "max_tokens": TOKENS}
-    english = {
-        "dimensions": {"domain": ["medical"], "task": ["math"]},
-        "calibration": {"documents": 24, "max_tokens": 2 * TOKENS},  # the repair needs more
-    }
+    others = {"dimensions": {"language": ["de", "fr"]}, "calibration": few}
     purposes: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
         "english": (english, (0, 1)),
-        "others": ({"dimensions": {"language": ["de", "fr"]}, "calibration": few}, (2, 3)),
+        "others": (others, (2, 3)),
     }
     found = {}
     for name, (changes, expected) in purposes.items():

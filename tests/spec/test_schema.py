@@ -11,6 +11,8 @@ import jsonschema
 import pytest
 import yaml
 
+from expertprune.arch import bundled_models
+from expertprune.corpora.loading import load_corpora
 from expertprune.errors import SpecError
 from expertprune.files import shipped
 from expertprune.spec.reading import load_spec, parse_spec
@@ -22,30 +24,22 @@ MINIMAL: dict[str, Any] = {
     "dimensions": {"language": "de"},
     "budget": {"ffn": 0.25},
 }
-FULL: dict[str, Any] = {
-    "name": "full-1.0_x",
-    "base": {"model": "owner/model", "revision": "main", "dtype": "bfloat16", "trust_remote_code": False},
-    "dimensions": {"language": ["de", "fr"], "domain": ["medical"], "task": ["qa"]},
-    "general": ["general", "legal"],
-    "corpora": {
-        "sources": {
-            "de": {"dataset": "owner/data", "config": "de", "split": "train", "evaluation_split": "test"},
-            "language/fr": {"dataset": "owner/other", "template": "Q: {question}\nA: {answers.text.0}"},
-        }
-    },
-    "calibration": {"documents": 12, "max_tokens": 64, "tokens_per_batch": 100, "seed": 3},
-    "relevance": {"criterion": "activation", "loss": "kl", "seed": 4},
-    "compose": {
-        "rule": "mean",
-        "aggregate": 0.9,
-        "scale": "percentile",
-        "fusion": {"tau": 0.2, "lambda": 0.75, "beta": 0.25},
-        "allocation": "uniform",
-    },
-    "budget": {"ffn": 384, "kv_groups": 1, "multiple_of": 8, "floor": 0.2},
-    "compensation": {"method": "none", "ridge": 500.0},
-    "evaluate": {"corpora": ["medical"], "documents": 3, "max_tokens": 77, "metrics": ["kl"], "enabled": False},
-}
+FULL: dict[str, Any] = yaml.safe_load("""
+name: full-1.0_x
+base: {model: owner/model, revision: main, dtype: bfloat16, trust_remote_code: false}
+dimensions: {language: [de, fr], domain: [medical], task: [qa]}
+general: [general, legal]
+corpora:
+  sources:
+    de: {dataset: owner/data, config: de, split: train, evaluation_split: test}
+    language/fr: {dataset: owner/other, template: "Q: {question}\\nA: {answers.text.0}"}
+calibration: {documents: 12, max_tokens: 64, tokens_per_batch: 100, seed: 3}
+relevance: {criterion: activation, loss: kl, seed: 4}
+compose: {rule: mean, aggregate: 0.9, scale: percentile, fusion: {tau: 0.2, lambda: 0.75, beta: 0.25}, allocation: uniform}
+budget: {ffn: 384, kv_groups: 1, multiple_of: 8, floor: 0.2}
+compensation: {method: none, ridge: 500.0}
+evaluate: {corpora: [medical], documents: 3, max_tokens: 77, metrics: [kl], enabled: false}
+""")
 
 
 def spec_of(**changes: Any) -> Spec:
@@ -70,26 +64,8 @@ def holds(found: Any, expected: Any) -> bool:
     return bool(found == expected)
 
 
-def test_the_minimal_spec_is_valid_and_has_the_documented_defaults() -> None:
-    spec = spec_of()
-    expected = {
-        "base": {"model": "owner/model", "dtype": "auto", "trust_remote_code": False},
-        "general": ["general"],
-        "calibration": {"documents": 256, "max_tokens": 512, "windows": 1, "prompt_weight": 1.0, "seed": 0},
-        "relevance": {"criterion": "auto", "experts": None},
-        "compose": {"rule": "intersection", "allocation": "auto"},
-        "budget": {"ffn": 0.25, "query_heads": 0, "kv_groups": 0, "multiple_of": 64},
-        "compensation": {"method": "least_squares"},
-    }
-    assert holds(spec.model_dump(), expected)
-    assert spec.dimensions.chosen == {"language": ["de"]}
-    every = ["bits_per_byte", "perplexity", "kl", "agreement", "questions"]
-    assert spec.evaluate.chosen_metrics(other_tokens=False) == every
-
-
 UNKNOWN = [
     ({"evalute": {}}, "evalute", "evaluate"),
-    ({"base": {"model": "a/b", "dtyp": "float32"}}, "base.dtyp", "dtype"),
     ({"dimensions": {"language": "de", "taks": "qa"}}, "dimensions.taks", "task"),
     (of_source(path="a", feild="b"), "corpora.sources.de.feild", "field"),
     ({"corpora": {"sources": {"a/b": {"path": "a", "fild": "b"}}}}, "corpora.sources.a/b.fild", "field"),
@@ -99,10 +75,8 @@ UNKNOWN = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "key", "nearest"), UNKNOWN, ids=[key for _, key, _ in UNKNOWN])
-def test_an_unknown_key_names_file_key_and_the_nearest_key_or_all(
-    changes: dict[str, Any], key: str, nearest: str | None
-) -> None:
+@pytest.mark.parametrize(("changes", "key", "nearest"), UNKNOWN)
+def test_an_unknown_key_is_named_with_the_nearest(changes: dict[str, Any], key: str, nearest: str | None) -> None:
     hint = f"did you mean '{nearest}'?" if nearest else "valid: beta, lambda, method, rows, tau"
     assert problems_of({**MINIMAL, **changes}) == [f"my.yaml: unknown key '{key}'; {hint}"]
 
@@ -119,71 +93,56 @@ def test_several_errors_of_different_kinds_are_reported_at_once() -> None:
         assert sum(key in problem for problem in problems) == 1, key
 
 
-BOTH = "'ffn' or 'retention', not both"
 WRONG = [
     ({"name": "a b"}, "name", "must be of letters, digits, '.', '_' and '-'"),
     ({"name": ["x"]}, "name", "must be text (found ['x'])"),
     ({"name": "a" * 101}, "name", f"must have at most 100 characters (found '{'a' * 56}...)"),
     ({"base": ""}, "base.model", "must not be empty (found '')"),
-    ({"base": {"model": "a/b", "dtype": "int8"}}, "base.dtype", "'float32'"),
     ({"base": {"model": "a/b", "device": "gpu"}}, "base.device", "must be auto, cpu, cuda, or one GPU of several"),
-    ({"dimensions": {"language": ["de", ""]}}, "dimensions.language.1", "found ''"),
     ({"dimensions": {"language": []}}, "dimensions", "at least one of language, domain, task"),
     ({"general": {"general": 1}}, "general", "must be text, or a list of texts"),
     ({"general": [1]}, "general.0", "must be text; put it in quotes (found 1)"),
     ({"calibration": 3}, "calibration", "must be a mapping of keys and values (found 3)"),
     ({"calibration": {"documents": "many"}}, "calibration.documents", "must be a whole number (found 'many')"),
-    ({"calibration": {"documents": 1.5}}, "calibration.documents", "must be a whole number (found 1.5)"),
     ({"calibration": {"documents": 0}}, "calibration.documents", "must be at least 1 (found 0)"),
     ({"budget": {"multiple_of": 8}}, "budget", "ffn, query_heads, kv_groups, experts, vocabulary, parameters"),
-    ({"budget": {"ffn": True}}, "budget.ffn", "found True"),
-    ({"budget": {"ffn": -0.1}}, "budget.ffn", "found -0.1"),
-    ({"budget": {"kv_groups": 1.5}}, "budget.kv_groups", "below 1"),
+    *(({"budget": {"ffn": wrong}}, "budget.ffn", f"found {wrong}") for wrong in (True, -0.1, 1.0, 1.5)),
     ({"budget": {"parameters": 1}}, "budget.parameters", "a fraction below 1"),
-    ({"budget": {"retention": {"expert": 0.9}, "ffn": 64}}, "budget", BOTH),
+    ({"budget": {"retention": {"expert": 0.9}, "ffn": 64}}, "budget", "'ffn' or 'retention', not both"),
     ({"budget": {"retention": {"expert": 0.9}, "parameters": 0.2}}, "budget", "give one of parameters, retention"),
     ({"budget": {"retention": {}}}, "budget.retention", "at least one of expert, general"),
-    ({"budget": {"retention": {"expert": 0}}}, "budget.retention.expert", "must be greater than 0"),
-    ({"budget": {"max_parameters": "abcM"}}, "budget.max_parameters", "found 'abcM'"),
-    ({"budget": {"max_parameters": "infB"}}, "budget.max_parameters", "such as 100M, 1.5B or 100000000"),
-    ({"budget": {"max_parameters": 0}}, "budget.max_parameters", "found 0"),
+    *(({"budget": {"max_parameters": wrong}}, "budget.max_parameters", "such as 100M") for wrong in ("abcM", "infB", 0)),
     *(({"compose": {"aggregate": wrong}}, "compose.aggregate", "quantile") for wrong in ("median", 0, 1, [0.5])),
     ({"compose": {"scale": "shaer"}}, "compose.scale", "'standard'; did you mean 'share'? (found 'shaer')"),
     ({"compose": {"scale": "standard", "fusion": {"beta": 0}}}, "compose", "take scale: share or percentile"),
     ({"compose": {"fusion": {"lambda": 3}}}, "compose.fusion.lambda", "must be at most 1 (found 3)"),
     ({"compose": {"fusion": {"tau": "x"}}}, "compose.fusion.tau", "must be a number (found 'x')"),
+    ({"compensation": {"ridge": 0}}, "compensation.ridge", "must be greater than 0 (found 0)"),
     ({"serve_with": "tgi"}, "serve_with.0", "must be 'transformers', 'vllm' or 'gguf' (found 'tgi')"),
     ({"evaluate": {"enabled": "maybe"}}, "evaluate.enabled", "must be true or false (found 'maybe')"),
     ({"evaluate": {"metrics": "kl"}}, "evaluate.metrics", "must be a list (found 'kl')"),
-    ({"evaluate": {"metrics": ["kl", "bleu"]}}, "evaluate.metrics.1", "found 'bleu'"),
-    ({"corpora": {"sources": {"de": "de.jsonl"}}}, "corpora.sources.de", "found 'de.jsonl'"),
+    *((of_source(**wrong), "corpora.sources.de", "exactly one of 'path' and 'dataset'")
+      for wrong in ({}, {"path": "a", "dataset": "b"})),
     (of_source(path=""), "corpora.sources.de.path.0", "must not be empty (found '')"),
-    (of_source(), "corpora.sources.de", "exactly one of 'path' and 'dataset'"),
-    (of_source(path="a", dataset="b"), "corpora.sources.de", "exactly one of 'path' and 'dataset'"),
     (of_source(path="a", field="x", template="{x}"), "corpora.sources.de", "'field' or 'template', not both"),
     (of_source(path="a", config="x", split="y"), "corpora.sources.de", "config, split does not go with 'path'"),
     (of_source(dataset="a", evaluation="b"), "corpora.sources.de", "evaluation does not go with 'dataset'"),
-]
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("changes", "key", "words"), WRONG, ids=[f"{key}:{words[:30]}" for _, key, words in WRONG])
-def test_a_wrong_value_is_told_by_file_key_and_what_would_be_right(
-    changes: dict[str, Any], key: str, words: str
-) -> None:
+@pytest.mark.parametrize(("changes", "key", "words"), WRONG)
+def test_a_wrong_value_is_told_by_file_key_and_what_would_be_right(changes: Any, key: str, words: str) -> None:
     (problem,) = problems_of({**MINIMAL, **changes})
     assert problem.startswith(f"my.yaml: {key}: ")
     assert words in problem
 
 
 def test_no_message_of_pydantic_reaches_the_user() -> None:
-    wrong = [None, True, 3, -1.5, 1e9, "", "?" * 999, [], [None], {}, {"?": 1}]
     document = spec_of(**FULL).document()
-    for section in document:
-        for value in wrong:
-            changes = [{section: value}]
-            if isinstance(document[section], dict):
-                changes += [{section: {**document[section], key: value}} for key in document[section]]
-            for each in changes:
+    for section, inside in document.items():
+        for value in (None, True, 3, -1.5, 1e9, "", "?" * 999, [], [None], {}, {"?": 1}):
+            keys = inside if isinstance(inside, dict) else ()
+            for each in ({section: value}, *({section: {**inside, key: value}} for key in keys)):
                 try:
                     spec_of(**each)
                 except SpecError as error:
@@ -193,8 +152,6 @@ def test_no_message_of_pydantic_reaches_the_user() -> None:
 
 SHORTHANDS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"dimensions": {"task": "qa"}}, {"dimensions": {"task": ["qa"]}}),
-    ({"compose": {"aggregate": "max"}}, {"compose": {"aggregate": "max"}}),
-    ({"compose": {"scale": "standard"}}, {"compose": {"scale": "standard"}}),
     (
         {"compose": {"scale": "standard", "fusion": {"method": "weighted", "beta": 0.5}}},
         {"compose": {"fusion": {"beta": 0.5}}},
@@ -220,9 +177,7 @@ def test_shorthands_mean_the_long_form() -> None:
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def test_relative_paths_are_relative_to_the_spec_and_not_to_the_working_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_relative_paths_are_relative_to_the_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in ("models/mine", "specs", "elsewhere"):
         (tmp_path / folder).mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -246,37 +201,32 @@ def test_a_base_is_a_path_if_it_looks_like_one_or_is_there(tmp_path: Path) -> No
         assert found == (base if base in ("owner/model", "bundled-name") else str((tmp_path / base).resolve()))
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [(b"name: [unclosed", "not valid YAML"), (b"", "a spec is a mapping"), (b"name: \xff\xfe", "not UTF-8 text"),
-     (None, "no such file")],
-)  # fmt: skip
-def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path: Path, content: bytes | None, words: str) -> None:
+def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "my.yaml"
-    if content is not None:
+    wrong = {b"name: [unclosed": "not valid YAML", b"": "a spec is a mapping", b"name: \xff\xfe": "not UTF-8 text"}
+    for content, words in wrong.items():
         path.write_bytes(content)
-    with pytest.raises(SpecError, match=f"{path}: .*{words}"):
-        load_spec(path)
+        with pytest.raises(SpecError, match=f"{path}: .*{words}"):
+            load_spec(path)
+    with pytest.raises(SpecError, match=r"absent\.yaml: no such file"):
+        load_spec(tmp_path / "absent.yaml")
 
 
 # --- overrides ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("changes", "overrides", "expected"),
-    [
-        ({}, {"compose.fusion.lambda": 0.125, "name": "b"}, {"compose": {"fusion": {"lambda": 0.125}}, "name": "b"}),
-        ({}, {"dimensions.task": ["qa"]}, {"dimensions": {"language": ["de"], "task": ["qa"]}}),
-        ({}, {"base.dtype": "float32"}, {"base": {"model": "owner/model", "dtype": "float32"}}),
-        ({"relevance": "taylor"}, {"relevance.seed": 9}, {"relevance": {"criterion": "taylor", "seed": 9}}),
-        ({"relevance": "taylor"}, {"relevance": "random"}, {"relevance": {"criterion": "random"}}),
-        (
-            {"corpora": "/data/mine"},
-            {"corpora.sources.de.path": "/data/de.txt"},
-            {"corpora": {"catalogue": "/data/mine", **of_source(path=["/data/de.txt"])["corpora"]}},
-        ),
-    ],
-)
+OVERRIDES: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
+    ({}, {"compose.fusion.lambda": 0.125, "name": "b"}, {"compose": {"fusion": {"lambda": 0.125}}, "name": "b"}),
+    ({}, {"dimensions.task": ["qa"]}, {"dimensions": {"language": ["de"], "task": ["qa"]}}),
+    ({}, {"base.dtype": "float32"}, {"base": {"model": "owner/model", "dtype": "float32"}}),
+    ({"relevance": "taylor"}, {"relevance.seed": 9}, {"relevance": {"criterion": "taylor", "seed": 9}}),
+    ({"relevance": "taylor"}, {"relevance": "random"}, {"relevance": {"criterion": "random"}}),
+    ({"corpora": "/data"}, {"corpora.sources.de.path": "/de.txt"}, {"corpora": {"catalogue": "/data"}}),
+    ({"corpora": "/data"}, {"corpora.sources.de.path": "/de.txt"}, of_source(path=["/de.txt"])),
+]
+
+
+@pytest.mark.parametrize(("changes", "overrides", "expected"), OVERRIDES)
 def test_overrides_change_one_key_and_keep_what_stands_beside_it(
     changes: dict[str, Any], overrides: dict[str, Any], expected: dict[str, Any]
 ) -> None:
@@ -309,7 +259,15 @@ def validator() -> jsonschema.Draft202012Validator:
 
 
 def test_the_json_schema_accepts_what_a_spec_accepts_and_refuses_what_it_refuses() -> None:
-    shipped_specs = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in shipped("profiles").glob("*.yaml")]
+    """The specs that ship are among them: each has its file's name, and all of its corpora."""
+    shipped_specs = []
+    for path in shipped("profiles").glob("*.yaml"):
+        shipped_specs.append(yaml.safe_load(path.read_text(encoding="utf-8")))
+        spec = load_spec(path)
+        assert spec.name == path.stem
+        assert spec.base.model in bundled_models() or spec.base.model.count("/") == 1, path
+        assert all(corpus.calibration and corpus.evaluation for corpus in load_corpora(spec).values()), path
+    assert len(shipped_specs) >= 8
     written_out = spec_of(**FULL).document()
     for data in (FULL, written_out, *shipped_specs, *({**FULL, **changes} for changes, _ in SHORTHANDS)):
         assert validator().is_valid(data), data
