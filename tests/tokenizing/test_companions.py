@@ -1,4 +1,4 @@
-"""Files beside the tokenizer: every id in step, nothing that contradicts it left."""
+"""Files beside the tokenizer: every id in step, nothing that contradicts it left; and languages that it was made for."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from expertprune.errors import CheckpointError
 from expertprune.tokenizing import Renumbering, Vocabulary, essential_ids, read_vocabulary, trimmed, write_tokenizer
+from expertprune.tokenizing.languages import known_languages
 from tests.oracle import read_json
 from tests.vocabularies import data_of, tokenizer_of
-
-IDS = {0: 0, 5: 1, 7: 2, 9: 3}
 
 
 @pytest.mark.parametrize(
@@ -37,7 +36,7 @@ IDS = {0: 0, 5: 1, 7: 2, 9: 3}
     ],
 )
 def test_a_config_names_the_new_ids(key: str, old: Any, new: Any) -> None:
-    assert Renumbering(IDS).config({key: old, "other": 5}) == {key: new, "other": 5}
+    assert Renumbering({0: 0, 5: 1, 7: 2, 9: 3}).config({key: old, "other": 5}) == {key: new, "other": 5}
 
 
 @pytest.fixture
@@ -75,7 +74,7 @@ def written(base: Path, folder: Path) -> tuple[Vocabulary, dict[int, int]]:
     return vocabulary, result.ids
 
 
-def test_every_file_tells_the_same_ids(base: Path, tmp_path: Path) -> None:
+def test_every_file_tells_the_same_ids_and_transformers_reads_them(base: Path, tmp_path: Path) -> None:
     folder = tmp_path / "expert"
     old, ids = written(base, folder)
     data = read_json(folder / "tokenizer.json")
@@ -90,21 +89,16 @@ def test_every_file_tells_the_same_ids(base: Path, tmp_path: Path) -> None:
     assert settings["eos_token_id"] == [added["</s>"], added["<|turn|>"]]
     assert data["post_processor"]["special_tokens"]["<s>"]["ids"] == [added["<s>"]]
     assert not (folder / "tokenizer.model").exists()
-
-
-def test_transformers_reads_the_folder_and_its_chat_template(base: Path, tmp_path: Path) -> None:
-    old, ids = written(base, tmp_path / "expert")
-    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (base, tmp_path / "expert"))
+    before, after = (AutoTokenizer.from_pretrained(each) for each in (base, folder))
     assert len(after) == len(ids) < len(before) - 100
     assert (after.bos_token_id, after.eos_token_id) == (ids[before.bos_token_id], ids[before.eos_token_id])
     messages = [{"role": "user", "content": "12"}, {"role": "assistant", "content": "345"}]
     options: dict[str, Any] = {"tokenize": True, "return_dict": False}
     found, expected = (each.apply_chat_template(messages, **options) for each in (after, before))
     assert [ids[index] for index in expected] == found  # what the template writes is kept as it was
-    stop = before("Richter", add_special_tokens=False)["input_ids"]
+    stop = before("Richter", add_special_tokens=False)["input_ids"]  # as are stop strings
     assert after("Richter", add_special_tokens=False)["input_ids"] == [ids[index] for index in stop]
     assert len(stop) < len("Richter")
-    assert old.size == len(before)
 
 
 def test_tokenizers_that_need_code_or_have_no_fast_form_are_refused_by_name(base: Path) -> None:
@@ -134,3 +128,16 @@ def test_placeholders_may_go_unless_they_have_a_role(base: Path, tmp_path: Path)
     assert len(new) == len(ids)
     text = "Gesetz<unused0><unused1>"
     assert new.decode(new(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def test_a_language_that_takes_many_more_tokens_than_english_is_not_known() -> None:
+    """12 words of English, at most 13 of the other Latin languages; 20 signs of Chinese are 60 bytes."""
+
+    def words_and_letters(text: str, **_: Any) -> dict[str, list[str]]:
+        """One token for each word of Latin letters, one for each byte of every other script."""
+        tokens: list[str] = []
+        for word in text.split():
+            tokens += [word] if all(ord(letter) < 0x250 for letter in word) else [chr(byte) for byte in word.encode()]
+        return {"input_ids": tokens}
+
+    assert known_languages(words_and_letters) == ["en", "de", "fr", "es", "pt", "it"]
