@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from expertprune.corpora import templates
 from expertprune.errors import SpecError
-from expertprune.evaluation.suites import TaskEntry, load_suite
+from expertprune.evaluation.suites import TaskEntry
 from tests.corpora.test_chat import CHATML, chat_tokenizer
 from tests.corpora.test_loading import write_rows
 from tests.tiny import WORDS, tiny_model
@@ -39,10 +40,8 @@ metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 
 @pytest.fixture
 def task(tmp_path: Path) -> str:
-    rows = [
-        {"question": f"{WORDS[i]} {WORDS[i + 1]}", "choices": [WORDS[i + 2], WORDS[i + 3]], "answer": i % 2}
-        for i in range(6)
-    ]
+    parts = [(i % 2, *WORDS[i : i + 4]) for i in range(6)]
+    rows = [{"question": f"{a} {b}", "choices": [c, d], "answer": answer} for answer, a, b, c, d in parts]
     write_rows(tmp_path / "questions.jsonl", rows)
     path = tmp_path / "choose.yaml"
     path.write_text(TASK)
@@ -58,40 +57,31 @@ def test_prompts_are_what_the_template_makes_of_them(task: str) -> None:
     plain = load_task(TaskEntry(file=task), generates=False)
     chat = load_task(TaskEntry(file=task, chat=True), False, tokenizer=tokenizer)
     assert asked(plain)[0] == ("the heart", " pumps")
-    assert [each[0] for each in asked(chat)[:2]] == [
-        "<|im_start|>user\nthe heart<|im_end|>\n<|im_start|>assistant\n"
-    ] * 2
+    prompt = "<|im_start|>user\nthe heart<|im_end|>\n<|im_start|>assistant\n"
+    assert [each[0] for each in asked(chat)[:2]] == [prompt, prompt]
     assert chat.digest != plain.digest
-    turns = load_task(TaskEntry(file=task, chat=True, few_shot=1), False, tokenizer=tokenizer)
-    one = load_task(TaskEntry(file=task, chat=True, few_shot=1, fewshot_as_multiturn=False), False, tokenizer=tokenizer)
-    assert asked(turns)[2][0].count("<|im_start|>user") == 2
-    assert asked(one)[2][0].count("<|im_start|>user") == 1
+    for apart, turns in ((True, 2), (False, 1)):
+        entry = TaskEntry(file=task, chat=True, few_shot=1, fewshot_as_multiturn=apart)
+        assert asked(load_task(entry, False, tokenizer=tokenizer))[2][0].count("<|im_start|>user") == turns
     with pytest.raises(SpecError, match="task choose: chat: the base has no chat template; leave 'chat' out"):
         load_task(TaskEntry(file=task, chat=True), False, tokenizer=chat_tokenizer(None))
-
-
-ENDLESS = ["{{ 9 ** (9 ** 9) }}", "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"]
-
-
-@pytest.mark.parametrize("endless", ENDLESS)
-def test_templates_that_do_not_end_are_stopped(task: str, endless: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(templates, "TIME_LIMIT", 0.3)
-    with pytest.raises(SpecError, match=r"task choose: the base's chat template did not end .*; leave 'chat' out"):
-        load_task(TaskEntry(file=task, chat=True), False, tokenizer=chat_tokenizer(endless))
-    Path(task).write_text(TASK.replace("{{question}}", endless))
-    with pytest.raises(SpecError, match=r"task choose: its template .* did not end within 0.3 s"):
-        load_task(TaskEntry(file=task), False)
-
-
-def test_templates_of_tasks_reach_no_python_and_replace_by_patterns(task: str) -> None:
     Path(task).write_text(TASK.replace("{{question}}", "{{question | regex_replace('^the', 'a', 1)}}"))
     assert asked(load_task(TaskEntry(file=task), False))[0][0] == "a heart"
-    Path(task).write_text(TASK.replace("{{question}}", "{{ ''.__class__.__mro__ }}"))
-    with pytest.raises(SpecError, match="unsafe"):
-        load_task(TaskEntry(file=task), False)
 
 
-def test_a_fifo_in_place_of_a_task_s_data_is_refused_at_once(task: str) -> None:
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_a_task_cannot_hang_reach_python_or_read_a_fifo(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "TIME_LIMIT", 0.3)
+    for template, said in (
+        (ENDLESS, "its template .* did not end within 0.3 s"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+    ):
+        Path(task).write_text(TASK.replace("{{question}}", template))
+        with pytest.raises(SpecError, match=said):
+            load_task(TaskEntry(file=task), False)
+    Path(task).write_text(TASK)
     data = Path(task).with_name("questions.jsonl")
     data.unlink()
     os.mkfifo(data)
@@ -113,27 +103,18 @@ def test_a_model_is_scored_on_what_follows_the_template(task: str) -> None:
         first, second = (last[tokenizer.get_vocab()[WORDS[i + place]]] for place in (2, 3))
         expected.append(float(int(second > first) == i % 2))
     assert scores.values.tolist() == expected
-
-
-def test_how_long_generations_stay_the_same_is_the_part_of_the_bases_text() -> None:
-    assert (
-        common_beginning(["the heart", "abcd", "", ""], ["the heart pumps", "abxd", "", "a"]) == (1 + 0.5 + 1 + 0) / 4
-    )
-
-
-def test_a_suite_says_it_for_all_its_tasks(task: str, tmp_path: Path) -> None:
-    suite = tmp_path / "mine.yaml"
-    suite.write_text(f"name: mine\nchat: true\ntasks: [{{file: {task}}}, {{name: arc_easy, chat: false}}]\n")
-    assert [entry.chat for entry in load_suite(suite).tasks] == [True, False]
+    # How long generations stay the same is the part of the base's text.
+    base, theirs = ["the heart", "abcd", "", ""], ["the heart pumps", "abxd", "", "a"]
+    assert common_beginning(base, theirs) == (1 + 0.5 + 1 + 0) / 4
 
 
 def test_a_bos_that_the_template_wrote_is_not_written_again() -> None:
-    class Model:
-        def tok_encode(self, string: Any) -> Any:
-            one = [0, 0, 5] if isinstance(string, str) and string.startswith("<s>") else [0, 5]
-            return one if isinstance(string, str) else [self.__class__.tok_encode(self, each) for each in string]
+    def encode(text: Any) -> Any:
+        if not isinstance(text, str):
+            return [encode(each) for each in text]
+        return [0, 0, 5] if text.startswith("<s>") else [0, 5]
 
-    model: Any = Model()
+    model: Any = SimpleNamespace(tok_encode=encode)
     _with_one_bos(model, 0)
     assert model.tok_encode("<s>a") == model.tok_encode("a") == [0, 5]
     assert model.tok_encode(["<s>a", "a"]) == [[0, 5], [0, 5]]
