@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,11 @@ from tests.tiny import FAMILIES, save_tiny
 # The first test waits for the engines of all.
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(2400)]
 
-# Head sizes of vLLM's CPU kernels begin at 32.
+# Head sizes of vLLM's CPU kernels begin at 32. A tied random model repeats the token that it reads.
 SIZES = {
-    "hidden_size": 128,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-}
+    "hidden_size": 128, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    "tie_word_embeddings": False,
+}  # fmt: skip
 OWN_SIZES: dict[str, dict[str, Any]] = {
     # vLLM's class has no bias on the output projection of this family's attention, and drops one without a word.
     "qwen3": {"attention_bias": False},
@@ -44,7 +40,6 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
 }
 PROMPTS = [[5, 9, 14, 3, 22, 41, 7, 30], [60, 2, 33]]
 NEW = 8
-OWN_WIDTHS = "widths of single layers"
 
 SCRIPT = """
 import gc, json, os, sys, traceback
@@ -86,49 +81,49 @@ for folder in folders:
         json.dump(results, file)
 """
 
-
-@dataclass
-class Served:
-    """Tokens and their log-probabilities by transformers and by vLLM (or its error), by family, expert and route.
-
-    Those with an adapter have the name of its base's family with `ADAPTED` behind it.
-    """
-
-    expected: dict[tuple[str, str], list[list[tuple[int, float]]]]
-    found: dict[tuple[str, str, str], Any]
-
-
-def expert_kinds(name: str) -> dict[str, list[dict[str, int] | None]]:
-    """What each layer keeps: the same, and, where the family's classes can be built so, other widths in each.
-
-    One layer goes whole.
-    """
-    family = next(each for each in families().values() if each.family == name)
-    heads = {"kv_groups": 1} if family.heads_are_units else {}
-    units = {"ffn": 64} if family.has_ffn else {"experts": 4}
-    kinds: dict[str, list[dict[str, int] | None]] = {"uniform": [{**units, **heads}, {**units, **heads}, None]}
-    if family.vllm_single_layers:
-        kinds[OWN_WIDTHS] = [{"ffn": 64}, None, {"ffn": 32, **heads}]
-    return kinds
-
-
 # Families that vLLM's CPU build cannot run as this test does: its router leaves out the bias that corrects the choice of a
 # softmax router without groups; its linear attention wants bfloat16; its latent attention knows one head size only.
 NOT_ON_CPUS = {"ernie4_5_moe", "qwen3_next", "deepseek_v2", "deepseek_v3"}
-EXPERTS = [(name, kind) for name in FAMILIES if name not in NOT_ON_CPUS for kind in expert_kinds(name)]
-CASES = [
-    (*expert, route)
-    for expert in EXPERTS
-    for route in ("plugin", "stock")
-    if expert[1] == OWN_WIDTHS or route == "plugin"
-]
-ADAPTED = " with an adapter"
+# In vLLM's Transformers backend these are no other than llama.
+LIKE_LLAMA = {"qwen2", "qwen3"}
 # By family, the modules that the adapter changes.
 ADAPTERS = {"llama": LINEAR, "gemma3": LINEAR, "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]}
+BY_NAME = {family.family: family for family in families().values()}
+
+
+def routes_of_experts() -> dict[tuple[str, str], list[str]]:
+    """By family and kind of widths, the routes into vLLM, if any.
+
+    Where its classes can be built so, layers have widths of their own; what this shows of a family holds for one width
+    in all layers, as in llama, too.
+    """
+    found = {}
+    for name in FAMILIES:
+        if name not in NOT_ON_CPUS:
+            single = bool(BY_NAME[name].vllm_single_layers)
+            found[name, "uniform"] = [] if single and name != "llama" else ["plugin"]
+            if single:
+                found[name, "own widths"] = ["plugin"] if name in LIKE_LLAMA else ["plugin", "stock"]
+    return found
+
+
+EXPERTS = routes_of_experts()
+CASES = [(*expert, each, route) for expert in EXPERTS for route in EXPERTS[expert]
+         for each in ("expert", "adapter") if each == "expert" or expert[0] in ADAPTERS]  # fmt: skip
+Answers = list[list[tuple[int, float]]]  # to each prompt: tokens, and their log-probabilities
+
+
+def widths(name: str, kind: str) -> list[dict[str, int] | None]:
+    """What each layer keeps; one goes whole."""
+    heads = {"kv_groups": 1} if BY_NAME[name].heads_are_units else {}
+    units = {"ffn": 64} if BY_NAME[name].has_ffn else {"experts": 4}
+    if kind == "uniform":
+        return [{**units, **heads}, {**units, **heads}, None]
+    return [{"ffn": 64}, None, {"ffn": 32, **heads}]
 
 
 @torch.no_grad()
-def generated(folder: Path, adapter: Path | None = None) -> list[list[tuple[int, float]]]:
+def generated(folder: Path, adapter: Path | None = None) -> Answers:
     model = load_model(folder, torch.float32, torch.device("cpu"))
     if adapter is not None:
         model = with_adapter(model, adapter)
@@ -143,39 +138,8 @@ def generated(folder: Path, adapter: Path | None = None) -> list[list[tuple[int,
     return answers
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
-    pytest.importorskip("vllm")
-    root = tmp_path_factory.mktemp("served")
-    folders = {}
-    for number, (name, kind) in enumerate(EXPERTS):
-        own = root / name
-        # untied: a tied random model repeats the token that it reads
-        sizes = {**SIZES, "tie_word_embeddings": False, **OWN_SIZES.get(name, {})}
-        base = resolved(own if own.is_dir() else save_tiny(own, name, **sizes), root / "store")
-        generator = torch.Generator().manual_seed(number)
-        widths = zip(base.layers, expert_kinds(name)[kind], strict=True)
-        units = [GONE if kept is None else random_units(shape, generator, **kept) for shape, kept in widths]
-        folders[name, kind] = expert_of(plan_of(base, units), base, root / f"{name}-{number}")
-    expected = {key: generated(folder) for key, folder in folders.items()}
-    for (name, kind), folder in list(folders.items()):
-        if name in ADAPTERS:
-            whole = trained(root / name, root / f"{folder.name}-whole", target_modules=ADAPTERS[name])
-            cut = folder.with_name(f"{folder.name}-adapter")
-            expertprune.cut_adapter(whole, folder, cut)
-            expected[name + ADAPTED, kind] = generated(folder, cut)
-    found: dict[tuple[str, str, str], Any] = {}
-    for route in ("plugin", "stock"):
-        chosen = {key: folder for key, folder in folders.items() if (*key, route) in CASES}
-        results, error = _by_vllm(root, route, list(chosen.values()))
-        for (name, kind), folder in chosen.items():
-            for each, place in ((name, str(folder)), (name + ADAPTED, f"{folder}-adapter")):
-                found[each, kind, route] = results.get(place, f"vLLM ended: {error}")
-    return Served(expected, found)
-
-
-def _by_vllm(root: Path, route: str, folders: list[Path]) -> tuple[dict[str, Any], str]:
-    """What vLLM generates for each folder, and the end of its log."""
+def by_vllm(root: Path, route: str, folders: list[Path]) -> dict[str, Any]:
+    """What vLLM generates for each folder; the end of its log where it ended before."""
     out, log = root / f"{route}.json", root / f"{route}.log"
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ, **({"VLLM_PLUGINS": ""} if route == "stock" else {})}
     command = [sys.executable, "-c", SCRIPT, str(out), route, json.dumps(PROMPTS), str(NEW), *map(str, folders)]
@@ -183,15 +147,50 @@ def _by_vllm(root: Path, route: str, folders: list[Path]) -> tuple[dict[str, Any
     log.write_text(run.stdout + run.stderr)
     print(f"vLLM's log: {log}")
     assert out.is_file(), run.stderr[-3000:]
-    return json.loads(out.read_text()), run.stderr[-500:]
+    return {**dict.fromkeys(map(str, folders), f"vLLM ended: {run.stderr[-500:]}"), **json.loads(out.read_text())}
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "route"),
-    [*CASES, *((name + ADAPTED, kind, route) for name, kind, route in CASES if name in ADAPTERS)],
-)
-def test_vllm_generates_what_transformers_does(name: str, kind: str, route: str, served: Served) -> None:
-    found, expected = served.found[name, kind, route], served.expected[name, kind]
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], tuple[Answers, Any]]:
+    """By case, what transformers answers, and vLLM (or its error)."""
+    pytest.importorskip("vllm")
+    root = tmp_path_factory.mktemp("served")
+    folders, expected = {}, {}
+    for number, (name, kind) in enumerate(EXPERTS):
+        if not EXPERTS[name, kind]:
+            continue
+        own = root / name
+        sizes = {**SIZES, **OWN_SIZES.get(name, {})}
+        base = resolved(own if own.is_dir() else save_tiny(own, name, **sizes), root / "store")
+        generator = torch.Generator().manual_seed(number)
+        layers = zip(base.layers, widths(name, kind), strict=True)
+        units = [GONE if kept is None else random_units(shape, generator, **kept) for shape, kept in layers]
+        folder = folders[name, kind] = expert_of(plan_of(base, units), base, root / f"{name}-{number}")
+        expected[name, kind, "expert"] = generated(folder)
+        if name in ADAPTERS:
+            whole = trained(own, root / f"{folder.name}-whole", target_modules=ADAPTERS[name])
+            cut = folder.with_name(f"{folder.name}-adapter")
+            expertprune.cut_adapter(whole, folder, cut)
+            expected[name, kind, "adapter"] = generated(folder, cut)
+    found = {
+        route: by_vllm(root, route, [folders[expert] for expert, routes in EXPERTS.items() if route in routes])
+        for route in ("plugin", "stock")
+    }
+    endings = {"expert": "", "adapter": "-adapter"}
+    return {
+        (name, kind, each, route): (
+            expected[name, kind, each],
+            found[route].get(f"{folders[name, kind]}{endings[each]}", "no answer"),
+        )
+        for name, kind, each, route in CASES
+    }
+
+
+@pytest.mark.parametrize("case", CASES, ids=" ".join)
+def test_vllm_generates_what_transformers_does(
+    case: tuple[str, ...], answers: dict[tuple[str, ...], tuple[Answers, Any]]
+) -> None:
+    expected, found = answers[case]
     assert isinstance(found, list), found
     for ours, theirs in zip(found, expected, strict=True):
         assert [token for token, _ in ours] == [token for token, _ in theirs]

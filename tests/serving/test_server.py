@@ -1,40 +1,40 @@
-"""The life of a server process, with servers that are not vLLM."""
+"""The life of a server process, and `expertprune serve`, with servers that are not vLLM."""
 
 from __future__ import annotations
 
+import re
 import shutil
-import urllib.error
-import urllib.request
+import signal
+import socket
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import Result
 
 from expertprune.errors import ServingError
+from expertprune.serving import processes
 from expertprune.serving.engine import check_folder
-from expertprune.serving.processes import ProcessTree, check_port
+from expertprune.serving.processes import ProcessTree, check_port, free_port
 from expertprune.serving.server import Server, log_file, trial
+from tests.calling import call
 
 pytestmark = pytest.mark.usefixtures("fake_vllm")
-
-
-def nothing_runs(trees: list[ProcessTree]) -> bool:
-    return bool(trees) and not any(tree.alive or tree.members() for tree in trees)
 
 
 def test_inside_the_block_it_answers_and_after_it_nothing_runs(
     tiny_llama: Path, started: list[ProcessTree], tmp_path: Path
 ) -> None:
-    with Server(tiny_llama, log=tmp_path / "logs" / "log", model_name="mine") as server:
+    arguments = ["--api-key", "secret"]
+    with Server(tiny_llama, arguments=arguments, log=tmp_path / "logs" / "log", model_name="mine") as server:
         assert server.url == f"http://127.0.0.1:{server.port}/v1"
         assert server.complete("Is it well?") == " said mine"
-        assert server.load_seconds is not None
-        assert server.load_seconds > 0
-        assert server.process is not None
-        assert server.process.poll() is None
+        assert server.load_seconds
         assert server.failure() is None
-    assert nothing_runs(started)
+    assert not any(tree.members() for tree in started)
     check_port("127.0.0.1", server.port)
-    assert "POST /v1/completions" in server.log.read_text()
+    assert "POST /v1/completions HTTP/1.1 200 - Bearer secret" in server.log.read_text().replace('"', "")
 
 
 def test_a_model_with_a_chat_template_is_asked_in_a_conversation(tiny_llama: Path, tmp_path: Path) -> None:
@@ -43,60 +43,41 @@ def test_a_model_with_a_chat_template_is_asked_in_a_conversation(tiny_llama: Pat
     with Server(folder) as server:
         assert server.complete() == "chatty heard What does the heart do?"
         assert server.complete("Is it well?") == "chatty heard Is it well?"
-        path, request = trial(server.servable, server.name, 16)
-    assert path == "chat/completions"
-    assert request["messages"] == [{"role": "user", "content": "What does the heart do?"}]
-    assert trial(check_folder(tiny_llama), "llama", 16) == (
-        "completions", {"model": "llama", "max_tokens": 16, "prompt": "The heart pumps"},
-    )  # fmt: skip
-
-
-def test_one_that_dies_is_reported_with_the_end_of_its_log(tiny_llama: Path, started: list[ProcessTree]) -> None:
-    server = Server(tiny_llama, arguments=["--behaviour=die"])
-    with pytest.raises(ServingError, match="ended \\(exit code 3\\)") as raised:
-        server.__enter__()
-    assert str(raised.value).endswith("  no room for the weights")
-    assert raised.value.exit_code == 1
-    assert nothing_runs(started)
-    assert server.log.exists(), "a log of its own stays only where something failed"
-    server.log.unlink()
-
-
-def test_one_that_never_gets_healthy_is_given_up(tiny_llama: Path, started: list[ProcessTree]) -> None:
-    with pytest.raises(ServingError, match="not healthy after 1 s"):
-        Server(tiny_llama, arguments=["--behaviour=never"], patience=1).__enter__()
-    assert nothing_runs(started)
-
-
-def test_one_that_is_healthy_but_does_not_answer_is_reported(tiny_llama: Path) -> None:
-    with Server(tiny_llama, arguments=["--behaviour=mute"]) as server, pytest.raises(ServingError, match="500"):
-        server.complete()
-    server.log.unlink()
-
-
-def test_a_log_of_its_own_goes_where_nothing_failed(tiny_llama: Path) -> None:
-    with Server(tiny_llama) as server:
         assert server.log.exists()
-    assert not server.log.exists()
+    assert not server.log.exists(), "a log of its own stays only where something failed"
+    asked = {"model": "llama", "max_tokens": 16, "prompt": "The heart pumps"}
+    assert trial(check_folder(tiny_llama), "llama", 16) == ("completions", asked)
 
 
-def test_one_that_dies_later_says_how(tiny_llama: Path) -> None:
-    with Server(tiny_llama) as server:
-        assert server.process is not None
-        server.process.kill()
-        server.process.wait()
-        failure = server.failure()
-        assert failure is not None
-        assert "died (SIGKILL)" in str(failure)
-        with pytest.raises(urllib.error.URLError):
-            urllib.request.urlopen(f"{server.root}/health", timeout=5)
+@pytest.mark.parametrize(
+    ("behaviour", "message"),
+    [
+        ("die", r"(?s)ended \(exit code 3\).*  no room for the weights$"),
+        ("never", "not healthy after 1 s"),
+        ("mute", "does not answer a prompt .*500"),
+        ("answer", r"died \(SIGKILL\)"),
+    ],
+)
+def test_one_that_fails_is_reported_and_its_log_stays(
+    tiny_llama: Path, started: list[ProcessTree], behaviour: str, message: str
+) -> None:
+    def serve() -> None:
+        with server:
+            if behaviour == "mute":
+                server.complete()
+            assert server.process is not None
+            server.process.kill()
+            server.process.wait()
+            failure = server.failure()
+            assert failure is not None
+            raise failure
+
+    patience = 1 if behaviour == "never" else 60
+    server = Server(tiny_llama, arguments=[f"--behaviour={behaviour}"], patience=patience)
+    with pytest.raises(ServingError, match=message):
+        serve()
+    assert not any(tree.members() for tree in started)
     server.log.unlink()
-
-
-def test_a_key_that_vllm_asks_for_is_sent(tiny_llama: Path, tmp_path: Path) -> None:
-    with Server(tiny_llama, arguments=["--api-key", "secret"], log=tmp_path / "log") as server:
-        assert server.complete() == " said llama"
-    assert "Bearer secret" in server.log.read_text()
 
 
 def test_every_name_has_a_log_file_of_its_own(tmp_path: Path) -> None:
@@ -122,3 +103,58 @@ def test_a_log_begins_anew_and_goes_on_after_a_restart(tiny_llama: Path, tmp_pat
         server.wait()
     assert server.log.read_text().count("the fake server of llama starts") == 2
     assert "of yesterday" not in server.log.read_text()
+
+
+def test_mistakes_of_the_command_are_said_before_anything_starts(
+    tmp_path: Path, folders: list[Path], started: list[ProcessTree]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        taken = f"error: port {port} of 127.0.0.1 is not free"
+        for arguments, said in (
+            ([], "name at least one folder"),
+            (["--", "--max-num-seqs", 4], "name at least one folder"),
+            ([tmp_path], f"error: {tmp_path}: is no expert"),
+            ([folders[0], tmp_path], f"error: {tmp_path}: is no expert"),
+            ([folders[0], "--port", port], taken),
+            ([*folders, "--port", port], taken),
+        ):
+            assert said in call("serve", *arguments, code=2).stderr, arguments
+    assert started == []
+
+
+@pytest.mark.parametrize(("sent", "several"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
+def test_the_command_says_how_it_is_asked_and_a_signal_ends_the_whole_tree(
+    folders: list[Path],
+    tmp_path: Path,
+    started: list[ProcessTree],
+    interrupted: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+    sent: signal.Signals,
+    several: bool,
+) -> None:
+    """One folder whose server asks for a key and ignores SIGTERM, as does a child of it; and two behind the proxy."""
+    monkeypatch.setattr(processes, "GRACE", 1.0)
+    port, served = free_port(), folders if several else folders[:1]
+    ran = []
+
+    def ask(printed: str) -> None:
+        curl = next(line for line in printed.splitlines() if line.startswith("try it:")).partition("curl")[2]
+        environment = {"VLLM_API_KEY": "sec$ret"}
+        tried = subprocess.run(
+            f"curl --silent {curl}", shell=True, env=environment, capture_output=True, text=True, check=True
+        )
+        assert '" said llama"' in tried.stdout
+        ran.extend(member for tree in started for member in tree.members())
+
+    behaviour = [] if several else ["--", "--behaviour=stubborn", "--api-key", "sec$ret"]
+    result = interrupted(sent, ask, "serve", *served, "--port", port, "--log", tmp_path, *behaviour)
+    assert f"endpoint: http://127.0.0.1:{port}/v1" in result.stdout
+    assert re.search(rf"^models: +{'llama, other' if several else 'llama'}$", result.stdout, re.MULTILINE)
+    assert "sec$ret" not in result.output
+    assert f"stopped by {sent.name}" in result.stderr
+    log = (tmp_path / f"llama-{port}.log").read_text()
+    assert f"POST /v1/completions HTTP/1.1 200 - {None if several else 'Bearer sec$ret'}" in log.replace('"', "")
+    assert len(ran) == (3 if several else 2)
+    assert not any(member.is_running() for member in ran)
+    check_port("127.0.0.1", port)

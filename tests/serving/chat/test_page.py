@@ -28,14 +28,18 @@ def served(base: FakeEndpoint, expert: FakeEndpoint) -> Iterator[Page]:
         page.shutdown()
 
 
+def say(tab: Any, text: str) -> None:
+    tab.fill("#prompt", text)
+    tab.press("#prompt", "Enter")
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
-@pytest.mark.parametrize("width", [390, 1280])
-def test_both_answer_the_same_prompt_and_the_first_difference_is_marked(browser: Any, width: int) -> None:
+def test_both_answer_the_same_prompt_and_the_first_difference_is_marked(browser: Any) -> None:
     with (
         fake_endpoint(["The heart pumps blood.", f"It beats. {HOSTILE}"], models=("dense",)) as base,
         fake_endpoint(["The heart moves blood.", f"It beats. {HOSTILE}"], models=("cut",), chats=False) as expert,
         served(base, expert) as page,
-        contextlib.closing(browser.new_page(viewport={"width": width, "height": 844})) as tab,
+        contextlib.closing(browser.new_page()) as tab,
     ):
         console: list[str] = []
         tab.on("console", lambda message: console.append(message.text))
@@ -44,8 +48,7 @@ def test_both_answer_the_same_prompt_and_the_first_difference_is_marked(browser:
         assert tab.title() == "cut beside its base"
         assert [tab.locator("h2").nth(i).inner_text() for i in (0, 1)] == ["Base: dense", "Expert: cut"]
         base.go_on.clear()
-        tab.fill("#prompt", "Which organ pumps blood?")
-        tab.press("#prompt", "Enter")
+        say(tab, "Which organ pumps blood?")
         answers = {role: tab.locator(f"[data-role={role}]") for role in ("base", "expert")}
         answers["expert"].get_by_text("tokens/s").wait_for()
         assert answers["expert"].locator("mark").inner_text() == "moves"
@@ -64,16 +67,16 @@ def test_both_answer_the_same_prompt_and_the_first_difference_is_marked(browser:
         assert tab.locator("mark").count() == 2  # the same answers twice
         assert tab.locator(".text").nth(2).inner_text() == f"It beats. {HOSTILE}"
         assert tab.locator("img").count() == 0
-        assert tab.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+        for width in (390, 1280):
+            tab.set_viewport_size({"width": width, "height": 844})
+            assert tab.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
         tab.click("#new")
         assert tab.locator(".answer").count() == 0
     assert console == []
     first = {"role": "user", "content": "Which organ pumps blood?"}
     history = [first, {"role": "assistant", "content": "The heart pumps blood."}, {"role": "user", "content": HOSTILE}]
-    assert [(asked["messages"], asked["seed"], asked["max_tokens"]) for _, asked in base.asked] == [
-        ([first], 7, 5),
-        (history, 8, 5),
-    ]
+    heard = [(asked["messages"], asked["seed"], asked["max_tokens"]) for _, asked in base.asked]
+    assert heard == [([first], 7, 5), (history, 8, 5)]
     texts = [first["content"], "The heart moves blood.", HOSTILE]
     assert [asked["prompt"] for _, asked in expert.asked] == [texts[0], "\n\n".join(texts)]
 
@@ -88,26 +91,23 @@ def test_what_fails_or_is_stopped_is_said_beside_the_other(browser: Any) -> None
     ):
         tab.goto(page.url)
         base.go_on.clear()
-        tab.fill("#prompt", "Count.")
-        tab.press("#prompt", "Enter")
+        say(tab, "Count.")
         tab.locator("[data-role=expert]").get_by_text("too long").wait_for()
         tab.locator("[data-role=base]").get_by_text("one two").wait_for()
         tab.click("#stop")
         tab.locator("[data-role=base]").get_by_text("stopped").wait_for()
         base.go_on.set()
-        tab.fill("#prompt", "Again.")
-        tab.press("#prompt", "Enter")
-        tab.locator("[data-role=expert]").nth(1).get_by_text("tokens/s").wait_for()
-        tab.locator("[data-role=base]").nth(1).get_by_text("tokens/s").wait_for()
+        say(tab, "Again.")
+        for role in ("base", "expert"):
+            tab.locator(f"[data-role={role}]").nth(1).get_by_text("tokens/s").wait_for()
     said = [[message["content"] for message in endpoint.asked[1][1]["messages"]] for endpoint in (base, expert)]
     assert said == [["Count.", "one two", "Again."], ["Again."]]  # what failed is not part of the conversation
 
 
 def test_other_pages_and_damaged_requests_are_refused() -> None:
     with fake_endpoint(["hello"]) as fake, served(fake, fake) as page:
-        good = json.dumps(
-            {"messages": [{"role": "user", "content": "Hi"}], "seed": 0, "temperature": 0, "max_tokens": 3}
-        )
+        messages = [{"role": "user", "content": "Hi"}]
+        good = json.dumps({"messages": messages, "seed": 0, "temperature": 0, "max_tokens": 3})
         json_type = {"Content-Type": "application/json"}
         own = f"127.0.0.1:{page.server_port}"
 
