@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from expertprune.corpora.documents import CorpusName
+from expertprune.corpora.documents import Corpus, CorpusName, Document
 from expertprune.corpora.kept import KeptDocuments
 from expertprune.corpora.loading import load_corpora, load_corpus
 from expertprune.errors import SpecError
@@ -20,6 +21,8 @@ from expertprune.stages.generate import generator
 from tests.corpora.test_chat import CHATML
 from tests.corpora.test_loading import write_rows
 from tests.tiny import save_tiny, tiny_tokenizer
+
+Patch = pytest.MonkeyPatch
 
 LAW = CorpusName("domain", "law")
 
@@ -44,40 +47,41 @@ def base(tmp_path: Path) -> Path:
     return folder
 
 
-def load(base: Path, store: Path, source: Source, write: bool = True, **calibration: int):  # type: ignore[no-untyped-def]
+def load(base: Path, store: Path, source: Source, write: bool = True, **calibration: int) -> Corpus:
     data = {"name": "x", "base": str(base), "dimensions": {"domain": "law"}, "budget": {"ffn": 0.1}}
     data |= {"calibration": calibration, "corpora": {"sources": {"law": source.model_dump(by_alias=True)}}}
     spec = parse_spec(data, "my.yaml", Path("/nowhere"))
     return load_corpus(LAW, source, spec, store, generator(resolve_base(spec.base, store), spec, store, write))
 
 
+def prompts(*asked: str) -> list[list[int]]:
+    tokenizer = tiny_tokenizer()
+    return [tokenizer(f"<|im_start|>user\n{each}<|im_end|>\n<|im_start|>assistant\n")["input_ids"] for each in asked]
+
+
+def said(documents: Sequence[Document]) -> list[tuple[str, ...]]:
+    return [tuple(message["content"] for message in each.conversation.messages) for each in documents]
+
+
 def test_the_base_answers_the_prompts_of_a_corpus_once(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    base: Path, tmp_path: Path, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
 ) -> None:
     writer = Writer(["law is law", "", "the heart pumps", "endless…", "law is law", "blood is blood", "a judge reads"])
     monkeypatch.setattr(generation, "generate", writer)
-    rows = [{"ask": ask} for ask in ("the law", "a judge", "the heart")]
-    path = write_rows(tmp_path / "a.jsonl", rows)
-    own = write_rows(tmp_path / "e.jsonl", [{"ask": "a judge"}])
+    path = write_rows(tmp_path / "a.jsonl", [{"ask": ask} for ask in ("the law", "a judge", "the heart")])
+    own, store = write_rows(tmp_path / "e.jsonl", [{"ask": "a judge"}]), tmp_path / "store"
     generate = {"tokens": 12, "temperature": 0.7, "seed": 5}
     source = Source.model_validate({"path": path, "evaluation": own, "prompt": "ask", "generate": generate})
-    store = tmp_path / "store"
     with caplog.at_level(logging.WARNING):
         corpus = load(base, store, source)
     (job,) = writer.jobs
-    # "<|im_start|>user\nthe law<|im_end|>\n<|im_start|>assistant\n" of the two prompts that evaluate nothing
-    ids = [
-        tiny_tokenizer()(f"<|im_start|>user\n{ask}<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
-        for ask in ("the law", "the heart")
-    ]
-    assert sorted(job.prompts) == sorted(ids)
+    assert sorted(job.prompts) == sorted(prompts("the law", "the heart"))  # the two that evaluate nothing
     assert (job.folder, job.tokens, job.length, job.temperature, job.seed) == (str(base), 13, 512, 0.7, 5)
     # Three texts of four tokens are wanted: the empty one, the unfinished one and the repeated one do not count.
-    assert [each.conversation.messages[-1]["content"] for each in corpus.calibration] == [
-        "law is law", "the heart pumps", "blood is blood",
-    ]  # fmt: skip
-    asked = {each.conversation.messages[0]["content"] for each in corpus.calibration}
-    assert asked == {"the law", "the heart"}
+    asked, answers = zip(*said(corpus.calibration), strict=True)
+    assert answers == ("law is law", "the heart pumps", "blood is blood")
+    assert set(asked) == {"the law", "the heart"}
+    assert corpus.evaluation == ()  # a prompt alone evaluates nothing
     assert corpus.generated == f"by {base} from prompts, temperature 0.7, seed 5"
     assert "writes 12 tokens through vLLM" in caplog.text
 
@@ -86,55 +90,45 @@ def test_the_base_answers_the_prompts_of_a_corpus_once(
     (kept,) = (store / "generated").glob("*.jsonl")
     about = KeptDocuments.load(kept).about
     assert (about["base"], about["seed"], about["temperature"]) == (str(base), 5, 0.7)
-    assert (
-        len(load(base, store, source, write=False, max_tokens=99).calibration) == 3
-    )  # not in the store: its own documents
+    own_documents = load(base, store, source, write=False, max_tokens=99).calibration  # others are not in the store
+    assert len(own_documents) == 3
     load(base, store, source, max_tokens=99)
     assert len(writer.jobs) == 2
-    assert corpus.evaluation == ()  # a prompt alone evaluates nothing
     write_rows(tmp_path / "e.jsonl", [{"ask": "a judge", "say": "reads"}])
     answered = load(base, store, source.model_copy(update={"completion": "say"}))
-    assert [each.conversation.messages[-1]["content"] for each in answered.evaluation] == ["reads"]
+    assert said(answered.evaluation) == [("a judge", "reads")]
     assert answered.calibration == corpus.calibration
 
 
-def test_no_prompt_is_asked_that_evaluates_on_another_corpus(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_prompt_is_asked_that_evaluates_elsewhere(base: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     writer = Writer(["law is law"])
     monkeypatch.setattr(generation, "generate", writer)
-    paths = {
-        name: write_rows(tmp_path / f"{name}.jsonl", [{"ask": ask, "say": "is"} for ask in asked])
-        for name, asked in (("law", ("the law", "the heart")), ("other", ("blood",)), ("both", ("the heart",)))
-    }
+    law, other, both = (
+        write_rows(tmp_path / f"{number}.jsonl", [{"ask": ask, "say": "is"} for ask in asked])
+        for number, asked in enumerate((("the law", "the heart"), ("blood",), ("the heart",)))
+    )
     fields = {"prompt": "ask", "completion": "say"}
     sources = {
-        "law": {"path": paths["law"], "evaluation": paths["other"], "generate": {"tokens": 4}, **fields},
-        "medical": {"path": paths["other"], "evaluation": paths["both"], **fields},
+        "law": {"path": law, "evaluation": other, "generate": {"tokens": 4}, **fields},
+        "medical": {"path": other, "evaluation": both, **fields},
     }
     data = {"name": "x", "base": str(base), "budget": {"ffn": 0.1}, "general": [], "corpora": {"sources": sources}}
     spec = parse_spec({**data, "dimensions": {"domain": ["law", "medical"]}}, "my.yaml", tmp_path)
     load_corpora(spec, tmp_path / "store", generator(resolve_base(spec.base, tmp_path), spec, tmp_path / "store"))
-    (job,) = writer.jobs
-    assert job.prompts == [
-        tiny_tokenizer()("<|im_start|>user\nthe law<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
-    ]
+    assert [job.prompts for job in writer.jobs] == [prompts("the law")]
 
 
-def test_texts_of_no_use_are_an_error_that_says_why(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_texts_of_no_use_are_an_error(base: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(generation, "generate", Writer(["", "-", "law law law law law law law law law law law"]))
     path = write_rows(tmp_path / "a.jsonl", ["the law is a law", "a judge reads"])
-    source = Source.model_validate({"path": path, "evaluation": path, "generate": {"from": "continuation"}})
-    with pytest.raises(SpecError) as caught:
-        load(base, tmp_path / "store", source)
-    assert caught.value.problems == ["corpora.sources.law.generate: no opening is left: all of them evaluate"]
     own = write_rows(tmp_path / "e.jsonl", ["we sum numbers"])
-    with pytest.raises(SpecError) as caught:
-        load(base, tmp_path / "store", source.model_copy(update={"evaluation": [own]}))
-    (line,) = caught.value.problems
-    assert line.startswith("corpora.sources.law.generate: none of 3 texts is of use: 2 empty, 1 repeating itself; ")
-    with pytest.raises(SpecError, match="no opening is shorter than calibration"):
-        load(base, tmp_path / "store", source.model_copy(update={"evaluation": [own]}), max_tokens=17)
+    none = "none of 3 texts is of use: 2 empty, 1 repeating itself; "
+    for evaluation, calibration, problem in (
+        (path, {}, "no opening is left: all of them evaluate"),
+        (own, {}, none),
+        (own, {"max_tokens": 17}, "no opening is shorter than calibration"),
+    ):
+        source = {"path": path, "evaluation": evaluation, "generate": {"from": "continuation"}}
+        with pytest.raises(SpecError, match=rf"^corpora\.sources\.law\.generate: {problem}"):
+            load(base, tmp_path / "store", Source.model_validate(source), **calibration)
     assert not (tmp_path / "store" / "generated").exists()

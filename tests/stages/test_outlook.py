@@ -6,25 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 import expertprune
 from expertprune.errors import PlanError, SpecError
 from expertprune.spec.reading import parse_spec
 from expertprune.stages import outlook
 from tests.calling import call, call_json
+from tests.conftest import refuse_to_load
 from tests.patching import everywhere
 from tests.stages.test_sweep import AFTER, BEFORE
 
-
-def refuse(*_: Any, **__: Any) -> None:
-    raise AssertionError("something was cut")
+Patch = pytest.MonkeyPatch
 
 
-def test_sizes_are_those_of_the_experts_and_nothing_is_cut(
-    spec_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    everywhere(monkeypatch, "expertprune.pruning.write.prune", refuse)
+def test_sizes_are_those_of_the_experts(spec_file: Path, tmp_path: Path, monkeypatch: Patch) -> None:
+    everywhere(monkeypatch, "expertprune.pruning.write.prune", refuse_to_load)
     picture = tmp_path / "out.png"
     found = call_json("forecast", spec_file, "--sizes", "25%,0.5,0.99", "--picture", picture)
     assert [(each["removed"], each["parameters"]) for each in found["sizes"]] == [(n, AFTER[n]) for n in (0.25, 0.5)]
@@ -40,16 +36,21 @@ def test_sizes_are_those_of_the_experts_and_nothing_is_cut(
     assert "faster" in call("forecast", spec_file, "--sizes", "0.25", "--stored-only").output
 
 
-def test_a_base_breaks_where_a_corpus_first_keeps_too_little(
-    spec_data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_where_a_base_breaks_and_what_nobody_named(
+    spec_data: dict[str, Any], tmp_path: Path, monkeypatch: Patch
 ) -> None:
     spec = parse_spec(spec_data, "spec", tmp_path)
-    sizes = expertprune.forecast(spec, [0.25, 0.5]).sizes
-    between = (sizes[0].corpora["task/qa"].retention + sizes[1].corpora["task/qa"].retention) / 2
+    monkeypatch.setattr(outlook, "known_languages", lambda tokenizer: ["en", "de", "zh"])
+    found = expertprune.forecast(spec, [0.25, 0.5])
+    assert "was made for German, Chinese too" in found.warnings[0]
+    between = sum(size.corpora["task/qa"].retention for size in found.sizes) / 2
     monkeypatch.setattr(outlook, "BROKEN", between)
     assert expertprune.forecast(spec, [0.5, 0.25]).breaks["task/qa"] == 0.5
     monkeypatch.setattr(outlook, "BROKEN", 0.0)
-    assert set(expertprune.forecast(spec, [0.5, 0.25]).breaks.values()) == {None}
+    spec_data["corpora"]["sources"] |= dict.fromkeys(("de", "zh"), spec_data["corpora"]["sources"]["en"])
+    spec_data |= {"dimensions": spec_data["dimensions"] | {"language": ["en", "de"]}, "general": ["zh"]}
+    named = expertprune.forecast(parse_spec(spec_data, "spec", tmp_path), [0.25])
+    assert (named.warnings, set(named.breaks.values())) == ([], {None})
 
 
 def test_the_other_allocation_stands_beside(spec_file: Path) -> None:
@@ -61,7 +62,7 @@ def test_the_other_allocation_stands_beside(spec_file: Path) -> None:
     assert (own["allocation"], one["allocation"]) == ("global", "uniform")
     assert own["sizes"][0]["instead"] == one["sizes"][0]["corpora"] != own["sizes"][0]["corpora"]
     assert one["sizes"][0]["instead"] == own["sizes"][0]["corpora"]
-    said = call("forecast", spec_file, "--sizes", "0.25", "--set", "compose.allocation=uniform").output
+    said = call("forecast", spec_file, "--sizes", "0.25").output
     kept = own["sizes"][0]["corpora"]["task/qa"]["retention"]
     assert f"{kept:.3f} of task/qa" in " ".join(said.split())
 
@@ -76,16 +77,3 @@ def test_what_cannot_be_foreseen_is_refused(spec_data: dict[str, Any], spec_file
     spec_data["budget"]["layers"] = 1
     with pytest.raises(SpecError, match=r"budget\.layers: what whole layers cost is not foreseen"):
         expertprune.forecast(parse_spec(spec_data, "spec", tmp_path))
-
-
-def test_a_multilingual_base_warns_of_languages_that_no_corpus_names(
-    spec_data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(outlook, "known_languages", lambda tokenizer: ["en", "de", "zh"])
-    warning = expertprune.forecast(parse_spec(spec_data, "spec", tmp_path), [0.25]).warnings[0]
-    assert "was made for German, Chinese too" in warning
-    spec_data["corpora"]["sources"] |= dict.fromkeys(("de", "zh"), spec_data["corpora"]["sources"]["en"])
-    spec_data["dimensions"]["language"] = ["en", "de"]
-    spec_data["general"] = ["zh"]
-    (tmp_path / "named.yaml").write_text(yaml.safe_dump(spec_data))
-    assert expertprune.forecast(tmp_path / "named.yaml", [0.25]).warnings == []

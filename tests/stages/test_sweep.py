@@ -6,13 +6,13 @@ import json
 import shutil
 import tempfile
 import xml.etree.ElementTree
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import yaml
 from click.testing import Result
-from PIL import Image
 
 import expertprune
 from expertprune.artifacts.evaluation import Evaluation, Group, Measured
@@ -22,49 +22,76 @@ from expertprune.evaluation.retention import pooled
 from expertprune.pruning.unfinished import Unfinished
 from expertprune.reporting.pictures import retention_curve
 from expertprune.reporting.tables import sweep_rows
-from expertprune.spec.schema import Evaluate
+from expertprune.spec.schema import Budget, Evaluate
+from expertprune.stages.sizes import of_size, sized_keys
 from expertprune.stages.sweep import SWEEP_FILE
 from tests.calling import call, call_json
+from tests.experts import CORPORA, write_sources
 from tests.patching import everywhere, read_only
 from tests.tiny import write_corpus
+
+Data = dict[str, Any]
+Patch = pytest.MonkeyPatch
 
 BUDGETS = "0.5,0.25"  # not ascending
 # The tiny model's parameters, and what goes with half and a quarter of 32 neurons: three vectors of 24 in three layers.
 BEFORE = 2 * 64 * 24 + 24 + 3 * (2 * 24 * 24 + 2 * 12 * 24 + 3 * 32 * 24 + 2 * 24)
 AFTER = {0.5: BEFORE - 3 * 16 * 3 * 24, 0.25: BEFORE - 3 * 8 * 3 * 24}
-
-
-@pytest.fixture
-def spec_file(tmp_path: Path, spec_data: dict[str, Any]) -> Path:
-    """With questions for one corpus."""
-    pairs = [("heart", "law"), ("judge", "blood"), ("sum", "we"), ("numbers", "der"), ("Arzt", "is"), ("und", "a")]
-    rows = [{"question": f"the {a} {b}", "choices": [a, b], "answer": i % 2} for i, (a, b) in enumerate(pairs)]
-    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    spec_data["corpora"]["sources"]["qa"]["questions"] = str(tmp_path / "questions.jsonl")
-    return write_spec(tmp_path, spec_data)
+Calls = dict[str, list[Any]]
 
 
 def run(*arguments: Any, code: int = 0) -> Result:
     return call("sweep", *arguments, code=code)
 
 
-def run_json(*arguments: Any) -> dict[str, Any]:
+def run_json(*arguments: Any) -> Data:
     return call_json("sweep", *arguments)
 
 
-def build(spec: Path, out: Path, *arguments: Any) -> dict[str, Any]:
-    return call_json("build", spec, "--out", out, *arguments)
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
-def write_spec(folder: Path, data: dict[str, Any]) -> Path:
+def saved(out: Path) -> Any:
+    return json.loads((out / SWEEP_FILE).read_text())
+
+
+@dataclass(frozen=True)
+class Whole:
+    """An undisturbed sweep that kept its experts; not to be changed."""
+
+    folder: Path
+    found: Data
+
+    @property
+    def spec(self) -> Path:
+        return self.folder / "tiny.yaml"
+
+    @property
+    def points(self) -> list[Any]:
+        found: list[Any] = self.found["points"]
+        return found
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Whole:
+    """With questions for one corpus."""
+    folder = tmp_path_factory.mktemp("whole")
+    pairs = [("heart", "law"), ("judge", "blood"), ("sum", "we"), ("numbers", "der"), ("Arzt", "is"), ("und", "a")]
+    rows = [{"question": f"the {a} {b}", "choices": [a, b], "answer": i % 2} for i, (a, b) in enumerate(pairs)]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = write_sources(folder, (*CORPORA.values(), "general"))
+    sources["qa"]["questions"] = str(folder / "questions.jsonl")
+    data = {"name": "tiny", "base": str(tiny_llama), "dimensions": CORPORA, "corpora": {"sources": sources},
+            "budget": {"ffn": 0.25, "multiple_of": 4}, "relevance": {"criterion": "impact"},
+            "compose": {"allocation": "uniform"}}  # fmt: skip
     (folder / "tiny.yaml").write_text(yaml.safe_dump(data))
-    return folder / "tiny.yaml"
+    out = ("--store", folder / "store", "--out", folder / "sweep", "--keep-experts", "--picture", folder / "curve.png")
+    return Whole(folder, run_json(folder / "tiny.yaml", "--budgets", BUDGETS, *out))
 
 
-Calls = dict[str, list[Any]]
-
-
-def counted(monkeypatch: pytest.MonkeyPatch) -> Calls:
+@pytest.fixture
+def calls(monkeypatch: Patch) -> Calls:
     """The first arguments of each call of a costly function, by its name."""
     calls: Calls = {}
 
@@ -81,12 +108,14 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    return counted(monkeypatch)
+def warm(whole: Whole, store: Path) -> Path:
+    """This test's store, with the profiles of the whole sweep."""
+    shutil.copytree(whole.folder / "store" / "profiles", store / "profiles")
+    return store
 
 
 @pytest.fixture
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def temporary(tmp_path: Path, monkeypatch: Patch) -> Path:
     """Where temporary folders are made."""
     folder = tmp_path / "temporary"
     folder.mkdir()
@@ -94,26 +123,15 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_each_point_is_what_build_gives_under_the_same_budget(
-    tmp_path: Path, spec_file: Path, calls: Calls, temporary: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read: list[str] = []
-    streams = everywhere(monkeypatch, "expertprune.pruning.repair._passenger_streams",
-                         lambda job: (found := streams(job), read.extend(found))[0])  # fmt: skip
-    data = run_json(spec_file, "--budgets", BUDGETS)
-    assert [point["budget"] for point in data["points"]] == [0.5, 0.25]
-    base_name = Path(yaml.safe_load(spec_file.read_text())["base"]).name
-    assert [folder.name for folder in calls["load_model"]] == [base_name], (
-        "experts are measured while they are repaired"
-    )
-    assert read == ["passengers in the base", "passengers", "passengers"], "the base reads once"
-    assert list(temporary.iterdir()) == []
-    for point in data["points"]:
+def test_each_point_is_what_build_gives_under_the_same_budget(whole: Whole, tmp_path: Path, warm: Path) -> None:
+    assert whole.found["base"]["parameters"] == BEFORE
+    assert [point["budget"] for point in whole.points] == [0.5, 0.25]
+    for point in whole.points:
         value = point["budget"]
-        built = build(spec_file, tmp_path / f"built-{value}", "--set", f"budget.ffn={value}")
+        folder = tmp_path / f"built-{value}"
+        built = call_json("build", whole.spec, "--out", folder, "--set", f"budget.ffn={value}")
         assert point["parameters"] == built["parameters"] == {"before": BEFORE, "after": AFTER[value]}
-        assert point["fraction"] == AFTER[value] / BEFORE
-        assert point["bytes"] == built["bytes"]
+        assert (point["fraction"], point["bytes"]) == (AFTER[value] / BEFORE, built["bytes"])
         for name, result in built["evaluation"]["corpora"].items():
             assert point["corpora"][name]["metrics"] == result["metrics"]
             assert point["corpora"][name]["documents"] == 4
@@ -122,196 +140,143 @@ def test_each_point_is_what_build_gives_under_the_same_budget(
             expected = pooled(Evaluation.from_document(built["evaluation"]), group)
             assert expected is not None
             assert point[group] == expected.model_dump(mode="json")
-    assert data["base"]["parameters"] == BEFORE
-    out = tmp_path / "sweep"
-    kept = run_json(spec_file, "--budgets", BUDGETS, "--out", out, "--keep-experts", "--picture", out / "curve.png")
-    assert kept["points"] == data["points"]
-    assert {path.name for path in out.iterdir()} == {"sweep.json", "tiny-0.5", "tiny-0.25", "curve.png"}
-    for path in (tmp_path / "built-0.5").iterdir():
-        assert (out / "tiny-0.5" / path.name).read_bytes() == path.read_bytes()
-    assert json.loads((out / SWEEP_FILE).read_text()) == {**kept, "earlier": []}
-    with Image.open(out / "curve.png") as image:
-        assert image.format == "PNG"
-        assert len(image.convert("RGB").getcolors(2**24) or ()) > 50, "something is drawn"
-    assert list(temporary.iterdir()) == []
-    half, quarter = (point["expert"] for point in data["points"])
-    assert half["base"] == quarter["base"]
-    assert half["expert"] != quarter["expert"]
+        for path in folder.iterdir():
+            assert (whole.folder / "sweep" / f"tiny-{value}" / path.name).read_bytes() == path.read_bytes()
+    assert names(whole.folder / "sweep") == {"sweep.json", "tiny-0.5", "tiny-0.25"}
+    assert saved(whole.folder / "sweep") == {**whole.found, "earlier": []}
+    assert (whole.folder / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
-    ("budget", "same"),
+    ("budget", "changed"),
     [
-        ({"ffn": 0.1, "kv_groups": 0.1}, ["budget.ffn=0.34", "budget.kv_groups=0.34"]),
-        ({"ffn": 0, "query_heads": 0.1}, ["budget.query_heads=0.34"]),
-        ({"parameters": 0.01, "kv_groups": 1}, ["budget.parameters=0.34"]),
-        ({"max_parameters": 1000}, ["budget.max_parameters=null", "budget.parameters=0.34"]),
+        ({"ffn": 0.1, "kv_groups": 0.1}, {"ffn": 0.34, "kv_groups": 0.34}),
+        ({"ffn": 0, "query_heads": 0.1}, {"query_heads": 0.34}),
+        ({"parameters": 0.01, "kv_groups": 1}, {"parameters": 0.34}),
+        ({"max_parameters": 1000}, {"max_parameters": None, "parameters": 0.34}),
+        ({"retention": {"expert": 0.9}}, {"retention": None, "parameters": 0.34}),
+        ({"layers": 1, "vocabulary": {"keep": 64}}, {"layers": 0.34}),
     ],
 )
-def test_the_value_replaces_what_the_spec_removes(
-    tmp_path: Path, spec_data: dict[str, Any], tiny_llama: Path, budget: dict[str, Any], same: list[str]
-) -> None:
-    spec_data["budget"] = {**budget, "multiple_of": 4}
-    spec_data["evaluate"] = {"corpora": ["medical"], "documents": 2, "metrics": ["bits_per_byte"]}
-    spec = write_spec(tmp_path, spec_data)
-    (point,) = expertprune.sweep(spec, [0.34]).points
-    built = build(spec, tmp_path / "built", *(part for setting in same for part in ("--set", setting)))
-    assert point.parameters == built["parameters"]
-    assert point.parameters["after"] < BEFORE
-    metrics = point.corpora["domain/medical"].model_dump(mode="json")["metrics"]
-    assert metrics == built["evaluation"]["corpora"]["domain/medical"]["metrics"]
-    assert point.general is None
+def test_the_value_replaces_what_the_spec_removes(budget: Data, changed: Data) -> None:
+    given = Budget.model_validate({**budget, "multiple_of": 4})
+    assert of_size(given, sized_keys(given), 0.34) == Budget.model_validate({**budget, "multiple_of": 4, **changed})
 
 
-def test_what_is_finished_is_not_computed_again_and_the_table_says_what_the_json_says(
-    tmp_path: Path, spec_file: Path, calls: Calls
+def test_what_is_finished_is_not_computed_again(
+    whole: Whole, tmp_path: Path, warm: Path, temporary: Path, calls: Calls
 ) -> None:
-    data = run_json(spec_file, "--budgets", BUDGETS, "--out", tmp_path / "sweep")
-    assert len(calls["prune"]) == 2
-    text = run(spec_file, "--budgets", BUDGETS, "--out", tmp_path / "sweep").stdout
-    assert len(calls["prune"]) == 2
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
-    assert "task/qa" in text
-    expected = []
-    for point in data["points"]:
+    points, out = whole.points, tmp_path / "sweep"
+    shutil.copytree(whole.folder / "store" / "sweeps", warm / "sweeps")
+    text = run(whole.spec, "--budgets", BUDGETS, "--out", out).stdout
+    assert saved(out)["points"] == points
+    rows = [line.replace(" ", "") for line in text.splitlines() if line.startswith("│")]
+    for row, point in zip(rows, points, strict=True):
         intervals = [
-            f"{numbers['retention']:.4f} ({numbers['low']:.4f} to {numbers['high']:.4f})"
+            f"{numbers['retention']:.4f}({numbers['low']:.4f}to{numbers['high']:.4f})"
             for numbers in (point["expert"], point["general"])
         ]
-        after = point["parameters"]["after"]
-        size = [f"{after:,}", f"{100 * after / BEFORE:.1f}%", f"{point['bytes'] / 1e6:.1f}"]
-        accuracy = point["corpora"]["task/qa"]["metrics"]["questions"]["expert"]
-        expected.append([str(point["budget"]), *size, *intervals, f"{accuracy:.4f}"])
-    assert rows == expected
-    base = data["points"][0]["corpora"]["task/qa"]["metrics"]["questions"]["base"]
-    assert f"(base {base:.4f})" in text
-    calls["load_model"].clear()
-    assert run_json(spec_file, "--budgets", "0.25", "--out", tmp_path / "sweep")["points"] == data["points"][1:]
-    assert (len(calls["prune"]), calls["load_model"]) == (2, []), "no model is loaded for what is known"
-    wider = run_json(spec_file, "--budgets", "0.75,0.5,0.25", "--out", tmp_path / "sweep")
-    assert wider["points"][1:] == data["points"]
-    assert len(calls["prune"]) == 3
+        after, accuracy = point["parameters"]["after"], point["corpora"]["task/qa"]["metrics"]["questions"]
+        size = f"{after:,}│{100 * after / BEFORE:.1f}%│{point['bytes'] / 1e6:.1f}"
+        assert row == f"│{point['budget']}│{size}│{'│'.join(intervals)}│{accuracy['expert']:.4f}│"
+        assert f"(base {accuracy['base']:.4f})" in text
+    assert run_json(whole.spec, "--budgets", "0.25", "--out", out)["points"] == points[1:]
+    assert (calls["prune"], calls["load_model"]) == ([], []), "no model is loaded for what is known"
+    assert run_json(whole.spec, "--budgets", "0.75,0.5,0.25", "--out", out)["points"][1:] == points
+    assert len(calls["prune"]) == 1
+    assert [each.name for each in calls["load_model"]] == ["llama"], "experts are measured while they are repaired"
+    assert list(temporary.iterdir()) == []
 
 
-@pytest.mark.parametrize("change", ["evaluation", "path", "evaluate.documents=3", "compensation=none"])
-def test_a_change_that_the_numbers_depend_on_is_computed_again(
-    tmp_path: Path, spec_file: Path, spec_data: dict[str, Any], calls: Calls, change: str
-) -> None:
-    out, settings = tmp_path / "sweep", []
-    before = run_json(spec_file, "--budgets", "0.5", "--out", out)
-    if "=" in change:
-        settings = ["--set", change]
-    else:
-        write_corpus(Path(spec_data["corpora"]["sources"]["medical"][change]), sentences=4, seed=77)
-    after = run_json(spec_file, "--budgets", "0.5", "--out", out, *settings)
-    assert len(calls["prune"]) == 2
-    assert after["points"][0]["expert"] != before["points"][0]["expert"]
-    saved = json.loads((out / "sweep.json").read_text())
-    assert (saved["points"], saved["earlier"]) == (after["points"], before["points"]), "what was found stays"
+def test_what_the_numbers_depend_on_is_computed_again(tmp_path: Path, spec_data: Data, calls: Calls) -> None:
+    spec_data["evaluate"] = {"corpora": ["medical"]}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(spec_data))
+    arguments = [tmp_path / "tiny.yaml", "--budgets", "0.5", "--out", tmp_path / "sweep"]
+    found = run_json(*arguments)["points"]
+    for change in ("evaluation", "path", "evaluate.documents=3", "compensation=none"):
+        setting = ["--set", change] if "=" in change else []
+        if not setting:
+            write_corpus(Path(spec_data["corpora"]["sources"]["medical"][change]), sentences=4, seed=77 + len(found))
+        found = run_json(*arguments, *setting)["points"] + found
+        assert len(calls["prune"]) == len(found)
+        assert found[0]["expert"] != found[1]["expert"]
+    kept = saved(tmp_path / "sweep")
+    assert kept["points"] == found[:1], "what was found stays"
+    assert sorted(kept["earlier"], key=str) == sorted(found[1:], key=str)
 
 
-@pytest.mark.parametrize(("keep", "place"), [(False, "pruning.write.prune"), (True, "evaluation.reading.compare")])
+@pytest.mark.parametrize(
+    ("keep", "place"), [(False, "pruning.write.prune"), (True, "evaluation.reading.compare"), (False, "repair")]
+)
 def test_an_interrupted_sweep_goes_on_where_it_was(
-    tmp_path: Path, spec_file: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch, keep: bool, place: str
+    whole: Whole, tmp_path: Path, warm: Path, temporary: Path, calls: Calls, keep: bool, place: str
 ) -> None:
-    undisturbed = ["--store", tmp_path / "other", *(["--out", tmp_path / "whole", "--keep-experts"] * keep)]
-    whole = run_json(spec_file, "--budgets", "0.5,0.25", *undisturbed)
+    """It is interrupted in the second expert, the repair after its first finished weight."""
     out = tmp_path / "sweep"
-    arguments = [spec_file, "--budgets", "0.5,0.25", "--out", out, *["--keep-experts"] * keep]
-    made: list[str] = []
+    arguments = [whole.spec, "--budgets", BUDGETS, "--out", out, *["--keep-experts"] * keep]
+    made: list[Any] = []
 
     def interrupted(*args: Any) -> Any:
-        made.append(place)
+        made.append(args[1] if place == "repair" else place)
         result = original(*args)
-        if len(made) == 2:
+        if made.count(made[-1]) == 2:
             raise KeyboardInterrupt
         return result
 
-    with monkeypatch.context() as patched:
-        original = everywhere(patched, f"expertprune.{place}", interrupted)
+    with pytest.MonkeyPatch.context() as patched:
+        original: Any = Unfinished.put
+        if place == "repair":
+            patched.setattr(Unfinished, "put", interrupted)
+        else:
+            original = everywhere(patched, f"expertprune.{place}", interrupted)
         assert "interrupted" in run(*arguments, code=1).stderr
-    whole_experts = ["tiny-0.5", "tiny-0.25"] * keep
-    assert {path.name for path in out.iterdir()} == {"sweep.json", *whole_experts}, "nothing half-written"
+    assert names(out) == {"sweep.json", *["tiny-0.5", "tiny-0.25"] * keep}, "nothing half-written"
     assert list(temporary.iterdir()) == []
-    saved = json.loads((out / "sweep.json").read_text())
-    assert saved["points"] == whole["points"][:1]
-    calls = counted(monkeypatch)
-    assert run_json(*arguments) == whole
+    assert saved(out)["points"] == whole.points[:1]
+    # The second repair has the base's stream from the first; that of the next run does not, so its work is another's.
+    assert len(list((warm / "repairs").glob("*"))) == (place == "repair")
+    calls["prune"].clear()
+    assert run_json(*arguments) == whole.found
     assert len(calls["prune"]) == (0 if keep else 1), "an expert that is whole is only measured"
+    assert list((warm / "repairs").glob("*")) == []
 
 
-def test_what_a_sweep_left_of_a_repair_goes_with_the_next(
-    spec_file: Path, store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second repair of the first run has the base's stream from the first; that of the next run does not."""
-    put, names = Unfinished.put, []
-
-    def interrupted(unfinished: Unfinished, name: str, weight: Any) -> None:
-        names.append(name)
-        put(unfinished, name, weight)
-        if names.count(name) == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Unfinished, "put", interrupted)
-        assert "interrupted" in run(spec_file, "--budgets", "0.5,0.25", code=1).stderr
-    assert len(list((store / "repairs").iterdir())) == 1
-    run(spec_file, "--budgets", "0.5,0.25")
-    assert list((store / "repairs").iterdir()) == []
-
-
-def test_experts_that_are_gone_or_were_not_kept_are_made_again(
-    tmp_path: Path, spec_file: Path, store: Path, calls: Calls
-) -> None:
+def test_experts_that_are_gone_are_made_again(whole: Whole, tmp_path: Path, warm: Path, calls: Calls) -> None:
+    shutil.copytree(whole.folder / "store" / "sweeps", warm / "sweeps")
     out = tmp_path / "sweep"
-    first = run_json(spec_file, "--budgets", "0.5", "--out", out)
-    assert run_json(spec_file, "--budgets", "0.5", "--out", out, "--keep-experts") == first
-    assert len(calls["prune"]) == 2
+    arguments = [whole.spec, "--budgets", "0.5", "--out", out, "--keep-experts"]
+    first = {**whole.found, "points": whole.points[:1]}
+    assert run_json(*arguments) == first
+    assert len(calls["prune"]) == 1
     assert json.loads((out / "tiny-0.5" / "expertprune.json").read_text())["evaluation"] is not None
-    run_json(spec_file, "--budgets", "0.5", "--out", out, "--keep-experts")
-    assert len(calls["prune"]) == 2
-    for record in (out / "sweep.json", *(store / "sweeps").iterdir()):  # as if killed between the expert and its record
+    for record in (out / "sweep.json", *(warm / "sweeps").iterdir()):  # as if killed between the expert and its record
         record.unlink()
-    assert run_json(spec_file, "--budgets", "0.5", "--out", out, "--keep-experts") == first
-    assert len(calls["prune"]) == 2
+    assert run_json(*arguments) == first
+    assert len(calls["prune"]) == 1
     shutil.rmtree(out / "tiny-0.5")
-    assert run_json(spec_file, "--budgets", "0.5", "--out", out, "--keep-experts") == first
-    assert len(calls["prune"]) == 3
+    assert run_json(*arguments) == first
+    assert len(calls["prune"]) == 2
 
 
-@pytest.fixture
-def refused(spec_file: Path, store: Path, no_model: None) -> Any:
-    """Runs a sweep that must be refused before a model is loaded or anything is written; gives the messages."""
+def test_what_cannot_be_swept_is_refused_at_once(
+    spec_file: Path, store: Path, no_model: None, monkeypatch: Patch
+) -> None:
+    folder = spec_file.parent
+    monkeypatch.chdir(folder)
+    contents = {"file": "x", "text/sweep.json": "{", "theirs/tiny-0.5/mine.txt": "x", "locked/x": "",
+                "wrong/sweep.json": '{"kind": "sweep", "schema": 1, "points": [{}]}'}  # fmt: skip
+    for name, content in contents.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(content)
+    read_only(monkeypatch, Path("locked"))
+    before = sorted(folder.rglob("*"))
 
-    def sweep(*args: Any) -> list[str]:
-        before = sorted(spec_file.parent.rglob("*"))
-        result = run(spec_file, *args, code=2)
+    def refused(budgets: str, *args: str) -> str:
+        result = run(spec_file, "--budgets", budgets, *args, code=2)
         assert result.stdout == ""
-        assert sorted(spec_file.parent.rglob("*")) == before
-        assert not (store / "profiles").exists()
-        return result.stderr.splitlines()
+        return result.stderr
 
-    return sweep
-
-
-def test_all_illegal_budgets_are_reported_at_once(refused: Any, spec_file: Path) -> None:
-    for wrong, said in ((["0.1"], "'0.1' is"), ([True], "True is"), ([], "name at least one")):  # from Python
-        with pytest.raises(SpecError, match=said):
-            expertprune.sweep(spec_file, wrong)  # type: ignore[arg-type]
-    assert "'x', '': not a number" in "\n".join(refused("--budgets", "0.1,x,"))
-    lines = refused("--budgets", "0.25,1.5,0,-0.5,nan,0.01,0.25,0.97")
-    assert len(lines) == 7
-    for line, value in zip(lines, ("1.5", "0.0", "-0.5", "nan"), strict=False):
-        assert f"error: budgets: {value} is not" in line
-    assert lines[4] == "error: budgets: 0.25 is there twice"
-    # 0.01 of 32 neurons rounds to none with widths that are multiples of 4; 0.97 leaves less than the floor of a tenth.
-    assert lines[5].startswith("error: budgets: 0.01: budget.ffn: 0.01 removes nothing")
-    assert lines[6].startswith("error: budgets: 0.97: budget.ffn: 0.97 is too much")
-
-
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
+    for args, words in (
         (["--set", "budget={retention: {expert: 0.9}}"], "budget.retention: a spec with a retention floor"),
         (["--set", "budget={ffn: 0}"], "budget: it removes nothing"),
         (["--set", "evaluate.enabled=false"], "evaluate.enabled: "),
@@ -319,67 +284,47 @@ def test_all_illegal_budgets_are_reported_at_once(refused: Any, spec_file: Path)
         (["--keep-experts"], "(--out)"),
         (["--picture", "curve.gif"], "curve.gif: a picture is a .png or .svg file"),
         (["--picture", "missing/curve.png"], "missing/curve.png: cannot be written: there is no folder"),
-        (["--out", "file/sweep"], "not a folder"),
         (["--out", "file"], "is a file"),
         (["--out", "locked/sweep"], "locked/sweep/sweep.json: cannot be written: Read-only file system"),
         (["--out", "text"], "sweep.json: not a sweep"),
         (["--out", "wrong"], "sweep.json: not a sweep"),
         (["--out", "theirs", "--keep-experts"], "tiny-0.5: exists, and is no expert of this spec and budget"),
-    ],
-)
-def test_what_cannot_be_swept_is_refused_before_any_work(
-    refused: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], words: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("file").write_text("x")
-    contents = {"text/sweep.json": "{", "theirs/tiny-0.5/mine.txt": "x", "locked/x": "",
-                "wrong/sweep.json": '{"kind": "sweep", "schema": 1, "points": [{}]}'}  # fmt: skip
-    for name, content in contents.items():
-        Path(name).parent.mkdir(parents=True)
-        Path(name).write_text(content)
-    read_only(monkeypatch, Path("locked"))
-    message = "\n".join(refused("--budgets", "0.25,0.5", *args))
-    assert "rror: " in message
-    assert words in message
+    ):
+        assert words in refused("0.25,0.5", *args)
+    assert "'x', '': not a number" in refused("0.1,x,")
+    for wrong, words in ((["0.1"], "'0.1' is"), ([True], "True is"), ([], "name at least one")):  # from Python
+        with pytest.raises(SpecError, match=words):
+            expertprune.sweep(spec_file, wrong)  # type: ignore[arg-type]
+    lines = refused("0.25,1.5,0,-0.5,nan,0.01,0.25,0.97").splitlines()
+    # 0.01 of 32 neurons rounds to none with widths that are multiples of 4; 0.97 leaves less than the floor of a tenth.
+    expected = [*(f"{value} is not" for value in ("1.5", "0.0", "-0.5", "nan")), "0.25 is there twice",
+                "0.01: budget.ffn: 0.01 removes nothing", "0.97: budget.ffn: 0.97 is too much"]  # fmt: skip
+    for line, words in zip(lines, expected, strict=True):
+        assert line.startswith(f"error: budgets: {words}")
+    assert sorted(folder.rglob("*")) == before
     assert {name: Path(name).read_text() for name in contents} == contents
+    assert not (store / "profiles").exists()
 
 
-def point(budget: float, expert: float, general: float) -> Point:
-    def kept(retention: float) -> Measured:
-        return Measured(examples=9, expert=1.0, retention=retention, low=retention - 0.02, high=retention + 0.03)
+def test_a_picture_names_its_curves_and_is_the_same_every_time(tmp_path: Path) -> None:
+    """A group may have no interval, or not be there."""
+    kept = Measured(examples=9, expert=1.0, retention=0.9, low=0.8, high=0.95)
+    single, path = Measured(examples=1, expert=1.0, retention=0.8), tmp_path / "curve.svg"
 
-    parameters = {"before": 100, "after": 90}
-    return Point(budget=budget, key=str(budget), parameters=parameters, fraction=1 - 0.6 * budget, bytes=1, corpora={},
-                 expert=kept(expert), general=kept(general))  # fmt: skip
+    def drawn(expert: Measured, general: Measured | None, *budgets: float) -> set[str]:
+        about = {"parameters": {"before": 100, "after": 90}, "bytes": 1, "corpora": {}}
+        points = [Point(budget=budget, key=str(budget), fraction=1 - 0.6 * budget, expert=expert, general=general, **about)
+                  for budget in budgets]  # fmt: skip
+        base = SweptBase(model="tiny", digest="d", parameters=100)
+        found = Sweep(name="tiny", base=base, settings=Evaluate(), points=points)
+        assert ["no interval" in row[4] for row in sweep_rows(found)] == [expert is single] * len(budgets)
+        path.unlink(missing_ok=True)
+        retention_curve(found, path)
+        root = xml.etree.ElementTree.parse(path).getroot()
+        return {" ".join(each.itertext()).strip() for each in root.iter("{http://www.w3.org/2000/svg}text")}
 
-
-def texts(path: Path) -> set[str]:
-    root = xml.etree.ElementTree.parse(path).getroot()
-    return {" ".join(element.itertext()).strip() for element in root.iter("{http://www.w3.org/2000/svg}text")}
-
-
-def test_an_svg_names_its_curves_and_is_the_same_every_time(tmp_path: Path) -> None:
-    points = [point(0.5, 0.8, 0.6), point(0.1, 0.97, 0.95)]
-    base = SweptBase(model="tiny", digest="d", parameters=100)
-    found = Sweep(name="tiny", base=base, settings=Evaluate(), points=points)
-    retention_curve(found, tmp_path / "a.svg")
-    retention_curve(found.model_copy(update={"points": points[::-1]}), tmp_path / "b.svg")
-    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
-    assert {"expert", "general", "base"} <= texts(tmp_path / "a.svg")
-    alone = [each.model_copy(update={"general": None}) for each in points]
-    retention_curve(found.model_copy(update={"points": alone}), tmp_path / "c.svg")
-    assert "expert" in texts(tmp_path / "c.svg")
-    assert "general" not in texts(tmp_path / "c.svg")
-
-
-def test_a_group_without_an_interval_is_drawn_and_said(tmp_path: Path) -> None:
-    points = [point(0.5, 0.8, 0.6), point(0.1, 0.97, 0.95)]
-    single = [
-        each.model_copy(update={"expert": Measured(examples=1, expert=1.0, retention=kept)})
-        for each, kept in zip(points, (0.8, 0.97), strict=True)
-    ]
-    base = SweptBase(model="tiny", digest="d", parameters=100)
-    found = Sweep(name="tiny", base=base, settings=Evaluate(), points=single)
-    retention_curve(found, tmp_path / "a.svg")
-    assert "expert" in texts(tmp_path / "a.svg")
-    assert [row[4] for row in sweep_rows(found)] == ["0.8000 (no interval)", "0.9700 (no interval)"]
+    assert {"expert", "general", "base"} <= drawn(kept, kept, 0.5, 0.1)
+    before = path.read_bytes()
+    drawn(kept, kept, 0.1, 0.5)
+    assert path.read_bytes() == before
+    assert drawn(single, None, 0.5, 0.1) & {"expert", "general"} == {"expert"}

@@ -42,27 +42,17 @@ def test_rows_coverage_tokens_per_word_and_parameters(folder: Path, tmp_path: Pa
     assert small["tokens_of_base"] == small["tokens_per_word"] / german["tokens_per_word"]
 
 
-def test_the_table_and_the_json(folder: Path, tmp_path: Path) -> None:
+def test_the_table_the_json_and_sizes_that_cannot_be(folder: Path, tmp_path: Path) -> None:
     spec = tmp_path / "spec.yaml"
-    spec.write_text(
-        yaml.safe_dump(worded_spec(folder, tmp_path / "spec", {"vocabulary": {"keep": 384}}), allow_unicode=True)
-    )
+    data = worded_spec(folder, tmp_path / "spec", {"vocabulary": {"keep": 384}})
+    spec.write_text(yaml.safe_dump(data, allow_unicode=True))
+    for rows, said in (
+        ("64", "--rows 64.*must be at least"), ("512", "below the base's 512"), ("x", "whole numbers")
+    ):  # fmt: skip
+        assert re.search(said, call("vocabulary", spec, "--rows", rows, code=2).stderr, re.DOTALL)
     found = call_json("vocabulary", spec)
     assert found["kind"] == "vocabulary"
     assert any(size["corpora"]["language/de"]["calibration_coverage"] >= 0.9 for size in found["sizes"])
     table = call("vocabulary", spec, "--rows", "320,384").stdout
     for text in ("byte-level BPE", "404 tokens in 512 rows", "320", "384", "language/de", "general/general"):
         assert text in table
-
-
-@pytest.mark.parametrize(
-    ("rows", "said"), [("64", "--rows 64.*must be at least"), ("512", "below the base's 512"), ("x", "whole numbers")]
-)
-def test_sizes_that_cannot_be_are_refused_before_any_model_runs(
-    folder: Path, tmp_path: Path, no_model: None, rows: str, said: str
-) -> None:
-    spec = tmp_path / "spec.yaml"
-    spec.write_text(
-        yaml.safe_dump(worded_spec(folder, tmp_path / "spec", {"vocabulary": {"keep": 320}}), allow_unicode=True)
-    )
-    assert re.search(said, call("vocabulary", spec, "--rows", rows, code=2).stderr, re.DOTALL)
