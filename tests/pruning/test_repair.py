@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +15,30 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from expertprune.artifacts.plan import Plan
-from expertprune.corpora.batches import Batch, make_batches
+from expertprune.corpora.batches import Tokens, make_batches
 from expertprune.errors import CheckpointError
 from expertprune.models.base import ResolvedBase
 from expertprune.models.loading import load_model
 from expertprune.models.passes import TextRun
-from expertprune.pruning.repair import RepairJob, repairs
+from expertprune.models.streaming import load_streamed
+from expertprune.pruning import unfinished
+from expertprune.pruning.repair import Passengers
 from expertprune.pruning.solve import Moments, TokenRows, before_norm, least_squares, token_weights
 from expertprune.pruning.write import RepairInput, prune
 from expertprune.spec.schema import Compensation
-from expertprune.units import GONE, KeptUnits
-from tests.oracle import load, plan_of, pruned, random_plan, random_units, resolved, stored_tensors
-from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
+from expertprune.units import KeptUnits
+from tests.oracle import load, plan_of, pruned, random_plan, resolved, stored_tensors
+from tests.pruning.cutting import plan_by_layer, tiny_base, without
+from tests.tiny import tiny_model, tiny_tokenizer
 
 RIDGE = 200.0  # tokens; the documents here have about as many
 
 
-def random_documents(count: int = 24, longest: int = 31, seed: int = 0) -> list[list[int]]:
+def random_documents(count: int = 24, seed: int = 0) -> list[list[int]]:
     """Token ids of documents of very different lengths, but few of them: 2, 3, 7, 16, 31."""
     generator = torch.Generator().manual_seed(seed)
-    lengths = [length for length in (2, 3, 7, 16, 31) if length <= longest]
+    lengths = (2, 3, 7, 16, 31)
     return [torch.randint(0, 64, (lengths[i % len(lengths)],), generator=generator).tolist() for i in range(count)]
-
-
-def moments_of(inputs: Tensor, residual: Tensor, weight: Tensor) -> Moments:
-    moments = Moments.zeros(inputs.shape[1], residual.shape[1], torch.device("cpu"))
-    moments.add(inputs, residual, weight)
-    return moments
 
 
 def damping_of(weight: Tensor, ridge: float = RIDGE) -> float:
@@ -83,22 +80,6 @@ def slow_normed(inputs: Tensor, own: Tensor, wished: Tensor, dense: Tensor, gain
     return np.concatenate(rows)
 
 
-@torch.no_grad()
-def gains_of(norm: Any) -> Tensor:
-    """What each channel is multiplied with, `[hidden]`, float64."""
-    gains: Tensor = norm(torch.ones_like(norm.weight)).double()
-    return gains
-
-
-def weighted_error(target: Tensor, states: Tensor) -> float:
-    """Squared error of the residual stream, each token in proportion to its own size."""
-    target, states = target.double(), states.double()
-    return float(((target - states).square().mean(-1) / target.square().mean(-1)).sum())
-
-
-# --- least_squares and its moments
-
-
 @pytest.mark.parametrize(
     ("tokens", "kept", "ridge"), [(200, 15, 0.2), (900, 300, 0.2), (7, 15, 0.3), (200, 1, 200.0), (0, 5, 10.0)]
 )
@@ -108,7 +89,8 @@ def test_least_squares_is_the_weighted_ridge(tokens: int, kept: int, ridge: floa
     inputs = rng.normal(size=(tokens, kept)) * rng.uniform(0.1, 10, size=kept) + 0.5
     inputs[:, 2:3] = 0
     residual, weight = rng.normal(size=(tokens, 6)), rng.uniform(0.1, 3, size=tokens)
-    moments = moments_of(*(torch.tensor(a, dtype=torch.float32) for a in (inputs, residual, weight)))
+    moments = Moments.zeros(kept, 6, torch.device("cpu"))
+    moments.add(*(torch.tensor(a, dtype=torch.float32) for a in (inputs, residual, weight)))
     found = least_squares(moments, ridge)
     expected = slow_least_squares(inputs, residual, weight, damping_of(torch.tensor(weight), ridge))
     assert not found[:, 2:3].any()
@@ -129,22 +111,35 @@ def test_a_gram_matrix_that_cannot_be_solved_asks_for_more_ridge() -> None:
         least_squares(moments, 1.5)
 
 
-def test_token_weight_is_one_over_the_mean_square() -> None:
-    stream = torch.tensor([[1.0, -1.0], [3.0, 1.0], [100.0, 0.0]])
-    expected = torch.tensor([1.0, 1 / 5, 1 / 5000])  # (1+1)/2, (9+1)/2, (10000+0)/2
-    torch.testing.assert_close(token_weights(stream), expected)
+def test_channels_that_the_norm_silences_stay_what_they_are() -> None:
+    """They cannot tell in the stream, and as large as they would have to be, they would silence all others."""
+    for quiet in (1e-6, -1e-6, 0.0):
+        norm = LlamaRMSNorm(5, eps=0.0).requires_grad_(False)
+        norm.weight.copy_(torch.tensor([1.0, quiet, 1.0, 1.0, 1.0]))
+        own, residual = torch.ones(1, 5), torch.tensor([[0.5, 0.3, 0.0, 0.0, 0.0]])
+        owed, _ = before_norm(norm, residual, norm(own), own, own)
+        torch.testing.assert_close(owed, torch.tensor([[0.25, 0.0, 0.0, 0.0, 0.0]]), atol=1e-5, rtol=0)
+
+
+def test_a_token_of_zeros_has_a_finite_weight() -> None:
     assert bool(token_weights(torch.zeros(1, 2)).isfinite().all())
 
 
 # --- repair, on tiny models
 
-CUTS = {"ffn": {"ffn": 22}, "heads": {"heads_per_group": 1}, "both": {"ffn": 22, "kv_groups": 2}}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"attention_bias": True, "mlp_bias": True},
-    "qwen2": {},
-    "gemma3": {},
-    "gemma2": {},
-}
+ALL = {"ffn": 22, "kv_groups": 2}
+# Blocks whose outputs are added as they are, and through norms of their own.
+FAMILIES: dict[str, dict[str, Any]] = {"llama": {"attention_bias": True, "mlp_bias": True}, "gemma2": {}}
+
+
+def save_changed(folder: Path, change: Callable[[Any], None], family: str = "llama", **config: Any) -> Path:
+    """A tiny model saved after `change` was done to its weights."""
+    model = tiny_model(family, **config)
+    with torch.no_grad():
+        change(model)
+    model.save_pretrained(folder, max_shard_size="20KB")
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def spread_gains(model: Any) -> None:
@@ -170,101 +165,72 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return resolved(folder, root / "store")
 
 
-def repair_input(base: ResolvedBase, ridge: float = RIDGE, documents: list[list[int]] | None = None) -> RepairInput:
+PROMPT = 0.25  # the weight of two tokens of three
+
+
+def asked(ids: list[int]) -> tuple[bool, ...]:
+    return tuple(place % 3 == 1 for place in range(len(ids)))
+
+
+def repair_input(base: ResolvedBase, documents: list[list[int]]) -> RepairInput:
     model = load_model(base.folder, torch.float32, torch.device("cpu"))
-    return RepairInput(model, make_batches(documents or random_documents(), 256), Compensation(ridge=ridge))
-
-
-def repaired_weights(base: ResolvedBase, kept: list[KeptUnits], batches: list[Batch]) -> dict[str, Tensor]:
-    text = TextRun(load_model(base.folder, torch.float32, torch.device("cpu")), base.family, base.layers, batches)
-    settings = Compensation(ridge=RIDGE)
-    return dict(repairs[settings.method].weights(RepairJob(text, kept, settings), None))
+    tokens = [Tokens(tuple(ids), asked(ids)) for ids in documents]
+    return RepairInput(model, make_batches(tokens, 256, prompt_weight=PROMPT), Compensation(ridge=RIDGE))
 
 
 class Watched:
-    """The streams of a model over documents, without any padding: `[all tokens, channels]` per layer.
+    """What blocks read, give and add, and the stream behind them, by layer and block: `[all tokens, channels]`, float64.
 
-    Documents of one length run together, so the order of tokens is another than the documents', but the same for every
-    model.
+    Nothing is padded: documents of one length run together, from the shortest on.
     """
 
     @torch.no_grad()
     def __init__(self, model: Any, documents: list[list[int]]) -> None:
-        self.norms = [output_norms(layer) or None for layer in model.model.layers]
-        self.seen: dict[tuple[int, str, str], list[Tensor]] = defaultdict(list)
-        handles = []
-        for index, layer in enumerate(model.model.layers):
+        seen, layers = defaultdict[Any, list[Tensor]](list), model.model.layers
+        for index, layer in enumerate(layers):
             for name, module in (("layer", layer), ("attention", layer.self_attn.o_proj), ("ffn", layer.mlp.down_proj)):
 
                 def note(_: Any, inputs: Any, output: Any, of: tuple[int, str] = (index, name)) -> None:
-                    self.seen[*of, "in"].append(inputs[0].flatten(0, 1))
-                    self.seen[*of, "out"].append((output[0] if isinstance(output, tuple) else output).flatten(0, 1))
+                    seen[*of, "in"].append(inputs[0].flatten(0, 1))
+                    seen[*of, "out"].append((output[0] if isinstance(output, tuple) else output).flatten(0, 1))
 
-                handles.append(module.register_forward_hook(note))
-        for length in sorted({len(ids) for ids in documents}):
-            model(torch.tensor([ids for ids in documents if len(ids) == length]), use_cache=False)
-        for handle in handles:
-            handle.remove()
-
-    def stream(self, layer: int, after: str) -> Tensor:
-        """The residual stream after a block of a layer, as the sum that the architecture makes it."""
-        total = torch.cat(self.seen[layer, "layer", "in"]) + self.added(layer, "attention")
-        return total if after == "attention" else total + self.added(layer, "ffn")
-
-    def output(self, layer: int, block: str) -> Tensor:
-        """What a block's output projection gives."""
-        return torch.cat(self.seen[layer, block, "out"])
-
-    @torch.no_grad()
-    def added(self, layer: int, block: str) -> Tensor:
-        """What a block adds to the stream."""
-        output, norms = self.output(layer, block), self.norms[layer]
-        added: Tensor = output if norms is None else norms[block == "ffn"](output)
-        return added
-
-    def inputs(self, layer: int, block: str) -> Tensor:
-        return torch.cat(self.seen[layer, block, "in"])
+                module.register_forward_hook(note)
+        for _, group in itertools.groupby(sorted(documents, key=len), len):
+            model(torch.tensor(list(group)), use_cache=False)
+        self.inputs, self.outputs, self.added, self.stream = {}, {}, {}, dict[tuple[int, str], Tensor]()
+        for index, layer in enumerate(layers):
+            stream = torch.cat(seen[index, "layer", "in"])
+            for block, norm in zip(("attention", "ffn"), output_norms(layer) or (None, None), strict=True):
+                inputs, output = (torch.cat(seen[index, block, side]) for side in ("in", "out"))
+                added = output if norm is None else norm(output)
+                stream = stream + added
+                for kept, values in zip((self.inputs, self.outputs, self.added, self.stream),
+                                        (inputs, output, added, stream), strict=True):  # fmt: skip
+                    kept[index, block] = values.double()
 
 
-@pytest.mark.parametrize("cut", CUTS)
-def test_every_repaired_weight_solves_its_ridge_in_the_stream_of_the_expert(
-    cut: str, base: ResolvedBase, tmp_path: Path
-) -> None:
-    assert_ridges_are_solved(base, random_plan(base, seed=3, **CUTS[cut]), tmp_path)
+# Both blocks of a layer, one of them, or none.
+WIDTHS: list[list[dict[str, int]]] = [
+    [{"ffn": 25, "kv_groups": 2}, {"ffn": 20}, {"kv_groups": 1}], [{}, {"heads_per_group": 1}, {}], [ALL] * 3,
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "widths", [[{"ffn": 25, "kv_groups": 2}, {"ffn": 20}, {"kv_groups": 1}], [{}, {"heads_per_group": 1}, {}]]
-)
-def test_layers_of_their_own_widths_are_repaired_and_those_that_lost_nothing_are_not(
-    widths: list[dict[str, int]], tmp_path: Path, store: Path
-) -> None:
-    base, generator = resolved(save_tiny(tmp_path / "base", "llama"), store), torch.Generator().manual_seed(3)
-    kept = [random_units(shape, generator, **each) for shape, each in zip(base.layers, widths, strict=True)]
-    assert_ridges_are_solved(base, plan_of(base, kept), tmp_path)
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+def test_repaired_weights_solve_their_ridge(widths: list[dict[str, int]], base: ResolvedBase, tmp_path: Path) -> None:
+    assert_ridges_are_solved(base, plan_by_layer(base, widths), tmp_path)
 
 
-@pytest.mark.parametrize("widths", [{}, {"ffn": 22, "kv_groups": 2}])
-def test_the_ffn_before_layers_that_go_takes_over(
-    widths: dict[str, int], base: ResolvedBase, tmp_path: Path, store: Path
-) -> None:
+@pytest.mark.parametrize(("gone", "widths"), [([2], {}), ([1, 2], ALL)])
+def test_an_ffn_takes_over(gone: list[int], widths: dict[str, int], base: ResolvedBase, tmp_path: Path) -> None:
     """The last layer goes, or the two in the middle of four."""
-    assert_ridges_are_solved(base, without(base, [2], **widths), tmp_path)
-    longer = (
-        {"num_hidden_layers": 4, "layer_types": None}
-        if base.family.family.startswith("gemma")
-        else {"num_hidden_layers": 4}
-    )
-    base = resolved(save_changed(tmp_path / "longer", spread_gains, base.family.model_types[0], **longer), store)
-    (tmp_path / "second").mkdir()
-    assert_ridges_are_solved(base, without(base, [1, 2], **widths), tmp_path / "second")
+    if len(gone) == 2:
+        family, kinds = base.family.family, {"layer_types": None} if base.family.family == "gemma2" else {}
+        longer = save_changed(tmp_path / "longer", spread_gains, family, num_hidden_layers=4, **kinds)
+        base = resolved(longer, tmp_path / "store")
+    assert_ridges_are_solved(base, without(base, gone, **widths), tmp_path)
 
 
-def without(base: ResolvedBase, gone: Sequence[int], **widths: int) -> Plan:
-    plan = random_plan(base, seed=3, **widths)
-    return plan_of(base, [GONE if layer in gone else units for layer, units in enumerate(plan.kept)])
-
-
+@torch.no_grad()
 def assert_ridges_are_solved(base: ResolvedBase, plan: Plan, tmp_path: Path) -> None:
     """Run the written expert itself: each projection must be the slow ridge's answer on what reaches it there.
 
@@ -273,13 +239,15 @@ def assert_ridges_are_solved(base: ResolvedBase, plan: Plan, tmp_path: Path) -> 
     lost nothing, and take over nothing, stay as they were.
     """
     documents = random_documents()
-    folder = pruned(plan, base, tmp_path / "expert", repair_input(base, documents=documents))
+    folder = pruned(plan, base, tmp_path / "expert", repair_input(base, documents))
     expert, before = (load_model(each, torch.float32, torch.device("cpu"))
                       for each in (folder, pruned(plan, base, tmp_path / "cut")))  # fmt: skip
-    ours, dense = Watched(expert, documents), Watched(load(base.folder), documents)
+    model = load(base.folder)
+    ours, dense = Watched(expert, documents), Watched(model, documents)
+    importance = torch.tensor([1 if each else PROMPT for ids in sorted(documents, key=len) for each in asked(ids)])
     staying = [layer for layer, kept in enumerate(plan.kept) if not kept.gone]
     for place, (layer, following) in enumerate(itertools.pairwise([*staying, len(plan.kept)])):
-        shape, kept = plan.shapes[layer], plan.kept[layer]
+        shape, kept, norms = plan.shapes[layer], plan.kept[layer], output_norms(model.model.layers[layer])
         for block, path, lost, behind in (
             ("attention", "self_attn.o_proj", len(kept.query_heads) < shape.query_heads, layer),
             ("ffn", "mlp.down_proj", len(kept.ffn) < shape.ffn or following > layer + 1, following - 1),
@@ -289,102 +257,145 @@ def assert_ridges_are_solved(base: ResolvedBase, plan: Plan, tmp_path: Path) -> 
             if not lost:
                 assert torch.equal(sliced, repaired), name
                 continue
-            target, reached = dense.stream(behind, block).double(), ours.stream(place, block).double()
-            inputs = ours.inputs(place, block).double()
-            weight = 1 / target.square().mean(1)
-            if dense.norms[layer] is None:
-                owed = target - (reached - inputs @ (repaired - sliced).T)  # with the columns as they were cut
+            here, target, inputs = (place, block), dense.stream[behind, block], ours.inputs[place, block]
+            weight, moved = importance.double() / target.square().mean(1), inputs @ (repaired - sliced).T
+            if not norms:
+                owed = target - (ours.stream[here] - moved)  # with the columns as they were cut
                 change = slow_least_squares(inputs.numpy(), owed.numpy(), weight.numpy(), damping_of(weight))
             else:
-                own = (ours.output(place, block) - inputs @ (repaired - sliced).T).double()
-                wished = target - (reached - ours.added(place, block))  # of what the norm gives
-                norm, output = dense.norms[layer][block == "ffn"], dense.output(layer, block).double()
-                change = slow_normed(inputs, own, wished, output, gains_of(norm), weight)
-            np.testing.assert_allclose(
-                (repaired - sliced).numpy(), change, atol=3e-3 * np.abs(change).max(), err_msg=name
-            )
+                wished = target - (ours.stream[here] - ours.added[here])  # of what the norm gives
+                norm = norms[block == "ffn"]
+                gain, own = norm(torch.ones_like(norm.weight)).double(), ours.outputs[here] - moved
+                change = slow_normed(inputs, own, wished, dense.outputs[layer, block], gain, weight)
+            near = 3e-3 * np.abs(change).max()
+            np.testing.assert_allclose((repaired - sliced).numpy(), change, atol=near, err_msg=name)
             assert np.abs(change).max() > 1e-3
 
 
-def test_only_output_projections_are_changed(base: ResolvedBase, tmp_path: Path) -> None:
-    plan = random_plan(base, seed=3, **CUTS["both"])
+def test_only_output_projections_change_and_nothing_of_the_running_model(base: ResolvedBase, tmp_path: Path) -> None:
+    plan, given, steps = random_plan(base, seed=3, **ALL), repair_input(base, random_documents()), []
+    before = {name: tensor.clone() for name, tensor in given.model.state_dict().items()}
     plain = stored_tensors(pruned(plan, base, tmp_path / "plain"))
-    repaired = stored_tensors(pruned(plan, base, tmp_path / "repaired", repair_input(base)))
-    assert plain.keys() == repaired.keys()
-    changed = {name for name in plain if not torch.equal(plain[name], repaired[name])}
-    assert changed == {
+    (tmp_path / "repaired").mkdir()
+    prune(plan, base, tmp_path / "repaired", given, lambda: steps.append(None))
+    repaired = stored_tensors(tmp_path / "repaired")
+    assert {name: tensor.shape for name, tensor in plain.items()} == {k: tensor.shape for k, tensor in repaired.items()}
+    assert {name for name in plain if not torch.equal(plain[name], repaired[name])} == {
         f"model.layers.{i}.{name}.weight" for i in range(3) for name in ("mlp.down_proj", "self_attn.o_proj")
     }
-    assert all(plain[name].shape == repaired[name].shape for name in plain)
-
-
-def test_batches_and_padding_do_not_matter(base: ResolvedBase) -> None:
-    documents = random_documents()
-    kept = random_plan(base, seed=4, **CUTS["both"]).kept
-    alone = repaired_weights(base, kept, make_batches(documents, 1))
-    assert len(alone) == 6
-    for tokens, pad in ((100, 0), (100_000, 63)):
-        together = repaired_weights(base, kept, make_batches(documents, tokens, pad))
-        assert together.keys() == alone.keys()
-        for name, weight in together.items():
-            torch.testing.assert_close(weight, alone[name], atol=1e-4, rtol=1e-4)
-
-
-def test_the_running_model_is_left_as_it_was_and_steps_are_reported_once_a_layer(
-    base: ResolvedBase, tmp_path: Path
-) -> None:
-    given, steps = repair_input(base), []
-    before = {name: tensor.clone() for name, tensor in given.model.state_dict().items()}
-    (tmp_path / "expert").mkdir()
-    prune(random_plan(base, **CUTS["both"]), base, tmp_path / "expert", given, lambda: steps.append(None))
-    assert len(steps) == 3
+    assert len(steps) == 3, "one for each layer"
     assert all(torch.equal(tensor, before[name]) for name, tensor in given.model.state_dict().items())
     assert (given.model.config.intermediate_size, given.model.config.num_attention_heads) == (32, 6)
     assert all(not module._forward_hooks for module in given.model.modules())
 
 
-def save_changed(folder: Path, change: Callable[[Any], None], family: str = "llama", **config: Any) -> Path:
-    """A tiny model saved after `change` was done to its weights."""
-    model = tiny_model(family, **config)
-    with torch.no_grad():
-        change(model)
-    model.save_pretrained(folder, max_shard_size="20KB")
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def test_a_massive_neuron_can_be_cut(tmp_path: Path, store: Path) -> None:
+def test_a_massive_neuron_can_be_cut(tmp_path: Path) -> None:
     def massive(model: Any) -> None:
         model.model.layers[0].mlp.up_proj.weight[5] *= 1e4
 
-    base = resolved(save_changed(tmp_path / "base", massive, num_hidden_layers=1), store)
-    documents = random_documents(40)
-    shape = base.layers[0]
-    kept = tuple(i for i in range(32) if i not in (2, 5, 11, 12))
-    plan = plan_of(base, [KeptUnits(kept, shape.all_kept.query_heads, shape.all_kept.kv_groups)])
-    plain = load(pruned(plan, base, tmp_path / "plain"))
-    repaired = load(pruned(plan, base, tmp_path / "repaired", repair_input(base, documents=documents)))
-    assert all(bool(tensor.isfinite().all()) for tensor in stored_tensors(tmp_path / "repaired").values())
-    dense = Watched(load(base.folder), documents).stream(0, "ffn")
-    before, after = (weighted_error(dense, Watched(model, documents).stream(0, "ffn")) for model in (plain, repaired))
-    assert after <= before
+    base = resolved(save_changed(tmp_path / "base", massive, num_hidden_layers=1), tmp_path / "store")
+    documents, whole = random_documents(40), base.layers[0].all_kept
+    kept = tuple(unit for unit in whole.ffn if unit not in (2, 5, 11, 12))
+    plan = plan_of(base, [KeptUnits(kept, whole.query_heads, whole.kv_groups)])
+    pruned(plan, base, tmp_path / "plain")
+    pruned(plan, base, tmp_path / "repaired", repair_input(base, documents))
+    dense, plain, repaired = (
+        Watched(load(tmp_path / name), documents).stream[0, "ffn"] for name in ("base", "plain", "repaired")
+    )
+    before, after = (((dense - each).square().mean(-1) / dense.square().mean(-1)).sum() for each in (plain, repaired))
+    assert float(after) <= float(before), "each token counts in proportion to its own size"
     assert float(dense.abs().max()) > 1e3, "the neuron must be massive on these tokens"
 
 
-# --- output norms ---------------------------------------------------------------------------------------------------
+# --- streamed layers, passengers, and after a kill --------------------------------------------------------------------
 
 
-def a_norm(gain: Tensor) -> LlamaRMSNorm:
-    norm = LlamaRMSNorm(gain.numel(), eps=0.0)
-    norm.weight.data.copy_(gain)
-    return norm.requires_grad_(False)
+def given(model: Any, **more: Any) -> RepairInput:
+    return RepairInput(model, make_batches(random_documents(), 256), Compensation(), **more)
 
 
-@pytest.mark.parametrize("quiet", [1e-6, -1e-6, 0.0])
-def test_channels_that_the_norm_silences_stay_what_they_are(quiet: float) -> None:
-    """They cannot tell in the stream, and as large as they would have to be, they would silence all others."""
-    norm = a_norm(torch.tensor([1.0, quiet, 1.0, 1.0, 1.0]))
-    own = torch.ones(1, 5)
-    residual = torch.tensor([[0.5, 0.3, 0.0, 0.0, 0.0]])
-    owed, _ = before_norm(norm, residual, norm(own), own, own)
-    torch.testing.assert_close(owed, torch.tensor([[0.25, 0.0, 0.0, 0.0, 0.0]]), atol=1e-5, rtol=0)
+def assert_same_tensors(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(("family", "widths"), [("gemma3", ALL), ("qwen3_moe", {"kv_groups": 2})])
+def test_streamed_layers_give_the_same_weights_and_each_block_runs_once(
+    family: str, widths: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for each batch of the base and once for each of the expert."""
+    base = tiny_base(tmp_path, family, max_shard_size="20KB")
+    plan, calls = random_plan(base, seed=3, **widths), []
+    whole = load_model(base.folder, torch.float32)
+    streamed = load_streamed(base.checkpoint, base.family, torch.float32, torch.device("cpu"))
+    plain, one = pruned(plan, base, tmp_path / "plain"), pruned(plan, base, tmp_path / "one", given(whole))
+    for kind in (type(whole.model.layers[0].mlp), type(whole.model.layers[0].self_attn)):
+
+        def counted(*arguments: Any, forward: Any = kind.forward, of: Any = kind, **named: Any) -> Any:
+            calls.append(of)
+            return forward(*arguments, **named)
+
+        monkeypatch.setattr(kind, "forward", counted)
+    other = given(streamed)
+    assert_same_tensors(stored_tensors(pruned(plan, base, tmp_path / "other", other)), stored_tensors(one))
+    once = 2 * 3 * len(other.batches)
+    assert {kind: calls.count(kind) for kind in calls} == dict.fromkeys(calls, once)
+    assert len(calls) >= once
+    changed = stored_tensors(one)
+    assert not all(torch.equal(tensor, changed[name]) for name, tensor in stored_tensors(plain).items())
+
+
+@pytest.mark.parametrize(("family", "stored"), [("llama", torch.bfloat16), ("gemma2", torch.float32)])
+def test_passengers_arrive_as_in_the_written_expert(family: str, stored: torch.dtype, tmp_path: Path) -> None:
+    """Also where weights are rounded when they are written; the weights themselves do not depend on passengers."""
+    base = tiny_base(tmp_path, family, max_shard_size="20KB", dtype=stored)
+    plan = random_plan(base, seed=3, **ALL)
+    aboard = Passengers(make_batches(random_documents(7, seed=5), 40))
+    folder = pruned(plan, base, tmp_path / "expert", given(load_model(base.folder, torch.float32), passengers=aboard))
+    alone = pruned(plan, base, tmp_path / "alone", given(load_model(base.folder, torch.float32)))
+    assert_same_tensors(stored_tensors(folder), stored_tensors(alone))
+    for place, stream in ((base.folder, aboard.base), (folder, aboard.expert)):
+        expected = TextRun(load_model(place, torch.float32), base.family, (), aboard.batches).finish()
+        assert stream is not None
+        for number in range(len(aboard.batches)):
+            torch.testing.assert_close(stream.hidden[number], expected.hidden[number], atol=1e-5, rtol=1e-5)
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_repair_goes_on_behind_the_last_finished_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = tiny_base(tmp_path, max_shard_size="20KB")
+    plan, model = random_plan(base, seed=3, **ALL), load_model(base.folder, torch.float32)
+    monkeypatch.setattr(unfinished, "PAUSE", 0.0)
+    caplog.set_level("INFO", "expertprune")
+
+    def run(name: str, where: Path, killed: bool = False) -> tuple[dict[str, Tensor], Tensor, int]:
+        steps: list[int] = []
+
+        def step() -> None:
+            steps.append(1)
+            if killed and len(steps) == 2:
+                raise Killed
+
+        (tmp_path / name).mkdir()
+        aboard = Passengers(make_batches(random_documents(7, seed=5), 40))
+        prune(plan, base, tmp_path / name, given(model, passengers=aboard, store=where), step)
+        assert aboard.expert is not None
+        return stored_tensors(tmp_path / name), aboard.expert.hidden[0], len(steps)
+
+    with pytest.raises(Killed):
+        run("killed", tmp_path / "store", killed=True)
+    (kept,) = (tmp_path / "store" / "repairs").iterdir()
+    modes = {each.stat().st_mode & 0o666 for each in kept.rglob("*") if each.is_file()}
+    assert modes == {kept.stat().st_mode & 0o666}  # what the umask says, so that others may go on with it
+    weights, hidden, steps = run("resumed", tmp_path / "store")
+    assert steps == 3
+    assert "the repair goes on behind layer 2" in caplog.text
+    assert list((tmp_path / "store" / "repairs").iterdir()) == []
+    undisturbed, expected, _ = run("undisturbed", tmp_path / "other")
+    assert_same_tensors(weights, undisturbed)
+    assert torch.equal(hidden, expected)
