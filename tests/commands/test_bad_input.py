@@ -2,42 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
+import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
-import psutil
 import pytest
-import torch
 import yaml
-from safetensors.torch import load_file, save_file
 
+from bench.torture.children import import_rooms
 from expertprune.files import places
-from tests.calling import call
+from tests.calling import call, call_json
 from tests.conftest import refuse_to_load
+from tests.limits import frugal
+from tests.oracle import contents
 from tests.patching import everywhere
-from tests.processes import server
-from tests.tiny import save_tiny, tiny_model
+from tests.vocabularies import save_worded
 
 Data = dict[str, Any]
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999"])
-@pytest.mark.parametrize(
-    ("command", "option"),
-    [
-        ("serve", "--patience"),
-        ("chat", "--temperature"),
-        ("profile", "--cpus-per-task"),
-        ("profile", "--gpus-per-task"),
-    ],
-)
-def test_no_option_takes_a_number_that_is_none(command: str, option: str, value: str) -> None:
-    assert f"Invalid value for '{option}'" in call(command, f"{option}={value}", "nowhere", code=2).stderr
+@pytest.mark.parametrize("value", ["nan", "-inf", "1e999"])
+def test_no_option_takes_a_number_that_is_none(value: str) -> None:
+    for command, option in (("serve", "--patience"), ("chat", "--temperature"), ("profile", "--gpus-per-task")):
+        assert f"Invalid value for '{option}'" in call(command, f"{option}={value}", "nowhere", code=2).stderr
 
 
 class Workplace:
@@ -45,8 +40,8 @@ class Workplace:
 
     def __init__(self, folder: Path, data: Data, store: Path) -> None:
         self.folder, self.data, self.store = folder, data, store
-        self.spec = folder / "tiny.yaml"
-        self.out = folder / "expert"
+        self.spec, self.out = folder / "tiny.yaml", folder / "expert"
+        self.text = ""  # of the spec, instead of the data
 
     def source(self, name: str) -> Data:
         source: Data = self.data["corpora"]["sources"][name]
@@ -60,32 +55,31 @@ class Workplace:
         return folder
 
     def write(self) -> None:
-        self.spec.write_text(yaml.safe_dump(self.data))
-
-    def contents(self) -> dict[str, bytes]:
-        return {
-            str(path.relative_to(self.folder)): path.read_bytes() if path.is_file() else b""
-            for path in self.folder.rglob("*")
-        }
+        self.spec.write_text(self.text or yaml.safe_dump(self.data))
 
     def run(self, *arguments: Any, code: int) -> str:
         return call(*arguments, code=code).stderr
 
     def refused(self, *arguments: Any) -> str:
         """The message of a command that fails and changes nothing: neither here nor among the profiles."""
-        before, profiles = self.contents(), self.profiles()
+        before = self.everything()
         message = self.run(*arguments, code=2)
-        assert self.contents() == before
-        assert self.profiles() == profiles
+        assert self.everything() == before
         assert re.search("^[Ee]rror: ", message, re.MULTILINE)
         return message
 
-    def profiles(self) -> list[str]:
-        return sorted(path.name for path in (self.store / "profiles").glob("*"))
+    def everything(self) -> tuple[list[Path], dict[str, bytes], list[Path]]:
+        return sorted(self.folder.rglob("*")), contents(self.folder), sorted((self.store / "profiles").glob("*"))
 
     def build_refused(self) -> str:
         self.write()
         return self.refused("build", self.spec, "--out", self.out)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imported() -> None:
+    """What commands import takes seconds, which are not the refusals'."""
+    import_rooms()
 
 
 @pytest.fixture
@@ -95,106 +89,183 @@ def workplace(tmp_path: Path, spec_data: Data, store: Path) -> Workplace:
     return place
 
 
-@pytest.fixture(scope="module", autouse=True)
-def warm_server() -> None:
-    """Started with the first test, so that it is ready when one needs it."""
-    server()
-
-
 # --- what a spec, its corpora and its base can hold -----------------------------------------------------------------
 
 Prepare = Callable[[Workplace], Any]
+MEDICAL = "corpora.sources.medical.path"
 
 
 def spec(**changes: Any) -> Prepare:
     return lambda place: place.data.update(changes)
 
 
-def corpus(content: str | None) -> Prepare:
-    """The file of the medical corpus; `None` where there is none."""
+def key(name: str, value: Any) -> Prepare:
+    """Another value at a dotted key of the spec."""
 
     def prepare(place: Workplace) -> None:
-        path = place.folder / "mine.jsonl"
-        place.source("medical")["path"] = str(path)
-        if content is not None:
-            path.write_text(content)
+        *parents, last = name.split(".")
+        place.data["base"] = {"model": place.data["base"]}
+        functools.reduce(lambda inner, parent: inner[parent], parents, place.data)[last] = value
 
     return prepare
 
 
-def model(damage: Callable[[Path], Any]) -> Prepare:
-    return lambda place: damage(place.own_model())
+def content(text: str) -> Prepare:
+    """The text of the spec itself."""
+    return lambda place: setattr(place, "text", text)
+
+
+def corpus(make: Callable[[Path], Any] | str) -> Prepare:
+    """What a corpus reads: something that is made there, or a file of this second line."""
+
+    def prepare(place: Workplace) -> None:
+        path = place.folder / "mine.jsonl"
+        place.source("medical")["path"] = str(path)
+        path.write_text('{"text": "heart"}\n' + make) if isinstance(make, str) else make(path)
+
+    return prepare
+
+
+def fifo(part: str) -> Prepare:
+    """A FIFO in the place of a part of the base, or of its folder."""
+
+    def prepare(place: Workplace) -> None:
+        folder = place.own_model()
+        path = next(folder.glob(part), folder / part) if part else folder
+        shutil.rmtree(path) if path == folder else path.unlink(missing_ok=True)
+        os.mkfifo(path)
+        if part == "x.gguf":
+            place.data["base"] = str(path)
+
+    return prepare
+
+
+def generation(**settings: Any) -> Prepare:
+    """Settings beside a vocabulary that is cut."""
+
+    def prepare(place: Workplace) -> None:
+        folder = save_worded(place.folder / "worded")
+        place.data |= {"base": str(folder), "budget": {"vocabulary": 0.9}}
+        (folder / "generation_config.json").write_text(json.dumps(settings))
+
+    return prepare
+
+
+def base(change: Callable[[Any], Any] | str, name: str = "config.json") -> Prepare:
+    """A file of the base with other content, or with its data changed."""
+
+    def prepare(place: Workplace) -> None:
+        path = place.own_model() / name
+        data = None if isinstance(change, str) else json.loads(path.read_text())
+        path.write_text(change if isinstance(change, str) else json.dumps(change(data) or data))
+
+    return prepare
 
 
 def config(**changes: Any) -> Prepare:
-    def damage(folder: Path) -> None:
-        data = json.loads((folder / "config.json").read_text()) | changes
-        (folder / "config.json").write_text(json.dumps(data))
-
-    return model(damage)
+    return base(lambda data: data | changes)
 
 
-def first_shard(folder: Path) -> Path:
-    return sorted(folder.glob("*.safetensors"))[0]
+def tokenizer(change: Callable[[Any], Any] | str) -> Prepare:
+    return base(change, "tokenizer.json")
 
 
-def truncate(folder: Path) -> None:
-    path = first_shard(folder)
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def pickle_only(folder: Path) -> None:
-    for path in folder.glob("model*"):
-        path.unlink()
-    torch.save(tiny_model("llama").state_dict(), folder / "pytorch_model.bin")
-
-
-def misspelt(workplace: Workplace) -> None:
-    sources = workplace.data["corpora"]["sources"]
+def misspelt(place: Workplace) -> None:
+    sources = place.data["corpora"]["sources"]
     sources["medicla"] = sources.pop("medical")
 
 
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{after}: &{after} [{', '.join([f'*{before}'] * 10)}]\n"
+    for before, after in zip("abcdefgh", "bcdefghi", strict=True)
+)
 REFUSED: list[tuple[Prepare, str]] = [
     (spec(bugdet={"ffn": 0.2}), "tiny.yaml: unknown key 'bugdet'; did you mean 'budget'?"),
-    (spec(relevance="impcat"), "relevance.criterion: unknown criterion 'impcat'; did you mean 'impact'?"),
-    (spec(base="smollm2-135m"), "base.model: 'smollm2-135m'.*did you mean 'smollm2-135m-instruct'?"),
-    (spec(base="./absent"), "base.model: .*absent: no such folder"),
-    (spec(dimensions={"domain": "medcal"}), "dimensions.domain: no corpus for 'medcal'; did you mean 'medical'?"),
-    (spec(general="genral"), "general: no corpus for 'genral'; did you mean 'general'?"),
+    (spec(base="owner/model"), "base.model: 'owner/model' is not in the local cache and the hub cannot be reached"),
     (spec(evaluate={"corpora": "finance"}), "evaluate.corpora: 'finance' is none of the spec's corpora: language/en"),
     (misspelt, "corpora.sources.medicla: no corpus has this name; did you mean 'medical'?"),
     (spec(general=[], budget={"retention": {"general": 0.9}}), "budget.retention.general: 'general' names no corpus"),
     (spec(dimensions={"language": [False]}), "put the name in quotes, such as 'no'"),
-    (corpus(None), "corpora.sources.medical.path: .*mine.jsonl: no such file"),
-    (corpus('{"text": "the heart"}\nnot json\n'), "mine.jsonl, line 2: not valid JSON"),
-    (corpus(""), "corpora.sources.medical.path: .*mine.jsonl: holds no document to calibrate on"),
+    # YAML that no program should choke on
+    (content(f"calibration: {{seed: {'9' * 5000}}}"), "not valid YAML"),
+    (content(f"calibration: {{seed: {'9' * 23}}}"), "too large"),
+    (content("budget: {ffn: 2024-13-45}"), "not valid YAML"),
+    (content("budget: !!bool maybe"), "not valid YAML"),
+    (content("name: !!python/object/apply:os.system ['true']"), "not valid YAML"),
+    (content(LAUGHS), "aliases"),
+    (content("&a name: {b: &c {d: *c}}\n"), "aliases hold themselves"),
+    (content("name: a\nbudget:\n  ffn: 0.5\n  ffn: 0.25\n"), "budget.ffn: stands twice, in lines 3 and 4; keep one"),
+    (content("a: " + "[" * 2000), "nested too deeply"),
+    (content("a: " + "[" * 70 + "]" * 70), "nested too deeply"),
+    (content('name: "\\ud800"'), "half of a character"),
+    (content("# " + "x" * 300_000), "larger than"),
+    (key("budget.ffn", math.nan), "budget.ffn: nan is not a number"),
+    (key("base.model", "a\0b"), "base.model: .*NUL"),
+    (key("base.model", "/".join(["n"] * 3000)), "base.model: .*too long"),
+    (key("corpora.catalogue", "~nosuchuser/model"), "corpora.catalogue: .*home folder"),
+    (key(MEDICAL, "n" * 300), f"{MEDICAL}.*too long"),
+    # corpora
+    (corpus("not json"), "mine.jsonl, line 2: not valid JSON"),
+    (corpus('{"text": ' + "[" * 5000 + "]" * 5000 + "}"), "mine.jsonl, line 2: .*nested too deeply"),
+    (corpus('{"text": "the \\ud800 heart"}'), "mine.jsonl, line 2: .*half of a character"),
+    (corpus(f'{{"text": {"9" * 5000}}}'), "mine.jsonl, line 2: not valid JSON"),
+    (corpus('{"text": NaN}'), "mine.jsonl, line 2: .*NaN is no number of JSON"),
+    (corpus(""), "corpora.sources.medical: every document is shorter than two tokens"),
+    (corpus(os.mkfifo), "mine.jsonl: it is a FIFO, not a file"),
+    (corpus(os.mkdir), "mine.jsonl: it is a folder, not a file"),
     (
-        corpus('{"text": "heart"}\n{"text": "law"}\n'),
-        "corpora.sources.medical: every document is shorter than two tokens",
+        corpus(lambda path: path.symlink_to("/dev/zero")),
+        "corpora.sources.medical.path: /dev/zero: it is a device, not a file",
     ),
-    (spec(budget={"ffn": 0.99, "multiple_of": 4}), "the largest legal one is 0.875"),
-    (config(num_key_value_heads=4), "num_attention_heads (6) is no multiple of num_key_value_heads (4)"),
-    (config(model_type="bert", architectures=["BertForMaskedLM"]), "BertForMaskedLM is no causal language model"),
-    (config(model_type="lama", architectures=None), "model_type 'lama' is not supported; did you mean 'llama'?"),
-    (config(quantization_config={"quant_method": "gptq"}), "quantized (gptq); of quantized models, FP8 in blocks"),
-    (model(truncate), "truncated or corrupt"),
-    (model(pickle_only), "only pytorch_model.bin, which could run code when read"),
-    (model(lambda folder: (folder / "config.json").unlink()), "config.json: no such file"),
-    (model(lambda folder: (folder / "tokenizer.json").write_text("{")), "tokenizer.json: not valid JSON"),
-    (model(lambda folder: (folder / "tokenizer.json").write_text("{}")), "the tokenizer cannot be loaded"),
+    # bases
+    (fifo(""), "model: it is a FIFO, not a folder"),
+    *[
+        (fifo(part), f"{part.rstrip('*')}.*: .*it is a FIFO, not a f")
+        for part in ("tokenizer.json", "tokenizer_config.json", "config.json", "model-00002-of-*", "x.gguf")
+    ],
+    (config(architectures="LlamaForCausalLM"), "architectures: must be a list of names (found 'LlamaForCausalLM')"),
+    (config(model_type=["llama"]), "model_type: must be a name"),
+    (config(model_type="lama"), "model_type 'lama' is not supported; did you mean 'llama'?"),
+    (config(num_hidden_layers=10**9), "num_hidden_layers is 1000000000, and the weights have no more than"),
+    (config(hidden_size=2**40), "hidden_size is"),
+    (config(vocab_size=2**40), "vocab_size is"),
+    (config(num_attention_heads=True), "must be a positive whole number"),
+    (config(rope_parameters=[1]), "config.json"),
+    (config(rms_norm_eps=10**30), "too large"),
+    (config(max_position_embeddings="long"), "config.json"),
+    (config(sliding_window={}, tie_word_embeddings="no"), "config.json"),
+    (tokenizer("{"), "tokenizer.json: not valid JSON"),
+    (tokenizer("{}"), "the tokenizer cannot be loaded"),
+    (tokenizer(lambda data: [data]), "tokenizer"),
+    (tokenizer(lambda data: data | {"model": []}), "tokenizer"),
+    (tokenizer(lambda data: data | {"added_tokens": {"id": "x"}}), "tokenizer"),
+    (tokenizer(lambda data: data["model"].update(vocab=dict.fromkeys(data["model"]["vocab"], "0"))), "tokenizer"),
+    (tokenizer(lambda data: data["model"]["vocab"].update(w9=99)), "the model's vocabulary has 64 rows"),
+    (tokenizer(lambda data: data["model"]["vocab"].update(w9=2**31)), "token 'w9' has the id 2147483648"),  # 8 GB
+    (generation(stop_strings=[5]), "generation_config.json: stop_strings: "),
+    (generation(forced_decoder_ids=[[1]]), "generation_config.json: forced_decoder_ids: "),
+    (generation(bad_words_ids=[3]), "generation_config.json: bad_words_ids: "),
+    (generation(eos_token_id={"id": 1}), "generation_config.json: eos_token_id: "),
 ]
 
 
-@pytest.mark.parametrize(("prepare", "words"), REFUSED, ids=[words for _, words in REFUSED])
+@pytest.mark.parametrize(("prepare", "words"), REFUSED, ids=[words[:50] for _, words in REFUSED])
 def test_what_cannot_be_built_is_refused_in_one_line(
-    workplace: Workplace, no_model: None, prepare: Prepare, words: str
+    workplace: Workplace, no_model: None, monkeypatch: pytest.MonkeyPatch, prepare: Prepare, words: str
 ) -> None:
-    """`.*` in the words stands for anything."""
+    """Soon, and without much memory. `.*` in the words stands for anything."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     prepare(workplace)
-    message = workplace.build_refused()
+    with frugal():
+        message = workplace.build_refused()
     assert len(message.splitlines()) == 1
     assert re.search(re.escape(words).replace(r"\.\*", ".*"), message), message
-    assert workplace.run("validate", workplace.spec, code=2) == message
+
+
+def test_no_key_takes_a_number_that_is_none(workplace: Workplace) -> None:
+    for key in ("budget.ffn", "budget.floor", "compensation.ridge", "compose.fusion.lambda", "budget.parameters"):
+        for value in (".nan", "1e400"):
+            assert key in workplace.refused("validate", workplace.spec, "--set", f"{key}={value}")
 
 
 def test_every_problem_of_spec_base_and_corpora_is_a_line_of_its_own(workplace: Workplace, no_model: None) -> None:
@@ -202,37 +273,24 @@ def test_every_problem_of_spec_base_and_corpora_is_a_line_of_its_own(workplace: 
     message = workplace.build_refused()
     assert len(message.splitlines()) == 3
     assert all(word in message for word in ("'impcat'", "'smollm2-135m'", "'genral'"))
+    assert workplace.run("validate", workplace.spec, code=2) == message
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (None, ["tiny.yaml: no such file"]),
-        ("name: [", ["tiny.yaml: not valid YAML"]),
-        ("name: &a [*a]\n", ["aliases hold themselves"]),
-        ("&a name: {b: &c {d: *c}}\n", ["aliases hold themselves"]),
-        (
-            "name: a\nbudget:\n  ffn: 0.5\n  floor: 0.2\n  ffn: 0.25\nname: b\n",
-            ["tiny.yaml: budget.ffn: stands twice, in lines 3 and 5; keep one", "name: stands twice, in lines 1 and 6"],
-        ),
-    ],
-    ids=["absent", "no YAML", "holds itself", "holds itself deeper", "twice"],
-)
-def test_a_spec_that_cannot_be_read(workplace: Workplace, content: str | None, words: list[str]) -> None:
+def test_a_spec_is_missing_or_a_plan_and_a_plan_is_a_spec(workplace: Workplace, no_model: None) -> None:
     workplace.spec.unlink()
-    if content is not None:
-        workplace.spec.write_text(content)
-    out = ("--out", workplace.folder / "out.json")
+    out = ("--out", workplace.folder / "out")
     for command, *options in (["validate"], ["profile"], ["build", *out], ["compose", *out], ["inspect"]):
-        message = workplace.refused(command, workplace.spec, *options)
-        assert all(each in message for each in words)
+        assert "tiny.yaml: no such file" in workplace.refused(command, workplace.spec, *options)
+    plan = workplace.folder / "plan.json"
+    plan.write_text('{"kind": "plan"}')
+    assert "is a plan, not a spec; run: expertprune prune" in workplace.refused("validate", plan)
+    workplace.write()
+    assert "is a spec, not a plan" in workplace.refused("prune", workplace.spec, *out)
 
 
-@pytest.mark.parametrize("near", [False, True], ids=["the same", "nearly the same"])
-def test_an_evaluation_document_that_also_calibrates(workplace: Workplace, no_model: None, near: bool) -> None:
-    """Also where it calibrates another corpus of the spec than the one it would evaluate."""
+def test_an_evaluation_document_that_nearly_calibrates_another_corpus(workplace: Workplace, no_model: None) -> None:
     text = "the heart pumps blood und der Arzt reads numbers while a judge reads law and we sum w1 w2 w3 w4"
-    for name, key, end in (("en", "path", ""), ("qa", "evaluation", " is" if near else "")):
+    for name, key, end in (("en", "path", ""), ("qa", "evaluation", " is")):
         with Path(workplace.source(name)[key]).open("a") as file:
             file.write(json.dumps({"text": text + end}) + "\n")
     message = workplace.build_refused()
@@ -240,128 +298,23 @@ def test_an_evaluation_document_that_also_calibrates(workplace: Workplace, no_mo
     assert text[:50] in message
 
 
-# --- a budget of nothing --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("changes", "method"), [({"ffn": 0}, "least_squares"), ({"parameters": 0.0}, "none")])
-def test_a_budget_of_nothing_gives_the_base_back_byte_for_byte(
-    workplace: Workplace, tiny_llama: Path, changes: Data, method: str
-) -> None:
-    workplace.data |= {"budget": changes, "compensation": method, "evaluate": {"enabled": False}}
-    workplace.write()
-    workplace.run("build", workplace.spec, "--out", workplace.out, code=0)
-    base = {path.name: path.read_bytes() for path in tiny_llama.iterdir()}
-    expert = {path.name: path.read_bytes() for path in workplace.out.iterdir()}
-    assert expert.keys() == base.keys() | {"expertprune.json", "README.md"}
-    assert all(expert[name] == content for name, content in base.items())
-
-
-# --- models ---------------------------------------------------------------------------------------------------------
-
-
-def test_weights_that_are_not_finite(workplace: Workplace) -> None:
-    path = first_shard(workplace.own_model())
-    save_file({name: torch.full_like(t, torch.inf) for name, t in load_file(path).items()}, path)
-    assert "activations are not finite" in workplace.build_refused()
-
-
-def test_a_hub_model_without_a_network(workplace: Workplace) -> None:
-    workplace.data["base"] = "owner/model"
-    workplace.write()
-    before = workplace.contents()
-    finished = server().run("build", workplace.spec, "--out", workplace.out)
-    assert finished.code == 2
-    assert "base.model: 'owner/model' is not in the local cache and the hub cannot be reached" in finished.stderr
-    assert "smollm2-135m-instruct" in finished.stderr
-    assert "Traceback" not in finished.stderr
-    assert workplace.contents() == before
-
-
-# --- output ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("options", [[], ["--overwrite"]], ids=str)
-def test_an_output_that_is_in_the_way(workplace: Workplace, no_model: None, options: list[str]) -> None:
-    def refused(out: Path, command: str = "build") -> str:
-        return workplace.refused(command, workplace.spec, "--out", out, *(options if command == "build" else []))
-
-    (workplace.folder / "file").write_text("precious")
-    assert "is a file" in refused(workplace.folder / "file")
-    assert str(workplace.folder / "file") in refused(workplace.folder / "file" / "expert")
-    assert str(workplace.folder / "file") in refused(workplace.folder / "file" / "plan.json", "compose")
-    workplace.out.mkdir()
-    (workplace.out / "thesis.txt").write_text("precious")
-    words = "is no expert (it has no expertprune.json), so --overwrite does not touch it"
-    words = words if options else "exists; choose another --out, or give --overwrite"
-    assert words in refused(workplace.out)
-
-
-def test_a_disk_without_room(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = workplace.folder / "plan.json"
-    workplace.run("compose", workplace.spec, "--out", plan, code=0)
+def test_a_disk_without_room(workplace: Workplace, no_model: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    assert "MiB are free" in workplace.refused("prune", plan, "--out", workplace.out)
     assert "free some, or name a folder on another disk with --store" in workplace.refused("validate", workplace.spec)
-    everywhere(monkeypatch, "expertprune.models.loading.load_model", refuse_to_load)
-    message = workplace.build_refused()
-    assert f"{workplace.out}: needs 0 MiB of disk, 0 MiB are free; free some, or choose a folder" in message
-
-
-@pytest.mark.parametrize("stage", ["profile", "weights", "evaluation"])
-def test_a_full_disk_is_a_message_leaves_nothing_and_the_next_run_succeeds(
-    tiny_build: tuple[Path, Path], tmp_path: Path, stage: str
-) -> None:
-    """A file that may not grow to its size fails in the middle of a write, as on a full disk."""
-    whole, filled, store = *tiny_build, tmp_path / "store"
-    sizes = {
-        "profile": min(path.stat().st_size for path in (filled / "profiles").iterdir()),
-        "weights": max(path.stat().st_size for path in whole.glob("*.safetensors")),
-        "evaluation": (whole / "expertprune.json").stat().st_size,
-    }
-    if stage != "profile":
-        shutil.copytree(filled, store)
-    assert sizes["evaluation"] > sizes["weights"]
-    arguments = ("build", filled.with_name("tiny.yaml"), "--out", tmp_path / "out" / "expert", "--store", store)
-    (tmp_path / "out").mkdir()
-    finished = server().run(*arguments, file_limit=sizes[stage] - 1)
-    assert finished.code == 2
-    assert "no room left on the disk" in finished.stderr
-    assert "Traceback" not in finished.stderr
-    left = [path.name for path in (tmp_path / "out").iterdir()]
-    assert left == (["expert"] if stage == "evaluation" else [])  # whole, and not evaluated yet
-    stored = [path.name for path in sorted((store / "profiles").iterdir())]
-    assert stored == ([] if stage == "profile" else [path.name for path in sorted((filled / "profiles").iterdir())])
-    call(*(arguments if stage != "evaluation" else ("evaluate", tmp_path / "out" / "expert", "--store", store)))
-
-
-# --- passes ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_build_that_does_not_fit_into_memory(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Said before the model is loaded, with the setting that helps."""
-    everywhere(monkeypatch, "expertprune.models.loading.load_model", refuse_to_load)
-    available = 300_000
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
-    workplace.data["base"] = {"model": workplace.data["base"], "layers": "resident"}
-    message = workplace.build_refused()
-    assert "profile " in message
-    assert "needs" in message
-    assert "1 MiB free; set base.layers: streamed, or lower calibration.tokens_per_batch" in message
-    available = 1000
-    assert "base.layers: the weights take 1 MiB, and memory has 1 MiB free; set base.layers: streamed" in (
-        workplace.build_refused()
-    )
+    assert "MiB are free" in workplace.build_refused()
 
 
 def test_an_expert_outlives_an_evaluation_that_fails(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that runs out is the user's to mend; anything else is a failure of ours."""
+    workplace.data |= {"relevance": "magnitude", "compensation": "none"}
+    workplace.write()
     refused = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4294967296 bytes."
     for error, code, said in (
         (RuntimeError(refused), 2, "evaluate: memory ran out (4.00 GiB more were asked for); lower"),
         (KeyError("broken"), 1, "'broken'"),
     ):
         with monkeypatch.context() as patched:
-            everywhere(patched, "expertprune.evaluation.reading.compare", raising(error))
+            everywhere(patched, "expertprune.evaluation.reading.compare", Mock(side_effect=error))
             message = workplace.run("build", workplace.spec, "--out", workplace.out, "--overwrite", code=code)
         assert f"the evaluation failed: {said}" in message
         assert message.rstrip().endswith(f"run: expertprune evaluate {workplace.out}")
@@ -370,89 +323,40 @@ def test_an_expert_outlives_an_evaluation_that_fails(workplace: Workplace, monke
     assert "Not evaluated yet" not in (workplace.out / "README.md").read_text()
 
 
-def raising(error: Exception) -> Callable[..., Any]:
-    def fail(*_: Any, **__: Any) -> Any:
-        raise error
-
-    return fail
-
-
 # --- plans and experts ----------------------------------------------------------------------------------------------
 
 
-def test_a_corpus_that_changed_after_the_plan(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_corpus_that_changed_after_the_plan(
+    workplace: Workplace, warm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The expert's record would miss a document that calibrated it, and evaluating on that one would not be noticed."""
     plan = workplace.folder / "plan.json"
     workplace.run("compose", workplace.spec, "--out", plan, code=0)
     path = Path(workplace.source("medical")["path"])
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    path.write_text(path.read_text().partition("\n")[2])
     everywhere(monkeypatch, "expertprune.models.loading.load_model", refuse_to_load)
     message = workplace.refused("prune", plan, "--out", workplace.out)
-    assert "corpus domain/medical" in message
-    assert "has changed since the plan was made" in message
+    assert re.search("corpus domain/medical.*has changed since the plan was made", message)
 
 
-@pytest.mark.parametrize(
-    ("content", "words"), [("{", "not valid JSON"), ('{"kind": "plan", "schema": 99}', "a plan of schema 99")]
-)
-def test_a_plan_that_is_none(workplace: Workplace, content: str, words: str) -> None:
-    plan = workplace.folder / "plan.json"
-    plan.write_text(content)
-    assert f"{plan}: {words}" in workplace.refused("prune", plan, "--out", workplace.out)
-
-
-@pytest.fixture
-def built(workplace: Workplace) -> Workplace:
-    """With an expert that was not evaluated."""
-    workplace.run("build", workplace.spec, "--out", workplace.out, "--set", "evaluate.enabled=false", code=0)
-    return workplace
-
-
-def test_evaluating_on_a_document_that_calibrated_the_expert(built: Workplace) -> None:
+def test_evaluating_on_a_document_that_calibrated_the_expert(workplace: Workplace, warm: Path) -> None:
     """Also when the corpus has been rewritten since, so that only the expert's own record tells."""
-    source = built.source("medical")
+    workplace.run("build", workplace.spec, "--out", workplace.out, "--set", "evaluate.enabled=false", code=0)
+    source = workplace.source("medical")
     calibration, evaluation = Path(source["path"]), Path(source["evaluation"])
     first, *others = calibration.read_text().splitlines(keepends=True)
     evaluation.write_text(evaluation.read_text() + first)
     words = "corpus domain/medical: 1 of 5 evaluation documents also calibrate the expert"
-    assert words in built.refused("evaluate", built.out)
+    assert words in workplace.refused("evaluate", workplace.out)
     calibration.write_text("".join(others))
-    assert words in built.refused("evaluate", built.out)
-    other = save_tiny(built.folder / "other", seed=1)
-    assert f"{other}: is not the base of this expert" in built.refused("evaluate", built.out, "--base", other)
+    assert words in workplace.refused("evaluate", workplace.out)
 
 
-def test_a_folder_that_is_no_expert(workplace: Workplace) -> None:
-    workplace.out.mkdir()
-    contents = {
-        None: "is no expert (it has no expertprune.json)",
-        "{": "not valid JSON",
-        '{"kind": "plan"}': "is not an expert's description",
-        '{"kind": "expert"}': "expertprune.json",
-    }
-    for content, words in contents.items():
-        if content is not None:
-            (workplace.out / "expertprune.json").write_text(content)
-        for command in ("evaluate", "inspect"):
-            message = workplace.refused(command, workplace.out)
-            assert str(workplace.out) in message
-            assert words in message
-
-
-def test_a_stored_profile_that_is_damaged(built: Workplace) -> None:
-    path = sorted((built.store / "profiles").iterdir())[0]
+def test_a_stored_profile_that_is_damaged(workplace: Workplace, warm: Path) -> None:
+    path = Path(call_json("profile", workplace.spec)["profiles"]["task/qa"]["path"])
     path.write_bytes(path.read_bytes()[:100])
-    message = built.refused("compose", built.spec, "--out", built.folder / "plan.json")
+    message = workplace.refused("compose", workplace.spec, "--out", workplace.folder / "plan.json")
     assert f"{path}: not a readable profile" in message
     assert "delete it and profile again" in message
     path.unlink()
-    built.run("compose", built.spec, "--out", built.folder / "plan.json", code=0)
-
-
-def test_plans_and_specs_are_told_apart(workplace: Workplace, no_model: None) -> None:
-    plan = workplace.folder / "plan.json"
-    plan.write_text('{"kind": "plan"}')
-    assert "is a plan, not a spec; run: expertprune prune" in workplace.run("validate", plan, code=2)
-    workplace.write()
-    out = workplace.folder / "out"
-    assert "is a spec, not a plan" in workplace.run("prune", workplace.spec, "--out", out, code=2)
+    workplace.run("compose", workplace.spec, "--out", workplace.folder / "plan.json", code=0)

@@ -23,6 +23,7 @@ from tests.calling import call
 from tests.experts import about, copied
 from tests.serving.fake_endpoint import fake_endpoint
 
+CONTROLS = set("\x1b\x07\x9b\u202e")
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m<script>alert(1)</script>\u202e"
 
 
@@ -31,18 +32,7 @@ def test_control_characters_are_written_out_as_json_does() -> None:
     assert json.loads(printable(json.dumps("\x9b\u202e", ensure_ascii=False))) == "\x9b\u202e"
 
 
-def test_what_a_console_prints_has_no_control_characters_but_its_own(capsys: pytest.CaptureFixture[str]) -> None:
-    table = Table(HOSTILE)
-    table.add_row(Text(HOSTILE))
-    console = terminal._console()
-    console.print(table)
-    console.print(HOSTILE, markup=False)
-    shown = capsys.readouterr().out
-    assert "\\u001b]0;owned" in shown
-    assert not set(shown) & set("\x1b\x07\x9b\u202e")
-
-
-def test_bars_boards_and_chats_show_no_control_characters_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bars_boards_chats_and_tables_show_no_control_characters_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     console = terminal.SafeConsole(file=io.StringIO(), width=250, force_terminal=True)
     for module in (terminal, engines):
         monkeypatch.setattr(module, "messages", console)
@@ -52,8 +42,11 @@ def test_bars_boards_and_chats_show_no_control_characters_of_others(monkeypatch:
         tell(HOSTILE, Standing(HOSTILE, 1, 2))
     with fake_endpoint([HOSTILE, HOSTILE], models=(HOSTILE,)) as fake:
         talk(running(fake.url, fake.url), ["Who?"], ChatSettings(), console, in_turn=True)
+    table = Table(HOSTILE)
+    table.add_row(Text(HOSTILE))
+    console.print(table)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert shown.count("\\u001b]0;owned") >= 5
+    assert shown.count("\\u001b]0;owned") >= 7
     assert not set(shown) & set("\x07\x9b\u202e")
     assert not re.search("\x1b(?:\\]0|\\[2J)", shown)
 
@@ -74,9 +67,8 @@ def test_names_of_an_expert_reach_neither_the_terminal_nor_the_card(
     spec = about(folder)["spec"]
     spec["dimensions"]["domain"] = [HOSTILE]
     folder.joinpath("expertprune.json").write_text(json.dumps(about(folder) | {"spec": spec}))
-    for command in (("inspect", folder), ("report", folder)):
-        result = call(*command)
-        assert not set(result.output) & set("\x1b\x07\x9b\u202e")
+    for command in ("inspect", "report"):
+        assert not set(call(command, folder).output) & CONTROLS
     card = card_text(Expert.load(folder))
     assert "<script" not in card
-    assert not set(card) & set("\x1b\x07\x9b\u202e")
+    assert not set(card) & CONTROLS

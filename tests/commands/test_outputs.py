@@ -12,11 +12,8 @@ import yaml
 
 import expertprune
 from tests.calling import call
+from tests.oracle import contents
 from tests.patching import everywhere, read_only
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def refused(folder: Path, *arguments: Any) -> str:
@@ -27,17 +24,10 @@ def refused(folder: Path, *arguments: Any) -> str:
     return message
 
 
-@pytest.fixture
-def expert(tiny_build: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the evaluated tiny expert; its profiles are in the store."""
-    monkeypatch.setenv("EXPERTPRUNE_STORE", str(tiny_build[1]))
-    return Path(shutil.copytree(tiny_build[0], tmp_path / "expert"))
-
-
 def test_a_build_never_replaces_its_base_or_the_base_of_its_base(
     tmp_path: Path, spec_data: dict[str, Any], tiny_llama: Path
 ) -> None:
-    """Nor a folder in which one of its corpora lies."""
+    """Nor a folder in which one of its corpora lies, nor one that is no expert."""
     cuts_nothing = {"budget": {"ffn": 0}, "relevance": "random", "compensation": "none", "evaluate": {"enabled": False}}
     bases = {"first": tiny_llama, "second": tmp_path / "first", "third": tmp_path / "second"}
     for name, base in bases.items():
@@ -49,6 +39,10 @@ def test_a_build_never_replaces_its_base_or_the_base_of_its_base(
         message = refused(tmp_path, "build", third, "--out", tmp_path / out, "--overwrite")
         assert "the command reads" in message
         assert str(tmp_path / out) in message
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("precious")
+    for options, words in (((), "exists; choose another --out"), (("--overwrite",), "is no expert (it has no")):
+        assert words in refused(tmp_path, "build", third, "--out", tmp_path / "thesis", *options)
     data = yaml.safe_load(third.read_text())
     shutil.copytree(tmp_path / "first", tmp_path / "other")
     source = data["corpora"]["sources"]["medical"]
@@ -57,11 +51,10 @@ def test_a_build_never_replaces_its_base_or_the_base_of_its_base(
     assert "the command reads" in refused(tmp_path, "build", third, "--out", tmp_path / "other", "--overwrite")
 
 
-def test_a_plan_never_replaces_what_is_no_plan(tmp_path: Path, spec_file: Path) -> None:
+def test_a_plan_never_replaces_what_is_no_plan(tmp_path: Path, spec_file: Path, warm: Path) -> None:
     composed = ("compose", spec_file, "--out")
     (tmp_path / "notes.txt").write_text("precious")
     assert "the command reads" in refused(tmp_path, *composed, spec_file, "--overwrite")
-    assert "exists; choose another --out" in refused(tmp_path, *composed, tmp_path / "notes.txt")
     assert "is no plan" in refused(tmp_path, *composed, tmp_path / "notes.txt", "--overwrite")
     call(*composed, tmp_path / "plan.json")
     assert "exists; choose another --out" in refused(tmp_path, *composed, tmp_path / "plan.json")
@@ -73,25 +66,13 @@ def test_an_export_and_a_report_never_replace_what_is_none(expert: Path) -> None
     config = expert / "config.json"
     assert "exists" in refused(expert, "export", expert, "--out", config)
     assert "is no GGUF file" in refused(expert, "export", expert, "--out", config, "--overwrite")
-    page = expert.with_name("mine.html")
+    page = expert / "report.html"
     page.write_text("<p>precious")
-    for options, words in (((), "exists"), (("--overwrite",), "is no page of expertprune")):
-        assert words in refused(expert.parent, "report", expert, "--out", page, *options)
+    for options in ((), ("--out", page, "--overwrite")):
+        assert "is no page of expertprune" in refused(expert, "report", expert, *options)
+    page.unlink()
     call("report", expert)
     call("report", expert)  # its own page is made anew
-    (expert / "report.html").write_text("<p>precious")
-    assert "is no page of expertprune" in refused(expert, "report", expert)
-
-
-def test_a_picture_never_replaces_what_is_none(tmp_path: Path, spec_file: Path) -> None:
-    picture = tmp_path / "overlap.svg"
-    picture.write_text("precious")
-    compared = ("compare", spec_file, "--picture", picture)
-    for options, words in (((), "exists; choose another --picture"), (("--overwrite",), "is no picture")):
-        assert words in refused(tmp_path, *compared, *options)
-    picture.write_text("<svg>")
-    call(*compared, "--overwrite")
-    assert len(picture.read_text()) > 1000
 
 
 def test_an_output_that_cannot_be_written_is_found_before_the_work(
@@ -105,14 +86,14 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(
         assert "File name too long" in message
 
 
-@pytest.mark.parametrize("options", [(), ("--suite", "mine.yaml")], ids=["corpora", "suite"])
 def test_an_evaluation_that_cannot_be_written_is_found_before_the_work(
-    expert: Path, no_model: None, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+    expert: Path, no_model: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(expert.parent)
     Path("mine.yaml").write_text("{name: mine, perplexity: {}}")
     read_only(monkeypatch, expert)
-    assert "cannot be written: Read-only file system" in refused(expert, "evaluate", expert, *options)
+    for options in ((), ("--suite", "mine.yaml")):
+        assert "cannot be written: Read-only file system" in refused(expert, "evaluate", expert, *options)
 
 
 def test_an_evaluation_is_never_written_into_another_expert(expert: Path, monkeypatch: pytest.MonkeyPatch) -> None:

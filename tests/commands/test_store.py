@@ -40,49 +40,36 @@ def test_the_store_is_shown_and_what_is_old_is_removed(store: Path) -> None:
     assert shown["bytes"] == 1115
     gone = call_json("store", "prune", "--older-than", "30d")
     assert gone["bytes"] == 1100
-    assert not old.exists()
-    assert not base.parent.exists()
-    assert new.exists()
-    assert read.exists()
+    assert [path.exists() for path in (old, base.parent, new, read)] == [False, False, True, True]
     call("store", "prune", "--older-than", "0d")
-    assert not new.exists()
-    assert foreign.exists()
+    assert [path.exists() for path in (new, foreign)] == [False, True]
     assert "holds nothing" in call("store").stdout
     for text in ("30", "d", "-1d", "soon"):
         assert "is no time" in call("store", "prune", "--older-than", text, code=2).stderr
 
 
-def test_everything_that_is_kept_in_the_store_is_shown() -> None:
-    code = "".join(path.read_text() for path in Path(expertprune.__file__).parent.rglob("*.py"))
-    assert set(re.findall(r'store\w*(?:\(\w*\))? / "([a-z]+)"', code)) == set(HOLDINGS)
-
-
-def test_any_command_removes_what_was_killed_beside_another_output(
-    tmp_path: Path, spec_file: Path, store: Path
+def test_any_command_removes_what_killed_ones_left(
+    store: Path, tmp_path: Path, spec_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also beside an output that was written elsewhere."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     out = tmp_path / "elsewhere" / "plan.json"
     call("compose", spec_file, "--set", "relevance=magnitude", "--out", out)
     assert list((store / "parents").iterdir())
-    left, foreign = (out.parent / name for name in (f".x.{machine()}-01234567.partial", ".mine.partial"))
-    left.mkdir()
-    foreign.mkdir()
-    call("list", "criteria")
-    assert not left.exists()
-    assert foreign.exists()
-    assert not list((store / "parents").iterdir())
-
-
-def test_any_command_removes_what_killed_ones_left(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    left = [tmp_path / f".expertprune.{machine()}-0123abcd.partial", store / f".rate.{machine()}-0123abcd.partial",
-            store / "profiles" / f".x.safetensors.{machine()}-0123abcd.partial"]  # fmt: skip
-    for folder in left:
+    end, foreign = f"{machine()}-0123abcd.partial", out.parent / ".mine.partial"
+    left = [tmp_path / f".expertprune.{end}", store / f".rate.{end}", store / "profiles" / f".x.safetensors.{end}",
+            out.parent / f".x.{end}"]  # fmt: skip
+    for folder in (foreign, *left):
         folder.mkdir(parents=True)
         (folder / "half").write_text("x")
     call("list", "criteria")
-    assert [folder.exists() for folder in left] == [False] * 3
+    assert [folder.exists() for folder in (foreign, *left)] == [True] + [False] * 4
+    assert not list((store / "parents").iterdir())
+
+
+def test_everything_that_is_kept_in_the_store_is_shown() -> None:
+    code = "".join(path.read_text() for path in Path(expertprune.__file__).parent.rglob("*.py"))
+    assert set(re.findall(r'store\w*(?:\(\w*\))? / "([a-z]+)"', code)) == set(HOLDINGS)
 
 
 @pytest.mark.parametrize("name", ["profiles/.x.working", "repairs/y.unfinished"])
