@@ -20,15 +20,12 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 
 import expertprune
-from expertprune.artifacts.changes import Changes
-from expertprune.artifacts.expert import Expert
-from expertprune.corpora.documents import Question
+from expertprune.artifacts.changes import AnswerChange, Changes
+from expertprune.corpora.documents import Document, Question
 from expertprune.errors import SpecError
 from expertprune.evaluation.harness import models, stored, tasks
 from expertprune.evaluation.harness.sandbox import metric_code
-from expertprune.evaluation.questions import answer_questions
 from expertprune.evaluation.suites import TaskEntry, load_suite
-from expertprune.files import read_json
 from expertprune.models.loading import load_model, load_tokenizer
 from expertprune.spec.reading import parse_spec
 from expertprune.stages import suite_scores
@@ -38,6 +35,9 @@ from tests.evaluation.test_evaluation import likelihoods
 from tests.experts import about, write_sources
 from tests.tiny import WORDS, as_run
 from tests.vocabularies import save_worded, worded_spec
+
+Data = dict[str, Any]
+Patch = pytest.MonkeyPatch
 
 pytest.importorskip("lm_eval")
 
@@ -70,7 +70,7 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 
 
 def some_questions(count: int = 24) -> list[Question]:
-    generator = np.random.default_rng(5)
+    generator = np.random.default_rng(7)
     found = []
     for _ in range(count):
         texts = [" ".join(generator.choice(WORDS, generator.integers(1, 5))) for _ in range(5)]
@@ -79,18 +79,15 @@ def some_questions(count: int = 24) -> list[Question]:
 
 
 class Workplace:
-    """A tiny expert, and suites to measure it with."""
+    """A copy of the tiny expert beside its corpora and its base, and suites to measure it with."""
 
-    def __init__(self, folder: Path, spec: dict[str, Any], store: Path) -> None:
-        self.folder, self.store = folder, store
-        (folder / "spec.yaml").write_text(yaml.safe_dump(spec))
-        self.expert = folder / "expert"
-        expertprune.build(folder / "spec.yaml", self.expert, {"evaluate.enabled": False}, store=store)
+    def __init__(self, folder: Path, store: Path) -> None:
+        self.folder, self.store, self.expert = folder, store, folder / "expert"
         rows = [{"question": q.question, "choices": q.choices, "answer": q.answer} for q in some_questions()]
         self.data("questions.jsonl", rows)
         self.text("tasks/choose.yaml", CHOICE)
 
-    def data(self, name: str, rows: list[dict[str, Any]]) -> None:
+    def data(self, name: str, rows: list[Data]) -> None:
         self.text(name, "".join(json.dumps(row) + "\n" for row in rows))
 
     def text(self, name: str, content: str) -> Path:
@@ -112,58 +109,72 @@ class Workplace:
         assert {path: path.read_bytes() for path in self.expert.iterdir()} == before
         return message
 
-    def evaluation(self) -> dict[str, Any]:
-        found: dict[str, Any] = about(self.expert)["evaluation"]
+    def evaluation(self) -> Data:
+        found: Data = about(self.expert)["evaluation"]
         return found
 
-    def models(self) -> tuple[Any, Any]:
-        base = Expert.load(self.expert).local_base(self.store).model
-        base_model, expert = (load_model(Path(folder), torch.float32) for folder in (base, self.expert))
-        return base_model, expert
+    def answers(self, task: str) -> list[AnswerChange]:
+        found = Changes.read(self.expert)
+        assert found is not None
+        assert {each.source for each in found.documents} == set(self.evaluation()["corpora"])
+        return [each for each in found.answers if each.source == task]
+
+    def models(self) -> list[Any]:
+        return [load_model(folder, torch.float32) for folder in (self.folder / "llama", self.expert)]
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, spec_data: dict[str, Any], store: Path) -> Workplace:
-    return Workplace(tmp_path, spec_data, store)
+def workplace(tiny_build: tuple[Path, Path], tiny_llama: Path, tmp_path: Path, store: Path) -> Workplace:
+    """Its store knows nothing."""
+    unwanted = shutil.ignore_patterns("store")
+    folder = Path(shutil.copytree(tiny_build[0].parent, tmp_path / "workplace", ignore=unwanted))
+    (folder / "llama").symlink_to(tiny_llama)
+    return Workplace(folder, store)
 
 
-def kept(numbers: dict[str, Any]) -> list[float]:
+def kept(numbers: Data) -> list[float]:
     return [numbers[key] for key in ("retention", "low", "high")]
 
 
 def test_a_task_with_choices_is_scored_as_our_own_questions_are(workplace: Workplace) -> None:
     """The words are ASCII, so likelihood per character (theirs) and per byte (ours) rank alike."""
+    before = workplace.evaluation()
     suite = workplace.suite(measures="task/qa", tasks=[CHOOSE])
     shown = json.loads(workplace.run("--suite", suite, "--json").stdout)
     assert shown == workplace.evaluation()
-    tokenizer = load_tokenizer(workplace.expert)
-    base, expert = (answer_questions(as_run(model), tokenizer, some_questions()) for model in workplace.models())
-    entry = shown["tasks"]["choose"]
-    assert base.tolist() != expert.tolist()
-    assert (entry["base"], entry["expert"]) == pytest.approx((base.mean(), expert.mean()))
-    assert entry["retention"] == (
-        pytest.approx((expert.mean() - 0.25) / (base.mean() - 0.25)) if base.mean() > 0.25 else None
-    )
-    assert (entry["gained"], entry["lost"]) == ((base < expert).sum(), (base > expert).sum())
-    assert entry.items() >= {"suite": "mine", "group": "expert", "backend": "hf", "examples": 24, "metric": "acc_norm",
-                             "chance": 0.25}.items()  # fmt: skip
-    assert {group: list(averages) for group, averages in shown["summary"].items()} == {"expert": ["accuracy"]}
-    assert shown["settings"]["suites"] == {"mine": load_suite(suite).digest}
-    found = []
+    tokenizer, models = load_tokenizer(workplace.expert), workplace.models()
+    right, flipped = [], []
     for question in some_questions():
         picks, margins = [], []
-        for model in workplace.models():
+        for model in models:
             each = likelihoods(as_run(model), tokenizer, question) / math.log(2)
             scores = each / [len(choice) for choice in question.choices]
-            picks.append(question.choices[int(scores.argmax())])
+            picks.append(int(scores.argmax()))
             margins.append(scores[question.answer] - np.delete(scores, question.answer).max())
+        right.append([pick == question.answer for pick in picks])
         if picks[0] != picks[1]:
-            found.append((question.prompt, *picks, question.choices[question.answer], margins[1] - margins[0]))
-    found = sorted(found, key=lambda row: -abs(row[-1]))[:20]
-    kept = Changes.read(workplace.expert)
-    assert kept is not None
-    assert [(each.prompt, each.base, each.expert, each.gold) for each in kept.answers] == [row[:4] for row in found]
-    assert [each.change for each in kept.answers] == pytest.approx([row[4] for row in found], abs=1e-5)
+            texts = [question.choices[number] for number in (*picks, question.answer)]
+            flipped.append(((question.prompt, *texts), margins[1] - margins[0]))
+    base, expert = np.array(right, dtype=float).T
+    gained, lost = (base < expert).sum(), (base > expert).sum()
+    assert gained != lost
+    entry = shown["tasks"]["choose"]
+    assert entry.items() >= {"suite": "mine", "group": "expert", "backend": "hf", "examples": 24, "metric": "acc_norm",
+                             "chance": 0.25, "gained": gained, "lost": lost}.items()  # fmt: skip
+    assert (entry["base"], entry["expert"]) == pytest.approx((base.mean(), expert.mean()))
+    assert entry["retention"] == pytest.approx((expert.mean() - 0.25) / (base.mean() - 0.25))
+    assert {group: list(averages) for group, averages in shown["summary"].items()} == {"expert": ["accuracy"]}
+    assert shown["settings"]["suites"] == {"mine": load_suite(suite).digest}
+    answers = workplace.answers("choose")
+    flipped = sorted(flipped, key=lambda row: -abs(row[1]))[:20]
+    assert [(each.prompt, each.base, each.expert, each.gold) for each in answers] == [row[0] for row in flipped]
+    assert [each.change for each in answers] == pytest.approx([row[1] for row in flipped], abs=1e-5)
+    assert shown["corpora"] == before["corpora"], "what was said of corpora stays"
+    assert shown["settings"]["documents"] == before["settings"]["documents"]
+    row = f"acc_norm (24 examples, +{gained} −{lost})"
+    assert row in workplace.run("--suite", suite).stdout
+    card = (workplace.expert / "README.md").read_text(encoding="utf-8")
+    assert f"| choose | {row} | {entry['base']:.4f} | {entry['expert']:.4f} | {entry['retention']:.4f} |" in card
 
 
 def test_generated_answers_are_extracted_matched_and_compared_with_the_bases(workplace: Workplace) -> None:
@@ -182,23 +193,18 @@ def test_generated_answers_are_extracted_matched_and_compared_with_the_bases(wor
 
     prompts = [question.question for question in some_questions(12)]
     mine, theirs = (np.array([answer(model, prompt) for prompt in prompts]) for model in workplace.models())
-    right = [*mine[:6].tolist(), *theirs[6:].tolist()]  # so that both have some right
-    rows = [{"question": q, "right": r} for q, r in zip(prompts, right, strict=True)]
+    right = np.array([*mine[:6], *theirs[6:]])  # so that both have some right
+    rows = [{"question": q, "right": str(r)} for q, r in zip(prompts, right, strict=True)]
     workplace.data("generate.jsonl", rows)
     workplace.text("tasks/say.yaml", GENERATE)
-    suite = workplace.suite(group="general", generation=[{"file": "tasks/say.yaml"}])
-    workplace.run("--suite", suite)
+    workplace.run("--suite", workplace.suite(group="general", generation=[{"file": "tasks/say.yaml"}]))
     entry = workplace.evaluation()["generation"]["say"]
-    base, expert = (float((answers == right).mean()) for answers in (mine, theirs))
-    assert (entry["base"], entry["expert"], entry["agreement"]) == pytest.approx(
-        (base, expert, (mine == theirs).mean())
-    )
+    base, expert = (mine == right).mean(), (theirs == right).mean()
+    found = [entry[key] for key in ("base", "expert", "agreement", "retention")]
+    assert found == pytest.approx([base, expert, (mine == theirs).mean(), expert / base])
     assert 0 <= entry["common"] <= 1
     assert (entry["chance"], entry["metric"], entry["group"]) == (None, "exact_match", "general")
-    assert entry["retention"] == pytest.approx(expert / base)
-    kept = Changes.read(workplace.expert)
-    assert kept is not None
-    known = {each.prompt: (each.base, each.expert, each.gold, each.outcome) for each in kept.answers}
+    known = {each.prompt: (each.base, each.expert, each.gold, each.outcome) for each in workplace.answers("say")}
     assert known == {
         prompt: (a, b, r, "lost" if a == r else "gained" if b == r else "neither")
         for prompt, a, b, r in zip(prompts, mine, theirs, right, strict=True)
@@ -206,39 +212,32 @@ def test_generated_answers_are_extracted_matched_and_compared_with_the_bases(wor
     }
 
 
-def test_perplexity_and_alignment_of_the_named_corpora(workplace: Workplace) -> None:
-    suite = workplace.suite(perplexity={"corpora": ["medical", "general"]}, alignment=True)
-    workplace.run("--suite", suite)
+def test_corpora_of_two_suites_in_one_process_and_in_shards(workplace: Workplace, tmp_path: Path) -> None:
+    """The suites share a corpus, and one asks for alignment."""
+    before = workplace.evaluation()["corpora"]
+    reading = workplace.suite("reading", perplexity={"corpora": ["medical", "general"]}, alignment=True)
+    choosing = workplace.suite("choosing", tasks=[CHOOSE], perplexity={"corpora": ["general"]})
+    arguments = ["--suite", reading, "--suite", choosing]
+    workplace.run(*arguments)
     found = workplace.evaluation()
     assert list(found["corpora"]) == ["domain/medical", "general/general"]
-    again = expertprune.evaluate(workplace.expert, ["medical", "general"], store=workplace.store).document()
     for name, entry in found["corpora"].items():
         assert list(entry["metrics"]) == ["bits_per_byte", "kl"]
-        assert entry["metrics"]["kl"] == pytest.approx(again["corpora"][name]["metrics"]["kl"])
+        assert entry["metrics"]["kl"] == pytest.approx(before[name]["metrics"]["kl"])
     assert list(found["alignment"]) == ["domain medical", "general general"]
     assert all(len(entry["layers"]) == 3 and 0 < entry["cosine"] < 1 for entry in found["alignment"].values())
     for group, name in (("expert", "domain/medical"), ("general", "general/general")):
         assert found["summary"][group]["bits"]["metrics"] == [f"{name} bits_per_byte"]
-        assert kept(found["summary"][group]["bits"]) == pytest.approx(
-            kept(found["corpora"][name]["metrics"]["bits_per_byte"])
-        )
+        measured = found["corpora"][name]["metrics"]["bits_per_byte"]
+        assert kept(found["summary"][group]["bits"]) == pytest.approx(kept(measured))
 
-
-def test_tasks_alone_leave_what_was_said_of_corpora_and_appear_in_table_and_card(workplace: Workplace) -> None:
-    before = expertprune.evaluate(workplace.expert, store=workplace.store).document()
-    suite = workplace.suite(group="general", tasks=[{"file": "tasks/choose.yaml", "chance": 0}])
-    table = workplace.run("--suite", suite).stdout
-    after = workplace.evaluation()
-    assert after["corpora"] == json.loads(json.dumps(before["corpora"]))
-    documents = read_json(workplace.expert / "changes.json")["documents"]
-    assert {each["source"] for each in documents} == set(after["corpora"])
-    assert after["settings"]["documents"] == before["settings"]["documents"]
-    entry = after["tasks"]["choose"]
-    row = f"acc_norm (24 examples, +{entry['gained']} −{entry['lost']})"
-    assert row in table
-    assert f"| choose | {row} | {entry['base']:.4f} | {entry['expert']:.4f} | {entry['retention']:.4f} |" in (
-        workplace.expert / "README.md"
-    ).read_text(encoding="utf-8")
+    workplace.store = tmp_path / "another"
+    assert "not done: suite" in workplace.run(*arguments, "--collect", code=1).stderr
+    reports = [json.loads(workplace.run(*arguments, "--shard", f"{number}/2", "--json").stdout) for number in (2, 1)]
+    assert [len(each["done_here"]) for each in reports] == [2, 0]
+    workplace.run(*arguments, "--collect")
+    assert workplace.evaluation() == found
+    assert "give --suite or --task" in workplace.run("--collect", code=2).stderr
 
 
 def test_an_expert_with_a_vocabulary_of_its_own_is_compared_by_the_byte(tmp_path: Path, store: Path) -> None:
@@ -256,17 +255,14 @@ def test_an_expert_with_a_vocabulary_of_its_own_is_compared_by_the_byte(tmp_path
     assert found["alignment"] == {}  # other tokens have other states
 
 
-def test_answers_are_stored_and_used_until_something_changes(
-    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_answers_are_stored_until_something_changes(workplace: Workplace, monkeypatch: Patch) -> None:
     asked: list[Path] = []
     load = suite_scores.run_folder
     monkeypatch.setattr(suite_scores, "run_folder", lambda folder, base: (asked.append(folder), load(folder, base))[1])
-    suite = workplace.suite(tasks=[CHOOSE])
 
-    def models_asked(*args: Any) -> int:
+    def models_asked(*args: Any, **keys: Any) -> int:
         asked.clear()
-        workplace.run("--suite", suite, *args)
+        workplace.run("--suite", workplace.suite(tasks=[CHOOSE | keys]), *args)
         return len(asked)
 
     assert models_asked() == 2
@@ -274,11 +270,9 @@ def test_answers_are_stored_and_used_until_something_changes(
     assert models_asked() == 0
     assert workplace.evaluation() == first
     assert models_asked("--limit", "10") == 2
-    workplace.suite(tasks=[{"file": "tasks/choose.yaml", "metric": "acc"}])
-    assert models_asked() == 2
+    assert models_asked(metric="acc") == 2
     monkeypatch.setattr(stored, "versions", lambda: {"torch": "another"})
     assert models_asked() == 2
-    assert models_asked() == 0
     weights = next(workplace.expert.glob("*.safetensors"))
     save_file({name: tensor * 1.01 for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
     assert models_asked() == 1
@@ -288,38 +282,19 @@ def test_answers_are_stored_and_used_until_something_changes(
     assert models_asked() == 2
 
 
-def test_suites_in_shards_give_what_one_process_gives(
-    workplace: Workplace, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """Two suites that share a corpus, one of them with alignment."""
-    reading = workplace.suite("reading", perplexity={"corpora": ["general", "qa"]}, alignment=True)
-    choosing = workplace.suite("choosing", tasks=[CHOOSE], perplexity={"corpora": ["general", "medical"]})
-    arguments = ["--suite", reading, "--suite", choosing]
-    workplace.run(*arguments)
-    expected = workplace.evaluation()
-    workplace.store = shutil.copytree(workplace.store, tmp_path_factory.mktemp("other") / "store")
-    shutil.rmtree(workplace.store / "evaluations")
-    assert "not done: suite" in workplace.run(*arguments, "--collect", code=1).stderr
-    reports = [json.loads(workplace.run(*arguments, "--shard", f"{number}/2", "--json").stdout) for number in (2, 1)]
-    assert [len(each["done_here"]) for each in reports] == [2, 0]
-    workplace.run(*arguments, "--collect")
-    assert workplace.evaluation() == expected
-    assert "give --suite or --task" in workplace.run("--collect", code=2).stderr
-
-
-def test_with_vllm_each_model_has_a_server_of_its_own_in_turn(
-    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+def test_with_vllm_each_model_has_a_server_of_its_own(
+    workplace: Workplace, tiny_llama: Path, monkeypatch: Patch
 ) -> None:
     """A stand-in for the server, behind which the running model answers."""
     pytest.importorskip("tenacity")
     running: list[str] = []
-    served: list[tuple[str, str, list[str]]] = []
+    served: list[tuple[Path, str, list[str]]] = []
 
     @contextlib.contextmanager
     def server(folder: Path, *, model_name: str, arguments: list[str]) -> Iterator[SimpleNamespace]:
         assert running == []
         running.append(f"http://{model_name}")
-        served.append((str(folder), model_name, arguments))
+        served.append((folder, model_name, arguments))
         yield SimpleNamespace(url=running[0])
         running.clear()
 
@@ -330,22 +305,24 @@ def test_with_vllm_each_model_has_a_server_of_its_own_in_turn(
     monkeypatch.setattr("expertprune.serving.server.Server", server)
     monkeypatch.setattr(models, "served_model", answer)
     suite = workplace.suite(tasks=[CHOOSE])
-    workplace.run("--suite", suite)
-    expected = workplace.evaluation()["tasks"]["choose"]
-    workplace.run("--suite", suite, "--backend", "vllm")
-    assert workplace.evaluation()["tasks"]["choose"] == {**expected, "backend": "vllm"}
-    base = Expert.load(workplace.expert).local_base(workplace.store).model
-    places = ((base, "base"), (str(workplace.expert), "expert"))
-    assert served == [(folder, name, ["--dtype=float32"]) for folder, name in places]
+    found = []
+    for backend in ("hf", "vllm"):
+        workplace.run("--suite", suite, "--backend", backend)
+        found.append(workplace.evaluation()["tasks"]["choose"])
+    assert found[1] == {**found[0], "backend": "vllm"}
+    arguments = ["--dtype=float32"]
+    assert served == [(tiny_llama, "base", arguments), (workplace.expert, "expert", arguments)]
     assert running == []
 
 
 def test_a_floor_that_is_not_held_is_named_and_exits_with_1(workplace: Workplace) -> None:
-    suite = workplace.suite(
-        perplexity={"corpora": ["medical", "domain/legal"]}, tasks=[{**CHOOSE, "group": "general", "chance": 0.99}]
-    )
-    held = workplace.run("--suite", suite, "--fail-under", "expert=0.01")
-    assert "below the floor" not in held.output
+    kept = workplace.evaluation()["summary"]["expert"]["bits"]["retention"]
+    alone = workplace.run("--fail-under", f"expert={kept + 0.01},general=0.01", "--json", code=1)
+    assert f"below the floor: expert bits: retention {kept:.4f} is below {kept + 0.01:g}" in alone.stderr
+    assert alone.stderr.count("below the floor") == 1
+    assert json.loads(alone.stdout) == workplace.evaluation()
+    tasks = [{**CHOOSE, "group": "general", "chance": 0.99}]
+    suite = workplace.suite(perplexity={"corpora": ["medical", "domain/legal"]}, tasks=tasks)
     broken = workplace.run("--suite", suite, "--fail-under", "expert=0.01,general=5", code=1)
     found = workplace.evaluation()
     assert list(found["corpora"]) == ["domain/medical", "general/domain/legal"]  # the spec does not name law
@@ -358,30 +335,28 @@ def test_a_floor_that_is_not_held_is_named_and_exits_with_1(workplace: Workplace
     assert found["tasks"]["choose"]["note"] in (workplace.expert / "README.md").read_text()
 
 
-def test_a_floor_holds_without_a_suite_too(workplace: Workplace) -> None:
-    shown = json.loads(workplace.run("--json").stdout)
-    assert shown == workplace.evaluation()
-    text = {name: result["metrics"]["bits_per_byte"] for name, result in shown["corpora"].items()}
-    for group, names in (("expert", [n for n in text if n != "general/general"]), ("general", ["general/general"])):
-        average = shown["summary"][group]["bits"]
-        assert average["metrics"] == [f"{name} bits_per_byte" for name in names]
-        assert average["retention"] == pytest.approx(sum(text[name]["retention"] for name in names) / len(names))
-    kept = shown["summary"]["expert"]["bits"]["retention"]
-    held = workplace.run("--fail-under", f"expert={kept - 0.01}")
-    assert "below the floor" not in held.output
-    broken = workplace.run("--fail-under", f"expert={kept + 0.01},general=0.01", code=1)
-    assert broken.stderr.count("below the floor") == 1
-    assert f"below the floor: expert bits: retention {kept:.4f} is below {kept + 0.01:g}" in broken.stderr
-
-
-def test_what_a_task_needs_and_what_is_not_there(
-    workplace: Workplace, no_model: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    suite = workplace.suite(tasks=[CHOOSE])
+def test_what_is_wrong_is_said_with_its_name(workplace: Workplace, no_model: None, monkeypatch: Patch) -> None:
+    other = workplace.suite("other", tasks=[CHOOSE])
+    for keys, arguments, message in (
+        ({"tasks": [CHOOSE]}, ["--suite", "medcal"], "unknown suite 'medcal'; did you mean 'medical'?"),
+        ({"tasks": [CHOOSE]}, ["--suite", "medcal", "--suite", "nowhere.yaml"], "nowhere.yaml: no such file"),
+        ({"tasks": [{**CHOOSE, "metric": "acc_nrm"}]}, [], "it has no metric 'acc_nrm'; did you mean 'acc_norm'?"),
+        ({"tasks": [{**CHOOSE, "filter": "x"}]}, [], "task choose: it has no filter 'x'; valid: none"),
+        ({"generation": [CHOOSE]}, [], "task choose: its output is multiple_choice: put it under 'tasks'"),
+        ({"group": "general", "tasks": [CHOOSE]}, ["--fail-under", "expert=0.9"], "nothing that is measured counts as"),
+        ({"perplexity": {"corpora": ["domain/medcal"]}}, [], "perplexity.corpora: general: no corpus for"),
+        ({"tasks": [CHOOSE]}, ["--suite", other], "suite other: task 'choose' is in suite mine already"),
+        ({"tasks": [CHOOSE]}, ["--base", "/nowhere/at/all"], "say where it is with --base"),
+        ({"perplexity": {}}, ["--corpus", "medical"], "--corpus without --suite"),
+        *[({"perplexity": {}}, ["--fail-under", text], "--fail-under")
+          for text in ("expert", "expert=x", "exprt=0.9", "expert=0", "expert=nan", "expert=inf")],
+    ):  # fmt: skip
+        assert message in workplace.refused("--suite", workplace.suite(**keys), *arguments)
     assert "need --suite or --task" in workplace.refused("--limit", "3")
     message = workplace.refused("--corpus", "medical", "--fail-under", "expert=0.9,general=0.9")
     assert "--fail-under: nothing that is measured counts as general" in message
-    for missing, backend in (("lm_eval", "hf"), ("lm_eval", "vllm"), ("tenacity", "vllm")):
+    suite = workplace.suite(tasks=[CHOOSE])
+    for missing, backend in (("lm_eval", "hf"), ("tenacity", "vllm")):
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(sys.modules, missing, None)
             message = workplace.refused("--suite", suite, "--backend", backend)
@@ -389,87 +364,38 @@ def test_what_a_task_needs_and_what_is_not_there(
     for data, message in (
         ("", "questions.jsonl: holds no example"),
         ("[1, 2", "task choose: its data cannot be loaded"),
-        (None, "questions.jsonl: no such file"),
     ):
-        path = workplace.text("questions.jsonl", data or "")
-        if data is None:
-            path.unlink()
+        workplace.text("questions.jsonl", data)
         assert message in workplace.refused("--suite", suite)
+    (workplace.folder / "questions.jsonl").unlink()
+    assert "questions.jsonl: no such file" in workplace.refused("--suite", suite)
     manager = SimpleNamespace(all_tasks=("hellaswag", "boolq"), task_index={})
     monkeypatch.setattr(tasks, "_manager", lambda everything: manager)
     assert "unknown task 'helaswag'; did you mean 'hellaswag'?" in workplace.refused("--task", "helaswag")
 
 
-@pytest.mark.parametrize(
-    ("suite", "arguments", "messages"),
-    [
-        ({"tasks": [CHOOSE]}, ["--suite", "medcal", "--suite", "nowhere.yaml"],
-         ["unknown suite 'medcal'; did you mean 'medical'?", "nowhere.yaml: no such file"]),
-        ({"tasks": [{**CHOOSE, "metric": "acc_nrm"}]}, [],
-         ["task choose: it has no metric 'acc_nrm'; did you mean 'acc_norm'?"]),
-        ({"tasks": [{**CHOOSE, "filter": "x"}]}, [], ["task choose: it has no filter 'x'; valid: none"]),
-        ({"generation": [CHOOSE]}, [],
-         ["task choose: its output is multiple_choice: put it under 'tasks', not under 'generation'"]),
-        ({"group": "general", "tasks": [CHOOSE]}, ["--fail-under", "expert=0.9"],
-         ["nothing that is measured counts as expert"]),
-        ({"perplexity": {"corpora": ["domain/medcal"]}}, [],
-         ["perplexity.corpora: general: no corpus for 'domain/medcal'"]),
-        ({"tasks": [CHOOSE]}, ["--suite", "OTHER"], ["suite other: task 'choose' is in suite mine already"]),
-        ({"tasks": [CHOOSE]}, ["--base", "/nowhere/at/all"], ["say where it is with --base"]),
-        ({"perplexity": {}}, ["--corpus", "medical"], ["--corpus without --suite"]),
-        *[({"perplexity": {}}, ["--fail-under", text], ["--fail-under"])
-          for text in ("expert", "expert=x", "exprt=0.9", "expert=0", "expert=nan", "expert=inf")],
-    ],
-)  # fmt: skip
-def test_what_is_wrong_is_said_with_its_name(
-    workplace: Workplace, no_model: None, suite: dict[str, Any], arguments: list[str], messages: list[str]
-) -> None:
-    other = workplace.suite("other", tasks=[CHOOSE])
-    arguments = [str(other) if argument == "OTHER" else argument for argument in arguments]
-    found = workplace.refused("--suite", workplace.suite(**suite), *arguments)
-    assert all(message in found for message in messages), found
-
-
-def calibration_text(folder: Path) -> str:
-    """The longest document of the corpus on medicine."""
-    return max((str(json.loads(line)["text"]) for line in (folder / "medical.jsonl").read_text().splitlines()), key=len)
-
-
-def ask(workplace: Workplace, **changed: str) -> Path:
-    """A suite of four questions, of which the third has other fields; prompts are the questions alone."""
-    words = ("amber", "basil", "cobalt", "dahlia")
-    rows = [{"question": f"Which {word} is it?", "passage": "", "choices": words, "answer": 1} for word in words]
-    rows[2] |= changed
-    workplace.data("questions.jsonl", rows)
-    plain = CHOICE.replace("Question: ", "").replace("\\nAnswer:", "")
-    workplace.text("tasks/choose.yaml", plain)
-    return workplace.suite(tasks=[CHOOSE])
-
-
 METRIC = "  - {metric: FILE, aggregation: mean, higher_is_better: true}\n"
-CODE = {  # what a task says, and what the file that it includes does
-    "a function": ("process_docs: !function code.same\n" + CHOICE, ""),
-    "a function of an included file": ("include: more.yaml\n" + CHOICE, "process_docs: !function code.same\n"),
-    "a metric": (CHOICE + METRIC, ""),
-    "a metric of an included file": (
-        "include: more.yaml\n" + CHOICE.partition("metric_list")[0],
-        CHOICE[CHOICE.index("metric_list") :] + METRIC,
-    ),
-}
-ASKS = {  # where else a file could hide that would be run
-    "a key": CHOICE + "? !function code.same\n: 1\n",
-    "a pair": CHOICE + "metadata: !!pairs [x: !function code.same]\n",
-    "a metric of its own library": CHOICE + METRIC.replace("FILE", "FILE, hf_evaluate: true"),
+METRICS = CHOICE[CHOICE.index("metric_list") :] + METRIC
+FUNCTION = "process_docs: !function code.same\n"
+# What a task says, what the file that it includes does, and whether it is run here where the command line allows it.
+CODE = {
+    "a function": (FUNCTION + CHOICE, "", True),
+    "a metric": (CHOICE + METRIC, "", True),
+    "a function of an included file": ("include: more.yaml\n" + CHOICE, FUNCTION, False),
+    "a metric of an included file": ("include: more.yaml\n" + CHOICE.partition("metric_list")[0], METRICS, False),
+    "a key": (CHOICE + "? !function code.same\n: 1\n", "", False),
+    "a pair": (CHOICE + "metadata: !!pairs [x: !function code.same]\n", "", False),
+    "a metric of its own library": (CHOICE + METRIC.replace("FILE", "FILE, hf_evaluate: true"), "", False),
 }
 
 
-@pytest.mark.parametrize("case", [*CODE, *ASKS])
-def test_code_of_a_task_runs_only_if_this_command_line_says_so(
+@pytest.mark.parametrize("case", CODE)
+def test_code_of_a_task_runs_only_if_allowed_now(
     workplace: Workplace, case: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     mark = workplace.folder / "was run"
     code = workplace.text("tasks/code.py", f"open({str(mark)!r}, 'w')\ndef same(data): return data\n")
-    task, included = CODE.get(case, (ASKS.get(case, ""), ""))
+    task, included, runs = CODE[case]
     workplace.text("tasks/choose.yaml", task.replace("FILE", str(code)))
     workplace.text("tasks/more.yaml", included.replace("FILE", str(code)))
     suite = workplace.suite(tasks=[CHOOSE])
@@ -477,8 +403,8 @@ def test_code_of_a_task_runs_only_if_this_command_line_says_so(
     assert f"choose.yaml runs Python code: {code}; " in message
     assert "--trust-remote-code" in message
     assert not mark.exists()
-    if case in CODE:
-        workplace.run("--suite", suite, "--trust-remote-code")
+    if runs:
+        workplace.run("--suite", suite, "--trust-remote-code", "--limit", "2")
         assert mark.exists()
         assert f"task choose: runs Python code: {code}" in [record.getMessage() for record in caplog.records]
 
@@ -487,66 +413,63 @@ def test_a_metric_that_a_task_of_the_library_asks_for_is_refused_too(tmp_path: P
     import evaluate
 
     (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'was run')!r}, 'w')\n")
-    entry = TaskEntry(name="library")
     with (
         pytest.raises(SpecError, match=r"task library: runs Python code: .*own\.py"),
-        metric_code(entry, trusted=False),
+        metric_code(TaskEntry(name="library"), trusted=False),
         contextlib.suppress(Exception),  # as the library does
     ):
         evaluate.load(str(tmp_path / "own.py"))
     assert not (tmp_path / "was run").exists()
 
 
-@pytest.mark.parametrize(
-    ("section", "words"),
-    [("tasks", "task choose: the expert gives likelihoods that are not finite"),
-     ("generation", "model.norm.weight holds values that are not finite")],
-)  # fmt: skip
-def test_an_expert_of_damaged_numbers_is_an_error(workplace: Workplace, section: str, words: str) -> None:
+def test_an_expert_of_damaged_numbers_is_an_error(workplace: Workplace) -> None:
     poison(workplace.expert, "model.norm.weight", None)
     workplace.text("tasks/say.yaml", GENERATE)
     workplace.data("generate.jsonl", [{"question": "the heart", "right": "pumps"}])
-    suite = workplace.suite(**{section: [CHOOSE if section == "tasks" else {"file": "tasks/say.yaml"}]})
-    assert words in workplace.refused("--suite", suite)
+    for name, section, words in (
+        ("choose", "tasks", "task choose: the expert gives likelihoods that are not finite"),
+        ("say", "generation", "model.norm.weight holds values that are not finite"),
+    ):
+        suite = workplace.suite(**{section: [{"file": f"tasks/{name}.yaml"}]})
+        assert words in workplace.refused("--suite", suite)
 
 
-def test_templates_of_a_task_have_no_access_to_python(workplace: Workplace) -> None:
-    escape = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
-    workplace.text("tasks/choose.yaml", CHOICE.replace("{{question}}", escape))
-    assert "task choose: " in workplace.refused("--suite", workplace.suite(tasks=[CHOOSE]))
+def test_what_calibrated_the_expert_or_an_ancestor_is_refused(workplace: Workplace, no_model: None) -> None:
+    def ask(**changed: str) -> str:
+        """A suite of four questions, of which the third has other fields; prompts are the questions alone."""
+        words = ("amber", "basil", "cobalt", "dahlia")
+        rows = [{"question": f"Which {word} is it?", "passage": "", "choices": words, "answer": 1} for word in words]
+        rows[2] |= changed
+        workplace.data("questions.jsonl", rows)
+        return workplace.refused("--suite", workplace.suite(tasks=[CHOOSE]))
 
-
-LEAK = "task choose: 1 of 4 examples also calibrate the expert, or one that it is cut from (the first: "
-
-
-def test_what_calibrated_the_expert_is_refused(workplace: Workplace, no_model: None) -> None:
-    text = calibration_text(workplace.folder)
+    leak = "task choose: 1 of 4 examples also calibrate the expert, or one that it is cut from (the first: "
+    workplace.text("tasks/choose.yaml", CHOICE.replace("Question: ", "").replace("\\nAnswer:", ""))
+    texts = [json.loads(line)["text"] for line in (workplace.folder / "medical.jsonl").read_text().splitlines()]
+    text = max(texts, key=len)
     assert len(text) >= 60
     for place in ("question", "passage"):  # the prompt, and a field that it does not show
-        assert LEAK + repr(text[:60]) in workplace.refused("--suite", ask(workplace, **{place: text}))
+        assert leak + repr(text[:60]) in ask(**{place: text})
     evaluation = workplace.folder / "medical.evaluation.jsonl"
-    evaluation.write_text(json.dumps({"text": text}) + "\n" + evaluation.read_text())
+    whole = evaluation.read_text()
+    workplace.data(evaluation.name, [{"text": text}])
     suite = workplace.suite(perplexity={})
-    assert "corpus domain/medical: 1 of 5 evaluation documents also calibrate" in workplace.refused("--suite", suite)
+    assert "corpus domain/medical: 1 of 1 evaluation documents also calibrate" in workplace.refused("--suite", suite)
 
-
-def test_what_calibrated_an_ancestor_is_refused(workplace: Workplace, spec_data: dict[str, Any], store: Path) -> None:
-    """An expert is cut from the expert, on other text; the text of the first is gone, and its digests are not."""
-    text, folder = calibration_text(workplace.folder), workplace.folder / "second"
-    folder.mkdir()
-    sources = write_sources(folder, spec_data["corpora"]["sources"], seed=50)
-    data = {**spec_data, "name": "second", "base": str(workplace.expert), "corpora": {"sources": sources}}
-    spec = parse_spec({**data, "evaluate": {"enabled": False}}, "spec", folder)
-    workplace.expert = expertprune.build(spec, folder / "expert", store=store)
-    (workplace.folder / "medical.jsonl").unlink()
-    assert LEAK + repr(text[:60]) in workplace.refused("--suite", ask(workplace, question=text))
-
-    evaluation = folder / "medical.evaluation.jsonl"
-    evaluation.write_text(json.dumps({"text": text}) + "\n" + evaluation.read_text())
-    (folder / "asked.jsonl").write_text(json.dumps({"question": text, "choices": ["a", "b"], "answer": 0}) + "\n")
-    sources["qa"]["questions"] = str(folder / "asked.jsonl")
+    evaluation.write_text(whole)
+    gone = "a text of an ancestor that lies nowhere any more, of which the expert has the digest"
+    document = about(workplace.expert)
+    document["corpora"]["domain/medical"]["documents"].append(Document(gone).digest)
+    workplace.text("expert/expertprune.json", json.dumps(document))
+    assert leak + repr(gone[:60]) in ask(question=gone)
+    spec = yaml.safe_load((workplace.folder / "tiny.yaml").read_text())
+    sources = write_sources(workplace.folder / "tasks", spec["corpora"]["sources"], seed=50)
+    workplace.data("tasks/asked.jsonl", [{"question": gone, "choices": ["a", "b"], "answer": 0}])
+    workplace.data("tasks/medical.evaluation.jsonl", [{"text": text}])
+    sources["qa"]["questions"] = str(workplace.folder / "tasks" / "asked.jsonl")
+    spec |= {"base": str(workplace.expert), "corpora": {"sources": sources}}
     with pytest.raises(SpecError) as error:
-        expertprune.validate(parse_spec(data, "spec", folder), store=store)
+        expertprune.validate(parse_spec(spec, "spec", workplace.folder), store=workplace.store)
     documents, questions = sorted(error.value.problems)
-    assert documents.startswith("corpus domain/medical: 1 of 5 evaluation documents also calibrate the expert, or one")
+    assert documents.startswith("corpus domain/medical: 1 of 1 evaluation documents also calibrate the expert, or one")
     assert questions.startswith("corpus task/qa: 1 of 1 questions also calibrate the expert, or one")
