@@ -35,6 +35,7 @@ def hub(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
         files["consolidated.safetensors"] = b"the same weights again, in another layout"
         files["pytorch_model.bin"] = b"and again"
         files["README.md"] = CARD.encode()
+        files["modeling.py"] = b"raise AssertionError('its code ran')"
         take_for_the_real_one(monkeypatch, found, tmp_path / "cache")
         yield found
 
@@ -52,10 +53,12 @@ def test_weights_are_downloaded_when_they_are_needed_and_only_those_of_the_index
     assert base.digest == local.digest
     assert sorted(path.name for path in base.folder.glob("*.safetensors")) == shards
     assert sorted(hub.downloads(".safetensors")) == shards  # their headers first
-    assert hub.downloads(".bin") == []
+    assert hub.downloads(".bin") == hub.downloads(".py") == []
     hub.asked.clear()
     resolve_base(Base(model="owner/model", revision="main"), store)
     assert hub.downloads("") == []  # all from the cache
+    assert resolve_base(Base(model="owner/model", trust_remote_code=True), store).trust_remote_code
+    assert hub.downloads("") == ["modeling.py"]
 
 
 def test_the_origin_of_a_base_is_its_commit_and_what_its_card_says(hub: Hub, store: Path, tmp_path: Path) -> None:
@@ -72,36 +75,22 @@ def test_the_origin_of_a_base_is_its_commit_and_what_its_card_says(hub: Hub, sto
     assert (bundled.name, bundled.license) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
 
 
-def test_headers_are_enough_to_refuse_a_model(hub: Hub, store: Path) -> None:
-    files = hub.repositories["owner/model"].files
-    files["config.json"] = json.dumps(json.loads(files["config.json"]) | {"intermediate_size": 64}).encode()
-    with pytest.raises(CheckpointError, match=r"gate_proj\.weight is \[32, 24\], the config makes axis 0 64"):
-        resolve_base(Base(model="owner/model"), store)
-    assert not list(Path(constants.HF_HUB_CACHE).rglob("*.safetensors"))
+PRIVATE = "the hub has no such repository, or"
 
 
 @pytest.mark.parametrize(
     ("change", "token", "words"),
     [
-        (
-            {"gated": True},
-            TOKEN,
-            "is gated: accept the licence at {url}/owner/model, and take the token of that account",
-        ),
-        (
-            {"gated": True},
-            None,
-            "is gated: accept the licence at {url}/owner/model, and set HF_TOKEN to a token of that",
-        ),
-        ({"private": True}, None, "the hub has no such repository, or it is private: set HF_TOKEN"),
-        ({"private": True}, "hf_another", "the hub has no such repository, or HF_TOKEN may not read it"),
+        ("gated", TOKEN, "is gated: accept the licence at {url}/owner/model, and take the token of that account"),
+        ("gated", None, "is gated: accept the licence at {url}/owner/model, and set HF_TOKEN to a token of that"),
+        ("private", None, f"{PRIVATE} it is private: set HF_TOKEN"),
+        ("private", "hf_another", f"{PRIVATE} HF_TOKEN may not read it"),
     ],
 )
 def test_a_base_that_is_kept_from_you_is_one_line_with_the_fix(
-    hub: Hub, store: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, bool], token: str | None, words: str
+    hub: Hub, store: Path, monkeypatch: pytest.MonkeyPatch, change: str, token: str | None, words: str
 ) -> None:
-    for name, value in change.items():
-        setattr(hub.repositories["owner/model"], name, value)
+    setattr(hub.repositories["owner/model"], change, True)
     monkeypatch.delenv("HF_TOKEN")
     if token is not None:
         monkeypatch.setenv("HF_TOKEN", token)
@@ -113,13 +102,19 @@ def test_a_base_that_is_kept_from_you_is_one_line_with_the_fix(
     assert "\n" not in problem
 
 
-def test_what_the_hub_does_not_have_is_said(hub: Hub, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_had_or_cut_is_refused_before_weights_come(
+    hub: Hub, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = hub.repositories["owner/model"].files
     with pytest.raises(SpecError, match="'owner/model': has no such revision"):
         resolve_base(Base(model="owner/model", revision="v1"), store)
-    for file in ("model.safetensors.index.json", "consolidated.safetensors"):
-        del hub.repositories["owner/model"].files[file]
+    files["config.json"] = json.dumps(json.loads(files["config.json"]) | {"intermediate_size": 64}).encode()
+    with pytest.raises(CheckpointError, match=r"gate_proj\.weight is \[32, 24\], the config makes axis 0 64"):
+        resolve_base(Base(model="owner/model"), store)
+    del files["model.safetensors.index.json"], files["consolidated.safetensors"]
     with pytest.raises(CheckpointError, match="not a safetensors repo"):
         resolve_base(Base(model="owner/model"), store)
+    assert not list(Path(constants.HF_HUB_CACHE).rglob("*.safetensors"))
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # a port at which nobody listens
     with pytest.raises(SpecError, match="'owner/other' is not in the local cache and the hub cannot be reached"):
         resolve_base(Base(model="owner/other"), store)
