@@ -36,9 +36,12 @@ QUESTION = [{"role": "user", "content": "Which organ pumps blood?"}]
 
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory: pytest.TempPathFactory, real_store: Path) -> list[Path]:
-    """Two experts of SmolLM2, cut without a look at text and not repaired: here nobody asks how good they are."""
+    """Two experts of SmolLM2, cut after a short look at text and not repaired: nobody asks how good they are."""
     folder = tmp_path_factory.mktemp("experts")
-    plain = {"evaluate.enabled": False, "compensation.method": "none", "relevance.criterion": "magnitude"}
+    plain = {
+        "evaluate.enabled": False, "compensation.method": "none", "relevance.criterion": "magnitude",
+        "calibration.documents": 2,
+    }  # fmt: skip
     return [
         expertprune.build(SPEC, folder / name, {**plain, "name": name, "budget.ffn": fraction}, store=real_store)
         for name, fraction in (("mild", 0.05), ("half", 0.5))
