@@ -125,8 +125,9 @@ def test_only_the_profiles_of_a_specs_corpora_are_composed(tiny_spec: Spec, stor
     for name, profile in profiles.items():
         assert (profile.corpus, profile.layers) == (str(name), list(base.layers))
         (path,) = tiny_spec.corpora.sources[name.value].path
-        lines = Path(path).read_text().splitlines()
-        assert set(profile.documents) == {Document(json.loads(line)["text"]).digest for line in lines}
+        texts = [json.loads(line)["text"] for line in Path(path).read_text().splitlines()]
+        assert set(profile.documents) == {Document(text).digest for text in texts}
+        assert profile.tokens == sum(len(text.split()) for text in texts)
     more = {**profiles, CorpusName("language", "de"): next(iter(profiles.values()))}
     assert compose(tiny_spec, base, more) == compose(tiny_spec, base, profiles)
     without = {name: profile for name, profile in profiles.items() if name.dimension != "domain"}

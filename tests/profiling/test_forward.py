@@ -27,6 +27,7 @@ from tests.masks import LENGTHS, Tiny, assert_near, ffn_output, layer_activation
 
 LAYERS, HEADS, GROUPS = 3, 6, 3
 Array = NDArray[np.float64]
+ALIKE = tuple(np.ones(length) for length in LENGTHS)
 
 
 def collected(of: Tiny, tokens_per_batch: int = 30) -> dict[str, Tensor]:
@@ -37,7 +38,7 @@ def numbers(tensor: Tensor) -> Array:
     return tensor.detach().double().numpy()
 
 
-def reference(of: Tiny, weights: Sequence[Array] = [np.ones(length) for length in LENGTHS]) -> dict[str, Array]:
+def reference(of: Tiny, weights: Sequence[Array] = ALIKE) -> dict[str, Array]:
     """Every activation statistic in float64, by explicit products, of one document after the other.
 
     Args:
