@@ -134,8 +134,10 @@ def test_a_streamed_build_is_the_same(family: str, tmp_path: Path, spec_data: Da
     for name, corpus in again.corpora.items():
         for mine, theirs in zip(corpus.per_document, other.evaluation.corpora[name].per_document, strict=True):
             assert (mine.base_bits, mine.expert_bits) == pytest.approx((theirs.base_bits, theirs.expert_bits), rel=1e-6)
+    (tmp_path / "task.yaml").write_text("task: some")
+    suite = written({"name": "mine"}, tmp_path / "suite.yaml", tasks=[{"file": "task.yaml"}])
     with pytest.raises(UsageError, match=r"layers are streamed \(base\.layers\): give --backend vllm"):
-        expertprune.evaluate_suites(other.folder, tasks=["piqa"], store=tmp_path / "store-2")
+        expertprune.evaluate_suites(other.folder, [str(suite)], store=tmp_path / "store-2")
 
 
 # --- hidden states that profiles leave for the repair --------------------------------------------------------------
