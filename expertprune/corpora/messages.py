@@ -206,7 +206,7 @@ def with_text_arguments(messages: Sequence[dict[str, Any]]) -> list[dict[str, An
 
 
 def _content(content: Any, where: str) -> str:
-    """Text, or a list of parts of which each is text."""
+    """Text, or a list of parts of which each is text: a line each, as vLLM joins them."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -215,5 +215,5 @@ def _content(content: Any, where: str) -> str:
         others = sorted({str(part.get("type")) for part in content if part.get("type") != "text"})
         if others:
             raise SpecError(f"{where}: holds {', '.join(others)}; only text can be read")
-        return "".join(str(part.get("text") or "") for part in content)
+        return "\n".join(str(part.get("text") or "") for part in content)
     raise SpecError(f"{where}: its content is {type(content).__name__}, not text")

@@ -18,6 +18,7 @@ from expertprune.models.spool import Limits, Room
 Change = Callable[[nn.Module], contextlib.AbstractContextManager[Any]]
 LayerState = dict[str, Tensor]
 _ATTRIBUTE = "_expertprune_source"
+TRIMMED = 128 << 20  # bytes of layers after which freed memory goes back to the system, which takes time
 
 
 class LayerSource(ABC):
@@ -74,6 +75,7 @@ class StreamedLayers(LayerSource):
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="layers")
         self._ahead: tuple[int, Future[LayerState]] | None = None
         self._changes: dict[int, list[Change]] = defaultdict(list)
+        self._released = 0
 
     @contextlib.contextmanager
     def opened(self, layer: nn.Module, index: int, following: int | None = None) -> Iterator[nn.Module]:
@@ -94,8 +96,10 @@ class StreamedLayers(LayerSource):
             self._ahead = None
             raise
         finally:
-            release(layer)
-            trim()
+            self._released += release(layer)
+            if self._released >= TRIMMED:
+                self._released = 0
+                trim()
 
     def _weights(self, index: int) -> LayerState:
         ahead, self._ahead = self._ahead, None
@@ -114,10 +118,13 @@ class StreamedLayers(LayerSource):
             self._changes[index].remove(change)
 
 
-def release(module: nn.Module) -> None:
-    """Give the memory of all parameters back; they stay as shapes on the device `meta`."""
-    empty = {name: torch.empty_like(value, device="meta") for name, value in module.named_parameters()}
+def release(module: nn.Module) -> int:
+    """Give the memory of all parameters back, and say how many bytes; they stay as shapes on the device `meta`."""
+    parameters = dict(module.named_parameters())
+    empty = {name: torch.empty_like(value, device="meta") for name, value in parameters.items()}
+    size = sum(value.nbytes for value in parameters.values())
     module.load_state_dict(empty, strict=False, assign=True)
+    return size
 
 
 def trim() -> None:

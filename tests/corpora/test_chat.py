@@ -91,6 +91,9 @@ def test_every_form_of_a_conversation_is_read_as_the_same() -> None:
     assert read_exchange(TWO_TURNS[:3], TWO_TURNS[3:], "here") == expected
     assert expected.text == "the heart\n\npumps blood\n\na judge\n\nreads law"
     assert expected.prompt == TWO_TURNS[:1]
+    lines = [{"type": "text", "text": each} for each in ("the heart", "and lungs")]
+    several = read_conversation([{"role": "user", "content": lines}, TWO_TURNS[1]], None, "here")
+    assert several.prompt[0]["content"] == "the heart\nand lungs"
 
 
 def call_of(**function: Any) -> dict[str, Any]:
