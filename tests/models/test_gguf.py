@@ -235,6 +235,16 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return found
 
 
+def test_a_tokenizer_that_puts_no_space_before_a_text_comes_back_so(tmp_path: Path, store: Path) -> None:
+    """And its token behind a text; transformers takes neither over for this architecture."""
+    folder = tiny(tmp_path / "model", "llama", "sentencepiece")
+    base = load_tokenizer(resolve_base(Base(model=str(export(folder, tmp_path / "a.gguf").path)), store).folder)
+    mine = load_tokenizer(folder)
+    for text in TEXTS:
+        assert base(text)["input_ids"] == mine(text)["input_ids"]
+        assert base.decode(base(text)["input_ids"]) == mine.decode(mine(text)["input_ids"])
+
+
 @KIND
 def test_the_tokenizer_comes_back_with_the_same_ids(exported: Exported, kind: str, store: Path) -> None:
     folder, file = exported[kind]

@@ -8,6 +8,7 @@ into the config.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy
 import torch
+from tokenizers import Tokenizer
 
 from expertprune.arch import Family, families
 from expertprune.errors import CheckpointError
@@ -167,11 +169,28 @@ def frequency_factors(config: Any, parameters: Mapping[str, Any]) -> torch.Tenso
 
 
 def tokenizer_in(file: Path, header: Header) -> Any:
-    """The file's tokenizer."""
+    """The file's tokenizer, with what transformers does not take over: tokens around a text, and no space before it."""
     tokenizer = quiet_transformers().AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    if _begins(header) and not tokenizer.add_bos_token:  # transformers does not take this over
-        tokenizer.add_bos_token = True  # goes into the post-processor of tokenizer.json, which every reader obeys
+    # These go into the post-processor of tokenizer.json, which every reader obeys.
+    if _begins(header) and not tokenizer.add_bos_token:
+        tokenizer.add_bos_token = True
+    if header.metadata.get("tokenizer.ggml.add_eos_token") and not tokenizer.add_eos_token:
+        tokenizer.add_eos_token = True
+    if header.metadata.get("tokenizer.ggml.add_space_prefix") is False:
+        _put_no_space_before(tokenizer.backend_tokenizer)
     return tokenizer
+
+
+def _put_no_space_before(tokenizer: Tokenizer) -> None:
+    """Let a SentencePiece tokenizer mark no space before a text, and strip none from what it decodes."""
+    data = json.loads(tokenizer.to_str())
+    before, decoder = data["pre_tokenizer"], data["decoder"]
+    if before is None or before["type"] != "Metaspace":
+        return
+    before["prepend_scheme"] = "never"
+    decoder["decoders"] = [each for each in decoder.get("decoders", []) if each["type"] != "Strip"]
+    changed = Tokenizer.from_str(json.dumps(data))
+    tokenizer.pre_tokenizer, tokenizer.decoder = changed.pre_tokenizer, changed.decoder
 
 
 def _begins(header: Header) -> bool:
