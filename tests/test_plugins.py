@@ -18,7 +18,7 @@ from expertprune.spec.reading import parse_spec
 from expertprune.stages.validate import validate
 from tests import juniper
 from tests.juniper import JuniperConfig, JuniperForCausalLM
-from tests.plugins import distribution, unpack
+from tests.plugins import distribution, wheel
 from tests.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -81,7 +81,8 @@ def test_a_distribution_brings_entries_of_each_kind(tmp_path: Path, spec_data: d
     base.save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     installed = tmp_path / "installed"
-    unpack(distribution("grove", POINTS, MODULES), installed)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(installed)]
+    subprocess.run([*pip, str(wheel(distribution("grove", POINTS, MODULES), tmp_path))], check=True, timeout=120)
 
     spec_data |= {
         "base": str(tmp_path / "base"),
