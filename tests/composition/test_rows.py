@@ -236,6 +236,8 @@ def test_the_interval_is_poissons_for_events_of_equal_weight() -> None:
         missing = np.array([1.0] * events + [0.0] * 3)
         assert missing_interval(missing) == pytest.approx((low, high), rel=1e-3)
         assert not events or missing_interval(5 * missing) == pytest.approx((5 * low, 5 * high), rel=1e-3)
+    # Tokens that cluster tell less.
+    assert missing_interval(np.array([17.0, 1, 1, 1]))[1] > 1.5 * missing_interval(np.ones(20))[1]
 
 
 def test_a_document_is_tested_on_what_the_other_folds_chose(base: ResolvedBase, tmp_path: Path) -> None:

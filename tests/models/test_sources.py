@@ -58,7 +58,7 @@ def logits_of(text: TextRun) -> list[Tensor]:
 
 STORED = [
     ("llama", F32), ("gemma3", BF16), ("qwen2_moe", F32), ("olmoe", BF16), ("deepseek_v3", F32), ("ernie4_5_moe", F32),
-    ("gpt_oss", F32), ("qwen3_next", F32),
+    ("gpt_oss", F32), ("qwen3_next", F32), ("mixtral", F32),
 ]  # fmt: skip
 
 

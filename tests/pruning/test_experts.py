@@ -314,7 +314,12 @@ def test_parameters_beside_experts_are_met_by_neurons(spec_of: SpecOf) -> None:
     before, gone = plan.parameters.before, plan.parameters.before - plan.parameters.after
     step = 3 * 5 * 8 * 3 * 24  # of three layers, five experts, eight neurons of three matrices
     assert gone >= 0.4 * before > gone - step
-    assert (gone - 3 * (3 * 24 * 32 + 24)) % step == 0
+    expert = 3 * (3 * 24 * 32 + 24)  # of three layers, three matrices and a row of the router
+    assert (gone - expert) % step == 0
+    plan = expertprune.compose(spec_of("mixtral", {"parameters": 0.2}))  # alone, by whole experts
+    count, gone = plan.budget["experts"].removed, plan.parameters.before - plan.parameters.after
+    assert (plan.budget["ffn"].removed, gone) == (0, count * expert)
+    assert gone >= 0.2 * before > gone - expert
 
 
 @pytest.mark.parametrize(

@@ -353,6 +353,7 @@ def test_passengers_arrive_as_in_the_written_expert(family: str, stored: torch.d
     aboard = Passengers(make_batches(random_documents(7, seed=5), 40))
     folder = pruned(plan, base, tmp_path / "expert", given(load_model(base.folder, torch.float32), passengers=aboard))
     alone = pruned(plan, base, tmp_path / "alone", given(load_model(base.folder, torch.float32)))
+    assert {tensor.dtype for tensor in stored_tensors(folder).values()} == {stored}
     assert_same_tensors(stored_tensors(folder), stored_tensors(alone))
     for place, stream in ((base.folder, aboard.base), (folder, aboard.expert)):
         expected = TextRun(load_model(place, torch.float32), base.family, (), aboard.batches).finish()

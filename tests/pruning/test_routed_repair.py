@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from expertprune.engine.routed import RoutedSizes
 from expertprune.models.passes import TextRun
-from expertprune.pruning import routed_repair
+from expertprune.pruning import routed_repair, solve
 from expertprune.pruning.repair import RepairJob, by_least_squares
 from expertprune.pruning.routed_repair import RoutedMoments, RoutedRepair, RoutedSystem
 from expertprune.pruning.write import RepairInput
@@ -114,6 +115,39 @@ def test_a_layer_comes_close_to_the_best_that_its_kept_experts_can_do_together(
     assert error(before) - error(after) > 0.9 * (error(before) - error(best))
     monkeypatch.setattr(routed_repair, "KEPT", 0)  # equations that there is no room for are factorized again
     np.testing.assert_array_equal(of.repaired(text), after)
+
+
+class Products(TorchDispatchMode):
+    """Notes the shape of every matrix product, and torch's precision of products while it runs."""
+
+    def __init__(self, setting: SimpleNamespace) -> None:
+        super().__init__()
+        self.setting, self.seen = setting, set[tuple[tuple[int, ...], str]]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in ("mm", "addmm_"):
+            self.seen.add((tuple(found.shape), self.setting.fp32_precision))
+        return found
+
+
+def test_second_moments_alone_are_products_of_tf32_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if this processor were one; the setting is torch's own, and comes back behind an error, too."""
+    setting, of = SimpleNamespace(fp32_precision="ieee"), Layer("mixtral", {"ffn": 12})
+    text, moments = of.of.text(token_lists([30] * 10, seed=4), 600), {(12, 12), (of.shape.hidden, 12)}
+    monkeypatch.setattr(torch.backends.cuda, "matmul", setting)
+    for devices, narrow in ((("cuda",), "ieee"), (("cuda", "cpu"), "tf32")):
+        monkeypatch.setattr(solve, "_NARROW", devices)
+        with Products(setting) as routed:
+            of.repaired(text)
+        assert {each for each in routed.seen if each[0] in moments} == {(shape, narrow) for shape in moments}
+        assert {each[1] for each in routed.seen if each[0] not in moments} == {"ieee"}
+        with Products(setting) as dense:
+            solve.Moments.zeros(5, 3, torch.device("cpu")).add(torch.ones(7, 5), torch.ones(7, 3), torch.ones(7))
+        assert dense.seen == {((5, 5), narrow), ((3, 5), narrow)}
+    with pytest.raises(ValueError, match="in the block"), solve.narrow_products(torch.device("cpu")):
+        raise ValueError("in the block")
+    assert setting.fp32_precision == "ieee"
 
 
 class Live(TorchDispatchMode):
