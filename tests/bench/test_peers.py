@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from bench import peers
 from bench.peers.least_squares import RIDGE
 from bench.peers.linear_map import RIDGE as MAP_RIDGE
-from bench.peers.nystrom import TEMPERATURE
+from bench.peers.nystrom import TEMPERATURE, shared
 from bench.peers.residual_slicing import slice_to
 from expertprune.corpora.batches import Batch, make_batches
 from tests.tiny import WIDTHS, tiny_model
@@ -329,6 +329,8 @@ def test_modegpt_keeps_the_highest_leverage_and_repairs_by_nystrom() -> None:
     assert sum(lost) == WANTED * LAYERS
     weights = np.exp(-influences(before) / TEMPERATURE)
     np.testing.assert_allclose(lost, WANTED * LAYERS * weights / weights.sum(), rtol=0, atol=1)
+    # exp(0) : exp(-1) : exp(-9) of 36 are 26.3, 9.7 and 0: the first may lose 0.95 of 20, the others share 17.
+    assert shared(TEMPERATURE * torch.tensor([0.0, 1.0, 9.0], dtype=torch.float64), 12, 20) == [19, 17, 0]
 
 
 def test_llm_pruner_takes_the_better_of_all_and_inner_layers() -> None:

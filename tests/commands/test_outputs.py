@@ -51,7 +51,7 @@ def test_a_build_never_replaces_its_base_or_the_base_of_its_base(
     assert "the command reads" in refused(tmp_path, "build", third, "--out", tmp_path / "other", "--overwrite")
 
 
-def test_a_plan_never_replaces_what_is_no_plan(tmp_path: Path, spec_file: Path, warm: Path) -> None:
+def test_a_plan_and_a_picture_never_replace_what_is_none(tmp_path: Path, spec_file: Path, warm: Path) -> None:
     composed = ("compose", spec_file, "--out")
     (tmp_path / "notes.txt").write_text("precious")
     assert "the command reads" in refused(tmp_path, *composed, spec_file, "--overwrite")
@@ -60,6 +60,13 @@ def test_a_plan_never_replaces_what_is_no_plan(tmp_path: Path, spec_file: Path, 
     assert "exists; choose another --out" in refused(tmp_path, *composed, tmp_path / "plan.json")
     call(*composed, tmp_path / "plan.json", "--overwrite", "--set", "budget.ffn=0.5")
     assert json.loads((tmp_path / "plan.json").read_text())["spec"]["budget"]["ffn"] == 0.5
+    compared, picture = ("compare", spec_file, "--picture", tmp_path / "overlap.svg"), tmp_path / "overlap.svg"
+    picture.write_text("precious")
+    for options, words in (((), "exists; choose another --picture"), (("--overwrite",), "is no picture")):
+        assert words in refused(tmp_path, *compared, *options)
+    picture.write_text("<svg>")
+    call(*compared, "--overwrite")
+    assert len(picture.read_text()) > 1000
 
 
 def test_an_export_and_a_report_never_replace_what_is_none(expert: Path) -> None:
@@ -70,6 +77,7 @@ def test_an_export_and_a_report_never_replace_what_is_none(expert: Path) -> None
     page.write_text("<p>precious")
     for options in ((), ("--out", page, "--overwrite")):
         assert "is no page of expertprune" in refused(expert, "report", expert, *options)
+    assert "exists" in refused(expert, "report", expert, "--out", page)
     page.unlink()
     call("report", expert)
     call("report", expert)  # its own page is made anew

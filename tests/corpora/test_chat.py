@@ -200,6 +200,7 @@ def test_a_template_that_cannot_render_is_one_line() -> None:
     for template, messages, problem in (
         (ALTERNATING, [{"role": "system", "content": "law"}, *TWO_TURNS],
          "refuses a conversation of the roles system, user, assistant: System role not supported"),
+        ("{{ messages.__class__.__mro__ }}", TWO_TURNS, "unsafe"),
         ("{% for m in messages %}{{ m.role | upper }}{% endfor %}x", TWO_TURNS, "changes message 2"),
     ):  # fmt: skip
         with pytest.raises(SpecError) as caught:

@@ -266,6 +266,7 @@ def test_the_json_schema_accepts_what_a_spec_accepts_and_refuses_what_it_refuses
         spec = load_spec(path)
         assert spec.name == path.stem
         assert spec.base.model in bundled_models() or spec.base.model.count("/") == 1, path
+        assert not spec.base.trust_remote_code, path
         assert all(corpus.calibration and corpus.evaluation for corpus in load_corpora(spec).values()), path
     assert len(shipped_specs) >= 8
     written_out = spec_of(**FULL).document()

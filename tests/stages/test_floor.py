@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import expertprune
 from expertprune.artifacts.expert import Expert
 from expertprune.artifacts.plan import BaseReference, Parameters, Plan, RetentionFound, StructureBudget
+from expertprune.artifacts.profile import Profile
 from expertprune.corpora.documents import Corpus, CorpusName, Document
 from expertprune.errors import PlanError, SpecError
 from expertprune.models.checkpoint import Checkpoint
@@ -235,13 +236,17 @@ def test_a_floor_that_no_cut_holds(retaining_spec: Data, tmp_path: Path, monkeyp
     assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith((".", "expert"))] == []
 
 
-def test_the_plan_of_a_floor_can_be_pruned(retaining_spec: Data, tmp_path: Path) -> None:
+def test_the_plan_of_a_floor_can_be_pruned(retaining_spec: Data, tmp_path: Path, store: Path) -> None:
     """With the real measure: the floor is low, and the plan's file says it, so that pruning calibrates as composing did."""
     spec = parse_spec(retaining_spec, "spec", tmp_path, {"budget.retention": {"expert": 0.01, "general": 0.01}})
     plan = expertprune.compose(spec)
     plan.save(tmp_path / "plan.json")
     assert plan.spec["budget"] == spec.document()["budget"]
     assert all(value >= 0.01 for value in plan.budget["ffn"].requested.found.values())
+    for name, corpus in expertprune.validate(spec).corpora.items():
+        profile = Profile(store / "profiles" / f"{plan.profiles[str(name)]}.safetensors")
+        held = {document.digest for document in validation_documents(corpus)}
+        assert set(profile.documents) == {document.digest for document in corpus.calibration} - held
     assert "kept of held-back text" in call("inspect", tmp_path / "plan.json").output
     out = expertprune.prune(tmp_path / "plan.json", tmp_path / "expert")
     assert Expert.load(out).plan.parameters == plan.parameters

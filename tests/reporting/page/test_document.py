@@ -132,7 +132,7 @@ def test_no_text_of_a_user_becomes_a_part_of_the_page(tiny_build: Build, tmp_pat
     document = json.loads(text) | {"name": NAME}
     document["base"]["model"] = "</title><script>alert(3)</script>"
     document["criterion_paper"] = "javascript:alert(4)"
-    hostile = "</pre><img src=x onerror=alert(5)>"
+    hostile = document["corpora"]["task/qa"]["generated"] = "</pre><img src=x onerror=alert(5)>"
     answer = {"source": "task/qa", "group": "expert", "outcome": "lost", "gold": hostile, "change": -2.5}
     answer |= {"base_margin": 0.5, "expert_margin": -2.0, "prompt": hostile, "base": hostile, "expert": hostile}
     (folder / "changes.json").write_text(json.dumps({"answers": [answer]}))
@@ -148,6 +148,7 @@ def test_no_text_of_a_user_becomes_a_part_of_the_page(tiny_build: Build, tmp_pat
     assert (heading, title[: len(NAME)], base) == (NAME, NAME, document["base"]["model"])
     names = [words(cell) for cell in root.iter("th")]
     assert all(any(name.startswith(text) for name in names) for text in (corpus, "</style>{{ 1 / 0 }}"))
+    assert any(name.endswith(f"generated {hostile}") for name in names)
     (shown,) = (each for each in root.iter("details") if each.get("class") == "change")
     assert words(shown).count(hostile) == 4
     assert "margin 0.500 to -2.000" in words(shown)

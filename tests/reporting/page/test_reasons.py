@@ -57,6 +57,7 @@ def test_a_real_build_against_brute_force(tiny_build: tuple[Path, Path]) -> None
     overlap = ffn.overlap
     assert overlap is not None
     assert (overlap.corpora, overlap.fraction, overlap.irrelevant) == (list(sets), 0.25, 24)
+    assert overlap.chance == pytest.approx(1 / 7)  # 2 of 32 in common, 14 together
     for row, own in zip(overlap.matrix, sets.values(), strict=True):
         assert row == pytest.approx([len(own & other) / len(own | other) for other in sets.values()])
     agreed = set.intersection(*(own for name, own in sets.items() if name != "general/general"))
