@@ -10,22 +10,29 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_array
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from expertprune.arch import bundled_models
 from expertprune.artifacts.plan import VocabularyPlan
-from expertprune.composition.rows import essentials
+from expertprune.composition.coverage import missing_interval, rows_for
+from expertprune.composition.rows import RowRanking, essentials
+from expertprune.corpora.documents import CorpusName
+from expertprune.errors import PlanError
 from expertprune.files import shipped
 from expertprune.models.base import ResolvedBase, resolve_base
 from expertprune.models.inventory import vocabulary_rows
+from expertprune.profiling.rows import folds_of_similar
 from expertprune.pruning.write import prune
-from expertprune.spec.schema import Base
+from expertprune.spec.schema import Base, Spec
 from expertprune.tokenizing import trimmed
 from expertprune.units import KeptRows
 from tests.oracle import load, logits_of, plan_of
+from tests.vocabularies import counted_profile
 
 pytestmark = pytest.mark.slow
 # Which corpora's tokens are kept, by model: what it was trained on, and what it was not.
@@ -33,8 +40,8 @@ KEPT = {"smollm2-135m-instruct": ("en", "medical"), "gemma-3-270m": ("de",)}
 LANGUAGES = ("de", "en", "es", "fr", "zh")
 
 
-def texts_of(name: str) -> list[str]:
-    path = next((shipped("corpora")).glob(f"*/{name}.calibration.jsonl"))
+def texts_of(name: str, split: str = "calibration") -> list[str]:
+    path = next((shipped("corpora")).glob(f"*/{name}.{split}.jsonl"))
     return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -86,6 +93,34 @@ def test_a_smaller_tokenizer_gives_the_same_tokens_and_text_and_reaches_every_to
             assert [each.value for each in smaller.model.tokenize(token)] == [token]
             reached += 1
     assert reached > len(kept) * 0.6
+
+
+def test_coverage_that_is_promised_of_unseen_text_holds_on_the_evaluation_split(
+    base: ResolvedBase, tmp_path: Path
+) -> None:
+    """From the 24 documents that ship; the model's probabilities are left out, so that none has to run."""
+    language = KEPT[base.name][0]
+    name = CorpusName("language", language)
+    own, of = (
+        Tokenizer.from_str(json.dumps(essentials(base).vocabulary.data)),
+        vocabulary_rows(base.checkpoint, base.family),
+    )
+    documents = [own.encode(text).ids for text in texts_of(language)]
+    counts = csr_array(np.array([np.bincount(ids, minlength=of) for ids in documents]))
+    profile = counted_profile(tmp_path, language, of, documents, folds_of_similar(counts).tolist())
+    data = {"name": "n", "base": base.name, "dimensions": {"language": language}, "general": [],
+            "budget": {"vocabulary": 0.5}}  # fmt: skip
+    ranking = RowRanking(Spec.model_validate(data), base, {name: profile})
+    unseen = [own.encode(text).ids for text in texts_of(language, "evaluation")]
+    for asked in (0.9, 0.95, 0.98):
+        rows = rows_for(asked, ranking.tested, ranking.must.smallest, of)
+        kept = set(ranking.plan(rows).rows.kept)
+        assert rows < of
+        missing = np.array([sum(index not in kept for index in ids) for ids in unseen], dtype=float)
+        least, _ = missing_interval(missing)  # eight documents: what chance explains is no broken promise
+        assert least <= (1 - asked) * sum(map(len, unseen))
+    with pytest.raises(PlanError, match=r"promise at most coverage: 0\.999\d*; give it about \d+,000 tokens"):
+        rows_for(0.9999, ranking.tested, ranking.must.smallest, of)
 
 
 def test_the_cut_model_has_the_bases_logits(base: ResolvedBase, tmp_path: Path) -> None:
