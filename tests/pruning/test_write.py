@@ -61,6 +61,16 @@ def test_nothing_cut_gives_the_base_byte_for_byte(family: str, shards: str, with
     assert contents(pruned(plan, base, tmp_path / "expert", repair_input)) == contents(folder)
 
 
+def test_budget_zero_gives_the_base_byte_for_byte(
+    spec_data: dict[str, Any], tmp_path: Path, base: ResolvedBase
+) -> None:
+    spec_data["budget"] = {"ffn": 0, "query_heads": 0, "kv_groups": 0}
+    plan = expertprune.compose(parse_spec(spec_data, "spec", tmp_path))
+    assert not plan.cuts_layers
+    assert plan.vocabulary is None
+    assert contents(pruned(plan, base, tmp_path / "expert")) == contents(base.folder)
+
+
 def test_a_plan_fits_its_base_and_copies_of_it_alone(base: ResolvedBase, tmp_path: Path) -> None:
     moved, changed = (Path(shutil.copytree(base.folder, tmp_path / name)) for name in ("moved", "changed"))
     plan = random_plan(base, ffn=20)
