@@ -10,10 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 import expertprune
-from expertprune.artifacts.expert import Expert
 from expertprune.evaluation.harness import models, tasks
 from expertprune.evaluation.suites import find_suite
 from expertprune.files import to_json
@@ -32,14 +30,14 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def expert(tmp_path_factory: pytest.TempPathFactory, real_store: Path) -> Path:
     """An expert of the bundled SmolLM2 by the shipped spec, on less text."""
     folder = tmp_path_factory.mktemp("experts") / "english-medical-qa"
     return expertprune.build(SPEC, folder, overrides=FEW, store=real_store)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def stock(expert: Path, tmp_path_factory: pytest.TempPathFactory, real_store: Path) -> Path:
     """The same with one width for all layers, from the same profiles: a stock checkpoint."""
     overrides = {
@@ -135,91 +133,3 @@ def test_transformers_and_vllm_begin_the_same_in_bfloat16(expert: Path, tmp_path
             first, second = steps[parting]
             spacing = 2.0 ** (math.floor(math.log2(abs(first))) - 7)
             assert first - second <= 2 * math.sqrt(2 * LAYERS / 12) * spacing
-
-
-# --- Gemma 3 270M: a German expert with fewer rows and neurons, and one with fewer rows alone ------------------------
-
-GERMAN = Path(__file__).parents[2] / "profiles" / "german.yaml"
-GERMAN_PROMPTS = ["Die Stadt liegt an der", "Der Fluss fließt durch", "Im Jahr 1990 wurde die", "Das Wasser kocht bei"]
-FEW_GERMAN = {"calibration.documents": 8, "evaluate.corpora": ["de"], "evaluate.documents": 8}
-
-
-@pytest.fixture(scope="session")
-def german(tmp_path_factory: pytest.TempPathFactory, real_store: Path) -> Path:
-    """Rows, FFN neurons and a query head of four."""
-    overrides = {**FEW_GERMAN, "budget.query_heads": 1}
-    return expertprune.build(
-        GERMAN, tmp_path_factory.mktemp("german") / "expert", overrides=overrides, store=real_store
-    )
-
-
-@pytest.fixture(scope="session")
-def trimmed(tmp_path_factory: pytest.TempPathFactory, real_store: Path) -> Path:
-    """Fewer rows, and nothing else."""
-    overrides = {**FEW_GERMAN, "budget.ffn": 0}
-    return expertprune.build(GERMAN, tmp_path_factory.mktemp("rows") / "expert", overrides=overrides, store=real_store)
-
-
-def test_a_german_expert_is_smaller_and_still_speaks_german(german: Path, real_store: Path, tmp_path: Path) -> None:
-    about = expertprune.inspect(german)
-    assert json.loads((german / "config.json").read_text())["vocab_size"] == 65_536
-    kept = {structure: about["plan"]["budget"][structure]["kept"] for structure in ("ffn", "query_heads")}
-    heads = 18 * 4 - sum(kept["query_heads"])
-    assert abs(heads - 18) <= 1  # one of four a layer on average, to the nearest step: one head or two at once
-    neurons = 18 * 2048 - sum(kept["ffn"])
-    gone = (262_144 - 65_536) * 640 + neurons * 3 * 640 + heads * 2 * 256 * 640
-    assert about["parameters"] == {"before": 268_098_176, "after": 268_098_176 - gone}
-    assert neurons / (18 * 2048) == pytest.approx(0.15, abs=64 / 2048)
-    # The repair pays where outputs pass a norm.
-    overrides = {**FEW_GERMAN, "budget.query_heads": 1, "compensation": "none"}
-    plain = expertprune.build(GERMAN, tmp_path / "plain", overrides=overrides, store=real_store)
-    repaired, cut = (
-        each["evaluation"]["corpora"]["language/de"]["metrics"]["bits_per_byte"]
-        for each in (about, expertprune.inspect(plain))
-    )
-    print(f"German expert: {repaired}, unrepaired: {cut}")
-    assert repaired["low"] <= repaired["retention"] <= repaired["high"]
-    assert 0.6 < repaired["retention"] < 1.02
-    assert repaired["base"] == pytest.approx(cut["base"])
-    assert repaired["expert"] < cut["expert"]
-
-
-def test_fewer_rows_alone_change_nothing_that_is_kept(trimmed: Path, tmp_path: Path, real_store: Path) -> None:
-    """Greedy tokens are the base's, up to the first for which the base takes a dropped row.
-
-    The softmax over fewer rows has the same order among those that are left, so nothing else can part them. Every text
-    begins with one BOS: Gemma knows no text without.
-    """
-    folder = Expert.load(trimmed).find_base(real_store).folder
-    base, new = (AutoTokenizer.from_pretrained(each) for each in (folder, trimmed))
-    known = base.get_vocab()
-    ids = {known[token]: index for token, index in new.get_vocab().items()}
-    for prompt in GERMAN_PROMPTS:
-        tokens = new(prompt).input_ids
-        assert tokens == [ids.get(index) for index in base(prompt).input_ids]
-        assert tokens[0] == new.bos_token_id
-        assert tokens.count(new.bos_token_id) == 1
-        assert new.decode(tokens, skip_special_tokens=True) == prompt
-    expected = run_script(ALONE + TRANSFORMERS, folder, "float32", tmp_path, GERMAN_PROMPTS)
-    found = run_script(ALONE + TRANSFORMERS, trimmed, "float32", tmp_path, GERMAN_PROMPTS)
-    agreed = 0
-    for mine, theirs in zip(found, expected, strict=True):
-        mapped = [ids.get(index) for index in theirs]
-        parting = next((i for i, (a, b) in enumerate(zip(mine, mapped, strict=False)) if a != b), None)
-        if parting is not None:
-            assert mapped[parting] is None, (base.decode(theirs), new.decode(mine))
-        agreed += len(mapped) if parting is None else parting
-    assert agreed > 8
-    numbers = expertprune.inspect(trimmed)["evaluation"]["corpora"]["language/de"]["metrics"]["bits_per_byte"]
-    assert numbers["expert"] < numbers["base"] * 1.05
-
-
-@pytest.mark.vllm
-@pytest.mark.parametrize("which", ["german", "trimmed"])
-def test_vllm_generates_the_same(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    """In float32; the German expert's layers have widths of their own, so the plugin serves it."""
-    pytest.importorskip("vllm")
-    expert: Path = request.getfixturevalue(which)
-    expected = run_script(ALONE + TRANSFORMERS, expert, "float32", tmp_path, GERMAN_PROMPTS)
-    alone = ALONE if which == "trimmed" else ""
-    assert run_script(alone + VLLM, expert, "float32", tmp_path, GERMAN_PROMPTS) == expected
