@@ -18,9 +18,12 @@ from tests.patching import everywhere
 from tests.tiny import save_tiny, write_corpus
 
 
+LONGEST = ("test_readme.py", "test_end_to_end.py", "test_planted_experts.py", "test_end_to_end_gemma.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """README's commands take longest: they begin first, so that no process is left with them alone."""
-    items.sort(key=lambda item: item.path.name != "test_readme.py")
+    """The longest modules begin first, so that no process is left with one of them alone."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(autouse=True)
