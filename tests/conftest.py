@@ -17,7 +17,6 @@ from tests.experts import build_tiny
 from tests.patching import everywhere
 from tests.tiny import save_tiny, write_corpus
 
-
 LONGEST = ("test_readme.py", "test_end_to_end.py", "test_planted_experts.py", "test_end_to_end_gemma.py")
 
 
