@@ -58,8 +58,20 @@ def marked(wanted: str) -> Iterator[psutil.Process]:
     """Processes whose environment carries a token."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if process.environ().get(VARIABLE) == wanted and process.status() != psutil.STATUS_ZOMBIE:
+            if _carries(process, wanted) and process.status() != psutil.STATUS_ZOMBIE:
                 yield process
+
+
+def _carries(process: psutil.Process, wanted: str) -> bool:
+    """Whether a token is in a process' environment.
+
+    vLLM's engines change their titles, which writes zeros over the first variables, and psutil reads no further.
+    """
+    try:
+        with open(f"/proc/{process.pid}/environ", "rb") as file:
+            return f"{VARIABLE}={wanted}".encode() in file.read().split(b"\0")
+    except FileNotFoundError:  # another system, or the process has ended
+        return process.environ().get(VARIABLE) == wanted
 
 
 def end_all(wanted: str) -> None:

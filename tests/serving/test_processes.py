@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from expertprune.errors import CheckpointError, UsageError
-from expertprune.serving import processes
+from expertprune.serving import guard, processes
 from expertprune.serving.processes import (
     ProcessTree,
     check_port,
@@ -161,6 +161,28 @@ def test_a_parent_that_is_killed_takes_all_with_it(tmp_path: Path) -> None:
     parent.wait()
     left = psutil.wait_procs(members, timeout=30)[1]
     assert [process for process in left if process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+# As setproctitle does for vLLM's engines: zeros over the first variables of the environment.
+RENAMED = """
+import ctypes, time
+first = ctypes.POINTER(ctypes.c_void_p).in_dll(ctypes.CDLL(None), "environ")[0]
+ctypes.memset(first, 0, len(ctypes.string_at(first)))
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+def test_the_guard_finds_a_process_whose_environment_begins_with_zeros() -> None:
+    token = uuid.uuid4().hex
+    environment = {"FIRST": "1", **os.environ, guard.VARIABLE: token}
+    with subprocess.Popen([sys.executable, "-c", RENAMED], env=environment, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        ready, found = process.stdout.readline(), [each.pid for each in guard.marked(token)]
+        guard.end_all(token)
+        time.sleep(0.5)
+        process.kill()  # if it was not found
+    assert (ready, found, process.returncode) == (b"ready\n", [process.pid], -signal.SIGTERM)
 
 
 def test_no_proxy_stands_between_a_machine_and_itself(monkeypatch: pytest.MonkeyPatch) -> None:
