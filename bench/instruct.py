@@ -1,6 +1,7 @@
 """What calibrates an instruct model: conversations as plain text, as conversations, or its own answers.
 
     python -m bench.instruct --data DATA [--base BASE] [--arm text ...] [--tokens 8000] [--documents 12]
+        [--experts DIR [--ask]]
 
 Cuts 25% of the base's FFN neurons once for each arm, calibrated on MedQuAD and on OpenAssistant's
 conversations, about `--tokens` of each. DATA is a folder of JSON lines: `domain/medquad_*` and
@@ -11,8 +12,9 @@ not cut.
 
 Every arm is measured on answers: the bits per byte that it keeps, and how often its likeliest token
 is the base's. Qwen2.5-Coder is then asked for programs, through its chat template (MBPP, see
-`bench.asking`). SmolLM2 is not: it cannot program. Defaults are chosen on held-out rows, the last of
-the calibration files. Report rows and programs choose nothing. What was measured is kept in `bench/results/`.
+`bench.asking`). SmolLM2 is not: it cannot program. `--experts` keeps the experts, and `--ask` asks
+those that are there. Defaults are chosen on held-out rows, the last of the calibration files. Report
+rows and programs choose nothing. What was measured is kept in `bench/results/`.
 """
 
 from __future__ import annotations
@@ -91,10 +93,14 @@ class Bench:
         tokens: of calibration text, of each of the two corpora.
         documents: of each set that is measured.
         work: a folder for files of rows.
+        experts: one for experts; default: `work`.
     """
 
-    def __init__(self, data: Path, tokens: int, documents: int, work: Path, base: str = SMOLLM) -> None:
+    def __init__(
+        self, data: Path, tokens: int, documents: int, work: Path, base: str = SMOLLM, experts: Path | None = None
+    ) -> None:
         self.data, self.tokens, self.documents, self.work, self.base = data, tokens, documents, work, base
+        self.experts = experts or work
         self._judge: Measuring | None = None
 
     def rows(self, name: str) -> list[dict[str, Any]]:
@@ -168,15 +174,19 @@ class Bench:
             self._judge = measuring(prepared.running, list(load_corpora(judged).values()), judged.evaluate, False)
         return self._judge
 
-    def run(self, name: str, prompts: Mapping[str, Enough]) -> Path:
-        """Cut, repair and measure one arm, and keep its figures; the folder of its expert."""
+    def folder(self, name: str, prompts: Mapping[str, Enough]) -> Path:
+        """Where the model of an arm is."""
+        return self.resolved(prompts).folder if name == BASE else self.experts / name.replace(" ", "-")
+
+    def run(self, name: str, prompts: Mapping[str, Enough]) -> None:
+        """Cut, repair and measure one arm, and keep its figures."""
         about = {"arm": name, "documents": self.documents, "made": made(MADE_WITH), "right": []}
         if name == BASE:
             write(path_of(self.base, name), about)
-            return self.resolved(prompts).folder
+            return
         prepared = expertprune.validate(self.spec(ARMS[name], prompts))
-        folder = self.work / name.replace(" ", "-")
-        folder.mkdir()
+        folder = self.folder(name, prompts)
+        folder.mkdir(parents=True)
         write_folder(prepared, plan_of(prepared, silent), folder)
         measured = measure_folder(self.judge(prepared), folder, prepared.running, silent)
         sets = {
@@ -187,13 +197,12 @@ class Bench:
         }
         tokens = sum(batch.tokens for batch in prepared.repair_batches())
         write(path_of(self.base, name), {**about, "tokens": tokens, "sets": sets})
-        return folder
 
-    def ask(self, name: str, folder: Path, tokenizer: Any) -> None:
+    def ask(self, name: str, prompts: Mapping[str, Enough]) -> None:
         """Ask an arm for programs, and keep 1 for each that passes. The base goes out of memory first."""
         self._judge = None
         trim()
-        right = ask(folder, tokenizer, self.data, self.work / "vllm.log")
+        right = ask(self.folder(name, prompts), self.resolved(prompts).tokenizer, self.data, self.work / "vllm.log")
         path = path_of(self.base, name)
         write(path, {**read(path), "right": right})
 
@@ -246,18 +255,18 @@ def main() -> None:
     parser.add_argument("--arm", nargs="*", choices=[BASE, *ARMS], default=[BASE, *ARMS], help="default: all")
     parser.add_argument("--tokens", type=int, default=8000, help="calibration tokens of each corpus; default: 8000")
     parser.add_argument("--documents", type=int, default=12, help="documents of each set; default: 12")
+    parser.add_argument("--experts", type=Path, help="a folder for the experts; default: none is kept")
+    parser.add_argument("--ask", action="store_true", help="only ask the experts in --experts for programs")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         data = arguments.data.resolve()
-        bench = Bench(data, arguments.tokens, arguments.documents, Path(folder), arguments.base)
+        bench = Bench(data, arguments.tokens, arguments.documents, Path(folder), arguments.base, arguments.experts)
         prompts = bench.prompts()
-        folders = {}
-        for arm in arguments.arm:
-            folders[arm] = bench.run(arm, prompts)
+        for arm in () if arguments.ask else arguments.arm:
+            bench.run(arm, prompts)
             print(f"{arm}: measured", flush=True)
-        tokenizer = bench.resolved(prompts).tokenizer
-        for arm, expert in folders.items() if bench.base in PROGRAMS else ():
-            bench.ask(arm, expert, tokenizer)
+        for arm in arguments.arm if bench.base in PROGRAMS else ():
+            bench.ask(arm, prompts)
             print(f"{arm}: asked", flush=True)
     print(f"\n{text()}")
 
