@@ -109,6 +109,10 @@ def _routes(models: list[str], keys: Sequence[str]) -> list[dict[str, Any]]:
         found = {"filter": _NAMESPACE, "path": [{"key": key}], "value": {"string_match": {"exact": value}}}
         return {"prefix": "/", "dynamic_metadata": [found]}
 
+    def wrong(problem: str) -> dict[str, Any]:
+        posted = {"name": ":method", "string_match": {"exact": "POST"}}  # a GET needs no body
+        return {**noted("problem", problem), "headers": [posted]}
+
     entries = [{"id": model, "object": "model", "owned_by": "expertprune"} for model in models]
     served = f"models served here: {', '.join(models)}"
     bad = "invalid_request_error"
@@ -117,14 +121,14 @@ def _routes(models: list[str], keys: Sequence[str]) -> list[dict[str, Any]]:
         _answer({"path": "/v1/models"}, 200, {"object": "list", "data": entries}),
         *[_answer({"path": f"/v1/models/{entry['id']}"}, 200, entry) for entry in entries],
         *[{"match": noted("model", model), "route": {"cluster": model, "timeout": "0s"}} for model in models],
-        _answer(noted("problem", "no JSON"), 400, _error("the body is not JSON", bad, 400)),
-        _answer(noted("problem", "no model"), 400, _error(f"the body has no 'model'; {served}", bad, 400)),
+        _answer(wrong("no JSON"), 400, _error("the body is not JSON", bad, 400)),
+        _answer(wrong("no model"), 400, _error(f"the body has no 'model'; {served}", bad, 400)),
         _answer({"prefix": "/"}, 404, _error(f"no such model or path; {served}", "NotFoundError", 404)),
     ]
     if not keys:
         return [health, *routes]
     for route in routes:
-        route["match"]["headers"] = [_bearer(keys)]
+        route["match"].setdefault("headers", []).append(_bearer(keys))
     return [health, *routes, _answer({"prefix": "/"}, 401, _error("Unauthorized", bad, 401))]
 
 

@@ -127,6 +127,8 @@ def test_a_hundred_models_are_listed_and_every_route_but_health_asks_for_a_key(
         assert fetch(f"{router.url}/models/alpha", headers=key)[1]["id"] == "alpha"
         unknown = fetch(f"{router.url}/completions", b'{"model": "?"}', {**key, "Content-Type": "application/json"})[1]
         assert "expert-99" in unknown["error"]["message"]
+        status, nothing = fetch(f"{router.url}/nothing", headers={**key, "Content-Type": "application/json"})
+        assert (status, nothing["error"]["message"].partition(";")[0]) == (404, "no such model or path")
 
 
 def test_a_stream_arrives_piece_by_piece(endpoint: str) -> None:
