@@ -180,8 +180,10 @@ def test_the_guard_finds_a_process_whose_environment_begins_with_zeros() -> None
         assert process.stdout is not None
         ready, found = process.stdout.readline(), [each.pid for each in guard.marked(token)]
         guard.end_all(token)
-        time.sleep(0.5)
-        process.kill()  # if it was not found
+        try:
+            process.wait(timeout=5)
+        finally:
+            process.kill()  # if it was not found
     assert (ready, found, process.returncode) == (b"ready\n", [process.pid], -signal.SIGTERM)
 
 
