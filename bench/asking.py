@@ -31,7 +31,7 @@ MEMORY = 1 << 30  # bytes of its address space
 _CODE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 
 
-FILE, ROWS = "task/mbpp_report", 40
+FILE = "task/mbpp_report"
 TOKENS = 256  # of an answer
 
 
@@ -85,10 +85,10 @@ def _alone() -> tuple[str, ...]:
     return words if allowed and allowed.returncode == 0 else ()
 
 
-def ask(folder: Path, tokenizer: Any, data: Path, log: Path) -> list[int]:
-    """1 for each program of the model in a folder that passes, 0 for others."""
+def ask(folder: Path, tokenizer: Any, data: Path, log: Path, number: int) -> list[int]:
+    """1 for each of the first programs of the model in a folder that passes, 0 for others."""
     with jsonlines.open(data / f"{FILE}.jsonl") as file:
-        rows = [row for row, _ in zip(file, range(ROWS), strict=False)]
+        rows = [row for row, _ in zip(file, range(number), strict=False)]
     template = ChatTemplate(tokenizer)
     texts = [template.question([{"role": "user", "content": programming(row)}]) for row in rows]
     prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]

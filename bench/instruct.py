@@ -1,7 +1,7 @@
 """What calibrates an instruct model: conversations as plain text, as conversations, or its own answers.
 
     python -m bench.instruct --data DATA [--base BASE] [--arm text ...] [--tokens 8000] [--documents 12]
-        [--experts DIR [--ask]]
+        [--experts DIR [--ask]] [--programs 40]
 
 Cuts 25% of the base's FFN neurons once for each arm, calibrated on MedQuAD and on OpenAssistant's
 conversations, about `--tokens` of each. DATA is a folder of JSON lines: `domain/medquad_*` and
@@ -20,7 +20,6 @@ rows and programs choose nothing. What was measured is kept in `bench/results/`.
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -198,11 +197,12 @@ class Bench:
         tokens = sum(batch.tokens for batch in prepared.repair_batches())
         write(path_of(self.base, name), {**about, "tokens": tokens, "sets": sets})
 
-    def ask(self, name: str, prompts: Mapping[str, Enough]) -> None:
+    def ask(self, name: str, prompts: Mapping[str, Enough], number: int) -> None:
         """Ask an arm for programs, and keep 1 for each that passes. The base goes out of memory first."""
         self._judge = None
         trim()
-        right = ask(self.folder(name, prompts), self.resolved(prompts).tokenizer, self.data, self.work / "vllm.log")
+        folder, tokenizer = self.folder(name, prompts), self.resolved(prompts).tokenizer
+        right = ask(folder, tokenizer, self.data, self.work / "vllm.log", number)
         path = path_of(self.base, name)
         write(path, {**read(path), "right": right})
 
@@ -228,8 +228,8 @@ def path_of(base: str, arm: str) -> Path:
 def text() -> str:
     """The table of all arms that were measured, from what is stored.
 
-    A cell is the retention of bits per byte of answers, and the agreement with the base; of programs the
-    share that passes.
+    A cell is the retention of bits per byte of answers, and the agreement with the base; of programs
+    how many pass.
     """
     found = {
         (base, arm): read(path_of(base, arm)) for base in BASES for arm in (BASE, *ARMS) if path_of(base, arm).is_file()
@@ -242,7 +242,7 @@ def text() -> str:
             numbers = each["sets"][name]
             bits, same = (Measured.model_validate(numbers[key]) for key in ("bits_per_byte", "agreement"))
             cells[place] = f"{bits.retention:.3f}, {same.expert:.3f}"
-        right = f"{statistics.mean(each['right']):.3f}" if each["right"] else ""
+        right = f"{sum(each['right'])} of {len(each['right'])}" if each["right"] else ""
         tokens = "" if arm == BASE else f"{each['tokens']:,}"
         table.add(base, "not cut" if arm == BASE else arm, tokens, *cells, *([right] if programs else []))
     return f"{table}\n\n{described(each['made'] for each in found.values())}"
@@ -256,6 +256,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8000, help="calibration tokens of each corpus; default: 8000")
     parser.add_argument("--documents", type=int, default=12, help="documents of each set; default: 12")
     parser.add_argument("--experts", type=Path, help="a folder for the experts; default: none is kept")
+    parser.add_argument("--programs", type=int, default=40, help="that are asked for; default: 40")
     parser.add_argument("--ask", action="store_true", help="only ask the experts in --experts for programs")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -266,7 +267,7 @@ def main() -> None:
             bench.run(arm, prompts)
             print(f"{arm}: measured", flush=True)
         for arm in arguments.arm if bench.base in PROGRAMS else ():
-            bench.ask(arm, prompts)
+            bench.ask(arm, prompts, arguments.programs)
             print(f"{arm}: asked", flush=True)
     print(f"\n{text()}")
 
