@@ -20,7 +20,8 @@ from tests.engines import ALONE, TRANSFORMERS, VLLM, run_script
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # the first test builds the expert
 SPEC = Path(__file__).parents[2] / "profiles" / "english-medical-qa.yaml"
-FEW = {"calibration.documents": 10}
+CORPORA = Path(__file__).parents[2] / "corpora" / "task"
+FEW = {"calibration.documents": 6, "calibration.max_tokens": 128, "evaluate.documents": 4, "evaluate.max_tokens": 256}
 LAYERS = 30  # of SmolLM2
 PROMPTS = [
     "The heart pumps blood",
@@ -32,9 +33,14 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def expert(tmp_path_factory: pytest.TempPathFactory, real_store: Path) -> Path:
-    """An expert of the bundled SmolLM2 by the shipped spec, on less text."""
-    folder = tmp_path_factory.mktemp("experts") / "english-medical-qa"
-    return expertprune.build(SPEC, folder, overrides=FEW, store=real_store)
+    """An expert of the bundled SmolLM2 by the shipped spec, on less text and a fifth of its questions."""
+    folder = tmp_path_factory.mktemp("experts")
+    lines = (CORPORA / "qa.questions.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    questions = folder / "questions.jsonl"
+    questions.write_text("".join(lines[::5]), encoding="utf-8")
+    texts = {"path": f"{CORPORA}/qa.calibration.jsonl", "evaluation": f"{CORPORA}/qa.evaluation.jsonl"}
+    overrides = {**FEW, "corpora.sources": {"qa": {**texts, "questions": str(questions)}}}
+    return expertprune.build(SPEC, folder / "english-medical-qa", overrides=overrides, store=real_store)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +68,9 @@ def test_the_expert_is_better_than_a_random_one(expert: Path, real_store: Path, 
     for numbers in found.values():
         assert 0.8 < numbers["retention"] <= 1.02
         assert numbers["low"] <= numbers["retention"] <= numbers["high"]
+    answered = about["evaluation"]["corpora"]["task/qa"]["metrics"]["questions"]
+    assert answered["examples"] == 24
+    assert answered["base"] > 0.25 + 2 * math.sqrt(0.25 * 0.75 / 24)  # two deviations above what guessing gets
     overrides: dict[str, Any] = {**FEW, "relevance.criterion": "random", "evaluate.metrics": ["bits_per_byte"]}
     overrides["evaluate.corpora"] = ["medical", "general"]
     other = expertprune.inspect(expertprune.build(SPEC, tmp_path / "random", overrides, store=real_store))
