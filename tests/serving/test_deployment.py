@@ -36,6 +36,7 @@ def until(said: list[str], text: str) -> Callable[[], bool]:
 def test_one_that_is_killed_comes_back_until_it_is_given_up_and_the_others_go_on(
     folders: list[Path], tmp_path: Path, started: list[ProcessTree], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(deployment, "_LONGEST_PAUSE", 0.1)
     said: list[str] = []
     served = Deployment(folders, port=free_port(), logs=tmp_path / "logs", report=said.append)
     llama, other = served.servers.values()
@@ -57,7 +58,7 @@ def test_one_that_is_killed_comes_back_until_it_is_given_up_and_the_others_go_on
             llama.tree.members()[0].kill()
             served.watch(until(said, "is back"))
             assert "llama died (SIGKILL)" in said[-2]
-            assert "llama is started again in 1 s (1 of 5)" in said[-2]
+            assert "llama is started again in 0.1 s (1 of 5)" in said[-2]
             assert status("llama") == 200
             monkeypatch.setattr(deployment, "LIMIT", 1)
             llama.tree.command.append("--behaviour=die")

@@ -133,11 +133,16 @@ def test_where_a_client_finds_a_server() -> None:
     assert [client_address(host) for host in hosts] == ["127.0.0.1", "127.0.0.1", "[::1]", "[::1]", "10.0.0.7"]
 
 
-# A parent that starts a stubborn tree and a child that leaves its session, and says their process ids.
+# A parent that starts a stubborn tree and a child that leaves its session, and says their process ids. Its guard kills
+# sooner than others.
 PARENT = """
 import os, subprocess, sys, time
 from pathlib import Path
+from expertprune.serving import guard
 from expertprune.serving.processes import ProcessTree
+impatient = Path(sys.argv[1], "guard.py")
+impatient.write_text(Path(guard.__file__).read_text().replace("GRACE = 4.0", "GRACE = 0.5"))
+guard.__file__ = str(impatient)
 fled = "import os, time; os.setsid() if os.fork() == 0 else os._exit(0); print(os.getpid(), flush=True); time.sleep(600)"
 code = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', %r])" % fled
 trees = [ProcessTree([sys.executable, "-c", sys.argv[2]], Path(sys.argv[1], "stubborn"))]

@@ -146,8 +146,12 @@ def test_a_stream_arrives_piece_by_piece(endpoint: str) -> None:
     assert times[2] - times[0] > 0.4
 
 
-def test_an_idle_connection_is_closed_before_the_server_closes_it(tmp_path: Path) -> None:
+def test_an_idle_connection_is_closed_before_the_server_closes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """vLLM's server closes it after 5 s, and would lose a request that is sent at that moment."""
+    assert float(routing._IDLE.removesuffix("s")) < 5
+    monkeypatch.setattr(routing, "_IDLE", "0.3s")
     content = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}"
     with (
         socket.create_server(("127.0.0.1", 0)) as listening,
