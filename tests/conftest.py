@@ -13,9 +13,9 @@ import yaml
 
 from expertprune.spec.reading import parse_spec
 from expertprune.spec.schema import Spec
-from tests.experts import build_tiny
+from tests.experts import build_tiny, plain_spec
 from tests.patching import everywhere
-from tests.tiny import save_tiny, write_corpus
+from tests.tiny import save_tiny
 
 LONGEST = ("test_readme.py", "test_end_to_end.py", "test_planted_experts.py", "test_end_to_end_gemma.py")
 
@@ -61,26 +61,8 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def spec_data(tmp_path: Path, tiny_llama: Path) -> dict[str, Any]:
-    """A spec over the tiny model and small corpora in `tmp_path`, as plain data to change.
-
-    It says a criterion that needs the forward pass only, and one width for all layers, so that what tests expect of either
-    stays plain to see; the defaults have tests of their own.
-    """
-    sources = {}
-    for seed, name in enumerate(("en", "medical", "qa", "general")):
-        sources[name] = {
-            "path": str(write_corpus(tmp_path / f"{name}.jsonl", seed=2 * seed)),
-            "evaluation": str(write_corpus(tmp_path / f"{name}.evaluation.jsonl", sentences=4, seed=2 * seed + 1)),
-        }
-    return {
-        "name": "tiny",
-        "base": str(tiny_llama),
-        "dimensions": {"language": "en", "domain": "medical", "task": "qa"},
-        "corpora": {"sources": sources},
-        "budget": {"ffn": 0.25, "multiple_of": 4},
-        "relevance": {"criterion": "impact"},
-        "compose": {"allocation": "uniform"},
-    }
+    """A spec over the tiny model and small corpora in `tmp_path`, as plain data to change."""
+    return plain_spec(tmp_path, tiny_llama)
 
 
 @pytest.fixture

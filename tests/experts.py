@@ -34,12 +34,29 @@ def write_sources(folder: Path, names: Iterable[str], seed: int = 0) -> dict[str
     return sources
 
 
+def plain_spec(folder: Path, base: Path) -> dict[str, Any]:
+    """A spec over a base and small corpora in `folder`, as plain data to change.
+
+    It says a criterion that needs the forward pass only, and one width for all layers, so that what tests expect of either
+    stays plain to see; the defaults have tests of their own.
+    """
+    return {
+        "name": "tiny",
+        "base": str(base),
+        "dimensions": dict(CORPORA),
+        "corpora": {"sources": write_sources(folder, (*CORPORA.values(), "general"))},
+        "budget": {"ffn": 0.25, "multiple_of": 4},
+        "relevance": {"criterion": "impact"},
+        "compose": {"allocation": "uniform"},
+    }
+
+
 def build_tiny(folder: Path, base: Path) -> tuple[Path, Path]:
     """Build and evaluate a tiny expert in `folder`; returns its folder and the store."""
     spec = {
         "name": "tiny",
         "base": str(base),
-        "dimensions": CORPORA,
+        "dimensions": dict(CORPORA),
         "corpora": {"sources": write_sources(folder, (*CORPORA.values(), "general"))},
         "budget": {"ffn": 0.25, "kv_groups": 1, "multiple_of": 4},
     }

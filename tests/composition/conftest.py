@@ -11,22 +11,14 @@ import pytest
 
 import expertprune
 from expertprune.spec.reading import parse_spec
-from tests.experts import CORPORA, write_sources
+from tests.experts import plain_spec
 
 
 @pytest.fixture(scope="session")
 def profiled(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> tuple[dict[str, Any], Path]:
     """A spec as data, and a store with its profiles; neither is to be changed."""
     folder = tmp_path_factory.mktemp("profiled")
-    data = {
-        "name": "tiny",
-        "base": str(tiny_llama),
-        "dimensions": CORPORA,
-        "corpora": {"sources": write_sources(folder, (*CORPORA.values(), "general"))},
-        "budget": {"ffn": 0.25, "multiple_of": 4},
-        "relevance": {"criterion": "impact"},
-        "compose": {"allocation": "uniform"},
-    }
+    data = plain_spec(folder, tiny_llama)
     expertprune.profile(parse_spec(data, "spec", folder), store=folder / "store")
     return data, folder / "store"
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from expertprune.artifacts.expert import Expert
 from expertprune.artifacts.profile import Profile, ProfilePart
 from tests.calling import call
+from tests.experts import plain_spec
 from tests.patching import everywhere
 from tests.processes import server
 
@@ -18,6 +22,32 @@ from tests.processes import server
 STORED = {"profile": 1, "prune": 4}
 UNEVALUATED = ["--set", "evaluate.enabled=false"]
 terminated = pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL], ids=lambda sent: sent.name)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Experts that nothing has disturbed, of which one is half as wide and not evaluated; not to be changed."""
+
+    spec: Path
+    expert: Path
+    small: Path
+    store: Path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Whole:
+    folder = tmp_path_factory.mktemp("whole")
+    found = Whole(folder / "tiny.yaml", folder / "expert", folder / "small", folder / "store")
+    found.spec.write_text(yaml.safe_dump(plain_spec(folder, tiny_llama)))
+    call("build", found.spec, "--out", found.expert, "--store", found.store)
+    call("build", found.spec, "--out", found.small, "--store", found.store, "--set", "budget.ffn=0.5", *UNEVALUATED)
+    return found
+
+
+@pytest.fixture
+def warm(whole: Whole, store: Path) -> Path:
+    """The store, with the profiles of undisturbed builds."""
+    return Path(shutil.copytree(whole.store, store, dirs_exist_ok=True))
 
 
 def names(folder: Path) -> set[str]:
@@ -42,10 +72,10 @@ def held(*arguments: Any, hold: str, sent: signal.Signals) -> None:
     ("place", "sent"), [("profile", signal.SIGINT), ("prune", signal.SIGTERM), ("prune", signal.SIGKILL)]
 )
 def test_an_interrupted_build_leaves_no_expert_and_the_next_one_reuses_its_profiles(
-    tmp_path: Path, spec_file: Path, store: Path, monkeypatch: pytest.MonkeyPatch, place: str, sent: signal.Signals
+    tmp_path: Path, whole: Whole, store: Path, monkeypatch: pytest.MonkeyPatch, place: str, sent: signal.Signals
 ) -> None:
     out = tmp_path / "experts" / "expert"
-    held("build", spec_file, "--out", out, hold=place, sent=sent)
+    held("build", whole.spec, "--out", out, hold=place, sent=sent)
     assert not out.exists()
     assert sent is signal.SIGKILL or names(out.parent) == set()
     stored = sorted((store / "profiles").glob("[!.]*"))
@@ -59,49 +89,48 @@ def test_an_interrupted_build_leaves_no_expert_and_the_next_one_reuses_its_profi
         return original(text, parts, path, about, *rest)
 
     original = everywhere(monkeypatch, "expertprune.profiling.store.measure", counting)
-    call("build", spec_file, "--out", out)
+    call("build", whole.spec, "--out", out)
     assert len(profiled) == 4 - STORED[place]
     assert {path: (path.stat().st_ino, path.read_bytes()) for path in stored} == before
     assert names(out.parent) == {"expert"}
-    call("build", spec_file, "--out", tmp_path / "undisturbed")
-    assert contents(out) == contents(tmp_path / "undisturbed")
+    assert contents(out) == contents(whole.expert)
 
 
 @terminated
-def test_a_half_written_profile_is_never_taken_for_one(spec_file: Path, store: Path, sent: signal.Signals) -> None:
+def test_a_half_written_profile_is_never_taken_for_one(whole: Whole, store: Path, sent: signal.Signals) -> None:
     """A killed run leaves it, and the next removes it."""
-    held("profile", spec_file, hold="profile", sent=sent)
+    held("profile", whole.spec, hold="profile", sent=sent)
     left = [name for name in names(store / "profiles") if name.startswith(".")]
     half_written = [name.endswith(".partial") for name in left if not name.endswith(".working")]
     assert half_written == [True] * (sent is signal.SIGKILL)
     assert sum(name.endswith(".working") for name in left) == 1  # finished layers, which the next run goes on with
-    call("profile", spec_file)
+    call("profile", whole.spec)
     assert len(names(store / "profiles")) == 4
     assert not [name for name in names(store / "profiles") if name.startswith(".")]
 
 
 @terminated
-def test_an_interrupted_overwrite_keeps_the_old_expert(tmp_path: Path, spec_file: Path, sent: signal.Signals) -> None:
-    out = tmp_path / "experts" / "expert"
-    call("build", spec_file, "--out", out, "--set", "budget.ffn=0.5", *UNEVALUATED)
+def test_an_interrupted_overwrite_keeps_the_old_expert(
+    tmp_path: Path, whole: Whole, warm: Path, sent: signal.Signals
+) -> None:
+    out = Path(shutil.copytree(whole.small, tmp_path / "experts" / "expert"))
     old = contents(out)
     held("evaluate", out, hold="evaluate", sent=sent)
     assert contents(out) == old
-    held("build", spec_file, "--out", out, "--overwrite", hold="prune", sent=sent)
+    held("build", whole.spec, "--out", out, "--overwrite", hold="prune", sent=sent)
     assert contents(out) == old
     call("evaluate", out)
     new = contents(out)
     assert {name for name in new if new[name] != old.get(name)} == {"expertprune.json", "changes.json", "README.md"}
-    call("build", spec_file, "--out", out, "--overwrite", *UNEVALUATED)
+    call("build", whole.spec, "--out", out, "--overwrite", *UNEVALUATED)
     assert names(out.parent) == {"expert"}
-    assert contents(out)["config.json"] != old["config.json"]
+    assert contents(out)["config.json"] == contents(whole.expert)["config.json"] != old["config.json"]
 
 
 @terminated
-def test_an_expert_outlives_its_evaluation(tmp_path: Path, spec_file: Path, sent: signal.Signals) -> None:
-    out, undisturbed = tmp_path / "expert", tmp_path / "undisturbed"
-    held("build", spec_file, "--out", out, hold="evaluate", sent=sent)
+def test_an_expert_outlives_its_evaluation(tmp_path: Path, whole: Whole, warm: Path, sent: signal.Signals) -> None:
+    out = tmp_path / "expert"
+    held("build", whole.spec, "--out", out, hold="evaluate", sent=sent)
     assert Expert.load(out).evaluation is None
     call("evaluate", out)
-    call("build", spec_file, "--out", undisturbed)
-    assert contents(out) == contents(undisturbed)
+    assert contents(out) == contents(whole.expert)

@@ -26,7 +26,7 @@ from expertprune.spec.schema import Budget, Evaluate
 from expertprune.stages.sizes import of_size, sized_keys
 from expertprune.stages.sweep import SWEEP_FILE
 from tests.calling import call, call_json
-from tests.experts import CORPORA, write_sources
+from tests.experts import plain_spec
 from tests.patching import everywhere, read_only
 from tests.tiny import write_corpus
 
@@ -80,11 +80,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Whole:
     pairs = [("heart", "law"), ("judge", "blood"), ("sum", "we"), ("numbers", "der"), ("Arzt", "is"), ("und", "a")]
     rows = [{"question": f"the {a} {b}", "choices": [a, b], "answer": i % 2} for i, (a, b) in enumerate(pairs)]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sources = write_sources(folder, (*CORPORA.values(), "general"))
-    sources["qa"]["questions"] = str(folder / "questions.jsonl")
-    data = {"name": "tiny", "base": str(tiny_llama), "dimensions": CORPORA, "corpora": {"sources": sources},
-            "budget": {"ffn": 0.25, "multiple_of": 4}, "relevance": {"criterion": "impact"},
-            "compose": {"allocation": "uniform"}}  # fmt: skip
+    data = plain_spec(folder, tiny_llama)
+    data["corpora"]["sources"]["qa"]["questions"] = str(folder / "questions.jsonl")
     (folder / "tiny.yaml").write_text(yaml.safe_dump(data))
     out = ("--store", folder / "store", "--out", folder / "sweep", "--keep-experts", "--picture", folder / "curve.png")
     return Whole(folder, run_json(folder / "tiny.yaml", "--budgets", BUDGETS, *out))
