@@ -1,8 +1,7 @@
-"""Tiny distributions that extend expertprune, as files: what an installed wheel holds."""
+"""Tiny distributions that extend expertprune, as files: what is left of a wheel when it is installed."""
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,14 +20,11 @@ def distribution(
         for group, each in points.items()
     ]
     info = f"{name.replace('-', '_')}-{version}.dist-info"
-    files = {
+    return {
         **modules,
         f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
-        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         f"{info}/entry_points.txt": "\n".join(sections),
     }
-    record = f"{info}/RECORD"
-    return {**files, record: "".join(f"{path},,\n" for path in [*files, record])}
 
 
 def unpack(files: Mapping[str, str], folder: Path) -> Path:
@@ -37,13 +33,3 @@ def unpack(files: Mapping[str, str], folder: Path) -> Path:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text)
     return folder
-
-
-def wheel(files: Mapping[str, str], folder: Path) -> Path:
-    """The distribution as a wheel in a folder."""
-    info = next(path.partition(".dist-info")[0] for path in files if ".dist-info/" in path)
-    path = folder / f"{info}-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, text in files.items():
-            archive.writestr(name, text)
-    return path

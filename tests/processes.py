@@ -62,6 +62,7 @@ class Server:
         hold: str | None = None,
         send: signal.Signals | None = None,
         file_limit: int | None = None,
+        packages: Path | None = None,
     ) -> Finished:
         """Run a command.
 
@@ -69,8 +70,10 @@ class Server:
             hold: a place of `PLACES` where the command waits.
             send: the signal that it gets there.
             file_limit: bytes above which no file can grow, as on a full disk.
+            packages: a folder of distributions that the command finds installed beside all others.
         """
-        (finished,) = self._run(arguments, [{"hold": hold}], send, file_limit)
+        path = [] if packages is None else [str(packages)]
+        (finished,) = self._run(arguments, [{"hold": hold, "path": path}], send, file_limit)
         return finished
 
     def team(
@@ -112,6 +115,7 @@ class Server:
                 "arguments": [str(each) for each in arguments],
                 "environment": environment,
                 "hold": hold if number == held else None,
+                "path": [],
             }
             for number, (arguments, environment) in enumerate(zip(commands, environments, strict=True))
         ]
@@ -210,6 +214,7 @@ def child(request: dict[str, Any]) -> NoReturn:
         for descriptor, path in zip((1, 2), request["output"], strict=True):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
         os.environ.update(request["environment"], EXPERTPRUNE_STORE=request["store"])
+        sys.path[:0] = request["path"]
         if request["hold"]:
             hold_after(*PLACES[request["hold"]], protocol)
         if request["file_limit"]:
