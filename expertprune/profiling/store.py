@@ -46,9 +46,14 @@ def profile_key(base: ResolvedBase, text: str, max_tokens: int) -> ProfileKey:
         dtype=str(base.dtype).removeprefix("torch."),
         device=base.device.type,
         attention=str(attention_of(base.checkpoint.config)),
-        versions={name: importlib.metadata.version(name) for name in PACKAGES},
+        versions=_versions(),
         code=digest_of([statistics_code(Path(expertprune.__file__).parent), remote]),
     )
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 @functools.cache

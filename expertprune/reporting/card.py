@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -129,18 +130,23 @@ def write_card(expert: Expert) -> None:
     write_file(expert.folder / CARD_FILE, card.encode())
 
 
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=True, finalize=_plain_text
+    )
+    environment.filters["widths"] = widths
+    return environment.from_string(_CARD)
+
+
 def card_text(expert: Expert, headline: Sequence[tuple[str, str]] = ()) -> str:
     """The model card.
 
     Args:
         headline: what the report says at a glance, as pairs of text.
     """
-    environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=True, finalize=_plain_text
-    )
-    environment.filters["widths"] = widths
     measured, spec = expert.evaluation, expert.spec
-    body = environment.from_string(_CARD).render(
+    body = _template().render(
         expert=expert,
         plan=expert.plan,
         spec=spec,
