@@ -41,41 +41,47 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
 PROMPTS = [[5, 9, 14, 3, 22, 41, 7, 30], [60, 2, 33]]
 NEW = 8
 
+# One process for all engines, as importing vLLM takes far longer than starting a tiny one. At each start and end of an
+# engine vLLM collects garbage several times among all that it has imported, and the models are too small to be garbage
+# that matters; nor does compiling a function pay.
 SCRIPT = """
 import gc, json, os, sys, traceback
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+gc.collect = lambda generation=2: 0
+os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would win over the argument
+sys.modules["expertprune"] = None  # for a while, as if it were not installed
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 
-out, plugin, prompts, new, *folders = sys.argv[1:]
-if plugin == "plugin":
-    from expertprune.serving.plugin import register
-
-    register()
+out, prompts, new, *cases = sys.argv[1:]
 results = {}
-for folder in folders:
+for route, folder in zip(cases[::2], cases[1::2]):
+    if route == "plugin" and sys.modules["expertprune"] is None:
+        del sys.modules["expertprune"]
+        from expertprune.serving.plugin import register
+
+        register()
     try:
         adapter = f"{folder}-adapter"
         engine = LLM(
             folder, dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=4, skip_tokenizer_init=True,
-            trust_remote_code=plugin != "plugin", enable_lora=os.path.isdir(adapter), max_lora_rank=8,
+            trust_remote_code=route == "stock", enable_lora=os.path.isdir(adapter), max_lora_rank=8,
+            kv_cache_memory_bytes=2**23,
         )
         settings = SamplingParams(temperature=0, max_tokens=int(new), ignore_eos=True, detokenize=False, logprobs=0)
         inputs = [{"prompt_token_ids": ids} for ids in json.loads(prompts)]
         for name, lora in ((folder, None), (adapter, LoRARequest("adapter", 1, adapter))):
             if os.path.isdir(name):
                 answers = engine.generate(inputs, settings, lora_request=lora, use_tqdm=False)
-                results[name] = [
+                results[f"{route} {name}"] = [
                     [(token, place[token].logprob) for token, place in zip(each.token_ids, each.logprobs)]
                     for each in (answer.outputs[0] for answer in answers)
                 ]
         del engine
     except Exception as error:
         traceback.print_exc()
-        results[folder] = f"{type(error).__name__}: {error}"
-    gc.collect()
+        results[f"{route} {folder}"] = f"{type(error).__name__}: {error}"
     cleanup_dist_env_and_memory()
     with open(out, "w") as file:
         json.dump(results, file)
@@ -138,16 +144,22 @@ def generated(folder: Path, adapter: Path | None = None) -> Answers:
     return answers
 
 
-def by_vllm(root: Path, route: str, folders: list[Path]) -> dict[str, Any]:
-    """What vLLM generates for each folder; the end of its log where it ended before."""
-    out, log = root / f"{route}.json", root / f"{route}.log"
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ, **({"VLLM_PLUGINS": ""} if route == "stock" else {})}
-    command = [sys.executable, "-c", SCRIPT, str(out), route, json.dumps(PROMPTS), str(NEW), *map(str, folders)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+def by_vllm(root: Path, cases: list[tuple[str, Path]]) -> dict[str, Any]:
+    """What vLLM generates by each route for each folder; the end of its log where it ended before."""
+    out, log = root / "answers.json", root / "vllm.log"
+    variables = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_PLUGINS": "",
+        "TORCH_COMPILE_DISABLE": "1",
+    }
+    words = [text for route, folder in cases for text in (route, str(folder))]
+    command = [sys.executable, "-c", SCRIPT, str(out), json.dumps(PROMPTS), str(NEW), *words]
+    run = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
     log.write_text(run.stdout + run.stderr)
     print(f"vLLM's log: {log}")
     assert out.is_file(), run.stderr[-3000:]
-    return {**dict.fromkeys(map(str, folders), f"vLLM ended: {run.stderr[-500:]}"), **json.loads(out.read_text())}
+    ended = {f"{route} {folder}": f"vLLM ended: {run.stderr[-500:]}" for route, folder in cases}
+    return {**ended, **json.loads(out.read_text())}
 
 
 @pytest.fixture(scope="module")
@@ -172,15 +184,15 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], t
             cut = folder.with_name(f"{folder.name}-adapter")
             expertprune.cut_adapter(whole, folder, cut)
             expected[name, kind, "adapter"] = generated(folder, cut)
-    found = {
-        route: by_vllm(root, route, [folders[expert] for expert, routes in EXPERTS.items() if route in routes])
-        for route in ("plugin", "stock")
-    }
+    found = by_vllm(
+        root,
+        [(route, folders[expert]) for route in ("stock", "plugin") for expert in folders if route in EXPERTS[expert]],
+    )
     endings = {"expert": "", "adapter": "-adapter"}
     return {
         (name, kind, each, route): (
             expected[name, kind, each],
-            found[route].get(f"{folders[name, kind]}{endings[each]}", "no answer"),
+            found.get(f"{route} {folders[name, kind]}{endings[each]}", "no answer"),
         )
         for name, kind, each, route in CASES
     }
