@@ -16,7 +16,7 @@ from expertprune.evaluation.harness import models, tasks
 from expertprune.evaluation.suites import find_suite
 from expertprune.files import to_json
 from expertprune.models.loading import load_model, load_tokenizer
-from tests.engines import ALONE, TRANSFORMERS, VLLM, run_script
+from tests.engines import Answer, by_transformers, by_vllm
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # the first test builds the expert
 SPEC = Path(__file__).parents[2] / "profiles" / "english-medical-qa.yaml"
@@ -116,27 +116,31 @@ def test_fifty_questions_through_the_server_are_answered_as_transformers_does(ex
     assert 0.3 < found.values.mean() < 0.9
 
 
-@pytest.mark.vllm
-def test_a_stock_checkpoint_needs_nothing_of_ours_in_float32(stock: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def answers(stock: Path, expert: Path) -> list[tuple[Answer, Answer]]:
+    """By vLLM and by transformers, of the stock checkpoint in float32 and of the expert in bfloat16."""
     pytest.importorskip("vllm")
-    expected = run_script(ALONE + TRANSFORMERS, stock, "float32", tmp_path, PROMPTS)
-    assert run_script(ALONE + VLLM, stock, "float32", tmp_path, PROMPTS) == expected
+    checkpoints = (stock, "float32"), (expert, "bfloat16")
+    return list(zip(by_vllm(*checkpoints, PROMPTS), by_transformers(checkpoints, PROMPTS), strict=True))
 
 
 @pytest.mark.vllm
-def test_transformers_and_vllm_begin_the_same_in_bfloat16(expert: Path, tmp_path: Path) -> None:
+def test_a_stock_checkpoint_needs_nothing_of_ours_in_float32(answers: list[tuple[Answer, Answer]]) -> None:
+    found, expected = answers[0]
+    assert found.tokens == expected.tokens
+
+
+@pytest.mark.vllm
+def test_transformers_and_vllm_begin_the_same_in_bfloat16(answers: list[tuple[Answer, Answer]]) -> None:
     """Widths of single layers: by the folder's own code in transformers, by the plugin in vLLM.
 
     Wherever two continuations part, bfloat16 cannot tell two tokens apart: logits between 16 and 32 lie 1/8 apart, and of
     `L` layers with two sums each, rounded by up to half a step, a logit deviates by `sqrt(2 L / 12)` steps. A difference of
     at most two deviations is none. At least half of the prompts begin with the same four tokens.
     """
-    pytest.importorskip("vllm")
-    expected = run_script(ALONE + TRANSFORMERS, expert, "bfloat16", tmp_path, PROMPTS)
-    logits = run_script(ALONE + TRANSFORMERS, expert, "bfloat16", tmp_path, PROMPTS, what="LOGITS")
-    found = run_script(VLLM, expert, "bfloat16", tmp_path, PROMPTS)
-    assert sum(a[:4] == b[:4] for a, b in zip(found, expected, strict=True)) >= len(PROMPTS) / 2
-    for mine, theirs, steps in zip(found, expected, logits, strict=True):
+    found, expected = answers[1]
+    assert sum(a[:4] == b[:4] for a, b in zip(found.tokens, expected.tokens, strict=True)) >= len(PROMPTS) / 2
+    for mine, theirs, steps in zip(found.tokens, expected.tokens, expected.logits, strict=True):
         parting = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), None)
         if parting is not None:
             first, second = steps[parting]

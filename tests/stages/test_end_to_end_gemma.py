@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 import expertprune
 from expertprune.artifacts.expert import Expert
-from tests.engines import ALONE, TRANSFORMERS, VLLM, run_script
+from tests.engines import ALONE, TRANSFORMERS, by_transformers, by_vllm, run_script
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # the first test builds the expert
 SPEC = Path(__file__).parents[2] / "profiles" / "german.yaml"
@@ -87,11 +87,9 @@ def test_fewer_rows_alone_change_nothing_that_is_kept(trimmed: Path, tmp_path: P
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("which", ["german", "trimmed"])
-def test_vllm_generates_the_same(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_vllm_generates_the_same(german: Path, trimmed: Path) -> None:
     """In float32; the German expert's layers have widths of their own, so the plugin serves it."""
     pytest.importorskip("vllm")
-    expert: Path = request.getfixturevalue(which)
-    expected = run_script(ALONE + TRANSFORMERS, expert, "float32", tmp_path, PROMPTS)
-    alone = ALONE if which == "trimmed" else ""
-    assert run_script(alone + VLLM, expert, "float32", tmp_path, PROMPTS) == expected
+    checkpoints = (trimmed, "float32"), (german, "float32")
+    expected = [answer.tokens for answer in by_transformers(checkpoints, PROMPTS)]
+    assert [answer.tokens for answer in by_vllm(*checkpoints, PROMPTS)] == expected
