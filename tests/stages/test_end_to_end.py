@@ -23,6 +23,7 @@ SPEC = Path(__file__).parents[2] / "profiles" / "english-medical-qa.yaml"
 CORPORA = Path(__file__).parents[2] / "corpora" / "task"
 FEW = {"calibration.documents": 6, "calibration.max_tokens": 128, "evaluate.documents": 4, "evaluate.max_tokens": 256}
 LAYERS = 30  # of SmolLM2
+QUESTIONS = 24  # through the server
 PROMPTS = [
     "The heart pumps blood",
     "Question: What does insulin do?\nAnswer:",
@@ -97,21 +98,25 @@ def test_a_local_suite_on_both_models(expert: Path, real_store: Path, tmp_path: 
 
 
 @pytest.mark.vllm
-def test_fifty_questions_through_the_server_are_answered_as_transformers_does(expert: Path) -> None:
+def test_questions_through_the_server_are_answered_as_transformers_does(
+    expert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for package in ("lm_eval", "tenacity", "vllm"):
         pytest.importorskip(package)
     from expertprune.serving.server import Server
 
     entry = find_suite("qa").tasks[1]
     assert entry.label == "shipped_questions"
-    task = tasks.load_task(entry, generates=False, limit=50)
+    task = tasks.load_task(entry, generates=False, limit=QUESTIONS)
     tokenizer = load_tokenizer(expert)
     running = models.running_model(load_model(expert, torch.float32), tokenizer)
-    expected = tasks.run_task(task, running, limit=50)
-    with Server(expert, model_name="expert", arguments=["--dtype=float32", "--max-model-len=1024"]) as server:
-        found = tasks.run_task(task, models.served_model(expert, server.url, "expert", tokenizer), limit=50)
+    expected = tasks.run_task(task, running, limit=QUESTIONS)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process that imports vLLM
+    arguments = ["--dtype=float32", "--max-model-len=1024", "--kv-cache-memory-bytes=268435456"]
+    with Server(expert, model_name="expert", arguments=arguments) as server:
+        found = tasks.run_task(task, models.served_model(expert, server.url, "expert", tokenizer), limit=QUESTIONS)
     assert found.examples == expected.examples
-    assert len(found.values) == 50
+    assert len(found.values) == QUESTIONS
     assert (found.values != expected.values).sum() <= 1  # two choices within rounding of each other
     assert 0.3 < found.values.mean() < 0.9
 
