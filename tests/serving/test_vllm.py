@@ -1,4 +1,4 @@
-"""Real vLLM: two experts behind the command, and what an unkind world sends them."""
+"""Real vLLM: an expert and another checkpoint behind the command, and what an unkind world sends them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 import expertprune
 from bench import load
+from bench.torture.workplace import tiny_chat_model
 from expertprune.artifacts.timing import Load
 from expertprune.models.loading import MUCH_FASTER, bfloat16_gain
-from expertprune.serving import engine, throughput
+from expertprune.serving import throughput
 from expertprune.serving.chat import ChatSettings, Ended, running
 from expertprune.serving.processes import check_port
 from tests.test_examples import probe_path
@@ -34,35 +36,38 @@ SPEC = Path(__file__).parents[2] / "profiles" / "english-medical-qa.yaml"
 QUESTION = [{"role": "user", "content": "Which organ pumps blood?"}]
 
 
+ON_CPU = not torch.cuda.is_available()
+
+
 @pytest.fixture(scope="module")
-def experts(tmp_path_factory: pytest.TempPathFactory, real_store: Path) -> list[Path]:
-    """Two experts of SmolLM2, cut after a short look at text and not repaired: nobody asks how good they are."""
-    folder = tmp_path_factory.mktemp("experts")
-    plain = {
+def folders(tmp_path_factory: pytest.TempPathFactory, real_store: Path) -> list[Path]:
+    """An expert of SmolLM2, cut after a short look at text and not repaired, as nobody asks how good it is; a tiny model."""
+    folder = tmp_path_factory.mktemp("served")
+    overrides = {
         "evaluate.enabled": False, "compensation.method": "none", "relevance.criterion": "magnitude",
-        "calibration.documents": 2,
+        "calibration.documents": 2, "name": "expert", "budget.ffn": 0.05,
     }  # fmt: skip
     return [
-        expertprune.build(SPEC, folder / name, {**plain, "name": name, "budget.ffn": fraction}, store=real_store)
-        for name, fraction in (("mild", 0.05), ("half", 0.5))
+        expertprune.build(SPEC, folder / "expert", overrides, store=real_store),
+        tiny_chat_model(folder / "tiny", seed=0),
     ]
 
 
 @pytest.fixture(scope="module")
 def bytes_of_number() -> int:
     """In weights and KV cache: float32 where a CPU multiplies bfloat16 slowly."""
-    return 4 if engine.platform().cpu and bfloat16_gain() * MUCH_FASTER < 1 else 2
+    return 4 if ON_CPU and bfloat16_gain() * MUCH_FASTER < 1 else 2
 
 
 @pytest.fixture(scope="module")
 def endpoint(
-    experts: list[Path], bytes_of_number: int, tmp_path_factory: pytest.TempPathFactory
+    folders: list[Path], bytes_of_number: int, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[load.Endpoint]:
     """`expertprune serve` of both, as a user starts it, healthy."""
     with pytest.MonkeyPatch.context() as patch:
         if bytes_of_number == 4:
             patch.setattr(load, "ARGUMENTS", (*load.ARGUMENTS, "--dtype=float32"))
-        served = load.Endpoint(experts, tmp_path_factory.mktemp("serving"))
+        served = load.Endpoint(folders, tmp_path_factory.mktemp("serving"))
     with served:
         yield served
 
@@ -77,11 +82,11 @@ def test_a_chat_is_answered_whole_and_piece_by_piece(endpoint: load.Endpoint) ->
     """By OpenAI's client whole, and by the chat command as a stream: the same words, and as many as are counted."""
     client = openai.OpenAI(base_url=f"{endpoint.root}/v1", api_key="none", max_retries=0, timeout=300)
     assert httpx.get(f"{endpoint.root}{probe_path()}").status_code == 200  # what Kubernetes asks
-    assert [model.id for model in client.models.list()] == ["mild", "half"]
-    whole = client.chat.completions.create(model="mild", messages=QUESTION, max_tokens=12, temperature=0)
-    assert whole.model == "mild"
+    assert [model.id for model in client.models.list()] == ["expert", "tiny"]
+    whole = client.chat.completions.create(model="expert", messages=QUESTION, max_tokens=12, temperature=0)
+    assert whole.model == "expert"
     assert whole.choices[0].message.content.strip()
-    url = f"{endpoint.root}/v1#mild"
+    url = f"{endpoint.root}/v1#expert"
     for side in running(url, url):
         *pieces, end = side.endpoint.answer(QUESTION, ChatSettings(max_tokens=12))
         assert side.endpoint.chats
@@ -92,21 +97,21 @@ def test_a_chat_is_answered_whole_and_piece_by_piece(endpoint: load.Endpoint) ->
 
 
 def test_vllms_benchmark_measures_it(
-    endpoint: load.Endpoint, experts: list[Path], bytes_of_number: int, tmp_path: Path
+    endpoint: load.Endpoint, folders: list[Path], bytes_of_number: int, tmp_path: Path
 ) -> None:
     """A token of KV cache takes 30 layers × (K and V) × 3 heads × 64 channels, and blocks hold 128 tokens."""
     asked = Load(prompts=4, input_tokens=16, output_tokens=4, concurrency=2)
-    process = endpoint.server("mild")
+    process = endpoint.server("expert")
     server: Any = SimpleNamespace(
-        root=engine_root(endpoint, "mild"),
-        name="mild",
-        servable=SimpleNamespace(folder=experts[0]),
+        root=engine_root(endpoint, "expert"),
+        name="expert",
+        servable=SimpleNamespace(folder=folders[0]),
         keys=(),
         tree=SimpleNamespace(members=lambda: [process, *process.children(recursive=True)]),
         load_seconds=1.0,
         failure=lambda: None,
     )
-    prompts = throughput._write_prompts(tmp_path / "prompts.jsonl", experts[0], asked)
+    prompts = throughput._write_prompts(tmp_path / "prompts.jsonl", folders[0], asked)
     row = throughput._measure(server, prompts, asked, "expert", 1, 100)
     assert row.output_tokens == 16
     assert abs(row.input_tokens - 64) <= 4  # a piece cut out of a text may be tokenized a little differently
@@ -114,8 +119,8 @@ def test_vllms_benchmark_measures_it(
     assert row.time_to_first_token_ms > 0
     assert row.time_per_output_token_ms > 0
     assert row.memory_bytes is not None
-    assert row.memory_bytes > experts[0].joinpath("model.safetensors").stat().st_size
-    if engine.platform().cpu:
+    assert row.memory_bytes > folders[0].joinpath("model.safetensors").stat().st_size
+    if ON_CPU:
         assert row.kv_cache_tokens == 2**30 // (30 * 2 * 3 * 64 * bytes_of_number * 128) * 128
 
 
@@ -165,17 +170,17 @@ def test_one_outlives_the_others_death_and_an_interruption_ends_all(endpoint: lo
         request = {"model": name, "prompt": "The heart pumps", "max_tokens": 8}
         return int(httpx.post(f"{endpoint.root}/v1/completions", json=request, timeout=600).status_code)
 
-    killed = endpoint.server("half")
+    killed = endpoint.server("tiny")
     orphans = killed.children(recursive=True)
     killed.kill()
     psutil.wait_procs([killed], timeout=10)
-    assert status("half") == 503
-    assert status("mild") == 200
+    assert status("tiny") == 503
+    assert status("expert") == 200
     deadline = time.monotonic() + 1500
-    while status("half") != 200:
+    while status("tiny") != 200:
         assert time.monotonic() < deadline
         time.sleep(1)
-    assert "half died (SIGKILL)" in endpoint.log.read_text()
+    assert "tiny died (SIGKILL)" in endpoint.log.read_text()
     assert not any(alive(orphan) for orphan in orphans)
     members = endpoint.members()
     assert len(members) >= 3
