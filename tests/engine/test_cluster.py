@@ -45,7 +45,7 @@ def nodes() -> Iterator[Any]:
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster as Nodes
 
-    found = Nodes(initialize_head=True, head_node_args={"num_cpus": 0})
+    found = Nodes(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     found.workers = [found.add_node(num_cpus=1) for _ in range(2)]
     yield found
     found.shutdown()
