@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from expertprune.corpora.messages import Conversation
 from expertprune.files import digest_of
@@ -111,6 +112,15 @@ class Corpus:
     @property
     def digest(self) -> str:
         return digest_of([document.digest for document in self.calibration])
+
+    @property
+    def measured(self) -> list[Any]:
+        """Its name and everything of it that is measured, as plain data."""
+        return [
+            str(self.name),
+            [[each.text, each.conversation and asdict(each.conversation)] for each in self.evaluation],
+            [asdict(question) for question in self.questions],
+        ]
 
 
 def corpus_names(spec: Spec) -> list[CorpusName]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 from expertprune.artifacts.evaluation import Evaluation
@@ -28,10 +27,7 @@ from expertprune.stages.validate import Found, Prepared
 
 def point_key(plan: Plan, found: Found) -> str:
     """Digest of the plan, its spec included, and of what is measured."""
-    examples = [
-        [str(corpus.name), [each.text for each in corpus.evaluation], [asdict(asked) for asked in corpus.questions]]
-        for corpus in found.evaluated
-    ]
+    examples = [corpus.measured for corpus in found.evaluated]
     return digest_of([SWEEP_SCHEMA, plan.document(), str(found.base.dtype), examples])
 
 

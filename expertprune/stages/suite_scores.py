@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -193,8 +193,7 @@ class Measurement:
         return self.spec.evaluate.model_copy(update={"metrics": metrics})
 
     def _path(self, corpus: Corpus) -> Path:
-        asked = [asdict(question) for question in corpus.questions]
-        text = [str(corpus.name), [each.text for each in corpus.evaluation], asked, group_of(corpus)]
+        text = [*corpus.measured, group_of(corpus)]
         about = [self.of_base.model, self.of_expert.model, text, self.settings.model_dump(mode="json"), self.align]
         return self.store / "evaluations" / f"{digest_of(['corpus', *about, versions()])}.json"
 

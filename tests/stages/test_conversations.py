@@ -73,6 +73,14 @@ def test_an_expert_is_calibrated_and_evaluated_on_answers(chat: Workplace) -> No
     # Two answers of five words and an end.
     assert {(row.tokens, row.bytes > 40) for row in rows} == {(2 * (5 + 1), True)}
     assert load_tokenizer(chat.out).chat_template == load_tokenizer(Path(chat.data["base"])).chat_template
+    (chat.folder / "suite.yaml").write_text("{name: mine, perplexity: {corpora: [medical]}}")
+    for changes in ({}, {"corpora.sources.medical.documents": "raw"}):  # both in one store
+        of_suite = expertprune.evaluate_suites(chat.out, [str(chat.folder / "suite.yaml")], overrides=changes)
+        own = expertprune.evaluate(chat.out, ["medical"], overrides=changes)
+        tokens, expected = (
+            [row.tokens for row in each.corpora["domain/medical"].per_document] for each in (of_suite, own)
+        )
+        assert tokens == expected
     text = medical()
     assert {(each.predicted, len(each)) for each in text.tokens} == {(2 * (5 + 1), 4 * (5 + 3))}
     source = "corpora.sources.medical.documents"

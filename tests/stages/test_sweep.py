@@ -8,6 +8,7 @@ import tempfile
 import xml.etree.ElementTree
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -17,12 +18,15 @@ from click.testing import Result
 import expertprune
 from expertprune.artifacts.evaluation import Evaluation, Group, Measured
 from expertprune.artifacts.sweep import Point, Sweep, SweptBase
+from expertprune.corpora.documents import Corpus, CorpusName, Document
+from expertprune.corpora.messages import Conversation
 from expertprune.errors import SpecError
 from expertprune.evaluation.retention import pooled
 from expertprune.pruning.unfinished import Unfinished
 from expertprune.reporting.pictures import retention_curve
 from expertprune.reporting.tables import sweep_rows
 from expertprune.spec.schema import Budget, Evaluate
+from expertprune.stages.points import point_key
 from expertprune.stages.sizes import of_size, sized_keys
 from expertprune.stages.sweep import SWEEP_FILE
 from tests.calling import call, call_json
@@ -200,6 +204,22 @@ def test_what_the_numbers_depend_on_is_computed_again(tmp_path: Path, spec_data:
     kept = saved(tmp_path / "sweep")
     assert kept["points"] == found[:1], "what was found stays"
     assert sorted(kept["earlier"], key=str) == sorted(found[1:], key=str)
+
+
+def test_conversations_of_one_text_are_other_points() -> None:
+    def key(document: Document) -> str:
+        evaluated = [Corpus(CorpusName("domain", "medical"), (), (document,))]
+        found = SimpleNamespace(base=SimpleNamespace(dtype="float32"), evaluated=evaluated)
+        return point_key(SimpleNamespace(document=dict), found)  # type: ignore[arg-type]
+
+    def talk(*roles: str, **changes: Any) -> Document:
+        messages = [{"role": role, "content": word} for role, word in zip(roles, ("heart", "blood"), strict=True)]
+        return Document.of(Conversation.of(messages, **changes))
+
+    documents = [talk("user", "assistant"), talk("system", "assistant"), talk("user", "assistant", verbatim=True)]
+    documents.append(Document(documents[0].text))
+    assert len({each.text for each in documents}) == 1
+    assert len({key(each) for each in documents}) == 4
 
 
 @pytest.mark.parametrize(
