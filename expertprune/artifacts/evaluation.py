@@ -122,8 +122,8 @@ class Average(Record):
 class Alignment(Record):
     """How alike the hidden states of base and expert are on the documents of a corpus.
 
-    `layers` is the linear CKA after each decoder layer, `cosine` the mean cosine between the final
-    states over tokens.
+    `layers` is the linear CKA after each decoder layer of the base, `cosine` the mean cosine between
+    the final states over tokens. Where the expert has lost a layer, its states pass unchanged.
     """
 
     layers: list[Number]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -154,7 +154,12 @@ class Measuring:
     # --- against an expert ------------------------------------------------------------------------------------------
 
     def against(
-        self, expert: TextRun, progress: Progress | None = None, tokenizer: Any = None, align: bool = False
+        self,
+        expert: TextRun,
+        progress: Progress | None = None,
+        tokenizer: Any = None,
+        align: bool = False,
+        gone: Collection[int] = (),
     ) -> Evaluation:
         """Measure an expert.
 
@@ -163,6 +168,7 @@ class Measuring:
             progress: called after each layer and each batch.
             tokenizer: the expert's, where it has other tokens than the base.
             align: compare hidden states layer by layer too; only where both have the same tokens.
+            gone: the base's layers that the expert has not; they matter to `align` alone.
         """
         reading = self._examples.reading
         if self.other_tokens:
@@ -171,7 +177,7 @@ class Measuring:
             return self._apart(self._in_tokens(tokenizer), expert, progress)
         if align:
             aligning = Aligning([self._examples.corpus_of(batch) for batch in reading.batches])
-            base, theirs = read_together(reading, self.base, expert, aligning.watch, progress)
+            base, theirs = read_together(reading, self.base, expert, aligning.watch, progress, gone)
             found = self.of_streams(base.stream, theirs, progress)
             return found.model_copy(update={"alignment": aligning.results(base, theirs)})
         known = self._known if self._known is not None else read(reading, self.base, progress).stream

@@ -6,14 +6,15 @@ tokens that count, a few at a time, so neither a whole model nor a whole distrib
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from expertprune.corpora.batches import Batch, Tokens, make_batches
 from expertprune.evaluation.arrays import Floats
@@ -109,16 +110,39 @@ def read(reading: Reading, model: TextRun, progress: Progress | None = None) -> 
 
 @torch.no_grad()
 def read_together(
-    reading: Reading, base: TextRun, expert: TextRun, watch: StepWatcher, progress: Progress | None = None
+    reading: Reading,
+    base: TextRun,
+    expert: TextRun,
+    watch: StepWatcher,
+    progress: Progress | None = None,
+    gone: Collection[int] = (),
 ) -> tuple[Read, Read]:
-    """Let two models read in step, for whoever watches their layers side by side."""
+    """Let two models read in step, for whoever watches their layers side by side.
+
+    Args:
+        gone: the base's layers that the expert has not. Its hidden states pass their places unchanged.
+    """
     runs = [replace(model, batches=reading.batches) for model in (base, expert)]
     mine, theirs = (run.start() for run in runs)
-    layers = zip(*(run.layers(progress) for run in runs), strict=True)
-    for (index, layer), (_, other) in layers:
-        for ours, others in zip(mine.advance(layer, index), theirs.advance(other, index), strict=True):
+    layers = zip(runs[0].layers(progress), _with_gaps(runs[1].layers(progress), gone), strict=True)
+    for (index, layer), own in layers:
+        steps = theirs.stay() if own is None else theirs.advance(own[1], own[0])
+        for ours, others in zip(mine.advance(layer, index), steps, strict=True):
             watch(index, ours, others)
     return Read(base, mine), Read(expert, theirs)
+
+
+def _with_gaps(
+    layers: Iterator[tuple[int, nn.Module]], gone: Collection[int]
+) -> Iterator[tuple[int, nn.Module] | None]:
+    """An expert's layers, and `None` in place of each layer of the base that is gone."""
+    places = itertools.count()
+    for layer in layers:
+        while next(places) in gone:
+            yield None
+        yield layer
+    while next(places) in gone:
+        yield None
 
 
 # --- what it cost -----------------------------------------------------------------------------------------------------

@@ -96,6 +96,12 @@ class Stream:
             self.hidden[number] = after.detach()
             yield Step(number, batch, before, after)
 
+    def stay(self) -> Iterator[Step]:
+        """Every batch at the place of a layer that is gone: it comes out as it went in."""
+        for number, batch in enumerate(self.batches):
+            states = self.hidden[number]
+            yield Step(number, batch, states, states)
+
     def move(self, layer: nn.Module, index: int, kept: KeptStates | None = None) -> None:
         """Go behind a layer. It runs only the batches whose states behind it are not kept."""
         for number, batch in enumerate(self.batches):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,18 +86,23 @@ def measuring(running: RunningBase, corpora: Sequence[Corpus], settings: Evaluat
 
 
 def measure_folder(
-    evaluator: Measuring, folder: Path, running: RunningBase, track: Track, align: bool = False
+    evaluator: Measuring,
+    folder: Path,
+    running: RunningBase,
+    track: Track,
+    align: bool = False,
+    gone: Collection[int] = (),
 ) -> Evaluation:
     """Measure the expert in a folder; nothing is written.
 
     Args:
-        align: compare hidden states too (see `Measuring.against`).
+        align, gone: compare hidden states too (see `Measuring.against`).
     """
     base = running.base
     tokenizer = load_tokenizer(folder, base.trust_remote_code) if evaluator.other_tokens else None
     with track("evaluate", evaluator.steps(len(base.layers))) as step:
         expert = team().run(TextRun(stream_folder(folder, base), base.family, (), ()))
-        return evaluator.against(expert, step, tokenizer, align)
+        return evaluator.against(expert, step, tokenizer, align, gone)
 
 
 class Meanwhile:

@@ -174,7 +174,8 @@ class Measurement:
             return
         running = RunningBase(self.base)
         evaluator = measuring(running, corpora, self.settings, self.other_tokens)
-        found = measure_folder(evaluator, self.expert.folder, running, track, self.align and not self.other_tokens)
+        align, gone = self.align and not self.other_tokens, self.expert.plan.gone
+        found = measure_folder(evaluator, self.expert.folder, running, track, align, gone)
         for corpus in corpora:
             name = str(corpus.name)
             aligned = {key: value for key, value in found.alignment.items() if key == name.replace("/", " ", 1)}

@@ -54,11 +54,19 @@ TEXTS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "per_batch"), [("llama", 1), ("gemma3", 1024)])
-def test_layers_and_final_states_are_the_models_own(name: str, per_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against `output_hidden_states` of each document alone; the last of those is normed, so it is the final state."""
+@pytest.mark.parametrize(
+    ("name", "per_batch", "gone"), [("llama", 1, ()), ("gemma3", 1024, ()), ("llama", 1024, (0,)), ("llama", 30, (2,))]
+)
+def test_layers_and_final_states_are_the_models_own(
+    name: str, per_batch: int, gone: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against `output_hidden_states` of each document alone; the last of those is normed, so it is the final state.
+
+    Where a layer is gone, the expert's states are those behind the layer before it.
+    """
     monkeypatch.setattr(reading, "TOKENS_PER_BATCH", per_batch)
-    base, expert, tokenizer = tiny_model(name, seed=0), tiny_model(name, seed=1), tiny_tokenizer()
+    base, tokenizer = tiny_model(name, seed=0), tiny_tokenizer()
+    expert = tiny_model(name, seed=1, num_hidden_layers=3 - len(gone))
     documents = {
         "language/en": TEXTS,
         "task/qa": [],
@@ -68,7 +76,7 @@ def test_layers_and_final_states_are_the_models_own(name: str, per_batch: int, m
     question = Question("heart", ("law", "blood"), 0)
     corpora = [Corpus(CorpusName.parse(name), (), tuple(found), (question,)) for name, found in documents.items()]
     measuring = Measuring(as_run(base), tokenizer, corpora, Evaluate(max_tokens=12))
-    plain, aligned = (measuring.against(as_run(expert), align=align) for align in (False, True))
+    plain, aligned = (measuring.against(as_run(expert), align=align, gone=gone) for align in (False, True))
     assert list(aligned.alignment) == ["language en", "general domain/x"]  # the others have nothing to compare
     found = aligned.alignment["language en"]
     assert aligned.model_copy(update={"alignment": {}}) == plain
@@ -79,13 +87,17 @@ def test_layers_and_final_states_are_the_models_own(name: str, per_batch: int, m
             ids = torch.tensor([tokenizer(document.text)["input_ids"][:12]])
             with torch.no_grad():
                 states = model(input_ids=ids, output_hidden_states=True).hidden_states
-            parts.append([layer[0, 1:].double().numpy() for layer in states[1:]])
+            parts.append([layer[0, 1:].double().numpy() for layer in states])
         return [np.concatenate(layers) for layers in zip(*parts, strict=True)]
 
     mine, theirs = hidden(base), hidden(expert)
-    expected = [direct(x, y) for x, y in zip(mine[:-1], theirs[:-1], strict=True)]
-    assert found.layers[:-1] == pytest.approx(expected, rel=1e-4)
-    assert len(found.layers) == len(mine) == 3
+    behind = [sum(layer not in gone for layer in range(number)) for number in range(1, 4)]  # so many layers
+    expected = [
+        direct(mine[i], theirs[j]) for i, j in enumerate(behind, 1) if i < len(mine) - 1 and j < len(theirs) - 1
+    ]
+    assert len(expected) == (1 if gone == (2,) else 2)
+    assert found.layers[: len(expected)] == pytest.approx(expected, rel=1e-4)
+    assert len(found.layers) == 3
     assert all(0 < value < 0.99 for value in found.layers)
     x, y = mine[-1], theirs[-1]
     cosines = (x * y).sum(1) / np.sqrt((x * x).sum(1) * (y * y).sum(1))

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import expertprune
 from expertprune.artifacts.changes import AnswerChange, Changes
+from expertprune.artifacts.expert import Expert
 from expertprune.corpora.documents import Document, Question
 from expertprune.errors import SpecError
 from expertprune.evaluation.harness import models, stored, tasks
@@ -253,6 +254,17 @@ def test_an_expert_with_a_vocabulary_of_its_own_is_compared_by_the_byte(tmp_path
     assert numbers == pytest.approx(before["bits_per_byte"])
     assert kept(found["summary"]["expert"]["bits"]) == pytest.approx(kept(numbers))
     assert found["alignment"] == {}  # other tokens have other states
+
+
+def test_an_expert_without_a_layer_is_aligned_with_the_layers_of_its_base(tmp_path: Path, spec_data: Data) -> None:
+    data = {**spec_data, "budget": {"layers": 1}, "compensation": "none", "evaluate": {"enabled": False}}
+    folder = expertprune.build(parse_spec(data, "spec", tmp_path), tmp_path / "expert")
+    suite = tmp_path / "mine.yaml"
+    suite.write_text(yaml.safe_dump({"name": "mine", "perplexity": {"corpora": ["en"]}, "alignment": True}))
+    (found,) = expertprune.evaluate_suites(folder, [str(suite)]).alignment.values()
+    (gone,) = Expert.load(folder).plan.gone
+    # Without a repair, what lies before the layer that is gone is the base's own.
+    assert [value == pytest.approx(1) for value in found.layers] == [number < gone for number in range(3)]
 
 
 def test_answers_are_stored_until_something_changes(workplace: Workplace, monkeypatch: Patch) -> None:
