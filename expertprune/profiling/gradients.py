@@ -27,7 +27,7 @@ class MaskGradients:
 
     This is the derivative with respect to a mask that multiplies the unit's channels, at 1. That of
     a KV group is the sum over its query heads, so only heads are stored. The mask of a routed
-    expert multiplies its output, so its derivative is the sum over its neurons.
+    expert multiplies its output `y`, bias included: `Σ_t y_t · ∂L/∂y_t`.
 
     With `squares` also `Σ_s (Σ_{t in s} …)²` over segments of `SEGMENT` tokens, of every unit, KV
     groups and routed experts included. Sums stay on the device until the layer ends.
@@ -39,6 +39,7 @@ class MaskGradients:
         self.shape = shape
         self.ffn = torch.zeros(documents, shape.neurons, device=device)
         self.heads = torch.zeros(documents, shape.query_heads, device=device)
+        self.experts = torch.zeros(documents, shape.experts, device=device)
         widths = {"ffn": shape.neurons, "heads": shape.query_heads, "groups": shape.kv_heads, "experts": shape.experts}
         self.squares = {
             name: torch.zeros(documents, width, device=device) for name, width in widths.items() if width and squares
@@ -73,28 +74,32 @@ class MaskGradients:
         if name in self.squares:
             self.squares[name].index_add_(0, documents, parts.square().sum(1))
 
-    def add_routed(self, batch: Batch, weights: Tensor, call: RoutedCall, gradient: Tensor) -> None:
-        """Add a batch; `gradient` is that of the call's neurons, `[pairs, ffn]`.
+    def add_routed(self, batch: Batch, weights: Tensor, call: RoutedCall, neurons: Tensor, written: Tensor) -> None:
+        """Add a batch; `neurons`, `[pairs, ffn]`, and `written`, `[pairs, hidden]`, are the call's gradients.
 
-        A router's weight multiplies a neuron behind its mask, so the gradient has it.
+        A router's weight multiplies both behind their masks, so the gradients have it.
         """
         rows, length = batch.ids.shape
         row, place = call.pairs.token // length, call.pairs.token % length
         segments = -(-length // SEGMENT)
-        own = call.neurons.float() * gradient * weights.index_select(0, row)[:, None]
-        parts = own.new_zeros(rows * segments * self.shape.experts, self.shape.ffn)
-        parts.index_add_(0, (row * segments + place // SEGMENT) * self.shape.experts + call.pairs.expert, own)
-        parts = parts.view(rows, segments, self.shape.neurons)
-        documents = batch.on(weights.device).documents
-        self.ffn.index_add_(0, documents, parts.sum(1))
-        self._add_squares("ffn", documents, parts)
-        self._add_squares("experts", documents, parts.unflatten(2, (self.shape.experts, -1)).sum(3))
+        here = (row * segments + place // SEGMENT) * self.shape.experts + call.pairs.expert
+        documents, of_pairs = batch.on(weights.device).documents, weights.index_select(0, row)[:, None]
+        of_experts = (call.written.float() * written).sum(1, keepdim=True)
+        for name, sums, own in (
+            ("ffn", self.ffn, call.neurons.float() * neurons),
+            ("experts", self.experts, of_experts),
+        ):
+            parts = own.new_zeros(rows * segments * self.shape.experts, own.shape[1])
+            parts = parts.index_add_(0, here, own * of_pairs).view(rows, segments, -1)
+            sums.index_add_(0, documents, parts.sum(1))
+            self._add_squares(name, documents, parts)
 
     def sums(self) -> dict[str, Tensor]:
         """What is added over the members of a team, in place. A document is with one member only."""
         return {
             "ffn": self.ffn,
             "heads": self.heads,
+            "experts": self.experts,
             **{f"squares of {name}": each for name, each in self.squares.items()},
         }
 
@@ -103,7 +108,7 @@ class MaskGradients:
         ffn, heads = self.ffn.cpu(), self.heads.cpu()
         found = {**halved(f"ffn.{index}.value", ffn), **halved(f"heads.{index}.value", heads)}
         if self.shape.experts:
-            found |= halved(f"experts.{index}.value", ffn.unflatten(1, (self.shape.experts, -1)).sum(2))
+            found |= halved(f"experts.{index}.value", self.experts.cpu())
         for name, each in self.squares.items():
             found |= halved(f"{name}.{index}.norm", each.cpu().sqrt())
         return found
@@ -171,7 +176,7 @@ class Upstream:
         values = taped.seen.values()
         into.add(batch, weights, **{name: (values[name], found[name]) for name in ("heads", "ffn") if name in found})
         if taped.seen.routed is not None:
-            into.add_routed(batch, weights, taped.seen.routed, found["neurons"])
+            into.add_routed(batch, weights, taped.seen.routed, found["neurons"], found["written"])
         return Upstream(below, self.scale).rescaled()
 
 

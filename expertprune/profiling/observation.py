@@ -21,8 +21,8 @@ class Observation:
     Attributes:
         inputs: what masks of units would multiply, by name, part of the graph where gradients are
             on. These are the inputs of both output projections, `heads` and `ffn`,
-            `[rows, tokens, channels]`. A layer with routed experts has their neurons, `neurons`,
-            `[pairs, ffn]`, in place of `ffn`.
+            `[rows, tokens, channels]`. A layer with routed experts has, in place of `ffn`, their
+            neurons, `neurons`, `[pairs, ffn]`, and outputs, `written`, `[pairs, hidden]`.
         routed: what routed experts did, without the graph.
     """
 
@@ -64,7 +64,7 @@ def units_observed(layer: nn.Module, family: Family, leaves: bool = False) -> It
         return note
 
     def note_routed(call: RoutedCall) -> None:
-        seen.inputs["neurons"] = call.neurons
+        seen.inputs |= {"neurons": call.neurons, "written": call.written}
         seen.routed = RoutedCall(call.pairs, call.neurons.detach(), call.written.detach())
 
     blocks = observed_blocks(family).items()

@@ -22,6 +22,7 @@ from expertprune.composition.scoring import corpus_score, unit_statistics
 from expertprune.corpora.batches import Tokens, make_batches
 from expertprune.errors import ExpertpruneError, PlanError, SpecError
 from expertprune.models.passes import TextRun
+from expertprune.profiling.gradients import SEGMENT
 from expertprune.profiling.store import measure
 from expertprune.relevance import criteria
 from expertprune.spec.reading import parse_spec
@@ -126,7 +127,10 @@ def test_reap_is_the_mean_over_all_tokens_of_the_corpus_that_are_routed_to_an_ex
 # Shared experts, heads that are no units, weights that are transposed, and linear attention.
 @pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v3", "gpt_oss", "qwen3_next"])
 def test_gradients_of_masks_are_those_of_one_backward_pass_through_the_whole_model(name: str) -> None:
-    """A mask `m` on a column makes it `m w`, so `∂L/∂m = w · ∂L/∂w` at 1."""
+    """A mask `m` on a column makes it `m w`, so `∂L/∂m = w · ∂L/∂w` at 1.
+
+    A mask on a routed expert multiplies the router's weight of it, here on each token apart.
+    """
     of = tiny_of(tiny_model(name).requires_grad_(False))
     found = measured(of.text(token_lists()), "language_model")
     layers = {index: layer for index, layer in enumerate(of.model.model.layers) if of.shapes[index].experts}
@@ -134,14 +138,25 @@ def test_gradients_of_masks_are_those_of_one_backward_pass_through_the_whole_mod
     heads = {f"heads.{index}": layer.self_attn.o_proj.weight.requires_grad_(True)
              for index, layer in layers.items() if of.family.has_attention}  # fmt: skip
     axis = 2 if layers[1].mlp.experts.is_transposed else 1  # of the hidden size: only the sum along it counts
+    masks: dict[int, Tensor] = {}
+    for index, layer in layers.items():
+        layer.mlp.experts.register_forward_pre_hook(
+            lambda _, given, index=index: (*given[:2], given[2] * masks[index].gather(1, given[1]))
+        )
     for number, ids in enumerate(token_lists()):
         of.model.zero_grad()
+        masks |= {index: torch.ones(len(ids), EXPERTS, requires_grad=True) for index in layers}
         cross_entropy(of.model, ids).backward()
         expected = {name: (weight * weight.grad).sum(axis).flatten() for name, weight in down.items()}
-        expected |= {name.replace("ffn", "experts"): each.view(EXPERTS, -1).sum(1) for name, each in expected.items()}
         expected |= {name: (weight * weight.grad).sum(0).view(6, -1).sum(1) for name, weight in heads.items()}
+        expected = {f"{name}.value": each for name, each in expected.items()}
+        for index, mask in masks.items():
+            assert mask.grad is not None
+            segments = torch.stack([part.sum(0) for part in mask.grad.split(SEGMENT)])
+            expected[f"experts.{index}.value"] = segments.sum(0)
+            expected[f"experts.{index}.norm"] = segments.square().sum(0).sqrt()
         for key, each in expected.items():
-            mine, values = stored_half(found, f"{key}.value")[number], numbers(each)
+            mine, values = stored_half(found, key)[number], numbers(each)
             np.testing.assert_allclose(mine, values, rtol=3e-3, atol=2e-3 * np.abs(values).max())
 
 
