@@ -163,6 +163,13 @@ def rendered(document: Document, tokenizer: Any) -> Rendered:
         raise SpecError([f"conversation {beginning!r}: {problem}" for problem in error.problems]) from None
 
 
+def open_ids(text: str, tokenizer: Any) -> list[int]:
+    """The tokens of a text that goes on: without the end that some tokenizers put behind every text."""
+    ids, plain = (list(tokenizer(text, add_special_tokens=each)["input_ids"]) for each in (True, False))
+    ended = len(ids) > len(plain) and ids[-1] == tokenizer.eos_token_id and ids[-len(plain) :] != plain
+    return ids[:-1] if ended else ids
+
+
 def encode(texts: Sequence[Rendered], tokenizer: Any, max_tokens: int | None = None) -> list[Tokens]:
     """Token ids of rendered texts, cut at `max_tokens`.
 

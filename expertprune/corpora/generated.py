@@ -10,6 +10,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Any, Self
 
+from expertprune.corpora.batches import open_ids
 from expertprune.corpora.chat import ChatTemplate
 from expertprune.corpora.documents import Corpus, Document
 from expertprune.corpora.messages import ANSWER, Conversation
@@ -46,7 +47,7 @@ class Opening:
     def ids(self, tokenizer: Any) -> list[int]:
         """The tokens that the base reads."""
         if self.document.conversation is None:
-            return list(tokenizer(self.document.text)["input_ids"])
+            return open_ids(self.document.text, tokenizer)
         text = ChatTemplate(tokenizer).prompt(self.document.conversation)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from expertprune.corpora.batches import Tokens
+from expertprune.corpora.batches import Tokens, open_ids
 from expertprune.corpora.documents import Question
 from expertprune.evaluation.arrays import Floats, Indices
 from expertprune.evaluation.reading import Reading, bits, read
@@ -20,9 +20,9 @@ def choices_of(questions: Sequence[Question], tokenizer: Any) -> list[Tokens]:
     """Every choice of every question in turn: `" choice"` is asked for after the prompt."""
     sequences = []
     for question in questions:
-        start = len(tokenizer(question.prompt)["input_ids"])
+        start = len(open_ids(question.prompt, tokenizer))
         for choice in question.choices:
-            ids = tuple(tokenizer(f"{question.prompt} {choice}")["input_ids"])
+            ids = tuple(open_ids(f"{question.prompt} {choice}", tokenizer))
             answers = tuple(place >= start for place in range(len(ids)))
             sequences.append(Tokens(ids, answers, max(1, len(choice.encode()))))
     return sequences

@@ -17,10 +17,11 @@ from transformers import PreTrainedTokenizerFast
 from expertprune.artifacts.evaluation import DocumentBits, Evaluation
 from expertprune.corpora.chat import render
 from expertprune.corpora.documents import Corpus, CorpusName, Document, Question
+from expertprune.corpora.generated import Opening
 from expertprune.evaluation import reading
 from expertprune.evaluation.documents import score_alone
 from expertprune.evaluation.measure import Measuring
-from expertprune.evaluation.questions import answer_questions, paired_answers
+from expertprune.evaluation.questions import answer_questions, choices_of, paired_answers
 from expertprune.evaluation.retention import RESAMPLES, bootstrap, document_metrics
 from expertprune.models import passes
 from expertprune.models.passes import TextRun
@@ -220,6 +221,17 @@ def test_answers_equal_those_of_each_choice_alone(
     assert answer_questions(models[0], tokenizer, questions).tolist() == expected
     assert 0 < sum(expected) < len(questions)
     assert expected != without_length
+
+
+def test_the_end_that_some_tokenizers_put_behind_a_text_is_not_behind_one_that_goes_on() -> None:
+    plain, ending = other_tokenizer(), other_tokenizer()
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    questions = [*some_questions(WORDS_OF_OTHER), Question("heart", ("is </s>", "is"), 0)]  # an end of its own
+    assert choices_of(questions, ending) == choices_of(questions, plain)
+    opening = Opening(Document("heart is"))
+    assert opening.ids(ending) == opening.ids(plain) == plain("heart is")["input_ids"]
 
 
 def test_chance_of_a_question_set_is_the_mean_over_its_questions() -> None:
