@@ -97,6 +97,12 @@ class Paired:
             return np.where(below - chance > _EPSILON, (above - chance) / (below - chance), np.nan)
 
     @property
+    def counted(self) -> Indices:
+        """The examples of which something counts: all but documents in which neither model predicts anything."""
+        own = self.weights if self.expert_weights is None else self.expert_weights
+        return np.flatnonzero(np.any([self.base, self.expert, self.weights, own], axis=0))
+
+    @property
     def everything(self) -> Indices:
         """All examples, as one resample."""
         return np.arange(len(self.base))[None]
@@ -119,7 +125,7 @@ class Paired:
                 f"in {undefined:.0%} of the resamples the base is no better than {guessing}, so there is no interval: "
                 "take more examples"
             )
-        elif len(self.base) < 2:
+        elif len(self.counted) < 2:
             note = "there is no interval over a single example: take more"
         return Measured(
             examples=len(self.base),
@@ -138,18 +144,18 @@ class Paired:
 def interval(metrics: Sequence[Paired]) -> tuple[tuple[float, float], float]:
     """The central 95% of the mean retention, and the share of resamples in which a metric has none.
 
-    Examples are resampled within each metric, base and expert together. Where more than 2.5% of the
-    resamples have no retention, the interval has no end on that side, and both ends are not
-    numbers. Nor are they where a metric has a single example.
+    Examples of which something counts are resampled within each metric, base and expert together.
+    Where more than 2.5% of the resamples have no retention, the interval has no end on that side, and
+    both ends are not numbers. Nor are they where a metric has a single such example.
     """
     values = []
     for seed, metric in enumerate(metrics):
-        count = len(metric.base)
-        indices = np.random.default_rng(seed).integers(0, count, size=(RESAMPLES, count))
-        values.append(metric.retention(indices))
+        counted = metric.counted
+        drawn = np.random.default_rng(seed).integers(0, max(1, len(counted)), size=(RESAMPLES, len(counted)))
+        values.append(metric.retention(counted[drawn]))
     means = np.mean(values, axis=0)
     undefined = float(np.isnan(means).mean())
-    if undefined > _TAIL or any(len(metric.base) < 2 for metric in metrics):
+    if undefined > _TAIL or any(len(metric.counted) < 2 for metric in metrics):
         return (math.nan, math.nan), undefined
     low, high = np.quantile(means[~np.isnan(means)], [0.025, 0.975])
     return (float(low), float(high)), undefined

@@ -22,7 +22,14 @@ from expertprune.evaluation import reading
 from expertprune.evaluation.documents import score_alone
 from expertprune.evaluation.measure import Measuring
 from expertprune.evaluation.questions import answer_questions, choices_of, paired_answers
-from expertprune.evaluation.retention import RESAMPLES, bootstrap, document_metrics
+from expertprune.evaluation.retention import (
+    RESAMPLES,
+    Counted,
+    bits_per_byte,
+    bootstrap,
+    document_metrics,
+    summarize,
+)
 from expertprune.models import passes
 from expertprune.models.passes import TextRun
 from expertprune.spec.schema import Evaluate
@@ -166,6 +173,14 @@ def test_metrics_over_documents_written_out() -> None:
         found = metrics[name].model_dump(exclude_none=True)
         assert found == pytest.approx({"examples": 3, **numbers, "low": low, "high": high})
         assert low < found.get("retention", found["expert"]) < high
+    two, all_three = (
+        rows_of({key: [*[0] * idle, *values[:2]] for key, values in SCORES.items()}) for idle in (0, 1)
+    )  # the first of three predicts nothing
+    for name, numbers in document_metrics(two, expected).items():
+        assert None not in (numbers.low, numbers.high)
+        assert document_metrics(all_three, [name])[name] == numbers.model_copy(update={"examples": 3})
+    averages = [summarize([Counted("x", "expert", bits_per_byte(rows))]) for rows in (two, all_three)]
+    assert averages[0] == averages[1]
     for known in (1, 0):  # the others predict nothing
         few = rows_of({key: [*values[:known], 0, 0] for key, values in SCORES.items()})
         for numbers in document_metrics(few, expected).values():
