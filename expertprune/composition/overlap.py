@@ -115,13 +115,16 @@ def relevance(
     aggregate: str | float,
     part: ProfilePart | None = None,
 ) -> list[Array]:
-    """The relevance of a structure's units on a corpus, layer by layer, `[units]`.
+    """The relevance of a structure's units on a corpus, layer by layer, `[units]`; empty where a layer has none.
 
     It is not scaled: within one layer and corpus every scale gives the same ranks, and only ranks
     are compared.
     """
     layers = []
-    for layer in range(len(profile.layers)):
+    for layer, shape in enumerate(profile.layers):
+        if not shape.units(structure):
+            layers.append(np.empty(0))
+            continue
         statistics = unit_statistics(profile, structure, layer, seed=0, part=part)
         layers.append(corpus_score(criterion, statistics, aggregate).double().numpy())
     return layers

@@ -28,10 +28,11 @@ from expertprune.composition.overlap import (
 from expertprune.composition.scoring import needed_part
 from expertprune.errors import SpecError
 from expertprune.relevance import criteria
-from expertprune.spec.reading import load_spec
+from expertprune.spec.reading import load_spec, parse_spec
 from expertprune.spec.schema import Relevance
 from expertprune.units import Structure
 from tests.calling import call, call_json
+from tests.experts import write_sources
 from tests.tiny import save_tiny
 
 Data = dict[str, Any]
@@ -228,6 +229,19 @@ def test_the_svg_names_every_corpus_and_prints_every_value(tmp_path: Path, spec_
     with Image.open(tmp_path / "all.png") as image:
         assert image.format == "PNG"
         assert 1000 < image.size[0] < 3000, "three heat maps beside each other"
+
+
+@pytest.mark.parametrize(
+    ("family", "others"), [("deepseek_v2", {}), ("glm4_moe", {"query_heads": 3 * 6, "kv_groups": 3 * 3})]
+)
+def test_a_layer_without_routed_experts_has_nothing_to_compare(family: str, others: Data, tmp_path: Path) -> None:
+    """The first of three layers; the others have six routed experts of 16 neurons."""
+    data = {"name": "mixed", "base": str(save_tiny(tmp_path / "base", family)), "dimensions": {"language": "en"},
+            "corpora": {"sources": write_sources(tmp_path, ("en", "general"))}, "relevance": "fisher",
+            "budget": {"experts": 2}}  # fmt: skip
+    found = expertprune.compare(parse_spec(data, "spec", tmp_path)).structures
+    units = {structure.value: each.units for structure, each in found.items()}
+    assert units == {"ffn": 2 * 6 * 16, "experts": 2 * 6, **others}
 
 
 @pytest.mark.usefixtures("no_model")
