@@ -156,9 +156,10 @@ def find(spec: Spec, store: Path, evaluate: bool = True) -> Found:
         raise SpecError(problems)
     running = RunningBase(base)
     calibration: dict[CorpusName, CalibrationText] = {}
+    held_back = _held_back(corpora.values()) if spec.budget.retention is not None else set()
     for name, corpus in corpora.items():
         with gathered(problems), under(source_key(name, spec)):
-            calibration[name] = _calibration_text(corpus, spec, base)
+            calibration[name] = corpus_text(_without(corpus, held_back), base.tokenizer, spec)
     if problems:
         raise SpecError(problems)
     for text in calibration.values():
@@ -166,14 +167,19 @@ def find(spec: Spec, store: Path, evaluate: bool = True) -> Found:
     return Found(spec, base, corpora, calibration, evaluated, store, running)
 
 
-def _calibration_text(corpus: Corpus, spec: Spec, base: ResolvedBase) -> CalibrationText:
-    if spec.budget.retention is not None:
-        held_back = validation_documents(corpus)
-        rest = tuple(document for document in corpus.calibration if document not in held_back)
-        if not rest:
-            raise SpecError("budget.retention holds documents back, and there is only one")
-        corpus = replace(corpus, calibration=rest)
-    return corpus_text(corpus, base.tokenizer, spec)
+def _held_back(corpora: Iterable[Corpus]) -> set[str]:
+    """Digests of what is held back of any corpus: another one may have the same documents."""
+    return {document.digest for corpus in corpora for document in validation_documents(corpus)}
+
+
+def _without(corpus: Corpus, held_back: set[str]) -> Corpus:
+    """The corpus without calibration documents of these digests."""
+    rest = tuple(document for document in corpus.calibration if document.digest not in held_back)
+    if not rest:
+        only = len(corpus.calibration) == 1
+        why = "there is only one" if only else "corpora with the same documents hold back the rest"
+        raise SpecError(f"budget.retention holds documents back, and {why}; give it more")
+    return replace(corpus, calibration=rest)
 
 
 def prepare(found: Found, budget: Budget | None = None) -> Prepared:

@@ -267,17 +267,20 @@ def test_a_tenth_is_held_back_or_eight_up_to_a_quarter_but_one_at_least() -> Non
 
 
 def test_documents_that_are_held_back_calibrate_nothing(retaining_spec: Data, tmp_path: Path) -> None:
-    """Profiles are of `calibration`, and the repair is of `repair_batches`."""
+    """Profiles are of `calibration`, and the repair is of `repair_batches`. One corpus holds another, and more."""
+    small, large = (Path(retaining_spec["corpora"]["sources"][name]["path"]) for name in ("medical", "en"))
+    large.write_text(large.read_text() + small.read_text())
     prepared = prepared_with(retaining_spec, tmp_path)
     batches = prepared.repair_batches()
     repaired = {tuple(row[:n].tolist()) for each in batches for row, n in zip(each.ids, each.lengths, strict=True)}
     profiled = {each.ids for text in prepared.calibration.values() for each in text.tokens}
     assert repaired == profiled
+    held = {name: set(validation_documents(corpus)) for name, corpus in prepared.corpora.items()}
+    assert [len(each) for each in held.values()] == [6, 3, 3, 3]
+    of_any = set().union(*held.values())
+    assert not {tuple(prepared.base.tokenizer(each.text)["input_ids"]) for each in of_any} & profiled
     for name, corpus in prepared.corpora.items():
-        held = validation_documents(corpus)
-        assert len(held) == 3
-        assert not {tuple(prepared.base.tokenizer(each.text)["input_ids"]) for each in held} & profiled
-        assert set(prepared.calibration[name].documents) == set(corpus.calibration) - set(held)
+        assert set(prepared.calibration[name].documents) == set(corpus.calibration) - of_any
 
 
 @pytest.mark.parametrize("method", ["none", "least_squares"])
