@@ -55,7 +55,18 @@ Device = Annotated[
 Name = Annotated[str, Field(min_length=1)]
 
 
-Names = Annotated[list[Name], BeforeValidator(listed, json_schema_input_type=Name | list[Name])]
+def _each_once(names: list[str]) -> list[str]:
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"each name once; {name!r} is there twice")
+    return names
+
+
+Names = Annotated[
+    list[Name],
+    BeforeValidator(listed, json_schema_input_type=Name | list[Name]),
+    AfterValidator(_each_once),
+]
 
 
 def _path(text: str) -> str:

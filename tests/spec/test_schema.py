@@ -101,6 +101,7 @@ WRONG = [
     ({"base": {"model": "a/b", "device": "gpu"}}, "base.device", "must be auto, cpu, cuda, or one GPU of several"),
     ({"dimensions": {"language": []}}, "dimensions", "at least one of language, domain, task"),
     ({"general": {"general": 1}}, "general", "must be text, or a list of texts"),
+    ({"general": ["de", "fr", "de"]}, "general", "each name once; 'de' is there twice"),
     ({"general": [1]}, "general.0", "must be text; put it in quotes (found 1)"),
     ({"calibration": 3}, "calibration", "must be a mapping of keys and values (found 3)"),
     ({"calibration": {"documents": "many"}}, "calibration.documents", "must be a whole number (found 'many')"),
