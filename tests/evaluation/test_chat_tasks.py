@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import processors
 
 from expertprune.corpora import templates
 from expertprune.errors import SpecError
@@ -106,6 +107,19 @@ def test_a_model_is_scored_on_what_follows_the_template(task: str) -> None:
     # How long generations stay the same is the part of the base's text.
     base, theirs = ["the heart", "abcd", "", ""], ["the heart pumps", "abxd", "", "a"]
     assert common_beginning(base, theirs) == (1 + 0.5 + 1 + 0) / 4
+
+
+def test_no_end_is_put_behind_what_is_asked() -> None:
+    plain, ending = (chat_tokenizer(CHATML) for _ in range(2))
+    for tokenizer, ends in ((plain, ""), (ending, " </s>")):
+        template = processors.TemplateProcessing(single=f"<s> $A{ends}", special_tokens=[("<s>", 0), ("</s>", 1)])
+        tokenizer.backend_tokenizer.post_processor = processors.Sequence([processors.ByteLevel(), template])
+    expected, model = (running_model(tiny_model("llama", vocab_size=len(plain)), each) for each in (plain, ending))
+    assert model.tok_encode("the heart") == expected.tok_encode("the heart") == plain("the heart")["input_ids"]
+    asked = ["the heart", "blood"]
+    for mine, theirs in zip(model.tok_batch_encode(asked), expected.tok_batch_encode(asked), strict=True):
+        assert mine.tolist() == theirs.tolist()
+    assert ending("blood")["input_ids"][-1] == 1, "the tokenizer itself stays as it is"
 
 
 def test_a_bos_that_the_template_wrote_is_not_written_again() -> None:

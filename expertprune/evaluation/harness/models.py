@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
 from typing import Any
 
+from expertprune.corpora.batches import open_ids
 from expertprune.corpora.chat import ChatTemplate, has_template
 from expertprune.evaluation.harness.quiet import quiet
+from expertprune.tokenizing.vocabulary import nested
 
 _BATCH = 8
 
@@ -16,7 +20,7 @@ def running_model(model: Any, tokenizer: Any) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     with quiet():
-        return _asked(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH), tokenizer)
+        return _asked(HFLM(pretrained=model, tokenizer=_open_ended(tokenizer), batch_size=_BATCH), tokenizer)
 
 
 def served_model(folder: Path, url: str, name: str, tokenizer: Any) -> Any:
@@ -31,6 +35,7 @@ def served_model(folder: Path, url: str, name: str, tokenizer: Any) -> Any:
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
     listed = requests.get(f"{url}/models", timeout=60).json()["data"]
+    opened = _open_ended(tokenizer)
     length = next((each.get("max_model_len") for each in listed if each["id"] == name), None) or 2048
     with quiet():
         made = LocalCompletionsAPI(
@@ -39,13 +44,30 @@ def served_model(folder: Path, url: str, name: str, tokenizer: Any) -> Any:
             tokenizer=str(folder),
             tokenizer_backend="huggingface",
             tokenized_requests=True,
-            add_bos_token=tokenizer("a")["input_ids"] != tokenizer("a", add_special_tokens=False)["input_ids"],
+            add_bos_token=opened("a")["input_ids"] != opened("a", add_special_tokens=False)["input_ids"],
             max_length=length,
             num_concurrent=_BATCH,
             batch_size=1,
         )
+        made.tokenizer = _open_ended(made.tokenizer)
         _with_one_bos(made, tokenizer.bos_token_id)
         return _asked(made, tokenizer)
+
+
+def _open_ended(tokenizer: Any) -> Any:
+    """The tokenizer. Where it puts an end behind every text, a copy that does not: answers follow what is asked."""
+    if not tokenizer.is_fast or open_ids("a", tokenizer) == tokenizer("a")["input_ids"]:
+        return tokenizer
+    from tokenizers import Tokenizer
+
+    opened = copy.deepcopy(tokenizer)
+    data = json.loads(opened.backend_tokenizer.to_str())
+    for part in nested(data["post_processor"]):
+        template = part.get("single") or []
+        while template and "SpecialToken" in template[-1]:
+            template.pop()
+    opened.backend_tokenizer.post_processor = Tokenizer.from_str(json.dumps(data)).post_processor
+    return opened
 
 
 def _with_one_bos(model: Any, bos: int | None) -> None:
