@@ -31,13 +31,14 @@ def read_files(source: Source, paths: Sequence[str]) -> Iterator[Document]:
     for path in map(Path, paths):
         if problem := not_a_file(path):
             raise SpecError(f"{path}: {problem}")
-        if path.suffix in (".txt", ".md"):
+        ending = path.suffix.lower()
+        if ending in (".txt", ".md"):
             if source.chat:
                 raise SpecError(f"{path}: a text file has no fields, and so no conversations")
-            yield Document(read_text(path, LONGEST, SpecError))
+            yield Document(read_text(path, LONGEST, SpecError).removeprefix("\ufeff"))
             continue
-        place = "row" if path.suffix == ".parquet" else "line"
-        for number, row in _ROWS.get(path.suffix, json_rows)(path):
+        place = "row" if ending == ".parquet" else "line"
+        for number, row in _ROWS.get(ending, json_rows)(path):
             yield read_document(row, source, f"{path}, {place} {number}")
 
 
@@ -63,7 +64,8 @@ def _document(row: dict[str, Any], source: Source, where: str) -> Document:
 
 def _lacks_answer(row: dict[str, Any], source: Source) -> bool:
     """Whether a row has no completion, and need not have one."""
-    return source.completion is None or (_unanswered(source) and not row.get(source.completion.partition(".")[0]))
+    name = source.completion
+    return name is None or (_unanswered(source) and not row.get(name if name in row else name.partition(".")[0]))
 
 
 def _unanswered(source: Source) -> bool:
@@ -172,7 +174,9 @@ def _strings(value: Any, path: str) -> Iterator[tuple[str, str]]:
 
 
 def _field(row: Any, name: str, where: str) -> Any:
-    """A field of a row; dots lead into nested mappings and lists: `answers.text.0`."""
+    """A field of a row; dots lead into nested mappings and lists: `answers.text.0`, unless a field has that name."""
+    if isinstance(row, dict) and name in row:
+        return row[name]
     value = row
     for part in name.split("."):
         if isinstance(value, dict) and part in value:

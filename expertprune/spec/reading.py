@@ -64,7 +64,7 @@ def parse_spec(data: Any, where: str, folder: Path, overrides: Mapping[str, Any]
 
 
 def _set(data: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, last = dotted.split(".")
+    *parents, last = _parts(data, dotted, value)
     for parent in parents:
         inner = data.get(parent)
         if not isinstance(inner, dict):
@@ -73,6 +73,28 @@ def _set(data: dict[str, Any], dotted: str, value: Any) -> None:
             data[parent] = inner
         data = inner
     data[last] = value
+
+
+_SOURCES = ["corpora", "sources"]
+_INSIDE = ("data_files", "generate")  # keys of a source that have keys of their own
+
+
+def _parts(data: dict[str, Any], dotted: str, value: Any) -> list[str]:
+    """The keys that a dotted key names. A corpus may have dots in its name, such as `node.js`."""
+    parts = dotted.split(".")
+    below = parts[2:]
+    if parts[:2] != _SOURCES or len(below) < 2:
+        return parts
+    known: Any = data
+    for key in _SOURCES:
+        known = known.get(key) if isinstance(known, dict) else None
+    lengths = range(len(below), 0, -1)
+    length = next((each for each in lengths if ".".join(below[:each]) in (known or ())), None)
+    if length is None and isinstance(value, dict) and below[-1] not in _INSIDE:
+        length = len(below)  # a whole source
+    elif length is None:
+        length = len(below) - (2 if len(below) > 2 and below[-2] in _INSIDE else 1)
+    return [*_SOURCES, ".".join(below[:length]), *below[length:]]
 
 
 def _absolute(spec: Spec, folder: Path) -> Spec:

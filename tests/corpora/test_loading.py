@@ -73,12 +73,21 @@ def many(count: int, start: int = 0) -> list[str]:
 
 
 def test_a_row_becomes_the_text_that_the_source_asks_for(tmp_path: Path) -> None:
-    row = {"text": "die Frage", "nested": {"answers": ["erste", "zweite"]}, "count": 3, "share": 0.5, "sure": True}
+    row = {"text": "die Frage", "nested": {"answers": ["erste", "zweite"]}, "count": 3, "share": 0.5, "sure": True,
+           "a.b": "Punkt"}  # fmt: skip
     path = write_rows(tmp_path / "a.jsonl", [row])
     template = "{{F}}: {text}\n{nested.answers.0} {count} {share} {sure}"
     for source, expected in (({}, "die Frage"), ({"field": "nested.answers.1"}, "zweite"),
-                             ({"template": template}, "{F}: die Frage\nerste 3 0.5 true")):  # fmt: skip
+                             ({"template": template}, "{F}: die Frage\nerste 3 0.5 true"),
+                             ({"field": "a.b"}, "Punkt"), ({"template": "{a.b}!"}, "Punkt!")):  # fmt: skip
         assert texts(load({"path": path, **source}).calibration) == [expected]
+
+
+def test_endings_in_capitals_count_and_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    for name, content in (("A.CSV", "text\neins\n"), ("N.TXT", "\ufeffeins"), ("n.md", "\ufeffeins"),
+                          ("R.JSONL", '{"text": "eins"}')):  # fmt: skip
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        assert texts(load({"path": str(tmp_path / name)}).calibration) == ["eins"], name
 
 
 def test_documents_of_several_files_count_once_and_a_text_file_is_one(tmp_path: Path) -> None:

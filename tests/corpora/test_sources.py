@@ -36,7 +36,8 @@ def conversations(corpus: Corpus) -> set[str]:
 
 def test_conversations_are_read_from_every_kind_of_file(tmp_path: Path) -> None:
     expected = {Conversation.of(talk).data for talk in TALKS}
-    flat = [{"ask": talk[0]["content"], "say": {"it": talk[1]["content"]}, "id": 7} for talk in TALKS]
+    flat = [{"ask": talk[0]["content"], "say": {"it": talk[1]["content"]}, "say.so": talk[1]["content"], "id": 7}
+            for talk in TALKS]  # fmt: skip
     own = write_rows(tmp_path / "own.jsonl", [{"talk": talk} for talk in TALKS])
     parquet.write_table(pyarrow.Table.from_pylist([{"talk": talk} for talk in TALKS]), tmp_path / "talks.parquet")
     parquet.write_table(pyarrow.Table.from_pylist(flat), tmp_path / "flat.parquet")
@@ -45,8 +46,10 @@ def test_conversations_are_read_from_every_kind_of_file(tmp_path: Path) -> None:
         writer.writerows([["talk", "ask", "say"], *([json.dumps(t), t[0]["content"], t[1]["content"]] for t in TALKS)])
     write_rows(tmp_path / "flat.jsonl", flat)
     talks, pairs = {"messages": "talk"}, {"prompt": "ask", "completion": "say.it"}
+    dotted = {"prompt": "ask", "completion": "say.so", "generate": {}}
     for name, source in (("own.jsonl", talks), ("talks.parquet", talks), ("talks.csv", talks), ("flat.jsonl", pairs),
-                         ("flat.parquet", pairs), ("talks.csv", {"prompt": "ask", "completion": "say"})):  # fmt: skip
+                         ("flat.parquet", pairs), ("flat.jsonl", dotted),
+                         ("talks.csv", {"prompt": "ask", "completion": "say"})):  # fmt: skip
         read = load({"path": str(tmp_path / name), "evaluation": str(tmp_path / name), **source})
         assert conversations(read) == expected, name
     raw = load({"path": own, "evaluation": own, **talks, "documents": "raw"})

@@ -224,7 +224,16 @@ OVERRIDES: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ({"relevance": "taylor"}, {"relevance": "random"}, {"relevance": {"criterion": "random"}}),
     ({"corpora": "/data"}, {"corpora.sources.de.path": "/de.txt"}, {"corpora": {"catalogue": "/data"}}),
     ({"corpora": "/data"}, {"corpora.sources.de.path": "/de.txt"}, of_source(path=["/de.txt"])),
-]
+    (of_source(path="/a"), {"corpora.sources.de.generate.tokens": 9, "corpora.sources.de.prompt": "p"},
+     of_source(path=["/a"], generate={"tokens": 9})),
+    ({"corpora": {"sources": {"node.js": {"path": "/a"}, "node": {"path": "/b"}}}},
+     {"corpora.sources.node.js.path": "/c", "corpora.sources.node.field": "f"},
+     {"corpora": {"sources": {"node.js": {"path": ["/c"]}, "node": {"path": ["/b"], "field": "f"}}}}),
+    ({}, {"corpora.sources.node.js.data_files.train": "/c.csv", "corpora.sources.node.js.dataset": "csv",
+          "corpora.sources.a.b": {"path": "/d"}, "corpora.sources.x.y.path": "/e"},
+     {"corpora": {"sources": {"node.js": {"dataset": "csv", "data_files": {"train": ["/c.csv"]}},
+                              "a.b": {"path": ["/d"]}, "x.y": {"path": ["/e"]}}}}),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("changes", "overrides", "expected"), OVERRIDES)
