@@ -322,9 +322,12 @@ def portable_base(model: str) -> str:
 
 
 def _portable_names(spec: Spec) -> dict[str, str]:
-    """From each path below `corpora` of a spec to the shortest end of it that no other path has."""
-    paths: dict[str, None] = {}
-    with_corpus_paths(spec, lambda _, path: paths.setdefault(path) or path)
+    """From each path below `corpora` of a spec to the shortest end of it that no other path has.
+
+    That of a data set's folder begins with a dot, as `./shop` does: a name on the hub does not.
+    """
+    paths: dict[str, str] = {}
+    with_corpus_paths(spec, lambda key, path: paths.setdefault(path, key) and path)
 
     def ends(path: str) -> Iterator[str]:
         parts = Path(path).parts
@@ -333,7 +336,11 @@ def _portable_names(spec: Spec) -> dict[str, str]:
     def taken(end: str, path: str) -> bool:
         return any(f"/{other}".endswith(f"/{end}") for other in paths if other != path)
 
-    return {path: next((end for end in ends(path) if not taken(end, path)), path) for path in paths}
+    def name(path: str) -> str:
+        end = next((end for end in ends(path) if not taken(end, path)), path)
+        return f"./{end}" if paths[path].endswith(".dataset") and not end.startswith(".") else end
+
+    return {path: name(path) for path in paths}
 
 
 def _read(data: Any, where: str) -> tuple[Description, dict[str, Any] | None]:

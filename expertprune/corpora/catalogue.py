@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from expertprune.corpora.documents import GENERAL, OTHER, CorpusName, corpus_names
 from expertprune.errors import SpecError
-from expertprune.files import problems_of, read_yaml, shipped
+from expertprune.files import problems_of, read_yaml, shipped, user_path
 from expertprune.registry import nearest
 from expertprune.spec.schema import DIMENSIONS, Spec
 from expertprune.spec.sources import Source
@@ -43,7 +43,9 @@ def catalogue_sources(folder: Path) -> dict[CorpusName, Source]:
             except AttributeError:
                 problems.append(f"{path}: {dimension}.{value}: must be a mapping of keys and values")
                 continue
-            sources[CorpusName(dimension, str(value))] = source.with_paths(lambda _, path: str(folder / path))
+            sources[CorpusName(dimension, str(value))] = source.with_paths(
+                lambda _, path: str(folder / user_path(path)), folder
+            )
     if problems:
         raise SpecError(problems)
     return sources

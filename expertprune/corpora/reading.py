@@ -101,7 +101,7 @@ def read_dataset(source: Source, split: str, seed: int) -> Iterator[Document]:
 
 def on_hub(source: Source) -> bool:
     """Whether a source's data set is on the hub, and no folder or files of this machine."""
-    if source.dataset is None or Path(source.dataset).exists():
+    if source.dataset is None or source.is_local or Path(source.dataset).exists():
         return False
     return "/" in source.dataset or any("://" in path for paths in (source.data_files or {}).values() for path in paths)
 

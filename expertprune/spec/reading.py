@@ -101,14 +101,15 @@ def _absolute(spec: Spec, folder: Path) -> Spec:
     model = folder / user_path(spec.base.model)
     if model.exists() or spec.base.model.startswith((".", "/", "~")) or spec.base.model.endswith(".gguf"):
         spec = with_base(spec, model=str(model.resolve()))
-    return with_corpus_paths(spec, lambda _, path: str((folder / user_path(path)).resolve()))
+    return with_corpus_paths(spec, lambda _, path: str((folder / user_path(path)).resolve()), folder)
 
 
-def with_corpus_paths(spec: Spec, change: Callable[[str, str], str]) -> Spec:
+def with_corpus_paths(spec: Spec, change: Callable[[str, str], str], beside: Path | None = None) -> Spec:
     """A copy of a spec with every path below `corpora` changed.
 
     Args:
         change: from a path's dotted key and the path to the new path.
+        beside: a data set that is a folder in this one has a path too.
     """
     corpora = spec.corpora
     changed: dict[str, Any] = {}
@@ -118,5 +119,5 @@ def with_corpus_paths(spec: Spec, change: Callable[[str, str], str]) -> Spec:
     def below(name: str) -> Callable[[str, str], str]:
         return lambda key, path: change(f"corpora.sources.{name}.{key}", path)
 
-    changed["sources"] = {name: source.with_paths(below(name)) for name, source in corpora.sources.items()}
+    changed["sources"] = {name: source.with_paths(below(name), beside) for name, source in corpora.sources.items()}
     return spec.model_copy(update={"corpora": corpora.model_copy(update=changed)})

@@ -80,8 +80,10 @@ class Source(Section):
         "roles, of which every token counts.",
     )
     generate: Generate | None = Field(None, description="Calibrate on what the base answers, or how it goes on.")
-    dataset: str | None = Field(
-        None, description="Hugging Face dataset, streamed; calibration.seed chooses among its rows."
+    dataset: LocalPath | None = Field(
+        None,
+        description="Hugging Face dataset, or the folder of one (beside the spec, or a path that begins with '.', '/' or "
+        "'~'), streamed; calibration.seed chooses among its rows.",
     )
     data_files: DataFiles | None = Field(
         None, description="Its files, where 'dataset' is a format such as json, csv or parquet; by split, or of train."
@@ -129,8 +131,17 @@ class Source(Section):
         """Whether rows hold conversations."""
         return any(getattr(self, key) is not None for key in _CHAT)
 
-    def with_paths(self, change: Callable[[str, str], str]) -> Source:
-        """A copy with other paths; `change` takes a path's key and the path."""
+    @property
+    def is_local(self) -> bool:
+        """Whether `dataset` is written as a folder of this machine, which no name on the hub is."""
+        return self.dataset is not None and self.dataset.startswith((".", "/", "~"))
+
+    def with_paths(self, change: Callable[[str, str], str], beside: Path | None = None) -> Source:
+        """A copy with other paths; `change` takes a path's key and the path.
+
+        Args:
+            beside: a data set that is a folder in this one is a path too.
+        """
         lists = {key: [change(key, path) for path in getattr(self, key) or ()] for key in ("path", "evaluation")}
         questions = change("questions", self.questions) if self.questions is not None else None
         files = self.data_files
@@ -139,8 +150,11 @@ class Source(Section):
                 split: [_changed(path, partial(change, f"data_files.{split}")) for path in paths]
                 for split, paths in files.items()
             }
+        dataset, folder = self.dataset, beside if files is None else None  # with files it names their format
+        if dataset is not None and (self.is_local or (folder is not None and (folder / dataset).is_dir())):
+            dataset = change("dataset", dataset)
         changed = {key: paths or None for key, paths in lists.items()}
-        return self.model_copy(update={**changed, "questions": questions, "data_files": files})
+        return self.model_copy(update={**changed, "dataset": dataset, "questions": questions, "data_files": files})
 
 
 def _changed(path: str, change: Callable[[str], str]) -> str:

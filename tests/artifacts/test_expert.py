@@ -14,6 +14,7 @@ import expertprune
 from expertprune.artifacts.expert import CorpusRecord, Expert, portable
 from expertprune.errors import CheckpointError, SpecError
 from expertprune.files import EXPERT_FILE
+from expertprune.reporting.metadata import card_metadata
 from expertprune.spec.reading import parse_spec
 from tests.experts import about, copied, described
 
@@ -39,6 +40,10 @@ def test_files_of_one_name_keep_the_folders_that_tell_them_apart(tmp_path: Path)
     sources = {
         "en": {"path": ["/data/en/train.jsonl", "/data/en/more.jsonl"], "evaluation": "/data/en/test.jsonl"},
         "law": {"path": "/home/me/law/train.jsonl", "questions": "/home/me/law/test.jsonl"},
+        "shop": {"dataset": "/home/me/data/shop"},
+        "rows": {"dataset": "/home/me/law/rows", "evaluation_split": "test"},
+        "more": {"dataset": "/data/en/rows"},
+        "hub": {"dataset": "owner/data"},
     }
     data = {"name": "n", "base": "/models/mine", "dimensions": {"language": "en", "domain": "law"}, "budget": {"ffn": 0.5},
             "corpora": {"catalogue": "/home/me/catalogue", "sources": sources}}  # fmt: skip
@@ -47,6 +52,9 @@ def test_files_of_one_name_keep_the_folders_that_tell_them_apart(tmp_path: Path)
     english, law = (plan.spec["corpora"]["sources"][name] for name in ("en", "law"))
     assert (english["path"], english["evaluation"]) == (["en/train.jsonl", "more.jsonl"], ["en/test.jsonl"])
     assert (law["path"], law["questions"]) == (["law/train.jsonl"], "law/test.jsonl")
+    kept = {name: plan.spec["corpora"]["sources"][name]["dataset"] for name in ("shop", "rows", "more", "hub")}
+    assert kept == {"shop": "./shop", "rows": "./law/rows", "more": "./en/rows", "hub": "owner/data"}
+    assert card_metadata(replace(described(tmp_path), plan=plan)).datasets == ["owner/data"]
     assert portable(plan) == plan
 
 

@@ -179,11 +179,14 @@ def test_shorthands_mean_the_long_form() -> None:
 
 
 def test_relative_paths_are_relative_to_the_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for folder in ("models/mine", "specs", "elsewhere"):
+    for folder in ("models/mine", "specs/data/shop", "specs/json", "elsewhere/owner/data"):
         (tmp_path / folder).mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "elsewhere")
     source = {"path": ["a.jsonl", "/abs/b.jsonl"], "evaluation": "../e.jsonl", "questions": "q.jsonl"}
-    corpora = {"catalogue": "../catalogue", "sources": {"de": source}}
+    data_sets = {"fr": "data/shop", "it": "../shop", "es": "owner/data", "pt": "json"}
+    sources = {name: {"dataset": data_set} for name, data_set in data_sets.items()}
+    sources["pt"]["data_files"] = "a.jsonl"
+    corpora = {"catalogue": "../catalogue", "sources": {"de": source, **sources}}
     path = tmp_path / "specs" / "my.yaml"
     path.write_text(yaml.safe_dump({**MINIMAL, "base": "../models/mine", "corpora": corpora}))
     spec = load_spec(path)
@@ -193,6 +196,10 @@ def test_relative_paths_are_relative_to_the_spec(tmp_path: Path, monkeypatch: py
     assert read.path == [str(tmp_path / "specs" / "a.jsonl"), "/abs/b.jsonl"]
     assert read.evaluation == [str(tmp_path / "e.jsonl")]
     assert read.questions == str(tmp_path / "specs" / "q.jsonl")
+    found = {name: spec.corpora.sources[name].dataset for name in data_sets}
+    assert found == {
+        "fr": str(tmp_path / "specs" / "data" / "shop"), "it": str(tmp_path / "shop"), "es": "owner/data", "pt": "json"
+    }  # fmt: skip
 
 
 def test_a_base_is_a_path_if_it_looks_like_one_or_is_there(tmp_path: Path) -> None:
