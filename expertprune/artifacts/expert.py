@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from pydantic import Field, ValidationError
 
+from expertprune.arch import bundled_models
 from expertprune.artifacts.evaluation import Evaluation
 from expertprune.artifacts.plan import Plan
 from expertprune.artifacts.record import Record
@@ -225,13 +226,17 @@ class Expert(Description):
         if problems:
             raise SpecError(problems)
         spec = spec.model_copy(update={"base": self.local_base(store)})
-        return trusting(parse_spec(spec.document(), str(self.folder / EXPERT_FILE), Path.cwd(), overrides), overrides)
+        base = str((overrides or {}).get("base.model", spec.base.model))
+        spec = parse_spec(spec.document(), str(self.folder / EXPERT_FILE), Path.cwd(), overrides)
+        if base in bundled_models():  # though the current folder may hold one of this name, such as the expert itself
+            spec = with_base(spec, model=base)
+        return trusting(spec, overrides)
 
     def local_base(self, store: Path, model: str | Path | None = None) -> Base:
         """The spec's base where it lies on this machine; it is looked for as the corpora are (see `local_spec`).
 
         Args:
-            model: its folder, where you know it.
+            model: its folder, or the name of a bundled model, where you know it.
         """
         base = self.spec.base
         found = str(model or base_place(self, self.folder, store))
@@ -263,19 +268,23 @@ class Expert(Description):
 def base_place(description: Description, folder: Path, store: Path) -> str:
     """Where the base of an expert lies on this machine; what the spec says if it is in no place that is looked in.
 
+    The name of a bundled model stays, unless the expert was cut here from a folder of that name.
+
     Args:
         folder: where it is looked for besides: the expert's folder, or that of an expert cut from it.
     """
-    model = description.spec.base.model
-    return _find(model, _noted(description, store).base, folder) or model
+    model, noted = description.spec.base.model, _noted(description, store).base
+    if model in bundled_models() and not Path(noted or "").is_absolute():
+        return model
+    return _find(model, noted, folder) or model
 
 
 def _find(name: str, noted: str | None, beside: Path) -> str | None:
-    """The first place where a local file or folder is."""
+    """The first place where a local file or folder is, which is not the expert's own folder."""
     beside = beside.resolve()
     places = [Path(noted)] if noted is not None else []
     places += [folder / name for folder in (Path.cwd(), beside, beside.parent)]
-    return next((str(path) for path in places if path.exists()), None)
+    return next((str(path) for path in places if path.exists() and path.resolve() != beside), None)
 
 
 def _noted(description: Description, store: Path) -> _Places:
@@ -296,8 +305,9 @@ def places_of_bases(base: ResolvedBase, store: Path) -> list[Path]:
     """The folders of a base, of the base that it was cut from, and so on, as far as this machine knows them."""
     description = ancestor_of(base)
     lineage = description.lineage if description is not None else []
-    bases = [Path(base_place(each, base.folder, store)) for each in lineage]
-    return [base.folder, *(place for place in (Path(base.name), *bases) if place.exists())]
+    names = [base.name, *(base_place(each, base.folder, store) for each in lineage)]
+    places = [Path(name) for name in names if name not in bundled_models()]
+    return [base.folder, *(place for place in places if place.exists())]
 
 
 def portable(plan: Plan) -> Plan:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from expertprune.commands.terminal import (
+    base_option,
     common,
     overwrite_picture,
     progress_bar,
@@ -29,7 +30,7 @@ _COUNT = click.IntRange(min=1)
 
 @click.command()
 @click.argument("folders", metavar="DIR [-- VLLM ARGUMENT...]", nargs=-1, type=click.UNPROCESSED)
-@click.option("--base", type=click.Path(path_type=Path), help="The base's folder, if it has moved.")
+@base_option
 @click.option("--against", type=click.Path(path_type=Path), help="Compare with this folder instead of the base.")
 @click.option("--prompts", default=32, show_default=True, type=_COUNT, help="Requests in each run.")
 @click.option("--input-tokens", default=128, show_default=True, type=_COUNT, help="Tokens of each prompt.")
@@ -45,7 +46,7 @@ _COUNT = click.IntRange(min=1)
 @reporting
 def bench(
     folders: tuple[str, ...],
-    base: Path | None,
+    base: str | None,
     against: Path | None,
     picture: Path | None,
     overwrite: bool,

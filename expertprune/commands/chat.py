@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from expertprune.commands.terminal import Finite, output, reporting, say, stopped_by_signals, store_option
+from expertprune.commands.terminal import (
+    Finite,
+    base_option,
+    output,
+    reporting,
+    say,
+    stopped_by_signals,
+    store_option,
+)
 from expertprune.errors import UsageError
 from expertprune.files import store_folder
 
@@ -27,7 +35,7 @@ if TYPE_CHECKING:
 @click.option("--expert-url", metavar="URL", help="An endpoint of the expert that runs already, such as "
               "http://127.0.0.1:8000/v1; #NAME at its end names one of several models.")  # fmt: skip
 @click.option("--base-url", metavar="URL", help="The same, of the base.")
-@click.option("--base", type=click.Path(path_type=Path), help="The base's folder, if it has moved.")
+@base_option
 @click.option("--seed", default=0, show_default=True, help="Of both models' draws.")
 @click.option("--temperature", default=0.0, show_default=True, type=Finite(0, 2), help="0 is greedy.")
 @click.option("--max-tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Of one answer.")
@@ -43,7 +51,7 @@ def chat(
     port: int,
     expert_url: str | None,
     base_url: str | None,
-    base: Path | None,
+    base: str | None,
     seed: int,
     temperature: float,
     max_tokens: int,
@@ -83,7 +91,7 @@ def chat(
 @contextlib.contextmanager
 def _sides(
     expert: Path | None,
-    base: Path | None,
+    base: str | None,
     urls: tuple[str | None, str | None],
     arguments: Sequence[str],
     logs: Path,

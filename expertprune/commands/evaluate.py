@@ -11,6 +11,7 @@ import click
 
 from expertprune.commands.engines import Where, as_team, engine_options, shard_options, show_report
 from expertprune.commands.terminal import (
+    base_option,
     common,
     limits_options,
     progress_bar,
@@ -57,7 +58,7 @@ def _floors(_: click.Context, __: click.Parameter, text: str | None) -> dict[str
     "--fail-under", "floors", callback=_floors, metavar="expert=0.97,general=0.9",
     help="Exit with 1 if an average is below: of bits of text and of accuracy, each of expert and of general.",
 )  # fmt: skip
-@click.option("--base", type=click.Path(path_type=Path), help="The base's folder, if it has moved.")
+@base_option
 @click.option("--documents", type=click.IntRange(min=1), help="At most so many documents of each corpus.")
 @set_option
 @store_option
@@ -77,7 +78,7 @@ def evaluate(
     backend: str,
     limit: int | None,
     floors: dict[str, float],
-    base: Path | None,
+    base: str | None,
     documents: int | None,
     overrides: dict[str, Any],
     store: Path | None,
@@ -92,7 +93,6 @@ def evaluate(
     """
     overrides |= {"evaluate.documents": documents} if documents else {}
     overrides |= {"evaluate.others": list(others)} if others else {}
-    base = base and base.resolve()
     shard = where.share(store)
     if not suites and not tasks:
         if where.tasks:

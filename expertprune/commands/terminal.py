@@ -223,6 +223,20 @@ overwrite_file = click.option(
 )
 
 
+def _base(_: click.Context, __: click.Parameter, text: str | None) -> str | None:
+    from expertprune.arch import bundled_models
+
+    if text is None or text in bundled_models() or not Path(text).exists():
+        return text
+    return str(Path(text).resolve())
+
+
+base_option = click.option(
+    "--base", metavar="PATH|NAME", callback=_base,
+    help="The base's folder, if it has moved, or the name of a bundled model.",
+)  # fmt: skip
+
+
 def _settings(context: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
     settings: dict[str, Any] = {TRUST: True} if context.meta.get(TRUST) else {}
     for value in values:

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 import expertprune
-from expertprune.artifacts.expert import CorpusRecord, Expert, portable
+from expertprune.arch import bundled_models
+from expertprune.artifacts.expert import CorpusRecord, Expert, base_place, portable
+from expertprune.commands.evaluate import evaluate
 from expertprune.errors import CheckpointError, SpecError
 from expertprune.files import EXPERT_FILE
 from expertprune.reporting.metadata import card_metadata
-from expertprune.spec.reading import parse_spec
+from expertprune.spec.reading import parse_spec, with_base
 from tests.experts import about, copied, described
 
 
@@ -114,6 +116,27 @@ def test_an_expert_is_evaluated_elsewhere_but_with_no_other_base(
     other = replace(expert, base=expert.base.model_copy(update={"digest": "f" * 64}))
     with pytest.raises(CheckpointError, match=r"is not the base of this expert .* recorded ffffffffffff"):
         other.find_base(store, base)
+
+
+def test_an_expert_in_a_folder_of_its_bases_name_is_not_its_base(
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = next(iter(bundled_models()))
+    experts = [described(tmp_path / each) for each in (name, "mine")]
+    for expert in experts:
+        expert.folder.mkdir()
+        expert.plan.spec["base"]["model"] = expert.folder.name
+        expert.save()
+        assert base_place(expert, expert.folder, store) == expert.folder.name
+    found = [experts[0].local_spec(store, changes) for changes in ({}, {"base.model": name})]
+    assert [spec.base.model for spec in found] == [name, name]
+    given = [evaluate.make_context("evaluate", ["x", "--base", base]).params["base"] for base in (name, f"./{name}")]
+    assert given == [name, str(experts[0].folder)]
+    folder = tmp_path / "models" / name  # a base that has the name too
+    folder.mkdir(parents=True)
+    experts[0].remember_places(with_base(experts[0].spec, model=str(folder)), store)
+    assert base_place(experts[0], experts[0].folder, store) == str(folder)
 
 
 def test_the_documents_of_all_ancestors_calibrated_an_expert(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ class Side:
 @contextlib.contextmanager
 def started(
     expert: Path,
-    base: Path | None,
+    base: str | Path | None,
     arguments: Sequence[str],
     logs: Path,
     report: Callable[[str], None],
