@@ -83,11 +83,15 @@ class QuestionAnswers(Record):
 
 
 class CorpusResult(Record):
-    """What was measured on one corpus: its metrics by name, and what they are made of."""
+    """What was measured on one corpus: its metrics by name, and what they are made of.
+
+    `answers_only` says whether the answers of conversations alone count; earlier versions did not say.
+    """
 
     group: CorpusGroup
     documents: int
     questions: int
+    answers_only: bool | None = None
     metrics: dict[str, Measured]
     per_document: list[DocumentBits] = Field(default_factory=list)
     per_question: list[QuestionAnswers] = Field(default_factory=list)

@@ -237,6 +237,7 @@ class Measuring:
                 group=group_of(corpus),
                 documents=len(corpus.evaluation),
                 questions=len(asked),
+                answers_only=any(each.conversation is not None for each in corpus.evaluation),
                 metrics=found,
                 per_document=rows.get(corpus.name, []),
                 per_question=answered,

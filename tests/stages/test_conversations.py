@@ -70,6 +70,7 @@ def test_an_expert_is_calibrated_and_evaluated_on_answers(chat: Workplace) -> No
     assert found.evaluation is not None
     rows = found.evaluation.corpora["domain/medical"].per_document
     assert len(rows) == 4
+    assert [name for name, each in found.evaluation.corpora.items() if each.answers_only] == ["domain/medical"]
     # Two answers of five words and an end.
     assert {(row.tokens, row.bytes > 40) for row in rows} == {(2 * (5 + 1), True)}
     assert load_tokenizer(chat.out).chat_template == load_tokenizer(Path(chat.data["base"])).chat_template

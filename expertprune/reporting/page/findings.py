@@ -261,10 +261,11 @@ def metric_rows(evaluation: Evaluation) -> list[MetricRow]:
     """One row per metric: the expert's, the general ones, and those of others, in the evaluation's order."""
     rows = []
     for corpus, result in evaluation.corpora.items():
-        documents = [document.digest for document in result.per_document]
+        asked: list[Any] = [question.digest for question in result.per_question] or [result.questions]
+        read = [*(document.digest for document in result.per_document), *["answers"] * bool(result.answers_only)]
         for metric, numbers in result.metrics.items():
             unit = "questions" if metric == "questions" else "documents"
-            examples = [result.questions] if metric == "questions" else [documents, evaluation.settings.max_tokens]
+            examples = [asked] if metric == "questions" else [read, evaluation.settings.max_tokens]
             same = digest_of([corpus, unit, *examples])
             about = {"suite": "corpora", "name": corpus, "metric": metric, "label": metric_label(metric)}
             rows.append(_row(numbers, group=result.group, unit=unit, backend=None, same=same, **about))

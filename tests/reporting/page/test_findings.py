@@ -12,7 +12,15 @@ from typing import Any
 
 import pytest
 
-from expertprune.artifacts.evaluation import Evaluation, Settings, TaskResult
+from expertprune.artifacts.evaluation import (
+    CorpusResult,
+    DocumentBits,
+    Evaluation,
+    Measured,
+    QuestionAnswers,
+    Settings,
+    TaskResult,
+)
 from expertprune.artifacts.plan import VocabularyPlan
 from expertprune.artifacts.timing import Timing
 from expertprune.errors import CheckpointError
@@ -102,6 +110,27 @@ def test_the_interval_decides_whether_something_was_lost() -> None:
     tasks = {str(n): TaskResult(retention=1, low=low, high=high, **about) for n, (low, high) in enumerate(ends)}
     rows = metric_rows(Evaluation(settings=Settings(resamples=2000), tasks=tasks))
     assert [row.verdict for row in rows] == list(ends.values())
+
+
+def test_other_questions_and_answers_alone_are_not_the_same_examples() -> None:
+    """Their counts are equal. Earlier versions did not say whether answers alone count."""
+    numbers = Measured(examples=1, expert=1.0)
+
+    def same(question: str = "q", **changes: Any) -> dict[str, str]:
+        read = DocumentBits(digest="d", tokens=2, bytes=9, base_bits=1, expert_bits=1, kl_bits=0, expert_tokens=2,
+                            expert_bytes=9)  # fmt: skip
+        asked = QuestionAnswers(digest=question, base=0, expert=0, base_margin=1, expert_margin=1)
+        result = {"group": "expert", "documents": 1, "questions": 1, "per_document": [read], "per_question": [asked],
+                  "metrics": {"bits_per_byte": numbers, "questions": numbers}}  # fmt: skip
+        corpora = {"task/qa": CorpusResult.model_validate(result | changes)}
+        return {
+            row.metric: row.same for row in metric_rows(Evaluation(settings=Settings(resamples=1), corpora=corpora))
+        }
+
+    before = same()
+    assert same(answers_only=False) == before
+    for changed, others in (("questions", same("p")), ("bits_per_byte", same(answers_only=True))):
+        assert {metric for metric in before if others[metric] != before[metric]} == {changed}
 
 
 def test_what_the_spec_does_not_name_comes_last_and_is_counted_nowhere(tiny_build: Build, tmp_path: Path) -> None:
