@@ -17,7 +17,15 @@ from expertprune.engine.tasks import Engine, Local, RemoteCall, Report, Shard, T
 from expertprune.engine.team import team
 from expertprune.errors import CheckpointError, PlanError, SpecError, gathered
 from expertprune.evaluation.measure import Measuring, group_of
-from expertprune.files import check_output, check_writable, digest_of, require_room, store_folder
+from expertprune.files import (
+    check_output,
+    check_writable,
+    digest_of,
+    disk_errors,
+    one_at_a_time,
+    require_room,
+    store_folder,
+)
 from expertprune.models.base import ResolvedBase
 from expertprune.progress import Track, silent
 from expertprune.pruning.write import bytes_needed
@@ -136,7 +144,7 @@ class _Sweeping:
     Attributes:
         places: where experts are kept; empty if they are not.
         folder: of `sweep.json`.
-        known: points of earlier runs in that file, by key.
+        known: points of earlier runs in that file, by key, when this one began.
     """
 
     found: Found
@@ -193,7 +201,7 @@ class _Sweeping:
         )
 
     def write(self) -> Sweep:
-        """The points that are known by now; in the folder too, if there is one."""
+        """The points that are known by now; in the folder too, if there is one, beside those of other sweeps."""
         base = self.found.base
         points = [point for value in self.plans if (point := self.point(value)) is not None]
         result = Sweep(
@@ -204,8 +212,12 @@ class _Sweeping:
         )
         if self.folder is not None and team().leads:
             current = {point.key for point in points}
-            earlier = [point for key, point in self.known.items() if key not in current]
-            result.model_copy(update={"earlier": earlier}).save(self.folder / SWEEP_FILE)
+            with disk_errors(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            with one_at_a_time(self.folder):  # another sweep may have written there meanwhile
+                others = {**self.known, **_points(self.folder)}
+                earlier = [point for key, point in others.items() if key not in current]
+                result.model_copy(update={"earlier": earlier}).save(self.folder / SWEEP_FILE)
         return result
 
 
@@ -271,6 +283,11 @@ def _prepared(found: Found, budgets: Mapping[float, Budget], problems: list[str]
 def _known(out: Path) -> dict[str, Point]:
     """The points of earlier runs by key. Raises `CheckpointError` if the folder cannot be used."""
     check_writable(out / SWEEP_FILE)
+    return _points(out)
+
+
+def _points(out: Path) -> dict[str, Point]:
+    """The points that the folder's file holds, by key. Raises `CheckpointError` if it is something else."""
     try:
         sweep = Sweep.load(out / SWEEP_FILE)
     except FileNotFoundError:

@@ -20,15 +20,17 @@ from expertprune.artifacts.evaluation import Evaluation, Group, Measured
 from expertprune.artifacts.sweep import Point, Sweep, SweptBase
 from expertprune.corpora.documents import Corpus, CorpusName, Document
 from expertprune.corpora.messages import Conversation
+from expertprune.engine.tasks import Local
 from expertprune.errors import SpecError
 from expertprune.evaluation.retention import pooled
+from expertprune.progress import silent
 from expertprune.pruning.unfinished import Unfinished
 from expertprune.reporting.pictures import retention_curve
 from expertprune.reporting.tables import sweep_rows
 from expertprune.spec.schema import Budget, Evaluate
 from expertprune.stages.points import point_key
 from expertprune.stages.sizes import of_size, sized_keys
-from expertprune.stages.sweep import SWEEP_FILE
+from expertprune.stages.sweep import SWEEP_FILE, _begin
 from tests.calling import call, call_json
 from tests.experts import plain_spec
 from tests.patching import everywhere, read_only
@@ -256,6 +258,16 @@ def test_an_interrupted_sweep_goes_on_where_it_was(
     assert run_json(*arguments) == whole.found
     assert len(calls["prune"]) == (0 if keep else 1), "an expert that is whole is only measured"
     assert list((warm / "repairs").glob("*")) == []
+
+
+def test_sweeps_into_one_folder_at_once_keep_the_points_of_each_other(whole: Whole, tmp_path: Path, warm: Path) -> None:
+    shutil.copytree(whole.folder / "store" / "sweeps", warm / "sweeps")
+    out = tmp_path / "sweep"
+    both = [_begin(whole.spec, None, [value], out, False, warm, silent, Local()) for value in (0.5, 0.25)]
+    for each in both:
+        each.write()
+    kept = saved(out)
+    assert (kept["points"], kept["earlier"]) == (whole.points[1:], whole.points[:1])
 
 
 def test_experts_that_are_gone_are_made_again(whole: Whole, tmp_path: Path, warm: Path, calls: Calls) -> None:
