@@ -10,10 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from expertprune.composition.outlook import BROKEN, Outlook
-from expertprune.reporting.pictures import QUIET, save_picture
+from expertprune.reporting.pictures import QUIET, look, save_picture
 
 _COMPARED = 0.25  # removed, where allocations are compared
-_STYLES = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."), ("#CC79A7", "D", ":"))
+_COLOURS, _MARKERS, _LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), "os^D", ("-", "--", "-.", ":")
 
 
 def outlook_table(outlook: Outlook) -> RenderableType:
@@ -59,7 +59,7 @@ def outlook_picture(outlook: Outlook, path: Path, overwrite: bool = False) -> No
     axes = figure.add_subplot()
     kept = [1.0, *(size.fraction for size in outlook.sizes)]
     for number, name in enumerate(outlook.breaks):
-        colour, marker, line = _STYLES[number % len(_STYLES)]
+        colour, marker, line = look(number, _COLOURS, _MARKERS, _LINES)
         each = [size.corpora[name] for size in outlook.sizes]
         low, high = [1.0, *(one.low for one in each)], [1.0, *(one.high for one in each)]
         axes.fill_between(kept, low, high, color=colour, alpha=0.15, linewidth=0)

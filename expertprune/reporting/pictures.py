@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,15 @@ _CELL, _TREE, _GAP, _HEAD, _LETTER = 0.56, 0.9, 0.4, 0.95, 0.078  # inches
 
 # Key of a point, and colour, marker and line of its curve: they differ without colour too.
 _CURVES = (("expert", "#0072B2", "o", "-"), ("general", "#D55E00", "s", "--"))
+
+
+def look(number: int, *kinds: Sequence[str]) -> tuple[str, ...]:
+    """What tells one of many series from the others: a colour, a marker, a line, ...
+
+    Each time the first of these kinds is used up, the others go on by one.
+    """
+    rounds = number // len(kinds[0])
+    return (kinds[0][number % len(kinds[0])], *(each[(number + rounds) % len(each)] for each in kinds[1:]))
 
 
 def check_picture(path: Path, made: Path | None = None, overwrite: bool = False, inputs: Iterable[Path] = ()) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from expertprune.reporting.page.inline import ACCENT, INK, MUTED, RULE, SERIES, figure_of, svg
+from expertprune.reporting.pictures import look
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -205,10 +206,8 @@ def alignment_picture(name: str, alignment: Sequence[Mapping[str, Any]]) -> str 
         "are in the table below."
     )
     left = 46
-    entries = [
-        (entry["name"], SERIES[number % len(SERIES)], _MARKERS[number % len(_MARKERS)])
-        for number, entry in enumerate(drawn)
-    ]
+    looks = [look(number, SERIES, _MARKERS) for number in range(len(drawn))]
+    entries = [(entry["name"], colour, marker) for entry, (colour, marker) in zip(drawn, looks, strict=True)]
     figure = figure_of(WIDTH, 234 + _legend_height(entries, left))
     axes = _axes(figure, left, 44, WIDTH - left - 12, 180)
     for entry, (_, colour, marker) in zip(drawn, entries, strict=True):

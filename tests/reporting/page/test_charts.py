@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
+from expertprune.composition.excess import Foreseen
+from expertprune.composition.outlook import ForeseenSize, Outlook
+from expertprune.reporting import outlook
+from expertprune.reporting.page import charts
 from expertprune.reporting.page.charts import alignment_picture, kept_picture, relevance_picture, retention_picture
 from expertprune.reporting.page.inline import ACCENT, INK, figure_of, svg
 
@@ -86,6 +91,22 @@ def test_a_heat_map_is_logarithmic() -> None:
     # 0.001, 0.01 and 0.1 are equally far from each other
     assert wide[1] - wide[0] == pytest.approx(wide[3] - wide[1], abs=2e-3)
     assert relevance_picture("h", "FFN neurons", corpora[2:]) is None
+
+
+def test_many_series_differ_in_colour_marker_or_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(charts, "svg", lambda figure, *_: figures.append(figure))
+    monkeypatch.setattr(outlook, "save_picture", lambda figure, *_: figures.append(figure))
+    names = [f"corpus {number}" for number in range(8)]
+    charts.alignment_picture("a", [{"name": name, "layers": [1.0, 0.9]} for name in names])
+    kept = dict.fromkeys(names, Foreseen(excess=0.1, retention=0.9, low=0.8, high=0.95))
+    size = ForeseenSize(removed=0.5, parameters=1, fraction=0.5, speed=2.0, corpora=kept, instead={})
+    outlook.outlook_picture(Outlook("n", "b", 2, "global", [size], {}, dict.fromkeys(names), []), Path("n.png"))
+    for figure in figures:
+        lines = [line for line in figure.axes[0].lines if line.get_marker() != "None"]
+        looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}
+        assert len(looks) == len(lines) == len(names)
+    assert len(figures) == 2
 
 
 def test_alignment_is_drawn_where_it_is_defined() -> None:
