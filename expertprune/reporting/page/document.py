@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +33,9 @@ from expertprune.reporting.page import charts
 from expertprune.reporting.page.evidence import read_artifacts
 from expertprune.reporting.page.findings import findings
 from expertprune.reporting.page.lineup import lineup
+
+log = logging.getLogger(__name__)
+
 
 REPORT_SCHEMA = 2
 
@@ -67,6 +71,8 @@ def report(
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write the report of an expert, or of several side by side, and refresh their model cards.
+
+    A card that cannot be written, in a folder that is for reading only, stays as it was, and a warning says so.
 
     Args:
         compare: folders of other experts.
@@ -109,7 +115,10 @@ def report(
     with staged_output(page, PAGE, overwrite) as temporary:
         temporary.write_bytes(html.encode())
     for card, text in cards.items():
-        write_file(card, text.encode())
+        try:
+            write_file(card, text.encode())
+        except CheckpointError as error:  # the page is what was asked for, and is there
+            log.warning("%s; the page is whole, and this model card stays as it was", error)
     return data
 
 

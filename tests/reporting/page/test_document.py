@@ -15,6 +15,7 @@ from expertprune.reporting.page import charts, headline_rows, render, report
 from tests.calling import call, call_json
 from tests.experts import about, copied, measured
 from tests.html import at, numbers, parsed, words
+from tests.patching import read_only
 
 Build = tuple[Path, Path]
 Page = tuple[dict[str, Any], str]
@@ -185,6 +186,21 @@ def test_experts_stand_side_by_side(pair: Page) -> None:
     for said in ("2 experts side by side", "not measured", "different bases", "no: different tokenizers",
                  "numbers yes; retention relative to different bases"):  # fmt: skip
         assert said in text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_card_that_cannot_be_written_stays_and_is_named(
+    tiny_build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folders = [copied(tiny_build, tmp_path / name) for name in ("first", "second")]
+    cards = [folder / "README.md" for folder in folders]
+    before = cards[0].read_text()
+    read_only(monkeypatch, folders[0])
+    call("report", folders[0], "--compare", folders[1], "--out", tmp_path / "page.html", "--store", tiny_build[1])
+    assert (tmp_path / "page.html").exists()
+    assert [before in card.read_text() for card in cards] == [True, False]
+    (warning,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert warning.startswith(f"{cards[0]}: cannot be written: ")
 
 
 def test_bad_input_exits_with_2_and_writes_nothing(
