@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 
 from expertprune.errors import UsageError
+
+foretold = logging.getLogger(f"{__name__}.foretold")  # what a command will take, which it always says
 
 Progress = Callable[[], None]
 # Takes a stage's name and its number of steps; gives a function to call after each step.

@@ -101,11 +101,11 @@ def _table(families: Sequence[Family]) -> Any:
 def _checked(folder: Path, trust_remote_code: bool, store: Path | None) -> dict[str, Any]:
     from expertprune.arch import families as known
     from expertprune.files import store_folder
+    from expertprune.models.admission import log as admission
     from expertprune.models.base import resolve_base
     from expertprune.pruning.selfcheck import check_family
     from expertprune.spec.schema import Base
 
-    admission = logging.getLogger("expertprune.models.admission")
     level = admission.level
     admission.setLevel(logging.ERROR)  # the result below says the same
     try:

@@ -42,7 +42,7 @@ from expertprune.files import (
     to_json,
 )
 from expertprune.formats import printable
-from expertprune.progress import watching, within_memory
+from expertprune.progress import foretold, watching, within_memory
 from expertprune.spec.reading import TRUST
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def _log_to_terminal(level: int) -> None:
     """Show logs from this level on, unless they are shown already; what a build will take always."""
     handler = RichHandler(console=messages, show_path=False, markup=False)
     logging.basicConfig(level=level, format="%(message)s", handlers=[handler])
-    logging.getLogger("expertprune.stages.forecast").setLevel(logging.INFO)
+    foretold.setLevel(logging.INFO)
 
 
 store_option = click.option(

@@ -19,14 +19,13 @@ from expertprune.evaluation.reading import Reading
 from expertprune.files import require_rooms
 from expertprune.models.inventory import vocabulary_rows
 from expertprune.models.spool import Limits
+from expertprune.progress import foretold
 from expertprune.relevance import Pass
 from expertprune.spec.schema import Spec
 from expertprune.stages.floor import BUILDS
 from expertprune.stages.outlook import notes, unnamed_languages
 from expertprune.stages.profile import is_repaired, parts_lacking, parts_wanted
 from expertprune.stages.validate import Prepared, SpecLike, validate, validation_documents
-
-log = logging.getLogger(__name__)
 
 
 def forecast(
@@ -69,10 +68,10 @@ def tell(experts: Mapping[str, Prepared], places: Sequence[Path] = ()) -> None:
     first = next(iter(experts.values()))
     lines = "\n  ".join(of_experts(experts, stored=True, places=places).lines())
     about = "about" if len(experts) == 1 else "at most (what is known already is not built again)"
-    log.info("%s: this will take %s %s", first.spec.name, about, lines)
+    foretold.info("%s: this will take %s %s", first.spec.name, about, lines)
     warnings = list(unnamed_languages(first))
     for note in notes(first):
-        log.log(logging.WARNING if note in warnings else logging.INFO, "%s: %s", first.spec.name, note)
+        foretold.log(logging.WARNING if note in warnings else logging.INFO, "%s: %s", first.spec.name, note)
 
 
 def _check_rooms(found: Forecast, prepared: Prepared, limits: Limits, places: Sequence[Path]) -> None:

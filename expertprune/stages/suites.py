@@ -17,7 +17,7 @@ from expertprune.corpora.leaks import Examples
 from expertprune.corpora.loading import load_corpora
 from expertprune.engine.tasks import Engine, Local, RemoteCall, Report, Shard, Task
 from expertprune.engine.team import team
-from expertprune.errors import SpecError, UsageError, gathered
+from expertprune.errors import SpecError, UsageError, gathered, under
 from expertprune.evaluation import changes
 from expertprune.evaluation.harness import tasks as harness
 from expertprune.evaluation.harness.scores import Scores, common_beginning
@@ -175,7 +175,8 @@ class SuiteRequest:
         own = load_corpora(spec, place, generator(resolved, spec, place, write=False))
         guard = leak_guard(own, expert.calibration_digests)
         with gathered(problems):
-            corpora = guard.clean(_corpora(spec, suites, own, place))
+            named = dict(zip(dict.fromkeys(self.suites), suites, strict=True))
+            corpora = guard.clean(_corpora(spec, named, own, place))
         trusted = (self.overrides or {}).get(TRUST) is True
         asked_in_chat = any(entry.chat for entry, _, _ in entries)
         tokenizer = load_tokenizer(resolved.folder, resolved.trust_remote_code) if asked_in_chat else None
@@ -249,25 +250,29 @@ def _entries(suites: Sequence[Suite], names: Sequence[str]) -> list[tuple[TaskEn
     return found + [(entry, suite, None) for entry, suite in bare if entry.label not in known]
 
 
-def _corpora(spec: Spec, suites: Sequence[Suite], own: Mapping[CorpusName, Corpus], store: Path) -> list[Corpus]:
-    """The corpora that the suites name; those that the spec does not name count as general."""
-    wanted: list[str] = []
-    for suite in suites:
-        if suite.perplexity is not None:
-            wanted += suite.perplexity.corpora if suite.perplexity.corpora is not None else map(str, own)
+def _corpora(spec: Spec, suites: Mapping[str, Suite], own: Mapping[CorpusName, Corpus], store: Path) -> list[Corpus]:
+    """The corpora that the suites name; those that the spec does not name count as general.
+
+    Args:
+        suites: by the names or paths that the user gave.
+    """
     chosen: dict[CorpusName, Corpus] = {}
-    others = []
-    for name in wanted:
-        matches = {each: corpus for each, corpus in own.items() if each.answers_to(name)}
-        chosen |= matches
-        others += [] if matches else [name]
-    if others:
-        try:
-            loaded = load_corpora(spec.model_copy(update={"general": [*spec.general, *others]}), store)
-        except SpecError as error:
-            raise SpecError([f"perplexity.corpora: {problem}" for problem in error.problems]) from None
-        names = [CorpusName(GENERAL, name) for name in others]
-        chosen |= {name: replace(loaded[name], calibration=()) for name in names}
+    problems: list[str] = []
+    for given, suite in suites.items():
+        if suite.perplexity is None:
+            continue
+        others = []
+        for name in suite.perplexity.corpora if suite.perplexity.corpora is not None else map(str, own):
+            matches = {each: corpus for each, corpus in own.items() if each.answers_to(name)}
+            chosen |= matches
+            others += [] if matches or CorpusName(GENERAL, name) in chosen else [name]
+        if others:
+            with gathered(problems), under(f"{given}: perplexity.corpora"):
+                loaded = load_corpora(spec.model_copy(update={"general": [*spec.general, *others]}), store)
+                names = [CorpusName(GENERAL, name) for name in others]
+                chosen |= {name: replace(loaded[name], calibration=()) for name in names}
+    if problems:
+        raise SpecError(problems)
     return list(chosen.values())
 
 

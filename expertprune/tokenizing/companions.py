@@ -22,16 +22,19 @@ _ID_LISTS = ("suppress_tokens", "begin_suppress_tokens")
 _SEQUENCES = ("bad_words_ids", "force_words_ids")
 
 
-_Ids = bool | int | list[int] | None
-_SHAPES: dict[str, Any] = {
-    "bad_words_ids": list[list[int]] | None,
-    "force_words_ids": list[list[int] | list[list[int]]] | None,
-    "forced_decoder_ids": list[tuple[int, int | None]] | None,
-    "sequence_bias": list[tuple[list[int], float]] | None,
-    "stop_strings": str | list[str] | None,
-    "added_tokens_decoder": dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Any] | None,
-    **dict.fromkeys(_ID_LISTS, _Ids),
-}
+_Shape = tuple[Any, str]  # what a key may hold, as a type and in words
+_IDS: _Shape = (bool | int | list[int] | None, "a token id, or a list of token ids")
+_SHAPES: dict[str, _Shape] = {
+    "bad_words_ids": (list[list[int]] | None, "a list of lists of token ids"),
+    "force_words_ids": (list[list[int] | list[list[int]]] | None, "a list of lists of token ids, or of lists of such"),
+    "forced_decoder_ids": (list[tuple[int, int | None]] | None, "a list of pairs: a position and a token id"),
+    "sequence_bias": (list[tuple[list[int], float]] | None, "a list of pairs: a list of token ids, and a number"),
+    "stop_strings": (str | list[str] | None, "text, or a list of texts"),
+    "added_tokens_decoder": (
+        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Any] | None, "a mapping whose keys are token ids"
+    ),
+    **dict.fromkeys(_ID_LISTS, _IDS),
+}  # fmt: skip
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -42,14 +45,14 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     settings = read_object(path)
     for key, value in settings.items():
-        shape = _SHAPES.get(key, _Ids if _ID.search(key) else None)
+        shape = _SHAPES.get(key, _IDS if _ID.search(key) else None)
         if shape is None:
             continue
+        kind, words = shape
         try:
-            TypeAdapter(shape).validate_json(json.dumps(value), strict=True)
-        except ValidationError as error:
-            told = error.errors()[0]["msg"]
-            raise CheckpointError(f"{path}: {key}: {told[0].lower()}{told[1:]} (found {str(value)[:40]})") from None
+            TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
+        except ValidationError:
+            raise CheckpointError(f"{path}: {key}: must be {words} (found {str(value)[:40]})") from None
     return settings
 
 

@@ -356,7 +356,7 @@ def test_what_is_wrong_is_said_with_its_name(workplace: Workplace, no_model: Non
         ({"tasks": [{**CHOOSE, "filter": "x"}]}, [], "task choose: it has no filter 'x'; valid: none"),
         ({"generation": [CHOOSE]}, [], "task choose: its output is multiple_choice: put it under 'tasks'"),
         ({"group": "general", "tasks": [CHOOSE]}, ["--fail-under", "expert=0.9"], "nothing that is measured counts as"),
-        ({"perplexity": {"corpora": ["domain/medcal"]}}, [], "perplexity.corpora: general: no corpus for"),
+        ({"perplexity": {"corpora": ["domain/medcal"]}}, [], "mine.yaml: perplexity.corpora: general: no corpus for"),
         ({"tasks": [CHOOSE]}, ["--suite", other], "suite other: task 'choose' is in suite mine already"),
         ({"tasks": [CHOOSE]}, ["--base", "/nowhere/at/all"], "say where it is with --base"),
         ({"perplexity": {}}, ["--corpus", "medical"], "--corpus without --suite"),

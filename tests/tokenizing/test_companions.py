@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from expertprune.errors import CheckpointError
 from expertprune.tokenizing import Renumbering, Vocabulary, essential_ids, read_vocabulary, trimmed, write_tokenizer
+from expertprune.tokenizing.companions import read_settings
 from expertprune.tokenizing.languages import known_languages
 from tests.oracle import read_json
 from tests.vocabularies import data_of, tokenizer_of
@@ -110,6 +111,19 @@ def test_tokenizers_that_need_code_or_have_no_fast_form_are_refused_by_name(base
     (base / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"OwnTokenizer.*slow"):
         read_vocabulary(base)
+
+
+def test_a_key_that_holds_no_token_ids_is_told_what_it_must_hold(base: Path) -> None:
+    for key, value, words in (
+        ("eos_token_id", "2", "must be a token id, or a list of token ids (found 2)"),
+        ("bad_words_ids", [7], "must be a list of lists of token ids (found [7])"),
+        ("added_tokens_decoder", {"x": {}}, "must be a mapping whose keys are token ids (found {'x': {}})"),
+    ):
+        path = base / "generation_config.json"
+        path.write_text(json.dumps({key: value}))
+        with pytest.raises(CheckpointError) as caught:
+            read_settings(path)
+        assert str(caught.value) == f"{path}: {key}: {words}"
 
 
 def test_placeholders_may_go_unless_they_have_a_role(base: Path, tmp_path: Path) -> None:
