@@ -15,11 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from expertprune.errors import CheckpointError
-from expertprune.files import ADAPTER_WEIGHTS, as_model, not_a_folder, read_object
+from expertprune.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, as_model, not_a_folder, read_object
 from expertprune.models.checkpoint import headers, opened_weights
 from expertprune.models.tensorfile import DTYPES, TensorInfo
 
-CONFIG = "adapter_config.json"
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 
 # Keys of PEFT under which the tensors mean something else than `scaling * B @ A` beside the base's weights.
@@ -88,9 +87,9 @@ class Adapter:
                 f"{folder}: {problem}; download an adapter of the hub first: "
                 f"hf download OWNER/NAME --local-dir {folder.name or 'DIR'}"
             )
-        path = folder / CONFIG
+        path = folder / ADAPTER_CONFIG
         if not os.path.lexists(path):
-            raise CheckpointError(f"{folder}: is no PEFT adapter (it has no {CONFIG})")
+            raise CheckpointError(f"{folder}: is no PEFT adapter (it has no {ADAPTER_CONFIG})")
         document = read_object(path)
         config = as_model(document, AdapterConfig, str(path))
         _refuse_other_kinds(config, document, path)

@@ -35,6 +35,7 @@ from expertprune.files.ownership import (
     working_folder,
 )
 from expertprune.files.places import (
+    ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CHANGES_FILE,
     COMPARISON_PAGE,
@@ -86,7 +87,7 @@ from expertprune.files.staging import (
 from expertprune.files.validation import problems_of
 
 __all__ = [
-    "ADAPTER", "ADAPTER_WEIGHTS", "CHANGES_FILE", "COMPARISON_PAGE", "CUT_ALONG", "EXPERT", "EXPERT_FILE",
+    "ADAPTER", "ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "CHANGES_FILE", "COMPARISON_PAGE", "CUT_ALONG", "EXPERT", "EXPERT_FILE",
     "GENERATOR", "GGUF", "HASHED", "HOLDINGS", "MEMORY_VARIABLE", "PAGE", "PICTURE", "PLAN", "REPORT_PAGE",
     "SPOOL_VARIABLE", "THROUGHPUT_FILE", "TIMING", "OutputKind", "StoreEntry", "against_file", "age",
     "as_model", "check_inputs", "check_output", "check_parent", "check_values", "check_writable", "digest_of",

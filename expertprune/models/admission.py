@@ -8,7 +8,7 @@ from typing import Any
 
 from expertprune.arch import Family, families, grouped, recognized
 from expertprune.errors import CheckpointError
-from expertprune.files import read_object
+from expertprune.files import ADAPTER_CONFIG, read_object
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.encodings import READ
 from expertprune.registry import nearest
@@ -27,10 +27,15 @@ def causal_family(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Fa
     """The family of a folder's model: a listed one, or one recognized by its shapes (then the log says so).
 
     Raises:
-        CheckpointError: the model is quantized, no causal language model, of no known kind, or comes with code of its own
-            that nobody allowed.
+        CheckpointError: the model is quantized, no causal language model, of no known kind, has an adapter beside its
+            weights, or comes with code of its own that nobody allowed.
     """
     config, where = checkpoint.config, checkpoint.folder / "config.json"
+    if (checkpoint.folder / ADAPTER_CONFIG).exists():
+        raise CheckpointError(
+            f"{checkpoint.folder / ADAPTER_CONFIG}: an adapter lies beside the weights, which transformers would add to "
+            "them; move it away"
+        )
     _refuse_quantized(checkpoint)
     _refuse_other_kinds(config, where)
     model_type = config.get("model_type")

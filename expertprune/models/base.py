@@ -19,7 +19,7 @@ from expertprune.arch import Family, bundled_models
 from expertprune.errors import CheckpointError, SpecError
 from expertprune.files import HASHED, digest_of, file_digest, not_a_file, not_a_folder, require_room, staged_file
 from expertprune.models.admission import causal_family, code_files
-from expertprune.models.checkpoint import Checkpoint
+from expertprune.models.checkpoint import SINGLE, Checkpoint
 from expertprune.models.gguf import converted
 from expertprune.models.hub import hub_checkpoint, known_weights_digest
 from expertprune.models.inventory import check_inventory, checked_layers
@@ -97,6 +97,11 @@ def resolve_base(base: Base, store: Path) -> ResolvedBase:
     folder = checkpoint.folder
     if base.trust_remote_code and (code := code_files(folder)):
         log.warning("%s: runs Python code that comes with it: %s", folder, ", ".join(code))
+    if checkpoint.passed_over:
+        log.warning(
+            "%s: %s is taken, as transformers takes it, and not %s of the index, which vLLM takes; remove one of the two",
+            folder, SINGLE, ", ".join(checkpoint.passed_over),
+        )  # fmt: skip
     family = causal_family(checkpoint, base.trust_remote_code)
     _leave_predictors_out(checkpoint, family)
     layers = checked_layers(checkpoint, family)

@@ -103,6 +103,7 @@ class Checkpoint:
     encoding: Encoding | None = None
     left_out: Mapping[str, TensorInfo] = MappingProxyType({})
     pending: Pending | None = None
+    _tied: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, folder: Path, pending: Pending | None = None) -> None:
         self.folder, self.pending = folder, pending
@@ -135,7 +136,7 @@ class Checkpoint:
             self._seen[file] = _stamp(self.folder / file)
             found |= headers(self.folder / file)
         self.check_unchanged(CONFIG)
-        if (self.folder / INDEX).is_file() and (missing := sorted(set(self._weight_map) - set(found))):
+        if self.has_index and (missing := sorted(set(self._weight_map) - set(found))):
             raise CheckpointError(f"{self.folder / INDEX}: lists tensors that no file holds: {', '.join(missing[:3])}")
         return found
 
@@ -163,6 +164,28 @@ class Checkpoint:
         self._take(self._headers())
         if changed := [name for name, info in promised.items() if self._stored.get(name) != info]:
             raise CheckpointError(f"{self.folder}: {changed[0]} is not what the headers said; fetch the model again")
+        self.check_tied(self._tied)
+
+    def check_tied(self, pairs: Mapping[str, str]) -> None:
+        """Check that tensors which the config ties are the same where both are stored; weights that are still to come,
+        once they are here.
+
+        Args:
+            pairs: from tensors to those that they are tied to.
+
+        Raises:
+            CheckpointError: two differ, so that transformers runs both, and other programs one in place of the other.
+        """
+        self._tied = {name: other for name, other in pairs.items() if {name, other} <= self.tensors.keys()}
+        if self.pending is not None:
+            return
+        for name, other in self._tied.items():
+            one, two = (self.read_finite(each).to(self.dtype) for each in (name, other))
+            if not torch.equal(one, two):
+                raise CheckpointError(
+                    f"{self.folder}: {name} is stored and is not {other}, though config.json ties them; set "
+                    "tie_word_embeddings: false in config.json"
+                )
 
     def _check_links(self) -> None:
         """Raises `CheckpointError` for a link to a file outside the folder, whose content the expert would take over."""
@@ -180,11 +203,24 @@ class Checkpoint:
         return listed
 
     @property
+    def has_index(self) -> bool:
+        """Whether the weights are in the files that an index names: one file of the usual name counts before it, as in
+        transformers."""
+        return (self.folder / INDEX).is_file() and not (self.folder / SINGLE).is_file()
+
+    @property
+    def passed_over(self) -> list[str]:
+        """Files that an index names, though the weights are those of the one file beside it."""
+        if not (self.folder / INDEX).is_file() or self.shards != [SINGLE]:
+            return []
+        return sorted(set(self._weight_map.values()) - {SINGLE})
+
+    @property
     def shards(self) -> list[str]:
         """File names of the weights, in order."""
         if self.pending is not None:
             return sorted({info.file for info in self.pending.tensors.values()})
-        if (self.folder / INDEX).is_file():
+        if self.has_index:
             listed = sorted(set(self._weight_map.values()))
             for file in listed:
                 try:

@@ -39,8 +39,8 @@ def hub_checkpoint(name: str, revision: str | None, trust_remote_code: bool) -> 
 
 
 def _has_weights(folder: Path) -> bool:
-    """Whether all files are there that the index names; a damaged index is the checkpoint's to refuse."""
-    if not (folder / INDEX).is_file():
+    """Whether the one file is there, or all that the index names; a damaged index is the checkpoint's to refuse."""
+    if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
         return (folder / SINGLE).is_file()
     index = read_kept(folder / INDEX, _Index)
     return index is None or all((folder / file).is_file() for file in set(index.weight_map.values()))
@@ -73,7 +73,7 @@ class HubWeights:
         }
 
     def fetch(self, track: Track) -> None:
-        """Download the files that the index names, with the hub's own progress bars."""
+        """Download the files whose headers were read, with the hub's own progress bars."""
         from huggingface_hub import snapshot_download
 
         require_room(self.folder, sum(info.bytes for info in self.tensors.values()))

@@ -157,13 +157,13 @@ def check_inventory(
     """Compare a folder's tensors with those of the model that its config describes, which is built without memory.
 
     Raises:
-        CheckpointError: tensors are missing, unknown to the model, or of other shapes.
+        CheckpointError: tensors are missing, unknown to the model, of other shapes, or tied and not the same.
     """
     config = checkpoint.folder / "config.json"
     with refused(f"{config}: transformers builds no model from it"), torch.device("meta"):
         model = build_model(checkpoint.folder, trust_remote_code)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
     ignored = "|".join([_COMPUTED, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])])
     found = {name: info.shape for name, info in checkpoint.tensors.items()}
     stored = _stored_otherwise(family, shapes)
@@ -184,6 +184,7 @@ def check_inventory(
     ]
     if problems:
         raise _disagreement(checkpoint, problems)
+    checkpoint.check_tied(tied)
 
 
 def _stored_otherwise(family: Family, shapes: Sequence[LayerShape]) -> dict[str, tuple[str, ...]]:

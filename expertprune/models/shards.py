@@ -47,7 +47,7 @@ def write_weights(
         parameters += sum(count for count, _ in sizes.values())
         total += sum(size for _, size in sizes.values())
     base.check_unchanged()
-    if not (base.folder / INDEX).is_file():
+    if not base.has_index:
         return
     if any_changed:
         index = read_own_json(base.folder / INDEX)

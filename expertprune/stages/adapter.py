@@ -13,10 +13,19 @@ from typing import Any
 from torch import Tensor
 
 from expertprune.arch import Family
-from expertprune.artifacts.adapter import CONFIG, Adapter, same_name
+from expertprune.artifacts.adapter import Adapter, same_name
 from expertprune.artifacts.expert import Description, Expert
 from expertprune.errors import CheckpointError
-from expertprune.files import ADAPTER, ADAPTER_WEIGHTS, CUT_ALONG, check_output, require_room, staged_folder, write_json
+from expertprune.files import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CUT_ALONG,
+    check_output,
+    require_room,
+    staged_folder,
+    write_json,
+)
 from expertprune.models.admission import causal_family
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.tensorfile import DTYPES, in_order, written_file
@@ -74,7 +83,9 @@ def cut_adapter(
     require_room(out, given.weights.stat().st_size + _SPARE)
     with staged_folder(out, overwrite, ADAPTER) as temporary:
         after = _write_weights(given, fit, temporary / ADAPTER_WEIGHTS)
-        write_json(temporary / CONFIG, config | {"base_model_name_or_path": _reference(folder), "revision": None})
+        write_json(
+            temporary / ADAPTER_CONFIG, config | {"base_model_name_or_path": _reference(folder), "revision": None}
+        )
     before = sum(info.parameters for info in given.tensors.values())
     return CutAdapter(out, fit.chain[0].base.model, made.name, len(fit.chain), before, after, max(given.config.ranks))
 
@@ -112,8 +123,8 @@ def _fitting(adapter: Adapter, expert: Expert, same_base: bool) -> _Fit:
                 f"{adapter.folder}: is an adapter of the expert {expert.name} itself; load it as it is"
             )
         raise CheckpointError(
-            f"{adapter.folder / CONFIG}: base_model_name_or_path is {said!r}, and the expert {expert.name} was cut from "
-            f"{bases}; if it is the same model under another name, give --same-base"
+            f"{adapter.folder / ADAPTER_CONFIG}: base_model_name_or_path is {said!r}, and the expert {expert.name} was cut "
+            f"from {bases}; if it is the same model under another name, give --same-base"
         )
     checkpoint = Checkpoint(expert.folder)
     family = causal_family(checkpoint, trust_remote_code=True)  # none of it is run
@@ -130,8 +141,8 @@ def _fitting(adapter: Adapter, expert: Expert, same_base: bool) -> _Fit:
         raise problems[0]
     if any(fit.names != fits[0].names for fit in fits):
         raise CheckpointError(
-            f"{adapter.folder / CONFIG}: shapes do not tell which base the adapter is of: {bases}; write its name as "
-            "base_model_name_or_path"
+            f"{adapter.folder / ADAPTER_CONFIG}: shapes do not tell which base the adapter is of: {bases}; write its name "
+            "as base_model_name_or_path"
         )
     return fits[0]
 
@@ -184,7 +195,7 @@ def _check_rank(adapter: Adapter, name: str, shape: Sequence[int], step: TensorC
     length = shape[step.rank_axis]
     if length not in {step.ranks * rank for rank in adapter.config.ranks}:
         raise CheckpointError(
-            f"{adapter.weights}: {name} is of rank {length / step.ranks:g}, and {CONFIG} says r: {adapter.config.r}"
+            f"{adapter.weights}: {name} is of rank {length / step.ranks:g}, and {ADAPTER_CONFIG} says r: {adapter.config.r}"
         )
     swap = {"A": "B", "B": "A"}
     other = re.sub(r"\.lora_(embedding_)?([AB])\b", lambda found: f".lora_{found[1] or ''}{swap[found[2]]}", name)
@@ -199,7 +210,7 @@ def _config(adapter: Adapter, fit: _Fit) -> dict[str, Any]:
         CheckpointError: nothing of the adapter stays; or its config names tokens, layers or routed experts by numbers that
             change, in a way that cannot be renumbered.
     """
-    where, config, chain = adapter.folder / CONFIG, adapter.config, fit.chain
+    where, config, chain = adapter.folder / ADAPTER_CONFIG, adapter.config, fit.chain
     lora = [new for old, new in fit.names.items() if ".lora_" in old]
     if not any(lora or fit.names.values()):  # PEFT loads no adapter that has only whole weights (modules_to_save)
         raise CheckpointError(

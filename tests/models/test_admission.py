@@ -56,6 +56,11 @@ def with_layer(number: int) -> Callable[[Path], None]:
     return lambda folder: change_tensors(folder, lambda tensors: tensors.update(more))
 
 
+def with_adapter(folder: Path) -> None:
+    """Of which the weights were moved away."""
+    (folder / "adapter_config.json").write_text("{}")
+
+
 READ = "FP8 in blocks (quant_method: fp8 with weight_block_size) and MXFP4 (quant_method: mxfp4)"
 FIRST = "prune the unquantized model first, then quantize the expert"
 STORED = "model.layers.1.mlp.down_proj.weight and others are stored as"
@@ -66,6 +71,14 @@ REFUSED: list[tuple[dict[str, Any] | Callable[[Path], Any], str]] = [
     ({"vocab_size": 60}, "model.embed_tokens.weight is [64, 24], the config makes it [60, 24]"),
     ({"hidden_act": "unheardof"}, "transformers builds no model from it: "),
     (without_tokenizer, "no tokenizer files"),
+    (
+        with_adapter,
+        "adapter_config.json: an adapter lies beside the weights, which transformers would add to them; move",
+    ),
+    (
+        {"tie_word_embeddings": True},
+        "lm_head.weight is stored and is not model.embed_tokens.weight, though config.json ties",
+    ),
     ({"attention_bias": True}, "model.layers.0.self_attn.q_proj.bias is missing"),
     ({"architectures": ["BertForMaskedLM"], "model_type": "bert"}, "BertForMaskedLM is no causal language model"),
     ({"vision_config": {"image_size": 8}}, "LlamaForCausalLM reads more than text (vision_config)"),

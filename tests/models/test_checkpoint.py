@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from expertprune.arch import family_of
 from expertprune.errors import CheckpointError
-from expertprune.models.checkpoint import INDEX, Checkpoint, headers
+from expertprune.models.checkpoint import INDEX, SINGLE, Checkpoint, headers
 from expertprune.models.costs import unit_parameters
 from expertprune.models.loading import load_model, model_class
 from expertprune.models.shards import write_weights
 from expertprune.models.tensorfile import DTYPES, in_order, written_file
 from expertprune.units import Structure
-from tests.oracle import change_config, pad_headers, read_json, resolved, stored_tensors
+from tests.oracle import change_config, load, pad_headers, read_json, resolved, stored_tensors
 from tests.tiny import save_tiny
 
 SHARD = "model-00002-of-00004.safetensors"
@@ -225,6 +225,20 @@ def test_only_files_with_a_changed_tensor_are_written_anew_and_more_tensors_are_
     assert new["weight_map"] == old["weight_map"] | {"more": changed}
     assert old["metadata"]["total_size"] - new["metadata"]["total_size"] == (27 * 24 - 3) * 4
     assert old["metadata"]["total_parameters"] - new["metadata"]["total_parameters"] == 27 * 24 - 3
+
+
+def test_one_file_counts_before_shards_beside_it_as_in_transformers(
+    tmp_path: Path, store: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, out = save_tiny(tmp_path / "both", max_shard_size="20KB", seed=2), tmp_path / "out"
+    shutil.copy(save_tiny(tmp_path / "one", seed=1) / SINGLE, folder)
+    base, runs = resolved(folder, store).checkpoint, load(folder).state_dict()
+    assert f"{SINGLE} is taken, as transformers takes it, and not model-00001" in caplog.text
+    assert base.tensors.keys() == runs.keys()
+    assert all(torch.equal(base.read(name), runs[name]) for name in runs)
+    out.mkdir()
+    write_weights(base, out, lambda name, tensor: tensor[:5] if name == "model.norm.weight" else None)
+    assert [path.name for path in out.iterdir()] == [SINGLE]
 
 
 # --- folders that are replaced while they are read ------------------------------------------------------------------

@@ -23,7 +23,18 @@ from expertprune.spec.schema import Base
 from expertprune.stages.export import export
 from tests.calling import call, call_json
 from tests.engine_of_gguf import engine_of, needs_engine
-from tests.oracle import fetched, load, logits_of, plan_of, pruned, random_plan, random_units, read_json, resolved
+from tests.oracle import (
+    change_config,
+    fetched,
+    load,
+    logits_of,
+    plan_of,
+    pruned,
+    random_plan,
+    random_units,
+    read_json,
+    resolved,
+)
 from tests.processes import server
 from tests.tiny import FAMILIES
 from tests.vocabularies import TEXT, save_worded
@@ -345,6 +356,12 @@ def test_what_the_format_cannot_say_is_refused(family: str, changes: Settings, w
 def test_layers_of_different_widths_are_refused_where_llama_cpp_reads_none(store: Path, tmp_path: Path) -> None:
     said = refusal(uneven(tiny(tmp_path / "model", "qwen3"), store), tmp_path / "a.gguf")
     assert "'qwen3'; build it with compose.allocation: uniform" in said
+
+
+def test_a_head_that_is_not_what_it_is_tied_to_is_refused(tmp_path: Path) -> None:
+    folder = tiny(tmp_path / "model", "llama")
+    change_config(folder, tie_word_embeddings=True)
+    assert "set tie_word_embeddings: false in config.json" in refusal(folder, tmp_path / "a.gguf")
 
 
 def test_a_part_of_a_tokenizer_without_a_name_is_refused(tmp_path: Path) -> None:

@@ -7,15 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants
+from safetensors.torch import load_file
 
 from expertprune.errors import CheckpointError, SpecError
 from expertprune.files import file_digest
 from expertprune.models.base import resolve_base
+from expertprune.models.checkpoint import SINGLE
 from expertprune.models.hub import known_weights_digest
 from expertprune.models.origin import Origin, origin_of
 from expertprune.spec.schema import Base
 from tests.hub import TOKEN, Hub, serving, take_for_the_real_one
+from tests.tiny import save_tiny
 
 CARD = """---
 license: other
@@ -25,6 +29,9 @@ language: [en, de]
 ---
 # A model
 """
+
+
+HEAD = "lm_head.weight"
 
 
 @pytest.fixture
@@ -59,6 +66,24 @@ def test_weights_are_downloaded_when_they_are_needed_and_only_those_of_the_index
     assert hub.downloads("") == []  # all from the cache
     assert resolve_base(Base(model="owner/model", trust_remote_code=True), store).trust_remote_code
     assert hub.downloads("") == ["modeling.py"]
+
+
+def test_one_file_beside_the_shards_is_downloaded_alone(hub: Hub, store: Path, tmp_path: Path) -> None:
+    one = save_tiny(tmp_path / "one", seed=1) / SINGLE
+    hub.repositories["owner/model"].files[SINGLE] = one.read_bytes()
+    bases = [resolve_base(Base(model="owner/model"), store) for _ in range(2)]
+    for base in (*bases, resolve_base(Base(model="owner/model"), store)):
+        assert torch.equal(base.checkpoint.deferred()[HEAD][:], load_file(one)[HEAD])
+    assert hub.downloads(".safetensors") == [SINGLE]
+
+
+def test_a_head_that_is_not_what_it_is_tied_to_is_refused_when_it_is_here(hub: Hub, store: Path) -> None:
+    files = hub.repositories["owner/model"].files
+    files["config.json"] = json.dumps(json.loads(files["config.json"]) | {"tie_word_embeddings": True}).encode()
+    base = resolve_base(Base(model="owner/model"), store)
+    for refuse in (base.checkpoint.fetch, lambda: resolve_base(Base(model="owner/model"), store)):
+        with pytest.raises(CheckpointError, match=r"set tie_word_embeddings: false in config\.json"):
+            refuse()
 
 
 def test_the_origin_of_a_base_is_its_commit_and_what_its_card_says(hub: Hub, store: Path, tmp_path: Path) -> None:

@@ -125,7 +125,11 @@ def _source(folder: Path) -> _Source:
             "without query_heads and kv_groups"
         )
     config = load_config(folder)
-    return _Source(checkpoint, family, form, layers, config, config.to_dict())
+    values = config.to_dict()
+    if values.get("tie_word_embeddings"):
+        embedding, head, *_ = family.vocabulary
+        checkpoint.check_tied({head: embedding})
+    return _Source(checkpoint, family, form, layers, config, values)
 
 
 def _metadata(source: _Source) -> dict[str, Any]:
