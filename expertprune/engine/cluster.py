@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import time
@@ -64,17 +65,26 @@ class Cluster:
         return "cuda" if self.gpus else "cpu"
 
     def _demand(self) -> None:
-        """Decide what a process needs. Raises `UsageError` where no node has it."""
+        """Decide what a process needs. Raises `UsageError` where no node has it, or all together not for every member."""
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         if self.gpus is None:
             self.gpus = 1 if any(node.get("GPU") for node in nodes) else 0
         if self.cpus is None:
-            self.cpus = 1 if self.gpus else min(node["CPU"] for node in nodes if node.get("CPU"))
-        fitting = [each for each in nodes if each.get("CPU", 0) >= self.cpus and each.get("GPU", 0) >= self.gpus]
+            self.cpus = 1 if self.gpus else min((node["CPU"] for node in nodes if node.get("CPU")), default=1)
+        needed = {name: each for name, each in (("CPU", self.cpus), ("GPU", self.gpus)) if each}
+        fitting = sum(
+            min((math.floor(round(node.get(name, 0) / each, 6)) for name, each in needed.items()), default=self.members)
+            for node in nodes
+        )
         if not fitting:
             raise UsageError(
                 f"--engine ray: no node of the cluster has {self.cpus:g} CPUs and {self.gpus:g} GPUs, which a task needs: "
                 "lower --cpus-per-task or --gpus-per-task"
+            )
+        if fitting < self.members:
+            raise UsageError(
+                f"--members {self.members}: the cluster has room for {fitting} processes of {self.cpus:g} CPUs and "
+                f"{self.gpus:g} GPUs at a time; lower --members, --cpus-per-task or --gpus-per-task"
             )
 
     def run(self, tasks: Sequence[Task], track: Track, finished: Callable[[], object] | None = None) -> None:

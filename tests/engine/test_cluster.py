@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,6 +38,30 @@ def test_ray_that_is_missing_is_one_line(spec_file: Path, no_model: None, monkey
         assert "run: pip install 'expertprune[ray]'" in call(*arguments, code=2).stderr
     pytest.importorskip("ray")
     assert "no Ray cluster answers at 127.0.0.1:1" in call(*arguments, "--address", "127.0.0.1:1", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("nodes", "asked", "told"),
+    [
+        ([{"CPU": 4}, {"CPU": 4}], {"members": 2}, None),
+        ([{"CPU": 4}, {"CPU": 4}], {"members": 3}, "room for 2 processes of 4 CPUs and 0 GPUs"),
+        ([{"CPU": 4}, {"CPU": 5}], {"members": 4, "cpus": 2}, None),
+        ([{"CPU": 4}, {"CPU": 5}], {"members": 5, "cpus": 2}, "room for 4 processes of 2 CPUs"),
+        ([{"CPU": 8, "GPU": 2}, {"CPU": 1, "GPU": 4}, {"CPU": 9}], {"members": 4}, "room for 3 processes of 1 CPUs and 1 G"),
+        ([{"CPU": 16, "GPU": 1}], {"members": 10, "gpus": 0.1}, None),
+        ([{"CPU": 16, "GPU": 1}], {"members": 11, "gpus": 0.1}, "room for 10 processes"),
+        ([{"memory": 1}], {}, "no node of the cluster has 1 CPUs"),
+    ],
+)  # fmt: skip
+def test_a_team_that_never_fits_the_cluster_is_refused(
+    nodes: list[dict[str, float]], asked: dict[str, Any], told: str | None
+) -> None:
+    """A node that is gone does not count."""
+    found = [{"Alive": True, "Resources": each} for each in nodes] + [{"Alive": False, "Resources": {"CPU": 64}}]
+    cluster = Cluster(**asked)
+    cluster._ray = SimpleNamespace(nodes=lambda: found)
+    with contextlib.nullcontext() if told is None else pytest.raises(UsageError, match=told):
+        cluster._demand()
 
 
 @pytest.fixture(scope="module")
