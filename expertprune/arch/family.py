@@ -50,6 +50,7 @@ class Family(Data):
         attention_implementation: the one of transformers that computes the network exactly.
         vllm_single_layers: vLLM's classes that read a layer's widths from the config while they
             build it, so that `serving.plugin` can give each layer its own widths.
+        why_no_vocabulary_in_vllm: why vLLM cannot serve fewer vocabulary rows, where it cannot.
         gguf: how the family's models are written in that format.
     """
 
@@ -73,6 +74,7 @@ class Family(Data):
     heads_require: Mapping[str, Any] = Field(default_factory=dict)
     when_heads_change: Rewrite | None = None
     vllm_single_layers: tuple[str, ...] = ()
+    why_no_vocabulary_in_vllm: str = ""
     predictors: Predictors | None = None
     gguf: GgufForm | None = None
     vocabulary: tuple[str, ...] = ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias")

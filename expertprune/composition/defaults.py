@@ -24,8 +24,8 @@ def resolved(spec: Spec, base: ResolvedBase) -> Spec:
     of different widths of the family, else uniform.
 
     Raises:
-        SpecError: a criterion of routed experts for a base that has none, or a format that cannot say the
-            expert.
+        SpecError: a criterion of routed experts for a base that has none, or a format or an engine that cannot
+            take the expert.
     """
     relevance, compose, routed = spec.relevance, spec.compose, not base.family.has_ffn
     if relevance.experts is not None and not routed:
@@ -34,6 +34,11 @@ def resolved(spec: Spec, base: ResolvedBase) -> Spec:
         )
     if "gguf" in spec.serve_with:
         _check_gguf(spec, base.family)
+    if "vllm" in spec.serve_with and spec.budget.vocabulary is not None and base.family.why_no_vocabulary_in_vllm:
+        raise SpecError(
+            f"budget.vocabulary: vLLM serves no cut vocabulary of family {base.family.family!r}: "
+            f"{base.family.why_no_vocabulary_in_vllm}; leave vocabulary out, or vllm out of serve_with"
+        )
     open_, criterion, experts = relevance.criterion == AUTO, relevance.criterion, relevance.experts
     if open_:
         criterion = "reap" if routed and _only_experts(spec) else "fisher"

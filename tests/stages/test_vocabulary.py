@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import expertprune
+from expertprune.errors import SpecError
 from expertprune.spec.reading import parse_spec
 from expertprune.stages import vocabulary as tradeoff
 from tests.calling import call, call_json
@@ -56,3 +58,17 @@ def test_the_table_the_json_and_sizes_that_cannot_be(folder: Path, tmp_path: Pat
     table = call("vocabulary", spec, "--rows", "320,384").stdout
     for text in ("byte-level BPE", "404 tokens in 512 rows", "320", "384", "language/de", "general/general"):
         assert text in table
+
+
+def test_a_vocabulary_is_not_cut_for_a_chat_with_tokens_of_its_own(tmp_path: Path) -> None:
+    base = save_worded(tmp_path / "base", family="gpt_oss")
+
+    def rows(served: list[str]) -> int | None:
+        data = worded_spec(base, tmp_path / "spec", {"vocabulary": {"keep": 384}}, serve_with=served)
+        return expertprune.validate(parse_spec(data, "spec", tmp_path)).rows
+
+    assert rows(["transformers"]) == 384
+    with pytest.raises(
+        SpecError, match=r"budget\.vocabulary: vLLM .*'gpt_oss': .*; leave vocabulary out, or vllm out of"
+    ):
+        rows(["transformers", "vllm"])
