@@ -73,11 +73,11 @@ def code_files(folder: Path) -> list[str]:
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
-    config, where = checkpoint.config, checkpoint.folder / "config.json"
-    for key in ("quantization_config", "compression_config"):
-        if quantization := config.get(key):
-            named = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-            raise CheckpointError(f"{where}: the model is quantized ({named or 'unknown'}); {_ORDER}")
+    if quantization := checkpoint.quantization:
+        named = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise CheckpointError(
+            f"{checkpoint.folder / 'config.json'}: the model is quantized ({named or 'unknown'}); {_ORDER}"
+        )
     for name, info in checkpoint.tensors.items():
         if len(info.shape) > 1 and info.dtype not in ("F64", "F32", "F16", "BF16"):
             raise CheckpointError(

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from expertprune.errors import CheckpointError
+from expertprune.errors import CheckpointError, under
 from expertprune.files import EXPERT_FILE, is_report, not_a_file, read_object, user_path
 from expertprune.models.encodings import Encoding, encoding_of
 from expertprune.models.tensorfile import DTYPES, TensorInfo
@@ -117,7 +117,8 @@ class Checkpoint:
 
     def _take(self, stored: dict[str, TensorInfo]) -> None:
         self._stored = stored
-        found = stored if self.encoding is None else self.encoding.decoded(stored)
+        with under(str(self.folder)):
+            found = stored if self.encoding is None else self.encoding.decoded(stored)
         self.tensors = {name: info for name, info in found.items() if name not in self.left_out}
 
     def leave_out(self, names: Collection[str], settings: Mapping[str, Any]) -> None:
@@ -255,6 +256,18 @@ class Checkpoint:
     @property
     def parameters(self) -> int:
         return sum(info.parameters for info in self.tensors.values())
+
+    def stored_bytes(self, names: Collection[str] | None = None) -> int:
+        """Bytes of some tensors as they are stored, with their scales, or of all that do not count as left out."""
+        chosen = list(self.tensors if names is None else names)
+        if self.encoding is not None:
+            chosen = [part for name in chosen for part in self.encoding.parts(name, self._stored)]
+        return sum(self._stored[name].bytes for name in chosen)
+
+    @property
+    def quantization(self) -> Any:
+        """What the config says of a quantization that is not decoded here; `None` or empty where it says nothing."""
+        return self.config.get("quantization_config") or self.config.get("compression_config")
 
     @property
     def weight_bytes(self) -> int:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from expertprune.errors import CheckpointError
 from expertprune.models.tensorfile import TensorInfo
 
 READ = "FP8 in blocks (quant_method: fp8 with weight_block_size) and MXFP4 (quant_method: mxfp4)"
@@ -40,7 +41,10 @@ class Encoding(Protocol):
     """How tensors are stored."""
 
     def decoded(self, stored: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-        """The tensors of the unquantized model."""
+        """The tensors of the unquantized model; raises `CheckpointError` where scales are not those of their values."""
+
+    def parts(self, name: str, stored: Mapping[str, TensorInfo]) -> tuple[str, ...]:
+        """What is stored of a tensor of the unquantized model."""
 
     def read(self, name: str, stored: Mapping[str, TensorInfo], get: Get) -> Tensor:
         """A tensor of the unquantized model; `get` reads one as it is stored."""
@@ -70,11 +74,18 @@ class BlockFp8:
 
     def decoded(self, stored: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
         scaled = {name for name in stored if name + _SCALE in stored}
+        for name in sorted(scaled):
+            *matrices, height, width = stored[name].shape
+            wanted = (*matrices, -(-height // self.rows), -(-width // self.columns))
+            _check_shape(name + _SCALE, stored, wanted, "its matrix and weight_block_size in config.json")
         return {
             name: replace(info, dtype="BF16") if name in scaled else info
             for name, info in stored.items()
             if name.removesuffix(_SCALE) not in scaled or name in scaled
         }
+
+    def parts(self, name: str, stored: Mapping[str, TensorInfo]) -> tuple[str, ...]:
+        return (name, name + _SCALE) if name + _SCALE in stored else (name,)
 
     def read(self, name: str, stored: Mapping[str, TensorInfo], get: Get) -> Tensor:
         if name + _SCALE not in stored:
@@ -87,6 +98,15 @@ class BlockFp8:
             rows = slice(block * self.rows, min((block + 1) * self.rows, height))
             result[..., rows, :] = values[..., rows, :].float() * wide[..., block : block + 1, :]
         return result
+
+
+def _check_shape(name: str, stored: Mapping[str, TensorInfo], wanted: tuple[int, ...], makers: str) -> None:
+    """Raises `CheckpointError` where scales do not go with their values; `makers` are what says their shape."""
+    if (found := stored[name].shape) != wanted:
+        raise CheckpointError(
+            f"{stored[name].file}: {name} is {list(found)}, and {makers} make it {list(wanted)}; "
+            "fetch or copy the model again"
+        )
 
 
 def _real(scales: Tensor) -> Tensor:
@@ -109,9 +129,13 @@ class Mxfp4:
             if whole + _BLOCKS not in stored or whole + _SCALES not in stored:
                 found[name] = info
             elif name.endswith(_BLOCKS):
+                _check_shape(name, stored, (*stored[whole + _SCALES].shape, _GROUP // 2), "its scales")
                 *experts, output, groups, _ = info.shape
                 found[whole] = TensorInfo(info.file, (*experts, groups * _GROUP, output), "BF16")
         return found
+
+    def parts(self, name: str, stored: Mapping[str, TensorInfo]) -> tuple[str, ...]:
+        return (name,) if name in stored else (name + _BLOCKS, name + _SCALES)
 
     def read(self, name: str, stored: Mapping[str, TensorInfo], get: Get) -> Tensor:
         if name in stored:

@@ -21,12 +21,16 @@ _COMPUTED = r"rotary_emb\.inv_freq$"
 def checked_layers(checkpoint: Checkpoint, family: Family | None) -> tuple[LayerShape, ...]:
     """The shape of every layer of a folder's model, for whatever runs or cuts it.
 
+    Of quantized weights nothing is checked, and there are no shapes: packed tensors have other sizes than the model.
+
     Args:
         family: `None` where it is not known; then only the usual keys of sizes are checked, and there are no shapes.
 
     Raises:
         CheckpointError: a size, a tensor or a width of the config is not that of the weights.
     """
+    if checkpoint.quantization:
+        return ()
     shapes = [info.shape for info in checkpoint.tensors.values()]
     refuse_sizes(checkpoint.config, family, shapes, str(checkpoint.folder / "config.json"))
     if family is None:

@@ -147,6 +147,8 @@ def load_model(
     with refused(f"{folder}: cannot be loaded"), _weights_shown("load weights"):
         checkpoint = Checkpoint(folder)
         options = {"dtype": dtype, "attn_implementation": attention_of(checkpoint.config)}
+        if checkpoint.quantization:
+            options["config"] = _dequantizing(load_config(folder, trust_remote_code))
         if checkpoint.encoding is None:
             model = model_class(folder).from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
         else:
@@ -172,6 +174,14 @@ def _weights_shown(stage: str) -> Iterator[None]:
         yield
     finally:
         hooks.set_tqdm_hook(before)
+
+
+def _dequantizing(config: Any) -> Any:
+    """A quantized model's config whose layers can run alone: compressed-tensors would wait until the whole model runs."""
+    settings = getattr(config, "quantization_config", None)
+    if isinstance(settings, dict) and settings.get("quant_method") == "compressed-tensors":
+        config.quantization_config = {**settings, "dequantize": True}
+    return config
 
 
 def _decoded(checkpoint: Checkpoint, trust_remote_code: bool, options: dict[str, Any]) -> Any:

@@ -60,9 +60,14 @@ def run_folder(folder: Path, base: ResolvedBase) -> Any:
 
 
 def stream_folder(folder: Path, base: ResolvedBase) -> Any:
-    """The same, but its layers are always streamed, so it is never whole in memory beside the base."""
-    limits = Limits.of_environment()
-    return load_streamed(_checked(folder, base), base.family, base.dtype, base.device, limits, base.trust_remote_code)
+    """The same, but its layers are always streamed, so it is never whole in memory beside the base.
+
+    A quantized model is the exception: only transformers' whole model dequantizes it.
+    """
+    checkpoint, limits = _checked(folder, base), Limits.of_environment()
+    if checkpoint.quantization:
+        return run_checkpoint(checkpoint, base)
+    return load_streamed(checkpoint, base.family, base.dtype, base.device, limits, base.trust_remote_code)
 
 
 def _checked(folder: Path, base: ResolvedBase) -> Checkpoint:
@@ -83,6 +88,8 @@ def run_checkpoint(checkpoint: Checkpoint, base: ResolvedBase) -> Any:
 
 def to_stream(checkpoint: Checkpoint, base: ResolvedBase, limits: Limits) -> bool:
     """Whether layers are streamed: as the base says, or because the weights do not fit the device's memory."""
+    if checkpoint.quantization:
+        return False
     if base.source == "auto":
         return weight_bytes(checkpoint, base.dtype) > MARGIN * limits.free(base.device)
     return base.source == "streamed"

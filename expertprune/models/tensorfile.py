@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,8 @@ class TensorInfo:
 
     @property
     def bytes(self) -> int:
-        return self.parameters * DTYPES[self.dtype].itemsize
+        bits = re.search(r"\d+", self.dtype)  # of `BF16`, `F8_E4M3` or `I64`; a BOOL is a byte
+        return self.parameters * (int(bits.group()) if bits else 8) // 8
 
 
 class TensorFile:

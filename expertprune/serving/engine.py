@@ -50,7 +50,7 @@ print("PLATFORM", json.dumps({"cpu": platform.is_cpu(), "memory": platform.get_d
 class Servable:
     """A folder that vLLM can serve: an expert, or any other checkpoint.
 
-    `weight_bytes` is the size of its tensors; `chat` says whether it has a chat template.
+    `weight_bytes` is the size of its tensors as they are stored; `chat` says whether it has a chat template.
     """
 
     folder: Path
@@ -90,25 +90,13 @@ def check_folder(folder: str | Path, name: str | None = None) -> Servable:
     checked_layers(checkpoint, families().get(str(checkpoint.config.get("model_type"))))
     if not any(folder.glob("tokenizer*")) and not any(folder.glob("*.tiktoken")):
         raise CheckpointError(f"{folder}: has no tokenizer files (tokenizer.json, tokenizer_config.json)")
-    return Servable(folder, name or own, stored_bytes(checkpoint), checkpoint, _has_chat_template(folder))
+    return Servable(folder, name or own, checkpoint.stored_bytes(), checkpoint, _has_chat_template(folder))
 
 
 def _has_chat_template(folder: Path) -> bool:
     if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
         return True
     return bool(read_object(folder / "tokenizer_config.json").get("chat_template"))
-
-
-def stored_bytes(checkpoint: Checkpoint, names: Sequence[str] | None = None) -> int:
-    """Bytes of some of a checkpoint's tensors, or of all."""
-    chosen = checkpoint.tensors if names is None else names
-    return sum(checkpoint.tensors[name].parameters * element_bytes(checkpoint.tensors[name].dtype) for name in chosen)
-
-
-def element_bytes(dtype: str) -> int:
-    """Bytes of one element of a dtype as safetensors names it, such as `BF16`, `F8_E4M3` or `I64`."""
-    bits = re.search(r"\d+", dtype)
-    return int(bits.group()) // 8 if bits else 1  # BOOL
 
 
 @functools.cache
@@ -279,8 +267,8 @@ def _in_dtype(servable: Servable, dtype: str | None) -> Servable:
     """The folder with the bytes that its weights take in float32, where vLLM is told to run it so."""
     if dtype not in ("float32", "float"):
         return servable
-    every = sum(tensor.parameters for tensor in servable.checkpoint.tensors.values())
-    return replace(servable, weight_bytes=every * element_bytes("F32"))
+    every = (replace(tensor, dtype="F32") for tensor in servable.checkpoint.tensors.values())
+    return replace(servable, weight_bytes=sum(tensor.bytes for tensor in every))
 
 
 def load_engine(folder: str | Path, **settings: Any) -> Any:

@@ -147,7 +147,7 @@ def bytes_per_token(checkpoint: Checkpoint) -> int:
     looked_up = {name for name, value in model.named_parameters(remove_duplicate=False) if value is embedding}
     tied_copies = {name for name, value in model.named_parameters(remove_duplicate=False) if value is head} - looked_up
     left_out = looked_up if head is not embedding else tied_copies if looked_up & set(checkpoint.tensors) else set()
-    return engine.stored_bytes(checkpoint, [name for name in checkpoint.tensors if name not in left_out])
+    return checkpoint.stored_bytes([name for name in checkpoint.tensors if name not in left_out])
 
 
 def _write_prompts(file: Path, tokenizer_folder: Path, load: Load) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -17,12 +18,15 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from expertprune.corpora.batches import make_batches
-from expertprune.models.checkpoint import Checkpoint
+from expertprune.errors import CheckpointError
+from expertprune.models.checkpoint import SINGLE, Checkpoint
 from expertprune.models.encodings import BlockFp8
 from expertprune.models.loading import load_model
 from expertprune.models.passes import TextRun
-from expertprune.models.running import RunningBase
+from expertprune.models.running import RunningBase, stream_folder
 from expertprune.models.tensorfile import TensorInfo
+from expertprune.serving.engine import check_folder
+from expertprune.serving.throughput import bytes_per_token
 from tests.oracle import change_config, logits_of, pruned, random_plan, read_json, resolved
 from tests.tiny import save_tiny
 
@@ -117,3 +121,96 @@ def test_such_a_base_is_the_model_of_its_values_and_gives_bfloat16_experts(
         for name in one.tensors:
             assert one.read(name).dtype is torch.bfloat16
             assert torch.equal(one.read(name), other.read(name))
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A folder of each kind, not to be changed."""
+
+    @functools.cache
+    def made(kind: str) -> Path:
+        torch.manual_seed(0)
+        family, widths, settings, stored = ENCODED[kind]
+        place = tmp_path_factory.mktemp(kind)
+        plain = save_tiny(place / "plain", family, max_shard_size="20KB", **widths)
+        return quantized(plain, place / "encoded", settings, stored)
+
+    return made
+
+
+def test_a_quantized_expert_is_evaluated_as_its_weights_are_worth(tmp_path: Path, store: Path) -> None:
+    """Of W4A16, whose tensors are packed; layers run one by one, as `evaluate` runs them."""
+    pack = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers").pack_to_int32
+    plain = save_tiny(tmp_path / "plain")
+    folder, packed = Path(shutil.copytree(plain, tmp_path / "packed")), {}
+    tensors = load_file(plain / SINGLE)
+    for name in [name for name in tensors if "_proj" in name]:
+        scale = tensors[name].abs().amax(1, keepdim=True) / 7
+        steps = (tensors.pop(name) / scale).round().to(torch.int8)
+        shape = torch.tensor(steps.shape)
+        packed |= {
+            f"{name}_packed": pack(steps, 4),
+            f"{name}_scale": scale,
+            f"{name}_shape": shape,
+            name: steps * scale,
+        }
+    stored = {name: tensor for name, tensor in packed.items() if not name.endswith("weight")}
+    save_file(tensors | stored, folder / SINGLE, metadata={"format": "pt"})
+    values = {name: tensor for name, tensor in packed.items() if name.endswith("weight")}
+    save_file(tensors | values, plain / SINGLE, metadata={"format": "pt"})
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "channel", "observer": "minmax"}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "format": "pack-quantized"}}
+    settings = {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed"}
+    change_config(folder, quantization_config={**settings, "ignore": ["lm_head"], "config_groups": groups})
+    base = replace(resolved(plain, store), dtype=torch.float32)
+    text = TextRun(stream_folder(folder, base), base.family, base.layers, make_batches(IDS.tolist(), 99))
+    ((_, found),) = text.logits(text.batches[0], text.finish().hidden[0])
+    assert (found - logits_of(load_model(plain, torch.float32), IDS)).abs().max() < 1e-5
+
+
+def rows(tensor: Tensor) -> Tensor:
+    return tensor[..., :-1, :]
+
+
+def columns(tensor: Tensor) -> Tensor:
+    return tensor[..., :-1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed", "words"),
+    [
+        (
+            "fp8",
+            ("_scale_inv", rows),
+            r"weight_scale_inv is \[\d, \d\], and its matrix and weight_block_size in config",
+        ),
+        ("fp8", ("_scale_inv", columns), "weight_scale_inv is "),
+        ("fp8", [8, 8], "weight_scale_inv is "),
+        ("mxfp4", ("_scales", rows), r"_proj_blocks is \[6, 64, \d, 16\], and its scales make it \[6, 63, \d, 16\]"),
+        ("mxfp4", ("_scales", columns), "_proj_blocks is "),
+        ("mxfp4", ("_blocks", columns), "_proj_blocks is "),
+    ],
+)
+def test_scales_that_do_not_go_with_their_values_are_refused(
+    kind: str, changed: Any, words: str, encoded: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(encoded(kind), tmp_path / "less"))
+    if isinstance(changed, list):
+        change_config(folder, quantization_config={**FP8, "weight_block_size": changed})
+    else:
+        ending, less = changed
+        for path in folder.glob("*.safetensors"):
+            tensors = load_file(path).items()
+            save_file(
+                {name: less(each).contiguous() if name.endswith(ending) else each for name, each in tensors}, path
+            )
+    with pytest.raises(CheckpointError, match=rf"{folder}: model-.*safetensors: model\.layers\..*{words}"):
+        Checkpoint(folder)
+
+
+def test_what_an_encoded_folder_takes_is_counted_as_stored(encoded: Callable[[str], Path]) -> None:
+    for kind in ENCODED:
+        folder = encoded(kind)
+        sizes = {name: each.nbytes for path in folder.glob("*.safetensors") for name, each in load_file(path).items()}
+        assert check_folder(folder).weight_bytes == sum(sizes.values())
+        assert bytes_per_token(Checkpoint(folder)) == sum(sizes.values()) - sizes["model.embed_tokens.weight"]

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import expertprune
 from expertprune.errors import CheckpointError, UsageError
@@ -21,6 +22,7 @@ from expertprune.files.ownership import own_folder
 from expertprune.serving import engine
 from expertprune.serving.engine import GIB
 from tests.experts import described
+from tests.oracle import change_config
 from tests.serving.conftest import CPU
 from tests.tiny import save_tiny
 
@@ -79,6 +81,51 @@ def test_a_folder_that_is_not_whole_is_refused(folder: Path, damage: Callable[[P
     damage(folder)
     with pytest.raises(CheckpointError, match=message):
         engine.check_folder(folder)
+
+
+def changed(folder: Path, change: Callable[[str, Tensor], dict[str, Tensor]], **settings: Any) -> None:
+    """Change the matrices of a folder's layers, in files that an index names."""
+    places: dict[str, str] = {}
+    for path in folder.glob("*.safetensors"):
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in load_file(path).items():
+            tensors |= change(name, tensor) if "_proj" in name else {name: tensor}
+        save_file(tensors, path)
+        places |= dict.fromkeys(tensors, path.name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    change_config(folder, quantization_config=settings)
+
+
+def packed(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """W4A16 of llm-compressor: eight values a number, along the input."""
+    rows, width = tensor.shape
+    numbers = torch.zeros(rows, width // 8, dtype=torch.int32)
+    return {
+        f"{name}_packed": numbers,
+        f"{name}_scale": torch.ones(rows, 1),
+        f"{name}_shape": torch.tensor([rows, width]),
+    }
+
+
+def awq(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Eight values a number, along the output, which is the second axis."""
+    rows, width = tensor.shape
+    name = name.removesuffix("weight")
+    return {
+        f"{name}qweight": torch.zeros(width, -(-rows // 8), dtype=torch.int32),
+        f"{name}scales": torch.ones(1, rows),
+    }
+
+
+def int8(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    return {name: tensor.to(torch.int8), f"{name}_scale": torch.ones(len(tensor), 1)}
+
+
+@pytest.mark.parametrize("change", [packed, awq, int8])
+def test_quantized_folders_are_served_whatever_their_tensors(folder: Path, change: Any) -> None:
+    changed(folder, change, quant_method="any")
+    weights = sum(tensor.nbytes for file in folder.glob("*.safetensors") for tensor in load_file(file).values())
+    assert engine.check_folder(folder).weight_bytes == weights
 
 
 @pytest.mark.parametrize(
