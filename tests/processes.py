@@ -99,8 +99,13 @@ class Server:
     def beside(
         self, *commands: Sequence[Any], held: int, hold: str, send: signal.Signals = signal.SIGKILL
     ) -> list[Finished]:
-        """Run commands side by side, each for itself; the one numbered `held` gets the signal at the place `hold`."""
-        return self._beside(commands, [{}] * len(commands), held, hold, send)
+        """Run commands side by side, each for itself; the one numbered `held` gets the signal at the place `hold`.
+
+        The others begin when it is there, and cannot do first what it is to be held in.
+        """
+        there = self.folder / "there"
+        there.unlink(missing_ok=True)
+        return self._beside(commands, [{}] * len(commands), held, hold, send, str(there))
 
     def _beside(
         self,
@@ -109,6 +114,7 @@ class Server:
         held: int | None,
         hold: str | None,
         send: signal.Signals | None,
+        there: str | None = None,
     ) -> list[Finished]:
         given: list[dict[str, Any]] = [
             {
@@ -116,6 +122,7 @@ class Server:
                 "environment": environment,
                 "hold": hold if number == held else None,
                 "path": [],
+                "there": there,
             }
             for number, (arguments, environment) in enumerate(zip(commands, environments, strict=True))
         ]
@@ -215,8 +222,13 @@ def child(request: dict[str, Any]) -> NoReturn:
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
         os.environ.update(request["environment"], EXPERTPRUNE_STORE=request["store"])
         sys.path[:0] = request["path"]
+        there = Path(request["there"]) if request.get("there") else None
         if request["hold"]:
-            hold_after(*PLACES[request["hold"]], protocol)
+            hold_after(*PLACES[request["hold"]], protocol, there)
+        elif there is not None:
+            until = time.monotonic() + HOLD_AT_MOST
+            while not there.exists() and time.monotonic() < until:
+                time.sleep(0.02)
         if request["file_limit"]:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"],) * 2)
@@ -233,14 +245,16 @@ def child(request: dict[str, Any]) -> NoReturn:
         os._exit(code)
 
 
-def hold_after(module: str, name: str, calls: int, protocol: int) -> None:
-    """Let a function run so many times, and then wait for a signal before it returns."""
+def hold_after(module: str, name: str, calls: int, protocol: int, there: Path | None) -> None:
+    """Let a function run so many times, make the file `there`, and then wait for a signal before it returns."""
     original: Callable[..., Any] = getattr(importlib.import_module(module), name)
     counted = iter(range(1, 10**6))
 
     def held(*args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
         if next(counted) == calls:
+            if there is not None:
+                there.touch()
             say(protocol, {"held": name, "pid": os.getpid()})
             until = time.monotonic() + HOLD_AT_MOST
             while time.monotonic() < until:
