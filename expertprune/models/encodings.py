@@ -75,6 +75,7 @@ class BlockFp8:
     def decoded(self, stored: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
         scaled = {name for name in stored if name + _SCALE in stored}
         for name in sorted(scaled):
+            _check_axes(name, stored, 2)
             *matrices, height, width = stored[name].shape
             wanted = (*matrices, -(-height // self.rows), -(-width // self.columns))
             _check_shape(name + _SCALE, stored, wanted, "its matrix and weight_block_size in config.json")
@@ -98,6 +99,15 @@ class BlockFp8:
             rows = slice(block * self.rows, min((block + 1) * self.rows, height))
             result[..., rows, :] = values[..., rows, :].float() * wide[..., block : block + 1, :]
         return result
+
+
+def _check_axes(name: str, stored: Mapping[str, TensorInfo], least: int) -> None:
+    """Raises `CheckpointError` where a tensor that has scales is no matrix in blocks."""
+    if len(shape := stored[name].shape) < least:
+        raise CheckpointError(
+            f"{stored[name].file}: {name} has scales, and is {list(shape)}, where {least} axes or more are needed; "
+            "fetch or copy the model again"
+        )
 
 
 def _check_shape(name: str, stored: Mapping[str, TensorInfo], wanted: tuple[int, ...], makers: str) -> None:
@@ -129,6 +139,7 @@ class Mxfp4:
             if whole + _BLOCKS not in stored or whole + _SCALES not in stored:
                 found[name] = info
             elif name.endswith(_BLOCKS):
+                _check_axes(name, stored, 3)
                 _check_shape(name, stored, (*stored[whole + _SCALES].shape, _GROUP // 2), "its scales")
                 *experts, output, groups, _ = info.shape
                 found[whole] = TensorInfo(info.file, (*experts, groups * _GROUP, output), "BF16")

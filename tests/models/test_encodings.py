@@ -189,6 +189,8 @@ def columns(tensor: Tensor) -> Tensor:
         ("mxfp4", ("_scales", rows), r"_proj_blocks is \[6, 64, \d, 16\], and its scales make it \[6, 63, \d, 16\]"),
         ("mxfp4", ("_scales", columns), "_proj_blocks is "),
         ("mxfp4", ("_blocks", columns), "_proj_blocks is "),
+        ("fp8", ("_proj.weight", torch.flatten), r"_proj\.weight has scales, and is \[\d+\]"),
+        ("mxfp4", ("_blocks", torch.flatten), "_proj_blocks has scales, and is "),
     ],
 )
 def test_scales_that_do_not_go_with_their_values_are_refused(
