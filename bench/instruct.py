@@ -259,6 +259,8 @@ def main() -> None:
     parser.add_argument("--programs", type=int, default=40, help="that are asked for; default: 40")
     parser.add_argument("--ask", action="store_true", help="only ask the experts in --experts for programs")
     arguments = parser.parse_args()
+    if arguments.ask and not arguments.experts:
+        parser.error("--ask: say where the experts are, with --experts")
     with tempfile.TemporaryDirectory() as folder:
         data = arguments.data.resolve()
         bench = Bench(data, arguments.tokens, arguments.documents, Path(folder), arguments.base, arguments.experts)
