@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import click
 from click.testing import CliRunner, Result
 
 from expertprune.cli import main
@@ -16,6 +17,14 @@ def call(*arguments: Any, code: int = 0) -> Result:
     assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
     assert "Traceback" not in result.output
     return result
+
+
+def parsed(words: list[str]) -> dict[str, Any]:
+    """What a command makes of the words of its line. It does not run."""
+    assert words[0] == "expertprune"
+    parent = click.Context(main, info_name=words[0], **main.context_settings)
+    with main.commands[words[1]].make_context(words[1], words[2:], parent=parent) as context:
+        return dict(context.params)
 
 
 def call_json(*arguments: Any) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-import click
 import pytest
 import torch
 from pydantic import BaseModel
@@ -20,6 +19,7 @@ from expertprune.pruning.repair import repairs
 from expertprune.relevance import UnitStatistics, criteria
 from expertprune.spec.reading import load_spec
 from expertprune.spec.schema import Spec
+from tests.calling import parsed
 from tests.documents import ROOT, blocks, page
 
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
@@ -47,8 +47,7 @@ def test_specs_are_valid_and_commands_parse(tmp_path: Path) -> None:
         load_spec(tmp_path / "spec.yaml")
     assert {words[1] for words in CALLS} >= {"build", "evaluate", "export", "serve", "vocabulary"}
     for words in CALLS:
-        parent = click.Context(main, info_name=words[0], **main.context_settings)
-        main.commands[words[1]].make_context(words[1], words[2:], parent=parent).close()
+        assert parsed(words)
 
 
 def anchors(text: str) -> set[str]:

@@ -12,14 +12,13 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import yaml
 from torch.distributed import run
 
 import expertprune
-from expertprune.cli import main
 from expertprune.serving.server import PATIENCE
+from tests.calling import parsed
 from tests.documents import ROOT, page
 from tests.engine.test_team import check_same
 
@@ -33,14 +32,6 @@ PROBES = {name: CONTAINER[name] for name in ("startupProbe", "readinessProbe", "
 def instruction(name: str) -> list[str]:
     """The arguments of the Dockerfile's instructions of a name."""
     return re.findall(rf"^{name} +(.*)$", DOCKERFILE, re.MULTILINE)
-
-
-def parsed(words: list[str]) -> dict[str, Any]:
-    """What the command makes of the words of a command line."""
-    assert words[0] == "expertprune"
-    parent = click.Context(main, info_name=words[0], **main.context_settings)
-    with main.commands[words[1]].make_context(words[1], words[2:], parent=parent) as context:
-        return dict(context.params)
 
 
 def test_the_container_runs_a_command_that_there_is() -> None:

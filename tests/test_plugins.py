@@ -65,6 +65,7 @@ MODULES = {
 }
 
 
+@pytest.mark.slow
 def test_a_distribution_brings_entries_of_each_kind(tmp_path: Path, spec_data: dict[str, Any]) -> None:
     torch.manual_seed(0)
     base = JuniperForCausalLM(JuniperConfig())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 
 from expertprune.corpora.documents import GENERAL, OTHER, CorpusName, corpus_names
 from expertprune.errors import SpecError
-from expertprune.files import problems_of, read_yaml, shipped, user_path
+from expertprune.files import YAML_BYTES, parse_yaml, problems_of, read_text, shipped, user_path
 from expertprune.registry import nearest
 from expertprune.spec.schema import DIMENSIONS, Spec
 from expertprune.spec.sources import Source
@@ -21,11 +22,17 @@ def catalogue_sources(folder: Path) -> dict[CorpusName, Source]:
     """The sources of a catalogue folder, their paths made absolute. Raises `SpecError`."""
     path = folder / "catalogue.yaml"
     try:
-        data = read_yaml(path)
+        return dict(_sources_in(path, read_text(path, YAML_BYTES, SpecError)))
     except SpecError as error:
         raise SpecError([f"corpora.catalogue: {problem}" for problem in error.problems]) from None
+
+
+@functools.lru_cache(maxsize=8)
+def _sources_in(path: Path, text: str) -> dict[CorpusName, Source]:
+    """The sources in a catalogue's text, which is parsed once: a command looks its corpora up many times."""
+    data, folder = parse_yaml(text, str(path)), path.parent
     if not isinstance(data, dict):
-        raise SpecError(f"corpora.catalogue: {path}: must be a mapping of dimensions")
+        raise SpecError(f"{path}: must be a mapping of dimensions")
     sources: dict[CorpusName, Source] = {}
     problems: list[str] = []
     valid = (*DIMENSIONS, GENERAL)

@@ -57,6 +57,7 @@ from expertprune.files.places import (
     user_path,
 )
 from expertprune.files.reading import (
+    YAML_BYTES,
     as_model,
     check_values,
     no_collection,
@@ -89,7 +90,7 @@ from expertprune.files.validation import problems_of
 __all__ = [
     "ADAPTER", "ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "CHANGES_FILE", "COMPARISON_PAGE", "CUT_ALONG", "EXPERT", "EXPERT_FILE",
     "GENERATOR", "GGUF", "HASHED", "HOLDINGS", "MEMORY_VARIABLE", "PAGE", "PICTURE", "PLAN", "REPORT_PAGE",
-    "SPOOL_VARIABLE", "THROUGHPUT_FILE", "TIMING", "OutputKind", "StoreEntry", "against_file", "age",
+    "SPOOL_VARIABLE", "THROUGHPUT_FILE", "TIMING", "YAML_BYTES", "OutputKind", "StoreEntry", "against_file", "age",
     "as_model", "check_inputs", "check_output", "check_parent", "check_values", "check_writable", "digest_of",
     "disk_errors", "duration", "file_digest", "folder_size", "holdings", "is_leftover", "is_report", "known_digest",
     "locked", "machine", "no_collection", "not_a_file", "not_a_folder", "note_parents", "numbered", "one_at_a_time",

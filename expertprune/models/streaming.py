@@ -53,10 +53,12 @@ def load_streamed(
 
 def empty_model(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
     """The folder's model with parameters on the device `meta`; buffers hold what the model computes for them."""
+    from transformers.initialization import no_init_weights
+
     config = load_config(folder, trust_remote_code)
     made = model_class(folder)
     settings = {"dtype": dtype, "attn_implementation": attention_of(config.to_dict())}
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         if hasattr(made, "from_config"):
             model = made.from_config(config, trust_remote_code=trust_remote_code, **settings)
         else:

@@ -13,11 +13,11 @@ import pytest
 import expertprune
 from expertprune.arch import bundled_models
 from expertprune.artifacts.expert import CorpusRecord, Expert, base_place, portable
-from expertprune.commands.evaluate import evaluate
 from expertprune.errors import CheckpointError, SpecError
 from expertprune.files import EXPERT_FILE
 from expertprune.reporting.metadata import card_metadata
 from expertprune.spec.reading import parse_spec, with_base
+from tests.calling import parsed
 from tests.experts import about, copied, described
 
 
@@ -131,7 +131,7 @@ def test_an_expert_in_a_folder_of_its_bases_name_is_not_its_base(
         assert base_place(expert, expert.folder, store) == expert.folder.name
     found = [experts[0].local_spec(store, changes) for changes in ({}, {"base.model": name})]
     assert [spec.base.model for spec in found] == [name, name]
-    given = [evaluate.make_context("evaluate", ["x", "--base", base]).params["base"] for base in (name, f"./{name}")]
+    given = [parsed(["expertprune", "evaluate", "x", "--base", base])["base"] for base in (name, f"./{name}")]
     assert given == [name, str(experts[0].folder)]
     folder = tmp_path / "models" / name  # a base that has the name too
     folder.mkdir(parents=True)

@@ -63,6 +63,7 @@ def test_an_answer_passes_if_its_code_passes_every_test(answer: str, right: bool
     assert passes(answer, PROGRAM) is right
 
 
+@pytest.mark.slow
 def test_programs_have_limits() -> None:
     assert runs("pass", 1)
     for program in ("while True: pass", "import time\ntime.sleep(60)", "found = bytearray(2 << 30)", "input()",

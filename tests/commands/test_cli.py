@@ -17,7 +17,7 @@ import expertprune
 from expertprune.cli import main
 from expertprune.errors import SpecError
 from expertprune.spec.reading import load_spec
-from tests.calling import call, call_json, strict
+from tests.calling import call, call_json, parsed, strict
 from tests.oracle import contents
 from tests.patching import everywhere
 
@@ -41,8 +41,7 @@ def test_the_help_shows_examples_that_parse() -> None:
         lines = [line for line in text.splitlines() if f"  expertprune {command} " in line]
         assert lines
         for line in lines if command != "schema" else []:
-            with main.commands[command].make_context(command, line.split()[2:]) as context:
-                assert context.params
+            assert parsed(line.split())
 
 
 def test_a_wrong_call_exits_with_2_and_says_what_is_wrong() -> None:

@@ -88,6 +88,7 @@ def test_a_shard_that_is_none_and_two_ways_at_once_are_refused(spec_file: Path, 
     assert "need --engine ray" in call("profile", spec_file, "--members", "2", code=2).stderr
 
 
+@pytest.mark.slow
 def test_three_shards_of_which_one_is_killed(tmp_path: Path, spec_file: Path, store: Path) -> None:
     """The killed one holds a lease in the middle of a profile; the others do its work too."""
     shared = tmp_path / "shared"

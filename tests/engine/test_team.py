@@ -62,6 +62,7 @@ def well(finished: list[Finished]) -> None:
     assert [each.code for each in finished] == [0] * len(finished), [each.stderr for each in finished]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "budget"),
     [
@@ -89,6 +90,7 @@ def test_two_members_build_what_one_process_builds(
     assert not list((tmp_path / "store").glob("repairs/*")), "tries leave nothing behind"
 
 
+@pytest.mark.slow
 def test_members_beyond_the_number_of_documents_add_nothing(tmp_path: Path, spec_file: Path) -> None:
     """One document of each corpus, and three processes."""
     command = ["build", spec_file, "--set", "calibration.documents=1", "--set", "evaluate.documents=1"]
@@ -97,6 +99,7 @@ def test_members_beyond_the_number_of_documents_add_nothing(tmp_path: Path, spec
     check_same(tmp_path / "one", tmp_path / "team")
 
 
+@pytest.mark.slow
 def test_a_killed_member_ends_the_others_at_once_and_the_next_run_goes_on(tmp_path: Path, spec_file: Path) -> None:
     """The first member is killed in a profile, the second one in the repair of the next run."""
     out, store = tmp_path / "experts" / "team", tmp_path / "store"
@@ -118,6 +121,7 @@ def test_a_killed_member_ends_the_others_at_once_and_the_next_run_goes_on(tmp_pa
     assert not [path for path in (store / "profiles").iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_members_that_disagree_are_named_and_an_error_of_one_is_told_by_all(tmp_path: Path, spec_file: Path) -> None:
     other = tmp_path / "other.yaml"
     base = save_tiny(tmp_path / "another", "llama", seed=1)

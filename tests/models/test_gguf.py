@@ -374,6 +374,7 @@ def test_a_part_of_a_tokenizer_without_a_name_is_refused(tmp_path: Path) -> None
     assert "has no name for this pre-tokenizer (Split, ByteLevel)" in refusal(folder, tmp_path / "a.gguf")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "missing"), [("f32", 1), ("bf16", 3000)])
 def test_a_disk_without_room_for_the_last_bytes(made: Made, kind: str, missing: int, tmp_path: Path) -> None:
     """A file that may not grow to its size fails in the middle of a write, as on a full disk."""

@@ -33,6 +33,7 @@ def until(said: list[str], text: str) -> Callable[[], bool]:
     return check
 
 
+@pytest.mark.slow
 def test_one_that_is_killed_comes_back_until_it_is_given_up_and_the_others_go_on(
     folders: list[Path], tmp_path: Path, started: list[ProcessTree], monkeypatch: pytest.MonkeyPatch
 ) -> None:

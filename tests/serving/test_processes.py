@@ -53,6 +53,7 @@ def wait_for(text: str, tree: ProcessTree) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_what_ignores_the_request_to_end_is_killed_with_its_descendants(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +157,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 def test_a_parent_that_is_killed_takes_all_with_it(tmp_path: Path) -> None:
     """Even what ignores SIGTERM, and what has left its session and lost its own parent."""
     parent = subprocess.Popen([sys.executable, "-c", PARENT, tmp_path, STUBBORN], stdout=subprocess.PIPE, text=True)

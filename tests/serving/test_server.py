@@ -121,6 +121,7 @@ def test_mistakes_of_the_command_are_said_before_anything_starts(
     assert started == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sent", "several"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
 def test_the_command_says_how_it_is_asked_and_a_signal_ends_the_whole_tree(
     folders: list[Path],

@@ -115,6 +115,7 @@ def client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fake_vllm: None) -> 
     return put
 
 
+@pytest.mark.slow
 def test_both_are_measured_in_turn_on_the_same_prompts(
     tmp_path: Path, client: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

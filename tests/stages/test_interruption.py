@@ -18,6 +18,7 @@ from tests.experts import plain_spec
 from tests.patching import everywhere
 from tests.processes import server
 
+pytestmark = pytest.mark.slow
 # Profiles that are stored when a child is held: the second is not in its place yet, and later stages have all four.
 STORED = {"profile": 1, "prune": 4}
 UNEVALUATED = ["--set", "evaluate.enabled=false"]

@@ -99,6 +99,7 @@ def test_the_card_says_to_the_hub_where_the_expert_comes_from_and_what_it_keeps(
     assert f"On the hub it is commit `{origin['commit']}`." in card_of(hub)
 
 
+@pytest.mark.slow
 def test_an_upload_that_is_killed_goes_on(hub: Hub, expert: Path) -> None:
     """The process dies while it sends its third large file; the next one does not send the first two again."""
     process = multiprocessing.get_context("fork").Process(target=expertprune.push_to_hub, args=(expert, NAME))

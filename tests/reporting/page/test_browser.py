@@ -27,6 +27,7 @@ CUT = """() => [...document.querySelectorAll('svg text')].filter(text => {
 }).map(text => text.textContent)"""
 
 
+@pytest.mark.slow
 def test_the_page_in_a_browser(browser: Any, tiny_build: tuple[Path, Path], tmp_path: Path) -> None:
     """As wide as a phone, with everything on it unfolded."""
     name = "an-expert-with-a-long-name-for-German-and-English-medicine"

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("fake_vllm")
 Build = tuple[Path, Path]
 
 
+@pytest.mark.slow
 def test_both_engines_answer_in_the_terminal_and_end_with_it(
     tiny_build: Build, tmp_path: Path, started: list[ProcessTree]
 ) -> None:
@@ -39,6 +40,7 @@ def test_both_engines_answer_in_the_terminal_and_end_with_it(
     assert not any(tree.members() for tree in started)
 
 
+@pytest.mark.slow
 def test_the_page_is_served_until_a_signal_comes(
     tiny_build: Build, tmp_path: Path, started: list[ProcessTree], interrupted: Callable[..., Result]
 ) -> None:

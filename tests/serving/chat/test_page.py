@@ -33,6 +33,7 @@ def say(tab: Any, text: str) -> None:
     tab.press("#prompt", "Enter")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
 def test_both_answer_the_same_prompt_and_the_first_difference_is_marked(browser: Any) -> None:
     with (
@@ -81,6 +82,7 @@ def test_both_answer_the_same_prompt_and_the_first_difference_is_marked(browser:
     assert [asked["prompt"] for _, asked in expert.asked] == [texts[0], "\n\n".join(texts)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
 def test_what_fails_or_is_stopped_is_said_beside_the_other(browser: Any) -> None:
     with (
