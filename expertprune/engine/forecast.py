@@ -23,10 +23,12 @@ from expertprune.engine.memory import (
     profiling,
     repairing,
 )
-from expertprune.engine.rates import HEAD_BOTH, Rates, measured_rates
+from expertprune.engine.rates import Rates, measured_rates
 from expertprune.models.base import ResolvedBase
 from expertprune.models.running import to_stream
 from expertprune.models.spool import SHARE, Limits
+
+_HALF = 9 / 16  # of a Gram matrix: its diagonal and what is above it, in eight stripes
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ class Forecaster:
     def measured(cls, base: ResolvedBase, sizes: Sizes, work: Work, limits: Limits, scratch: Path) -> Forecaster:
         """With rates that are measured now, unless shapes alone say that it does not fit."""
         cls(base, sizes, work, limits, Rates.of_shapes(base)).forecast()
-        largest = max(work.texts, key=lambda text: text.batch, default=TextSize(1, 1, 1, 1))
+        largest = max(work.texts, key=lambda text: text.batch, default=TextSize(1, 1, 1, 1, 1))
         return cls(base, sizes, work, limits, measured_rates(base, largest.batch, largest.width, scratch))
 
     def forecast(self) -> Forecast:
@@ -262,12 +264,12 @@ class Forecaster:
         layers, rates = text.tokens * self.sizes.layers, self.rates
         is_first = name == next(iter(self.work.profiled))
         first = self._statistics_seconds(text, weights=is_first) + (self._loading() if is_first else 0.0)
-        head = text.tokens * self.sizes.vocabulary * rates.head
+        values = text.tokens * self.sizes.vocabulary
         if not self.work.gradient:
-            return first + self._pass(layers * rates.forward) + (head if self.work.vocabulary else 0.0)
+            return first + self._pass(layers * rates.forward) + (values * rates.head if self.work.vocabulary else 0.0)
         if keeps_graphs:
-            return first + layers * rates.both + HEAD_BOTH * head
-        return first + self._pass(layers * rates.forward) + self._pass(layers * rates.both) + HEAD_BOTH * head
+            return first + layers * rates.both + values * rates.head_both
+        return first + self._pass(layers * rates.forward) + self._pass(layers * rates.both) + values * rates.head_both
 
     def _statistics_seconds(self, text: TextSize, weights: bool) -> float:
         """Sums over a text: what each attention head and group writes, by its Gram matrix; and those of the weights."""
@@ -289,7 +291,7 @@ class Forecaster:
                 products = 2 * text.tokens * (kept + sizes.hidden) + text.tokens**2 / 3 + 2 * kept * sizes.hidden
                 solved += text.tokens * products / rates.factors
             else:
-                moments = 2 * text.tokens * kept * (kept + sizes.hidden)
+                moments = 2 * text.tokens * kept * (_HALF * kept + sizes.hidden)
                 solved += moments / rates.products + (kept**3 / 3 + 2 * kept**2 * sizes.hidden) / rates.factors
         if sizes.routed is not None and sizes.routed.repaired:
             products, equations = sizes.routed.operations(text.tokens)
@@ -304,7 +306,7 @@ class Forecaster:
 
     def _reading_seconds(self, text: TextSize, along: bool) -> float:
         """What base and expert make of a text, and their layers too unless it went along with the repair."""
-        head = (1 + self.work.rows) * text.tokens * self.sizes.vocabulary * self.rates.head
+        head = (1 + self.work.rows) * text.predicted * self.sizes.vocabulary * self.rates.head
         if along:
             return head
         return head + 2 * self._pass(text.tokens * self.sizes.layers * self.rates.forward * (1 + self.work.kept) / 2)

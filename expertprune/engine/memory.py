@@ -47,12 +47,14 @@ class TextSize:
         tokens: of all batches.
         batch: of the largest batch.
         width: of the longest document.
+        predicted: tokens on which the loss counts, such as those of answers.
     """
 
     tokens: int
     batch: int
     width: int
     documents: int
+    predicted: int
 
     @classmethod
     def of(cls, batches: Sequence[Batch]) -> TextSize:
@@ -61,6 +63,7 @@ class TextSize:
             max((batch.ids.numel() for batch in batches), default=0),
             max((batch.ids.shape[1] for batch in batches), default=0),
             sum(len(batch.documents) for batch in batches),
+            sum(int(batch.targets.sum()) for batch in batches),
         )
 
 
@@ -366,6 +369,7 @@ def together(texts: Sequence[TextSize]) -> TextSize:
         max(text.batch for text in texts),
         max(text.width for text in texts),
         sum(text.documents for text in texts),
+        sum(text.predicted for text in texts),
     )
 
 

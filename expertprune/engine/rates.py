@@ -30,6 +30,8 @@ _SIDE = 1536  # of matrices whose products and factors are timed
 
 
 _ROWS = 4096  # of the output matrix that is timed
+_PLACES = 2048  # at most, whose predictions are timed with it
+_OF_HEAD = 4e9  # operations of it
 
 
 _SAMPLE = 2**27  # bytes that are read; and at most this share of the weights
@@ -44,7 +46,8 @@ class Rates:
         forward: seconds of a token in one layer.
         both: seconds of a token in one layer, forward and back.
         graph: bytes that a token's graph holds in one layer.
-        head: seconds of a token and a row of the vocabulary, forward; with the loss' gradient it is `HEAD_BOTH` times that.
+        head: seconds of a token and a row of the vocabulary, where two models' predictions are compared.
+        head_both: the same of one model, where the gradient of a loss is taken.
         products: float32 operations a second, in matrix products.
         factors: float64 operations a second, where a matrix is factorized.
         norms: seconds of a value of a weight of which sums of absolute values and of squares are taken.
@@ -56,6 +59,7 @@ class Rates:
     both: float
     graph: float
     head: float
+    head_both: float
     products: float
     factors: float
     norms: float
@@ -65,10 +69,7 @@ class Rates:
     @classmethod
     def of_shapes(cls, base: ResolvedBase) -> Rates:
         """Without measurement: only the size of the graph is known."""
-        return cls(0.0, 0.0, graph_estimate(base), 0.0, math.inf, math.inf, 0.0, math.inf, math.inf)
-
-
-HEAD_BOTH = 2.5
+        return cls(0.0, 0.0, graph_estimate(base), 0.0, 0.0, math.inf, math.inf, 0.0, math.inf, math.inf)
 
 
 def measured_rates(base: ResolvedBase, tokens: int, width: int, scratch: Path) -> Rates:
@@ -86,10 +87,12 @@ def measured_rates(base: ResolvedBase, tokens: int, width: int, scratch: Path) -
     rows, columns = max(1, most // width), min(most, width)
     with torch.no_grad():
         forward, both, graph = _timed_layer(base, layer, rows, columns)
-        vocabulary = min(_ROWS, int(config.get("vocab_size") or _ROWS))
-        states = torch.randn(min(256, tokens), base.layers[layer].hidden, device=device).to(base.dtype)
-        matrix = torch.randn(vocabulary, states.shape[1], device=device).to(base.dtype)
-        head = _seconds(lambda: nn.functional.linear(states, matrix).float().logsumexp(-1), device)
+        vocabulary, hidden = min(_ROWS, int(config.get("vocab_size") or _ROWS)), base.layers[layer].hidden
+        matrix = torch.randn(vocabulary, hidden, device=device).to(base.dtype)
+        places = max(_LEAST_TOKENS, min(_PLACES, int(_OF_HEAD / (2 * hidden * vocabulary))))
+        states = torch.randn(places, hidden, device=device).to(base.dtype)
+        head = _seconds(lambda: _compared(states, matrix), device) / 2
+        head_both = _seconds(lambda: _loss_gradient(states, matrix), device)
         norms = _seconds(lambda: (matrix.float().abs().sum(0), matrix.float().square().sum(0)), device)
         order = min(_SIDE, base.layers[layer].neurons)
         side = torch.randn(order, order, device=device)
@@ -100,13 +103,29 @@ def measured_rates(base: ResolvedBase, tokens: int, width: int, scratch: Path) -
         forward=forward,
         both=both,
         graph=graph,
-        head=head / (len(states) * vocabulary),
+        head=head / (places * vocabulary),
+        head_both=head_both / (places * vocabulary),
         products=2 * order**3 / product,
         factors=order**3 / 3 / factor,
         norms=norms / matrix.numel(),
         read=_reading(base),
         written=_writing(scratch, min(_SAMPLE, int(base.checkpoint.weight_bytes * _SAMPLED))),
     )
+
+
+def _compared(states: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """What an evaluation makes of the predictions of two models."""
+    p, q = (torch.log_softmax(nn.functional.linear(states, matrix).float(), -1) for _ in range(2))
+    return (p.exp() * (p - q)).sum(-1), p.argmax(-1) == q.argmax(-1)
+
+
+def _loss_gradient(states: Tensor, matrix: Tensor) -> Tensor:
+    """What a profile makes of the predictions of one."""
+    leaf = states.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = nn.functional.linear(leaf, matrix).float()
+        (gradient,) = torch.autograd.grad(logits, leaf, torch.softmax(logits.detach(), -1).mul_(2.0))
+    return gradient
 
 
 def _active_parameters(base: ResolvedBase, layer: int) -> int:
