@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import importlib.metadata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import expertprune
 from expertprune.arch import attention_of
 from expertprune.artifacts.profile import FORWARD, Profile, ProfileAbout, ProfileKey, ProfilePart, save_profile
 from expertprune.corpora.documents import Document
 from expertprune.engine.team import team
-from expertprune.files import digest_of, working_folder
+from expertprune.files import code_digest, digest_of, digest_of_files, working_folder
 from expertprune.models.base import ResolvedBase
 from expertprune.models.passes import TextRun
 from expertprune.models.states import KeepStates, keep_nothing
@@ -37,7 +35,7 @@ def profile_key(base: ResolvedBase, text: str, max_tokens: int) -> ProfileKey:
     Args:
         text: digest of the tokens that are read, see `CalibrationText`.
     """
-    remote = _digest_of_files(sorted(base.folder.rglob("*.py")), base.folder) if base.trust_remote_code else ""
+    remote = digest_of_files(sorted(base.folder.rglob("*.py")), base.folder) if base.trust_remote_code else ""
     return ProfileKey(
         model=base.digest,
         tokenizer=base.tokenizer_digest,
@@ -47,29 +45,13 @@ def profile_key(base: ResolvedBase, text: str, max_tokens: int) -> ProfileKey:
         device=base.device.type,
         attention=str(attention_of(base.checkpoint.config)),
         versions=_versions(),
-        code=digest_of([statistics_code(Path(expertprune.__file__).parent), remote]),
+        code=digest_of([code_digest(SOURCES), remote]),
     )
 
 
 @functools.cache
 def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in PACKAGES}
-
-
-@functools.cache
-def statistics_code(package: Path) -> str:
-    """Digest of the package's code that computes statistics, with its data about families."""
-
-    def files() -> Iterator[Path]:
-        for source in SOURCES:
-            path = package / source
-            yield from [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".py", ".yaml"))
-
-    return _digest_of_files(files(), package)
-
-
-def _digest_of_files(paths: Sequence[Path] | Iterator[Path], root: Path) -> str:
-    return digest_of({str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths})
 
 
 def profile_path(store: Path, key: ProfileKey) -> Path:

@@ -16,7 +16,7 @@ from expertprune.corpora.documents import Corpus
 from expertprune.errors import SpecError
 from expertprune.evaluation.harness import models
 from expertprune.evaluation.harness.scores import Scores
-from expertprune.evaluation.harness.stored import StoredScores, versions
+from expertprune.evaluation.harness.stored import StoredScores, result_path
 from expertprune.evaluation.harness.tasks import HarnessTask, run_task
 from expertprune.evaluation.measure import group_of
 from expertprune.evaluation.retention import RESAMPLES
@@ -196,7 +196,7 @@ class Measurement:
     def _path(self, corpus: Corpus) -> Path:
         text = [*corpus.measured, group_of(corpus)]
         about = [self.of_base.model, self.of_expert.model, text, self.settings.model_dump(mode="json"), self.align]
-        return self.store / "evaluations" / f"{digest_of(['corpus', *about, versions()])}.json"
+        return result_path(self.store, "corpus", *about)
 
     def _stored(self, corpus: Corpus) -> _OnCorpus | None:
         return read_kept(self._path(corpus), _OnCorpus)

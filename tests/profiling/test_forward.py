@@ -19,9 +19,10 @@ from torch import Tensor
 
 import expertprune
 from expertprune.errors import CheckpointError
+from expertprune.files import code_digest
 from expertprune.models.base import ResolvedBase, resolve_base
 from expertprune.profiling import store as store_module
-from expertprune.profiling.store import SOURCES, profile_key, statistics_code
+from expertprune.profiling.store import SOURCES, profile_key
 from expertprune.spec.schema import Base
 from tests.masks import LENGTHS, Tiny, assert_near, ffn_output, layer_activations, measured, tiny, token_lists
 
@@ -161,7 +162,7 @@ def test_a_profile_is_named_by_all_that_it_depends_on(base: ResolvedBase, monkey
     others += [profile_key(dataclasses.replace(base, **each), TEXT, 32) for each in changed]  # type: ignore[arg-type]
     stand_ins: list[tuple[Any, ...]] = [
         (store_module, "attention_of", lambda config: "eager"),
-        (store_module, "statistics_code", lambda package: "other"),
+        (store_module, "code_digest", lambda sources: "other"),
         ("importlib.metadata.version", lambda name: "9.9" if name == "torch" else version(name)),
         ("importlib.metadata.version", lambda name: "9.9" if name == "transformers" else version(name)),
     ]
@@ -185,11 +186,11 @@ def test_code_that_gives_other_numbers_makes_new_profiles(tiny_llama: Path, stor
     assert [old == new for old, new in zip(before, after, strict=True)] == [True, False]
     package = Path(expertprune.__file__).parent
     copy = shutil.copytree(package, tmp_path / "copy")
-    found = [statistics_code(package), statistics_code(copy)]
+    found = [code_digest(SOURCES), code_digest(SOURCES, copy)]
     for file in ("reporting/card.py", "profiling/gradients.py", "models/routed.py", "arch/families/llama.yaml"):
         (copy / file).write_text((copy / file).read_text() + "\n")
-        statistics_code.cache_clear()
-        found.append(statistics_code(copy))
+        code_digest.cache_clear()
+        found.append(code_digest(SOURCES, copy))
     assert found[0] == found[1] == found[2]
     assert len(set(found[2:])) == 4
 

