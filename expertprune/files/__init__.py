@@ -88,15 +88,16 @@ from expertprune.files.staging import (
 from expertprune.files.validation import problems_of
 
 __all__ = [
-    "ADAPTER", "ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "CHANGES_FILE", "COMPARISON_PAGE", "CUT_ALONG", "EXPERT", "EXPERT_FILE",
-    "GENERATOR", "GGUF", "HASHED", "HOLDINGS", "MEMORY_VARIABLE", "PAGE", "PICTURE", "PLAN", "REPORT_PAGE",
-    "SPOOL_VARIABLE", "THROUGHPUT_FILE", "TIMING", "YAML_BYTES", "OutputKind", "StoreEntry", "against_file", "age",
-    "as_model", "check_inputs", "check_output", "check_parent", "check_values", "check_writable", "code_digest", "digest_of",
-    "digest_of_files", "disk_errors", "duration", "file_digest", "folder_size", "holdings", "is_leftover", "is_report", "known_digest",
-    "locked", "machine", "no_collection", "not_a_file", "not_a_folder", "note_parents", "numbered", "one_at_a_time",
-    "opened", "own_folder", "parse_json", "parse_yaml", "problems_of", "prune_store", "read_bytes", "read_json",
-    "read_kept", "read_model", "read_object", "read_text", "read_yaml", "remove_all_leftovers",
-    "remove_finished", "remove_leftovers", "require_room", "require_rooms", "scratch_folder", "shipped",
-    "size_in_bytes", "socket_folder", "staged_file", "staged_folder", "staged_output", "store_folder", "temporary_folder",
-    "to_json", "unused", "user_path", "working_folder", "write_file", "write_json",
+    "ADAPTER", "ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "CHANGES_FILE", "COMPARISON_PAGE", "CUT_ALONG", "EXPERT",
+    "EXPERT_FILE", "GENERATOR", "GGUF", "HASHED", "HOLDINGS", "MEMORY_VARIABLE", "PAGE", "PICTURE", "PLAN",
+    "REPORT_PAGE", "SPOOL_VARIABLE", "THROUGHPUT_FILE", "TIMING", "YAML_BYTES", "OutputKind", "StoreEntry",
+    "against_file", "age", "as_model", "check_inputs", "check_output", "check_parent", "check_values",
+    "check_writable", "code_digest", "digest_of", "digest_of_files", "disk_errors", "duration", "file_digest",
+    "folder_size", "holdings", "is_leftover", "is_report", "known_digest", "locked", "machine", "no_collection",
+    "not_a_file", "not_a_folder", "note_parents", "numbered", "one_at_a_time", "opened", "own_folder", "parse_json",
+    "parse_yaml", "problems_of", "prune_store", "read_bytes", "read_json", "read_kept", "read_model", "read_object",
+    "read_text", "read_yaml", "remove_all_leftovers", "remove_finished", "remove_leftovers", "require_room",
+    "require_rooms", "scratch_folder", "shipped", "size_in_bytes", "socket_folder", "staged_file", "staged_folder",
+    "staged_output", "store_folder", "temporary_folder", "to_json", "unused", "user_path", "working_folder",
+    "write_file", "write_json",
 ]  # fmt: skip
