@@ -34,6 +34,11 @@ def module_of(path: Path) -> str:
     return ".".join(("expertprune", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
 
 
+@functools.cache
+def tree_of(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
 def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """Line and module of every import of our own package, those inside functions and behind TYPE_CHECKING too."""
     for node in ast.walk(tree):
@@ -50,7 +55,7 @@ def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
 def breaches(path: Path, text: str) -> list[str]:
     """Imports of a later room."""
     own = room_of(path)
-    rooms = [(line, name.split(".")[1]) for line, name in imported(ast.parse(text))]
+    rooms = [(line, name.split(".")[1]) for line, name in imported(tree_of(text))]
     return [f"{path}, line {line}: imports {each}" for line, each in rooms if ORDER.index(each) > ORDER.index(own)]
 
 
@@ -80,7 +85,7 @@ def test_no_modules_import_each_other() -> None:
     for path in SOURCES:
         if path.name == "__init__.py":  # gathers its own folder's modules
             continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = tree_of(path.read_text(encoding="utf-8"))
         names = {name for _, name in imported(tree)}
         for node in ast.walk(tree):  # from expertprune.models import layers
             if isinstance(node, ast.ImportFrom) and node.module in known:
@@ -92,7 +97,7 @@ def test_no_modules_import_each_other() -> None:
 
 def types_of(text: str) -> Iterator[str]:
     """The public classes of a module, and names such as `Floats` that it assigns to other types."""
-    for node in ast.parse(text).body:
+    for node in tree_of(text).body:
         if isinstance(node, ast.ClassDef):
             yield node.name
         elif isinstance(node, ast.Assign) and isinstance(target := node.targets[0], ast.Name):
@@ -125,7 +130,7 @@ def too_long(text: str) -> list[str]:
 def dangers(text: str) -> list[str]:
     """Calls and imports that could run code from a file: pickle and its relatives, and torch.load."""
     found = []
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(tree_of(text)):
         names = []
         if isinstance(node, ast.Import | ast.ImportFrom):
             start = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
@@ -137,7 +142,7 @@ def dangers(text: str) -> list[str]:
 
 
 def prints(text: str) -> list[str]:
-    calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    calls = [node for node in ast.walk(tree_of(text)) if isinstance(node, ast.Call)]
     return [f"line {call.lineno}" for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
 
 
@@ -163,7 +168,7 @@ def at_import(path: Path, seen: set[Path]) -> set[str]:
     """Packages that a file imports as soon as it is imported itself, through our own modules too."""
     seen.add(path)
     found: set[str] = set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    for node in tree_of(path.read_text(encoding="utf-8")).body:
         if not isinstance(node, ast.Import | ast.ImportFrom):
             continue
         names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
