@@ -127,7 +127,7 @@ def test_the_planted_experts_are_kept_and_half_of_what_the_others_cost_is_repair
         return {corpus: bits - before[corpus] for corpus, bits in measured(folder, corpora).items()}
 
     before = measured(mixture)
-    enough = {"documents": 12, "max_tokens": 2 * TOKENS}  # for the repair
+    enough = {"documents": 24, "max_tokens": 2 * TOKENS}  # for the repair
     english = {"dimensions": {"domain": ["medical"], "task": ["math"]}, "calibration": enough}
     few = {"documents": 6, "max_tokens": TOKENS}
     others = {"dimensions": {"language": ["de", "fr"]}, "calibration": few}
