@@ -22,13 +22,12 @@ from expertprune.engine.memory import (
     peak,
     profiling,
     repairing,
+    stripes,
 )
 from expertprune.engine.rates import Rates, measured_rates
 from expertprune.models.base import ResolvedBase
 from expertprune.models.running import to_stream
 from expertprune.models.spool import SHARE, Limits
-
-_HALF = 9 / 16  # of a Gram matrix: its diagonal and what is above it, in eight stripes
 
 
 @dataclass(frozen=True)
@@ -291,7 +290,8 @@ class Forecaster:
                 products = 2 * text.tokens * (kept + sizes.hidden) + text.tokens**2 / 3 + 2 * kept * sizes.hidden
                 solved += text.tokens * products / rates.factors
             else:
-                moments = 2 * text.tokens * kept * (_HALF * kept + sizes.hidden)
+                gram = sum((rows.stop - rows.start) * (kept - rows.start) for rows in stripes(kept))
+                moments = 2 * text.tokens * (gram + kept * sizes.hidden)
                 solved += moments / rates.products + (kept**3 / 3 + 2 * kept**2 * sizes.hidden) / rates.factors
         if sizes.routed is not None and sizes.routed.repaired:
             products, equations = sizes.routed.operations(text.tokens)

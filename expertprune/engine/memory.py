@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -253,6 +253,12 @@ def by_rows(tokens: int, inputs: int) -> bool:
     With fewer tokens than half the inputs, that takes less memory and less time.
     """
     return 2 * tokens < inputs
+
+
+def stripes(width: int) -> Iterator[slice]:
+    """At most eight ranges of rows of a symmetric matrix. To compute each from its diagonal on takes little over half."""
+    step = max(128, math.ceil(width / 8))
+    return (slice(first, min(first + step, width)) for first in range(0, width, step))
 
 
 def repairing(sizes: Sizes, text: TextSize, graph: float, passengers: int = 0) -> Need:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from expertprune.engine.memory import stripes
 from expertprune.errors import CheckpointError
 
 WHOLE = slice(None)
@@ -60,7 +60,7 @@ class Moments:
         """`inputs` are `[tokens, kept]`, `residual` `[tokens, hidden]`, `weight` `[tokens]`."""
         weighted = inputs * weight[:, None]
         with narrow_products(inputs.device):
-            for rows in _stripes(inputs.shape[1]):
+            for rows in stripes(inputs.shape[1]):
                 self.gram[rows, rows.start :].addmm_(weighted[:, rows].T, inputs[:, rows.start :])
             self.cross.addmm_(residual.T, weighted)
         self.weights += weight_sums(weight)
@@ -81,12 +81,6 @@ class Moments:
         gram, self.gram = self.gram.double(), torch.empty(0)
         cross, self.cross = self.cross.double(), torch.empty(0)
         return gram, cross
-
-
-def _stripes(width: int) -> Iterator[slice]:
-    """At most eight ranges of rows of a symmetric matrix. To compute each from its diagonal on takes little over half."""
-    step = max(128, math.ceil(width / 8))
-    return (slice(first, min(first + step, width)) for first in range(0, width, step))
 
 
 @dataclass

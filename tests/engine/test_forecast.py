@@ -16,7 +16,17 @@ import torch
 from expertprune.corpora.batches import make_batches
 from expertprune.engine import memory
 from expertprune.engine.forecast import Forecast, Forecaster, Stage, Work
-from expertprune.engine.memory import Memory, Need, Sizes, TextSize, evaluating, layer_sums, profiling, repairing
+from expertprune.engine.memory import (
+    Memory,
+    Need,
+    Sizes,
+    TextSize,
+    evaluating,
+    layer_sums,
+    profiling,
+    repairing,
+    stripes,
+)
 from expertprune.engine.rates import Rates, measured_rates
 from expertprune.engine.routed import RoutedSizes
 from expertprune.errors import CheckpointError
@@ -78,6 +88,11 @@ def test_needs_of_each_stage(base: ResolvedBase) -> None:
     solved, streams = 8 * 20 * 20 + 4 * 20 * 20 + (8 + 8 + 4) * 20 * 24, 4 * (1000 * (24 + 24 + 20) + 2 * 70 * 24)
     assert repairing(sizes, text, 1.0, passengers=70) == Need(solved + 4 * LAYER, streams)
     assert evaluating(sizes, text, 1.0) == Need(6 * 4 * 100 * 64, 2 * states)  # batch by batch
+
+
+def test_a_wide_gram_matrix_takes_little_over_half_of_its_products() -> None:
+    """Eight stripes of 144 rows, each from its diagonal on: `(1 + 1/8) / 2` of the matrix."""
+    assert sum((rows.stop - rows.start) * (1152 - rows.start) for rows in stripes(1152)) == 1152**2 * 9 / 16
 
 
 def test_tokens_hold_padding_and_are_said_to() -> None:
@@ -151,8 +166,8 @@ def test_seconds_of_each_stage(base: ResolvedBase, free: Any) -> None:
     # the first one loads the model, and takes the norms of its layers
     more = stored / 1e3 + 3 * LAYER * 1e-6
     assert resident["profile a"].seconds == pytest.approx(resident["profile b"].seconds + more)
-    # a token is added to little over half of the gram matrix of its inputs, and to their products with what is missing
-    solved = 2 * 1000 * 20 * (20 * 9 / 16 + 24) / 1e9 + (20**3 / 3 + 2 * 20**2 * 24) / 1e9
+    # a token is added to the gram matrix of its inputs, and to their products with what is missing
+    solved = 2 * 1000 * 20 * (20 + 24) / 1e9 + (20**3 / 3 + 2 * 20**2 * 24) / 1e9
     # the profiles leave the base's states of the 1,000 tokens that the repair reads
     layers = (2000 * 1.75 - 1000) * 3 * 1e-3
     assert resident["repair"].seconds == pytest.approx(layers + 3 * solved)
