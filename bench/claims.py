@@ -36,14 +36,13 @@ from expertprune.spec.schema import Spec
 from expertprune.stages.compose import plan_of
 
 from .cells import Bench as Cells
-from .measure import Sums, blocks, excess, losses
+from .measure import Sums, blocks, excess, likeliest, losses
 from .quality import SHARED_EXCLUSIVE, UNREPAIRED
 from .records import RESULTS, Table, described, made, read, write
 
 TEXT, TEXT_BLOCKS = "general/wikitext2_report.jsonl", 2
 SPARSITIES = (0.25, 0.4)
 TOKENS = 4000  # of calibration text, of each corpus
-_IN_A_PASS = 1024  # tokens
 
 
 @dataclass(frozen=True)
@@ -201,27 +200,15 @@ class Bench:
         kept = {"nats": text.nats.tolist(), "tokens": text.tokens.tolist()}
         write(cell.path, {"right": right, "text": kept, "made": made()})
 
-    @torch.inference_mode()
     def ask(self, task: str) -> list[int]:
         """1 for each question whose right answer is the likelier one, 0 else."""
-        about, tokenizer, model = TASKS[task], self.prepared.base.tokenizer, self.running.model
+        about, tokenizer = TASKS[task], self.prepared.base.tokenizer
         rows = self.rows(task, "report")[: about.rows]
         prompts = [tokenizer(about.prompt.format(**row))["input_ids"] for row in rows]
         tokens = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in about.answers.values()]
         labels = list(about.answers)
-        right = [0] * len(rows)
-        order = sorted(range(len(rows)), key=lambda number: len(prompts[number]))
-        while order:
-            size = max(1, _IN_A_PASS // len(prompts[order[0]]))
-            batch, order = order[:size], order[size:]
-            longest = max(len(prompts[number]) for number in batch)
-            ids = torch.tensor([prompts[number] + [0] * (longest - len(prompts[number])) for number in batch])
-            states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-            last = states[range(len(batch)), [len(prompts[number]) - 1 for number in batch]]
-            picks = model.get_output_embeddings()(last)[:, tokens].argmax(-1).tolist()
-            for number, pick in zip(batch, picks, strict=True):
-                right[number] = int(labels[pick] == rows[number]["label_text"])
-        return right
+        picks = likeliest(self.running.model, prompts, tokens)
+        return [int(labels[pick] == row["label_text"]) for pick, row in zip(picks, rows, strict=True)]
 
 
 def _sums(texts: Sequence[str]) -> Iterator[int]:

@@ -6,7 +6,7 @@ Report files choose nothing: no method, no constant, no seed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from expertprune.models.passes import TextRun
 BLOCK = 512
 _ROWS = 2  # blocks in one pass
 _CHUNK = 256  # positions whose logits are held at a time
+_IN_A_PASS = 1024  # tokens of prompts
 Floats = NDArray[np.float64]
 
 
@@ -154,3 +155,21 @@ def piqa_answers(model: Any, tokenizer: Any, path: Path, count: int) -> Floats:
         every = [Question(row["goal"], tuple(row["choices"]), row["label"]) for row in rows]
     run = TextRun(model, family_of(model.config.model_type), (), ())
     return answer_questions(run, tokenizer, every[:count])
+
+
+@torch.inference_mode()
+def likeliest(model: Any, prompts: Sequence[Sequence[int]], tokens: Sequence[int]) -> list[int]:
+    """The number of the likeliest of `tokens` after each prompt, which is given in token ids."""
+    picks = [0] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]), reverse=True)
+    while order:
+        longest = len(prompts[order[0]])
+        size = max(1, _IN_A_PASS // longest)
+        batch, order = order[:size], order[size:]
+        ids = torch.tensor([[*prompts[number], *[0] * (longest - len(prompts[number]))] for number in batch])
+        states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        last = states[range(len(batch)), [len(prompts[number]) - 1 for number in batch]]
+        found = model.get_output_embeddings()(last)[:, list(tokens)].argmax(-1).tolist()
+        for number, pick in zip(batch, found, strict=True):
+            picks[number] = pick
+    return picks
