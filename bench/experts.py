@@ -267,7 +267,7 @@ class Bench:
         letters = [tokenizer(f" {letter}", add_special_tokens=False)["input_ids"][-1] for letter in LETTERS]
         right = {}
         for name, about in asked_of(expert).items():
-            every = [asked for row in self.rows(f"{about.file}.jsonl") if about.has(row) and (asked := about.form(row))]
+            every = [one for row in self.rows(f"{about.file}.jsonl") if about.has(row) and (one := about.form(row))]
             asked = every[: about.number]
             picks = likeliest(model, [tokenizer(str(each))["input_ids"] for each in asked], letters)
             right[name] = [int(pick == each.answer) for pick, each in zip(picks, asked, strict=True)]
