@@ -6,6 +6,7 @@ import base64
 import binascii
 import itertools
 import zlib
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -150,7 +151,8 @@ class KeptUnits:
     def neurons_of(self, expert: int, base: LayerShape) -> tuple[int, ...]:
         """Neurons that one routed expert keeps, in its own numbering."""
         first = expert * base.ffn
-        return tuple(unit - first for unit in self.ffn if first <= unit < first + base.ffn)
+        here = slice(bisect_left(self.ffn, first), bisect_left(self.ffn, first + base.ffn))  # they ascend
+        return tuple(unit - first for unit in self.ffn[here])
 
     def rows(self, segment: Segment, base: LayerShape) -> Tensor:
         """Positions inside a segment that stay, `[kept rows]`, int64.

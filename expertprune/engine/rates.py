@@ -49,7 +49,7 @@ class Rates:
         head: seconds of a token and a row of the vocabulary, where two models' predictions are compared.
         head_both: the same of one model, where the gradient of a loss is taken.
         products: float32 operations a second, in matrix products.
-        factors: float64 operations a second, where a matrix is factorized.
+        factors: float64 operations a second, where equations are solved.
         norms: seconds of a value of a weight of which sums of absolute values and of squares are taken.
         read: bytes a second of weights, from the disk to the device.
         written: bytes a second.
@@ -94,11 +94,11 @@ def measured_rates(base: ResolvedBase, tokens: int, width: int, scratch: Path) -
         head = _seconds(lambda: _compared(states, matrix), device) / 2
         head_both = _seconds(lambda: _loss_gradient(states, matrix), device)
         norms = _seconds(lambda: (matrix.float().abs().sum(0), matrix.float().square().sum(0)), device)
-        order = min(_SIDE, base.layers[layer].neurons)
-        side = torch.randn(order, order, device=device)
+        order = min(_SIDE, base.layers[layer].ffn)  # a routed expert has equations of its own
+        side, right = torch.randn(order, order, device=device), torch.randn(hidden, order, device=device)
         product = _seconds(lambda: side.T @ side, device)
         positive = (side.T @ side).double() + torch.eye(order, device=device) * order
-        factor = _seconds(lambda: torch.linalg.cholesky_ex(positive), device)
+        equations = _seconds(lambda: _solved(positive, right), device)
     return Rates(
         forward=forward,
         both=both,
@@ -106,7 +106,7 @@ def measured_rates(base: ResolvedBase, tokens: int, width: int, scratch: Path) -
         head=head / (places * vocabulary),
         head_both=head_both / (places * vocabulary),
         products=2 * order**3 / product,
-        factors=order**3 / 3 / factor,
+        factors=(order**3 / 3 + 2 * order**2 * hidden) / equations,
         norms=norms / matrix.numel(),
         read=_reading(base),
         written=_writing(scratch, min(_SAMPLE, int(base.checkpoint.weight_bytes * _SAMPLED))),
@@ -117,6 +117,12 @@ def _compared(states: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
     """What an evaluation makes of the predictions of two models."""
     p, q = (torch.log_softmax(nn.functional.linear(states, matrix).float(), -1) for _ in range(2))
     return (p.exp() * (p - q)).sum(-1), p.argmax(-1) == q.argmax(-1)
+
+
+def _solved(positive: Tensor, right: Tensor) -> Tensor:
+    """What a repair makes of its equations."""
+    factor, _ = torch.linalg.cholesky_ex(positive)
+    return torch.cholesky_solve(right.double().T, factor).T.float()
 
 
 def _loss_gradient(states: Tensor, matrix: Tensor) -> Tensor:
