@@ -37,6 +37,7 @@ RECORDED = (
     "quantize",
     "serving",
     "team",
+    "team_hosts",
     "torture",
 )
 
