@@ -44,7 +44,7 @@ from .asking import ask
 from .cells import SHIPPED
 from .cells import Bench as Cells
 from .measure import likeliest
-from .records import RESULTS, Table, described, made, read, write
+from .records import RESULTS, Table, described, made, paragraph, read, write
 
 BASE = instruct.QWEN
 TOKENS = 2000  # of calibration text, of each corpus; a token has about four characters
@@ -306,31 +306,47 @@ def _counted(
 def text() -> str:
     """One table of all experts that were measured: each set and corpus, and what is kept on average."""
     table = Table(["expert", "removed", "measured on", "counts as", "base", "expert", "expert / base", "kept (95%)"])
-    used = [read(path_of("base"))["made"]]
+    used, sizes = [read(path_of("base"))["made"]], []
     for expert in EXPERTS:
         for removed in ROWS:
             if not path_of(expert, removed).is_file():
                 continue
             found = read(path_of(expert, removed))
             used.append(found["made"])
-            every = list(counted(expert, found))
-            rows = [(f"{each.name} ({len(each.paired.base)})", each.group, each.paired.measured()) for each in every]
-            bits = {name: dict(numbers) for name, numbers in found["bits"].items()}
-            rows += [
-                (f"{name}, bits per byte", numbers.pop("group"), Measured.model_validate(numbers))
-                for name, numbers in bits.items()
-            ]
-            for name, group, numbers in rows:
-                before, after = float(numbers.base or 0), float(numbers.expert or 0)
-                ratio = "" if name.endswith("bits per byte") else f"{after / before:.3f}"
-                table.add(expert, f"{removed:.0%}", name, group, f"{before:.3f}", f"{after:.3f}", ratio, _kept(numbers))
-            for group, measures in summarize(every).items():
-                pairs = [each.paired for each in every if each.group == group]
-                before, after = (float(np.mean([side.mean() for side in sides])) for sides in
-                                 ([pair.base for pair in pairs], [pair.expert for pair in pairs]))  # fmt: skip
-                table.add(expert, f"{removed:.0%}", "**mean accuracy**", group, f"{before:.3f}", f"{after:.3f}",
-                          f"{after / before:.3f}", _kept(measures["accuracy"]))  # fmt: skip
-    return f"{table}\n\n{described(used)}"
+            before, after = (each / 1e6 for each in found["parameters"])
+            sizes.append(
+                f"{expert}, {removed:.0%}: {after:,.0f} of {before:,.0f} million parameters, {found['tokens']:,} tokens"
+            )
+            for row in _rows(expert, found):
+                table.add(expert, f"{removed:.0%}", *row)
+    return f"{table}\n\n{paragraph('; '.join(sizes) + '.')}\n{described(used)}"
+
+
+def _rows(expert: str, found: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Each set of questions, each corpus, and the means of the sets."""
+    every = list(counted(expert, found))
+    for each in every:
+        numbers = each.paired.measured()
+        yield [f"{each.name} ({numbers.examples})", each.group, *_accuracies(each.paired), _kept(numbers)]
+    for name, bits in found["bits"].items():
+        numbers = Measured.model_validate({key: value for key, value in bits.items() if key != "group"})
+        yield [
+            f"{name}, bits per byte",
+            bits["group"],
+            f"{numbers.base:.3f}",
+            f"{numbers.expert:.3f}",
+            "",
+            _kept(numbers),
+        ]
+    for group, measures in summarize(every).items():
+        mine = [each.paired for each in every if each.group == group]
+        yield ["**mean accuracy**", group, *_accuracies(*mine), _kept(measures["accuracy"])]
+
+
+def _accuracies(*sets: Paired) -> list[str]:
+    """Of base and expert, the mean over sets, and the one over the other."""
+    base, expert = (float(np.mean([getattr(each, side).mean() for each in sets])) for side in ("base", "expert"))
+    return [f"{base:.3f}", f"{expert:.3f}", f"{expert / base:.3f}"]
 
 
 def _kept(numbers: Average | Measured) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import claims, instruct, outlook, quality, records, tables, vocabulary
+from bench import claims, experts, instruct, outlook, quality, records, tables, vocabulary
 from bench.bytes import CELLS, SCHEMES, path_of
 from bench.cells import Bench, Cell, Result, agrees, stored
 from bench.measure import Sums
@@ -34,6 +34,9 @@ def test_every_table_and_every_result_is_used() -> None:
     # of these tables, what is measured so far
     partly = {cell.path for cell in claims.cells()} | {
         instruct.path_of(base, arm) for base in instruct.BASES for arm in (instruct.BASE, *instruct.ARMS)
+    }
+    partly |= {experts.path_of("base")} | {
+        experts.path_of(*each) for each in itertools.product(experts.EXPERTS, experts.ROWS)
     }
     assert every - used <= partly | {path_of(*row) for row in itertools.product(CELLS, SCHEMES)}
 
