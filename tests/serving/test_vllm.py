@@ -8,6 +8,7 @@ import signal
 import time
 import urllib.request
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +27,8 @@ from expertprune.serving.chat import ChatSettings, Ended, running
 from expertprune.serving.processes import check_port
 from tests.test_examples import probe_path
 
-pytest.importorskip("vllm")
+if find_spec("vllm") is None:  # which takes seconds to import
+    pytest.skip("vLLM is not installed", allow_module_level=True)
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
 aiohttp = pytest.importorskip("aiohttp")
