@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from expertprune.arch import PER_LAYER, USUAL_LAYERS, USUAL_SIZES, Family
-from expertprune.errors import CheckpointError, refused
+from expertprune.errors import CheckpointError, refused, under
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.loading import build_model
 from expertprune.units import LayerShape, Segment
@@ -35,7 +35,8 @@ def checked_layers(checkpoint: Checkpoint, family: Family | None) -> tuple[Layer
     refuse_sizes(checkpoint.config, family, shapes, str(checkpoint.folder / "config.json"))
     if family is None:
         return ()
-    layers = family.layer_shapes(checkpoint.config)
+    with under(str(checkpoint.folder)):
+        layers = family.layer_shapes(checkpoint.config)
     check_widths(checkpoint, family, layers)
     return layers
 
