@@ -86,8 +86,5 @@ def tiny_build(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> tu
 
 @pytest.fixture(scope="session")
 def real_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One store for all real builds of a run, in all its processes; EXPERTPRUNE_TEST_STORE may name a warm one."""
-    run = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        run = run.parent
-    return Path(os.environ.get("EXPERTPRUNE_TEST_STORE") or run / "real-store")
+    """One store for all real builds of a run; a developer may point EXPERTPRUNE_TEST_STORE at a warm one."""
+    return Path(os.environ.get("EXPERTPRUNE_TEST_STORE") or tmp_path_factory.mktemp("real-store"))
