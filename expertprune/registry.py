@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 from expertprune.errors import SpecError, UsageError
 
 T = TypeVar("T")
+_LISTED = 50  # names, at most, in an error
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -19,7 +20,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
     close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]!r}?"
-    return f"; valid: {', '.join(known)}" if known else ""
+    more = f" and {len(known) - _LISTED:,} more" if len(known) > _LISTED else ""
+    return f"; valid: {', '.join(known[:_LISTED])}{more}" if known else ""
 
 
 def plugins(group: str) -> list[EntryPoint]:

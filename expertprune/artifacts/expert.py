@@ -24,6 +24,8 @@ from expertprune.spec.reading import parse_spec, trusting, with_base, with_corpu
 from expertprune.spec.schema import Base, Spec
 
 EXPERT_SCHEMA = 2
+# Keys of the spec that say what the expert is; others say how it is measured.
+_SETTLED = ("name", "relevance", "compose", "budget", "serve_with", "compensation")
 _OF_PLAN = ("name", "parameters", "spec")  # keys of the plan that stand beside it in the file, for people who read it
 
 
@@ -208,8 +210,11 @@ class Expert(Description):
             overrides: dotted keys and values, such as `{"base.model": "/models/base"}`; they need not be looked for.
 
         Raises:
-            SpecError: a corpus' file is in none of these places, or an override is not legal.
+            SpecError: a corpus' file is in none of these places, or an override is not legal or changes what the expert
+                has become.
         """
+        if wrong := sorted(key for key in overrides or () if key.partition(".")[0] in _SETTLED):
+            raise SpecError([f"{key}: the expert is built already; build it again with this key" for key in wrong])
         noted = _noted(self, store).corpora
         problems: list[str] = []
 
@@ -347,7 +352,7 @@ def _portable_names(spec: Spec) -> dict[str, str]:
         return any(f"/{other}".endswith(f"/{end}") for other in paths if other != path)
 
     def name(path: str) -> str:
-        end = next((end for end in ends(path) if not taken(end, path)), path)
+        end = next((end for end in ends(path) if not taken(end, path)), path.lstrip("/"))
         return f"./{end}" if paths[path].endswith(".dataset") and not end.startswith(".") else end
 
     return {path: name(path) for path in paths}

@@ -17,7 +17,7 @@ from expertprune.commands.terminal import (
     progress_bar,
     reporting,
     say,
-    set_option,
+    setting,
     show,
     store_option,
 )
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 
 def _floors(_: click.Context, __: click.Parameter, text: str | None) -> dict[str, float]:
-    floors = {}
-    for part in (text or "").split(",") if text else ():
+    floors: dict[str, float] = {}
+    for part in text.split(",") if text is not None else ():
         group, _sign, value = part.partition("=")
         try:
             floors[group.strip()] = float(value)
@@ -60,7 +60,7 @@ def _floors(_: click.Context, __: click.Parameter, text: str | None) -> dict[str
 )  # fmt: skip
 @base_option
 @click.option("--documents", type=click.IntRange(min=1), help="At most so many documents of each corpus.")
-@set_option
+@setting("evaluate.max_tokens=2048")
 @store_option
 @limits_options
 @shard_options
@@ -133,10 +133,12 @@ def evaluate(
 
 def _finish(found: Evaluation, floors: dict[str, float], as_json: bool) -> None:
     """Show an evaluation; exit with 1 where an average is below its floor."""
-    from expertprune.evaluation.retention import shortfalls
+    from expertprune.evaluation.retention import judged, shortfalls
     from expertprune.reporting.tables import retention_table
 
     show(as_json, found.document(), lambda: retention_table(found))
+    for line in judged(found.summary, floors):
+        say(line, error=True)
     short = shortfalls(found.summary, floors)
     for line in short:
         say(f"below the floor: {line}", error=True)

@@ -257,16 +257,19 @@ def _trust(context: click.Context, __: click.Parameter, trusted: bool) -> None:
     context.meta[TRUST] = trusted
 
 
-def set_option(command: F) -> F:
+def setting(example: str) -> Callable[[F], F]:
     """Add `--set`, and `--trust-remote-code`, which sets a key too: what a file says is no permission."""
     trust = click.option(
         "--trust-remote-code", is_flag=True, is_eager=True, expose_value=False, callback=_trust, help=TRUST_HELP
     )
     change = click.option(
         "--set", "overrides", multiple=True, callback=_settings, metavar="KEY=VALUE",
-        help="Change a key of the spec, such as budget.ffn=0.3.",
+        help=f"Change a key of the spec, such as {example}.",
     )  # fmt: skip
-    return change(trust(command))
+    return lambda command: change(trust(command))
+
+
+set_option = setting("budget.ffn=0.3")
 
 
 _bars: list[Progress] = []  # those on the terminal: a stage within another adds its bar to the same display

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,8 @@ from expertprune.corpora.templates import Span
 from expertprune.errors import CheckpointError, SpecError
 from expertprune.files import digest_of
 from expertprune.spec.schema import Spec
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -360,4 +363,11 @@ def corpus_text(corpus: Corpus, tokenizer: Any, spec: Spec) -> CalibrationText:
         chat = any(document.conversation is not None for document in corpus.calibration)
         longer = f"no answer begins within the first {spec.calibration.max_tokens} tokens: raise calibration.max_tokens"
         raise SpecError(longer if chat else "every document is shorter than two tokens")
+    unread = len(corpus.calibration) - len(set(map(id, text.documents)))
+    if unread and all(document.conversation is not None for document in corpus.calibration):
+        log.warning(
+            "corpus %s: %d of %d conversations calibrate nothing, as no answer begins in the tokens that are read: raise "
+            "calibration.max_tokens (%d)",
+            corpus.name, unread, len(corpus.calibration), spec.calibration.max_tokens,
+        )  # fmt: skip
     return text

@@ -32,6 +32,8 @@ def read_files(source: Source, paths: Sequence[str]) -> Iterator[Document]:
         if problem := not_a_file(path):
             raise SpecError(f"{path}: {problem}")
         ending = path.suffix.lower()
+        if ending in _UNREAD:
+            raise SpecError(f"{path}: {ending} files are not read; give JSONL, parquet, CSV or .txt")
         if ending in (".txt", ".md"):
             if source.chat:
                 raise SpecError(f"{path}: a text file has no fields, and so no conversations")
@@ -190,6 +192,7 @@ def _field(row: Any, name: str, where: str) -> Any:
 
 
 _ROWS = {".csv": csv_rows, ".parquet": parquet_rows}
+_UNREAD = (".tsv", ".gz", ".bz2", ".xz", ".zst", ".zip", ".xlsx", ".arrow")
 
 
 def read_questions(path: Path) -> tuple[Question, ...]:

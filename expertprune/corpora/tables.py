@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 from collections.abc import Iterator
@@ -26,6 +27,11 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if len(line) > LONGEST:
                     raise SpecError(f"{path}, line {number}: longer than {LONGEST // _MIB} MiB; split the document")
                 if line.strip():
+                    if number == 1 and line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+                        raise SpecError(
+                            f"{path}: a JSON array; write one object a line (jq -c '.[]'), or read the file as a data set: "
+                            "dataset: json and data_files"
+                        )
                     yield number, _object(line, f"{path}, line {number}")
     except OSError as error:
         raise SpecError(f"{path}: cannot be read: {error.strerror or error}") from None

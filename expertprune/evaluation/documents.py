@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from expertprune.artifacts.evaluation import DocumentBits
-from expertprune.corpora.batches import encode, rendered
+from expertprune.corpora.batches import Tokens, encode, rendered
 from expertprune.corpora.chat import Rendered
 from expertprune.corpora.documents import Document
+from expertprune.errors import SpecError
 from expertprune.evaluation.arrays import Floats
 from expertprune.evaluation.reading import Compared, Reading, bits, read
 from expertprune.models.passes import TextRun
+from expertprune.spec.schema import Evaluate
 
 
 def texts_of(documents: Sequence[Document], tokenizer: Any, end: int | None = None) -> list[Rendered]:
@@ -26,6 +28,29 @@ def texts_of(documents: Sequence[Document], tokenizer: Any, end: int | None = No
     """
     texts = [rendered(document, tokenizer) for document in documents]
     return texts if end is None else [text.cut(_end(text, tokenizer, end)) for text in texts]
+
+
+def tokens_of(texts: Sequence[Rendered], tokenizer: Any, settings: Evaluate, other_tokens: bool) -> list[Tokens]:
+    """The tokens that an evaluation reads of each text.
+
+    Args:
+        other_tokens: whether experts have tokenizers of their own. The texts are then cut already (see `end_of`).
+
+    Raises:
+        SpecError: they are conversations, and all are cut off before their first answer.
+    """
+    tokens = encode(texts, tokenizer, None if other_tokens else settings.max_tokens)
+    if any(each.answers for each in tokens) and not any(each.predicted for each in tokens):
+        raise SpecError(
+            f"no answer begins within the first {settings.max_tokens} tokens of its evaluation documents: raise "
+            "evaluate.max_tokens"
+        )
+    return tokens
+
+
+def end_of(settings: Evaluate, other_tokens: bool) -> int | None:
+    """Where texts are cut: where experts have other tokens, base and expert read what the base's tokens are cut to."""
+    return settings.max_tokens if other_tokens else None
 
 
 def document_rows(documents: Sequence[Document], reading: Reading, found: Compared) -> list[DocumentBits]:

@@ -18,14 +18,14 @@ from expertprune.artifacts.evaluation import (
     QuestionAnswers,
     Settings,
 )
-from expertprune.corpora.batches import Batch, Tokens, encode
+from expertprune.corpora.batches import Batch, Tokens
 from expertprune.corpora.chat import Rendered
 from expertprune.corpora.documents import GENERAL, OTHER, Corpus, CorpusName, Question
 from expertprune.engine.team import team
-from expertprune.errors import CheckpointError, SpecError
+from expertprune.errors import CheckpointError, SpecError, under
 from expertprune.evaluation.alignment import Aligning
 from expertprune.evaluation.arrays import Floats
-from expertprune.evaluation.documents import document_rows, document_rows_apart, texts_of
+from expertprune.evaluation.documents import document_rows, document_rows_apart, end_of, texts_of, tokens_of
 from expertprune.evaluation.questions import Answers, answers, choices_of, paired_answers
 from expertprune.evaluation.reading import Compared, Read, Reading, bits, compare, read, read_together
 from expertprune.evaluation.retention import RESAMPLES, bits_of_corpora, document_metrics, summarize
@@ -90,14 +90,12 @@ class Measuring:
                 f"evaluate.metrics: {', '.join(wrong)} cannot be compared across vocabularies: base and expert have "
                 "different tokens; use bits_per_byte"
             )
-        # Where the expert has other tokens, both read what the base's tokens are cut to.
-        end = settings.max_tokens if other_tokens else None
-        self._texts: dict[CorpusName, Sequence[Rendered]] = {
-            corpus.name: texts_of(corpus.evaluation, tokenizer, end)
-            for corpus in corpora
-            if set(self.metrics) - {"questions"}
-        }
+        self._texts: dict[CorpusName, Sequence[Rendered]] = {}
+        for corpus in corpora if set(self.metrics) - {"questions"} else ():
+            with under(f"corpus {corpus.name}"):
+                self._texts[corpus.name] = texts_of(corpus.evaluation, tokenizer, end_of(settings, other_tokens))
         self._examples = self._in_tokens(tokenizer)
+        self._warn_of_unread()
         self._known: Stream | None = None
         self._bits: Floats | None = None
 
@@ -115,17 +113,23 @@ class Measuring:
                 f"corpus {corpus.name}: a question has {longest} tokens with its choice, and the base's context {context}"
             )
 
+    def _warn_of_unread(self) -> None:
+        for each in self._examples.ranges:
+            texts = self._examples.reading.sequences[each.here]
+            if unread := sum(text.answers is not None and not text.predicted for text in texts):
+                log.warning(
+                    "corpus %s: %d of %d conversations measure nothing, as no answer begins in the tokens that are read: "
+                    "raise evaluate.max_tokens (%d)",
+                    each.corpus, unread, len(texts), self.settings.max_tokens,
+                )  # fmt: skip
+
     def _in_tokens(self, tokenizer: Any) -> _Examples:
         """All documents and questions in a tokenizer's tokens."""
         ranges, readings, first = [], [], 0
-        limit = None if self.other_tokens else self.settings.max_tokens
         for corpus in self.corpora:
-            asked = {False: encode(self._texts.get(corpus.name, ()), tokenizer, limit)}
-            if any(each.answers for each in asked[False]) and not any(each.predicted for each in asked[False]):
-                raise SpecError(
-                    f"corpus {corpus.name}: no answer begins within the first {self.settings.max_tokens} tokens of its "
-                    "evaluation documents: raise evaluate.max_tokens"
-                )
+            with under(f"corpus {corpus.name}"):
+                texts = self._texts.get(corpus.name, ())
+                asked = {False: tokens_of(texts, tokenizer, self.settings, self.other_tokens)}
             asked[True] = choices_of(corpus.questions, tokenizer) if "questions" in self.metrics else []
             for questions, sequences in asked.items():
                 if sequences:

@@ -128,7 +128,7 @@ class Paired:
         elif len(self.counted) < 2:
             note = "there is no interval over a single example: take more"
         return Measured(
-            examples=len(self.base),
+            examples=len(self.counted),
             base=base,
             expert=expert,
             retention=self.point,
@@ -198,13 +198,13 @@ def _to_base(sums: Floats, weights: Floats) -> Measured:
     seen = np.flatnonzero(weights)
     with np.errstate(divide="ignore", invalid="ignore"):
         low, high = bootstrap(lambda i: np.asarray(sums[seen[i]].sum(1) / weights[seen[i]].sum(1)), len(seen))
-        return Measured(examples=len(sums), expert=float(sums.sum() / weights.sum()), low=low, high=high)
+        return Measured(examples=len(seen), expert=float(sums.sum() / weights.sum()), low=low, high=high)
 
 
 def pooled(evaluation: Evaluation, group: Group) -> Measured | None:
     """Bits per byte over all documents of a group, each once; `None` without documents."""
     corpora = [result for result in evaluation.corpora.values() if result.group == group]
-    rows = {row.digest: row for result in corpora for row in result.per_document}
+    rows = {(row.digest, result.answers_only): row for result in corpora for row in result.per_document}
     return bits_per_byte(list(rows.values())).measured() if rows else None
 
 
@@ -270,6 +270,18 @@ def check_floors(floors: Mapping[str, float], groups: Collection[str]) -> None:
         raise SpecError(
             f"--fail-under: nothing that is measured counts as {' or as '.join(missing)}: add a corpus or a suite that does"
         )
+
+
+def judged(summary: dict[Group, dict[Measure, Average]], floors: dict[str, float]) -> list[str]:
+    """The averages that floors are about, a line each."""
+    return [
+        f"{group} {measure}: retention {average.retention:.4f}, the mean of {len(average.metrics)}; the floor is "
+        f"{floors[group]:g}"
+        for group, averages in summary.items()
+        if group in floors
+        for measure, average in averages.items()
+        if average.retention is not None
+    ]
 
 
 def shortfalls(summary: dict[Group, dict[Measure, Average]], floors: dict[str, float]) -> list[str]:

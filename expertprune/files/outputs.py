@@ -97,7 +97,11 @@ def refuse_present(out: Path, overwrite: bool, kind: OutputKind) -> None:
     if not os.path.lexists(out):
         return
     if out.is_symlink() or not (out.is_dir() if kind.folder else out.is_file()):
-        there = "it is a folder" if out.is_dir() and not out.is_symlink() else "it exists and is not a file"
+        if out.is_symlink():
+            raise CheckpointError(
+                f"{out}: is a symbolic link, which is not replaced; name where it leads, or remove it"
+            )
+        there = "it is a folder" if out.is_dir() else "it exists and is not a file"
         raise CheckpointError(
             f"{out}: exists and is not a folder" if kind.folder else f"{out}: cannot be written: {there}"
         )

@@ -82,7 +82,7 @@ def sync_entry(path: Path) -> None:
     A folder that may be written but not read is passed over.
     """
     with contextlib.suppress(PermissionError):
-        _sync_one(path.absolute().parent)
+        _sync_one(path.absolute().parent.resolve())
 
 
 def make_folder(path: Path) -> None:

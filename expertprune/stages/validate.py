@@ -24,6 +24,7 @@ from expertprune.corpora.leaks import LeakGuard
 from expertprune.corpora.loading import HELD_OUT, load_corpora, load_others
 from expertprune.corpora.shares import shared_out
 from expertprune.errors import SpecError, gathered, under
+from expertprune.evaluation.documents import end_of, texts_of, tokens_of
 from expertprune.files import digest_of, store_folder
 from expertprune.models.base import ResolvedBase, resolve_base
 from expertprune.models.inventory import vocabulary_rows
@@ -160,11 +161,25 @@ def find(spec: Spec, store: Path, evaluate: bool = True) -> Found:
     for name, corpus in corpora.items():
         with gathered(problems), under(source_key(name, spec)):
             calibration[name] = corpus_text(_without(corpus, held_back), base.tokenizer, spec)
+    for corpus in evaluated:
+        if corpus.name in corpora and corpus.name not in calibration:
+            continue  # said above
+        with gathered(problems), under(f"{source_key(corpus.name, spec)}: evaluation"):
+            _check_conversations(corpus, base.tokenizer, spec)
     if problems:
         raise SpecError(problems)
     for text in calibration.values():
         check_ids(text.batches, vocabulary_rows(base.checkpoint, base.family))
     return Found(spec, base, corpora, calibration, evaluated, store, running)
+
+
+def _check_conversations(corpus: Corpus, tokenizer: Any, spec: Spec) -> None:
+    """Raises `SpecError` where conversations that shall measure experts cannot, before anything is profiled."""
+    other_tokens = spec.budget.vocabulary is not None
+    if set(spec.evaluate.chosen_metrics(other_tokens)) - {"questions"}:
+        chats = [document for document in corpus.evaluation if document.conversation is not None]
+        texts = texts_of(chats, tokenizer, end_of(spec.evaluate, other_tokens))
+        tokens_of(texts, tokenizer, spec.evaluate, other_tokens)
 
 
 def _held_back(corpora: Iterable[Corpus]) -> set[str]:

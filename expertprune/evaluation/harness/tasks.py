@@ -93,7 +93,8 @@ def check_names(entries: Sequence[TaskEntry]) -> None:
     if names:
         known = _manager(True).all_tasks
         if unknown := [name for name in names if name not in known]:
-            raise SpecError([f"unknown task {name!r}{nearest(name, known)}" for name in unknown])
+            every = "`lm-eval ls tasks` lists them"
+            raise SpecError([f"unknown task {name!r}{nearest(name, known)}; {every}" for name in unknown])
 
 
 def generates(entry: TaskEntry) -> bool:
