@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from expertprune.errors import UsageError
-from expertprune.registry import Registry
+from expertprune.registry import Registry, nearest
 from tests.plugins import distribution, unpack
 
 # The plugins of these tests register with this one, which they find as an attribute of this module.
@@ -75,3 +75,10 @@ def test_a_plugin_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.Mon
             SHAPES.get("round")
         assert str(caught.value).startswith(start)
         assert FAILS[text] in str(caught.value)
+
+
+def test_an_error_lists_no_more_names_than_are_read() -> None:
+    assert nearest("x", ["aa", "bb"]) == "; valid: aa, bb"
+    many = nearest("x", [f"name-{number:05}" for number in range(12_000)])
+    assert many.endswith(" and 11,950 more")
+    assert len(many) < 1000

@@ -133,12 +133,12 @@ def evaluate(
 
 def _finish(found: Evaluation, floors: dict[str, float], as_json: bool) -> None:
     """Show an evaluation; exit with 1 where an average is below its floor."""
-    from expertprune.evaluation.retention import judged, shortfalls
+    from expertprune.evaluation.retention import held, shortfalls
     from expertprune.reporting.tables import retention_table
 
     show(as_json, found.document(), lambda: retention_table(found))
-    for line in judged(found.summary, floors):
-        say(line, error=True)
+    for line in held(found.summary, floors):
+        say(f"above the floor: {line}", error=True)
     short = shortfalls(found.summary, floors)
     for line in short:
         say(f"below the floor: {line}", error=True)

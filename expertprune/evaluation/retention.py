@@ -272,15 +272,13 @@ def check_floors(floors: Mapping[str, float], groups: Collection[str]) -> None:
         )
 
 
-def judged(summary: dict[Group, dict[Measure, Average]], floors: dict[str, float]) -> list[str]:
-    """The averages that floors are about, a line each."""
+def held(summary: dict[Group, dict[Measure, Average]], floors: dict[str, float]) -> list[str]:
+    """The averages that are no lower than their group's floor, a line each."""
     return [
-        f"{group} {measure}: retention {average.retention:.4f}, the mean of {len(average.metrics)}; the floor is "
-        f"{floors[group]:g}"
+        f"{group} {measure}: retention {average.retention:.4f}, the mean of {len(average.metrics)}, is at least {floor:g}"
         for group, averages in summary.items()
-        if group in floors
         for measure, average in averages.items()
-        if average.retention is not None
+        if (floor := floors.get(group)) is not None and average.retention is not None and average.retention >= floor
     ]
 
 

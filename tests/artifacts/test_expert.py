@@ -58,6 +58,13 @@ def test_files_of_one_name_keep_the_folders_that_tell_them_apart(tmp_path: Path)
     assert kept == {"shop": "./shop", "rows": "./law/rows", "more": "./en/rows", "hub": "owner/data"}
     assert card_metadata(replace(described(tmp_path), plan=plan)).datasets == ["owner/data"]
     assert portable(plan) == plan
+    # One whose whole path is the end of another's.
+    law_source = {**sources["law"], "path": "/mnt/data/en/train.jsonl"}
+    data["corpora"] = {"sources": {"en": sources["en"], "law": law_source}}
+    plan = portable(replace(described(tmp_path).plan, spec=parse_spec(data, "spec", tmp_path).document()))
+    english, law = (plan.spec["corpora"]["sources"][name] for name in ("en", "law"))
+    assert (english["path"][0], law["path"]) == ("data/en/train.jsonl", ["mnt/data/en/train.jsonl"])
+    assert portable(plan) == plan
 
 
 @pytest.fixture

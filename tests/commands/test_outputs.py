@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import expertprune
+from expertprune.artifacts.expert import Expert
 from tests.calling import call
 from tests.oracle import contents
 from tests.patching import everywhere, read_only
@@ -118,3 +119,22 @@ def test_an_evaluation_is_never_written_into_another_expert(expert: Path, monkey
     original = everywhere(monkeypatch, "expertprune.stages.evaluate.measure_folder", measured)
     assert "another expert took its place" in call("evaluate", expert, code=2).stderr
     assert (expert / "expertprune.json").read_text() == written
+
+
+def test_outputs_lie_behind_symbolic_links(tmp_path: Path, spec_file: Path, warm: Path) -> None:
+    """A folder that is a link takes what is written into it, and so does an expert's folder that is evaluated."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    call("compose", spec_file, "--out", tmp_path / "link" / "plan.json")
+    call("build", spec_file, "--out", tmp_path / "link" / "expert")
+    assert Expert.load(tmp_path / "disk" / "expert").evaluation is not None
+    (tmp_path / "current").symlink_to(tmp_path / "disk" / "expert")
+    call("evaluate", tmp_path / "current", "--documents", 1)
+    measured = Expert.load(tmp_path / "current").evaluation
+    assert measured is not None
+    assert {each.documents for each in measured.corpora.values()} == {1}
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "to-empty").symlink_to("empty")
+    assert "is a symbolic link, which is not replaced" in refused(
+        tmp_path, "build", spec_file, "--out", tmp_path / "to-empty"
+    )

@@ -108,6 +108,8 @@ ROWS = json.dumps(ROW).encode()
 DAMAGED: list[tuple[str, bytes, dict[str, str], str]] = [
     ("a.jsonl", b'{"text": "a"}\nnot json\n', {}, ", line 2: not valid JSON"),
     ("a.jsonl", b'{"text": "a"}\n["b"]\n', {}, ", line 2: not a JSON object"),
+    ("a.json", b'\xef\xbb\xbf [\n{"text": "a"}\n]', {}, ": a JSON array; write one object a line"),
+    ("a.tsv", b"text\none\n", {}, ": .tsv files are not read; give JSONL"),
     ("a.jsonl", b'{"text": "a"}\n\n\n{"txet": "b"}\n', {}, ", line 4: has no field 'text'; did you mean 'txet'?"),
     ("a.jsonl", b'{"text": "\xff"}\n', {}, ", line 1: not UTF-8 text"),
     ("a.jsonl", b'{"text": " "}\n', {}, ": holds no document to calibrate on"),

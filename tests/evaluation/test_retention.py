@@ -133,3 +133,17 @@ def test_documents_of_several_corpora_count_once_each_by_the_experts_own_bytes()
     assert found.retention == pytest.approx((30 / 60) / (42 / 64))
     assert (found.low, found.high) == pytest.approx((20 / 40 / (30 / 40), 10 / 20 / (12 / 24)))  # of one document twice
     assert pooled(evaluation, "general") is None
+    # The same conversation as answers and as plain text is two: the order of corpora makes no difference.
+    for answers in (True, False):
+        both = {
+            name: CorpusResult(
+                group="expert", documents=1, questions=0, metrics={}, answers_only=only, per_document=[row]
+            )
+            for name, only, row in (
+                ("x", answers, first),
+                ("y", not answers, second.model_copy(update={"digest": "a"})),
+            )
+        }
+        found = pooled(Evaluation(settings=Settings(resamples=RESAMPLES), corpora=both), "expert")
+        assert found is not None
+        assert (found.examples, found.base, found.expert) == (2, 30 / 60, 42 / 64)

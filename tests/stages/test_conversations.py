@@ -15,6 +15,7 @@ from expertprune.errors import SpecError
 from expertprune.models.loading import load_tokenizer
 from expertprune.serving import generation
 from expertprune.spec.reading import load_spec
+from expertprune.stages.evaluate import measuring
 from expertprune.stages.validate import validate
 from tests.commands.test_bad_input import Workplace
 from tests.conftest import refuse_to_load
@@ -89,6 +90,23 @@ def test_an_expert_is_calibrated_and_evaluated_on_answers(chat: Workplace) -> No
         assert medical(**changes).digest != text.digest
     with pytest.raises(SpecError, match="domain/medical: no answer begins within the first 7 tokens of its evaluation"):
         expertprune.evaluate(chat.out, overrides={"evaluate.max_tokens": 7})
+    wrong = "corpora.sources.medical: evaluation: no answer begins within the first 7 tokens"
+    with pytest.raises(SpecError, match=wrong):  # before anything is profiled
+        validate(load_spec(chat.spec, {"evaluate.max_tokens": 7}))
+
+
+def test_conversations_that_are_cut_off_before_their_answer_are_told(
+    chat: Workplace, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, rows, longer in (("talks", talks(12), 3), ("held", talks(4, first=20), 1)):
+        for number, row in enumerate(rows[:longer]):
+            row["talk"][0]["content"] = " ".join([f"w{number}", *["w7"] * 40])
+        (chat.folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = load_spec(chat.spec, {"calibration.max_tokens": 30, "evaluate.max_tokens": 30})
+    found = validate(spec)
+    assert "medical: 3 of 12 conversations calibrate nothing" in caplog.text
+    measuring(found.running, found.evaluated, spec.evaluate, other_tokens=False)
+    assert "medical: 1 of 4 conversations measure nothing" in caplog.text
 
 
 def test_what_the_base_cannot_read_is_one_line(chat: Workplace, no_model: None) -> None:

@@ -342,7 +342,15 @@ def test_a_floor_that_is_not_held_is_named_and_exits_with_1(workplace: Workplace
     kept = found["summary"]["general"]["bits"]["retention"]
     assert f"below the floor: general bits: retention {kept:.4f} is below 5" in broken.stderr
     assert "below the floor: general accuracy: retention is undefined, and 5 is asked for" in broken.stderr
-    assert "expert bits" not in broken.stderr
+    assert (
+        f"above the floor: expert bits: retention {found['summary']['expert']['bits']['retention']:.4f}, the mean"
+        in (broken.stderr)
+    )
+    assert "--fail-under" in workplace.refused("--fail-under", "")
+    settled = workplace.refused(
+        "--set", "budget.ffn=0.9", "--set", "compose.rule=union", "--set", "evaluate.documents=1"
+    )
+    assert settled.count("the expert is built already") == 2
     assert "undefined" in broken.stdout
     assert "nan" not in broken.stdout.lower()
     assert found["tasks"]["choose"]["note"] in (workplace.expert / "README.md").read_text()
