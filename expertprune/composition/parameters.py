@@ -104,10 +104,16 @@ def added_parameters(base: ResolvedBase, layers: Sequence[LayerWidths]) -> int:
     return sum(shape.hidden * len(rewrite.zero_tensors) for shape, _ in pairs)
 
 
-def unreachable(wanted: float, largest: int, budget: Budget, total: int) -> str:
+def unreachable(wanted: float, largest: int, budget: Budget, base: ResolvedBase) -> str:
     """The message for more parameters than can be removed."""
+    total, family = base.checkpoint.parameters, base.family
     hint = "with the heads as they are" if not budget.kv_groups else "with these heads"
-    advice = "add budget.kv_groups, or lower budget.floor"
+    more = {"kv_groups": family.heads_are_units, "experts": family.experts is not None, "layers": True}
+    ways = [f"budget.{key}" for key, legal in more.items() if legal and not getattr(budget, key)]
+    ways += ["budget.vocabulary"] if budget.vocabulary is None else []
+    advice = f"add {' or '.join(ways)}" if ways else "remove less"
+    if budget.floor and family.experts is None:
+        advice += ", or lower budget.floor"
     if budget.max_parameters is not None:
         return (
             f"budget.max_parameters: {budget.max_parameters:,} cannot be reached; {hint}, the smallest legal one is "

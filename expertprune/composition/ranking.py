@@ -123,7 +123,7 @@ def global_widths(
                 layers[step.layer] = narrow
         removed -= added_parameters(base, layers)
         if removed < wanted:
-            raise PlanError(unreachable(wanted, removed, budget, base.checkpoint.parameters))
+            raise PlanError(unreachable(wanted, removed, budget, base))
     return tuple(layers)
 
 

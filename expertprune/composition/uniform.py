@@ -115,7 +115,7 @@ def _enough_parameters(
     for each in reversed(legal):
         if removed(each) >= wanted:
             return each
-    raise PlanError(unreachable(wanted, removed(legal[0]), budget, base.checkpoint.parameters))
+    raise PlanError(unreachable(wanted, removed(legal[0]), budget, base))
 
 
 def _kept_ffn(budget: Budget, shape: LayerShape) -> int:

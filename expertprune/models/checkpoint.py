@@ -107,6 +107,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path, pending: Pending | None = None) -> None:
         self.folder, self.pending = folder, pending
+        self._opened: dict[str, tuple[tuple[int, ...] | None, Any]] = {}
         self._check_links()
         self._seen = {CONFIG: _stamp(folder / CONFIG)}
         self.config = _read_config(folder / CONFIG)
@@ -307,10 +308,12 @@ class Checkpoint:
 
     def _as_stored(self, name: str) -> Tensor:
         file = self._stored[name].file
-        with opened_weights(self.folder / file) as shard:
-            self.check_unchanged(file)
-            tensor: Tensor = shard.get_tensor(name)
-            return tensor
+        opened = self._opened.get(file)
+        if opened is None or opened[0] != self._seen[file]:  # opening reads the header of all tensors of the file
+            opened = self._opened[file] = (self._seen[file], opened_weights(self.folder / file))
+        self.check_unchanged(file)
+        tensor: Tensor = opened[1].get_tensor(name)
+        return tensor
 
     def maps(self, name: str, value: Tensor) -> bool:
         """Whether a tensor that came from `read` may still lie in the file's memory."""

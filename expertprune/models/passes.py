@@ -202,11 +202,14 @@ class TextRun:
         check_ids(self.batches, self.rows)
         recorders = [LayerRecorder(layer) for layer in decoder_layers(self.model, self.family)]
         stream, decoder = Stream(self.batches, Spool(self.source.room), []), self.model.get_decoder()
+        shared: dict[torch.Size, list[Any]] = {}  # masks take as much memory as states; most batches have one shape
         with layers_replaced(self.model, self.family, recorders):
             for batch in self.batches:
                 decoder(input_ids=batch.ids.to(self.device), use_cache=False)
                 stream.hidden.append(recorders[0].hidden)
-                stream.arguments.append([recorder.arguments for recorder in recorders])
+                own: list[Any] = [recorder.arguments for recorder in recorders]
+                known = shared.setdefault(batch.ids.shape, own)
+                stream.arguments.append(known if _alike(own, known, {}) else own)
         return stream
 
     def finish(self, progress: Progress | None = None) -> Stream:
@@ -243,3 +246,22 @@ class TextRun:
         with head_only(self.model, self.family, hidden):
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits.float()
+
+
+def _alike(one: Any, other: Any, known: dict[tuple[int, int], bool]) -> bool:
+    """Whether two structures hold the same numbers. `known` keeps what was compared before: layers share tensors."""
+    if one is other:
+        return True
+    pair = id(one), id(other)
+    if pair not in known:
+        if type(one) is not type(other):
+            known[pair] = False
+        elif isinstance(one, Tensor):
+            known[pair] = one.dtype == other.dtype and torch.equal(one, other)
+        elif isinstance(one, dict):
+            known[pair] = one.keys() == other.keys() and all(_alike(one[key], other[key], known) for key in one)
+        elif isinstance(one, list | tuple):
+            known[pair] = len(one) == len(other) and all(_alike(*each, known) for each in zip(one, other, strict=True))
+        else:
+            known[pair] = isinstance(one, bool | int | float | str) and one == other
+    return known[pair]

@@ -50,11 +50,21 @@ class Limits:
             raise UsageError(f"{name}: {error}") from None
 
     def free(self, device: torch.device, taken: int = 0) -> int:
-        """Bytes that are free on a device; `taken` bytes of `memory` are the model's already."""
+        """Bytes that are free on a device; `taken` bytes of `memory` are the model's already.
+
+        Members of a team on one host get equal shares of its memory.
+        """
         if device.type == "cuda":
             return int(torch.cuda.mem_get_info(device)[0])
-        available = int(psutil.virtual_memory().available)
-        return available if self.memory is None else max(0, min(available, self.memory - taken))
+        members = members_here()
+        available = int(psutil.virtual_memory().available) // members
+        return available if self.memory is None else max(0, min(available, self.memory // members - taken))
+
+
+def members_here() -> int:
+    """How many processes of a team share this host's memory, as `torchrun` says."""
+    members = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(members)) if members.isdecimal() else 1
 
 
 class _Tier:

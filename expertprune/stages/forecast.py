@@ -13,6 +13,7 @@ from expertprune.corpora.batches import encode
 from expertprune.corpora.documents import Document, corpus_names
 from expertprune.engine.forecast import Forecast, Forecaster, Work
 from expertprune.engine.memory import Sizes, TextSize, together
+from expertprune.engine.team import team
 from expertprune.evaluation.documents import texts_of
 from expertprune.evaluation.questions import choices_of
 from expertprune.evaluation.reading import Reading
@@ -110,19 +111,19 @@ def _may_be_cut(spec: Spec) -> tuple[bool, bool]:
 
 
 def _work(prepared: Prepared, stored: bool) -> Work:
-    spec, base = prepared.spec, prepared.base
+    spec, base, share = prepared.spec, prepared.base, team().share
     parts = parts_wanted(spec)
     lacking = parts_lacking(prepared) if stored and base.checkpoint.pending is None else {}
     profiled: dict[str, TextSize] = {}
     for name in corpus_names(spec):
         if lacking.get(name, parts):
-            profiled[str(name)] = TextSize.of(prepared.calibration[name].batches)
+            profiled[str(name)] = TextSize.of(share(prepared.calibration[name].batches))
     retention = spec.budget.retention is not None
     return Work(
         profiled=profiled,
         gradient=any(part.made_by is Pass.GRADIENT for part in parts),
         vocabulary=spec.budget.vocabulary is not None,
-        repaired=TextSize.of(prepared.repair_batches()) if is_repaired(spec) else None,
+        repaired=TextSize.of(share(prepared.repair_batches())) if is_repaired(spec) else None,
         evaluated=_evaluated(prepared) if spec.evaluate.enabled else None,
         together=is_repaired(spec) and spec.budget.vocabulary is None,
         tried=BUILDS if retention else 0,
@@ -153,7 +154,7 @@ def _evaluated(prepared: Prepared) -> TextSize | None:
         if set(metrics) - {"questions"}:
             texts.append(_read(prepared, corpus.evaluation, settings.max_tokens))
         if "questions" in metrics:
-            texts.append(TextSize.of(Reading.of(choices_of(corpus.questions, tokenizer)).batches))
+            texts.append(TextSize.of(team().share(Reading.of(choices_of(corpus.questions, tokenizer)).batches)))
     return together(texts) if texts else None
 
 
@@ -165,4 +166,4 @@ def _held_back(prepared: Prepared) -> TextSize:
 
 def _read(prepared: Prepared, documents: Sequence[Document], max_tokens: int) -> TextSize:
     tokenizer = prepared.base.tokenizer
-    return TextSize.of(Reading.of(encode(texts_of(documents, tokenizer), tokenizer, max_tokens)).batches)
+    return TextSize.of(team().share(Reading.of(encode(texts_of(documents, tokenizer), tokenizer, max_tokens)).batches))

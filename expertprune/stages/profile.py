@@ -174,7 +174,8 @@ def _check_fits(prepared: Prepared, name: CorpusName, missing: Sequence[ProfileP
     """Raises `CheckpointError` where the passes do not fit into memory, before the model is loaded."""
     base, limits = prepared.base, Limits.of_environment()
     sizes, gradient = Sizes.of(base), any(each.made_by is Pass.GRADIENT for each in missing)
-    need = profiling(sizes, TextSize.of(prepared.calibration[name].batches), graph_estimate(base), gradient, False)
+    text = TextSize.of(team().share(prepared.calibration[name].batches))
+    need = profiling(sizes, text, graph_estimate(base), gradient, False)
     weights = sizes.weights(to_stream(base.checkpoint, base, limits))
     fitting(f"profile {name}", need, 0 if prepared.running.loaded else weights, base, limits)
 

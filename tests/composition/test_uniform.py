@@ -198,8 +198,10 @@ def test_parameters_are_met_by_the_smallest_cut_and_what_cannot_be_names_the_lar
         wider = before - expert_parameters(base, replace(widths, ffn=min(256, widths.ffn + 8)))
         assert widths.ffn == 256 or wider < fraction * before
         assert resolved(base, max_parameters=int(before * (1 - fraction)), **rules) == widths
-    named = re.search(r"the largest legal one is ([0-9.]+);", refusal(base, parameters=0.97, **rules))
+    told = refusal(base, parameters=0.97, **rules)
+    named = re.search(r"the largest legal one is ([0-9.]+);", told)
     assert named
+    assert told.endswith("or budget.layers or budget.vocabulary, or lower budget.floor") == (not heads.get("kv_groups"))
     widths = resolved(base, parameters=float(named[1]), **rules)
     assert widths.ffn == {0.1: 32, 0.5: 128, 1.0: 256}[floor]
     left = expert_parameters(base, widths)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from expertprune.arch import family_of
 from expertprune.errors import CheckpointError
-from expertprune.models.checkpoint import INDEX, SINGLE, Checkpoint, headers
+from expertprune.models.checkpoint import INDEX, SINGLE, Checkpoint, headers, opened_weights
 from expertprune.models.costs import unit_parameters
 from expertprune.models.loading import load_model, model_class
 from expertprune.models.shards import write_weights
@@ -239,6 +239,21 @@ def test_one_file_counts_before_shards_beside_it_as_in_transformers(
     out.mkdir()
     write_weights(base, out, lambda name, tensor: tensor[:5] if name == "model.norm.weight" else None)
     assert [path.name for path in out.iterdir()] == [SINGLE]
+
+
+def test_a_file_is_opened_once_for_all_its_tensors(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening reads the header of all its tensors, so that to open it for each one takes their number squared."""
+    found, opened = Checkpoint(folder), list[Path]()
+
+    def noted(path: Path) -> Any:
+        opened.append(path)
+        return opened_weights(path)
+
+    monkeypatch.setattr("expertprune.models.checkpoint.opened_weights", noted)
+    for name in (*found.tensors, *found.tensors):
+        assert found.read(name).shape == found.tensors[name].shape
+    assert sorted(opened) == sorted({folder / info.file for info in found.tensors.values()})
+    assert len(opened) < len(found.tensors)
 
 
 # --- folders that are replaced while they are read ------------------------------------------------------------------

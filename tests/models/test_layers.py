@@ -13,7 +13,7 @@ from torch import Tensor
 from expertprune.arch import family_of
 from expertprune.corpora.batches import Batch
 from expertprune.models.masking import masked
-from expertprune.models.passes import real_tokens
+from expertprune.models.passes import _alike, real_tokens
 from expertprune.units import LayerShape
 from tests import oracle
 from tests.masks import tiny_of, token_lists
@@ -96,3 +96,25 @@ def test_masked_weights_are_masked_inputs_and_come_back_bit_by_bit(family: str) 
         raise RuntimeError("an error takes the mask off, too")
     assert float((expected - dense).abs().max()) > 0.1
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "mistral"])
+def test_batches_of_one_shape_share_what_the_layers_are_given(family: str) -> None:
+    """Masks of eager attention and of windows take as much memory as hidden states."""
+    documents = [[number, 5, 6, 7, 8, 9, 10, 11] for number in range(1, 6)]
+    stream = tiny_of(tiny_model(family)).text(documents, 16).start()
+    rows = [len(batch.ids) for batch in stream.batches]
+    assert sorted(rows) == [1, 2, 2]
+    (first, second), (other,) = ([i for i, count in enumerate(rows) if count == wanted] for wanted in (2, 1))
+    assert stream.arguments[first] is stream.arguments[second]
+    assert stream.arguments[first] is not stream.arguments[other]
+
+
+def test_arguments_that_differ_are_no_others() -> None:
+    mask, twin = torch.zeros(2, 2), torch.zeros(2, 2)
+    given = {"mask": mask, "window": 4, "rotary": (mask, twin)}
+    assert _alike(given, {"mask": twin, "window": 4, "rotary": (twin, mask)}, {})
+    for key, value in (("mask", twin + 1), ("mask", None), ("window", 5), ("rotary", (mask,)), ("mask", twin.double())):
+        assert not _alike(given, {**given, key: value}, {})
+    assert not _alike(given, {"mask": mask}, {})
+    assert not _alike(object(), object(), {})

@@ -239,6 +239,8 @@ FFN, BOTH, GGUF = {"ffn": 0.25}, {"experts": 2, "ffn": 8}, {"serve_with": "gguf"
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"budget": {"experts": 5}}, PlanError, "the router chooses 2 for each token.*at most 4 can be"),
     ({"budget": {"experts": 0.9}}, PlanError, "5 of 6 routed experts cannot be removed"),
+    ({"family": "deepseek_v3", "budget": {"parameters": 0.9}}, PlanError,
+     r"largest legal one is [0-9.]+; add budget\.experts or budget\.layers or budget\.vocabulary$"),
     ({"budget": {"experts": 0.05}}, PlanError, "less than half a routed expert and removes nothing"),
     ({"budget": {"ffn": 0.25, "multiple_of": 4}}, PlanError, "multiple_of: 4 is no multiple of 8"),
     ({"budget": {"ffn": 5}}, PlanError, "budget.ffn: 5 neurons cannot be removed"),

@@ -13,12 +13,14 @@ import pytest
 
 import expertprune
 from expertprune.engine import memory
+from expertprune.engine.team import Team
 from expertprune.errors import CheckpointError
 from expertprune.files import places
 from expertprune.spec.reading import parse_spec
 from expertprune.spec.schema import Spec
 from expertprune.stages import outlook
-from expertprune.stages.forecast import forecast
+from expertprune.stages.forecast import forecast, of_experts
+from expertprune.stages.validate import validate
 from tests.calling import call, call_json
 from tests.models.test_conversion import file_of
 from tests.patching import everywhere
@@ -108,3 +110,14 @@ def test_what_a_user_should_know_before_is_said_by_validate_and_build(
     (told,) = [message for message in levels if "this will take about" in message]
     assert levels[told] == "INFO"  # shown without --verbose, and no warning
     assert [levels[f"tiny: {note}"] for note in found["notes"]] == ["INFO", "WARNING"]
+
+
+def test_a_member_of_a_team_is_told_what_it_does_itself(tiny_spec: Spec, monkeypatch: Patch) -> None:
+    prepared = validate(tiny_spec)
+    whole = of_experts({"": prepared}, stored=False)
+    monkeypatch.setattr("expertprune.engine.team._present", [Team(0, 3)])
+    share = of_experts({"": prepared}, stored=False)
+    tokens = [{stage.name: stage.tokens for stage in each.stages if stage.tokens} for each in (whole, share)]
+    assert tokens[0].keys() == tokens[1].keys()
+    for name, every in tokens[0].items():
+        assert every / 6 < tokens[1][name] < every / 2, name
