@@ -170,9 +170,29 @@ def _logs(_: click.Context, __: click.Parameter, verbose: bool) -> None:
     _log_to_terminal(logging.INFO if verbose else logging.WARNING)
 
 
+class _Once(logging.Filter):
+    """Drops a warning that was shown before: a forecast of twenty experts meets each one twenty times.
+
+    What happens to a server may happen again, and is shown again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno != logging.WARNING or record.name.startswith("expertprune.serving"):
+            return True
+        text = record.getMessage()
+        known = text in self._shown
+        self._shown.add(text)
+        return not known
+
+
 def _log_to_terminal(level: int) -> None:
     """Show logs from this level on, unless they are shown already; what a build will take always."""
     handler = RichHandler(console=messages, show_path=False, markup=False)
+    handler.addFilter(_Once())
     logging.basicConfig(level=level, format="%(message)s", handlers=[handler])
     foretold.setLevel(logging.INFO)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import expertprune
 from expertprune.cli import main
+from expertprune.commands.terminal import _Once
 from expertprune.errors import SpecError
 from expertprune.spec.reading import load_spec
 from tests.calling import call, call_json, parsed, strict
@@ -221,3 +223,15 @@ def test_new_profiles_are_made_where_a_document_or_a_weight_has_changed(
     assert not {*second.values()} & {*third.values()}
     assert {path.stem for path in (tmp_path / "mine" / "profiles").iterdir()} == {*third.values()}
     assert {path.stem for path in (warm / "profiles").iterdir()} == stored | {*second.values()}
+
+
+def test_a_warning_is_shown_once_but_for_what_happens_to_a_server() -> None:
+    shown = _Once()
+
+    def told(name: str, level: int, *arguments: str) -> bool:
+        return shown.filter(logging.LogRecord(name, level, "", 0, "corpus %s", arguments, None))
+
+    rows, server = "expertprune.composition.rows", "expertprune.serving.deployment"
+    assert [told(rows, logging.WARNING, each) for each in ("a", "b", "a")] == [True, True, False]
+    assert [told(rows, logging.INFO, "a"), told(rows, logging.INFO, "a")] == [True, True]
+    assert [told(server, logging.WARNING, "c"), told(server, logging.WARNING, "c")] == [True, True]
