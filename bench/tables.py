@@ -15,7 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from . import claims, instruct, quality
+from . import claims, experts, instruct, quality
 from .bytes import text as text_of_bytes
 from .cells import stored
 from .records import Table, stored_table
@@ -53,6 +53,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{name: partial(stored_table, name) for name in RECORDED},
     "bytes": text_of_bytes,
     "claims": claims.text,
+    "experts": experts.text,
     "instruct": instruct.text,
     "vocabulary": lambda: "\n\n".join(text_of_expert(name) for name in EXPERTS),
 }
