@@ -26,6 +26,7 @@ SINGLE = "model.safetensors"
 
 
 CONFIG = "config.json"
+_PART = 2**22  # values that are checked at a time: what a check holds is larger than its tensor
 
 
 # Files in other formats of weights, which must not be carried into an expert.
@@ -301,7 +302,8 @@ class Checkpoint:
     def read_finite(self, name: str) -> Tensor:
         """The same; raises `CheckpointError` if the tensor holds NaN or infinity."""
         tensor = self.read(name)
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        parts = tensor.flatten().split(_PART) if tensor.is_floating_point() else ()
+        if not all(bool(part.isfinite().all()) for part in parts):
             where = self.folder / self.tensors[name].file
             raise CheckpointError(f"{where}: {name} holds values that are not finite; fetch it again")
         return tensor

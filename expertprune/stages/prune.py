@@ -85,6 +85,7 @@ def write_weights(
     prepared: Prepared, plan: Plan, folder: Path, track: Track = silent, passengers: Passengers | None = None
 ) -> None:
     """The same without a card and a description."""
+    trim()  # what the profiles held
     with track("prune and repair", len(prepared.base.layers)) as step:
         given = None
         if check_repair(prepared.spec.compensation.method).runs_model and plan.cuts_layers:
