@@ -20,7 +20,7 @@ import argparse
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -179,14 +179,13 @@ def asked_of(expert: str) -> dict[str, Questions]:
     return {name: each for name, each in QUESTIONS.items() if expert == "base" or each.expert in (expert, None)}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Bench:
     """Builds and measures experts over one folder of data."""
 
     data: Path
     out: Path
     work: Path
-    _files: dict[str, Path] = field(default_factory=dict)
 
     def rows(self, file: str) -> list[Row]:
         """The rows of a file in an order of chance, always the same."""
@@ -257,8 +256,9 @@ class Bench:
 
     def base(self) -> None:
         """Ask the base every set."""
-        folder = resolve_base(self.spec("medical", 0.25).base, store_folder()).folder
-        write(path_of("base"), {"right": self.answers("base", folder), "made": made()})
+        base = resolve_base(self.spec("medical", 0.25).base, store_folder())
+        base.checkpoint.fetch()
+        write(path_of("base"), {"right": self.answers("base", base.folder), "made": made()})
 
     def answers(self, expert: str, folder: Path) -> dict[str, list[int]]:
         """1 for each right answer, by set."""
