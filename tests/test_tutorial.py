@@ -26,7 +26,12 @@ COMMANDS = [
 ]
 NAMED = {shlex.split(command)[1]: command for command in COMMANDS if command.startswith("expertprune ")}
 CURLS = [command for command in (*COMMANDS, *commands()) if command.startswith("curl ")]
-FEW = ("--set", "calibration.documents=2", "--set", "evaluate.documents=2")  # seconds, not minutes
+FEW = {  # seconds, not minutes
+    "calibration.documents": 2,
+    "calibration.max_tokens": 128,
+    "evaluate.documents": 2,
+    "evaluate.max_tokens": 128,
+}
 SMALL = ("--enforce-eager", "--max-model-len", "256")
 
 
@@ -59,7 +64,8 @@ def test_the_page_goes_from_data_to_the_hub_and_shows_the_spec_that_ships() -> N
 @pytest.mark.slow
 def test_the_commands_until_there_is_an_expert(place: Path, real_store: Path) -> None:
     for name in ("init", "validate", "build", "inspect", "report"):
-        run([*shlex.split(NAMED[name]), *(FEW if name == "build" else ())], place, settings(real_store))
+        fewer = [word for key, value in FEW.items() for word in ("--set", f"{key}={value}")] if name == "build" else []
+        run([*shlex.split(NAMED[name]), *fewer], place, settings(real_store))
     about = json.loads((place / "experts" / "support" / "expertprune.json").read_text())
     kept = about["plan"]["budget"]["ffn"]["kept"]
     assert sum(kept) == 36_864  # of 30 layers of 1536 together, 0.2 less: 576 times 64
@@ -127,7 +133,7 @@ def test_the_python_snippet(place: Path, real_store: Path) -> None:
     """The same spec and documents, so the profiles of the tutorial are used again."""
     (place / "profiles").symlink_to(ROOT / "profiles")
     (snippet,) = blocks("python", page("docs/python.md"))
-    fewer = snippet.replace('"calibration.documents": 6,', '"calibration.documents": 2,')
+    fewer = snippet.replace('"calibration.documents": 6,', f"**{FEW},")
     assert fewer != snippet
     printed = run([sys.executable, "-c", fewer], place, settings(real_store))
     parameters, retention = printed.strip().splitlines()[-2:]

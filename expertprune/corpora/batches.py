@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from expertprune.corpora.chat import Rendered, render
-from expertprune.corpora.documents import Corpus, Document
+from expertprune.corpora.documents import Corpus, CorpusName, Document
 from expertprune.corpora.templates import Span
 from expertprune.errors import CheckpointError, SpecError
 from expertprune.files import digest_of
@@ -261,6 +261,20 @@ def check_ids(batches: Sequence[Batch], rows: int) -> None:
             f"the tokenizer gives the token id {largest}, and the model's vocabulary has {rows} rows: this tokenizer is "
             "of another model"
         )
+
+
+def warn_of_length(name: CorpusName, sequences: Sequence[Tokens], positions: int | None, key: str) -> None:
+    """Say how many sequences of a corpus are longer than the base was made for.
+
+    Args:
+        positions: the base's `max_position_embeddings`, if it says so.
+        key: of the spec, that cuts them.
+    """
+    if positions is not None and (longer := sum(len(each) > positions for each in sequences)):
+        log.warning(
+            "corpus %s: %d of %d texts have more tokens than the base was made for (max_position_embeddings: %d): lower %s",
+            name, longer, len(sequences), positions, key,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

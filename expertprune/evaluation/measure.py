@@ -18,7 +18,7 @@ from expertprune.artifacts.evaluation import (
     QuestionAnswers,
     Settings,
 )
-from expertprune.corpora.batches import Batch, Tokens
+from expertprune.corpora.batches import Batch, Tokens, warn_of_length
 from expertprune.corpora.chat import Rendered
 from expertprune.corpora.documents import GENERAL, OTHER, Corpus, CorpusName, Question
 from expertprune.engine.team import team
@@ -95,7 +95,7 @@ class Measuring:
             with under(f"corpus {corpus.name}"):
                 self._texts[corpus.name] = texts_of(corpus.evaluation, tokenizer, end_of(settings, other_tokens))
         self._examples = self._in_tokens(tokenizer)
-        self._warn_of_unread()
+        self._warn()
         self._known: Stream | None = None
         self._bits: Floats | None = None
 
@@ -113,9 +113,12 @@ class Measuring:
                 f"corpus {corpus.name}: a question has {longest} tokens with its choice, and the base's context {context}"
             )
 
-    def _warn_of_unread(self) -> None:
+    def _warn(self) -> None:
+        positions = getattr(self.base.model.config, "max_position_embeddings", None)
         for each in self._examples.ranges:
             texts = self._examples.reading.sequences[each.here]
+            if not each.questions:
+                warn_of_length(each.corpus, texts, positions, "evaluate.max_tokens")
             if unread := sum(text.answers is not None and not text.predicted for text in texts):
                 log.warning(
                     "corpus %s: %d of %d conversations measure nothing, as no answer begins in the tokens that are read: "

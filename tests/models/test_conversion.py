@@ -25,6 +25,7 @@ from expertprune.models import base as models
 from expertprune.models.base import ResolvedBase, resolve_base
 from expertprune.models.checkpoint import INDEX, Checkpoint
 from expertprune.models.gguf import conversion
+from expertprune.models.gguf.reading import opened_gguf
 from expertprune.models.loading import load_model, load_tokenizer
 from expertprune.spec.schema import Base
 from expertprune.stages.export import export
@@ -81,6 +82,21 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def file(source: Path, tmp_path: Path) -> Path:
     return Path(shutil.copy(source.with_name("llama.gguf"), tmp_path))
+
+
+def test_the_reader_finds_what_the_librarys_own_does(file: Path) -> None:
+    expected, found = GGUFReader(file), opened_gguf(file)
+    assert {"tokenizer.ggml.tokens", "tokenizer.ggml.token_type"} <= set(expected.fields)
+    assert list(found.fields) == list(expected.fields)
+    for name, field in expected.fields.items():
+        own = found.fields[name]
+        assert (own.offset, own.data, own.types) == (field.offset, field.data, field.types)
+        assert own.contents() == field.contents()
+        for mine, theirs in zip(own.parts, field.parts, strict=True):
+            assert mine.dtype == theirs.dtype
+            assert mine.tolist() == theirs.tolist()
+    for mine, theirs in zip(found.tensors, expected.tensors, strict=True):
+        assert (mine.name, mine.data_offset) == (theirs.name, theirs.data_offset)
 
 
 # --- converted ------------------------------------------------------------------------------------------------------

@@ -138,6 +138,7 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return made
 
 
+@pytest.mark.slow
 def test_a_quantized_expert_is_evaluated_as_its_weights_are_worth(tmp_path: Path, store: Path) -> None:
     """Of W4A16, whose tensors are packed; layers run one by one, as `evaluate` runs them."""
     pack = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers").pack_to_int32

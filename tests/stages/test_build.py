@@ -89,6 +89,7 @@ def test_layers_and_vocabulary_alone_give_a_stock_checkpoint_that_can_be_exporte
     assert {tensor.name.split(".")[1] for tensor in reader.tensors if tensor.name.startswith("blk.")} == {"0", "1"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_a_streamed_build_is_the_same(family: str, tmp_path: Path, spec_data: Data, monkeypatch: Patch) -> None:
     """There are about 10 kB of memory for hidden states; the resident build keeps its graphs."""

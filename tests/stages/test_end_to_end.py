@@ -21,7 +21,7 @@ from tests.engines import Answer, by_transformers, by_vllm
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # the first test builds the expert
 SPEC = Path(__file__).parents[2] / "profiles" / "english-medical-qa.yaml"
 CORPORA = Path(__file__).parents[2] / "corpora" / "task"
-FEW = {"calibration.documents": 6, "calibration.max_tokens": 128, "evaluate.documents": 4, "evaluate.max_tokens": 256}
+FEW = {"calibration.documents": 4, "calibration.max_tokens": 128, "evaluate.documents": 4, "evaluate.max_tokens": 128}
 LAYERS = 30  # of SmolLM2
 QUESTIONS = 24  # through the server
 PROMPTS = [

@@ -15,7 +15,10 @@ from tests.engines import ALONE, TRANSFORMERS, by_transformers, by_vllm, run_scr
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # the first test builds the expert
 SPEC = Path(__file__).parents[2] / "profiles" / "german.yaml"
 PROMPTS = ["Die Stadt liegt an der", "Der Fluss fließt durch", "Im Jahr 1990 wurde die", "Das Wasser kocht bei"]
-FEW = {"calibration.documents": 4, "evaluate.corpora": ["de"], "evaluate.documents": 8}
+FEW = {
+    "calibration.documents": 4, "calibration.max_tokens": 256,
+    "evaluate.corpora": ["de"], "evaluate.documents": 8, "evaluate.max_tokens": 256,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -267,6 +267,7 @@ def test_an_expert_without_a_layer_is_aligned_with_the_layers_of_its_base(tmp_pa
     assert [value == pytest.approx(1) for value in found.layers] == [number < gone for number in range(3)]
 
 
+@pytest.mark.slow
 def test_answers_are_stored_until_something_changes(workplace: Workplace, monkeypatch: Patch) -> None:
     asked: list[Path] = []
     load = suite_scores.run_folder

@@ -13,6 +13,7 @@ import expertprune
 from expertprune.errors import CheckpointError, PlanError, SpecError
 from expertprune.evaluation.measure import group_of
 from expertprune.spec.reading import parse_spec
+from expertprune.stages.evaluate import measuring
 from expertprune.stages.validate import find
 from tests.tiny import save_tiny, write_corpus
 
@@ -53,6 +54,23 @@ def test_a_plan_is_named_where_its_corpus_or_base_is_gone(spec_data: Data, tmp_p
     path.unlink()
     with pytest.raises(SpecError, match=rf"^{plan}: {EN}\.path: .*/moved\.jsonl: no such file"):
         expertprune.prune(plan, tmp_path / "expert")
+
+
+def test_texts_longer_than_the_base_was_made_for_are_told(
+    spec_data: Data, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec_data["base"] = str(save_tiny(tmp_path / "short", max_position_embeddings=12))
+    spec = parse_spec(spec_data, "spec", tmp_path, {"calibration.max_tokens": 12})
+    found = find(spec, tmp_path / "store")
+    assert "max_position_embeddings" not in caplog.text
+    measuring(found.running, found.evaluated, spec.evaluate, other_tokens=False)
+    for corpus in found.evaluated:
+        longer = sum(len(document.text.split()) > 12 for document in corpus.evaluation)
+        assert 0 < longer < 4
+        assert f"corpus {corpus.name}: {longer} of 4 texts have more tokens than the base was made for" in caplog.text
+    caplog.clear()
+    find(parse_spec(spec_data, "spec", tmp_path), tmp_path / "store")
+    assert "lower calibration.max_tokens" in caplog.text
 
 
 def test_other_corpora_are_measured_apart(spec_data: Data, store: Path, tmp_path: Path) -> None:
