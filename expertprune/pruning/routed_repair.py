@@ -134,14 +134,16 @@ class RoutedRepair:
         """
         tokens = self._collected(stream, targets, attend)
         runner = RoutedExperts(self.small, self.experts)
-        size = 8 * runner.count * runner.written.shape[2] ** 2
-        lacks = float(size > min(KEPT, SHARE * stream.hidden.room.free()))
-        counts = torch.tensor([lacks, *tokens.counts], dtype=torch.float64, device=tokens.residual.device)
+        ffn, free = runner.written.shape[2], SHARE * stream.hidden.room.free()
+        factors, neurons = 8 * runner.count * ffn**2, 4 * sum(tokens.counts) * ffn
+        lacks = factors > min(KEPT, free)
+        counts = torch.tensor([float(lacks), *tokens.counts], dtype=torch.float64, device=tokens.residual.device)
         weights = weight_sums(tokens.importance)
         self.together({"counts": counts, "weights": weights})
         (lacking, *seen) = counts.tolist()
         stored, damping = self.stored or runner.written.dtype, damping_of(self.ridge, weights)
-        solution = _Solution(runner, tokens, damping, stored, self.together, keeps=not lacking)
+        keeps_neurons = neurons <= min(KEPT, free if lacking else free - factors)
+        solution = _Solution(runner, tokens, damping, stored, self.together, not lacking, keeps_neurons)
         for _ in range(SWEEPS):
             start = 0
             for expert, count in enumerate(tokens.counts):
@@ -204,6 +206,7 @@ class _Solution:
     Args:
         keeps: keep the factorized equations of the first sweep for the others. All members of a team
             do, or none.
+        keeps_neurons: keep what the neurons of the first sweep were.
     """
 
     def __init__(
@@ -214,18 +217,24 @@ class _Solution:
         stored: torch.dtype,
         together: Callable[[dict[str, Tensor]], None],
         keeps: bool,
+        keeps_neurons: bool,
     ) -> None:
         self.runner, self.tokens, self.damping, self.stored, self.together = runner, tokens, damping, stored, together
         self.weight = runner.written.detach()
         self.repaired = self.weight.clone()
         self.change = torch.zeros(self.weight.shape, dtype=torch.float32, device=self.weight.device)
         self._keeps, self._kept = keeps, dict[int, RoutedSystem]()
+        self._keeps_neurons, self._neurons = keeps_neurons, dict[int, Tensor]()
 
     def solve(self, expert: int, here: slice) -> None:
         """Solve one routed expert for the residual that the others leave, and take its share off it."""
         tokens, before = self.tokens, self.change[expert].clone()
         place, gate = tokens.pairs.token[here], tokens.pairs.weight[here].float()
-        neurons = self.runner.neurons_of(tokens.inputs[place], expert).float() * gate[:, None]
+        neurons = self._neurons.get(expert)
+        if neurons is None:
+            neurons = self.runner.neurons_of(tokens.inputs[place], expert).float() * gate[:, None]
+            if self._keeps_neurons:
+                self._neurons[expert] = neurons
         importance = tokens.importance[place]
         weighted = neurons * importance[:, None]
         system = self._kept.get(expert)

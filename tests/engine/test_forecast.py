@@ -191,7 +191,8 @@ def test_seconds_of_each_stage(base: ResolvedBase, free: Any) -> None:
     ]
     once = [resident[name].seconds for name in ("repair", "write", "evaluate")]
     assert (tried.seconds, tried.tokens) == (pytest.approx(3 * sum(once)), 6000)
-    products = 3 * 8 * 2000 * 24 * 10 + 2 * 2000 * 10**2  # 1000 tokens come to two each; the Gram matrices once
+    # 1000 tokens come to two each; in three sweeps the cross moment and the residual, neurons and Gram matrices once
+    products = (3 * 4 + 4) * 2000 * 24 * 10 + 2 * 2000 * 10**2
     equations = 4 * (10**3 / 3 + 3 * 2 * 24 * 10**2)
     mixture = stages_of(base, "resident", routed=RoutedSizes(4, 10, 24, 2, True))
     assert mixture["repair"].seconds == pytest.approx(layers + 3 * (products / 1e9 + equations / 1e9), rel=1e-6)
