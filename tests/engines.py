@@ -76,11 +76,6 @@ def by_vllm(alone: tuple[Path, str], plugged: tuple[Path, str], prompts: Sequenc
     return _run(ALONE + VLLM, [[str(alone[0]), alone[1], True], [str(plugged[0]), plugged[1], False]], prompts)
 
 
-def run_script(script: str, folder: Path, dtype: str, tmp_path: Path, prompts: Sequence[str]) -> list[list[int]]:
-    """The greedy tokens of one folder, by a script from here."""
-    return _run(script, [[str(folder), dtype]], prompts)[0].tokens
-
-
 def _run(script: str, checkpoints: list[list[Any]], prompts: Sequence[str]) -> list[Answer]:
     arguments = [sys.executable, "-c", script, json.dumps(prompts), json.dumps(checkpoints)]
     with TemporaryDirectory() as here:  # which holds no expertprune
