@@ -91,7 +91,7 @@ class Measuring:
                 "different tokens; use bits_per_byte"
             )
         self._texts: dict[CorpusName, Sequence[Rendered]] = {}
-        for corpus in corpora if set(self.metrics) - {"questions"} else ():
+        for corpus in corpora if settings.reads_documents else ():
             with under(f"corpus {corpus.name}"):
                 self._texts[corpus.name] = texts_of(corpus.evaluation, tokenizer, end_of(settings, other_tokens))
         self._examples = self._in_tokens(tokenizer)

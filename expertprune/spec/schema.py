@@ -326,6 +326,11 @@ class Evaluate(Section):
             return self.metrics
         return [metric for metric in METRICS if not (other_tokens and metric in PER_TOKEN)]
 
+    @property
+    def reads_documents(self) -> bool:
+        """Whether anything but questions is measured."""
+        return self.metrics is None or set(self.metrics) != {"questions"}
+
 
 def _shorthand(key: str, section: type[Section]) -> BeforeValidator:
     """A section that may be written as the value of its first key alone."""

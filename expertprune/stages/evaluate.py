@@ -71,7 +71,7 @@ def evaluate(
         loaded: dict[CorpusName, Corpus] = load_corpora(spec, place, generator(resolved, spec, place, write=False))
         evaluated = evaluation_corpora(spec, loaded, leak_guard(loaded, described.calibration_digests), place)
     other_tokens = described.plan.vocabulary is not None
-    of_text = set(spec.evaluate.chosen_metrics(other_tokens)) - {"questions"}
+    of_text = spec.evaluate.reads_documents
     check_floors(floors or {}, {group_of(corpus) for corpus in evaluated if of_text and corpus.evaluation})
     running = RunningBase(resolved)
     evaluator = measuring(running, evaluated, spec.evaluate, other_tokens)

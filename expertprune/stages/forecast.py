@@ -151,7 +151,7 @@ def _evaluated(prepared: Prepared) -> TextSize | None:
     metrics = settings.chosen_metrics(prepared.spec.budget.vocabulary is not None)
     texts = []
     for corpus in prepared.evaluated:
-        if set(metrics) - {"questions"}:
+        if settings.reads_documents:
             texts.append(_read(prepared, corpus.evaluation, settings.max_tokens))
         if "questions" in metrics:
             texts.append(TextSize.of(team().share(Reading.of(choices_of(corpus.questions, tokenizer)).batches)))

@@ -178,8 +178,8 @@ def find(spec: Spec, store: Path, evaluate: bool = True) -> Found:
 
 def _check_conversations(corpus: Corpus, tokenizer: Any, spec: Spec) -> None:
     """Raises `SpecError` where conversations that shall measure experts cannot, before anything is profiled."""
-    other_tokens = spec.budget.vocabulary is not None
-    if set(spec.evaluate.chosen_metrics(other_tokens)) - {"questions"}:
+    if spec.evaluate.reads_documents:
+        other_tokens = spec.budget.vocabulary is not None
         chats = [document for document in corpus.evaluation if document.conversation is not None]
         texts = texts_of(chats, tokenizer, end_of(spec.evaluate, other_tokens))
         tokens_of(texts, tokenizer, spec.evaluate, other_tokens)
