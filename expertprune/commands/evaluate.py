@@ -114,8 +114,9 @@ def evaluate(
     from expertprune.stages import suites as measuring
 
     if shard is not None:
-        if tracker is not None:
-            raise click.UsageError("--log: a shard knows only its own part; give --log with --collect")
+        for key, value in (("--log", tracker), ("--fail-under", floors or None)):
+            if value is not None:
+                raise click.UsageError(f"{key}: a shard knows only its own part; give {key} with --collect")
         asked = measuring.SuiteRequest(
             expert, suites, tasks, backend, limit, base, store, overrides  # type: ignore[arg-type]
         )  # fmt: skip

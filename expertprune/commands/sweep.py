@@ -83,8 +83,9 @@ def sweep(
         check_picture(picture, made=out, overwrite=overwrite)
     shard = where.share(store)
     if shard is not None:
-        if tracker is not None:
-            raise click.UsageError("--log: a shard knows only its own points; give --log with --collect")
+        for key, value in (("--log", tracker), ("--picture", picture)):
+            if value is not None:
+                raise click.UsageError(f"{key}: a shard knows only its own points; give {key} with --collect")
         report = sweeping.sweep_shard(spec, budgets, shard, out, keep_experts, store, overrides, progress_bar)
         show_report(report, shard, as_json)
         return

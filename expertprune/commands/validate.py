@@ -64,6 +64,7 @@ def _document(prepared: Prepared) -> dict[str, Any]:
         if len({layer for layer in widths if not layer.gone}) == 1:
             entries = summary(spec.budget, base.layers, widths)
             budget = {structure: entry.document() for structure, entry in entries.items()}
+    evaluated = {corpus.name: corpus for corpus in prepared.evaluated}
     return {
         "kind": "validation",
         "name": spec.name,
@@ -76,8 +77,8 @@ def _document(prepared: Prepared) -> dict[str, Any]:
         "corpora": {
             str(name): {
                 "calibration": len(corpus.calibration),
-                "evaluation": len(corpus.evaluation),
-                "questions": len(corpus.questions),
+                "evaluation": len(evaluated[name].evaluation) if name in evaluated else 0,
+                "questions": len(evaluated[name].questions) if name in evaluated else 0,
             }
             for name, corpus in prepared.corpora.items()
         },

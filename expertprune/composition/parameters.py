@@ -104,11 +104,12 @@ def added_parameters(base: ResolvedBase, layers: Sequence[LayerWidths]) -> int:
     return sum(shape.hidden * len(rewrite.zero_tensors) for shape, _ in pairs)
 
 
-def unreachable(wanted: float, largest: int, budget: Budget, base: ResolvedBase) -> str:
-    """The message for more parameters than can be removed."""
+def unreachable(wanted: float, largest: int, budget: Budget, base: ResolvedBase, heads: bool = False) -> str:
+    """The message for more parameters than can be removed; `heads` says that KV groups compete for them."""
     total, family = base.checkpoint.parameters, base.family
     hint = "with the heads as they are" if not budget.kv_groups else "with these heads"
-    more = {"kv_groups": family.heads_are_units, "experts": family.experts is not None, "layers": True}
+    hint = "FFN neurons and KV groups together" if heads else hint
+    more = {"kv_groups": family.heads_are_units and not heads, "experts": family.experts is not None, "layers": True}
     ways = [f"budget.{key}" for key, legal in more.items() if legal and not getattr(budget, key)]
     ways += ["budget.vocabulary"] if budget.vocabulary is None else []
     advice = f"add {' or '.join(ways)}" if ways else "remove less"

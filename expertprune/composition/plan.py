@@ -17,7 +17,7 @@ from expertprune.composition.reasons import reasons
 from expertprune.composition.rows import choose_rows
 from expertprune.composition.scoring import Fused, check_scored, score_units
 from expertprune.composition.uniform import uniform_widths
-from expertprune.composition.widths import LayerWidths, check_structures, legal_widths, own_widths, summary
+from expertprune.composition.widths import GONE_WIDTHS, LayerWidths, check_structures, legal_widths, own_widths, summary
 from expertprune.corpora.documents import CorpusName, corpus_names
 from expertprune.errors import PlanError, SpecError
 from expertprune.models.base import ResolvedBase
@@ -171,6 +171,24 @@ def _by_layer(
         (shape, layer, {structure: fused[index] for structure, fused in scores.items()})
         for index, (shape, layer) in enumerate(zip(base.layers, widths, strict=True))
     ]
+
+
+def as_kept(plan: Plan, base: ResolvedBase, budget: Budget) -> Plan:
+    """The plan with the sizes of the units that it keeps, which may have been edited."""
+    widths = [
+        GONE_WIDTHS if units.gone else LayerWidths.own(units.shape(shape))
+        for shape, units in zip(base.layers, plan.kept, strict=True)
+    ]
+    before, rows = base.checkpoint.parameters, plan.vocabulary.rows.rows if plan.vocabulary else None
+    parameters = Parameters(
+        before=before, after=before - removed_parameters(base, widths) - removed_with_rows(base, rows)
+    )
+    counted = summary(budget, base.layers, widths)
+    if parameters == plan.parameters and all(
+        name in plan.budget and plan.budget[name].kept == entry.kept for name, entry in counted.items()
+    ):
+        return plan
+    return replace(plan, parameters=parameters, budget=counted)
 
 
 def compose(

@@ -108,8 +108,11 @@ def global_widths(
             _take_units(layers, base, budget, steps(base, budget, scores, structure), structure)
     wanted = wanted_parameters(budget, base)
     if wanted is not None:
-        every = steps(base, budget, scores, Structure.FFN)
-        if not budget.kv_groups and Structure.KV_GROUPS in scores:
+        every, heads = (
+            steps(base, budget, scores, Structure.FFN),
+            not budget.kv_groups and Structure.KV_GROUPS in scores,
+        )
+        if heads:
             every = sorted(every + steps(base, budget, scores, Structure.KV_GROUPS), key=lambda step: step.price)
         rows = removed_with_rows(base, wanted_rows(budget, base))
         removed = rows + sum(removed_from_layer(base, index, layer) for index, layer in enumerate(layers))
@@ -123,7 +126,7 @@ def global_widths(
                 layers[step.layer] = narrow
         removed -= added_parameters(base, layers)
         if removed < wanted:
-            raise PlanError(unreachable(wanted, removed, budget, base))
+            raise PlanError(unreachable(wanted, removed, budget, base, heads))
     return tuple(layers)
 
 

@@ -123,7 +123,7 @@ def _kept_ffn(budget: Budget, shape: LayerShape) -> int:
     removed = removal(budget.ffn, shape.ffn, "ffn")
     if not removed:
         return shape.ffn
-    rule = f"kept widths are multiples of {budget.ffn_step} and at least {budget.floor:g} of {shape.ffn}"
+    rule = f"kept widths are multiples of {budget.ffn_step} and at least {100 * budget.floor:.4g}% of {shape.ffn}"
     if isinstance(removed, int):
         if shape.ffn - removed not in legal:
             what = f"{said(budget.ffn)}: " if isinstance(budget.ffn, Keep) else ""
@@ -133,7 +133,8 @@ def _kept_ffn(budget: Budget, shape: LayerShape) -> int:
             )
         return shape.ffn - removed
     if len(legal) == 1:
-        raise PlanError(f"budget.ffn: nothing can be removed from {shape.ffn} neurons ({rule}); lower multiple_of")
+        key = "floor" if len(legal_ffn(shape, budget.ffn_step, 0)) > 1 else "multiple_of"
+        raise PlanError(f"budget.ffn: nothing can be removed from {shape.ffn} neurons ({rule}); lower budget.{key}")
     wanted = shape.ffn * (1 - removed)
     if wanted < legal[0] - budget.ffn_step / 2:
         largest = rounded_down((shape.ffn - legal[0]) / shape.ffn)

@@ -58,7 +58,8 @@ def own_widths(base: ResolvedBase, gone: Sequence[int]) -> list[LayerWidths]:
 def summary(budget: Budget, base: Sequence[LayerShape], widths: Sequence[LayerWidths]) -> dict[str, StructureBudget]:
     """By structure that the base has: what was requested, and what each layer has, keeps and loses.
 
-    A single number is that of every layer that stays and has such units.
+    A single number is that of every layer that stays and has such units; a list has all layers, and 0 for
+    those that go.
     """
     result = {}
     if gone := sum(layer.gone for layer in widths):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,6 +10,8 @@ import numpy as np
 
 from expertprune.corpora.documents import Corpus, Document
 from expertprune.errors import SpecError
+
+log = logging.getLogger(__name__)
 
 NEAR_DUPLICATE = 0.8  # cosine of character 5-gram tf-idf from which two texts count as the same
 
@@ -109,6 +112,12 @@ class LeakGuard:
                 problems.append(_problem(examples, leaks))
             else:
                 kept = tuple(document for i, document in enumerate(corpus.evaluation) if i not in leaks)
+                if leaks:
+                    log.warning(
+                        "corpus %s: %d of %d documents that were set aside are or resemble calibration documents; they "
+                        "are not measured",
+                        corpus.name, len(leaks), len(corpus.evaluation),
+                    )  # fmt: skip
             if not kept and not corpus.questions:
                 why = f": all {len(leaks)} that were set aside are or resemble calibration documents" if leaks else ""
                 problems.append(

@@ -42,7 +42,7 @@ transformers and in vLLM.
 | structure | kept in each layer | of |
 |---|---|---|
 {% for structure, entry in plan.budget.items() -%}
-| {{ names.get(structure, structure) }} | {{ entry.kept | widths }} | {{ entry.of | widths }} |
+| {{ names.get(structure, structure) }} | {{ entry.kept | widths(plan.gone) }} | {{ entry.of | widths(plan.gone) }} |
 {% endfor %}
 {%- if plan.vocabulary -%}
 | vocabulary rows, of the whole model | {{ plan.vocabulary.rows.rows }} | {{ plan.vocabulary.rows.of }} |

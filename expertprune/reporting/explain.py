@@ -45,9 +45,9 @@ def read(path: Path) -> Artifact:
     raise SpecError(f"{path}: is no spec (.yaml), profile (.safetensors), plan (.json) or expert (a folder)")
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """Plain data about the artifact at a path, with its `kind`; for errors see `read`."""
-    found = read(path)
+def describe(artifact: str | Path | Artifact) -> dict[str, Any]:
+    """Plain data about an artifact or the one at a path, with its `kind`; for errors see `read`."""
+    found = read(Path(artifact)) if isinstance(artifact, str | Path) else artifact
     if isinstance(found, Spec):
         return {"kind": "spec", "spec": found.document(), "corpora": [str(name) for name in corpus_names(found)]}
     if isinstance(found, Profile):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from typing import get_args
 
 from rich.box import HORIZONTALS
@@ -138,8 +139,10 @@ def retention_table(evaluation: Evaluation) -> Table:
     return table
 
 
-def widths(value: int | list[int]) -> str:
-    """A structure's width: `"1152"`, or `"640 to 1472 (mean 1152)"` where layers differ."""
+def widths(value: int | list[int], gone: Collection[int] = ()) -> str:
+    """A structure's width: `"1152"`, or `"640 to 1472 (mean 1152)"` where layers differ; `gone` are left out."""
+    if isinstance(value, list):
+        value = [each for layer, each in enumerate(value) if layer not in gone]
     if not isinstance(value, list) or len(set(value)) == 1:
         return str(value[0] if isinstance(value, list) else value)
     return f"{min(value)} to {max(value)} (mean {sum(value) / len(value):.4g})"
@@ -156,7 +159,7 @@ def plan_table(plan: Plan) -> Table:
         who = ", ".join(f"{name} {count:,}" for name, count in protected.items()) or uncut
         kinds = kind_cells(plan, structure)
         gone = f" (without {format_indices(plan.gone)})" if structure == "layers" else ""
-        table.add_row(structure, f"{widths(entry.kept)} of {widths(entry.of)}{gone}", who, *kinds)
+        table.add_row(structure, f"{widths(entry.kept, plan.gone)} of {widths(entry.of, plan.gone)}{gone}", who, *kinds)
     return table
 
 

@@ -16,7 +16,7 @@ from expertprune.composition.plan import foreseen_widths
 from expertprune.composition.rows import foreseen_rows
 from expertprune.composition.scoring import rules
 from expertprune.composition.shares import corpus_shares
-from expertprune.composition.widths import LayerWidths
+from expertprune.composition.widths import LayerWidths, own_widths
 from expertprune.corpora.batches import Batch, CalibrationText, check_ids, corpus_text, each_once, warn_of_length
 from expertprune.corpora.catalogue import source_key
 from expertprune.corpora.documents import Corpus, CorpusName, Document
@@ -153,6 +153,8 @@ def find(spec: Spec, store: Path, evaluate: bool = True) -> Found:
             ancestor = ancestor_of(base) if base is not None else None
             digests = ancestor.calibration_digests if ancestor is not None else ()
             evaluated = evaluation_corpora(spec, corpora, leak_guard(corpora, digests), store)
+    if evaluated and not spec.evaluate.reads_documents and not any(corpus.questions for corpus in evaluated):
+        problems.append("evaluate.metrics: no corpus has questions, so nothing is measured; add bits_per_byte")
     if problems or base is None:
         raise SpecError(problems)
     running = RunningBase(base)
@@ -213,6 +215,8 @@ def prepare(found: Found, budget: Budget | None = None) -> Prepared:
     left_open = spec.compose.allocation == AUTO
     spec = resolved(spec if budget is None else spec.model_copy(update={"budget": budget}), base)
     widths, rows = foreseen_widths(spec, base), foreseen_rows(spec, base)
+    if spec.budget.vocabulary is None and widths is not None and list(widths) == own_widths(base, ()):
+        log.warning("budget: removes nothing, so the expert is a copy of the base")
     if isinstance(spec.budget.vocabulary, Coverage):
         tokens = {name: sum(batch.tokens for batch in found.calibration[name].batches) for name in found.corpora}
         check_enough(spec.budget.vocabulary.coverage, {name: tokens[name] for name in tokens if not name.is_general})

@@ -78,7 +78,7 @@ def test_widths_of_a_budget(budget: dict[str, Any], expected: tuple[int, int, in
 @pytest.mark.parametrize(
     ("base", "budget", "words"),
     [
-        ({}, {"ffn": 1}, "1 neurons cannot be removed (kept widths are multiples of 64 and at least 0.1 of 256)"),
+        ({}, {"ffn": 1}, "1 neurons cannot be removed (kept widths are multiples of 64 and at least 10% of 256)"),
         ({}, {"ffn": {"keep": 150}}, "legal near it: keep: 192 and keep: 128"),
         ({}, {"ffn": {"keep": 257}}, "keep: 257 is more than the 256 that there are"),
         ({}, {"ffn": 0.5, "multiple_of": 300}, "nothing can be removed from 256 neurons"),

@@ -98,11 +98,12 @@ def test_an_evaluation_split_that_calibrated_is_the_users_mistake() -> None:
     assert "'The nurse measured blood pressure" in first
 
 
-def test_documents_set_aside_are_dropped_where_they_leak() -> None:
+def test_documents_set_aside_are_dropped_where_they_leak(caplog: pytest.LogCaptureFixture) -> None:
     ancestors = "an ancestor of the expert was calibrated on this document, whose text is long gone"
     evaluated = corpus("language/en", [LETTERS], [CHANGED, ancestors, UNRELATED], aside=True)
     first, second = clean([evaluated, corpus("task/qa", [SEAS], [MOUNTAINS])], [Document(ancestors).digest])
     assert (first.evaluation, second.evaluation) == ((Document(UNRELATED),), (Document(MOUNTAINS),))
+    assert "corpus language/en: 2 of 3 documents that were set aside are or resemble calibration" in caplog.text
     assert (str(first.name), first.calibration) == ("language/en", (Document(LETTERS),))
     asked = Question("how far apart are the seas", ("near", "far"), 1)
     for evaluated in ([], [LETTERS]):

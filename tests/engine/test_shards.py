@@ -85,6 +85,8 @@ def test_a_shard_that_is_none_and_two_ways_at_once_are_refused(spec_file: Path, 
     assert wrong["9/8"] in call("sweep", spec_file, "--budgets", "0.5", "--shard", "9/8", code=2).stderr
     assert wrong["3"] in call("profile", spec_file, "--shard", "3", code=2).stderr
     assert "not several" in call("profile", spec_file, "--shard", "1/2", "--collect", code=2).stderr
+    whole = ("sweep", spec_file, "--budgets", "0.5", "--shard", "1/2", "--picture", "sweep.png")
+    assert "--picture: a shard knows only its own points" in call(*whole, code=2).stderr
     assert "need --engine ray" in call("profile", spec_file, "--members", "2", code=2).stderr
 
 

@@ -26,7 +26,7 @@ from expertprune.artifacts.expert import CorpusRecord, Expert
 from expertprune.files import EXPERT_FILE
 from expertprune.reporting.card import write_card
 from expertprune.reporting.explain import explain
-from expertprune.reporting.tables import other_rows, plan_table, retention_rows, retention_table
+from expertprune.reporting.tables import other_rows, plan_table, retention_rows, retention_table, widths
 from tests.calling import strict
 
 Build = tuple[Path, Path]
@@ -119,6 +119,11 @@ def test_retention_rows_say_every_metric_and_the_averages() -> None:
     first, *rest = retention_rows(evaluation.model_copy(update={"corpora": corpora}))
     assert first[:5] == ["expert", "bits per byte, all 2 documents", "1.7500", "2.5000", "0.7000"]
     assert rest == rows
+
+
+def test_layers_that_go_have_no_width() -> None:
+    assert widths([40, 0, 48], gone=[1]) == "40 to 48 (mean 44)"
+    assert widths([40, 0, 40], gone=[1]) == "40"
 
 
 def test_the_plan_table_sums_over_layers(tiny_build: Build) -> None:

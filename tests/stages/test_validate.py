@@ -15,6 +15,7 @@ from expertprune.evaluation.measure import group_of
 from expertprune.spec.reading import parse_spec
 from expertprune.stages.evaluate import measuring
 from expertprune.stages.validate import find
+from tests.oracle import stored_tensors
 from tests.tiny import save_tiny, write_corpus
 
 Data = dict[str, Any]
@@ -31,6 +32,8 @@ EN = "corpora.sources.en"
         ({"relevance.criterion": "fihser"}, r"relevance\.criterion: unknown criterion 'fihser'; did you mean 'fisher'"),
         ({"budget.ffn": 0.9999}, r"budget\.ffn: 0\.9999 is too much .*; the largest legal one is"),
         ({"budget.vocabulary": {"keep": 64}}, r"budget\.vocabulary: .*tokenizer\.json: a WordLevel tokenizer cannot"),
+        ({"budget.floor": 1}, r"budget\.ffn: nothing can be removed from 32 neurons .*; lower budget\.floor"),
+        ({"evaluate.metrics": ["questions"]}, r"evaluate\.metrics: no corpus has questions, so nothing is measured"),
         ({"base.model": "./nowhere"}, r"base\.model: .*/nowhere: no such folder"),
         ({"budget": {"retention": {"expert": 0.9}}, "relevance.criterion": "reap"}, ".*reap does not score ffn"),
     ],
@@ -54,6 +57,26 @@ def test_a_plan_is_named_where_its_corpus_or_base_is_gone(spec_data: Data, tmp_p
     path.unlink()
     with pytest.raises(SpecError, match=rf"^{plan}: {EN}\.path: .*/moved\.jsonl: no such file"):
         expertprune.prune(plan, tmp_path / "expert")
+
+
+def test_sizes_are_of_the_units_that_an_edited_plan_keeps(spec_data: Data, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    expertprune.compose(parse_spec(spec_data, "spec", tmp_path)).save(path)
+    data = json.loads(path.read_text())
+    data["layers"][0]["kept"]["ffn"] = "0-15"
+    path.write_text(json.dumps(data))
+    folder = expertprune.prune(path, tmp_path / "expert")
+    told = expertprune.inspect(str(folder))
+    assert told["parameters"]["after"] == sum(tensor.numel() for tensor in stored_tensors(folder).values())
+    assert told["plan"]["budget"]["ffn"]["kept"] == [16, 24, 24]
+    assert "Its layers have widths of their own" in (folder / "README.md").read_text()
+
+
+def test_a_budget_that_removes_nothing_is_told(spec_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    expertprune.validate(spec_file)
+    assert "removes nothing" not in caplog.text
+    expertprune.validate(spec_file, {"budget.ffn": 0})
+    assert "budget: removes nothing" in caplog.text
 
 
 def test_texts_longer_than_the_base_was_made_for_are_told(

@@ -65,7 +65,7 @@ class PlacedNumber:
 
 def report(
     expert: str | Path,
-    compare: Sequence[str | Path] = (),
+    compare: str | Path | Sequence[str | Path] = (),
     out: str | Path | None = None,
     store: str | Path | None = None,
     overwrite: bool = False,
@@ -75,7 +75,7 @@ def report(
     A card that cannot be written, in a folder that is for reading only, stays as it was, and a warning says so.
 
     Args:
-        compare: folders of other experts.
+        compare: the folder of another expert, or of several.
         out: the page; default: `report.html`, or `comparison.html` where there are several, in the
             expert's folder.
         overwrite: replace the page that is there; the default page is always made anew.
@@ -88,10 +88,11 @@ def report(
         CheckpointError: a folder is no expert or is half-written, or the page cannot be written.
         PlanError: an expert's plan is damaged.
     """
-    folders = [Path(folder) for folder in (expert, *compare)]
+    others = [compare] if isinstance(compare, str | Path) else compare
+    folders = [Path(folder) for folder in (expert, *others)]
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise CheckpointError(f"{' '.join(map(str, folders))}: the same expert twice; compare it with another one")
-    page = Path(out) if out is not None else folders[0] / (COMPARISON_PAGE if compare else REPORT_PAGE)
+    page = Path(out) if out is not None else folders[0] / (COMPARISON_PAGE if others else REPORT_PAGE)
     overwrite = overwrite or out is None
     _check_page(page, overwrite)
     read = [read_artifacts(folder, store) for folder in folders]
