@@ -107,8 +107,9 @@ def added_parameters(base: ResolvedBase, layers: Sequence[LayerWidths]) -> int:
 def unreachable(wanted: float, largest: int, budget: Budget, base: ResolvedBase, heads: bool = False) -> str:
     """The message for more parameters than can be removed; `heads` says that KV groups compete for them."""
     total, family = base.checkpoint.parameters, base.family
-    hint = "with the heads as they are" if not budget.kv_groups else "with these heads"
-    hint = "FFN neurons and KV groups together" if heads else hint
+    hint = "with these heads" if budget.kv_groups else "with the heads as they are"
+    if heads:
+        hint = "of FFN neurons and KV groups together"
     more = {"kv_groups": family.heads_are_units and not heads, "experts": family.experts is not None, "layers": True}
     ways = [f"budget.{key}" for key, legal in more.items() if legal and not getattr(budget, key)]
     ways += ["budget.vocabulary"] if budget.vocabulary is None else []

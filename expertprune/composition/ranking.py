@@ -108,10 +108,8 @@ def global_widths(
             _take_units(layers, base, budget, steps(base, budget, scores, structure), structure)
     wanted = wanted_parameters(budget, base)
     if wanted is not None:
-        every, heads = (
-            steps(base, budget, scores, Structure.FFN),
-            not budget.kv_groups and Structure.KV_GROUPS in scores,
-        )
+        every = steps(base, budget, scores, Structure.FFN)
+        heads = not budget.kv_groups and Structure.KV_GROUPS in scores  # compete with neurons
         if heads:
             every = sorted(every + steps(base, budget, scores, Structure.KV_GROUPS), key=lambda step: step.price)
         rows = removed_with_rows(base, wanted_rows(budget, base))

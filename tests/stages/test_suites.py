@@ -391,6 +391,8 @@ def test_what_is_wrong_is_said_with_its_name(workplace: Workplace, no_model: Non
         assert message in workplace.refused("--suite", suite)
     (workplace.folder / "questions.jsonl").unlink()
     assert "questions.jsonl: no such file" in workplace.refused("--suite", suite)
+    shard = ("--suite", suite, "--shard", "1/2", "--fail-under", "general=0.5")
+    assert "--fail-under: a shard knows only its own part" in workplace.refused(*shard)
     manager = SimpleNamespace(all_tasks=("hellaswag", "boolq"), task_index={})
     monkeypatch.setattr(tasks, "_manager", lambda everything: manager)
     assert "unknown task 'helaswag'; did you mean 'hellaswag'?" in workplace.refused("--task", "helaswag")
