@@ -5,13 +5,13 @@
 Cuts Qwen2.5-Coder-1.5B-Instruct for a language, a domain and a task, by a part of *all* parameters:
 vocabulary rows, FFN neurons and KV groups together. It is the question of Cus-Prun
 (arXiv:2506.02561). DATA is a folder of JSON lines, split into calibration and report rows; `CORPORA`
-and `QUESTIONS` name the files. About `TOKENS` tokens of each corpus calibrate. The experts are built
+and `QUESTIONS` name the files, and `EXPERTS` says how much text calibrates. The experts are built
 into DIR, unless they are there.
 
 Base and experts are asked the same multiple-choice questions, once and without examples; the answer
-is the likeliest of four letters. With `--ask`, the expert for software writes programs instead (MBPP,
-see `bench.asking`). Report rows are measured and choose nothing. What was measured is kept in
-`bench/results/`.
+is the likeliest of four letters. With `--ask`, the experts for software write programs instead
+(MBPP, see `bench.asking`); "programs" has MBPP's tasks as conversations among its calibration text.
+Report rows are measured and choose nothing. What was measured is kept in `bench/results/`.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from expertprune.spec.reading import parse_spec
 from expertprune.spec.schema import Spec
 
 from . import instruct
-from .asking import ask
+from .asking import ask, programming
 from .cells import SHIPPED
 from .cells import Bench as Cells
 from .measure import likeliest
 from .records import RESULTS, Table, described, made, paragraph, read, write
 
 BASE = instruct.QWEN
-TOKENS = 2000  # of calibration text, of each corpus; a token has about four characters
+TOKENS, MORE = 2000, 4000  # of calibration text, of each corpus; a token has about four characters
 DOCUMENTS, MAX_TOKENS = 4, 512  # of each corpus that is measured in bits
 ROWS = {0.25: 65_536, 0.4: 49_152}  # rows of the vocabulary that stay, by the part of all parameters that goes
 PROGRAMS = 40
@@ -90,11 +90,18 @@ def spanish(row: Row) -> Asked | None:
     return Asked(text, tuple(choices), choices.index(first["answer"]), "Respuesta")
 
 
-TextOf = Callable[[Row], str | None]
+Content = str | list[dict[str, str]]  # a text or a conversation
+TextOf = Callable[[Row], Content | None]
 
 
 def _text(template: str) -> TextOf:
     return lambda row: template.format(**row)
+
+
+def _program(row: Row) -> list[dict[str, str]]:
+    """A task of MBPP and its program, as a model is asked for it."""
+    answer = f"```python\n{row['code'].strip()}\n```"
+    return [{"role": "user", "content": programming(row)}, {"role": "assistant", "content": answer}]
 
 
 _WHOLE = _text("{text}")
@@ -110,7 +117,7 @@ def _question(form: Callable[[Row], Asked | None]) -> TextOf:
 
 @dataclass(frozen=True)
 class Text:
-    """A corpus: its files for calibration and measuring, and the text of a row; `None` leaves it out."""
+    """A corpus: its files for calibration and measuring, and what a row says; `None` leaves it out."""
 
     calibration: str
     report: str
@@ -133,25 +140,39 @@ CORPORA = {
     "encyclopedia-es": _both("language/xquad_es"),
     "choice": Text("general/mmlu_fewshot.jsonl", "general/mmlu_report.jsonl", _question(four)),
     "completion": _both("task/mbpp", _text("{text}\n{code}")),
+    "programs": _both("task/mbpp", _program),
     "reading-es": _both("language/xquad_es", _question(spanish)),
     "encyclopedia": _both("general/wikitext2"),
     "general": _shipped("general/general"),
 }
 GENERAL = ("encyclopedia", "general")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An expert: its dimensions, the tokens of each corpus, and what the base runs in while it is built."""
+
+    dimensions: Mapping[str, str]
+    tokens: int = TOKENS
+    dtype: str = "float32"
+
+
 EXPERTS = {
-    "medical": {"language": "en", "domain": "medical", "task": "choice"},
-    "software": {"language": "en", "domain": "software", "task": "completion"},
-    "spanish": {"language": "es", "domain": "encyclopedia-es", "task": "reading-es"},
+    "medical": Wanted({"language": "en", "domain": "medical", "task": "choice"}),
+    "software": Wanted({"language": "en", "domain": "software", "task": "completion"}),
+    "programs": Wanted({"language": "en", "domain": "software", "task": "programs"}, MORE, "bfloat16"),
+    "spanish": Wanted({"language": "es", "domain": "encyclopedia-es", "task": "reading-es"}),
 }
+PROGRAMMERS = ("software", "programs")
 
 
 @dataclass(frozen=True)
 class Questions:
-    """A set of questions: its file, how many are asked, and what expert it is of; `None` is general."""
+    """A set of questions: its file, how many are asked, and what experts it is of; none: it is general."""
 
     file: str
     number: int
-    expert: str | None = None
+    experts: tuple[str, ...] = ()
     subjects: tuple[str, ...] = ()
     form: Callable[[Row], Asked | None] = four
 
@@ -162,11 +183,11 @@ class Questions:
 _MEDICAL = ("anatomy", "clinical_knowledge", "college_medicine", "professional_medicine")
 _COMPUTING = ("college_computer_science", "computer_security", "high_school_computer_science", "machine_learning")
 QUESTIONS = {
-    "MedQA": Questions("domain/medqa_report", 40, "medical"),
-    "MedMCQA": Questions("domain/medmcqa_report", 80, "medical"),
-    "MMLU, medicine": Questions("general/mmlu_report", 60, "medical", _MEDICAL),
-    "MMLU, computing": Questions("general/mmlu_report", 60, "software", _COMPUTING),
-    "XQuAD in Spanish": Questions("language/xquad_es_report", 30, "spanish", form=spanish),
+    "MedQA": Questions("domain/medqa_report", 40, ("medical",)),
+    "MedMCQA": Questions("domain/medmcqa_report", 80, ("medical",)),
+    "MMLU, medicine": Questions("general/mmlu_report", 60, ("medical",), _MEDICAL),
+    "MMLU, computing": Questions("general/mmlu_report", 60, PROGRAMMERS, _COMPUTING),
+    "XQuAD in Spanish": Questions("language/xquad_es_report", 30, ("spanish",), form=spanish),
     "MMLU, other": Questions("general/mmlu_report", 60, subjects=("marketing", "world_religions")),
     "ARC, easy": Questions("general/arc_easy_report", 60),
     "OpenBookQA": Questions("general/openbookqa_report", 60),
@@ -176,7 +197,9 @@ QUESTIONS = {
 
 def asked_of(expert: str) -> dict[str, Questions]:
     """The sets that an expert is asked: its own, and the general ones. The base is asked all."""
-    return {name: each for name, each in QUESTIONS.items() if expert == "base" or each.expert in (expert, None)}
+    return {
+        name: each for name, each in QUESTIONS.items() if expert == "base" or not each.experts or expert in each.experts
+    }
 
 
 @dataclass(frozen=True)
@@ -194,18 +217,18 @@ class Bench:
         random.Random(0).shuffle(rows)
         return rows
 
-    def corpus(self, name: str) -> dict[str, str]:
-        """A corpus as a source of the spec: about `TOKENS` tokens to calibrate, `DOCUMENTS` documents to measure."""
+    def corpus(self, name: str, tokens: int) -> dict[str, str]:
+        """A corpus as a source of the spec: about so many tokens to calibrate, `DOCUMENTS` documents to measure."""
         about = CORPORA[name]
         calibration = self.texts(name, about.calibration)
-        total = np.cumsum([min(len(text), 4 * MAX_TOKENS) for text in calibration])
-        enough = int(np.searchsorted(total, 4 * TOKENS)) + 1
+        total = np.cumsum([min(_characters(text), 4 * MAX_TOKENS) for text in calibration])
+        enough = int(np.searchsorted(total, 4 * tokens)) + 1
         return {
             "path": self.kept(f"{name}-calibration", calibration[:enough]),
             "evaluation": self.kept(f"{name}-report", self.texts(name, about.report)[:DOCUMENTS]),
         }
 
-    def texts(self, name: str, file: str) -> list[str]:
+    def texts(self, name: str, file: str) -> list[Content]:
         about = CORPORA[name]
         if file == CORPORA["encyclopedia"].calibration:  # whole articles: pieces have more of them
             rows: list[Row] = self.rows(str(Cells(self.data).pieces("encyclopedia")))
@@ -215,20 +238,21 @@ class Bench:
             rows = rows[name == "reading-es" :: 2]
         return [text for row in rows if (text := about.text(row)) is not None]
 
-    def kept(self, name: str, texts: Sequence[str]) -> str:
+    def kept(self, name: str, texts: Sequence[Content]) -> str:
         path = self.work / f"{name}.jsonl"
         with jsonlines.open(path, "w") as file:
-            file.write_all({"text": text} for text in texts)
+            file.write_all({"text" if isinstance(text, str) else "messages": text} for text in texts)
         return str(path)
 
     def spec(self, expert: str, removed: float) -> Spec:
-        dimensions = EXPERTS[expert]
+        wanted = EXPERTS[expert]
+        names = (*wanted.dimensions.values(), *GENERAL)
         data = {
             "name": f"{expert}-{removed:g}",
-            "base": {"model": BASE, "dtype": "float32"},
-            "dimensions": dict(dimensions),
+            "base": {"model": BASE, "dtype": wanted.dtype},
+            "dimensions": dict(wanted.dimensions),
             "general": list(GENERAL),
-            "corpora": {"sources": {name: self.corpus(name) for name in (*dimensions.values(), *GENERAL)}},
+            "corpora": {"sources": {name: self.corpus(name, wanted.tokens) for name in names}},
             "calibration": {"documents": 10_000, "max_tokens": MAX_TOKENS},
             "budget": {"parameters": removed, "vocabulary": {"keep": ROWS[removed]}},
             "evaluate": {"documents": DOCUMENTS, "max_tokens": MAX_TOKENS, "metrics": ["bits_per_byte"]},
@@ -282,6 +306,10 @@ class Bench:
         write(path, {**read(path), "programs": right})
 
 
+def _characters(content: Content) -> int:
+    return len(content) if isinstance(content, str) else sum(len(each["content"]) for each in content)
+
+
 def path_of(expert: str, removed: float = 0) -> Path:
     return RESULTS / f"experts-{expert}{f'-{removed:g}' if removed else ''}.json"
 
@@ -290,7 +318,7 @@ def counted(expert: str, found: Mapping[str, Any]) -> Iterator[Counted]:
     """Every set of questions, and programs, under base and expert."""
     base = read(path_of("base"))["right"]
     for name, about in asked_of(expert).items():
-        group: CorpusGroup = "expert" if about.expert else "general"
+        group: CorpusGroup = "expert" if about.experts else "general"
         yield _counted(name, group, base[name], found["right"][name], 1 / len(LETTERS))
     if found["programs"]:
         before = read(instruct.path_of(BASE, instruct.BASE))["right"][:PROGRAMS]
@@ -362,13 +390,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the experts")
     parser.add_argument("--expert", nargs="*", choices=["base", *EXPERTS], default=["base", *EXPERTS])
     parser.add_argument("--removed", type=float, nargs="*", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--ask", action="store_true", help="only ask the expert for software for programs")
+    parser.add_argument("--ask", action="store_true", help="only ask the experts for software for programs")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         bench = Bench(arguments.data.resolve(), arguments.out.resolve(), Path(work))
         if arguments.ask:
-            for removed in arguments.removed:
-                bench.programs("software", removed)
+            for expert in (each for each in PROGRAMMERS if each in arguments.expert):
+                for removed in arguments.removed:
+                    bench.programs(expert, removed)
         else:
             if "base" in arguments.expert and not path_of("base").is_file():
                 bench.base()
