@@ -224,6 +224,7 @@ class Bench:
         total = np.cumsum([min(_characters(text), 4 * MAX_TOKENS) for text in calibration])
         enough = int(np.searchsorted(total, 4 * tokens)) + 1
         return {
+            **({} if isinstance(calibration[0], str) else instruct.MESSAGES),
             "path": self.kept(f"{name}-calibration", calibration[:enough]),
             "evaluation": self.kept(f"{name}-report", self.texts(name, about.report)[:DOCUMENTS]),
         }
