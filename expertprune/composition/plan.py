@@ -17,7 +17,15 @@ from expertprune.composition.reasons import reasons
 from expertprune.composition.rows import choose_rows
 from expertprune.composition.scoring import Fused, check_scored, score_units
 from expertprune.composition.uniform import uniform_widths
-from expertprune.composition.widths import GONE_WIDTHS, LayerWidths, check_structures, legal_widths, own_widths, summary
+from expertprune.composition.widths import (
+    GONE_WIDTHS,
+    LayerWidths,
+    check_structures,
+    legal_widths,
+    narrowed,
+    own_widths,
+    summary,
+)
 from expertprune.corpora.documents import CorpusName, corpus_names
 from expertprune.errors import PlanError, SpecError
 from expertprune.models.base import ResolvedBase
@@ -104,7 +112,7 @@ def foreseen_widths(spec: Spec, base: ResolvedBase) -> Sequence[LayerWidths] | N
         PlanError: the budget is not reachable, or the family has no layers of different widths.
     """
     check_structures(spec.budget, base)
-    narrowed = [] if spec.budget.retention is None else [Structure.FFN]  # a floor tries FFN widths
+    narrowed = [] if spec.budget.retention is None else _tried(spec, base)
     check_scored(spec.relevance, [*_competing(spec, base)[0], *narrowed], base.family.has_ffn)
     if spec.budget.retention is None:
         return _reached(spec, base)
@@ -118,17 +126,32 @@ def widths_to_try(spec: Spec, base: ResolvedBase) -> list[Sequence[LayerWidths]]
     """What all layers keep under a retention floor, from the widest cut to the narrowest.
 
     First, what the cut of heads leaves, as far as it is known without profiles. Then each layer goes down its own
-    legal FFN widths, one at a time.
+    legal FFN widths, one at a time, and behind them its numbers of KV groups, if these compete for the budget.
 
     Raises:
         PlanError: the heads cannot go, or the family has no layers of different widths.
     """
-    first = _reached(spec, base)
-    legal = [legal_widths(base, spec.budget, layer, Structure.FFN) for layer in range(len(base.layers))]
-    return [
-        [replace(layer, ffn=own[min(step, len(own) - 1)]) for layer, own in zip(first, legal, strict=True)]
-        for step in range(max(map(len, legal)))
-    ]
+    budget, tried = spec.budget, [list(_reached(spec, base))]
+    for structure in _tried(spec, base):
+        before = tried[-1]
+        legal = [legal_widths(base, budget, layer, structure) for layer in range(len(base.layers))]
+        for step in range(1, max(map(len, legal))):
+            own = [each[min(step, len(each) - 1)] for each in legal]
+            tried.append(
+                [
+                    narrowed(base, budget, layer, present, structure, width) or present
+                    for layer, (present, width) in enumerate(zip(before, own, strict=True))
+                ]
+            )
+    return list(tried)
+
+
+def _tried(spec: Spec, base: ResolvedBase) -> list[Structure]:
+    """The structures whose widths a retention floor tries."""
+    budget = spec.budget.model_copy(update={"retention": None, "parameters": 0.5})  # of any size
+    together = _competing(spec.model_copy(update={"budget": budget}), base)[1]
+    groups = together and Structure.KV_GROUPS in base.family.structures
+    return [Structure.FFN, *([Structure.KV_GROUPS] if groups else [])]
 
 
 def _reached(spec: Spec, base: ResolvedBase) -> Sequence[LayerWidths]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 from expertprune.composition.parameters import (
     added_parameters,
@@ -18,11 +17,12 @@ from expertprune.composition.parameters import (
 )
 from expertprune.composition.scoring import Fused
 from expertprune.composition.widths import (
+    FIELDS,
     LayerWidths,
     check_own_widths,
     check_structures,
     legal_widths,
-    may_keep,
+    narrowed,
     own_widths,
     removal,
     rounded_down,
@@ -36,9 +36,6 @@ from expertprune.spec.values import Keep
 from expertprune.units import LayerShape, Structure
 
 FusedScores = Mapping[Structure, Sequence[Fused]]
-
-
-_FIELD = {Structure.FFN: "ffn", Structure.QUERY_HEADS: "heads_per_group", Structure.KV_GROUPS: "kv_groups"}
 
 
 @dataclass(frozen=True)
@@ -142,20 +139,16 @@ def _wanted_units(shapes: Sequence[LayerShape], structure: Structure, amount: in
 def _narrowed(base: ResolvedBase, budget: Budget, layers: Sequence[LayerWidths], step: WidthStep) -> LayerWidths | None:
     """What a layer keeps after a step; `None` where it is as narrow already, or may not be."""
     present = layers[step.layer]
-    narrower: dict[str, Any] = {_FIELD[step.structure]: step.width}
-    narrow = replace(present, **narrower)
-    if getattr(present, _FIELD[step.structure]) <= step.width:
+    if getattr(present, FIELDS[step.structure]) <= step.width:
         return None
-    if step.structure is not Structure.FFN and not may_keep(base, budget, step.layer, narrow):
-        return None
-    return narrow
+    return narrowed(base, budget, step.layer, present, step.structure, step.width)
 
 
 def _take_units(
     layers: list[LayerWidths], base: ResolvedBase, budget: Budget, ranked: list[WidthStep], structure: Structure
 ) -> None:
     """Go down the ranking until as many units as wanted are gone, to the nearest step."""
-    field, amount = _FIELD[structure], getattr(budget, structure.value)
+    field, amount = FIELDS[structure], getattr(budget, structure.value)
     staying = [shape for shape, layer in zip(base.layers, layers, strict=True) if not layer.gone]
     wanted = _wanted_units(staying, structure, amount)
     own = sum(shape.units(structure) for shape in staying)

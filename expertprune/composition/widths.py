@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from expertprune.artifacts.plan import StructureBudget
 from expertprune.errors import PlanError
@@ -46,6 +47,9 @@ class LayerWidths:
             Structure.EXPERTS: self.experts,
         }[structure]
 
+
+# What a step of each structure changes.
+FIELDS = {Structure.FFN: "ffn", Structure.QUERY_HEADS: "heads_per_group", Structure.KV_GROUPS: "kv_groups"}
 
 GONE_WIDTHS = LayerWidths(0, 0, 0, gone=True)
 
@@ -215,6 +219,15 @@ def legal_widths(base: ResolvedBase, budget: Budget, layer: int, structure: Stru
 
     smallest = max(1, least(own, budget.floor))
     return [own, *(width for width in range(own - 1, smallest - 1, -1) if can_say(width))]
+
+
+def narrowed(
+    base: ResolvedBase, budget: Budget, layer: int, present: LayerWidths, structure: Structure, width: int
+) -> LayerWidths | None:
+    """What a layer keeps with another legal width of one structure; `None` where heads and groups may not be so."""
+    changed: dict[str, Any] = {FIELDS[structure]: width}
+    narrow = replace(present, **changed)
+    return narrow if structure is Structure.FFN or may_keep(base, budget, layer, narrow) else None
 
 
 def may_keep(base: ResolvedBase, budget: Budget, layer: int, widths: LayerWidths) -> bool:

@@ -267,15 +267,20 @@ class Forecaster:
         if not self.work.gradient:
             return first + self._pass(layers * rates.forward) + (values * rates.head if self.work.vocabulary else 0.0)
         if keeps_graphs:
-            return first + layers * rates.both + values * rates.head_both
+            return first + layers * (rates.both + rates.graph * rates.fresh) + values * rates.head_both
         return first + self._pass(layers * rates.forward) + self._pass(layers * rates.both) + values * rates.head_both
 
     def _statistics_seconds(self, text: TextSize, weights: bool) -> float:
-        """Sums over a text: what each attention head and group writes, by its Gram matrix; and those of the weights."""
-        sizes, shape = self.sizes, self.sizes.widest
+        """Sums over a text: of each channel, and what each attention head and group writes, by its Gram matrix.
+
+        Args:
+            weights: those of the weights too.
+        """
+        sizes, shape, rates = self.sizes, self.sizes.widest, self.rates
+        channels = shape.ffn + shape.query_heads * shape.head_dim + shape.hidden
         products = 2 * shape.query_heads * shape.head_dim**2 * (1 + shape.heads_per_group)
-        once = (sizes.parameters - sizes.skeleton) * self.rates.norms if weights else 0.0
-        return text.tokens * sizes.layers * products / self.rates.products + once
+        once = (sizes.parameters - sizes.skeleton) * rates.norms if weights else 0.0
+        return text.tokens * sizes.layers * (products / rates.products + 2 * channels * rates.norms) + once
 
     def _repair_seconds(self, text: TextSize, along: int, kept_states: int) -> float:
         sizes, rates = self.sizes, self.rates

@@ -18,6 +18,7 @@ from expertprune.engine.memory import graph_estimate
 from expertprune.files import own_folder
 from expertprune.models.base import ResolvedBase
 from expertprune.models.layers import LayerRecorder, decoder_layers, layers_replaced
+from expertprune.models.passes import LOGITS, places_at_once
 from expertprune.models.streaming import empty_model
 
 _OPERATIONS = 1e11  # of a timed run of a layer: a second on two slow cores
@@ -30,8 +31,9 @@ _SIDE = 1536  # of matrices whose products and factors are timed
 
 
 _ROWS = 4096  # of the output matrix that is timed
-_PLACES = 2048  # at most, whose predictions are timed with it
-_OF_HEAD = 4e9  # operations of it
+_PLACES = 2048  # at most, whose products with it are timed
+_OF_HEAD = 4e9  # operations of them
+_FOLDS = 8  # of documents, over which a profile adds probabilities
 
 
 _SAMPLE = 2**27  # bytes that are read; and at most this share of the weights
@@ -50,7 +52,8 @@ class Rates:
         head_both: the same of one model, where the gradient of a loss is taken.
         products: float32 operations a second, in matrix products.
         factors: float64 operations a second, where equations are solved.
-        norms: seconds of a value of a weight of which sums of absolute values and of squares are taken.
+        norms: seconds of a value of which sums of absolute values and of squares are taken.
+        fresh: seconds of a byte of memory that the process has not had yet.
         read: bytes a second of weights, from the disk to the device.
         written: bytes a second.
     """
@@ -63,13 +66,14 @@ class Rates:
     products: float
     factors: float
     norms: float
+    fresh: float
     read: float
     written: float
 
     @classmethod
     def of_shapes(cls, base: ResolvedBase) -> Rates:
         """Without measurement: only the size of the graph is known."""
-        return cls(0.0, 0.0, graph_estimate(base), 0.0, 0.0, math.inf, math.inf, 0.0, math.inf, math.inf)
+        return cls(0.0, 0.0, graph_estimate(base), 0.0, 0.0, math.inf, math.inf, 0.0, 0.0, math.inf, math.inf)
 
 
 def measured_rates(base: ResolvedBase, tokens: int, width: int, scratch: Path) -> Rates:
@@ -91,8 +95,8 @@ def measured_rates(base: ResolvedBase, tokens: int, width: int, scratch: Path) -
         matrix = torch.randn(vocabulary, hidden, device=device).to(base.dtype)
         places = max(_LEAST_TOKENS, min(_PLACES, int(_OF_HEAD / (2 * hidden * vocabulary))))
         states = torch.randn(places, hidden, device=device).to(base.dtype)
-        head = _seconds(lambda: _compared(states, matrix), device) / 2
-        head_both = _seconds(lambda: _loss_gradient(states, matrix), device)
+        predicting = _seconds(lambda: nn.functional.linear(states, matrix), device) / (places * vocabulary)
+        compared, sloped = _predictions(base)
         norms = _seconds(lambda: (matrix.float().abs().sum(0), matrix.float().square().sum(0)), device)
         order = min(_SIDE, base.layers[layer].ffn)  # a routed expert has equations of its own
         side, right = torch.randn(order, order, device=device), torch.randn(hidden, order, device=device)
@@ -103,20 +107,36 @@ def measured_rates(base: ResolvedBase, tokens: int, width: int, scratch: Path) -
         forward=forward,
         both=both,
         graph=graph,
-        head=head / (places * vocabulary),
-        head_both=head_both / (places * vocabulary),
+        head=predicting + compared / 2,
+        head_both=2 * predicting + sloped,
         products=2 * order**3 / product,
         factors=(order**3 / 3 + 2 * order**2 * hidden) / equations,
         norms=norms / matrix.numel(),
+        fresh=_fresh(device),
         read=_reading(base),
         written=_writing(scratch, min(_SAMPLE, int(base.checkpoint.weight_bytes * _SAMPLED))),
     )
 
 
-def _compared(states: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """What an evaluation makes of the predictions of two models."""
-    p, q = (torch.log_softmax(nn.functional.linear(states, matrix).float(), -1) for _ in range(2))
-    return (p.exp() * (p - q)).sum(-1), p.argmax(-1) == q.argmax(-1)
+def _predictions(base: ResolvedBase) -> tuple[float, float]:
+    """Seconds of a value of the logits, once they are there: comparing two models', and the gradient of one's loss.
+
+    As many are timed as are held at a time: memory that is new costs as much as the arithmetic.
+    """
+    rows = int(base.checkpoint.config.get("vocab_size") or _ROWS)
+    logits = torch.ones(places_at_once(rows), rows, device=base.device, dtype=base.dtype)
+    documents = torch.ones(_FOLDS, logits.shape[0], device=base.device)
+
+    def compared() -> tuple[Tensor, Tensor]:  # as an evaluation does
+        p, q = (torch.log_softmax(logits.float(), -1) for _ in range(2))
+        return (p.exp() * (p - q)).sum(-1), p.argmax(-1) == q.argmax(-1)
+
+    def sloped() -> tuple[Tensor, Tensor]:  # as a profile does, with the masses of rows
+        chances = torch.softmax(logits.float(), -1)
+        return documents @ chances, chances.mul_(2.0).to(logits.dtype)
+
+    seconds = (_seconds(compared, base.device), _seconds(sloped, base.device))
+    return seconds[0] / logits.numel(), seconds[1] / logits.numel()
 
 
 def _solved(positive: Tensor, right: Tensor) -> Tensor:
@@ -125,13 +145,13 @@ def _solved(positive: Tensor, right: Tensor) -> Tensor:
     return torch.cholesky_solve(right.double().T, factor).T.float()
 
 
-def _loss_gradient(states: Tensor, matrix: Tensor) -> Tensor:
-    """What a profile makes of the predictions of one."""
-    leaf = states.detach().requires_grad_()
-    with torch.enable_grad():
-        logits = nn.functional.linear(leaf, matrix).float()
-        (gradient,) = torch.autograd.grad(logits, leaf, torch.softmax(logits.detach(), -1).mul_(2.0))
-    return gradient
+def _fresh(device: torch.device) -> float:
+    """Seconds of a new byte; devices other than a CPU keep what they have had."""
+    if device.type != "cpu":
+        return 0.0
+    known = torch.ones(LOGITS)
+    beyond = _seconds(lambda: torch.ones(LOGITS), device) - _seconds(lambda: known.fill_(1.0), device)
+    return max(0.0, beyond) / known.nbytes
 
 
 def _active_parameters(base: ResolvedBase, layer: int) -> int:

@@ -259,9 +259,9 @@ class Budget(Section):
         if isinstance(self.query_heads, Keep) and self.kv_groups:
             raise ValueError("give query_heads as what goes, not as keep:, where kv_groups take query heads with them")
         if self.vocabulary is not None and self.retention is not None:
-            raise ValueError("give 'vocabulary' or 'retention', not both: retention tries FFN widths alone")
+            raise ValueError("give 'vocabulary' or 'retention', not both: retention tries widths of layers alone")
         if self.layers and self.retention is not None:
-            raise ValueError("give 'layers' or 'retention', not both: retention tries FFN widths alone")
+            raise ValueError("give 'layers' or 'retention', not both: retention tries widths of layers alone")
         keys = (
             "layers",
             "ffn",

@@ -63,8 +63,8 @@ def budgets_to_try(prepared: Prepared) -> list[Budget]:
     """Budgets of ascending size, as parameters of the whole model.
 
     What the cut of heads removes, where there is one, and what it removes with every layer at its own next
-    legal FFN width, and so on; where layers may differ, steps of a quarter of that (of a layer's own step, if
-    there are fewer than four layers).
+    legal width, and so on (see `widths_to_try`); where layers may differ, steps of a quarter of that (of a
+    layer's own step, if there are fewer than four layers).
     """
     base, budget, spec = prepared.base, prepared.spec.budget, prepared.spec
     parts = 1 if spec.compose.allocation == "uniform" else min(_BETWEEN, len(base.layers))

@@ -30,6 +30,7 @@ from expertprune.engine.rates import Rates, measured_rates
 from expertprune.engine.routed import RoutedSizes
 from expertprune.errors import CheckpointError
 from expertprune.models.base import ResolvedBase
+from expertprune.models.passes import LOGITS
 from expertprune.models.spool import Limits
 from expertprune.profiling.forward import LayerCollector
 from expertprune.profiling.gradients import MaskGradients
@@ -140,6 +141,7 @@ RATES = Rates(
     products=1e9,
     factors=1e9,
     norms=1e-6,
+    fresh=1e-9,
     read=1e3,
     written=1e6,
 )
@@ -167,8 +169,10 @@ def test_seconds_of_each_stage(base: ResolvedBase, free: Any) -> None:
     resident = stages_of(base, "resident")
     # what heads of 4 channels and groups of two of them write
     written = 1000 * 3 * (6 * 2 * 4**2 + 3 * 2 * 8**2) / 1e9
-    # graphs are kept: nothing runs twice
-    assert resident["profile b"].seconds == pytest.approx(1000 * 3 * 3e-3 + 1000 * 3 * head + written)
+    written += 1000 * 3 * 2 * (32 + 6 * 4 + 24) * 1e-6  # and two sums over each channel
+    # graphs are kept: nothing runs twice, and their memory is new
+    layers = 1000 * 3 * (3e-3 + 100 * 1e-9)
+    assert resident["profile b"].seconds == pytest.approx(layers + 1000 * 3 * head + written)
     # the first one loads the model, and takes the norms of its layers
     more = stored / 1e3 + 3 * LAYER * 1e-6
     assert resident["profile a"].seconds == pytest.approx(resident["profile b"].seconds + more)
@@ -244,7 +248,9 @@ def test_a_layer_is_measured_as_it_runs(
     monkeypatch.setattr("expertprune.engine.rates._seconds", lambda run, device: (run(), 2.0)[1])
     rates = measured_rates(base, tokens=512, width=64, scratch=tmp_path)
     assert rates.forward == rates.both == 2.0 / 512
-    assert 2 * rates.head == rates.head_both == 2.0 / (2048 * 64)
+    product, values = 2.0 / (2048 * 64), 2.0 / (LOGITS // 64 * 64)  # of `_seconds`, and of a batch of logits
+    assert rates.head == product + values / 2
+    assert rates.head_both == 2 * product + values
     width = 256 if family == "qwen3_moe" else 1024  # a routed expert has equations of its own
     assert rates.products == 2 * width**3 / 2.0
     assert rates.factors == (width**3 / 3 + 2 * width**2 * 192) / 2.0

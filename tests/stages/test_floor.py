@@ -40,6 +40,7 @@ Patch = pytest.MonkeyPatch
 CORPORA = ["language/en", "domain/medical", "task/qa", "general/general"]
 STEP = 4 * 3 * 24  # parameters of four neurons of one layer
 HEADS = 3 * 3 * 2 * 4 * 24  # of three heads in each of three layers: 4 rows of q and 4 columns of o
+KEYS = 3 * 2 * 4 * 24  # of a KV group in each of three layers: 4 rows of k and of v; its query heads go with it
 
 
 @pytest.fixture
@@ -77,7 +78,10 @@ def test_the_worst_corpus_of_a_kind_decides() -> None:
 
 
 def test_budgets_are_legal_steps_apart(retaining_spec: Data, tmp_path: Path) -> None:
-    """Four of 32 neurons stay at the floor; where heads are cut, the first budget is they alone."""
+    """Four of 32 neurons stay at the floor; where heads are cut, the first budget is they alone.
+
+    KV groups that compete come last: two of three go in each layer, with two query heads each, or one where one is cut.
+    """
 
     def removed(prepared: Prepared) -> list[float]:
         budgets = budgets_to_try(prepared)
@@ -87,14 +91,19 @@ def test_budgets_are_legal_steps_apart(retaining_spec: Data, tmp_path: Path) -> 
     for allocation, parts in (("uniform", 1), ("global", 3)):
         steps = [3 * STEP * number / parts for number in range(7 * parts + 1)]
         found = prepared_with(retaining_spec, tmp_path, allocation)
-        assert removed(found) == pytest.approx(steps[1:])
         cut = prepared_with(retaining_spec, tmp_path, allocation, query_heads=3)
-        assert removed(cut) == pytest.approx([HEADS + step for step in steps])
+        for each, before, group in ((found, 0, KEYS + 2 * HEADS // 3), (cut, HEADS, KEYS + HEADS // 3)):
+            groups = [group * number / parts for number in range(1, 2 * parts + 1)] if allocation == "global" else []
+            sizes = [before + step for step in (*steps, *(steps[-1] + step for step in groups))]
+            assert removed(each) == pytest.approx([size for size in sizes if size])
+        kept = prepared_with(retaining_spec, tmp_path, allocation, kv_groups=1)  # named, so no more of them go
+        assert removed(kept) == pytest.approx([KEYS + 2 * HEADS // 3 + step for step in steps])
     # Layers whose widths differ have 7, 1 and 4 steps above the floor.
     layers = tuple(replace(shape, ffn=ffn) for shape, ffn in zip(found.base.layers, (32, 8, 20), strict=True))
     sizes = removed(replace(found, base=replace(found.base, layers=layers)))
-    assert all(0 < large - small <= STEP * (1 + 1e-6) for small, large in itertools.pairwise([0, *sizes]))
-    assert sizes[-1] == pytest.approx((7 + 1 + 4) * STEP)
+    neurons = [0, *(size for size in sizes if size <= (7 + 1 + 4) * STEP)]
+    assert all(0 < large - small <= STEP * (1 + 1e-6) for small, large in itertools.pairwise(neurons))
+    assert sizes[-1] == pytest.approx((7 + 1 + 4) * STEP + 2 * KEYS + 4 * HEADS // 3)
 
 
 def test_what_cannot_be_tried_is_refused_at_once(retaining_spec: Data, tmp_path: Path) -> None:
@@ -103,7 +112,10 @@ def test_what_cannot_be_tried_is_refused_at_once(retaining_spec: Data, tmp_path:
         [
             ({"query_heads": {"keep": 7}}, "budget.query_heads: keep: 7 is more than the 6 that there are"),
             ({"kv_groups": 3}, "budget.kv_groups: "),
-            ({"multiple_of": 64}, "there is no smaller width to try; lower budget.multiple_of or budget.floor"),
+            (
+                {"multiple_of": 64, "floor": 0.9},
+                "there is no smaller width to try; lower budget.multiple_of or budget.floor",
+            ),
         ],
     ):
         with pytest.raises(PlanError, match=re.escape(reason)):
