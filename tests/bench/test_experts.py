@@ -65,7 +65,7 @@ def test_the_table_counts_means_over_sets(tmp_path: Path, monkeypatch: pytest.Mo
     assert set(itertools.chain(*map(asked_of, experts.EXPERTS))) == set(experts.QUESTIONS) == set(asked_of("base"))
     write(experts.path_of("base"), {"right": {name: [1, 1, 1, 0] for name in experts.QUESTIONS}, "made": made()})
     write(instruct.path_of(experts.BASE, instruct.BASE), {"right": [1, 1, 0, 0]})
-    right = {name: [1, 1, 0, 0] if about.expert else [1, 1, 1, 0] for name, about in asked_of("software").items()}
+    right = {name: [1, 1, 0, 0] if about.experts else [1, 1, 1, 0] for name, about in asked_of("software").items()}
     bits: dict[str, Any] = {
         "domain/software": {"group": "expert", "examples": 2, "base": 0.5, "expert": 1.0, "retention": 0.5,
                             "low": 0.4, "high": 0.6}
