@@ -96,7 +96,7 @@ def measured_rates(base: ResolvedBase, tokens: int, width: int, scratch: Path) -
         places = max(_LEAST_TOKENS, min(_PLACES, int(_OF_HEAD / (2 * hidden * vocabulary))))
         states = torch.randn(places, hidden, device=device).to(base.dtype)
         predicting = _seconds(lambda: nn.functional.linear(states, matrix), device) / (places * vocabulary)
-        compared, sloped = _predictions(base)
+        compared, sloped = _predictions(base, tokens)
         norms = _seconds(lambda: (matrix.float().abs().sum(0), matrix.float().square().sum(0)), device)
         order = min(_SIDE, base.layers[layer].ffn)  # a routed expert has equations of its own
         side, right = torch.randn(order, order, device=device), torch.randn(hidden, order, device=device)
@@ -112,19 +112,22 @@ def measured_rates(base: ResolvedBase, tokens: int, width: int, scratch: Path) -
         products=2 * order**3 / product,
         factors=(order**3 / 3 + 2 * order**2 * hidden) / equations,
         norms=norms / matrix.numel(),
-        fresh=_fresh(device),
+        fresh=_fresh(device, min(LOGITS, int(graph * rows * columns) // 4)),
         read=_reading(base),
         written=_writing(scratch, min(_SAMPLE, int(base.checkpoint.weight_bytes * _SAMPLED))),
     )
 
 
-def _predictions(base: ResolvedBase) -> tuple[float, float]:
+def _predictions(base: ResolvedBase, tokens: int) -> tuple[float, float]:
     """Seconds of a value of the logits, once they are there: comparing two models', and the gradient of one's loss.
 
     As many are timed as are held at a time: memory that is new costs as much as the arithmetic.
+
+    Args:
+        tokens: of the largest batch.
     """
     rows = int(base.checkpoint.config.get("vocab_size") or _ROWS)
-    logits = torch.ones(places_at_once(rows), rows, device=base.device, dtype=base.dtype)
+    logits = torch.ones(min(tokens, places_at_once(rows)), rows, device=base.device, dtype=base.dtype)
     documents = torch.ones(_FOLDS, logits.shape[0], device=base.device)
 
     def compared() -> tuple[Tensor, Tensor]:  # as an evaluation does
@@ -145,12 +148,12 @@ def _solved(positive: Tensor, right: Tensor) -> Tensor:
     return torch.cholesky_solve(right.double().T, factor).T.float()
 
 
-def _fresh(device: torch.device) -> float:
-    """Seconds of a new byte; devices other than a CPU keep what they have had."""
+def _fresh(device: torch.device, values: int) -> float:
+    """Seconds of a new byte, by so many values of four; devices other than a CPU keep what they have had."""
     if device.type != "cpu":
         return 0.0
-    known = torch.ones(LOGITS)
-    beyond = _seconds(lambda: torch.ones(LOGITS), device) - _seconds(lambda: known.fill_(1.0), device)
+    known = torch.ones(values)
+    beyond = _seconds(lambda: torch.ones(values), device) - _seconds(lambda: known.fill_(1.0), device)
     return max(0.0, beyond) / known.nbytes
 
 

@@ -30,7 +30,6 @@ from expertprune.engine.rates import Rates, measured_rates
 from expertprune.engine.routed import RoutedSizes
 from expertprune.errors import CheckpointError
 from expertprune.models.base import ResolvedBase
-from expertprune.models.passes import LOGITS
 from expertprune.models.spool import Limits
 from expertprune.profiling.forward import LayerCollector
 from expertprune.profiling.gradients import MaskGradients
@@ -248,7 +247,7 @@ def test_a_layer_is_measured_as_it_runs(
     monkeypatch.setattr("expertprune.engine.rates._seconds", lambda run, device: (run(), 2.0)[1])
     rates = measured_rates(base, tokens=512, width=64, scratch=tmp_path)
     assert rates.forward == rates.both == 2.0 / 512
-    product, values = 2.0 / (2048 * 64), 2.0 / (LOGITS // 64 * 64)  # of `_seconds`, and of a batch of logits
+    product, values = 2.0 / (2048 * 64), 2.0 / (512 * 64)  # of 2,048 tokens; of the logits of a batch
     assert rates.head == product + values / 2
     assert rates.head_both == 2 * product + values
     width = 256 if family == "qwen3_moe" else 1024  # a routed expert has equations of its own
