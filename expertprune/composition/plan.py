@@ -112,8 +112,8 @@ def foreseen_widths(spec: Spec, base: ResolvedBase) -> Sequence[LayerWidths] | N
         PlanError: the budget is not reachable, or the family has no layers of different widths.
     """
     check_structures(spec.budget, base)
-    narrowed = [] if spec.budget.retention is None else _tried(spec, base)
-    check_scored(spec.relevance, [*_competing(spec, base)[0], *narrowed], base.family.has_ffn)
+    tried = [] if spec.budget.retention is None else _tried(spec, base)
+    check_scored(spec.relevance, [*_competing(spec, base)[0], *tried], base.family.has_ffn)
     if spec.budget.retention is None:
         return _reached(spec, base)
     first, *narrower = widths_to_try(spec, base)
@@ -131,7 +131,7 @@ def widths_to_try(spec: Spec, base: ResolvedBase) -> list[Sequence[LayerWidths]]
     Raises:
         PlanError: the heads cannot go, or the family has no layers of different widths.
     """
-    budget, tried = spec.budget, [list(_reached(spec, base))]
+    budget, tried = spec.budget, [_reached(spec, base)]
     for structure in _tried(spec, base):
         before = tried[-1]
         legal = [legal_widths(base, budget, layer, structure) for layer in range(len(base.layers))]
@@ -143,7 +143,7 @@ def widths_to_try(spec: Spec, base: ResolvedBase) -> list[Sequence[LayerWidths]]
                     for layer, (present, width) in enumerate(zip(before, own, strict=True))
                 ]
             )
-    return list(tried)
+    return tried
 
 
 def _tried(spec: Spec, base: ResolvedBase) -> list[Structure]:

@@ -33,7 +33,7 @@ _SIDE = 1536  # of matrices whose products and factors are timed
 _ROWS = 4096  # of the output matrix that is timed
 _PLACES = 2048  # at most, whose products with it are timed
 _OF_HEAD = 4e9  # operations of them
-_FOLDS = 8  # of documents, over which a profile adds probabilities
+_FOLDS = 8  # about as many groups of documents as a profile adds probabilities over
 
 
 _SAMPLE = 2**27  # bytes that are read; and at most this share of the weights
