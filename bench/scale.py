@@ -47,8 +47,12 @@ SHAPES = {"llama-8b": ("llama", LLAMA, {"ffn": 0.25}), "qwen3-30b-a3b": ("qwen3_
 WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "vocab_size")
 
 
-def make_checkpoint(folder: Path, model_type: str, config: dict[str, Any]) -> None:
-    """A checkpoint with random weights in bfloat16, one file for each layer; nothing is done if it is there."""
+def make_checkpoint(folder: Path, model_type: str, config: dict[str, Any], device: str = "cpu") -> None:
+    """A checkpoint with random weights in bfloat16, one file for each layer; nothing is done if it is there.
+
+    Args:
+        device: where the weights are drawn.
+    """
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     if (folder / INDEX).is_file():
@@ -66,13 +70,14 @@ def make_checkpoint(folder: Path, model_type: str, config: dict[str, Any]) -> No
         parts = name.split(".")
         label = f"layer-{int(parts[2]):03d}" if parts[1] == "layers" else "skeleton"
         files.setdefault(f"model-{label}.safetensors", {})[name] = shape
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     for file, tensors in files.items():
         expected = {name: (torch.bfloat16, shape) for name, shape in tensors.items()}
         with written_file(folder / file, expected, {"format": "pt"}) as out:
             for name in in_order(dict.fromkeys(tensors, torch.bfloat16)):
-                weight = torch.ones(tensors[name]) if "norm" in name else torch.empty(tensors[name])
-                out.add(name, (weight if "norm" in name else weight.normal_(0, 0.02, generator=generator)).bfloat16())
+                weight = torch.ones(tensors[name], device=device)
+                weight = weight if "norm" in name else weight.normal_(0, 0.02, generator=generator)
+                out.add(name, weight.bfloat16().cpu())
     places = {name: file for file, tensors in sorted(files.items()) for name in tensors}
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
 

@@ -19,9 +19,11 @@ from expertprune.files import own_folder
 from expertprune.models.base import ResolvedBase
 from expertprune.models.layers import LayerRecorder, decoder_layers, layers_replaced
 from expertprune.models.passes import LOGITS, places_at_once
+from expertprune.models.precision import narrow_products
 from expertprune.models.streaming import empty_model
 
 _OPERATIONS = 1e11  # of a timed run of a layer: a second on two slow cores
+_ON_GPU = 100  # times as many there, where a kernel takes microseconds to start
 
 
 _LEAST_TOKENS = 64
@@ -50,7 +52,7 @@ class Rates:
         graph: bytes that a token's graph holds in one layer.
         head: seconds of a token and a row of the vocabulary, where two models' predictions are compared.
         head_both: the same of one model, where the gradient of a loss is taken.
-        products: float32 operations a second, in matrix products.
+        products: operations a second in matrix products of float32, which are of TF32 on a GPU.
         factors: float64 operations a second, where equations are solved.
         norms: seconds of a value of which sums of absolute values and of squares are taken.
         fresh: seconds of a byte of memory that the process has not had yet.
@@ -85,22 +87,24 @@ def measured_rates(base: ResolvedBase, tokens: int, width: int, scratch: Path) -
         scratch: an existing folder on the disk that is written.
     """
     device, config = base.device, base.checkpoint.config
+    more = _ON_GPU if device.type == "cuda" else 1
     layer = max(range(len(base.layers)), key=lambda index: base.layers[index].neurons)
     active = _active_parameters(base, layer)
-    most = max(_LEAST_TOKENS, min(tokens, int(_OPERATIONS / (2 * active))))
+    most = max(_LEAST_TOKENS, min(tokens, int(more * _OPERATIONS / (2 * active))))
     rows, columns = max(1, most // width), min(most, width)
     with torch.no_grad():
         forward, both, graph = _timed_layer(base, layer, rows, columns)
         vocabulary, hidden = min(_ROWS, int(config.get("vocab_size") or _ROWS)), base.layers[layer].hidden
         matrix = torch.randn(vocabulary, hidden, device=device).to(base.dtype)
-        places = max(_LEAST_TOKENS, min(_PLACES, int(_OF_HEAD / (2 * hidden * vocabulary))))
+        places = max(_LEAST_TOKENS, min(_PLACES, int(more * _OF_HEAD / (2 * hidden * vocabulary))))
         states = torch.randn(places, hidden, device=device).to(base.dtype)
         predicting = _seconds(lambda: nn.functional.linear(states, matrix), device) / (places * vocabulary)
         compared, sloped = _predictions(base, tokens)
         norms = _seconds(lambda: (matrix.float().abs().sum(0), matrix.float().square().sum(0)), device)
-        order = min(_SIDE, base.layers[layer].ffn)  # a routed expert has equations of its own
+        order = min(round(_SIDE * more ** (1 / 3)), base.layers[layer].ffn)  # a routed expert has its own equations
         side, right = torch.randn(order, order, device=device), torch.randn(hidden, order, device=device)
-        product = _seconds(lambda: side.T @ side, device)
+        with narrow_products(device):
+            product = _seconds(lambda: side.T @ side, device)
         positive = (side.T @ side).double() + torch.eye(order, device=device) * order
         equations = _seconds(lambda: _solved(positive, right), device)
     return Rates(

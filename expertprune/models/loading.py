@@ -144,9 +144,11 @@ def load_model(
 
     One whose layers have widths of their own is built by this package's code, not by the copy in its folder.
     """
-    checkpoint = Checkpoint(folder)
+    checkpoint, device = Checkpoint(folder), device or default_device()
     with refused(f"{folder}: cannot be loaded"), _weights_shown("load weights"), _read_in_turn(checkpoint, dtype):
         options = {"dtype": dtype, "attn_implementation": attention_of(checkpoint.config)}
+        if device.type == "cuda":
+            options["device_map"] = {"": device}  # weights go there one by one, and are not put together in host memory
         if checkpoint.quantization:
             options["config"] = _dequantizing(load_config(folder, trust_remote_code))
         if checkpoint.encoding is None:
@@ -154,7 +156,7 @@ def load_model(
         else:
             model = _decoded(checkpoint, trust_remote_code, options)
         checkpoint.check_unchanged()
-    return model.to(device or default_device()).eval().requires_grad_(False)
+    return model.to(device).eval().requires_grad_(False)
 
 
 @contextlib.contextmanager
@@ -187,6 +189,13 @@ def _read_in_turn(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[None]:
     if family is None or family.experts is None or dtype == checkpoint.dtype:
         yield
         return
+    with without_threads():
+        yield
+
+
+@contextlib.contextmanager
+def without_threads() -> Iterator[None]:
+    """In the block, transformers reads weights in the thread that asks for them."""
     before = os.environ.get(_NO_THREADS)
     os.environ[_NO_THREADS] = "1"
     try:

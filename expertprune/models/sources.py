@@ -65,7 +65,8 @@ class ResidentLayers(LayerSource):
 class StreamedLayers(LayerSource):
     """Layers without memory, each of which gets its weights while it is open.
 
-    A thread reads the layer that follows, so two layers are in memory at most.
+    A thread reads the layer that follows, so two layers are in memory at most. On a GPU, weights are
+    copied on a stream of their own, beside the work of the passes.
     """
 
     def __init__(self, device: torch.device, room: Room, read: Callable[[int], LayerState]) -> None:
@@ -76,6 +77,7 @@ class StreamedLayers(LayerSource):
         self._ahead: tuple[int, Future[LayerState]] | None = None
         self._changes: dict[int, list[Change]] = defaultdict(list)
         self._released = 0
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @contextlib.contextmanager
     def opened(self, layer: nn.Module, index: int, following: int | None = None) -> Iterator[nn.Module]:
@@ -87,7 +89,7 @@ class StreamedLayers(LayerSource):
         layer.load_state_dict(self._weights(index), assign=True)
         try:
             if following is not None:
-                self._ahead = (following, self._reader.submit(self._read, following))
+                self._ahead = (following, self._reader.submit(self._copied, following))
             with contextlib.ExitStack() as changes:
                 for change in self._changes[index]:
                     changes.enter_context(change(layer))
@@ -104,10 +106,24 @@ class StreamedLayers(LayerSource):
     def _weights(self, index: int) -> LayerState:
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == index:
-            return ahead[1].result()
-        if ahead is not None:
-            ahead[1].cancel()
-        return self._reader.submit(self._read, index).result()
+            state = ahead[1].result()
+        else:
+            if ahead is not None:
+                ahead[1].cancel()
+            state = self._reader.submit(self._copied, index).result()
+        if self._copies is not None:  # the memory is used again only behind what runs on it
+            for value in state.values():
+                value.record_stream(torch.cuda.current_stream(self.device))
+        return state
+
+    def _copied(self, index: int) -> LayerState:
+        """What is read, once it is on the device."""
+        if self._copies is None:
+            return self._read(index)
+        with torch.cuda.stream(self._copies):
+            state = self._read(index)
+        self._copies.synchronize()
+        return state
 
     @contextlib.contextmanager
     def amended(self, layer: nn.Module, index: int, change: Change) -> Iterator[None]:

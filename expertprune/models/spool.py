@@ -54,8 +54,9 @@ class Limits:
 
         Members of a team on one host get equal shares of its memory.
         """
-        if device.type == "cuda":
-            return int(torch.cuda.mem_get_info(device)[0])
+        if device.type == "cuda":  # what torch holds for tensors to come is free, too
+            held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            return int(torch.cuda.mem_get_info(device)[0]) + held
         members = members_here()
         available = int(psutil.virtual_memory().available) // members
         return available if self.memory is None else max(0, min(available, self.memory // members - taken))
@@ -81,6 +82,12 @@ class _Tier:
 
     def _change(self, size: int) -> None:
         self.left += size
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    """A copy in pinned host memory. Nothing waits for it: what reads it on the device comes later there."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return copy.copy_(tensor, non_blocking=True)
 
 
 class Held:
@@ -119,7 +126,7 @@ class Room:
         self._tiers = [_Tier(int(SHARE * self.free()), lambda tensor: tensor)]
         if device.type == "cuda":
             host = int(SHARE * self.limits.free(torch.device("cpu")))
-            self._tiers.append(_Tier(host, lambda tensor: tensor.to("cpu").pin_memory()))
+            self._tiers.append(_Tier(host, _pinned))
         # Drops tensors that can be computed again, and says whether there were any.
         self.give_way: Callable[[], bool] = lambda: False
         self._folder: Path | None = None
@@ -131,12 +138,8 @@ class Room:
 
     @property
     def left(self) -> int:
-        """Bytes of hidden states that memory still takes."""
-        return sum(tier.left for tier in self._tiers)
-
-    def in_memory(self, size: int) -> bool:
-        """Whether memory takes a tensor of so many bytes."""
-        return any(size <= tier.left for tier in self._tiers)
+        """Bytes of hidden states that the device itself still takes."""
+        return self._tiers[0].left
 
     def hold(self, tensor: Tensor) -> Held:
         """Put a tensor away.

@@ -22,8 +22,8 @@ def keep_nothing(number: int, index: int, hidden: Tensor) -> None:
 class KeptStates:
     """Hidden states of a base behind its layers, by batch.
 
-    They are in memory, never in files. They can be computed again, so all of them go as soon as
-    anything else would not fit into memory beside them.
+    They are in the device's memory, and nowhere else: a GPU computes them again in the time of a copy
+    from host memory. All of them go as soon as anything else would not fit into memory beside them.
     """
 
     def __init__(self, lasting: bool = False) -> None:
@@ -48,7 +48,7 @@ class KeptStates:
             if some.documents != batch.documents:
                 rows = [batch.documents.index(document) for document in some.documents]
                 hidden = hidden[rows, : some.ids.shape[1]]
-            if room.in_memory(hidden.nbytes):
+            if hidden.nbytes <= room.left:
                 self._held[index][key] = room.hold(hidden)
 
         return keep

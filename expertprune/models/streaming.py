@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Collection
 from pathlib import Path
@@ -15,7 +16,7 @@ from expertprune.arch import Family, attention_of
 from expertprune.errors import CheckpointError, refused
 from expertprune.models.checkpoint import Checkpoint, Deferred
 from expertprune.models.layers import decoder_layers
-from expertprune.models.loading import load_config, model_class
+from expertprune.models.loading import load_config, model_class, without_threads
 from expertprune.models.sources import LayerState, StreamedLayers, attach, release
 from expertprune.models.spool import Limits, Room
 
@@ -81,7 +82,9 @@ def _fill(
         weight_mapping=get_model_conversion_mapping(model),
     )
     stored = {name: Deferred(checkpoint, name) for name in names}
-    done, _ = convert_and_load_state_dict_in_model(model, stored, config)
+    # A stream of a GPU belongs to a thread (see `StreamedLayers`).
+    with without_threads() if device.type == "cuda" else contextlib.nullcontext():
+        done, _ = convert_and_load_state_dict_in_model(model, stored, config)
     problems = [*done.conversion_errors, *(name for name, *_ in done.mismatched_keys), *done.error_msgs]
     if problems:
         raise CheckpointError(f"{checkpoint.folder}: {problems[0]} cannot be loaded")

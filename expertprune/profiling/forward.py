@@ -11,6 +11,7 @@ from expertprune.arch import Family
 from expertprune.corpora.batches import Batch
 from expertprune.errors import CheckpointError
 from expertprune.models.passes import TextRun
+from expertprune.models.precision import narrow_products
 from expertprune.profiling.channels import ChannelStatistics, over_tokens
 from expertprune.profiling.observation import Observation
 from expertprune.profiling.routing import RoutingStatistics
@@ -128,7 +129,9 @@ def squared_outputs(values: Tensor, gram: Tensor) -> Tensor:
         `[rows, tokens, blocks]`.
     """
     blocks = values.flatten(0, 1).unflatten(1, (gram.shape[0], -1)).transpose(0, 1)  # [blocks, tokens, n]
-    return ((blocks @ gram) * blocks).sum(2).T.unflatten(0, values.shape[:2])
+    with narrow_products(values.device):
+        products = blocks @ gram
+    return (products * blocks).sum(2).T.unflatten(0, values.shape[:2])
 
 
 def predicted_tokens(text: TextRun) -> Tensor:

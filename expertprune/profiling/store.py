@@ -24,9 +24,9 @@ PACKAGES = ("torch", "transformers")
 # The modules that compute statistics: a change to any of them makes new profiles. A test holds that these are all
 # that `profiling` imports, but those that cannot change a number.
 SOURCES = ("arch", "artifacts/profile.py", "corpora/batches.py", "engine/team.py", "models/checkpoint.py",
-           "models/encodings.py", "models/layers.py", "models/loading.py", "models/passes.py", "models/routed.py",
-           "models/sources.py", "models/spool.py", "models/states.py", "models/streaming.py", "models/tensorfile.py",
-           "profiling", "units.py")  # fmt: skip
+           "models/encodings.py", "models/layers.py", "models/loading.py", "models/passes.py", "models/precision.py",
+           "models/routed.py", "models/sources.py", "models/spool.py", "models/states.py", "models/streaming.py",
+           "models/tensorfile.py", "profiling", "units.py")  # fmt: skip
 
 
 def profile_key(base: ResolvedBase, text: str, max_tokens: int) -> ProfileKey:

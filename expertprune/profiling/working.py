@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from expertprune.models.sources import is_streamed
 from expertprune.models.tensorfile import save_tensors
 from expertprune.profiling.gradients import Upstream
 
+PAUSE = 30.0  # seconds
+
 
 class Working:
     """A folder of finished layers; without one, nothing is kept.
@@ -26,6 +29,7 @@ class Working:
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
+        self._kept: tuple[float, Path | None] = time.monotonic(), None
 
     def has(self, part: ProfilePart, index: int | None = None) -> bool:
         """Whether a layer of a part is finished; without `index`, a part that has no layers."""
@@ -45,12 +49,19 @@ class Working:
             save_tensors(self._path(part, index), tensors)
 
     def keep(self, part: ProfilePart, index: int, above: Sequence[Upstream], text: TextRun) -> None:
-        """Keep the gradients of the input of layer `index`, which is finished, if the model is streamed."""
-        if self.folder is not None and is_streamed(text.model):
+        """Keep the gradients of the input of layer `index`, which is finished, if the model is streamed.
+
+        As they take as much as the hidden states, that is done at most every half minute (`PAUSE`).
+        """
+        when, earlier = self._kept
+        if self.folder is not None and is_streamed(text.model) and time.monotonic() - when >= PAUSE:
             states = {f"{number}.gradient": each.gradient.cpu() for number, each in enumerate(above)}
             scales = {f"{number}.scale": each.scale.cpu() for number, each in enumerate(above)}
-            save_tensors(self._above(part, index, text), states | scales)
-            self._above(part, index + 1, text).unlink(missing_ok=True)
+            path = self._above(part, index, text)
+            save_tensors(path, states | scales)
+            if earlier is not None:
+                earlier.unlink(missing_ok=True)
+            self._kept = time.monotonic(), path
 
     def resumed(self, part: ProfilePart, text: TextRun) -> tuple[int, list[Upstream] | None]:
         """The number of layers that the backward pass still has to go, and the gradients above them."""
@@ -58,6 +69,7 @@ class Working:
             path = self._above(part, index, text)
             if self.folder is not None and path.is_file():
                 kept, numbers = load_file(path), range(len(text.batches))
+                self._kept = time.monotonic(), path
                 return index, [
                     Upstream(*(kept[f"{number}.{name}"].to(text.device) for name in ("gradient", "scale")))
                     for number in numbers

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from expertprune.arch import Experts
 from expertprune.engine.routed import KEPT, SWEEPS
 from expertprune.models.passes import Stream, alone, real_tokens
+from expertprune.models.precision import narrow_products
 from expertprune.models.routed import Dispatch, RoutedExperts
 from expertprune.models.spool import SHARE, Spool
-from expertprune.pruning.solve import damping_of, narrow_products, token_weights, tokens_of, weight_sums
+from expertprune.pruning.solve import damping_of, token_weights, tokens_of, weight_sums
 
 
 @dataclass(frozen=True)

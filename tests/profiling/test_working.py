@@ -13,7 +13,7 @@ from expertprune import profile
 from expertprune.artifacts.profile import FORWARD, VOCABULARY, ProfilePart
 from expertprune.files import is_leftover, remove_leftovers, working_folder
 from expertprune.models.passes import TextRun
-from expertprune.profiling import traversal
+from expertprune.profiling import traversal, working
 from expertprune.profiling.gradients import Taped
 from expertprune.profiling.store import measure, working_path
 from expertprune.profiling.working import Working
@@ -32,7 +32,9 @@ class Killed(BaseException):
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_graphs_kept() -> Iterator[None]:
+    """And gradients behind every layer."""
     with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(working, "PAUSE", 0.0)
         patched.setattr(traversal, "graph_bytes", lambda text: 1 << 60)
         yield
 

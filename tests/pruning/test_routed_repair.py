@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from expertprune.engine.routed import RoutedSizes
+from expertprune.models import precision
 from expertprune.models.passes import TextRun
 from expertprune.pruning import routed_repair, solve
 from expertprune.pruning.repair import RepairJob, by_least_squares
@@ -137,7 +138,7 @@ def test_second_moments_alone_are_products_of_tf32_on_a_gpu(monkeypatch: pytest.
     text, moments = of.of.text(token_lists([30] * 10, seed=4), 600), {(12, 12), (of.shape.hidden, 12)}
     monkeypatch.setattr(torch.backends.cuda, "matmul", setting)
     for devices, narrow in ((("cuda",), "ieee"), (("cuda", "cpu"), "tf32")):
-        monkeypatch.setattr(solve, "_NARROW", devices)
+        monkeypatch.setattr(precision, "_NARROW", devices)
         with Products(setting) as routed:
             of.repaired(text)
         assert {each for each in routed.seen if each[0] in moments} == {(shape, narrow) for shape in moments}
@@ -145,7 +146,7 @@ def test_second_moments_alone_are_products_of_tf32_on_a_gpu(monkeypatch: pytest.
         with Products(setting) as dense:
             solve.Moments.zeros(5, 3, torch.device("cpu")).add(torch.ones(7, 5), torch.ones(7, 3), torch.ones(7))
         assert dense.seen == {((5, 5), narrow), ((3, 5), narrow)}
-    with pytest.raises(ValueError, match="in the block"), solve.narrow_products(torch.device("cpu")):
+    with pytest.raises(ValueError, match="in the block"), precision.narrow_products(torch.device("cpu")):
         raise ValueError("in the block")
     assert setting.fp32_precision == "ieee"
 
