@@ -183,8 +183,9 @@ LEVERS: dict[str, dict[str, Any]] = {
 
 
 def levers(get: Get) -> Table:
-    """Each lever of calibration and repair alone, on two models, one dimension and two seeds."""
-    shapes = [Cell("base", piqa=0), Cell("base", model=GEMMA, budget={"ffn": 0.15}, blocks=8, piqa=0, documents=40)]
+    """Each lever of calibration and repair alone, on two models, one dimension and two seeds, in bfloat16."""
+    narrow = Cell("base", piqa=0, dtype="bfloat16")
+    shapes = [narrow, replace(narrow, model=GEMMA, budget={"ffn": 0.15}, blocks=8, documents=40)]
     columns = [text for name in shapes[0].sets for text in (f"{name}: excess ln", "more than the default's (95%)")]
     table = Table(["model", "lever", *columns])
 
