@@ -41,8 +41,8 @@ from expertprune.stages.validate import leak_guard
 
 def evaluate_suites(
     expert: str | Path,
-    suites: Sequence[str] = (),
-    tasks: Sequence[str] = (),
+    suites: str | Sequence[str] = (),
+    tasks: str | Sequence[str] = (),
     backend: Backend = "hf",
     limit: int | None = None,
     base: str | Path | None = None,
@@ -58,7 +58,7 @@ def evaluate_suites(
     replaced.
 
     Args:
-        suites: names of suites that ship, or paths.
+        suites: names of suites that ship, or paths; one, or several.
         tasks: names of tasks of lm-evaluation-harness, besides.
         backend: who answers the tasks: `hf`, the running models of transformers; `vllm`, a server
             of each over HTTP. Perplexity and alignment need whole distributions and hidden states,
@@ -81,7 +81,8 @@ def evaluate_suites(
             "suites need a whole model, whose work a team does not share: run them as tasks, by --engine ray or --shard"
         )
     check_writable(Expert.load(expert).folder / EXPERT_FILE)
-    asked = SuiteRequest(Path(expert), tuple(suites), tuple(tasks), backend, limit, base, store, overrides)
+    suites, tasks = ((each,) if isinstance(each, str) else tuple(each) for each in (suites, tasks))
+    asked = SuiteRequest(Path(expert), suites, tasks, backend, limit, base, store, overrides)
     measurement = asked.prepared(device=None if engine is None else engine.device)
     check_floors(floors or {}, measurement.groups)
     counted: list[Counted] = []

@@ -261,7 +261,7 @@ def test_an_expert_without_a_layer_is_aligned_with_the_layers_of_its_base(tmp_pa
     folder = expertprune.build(parse_spec(data, "spec", tmp_path), tmp_path / "expert")
     suite = tmp_path / "mine.yaml"
     suite.write_text(yaml.safe_dump({"name": "mine", "perplexity": {"corpora": ["en"]}, "alignment": True}))
-    (found,) = expertprune.evaluate_suites(folder, [str(suite)]).alignment.values()
+    (found,) = expertprune.evaluate_suites(folder, str(suite)).alignment.values()  # a single one needs no list
     (gone,) = Expert.load(folder).plan.gone
     # Without a repair, what lies before the layer that is gone is the base's own.
     assert [value == pytest.approx(1) for value in found.layers] == [number < gone for number in range(3)]
