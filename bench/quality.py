@@ -176,7 +176,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     "the ridge: a third": {"overrides": {"compensation.ridge": 5000}},
     "the repair: general text counts a quarter": {"overrides": {"compensation.general": 0.25}},
     "fusion: general text counts half": {"overrides": {"compose.fusion": {"lambda": 0.5}}},
-    "fusion: shared/exclusive": {"overrides": SHARED_EXCLUSIVE},
+    "fusion: the plain weighting": {"overrides": {"compose.fusion.method": "weighted"}},
     "general text: the shipped corpus too": {"general": ("encyclopedia", "general")},
     "general text: the shipped corpus alone": {"general": ("general",)},
 }
