@@ -22,8 +22,9 @@ def keep_nothing(number: int, index: int, hidden: Tensor) -> None:
 class KeptStates:
     """Hidden states of a base behind its layers, by batch.
 
-    They are in the device's memory, and nowhere else: a GPU computes them again in the time of a copy
-    from host memory. All of them go as soon as anything else would not fit into memory beside them.
+    They are in the device's memory, and nowhere else: by arithmetic, a GPU computes them again in the
+    time that a copy from host memory takes. All of them go as soon as anything else would not fit
+    beside them.
     """
 
     def __init__(self, lasting: bool = False) -> None:
