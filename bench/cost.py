@@ -152,10 +152,10 @@ def mixture(documents: int, folder: Path) -> tuple[Table, int]:
 def plain_seconds(model: Any, batches: Sequence[Batch], clock: Callable[[], float]) -> float:
     """Time of a forward pass over all batches, after one that prepares kernels."""
     with torch.inference_mode():
-        model(input_ids=batches[0].ids, use_cache=False)
+        model(input_ids=batches[0].ids.to(model.device), use_cache=False)
         start = clock()
         for batch in batches:
-            model(input_ids=batch.ids, use_cache=False)
+            model(input_ids=batch.ids.to(model.device), use_cache=False)
         return clock() - start
 
 

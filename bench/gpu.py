@@ -33,6 +33,7 @@ from expertprune.stages.forecast import forecast
 from expertprune.stages.profile import profiles_of
 from expertprune.stages.prune import write_folder
 
+from .cost import plain_seconds
 from .records import Table, made, save_table
 from .scale import SHAPES, make_checkpoint, write_text
 
@@ -55,25 +56,17 @@ class Taken:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
+        start = clock()
         yield
-        torch.cuda.synchronize()
-        self.seconds[name] = time.perf_counter() - start
+        self.seconds[name] = clock() - start
         self.peak = max(self.peak, torch.cuda.max_memory_allocated())
 
 
-def plain_seconds(model: Any, batches: Any) -> float:
-    """Time of a forward pass over all batches, logits included, after one that prepares kernels."""
-    with torch.inference_mode():
-        model(input_ids=batches[0].ids.cuda(), use_cache=False)
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for batch in batches:
-            model(input_ids=batch.ids.cuda(), use_cache=False)
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
+def clock() -> float:
+    """Seconds, once the GPU has done what it was given."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def spec_of(name: str, documents: int, folder: Path) -> Path:
@@ -109,7 +102,7 @@ def measure(name: str, documents: int, folder: Path) -> dict[str, Any]:
         batches = prepared.repair_batches()
         foreseen = forecast(prepared)
         model = load_model(prepared.base.folder, prepared.base.dtype, prepared.base.device)
-        plain = plain_seconds(model, batches)
+        plain = plain_seconds(model, batches, clock)
         del model
         torch.cuda.empty_cache()
         with taken.stage("load"):

@@ -28,6 +28,7 @@ DTYPES = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+PAUSE = 30.0  # seconds between two savings of hidden states, or of their gradients: quick passes are not slowed down
 _RANK = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
 
 

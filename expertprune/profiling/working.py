@@ -13,10 +13,8 @@ from expertprune.artifacts.profile import ProfilePart
 from expertprune.files import digest_of
 from expertprune.models.passes import TextRun
 from expertprune.models.sources import is_streamed
-from expertprune.models.tensorfile import save_tensors
+from expertprune.models.tensorfile import PAUSE, save_tensors
 from expertprune.profiling.gradients import Upstream
-
-PAUSE = 30.0  # seconds
 
 
 class Working:

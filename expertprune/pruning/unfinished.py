@@ -15,11 +15,10 @@ from torch import Tensor
 from expertprune.errors import CheckpointError, first_line
 from expertprune.files import read_kept, write_json
 from expertprune.models.passes import Stream
-from expertprune.models.tensorfile import save_tensors
+from expertprune.models.tensorfile import PAUSE, save_tensors
 
 log = logging.getLogger(__name__)
 
-PAUSE = 30.0  # seconds between two savings of the streams: quick repairs are not slowed down
 _STATE = "state.json"
 
 

@@ -25,7 +25,6 @@ def test_a_build_is_taken_apart(name: str, tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setattr(torch.cuda, function, lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * gpu.GIB)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "made up")
-    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
     monkeypatch.setattr(gpu, "make_checkpoint", small)
     monkeypatch.setattr(gpu, "WORDS", 8)
     found = gpu.measure(name, 3, tmp_path)

@@ -87,6 +87,21 @@ def test_a_killed_pass_goes_on_and_gives_the_same_profile(
     assert {each.name for each in tmp_path.iterdir()} == set(expected)
 
 
+def test_gradients_are_kept_only_after_a_pause(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[str] = set()
+    save = Working.save
+
+    def watched(self: Working, *given: object) -> None:
+        save(self, *given)  # type: ignore[arg-type]
+        seen.update(path.name for path in (self.folder or Path()).glob("*above*"))
+
+    monkeypatch.setattr(Working, "save", watched)
+    for pause, some in ((1e9, False), (0.0, True)):
+        monkeypatch.setattr(working, "PAUSE", pause)
+        measure_all(text_of(folder, True), tmp_path / f"{some}.safetensors")
+        assert bool(seen) == some
+
+
 def test_a_kill_while_finished_work_is_removed_leaves_what_the_next_command_removes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
