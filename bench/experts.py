@@ -161,7 +161,7 @@ EXPERTS = {
     "medical": Wanted({"language": "en", "domain": "medical", "task": "choice"}),
     "software": Wanted({"language": "en", "domain": "software", "task": "completion"}),
     "programs": Wanted({"language": "en", "domain": "software", "task": "programs"}, MORE, "bfloat16"),
-    "spanish": Wanted({"language": "es", "domain": "encyclopedia-es", "task": "reading-es"}),
+    "spanish": Wanted({"language": "es", "domain": "encyclopedia-es", "task": "reading-es"}, MORE, "bfloat16"),
 }
 PROGRAMMERS = ("software", "programs")
 
