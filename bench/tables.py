@@ -15,7 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from . import claims, experts, instruct, quality
+from . import claims, experts, instruct, quality, served_bytes
 from .bytes import text as text_of_bytes
 from .cells import stored
 from .records import Table, stored_table
@@ -55,6 +55,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "claims": claims.text,
     "experts": experts.text,
     "instruct": instruct.text,
+    "served_bytes": served_bytes.text,
     "vocabulary": lambda: "\n\n".join(text_of_expert(name) for name in EXPERTS),
 }
 
