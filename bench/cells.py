@@ -58,7 +58,7 @@ class Cell:
     """What a cell asks for.
 
     `method` is `base`, the name of a peer, or `ours` with `overrides` of the spec's keys. `budget`
-    says what goes. `dtype` is what the model runs in; `auto` is float32 on a CPU.
+    says what goes. `dtype` is what the model runs in; `auto` leaves it to the machine.
     """
 
     method: str

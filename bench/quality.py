@@ -101,8 +101,8 @@ def anchors_paired(get: Get) -> Table:
 
 
 def sizes(get: Get) -> Table:
-    """The best methods at other sizes, heads included."""
-    shape = Cell("base")
+    """The best methods at other sizes, heads included, in bfloat16."""
+    shape = Cell("base", piqa=0, dtype="bfloat16")
     table = Table(["budget", "method", "removed", *_columns(shape)])
     base = get(shape)
     # Parameters of the blocks without norms, of the FFN, and of all.
