@@ -254,21 +254,21 @@ def cluster(distance: Array) -> Clustering:
 def compare_corpora(
     corpora: Mapping[ComparedCorpus, Profile],
     base: dict[str, str],
-    criterion: Criterion,
+    criteria: Mapping[Structure, Criterion],
     aggregate: str | float,
     fraction: float,
-    structures: Sequence[Structure] = tuple(Structure),
     part: ProfilePart | None = None,
 ) -> Comparison:
     """Compare every pair of corpora in each structure that has a layer of two units or more.
 
     Args:
         corpora: two or more, with their profiles.
+        criteria: by structure to compare; a structure that its criterion does not score is left out.
         fraction: which part of a layer's units is irrelevant, between 0 and 1.
-        part: the part of the profiles that the criterion needs (see `scoring.needed_part`).
+        part: the part of the profiles that the criteria need (see `scoring.needed_part`).
     """
     results = {}
-    for structure in structures:
+    for structure, criterion in criteria.items():
         units = any(layer.units(structure) for profile in corpora.values() for layer in profile.layers)
         if not units or structure not in criterion.structures:
             continue
@@ -277,4 +277,5 @@ def compare_corpora(
         result = compare_structure(layers, fraction)
         if result is not None:
             results[structure] = result
-    return Comparison(base, criterion.name, aggregate, fraction, list(corpora), results)
+    names = dict.fromkeys(criterion.name for structure, criterion in criteria.items() if structure in results)
+    return Comparison(base, ", ".join(names), aggregate, fraction, list(corpora), results)

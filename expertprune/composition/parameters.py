@@ -110,7 +110,8 @@ def unreachable(wanted: float, largest: int, budget: Budget, base: ResolvedBase,
     hint = "with these heads" if budget.kv_groups else "with the heads as they are"
     if heads:
         hint = "of FFN neurons and KV groups together"
-    more = {"kv_groups": family.heads_are_units and not heads, "experts": family.experts is not None, "layers": True}
+    whole = family.experts is not None and not family.why_no_neurons  # neurons meet what whole experts leave
+    more = {"kv_groups": family.heads_are_units and not heads, "experts": whole, "layers": True}
     ways = [f"budget.{key}" for key, legal in more.items() if legal and not getattr(budget, key)]
     ways += ["budget.vocabulary"] if budget.vocabulary is None else []
     advice = f"add {' or '.join(ways)}" if ways else "remove less"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from expertprune.arch.single_layers import PER_LAYER
 from expertprune.artifacts.plan import BaseReference, LayerPlan, Parameters, Plan, UnitReasons
 from expertprune.artifacts.profile import Profile
 from expertprune.composition.depth import choose_layers, foreseen_layers
@@ -29,6 +30,7 @@ from expertprune.composition.widths import (
 from expertprune.corpora.documents import CorpusName, corpus_names
 from expertprune.errors import PlanError, SpecError
 from expertprune.models.base import ResolvedBase
+from expertprune.models.depth import check_kinds
 from expertprune.spec.schema import Budget, Spec
 from expertprune.units import GONE, KeptUnits, LayerShape, Structure
 
@@ -212,6 +214,17 @@ def as_kept(plan: Plan, base: ResolvedBase, budget: Budget) -> Plan:
     ):
         return plan
     return replace(plan, parameters=parameters, budget=counted)
+
+
+def check_kept(plan: Plan, base: ResolvedBase, loaders: Collection[str]) -> None:
+    """Raises `PlanError` where layers that stay would not be what they were, or one of `loaders` does not read them.
+
+    A plan may have been edited: what chose its units is not asked again.
+    """
+    if plan.gone:
+        check_kinds(base.checkpoint, base.family, base.layers, plan.gone, base.trust_remote_code)
+    if PER_LAYER in base.family.pruned_config(base.checkpoint.config, plan.kept):
+        base.family.check_single_layers(base.checkpoint.config, loaders)
 
 
 def compose(

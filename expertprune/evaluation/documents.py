@@ -9,7 +9,7 @@ from typing import Any
 from expertprune.artifacts.evaluation import DocumentBits
 from expertprune.corpora.batches import Tokens, encode, rendered
 from expertprune.corpora.chat import Rendered
-from expertprune.corpora.documents import Document
+from expertprune.corpora.documents import Corpus, Document
 from expertprune.errors import SpecError
 from expertprune.evaluation.arrays import Floats
 from expertprune.evaluation.reading import Compared, Reading, bits, read
@@ -30,22 +30,39 @@ def texts_of(documents: Sequence[Document], tokenizer: Any, end: int | None = No
     return texts if end is None else [text.cut(_end(text, tokenizer, end)) for text in texts]
 
 
-def tokens_of(texts: Sequence[Rendered], tokenizer: Any, settings: Evaluate, other_tokens: bool) -> list[Tokens]:
+def tokens_of(
+    texts: Sequence[Rendered],
+    tokenizer: Any,
+    settings: Evaluate,
+    other_tokens: bool,
+    what: str = "of its evaluation documents: raise evaluate.max_tokens",
+) -> list[Tokens]:
     """The tokens that an evaluation reads of each text.
 
     Args:
         other_tokens: whether experts have tokenizers of their own. The texts are then cut already (see `end_of`).
+        what: the documents and their key, for the error.
 
     Raises:
         SpecError: they are conversations, and all are cut off before their first answer.
     """
     tokens = encode(texts, tokenizer, None if other_tokens else settings.max_tokens)
     if any(each.answers for each in tokens) and not any(each.predicted for each in tokens):
-        raise SpecError(
-            f"no answer begins within the first {settings.max_tokens} tokens of its evaluation documents: raise "
-            "evaluate.max_tokens"
-        )
+        raise SpecError(f"no answer begins within the first {settings.max_tokens} tokens {what}")
     return tokens
+
+
+def check_documents(corpus: Corpus, tokens: Sequence[Tokens], asks: bool) -> None:
+    """Check that a corpus' evaluation documents measure something.
+
+    Args:
+        asks: whether its questions are asked.
+
+    Raises:
+        SpecError: there is no token to predict, and no question is asked.
+    """
+    if tokens and not any(each.predicted for each in tokens) and not (corpus.questions and asks):
+        raise SpecError("every evaluation document is shorter than two tokens; give it longer ones")
 
 
 def end_of(settings: Evaluate, other_tokens: bool) -> int | None:

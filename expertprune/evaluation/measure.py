@@ -18,15 +18,22 @@ from expertprune.artifacts.evaluation import (
     QuestionAnswers,
     Settings,
 )
-from expertprune.corpora.batches import Batch, Tokens, warn_of_length
+from expertprune.corpora.batches import Batch, warn_of_length
 from expertprune.corpora.chat import Rendered
 from expertprune.corpora.documents import GENERAL, OTHER, Corpus, CorpusName, Question
 from expertprune.engine.team import team
 from expertprune.errors import CheckpointError, SpecError, under
 from expertprune.evaluation.alignment import Aligning
 from expertprune.evaluation.arrays import Floats
-from expertprune.evaluation.documents import document_rows, document_rows_apart, end_of, texts_of, tokens_of
-from expertprune.evaluation.questions import Answers, answers, choices_of, paired_answers
+from expertprune.evaluation.documents import (
+    check_documents,
+    document_rows,
+    document_rows_apart,
+    end_of,
+    texts_of,
+    tokens_of,
+)
+from expertprune.evaluation.questions import Answers, answers, check_questions, choices_of, paired_answers
 from expertprune.evaluation.reading import Compared, Read, Reading, bits, compare, read, read_together
 from expertprune.evaluation.retention import RESAMPLES, bits_of_corpora, document_metrics, summarize
 from expertprune.models.passes import Stream, TextRun
@@ -99,24 +106,15 @@ class Measuring:
         self._known: Stream | None = None
         self._bits: Floats | None = None
 
-    def _check(self, corpus: Corpus, questions: bool, sequences: Sequence[Tokens]) -> None:
-        """Raises `SpecError` where there is nothing to predict, or a question is longer than the base's context."""
-        if not questions and not any(each.predicted for each in sequences):
-            problem = f"corpus {corpus.name}: every evaluation document is shorter than two tokens"
-            if not (corpus.questions and "questions" in self.metrics):
-                raise SpecError(problem)
-            log.warning("%s: only its questions are measured", problem)
-        context = getattr(self.base.model.config, "max_position_embeddings", None)
-        longest = max(len(each.ids) for each in sequences)
-        if questions and context is not None and longest > context:
-            raise SpecError(
-                f"corpus {corpus.name}: a question has {longest} tokens with its choice, and the base's context {context}"
-            )
-
     def _warn(self) -> None:
         positions = getattr(self.base.model.config, "max_position_embeddings", None)
         for each in self._examples.ranges:
             texts = self._examples.reading.sequences[each.here]
+            if not each.questions and not any(text.predicted for text in texts):
+                log.warning(
+                    "corpus %s: every evaluation document is shorter than two tokens: only its questions are measured",
+                    each.corpus,
+                )
             if not each.questions:
                 warn_of_length(each.corpus, texts, positions, "evaluate.max_tokens")
             if unread := sum(text.answers is not None and not text.predicted for text in texts):
@@ -129,14 +127,17 @@ class Measuring:
     def _in_tokens(self, tokenizer: Any) -> _Examples:
         """All documents and questions in a tokenizer's tokens."""
         ranges, readings, first = [], [], 0
+        positions = getattr(self.base.model.config, "max_position_embeddings", None)
         for corpus in self.corpora:
+            asks = "questions" in self.metrics
             with under(f"corpus {corpus.name}"):
                 texts = self._texts.get(corpus.name, ())
                 asked = {False: tokens_of(texts, tokenizer, self.settings, self.other_tokens)}
-            asked[True] = choices_of(corpus.questions, tokenizer) if "questions" in self.metrics else []
+                check_documents(corpus, asked[False], asks)
+                asked[True] = choices_of(corpus.questions, tokenizer) if asks else []
+                check_questions(asked[True], corpus.questions, positions)
             for questions, sequences in asked.items():
                 if sequences:
-                    self._check(corpus, questions, sequences)
                     readings.append(Reading.of(sequences))
                     ranges.append(_Range(corpus.name, questions, slice(first, first + len(sequences))))
                     first += len(sequences)

@@ -9,6 +9,7 @@ import numpy as np
 
 from expertprune.corpora.batches import Tokens, open_ids
 from expertprune.corpora.documents import Question
+from expertprune.errors import SpecError
 from expertprune.evaluation.arrays import Floats, Indices
 from expertprune.evaluation.reading import Reading, bits, read
 from expertprune.evaluation.retention import Paired
@@ -26,6 +27,21 @@ def choices_of(questions: Sequence[Question], tokenizer: Any) -> list[Tokens]:
             answers = tuple(place >= start for place in range(len(ids)))
             sequences.append(Tokens(ids, answers, max(1, len(choice.encode()))))
     return sequences
+
+
+def check_questions(sequences: Sequence[Tokens], questions: Sequence[Question], context: int | None) -> None:
+    """Raises `SpecError` where a question is longer than a base's context.
+
+    Args:
+        sequences: `choices_of` the questions.
+    """
+    numbers = [number for number, question in enumerate(questions, 1) for _ in question.choices]
+    for number, each in zip(numbers, sequences, strict=False):
+        if context is not None and len(each) > context:
+            raise SpecError(
+                f"question {number} has {len(each)} tokens with a choice, and the base's context {context}: shorten it, "
+                "or take it out"
+            )
 
 
 class Answers(NamedTuple):

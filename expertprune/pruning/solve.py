@@ -94,8 +94,16 @@ class TokenRows:
         scaled = inputs / ridge_of(inputs.square().sum(0), damping)
         system = inputs @ scaled.mT
         system.diagonal().add_(1)
-        solution = torch.cholesky_solve(residuals, torch.linalg.cholesky(system))
-        return (solution.mT @ scaled).float()
+        factor, failed = torch.linalg.cholesky_ex(system)
+        if bool(failed):
+            raise _unsolved(ridge)
+        return (torch.cholesky_solve(residuals, factor).mT @ scaled).float()
+
+
+def _unsolved(ridge: float) -> CheckpointError:
+    return CheckpointError(
+        f"the least squares cannot be solved with a ridge of {ridge:g} tokens; raise compensation.ridge"
+    )
 
 
 def ridge_of(energy: Tensor, damping: float) -> Tensor:
@@ -142,9 +150,7 @@ def least_squares(moments: Moments, ridge: float) -> Tensor:
     factor, failed = gram.mT, torch.zeros((), dtype=torch.int32, device=gram.device)
     torch.linalg.cholesky_ex(factor, out=(factor, failed))
     if bool(failed):
-        raise CheckpointError(
-            f"the least squares cannot be solved with a ridge of {ridge:g} tokens; raise compensation.ridge"
-        )
+        raise _unsolved(ridge)
     # Δ (L Lᵀ) = C: first Y Lᵀ = C, then Δ L = Y. Unlike `cholesky_solve`, it copies no factor.
     half = torch.linalg.solve_triangular(factor.mT, cross, upper=True, left=False)
     return torch.linalg.solve_triangular(factor, half, upper=False, left=False).float()

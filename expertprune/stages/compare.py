@@ -10,13 +10,14 @@ from typing import Any
 
 from expertprune.artifacts.profile import Profile, ProfileKey, ProfilePart
 from expertprune.composition.overlap import ComparedCorpus, Comparison, check_fraction, compare_corpora
-from expertprune.composition.scoring import check_criterion, needed_part
+from expertprune.composition.scoring import check_criterion, criterion_name, needed_part
 from expertprune.errors import CheckpointError, SpecError
 from expertprune.profiling.store import profile_key
 from expertprune.progress import Track, silent
+from expertprune.relevance import Criterion
 from expertprune.reporting.pictures import check_picture, draw_comparison
 from expertprune.spec.schema import Spec
-from expertprune.stages.profile import profile
+from expertprune.stages.profile import profiles_of
 from expertprune.stages.validate import Prepared, SpecLike, validate
 from expertprune.units import Structure
 
@@ -59,25 +60,30 @@ def compare(
         raise SpecError("a comparison needs a spec")
     _check_agreement(prepared)
     settings, base, store = prepared[0].spec, prepared[0].base, prepared[0].store
+    named = {structure: check_criterion(criterion_name(settings.relevance, structure)) for structure in wanted}
     part = needed_part(settings.relevance)
     stored = _stored(store, _keys(prepared[0])[0], part) if everything else []
     _check_two(prepared, stored)
     found: dict[str, tuple[str, Profile]] = {}
     while prepared:  # one at a time, so that one running model is in memory
-        for name, made in profile(prepared.pop(0), track=track).items():
+        for name, made in profiles_of(prepared.pop(0), track, also=[part] if part is not None else []).items():
             found.setdefault(made.digest, (str(name), made))
     for other in stored:
         found.setdefault(other.digest, (other.corpus, other))
-    criterion = check_criterion(settings.relevance.criterion)
     about = {"model": base.name, "digest": base.digest}
-    comparison = compare_corpora(
-        _named(list(found.values())), about, criterion, settings.compose.aggregate, fraction, wanted, part
-    )
+    comparison = compare_corpora(_named(list(found.values())), about, named, settings.compose.aggregate, fraction, part)
     if not comparison.structures:
-        raise SpecError(f"{', '.join(wanted)}: no layer has more than one, so there is nothing to compare")
+        raise SpecError(f"{', '.join(wanted)}: {_nothing(named)}, so there is nothing to compare")
     if picture is not None:
         draw_comparison(comparison, Path(picture), overwrite)
     return comparison
+
+
+def _nothing(criteria: Mapping[Structure, Criterion]) -> str:
+    """Why no structure was compared."""
+    blind = {each.name for structure, each in criteria.items() if structure not in each.structures}
+    scored = len(blind) < len({each.name for each in criteria.values()})
+    return "no layer has more than one" if scored or not blind else f"{' and '.join(sorted(blind))} does not score them"
 
 
 def _structure(name: str) -> Structure:
@@ -97,8 +103,11 @@ def _check_agreement(prepared: Sequence[Prepared]) -> None:
                 f"base.model: {both} have different bases ({first.base.name}, {other.base.name}): profiles of different "
                 "models have no units in common"
             )
+        loss = needed_part(first.spec.relevance) is not None and first.spec.relevance.loss
         for key, ours, theirs in (
             ("relevance.criterion", first.spec.relevance.criterion, other.spec.relevance.criterion),
+            ("relevance.experts", first.spec.relevance.experts, other.spec.relevance.experts),
+            ("relevance.loss", loss, loss and other.spec.relevance.loss),
             ("compose.aggregate", first.spec.compose.aggregate, other.spec.compose.aggregate),
         ):
             if ours != theirs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -129,15 +130,19 @@ def _size(removed: float, plan: Plan, corpora: Mapping[str, Foreseen], instead: 
 
 def _instead(found: Found, chosen: Prepared, profiles: Mapping[CorpusName, Profile]) -> dict[str, Foreseen]:
     """What the other allocation would keep under the same budget; empty where the base or the budget has none."""
-    spec = chosen.spec
-    other = _other_allocation(spec.compose.allocation)
-    changed = {"compose": spec.compose.model_copy(update={"allocation": other}), "serve_with": ["transformers"]}
     try:
-        prepared = prepare(replace(found, spec=spec.model_copy(update=changed)))
+        prepared = _otherwise(found, chosen.spec)
         plan = team().lead(lambda: compose(prepared.spec, prepared.base, profiles))
     except PlanError:
         return {}
     return expected(prepared, plan, profiles)
+
+
+def _otherwise(found: Found, spec: Spec) -> Prepared:
+    """The spec under the other allocation; raises `PlanError` where the base or the budget has none."""
+    other = _other_allocation(spec.compose.allocation)
+    changed = {"compose": spec.compose.model_copy(update={"allocation": other}), "serve_with": ["transformers"]}
+    return prepare(replace(found, spec=spec.model_copy(update=changed)))
 
 
 def _other_allocation(allocation: str) -> str:
@@ -152,11 +157,12 @@ def notes(prepared: Prepared) -> Iterator[str]:
     """What a user should know before a build."""
     budget, chosen = prepared.spec.budget, prepared.spec.compose.allocation
     if prepared.allocation_left_open and not budget.layers and cuts_units(budget):
-        other = _other_allocation(chosen)
-        yield (
-            f"compose.allocation: auto is {chosen} here; expertprune forecast says what {other} would keep beside it, "
-            "before anything is cut"
-        )
+        with contextlib.suppress(PlanError):
+            other = _otherwise(prepared, prepared.spec).spec.compose.allocation
+            yield (
+                f"compose.allocation: auto is {chosen} here; expertprune forecast says what {other} would keep beside "
+                "it, before anything is cut"
+            )
     yield from unnamed_languages(prepared)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from expertprune.errors import CheckpointError
 from expertprune.evaluation.changes import of_corpora
 from expertprune.evaluation.measure import Measuring
 from expertprune.evaluation.retention import pooled
-from expertprune.files import digest_of, folder_size, read_kept, write_json
+from expertprune.files import code_digest, digest_of, folder_size, read_kept, write_json
 from expertprune.progress import Track, silent
 from expertprune.pruning.repair import Passengers
 from expertprune.stages.compose import plan_of
@@ -24,11 +25,17 @@ from expertprune.stages.evaluate import Meanwhile, evaluated_after, measure_fold
 from expertprune.stages.prune import write_folder
 from expertprune.stages.validate import Found, Prepared
 
+# The rooms that write and measure experts: a change to any of them makes new points.
+_SOURCES = ("arch", "corpora", "engine/team.py", "evaluation", "models", "pruning", "stages/evaluate.py",
+            "stages/points.py", "stages/prune.py", "tokenizing", "units.py")  # fmt: skip
+
 
 def point_key(plan: Plan, found: Found) -> str:
-    """Digest of the plan, its spec included, and of what is measured."""
+    """Digest of the plan, its spec included, of what is measured, and of the code that prunes and measures."""
     examples = [corpus.measured for corpus in found.evaluated]
-    return digest_of([SWEEP_SCHEMA, plan.document(), str(found.base.dtype), examples])
+    versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
+    about = [SWEEP_SCHEMA, plan.document(), str(found.base.dtype), examples]
+    return digest_of([*about, versions, code_digest(_SOURCES)])
 
 
 def make_point(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from expertprune.artifacts.expert import BaseRecord, CorpusRecord, Expert, ancestor_of, portable, portable_base
 from expertprune.artifacts.plan import Plan, load_plan
-from expertprune.composition.plan import as_kept
+from expertprune.composition.plan import as_kept, check_kept
 from expertprune.composition.scoring import check_criterion
 from expertprune.engine.team import team
 from expertprune.errors import PlanError, under
@@ -50,6 +50,8 @@ def prune(
     check_inputs(out, found.inputs)
     check_plan(plan, found.base)
     plan = as_kept(plan, found.base, found.spec.budget)
+    with under(where):
+        check_kept(plan, found.base, spec.serve_with)
     require_room(out, bytes_needed(plan, found.base))
     _check_corpora(found, plan)
     with under(where):

@@ -20,9 +20,10 @@ from expertprune.engine.team import team
 from expertprune.errors import SpecError, UsageError, gathered, under
 from expertprune.evaluation import changes
 from expertprune.evaluation.harness import tasks as harness
+from expertprune.evaluation.harness.metrics import less_is_better
 from expertprune.evaluation.harness.scores import Scores, common_beginning
 from expertprune.evaluation.harness.stored import versions
-from expertprune.evaluation.harness.tasks import HarnessTask, less_is_better
+from expertprune.evaluation.harness.tasks import HarnessTask
 from expertprune.evaluation.retention import Counted, Paired, bits_of_corpora, check_floors, summarize
 from expertprune.evaluation.suites import Suite, TaskEntry, bare_task, find_suites
 from expertprune.files import EXPERT_FILE, check_writable, digest_of, store_folder
@@ -247,7 +248,7 @@ def _entries(suites: Sequence[Suite], names: Sequence[str]) -> list[tuple[TaskEn
         found += [(entry, suite.name, False) for entry in suite.tasks]
         found += [(entry, suite.name, True) for entry in suite.generation]
     known = {entry.label for entry, _, _ in found}
-    bare = [bare_task(name) for name in names]
+    bare = [bare_task(name) for name in dict.fromkeys(names)]
     return found + [(entry, suite, None) for entry, suite in bare if entry.label not in known]
 
 
@@ -270,8 +271,9 @@ def _corpora(spec: Spec, suites: Mapping[str, Suite], own: Mapping[CorpusName, C
         if others:
             with gathered(problems), under(f"{given}: perplexity.corpora"):
                 loaded = load_corpora(spec.model_copy(update={"general": [*spec.general, *others]}), store)
-                names = [CorpusName(GENERAL, name) for name in others]
-                chosen |= {name: replace(loaded[name], calibration=()) for name in names}
+                for each in (loaded[CorpusName(GENERAL, name)] for name in others):
+                    if all(each.measured[1:] != known.measured[1:] for known in chosen.values()):  # by another name
+                        chosen[each.name] = replace(each, calibration=())
     if problems:
         raise SpecError(problems)
     return list(chosen.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from expertprune.corpora.leaks import LeakGuard
 from expertprune.corpora.loading import HELD_OUT, load_corpora, load_others
 from expertprune.corpora.shares import shared_out
 from expertprune.errors import SpecError, gathered, under
-from expertprune.evaluation.documents import end_of, texts_of, tokens_of
+from expertprune.evaluation.documents import check_documents, end_of, texts_of, tokens_of
+from expertprune.evaluation.questions import check_questions, choices_of
 from expertprune.files import digest_of, store_folder
 from expertprune.models.base import ResolvedBase, resolve_base
 from expertprune.models.inventory import vocabulary_rows
@@ -34,7 +35,7 @@ from expertprune.pruning.selfcheck import check_family
 from expertprune.registry import Registry
 from expertprune.relevance import criteria
 from expertprune.spec.reading import load_spec, parse_spec, with_corpus_paths
-from expertprune.spec.schema import Budget, Spec
+from expertprune.spec.schema import Budget, Evaluate, Spec
 from expertprune.spec.values import Coverage
 from expertprune.stages.generate import generator
 
@@ -166,8 +167,11 @@ def find(spec: Spec, store: Path, evaluate: bool = True) -> Found:
     for corpus in evaluated:
         if corpus.name in corpora and corpus.name not in calibration:
             continue  # said above
-        with gathered(problems), under(f"{source_key(corpus.name, spec)}: evaluation"):
-            _check_conversations(corpus, base.tokenizer, spec)
+        with gathered(problems), under(source_key(corpus.name, spec)):
+            _check_measured(corpus, base, spec)
+    for name in calibration if held_back else ():
+        with gathered(problems), under(source_key(name, spec)):
+            _check_held_back(corpora[name], base.tokenizer, spec)
     if problems:
         raise SpecError(problems)
     for name, text in calibration.items():
@@ -178,13 +182,26 @@ def find(spec: Spec, store: Path, evaluate: bool = True) -> Found:
     return Found(spec, base, corpora, calibration, evaluated, store, running)
 
 
-def _check_conversations(corpus: Corpus, tokenizer: Any, spec: Spec) -> None:
-    """Raises `SpecError` where conversations that shall measure experts cannot, before anything is profiled."""
+def _check_measured(corpus: Corpus, base: ResolvedBase, spec: Spec) -> None:
+    """Raises `SpecError` where what shall measure experts cannot, before anything is profiled."""
+    other_tokens = spec.budget.vocabulary is not None
+    asks = "questions" in spec.evaluate.chosen_metrics(other_tokens)
     if spec.evaluate.reads_documents:
-        other_tokens = spec.budget.vocabulary is not None
-        chats = [document for document in corpus.evaluation if document.conversation is not None]
-        texts = texts_of(chats, tokenizer, end_of(spec.evaluate, other_tokens))
-        tokens_of(texts, tokenizer, spec.evaluate, other_tokens)
+        with under("evaluation"):
+            texts = texts_of(corpus.evaluation, base.tokenizer, end_of(spec.evaluate, other_tokens))
+            check_documents(corpus, tokens_of(texts, base.tokenizer, spec.evaluate, other_tokens), asks)
+    if asks:
+        context = base.checkpoint.config.get("max_position_embeddings")
+        with under("questions"):
+            check_questions(choices_of(corpus.questions, base.tokenizer), corpus.questions, context)
+
+
+def _check_held_back(corpus: Corpus, tokenizer: Any, spec: Spec) -> None:
+    """Raises `SpecError` where what is held back of a corpus has nothing to predict."""
+    held = replace(corpus, evaluation=tuple(validation_documents(corpus)), questions=())
+    settings = Evaluate(max_tokens=spec.calibration.max_tokens)
+    where = "of the documents that budget.retention holds back: raise calibration.max_tokens"
+    check_documents(held, tokens_of(texts_of(held.evaluation, tokenizer), tokenizer, settings, False, where), False)
 
 
 def _held_back(corpora: Iterable[Corpus]) -> set[str]:
@@ -220,7 +237,8 @@ def prepare(found: Found, budget: Budget | None = None) -> Prepared:
     if isinstance(spec.budget.vocabulary, Coverage):
         tokens = {name: sum(batch.tokens for batch in found.calibration[name].batches) for name in found.corpora}
         check_enough(spec.budget.vocabulary.coverage, {name: tokens[name] for name in tokens if not name.is_general})
-    return Prepared(**{**vars(found), "spec": spec}, widths=widths, rows=rows, allocation_left_open=left_open)
+    about = {each.name: getattr(found, each.name) for each in fields(Found)} | {"spec": spec}
+    return Prepared(**about, widths=widths, rows=rows, allocation_left_open=left_open)
 
 
 def check_unlisted(prepared: Prepared) -> None:
@@ -271,7 +289,7 @@ def evaluation_corpora(spec: Spec, corpora: Mapping[CorpusName, Corpus], guard: 
                 f"evaluate.corpora: {wanted!r} is none of the spec's corpora: {', '.join(map(str, corpora))}; name "
                 "others in evaluate.others"
             )
-        chosen += matches
+        chosen += [corpus for corpus in matches if corpus not in chosen]
     return guard.clean([*chosen, *others])
 
 

@@ -12,12 +12,15 @@ from typing import Any
 from expertprune.corpora.templates import fill_template
 from expertprune.errors import SpecError
 from expertprune.evaluation.suites import TaskEntry, TaskFile, TaskFunction
+from expertprune.files import digest_of, digest_of_files
 
 log = logging.getLogger(__name__)
 
 
-def check_code(entry: TaskEntry, task: TaskFile, trusted: bool) -> None:
+def check_code(entry: TaskEntry, task: TaskFile, trusted: bool) -> str:
     """Name the code that a task YAML of the user's would run: functions, and metrics of the `evaluate` library.
+
+    Returns its digest: that of the folders' Python files, as one may import another.
 
     Raises:
         SpecError: there is some, and the caller does not trust it.
@@ -27,6 +30,8 @@ def check_code(entry: TaskEntry, task: TaskFile, trusted: bool) -> None:
         raise _untrusted(entry, f"{entry.file} runs", code)
     if code:
         log.warning("task %s: runs Python code: %s", entry.label, ", ".join(code))
+    folders = sorted({Path(each).parent for each in code if Path(each).is_file()})
+    return digest_of([digest_of_files(sorted(folder.glob("*.py")), folder) for folder in folders])
 
 
 def _untrusted(entry: TaskEntry, who: str, code: list[str]) -> SpecError:

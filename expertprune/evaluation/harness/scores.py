@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +22,8 @@ class Leaf(Protocol):
     instances: Sequence[Any]
     multiple_input: Any
 
+    def aggregation(self) -> Mapping[str, Any]: ...
+    def higher_is_better(self) -> Mapping[str, bool]: ...
     def get_config(self, key: str) -> Any: ...
     def set_config(self, key: str, value: Any) -> None: ...
     def set_fewshot_seed(self, seed: int) -> None: ...

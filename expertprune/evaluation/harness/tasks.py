@@ -16,6 +16,7 @@ import numpy as np
 from expertprune.corpora.chat import ChatTemplate, has_template
 from expertprune.corpora.documents import Document
 from expertprune.errors import CheckpointError, SpecError, first_line, refused
+from expertprune.evaluation.harness.metrics import chosen_metric, reported, value_of
 from expertprune.evaluation.harness.quiet import quiet
 from expertprune.evaluation.harness.sandbox import check_code, metric_code, sandbox_templates, with_functions
 from expertprune.evaluation.harness.scores import Asked, Leaf, Scores, choice_scores, example_of
@@ -23,13 +24,6 @@ from expertprune.evaluation.questions import margin
 from expertprune.evaluation.suites import TaskEntry, TaskFile, read_task
 from expertprune.files import digest_of, not_a_file
 from expertprune.registry import nearest
-
-_PREFERRED = ("exact_match", "acc_norm", "acc", "f1", "bits_per_byte", "byte_perplexity", "word_perplexity")
-
-
-# Metrics that are sums of log-likelihoods over bytes or words, and what they are reported as.
-_RATES = {"bits_per_byte": "bits_per_byte", "byte_perplexity": "bits_per_byte", "word_perplexity": "bits_per_word"}
-
 
 _SEED = 1234  # of few-shot examples, as in lm-evaluation-harness
 
@@ -45,7 +39,7 @@ class HarnessTask:
     """A task ready to run.
 
     `metric` and `filter` are lm-evaluation-harness' words. `chance` is what guessing gets, where
-    that is known. `digest` covers prompts, targets, metric and answer extraction. `texts` are what
+    that is known. `digest` covers examples, prompts, metric, answer extraction and the task's own code. `texts` are what
     the leak guard looks at, by example, and `asked` what people do. `trusted` says whether its
     metrics may run Python files.
     """
@@ -65,8 +59,8 @@ class HarnessTask:
 
     @property
     def reported(self) -> str:
-        """The metric's name in results; perplexities are reported as bits."""
-        return _RATES.get(self.metric, self.metric)
+        """The metric's name in results."""
+        return reported(self.metric)
 
 
 def require_harness(served: bool) -> None:
@@ -136,13 +130,12 @@ def load_task(
 
     Raises:
         SpecError: it is to be asked through a chat template, and there is none; it would run code that
-            is not trusted; its data cannot be loaded, it has no example, or its metric cannot be
-            paired by example.
+            is not trusted; its data cannot be loaded, it has no example, or base and expert cannot be
+            paired under its metric.
     """
     label = entry.label
     file = None if entry.file is None else read_task(Path(entry.file))
-    if file is not None:
-        check_code(entry, file, trusted)
+    code = "" if file is None else check_code(entry, file, trusted)
     if entry.chat and not has_template(tokenizer):
         raise SpecError(
             f"task {label}: chat: the base has no chat template; leave 'chat' out, or take an instruct model"
@@ -161,7 +154,7 @@ def load_task(
             hint = "; it comes from the Hugging Face hub: is there a network?" if entry.name is not None else ""
             raise SpecError(f"task {label}: its data cannot be loaded: {reason}{hint}") from error
         with refused(f"task {label}: its examples cannot be read"):
-            return _described(label, entry, leaves, instances, generates, trusted)
+            return _described(label, entry, leaves, instances, generates, trusted, code)
 
 
 def _load(entry: TaskEntry, file: TaskFile | None) -> dict[str, Leaf]:
@@ -217,6 +210,7 @@ def _described(
     instances: dict[str, list[Any]],
     generates: bool,
     trusted: bool,
+    code: str,
 ) -> HarnessTask:
     first = next(iter(leaves.values()))
     if not any(instances.values()):
@@ -224,12 +218,7 @@ def _described(
     if (first.OUTPUT_TYPE == "generate_until") != generates:
         wrong, right = ("tasks", "generation") if not generates else ("generation", "tasks")
         raise SpecError(f"task {label}: its output is {first.OUTPUT_TYPE}: put it under {right!r}, not under {wrong!r}")
-    metrics = [each["metric"] for each in getattr(first.config, "metric_list", None) or []]
-    if not metrics:
-        raise SpecError(f"task {label}: it is computed by code of its own, not by example; choose another task")
-    metric = entry.metric or next((name for name in _PREFERRED if name in metrics), metrics[0])
-    if metric not in metrics:
-        raise SpecError(f"task {label}: it has no metric {metric!r}{nearest(metric, metrics)}")
+    metric = chosen_metric(label, entry.metric, leaves.values())
     filters = [each["name"] for each in first.config.filter_list or [{"name": "none"}]]
     if entry.filter is not None and entry.filter not in filters:
         raise SpecError(f"task {label}: it has no filter {entry.filter!r}{nearest(entry.filter, filters)}")
@@ -237,20 +226,21 @@ def _described(
     for name, those in instances.items():
         for instance in those:
             by_example.setdefault((name, instance.doc_id), []).append(instance)
+    twice = any(each["metric"] == "acc_mutual_info" for each in first.config.metric_list)  # it asks for each choice so
     requests, texts, guesses, asked = [], [], [], []
     for (name, _), those in by_example.items():
         document = those[0].doc
         target = leaves[name].doc_to_target(document)
-        requests.append([[each.args for each in those], target, those[0].request_type])
+        requests.append([[each.args for each in those], target, those[0].request_type, document])
         prompt = leaves[name].doc_to_text(document)
         prompt = prompt if isinstance(prompt, str) else str(those[0].args[0])
         texts.append(_texts(document, prompt, target))
         asked.append(example_of(leaves[name], document, prompt, target))
-        guesses.append((2 if "acc_mutual_info" in metrics else 1) / len(those))  # it asks for each choice twice
+        guesses.append((2 if twice else 1) / len(those))
     chance = entry.chance
     if chance is None and first.OUTPUT_TYPE == "multiple_choice" and metric.startswith("acc"):
         chance = float(np.mean(guesses))
-    about = [metric, entry.filter or filters[0], first.config.filter_list, first.config.metric_list]
+    about = [metric, entry.filter or filters[0], first.config.filter_list, first.config.metric_list, code]
     digest = digest_of(json.loads(json.dumps([about, requests], default=_named)))
     return HarnessTask(
         label, entry, leaves, metric, entry.filter or filters[0], generates, len(requests), chance, digest, texts, asked,
@@ -305,7 +295,7 @@ def run_task(task: HarnessTask, model: Any, limit: int | None = None, who: str =
             f"task {task.label}: the {who} gives likelihoods that are not finite: its weights are damaged, or try "
             "base.dtype: float32"
         )
-    pairs = [_value(task, sample.get(task.metric)) for _, sample in chosen]
+    pairs = [value_of(task.label, task.metric, sample.get(task.metric)) for _, sample in chosen]
     answers: list[str] = []
     texts: list[str] = []
     margins: list[float | None] = []
@@ -335,20 +325,3 @@ def _finite(sample: Any) -> bool:
     """Whether all log-likelihoods that an example asked for are numbers: alone, or with whether they are the greedy ones."""
     found = [each[0] if isinstance(each, tuple | list) else each for each in sample["filtered_resps"]]
     return all(math.isfinite(each) for each in found if isinstance(each, float))
-
-
-def less_is_better(metric: str) -> bool:
-    """Whether a metric is a cost."""
-    return metric in _RATES.values()
-
-
-def _value(task: HarnessTask, value: Any) -> tuple[float, float]:
-    """What an example adds to the numerator and the denominator of the metric."""
-    if task.metric in _RATES and isinstance(value, tuple | list):
-        return -float(value[0]) / math.log(2), float(value[1])
-    if isinstance(value, bool | int | float | np.number):
-        return float(value), 1.0
-    raise SpecError(
-        f"task {task.label}: {task.metric} is not a mean over examples, so base and expert cannot be paired; "
-        f"choose another metric, such as {', '.join(_PREFERRED[:4])}"
-    )
