@@ -25,7 +25,9 @@ from expertprune.spec.schema import Base, Spec
 
 EXPERT_SCHEMA = 2
 # Keys of the spec that say what the expert is; others say how it is measured.
-_SETTLED = ("name", "relevance", "compose", "budget", "serve_with", "compensation")
+_SETTLED = ("name", "dimensions", "general", "calibration", "relevance", "compose", "budget", "serve_with",
+            "compensation")  # fmt: skip
+_MEMORY = "calibration.tokens_per_batch"  # says how text is read, not which
 _OF_PLAN = ("name", "parameters", "spec")  # keys of the plan that stand beside it in the file, for people who read it
 
 
@@ -213,7 +215,8 @@ class Expert(Description):
             SpecError: a corpus' file is in none of these places, or an override is not legal or changes what the expert
                 has become.
         """
-        if wrong := sorted(key for key in overrides or () if key.partition(".")[0] in _SETTLED):
+        settled = (key for key in overrides or () if key.partition(".")[0] in _SETTLED and key != _MEMORY)
+        if wrong := sorted(settled):
             raise SpecError([f"{key}: the expert is built already; build it again with this key" for key in wrong])
         noted = _noted(self, store).corpora
         problems: list[str] = []

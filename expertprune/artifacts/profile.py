@@ -197,8 +197,8 @@ class Profile:
             raise CheckpointError(f"{path}: no such profile") from None
         except (SafetensorError, CheckpointError, OSError) as error:
             raise CheckpointError(f"{damaged} ({error}); delete it and profile again") from None
-        if not isinstance(header, dict):
-            raise CheckpointError(f"{path}: not a profile; delete it and profile again")
+        if not isinstance(header, dict) or "schema" not in header:
+            raise CheckpointError(f"{path}: is no profile")
         if header.get("schema") != PROFILE_SCHEMA:
             raise CheckpointError(f"{path}: a profile of schema {header.get('schema')}, not {PROFILE_SCHEMA}")
         try:

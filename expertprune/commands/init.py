@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 import click
@@ -41,7 +42,7 @@ def init(name: str | None, out: Path | None, as_json: bool) -> None:
     written = copy_spec(specs[name], out or Path(f"{name}.yaml"))
     data = {"kind": "init", "spec": str(written[0]), "files": [str(path) for path in written]}
     lines = [f"{path}: written" for path in written]
-    lines.append(f"edit it, then: expertprune validate {written[0]}")
+    lines.append(f"edit it, then: expertprune validate {shlex.quote(str(written[0]))}")
     show(as_json, data, lambda: "\n".join(lines))
 
 

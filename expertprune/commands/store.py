@@ -43,7 +43,7 @@ def store(context: click.Context, store: Path | None, as_json: bool) -> None:
 @common
 @reporting
 def _prune(outer: Path | None, older_than: str, store: Path | None, as_json: bool) -> None:
-    """Remove what was not used for some time. All of it can be made again.
+    """Remove what was not used for some time. All of it can be made again; where experts' bases lie is kept.
 
     \b
     expertprune store prune --older-than 30d

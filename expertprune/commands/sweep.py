@@ -83,7 +83,7 @@ def sweep(
         check_picture(picture, made=out, overwrite=overwrite)
     shard = where.share(store)
     if shard is not None:
-        for key, value in (("--log", tracker), ("--picture", picture)):
+        for key, value in (("--log", tracker), ("--picture", picture), ("--out", None if keep_experts else out)):
             if value is not None:
                 raise click.UsageError(f"{key}: a shard knows only its own points; give {key} with --collect")
         report = sweeping.sweep_shard(spec, budgets, shard, out, keep_experts, store, overrides, progress_bar)

@@ -19,8 +19,9 @@ class ForeseenSize:
         removed: the fraction that was asked for, of all parameters or of each structure.
         parameters: that stay.
         fraction: of the base's parameters.
-        speed: the base's parameters over the expert's: how many times as fast an expert decodes at
-            most, where reading weights is all that takes time.
+        speed: the base's parameters over the expert's, without an embedding of which a token reads one
+            row: how many times as fast an expert decodes at most, where reading weights is all that
+            takes time.
         corpora: what is kept of each.
         instead: what the other allocation would keep at this size; empty where there is none.
     """

@@ -26,7 +26,7 @@ from expertprune.profiling.rows import FOLDS
 from expertprune.spec.schema import Spec
 from expertprune.spec.values import Coverage
 from expertprune.tokenizing import Vocabulary, essential_ids
-from expertprune.units import KeptRows
+from expertprune.units import ROW_MULTIPLE, KeptRows
 
 FEW_TOKENS = 10_000  # of a corpus, below which the choice between rare rows is a guess
 
@@ -86,8 +86,8 @@ def foreseen_rows(spec: Spec, base: ResolvedBase) -> int | None:
     if rows is not None and rows < must.smallest:
         counts = ", ".join(f"{reason} {len(ids):,}" for reason, ids in must.reasons.items() if ids)
         raise PlanError(
-            f"budget.vocabulary: {rows:,} rows are fewer than must be kept; the smallest legal number is {must.smallest:,} "
-            f"({counts})"
+            f"budget.vocabulary: {rows:,} rows (they go up to a multiple of {ROW_MULTIPLE}) are fewer than must be kept; "
+            f"the smallest legal number is {must.smallest:,} ({counts})"
         )
     return rows
 

@@ -94,16 +94,20 @@ def find_sources(spec: Spec) -> dict[CorpusName, Source]:
 
 def _misspelt(spec: Spec) -> Iterator[str]:
     """Sources that no name means, but one that has no source of its own nearly does."""
-    names = [*corpus_names(spec), *(CorpusName(OTHER, value) for value in spec.evaluate.others)]
-    sources = spec.corpora.sources
-    without = {name.value for name in names if not any(map(name.answers_to, sources))}
-    for key in sources:
-        if not any(name.answers_to(key) for name in names):
-            close = difflib.get_close_matches(
-                CorpusName.parse(key).value if "/" in key else key, without, n=1, cutoff=0.75
-            )
-            if close:
-                yield f"corpora.sources.{key}: no corpus has this name; did you mean {close[0]!r}?"
+    without = {name.value for name in _named(spec) if not any(map(name.answers_to, spec.corpora.sources))}
+    for key in unnamed_sources(spec):
+        close = difflib.get_close_matches(CorpusName.parse(key).value if "/" in key else key, without, n=1, cutoff=0.75)
+        if close:
+            yield f"corpora.sources.{key}: no corpus has this name; did you mean {close[0]!r}?"
+
+
+def unnamed_sources(spec: Spec) -> list[str]:
+    """The keys of `corpora.sources` that no corpus of the spec means."""
+    return [key for key in spec.corpora.sources if not any(name.answers_to(key) for name in _named(spec))]
+
+
+def _named(spec: Spec) -> list[CorpusName]:
+    return [*corpus_names(spec), *(CorpusName(OTHER, value) for value in spec.evaluate.others)]
 
 
 def other_sources(spec: Spec) -> dict[CorpusName, Source]:

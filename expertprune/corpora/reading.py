@@ -183,7 +183,7 @@ def _field(row: Any, name: str, where: str) -> Any:
     for part in name.split("."):
         if isinstance(value, dict) and part in value:
             value = value[part]
-        elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
+        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
             value = value[int(part)]
         else:
             fields = value.keys() if isinstance(value, dict) else ()

@@ -92,7 +92,7 @@ class Perplexity(_SuiteKeys):
     """Bits per byte and KL to the base, on the evaluation documents of corpora."""
 
     corpora: Names | None = Field(
-        None, description="Such as domain/medical or general; default: all corpora of the spec."
+        None, min_length=1, description="Such as domain/medical or general; default: all corpora of the spec."
     )
 
 
@@ -151,6 +151,8 @@ def find_suites(names: Sequence[str]) -> list[Suite]:
     for name in dict.fromkeys(names):
         with gathered(problems):
             suites.append(find_suite(name))
+    names = [suite.name for suite in suites]
+    problems += [f"suite {name}: two files have this name; rename one" for name in names if names.count(name) > 1][:1]
     owners: dict[str, str] = {}
     for suite in suites:
         for entry in (*suite.tasks, *suite.generation):

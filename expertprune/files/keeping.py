@@ -22,7 +22,7 @@ from expertprune.files.ownership import (
 )
 from expertprune.files.places import folder_size
 
-# The store's folders, and what is in them. Everything can be made again.
+# The store's folders, and what is in them. All but the places can be made again.
 HOLDINGS = {
     "profiles": "statistics of a base on a corpus, and unfinished ones, to go on from",
     "evaluations": "a base's answers to tasks",
@@ -56,19 +56,26 @@ def holdings(store: Path) -> Iterator[StoreEntry]:
         for path in sorted((store / kind).iterdir()) if (store / kind).is_dir() else ():
             if path.name.startswith(".") and path.suffix not in UNFINISHED:
                 continue
-            files = [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path]
-            used = max(
-                (max(status.st_mtime, status.st_atime) for status in (each.stat() for each in files)), default=0.0
-            )
+            files = [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else []
+            used = max(_used(each) for each in files or [path])
             size = folder_size(path) if path.is_dir() else path.stat().st_size
             yield StoreEntry(kind, path, size, max(0.0, time.time() - used))
 
 
+def _used(path: Path) -> float:
+    """When a file was last written or read; of a lease that was given back, when that was."""
+    status = path.stat()
+    return max(status.st_mtime, status.st_atime) or status.st_ctime
+
+
 def prune_store(store: Path, older_than: float) -> list[StoreEntry]:
-    """Remove what was not used for so many seconds, unless a command works in it; what went is returned."""
+    """Remove what was not used for so many seconds, unless a command works in it; what went is returned.
+
+    Places stay: no command can tell again where an expert's base and corpora lie.
+    """
     gone = []
     for held in holdings(store):
-        if held.unused < older_than:
+        if held.unused < older_than or held.kind == "places":
             continue
         with locked(held.path) as lock:
             if lock is Lock.TAKEN:

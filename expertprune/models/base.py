@@ -141,6 +141,12 @@ def _leave_predictors_out(checkpoint: Checkpoint, family: Family) -> None:
     checkpoint.leave_out(names, family.predictors.none_left(checkpoint.config))
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a base is meant to come from the hub."""
+    path = Path(name)
+    return name.count("/") == 1 and not (path.is_absolute() or path.is_dir() or name.endswith(".gguf"))
+
+
 def _checkpoint(base: Base, store: Path) -> Checkpoint:
     name = base.model
     path = Path(name)

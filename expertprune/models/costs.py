@@ -14,6 +14,19 @@ def row_parameters(checkpoint: Checkpoint, family: Family) -> int:
     return sum(info.parameters // info.shape[0] for info in stored)
 
 
+def looked_up(checkpoint: Checkpoint, family: Family, rows: int | None = None) -> int:
+    """Parameters of which a generated token reads one row: those of an embedding that is not the head as well.
+
+    Args:
+        rows: of the embedding; default: all that the checkpoint has.
+    """
+    embedding, head, *_ = family.vocabulary
+    info = checkpoint.tensors[embedding]
+    if head not in checkpoint.tensors:
+        return 0
+    return info.parameters // info.shape[0] * (info.shape[0] if rows is None else rows)
+
+
 def layer_parameters(checkpoint: Checkpoint, family: Family, layer: int) -> int:
     """Parameters of a whole layer, its norms included."""
     prefix = family.layer_prefix(layer)

@@ -36,13 +36,18 @@ def read(path: Path) -> Artifact:
         return Expert.load(path)
     if problem := not_a_file(path):
         raise SpecError(f"{path}: {'no such file or folder' if problem == 'no such file' else problem}")
-    if path.suffix in (".yaml", ".yml"):
+    if path.suffix in (".yaml", ".yml") or (not path.suffix and not _is_json(path)):
         return load_spec(path)
     if path.suffix == ".safetensors":
         return Profile(path)
-    if path.suffix == ".json":
+    if path.suffix in (".json", ""):
         return Expert.load(path.parent) if path.name == EXPERT_FILE else load_plan(path)
     raise SpecError(f"{path}: is no spec (.yaml), profile (.safetensors), plan (.json) or expert (a folder)")
+
+
+def _is_json(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(100).lstrip()[:1] == b"{"
 
 
 def describe(artifact: str | Path | Artifact) -> dict[str, Any]:

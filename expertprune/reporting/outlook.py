@@ -71,7 +71,11 @@ def outlook_picture(outlook: Outlook, path: Path, overwrite: bool = False) -> No
     axes.set_ylabel("retention (bits per byte, base over expert)")
     axes.set_title("What experts of this base will keep", loc="left", fontsize=12, fontweight="bold")
     bands = "forecast; bands: 95% intervals"
-    axes.text(0.985, 0.97, bands, transform=axes.transAxes, ha="right", va="top", fontsize=9, color=QUIET)
+    axes.text(0.015, 0.03, bands, transform=axes.transAxes, ha="left", va="bottom", fontsize=9, color=QUIET)
+    axes.annotate(
+        f"the base breaks below {BROKEN:g}", (min(kept), BROKEN), xytext=(0, -3), textcoords="offset points", va="top",
+        fontsize=8, color=QUIET,
+    )  # fmt: skip
     axes.legend(loc="lower right", frameon=False, fontsize=9, prop={"size": 9})
     axes.grid(axis="y", color="#dddddd", linewidth=0.7)
     axes.set_axisbelow(True)

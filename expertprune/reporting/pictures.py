@@ -195,7 +195,10 @@ def retention_curve(sweep: Sweep, path: Path, overwrite: bool = False) -> None:
     axes.margins(y=0.1)
     _label_curves(axes, points[0].fraction - 0.025 * span, labels)
     budgets = axes.secondary_xaxis("top")
-    budgets.set_xticks([point.fraction for point in points], [f"{point.budget:g}" for point in points])
+    joined: dict[float, list[str]] = {}  # several budgets may come to one width
+    for point in points:
+        joined.setdefault(point.fraction, []).append(f"{point.budget:g}")
+    budgets.set_xticks(list(joined), [", ".join(each) for each in joined.values()])
     budgets.set_xlabel("budget (fraction removed)", color=QUIET, fontsize=9)
     budgets.tick_params(labelsize=9, colors=QUIET)
     budgets.spines["top"].set_visible(False)

@@ -304,7 +304,9 @@ class Compensation(Section):
 class Evaluate(Section):
     """What is measured of base and expert. Default: the evaluation documents of every corpus that the spec names."""
 
-    corpora: Names | None = Field(None, description="Names as in dimensions and general; default: all of them.")
+    corpora: Names | None = Field(
+        None, min_length=1, description="Names as in dimensions and general; default: all of them."
+    )
     others: Names = Field(
         default_factory=list,
         description="Corpora that the spec does not name, such as [de, math, software]: measured, and shown apart. No "

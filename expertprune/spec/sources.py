@@ -7,7 +7,15 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 from expertprune.spec.values import Count, LocalPath, LocalPaths, Names
 
@@ -22,6 +30,15 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, populate_by_name=True, validate_default=True, allow_inf_nan=False
     )
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _no_number_is_true(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        """Refuse YAML's truth values (`true`, `on`, `yes`) where they would become a number."""
+        found = check(value)
+        if isinstance(value, bool) and not isinstance(found, bool) and isinstance(found, int | float):
+            raise ValueError("must be a number")
+        return found
 
 
 class Generate(Section):

@@ -77,7 +77,11 @@ def _path(text: str) -> str:
 LocalPath = Annotated[str, Field(min_length=1), AfterValidator(_path)]
 
 
-LocalPaths = Annotated[list[LocalPath], BeforeValidator(listed, json_schema_input_type=LocalPath | list[LocalPath])]
+LocalPaths = Annotated[
+    list[LocalPath],
+    Field(min_length=1),
+    BeforeValidator(listed, json_schema_input_type=LocalPath | list[LocalPath]),
+]
 
 
 @dataclass(frozen=True)

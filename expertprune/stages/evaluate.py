@@ -30,7 +30,7 @@ from expertprune.reporting.card import write_card
 from expertprune.spec.schema import Evaluate
 from expertprune.stages.elsewhere import facts
 from expertprune.stages.generate import generator
-from expertprune.stages.validate import evaluation_corpora, leak_guard
+from expertprune.stages.validate import check_measures, evaluation_corpora, leak_guard
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +70,7 @@ def evaluate(
     with under(str(described.folder / EXPERT_FILE)):
         loaded: dict[CorpusName, Corpus] = load_corpora(spec, place, generator(resolved, spec, place, write=False))
         evaluated = evaluation_corpora(spec, loaded, leak_guard(loaded, described.calibration_digests), place)
+        check_measures(spec, evaluated)
     other_tokens = described.plan.vocabulary is not None
     of_text = spec.evaluate.reads_documents
     check_floors(floors or {}, {group_of(corpus) for corpus in evaluated if of_text and corpus.evaluation})

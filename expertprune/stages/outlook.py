@@ -13,10 +13,12 @@ from expertprune.artifacts.profile import Profile, ProfilePart
 from expertprune.composition.excess import Foreseen, foreseen_corpora
 from expertprune.composition.outlook import BROKEN, ForeseenSize, Outlook
 from expertprune.composition.plan import compose
+from expertprune.corpora.catalogue import unnamed_sources
 from expertprune.corpora.documents import CorpusName
 from expertprune.engine.team import team
 from expertprune.errors import PlanError, SpecError
 from expertprune.files import store_folder
+from expertprune.models.costs import looked_up
 from expertprune.progress import Track, silent
 from expertprune.relevance import Pass
 from expertprune.spec.schema import Budget, Spec
@@ -61,7 +63,7 @@ def forecast(
         except PlanError as error:
             unreachable[size] = str(error)
         else:
-            reached.append(_size(size, plan, expected(each, plan, profiles), _instead(found, each, profiles)))
+            reached.append(_size(size, plan, each, expected(each, plan, profiles), _instead(found, each, profiles)))
     if not reached:
         raise PlanError(f"no size can be reached; {_first(unreachable)}")
     return Outlook(
@@ -123,9 +125,13 @@ def _first(unreachable: Mapping[float, str]) -> str:
     return f"{size:g}: {why}"
 
 
-def _size(removed: float, plan: Plan, corpora: Mapping[str, Foreseen], instead: Mapping[str, Foreseen]) -> ForeseenSize:
+def _size(
+    removed: float, plan: Plan, prepared: Prepared, corpora: Mapping[str, Foreseen], instead: Mapping[str, Foreseen]
+) -> ForeseenSize:
     before, after = plan.parameters.before, plan.parameters.after
-    return ForeseenSize(removed, after, after / before, before / after, corpora, instead)
+    checkpoint, family = prepared.base.checkpoint, prepared.base.family
+    own, more = looked_up(checkpoint, family), looked_up(checkpoint, family, prepared.rows)
+    return ForeseenSize(removed, after, after / before, (before - own) / (after - more), corpora, instead)
 
 
 def _instead(found: Found, chosen: Prepared, profiles: Mapping[CorpusName, Profile]) -> dict[str, Foreseen]:
@@ -164,6 +170,8 @@ def notes(prepared: Prepared) -> Iterator[str]:
                 "it, before anything is cut"
             )
     yield from unnamed_languages(prepared)
+    if unnamed := unnamed_sources(prepared.spec):
+        yield f"corpora.sources: {', '.join(unnamed)}: no dimension, general or evaluate.others names it, so it is not read"
 
 
 def unnamed_languages(found: Found) -> Iterator[str]:

@@ -56,7 +56,7 @@ def profiles_of(
     for name, place in places.items():
         if place.missing:
             lacking = " and the ".join(map(str, place.missing))
-            raise SpecError(f"the profile of {name} lacks the {lacking} pass: run the profile stage")
+            raise SpecError(f"the profile of {name} lacks the {lacking} pass: run `expertprune profile` with this spec")
         if team().leads:
             remove_finished(working_path(place.path))  # of a run that was killed when it had stored the profile
     return {name: Profile(place.path) for name, place in places.items()}

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from expertprune.artifacts.expert import Expert, portable_spec
+from expertprune.artifacts.expert import Expert, portable_base, portable_spec
 from expertprune.artifacts.plan import Plan
 from expertprune.artifacts.sweep import Point, Sweep, SweptBase
 from expertprune.engine.tasks import Engine, Local, RemoteCall, Report, Shard, Task
@@ -18,6 +18,7 @@ from expertprune.engine.team import team
 from expertprune.errors import CheckpointError, PlanError, SpecError, gathered
 from expertprune.evaluation.measure import Measuring, group_of
 from expertprune.files import (
+    EXPERT_FILE,
     check_output,
     check_writable,
     digest_of,
@@ -206,7 +207,7 @@ class _Sweeping:
         points = [point for value in self.plans if (point := self.point(value)) is not None]
         result = Sweep(
             name=self.found.spec.name,
-            base=SweptBase(model=base.name, digest=base.digest, parameters=base.checkpoint.parameters),
+            base=SweptBase(model=portable_base(base.name), digest=base.digest, parameters=base.checkpoint.parameters),
             settings=self.found.spec.evaluate,
             points=points,
         )
@@ -282,6 +283,8 @@ def _prepared(found: Found, budgets: Mapping[float, Budget], problems: list[str]
 
 def _known(out: Path) -> dict[str, Point]:
     """The points of earlier runs by key. Raises `CheckpointError` if the folder cannot be used."""
+    if any((out / name).exists() for name in (EXPERT_FILE, "config.json")):
+        raise CheckpointError(f"{out}: holds a model; choose another --out for the sweep")
     check_writable(out / SWEEP_FILE)
     return _points(out)
 

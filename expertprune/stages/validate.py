@@ -23,11 +23,12 @@ from expertprune.corpora.documents import Corpus, CorpusName, Document
 from expertprune.corpora.leaks import LeakGuard
 from expertprune.corpora.loading import HELD_OUT, load_corpora, load_others
 from expertprune.corpora.shares import shared_out
-from expertprune.errors import SpecError, gathered, under
+from expertprune.errors import CheckpointError, SpecError, gathered, under
 from expertprune.evaluation.documents import check_documents, end_of, texts_of, tokens_of
 from expertprune.evaluation.questions import check_questions, choices_of
 from expertprune.files import digest_of, store_folder
-from expertprune.models.base import ResolvedBase, resolve_base
+from expertprune.models.base import ResolvedBase, is_hub_id, resolve_base
+from expertprune.models.gguf.writing import check_gguf
 from expertprune.models.inventory import vocabulary_rows
 from expertprune.models.running import RunningBase
 from expertprune.pruning.repair import repairs
@@ -154,8 +155,11 @@ def find(spec: Spec, store: Path, evaluate: bool = True) -> Found:
             ancestor = ancestor_of(base) if base is not None else None
             digests = ancestor.calibration_digests if ancestor is not None else ()
             evaluated = evaluation_corpora(spec, corpora, leak_guard(corpora, digests), store)
-    if evaluated and not spec.evaluate.reads_documents and not any(corpus.questions for corpus in evaluated):
-        problems.append("evaluate.metrics: no corpus has questions, so nothing is measured; add bits_per_byte")
+    with gathered(problems):
+        check_measures(spec, evaluated)
+    if base is not None:
+        with gathered(problems):
+            _check_base(base, spec)
     if problems or base is None:
         raise SpecError(problems)
     running = RunningBase(base)
@@ -180,6 +184,23 @@ def find(spec: Spec, store: Path, evaluate: bool = True) -> Found:
             name, text.tokens, base.checkpoint.config.get("max_position_embeddings"), "calibration.max_tokens"
         )
     return Found(spec, base, corpora, calibration, evaluated, store, running)
+
+
+def check_measures(spec: Spec, evaluated: Sequence[Corpus]) -> None:
+    """Raises `SpecError` where nothing of the corpora would be measured."""
+    if evaluated and not spec.evaluate.reads_documents and not any(corpus.questions for corpus in evaluated):
+        raise SpecError("evaluate.metrics: no corpus has questions, so nothing is measured; add bits_per_byte")
+
+
+def _check_base(base: ResolvedBase, spec: Spec) -> None:
+    """Raises `SpecError` for a key that does not go with the base, or a base that no expert can be exported from."""
+    if spec.base.revision is not None and not is_hub_id(spec.base.model):
+        raise SpecError("base.revision: goes with a hub id only, and the base is a file, a folder or a bundled model")
+    if "gguf" in spec.serve_with and base.family.gguf is not None:
+        try:
+            check_gguf(base.checkpoint)
+        except CheckpointError as error:
+            raise SpecError(f"serve_with: {error}; leave gguf out") from None
 
 
 def _check_measured(corpus: Corpus, base: ResolvedBase, spec: Spec) -> None:

@@ -172,14 +172,14 @@ def test_tensors_of_another_kind_or_version_are_no_profile(tmp_path: Path) -> No
     reasons = {
         json.dumps({"schema": 1}): "a profile of schema 1, not 5",
         "{": "not a readable profile",
-        "[]": "profile",
+        "[]": "is no profile",
     }
     for metadata, reason in reasons.items():
         save_file({"weight": torch.zeros(2)}, path, metadata={"expertprune": metadata})
         with pytest.raises(CheckpointError, match=reason):
             Profile(path)
     save_file({"weight": torch.zeros(2)}, path)
-    with pytest.raises(CheckpointError, match="a profile of schema None, not 5"):
+    with pytest.raises(CheckpointError, match="is no profile"):
         Profile(path)
 
 

@@ -126,6 +126,35 @@ def corpus(make: Callable[[Path], Any] | str) -> Prepare:
     return prepare
 
 
+def nested(field: str) -> Prepare:
+    """A corpus whose rows hold a list, and the path of a field in them."""
+
+    def prepare(place: Workplace) -> None:
+        source = place.source("medical")
+        source["path"], source["field"] = str(place.folder / "mine.jsonl"), field
+        Path(source["path"]).write_text('{"m": ["heart", "heart"]}\n')
+
+    return prepare
+
+
+def questions(text: str) -> Prepare:
+    """A corpus with one question, for a base of 128 positions."""
+
+    def prepare(place: Workplace) -> None:
+        config(max_position_embeddings=128)(place)
+        path = place.folder / "questions.jsonl"
+        path.write_text(json.dumps({"question": text, "choices": ["heart", "law"], "answer": 0}) + "\n")
+        place.source("medical")["questions"] = str(path)
+
+    return prepare
+
+
+def short(place: Workplace) -> None:
+    path = place.folder / "short.jsonl"
+    path.write_text('{"text": "heart"}\n{"text": "law"}\n')
+    place.source("medical")["evaluation"] = str(path)
+
+
 def fifo(part: str) -> Prepare:
     """A FIFO in the place of a part of the base, or of its folder."""
 
@@ -186,6 +215,14 @@ REFUSED: list[tuple[Prepare, str]] = [
     (misspelt, "corpora.sources.medicla: no corpus has this name; did you mean 'medical'?"),
     (spec(general=[], budget={"retention": {"general": 0.9}}), "budget.retention.general: 'general' names no corpus"),
     (spec(dimensions={"language": [False]}), "put the name in quotes, such as 'no'"),
+    (spec(calibration={"documents": True}), "calibration.documents: must be a number (found True)"),
+    (spec(compensation={"ridge": True}), "compensation.ridge: must be a number (found True)"),
+    (spec(evaluate={"corpora": []}), "evaluate.corpora: "),
+    (key(MEDICAL, []), f"{MEDICAL}: "),
+    (key("base.revision", "v9"), "base.revision: goes with a hub id only"),
+    (nested("m.²"), "mine.jsonl, line 1: has no field 'm.²'"),
+    (questions("heart " * 300), "corpora.sources.medical: questions: question 1 has 305 tokens with a choice, and the"),
+    (short, "corpora.sources.medical: evaluation: every evaluation document is shorter than two tokens"),
     # YAML that no program should choke on
     (content(f"calibration: {{seed: {'9' * 5000}}}"), "not valid YAML"),
     (content(f"calibration: {{seed: {'9' * 23}}}"), "too large"),

@@ -179,7 +179,8 @@ def test_composing_from_stored_profiles_alone_names_what_they_lack(
     )
     for options, part in lacking:
         result = call("compose", spec_file, "--out", out, "--stored-only", *options, code=2)
-        assert result.stderr == f"error: the profile of language/en lacks the {part}: run the profile stage\n"
+        said = f"the profile of language/en lacks the {part}: run `expertprune profile` with this spec"
+        assert result.stderr == f"error: {said}\n"
         assert not out.exists()
     with pytest.raises(SpecError, match="lacks the gradient-kl pass"):
         expertprune.compose(spec_file, warm, {"relevance": setting}, run=False)

@@ -198,7 +198,7 @@ def test_a_corpus_that_predicts_nothing_or_too_long_a_question(
     qa["evaluation"] = str(short)
     build = ("build", written(tmp_path, spec_data), "--out", tmp_path / "expert", "--overwrite")
     problem = "corpus task/qa: every evaluation document is shorter than two tokens"
-    assert problem in refused(*build)
+    assert f"sources.qa: evaluation: {problem.partition(': ')[2]}; give it longer ones" in refused(*build)
     qa["questions"] = str(asked)
     written(tmp_path, spec_data)
     asked.write_text('{"question": "the", "choices": ["heart", "pumps"], "answer": 0}\n' * 4)
@@ -206,7 +206,7 @@ def test_a_corpus_that_predicts_nothing_or_too_long_a_question(
     warned = [record.levelname for record in caplog.records if f"{problem}: only its questions" in record.message]
     assert warned == ["WARNING"]  # which the terminal shows
     asked.write_text(json.dumps({"question": "the " * 200, "choices": ["heart", "pumps"], "answer": 0}))
-    assert "corpus task/qa: a question has 20" in refused(*build)
+    assert "sources.qa: questions: question 1 has 20" in refused(*build)
 
 
 def test_the_report_of_an_expert_with_one_corpus(tmp_path: Path, spec_data: Data, warm: Path) -> None:

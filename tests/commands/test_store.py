@@ -33,19 +33,29 @@ def test_the_store_is_shown_and_what_is_old_is_removed(store: Path) -> None:
     read = entry(store, "evaluations/c.json", 5, 50)
     os.utime(read, (time.time() - DAY, time.time() - 50 * DAY))  # written long ago, read yesterday
     foreign = entry(store, "mine/thesis.txt", 7, 400)
+    place = entry(store, "places/d.json", 3, 90)
     shown = call_json("store")
     assert {each["kind"]: (each["entries"], each["bytes"]) for each in shown["holds"]} == {
-        "profiles": (2, 110), "bases": (1, 1000), "evaluations": (1, 5)
+        "profiles": (2, 110), "bases": (1, 1000), "evaluations": (1, 5), "places": (1, 3)
     }  # fmt: skip
-    assert shown["bytes"] == 1115
+    assert shown["bytes"] == 1118
     gone = call_json("store", "prune", "--older-than", "30d")
     assert gone["bytes"] == 1100
     assert [path.exists() for path in (old, base.parent, new, read)] == [False, False, True, True]
     call("store", "prune", "--older-than", "0d")
-    assert [path.exists() for path in (new, foreign)] == [False, True]
+    assert [path.exists() for path in (new, foreign, place)] == [False, True, True]
+    place.unlink()
     assert "holds nothing" in call("store").stdout
     for text in ("30", "d", "-1d", "soon"):
         assert "is no time" in call("store", "prune", "--older-than", text, code=2).stderr
+
+
+def test_a_lease_that_was_given_back_is_as_old_as_that(store: Path) -> None:
+    os.utime(entry(store, "leases/a.1.lease", 5, 0), (0, 0))
+    (held,) = call_json("store")["holds"]
+    assert held["unused_days"] < 1
+    (store / "repairs/empty").mkdir(parents=True)
+    assert all(held["unused_days"] < 1 for held in call_json("store")["holds"])
 
 
 def test_any_command_removes_what_killed_ones_left(

@@ -244,6 +244,25 @@ def test_a_layer_without_routed_experts_has_nothing_to_compare(family: str, othe
     assert units == {"ffn": 2 * 6 * 16, "experts": 2 * 6, **others}
 
 
+def test_each_structure_is_compared_by_the_criterion_that_would_choose_its_units(tmp_path: Path) -> None:
+    data = {"name": "moe", "base": str(save_tiny(tmp_path / "base", "mixtral")), "dimensions": {"language": "en"},
+            "corpora": {"sources": write_sources(tmp_path, ("en", "general"))}, "budget": {"experts": 2},
+            "relevance": {"criterion": "fluctuation", "experts": "reap"}}  # fmt: skip
+    spec = parse_spec(data, "spec", tmp_path)
+    named = expertprune.compare(spec)
+    alone = expertprune.compare(parse_spec(data | {"relevance": "reap"}, "spec", tmp_path), structures=["experts"])
+    assert named.criterion == "fluctuation, reap"
+    wanted = alone.structures[Structure.EXPERTS].rank_correlation
+    assert np.array_equal(named.structures[Structure.EXPERTS].rank_correlation, wanted)
+    with pytest.raises(SpecError, match="ffn: reap does not score them, so there is nothing to compare"):
+        expertprune.compare(parse_spec(data | {"relevance": "reap"}, "spec", tmp_path), structures=["ffn"])
+
+
+def test_a_budget_that_scores_no_units_is_compared_all_the_same(tmp_path: Path, spec_data: Data) -> None:
+    layers = written(tmp_path, spec_data, name="layers", budget={"layers": 1}, relevance="fisher")
+    assert call_json("compare", layers)["structures"]
+
+
 @pytest.mark.usefixtures("no_model")
 def test_what_cannot_be_compared_is_refused_and_leaves_nothing_behind(
     tmp_path: Path, spec_data: Data, spec_file: Path, store: Path
@@ -255,6 +274,7 @@ def test_what_cannot_be_compared_is_refused_and_leaves_nothing_behind(
     same = spec("same", base=str(shutil.copytree(spec_data["base"], tmp_path / "base")))  # the same base elsewhere
     other = spec("other", base=str(save_tiny(tmp_path / "another", seed=1)))
     activation = spec("activation", relevance="activation")
+    fisher, kl = (spec(loss, relevance={"criterion": "fisher", "loss": loss}) for loss in ("language_model", "kl"))
     aggregate = spec("aggregate", compose={"allocation": "uniform", "aggregate": 0.9})
     alone = spec("alone", dimensions={"domain": "medical"}, general=["medical"])
     rows: list[tuple[list[Any], str]] = [
@@ -264,6 +284,7 @@ def test_what_cannot_be_compared_is_refused_and_leaves_nothing_behind(
         ([], "Missing argument 'SPEC...'"),
         ([spec_file, same, other], "specs 'tiny' and 'other' have different bases"),
         ([spec_file, activation], "relevance.criterion: specs 'tiny' and 'activation' differ"),
+        ([fisher, kl], "relevance.loss: specs 'language_model' and 'kl' differ"),
         ([spec_file, aggregate], "compose.aggregate: specs 'tiny' and 'aggregate' differ"),
         ([alone, alone], "a comparison needs two different corpora, found domain/medical"),
         ([spec_file, "--picture", tmp_path / "a.jpg"], "a.jpg: a picture is a .png or .svg file"),

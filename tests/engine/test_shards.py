@@ -87,6 +87,8 @@ def test_a_shard_that_is_none_and_two_ways_at_once_are_refused(spec_file: Path, 
     assert "not several" in call("profile", spec_file, "--shard", "1/2", "--collect", code=2).stderr
     whole = ("sweep", spec_file, "--budgets", "0.5", "--shard", "1/2", "--picture", "sweep.png")
     assert "--picture: a shard knows only its own points" in call(*whole, code=2).stderr
+    alone = (*whole[:-2], "--out", "sweep")
+    assert "--out: a shard knows only its own points" in call(*alone, code=2).stderr
     assert "need --engine ray" in call("profile", spec_file, "--members", "2", code=2).stderr
 
 

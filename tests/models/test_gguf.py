@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,19 @@ import transformers
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
+import expertprune
 from expertprune.arch import families
-from expertprune.errors import CheckpointError, UsageError
+from expertprune.errors import CheckpointError, SpecError, UsageError
 from expertprune.models.base import resolve_base
 from expertprune.models.checkpoint import Checkpoint
+from expertprune.models.gguf.writing import check_gguf
 from expertprune.models.loading import load_model, load_tokenizer
+from expertprune.spec.reading import parse_spec
 from expertprune.spec.schema import Base
 from expertprune.stages.export import export
 from tests.calling import call, call_json
 from tests.engine_of_gguf import engine_of, needs_engine
+from tests.experts import write_sources
 from tests.oracle import (
     change_config,
     fetched,
@@ -274,6 +279,18 @@ def test_the_tokenizer_comes_back_with_the_same_ids(exported: Exported, kind: st
         assert mine.decode(wanted) == plain.decode(wanted)
     assert (plain.bos_token_id, plain.eos_token_id) == (mine.bos_token_id, mine.eos_token_id)
     assert base.chat_template == plain.chat_template == PLAIN
+    rows = Checkpoint(folder).tensors["model.embed_tokens.weight"].shape[0]
+    assert len(base) <= rows, "transformers adds a token that has no row"
+
+
+@KIND
+def test_an_expert_of_a_gguf_base_is_exported_again(exported: Exported, kind: str, tmp_path: Path, store: Path) -> None:
+    sources = write_sources(tmp_path, ("en", "general"))
+    data = {"name": "again", "base": str(exported[kind][1]), "dimensions": {"language": "en"}, "general": ["general"],
+            "corpora": {"sources": sources}, "budget": {"ffn": 0.25, "multiple_of": 4}, "relevance": "impact",
+            "compose": {"allocation": "uniform"}, "evaluate": {"enabled": False}, "serve_with": "gguf"}  # fmt: skip
+    expert = expertprune.build(parse_spec(data, "spec", tmp_path), tmp_path / "expert", store=store)
+    assert export(expert, tmp_path / "expert.gguf", type="f32").path.is_file()
 
 
 def test_earlier_merges_of_a_sentencepiece_tokenizer_score_higher(exported: Exported) -> None:
@@ -350,7 +367,18 @@ UNSAYABLE: list[tuple[str, Settings, str]] = [
 
 @pytest.mark.parametrize(("family", "changes", "words"), UNSAYABLE, ids=str)
 def test_what_the_format_cannot_say_is_refused(family: str, changes: Settings, words: str, tmp_path: Path) -> None:
-    assert words in refusal(tiny(tmp_path / "model", family, **changes), tmp_path / "a.gguf")
+    folder = tiny(tmp_path / "model", family, **changes)
+    assert words in refusal(folder, tmp_path / "a.gguf")
+    with pytest.raises(CheckpointError, match=re.escape(words)):
+        check_gguf(Checkpoint(folder))
+
+
+def test_a_base_that_the_format_cannot_say_is_refused_before_it_is_profiled(tmp_path: Path) -> None:
+    data = {"name": "own", "base": str(tiny(tmp_path / "model", "llama", "unigram")), "serve_with": "gguf",
+            "dimensions": {"language": "en"}, "budget": {"ffn": 0.25, "multiple_of": 4},
+            "corpora": {"sources": write_sources(tmp_path, ("en", "general"))}}  # fmt: skip
+    with pytest.raises(SpecError, match=r"serve_with: .*a Unigram tokenizer cannot be written.*leave gguf out"):
+        expertprune.validate(parse_spec(data, "spec", tmp_path))
 
 
 def test_layers_of_different_widths_are_refused_where_llama_cpp_reads_none(store: Path, tmp_path: Path) -> None:

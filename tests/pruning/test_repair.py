@@ -109,6 +109,10 @@ def test_a_gram_matrix_that_cannot_be_solved_asks_for_more_ridge() -> None:
     moments = Moments(-torch.eye(3), torch.ones(2, 3), torch.tensor([5.0, 5.0]))
     with pytest.raises(CheckpointError, match=r"with a ridge of 1\.5 tokens; raise compensation\.ridge"):
         least_squares(moments, 1.5)
+    rows = TokenRows()
+    rows.add(torch.full((2, 5), torch.inf), torch.ones(2, 3), torch.ones(2))
+    with pytest.raises(CheckpointError, match=r"with a ridge of 1e-16 tokens; raise compensation\.ridge"):
+        rows.solved(1e-16)
 
 
 def test_channels_that_the_norm_silences_stay_what_they_are() -> None:

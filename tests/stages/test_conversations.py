@@ -11,6 +11,7 @@ import pytest
 
 import expertprune
 from expertprune.artifacts.expert import Expert
+from expertprune.corpora.documents import Corpus, Document
 from expertprune.errors import SpecError
 from expertprune.models.loading import load_tokenizer
 from expertprune.serving import generation
@@ -20,6 +21,7 @@ from expertprune.stages.validate import validate
 from tests.commands.test_bad_input import Workplace
 from tests.conftest import refuse_to_load
 from tests.corpora.test_chat import ALTERNATING, CHATML
+from tests.patching import everywhere
 from tests.tiny import WORDS, save_tiny, tiny_tokenizer
 
 Data = dict[str, Any]
@@ -93,6 +95,23 @@ def test_an_expert_is_calibrated_and_evaluated_on_answers(chat: Workplace) -> No
     wrong = "corpora.sources.medical: evaluation: no answer begins within the first 7 tokens"
     with pytest.raises(SpecError, match=wrong):  # before anything is profiled
         validate(load_spec(chat.spec, {"evaluate.max_tokens": 7}))
+
+
+def test_what_a_retention_floor_is_measured_on_has_answers(chat: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = talks(4)
+    rows[0]["talk"][0]["content"] = " ".join(["w7"] * 40)
+    (chat.folder / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def longest(corpus: Corpus) -> list[Document]:
+        return [max(corpus.calibration, key=lambda document: len(document.text))]
+
+    everywhere(monkeypatch, "expertprune.stages.validate.validation_documents", longest)
+    spec = load_spec(chat.spec, {"calibration.max_tokens": 30, "budget": {"retention": {"expert": 0.9}}})
+    words = (
+        r"sources\.medical: no answer begins within .* that budget\.retention holds back: raise calibration\.max_tokens"
+    )
+    with pytest.raises(SpecError, match=words):
+        validate(spec)
 
 
 def test_conversations_that_are_cut_off_before_their_answer_are_told(

@@ -9,12 +9,15 @@ import pytest
 
 import expertprune
 from expertprune.errors import PlanError, SpecError
+from expertprune.models.checkpoint import Checkpoint
+from expertprune.serving.throughput import bytes_per_token
 from expertprune.spec.reading import parse_spec
 from expertprune.stages import outlook
 from tests.calling import call, call_json
 from tests.conftest import refuse_to_load
 from tests.patching import everywhere
 from tests.stages.test_sweep import AFTER, BEFORE
+from tests.tiny import save_tiny
 
 Patch = pytest.MonkeyPatch
 
@@ -24,7 +27,9 @@ def test_sizes_are_those_of_the_experts(spec_file: Path, tmp_path: Path, monkeyp
     picture = tmp_path / "out.png"
     found = call_json("forecast", spec_file, "--sizes", "25%,0.5,0.99", "--picture", picture)
     assert [(each["removed"], each["parameters"]) for each in found["sizes"]] == [(n, AFTER[n]) for n in (0.25, 0.5)]
-    assert [each["speed"] for each in found["sizes"]] == [pytest.approx(BEFORE / AFTER[n]) for n in (0.25, 0.5)]
+    embedding = 64 * 24  # it is looked up
+    speeds = [pytest.approx((BEFORE - embedding) / (AFTER[n] - embedding)) for n in (0.25, 0.5)]
+    assert [each["speed"] for each in found["sizes"]] == speeds
     assert list(found["unreachable"]) == ["0.99"]
     first, second = (each["corpora"] for each in found["sizes"])
     assert list(first) == ["language/en", "domain/medical", "task/qa", "general/general"]
@@ -34,6 +39,17 @@ def test_sizes_are_those_of_the_experts(spec_file: Path, tmp_path: Path, monkeyp
         assert first[name]["low"] < first[name]["retention"] < first[name]["high"] < 1
     assert picture.stat().st_size > 0
     assert "faster" in call("forecast", spec_file, "--sizes", "0.25", "--stored-only").output
+
+
+def test_the_speed_is_at_most_what_reading_weights_allows(tmp_path: Path, spec_data: dict[str, Any]) -> None:
+    """An embedding beside a head of its own is looked up, a row a token; a tied one is read whole."""
+    for tied in (False, True):
+        spec_data["base"] = str(save_tiny(tmp_path / f"tied-{tied}", tie_word_embeddings=tied))
+        spec = parse_spec(spec_data | {"name": f"tied-{tied}"}, "spec", tmp_path)
+        (size,) = expertprune.forecast(spec, [0.5]).sizes
+        expert = expertprune.build(spec, tmp_path / f"expert-{tied}", overrides={"budget.ffn": 0.5})
+        read = [bytes_per_token(Checkpoint(Path(folder))) for folder in (spec_data["base"], expert)]
+        assert size.speed == pytest.approx(read[0] / read[1])
 
 
 def test_where_a_base_breaks_and_what_nobody_named(

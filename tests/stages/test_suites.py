@@ -30,6 +30,7 @@ from expertprune.evaluation.suites import TaskEntry, load_suite
 from expertprune.models.loading import load_model, load_tokenizer
 from expertprune.spec.reading import parse_spec
 from expertprune.stages import suite_scores
+from expertprune.stages import suites as suite_stage
 from tests.calling import call
 from tests.commands.test_hostile_files import poison
 from tests.evaluation.test_evaluation import likelihoods
@@ -359,6 +360,7 @@ def test_a_floor_that_is_not_held_is_named_and_exits_with_1(workplace: Workplace
 
 def test_what_is_wrong_is_said_with_its_name(workplace: Workplace, no_model: None, monkeypatch: Patch) -> None:
     other = workplace.suite("other", tasks=[CHOOSE])
+    again = workplace.text("again.yaml", yaml.safe_dump({"name": "mine", "perplexity": {}}))
     for keys, arguments, message in (
         ({"tasks": [CHOOSE]}, ["--suite", "medcal"], "unknown suite 'medcal'; did you mean 'medical'?"),
         ({"tasks": [CHOOSE]}, ["--suite", "medcal", "--suite", "nowhere.yaml"], "nowhere.yaml: no such file"),
@@ -368,6 +370,8 @@ def test_what_is_wrong_is_said_with_its_name(workplace: Workplace, no_model: Non
         ({"group": "general", "tasks": [CHOOSE]}, ["--fail-under", "expert=0.9"], "nothing that is measured counts as"),
         ({"perplexity": {"corpora": ["domain/medcal"]}}, [], "mine.yaml: perplexity.corpora: general: no corpus for"),
         ({"tasks": [CHOOSE]}, ["--suite", other], "suite other: task 'choose' is in suite mine already"),
+        ({"perplexity": {}}, ["--suite", again], "suite mine: two files have this name; rename one"),
+        ({"perplexity": {"corpora": []}}, [], "perplexity.corpora: "),
         ({"tasks": [CHOOSE]}, ["--base", "/nowhere/at/all"], "say where it is with --base"),
         ({"perplexity": {}}, ["--corpus", "medical"], "--corpus without --suite"),
         *[({"perplexity": {}}, ["--fail-under", text], "--fail-under")
@@ -375,6 +379,10 @@ def test_what_is_wrong_is_said_with_its_name(workplace: Workplace, no_model: Non
     ):  # fmt: skip
         assert message in workplace.refused("--suite", workplace.suite(**keys), *arguments)
     assert "need --suite or --task" in workplace.refused("--limit", "3")
+    for key in ("calibration.documents=1", "dimensions.domain=legal", "general=[]"):
+        assert "the expert is built already" in workplace.refused("--set", key)
+    assert "nothing is measured" in workplace.refused("--set", "evaluate.metrics=[questions]")
+    assert "evaluate.corpora: " in workplace.refused("--set", "evaluate.corpora=[]")
     message = workplace.refused("--corpus", "medical", "--fail-under", "expert=0.9,general=0.9")
     assert "--fail-under: nothing that is measured counts as general" in message
     suite = workplace.suite(tasks=[CHOOSE])
@@ -396,6 +404,59 @@ def test_what_is_wrong_is_said_with_its_name(workplace: Workplace, no_model: Non
     manager = SimpleNamespace(all_tasks=("hellaswag", "boolq"), task_index={})
     monkeypatch.setattr(tasks, "_manager", lambda everything: manager)
     assert "unknown task 'helaswag'; did you mean 'hellaswag'?" in workplace.refused("--task", "helaswag")
+
+
+@pytest.mark.parametrize(
+    ("metric", "words"),
+    [
+        ("{metric: f1}", "f1 is not a mean over examples, so base and expert cannot be paired; choose another task"),
+        (
+            "{metric: acc, aggregation: nanmean, higher_is_better: true}",
+            "acc is not a mean over examples, so base and expert cannot be paired; choose another task",
+        ),
+        (
+            "{metric: acc, aggregation: mean, higher_is_better: false}",
+            "acc is a cost, and what a task keeps is counted in right answers; choose another task",
+        ),
+        ("{metric: mcc}, {metric: f1}", "mcc is not a mean over examples"),
+    ],
+)
+def test_a_metric_that_pairs_no_examples_is_refused_before_a_model_runs(
+    workplace: Workplace, no_model: None, metric: str, words: str
+) -> None:
+    workplace.text("tasks/choose.yaml", f"{CHOICE.partition('metric_list')[0]}metric_list: [{metric}]\n")
+    assert words in workplace.refused("--suite", workplace.suite(tasks=[CHOOSE]))
+
+
+def test_of_several_metrics_one_that_pairs_examples_is_taken(workplace: Workplace) -> None:
+    head = CHOICE.partition("metric_list")[0]
+    workplace.text("tasks/choose.yaml", f"{head}metric_list: [{{metric: mcc}}, {{metric: acc}}]\n")
+    workplace.run("--suite", workplace.suite(tasks=[CHOOSE]))
+    assert workplace.evaluation()["tasks"]["choose"]["metric"] == "acc"
+    asked = workplace.suite(tasks=[{**CHOOSE, "metric": "mcc"}])
+    assert "choose another metric, such as acc" in workplace.refused("--suite", asked)
+
+
+def test_scores_are_measured_again_where_the_tasks_own_code_has_changed(workplace: Workplace) -> None:
+    head = CHOICE.partition("metric_list")[0]
+    listed = "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    workplace.text("tasks/choose.yaml", f"{head}process_results: !function scoring.score\n{listed}")
+    suite, found = workplace.suite(tasks=[CHOOSE]), []
+    for value in (0.25, 0.75):
+        workplace.text("tasks/scoring.py", f'def score(document, results):\n    return {{"acc": {value}}}\n')
+        workplace.run("--suite", suite, "--trust-remote-code")
+        found.append(workplace.evaluation()["tasks"]["choose"]["base"])
+    assert found == [0.25, 0.75]
+
+
+def test_what_has_two_names_counts_once(workplace: Workplace) -> None:
+    suites = [workplace.suite(name, perplexity={"corpora": corpora})
+              for name, corpora in (("a", ["language/de", "de"]), ("b", ["de"]))]  # fmt: skip
+    workplace.run("--suite", suites[0], "--suite", suites[1], "--set", "evaluate.documents=2")
+    (average,) = workplace.evaluation()["summary"]["general"].values()
+    assert len(average["metrics"]) == 1
+    entries = suite_stage._entries([], ["boolq", "boolq"])
+    assert [entry.label for entry, _, _ in entries] == ["boolq"]
 
 
 METRIC = "  - {metric: FILE, aggregation: mean, higher_is_better: true}\n"

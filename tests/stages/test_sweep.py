@@ -191,7 +191,9 @@ def test_what_is_finished_is_not_computed_again(
     assert list(temporary.iterdir()) == []
 
 
-def test_what_the_numbers_depend_on_is_computed_again(tmp_path: Path, spec_data: Data, calls: Calls) -> None:
+def test_what_the_numbers_depend_on_is_computed_again(
+    tmp_path: Path, spec_data: Data, calls: Calls, monkeypatch: Patch
+) -> None:
     spec_data["evaluate"] = {"corpora": ["medical"]}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(spec_data))
     arguments = [tmp_path / "tiny.yaml", "--budgets", "0.5", "--out", tmp_path / "sweep"]
@@ -203,7 +205,11 @@ def test_what_the_numbers_depend_on_is_computed_again(tmp_path: Path, spec_data:
         found = run_json(*arguments, *setting)["points"] + found
         assert len(calls["prune"]) == len(found)
         assert found[0]["expert"] != found[1]["expert"]
+    everywhere(monkeypatch, "expertprune.files.digests.code_digest", lambda sources: "".join(sources)[::-1])
+    found = run_json(*arguments)["points"] + found
+    assert len(calls["prune"]) == len(found), "the code that prunes and measures"
     kept = saved(tmp_path / "sweep")
+    assert kept["base"]["model"] == Path(spec_data["base"]).name
     assert kept["points"] == found[:1], "what was found stays"
     assert sorted(kept["earlier"], key=str) == sorted(found[1:], key=str)
 
@@ -292,8 +298,8 @@ def test_what_cannot_be_swept_is_refused_at_once(
 ) -> None:
     folder = spec_file.parent
     monkeypatch.chdir(folder)
-    contents = {"file": "x", "text/sweep.json": "{", "theirs/tiny-0.5/mine.txt": "x", "locked/x": "",
-                "wrong/sweep.json": '{"kind": "sweep", "schema": 1, "points": [{}]}'}  # fmt: skip
+    contents = {"file": "x", "base/config.json": "{}", "text/sweep.json": "{", "theirs/tiny-0.5/mine.txt": "x",
+                "locked/x": "", "wrong/sweep.json": '{"kind": "sweep", "schema": 1, "points": [{}]}'}  # fmt: skip
     for name, content in contents.items():
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text(content)
@@ -314,6 +320,7 @@ def test_what_cannot_be_swept_is_refused_at_once(
         (["--picture", "curve.gif"], "curve.gif: a picture is a .png or .svg file"),
         (["--picture", "missing/curve.png"], "missing/curve.png: cannot be written: there is no folder"),
         (["--out", "file"], "is a file"),
+        (["--out", "base"], "base: holds a model; choose another --out for the sweep"),
         (["--out", "locked/sweep"], "locked/sweep/sweep.json: cannot be written: Read-only file system"),
         (["--out", "text"], "sweep.json: not a sweep"),
         (["--out", "wrong"], "sweep.json: not a sweep"),

@@ -14,8 +14,10 @@ from expertprune.errors import CheckpointError, PlanError, SpecError
 from expertprune.evaluation.measure import group_of
 from expertprune.spec.reading import parse_spec
 from expertprune.stages.evaluate import measuring
+from expertprune.stages.outlook import notes
 from expertprune.stages.validate import find
 from tests.oracle import stored_tensors
+from tests.patching import everywhere
 from tests.tiny import save_tiny, write_corpus
 
 Data = dict[str, Any]
@@ -36,6 +38,7 @@ EN = "corpora.sources.en"
         ({"evaluate.metrics": ["questions"]}, r"evaluate\.metrics: no corpus has questions, so nothing is measured"),
         ({"base.model": "./nowhere"}, r"base\.model: .*/nowhere: no such folder"),
         ({"budget": {"retention": {"expert": 0.9}}, "relevance.criterion": "reap"}, ".*reap does not score ffn"),
+        ({"base.revision": "main"}, r"base\.revision: goes with a hub id only"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_names_file_and_key(spec_file: Path, changes: Data, told: str) -> None:
@@ -70,6 +73,41 @@ def test_sizes_are_of_the_units_that_an_edited_plan_keeps(spec_data: Data, tmp_p
     assert told["parameters"]["after"] == sum(tensor.numel() for tensor in stored_tensors(folder).values())
     assert told["plan"]["budget"]["ffn"]["kept"] == [16, 24, 24]
     assert "Its layers have widths of their own" in (folder / "README.md").read_text()
+
+
+def test_a_plan_whose_edited_layers_an_engine_does_not_read_is_refused(spec_data: Data, tmp_path: Path) -> None:
+    spec_data["base"] = str(save_tiny(tmp_path / "base", "olmo2"))
+    path = tmp_path / "plan.json"
+    expertprune.compose(parse_spec(spec_data, "spec", tmp_path)).save(path)
+    data = json.loads(path.read_text())
+    data["layers"][0]["kept"]["ffn"] = "0-15"
+    path.write_text(json.dumps(data))
+    with pytest.raises(PlanError, match=rf"^{path}: vLLM serves no layers of different widths of family 'olmo2'"):
+        expertprune.prune(path, tmp_path / "expert")
+
+
+def test_layers_that_an_edited_plan_takes_are_checked_as_chosen_ones_are(
+    spec_data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*about: Any) -> None:
+        raise PlanError(f"layers {about[3]}")
+
+    path = tmp_path / "plan.json"
+    expertprune.compose(parse_spec(spec_data, "spec", tmp_path)).save(path)
+    data = json.loads(path.read_text())
+    data["layers"][1]["kept"] = None
+    path.write_text(json.dumps(data))
+    everywhere(monkeypatch, "expertprune.models.depth.check_kinds", refuse)
+    with pytest.raises(PlanError, match=rf"^{path}: layers .1"):
+        expertprune.prune(path, tmp_path / "expert")
+
+
+def test_a_source_that_nothing_names_is_told(spec_data: Data, tmp_path: Path) -> None:
+    spec_data["corpora"]["sources"]["clinic-notes"] = {"path": "/nowhere.jsonl"}
+    prepared = expertprune.validate(parse_spec(spec_data, "spec", tmp_path))
+    assert [
+        note for note in notes(prepared) if "clinic-notes: no dimension, general or evaluate.others names it" in note
+    ]
 
 
 def test_a_budget_that_removes_nothing_is_told(spec_file: Path, caplog: pytest.LogCaptureFixture) -> None:

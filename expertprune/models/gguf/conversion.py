@@ -47,7 +47,7 @@ from expertprune.models.loading import quiet_transformers
 from expertprune.models.tensorfile import DTYPES, TensorInfo, in_order, written_file
 from expertprune.progress import Progress, Track
 
-_RECIPE = 2  # raised when the same file is converted to another folder than before
+_RECIPE = 3  # raised when the same file is converted to another folder than before
 
 
 _PLAN = "conversion.json"  # in a folder whose weights are still to come

@@ -32,12 +32,13 @@ FOLDER = "use the model's folder of safetensors"
 
 @dataclass(frozen=True)
 class Header:
-    """A GGUF file without its weights: metadata by key, and the shape of each tensor, rows first."""
+    """A GGUF file without its weights: metadata by key, the shape of each tensor, rows first, and how many tokens it has."""
 
     architecture: str
     metadata: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
     frequencies: tuple[float, ...]
+    tokens: int
 
     @property
     def model(self) -> dict[str, Any]:
@@ -125,7 +126,9 @@ def header_of(file: Path, reader: Any) -> Header:
         if key.endswith(".block_count") and isinstance(value, int) and value > len(shapes):
             raise CheckpointError(f"{file}: {key} is {value}, and it has only {len(shapes)} tensors")
     frequencies = [tensor.data.ravel().tolist() for tensor in reader.tensors if tensor.name == FREQUENCIES]
-    return Header(str(metadata["general.architecture"]), metadata, shapes, tuple(*frequencies))
+    tokens = reader.fields.get("tokenizer.ggml.tokens")
+    count = 0 if tokens is None else len(tokens.data)
+    return Header(str(metadata["general.architecture"]), metadata, shapes, tuple(*frequencies), count)
 
 
 def family_in(file: Path, header: Header) -> Family:
@@ -205,7 +208,20 @@ def tokenizer_in(file: Path, header: Header) -> Any:
         tokenizer.add_eos_token = True
     if header.metadata.get("tokenizer.ggml.add_space_prefix") is False:
         _put_no_space_before(tokenizer.backend_tokenizer)
+    _keep_own(tokenizer, header.tokens)
     return tokenizer
+
+
+def _keep_own(tokenizer: Any, rows: int) -> None:
+    """Leave out tokens beyond the file's own: transformers adds `<|endoftext|>` to every byte-level tokenizer."""
+    data = json.loads(tokenizer.backend_tokenizer.to_str())
+    more = {each["content"] for each in data["added_tokens"] if each["id"] >= rows}
+    if more:
+        for name, token in tokenizer.special_tokens_map.items():
+            if token in more:
+                setattr(tokenizer, name, None)
+        data["added_tokens"] = [each for each in data["added_tokens"] if each["content"] not in more]
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(data))
 
 
 def _put_no_space_before(tokenizer: Tokenizer) -> None:

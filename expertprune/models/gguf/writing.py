@@ -87,12 +87,13 @@ def write_gguf(folder: Path, out: Path, kind: str, name: str, overwrite: bool = 
         CheckpointError: the folder holds no model of a known family, the format cannot express its tokenizer or
             its config, a weight is not finite or overflows `kind`, or the disk has no room.
     """
-    source = _source(folder)
-    rows = vocabulary_rows(source.checkpoint, source.family)
-    with refused(f"{folder}: cannot be written as GGUF"):  # its config and tokenizer can be wrong in any way
-        metadata = _metadata(source)
+    source = _source(Checkpoint(folder))
+    if source.values.get("tie_word_embeddings"):
+        embedding, head, *_ = source.family.vocabulary
+        source.checkpoint.check_tied({head: embedding})
+    metadata, words = _described(source)
+    with refused(f"{folder}: cannot be written as GGUF"):
         entries = list(_entries(source))
-        words = gguf_vocabulary(folder, read_vocabulary(folder), load_tokenizer(folder), rows)
     require_room(out, sum(4 * math.prod(entry.shape) for entry in entries))
     with staged_output(out, GGUF, overwrite) as temporary:
         counts = _written(temporary, source, metadata, words, entries, kind, name)
@@ -100,10 +101,22 @@ def write_gguf(folder: Path, out: Path, kind: str, name: str, overwrite: bool = 
     return Exported(out, source.form.architecture, counts, int(metadata["context_length"]))
 
 
-def _source(folder: Path) -> _Source:
-    checkpoint = Checkpoint(folder)
+def check_gguf(checkpoint: Checkpoint) -> None:
+    """Raises `CheckpointError` where a base's config or tokenizer cannot be written as GGUF. No weights are read."""
+    _described(_source(checkpoint))
+
+
+def _described(source: _Source) -> tuple[dict[str, Any], GgufVocabulary]:
+    """The metadata and the tokenizer of the file."""
+    folder = source.checkpoint.folder
+    rows = vocabulary_rows(source.checkpoint, source.family)
+    with refused(f"{folder}: cannot be written as GGUF"):  # its config and tokenizer can be wrong in any way
+        return _metadata(source), gguf_vocabulary(folder, read_vocabulary(folder), load_tokenizer(folder), rows)
+
+
+def _source(checkpoint: Checkpoint) -> _Source:
     family = causal_family(checkpoint)
-    where, engine = folder / "config.json", gguf_names().engine
+    where, engine = checkpoint.folder / "config.json", gguf_names().engine
     if family.gguf is None:
         raise CheckpointError(
             f"{where}: models of type {checkpoint.config.get('model_type')!r} cannot be written as GGUF"
@@ -124,12 +137,8 @@ def _source(folder: Path) -> _Source:
             f"wide as the hidden size{'' if form.heads_grouped else ' and each has a KV head of its own'}; build the expert "
             "without query_heads and kv_groups"
         )
-    config = load_config(folder)
-    values = config.to_dict()
-    if values.get("tie_word_embeddings"):
-        embedding, head, *_ = family.vocabulary
-        checkpoint.check_tied({head: embedding})
-    return _Source(checkpoint, family, form, layers, config, values)
+    config = load_config(checkpoint.folder)
+    return _Source(checkpoint, family, form, layers, config, config.to_dict())
 
 
 def _metadata(source: _Source) -> dict[str, Any]:
