@@ -214,7 +214,7 @@ def _memory(_: click.Context, __: click.Parameter, value: str | None) -> None:
 
 def _spool(_: click.Context, __: click.Parameter, value: Path | None) -> None:
     if value is not None:
-        os.environ[SPOOL_VARIABLE] = str(value.absolute())
+        os.environ[SPOOL_VARIABLE] = str(value.expanduser().absolute())
 
 
 def limits_options(command: F) -> F:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import tempfile
@@ -56,10 +57,11 @@ def holdings(store: Path) -> Iterator[StoreEntry]:
         for path in sorted((store / kind).iterdir()) if (store / kind).is_dir() else ():
             if path.name.startswith(".") and path.suffix not in UNFINISHED:
                 continue
-            files = [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else []
-            used = max(_used(each) for each in files or [path])
-            size = folder_size(path) if path.is_dir() else path.stat().st_size
-            yield StoreEntry(kind, path, size, max(0.0, time.time() - used))
+            with contextlib.suppress(FileNotFoundError):  # a command that works there has removed it
+                files = [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else []
+                used = max(_used(each) for each in files or [path])
+                size = folder_size(path) if path.is_dir() else path.stat().st_size
+                yield StoreEntry(kind, path, size, max(0.0, time.time() - used))
 
 
 def _used(path: Path) -> float:

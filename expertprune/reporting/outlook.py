@@ -65,18 +65,14 @@ def outlook_picture(outlook: Outlook, path: Path, overwrite: bool = False) -> No
         axes.fill_between(kept, low, high, color=colour, alpha=0.15, linewidth=0)
         retention = [1.0, *(one.retention for one in each)]
         axes.plot(kept, retention, color=colour, marker=marker, linestyle=line, markersize=5, label=name)
-    axes.axhline(BROKEN, color=QUIET, linewidth=0.8, linestyle=":")
+    axes.axhline(BROKEN, color=QUIET, linewidth=0.8, linestyle=":", label=f"below {BROKEN:g} a base breaks")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_xlabel("parameters kept")
     axes.set_ylabel("retention (bits per byte, base over expert)")
     axes.set_title("What experts of this base will keep", loc="left", fontsize=12, fontweight="bold")
     bands = "forecast; bands: 95% intervals"
-    axes.text(0.015, 0.03, bands, transform=axes.transAxes, ha="left", va="bottom", fontsize=9, color=QUIET)
-    axes.annotate(
-        f"the base breaks below {BROKEN:g}", (min(kept), BROKEN), xytext=(0, -3), textcoords="offset points", va="top",
-        fontsize=8, color=QUIET,
-    )  # fmt: skip
-    axes.legend(loc="lower right", frameon=False, fontsize=9, prop={"size": 9})
+    axes.set_title(bands, loc="right", fontsize=9, color=QUIET)
+    axes.legend(loc="lower right", framealpha=1, edgecolor="none", prop={"size": 9})
     axes.grid(axis="y", color="#dddddd", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
