@@ -128,12 +128,17 @@ def show_report(report: Report, shard: Shard, as_json: bool) -> None:
     show(as_json, report.document(), text)
 
 
+def in_team() -> bool:
+    """Whether `torchrun` has started this process as one of several."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 def as_team(command: F) -> F:
     """Join the team that `torchrun` has started this process for, if it has. Members but the first print nothing."""
 
     @functools.wraps(command)
     def run(*args: Any, **keywords: Any) -> Any:
-        if os.environ.get("WORLD_SIZE", "1") == "1":
+        if not in_team():
             return command(*args, **keywords)
         from expertprune.engine.team import joined
 
@@ -144,6 +149,7 @@ def as_team(command: F) -> F:
                 stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
             return command(*args, **keywords)
 
+    run.as_team = True  # type: ignore[attr-defined]
     return run  # type: ignore[return-value]
 
 

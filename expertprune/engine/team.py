@@ -178,7 +178,9 @@ class Team:
         """An empty folder that vanishes behind the block; below `shared` where there are other members."""
         if self.leads:
             alone = self.size == 1
-            with temporary_folder() if alone else scratch_folder(shared / "repairs" / "expert") as folder:
+            with temporary_folder() if alone else scratch_folder(shared / "repairs" / "expert") as place:
+                folder = place / "expert"  # that of the place has a lock already
+                folder.mkdir()
                 yield self.told(folder)
                 self.wait()
         else:

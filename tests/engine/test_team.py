@@ -14,10 +14,12 @@ import yaml
 import expertprune
 from expertprune.artifacts.evaluation import CorpusResult
 from expertprune.artifacts.expert import Expert
+from expertprune.cli import main
 from expertprune.corpora.batches import Batch, make_batches
 from expertprune.engine.team import Team
 from expertprune.errors import UsageError
 from expertprune.stages.elsewhere import facts
+from tests.calling import call
 from tests.oracle import resolved, stored_tensors
 from tests.processes import Finished, server
 from tests.tiny import save_tiny
@@ -91,6 +93,22 @@ def test_two_members_build_what_one_process_builds(
 
 
 @pytest.mark.slow
+def test_two_members_sweep_what_one_process_sweeps(tmp_path: Path, spec_file: Path) -> None:
+    """The expert of the first budget vanishes, that of the second one is kept."""
+    command = ["sweep", spec_file, "--json"]
+    kept = ["--budgets", "0.5", "--keep-experts", "--out", tmp_path / "kept"]
+    for more in (["--budgets", "0.25"], kept):
+        finished = server().team(*[[*command, *more, "--store", tmp_path / "store"]] * 2)
+        well(finished)
+        found = json.loads(finished[0].stdout)
+        alone = expertprune.sweep(spec_file, [float(more[1])], store=tmp_path / "alone").document()
+        (mine,), (theirs,) = found["points"], alone["points"]
+        assert mine["parameters"] == theirs["parameters"]
+        assert mine["expert"]["retention"] == pytest.approx(theirs["expert"]["retention"], rel=1e-4)
+    assert not list((tmp_path / "store").glob("repairs/*"))
+
+
+@pytest.mark.slow
 def test_members_beyond_the_number_of_documents_add_nothing(tmp_path: Path, spec_file: Path) -> None:
     """One document of each corpus, and three processes."""
     command = ["build", spec_file, "--set", "calibration.documents=1", "--set", "evaluate.documents=1"]
@@ -138,6 +156,15 @@ def test_members_that_disagree_are_named_and_an_error_of_one_is_told_by_all(tmp_
     assert "rank 1 of the team" in finished[0].stderr
     assert "base.dtype" in finished[0].stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_command_that_one_process_does_is_refused_in_a_team(spec_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for command in ("compose", "forecast", "compare", "validate", "report"):
+        message = call(command, spec_file, code=2).stderr
+        assert f"{command} is done by one process: run it without torchrun" in message
+    teams = {name for name, command in main.commands.items() if getattr(command.callback, "as_team", False)}
+    assert teams == {"build", "evaluate", "profile", "prune", "sweep"}
 
 
 def test_another_transformers_is_named(tiny_llama: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
