@@ -39,14 +39,14 @@ def chosen_metric(label: str, asked: str | None, leaves: Collection[Leaf]) -> st
     Raises:
         SpecError: there is no such metric, or base and expert cannot be paired under it.
     """
-    names = [[each["metric"] for each in getattr(leaf.config, "metric_list", None) or []] for leaf in leaves]
+    names = [[_name(each["metric"]) for each in getattr(leaf.config, "metric_list", None) or []] for leaf in leaves]
     if not names[0]:
         raise SpecError(f"task {label}: it is computed by code of its own, not by example; choose another task")
     shared = [name for name in names[0] if all(name in others for others in names)]
     if asked is not None and asked not in shared:
-        raise SpecError(f"task {label}: it has no metric {asked!r}{nearest(asked, [*map(str, shared)])}")
+        raise SpecError(f"task {label}: it has no metric {asked!r}{nearest(asked, shared)}")
     problems = {name: _problem(name, leaves) for name in shared}
-    paired = [str(name) for name in shared if problems[name] is None]
+    paired = [name for name in shared if problems[name] is None]
     wanted = [asked] if asked is not None else [*_PREFERRED, *paired]
     if chosen := next((name for name in wanted if name in paired), None):
         return chosen
@@ -56,7 +56,12 @@ def chosen_metric(label: str, asked: str | None, leaves: Collection[Leaf]) -> st
     raise SpecError(f"task {label}: {first} {why}; choose another {other}")
 
 
-def _problem(metric: Any, leaves: Collection[Leaf]) -> str | None:
+def _name(metric: Any) -> str:
+    """The name of a metric, which may be a function of the task's own."""
+    return str(getattr(metric, "__name__", metric))
+
+
+def _problem(metric: str, leaves: Collection[Leaf]) -> str | None:
     """Why base and expert cannot be paired by example under a metric; `None`: they can."""
     from lm_eval.api.registry import get_aggregation
 

@@ -218,7 +218,7 @@ def _keep_own(tokenizer: Any, rows: int) -> None:
     more = {each["content"] for each in data["added_tokens"] if each["id"] >= rows}
     if more:
         for name, token in tokenizer.special_tokens_map.items():
-            if token in more:
+            if isinstance(token, str) and token in more:
                 setattr(tokenizer, name, None)
         data["added_tokens"] = [each for each in data["added_tokens"] if each["content"] not in more]
         tokenizer._tokenizer = Tokenizer.from_str(json.dumps(data))
