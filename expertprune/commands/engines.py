@@ -44,6 +44,8 @@ class Where:
         """Raises `UsageError` where options exclude each other."""
         if sum((self.engine != "local", self.shard is not None, self.collect)) > 1:
             raise UsageError("give one of --engine ray, --shard and --collect, not several")
+        if self.tasks and in_team():
+            raise UsageError("--engine ray, --shard and --collect start tasks of their own: give them without torchrun")
         if self.engine == "local" and (self.address, self.cpus, self.gpus, self.members) != (None, None, None, 1):
             raise UsageError("--address, --cpus-per-task, --gpus-per-task and --members need --engine ray")
 

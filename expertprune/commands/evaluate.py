@@ -134,14 +134,15 @@ def evaluate(
 
 def _finish(found: Evaluation, floors: dict[str, float], as_json: bool) -> None:
     """Show an evaluation; exit with 1 where an average is below its floor."""
+    from expertprune.engine.team import team
     from expertprune.evaluation.retention import held, shortfalls
     from expertprune.reporting.tables import retention_table
 
     show(as_json, found.document(), lambda: retention_table(found))
-    for line in held(found.summary, floors):
-        say(f"above the floor: {line}", error=True)
     short = shortfalls(found.summary, floors)
-    for line in short:
-        say(f"below the floor: {line}", error=True)
+    lines = [f"above the floor: {line}" for line in held(found.summary, floors)]
+    lines += [f"below the floor: {line}" for line in short]
+    for line in lines if team().leads else ():
+        say(line, error=True)
     if short:
         sys.exit(1)

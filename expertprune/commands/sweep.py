@@ -75,12 +75,13 @@ def sweep(
     \b
     expertprune sweep profiles/english-medical-qa.yaml --budgets 0.1,0.3,0.5 --picture sweep.png
     """
+    from expertprune.engine.team import team
     from expertprune.reporting.pictures import check_picture, retention_curve
     from expertprune.reporting.tables import sweep_table
     from expertprune.stages import sweep as sweeping
 
     if picture is not None:
-        check_picture(picture, made=out, overwrite=overwrite)
+        team().lead(lambda: check_picture(picture, made=out, overwrite=overwrite))
     shard = where.share(store)
     if shard is not None:
         for key, value in (("--log", tracker), ("--picture", picture), ("--out", None if keep_experts else out)):
@@ -96,5 +97,5 @@ def sweep(
         if run is not None:
             run.table(result)
     if picture is not None:
-        retention_curve(result, picture, overwrite)
+        team().lead(lambda: retention_curve(result, picture, overwrite))
     show(as_json, result.document(), lambda: sweep_table(result))

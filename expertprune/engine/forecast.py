@@ -204,7 +204,8 @@ class Forecaster:
         yield self._stage("write", 0, self._write_seconds(), Need(4 * self.sizes.tensor))
         if work.evaluated is not None:
             need = evaluating(self.sizes, work.evaluated, graph)
-            yield self._stage("evaluate", work.evaluated.tokens, self._evaluation_seconds(work.evaluated), need)
+            seconds, tokens = self._evaluation_seconds(work.evaluated), work.evaluated.tokens
+            yield self._stage("evaluate", tokens, seconds, need, "set evaluate.enabled: false, and evaluate elsewhere")
 
     def _tried(self, number: int, text: TextSize, kept: int) -> Stage:
         """Experts that are built and measured on held-back text, to find the one that holds a floor."""
@@ -216,9 +217,11 @@ class Forecaster:
         seconds += self._reading_seconds(text, along=self.work.repaired is not None)
         return self._stage(f"retention, {number} experts at most", number * tokens, number * seconds, need)
 
-    def _stage(self, name: str, tokens: int, seconds: float, need: Need) -> Stage:
+    def _stage(self, name: str, tokens: int, seconds: float, need: Need, *remedy: str) -> Stage:
         in_files = self.sizes.in_files(self.streamed)
-        return Stage(name, tokens, seconds, fitting(name, need, self.weights, self.base, self.limits, in_files))
+        return Stage(
+            name, tokens, seconds, fitting(name, need, self.weights, self.base, self.limits, in_files, *remedy)
+        )
 
     def _keeps_graphs(self, text: TextSize) -> bool:
         """Whether a batch's graph in all layers is kept, as the traversal decides."""

@@ -23,7 +23,7 @@ def perform_in_team(
         ExpertpruneError: what a member raised.
     """
     import ray
-    from ray.util.placement_group import placement_group, remove_placement_group
+    from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     bundle = {"CPU": resources["num_cpus"], **({"GPU": resources["num_gpus"]} if resources["num_gpus"] else {})}
@@ -36,9 +36,11 @@ def perform_in_team(
             # A process ends with its task: its GPU memory and its group of torch.distributed go with it.
             return ray.remote(max_calls=1)(target).options(**resources, scheduling_strategy=strategy, max_retries=0)
 
+        nodes = list(placement_group_table(group)["bundles_to_node_id"].values())
         address, port = ray.get(placed(0, free_address).remote())
         running = [
-            placed(rank, _member).remote(rank, members, address, port, function, given) for rank in range(members)
+            placed(rank, _member).remote(rank, members, nodes.count(nodes[rank]), address, port, function, given)
+            for rank in range(members)
         ]
         return str(ray.get(running)[0])
     except ray.exceptions.RayTaskError as error:
@@ -59,12 +61,14 @@ def free_address() -> tuple[str, int]:
 
 
 def _member(
-    rank: int, members: int, address: str, port: int, function: Callable[..., str], given: tuple[Any, ...]
+    rank: int, members: int, here: int, address: str, port: int, function: Callable[..., str], given: tuple[Any, ...]
 ) -> str:
+    """Be one of `members`, of which `here` share this node's memory."""
     from expertprune.engine.team import joined
 
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(members), MASTER_ADDR=address, MASTER_PORT=str(port)
-    )
+        RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(members), LOCAL_WORLD_SIZE=str(here), MASTER_ADDR=address,
+        MASTER_PORT=str(port),
+    )  # fmt: skip
     with joined():
         return function(*given, rank == 0)

@@ -16,11 +16,10 @@ import psutil
 from pydantic import TypeAdapter, ValidationError
 
 from expertprune.errors import CheckpointError
-from expertprune.files import machine, own_folder, read_json
+from expertprune.files import LEASE_SECONDS, machine, own_folder, read_json
 
 log = logging.getLogger(__name__)
 
-EXPIRES_AFTER = 300.0  # seconds without a heartbeat
 _BEATS = 10  # heartbeats in that time
 _RELEASED = (0, 0)  # the modification time of a lease that its owner gave back
 
@@ -91,7 +90,7 @@ class Leases:
 
     folder: Path
     label: str = ""
-    expires_after: float = EXPIRES_AFTER
+    expires_after: float = LEASE_SECONDS
 
     @contextlib.contextmanager
     def held(self, task: str) -> Iterator[bool]:

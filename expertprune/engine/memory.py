@@ -328,8 +328,16 @@ class Memory:
         return cls(weights + need.work + near, process_bytes() + need.host + pinned, rest - pinned)
 
 
-def fitting(name: str, need: Need, weights: int, base: ResolvedBase, limits: Limits, in_files: int = 0) -> Memory:
-    """What a stage takes; `in_files` is as in `Memory.of`.
+def fitting(
+    name: str,
+    need: Need,
+    weights: int,
+    base: ResolvedBase,
+    limits: Limits,
+    in_files: int = 0,
+    remedy: str = "lower calibration.tokens_per_batch",
+) -> Memory:
+    """What a stage takes; `in_files` is as in `Memory.of`, `remedy` what helps where one batch is too much.
 
     Raises:
         CheckpointError: it does not fit; the message says with which setting it would.
@@ -345,7 +353,7 @@ def fitting(name: str, need: Need, weights: int, base: ResolvedBase, limits: Lim
         other = "" if streamed else "set base.layers: streamed, or "
         raise CheckpointError(
             f"{name}: needs {gibibytes(weights + need.work)}, {gibibytes(need.work)} of it for one batch and for sums, and "
-            f"{where} has {gibibytes(free)} free; {other}lower calibration.tokens_per_batch"
+            f"{where} has {gibibytes(free)} free; {other}{remedy}"
         )
     memory = Memory.of(need, weights, base.device, limits, in_files)
     if memory.spool and limits.spool is None:

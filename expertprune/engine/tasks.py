@@ -149,6 +149,8 @@ class Shard:
         track: Track,
         finished: Callable[[], object] | None = None,
     ) -> Report:
+        if team().size > 1:  # its members would take different tasks, and add up their sums
+            raise UsageError("a shard is one process: run it without torchrun")
         # Each shard begins with its own share, so that they seldom reach for the same task.
         order = sorted(range(len(tasks)), key=lambda number: (number - self.index) % self.count)
         here: list[str] = []

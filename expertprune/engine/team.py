@@ -243,10 +243,13 @@ def joined() -> Iterator[Team]:
         return
     watch = _connect()
     _present.append(Team(distributed.get_rank(), distributed.get_world_size()))
-    well = False
+    well, ended = False, None
     try:
         with _stopped_by(watch):
-            yield team()
+            try:
+                yield team()
+            except SystemExit as error:  # a command's own end, to which all members come
+                ended = error
             distributed.barrier()
         well = True
     finally:
@@ -254,6 +257,8 @@ def joined() -> Iterator[Team]:
         watch.close(well)
         if well:
             distributed.destroy_process_group()
+    if ended is not None:
+        raise ended
 
 
 def _connect() -> Watch:

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 _GRACE = 8.0  # seconds in which the main thread may clean up before the process ends
 _BYE = b"bye\n"
+_INTRODUCTION = 5.0  # seconds in which a new connection must say who it is
 # A machine that vanishes closes no connection: the kernel asks it, and gives up after 5 + 3 x 5 seconds.
 _ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 
@@ -89,9 +90,16 @@ class Watch:
                 announce(meeting)
                 while len(watch._connections) < size - 1:
                     connection, _ = server.accept()
-                    word, _, other = connection.makefile("rb").readline().decode(errors="replace").partition(" ")
-                    if secrets.compare_digest(word, meeting.word):
-                        watch._connections[int(other)] = connection
+                    connection.settimeout(_INTRODUCTION)
+                    try:
+                        word, _, other = connection.makefile("rb").readline().decode(errors="replace").partition(" ")
+                        member = int(other) if secrets.compare_digest(word.encode(), meeting.word.encode()) else 0
+                    except (OSError, ValueError):  # a stranger that says nothing, or something else
+                        member = 0
+                    if 0 < member < size:
+                        watch._connections[member] = connection
+                    else:
+                        connection.close()
         else:
             meeting = announce(None)
             connection = socket.create_connection((meeting.host, meeting.port), timeout=60)

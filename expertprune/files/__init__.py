@@ -1,7 +1,15 @@
 """Files and folders: written whole or not at all, read within limits, digests, disk room, and what ships."""
 
 from expertprune.files.digests import code_digest, digest_of, digest_of_files
-from expertprune.files.keeping import HOLDINGS, StoreEntry, duration, holdings, prune_store, remove_all_leftovers
+from expertprune.files.keeping import (
+    HOLDINGS,
+    LEASE_SECONDS,
+    StoreEntry,
+    duration,
+    holdings,
+    prune_store,
+    remove_all_leftovers,
+)
 from expertprune.files.outputs import (
     ADAPTER,
     CUT_ALONG,
@@ -89,7 +97,7 @@ from expertprune.files.validation import problems_of
 
 __all__ = [
     "ADAPTER", "ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "CHANGES_FILE", "COMPARISON_PAGE", "CUT_ALONG", "EXPERT",
-    "EXPERT_FILE", "GENERATOR", "GGUF", "HASHED", "HOLDINGS", "MEMORY_VARIABLE", "PAGE", "PICTURE", "PLAN",
+    "EXPERT_FILE", "GENERATOR", "GGUF", "HASHED", "HOLDINGS", "LEASE_SECONDS", "MEMORY_VARIABLE", "PAGE", "PICTURE", "PLAN",
     "REPORT_PAGE", "SPOOL_VARIABLE", "THROUGHPUT_FILE", "TIMING", "YAML_BYTES", "OutputKind", "StoreEntry",
     "against_file", "age", "as_model", "check_inputs", "check_output", "check_parent", "check_values",
     "check_writable", "code_digest", "digest_of", "digest_of_files", "disk_errors", "duration", "file_digest",

@@ -41,6 +41,9 @@ HOLDINGS = {
 }
 
 
+LEASE_SECONDS = 300.0  # without a heartbeat, after which the holder of a lease counts as dead
+
+
 @dataclass(frozen=True)
 class StoreEntry:
     """One entry of the store; `unused` is seconds since it was last written or read."""
@@ -70,14 +73,21 @@ def _used(path: Path) -> float:
     return max(status.st_mtime, status.st_atime) or status.st_ctime
 
 
+def _alive(lease: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return time.time() - lease.stat().st_mtime < LEASE_SECONDS
+    return False
+
+
 def prune_store(store: Path, older_than: float) -> list[StoreEntry]:
     """Remove what was not used for so many seconds, unless a command works in it; what went is returned.
 
-    Places stay: no command can tell again where an expert's base and corpora lie.
+    Places stay: no command can tell again where an expert's base and corpora lie. So do leases of live
+    processes, which hold no locks.
     """
     gone = []
     for held in holdings(store):
-        if held.unused < older_than or held.kind == "places":
+        if held.unused < older_than or held.kind == "places" or (held.kind == "leases" and _alive(held.path)):
             continue
         with locked(held.path) as lock:
             if lock is Lock.TAKEN:

@@ -21,7 +21,7 @@ from expertprune.artifacts.plan import Plan
 from expertprune.corpora.batches import Batch
 from expertprune.engine.team import team
 from expertprune.errors import CheckpointError, PlanError, under
-from expertprune.files import digest_of, require_room, scratch_folder, working_folder
+from expertprune.files import code_digest, digest_of, require_room, scratch_folder, working_folder
 from expertprune.models.base import ResolvedBase
 from expertprune.models.loading import class_of, decoder_class_of, within_decoder
 from expertprune.models.passes import TextRun
@@ -177,11 +177,9 @@ def _digest(plan: Plan, base: ResolvedBase, given: RepairInput) -> str:
     ids = hashlib.sha256()
     for batch in [*given.batches, *(aboard.batches if aboard is not None else ())]:
         ids.update(repr((batch.lengths, batch.ids.tolist(), batch.weights.tolist())).encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        ids.update(path.read_bytes())
     versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
     about = [plan.digest, base.digest, str(base.dtype), str(base.device), given.settings.model_dump(), versions]
-    return digest_of([about, ids.hexdigest()])
+    return digest_of([about, ids.hexdigest(), code_digest(("arch", "models", "pruning"))])
 
 
 def _write_tensors(

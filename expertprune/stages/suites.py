@@ -79,7 +79,8 @@ def evaluate_suites(
     """
     if team().size > 1:
         raise UsageError(
-            "suites need a whole model, whose work a team does not share: run them as tasks, by --engine ray or --shard"
+            "suites need a whole model, whose work a team does not share: run them without torchrun, as tasks by "
+            "--engine ray or --shard"
         )
     check_writable(Expert.load(expert).folder / EXPERT_FILE)
     suites, tasks = ((each,) if isinstance(each, str) else tuple(each) for each in (suites, tasks))

@@ -54,6 +54,9 @@ def test_a_lease_that_was_given_back_is_as_old_as_that(store: Path) -> None:
     os.utime(entry(store, "leases/a.1.lease", 5, 0), (0, 0))
     (held,) = call_json("store")["holds"]
     assert held["unused_days"] < 1
+    live = entry(store, "leases/b.1.lease", 5, 0)
+    call("store", "prune", "--older-than", "0d")
+    assert live.exists(), "its process would lose its task to another"
     (store / "repairs/empty").mkdir(parents=True)
     assert all(held["unused_days"] < 1 for held in call_json("store")["holds"])
 

@@ -15,6 +15,7 @@ import expertprune
 from expertprune.engine import tasks as engine
 from expertprune.engine.leases import Leases
 from expertprune.engine.tasks import Collect, RemoteCall, Report, Shard, Task
+from expertprune.engine.team import Team
 from expertprune.errors import UnfinishedError, UsageError
 from expertprune.progress import Track, silent
 from tests.calling import call, call_json
@@ -90,6 +91,21 @@ def test_a_shard_that_is_none_and_two_ways_at_once_are_refused(spec_file: Path, 
     alone = (*whole[:-2], "--out", "sweep")
     assert "--out: a shard knows only its own points" in call(*alone, code=2).stderr
     assert "need --engine ray" in call("profile", spec_file, "--members", "2", code=2).stderr
+
+
+def test_members_of_a_team_take_no_tasks_of_their_own(
+    tmp_path: Path, spec_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would work on different ones, and add up their sums."""
+    work = Work(tmp_path, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "team", lambda: Team(0, 2))
+        with pytest.raises(UsageError, match="a shard is one process: run it without torchrun"):
+            Shard(0, 2, Leases(tmp_path / "leases")).work(work.tasks, silent)
+    assert work.made == []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for options in (["--shard", "1/2"], ["--collect"], ["--engine", "ray"]):
+        assert "give them without torchrun" in call("profile", spec_file, *options, code=2).stderr
 
 
 @pytest.mark.slow

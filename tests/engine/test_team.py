@@ -96,7 +96,7 @@ def test_two_members_build_what_one_process_builds(
 def test_two_members_sweep_what_one_process_sweeps(tmp_path: Path, spec_file: Path) -> None:
     """The expert of the first budget vanishes, that of the second one is kept."""
     command = ["sweep", spec_file, "--json"]
-    kept = ["--budgets", "0.5", "--keep-experts", "--out", tmp_path / "kept"]
+    kept = ["--budgets", "0.5", "--keep-experts", "--out", tmp_path / "kept", "--picture", tmp_path / "curve.png"]
     for more in (["--budgets", "0.25"], kept):
         finished = server().team(*[[*command, *more, "--store", tmp_path / "store"]] * 2)
         well(finished)
@@ -106,6 +106,13 @@ def test_two_members_sweep_what_one_process_sweeps(tmp_path: Path, spec_file: Pa
         assert mine["parameters"] == theirs["parameters"]
         assert mine["expert"]["retention"] == pytest.approx(theirs["expert"]["retention"], rel=1e-4)
     assert not list((tmp_path / "store").glob("repairs/*"))
+    assert (tmp_path / "curve.png").is_file()
+    command = ["evaluate", next((tmp_path / "kept").glob("*/")), "--fail-under", "expert=5", "--json"]
+    finished = server().team(*[[*command, "--store", tmp_path / "store"]] * 2)
+    assert [each.code for each in finished] == [1, 1]
+    assert json.loads(finished[0].stdout)["summary"]
+    assert finished[0].stderr.count("below the floor: expert") == 1
+    assert (finished[1].stdout, finished[1].stderr) == ("", "")
 
 
 @pytest.mark.slow

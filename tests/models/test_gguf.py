@@ -20,7 +20,7 @@ from expertprune.arch import families
 from expertprune.errors import CheckpointError, SpecError, UsageError
 from expertprune.models.base import resolve_base
 from expertprune.models.checkpoint import Checkpoint
-from expertprune.models.gguf.writing import check_gguf
+from expertprune.models.gguf.writing import TYPES, check_gguf
 from expertprune.models.loading import load_model, load_tokenizer
 from expertprune.spec.reading import parse_spec
 from expertprune.spec.schema import Base
@@ -40,6 +40,7 @@ from tests.oracle import (
     read_json,
     resolved,
 )
+from tests.patching import everywhere
 from tests.processes import server
 from tests.tiny import FAMILIES
 from tests.vocabularies import TEXT, save_worded
@@ -400,6 +401,17 @@ def test_a_part_of_a_tokenizer_without_a_name_is_refused(tmp_path: Path) -> None
     data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
     (folder / "tokenizer.json").write_text(json.dumps(data))
     assert "has no name for this pre-tokenizer (Split, ByteLevel)" in refusal(folder, tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_the_room_that_is_asked_for_is_that_of_the_file(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    everywhere(monkeypatch, "expertprune.files.places.require_room", lambda place, size: asked.append(size))
+    folder = tiny(tmp_path / "model", "llama", hidden_size=128, intermediate_size=512)
+    size = export(folder, tmp_path / "a.gguf", type=kind).path.stat().st_size
+    assert 0.9 * size < asked[-1] < 1.1 * size
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ def write_gguf(folder: Path, out: Path, kind: str, name: str, overwrite: bool = 
     metadata, words = _described(source)
     with refused(f"{folder}: cannot be written as GGUF"):
         entries = list(_entries(source))
-    require_room(out, sum(4 * math.prod(entry.shape) for entry in entries))
+    require_room(out, _file_bytes(entries, kind, words))
     with staged_output(out, GGUF, overwrite) as temporary:
         counts = _written(temporary, source, metadata, words, entries, kind, name)
         source.checkpoint.check_unchanged()
@@ -332,6 +332,15 @@ def _whole() -> type:
             file.write(numpy.ascontiguousarray(self).data)
 
     return Whole
+
+
+_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": (_BLOCK + 2) / _BLOCK}  # of a value
+_WORD = 64  # bytes of a token, a score, a type and the merges that make it, generously
+
+
+def _file_bytes(entries: Sequence[_Entry], kind: str, words: GgufVocabulary) -> int:
+    values = sum(math.prod(entry.shape) * _BYTES[_type(entry, kind)] for entry in entries)
+    return int(values) + _WORD * len(words.tokens)
 
 
 def _type(entry: _Entry, kind: str) -> str:
