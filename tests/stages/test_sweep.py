@@ -28,6 +28,7 @@ from expertprune.pruning.unfinished import Unfinished
 from expertprune.reporting.pictures import retention_curve
 from expertprune.reporting.tables import sweep_rows
 from expertprune.spec.schema import Budget, Evaluate
+from expertprune.stages import points
 from expertprune.stages.points import point_key
 from expertprune.stages.sizes import of_size, sized_keys
 from expertprune.stages.sweep import SWEEP_FILE, _begin
@@ -205,7 +206,7 @@ def test_what_the_numbers_depend_on_is_computed_again(
         found = run_json(*arguments, *setting)["points"] + found
         assert len(calls["prune"]) == len(found)
         assert found[0]["expert"] != found[1]["expert"]
-    everywhere(monkeypatch, "expertprune.files.digests.code_digest", lambda sources: "".join(sources)[::-1])
+    monkeypatch.setattr(points, "code_digest", lambda sources: "other code")
     found = run_json(*arguments)["points"] + found
     assert len(calls["prune"]) == len(found), "the code that prunes and measures"
     kept = saved(tmp_path / "sweep")
