@@ -50,9 +50,9 @@ def test_weights_round_to_the_nearest_step(tmp_path: Path, tiny_build: tuple[Pat
     corpora = expertprune.evaluate(folder, store=built).corpora
     before = json.loads((expert / "expertprune.json").read_text())["evaluation"]["corpora"]
     for name, corpus in corpora.items():
-        kept, was = corpus["metrics"]["bits_per_byte"], before[name]["metrics"]["bits_per_byte"]
-        assert kept["base"] == was["base"]
-        assert kept["expert"] == pytest.approx(was["expert"], rel=0.05)
-        assert kept["expert"] != was["expert"]
+        kept, was = corpus.metrics["bits_per_byte"], before[name]["metrics"]["bits_per_byte"]
+        assert kept.base == was["base"]
+        assert kept.expert == pytest.approx(was["expert"], rel=0.05)
+        assert kept.expert != was["expert"]
     with pytest.raises(CheckpointError, match="prune the unquantized model first, then quantize the expert"):
         resolve_base(Base(model=str(folder)), store)
