@@ -31,7 +31,7 @@ from expertprune.models.loading import load_tokenizer
 from . import experts
 from .asking import ask
 from .quantize import quantized
-from .records import PACKAGES, RESULTS, Table, described, made, read, write
+from .records import PACKAGES, RESULTS, Table, described, made, paragraph, read, write
 
 EXPERT, REMOVED = "programs", 0.25
 WEIGHTS = {"bfloat16": None, "int8": "W8A8", "4 bits, GPTQ": "W4A16"}
@@ -139,7 +139,9 @@ def text() -> str:
         else:
             cells += [f"{np.median(timed):.1f}" if each is base and timed else "", ""]
         table.add(ROWS[name].model, ROWS[name].weights, *cells)
-    return f"{table}\n\n{described(each['made'] for each in found.values())}"
+    machines = sorted({each["speed"]["machine"] for each in found.values() if each["speed"]})
+    about = f"Timed on {', '.join(machines)}. " if machines else ""
+    return f"{table}\n\n{paragraph(about + described(each['made'] for each in found.values()))}"
 
 
 def main() -> None:

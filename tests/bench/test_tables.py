@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import claims, experts, instruct, outlook, quality, records, tables, vocabulary
+from bench import claims, experts, instruct, outlook, quality, records, served_bytes, tables, vocabulary
 from bench.bytes import CELLS, SCHEMES, path_of
 from bench.cells import Bench, Cell, Result, agrees, stored
 from bench.measure import Sums
@@ -38,6 +38,7 @@ def test_every_table_and_every_result_is_used() -> None:
     partly |= {experts.path_of("base")} | {
         experts.path_of(*each) for each in itertools.product(experts.EXPERTS, experts.ROWS)
     }
+    partly |= {row.path for row in served_bytes.ROWS.values()}
     assert every - used <= partly | {path_of(*row) for row in itertools.product(CELLS, SCHEMES)}
 
 
