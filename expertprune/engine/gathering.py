@@ -36,10 +36,11 @@ def perform_in_team(
             # A process ends with its task: its GPU memory and its group of torch.distributed go with it.
             return ray.remote(max_calls=1)(target).options(**resources, scheduling_strategy=strategy, max_retries=0)
 
-        nodes = list(placement_group_table(group)["bundles_to_node_id"].values())
+        nodes = placement_group_table(group)["bundles_to_node_id"]
+        here = {rank: [*nodes.values()].count(nodes[rank]) for rank in range(members)}
         address, port = ray.get(placed(0, free_address).remote())
         running = [
-            placed(rank, _member).remote(rank, members, nodes.count(nodes[rank]), address, port, function, given)
+            placed(rank, _member).remote(rank, members, here[rank], address, port, function, given)
             for rank in range(members)
         ]
         return str(ray.get(running)[0])
