@@ -34,22 +34,16 @@ PROMPT = "The heart pumps blood through the"
 # Files of this script in a quantized folder.
 VERSIONS, MEASURED = "versions.json", "measured.json"
 ONLY_DOCUMENTS = {"evaluate.metrics": ["bits_per_byte", "perplexity", "kl"]}
-# Runs in the compressor's environment. Without calibration text weights round to nearest, with it they
-# go where GPTQ puts them; activations get their scales as they come.
+# Runs in the compressor's environment, without calibration data: weights round to nearest, and
+# activations get their scales as they come.
 COMPRESS = """
 import importlib.metadata, json, sys
-from datasets import Dataset
 from llmcompressor import oneshot
-from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import AutoModelForCausalLM
-source, out, scheme, *calibration = sys.argv[1:]
+source, out, scheme = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=True)
-about = {"targets": "Linear", "scheme": scheme, "ignore": ["lm_head"]}
-if calibration:
-    rows = Dataset.from_list([json.loads(line) for line in open(calibration[0])])
-    oneshot(model=model, recipe=GPTQModifier(**about), dataset=rows, num_calibration_samples=len(rows))
-else:
-    oneshot(model=model, recipe=QuantizationModifier(**about))
+oneshot(model=model, recipe=QuantizationModifier(targets="Linear", scheme=scheme, ignore=["lm_head"]))
 model.save_pretrained(out, save_compressed=True)
 names = ("llmcompressor", "compressed-tensors", "transformers", "torch")
 print(json.dumps({name: importlib.metadata.version(name) for name in names}))
@@ -63,16 +57,12 @@ if __name__ == "__main__":
 """
 
 
-def quantized(model: Path, out: Path, scheme: str, compressor: str, calibration: Path | None = None) -> dict[str, Any]:
-    """Quantize the `Linear` weights of an expert or a base with llm-compressor; returns its versions.
-
-    Args:
-        calibration: JSON lines with `input_ids` and `attention_mask`, for GPTQ.
-    """
+def quantized(model: Path, out: Path, scheme: str, compressor: str) -> dict[str, Any]:
+    """Quantize the `Linear` weights of an expert or a base with llm-compressor; returns its versions."""
     told = out / VERSIONS
     if not told.is_file():
         shutil.rmtree(out, ignore_errors=True)
-        words = [compressor, "-c", COMPRESS, str(model), str(out), scheme, *([str(calibration)] if calibration else [])]
+        words = [compressor, "-c", COMPRESS, str(model), str(out), scheme]
         run = subprocess.run(words, capture_output=True, text=True, check=False)
         if run.returncode:
             raise RuntimeError(run.stderr[-3000:])

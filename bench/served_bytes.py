@@ -3,9 +3,9 @@
     python -m bench.served_bytes --data DATA --out DIR --compressor PYTHON [--row NAME ...] [--speed]
 
 Qwen2.5-Coder-1.5B-Instruct, and its expert for programs at 25% of all parameters, which
-`bench.experts` built into DIR. llm-compressor quantizes their linear layers into DIR: to int8 (W8A8),
-weights rounded to nearest, or to 4 bits in groups of 128 (W4A16) by GPTQ, on documents that calibrated
-the expert. `--compressor` is the Python of an environment with llm-compressor (see `bench.quantize`).
+`bench.experts` built into DIR. llm-compressor quantizes their linear layers into DIR, to int8 (W8A8),
+weights rounded to nearest. `--compressor` is the Python of an environment with llm-compressor (see
+`bench.quantize`).
 
 Each model writes the programs of `bench.asking`. With `--speed` each is timed beside the base in turn,
 as `expertprune bench` does it, which takes a quiet machine. What was measured is kept in
@@ -19,7 +19,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import jsonlines
 import numpy as np
 
 import expertprune
@@ -34,8 +33,7 @@ from .quantize import quantized
 from .records import PACKAGES, RESULTS, Table, described, made, paragraph, read, write
 
 EXPERT, REMOVED = "programs", 0.25
-WEIGHTS = {"bfloat16": None, "int8": "W8A8", "4 bits, GPTQ": "W4A16"}
-GPTQ_TOKENS = 8000  # about so many calibrate GPTQ
+WEIGHTS = {"bfloat16": None, "int8": "W8A8"}
 LOAD = Load(prompts=8, input_tokens=128, output_tokens=32, concurrency=4, rounds=2)
 SPEED = "output_tokens_per_second"
 
@@ -49,7 +47,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        return f"{self.model}-{self.weights}".replace(", ", "-").replace(" ", "-").lower()
+        return f"{self.model}-{self.weights}"
 
     @property
     def path(self) -> Path:
@@ -86,22 +84,8 @@ class Bench:
         if scheme is None:
             return self.whole(row.model)
         out = self.out / row.name
-        quantized(self.whole(row.model), out, scheme, self.compressor, self.text() if "GPTQ" in row.weights else None)
+        quantized(self.whole(row.model), out, scheme, self.compressor)
         return out
-
-    def text(self) -> Path:
-        """Calibration documents of the expert, drawn at random, for llm-compressor."""
-        batches = expertprune.validate(self.experts.spec(EXPERT, REMOVED)).repair_batches()
-        every = [
-            ids[:length].tolist() for batch in batches for ids, length in zip(batch.ids, batch.lengths, strict=True)
-        ]
-        order = np.random.default_rng(0).permutation(len(every))
-        enough = int(np.searchsorted(np.cumsum([len(every[place]) for place in order]), GPTQ_TOKENS)) + 1
-        path = self.work / "gptq.jsonl"
-        with jsonlines.open(path, "w") as file:
-            for place in order[:enough]:
-                file.write({"input_ids": every[place], "attention_mask": [1] * len(every[place])})
-        return path
 
     def ask(self, row: Row) -> None:
         """Ask a row for programs, and keep what it wrote right and the bytes of its weights."""

@@ -1,6 +1,6 @@
 """Files and folders: written whole or not at all, read within limits, digests, disk room, and what ships."""
 
-from expertprune.files.digests import code_digest, digest_of, digest_of_files
+from expertprune.files.digests import code_digest, computed_by, digest_of, digest_of_files
 from expertprune.files.keeping import (
     HOLDINGS,
     LEASE_SECONDS,
@@ -100,7 +100,7 @@ __all__ = [
     "EXPERT_FILE", "GENERATOR", "GGUF", "HASHED", "HOLDINGS", "LEASE_SECONDS", "MEMORY_VARIABLE", "PAGE", "PICTURE", "PLAN",
     "REPORT_PAGE", "SPOOL_VARIABLE", "THROUGHPUT_FILE", "TIMING", "YAML_BYTES", "OutputKind", "StoreEntry",
     "against_file", "age", "as_model", "check_inputs", "check_output", "check_parent", "check_values",
-    "check_writable", "code_digest", "digest_of", "digest_of_files", "disk_errors", "duration", "file_digest",
+    "check_writable", "code_digest", "computed_by", "digest_of", "digest_of_files", "disk_errors", "duration", "file_digest",
     "folder_size", "holdings", "is_leftover", "is_report", "known_digest", "locked", "machine", "no_collection",
     "not_a_file", "not_a_folder", "note_parents", "numbered", "one_at_a_time", "opened", "own_folder", "parse_json",
     "parse_yaml", "problems_of", "prune_store", "read_bytes", "read_json", "read_kept", "read_model", "read_object",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.metadata
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,3 +31,9 @@ def code_digest(sources: tuple[str, ...], package: Path = PACKAGE) -> str:
     places = [package / source for source in sources]
     found = [path for place in places for path in ([place] if place.is_file() else sorted(place.rglob("*")))]
     return digest_of_files([path for path in found if path.suffix in (".py", ".yaml")], package)
+
+
+def computed_by(sources: tuple[str, ...]) -> str:
+    """Digest of what numbers depend on beside their inputs: some code of this package, torch and transformers."""
+    versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
+    return digest_of([code_digest(sources), versions])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import inspect
 import json
 import shutil
@@ -21,7 +20,7 @@ from expertprune.artifacts.plan import Plan
 from expertprune.corpora.batches import Batch
 from expertprune.engine.team import team
 from expertprune.errors import CheckpointError, PlanError, under
-from expertprune.files import code_digest, digest_of, require_room, scratch_folder, working_folder
+from expertprune.files import computed_by, digest_of, require_room, scratch_folder, working_folder
 from expertprune.models.base import ResolvedBase
 from expertprune.models.loading import class_of, decoder_class_of, within_decoder
 from expertprune.models.passes import TextRun
@@ -177,9 +176,8 @@ def _digest(plan: Plan, base: ResolvedBase, given: RepairInput) -> str:
     ids = hashlib.sha256()
     for batch in [*given.batches, *(aboard.batches if aboard is not None else ())]:
         ids.update(repr((batch.lengths, batch.ids.tolist(), batch.weights.tolist())).encode())
-    versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
-    about = [plan.digest, base.digest, str(base.dtype), str(base.device), given.settings.model_dump(), versions]
-    return digest_of([about, ids.hexdigest(), code_digest(("arch", "models", "pruning"))])
+    about = [plan.digest, base.digest, str(base.dtype), str(base.device), given.settings.model_dump()]
+    return digest_of([about, ids.hexdigest(), computed_by(("arch", "models", "pruning"))])
 
 
 def _write_tensors(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from expertprune.errors import CheckpointError
 from expertprune.evaluation.changes import of_corpora
 from expertprune.evaluation.measure import Measuring
 from expertprune.evaluation.retention import pooled
-from expertprune.files import code_digest, digest_of, folder_size, read_kept, write_json
+from expertprune.files import computed_by, digest_of, folder_size, read_kept, write_json
 from expertprune.progress import Track, silent
 from expertprune.pruning.repair import Passengers
 from expertprune.stages.compose import plan_of
@@ -33,9 +32,7 @@ _SOURCES = ("arch", "corpora", "engine/team.py", "evaluation", "models", "prunin
 def point_key(plan: Plan, found: Found) -> str:
     """Digest of the plan, its spec included, of what is measured, and of the code that prunes and measures."""
     examples = [corpus.measured for corpus in found.evaluated]
-    versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
-    about = [SWEEP_SCHEMA, plan.document(), str(found.base.dtype), examples]
-    return digest_of([*about, versions, code_digest(_SOURCES)])
+    return digest_of([SWEEP_SCHEMA, plan.document(), str(found.base.dtype), examples, computed_by(_SOURCES)])
 
 
 def make_point(

@@ -206,7 +206,7 @@ def test_what_the_numbers_depend_on_is_computed_again(
         found = run_json(*arguments, *setting)["points"] + found
         assert len(calls["prune"]) == len(found)
         assert found[0]["expert"] != found[1]["expert"]
-    monkeypatch.setattr(points, "code_digest", lambda sources: "other code")
+    monkeypatch.setattr(points, "computed_by", lambda sources: "other code")
     found = run_json(*arguments)["points"] + found
     assert len(calls["prune"]) == len(found), "the code that prunes and measures"
     kept = saved(tmp_path / "sweep")
