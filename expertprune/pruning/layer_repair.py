@@ -217,12 +217,13 @@ class LayerRepair:
         wanted = real_tokens(batch, target).float()
         residual = wanted - real_tokens(batch, after).float()
         weights = token_weights(wanted) * real_tokens(batch, batch.on(wanted.device).weights)
+        inputs = real_tokens(batch, call.input).float()
         if block.output_norm is not None:
             given = (_joined(self.small, block, call.output), call.output, seen.outputs[structure][number])
             joined, own, output = (real_tokens(batch, states).float() for states in given)
             residual, scale = before_norm(self.small.get_submodule(block.output_norm), residual, joined, own, output)
-            weights = weights / scale.square()
-        moments.add(real_tokens(batch, call.input).float(), residual, weights)
+            inputs, residual = inputs / scale, residual / scale  # as the norm does; it makes no token weigh more
+        moments.add(inputs, residual, weights)
 
     def _solved(self, structure: Structure, moments: Moments | TokenRows, ridge: float) -> tuple[Tensor, Tensor]:
         """The change of a projection and its new weight, rounded as it is written; the layer has it now.

@@ -13,6 +13,7 @@ from expertprune.errors import CheckpointError
 from expertprune.models.precision import narrow_products
 
 WHOLE = slice(None)
+_NO_STREAM = 1e-12  # mean square of a residual stream that is none
 
 
 @dataclass
@@ -160,9 +161,11 @@ def token_weights(target: Tensor) -> Tensor:
     """One over the mean square of each token's residual stream, `[tokens, hidden]` to `[tokens]`.
 
     The next layer normalizes the stream, so an error counts relative to the stream's own size.
-    Without weights, a few tokens with massive activations would decide everything.
+    Without weights, a few tokens with massive activations would decide everything. A token without
+    a stream, as an untrained row of the embedding gives it, weighs nothing.
     """
-    return 1.0 / target.square().mean(1).clamp_min(1e-12)
+    size = target.square().mean(1)
+    return torch.where(size > _NO_STREAM, 1.0 / size, 0.0)
 
 
 def before_norm(norm: nn.Module, residual: Tensor, joined: Tensor, own: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,11 +180,11 @@ def before_norm(norm: nn.Module, residual: Tensor, joined: Tensor, own: Tensor, 
 
     Returns:
         The residual before the norm, and the root mean square of each token's dense output,
-        `[tokens]`.
+        `[tokens, 1]`. Inputs and residual are to be divided by it: the norm measures an error by it.
     """
     dtype = next(norm.parameters()).dtype
     gain = norm(torch.ones(1, dense.shape[1], dtype=torch.float32, device=dense.device).to(dtype)).float()
     typical = gain.square().median()
-    rms = dense.square().mean(1).sqrt().clamp_min(1e-12)
-    wished = (gain * (joined + residual) * rms[:, None] + typical * dense) / (gain.square() + typical)
+    rms = dense.square().mean(1, keepdim=True).sqrt().clamp_min(1e-12)
+    wished = (gain * (joined + residual) * rms + typical * dense) / (gain.square() + typical)
     return wished - own, rms

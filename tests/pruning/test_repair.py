@@ -66,7 +66,7 @@ def slow_normed(inputs: Tensor, own: Tensor, wished: Tensor, dense: Tensor, gain
     """The answer behind an output norm, channel by channel, with two rows a token: its part of the stream, and itself.
 
     In the units of the norm's output, `γ v / rms` shall be what is wished, and `v / rms` the dense one, which counts as
-    much as a channel of the median gain.
+    much as a channel of the median gain. A token counts by its stream, however small its output is before the norm.
     """
     rms = dense.square().mean(1).sqrt()
     typical = float(np.sort(gain.square().numpy())[(len(gain) - 1) // 2])
@@ -76,7 +76,7 @@ def slow_normed(inputs: Tensor, own: Tensor, wished: Tensor, dense: Tensor, gain
         weights = np.concatenate([(weight / rms**2 * share / both).numpy() for share in (factor**2, typical)])
         owed = torch.cat([wished[:, channel] / factor * rms, dense[:, channel]]) - own[:, channel].repeat(2)
         stacked = inputs.repeat(2, 1).numpy()
-        rows.append(slow_least_squares(stacked, owed[:, None].numpy(), weights, damping_of(weight / rms**2)))
+        rows.append(slow_least_squares(stacked, owed[:, None].numpy(), weights, damping_of(weight)))
     return np.concatenate(rows)
 
 
@@ -125,8 +125,10 @@ def test_channels_that_the_norm_silences_stay_what_they_are() -> None:
         torch.testing.assert_close(owed, torch.tensor([[0.25, 0.0, 0.0, 0.0, 0.0]]), atol=1e-5, rtol=0)
 
 
-def test_a_token_of_zeros_has_a_finite_weight() -> None:
-    assert bool(token_weights(torch.zeros(1, 2)).isfinite().all())
+def test_a_token_without_a_stream_weighs_nothing() -> None:
+    """A weight of one over next to nothing would be all that the repair sees."""
+    found = token_weights(torch.tensor([[0.0, 0.0], [3.0, 4.0], [1e-3, 0.0]]))
+    torch.testing.assert_close(found, torch.tensor([0.0, 0.08, 2e6]))
 
 
 # --- repair, on tiny models
