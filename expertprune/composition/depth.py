@@ -92,7 +92,7 @@ def _of_corpus(profile: Profile, spec: Spec) -> CorpusScores:
     influence = over_documents(by_document, spec.compose.aggregate).double()
     total = influence.sum().clamp_min(1e-30)
     scale = {"share": lambda each: each / total, "percentile": percentile, "standard": standard}[spec.compose.scale]
-    return CorpusScores([scale(influence)], [influence * len(profile.layers) / total])
+    return CorpusScores([scale(influence)], [torch.ones_like(influence)])
 
 
 def _least_relevant(scores: Tensor, count: int, base: ResolvedBase) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from expertprune.composition.parameters import (
@@ -54,13 +54,23 @@ class WidthStep:
     units: int
 
 
-def steps(base: ResolvedBase, budget: Budget, scores: FusedScores, structure: Structure) -> list[WidthStep]:
-    """Every step of a structure in every layer, cheapest price first.
+def steps(base: ResolvedBase, budget: Budget, scores: FusedScores, *structures: Structure) -> list[WidthStep]:
+    """Every step of some structures in every layer, cheapest price first.
 
     Within a layer the least relevant units go first, so a larger budget never keeps what a smaller
-    one dropped.
+    one dropped. Where some score is below zero (a distance from a mean), no price is per parameter:
+    dividing would turn the order of such scores round.
     """
-    found = []
+    every = [fused.score for structure in structures for fused in scores[structure]]
+    per_parameter = not any(bool((score < 0).any()) for score in every)
+    found = [step for structure in structures for step in _steps(base, budget, scores, structure, per_parameter)]
+    return sorted(found, key=lambda step: (step.price, step.layer, -step.width))
+
+
+def _steps(
+    base: ResolvedBase, budget: Budget, scores: FusedScores, structure: Structure, per_parameter: bool
+) -> Iterator[WidthStep]:
+    """The steps of one structure, those of each layer from its own width down."""
     for layer, (shape, fused) in enumerate(zip(base.layers, scores[structure], strict=True)):
         score = fused.score.double()
         if structure is Structure.QUERY_HEADS:  # the n-th head of every KV group goes at once
@@ -73,12 +83,8 @@ def steps(base: ResolvedBase, budget: Budget, scores: FusedScores, structure: St
         for wide, narrow in itertools.pairwise(widths):
             gone = ordered[widths[0] - wide : widths[0] - narrow]
             worth = float(gone.mean())
-            # Scores below zero (distances from a mean) are ranked as they are: dividing would turn
-            # their order round.
-            price = worth / cost if float(ordered[0]) >= 0 else worth
-            highest = max(highest, price)
-            found.append(WidthStep(highest, layer, structure, narrow, cost * (wide - narrow), wide - narrow))
-    return sorted(found, key=lambda step: (step.price, step.layer, -step.width))
+            highest = max(highest, worth / cost if per_parameter else worth)
+            yield WidthStep(highest, layer, structure, narrow, cost * (wide - narrow), wide - narrow)
 
 
 def global_widths(
@@ -105,10 +111,8 @@ def global_widths(
             _take_units(layers, base, budget, steps(base, budget, scores, structure), structure)
     wanted = wanted_parameters(budget, base)
     if wanted is not None:
-        every = steps(base, budget, scores, Structure.FFN)
         heads = not budget.kv_groups and Structure.KV_GROUPS in scores  # compete with neurons
-        if heads:
-            every = sorted(every + steps(base, budget, scores, Structure.KV_GROUPS), key=lambda step: step.price)
+        every = steps(base, budget, scores, Structure.FFN, *([Structure.KV_GROUPS] if heads else []))
         rows = removed_with_rows(base, wanted_rows(budget, base))
         removed = rows + sum(removed_from_layer(base, index, layer) for index, layer in enumerate(layers))
         for step in every:

@@ -229,6 +229,8 @@ def corpus_scores(profile: Profile, structures: Sequence[Structure], spec: Spec)
 
 def standard(scores: Tensor) -> Tensor:
     """Distance from the mean in standard deviations, `[units]`; zero where all are equal."""
+    if not scores.numel() or bool(scores.min() == scores.max()):  # the mean may differ by a rounding error
+        return torch.zeros_like(scores)
     return (scores - scores.mean()) / scores.std(correction=0).clamp_min(1e-30)
 
 

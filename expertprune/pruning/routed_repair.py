@@ -60,8 +60,8 @@ class RoutedSystem:
     def of(cls, moments: RoutedMoments, damping: float) -> RoutedSystem:
         gram, ridge = moments.gram.double(), routed_ridge(moments, damping)
         gram.diagonal().add_(ridge)
-        factor, _ = torch.linalg.cholesky_ex(gram)  # waits for nothing; what fails is not finite, and is refused later
-        return cls(factor, ridge)
+        factor, failed = torch.linalg.cholesky_ex(gram)  # waits for nothing
+        return cls(torch.where(failed > 0, torch.nan, factor), ridge)  # what is not finite is refused later
 
     def change(self, cross: Tensor, before: Tensor) -> Tensor:
         """The change `Δ` of the expert's output projection since the start, `[hidden, ffn]`, float32.

@@ -67,6 +67,8 @@ def test_the_layers_of_the_least_fused_influence_go(base: ResolvedBase, tmp_path
         assert why.relevance == pytest.approx([0.4779, 0.175, 0.225, 0.3206], abs=1e-4)
         assert why.source == ["general", "task", "task", "general"]
         assert why.why.threshold == max(why.relevance[layer] for layer in gone)
+        assert why.why.shared is not None
+        assert why.why.shared.units == 4, "a layer has no activation that could make it exclusive"
 
 
 def test_rules_and_scales_apply_to_layers(base: ResolvedBase, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from expertprune.composition.parameters import removed_parameters
 from expertprune.composition.plan import select_layer
-from expertprune.composition.ranking import WidthStep, global_widths
+from expertprune.composition.ranking import WidthStep, global_widths, steps
 from expertprune.composition.scoring import Fused
 from expertprune.composition.uniform import uniform_widths
 from expertprune.composition.widths import LayerWidths, legal_widths
@@ -163,6 +163,24 @@ def test_scores_below_zero_are_ranked_as_they_are() -> None:
     budgets = [Budget(ffn=n / 8, multiple_of=1, floor=0) for n in range(1, 6)]
     kept = [[layer.ffn for layer in global_widths(budget, base, scores)] for budget in budgets]
     assert kept == [[3, 4], [2, 4], [2, 3], [2, 2], [1, 2]]  # -4, -3, -2, -1, -0.5
+
+
+def test_one_score_below_zero_makes_no_other_layer_cheaper() -> None:
+    """Per parameter, 0.3 in one layer would be less than 0.1 in another that has a score below zero."""
+    base = base_of(ffn=4, layers=2)
+    values = ([0.3, 0.4, 0.5, 0.6], [-1.0, 0.1, 0.2, 0.7])
+    scores = {FFN: [Fused(torch.tensor(each), torch.zeros(4), None) for each in values]}
+    budgets = [Budget(ffn=n / 8, multiple_of=1, floor=0) for n in range(1, 5)]
+    kept = [[layer.ffn for layer in global_widths(budget, base, scores)] for budget in budgets]
+    assert kept == [[4, 3], [4, 2], [4, 1], [3, 1]]
+    scores[GROUPS] = [Fused(torch.tensor([2.0, -0.5, 3.0, 4.0]), torch.zeros(4), None), scores[FFN][0]]
+    scores[FFN] = [scores[FFN][0]] * 2  # no neuron is below zero, but a group that competes with them is
+    order = [
+        (each.structure, each.layer)
+        for each in steps(base, Budget(parameters=0.1, multiple_of=1, floor=0), scores, FFN, GROUPS)
+    ]
+    assert order[0] == (GROUPS, 0)
+    assert order[1:4] == [(FFN, 0), (FFN, 1), (GROUPS, 1)]  # all of 0.3
 
 
 def test_heads_and_groups_together_can_be_said_and_hold_the_floor() -> None:

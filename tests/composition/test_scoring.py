@@ -42,6 +42,8 @@ def test_percentile_and_standard_written_out() -> None:
         (standard, [1.0, 3.0, 4.0, 8.0], [-3 / deviation, -1 / deviation, 0.0, 4 / deviation]),
         (standard, [2.0, 2.0, 2.0], [0.0, 0.0, 0.0]),
         (standard, [7.0], [0.0]),
+        (standard, [0.1, 0.1, 0.1], [0.0, 0.0, 0.0]),  # whose mean is not quite 0.1
+        (standard, [], []),
     ):
         assert scale(torch.tensor(scores, dtype=torch.float64)).tolist() == pytest.approx(expected)
 

@@ -51,6 +51,13 @@ def test_one_expert_is_the_ridge_regression_of_its_tokens() -> None:
         np.testing.assert_allclose(numbers(found), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_equations_that_cannot_be_solved_give_nothing_finite() -> None:
+    """What is not finite is refused when it is written; an unfinished factor would be written."""
+    gram = torch.tensor([[1.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    system = RoutedSystem.of(RoutedMoments(gram, torch.tensor(1e9)), 1e-9)
+    assert not system.change(torch.ones(2, 3), torch.zeros(2, 3)).isfinite().any()
+
+
 def test_an_expert_that_few_tokens_come_to_stays_as_it_is() -> None:
     """Of 256 neurons, one token says one direction: without the second term, the change would fit it nearly exactly."""
     generator = torch.Generator().manual_seed(2)
