@@ -30,8 +30,9 @@ _REFUSED = {
     "monteclora_config": "sampled weights (MonteCLoRA)",
     "arrow_config": "routing between adapters (Arrow)",
 }
-# Ways to begin that leave the base as it is. Others, such as PiSSA, change its weights whenever PEFT loads the adapter.
-_BEGINNINGS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+# Ways to begin that leave the base as it is. Others change its weights: PiSSA whenever PEFT loads the adapter, LoRA-GA when
+# it is trained.
+_BEGINNINGS = ("gaussian", "eva", "orthogonal", "mica")
 
 
 class AdapterConfig(BaseModel):
@@ -47,6 +48,9 @@ class AdapterConfig(BaseModel):
     init_lora_weights: bool | str | None = True
     target_modules: list[str] | str | None = None
     target_parameters: list[str] | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
     alpha_pattern: dict[str, Any] | None = None
     trainable_token_indices: Any = None
     alora_invocation_tokens: Any = None
@@ -157,8 +161,8 @@ def _refuse_other_kinds(config: AdapterConfig, document: Mapping[str, Any], path
         )
     if isinstance(config.init_lora_weights, str) and config.init_lora_weights not in _BEGINNINGS:
         raise CheckpointError(
-            f"{path}: init_lora_weights is {config.init_lora_weights!r}, which changes the base's weights when PEFT loads "
-            "the adapter; convert it to a plain one first (path_initial_model_for_weight_conversion in PEFT)"
+            f"{path}: init_lora_weights is {config.init_lora_weights!r}, which changes the base's weights in PEFT; "
+            "convert it to a plain one first (path_initial_model_for_weight_conversion in PEFT)"
         )
     if wrong := [rank for rank in config.ranks if rank < 1]:
         raise CheckpointError(f"{path}: rank_pattern: a rank is {wrong[0]}, and must be at least 1")

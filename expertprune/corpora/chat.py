@@ -14,6 +14,7 @@ from expertprune.corpora.templates import Span, TemplateFailedError, TemplateSto
 from expertprune.errors import SpecError, first_line
 
 _MARK = "\ue000"  # a character of no language
+_ANCHOR = 8  # characters in front of an answer by which it is found again
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -135,29 +136,30 @@ class ChatTemplate:
         """Find each answer as what it adds to the conversation before it.
 
         Templates may render an earlier answer otherwise than the last one (without its reasoning),
-        so that a shorter conversation is no prefix. The answer is then what changes if a mark takes its
-        place.
+        so that a shorter conversation is no prefix, or open no answer. The answer is then what changes
+        if a mark takes its place.
         """
         messages, behind = conversation.messages, 0
         for number, message in enumerate(messages):
             if message["role"] != ANSWER:
                 continue
-            content = message["content"].strip()
             before = self._prefix(conversation, text, messages[:number], opened=True)
-            start = max(behind, before or 0)
-            if before == self._prefix(conversation, text, messages[:number]):  # no prompt that opens an answer
-                start = max(start, text.find(content, start))
-            if (end := self._prefix(conversation, text, messages[: number + 1])) is None or before is None:
-                span = self._by_mark(conversation, text, number)
+            end = self._prefix(conversation, text, messages[: number + 1])
+            start, span = max(behind, before or 0), None
+            unopened = before is None or before == self._prefix(conversation, text, messages[:number])
+            if unopened or end is None:
+                span = self._by_mark(conversation, text, number) or self._by_part(conversation, text, number, behind)
+            if unopened:
+                start = max(start, text.find(message["content"].strip(), start) if span is None else span[0])
+            if end is None or before is None:
                 if span is None or span[1] <= max(start, span[0]):
                     raise SpecError(
                         f"the base's chat template changes message {number + 1}, so its answer cannot be found; "
                         "set 'documents: raw'"
                     )
-                start = start if before is not None else max(start, span[0])
                 end = span[1]
                 end += next((len(token) for token in self._special if text.startswith(token, end)), 0)
-            yield start, end
+            yield min(start, end), end  # an answer may come to nothing
             behind = end
 
     def _by_mark(self, conversation: Conversation, text: str, number: int) -> Span | None:
@@ -175,6 +177,27 @@ class ChatTemplate:
             return None
         start = _alike(before, text)
         return start, len(text) - _alike(behind[::-1], text[start:][::-1])
+
+    def _by_part(self, conversation: Conversation, text: str, number: int, behind: int) -> Span | None:
+        """The same where a template takes no mark in the whole: in the messages up to the answer, found again in the text.
+
+        Some refuse words in place of a call of tools between others, and have the tools before the last question.
+        """
+        part = Conversation.of(conversation.messages[: number + 1], conversation.tools)
+        try:
+            shorter, _ = self._text(part.tools, part.messages)
+        except TemplateStoppedError:
+            raise
+        except SpecError:
+            return None
+        if (span := self._by_mark(part, shorter, number)) is None:
+            return None
+        start, end = span
+        if text.startswith(shorter[:start]):
+            return span if text.startswith(shorter[:end]) else None
+        anchor = min(start, _ANCHOR)
+        found = text.find(shorter[start - anchor : end], max(0, behind - anchor))
+        return None if found < 0 else (found + anchor, found + anchor + end - start)
 
     def _prefix(
         self, conversation: Conversation, text: str, messages: Sequence[dict[str, Any]], opened: bool = False

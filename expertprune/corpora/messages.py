@@ -14,7 +14,8 @@ from expertprune.files import parse_json
 
 ANSWER = "assistant"  # the role whose messages count
 _INSTRUCTIONS = ("system", "developer")  # roles of messages that many conversations share
-_KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content")  # what templates read besides role and content
+# What templates read besides role and content.
+_KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
 # Roles of the ShareGPT form, https://github.com/lm-sys/FastChat, and of its variants for tools.
 _SHAREGPT = {
     "human": "user",
@@ -161,6 +162,8 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(role, str) or not role:
         raise SpecError(f"{where}: its role is {role!r}, not a name")
     kept = {key: message[key] for key in _KEPT if message.get(key)}
+    if message.get("reasoning"):  # as vLLM answers, and what it gives to templates
+        kept.setdefault("reasoning_content", message["reasoning"])
     if "tool_calls" in kept:
         calls = _listed(kept["tool_calls"])
         if not isinstance(calls, list) or not all(isinstance(each, dict) for each in calls):

@@ -10,8 +10,10 @@ from expertprune.errors import CheckpointError
 
 # Keys whose value names modules: in a list, as keys of a mapping, or as one regular expression.
 _NAMES = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern")
-_ANY_NUMBER = re.compile(r"\[0-9\]")  # in a regular expression
-_A_NUMBER = re.compile(r"(?<![A-Za-z0-9_])\d")  # such as a layer's or a routed expert's
+# What changes with no layer's number in a regular expression: any number, and a digit within a name, as in `w[0-9]`.
+_ANY_NUMBER = re.compile(r"(?:\[0-9\]|\\d)[+*]|(?<=[A-Za-z_])(?:\[0-9\]|\\d)")
+_A_NUMBER = re.compile(r"(?<![A-Za-z0-9_])\d|\\d")  # such as a layer's or a routed expert's, or any of one digit
+_GROUP = re.compile(r"\([^()]*\)")
 
 
 def renumbered(config: Mapping[str, Any], layers: str, positions: Mapping[int, int]) -> dict[str, Any]:
@@ -26,10 +28,10 @@ def renumbered(config: Mapping[str, Any], layers: str, positions: Mapping[int, i
     """
     result = dict(config)
     chosen = config.get("layers_to_transform")
-    if chosen is not None:
+    if chosen is not None and chosen != []:  # an empty list means all layers
         listed = [chosen] if isinstance(chosen, int) else chosen
         stay = [positions[layer] for layer in listed if layer in positions]
-        result["layers_to_transform"] = stay or [len(positions)]  # an empty list would mean all layers
+        result["layers_to_transform"] = stay or [len(positions)]  # a layer that is not there
     for key in _NAMES:
         value = config.get(key)
         if isinstance(value, dict):
@@ -49,17 +51,25 @@ def renumbered_names(names: Sequence[str], layers: str, positions: Mapping[int, 
     expression, as in `model.layers.3.mlp` and `layers\\.3\\.`.
 
     Raises:
-        CheckpointError: a pattern has numbers elsewhere.
+        CheckpointError: a pattern has numbers elsewhere, or only some of what it names goes.
     """
     numbered = re.compile(rf"(\b{re.escape(layers.rpartition('.')[2])}\\?\.)(\d+)(?=\\?\.)")
     result = []
     for name in names:
-        if _A_NUMBER.search(_ANY_NUMBER.sub("", numbered.sub("", name))):
+        numbers = [int(found[2]) for found in numbered.finditer(name)]
+        gone = [number for number in numbers if number not in positions]
+        partly = gone and (len(gone) < len(numbers) or not _names_layers_alone(name, numbered))
+        if partly or _A_NUMBER.search(_ANY_NUMBER.sub("", numbered.sub("", name))):
             raise CheckpointError(
                 f"{name!r} names layers or routed experts by numbers, some of which change in this expert; write it as "
                 "a list of full names"
             )
-        numbers = [int(found[2]) for found in numbered.finditer(name)]
-        if all(number in positions for number in numbers):
+        if not gone:
             result.append(numbered.sub(lambda found: f"{found[1]}{positions[int(found[2])]}", name))
     return result
+
+
+def _names_layers_alone(name: str, numbered: re.Pattern[str]) -> bool:
+    """Whether each alternative of a pattern names a layer, outside of parentheses."""
+    outer = _GROUP.sub("", name)
+    return "(" not in outer and all(numbered.search(each) for each in outer.split("|"))

@@ -38,6 +38,12 @@ _REFUSED = {
     "ssl-.*|enable-ssl-refresh": "expertprune asks its servers over http; let a proxy in front of the endpoint speak TLS",
     "config": "a file could change what expertprune says itself; give the arguments that it holds after --",
 }
+# Options that expertprune says, refuses or reads. vLLM also takes their beginnings, in which they would be overlooked.
+_IN_FULL = (
+    "--model", "--host", "--port", "--served-model-name", "--uds", "--enable-ssl-refresh", "--config", "--api-key",
+    "--dtype", "--max-model-len", "--enforce-eager", "--enable-prefix-caching", "--kv-cache-memory-bytes",
+    "--gpu-memory-utilization", "--cpu-offload-gb", "--tensor-parallel-size", "--pipeline-parallel-size", "-tp", "-pp",
+)  # fmt: skip
 _SHORT = {"-tp": "tensor_parallel_size", "-pp": "pipeline_parallel_size"}
 _PLATFORM = """
 import json
@@ -202,14 +208,19 @@ def option_names(arguments: Sequence[str]) -> list[str]:
     """The options among vLLM arguments, named as `vllm.LLM` names them.
 
     Raises:
-        UsageError: one that is not vLLM's to be told here.
+        UsageError: one that is not vLLM's to be told here, or the beginning of one that must be seen here.
     """
-    names = [match.group(1) for text in arguments if (match := re.match(r"--(?:no-)?([A-Za-z][\w.-]*)", text))]
+    names = [match.group(1) for text in arguments if (match := re.match(r"--(?:no-)?([A-Za-z][\w-]*)", text))]
     for name in names:
         option = name.replace("_", "-")
         reasons = (reason for pattern, reason in _REFUSED.items() if re.fullmatch(pattern, option))
         if reason := next(reasons, None):
             raise UsageError(f"--{name} cannot be given after --: {reason}")
+    for text in arguments:
+        if begun := re.match(r"--(?:no-)?[A-Za-z][\w-]*|-[A-Za-z]+", text):
+            option = begun[0].replace("--no-", "--").replace("_", "-")
+            if full := next((full for full in _IN_FULL if full.startswith(option) and full != option), None):
+                raise UsageError(f"{begun[0]} cannot be given after --: write {full} in full")
     short = [_SHORT[key] for text in arguments if (key := text.partition("=")[0]) in _SHORT]
     return [*(name.replace("-", "_") for name in names), *short]
 
@@ -227,8 +238,9 @@ def server_arguments(
     Raises:
         UsageError: see `engine_settings`, `option_names`, `platform`, `check_shared`.
     """
+    names = option_names(given)
     check_shared(servable, _gpus(given))
-    settings = engine_settings(as_served(servable, given), platform(), engines, option_names(given))
+    settings = engine_settings(as_served(servable, given), platform(), engines, names)
     where = [f"--model={servable.folder.resolve()}", f"--served-model-name={servable.name}"]
     return [*where, f"--host={host}", f"--port={port}", *as_arguments(settings), *given]
 

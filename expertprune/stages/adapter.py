@@ -222,19 +222,22 @@ def _config(adapter: Adapter, fit: _Fit) -> dict[str, Any]:
                 raise CheckpointError(
                     f"{where}: {key} names tokens by ids that the expert's smaller vocabulary does not have"
                 )
+    document = dict(adapter.document)
+    if isinstance(config.init_lora_weights, str):  # PEFT would begin so again, which can fail for narrower layers
+        document["init_lora_weights"] = True
     positions = {layer: layer for layer in range(len(chain[0].plan.shapes))}
     for each in chain:
         new = new_positions(each.plan.kept)
         positions = {layer: new[position] for layer, position in positions.items() if position in new}
     if len(positions) < len(chain[0].plan.shapes):
         try:
-            return renumbered(adapter.document, fit.family.layers, positions)
+            return renumbered(document, fit.family.layers, positions)
         except CheckpointError as problem:
             raise CheckpointError(f"{where}: {problem}") from None
     numbered = [name for name in config.names if re.search(r"experts\\?\.\d", name)]
     if numbered and any(new != old for old, new in fit.names.items()):
         raise CheckpointError(f"{where}: {numbered[0]!r} names a routed expert by a number that changes in this expert")
-    return dict(adapter.document)
+    return document
 
 
 def _write_weights(adapter: Adapter, fit: _Fit, path: Path) -> int:

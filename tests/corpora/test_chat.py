@@ -46,6 +46,17 @@ ALTERNATING = (
     "{% endif %}{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else ' ' + m.content + ' ' + eos_token }}"
     "{% endfor %}"
 )
+# As Mistral's v0.3 does: roles alternate but for calls of tools, and the tools stand before the last question.
+LAST_TOOLS = (
+    "{% set asked = messages | selectattr('role', 'equalto', 'user') | list %}{% set turns = namespace(number=0) %}"
+    "{% for m in messages %}{% if m.role != 'tool' and m.tool_calls is not defined %}"
+    "{% if (m.role == 'user') != (turns.number % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% set turns.number = turns.number + 1 %}{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'user' %}{{ '[TOOLS]' + tools[0].function.name if m == asked[-1] }}[INST]{{ m.content }}[/INST]"
+    "{% elif m.tool_calls is defined %}call {{ m.tool_calls[0].function.name }}{{ eos_token }}"
+    "{% elif m.role == 'tool' %}[RESULT]{{ m.content }}{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
 SAID = ("the heart", "pumps blood", "a judge", "reads law")
 TWO_TURNS = [{"role": role, "content": said} for role, said in zip((USER, ANSWER) * 2, SAID, strict=True)]
 
@@ -113,7 +124,7 @@ def test_tool_calls_reach_the_template_and_count_as_an_answer(form: str) -> None
         "{{ tools[0].function.name }}{% for m in messages %} {{ m.content }}"
         "{% for c in m.tool_calls %}<|im_start|>{{ c.function.name }}" + form + "{% endfor %}{% endfor %}"
     )
-    assert answers_of(render(Document.of(read), chat_tokenizer(template))) == [' <|im_start|>sum{"a": 1}']
+    assert answers_of(render(Document.of(read), chat_tokenizer(template))) == ['<|im_start|>sum{"a": 1}']
 
 
 def test_what_a_call_lacks_is_empty_as_vllm_has_it() -> None:
@@ -123,6 +134,18 @@ def test_what_a_call_lacks_is_empty_as_vllm_has_it() -> None:
     for given, content in itertools.product(({}, *arguments), ({"content": None}, {"content": ""}, {})):
         answer = {"role": ANSWER, **content, "tool_calls": [call_of(**given)]}
         assert read_conversation([TWO_TURNS[0], answer], None, "here").messages[1] == expected
+
+
+def test_thoughts_are_kept_under_every_name_that_templates_or_vllm_have_for_them() -> None:
+    for thoughts, expected in (
+        ({"reasoning_content": "deep"}, {"reasoning_content": "deep"}),
+        ({"thinking": "deep"}, {"thinking": "deep"}),
+        ({"reasoning": "deep"}, {"reasoning_content": "deep"}),
+        ({"reasoning": "other", "reasoning_content": "deep"}, {"reasoning_content": "deep"}),
+        ({"reasoning": None, "thinking": ""}, {}),
+    ):
+        read = read_conversation([TWO_TURNS[0], {**TWO_TURNS[1], **thoughts}], None, "here")
+        assert read == Conversation.of([TWO_TURNS[0], {**TWO_TURNS[1], **expected}])
 
 
 def test_what_is_no_conversation_is_named() -> None:
@@ -184,6 +207,34 @@ def test_calls_of_tools_count_with_and_without_words_beside_them() -> None:
         turns = [{"role": USER, "content": "law"}, {"role": ANSWER, "content": content, "tool_calls": calls},
                  {"role": "tool", "content": "a judge"}, {"role": ANSWER, "content": "a judge"}]  # fmt: skip
         assert answers_of(render(document(turns), chat_tokenizer(OPENED))) == [said, "a judge<|im_end|>"]
+
+
+@pytest.mark.parametrize("question", ["", "the heart pumps blood"])
+def test_calls_of_tools_are_found_where_the_template_shifts_the_tools(question: str) -> None:
+    tools, calls = [call_of()], [call_of(arguments={})]
+    turns: list[dict[str, Any]] = []
+    for repeated in (1, 2, 3):
+        turns += [{"role": USER, "content": f"{question}{repeated}"},
+                  {"role": ANSWER, "content": None, "tool_calls": calls},
+                  {"role": "tool", "content": "call sum</s>"}, {"role": ANSWER, "content": "law"}]  # fmt: skip
+        text = render(Document.of(read_conversation(turns, tools, "here")), chat_tokenizer(LAST_TOOLS))
+        assert answers_of(text) == ["call sum</s>", "law</s>"] * repeated
+        assert text.answers is not None
+        assert [text.text[:start].endswith(("[/INST]", " ")) for start, _ in text.answers] == [True, True] * repeated
+
+
+def test_answers_begin_behind_their_role_where_nothing_opens_them() -> None:
+    """Whatever they hold: letters of the role, white space, or nothing but what ends them."""
+    talk = [*({"role": role, "content": said} for said in ("s", "  law\n") for role in (USER, ANSWER)),
+            {"role": ANSWER, "content": None, "tool_calls": [call_of()]}, {"role": ANSWER, "content": "an"}]  # fmt: skip
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+    expected = ["s<|im_end|>", "  law\n<|im_end|>", "<|im_end|>", "an<|im_end|>"]
+    assert answers_of(render(document(talk), chat_tokenizer(template))) == expected
+    silent = chat_tokenizer("{% for m in messages if m.content %}" + template.partition("%}")[2])
+    text = render(document(talk), silent)
+    assert answers_of(text) == [*expected[:2], "", expected[3]]
+    assert text.answers is not None
+    assert all(start <= end for start, end in text.answers)
 
 
 def test_the_mask_is_that_of_transformers_where_the_template_marks_answers() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -79,6 +80,7 @@ CASES: list[tuple[dict[str, Any], Widths, dict[str, Any], dict[str, Any]]] = [
     # fewer layers; no list of them would mean all
     ({}, FOUR, {"target_modules": LINEAR, "layers_to_transform": [0, 1, 3]}, {"layers_to_transform": [0, 2]}),
     ({}, FOUR, {"target_modules": ["o_proj", "lm_head"], "layers_to_transform": [1]}, {"layers_to_transform": [3]}),
+    ({}, FOUR, {"target_modules": ["up_proj"], "layers_to_transform": []}, {}),
     ({}, FOUR,
      {"target_modules": ["model.layers.1.mlp.up_proj", "layers.3.mlp.up_proj", "k_proj"],
       "rank_pattern": {r"layers\.3\.mlp\.up_proj": 2, "layers.1.mlp.up_proj": 3, "k_proj": 5},
@@ -126,6 +128,21 @@ def test_lora_of_single_routed_experts_is_renumbered(tmp_path: Path) -> None:
     changed(adapter, target_modules=["q_proj", f"{module}.3.w2"])
     with pytest.raises(CheckpointError, match=f"'{module}.3.w2' names a routed expert by a number that changes"):
         expertprune.cut_adapter(adapter, expert, tmp_path / "again")
+
+
+def test_an_adapter_of_a_rank_above_the_new_width_does_not_begin_anew(tmp_path: Path) -> None:
+    """MiCA begins with as many singular vectors as the rank says, and an FFN of 11 neurons has no 12."""
+    base = tiny_base(tmp_path)
+    plan = plan_by_layer(base, [{"ffn": 11}] * 3)
+    expert = expert_of(plan, base, tmp_path / "expert")
+    adapter = trained(base.folder, tmp_path / "adapter", target_modules=["up_proj"], r=12)
+    assert_cut_along(plan, base.folder, adapter, expert, tmp_path / "plain")
+    changed(adapter, init_lora_weights="mica")
+    expertprune.cut_adapter(adapter, expert, tmp_path / "cut")
+    small = load_model(expert, torch.float32, torch.device("cpu"))
+    own, expected = (logits_of(with_adapter(copy.deepcopy(small), tmp_path / name)) for name in ("cut", "plain"))
+    assert torch.equal(own, expected)
+    assert read_json(tmp_path / "cut" / CONFIG) == read_json(tmp_path / "plain" / CONFIG) | {"init_lora_weights": True}
 
 
 # --- the vocabulary, and experts of experts -----------------------------------------------------------------------------
@@ -276,6 +293,12 @@ HURT: list[tuple[Hurt, str]] = [
     (said(peft_type="PREFIX_TUNING"), "peft_type is PREFIX_TUNING, and only LORA"),
     (said(bias="lora_only"), "bias is 'lora_only'"),
     (said(init_lora_weights="pissa"), "init_lora_weights is 'pissa', which changes the base"),
+    (said(init_lora_weights="lora_ga"), "init_lora_weights is 'lora_ga', which changes the base"),
+    (said(layers_to_transform="3"), "adapter_config.json: layers_to_transform: must be a"),
+    (said(layers_to_transform=[0, "x"]), "adapter_config.json: layers_to_transform.1: must be a"),
+    (said(modules_to_save="lm_head"), "adapter_config.json: modules_to_save: must be a list"),
+    (said(modules_to_save=[7]), "adapter_config.json: modules_to_save.0: must be"),
+    (said(exclude_modules=[["q_proj"]]), "adapter_config.json: exclude_modules.0: must be"),
     (said(layer_replication=[[0, 2]]), "layer_replication: an adapter with layers"),
     (said(base_model_name_or_path="owner/model"),
      "base_model_name_or_path is 'owner/model', and the expert second was cut from first, which was cut from base; "

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -196,6 +198,20 @@ def test_what_the_user_gives_wins(fake_vllm: None, tiny_llama: Path, monkeypatch
         (["--ssl-certfile", "cert.pem"], "--ssl-certfile cannot be .*; let a proxy in front of the endpoint speak TLS"),
         (["--ssl_keyfile=key.pem"], "--ssl_keyfile cannot be given"),
         (["--config=vllm.yaml"], "--config cannot be .*: .*give the arguments that it holds after --"),
+        (["--hos=0.0.0.0"], "--hos cannot be given after --: write --host in full"),
+        (["--por", "9"], "--por cannot .*: write --port in full"),
+        (["--served_model", "zz"], "--served_model cannot .*: write --served-model-name in full"),
+        (["--conf", "x"], "--conf cannot .*: write --config in full"),
+        (["--ssl-keyf=k"], "--ssl-keyf cannot be given"),
+        (["--model.name=x"], "--model cannot be given after --: expertprune says it itself"),
+        (["--api-k", "secret"], "--api-k cannot .*: write --api-key in full"),
+        (["--dtyp", "float32"], "--dtyp cannot .*: write --dtype in full"),
+        (["--no-enforce-e"], "--no-enforce-e cannot .*: write --enforce-eager in full"),
+        (
+            ["--seed", "1", "--tensor-parallel", "2"],
+            "--tensor-parallel cannot .*: write --tensor-parallel-size in full",
+        ),
+        (["-t", "2"], "-t cannot .*: write -tp in full"),
         (["-tp", "4"], "6 query heads and 3 KV heads, which cannot be shared among 4 GPUs"),
         (["--seed", "1", "--tensor-parallel-size=3"], "32 FFN neurons, which cannot be shared among 3 GPUs"),
         (["--tensor_parallel_size", "2"], r"3 KV heads, .* among 2 GPUs: .* budget\.tensor_parallel: 2"),
@@ -206,6 +222,21 @@ def test_arguments_that_no_engine_can_have_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         engine.server_arguments(engine.check_folder(tiny_llama), "127.0.0.1", 8000, given)
+
+
+@pytest.mark.vllm
+def test_no_option_of_vllm_is_taken_for_the_beginning_of_another() -> None:
+    """Of those that must be given in full, each is one of vLLM's."""
+    asked = subprocess.run([*engine.COMMAND, "--help"], capture_output=True, text=True, check=True)
+    options = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", asked.stdout))
+    assert {each for each in engine._IN_FULL if each.startswith("--")} <= options
+    begun = []
+    for option in options:
+        try:
+            engine.option_names([option])
+        except UsageError as error:
+            begun += [option] if "in full" in str(error) else []
+    assert not begun
 
 
 def test_a_vllm_that_is_missing_is_told_from_one_that_is_broken(
