@@ -140,6 +140,8 @@ def test_what_vllm_cannot_serve_is_not_offered_to_it(
     card = (tmp_path / "other" / "README.md").read_text()
     assert "in this folder. vLLM serves no layers of different widths of family 'olmo2'.\n" in card
     assert "vllm serve" not in card
+    missing = call_json("report", tmp_path / "other")["experts"][0]["missing"]["throughput"]
+    assert (missing["command"], "no layers of different widths" in missing["reason"]) == (None, True)
     assert "of family 'olmo2'; load it with transformers" in call("serve", tmp_path / "other", code=2).output
 
 

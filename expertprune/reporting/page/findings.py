@@ -11,15 +11,17 @@ import yaml
 
 from expertprune.artifacts.changes import Changes
 from expertprune.artifacts.evaluation import Alignment, CorpusGroup, Evaluation, Group, Measured
+from expertprune.artifacts.expert import Expert
 from expertprune.artifacts.timing import METRICS, Timing
 from expertprune.composition.scoring import check_criterion, criterion_name, needed_part
 from expertprune.corpora.catalogue import unnamed
 from expertprune.evaluation.retention import pooled
-from expertprune.files import digest_of
+from expertprune.files import digest_of, read_object
 from expertprune.reporting.card import CriterionWords, FusionWords, experts_criterion, fusion_of, purpose
 from expertprune.reporting.page.evidence import Artifacts
 from expertprune.reporting.page.reasons import CutStructure, StructureRelevance, kept_units, relevance_findings
 from expertprune.reporting.tables import kinds_sentences, metric_label
+from expertprune.serving.engine import why_not_served
 from expertprune.spec.schema import Spec
 from expertprune.units import Structure
 
@@ -209,7 +211,7 @@ def findings(artifacts: Artifacts) -> ReportData:
         missing["alignment"] = Missing("The hidden states of base and expert have not been compared.", command)
     throughput = _speeds(artifacts.timing) if artifacts.timing is not None else None
     if throughput is None:
-        missing["throughput"] = Missing("Base and expert have not been timed.", f"expertprune bench {folder}")
+        missing["throughput"] = _untimed(expert, folder)
     verdicts = [row.verdict or "no_interval" for row in metrics if row.group != "other" and row.retention is not None]
     counts = {verdict: verdicts.count(verdict) for verdict in ("loss", "open", "gain", "no_interval")}
     return ReportData(
@@ -236,6 +238,12 @@ def findings(artifacts: Artifacts) -> ReportData:
         provenance=_provenance(artifacts),
         missing=missing,
     )
+
+
+def _untimed(expert: Expert, folder: str) -> Missing:
+    if why := why_not_served(read_object(expert.folder / "config.json"), expert):
+        return Missing(f"Base and expert cannot be timed: {why}.")
+    return Missing("Base and expert have not been timed.", f"expertprune bench {folder}")
 
 
 def _no_others(spec: Spec, folder: str) -> Missing:
