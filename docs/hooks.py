@@ -59,7 +59,7 @@ def _section(schema: dict[str, Any], model: dict[str, Any], defaults: dict[str, 
         section = _model_of(schema, entry)
         if section is not None:
             inner.append((f"{full}.NAME" if "additionalProperties" in entry else full, section))
-        default = "required" if name in required else _default(defaults.get(name))
+        default = "required" if name in required else _default(defaults.get(name, entry.get("default")))
         about = entry.get("description") or (section or {}).get("description", "")
         yield f"| `{full}` | {_cell(_type(schema, entry))} | {_cell(default)} | {_cell(_prose(about))} |"
     yield ""
@@ -69,7 +69,9 @@ def _section(schema: dict[str, Any], model: dict[str, Any], defaults: dict[str, 
 
 
 def _branches(entry: dict[str, Any]) -> list[dict[str, Any]]:
-    return [each for each in entry.get("anyOf", [entry]) if each.get("type") != "null"]
+    if "anyOf" not in entry:
+        return [] if entry.get("type") == "null" else [entry]
+    return [branch for each in entry["anyOf"] for branch in _branches(each)]
 
 
 def _model_of(schema: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any] | None:

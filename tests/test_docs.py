@@ -103,6 +103,12 @@ def test_the_reference_has_a_row_for_each_key_and_no_other(hooks: dict[str, Any]
     assert "| required |" in rows["base.model"]
     assert "| `false` |" in rows["base.trust_remote_code"]
     assert "| `[general]` |" in rows["general"]
+    source = "corpora.sources.NAME"  # of a section that a spec may have any number of times
+    for name, value in (("documents", "chat"), ("generate.tokens", "200000"), ("generate.from", "prompts"),
+                        ("generate.temperature", "1.0"), ("generate.seed", "0")):  # fmt: skip
+        assert f"| `{value}` |" in rows[f"{source}.{name}"]
+    assert "| text; or list of text |" in rows["evaluate.corpora"]
+    assert not any("| value |" in row for row in rows.values())
 
 
 def test_every_criterion_has_its_formula_and_its_paper_and_every_command_its_help(hooks: dict[str, Any]) -> None:

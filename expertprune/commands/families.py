@@ -36,6 +36,8 @@ def families(folder: Path | None, trust_remote_code: bool, store: Path | None, a
     expertprune families --check path/to/model
     """
     if folder is None:
+        if trust_remote_code:
+            raise click.UsageError("--trust-remote-code goes with --check: a list runs no code of a model")
         from expertprune.arch import families as known
 
         listed = sorted({each.family: each for each in known().values()}.values(), key=lambda each: each.family)

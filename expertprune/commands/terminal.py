@@ -348,10 +348,11 @@ def leading_comment(path: Path) -> str:
 
 
 def print_expert(folder: Path, as_json: bool) -> None:
-    """Print what an expert kept, its size, and how to serve it."""
+    """Print what an expert kept, its size, and how to serve it where vLLM can."""
     from expertprune.artifacts.expert import Expert
-    from expertprune.files import folder_size
+    from expertprune.files import folder_size, read_object
     from expertprune.reporting.tables import retention_table
+    from expertprune.serving.engine import why_not_served
 
     expert = Expert.load(folder)
     if as_json:
@@ -362,4 +363,5 @@ def print_expert(folder: Path, as_json: bool) -> None:
     before, after = expert.plan.parameters.before, expert.plan.parameters.after
     say(f"expert:     {folder} ({folder_size(folder) / 1e6:.1f} MB)")
     say(f"parameters: {after:,} of {before:,} ({after / before:.1%})")
-    say(f"serve it:   expertprune serve {shlex.quote(str(folder))}")
+    if why_not_served(read_object(folder / "config.json"), expert) is None:
+        say(f"serve it:   expertprune serve {shlex.quote(str(folder))}")

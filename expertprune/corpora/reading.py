@@ -33,7 +33,7 @@ def read_files(source: Source, paths: Sequence[str]) -> Iterator[Document]:
             raise SpecError(f"{path}: {problem}")
         ending = path.suffix.lower()
         if ending in _UNREAD:
-            raise SpecError(f"{path}: {ending} files are not read; give JSONL, parquet, CSV or .txt")
+            raise SpecError(f"{path}: {ending} files are not read; give JSONL, parquet, CSV, .txt or .md")
         if ending in (".txt", ".md"):
             if source.chat:
                 raise SpecError(f"{path}: a text file has no fields, and so no conversations")

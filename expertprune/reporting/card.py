@@ -10,7 +10,9 @@ from typing import Any
 import jinja2
 
 from expertprune.artifacts.expert import Expert
-from expertprune.files import write_file
+from expertprune.artifacts.plan import Plan
+from expertprune.composition.scoring import check_criterion, criterion_name
+from expertprune.files import read_object, write_file
 from expertprune.formats import one_line
 from expertprune.models.origin import CARD_FILE
 from expertprune.reporting.metadata import card_metadata
@@ -22,8 +24,11 @@ from expertprune.reporting.tables import (
     retention_notes,
     retention_rows,
     widths,
+    within,
 )
+from expertprune.serving.engine import why_not_served
 from expertprune.spec.schema import Spec
+from expertprune.units import Structure
 
 _CARD = """
 # {{ expert.name }}
@@ -32,17 +37,19 @@ An expert cut from `{{ expert.base.model }}` for {{ purpose }}, without post-tra
 {{ "{:,}".format(plan.parameters.after) }} of {{ "{:,}".format(plan.parameters.before) }} parameters
 ({{ "%.1f" % (100 * plan.parameters.after / plan.parameters.before) }}%). {% if per_layer -%}
 Its layers have widths of their own. `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` builds it with
-`modeling_expert.py` in this folder, and so does `vllm serve folder --trust-remote-code`. Where the package expertprune is
-installed, vLLM needs no code of the folder.
+`modeling_expert.py` in this folder
+{%- if refused %}. {{ refused }}.{% else %}, and so does `vllm serve folder --trust-remote-code`. Where the package
+expertprune is installed, vLLM needs no code of the folder.{% endif %}
 {%- else -%}
 It loads like any other checkpoint of its architecture, in
-transformers and in vLLM.
+transformers{% if refused %}. {{ refused }}.{% else %} and in vLLM.{% endif %}
 {%- endif %}
 
 | structure | kept in each layer | of |
 |---|---|---|
 {% for structure, entry in plan.budget.items() -%}
-| {{ names.get(structure, structure) }} | {{ entry.kept | widths(plan.gone) }} | {{ entry.of | widths(plan.gone) }} |
+| {{ names.get(structure, structure) }}{{ within(plan, structure) }} | {{ entry.kept | widths(plan.gone) }}
+{#- #} | {{ entry.of | widths(plan.gone) }} |
 {% endfor %}
 {%- if plan.vocabulary -%}
 | vocabulary rows, of the whole model | {{ plan.vocabulary.rows.rows }} | {{ plan.vocabulary.rows.of }} |
@@ -58,7 +65,8 @@ Its tokenizer is the base's without the other tokens and their merges. Tokens di
 | {{ names.get(structure, structure) }} | {{ cells | join(" | ") }} |
 {% endfor %}
 {% endif -%}
-Method: criterion `{{ spec.relevance.criterion }}` ({{ expert.criterion_paper }}), rule `{{ spec.compose.rule }}`
+Method: criterion `{{ spec.relevance.criterion }}` ({{ expert.criterion_paper }}),{% if experts %} whole routed experts by
+`{{ experts.criterion }}` ({{ experts.paper }}),{% endif %} rule `{{ spec.compose.rule }}`
 over dimensions (Cus-Prun, https://arxiv.org/abs/2506.02561),{% if fusion %} {{ fusion.text }}{% if fusion.paper %} (after
 {{ fusion.paper }}){% endif %},{% endif %} repair `{{ spec.compensation.method }}`.
 
@@ -152,10 +160,13 @@ def card_text(expert: Expert, headline: Sequence[tuple[str, str]] = ()) -> str:
         spec=spec,
         purpose=purpose(spec),
         names={"layers": "layers, of the whole model"},
+        within=within,
+        experts=experts_criterion(expert.plan, spec),
         fusion=fusion_of(spec),
         kinds={each: kind_cells(expert.plan, each) for each in expert.plan.budget if expert.plan.kinds(each)},
         kinds_sentences=kinds_sentences(spec),
         per_layer=any(isinstance(entry.kept, list) for entry in expert.plan.budget.values()),
+        refused=why_not_served(read_object(expert.folder / "config.json"), expert),
         rows=retention_rows(measured) if measured is not None else [],
         others=other_rows(measured) if measured is not None else [],
         unnamed=UNNAMED,
@@ -170,6 +181,22 @@ def _plain_text(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     return one_line(value)
+
+
+@dataclass(frozen=True)
+class CriterionWords:
+    """A criterion, and the paper that it comes from."""
+
+    criterion: str
+    paper: str
+
+
+def experts_criterion(plan: Plan, spec: Spec) -> CriterionWords | None:
+    """The criterion that chose among whole routed experts; `None` where that of the spec did, or nothing was to choose."""
+    name = criterion_name(spec.relevance, Structure.EXPERTS)
+    if name == spec.relevance.criterion or not plan.reasons(Structure.EXPERTS):
+        return None
+    return CriterionWords(name, check_criterion(name).paper)
 
 
 @dataclass(frozen=True)

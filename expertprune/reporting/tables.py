@@ -159,8 +159,16 @@ def plan_table(plan: Plan) -> Table:
         who = ", ".join(f"{name} {count:,}" for name, count in protected.items()) or uncut
         kinds = kind_cells(plan, structure)
         gone = f" (without {format_indices(plan.gone)})" if structure == "layers" else ""
-        table.add_row(structure, f"{widths(entry.kept, plan.gone)} of {widths(entry.of, plan.gone)}{gone}", who, *kinds)
+        where = within(plan, structure)
+        table.add_row(
+            structure, f"{widths(entry.kept, plan.gone)} of {widths(entry.of, plan.gone)}{where}{gone}", who, *kinds
+        )
     return table
+
+
+def within(plan: Plan, structure: str) -> str:
+    """What a structure's widths are of, where they are not of a layer: `" in each routed expert"`."""
+    return " in each routed expert" if structure == "ffn" and any(shape.experts for shape in plan.shapes) else ""
 
 
 def kinds_sentences(spec: Spec) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from expertprune.arch import families, family_of
+from expertprune.arch import EXPERT, PER_LAYER, families, family_of
 from expertprune.artifacts.expert import Expert
 from expertprune.errors import CheckpointError, UsageError
 from expertprune.files import EXPERT_FILE, is_leftover, read_object
@@ -81,22 +81,43 @@ def check_folder(folder: str | Path, name: str | None = None) -> Servable:
         name: of the model in requests; default: the expert's name, or the folder's if it is no expert.
 
     Raises:
-        CheckpointError: the folder is no expert and no checkpoint, or is half-written or damaged.
+        CheckpointError: the folder is no expert and no checkpoint, is half-written or damaged, or vLLM cannot serve it.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     if is_leftover(folder.resolve()):
         raise CheckpointError(f"{folder}: is what an unfinished build left; build the expert again")
-    expert = (folder / EXPERT_FILE).exists()
-    if not expert and not (folder / "config.json").is_file():
+    expert = Expert.load(folder) if (folder / EXPERT_FILE).exists() else None
+    if expert is None and not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: is no expert (it has no {EXPERT_FILE}) and no checkpoint (no config.json)")
-    own = Expert.load(folder).name if expert else folder.resolve().name
+    own = expert.name if expert is not None else folder.resolve().name
     checkpoint = Checkpoint(folder)
+    if reason := why_not_served(checkpoint.config, expert):
+        raise CheckpointError(
+            f"{folder}: {reason}; load it with transformers, or build the expert again with serve_with: vllm"
+        )
     checked_layers(checkpoint, families().get(str(checkpoint.config.get("model_type"))))
     if not any(folder.glob("tokenizer*")) and not any(folder.glob("*.tiktoken")):
         raise CheckpointError(f"{folder}: has no tokenizer files (tokenizer.json, tokenizer_config.json)")
     return Servable(folder, name or own, checkpoint.stored_bytes(), checkpoint, _has_chat_template(folder))
+
+
+def why_not_served(config: Mapping[str, Any], expert: Expert | None) -> str | None:
+    """Why vLLM cannot serve a model of this config, as far as its family says; `None` where nothing is against it.
+
+    Args:
+        expert: how the model was made, if it is an expert.
+    """
+    family = families().get(str(config.get("model_type")))
+    single = PER_LAYER in config and any(name.startswith(EXPERT) for name in config.get("architectures") or [])
+    if single and (family is None or not family.vllm_single_layers):
+        name = config.get("model_type") if family is None else family.family
+        return f"vLLM serves no layers of different widths of family {name!r}"
+    rows = expert is not None and any(each.plan.vocabulary is not None for each in expert.lineage)
+    if rows and family is not None and family.why_no_vocabulary_in_vllm:
+        return f"vLLM serves no cut vocabulary of family {family.family!r}: {family.why_no_vocabulary_in_vllm}"
+    return None
 
 
 def _has_chat_template(folder: Path) -> bool:

@@ -221,7 +221,8 @@ class Budget(Section):
     parameters: Fraction | None = Field(
         None,
         description="Of all parameters; FFN neurons make up what the other keys do not remove, or FFN neurons and KV "
-        "groups against each other where allocation is global. It never takes whole layers: name them in layers.",
+        "groups against each other where allocation is global and no KV groups are named. In a mixture whole routed "
+        "experts do, or FFN neurons where experts are named. It never takes whole layers: name them in layers.",
     )
     max_parameters: Size | None = Field(None, description="What may be left of the whole model, such as 100M.")
     retention: Retention | None = Field(None, description="As much as can go while this much is kept.")

@@ -75,7 +75,7 @@ class Source(Section):
     The base's chat template renders conversations, and the loss counts on their answers only.
     """
 
-    path: LocalPaths | None = Field(None, description="JSONL, parquet, CSV or .txt file(s), relative to the spec.")
+    path: LocalPaths | None = Field(None, description="JSONL, parquet, CSV, .txt or .md file(s), relative to the spec.")
     field: str | None = Field(
         None,
         description="Field of a row that holds the text (default: text). Dots lead to a nested one: "

@@ -110,7 +110,7 @@ def _check_agreement(prepared: Sequence[Prepared]) -> None:
             ("relevance.loss", loss, loss and other.spec.relevance.loss),
             ("compose.aggregate", first.spec.compose.aggregate, other.spec.compose.aggregate),
         ):
-            if ours != theirs:
+            if ours != theirs and None not in (ours, theirs):  # None: a base without routed experts
                 problems.append(f"{key}: {both} differ ({ours}, {theirs}); set one for all with --set {key}={ours}")
     name = first.spec.relevance.criterion
     if not check_criterion(name).sees_data:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from expertprune.artifacts.expert import Expert
-from expertprune.errors import UsageError
+from expertprune.errors import CheckpointError, UsageError
 from expertprune.files import EXPERT_FILE, GGUF, check_output
 from expertprune.models.gguf.writing import TYPES, Exported, write_gguf
 from expertprune.registry import nearest
@@ -24,12 +24,14 @@ def export(
 
     Raises:
         UsageError: no such format or type.
-        CheckpointError: `out` is there, or the model cannot be expressed in the format.
+        CheckpointError: `out` is there or has another ending than .gguf, or the model cannot be expressed in the format.
     """
     folder, out = Path(folder), Path(out)
     for asked, known, option in ((format, FORMATS, "--format"), (type, TYPES, "--type")):
         if asked not in known:
             raise UsageError(f"{option}: {asked!r} is none of {', '.join(known)}{nearest(asked, known)}")
     check_output(out, overwrite, GGUF, [folder])
+    if out.suffix.lower() != ".gguf":
+        raise CheckpointError(f"{out}: a GGUF file ends in .gguf; choose another --out")
     name = Expert.load(folder).name if (folder / EXPERT_FILE).is_file() else folder.resolve().name
     return write_gguf(folder, out, type, name, overwrite)

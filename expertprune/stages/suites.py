@@ -76,6 +76,7 @@ def evaluate_suites(
         SpecError: an unknown suite or task, one without examples, one that calibrated the expert,
             or lm-evaluation-harness is missing.
         ServingError, UsageError: the server cannot be had (backend `vllm`).
+        UsageError: something is given that would change nothing.
     """
     if team().size > 1:
         raise UsageError(
@@ -85,6 +86,7 @@ def evaluate_suites(
     check_writable(Expert.load(expert).folder / EXPERT_FILE)
     suites, tasks = ((each,) if isinstance(each, str) else tuple(each) for each in (suites, tasks))
     asked = SuiteRequest(Path(expert), suites, tasks, backend, limit, base, store, overrides)
+    asked.check_used()
     measurement = asked.prepared(device=None if engine is None else engine.device)
     check_floors(floors or {}, measurement.groups)
     counted: list[Counted] = []
@@ -138,6 +140,9 @@ def _changes(measured: Measurement, found: Evaluation) -> Changes:
 # --- what is measured -------------------------------------------------------------------------------------------------
 
 
+_OF_SUITES = ("evaluate.corpora", "evaluate.others", "evaluate.metrics")  # keys that count without suites only
+
+
 @dataclass(frozen=True)
 class SuiteRequest:
     """What a user wants to have measured (see `evaluate_suites`)."""
@@ -150,6 +155,18 @@ class SuiteRequest:
     base: str | Path | None
     store: str | Path | None
     overrides: Mapping[str, Any] | None
+
+    def check_used(self) -> None:
+        """Raises `UsageError` for what is given and would change nothing."""
+        given = dict(self.overrides or {})
+        whole = given.get("evaluate")
+        given |= {f"evaluate.{key}": value for key, value in whole.items()} if isinstance(whole, dict) else {}
+        if wrong := [key for key in _OF_SUITES if key in given]:
+            raise UsageError(f"{', '.join(wrong)}: suites and tasks say themselves what is measured on which corpora; give "
+                             "this key without --suite and --task")  # fmt: skip
+        if (self.limit, self.backend) != (None, "hf") and not _entries(find_suites(self.suites), self.tasks):
+            raise UsageError("--limit and --backend are of tasks, and these suites have none: leave them out, or give "
+                             "--task; --documents limits the documents of a corpus")  # fmt: skip
 
     def prepared(self, align: bool | None = None, device: str | None = None, dtype: str = "auto") -> Measurement:
         """Find and check everything that is needed.
@@ -239,6 +256,7 @@ def measure_elsewhere(
 
 def suites_shard(asked: SuiteRequest, shard: Shard, track: Track = silent) -> Report:
     """A shard's share of an evaluation on suites, in the store."""
+    asked.check_used()
     return shard.work(asked.tasks_of(asked.prepared()), track)
 
 

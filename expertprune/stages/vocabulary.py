@@ -62,9 +62,10 @@ def vocabulary(
     prepared = validate(spec, overrides, store)
     must, of = essentials(prepared.base), vocabulary_rows(prepared.base.checkpoint, prepared.base.family)
     asked = [aligned(count) for count in rows]
-    for count in asked:
+    for given, count in zip(rows, asked, strict=True):
         if not must.smallest <= count < of:
-            raise PlanError(f"--rows {count}: must be at least {must.smallest:,} and below the base's {of:,}")
+            limits = f"must be at least {must.smallest:,} and below the base's {of:,}"
+            raise PlanError(f"--rows {given}: its next multiple of {ROW_MULTIPLE} {limits}")
     profiles = profiles_of(prepared, track, also=[VOCABULARY])
     ranking = RowRanking(prepared.spec, prepared.base, profiles)
     if not asked:

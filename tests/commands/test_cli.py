@@ -22,6 +22,7 @@ from expertprune.spec.reading import load_spec
 from tests.calling import call, call_json, parsed, strict
 from tests.oracle import contents
 from tests.patching import everywhere
+from tests.tiny import save_tiny
 
 COMMANDS = [
     "adapter", "bench", "build", "chat", "compare", "compose", "evaluate", "export", "families", "forecast", "init",
@@ -124,6 +125,24 @@ def test_the_stages_one_by_one_give_what_build_gives(tmp_path: Path, spec_file: 
     assert built["evaluation"] == evaluation
     assert contents(tmp_path / "built") == contents(tmp_path / "steps")
     assert {path.stem for path in (store / "profiles").iterdir()} == stored
+
+
+def test_what_vllm_cannot_serve_is_not_offered_to_it(
+    tmp_path: Path, spec_data: dict[str, Any], spec_file: Path
+) -> None:
+    off = ["--set", "evaluate.enabled=false"]
+    assert "serve it:   expertprune serve" in call("build", spec_file, "--out", tmp_path / "served", *off).output
+    assert "in\ntransformers and in vLLM.\n" in (tmp_path / "served" / "README.md").read_text()
+    base = save_tiny(tmp_path / "olmo2", "olmo2")
+    spec = spec_data | {"base": str(base), "serve_with": "transformers", "compose": {"allocation": "global"}}
+    (tmp_path / "other.yaml").write_text(json.dumps(spec))
+    assert "serve it" not in call("build", tmp_path / "other.yaml", "--out", tmp_path / "other", *off).output
+    card = (tmp_path / "other" / "README.md").read_text()
+    assert "in this folder. vLLM serves no layers of different widths of family 'olmo2'.\n" in card
+    assert "vllm serve" not in card
+    missing = call_json("report", tmp_path / "other")["experts"][0]["missing"]["throughput"]
+    assert (missing["command"], "no layers of different widths" in missing["reason"]) == (None, True)
+    assert "of family 'olmo2'; load it with transformers" in call("serve", tmp_path / "other", code=2).output
 
 
 def test_evaluate_measures_the_corpora_and_documents_that_it_is_asked_for(expert: Path) -> None:

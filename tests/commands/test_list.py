@@ -59,6 +59,7 @@ def test_every_family_is_listed_with_what_it_allows() -> None:
 def test_a_listed_model_is_checked(tmp_path: Path) -> None:
     absent, folder = tmp_path / "absent", save_tiny(tmp_path / "model", "olmo2")
     assert f"error: --check: {absent}: no such folder" in call("families", "--check", absent, code=2).output
+    assert "--trust-remote-code goes with --check" in call("families", "--trust-remote-code", code=2).output
     checked = " ".join(call("families", "--check", folder).output.replace(str(folder), "").split())
     assert "family olmo2 (listed); cutting equals masking: ffn, widths of single layers" in checked
 

@@ -74,6 +74,9 @@ def test_an_export_and_a_report_never_replace_what_is_none(expert: Path) -> None
     config = expert / "config.json"
     assert "exists" in refused(expert, "export", expert, "--out", config)
     assert "is no GGUF file" in refused(expert, "export", expert, "--out", config, "--overwrite")
+    for options in ((), ("--overwrite",)):  # a name that a model's folder gives to other files
+        out = expert / "model.safetensors"
+        assert "a GGUF file ends in .gguf" in refused(expert, "export", expert, "--out", out, *options)
     page = expert / "report.html"
     page.write_text("<p>precious")
     for options in ((), ("--out", page, "--overwrite")):

@@ -273,6 +273,8 @@ def test_what_cannot_be_compared_is_refused_and_leaves_nothing_behind(
     (tmp_path / "folder.png").mkdir()
     same = spec("same", base=str(shutil.copytree(spec_data["base"], tmp_path / "base")))  # the same base elsewhere
     other = spec("other", base=str(save_tiny(tmp_path / "another", seed=1)))
+    routed = {"base": str(save_tiny(tmp_path / "mixtral", "mixtral")), "budget": {"ffn": 0.25, "multiple_of": 8}}
+    mixture = spec("mixture", **routed)
     activation = spec("activation", relevance="activation")
     fisher, kl = (spec(loss, relevance={"criterion": "fisher", "loss": loss}) for loss in ("language_model", "kl"))
     aggregate = spec("aggregate", compose={"allocation": "uniform", "aggregate": 0.9})
@@ -283,6 +285,7 @@ def test_what_cannot_be_compared_is_refused_and_leaves_nothing_behind(
         ([spec_file, "--structure", "heads"], "'heads' is not one of"),
         ([], "Missing argument 'SPEC...'"),
         ([spec_file, same, other], "specs 'tiny' and 'other' have different bases"),
+        ([spec_file, mixture], "specs 'tiny' and 'mixture' have different bases"),
         ([spec_file, activation], "relevance.criterion: specs 'tiny' and 'activation' differ"),
         ([fisher, kl], "relevance.loss: specs 'language_model' and 'kl' differ"),
         ([spec_file, aggregate], "compose.aggregate: specs 'tiny' and 'aggregate' differ"),
@@ -295,6 +298,7 @@ def test_what_cannot_be_compared_is_refused_and_leaves_nothing_behind(
     for arguments, words in rows:
         result = call("compare", *arguments, code=2)
         assert words in result.stderr
+        assert "None" not in result.stderr
         assert result.stdout == ""
     assert {path for folder in (tmp_path, store / "profiles") for path in folder.rglob("*")} == before
     with pytest.raises(SpecError, match="structures: 'heads' is none of ffn, query_heads, kv_groups"):

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,10 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import expertprune
+from expertprune.artifacts.plan import VocabularyPlan
 from expertprune.errors import CheckpointError, UsageError
 from expertprune.files.ownership import own_folder
 from expertprune.serving import engine
 from expertprune.serving.engine import GIB
+from expertprune.units import KeptRows
 from tests.experts import described
 from tests.oracle import change_config
 from tests.serving.conftest import CPU
@@ -63,6 +66,34 @@ def test_what_an_unfinished_build_leaves_is_not_served(folder: Path, kind: str) 
 def narrow(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 16}))
+
+
+def test_what_its_family_does_not_let_vllm_serve_is_refused(tmp_path: Path, folder: Path) -> None:
+    def config(model_type: str, single: bool = True) -> dict[str, Any]:
+        own = {"architectures": ["ExpertModel"], "per_layer_config": {"0": {"intermediate_size": 16}}}
+        return {"model_type": model_type, **(own if single else {"architectures": ["Model"]})}
+
+    plain = described(tmp_path)
+    trimmed = VocabularyPlan(KeptRows(64, tuple(range(48)), ()), "tokenizer")
+    rows = described(tmp_path, plan=replace(plain.plan, vocabulary=trimmed))
+    again = replace(plain, ancestor=rows.description)
+    for found, expert, reason in (
+        (config("llama"), rows, None),
+        (config("olmo2"), plain, "no layers of different widths of family 'olmo2'"),
+        (config("unlisted"), plain, "no layers of different widths of family 'unlisted'"),
+        (config("olmo2", single=False), rows, None),
+        (config("gpt_oss", single=False), plain, None),
+        (config("gpt_oss", single=False), rows, "no cut vocabulary of family 'gpt_oss': its chat"),
+        (config("gpt_oss", single=False), again, "no cut vocabulary of family 'gpt_oss': its chat"),
+        (config("gpt_oss", single=False), None, None),
+    ):
+        why = engine.why_not_served(found, expert)
+        assert (why is None) if reason is None else (why is not None and reason in why), (found, why)
+    change_config(
+        folder, model_type="olmo2", **{key: value for key, value in config("").items() if key != "model_type"}
+    )
+    with pytest.raises(CheckpointError, match=r"'olmo2'; load it with transformers, or build .* serve_with: vllm"):
+        engine.check_folder(folder)
 
 
 def forget(pattern: str) -> Callable[[Path], Any]:

@@ -374,6 +374,11 @@ def test_what_is_wrong_is_said_with_its_name(workplace: Workplace, no_model: Non
         ({"perplexity": {"corpora": []}}, [], "perplexity.corpora: "),
         ({"tasks": [CHOOSE]}, ["--base", "/nowhere/at/all"], "say where it is with --base"),
         ({"perplexity": {}}, ["--corpus", "medical"], "--corpus without --suite"),
+        *[({"perplexity": {}}, ["--set", f"evaluate.{key}"], f"evaluate.{key.partition('=')[0]}: suites and tasks say")
+          for key in ("corpora=medical", "others=de", "metrics=[kl]")],
+        ({"perplexity": {}}, ["--set", "evaluate={metrics: [kl]}"], "evaluate.metrics: suites and tasks say"),
+        *[({"perplexity": {}}, given, "--limit and --backend are of tasks, and these suites have none")
+          for given in (["--limit", "3"], ["--backend", "vllm"], ["--limit", "3", "--shard", "1/1"])],
         *[({"perplexity": {}}, ["--fail-under", text], "--fail-under")
           for text in ("expert", "expert=x", "exprt=0.9", "expert=0", "expert=nan", "expert=inf")],
     ):  # fmt: skip

@@ -49,7 +49,8 @@ def test_the_table_the_json_and_sizes_that_cannot_be(folder: Path, tmp_path: Pat
     data = worded_spec(folder, tmp_path / "spec", {"vocabulary": {"keep": 384}})
     spec.write_text(yaml.safe_dump(data, allow_unicode=True))
     for rows, said in (
-        ("64", "--rows 64.*must be at least"), ("512", "below the base's 512"), ("x", "whole numbers")
+        ("64", "--rows 64.*must be at least"), ("512", "below the base's 512"), ("x", "whole numbers"),
+        ("-5", "--rows -5: "), ("384,99999999", "--rows 99999999: "), ("500", "--rows 500: its next multiple of 64"),
     ):  # fmt: skip
         assert re.search(said, call("vocabulary", spec, "--rows", rows, code=2).stderr, re.DOTALL)
     found = call_json("vocabulary", spec)

@@ -85,7 +85,7 @@ def retention_picture(name: str, metrics: Sequence[Mapping[str, Any]]) -> str | 
 
 
 def kept_picture(name: str, structure: Mapping[str, Any]) -> str:
-    """Kept units of each layer by who protected them, and the cut ones above."""
+    """Kept units of each layer by who protected them, if anybody had to, and the cut ones above."""
     of, kept, protected = structure["of"], structure["kept_by_layer"], structure["protected"]
     alternative = (
         f"Kept {structure['label']} in each of {len(of)} layers, {min(kept):,} to {max(kept):,} of {max(of):,}, by the "

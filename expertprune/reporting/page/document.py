@@ -33,6 +33,7 @@ from expertprune.reporting.page import charts
 from expertprune.reporting.page.evidence import read_artifacts
 from expertprune.reporting.page.findings import findings
 from expertprune.reporting.page.lineup import lineup
+from expertprune.reporting.page.reasons import NOT_CUT
 
 log = logging.getLogger(__name__)
 
@@ -151,6 +152,7 @@ def render(data: Mapping[str, Any]) -> str:
         speeds=SPEEDS,
         names=_names(data["experts"]),
         generator=GENERATOR,
+        not_cut=NOT_CUT,
     )
 
 

@@ -11,15 +11,17 @@ import yaml
 
 from expertprune.artifacts.changes import Changes
 from expertprune.artifacts.evaluation import Alignment, CorpusGroup, Evaluation, Group, Measured
+from expertprune.artifacts.expert import Expert
 from expertprune.artifacts.timing import METRICS, Timing
 from expertprune.composition.scoring import check_criterion, criterion_name, needed_part
 from expertprune.corpora.catalogue import unnamed
 from expertprune.evaluation.retention import pooled
-from expertprune.files import digest_of
-from expertprune.reporting.card import FusionWords, fusion_of, purpose
+from expertprune.files import digest_of, read_object
+from expertprune.reporting.card import CriterionWords, FusionWords, experts_criterion, fusion_of, purpose
 from expertprune.reporting.page.evidence import Artifacts
 from expertprune.reporting.page.reasons import CutStructure, StructureRelevance, kept_units, relevance_findings
 from expertprune.reporting.tables import kinds_sentences, metric_label
+from expertprune.serving.engine import why_not_served
 from expertprune.spec.schema import Spec
 from expertprune.units import Structure
 
@@ -138,8 +140,11 @@ class CorpusFacts:
 
 @dataclass(frozen=True)
 class Provenance:
+    """How the expert was made; `experts` is the criterion of whole routed experts, where another chose among them."""
+
     criterion: str
     paper: str | None
+    experts: CriterionWords | None
     rule: str
     allocation: str
     repair: str
@@ -156,7 +161,7 @@ class ReportData:
 
     `kinds` says what the kinds of units are. `retention` is the headline: bits per byte over the
     documents of all corpora of a group, each document once. `outcome` counts the metrics of both
-    groups. `changes` are empty where the evaluation kept none. `missing` has a line for each section
+    groups that have a retention. `changes` are empty where the evaluation kept none. `missing` has a line for each section
     that is not there.
     """
 
@@ -206,9 +211,9 @@ def findings(artifacts: Artifacts) -> ReportData:
         missing["alignment"] = Missing("The hidden states of base and expert have not been compared.", command)
     throughput = _speeds(artifacts.timing) if artifacts.timing is not None else None
     if throughput is None:
-        missing["throughput"] = Missing("Base and expert have not been timed.", f"expertprune bench {folder}")
-    verdicts = [row.verdict for row in metrics if row.group != "other"]
-    counts = {verdict: verdicts.count(verdict) for verdict in ("loss", "open", "gain")}
+        missing["throughput"] = _untimed(expert, folder)
+    verdicts = [row.verdict or "no_interval" for row in metrics if row.group != "other" and row.retention is not None]
+    counts = {verdict: verdicts.count(verdict) for verdict in ("loss", "open", "gain", "no_interval")}
     return ReportData(
         name=expert.name,
         folder=str(expert.folder),
@@ -223,7 +228,7 @@ def findings(artifacts: Artifacts) -> ReportData:
         retention={group: pooled(measured, group) if measured is not None else None for group in get_args(Group)},
         speed=throughput.headline if throughput is not None else None,
         metrics=metrics,
-        outcome={"metrics": sum(counts.values()), **counts},
+        outcome={"metrics": len(verdicts), **counts},
         changes=artifacts.changes or Changes(),
         structures=kept_units(expert.plan),
         kinds=kinds_sentences(expert.spec),
@@ -233,6 +238,12 @@ def findings(artifacts: Artifacts) -> ReportData:
         provenance=_provenance(artifacts),
         missing=missing,
     )
+
+
+def _untimed(expert: Expert, folder: str) -> Missing:
+    if why := why_not_served(read_object(expert.folder / "config.json"), expert):
+        return Missing(f"Base and expert cannot be timed: {why}.")
+    return Missing("Base and expert have not been timed.", f"expertprune bench {folder}")
 
 
 def _no_others(spec: Spec, folder: str) -> Missing:
@@ -339,6 +350,7 @@ def _provenance(artifacts: Artifacts) -> Provenance:
     return Provenance(
         criterion=spec.relevance.criterion,
         paper=expert.criterion_paper,
+        experts=experts_criterion(expert.plan, spec),
         rule=spec.compose.rule,
         allocation=spec.compose.allocation,
         repair=spec.compensation.method,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
 
-from expertprune.artifacts.evaluation import CorpusGroup
+from expertprune.artifacts.evaluation import CorpusGroup, Group
 from expertprune.reporting.page.findings import MetricRow, ReportData
 from expertprune.reporting.page.reasons import CutStructure
 from expertprune.spec.schema import PER_TOKEN, TO_BASE
@@ -59,6 +59,11 @@ def lineup(experts: Sequence[ReportData]) -> Lineup:
         )
     if unlike := [row for row in rows if row.values]:
         notes.append(f"In {len(unlike)} of {len(rows)} rows the numbers are not of the same kind; the row says why.")
+    notes += [
+        f"The {group} retentions are of different documents; compare the rows of corpora that the experts share."
+        for group in get_args(Group)
+        if not _same([_read(expert, group) for expert in experts if expert.retention[group]], lambda read: read)
+    ]
     timed = [expert.throughput for expert in experts if expert.throughput is not None]
     if not _same(timed, lambda throughput: str(throughput.machine)):
         notes.append("Throughput was measured on different machines.")
@@ -74,6 +79,12 @@ def lineup(experts: Sequence[ReportData]) -> Lineup:
 
 def _same(items: Sequence[_Item], key: Callable[[_Item], Any]) -> bool:
     return all(key(item) == key(items[0]) for item in items)
+
+
+def _read(expert: ReportData, group: Group) -> set[str]:
+    """The documents behind the headline of a group."""
+    of_documents = (row for row in expert.metrics if (row.suite, row.unit) == ("corpora", "documents"))
+    return {row.same for row in of_documents if row.group == group}
 
 
 def _row(experts: Sequence[ReportData], key: tuple[str, str, str], same_base: bool) -> LineupRow:

@@ -26,9 +26,15 @@ from expertprune.units import Structure
 FRACTION = 0.25  # of a layer's units that count as irrelevant where nothing was cut
 
 
+NOT_CUT = "not cut"  # in place of a dimension: units of layers that lose none
+
+
 @dataclass(frozen=True)
 class Protected:
-    """Kept units that one dimension, or `general`, gave their score: in all, and by layer."""
+    """Kept units that one dimension, or `general`, gave their score: in all, and by layer.
+
+    Of layers that lose no unit, `NOT_CUT` has them all.
+    """
 
     source: str
     units: int
@@ -69,7 +75,7 @@ class CutStructure:
 class CorpusRelevance:
     """The share of a corpus' relevance that each layer's units hold, and that the cut units held.
 
-    `by_layer` sums to 1; both are `None` where the corpus gives the structure no relevance.
+    `by_layer` sums to 1; both are `None` where the corpus gives the structure no relevance, and `cut` where no unit was cut.
     """
 
     name: str
@@ -103,10 +109,11 @@ class Overlap:
 
 @dataclass(frozen=True)
 class StructureRelevance:
-    """Where one structure's relevance lies on each corpus, and how far corpora agree."""
+    """Where one structure's relevance lies on each corpus by its criterion, and how far corpora agree."""
 
     structure: str
     label: str
+    criterion: str
     corpora: list[CorpusRelevance]
     overlap: Overlap | None
 
@@ -141,7 +148,7 @@ def kept_units(plan: Plan) -> list[CutStructure]:
                 kept_fraction=sum(kept) / sum(of),
                 of=of,
                 kept_by_layer=kept,
-                protected=_protected(why),
+                protected=_protected(why, kept) if any(why) else [],
                 kinds=_kinds(plan, structure.value),
             )
         )
@@ -176,10 +183,12 @@ def _kinds(plan: Plan, structure: str) -> list[Kind]:
     return [Kind(name.replace("_", "-"), found.units, found.kept) for name, found in plan.kinds(structure).items()]
 
 
-def _protected(why: Sequence[UnitReasons | None]) -> list[Protected]:
-    """In the order in which the plan names those who protect."""
+def _protected(why: Sequence[UnitReasons | None], kept: Sequence[int]) -> list[Protected]:
+    """In the order in which the plan names those who protect; units that nobody had to protect last."""
     sources = dict.fromkeys(source for reason in why if reason for source in reason.protected)
     by_layer = {source: [reason.protected.get(source, 0) if reason else 0 for reason in why] for source in sources}
+    uncut = [0 if reason else units for reason, units in zip(why, kept, strict=True)]
+    by_layer |= {NOT_CUT: uncut} if any(uncut) else {}
     return [Protected(source, sum(counts), counts) for source, counts in by_layer.items()]
 
 
@@ -205,7 +214,8 @@ def relevance_findings(
         by_corpus = {name: relevance(each, structure, by, aggregate, part) for name, each in profiles.items()}
         cut = _cut_units(plan, structure)
         corpora = [_shares(name, layers, cut) for name, layers in by_corpus.items()]
-        found.append(StructureRelevance(structure.value, label(structure), corpora, _overlap(by_corpus, cut)))
+        overlap = _overlap(by_corpus, cut)
+        found.append(StructureRelevance(structure.value, label(structure), by.name, corpora, overlap))
     return found
 
 
@@ -223,8 +233,9 @@ def _shares(name: str, layers: Sequence[Array], cut: Sequence[NDArray[np.bool_]]
     total = sum(float(scores.sum()) for scores in layers)
     if total <= 0:
         return CorpusRelevance(name, None, None)
-    lost = sum(float(scores[gone].sum()) for scores, gone in zip(layers, cut, strict=True))
-    return CorpusRelevance(name, [float(scores.sum()) / total for scores in layers], lost / total)
+    lost = sum(float(scores[gone].sum()) for scores, gone in zip(layers, cut, strict=True)) / total
+    by_layer = [float(scores.sum()) / total for scores in layers]
+    return CorpusRelevance(name, by_layer, lost if any(gone.any() for gone in cut) else None)
 
 
 def _overlap(by_corpus: Mapping[str, Sequence[Array]], cut: Sequence[NDArray[np.bool_]]) -> Overlap | None:

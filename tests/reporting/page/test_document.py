@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 
+import expertprune
 from expertprune.files import to_json
 from expertprune.reporting.page import charts, headline_rows, render, report
+from expertprune.units import pack_indices
 from tests.calling import call, call_json
-from tests.experts import about, copied, measured
-from tests.html import at, numbers, parsed, words
+from tests.experts import about, copied, measured, plain_spec
+from tests.html import Element, at, numbers, parsed, words
 from tests.patching import read_only
+from tests.tiny import save_tiny
 
 Build = tuple[Path, Path]
 Page = tuple[dict[str, Any], str]
@@ -175,6 +178,66 @@ def test_what_is_not_there_is_a_line_with_its_command(tiny_build: Build, tmp_pat
     assert "Not evaluated yet" in (folder / "README.md").read_text()
 
 
+def table(root: Element, caption: str) -> Element:
+    (found,) = (each for each in root.iter("table") if words(each[0]).startswith(caption))
+    return found
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_an_expert_of_one_corpus_with_a_smaller_vocabulary_alone(tiny_build: Build, tmp_path: Path) -> None:
+    plan = about(tiny_build[0])["plan"]
+    for layer in plan["layers"]:
+        layer |= {"why": {}, "kept": {"ffn": "0-31", "query_heads": "0-5", "kv_groups": "0-2"}}
+    rows = {"of": 64, "rows": 48, "tokens": 48, "kept": pack_indices(range(48), 64)}
+    plan["vocabulary"] = {**rows, "padding": [], "tokenizer": "t", "why": None}
+    folder = copied(tiny_build, tmp_path / "rows", plan=plan)
+    report(folder, store=tiny_build[1])
+    root = parsed((folder / "report.html").read_text())
+    assert "No unit of a layer was cut. 48 of 64 vocabulary rows stayed." in words(root)
+    assert not re.search("Nothing was cut|that were cut|these were cut|the cut FFN neurons", words(root))
+    assert "cut" not in [words(cell) for cell in table(root, "Jaccard index of the irrelevant FFN neurons").iter("th")]
+    corpora = {name: each for name, each in about(folder)["corpora"].items() if name == "language/en"}
+    plan["profiles"] = {"language/en": plan["profiles"]["language/en"]}
+    one = copied(tiny_build, tmp_path / "one", plan=plan, corpora=corpora)
+    report(one, store=tiny_build[1])
+    text = words(parsed((one / "report.html").read_text()))
+    assert "One corpus calibrated this expert, so there is nothing to agree on." in text
+    assert "No structure" not in text
+
+
+def test_units_of_layers_that_lose_none_stand_beside_the_others(full: Page) -> None:
+    """Of layers of widths of their own: the sentence, the table and the picture add up."""
+    data, page = full
+    (ffn,) = (each for each in data["experts"][0]["structures"] if each["structure"] == "ffn")
+    (uncut,) = (entry for entry in ffn["protected"] if entry["source"] == "not cut")
+    assert 0 < uncut["units"] == sum(of for of, kept in zip(ffn["of"], ffn["kept_by_layer"], strict=True) if of == kept)
+    assert sum(entry["units"] for entry in ffn["protected"]) == ffn["kept"]
+    root = parsed(page)
+    assert f", not cut {uncut['units']} (in layers that lose none)." in words(root)
+    heads = [words(cell) for cell in table(root, "FFN neurons of each layer").iter("th") if cell.get("scope") == "col"]
+    assert heads[-1] == "not cut"
+    (drawing,) = (each for each in root.iter() if str(each.tag).endswith("svg")
+                  and each.get("aria-label", "").startswith("Kept FFN neurons"))  # fmt: skip
+    assert "not cut" in words(drawing)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_routed_experts_have_their_own_criterion(tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "base", "mixtral")
+    spec = plain_spec(tmp_path, base) | {"budget": {"experts": 2, "ffn": 0.25, "multiple_of": 8}}
+    spec |= {"relevance": {"criterion": "impact", "experts": "reap"}, "evaluate": {"enabled": False}}
+    (tmp_path / "spec.yaml").write_text(json.dumps(spec))
+    folder = expertprune.build(tmp_path / "spec.yaml", tmp_path / "expert", store=tmp_path / "store")
+    report(folder, store=tmp_path / "store")
+    text, card = words(parsed((folder / "report.html").read_text())), (folder / "README.md").read_text()
+    assert "Relevance (impact) of the FFN neurons" in text
+    assert "Relevance (reap) of the MoE experts" in text
+    assert "whole routed experts by reap (https://arxiv.org/abs/2510.13999)" in text
+    assert "whole routed experts by `reap` (https://arxiv.org/abs/2510.13999)" in " ".join(card.split())
+    assert "| ffn in each routed expert | 24 | 32 |" in card.splitlines()
+    assert re.search(r"24 of 32 in each\s", call("inspect", folder).output)
+
+
 def test_experts_stand_side_by_side(pair: Page) -> None:
     data, page = pair
     root = parsed(page)
@@ -186,6 +249,10 @@ def test_experts_stand_side_by_side(pair: Page) -> None:
     for said in ("2 experts side by side", "not measured", "different bases", "no: different tokenizers",
                  "numbers yes; retention relative to different bases"):  # fmt: skip
         assert said in text
+    verdicts = {
+        words(row[0]).partition(" ")[0]: words(row[-1]) for row in table(root, "Metrics of each expert").iter("tr")
+    }
+    assert verdicts["choices"] == "one expert only"  # the other was not measured on it
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -70,7 +70,7 @@ def test_the_headline_is_bits_per_byte_over_documents_whatever_else_was_measured
     assert found.missing == {}
     verdicts = Counter(row.verdict for row in found.metrics if row.verdict is not None)
     assert {row.verdict for row in found.metrics if row.retention is None} == {None}  # of a distance
-    assert found.outcome == {"gain": 0, "metrics": verdicts.total(), **verdicts}
+    assert found.outcome == {"gain": 0, "no_interval": 0, "metrics": verdicts.total(), **verdicts}
     assert min(verdicts["loss"], verdicts["open"]) >= 1  # the made-up task, the made-up generation
     # What the expert is for comes first.
     names = ["language/en", "domain/medical", "task/qa", "choices", "general/general", "sums"]
@@ -110,6 +110,18 @@ def test_the_interval_decides_whether_something_was_lost() -> None:
     tasks = {str(n): TaskResult(retention=1, low=low, high=high, **about) for n, (low, high) in enumerate(ends)}
     rows = metric_rows(Evaluation(settings=Settings(resamples=2000), tasks=tasks))
     assert [row.verdict for row in rows] == list(ends.values())
+
+
+def test_a_retention_without_an_interval_is_counted(tiny_build: Build, tmp_path: Path) -> None:
+    evaluation = about(tiny_build[0])["evaluation"]
+    before = report_of(*tiny_build)
+    (first, *_) = (row for row in before.metrics if row.retention is not None)
+    evaluation["corpora"][first.name]["metrics"][first.metric] |= {"low": None, "high": None}
+    found = report_of(copied(tiny_build, tmp_path / "e", evaluation=evaluation), tiny_build[1])
+    assert found.outcome == before.outcome | {
+        "no_interval": 1, str(first.verdict): before.outcome[str(first.verdict)] - 1
+    }  # fmt: skip
+    assert found.outcome["metrics"] == sum(row.retention is not None for row in found.metrics)
 
 
 def test_other_questions_and_answers_alone_are_not_the_same_examples() -> None:
@@ -221,4 +233,6 @@ def test_other_bases_tokenizers_and_documents_are_told(tiny_build: Build, tmp_pa
     evaluation = about(tiny_build[0])["evaluation"]
     evaluation["corpora"]["task/qa"]["per_document"][0]["digest"] = "another"
     unlike = reasons("documents", evaluation=evaluation)
+    notes = lineup([first, report_of(tmp_path / "documents", tiny_build[1])]).notes
+    assert [note.partition(";")[0] for note in notes[1:]] == ["The expert retentions are of different documents"]
     assert {name for (name, _), reason in unlike.items() if reason[0] == "not the same documents"} == {"task/qa"}

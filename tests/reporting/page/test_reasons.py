@@ -12,7 +12,7 @@ from expertprune.artifacts.expert import Expert
 from expertprune.artifacts.plan import BaseReference, KindCount, LayerPlan, Parameters, Plan, UnitReasons
 from expertprune.artifacts.profile import Profile
 from expertprune.composition.scoring import check_criterion
-from expertprune.reporting.page.reasons import Kind, Protected, decided, kept_units, relevance_findings
+from expertprune.reporting.page.reasons import NOT_CUT, Kind, Protected, decided, kept_units, relevance_findings
 from expertprune.units import KeptUnits, LayerShape, Structure
 
 
@@ -33,14 +33,20 @@ def test_kept_units_are_counted_by_layer_and_by_who_protected_them() -> None:
     assert ffn.kinds == [Kind("shared", 4, 3)]
     for uncut, units in ((heads, 4), (groups, 2)):
         assert (uncut.decided, uncut.kept, uncut.cut, uncut.kept_fraction, uncut.kinds) == (False, units, 0, 1.0, [])
+    assert heads.protected == groups.protected == []
     assert decided(plan) == [Structure.FFN]
+    # A third layer loses none: nobody had to protect its units, and the counts add up all the same.
+    more = replace(plan, shapes=[*shapes, shapes[0]], layers=[*layers, LayerPlan(shapes[0].all_kept)])
+    ffn = kept_units(more)[0]
+    assert ffn.protected[2:] == [Protected(NOT_CUT, 4, [0, 0, 4])]
+    assert [sum(counts) for counts in zip(*(each.layers for each in ffn.protected), strict=True)] == ffn.kept_by_layer
 
 
 def test_a_real_build_against_brute_force(tiny_build: tuple[Path, Path]) -> None:
     plan = Expert.load(tiny_build[0]).plan
     profiles = {name: Profile(tiny_build[1] / "profiles" / f"{key}.safetensors") for name, key in plan.profiles.items()}
     ffn, groups = relevance_findings(plan, profiles, check_criterion("impact"), "mean", None)
-    assert (ffn.structure, groups.structure) == ("ffn", "kv_groups")
+    assert [(each.structure, each.criterion) for each in (ffn, groups)] == [("ffn", "impact"), ("kv_groups", "impact")]
     gone = {(layer, j) for layer, kept in enumerate(plan.kept) for j in range(32) if j not in kept.ffn}
     sets = {}
     for corpus in ffn.corpora:
@@ -68,6 +74,7 @@ def test_a_real_build_against_brute_force(tiny_build: tuple[Path, Path]) -> None
     # Where nothing is cut, a quarter counts as irrelevant.
     whole = replace(plan, layers=[LayerPlan(shape.all_kept) for shape in plan.shapes])
     (uncut,) = relevance_findings(whole, profiles, check_criterion("impact"), "mean", None)
+    assert [corpus.cut for corpus in uncut.corpora] == [None] * 4
     assert uncut.overlap is not None
     assert (uncut.overlap.matrix, uncut.overlap.fraction) == (overlap.matrix, 0.25)
     assert (uncut.overlap.cut_within, uncut.overlap.cut_within_all) == ([None] * 4, None)
