@@ -14,6 +14,7 @@ from expertprune.models.precision import narrow_products
 
 WHOLE = slice(None)
 _NO_STREAM = 1e-12  # mean square of a residual stream that is none
+_HELD = 0.1  # of the median of `γ²`: how much a block's own output counts behind an output norm; see bench/LOG.md
 
 
 @dataclass
@@ -175,8 +176,8 @@ def before_norm(norm: nn.Module, residual: Tensor, joined: Tensor, own: Tensor, 
     come close to it. Then the stream's target `c = joined + residual` needs `v = c · rms / γ`. A
     channel with a small `γ` would have to grow very large for that, and would shrink all others
     through `rms(v)`. So each channel minimizes `γ² (v − c · rms / γ)² + m (v − d)²`, with `d` the
-    dense output and `m` the median of `γ²`. Channels that count in the stream make up for what
-    earlier layers lost; the others keep the dense output.
+    dense output and `m` a tenth of the median of `γ²`. Channels that count in the stream make up for
+    what earlier layers lost; the others keep the dense output.
 
     Returns:
         The residual before the norm, and the root mean square of each token's dense output,
@@ -184,7 +185,7 @@ def before_norm(norm: nn.Module, residual: Tensor, joined: Tensor, own: Tensor, 
     """
     dtype = next(norm.parameters()).dtype
     gain = norm(torch.ones(1, dense.shape[1], dtype=torch.float32, device=dense.device).to(dtype)).float()
-    typical = gain.square().median()
+    held = _HELD * gain.square().median()
     rms = dense.square().mean(1, keepdim=True).sqrt().clamp_min(1e-12)
-    wished = (gain * (joined + residual) * rms + typical * dense) / (gain.square() + typical)
+    wished = (gain * (joined + residual) * rms + held * dense) / (gain.square() + held)
     return wished - own, rms

@@ -66,14 +66,15 @@ def slow_normed(inputs: Tensor, own: Tensor, wished: Tensor, dense: Tensor, gain
     """The answer behind an output norm, channel by channel, with two rows a token: its part of the stream, and itself.
 
     In the units of the norm's output, `γ v / rms` shall be what is wished, and `v / rms` the dense one, which counts as
-    much as a channel of the median gain. A token counts by its stream, however small its output is before the norm.
+    much as a tenth of a channel of the median gain. A token counts by its stream, however small its output is before the
+    norm.
     """
     rms = dense.square().mean(1).sqrt()
-    typical = float(np.sort(gain.square().numpy())[(len(gain) - 1) // 2])
+    held = 0.1 * float(np.sort(gain.square().numpy())[(len(gain) - 1) // 2])
     rows = []
     for channel, factor in enumerate(gain.tolist()):
-        both = factor**2 + typical
-        weights = np.concatenate([(weight / rms**2 * share / both).numpy() for share in (factor**2, typical)])
+        both = factor**2 + held
+        weights = np.concatenate([(weight / rms**2 * share / both).numpy() for share in (factor**2, held)])
         owed = torch.cat([wished[:, channel] / factor * rms, dense[:, channel]]) - own[:, channel].repeat(2)
         stacked = inputs.repeat(2, 1).numpy()
         rows.append(slow_least_squares(stacked, owed[:, None].numpy(), weights, damping_of(weight)))
@@ -122,7 +123,7 @@ def test_channels_that_the_norm_silences_stay_what_they_are() -> None:
         norm.weight.copy_(torch.tensor([1.0, quiet, 1.0, 1.0, 1.0]))
         own, residual = torch.ones(1, 5), torch.tensor([[0.5, 0.3, 0.0, 0.0, 0.0]])
         owed, _ = before_norm(norm, residual, norm(own), own, own)
-        torch.testing.assert_close(owed, torch.tensor([[0.25, 0.0, 0.0, 0.0, 0.0]]), atol=1e-5, rtol=0)
+        torch.testing.assert_close(owed, torch.tensor([[0.5 / 1.1, 0.0, 0.0, 0.0, 0.0]]), atol=1e-5, rtol=0)
 
 
 def test_a_token_without_a_stream_weighs_nothing() -> None:
