@@ -273,7 +273,7 @@ def task_means(get: Get) -> Table:
     return table
 
 
-TOKEN_DOCUMENTS = (15, 30, 60, 120, 240, 480)
+TOKEN_DOCUMENTS = (15, 30, 60, 120, 480)
 TOKENS = Cell("base", piqa=0, dtype="bfloat16")
 
 
