@@ -30,8 +30,8 @@ _REFUSED = {
     "monteclora_config": "sampled weights (MonteCLoRA)",
     "arrow_config": "routing between adapters (Arrow)",
 }
-# Ways to begin that leave the base as it is. Others change its weights: PiSSA whenever PEFT loads the adapter, LoRA-GA when
-# it is trained.
+# Ways to begin that leave the base as it is. Others change its weights: PiSSA whenever PEFT loads the adapter, LoRA-GA
+# when it is trained.
 _BEGINNINGS = ("gaussian", "eva", "orthogonal", "mica")
 
 

@@ -179,7 +179,7 @@ class ChatTemplate:
         return start, len(text) - _alike(behind[::-1], text[start:][::-1])
 
     def _by_part(self, conversation: Conversation, text: str, number: int, behind: int) -> Span | None:
-        """The same where a template takes no mark in the whole: in the messages up to the answer, found again in the text.
+        """The same where a template takes no mark in the whole: by the messages up to the answer alone.
 
         Some refuse words in place of a call of tools between others, and have the tools before the last question.
         """

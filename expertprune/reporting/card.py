@@ -192,7 +192,7 @@ class CriterionWords:
 
 
 def experts_criterion(plan: Plan, spec: Spec) -> CriterionWords | None:
-    """The criterion that chose among whole routed experts; `None` where that of the spec did, or nothing was to choose."""
+    """The criterion that chose among whole routed experts; `None` where the spec's own did, or none were to be chosen."""
     name = criterion_name(spec.relevance, Structure.EXPERTS)
     if name == spec.relevance.criterion or not plan.reasons(Structure.EXPERTS):
         return None

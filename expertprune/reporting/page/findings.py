@@ -161,8 +161,8 @@ class ReportData:
 
     `kinds` says what the kinds of units are. `retention` is the headline: bits per byte over the
     documents of all corpora of a group, each document once. `outcome` counts the metrics of both
-    groups that have a retention. `changes` are empty where the evaluation kept none. `missing` has a line for each section
-    that is not there.
+    groups that have a retention. `changes` are empty where the evaluation kept none. `missing` has a
+    line for each section that is not there.
     """
 
     name: str

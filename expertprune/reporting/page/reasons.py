@@ -75,7 +75,8 @@ class CutStructure:
 class CorpusRelevance:
     """The share of a corpus' relevance that each layer's units hold, and that the cut units held.
 
-    `by_layer` sums to 1; both are `None` where the corpus gives the structure no relevance, and `cut` where no unit was cut.
+    `by_layer` sums to 1; both are `None` where the corpus gives the structure no relevance, and `cut` where no unit was
+    cut.
     """
 
     name: str
