@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python -m bench.outlook --data DATA --save
 
-The experts are cells like those of `bench.quality`: a part of the FFN neurons of SmolLM2 or Gemma 3
-270M goes, calibrated on PubMedQA (the dimension) and WikiText-2 (general text), and report rows of
-both are measured. Those without a stored result are built first.
+The experts are cells like those of `bench.quality`: a part of the FFN neurons of SmolLM2, Gemma 3
+270M or Qwen2.5-Coder-1.5B goes, calibrated on PubMedQA (the dimension) and WikiText-2 (general
+text), and report rows of both are measured. Those without a stored result are built first.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ from expertprune.stages.compose import plan_of
 from expertprune.stages.outlook import expected, profiled
 
 from .cells import GEMMA, SMOLLM, Bench, Cell, Result
+from .instruct import QWEN
 from .measure import excess
 from .quality import Get
 from .records import PACKAGES, Table, described, made, save_table
 
 SETS = {"domain/medical": "PubMedQA", "general/encyclopedia": "WikiText-2"}
-SIZES = {SMOLLM: (0.1, 0.2, 0.25, 0.3, 0.4), GEMMA: (0.15, 0.25)}
+SIZES = {SMOLLM: (0.1, 0.2, 0.25, 0.3, 0.4), GEMMA: (0.1, 0.15, 0.2, 0.25), QWEN: (0.1, 0.2, 0.25, 0.4)}
 SHAPES = {
     SMOLLM: Cell("base", piqa=0, dtype="bfloat16"),
     GEMMA: Cell("base", model=GEMMA, sets=("PubMedQA", "WikiText-2", "XQuAD-de"), blocks=8, piqa=0, documents=40),
+    QWEN: Cell("base", model=QWEN, sets=("PubMedQA", "WikiText-2"), blocks=8, piqa=0, dtype="bfloat16", documents=12),
 }
 
 
