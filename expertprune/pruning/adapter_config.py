@@ -13,6 +13,7 @@ _NAMES = ("target_modules", "target_parameters", "exclude_modules", "modules_to_
 # What changes with no layer's number in a regular expression: any number, and a digit within a name, as in `w[0-9]`.
 _ANY_NUMBER = re.compile(r"(?:\[0-9\]|\\d)[+*]|(?<=[A-Za-z_])(?:\[0-9\]|\\d)")
 _A_NUMBER = re.compile(r"(?<![A-Za-z0-9_])\d|\\d")  # such as a layer's or a routed expert's, or any of one digit
+_A_PLACE = re.compile(r"(?<=\\\.)(?:\.|\\w)(?![*+])")  # any one character as a whole name, so any number of one digit
 _GROUP = re.compile(r"\([^()]*\)")
 
 
@@ -59,7 +60,8 @@ def renumbered_names(names: Sequence[str], layers: str, positions: Mapping[int, 
         numbers = [int(found[2]) for found in numbered.finditer(name)]
         gone = [number for number in numbers if number not in positions]
         partly = gone and (len(gone) < len(numbers) or not _names_layers_alone(name, numbered))
-        if partly or _A_NUMBER.search(_ANY_NUMBER.sub("", numbered.sub("", name))):
+        rest = _ANY_NUMBER.sub("", numbered.sub("", name))
+        if partly or _A_NUMBER.search(rest) or _A_PLACE.search(rest):
             raise CheckpointError(
                 f"{name!r} names layers or routed experts by numbers, some of which change in this expert; write it as "
                 "a list of full names"

@@ -42,9 +42,10 @@ _REFUSED = {
 _IN_FULL = (
     "--model", "--host", "--port", "--served-model-name", "--uds", "--enable-ssl-refresh", "--config", "--api-key",
     "--dtype", "--max-model-len", "--enforce-eager", "--enable-prefix-caching", "--kv-cache-memory-bytes",
-    "--gpu-memory-utilization", "--cpu-offload-gb", "--tensor-parallel-size", "--pipeline-parallel-size", "-tp", "-pp",
+    "--gpu-memory-utilization", "--device-memory-utilization", "--cpu-offload-gb", "--tensor-parallel-size", "--pipeline-parallel-size", "-tp", "-pp",
 )  # fmt: skip
 _SHORT = {"-tp": "tensor_parallel_size", "-pp": "pipeline_parallel_size"}
+_SYNONYMS = {"device_memory_utilization": "gpu_memory_utilization"}
 _PLATFORM = """
 import json
 from vllm.platforms import current_platform as platform
@@ -243,7 +244,8 @@ def option_names(arguments: Sequence[str]) -> list[str]:
             if full := next((full for full in _IN_FULL if full.startswith(option) and full != option), None):
                 raise UsageError(f"{begun[0]} cannot be given after --: write {full} in full")
     short = [_SHORT[key] for text in arguments if (key := text.partition("=")[0]) in _SHORT]
-    return [*(name.replace("-", "_") for name in names), *short]
+    long = [name.replace("-", "_") for name in names]
+    return [*(_SYNONYMS.get(name, name) for name in long), *short]
 
 
 def as_arguments(settings: Mapping[str, str | int | float | bool]) -> list[str]:

@@ -24,7 +24,7 @@ def export(
 
     Raises:
         UsageError: no such format or type.
-        CheckpointError: `out` is there or does not end in .gguf, or the model cannot be expressed in the format.
+        CheckpointError: `out` is there, lies in the folder or does not end in .gguf, or the model cannot be expressed in the format.
     """
     folder, out = Path(folder), Path(out)
     for asked, known, option in ((format, FORMATS, "--format"), (type, TYPES, "--type")):
@@ -33,5 +33,7 @@ def export(
     check_output(out, overwrite, GGUF, [folder])
     if out.suffix.lower() != ".gguf":
         raise CheckpointError(f"{out}: a GGUF file ends in .gguf; choose another --out")
+    if folder.resolve() in out.resolve().parents:
+        raise CheckpointError(f"{out}: {folder} would then hold a second model; choose --out outside of it")
     name = Expert.load(folder).name if (folder / EXPERT_FILE).is_file() else folder.resolve().name
     return write_gguf(folder, out, type, name, overwrite)

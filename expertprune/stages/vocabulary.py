@@ -53,11 +53,11 @@ def vocabulary(
 
     Args:
         rows: numbers of rows to show; default: what the spec's budget comes to, and fractions of
-        the base's.
+        the base's; where more than half must stay, the fewest that can.
 
     Raises:
         CheckpointError: the base's tokenizer cannot be cut.
-        PlanError: a number of rows is fewer than must be kept, or no cut.
+        PlanError: a number of rows is fewer than must be kept, or no cut; or all rows must stay.
     """
     prepared = validate(spec, overrides, store)
     must, of = essentials(prepared.base), vocabulary_rows(prepared.base.checkpoint, prepared.base.family)
@@ -70,7 +70,12 @@ def vocabulary(
     ranking = RowRanking(prepared.spec, prepared.base, profiles)
     if not asked:
         fractions = (round(of * fraction / ROW_MULTIPLE) * ROW_MULTIPLE for fraction in _FRACTIONS)
-        asked = [count for count in fractions if must.smallest <= count < of]
+        halfway = aligned((must.smallest + of) // 2)
+        asked = [count for count in fractions if must.smallest <= count < of] or [
+            count for count in (must.smallest, halfway) if count < of
+        ]
+        if not asked:
+            raise PlanError(f"all {of:,} rows of the vocabulary must stay, so there is nothing to show")
         if prepared.spec.budget.vocabulary is not None:
             asked.append(choose_rows(prepared.spec, prepared.base, profiles).rows.rows)
     return _measured(prepared, ranking, [ranking.plan(count) for count in sorted(set(asked))])

@@ -77,6 +77,7 @@ def test_an_export_and_a_report_never_replace_what_is_none(expert: Path) -> None
     for options in ((), ("--overwrite",)):  # a name that a model's folder gives to other files
         out = expert / "model.safetensors"
         assert "a GGUF file ends in .gguf" in refused(expert, "export", expert, "--out", out, *options)
+    assert "would then hold a second model" in refused(expert, "export", expert, "--out", expert / "model.gguf")
     page = expert / "report.html"
     page.write_text("<p>precious")
     for options in ((), ("--out", page, "--overwrite")):

@@ -18,7 +18,7 @@ POSITIONS = {layer: layer - (layer > 2) for layer in range(12) if layer != 2}
         (r"layers\.10\.mlp\.up_proj|layers\.1\.mlp\.up_proj", [r"layers\.9\.mlp\.up_proj|layers\.1\.mlp\.up_proj"]),
         (r".*layers\.2\.mlp\.(up|down)_proj|.*\.layers\.2\.self_attn\.q_proj", []),
         *((rf"layers\.{number}\.mlp\.w[0-9]", [rf"layers\.{number}\.mlp\.w[0-9]"])
-          for number in ("[0-9]+", "[0-9]*", r"\d+", r"\d*")),
+          for number in ("[0-9]+", "[0-9]*", r"\d+", r"\d*", ".+", ".*", r"\w+")),
     ],
 )  # fmt: skip
 def test_a_pattern_whose_layers_all_stay_or_all_go_is_renumbered_or_left_out(name: str, new: list[str]) -> None:
@@ -36,6 +36,8 @@ def test_a_pattern_whose_layers_all_stay_or_all_go_is_renumbered_or_left_out(nam
         r"layers\.\d\.mlp\.up_proj",
         r"layers\.1\d\.mlp\.up_proj",
         r"layers\.\d{2}\.mlp\.up_proj",
+        r"layers\..\.mlp\.up_proj",
+        r"layers\.\w\.mlp\.up_proj",
     ],
 )
 def test_a_pattern_that_cannot_be_renumbered_is_refused(name: str) -> None:

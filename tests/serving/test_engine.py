@@ -207,6 +207,7 @@ def test_what_the_user_gives_wins(fake_vllm: None, tiny_llama: Path, monkeypatch
     one = ["--tensor-parallel-size", "1"]
     assert engine.server_arguments(found, "127.0.0.1", 8000, one) == [*where, *own, *one]
     assert engine.option_names(["-tp", "4", "-pp=2"]) == ["tensor_parallel_size", "pipeline_parallel_size"]
+    assert engine.option_names(["--device-memory-utilization=0.3"]) == ["gpu_memory_utilization"]  # vLLM's other name
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=lambda **settings: settings))
     assert expertprune.load_engine(tiny_llama, max_model_len=64, seed=7) == {
         "model": str(tiny_llama.resolve()),

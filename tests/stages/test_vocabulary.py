@@ -61,6 +61,13 @@ def test_the_table_the_json_and_sizes_that_cannot_be(folder: Path, tmp_path: Pat
         assert text in table
 
 
+def test_where_more_than_half_must_stay_the_fewest_rows_are_shown(folder: Path, tmp_path: Path) -> None:
+    spec = parse_spec(worded_spec(folder, tmp_path / "spec", {"ffn": 0.25}), "spec", tmp_path)
+    found = tradeoff.vocabulary(spec).document()
+    assert found["smallest"] == 320  # of 512: no fraction up to a half is shown
+    assert [size["rows"] for size in found["sizes"]] == [320, 448]
+
+
 def test_a_vocabulary_is_not_cut_for_a_chat_with_tokens_of_its_own(tmp_path: Path) -> None:
     base = save_worded(tmp_path / "base", family="gpt_oss")
 
