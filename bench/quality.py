@@ -140,8 +140,8 @@ def gemma(get: Get) -> Table:
 PARTS: dict[str, dict[str, Any]] = {
     "intersection → mean": {"compose.rule": "mean"},
     "intersection → union": {"compose.rule": "union"},
-    "fusion → shared/exclusive": SHARED_EXCLUSIVE,
-    "fusion → the expert's score alone": {"compose.fusion": {"lambda": 0}},
+    "fusion → the plain weighting": {"compose.fusion.method": "weighted"},
+    "fusion → the expert's score alone": {"compose.fusion": {"method": "weighted", "lambda": 0}},
     "global → uniform allocation": {"compose.allocation": "uniform"},
     "no repair": UNREPAIRED,
 }
@@ -155,9 +155,10 @@ RETIRED: dict[str, dict[str, Any]] = {
 
 
 def parts(get: Get, chosen: Mapping[str, dict[str, Any]] = PARTS) -> Table:
-    """One part replaced or left out, and the difference to the default, paired by document."""
+    """One part replaced or left out, in bfloat16, and the difference to the default, paired by document."""
     dimensions = {"language": "encyclopedia", "domain": "abstracts", "task": "qa"}
     shape = Cell("base", dimensions=dimensions, general=("encyclopedia", "math"), documents=40, piqa=0)
+    shape = replace(shape, dtype="auto" if chosen is RETIRED else "bfloat16")
     columns = [text for name in shape.sets for text in (f"{name}: excess ln", "more than the default's (95%)")]
     table = Table(["part", *columns])
     base, ours = get(shape), get(replace(shape, method="ours"))
