@@ -45,6 +45,10 @@ def _sizes(_: click.Context, __: click.Parameter, text: str) -> list[float]:
     "has parameters, max_parameters or retention, else of each structure in the budget.",
 )  # fmt: skip
 @click.option("--picture", type=click.Path(path_type=Path), help="Draw the curves into this .png or .svg file.")
+@click.option(
+    "--built", type=click.Path(path_type=Path), metavar="DIR",
+    help="An expert of this base that was built and evaluated: what its corpora lost corrects every size.",
+)  # fmt: skip
 @click.option("--stored-only", is_flag=True, help="Fail if a profile is missing, instead of measuring it.")
 @overwrite_picture
 @set_option
@@ -56,6 +60,7 @@ def forecast(
     spec: Path,
     sizes: list[float],
     picture: Path | None,
+    built: Path | None,
     stored_only: bool,
     overwrite: bool,
     overrides: dict[str, Any],
@@ -75,7 +80,7 @@ def forecast(
 
     if picture is not None:
         check_picture(picture, overwrite=overwrite)
-    found = stage.forecast(spec, sizes, store, overrides, progress_bar, run=not stored_only)
+    found = stage.forecast(spec, sizes, store, overrides, progress_bar, run=not stored_only, built=built)
     if picture is not None:
         outlook_picture(found, picture, overwrite)
     show(as_json, found.document(), lambda: outlook_table(found))

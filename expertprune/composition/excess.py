@@ -15,6 +15,7 @@ from expertprune.errors import SpecError
 from expertprune.units import KeptUnits, LayerShape, Structure
 
 _NORMAL = 1.96  # standard deviations on either side that hold 95% of a normal distribution
+_LEAST = 0.1  # of what is foreseen: what is measured on few documents may be nothing at all
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,14 @@ def _gone(shape: LayerShape, kept: KeptUnits) -> Iterator[tuple[str, Sequence[in
             yield name, sorted(gone)
 
 
-def foreseen(profile: Profile, part: ProfilePart, kept: Sequence[KeptUnits], law: Law) -> Foreseen:
+def foreseen(profile: Profile, part: ProfilePart, kept: Sequence[KeptUnits], law: Law, times: float = 1.0) -> Foreseen:
     """What is kept of a profile's corpus where such units stay.
 
     The curvature of the corpus is the mean over its tokens. Its standard error is that of a ratio
     of sums over documents.
+
+    Args:
+        times: how many times what the law says is lost (see `times_lost`).
     """
     tokens = profile.read("tokens").double()
     each = curvature(profile, part, kept)
@@ -114,7 +118,7 @@ def foreseen(profile: Profile, part: ProfilePart, kept: Sequence[KeptUnits], law
     error = float(((each - mean) * tokens).square().sum().sqrt() / tokens.sum())
     error *= math.sqrt(count / (count - 1)) if count > 1 else 0.0
     deviation = math.hypot(law.spread, law.power * error / mean)
-    excess = law.excess(mean)
+    excess = times * law.excess(mean)
 
     def retention(deviations: float) -> float:
         return loss / (loss + excess * math.exp(deviations * deviation))
@@ -123,8 +127,23 @@ def foreseen(profile: Profile, part: ProfilePart, kept: Sequence[KeptUnits], law
 
 
 def foreseen_corpora(
-    profiles: Mapping[CorpusName, Profile], part: ProfilePart, kept: Sequence[KeptUnits], repaired: bool
+    profiles: Mapping[CorpusName, Profile],
+    part: ProfilePart,
+    kept: Sequence[KeptUnits],
+    repaired: bool,
+    times: Mapping[str, float] | None = None,
 ) -> dict[str, Foreseen]:
-    """The same of every corpus, by name."""
-    law = REPAIRED if repaired else UNREPAIRED
-    return {str(name): foreseen(profile, part, kept, law) for name, profile in profiles.items()}
+    """The same of every corpus, by name; `times` may lack some, which lose what the law says."""
+    law, times = REPAIRED if repaired else UNREPAIRED, times or {}
+    return {
+        str(name): foreseen(profile, part, kept, law, times.get(str(name), 1.0)) for name, profile in profiles.items()
+    }
+
+
+def times_lost(retention: float, foreseen: float) -> float:
+    """How many times what was foreseen an expert that was built has lost of a corpus.
+
+    What is lost is `1 / retention - 1`, the rise of the loss over the base's loss.
+    """
+    lost = 1 / foreseen - 1
+    return max(_LEAST, (1 / retention - 1) / lost) if lost > 0 else 1.0

@@ -42,6 +42,8 @@ class Outlook:
         allocation: global or uniform, as the spec says or as `serve_with` decides.
         sizes: those that can be reached, smallest cut first.
         unreachable: why others cannot, by size.
+        times_lost: how many times what profiles alone foresee each corpus loses, as an expert that was built says;
+            empty where none was named.
         breaks: the smallest size at which a corpus keeps less than `BROKEN`, by corpus; `None` where none does.
         warnings: what the forecast does not see.
     """
@@ -52,6 +54,7 @@ class Outlook:
     allocation: str
     sizes: Sequence[ForeseenSize]
     unreachable: Mapping[float, str]
+    times_lost: Mapping[str, float]
     breaks: Mapping[str, float | None]
     warnings: Sequence[str]
 

@@ -24,7 +24,8 @@ def export(
 
     Raises:
         UsageError: no such format or type.
-        CheckpointError: `out` is there, lies in the folder or does not end in .gguf, or the model cannot be expressed in the format.
+        CheckpointError: `out` is there, lies in the folder or does not end in .gguf, or the model cannot be expressed in
+            the format.
     """
     folder, out = Path(folder), Path(out)
     for asked, known, option in ((format, FORMATS, "--format"), (type, TYPES, "--type")):

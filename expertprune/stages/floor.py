@@ -9,6 +9,7 @@ from pathlib import Path
 
 from expertprune.artifacts.plan import Plan, RetentionFound
 from expertprune.artifacts.profile import Profile
+from expertprune.composition.excess import times_lost
 from expertprune.composition.parameters import removed_parameters
 from expertprune.composition.plan import compose, widths_to_try
 from expertprune.corpora.documents import CorpusName
@@ -28,7 +29,6 @@ log = logging.getLogger(__name__)
 
 BUILDS = 3  # experts that are built at most
 _CAREFUL = 1.5  # times what is foreseen, for the last build where none has held
-_LEAST = 0.1  # of what is foreseen: what is measured on few documents may be nothing at all
 _BETWEEN = 4  # budgets to try for each legal width, where layers may differ
 
 
@@ -87,7 +87,7 @@ class _Forecast:
     def __init__(self, prepared: Prepared, profiles: Mapping[CorpusName, Profile], budgets: Sequence[Budget]) -> None:
         self.prepared, self.profiles, self.budgets = prepared, profiles, budgets
         self._found: dict[int, FloorFound | None] = {}
-        self._factors: dict[str, float] = {}
+        self._times: dict[str, float] = {}
 
     def foreseen(self, index: int) -> FloorFound | None:
         """As profiles alone have it; `None` where the floor of widths does not allow the cut."""
@@ -100,15 +100,14 @@ class _Forecast:
         foreseen = self.foreseen(index)
         assert foreseen is not None
         for name, retention in kept.corpora.items():
-            lost = 1 / foreseen.corpora[name] - 1
-            self._factors[name] = max(_LEAST, (1 / retention - 1) / lost) if lost > 0 else 1.0
+            self._times[name] = times_lost(retention, foreseen.corpora[name])
 
     def holds(self, index: int, floor: Retention, margin: float) -> bool:
         """Whether a cut is foreseen to hold the floor, if it loses `margin` times what is foreseen."""
         foreseen = self.foreseen(index)
         if foreseen is None:
             return False
-        lost = {name: (1 / kept - 1) * margin * self._factors.get(name, 1.0) for name, kept in foreseen.corpora.items()}
+        lost = {name: (1 / kept - 1) * margin * self._times.get(name, 1.0) for name, kept in foreseen.corpora.items()}
         return FloorFound({name: 1 / (1 + each) for name, each in lost.items()}).holds(floor)
 
     def largest(self, low: int, high: int, floor: Retention, margin: float) -> int:

@@ -8,15 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from expertprune.artifacts.expert import Expert
 from expertprune.artifacts.plan import Plan
 from expertprune.artifacts.profile import Profile, ProfilePart
-from expertprune.composition.excess import Foreseen, foreseen_corpora
+from expertprune.composition.excess import Foreseen, foreseen_corpora, times_lost
 from expertprune.composition.outlook import BROKEN, ForeseenSize, Outlook
 from expertprune.composition.plan import compose
 from expertprune.corpora.catalogue import unnamed_sources
 from expertprune.corpora.documents import CorpusName
 from expertprune.engine.team import team
-from expertprune.errors import PlanError, SpecError
+from expertprune.errors import CheckpointError, PlanError, SpecError
+from expertprune.evaluation.retention import bits_per_byte
 from expertprune.files import store_folder
 from expertprune.models.costs import looked_up
 from expertprune.progress import Track, silent
@@ -38,6 +40,7 @@ def forecast(
     overrides: Mapping[str, Any] | None = None,
     track: Track = silent,
     run: bool = True,
+    built: str | Path | None = None,
 ) -> Outlook:
     """Foresee from profiles what experts of several sizes keep. Nothing is cut, and no expert is run.
 
@@ -45,8 +48,11 @@ def forecast(
         sizes: fractions to remove in place of the spec's budget: of all parameters where it says `parameters`,
             `max_parameters` or `retention`, else of every structure that it names.
         run: whether profiles that are missing may be made.
+        built: an expert of the same base that was built and evaluated. What each corpus lost there, over what
+            profiles alone foresee of it, corrects every size.
 
     Raises:
+        CheckpointError: `built` says nothing of these corpora, or was cut from another base.
         SpecError: illegal sizes, or a budget that is not foreseen: whole layers, or vocabulary rows alone.
         PlanError: no size can be reached.
     """
@@ -55,7 +61,10 @@ def forecast(
     with about(spec):
         found = find(parsed, store_folder(store), evaluate=False)
     prepared, unreachable = _prepared(found, {size: of_size(parsed.budget, keys, size) for size in sorted(sizes)})
-    profiles = profiled(next(iter(prepared.values())), track, run)
+    first = next(iter(prepared.values()))
+    expert = _built(Path(built), first) if built is not None else None
+    profiles = profiled(first, track, run)
+    times = _times_lost(expert, first, profiles) if expert is not None else {}
     reached: list[ForeseenSize] = []
     for size, each in prepared.items():
         try:
@@ -63,7 +72,8 @@ def forecast(
         except PlanError as error:
             unreachable[size] = str(error)
         else:
-            reached.append(_size(size, plan, each, expected(each, plan, profiles), _instead(found, each, profiles)))
+            kept = expected(each, plan, profiles, times)
+            reached.append(_size(size, plan, each, kept, _instead(found, each, profiles, times)))
     if not reached:
         raise PlanError(f"no size can be reached; {_first(unreachable)}")
     return Outlook(
@@ -73,6 +83,7 @@ def forecast(
         allocation=next(iter(prepared.values())).spec.compose.allocation,
         sizes=reached,
         unreachable=unreachable,
+        times_lost=times,
         breaks={name: _breaks(reached, name) for name in reached[0].corpora},
         warnings=list(_warnings(found, reached)),
     )
@@ -87,9 +98,56 @@ def _gradient(spec: Spec) -> ProfilePart:
     return ProfilePart(Pass.GRADIENT, spec.relevance.loss)
 
 
-def expected(prepared: Prepared, plan: Plan, profiles: Mapping[CorpusName, Profile]) -> dict[str, Foreseen]:
-    """What the expert of a plan keeps of each corpus; `profiles` are those of `profiled`."""
-    return foreseen_corpora(profiles, _gradient(prepared.spec), plan.kept, is_repaired(prepared.spec))
+def expected(
+    prepared: Prepared,
+    plan: Plan,
+    profiles: Mapping[CorpusName, Profile],
+    times: Mapping[str, float] | None = None,
+) -> dict[str, Foreseen]:
+    """What the expert of a plan keeps of each corpus; `profiles` are those of `profiled`.
+
+    Args:
+        times: how many times what profiles alone foresee each corpus loses.
+    """
+    return foreseen_corpora(profiles, _gradient(prepared.spec), plan.kept, is_repaired(prepared.spec), times)
+
+
+def _built(folder: Path, prepared: Prepared) -> Expert:
+    """An expert whose losses can be compared with what is foreseen. Raises `CheckpointError` for any other."""
+    expert = Expert.load(folder)
+    if expert.base.digest != prepared.base.digest:
+        raise CheckpointError(
+            f"{folder}: was cut from another base than the spec's; name an expert of {prepared.base.name}"
+        )
+    if expert.plan.gone or expert.plan.vocabulary is not None:
+        what = "whole layers" if expert.plan.gone else "vocabulary rows"
+        raise CheckpointError(f"{folder}: has lost {what}, whose cost is not foreseen; name an expert without that cut")
+    if is_repaired(expert.spec) != is_repaired(prepared.spec):
+        raise CheckpointError(
+            f"{folder}: compensation.method is {expert.spec.compensation.method} there; name an expert of the spec's"
+        )
+    if not any(str(name) in _retention(expert) for name in prepared.corpora):
+        names = ", ".join(map(str, prepared.corpora))
+        raise CheckpointError(
+            f"{folder}: bits per byte of {names} were not measured: run expertprune evaluate {folder}"
+        )
+    return expert
+
+
+def _retention(expert: Expert) -> dict[str, float]:
+    """Bits per byte of the base over the expert's, of each corpus that was measured."""
+    measured = expert.evaluation.corpora if expert.evaluation is not None else {}
+    return {name: bits_per_byte(each.per_document).point for name, each in measured.items() if each.per_document}
+
+
+def _times_lost(expert: Expert, prepared: Prepared, profiles: Mapping[CorpusName, Profile]) -> dict[str, float]:
+    """How many times what profiles foresee each corpus has lost, of those that were measured."""
+    foreseen = expected(prepared, expert.plan, profiles)
+    return {
+        name: times_lost(kept, foreseen[name].retention)
+        for name, kept in _retention(expert).items()
+        if name in foreseen
+    }
 
 
 def _keys(budget: Budget, sizes: Sequence[float]) -> list[str]:
@@ -134,14 +192,16 @@ def _size(
     return ForeseenSize(removed, after, after / before, (before - own) / (after - more), corpora, instead)
 
 
-def _instead(found: Found, chosen: Prepared, profiles: Mapping[CorpusName, Profile]) -> dict[str, Foreseen]:
+def _instead(
+    found: Found, chosen: Prepared, profiles: Mapping[CorpusName, Profile], times: Mapping[str, float]
+) -> dict[str, Foreseen]:
     """What the other allocation would keep under the same budget; empty where the base or the budget has none."""
     try:
         prepared = _otherwise(found, chosen.spec)
         plan = team().lead(lambda: compose(prepared.spec, prepared.base, profiles))
     except PlanError:
         return {}
-    return expected(prepared, plan, profiles)
+    return expected(prepared, plan, profiles, times)
 
 
 def _otherwise(found: Found, spec: Spec) -> Prepared:

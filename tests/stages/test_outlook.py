@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import expertprune
+from expertprune.artifacts.expert import Expert
 from expertprune.errors import PlanError, SpecError
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.serving.throughput import bytes_per_token
@@ -81,6 +82,51 @@ def test_the_other_allocation_stands_beside(spec_file: Path) -> None:
     said = call("forecast", spec_file, "--sizes", "0.25").output
     kept = own["sizes"][0]["corpora"]["task/qa"]["retention"]
     assert f"{kept:.3f} of task/qa" in " ".join(said.split())
+
+
+def test_an_expert_that_was_built_corrects_every_size(spec_file: Path, tmp_path: Path) -> None:
+    """At its own size the forecast says what was measured; at others it loses as many times more or less."""
+    expert = tmp_path / "expert"
+    call("build", spec_file, "--out", expert, "--set", "budget.ffn=0.25")
+    measured = Expert.load(expert).evaluation
+    assert measured is not None
+    alone = call_json("forecast", spec_file, "--sizes", "0.25,0.5")["sizes"]
+    found = call_json("forecast", spec_file, "--sizes", "0.25,0.5", "--built", expert)
+    first, second = (size["corpora"] for size in found["sizes"])
+    for name, result in measured.corpora.items():
+        kept = result.metrics["bits_per_byte"].retention
+        assert kept is not None
+        lost = [1 / size["corpora"][name]["retention"] - 1 for size in alone]
+        times = max(0.1, (1 / kept - 1) / lost[0])
+        assert found["times_lost"][name] == pytest.approx(times)
+        assert [1 / each[name]["retention"] - 1 for each in (first, second)] == pytest.approx(
+            [times * each for each in lost]
+        )
+    assert "corrected by an expert" in call("forecast", spec_file, "--sizes", "0.5", "--built", expert).output
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["evaluate.enabled=false"], "were not measured: run expertprune evaluate"),
+        (["budget.layers=1"], "has lost whole layers"),
+        (["compensation=none"], "compensation.method is none there"),
+    ],
+)
+def test_an_expert_that_says_nothing_of_the_others_is_refused(
+    spec_file: Path, tmp_path: Path, overrides: list[str], said: str
+) -> None:
+    expert = tmp_path / "expert"
+    call("build", spec_file, "--out", expert, *(f"--set={each}" for each in overrides))
+    assert said in " ".join(call("forecast", spec_file, "--built", expert, code=2).stderr.split())
+
+
+def test_an_expert_of_another_base_is_refused(spec_file: Path, tmp_path: Path) -> None:
+    expert, other = tmp_path / "expert", save_tiny(tmp_path / "other", seed=5)
+    call("build", spec_file, "--out", expert, "--set", f"base={other}")
+    said = call("forecast", spec_file, "--built", expert, code=2).stderr
+    assert "was cut from another base" in " ".join(said.split())
+    assert "has no expertprune.json" in call("forecast", spec_file, "--built", other, code=2).stderr
 
 
 def test_what_cannot_be_foreseen_is_refused(spec_data: dict[str, Any], spec_file: Path, tmp_path: Path) -> None:
