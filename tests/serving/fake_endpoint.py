@@ -109,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"data: [DONE]\n\n")
 
     def event(self, data: Any) -> None:
-        self.wfile.write(f"data: {json.dumps(data)}\n\n".encode())
+        self.wfile.write(f"data: {json.dumps(data, ensure_ascii=False)}\n\n".encode())  # as vLLM does
         self.wfile.flush()
 
 

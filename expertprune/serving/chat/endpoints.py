@@ -108,7 +108,7 @@ class Endpoint:
                 if stream.is_error:
                     stream.read()
                     raise ServingError(f"{self.url}: {_reason(stream)}")
-                for line in stream.iter_lines():
+                for line in _lines(stream):
                     text = line.removeprefix("data:").strip()
                     if not line.startswith("data:") or text == "[DONE]":
                         continue
@@ -123,6 +123,18 @@ class Endpoint:
         if self.chats:
             return "chat/completions", {"messages": [dict(message) for message in messages]}
         return "completions", {"prompt": "\n\n".join(message["content"] for message in messages)}
+
+
+def _lines(stream: httpx.Response) -> Iterator[str]:
+    """The lines of a stream of events.
+
+    httpx would also end them at U+2028 and U+0085, which stand as they are in the text of an answer.
+    """
+    rest = ""
+    for part in stream.iter_text():
+        *lines, rest = (rest + part.replace("\r", "\n")).split("\n")
+        yield from lines
+    yield rest
 
 
 def connect(url: str, model: str | None = None, key: str | None = None) -> Endpoint:

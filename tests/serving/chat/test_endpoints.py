@@ -50,6 +50,15 @@ def test_pieces_come_before_the_answer_is_whole() -> None:
         assert next(pieces) == " two"
 
 
+def test_an_answer_may_hold_what_ends_a_line_elsewhere() -> None:
+    """U+2028, U+2029 and U+0085 stand as they are in JSON, and Python splits lines at them."""
+    words = ["one\u2028two", " three\u2029\u0085four", " five\nsix\r\nseven"]
+    with fake_endpoint(["".join(words)]) as fake:
+        *pieces, end = connect(fake.url).answer(CONVERSATION, ChatSettings())
+    assert pieces == words
+    assert isinstance(end, Ended)
+
+
 def test_what_fails_in_the_middle_of_an_answer_is_said_in_the_endpoints_words() -> None:
     with fake_endpoint(["refuse", "one two"]) as fake:
         endpoint = connect(fake.url)
