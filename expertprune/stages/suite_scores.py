@@ -166,7 +166,7 @@ class Measurement:
 
         arguments = [f"--dtype={str(base.dtype).removeprefix('torch.')}"]
         with Server(folder, model_name=name, arguments=arguments) as server:
-            yield models.served_model(folder, server.url, name, tokenizer)
+            yield models.served_model(folder, server.url, name, tokenizer, next(iter(server.keys), None))
 
     def _read(self, corpora: Sequence[Corpus], track: Track) -> None:
         """Perplexity and alignment on corpora."""

@@ -16,11 +16,12 @@ from expertprune.errors import SpecError
 from expertprune.evaluation.suites import TaskEntry
 from tests.corpora.test_chat import CHATML, chat_tokenizer
 from tests.corpora.test_loading import write_rows
-from tests.tiny import WORDS, tiny_model
+from tests.serving.fake_endpoint import fake_endpoint
+from tests.tiny import WORDS, tiny_model, tiny_tokenizer
 
 pytest.importorskip("lm_eval")
 
-from expertprune.evaluation.harness.models import _with_one_bos, running_model
+from expertprune.evaluation.harness.models import _with_one_bos, running_model, served_model
 from expertprune.evaluation.harness.scores import common_beginning
 from expertprune.evaluation.harness.tasks import load_task, run_task
 
@@ -68,6 +69,13 @@ def test_prompts_are_what_the_template_makes_of_them(task: str) -> None:
         load_task(TaskEntry(file=task, chat=True), False, tokenizer=chat_tokenizer(None))
     Path(task).write_text(TASK.replace("{{question}}", "{{question | regex_replace('^the', 'a', 1)}}"))
     assert asked(load_task(TaskEntry(file=task), False))[0][0] == "a heart"
+
+
+def test_an_endpoint_with_a_key_is_asked_with_it(tiny_llama: Path) -> None:
+    pytest.importorskip("tenacity")
+    with fake_endpoint([], key="secret") as fake:
+        model = served_model(tiny_llama, fake.url, "model", tiny_tokenizer(), "secret")
+        assert model.model_call([[1, 2]], gen_kwargs={})["choices"] == [{"text": " said model"}]
 
 
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"

@@ -310,11 +310,11 @@ def test_with_vllm_each_model_has_a_server_of_its_own(
         assert running == []
         running.append(f"http://{model_name}")
         served.append((folder, model_name, arguments))
-        yield SimpleNamespace(url=running[0])
+        yield SimpleNamespace(url=running[0], keys=["key", "other"])
         running.clear()
 
-    def answer(folder: Path, url: str, name: str, tokenizer: Any) -> Any:
-        assert running == [url]
+    def answer(folder: Path, url: str, name: str, tokenizer: Any, key: str) -> Any:
+        assert (running, key) == ([url], "key")
         return models.running_model(load_model(folder, torch.float32), tokenizer)
 
     monkeypatch.setattr("expertprune.serving.server.Server", server)

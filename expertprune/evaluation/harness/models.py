@@ -23,24 +23,27 @@ def running_model(model: Any, tokenizer: Any) -> Any:
         return _asked(HFLM(pretrained=model, tokenizer=_open_ended(tokenizer), batch_size=_BATCH), tokenizer)
 
 
-def served_model(folder: Path, url: str, name: str, tokenizer: Any) -> Any:
+def served_model(folder: Path, url: str, name: str, tokenizer: Any, key: str | None = None) -> Any:
     """A model behind a completions endpoint for lm-evaluation-harness.
 
     Args:
         folder: the model's folder; prompts are sent as tokens of its tokenizer.
         url: the endpoint's address, such as `http://127.0.0.1:8000/v1`.
         name: the name under which the endpoint serves the model.
+        key: of the endpoint, if it asks for one.
     """
     import requests
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
-    listed = requests.get(f"{url}/models", timeout=60).json()["data"]
+    header = {"Authorization": f"Bearer {key}"} if key else {}
+    listed = requests.get(f"{url}/models", headers=header, timeout=60).json()["data"]
     opened = _open_ended(tokenizer)
     length = next((each.get("max_model_len") for each in listed if each["id"] == name), None) or 2048
     with quiet():
         made = LocalCompletionsAPI(
             model=name,
             base_url=f"{url}/completions",
+            header=header,
             tokenizer=str(folder),
             tokenizer_backend="huggingface",
             tokenized_requests=True,
