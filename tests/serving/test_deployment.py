@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -88,6 +89,19 @@ def test_one_that_does_not_start_ends_everything(
     served = Deployment(folders, port=free_port(), logs=tmp_path, report=lambda message: None)
     served.servers["other"].tree.command.append("--behaviour=die")
     with pytest.raises(ServingError, match="no room for the weights"):
+        served.__enter__()
+    assert len(started) == 2
+    assert not any(tree.members() for tree in started)
+
+
+def test_a_port_that_is_taken_while_engines_start_is_named(
+    folders: list[Path], tmp_path: Path, started: list[ProcessTree]
+) -> None:
+    served = Deployment(folders, port=free_port(), logs=tmp_path, report=lambda message: None)
+    with (
+        socket.create_server(("127.0.0.1", served.port)),
+        pytest.raises(UsageError, match=f"port {served.port} of 127.0.0.1 is not free"),
+    ):
         served.__enter__()
     assert len(started) == 2
     assert not any(tree.members() for tree in started)

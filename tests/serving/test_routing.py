@@ -168,6 +168,31 @@ def test_an_idle_connection_is_closed_before_the_server_closes_it(
             assert connection.recv(1) == b""
 
 
+def test_an_address_is_reached_directly_and_shared_with_no_second_proxy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the environment says of proxies, and though Envoy would let another one listen beside it."""
+    for name in ("http_proxy", "no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9" if name == "http_proxy" else "")
+    monkeypatch.setattr(routing, "_PATIENCE", 10)
+    here = "127.0.0.2", free_port("127.0.0.2")
+    first, second = (Router({"alpha": 9}, *here, tmp_path) for _ in range(2))
+    try:
+        first.start()
+        while not first.healthy():
+            time.sleep(0.05)
+        second.start()
+        deadline = time.monotonic() + 20
+        while second.failure() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert "Address already in use" in str(second.failure())
+        assert first.healthy()
+    finally:
+        for router in (first, second):
+            router.tree.stop()
+
+
 def test_without_the_proxy_its_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("PATH", str(tmp_path))
