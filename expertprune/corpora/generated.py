@@ -25,6 +25,7 @@ _FOREIGN = 0.2  # a text is in another language if it has less than this part of
 _DISTINCT = 0.5  # a text repeats itself if fewer of its runs of three words are different
 # Where words are not separated, each character counts as one.
 _WORD = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|[^\W\d_]+")
+_NUMBER = re.compile(r"\d+")
 
 
 @dataclass(frozen=True)
@@ -93,21 +94,27 @@ class Sieve:
         self._seen: set[str] = set()
         self.refused: Counter[str] = Counter()
 
-    def keeps(self, text: str) -> bool:
-        """Whether a text is of use. A text that was seen before is not."""
-        problem = self._problem(text)
+    def keeps(self, text: str, whole: Document | None = None) -> bool:
+        """Whether a text is of use. One that was seen before is not.
+
+        Args:
+            whole: the document that the text completes; default: the text alone. The same answer to another prompt is
+                another document.
+        """
+        problem = self._problem(text, whole if whole is not None else Document(text))
         if problem is not None:
             self.refused[problem] += 1
         return problem is None
 
-    def _problem(self, text: str) -> str | None:
-        found, digest = words(text), Document(text).digest
-        if not found:
+    def _problem(self, text: str, whole: Document) -> str | None:
+        found = words(text)
+        said = found or _NUMBER.findall(text)  # an answer may be a number
+        if not said:
             return "empty"
-        if digest in self._seen:
+        if whole.digest in self._seen:
             return "generated before"
-        self._seen.add(digest)
-        if repeats(found):
+        self._seen.add(whole.digest)
+        if repeats(said):
             return "repeating itself"
         if len(found) >= _LEAST_WORDS and self._share(found) < _FOREIGN * self._usual:
             return "in another language"

@@ -25,7 +25,9 @@ from expertprune.spec.sources import Generate, Source
 log = logging.getLogger(__name__)
 
 _LEAST = 16  # tokens that an answer must have room for
-_FORM = 2  # of what the store keeps; 1 had answers without special tokens, which were rendered without thoughts
+# Of what the store keeps. 1 had answers without special tokens, rendered without thoughts; 2 had no answer twice, and no
+# numbers.
+_FORM = 3
 _SPARE = 1.1  # tokens to write for each that is wanted: some texts are of no use
 
 
@@ -116,10 +118,11 @@ def _kept(
     for sample in written:
         if tokens >= settings.tokens:
             break
+        document = asked[sample.prompt].completed(sample.text)
         if settings.from_ == "prompts" and not sample.ended:
             sieve.refused["without an end within calibration.max_tokens"] += 1
-        elif sieve.keeps(sample.text):
-            documents.append(asked[sample.prompt].completed(sample.text))
+        elif sieve.keeps(sample.text, document):
+            documents.append(document)
             tokens += sample.tokens
     why = ", ".join(f"{number} {reason}" for reason, number in sieve.refused.most_common())
     if not documents:

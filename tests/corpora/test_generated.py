@@ -92,3 +92,13 @@ def test_texts_that_are_of_no_use_are_left_out_and_counted() -> None:
     assert [sieve.keeps(text) for text in texts] == [True, False, False, False, False, True]
     assert sieve.refused == {"generated before": 1, "in another language": 1, "repeating itself": 1, "empty": 1}
     assert Sieve([]).keeps(german)
+
+
+def test_short_answers_and_numbers_are_of_use_and_the_same_one_to_another_prompt_too() -> None:
+    sieve = Sieve([Document(ENGLISH)])
+    talks = [Opening.of(Document.of(Conversation.of([{"role": "user", "content": ask}])), PROMPTS) for ask in "ab"]
+    kept = [
+        sieve.keeps(said, talk.completed(said)) for said in ("Yes.", "42", "7 " * 30) for talk in (*talks, talks[0])
+    ]
+    assert kept == [True, True, False, True, True, False, False, False, False]
+    assert sieve.refused == {"generated before": 3, "repeating itself": 2}
