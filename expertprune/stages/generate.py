@@ -42,6 +42,8 @@ def generator(base: ResolvedBase, spec: Spec, store: Path, write: bool = True) -
             store keeps those that it is generated from.
     """
     tokenizers: list[Any] = []
+    context = base.checkpoint.config.get("max_position_embeddings")  # vLLM refuses longer texts
+    length = min(spec.calibration.max_tokens, context) if isinstance(context, int) else spec.calibration.max_tokens
 
     def make(name: CorpusName, source: Source, corpus: Corpus, every: Sequence[Corpus]) -> Corpus:
         settings = source.generate
@@ -50,9 +52,7 @@ def generator(base: ResolvedBase, spec: Spec, store: Path, write: bool = True) -
             tokenizers.append(load_tokenizer(base.folder, base.trust_remote_code))
         asked = openings(corpus, settings, every)
         with under(f"{source_key(name, spec)}.generate"):
-            documents = _documents(
-                base, tokenizers[0], corpus, asked, settings, spec.calibration.max_tokens, store, write
-            )
+            documents = _documents(base, tokenizers[0], corpus, asked, settings, length, store, write)
         how = f"by {base.name} from {settings.from_}, temperature {settings.temperature:g}, seed {settings.seed}"
         return replace(corpus, calibration=tuple(documents), generated=how)
 
@@ -74,7 +74,9 @@ def _documents(
         raise SpecError("no opening is left: all of them evaluate")
     pairs = [(opening, ids) for opening, ids in pairs if len(ids) + _LEAST <= length]
     if not pairs:
-        raise SpecError(f"no opening is shorter than calibration.max_tokens ({length}) less {_LEAST}")
+        raise SpecError(
+            f"no opening is shorter than calibration.max_tokens, or the base's context, less {_LEAST}: {length - _LEAST}"
+        )
     prompts = [ids for _, ids in pairs]
     wanted = settings.model_dump(mode="json", by_alias=True)
     key = digest_of([_FORM, base.digest, base.tokenizer_digest, prompts, wanted, length])
