@@ -106,7 +106,7 @@ class Server:
             ServingError: it has ended, or `patience` is over; the message holds its log's last lines.
         """
         if not self.tree.alive:
-            raise self._failure(f"ended ({ending(self.tree.code)}) before it was healthy")
+            raise self.failed(f"ended ({ending(self.tree.code)}) before it was healthy")
         try:
             with urllib.request.urlopen(f"{self.root}/health", timeout=5) as answer:
                 if answer.status == 200:
@@ -116,7 +116,7 @@ class Server:
         except OSError:
             pass
         if time.monotonic() - self._started > self.patience:
-            raise self._failure(f"was not healthy after {self.patience:g} s")
+            raise self.failed(f"was not healthy after {self.patience:g} s")
         return False
 
     def wait(self) -> None:
@@ -138,7 +138,7 @@ class Server:
             choice = self._ask(f"/v1/{path}", {**request, "temperature": 0})["choices"][0]
             return str(choice["message"]["content"] if self.servable.chat else choice["text"])
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise self._failure(f"is healthy but does not answer a prompt ({error})") from None
+            raise self.failed(f"is healthy but does not answer a prompt ({error})") from None
 
     def _ask(self, path: str, request: dict[str, Any]) -> Any:
         headers = {
@@ -151,9 +151,10 @@ class Server:
 
     def failure(self) -> ServingError | None:
         """Why the server no longer runs; `None` while it runs."""
-        return None if self.tree.alive else self._failure(f"died ({ending(self.tree.code)})")
+        return None if self.tree.alive else self.failed(f"died ({ending(self.tree.code)})")
 
-    def _failure(self, what: str) -> ServingError:
+    def failed(self, what: str) -> ServingError:
+        """An error that says what the server did, with the end of its log, which stays."""
         self._keep_log()
         return ServingError(f"the server of {self.name} {what}; the end of its log, {self.log}:\n{self.tree.tail()}")
 

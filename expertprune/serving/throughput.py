@@ -86,8 +86,7 @@ def bench(
         prompts = _write_prompts(folder / "prompts.jsonl", other, load)
         for number in range(1, load.rounds + 1):
             for role in ROLES:
-                log = folder / f"{role}-{number}.log"
-                with Server(folders[role], arguments=arguments, log=log, model_name=role) as server:
+                with Server(folders[role], arguments=arguments, model_name=role) as server:
                     runs.append(_measure(server, prompts, load, role, number, reads[role]))
                 step()
     result = Timing.of(
@@ -199,9 +198,7 @@ def _measure(server: Server, prompts: Path, load: Load, role: Role, number: int,
     data = json.loads(result.read_text(encoding="utf-8"))
     result.unlink()
     if data["completed"] != load.prompts:
-        raise ServingError(
-            f"{server.name}: answered {data['completed']} of {load.prompts} prompts; its log:\n{server.tree.tail()}"
-        )
+        raise server.failed(f"answered {data['completed']} of {load.prompts} prompts")
     return Run(
         model=role,
         round=number,

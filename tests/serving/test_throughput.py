@@ -161,16 +161,22 @@ def test_both_are_measured_in_turn_on_the_same_prompts(
 
 
 def test_a_run_that_is_not_whole_is_an_error_and_writes_nothing(
-    tmp_path: Path, tiny_llama: Path, client: Callable[..., Any]
+    tmp_path: Path, tiny_llama: Path, client: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # where logs are kept
     folder = save_tiny(tmp_path / "expert")
     before = sorted(folder.iterdir())
     failures = ({"completed": 4}, {"fails": True})
+    load = Load(prompts=5, input_tokens=12, rounds=1)
     for failure, said in zip(failures, ("answered 4 of 5", "(?s)of base failed.*connection refused"), strict=True):
         client(**failure)
         with pytest.raises(ServingError, match=said):
-            expertprune.bench(folder, against=tiny_llama, load=Load(prompts=5, input_tokens=12, rounds=1))
+            expertprune.bench(folder, against=tiny_llama, load=load)
         assert sorted(folder.iterdir()) == before
+    with pytest.raises(ServingError, match="exit code 3") as died:
+        expertprune.bench(folder, against=tiny_llama, load=load, arguments=["--behaviour=die"])
+    log = Path(str(died.value).partition("its log, ")[2].partition(":")[0])
+    assert "no room for the weights" in log.read_text(), "the log that is named is there to be read"
 
 
 def test_what_cannot_be_measured_or_written_is_refused_before_anything_starts(
