@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import sys
 from collections.abc import Sequence
@@ -112,7 +113,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, f"ask one of {', '.join(f'/{role}' for role in self.server.sides)}")
             return
         length = self.headers.get("Content-Length", "")
-        if self.headers.get_content_type() != "application/json" or not length.isdigit() or int(length) > _LARGEST:
+        known = re.fullmatch(r"[0-9]{1,9}", length) is not None and int(length) <= _LARGEST
+        if self.headers.get_content_type() != "application/json" or not known:
             self._refuse(400, "a request is JSON of at most 4 MiB, with its length")
             return
         try:

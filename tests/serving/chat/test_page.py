@@ -129,6 +129,8 @@ def test_other_pages_and_damaged_requests_are_refused() -> None:
         bad = ["", "{", "[]", good.replace("user", "system"), good.replace("3}", "0}"), good[:-1] + ', "url": "x"}']
         assert [status("POST", "/base", body, **json_type) for body in bad] == [400] * len(bad)
         assert status("POST", "/base", good, Content_Type="text/plain") == 400  # what a form of another page can send
+        for length in ("", "²", "-1", "9" * 5000):
+            assert status("POST", "/base", Content_Length=length, **json_type) == 400
         assert fake.asked == []
         assert status("POST", "/base", good, **json_type) == 200
         with pytest.raises(UsageError, match="is not free"):
