@@ -136,7 +136,10 @@ class Server:
         path, request = trial(self.servable, self.name, max_tokens, prompt)
         try:
             choice = self._ask(f"/v1/{path}", {**request, "temperature": 0})["choices"][0]
-            return str(choice["message"]["content"] if self.servable.chat else choice["text"])
+            if not self.servable.chat:
+                return str(choice["text"])
+            said = choice["message"]
+            return str(said["content"] or said.get("reasoning") or "")  # where vLLM parts thoughts from what is said
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise self.failed(f"is healthy but does not answer a prompt ({error})") from None
 

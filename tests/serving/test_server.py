@@ -38,7 +38,9 @@ def test_inside_the_block_it_answers_and_after_it_nothing_runs(
     assert "POST /v1/completions HTTP/1.1 200 - Bearer secret" in server.log.read_text().replace('"', "")
 
 
-def test_a_model_with_a_chat_template_is_asked_in_a_conversation(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_model_with_a_chat_template_is_asked_in_a_conversation(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = shutil.copytree(tiny_llama, tmp_path / "chatty")
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
     with Server(folder) as server:
@@ -46,6 +48,9 @@ def test_a_model_with_a_chat_template_is_asked_in_a_conversation(tiny_llama: Pat
         assert server.complete("Is it well?") == "chatty heard Is it well?"
         assert server.log.exists()
     assert not server.log.exists(), "a log of its own stays only where something failed"
+    for said in ({"content": None, "reasoning": "Well"}, {"content": "Well", "reasoning": "It"}):
+        monkeypatch.setattr(server, "_ask", lambda *_, said=said: {"choices": [{"message": said}]})
+        assert server.complete() == "Well"
     asked = {"model": "llama", "max_tokens": 16, "prompt": "The heart pumps"}
     assert trial(check_folder(tiny_llama), "llama", 16) == ("completions", asked)
 
