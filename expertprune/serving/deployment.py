@@ -106,8 +106,14 @@ class Deployment:
 
         Raises:
             CheckpointError: a folder is no expert and no checkpoint, or is incomplete.
-            UsageError: the port is taken, names clash, or vLLM, the proxy or memory is missing.
+            UsageError: the port is taken, names clash, vLLM, the proxy or memory is missing, or an argument is of one
+                engine alone.
         """
+        if "lora_modules" in engine.option_names(arguments):
+            raise UsageError(
+                "--lora-modules: an adapter is of one expert, and all engines get what follows --: serve the expert that it "
+                "fits alone, on another --port"
+            )
         check_port(host, port)
         proxy_command(Path())
         self.servers: dict[str, Server] = {}

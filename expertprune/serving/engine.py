@@ -43,7 +43,7 @@ _IN_FULL = (
     "--model", "--host", "--port", "--served-model-name", "--uds", "--enable-ssl-refresh", "--config", "--api-key",
     "--dtype", "--max-model-len", "--enforce-eager", "--enable-prefix-caching", "--kv-cache-memory-bytes",
     "--gpu-memory-utilization", "--device-memory-utilization", "--cpu-offload-gb", "--tensor-parallel-size",
-    "--pipeline-parallel-size", "-tp", "-pp",
+    "--pipeline-parallel-size", "-tp", "-pp", "--lora-modules",
 )  # fmt: skip
 _SHORT = {"-tp": "tensor_parallel_size", "-pp": "pipeline_parallel_size"}
 _SYNONYMS = {"device_memory_utilization": "gpu_memory_utilization"}

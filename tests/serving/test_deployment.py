@@ -107,6 +107,13 @@ def test_a_port_that_is_taken_while_engines_start_is_named(
     assert not any(tree.members() for tree in started)
 
 
+def test_an_adapter_is_served_beside_one_expert_alone(folders: list[Path], tmp_path: Path) -> None:
+    """No request could choose it: the proxy knows the models that the folders name."""
+    for given in ("--lora-modules", "--lora_modules=triage=adapters/triage", "--lora-mod"):
+        with pytest.raises(UsageError, match=r"--lora.mod"):
+            Deployment(folders, port=free_port(), logs=tmp_path, arguments=[given, "triage=x"], report=print)
+
+
 def test_pauses_double_and_a_steady_run_is_forgiven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, failure, starts, states = [0.0], list[ServingError](), list[float](), list[str]()
     monkeypatch.setattr(deployment.time, "monotonic", lambda: clock[0])
