@@ -104,7 +104,7 @@ class Endpoint:
         timeout = httpx.Timeout(_SILENCE, connect=_CONNECTING)
         try:
             with httpx.stream("POST", f"{self.url}/{path}", json=asked, headers=_headers(self.key),
-                              timeout=timeout) as stream:  # fmt: skip
+                              timeout=timeout, trust_env=_through_proxies(self.url)) as stream:  # fmt: skip
                 if stream.is_error:
                     stream.read()
                     raise ServingError(f"{self.url}: {_reason(stream)}")
@@ -152,8 +152,9 @@ def connect(url: str, model: str | None = None, key: str | None = None) -> Endpo
     if not address.startswith(("http://", "https://")):
         raise UsageError(f"{url}: is no endpoint, such as http://127.0.0.1:8000/v1")
     try:
-        found = httpx.get(f"{address}/models", headers=_headers(key), timeout=_CONNECTING)
-    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
+        found = httpx.get(f"{address}/models", headers=_headers(key), timeout=_CONNECTING,
+                          trust_env=_through_proxies(address))  # fmt: skip
+    except (httpx.HTTPError, httpx.InvalidURL, ImportError, ValueError) as error:  # the last two: of another proxy
         raise UsageError(f"{address}: nothing answers there ({error})") from None
     try:
         models = [str(each["id"]) for each in found.json()["data"]] if found.is_success else []
@@ -170,12 +171,19 @@ def connect(url: str, model: str | None = None, key: str | None = None) -> Endpo
 def _takes_messages(url: str, model: str, key: str | None) -> bool:
     asked = {"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
     try:
-        found = httpx.post(f"{url}/chat/completions", json=asked, headers=_headers(key), timeout=_SILENCE)
+        found = httpx.post(f"{url}/chat/completions", json=asked, headers=_headers(key), timeout=_SILENCE,
+                           trust_env=_through_proxies(url))  # fmt: skip
     except httpx.HTTPError as error:
         raise UsageError(f"{url}: does not answer a message ({error})") from None
     if found.is_error and found.status_code not in _NO_TEMPLATE:
         raise UsageError(f"{url}: does not answer a message: {_reason(found)}")
     return found.is_success
+
+
+def _through_proxies(url: str) -> bool:
+    """Whether the proxies of the environment count for an address: none stands between this machine and itself."""
+    parts = httpx.URL(url)
+    return parts.scheme == "https" or parts.host not in ("127.0.0.1", "localhost", "::1")
 
 
 def _headers(key: str | None) -> dict[str, str]:

@@ -85,6 +85,17 @@ def test_what_fails_in_the_middle_of_an_answer_is_said_in_the_endpoints_words() 
     assert isinstance(end, Ended)
 
 
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:9", "socks5://127.0.0.1:9", "socks://127.0.0.1:9/"])
+def test_no_proxy_of_the_environment_stands_before_this_machine(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("all_proxy", "http_proxy", "no_proxy"):
+        monkeypatch.delenv(name.upper(), raising=False)
+        monkeypatch.setenv(name, "" if name == "no_proxy" else proxy)
+    with fake_endpoint(["one"]) as fake:
+        assert next(connect(fake.url).answer(CONVERSATION, ChatSettings())) == "one"
+    with pytest.raises(UsageError, match="nothing answers there"):
+        connect("http://192.0.2.1/v1")
+
+
 def test_one_of_several_models_is_named_by_the_address_or_by_the_expert() -> None:
     with fake_endpoint([], models=("a", "b")) as fake:
         assert connect(f"{fake.url}#b").model == "b"
