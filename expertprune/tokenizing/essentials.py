@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jinja2.ext
 import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
 
 from expertprune.corpora.templates import TemplateFailedError, TemplateStoppedError, run_template
@@ -90,6 +92,16 @@ def _tokens(texts: Iterator[str], tokenizer: Any) -> Iterator[int]:
         yield from tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+class _Generation(jinja2.ext.Extension):
+    """The tag `generation`, by which templates mark answers: what stands in it is as without."""
+
+    tags = {"generation"}  # noqa: RUF012  (jinja2 declares it as an attribute of instances)
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 def _template_texts(tokenizer: Any) -> Iterator[str]:
     """Text of chat templates: their literals, the roles, and rendered conversations."""
     templates = tokenizer.chat_template
@@ -97,7 +109,7 @@ def _template_texts(tokenizer: Any) -> Iterator[str]:
         return
     yield from _ROLES
     named = templates if isinstance(templates, dict) else {"default": templates}
-    environment = jinja2.sandbox.SandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+    environment = jinja2.sandbox.SandboxedEnvironment(extensions=["jinja2.ext.loopcontrols", _Generation])
     for template in named.values():
         with contextlib.suppress(jinja2.TemplateError, RecursionError):
             tree = environment.parse(template)

@@ -102,6 +102,15 @@ def test_every_file_tells_the_same_ids_and_transformers_reads_them(base: Path, t
     assert len(stop) < len("Richter")
 
 
+@pytest.mark.parametrize("answer", ["{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}"])
+def test_text_that_a_template_writes_for_some_conversations_only_stays(base: Path, answer: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = f"{{% if tools %}}Richter{{% endif %}}{{% for m in messages %}}{answer}{{% endfor %}}"
+    word = tokenizer("Richter", add_special_tokens=False)["input_ids"]
+    assert len(word) < len("Richter")
+    assert set(word) <= essential_ids(read_vocabulary(base), base, tokenizer)["chat template"]
+
+
 def test_tokenizers_that_need_code_or_have_no_fast_form_are_refused_by_name(base: Path) -> None:
     config = read_json(base / "tokenizer_config.json") | {"tokenizer_class": "OwnTokenizer"}
     (base / "tokenizer_config.json").write_text(json.dumps(config | {"auto_map": {"AutoTokenizer": ["own.Own", None]}}))
