@@ -219,9 +219,12 @@ def api_keys(arguments: Sequence[str]) -> list[str]:
     """The API keys that vLLM accepts: those of `--api-key KEY...`, else of the variable VLLM_API_KEY.
 
     Raises:
-        UsageError: no request can carry one of them.
+        UsageError: no request can carry one of them, or one is empty.
     """
-    keys = list(_given_keys(arguments).values()) or [key for key in [os.environ.get("VLLM_API_KEY")] if key]
+    given = list(_given_keys(arguments).values())
+    if not all(given):
+        raise UsageError("--api-key: a key is empty, with which vLLM lets everybody in; give another, or leave it out")
+    keys = given or [key for key in [os.environ.get("VLLM_API_KEY")] if key]
     if not all(key.isascii() and key.isprintable() for key in keys):
         raise UsageError("an API key (--api-key, or the variable VLLM_API_KEY) holds characters that no header of HTTP can "
                          "carry; choose one of ASCII letters, digits and signs")  # fmt: skip

@@ -101,6 +101,12 @@ def test_mistakes_are_said_before_engines_start(
             ("", [folder, folder], "one expert at a time"),
             ("", [folder, "--store", store, "--", "--api-key", key], unspeakable),
             (key, [folder, "--store", store], unspeakable),
+            (
+                "",
+                [folder, "--store", store, "--", "--api-key", ""],
+                "a key is empty, with which vLLM lets everybody in",
+            ),
+            ("", [folder, "--store", store, "--", "--api-key="], "a key is empty"),
             (key, ["--expert-url", fake.url, "--base-url", fake.url], unspeakable),
         ):
             monkeypatch.setenv("VLLM_API_KEY", variable)
