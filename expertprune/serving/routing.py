@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
 import shutil
 import socket
 import time
@@ -98,7 +97,7 @@ def _model_from_body() -> dict[str, Any]:
         "on_missing": note("problem", value="no model"),
         "on_error": note("problem", value="no JSON"),
     }
-    types = {"google_re2": {}, "regex": r"application/json(\s*;.*)?"}
+    types = {"regex": r"(?i)application/json(\s*;.*)?"}
     return {
         "@type": f"{_TYPES}.http.json_to_metadata.v3.JsonToMetadata",
         "request_rules": {"allow_content_types_regex": types, "rules": [rule]},
@@ -122,21 +121,21 @@ def _routes(models: list[str], keys: Sequence[str]) -> list[dict[str, Any]]:
         _answer({"path": "/v1/models"}, 200, {"object": "list", "data": entries}),
         *[_answer({"path": f"/v1/models/{entry['id']}"}, 200, entry) for entry in entries],
         *[{"match": noted("model", model), "route": {"cluster": model, "timeout": "0s"}} for model in models],
-        _answer(wrong("no JSON"), 400, _error("the body is not JSON", bad, 400)),
+        _answer(wrong("no JSON"), 400, _error("the body, or its Content-Type, is not JSON", bad, 400)),
         _answer(wrong("no model"), 400, _error(f"the body has no 'model'; {served}", bad, 400)),
         _answer({"prefix": "/"}, 404, _error(f"no such model or path; {served}", "NotFoundError", 404)),
     ]
-    if not keys:
-        return [health, *routes]
-    for route in routes:
-        route["match"].setdefault("headers", []).append(_bearer(keys))
-    return [health, *routes, _answer({"prefix": "/"}, 401, _error("Unauthorized", bad, 401))]
+    stranger = {"prefix": "/", "headers": [_other_than(key) for key in keys]}
+    return [health, *([_answer(stranger, 401, _error("Unauthorized", bad, 401))] if keys else []), *routes]
 
 
-def _bearer(keys: Sequence[str]) -> dict[str, Any]:
-    """A header that carries one of the keys, as clients of OpenAI's interface send it."""
-    pattern = f"Bearer (?:{'|'.join(map(re.escape, keys))})"
-    return {"name": "authorization", "string_match": {"safe_regex": {"regex": pattern}}}
+def _other_than(key: str) -> dict[str, Any]:
+    """A header that does not carry the key as clients of OpenAI's interface send it, or is not there.
+
+    It is compared as a whole: Envoy takes no regular expression of more than about 90 characters.
+    """
+    bearer = {"name": "authorization", "string_match": {"exact": f"Bearer {key}"}}
+    return {**bearer, "invert_match": True, "treat_missing_header_as_empty": True}
 
 
 def _answer(match: dict[str, Any], status: int, body: dict[str, Any]) -> dict[str, Any]:

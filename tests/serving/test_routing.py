@@ -81,7 +81,7 @@ def ask(url: str, request: Any, content_type: str = "application/json") -> tuple
 
 
 @pytest.mark.parametrize(
-    ("model", "content_type"), [("alpha", "application/json"), (STRANGE, "application/json; charset=utf-8")]
+    ("model", "content_type"), [("alpha", "Application/JSON"), (STRANGE, "application/json; charset=utf-8")]
 )
 def test_a_request_goes_to_its_model(endpoint: str, model: str, content_type: str) -> None:
     status, answer = ask(endpoint, {"prompt": "x" * 3_000_000, "model": model}, content_type)
@@ -94,7 +94,7 @@ def test_a_request_goes_to_its_model(endpoint: str, model: str, content_type: st
         ({"model": "gamma"}, 404, "no such model or path; models served here: alpha, "),
         ({"model": 7}, 404, "no such model"),
         ({"prompt": "x"}, 400, "no 'model'; models served here: alpha, "),
-        (b'{"model": "alp', 400, "not JSON"),
+        (b'{"model": "alp', 400, "the body, or its Content-Type, is not JSON"),
         ({"model": "down"}, 503, "the engine of this model is not running"),
     ],
 )
@@ -110,7 +110,7 @@ def test_a_hundred_models_are_listed_and_every_route_but_health_asks_for_a_key(
     ports: dict[str, int], tmp_path: Path
 ) -> None:
     models = {**ports, **{f"expert-{number}": ports["down"] for number in range(100)}}
-    keys = ("one.key", "tw+o")  # with characters that mean something in a regular expression
+    keys = ("one.key", "tw+o", "x" * 2000)  # with characters that mean something in a regular expression
     paths = ("/v1/models", "/v1/models/alpha", "/v1/completions", "/anything")
     tried = dict.fromkeys((None, "Bearer onexkey", "Bearer one.keys"), False) | {f"Bearer {key}": True for key in keys}
     with routed(models, tmp_path, keys) as router:
