@@ -73,6 +73,9 @@ def chat(
     places = list(itertools.takewhile(lambda text: not text.startswith("-"), arguments))
     if len(places) > 1:
         raise click.UsageError(f"{places[1]}: chat with one expert at a time")
+    for option, value in (("--base", base), ("--log", log)):
+        if value is not None and (expert_url or base_url):
+            raise click.UsageError(f"{option} is for engines that are started here, not for --expert-url")
     expert = Path(places[0]) if places else None
     settings = ChatSettings(seed, temperature, max_tokens)
     logs = store_folder(store) / "logs" if log is None else log

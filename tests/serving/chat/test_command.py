@@ -97,6 +97,16 @@ def test_mistakes_are_said_before_engines_start(
             ("", ["--expert-url", url], "give both --expert-url and --base-url"),
             ("", ["--expert-url", url, "--base-url", url], "nothing answers there"),
             ("", [folder, "--expert-url", url, "--base-url", url, "--", "--seed", "1"], "that are started here"),
+            (
+                "",
+                ["--expert-url", url, "--base-url", url, "--base", folder],
+                "--base is for engines that are started here",
+            ),
+            (
+                "",
+                ["--expert-url", url, "--base-url", url, "--log", folder],
+                "--log is for engines that are started here",
+            ),
             ("", [folder.parent], "is no expert"),
             ("", [folder, folder], "one expert at a time"),
             ("", [folder, "--store", store, "--", "--api-key", key], unspeakable),
