@@ -153,10 +153,12 @@ class ChatTemplate:
                 start = max(start, text.find(message["content"].strip(), start) if span is None else span[0])
             if end is None or before is None:
                 if span is None or span[1] <= max(start, span[0]):
-                    raise SpecError(
-                        f"the base's chat template changes message {number + 1}, so its answer cannot be found; "
-                        "set 'documents: raw'"
-                    )
+                    if message["content"].strip() or message.get("tool_calls"):
+                        raise SpecError(
+                            f"the base's chat template changes message {number + 1}, so its answer cannot be found; "
+                            "set 'documents: raw'"
+                        )
+                    span = span or (start, start)  # an earlier answer that says nothing
                 end = span[1]
                 end += next((len(token) for token in self._special if text.startswith(token, end)), 0)
             yield min(start, end), end  # an answer may come to nothing

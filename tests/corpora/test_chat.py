@@ -201,6 +201,18 @@ def test_an_answer_whose_words_the_question_has_is_not_looked_for_there() -> Non
     assert [text.text[:start].count("heart or blood") for start, _ in text.answers] == [1, 2]
 
 
+@pytest.mark.parametrize(
+    "template", [CHATML, THINKING, f"{CHATML}{{% if not add_generation_prompt %}}</s>{{% endif %}}"]
+)
+def test_an_earlier_answer_that_says_nothing_is_its_end_alone(template: str) -> None:
+    nothing = {"role": ANSWER, "content": ""}
+    for talk in ([TWO_TURNS[0], nothing, *TWO_TURNS[2:]], [*TWO_TURNS[:2], TWO_TURNS[2], nothing, *TWO_TURNS]):
+        text = render(document(talk), chat_tokenizer(template))
+        said = [each.partition("<|im_end|>")[0].rpartition("</think>")[2] for each in answers_of(text)]
+        assert said == [each["content"] for each in talk if each["role"] == ANSWER]
+        assert all("<|im_end|>" in each for each in answers_of(text))
+
+
 def test_calls_of_tools_count_with_and_without_words_beside_them() -> None:
     calls = [{"function": {"name": "sum", "arguments": {}}}]
     for content, said in (("reads law", "reads law call sum<|im_end|>"), (None, " call sum<|im_end|>")):
