@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from expertprune.files.ownership import (
     noted_parents,
     remove_abandoned,
     remove_leftovers,
+    remove_locked,
 )
 from expertprune.files.places import folder_size
 
@@ -92,7 +92,7 @@ def prune_store(store: Path, older_than: float) -> list[StoreEntry]:
         with locked(held.path) as lock:
             if lock is Lock.TAKEN:
                 continue
-            shutil.rmtree(held.path) if held.path.is_dir() else held.path.unlink(missing_ok=True)
+            remove_locked(held.path) if held.path.is_dir() else held.path.unlink(missing_ok=True)
         gone.append(held)
     return gone
 

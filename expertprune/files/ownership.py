@@ -159,7 +159,7 @@ def working_folder(path: Path) -> Iterator[Path]:
         finally:
             if not any(path.iterdir()):
                 path.rmdir()
-        _remove_work(path)
+        remove_locked(path)
 
 
 def remove_finished(path: Path) -> None:
@@ -167,10 +167,10 @@ def remove_finished(path: Path) -> None:
     if path.is_dir():
         with locked(path) as lock:
             if lock is not Lock.TAKEN:
-                _remove_work(path)
+                remove_locked(path)
 
 
-def _remove_work(path: Path) -> None:
+def remove_locked(path: Path) -> None:
     """Remove a folder that is locked. What a kill leaves of it has the name of a leftover, and goes with those."""
     with contextlib.suppress(OSError), own_folder(path) as aside:
         os.replace(path, aside / "done")
@@ -266,7 +266,7 @@ def remove_abandoned(folder: Path, keep: Path | None = None) -> None:
         if work != keep and age(work) > ABANDONED_AFTER:
             with locked(work) as lock:
                 if lock is not Lock.TAKEN:
-                    _remove_work(work)
+                    remove_locked(work)
 
 
 def age(path: Path) -> float:

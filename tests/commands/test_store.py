@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import expertprune
-from expertprune.files import HOLDINGS, locked, machine
+from expertprune.files import HOLDINGS, locked, machine, prune_store
 from tests.calling import call, call_json
 
 DAY = 24 * 3600
@@ -48,6 +49,25 @@ def test_the_store_is_shown_and_what_is_old_is_removed(store: Path) -> None:
     assert "holds nothing" in call("store").stdout
     for text in ("30", "d", "-1d", "soon"):
         assert "is no time" in call("store", "prune", "--older-than", text, code=2).stderr
+
+
+def test_a_folder_that_is_being_removed_when_the_command_is_killed_is_whole_or_gone(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left of a converted base would be taken for the whole one."""
+    weights = entry(store, "bases/model-0123/model.safetensors", 10, 1)
+
+    def killed(folder: Path, **_: object) -> None:
+        next(path for path in Path(folder).rglob("*") if path.is_file()).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prune_store(store, 0)
+    assert not weights.parent.exists()
+    call("list", "criteria")
+    assert not list((store / "bases").iterdir())
 
 
 def test_a_lease_that_was_given_back_is_as_old_as_that(store: Path) -> None:
