@@ -89,6 +89,7 @@ from expertprune.files.staging import (
     staged_file,
     staged_folder,
     staged_output,
+    stored_folder,
     to_json,
     write_file,
     write_json,
@@ -106,6 +107,6 @@ __all__ = [
     "parse_yaml", "problems_of", "prune_store", "read_bytes", "read_json", "read_kept", "read_model", "read_object",
     "read_text", "read_yaml", "remove_all_leftovers", "remove_finished", "remove_leftovers", "require_room",
     "require_rooms", "scratch_folder", "shipped", "size_in_bytes", "socket_folder", "staged_file", "staged_folder",
-    "staged_output", "store_folder", "temporary_folder", "to_json", "unused", "user_path", "working_folder",
+    "staged_output", "store_folder", "stored_folder", "temporary_folder", "to_json", "unused", "user_path", "working_folder",
     "write_file", "write_json",
 ]  # fmt: skip

@@ -73,6 +73,27 @@ def staged_folder(out: Path, overwrite: bool = False, kind: OutputKind = EXPERT)
 
 
 @contextlib.contextmanager
+def stored_folder(path: Path, whole: Callable[[Path], bool]) -> Iterator[Path]:
+    """The same for a folder of the store, which any process may make at the same time.
+
+    A whole one that came to `path` meanwhile stays, and what is left of a damaged one goes.
+
+    Raises:
+        CheckpointError: the disk is full, or the folder cannot be written.
+    """
+    with _making(path) as made:
+        made.mkdir()
+        yield made
+        _finish(made)
+        try:
+            rename_new(made, path)
+        except FileExistsError:
+            if not whole(path):
+                _replaced(made, path, _identity(path))  # unless another process has put a whole one there by now
+        sync_entry(path)
+
+
+@contextlib.contextmanager
 def _making(path: Path) -> Iterator[Path]:
     """A path for something new, in a folder of this process beside `path`."""
     with disk_errors(path):

@@ -167,6 +167,31 @@ def test_a_conversion_that_was_stopped_goes_on_from_the_last_whole_file(
     assert Checkpoint(base.folder).tensors == again.tensors
 
 
+def test_two_processes_prepare_the_same_file(file: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that is through later takes what the other has put there."""
+    digest, read = fetched(of(file, store)).digest, conversion.config_in
+    (first,) = (store / "bases").iterdir()
+    aside = first.rename(store / "first")
+
+    def slowly(*args: Any) -> Any:
+        aside.rename(first)
+        return read(*args)
+
+    monkeypatch.setattr(conversion, "config_in", slowly)
+    base = of(file, store)
+    assert base.digest == digest
+    assert list((store / "bases").iterdir()) == [first] == [base.folder]
+
+
+@pytest.mark.parametrize("lost", ["config.json", "model.safetensors"])
+def test_a_folder_of_which_a_part_is_lost_is_made_again(file: Path, store: Path, lost: str) -> None:
+    digest = fetched(of(file, store)).digest
+    (folder,) = (store / "bases").iterdir()
+    (folder / lost).unlink()
+    assert of(file, store).digest == digest
+    assert list((store / "bases").iterdir()) == [folder]
+
+
 @pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
 def test_texts_begin_with_bos_where_the_file_says_so(kind: str, tmp_path: Path, store: Path) -> None:
     """And where a file with SentencePiece's kind of tokenizer, which has no merges, is silent."""

@@ -25,10 +25,10 @@ from expertprune.files import (
     read_object,
     require_room,
     staged_file,
-    staged_folder,
+    stored_folder,
     write_json,
 )
-from expertprune.models.checkpoint import INDEX, SINGLE, Checkpoint
+from expertprune.models.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint
 from expertprune.models.gguf.names import gguf_name, is_one_of, name_map
 from expertprune.models.gguf.reading import (
     FOLDER,
@@ -87,11 +87,16 @@ def converted(file: Path, dtype: str, store: Path, tied: bool = False) -> Checkp
     identity = _identity(file)
     key = digest_of([identity, dtype, version, _RECIPE, *(["tied"] if tied else [])])
     folder = store / "bases" / f"{file.stem}-{key[:16]}"
-    if not (folder / "config.json").is_file():
+    if not _whole(folder):
         _prepare(file, folder, getattr(torch, dtype), tied)
     if not (folder / _PLAN).is_file():
         return Checkpoint(folder)
     return Checkpoint(folder, Conversion(file, folder, identity))
+
+
+def _whole(folder: Path) -> bool:
+    """Whether a folder has everything but the weights, and those or the plan for them."""
+    return (folder / CONFIG).is_file() and any((folder / name).is_file() for name in (_PLAN, SINGLE, INDEX))
 
 
 def _identity(file: Path) -> list[Any]:
@@ -122,7 +127,7 @@ def _prepare(file: Path, folder: Path, dtype: torch.dtype, tied: bool) -> None:
         model = quiet_transformers().AutoModelForCausalLM.from_config(config, dtype=dtype)
     sources = _sources(file, header, family, model)
     infos = _in_files(sources, header, family.gguf, dtype)
-    with staged_folder(folder) as temporary:
+    with stored_folder(folder, _whole) as temporary:
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(temporary)
         model.generation_config.save_pretrained(temporary)
