@@ -28,6 +28,7 @@ from expertprune.engine.rates import Rates, measured_rates
 from expertprune.models.base import ResolvedBase
 from expertprune.models.running import to_stream
 from expertprune.models.spool import SHARE, Limits
+from expertprune.models.tensorfile import absent_bytes
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,8 @@ class Forecaster:
 
     def of_experts(self, experts: Mapping[str, tuple[Sizes, Work]]) -> Forecast:
         """The forecast of several experts of the base, by name. What is profiled is this one's work, and done once."""
-        pending = self.sizes.stored if self.base.checkpoint.pending is not None else 0
+        pending, folder = self.base.checkpoint.pending, self.base.checkpoint.folder
+        fetched = absent_bytes(folder, pending.tensors) if pending is not None else 0
         stages, kept, stored = self._profiles()
         written = solved = 0
         for name, (sizes, work) in experts.items():
@@ -174,7 +176,7 @@ class Forecaster:
                 replace(stage, name=f"{name}: {stage.name}" if name else stage.name) for stage in one._expert(kept)
             ]
             written, solved = max(written, work.written), max(solved, sizes.solved if work.repaired is not None else 0)
-        return Forecast(self.streamed, tuple(stages), written, pending, stored + solved)
+        return Forecast(self.streamed, tuple(stages), written, fetched, stored + solved)
 
     def _profiles(self) -> tuple[list[Stage], int, int]:
         """The stages of profiles; bytes of states that they leave for repairs, and of what they store."""

@@ -14,7 +14,7 @@ from expertprune.arch import bundled_models
 from expertprune.errors import CheckpointError, ExpertpruneError, SpecError, UsageError, first_line
 from expertprune.files import known_digest, read_kept, require_room
 from expertprune.models.checkpoint import INDEX, SINGLE, Checkpoint
-from expertprune.models.tensorfile import TensorInfo
+from expertprune.models.tensorfile import TensorInfo, absent_bytes
 from expertprune.progress import Track
 from expertprune.registry import nearest
 
@@ -76,7 +76,7 @@ class HubWeights:
         """Download the files whose headers were read, with the hub's own progress bars."""
         from huggingface_hub import snapshot_download
 
-        require_room(self.folder, sum(info.bytes for info in self.tensors.values()))
+        require_room(self.folder, absent_bytes(self.folder, self.tensors))
         files = sorted({info.file for info in self.tensors.values()})
         with _base_errors(self.name), _bars():
             snapshot_download(self.name, revision=self._commit, allow_patterns=files)

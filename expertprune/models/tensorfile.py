@@ -50,6 +50,12 @@ class TensorInfo:
         return self.parameters * (int(bits.group()) if bits else 8) // 8
 
 
+def absent_bytes(folder: Path, tensors: Mapping[str, TensorInfo]) -> int:
+    """Bytes of the tensors whose files are not in a folder."""
+    present = {file: (folder / file).is_file() for file in {info.file for info in tensors.values()}}
+    return sum(info.bytes for info in tensors.values() if not present[info.file])
+
+
 class TensorFile:
     """A file that is being written. Its header comes last, into room that is kept for it."""
 

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 from safetensors.torch import load_file
 
+from expertprune.engine.forecast import Forecaster, Work
+from expertprune.engine.memory import Sizes
+from expertprune.engine.rates import Rates
 from expertprune.errors import CheckpointError, SpecError
 from expertprune.files import file_digest
 from expertprune.models.base import resolve_base
 from expertprune.models.checkpoint import SINGLE
 from expertprune.models.hub import known_weights_digest
 from expertprune.models.origin import Origin, origin_of
+from expertprune.models.spool import Limits
 from expertprune.spec.schema import Base
 from tests.hub import TOKEN, Hub, serving, take_for_the_real_one
+from tests.models.test_encodings import FP8, fp8_of, quantized
+from tests.patching import everywhere
 from tests.tiny import save_tiny
 
 CARD = """---
@@ -66,6 +73,30 @@ def test_weights_are_downloaded_when_they_are_needed_and_only_those_of_the_index
     assert hub.downloads("") == []  # all from the cache
     assert resolve_base(Base(model="owner/model", trust_remote_code=True), store).trust_remote_code
     assert hub.downloads("") == ["modeling.py"]
+
+
+def test_what_is_still_to_come_is_counted_as_it_is_stored_and_without_what_is_here(
+    hub: Hub, tiny_llama: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base in FP8 comes in half the bytes in which it appears, and a download that broke off goes on."""
+    plain = shutil.copytree(tiny_llama, tmp_path / "plain")
+    hub.add("owner/fp8", quantized(plain, tmp_path / "fp8", FP8, fp8_of))
+    base = resolve_base(Base(model="owner/fp8"), store)
+    pending, files = base.checkpoint.pending, base.checkpoint.shards
+    assert pending is not None
+    work = Work({}, False, False, None, None, False, 1.0, 0)
+
+    def fetched() -> int:
+        return Forecaster(base, Sizes.of(base), work, Limits(), Rates.of_shapes(base)).forecast().fetched
+
+    assert fetched() == sum(info.bytes for info in pending.tensors.values()) < base.checkpoint.weight_bytes
+    asked: list[int] = []
+    everywhere(monkeypatch, "expertprune.files.places.require_room", lambda _, size: asked.append(size))
+    hf_hub_download("owner/fp8", files[0])
+    left = fetched()
+    assert left == sum(info.bytes for info in pending.tensors.values() if info.file != files[0])
+    base.checkpoint.fetch()
+    assert (asked, fetched()) == ([left], 0)
 
 
 def test_one_file_beside_the_shards_is_downloaded_alone(hub: Hub, store: Path, tmp_path: Path) -> None:

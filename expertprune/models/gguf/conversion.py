@@ -44,7 +44,7 @@ from expertprune.models.gguf.reading import (
 )
 from expertprune.models.inventory import refuse_sizes
 from expertprune.models.loading import quiet_transformers
-from expertprune.models.tensorfile import DTYPES, TensorInfo, in_order, written_file
+from expertprune.models.tensorfile import DTYPES, TensorInfo, absent_bytes, in_order, written_file
 from expertprune.progress import Progress, Track
 
 _RECIPE = 3  # raised when the same file is converted to another folder than before
@@ -257,7 +257,7 @@ class Conversion:
                 return
             if _identity(self.file) != self._identity:
                 raise CheckpointError(f"{self.file}: was replaced since it was checked; run the command again")
-            require_room(self.folder, sum(info.bytes for info in self.tensors.values()))
+            require_room(self.folder, absent_bytes(self.folder, self.tensors))
             with readable(self.file):
                 stored = {tensor.name: tensor for tensor in opened_gguf(self.file).tensors}
             with track(f"convert {self.file.name}", len(self.tensors)) as step:
