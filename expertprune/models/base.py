@@ -39,6 +39,9 @@ _MUCH = 2**29  # bytes from which hashing takes long enough to be shown
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.tiktoken")
 
 
+_TEMPLATE_FILES = ("chat_template*", "additional_chat_templates/*")
+
+
 @dataclass(frozen=True, eq=False)
 class ResolvedBase:
     """A base resolved to an ordinary local folder, whose weights may be still to come (see `Checkpoint.fetch`).
@@ -67,6 +70,12 @@ class ResolvedBase:
     def vocabulary(self) -> Vocabulary:
         """Raises `CheckpointError` if the tokenizer is of a kind that cannot be cut."""
         return read_vocabulary(self.folder)
+
+    @functools.cached_property
+    def templates_digest(self) -> str:
+        """SHA-256 of the files by which conversations become text; no other text depends on them."""
+        paths = [path for pattern in _TEMPLATE_FILES for path in sorted(self.folder.glob(pattern)) if path.is_file()]
+        return digest_of({str(path.relative_to(self.folder)): file_digest(path, self.store) for path in paths})
 
     @functools.cached_property
     def digest(self) -> str:

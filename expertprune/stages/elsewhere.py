@@ -63,6 +63,7 @@ def facts(base: ResolvedBase) -> dict[str, str]:
         "version of transformers": importlib.metadata.version("transformers"),
         "checkpoint": base.digest,
         "tokenizer": base.tokenizer_digest,
+        "chat template": base.templates_digest,
         "dtype": str(base.dtype),
         "kind of device": base.device.type,
     }

@@ -31,8 +31,9 @@ _SOURCES = ("arch", "corpora", "engine/team.py", "evaluation", "models", "prunin
 
 def point_key(plan: Plan, found: Found) -> str:
     """Digest of the plan, its spec included, of what is measured, and of the code that prunes and measures."""
-    examples = [corpus.measured for corpus in found.evaluated]
-    return digest_of([SWEEP_SCHEMA, plan.document(), str(found.base.dtype), examples, computed_by(_SOURCES)])
+    examples, base = [corpus.measured for corpus in found.evaluated], found.base
+    about = [SWEEP_SCHEMA, plan.document(), str(base.dtype), examples, base.templates_digest]
+    return digest_of([*about, computed_by(_SOURCES)])
 
 
 def make_point(

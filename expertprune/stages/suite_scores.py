@@ -194,7 +194,7 @@ class Measurement:
         return self.spec.evaluate.model_copy(update={"metrics": metrics})
 
     def _path(self, corpus: Corpus) -> Path:
-        text = [*corpus.measured, group_of(corpus)]
+        text = [*corpus.measured, self.base.templates_digest, group_of(corpus)]
         about = [self.of_base.model, self.of_expert.model, text, self.settings.model_dump(mode="json"), self.align]
         return result_path(self.store, "corpus", *about)
 

@@ -97,6 +97,27 @@ def test_an_expert_is_calibrated_and_evaluated_on_answers(chat: Workplace) -> No
         validate(load_spec(chat.spec, {"evaluate.max_tokens": 7}))
 
 
+def test_what_another_template_rendered_is_measured_again(chat: Workplace) -> None:
+    """Where text without a template calibrates, and conversations are only measured."""
+    sources = chat.data["corpora"]["sources"]
+    sources["talks"], sources["medical"] = sources["medical"], dict(sources["en"])
+    chat.data["evaluate"] = {"others": ["talks"]}
+    chat.write()
+    suite, template = chat.folder / "suite.yaml", Path(chat.data["base"]) / "chat_template.jinja"
+    suite.write_text("{name: mine, perplexity: {corpora: [talks]}}")
+    expertprune.build(chat.spec, chat.out)
+
+    def bits() -> list[float]:
+        (point,) = expertprune.sweep(chat.spec, [0.25]).points
+        of_suite = expertprune.evaluate_suites(chat.out, [str(suite)])
+        found = point.corpora["other/talks"], of_suite.corpora["general/talks"]
+        return [float(each.metrics["bits_per_byte"].base or 0) for each in found]
+
+    before = bits()
+    template.write_text(template.read_text().replace(" w45 ", " w45 the law "))
+    assert not {round(each, 6) for each in bits()} & {round(each, 6) for each in before}
+
+
 def test_what_a_retention_floor_is_measured_on_has_answers(chat: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = talks(4)
     rows[0]["talk"][0]["content"] = " ".join(["w7"] * 40)

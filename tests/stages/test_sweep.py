@@ -218,7 +218,7 @@ def test_what_the_numbers_depend_on_is_computed_again(
 def test_conversations_of_one_text_are_other_points() -> None:
     def key(document: Document) -> str:
         evaluated = [Corpus(CorpusName("domain", "medical"), (), (document,))]
-        found = SimpleNamespace(base=SimpleNamespace(dtype="float32"), evaluated=evaluated)
+        found = SimpleNamespace(base=SimpleNamespace(dtype="float32", templates_digest=""), evaluated=evaluated)
         return point_key(SimpleNamespace(document=dict), found)  # type: ignore[arg-type]
 
     def talk(*roles: str, **changes: Any) -> Document:
