@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
 from expertprune.errors import CheckpointError, UsageError
 from expertprune.files import MEMORY_VARIABLE, SPOOL_VARIABLE, disk_errors, scratch_folder, size_in_bytes, user_path
+from expertprune.models.containers import available_memory
 
 SHARE = 0.5  # of what is free beside the model; the rest is for the work on one batch
 
@@ -58,7 +58,7 @@ class Limits:
             held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
             return int(torch.cuda.mem_get_info(device)[0]) + held
         members = members_here()
-        available = int(psutil.virtual_memory().available) // members
+        available = available_memory() // members
         return available if self.memory is None else max(0, min(available, self.memory // members - taken))
 
 

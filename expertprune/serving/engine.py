@@ -21,6 +21,7 @@ from expertprune.artifacts.expert import Expert
 from expertprune.errors import CheckpointError, UsageError
 from expertprune.files import EXPERT_FILE, is_leftover, read_object
 from expertprune.models.checkpoint import Checkpoint
+from expertprune.models.containers import available_memory
 from expertprune.models.inventory import checked_layers
 
 COMMAND = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
@@ -147,8 +148,8 @@ def platform() -> Platform:
 
 
 def free_memory() -> int:
-    """Bytes of this machine's memory that are free."""
-    return int(psutil.virtual_memory().available)
+    """Bytes of this machine's memory that are free for this process."""
+    return available_memory()
 
 
 def engine_settings(

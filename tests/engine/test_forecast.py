@@ -29,6 +29,7 @@ from expertprune.engine.memory import (
 from expertprune.engine.rates import Rates, measured_rates
 from expertprune.engine.routed import RoutedSizes
 from expertprune.errors import CheckpointError
+from expertprune.models import containers
 from expertprune.models.base import ResolvedBase
 from expertprune.models.spool import Limits
 from expertprune.profiling.forward import LayerCollector
@@ -51,6 +52,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def set_to(size: int) -> None:
         monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=size))
+        monkeypatch.setattr(containers, "_left", list)  # whatever limit this process has
 
     set_to(100 * GIB)
     return set_to

@@ -202,7 +202,7 @@ WITHOUT_NUMBERS = [
     *("spec", "corpora/chat.py", "corpora/documents.py", "corpora/messages.py", "corpora/templates.py", "tokenizing"),
     # The key has the weights' digest, and settings and tokens as they come out; loading and streaming are both in it.
     *("models/base.py", "models/hub.py", "models/gguf", "models/admission.py", "models/inventory.py"),
-    *("models/running.py", "relevance"),  # the latter scores what profiles hold
+    *("models/running.py", "models/containers.py", "relevance"),  # the latter scores what profiles hold
 ]
 
 
