@@ -207,7 +207,11 @@ class TextRun:
             for batch in self.batches:
                 decoder(input_ids=batch.ids.to(self.device), use_cache=False)
                 stream.hidden.append(recorders[0].hidden)
-                own: list[Any] = [recorder.arguments for recorder in recorders]
+                masks: dict[int, Tensor] = {}
+                own: list[Any] = [
+                    {name: _one_row(value, masks) for name, value in recorder.arguments.items()}
+                    for recorder in recorders
+                ]
                 known = shared.setdefault(batch.ids.shape, own)
                 stream.arguments.append(known if _alike(own, known, {}) else own)
         return stream
@@ -246,6 +250,21 @@ class TextRun:
         with head_only(self.model, self.family, hidden):
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits.float()
+
+
+def _one_row(value: Any, known: dict[int, Tensor]) -> Any:
+    """A mask whose rows are all the same, as one row that is seen several times; anything else as it is.
+
+    Args:
+        known: what came of tensors before, by their ids: layers share them.
+    """
+    if not isinstance(value, Tensor) or value.ndim < 4:
+        return value
+    if id(value) not in known:
+        same = value[:1].expand_as(value)
+        whole = value.stride(0) == 0 or not torch.equal(value, same)
+        known[id(value)] = value if whole else value[:1].clone().expand_as(value)
+    return known[id(value)]
 
 
 def _alike(one: Any, other: Any, known: dict[tuple[int, int], bool]) -> bool:

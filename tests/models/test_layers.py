@@ -13,7 +13,7 @@ from torch import Tensor
 from expertprune.arch import family_of
 from expertprune.corpora.batches import Batch
 from expertprune.models.masking import masked
-from expertprune.models.passes import _alike, real_tokens
+from expertprune.models.passes import _alike, _one_row, real_tokens
 from expertprune.units import LayerShape
 from tests import oracle
 from tests.masks import tiny_of, token_lists
@@ -108,6 +108,25 @@ def test_batches_of_one_shape_share_what_the_layers_are_given(family: str) -> No
     (first, second), (other,) = ([i for i, count in enumerate(rows) if count == wanted] for wanted in (2, 1))
     assert stream.arguments[first] is stream.arguments[second]
     assert stream.arguments[first] is not stream.arguments[other]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_a_batch_holds_each_mask_once_for_all_its_rows(family: str) -> None:
+    """Eager attention gets a mask of real numbers for each row: together they take as much memory as the states."""
+    text = tiny_of(tiny_model(family)).text(token_lists((16, 16, 16, 16)), 64)
+    stream = text.start()
+    masks = [arguments["attention_mask"] for arguments in stream.arguments[0]]
+    assert {mask.shape for mask in masks} == {(4, 1, 16, 16)}
+    assert {mask.untyped_storage().nbytes() for mask in masks} == {4 * 16 * 16}
+    assert len({mask.data_ptr() for mask in masks}) == 2  # of all tokens before, and of those in the window
+
+
+def test_masks_of_rows_that_differ_stay() -> None:
+    mask = torch.zeros(2, 1, 3, 3)
+    mask[1, 0, 0, 2] = -1.0
+    assert _one_row(mask, {}) is mask
+    assert _one_row(one := torch.zeros(2, 3, 3), {}) is one
+    assert _one_row("other", {}) == "other"
 
 
 def test_arguments_that_differ_are_no_others() -> None:
