@@ -16,6 +16,7 @@ from expertprune.evaluation.changes import of_corpora
 from expertprune.evaluation.measure import Measuring
 from expertprune.evaluation.retention import pooled
 from expertprune.files import computed_by, digest_of, folder_size, read_kept, write_json
+from expertprune.models.checkpoint import Checkpoint
 from expertprune.progress import Track, silent
 from expertprune.pruning.repair import Passengers
 from expertprune.stages.compose import plan_of
@@ -74,9 +75,9 @@ def _written(
 
 
 def holds(place: Path, plan: Plan) -> bool:
-    """Whether the expert of a plan is there."""
+    """Whether the expert of a plan is there, with all its weights."""
     try:
-        return Expert.load(place).plan.digest == portable(plan).digest
+        return Expert.load(place).plan.digest == portable(plan).digest and bool(Checkpoint(place).tensors)
     except CheckpointError:
         return False
 

@@ -292,6 +292,11 @@ def test_experts_that_are_gone_are_made_again(whole: Whole, tmp_path: Path, warm
     shutil.rmtree(out / "tiny-0.5")
     assert run_json(*arguments) == first
     assert len(calls["prune"]) == 2
+    weights = next((out / "tiny-0.5").glob("*.safetensors"))
+    for file in (out / "tiny-0.5" / "config.json", weights):
+        file.unlink()
+        assert run_json(*arguments) == first
+        assert file.is_file()
 
 
 def test_what_cannot_be_swept_is_refused_at_once(
