@@ -19,7 +19,7 @@ import expertprune
 from expertprune.composition.excess import Foreseen, times_lost
 from expertprune.progress import silent
 from expertprune.stages.compose import plan_of
-from expertprune.stages.outlook import expected, profiled
+from expertprune.stages.outlook import expected, profiled, unseen
 
 from .cells import GEMMA, SMOLLM, Bench, Cell, Result
 from .instruct import QWEN
@@ -48,7 +48,8 @@ def foreseen(bench: Bench, cell: Cell) -> dict[str, Foreseen]:
     """What is foreseen of each corpus, by the name of its set."""
     prepared = expertprune.validate(bench.spec(replace(cell, dtype="bfloat16")))
     profiles = profiled(prepared)
-    found = expected(prepared, plan_of(prepared, silent), profiles)
+    plan = plan_of(prepared, silent)
+    found = expected(prepared, plan, profiles, unseen(prepared, plan, profiles))
     return {name: found[corpus] for corpus, name in SETS.items()}
 
 

@@ -33,9 +33,9 @@ class Law:
         return self.scale * curvature**self.power
 
 
-# Without repair nothing is fitted. What a repair leaves was read from SmolLM2's calibration rows that
-# calibrated nothing; see bench/LOG.md.
-REPAIRED = Law(scale=0.5, power=1.0, spread=0.4)
+# Without repair nothing is fitted. What a repair leaves was read from calibration rows of SmolLM2 and Gemma 3
+# that calibrated nothing; see bench/LOG.md.
+REPAIRED = Law(scale=0.42, power=1.0, spread=0.4)
 UNREPAIRED = Law(scale=1.0, power=1.0, spread=0.4)
 
 
@@ -106,7 +106,7 @@ def foreseen(profile: Profile, part: ProfilePart, kept: Sequence[KeptUnits], law
     of sums over documents.
 
     Args:
-        times: how many times what the law says is lost (see `times_lost`).
+        times: how many times what the law says is lost (see `folds.optimism` and `times_lost`).
     """
     tokens = profile.read("tokens").double()
     each = curvature(profile, part, kept)

@@ -20,7 +20,7 @@ from expertprune.evaluation.retention import bits_per_byte
 from expertprune.progress import Track, silent
 from expertprune.spec.schema import Budget, Evaluate, Retention
 from expertprune.stages.evaluate import Meanwhile, measuring
-from expertprune.stages.outlook import expected
+from expertprune.stages.outlook import expected, unseen
 from expertprune.stages.prune import write_weights
 from expertprune.stages.validate import Prepared, validation_documents
 
@@ -173,7 +173,8 @@ def _foreseen(prepared: Prepared, profiles: Mapping[CorpusName, Profile], budget
     except PlanError as error:
         log.info("budget %g: %s", budget.parameters, error)
         return None
-    return FloorFound({name: each.retention for name, each in expected(prepared, plan, profiles).items()})
+    times = unseen(prepared, plan, profiles, budget)
+    return FloorFound({name: each.retention for name, each in expected(prepared, plan, profiles, times).items()})
 
 
 def _try(

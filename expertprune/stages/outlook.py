@@ -12,6 +12,7 @@ from expertprune.artifacts.expert import Expert
 from expertprune.artifacts.plan import Plan
 from expertprune.artifacts.profile import Profile, ProfilePart
 from expertprune.composition.excess import Foreseen, foreseen_corpora, times_lost
+from expertprune.composition.folds import optimism
 from expertprune.composition.outlook import BROKEN, ForeseenSize, Outlook
 from expertprune.composition.plan import compose
 from expertprune.corpora.catalogue import unnamed_sources
@@ -28,6 +29,7 @@ from expertprune.stages.profile import cuts_units, is_repaired, profiles_of
 from expertprune.stages.sizes import of_size, problem_of, sized_keys
 from expertprune.stages.validate import Found, Prepared, SpecLike, about, as_spec, find, prepare
 from expertprune.tokenizing.languages import LANGUAGES, known_languages
+from expertprune.units import KeptUnits
 
 SIZES = tuple(step / 20 for step in range(1, 11))
 TESTED = 0.25  # of units or parameters: larger cuts than this, the law was not fitted to
@@ -64,16 +66,16 @@ def forecast(
     first = next(iter(prepared.values()))
     expert = _built(Path(built), first) if built is not None else None
     profiles = profiled(first, track, run)
-    times = _times_lost(expert, first, profiles) if expert is not None else {}
+    corrections = team().lead(lambda: _times_lost(expert, first, profiles)) if expert is not None else {}
     reached: list[ForeseenSize] = []
     for size, each in prepared.items():
         try:
-            plan = team().lead(lambda each=each: compose(each.spec, each.base, profiles))  # type: ignore[misc]
+            plan, times = team().lead(lambda each=each: _composed(each, profiles))  # type: ignore[misc]
         except PlanError as error:
             unreachable[size] = str(error)
         else:
-            kept = expected(each, plan, profiles, times)
-            reached.append(_size(size, plan, each, kept, _instead(found, each, profiles, times)))
+            kept = expected(each, plan, profiles, _together(times, corrections))
+            reached.append(_size(size, plan, each, kept, _instead(found, each, profiles, corrections)))
     if not reached:
         raise PlanError(f"no size can be reached; {_first(unreachable)}")
     return Outlook(
@@ -83,7 +85,7 @@ def forecast(
         allocation=next(iter(prepared.values())).spec.compose.allocation,
         sizes=reached,
         unreachable=unreachable,
-        times_lost=times,
+        times_lost=corrections,
         breaks={name: _breaks(reached, name) for name in reached[0].corpora},
         warnings=list(_warnings(found, reached)),
     )
@@ -94,6 +96,12 @@ def profiled(prepared: Prepared, track: Track = silent, run: bool = True) -> dic
     return profiles_of(prepared, track, run, also=[_gradient(prepared.spec)])
 
 
+def _composed(prepared: Prepared, profiles: Mapping[CorpusName, Profile]) -> tuple[Plan, dict[str, float]]:
+    """The plan of a spec, and `unseen` of it."""
+    plan = compose(prepared.spec, prepared.base, profiles)
+    return plan, unseen(prepared, plan, profiles)
+
+
 def _gradient(spec: Spec) -> ProfilePart:
     return ProfilePart(Pass.GRADIENT, spec.relevance.loss)
 
@@ -102,14 +110,33 @@ def expected(
     prepared: Prepared,
     plan: Plan,
     profiles: Mapping[CorpusName, Profile],
-    times: Mapping[str, float] | None = None,
+    times: Mapping[str, float],
 ) -> dict[str, Foreseen]:
     """What the expert of a plan keeps of each corpus; `profiles` are those of `profiled`.
 
     Args:
-        times: how many times what profiles alone foresee each corpus loses.
+        times: how many times what the plan's own documents say each corpus loses (see `unseen`).
     """
     return foreseen_corpora(profiles, _gradient(prepared.spec), plan.kept, is_repaired(prepared.spec), times)
+
+
+def unseen(
+    prepared: Prepared, plan: Plan, profiles: Mapping[CorpusName, Profile], budget: Budget | None = None
+) -> dict[str, float]:
+    """How many times what the plan's own documents say other text loses, by corpus (see `optimism`).
+
+    Args:
+        budget: of the plan, where it is not the spec's.
+    """
+
+    def choose(some: Mapping[CorpusName, Profile]) -> Sequence[KeptUnits]:
+        return compose(prepared.spec, prepared.base, some, budget).kept
+
+    return optimism(profiles, _gradient(prepared.spec), plan.kept, choose)
+
+
+def _together(times: Mapping[str, float], more: Mapping[str, float]) -> dict[str, float]:
+    return {name: value * more.get(name, 1.0) for name, value in times.items()}
 
 
 def _built(folder: Path, prepared: Prepared) -> Expert:
@@ -141,8 +168,19 @@ def _retention(expert: Expert) -> dict[str, float]:
 
 
 def _times_lost(expert: Expert, prepared: Prepared, profiles: Mapping[CorpusName, Profile]) -> dict[str, float]:
-    """How many times what profiles foresee each corpus has lost, of those that were measured."""
-    foreseen = expected(prepared, expert.plan, profiles)
+    """How many times what profiles foresee each corpus has lost, of those that were measured.
+
+    Text that did not choose the expert's units says by itself what other text loses.
+    """
+    budget, parameters = expert.spec.budget, expert.plan.parameters
+    if budget.retention is not None:
+        removed = (parameters.before - parameters.after) / parameters.before
+        budget = budget.model_copy(update={"retention": None, "parameters": removed})
+    chosen = {
+        str(name) for name, each in profiles.items() if each.about.key.same_text(expert.plan.profiles.get(str(name)))
+    }
+    times = unseen(prepared, expert.plan, profiles, budget)
+    foreseen = expected(prepared, expert.plan, profiles, {name: times[name] for name in chosen})
     return {
         name: times_lost(kept, foreseen[name].retention)
         for name, kept in _retention(expert).items()
@@ -193,15 +231,15 @@ def _size(
 
 
 def _instead(
-    found: Found, chosen: Prepared, profiles: Mapping[CorpusName, Profile], times: Mapping[str, float]
+    found: Found, chosen: Prepared, profiles: Mapping[CorpusName, Profile], corrections: Mapping[str, float]
 ) -> dict[str, Foreseen]:
     """What the other allocation would keep under the same budget; empty where the base or the budget has none."""
     try:
         prepared = _otherwise(found, chosen.spec)
-        plan = team().lead(lambda: compose(prepared.spec, prepared.base, profiles))
+        plan, times = team().lead(lambda: _composed(prepared, profiles))
     except PlanError:
         return {}
-    return expected(prepared, plan, profiles, times)
+    return expected(prepared, plan, profiles, _together(times, corrections))
 
 
 def _otherwise(found: Found, spec: Spec) -> Prepared:
