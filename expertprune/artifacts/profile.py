@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,10 +103,6 @@ class ProfilePart:
         return profile if self == FORWARD else profile.with_name(f"{profile.stem}.{self}.safetensors")
 
 
-# The last part of the names of statistics with a row for each document, and of sums over all of them.
-_BY_DOCUMENT = {"rms", "impact", "square", "influence", "tokens", "weights", "routed", "frequency", "norm_sum", "value",
-                "norm", "loss"}  # fmt: skip
-_SUMS = {"sum", "square_sum"}
 FORWARD = ProfilePart(Pass.FORWARD)
 VOCABULARY = ProfilePart(Pass.VOCABULARY)
 
@@ -248,32 +244,6 @@ class Profile:
     @property
     def layers(self) -> list[LayerShape]:
         return self.about.layers
-
-
-class PartOfProfile(Profile):
-    """A profile as if only some of its documents had been read.
-
-    Sums over all documents (`*.sum`, `*.square_sum`) are taken to belong to each by its weight. Of the vocabulary the
-    whole profile speaks.
-
-    Args:
-        chosen: positions of the documents.
-    """
-
-    def __init__(self, whole: Profile, chosen: Sequence[int]) -> None:
-        self.path, self.chosen = whole.path, list(chosen)
-        self.about = whole.about.model_copy(update={"documents": [whole.documents[index] for index in chosen]})
-
-    def read(self, name: str) -> Tensor:
-        tensor, kind = super().read(name), name.rpartition(".")[2]
-        if kind in _SUMS:
-            weights = super().read("weights").double()
-            return tensor * (weights[self.chosen].sum() / weights.sum())
-        return tensor[self.chosen] if kind in _BY_DOCUMENT else tensor
-
-    def part(self, part: ProfilePart) -> Profile | None:
-        found = super().part(part)
-        return found if found is None or part == VOCABULARY else PartOfProfile(found, self.chosen)
 
 
 def save_profile(path: Path, about: ProfileAbout, statistics: dict[str, Tensor]) -> Profile:

@@ -4,14 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from expertprune.artifacts.profile import PartOfProfile, Profile, ProfilePart
+from torch import Tensor
+
+from expertprune.artifacts.profile import VOCABULARY, Profile, ProfilePart
 from expertprune.composition.excess import curvature
 from expertprune.corpora.documents import CorpusName
 from expertprune.units import KeptUnits
 
 FOLDS = 5
+# The last part of the names of statistics with a row for each document, and of sums over all of them.
+_BY_DOCUMENT = {"rms", "impact", "square", "influence", "tokens", "weights", "routed", "frequency", "norm_sum", "value",
+                "norm", "loss"}  # fmt: skip
+_SUMS = {"sum", "square_sum"}
 
 Profiles = Mapping[CorpusName, Profile]
+
+
+class PartOfProfile(Profile):
+    """A profile as if only some of its documents had been read.
+
+    Sums over all documents (`*.sum`, `*.square_sum`) are taken to belong to each by its weight. Of the vocabulary the
+    whole profile speaks.
+
+    Args:
+        chosen: positions of the documents.
+    """
+
+    def __init__(self, whole: Profile, chosen: Sequence[int]) -> None:
+        self.path, self.chosen = whole.path, list(chosen)
+        self.about = whole.about.model_copy(update={"documents": [whole.documents[index] for index in chosen]})
+
+    def read(self, name: str) -> Tensor:
+        tensor, kind = super().read(name), name.rpartition(".")[2]
+        if kind in _SUMS:
+            weights = super().read("weights").double()
+            return tensor * (weights[self.chosen].sum() / weights.sum())
+        return tensor[self.chosen] if kind in _BY_DOCUMENT else tensor
+
+    def part(self, part: ProfilePart) -> Profile | None:
+        found = super().part(part)
+        return found if found is None or part == VOCABULARY else PartOfProfile(found, self.chosen)
 
 
 def optimism(
