@@ -22,12 +22,12 @@ from expertprune.models.admission import causal_family, code_files
 from expertprune.models.checkpoint import SINGLE, Checkpoint
 from expertprune.models.gguf import converted
 from expertprune.models.hub import hub_checkpoint, known_weights_digest
-from expertprune.models.inventory import check_inventory, checked_layers
+from expertprune.models.inventory import check_inventory, checked_layers, vocabulary_rows
 from expertprune.models.loading import load_tokenizer, run_device, run_dtype
 from expertprune.progress import shown, silent
 from expertprune.registry import nearest
 from expertprune.spec.schema import Base
-from expertprune.tokenizing import Vocabulary, read_vocabulary
+from expertprune.tokenizing import Vocabulary, read_vocabulary, with_added
 from expertprune.units import LayerShape
 
 log = logging.getLogger(__name__)
@@ -68,8 +68,9 @@ class ResolvedBase:
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
-        """Raises `CheckpointError` if the tokenizer is of a kind that cannot be cut."""
-        return read_vocabulary(self.folder)
+        """Raises `CheckpointError` if the tokenizer is of a kind that cannot be cut, or disagrees with itself."""
+        found, rows = read_vocabulary(self.folder), vocabulary_rows(self.checkpoint, self.family)
+        return with_added(found, self.tokenizer, rows, self.folder)
 
     @functools.cached_property
     def templates_digest(self) -> str:

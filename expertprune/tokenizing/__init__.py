@@ -8,7 +8,7 @@ tokenizer's code.
 from expertprune.tokenizing.companions import Renumbering, write_tokenizer
 from expertprune.tokenizing.essentials import essential_ids
 from expertprune.tokenizing.trimming import Trimmed, trimmed
-from expertprune.tokenizing.vocabulary import TokenizerKind, Vocabulary, read_vocabulary
+from expertprune.tokenizing.vocabulary import TokenizerKind, Vocabulary, read_vocabulary, with_added
 
 __all__ = [
     "Renumbering",
@@ -18,5 +18,6 @@ __all__ = [
     "essential_ids",
     "read_vocabulary",
     "trimmed",
+    "with_added",
     "write_tokenizer",
 ]

@@ -189,6 +189,40 @@ def read_vocabulary(folder: Path) -> Vocabulary:
         return Vocabulary(data, str(path))
 
 
+def with_added(vocabulary: Vocabulary, tokenizer: Any, rows: int, where: Path) -> Vocabulary:
+    """The vocabulary with the added tokens that `tokenizer.json` lacks.
+
+    transformers takes them from `tokenizer_config.json` and its like, or from the tokenizer's class.
+
+    Args:
+        tokenizer: the running one.
+        rows: of the model. Tokens behind them are left out: the model cannot read them.
+        where: the folder, for errors.
+
+    Raises:
+        CheckpointError: the running tokenizer numbers an added token otherwise than `tokenizer.json`.
+    """
+    running = {index: token for index, token in sorted(tokenizer.added_tokens_decoder.items()) if index < rows}
+    lacking = {index: token for index, token in running.items() if token.content not in vocabulary.added}
+    whole = vocabulary
+    if lacking:
+        more = [{"id": index, "content": token.content, **_flags(token)} for index, token in lacking.items()]
+        added = [*(vocabulary.data.get("added_tokens") or ()), *more]
+        whole = Vocabulary({**vocabulary.data, "added_tokens": added}, str(where / "tokenizer.json"))
+    for index, token in running.items():
+        if whole.added.get(token.content) != index or whole.by_id[index] != token.content:
+            raise CheckpointError(
+                f"{where}: tokenizer.json and the files beside it disagree: transformers gives {token.content!r} the id "
+                f"{index}; save them anew (AutoTokenizer.from_pretrained(...).save_pretrained(...)), and see that the "
+                "ids are still those of the model"
+            )
+    return whole
+
+
+def _flags(token: Any) -> dict[str, bool]:
+    return {key: getattr(token, key) for key in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+
+
 def pair_of(merge: Any) -> tuple[str, str]:
     """A merge as a pair. Files hold `"a b"` or `["a", "b"]`."""
     first, second = merge.split(" ") if isinstance(merge, str) else merge

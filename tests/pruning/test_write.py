@@ -234,6 +234,18 @@ def test_only_what_names_rows_or_ids_changes(tmp_path: Path) -> None:
     assert new["vocab_size"] == len(kept)
 
 
+def test_a_token_that_only_the_settings_name_keeps_its_row(tmp_path: Path) -> None:
+    folder = save_worded(tmp_path / "base")
+    settings = read_json(folder / "tokenizer_config.json") | {"extra_special_tokens": ["<|im_end|>"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    base = resolved(folder, tmp_path / "store")
+    plan = plan_with_rows(base, set(range(100)))
+    assert plan.vocabulary is not None
+    out = pruned(plan, base, tmp_path / "expert")
+    ids = [AutoTokenizer.from_pretrained(each).convert_tokens_to_ids("<|im_end|>") for each in (folder, out)]
+    assert plan.vocabulary.rows.kept[ids[1]] == ids[0]
+
+
 def test_a_plan_for_another_tokenizer_or_without_parts_is_refused(tmp_path: Path) -> None:
     base = resolved(save_worded(tmp_path / "base"), tmp_path / "store")
     plan = plan_with_rows(base, set(range(300)))

@@ -5,13 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from expertprune.errors import CheckpointError
-from expertprune.tokenizing import Renumbering, Vocabulary, essential_ids, read_vocabulary, trimmed, write_tokenizer
+from expertprune.tokenizing import (
+    Renumbering,
+    Vocabulary,
+    essential_ids,
+    read_vocabulary,
+    trimmed,
+    with_added,
+    write_tokenizer,
+)
 from expertprune.tokenizing.companions import read_settings
 from expertprune.tokenizing.languages import known_languages
 from tests.oracle import read_json
@@ -164,3 +173,46 @@ def test_a_language_that_takes_many_more_tokens_than_english_is_not_known() -> N
         return {"input_ids": tokens}
 
     assert known_languages(words_and_letters) == ["en", "de", "fr", "es", "pt", "it"]
+
+
+@pytest.fixture
+def half_told(base: Path) -> Path:
+    """A base whose `tokenizer.json` does not know the tokens of its chat; the files beside it do."""
+    first = len(read_vocabulary(base).by_id)
+    config = read_json(base / "tokenizer_config.json")
+    names = ("<|im_start|>", "<|im_end|>")
+    config["added_tokens_decoder"] |= {
+        str(first + i): {"content": name, "special": True, "normalized": False} for i, name in enumerate(names)
+    }
+    (base / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<|im_end|>", "pad_token": "[PAD]"}))
+    return base
+
+
+def test_tokens_that_only_the_settings_name_stay_whole(half_told: Path, tmp_path: Path) -> None:
+    before = AutoTokenizer.from_pretrained(half_told)
+    chat = before("<|im_start|>12<|im_end|>[PAD]", add_special_tokens=False)["input_ids"]
+    vocabulary = with_added(read_vocabulary(half_told), before, 512, half_told)
+    result = trimmed(vocabulary, set().union(*essential_ids(vocabulary, half_told, before).values()))
+    folder = tmp_path / "expert"
+    shutil.copytree(half_told, folder)
+    write_tokenizer(half_told, folder, result)
+    after = AutoTokenizer.from_pretrained(folder)
+    found = after("<|im_start|>12<|im_end|>[PAD]", add_special_tokens=False)["input_ids"]
+    assert found == [result.ids[index] for index in chat]
+    assert (after.eos_token_id, after.pad_token_id) == (result.ids[chat[-2]], result.ids[chat[-1]])
+    assert len(after) == len(result.ids)
+    few = with_added(read_vocabulary(half_told), before, chat[-2], half_told)
+    assert "<|im_start|>" in few.added
+    assert not few.added.keys() & {"<|im_end|>", "[PAD]"}, "the model has no rows for them"
+
+
+def test_files_of_a_tokenizer_that_disagree_are_refused(half_told: Path) -> None:
+    tokenizer, vocabulary = AutoTokenizer.from_pretrained(half_told), read_vocabulary(half_told)
+    data = vocabulary.data | {"added_tokens": vocabulary.data["added_tokens"][:1]}
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json and the files beside it disagree.*'</s>' the id 7"):
+        with_added(
+            Vocabulary(data, "tokenizer.json"),
+            SimpleNamespace(added_tokens_decoder={7: tokenizer.added_tokens_decoder[vocabulary.added["</s>"]]}),
+            512,
+            half_told,
+        )

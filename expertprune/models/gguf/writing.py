@@ -23,7 +23,7 @@ from expertprune.models.gguf.reading import frequency_factors
 from expertprune.models.gguf.vocabulary import GgufVocabulary, gguf_vocabulary
 from expertprune.models.inventory import checked_layers, vocabulary_rows
 from expertprune.models.loading import load_config, load_tokenizer
-from expertprune.tokenizing import read_vocabulary
+from expertprune.tokenizing import read_vocabulary, with_added
 from expertprune.units import LayerShape
 
 log = logging.getLogger(__name__)
@@ -111,7 +111,10 @@ def _described(source: _Source) -> tuple[dict[str, Any], GgufVocabulary]:
     folder = source.checkpoint.folder
     rows = vocabulary_rows(source.checkpoint, source.family)
     with refused(f"{folder}: cannot be written as GGUF"):  # its config and tokenizer can be wrong in any way
-        return _metadata(source), gguf_vocabulary(folder, read_vocabulary(folder), load_tokenizer(folder), rows)
+        vocabulary, tokenizer = read_vocabulary(folder), load_tokenizer(folder)
+        return _metadata(source), gguf_vocabulary(
+            folder, with_added(vocabulary, tokenizer, rows, folder), tokenizer, rows
+        )
 
 
 def _source(checkpoint: Checkpoint) -> _Source:
