@@ -27,7 +27,7 @@ def with_fewer_layers(
     """The config with some of its layers only.
 
     Lists with one entry per layer lose those of the others. A rule by position that would give a
-    layer another kind of attention is written out as such a list.
+    layer another kind of attention, or of positions, is written out as such a list.
 
     Args:
         count: the key for the number of layers.
@@ -43,23 +43,27 @@ def with_fewer_layers(
         if isinstance(value, list) and len(value) == layers and "layer" in key:
             own[key] = [value[layer] for layer in staying]
     own |= routed
-    kinds = config.get(_KINDS) or _kinds(config)
-    if kinds is not None:
-        wanted = [kinds[layer] for layer in staying]
-        if set(wanted) == {_LINEAR} != set(kinds):
-            raise PlanError(
-                "budget.layers: no layer would stay that keeps keys and values, which decoding needs; keep more"
-            )
-        if _KINDS not in own and _kinds({**config, **own}) != wanted:
-            own[_KINDS] = wanted
+    read = _by_layer(config, layers)
+    kinds = config.get(_KINDS) or read.get(_KINDS)
+    if kinds is not None and {kinds[layer] for layer in staying} == {_LINEAR} != set(kinds):
+        raise PlanError(
+            "budget.layers: no layer would stay that keeps keys and values, which decoding needs; keep more"
+        )
+    wanted = {key: [value[layer] for layer in staying] for key, value in read.items() if key not in own}
+    found = _by_layer({**config, **own}, len(staying)) if wanted else {}
+    own |= {key: value for key, value in wanted.items() if found.get(key) != value}
     return {**config, **own}
 
 
-def _kinds(config: Mapping[str, Any]) -> list[str] | None:
-    """The kind of attention of each layer, as transformers' own config class reads it; `None` if it names none."""
+def _by_layer(config: Mapping[str, Any], layers: int) -> dict[str, list[Any]]:
+    """The lists with one entry per layer that transformers' own config class reads or derives from a config."""
     from transformers import CONFIG_MAPPING
 
     if config.get("model_type") not in CONFIG_MAPPING:
-        return None
-    found = getattr(CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)), _KINDS, None)
-    return list(found) if found is not None else None
+        return {}
+    read = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    return {
+        key: list(value)
+        for key, value in {**vars(read), _KINDS: getattr(read, _KINDS, None)}.items()
+        if isinstance(value, (list, tuple)) and len(value) == layers and "layer" in key and not key.startswith("_")
+    }

@@ -15,10 +15,12 @@ from transformers.models.llama import modeling_llama
 import expertprune
 from expertprune.arch import families, recognized
 from expertprune.errors import CheckpointError
+from expertprune.models.depth import check_kinds
 from expertprune.models.loading import load_model
 from expertprune.pruning.selfcheck import check_family
 from expertprune.pruning.slicing import cut_tensor
 from expertprune.spec.reading import parse_spec
+from expertprune.units import GONE
 from tests.oracle import change_config, load, logits_of, random_plan, resolved
 from tests.patching import everywhere
 from tests.pruning.cutting import assert_cut_as_planned, tiny_base
@@ -51,6 +53,16 @@ def test_a_recognized_family_is_cut_as_masked(
     assert f"model_type '{model_type}' is not listed" in caplog.text
     assert check_family(base, layer_widths=True) == ["ffn", "kv_groups", "query_heads", "widths of single layers"]
     assert_cut_as_planned(random_plan(base, 1, ffn=19, heads_per_group=1, kv_groups=2), base, tmp_path / "expert")
+
+
+def test_layers_without_positions_by_a_rule_are_written_out(tmp_path: Path) -> None:
+    """Every second layer of this SmolLM3 has none; without layer 1 the first of them is the third that stays."""
+    folder = save_unlisted(tmp_path / "base", "smollm3", num_hidden_layers=5, no_rope_layer_interval=2)
+    change_config(folder, remove=["no_rope_layers", "layer_types"])
+    base = resolved(folder, tmp_path / "store")
+    check_kinds(base.checkpoint, base.family, base.layers, [1], False)
+    kept = [GONE if layer == 1 else shape.all_kept for layer, shape in enumerate(base.layers)]
+    assert base.family.pruned_config(base.checkpoint.config, kept)["no_rope_layers"] == [1, 1, 0, 1]
 
 
 def test_the_log_says_when_the_oracle_holds_and_the_expert_is_built(
