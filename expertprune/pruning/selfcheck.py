@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from expertprune.arch import PER_LAYER, Experts, Family
 from expertprune.artifacts.plan import BaseReference, LayerPlan, Parameters, Plan
 from expertprune.corpora.batches import Batch
-from expertprune.errors import CheckpointError, ExpertpruneError
+from expertprune.errors import CheckpointError, ExpertpruneError, refused
 from expertprune.files import temporary_folder
 from expertprune.models.base import ResolvedBase
 from expertprune.models.checkpoint import Checkpoint
@@ -58,10 +58,11 @@ def check_family(base: ResolvedBase, layer_widths: bool = False, layers: bool = 
         What was compared, in words.
 
     Raises:
-        CheckpointError: the cut model and the masked one differ; the message names the tensor.
+        CheckpointError: the cut model and the masked one differ, and the message names the tensor; or
+            the model's class fails, in whatever way.
     """
-    with temporary_folder() as scratch:
-        try:
+    try:
+        with temporary_folder() as scratch, refused("its class fails"):
             tiny = _tiny_copy(base, scratch / "base")
             model = load_model(tiny.folder, torch.float32, torch.device("cpu"), base.trust_remote_code)
             if base.family.has_ffn:
@@ -76,11 +77,12 @@ def check_family(base: ResolvedBase, layer_widths: bool = False, layers: bool = 
                 folder.mkdir()
                 _compare(model, tiny, plan, folder, name)
                 done.append(name)
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"{base.folder}: the oracle fails for model_type {base.checkpoint.config.get('model_type')!r} on a tiny "
-                f"random copy: {error}. Nothing was cut; docs/families.md in the source says how to describe a family"
-            ) from None
+    except CheckpointError as error:
+        told = str(error).rstrip(".")
+        raise CheckpointError(
+            f"{base.folder}: the oracle fails for model_type {base.checkpoint.config.get('model_type')!r} on a tiny "
+            f"random copy: {told}. Nothing was cut; docs/families.md in the source says how to describe a family"
+        ) from error.__cause__
     return done
 
 

@@ -99,6 +99,20 @@ def test_nothing_is_cut_where_the_oracle_fails_and_the_tensor_is_named(
     assert not list(store.glob("profiles/*"))
 
 
+@pytest.mark.parametrize(
+    ("model_type", "words"),
+    [
+        ("gemma4_text", "LayerRecorder"),  # its layers take more than hidden states by position
+        ("gemma4_unified_text", "is not homogeneous across layers"),  # nor can single layers have widths of their own
+    ],
+)
+def test_a_class_that_fails_is_refused_as_the_oracle_fails(model_type: str, words: str, tmp_path: Path) -> None:
+    changes = {"vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8, "num_hidden_layers": 6}
+    base = resolved(save_unlisted(tmp_path / "base", model_type, **changes), tmp_path / "store")
+    with pytest.raises(CheckpointError, match=f"oracle fails for model_type '{model_type}'.*class fails: .*{words}"):
+        check_family(base, layer_widths=True)
+
+
 def test_the_oracle_holds_and_sees_what_changes_no_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of one tensor that are cut elsewhere; and query heads that read other KV heads, so other heads leave with one."""
     base = tiny_base(tmp_path, "llama")
