@@ -84,7 +84,7 @@ def _from_files(source: Source, spec: Spec, own_split: bool, key: str) -> _Split
         evaluation = [document for document in documents if _held_out(document)]
         if len(documents) == 1:
             evaluation = []
-        elif documents and not evaluation:
+        elif documents and len(evaluation) in (0, len(documents)):  # of few, chance may take none or all
             evaluation = [min(documents, key=lambda document: document.digest)]
         aside = {document.digest for document in evaluation}
         documents = [document for document in documents if document.digest not in aside]

@@ -93,7 +93,6 @@ def read_dataset(source: Source, split: str, seed: int) -> Iterator[Document]:
             source.dataset, source.config, split=split, revision=source.revision, streaming=True, **files
         )
         for row in rows.shuffle(seed=seed, buffer_size=SHUFFLED):
-            check_values(row, where, SpecError, any_integer=True)
             yield read_document(row, source, where)
     except SpecError:
         raise
@@ -176,7 +175,17 @@ def _strings(value: Any, path: str) -> Iterator[tuple[str, str]]:
 
 
 def _field(row: Any, name: str, where: str) -> Any:
-    """A field of a row; dots lead into nested mappings and lists: `answers.text.0`, unless a field has that name."""
+    """A field of a row; dots lead into nested mappings and lists: `answers.text.0`, unless a field has that name.
+
+    Raises:
+        SpecError: there is none, or nothing can compute with its value. What other fields hold does not matter.
+    """
+    value = _found(row, name, where)
+    check_values({name: value}, where, SpecError, any_integer=True)
+    return value
+
+
+def _found(row: Any, name: str, where: str) -> Any:
     if isinstance(row, dict) and name in row:
         return row[name]
     value = row

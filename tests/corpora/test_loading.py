@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,15 @@ def test_a_malformed_file_is_named_with_its_line(
     assert f"{path}{words}" in problem if words[0] in ":," else words in problem
 
 
+def test_a_table_with_many_columns_is_read_at_once(tmp_path: Path) -> None:
+    """Its names are compared by hashing: each against each takes minutes."""
+    path = tmp_path / "wide.csv"
+    path.write_text(",".join(["text", *map(str, range(100_000))]) + "\none" + "," * 100_000 + "\n")
+    started = time.monotonic()
+    assert texts(load({"path": str(path)}).calibration) == ["one"]
+    assert time.monotonic() - started < 20
+
+
 def test_questions_are_read_and_a_malformed_one_names_file_and_line(tmp_path: Path) -> None:
     good = {"question": "2 + 2?", "choices": ["3", 4], "answer": 1, "language": "en"}
     questions = write_rows(tmp_path / "q.jsonl", [good])
@@ -200,6 +210,13 @@ def test_a_small_corpus_without_such_a_digest_holds_out_one_document_unless_it_i
     for text in (documents[0], next(filter(held_out, many(100)))):
         corpus = load_rows(tmp_path, [text])
         assert (texts(corpus.calibration), corpus.evaluation) == ([text], ())
+
+
+def test_a_small_corpus_of_such_digests_alone_keeps_a_document_to_calibrate_on(tmp_path: Path) -> None:
+    some = [text for text in many(60) if held_out(text)][:2]
+    corpus = load_rows(tmp_path, some)
+    assert texts([*corpus.calibration, *corpus.evaluation]) == some
+    assert len(corpus.calibration) == 1
 
 
 def test_with_an_evaluation_split_nothing_is_held_out_and_the_seed_chooses_within_the_limit(tmp_path: Path) -> None:

@@ -73,6 +73,18 @@ def test_a_parquet_file_is_read_within_limits(tmp_path: Path, monkeypatch: pytes
         assert problem in found
 
 
+def test_what_other_columns_hold_does_not_matter(tmp_path: Path) -> None:
+    """A number that is missing is NaN where pandas has written the file."""
+    path, lines = tmp_path / "a.parquet", tmp_path / "a.jsonl"
+    parquet.write_table(pyarrow.table({"text": ["one", "two"], "score": [0.5, float("nan")]}), path)
+    lines.write_text('{"text": "one", "score": 0.5}\n{"text": "two", "score": NaN}\n')
+    for source in ({"path": str(path)}, {"dataset": "json", "data_files": str(lines)}):
+        read = load(source)
+        assert "two" in texts([*read.calibration, *read.evaluation])
+        (found,) = problems_of({**source, "template": "{text} {score}"})
+        assert "score: nan is not a number" in found
+
+
 KEPT = {
     "texts": [Document("one"), Document("two\nlines")],
     "talks": [Document.of(read_conversation(TALKS[0], None, ""))],
