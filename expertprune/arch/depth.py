@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from expertprune.arch.single_layers import PER_LAYER
 from expertprune.errors import PlanError
 
 _KINDS = "layer_types"  # transformers' key for the kind of attention of each layer
@@ -61,7 +62,8 @@ def _by_layer(config: Mapping[str, Any], layers: int) -> dict[str, list[Any]]:
 
     if config.get("model_type") not in CONFIG_MAPPING:
         return {}
-    read = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    own = {key: value for key, value in config.items() if key != PER_LAYER}  # it numbers layers that may be gone
+    read = CONFIG_MAPPING[config["model_type"]].from_dict(own)
     return {
         key: list(value)
         for key, value in {**vars(read), _KINDS: getattr(read, _KINDS, None)}.items()

@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 
 from expertprune.arch import families, family_of
 from expertprune.arch.bundled import BundledModel
+from expertprune.arch.depth import with_fewer_layers
 from expertprune.errors import CheckpointError, PlanError, UsageError
 from expertprune.units import KeptUnits, LayerShape
 from tests.juniper import FAMILY
@@ -227,3 +228,11 @@ def test_rewritten_config_keeps_the_defaults_of_the_base(tmp_path: Path) -> None
         read.append(AutoConfig.from_pretrained(tmp_path))
     for key in ("max_position_embeddings", "vocab_size", "bos_token_id", "eos_token_id"):
         assert getattr(read[1], key) == getattr(read[0], key), key
+
+
+def test_layers_go_from_a_config_with_widths_of_single_layers_and_kinds_by_a_rule() -> None:
+    base = {"model_type": "gemma3_text", "num_hidden_layers": 8, "hidden_size": 24, "intermediate_size": 32}
+    single = {"per_layer_config": {"7": {"intermediate_size": 16}}, "allow_global_per_layer_attribute_access": True}
+    for config in (base, base | single):
+        found = with_fewer_layers(config, "num_hidden_layers", [0, 1, 3, 4, 5], {})["layer_types"]
+        assert [place for place, kind in enumerate(found) if kind == "full_attention"] == [4]
