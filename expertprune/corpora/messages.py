@@ -218,5 +218,8 @@ def _content(content: Any, where: str) -> str:
         others = sorted({str(part.get("type")) for part in content if part.get("type") != "text"})
         if others:
             raise SpecError(f"{where}: holds {', '.join(others)}; only text can be read")
-        return "\n".join(str(part.get("text") or "") for part in content)
+        texts = [part.get("text") or "" for part in content]
+        if wrong := next((text for text in texts if not isinstance(text, str)), None):
+            raise SpecError(f"{where}: the text of a part is {type(wrong).__name__}, not text")
+        return "\n".join(texts)
     raise SpecError(f"{where}: its content is {type(content).__name__}, not text")

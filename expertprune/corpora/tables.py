@@ -6,7 +6,7 @@ import codecs
 import csv
 import io
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,7 @@ def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with opened(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
             rows = csv.DictReader(_lines(text, path), strict=True)
-            names = Counter(rows.fieldnames or ())
-            if twice := next((name for name, count in names.items() if count > 1), None):
-                raise SpecError(f"{path}, line 1: two columns are named {twice!r}; rename one")
+            _check_names(rows.fieldnames or (), f"{path}, line 1")
             for row in rows:
                 if None in row:
                     raise SpecError(f"{path}, line {rows.line_num}: has more fields than the header")
@@ -90,7 +88,7 @@ def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a parquet file, each with its number.
 
     Raises:
-        SpecError: the file cannot be read, or unpacks to far more than it is.
+        SpecError: the file cannot be read, unpacks to far more than it is, or a column has the name of another.
     """
     from pyarrow import parquet
 
@@ -98,6 +96,7 @@ def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with opened(path) as source, parquet.ParquetFile(source) as file:
             _check_unpacked(file.metadata, path)
+            _check_names(file.schema_arrow.names, str(path))
             for batch in file.iter_batches(batch_size=_ROWS):
                 for row in batch.to_pylist():
                     number += 1
@@ -108,6 +107,12 @@ def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise SpecError(f"{path}: cannot be read: {first_line(error)}") from None
     except Exception as error:  # a damaged file fails in any way, from ArrowInvalid to OverflowError
         raise SpecError(f"{path}: not a parquet file: {first_line(error)}") from None
+
+
+def _check_names(names: Iterable[str], where: str) -> None:
+    """Raises `SpecError` where two columns have one name, of which a row would hold the last."""
+    if twice := next((name for name, count in Counter(names).items() if count > 1), None):
+        raise SpecError(f"{where}: two columns are named {twice!r}; rename one")
 
 
 def _check_unpacked(about: Any, path: Path) -> None:

@@ -85,6 +85,19 @@ def test_what_other_columns_hold_does_not_matter(tmp_path: Path) -> None:
         assert "score: nan is not a number" in found
 
 
+def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
+    table = pyarrow.table([pyarrow.array(["one"]), pyarrow.array(["two"])], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    (found,) = problems_of({"path": str(tmp_path / "a.parquet")})
+    assert found.endswith("a.parquet: two columns are named 'text'; rename one")
+
+
+def test_a_part_of_a_message_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    talk = [{"role": "assistant", "content": [{"type": "text", "text": ["Es", "ist"]}]}]
+    (found,) = problems_of({"path": write_rows(tmp_path / "a.jsonl", [{"talk": talk}]), "messages": "talk"})
+    assert found.endswith("a.jsonl, line 1, message 1: the text of a part is list, not text")
+
+
 KEPT = {
     "texts": [Document("one"), Document("two\nlines")],
     "talks": [Document.of(read_conversation(TALKS[0], None, ""))],
