@@ -21,7 +21,7 @@ from expertprune.evaluation.harness.tasks import HarnessTask, run_task
 from expertprune.evaluation.measure import group_of
 from expertprune.evaluation.retention import RESAMPLES
 from expertprune.evaluation.suites import Suite
-from expertprune.files import EXPERT_FILE, digest_of, file_digest, is_report, read_kept, write_json
+from expertprune.files import EXPERT_FILE, digest_of, digest_of_files, file_digest, is_report, read_kept, write_json
 from expertprune.models.base import ResolvedBase
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.models.loading import load_tokenizer
@@ -79,9 +79,8 @@ class Measurement:
     def of_base(self) -> StoredScores:
         """The base's scores on tasks."""
         base = self.base
-        return StoredScores(
-            self.store, digest_of([base.digest, base.tokenizer_digest, str(base.dtype)]), self.backend, self.limit
-        )
+        about = [base.digest, base.tokenizer_digest, _beside(base.folder, base), str(base.dtype)]
+        return StoredScores(self.store, digest_of(about), self.backend, self.limit)
 
     @cached_property
     def of_expert(self) -> StoredScores:
@@ -92,7 +91,8 @@ class Measurement:
             if path.suffix in _READ and path.name != EXPERT_FILE and not is_report(path.name)
         ]
         files = {path.name: file_digest(path, self.store) for path in paths}
-        return StoredScores(self.store, digest_of([files, str(self.base.dtype)]), self.backend, self.limit)
+        about = [files, _beside(self.expert.folder, self.base), str(self.base.dtype)]
+        return StoredScores(self.store, digest_of(about), self.backend, self.limit)
 
     def scores(self) -> dict[str, tuple[Scores, Scores]]:
         """Stored scores of base and expert by task. Raises `SpecError` where they were asked different things."""
@@ -200,6 +200,12 @@ class Measurement:
 
     def _stored(self, corpus: Corpus) -> _OnCorpus | None:
         return read_kept(self._path(corpus), _OnCorpus)
+
+
+def _beside(folder: Path, base: ResolvedBase) -> str:
+    """Digest of what answers depend on beside config, weights and tokenizer: how it generates, and trusted code."""
+    code = folder.rglob("*.py") if base.trust_remote_code else ()
+    return digest_of_files(sorted([*folder.glob("generation_config.json"), *code]), folder)
 
 
 class _OnCorpus(Record):

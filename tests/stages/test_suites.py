@@ -297,6 +297,33 @@ def test_answers_are_stored_until_something_changes(workplace: Workplace, monkey
     assert models_asked() == 2
 
 
+def test_how_a_model_generates_and_its_trusted_code_are_part_of_what_is_stored(workplace: Workplace) -> None:
+    base, trust = workplace.folder / "copy", {"base.trust_remote_code": True}
+    shutil.copytree(workplace.folder / "llama", base)
+    suite = workplace.suite(tasks=[CHOOSE])
+
+    def measured(**overrides: Any) -> tuple[str, str]:
+        """What names the scores of base and expert."""
+        asked = suite_stage.SuiteRequest(
+            workplace.expert, [str(suite)], (), "hf", None, base, workplace.store, overrides
+        )
+        found = asked.prepared()
+        return found.of_base.model, found.of_expert.model
+
+    first = measured()
+    (base / "modeling_own.py").write_text("")
+    assert measured() == first, "code that is not trusted does not run"
+    trusted = measured(**trust)
+    for number, (folder, file) in enumerate(((base, "modeling_own.py"), (workplace.expert, "modeling_expert.py"))):
+        (folder / file).write_text("changed = True")
+        changed = measured(**trust)
+        assert [a != b for a, b in zip(trusted, changed, strict=True)] == [number == 0, number == 1]
+        trusted = changed
+    first = measured()
+    (base / "generation_config.json").write_text('{"suppress_tokens": [2, 3]}')
+    assert [a != b for a, b in zip(first, measured(), strict=True)] == [True, False]
+
+
 def test_with_vllm_each_model_has_a_server_of_its_own(
     workplace: Workplace, tiny_llama: Path, monkeypatch: Patch
 ) -> None:
