@@ -102,7 +102,8 @@ class TaskResult(Measured):
 
     `metric` is lm-evaluation-harness' word. Where answers are generated, `agreement` is the share of
     prompts that expert and base answer alike, and `common` how long what they write stays the same:
-    the mean part of the base's text, from its beginning, that the expert writes too.
+    the mean part of the base's text, from its beginning, that the expert writes too. `digest` is of
+    the examples, their prompts, the metric and the answer extraction; earlier versions did not say.
     """
 
     suite: str
@@ -111,6 +112,7 @@ class TaskResult(Measured):
     metric: str
     agreement: float | None = None
     common: Number = None
+    digest: str | None = None
 
 
 class Average(Record):

@@ -312,4 +312,5 @@ def _result(each: ChosenTask, backend: Backend, paired: Paired, base: Scores, ex
     if base.texts is not None and expert.texts is not None:
         common = common_beginning(base.texts, expert.texts)
     about = {"suite": each.suite, "group": each.group, "backend": backend, "metric": each.task.reported}
+    about["digest"] = each.task.digest
     return TaskResult(**about, **paired.measured().model_dump(), agreement=agreement, common=common)

@@ -167,6 +167,12 @@ def test_a_task_with_choices_is_scored_as_our_own_questions_are(workplace: Workp
     assert entry["retention"] == pytest.approx((expert.mean() - 0.25) / (base.mean() - 0.25))
     assert {group: list(averages) for group, averages in shown["summary"].items()} == {"expert": ["accuracy"]}
     assert shown["settings"]["suites"] == {"mine": load_suite(suite).digest}
+    workplace.run("--suite", workplace.suite(measures="task/qa", tasks=[{**CHOOSE, "few_shot": 2}]))
+    asked_otherwise = workplace.evaluation()["tasks"]["choose"]
+    assert asked_otherwise["examples"] == entry["examples"]
+    assert asked_otherwise["digest"] != entry["digest"]
+    workplace.run("--suite", workplace.suite(measures="task/qa", tasks=[CHOOSE]))
+    assert workplace.evaluation()["tasks"]["choose"] == entry
     answers = workplace.answers("choose")
     flipped = sorted(flipped, key=lambda row: -abs(row[1]))[:20]
     assert [(each.prompt, each.base, each.expert, each.gold) for each in answers] == [row[0] for row in flipped]

@@ -285,7 +285,7 @@ def metric_rows(evaluation: Evaluation) -> list[MetricRow]:
         ("generation", "prompts", evaluation.generation),
     ):
         for name, task in tasks.items():
-            same = digest_of([kind, task.suite, name, task.metric, task.examples])
+            same = digest_of([kind, task.suite, name, task.metric, task.examples, task.digest])
             rows.append(_row(task, name=name, label=metric_label(task.metric), unit=unit, same=same))
     return sorted(rows, key=lambda row: get_args(CorpusGroup).index(row.group))
 
@@ -294,7 +294,7 @@ def _row(numbers: Measured, **about: Any) -> MetricRow:
     verdict = None
     if numbers.retention is not None and numbers.low is not None and numbers.high is not None:
         verdict = "loss" if numbers.high < 1 else "gain" if numbers.low > 1 else "open"
-    return MetricRow(**{**numbers.model_dump(), **about, "verdict": verdict})
+    return MetricRow(**{**numbers.model_dump(exclude={"digest"}), **about, "verdict": verdict})
 
 
 def _finite(value: Any) -> float | None:

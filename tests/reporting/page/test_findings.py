@@ -145,6 +145,20 @@ def test_other_questions_and_answers_alone_are_not_the_same_examples() -> None:
         assert {metric for metric in before if others[metric] != before[metric]} == {changed}
 
 
+def test_as_many_other_examples_of_a_task_are_not_the_same() -> None:
+    """Earlier versions did not say which they were."""
+    task = {"suite": "own", "group": "expert", "backend": "hf", "metric": "acc", "examples": 9, "expert": 1}
+
+    def same(**about: Any) -> str:
+        tasks = {"choose": TaskResult.model_validate(task | about)}
+        (row,) = metric_rows(Evaluation(settings=Settings(resamples=1), tasks=tasks))
+        return row.same
+
+    assert same() == same()
+    assert same(digest="a") == same(digest="a")
+    assert len({same(), same(digest="a"), same(digest="b")}) == 3
+
+
 def test_what_the_spec_does_not_name_comes_last_and_is_counted_nowhere(tiny_build: Build, tmp_path: Path) -> None:
     before = report_of(*tiny_build)
     command = f"expertprune evaluate {tiny_build[0]} --other de --other math --other software"
