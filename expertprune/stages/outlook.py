@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -162,9 +163,10 @@ def _built(folder: Path, prepared: Prepared) -> Expert:
 
 
 def _retention(expert: Expert) -> dict[str, float]:
-    """Bits per byte of the base over the expert's, of each corpus that was measured."""
+    """Bits per byte of the base over the expert's, of each corpus of which a byte was measured."""
     measured = expert.evaluation.corpora if expert.evaluation is not None else {}
-    return {name: bits_per_byte(each.per_document).point for name, each in measured.items() if each.per_document}
+    found = {name: bits_per_byte(each.per_document).point for name, each in measured.items()}
+    return {name: kept for name, kept in found.items() if math.isfinite(kept)}
 
 
 def _times_lost(expert: Expert, prepared: Prepared, profiles: Mapping[CorpusName, Profile]) -> dict[str, float]:

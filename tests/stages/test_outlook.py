@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,18 @@ def test_an_expert_that_says_nothing_of_the_others_is_refused(
     expert = tmp_path / "expert"
     call("build", spec_file, "--out", expert, *(f"--set={each}" for each in overrides))
     assert said in " ".join(call("forecast", spec_file, "--built", expert, code=2).stderr.split())
+
+
+def test_a_corpus_of_which_no_byte_was_measured_corrects_nothing(spec_file: Path, tmp_path: Path) -> None:
+    expert = tmp_path / "expert"
+    call("build", spec_file, "--out", expert, "--set", "budget.ffn=0.25")
+    about = json.loads((expert / "expertprune.json").read_text())
+    for row in about["evaluation"]["corpora"]["task/qa"]["per_document"]:  # each of a single token
+        row |= dict.fromkeys(("tokens", "bytes", "expert_tokens", "expert_bytes", "base_bits", "expert_bits"), 0)
+    (expert / "expertprune.json").write_text(json.dumps(about))
+    alone, found = (call_json("forecast", spec_file, "--sizes", "0.25", *more) for more in ((), ("--built", expert)))
+    assert set(found["times_lost"]) == set(found["breaks"]) - {"task/qa"}
+    assert found["sizes"][0]["corpora"]["task/qa"] == alone["sizes"][0]["corpora"]["task/qa"]
 
 
 def test_an_expert_of_another_base_is_refused(spec_file: Path, tmp_path: Path) -> None:
