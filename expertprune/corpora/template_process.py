@@ -76,8 +76,13 @@ def _compiled(template: str) -> jinja2.Template:
 def _environment() -> jinja2.Environment:
     """What lm-evaluation-harness fills templates with, without access to Python."""
     made = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    made.filters["regex_replace"] = lambda text, pattern, new, count=0: re.sub(pattern, new, text, count=count)
+    made.filters["regex_replace"] = _regex_replace
     return made
+
+
+def _regex_replace(string: str, pattern: str, repl: str, count: int = 0) -> str:
+    """The filter of lm-evaluation-harness, whose templates may name its arguments."""
+    return re.sub(pattern, repl, string, count=count)
 
 
 def main() -> None:

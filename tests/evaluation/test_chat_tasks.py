@@ -67,8 +67,9 @@ def test_prompts_are_what_the_template_makes_of_them(task: str) -> None:
         assert asked(load_task(entry, False, tokenizer=tokenizer))[2][0].count("<|im_start|>user") == turns
     with pytest.raises(SpecError, match="task choose: chat: the base has no chat template; leave 'chat' out"):
         load_task(TaskEntry(file=task, chat=True), False, tokenizer=chat_tokenizer(None))
-    Path(task).write_text(TASK.replace("{{question}}", "{{question | regex_replace('^the', 'a', 1)}}"))
-    assert asked(load_task(TaskEntry(file=task), False))[0][0] == "a heart"
+    for arguments in ("'^the', 'a', 1", "pattern='^the', repl='a', count=1"):
+        Path(task).write_text(TASK.replace("{{question}}", f"{{{{question | regex_replace({arguments})}}}}"))
+        assert asked(load_task(TaskEntry(file=task), False))[0][0] == "a heart"
 
 
 def test_an_endpoint_with_a_key_is_asked_with_it(tiny_llama: Path) -> None:
