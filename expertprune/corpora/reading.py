@@ -12,7 +12,7 @@ from typing import Any
 from expertprune.corpora.documents import Document, Question
 from expertprune.corpora.messages import read_conversation, read_exchange
 from expertprune.corpora.tables import LONGEST, csv_rows, json_rows, parquet_rows
-from expertprune.errors import SpecError, first_line
+from expertprune.errors import SpecError, first_line, under
 from expertprune.files import check_values, not_a_file, read_text
 from expertprune.registry import nearest
 from expertprune.spec.sources import Source
@@ -75,6 +75,12 @@ def _unanswered(source: Source) -> bool:
     return source.generate is not None and source.generate.from_ == "prompts"
 
 
+def check_builder(dataset: Any) -> None:
+    """Raises `SpecError` for the data set builder that unpickles files, as some versions of `datasets` do."""
+    if dataset == "pandas":
+        raise SpecError("'pandas' reads pickles, which can run any code: convert them to parquet, and take 'parquet'")
+
+
 def read_dataset(source: Source, split: str, seed: int) -> Iterator[Document]:
     """The documents of a Hugging Face data set, streamed. Raises `SpecError` naming data set and
     split.
@@ -87,6 +93,8 @@ def read_dataset(source: Source, split: str, seed: int) -> Iterator[Document]:
     import datasets
 
     where = f"dataset {source.dataset!r}, split {split!r}"
+    with under(where):
+        check_builder(source.dataset)
     try:
         files = {} if source.data_files is None else {"data_files": source.data_files}
         rows = datasets.load_dataset(

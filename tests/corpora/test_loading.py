@@ -385,6 +385,9 @@ def test_what_is_wrong_with_a_dataset_names_it_with_its_split(dataset: dict[str,
     write_rows(tmp_path / "data" / "train.jsonl", [{"question": " ", "answers": {"text": [" "]}}])
     (problem,) = problems_of({"dataset": dataset["dataset"], "field": "question"})
     assert problem == f"corpora.sources.language/de.dataset: {dataset['dataset']}: holds no document to calibrate on"
+    (tmp_path / "rows.pkl").write_bytes(b"")  # `datasets` of some versions would load it
+    (problem,) = problems_of({"dataset": "pandas", "data_files": {"train": [str(tmp_path / "rows.pkl")]}, "field": "a"})
+    assert "dataset 'pandas', split 'train': 'pandas' reads pickles, which can run any code" in problem
 
 
 @settings(deadline=None, max_examples=50)

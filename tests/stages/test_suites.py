@@ -532,6 +532,13 @@ def test_code_of_a_task_runs_only_if_allowed_now(
         assert f"task choose: runs Python code: {code}" in [record.getMessage() for record in caplog.records]
 
 
+def test_pickled_examples_are_refused(workplace: Workplace) -> None:
+    """They are code. Some versions of `datasets` that may be installed load them."""
+    workplace.text("tasks/choose.yaml", CHOICE.replace("dataset_path: json", "dataset_path: pandas"))
+    message = workplace.refused("--suite", workplace.suite(tasks=[CHOOSE]), "--trust-remote-code")
+    assert "task choose: dataset_path: 'pandas' reads pickles, which can run any code" in message
+
+
 def test_a_metric_that_a_task_of_the_library_asks_for_is_refused_too(tmp_path: Path) -> None:
     import evaluate
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from expertprune.corpora.chat import ChatTemplate, has_template
 from expertprune.corpora.documents import Document
-from expertprune.errors import CheckpointError, SpecError, first_line, refused
+from expertprune.corpora.reading import check_builder
+from expertprune.errors import CheckpointError, SpecError, first_line, refused, under
 from expertprune.evaluation.harness.metrics import chosen_metric, reported, value_of
 from expertprune.evaluation.harness.quiet import quiet
 from expertprune.evaluation.harness.sandbox import check_code, metric_code, sandbox_templates, with_functions
@@ -160,6 +161,8 @@ def load_task(
 def _load(entry: TaskEntry, file: TaskFile | None) -> dict[str, Leaf]:
     if file is None:
         return dict(_manager(True).load([entry.name])["tasks"])
+    with under("dataset_path"):
+        check_builder(file.keys.get("dataset_path"))
     path, config = Path(str(entry.file)), with_functions(file.keys)
     data = config.get("dataset_kwargs") or {}
     if config.get("dataset_path") in _FILES and "data_files" in data:
