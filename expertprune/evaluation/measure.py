@@ -81,6 +81,7 @@ class Measuring:
         base: how the base runs; its own batches do not matter.
         corpora: already guarded against leaks.
         other_tokens: whether the experts have tokenizers of their own.
+        limit: the key that says where documents are cut, for warnings.
 
     Raises:
         SpecError: a metric per token is asked for, and base and experts have different tokens; or a
@@ -88,7 +89,13 @@ class Measuring:
     """
 
     def __init__(
-        self, base: TextRun, tokenizer: Any, corpora: Sequence[Corpus], settings: Evaluate, other_tokens: bool = False
+        self,
+        base: TextRun,
+        tokenizer: Any,
+        corpora: Sequence[Corpus],
+        settings: Evaluate,
+        other_tokens: bool = False,
+        limit: str = "evaluate.max_tokens",
     ) -> None:
         self.base, self.corpora, self.settings, self.other_tokens = base, corpora, settings, other_tokens
         self.metrics = settings.chosen_metrics(other_tokens)
@@ -102,11 +109,11 @@ class Measuring:
             with under(f"corpus {corpus.name}"):
                 self._texts[corpus.name] = texts_of(corpus.evaluation, tokenizer, end_of(settings, other_tokens))
         self._examples = self._in_tokens(tokenizer)
-        self._warn()
+        self._warn(limit)
         self._known: Stream | None = None
         self._bits: Floats | None = None
 
-    def _warn(self) -> None:
+    def _warn(self, limit: str) -> None:
         positions = getattr(self.base.model.config, "max_position_embeddings", None)
         for each in self._examples.ranges:
             texts = self._examples.reading.sequences[each.here]
@@ -116,12 +123,12 @@ class Measuring:
                     each.corpus,
                 )
             if not each.questions:
-                warn_of_length(each.corpus, texts, positions, "evaluate.max_tokens")
+                warn_of_length(each.corpus, texts, positions, limit)
             if unread := sum(text.answers is not None and not text.predicted for text in texts):
                 log.warning(
                     "corpus %s: %d of %d conversations measure nothing, as no answer begins in the tokens that are read: "
-                    "raise evaluate.max_tokens (%d)",
-                    each.corpus, unread, len(texts), self.settings.max_tokens,
+                    "raise %s (%d)",
+                    each.corpus, unread, len(texts), limit, self.settings.max_tokens,
                 )  # fmt: skip
 
     def _in_tokens(self, tokenizer: Any) -> _Examples:

@@ -80,10 +80,16 @@ def evaluate(
     return record(described.folder, measured, of_corpora(evaluated, measured.corpora), described.plan.digest)
 
 
-def measuring(running: RunningBase, corpora: Sequence[Corpus], settings: Evaluate, other_tokens: bool) -> Measuring:
-    """What measures experts of a base on corpora, which are already guarded against leaks."""
+def measuring(
+    running: RunningBase,
+    corpora: Sequence[Corpus],
+    settings: Evaluate,
+    other_tokens: bool,
+    limit: str = "evaluate.max_tokens",
+) -> Measuring:
+    """What measures experts of a base on corpora, which are already guarded against leaks (see `Measuring`)."""
     base = team().run(TextRun(running.model, running.base.family, (), ()))
-    return Measuring(base, running.base.tokenizer, corpora, settings, other_tokens)
+    return Measuring(base, running.base.tokenizer, corpora, settings, other_tokens, limit)
 
 
 def measure_folder(

@@ -192,7 +192,7 @@ def measuring_held_back(prepared: Prepared) -> Measuring:
     """What measures experts on the documents that were held back from calibration."""
     held_back = [replace(each, evaluation=tuple(validation_documents(each))) for each in prepared.corpora.values()]
     settings = Evaluate(metrics=["bits_per_byte"], max_tokens=prepared.spec.calibration.max_tokens)
-    return measuring(prepared.running, held_back, settings, other_tokens=False)
+    return measuring(prepared.running, held_back, settings, other_tokens=False, limit="calibration.max_tokens")
 
 
 def measure(prepared: Prepared, meanwhile: Meanwhile, folder: Path) -> FloorFound:

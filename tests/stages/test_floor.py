@@ -295,6 +295,15 @@ def test_documents_that_are_held_back_calibrate_nothing(retaining_spec: Data, tm
         assert set(prepared.calibration[name].documents) == set(corpus.calibration) - of_any
 
 
+def test_warnings_about_held_back_text_name_the_key_that_cuts_it(
+    prepared: Prepared, caplog: pytest.LogCaptureFixture
+) -> None:
+    prepared.running.model.config.max_position_embeddings = 4
+    retaining.measuring_held_back(prepared)
+    assert "lower calibration.max_tokens" in caplog.text
+    assert "evaluate.max_tokens" not in caplog.text
+
+
 @pytest.mark.parametrize("method", ["none", "least_squares"])
 def test_an_expert_is_measured_on_held_back_text(
     retaining_spec: Data, tmp_path: Path, monkeypatch: Patch, method: str
