@@ -103,7 +103,7 @@ def foreseen(profile: Profile, part: ProfilePart, kept: Sequence[KeptUnits], law
     """What is kept of a profile's corpus where such units stay.
 
     The curvature of the corpus is the mean over its tokens. Its standard error is that of a ratio
-    of sums over documents.
+    of sums over documents, whose windows (`calibration.windows`) are not independent.
 
     Args:
         times: how many times what the law says is lost (see `folds.optimism` and `times_lost`).
@@ -114,8 +114,9 @@ def foreseen(profile: Profile, part: ProfilePart, kept: Sequence[KeptUnits], law
     loss = float((_gradients(profile, part).read("loss").double() * tokens).sum() / tokens.sum())
     if mean == 0:
         return Foreseen(0.0, 1.0, 1.0, 1.0)
-    count = len(tokens)
-    error = float(((each - mean) * tokens).square().sum().sqrt() / tokens.sum())
+    apart = _by_document(profile, (each - mean) * tokens)
+    count = len(apart)
+    error = float(apart.square().sum().sqrt() / tokens.sum())
     error *= math.sqrt(count / (count - 1)) if count > 1 else 0.0
     deviation = math.hypot(law.spread, law.power * error / mean)
     excess = times * law.excess(mean)
@@ -124,6 +125,13 @@ def foreseen(profile: Profile, part: ProfilePart, kept: Sequence[KeptUnits], law
         return loss / (loss + excess * math.exp(deviations * deviation))
 
     return Foreseen(excess, retention(0), retention(_NORMAL), retention(-_NORMAL))
+
+
+def _by_document(profile: Profile, values: Tensor) -> Tensor:
+    """Sums over the windows of each document: `[windows]` to `[documents]`."""
+    numbers = {digest: number for number, digest in enumerate(dict.fromkeys(profile.documents))}
+    places = torch.tensor([numbers[digest] for digest in profile.documents])
+    return values.new_zeros(len(numbers)).index_add_(0, places, values)
 
 
 def foreseen_corpora(

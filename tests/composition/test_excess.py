@@ -21,15 +21,19 @@ DENSE = LayerShape(hidden=8, ffn=3, query_heads=2, kv_heads=1, head_dim=4)
 ROUTED = LayerShape(hidden=8, ffn=2, query_heads=2, kv_heads=1, head_dim=4, experts=2)
 
 
-def profile_of(folder: Path, shape: LayerShape, **norms: list[list[float]]) -> Profile:
-    """Two documents of three tokens and one, with losses of 2 and 4 nats a token; gradients where norms are given."""
-    about = made_up_about(documents=["a", "b"], tokens=4, layers=[shape])
+def profile_of(folder: Path, shape: LayerShape, windows: int = 1, **norms: list[list[float]]) -> Profile:
+    """Two documents of three tokens and one, with losses of 2 and 4 nats a token; gradients where norms are given.
+
+    Args:
+        windows: how often each of them stands there.
+    """
+    about = made_up_about(documents=["a", "b"] * windows, tokens=4 * windows, layers=[shape])
     path = folder / "p.safetensors"
-    save_profile(path, about, {"tokens": torch.tensor([3.0, 1.0])})
+    save_profile(path, about, {"tokens": torch.tensor([3.0, 1.0] * windows)})
     if norms:
-        found: dict[str, Tensor] = {"loss": torch.tensor([2.0, 4.0])}
+        found: dict[str, Tensor] = {"loss": torch.tensor([2.0, 4.0] * windows)}
         for name, rows in norms.items():
-            found |= halved(f"{name}.0.norm", torch.tensor(rows))
+            found |= halved(f"{name}.0.norm", torch.tensor(rows * windows))
         save_profile(PART.path(path), about, found)
     return Profile(path)
 
@@ -52,8 +56,10 @@ def test_a_routed_expert_that_goes_counts_once_and_neurons_of_others_each(tmp_pa
     assert curvature(profile_of(tmp_path, ROUTED, **norms), PART, [kept]).tolist() == [3 * 26.5, 26.5]
 
 
-def test_retention_and_interval(tmp_path: Path) -> None:
-    profile = profile_of(tmp_path, DENSE, ffn=[[0.0, 2.0, 0.0], [0.0, 1.0, 0.0]], heads=[[0.0, 0.0]] * 2)
+@pytest.mark.parametrize("windows", [1, 3])
+def test_retention_and_interval(windows: int, tmp_path: Path) -> None:
+    """Windows of one document are no further documents."""
+    profile = profile_of(tmp_path, DENSE, windows, ffn=[[0.0, 2.0, 0.0], [0.0, 1.0, 0.0]], heads=[[0.0, 0.0]] * 2)
     kept = KeptUnits(ffn=(0, 2), query_heads=(0, 1), kv_groups=(0,), experts=())
     found = foreseen(profile, PART, [kept], Law(scale=0.5, power=2.0, spread=0.3))
     mean, loss = (3 * 6.0 + 1 * 0.5) / 4, (3 * 2.0 + 1 * 4.0) / 4
