@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from expertprune.artifacts.changes import AnswerChange, Changes
 from expertprune.artifacts.evaluation import Evaluation, TaskResult
@@ -27,6 +28,7 @@ from expertprune.evaluation.harness.tasks import HarnessTask
 from expertprune.evaluation.retention import Counted, Paired, bits_of_corpora, check_floors, summarize
 from expertprune.evaluation.suites import Suite, TaskEntry, bare_task, find_suites
 from expertprune.files import EXPERT_FILE, check_writable, digest_of, store_folder
+from expertprune.models.base import ResolvedBase
 from expertprune.models.loading import load_tokenizer
 from expertprune.models.running import to_stream
 from expertprune.models.spool import Limits
@@ -184,7 +186,7 @@ class SuiteRequest:
             harness.require_harness(served=self.backend == "vllm")
             harness.check_names([entry for entry, _, _ in entries])
         resolved = base_with(expert.find_base(place, spec.base), spec.base, device, dtype)
-        if entries and self.backend == "hf" and to_stream(resolved.checkpoint, resolved, Limits.of_environment()):
+        if entries and self.backend == "hf" and _streamed(resolved):
             raise UsageError(
                 "tasks call the model as a whole, and the base's layers are streamed (base.layers): give --backend vllm, "
                 "which may share it over several GPUs, or measure the spec's corpora with `expertprune evaluate` alone"
@@ -258,6 +260,13 @@ def suites_shard(asked: SuiteRequest, shard: Shard, track: Track = silent) -> Re
     """A shard's share of an evaluation on suites, in the store."""
     asked.check_used()
     return shard.work(asked.tasks_of(asked.prepared()), track)
+
+
+def _streamed(base: ResolvedBase) -> bool:
+    """Whether a base's layers are streamed. Where that hangs on a GPU that is elsewhere, the task there says so."""
+    if base.source == "auto" and base.device.type == "cuda" and not torch.cuda.is_available():
+        return False
+    return to_stream(base.checkpoint, base, Limits.of_environment())
 
 
 def _entries(suites: Sequence[Suite], names: Sequence[str]) -> list[tuple[TaskEntry, str, bool | None]]:

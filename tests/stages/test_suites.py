@@ -23,7 +23,7 @@ import expertprune
 from expertprune.artifacts.changes import AnswerChange, Changes
 from expertprune.artifacts.expert import Expert
 from expertprune.corpora.documents import Document, Question
-from expertprune.errors import SpecError
+from expertprune.errors import SpecError, UsageError
 from expertprune.evaluation.harness import models, stored, tasks
 from expertprune.evaluation.harness.sandbox import metric_code
 from expertprune.evaluation.suites import TaskEntry, load_suite
@@ -328,6 +328,20 @@ def test_how_a_model_generates_and_its_trusted_code_are_part_of_what_is_stored(w
     first = measured()
     (base / "generation_config.json").write_text('{"suppress_tokens": [2, 3]}')
     assert [a != b for a, b in zip(first, measured(), strict=True)] == [True, False]
+
+
+def test_a_machine_without_a_gpu_prepares_what_runs_on_one(workplace: Workplace, monkeypatch: Patch) -> None:
+    """As `--engine ray` does for the nodes of a cluster."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    suites = [str(workplace.suite(tasks=[CHOOSE]))]
+
+    def prepared(**overrides: Any) -> suite_scores.Measurement:
+        asked = suite_stage.SuiteRequest(workplace.expert, suites, (), "hf", None, None, workplace.store, overrides)
+        return asked.prepared(device="cuda")
+
+    assert prepared().base.device.type == "cuda"
+    with pytest.raises(UsageError, match="the base's layers are streamed"):
+        prepared(**{"base.layers": "streamed"})
 
 
 def test_with_vllm_each_model_has_a_server_of_its_own(
