@@ -28,6 +28,7 @@ from expertprune.models.loading import load_tokenizer
 from expertprune.models.running import RunningBase, run_folder
 from expertprune.progress import Track
 from expertprune.spec.schema import Evaluate, Spec
+from expertprune.stages.elsewhere import means_of
 from expertprune.stages.evaluate import measure_folder, measuring
 
 Backend = Literal["hf", "vllm"]
@@ -79,7 +80,7 @@ class Measurement:
     def of_base(self) -> StoredScores:
         """The base's scores on tasks."""
         base = self.base
-        about = [base.digest, base.tokenizer_digest, _beside(base.folder, base), str(base.dtype)]
+        about = [base.digest, base.tokenizer_digest, _beside(base.folder, base), *means_of(base)]
         return StoredScores(self.store, digest_of(about), self.backend, self.limit)
 
     @cached_property
@@ -91,7 +92,7 @@ class Measurement:
             if path.suffix in _READ and path.name != EXPERT_FILE and not is_report(path.name)
         ]
         files = {path.name: file_digest(path, self.store) for path in paths}
-        about = [files, _beside(self.expert.folder, self.base), str(self.base.dtype)]
+        about = [files, _beside(self.expert.folder, self.base), *means_of(self.base)]
         return StoredScores(self.store, digest_of(about), self.backend, self.limit)
 
     def scores(self) -> dict[str, tuple[Scores, Scores]]:

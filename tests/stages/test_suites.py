@@ -335,11 +335,13 @@ def test_a_machine_without_a_gpu_prepares_what_runs_on_one(workplace: Workplace,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     suites = [str(workplace.suite(tasks=[CHOOSE]))]
 
-    def prepared(**overrides: Any) -> suite_scores.Measurement:
+    def prepared(device: str = "cuda", **overrides: Any) -> suite_scores.Measurement:
         asked = suite_stage.SuiteRequest(workplace.expert, suites, (), "hf", None, None, workplace.store, overrides)
-        return asked.prepared(device="cuda")
+        return asked.prepared(device=device, dtype="float32")
 
-    assert prepared().base.device.type == "cuda"
+    there, here = prepared(), prepared("cpu")
+    assert (there.base.device.type, there.base.dtype) == ("cuda", here.base.dtype)
+    assert not set(there.keys) & set(here.keys), "base and expert are measured on one kind of device"
     with pytest.raises(UsageError, match="the base's layers are streamed"):
         prepared(**{"base.layers": "streamed"})
 

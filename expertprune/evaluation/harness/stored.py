@@ -53,7 +53,7 @@ class _ScoresDocument(BaseModel):
 class StoredScores:
     """Scores of one model through one backend, in files named by everything that they depend on.
 
-    `model` is the digest of the model, its tokenizer and its dtype.
+    `model` is the digest of the model, its tokenizer, its kind of device and its dtype.
     """
 
     store: Path
