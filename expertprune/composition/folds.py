@@ -66,8 +66,7 @@ def optimism(
     inside = {name: _total(profile, part, kept) for name, profile in profiles.items()}
     outside = dict.fromkeys(profiles, 0.0)
     for fold in range(FOLDS):
-        held = {name: list(range(fold, len(each.documents), FOLDS)) for name, each in profiles.items()}
-        held = {name: places if len(profiles[name].documents) > 1 else [] for name, places in held.items()}
+        held = {name: _places(profile, fold) for name, profile in profiles.items()}
         if not any(held.values()):
             continue
         chosen = choose({name: _without(profiles[name], places) for name, places in held.items()})
@@ -82,6 +81,14 @@ def optimism(
 def _total(profile: Profile, part: ProfilePart, kept: Sequence[KeptUnits]) -> float:
     """The curvature of all tokens of a profile together, in nats."""
     return float((curvature(profile, part, kept) * profile.read("tokens").double()).sum())
+
+
+def _places(profile: Profile, fold: int) -> list[int]:
+    """The positions of a fold's documents, each with all of its windows (`calibration.windows`)."""
+    numbers = {digest: number for number, digest in enumerate(dict.fromkeys(profile.documents))}
+    if len(numbers) < 2:
+        return []
+    return [place for place, digest in enumerate(profile.documents) if numbers[digest] % FOLDS == fold]
 
 
 def _without(profile: Profile, places: Sequence[int]) -> Profile:
