@@ -1,0 +1,104 @@
+"""What documents lose that chose no units, worked out by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+import expertprune
+from expertprune.artifacts.profile import Profile, ProfilePart, halved, save_profile
+from expertprune.composition.folds import PartOfProfile, optimism
+from expertprune.corpora.documents import CorpusName
+from expertprune.relevance import Pass
+from expertprune.spec.reading import parse_spec
+from expertprune.units import KeptUnits, LayerShape
+from tests.profiles import made_up_about
+from tests.tiny import save_tiny
+
+PART = ProfilePart(Pass.GRADIENT, "language_model")
+SHAPE = LayerShape(hidden=8, ffn=3, query_heads=2, kv_heads=1, head_dim=4)
+LAW = CorpusName.parse("domain/law")
+
+
+def without(neuron: int) -> list[KeptUnits]:
+    ffn = tuple(each for each in range(3) if each != neuron)
+    return [KeptUnits(ffn=ffn, query_heads=(0, 1), kv_groups=(0,), experts=())]
+
+
+def least(profiles: Mapping[CorpusName, Profile]) -> Sequence[KeptUnits]:
+    """All neurons but that of the smallest squares over the documents."""
+    part = profiles[LAW].part(PART)
+    assert part is not None
+    return without(int(part.read_half("ffn.0.norm").square().sum(0).argmin()))
+
+
+def profile_of(folder: Path, documents: str, rows: list[list[float]]) -> Profile:
+    about = made_up_about(documents=list(documents), tokens=len(rows), layers=[SHAPE])
+    path = folder / "p.safetensors"
+    tokens = torch.ones(len(rows))
+    save_profile(path, about, {"tokens": tokens, "weights": tokens.clone()})
+    save_profile(PART.path(path), about, {"loss": tokens, **halved("ffn.0.norm", torch.tensor(rows))})
+    return Profile(path)
+
+
+def test_each_fold_is_measured_on_the_units_that_the_others_choose(tmp_path: Path) -> None:
+    rows = [[1.0, 2.0, 9.0] for _ in range(5)]
+    profile = profile_of(tmp_path, "abcde", rows)
+    assert optimism({LAW: profile}, PART, without(0), least) == {"domain/law": 1.0}
+    rows[0][0] = (
+        6.0  # squares of 40 and 20: the second neuron goes, but without the first document the first, of 4 and 16
+    )
+    profile = profile_of(tmp_path, "abcde", rows)
+    assert optimism({LAW: profile}, PART, without(1), least) == {"domain/law": pytest.approx((36 + 4 * 4) / 20)}
+
+
+def test_windows_of_a_document_are_held_out_together_and_one_document_never(tmp_path: Path) -> None:
+    rows = [[4.0, 3.0, 9.0], [4.0, 3.0, 9.0], [3.0, 4.0, 9.0]]
+    asked: list[list[str]] = []
+
+    def choose(profiles: Mapping[CorpusName, Profile]) -> Sequence[KeptUnits]:
+        asked.append(profiles[LAW].documents)
+        return least(profiles)
+
+    # without both windows of a, b alone has the first neuron go; without b, a has the second
+    found = optimism({LAW: profile_of(tmp_path, "aab", rows)}, PART, without(1), choose)
+    assert asked == [["b"], ["a", "a"]]
+    assert found == {"domain/law": pytest.approx((16 + 16 + 16) / (9 + 9 + 16))}
+    asked.clear()
+    assert optimism({LAW: profile_of(tmp_path, "aaa", rows)}, PART, without(1), choose) == {"domain/law": 1.0}
+    assert asked == []
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_every_statistic_with_a_row_for_each_document_is_cut(
+    family: str, spec_data: dict[str, Any], tmp_path: Path
+) -> None:
+    """Seven documents: no other axis of the tiny model is as long."""
+    base = save_tiny(tmp_path / "base", family)
+    overrides = {"base.model": str(base), "calibration.documents": 7, "budget": {"ffn": 0.5, "multiple_of": 8}}
+    spec = parse_spec(spec_data, "spec", tmp_path, overrides)
+    for whole in expertprune.profile(spec).values():
+        assert len(whole.documents) == 7
+        some = PartOfProfile(whole, [1, 4])
+        assert some.documents == [whole.documents[1], whole.documents[4]]
+        weights = whole.read("weights").double()
+        for part in sorted(whole.path.parent.glob(f"{whole.path.stem}*.safetensors")):
+            mine = PartOfProfile(Profile(part), [1, 4])
+            with safe_open(part, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  (no mapping)
+                    check(name, file.get_tensor(name), mine.read(name), weights)
+
+
+def check(name: str, tensor: Tensor, found: Tensor, weights: Tensor) -> None:
+    if name.endswith("sum") and "norm" not in name:
+        expected = tensor * float(weights[[1, 4]].sum() / weights.sum())
+        assert torch.allclose(found.double(), expected.double())
+    else:
+        by_document = tensor.ndim > 0 and tensor.shape[0] == 7
+        assert torch.equal(found, tensor[[1, 4]] if by_document else tensor), name
