@@ -23,7 +23,8 @@ class ForeseenSize:
             row: how many times as fast an expert decodes at most, where reading weights is all that
             takes time.
         corpora: what is kept of each.
-        instead: what the other allocation would keep at this size; empty where there is none.
+        instead: what the other allocation would keep at this size, which is foreseen for one size; empty where there
+            is none.
     """
 
     removed: float

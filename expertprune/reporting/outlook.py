@@ -12,7 +12,6 @@ from rich.text import Text
 from expertprune.composition.outlook import BROKEN, Outlook
 from expertprune.reporting.pictures import QUIET, look, save_picture
 
-_COMPARED = 0.25  # removed, where allocations are compared
 _COLOURS, _MARKERS, _LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), "os^D", ("-", "--", "-.", ":")
 
 
@@ -43,12 +42,11 @@ def _lines(outlook: Outlook) -> list[str]:
 
 
 def _allocation(outlook: Outlook) -> Iterator[str]:
-    """What the other allocation would keep, at the size nearest to a quarter."""
+    """What the other allocation would keep, at the size where that is foreseen."""
     widths = {"global": "a width of its own in each layer", "uniform": "one width in all layers, a stock config"}
     other = next(name for name in widths if name != outlook.allocation)
     yield f"allocation {outlook.allocation}: {widths[outlook.allocation]}"
-    if compared := [size for size in outlook.sizes if size.instead]:
-        size = min(compared, key=lambda each: abs(each.removed - _COMPARED))
+    for size in (size for size in outlook.sizes if size.instead):
         kept = [f"{each.retention:.3f} of {name}" for name, each in size.instead.items()]
         yield f"  {other} ({widths[other]}) would keep {', '.join(kept)} at {size.removed:g} removed"
 

@@ -33,6 +33,7 @@ from expertprune.tokenizing.languages import LANGUAGES, known_languages
 from expertprune.units import KeptUnits
 
 SIZES = tuple(step / 20 for step in range(1, 11))
+COMPARED = 0.25  # the size nearest to it is foreseen with the other allocation too
 TESTED = 0.25  # of units or parameters: larger cuts than this, the law was not fitted to
 
 
@@ -69,14 +70,18 @@ def forecast(
     profiles = profiled(first, track, run)
     corrections = team().lead(lambda: _times_lost(expert, first, profiles)) if expert is not None else {}
     reached: list[ForeseenSize] = []
-    for size, each in prepared.items():
-        try:
-            plan, times = team().lead(lambda each=each: _composed(each, profiles))  # type: ignore[misc]
-        except PlanError as error:
-            unreachable[size] = str(error)
-        else:
-            kept = expected(each, plan, profiles, _together(times, corrections))
-            reached.append(_size(size, plan, each, kept, _instead(found, each, profiles, corrections)))
+    compared = min(prepared, key=lambda size: abs(size - COMPARED))
+    with track("forecast", len(prepared)) as step:
+        for size, each in prepared.items():
+            try:
+                plan, times = team().lead(lambda each=each: _composed(each, profiles))  # type: ignore[misc]
+            except PlanError as error:
+                unreachable[size] = str(error)
+            else:
+                kept = expected(each, plan, profiles, _together(times, corrections))
+                instead = _instead(found, each, profiles, corrections) if size == compared else {}
+                reached.append(_size(size, plan, each, kept, instead))
+            step()
     if not reached:
         raise PlanError(f"no size can be reached; {_first(unreachable)}")
     return Outlook(
