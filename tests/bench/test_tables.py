@@ -26,7 +26,7 @@ def test_every_table_and_every_result_is_used() -> None:
     text = "".join(path.read_text() for path in tables.FILES)
     assert [name for name in tables.TABLES if f"<!-- {name} -->" not in text] == []
     used = {cell.path() for cell in every_cell(retired=True)}
-    used |= {cell.path() for cell in outlook.cells()}
+    used |= {cell.path() for cell in (*outlook.SHAPES.values(), *outlook.cells())}
     used |= {records.RESULTS / f"{name}.json" for name in tables.RECORDED}
     used |= {records.RESULTS / f"vocabulary-{name}.json" for name in vocabulary.EXPERTS}
     every = set(records.RESULTS.glob("*.json"))

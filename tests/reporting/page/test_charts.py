@@ -101,7 +101,7 @@ def test_many_series_differ_in_colour_marker_or_line(monkeypatch: pytest.MonkeyP
     charts.alignment_picture("a", [{"name": name, "layers": [1.0, 0.9]} for name in names])
     kept = dict.fromkeys(names, Foreseen(excess=0.1, retention=0.9, low=0.8, high=0.95))
     size = ForeseenSize(removed=0.5, parameters=1, fraction=0.5, speed=2.0, corpora=kept, instead={})
-    outlook.outlook_picture(Outlook("n", "b", 2, "global", [size], {}, dict.fromkeys(names), []), Path("n.png"))
+    outlook.outlook_picture(Outlook("n", "b", 2, "global", [size], {}, {}, dict.fromkeys(names), []), Path("n.png"))
     for figure in figures:
         lines = [line for line in figure.axes[0].lines if line.get_marker() != "None"]
         looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}
