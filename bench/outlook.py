@@ -17,9 +17,7 @@ from pathlib import Path
 
 import expertprune
 from expertprune.composition.excess import Foreseen, times_lost
-from expertprune.progress import silent
-from expertprune.stages.compose import plan_of
-from expertprune.stages.outlook import expected, profiled, unseen
+from expertprune.stages.outlook import Foreseeing, profiled
 
 from .cells import GEMMA, SMOLLM, Bench, Cell, Result
 from .instruct import QWEN
@@ -47,9 +45,7 @@ def cells() -> Iterator[Cell]:
 def foreseen(bench: Bench, cell: Cell) -> dict[str, Foreseen]:
     """What is foreseen of each corpus, by the name of its set."""
     prepared = expertprune.validate(bench.spec(replace(cell, dtype="bfloat16")))
-    profiles = profiled(prepared)
-    plan = plan_of(prepared, silent)
-    found = expected(prepared, plan, profiles, unseen(prepared, plan, profiles))
+    _, found = Foreseeing(profiled(prepared)).sized(prepared, {})
     return {name: found[corpus] for corpus, name in SETS.items()}
 
 

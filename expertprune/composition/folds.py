@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from expertprune.artifacts.profile import VOCABULARY, Profile, ProfilePart
 from expertprune.composition.excess import curvature
+from expertprune.composition.plan import Scored
 from expertprune.corpora.documents import CorpusName
 from expertprune.units import KeptUnits
 
@@ -46,31 +48,56 @@ class PartOfProfile(Profile):
         return found if found is None or part == VOCABULARY else PartOfProfile(found, self.chosen)
 
 
+@dataclass(frozen=True)
+class Fold:
+    """Some documents of each corpus that choose no units.
+
+    Attributes:
+        others: the profiles of all other documents.
+        held: the positions of the fold's own, by corpus.
+        known: what plans of the others share.
+    """
+
+    others: Profiles
+    held: Mapping[CorpusName, Sequence[int]]
+    known: Scored = field(default_factory=Scored)
+
+
+def folds_of(profiles: Profiles) -> list[Fold]:
+    """`FOLDS` folds, or fewer where no corpus has as many documents; every document of a corpus is in one of them.
+
+    A corpus of one document has nothing to be held out.
+    """
+    held = [{name: _places(profile, fold) for name, profile in profiles.items()} for fold in range(FOLDS)]
+    return [
+        Fold({name: _without(profiles[name], positions) for name, positions in places.items()}, places)
+        for places in held
+        if any(places.values())
+    ]
+
+
 def optimism(
     profiles: Profiles,
     part: ProfilePart,
     kept: Sequence[KeptUnits],
-    choose: Callable[[Profiles], Sequence[KeptUnits]],
+    folds: Iterable[Fold],
+    choose: Callable[[Fold], Sequence[KeptUnits]],
 ) -> dict[str, float]:
     """The curvature of documents that chose no units, over that of those that did, by corpus.
 
-    Units are chosen `FOLDS` times without a part of every corpus' documents, which then are measured (cross-fitting).
-    The fewer documents there are, the more the choice follows what is by chance in them. A corpus of one document has
-    nothing to be held out: it gets 1.
+    Each fold is measured on the units that the other documents choose (cross-fitting). The fewer documents there are,
+    the more the choice follows what is by chance in them. A corpus of which nothing is held out gets 1.
 
     Args:
         part: the gradient pass to read.
         kept: the units that stay where all documents choose.
-        choose: the units that stay by some profiles.
+        choose: the units that stay where a fold's others do.
     """
     inside = {name: _total(profile, part, kept) for name, profile in profiles.items()}
     outside = dict.fromkeys(profiles, 0.0)
-    for fold in range(FOLDS):
-        held = {name: _places(profile, fold) for name, profile in profiles.items()}
-        if not any(held.values()):
-            continue
-        chosen = choose({name: _without(profiles[name], places) for name, places in held.items()})
-        for name, places in held.items():
+    for fold in folds:
+        chosen = choose(fold)
+        for name, places in fold.held.items():
             if places:
                 outside[name] += _total(PartOfProfile(profiles[name], places), part, chosen)
     return {

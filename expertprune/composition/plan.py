@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from expertprune.arch.single_layers import PER_LAYER
-from expertprune.artifacts.plan import BaseReference, LayerPlan, Parameters, Plan, UnitReasons
+from expertprune.artifacts.plan import BaseReference, LayerPlan, Parameters, Plan, UnitReasons, VocabularyPlan
 from expertprune.artifacts.profile import Profile
 from expertprune.composition.depth import choose_layers, foreseen_layers
 from expertprune.composition.parameters import removed_parameters, removed_with_rows
@@ -227,8 +228,20 @@ def check_kept(plan: Plan, base: ResolvedBase, loaders: Collection[str]) -> None
         base.family.check_single_layers(base.checkpoint.config, loaders)
 
 
+@dataclass(frozen=True)
+class Scored:
+    """What plans of the same profiles share, where their specs differ in sizes alone; `compose` fills it."""
+
+    scores: dict[tuple[tuple[Structure, ...], bool], FusedScores] = field(default_factory=dict)
+    rows: dict[Any, VocabularyPlan] = field(default_factory=dict)
+
+
 def compose(
-    spec: Spec, base: ResolvedBase, profiles: Mapping[CorpusName, Profile], budget: Budget | None = None
+    spec: Spec,
+    base: ResolvedBase,
+    profiles: Mapping[CorpusName, Profile],
+    budget: Budget | None = None,
+    known: Scored | None = None,
 ) -> Plan:
     """Decide which units are kept.
 
@@ -237,6 +250,7 @@ def compose(
             `foreseen_widths`). The plan records it.
         profiles: one for each corpus that the spec names.
         budget: what decides in place of the spec's budget, where that is a retention floor.
+        known: of earlier plans of these profiles.
 
     Raises:
         SpecError: a corpus without a profile, or without the pass that the criterion needs.
@@ -247,9 +261,15 @@ def compose(
     if missing := [str(name) for name in corpus_names(spec) if name not in profiles]:
         raise SpecError(f"no profile for {', '.join(missing)}: run the profile stage first")
     wanted = {name: profiles[name] for name in corpus_names(spec)}
-    vocabulary = choose_rows(spec, base, wanted) if spec.budget.vocabulary is not None else None
+    known = known if known is not None else Scored()
+    rows, vocabulary = spec.budget.vocabulary, None
+    if rows is not None:
+        vocabulary = known.rows.get(rows) or known.rows.setdefault(rows, choose_rows(spec, base, wanted))
     structures, together = _competing(spec, base)
-    scores: FusedScores = score_units(spec, wanted, structures, together)
+    asked = tuple(structures), together
+    if asked not in known.scores:
+        known.scores[asked] = score_units(spec, wanted, structures, together)
+    scores = known.scores[asked]
     uniform = spec.compose.allocation == "uniform"
     gone, depth = choose_layers(spec, base, wanted)
     widths = uniform_widths(spec.budget, base, gone) if uniform else global_widths(spec.budget, base, scores, gone)

@@ -20,7 +20,7 @@ from expertprune.evaluation.retention import bits_per_byte
 from expertprune.progress import Track, silent
 from expertprune.spec.schema import Budget, Evaluate, Retention
 from expertprune.stages.evaluate import Meanwhile, measuring
-from expertprune.stages.outlook import expected, unseen
+from expertprune.stages.outlook import Foreseeing
 from expertprune.stages.prune import write_weights
 from expertprune.stages.validate import Prepared, validation_documents
 
@@ -85,14 +85,14 @@ class _Forecast:
     """
 
     def __init__(self, prepared: Prepared, profiles: Mapping[CorpusName, Profile], budgets: Sequence[Budget]) -> None:
-        self.prepared, self.profiles, self.budgets = prepared, profiles, budgets
+        self.prepared, self.budgets, self.foreseeing = prepared, budgets, Foreseeing(profiles)
         self._found: dict[int, FloorFound | None] = {}
         self._times: dict[str, float] = {}
 
     def foreseen(self, index: int) -> FloorFound | None:
         """As profiles alone have it; `None` where the floor of widths does not allow the cut."""
         if index not in self._found:
-            self._found[index] = team().lead(lambda: _foreseen(self.prepared, self.profiles, self.budgets[index]))
+            self._found[index] = team().lead(lambda: _foreseen(self.prepared, self.foreseeing, self.budgets[index]))
         return self._found[index]
 
     def correct(self, index: int, kept: FloorFound) -> None:
@@ -166,15 +166,15 @@ def _refusal(floor: Retention, budgets: Sequence[Budget], tried: Mapping[int, Fl
     )
 
 
-def _foreseen(prepared: Prepared, profiles: Mapping[CorpusName, Profile], budget: Budget) -> FloorFound | None:
+def _foreseen(prepared: Prepared, foreseeing: Foreseeing, budget: Budget) -> FloorFound | None:
     """What a budget's expert will keep; `None` where the floor of widths does not allow it."""
     try:
-        plan = compose(prepared.spec, prepared.base, profiles, budget)
+        plan = foreseeing.plan(prepared, budget)
     except PlanError as error:
         log.info("budget %g: %s", budget.parameters, error)
         return None
-    times = unseen(prepared, plan, profiles, budget)
-    return FloorFound({name: each.retention for name, each in expected(prepared, plan, profiles, times).items()})
+    found = foreseeing.expected(prepared, plan, foreseeing.unseen(prepared, plan, budget))
+    return FloorFound({name: each.retention for name, each in found.items()})
 
 
 def _try(

@@ -13,9 +13,9 @@ from expertprune.artifacts.expert import Expert
 from expertprune.artifacts.plan import Plan
 from expertprune.artifacts.profile import Profile, ProfilePart
 from expertprune.composition.excess import Foreseen, foreseen_corpora, times_lost
-from expertprune.composition.folds import optimism
+from expertprune.composition.folds import Fold, folds_of, optimism
 from expertprune.composition.outlook import BROKEN, ForeseenSize, Outlook
-from expertprune.composition.plan import compose
+from expertprune.composition.plan import Scored, compose
 from expertprune.corpora.catalogue import unnamed_sources
 from expertprune.corpora.documents import CorpusName
 from expertprune.engine.team import team
@@ -68,17 +68,17 @@ def forecast(
     first = next(iter(prepared.values()))
     expert = _built(Path(built), first) if built is not None else None
     profiles = profiled(first, track, run)
-    corrections = team().lead(lambda: _times_lost(expert, first, profiles)) if expert is not None else {}
+    foreseeing = Foreseeing(profiles)
+    corrections = team().lead(lambda: foreseeing.times_lost(expert, first)) if expert is not None else {}
     reached: list[ForeseenSize] = []
     compared = min(prepared, key=lambda size: abs(size - COMPARED))
     with track("forecast", len(prepared)) as step:
         for size, each in prepared.items():
             try:
-                plan, times = team().lead(lambda each=each: _composed(each, profiles))  # type: ignore[misc]
+                plan, kept = team().lead(lambda each=each: foreseeing.sized(each, corrections))  # type: ignore[misc]
             except PlanError as error:
                 unreachable[size] = str(error)
             else:
-                kept = expected(each, plan, profiles, _together(times, corrections))
                 instead = _instead(found, each, profiles, corrections) if size == compared else {}
                 reached.append(_size(size, plan, each, kept, instead))
             step()
@@ -102,43 +102,66 @@ def profiled(prepared: Prepared, track: Track = silent, run: bool = True) -> dic
     return profiles_of(prepared, track, run, also=[_gradient(prepared.spec)])
 
 
-def _composed(prepared: Prepared, profiles: Mapping[CorpusName, Profile]) -> tuple[Plan, dict[str, float]]:
-    """The plan of a spec, and `unseen` of it."""
-    plan = compose(prepared.spec, prepared.base, profiles)
-    return plan, unseen(prepared, plan, profiles)
-
-
 def _gradient(spec: Spec) -> ProfilePart:
     return ProfilePart(Pass.GRADIENT, spec.relevance.loss)
 
 
-def expected(
-    prepared: Prepared,
-    plan: Plan,
-    profiles: Mapping[CorpusName, Profile],
-    times: Mapping[str, float],
-) -> dict[str, Foreseen]:
-    """What the expert of a plan keeps of each corpus; `profiles` are those of `profiled`.
+class Foreseeing:
+    """What experts of one spec keep at several sizes, by the profiles of `profiled`; sizes share the scores of units."""
 
-    Args:
-        times: how many times what the plan's own documents say each corpus loses (see `unseen`).
-    """
-    return foreseen_corpora(profiles, _gradient(prepared.spec), plan.kept, is_repaired(prepared.spec), times)
+    def __init__(self, profiles: Mapping[CorpusName, Profile]) -> None:
+        self.profiles, self.folds, self.known = profiles, folds_of(profiles), Scored()
 
+    def plan(self, prepared: Prepared, budget: Budget | None = None) -> Plan:
+        """See `compose`."""
+        return compose(prepared.spec, prepared.base, self.profiles, budget, self.known)
 
-def unseen(
-    prepared: Prepared, plan: Plan, profiles: Mapping[CorpusName, Profile], budget: Budget | None = None
-) -> dict[str, float]:
-    """How many times what the plan's own documents say other text loses, by corpus (see `optimism`).
+    def unseen(self, prepared: Prepared, plan: Plan, budget: Budget | None = None) -> dict[str, float]:
+        """How many times what the plan's own documents say other text loses, by corpus (see `optimism`).
 
-    Args:
-        budget: of the plan, where it is not the spec's.
-    """
+        Args:
+            budget: of the plan, where it is not the spec's.
+        """
 
-    def choose(some: Mapping[CorpusName, Profile]) -> Sequence[KeptUnits]:
-        return compose(prepared.spec, prepared.base, some, budget).kept
+        def choose(fold: Fold) -> Sequence[KeptUnits]:
+            return compose(prepared.spec, prepared.base, fold.others, budget, fold.known).kept
 
-    return optimism(profiles, _gradient(prepared.spec), plan.kept, choose)
+        return optimism(self.profiles, _gradient(prepared.spec), plan.kept, self.folds, choose)
+
+    def expected(self, prepared: Prepared, plan: Plan, times: Mapping[str, float]) -> dict[str, Foreseen]:
+        """What the expert of a plan keeps of each corpus.
+
+        Args:
+            times: how many times what the plan's own documents say each corpus loses.
+        """
+        return foreseen_corpora(self.profiles, _gradient(prepared.spec), plan.kept, is_repaired(prepared.spec), times)
+
+    def sized(self, prepared: Prepared, corrections: Mapping[str, float]) -> tuple[Plan, dict[str, Foreseen]]:
+        """The plan of a spec, and what its expert keeps. Raises `PlanError` where its budget is not reachable."""
+        plan = self.plan(prepared)
+        return plan, self.expected(prepared, plan, _together(self.unseen(prepared, plan), corrections))
+
+    def times_lost(self, expert: Expert, prepared: Prepared) -> dict[str, float]:
+        """How many times what profiles foresee each corpus has lost, of those that were measured of an expert.
+
+        Text that did not choose the expert's units says by itself what other text loses.
+        """
+        budget, parameters = expert.spec.budget, expert.plan.parameters
+        if budget.retention is not None:
+            removed = (parameters.before - parameters.after) / parameters.before
+            budget = budget.model_copy(update={"retention": None, "parameters": removed})
+        same = {
+            str(name)
+            for name, each in self.profiles.items()
+            if each.about.key.same_text(expert.plan.profiles.get(str(name)))
+        }
+        times = self.unseen(prepared, expert.plan, budget)
+        foreseen = self.expected(prepared, expert.plan, {name: times[name] for name in same})
+        return {
+            name: times_lost(kept, foreseen[name].retention)
+            for name, kept in _retention(expert).items()
+            if name in foreseen
+        }
 
 
 def _together(times: Mapping[str, float], more: Mapping[str, float]) -> dict[str, float]:
@@ -172,27 +195,6 @@ def _retention(expert: Expert) -> dict[str, float]:
     measured = expert.evaluation.corpora if expert.evaluation is not None else {}
     found = {name: bits_per_byte(each.per_document).point for name, each in measured.items()}
     return {name: kept for name, kept in found.items() if math.isfinite(kept)}
-
-
-def _times_lost(expert: Expert, prepared: Prepared, profiles: Mapping[CorpusName, Profile]) -> dict[str, float]:
-    """How many times what profiles foresee each corpus has lost, of those that were measured.
-
-    Text that did not choose the expert's units says by itself what other text loses.
-    """
-    budget, parameters = expert.spec.budget, expert.plan.parameters
-    if budget.retention is not None:
-        removed = (parameters.before - parameters.after) / parameters.before
-        budget = budget.model_copy(update={"retention": None, "parameters": removed})
-    chosen = {
-        str(name) for name, each in profiles.items() if each.about.key.same_text(expert.plan.profiles.get(str(name)))
-    }
-    times = unseen(prepared, expert.plan, profiles, budget)
-    foreseen = expected(prepared, expert.plan, profiles, {name: times[name] for name in chosen})
-    return {
-        name: times_lost(kept, foreseen[name].retention)
-        for name, kept in _retention(expert).items()
-        if name in foreseen
-    }
 
 
 def _keys(budget: Budget, sizes: Sequence[float]) -> list[str]:
@@ -243,10 +245,10 @@ def _instead(
     """What the other allocation would keep under the same budget; empty where the base or the budget has none."""
     try:
         prepared = _otherwise(found, chosen.spec)
-        plan, times = team().lead(lambda: _composed(prepared, profiles))
+        found_there: dict[str, Foreseen] = team().lead(lambda: Foreseeing(profiles).sized(prepared, corrections))[1]
     except PlanError:
         return {}
-    return expected(prepared, plan, profiles, _together(times, corrections))
+    return found_there
 
 
 def _otherwise(found: Found, spec: Spec) -> Prepared:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 import expertprune
 from expertprune.artifacts.profile import Profile, ProfilePart, halved, save_profile
-from expertprune.composition.folds import PartOfProfile, optimism
+from expertprune.composition.folds import Fold, PartOfProfile, folds_of, optimism
 from expertprune.corpora.documents import CorpusName
 from expertprune.relevance import Pass
 from expertprune.spec.reading import parse_spec
@@ -31,11 +31,16 @@ def without(neuron: int) -> list[KeptUnits]:
     return [KeptUnits(ffn=ffn, query_heads=(0, 1), kv_groups=(0,), experts=())]
 
 
-def least(profiles: Mapping[CorpusName, Profile]) -> Sequence[KeptUnits]:
-    """All neurons but that of the smallest squares over the documents."""
-    part = profiles[LAW].part(PART)
+def least(fold: Fold) -> Sequence[KeptUnits]:
+    """All neurons but that of the smallest squares over the documents of no fold."""
+    part = fold.others[LAW].part(PART)
     assert part is not None
     return without(int(part.read_half("ffn.0.norm").square().sum(0).argmin()))
+
+
+def foreseen(profile: Profile, gone: int, choose: Callable[[Fold], Sequence[KeptUnits]] = least) -> Mapping[str, float]:
+    profiles = {LAW: profile}
+    return optimism(profiles, PART, without(gone), folds_of(profiles), choose)
 
 
 def profile_of(folder: Path, documents: str, rows: list[list[float]]) -> Profile:
@@ -50,28 +55,28 @@ def profile_of(folder: Path, documents: str, rows: list[list[float]]) -> Profile
 def test_each_fold_is_measured_on_the_units_that_the_others_choose(tmp_path: Path) -> None:
     rows = [[1.0, 2.0, 9.0] for _ in range(5)]
     profile = profile_of(tmp_path, "abcde", rows)
-    assert optimism({LAW: profile}, PART, without(0), least) == {"domain/law": 1.0}
+    assert foreseen(profile, 0) == {"domain/law": 1.0}
     rows[0][0] = (
         6.0  # squares of 40 and 20: the second neuron goes, but without the first document the first, of 4 and 16
     )
     profile = profile_of(tmp_path, "abcde", rows)
-    assert optimism({LAW: profile}, PART, without(1), least) == {"domain/law": pytest.approx((36 + 4 * 4) / 20)}
+    assert foreseen(profile, 1) == {"domain/law": pytest.approx((36 + 4 * 4) / 20)}
 
 
 def test_windows_of_a_document_are_held_out_together_and_one_document_never(tmp_path: Path) -> None:
     rows = [[4.0, 3.0, 9.0], [4.0, 3.0, 9.0], [3.0, 4.0, 9.0]]
     asked: list[list[str]] = []
 
-    def choose(profiles: Mapping[CorpusName, Profile]) -> Sequence[KeptUnits]:
-        asked.append(profiles[LAW].documents)
-        return least(profiles)
+    def choose(fold: Fold) -> Sequence[KeptUnits]:
+        asked.append(fold.others[LAW].documents)
+        return least(fold)
 
     # without both windows of a, b alone has the first neuron go; without b, a has the second
-    found = optimism({LAW: profile_of(tmp_path, "aab", rows)}, PART, without(1), choose)
+    found = foreseen(profile_of(tmp_path, "aab", rows), 1, choose)
     assert asked == [["b"], ["a", "a"]]
     assert found == {"domain/law": pytest.approx((16 + 16 + 16) / (9 + 9 + 16))}
     asked.clear()
-    assert optimism({LAW: profile_of(tmp_path, "aaa", rows)}, PART, without(1), choose) == {"domain/law": 1.0}
+    assert foreseen(profile_of(tmp_path, "aaa", rows), 1, choose) == {"domain/law": 1.0}
     assert asked == []
 
 
