@@ -32,8 +32,8 @@ def outlook_table(outlook: Outlook) -> RenderableType:
 def _lines(outlook: Outlook) -> list[str]:
     lines = list(_allocation(outlook))
     if outlook.times_lost:
-        each = ", ".join(f"{name} {times:.2f} times" for name, times in outlook.times_lost.items())
-        lines.append(f"corrected by an expert that was built, where corpora lost what is foreseen otherwise: {each}")
+        each = ", ".join(f"{name} lost {times:.2f}" for name, times in outlook.times_lost.items())
+        lines.append(f"corrected by the expert of --built: {each} times what is foreseen without it")
     for name, broken in outlook.breaks.items():
         where = "in none of these sizes" if broken is None else f"from {broken:g} removed"
         lines.append(f"{name}: breaks (keeps less than {BROKEN:g}) {where}")
