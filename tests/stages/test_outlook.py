@@ -103,7 +103,9 @@ def test_an_expert_that_was_built_corrects_every_size(spec_file: Path, tmp_path:
         assert [1 / each[name]["retention"] - 1 for each in (first, second)] == pytest.approx(
             [times * each for each in lost]
         )
-    assert "corrected by the expert of --built" in call("forecast", spec_file, "--sizes", "0.5", "--built", expert).output
+    assert (
+        "corrected by the expert of --built" in call("forecast", spec_file, "--sizes", "0.5", "--built", expert).output
+    )
 
 
 @pytest.mark.parametrize(
