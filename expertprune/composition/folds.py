@@ -66,9 +66,14 @@ class Fold:
 def folds_of(profiles: Profiles) -> list[Fold]:
     """`FOLDS` folds, or fewer where no corpus has as many documents; every document of a corpus is in one of them.
 
-    A corpus of one document has nothing to be held out.
+    A document goes with all of its windows (`calibration.windows`), and out of every corpus that has it. A corpus of
+    one document has nothing to be held out.
     """
-    held = [{name: _places(profile, fold) for name, profile in profiles.items()} for fold in range(FOLDS)]
+    numbers: dict[str, int] = {}
+    for profile in profiles.values():
+        new = [digest for digest in dict.fromkeys(profile.documents) if digest not in numbers]
+        numbers |= {digest: number % FOLDS for number, digest in enumerate(new)}
+    held = [{name: _places(profile, numbers, fold) for name, profile in profiles.items()} for fold in range(FOLDS)]
     return [
         Fold({name: _without(profiles[name], positions) for name, positions in places.items()}, places)
         for places in held
@@ -110,12 +115,10 @@ def _total(profile: Profile, part: ProfilePart, kept: Sequence[KeptUnits]) -> fl
     return float((curvature(profile, part, kept) * profile.read("tokens").double()).sum())
 
 
-def _places(profile: Profile, fold: int) -> list[int]:
-    """The positions of a fold's documents, each with all of its windows (`calibration.windows`)."""
-    numbers = {digest: number for number, digest in enumerate(dict.fromkeys(profile.documents))}
-    if len(numbers) < 2:
-        return []
-    return [place for place, digest in enumerate(profile.documents) if numbers[digest] % FOLDS == fold]
+def _places(profile: Profile, numbers: Mapping[str, int], fold: int) -> list[int]:
+    """The positions of a fold's documents; none where all of the corpus are in it."""
+    places = [place for place, digest in enumerate(profile.documents) if numbers[digest] == fold]
+    return places if len(places) < len(profile.documents) else []
 
 
 def _without(profile: Profile, places: Sequence[int]) -> Profile:

@@ -80,6 +80,19 @@ def test_windows_of_a_document_are_held_out_together_and_one_document_never(tmp_
     assert asked == []
 
 
+def test_a_document_of_two_corpora_is_held_out_of_both(tmp_path: Path) -> None:
+    other = CorpusName.parse("general/news")
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir()
+    one = profile_of(folders[0], "abc", [[1.0, 2.0, 9.0]] * 3)
+    two = profile_of(folders[1], "xcb", [[1.0, 2.0, 9.0]] * 3)
+    folds = folds_of({LAW: one, other: two})
+    gone = [{one.documents[place] for place in fold.held[LAW]} for fold in folds]
+    too = [{two.documents[place] for place in fold.held[other]} for fold in folds]
+    assert (gone, too) == ([{"a"}, {"b"}, {"c"}], [{"x"}, {"b"}, {"c"}])
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_every_statistic_with_a_row_for_each_document_is_cut(
     family: str, spec_data: dict[str, Any], tmp_path: Path
