@@ -18,6 +18,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +36,27 @@ PROMPT = "The heart pumps blood through the"
 # Files of this script in a quantized folder.
 VERSIONS, MEASURED = "versions.json", "measured.json"
 ONLY_DOCUMENTS = {"evaluate.metrics": ["bits_per_byte", "perplexity", "kl"]}
-# Runs in the compressor's environment, without calibration data: weights round to nearest, and
-# activations get their scales as they come.
+# Runs in the compressor's environment. Activations get their scales as they come. Weights round to
+# nearest; with a file of texts (a JSON list) that calibrate, they go where GPTQ puts them.
 COMPRESS = """
 import importlib.metadata, json, sys
+from pathlib import Path
+from datasets import Dataset
 from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
-from transformers import AutoModelForCausalLM
-source, out, scheme = sys.argv[1:]
+from transformers import AutoModelForCausalLM, AutoTokenizer
+source, out, scheme, *texts = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=True)
-oneshot(model=model, recipe=QuantizationModifier(targets="Linear", scheme=scheme, ignore=["lm_head"]))
+how, calibration = QuantizationModifier, {}
+if texts:
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    rows = tokenizer(json.loads(Path(texts[0]).read_text()), add_special_tokens=False)
+    dataset = Dataset.from_dict({name: rows[name] for name in ("input_ids", "attention_mask")})
+    longest = max(map(len, dataset["input_ids"]))
+    how = GPTQModifier
+    calibration = {"dataset": dataset, "num_calibration_samples": len(dataset), "max_seq_length": longest}
+oneshot(model=model, recipe=how(targets="Linear", scheme=scheme, ignore=["lm_head"]), **calibration)
 model.save_pretrained(out, save_compressed=True)
 names = ("llmcompressor", "compressed-tensors", "transformers", "torch")
 print(json.dumps({name: importlib.metadata.version(name) for name in names}))
@@ -57,13 +70,21 @@ if __name__ == "__main__":
 """
 
 
-def quantized(model: Path, out: Path, scheme: str, compressor: str) -> dict[str, Any]:
-    """Quantize the `Linear` weights of an expert or a base with llm-compressor; returns its versions."""
+def quantized(model: Path, out: Path, scheme: str, compressor: str, texts: Sequence[str] = ()) -> dict[str, Any]:
+    """Quantize the `Linear` weights of an expert or a base with llm-compressor; returns its versions.
+
+    Weights round to nearest; where `texts` calibrate, GPTQ rounds them.
+    """
     told = out / VERSIONS
     if not told.is_file():
         shutil.rmtree(out, ignore_errors=True)
         words = [compressor, "-c", COMPRESS, str(model), str(out), scheme]
-        run = subprocess.run(words, capture_output=True, text=True, check=False)
+        with tempfile.TemporaryDirectory() as work:
+            if texts:
+                calibration = Path(work) / "texts.json"
+                calibration.write_text(json.dumps(list(texts)))
+                words.append(str(calibration))
+            run = subprocess.run(words, capture_output=True, text=True, check=False)
         if run.returncode:
             raise RuntimeError(run.stderr[-3000:])
         quantization = json.loads((out / "config.json").read_text())["quantization_config"]
