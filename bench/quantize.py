@@ -30,24 +30,32 @@ from expertprune.models.checkpoint import Checkpoint
 from .records import PACKAGES, Table, made, save_table
 from .serving import SPEC
 
-# One scale for each row. Schemes with groups need widths that 128 divides.
-SCHEMES = ("W8A8", "FP8_DYNAMIC")
+SCHEMES = ("W8A8", "FP8_DYNAMIC")  # one scale for each row
+NARROW = 64  # divides every width that an expert has by default
 PROMPT = "The heart pumps blood through the"
 # Files of this script in a quantized folder.
 VERSIONS, MEASURED = "versions.json", "measured.json"
 ONLY_DOCUMENTS = {"evaluate.metrics": ["bits_per_byte", "perplexity", "kl"]}
 # Runs in the compressor's environment. Activations get their scales as they come. Weights round to
-# nearest; with a file of texts (a JSON list) that calibrate, they go where GPTQ puts them.
+# nearest; with a file of texts (a JSON list) that calibrate, they go where GPTQ puts them. Where a
+# scheme shares a scale among more weights of a row than divide it, `NARROW` of them share one.
 COMPRESS = """
 import importlib.metadata, json, sys
 from pathlib import Path
+from compressed_tensors.quantization import preset_name_to_scheme
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer
-source, out, scheme, *texts = sys.argv[1:]
+source, out, scheme, narrow, *texts = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=True)
+linear = {name: each for name, each in model.named_modules() if type(each).__name__ == "Linear" and name != "lm_head"}
+groups = {"linear": preset_name_to_scheme(scheme, ["Linear"])}
+shared = groups["linear"].weights.group_size
+if others := [name for name, each in linear.items() if shared and each.in_features % shared]:
+    groups["narrow"] = preset_name_to_scheme(scheme, others)
+    groups["narrow"].weights.group_size = int(narrow)
 how, calibration = QuantizationModifier, {}
 if texts:
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -56,7 +64,7 @@ if texts:
     longest = max(map(len, dataset["input_ids"]))
     how = GPTQModifier
     calibration = {"dataset": dataset, "num_calibration_samples": len(dataset), "max_seq_length": longest}
-oneshot(model=model, recipe=how(targets="Linear", scheme=scheme, ignore=["lm_head"]), **calibration)
+oneshot(model=model, recipe=how(config_groups=groups, ignore=["lm_head"]), **calibration)
 model.save_pretrained(out, save_compressed=True)
 names = ("llmcompressor", "compressed-tensors", "transformers", "torch")
 print(json.dumps({name: importlib.metadata.version(name) for name in names}))
@@ -78,7 +86,7 @@ def quantized(model: Path, out: Path, scheme: str, compressor: str, texts: Seque
     told = out / VERSIONS
     if not told.is_file():
         shutil.rmtree(out, ignore_errors=True)
-        words = [compressor, "-c", COMPRESS, str(model), str(out), scheme]
+        words = [compressor, "-c", COMPRESS, str(model), str(out), scheme, str(NARROW)]
         with tempfile.TemporaryDirectory() as work:
             if texts:
                 calibration = Path(work) / "texts.json"
