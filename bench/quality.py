@@ -116,8 +116,9 @@ def sizes(get: Get) -> Table:
     budgets.append(("25% of the blocks' parameters", "flap_heads", {"ffn": 0.25 * blocks / ffn}))
     budgets.append(("25% of the blocks' parameters", "ours", {"parameters": 0.25 * blocks / model}))
     for name, method, budget in budgets:
-        result = get(replace(shape, method=method, budget=budget))
-        table.add(name, method, _millions(result), *_measured([result], base))
+        cell = replace(shape, method=method, budget=budget)
+        results = [get(replace(cell, seed=seed)) for seed in (SEEDS[:1] if "ffn" in name.lower() else SEEDS)]
+        table.add(name, method, _millions(results[0]), *_measured(results, base))
     return table
 
 
@@ -127,13 +128,16 @@ def gemma(get: Get) -> Table:
     table = Table(["budget", "method", "removed", *_columns(shape)])
     base = get(shape)
     table.add("base", "", "", *_measured([base], base))
+    seeds = {"ours", "modegpt", "flap_least_squares", "flap"}  # over all seeds at 15%
     for fraction, methods in (
-        (0.15, ("ours", "ours, German among general", "ours, no repair", "flap", "wanda_sp", "llm_pruner_taylor")),
-        (0.25, ("ours", "flap")),
+        (0.15, ("ours", "ours, German among general", "ours, no repair", *RIVALS, "wanda_sp", "llm_pruner_taylor")),
+        (0.25, ("ours", "modegpt", "flap_least_squares", "flap")),
     ):
         for method in methods:
-            result = get(replace(_of(method, shape), budget={"ffn": fraction}))
-            table.add(f"{fraction:.0%} of FFN", method, _millions(result), *_measured([result], base))
+            cell = replace(_of(method, shape), budget={"ffn": fraction})
+            several = method in seeds and fraction == 0.15
+            results = [get(replace(cell, seed=seed)) for seed in (SEEDS if several else SEEDS[:1])]
+            table.add(f"{fraction:.0%} of FFN", method, _millions(results[0]), *_measured(results, base))
     return table
 
 
