@@ -28,7 +28,7 @@ import torch
 
 import expertprune
 from expertprune.artifacts.plan import Plan
-from expertprune.evaluation.retention import RESAMPLES
+from expertprune.evaluation.retention import RESAMPLES, tail
 from expertprune.progress import silent
 from expertprune.pruning.slicing import pruned_layer
 from expertprune.spec.reading import parse_spec
@@ -259,7 +259,8 @@ def gain(way: str, other: str, sparsities: Sequence[float]) -> str:
         differences.append(np.mean(over, axis=0))
     random = np.random.default_rng(0)
     draws = [each[random.integers(0, len(each), (RESAMPLES, len(each)))].mean(1) for each in differences]
-    low, high = np.percentile(np.mean(draws, axis=0), (2.5, 97.5))
+    outside = tail([len(each) for each in differences], [each.var() for each in draws])
+    low, high = np.quantile(np.mean(draws, axis=0), (outside, 1 - outside))
     value = np.mean([each.mean() for each in differences])
     return f"{100 * value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 import numpy as np
+from scipy.special import ndtr, stdtrit
 
 from expertprune.artifacts.evaluation import (
     Average,
@@ -25,17 +26,42 @@ from expertprune.evaluation.arrays import Floats, Indices
 RESAMPLES = 2000
 
 
-_TAIL = 0.025  # with more resamples than this undefined, the interval has no end on that side
+_TAIL = 0.025  # what a 95% interval leaves out on each side
 
 
 _EPSILON = 1e-12
+
+
+# --- intervals ------------------------------------------------------------------------------------------------------
+
+
+def tail(counts: Sequence[int], variances: Sequence[float] = (1.0,)) -> float:
+    """The part of the resamples that a 95% interval leaves out on each side; 0.025 over many examples.
+
+    Resamples of `n` examples vary `(n − 1) / n` as much as new samples do, and the variance is itself
+    estimated: the interval reaches as far as Student's t does, `Φ(t · √(n / (n − 1)))` in place of
+    `Φ(1.96)`. For a sum over several metrics, the variances add and Welch and Satterthwaite's
+    formula gives the degrees of freedom.
+
+    Source: Hesterberg 2015, https://doi.org/10.1080/00031305.2015.1089789, the expanded percentile interval.
+
+    Args:
+        counts: examples of each metric, at least two.
+        variances: of each metric over its resamples.
+    """
+    corrected = [variance * count / (count - 1) for count, variance in zip(counts, variances, strict=True)]
+    total = sum(corrected)
+    if not total > 0:
+        return _TAIL
+    freedom = total**2 / sum(each**2 / (count - 1) for count, each in zip(counts, corrected, strict=True))
+    return float(ndtr(stdtrit(freedom, _TAIL) * math.sqrt(total / sum(variances))))
 
 
 # --- one metric -----------------------------------------------------------------------------------------------------
 
 
 def bootstrap(statistic: Callable[[Indices], Floats], count: int, seed: int = 0) -> tuple[float, float]:
-    """The central 95% of a statistic over resamples of `count` examples; not numbers for fewer than two.
+    """The 95% interval of a statistic of `count` examples by its resamples (see `tail`); not numbers for fewer than two.
 
     Args:
         statistic: from indices `[resamples, count]` to values `[resamples]`.
@@ -47,7 +73,8 @@ def bootstrap(statistic: Callable[[Indices], Floats], count: int, seed: int = 0)
     values = values[np.isfinite(values)]
     if not values.size:
         return math.nan, math.nan
-    low, high = np.quantile(values, [0.025, 0.975])
+    outside = tail([count])
+    low, high = np.quantile(values, [outside, 1 - outside])
     return float(low), float(high)
 
 
@@ -120,7 +147,7 @@ class Paired:
         note = None
         if not self.less_is_better and math.isnan(self.point):
             note = f"the base ({base:.4f}) is no better than {guessing}, so retention is undefined"
-        elif not self.less_is_better and undefined > _TAIL:
+        elif not self.less_is_better and undefined and math.isnan(low):
             note = (
                 f"in {undefined:.0%} of the resamples the base is no better than {guessing}, so there is no interval: "
                 "take more examples"
@@ -142,22 +169,27 @@ class Paired:
 
 
 def interval(metrics: Sequence[Paired]) -> tuple[tuple[float, float], float]:
-    """The central 95% of the mean retention, and the share of resamples in which a metric has none.
+    """The 95% interval of the mean retention, and the share of resamples in which a metric has none.
 
     Examples of which something counts are resampled within each metric, base and expert together.
-    Where more than 2.5% of the resamples have no retention, the interval has no end on that side, and
-    both ends are not numbers. Nor are they where a metric has a single such example.
+    Where more resamples have no retention than the interval leaves out on a side (see `tail`), it has
+    no end there, and both ends are not numbers. Nor are they where a metric has a single such example.
     """
-    values = []
+    values, counts = [], []
     for seed, metric in enumerate(metrics):
         counted = metric.counted
         drawn = np.random.default_rng(seed).integers(0, max(1, len(counted)), size=(RESAMPLES, len(counted)))
         values.append(metric.retention(counted[drawn]))
+        counts.append(len(counted))
     means = np.mean(values, axis=0)
+    defined = means[~np.isnan(means)]
     undefined = float(np.isnan(means).mean())
-    if undefined > _TAIL or any(len(metric.counted) < 2 for metric in metrics):
+    if not defined.size or min(counts) < 2:
         return (math.nan, math.nan), undefined
-    low, high = np.quantile(means[~np.isnan(means)], [0.025, 0.975])
+    outside = tail(counts, [float(np.nanvar(each)) for each in values])
+    if undefined > outside:
+        return (math.nan, math.nan), undefined
+    low, high = np.quantile(defined, [outside, 1 - outside])
     return (float(low), float(high)), undefined
 
 

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from expertprune.artifacts.evaluation import Average, CorpusResult, DocumentBits, Evaluation, Settings
-from expertprune.evaluation.retention import RESAMPLES, Counted, Paired, interval, pooled, shortfalls, summarize
+from expertprune.evaluation.retention import (
+    RESAMPLES,
+    Counted,
+    Paired,
+    bootstrap,
+    interval,
+    pooled,
+    shortfalls,
+    summarize,
+    tail,
+)
 
 Floats = NDArray[np.float64]
 
@@ -38,11 +49,13 @@ def resampled(metrics: list[Paired]) -> Floats:
     return np.mean(kept, 0)
 
 
-def ends(values: Floats) -> list[float]:
-    return [float(q) for q in np.nanquantile(values, [0.025, 0.975])]
+def ends(values: Floats, outside: float) -> list[float]:
+    return [float(q) for q in np.nanquantile(values, [outside, 1 - outside])]
 
 
 BASE, EXPERT = "1111111110" * 3, "1111011101" * 3  # 27 and 24 of 30 right; 6 lost, 3 gained
+# Student's t of 29 degrees is 2.0452 in the tables; as a normal deviate, after Hesterberg:
+TAIL_30 = NormalDist().cdf(-2.0452 * math.sqrt(30 / 29))
 
 
 def test_retention_above_chance_written_out() -> None:
@@ -51,9 +64,30 @@ def test_retention_above_chance_written_out() -> None:
     assert entry.retention == pytest.approx((0.8 - 0.25) / (0.9 - 0.25))
     assert (entry.gained, entry.lost, entry.chance) == (3, 6, 0.25)
     assert entry.note is None
-    assert [entry.low, entry.high] == pytest.approx(ends(resampled([answers(BASE, EXPERT, chance=0.25)])))
+    assert [entry.low, entry.high] == pytest.approx(ends(resampled([answers(BASE, EXPERT, chance=0.25)]), TAIL_30))
     assert entry.low < entry.retention < entry.high
     assert answers(BASE, EXPERT).measured().retention == pytest.approx(24 / 27)  # chance is not known
+
+
+def test_an_interval_holds_the_truth_as_often_as_it_says() -> None:
+    random = np.random.default_rng(5)
+    for count in (6, 12):  # the percentile interval of six examples holds it 85 times of 100
+        held = 0
+        for _ in range(400):
+            sample = random.normal(size=count)
+            low, high = bootstrap(lambda i, sample=sample: sample[i].mean(1), count)  # type: ignore[misc]
+            held += low <= 0 <= high
+        assert held / 400 == pytest.approx(0.95, abs=0.025)  # 2.3 standard errors
+
+
+def test_metrics_of_a_mean_share_what_is_left_out() -> None:
+    alone = NormalDist().cdf(-2.5706 * math.sqrt(6 / 5))  # t of 5 degrees is 2.5706
+    assert tail([6], [0.3]) == tail([6]) == pytest.approx(alone, rel=1e-3)
+    assert tail([6, 9], [0.3, 0.0]) == pytest.approx(alone, rel=1e-3)
+    # two equal metrics of 6 have 10 degrees of freedom; t is 2.2281
+    assert tail([6, 6], [1, 1]) == pytest.approx(NormalDist().cdf(-2.2281 * math.sqrt(6 / 5)), rel=1e-3)
+    assert tail([100_000]) == pytest.approx(0.025, rel=1e-3)
+    assert tail([6], [0.0]) == 0.025  # nothing varies
 
 
 def test_a_base_no_better_than_chance_has_no_retention() -> None:
@@ -100,7 +134,8 @@ def test_the_summary_averages_bits_and_accuracy_apart() -> None:
     accuracy, of_text = summary["expert"]["accuracy"], summary["expert"]["bits"]
     assert accuracy.retention == pytest.approx((0.55 / 0.65 + 1) / 2)
     assert (accuracy.metrics, accuracy.undefined) == (["one", "two"], ["none"])
-    assert [accuracy.low, accuracy.high] == pytest.approx(ends(resampled(tasks)))
+    # the second task lost nothing, so that all the variance is of the first
+    assert [accuracy.low, accuracy.high] == pytest.approx(ends(resampled(tasks), TAIL_30))
     assert (of_text.retention, of_text.metrics) == (36 / 48, ["text"])
     (other,) = summary["general"].values()
     assert (other.retention, other.undefined) == (None, ["other"])
