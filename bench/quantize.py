@@ -18,8 +18,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +34,16 @@ PROMPT = "The heart pumps blood through the"
 # Files of this script in a quantized folder.
 VERSIONS, MEASURED = "versions.json", "measured.json"
 ONLY_DOCUMENTS = {"evaluate.metrics": ["bits_per_byte", "perplexity", "kl"]}
-# Runs in the compressor's environment. Activations get their scales as they come. Weights round to
-# nearest; with a file of texts (a JSON list) that calibrate, they go where GPTQ puts them. Where a
-# scheme shares a scale among more weights of a row than divide it, `NARROW` of them share one.
+# Runs in the compressor's environment, without calibration data: weights round to nearest, and
+# activations get their scales as they come. Where a scheme shares a scale among a number of weights
+# that does not divide a row, `NARROW` of them share one.
 COMPRESS = """
 import importlib.metadata, json, sys
-from pathlib import Path
 from compressed_tensors.quantization import preset_name_to_scheme
-from datasets import Dataset
 from llmcompressor import oneshot
-from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
-from transformers import AutoModelForCausalLM, AutoTokenizer
-source, out, scheme, narrow, *texts = sys.argv[1:]
+from transformers import AutoModelForCausalLM
+source, out, scheme, narrow = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=True)
 linear = {name: each for name, each in model.named_modules() if type(each).__name__ == "Linear" and name != "lm_head"}
 groups = {"linear": preset_name_to_scheme(scheme, ["Linear"])}
@@ -56,15 +51,7 @@ shared = groups["linear"].weights.group_size
 if others := [name for name, each in linear.items() if shared and each.in_features % shared]:
     groups["narrow"] = preset_name_to_scheme(scheme, others)
     groups["narrow"].weights.group_size = int(narrow)
-how, calibration = QuantizationModifier, {}
-if texts:
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    rows = tokenizer(json.loads(Path(texts[0]).read_text()), add_special_tokens=False)
-    dataset = Dataset.from_dict({name: rows[name] for name in ("input_ids", "attention_mask")})
-    longest = max(map(len, dataset["input_ids"]))
-    how = GPTQModifier
-    calibration = {"dataset": dataset, "num_calibration_samples": len(dataset), "max_seq_length": longest}
-oneshot(model=model, recipe=how(config_groups=groups, ignore=["lm_head"]), **calibration)
+oneshot(model=model, recipe=QuantizationModifier(config_groups=groups, ignore=["lm_head"]))
 model.save_pretrained(out, save_compressed=True)
 names = ("llmcompressor", "compressed-tensors", "transformers", "torch")
 print(json.dumps({name: importlib.metadata.version(name) for name in names}))
@@ -78,21 +65,13 @@ if __name__ == "__main__":
 """
 
 
-def quantized(model: Path, out: Path, scheme: str, compressor: str, texts: Sequence[str] = ()) -> dict[str, Any]:
-    """Quantize the `Linear` weights of an expert or a base with llm-compressor; returns its versions.
-
-    Weights round to nearest; where `texts` calibrate, GPTQ rounds them.
-    """
+def quantized(model: Path, out: Path, scheme: str, compressor: str) -> dict[str, Any]:
+    """Quantize the `Linear` weights of an expert or a base with llm-compressor; returns its versions."""
     told = out / VERSIONS
     if not told.is_file():
         shutil.rmtree(out, ignore_errors=True)
         words = [compressor, "-c", COMPRESS, str(model), str(out), scheme, str(NARROW)]
-        with tempfile.TemporaryDirectory() as work:
-            if texts:
-                calibration = Path(work) / "texts.json"
-                calibration.write_text(json.dumps(list(texts)))
-                words.append(str(calibration))
-            run = subprocess.run(words, capture_output=True, text=True, check=False)
+        run = subprocess.run(words, capture_output=True, text=True, check=False)
         if run.returncode:
             raise RuntimeError(run.stderr[-3000:])
         quantization = json.loads((out / "config.json").read_text())["quantization_config"]

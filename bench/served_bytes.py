@@ -3,14 +3,12 @@
     python -m bench.served_bytes --data DATA --out DIR --compressor PYTHON [--row NAME ...] [--speed]
 
 Qwen2.5-Coder-1.5B-Instruct, and its expert for programs at 25% of all parameters, which
-`bench.experts` built into DIR. llm-compressor quantizes their linear layers into DIR: to int8 (W8A8)
-and to 4 bits (W4A16, a scale for each 128 weights of a row), rounded to nearest, and to 4 bits by GPTQ,
-which the expert's own calibration text calibrates. `--compressor` is the Python of an environment with
-llm-compressor (see `bench.quantize`).
+`bench.experts` built into DIR. llm-compressor quantizes their linear layers into DIR, to int8 (W8A8)
+and to 4 bits (W4A16, a scale for each 128 weights of a row), rounded to nearest. `--compressor` is the
+Python of an environment with llm-compressor (see `bench.quantize`).
 
 Each model writes the programs of `bench.asking`. With `--speed` each is timed beside the base in turn,
-as `expertprune bench` does it, which takes a quiet machine; GPTQ writes the format of 4 bits, and is not
-timed. What was measured is kept in
+as `expertprune bench` does it, which takes a quiet machine. What was measured is kept in
 `bench/results/`, row by row.
 """
 
@@ -35,8 +33,7 @@ from .quantize import quantized
 from .records import PACKAGES, RESULTS, Table, described, made, paragraph, read, write
 
 EXPERT, REMOVED = "programs", 0.25
-GPTQ = "4 bits, GPTQ"
-WEIGHTS = {"bfloat16": None, "int8": "W8A8", "4 bits": "W4A16", GPTQ: "W4A16"}
+WEIGHTS = {"bfloat16": None, "int8": "W8A8", "4 bits": "W4A16"}
 LOAD = Load(prompts=8, input_tokens=128, output_tokens=32, concurrency=4, rounds=2)
 SPEED = "output_tokens_per_second"
 
@@ -50,7 +47,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        return f"{self.model}-{self.weights.replace(', ', '-').replace(' ', '-').lower()}"
+        return f"{self.model}-{self.weights.replace(' ', '-')}"
 
     @property
     def path(self) -> Path:
@@ -87,14 +84,8 @@ class Bench:
         if scheme is None:
             return self.whole(row.model)
         out = self.out / row.name
-        quantized(self.whole(row.model), out, scheme, self.compressor, self.texts() if row.weights == GPTQ else ())
+        quantized(self.whole(row.model), out, scheme, self.compressor)
         return out
-
-    def texts(self) -> list[str]:
-        """The expert's calibration text, as the base read it."""
-        prepared = expertprune.validate(self.experts.spec(EXPERT, REMOVED))
-        rows = [each.ids for text in prepared.calibration.values() for each in text.tokens]
-        return list(load_tokenizer(self.whole("base")).batch_decode(rows))
 
     def ask(self, row: Row) -> None:
         """Ask a row for programs, and keep what it wrote right and the bytes of its weights."""
@@ -150,7 +141,7 @@ def main() -> None:
         for name in arguments.row:
             row = ROWS[name]
             if arguments.speed:
-                if row.name != "base-bfloat16" and row.weights != GPTQ:  # the base is timed beside each
+                if row.name != "base-bfloat16":  # the base is timed beside each of them
                     bench.time(row)
             elif not row.path.is_file():
                 bench.ask(row)
