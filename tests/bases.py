@@ -16,11 +16,11 @@ from expertprune.models.tensorfile import TensorInfo
 
 
 def config_of(
-    family: str, ffn: int, groups: int, per_group: int, hidden: int, layers: int, **changes: Any
+    family: str, ffn: int, groups: int, per_group: int, hidden: int, layers: int, rows: int, **changes: Any
 ) -> dict[str, Any]:
     heads = groups * per_group
     config = CONFIG_MAPPING[family](
-        vocab_size=16,
+        vocab_size=rows,
         hidden_size=hidden,
         intermediate_size=ffn,
         num_hidden_layers=layers,
@@ -47,12 +47,13 @@ def base_of(
     per_group: int = 4,
     hidden: int = 48,
     layers: int = 2,
+    rows: int = 16,
     **changes: Any,
 ) -> ResolvedBase:
     """A base without files: only widths and sizes matter to a budget."""
     checkpoint = Checkpoint.__new__(Checkpoint)
     checkpoint.folder = Path("nowhere")
-    checkpoint.config = config_of(family, ffn, groups, per_group, hidden, layers, **changes)
+    checkpoint.config = config_of(family, ffn, groups, per_group, hidden, layers, rows, **changes)
     checkpoint.tensors = tensors_of(checkpoint.config)
     shapes = family_of(family).layer_shapes(checkpoint.config)
     base = ResolvedBase(

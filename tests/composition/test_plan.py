@@ -49,6 +49,13 @@ def test_heads_are_chosen_inside_the_groups_that_stay() -> None:
     assert kept == KeptUnits(ffn=(0, 1, 2, 3), query_heads=(6, 7, 8), kv_groups=(2,))
 
 
+def test_each_group_of_routed_experts_keeps_as_many() -> None:
+    """The highest-scoring ones of each, however loud the other group is."""
+    shape = LayerShape(hidden=8, ffn=2, query_heads=2, kv_heads=1, head_dim=4, experts=8, expert_groups=2)
+    scores = {Structure.EXPERTS: fused([1, 3, 2, 4, 6, 9, 8, 7])}
+    assert select_layer(shape, LayerWidths(2, 2, 1, 4), scores).experts == (1, 3, 5, 6)
+
+
 def test_explain_counts_who_protected_the_kept_units() -> None:
     kept = KeptUnits(ffn=(0, 2, 3, 5), query_heads=(0,), kv_groups=(0,))
     kinds: list[int] = [SHARED, SHARED, EXPERT, GENERAL, EXPERT, SHARED]

@@ -155,6 +155,32 @@ def test_neurons_and_groups_stand_in_one_ranking_for_parameters() -> None:
         assert list(found) == after(base, [*groups, *neurons])
 
 
+def test_vocabulary_rows_that_go_count_towards_the_parameters() -> None:
+    """Of 512 rows 256 go, each 48 wide, of the embedding and of the head."""
+    base, rows = base_of(layers=4, rows=512), 256 * 2 * 48
+    total = base.checkpoint.parameters
+    for fraction, seed in itertools.product((0.2, 0.3), range(3)):
+        scores = random_scores(base, seed)
+        moves = enough(slow_ranking(base, scores, [FFN, GROUPS]), fraction * total - rows)
+        found = global_widths(Budget(parameters=fraction, vocabulary={"keep": 256}), base, scores)
+        assert moves
+        assert list(found) == after(base, moves)
+
+
+def test_parameters_that_a_cut_of_heads_adds_are_made_up_for() -> None:
+    """Cut heads of Qwen2 need biases; the smallest cut that removes enough without them is not enough."""
+    base, more = base_of("qwen2", layers=4), 0
+    total = base.checkpoint.parameters
+    for seed in range(5):
+        scores = random_scores(base, seed)
+        first = global_widths(Budget(parameters=0.2), base, scores)
+        removed = removed_parameters(base, first)
+        second = global_widths(Budget(max_parameters=total - removed - 1), base, scores)
+        assert removed_parameters(base, second) > removed
+        more += any(layer.kv_groups < 4 for layer in first)
+    assert more > 2
+
+
 def test_scores_below_zero_are_ranked_as_they_are() -> None:
     """Distances from a mean: the lowest go first, and no division by a size turns their order round."""
     base = base_of(ffn=4, layers=2)

@@ -92,6 +92,59 @@ def test_a_row_scores_frequency_plus_mass_the_largest_over_dimensions_and_genera
     assert source[:5].tolist() == [0, 0, 2, 0, 2]
 
 
+@pytest.mark.parametrize(
+    ("rule", "score", "source"),
+    [
+        ("intersection", [0.75, 0.75, 0.375, 0.125], [1, 0, 2, 2]),
+        ("union", [0.25, 0.25, 0.375, 0.125], [0, 2, 2, 2]),
+        ("mean", [0.5, 0.375, 0.375, 0.125], [0, 0, 2, 2]),
+    ],
+)
+def test_rows_follow_the_rule_and_the_largest_of_several_general_corpora(
+    tmp_path: Path, rule: str, score: list[float], source: list[int]
+) -> None:
+    """Of rows 1 to 4, de has 1/4, 3/4, 0, 0; medical 3/4, 0, 1/4, 0; general half of 0, 1/2, 3/4, 1/4."""
+    dimensions = {"language": "de", "domain": "medical"}
+    compose = {"rule": rule, "fusion": {"rows": 0.5}}
+    spec = spec_of({"coverage": 0.5}, dimensions=dimensions, general=["news", "chat"], compose=compose)
+    counts = {"de": {1: 1, 2: 3}, "medical": {1: 3, 3: 1}, "news": {2: 1, 3: 1}, "chat": {3: 3, 4: 1}}
+    profiles = [profile_of(tmp_path, name.value, counts[name.value], {9: 1.0}) for name in corpus_names(spec)]
+    found_parts = zip(corpus_names(spec), (each.part(VOCABULARY) for each in profiles), strict=True)
+    parts = {name: CorpusRows(part) for name, part in found_parts if part is not None}
+    found, sources = row_scores(spec, parts)
+    assert (found[1:5].tolist(), sources[1:5].tolist()) == (score, source)
+
+
+def test_a_fold_that_does_not_count_takes_its_tokens_and_its_mass_along(tmp_path: Path) -> None:
+    """Of fold 0, row 1 alone; of fold 2, rows 2 and 3."""
+    mass = torch.zeros(FOLDS, 8)
+    mass[0, 1], mass[2, 2], mass[2, 3] = 5.0, 1.0, 3.0
+    statistics = {
+        "mass": mass, "fold": torch.tensor([0, 2]), "document": torch.tensor([0, 1, 1]),
+        "row": torch.tensor([1, 2, 3]), "occurrences": torch.tensor([6, 1, 1]),
+    }  # fmt: skip
+    rows = CorpusRows(save_profile(tmp_path / "p.safetensors", made_up_about(documents=["a", "b"]), statistics))
+    assert rows.relevance()[:4].tolist() == pytest.approx([0, 6 / 8 + 5 / 9, 1 / 8 + 1 / 9, 1 / 8 + 3 / 9])
+    assert rows.relevance(without=0)[:4].tolist() == pytest.approx([0, 0, 1 / 2 + 1 / 4, 1 / 2 + 3 / 4])
+    assert rows.relevance(without=2)[:4].tolist() == pytest.approx([0, 2, 0, 0])
+
+
+def test_a_document_that_lies_in_two_folds_is_tested_in_neither(base: ResolvedBase, tmp_path: Path) -> None:
+    """Its other corpus has shown it to the ranking. Documents of one number are the same: 1 and 2 are in two folds."""
+    a, b, *_ = alone(base)
+    tokens = [[a], [b, b], [b, b, b], [a, b]]
+    names = [DE, CorpusName("domain", "medical")]
+    profiles = {
+        name: counted_profile(tmp_path, name.value, 512, tokens, folds)
+        for name, folds in zip(names, ([0, 1, 2, 2], [0, 2, 1, 2]), strict=True)
+    }
+    spec = spec_of({"coverage": 0.5}, dimensions={"language": "de", "domain": "medical"})
+    for tested in RowRanking(spec, base, profiles).tested.values():
+        assert tested is not None
+        found = tested.coverage(512)
+        assert (found.documents, found.tokens) == (2, 3)
+
+
 def test_the_most_relevant_tokens_are_kept_with_the_parts_that_build_them(base: ResolvedBase, tmp_path: Path) -> None:
     must = essentials(base)
     free = [index for index in must.vocabulary.by_id if index not in must.ids]

@@ -170,23 +170,24 @@ def test_several_values_of_a_dimension_count_by_their_largest(
             assert fused[layer].source.tolist() == nearest.tolist()
 
 
+@pytest.mark.parametrize(("rule", "combine"), [("intersection", max), ("mean", np.mean)])
 @pytest.mark.parametrize("tau", [0.02, 0.1, 0.2])
 def test_scores_are_fused_with_the_activations_of_the_dimensions(
-    profiles: dict[CorpusName, Profile], tau: float
+    profiles: dict[CorpusName, Profile], tau: float, rule: str, combine: Any
 ) -> None:
-    """Every unit by hand, from the profiles' numbers: largest activation over values and dimensions, then the fusion."""
+    """Every unit by hand, from the profiles' numbers: activations over values and dimensions as scores, then the fusion."""
     weight, beta = 0.25, 0.75
     fusion = {"method": "shared_exclusive", "tau": tau, "lambda": weight, "beta": beta}
-    spec = a_spec({"language": ["en", "de"], "domain": ["medical"]}, ["g", "h"], fusion=fusion)
+    spec = a_spec({"language": ["en", "de"], "domain": ["medical"]}, ["g", "h"], fusion=fusion, rule=rule)
     en, de, medical, _, *general_of = profiles.values()
-    expert_of = [en, de, medical]
+    expert_of = [[en, de], [medical]]
     fused = score_units(spec, profiles, [FFN])[FFN]
     kinds = set()
     for layer, unit in itertools.product(range(LAYERS), range(SHAPE.ffn)):
-        s_t, s_g = (max(shares(profile)[layer, unit] for profile in each) for each in (expert_of, general_of))
-        n_t, n_g = (
-            max(raw_activation(profile, FFN, layer)[unit] for profile in each) for each in (expert_of, general_of)
-        )
+        s_g = max(shares(profile)[layer, unit] for profile in general_of)
+        n_g = max(raw_activation(profile, FFN, layer)[unit] for profile in general_of)
+        s_t = combine([max(shares(profile)[layer, unit] for profile in values) for values in expert_of])
+        n_t = combine([max(raw_activation(profile, FFN, layer)[unit] for profile in values) for values in expert_of])
         if abs(n_g - n_t) / (n_g + n_t) <= tau:
             kind, score = SHARED, weight * s_g + (1 - weight) * s_t
         elif n_t > n_g:
