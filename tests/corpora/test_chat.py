@@ -335,3 +335,13 @@ def test_calibration_reads_windows_with_answers_and_names_a_corpus_without() -> 
     with pytest.raises(SpecError, match="no answer begins within the first 5 tokens"):
         text(max_tokens=5)
     assert text(prompt_weight=0.5).digest != text().digest == text(tokens_per_batch=7).digest
+
+
+def test_text_whose_answers_are_marked_otherwise_is_another() -> None:
+    """A template may get its marks later; the tokens stay the same, and the profile of before is of another loss."""
+    without_end = MARKED.replace("<|im_end|>\n{% endgeneration %}", "{% endgeneration %}<|im_end|>\n")
+    corpus = Corpus(GERMAN, (document(TWO_TURNS),), ())
+    first, second = (corpus_text(corpus, chat_tokenizer(each), make_spec()) for each in (MARKED, without_end))
+    assert [each.ids for each in first.tokens] == [each.ids for each in second.tokens]
+    assert [each.predicted for each in first.tokens] == [each.predicted + 2 for each in second.tokens]
+    assert first.digest != second.digest
