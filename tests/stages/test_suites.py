@@ -303,6 +303,29 @@ def test_answers_are_stored_until_something_changes(workplace: Workplace, monkey
     assert models_asked() == 2
 
 
+def test_a_task_that_gets_another_name_is_asked_anew_of_both(workplace: Workplace) -> None:
+    """The store knows the base's answers under the name of before, and those of an expert that is gone."""
+    workplace.run("--suite", workplace.suite(tasks=[CHOOSE]))
+    before = workplace.evaluation()["tasks"]["choose"]
+    weights = next(workplace.expert.glob("*.safetensors"))
+    save_file({name: tensor * 1.01 for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    workplace.text("tasks/choose.yaml", CHOICE.replace("task: choose", "task: renamed"))
+    workplace.run("--suite", workplace.suite(tasks=[CHOOSE]))
+    after = workplace.evaluation()["tasks"]
+    assert list(after) == ["renamed"]
+    assert (after["renamed"]["examples"], after["renamed"]["base"]) == (before["examples"], before["base"])
+
+
+def test_what_is_stored_of_a_corpus_is_of_its_settings(workplace: Workplace) -> None:
+    """The store has the bits, and then those of shorter texts."""
+    for more, aligned in ({}, []), ({"alignment": True}, ["domain medical"]):
+        workplace.run("--suite", workplace.suite(perplexity={"corpora": ["medical"]}, **more))
+        assert list(workplace.evaluation()["alignment"]) == aligned
+    workplace.run("--suite", workplace.suite(perplexity={"corpora": ["medical"]}), "--set", "evaluate.max_tokens=4")
+    rows = workplace.evaluation()["corpora"]["domain/medical"]["per_document"]
+    assert {row["tokens"] for row in rows} == {3}
+
+
 def test_how_a_model_generates_and_its_trusted_code_are_part_of_what_is_stored(workplace: Workplace) -> None:
     base, trust = workplace.folder / "copy", {"base.trust_remote_code": True}
     shutil.copytree(workplace.folder / "llama", base)

@@ -40,9 +40,10 @@ class HarnessTask:
     """A task ready to run.
 
     `metric` and `filter` are lm-evaluation-harness' words. `chance` is what guessing gets, where
-    that is known. `digest` covers examples, prompts, metric, answer extraction and the task's own code. `texts` are what
-    the leak guard looks at, by example, and `asked` what people do. `trusted` says whether its
-    metrics may run Python files.
+    that is known. `digest` covers examples, prompts, metric, answer extraction, the task's own code,
+    and its members' names, by which scores tell examples apart. `texts` are what the leak guard
+    looks at, by example, and `asked` what people do. `trusted` says whether its metrics may run
+    Python files.
     """
 
     label: str
@@ -234,7 +235,7 @@ def _described(
     for (name, _), those in by_example.items():
         document = those[0].doc
         target = leaves[name].doc_to_target(document)
-        requests.append([[each.args for each in those], target, those[0].request_type, document])
+        requests.append([name, [each.args for each in those], target, those[0].request_type, document])
         prompt = leaves[name].doc_to_text(document)
         prompt = prompt if isinstance(prompt, str) else str(those[0].args[0])
         texts.append(_texts(document, prompt, target))
