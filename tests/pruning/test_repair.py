@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -371,6 +373,31 @@ def test_passengers_arrive_as_in_the_written_expert(family: str, stored: torch.d
 
 class Killed(BaseException):
     pass
+
+
+def test_what_a_killed_repair_leaves_is_taken_by_the_same_repair_alone(tmp_path: Path) -> None:
+    """Each of these gives other weights: the ridge, the weight of prompts, which tokens are answers, and the dtype."""
+    base = tiny_base(tmp_path)
+    plan, model, places = random_plan(base, seed=3, **ALL), load_model(base.folder, torch.float32), tmp_path / "store"
+    documents = random_documents()
+
+    def left(base: ResolvedBase = base, ridge: float = RIDGE, prompt: float = PROMPT, answers: Any = asked) -> set[str]:
+        """What lies in the store after a repair that is killed behind its first layer."""
+
+        def step() -> None:
+            raise Killed
+
+        batches = make_batches([Tokens(tuple(ids), answers(ids)) for ids in documents], 256, prompt_weight=prompt)
+        with tempfile.TemporaryDirectory(dir=tmp_path) as folder, pytest.raises(Killed):
+            prune(plan, base, Path(folder), RepairInput(model, batches, Compensation(ridge=ridge), store=places), step)
+        return {path.name for path in (places / "repairs").iterdir()}
+
+    assert len(left()) == len(left()) == 1
+    changes: list[dict[str, Any]] = [
+        {"ridge": 2 * RIDGE}, {"prompt": 0.5}, {"answers": lambda ids: (*asked(ids)[1:], True)},
+        {"base": replace(base, dtype=torch.bfloat16)},
+    ]  # fmt: skip
+    assert [len(left(**each)) for each in changes] == [2, 3, 4, 5]
 
 
 def test_a_killed_repair_goes_on_behind_the_last_finished_layer(
