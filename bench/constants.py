@@ -22,6 +22,7 @@ import jsonlines
 import numpy as np
 
 import expertprune
+from expertprune.composition.defaults import resolved
 from expertprune.composition.plan import compose
 from expertprune.models.masking import masked
 from expertprune.progress import silent
@@ -71,7 +72,7 @@ def losses_of(bench: Bench, seed: int) -> Iterator[list[float]]:
     dense = {name: losses(model, found) for name, found in sets.items()}
     for choice in CHOICES:
         spec = bench.spec(replace(cell, overrides={**UNREPAIRED, "compose.fusion": choice}))
-        plan = compose(spec, prepared.base, profiles)
+        plan = compose(resolved(spec, prepared.base), prepared.base, profiles)
         with masked(model, prepared.base.family, prepared.base.layers, plan.kept):
             yield [excess(dense[name], losses(model, found)).value for name, found in sets.items()]
 
