@@ -331,6 +331,7 @@ def test_the_fewest_rows_that_every_corpus_can_promise() -> None:
     assert rows_for(0.9952, {DE: other}, 128, 1024) == 192
     assert rows_for(0.997, {DE: other, CorpusName("task", "qa"): one}, 128, 1024) == 320
     assert rows_for(0.997, {DE: none}, 128, 1024) == 128
+    assert rows_for(0.997, {DE: evenly([0] * 999 + [320])}, 128, 1024) == 320, "the 320th row is one of 320"
     told = r"1,000 calibration tokens of language/de promise at most coverage: 0\.997; give it about 30,000 tokens"
     with pytest.raises(PlanError, match=f"^budget.vocabulary: coverage: 0.9999 cannot be promised .*{told}"):
         rows_for(0.9999, {DE: none}, 128, 1024)

@@ -235,6 +235,11 @@ def test_with_an_evaluation_split_nothing_is_held_out_and_the_seed_chooses_withi
     assert chosen(documents, 0) == chosen(documents[::-1], 0)
     assert len({frozenset(chosen(documents, seed)) for seed in range(5)}) == 5
     assert set(chosen(documents, 0)) < set(chosen(documents, 0, 20)) < set(whole.calibration)
+    measured = [
+        load_rows(tmp_path, documents, own, calibration={"seed": seed}, evaluate={"documents": 9}).evaluation
+        for seed in range(3)
+    ]
+    assert measured[0] == measured[1] == measured[2], "the seed is of what calibrates alone"
 
 
 # --- names and catalogues -------------------------------------------------------------------------------------------

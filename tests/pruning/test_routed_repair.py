@@ -125,6 +125,26 @@ def test_a_layer_comes_close_to_the_best_that_its_kept_experts_can_do_together(
     np.testing.assert_array_equal(of.repaired(text), after)
 
 
+def test_the_tokens_of_an_expert_count_by_the_square_of_its_router_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many of equal weight would say as much as those that come to it, with their streams' weights."""
+    of, told, original = Layer("qwen2_moe", {"ffn": 8}), list[float](), RoutedSystem.of
+    texts = token_lists([60] * 10, seed=4)
+
+    def noted(moments: RoutedMoments, damping: float) -> RoutedSystem:
+        told.append(float(moments.tokens))
+        return original(moments, damping)
+
+    monkeypatch.setattr(RoutedSystem, "of", noted)
+    of.repaired(of.of.text(texts, 600))
+    streams: list[Array] = []
+    of.model.model.layers[1].register_forward_hook(lambda _, __, output: streams.append(numbers(output)))
+    gates = gates_of(of.model, 1, into_experts(of.model, 1, texts), of.units.experts)
+    weights = gates**2 / (streams[0].reshape(len(gates), -1) ** 2).mean(1, keepdims=True)
+    expected = [own.sum() ** 2 / (own**2).sum() for own in weights.T if own.any()]
+    assert told == pytest.approx(expected, rel=1e-3)
+    assert len(set(expected)) > 1
+
+
 class Products(TorchDispatchMode):
     """Notes the shape of every matrix product, and torch's precision of products while it runs."""
 
