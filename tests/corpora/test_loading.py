@@ -381,6 +381,25 @@ def test_a_dataset_is_read_no_further_than_needed(monkeypatch: pytest.MonkeyPatc
     assert max(read) < 2048 + 2000  # a tenth of the rows may evaluate, and 64 of them do
 
 
+def test_rows_that_the_store_keeps_are_of_as_many_documents_as_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a data set on the hub, whose rows a second run need not read again."""
+    rows = datasets.IterableDataset.from_generator(lambda: ({"text": text} for text in many(300)))
+    loaded: list[str] = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, *_, **__: (loaded.append(name), rows)[1])
+    found = []
+    for number, (documents, seed, evaluated) in enumerate(((9, 0, 3), (9, 0, 3), (9, 0, 6), (5, 0, 6), (5, 1, 6))):
+        settings = {"calibration": {"documents": documents, "seed": seed}, "evaluate": {"documents": evaluated}}
+        spec = make_spec(**settings, corpora={"sources": {"language/de": {"dataset": "owner/data", "revision": "v2"}}})
+        corpus = load_corpus(GERMAN, spec.corpora.sources["language/de"], spec, tmp_path / "store")
+        assert (len(corpus.calibration), len(corpus.evaluation)) == (documents, evaluated), number
+        found.append(corpus)
+    assert found[0] == found[1]
+    assert len(loaded) == 2 * 4, "both splits, but not again for the second"
+    assert set(found[3].calibration) != set(found[4].calibration)
+
+
 def test_what_is_wrong_with_a_dataset_names_it_with_its_split(dataset: dict[str, Any], tmp_path: Path) -> None:
     where = f"corpora.sources.language/de.dataset: dataset {dataset['dataset']!r}, split"
     (problem,) = problems_of({"dataset": dataset["dataset"], "field": "questoin"})

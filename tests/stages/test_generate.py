@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from expertprune.corpora.documents import Corpus, CorpusName, Document
 from expertprune.corpora.kept import KeptDocuments
@@ -99,6 +100,26 @@ def test_the_base_answers_the_prompts_of_a_corpus_once(
     answered = load(base, store, source.model_copy(update={"completion": "say"}))
     assert said(answered.evaluation) == [("a judge", "reads")]
     assert answered.calibration == corpus.calibration
+
+
+def test_what_a_base_has_written_is_of_that_base_and_of_how_it_was_asked(
+    base: Path, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    writer, store = Writer(["law is law"]), tmp_path / "store"
+    monkeypatch.setattr(generation, "generate", writer)
+    path, own = (write_rows(tmp_path / f"{ask}.jsonl", [{"ask": f"the {ask}"}]) for ask in ("law", "heart"))
+    other = save_tiny(tmp_path / "other", seed=1)  # the same tokenizer, and other weights
+    AutoTokenizer.from_pretrained(base).save_pretrained(other)
+    asked: list[tuple[Path, dict[str, float]]] = [
+        (base, {}), (base, {}), (other, {}), (base, {"seed": 1}), (base, {"temperature": 0.5}), (base, {"tokens": 3}),
+    ]  # fmt: skip
+    jobs = []
+    for folder, settings in asked:
+        generate = {"tokens": 4, **settings}
+        source = {"path": path, "evaluation": own, "prompt": "ask", "generate": generate}
+        load(folder, store, Source.model_validate(source))
+        jobs.append(len(writer.jobs))
+    assert jobs == [1, 1, 2, 3, 4, 5]
 
 
 def test_no_prompt_is_asked_that_evaluates_elsewhere(base: Path, tmp_path: Path, monkeypatch: Patch) -> None:
