@@ -87,7 +87,7 @@ def anchors(get: Get) -> Table:
 
 
 def anchors_paired(get: Get) -> Table:
-    """The excess of ours less that of each peer, over the same seeds, paired by block."""
+    """The excess of ours less that of each peer, over the same seeds, paired by document."""
     shape = Cell("base", piqa=0, dtype="bfloat16")
     names = list(get(shape).sums)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,18 @@ def test_a_table_is_written_between_its_marks_only(monkeypatch: pytest.MonkeyPat
     ):
         with pytest.raises(ValueError, match=said):
             tables.filled(wrong, "FILE")
+
+
+def test_a_check_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, written = tmp_path / "README.md", list[Path]()
+    path.write_text("<!-- one -->\nnew\n<!-- /one -->\n")
+    monkeypatch.setattr(tables, "TABLES", {"one": lambda: "new"})
+    monkeypatch.setattr(tables, "FILES", (path,))
+    monkeypatch.setattr(Path, "write_text", lambda file, *_, **__: written.append(file))
+    for words, expected in ((["--check"], []), ([], [path])):
+        monkeypatch.setattr(sys, "argv", ["tables", *words])
+        tables.main()
+        assert written == expected
 
 
 def result(nats: float, removed: int = 0, piqa: float = 1.0) -> Result:
