@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
 
 from expertprune.corpora.documents import Corpus, CorpusName, Document
 from expertprune.corpora.kept import KeptDocuments
@@ -17,6 +17,7 @@ from expertprune.models.base import resolve_base
 from expertprune.serving import generation
 from expertprune.serving.generation import Job, Sample
 from expertprune.spec.reading import parse_spec
+from expertprune.spec.schema import Base
 from expertprune.spec.sources import Source
 from expertprune.stages.generate import generator
 from tests.corpora.test_chat import CHATML
@@ -109,7 +110,10 @@ def test_what_a_base_has_written_is_of_that_base_and_of_how_it_was_asked(
     monkeypatch.setattr(generation, "generate", writer)
     path, own = (write_rows(tmp_path / f"{ask}.jsonl", [{"ask": f"the {ask}"}]) for ask in ("law", "heart"))
     other = save_tiny(tmp_path / "other", seed=1)  # the same tokenizer, and other weights
-    AutoTokenizer.from_pretrained(base).save_pretrained(other)
+    for file in (*base.glob("*token*"), *base.glob("*.jinja")):
+        shutil.copy(file, other)
+    digests = [resolve_base(Base(model=str(each)), store).tokenizer_digest for each in (base, other)]
+    assert digests[0] == digests[1]
     asked: list[tuple[Path, dict[str, float]]] = [
         (base, {}), (base, {}), (other, {}), (base, {"seed": 1}), (base, {"temperature": 0.5}), (base, {"tokens": 3}),
     ]  # fmt: skip
