@@ -25,7 +25,9 @@ def store(context: click.Context, store: Path | None, as_json: bool) -> None:
     expertprune store
     expertprune store prune --older-than 30d
     """
-    context.obj = store
+    # What is given before `prune` holds for it too. A variable of the environment would win over a default: the option
+    # of `prune` reads none, as the one before it has read it.
+    context.default_map = {"prune": {"store": store, "as_json": as_json}}
     if context.invoked_subcommand is None:
         folder = store_folder(store)
         _tell(folder, list(holdings(folder)), as_json, "holds")
@@ -38,17 +40,16 @@ def store(context: click.Context, store: Path | None, as_json: bool) -> None:
     metavar="TIME",
     help="What was not used for so long, such as 12h, 30d or 4w; 0d: all.",
 )
-@store_option
-@click.pass_obj
+@click.option("--store", type=click.Path(file_okay=False, path_type=Path), help="Folder of stored profiles.")
 @common
 @reporting
-def _prune(outer: Path | None, older_than: str, store: Path | None, as_json: bool) -> None:
+def _prune(older_than: str, store: Path | None, as_json: bool) -> None:
     """Remove what was not used for some time. All of it can be made again; where experts' bases lie is kept.
 
     \b
     expertprune store prune --older-than 30d
     """
-    folder = store_folder(store or outer)
+    folder = store_folder(store)
     _tell(folder, prune_store(folder, duration(older_than)), as_json, "removed")
 
 

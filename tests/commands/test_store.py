@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -49,6 +50,25 @@ def test_the_store_is_shown_and_what_is_old_is_removed(store: Path) -> None:
     assert "holds nothing" in call("store").stdout
     for text in ("30", "d", "-1d", "soon"):
         assert "is no time" in call("store", "prune", "--older-than", text, code=2).stderr
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_the_store_that_is_named_is_emptied_not_that_of_the_environment(
+    store: Path, tmp_path: Path, before: bool
+) -> None:
+    kept, other = entry(store, "profiles/a.safetensors", 10, 1), tmp_path / "other"
+    gone = entry(other, "profiles/b.safetensors", 10, 1)
+    named = ("--store", other)
+    words = (
+        ("store", *named, "prune", "--older-than", "0d") if before else ("store", "prune", "--older-than", "0d", *named)
+    )
+    assert call(*words).stdout.startswith(f"{other}: removed")
+    assert (kept.exists(), gone.exists()) == (True, False)
+
+
+def test_what_is_given_before_prune_holds_for_it(store: Path) -> None:
+    entry(store, "profiles/a.safetensors", 10, 1)
+    assert json.loads(call("store", "--json", "prune", "--older-than", "0d").stdout)["bytes"] == 10
 
 
 def test_a_folder_that_is_being_removed_when_the_command_is_killed_is_whole_or_gone(
