@@ -15,6 +15,7 @@ from expertprune.composition.scoring import needed_part
 from expertprune.errors import CheckpointError
 from expertprune.files import THROUGHPUT_FILE, store_folder
 from expertprune.models.checkpoint import Checkpoint
+from expertprune.reporting.page.reasons import decided
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +25,8 @@ class Artifacts:
     """What a report is made of.
 
     `changes` are the largest of the evaluation, with their texts. `profiles` holds those of the
-    plan's corpora that the store still has, with the pass that the criterion needs, and `absent` the
-    names of the other corpora. `bytes` is the size of the weights' files.
+    plan's corpora that the store still has, with the pass that the plan was made from, and `absent`
+    the names of the other corpora. `bytes` is the size of the weights' files.
     """
 
     expert: Expert
@@ -45,7 +46,9 @@ def read_artifacts(folder: Path, store: str | Path | None = None) -> Artifacts:
         PlanError: its plan is damaged.
     """
     expert = Expert.load(folder)
-    place, plan, part = store_folder(store), expert.plan, needed_part(expert.spec.relevance)
+    place, plan = store_folder(store), expert.plan
+    # A plan that chose no unit inside a layer was made without the criterion's own pass.
+    part = needed_part(expert.spec.relevance) if decided(plan) else None
     profiles = {name: _stored(place / "profiles" / f"{digest}.safetensors", plan, part)
                 for name, digest in plan.profiles.items()}  # fmt: skip
     there = {name: found for name, found in profiles.items() if found is not None}
@@ -62,7 +65,7 @@ def read_artifacts(folder: Path, store: str | Path | None = None) -> Artifacts:
 
 
 def _stored(path: Path, plan: Plan, part: ProfilePart | None) -> Profile | None:
-    """A profile of the plan's base with the pass that the criterion needs, if it can be read."""
+    """A profile of the plan's base with this part too, if it can be read."""
     if not path.is_file() or (part is not None and not part.path(path).is_file()):
         return None
     try:

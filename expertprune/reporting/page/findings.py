@@ -342,6 +342,8 @@ def _relevance(artifacts: Artifacts) -> list[StructureRelevance] | Missing:
         )
     experts = check_criterion(criterion_name(spec.relevance, Structure.EXPERTS))
     aggregate, part = spec.compose.aggregate, needed_part(spec.relevance)
+    if part is not None and not all(part.path(profile.path).is_file() for profile in artifacts.profiles.values()):
+        return Missing(f"No unit inside a layer was to be cut, so criterion {criterion.name} has not scored any.")
     return relevance_findings(expert.plan, artifacts.profiles, criterion, aggregate, part, experts)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import expertprune
 from expertprune.artifacts.evaluation import (
     CorpusResult,
     DocumentBits,
@@ -193,6 +194,19 @@ def test_what_is_missing_names_the_command_that_fills_it_in(tiny_build: Build, t
     (folder / "expertprune.json").write_text(json.dumps(document))
     found = report_of(folder, tiny_build[1])
     assert (found.relevance, found.missing["relevance"].command) == (None, None)
+
+
+def test_a_plan_that_was_made_without_the_criterions_pass_lacks_no_profile(
+    spec_data: dict[str, Any], tmp_path: Path
+) -> None:
+    """Of whole layers alone: their profiles have no backward pass, and no command would make one."""
+    spec_data |= {"budget": {"layers": 1}, "relevance": {"criterion": "fisher"}, "evaluate": {"enabled": False}}
+    (tmp_path / "layers.yaml").write_text(json.dumps(spec_data))
+    folder = expertprune.build(tmp_path / "layers.yaml", tmp_path / "expert", store=tmp_path / "store")
+    found = report_of(folder, tmp_path / "store")
+    assert [corpus.stored for corpus in found.provenance.corpora] == [True] * 4
+    assert (found.relevance, found.missing["relevance"].command) == (None, None)
+    assert "fisher has not scored any" in found.missing["relevance"].reason
 
 
 def test_what_cannot_be_read_is_left_out_or_refused(tiny_build: Build, tmp_path: Path) -> None:
