@@ -73,7 +73,9 @@ def outlook_picture(outlook: Outlook, path: Path, overwrite: bool = False) -> No
     axes.set_title("What experts of this base will keep", loc="left", fontsize=12, fontweight="bold")
     bands = "forecast; bands: 95% intervals"
     axes.set_title(bands, loc="right", fontsize=9, color=QUIET)
-    axes.legend(loc="lower right", framealpha=1, edgecolor="none", prop={"size": 9})
+    legend = axes.legend(loc="lower right", framealpha=1, edgecolor="none", prop={"size": 9})
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -109,6 +109,16 @@ def test_many_series_differ_in_colour_marker_or_line(monkeypatch: pytest.MonkeyP
     assert len(figures) == 2
 
 
+def test_a_forecast_shows_names_as_they_are(tmp_path: Path) -> None:
+    """Between two dollars, matplotlib reads a formula, and fails where it is none."""
+    names = ["domain/a$\\frac$", "task/$5 to $6"]
+    kept = dict.fromkeys(names, Foreseen(excess=0.1, retention=0.9, low=0.8, high=0.95))
+    size = ForeseenSize(removed=0.5, parameters=1, fraction=0.5, speed=2.0, corpora=kept, instead={})
+    picture = tmp_path / "forecast.svg"
+    outlook.outlook_picture(Outlook("n", "b", 2, "global", [size], {}, {}, dict.fromkeys(names), []), picture)
+    assert {*names} <= {element.text for element in ElementTree.parse(picture).iter()}
+
+
 def test_alignment_is_drawn_where_it_is_defined() -> None:
     entries = [{"name": HOSTILE, "layers": [1.0, None, 0.8]}, {"name": "task qa", "layers": [None, None, None]}]
     assert "on 1 corpora; the lowest is 0.8000" in str(alignment_picture("a", entries))
