@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_args
 
 from expertprune.artifacts.evaluation import CorpusGroup, Group
 from expertprune.reporting.page.findings import MetricRow, ReportData
-from expertprune.reporting.page.reasons import CutStructure
+from expertprune.reporting.page.reasons import LAYERS, CutStructure
 from expertprune.spec.schema import PER_TOKEN, TO_BASE
 
 _Item = TypeVar("_Item")
@@ -71,10 +71,19 @@ def lineup(experts: Sequence[ReportData]) -> Lineup:
         notes.append("Throughput was measured with different prompts.")
     labels = {entry.structure: entry.label for expert in experts for entry in expert.structures}
     structures = [
-        StructureRow(label, [next((s for s in each.structures if s.structure == structure), None) for each in experts])
+        StructureRow(label, [_of_structure(each, structure, label) for each in experts])
         for structure, label in labels.items()
     ]
     return Lineup(notes, structures, rows)
+
+
+def _of_structure(expert: ReportData, structure: str, label: str) -> CutStructure | None:
+    """An expert's units of a structure. Its plan counts whole layers only if some were to go; else all are there."""
+    found = next((each for each in expert.structures if each.structure == structure), None)
+    if found is not None or structure != LAYERS:
+        return found
+    layers = len(expert.structures[0].of)
+    return CutStructure(LAYERS, label, False, layers, layers, 0, 1.0, [1] * layers, [1] * layers, [], [])
 
 
 def _same(items: Sequence[_Item], key: Callable[[_Item], Any]) -> bool:

@@ -26,6 +26,9 @@ from expertprune.units import Structure
 FRACTION = 0.25  # of a layer's units that count as irrelevant where nothing was cut
 
 
+LAYERS = "layers"  # whole ones, beside the structures within a layer
+
+
 NOT_CUT = "not cut"  # in place of a dimension: units of layers that lose none
 
 
@@ -165,7 +168,7 @@ def _kept_layers(plan: Plan) -> list[CutStructure]:
         for source in plan.depth.why.protected
     }
     layers = CutStructure(
-        structure="layers",
+        structure=LAYERS,
         label="whole layers",
         decided=True,
         units=len(kept),
@@ -175,7 +178,7 @@ def _kept_layers(plan: Plan) -> list[CutStructure]:
         of=[1] * len(kept),
         kept_by_layer=kept,
         protected=[Protected(source, sum(counts), counts) for source, counts in sources.items()],
-        kinds=_kinds(plan, "layers"),
+        kinds=_kinds(plan, LAYERS),
     )
     return [layers]
 

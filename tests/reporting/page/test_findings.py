@@ -33,6 +33,7 @@ from expertprune.units import KeptRows
 from tests.experts import about, copied, measured, throughput
 
 Build = tuple[Path, Path]
+Data = dict[str, Any]
 
 
 def report_of(folder: Path, store: Path) -> ReportData:
@@ -196,9 +197,7 @@ def test_what_is_missing_names_the_command_that_fills_it_in(tiny_build: Build, t
     assert (found.relevance, found.missing["relevance"].command) == (None, None)
 
 
-def test_a_plan_that_was_made_without_the_criterions_pass_lacks_no_profile(
-    spec_data: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_plan_that_was_made_without_the_criterions_pass_lacks_no_profile(spec_data: Data, tmp_path: Path) -> None:
     """Of whole layers alone: their profiles have no backward pass, and no command would make one."""
     spec_data |= {"budget": {"layers": 1}, "relevance": {"criterion": "fisher"}, "evaluate": {"enabled": False}}
     (tmp_path / "layers.yaml").write_text(json.dumps(spec_data))
@@ -240,6 +239,15 @@ def test_experts_of_one_base_on_the_same_documents_can_be_compared(tiny_build: B
     assert {(row.values, row.retention) for row in found.rows} == {(None, None)}
     (choices,) = (row for row in found.rows if row.name == "choices")  # the first was not measured on it
     assert [cell and cell.retention for cell in choices.cells] == [None, 0.8]
+
+
+def test_an_expert_that_lost_no_whole_layer_has_them_all(tiny_build: Build, spec_data: Data, tmp_path: Path) -> None:
+    spec_data |= {"budget": {"layers": 1}, "evaluate": {"enabled": False}}
+    (tmp_path / "layers.yaml").write_text(json.dumps(spec_data))
+    folder = expertprune.build(tmp_path / "layers.yaml", tmp_path / "expert", store=tmp_path / "store")
+    found = lineup([report_of(*tiny_build), report_of(folder, tmp_path / "store")])
+    (layers,) = (row for row in found.structures if row.label == "whole layers")
+    assert [cell and (cell.kept, cell.units) for cell in layers.cells] == [(3, 3), (2, 3)]
 
 
 def test_other_bases_tokenizers_and_documents_are_told(tiny_build: Build, tmp_path: Path) -> None:
