@@ -21,6 +21,7 @@ EXPERT_FILE = "expertprune.json"  # what makes a folder an expert
 CHANGES_FILE = "changes.json"  # beside it: the examples that changed most,
 THROUGHPUT_FILE = "throughput.json"  # the speeds,
 REPORT_PAGE, COMPARISON_PAGE = "report.html", "comparison.html"  # and the pages of `report`
+PAGE_SUFFIXES = (".html", ".htm")  # of pages in other places, in small or capital letters
 ADAPTER_WEIGHTS = "adapter_model.safetensors"  # PEFT's name for the weights of an adapter,
 ADAPTER_CONFIG = "adapter_config.json"  # and for what describes it
 _LONGEST_PATH, _LONGEST_NAME = 4095, 255  # bytes, of Linux

@@ -10,7 +10,7 @@ from typing import Any
 
 from expertprune.artifacts.expert import Expert
 from expertprune.errors import CheckpointError, UsageError, refused
-from expertprune.files import file_digest, is_report, store_folder, write_file
+from expertprune.files import PAGE_SUFFIXES, file_digest, is_report, store_folder, write_file
 from expertprune.models.checkpoint import Checkpoint, check_link
 from expertprune.models.hub import hub_errors
 from expertprune.models.origin import CARD_FILE
@@ -101,7 +101,7 @@ def _files(folder: Path, store: Path) -> Iterator[str]:
         name = path.relative_to(folder)
         # Reports show texts that evaluated the expert, and name folders of this machine.
         hidden = path.suffix == ".partial" or any(part.startswith(".") for part in name.parts)
-        if hidden or not path.is_file() or path.suffix == ".html" or is_report(path.name):
+        if hidden or not path.is_file() or path.suffix.lower() in PAGE_SUFFIXES or is_report(path.name):
             continue
         check_link(path, folder)
         if path.suffix in _TEXT and path.name not in _VOCABULARIES:

@@ -45,7 +45,7 @@ def card_of(hub: Hub) -> str:
 
 def test_an_expert_is_pushed_and_loads_from_the_hub(hub: Hub, expert: Path) -> None:
     (expert / ".cache").mkdir()
-    stay = {"report.html", "comparison.html", "changes.json", "throughput-other.json"}
+    stay = {"report.html", "comparison.html", "page.htm", "PAGE.HTML", "changes.json", "throughput-other.json"}
     for name in (".cache/state", *stay - {"changes.json"}):
         (expert / name).write_text(f'{{"name": "{expert}"}}')
     pushed = call_json("push", expert, NAME, "--private", "--base-model", "owner/base")

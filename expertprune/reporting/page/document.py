@@ -21,6 +21,7 @@ from expertprune.files import (
     COMPARISON_PAGE,
     GENERATOR,
     PAGE,
+    PAGE_SUFFIXES,
     REPORT_PAGE,
     check_output,
     staged_output,
@@ -125,7 +126,7 @@ def report(
 
 
 def _check_page(page: Path, overwrite: bool) -> None:
-    if page.suffix.lower() not in (".html", ".htm"):
+    if page.suffix.lower() not in PAGE_SUFFIXES:
         raise CheckpointError(f"{page}: the report is an .html file; choose another --out")
     check_output(page, overwrite, PAGE)
 
