@@ -31,6 +31,8 @@ def _floors(_: click.Context, __: click.Parameter, text: str | None) -> dict[str
     floors: dict[str, float] = {}
     for part in text.split(",") if text is not None else ():
         group, _sign, value = part.partition("=")
+        if group.strip() in floors:
+            raise click.BadParameter(f"{group.strip()} is there twice")
         try:
             floors[group.strip()] = float(value)
         except ValueError:

@@ -452,7 +452,7 @@ def test_what_is_wrong_is_said_with_its_name(workplace: Workplace, no_model: Non
         *[({"perplexity": {}}, given, "--limit and --backend are of tasks, and these suites have none")
           for given in (["--limit", "3"], ["--backend", "vllm"], ["--limit", "3", "--shard", "1/1"])],
         *[({"perplexity": {}}, ["--fail-under", text], "--fail-under")
-          for text in ("expert", "expert=x", "exprt=0.9", "expert=0", "expert=nan", "expert=inf")],
+          for text in ("expert", "expert=x", "exprt=0.9", "expert=0", "expert=nan", "expert=inf", "expert=1,expert=0.1")],
     ):  # fmt: skip
         assert message in workplace.refused("--suite", workplace.suite(**keys), *arguments)
     assert "need --suite or --task" in workplace.refused("--limit", "3")
