@@ -178,6 +178,8 @@ def _built(folder: Path, prepared: Prepared) -> Expert:
     if expert.plan.gone or expert.plan.vocabulary is not None:
         what = "whole layers" if expert.plan.gone else "vocabulary rows"
         raise CheckpointError(f"{folder}: has lost {what}, whose cost is not foreseen; name an expert without that cut")
+    if expert.plan.parameters.after == expert.plan.parameters.before:
+        raise CheckpointError(f"{folder}: has lost nothing, so it says nothing of a cut; name an expert that was cut")
     if is_repaired(expert.spec) != is_repaired(prepared.spec):
         raise CheckpointError(
             f"{folder}: compensation.method is {expert.spec.compensation.method} there; name an expert of the spec's"

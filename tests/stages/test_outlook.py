@@ -113,6 +113,7 @@ def test_an_expert_that_was_built_corrects_every_size(spec_file: Path, tmp_path:
     [
         (["evaluate.enabled=false"], "were not measured: run expertprune evaluate"),
         (["budget.layers=1"], "has lost whole layers"),
+        (["budget.ffn=0"], "has lost nothing, so it says nothing of a cut"),
         (["compensation=none"], "compensation.method is none there"),
     ],
 )
