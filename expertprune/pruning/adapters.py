@@ -174,8 +174,9 @@ class Along:
 
     def _is_output(self, weight: str) -> bool:
         """Whether a plan that cuts layers may change more of a weight than its rows."""
-        outputs = [block.output_weight for block in self.family.blocks().values()]
-        return self.plan.cuts_layers and self._layer(weight)[1] in outputs
+        outputs, single = [block.output_weight for block in self.family.blocks().values()], self._single.get(weight)
+        of_routed_expert = single is not None and single.tensor.axis == 1  # neurons are its columns
+        return self.plan.cuts_layers and (of_routed_expert or self._layer(weight)[1] in outputs)
 
     # --- beside the weights of all routed experts of a layer ----------------------------------------------------------
 

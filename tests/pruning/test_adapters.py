@@ -130,6 +130,25 @@ def test_lora_of_single_routed_experts_is_renumbered(tmp_path: Path) -> None:
         expertprune.cut_adapter(adapter, expert, tmp_path / "again")
 
 
+def test_dora_of_a_single_routed_expert_is_cut_where_rows_go_only(tmp_path: Path) -> None:
+    """Its output projection loses columns, or the repair changes it, so that the norms of its rows are others."""
+    base = tiny_base(tmp_path, "mixtral")
+    expert = expert_of(random_plan(base, 5, ffn=11), base, tmp_path / "expert")
+    shapes = {"w1": (24, base.layers[0].ffn), "w2": (base.layers[0].ffn, 24)}
+    for name, (inputs, outputs) in shapes.items():
+        adapter = trained(base.folder, tmp_path / name, target_modules=["q_proj"])
+        path = f"base_model.model.model.layers.0.block_sparse_moe.experts.3.{name}"
+        dora = {"lora_A.weight": (4, inputs), "lora_B.weight": (outputs, 4), "lora_magnitude_vector": (outputs,)}
+        tensors = load_file(adapter / WEIGHTS) | {f"{path}.{end}": torch.ones(shape) for end, shape in dora.items()}
+        save_file(tensors, adapter / WEIGHTS, metadata={"format": "pt"})
+        changed(adapter, target_modules=["q_proj", name], use_dora=True)
+    expertprune.cut_adapter(tmp_path / "w1", expert, tmp_path / "cut")
+    kept = load_file(tmp_path / "cut" / WEIGHTS)
+    assert [kept[name].shape for name in kept if name.endswith("w1.lora_magnitude_vector")] == [(11,)]
+    with pytest.raises(CheckpointError, match=r"experts\.3\.w2\.weight: the norms that DoRA"):
+        expertprune.cut_adapter(tmp_path / "w2", expert, tmp_path / "again")
+
+
 def test_an_adapter_of_a_rank_above_the_new_width_does_not_begin_anew(tmp_path: Path) -> None:
     """MiCA begins with as many singular vectors as the rank says, and an FFN of 11 neurons has no 12."""
     base = tiny_base(tmp_path)
