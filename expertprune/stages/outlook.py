@@ -16,8 +16,9 @@ from expertprune.composition.excess import Foreseen, foreseen_corpora, times_los
 from expertprune.composition.folds import Fold, folds_of, optimism
 from expertprune.composition.outlook import BROKEN, ForeseenSize, Outlook
 from expertprune.composition.plan import Scored, compose
+from expertprune.composition.scoring import needed_part
 from expertprune.corpora.catalogue import unnamed_sources
-from expertprune.corpora.documents import CorpusName
+from expertprune.corpora.documents import CorpusName, corpus_names
 from expertprune.engine.team import team
 from expertprune.errors import CheckpointError, PlanError, SpecError
 from expertprune.evaluation.retention import bits_per_byte
@@ -67,7 +68,7 @@ def forecast(
     prepared, unreachable = _prepared(found, {size: of_size(parsed.budget, keys, size) for size in sorted(sizes)})
     first = next(iter(prepared.values()))
     expert = _built(Path(built), first) if built is not None else None
-    profiles = profiled(first, track, run)
+    profiles = profiled(first, track, run, expert)
     foreseeing = Foreseeing(profiles)
     corrections = team().lead(lambda: foreseeing.times_lost(expert, first)) if expert is not None else {}
     reached: list[ForeseenSize] = []
@@ -97,9 +98,16 @@ def forecast(
     )
 
 
-def profiled(prepared: Prepared, track: Track = silent, run: bool = True) -> dict[CorpusName, Profile]:
-    """The profiles of all corpora with the gradient pass, whatever the spec's criterion needs beside it."""
-    return profiles_of(prepared, track, run, also=[_gradient(prepared.spec)])
+def profiled(
+    prepared: Prepared, track: Track = silent, run: bool = True, expert: Expert | None = None
+) -> dict[CorpusName, Profile]:
+    """The profiles of all corpora with the gradient pass, whatever the spec's criterion needs beside it.
+
+    Args:
+        expert: one whose criterion shall score units too.
+    """
+    part = needed_part(expert.spec.relevance) if expert is not None else None
+    return profiles_of(prepared, track, run, also=[_gradient(prepared.spec), *([part] if part is not None else [])])
 
 
 def _gradient(spec: Spec) -> ProfilePart:
@@ -116,15 +124,19 @@ class Foreseeing:
         """See `compose`."""
         return compose(prepared.spec, prepared.base, self.profiles, budget, self.known)
 
-    def unseen(self, prepared: Prepared, plan: Plan, budget: Budget | None = None) -> dict[str, float]:
+    def unseen(
+        self, prepared: Prepared, plan: Plan, budget: Budget | None = None, spec: Spec | None = None
+    ) -> dict[str, float]:
         """How many times what the plan's own documents say other text loses, by corpus (see `optimism`).
 
         Args:
             budget: of the plan, where it is not the spec's.
+            spec: by which the plan's units were chosen, where it is another one.
         """
 
         def choose(fold: Fold) -> Sequence[KeptUnits]:
-            return compose(prepared.spec, prepared.base, fold.others, budget, fold.known).kept
+            known = fold.known if spec is None else None  # what is known are scores by the prepared one
+            return compose(spec or prepared.spec, prepared.base, fold.others, budget, known).kept
 
         return optimism(self.profiles, _gradient(prepared.spec), plan.kept, self.folds, choose)
 
@@ -155,13 +167,20 @@ class Foreseeing:
             for name, each in self.profiles.items()
             if each.about.key.same_text(expert.plan.profiles.get(str(name)))
         }
-        times = self.unseen(prepared, expert.plan, budget)
+        times = self.unseen(prepared, expert.plan, budget, self._chosen_by(expert, prepared))
         foreseen = self.expected(prepared, expert.plan, {name: times[name] for name in same})
         return {
             name: times_lost(kept, foreseen[name].retention)
             for name, kept in _retention(expert).items()
             if name in foreseen
         }
+
+    def _chosen_by(self, expert: Expert, prepared: Prepared) -> Spec:
+        """The spec by which an expert's units were chosen, with the prepared one's corpora where some have no profile."""
+        own = expert.spec
+        if all(name in self.profiles for name in corpus_names(own)):
+            return own
+        return prepared.spec.model_copy(update={"relevance": own.relevance, "compose": own.compose})
 
 
 def _together(times: Mapping[str, float], more: Mapping[str, float]) -> dict[str, float]:

@@ -108,6 +108,19 @@ def test_an_expert_that_was_built_corrects_every_size(spec_file: Path, tmp_path:
     )
 
 
+def test_an_expert_says_the_same_to_specs_that_choose_otherwise(spec_file: Path, tmp_path: Path) -> None:
+    """What it lost, over what is foreseen of its own units, is of the expert: of its allocation and criterion."""
+    expert, chosen = tmp_path / "expert", ("compose.allocation=global", "budget.ffn=0.05", "relevance=regional")
+    call("build", spec_file, "--out", expert, *(f"--set={each}" for each in chosen))
+    common = ("forecast", spec_file, "--sizes", "0.25", "--built", expert)
+    expected = call_json(*common, *(f"--set={each}" for each in chosen))["times_lost"]
+    for other in ("compose.allocation=uniform", "relevance=impact", "dimensions.task=[]"):
+        found = call_json(*common, "--set", other)["times_lost"]
+        assert set(found) == set(expected) - ({"task/qa"} if "task" in other else set())
+        if "task" not in other:  # all of the expert's corpora have profiles
+            assert found == expected
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
