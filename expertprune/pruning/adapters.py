@@ -23,7 +23,7 @@ from expertprune.artifacts.plan import Plan
 from expertprune.errors import CheckpointError
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.pruning.slicing import StoredExpert, cut_tensor, kept_positions, select, stored_experts
-from expertprune.units import KeptUnits, LayerShape, new_positions
+from expertprune.units import KeptUnits, LayerShape, Structure, new_positions
 
 _PREFIX = "base_model.model."  # of all tensors in adapters of causal language models
 _WRAPPED = ".base_layer"
@@ -136,6 +136,7 @@ class Along:
         base, kept, follows = self._base_shape(weight), self._kept(weight), _FOLLOWS[ending]
         if ending.startswith(_MAGNITUDE):
             self._check_magnitude(weight)
+            follows = (1,) if weight == self.family.vocabulary[0] else follows  # of an embedding, one for each channel
         new: str | None = name
         if (single := self._single.get(weight)) is not None:
             new = single.name and name.replace(weight.removesuffix("weight"), single.name.removesuffix("weight"))
@@ -166,17 +167,30 @@ class Along:
         DoRA divides by the norm of each output's row, or, of an embedding, of each channel's column. A plan cuts these, or
         the repair changes them.
         """
-        if weight == self.family.vocabulary[0] or self._is_output(weight):
+        embedding_is_cut = self.plan.vocabulary is not None and weight == self.family.vocabulary[0]
+        if embedding_is_cut or self._may_change_columns(weight):
             raise CheckpointError(
                 f"{weight}: the norms that DoRA (use_dora) divides by are others in the expert; train the adapter without "
                 "this module, or without DoRA"
             )
 
-    def _is_output(self, weight: str) -> bool:
-        """Whether a plan that cuts layers may change more of a weight than its rows."""
-        outputs, single = [block.output_weight for block in self.family.blocks().values()], self._single.get(weight)
-        of_routed_expert = single is not None and single.tensor.axis == 1  # neurons are its columns
-        return self.plan.cuts_layers and (of_routed_expert or self._layer(weight)[1] in outputs)
+    def _may_change_columns(self, weight: str) -> bool:
+        """Whether the plan cuts columns of a weight, or a repair changes it: output projections of blocks that lose units.
+
+        The FFN before layers that go takes over what they did. Repairs of plugins may change all output projections.
+        """
+        layer, local = self._layer(weight)
+        if layer is None or not self.plan.cuts_layers:
+            return False
+        shape, kept, single = self.plan.shapes[layer], self.plan.kept[layer], self._single.get(weight)
+        outputs = {structure: block.output_weight for structure, block in self.family.blocks().items()}
+        if self.experts[0].spec.compensation.method not in ("none", "least_squares"):
+            return single is not None or local in outputs.values()
+        if local == outputs.get(Structure.QUERY_HEADS):
+            return len(kept.query_heads) < shape.query_heads
+        if local == outputs.get(Structure.FFN) or (single is not None and single.tensor.axis == 1):
+            return len(kept.ffn) < shape.neurons or any(units.gone for units in self.plan.kept[layer + 1 : layer + 2])
+        return False
 
     # --- beside the weights of all routed experts of a layer ----------------------------------------------------------
 
@@ -219,7 +233,7 @@ class Along:
             kept = self._kept(weight)
             return TensorCut(name, base, lambda tensor: select(tensor, *kept) if kept is not None else tensor)
         shape, units = self.plan.shapes[layer], self.plan.kept[layer]
-        if self._is_output(weight) and self.experts[0].spec.compensation.method != "none":
+        if self._may_change_columns(weight) and self.experts[0].spec.compensation.method != "none":
             raise CheckpointError(
                 f"{weight}: this weight of the adapter (modules_to_save) would take the place of one that the expert's "
                 "repair has solved for; train the module by LoRA, or build the expert with compensation.method: none"

@@ -70,6 +70,10 @@ CASES: list[tuple[dict[str, Any], Widths, dict[str, Any], dict[str, Any]]] = [
     ({"family": "qwen2"}, ALL, {"target_modules": LINEAR, "layers_to_transform": [0, 2]}, {}),
     ({"family": "phi3"}, ALL, {"target_modules": FUSED}, {}),
     (BIASES, ALL, {"target_modules": ["q_proj", "v_proj", "up_proj"], "use_dora": True}, {}),
+    # what loses no columns: of an embedding without a cut vocabulary, and of attention where neurons alone go
+    ({}, [{"ffn": 19}, {"heads_per_group": 1}, {"ffn": 7}],
+     {"target_modules": ["embed_tokens", "up_proj", "layers.0.self_attn.o_proj", "layers.1.mlp.down_proj"],
+      "use_dora": True}, {}),
     (BIASES, ALL, {"target_modules": ["up_proj"], "modules_to_save": ["q_proj", "o_proj", "norm"]}, {}),
     ({"tie_word_embeddings": True}, [{"ffn": 20}] * 3, {"target_modules": ["lm_head", "down_proj"]}, {}),
     # routed experts; of the second family gates and values alternate, the third is stored under other names
@@ -358,6 +362,19 @@ def test_what_the_expert_has_less_of_is_refused(chain: Chain, tmp_path: Path) ->
         adapter = trained(chain.base.folder, tmp_path / str(number), **config)
         with pytest.raises(CheckpointError, match=message):
             expertprune.cut_adapter(adapter, expert, tmp_path / "cut")
+
+
+def test_whole_weights_that_the_repair_leaves_as_they_are_come_along(tmp_path: Path) -> None:
+    base = tiny_base(tmp_path)
+    expert = expert_of(random_plan(base, 5, ffn=11), base, tmp_path / "expert", method="least_squares")
+    adapter = trained(base.folder, tmp_path / "adapter", target_modules=["v_proj"], modules_to_save=["o_proj"])
+    expertprune.cut_adapter(adapter, expert, tmp_path / "cut")
+    assert_same_weights(tmp_path / "cut", adapter)
+    before_a_gap = expert_of(without(base, [1]), base, tmp_path / "shorter", method="least_squares")
+    saved = {"modules_to_save": ["down_proj"], "layers_to_transform": [0]}
+    adapter = trained(base.folder, tmp_path / "saved", target_modules=["v_proj"], **saved)
+    with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.down_proj\.weight: this weight of the adapter"):
+        expertprune.cut_adapter(adapter, before_a_gap, tmp_path / "again")
 
 
 def test_overwrite_replaces_cut_adapters_only(chain: Chain, plain: Path, tmp_path: Path) -> None:
