@@ -171,9 +171,10 @@ def _kept_experts(budget: Budget, base: ResolvedBase) -> int:
     count = removed if isinstance(removed, int) else round(removed * of / groups) * groups
     largest, chosen = of - legal[0], base.family.experts_per_token(base.checkpoint.config)
     if count > largest:
+        each = f", each of its {groups} groups keeps at least {legal[0] // groups}" if groups > 1 else ""
         raise PlanError(
-            f"budget.experts: {count} of {of} routed experts cannot be removed: the router chooses {chosen} for each token, "
-            f"and budget.floor is {budget.floor:g}; at most {largest} can be ({rounded_down(largest / of)})"
+            f"budget.experts: {count} of {of} routed experts cannot be removed: the router chooses {chosen} for each token"
+            f"{each}, and budget.floor is {budget.floor:g}; at most {largest} can be ({rounded_down(largest / of)})"
         )
     if removed and not count:
         raise PlanError(

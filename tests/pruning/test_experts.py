@@ -245,6 +245,8 @@ FFN, BOTH, GGUF = {"ffn": 0.25}, {"experts": 2, "ffn": 8}, {"serve_with": "gguf"
 # What a spec says over a mixture, or over the family that is named.
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"budget": {"experts": 5}}, PlanError, "the router chooses 2 for each token.*at most 4 can be"),
+    ({"family": "deepseek_v3", "budget": {"experts": 3}}, PlanError,
+     r"2 for each token, each of its 2 groups keeps at least 2, and budget\.floor is 0\.1; at most 2 can be"),
     ({"budget": {"experts": 0.9}}, PlanError, "5 of 6 routed experts cannot be removed"),
     ({"family": "deepseek_v3", "budget": {"parameters": 0.9}}, PlanError,
      r"largest legal one is [0-9.]+; add budget\.layers or budget\.vocabulary$"),
