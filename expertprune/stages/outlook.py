@@ -158,10 +158,9 @@ class Foreseeing:
 
         Text that did not choose the expert's units says by itself what other text loses.
         """
-        budget, parameters = expert.spec.budget, expert.plan.parameters
-        if budget.retention is not None:
-            removed = (parameters.before - parameters.after) / parameters.before
-            budget = budget.model_copy(update={"retention": None, "parameters": removed})
+        budget = expert.spec.budget
+        if budget.retention is not None:  # a count is exact, where a fraction may ask for a step more
+            budget = budget.model_copy(update={"retention": None, "max_parameters": expert.plan.parameters.after})
         same = {
             str(name)
             for name, each in self.profiles.items()

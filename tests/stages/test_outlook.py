@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,20 @@ def test_an_expert_says_the_same_to_specs_that_choose_otherwise(spec_file: Path,
         assert set(found) == set(expected) - ({"task/qa"} if "task" in other else set())
         if "task" not in other:  # all of the expert's corpora have profiles
             assert found == expected
+
+
+def test_an_expert_of_a_floor_says_what_one_of_the_same_units_does(spec_data: dict[str, Any], tmp_path: Path) -> None:
+    """A fraction of the parameters, times their number, may come out above what went."""
+    base = save_tiny(tmp_path / "base", num_hidden_layers=2)
+    spec = parse_spec(spec_data | {"base": str(base), "budget": {"ffn": 12, "multiple_of": 4}}, "spec", tmp_path)
+    made = Expert.load(expertprune.build(spec, tmp_path / "expert"))
+    before, removed = made.plan.parameters.before, made.plan.parameters.before - made.plan.parameters.after
+    assert removed / before * before > removed
+    document = made.plan.spec | {"budget": {"retention": {"expert": 0.5}, "multiple_of": 4}}
+    of_floor = replace(made, plan=replace(made.plan, spec=document))
+    prepared = expertprune.validate(spec)
+    foreseeing = outlook.Foreseeing(outlook.profiled(prepared))
+    assert foreseeing.times_lost(of_floor, prepared) == foreseeing.times_lost(made, prepared)
 
 
 @pytest.mark.parametrize(
