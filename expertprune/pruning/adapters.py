@@ -184,12 +184,14 @@ class Along:
             return False
         shape, kept, single = self.plan.shapes[layer], self.plan.kept[layer], self._single.get(weight)
         outputs = {structure: block.output_weight for structure, block in self.family.blocks().items()}
-        if self.experts[0].spec.compensation.method not in ("none", "least_squares"):
+        method = self.experts[0].spec.compensation.method
+        if method not in ("none", "least_squares"):
             return single is not None or local in outputs.values()
         if local == outputs.get(Structure.QUERY_HEADS):
             return len(kept.query_heads) < shape.query_heads
         if local == outputs.get(Structure.FFN) or (single is not None and single.tensor.axis == 1):
-            return len(kept.ffn) < shape.neurons or any(units.gone for units in self.plan.kept[layer + 1 : layer + 2])
+            next_goes = any(units.gone for units in self.plan.kept[layer + 1 : layer + 2])
+            return len(kept.ffn) < shape.neurons or (next_goes and method == "least_squares")
         return False
 
     # --- beside the weights of all routed experts of a layer ----------------------------------------------------------

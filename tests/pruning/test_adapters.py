@@ -370,11 +370,15 @@ def test_whole_weights_that_the_repair_leaves_as_they_are_come_along(tmp_path: P
     adapter = trained(base.folder, tmp_path / "adapter", target_modules=["v_proj"], modules_to_save=["o_proj"])
     expertprune.cut_adapter(adapter, expert, tmp_path / "cut")
     assert_same_weights(tmp_path / "cut", adapter)
-    before_a_gap = expert_of(without(base, [1]), base, tmp_path / "shorter", method="least_squares")
+    kept, solved = (
+        expert_of(without(base, [1]), base, tmp_path / f"by-{method}", method) for method in ("none", "least_squares")
+    )
     saved = {"modules_to_save": ["down_proj"], "layers_to_transform": [0]}
-    adapter = trained(base.folder, tmp_path / "saved", target_modules=["v_proj"], **saved)
-    with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.down_proj\.weight: this weight of the adapter"):
-        expertprune.cut_adapter(adapter, before_a_gap, tmp_path / "again")
+    for number, config in enumerate((saved, {"target_modules": ["layers.0.mlp.down_proj"], "use_dora": True})):
+        adapter = trained(base.folder, tmp_path / str(number), **{"target_modules": ["v_proj"], **config})
+        expertprune.cut_adapter(adapter, kept, tmp_path / f"{number} cut")
+        with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.down_proj\.weight: th"):
+            expertprune.cut_adapter(adapter, solved, tmp_path / "again")
 
 
 def test_overwrite_replaces_cut_adapters_only(chain: Chain, plain: Path, tmp_path: Path) -> None:
