@@ -219,7 +219,7 @@ def _scaled(value: Any) -> int:
     if isinstance(value, str) and value[-1:].lower() in _SCALES:
         number, scale = value[:-1], _SCALES[value[-1].lower()]
     try:
-        return 0 if isinstance(value, bool) else max(0, int(float(number) * scale))
+        return 0 if isinstance(value, bool) else max(0, int(round(float(number) * scale, 6)))  # 1.005B is no less
     except (TypeError, ValueError, OverflowError):
         return 0
 

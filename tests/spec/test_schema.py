@@ -169,7 +169,16 @@ SHORTHANDS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 def test_shorthands_mean_the_long_form() -> None:
     for changes, expected in SHORTHANDS:
         assert holds(spec_of(**changes).document(), expected), changes
-    for written, size in (("100M", 10**8), ("1.5b", 1_500_000_000), ("250k", 250_000), ("12345", 12_345), (1e8, 10**8)):
+    sizes = {
+        "100M": 10**8,
+        "1.5b": 1_500_000_000,
+        "250k": 250_000,
+        "12345": 12_345,
+        1e8: 10**8,
+        "1.005B": 1_005_000_000,  # a binary fraction a little below it
+        "32.3k": 32_300,
+    }
+    for written, size in sizes.items():
         assert spec_of(budget={"max_parameters": written}).budget.max_parameters == size
     dimensions = spec_of(dimensions={"task": "qa", "domain": "medical", "language": ["fr", "de"]}).dimensions
     assert list(dimensions.chosen.items()) == [("language", ["fr", "de"]), ("domain", ["medical"]), ("task", ["qa"])]
