@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -163,15 +164,29 @@ def _reached(spec: Spec, base: ResolvedBase) -> Sequence[LayerWidths]:
     if spec.compose.allocation == "uniform":
         return uniform_widths(spec.budget, base, gone)
     base.family.check_single_layers(base.checkpoint.config, spec.serve_with)
-    return global_widths(spec.budget, base, _flat_scores(base), gone)
+    try:
+        return global_widths(spec.budget, base, _flat_scores(base), gone)
+    except PlanError:  # where KV groups go from few layers, these may have no query heads to lose, and others enough
+        with contextlib.suppress(PlanError):
+            return global_widths(spec.budget, base, _flat_scores(base, heads_in_turn=True), gone)
+        raise
 
 
-def _flat_scores(base: ResolvedBase) -> FusedScores:
-    """All units alike: enough to ask which widths can be reached."""
+def _flat_scores(base: ResolvedBase, heads_in_turn: bool = False) -> FusedScores:
+    """All units alike: enough to ask which widths can be reached.
+
+    Args:
+        heads_in_turn: all layers lose heads and KV groups by turns, in place of one layer after the other.
+    """
+
+    def scores(structure: Structure, units: int) -> Tensor:
+        in_turn = heads_in_turn and structure in (Structure.KV_GROUPS, Structure.QUERY_HEADS)
+        return torch.arange(units, dtype=torch.float32) if in_turn else torch.zeros(units)
+
     return {
         structure: [
-            Fused(torch.zeros(shape.units(structure)), torch.zeros(shape.units(structure)), None)
-            for shape in base.layers
+            Fused(scores(structure, units), torch.zeros(units), None)
+            for units in (shape.units(structure) for shape in base.layers)
         ]
         for structure in Structure
     }

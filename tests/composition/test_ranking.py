@@ -14,14 +14,14 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from expertprune.composition.parameters import removed_parameters
-from expertprune.composition.plan import select_layer
+from expertprune.composition.plan import foreseen_widths, select_layer
 from expertprune.composition.ranking import WidthStep, global_widths, steps
 from expertprune.composition.scoring import Fused
 from expertprune.composition.uniform import uniform_widths
 from expertprune.composition.widths import LayerWidths, legal_widths
 from expertprune.errors import PlanError
 from expertprune.models.base import ResolvedBase
-from expertprune.spec.schema import Budget
+from expertprune.spec.schema import Budget, Spec
 from expertprune.units import DENSE, KeptUnits, Structure
 from tests.bases import base_of
 
@@ -218,6 +218,21 @@ def test_heads_and_groups_together_can_be_said_and_hold_the_floor() -> None:
             layers = global_widths(Budget(**budget), base, random_scores(base, seed))
             least = 16 * budget.get("floor", 0.1)
             assert all(48 % layer.query_heads == 0 and layer.query_heads >= least for layer in layers)
+
+
+def test_a_budget_that_scores_can_reach_is_not_refused_before_there_are_any(tiny_spec: Spec) -> None:
+    """Where all scores are equal, KV groups go from one layer after the other, and leave these no query heads to lose."""
+    base = base_of("qwen3", 64, 8, 4, 48, 4)
+    base.checkpoint.config["architectures"] = ["Qwen3ForCausalLM"]
+    budget = Budget.model_validate({"kv_groups": 0.44, "query_heads": 0.49})
+    for seed in range(6):
+        assert global_widths(budget, base, random_scores(base, seed))
+    compose = tiny_spec.compose.model_copy(update={"allocation": "global"})
+    spec = tiny_spec.model_copy(update={"budget": budget, "compose": compose, "serve_with": ["transformers"]})
+    assert foreseen_widths(spec, base) is not None
+    further = budget.model_copy(update={"query_heads": 0.9})
+    with pytest.raises(PlanError, match=r"budget\.query_heads: 0\.9 is too much"):
+        foreseen_widths(spec.model_copy(update={"budget": further}), base)
 
 
 @pytest.mark.parametrize("key", ["ffn", "query_heads", "kv_groups", "parameters", "max_parameters"])
