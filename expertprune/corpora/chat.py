@@ -73,6 +73,7 @@ class ChatTemplate:
             return self._verbatim(conversation)
         text, marked = self._text(conversation.tools, conversation.messages)
         spans = marked or list(self._by_prefixes(conversation, text))
+        _check_calls(conversation, text if marked else "\n".join(text[start:end] for start, end in spans))
         return Rendered(text, tuple((start, start + len(text[start:end].rstrip())) for start, end in spans))
 
     def _verbatim(self, conversation: Conversation) -> Rendered:
@@ -212,6 +213,18 @@ class ChatTemplate:
         except SpecError:  # the whole was rendered, so this is about the part alone
             return None
         return len(shorter) if messages and text.startswith(shorter) else None
+
+
+def _check_calls(conversation: Conversation, answers: str) -> None:
+    """Raises `SpecError` where a template leaves calls of tools out, as those do that know of none."""
+    for number, message in enumerate(conversation.messages, 1):
+        functions = [call.get("function") for call in message.get("tool_calls") or () if message["role"] == ANSWER]
+        names = [str(each.get("name") or "") for each in functions if isinstance(each, dict)]
+        if left_out := next((name for name in names if name not in answers), None):
+            raise SpecError(
+                f"the base's chat template leaves out the call of {left_out!r} in message {number}, so nothing of it would "
+                "be learnt or measured; leave such conversations out, or set 'documents: raw'"
+            )
 
 
 def _alike(one: str, other: str) -> int:

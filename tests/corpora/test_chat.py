@@ -221,6 +221,16 @@ def test_calls_of_tools_count_with_and_without_words_beside_them() -> None:
         assert answers_of(render(document(turns), chat_tokenizer(OPENED))) == [said, "a judge<|im_end|>"]
 
 
+@pytest.mark.parametrize(("template", "asked"), [(CHATML, "sum a judge"), (MARKED, "a judge")])
+@pytest.mark.parametrize("content", [None, "reads law"])
+def test_a_template_that_leaves_calls_of_tools_out_is_an_error(template: str, asked: str, content: str | None) -> None:
+    """Of the call its end alone would be an answer, even where the user says the name of the tool."""
+    turns = [{"role": USER, "content": asked}, {"role": ANSWER, "content": content, "tool_calls": [call_of()]},
+             {"role": "tool", "content": "law"}, {"role": ANSWER, "content": "the heart"}]  # fmt: skip
+    with pytest.raises(SpecError, match=r"leaves out the call of 'sum' in message 2.*documents: raw"):
+        rendered(document(turns), chat_tokenizer(template))
+
+
 @pytest.mark.parametrize("question", ["", "the heart pumps blood"])
 def test_calls_of_tools_are_found_where_the_template_shifts_the_tools(question: str) -> None:
     tools, calls = [call_of()], [call_of(arguments={})]
@@ -238,7 +248,7 @@ def test_calls_of_tools_are_found_where_the_template_shifts_the_tools(question: 
 def test_answers_begin_behind_their_role_where_nothing_opens_them() -> None:
     """Whatever they hold: letters of the role, white space, or nothing but what ends them."""
     talk = [*({"role": role, "content": said} for said in ("s", "  law\n") for role in (USER, ANSWER)),
-            {"role": ANSWER, "content": None, "tool_calls": [call_of()]}, {"role": ANSWER, "content": "an"}]  # fmt: skip
+            {"role": ANSWER, "content": ""}, {"role": ANSWER, "content": "an"}]  # fmt: skip
     template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
     expected = ["s<|im_end|>", "  law\n<|im_end|>", "<|im_end|>", "an<|im_end|>"]
     assert answers_of(render(document(talk), chat_tokenizer(template))) == expected
