@@ -59,9 +59,17 @@ def _document(row: dict[str, Any], source: Source, where: str) -> Document:
         tools = _field(row, source.tools, where) if source.tools is not None else None
         conversation = read_conversation(_field(row, source.messages, where), tools, where, _unanswered(source))
     else:
-        completion = [] if _lacks_answer(row, source) else _field(row, str(source.completion), where)
-        conversation = read_exchange(_field(row, str(source.prompt), where), completion, where, _unanswered(source))
+        completion = [] if _lacks_answer(row, source) else _side(row, str(source.completion), where)
+        conversation = read_exchange(_side(row, str(source.prompt), where), completion, where, _unanswered(source))
     return Document(conversation.text) if source.documents == "raw" else Document.of(conversation)
+
+
+def _side(row: dict[str, Any], name: str, where: str) -> Any:
+    """A prompt or a completion: text, or a list of messages."""
+    value = _field(row, name, where)
+    if isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, dict) for each in value)):
+        return value
+    raise _no_text(value, name, where)
 
 
 def _lacks_answer(row: dict[str, Any], source: Source) -> bool:
@@ -167,10 +175,15 @@ def _written(value: Any, name: str, where: str) -> str:
         return value
     if isinstance(value, int | float):
         return json.dumps(value)
+    raise _no_text(value, name, where)
+
+
+def _no_text(value: Any, name: str, where: str) -> SpecError:
+    """What is wrong with a field that is no text, and which field inside it is."""
     inside = max(_strings(value, name), default=("", ""), key=lambda found: len(found[1]))[0]
     fix = f"name a field inside it, such as {inside}" if inside else "name a field that holds text"
     kind = _KINDS.get(type(value), f"of type {type(value).__name__}")
-    raise SpecError(f"{where}: field {name!r} is {kind}, not text; {fix}")
+    return SpecError(f"{where}: field {name!r} is {kind}, not text; {fix}")
 
 
 def _strings(value: Any, path: str) -> Iterator[tuple[str, str]]:

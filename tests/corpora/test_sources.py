@@ -104,6 +104,22 @@ KEPT = {
 }
 
 
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        (1, "field 'label' is a number, not text; name a field that holds text"),
+        (True, "field 'label' is a boolean, not text; name a field that holds text"),
+        (None, "field 'label' is null, not text; name a field that holds text"),
+        ({"name": "Ada"}, "field 'label' is a mapping, not text; name a field inside it, such as label.name"),
+        (["a heart", "law"], "field 'label' is a list, not text; name a field inside it, such as label.0"),
+    ],
+)
+def test_an_answer_that_is_no_text_is_named_by_its_field(tmp_path: Path, answer: Any, problem: str) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [{"ask": "what", "label": answer}])
+    source = {"path": path, "prompt": "ask", "completion": "label"}
+    assert problems_of(source) == [f"corpora.sources.language/de.path: {path}, line 1: {problem}"]
+
+
 def test_kept_documents_come_back_or_are_made_again(tmp_path: Path) -> None:
     path = tmp_path / "kept.jsonl"
     assert KeptDocuments.load(path) is None
