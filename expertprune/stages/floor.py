@@ -160,9 +160,11 @@ def _refusal(floor: Retention, budgets: Sequence[Budget], tried: Mapping[int, Fl
     wanted = ", ".join(f"{name} {value:g}" for name, value in floor.model_dump().items() if value is not None)
     smallest = min(tried)
     which = "the smallest" if smallest == 0 else f"the smallest of {len(tried)} that were built"
+    heads = [f"budget.{key}" for key in ("query_heads", "kv_groups") if getattr(budgets[smallest], key)]
+    smaller = f"cut fewer heads ({', '.join(heads)})" if heads and smallest == 0 else "lower budget.multiple_of"
     return (
         f"budget.retention: no cut keeps {wanted}; {which}, {budgets[smallest].parameters:.4f} of the parameters, "
-        f"keeps {tried[smallest]}: lower budget.retention, calibrate on more text, or lower budget.multiple_of"
+        f"keeps {tried[smallest]}: lower budget.retention, calibrate on more text, or {smaller}"
     )
 
 

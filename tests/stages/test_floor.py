@@ -248,6 +248,16 @@ def test_a_floor_that_no_cut_holds(retaining_spec: Data, tmp_path: Path, monkeyp
     assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith((".", "expert"))] == []
 
 
+def test_where_heads_alone_are_too_much_the_error_speaks_of_them(
+    retaining_spec: Data, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    """The smallest cut is that of the heads, which no smaller step of a width makes smaller."""
+    prepared = prepared_with(retaining_spec, tmp_path, "global", query_heads=1)
+    fake_measure(monkeypatch, lambda size: 0.7)
+    with pytest.raises(PlanError, match=r"calibrate on more text, or cut fewer heads \(budget.query_heads\)$"):
+        plan_of(prepared, silent)
+
+
 def test_the_plan_of_a_floor_can_be_pruned(retaining_spec: Data, tmp_path: Path, store: Path) -> None:
     """With the real measure: the floor is low, and the plan's file says it, so that pruning calibrates as composing did."""
     spec = parse_spec(retaining_spec, "spec", tmp_path, {"budget.retention": {"expert": 0.01, "general": 0.01}})
