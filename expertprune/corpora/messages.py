@@ -161,6 +161,8 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         raise SpecError(f"{where}: has neither 'role' nor 'from'; its keys are {', '.join(map(str, message))}")
     if not isinstance(role, str) or not role:
         raise SpecError(f"{where}: its role is {role!r}, not a name")
+    if message.get("function_call"):
+        raise SpecError(f"{where}: holds function_call, which chat templates do not read; write it as tool_calls")
     kept = {key: message[key] for key in _KEPT if message.get(key)}
     if message.get("reasoning"):  # as vLLM answers, and what it gives to templates
         kept.setdefault("reasoning_content", message["reasoning"])

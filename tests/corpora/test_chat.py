@@ -159,6 +159,10 @@ def test_what_is_no_conversation_is_named() -> None:
         ([{"role": "user"}], "message 1: has no content"),
         ([{"role": "user", "content": 5}], "message 1: its content is int, not text"),
         ([{"role": ANSWER, "tool_calls": ["w"]}], "message 1: its tool_calls must be a list of mappings"),
+        (
+            [{"role": ANSWER, "content": "", "function_call": {"name": "sum"}}, {"role": ANSWER, "content": "a"}],
+            "message 1: holds function_call, which chat templates do not read; write it as tool_calls",
+        ),
         ([{"role": "user", "content": [{"type": "image"}]}], "message 1: holds image; only text can be read"),
     ):
         with pytest.raises(SpecError) as caught:
