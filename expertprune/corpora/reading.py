@@ -34,9 +34,11 @@ def read_files(source: Source, paths: Sequence[str]) -> Iterator[Document]:
         ending = path.suffix.lower()
         if ending in _UNREAD:
             raise SpecError(f"{path}: {ending} files are not read; give JSONL, parquet, CSV, .txt or .md")
-        if ending in (".txt", ".md"):
+        if ending in _TEXT:
             if source.chat:
                 raise SpecError(f"{path}: a text file has no fields, and so no conversations")
+            if source.template is not None and all(Path(each).suffix.lower() in _TEXT for each in paths):
+                raise SpecError(f"{path}: a text file has no fields, and so nothing for a template; leave template out")
             yield Document(read_text(path, LONGEST, SpecError).removeprefix("\ufeff"))
             continue
         place = "row" if ending == ".parquet" else "line"
@@ -222,6 +224,7 @@ def _found(row: Any, name: str, where: str) -> Any:
 
 
 _ROWS = {".csv": csv_rows, ".parquet": parquet_rows}
+_TEXT = (".txt", ".md")
 _UNREAD = (".tsv", ".gz", ".bz2", ".xz", ".zst", ".zip", ".xlsx", ".arrow")
 
 

@@ -117,6 +117,7 @@ DAMAGED: list[tuple[str, bytes, dict[str, str], str]] = [
     ("a.jsonl", b'{"text": "' + b"two " * 300, {}, ", line 1: longer than"),
     ("a.txt", b"abc \xff", {}, ": not UTF-8 text"),
     ("a.txt", b"one", {"messages": "talk"}, ": a text file has no fields"),
+    ("a.md", b"one", {"template": "Recipe: {text}"}, ": a text file has no fields, and so nothing for a template"),
     (
         "a.jsonl",
         b'{"talk": [{"role": "user", "content": "?"}]}',
