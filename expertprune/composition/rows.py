@@ -17,7 +17,7 @@ from expertprune.artifacts.plan import RowReasons, VocabularyPlan
 from expertprune.artifacts.profile import VOCABULARY, Profile
 from expertprune.composition.coverage import UnseenTokens, rows_for
 from expertprune.composition.parameters import aligned, wanted_rows
-from expertprune.composition.scoring import rules
+from expertprune.composition.scoring import givers, rules
 from expertprune.corpora.documents import CorpusName, corpus_names
 from expertprune.errors import CheckpointError, PlanError, SpecError, under
 from expertprune.models.base import ResolvedBase
@@ -148,7 +148,7 @@ def row_scores(
         [torch.stack([relevance[CorpusName(d, value)] for value in values]).amax(0) for d, values in chosen.items()]
     )
     score = rules.named(spec.compose.rule, "compose.rule")(per_dimension)
-    source = (per_dimension - score).abs().argmin(0)
+    source = givers(per_dimension, score)
     if spec.general:
         general = torch.stack([relevance[CorpusName("general", value)] for value in spec.general]).amax(0)
         general = general * spec.compose.fusion.rows

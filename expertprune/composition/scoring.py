@@ -302,6 +302,21 @@ def score_units(
     return result
 
 
+def givers(per_dimension: Tensor, composed: Tensor) -> Tensor:
+    """Which dimension a composed score is due to: the smallest where no more is left of all, and else the largest.
+
+    So a mean, which is no dimension's score, is due to the one that raises it most.
+
+    Args:
+        per_dimension: `[dimensions, units]`.
+        composed: `[units]`, by a rule.
+
+    Returns:
+        Indices of dimensions, `[units]`.
+    """
+    return torch.where(composed <= per_dimension.amin(0), per_dimension.argmin(0), per_dimension.argmax(0))
+
+
 def fused(scores: Mapping[CorpusName, CorpusScores], spec: Spec) -> list[Fused]:
     """The scores of all corpora as one for each unit: composed over dimensions, fused with general, layer by layer."""
     chosen = spec.dimensions.chosen
@@ -314,7 +329,7 @@ def fused(scores: Mapping[CorpusName, CorpusScores], spec: Spec) -> list[Fused]:
         per_dimension = torch.stack([torch.stack([each.scaled[layer] for each in values]).amax(0) for values in of])
         rms = torch.stack([torch.stack([each.activation[layer] for each in values]).amax(0) for values in of])
         expert = rule(per_dimension)
-        source = (per_dimension - expert).abs().argmin(0)
+        source = givers(per_dimension, expert)
         if not general:
             result.append(Fused(expert, source, None))
             continue

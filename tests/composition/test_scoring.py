@@ -17,6 +17,7 @@ from expertprune.composition.scoring import (
     UnitKind,
     corpus_scores,
     fuse,
+    givers,
     percentile,
     score_units,
     standard,
@@ -153,9 +154,12 @@ def profiles(tmp_path: Path) -> dict[CorpusName, Profile]:
     return {name: made_profile(tmp_path, name.value, seed) for seed, name in enumerate(named)}
 
 
-@pytest.mark.parametrize(("rule", "combine"), [("intersection", np.max), ("union", np.min), ("mean", np.mean)])
+@pytest.mark.parametrize(
+    ("rule", "combine", "giver"),
+    [("intersection", np.max, np.argmax), ("union", np.min, np.argmin), ("mean", np.mean, np.argmax)],
+)
 def test_several_values_of_a_dimension_count_by_their_largest(
-    profiles: dict[CorpusName, Profile], rule: str, combine: Any
+    profiles: dict[CorpusName, Profile], rule: str, combine: Any, giver: Any
 ) -> None:
     spec = a_spec({"language": ["en", "de"], "domain": ["medical"], "task": ["qa"]}, [], rule=rule)
     for structure in DENSE:
@@ -166,8 +170,15 @@ def test_several_values_of_a_dimension_count_by_their_largest(
         for layer in range(LAYERS):
             np.testing.assert_allclose(fused[layer].score, expected[layer], rtol=1e-5)
             assert fused[layer].kind is None
-            nearest = np.abs(per_dimension[:, layer] - expected[layer]).argmin(0)
-            assert fused[layer].source.tolist() == nearest.tolist()
+            assert fused[layer].source.tolist() == giver(per_dimension[:, layer], axis=0).tolist()
+
+
+def test_of_two_dimensions_the_larger_score_gives_the_mean() -> None:
+    """Both are equally far from it, so their distances say nothing."""
+    scores = torch.tensor([[0.5, 0.0, 0.1, 0.2], [0.1, 0.3, 0.7, 0.2]], dtype=torch.float64)
+    assert givers(scores, scores.mean(0)).tolist() == [0, 1, 1, 0]
+    assert givers(scores, scores.amax(0)).tolist() == [0, 1, 1, 0]
+    assert givers(scores, scores.amin(0)).tolist() == [1, 0, 0, 0]
 
 
 @pytest.mark.parametrize(("rule", "combine"), [("intersection", max), ("mean", np.mean)])
