@@ -128,16 +128,14 @@ def gemma(get: Get) -> Table:
     table = Table(["budget", "method", "removed", *_columns(shape)])
     base = get(shape)
     table.add("base", "", "", *_measured([base], base))
-    seeds = {"ours", "modegpt", "flap_least_squares", "flap"}  # over all seeds at 15%
+    others = ("modegpt", "flap_least_squares", "flap", "wanda_sp", "llm_pruner_taylor")
     for fraction, methods in (
-        (0.15, ("ours", "ours, German among general", "ours, no repair", *RIVALS, "wanda_sp", "llm_pruner_taylor")),
-        (0.25, ("ours", "modegpt", "flap_least_squares", "flap")),
+        (0.15, ("ours", "ours, German among general", "ours, no repair", *others)),
+        (0.25, ("ours", "flap")),
     ):
         for method in methods:
-            cell = replace(_of(method, shape), budget={"ffn": fraction})
-            several = method in seeds and fraction == 0.15
-            results = [get(replace(cell, seed=seed)) for seed in (SEEDS if several else SEEDS[:1])]
-            table.add(f"{fraction:.0%} of FFN", method, _millions(results[0]), *_measured(results, base))
+            result = get(replace(_of(method, shape), budget={"ffn": fraction}))
+            table.add(f"{fraction:.0%} of FFN", method, _millions(result), *_measured([result], base))
     return table
 
 
