@@ -279,7 +279,9 @@ def compose(
     known = known if known is not None else Scored()
     rows, vocabulary = spec.budget.vocabulary, None
     if rows is not None:
-        vocabulary = known.rows.get(rows) or known.rows.setdefault(rows, choose_rows(spec, base, wanted))
+        if rows not in known.rows:
+            known.rows[rows] = choose_rows(spec, base, wanted)
+        vocabulary = known.rows[rows]
     structures, together = _competing(spec, base)
     asked = tuple(structures), together
     if asked not in known.scores:
