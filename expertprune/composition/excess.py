@@ -129,9 +129,7 @@ def foreseen(profile: Profile, part: ProfilePart, kept: Sequence[KeptUnits], law
 
 def _by_document(profile: Profile, values: Tensor) -> Tensor:
     """Sums over the windows of each document: `[windows]` to `[documents]`."""
-    numbers = {digest: number for number, digest in enumerate(dict.fromkeys(profile.documents))}
-    places = torch.tensor([numbers[digest] for digest in profile.documents])
-    return values.new_zeros(len(numbers)).index_add_(0, places, values)
+    return torch.stack([values[places].sum() for places in profile.windows.values()])
 
 
 def foreseen_corpora(
