@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -66,13 +67,20 @@ class Fold:
 def folds_of(profiles: Profiles) -> list[Fold]:
     """`FOLDS` folds, or fewer where no corpus has as many documents; every document of a corpus is in one of them.
 
-    A document goes with all of its windows (`calibration.windows`), and out of every corpus that has it. A corpus of
-    one document has nothing to be held out.
+    A document goes with all of its windows (`calibration.windows`), and out of every corpus that has it. Where all of
+    a corpus is in one fold, as where it has a single document, its documents are held out of none: they would still
+    vote in that corpus.
     """
-    numbers: dict[str, int] = {}
+    numbers: dict[str, int] = {}  # the fold of each document
     for profile in profiles.values():
-        new = [digest for digest in dict.fromkeys(profile.documents) if digest not in numbers]
-        numbers |= {digest: number % FOLDS for number, digest in enumerate(new)}
+        there = Counter(numbers[digest] for digest in profile.windows if digest in numbers)
+        for digest in profile.windows:
+            if digest not in numbers:
+                numbers[digest] = min(range(FOLDS), key=lambda fold: there[fold])
+                there[numbers[digest]] += 1
+    together = (profile.windows for profile in profiles.values())
+    voting = {digest for windows in together if len({numbers[each] for each in windows}) == 1 for digest in windows}
+    numbers = {digest: fold for digest, fold in numbers.items() if digest not in voting}
     held = [{name: _places(profile, numbers, fold) for name, profile in profiles.items()} for fold in range(FOLDS)]
     return [
         Fold({name: _without(profiles[name], positions) for name, positions in places.items()}, places)
@@ -88,37 +96,38 @@ def optimism(
     folds: Iterable[Fold],
     choose: Callable[[Fold], Sequence[KeptUnits]],
 ) -> dict[str, float]:
-    """The curvature of documents that chose no units, over that of those that did, by corpus.
+    """The curvature of documents where they choose no units, over that where they do, by corpus.
 
     Each fold is measured on the units that the other documents choose (cross-fitting). The fewer documents there are,
-    the more the choice follows what is by chance in them. A corpus of which nothing is held out gets 1.
+    the more the choice follows what is by chance in them. Documents that no fold holds out do not count. A corpus of
+    which nothing is held out gets 1.
 
     Args:
         part: the gradient pass to read.
         kept: the units that stay where all documents choose.
         choose: the units that stay where a fold's others do.
     """
-    inside = {name: _total(profile, part, kept) for name, profile in profiles.items()}
-    outside = dict.fromkeys(profiles, 0.0)
+    all_choose = {name: _curvatures(profile, part, kept) for name, profile in profiles.items()}
+    inside, outside = dict.fromkeys(profiles, 0.0), dict.fromkeys(profiles, 0.0)
     for fold in folds:
         chosen = choose(fold)
         for name, places in fold.held.items():
             if places:
-                outside[name] += _total(PartOfProfile(profiles[name], places), part, chosen)
+                inside[name] += float(all_choose[name][list(places)].sum())
+                outside[name] += float(_curvatures(PartOfProfile(profiles[name], places), part, chosen).sum())
     return {
         str(name): outside[name] / inside[name] if inside[name] > 0 and outside[name] > 0 else 1.0 for name in profiles
     }
 
 
-def _total(profile: Profile, part: ProfilePart, kept: Sequence[KeptUnits]) -> float:
-    """The curvature of all tokens of a profile together, in nats."""
-    return float((curvature(profile, part, kept) * profile.read("tokens").double()).sum())
+def _curvatures(profile: Profile, part: ProfilePart, kept: Sequence[KeptUnits]) -> Tensor:
+    """The curvature of all tokens of each document together, in nats, `[documents]`."""
+    return curvature(profile, part, kept) * profile.read("tokens").double()
 
 
 def _places(profile: Profile, numbers: Mapping[str, int], fold: int) -> list[int]:
-    """The positions of a fold's documents; none where all of the corpus are in it."""
-    places = [place for place, digest in enumerate(profile.documents) if numbers[digest] == fold]
-    return places if len(places) < len(profile.documents) else []
+    """The positions of a fold's documents."""
+    return [place for place, digest in enumerate(profile.documents) if numbers.get(digest) == fold]
 
 
 def _without(profile: Profile, places: Sequence[int]) -> Profile:

@@ -93,6 +93,33 @@ def test_a_document_of_two_corpora_is_held_out_of_both(tmp_path: Path) -> None:
     assert (gone, too) == ([{"a"}, {"b"}, {"c"}], [{"x"}, {"b"}, {"c"}])
 
 
+def test_a_document_that_is_all_of_another_corpus_is_held_out_of_none(tmp_path: Path) -> None:
+    """It would still vote there, so what is measured on it would come out too low."""
+    other, folders = CorpusName.parse("general/news"), [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir()
+    one = profile_of(folders[0], "aab", [[4.0, 3.0, 9.0], [4.0, 3.0, 9.0], [3.0, 4.0, 9.0]])
+    two = profile_of(folders[1], "aa", [[4.0, 3.0, 9.0]] * 2)
+    profiles = {LAW: one, other: two}
+    # b alone is held out; a then chooses that the second neuron goes
+    assert [fold.held for fold in folds_of(profiles)] == [{LAW: [2], other: []}]
+    assert optimism(profiles, PART, without(0), folds_of(profiles), least) == {
+        "domain/law": pytest.approx(16 / 9),
+        "general/news": 1.0,
+    }
+
+
+def test_documents_that_no_other_corpus_has_are_shared_out_around_those_that_one_has(tmp_path: Path) -> None:
+    """Of two documents, one of another corpus' first fold, the second is in a fold of its own."""
+    other, folders = CorpusName.parse("general/news"), [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir()
+    one = profile_of(folders[0], "abc", [[1.0, 2.0, 9.0]] * 3)
+    two = profile_of(folders[1], "ax", [[1.0, 2.0, 9.0]] * 2)
+    held = [fold.held for fold in folds_of({LAW: one, other: two})]
+    assert held == [{LAW: [0], other: [0]}, {LAW: [1], other: [1]}, {LAW: [2], other: []}]
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_every_statistic_with_a_row_for_each_document_is_cut(
     family: str, spec_data: dict[str, Any], tmp_path: Path
