@@ -120,7 +120,10 @@ def read_conversation(messages: Any, tools: Any, where: str, unanswered: bool = 
     if not answers and unanswered and read:
         return Conversation.of(read, _tools(tools, where))
     if not answers:
-        raise SpecError(f"{where}: a conversation without an answer: no message of role {ANSWER!r} says anything")
+        roles = ", ".join(list(dict.fromkeys(repr(each["role"]) for each in read))[:10]) or "none"
+        raise SpecError(
+            f"{where}: a conversation without an answer: no message of role {ANSWER!r} says anything; its roles: {roles}"
+        )
     return Conversation.of(read[: answers[-1] + 1], _tools(tools, where))
 
 

@@ -152,6 +152,10 @@ def test_what_is_no_conversation_is_named() -> None:
     for messages, problem in (
         (TWO_TURNS[:1], "a conversation without an answer: no message of role 'assistant' says anything"),
         ([TWO_TURNS[0], {"role": ANSWER, "content": " "}], "a conversation without an answer"),
+        (
+            [TWO_TURNS[0], {"role": "Assistant", "content": "a"}, TWO_TURNS[0]],
+            "says anything; its roles: 'user', 'Assistant'",
+        ),
         ("the heart", "messages must be a list of role and content, not str"),
         ([TWO_TURNS[0], "pumps blood"], "here, message 2: must be a mapping of role and content, not str"),
         ([{"speaker": "x", "content": "y"}], "message 1: has neither 'role' nor 'from'; its keys are speaker, content"),
