@@ -244,5 +244,10 @@ def read_questions(path: Path) -> tuple[Question, ...]:
             raise SpecError(f"{where}: a question needs two choices or more")
         if not all(choice.strip() for choice in written):
             raise SpecError(f"{where}: a choice is empty")
-        questions.append(Question(_written(_field(row, "question", where), "question", where), written, answer))
+        if len({choice.strip() for choice in written}) < len(written):
+            raise SpecError(f"{where}: two choices are the same, of which a model can prefer neither; take one out")
+        asked = _written(_field(row, "question", where), "question", where)
+        if not asked.strip():
+            raise SpecError(f"{where}: the question is empty")
+        questions.append(Question(asked, written, answer))
     return tuple(questions)

@@ -44,7 +44,8 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
         text = line.decode()
     except UnicodeDecodeError as error:
         raise SpecError(f"{where}: not UTF-8 text: {error.reason}") from None
-    row = parse_json(text.removeprefix("\ufeff"), where, SpecError, any_integer=True)  # some editors begin files so
+    text = text.removeprefix("\ufeff")  # some editors begin files so
+    row = parse_json(text, where, SpecError, any_integer=True, unique=True)
     if not isinstance(row, dict):
         raise SpecError(f"{where}: not a JSON object: {text[:60]!r}")
     return row

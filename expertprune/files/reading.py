@@ -9,6 +9,7 @@ import math
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar
@@ -134,14 +135,23 @@ def read_object(path: Path, limit: int = JSON_BYTES, any_integer: bool = True) -
 
 
 def parse_json(
-    text: str, where: str, error: type[ExpertpruneError] = CheckpointError, any_integer: bool = False
+    text: str,
+    where: str,
+    error: type[ExpertpruneError] = CheckpointError,
+    any_integer: bool = False,
+    unique: bool = False,
 ) -> Any:
-    """JSON as plain data; see `read_json`."""
+    """JSON as plain data; see `read_json`.
+
+    Args:
+        unique: whether a mapping that has a key twice is an error; else the last counts.
+    """
     if sum(map(text.count, ",:[{")) > JSON_VALUES:
         raise error(f"{where}: holds more than {JSON_VALUES:,} values, which no such file needs")
+    hook = _unique(where, error) if unique else None
     try:
         with no_collection():
-            data = json.loads(text, parse_constant=_no_constant)
+            data = json.loads(text, parse_constant=_no_constant, object_pairs_hook=hook)
     except RecursionError:
         raise error(f"{where}: lists and mappings are nested too deeply") from None
     except ValueError as problem:  # of which JSONDecodeError is one; another is a number of thousands of digits
@@ -160,6 +170,19 @@ def no_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def _unique(where: str, error: type[ExpertpruneError]) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    """Makes mappings of pairs; refuses a key that stands twice."""
+
+    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            key = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+            raise error(f"{where}: has the key {key!r} twice in one mapping; rename or remove one")
+        return found
+
+    return mapping
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -108,6 +108,12 @@ ROW = {"messages": [{"role": "user", "content": "Was ist ein Gong?"}], "two": {"
 ROWS = json.dumps(ROW).encode()
 DAMAGED: list[tuple[str, bytes, dict[str, str], str]] = [
     ("a.jsonl", b'{"text": "a"}\nnot json\n', {}, ", line 2: not valid JSON"),
+    (
+        "a.jsonl",
+        b'{"text": "a"}\n{"text": "b", "text": "c"}\n',
+        {},
+        ", line 2: has the key 'text' twice",
+    ),
     ("a.jsonl", b'{"text": "a"}\n["b"]\n', {}, ", line 2: not a JSON object"),
     ("a.json", b'\xef\xbb\xbf [\n{"text": "a"}\n]', {}, ": a JSON array; write one object a line"),
     ("a.tsv", b"text\none\n", {}, ": .tsv files are not read; give JSONL"),
@@ -176,6 +182,8 @@ def test_questions_are_read_and_a_malformed_one_names_file_and_line(tmp_path: Pa
         ({**good, "answer": -1}, "'answer' must be the index"),
         ({**good, "choices": ["a"], "answer": 0}, "a question needs two choices or more"),
         ({**good, "choices": ["a", " "]}, "a choice is empty"),
+        ({**good, "choices": ["a", "b", "a "]}, "two choices are the same"),
+        ({**good, "question": " "}, "the question is empty"),
         ({**good, "choices": ["a", ["b"]]}, "field 'choices.1' is a list, not text; name a field"),
         ({"question": "?", "choice": ["a"]}, "has no field 'choices'; did you mean 'choice'?"),
     ):
