@@ -23,6 +23,7 @@ from expertprune.files import socket_folder
 from expertprune.serving import guard
 
 SOCKETS = "VLLM_RPC_BASE_PATH"  # where vLLM puts its sockets, which it never removes
+THIS_MACHINE = ("127.0.0.1", "localhost", "::1")  # addresses before which no proxy stands
 GRACE = 4.0  # seconds between SIGTERM and SIGKILL
 _KILLED = 3.0  # seconds until a killed process is gone
 _TAIL = 20  # lines of a log that an error shows
@@ -150,7 +151,7 @@ def reach_directly(host: str) -> None:
     """Tell all clients of this process, and of those that it starts, that no proxy stands before this machine."""
     for key in ("no_proxy", "NO_PROXY"):
         known = [each for each in os.environ.get(key, "").split(",") if each]
-        os.environ[key] = ",".join(dict.fromkeys([*known, "127.0.0.1", "localhost", "::1", host]))
+        os.environ[key] = ",".join(dict.fromkeys([*known, *THIS_MACHINE, host]))
 
 
 def check_port(host: str, port: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 
 from expertprune.errors import ServingError, UsageError
+from expertprune.serving.processes import THIS_MACHINE
 
 _CONNECTING = 10.0  # seconds
 _SILENCE = 600.0  # seconds between two pieces of an answer, or before the first
@@ -183,7 +184,7 @@ def _takes_messages(url: str, model: str, key: str | None) -> bool:
 def _through_proxies(url: str) -> bool:
     """Whether the proxies of the environment count for an address: none stands between this machine and itself."""
     parts = httpx.URL(url)
-    return parts.scheme == "https" or parts.host not in ("127.0.0.1", "localhost", "::1")
+    return parts.scheme == "https" or parts.host not in THIS_MACHINE
 
 
 def _headers(key: str | None) -> dict[str, str]:
