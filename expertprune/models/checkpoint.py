@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from expertprune.errors import CheckpointError, under
-from expertprune.files import EXPERT_FILE, is_report, not_a_file, read_object, user_path
+from expertprune.files import EXPERT_FILE, PAGE, PAGE_SUFFIXES, is_report, not_a_file, read_object, user_path
 from expertprune.models.encodings import Encoding, encoding_of
 from expertprune.models.tensorfile import DTYPES, TensorInfo
 from expertprune.progress import Track, shown
@@ -252,6 +252,7 @@ class Checkpoint:
             and path.suffix not in _WEIGHT_SUFFIXES
             and path.name not in _NOT_CARRIED
             and not is_report(path.name)
+            and not (path.suffix.lower() in PAGE_SUFFIXES and PAGE.made(path))  # of a name that the user chose
             and not path.name.endswith(".partial")
         )
 

@@ -150,11 +150,14 @@ def test_other_files_are_carried_unchanged(tmp_path: Path) -> None:
     tokenizer.save_pretrained(folder)
     (folder / "generation_config.json").write_text('{"temperature": 0.25, "do_sample": true}')
     (folder / "LICENSE").write_text("Apache")
+    (folder / "licence.html").write_text("<p>Apache</p>")
+    (folder / "Mine.HTM").write_text('<meta name="generator" content="expertprune report">')
     (folder / "README.md").write_text("the base's card")
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
     base = resolved(folder, tmp_path / "store")
     expert = pruned(random_plan(base, ffn=20), base, tmp_path / "expert")
-    carried = {"generation_config.json", "tokenizer.json", "tokenizer_config.json", "LICENSE", "chat_template.jinja",
+    carried = {"generation_config.json", "tokenizer.json", "tokenizer_config.json", "LICENSE", "licence.html",
+               "chat_template.jinja",
                "additional_chat_templates/tool_use.jinja"}  # fmt: skip
     before, after = contents(folder), contents(expert)
     assert {name: after[name] for name in carried} == {name: before[name] for name in carried}
