@@ -18,10 +18,13 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from expertprune import build, evaluate
+from expertprune.artifacts.expert import Expert
+from expertprune.errors import UsageError
 from expertprune.files import EXPERT_FILE, folder_size
 from expertprune.models.checkpoint import Checkpoint
 
@@ -63,6 +66,21 @@ if __name__ == "__main__":
     engine = LLM(model=sys.argv[1], enforce_eager=True, max_model_len=512, dtype="bfloat16")
     print("TEXT", repr(engine.generate(sys.argv[2], SamplingParams(temperature=0, max_tokens=12))[0].outputs[0].text))
 """
+
+
+def unquantized(expert: Path, out: Path) -> Path:
+    """Where an expert is copied to, to be measured as it is."""
+    return out / f"{expert.name}-unquantized"
+
+
+def check_names(experts: Sequence[Path], out: Path) -> None:
+    """Raises `UsageError` where an expert would get the results of another one whose folder has the same name."""
+    for number, expert in enumerate(experts):
+        if other := next((each for each in experts[:number] if each.name == expert.name), None):
+            raise UsageError(f"--expert: {other} and {expert} have one name, by which results are kept; rename one")
+        before = unquantized(expert, out)
+        if before.is_dir() and Expert.load(before).plan != Expert.load(expert).plan:
+            raise UsageError(f"--out: {before} holds another expert than {expert}; choose another --out")
 
 
 def quantized(model: Path, out: Path, scheme: str, compressor: str) -> dict[str, Any]:
@@ -133,6 +151,10 @@ def main() -> None:
     parser.add_argument("--scheme", action="append", default=[], help=f"default: {' and '.join(SCHEMES)}")
     arguments = parser.parse_args()
     experts = list(arguments.expert)
+    try:
+        check_names(experts, arguments.out)
+    except UsageError as error:
+        parser.error(str(error))
     if not experts:
         for allocation in ("uniform", "global"):
             experts.append(arguments.out / allocation)
@@ -142,7 +164,7 @@ def main() -> None:
     rows: list[list[str]] = []
     corpora: dict[str, Any] = {}
     for expert in experts:
-        copied = arguments.out / f"{expert.name}-unquantized"
+        copied = unquantized(expert, arguments.out)
         if not copied.is_dir():
             shutil.copytree(expert, copied)
         corpora = measured(copied)
