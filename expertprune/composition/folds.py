@@ -94,7 +94,7 @@ def optimism(
     part: ProfilePart,
     kept: Sequence[KeptUnits],
     folds: Iterable[Fold],
-    choose: Callable[[Fold], Sequence[KeptUnits]],
+    choose: Callable[[Fold], Sequence[KeptUnits] | None],
 ) -> dict[str, float]:
     """The curvature of documents where they choose no units, over that where they do, by corpus.
 
@@ -105,14 +105,15 @@ def optimism(
     Args:
         part: the gradient pass to read.
         kept: the units that stay where all documents choose.
-        choose: the units that stay where a fold's others do.
+        choose: the units that stay where a fold's others do; `None` where no units can be chosen by them, and the
+            fold does not count.
     """
     all_choose = {name: _curvatures(profile, part, kept) for name, profile in profiles.items()}
     inside, outside = dict.fromkeys(profiles, 0.0), dict.fromkeys(profiles, 0.0)
     for fold in folds:
         chosen = choose(fold)
         for name, places in fold.held.items():
-            if places:
+            if places and chosen is not None:
                 inside[name] += float(all_choose[name][list(places)].sum())
                 outside[name] += float(_curvatures(PartOfProfile(profiles[name], places), part, chosen).sum())
     return {

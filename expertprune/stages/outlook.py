@@ -134,9 +134,11 @@ class Foreseeing:
             spec: by which the plan's units were chosen, where it is another one.
         """
 
-        def choose(fold: Fold) -> Sequence[KeptUnits]:
+        def choose(fold: Fold) -> Sequence[KeptUnits] | None:
             known = fold.known if spec is None else None  # what is known are scores by the prepared one
-            return compose(spec or prepared.spec, prepared.base, fold.others, budget, known).kept
+            with contextlib.suppress(PlanError):  # which heads can go together depends on the scores
+                return compose(spec or prepared.spec, prepared.base, fold.others, budget, known).kept
+            return None
 
         return optimism(self.profiles, _gradient(prepared.spec), plan.kept, self.folds, choose)
 

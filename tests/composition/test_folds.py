@@ -38,7 +38,9 @@ def least(fold: Fold) -> Sequence[KeptUnits]:
     return without(int(part.read_half("ffn.0.norm").square().sum(0).argmin()))
 
 
-def foreseen(profile: Profile, gone: int, choose: Callable[[Fold], Sequence[KeptUnits]] = least) -> Mapping[str, float]:
+def foreseen(
+    profile: Profile, gone: int, choose: Callable[[Fold], Sequence[KeptUnits] | None] = least
+) -> Mapping[str, float]:
     profiles = {LAW: profile}
     return optimism(profiles, PART, without(gone), folds_of(profiles), choose)
 
@@ -78,6 +80,16 @@ def test_windows_of_a_document_are_held_out_together_and_one_document_never(tmp_
     asked.clear()
     assert foreseen(profile_of(tmp_path, "aaa", rows), 1, choose) == {"domain/law": 1.0}
     assert asked == []
+
+
+def test_a_fold_by_whose_others_nothing_can_be_chosen_does_not_count(tmp_path: Path) -> None:
+    profile = profile_of(tmp_path, "ab", [[4.0, 3.0, 9.0], [3.0, 4.0, 9.0]])
+
+    def choose(fold: Fold) -> Sequence[KeptUnits] | None:
+        return None if fold.held[LAW] == [0] else least(fold)
+
+    assert foreseen(profile, 0, choose) == {"domain/law": pytest.approx(16 / 9)}  # of b, where a chose the second
+    assert foreseen(profile, 0, lambda fold: None) == {"domain/law": 1.0}
 
 
 def test_a_document_of_two_corpora_is_held_out_of_both(tmp_path: Path) -> None:

@@ -11,11 +11,13 @@ import pytest
 
 import expertprune
 from expertprune.artifacts.expert import Expert
+from expertprune.composition.folds import PartOfProfile
+from expertprune.composition.plan import compose
 from expertprune.errors import PlanError, SpecError
 from expertprune.models.checkpoint import Checkpoint
 from expertprune.serving.throughput import bytes_per_token
 from expertprune.spec.reading import parse_spec
-from expertprune.stages import outlook
+from expertprune.stages import floor, outlook
 from tests.calling import call, call_json
 from tests.conftest import refuse_to_load
 from tests.patching import everywhere
@@ -134,6 +136,34 @@ def test_an_expert_of_a_floor_says_what_one_of_the_same_units_does(spec_data: di
     prepared = expertprune.validate(spec)
     foreseeing = outlook.Foreseeing(outlook.profiled(prepared))
     assert foreseeing.times_lost(of_floor, prepared) == foreseeing.times_lost(made, prepared)
+
+
+def test_a_size_that_the_documents_of_a_fold_cannot_reach_is_foreseen_by_the_other_folds(
+    spec_data: dict[str, Any], tmp_path: Path, monkeypatch: Patch
+) -> None:
+    """Which heads can go together depends on the scores, so a budget may be out of reach of a part of the documents."""
+    spec = parse_spec(spec_data, "spec", tmp_path)
+    expected = expertprune.forecast(spec, [0.25]).sizes[0]
+    folds = [0]
+
+    def composed(spec: Any, base: Any, profiles: Any, *more: Any) -> Any:
+        if isinstance(next(iter(profiles.values())), PartOfProfile):
+            folds[0] += 1
+            if folds[0] == 1:
+                raise PlanError("budget.query_heads: 0.6 is too much")
+        return compose(spec, base, profiles, *more)
+
+    monkeypatch.setattr(outlook, "compose", composed)
+    prepared = expertprune.validate(spec)
+    foreseeing = outlook.Foreseeing(outlook.profiled(prepared))
+    plan, found = foreseeing.sized(prepared, {})
+    assert folds[0] > 1
+    assert plan.parameters.after == expected.parameters
+    assert list(found) == list(expected.corpora)
+    assert all(each.excess > 0 for each in found.values())
+    folds[0] = 0
+    budget = prepared.spec.budget.model_copy(update={"ffn": 0, "parameters": 0.1})
+    assert floor._foreseen(prepared, foreseeing, budget) is not None
 
 
 @pytest.mark.parametrize(
