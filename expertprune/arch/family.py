@@ -297,6 +297,8 @@ class Family(Data):
             loaders: of transformers, vllm and gguf.
         """
         instead = "; with compose.allocation: uniform all layers keep the same widths"
+        if PER_LAYER in config:
+            instead = ", and this base has such layers itself: leave this engine out of serve_with"
         if not stock_architectures(config):
             raise PlanError(
                 "config.json of the base names no architectures, so there is no class to build layers of different "

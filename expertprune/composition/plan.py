@@ -160,10 +160,11 @@ def _tried(spec: Spec, base: ResolvedBase) -> list[Structure]:
 
 def _reached(spec: Spec, base: ResolvedBase) -> Sequence[LayerWidths]:
     """The widths that a budget comes to where all units are alike; a retention floor itself cuts nothing."""
-    gone = foreseen_layers(spec.budget, base)
-    if spec.compose.allocation == "uniform":
+    gone, uniform = foreseen_layers(spec.budget, base), spec.compose.allocation == "uniform"
+    if not uniform or PER_LAYER in base.checkpoint.config:
+        base.family.check_single_layers(base.checkpoint.config, spec.serve_with)
+    if uniform:
         return uniform_widths(spec.budget, base, gone)
-    base.family.check_single_layers(base.checkpoint.config, spec.serve_with)
     try:
         return global_widths(spec.budget, base, _flat_scores(base), gone)
     except PlanError:  # where KV groups go from few layers, these may have no query heads to lose, and others enough

@@ -19,12 +19,14 @@ from expertprune.composition.widths import (
     LayerWidths,
     check_structures,
     common_shape,
+    cuts_units,
     expressible,
     first_units,
     in_layer,
     least,
     legal_experts,
     legal_ffn,
+    own_widths,
     removal,
     rounded_down,
     said,
@@ -51,6 +53,8 @@ def uniform_widths(budget: Budget, base: ResolvedBase, gone: Sequence[int] = ())
     Raises:
         PlanError: not reachable; the message names the nearest legal values.
     """
+    if not cuts_units(budget):  # nothing goes of the layers that stay, so they need not be alike
+        return tuple(own_widths(base, gone))
     shape = common_shape(base)
     whole = replace(shape, ffn=0, experts=0, expert_groups=1) if shape.experts else shape
     if set(base.layers) - {shape, whole}:

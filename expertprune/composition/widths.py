@@ -86,6 +86,11 @@ def summary(budget: Budget, base: Sequence[LayerShape], widths: Sequence[LayerWi
     return result
 
 
+def cuts_units(budget: Budget) -> bool:
+    """Whether units inside layers are to go, which a criterion scores."""
+    return any(getattr(budget, each.value) for each in Structure) or budget.overall or budget.retention is not None
+
+
 def removal(amount: int | float | Keep, of: int, key: str) -> int | float:
     """What goes of so many units, as a count or a fraction. Raises `PlanError` where more would
     stay than there are.

@@ -17,6 +17,7 @@ from expertprune.composition.folds import Fold, folds_of, optimism
 from expertprune.composition.outlook import BROKEN, ForeseenSize, Outlook
 from expertprune.composition.plan import Scored, compose
 from expertprune.composition.scoring import needed_part
+from expertprune.composition.widths import cuts_units
 from expertprune.corpora.catalogue import unnamed_sources
 from expertprune.corpora.documents import CorpusName, corpus_names
 from expertprune.engine.team import team
@@ -27,7 +28,7 @@ from expertprune.models.costs import looked_up
 from expertprune.progress import Track, silent
 from expertprune.relevance import Pass
 from expertprune.spec.schema import Budget, Spec
-from expertprune.stages.profile import cuts_units, is_repaired, profiles_of
+from expertprune.stages.profile import is_repaired, profiles_of
 from expertprune.stages.sizes import of_size, problem_of, sized_keys
 from expertprune.stages.validate import Found, Prepared, SpecLike, about, as_spec, find, prepare
 from expertprune.tokenizing.languages import LANGUAGES, known_languages

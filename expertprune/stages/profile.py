@@ -9,6 +9,7 @@ from typing import Any
 
 from expertprune.artifacts.profile import FORWARD, VOCABULARY, Profile, ProfileKey, ProfilePart
 from expertprune.composition.scoring import needed_part
+from expertprune.composition.widths import cuts_units
 from expertprune.corpora.documents import CorpusName, corpus_names
 from expertprune.engine.memory import Sizes, TextSize, fitting, graph_estimate, keeping, profiling
 from expertprune.engine.tasks import Engine, Local, RemoteCall, Report, Shard, Task
@@ -24,10 +25,9 @@ from expertprune.profiling.store import about_profile, measure, profile_key, pro
 from expertprune.progress import Track, silent
 from expertprune.pruning.repair import check_repair
 from expertprune.relevance import Pass
-from expertprune.spec.schema import Budget, Spec
+from expertprune.spec.schema import Spec
 from expertprune.stages.elsewhere import SentSpec, agreed, check_same, run_with
 from expertprune.stages.validate import Prepared, SpecLike, validate
-from expertprune.units import Structure
 
 
 def profiles_of(
@@ -158,11 +158,6 @@ def profile_elsewhere(
     prepared, name = sent.prepared(), CorpusName.parse(corpus)
     check_same(f"profile {corpus}", expected, _place(prepared, name).key.digest)
     profile_corpus(prepared, name, track, also)
-
-
-def cuts_units(budget: Budget) -> bool:
-    """Whether units inside layers are to go, which a criterion scores."""
-    return any(getattr(budget, each.value) for each in Structure) or budget.overall or budget.retention is not None
 
 
 def is_repaired(spec: Spec) -> bool:

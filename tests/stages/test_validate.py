@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 import expertprune
+from expertprune.arch import family_of
 from expertprune.errors import CheckpointError, PlanError, SpecError
 from expertprune.evaluation.measure import group_of
+from expertprune.models.checkpoint import Checkpoint
 from expertprune.spec.reading import parse_spec
 from expertprune.stages.evaluate import measuring
 from expertprune.stages.outlook import notes
@@ -84,6 +86,34 @@ def test_a_plan_whose_edited_layers_an_engine_does_not_read_is_refused(spec_data
     path.write_text(json.dumps(data))
     with pytest.raises(PlanError, match=rf"^{path}: vLLM serves no layers of different widths of family 'olmo2'"):
         expertprune.prune(path, tmp_path / "expert")
+
+
+@pytest.mark.parametrize("family", ["llama", "olmo2"])
+def test_whole_layers_alone_go_from_an_expert_whose_layers_differ(spec_data: Data, tmp_path: Path, family: str) -> None:
+    """`allocation: uniform` is about what is cut inside layers; what cannot load such layers is refused all the same."""
+    spec_data |= {"base": str(save_tiny(tmp_path / "base", family)), "serve_with": ["transformers"]}
+    path, layers = tmp_path / "plan.json", {"budget": {"layers": 1}, "compose.allocation": "uniform"}
+    expertprune.compose(parse_spec(spec_data, "spec", tmp_path)).save(path)
+    data = json.loads(path.read_text())
+    for layer, kept in enumerate(("0-15", "0-7")):
+        data["layers"][layer]["kept"]["ffn"] = kept
+    path.write_text(json.dumps(data))
+    base = {"base": str(expertprune.prune(path, tmp_path / "expert"))}
+    spec = parse_spec(spec_data | base, "spec", tmp_path, layers)
+    (gone,) = expertprune.compose(spec).gone
+    left = Checkpoint(expertprune.build(spec, tmp_path / "smaller")).config
+    widths = [shape.ffn for shape in family_of(family).layer_shapes(left)]
+    assert widths == [ffn for n, ffn in enumerate((16, 8, 24)) if n != gone]
+    with pytest.raises(PlanError, match=r"have different widths, so the same cut cannot be made in all of them"):
+        expertprune.validate(spec, {"budget": {"ffn": 0.5, "layers": 1}})
+    with_vllm = {"serve_with": ["vllm"], "compose.allocation": "auto"}
+    if family == "olmo2":
+        with pytest.raises(
+            PlanError, match=r"and this base has such layers itself: leave this engine out of serve_with"
+        ):
+            expertprune.validate(spec, with_vllm)
+    else:
+        assert expertprune.validate(spec, with_vllm)
 
 
 def test_layers_that_an_edited_plan_takes_are_checked_as_chosen_ones_are(
