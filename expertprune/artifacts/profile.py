@@ -238,14 +238,6 @@ class Profile:
         return self.about.documents
 
     @property
-    def windows(self) -> dict[str, list[int]]:
-        """The positions of each document's windows, by its digest, in the order of the documents."""
-        found: dict[str, list[int]] = {}
-        for place, digest in enumerate(self.documents):
-            found.setdefault(digest, []).append(place)
-        return found
-
-    @property
     def tokens(self) -> int:
         return self.about.tokens
 

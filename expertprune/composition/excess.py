@@ -129,7 +129,15 @@ def foreseen(profile: Profile, part: ProfilePart, kept: Sequence[KeptUnits], law
 
 def _by_document(profile: Profile, values: Tensor) -> Tensor:
     """Sums over the windows of each document: `[windows]` to `[documents]`."""
-    return torch.stack([values[places].sum() for places in profile.windows.values()])
+    return torch.stack([values[places].sum() for places in windows_of(profile).values()])
+
+
+def windows_of(profile: Profile) -> dict[str, list[int]]:
+    """The positions of each document's windows, by its digest, in the order of the documents."""
+    found: dict[str, list[int]] = {}
+    for place, digest in enumerate(profile.documents):
+        found.setdefault(digest, []).append(place)
+    return found
 
 
 def foreseen_corpora(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from expertprune.artifacts.profile import VOCABULARY, Profile, ProfilePart
-from expertprune.composition.excess import curvature
+from expertprune.composition.excess import curvature, windows_of
 from expertprune.composition.plan import Scored
 from expertprune.corpora.documents import CorpusName
 from expertprune.units import KeptUnits
@@ -71,15 +71,16 @@ def folds_of(profiles: Profiles) -> list[Fold]:
     a corpus is in one fold, as where it has a single document, its documents are held out of none: they would still
     vote in that corpus.
     """
+    windows = {name: windows_of(profile) for name, profile in profiles.items()}
     numbers: dict[str, int] = {}  # the fold of each document
-    for profile in profiles.values():
-        there = Counter(numbers[digest] for digest in profile.windows if digest in numbers)
-        for digest in profile.windows:
+    for documents in windows.values():
+        there = Counter(numbers[digest] for digest in documents if digest in numbers)
+        for digest in documents:
             if digest not in numbers:
                 numbers[digest] = min(range(FOLDS), key=lambda fold: there[fold])
                 there[numbers[digest]] += 1
-    together = (profile.windows for profile in profiles.values())
-    voting = {digest for windows in together if len({numbers[each] for each in windows}) == 1 for digest in windows}
+    alike = (documents for documents in windows.values() if len({numbers[digest] for digest in documents}) == 1)
+    voting = {digest for documents in alike for digest in documents}
     numbers = {digest: fold for digest, fold in numbers.items() if digest not in voting}
     held = [{name: _places(profile, numbers, fold) for name, profile in profiles.items()} for fold in range(FOLDS)]
     return [
