@@ -21,6 +21,7 @@ from expertprune.composition.rows import choose_rows
 from expertprune.composition.scoring import Fused, check_scored, score_units
 from expertprune.composition.uniform import uniform_widths
 from expertprune.composition.widths import (
+    FIELDS,
     GONE_WIDTHS,
     LayerWidths,
     check_structures,
@@ -206,6 +207,14 @@ def _competing(spec: Spec, base: ResolvedBase) -> tuple[list[Structure], bool]:
     return [*named, Structure.FFN, Structure.KV_GROUPS], True
 
 
+def _narrower(widths: Sequence[LayerWidths], base: ResolvedBase) -> list[Structure]:
+    """The structures of which such layers choose units."""
+    own = own_widths(base, ())
+    fields = {**FIELDS, Structure.EXPERTS: "experts"}
+    pairs = list(zip(widths, own, strict=False))
+    return [each for each, field in fields.items() if any(getattr(a, field) < getattr(b, field) for a, b in pairs)]
+
+
 def _by_layer(
     base: ResolvedBase, widths: Sequence[LayerWidths], scores: FusedScores
 ) -> list[tuple[LayerShape, LayerWidths, dict[Structure, Fused]]]:
@@ -215,12 +224,17 @@ def _by_layer(
     ]
 
 
-def as_kept(plan: Plan, base: ResolvedBase, budget: Budget) -> Plan:
-    """The plan with the sizes of the units that it keeps, which may have been edited."""
-    widths = [
+def widths_of(plan: Plan, base: ResolvedBase) -> list[LayerWidths]:
+    """What each layer of the base keeps by a plan, which may have been edited."""
+    return [
         GONE_WIDTHS if units.gone else LayerWidths.own(units.shape(shape))
         for shape, units in zip(base.layers, plan.kept, strict=True)
     ]
+
+
+def as_kept(plan: Plan, base: ResolvedBase, budget: Budget) -> Plan:
+    """The plan with the sizes of the units that it keeps, which may have been edited."""
+    widths = widths_of(plan, base)
     before, rows = base.checkpoint.parameters, plan.vocabulary.rows.rows if plan.vocabulary else None
     parameters = Parameters(
         before=before, after=before - removed_parameters(base, widths) - removed_with_rows(base, rows)
@@ -258,6 +272,7 @@ def compose(
     profiles: Mapping[CorpusName, Profile],
     budget: Budget | None = None,
     known: Scored | None = None,
+    widths: Sequence[LayerWidths] | None = None,
 ) -> Plan:
     """Decide which units are kept.
 
@@ -267,6 +282,7 @@ def compose(
         profiles: one for each corpus that the spec names.
         budget: what decides in place of the spec's budget, where that is a retention floor.
         known: of earlier plans of these profiles.
+        widths: what layers keep in place of what the budget comes to.
 
     Raises:
         SpecError: a corpus without a profile, or without the pass that the criterion needs.
@@ -284,13 +300,15 @@ def compose(
             known.rows[rows] = choose_rows(spec, base, wanted)
         vocabulary = known.rows[rows]
     structures, together = _competing(spec, base)
+    structures += [each for each in _narrower(widths or (), base) if each not in structures]
     asked = tuple(structures), together
     if asked not in known.scores:
         known.scores[asked] = score_units(spec, wanted, structures, together)
     scores = known.scores[asked]
     uniform = spec.compose.allocation == "uniform"
     gone, depth = choose_layers(spec, base, wanted)
-    widths = uniform_widths(spec.budget, base, gone) if uniform else global_widths(spec.budget, base, scores, gone)
+    if widths is None:
+        widths = uniform_widths(spec.budget, base, gone) if uniform else global_widths(spec.budget, base, scores, gone)
     layers = []
     for shape, layer, here in _by_layer(base, widths, scores):
         kept = select_layer(shape, layer, here)

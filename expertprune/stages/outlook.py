@@ -15,9 +15,9 @@ from expertprune.artifacts.profile import Profile, ProfilePart
 from expertprune.composition.excess import Foreseen, foreseen_corpora, times_lost
 from expertprune.composition.folds import Fold, folds_of, optimism
 from expertprune.composition.outlook import BROKEN, ForeseenSize, Outlook
-from expertprune.composition.plan import Scored, compose
+from expertprune.composition.plan import Scored, compose, widths_of
 from expertprune.composition.scoring import needed_part
-from expertprune.composition.widths import cuts_units
+from expertprune.composition.widths import LayerWidths, cuts_units
 from expertprune.corpora.catalogue import unnamed_sources
 from expertprune.corpora.documents import CorpusName, corpus_names
 from expertprune.engine.team import team
@@ -126,19 +126,25 @@ class Foreseeing:
         return compose(prepared.spec, prepared.base, self.profiles, budget, self.known)
 
     def unseen(
-        self, prepared: Prepared, plan: Plan, budget: Budget | None = None, spec: Spec | None = None
+        self,
+        prepared: Prepared,
+        plan: Plan,
+        budget: Budget | None = None,
+        spec: Spec | None = None,
+        widths: Sequence[LayerWidths] | None = None,
     ) -> dict[str, float]:
         """How many times what the plan's own documents say other text loses, by corpus (see `optimism`).
 
         Args:
             budget: of the plan, where it is not the spec's.
             spec: by which the plan's units were chosen, where it is another one.
+            widths: of the plan's layers, where they are not what the budget comes to.
         """
 
         def choose(fold: Fold) -> Sequence[KeptUnits] | None:
             known = fold.known if spec is None else None  # what is known are scores by the prepared one
             with contextlib.suppress(PlanError):  # which heads can go together depends on the scores
-                return compose(spec or prepared.spec, prepared.base, fold.others, budget, known).kept
+                return compose(spec or prepared.spec, prepared.base, fold.others, budget, known, widths).kept
             return None
 
         return optimism(self.profiles, _gradient(prepared.spec), plan.kept, self.folds, choose)
@@ -169,7 +175,13 @@ class Foreseeing:
             for name, each in self.profiles.items()
             if each.about.key.same_text(expert.plan.profiles.get(str(name)))
         }
-        times = self.unseen(prepared, expert.plan, budget, self._chosen_by(expert, prepared))
+        spec, widths = self._chosen_by(expert, prepared), widths_of(expert.plan, prepared.base)
+        budgeted: Sequence[LayerWidths] = ()
+        with contextlib.suppress(PlanError):
+            budgeted = widths_of(compose(spec, prepared.base, self.profiles, budget), prepared.base)
+        # A plan may have been edited: then no budget comes to these widths, and documents choose the units in them.
+        own = widths if widths != budgeted else None
+        times = self.unseen(prepared, expert.plan, budget, spec, own)
         foreseen = self.expected(prepared, expert.plan, {name: times[name] for name in same})
         return {
             name: times_lost(kept, foreseen[name].retention)

@@ -138,6 +138,21 @@ def test_an_expert_of_a_floor_says_what_one_of_the_same_units_does(spec_data: di
     assert foreseeing.times_lost(of_floor, prepared) == foreseeing.times_lost(made, prepared)
 
 
+def test_an_expert_of_an_edited_plan_says_what_one_of_the_same_units_does(
+    spec_data: dict[str, Any], tmp_path: Path
+) -> None:
+    """Its budget is that of the plan before it was edited, and another number of units went, or of other structures."""
+    spec = parse_spec(spec_data | {"budget": {"ffn": 0.5, "kv_groups": 1, "multiple_of": 4}}, "spec", tmp_path)
+    made = Expert.load(expertprune.build(spec, tmp_path / "expert"))
+    prepared = expertprune.validate(spec)
+    foreseeing = outlook.Foreseeing(outlook.profiled(prepared))
+    expected = foreseeing.times_lost(made, prepared)
+    for budget in ({"ffn": 0.125}, {"kv_groups": 1}, {"ffn": 0.99}):
+        document = made.plan.spec | {"budget": {**budget, "multiple_of": 4}}
+        edited = replace(made, plan=replace(made.plan, spec=document))
+        assert foreseeing.times_lost(edited, prepared) == expected
+
+
 def test_a_size_that_the_documents_of_a_fold_cannot_reach_is_foreseen_by_the_other_folds(
     spec_data: dict[str, Any], tmp_path: Path, monkeypatch: Patch
 ) -> None:
