@@ -103,7 +103,7 @@ def build_elsewhere(
         evaluator = measuring(prepared.running, prepared.evaluated, prepared.spec.evaluate, plan.vocabulary is not None)
         with evaluated_after(place):
             measured = measure_folder(evaluator, place, prepared.running, track)
-            record(place, measured, of_corpora(evaluator.corpora, measured.corpora))
+            record(place, measured, of_corpora(evaluator.corpora, measured.corpora), portable(plan).digest)
 
 
 def _published(out: Path, plan: Plan) -> bool:

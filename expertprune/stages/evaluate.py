@@ -148,13 +148,12 @@ def evaluated_after(folder: Path) -> Iterator[None]:
         raise UnevaluatedError(folder, error) from error
 
 
-def record(folder: Path, result: Evaluation, changes: Changes, plan: str | None = None) -> Evaluation:
+def record(folder: Path, result: Evaluation, changes: Changes, plan: str) -> Evaluation:
     """Write an evaluation into the folder of its expert.
 
     Args:
         changes: the largest ones, with their texts, for a file of their own.
-        plan: digest of the plan of the expert that was measured, where another could have taken its
-            place meanwhile.
+        plan: digest of the plan of the expert that was measured; another could have taken its place meanwhile.
 
     Raises:
         CheckpointError: another expert is there now.
@@ -163,7 +162,7 @@ def record(folder: Path, result: Evaluation, changes: Changes, plan: str | None 
     def write() -> None:
         with one_at_a_time(folder):  # a build that replaces the folder waits
             expert = Expert.load(folder)
-            if plan is not None and expert.plan.digest != plan:
+            if expert.plan.digest != plan:
                 raise CheckpointError(
                     f"{folder}: another expert took its place while it was measured; evaluate it again"
                 )

@@ -49,12 +49,12 @@ def make_point(
     key = point_key(plan, prepared)
     if kept is not None and team().lead(lambda: holds(kept, plan)):
         evaluation = measure_folder(evaluator, kept, prepared.running, track)
-        record(kept, evaluation, of_corpora(evaluator.corpora, evaluation.corpora))
+        record(kept, evaluation, of_corpora(evaluator.corpora, evaluation.corpora), portable(plan).digest)
         return _point(budget, key, plan, evaluation, folder_size(kept))
     meanwhile = Meanwhile(evaluator)
     with _written(prepared, plan, kept, meanwhile.passengers, track) as folder:
         evaluation = meanwhile.result(folder, prepared.running, track)
-        record(folder, evaluation, of_corpora(evaluator.corpora, evaluation.corpora))
+        record(folder, evaluation, of_corpora(evaluator.corpora, evaluation.corpora), portable(plan).digest)
         return _point(budget, key, plan, evaluation, folder_size(folder))
 
 
@@ -74,10 +74,13 @@ def _written(
         yield folder
 
 
-def holds(place: Path, plan: Plan) -> bool:
-    """Whether the expert of a plan is there, with all its weights."""
+def holds(place: Path, plan: Plan, evaluated: bool = False) -> bool:
+    """Whether the expert of a plan is there, with all its weights, and, if asked for, with its evaluation."""
     try:
-        return Expert.load(place).plan.digest == portable(plan).digest and bool(Checkpoint(place).tensors)
+        expert = Expert.load(place)
+        if evaluated and expert.evaluation is None:
+            return False
+        return expert.plan.digest == portable(plan).digest and bool(Checkpoint(place).tensors)
     except CheckpointError:
         return False
 

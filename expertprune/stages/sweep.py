@@ -170,7 +170,7 @@ class _Sweeping:
         return self.known.get(key) or load_point(self.found.store, key)
 
     def done(self, value: float) -> bool:
-        kept = value not in self.places or holds(self.places[value], self.plans[value])
+        kept = value not in self.places or holds(self.places[value], self.plans[value], evaluated=True)
         return kept and self.point(value) is not None
 
     def tasks(self) -> list[Task]:

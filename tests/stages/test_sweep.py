@@ -17,6 +17,7 @@ from click.testing import Result
 
 import expertprune
 from expertprune.artifacts.evaluation import Evaluation, Group, Measured
+from expertprune.artifacts.expert import Expert
 from expertprune.artifacts.sweep import Point, Sweep, SweptBase
 from expertprune.corpora.documents import Corpus, CorpusName, Document
 from expertprune.corpora.messages import Conversation
@@ -297,6 +298,45 @@ def test_experts_that_are_gone_are_made_again(whole: Whole, tmp_path: Path, warm
         file.unlink()
         assert run_json(*arguments) == first
         assert file.is_file()
+
+
+def test_an_expert_that_was_stopped_before_its_evaluation_is_evaluated_by_the_next_sweep(
+    whole: Whole, tmp_path: Path, warm: Path, calls: Calls
+) -> None:
+    """Its point is in the store, from a sweep that kept no experts."""
+    shutil.copytree(whole.folder / "store" / "sweeps", warm / "sweeps")
+    arguments = [whole.spec, "--budgets", "0.5", "--out", tmp_path / "sweep", "--keep-experts"]
+    with pytest.MonkeyPatch.context() as patched:
+
+        def interrupted(*args: Any) -> Any:
+            raise KeyboardInterrupt
+
+        patched.setattr(points, "record", interrupted)
+        run(*arguments, code=1)
+    place = tmp_path / "sweep" / "tiny-0.5"
+    assert Expert.load(place).evaluation is None
+    assert run_json(*arguments)["points"] == whole.points[:1]
+    assert Expert.load(place).evaluation == Expert.load(whole.folder / "sweep" / "tiny-0.5").evaluation
+    assert len(calls["prune"]) == 1
+
+
+def test_the_evaluation_of_an_expert_is_not_written_into_another_one(whole: Whole, tmp_path: Path, warm: Path) -> None:
+    """A build replaces the expert while the sweep measures it."""
+    out = tmp_path / "sweep"
+    place = Path(shutil.copytree(whole.folder / "sweep" / "tiny-0.5", out / "tiny-0.5"))
+
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        result = measured(*args, **kwargs)
+        shutil.rmtree(place)
+        shutil.copytree(whole.folder / "sweep" / "tiny-0.25", place)
+        return result
+
+    with pytest.MonkeyPatch.context() as patched:
+        measured: Any = points.measure_folder
+        patched.setattr(points, "measure_folder", replaced)
+        error = run(whole.spec, "--budgets", "0.5", "--out", out, "--keep-experts", code=2).stderr
+    assert "another expert took its place while it was measured" in error
+    assert Expert.load(place).evaluation == Expert.load(whole.folder / "sweep" / "tiny-0.25").evaluation
 
 
 def test_what_cannot_be_swept_is_refused_at_once(
