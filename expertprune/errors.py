@@ -46,8 +46,17 @@ class UnevaluatedError(ExpertpruneError):
         self.exit_code = failure.exit_code if isinstance(failure, ExpertpruneError) else 1
         super().__init__(
             f"the evaluation failed: {first_line(failure)}; the expert itself is whole: when this is mended, run: "
-            f"expertprune evaluate {shlex.quote(str(folder))}"
+            f"{_evaluation_of(folder)}"
         )
+
+
+def unevaluated(stopped: KeyboardInterrupt, folder: object) -> None:
+    """Note on an interrupt that the expert in a folder is whole, and has no evaluation."""
+    stopped.add_note(f"the expert itself is whole, and not evaluated: run: {_evaluation_of(folder)}")
+
+
+def _evaluation_of(folder: object) -> str:
+    return f"expertprune evaluate {shlex.quote(str(folder))}"
 
 
 class UsageError(ExpertpruneError):

@@ -153,8 +153,10 @@ def reporting(command: F) -> F:
                 raise
             say(f"error: {error.filename}: {error.strerror}", error=True)
             sys.exit(2)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stopped:
             say("interrupted: no half-written file is left; the next run reuses the stored profiles", error=True)
+            for note in getattr(stopped, "__notes__", ()):
+                say(note, error=True)
             sys.exit(1)
 
     return run  # type: ignore[return-value]

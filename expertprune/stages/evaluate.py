@@ -15,7 +15,7 @@ from expertprune.artifacts.expert import Expert
 from expertprune.corpora.documents import Corpus, CorpusName
 from expertprune.corpora.loading import load_corpora
 from expertprune.engine.team import team
-from expertprune.errors import CheckpointError, UnevaluatedError, under
+from expertprune.errors import CheckpointError, UnevaluatedError, under, unevaluated
 from expertprune.evaluation.changes import of_corpora
 from expertprune.evaluation.measure import Measuring, group_of
 from expertprune.evaluation.reading import Read
@@ -136,13 +136,16 @@ class Meanwhile:
 
 @contextlib.contextmanager
 def evaluated_after(folder: Path) -> Iterator[None]:
-    """The evaluation of an expert that is in its place: say so where it fails.
+    """The evaluation of an expert that is in its place: say so where it fails or is interrupted.
 
     Raises:
         UnevaluatedError: the evaluation failed.
     """
     try:
         yield
+    except KeyboardInterrupt as stopped:
+        unevaluated(stopped, folder)
+        raise
     except Exception as error:
         log.info("the evaluation of %s failed", folder, exc_info=True)
         raise UnevaluatedError(folder, error) from error

@@ -60,13 +60,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def held(*arguments: Any, hold: str, sent: signal.Signals) -> None:
-    """Run a command that gets a signal at a place of `tests.processes`."""
+def held(*arguments: Any, hold: str, sent: signal.Signals) -> str:
+    """Run a command that gets a signal at a place of `tests.processes`; returns what it says of errors."""
     finished = server().run(*arguments, hold=hold, send=sent)
     assert "Traceback" not in finished.stderr
     assert finished.stdout == ""
     assert finished.code == (-signal.SIGKILL if sent is signal.SIGKILL else 1)
     assert sent is signal.SIGKILL or "interrupted" in finished.stderr
+    return finished.stderr
 
 
 @pytest.mark.parametrize(
@@ -131,7 +132,8 @@ def test_an_interrupted_overwrite_keeps_the_old_expert(
 @terminated
 def test_an_expert_outlives_its_evaluation(tmp_path: Path, whole: Whole, warm: Path, sent: signal.Signals) -> None:
     out = tmp_path / "expert"
-    held("build", whole.spec, "--out", out, hold="evaluate", sent=sent)
+    said = held("build", whole.spec, "--out", out, hold="evaluate", sent=sent)
+    assert sent is signal.SIGKILL or f"not evaluated: run: expertprune evaluate {out}" in said
     assert Expert.load(out).evaluation is None
     call("evaluate", out)
     assert contents(out) == contents(whole.expert)
