@@ -10,10 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from expertprune.arch import bundled_models
 from expertprune.artifacts.evaluation import Evaluation
+from expertprune.artifacts.places import Places, unclear
 from expertprune.artifacts.plan import Plan
 from expertprune.artifacts.record import Record
 from expertprune.errors import CheckpointError, ExpertpruneError, SpecError
@@ -71,13 +72,6 @@ class _File(Record):
     plan: dict[str, Any]
     ancestor: dict[str, Any] | None
     evaluation: dict[str, Any] | None = None
-
-
-class _Places(Record):
-    """Where base and corpora lie on this machine; corpora by the end of their path (see `portable`)."""
-
-    base: str | None = None
-    corpora: dict[str, str] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -198,7 +192,8 @@ class Expert(Description):
         Args:
             spec: the spec that the expert was built from, with absolute paths.
         """
-        places = _Places(base=spec.base.model, corpora={name: path for path, name in _portable_names(spec).items()})
+        corpora = {name: path for path, name in _portable_names(spec).items()}
+        places = _noted(self, store).then(spec.base.model, corpora)
         with contextlib.suppress(CheckpointError):  # a store that cannot be written costs a question later
             write_json(_places_file(self, store), places.model_dump())
 
@@ -206,24 +201,30 @@ class Expert(Description):
         """The spec with base and corpora where they lie on this machine.
 
         A local file is looked for where the build had it, if the store knows; then in the current folder; then in the
-        expert's folder and in the folder around it.
+        expert's folder and in the folder around it. Where builds of one plan had different files, the one in these two
+        folders is taken.
 
         Args:
             overrides: dotted keys and values, such as `{"base.model": "/models/base"}`; they need not be looked for.
 
         Raises:
-            SpecError: a corpus' file is in none of these places, or an override is not legal or changes what the expert
-                has become.
+            SpecError: a corpus' file is in none of these places, or in several; or an override is not legal, or changes what
+                the expert has become.
         """
         settled = (key for key in overrides or () if key.partition(".")[0] in _SETTLED and key != _MEMORY)
         if wrong := sorted(settled):
             raise SpecError([f"{key}: the expert is built already; build it again with this key" for key in wrong])
-        noted = _noted(self, store).corpora
+        noted = _noted(self, store)
         problems: list[str] = []
 
         def corpus_file(key: str, name: str) -> str:
-            found = _find(name, noted.get(name), self.folder)
-            if found is None and not any(key == given or key.startswith(f"{given}.") for given in overrides or ()):
+            places = noted.chosen(name, self.folder)
+            found = _find(name, next(iter(places), None), self.folder)
+            if any(key == given or key.startswith(f"{given}.") for given in overrides or ()):
+                return found or name
+            if len(places) > 1:
+                problems.append(unclear(key, name, places))
+            elif found is None:
                 problems.append(
                     f"{key}: {name} lies neither in the current folder nor beside {self.folder}: change into its "
                     f"folder, or say where it is with --set {key}=PATH"
@@ -295,9 +296,9 @@ def _find(name: str, noted: str | None, beside: Path) -> str | None:
     return next((str(path) for path in places if path.exists() and path.resolve() != beside), None)
 
 
-def _noted(description: Description, store: Path) -> _Places:
+def _noted(description: Description, store: Path) -> Places:
     """What `Expert.remember_places` wrote on this machine."""
-    return read_kept(_places_file(description, store), _Places) or _Places()
+    return read_kept(_places_file(description, store), Places) or Places()
 
 
 def _places_file(description: Description, store: Path) -> Path:

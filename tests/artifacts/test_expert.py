@@ -107,6 +107,34 @@ def test_the_current_folder_and_the_experts_are_looked_into(
         assert expert.find_base(store).folder == folder / "llama"
 
 
+def test_experts_of_one_plan_are_measured_on_the_documents_of_their_own_folders(tmp_path: Path) -> None:
+    """Two copies of a project, with other evaluation documents: both experts have the same plan."""
+    store, experts = tmp_path / "store", []
+    for number in (0, 1):
+        folder = tmp_path / f"project-{number}"
+        folder.mkdir()
+        for name, text in (("train.txt", "the same"), ("test.txt", f"number {number}")):
+            (folder / name).write_text(text)
+        sources = {"mine": {"path": str(folder / "train.txt"), "evaluation": str(folder / "test.txt")}}
+        data = {"name": "n", "base": "/base", "dimensions": {"domain": "mine"}, "budget": {"ffn": 0.5},
+                "corpora": {"sources": sources}}  # fmt: skip
+        spec = parse_spec(data, "spec", tmp_path)
+        expert = described(folder / "expert")
+        experts.append(replace(expert, plan=portable(replace(expert.plan, spec=spec.document()))))
+        experts[-1].remember_places(spec, store)
+    for number, expert in enumerate(experts):
+        assert expert.local_spec(store).corpora.sources["mine"].evaluation == [
+            str(tmp_path / f"project-{number}/test.txt")
+        ]
+    moved = replace(experts[0], folder=tmp_path / "elsewhere" / "expert")
+    with pytest.raises(SpecError, match=r"with --set corpora\.sources\.mine\.evaluation=PATH"):
+        moved.local_spec(store)
+    given = {"corpora.sources.mine.evaluation": str(tmp_path / "project-0/test.txt")}
+    assert moved.local_spec(store, given).corpora.sources["mine"].evaluation == list(given.values())
+    shutil.copy(tmp_path / "project-0/test.txt", tmp_path / "project-1/test.txt")
+    assert moved.local_spec(store).corpora.sources["mine"].evaluation == [str(tmp_path / "project-1/test.txt")]
+
+
 def test_an_expert_is_evaluated_elsewhere_but_with_no_other_base(
     moved: Path, store: Path, tiny_build: tuple[Path, Path]
 ) -> None:

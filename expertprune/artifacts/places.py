@@ -1,0 +1,65 @@
+"""Where an expert's base and corpora lie on this machine, as the store remembers it."""
+
+from __future__ import annotations
+
+import filecmp
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field
+
+from expertprune.artifacts.record import Record
+
+
+class Places(Record):
+    """Where base and corpora lie; corpora by the end of their path (see `portable`).
+
+    Experts of one plan may have been built from several folders, whose evaluation documents differ.
+
+    Attributes:
+        corpora: of the last build.
+        earlier: of builds before it, where they lie elsewhere; newest first.
+    """
+
+    base: str | None = None
+    corpora: dict[str, str] = Field(default_factory=dict)
+    earlier: dict[str, list[str]] = Field(default_factory=dict)
+
+    def then(self, base: str, corpora: Mapping[str, str]) -> Self:
+        """The places after another build."""
+        earlier = {
+            name: [each for each in self.all_of(name) if each != path and Path(each).exists()]
+            for name, path in corpora.items()
+        }
+        return type(self)(base=base, corpora=dict(corpora), earlier=earlier)
+
+    def all_of(self, name: str) -> list[str]:
+        """All places of a corpus' file."""
+        last = self.corpora.get(name)
+        return [*([] if last is None else [last]), *self.earlier.get(name, [])]
+
+    def chosen(self, name: str, expert: Path) -> list[str]:
+        """The places that hold different files; of these, the one in an expert's folder or in the folder around it."""
+        different: list[str] = []
+        for path in self.all_of(name):
+            if Path(path).exists() and not any(_same(path, other) for other in different):
+                different.append(path)
+        beside = {(folder / name).resolve() for folder in (expert.resolve(), expert.resolve().parent)}
+        near = [path for path in self.all_of(name) if Path(path).exists() and Path(path).resolve() in beside]
+        return near[:1] if len(different) > 1 and near else different
+
+
+def unclear(key: str, name: str, places: Sequence[str]) -> str:
+    """What is wrong where several places of a file are known."""
+    listed = " and ".join(places)
+    return (
+        f"{key}: experts of this plan were built with different files {name}, at {listed}; say which one is this "
+        f"expert's with --set {key}=PATH"
+    )
+
+
+def _same(first: str, second: str) -> bool:
+    if first == second or not (Path(first).is_file() and Path(second).is_file()):
+        return first == second
+    return filecmp.cmp(first, second, shallow=False)
