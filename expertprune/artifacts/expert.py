@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from expertprune.arch import bundled_models
 from expertprune.artifacts.evaluation import Evaluation
-from expertprune.artifacts.places import Places, unclear
+from expertprune.artifacts.places import KnownPlaces, unclear
 from expertprune.artifacts.plan import Plan
 from expertprune.artifacts.record import Record
 from expertprune.errors import CheckpointError, ExpertpruneError, SpecError
@@ -296,9 +296,9 @@ def _find(name: str, noted: str | None, beside: Path) -> str | None:
     return next((str(path) for path in places if path.exists() and path.resolve() != beside), None)
 
 
-def _noted(description: Description, store: Path) -> Places:
+def _noted(description: Description, store: Path) -> KnownPlaces:
     """What `Expert.remember_places` wrote on this machine."""
-    return read_kept(_places_file(description, store), Places) or Places()
+    return read_kept(_places_file(description, store), KnownPlaces) or KnownPlaces()
 
 
 def _places_file(description: Description, store: Path) -> Path:

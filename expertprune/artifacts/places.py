@@ -12,7 +12,7 @@ from pydantic import Field
 from expertprune.artifacts.record import Record
 
 
-class Places(Record):
+class KnownPlaces(Record):
     """Where base and corpora lie; corpora by the end of their path (see `portable`).
 
     Experts of one plan may have been built from several folders, whose evaluation documents differ.

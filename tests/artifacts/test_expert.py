@@ -116,7 +116,7 @@ def test_experts_of_one_plan_are_measured_on_the_documents_of_their_own_folders(
         for name, text in (("train.txt", "the same"), ("test.txt", f"number {number}")):
             (folder / name).write_text(text)
         sources = {"mine": {"path": str(folder / "train.txt"), "evaluation": str(folder / "test.txt")}}
-        data = {"name": "n", "base": "/base", "dimensions": {"domain": "mine"}, "budget": {"ffn": 0.5},
+        data: dict[str, Any] = {"name": "n", "base": "/base", "dimensions": {"domain": "mine"}, "budget": {"ffn": 0.5},
                 "corpora": {"sources": sources}}  # fmt: skip
         spec = parse_spec(data, "spec", tmp_path)
         expert = described(folder / "expert")
@@ -129,8 +129,9 @@ def test_experts_of_one_plan_are_measured_on_the_documents_of_their_own_folders(
     moved = replace(experts[0], folder=tmp_path / "elsewhere" / "expert")
     with pytest.raises(SpecError, match=r"with --set corpora\.sources\.mine\.evaluation=PATH"):
         moved.local_spec(store)
-    given = {"corpora.sources.mine.evaluation": str(tmp_path / "project-0/test.txt")}
-    assert moved.local_spec(store, given).corpora.sources["mine"].evaluation == list(given.values())
+    own = str(tmp_path / "project-0/test.txt")
+    given = {"corpora.sources.mine.evaluation": own}
+    assert moved.local_spec(store, given).corpora.sources["mine"].evaluation == [own]
     shutil.copy(tmp_path / "project-0/test.txt", tmp_path / "project-1/test.txt")
     assert moved.local_spec(store).corpora.sources["mine"].evaluation == [str(tmp_path / "project-1/test.txt")]
 

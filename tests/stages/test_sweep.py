@@ -332,8 +332,7 @@ def test_the_evaluation_of_an_expert_is_not_written_into_another_one(whole: Whol
         return result
 
     with pytest.MonkeyPatch.context() as patched:
-        measured: Any = points.measure_folder
-        patched.setattr(points, "measure_folder", replaced)
+        measured: Any = everywhere(patched, "expertprune.stages.evaluate.measure_folder", replaced)
         error = run(whole.spec, "--budgets", "0.5", "--out", out, "--keep-experts", code=2).stderr
     assert "another expert took its place while it was measured" in error
     assert Expert.load(place).evaluation == Expert.load(whole.folder / "sweep" / "tiny-0.25").evaluation
