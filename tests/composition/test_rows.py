@@ -97,7 +97,7 @@ def test_a_row_scores_frequency_plus_mass_the_largest_over_dimensions_and_genera
     [
         ("intersection", [0.75, 0.75, 0.375, 0.125], [1, 0, 2, 2]),
         ("union", [0.25, 0.25, 0.375, 0.125], [0, 2, 2, 2]),
-        ("mean", [0.5, 0.375, 0.375, 0.125], [0, 0, 2, 2]),
+        ("mean", [0.5, 0.375, 0.375, 0.125], [1, 0, 2, 2]),  # a mean is due to the larger score
     ],
 )
 def test_rows_follow_the_rule_and_the_largest_of_several_general_corpora(
