@@ -201,8 +201,8 @@ class Expert(Description):
         """The spec with base and corpora where they lie on this machine.
 
         A local file is looked for where the build had it, if the store knows; then in the current folder; then in the
-        expert's folder and in the folder around it. Where builds of one plan had different files, the one in these two
-        folders is taken.
+        expert's folder and in the folder around it. Where builds of one plan had different files, the one that shares most
+        of its path with the expert's folder is taken.
 
         Args:
             overrides: dotted keys and values, such as `{"base.model": "/models/base"}`; they need not be looked for.

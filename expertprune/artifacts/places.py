@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
@@ -40,14 +41,14 @@ class KnownPlaces(Record):
         return [*([] if last is None else [last]), *self.earlier.get(name, [])]
 
     def chosen(self, name: str, expert: Path) -> list[str]:
-        """The places that hold different files; of these, the one in an expert's folder or in the folder around it."""
-        different: list[str] = []
-        for path in self.all_of(name):
-            if Path(path).exists() and not any(_same(path, other) for other in different):
-                different.append(path)
-        beside = {(folder / name).resolve() for folder in (expert.resolve(), expert.resolve().parent)}
-        near = [path for path in self.all_of(name) if Path(path).exists() and Path(path).resolve() in beside]
-        return near[:1] if len(different) > 1 and near else different
+        """The places that hold different files; of these, the one that shares most of its path with an expert's folder."""
+
+        def shared(path: str) -> int:
+            return len(Path(os.path.commonpath([expert.resolve(), Path(path).resolve()])).parts)
+
+        there = [path for path in self.all_of(name) if Path(path).exists()]
+        nearest = _different([path for path in there if shared(path) == max(map(shared, there))])
+        return nearest if len(nearest) == 1 else _different(there)
 
 
 def unclear(key: str, name: str, places: Sequence[str]) -> str:
@@ -57,6 +58,15 @@ def unclear(key: str, name: str, places: Sequence[str]) -> str:
         f"{key}: experts of this plan were built with different files {name}, at {listed}; say which one is this "
         f"expert's with --set {key}=PATH"
     )
+
+
+def _different(paths: Sequence[str]) -> list[str]:
+    """The first place of each of several files."""
+    found: list[str] = []
+    for path in paths:
+        if not any(_same(path, other) for other in found):
+            found.append(path)
+    return found
 
 
 def _same(first: str, second: str) -> bool:

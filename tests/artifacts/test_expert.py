@@ -111,29 +111,29 @@ def test_experts_of_one_plan_are_measured_on_the_documents_of_their_own_folders(
     """Two copies of a project, with other evaluation documents: both experts have the same plan."""
     store, experts = tmp_path / "store", []
     for number in (0, 1):
-        folder = tmp_path / f"project-{number}"
-        folder.mkdir()
+        folder = tmp_path / f"project-{number}" / "data"
+        folder.mkdir(parents=True)
         for name, text in (("train.txt", "the same"), ("test.txt", f"number {number}")):
             (folder / name).write_text(text)
         sources = {"mine": {"path": str(folder / "train.txt"), "evaluation": str(folder / "test.txt")}}
         data: dict[str, Any] = {"name": "n", "base": "/base", "dimensions": {"domain": "mine"}, "budget": {"ffn": 0.5},
                 "corpora": {"sources": sources}}  # fmt: skip
         spec = parse_spec(data, "spec", tmp_path)
-        expert = described(folder / "expert")
+        expert = described(folder.parent / "experts" / "mine")
         experts.append(replace(expert, plan=portable(replace(expert.plan, spec=spec.document()))))
         experts[-1].remember_places(spec, store)
     for number, expert in enumerate(experts):
         assert expert.local_spec(store).corpora.sources["mine"].evaluation == [
-            str(tmp_path / f"project-{number}/test.txt")
+            str(tmp_path / f"project-{number}/data/test.txt")
         ]
     moved = replace(experts[0], folder=tmp_path / "elsewhere" / "expert")
     with pytest.raises(SpecError, match=r"with --set corpora\.sources\.mine\.evaluation=PATH"):
         moved.local_spec(store)
-    own = str(tmp_path / "project-0/test.txt")
+    own = str(tmp_path / "project-0/data/test.txt")
     given = {"corpora.sources.mine.evaluation": own}
     assert moved.local_spec(store, given).corpora.sources["mine"].evaluation == [own]
-    shutil.copy(tmp_path / "project-0/test.txt", tmp_path / "project-1/test.txt")
-    assert moved.local_spec(store).corpora.sources["mine"].evaluation == [str(tmp_path / "project-1/test.txt")]
+    shutil.copy(tmp_path / "project-0/data/test.txt", tmp_path / "project-1/data/test.txt")
+    assert moved.local_spec(store).corpora.sources["mine"].evaluation == [str(tmp_path / "project-1/data/test.txt")]
 
 
 def test_an_expert_is_evaluated_elsewhere_but_with_no_other_base(
