@@ -47,7 +47,8 @@ class KnownPlaces(Record):
             return len(Path(os.path.commonpath([expert.resolve(), Path(path).resolve()])).parts)
 
         there = [path for path in self.all_of(name) if Path(path).exists()]
-        nearest = _different([path for path in there if shared(path) == max(map(shared, there))])
+        most = max(map(shared, there), default=0)
+        nearest = _different([path for path in there if shared(path) == most])
         return nearest if len(nearest) == 1 else _different(there)
 
 
